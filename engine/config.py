@@ -1,0 +1,217 @@
+"""The frozen, validated description of one trial: everything `python -m engine` needs to reproduce it. No torch.
+
+`TrainConfig` is plain data. Unknown keys are refused with the known ones listed, and every error is one `InputError` line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from engine.errors import InputError
+
+ALL_LINEAR = "all-linear"
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class StrictModel(BaseModel):
+    """Frozen pydantic model that refuses unknown keys and silent type changes (`"8"` is not a rank)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelConfig(StrictModel):
+    """Base model and how its frozen weights are held."""
+
+    path: str = Field(min_length=1, description="Hugging Face folder, hub id, or builtin:<name>")
+    revision: str | None = None
+    quantization: Literal["nf4", "none"] = "nf4"
+    double_quantization: bool = True
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto: bfloat16 on CUDA, float32 on CPU")
+    trust_remote_code: bool = False
+
+
+class DataConfig(StrictModel):
+    """Training samples and the one fixed evaluation set that all trials share."""
+
+    train: str = Field(min_length=1, description="JSONL/JSON/Parquet file, hub id, or builtin:<name>")
+    train_split: str = "train"
+    eval: str | None = Field(None, description="like train; none: hold out eval_fraction of train")
+    eval_split: str = "train"
+    eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    eval_max_samples: PositiveInt = 256
+    eval_max_seq_length: Annotated[int, Field(ge=8)] = 2048
+    format: Literal["auto", "messages", "prompt_completion", "text", "alpaca"] = "auto"
+    chat_template: str | None = Field(None, description="none: the tokenizer's own; chatml; or a .jinja file")
+    max_seq_length: Annotated[int, Field(ge=8)] = 2048
+    packing: bool = True
+
+
+class LoraConfig(StrictModel):
+    """The adapter: y = W x + scaling * B A dropout(x) on each target module (Hu et al., arXiv:2106.09685)."""
+
+    rank: PositiveInt = 16
+    lora_alpha: Annotated[float, Field(gt=0.0)] | None = Field(None, description="none: 2 * rank")
+    lora_dropout: Fraction = 0.0
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    use_rslora: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_to_tuple(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(data.get("target_modules"), list):
+            return {**data, "target_modules": tuple(data["target_modules"])}
+        return data
+
+    @model_validator(mode="after")
+    def _targets_not_empty(self) -> LoraConfig:
+        if not self.target_modules or (not isinstance(self.target_modules, str) and not all(self.target_modules)):
+            raise ValueError("target_modules must name at least one module, or be 'all-linear'")
+        return self
+
+    @property
+    def alpha(self) -> float:
+        """lora_alpha, resolved: 2 * rank where none was given."""
+        return 2.0 * self.rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski, arXiv:2312.03732)."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+class OptimConfig(StrictModel):
+    """AdamW and the learning-rate schedule; the schedule runs over tokens seen, not steps."""
+
+    name: Literal["auto", "adamw", "adamw_8bit"] = Field("auto", description="auto: adamw_8bit on CUDA, adamw on CPU")
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: Fraction = 0.03
+    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+
+
+class LoopConfig(StrictModel):
+    """How long to train, in which portions, and when to report. Tokens seen = tokens fed forward, prompts included."""
+
+    max_tokens: PositiveInt
+    report_at_tokens: tuple[PositiveInt, ...] | None = Field(None, description="ascending grid below max_tokens")
+    num_reports: PositiveInt = Field(8, description="even grid, where report_at_tokens is not given")
+    micro_batch_size: PositiveInt = 1
+    gradient_accumulation_steps: PositiveInt = 1
+    tokens_per_step: PositiveInt | None = Field(None, description="derives gradient_accumulation_steps, the same for all lengths")
+    activation_checkpointing: bool = True
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_to_tuple(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(data.get("report_at_tokens"), list):
+            return {**data, "report_at_tokens": tuple(data["report_at_tokens"])}
+        return data
+
+    @model_validator(mode="after")
+    def _grid_ascends(self) -> LoopConfig:
+        grid = self.report_at_tokens or ()
+        if any(a >= b for a, b in zip(grid, grid[1:])) or (grid and grid[-1] > self.max_tokens):
+            raise ValueError(f"report_at_tokens must ascend and end at or below max_tokens = {self.max_tokens}")
+        if self.num_reports > self.max_tokens:
+            raise ValueError(f"num_reports must not exceed max_tokens = {self.max_tokens}")
+        return self
+
+    def report_grid(self) -> tuple[int, ...]:
+        """Tokens seen at which a trial reports; the last entry is max_tokens. Rung i is entry i - 1."""
+        if self.report_at_tokens is None:
+            return tuple(self.max_tokens * (i + 1) // self.num_reports for i in range(self.num_reports))
+        grid = self.report_at_tokens
+        return grid if grid[-1:] == (self.max_tokens,) else (*grid, self.max_tokens)
+
+
+class TrainConfig(StrictModel):
+    """One trial, whole."""
+
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig = LoraConfig()
+    optim: OptimConfig = OptimConfig()
+    train: LoopConfig
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches in one optimizer step."""
+        loop = self.train
+        if loop.tokens_per_step is None:
+            return loop.gradient_accumulation_steps
+        return max(1, round(loop.tokens_per_step / (loop.micro_batch_size * self.data.max_seq_length)))
+
+    def fingerprint(self) -> str:
+        """16 hex digits that are equal exactly when two configs train the same adapter."""
+        return hashlib.sha256(to_json(self).encode()).hexdigest()[:16]
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse(model: type[M], data: Any, where: str = "") -> M:
+    """Validate plain data into `model`; the first fault becomes one InputError naming field, value and what is allowed."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise _input_error(model, error.errors()[0], where) from None
+
+
+def to_json(config: BaseModel) -> str:
+    """Canonical JSON: sorted keys, so equal configs give equal text."""
+    return json.dumps(config.model_dump(mode="json"), sort_keys=True, indent=2)
+
+
+def load_train_config(path: str | Path) -> TrainConfig:
+    """Read a train_config.json."""
+    return parse(TrainConfig, load_json(path))
+
+
+def load_json(path: str | Path) -> Any:
+    """Read a JSON file; a missing or broken one is an InputError."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError("file", str(path), f"must be a readable JSON file ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError("file", str(path), f"must be valid JSON ({error})") from None
+
+
+def _input_error(model: type[BaseModel], fault: dict[str, Any], where: str) -> InputError:
+    location = [str(part) for part in fault["loc"]]
+    field = ".".join(filter(None, [where, *location])) or model.__name__
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(model, fault["loc"][:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return InputError(field, fault["input"], f"unknown key; known keys: {', '.join(known)}{hint}")
+    if fault["type"] == "missing":
+        return InputError(field, None, "required, but missing")
+    message = fault["msg"].removeprefix("Value error, ")
+    return InputError(field, fault["input"], message[:1].lower() + message[1:])
+
+
+def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return sorted(model.model_fields)

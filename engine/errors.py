@@ -1,0 +1,30 @@
+"""Errors a user can act on. Each is one line that names the field, the value and what is allowed. No torch."""
+
+
+class EngineError(Exception):
+    """Base of every error this project raises on purpose; anything else that escapes is a bug."""
+
+
+class InputError(EngineError):
+    """Bad input: a config value, a data set, a model folder. The command line prints the one line and exits with code 2."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        """field: dotted config path or file; value: what was given; allowed: what would have been accepted."""
+        self.field, self.value, self.allowed = field, value, allowed
+        super().__init__(f"{field} = {_short(value)}: {allowed}")
+
+    def __reduce__(self):  # exceptions with several arguments do not survive pickling (Ray) without this
+        return (type(self), (self.field, self.value, self.allowed))
+
+
+class DivergedError(EngineError):
+    """The loss or the gradient is not finite: going on would only burn GPU time."""
+
+
+class CheckpointError(EngineError):
+    """A checkpoint is torn, or belongs to another config."""
+
+
+def _short(value: object, limit: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
