@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from engine.config import TrainConfig
+
 
 class Outcome(StrEnum):
     """The ways a trial ends; RUNNING is the one that has not."""
@@ -42,3 +44,12 @@ class TrialRecord:
         """Lowest eval_loss over the trial's reports: that of the adapter in its folder."""
         losses = [report["eval_loss"] for report in self.reports]
         return min(losses) if losses else None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A trial to run: it is in the study as RUNNING. params: dotted path -> sampled value or choice name."""
+
+    number: int
+    params: dict[str, Any]
+    config: TrainConfig

@@ -1,0 +1,103 @@
+"""python -m engine <train_config.json>             train that one trial, or replay it and compare with what it reported
+python -m engine prepare <configs.json>           check configs and fill the caches, without a GPU
+python -m engine evaluate <train_config.json> --adapter <folder>   the base model's loss and the adapter's
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from engine.config import TrainConfig, load_json, load_train_config, parse
+from engine.errors import EngineError, InputError
+from engine.files import write_text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; an EngineError is one line on stderr and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"train": _train, "prepare": _prepare, "evaluate": _evaluate}
+    command = arguments[0] if arguments[:1] and arguments[0] in commands else "train"
+    rest = arguments[1:] if arguments[:1] == [command] else arguments
+    try:
+        return commands[command](rest)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m engine {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path)
+    return parser
+
+
+def _train(arguments: list[str]) -> int:
+    parser = _parser("train")
+    parser.add_argument("--out", type=Path, help="trial folder to write and to continue from (default: replay/ beside the config)")
+    options = parser.parse_args(arguments)
+    config = load_train_config(options.config)
+    out = options.out or options.config.resolve().parent / "replay"
+    from engine.train import train
+
+    out.mkdir(parents=True, exist_ok=True)
+    recorded = _recorded(options.config.resolve().parent / "reports.jsonl")
+    print(f"{'rung':>4} {'tokens':>10} {'train loss':>10} {'eval loss':>10} {'recorded':>10} {'tok/s':>8} {'peak GiB':>8}", flush=True)
+    for report in train(config, out):
+        known = recorded.get(report.rung)
+        print(
+            f"{report.rung:>4} {report.tokens_seen:>10} {report.train_loss:>10.5f} {report.eval_loss:>10.5f} "
+            f"{'-' if known is None else format(known, '.5f'):>10} {report.tokens_per_second:>8.0f} {report.peak_allocated_gib:>8.2f}",
+            flush=True,
+        )
+    print(f"adapter: {out / 'adapter'}")
+    return 0
+
+
+def _recorded(path: Path) -> dict[int, float]:
+    """Rung -> eval_loss of the trial whose config is replayed; empty where there was none."""
+    if not path.is_file():
+        return {}
+    return {r["rung"]: r["eval_loss"] for r in map(json.loads, path.read_text().splitlines())}
+
+
+def _prepare(arguments: list[str]) -> int:
+    parser = _parser("prepare")
+    parser.add_argument("--report", type=Path)
+    options = parser.parse_args(arguments)
+    listed = load_json(options.config)
+    if not isinstance(listed, list):
+        raise InputError("configs", listed, "must be a list of training configs")
+    configs = [parse(TrainConfig, values, f"configs.{i}") for i, values in enumerate(listed)]
+    from engine.prepare import prepare
+
+    return _answer(prepare(configs), options.report)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    parser = _parser("evaluate")
+    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--report", type=Path)
+    options = parser.parse_args(arguments)
+    config = load_train_config(options.config)
+    from engine.evaluate import evaluate_adapter
+
+    return _answer(evaluate_adapter(config, options.adapter), options.report)
+
+
+def _answer(values: dict[str, Any], report: Path | None) -> int:
+    text = json.dumps(values, indent=2, sort_keys=True)
+    if report is None:
+        print(text)
+    else:
+        write_text(report, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Evaluation: mean nats per target token of one fixed set at one fixed length, the same for every trial of a sweep.
+
+Rows hold up to `eval_max_seq_length` tokens whatever the trial's own batch is, so the arithmetic does not depend on the trial.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from engine.config import TrainConfig
+from engine.data import View, load_data
+from engine.export import load_adapter
+from engine.lora import attach, detach
+from engine.loss import linear_cross_entropy
+from engine.model import Base, load_base, pick_device
+from engine.packing import Batch, collate, plan_once
+
+
+def evaluation_batches(view: View, capacity: int) -> list[Batch]:
+    """The rows of the evaluation set, on the host."""
+    return [collate([view[i] for i in row]) for row in plan_once(view.lengths, capacity)]
+
+
+@torch.no_grad()
+def evaluate(base: Base, batches: list[Batch]) -> float:
+    """Mean loss in nats per target token over `batches`. Leaves the model in the mode it was in."""
+    was_training = base.model.training
+    base.model.eval()
+    head = base.head()
+    total = torch.zeros((), dtype=torch.float64, device=base.device)
+    for batch in batches:
+        on_device = batch.to(base.device)
+        total += linear_cross_entropy(base.hidden_states(on_device), on_device.labels_T, head)
+    base.model.train(was_training)
+    return total.item() / sum(batch.num_targets for batch in batches)
+
+
+def evaluate_adapter(config: TrainConfig, adapter: Path) -> dict[str, float]:
+    """Load base model and exported adapter afresh; the base's loss and the adapter's on the config's evaluation set."""
+    base = load_base(config.model, pick_device(config.train.device))
+    _, view = load_data(config.data, base.tokenizer)
+    batches = evaluation_batches(view, config.data.eval_max_seq_length)
+    base_loss = evaluate(base, batches)
+    layers = attach(base.model, base.linear_names, config.lora, config.train.seed)
+    load_adapter(adapter, layers)
+    adapter_loss = evaluate(base, batches)
+    detach(base.model, layers)
+    targets = sum(batch.num_targets for batch in batches)
+    return {"base_eval_loss": base_loss, "eval_loss": adapter_loss, "num_eval_target_tokens": targets}

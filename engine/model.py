@@ -1,0 +1,145 @@
+"""The resident base model: loaded and quantised once, then lent to one trial after another.
+
+Everything is loaded by transformers; linear layers are then taken over by `FrozenLinear` and attention runs through the
+`packed` entry of transformers' registry. No forward method is replaced: the decoder gives hidden states, and the loss takes
+those and the head.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import attention
+from engine.builtin import resolve_model
+from engine.config import ModelConfig
+from engine.errors import InputError
+from engine.loss import Head
+from engine.packing import Batch
+from engine.quant import freeze_linears, nf4_load_config
+
+
+@dataclass
+class Base:
+    """A loaded base model. `linear_names` are the layers an adapter may sit on (the head is not among them)."""
+
+    model: nn.Module
+    tokenizer: Any
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    linear_names: list[str]
+
+    def matches(self, config: ModelConfig, device: torch.device) -> bool:
+        """Whether a trial with this model section can use this base as it stands."""
+        return self.config == config and self.device == device
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Final hidden states [T, D] of a packed row; `batch` is already on the device."""
+        decoder = self.model.get_decoder()
+        output = decoder(
+            input_ids=batch.input_ids_T.unsqueeze(0),
+            position_ids=batch.position_ids_T.unsqueeze(0),
+            use_cache=False,
+            document_lengths=batch.document_lengths,
+            document_offsets=batch.document_offsets,
+        )
+        return output.last_hidden_state.squeeze(0)
+
+    def head(self) -> Head:
+        """The output embedding with the logit transforms that the model's config declares."""
+        layer, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto` is CUDA where there is one. Asking for CUDA without one is an InputError."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("train.device", wanted, "no CUDA device is visible; allowed here: auto, cpu")
+    return torch.device("cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """bfloat16 on CUDA, float32 on the CPU, unless told otherwise."""
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[wanted]
+
+
+def load_base(config: ModelConfig, device: torch.device) -> Base:
+    """Load, quantise and freeze the base model on `device`."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # hundreds of redrawn lines per trial in a log file
+    attention.register()
+    source, dtype = locate(config), pick_dtype(config.dtype, device)
+    options: dict[str, Any] = {"device_map": {"": device.type}, "dtype": dtype, "attn_implementation": attention.NAME}
+    if config.quantization == "nf4":
+        options["quantization_config"] = nf4_load_config(config.double_quantization, dtype)
+    model = _from_pretrained(AutoModelForCausalLM, config, source, use_safetensors=True, **options)
+    model.requires_grad_(False).eval()
+    names = freeze_linears(model, skip=[model.get_output_embeddings()])
+    return Base(model, load_tokenizer(config), config, device, dtype, names)
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, config, locate(config))
+
+
+def linear_names(config: ModelConfig) -> tuple[list[str], dict[str, tuple[int, int]]]:
+    """Names of the layers an adapter may sit on, and their (out, in) features, without loading a weight."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_config = _from_pretrained(AutoConfig, config, locate(config))
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+        except ValueError as error:
+            raise InputError("model.path", config.path, f"must be a causal language model ({_first_line(error)})") from None
+    head = model.get_output_embeddings()
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    return list(linears), {n: (m.out_features, m.in_features) for n, m in linears.items()}
+
+
+def locate(config: ModelConfig) -> str:
+    """A folder or hub id that transformers can load; a folder without config.json is an InputError."""
+    source = str(resolve_model(config.path))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError("model.path", config.path, "must be a Hugging Face model folder; config.json is not in it")
+        return str(path)
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise InputError("model.path", config.path, "no such folder; allowed: a model folder, a hub id, builtin:<name>")
+    return source
+
+
+def free(device: torch.device) -> None:
+    """Give memory of dropped tensors back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _from_pretrained(factory: Any, config: ModelConfig, source: str, **options: Any) -> Any:
+    try:
+        return factory.from_pretrained(
+            source, revision=config.revision or "main", trust_remote_code=config.trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        allowed = "a folder or hub id that transformers can load; it said: "
+        raise InputError("model.path", config.path, allowed + _first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,42 @@
+"""Everything that can be found wrong before a GPU is touched, found at once: model folder, targets, data. No weight is loaded.
+
+Also fills the caches (builtin model and data, tokens), so that trials of one machine do not do it side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.config import TrainConfig
+from engine.data import load_data
+from engine.errors import InputError
+from engine.lora import resolve_targets
+from engine.model import linear_names, load_tokenizer, locate
+
+
+def prepare(configs: list[TrainConfig]) -> dict[str, Any]:
+    """Check every config; the first fault is an InputError. Returns sizes, and trainable parameters per config."""
+    if not configs:
+        raise InputError("configs", configs, "must hold at least one training config")
+    shapes: dict[str, tuple[list[str], dict[str, tuple[int, int]]]] = {}
+    samples: dict[str, tuple[int, int, int]] = {}
+    num_trainable = []
+    for config in configs:
+        key = repr(config.model)
+        if key not in shapes:
+            shapes[key] = linear_names(config.model)
+        names, features = shapes[key]
+        targets = resolve_targets(names, config.lora.target_modules)
+        num_trainable.append(sum(config.lora.rank * sum(features[name]) for name in targets))
+        data_key = key + repr(config.data)
+        if data_key not in samples:
+            train_view, eval_view = load_data(config.data, load_tokenizer(config.model))
+            samples[data_key] = (len(train_view), len(eval_view), train_view.num_dropped)
+    num_train, num_eval, num_dropped = next(iter(samples.values()))
+    return {
+        "model_path": locate(configs[0].model),
+        "num_train_samples": num_train,
+        "num_eval_samples": num_eval,
+        "num_dropped_samples": num_dropped,
+        "num_trainable": num_trainable,
+    }

@@ -1,0 +1,91 @@
+"""Frozen base weights: NF4 with double quantisation (Dettmers et al., arXiv:2305.14314), or plain.
+
+The only door to bitsandbytes. `FrozenLinear` holds a packed weight and dequantises it at each use, in the forward pass and
+again in the backward pass: a saved 16-bit copy would cost four times the packed weight. It saves no activation, because a
+frozen weight needs no gradient.
+
+Shape letters: D input features, O output features; ... any leading shape.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NF4_BLOCK_SIZE = 64
+
+
+class FrozenLinear(nn.Module):
+    """y = x W^T + b with W frozen. Takes over the weight of an `nn.Linear` or bitsandbytes `Linear4bit`; copies nothing."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight [O, D] in `dtype`: a fresh tensor for NF4, the parameter itself where it is plain and already `dtype`."""
+        state = getattr(self.weight, "quant_state", None)
+        if state is None:
+            return self.weight.to(dtype)
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.weight.data, state).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _FrozenMatmul.apply(x, self)
+
+    def extra_repr(self) -> str:
+        kind = "nf4" if getattr(self.weight, "quant_state", None) is not None else str(self.weight.dtype)
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, weight={kind}"
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """Forward x [..., D] -> [..., O]; backward dx = dy W. The module, not a tensor, is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: FrozenLinear) -> Tensor:
+        ctx.module = module
+        bias = None if module.bias is None else module.bias.to(x.dtype)
+        return F.linear(x, module.dequantized(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.module.dequantized(grad.dtype), None
+
+
+def freeze_linears(model: nn.Module, skip: Iterable[nn.Module] = ()) -> list[str]:
+    """Replace every linear layer of `model` (but those in `skip`, e.g. the head) by a FrozenLinear; return their names."""
+    skipped = {id(module) for module in skip}
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in skipped]
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, child, FrozenLinear(getattr(owner, child)))
+    return names
+
+
+def nf4_load_config(double_quantization: bool, compute_dtype: torch.dtype) -> Any:
+    """The quantization_config for `from_pretrained`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quantization,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def adamw_8bit(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    """AdamW with block-wise 8-bit states (Dettmers et al., arXiv:2110.02861); small tensors stay 32-bit inside it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from bitsandbytes.optim import AdamW8bit
+    return AdamW8bit(parameters, **options)

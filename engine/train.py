@@ -1,0 +1,213 @@
+"""The training loop, as a generator of reports: `for report in train(config, run_dir)`. The caller decides to go on.
+
+Before a report is yielded, `run_dir` holds the checkpoint it can be continued from, the adapter of the lowest eval_loss so far
+(`adapter/`, PEFT format) and all reports (`reports.jsonl`). Called again on the same folder, it goes on after the last report
+and gives the same numbers as if it had never stopped (bit for bit on the CPU).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine import checkpoint
+from engine.checkpoint import Progress
+from engine.config import TrainConfig
+from engine.data import View, load_data
+from engine.errors import DivergedError
+from engine.evaluate import evaluate, evaluation_batches
+from engine.export import export_adapter
+from engine.files import write_text
+from engine.lora import LoraLinear, attach, detach, trainable_parameters
+from engine.loss import linear_cross_entropy
+from engine.metrics import GIB, Report
+from engine.model import Base, free, load_base, pick_device
+from engine.optim import learning_rate, make_optimizer, set_learning_rate
+from engine.packing import Batch, Cursor, collate
+
+
+def train(config: TrainConfig, run_dir: Path, *, base: Base | None = None) -> Iterator[Report]:
+    """Train one adapter; yield a Report at each point of `config.train.report_grid()`.
+
+    base: a resident base model that matches `config.model`; it is handed back without the adapter. Without one, the model is
+    loaded here and freed at the end. Raises InputError, DivergedError, CheckpointError, torch.OutOfMemoryError.
+    """
+    device = pick_device(config.train.device)
+    resident = base or load_base(config.model, device)
+    if not resident.matches(config.model, device):
+        raise ValueError("the resident base model is not this config's")
+    layers: dict[str, LoraLinear] = {}
+    try:
+        torch.manual_seed(config.train.seed)
+        layers = attach(resident.model, resident.linear_names, config.lora, config.train.seed)
+        yield from _Run(config, run_dir, resident, layers).reports()
+    finally:
+        detach(resident.model, layers)
+        _checkpoint_activations(resident.model, False)
+        resident.model.eval()
+        layers.clear()
+        free(device)
+
+
+class _Run:
+    """State of one trial between two reports."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path, base: Base, layers: dict[str, LoraLinear]) -> None:
+        self.config, self.run_dir, self.base, self.layers = config, run_dir, base, layers
+        self.parameters = trainable_parameters(layers)
+        self.optimizer = make_optimizer(self.parameters, config.optim)
+        self.train_view, eval_view = load_data(config.data, base.tokenizer)
+        self.eval_batches = evaluation_batches(eval_view, config.data.eval_max_seq_length)
+        self.cursor = _cursor(config, self.train_view)
+        fingerprint = config.fingerprint()
+        loaded = checkpoint.load(run_dir, fingerprint, layers, self.optimizer)
+        self.progress = loaded or Progress(fingerprint)
+        self.cursor.seek(self.progress.epoch, self.progress.position)
+        self.head = base.head()
+        _checkpoint_activations(base.model, config.train.activation_checkpointing)
+        base.model.train()
+
+    def reports(self) -> Iterator[Report]:
+        grid = self.config.train.report_grid()
+        if self.progress.reports:  # a crash may have come between the checkpoint and this file
+            self._write_reports()
+        for rung in range(len(self.progress.reports) + 1, len(grid) + 1):
+            report = self._train_to(rung, grid[rung - 1])
+            self._save(report)
+            yield report
+
+    def _train_to(self, rung: int, tokens: int) -> Report:
+        """Optimizer steps until `tokens` have been seen, then evaluation."""
+        window = _Window(self.base.device)
+        progress = self.progress
+        while progress.tokens_seen < tokens:
+            loss, grad_norm, num_tokens, num_targets = self._step()
+            window.add(loss, grad_norm, num_tokens, num_targets)
+            progress.step += 1
+            progress.tokens_seen += num_tokens
+            progress.target_tokens_seen += num_targets
+        window.close()
+        progress.elapsed_s += window.seconds
+        progress.epoch, progress.position = self.cursor.epoch, self.cursor.position
+        eval_loss = evaluate(self.base, self.eval_batches)
+        if not math.isfinite(eval_loss):
+            raise DivergedError(f"eval_loss is {eval_loss} after {progress.tokens_seen} tokens")
+        progress.peak_allocated_gib = max(progress.peak_allocated_gib, _peak_gib(self.base.device))
+        return self._report(rung, window, eval_loss)
+
+    def _step(self) -> tuple[Tensor, Tensor, int, int]:
+        """One optimizer step: (summed loss and gradient norm, still on the device; tokens and target tokens, known here)."""
+        batches = [self._batch(next(self.cursor)) for _ in range(self.config.accumulation_steps)]
+        num_tokens, num_targets = sum(b.num_tokens for b in batches), sum(b.num_targets for b in batches)
+        total = torch.zeros((), device=self.base.device)
+        for batch in batches:
+            on_device = batch.to(self.base.device)
+            loss = linear_cross_entropy(self.base.hidden_states(on_device), on_device.labels_T, self.head)
+            (loss / num_targets).backward()
+            total += loss.detach()
+        limit = self.config.optim.max_grad_norm
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        middle = (self.progress.tokens_seen + num_tokens / 2) / self.config.train.max_tokens
+        set_learning_rate(self.optimizer, learning_rate(self.config.optim, middle))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, grad_norm, num_tokens, num_targets
+
+    def _batch(self, indices: list[int]) -> Batch:
+        return collate([self.train_view[i] for i in indices])
+
+    def _report(self, rung: int, window: _Window, eval_loss: float) -> Report:
+        progress = self.progress
+        earlier = [r["eval_loss"] for r in progress.reports]
+        report = Report(
+            rung=rung,
+            tokens_seen=progress.tokens_seen,
+            target_tokens_seen=progress.target_tokens_seen,
+            step=progress.step,
+            epoch=self.cursor.epochs,
+            train_loss=window.train_loss,
+            eval_loss=eval_loss,
+            best_eval_loss=min([*earlier, eval_loss]),
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            grad_norm=window.grad_norm,
+            tokens_per_second=window.num_tokens / window.seconds,
+            step_time_ms=1000.0 * window.seconds / window.num_steps,
+            peak_allocated_gib=progress.peak_allocated_gib,
+            elapsed_s=progress.elapsed_s,
+            num_trainable=sum(p.numel() for p in self.parameters),
+        )
+        progress.reports.append(report.to_dict())
+        return report
+
+    def _save(self, report: Report) -> None:
+        if report.eval_loss == report.best_eval_loss:
+            export_adapter(self.run_dir / "adapter", self.config, self.layers, self.base.linear_names, self.base.tokenizer)
+        checkpoint.save(self.run_dir, self.progress, self.layers, self.optimizer)
+        self._write_reports()
+
+    def _write_reports(self) -> None:
+        lines = [json.dumps(report, sort_keys=True) + "\n" for report in self.progress.reports]
+        write_text(self.run_dir / "reports.jsonl", "".join(lines))
+
+
+class _Window:
+    """Sums over the steps between two reports. Device values are read one step late, so that no step waits for the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._started = device, time.perf_counter()
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._loss_sum, self.num_tokens, self.num_targets, self.num_steps = 0.0, 0, 0, 0
+        self.seconds, self.grad_norm = 0.0, 0.0
+
+    @property
+    def train_loss(self) -> float:
+        return self._loss_sum / self.num_targets
+
+    def add(self, loss: Tensor, grad_norm: Tensor, num_tokens: int, num_targets: int) -> None:
+        self._read()
+        self._pending = (loss, grad_norm)
+        self.num_tokens += num_tokens
+        self.num_targets += num_targets
+        self.num_steps += 1
+
+    def close(self) -> None:
+        self._read()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self._started
+
+    def _read(self) -> None:
+        if self._pending is None:
+            return
+        loss, self.grad_norm = (value.item() for value in self._pending)
+        self._pending = None
+        if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
+            raise DivergedError(f"loss is {loss}, gradient norm is {self.grad_norm}, {self.num_tokens} tokens after the last report")
+        self._loss_sum += loss
+
+
+def _cursor(config: TrainConfig, view: View) -> Cursor:
+    return Cursor(
+        view.lengths, config.data.max_seq_length, config.data.packing, config.train.micro_batch_size, config.train.seed
+    )
+
+
+def _checkpoint_activations(model: nn.Module, wanted: bool) -> None:
+    """Recompute each decoder layer in the backward pass, or stop doing so. transformers is renaming the methods (5.23)."""
+    switch = "enable" if wanted else "disable"
+    method = getattr(model, f"activation_checkpointing_{switch}", None) or getattr(model, f"gradient_checkpointing_{switch}")
+    method()
+
+
+def _peak_gib(device: torch.device) -> float:
+    """CUDA: highest bytes allocated by torch; CPU: highest resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

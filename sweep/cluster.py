@@ -1,0 +1,85 @@
+"""Ray itself: start it quietly, for this sweep only, and end it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from engine.errors import InputError
+from sweep.placement import Slots
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # usage reports go to a host outside
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config mean the user's folder
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the trial folders hold the reports
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the driver's own handler stops at a safe point
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # nobody reads Tune's snapshot
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # checkpoints are whole at any moment, so a worker may be killed
+    "TUNE_MAX_PENDING_TRIALS_PG": "1",  # ask the sampler as late as possible
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+}
+
+
+@contextmanager
+def cluster(slots: Slots, address: str | None, log: Path) -> Iterator[None]:
+    """A running Ray: our own on the loopback interface, or the one at `address`. Its messages go to the log file."""
+    os.environ.update(ENVIRONMENT)
+    if slots.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a trial with train.device = auto must not find a GPU it was not given
+    handler = _log_to(log)
+    try:
+        _connect(slots, address)
+        yield
+    finally:
+        ray.shutdown()
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def count_cluster(address: str) -> tuple[int, int]:
+    """GPUs and CPU cores of an existing Ray cluster."""
+    _join(address)
+    try:
+        resources = ray.cluster_resources()
+        return int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    finally:
+        ray.shutdown()
+
+
+def _connect(slots: Slots, address: str | None) -> None:
+    if address is not None:
+        _join(address)
+        return
+    root = str(Path(__file__).resolve().parent.parent)  # the workers import this package, wherever the driver was started
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    ray.init(
+        num_cpus=slots.num_slots * slots.cpus_per_trial, num_gpus=slots.num_slots if slots.device == "cuda" else 0,
+        include_dashboard=False, log_to_driver=False, configure_logging=False, _node_ip_address="127.0.0.1",
+    )
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError("cluster.address", address, f"must be a running Ray cluster ({str(error).splitlines()[0]})") from None
+
+
+def _log_to(log: Path) -> logging.Handler:
+    """Send everything that is logged in this process to the file, and nothing to the terminal."""
+    handler = logging.FileHandler(log, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "ray"]:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    logging.captureWarnings(True)
+    return handler

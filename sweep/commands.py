@@ -1,0 +1,50 @@
+"""The engine's command line, run as subprocesses: the driver itself never loads torch, so it holds no memory on a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from engine.config import TrainConfig, load_json
+from engine.errors import EngineError
+
+
+class CommandFailed(EngineError):
+    """An engine command ended with another exit code than 0. `exit_code` 2: bad input, and the text is the engine's one line."""
+
+    def __init__(self, line: str, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(line)
+
+
+def prepare(configs: list[TrainConfig], module: str) -> dict[str, Any]:
+    """Check that every config can be trained and fill the caches; CommandFailed where not. Returns the engine's answer."""
+    with tempfile.TemporaryDirectory(prefix="sweep-prepare-") as folder:
+        request, answer = Path(folder, "configs.json"), Path(folder, "answer.json")
+        request.write_text(json.dumps([config.model_dump(mode="json") for config in configs]))
+        _run([module, "prepare", str(request), "--report", str(answer)])
+        return load_json(answer)
+
+
+def evaluate(trial_folder: Path, module: str) -> dict[str, Any]:
+    """Losses of the base model and of the exported adapter, from a fresh load of the files on disk."""
+    with tempfile.TemporaryDirectory(prefix="sweep-evaluate-") as folder:
+        answer = Path(folder, "answer.json")
+        config, adapter = trial_folder / "train_config.json", trial_folder / "adapter"
+        _run([module, "evaluate", str(config), "--adapter", str(adapter), "--report", str(answer)])
+        return load_json(answer)
+
+
+def _run(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True)
+    if done.returncode == 0:
+        return
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    text = lines[-1].removeprefix("error: ") if lines else "no message"
+    if done.returncode != 2:
+        text = f"python -m {' '.join(arguments[:2])} failed with exit code {done.returncode}: {text}"
+    raise CommandFailed(text, 2 if done.returncode == 2 else 1)

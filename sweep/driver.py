@@ -1,0 +1,149 @@
+"""The driver: one sweep from a plain config to the best adapter, or from a sweep folder onward. Never loads torch.
+
+The order is: check everything, prepare model and data in a subprocess, create the folder, run the trials under Tune, choose.
+A kill at any moment leaves a folder that `resume` goes on from: the journal is the record, and Tune's own state is not used.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+from engine.errors import InputError
+from sweep.commands import prepare
+from sweep.config import SweepConfig, parse_sweep_config
+from sweep.console import LineConsole, TableConsole, make_console
+from sweep.engine_modules import EngineModules
+from sweep.plan import Plan, make_plan
+from sweep.runs import SweepFolder
+
+INTERRUPTED = 130
+RESUMABLE = ("sweep.num_trials",)
+Screen = LineConsole | TableConsole
+
+
+def start(raw: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = EngineModules()) -> int:
+    """Run a new sweep. Returns the exit code; raises InputError before anything is written."""
+    plan = make_plan(parse_sweep_config(raw))
+    print(plan.describe(), flush=True)
+    if dry_run:
+        return 0
+    with _terminate_as_interrupt():
+        try:
+            _prepare(plan, engine)
+        except KeyboardInterrupt:
+            print("\nstopped before the sweep began; nothing was written", file=sys.stderr)
+            return INTERRUPTED
+        folder = SweepFolder.create(plan.config, datetime.now())
+        return _run(plan, folder, engine)
+
+
+def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = EngineModules()) -> int:
+    """Go on with a sweep from its folder. overrides: dotted path -> value; only sweep.num_trials may be raised."""
+    folder = SweepFolder.open(path)
+    config = _raised(folder.read_config(), overrides)
+    plan = make_plan(config)
+    print(plan.describe(), flush=True)
+    if dry_run:
+        return 0
+    with _terminate_as_interrupt():
+        try:
+            _prepare(plan, engine)
+        except KeyboardInterrupt:
+            return _interrupted(folder)
+        return _run(plan, folder, engine)
+
+
+def _raised(config: SweepConfig, overrides: dict[str, Any]) -> SweepConfig:
+    for key, value in overrides.items():
+        if key not in RESUMABLE:
+            allowed = f"cannot be changed on resume; only {', '.join(RESUMABLE)} can"
+            raise InputError(key, value, allowed)
+    wanted = overrides.get("sweep.num_trials", config.sweep.num_trials)
+    if not isinstance(wanted, int) or wanted < config.sweep.num_trials:
+        raise InputError("sweep.num_trials", wanted, f"must be at least {config.sweep.num_trials} on resume")
+    return config.model_copy(update={"sweep": config.sweep.model_copy(update={"num_trials": wanted})})
+
+
+def _prepare(plan: Plan, engine: EngineModules) -> None:
+    print("preparing model and data ...", flush=True)
+    facts = prepare(plan.probes(), engine.command)
+    print(f"data: {facts['num_train_samples']:,} training and {facts['num_eval_samples']:,} evaluation samples", flush=True)
+
+
+def _run(plan: Plan, folder: SweepFolder, engine: EngineModules) -> int:
+    """Everything between the folder's creation and the last line. Holds the folder's lock."""
+    with folder.lock():
+        folder.write_config(plan.config)
+        screen = make_console(sys.stdout, plan.num_rungs)
+        tracker = _make_tracker(plan, folder)
+        tracker.sweep_started({"sweep.folder": str(folder.path)})
+        try:
+            return _trials_and_finish(plan, folder, engine, screen, tracker)
+        except KeyboardInterrupt:
+            screen.stop()
+            return _interrupted(folder)
+        finally:
+            screen.stop()
+            for warning in tracker.close(30.0):
+                print(f"WARNING: {warning}", file=sys.stderr)
+
+
+def _trials_and_finish(plan: Plan, folder: SweepFolder, engine: EngineModules, screen: Screen, tracker: Any) -> int:
+    from sweep.finish import finish
+    from sweep.ledger import Ledger
+    from sweep.study import Study
+    from sweep.tuning import run_trials
+
+    config = plan.config
+    screen.note(f"sweep folder {folder.path}")
+    ledger = Ledger(
+        Study(folder, config, plan.space), folder, num_trials=config.sweep.num_trials, num_rungs=plan.num_rungs,
+        num_slots=plan.slots.num_slots, max_retries=config.cluster.max_retries, listeners=(screen, tracker),
+    )
+    continued = ledger.recover()
+    if continued:
+        screen.note(f"going on with trial{'s' if len(continued) > 1 else ''} {', '.join(map(str, continued))}")
+    if ledger.has_work():
+        screen.start()
+        run_trials(ledger, plan.slots, plan.config.cluster.address, folder, engine)
+        screen.stop()
+    if ledger.space_is_used_up:
+        screen.note(f"the space is used up: {len(ledger.records)} of {config.sweep.num_trials} trials were possible")
+    best, summary = finish(folder, ledger.records, config.sweep.name, plan.slots.device, engine.command, screen.note)
+    tracker.sweep_finished(summary, best, folder.best if best else None)
+    return 0 if best else 1
+
+
+def _make_tracker(plan: Plan, folder: SweepFolder) -> Any:
+    from sweep.tracking import NullTracker, Tracker
+
+    config = plan.config
+    if config.tracking.name == "none":
+        return NullTracker()
+    return Tracker(config.tracking_uri(), config.sweep.name, folder.path.name, folder.path, config.model_dump(mode="json"))
+
+
+def _interrupted(folder: SweepFolder) -> int:
+    command = f"python -m sweep resume={shlex.quote(str(folder.path))}"
+    print(f"\nstopped; nothing is lost. Go on with:\n  {command}", flush=True)
+    return INTERRUPTED
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM, which schedulers and `kill` send, does what Ctrl-C does."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

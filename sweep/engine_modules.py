@@ -1,0 +1,29 @@
+"""Where the engine is: the one seam between the two halves at run time. No torch, no ray."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sweep.placement import Slots
+from sweep.outcome import Proposal
+
+
+@dataclass(frozen=True)
+class EngineModules:
+    """Names of the modules that make up an engine: a test puts its own in."""
+
+    train: str = "engine.train"
+    model: str = "engine.model"
+    command: str = "engine"
+
+
+def worker_config(proposal: Proposal, run_dir: str, slots: Slots, engine: EngineModules) -> dict[str, Any]:
+    """What the driver ships to the worker for one trial: plain data."""
+    return {
+        "number": proposal.number, "run_dir": run_dir, "device": slots.device, "num_threads": slots.cpus_per_trial,
+        "engine": asdict(engine),
+        # text, because Tune resolves and merges nested dicts in a config
+        "train_config": json.dumps(proposal.config.model_dump(mode="json")),
+    }

@@ -1,0 +1,157 @@
+"""The ledger: what the sweep knows while it runs. It stands between Ray's hooks and the study, and needs neither Ray nor a GPU.
+
+Every event ends in the journal before anyone else hears of it; then the listeners (terminal, tracker) get the trial's record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, Protocol
+
+from sweep.outcome import Outcome, Proposal, TrialRecord
+from sweep.runs import SweepFolder
+from sweep.study import Study
+
+
+class Next(Enum):
+    """What next_trial() answers when it has no trial to give."""
+
+    WAIT = "all slots are taken, or a running trial may still have to be started again"
+    FINISHED = "the number of trials is reached, or the space is used up, and nothing runs"
+
+
+class Listener(Protocol):
+    """Hears of a trial after the journal has it."""
+
+    def trial_updated(self, record: TrialRecord) -> None: ...
+
+
+class Ledger:
+    """Hands out trials, takes their reports and ends. Not thread-safe: the driver's one thread calls it."""
+
+    def __init__(
+        self, study: Study, folder: SweepFolder, *, num_trials: int, num_rungs: int, num_slots: int, max_retries: int,
+        listeners: tuple[Listener, ...] = (), clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._study, self._folder, self._clock, self._listeners = study, folder, clock, listeners
+        self._num_trials, self._num_rungs, self._num_slots, self._max_retries = num_trials, num_rungs, num_slots, max_retries
+        self._records = {record.number: record for record in study.records()}
+        self._waiting: list[int] = []
+        self._live: set[int] = set()
+        self._retries: dict[int, int] = {}
+        self._exhausted = False
+
+    @property
+    def records(self) -> list[TrialRecord]:
+        """All trials so far, by number."""
+        return [self._records[number] for number in sorted(self._records)]
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    @property
+    def space_is_used_up(self) -> bool:
+        """Whether fewer trials than asked for were possible."""
+        return self._exhausted
+
+    def recover(self) -> list[int]:
+        """After a kill: make up for what the driver did not hear. Returns the trials that will go on, with their numbers.
+
+        Reports that are in a trial's folder but not in the study are reported; a trial whose reports are complete is told.
+        """
+        for number in self._study.running():
+            record = self._records[number]
+            self._folder.write_train_config(number, self._study.config(number))
+            new = [self._study.report(number, report["rung"], report["eval_loss"]) for report in record.reports]
+            if record.reports and record.reports[-1]["rung"] >= self._num_rungs:
+                self._end(number, Outcome.COMPLETE)
+            elif any(new) and self._study.should_prune(number):
+                self._end(number, Outcome.PRUNED)
+            else:
+                self._waiting.append(number)
+        for record in self.records:
+            self._tell_listeners(record)
+        return list(self._waiting)
+
+    def has_work(self) -> bool:
+        """Whether any trial is left to run or may still be asked for."""
+        return bool(self._live or self._waiting) or (len(self._records) < self._num_trials and not self._exhausted)
+
+    def next_trial(self) -> Proposal | Next:
+        """The next trial to start: one to go on with, else a new one."""
+        if len(self._live) >= self._num_slots:
+            return Next.WAIT
+        if self._waiting:
+            number = self._waiting.pop(0)
+            proposal = Proposal(number, self._records[number].params, self._study.config(number))
+        else:
+            proposal = self._ask()
+        if proposal is None:
+            return Next.WAIT if self._live else Next.FINISHED
+        self._live.add(proposal.number)
+        self._update(self._study.record(proposal.number))
+        return proposal
+
+    def reported(self, number: int, report: dict[str, Any]) -> bool:
+        """Take a report in. Returns True where the trial must stop; it is then told PRUNED already."""
+        if number not in self._live:
+            return True
+        record = self._records[number]
+        if self._study.report(number, report["rung"], report["eval_loss"]):
+            seen = [old for old in record.reports if old["rung"] < report["rung"]]
+            self._update(dataclasses.replace(record, reports=[*seen, report]))
+        if report["rung"] < self._num_rungs and self._study.should_prune(number):
+            self._end(number, Outcome.PRUNED)
+            return True
+        return False
+
+    def ended(self, number: int, outcome: Outcome, report: dict[str, Any] | None = None, error: str | None = None) -> None:
+        """A trial ended by itself; its last report, where it has one, arrives only here."""
+        if number not in self._live:
+            return
+        if report is not None:
+            record = self._records[number]
+            self._study.report(number, report["rung"], report["eval_loss"])
+            seen = [old for old in record.reports if old["rung"] < report["rung"]]
+            self._records[number] = dataclasses.replace(record, reports=[*seen, report])
+        self._end(number, outcome, error)
+
+    def lost(self, number: int) -> None:
+        """The trial's process died. It goes on from its own checkpoint, a limited number of times; then it is LOST."""
+        if number not in self._live:
+            return
+        self._live.discard(number)
+        self._retries[number] = self._retries.get(number, 0) + 1
+        if self._retries[number] > self._max_retries:
+            self._end(number, Outcome.LOST, f"the worker process died {self._retries[number]} times; see driver.log")
+        else:
+            self._waiting.append(number)
+
+    def _ask(self) -> Proposal | None:
+        if len(self._records) >= self._num_trials or self._exhausted:
+            return None
+        proposal = self._study.ask()
+        self._exhausted = proposal is None
+        return proposal
+
+    def _end(self, number: int, outcome: Outcome, error: str | None = None) -> None:
+        self._live.discard(number)
+        self._study.tell(number, outcome, error)
+        record = dataclasses.replace(self._records[number], outcome=outcome, ended_s=self._clock(), error=error)
+        self._folder.write_result(number, {
+            "number": number, "outcome": str(outcome), "params": record.params, "score": record.score,
+            "num_reports": len(record.reports), "started_s": record.started_s, "ended_s": record.ended_s, "error": error,
+        })
+        self._update(record)
+
+    def _update(self, record: TrialRecord) -> None:
+        self._records[record.number] = record
+        self._tell_listeners(record)
+
+    def _tell_listeners(self, record: TrialRecord) -> None:
+        for listener in self._listeners:
+            listener.trial_updated(record)

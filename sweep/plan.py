@@ -1,0 +1,80 @@
+"""The plan: everything that is settled before anything starts. It is what `dry_run=true` prints. No torch, no ray, no optuna."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from engine.config import TrainConfig
+from sweep.config import SweepConfig
+from sweep.placement import Slots, count_cpus, count_gpus, plan_slots
+from sweep.space import Space
+from sweep.space_parse import parse_space
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked sweep: config, space and slots fit each other and this machine."""
+
+    config: SweepConfig
+    space: Space
+    slots: Slots
+
+    @property
+    def num_rungs(self) -> int:
+        return len(self.config.train.report_grid())
+
+    def base(self) -> dict[str, Any]:
+        """The base of every trial, as plain data."""
+        return self.config.base().model_dump(mode="json")
+
+    def probes(self) -> list[TrainConfig]:
+        """The base, and one config per choice and end of range: what prepare checks."""
+        return self.space.single_changes(self.base())
+
+    def describe(self) -> str:
+        """The plan as text, one fact a line."""
+        config, size = self.config, self.space.size()
+        grid = ", ".join(f"{tokens:,}" for tokens in config.train.report_grid())
+        points = "continuous" if size is None else f"{size:,} points"
+        lines = [
+            f"sweep      {config.sweep.name}: {config.sweep.num_trials} trials, seed {config.sweep.seed}, "
+            f"output in {config.sweep.output_dir}/{config.sweep.name}-<date>-<time>/",
+            f"model      {config.model.path} ({config.model.quantization})",
+            f"data       {config.data.train}",
+            f"budget     {config.train.max_tokens:,} tokens a trial, at most {config.sweep.num_trials * config.train.max_tokens:,} in all",
+            f"rungs      {self.num_rungs}, at tokens seen: {grid}",
+            f"slots      {self.slots.describe()}",
+            f"sampler    {_options(config.sampler.model_dump())}",
+            f"pruner     {_options(config.pruner.model_dump())}",
+            f"tracking   {config.tracking.name}" + (f" at {config.tracking_uri()}" if config.tracking.name != "none" else ""),
+            f"space      {len(self.space.dimensions)} dimensions, {points}",
+        ]
+        width = max((len(dimension.path) for dimension in self.space.dimensions), default=0)
+        for dimension in self.space.dimensions:
+            when = " and ".join(f"{path} in {', '.join(map(str, names))}" for path, names in dimension.when.items())
+            lines.append(f"  {dimension.path:<{width}}  {dimension.describe()}" + (f"  when {when}" if when else ""))
+        return "\n".join(lines)
+
+
+def make_plan(config: SweepConfig) -> Plan:
+    """Check space, grid and hardware; raises InputError. Starts nothing, writes nothing."""
+    space = parse_space(config.space)
+    if config.sampler.name == "grid":
+        space.check_walkable()
+    space.single_changes(config.base().model_dump(mode="json"))
+    slots = plan_slots(config.cluster, config.train.device, *_count_hardware(config))
+    return Plan(config, space, slots)
+
+
+def _count_hardware(config: SweepConfig) -> tuple[int, int]:
+    if config.cluster.address is None:
+        return count_gpus(), count_cpus()
+    from sweep.cluster import count_cluster  # loads ray, for an existing cluster only
+
+    return count_cluster(config.cluster.address)
+
+
+def _options(values: dict[str, Any]) -> str:
+    name, options = values["name"], {key: value for key, value in values.items() if key != "name"}
+    return f"{name} ({', '.join(f'{key} {value}' for key, value in options.items())})" if options else name

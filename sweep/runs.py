@@ -1,0 +1,129 @@
+"""The sweep folder: where everything a sweep writes lies, written so that a kill leaves whole files only. No torch, no ray.
+
+    <name>-<YYYYmmdd-HHMMSS>/
+        sweep_config.json   the whole resolved config; resume reads it
+        study.journal       Optuna's state, the record of truth
+        trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's), result.json, error.txt
+        best/               the winning adapter, ready to load
+        leaderboard.md/.json, driver.log, ray/ (Tune's own files, never read again)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from engine.config import TrainConfig, load_json, to_json
+from engine.errors import InputError
+from sweep.config import SweepConfig, parse_sweep_config
+
+
+class SweepFolder:
+    """Paths of one sweep, and atomic reads and writes in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "sweep_config.json"
+        self.journal = path / "study.journal"
+        self.best = path / "best"
+        self.log = path / "driver.log"
+        self.ray = path / "ray"
+
+    @classmethod
+    def create(cls, config: SweepConfig, now: datetime) -> SweepFolder:
+        """Make a new folder under sweep.output_dir; a name taken in the same second gets a number."""
+        parent = Path(config.sweep.output_dir)
+        stem = f"{config.sweep.name}-{now:%Y%m%d-%H%M%S}"
+        for attempt in range(1, 100):
+            folder = cls(parent / (stem if attempt == 1 else f"{stem}-{attempt}"))
+            try:
+                folder.path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise InputError("sweep.output_dir", str(parent), f"must be a writable folder ({error.strerror})") from None
+            folder.write_config(config)
+            return folder
+        raise InputError("sweep.output_dir", str(parent), f"already holds 99 folders named {stem}")
+
+    @classmethod
+    def open(cls, path: str | Path) -> SweepFolder:
+        """An existing sweep folder; InputError where it is none."""
+        folder = cls(Path(path))
+        if not folder.config_file.is_file():
+            raise InputError("resume", str(path), "must be a sweep folder (one with a sweep_config.json)")
+        return folder
+
+    def write_config(self, config: SweepConfig) -> None:
+        write_atomically(self.config_file, to_json(config) + "\n")
+
+    def read_config(self) -> SweepConfig:
+        return parse_sweep_config(load_json(self.config_file))
+
+    def trial(self, number: int) -> Path:
+        """The folder of one trial: trials/0003."""
+        return self.path / "trials" / f"{number:04d}"
+
+    def write_train_config(self, number: int, config: TrainConfig) -> None:
+        self.trial(number).mkdir(parents=True, exist_ok=True)
+        write_atomically(self.trial(number) / "train_config.json", to_json(config) + "\n")
+
+    def write_result(self, number: int, result: dict[str, Any]) -> None:
+        write_atomically(self.trial(number) / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
+
+    def reports(self, number: int) -> list[dict[str, Any]]:
+        """The trial's reports, ascending by rung; empty where it has none yet."""
+        file = self.trial(number) / "reports.jsonl"
+        if not file.is_file():
+            return []
+        return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process; InputError where another driver has it."""
+        lock = FileLock(self.path / ".lock")
+        if not lock.acquire():
+            raise InputError("resume", str(self.path), "another driver works in this sweep folder; wait for it, or stop it")
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+class FileLock:
+    """An exclusive lock on a file. The kernel frees it when the process dies, so a kill leaves nothing to clean up."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._handle = path, -1
+
+    def acquire(self) -> bool:
+        """Try once; returns whether the lock is now held."""
+        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return False
+        self._handle = handle
+        return True
+
+    def release(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a kill, sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

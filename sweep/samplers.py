@@ -1,0 +1,56 @@
+"""Optuna samplers and pruners by name, built from their config in one visible step."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import optuna
+
+from engine.errors import InputError
+from sweep.config import (
+    CmaEsConfig, GpConfig, HyperbandConfig, MedianConfig, PatientConfig, PrunerConfig, SamplerConfig,
+    SuccessiveHalvingConfig, TpeConfig,
+)
+
+
+def make_sampler(config: SamplerConfig, seed: int) -> optuna.samplers.BaseSampler:
+    """The sampler that proposes. Grid has none of its own: the study walks the points; random only breaks ties."""
+    samplers = optuna.samplers
+    if isinstance(config, TpeConfig):
+        return samplers.TPESampler(
+            n_startup_trials=config.num_startup_trials, n_ei_candidates=config.num_ei_candidates,
+            multivariate=config.multivariate, group=config.multivariate, constant_liar=True, seed=seed,
+        )
+    if isinstance(config, CmaEsConfig):
+        if importlib.util.find_spec("cmaes") is None:
+            raise InputError("sampler.name", "cmaes", "needs the package cmaes (pip install cmaes)")
+        return samplers.CmaEsSampler(
+            n_startup_trials=config.num_startup_trials, popsize=config.population_size, seed=seed,
+            warn_independent_sampling=False, consider_pruned_trials=True,
+        )
+    if isinstance(config, GpConfig):
+        if importlib.util.find_spec("torch") is None:
+            raise InputError("sampler.name", "gp", "needs the package torch on the driver")
+        return samplers.GPSampler(n_startup_trials=config.num_startup_trials, seed=seed, warn_independent_sampling=False)
+    return samplers.RandomSampler(seed=seed)
+
+
+def make_pruner(config: PrunerConfig, num_rungs: int) -> optuna.pruners.BasePruner:
+    """The pruner that judges. Its unit is the rung, from 1 to num_rungs, not the step."""
+    pruners = optuna.pruners
+    if isinstance(config, SuccessiveHalvingConfig):
+        return pruners.SuccessiveHalvingPruner(
+            min_resource=config.min_rung, reduction_factor=config.reduction_factor,
+            min_early_stopping_rate=config.min_early_stopping_rate,
+        )
+    if isinstance(config, HyperbandConfig):
+        return pruners.HyperbandPruner(
+            min_resource=config.min_rung, max_resource=num_rungs, reduction_factor=config.reduction_factor
+        )
+    if isinstance(config, MedianConfig):
+        return pruners.MedianPruner(n_startup_trials=config.num_startup_trials, n_warmup_steps=config.num_warmup_rungs)
+    if isinstance(config, PatientConfig):
+        inner = {"median": MedianConfig, "successive_halving": SuccessiveHalvingConfig}.get(config.inner)
+        wrapped = make_pruner(inner(), num_rungs) if inner else None
+        return pruners.PatientPruner(wrapped, patience=config.patience, min_delta=config.min_delta)
+    return pruners.NopPruner()

@@ -1,0 +1,49 @@
+"""Ray's seam for the sampler: Tune asks here which trial to start. All decisions are the ledger's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from sweep.ledger import Ledger, Next
+from sweep.outcome import Outcome, Proposal
+
+
+class LedgerSearcher(Searcher):
+    """Suggests the ledger's trials, and passes their ends on to it.
+
+    Results with done=True reach neither on_trial_result hook, so the last report of a trial is taken here.
+    """
+
+    def __init__(self, ledger: Ledger, worker_config: Callable[[Proposal], dict[str, Any]]) -> None:
+        super().__init__()
+        self._ledger, self._worker_config = ledger, worker_config
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        proposal = self._ledger.next_trial()
+        if isinstance(proposal, Next):
+            return Searcher.FINISHED if proposal is Next.FINISHED else None
+        self._numbers[trial_id] = proposal.number
+        return self._worker_config(proposal)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        number = self._numbers[trial_id]
+        if error or result is None or "outcome" not in result:
+            self._ledger.lost(number)
+            return
+        report = json.loads(result["report"]) if result["report"] else None
+        self._ledger.ended(number, Outcome(result["outcome"]), report, result["error"])
+
+    # Tune saves the searcher with its own snapshot, which nobody reads: the journal is the record.
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a sweep is resumed from its journal, not from Tune's snapshot")
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        pass

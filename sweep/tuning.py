@@ -1,0 +1,79 @@
+"""Tune runs the trials: it places them and calls the hooks. The ledger decides, and Tune's own state is never read again."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray import tune
+from ray.tune.stopper import Stopper
+
+from sweep.cluster import cluster
+from sweep.engine_modules import EngineModules, worker_config
+from sweep.ledger import Ledger
+from sweep.outcome import Proposal
+from sweep.placement import Slots
+from sweep.runs import SweepFolder
+from sweep.scheduler import LedgerScheduler
+from sweep.searcher import LedgerSearcher
+from sweep.worker import TrialWorker
+
+
+def run_trials(ledger: Ledger, slots: Slots, address: str | None, folder: SweepFolder, engine: EngineModules) -> None:
+    """Run until the ledger has no work. Raises KeyboardInterrupt at a safe point after SIGINT or SIGTERM."""
+
+    def config_of(proposal: Proposal) -> dict[str, Any]:
+        return worker_config(proposal, str(folder.trial(proposal.number).absolute()), slots, engine)
+
+    stop = StopOnSignal()
+    with stop.catching(), cluster(slots, address, folder.log), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Tune's advice on its own API, on every start
+        tune.Tuner(
+            tune.with_resources(TrialWorker, slots.resources_per_trial()),
+            tune_config=tune.TuneConfig(
+                search_alg=LedgerSearcher(ledger, config_of), scheduler=LedgerScheduler(ledger), num_samples=-1, reuse_actors=True
+            ),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=str(folder.ray.absolute()), verbose=0, stop=stop,
+                failure_config=tune.FailureConfig(max_failures=0),
+            ),
+        ).fit()
+
+
+class StopOnSignal(Stopper):
+    """Turns a signal into an exception between two steps of Tune's loop, so that it never tears a write to the journal.
+
+    The exception is KeyboardInterrupt, because Tune's loop answers an Exception by waiting for the trials to end.
+    """
+
+    def __init__(self) -> None:
+        self._signalled = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        if self._signalled:
+            raise KeyboardInterrupt
+        return False
+
+    @contextmanager
+    def catching(self) -> Iterator[None]:
+        """The first signal is kept for the next safe point; a second one acts at once."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def catch(number: int, frame: Any) -> None:
+            self._signalled = True
+            for caught, handler in before.items():
+                signal.signal(caught, handler)
+
+        for number in before:
+            signal.signal(number, catch)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,265 @@
+"""What MLflow shows of a sweep, and that no MLflow server, however broken, is noticed by the caller."""
+
+import math
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from sweep import background
+from sweep.background import BackgroundWriter
+from sweep.outcome import Outcome, TrialRecord
+from sweep.tracking import NullTracker, Tracker, local_uri
+
+CONFIG = {"experiment": "demo"}
+LOSS = "eval/loss_nats_per_token"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """One database for the module: creating it takes 2 s; each test has its own experiment."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture
+def client(store):
+    from mlflow import MlflowClient
+
+    return MlflowClient(local_uri(store))
+
+
+@pytest.fixture
+def tracker(store, tmp_path, request):
+    """Makes trackers of the same sweep, as a resume does."""
+    return lambda: Tracker(local_uri(store), request.node.name, "my sweep", tmp_path / "it's a sweep", CONFIG)
+
+
+@pytest.fixture
+def runs(client, request):
+    """Runs of this test's experiment: name -> run; more than one of a name is an error."""
+
+    def read():
+        found = client.search_runs([client.get_experiment_by_name(request.node.name).experiment_id])
+        named = {run.info.run_name: run for run in found}
+        assert len(named) == len(found)
+        return named
+
+    return read
+
+
+def report(rung, eval_loss):
+    values = {
+        "rung": rung,
+        "tokens_seen": 1000 * rung,
+        "eval_loss": eval_loss,
+        "train_loss": eval_loss + 0.1,
+        "elapsed_s": 1.5 * rung,
+    }
+    return {**values, "tokens_per_second": 700.0, "peak_allocated_gib": 1.25, "num_trainable": 4096}
+
+
+def trial(number, outcome, *losses, **changes):
+    reports = [report(rung, loss) for rung, loss in enumerate(losses, start=1)]
+    values = {"params": {"lora.rank": 8}, "config": {"seed": number}, "started_s": 1e9, "ended_s": 1e9 + 60, **changes}
+    return TrialRecord(number, outcome=outcome, folder="trial", reports=reports, **values)
+
+
+def history(client, run):
+    return [(point.step, point.value, point.timestamp) for point in client.get_metric_history(run.info.run_id, LOSS)]
+
+
+def test_trials_are_child_runs_of_the_sweep_with_metrics_by_tokens_seen(tracker, runs, client):
+    one = tracker()
+    one.sweep_started({"git.commit": "abc"})
+    one.trial_updated(trial(3, Outcome.COMPLETE, 2.0, 1.5))
+    assert one.close(60) == []
+    parent, child = runs()["my sweep"], runs()["trial 0003"]
+    assert parent.data.tags["git.commit"] == "abc"
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.params == {"lora.rank": "8"}
+    assert history(client, child) == [(1000, 2.0, 1_000_000_001_500), (2000, 1.5, 1_000_000_003_000)]
+    assert child.data.metrics["speed/tokens_per_second"] == 700.0
+    assert child.data.metrics["memory/peak_allocated_gib"] == 1.25
+    assert (child.info.status, child.info.end_time) == ("FINISHED", 1_000_000_060_000)
+    assert [file.path for file in client.list_artifacts(child.info.run_id)] == ["train_config.json"]
+    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["sweep_config.json"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status"),
+    [(Outcome.PRUNED, "KILLED"), (Outcome.FAILED, "FAILED"), (Outcome.OUT_OF_MEMORY, "FAILED"), (Outcome.RUNNING, "RUNNING")],
+)
+def test_the_outcome_is_a_tag_and_sets_the_status(tracker, runs, outcome, status):
+    one = tracker()
+    one.trial_updated(trial(0, outcome, 2.0, error="why"))
+    assert one.close(60) == []
+    child = runs()["trial 0000"]
+    assert (child.data.tags["outcome"], child.data.tags["error"], child.info.status) == (outcome.value, "why", status)
+
+
+def test_a_resumed_sweep_finds_its_runs_and_doubles_nothing(tracker, runs, client):
+    for outcome, losses in ((Outcome.LOST, (2.0, 1.5)), (Outcome.RUNNING, (2.0, 1.5, 1.4)), (Outcome.COMPLETE, (2.0, 1.5, 1.4))):
+        one = tracker()
+        one.sweep_started({})
+        one.trial_updated(trial(0, outcome, *losses))
+        one.trial_updated(trial(0, outcome, *losses))
+        assert one.close(60) == []
+    assert set(runs()) == {"my sweep", "trial 0000"}
+    assert [point[:2] for point in history(client, runs()["trial 0000"])] == [(1000, 2.0), (2000, 1.5), (3000, 1.4)]
+    assert runs()["trial 0000"].info.status == "FINISHED"
+
+
+def test_another_sweep_of_the_same_experiment_keeps_its_own_runs(tracker, store, tmp_path, request, client):
+    for one in (tracker(), Tracker(local_uri(store), request.node.name, "my sweep", tmp_path / "other", CONFIG)):
+        one.trial_updated(trial(0, Outcome.COMPLETE, 2.0))
+        assert one.close(60) == []
+    assert len(client.search_runs([client.get_experiment_by_name(request.node.name).experiment_id])) == 4
+
+
+def test_a_finished_sweep_has_its_summary_and_the_best_adapter(tracker, runs, client, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    one = tracker()
+    one.sweep_finished({"best_eval_loss": 1.5, "num_trials": 2, "rule": "lowest"}, trial(1, Outcome.COMPLETE, 1.5), adapter)
+    assert one.close(60) == []
+    two = tracker()  # a resume that finds a better one
+    two.sweep_finished({"best_eval_loss": 1.2, "num_trials": 2, "rule": "lowest"}, trial(2, Outcome.COMPLETE, 1.2), None)
+    assert two.close(60) == []
+    parent, former, best = (runs()[name] for name in ("my sweep", "trial 0001", "trial 0002"))
+    assert parent.info.status == "FINISHED"
+    assert (parent.data.metrics, parent.data.tags["rule"]) == ({"best_eval_loss": 1.2, "num_trials": 2.0}, "lowest")
+    assert [file.path for file in client.list_artifacts(former.info.run_id, "adapter")] == ["adapter/adapter_config.json"]
+    assert (former.data.tags["sweep.best"], best.data.tags["sweep.best"]) == ("false", "true")
+    assert len(client.get_metric_history(parent.info.run_id, "num_trials")) == 1
+
+
+def test_an_interrupted_sweep_does_not_look_running(tracker, runs):
+    one = tracker()
+    one.sweep_started({})
+    one.close(60)
+    assert runs()["my sweep"].info.status == "KILLED"
+
+
+def test_a_loss_that_is_not_finite_is_written_as_such(tracker, runs, client):
+    one = tracker()
+    one.trial_updated(trial(0, Outcome.DIVERGED, 2.0, math.nan))
+    assert one.close(60) == []
+    assert [math.isnan(point[1]) for point in history(client, runs()["trial 0000"])] == [False, True]
+
+
+def test_a_value_that_mlflow_refuses_is_a_warning_and_holds_up_nothing(tracker, runs):
+    one = tracker()
+    one.trial_updated(trial(0, Outcome.COMPLETE, 2.0, params={"not a valid name!": 1}))
+    one.trial_updated(trial(1, Outcome.COMPLETE, 2.0))
+    (warning,) = one.close(60)
+    assert "1 updates not written (trial 0): refused" in warning
+    assert runs()["trial 0001"].info.status == "FINISHED"
+
+
+def test_a_dead_server_neither_blocks_nor_raises_and_is_one_warning(tmp_path):
+    one = Tracker("http://user:secret@127.0.0.1:9", "demo", "my sweep", tmp_path, CONFIG)
+    before = time.perf_counter()
+    one.sweep_started({})
+    for _ in range(100):
+        one.trial_updated(trial(0, Outcome.RUNNING, 2.0))
+    one.sweep_finished({}, None, None)
+    assert time.perf_counter() - before < 0.1
+    (warning,) = one.close(5)
+    assert time.perf_counter() - before < 6
+    assert "mlflow at http://127.0.0.1:9: 3 updates not written (" in warning
+    assert "secret" not in warning
+
+
+def test_a_server_that_never_answers_does_not_hold_up_close(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = Tracker(f"http://127.0.0.1:{server.getsockname()[1]}", "demo", "my sweep", tmp_path, CONFIG)
+        one.sweep_started({})
+        before = time.perf_counter()
+        (warning,) = one.close(1)
+        assert 0.9 < time.perf_counter() - before < 2
+    assert "no answer within 1 s" in warning
+
+
+def test_tracking_switched_off_has_the_same_methods():
+    off = NullTracker()
+    off.sweep_started({})
+    off.trial_updated(trial(0, Outcome.RUNNING))
+    off.sweep_finished({}, None, None)
+    assert off.close(1) == []
+
+
+def test_importing_the_module_does_not_load_mlflow():
+    code = "import sys, sweep.tracking; print('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+# --- the thread ---
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(background, "FIRST_RETRY_S", 0.001)
+
+
+def test_a_job_that_fails_is_tried_again_and_others_go_on_meanwhile(impatient):
+    done, both = [], threading.Event()
+
+    def flaky():
+        done.append("try")
+        if done.count("try") < 4:
+            raise OSError("away")
+        both.set()
+
+    writer = BackgroundWriter("test", lambda error: False)
+    writer.put(("flaky",), flaky)
+    writer.put(("other",), lambda: done.append("other"))
+    assert both.wait(5)
+    assert writer.close(5) == {}
+    assert done[:3].count("other") == 1
+    assert done.count("try") == 4
+
+
+def test_of_several_states_of_one_key_only_the_last_is_written():
+    seen, gate = [], threading.Event()
+    writer = BackgroundWriter("test", lambda error: False)
+    writer.put(("gate",), gate.wait)
+    for state in range(10):
+        writer.put(("trial", 0), lambda state=state: seen.append(state))
+    gate.set()
+    assert writer.close(5) == {}
+    assert seen == [9]
+
+
+def test_a_state_that_comes_while_an_older_one_is_written_is_written_too():
+    seen, started, gate = [], threading.Event(), threading.Event()
+
+    def slow():
+        started.set()
+        gate.wait()
+        seen.append("old")
+
+    writer = BackgroundWriter("test", lambda error: False)
+    writer.put(("trial", 0), slow)
+    started.wait()
+    writer.put(("trial", 0), lambda: seen.append("new"))
+    gate.set()
+    assert writer.close(5) == {}
+    assert seen == ["old", "new"]
+
+
+def test_after_close_a_failing_job_gets_three_tries(impatient):
+    tries = []
+
+    def failing():
+        tries.append(1)
+        raise OSError("away")
+
+    writer = BackgroundWriter("test", lambda error: False)
+    writer._closing = True  # as if close() came first
+    writer._pending[("trial", 0)] = failing
+    assert writer.close(5) == {"OSError: away": [("trial", 0)]}
+    assert 3 <= len(tries) <= 6
