@@ -39,7 +39,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def _train(arguments: list[str]) -> int:
     parser = _parser("train")
-    parser.add_argument("--out", type=Path, help="trial folder to write and to continue from (default: replay/ beside the config)")
+    parser.add_argument(
+        "--out", type=Path, help="trial folder to write and to continue from (default: replay/ beside the config)"
+    )
     options = parser.parse_args(arguments)
     config = load_train_config(options.config)
     out = options.out or options.config.resolve().parent / "replay"
@@ -47,12 +49,16 @@ def _train(arguments: list[str]) -> int:
 
     out.mkdir(parents=True, exist_ok=True)
     recorded = _recorded(options.config.resolve().parent / "reports.jsonl")
-    print(f"{'rung':>4} {'tokens':>10} {'train loss':>10} {'eval loss':>10} {'recorded':>10} {'tok/s':>8} {'peak GiB':>8}", flush=True)
+    print(
+        f"{'rung':>4} {'tokens':>10} {'train loss':>10} {'eval loss':>10} {'recorded':>10} {'tok/s':>8} {'peak GiB':>8}",
+        flush=True,
+    )
     for report in train(config, out):
         known = recorded.get(report.rung)
+        compared = "-" if known is None else f"{known:.5f}"
         print(
-            f"{report.rung:>4} {report.tokens_seen:>10} {report.train_loss:>10.5f} {report.eval_loss:>10.5f} "
-            f"{'-' if known is None else format(known, '.5f'):>10} {report.tokens_per_second:>8.0f} {report.peak_allocated_gib:>8.2f}",
+            f"{report.rung:>4} {report.tokens_seen:>10} {report.train_loss:>10.5f} {report.eval_loss:>10.5f} {compared:>10} "
+            f"{report.tokens_per_second:>8.0f} {report.peak_allocated_gib:>8.2f}",
             flush=True,
         )
     print(f"adapter: {out / 'adapter'}")

@@ -24,7 +24,14 @@ FORMATS = {  # format -> columns that reveal it, most telling first
     "alpaca": (("instruction", "output"),),
     "text": (("text",),),
 }
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
 ALPACA_HEAD = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 
 
@@ -140,8 +147,9 @@ def _normalised(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
     for message in raw:
         if "from" in message and "value" in message:
             message = {"role": SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message["value"]}
-        if "role" not in message or message.get("content") is None and not message.get("tool_calls"):
-            raise SampleError("every message needs role and content")
+        content = message.get("content")
+        if not isinstance(message.get("role"), str) or not (isinstance(content, (str, list)) or message.get("tool_calls")):
+            raise SampleError("every message needs a role and a content (text, or a list of parts)")
         messages.append({key: value for key, value in message.items() if value is not None})
     return messages
 

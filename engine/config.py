@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -126,7 +127,7 @@ class LoopConfig(StrictModel):
     @model_validator(mode="after")
     def _grid_ascends(self) -> LoopConfig:
         grid = self.report_at_tokens or ()
-        if any(a >= b for a, b in zip(grid, grid[1:])) or (grid and grid[-1] > self.max_tokens):
+        if any(a >= b for a, b in itertools.pairwise(grid)) or (grid and grid[-1] > self.max_tokens):
             raise ValueError(f"report_at_tokens must ascend and end at or below max_tokens = {self.max_tokens}")
         if self.num_reports > self.max_tokens:
             raise ValueError(f"num_reports must not exceed max_tokens = {self.max_tokens}")

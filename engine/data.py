@@ -93,10 +93,11 @@ def split_by_content(hashes: np.ndarray, eval_fraction: float) -> tuple[np.ndarr
 
 
 def _sources(config: DataConfig) -> tuple[str, str | None]:
-    builtin = resolve_data(config.train)
-    if builtin is None:
-        return config.train, config.eval
-    return str(builtin[0]), config.eval or str(builtin[1])
+    """(train, eval) paths; a builtin brings its own evaluation part, and can also be named as `data.eval` alone."""
+    train = resolve_data(config.train)
+    evaluation = resolve_data(config.eval) if config.eval else train
+    train_path = str(train[0]) if train else config.train
+    return train_path, str(evaluation[1]) if evaluation else config.eval
 
 
 def _refuse_empty(view: View, field: str, value: int) -> None:
@@ -109,7 +110,15 @@ def _token_set(field: str, source: str, split: str, config: DataConfig, tokenize
     if not tokenizer.is_fast:
         raise InputError("model.path", type(tokenizer).__name__, "needs a fast tokenizer (tokenizer.json), to place targets")
     content, samples = _open(field, source, split)
-    identity = [VERSION, content, config.format, template, tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token, tokenizer.eos_token]
+    identity = [
+        VERSION,
+        content,
+        config.format,
+        template,
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.bos_token,
+        tokenizer.eos_token,
+    ]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
 
     def build(folder: Path) -> None:
@@ -192,7 +201,9 @@ def _tokenise(field: str, samples: Any, format_name: str, template: str | None, 
     np.save(folder / "hashes.npy", np.asarray(hashes, dtype=np.uint64))
 
 
-def _render_all(field: str, samples: Any, format_name: str, template: str | None, tokenizer: Any) -> Iterator[tuple[str, TargetText]]:
+def _render_all(
+    field: str, samples: Any, format_name: str, template: str | None, tokenizer: Any
+) -> Iterator[tuple[str, TargetText]]:
     renderer = None
     for name, sample in samples:
         if not isinstance(sample, Mapping):

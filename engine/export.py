@@ -23,7 +23,9 @@ PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def export_adapter(folder: Path, config: TrainConfig, layers: dict[str, LoraLinear], linear_names: list[str], tokenizer: Any) -> None:
+def export_adapter(
+    folder: Path, config: TrainConfig, layers: dict[str, LoraLinear], linear_names: list[str], tokenizer: Any
+) -> None:
     """Write the adapter and the tokenizer it was trained with to `folder`, atomically, replacing what was there."""
 
     def fill(target: Path) -> None:

