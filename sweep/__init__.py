@@ -1,1 +1,1 @@
-"""sweep: decides which trials run and which adapter wins. Knows nothing of tensors; importing this package loads no torch, no ray."""
+"""sweep: decides which trials run and which adapter wins. Knows nothing of tensors; importing it loads no torch, no ray."""

@@ -7,6 +7,7 @@ the known ones.
 
 from __future__ import annotations
 
+import difflib
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,23 @@ def _for_hydra(override: str) -> str:
     bare = key.lstrip("+~")
     known = groups()
     if bare not in known:
+        _check_section(bare, value)
         return override if key.startswith("~") else f"++{bare}={value}"
     if value not in known[bare]:
         raise InputError(bare, value, f"must be one of {', '.join(known[bare])}")
     # experiment is not in the defaults list: it must be appended, and whoever leaves the plus out means the same
     return f"+{bare}={value}" if bare == "experiment" else f"{bare}={value}"
+
+
+def _check_section(key: str, value: str) -> None:
+    """Before Hydra asks for required values: a mistyped section is the likelier fault."""
+    from sweep.config import SweepConfig
+
+    sections = [*SweepConfig.model_fields, "experiment", *RUN_KEYS]
+    if key.split(".")[0] not in sections:
+        near = difflib.get_close_matches(key.split(".")[0], sections, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(key, value, f"unknown key; known: {', '.join(sections)}{hint}")
 
 
 def _split(override: str) -> tuple[str, str]:

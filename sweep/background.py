@@ -90,7 +90,7 @@ class BackgroundWriter:
 def _attempt(job: Job) -> Exception | None:
     try:
         job()
-    except Exception as error:  # whatever the store's client raises: its caller must not notice
+    except Exception as error:  # whatever the client of a store raises, the caller must not notice
         return error
     return None
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import ray
@@ -21,6 +22,7 @@ ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # nobody reads Tune's snapshot
     "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # checkpoints are whole at any moment, so a worker may be killed
     "TUNE_MAX_PENDING_TRIALS_PG": "1",  # ask the sampler as late as possible
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a banner at any verbosity
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
 }
 
@@ -31,14 +33,15 @@ def cluster(slots: Slots, address: str | None, log: Path) -> Iterator[None]:
     os.environ.update(ENVIRONMENT)
     if slots.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a trial with train.device = auto must not find a GPU it was not given
-    handler = _log_to(log)
-    try:
-        _connect(slots, address)
-        yield
-    finally:
-        ray.shutdown()
-        logging.getLogger().removeHandler(handler)
-        handler.close()
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    # Ray's threads print the death of a worker to stdout, whatever log_to_driver says; the screen has its own handle on it
+    with _logging_to(log), open(log, "a") as prints, redirect_stdout(prints), redirect_stderr(prints):
+        try:
+            _connect(slots, address)
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray put in one of its own, which ends the process on the spot
+            yield
+        finally:
+            ray.shutdown()  # prints what it has held back
 
 
 def count_cluster(address: str) -> tuple[int, int]:
@@ -58,8 +61,12 @@ def _connect(slots: Slots, address: str | None) -> None:
     root = str(Path(__file__).resolve().parent.parent)  # the workers import this package, wherever the driver was started
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     ray.init(
-        num_cpus=slots.num_slots * slots.cpus_per_trial, num_gpus=slots.num_slots if slots.device == "cuda" else 0,
-        include_dashboard=False, log_to_driver=False, configure_logging=False, _node_ip_address="127.0.0.1",
+        num_cpus=slots.num_slots * slots.cpus_per_trial,
+        num_gpus=slots.num_slots if slots.device == "cuda" else 0,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        _node_ip_address="127.0.0.1",
     )
 
 
@@ -70,9 +77,10 @@ def _join(address: str) -> None:
         raise InputError("cluster.address", address, f"must be a running Ray cluster ({str(error).splitlines()[0]})") from None
 
 
-def _log_to(log: Path) -> logging.Handler:
+@contextmanager
+def _logging_to(log: Path) -> Iterator[None]:
     """Send everything that is logged in this process to the file, and nothing to the terminal."""
-    handler = logging.FileHandler(log, delay=True)
+    handler = logging.FileHandler(log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
@@ -82,4 +90,9 @@ def _log_to(log: Path) -> logging.Handler:
         logger.handlers.clear()
         logger.propagate = True
     logging.captureWarnings(True)
-    return handler
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        handler.close()

@@ -12,10 +12,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, field_validator
 
 from engine.config import (
-    DataConfig, LoopConfig, LoraConfig, ModelConfig, OptimConfig, PositiveInt, StrictModel, TrainConfig, parse,
+    DataConfig,
+    LoopConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    PositiveInt,
+    StrictModel,
+    TrainConfig,
+    parse,
 )
 from engine.errors import InputError
-
 
 
 def _auto_or_at_least(minimum: int) -> PlainValidator:
@@ -172,10 +179,6 @@ class SweepConfig(StrictModel):
         """The config every trial starts from, before its sampled values are put in."""
         return TrainConfig(model=self.model, data=self.data, lora=self.lora, optim=self.optim, train=self.train)
 
-    def tracking_uri(self) -> str:
-        """tracking.uri, resolved."""
-        return self.tracking.uri or f"sqlite:///{self.sweep.output_dir}/mlflow.db"
-
 
 def parse_sweep_config(data: Any) -> SweepConfig:
     """Validate plain data; raises InputError."""
@@ -192,5 +195,3 @@ def _pick(models: Mapping[str, type[StrictModel]], value: Any, where: str) -> An
     if not isinstance(name, str) or name not in models:
         raise InputError(f"{where}.name", name, f"must be one of {', '.join(models)}")
     return parse(models[name], dict(value), where)
-
-

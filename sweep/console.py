@@ -53,7 +53,9 @@ class TableConsole:
         self._num_rungs, self._started = num_rungs, time.monotonic()
         self._records: dict[int, TrialRecord] = {}
         self._console = Console(file=stream)
-        self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=4, transient=False)
+        self._live = Live(
+            console=self._console, get_renderable=self._table, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False
+        )
 
     def start(self) -> None:
         self._live.start()
@@ -75,8 +77,15 @@ class TableConsole:
         seconds = int(time.monotonic() - self._started)
         title = f"{len(ended)} of {len(records)} trials ended, {seconds // 60}:{seconds % 60:02d}"
         table = Table(title=title, title_justify="left")
-        for name, justify in (("trial", "right"), ("params", "left"), ("rung", "right"), ("tokens", "right"),
-                              ("eval loss", "right"), ("tok/s", "right"), ("outcome", "left")):
+        for name, justify in (
+            ("trial", "right"),
+            ("params", "left"),
+            ("rung", "right"),
+            ("tokens", "right"),
+            ("eval loss", "right"),
+            ("tok/s", "right"),
+            ("outcome", "left"),
+        ):
             table.add_column(name, justify=justify)
         hidden = {record.number for record in ended[:-NUM_ENDED_SHOWN] if record.score != best}
         for record in records:
@@ -89,9 +98,13 @@ class TableConsole:
         score = "" if record.score is None else f"{record.score:.4f}"
         winner = record.outcome is Outcome.COMPLETE and record.score == best
         return (
-            str(record.number), params_text(record.params), _rung_text(record, self._num_rungs),
-            f"{last['tokens_seen']:,}" if last else "", f"[bold green]{score}[/]" if winner else score,
-            f"{last['tokens_per_second']:,.0f}" if last else "", f"[{COLORS.get(record.outcome, 'red')}]{record.outcome}[/]",
+            str(record.number),
+            params_text(record.params),
+            _rung_text(record, self._num_rungs),
+            f"{last['tokens_seen']:,}" if last else "",
+            f"[bold green]{score}[/]" if winner else score,
+            f"{last['tokens_per_second']:,.0f}" if last else "",
+            f"[{COLORS.get(record.outcome, 'red')}]{record.outcome}[/]",
         )
 
 
@@ -119,4 +132,4 @@ def _report_text(report: dict[str, Any]) -> str:
 
 def _end_text(record: TrialRecord) -> str:
     tail = f"eval loss {record.score:.4f}" if record.score is not None else ""
-    return "  ".join(filter(None, [f"{record.outcome:<9}", tail, record.error]))
+    return "  ".join(filter(None, [f"{record.outcome:<13}", tail, record.error]))

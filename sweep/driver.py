@@ -18,7 +18,7 @@ from engine.errors import InputError
 from sweep.commands import prepare
 from sweep.config import SweepConfig, parse_sweep_config
 from sweep.console import LineConsole, TableConsole, make_console
-from sweep.engine_modules import EngineModules
+from sweep.engine_modules import REAL_ENGINE, EngineModules
 from sweep.plan import Plan, make_plan
 from sweep.runs import SweepFolder
 
@@ -27,7 +27,7 @@ RESUMABLE = ("sweep.num_trials",)
 Screen = LineConsole | TableConsole
 
 
-def start(raw: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = EngineModules()) -> int:
+def start(raw: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
     """Run a new sweep. Returns the exit code; raises InputError before anything is written."""
     plan = make_plan(parse_sweep_config(raw))
     print(plan.describe(), flush=True)
@@ -43,7 +43,7 @@ def start(raw: dict[str, Any], *, dry_run: bool = False, engine: EngineModules =
         return _run(plan, folder, engine)
 
 
-def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = EngineModules()) -> int:
+def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
     """Go on with a sweep from its folder. overrides: dotted path -> value; only sweep.num_trials may be raised."""
     folder = SweepFolder.open(path)
     config = _raised(folder.read_config(), overrides)
@@ -103,8 +103,14 @@ def _trials_and_finish(plan: Plan, folder: SweepFolder, engine: EngineModules, s
     config = plan.config
     screen.note(f"sweep folder {folder.path}")
     ledger = Ledger(
-        Study(folder, config, plan.space), folder, num_trials=config.sweep.num_trials, num_rungs=plan.num_rungs,
-        num_slots=plan.slots.num_slots, max_retries=config.cluster.max_retries, listeners=(screen, tracker),
+        Study(folder, config, plan.space),
+        folder,
+        num_trials=config.sweep.num_trials,
+        num_rungs=plan.num_rungs,
+        num_slots=plan.slots.num_slots,
+        max_retries=config.cluster.max_retries,
+        listeners=(screen, tracker),
+        note=screen.note,
     )
     continued = ledger.recover()
     if continued:
@@ -121,12 +127,13 @@ def _trials_and_finish(plan: Plan, folder: SweepFolder, engine: EngineModules, s
 
 
 def _make_tracker(plan: Plan, folder: SweepFolder) -> Any:
-    from sweep.tracking import NullTracker, Tracker
+    from sweep.tracking import NullTracker, Tracker, local_uri
 
     config = plan.config
     if config.tracking.name == "none":
         return NullTracker()
-    return Tracker(config.tracking_uri(), config.sweep.name, folder.path.name, folder.path, config.model_dump(mode="json"))
+    uri = config.tracking.uri or local_uri(folder.path.parent)
+    return Tracker(uri, config.sweep.name, folder.path.name, folder.path, config.model_dump(mode="json"))
 
 
 def _interrupted(folder: SweepFolder) -> int:

@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sweep.placement import Slots
 from sweep.outcome import Proposal
+from sweep.placement import Slots
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,16 @@ class EngineModules:
     command: str = "engine"
 
 
+REAL_ENGINE = EngineModules()
+
+
 def worker_config(proposal: Proposal, run_dir: str, slots: Slots, engine: EngineModules) -> dict[str, Any]:
     """What the driver ships to the worker for one trial: plain data."""
     return {
-        "number": proposal.number, "run_dir": run_dir, "device": slots.device, "num_threads": slots.cpus_per_trial,
+        "number": proposal.number,
+        "run_dir": run_dir,
+        "device": slots.device,
+        "num_threads": slots.cpus_per_trial,
         "engine": asdict(engine),
         # text, because Tune resolves and merges nested dicts in a config
         "train_config": json.dumps(proposal.config.model_dump(mode="json")),

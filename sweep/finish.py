@@ -1,4 +1,4 @@
-"""The end of a sweep: choose the winner, measure it again from its files, write best/ and the leaderboard, and say what came out."""
+"""The end of a sweep: choose the winner, measure it again from its files, write best/ and the leaderboard, report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ RELATIVE_TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}  # float32 repeats itself; bflo
 
 
 def finish(
-    folder: SweepFolder, records: list[TrialRecord], sweep_name: str, device: str, engine_command: str, note: Callable[[str], None]
+    folder: SweepFolder,
+    records: list[TrialRecord],
+    sweep_name: str,
+    device: str,
+    engine_command: str,
+    note: Callable[[str], None],
 ) -> tuple[TrialRecord | None, dict[str, Any]]:
     """Returns the winner (None where no trial completed) and the summary. The leaderboard is written in any case."""
     best = select_best(records)
@@ -37,7 +42,8 @@ def finish(
     write_leaderboard(folder.path, records, sweep_name, reevaluation)
     note(_result_text(folder, best, reevaluation))
     summary |= {
-        "best_eval_loss": reevaluation["eval_loss"], "base_eval_loss": reevaluation["base_eval_loss"],
+        "best_eval_loss": reevaluation["eval_loss"],
+        "base_eval_loss": reevaluation["base_eval_loss"],
         "reevaluation_agrees": str(reevaluation["agrees"]),
     }
     return best, summary
@@ -51,11 +57,19 @@ def _reevaluate(folder: SweepFolder, best: TrialRecord, device: str, engine_comm
 
 def _result_text(folder: SweepFolder, best: TrialRecord, reevaluation: dict[str, Any]) -> str:
     base, tuned = reevaluation["base_eval_loss"], reevaluation["eval_loss"]
-    lines = ["", f"{'':24}eval loss  perplexity", _loss_line("base model", base),
-             _loss_line(f"best adapter (trial {best.number})", tuned), ""]
+    lines = [
+        "",
+        f"{'':24}eval loss  perplexity",
+        _loss_line("base model", base),
+        _loss_line(f"best adapter (trial {best.number})", tuned),
+        "",
+    ]
     if not reevaluation["agrees"]:
-        lines.insert(0, f"WARNING: the adapter on disk scores {tuned:.4f}, but trial {best.number} reported {best.score:.4f}: "
-                        "do not trust this adapter before you know why")
+        lines.insert(
+            0,
+            f"WARNING: the adapter on disk scores {tuned:.4f}, but trial {best.number} reported {best.score:.4f}: "
+            "do not trust this adapter before you know why",
+        )
     return "\n".join([*lines, f"adapter      {folder.best}", f"leaderboard  {folder.path / 'leaderboard.md'}"])
 
 

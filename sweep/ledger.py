@@ -33,10 +33,20 @@ class Ledger:
     """Hands out trials, takes their reports and ends. Not thread-safe: the driver's one thread calls it."""
 
     def __init__(
-        self, study: Study, folder: SweepFolder, *, num_trials: int, num_rungs: int, num_slots: int, max_retries: int,
-        listeners: tuple[Listener, ...] = (), clock: Callable[[], float] = time.time,
+        self,
+        study: Study,
+        folder: SweepFolder,
+        *,
+        num_trials: int,
+        num_rungs: int,
+        num_slots: int,
+        max_retries: int,
+        listeners: tuple[Listener, ...] = (),
+        note: Callable[[str], None] = lambda text: None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._study, self._folder, self._clock, self._listeners = study, folder, clock, listeners
+        """note: takes a line for the user about what is not a trial's state."""
+        self._study, self._folder, self._clock, self._listeners, self._note = study, folder, clock, listeners, note
         self._num_trials, self._num_rungs, self._num_slots, self._max_retries = num_trials, num_rungs, num_slots, max_retries
         self._records = {record.number: record for record in study.records()}
         self._waiting: list[int] = []
@@ -129,6 +139,7 @@ class Ledger:
         if self._retries[number] > self._max_retries:
             self._end(number, Outcome.LOST, f"the worker process died {self._retries[number]} times; see driver.log")
         else:
+            self._note(f"trial {number:3d}  worker process died; it goes on from its checkpoint (see driver.log)")
             self._waiting.append(number)
 
     def _ask(self) -> Proposal | None:
@@ -142,10 +153,19 @@ class Ledger:
         self._live.discard(number)
         self._study.tell(number, outcome, error)
         record = dataclasses.replace(self._records[number], outcome=outcome, ended_s=self._clock(), error=error)
-        self._folder.write_result(number, {
-            "number": number, "outcome": str(outcome), "params": record.params, "score": record.score,
-            "num_reports": len(record.reports), "started_s": record.started_s, "ended_s": record.ended_s, "error": error,
-        })
+        self._folder.write_result(
+            number,
+            {
+                "number": number,
+                "outcome": str(outcome),
+                "params": record.params,
+                "score": record.score,
+                "num_reports": len(record.reports),
+                "started_s": record.started_s,
+                "ended_s": record.ended_s,
+                "error": error,
+            },
+        )
         self._update(record)
 
     def _update(self, record: TrialRecord) -> None:

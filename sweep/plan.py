@@ -34,7 +34,7 @@ class Plan:
 
     def describe(self) -> str:
         """The plan as text, one fact a line."""
-        config, size = self.config, self.space.size()
+        config, size, budget = self.config, self.space.size(), self.config.train.max_tokens
         grid = ", ".join(f"{tokens:,}" for tokens in config.train.report_grid())
         points = "continuous" if size is None else f"{size:,} points"
         lines = [
@@ -42,12 +42,13 @@ class Plan:
             f"output in {config.sweep.output_dir}/{config.sweep.name}-<date>-<time>/",
             f"model      {config.model.path} ({config.model.quantization})",
             f"data       {config.data.train}",
-            f"budget     {config.train.max_tokens:,} tokens a trial, at most {config.sweep.num_trials * config.train.max_tokens:,} in all",
+            f"budget     {budget:,} tokens a trial, at most {config.sweep.num_trials * budget:,} in all",
             f"rungs      {self.num_rungs}, at tokens seen: {grid}",
             f"slots      {self.slots.describe()}",
             f"sampler    {_options(config.sampler.model_dump())}",
             f"pruner     {_options(config.pruner.model_dump())}",
-            f"tracking   {config.tracking.name}" + (f" at {config.tracking_uri()}" if config.tracking.name != "none" else ""),
+            f"tracking   {config.tracking.name}"
+            + (f" at {config.tracking.uri or config.sweep.output_dir + '/mlflow.db'}" if config.tracking.name != "none" else ""),
             f"space      {len(self.space.dimensions)} dimensions, {points}",
         ]
         width = max((len(dimension.path) for dimension in self.space.dimensions), default=0)

@@ -1,11 +1,11 @@
 """The sweep folder: where everything a sweep writes lies, written so that a kill leaves whole files only. No torch, no ray.
 
-    <name>-<YYYYmmdd-HHMMSS>/
-        sweep_config.json   the whole resolved config; resume reads it
-        study.journal       Optuna's state, the record of truth
-        trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's), result.json, error.txt
-        best/               the winning adapter, ready to load
-        leaderboard.md/.json, driver.log, ray/ (Tune's own files, never read again)
+<name>-<YYYYmmdd-HHMMSS>/
+    sweep_config.json   the whole resolved config; resume reads it
+    study.journal       Optuna's state, the record of truth
+    trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's), result.json, error.txt
+    best/               the winning adapter, ready to load
+    leaderboard.md/.json, driver.log, ray/ (Tune's own files, never read again)
 """
 
 from __future__ import annotations

@@ -8,8 +8,15 @@ import optuna
 
 from engine.errors import InputError
 from sweep.config import (
-    CmaEsConfig, GpConfig, HyperbandConfig, MedianConfig, PatientConfig, PrunerConfig, SamplerConfig,
-    SuccessiveHalvingConfig, TpeConfig,
+    CmaEsConfig,
+    GpConfig,
+    HyperbandConfig,
+    MedianConfig,
+    PatientConfig,
+    PrunerConfig,
+    SamplerConfig,
+    SuccessiveHalvingConfig,
+    TpeConfig,
 )
 
 
@@ -18,15 +25,22 @@ def make_sampler(config: SamplerConfig, seed: int) -> optuna.samplers.BaseSample
     samplers = optuna.samplers
     if isinstance(config, TpeConfig):
         return samplers.TPESampler(
-            n_startup_trials=config.num_startup_trials, n_ei_candidates=config.num_ei_candidates,
-            multivariate=config.multivariate, group=config.multivariate, constant_liar=True, seed=seed,
+            n_startup_trials=config.num_startup_trials,
+            n_ei_candidates=config.num_ei_candidates,
+            multivariate=config.multivariate,
+            group=config.multivariate,
+            constant_liar=True,
+            seed=seed,
         )
     if isinstance(config, CmaEsConfig):
         if importlib.util.find_spec("cmaes") is None:
             raise InputError("sampler.name", "cmaes", "needs the package cmaes (pip install cmaes)")
         return samplers.CmaEsSampler(
-            n_startup_trials=config.num_startup_trials, popsize=config.population_size, seed=seed,
-            warn_independent_sampling=False, consider_pruned_trials=True,
+            n_startup_trials=config.num_startup_trials,
+            popsize=config.population_size,
+            seed=seed,
+            warn_independent_sampling=False,
+            consider_pruned_trials=True,
         )
     if isinstance(config, GpConfig):
         if importlib.util.find_spec("torch") is None:
@@ -40,7 +54,8 @@ def make_pruner(config: PrunerConfig, num_rungs: int) -> optuna.pruners.BasePrun
     pruners = optuna.pruners
     if isinstance(config, SuccessiveHalvingConfig):
         return pruners.SuccessiveHalvingPruner(
-            min_resource=config.min_rung, reduction_factor=config.reduction_factor,
+            min_resource=config.min_rung,
+            reduction_factor=config.reduction_factor,
             min_early_stopping_rate=config.min_early_stopping_rate,
         )
     if isinstance(config, HyperbandConfig):

@@ -17,6 +17,9 @@ class LedgerScheduler(FIFOScheduler):
         super().__init__()
         self._ledger = ledger
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it into its own snapshots, which nobody reads
+
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         stop = self._ledger.reported(trial.config["number"], json.loads(result["report"]))
         return self.STOP if stop else self.CONTINUE

@@ -38,7 +38,10 @@ class LedgerSearcher(Searcher):
         report = json.loads(result["report"]) if result["report"] else None
         self._ledger.ended(number, Outcome(result["outcome"]), report, result["error"])
 
-    # Tune saves the searcher with its own snapshot, which nobody reads: the journal is the record.
+    # Tune pickles the searcher into its own snapshots, which nobody reads: the journal is the record.
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
         pass
 

@@ -93,6 +93,10 @@ def model_card(record: TrialRecord, reevaluation: dict[str, Any], sweep_name: st
     quantized = config.model.quantization == "nf4"
     tags = ["lora", "qlora" if quantized else "peft", "qlora-sweep"]
     agreement = "agrees with" if reevaluation["agrees"] else "**does NOT agree with**"
+    measured = (
+        f"Measured after the sweep on {reevaluation['num_eval_target_tokens']:,} target tokens of the evaluation set; this "
+        f"{agreement} what the trial reported ({_number(reevaluation['trial_eval_loss'], '.4f')})."
+    )
     return "\n".join(
         [
             "---",
@@ -111,8 +115,7 @@ def model_card(record: TrialRecord, reevaluation: dict[str, Any], sweep_name: st
             f"| base model | {_loss_cells(reevaluation['base_eval_loss'])} |",
             f"| with this adapter | {_loss_cells(reevaluation['eval_loss'])} |",
             "",
-            f"Measured after the sweep on {reevaluation['num_eval_target_tokens']:,} target tokens of the evaluation set; this "
-            f"{agreement} what the trial reported ({_number(reevaluation['trial_eval_loss'], '.4f')}).",
+            measured,
             "",
             *_table(("setting", "value"), _settings(record, config)),
             "",
@@ -203,12 +206,12 @@ def _row(record: TrialRecord, place: int) -> dict[str, Any]:
 def _markdown(name: str, best: TrialRecord | None, rows: list[dict[str, Any]], reevaluation: dict[str, Any] | None) -> str:
     lines = [f"# Leaderboard of `{name}`", "", f"Best: {f'trial {best.number}' if best else 'none'}. Rule: {RULE}.", ""]
     if reevaluation:
-        lines += [
+        again = (
             f"Evaluated again after the sweep: base {_number(reevaluation['base_eval_loss'], '.4f')}, "
             f"best adapter {_number(reevaluation['eval_loss'], '.4f')} nats per target token "
-            f"({'agrees' if reevaluation['agrees'] else 'DOES NOT agree'} with the trial's own report).",
-            "",
-        ]
+            f"({'agrees' if reevaluation['agrees'] else 'DOES NOT agree'} with the trial's own report)."
+        )
+        lines += [again, ""]
     return "\n".join([*lines, *_table(HEADER, [_cells(row) for row in rows]), ""])
 
 

@@ -18,8 +18,10 @@ from sweep.space import Choice, Dimension, Range, Scalar, Space
 
 LEAF_KEYS = ("choices", "low", "high", "log", "step", "when")
 INCOMPARABLE = {
-    "data.train": "trials would learn from different data", "data.train_split": "trials would learn from different data",
-    "data.eval": "trials would be scored on different data", "data.eval_split": "trials would be scored on different data",
+    "data.train": "trials would learn from different data",
+    "data.train_split": "trials would learn from different data",
+    "data.eval": "trials would be scored on different data",
+    "data.eval_split": "trials would be scored on different data",
     "data.eval_fraction": "trials would be scored on different data",
     "data.eval_max_samples": "trials would be scored on different data",
     "data.eval_max_seq_length": "trials would be scored at different lengths",

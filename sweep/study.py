@@ -109,9 +109,12 @@ class Study:
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         finished = trial.state.is_finished()
         return TrialRecord(
-            number=trial.number, params=dict(trial.params), config=self._config(trial.params).model_dump(mode="json"),
+            number=trial.number,
+            params=dict(trial.params),
+            config=self._config(trial.params).model_dump(mode="json"),
             outcome=Outcome(trial.user_attrs["outcome"]) if finished else Outcome.RUNNING,
-            folder=str(self._folder.trial(trial.number)), reports=self._folder.reports(trial.number),
+            folder=str(self._folder.trial(trial.number)),
+            reports=self._folder.reports(trial.number),
             started_s=trial.datetime_start.timestamp() if trial.datetime_start else None,
             ended_s=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
             error=trial.user_attrs.get("error") if finished else None,

@@ -44,6 +44,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines to stdout at every end of a trial
 }
 BATCH = 1000  # MLflow's limit of metrics in one call
 MAX_VALUE_CHARS = 500  # the shortest limit MLflow's stores ever had for a parameter
@@ -190,7 +191,8 @@ class _Projection:
     def _connect(self) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        from mlflow import MlflowClient  # 1.5 to 3 s: here, so that the driver does not wait for it
+        # takes 1.5 to 3 s: here, so that the driver does not wait for it
+        from mlflow import MlflowClient
 
         # 40 lines on the creation of a database, one at each try of a dead server: close() says it once
         for chatty in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):

@@ -34,10 +34,17 @@ def run_trials(ledger: Ledger, slots: Slots, address: str | None, folder: SweepF
         tune.Tuner(
             tune.with_resources(TrialWorker, slots.resources_per_trial()),
             tune_config=tune.TuneConfig(
-                search_alg=LedgerSearcher(ledger, config_of), scheduler=LedgerScheduler(ledger), num_samples=-1, reuse_actors=True
+                search_alg=LedgerSearcher(ledger, config_of),
+                scheduler=LedgerScheduler(ledger),
+                num_samples=-1,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,  # the default strings the whole config together
             ),
             run_config=tune.RunConfig(
-                name="tune", storage_path=str(folder.ray.absolute()), verbose=0, stop=stop,
+                name="tune",
+                storage_path=str(folder.ray.absolute()),
+                verbose=0,
+                stop=stop,
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         ).fit()

@@ -1,0 +1,111 @@
+"""The command line up to the point where something starts: options compose, faults are one line, layers hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import datetime
+
+import pytest
+
+from engine.errors import InputError
+from sweep.__main__ import compose, groups, main
+from sweep.config import ClusterConfig, parse_sweep_config
+from sweep.placement import Slots, plan_slots
+from sweep.plan import make_plan
+from sweep.runs import SweepFolder
+
+NEEDED = ["model=smollm2-135m", "data=stdlib-docs"]
+OPTIONS = [(group, option) for group, options in groups().items() for option in options]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{group}={option}" for group, option in OPTIONS])
+def test_every_option_composes_into_a_plan(group, option):
+    extra = {"model=local": ["model.path=m"], "data=local": ["data.train=t.jsonl"]}.get(f"{group}={option}", [])
+    if (group, option) == ("sampler", "grid"):
+        extra = ["space=none"]
+    config = parse_sweep_config(compose([*NEEDED, f"{group}={option}", *extra]))
+    if group != "cluster":
+        assert make_plan(config).num_rungs >= 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["model=llama"], ["model = 'llama'", "llama-3.1-8b"]),
+        ([], ["data.train", "required"]),
+        ([*NEEDED, "optim.learing_rate=1"], ["optim.learing_rate", "did you mean 'learning_rate'"]),
+        ([*NEEDED, "modle.path=1"], ["modle.path", "did you mean 'model'"]),
+        ([*NEEDED, "lora.rank=eight"], ["lora.rank", "'eight'", "integer"]),
+        ([*NEEDED, "lora.rank=["], ["lora.rank=["]),
+        ([*NEEDED, "sampler.name=annealing"], ["sampler.name", "tpe"]),
+        ([*NEEDED, "pruner.factor=3"], ["pruner.factor", "reduction_factor"]),
+        ([*NEEDED, "cluster.num_gpus=99"], ["cluster.num_gpus", "GPUs found"]),
+        ([*NEEDED, "cluster.num_gpus=some"], ["cluster.num_gpus", "auto"]),
+        ([*NEEDED, "sampler=grid"], ["sampler.name", "optim.learning_rate"]),
+        ([*NEEDED, "sweep.name=a/b"], ["sweep.name", "a/b"]),
+        ([*NEEDED, "train.report_at_tokens=[200,100]"], ["train", "ascend"]),
+        (["quickstart"], ["argument", "group=option"]),
+        (["resume=nowhere"], ["resume", "sweep folder"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, parts, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(part in error for part in parts), error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["+experiment=quickstart", "dry_run=true"]) == 0
+    text = capsys.readouterr().out
+    for part in ("8 trials", "1,536, 3,072, 6,144", "successive_halving", "lora.rank", "4, 8, 16"):
+        assert part in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_group(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(group in text for group in groups())
+
+
+def test_resume_takes_no_override_but_more_trials(tmp_path, capsys):
+    config = parse_sweep_config(compose([*NEEDED, f"sweep.output_dir={tmp_path}"]))
+    folder = SweepFolder.create(config, datetime(2025, 1, 1))
+    for override, part in (("lora.rank=8", "cannot be changed on resume"), ("sweep.num_trials=2", "at least 16")):
+        assert main([f"resume={folder.path}", override]) == 2
+        assert part in capsys.readouterr().err
+
+
+def test_a_second_driver_on_one_folder_is_refused(tmp_path):
+    folder = SweepFolder(tmp_path)
+    with folder.lock(), pytest.raises(InputError, match="another driver"), folder.lock():
+        pass
+    with folder.lock():
+        pass
+
+
+def test_slots_are_gpus_where_there_are_any_and_core_shares_elsewhere():
+    assert plan_slots(ClusterConfig(), "auto", 2, 16) == Slots(2, "cuda", 1)
+    assert plan_slots(ClusterConfig(cpus_per_trial=2), "auto", 0, 4) == Slots(2, "cpu", 2)
+    assert plan_slots(ClusterConfig(max_concurrent=1), "cpu", 2, 4) == Slots(1, "cpu", 1)
+    with pytest.raises(InputError, match=r"train\.device"):
+        plan_slots(ClusterConfig(), "cuda", 0, 4)
+
+
+def test_planning_loads_no_torch_ray_mlflow_or_optuna():
+    code = (
+        "import sys, sweep.config, sweep.space, sweep.space_parse, sweep.runs, sweep.outcome, sweep.plan, sweep.driver;"
+        "print([name for name in ('torch', 'ray', 'mlflow', 'optuna') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_the_modules_that_talk_to_ray_load_no_torch():
+    code = "import sys, sweep.tuning, sweep.study; print('torch' in sys.modules, 'mlflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False False"

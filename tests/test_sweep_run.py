@@ -1,0 +1,141 @@
+"""Whole sweeps under Ray: one with the real engine and a tiny model, the others with a fake engine that fails on demand."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+BASE = {
+    "model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400, "num_reports": 4}, "tracking": {"name": "none"},
+    "cluster": {"num_cpu_slots": 2},
+}  # fmt: skip
+
+
+def fake_driver(*arguments: str, **options) -> subprocess.Popen:
+    command = [sys.executable, str(TESTS / "sweep_fake_driver.py"), *arguments]
+    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def start(tmp_path: Path, **sections) -> subprocess.Popen:
+    file = tmp_path / "config.json"
+    sections.setdefault("sweep", {}).setdefault("output_dir", str(tmp_path / "sweeps"))
+    file.write_text(json.dumps({**BASE, **sections}))
+    return fake_driver("start", str(file))
+
+
+def sweep_folder(tmp_path: Path) -> Path:
+    (folder,) = (path for path in (tmp_path / "sweeps").iterdir() if (path / "sweep_config.json").exists())
+    return folder
+
+
+def results(folder: Path) -> dict[int, dict]:
+    return {int(file.parent.name): json.loads(file.read_text()) for file in sorted(folder.glob("trials/*/result.json"))}
+
+
+def rungs(folder: Path, number: int) -> list[int]:
+    file = folder / "trials" / f"{number:04d}" / "reports.jsonl"
+    return [json.loads(line)["rung"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_every_fault_of_a_trial_has_its_outcome_and_the_others_go_on(tmp_path):
+    faults = {"optim.weight_decay": {"choices": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}}
+    process = start(
+        tmp_path, optim={"eps": 0.05}, space=faults, sampler={"name": "grid"}, pruner={"name": "none"},
+        cluster={"num_cpu_slots": 2, "max_retries": 1},
+    )  # fmt: skip
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert err == ""
+    assert "(raylet)" not in out
+    by_fault = {result["params"]["optim.weight_decay"]: result for result in results(sweep_folder(tmp_path)).values()}
+    expected = {0: "COMPLETE", 1: "OUT_OF_MEMORY", 2: "DIVERGED", 3: "LOST", 4: "FAILED", 5: "FAILED", 6: "COMPLETE"}
+    assert {fault: result["outcome"] for fault, result in by_fault.items()} == expected
+    assert by_fault[4]["error"] == "ZeroDivisionError: one over zero"
+    assert by_fault[5]["error"] == "lora.target_modules = 'x': matches no layer"
+    assert "7 of 16 trials were possible" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_sweep_is_resumed_with_no_result_lost_or_doubled(tmp_path, number):
+    space = {"lora.rank": {"choices": [2, 4, 8]}, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
+    process = start(tmp_path, optim={"eps": 0.2}, space=space, sweep={"num_trials": 8})
+    _wait_for(tmp_path, "trials/0003/reports.jsonl", process)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    folder = sweep_folder(tmp_path)
+    if number == signal.SIGTERM:
+        assert process.returncode == 130
+        assert f"python -m sweep resume={folder}" in out
+    before = {trial: (result["outcome"], rungs(folder, trial)) for trial, result in results(folder).items()}
+
+    resumed = fake_driver("resume", str(folder))
+    _, err = resumed.communicate(timeout=200)
+    assert resumed.returncode == 0, err
+    after = {trial: (result["outcome"], rungs(folder, trial)) for trial, result in results(folder).items()}
+    assert sorted(after) == list(range(8))
+    assert before.items() <= after.items()
+    for outcome, seen in after.values():
+        assert seen == list(range(1, len(seen) + 1))
+        assert outcome == "COMPLETE" if len(seen) == 4 else outcome == "PRUNED"
+    board = json.loads((folder / "leaderboard.json").read_text())
+    assert len(board["trials"]) == 8
+    assert board["reevaluation"]["agrees"]
+
+
+def test_workers_are_reused_and_pruned_trials_stop(tmp_path):
+    space = {"optim.learning_rate": {"choices": [0.001, 0.002, 0.004, 0.008, 0.016, 0.032]}}
+    process = start(tmp_path, optim={"eps": 0.1}, space=space, sweep={"num_trials": 6})
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    folder = sweep_folder(tmp_path)
+    processes = {file.read_text().split()[0] for file in folder.glob("trials/*/starts.txt")}
+    assert len(processes) <= 3  # two slots; two trials that end in the same instant may cost one restart
+    pruned = [trial for trial, result in results(folder).items() if result["outcome"] == "PRUNED"]
+    assert pruned
+    assert all(len(rungs(folder, trial)) < 4 for trial in pruned)
+
+
+def test_input_that_prepare_refuses_is_one_line_and_leaves_no_folder(tmp_path):
+    code = "import sys; from sweep_fake_driver import *; from sweep import commands\n"
+    code += "try: driver.start(json.loads(Path(sys.argv[1]).read_text()), engine=ENGINE)\n"
+    code += "except commands.CommandFailed as error: print(error, file=sys.stderr); sys.exit(error.exit_code)"
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**BASE, "data": {"train": "missing.jsonl"}, "sweep": {"output_dir": str(tmp_path / "sweeps")}}))
+    done = subprocess.run([sys.executable, "-c", code, str(file)], env=ENV, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "data.train = 'missing.jsonl': no such file\n")
+    assert not (tmp_path / "sweeps").exists()
+
+
+def test_the_command_line_finds_an_adapter_with_the_real_engine(tmp_path, tiny_model_dir, tiny_data):
+    arguments = [
+        "model=local", f"model.path={tiny_model_dir}", "model.quantization=none", "data=local", f"data.train={tiny_data}",
+        "data.max_seq_length=64", "data.eval_max_seq_length=128", "data.eval_fraction=0.2", "train.max_tokens=1200",
+        "train.num_reports=3", "train.tokens_per_step=128", "train.activation_checkpointing=false", "space=rank-targets-rate",
+        "sweep.num_trials=4", f"sweep.output_dir={tmp_path / 'sweeps'}", "tracking=none",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "sweep", *arguments], env=ENV, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    folder = sweep_folder(tmp_path)
+    board = json.loads((folder / "leaderboard.json").read_text())
+    assert len(board["trials"]) == 4
+    assert board["reevaluation"]["agrees"], board["reevaluation"]
+    assert board["reevaluation"]["eval_loss"] < board["reevaluation"]["base_eval_loss"]
+    assert (folder / "best" / "adapter_model.safetensors").is_file()
+    assert "base model" in done.stdout and "best adapter" in done.stdout
+
+
+def _wait_for(tmp_path: Path, pattern: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "sweeps").glob(f"*/{pattern}")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -1,0 +1,91 @@
+"""The search space: what it accepts, what it refuses, and what it turns a proposal into."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.config import LoopConfig, ModelConfig, TrainConfig
+from engine.errors import InputError
+from sweep.space_parse import parse_space
+
+BASE = TrainConfig(model=ModelConfig(path="m"), data={"train": "t"}, train=LoopConfig(max_tokens=100)).model_dump(mode="json")
+TARGETS = {"choices": {"attention": ["q_proj", "v_proj"], "all": "all-linear"}}
+
+
+def error_of(space: dict) -> str:
+    with pytest.raises(InputError) as caught:
+        parse_space(space).single_changes(BASE)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_nested_and_dotted_keys_mean_the_same():
+    assert parse_space({"lora": {"rank": {"choices": [4, 8]}}}) == parse_space({"lora.rank": {"choices": [4, 8]}})
+
+
+def test_a_named_choice_puts_its_value_into_the_config():
+    space = parse_space({"lora.target_modules": TARGETS})
+    assert space.apply(BASE, {"lora.target_modules": "attention"}).lora.target_modules == ("q_proj", "v_proj")
+    assert space.apply(BASE, {"lora.target_modules": "all"}).lora.target_modules == "all-linear"
+
+
+def test_whole_number_bounds_give_whole_numbers():
+    leaves = {"lora.rank": {"low": 4, "high": 64, "log": True}, "lora.lora_dropout": {"low": 0.0, "high": 0.2, "step": 0.1}}
+    rank, dropout = parse_space(leaves).dimensions
+    assert rank.is_int and not dropout.is_int
+    assert dropout.points() == [0.0, 0.1, 0.2]
+
+
+def test_a_condition_switches_a_dimension_off_and_the_base_value_stays():
+    rank = {"choices": [4, 8], "when": {"lora.target_modules": "all"}}
+    space = parse_space({"lora.rank": rank, "lora.target_modules": TARGETS})
+    assert [d.path for d in space.dimensions] == ["lora.target_modules", "lora.rank"]
+    assert space.size() == 3
+    assert len(list(space.points())) == 3
+    assert space.apply(BASE, {"lora.target_modules": "attention"}).lora.rank == 16
+
+
+def test_a_continuous_range_has_no_size():
+    assert parse_space({"optim.learning_rate": {"low": 1e-4, "high": 1e-2}}).size() is None
+
+
+def test_an_empty_space_has_one_point():
+    assert parse_space({}).size() == 1
+
+
+def test_a_mistyped_path_is_answered_with_near_ones():
+    assert "did you mean lora.rank" in error_of({"lora.rnk": {"choices": [4]}})
+
+
+@pytest.mark.parametrize("path", ["data.train", "data.eval_max_seq_length", "train.max_tokens", "train.report_at_tokens"])
+def test_what_would_make_trials_incomparable_is_refused_with_the_reason(path):
+    assert "losses do not compare" in error_of({path: {"choices": ["a", "b"]}})
+
+
+@pytest.mark.parametrize(
+    ("leaf", "part"),
+    [
+        ({"choices": [0, 4]}, "greater than or equal to 1"),
+        ({"choices": []}, "at least one"),
+        ({"choices": [4, 4]}, "distinct"),
+        ({"choices": [[4]]}, "need names"),
+        ({"choices": [4], "low": 1}, "without low"),
+        ({"low": 8}, "finite number"),
+        ({"low": 8, "high": 4}, "must not be above"),
+        ({"low": 0, "high": 4, "log": True}, "low above 0"),
+        ({"low": 1, "high": 4, "step": 0.5}, "whole number"),
+        ({"low": 1.5, "high": 4.0}, "valid integer"),
+        ({"low": 1, "high": 4, "lg": True}, "known keys"),
+        ({"choices": [4], "when": {"lora.lora_dropout": 0.1}}, "must refer to a field with choices"),
+    ],
+)
+def test_a_wrong_leaf_is_one_line_that_says_what_is_allowed(leaf, part):
+    assert part in error_of({"lora.rank": leaf})
+
+
+def test_conditions_in_a_circle_are_refused():
+    circle = {
+        "lora.rank": {"choices": [4], "when": {"lora.target_modules": "all"}},
+        "lora.target_modules": {**TARGETS, "when": {"lora.rank": 4}},
+    }
+    assert "circle" in error_of(circle)
