@@ -20,6 +20,7 @@ from sweep.config import SweepConfig, parse_sweep_config
 from sweep.console import LineConsole, TableConsole, make_console
 from sweep.engine_modules import REAL_ENGINE, EngineModules
 from sweep.plan import Plan, make_plan
+from sweep.provenance import provenance
 from sweep.runs import SweepFolder
 
 INTERRUPTED = 130
@@ -82,7 +83,7 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules) -> int:
         folder.write_config(plan.config)
         screen = make_console(sys.stdout, plan.num_rungs)
         tracker = _make_tracker(plan, folder)
-        tracker.sweep_started({"sweep.folder": str(folder.path)})
+        tracker.sweep_started({"sweep.folder": str(folder.path), **provenance()})
         try:
             return _trials_and_finish(plan, folder, engine, screen, tracker)
         except KeyboardInterrupt:

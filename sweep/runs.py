@@ -21,6 +21,7 @@ from typing import Any
 
 from engine.config import TrainConfig, load_json, to_json
 from engine.errors import InputError
+from engine.files import write_text
 from sweep.config import SweepConfig, parse_sweep_config
 
 
@@ -61,7 +62,7 @@ class SweepFolder:
         return folder
 
     def write_config(self, config: SweepConfig) -> None:
-        write_atomically(self.config_file, to_json(config) + "\n")
+        write_text(self.config_file, to_json(config) + "\n")
 
     def read_config(self) -> SweepConfig:
         return parse_sweep_config(load_json(self.config_file))
@@ -72,10 +73,10 @@ class SweepFolder:
 
     def write_train_config(self, number: int, config: TrainConfig) -> None:
         self.trial(number).mkdir(parents=True, exist_ok=True)
-        write_atomically(self.trial(number) / "train_config.json", to_json(config) + "\n")
+        write_text(self.trial(number) / "train_config.json", to_json(config) + "\n")
 
     def write_result(self, number: int, result: dict[str, Any]) -> None:
-        write_atomically(self.trial(number) / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
+        write_text(self.trial(number) / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
 
     def reports(self, number: int) -> list[dict[str, Any]]:
         """The trial's reports, ascending by rung; empty where it has none yet."""
@@ -117,13 +118,3 @@ class FileLock:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a kill, sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import statistics
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from engine.config import TrainConfig, parse, to_json
 from engine.errors import InputError
+from engine.files import write_folder, write_text
 from sweep.outcome import Outcome, TrialRecord
 
 TIE = 1e-4  # nats: below what another seed or another GPU changes
@@ -61,30 +61,26 @@ def write_leaderboard(folder: Path, records: list[TrialRecord], sweep_name: str,
         "trials": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "leaderboard.json", json.dumps(_finite(board), indent=2, allow_nan=False) + "\n")
-    _write(folder / "leaderboard.md", _markdown(sweep_name, best, rows, reevaluation))
+    write_text(folder / "leaderboard.json", json.dumps(_finite(board), indent=2, allow_nan=False) + "\n")
+    write_text(folder / "leaderboard.md", _markdown(sweep_name, best, rows, reevaluation))
 
 
 def write_best(best_dir: Path, record: TrialRecord, reevaluation: dict[str, Any], sweep_name: str) -> None:
     """Assemble `best/`: the trial's adapter and tokenizer, train_config.json and a model card. Replaces an older one.
 
-    Built beside its place and renamed; a process killed between the two renames leaves the older one as `.<name>.old`.
     InputError where the trial folder holds no adapter.
     """
     adapter = Path(record.folder) / "adapter"
     missing = [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
     if missing:
         raise InputError("adapter", str(adapter), f"must hold {' and '.join(missing)} of trial {record.number}")
-    new, old = (best_dir.parent / f".{best_dir.name}.{suffix}" for suffix in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(adapter, new)
-    (new / "train_config.json").write_text(to_json(parse(TrainConfig, record.config)) + "\n")
-    (new / "README.md").write_text(model_card(record, reevaluation, sweep_name, _base_model(adapter)), encoding="utf-8")
-    shutil.rmtree(old, ignore_errors=True)
-    if best_dir.exists():
-        best_dir.rename(old)
-    new.rename(best_dir)
-    shutil.rmtree(old, ignore_errors=True)
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(adapter, folder, dirs_exist_ok=True)
+        (folder / "train_config.json").write_text(to_json(parse(TrainConfig, record.config)) + "\n")
+        (folder / "README.md").write_text(model_card(record, reevaluation, sweep_name, _base_model(adapter)), encoding="utf-8")
+
+    write_folder(best_dir, fill)
 
 
 def model_card(record: TrialRecord, reevaluation: dict[str, Any], sweep_name: str, base_model: str) -> str:
@@ -274,9 +270,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from engine.config import TrainConfig, load_json, load_train_config, parse
 from engine.errors import DivergedError, InputError
+from engine.files import write_text
 from engine.metrics import Report
-from sweep.runs import write_atomically
 
 FAULTS = {
     1.0: "out of memory",
@@ -66,7 +66,7 @@ def train(config: TrainConfig, run_dir: Path, *, base=None):
         )
         reports.append(report.to_dict())
         _export(run_dir / "adapter", config.model.path)
-        write_atomically(file, "".join(json.dumps(line) + "\n" for line in reports))
+        write_text(file, "".join(json.dumps(line) + "\n" for line in reports))
         yield report
 
 
@@ -88,8 +88,8 @@ def _fail(fault: str | None, rung: int, run_dir: Path) -> None:
 
 def _export(folder: Path, base: str) -> None:
     folder.mkdir(exist_ok=True)
-    write_atomically(folder / "adapter_config.json", json.dumps({"base_model_name_or_path": base}))
-    write_atomically(folder / "adapter_model.safetensors", "")
+    write_text(folder / "adapter_config.json", json.dumps({"base_model_name_or_path": base}))
+    write_text(folder / "adapter_model.safetensors", "")
 
 
 def main() -> int:
