@@ -122,7 +122,10 @@ def _token_set(field: str, source: str, split: str, config: DataConfig, tokenize
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
 
     def build(folder: Path) -> None:
-        _tokenise(field, samples, config.format, template, tokenizer, folder)
+        texts = list(_render_all(field, samples, config.format, template, tokenizer))
+        if not texts:
+            raise InputError(field, source, "is empty; it must hold at least one sample")
+        _tokenise(texts, tokenizer, folder)
 
     return TokenSet.load(build_once(f"tokens-{key}", build))
 
@@ -175,10 +178,8 @@ def _open_hub(field: str, source: str, split: str) -> tuple[str, Iterator[tuple[
     return f"{source}@{data._fingerprint}", ((f"{field} row {i}", row) for i, row in enumerate(data, 1))
 
 
-def _tokenise(field: str, samples: Any, format_name: str, template: str | None, tokenizer: Any, folder: Path) -> None:
-    texts = list(_render_all(field, samples, format_name, template, tokenizer))
-    if not texts:
-        raise InputError(field, "no samples", "must hold at least one sample")
+def _tokenise(texts: list[tuple[str, TargetText]], tokenizer: Any, folder: Path) -> None:
+    """Write the arrays of a TokenSet. texts: (name of the sample for messages, its text)."""
     ids, targets, lengths, first, hashes = [], [], [], [], []
     for start in range(0, len(texts), CHUNK):
         chunk = texts[start : start + CHUNK]

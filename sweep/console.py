@@ -49,8 +49,8 @@ class LineConsole:
 class TableConsole:
     """For a terminal: redraws one table in place, four times a second."""
 
-    def __init__(self, stream: TextIO, num_rungs: int) -> None:
-        self._num_rungs, self._started = num_rungs, time.monotonic()
+    def __init__(self, stream: TextIO, num_rungs: int, num_trials: int) -> None:
+        self._num_rungs, self._num_trials, self._started = num_rungs, num_trials, time.monotonic()
         self._records: dict[int, TrialRecord] = {}
         self._console = Console(file=stream)
         self._live = Live(
@@ -75,7 +75,7 @@ class TableConsole:
         scores = [r.score for r in records if r.outcome is Outcome.COMPLETE and r.score is not None]
         best = min(scores, default=None)
         seconds = int(time.monotonic() - self._started)
-        title = f"{len(ended)} of {len(records)} trials ended, {seconds // 60}:{seconds % 60:02d}"
+        title = f"{len(ended)} of {self._num_trials} trials ended, {seconds // 60}:{seconds % 60:02d}"
         table = Table(title=title, title_justify="left")
         for name, justify in (
             ("trial", "right"),
@@ -108,9 +108,9 @@ class TableConsole:
         )
 
 
-def make_console(stream: TextIO, num_rungs: int) -> LineConsole | TableConsole:
+def make_console(stream: TextIO, num_rungs: int, num_trials: int) -> LineConsole | TableConsole:
     """A table where the stream is a terminal, else lines."""
-    return TableConsole(stream, num_rungs) if stream.isatty() else LineConsole(stream, num_rungs)
+    return TableConsole(stream, num_rungs, num_trials) if stream.isatty() else LineConsole(stream, num_rungs)
 
 
 def params_text(params: dict[str, Any]) -> str:

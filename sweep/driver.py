@@ -81,7 +81,7 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules) -> int:
     """Everything between the folder's creation and the last line. Holds the folder's lock."""
     with folder.lock():
         folder.write_config(plan.config)
-        screen = make_console(sys.stdout, plan.num_rungs)
+        screen = make_console(sys.stdout, plan.num_rungs, plan.config.sweep.num_trials)
         tracker = _make_tracker(plan, folder)
         tracker.sweep_started({"sweep.folder": str(folder.path), **provenance()})
         try:

@@ -62,7 +62,8 @@ class SweepFolder:
         return folder
 
     def write_config(self, config: SweepConfig) -> None:
-        write_text(self.config_file, to_json(config) + "\n")
+        """Keys keep their order: that of `space` is the order of dimensions and choices, which Optuna refuses to see changed."""
+        write_text(self.config_file, json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
 
     def read_config(self) -> SweepConfig:
         return parse_sweep_config(load_json(self.config_file))

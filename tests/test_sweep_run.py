@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -117,10 +118,10 @@ def test_input_that_prepare_refuses_is_one_line_and_leaves_no_folder(tmp_path):
 
 def test_the_command_line_finds_an_adapter_with_the_real_engine(tmp_path, tiny_model_dir, tiny_data):
     arguments = [
-        "model=local", f"model.path={tiny_model_dir}", "model.quantization=none", "data=local", f"data.train={tiny_data}",
+        "model=local", f"model.path={tiny_model_dir}", "data=local", f"data.train={tiny_data}",
         "data.max_seq_length=64", "data.eval_max_seq_length=128", "data.eval_fraction=0.2", "train.max_tokens=1200",
         "train.num_reports=3", "train.tokens_per_step=128", "train.activation_checkpointing=false", "space=rank-targets-rate",
-        "sweep.num_trials=4", f"sweep.output_dir={tmp_path / 'sweeps'}", "tracking=none",
+        "sweep.num_trials=4", f"sweep.output_dir={tmp_path / 'sweeps'}",
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-m", "sweep", *arguments], env=ENV, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
@@ -131,6 +132,13 @@ def test_the_command_line_finds_an_adapter_with_the_real_engine(tmp_path, tiny_m
     assert board["reevaluation"]["eval_loss"] < board["reevaluation"]["base_eval_loss"]
     assert (folder / "best" / "adapter_model.safetensors").is_file()
     assert "base model" in done.stdout and "best adapter" in done.stdout
+    with sqlite3.connect(tmp_path / "sweeps" / "mlflow.db") as database:
+        statuses = [row[0] for row in database.execute("select status from runs")]
+        outcomes = [row[0] for row in database.execute("select value from tags where key = 'outcome'")]
+        tags = {row[0] for row in database.execute("select key from tags")}
+    assert len(statuses) == 5 and set(statuses) <= {"FINISHED", "KILLED"}
+    assert sorted(outcomes) == sorted(trial["outcome"] for trial in board["trials"])
+    assert {"version.torch", "sweep.folder"} <= tags
 
 
 def _wait_for(tmp_path: Path, pattern: str, process: subprocess.Popen) -> None:

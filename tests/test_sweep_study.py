@@ -86,6 +86,29 @@ def test_a_reopened_study_does_not_propose_its_beginning_again(tmp_path):
     assert len({json.dumps(params) for params in before}) == 3
 
 
+def test_a_sweep_read_back_from_its_folder_goes_on_in_the_same_space(tmp_path):
+    """Choices written in sorted order were another distribution to Optuna, and the first new trial after a resume failed."""
+    named = {"zeta": ["q_proj"], "alpha": ["k_proj"], "mid": "all-linear"}
+    space = {**WIDE, "lora.target_modules": {"choices": named}, "data.max_seq_length": {"choices": [256, 128]}}
+    config = config_for(space, sampler="tpe", num_trials=16)
+    folder = SweepFolder(tmp_path)
+    folder.write_config(config)
+    study = study_in(tmp_path, config)
+    for _ in range(6):  # past TPE's random start, whose trials it would compare
+        study.tell(finish_one(study), Outcome.COMPLETE)
+    again = study_in(tmp_path, folder.read_config())
+    for _ in range(3):
+        again.tell(finish_one(again), Outcome.COMPLETE)
+    assert parse_space(folder.read_config().space).dimensions == parse_space(space).dimensions
+
+
+def finish_one(study: Study) -> int:
+    """Ask for a trial and report its only rung; returns its number."""
+    proposal = study.ask()
+    study.report(proposal.number, 1, 1.0 / proposal.config.lora.rank)
+    return proposal.number
+
+
 def test_successive_halving_stops_a_hopeless_trial_at_its_first_rung(tmp_path):
     ledger = ledger_in(tmp_path, config_for(WIDE))
     good, bad = ledger.next_trial(), ledger.next_trial()
