@@ -62,7 +62,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert main(["+experiment=quickstart", "dry_run=true"]) == 0
     text = capsys.readouterr().out
-    for part in ("8 trials", "1,536, 3,072, 6,144", "successive_halving", "lora.rank", "4, 8, 16"):
+    for part in ("8 trials", "1,024, 2,048, 4,096", "successive_halving", "lora.rank", "4, 8, 16"):
         assert part in text
     assert list(tmp_path.iterdir()) == []
 
