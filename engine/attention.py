@@ -1,8 +1,8 @@
 """Attention over packed samples: several sequences side by side in one row, none seeing another.
 
-Registered in transformers' own attention registry under NAME; the model passes `document_lengths` through. On CUDA with a
-16-bit dtype it is torch's variable-length flash attention, one launch for all sequences; elsewhere (CPU, fp32, logit softcap)
-it is scaled-dot-product attention sequence by sequence.
+`attend` is the operation. On CUDA with a 16-bit dtype it is torch's variable-length flash attention, one launch for all
+sequences; elsewhere (CPU, fp32, logit softcap) it is scaled-dot-product attention sequence by sequence. It is also registered
+in transformers' own attention registry under NAME, for layers that run unfused; the model passes `document_lengths` through.
 
 Shape letters: H query heads, G key/value heads, T tokens of the whole row, L tokens of one sequence, K head dim.
 """
@@ -10,6 +10,7 @@ Shape letters: H query heads, G key/value heads, T tokens of the whole row, L to
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +27,37 @@ except ImportError:
     varlen_attn, _VARLEN_OPTIONS = None, set()
 
 
+@dataclass(frozen=True)
+class Documents:
+    """Where samples lie in a packed row. lengths: tokens of each, on the host; offsets: int32 [documents + 1], on the device."""
+
+    lengths: tuple[int, ...]
+    offsets: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """scaling: of the scores (none: K ** -0.5); sliding_window: keys seen, the query's own included; softcap: of the scores."""
+
+    scaling: float | None = None
+    sliding_window: int | None = None
+    softcap: float | None = None
+
+
+def attend(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
+    """Causal attention within each document; [T, H, K]. Differentiable in q, k and v."""
+    if _flash_fits(q_THK, options.softcap):
+        return _varlen(q_THK, k_TGK, v_TGK, documents, options)
+    groups = q_THK.shape[1] // k_TGK.shape[1]
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THK, k_TGK, v_TGK))
+    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
+    parts = zip(*(x.split(documents.lengths, dim=2) for x in (q, k, v)))
+    out = [_one_document(q, k, v, options) for q, k, v in parts]
+    return torch.cat(out, dim=2).squeeze(0).transpose(0, 1)
+
+
 def register() -> None:
-    """Add NAME to the registry (idempotent). No mask function goes with it: the mask stays None."""
+    """Add NAME to transformers' registry (idempotent). No mask function goes with it: the mask stays None."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
@@ -48,18 +78,14 @@ def packed_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each document; returns [1, T, H, K]. document_offsets: int32 [documents + 1], on the device.
+    """`attend` in transformers' calling convention; returns [1, T, H, K].
 
     Raises ValueError on what it cannot do (attention sinks, dropout) rather than computing something else."""
     if dropout or _.get("s_aux") is not None:
         raise ValueError("packed attention has no attention dropout and no attention sinks")
-    if _flash_fits(q_1HTK, softcap):
-        return _varlen(q_1HTK, k_1GTK, v_1GTK, document_lengths, document_offsets, scaling, sliding_window), None
-    groups = q_1HTK.shape[1] // k_1GTK.shape[1]
-    k_1HTK, v_1HTK = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_1GTK, v_1GTK))
-    parts = zip(*(x.split(document_lengths, dim=2) for x in (q_1HTK, k_1HTK, v_1HTK)))
-    out = [_one_document(q, k, v, scaling, sliding_window, softcap) for q, k, v in parts]
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q_1HTK, k_1GTK, v_1GTK))
+    documents = Documents(document_lengths, document_offsets)
+    return attend(q, k, v, documents, AttentionOptions(scaling, sliding_window, softcap)).unsqueeze(0), None
 
 
 def _flash_fits(q: Tensor, softcap: float | None) -> bool:
@@ -67,29 +93,25 @@ def _flash_fits(q: Tensor, softcap: float | None) -> bool:
     return varlen_attn is not None and "window_size" in _VARLEN_OPTIONS and q.is_cuda and half and softcap is None
 
 
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], offsets: Tensor, scaling: float | None, window: int | None
-) -> Tensor:
-    q_THK, k_TGK, v_TGK = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
-    options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
+def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
+    window = -1 if options.sliding_window is None else options.sliding_window - 1
+    keywords: dict[str, Any] = {"scale": options.scaling, "window_size": (window, 0)}
     if "enable_gqa" in _VARLEN_OPTIONS:
-        options["enable_gqa"] = q.shape[1] != k.shape[1]
-    longest = max(lengths)
-    return varlen_attn(q_THK, k_TGK, v_TGK, offsets, offsets, longest, longest, **options).unsqueeze(0)
+        keywords["enable_gqa"] = q.shape[1] != k.shape[1]
+    longest = max(documents.lengths)
+    return varlen_attn(q, k, v, documents.offsets, documents.offsets, longest, longest, **keywords)
 
 
-def _one_document(
-    q_1HLK: Tensor, k_1HLK: Tensor, v_1HLK: Tensor, scaling: float | None, window: int | None, softcap: float | None
-) -> Tensor:
-    length = q_1HLK.shape[2]
+def _one_document(q_1HLK: Tensor, k_1HLK: Tensor, v_1HLK: Tensor, options: AttentionOptions) -> Tensor:
+    length, window, softcap = q_1HLK.shape[2], options.sliding_window, options.softcap
     windowed = window is not None and window < length
     if softcap is None and not windowed:
-        return F.scaled_dot_product_attention(q_1HLK, k_1HLK, v_1HLK, is_causal=True, scale=scaling)
+        return F.scaled_dot_product_attention(q_1HLK, k_1HLK, v_1HLK, is_causal=True, scale=options.scaling)
     age_LL = torch.arange(length, device=q_1HLK.device)[:, None] - torch.arange(length, device=q_1HLK.device)
     seen_LL = (age_LL >= 0) & (age_LL < window) if windowed else age_LL >= 0
     if softcap is None:
-        return F.scaled_dot_product_attention(q_1HLK, k_1HLK, v_1HLK, attn_mask=seen_LL, scale=scaling)
-    scale = scaling if scaling is not None else q_1HLK.shape[-1] ** -0.5
+        return F.scaled_dot_product_attention(q_1HLK, k_1HLK, v_1HLK, attn_mask=seen_LL, scale=options.scaling)
+    scale = options.scaling if options.scaling is not None else q_1HLK.shape[-1] ** -0.5
     scores = softcap * torch.tanh((q_1HLK @ k_1HLK.transpose(2, 3)).float() * scale / softcap)
     weights = torch.softmax(scores.masked_fill(~seen_LL, float("-inf")), dim=-1)
     return weights.to(v_1HLK.dtype) @ v_1HLK

@@ -37,6 +37,9 @@ class ModelConfig(StrictModel):
     quantization: Literal["nf4", "none"] = "nf4"
     double_quantization: bool = True
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto: bfloat16 on CUDA, float32 on CPU")
+    layers: Literal["auto", "strict", "original"] = Field(
+        "auto", description="fused where known; strict: or an error; original: never"
+    )
     trust_remote_code: bool = False
 
 

@@ -31,11 +31,50 @@ class LoraLinear(nn.Module):
         a_RD = torch.empty(config.rank, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_a = nn.Parameter(a_RD.to(device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
+        self.casts: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         u = F.dropout(x, self.dropout, self.training) if self.dropout else x
         low_rank = F.linear(F.linear(u, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
         return self.base(x) + self.scaling * low_rank
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B in `dtype`, without autograd: views of the copy that `FlatAdapter` keeps, where there is one."""
+        if self.casts is not None and self.casts[0].dtype == dtype:
+            return self.casts
+        return self.lora_a.detach().to(dtype), self.lora_b.detach().to(dtype)
+
+
+class FlatAdapter:
+    """All A and B of an adapter as one parameter, with one gradient and one 16-bit copy.
+
+    An adapter is hundreds of small tensors: on an H100, 8-bit AdamW over 360 of them was 58 ms of launches for 1.4 ms of work.
+    Here the optimizer, the gradient norm, zeroing and casting are one launch each; the layers hold views.
+    """
+
+    def __init__(self, layers: dict[str, LoraLinear], dtype: torch.dtype) -> None:
+        """dtype: of the activations."""
+        parts = trainable_parameters(layers)
+        self.parameter = nn.Parameter(torch.cat([p.detach().flatten() for p in parts]))
+        self.parameter.grad = torch.zeros_like(self.parameter)
+        self._cast = self.parameter.detach().to(dtype)  # the parameter itself where it is `dtype` already
+        start = 0
+        for layer in layers.values():
+            views = []
+            for p in (layer.lora_a, layer.lora_b):
+                part = slice(start, start + p.numel())
+                p.data, p.grad = self.parameter.data[part].view_as(p), self.parameter.grad[part].view_as(p)
+                views.append(self._cast[part].view_as(p))
+                start = part.stop
+            layer.casts = (views[0], views[1])
+
+    def refresh(self) -> None:
+        """Bring the 16-bit copy up to date, after the parameter has changed."""
+        if self._cast.data_ptr() != self.parameter.data_ptr():
+            self._cast.copy_(self.parameter.detach())
+
+    def zero_grad(self) -> None:
+        self.parameter.grad.zero_()
 
 
 def resolve_targets(linear_names: list[str], target_modules: str | tuple[str, ...]) -> list[str]:

@@ -22,6 +22,7 @@ from engine.errors import InputError
 from engine.loss import Head
 from engine.packing import Batch
 from engine.quant import freeze_linears, nf4_load_config
+from engine.swap import SwapReport, fuse_layers, require_fused, set_recompute
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Base:
     device: torch.device
     dtype: torch.dtype
     linear_names: list[str]
+    swaps: SwapReport
 
     def matches(self, config: ModelConfig, device: torch.device) -> bool:
         """Whether a trial with this model section can use this base as it stands."""
@@ -50,6 +52,16 @@ class Base:
             document_offsets=batch.document_offsets,
         )
         return output.last_hidden_state.squeeze(0)
+
+    def recompute_activations(self, wanted: bool) -> None:
+        """Whether decoder layers are computed again in the backward pass, or keep their matmul outputs."""
+        set_recompute(self.model, wanted)
+        if self.swaps.unfused:
+            # transformers is renaming the methods (5.23)
+            switch = "enable" if wanted else "disable"
+            methods = [getattr(self.model, f"{word}_checkpointing_{switch}", None) for word in ("activation", "gradient")]
+            method = next(filter(None, methods))
+            method({"use_reentrant": False}) if wanted else method()
 
     def head(self) -> Head:
         """The output embedding with the logit transforms that the model's config declares."""
@@ -86,7 +98,10 @@ def load_base(config: ModelConfig, device: torch.device) -> Base:
     model = _from_pretrained(AutoModelForCausalLM, config, source, use_safetensors=True, **options)
     model.requires_grad_(False).eval()
     names = freeze_linears(model, skip=[model.get_output_embeddings()])
-    return Base(model, load_tokenizer(config), config, device, dtype, names)
+    swaps = SwapReport((), {"all": "model.layers = original"}) if config.layers == "original" else fuse_layers(model)
+    if config.layers == "strict":
+        require_fused(swaps, config.path)
+    return Base(model, load_tokenizer(config), config, device, dtype, names, swaps)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

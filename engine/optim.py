@@ -11,16 +11,16 @@ from engine.config import OptimConfig
 from engine.quant import adamw_8bit
 
 
-def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW as configured; `auto` is 8-bit on CUDA and 32-bit on the CPU, where memory is not the limit."""
+def make_optimizer(parameter: nn.Parameter, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over the flat adapter; `auto` is 8-bit on CUDA and 32-bit on the CPU, where memory is not the limit."""
     options = {
         "lr": config.learning_rate,
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
         "weight_decay": config.weight_decay,
     }
-    eight_bit = parameters[0].is_cuda if config.name == "auto" else config.name == "adamw_8bit"
-    return adamw_8bit(parameters, **options) if eight_bit else torch.optim.AdamW(parameters, **options)
+    eight_bit = parameter.is_cuda if config.name == "auto" else config.name == "adamw_8bit"
+    return adamw_8bit([parameter], **options) if eight_bit else torch.optim.AdamW([parameter], **options)
 
 
 def learning_rate(config: OptimConfig, progress: float) -> float:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import kernels
+
 NF4_BLOCK_SIZE = 64
 
 
@@ -28,12 +30,17 @@ class FrozenLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight.requires_grad_(False)
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
+        self._nf4: kernels.Nf4State | None = None
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [O, D] in `dtype`: a fresh tensor for NF4, the parameter itself where it is plain and already `dtype`."""
         state = getattr(self.weight, "quant_state", None)
         if state is None:
             return self.weight.to(dtype)
+        if self.weight.is_cuda:
+            if self._nf4 is None:
+                self._nf4 = kernels.nf4_state(self.weight)
+            return kernels.dequantize_nf4(self._nf4, dtype)
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(self.weight.data, state).to(dtype)
@@ -69,6 +76,24 @@ def freeze_linears(model: nn.Module, skip: Iterable[nn.Module] = ()) -> list[str
         owner = model.get_submodule(parent)
         setattr(owner, child, FrozenLinear(getattr(owner, child)))
     return names
+
+
+def quantize_nf4(weight_OD: Tensor, double_quantization: bool) -> nn.Parameter:
+    """The packed parameter that `FrozenLinear` dequantises, made on the weight's own device."""
+    from bitsandbytes.nn import Params4bit
+
+    packed = Params4bit(weight_OD, requires_grad=False, quant_type="nf4", compress_statistics=double_quantization)
+    return packed.to(weight_OD.device)
+
+
+def library_linear(weight_OD: Tensor, compute_dtype: torch.dtype) -> nn.Linear:
+    """bitsandbytes' own layer over the same NF4 weight: what the library stack trains on, for benchmarks beside it."""
+    from bitsandbytes.nn import Linear4bit
+
+    features = {"input_features": weight_OD.shape[1], "output_features": weight_OD.shape[0]}
+    layer = Linear4bit(**features, bias=False, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
+    layer.weight = quantize_nf4(weight_OD, double_quantization=True)
+    return layer
 
 
 def nf4_load_config(double_quantization: bool, compute_dtype: torch.dtype) -> Any:

@@ -25,7 +25,7 @@ from engine.errors import DivergedError
 from engine.evaluate import evaluate, evaluation_batches
 from engine.export import export_adapter
 from engine.files import write_text
-from engine.lora import LoraLinear, attach, detach, trainable_parameters
+from engine.lora import FlatAdapter, LoraLinear, attach, detach
 from engine.loss import linear_cross_entropy
 from engine.metrics import GIB, Report
 from engine.model import Base, free, load_base, pick_device
@@ -50,7 +50,7 @@ def train(config: TrainConfig, run_dir: Path, *, base: Base | None = None) -> It
         yield from _Run(config, run_dir, resident, layers).reports()
     finally:
         detach(resident.model, layers)
-        _checkpoint_activations(resident.model, False)
+        resident.recompute_activations(False)
         resident.model.eval()
         layers.clear()
         free(device)
@@ -61,17 +61,18 @@ class _Run:
 
     def __init__(self, config: TrainConfig, run_dir: Path, base: Base, layers: dict[str, LoraLinear]) -> None:
         self.config, self.run_dir, self.base, self.layers = config, run_dir, base, layers
-        self.parameters = trainable_parameters(layers)
-        self.optimizer = make_optimizer(self.parameters, config.optim)
+        self.adapter = FlatAdapter(layers, base.dtype)
+        self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
         self.train_view, eval_view = load_data(config.data, base.tokenizer)
         self.eval_batches = evaluation_batches(eval_view, config.data.eval_max_seq_length)
         self.cursor = _cursor(config, self.train_view)
         fingerprint = config.fingerprint()
         loaded = checkpoint.load(run_dir, fingerprint, layers, self.optimizer)
         self.progress = loaded or Progress(fingerprint)
+        self.adapter.refresh()
         self.cursor.seek(self.progress.epoch, self.progress.position)
         self.head = base.head()
-        _checkpoint_activations(base.model, config.train.activation_checkpointing)
+        base.recompute_activations(config.train.activation_checkpointing)
         base.model.train()
 
     def reports(self) -> Iterator[Report]:
@@ -113,11 +114,12 @@ class _Run:
             (loss / num_targets).backward()
             total += loss.detach()
         limit = self.config.optim.max_grad_norm
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        grad_norm = nn.utils.clip_grad_norm_(self.adapter.parameter, math.inf if limit is None else limit)
         middle = (self.progress.tokens_seen + num_tokens / 2) / self.config.train.max_tokens
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, middle))
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.adapter.refresh()
+        self.adapter.zero_grad()
         return total, grad_norm, num_tokens, num_targets
 
     def _batch(self, indices: list[int]) -> Batch:
@@ -141,7 +143,7 @@ class _Run:
             step_time_ms=1000.0 * window.seconds / window.num_steps,
             peak_allocated_gib=progress.peak_allocated_gib,
             elapsed_s=progress.elapsed_s,
-            num_trainable=sum(p.numel() for p in self.parameters),
+            num_trainable=self.adapter.parameter.numel(),
         )
         progress.reports.append(report.to_dict())
         return report
@@ -197,13 +199,6 @@ class _Window:
 
 def _cursor(config: TrainConfig, view: View) -> Cursor:
     return Cursor(view.lengths, config.data.max_seq_length, config.data.packing, config.train.micro_batch_size, config.train.seed)
-
-
-def _checkpoint_activations(model: nn.Module, wanted: bool) -> None:
-    """Recompute each decoder layer in the backward pass, or stop doing so. transformers is renaming the methods (5.23)."""
-    switch = "enable" if wanted else "disable"
-    method = getattr(model, f"activation_checkpointing_{switch}", None) or getattr(model, f"gradient_checkpointing_{switch}")
-    method({"use_reentrant": False}) if wanted else method()
 
 
 def _peak_gib(device: torch.device) -> float:

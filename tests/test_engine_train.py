@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import attention, model
+from engine import attention, fused, model
 from engine.config import TrainConfig, parse
 from engine.data import load_data
 from engine.errors import CheckpointError, DivergedError, InputError
@@ -119,21 +119,15 @@ def test_packed_samples_have_the_losses_they_have_alone(tiny_config, base):
 def test_that_comparison_fails_when_attention_crosses_samples(tiny_config, base, monkeypatch):
     view, _ = load_data(build(tiny_config).data, base.tokenizer)
     samples = [view[i] for i in range(4)]
-    honest = attention._one_document
+    honest = attention.attend
 
-    def leaky(module, q, k, v, mask, *, scaling=None, **_):
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return honest(q, k, v, scaling, None, None).transpose(1, 2), None
+    def leaky(q, k, v, documents, options):
+        return honest(q, k, v, attention.Documents((q.shape[0],), documents.offsets), options)
 
     with torch.no_grad():
         alone = torch.cat([token_losses(base, [sample]) for sample in samples])
-        from transformers import AttentionInterface
-
-        AttentionInterface.register(attention.NAME, leaky)
-        try:
-            packed = token_losses(base, samples)
-        finally:
-            attention.register()
+        monkeypatch.setattr(fused, "attend", leaky)
+        packed = token_losses(base, samples)
     assert not torch.allclose(packed, alone, rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,65 @@
+"""Random models of real shapes: speed and memory do not depend on the weights, and none has to be downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine import attention
+from engine.config import ModelConfig
+from engine.model import Base
+from engine.quant import freeze_linears, library_linear
+from engine.swap import SwapReport, fuse_layers
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
+    "llama-3.1-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                     "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "tie_word_embeddings": False},
+    "llama-3.2-3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+                     "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "tie_word_embeddings": True},
+    "llama-3.2-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+                     "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "tie_word_embeddings": True},
+}  # fmt: skip
+
+
+def random_model(name: str, device: torch.device, dtype: torch.dtype, attention_name: str) -> tuple[nn.Module, list[str]]:
+    """An NF4 (double quantisation) Llama of the named shape on bitsandbytes' layers, and the names of these. It is made layer by
+    layer on the device: no unquantised copy of the whole model exists."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**SHAPES[name], max_position_embeddings=131072, attn_implementation=attention_name)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype)
+    head = model.get_output_embeddings()
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def values(shape: torch.Size) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
+
+    for layer_name in names:
+        parent, _, child = layer_name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, child, library_linear(values(getattr(owner, child).weight.shape), dtype))
+    for module in list(model.modules()):
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                new = torch.ones(parameter.shape, dtype=dtype, device=device) if parameter.dim() == 1 else values(parameter.shape)
+                setattr(module, key, nn.Parameter(new, requires_grad=False))
+    if config.tie_word_embeddings:
+        head.weight = model.get_input_embeddings().weight
+    with torch.device(device):  # its buffers are computed, not loaded
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    return model.requires_grad_(False), names
+
+
+def random_base(name: str, device: torch.device, dtype: torch.dtype, fused: bool) -> Base:
+    """The same model as `load_base` would hold it, without a tokenizer."""
+    attention.register()
+    model, names = random_model(name, device, dtype, attention.NAME)
+    freeze_linears(model, skip=[model.get_output_embeddings()])
+    swaps = fuse_layers(model) if fused else SwapReport((), {"all": "asked for unfused"})
+    return Base(model, None, ModelConfig(path=name), device, dtype, names, swaps)

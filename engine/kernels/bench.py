@@ -1,0 +1,198 @@
+"""Times every kernel at the shapes of Llama-3.1-8B: `python -m engine.kernels.bench` on a CUDA device, under 25 s.
+
+Parity is checked before anything is timed, and a kernel that fails it ends the run. Times are medians with the L2 cache flushed
+before each call. A share is the bytes an operation must move, divided by its time and by the bandwidth of a large copy on the
+same card. "plain" is `reference` on the same card, bitsandbytes for NF4.
+
+`--tune` times NF4 dequantisation over tiles and warps instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import triton
+from torch import Tensor
+
+from engine import kernels
+from engine.errors import EngineError
+from engine.kernels import reference
+
+T, D, F, H, G, K = 4096, 4096, 14336, 32, 8, 128
+DTYPE = torch.bfloat16
+EPS = 1e-5
+PARITY = 5e-4  # relative, Frobenius: both sides round the same fp32 values, so few elements may differ, by one bf16 step
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation. `ours` and `plain` return what parity compares; in-place operations return the tensors they wrote."""
+
+    name: str
+    num_bytes: int
+    ours: Callable[[], object]
+    plain: Callable[[], object]
+    exact: bool = False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="time NF4 dequantisation over tiles and warps")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("engine.kernels.bench: needs a CUDA device")
+    started = time.perf_counter()
+    bandwidth = copy_bandwidth()
+    device = torch.cuda.get_device_name()
+    print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, copy {bandwidth:,.0f} GB/s")
+    rows = tune(bandwidth) if options.tune else [measure(case, bandwidth) for make in CASES for case in make()]
+    print(f"{time.perf_counter() - started:.1f} s")
+    print(
+        json.dumps(
+            {"device": device, "torch": torch.__version__, "triton": triton.__version__, "copy_gb_s": bandwidth, "ops": rows}
+        )
+    )
+
+
+def measure(case: Case, bandwidth: float) -> dict[str, object]:
+    """Parity, then both times; prints one line of the table."""
+    check(case)
+    ours, plain = microseconds(case.ours), microseconds(case.plain)
+    rate = case.num_bytes / ours / 1e3
+    print(
+        f"{case.name:36} {ours:9,.1f} us  plain {plain:9,.1f} us  x{plain / ours:5.2f}"
+        f"  {rate:7,.0f} GB/s  {rate / bandwidth:5.0%} of copy"
+    )
+    return {"op": case.name, "us": ours, "plain_us": plain, "gb_s": rate, "share_of_copy": rate / bandwidth}
+
+
+def check(case: Case) -> None:
+    ours, plain = _tensors(case.ours()), _tensors(case.plain())
+    for a, b in zip(ours, plain, strict=True):
+        deviation = ((a.float() - b.float()).norm() / b.float().norm()).item()
+        good = torch.equal(a, b) if case.exact else deviation <= PARITY
+        if not good:
+            raise EngineError(f"{case.name}: differs from plain by {deviation:.2e}, allowed is {0 if case.exact else PARITY}")
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    return 1e3 * triton.testing.do_bench(call, warmup=15, rep=60, return_mode="median")
+
+
+def copy_bandwidth() -> float:
+    """GB/s, read plus written, of a 512 MiB copy: what an element-wise kernel can hope for."""
+    source = torch.empty(2**28, dtype=DTYPE, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / microseconds(lambda: target.copy_(source)) / 1e3
+
+
+def _tensors(result: object) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=DTYPE)
+
+
+def _norm_cases() -> list[Case]:
+    x, delta, dy, weight = _draw(T, D), _draw(T, D), _draw(T, D), _draw(D)
+    _, rstd = reference.rms_norm(x, weight, EPS)
+
+    def case(name: str, op: str, num_tensors: int, *arguments: object) -> Case:
+        return _case(f"{name} {T}x{D}", num_tensors * x.nbytes, op, arguments)
+
+    return [
+        case("rms_norm", "rms_norm", 2, x, weight, EPS),
+        case("rms_norm offset 1", "rms_norm", 2, x, weight, EPS, 1.0),
+        case("add_rms_norm", "add_rms_norm", 4, x, delta, weight, EPS),
+        case("rms_norm_backward", "rms_norm_backward", 3, dy, x, weight, rstd),
+        case("rms_norm_backward + residual", "rms_norm_backward", 4, dy, x, weight, rstd, 0.0, delta),
+    ]
+
+
+def _rope_cases() -> list[Case]:
+    fused = _draw(T, (H + 2 * G) * K)
+    parts = [part.unflatten(1, (-1, K)) for part in fused.split([H * K, G * K, G * K], dim=1)]
+    angle = torch.outer(torch.arange(T), 500_000.0 ** (-torch.arange(0, K, 2) / K)).repeat(1, 2)
+    cos, sin = (f(angle).to("cuda", DTYPE) for f in (torch.cos, torch.sin))
+    num_bytes = 2 * 2 * T * (H + G) * K + 2 * 2 * T * K // 2
+    return [
+        _in_place(f"rope_{' inverse' if inverse else ''} {T}x({H}+{G})x{K}", num_bytes, "rope_", parts[:2], (cos, sin, inverse))
+        for inverse in (False, True)
+    ]
+
+
+def _glu_cases() -> list[Case]:
+    gate, up, dh = _draw(T, F), _draw(T, F), _draw(T, F)
+    cases = []
+    for activation in kernels.ACTIVATIONS:
+        cases.append(_case(f"glu {activation} {T}x{F}", 3 * gate.nbytes, "glu", (gate, up, activation)))
+        written = [dh.clone(), gate.clone(), up.clone()]
+        cases.append(_in_place(f"glu_backward_ {activation} {T}x{F}", 6 * gate.nbytes, "glu_backward_", written, (activation,)))
+    return cases
+
+
+def _nf4_cases() -> list[Case]:
+    return [_nf4_case(rows, columns, nested) for rows, columns in ((F, D), (D, D), (G * K, D)) for nested in (True, False)]
+
+
+CASES = (_norm_cases, _rope_cases, _glu_cases, _nf4_cases)  # built one family at a time: memory is freed in between
+
+
+def _case(name: str, num_bytes: int, op: str, arguments: tuple[object, ...]) -> Case:
+    return Case(name, num_bytes, lambda: getattr(kernels, op)(*arguments), lambda: getattr(reference, op)(*arguments))
+
+
+def _in_place(name: str, num_bytes: int, op: str, tensors: list[Tensor], rest: tuple[object, ...]) -> Case:
+    """Ours and plain each write copies of their own, from the same start; while timed, values drift, which costs no time."""
+    own, other = [t.clone() for t in tensors], [t.clone() for t in tensors]
+
+    def run(module: object, tensors: list[Tensor]) -> list[Tensor]:
+        getattr(module, op)(*tensors, *rest)
+        return tensors
+
+    return Case(name, num_bytes, lambda: run(kernels, own), lambda: run(reference, other))
+
+
+def _nf4_case(rows: int, columns: int, nested: bool) -> Case:
+    from bitsandbytes import functional
+
+    data, quant = functional.quantize_4bit(_draw(rows, columns), quant_type="nf4", compress_statistics=nested)
+    state = kernels.nf4_state(SimpleNamespace(data=data, quant_state=quant))
+    return Case(
+        f"dequantize_nf4{' nested' if nested else ''} {rows}x{columns}",
+        data.nbytes + quant.absmax.nbytes + 2 * rows * columns,
+        lambda: kernels.dequantize_nf4(state, DTYPE),
+        lambda: functional.dequantize_4bit(data, quant),
+        exact=True,
+    )
+
+
+def tune(bandwidth: float) -> list[dict[str, object]]:
+    """NF4 dequantisation of the largest weight over tile and warps."""
+    from bitsandbytes import functional
+
+    from engine.kernels.nf4 import launch_dequantize
+
+    data, quant = functional.quantize_4bit(_draw(F, D), quant_type="nf4", compress_statistics=True)
+    state = kernels.nf4_state(SimpleNamespace(data=data, quant_state=quant))
+    out = torch.empty(F, D, dtype=DTYPE, device="cuda")
+    num_bytes = data.nbytes + quant.absmax.nbytes + out.nbytes
+    rows = []
+    for tile in (1024, 2048, 4096, 8192, 16384):
+        for warps in (2, 4, 8, 16):
+            spent = microseconds(lambda tile=tile, warps=warps: launch_dequantize(state, out, tile, warps))
+            share = num_bytes / spent / 1e3 / bandwidth
+            print(f"tile {tile:6} warps {warps:2} {spent:9,.1f} us  {share:5.0%} of copy")
+            rows.append({"tile": tile, "warps": warps, "us": spent, "share_of_copy": share})
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""NF4 dequantisation in Triton: packed bytes and block scales in, a 16-bit weight out, in one launch.
+
+Double quantisation is undone in the same launch, so no fp32 absmax of the whole weight is ever written. The result is bit-equal
+to bitsandbytes': absmax = code[q] * scale + offset with a rounding after each operation (hence no fused multiply-add), then
+code[nibble] * absmax in fp32, rounded once to the output's dtype.
+
+Where the packed bytes allow, they are loaded four at a time: eight output elements, 16 bytes of bf16, are then one thread's
+store. The 16-entry code table is read from memory: it stays in L1, in one cache line, so a warp's lookup is one transaction.
+
+Shape letters: M blocks of elements.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.nf4_state import Nf4State
+
+TILE = 8192  # elements a program
+NUM_WARPS = 8
+WORD_BYTES = 4
+
+
+@triton.jit
+def _dequantize_kernel(
+    packed, code, absmax, nested_code, nested_absmax, nested_offset, out, numel, num_blocks, num_units,
+    BLOCK_SIZE: tl.constexpr, NESTED_BLOCK_SIZE: tl.constexpr, UNIT_BYTES: tl.constexpr, BLOCKS: tl.constexpr,
+    NESTED: tl.constexpr,
+):  # fmt: skip
+    """Tile [BLOCKS, UNITS, NIBBLES]: BLOCKS blocks of UNITS loaded units (words or bytes) of NIBBLES elements each."""
+    NIBBLES: tl.constexpr = 2 * UNIT_BYTES
+    UNITS: tl.constexpr = BLOCK_SIZE // NIBBLES
+    first_block = tl.program_id(0).to(tl.int64) * BLOCKS
+    block = tl.arange(0, BLOCKS)
+    unit = block[:, None] * UNITS + tl.arange(0, UNITS)[None, :]
+    words = tl.load(packed + first_block * UNITS + unit, mask=unit < num_units - first_block * UNITS, other=0).to(tl.int32)
+
+    exists = block < num_blocks - first_block
+    scale = tl.load(absmax + first_block + block, mask=exists, other=0)
+    if NESTED:
+        nested_scale = tl.load(nested_absmax + (first_block + block) // NESTED_BLOCK_SIZE, mask=exists, other=0.0)
+        scale = tl.load(nested_code + scale.to(tl.int32)) * nested_scale
+        scale = scale + tl.load(nested_offset)
+
+    i = tl.arange(0, NIBBLES)
+    # little-endian word, high nibble first: element i of a word starts at bit 4, 0, 12, 8, ...
+    nibbles = (words[:, :, None] >> ((i ^ 1) * 4)[None, None, :]) & 15
+    values = tl.load(code + nibbles) * scale[:, None, None]
+    element = unit[:, :, None] * NIBBLES + i[None, None, :]
+    inside = element < numel - first_block * BLOCK_SIZE
+    tl.store(out + first_block * BLOCK_SIZE + element, values.to(out.dtype.element_ty), mask=inside)
+
+
+def dequantize_nf4_(state: Nf4State, out: Tensor) -> None:
+    """out: contiguous, of state's shape and any float dtype."""
+    launch_dequantize(state, out, TILE, NUM_WARPS)
+
+
+def launch_dequantize(state: Nf4State, out: Tensor, tile: int, num_warps: int) -> None:
+    """The same with the tile and the warps chosen by the caller (the benchmark's --tune)."""
+    numel, packed = out.numel(), state.packed
+    unit_bytes = 1
+    if packed.numel() % WORD_BYTES == 0 and packed.data_ptr() % WORD_BYTES == 0 and packed.storage_offset() % WORD_BYTES == 0:
+        packed, unit_bytes = packed.view(torch.int32), WORD_BYTES
+    blocks_per_tile = max(1, tile // state.block_size)
+    num_blocks = triton.cdiv(numel, state.block_size)
+    _dequantize_kernel[(triton.cdiv(num_blocks, blocks_per_tile),)](
+        packed, state.code, state.absmax_M, state.nested_code, state.nested_absmax_S, state.nested_offset, out,
+        numel, num_blocks, packed.numel(),
+        BLOCK_SIZE=state.block_size, NESTED_BLOCK_SIZE=state.nested_block_size, UNIT_BYTES=unit_bytes, BLOCKS=blocks_per_tile,
+        NESTED=state.nested_code is not None, num_warps=num_warps, enable_fp_fusion=False,
+    )  # fmt: skip

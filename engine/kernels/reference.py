@@ -1,0 +1,96 @@
+"""Every operation in plain torch: the definition the kernels are tested against, and what runs on the CPU.
+
+Signatures and formulas are those of `engine.kernels`, which also checks the arguments. Arithmetic in fp32, rounded where the
+formula says so.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from engine.kernels.nf4_state import Nf4State
+
+SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    x32_TD = x_TD.float()
+    rstd_T = torch.rsqrt(x32_TD.square().mean(1) + eps)
+    n_TD = x32_TD * rstd_T[:, None]
+    if offset == 0.0:
+        n_TD = n_TD.to(x_TD.dtype).float()
+    return (n_TD * (offset + weight_D.float())).to(x_TD.dtype), rstd_T
+
+
+def add_rms_norm(
+    x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    sum_TD = x_TD + delta_TD
+    return sum_TD, *rms_norm(sum_TD, weight_D, eps, offset)
+
+
+def rms_norm_backward(
+    dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, offset: float = 0.0, residual_TD: Tensor | None = None
+) -> Tensor:
+    n_TD = x_TD.float() * rstd_T[:, None]
+    g_TD = dy_TD.float() * (offset + weight_D.float())
+    dx_TD = rstd_T[:, None] * (g_TD - n_TD * (g_TD * n_TD).mean(1, keepdim=True))
+    if residual_TD is not None:
+        dx_TD = dx_TD + residual_TD.float()
+    return dx_TD.to(x_TD.dtype)
+
+
+def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse: bool = False) -> None:
+    half = q_THK.shape[2] // 2
+    cos = cos_TK[:, None, :half].float()
+    sin = sin_TK[:, None, :half].float() * (-1.0 if inverse else 1.0)
+    for x in (q_THK, k_TGK):
+        first, second = x[..., :half].float().clone(), x[..., half:].float().clone()  # fp32: float() is a view of what we write
+        x[..., :half] = first * cos - second * sin
+        x[..., half:] = second * cos + first * sin
+
+
+def glu(gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
+    act, _ = _activate(gate_TF.float(), activation)
+    return (act * up_TF.float()).to(gate_TF.dtype)
+
+
+def glu_backward_(dh_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str) -> None:
+    dh, gate, up = dh_TF.float(), gate_TF.float(), up_TF.float()
+    act, slope = _activate(gate, activation)
+    h, dgate, dup = act * up, dh * up * slope, dh * act  # all before the first write: in fp32, float() is a view
+    dh_TF.copy_(h)
+    gate_TF.copy_(dgate)
+    up_TF.copy_(dup)
+
+
+def _activate(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """act(gate) and act'(gate). Both activations are gate * sigmoid(s), because (1 + tanh(z)) / 2 = sigmoid(2z):
+    silu has s = gate, gelu_tanh has s = 2 sqrt(2 / pi) (gate + 0.044715 gate^3).
+    """
+    s, ds = gate, 1.0
+    if activation == "gelu_tanh":
+        s = 2.0 * SQRT_2_OVER_PI * (gate + 0.044715 * gate**3)
+        ds = 2.0 * SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044715 * gate**2)
+    p = torch.sigmoid(s)
+    return gate * p, p + gate * p * (1.0 - p) * ds
+
+
+def dequantize_nf4_(state: Nf4State, out: Tensor) -> None:
+    """Look up both values of each byte at once, in a table of 256 pairs."""
+    absmax_M = state.absmax_M
+    if state.nested_code is not None:
+        scale_M = state.nested_absmax_S.repeat_interleave(state.nested_block_size)[: absmax_M.numel()]
+        absmax_M = state.nested_code[absmax_M.int()] * scale_M + state.nested_offset
+    numel = out.numel()
+    pairs = torch.stack((state.code.repeat_interleave(16), state.code.repeat(16)), 1)
+    values = pairs[state.packed.int()].view(-1)[:numel]
+    num_whole, rest = divmod(numel, state.block_size)
+    flat, whole = out.view(-1), numel - rest
+    blocks = values[:whole].view(num_whole, state.block_size)
+    flat[:whole] = (blocks * absmax_M[:num_whole, None]).view(-1)
+    if rest:
+        flat[whole:] = values[whole:] * absmax_M[num_whole]

@@ -1,0 +1,146 @@
+"""Which layers of a loaded model run fused: swaps modules on that instance, and lists every swap. Patches nothing else.
+
+A family is known by the class of its decoder layer; any other causal language model keeps its own layers and says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from engine.attention import AttentionOptions, Documents
+from engine.errors import InputError
+from engine.fused import PROJECTIONS, Call, LayerSpec, Norm, Policy, decoder_layer
+from engine.lora import LoraLinear
+from engine.projection import Projection
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3")
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ATTENTION, MLP = PROJECTIONS[:4], PROJECTIONS[4:]
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """fused: names of the decoder layers that were swapped; unfused: name -> why not."""
+
+    fused: tuple[str, ...]
+    unfused: dict[str, str]
+
+    def describe(self) -> str:
+        """One line."""
+        total = len(self.fused) + len(self.unfused)
+        if not self.unfused:
+            return f"{total} of {total} decoder layers run fused"
+        name, reason = next(iter(self.unfused.items()))
+        return f"{len(self.fused)} of {total} decoder layers run fused; {name}: {reason}"
+
+
+class FusedLayer(nn.Module):
+    """Stands where a decoder layer stood, with the same children under the same names and the same call."""
+
+    def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
+        super().__init__()
+        self.spec, self.policy = spec, Policy.KEEP
+        for name, child in layer.named_children():
+            self.add_module(name, child)
+        for name in ("attention_type", "layer_type", "is_sliding", "layer_idx", "hidden_size"):  # some models' loops read them
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *_: Any,
+        position_embeddings: tuple[Tensor, Tensor],
+        document_lengths: tuple[int, ...],
+        document_offsets: Tensor,
+        **__: Any,
+    ) -> Tensor:
+        """hidden_states: [1, T, D]."""
+        layers = {name: getattr(self.self_attn if name in ATTENTION else self.mlp, name) for name in PROJECTIONS}
+        dtype = hidden_states.dtype
+        cos_TK, sin_TK = (t.squeeze(0) for t in position_embeddings)
+        call = Call(
+            self.spec,
+            self.policy,
+            {name: Projection.of(layer, dtype) for name, layer in layers.items()},
+            cos_TK,
+            sin_TK,
+            Documents(document_lengths, document_offsets),
+        )
+        adapters = [p for layer in layers.values() if isinstance(layer, LoraLinear) for p in (layer.lora_a, layer.lora_b)]
+        return decoder_layer(hidden_states.squeeze(0), call, adapters).unsqueeze(0)
+
+
+def fuse_layers(model: nn.Module) -> SwapReport:
+    """Swap every decoder layer of a known family. Linear layers must be FrozenLinear already."""
+    layers = model.get_decoder().layers
+    fused, unfused = [], {}
+    for i, layer in enumerate(layers):
+        name = f"layers.{i}"
+        reason = _obstacle(layer)
+        if reason is None:
+            layers[i] = FusedLayer(layer, _spec(layer))
+            fused.append(name)
+        else:
+            unfused[name] = reason
+    return SwapReport(tuple(fused), unfused)
+
+
+def set_recompute(model: nn.Module, wanted: bool) -> None:
+    """What fused layers keep from forward to backward."""
+    for module in model.modules():
+        if isinstance(module, FusedLayer):
+            module.policy = Policy.RECOMPUTE if wanted else Policy.KEEP
+
+
+def require_fused(report: SwapReport, model_path: str) -> None:
+    """InputError where a layer runs unfused."""
+    if report.unfused:
+        allowed = f"model.layers=auto accepts this model; strict needs a known family ({', '.join(FAMILIES)})"
+        raise InputError("model.layers", f"strict, {model_path}", f"{report.describe()}; {allowed}")
+
+
+def _obstacle(layer: nn.Module) -> str | None:
+    kind = type(layer).__name__
+    if kind not in {f"{family}DecoderLayer" for family in FAMILIES}:
+        return f"{kind} is not of a known family"
+    missing = [n for n in PROJECTIONS if not hasattr(layer.self_attn if n in ATTENTION else layer.mlp, n)]
+    if missing:
+        return f"{kind} has no {', '.join(missing)}"
+    activation = _activation(layer)
+    return None if activation in ACTIVATIONS else f"activation {activation} has no kernel"
+
+
+def _activation(layer: nn.Module) -> str:
+    config = layer.self_attn.config
+    return getattr(config, "hidden_activation", None) or config.hidden_act
+
+
+def _spec(layer: nn.Module) -> LayerSpec:
+    attention = layer.self_attn
+    window = getattr(attention, "sliding_window", None)
+    if type(layer).__name__.startswith("Mistral"):
+        window = getattr(attention.config, "sliding_window", None)
+    four_norms = hasattr(layer, "pre_feedforward_layernorm")  # Gemma: norms before and after each half
+    return LayerSpec(
+        head_dim=attention.head_dim,
+        activation=ACTIVATIONS[_activation(layer)],
+        attention=AttentionOptions(attention.scaling, window, getattr(attention, "attn_logit_softcapping", None)),
+        input_norm=_norm(layer.input_layernorm),
+        mlp_norm=_norm(layer.pre_feedforward_layernorm if four_norms else layer.post_attention_layernorm),
+        q_norm=_norm(getattr(attention, "q_norm", None)),
+        k_norm=_norm(getattr(attention, "k_norm", None)),
+        after_attention_norm=_norm(layer.post_attention_layernorm) if four_norms else None,
+        after_mlp_norm=_norm(layer.post_feedforward_layernorm) if four_norms else None,
+    )
+
+
+def _norm(module: nn.Module | None) -> Norm | None:
+    if module is None:
+        return None
+    offset = 1.0 if type(module).__name__.startswith("Gemma") else 0.0
+    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    return Norm(module.weight, eps, offset)

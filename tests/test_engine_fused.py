@@ -1,0 +1,162 @@
+"""Fused decoder layers against the model's own: outputs and every adapter gradient, family by family."""
+
+import pytest
+import torch
+import transformers
+
+from engine import attention
+from engine.config import LoraConfig
+from engine.errors import InputError
+from engine.lora import attach, trainable_parameters
+from engine.packing import Sample, collate
+from engine.quant import freeze_linears
+from engine.swap import FusedLayer, fuse_layers, require_fused, set_recompute
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 5},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 3.0},
+    "Gemma3Text": {"sliding_window": 5, "query_pre_attn_scalar": 16},
+}
+TARGETS = ["all-linear", ("q_proj", "v_proj"), ("down_proj",), ("layers.1.mlp.gate_proj",), ("k_proj", "o_proj", "up_proj")]
+
+
+def build(family, layers="original"):
+    """A tiny random model of the family in fp32, with norm weights and biases away from their neutral values."""
+    attention.register()
+    name = "Gemma3" if family == "Gemma3Text" else family
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **FAMILIES[family]}, attn_implementation=attention.NAME)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).float()
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name or parameter_name.endswith("bias"):
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.requires_grad_(False)
+    names = freeze_linears(model, skip=[model.get_output_embeddings()])
+    report = fuse_layers(model) if layers == "fused" else None
+    return model, names, report
+
+
+def batch():
+    random = torch.Generator().manual_seed(1)
+    ids = [torch.randint(3, 97, (n,), generator=random).numpy() for n in (11, 1, 18)]
+    return collate([Sample(i, i > 0) for i in ids])
+
+
+def run(model, names, lora, recompute=False, seed=0):
+    """(hidden states, gradients by name) of one pass with a random cotangent."""
+    layers = attach(model, names, lora, 3)
+    random = torch.Generator().manual_seed(2)
+    for layer in layers.values():
+        layer.lora_b.data.normal_(0, 0.2, generator=random)
+    set_recompute(model, recompute)
+    model.train()
+    torch.manual_seed(seed)
+    row = batch()
+    hidden = model.get_decoder()(
+        input_ids=row.input_ids_T[None], position_ids=row.position_ids_T[None], use_cache=False,
+        document_lengths=row.document_lengths, document_offsets=row.document_offsets,
+    ).last_hidden_state  # fmt: skip
+    cotangent = torch.randn(hidden.shape, generator=random)
+    gradients = torch.autograd.grad((hidden * cotangent).sum(), trainable_parameters(layers))
+    return [hidden.detach(), *gradients]
+
+
+def worst(ours, theirs):
+    assert len(ours) == len(theirs)
+    return max(float((a - b).norm() / b.norm().clamp_min(1e-6)) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_layer_equals_the_models_own(family, recompute):
+    lora = LoraConfig(rank=3, use_rslora=True)
+    theirs = run(*build(family)[:2], lora)
+    model, names, report = build(family, "fused")
+    assert not report.unfused and len(report.fused) == 3
+    assert worst(run(model, names, lora, recompute), theirs) < 2e-5
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_any_subset_of_targets_has_the_same_gradients(targets):
+    lora = LoraConfig(rank=3, target_modules=targets)
+    theirs = run(*build("Qwen2")[:2], lora)
+    assert worst(run(*build("Qwen2", "fused")[:2], lora, recompute=True), theirs) < 2e-5
+
+
+@pytest.mark.parametrize("change", ["norm", "window", "scaling"])
+def test_that_comparison_fails_for_a_wrong_layer(change):
+    import dataclasses
+
+    lora = LoraConfig(rank=3)
+    theirs = run(*build("Mistral")[:2], lora)
+    model, names, _ = build("Mistral", "fused")
+    for module in model.modules():
+        if isinstance(module, FusedLayer):
+            options = module.spec.attention
+            wrong = {
+                "norm": {"mlp_norm": dataclasses.replace(module.spec.mlp_norm, eps=1e-2)},
+                "window": {"attention": dataclasses.replace(options, sliding_window=6)},
+                "scaling": {"attention": dataclasses.replace(options, scaling=0.26)},
+            }[change]
+            module.spec = dataclasses.replace(module.spec, **wrong)
+    assert worst(run(model, names, lora), theirs) > 2e-4
+
+
+def test_dropout_is_the_same_under_every_policy_and_another_in_the_next_step():
+    lora = LoraConfig(rank=3, lora_dropout=0.3)
+    model, names, _ = build("Llama", "fused")
+    kept = run(model, names, lora)
+    again, names, _ = build("Llama", "fused")
+    assert worst(run(again, names, lora, recompute=True), kept) < 1e-6
+    other, names, _ = build("Llama", "fused")
+    assert worst(run(other, names, lora, seed=1), kept) > 1e-2
+
+
+def test_dropout_gradients_are_those_of_the_function_that_was_computed():
+    """Central differences through the same mask, along the gradient."""
+    model, names, _ = build("Llama", "fused")
+    lora = LoraConfig(rank=2, lora_dropout=0.4, target_modules=("up_proj", "down_proj", "q_proj"))
+    layers = attach(model.double(), names, lora, 3)
+    for layer in layers.values():
+        layer.lora_a.data = layer.lora_a.data.double()
+        layer.lora_b.data = torch.randn_like(layer.lora_b, dtype=torch.float64) * 0.2
+    parameters = trainable_parameters(layers)
+    model.train()
+    row = batch()
+
+    def loss():
+        torch.manual_seed(5)
+        return model.get_decoder()(
+            input_ids=row.input_ids_T[None], position_ids=row.position_ids_T[None], use_cache=False,
+            document_lengths=row.document_lengths, document_offsets=row.document_offsets,
+        ).last_hidden_state.sin().sum()  # fmt: skip
+
+    gradients = torch.autograd.grad(loss(), parameters)
+    step = 1e-6
+    with torch.no_grad():
+        values = []
+        for sign in (1, -2):
+            for parameter, gradient in zip(parameters, gradients):
+                parameter += sign * step * gradient
+            values.append(loss())
+    measured = (values[0] - values[1]) / (2 * step)
+    expected = sum((gradient**2).sum() for gradient in gradients)
+    torch.testing.assert_close(measured, expected, rtol=1e-4, atol=0)
+
+
+def test_an_unknown_family_keeps_its_layers_and_strict_refuses_it():
+    config = transformers.OlmoConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"}, attn_implementation=attention.NAME)
+    model = transformers.OlmoForCausalLM(config)
+    freeze_linears(model, skip=[model.get_output_embeddings()])
+    report = fuse_layers(model)
+    assert report.fused == () and "OlmoDecoderLayer is not of a known family" in report.describe()
+    with pytest.raises(InputError, match=r"model\.layers.*strict.*0 of 3"):
+        require_fused(report, "olmo")
