@@ -78,7 +78,8 @@ def _choice(path: str, leaf: Mapping[str, Any], when: dict[str, tuple[Scalar, ..
     where, choices = f"space.{path}.choices", leaf["choices"]
     extra = sorted(set(leaf) - {"choices", "when"})
     if extra:
-        raise InputError(f"space.{path}", dict(leaf), "choices go without low, high, log and step")
+        allowed = f"choices go without low, high, log and step; to replace a leaf, remove it first: '~space.{path}'"
+        raise InputError(f"space.{path}", dict(leaf), allowed)
     if isinstance(choices, Mapping):
         values = dict(choices)
     elif isinstance(choices, list | tuple):

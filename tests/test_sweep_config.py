@@ -14,6 +14,7 @@ from sweep.config import ClusterConfig, parse_sweep_config
 from sweep.placement import Slots, plan_slots
 from sweep.plan import make_plan
 from sweep.runs import SweepFolder
+from sweep.space_parse import parse_space
 
 NEEDED = ["model=smollm2-135m", "data=stdlib-docs"]
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
@@ -56,6 +57,25 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, parts, capsys, tmp_pat
     assert error.count("\n") == 1
     assert all(part in error for part in parts), error
     assert list(tmp_path.iterdir()) == []
+
+
+EXPERIMENTS = groups()["experiment"]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("group", ["pruner", "sampler", "tracking", "cluster", "model"])
+def test_an_experiment_goes_with_every_option_of_the_other_groups(experiment, group):
+    for option in groups()[group]:
+        raw = compose([f"+experiment={experiment}", f"{group}={option}", "model.path=m"])
+        assert parse_sweep_config(raw).sweep.name == experiment
+
+
+def test_a_leaf_of_the_space_can_be_replaced_by_another_kind():
+    leaf = "space.lora.rank={low: 4, high: 64, log: true}"
+    with pytest.raises(InputError, match="remove it first: '~space.lora.rank'"):
+        parse_space(compose(["+experiment=quickstart", leaf])["space"])
+    space = parse_space(compose(["+experiment=quickstart", "~space.lora.rank", leaf])["space"])
+    assert "lora.rank" in {dimension.path for dimension in space.dimensions}
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, tmp_path, monkeypatch):
