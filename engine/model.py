@@ -8,6 +8,7 @@ those and the head.
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from engine.errors import InputError
 from engine.loss import Head
 from engine.packing import Batch
 from engine.quant import freeze_linears, nf4_load_config
-from engine.swap import SwapReport, fuse_layers, require_fused, set_recompute
+from engine.swap import SwapReport, fuse_layers, require_fused, set_recompute, survey
 
 
 @dataclass
@@ -98,9 +99,7 @@ def load_base(config: ModelConfig, device: torch.device) -> Base:
     model = _from_pretrained(AutoModelForCausalLM, config, source, use_safetensors=True, **options)
     model.requires_grad_(False).eval()
     names = freeze_linears(model, skip=[model.get_output_embeddings()])
-    swaps = SwapReport((), {"all": "model.layers = original"}) if config.layers == "original" else fuse_layers(model)
-    if config.layers == "strict":
-        require_fused(swaps, config.path)
+    swaps = _swaps(model, config, fuse_layers)
     return Base(model, load_tokenizer(config), config, device, dtype, names, swaps)
 
 
@@ -111,8 +110,16 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return _from_pretrained(AutoTokenizer, config, locate(config))
 
 
-def linear_names(config: ModelConfig) -> tuple[list[str], dict[str, tuple[int, int]]]:
-    """Names of the layers an adapter may sit on, and their (out, in) features, without loading a weight."""
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model folder says without its weights. features: (out, in) of each layer an adapter may sit on, by name."""
+
+    features: dict[str, tuple[int, int]]
+    swaps: SwapReport
+
+
+def inspect_model(config: ModelConfig) -> ModelFacts:
+    """Build the model without weights. InputError where it is no causal language model, or `strict` asks for more than it has."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_config = _from_pretrained(AutoConfig, config, locate(config))
@@ -122,8 +129,20 @@ def linear_names(config: ModelConfig) -> tuple[list[str], dict[str, tuple[int, i
         except ValueError as error:
             raise InputError("model.path", config.path, f"must be a causal language model ({_first_line(error)})") from None
     head = model.get_output_embeddings()
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    return list(linears), {n: (m.out_features, m.in_features) for n, m in linears.items()}
+    features = {
+        n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head
+    }
+    return ModelFacts(features, _swaps(model, config, survey))
+
+
+def _swaps(model: nn.Module, config: ModelConfig, method: Callable[[nn.Module], SwapReport]) -> SwapReport:
+    """What `method` (survey or fuse_layers) reports under `config.layers`."""
+    if config.layers == "original":
+        return SwapReport((), {"all": "model.layers = original"})
+    report = method(model)
+    if config.layers == "strict":
+        require_fused(report, config.path)
+    return report
 
 
 def locate(config: ModelConfig) -> str:

@@ -11,22 +11,22 @@ from engine.config import TrainConfig
 from engine.data import load_data
 from engine.errors import InputError
 from engine.lora import resolve_targets
-from engine.model import linear_names, load_tokenizer, locate
+from engine.model import ModelFacts, inspect_model, load_tokenizer, locate
 
 
 def prepare(configs: list[TrainConfig]) -> dict[str, Any]:
     """Check every config; the first fault is an InputError. Returns sizes, and trainable parameters per config."""
     if not configs:
         raise InputError("configs", configs, "must hold at least one training config")
-    shapes: dict[str, tuple[list[str], dict[str, tuple[int, int]]]] = {}
+    models: dict[str, ModelFacts] = {}
     samples: dict[str, tuple[int, int, int]] = {}
     num_trainable = []
     for config in configs:
         key = repr(config.model)
-        if key not in shapes:
-            shapes[key] = linear_names(config.model)
-        names, features = shapes[key]
-        targets = resolve_targets(names, config.lora.target_modules)
+        if key not in models:
+            models[key] = inspect_model(config.model)
+        features = models[key].features
+        targets = resolve_targets(list(features), config.lora.target_modules)
         num_trainable.append(sum(config.lora.rank * sum(features[name]) for name in targets))
         data_key = key + repr(config.data)
         if data_key not in samples:
@@ -35,6 +35,7 @@ def prepare(configs: list[TrainConfig]) -> dict[str, Any]:
     num_train, num_eval, num_dropped = next(iter(samples.values()))
     return {
         "model_path": locate(configs[0].model),
+        "layers": next(iter(models.values())).swaps.describe(),
         "num_train_samples": num_train,
         "num_eval_samples": num_eval,
         "num_dropped_samples": num_dropped,

@@ -31,6 +31,8 @@ class SwapReport:
     def describe(self) -> str:
         """One line."""
         total = len(self.fused) + len(self.unfused)
+        if "all" in self.unfused:
+            return f"no decoder layer runs fused: {self.unfused['all']}"
         if not self.unfused:
             return f"{total} of {total} decoder layers run fused"
         name, reason = next(iter(self.unfused.items()))
@@ -74,19 +76,21 @@ class FusedLayer(nn.Module):
         return decoder_layer(hidden_states.squeeze(0), call, adapters).unsqueeze(0)
 
 
+def survey(model: nn.Module) -> SwapReport:
+    """Which decoder layers can run fused, without swapping any; works on a model without weights."""
+    reasons = {f"layers.{i}": _obstacle(layer) for i, layer in enumerate(model.get_decoder().layers)}
+    fused = tuple(name for name, reason in reasons.items() if reason is None)
+    return SwapReport(fused, {name: reason for name, reason in reasons.items() if reason is not None})
+
+
 def fuse_layers(model: nn.Module) -> SwapReport:
     """Swap every decoder layer of a known family. Linear layers must be FrozenLinear already."""
-    layers = model.get_decoder().layers
-    fused, unfused = [], {}
-    for i, layer in enumerate(layers):
-        name = f"layers.{i}"
-        reason = _obstacle(layer)
-        if reason is None:
-            layers[i] = FusedLayer(layer, _spec(layer))
-            fused.append(name)
-        else:
-            unfused[name] = reason
-    return SwapReport(tuple(fused), unfused)
+    report = survey(model)
+    decoder = model.get_decoder()
+    for name in report.fused:
+        _, _, i = name.rpartition(".")
+        decoder.layers[int(i)] = FusedLayer(decoder.layers[int(i)], _spec(decoder.layers[int(i)]))
+    return report
 
 
 def set_recompute(model: nn.Module, wanted: bool) -> None:

@@ -74,6 +74,7 @@ def _raised(config: SweepConfig, overrides: dict[str, Any]) -> SweepConfig:
 def _prepare(plan: Plan, engine: EngineModules) -> None:
     print("preparing model and data ...", flush=True)
     facts = prepare(plan.probes(), engine.command)
+    print(f"model: {facts['layers']}", flush=True)
     print(f"data: {facts['num_train_samples']:,} training and {facts['num_eval_samples']:,} evaluation samples", flush=True)
 
 

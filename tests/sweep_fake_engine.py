@@ -104,7 +104,13 @@ def main() -> int:
         if configs[0].data.train == "missing.jsonl":
             print("error: data.train = 'missing.jsonl': no such file", file=sys.stderr)
             return 2
-        answer = {"num_train_samples": 10, "num_eval_samples": 2, "model_path": "m", "num_trainable": [1] * len(configs)}
+        answer = {
+            "num_train_samples": 10,
+            "num_eval_samples": 2,
+            "model_path": "m",
+            "layers": "-",
+            "num_trainable": [1] * len(configs),
+        }
     else:
         config = load_train_config(options.config)
         loss = eval_loss(config, len(config.train.report_grid()))
