@@ -18,6 +18,8 @@ from sweep.space import Choice, Dimension, Range, Scalar, Space
 
 LEAF_KEYS = ("choices", "low", "high", "log", "step", "when")
 INCOMPARABLE = {
+    "model.path": "base models with other tokenizers would be scored on other tokens",
+    "model.revision": "base models with other tokenizers would be scored on other tokens",
     "data.train": "trials would learn from different data",
     "data.train_split": "trials would learn from different data",
     "data.eval": "trials would be scored on different data",

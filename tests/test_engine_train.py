@@ -3,9 +3,6 @@
 import copy
 import json
 import math
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ from engine.errors import CheckpointError, DivergedError, InputError
 from engine.evaluate import evaluate_adapter
 from engine.lora import attach, detach, resolve_targets
 from engine.loss import linear_cross_entropy
-from engine.model import load_base, pick_device
+from engine.model import load_base
 from engine.packing import collate
 from engine.train import train
 
@@ -247,67 +244,6 @@ def test_packed_attention_equals_masked_softmax_document_by_document(window, sof
         scores = softcap * torch.tanh(scores / softcap)
     expected = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1) @ v
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
-
-
-def test_the_command_line_replays_a_trial_and_shows_the_recorded_loss(tiny_config, tmp_path):
-    config = build(tiny_config)
-    recorded = run(config, tmp_path)
-    (tmp_path / "train_config.json").write_text(json.dumps(config.model_dump(mode="json")))
-    command = [sys.executable, "-m", "engine", str(tmp_path / "train_config.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    last = done.stdout.splitlines()[-2].split()
-    assert last[3] == last[4] == f"{recorded[-1].eval_loss:.5f}"
-    assert "UserWarning" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"lora": {"target_modules": ["qproj"]}}, r"lora\.target_modules = 'qproj'.*did you mean q_proj"),
-        ({"model": {"path": "/nowhere/model"}}, r"model\.path.*no such folder"),
-        ({"data": {"train": "/nowhere/data.jsonl"}}, r"data\.train.*no such file"),
-        ({"model": {"path": "builtin:gpt"}}, "unknown builtin"),
-    ],
-)
-def test_prepare_refuses_bad_input_with_one_line_and_exit_code_2(tiny_config, tmp_path, sections, message, capsys):
-    from engine.__main__ import main
-
-    path = tmp_path / "configs.json"
-    path.write_text(json.dumps([build(tiny_config, **sections).model_dump(mode="json")]))
-    assert main(["prepare", str(path)]) == 2
-    error = capsys.readouterr().err.strip()
-    assert "\n" not in error
-    assert pytest.importorskip("re").search(message, error), error
-
-
-def test_prepare_says_which_layers_run_fused_and_strict_refuses_the_rest(tiny_config, tmp_path):
-    from transformers import OlmoConfig, OlmoForCausalLM
-
-    from engine.prepare import prepare
-
-    assert prepare([build(tiny_config)])["layers"] == "2 of 2 decoder layers run fused"
-    assert "original" in prepare([build(tiny_config, model={"layers": "original"})])["layers"]
-    path = tmp_path / "olmo"
-    shutil.copytree(tiny_config["model"]["path"], path)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 260}
-    OlmoForCausalLM(OlmoConfig(**sizes, pad_token_id=0)).save_pretrained(path)
-    odd = {"model": {"path": str(path)}}
-    assert "OlmoDecoderLayer is not of a known family" in prepare([build(tiny_config, **odd)])["layers"]
-    with pytest.raises(InputError, match=r"model\.layers.*0 of 2"):
-        prepare([build(tiny_config, model={"path": str(path), "layers": "strict"})])
-    assert run(build(tiny_config, **odd), tmp_path / "generic")[-1].eval_loss > 0  # and it trains, on its own layers
-
-
-def test_a_model_folder_without_config_is_refused(tiny_config, tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"config\.json is not in it"):
-        load_base(build(tiny_config, model={"path": str(tmp_path / "empty")}).model, CPU)
-
-
-def test_cuda_without_a_card_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="no CUDA device"):
-        pick_device("cuda")
 
 
 def test_an_adapter_cannot_be_attached_twice(tiny_config, base):
