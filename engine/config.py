@@ -10,17 +10,17 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from engine.errors import InputError
 
 ALL_LINEAR = "all-linear"
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+ListAsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # JSON and YAML have lists only
 
 
 class StrictModel(BaseModel):
@@ -65,15 +65,8 @@ class LoraConfig(StrictModel):
     rank: PositiveInt = 16
     lora_alpha: Annotated[float, Field(gt=0.0)] | None = Field(None, description="none: 2 * rank")
     lora_dropout: Fraction = 0.0
-    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    target_modules: Annotated[str | tuple[str, ...], ListAsTuple] = ALL_LINEAR
     use_rslora: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _list_to_tuple(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and isinstance(data.get("target_modules"), list):
-            return {**data, "target_modules": tuple(data["target_modules"])}
-        return data
 
     @model_validator(mode="after")
     def _targets_not_empty(self) -> LoraConfig:
@@ -111,7 +104,9 @@ class LoopConfig(StrictModel):
     """How long to train, in which portions, and when to report. Tokens seen = tokens fed forward, prompts included."""
 
     max_tokens: PositiveInt
-    report_at_tokens: tuple[PositiveInt, ...] | None = Field(None, description="ascending grid below max_tokens")
+    report_at_tokens: Annotated[tuple[PositiveInt, ...] | None, ListAsTuple] = Field(
+        None, description="ascending grid below max_tokens"
+    )
     num_reports: PositiveInt = Field(8, description="even grid, where report_at_tokens is not given")
     micro_batch_size: PositiveInt = 1
     gradient_accumulation_steps: PositiveInt = 1
@@ -119,13 +114,6 @@ class LoopConfig(StrictModel):
     activation_checkpointing: bool = True
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _list_to_tuple(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and isinstance(data.get("report_at_tokens"), list):
-            return {**data, "report_at_tokens": tuple(data["report_at_tokens"])}
-        return data
 
     @model_validator(mode="after")
     def _grid_ascends(self) -> LoopConfig:
@@ -198,7 +186,7 @@ def load_json(path: str | Path) -> Any:
 
 
 def _input_error(model: type[BaseModel], fault: dict[str, Any], where: str) -> InputError:
-    location = [str(part) for part in fault["loc"]]
+    location = _location(model, fault["loc"])
     field = ".".join(filter(None, [where, *location])) or model.__name__
     if fault["type"] == "extra_forbidden":
         known = _known_keys(model, fault["loc"][:-1])
@@ -209,6 +197,18 @@ def _input_error(model: type[BaseModel], fault: dict[str, Any], where: str) -> I
         return InputError(field, None, "required, but missing")
     message = fault["msg"].removeprefix("Value error, ")
     return InputError(field, fault["input"], message[:1].lower() + message[1:])
+
+
+def _location(model: type[BaseModel] | None, path: tuple[str | int, ...]) -> list[str]:
+    """Field names and list positions; pydantic also names the branch of a union, which is nobody's key."""
+    location = []
+    for part in path:
+        if isinstance(part, int) or model is not None:
+            location.append(str(part))
+        field = model.model_fields.get(str(part)) if model else None
+        annotation = field.annotation if field else None
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return location
 
 
 def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:

@@ -23,6 +23,8 @@ def config(**sections):
         ({"lora": {"rank": "8"}}, "lora.rank", "valid integer"),
         ({"lora": {"rnk": 8}}, "lora.rnk", "known keys: lora_alpha, lora_dropout, rank.*did you mean 'rank'"),
         ({"lora": {"target_modules": []}}, "lora", "at least one module"),
+        ({"lora": {"target_modules": ["q_proj", 3]}}, "lora.target_modules", "valid string"),
+        ({"train": {"max_tokens": 9, "report_at_tokens": [4, "x"]}}, "train.report_at_tokens.1", "valid integer"),
         ({"lora": {"lora_dropout": 1.0}}, "lora.lora_dropout", "less than 1"),
         ({"optim": {"learning_rate": float("nan")}}, "optim.learning_rate", "finite"),
         ({"data": {"train": "d", "format": "chatty"}}, "data.format", "'messages'"),
