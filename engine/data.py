@@ -19,7 +19,7 @@ from engine.builtin import resolve_data
 from engine.cache import build_once
 from engine.chat import Renderer, SampleError, TargetText, chat_template, detect_format
 from engine.config import DataConfig
-from engine.errors import InputError
+from engine.errors import InputError, first_line
 from engine.packing import Sample
 
 VERSION = 1  # of the token cache's content
@@ -173,8 +173,8 @@ def _open_hub(field: str, source: str, split: str) -> tuple[str, Iterator[tuple[
     try:
         data = load_dataset(source, split=split)
     except Exception as error:  # the hub client raises a dozen kinds, offline, missing, gated, no such split
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(field, source, f"no such file, and not to be had from the hub (split {split!r}): {reason}") from error
+        allowed = f"no such file, and not to be had from the hub (split {split!r}): {first_line(error)}"
+        raise InputError(field, source, allowed) from error
     return f"{source}@{data._fingerprint}", ((f"{field} row {i}", row) for i, row in enumerate(data, 1))
 
 

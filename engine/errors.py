@@ -25,6 +25,12 @@ class CheckpointError(EngineError):
     """A checkpoint is torn, or belongs to another config."""
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line; its kind where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def _short(value: object, limit: int = 120) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

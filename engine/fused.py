@@ -123,25 +123,32 @@ class _DecoderLayer(torch.autograd.Function):
 
 
 def _forward(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
-    delta = _attention_half(x, call, saved, graph)
-    normed = _mlp_norm(x, delta, call, saved)
-    down = _mlp(normed, call, saved)
-    norm = call.spec.after_mlp_norm
-    if norm is not None:
-        saved.down_out = down
-        down, saved.rstd["after_mlp"] = norm.forward(down)
-    return saved.x_mid + down
+    _up_to_gate(x, call, saved, graph)
+    return saved.x_mid + _down(call, saved)
 
 
 def _recompute(call: Call, saved: Saved) -> None:
     """Fill `saved` again from the layer's input. The down projection runs only where a norm follows it."""
-    delta = _attention_half(saved.x, call, saved, graph=True)
-    normed = _mlp_norm(saved.x, delta, call, saved)
-    saved.gate, saved.up = (call.projections[name].forward(normed) for name in ("gate_proj", "up_proj"))
+    _up_to_gate(saved.x, call, saved, graph=True)
     if call.spec.after_mlp_norm is not None:
-        hidden = kernels.glu(saved.gate, saved.up, call.spec.activation)
-        saved.down_out = call.projections["down_proj"].forward(hidden)
-        _, saved.rstd["after_mlp"] = call.spec.after_mlp_norm.forward(saved.down_out)
+        _down(call, saved)
+
+
+def _up_to_gate(x: Tensor, call: Call, saved: Saved, graph: bool) -> None:
+    """Everything up to the gate and up projections, into `saved`."""
+    delta, norm = _attention_half(x, call, saved, graph), call.spec.mlp_norm
+    saved.x_mid, normed, saved.rstd["mlp"] = kernels.add_rms_norm(x, delta, norm.weight, norm.eps, norm.offset)
+    saved.gate, saved.up = (call.projections[name].forward(normed) for name in ("gate_proj", "up_proj"))
+
+
+def _down(call: Call, saved: Saved) -> Tensor:
+    """What the MLP adds to the residual stream."""
+    hidden, norm = kernels.glu(saved.gate, saved.up, call.spec.activation), call.spec.after_mlp_norm
+    down = call.projections["down_proj"].forward(hidden)
+    if norm is not None:
+        saved.down_out = down
+        down, saved.rstd["after_mlp"] = norm.forward(down)
+    return down
 
 
 def _attention_half(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
@@ -175,17 +182,6 @@ def _rotated(call: Call, saved: Saved) -> tuple[Tensor, Tensor]:
         k, saved.rstd["k"] = spec.k_norm.forward(k)
     kernels.rope_(q, k, call.cos_TK, call.sin_TK)
     return q, k
-
-
-def _mlp_norm(x: Tensor, delta: Tensor, call: Call, saved: Saved) -> Tensor:
-    norm = call.spec.mlp_norm
-    saved.x_mid, normed, saved.rstd["mlp"] = kernels.add_rms_norm(x, delta, norm.weight, norm.eps, norm.offset)
-    return normed
-
-
-def _mlp(normed: Tensor, call: Call, saved: Saved) -> Tensor:
-    saved.gate, saved.up = (call.projections[name].forward(normed) for name in ("gate_proj", "up_proj"))
-    return call.projections["down_proj"].forward(kernels.glu(saved.gate, saved.up, call.spec.activation))
 
 
 def _backward(dy: Tensor, call: Call, saved: Saved, wants_dx: bool) -> tuple[Tensor | None, dict[str, tuple[Tensor, ...]]]:

@@ -103,7 +103,7 @@ def attach(model: nn.Module, linear_names: list[str], config: LoraConfig, seed: 
     layers: dict[str, LoraLinear] = {}
     for name in resolve_targets(linear_names, config.target_modules):
         generator = torch.Generator().manual_seed(_stream_seed(seed, name))
-        layers[name] = LoraLinear(_owner(model, name, FrozenLinear), config, generator)
+        layers[name] = LoraLinear(_frozen(model, name), config, generator)
     for name, layer in layers.items():
         _replace(model, name, layer)
     return layers
@@ -163,14 +163,13 @@ def _stream_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
 
 
-def _owner(model: nn.Module, name: str, kind: type[nn.Module]) -> FrozenLinear:
+def _frozen(model: nn.Module, name: str) -> FrozenLinear:
     layer = model.get_submodule(name)
-    if not isinstance(layer, kind):
+    if not isinstance(layer, FrozenLinear):
         raise RuntimeError(f"{name} is a {type(layer).__name__}; an adapter is still attached")
     return layer
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
     layer.train(model.training)
-    setattr(model.get_submodule(parent), child, layer)
+    model.set_submodule(name, layer)

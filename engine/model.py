@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from engine import attention
 from engine.builtin import resolve_model
 from engine.config import ModelConfig
-from engine.errors import InputError
+from engine.errors import InputError, first_line
 from engine.loss import Head
 from engine.packing import Batch
 from engine.quant import freeze_linears, nf4_load_config
@@ -127,7 +127,7 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
         try:
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
         except ValueError as error:
-            raise InputError("model.path", config.path, f"must be a causal language model ({_first_line(error)})") from None
+            raise InputError("model.path", config.path, f"must be a causal language model ({first_line(error)})") from None
     head = model.get_output_embeddings()
     features = {
         n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head
@@ -172,8 +172,4 @@ def _from_pretrained(factory: Any, config: ModelConfig, source: str, **options: 
         )
     except (OSError, ValueError) as error:
         allowed = "a folder or hub id that transformers can load; it said: "
-        raise InputError("model.path", config.path, allowed + _first_line(error)) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError("model.path", config.path, allowed + first_line(error)) from error

@@ -18,24 +18,25 @@ def prepare(configs: list[TrainConfig]) -> dict[str, Any]:
     """Check every config; the first fault is an InputError. Returns sizes, and trainable parameters per config."""
     if not configs:
         raise InputError("configs", configs, "must hold at least one training config")
-    models: dict[str, ModelFacts] = {}
+    models: dict[str, tuple[ModelFacts, Any]] = {}  # with the tokenizer
     samples: dict[str, tuple[int, int, int]] = {}
     num_trainable = []
     for config in configs:
         key = repr(config.model)
         if key not in models:
-            models[key] = inspect_model(config.model)
-        features = models[key].features
+            models[key] = inspect_model(config.model), load_tokenizer(config.model)
+        facts, tokenizer = models[key]
+        features = facts.features
         targets = resolve_targets(list(features), config.lora.target_modules)
         num_trainable.append(sum(config.lora.rank * sum(features[name]) for name in targets))
         data_key = key + repr(config.data)
         if data_key not in samples:
-            train_view, eval_view = load_data(config.data, load_tokenizer(config.model))
+            train_view, eval_view = load_data(config.data, tokenizer)
             samples[data_key] = (len(train_view), len(eval_view), train_view.num_dropped)
     num_train, num_eval, num_dropped = next(iter(samples.values()))
     return {
         "model_path": locate(configs[0].model),
-        "layers": next(iter(models.values())).swaps.describe(),
+        "layers": next(iter(models.values()))[0].swaps.describe(),
         "num_train_samples": num_train,
         "num_eval_samples": num_eval,
         "num_dropped_samples": num_dropped,

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from engine import kernels
 
-NF4_BLOCK_SIZE = 64
-
 
 class FrozenLinear(nn.Module):
     """y = x W^T + b with W frozen. Takes over the weight of an `nn.Linear` or bitsandbytes `Linear4bit`; copies nothing."""
@@ -72,9 +70,7 @@ def freeze_linears(model: nn.Module, skip: Iterable[nn.Module] = ()) -> list[str
     skipped = {id(module) for module in skip}
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in skipped]
     for name in names:
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, child, FrozenLinear(getattr(owner, child)))
+        model.set_submodule(name, FrozenLinear(model.get_submodule(name)))
     return names
 
 

@@ -88,8 +88,8 @@ def fuse_layers(model: nn.Module) -> SwapReport:
     report = survey(model)
     decoder = model.get_decoder()
     for name in report.fused:
-        _, _, i = name.rpartition(".")
-        decoder.layers[int(i)] = FusedLayer(decoder.layers[int(i)], _spec(decoder.layers[int(i)]))
+        layer = decoder.get_submodule(name)
+        decoder.set_submodule(name, FusedLayer(layer, _spec(layer)))
     return report
 
 

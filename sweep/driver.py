@@ -15,12 +15,12 @@ from datetime import datetime
 from typing import Any
 
 from engine.errors import InputError
+from engine.provenance import provenance
 from sweep.commands import prepare
 from sweep.config import SweepConfig, parse_sweep_config
 from sweep.console import LineConsole, TableConsole, make_console
 from sweep.engine_modules import REAL_ENGINE, EngineModules
 from sweep.plan import Plan, make_plan
-from sweep.provenance import provenance
 from sweep.runs import SweepFolder
 
 INTERRUPTED = 130
@@ -30,25 +30,17 @@ Screen = LineConsole | TableConsole
 
 def start(raw: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
     """Run a new sweep. Returns the exit code; raises InputError before anything is written."""
-    plan = make_plan(parse_sweep_config(raw))
-    print(plan.describe(), flush=True)
-    if dry_run:
-        return 0
-    with _terminate_as_interrupt():
-        try:
-            _prepare(plan, engine)
-        except KeyboardInterrupt:
-            print("\nstopped before the sweep began; nothing was written", file=sys.stderr)
-            return INTERRUPTED
-        folder = SweepFolder.create(plan.config, datetime.now())
-        return _run(plan, folder, engine)
+    return _launch(make_plan(parse_sweep_config(raw)), None, dry_run, engine)
 
 
 def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
     """Go on with a sweep from its folder. overrides: dotted path -> value; only sweep.num_trials may be raised."""
     folder = SweepFolder.open(path)
-    config = _raised(folder.read_config(), overrides)
-    plan = make_plan(config)
+    return _launch(make_plan(_raised(folder.read_config(), overrides)), folder, dry_run, engine)
+
+
+def _launch(plan: Plan, folder: SweepFolder | None, dry_run: bool, engine: EngineModules) -> int:
+    """Say the plan, check it all, run. folder: none for a new sweep, whose folder is created once nothing can be refused."""
     print(plan.describe(), flush=True)
     if dry_run:
         return 0
@@ -57,7 +49,7 @@ def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engin
             _prepare(plan, engine)
         except KeyboardInterrupt:
             return _interrupted(folder)
-        return _run(plan, folder, engine)
+        return _run(plan, folder or SweepFolder.create(plan.config, datetime.now()), engine)
 
 
 def _raised(config: SweepConfig, overrides: dict[str, Any]) -> SweepConfig:
@@ -138,9 +130,12 @@ def _make_tracker(plan: Plan, folder: SweepFolder) -> Any:
     return Tracker(uri, config.sweep.name, folder.path.name, folder.path, config.model_dump(mode="json"))
 
 
-def _interrupted(folder: SweepFolder) -> int:
-    command = f"python -m sweep resume={shlex.quote(str(folder.path))}"
-    print(f"\nstopped; nothing is lost. Go on with:\n  {command}", flush=True)
+def _interrupted(folder: SweepFolder | None) -> int:
+    if folder is None:
+        print("\nstopped before the sweep began; nothing was written", file=sys.stderr)
+    else:
+        command = f"python -m sweep resume={shlex.quote(str(folder.path))}"
+        print(f"\nstopped; nothing is lost. Go on with:\n  {command}", flush=True)
     return INTERRUPTED
 
 

@@ -120,9 +120,8 @@ class _Projection:
     def __init__(self, uri: str, experiment: str, name: str, folder: Path, config: dict[str, Any]) -> None:
         self._uri, self._experiment, self._name, self._config = uri, experiment, name, config
         self._folder = str(folder.absolute())
-        self._id = hashlib.sha256(self._folder.encode()).hexdigest()[
-            :16
-        ]  # a path may hold quotes, which the filter language lacks
+        # a path may hold quotes, which the filter language lacks
+        self._id = hashlib.sha256(self._folder.encode()).hexdigest()[:16]
         self._client: Any = None
         self._experiment_id: str | None = None
         self._parent: str | None = None

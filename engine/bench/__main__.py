@@ -26,6 +26,7 @@ from engine.loss import linear_cross_entropy
 from engine.metrics import GIB
 from engine.model import pick_device, pick_dtype
 from engine.packing import Batch, Sample, collate
+from engine.provenance import provenance
 from engine.quant import adamw_8bit
 
 SYSTEMS = ("ours", "ours-unfused", "peft")
@@ -186,13 +187,9 @@ def _table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
 
 
 def _facts(options: argparse.Namespace) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    asked = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True)
-    commit = options.commit or (asked.stdout.strip() if asked.returncode == 0 else "unknown")
-    names = ("torch", "triton", "transformers", "bitsandbytes", "peft")
     shape = {k: getattr(options, k) for k in ("model", "batch", "length", "rank", "dropout", "keep", "cap_gib", "steps")}
-    return {**shape, "card": _card(), "commit": commit, **{f"version.{n}": version(n) for n in names}}
+    commit = {"git.commit": options.commit} if options.commit else {}
+    return {**shape, "card": _card(), **provenance(), **commit}
 
 
 if __name__ == "__main__":

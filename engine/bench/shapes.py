@@ -41,9 +41,8 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype, attention_
         return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
 
     for layer_name in names:
-        parent, _, child = layer_name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, child, library_linear(values(getattr(owner, child).weight.shape), dtype))
+        shape = model.get_submodule(layer_name).weight.shape
+        model.set_submodule(layer_name, library_linear(values(shape), dtype))
     for module in list(model.modules()):
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:

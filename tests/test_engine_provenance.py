@@ -1,9 +1,9 @@
-"""What a sweep says about the code it ran with."""
+"""What a measurement says about the code it was made with."""
 
 import subprocess
 
-from sweep import provenance as module
-from sweep.provenance import provenance
+from engine import provenance as module
+from engine.provenance import provenance
 
 
 def test_versions_of_the_packages_that_matter_are_there():
@@ -12,8 +12,8 @@ def test_versions_of_the_packages_that_matter_are_there():
 
 
 def test_the_commit_is_marked_where_files_differ_from_it(tmp_path, monkeypatch):
-    (tmp_path / "sweep").mkdir()
-    source = tmp_path / "sweep" / "provenance.py"
+    (tmp_path / "engine").mkdir()
+    source = tmp_path / "engine" / "provenance.py"
     source.write_text("one")
     monkeypatch.setattr(module, "__file__", str(source))
     assert "git.commit" not in provenance()

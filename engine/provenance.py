@@ -1,4 +1,4 @@
-"""Which code and which package versions a sweep ran with, as tags. No torch, no ray."""
+"""Which code and which package versions something was measured with, as tags. No torch."""
 
 from __future__ import annotations
 
