@@ -1,8 +1,12 @@
 """Attention over packed samples: several sequences side by side in one row, none seeing another.
 
 `attend` is the operation. On CUDA with a 16-bit dtype it is torch's variable-length flash attention, one launch for all
-sequences; elsewhere (CPU, fp32, logit softcap) it is scaled-dot-product attention sequence by sequence. It is also registered
-in transformers' own attention registry under NAME, for layers that run unfused; the model passes `document_lengths` through.
+sequences; elsewhere (CPU, fp32, logit softcap) it is scaled-dot-product attention sequence by sequence. Where all sequences have
+one length, the row is a plain batch, and on Hopper and later cuDNN's attention takes it: 1.9 times as fast (H100, 8,192 tokens).
+cuDNN plans each shape anew, which took over a second, so only lengths that recur are given to it: multiples of LENGTH_STEP.
+
+It is also registered in transformers' own attention registry under NAME, for layers that run unfused; the model passes
+`document_lengths` through.
 
 Shape letters: H query heads, G key/value heads, T tokens of the whole row, L tokens of one sequence, K head dim.
 """
@@ -16,8 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 NAME = "packed"
+LENGTH_STEP = 256
 
 try:
     from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
@@ -47,6 +53,8 @@ class AttentionOptions:
 def attend(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
     """Causal attention within each document; [T, H, K]. Differentiable in q, k and v."""
     if _flash_fits(q_THK, options.softcap):
+        if _is_plain_batch(documents, options) and _cudnn_fits(q_THK):
+            return _batched(q_THK, k_TGK, v_TGK, documents, options)
         return _varlen(q_THK, k_TGK, v_TGK, documents, options)
     groups = q_THK.shape[1] // k_TGK.shape[1]
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THK, k_TGK, v_TGK))
@@ -91,6 +99,28 @@ def packed_attention(
 def _flash_fits(q: Tensor, softcap: float | None) -> bool:
     half = q.dtype in (torch.bfloat16, torch.float16)
     return varlen_attn is not None and "window_size" in _VARLEN_OPTIONS and q.is_cuda and half and softcap is None
+
+
+def _is_plain_batch(documents: Documents, options: AttentionOptions) -> bool:
+    """Whether the row is a batch of sequences of one length, one that will come again."""
+    length = documents.lengths[0]
+    whole = options.sliding_window is None or options.sliding_window >= length
+    return whole and length % LENGTH_STEP == 0 and set(documents.lengths) == {length}
+
+
+def _cudnn_fits(q: Tensor) -> bool:
+    return q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (9, 0)
+
+
+def _batched(q: Tensor, k: Tensor, v: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
+    shape = (len(documents.lengths), documents.lengths[0])
+    q_BHLK, k_BGLK, v_BGLK = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = F.scaled_dot_product_attention(
+            q_BHLK, k_BGLK, v_BGLK, is_causal=True, scale=options.scaling, enable_gqa=grouped
+        )
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:

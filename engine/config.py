@@ -40,6 +40,9 @@ class ModelConfig(StrictModel):
     layers: Literal["auto", "strict", "original"] = Field(
         "auto", description="fused where known; strict: or an error; original: never"
     )
+    embeddings: Literal["auto", "device", "host"] = Field(
+        "auto", description="host: the input embedding stays in pinned host memory; auto: so on CUDA, if large and not tied"
+    )
     trust_remote_code: bool = False
 
 
@@ -111,7 +114,12 @@ class LoopConfig(StrictModel):
     micro_batch_size: PositiveInt = 1
     gradient_accumulation_steps: PositiveInt = 1
     tokens_per_step: PositiveInt | None = Field(None, description="derives gradient_accumulation_steps, the same for all lengths")
-    activation_checkpointing: bool = True
+    activation_checkpointing: bool | Literal["selective", "offload"] = Field(
+        True,
+        description="true: compute each layer again in the backward pass, offload: from inputs in host memory, "
+        "selective: its MLP only; false: keep",
+    )
+    weight_cache_gib: Annotated[float, Field(ge=0.0)] = Field(0.0, description="device memory for dequantised weights")
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"
 

@@ -13,7 +13,6 @@ from engine.config import TrainConfig
 from engine.data import View, load_data
 from engine.export import load_adapter
 from engine.lora import attach, detach
-from engine.loss import linear_cross_entropy
 from engine.model import Base, load_base, pick_device
 from engine.packing import Batch, collate, plan_once
 
@@ -32,11 +31,9 @@ def evaluate(base: Base, batches: list[Batch]) -> float:
     """Mean loss in nats per target token over `batches`. Leaves the model in the mode it was in."""
     was_training = base.model.training
     base.model.eval()
-    head = base.head()
     total = torch.zeros((), dtype=torch.float64, device=base.device)
     for batch in batches:
-        on_device = batch.to(base.device)
-        total += linear_cross_entropy(base.hidden_states(on_device), on_device.labels_T, head)
+        total += base.loss(batch.to(base.device))
     base.model.train(was_training)
     return total.item() / sum(batch.num_targets for batch in batches)
 

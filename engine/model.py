@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,17 @@ from torch import Tensor, nn
 from engine import attention
 from engine.builtin import resolve_model
 from engine.config import ModelConfig
+from engine.embedding import place_embedding
 from engine.errors import InputError, first_line
-from engine.loss import Head
+from engine.fused import Policy
+from engine.loss import Head, linear_cross_entropy
+from engine.metrics import GIB
+from engine.offload import HostStash
 from engine.packing import Batch
 from engine.quant import freeze_linears, nf4_load_config
-from engine.swap import SwapReport, fuse_layers, require_fused, set_recompute, survey
+from engine.swap import SwapReport, cache_weights, fuse_layers, require_fused, set_policy, survey
+
+POLICIES = {False: Policy.KEEP, "selective": Policy.SELECTIVE, True: Policy.RECOMPUTE, "offload": Policy.OFFLOAD}
 
 
 @dataclass
@@ -37,6 +43,7 @@ class Base:
     dtype: torch.dtype
     linear_names: list[str]
     swaps: SwapReport
+    stash: HostStash = field(default_factory=HostStash)
 
     def matches(self, config: ModelConfig, device: torch.device) -> bool:
         """Whether a trial with this model section can use this base as it stands."""
@@ -44,6 +51,7 @@ class Base:
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states [T, D] of a packed row; `batch` is already on the device."""
+        self.stash.clear()
         decoder = self.model.get_decoder()
         output = decoder(
             input_ids=batch.input_ids_T.unsqueeze(0),
@@ -54,15 +62,24 @@ class Base:
         )
         return output.last_hidden_state.squeeze(0)
 
-    def recompute_activations(self, wanted: bool) -> None:
-        """Whether decoder layers are computed again in the backward pass, or keep their matmul outputs."""
-        set_recompute(self.model, wanted)
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum over the row's targets of -log p(target), fp32 scalar in nats; `batch` is already on the device."""
+        return linear_cross_entropy(self.hidden_states(batch), batch.labels_T, self.head(), batch.target_rows)
+
+    def checkpoint_activations(self, wanted: bool | Literal["selective", "offload"]) -> None:
+        """Whether decoder layers are computed again in the backward pass, or keep their matmul outputs; selective: the MLP is
+        computed again; offload: all is, from inputs in host memory. Layers that run unfused are computed again whole."""
+        self.stash = set_policy(self.model, POLICIES[wanted])
         if self.swaps.unfused:
             # transformers is renaming the methods (5.23)
             switch = "enable" if wanted else "disable"
             methods = [getattr(self.model, f"{word}_checkpointing_{switch}", None) for word in ("activation", "gradient")]
             method = next(filter(None, methods))
             method({"use_reentrant": False}) if wanted else method()
+
+    def cache_weights(self, gib: float) -> float:
+        """Keep up to `gib` GiB of the fused layers' weights dequantised; returns the GiB kept."""
+        return cache_weights(self.model, self.dtype, int(gib * GIB)) / GIB
 
     def head(self) -> Head:
         """The output embedding with the logit transforms that the model's config declares."""
@@ -100,6 +117,8 @@ def load_base(config: ModelConfig, device: torch.device) -> Base:
     model.requires_grad_(False).eval()
     names = freeze_linears(model, skip=[model.get_output_embeddings()])
     swaps = _swaps(model, config, fuse_layers)
+    if place_embedding(model, config):
+        swaps = replace(swaps, others=(*swaps.others, "embed_tokens"))
     return Base(model, load_tokenizer(config), config, device, dtype, names, swaps)
 
 

@@ -29,14 +29,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed row of T tokens. labels_T is already shifted: the target predicted at position t, or IGNORE."""
+    """One packed row of T tokens. labels_T is already shifted: the target predicted at position t, or IGNORE; target_rows [M] are
+    the positions that have one, found on the host so that the loss need not ask the device."""
 
     input_ids_T: Tensor
     labels_T: Tensor
+    target_rows: Tensor
     position_ids_T: Tensor
     document_offsets: Tensor
     document_lengths: tuple[int, ...]
-    num_targets: int
+
+    @property
+    def num_targets(self) -> int:
+        return self.target_rows.numel()
 
     @property
     def num_tokens(self) -> int:
@@ -46,7 +51,7 @@ class Batch:
         """The same batch on `device`; copies to CUDA are asynchronous from pinned memory."""
         if device.type == "cpu":
             return self
-        names = ("input_ids_T", "labels_T", "position_ids_T", "document_offsets")
+        names = ("input_ids_T", "labels_T", "target_rows", "position_ids_T", "document_offsets")
         return replace(self, **{n: getattr(self, n).pin_memory().to(device, non_blocking=True) for n in names})
 
 
@@ -58,10 +63,10 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(
         input_ids_T=torch.from_numpy(np.concatenate([s.input_ids for s in samples]).astype(np.int64)),
         labels_T=torch.from_numpy(labels_T),
+        target_rows=torch.from_numpy(np.flatnonzero(labels_T != IGNORE)),
         position_ids_T=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])),
         document_offsets=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
         document_lengths=lengths,
-        num_targets=int((labels_T != IGNORE).sum()),
     )
 
 

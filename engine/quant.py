@@ -9,6 +9,7 @@ Shape letters: D input features, O output features; ... any leading shape.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -30,24 +31,30 @@ class FrozenLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
         self._nf4: kernels.Nf4State | None = None
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight [O, D] in `dtype`: a fresh tensor for NF4, the parameter itself where it is plain and already `dtype`."""
-        state = getattr(self.weight, "quant_state", None)
-        if state is None:
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weight is NF4: every use makes a 16-bit copy."""
+        return getattr(self.weight, "quant_state", None) is not None
+
+    def dequantized(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The weight [O, D] in `dtype`: for NF4 a fresh tensor, or `out` (contiguous [O, D]) filled; the parameter itself where
+        it is plain and already `dtype`."""
+        if not self.is_packed:
             return self.weight.to(dtype)
         if self.weight.is_cuda:
             if self._nf4 is None:
                 self._nf4 = kernels.nf4_state(self.weight)
-            return kernels.dequantize_nf4(self._nf4, dtype)
+            return kernels.dequantize_nf4(self._nf4, dtype, out)
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(self.weight.data, state).to(dtype)
+        weight_OD = dequantize_4bit(self.weight.data, self.weight.quant_state).to(dtype)
+        return weight_OD if out is None else out.copy_(weight_OD)
 
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenMatmul.apply(x, self)
 
     def extra_repr(self) -> str:
-        kind = "nf4" if getattr(self.weight, "quant_state", None) is not None else str(self.weight.dtype)
+        kind = "nf4" if self.is_packed else str(self.weight.dtype)
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, weight={kind}"
 
 
@@ -106,7 +113,30 @@ def nf4_load_config(double_quantization: bool, compute_dtype: torch.dtype) -> An
 
 def adamw_8bit(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
     """AdamW with block-wise 8-bit states (Dettmers et al., arXiv:2110.02861); small tensors stay 32-bit inside it."""
+    return _adamw_8bit_class()(parameters, **options)
+
+
+@functools.cache
+def _adamw_8bit_class() -> type[torch.optim.Optimizer]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from bitsandbytes.optim import AdamW8bit
-    return AdamW8bit(parameters, **options)
+
+    class AdamW8bitWithoutWaiting(AdamW8bit):
+        """The library's `step` waits for the device after each tensor, so the next step starts with an empty queue."""
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            if not self.initialized:
+                self.check_overrides()
+                self.to_gpu()
+                self.initialized = True
+            for i, group in enumerate(self.param_groups):
+                for j, parameter in enumerate(group["params"]):
+                    if parameter.grad is None:
+                        continue
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, i, j)
+                    self.update_step(group, parameter, i, j)
+
+    return AdamW8bitWithoutWaiting

@@ -5,16 +5,18 @@ A family is known by the class of its decoder layer; any other causal language m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from engine.attention import AttentionOptions, Documents
 from engine.errors import InputError
-from engine.fused import PROJECTIONS, Call, LayerSpec, Norm, Policy, decoder_layer
+from engine.fused import GROUPS, PROJECTIONS, Call, LayerSpec, Norm, Policy, decoder_layer, normalize
 from engine.lora import LoraLinear
-from engine.projection import Projection
+from engine.offload import HostStash
+from engine.projection import ProjectionGroup, merged_weight
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3")
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -23,10 +25,11 @@ ATTENTION, MLP = PROJECTIONS[:4], PROJECTIONS[4:]
 
 @dataclass(frozen=True)
 class SwapReport:
-    """fused: names of the decoder layers that were swapped; unfused: name -> why not."""
+    """fused: names of the decoder layers that were swapped; unfused: name -> why not; others: what else was swapped."""
 
     fused: tuple[str, ...]
     unfused: dict[str, str]
+    others: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """One line."""
@@ -45,6 +48,8 @@ class FusedLayer(nn.Module):
     def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
         super().__init__()
         self.spec, self.policy = spec, Policy.KEEP
+        self.stash = HostStash()
+        self.weight_cache: dict[str, Tensor] = {}  # group -> its weights, dequantised
         for name, child in layer.named_children():
             self.add_module(name, child)
         for name in ("attention_type", "layer_type", "is_sliding", "layer_idx", "hidden_size"):  # some models' loops read them
@@ -61,19 +66,31 @@ class FusedLayer(nn.Module):
         **__: Any,
     ) -> Tensor:
         """hidden_states: [1, T, D]."""
-        layers = {name: getattr(self.self_attn if name in ATTENTION else self.mlp, name) for name in PROJECTIONS}
-        dtype = hidden_states.dtype
+        layers, dtype = self.projections(), hidden_states.dtype
+        groups = {
+            group: ProjectionGroup.of([layers[name] for name in names], dtype, self.weight_cache.get(group))
+            for group, names in GROUPS.items()
+        }
         cos_TK, sin_TK = (t.squeeze(0) for t in position_embeddings)
-        call = Call(
-            self.spec,
-            self.policy,
-            {name: Projection.of(layer, dtype) for name, layer in layers.items()},
-            cos_TK,
-            sin_TK,
-            Documents(document_lengths, document_offsets),
-        )
+        call = Call(self.spec, self.policy, groups, cos_TK, sin_TK, Documents(document_lengths, document_offsets), self.stash)
         adapters = [p for layer in layers.values() if isinstance(layer, LoraLinear) for p in (layer.lora_a, layer.lora_b)]
         return decoder_layer(hidden_states.squeeze(0), call, adapters).unsqueeze(0)
+
+    def projections(self) -> dict[str, nn.Module]:
+        """Projection name -> the layer that stands there now."""
+        return {name: getattr(self.self_attn if name in ATTENTION else self.mlp, name) for name in PROJECTIONS}
+
+
+class FusedNorm(nn.Module):
+    """Stands where the decoder's final norm stood, with its weight under the same name."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.spec = norm.weight, _norm(norm)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states: [..., D]."""
+        return normalize(hidden_states, self.spec)
 
 
 def survey(model: nn.Module) -> SwapReport:
@@ -90,14 +107,40 @@ def fuse_layers(model: nn.Module) -> SwapReport:
     for name in report.fused:
         layer = decoder.get_submodule(name)
         decoder.set_submodule(name, FusedLayer(layer, _spec(layer)))
-    return report
+    if not report.fused:
+        return report
+    decoder.norm = FusedNorm(decoder.norm)
+    return replace(report, others=("norm",))
 
 
-def set_recompute(model: nn.Module, wanted: bool) -> None:
-    """What fused layers keep from forward to backward."""
-    for module in model.modules():
-        if isinstance(module, FusedLayer):
-            module.policy = Policy.RECOMPUTE if wanted else Policy.KEEP
+def set_policy(model: nn.Module, policy: Policy) -> HostStash:
+    """What fused layers keep from forward to backward; returns the stash that they share, empty."""
+    stash = HostStash()
+    for layer in _fused_layers(model):
+        layer.policy, layer.stash = policy, stash
+    return stash
+
+
+def cache_weights(model: nn.Module, dtype: torch.dtype, num_bytes: int) -> int:
+    """Keep dequantised weights of fused layers, as many whole groups as `num_bytes` hold; the rest is dequantised at each use.
+    Returns the bytes kept. Called again, it drops and adds what the new number asks for."""
+    used = 0
+    for layer in _fused_layers(model):
+        projections = layer.projections()
+        for group, names in GROUPS.items():
+            bases = [b.base if isinstance(b, LoraLinear) else b for b in (projections[name] for name in names)]
+            size = dtype.itemsize * sum(base.in_features * base.out_features for base in bases)
+            if used + size > num_bytes or not all(base.is_packed for base in bases):
+                layer.weight_cache.pop(group, None)
+                continue
+            used += size
+            if group not in layer.weight_cache:
+                layer.weight_cache[group] = merged_weight(bases, dtype)
+    return used
+
+
+def _fused_layers(model: nn.Module) -> list[FusedLayer]:
+    return [module for module in model.modules() if isinstance(module, FusedLayer)]
 
 
 def require_fused(report: SwapReport, model_path: str) -> None:

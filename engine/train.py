@@ -26,7 +26,6 @@ from engine.evaluate import evaluate, evaluation_batches
 from engine.export import export_adapter
 from engine.files import write_text
 from engine.lora import FlatAdapter, LoraLinear, attach, detach
-from engine.loss import linear_cross_entropy
 from engine.metrics import GIB, Report
 from engine.model import Base, free, load_base, pick_device
 from engine.optim import learning_rate, make_optimizer, set_learning_rate
@@ -50,7 +49,7 @@ def train(config: TrainConfig, run_dir: Path, *, base: Base | None = None) -> It
         yield from _Run(config, run_dir, resident, layers).reports()
     finally:
         detach(resident.model, layers)
-        resident.recompute_activations(False)
+        resident.checkpoint_activations(False)
         resident.model.eval()
         layers.clear()
         free(device)
@@ -71,8 +70,8 @@ class _Run:
         self.progress = loaded or Progress(fingerprint)
         self.adapter.refresh()
         self.cursor.seek(self.progress.epoch, self.progress.position)
-        self.head = base.head()
-        base.recompute_activations(config.train.activation_checkpointing)
+        base.checkpoint_activations(config.train.activation_checkpointing)
+        base.cache_weights(config.train.weight_cache_gib)
         base.model.train()
 
     def reports(self) -> Iterator[Report]:
@@ -110,7 +109,7 @@ class _Run:
         total = torch.zeros((), device=self.base.device)
         for batch in batches:
             on_device = batch.to(self.base.device)
-            loss = linear_cross_entropy(self.base.hidden_states(on_device), on_device.labels_T, self.head)
+            loss = self.base.loss(on_device)
             (loss / num_targets).backward()
             total += loss.detach()
         limit = self.config.optim.max_grad_norm

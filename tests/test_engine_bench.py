@@ -1,22 +1,213 @@
-"""The step benchmark on a tiny shape: all systems compute the same loss, and the table shows failures as rows."""
+"""The step benchmark on a tiny shape: all systems compute the same, whatever fails is a row, and what is done stays."""
 
 import argparse
+import json
+import textwrap
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
+import torch
 
-from engine.bench.__main__ import SYSTEMS, _table, measure
+from engine.bench import __main__ as bench
+from engine.bench.checkpoint import write_checkpoint
+from engine.bench.children import run_row
+from engine.bench.measure import measure, tokens
+from engine.bench.process import run_python
+from engine.bench.report import report
+from engine.bench.rows import LADDER, POLICIES, SUITES, Row, Setting, ladder_rows, plain_rows, suite_rows
+from engine.bench.shapes import SHAPES, random_model
+from engine.bench.systems import SYSTEMS, System
+from engine.loss import IGNORE
 
-OPTIONS = {"model": "tiny", "batch": 2, "length": 32, "rank": 4, "dropout": 0.0, "keep": False, "cap_gib": None, "steps": 2}
+TINY = Setting(model="tiny", batch=2, length=32, rank=4, steps=2)
+FLAGS = TINY.flags()
+HERE = ("ours", "ours-unfused", "peft")  # the others need a GPU
+CPU = torch.device("cpu")
+DONE = {"tokens_per_second": 1000.0, "step_time_ms": 2.0, "peak_allocated_gib": 3.0, "first_step_s": 4.0, "first_loss": 5.0,
+        "last_loss": 4.5}  # fmt: skip
 
 
-def test_all_systems_compute_the_same_first_loss():
-    rows = [measure(argparse.Namespace(**OPTIONS, child=system)) for system in SYSTEMS]
-    assert {row["system"] for row in rows} == set(SYSTEMS)
-    for row in rows[1:]:
-        assert row["first_loss"] == pytest.approx(rows[0]["first_loss"], rel=1e-5)
-        assert row["last_loss"] == pytest.approx(rows[0]["last_loss"], rel=1e-2)
+def _options(setting: Setting, system: str) -> argparse.Namespace:
+    return argparse.Namespace(**asdict(setting), child=system, checkpoint=None)
 
 
-def test_a_failed_system_is_a_row_with_its_reason():
-    text = _table([{"system": "peft", "error": "out of memory"}], argparse.Namespace(**OPTIONS))
-    assert text.splitlines()[-1].split(maxsplit=1) == ["peft", "out of memory"]
+@pytest.mark.parametrize("policy", ["recompute", "keep"])
+def test_all_systems_compute_the_same_loss(policy):
+    ours, *others = (measure(_options(replace(TINY, policy=policy), system)) for system in HERE)
+    for other in others:
+        assert other["first_loss"] == pytest.approx(ours["first_loss"], abs=1e-3)
+        assert other["last_loss"] == pytest.approx(ours["last_loss"], rel=1e-2)
+    assert ours["first_loss"] != pytest.approx(ours["last_loss"], abs=1e-3)  # other tokens: the tolerance can fail
+
+
+def test_every_token_is_a_label_and_every_step_has_its_own_tokens():
+    batch = tokens(_options(TINY, "ours"), 0, CPU)
+    ids = batch.input_ids_T.view(2, 32)
+    labels = batch.labels_T.view(2, 32)
+    assert torch.equal(labels[:, :-1], ids[:, 1:]) and (labels[:, -1] == IGNORE).all()
+    assert batch.num_targets == 2 * 31  # as transformers counts them, which shifts inside
+    assert torch.equal(ids, tokens(_options(TINY, "peft"), 0, CPU).input_ids_T.view(2, 32))
+    assert not torch.equal(ids, tokens(_options(TINY, "ours"), 1, CPU).input_ids_T.view(2, 32))
+
+
+def test_the_model_folder_holds_the_model_in_memory_and_a_tokenizer(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    write_checkpoint("tiny", tmp_path / "tiny", CPU)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny").train()  # in evaluation some CPUs repack the weight
+    in_memory = random_model("tiny", CPU, torch.float32, "sdpa")[0].train()
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, in_memory(ids).logits, rtol=0, atol=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tiny")
+    assert tokenizer.decode(tokenizer("naïve")["input_ids"]) == "naïve"
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert not list(tmp_path.glob("*.part"))
+
+
+STAND_IN = """
+    import sys
+    assert "transformers" not in sys.modules and "peft" not in sys.modules, "unsloth must be imported first"
+    import peft, transformers
+
+    class FastLanguageModel:
+        @staticmethod
+        def from_pretrained(model_name, max_seq_length, dtype, load_in_4bit):
+            assert load_in_4bit and max_seq_length == 32 and str(dtype) == "torch.bfloat16"
+            return transformers.AutoModelForCausalLM.from_pretrained(model_name), None
+
+        @staticmethod
+        def get_peft_model(model, use_gradient_checkpointing, random_state, **config):
+            assert use_gradient_checkpointing == "unsloth"
+            return peft.get_peft_model(model, peft.LoraConfig(**config))
+
+        @staticmethod
+        def for_training(model):
+            model.train()
+"""
+
+
+def test_a_system_that_loads_from_a_folder_sees_the_same_weights_and_the_folder_is_used_again(tmp_path, monkeypatch):
+    site, scratch = tmp_path / "site", tmp_path / "scratch"
+    (site / "unsloth").mkdir(parents=True)
+    (site / "unsloth" / "__init__.py").write_text(textwrap.dedent(STAND_IN))
+    scratch.mkdir()
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    row = plain_rows(["unsloth"], TINY)[0]
+    first = run_row(row, scratch, 100.0)
+    assert first["first_loss"] == pytest.approx(measure(_options(TINY, "ours"))["first_loss"], abs=1e-3)
+    (folder,) = scratch.glob("tiny-*")
+    written = (folder / "config.json").stat().st_mtime_ns
+    assert run_row(row, scratch, 0.1)["error"] == "timed out"
+    assert (folder / "config.json").stat().st_mtime_ns == written and first["checkpoint_s"] > 0
+
+
+def test_rows_run_in_processes_of_their_own_and_a_missing_package_is_a_row(tmp_path, monkeypatch, capsys):
+    missing = System(SYSTEMS["peft-liger"].build, needs=("no_such_package",))
+    monkeypatch.setitem(SYSTEMS, "peft-liger", missing)
+    file = tmp_path / "results" / "rows.jsonl"
+    assert bench.main([*FLAGS, "--systems", "peft", "peft-liger", "--json", str(file), "--commit", "abc"]) == 0
+    peft, liger = (json.loads(text) for text in file.read_text().splitlines())
+    assert peft["tokens_per_second"] > 0 and peft["card"] == "CPU" and peft["git.commit"] == "abc"
+    assert {field.name: peft[field.name] for field in fields(Setting)} == asdict(TINY)
+    assert liger["error"] == "not installed"
+    assert "peft-liger  not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "code, result",
+    [
+        ("print('a banner'); hand_back({'x': 1}); print('goodbye')", {"x": 1}),
+        ("hand_back({'x': 1}); raise ValueError('at exit')", {"error": "ValueError: at exit"}),
+        ("import sys; print('OddError: no card\\na warning', file=sys.stderr); sys.exit(1)", {"error": "OddError: no card"}),
+        ("class OutOfMemoryError(Exception): pass\nraise OutOfMemoryError('2 GiB')", {"error": "out of memory"}),
+        ("import os; os._exit(9)", {"error": "exit code 9"}),
+        ("import time; time.sleep(60)", {"error": "timed out"}),
+    ],
+)
+def test_a_process_hands_back_a_result_or_one_line_of_reason(tmp_path, code, result):
+    prelude = "from engine.bench.process import hand_back\n"
+    assert run_python(["-c", prelude + code], tmp_path, 0.5 if "sleep" in code else 30.0) == result
+
+
+def _pretend(monkeypatch, results: list) -> list[Row]:
+    """Rows end with these results, an exception being raised; returns the rows that were started."""
+    started: list[Row] = []
+
+    def run(row: Row, scratch: Path, timeout_s: float) -> dict:
+        started.append(row)
+        result = results[min(len(started), len(results)) - 1]
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    monkeypatch.setattr(bench, "run_row", run)
+    monkeypatch.setattr(bench, "card", lambda scratch: "a card")
+    return started
+
+
+def test_a_killed_suite_keeps_the_rows_that_were_done(tmp_path, monkeypatch):
+    started = _pretend(monkeypatch, [DONE, {"error": "timed out"}, KeyboardInterrupt()])
+    file = tmp_path / "rows.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--suite", "table", "--systems", "ours", "peft", "--json", str(file)])
+    assert [json.loads(text).get("error") for text in file.read_text().splitlines()] == [None, "timed out"]
+    assert [row.system for row in started] == ["ours", "peft", "ours"]
+
+
+def test_a_spent_budget_leaves_rows_out_and_lists_them(monkeypatch, capsys):
+    started = _pretend(monkeypatch, [DONE])
+    bench.main(["--suite", "table", "--systems", "ours", "--budget-s", "0"])
+    listed = capsys.readouterr().out
+    assert not started and listed.count("ours: llama") == len(SUITES["table"])
+
+
+def test_the_ladder_prints_what_each_row_adds(monkeypatch, capsys):
+    results = [{**DONE, "tokens_per_second": 1000.0 * 2**i} for i in range(len(LADDER))]
+    _pretend(monkeypatch, results)
+    bench.main(["--ladder"])
+    table = capsys.readouterr().out
+    assert table.count("| 2.00 x |") >= len(LADDER) - 1 and f"{2 ** (len(LADDER) - 1)}.00 x |" in table
+    with pytest.raises(SystemExit):
+        bench.main(["--ladder", "--systems", "peft"])
+
+
+def test_suites_and_the_ladder_name_what_exists():
+    rows = ladder_rows(TINY) + [row for name in SUITES for row in suite_rows(name, SYSTEMS, TINY)]
+    for row in rows:
+        assert row.system in SYSTEMS and row.setting.model in SHAPES and row.setting.policy in POLICIES
+    assert len({label for label, _, _ in LADDER}) == len(LADDER)
+
+
+def test_a_weight_cache_is_of_ours_only():
+    ours, peft = plain_rows(["ours", "peft"], replace(TINY, weight_cache_gib=2.0))
+    assert ours.setting.weight_cache_gib == 2.0 and peft.setting.weight_cache_gib == 0.0
+
+
+def _record(system: str, setting: Setting = TINY, **changes) -> dict:
+    facts = {"card": "a card", "git.commit": "0123456789abcdef", "version.torch": "2.11.0"}
+    return {**Row(system, system, setting).record(), **facts, **(changes if "error" in changes else {**DONE, **changes})}
+
+
+def test_the_report_has_one_row_per_system_its_latest_and_how_ours_compares():
+    table = report([
+        _record("peft", tokens_per_second=1.0),
+        _record("ours", tokens_per_second=3000.0),
+        _record("peft", tokens_per_second=1500.0),
+        _record("unsloth", error="out of memory"),
+    ])  # fmt: skip
+    assert "**tiny, 2 x 32 tokens, r 4, activations recomputed**" in table
+    assert "| peft | 1,500 | 2.0 | 3.00 | 4.0 | 2.00 x |" in table
+    assert "| ours | 3,000 | 2.0 | 3.00 | 4.0 |  |" in table
+    assert "| unsloth | out of memory |  |  |  |  |" in table
+    assert table.splitlines()[-1] == "a card, torch 2.11.0, commit 012345678, 2 steps"
+
+
+def test_the_report_keeps_settings_apart_and_marks_rows_of_other_commits():
+    other = {"git.commit": "fedcba9876543210+changes"}
+    table = report([_record("ours"), _record("peft", **other), _record("peft", replace(TINY, policy="keep"))])
+    assert table.count("**tiny") == 2
+    assert "| ours (a) |" in table and "| peft (b) |" in table and "\n| peft |" in table
+    assert "(b) a card, torch 2.11.0, commit fedcba987+changes, 2 steps" in table

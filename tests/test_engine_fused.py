@@ -7,10 +7,11 @@ import transformers
 from engine import attention
 from engine.config import LoraConfig
 from engine.errors import InputError
+from engine.fused import Policy
 from engine.lora import attach, trainable_parameters
 from engine.packing import Sample, collate
 from engine.quant import freeze_linears
-from engine.swap import FusedLayer, fuse_layers, require_fused, set_recompute
+from engine.swap import FusedLayer, cache_weights, fuse_layers, require_fused, set_policy
 
 SMALL = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -50,13 +51,14 @@ def batch():
     return collate([Sample(i, i > 0) for i in ids])
 
 
-def run(model, names, lora, recompute=False, seed=0):
+def run(model, names, lora, policy=Policy.KEEP, seed=0, cached=0):
     """(hidden states, gradients by name) of one pass with a random cotangent."""
     layers = attach(model, names, lora, 3)
     random = torch.Generator().manual_seed(2)
     for layer in layers.values():
         layer.lora_b.data.normal_(0, 0.2, generator=random)
-    set_recompute(model, recompute)
+    set_policy(model, policy)
+    cache_weights(model, torch.float32, cached)
     model.train()
     torch.manual_seed(seed)
     row = batch()
@@ -74,21 +76,21 @@ def worst(ours, theirs):
     return max(float((a - b).norm() / b.norm().clamp_min(1e-6)) for a, b in zip(ours, theirs))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("policy", Policy)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fused_layer_equals_the_models_own(family, recompute):
+def test_a_fused_layer_equals_the_models_own(family, policy):
     lora = LoraConfig(rank=3, use_rslora=True)
     theirs = run(*build(family)[:2], lora)
     model, names, report = build(family, "fused")
     assert not report.unfused and len(report.fused) == 3
-    assert worst(run(model, names, lora, recompute), theirs) < 2e-5
+    assert worst(run(model, names, lora, policy), theirs) < 2e-5
 
 
 @pytest.mark.parametrize("targets", TARGETS)
 def test_any_subset_of_targets_has_the_same_gradients(targets):
     lora = LoraConfig(rank=3, target_modules=targets)
     theirs = run(*build("Qwen2")[:2], lora)
-    assert worst(run(*build("Qwen2", "fused")[:2], lora, recompute=True), theirs) < 2e-5
+    assert worst(run(*build("Qwen2", "fused")[:2], lora, policy=Policy.RECOMPUTE), theirs) < 2e-5
 
 
 @pytest.mark.parametrize("change", ["norm", "window", "scaling"])
@@ -115,7 +117,7 @@ def test_dropout_is_the_same_under_every_policy_and_another_in_the_next_step():
     model, names, _ = build("Llama", "fused")
     kept = run(model, names, lora)
     again, names, _ = build("Llama", "fused")
-    assert worst(run(again, names, lora, recompute=True), kept) < 1e-6
+    assert worst(run(again, names, lora, policy=Policy.RECOMPUTE), kept) < 1e-6
     other, names, _ = build("Llama", "fused")
     assert worst(run(other, names, lora, seed=1), kept) > 1e-2
 

@@ -1,81 +1,25 @@
 """Kernels against an fp64 truth: their error may exceed that of the same formula in torch's working dtype by next to nothing.
 
-On a CUDA device the tests run there. Elsewhere they run in Triton's interpreter, in a child process: triton reads
-TRITON_INTERPRET when it is first imported, which in this process may have happened already. Each comparison has a twin that must
-fail, and outputs are born as NaN, so an element no program wrote is seen.
+Where they run is said in `kernel_checks`. Each comparison has a twin that must fail, and outputs are born as NaN, so an element
+no program wrote is seen.
 """
 
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from kernel_checks import CUDA, DEVICE, DTYPES, INTERPRETED, as_good_as_torch, draw, error, plain_glu, run_interpreted
+from kernel_checks import SLACK as SLACK  # for the modules that import their helpers from here
+from kernel_checks import implementation as implementation  # runs each test against kernel and reference
 
 from engine import kernels
 from engine.errors import EngineError
 from engine.kernels import reference
 
-CUDA = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if CUDA else "cpu"
-DTYPES = [torch.bfloat16, torch.float32]
-# what a kernel's error may exceed torch's by: accumulated fp32 rounding in another order, relative to the largest true value
-SLACK = {torch.bfloat16: 1e-4, torch.float16: 2e-5, torch.float32: 2e-6}
 SHAPES_TD = [(1, 1), (3, 5), (7, 576), (2, 1536), (2, 4096)]
 EPS = 1e-5
-
-
-@pytest.fixture(autouse=True, params=["kernel", "reference"])
-def implementation(request, monkeypatch):
-    """Each test runs against both, with every fresh output full of NaN."""
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
-    if request.param == "reference":
-        monkeypatch.setattr(kernels, "_family", lambda name, tensor: reference)
-    elif not CUDA:
-        monkeypatch.setattr(kernels, "FORCE_TRITON", True)
-        _round_as_a_gpu_does(monkeypatch)
-    return request.param
-
-
-def _poisoned(allocate):
-    def fill(*args, **options):
-        tensor = allocate(*args, **options)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    return fill
-
-
-def _round_as_a_gpu_does(monkeypatch):
-    """Triton's interpreter cuts fp32 off to bf16; GPUs round to nearest even."""
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(data, source, target, mode):
-        if source != tl.float32 or target != tl.bfloat16:
-            return convert(data, source, target, mode)
-        return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
-
-
-def draw(*shape, dtype=torch.float32, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
-
-
-def error(ours, truth):
-    """Largest deviation, relative to the largest true value; NaN counts as infinite."""
-    deviation = ((ours.double() - truth).abs().max() / truth.abs().max()).item()
-    return float("inf") if deviation != deviation else deviation
-
-
-def as_good_as_torch(ours, plain, truth):
-    return error(ours, truth) <= error(plain, truth) + SLACK[ours.dtype]
 
 
 # --- RMSNorm
@@ -229,12 +173,6 @@ def test_rope_turns_slices_of_a_fused_buffer_and_touches_nothing_else():
 # --- gated linear unit
 
 
-def plain_glu(gate, up, activation, dtype):
-    gate, up = gate.to(dtype), up.to(dtype)
-    act = torch.nn.functional.silu(gate) if activation == "silu" else torch.nn.functional.gelu(gate, approximate="tanh")
-    return act * up
-
-
 @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 576), (2, 5000)])
@@ -377,12 +315,7 @@ if not (CUDA or INTERPRETED):
     del implementation
 
     def test_kernels_in_triton_s_interpreter():
-        pytest.importorskip("triton")
-        child = subprocess.run(
-            [sys.executable, "-m", "pytest", __file__],
-            env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
+        run_interpreted(__file__)
 
     def test_importing_the_package_imports_no_triton():
         code = "import sys, engine.kernels; assert 'triton' not in sys.modules and 'bitsandbytes' not in sys.modules"

@@ -15,9 +15,9 @@ def inputs(n=37, d=24, v=101, ignored=0.4, seed=0):
     return h, labels, torch.randn(v, d, generator=generator)
 
 
-def value_and_gradient(function, h, labels, head):
+def value_and_gradient(function, h, labels, head, *rows):
     h = h.clone().requires_grad_()
-    value = function(h, labels, head)
+    value = function(h, labels, head, *rows)
     (value / 3).backward()
     return value.detach(), h.grad
 
@@ -52,3 +52,95 @@ def test_no_target_gives_zero_loss_and_zero_gradient():
     h, labels, weight = inputs()
     value, grad = value_and_gradient(linear_cross_entropy, h, torch.full_like(labels, IGNORE), Head(weight))
     assert value == 0 and torch.all(grad == 0)
+
+
+def target_rows(labels):
+    return (labels != IGNORE).nonzero().squeeze(1)
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
+def test_rows_known_to_the_caller_are_not_looked_for_and_change_nothing(rows_per_chunk, ignored, monkeypatch):
+    h, labels, weight = inputs(ignored=ignored)
+    head, rows = Head(weight, scale=0.5, softcap=4.0), target_rows(labels)
+    found = value_and_gradient(linear_cross_entropy, h, labels, head)
+    monkeypatch.setattr(torch.Tensor, "nonzero", None)  # it makes the host wait for the device
+    given = value_and_gradient(linear_cross_entropy, h, labels, head, rows)
+    assert all(torch.equal(a, b) for a, b in zip(found, given, strict=True))
+    fewer = value_and_gradient(linear_cross_entropy, h, labels, head, rows[1:])
+    assert fewer[0] < found[0] and torch.all(fewer[1][rows[0]] == 0) and torch.any(found[1][rows[0]] != 0)
+
+
+def test_rows_that_all_have_a_target_are_read_where_they_lie(monkeypatch):
+    h, labels, weight = inputs(ignored=0.0)
+    read, chunk = [], loss._chunk
+    monkeypatch.setattr(loss, "_chunk", lambda h_CD, *rest: read.append(h_CD.untyped_storage().data_ptr()) or chunk(h_CD, *rest))
+    linear_cross_entropy(h, labels, Head(weight))
+    labels[3] = IGNORE
+    linear_cross_entropy(h, labels, Head(weight))
+    assert [address == h.untyped_storage().data_ptr() for address in read] == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
+def test_chunks_hold_the_rows_that_fit_and_the_last_may_be_short(ignored, dtype, monkeypatch):
+    h, labels, weight = inputs(ignored=ignored)
+    h, num_rows, head = h.to(dtype), target_rows(labels).numel(), Head(weight.to(dtype))
+    expected = value_and_gradient(linear_cross_entropy, h, labels, head)
+    sizes, chunk = [], loss._chunk
+    monkeypatch.setattr(loss, "_chunk", lambda h_CD, *rest: sizes.append(h_CD.shape[0]) or chunk(h_CD, *rest))
+    for fit in (1, num_rows // 2, num_rows - 1, num_rows, num_rows + 1):
+        sizes.clear()
+        monkeypatch.setattr(loss, "CHUNK_BYTES", h.element_size() * 101 * fit + 1)
+        result = value_and_gradient(linear_cross_entropy, h, labels, head)
+        assert sum(sizes) == num_rows and max(sizes) == min(fit, num_rows) and len(sizes) == -(-num_rows // fit)
+        for ours, whole in zip(result, expected, strict=True):  # a product of fewer rows may add up in another order
+            torch.testing.assert_close(ours, whole, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
+
+
+def test_a_budget_below_one_row_still_takes_one(monkeypatch):
+    h, labels, weight = inputs()
+    expected = linear_cross_entropy(h, labels, Head(weight))
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 1)
+    torch.testing.assert_close(linear_cross_entropy(h, labels, Head(weight)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"scale": 0.25}, {"scale": 2.0, "softcap": 5.0}])
+def test_bf16_is_as_good_as_torch_in_bf16_and_another_scale_is_seen(options):
+    h, labels, weight = inputs(n=64, d=48, v=307)
+    h, weight = h.bfloat16(), weight.bfloat16()
+    rows = target_rows(labels)
+
+    def plain(dtype):
+        leaf = h.detach().to(dtype).requires_grad_()
+        z = leaf @ weight.to(dtype).T * options.get("scale", 1.0)
+        z = z if "softcap" not in options else options["softcap"] * torch.tanh(z / options["softcap"])
+        value = torch.nn.functional.cross_entropy(z, labels, ignore_index=IGNORE, reduction="sum")
+        (value / 3).backward()
+        return value.detach(), leaf.grad
+
+    def errors(result):
+        return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(result, plain(torch.float64), strict=True)]
+
+    allowed = [e + 1e-4 for e in errors(plain(torch.bfloat16))]
+    ours = errors(value_and_gradient(linear_cross_entropy, h, labels, Head(weight, **options), rows))
+    assert all(a <= b for a, b in zip(ours, allowed, strict=True))
+    wrong = Head(weight, **{**options, "scale": 1.25 * options.get("scale", 1.0)})
+    wrong_errors = errors(value_and_gradient(linear_cross_entropy, h, labels, wrong, rows))
+    assert not any(a <= b for a, b in zip(wrong_errors, allowed, strict=True))
+
+
+def test_a_graph_kept_for_a_second_backward_gives_the_same_gradient_again():
+    h, labels, weight = inputs()
+    h.requires_grad_()
+    value = linear_cross_entropy(h, labels, Head(weight)) / 3
+    first, second = (torch.autograd.grad(value, h, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and torch.any(first != 0)
+
+
+def test_without_a_gradient_to_come_none_is_made(monkeypatch):
+    h, labels, weight = inputs()
+    wanted, chunk = [], loss._chunk
+    monkeypatch.setattr(loss, "_chunk", lambda *arguments: wanted.append(arguments[-1]) or chunk(*arguments))
+    value = linear_cross_entropy(h, labels, Head(weight))
+    assert torch.equal(value, linear_cross_entropy(h.requires_grad_(), labels, Head(weight)).detach())
+    assert wanted == [False, True]

@@ -8,7 +8,6 @@ import torch
 from engine.config import TrainConfig, parse
 from engine.data import load_data
 from engine.lora import FlatAdapter, attach
-from engine.loss import linear_cross_entropy
 from engine.model import load_base, nf4_load_config
 from engine.packing import collate
 
@@ -23,33 +22,35 @@ def config(tiny_config):
     return parse(TrainConfig, values)
 
 
-def our_curve(config, layers_option="auto", perturb=0.0):
-    base = load_base(config.model.model_copy(update={"layers": layers_option}), torch.device("cpu"))
-    layers = attach(base.model, base.linear_names, config.lora, 7)
+def our_curve(config, layers_option="auto", perturb=0.0, device="cpu", seed=7):
+    base = load_base(config.model.model_copy(update={"layers": layers_option}), torch.device(device))
+    layers = attach(base.model, base.linear_names, config.lora, seed)
     start = {name: layer.lora_a.detach().clone() for name, layer in layers.items()}
     next(iter(layers.values())).lora_a.data += perturb
     adapter = FlatAdapter(layers, base.dtype)
     optimizer = torch.optim.AdamW([adapter.parameter], lr=1e-2, weight_decay=0.0)
     view, _ = load_data(config.data, base.tokenizer)
+    base.checkpoint_activations(config.train.activation_checkpointing)
     base.model.train()
     losses = []
     for step in range(STEPS):
-        row = collate([view[(3 * step + i) % len(view)] for i in range(3)])
-        loss = linear_cross_entropy(base.hidden_states(row), row.labels_T, base.head()) / row.num_targets
+        row = collate([view[(3 * step + i) % len(view)] for i in range(3)]).to(base.device)
+        loss = base.loss(row) / row.num_targets
         loss.backward()
         optimizer.step()
+        adapter.refresh()
         adapter.zero_grad()
         losses.append(loss.item())
     return torch.tensor(losses), start, view
 
 
-def peft_curve(config, start, view):
+def peft_curve(config, start, view, device="cpu", dtype=torch.float32):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    quantised = nf4_load_config(True, torch.float32)
+    quantised = nf4_load_config(True, dtype)
     model = AutoModelForCausalLM.from_pretrained(
-        config.model.path, quantization_config=quantised, device_map="cpu", dtype=torch.float32
+        config.model.path, quantization_config=quantised, device_map={"": device}, dtype=dtype
     )
     lora = config.lora
     model = get_peft_model(
@@ -66,8 +67,9 @@ def peft_curve(config, start, view):
         samples = [view[(3 * step + i) % len(view)] for i in range(3)]
         total, count = 0.0, 0
         for sample in samples:  # one at a time: no padding, no packing
-            row = collate([sample])
-            logits = model(input_ids=row.input_ids_T[None], use_cache=False).logits[0].float()
+            row = collate([sample]).to(torch.device(device))
+            with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                logits = model(input_ids=row.input_ids_T[None], use_cache=False).logits[0].float()
             total = total + torch.nn.functional.cross_entropy(logits, row.labels_T, reduction="sum", ignore_index=-100)
             count += row.num_targets
         loss = total / count
@@ -93,3 +95,22 @@ def test_that_comparison_fails_for_a_slightly_different_start(config):
     ours, _, _ = our_curve(config)
     other, _, _ = our_curve(config, perturb=0.02)
     assert not torch.allclose(ours, other, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, "selective", True])
+def test_32_steps_in_bf16_are_as_near_to_fp32_as_those_of_peft_and_within_its_seed_spread(config, checkpointing):
+    """The truth is the library's fp32 curve; its own bf16 curve and its curve from another start are the yardsticks."""
+
+    def mean_distance(a, b):
+        return float((a - b).abs().mean())
+
+    update = {"train": config.train.model_copy(update={"activation_checkpointing": checkpointing})}
+    ours, start, view = our_curve(config.model_copy(update=update), device="cuda")
+    truth = peft_curve(config, start, view, "cuda")
+    theirs = peft_curve(config, start, view, "cuda", torch.bfloat16)
+    _, other_start, _ = our_curve(config, seed=8)
+    spread = mean_distance(peft_curve(config, other_start, view, "cuda"), truth)
+    assert theirs[-1] < theirs[0] - 0.5
+    assert mean_distance(ours, truth) < 1.5 * mean_distance(theirs, truth) + 1e-3
+    assert mean_distance(ours, truth) < spread

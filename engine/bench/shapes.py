@@ -9,6 +9,7 @@ from torch import nn
 
 from engine import attention
 from engine.config import ModelConfig
+from engine.embedding import place_embedding
 from engine.model import Base
 from engine.quant import freeze_linears, library_linear
 from engine.swap import SwapReport, fuse_layers
@@ -61,4 +62,6 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype, fused: bool
     model, names = random_model(name, device, dtype, attention.NAME)
     freeze_linears(model, skip=[model.get_output_embeddings()])
     swaps = fuse_layers(model) if fused else SwapReport((), {"all": "asked for unfused"})
-    return Base(model, None, ModelConfig(path=name), device, dtype, names, swaps)
+    config = ModelConfig(path=name, embeddings="auto" if fused else "device")
+    place_embedding(model, config)
+    return Base(model, None, config, device, dtype, names, swaps)

@@ -1,4 +1,4 @@
-"""Element-wise operations of a QLoRA decoder layer, forward and backward: Triton on CUDA, plain torch elsewhere.
+"""Operations of QLoRA training around its matmuls, forward and backward: Triton on CUDA, plain torch elsewhere.
 
 Weights are frozen, so no operation returns a weight gradient. bf16, fp16 and fp32 tensors; arithmetic in fp32. These are
 functions on tensors without autograd: whoever calls them writes the `torch.autograd.Function`.
@@ -8,7 +8,8 @@ tensor without triton is an error. `FORCE_TRITON` sends CPU tensors through the 
 that was started with TRITON_INTERPRET=1.
 
 Shape letters: T tokens (one flat packed row), D hidden, F MLP hidden, H query heads, G key/value heads, K head dim, O output
-features. Rows may be strided (slices of a fused buffer); the last dimension is contiguous.
+features, R rank, V vocabulary, C rows of logits. Rows may be strided (slices of a fused buffer); the last dimension is
+contiguous.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from torch import Tensor
 
 from engine.errors import EngineError
 from engine.kernels import reference
+from engine.kernels.low_rank import LowRank
 from engine.kernels.nf4_state import Nf4State, nf4_state
 
 __all__ = [
-    "Nf4State", "add_rms_norm", "dequantize_nf4", "glu", "glu_backward_", "nf4_state", "rms_norm", "rms_norm_backward", "rope_",
+    "LowRank", "Nf4State", "add_rms_norm", "cross_entropy_", "dequantize_nf4", "gather_rows", "glu", "glu_backward_",
+    "nf4_state", "rms_norm", "rms_norm_backward", "rope_",
 ]  # fmt: skip
 
 FORCE_TRITON = False
@@ -78,16 +81,62 @@ def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse:
     _family("rope", q_THK).rope_(q_THK, k_TGK, cos_TK, sin_TK, inverse)
 
 
-def glu(gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
-    """h = act(gate) * up, act = "silu" or "gelu_tanh". Returns h [T, F] like gate, rounded once."""
+def glu(
+    gate_TF: Tensor, up_TF: Tensor, activation: str, gate_add: LowRank | None = None, up_add: LowRank | None = None
+) -> Tensor:
+    """h = act(gate + gate_add) * (up + up_add), act = "silu" or "gelu_tanh". Returns h [T, F] like gate, rounded once.
+
+    gate and up stay as they are: the backward pass takes them with the same terms.
+    """
     _check_glu("glu", activation, gate_TF, up_TF)
-    return _family("gated", gate_TF).glu(gate_TF, up_TF, activation)
+    _check_terms("glu", gate_TF, gate_add=gate_add, up_add=up_add)
+    return _family("gated", gate_TF).glu(gate_TF, up_TF, activation, gate_add, up_add)
 
 
-def glu_backward_(dh_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str) -> None:
-    """In place: gate <- dh * up * act'(gate), up <- dh * act(gate), dh <- h, which the caller then need not have saved."""
+def glu_backward_(
+    dh_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str,
+    gate_add: LowRank | None = None, up_add: LowRank | None = None, dh_add: LowRank | None = None,
+) -> None:  # fmt: skip
+    """In place: gate <- d * u * act'(g), up <- d * act(g), dh <- h = act(g) * u, which the caller then need not have saved.
+
+    g = gate + gate_add, u = up + up_add, d = dh + dh_add, in fp32 and not rounded.
+    """
     _check_glu("glu_backward_", activation, gate_TF, up_TF, dh_TF)
-    _family("gated", gate_TF).glu_backward_(dh_TF, gate_TF, up_TF, activation)
+    _check_terms("glu_backward_", gate_TF, gate_add=gate_add, up_add=up_add, dh_add=dh_add)
+    _family("gated", gate_TF).glu_backward_(dh_TF, gate_TF, up_TF, activation, gate_add, up_add, dh_add)
+
+
+def cross_entropy_(
+    logits_CV: Tensor, labels_C: Tensor, scale: float = 1.0, softcap: float | None = None, with_gradient: bool = True
+) -> Tensor:
+    """loss = logsumexp(z) - z[label], z = scale * logits or softcap * tanh(scale * logits / softcap). Returns loss [C] fp32.
+
+    In place where with_gradient: logits <- (softmax(z) - onehot(label)) * dz/dlogits, rounded once; without it they stay as they
+    are. Labels are trusted to be in [0, V).
+    """
+    num_rows, vocabulary = logits_CV.shape if logits_CV.dim() == 2 else (-1, 0)
+    if num_rows < 0 or logits_CV.stride(1) != 1 or (num_rows > 1 and logits_CV.stride(0) < vocabulary):
+        raise EngineError(f"cross_entropy_: logits {_layout(logits_CV)}: expected [C, V] with contiguous rows, none shared")
+    if labels_C.shape != (num_rows,) or labels_C.dtype != torch.int64 or not labels_C.is_contiguous():
+        raise EngineError(f"cross_entropy_: labels {_layout(labels_C)}: expected contiguous int64 [{num_rows}]")
+    if softcap is not None and not softcap > 0.0:
+        raise EngineError(f"cross_entropy_: softcap = {softcap}: expected a positive number or None")
+    return _family("cross_entropy", logits_CV).cross_entropy_(logits_CV, labels_C, scale, softcap, with_gradient)
+
+
+def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:
+    """table[ids], [T, D] on the ids' device. The table is there too, or in pinned host memory, which the GPU reads over PCIe.
+
+    ids are trusted to be in [0, V); the kernel reads nothing for one that is not and gives a row of zeros.
+    """
+    if table_VD.dim() != 2 or table_VD.stride(1) != 1:
+        raise EngineError(f"gather_rows: table {_layout(table_VD)}: expected [V, D] with contiguous rows")
+    if ids_T.dim() != 1 or ids_T.dtype != torch.int64 or not ids_T.is_contiguous():
+        raise EngineError(f"gather_rows: ids {_layout(ids_T)}: expected contiguous int64 [T]")
+    if table_VD.device != ids_T.device and not (ids_T.is_cuda and table_VD.is_cpu and table_VD.is_pinned()):
+        where = f"table on {table_VD.device}, ids on {ids_T.device}"
+        raise EngineError(f"gather_rows: {where}: expected one device, or a table in pinned host memory")
+    return _family("gather", ids_T).gather_rows(table_VD, ids_T)
 
 
 def dequantize_nf4(state: Nf4State, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -134,6 +183,17 @@ def _check_glu(op: str, activation: str, gate_TF: Tensor, *others: Tensor) -> No
     if gate_TF.dim() != 2 or gate_TF.stride(1) != 1:
         raise EngineError(f"{op}: gate {_layout(gate_TF)}: expected [T, F] with contiguous rows")
     _check_like(op, gate_TF, others)
+
+
+def _check_terms(op: str, x_TF: Tensor, **terms: LowRank | None) -> None:
+    for name, term in terms.items():
+        if term is None:
+            continue
+        low, b = term.low_TR, term.b_FR
+        ranks = {low.shape[1:], b.shape[1:]}
+        fits = low.dim() == 2 and len(ranks) == 1 and (low.shape[0], b.shape[0]) == tuple(x_TF.shape) and low.shape[1] > 0
+        if not fits or {low.dtype, b.dtype} != {x_TF.dtype}:
+            raise EngineError(f"{op}: {name} {_layout(low)}, {_layout(b)}: expected [T, R] and [F, R] for {_layout(x_TF)}")
 
 
 def _check_like(op: str, first: Tensor, others: tuple[Tensor, ...]) -> None:

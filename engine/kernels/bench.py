@@ -24,7 +24,7 @@ from engine import kernels
 from engine.errors import EngineError
 from engine.kernels import reference
 
-T, D, F, H, G, K = 4096, 4096, 14336, 32, 8, 128
+T, D, F, H, G, K, V, C, R = 4096, 4096, 14336, 32, 8, 128, 128_256, 1024, 16
 DTYPE = torch.bfloat16
 EPS = 1e-5
 PARITY = 5e-4  # relative, Frobenius: both sides round the same fp32 values, so few elements may differ, by one bf16 step
@@ -138,11 +138,57 @@ def _glu_cases() -> list[Case]:
     return cases
 
 
+def _glu_low_rank_cases() -> list[Case]:
+    """Laid out as in a layer: gate, up and their adapters are computed together, down's A is transposed."""
+    dh, gate_up, low = _draw(T, F), _draw(T, 2 * F), _draw(T, 2 * R)
+    gate_add, up_add = (kernels.LowRank(part, _draw(F, R) / R) for part in low.split(R, dim=1))
+    dh_add = kernels.LowRank(_draw(T, R), (_draw(R, F) / R).t())
+    gate, up = gate_up.chunk(2, dim=1)
+    name = f"silu rank {R} {T}x{F}"
+    rest = ("silu", gate_add, up_add)
+    return [
+        _case(f"glu {name}", 3 * dh.nbytes, "glu", (gate, up, *rest)),
+        _in_place(f"glu_backward_ {name}", 6 * dh.nbytes, "glu_backward_", [dh, gate, up], (*rest, dh_add)),
+    ]
+
+
 def _nf4_cases() -> list[Case]:
     return [_nf4_case(rows, columns, nested) for rows, columns in ((F, D), (D, D), (G * K, D)) for nested in (True, False)]
 
 
-CASES = (_norm_cases, _rope_cases, _glu_cases, _nf4_cases)  # built one family at a time: memory is freed in between
+def _loss_cases() -> list[Case]:
+    """Logits are spread, so that the softmax counts beside the -1 at the label; while timed, gradients become the logits."""
+    logits, labels = 4 * _draw(C, V), torch.randint(V, (C,), device="cuda")
+
+    def case(softcap: float | None) -> Case:
+        own, other = logits.clone(), logits.clone()
+        return Case(
+            f"cross_entropy_{' softcap' if softcap else ''} {C}x{V}",
+            2 * logits.nbytes,
+            lambda: (kernels.cross_entropy_(own, labels, softcap=softcap), own),
+            lambda: (reference.cross_entropy_(other, labels, softcap=softcap), other),
+        )
+
+    return [case(None), case(30.0)]
+
+
+def _gather_cases() -> list[Case]:
+    """Ours reads host memory over PCIe, which sets its share; plain reads a copy of the table on the device."""
+    table, ids = _draw(32_768, D), torch.randint(32_768, (T,), device="cuda")
+    pinned = table.cpu().pin_memory()
+    return [
+        Case(
+            f"gather_rows pinned {T}x{D}",
+            2 * T * D * table.element_size(),
+            lambda: kernels.gather_rows(pinned, ids),
+            lambda: reference.gather_rows(table, ids),
+            exact=True,
+        )
+    ]
+
+
+# built one family at a time: memory is freed in between
+CASES = (_norm_cases, _rope_cases, _glu_cases, _glu_low_rank_cases, _nf4_cases, _loss_cases, _gather_cases)
 
 
 def _case(name: str, num_bytes: int, op: str, arguments: tuple[object, ...]) -> Case:

@@ -5,7 +5,7 @@ to bitsandbytes': absmax = code[q] * scale + offset with a rounding after each o
 code[nibble] * absmax in fp32, rounded once to the output's dtype.
 
 Where the packed bytes allow, they are loaded four at a time: eight output elements, 16 bytes of bf16, are then one thread's
-store. The 16-entry code table is read from memory: it stays in L1, in one cache line, so a warp's lookup is one transaction.
+store. The 16-entry code table is held on chip and looked up with `tl.gather`: 16 words have no bank conflicts.
 
 Shape letters: M blocks of elements.
 """
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from engine.kernels.nf4_state import Nf4State
 
-TILE = 8192  # elements a program
-NUM_WARPS = 8
+TILE = 1024  # elements a program. H100: 57 us; from 2,048 on 130 us, whatever the number of warps
+NUM_WARPS = 2
 WORD_BYTES = 4
 
 
@@ -34,7 +34,7 @@ def _dequantize_kernel(
     NIBBLES: tl.constexpr = 2 * UNIT_BYTES
     UNITS: tl.constexpr = BLOCK_SIZE // NIBBLES
     first_block = tl.program_id(0).to(tl.int64) * BLOCKS
-    block = tl.arange(0, BLOCKS)
+    block = tl.arange(0, BLOCKS)  # offsets from here on are of 32 bits, from 64-bit starts
     unit = block[:, None] * UNITS + tl.arange(0, UNITS)[None, :]
     words = tl.load(packed + first_block * UNITS + unit, mask=unit < num_units - first_block * UNITS, other=0).to(tl.int32)
 
@@ -48,7 +48,8 @@ def _dequantize_kernel(
     i = tl.arange(0, NIBBLES)
     # little-endian word, high nibble first: element i of a word starts at bit 4, 0, 12, 8, ...
     nibbles = (words[:, :, None] >> ((i ^ 1) * 4)[None, None, :]) & 15
-    values = tl.load(code + nibbles) * scale[:, None, None]
+    table = tl.load(code + tl.arange(0, 16))
+    values = tl.gather(table, nibbles.reshape(BLOCKS * BLOCK_SIZE), 0).reshape(BLOCKS, UNITS, NIBBLES) * scale[:, None, None]
     element = unit[:, :, None] * NIBBLES + i[None, None, :]
     inside = element < numel - first_block * BLOCK_SIZE
     tl.store(out + first_block * BLOCK_SIZE + element, values.to(out.dtype.element_ty), mask=inside)

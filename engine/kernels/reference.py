@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from engine.kernels.low_rank import LowRank
 from engine.kernels.nf4_state import Nf4State
 
 SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
@@ -53,18 +54,28 @@ def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse:
         x[..., half:] = second * cos + first * sin
 
 
-def glu(gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
-    act, _ = _activate(gate_TF.float(), activation)
-    return (act * up_TF.float()).to(gate_TF.dtype)
+def glu(
+    gate_TF: Tensor, up_TF: Tensor, activation: str, gate_add: LowRank | None = None, up_add: LowRank | None = None
+) -> Tensor:
+    act, _ = _activate(_plus(gate_TF, gate_add), activation)
+    return (act * _plus(up_TF, up_add)).to(gate_TF.dtype)
 
 
-def glu_backward_(dh_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str) -> None:
-    dh, gate, up = dh_TF.float(), gate_TF.float(), up_TF.float()
+def glu_backward_(
+    dh_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str,
+    gate_add: LowRank | None = None, up_add: LowRank | None = None, dh_add: LowRank | None = None,
+) -> None:  # fmt: skip
+    dh, gate, up = _plus(dh_TF, dh_add), _plus(gate_TF, gate_add), _plus(up_TF, up_add)
     act, slope = _activate(gate, activation)
     h, dgate, dup = act * up, dh * up * slope, dh * act  # all before the first write: in fp32, float() is a view
     dh_TF.copy_(h)
     gate_TF.copy_(dgate)
     up_TF.copy_(dup)
+
+
+def _plus(x_TF: Tensor, term: LowRank | None) -> Tensor:
+    """x + low @ b^T, fp32."""
+    return x_TF.float() if term is None else torch.addmm(x_TF.float(), term.low_TR.float(), term.b_FR.float().t())
 
 
 def _activate(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -77,6 +88,26 @@ def _activate(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
         ds = 2.0 * SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044715 * gate**2)
     p = torch.sigmoid(s)
     return gate * p, p + gate * p * (1.0 - p) * ds
+
+
+def cross_entropy_(
+    logits_CV: Tensor, labels_C: Tensor, scale: float = 1.0, softcap: float | None = None, with_gradient: bool = True
+) -> Tensor:
+    z_CV, slope = logits_CV.float() * scale, scale
+    if softcap is not None:
+        tanh_CV = torch.tanh(z_CV / softcap)
+        z_CV, slope = softcap * tanh_CV, scale * (1.0 - tanh_CV.square())
+    log_p_CV = torch.log_softmax(z_CV, dim=1)
+    loss_C = -log_p_CV.gather(1, labels_C[:, None]).squeeze(1)
+    if with_gradient:
+        grad_CV = log_p_CV.exp_()
+        grad_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1.0
+        logits_CV.copy_(grad_CV * slope)
+    return loss_C
+
+
+def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:
+    return table_VD.index_select(0, ids_T)
 
 
 def dequantize_nf4_(state: Nf4State, out: Tensor) -> None:

@@ -1,0 +1,51 @@
+"""A Python process with a time limit that hands back a result, or the reason why there is none. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+MARK = "RESULT "
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_DISABLE_AUTO_UPDATES": "1"}
+ERROR_LINE = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
+
+
+def run_python(arguments: list[str], folder: Path, timeout_s: float) -> dict[str, Any]:
+    """What the process handed to `hand_back`, or {"error": reason}. It runs in `folder`: Unsloth writes its compiled modules to
+    the working directory. Output goes to files: after a kill, a compiler's workers may hold the end of a pipe open."""
+    given = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), *given])}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        try:
+            command = [sys.executable, *arguments]
+            done = subprocess.run(command, stdout=out, stderr=err, cwd=folder, env=environment, timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return {"error": "timed out"}
+        out.seek(0)
+        err.seek(0)
+        results = [line.removeprefix(MARK) for line in out if line.startswith(MARK)]
+        if done.returncode == 0 and results:
+            return json.loads(results[-1])
+        return {"error": _reason(err.read(), done.returncode)}
+
+
+def hand_back(result: dict[str, Any]) -> None:
+    """In the process: its result, as its last act. Before it, libraries may print what they like."""
+    print(f"\n{MARK}{json.dumps(result)}", flush=True)
+
+
+def _reason(stderr: str, code: int) -> str:
+    """One line; the end of the rest goes to this process's stderr."""
+    if "OutOfMemoryError" in stderr:
+        return "out of memory"
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    print("\n".join(lines[-15:]), file=sys.stderr)
+    errors = [line for line in lines if ERROR_LINE.match(line)]
+    return (errors or lines or [f"exit code {code}"])[-1]

@@ -1,0 +1,83 @@
+"""What is measured, as data: a setting, a row of a table, the suites and the ladder. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+POLICIES = {"recompute": "recomputed", "offload": "recomputed, inputs on the host", "selective": "recomputed in the MLP",
+            "keep": "kept"}  # fmt: skip
+"""Peers know two: their gradient checkpointing is meant by `recompute` and `offload`, any other is without it."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """cap_gib: emulates a smaller card. weight_cache_gib: for dequantised weights, of `ours` only."""
+
+    model: str = "llama-3.1-8b"
+    batch: int = 2
+    length: int = 2048
+    rank: int = 16
+    dropout: float = 0.0
+    policy: str = "recompute"
+    cap_gib: float | None = None
+    weight_cache_gib: float = 0.0
+    steps: int = 8
+
+    def flags(self) -> list[str]:
+        """The command line that means this setting."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system in one setting. suite: `table`, `ladder`, or empty."""
+
+    label: str
+    system: str
+    setting: Setting
+    suite: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """Its part of a JSON line."""
+        return {"label": self.label, "system": self.system, "suite": self.suite, **asdict(self.setting)}
+
+
+SUITES: dict[str, tuple[dict[str, Any], ...]] = {
+    "table": (
+        {"model": "llama-3.1-8b", "batch": 2, "length": 2048, "policy": "recompute"},
+        {"model": "llama-3.1-8b", "batch": 2, "length": 2048, "policy": "keep", "cap_gib": 23.5},
+        {"model": "llama-3.1-8b", "batch": 1, "length": 8192, "policy": "offload"},
+        {"model": "llama-3.2-1b", "batch": 4, "length": 2048, "policy": "keep"},
+    ),
+}
+
+LADDER: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("PEFT and bitsandbytes, activations recomputed", "peft", {"policy": "recompute"}),
+    ("+ own loss and quantised layer, flat adapter, packed attention", "ours-unfused", {"policy": "recompute"}),
+    ("+ fused decoder layers", "ours", {"policy": "recompute"}),
+    ("+ activations kept", "ours", {"policy": "keep"}),
+)
+"""Label, system, and what of the setting is replaced: each row has one optimisation more than the one before."""
+
+
+def plain_rows(systems: Iterable[str], base: Setting) -> list[Row]:
+    """Every system in one setting."""
+    return [_row(system, system, base, "") for system in systems]
+
+
+def suite_rows(name: str, systems: Iterable[str], base: Setting) -> list[Row]:
+    """Every system in every setting of a suite."""
+    systems = list(systems)
+    return [_row(system, system, replace(base, **changes), name) for changes in SUITES[name] for system in systems]
+
+
+def ladder_rows(base: Setting) -> list[Row]:
+    """The ladder, over a base setting."""
+    return [_row(label, system, replace(base, **changes), "ladder") for label, system, changes in LADDER]
+
+
+def _row(label: str, system: str, setting: Setting, suite: str) -> Row:
+    return Row(label, system, setting if system == "ours" else replace(setting, weight_cache_gib=0.0), suite)

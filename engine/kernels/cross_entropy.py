@@ -1,0 +1,88 @@
+"""Cross-entropy of rows of logits in Triton, gradient in place: one program a row, which goes over its row twice.
+
+The first pass finds maximum and sum, the second writes the gradient over the logits, so no other tensor of that size exists. At
+V = 128,256 a row of bf16 is 256 KB, too large for one program's registers. Two programs run on an SM of an H100, so 264 rows, 68
+MB, are at work at a time, and its L2 holds 50: the second pass goes backwards, so that it begins with what was read last.
+
+Shape letters: C rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_V = 8192
+NUM_WARPS = 16  # 16 elements a thread, two 16-byte loads of bf16 in flight
+
+
+@triton.jit
+def _transform(x, scale, softcap, CAP: tl.constexpr):
+    """z = scale * x, softcap * tanh(z / softcap) where CAP; and dz/dx.
+
+    tanh(u) = (1 - e) / (1 + e) with e = exp(-2 |u|), so 0 <= e <= 1 and nothing overflows. Its error is one fp32 step of 1, or
+    of softcap in z; the slope 4 e / (1 + e)^2 keeps all its digits where 1 - tanh^2 would cancel.
+    """
+    z = x.to(tl.float32) * scale
+    slope = scale
+    if CAP:
+        e = tl.exp(tl.abs(z) * (-2.0 / softcap))
+        r = 1.0 / (1.0 + e)
+        capped = softcap * ((1.0 - e) * r)
+        z = tl.where(z < 0.0, -capped, capped)
+        slope = scale * 4.0 * e * r * r
+    return z, slope
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits, labels, loss, stride, scale, softcap, V,
+    BLOCK_V: tl.constexpr, CAP: tl.constexpr, WITH_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """loss = logsumexp(z) - z[label]; where WITH_GRADIENT, logits <- (softmax(z) - onehot) * dz/dlogits."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    offsets = tl.arange(0, BLOCK_V)
+    label = tl.load(labels + row)
+    # before the reductions below, whose barriers keep it ahead of every store. A label that is none gives NaN
+    at_label = tl.load(logits + label, mask=(label >= 0) & (label < V), other=float("nan"))
+    target = _transform(at_label, scale, softcap, CAP)[0]
+    # Each lane keeps a maximum and a sum of its own: no reduction, hence no barrier, inside the loop; and one exp an element,
+    # because one of exp(z - maximum) and exp(old - new maximum) is 1. -3e38, not -inf: lanes beyond V have -inf - maximum
+    maximum = tl.full((BLOCK_V,), -3e38, tl.float32)
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    for start in range(0, V, BLOCK_V):
+        columns = start + offsets
+        z = _transform(tl.load(logits + columns, mask=columns < V, other=0.0), scale, softcap, CAP)[0]
+        z = tl.where(columns < V, z, float("-inf"))
+        e = tl.exp(-tl.abs(z - maximum))
+        total = tl.where(z > maximum, total * e + 1.0, total + e)
+        maximum = tl.maximum(maximum, z)
+    top = tl.max(maximum, axis=0)
+    total_of_row = tl.sum(total * tl.exp(maximum - top), axis=0)
+    tl.store(loss + row, (top - target) + tl.log(total_of_row))  # not (top + log) - target: at 1e4 a step of fp32 is 1e-3
+    if WITH_GRADIENT:
+        share = 1.0 / total_of_row
+        last = (V - 1) // BLOCK_V
+        for i in range(0, last + 1):
+            columns = (last - i) * BLOCK_V + offsets
+            z, slope = _transform(tl.load(logits + columns, mask=columns < V, other=0.0), scale, softcap, CAP)
+            p = tl.exp(z - top) * share
+            p = tl.where(columns == label.to(tl.int32), p - 1.0, p)
+            tl.store(logits + columns, (p * slope).to(logits.dtype.element_ty), mask=columns < V)
+
+
+def cross_entropy_(
+    logits_CV: Tensor, labels_C: Tensor, scale: float = 1.0, softcap: float | None = None, with_gradient: bool = True
+) -> Tensor:
+    num_rows, vocabulary = logits_CV.shape
+    loss_C = torch.empty((num_rows,), dtype=torch.float32, device=logits_CV.device)
+    if num_rows:
+        capped = softcap is not None
+        _cross_entropy_kernel[(num_rows,)](
+            logits_CV, labels_C, loss_C, logits_CV.stride(0), float(scale), float(softcap) if capped else 1.0, vocabulary,
+            BLOCK_V=BLOCK_V, CAP=capped, WITH_GRADIENT=with_gradient, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return loss_C

@@ -1,0 +1,108 @@
+"""What the tests of `engine.kernels` share: where kernels run, random operands, and the comparison with an fp64 truth.
+
+On a CUDA device the tests run there. Elsewhere they run in Triton's interpreter, in a child process: triton reads
+TRITON_INTERPRET when it is first imported, which in the parent may have happened already.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from engine import kernels
+from engine.kernels import reference
+
+CUDA = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.bfloat16, torch.float32]
+# what a kernel's error may exceed torch's by: accumulated fp32 rounding in another order, relative to the largest true value
+SLACK = {torch.bfloat16: 1e-4, torch.float16: 2e-5, torch.float32: 2e-6}
+
+
+@pytest.fixture(autouse=True, params=["kernel", "reference"])
+def implementation(request, monkeypatch):
+    """Each test of a module that imports this runs against both, with every fresh output full of NaN."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    if request.param == "reference":
+        monkeypatch.setattr(kernels, "_family", lambda name, tensor: reference)
+    elif not CUDA:
+        monkeypatch.setattr(kernels, "FORCE_TRITON", True)
+        _round_as_a_gpu_does(monkeypatch)
+        _multiply_as_a_gpu_does(monkeypatch)
+    return request.param
+
+
+def _poisoned(allocate):
+    def fill(*args, **options):
+        tensor = allocate(*args, **options)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    return fill
+
+
+def _round_as_a_gpu_does(monkeypatch):
+    """Triton's interpreter cuts fp32 off to bf16; GPUs round to nearest even."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data, source, target, mode):
+        if source != tl.float32 or target != tl.bfloat16:
+            return convert(data, source, target, mode)
+        return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+def _multiply_as_a_gpu_does(monkeypatch):
+    """Triton's interpreter multiplies bf16 matrices as the integers it keeps their bits in."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        values = torch.from_numpy(x.data.copy()).view(torch.bfloat16).float()
+        return interpreter.TensorHandle(values.numpy(), tl.float32)
+
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest)
+    )
+
+
+def draw(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def error(ours, truth):
+    """Largest deviation, relative to the largest true value; NaN counts as infinite."""
+    deviation = ((ours.double() - truth).abs().max() / truth.abs().max()).item()
+    return float("inf") if deviation != deviation else deviation
+
+
+def as_good_as_torch(ours, plain, truth):
+    return error(ours, truth) <= error(plain, truth) + SLACK[ours.dtype]
+
+
+def plain_glu(gate, up, activation, dtype):
+    gate, up = gate.to(dtype), up.to(dtype)
+    act = torch.nn.functional.silu(gate) if activation == "silu" else torch.nn.functional.gelu(gate, approximate="tanh")
+    return act * up
+
+
+def run_interpreted(file):
+    """The tests of `file` in a child process that can run kernels without a GPU."""
+    pytest.importorskip("triton")
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", file],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
