@@ -119,6 +119,9 @@ class LoopConfig(StrictModel):
         description="true: compute each layer again in the backward pass, offload: from inputs in host memory, "
         "selective: its MLP only; false: keep",
     )
+    keep_layers: Annotated[int, Field(ge=0)] = Field(
+        1, description="so many last layers keep activations whatever activation_checkpointing says; the very last costs nothing"
+    )
     weight_cache_gib: Annotated[float, Field(ge=0.0)] = Field(0.0, description="device memory for dequantised weights")
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"

@@ -66,10 +66,11 @@ class Base:
         """Sum over the row's targets of -log p(target), fp32 scalar in nats; `batch` is already on the device."""
         return linear_cross_entropy(self.hidden_states(batch), batch.labels_T, self.head(), batch.target_rows)
 
-    def checkpoint_activations(self, wanted: bool | Literal["selective", "offload"]) -> None:
-        """Whether decoder layers are computed again in the backward pass, or keep their matmul outputs; selective: the MLP is
-        computed again; offload: all is, from inputs in host memory. Layers that run unfused are computed again whole."""
-        self.stash = set_policy(self.model, POLICIES[wanted])
+    def checkpoint_activations(self, wanted: bool | Literal["selective", "offload"], keep_layers: int = 0) -> None:
+        """Whether decoder layers are computed again in the backward pass, or keep their matmul outputs, as the last `keep_layers`
+        always do; selective: the MLP is computed again; offload: all is, from inputs in host memory. Layers that run unfused are
+        computed again whole."""
+        self.stash = set_policy(self.model, POLICIES[wanted], keep_layers)
         if self.swaps.unfused:
             # transformers is renaming the methods (5.23)
             switch = "enable" if wanted else "disable"

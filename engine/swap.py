@@ -113,11 +113,11 @@ def fuse_layers(model: nn.Module) -> SwapReport:
     return replace(report, others=("norm",))
 
 
-def set_policy(model: nn.Module, policy: Policy) -> HostStash:
-    """What fused layers keep from forward to backward; returns the stash that they share, empty."""
-    stash = HostStash()
-    for layer in _fused_layers(model):
-        layer.policy, layer.stash = policy, stash
+def set_policy(model: nn.Module, policy: Policy, keep_last: int = 0) -> HostStash:
+    """What fused layers keep from forward to backward; the last `keep_last` keep all. Returns the stash they share, empty."""
+    stash, layers = HostStash(), _fused_layers(model)
+    for i, layer in enumerate(layers):
+        layer.policy, layer.stash = policy if i < len(layers) - keep_last else Policy.KEEP, stash
     return stash
 
 

@@ -70,7 +70,7 @@ class _Run:
         self.progress = loaded or Progress(fingerprint)
         self.adapter.refresh()
         self.cursor.seek(self.progress.epoch, self.progress.position)
-        base.checkpoint_activations(config.train.activation_checkpointing)
+        base.checkpoint_activations(config.train.activation_checkpointing, config.train.keep_layers)
         base.cache_weights(config.train.weight_cache_gib)
         base.model.train()
 

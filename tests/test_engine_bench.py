@@ -181,9 +181,10 @@ def test_suites_and_the_ladder_name_what_exists():
     assert len({label for label, _, _ in LADDER}) == len(LADDER)
 
 
-def test_a_weight_cache_is_of_ours_only():
-    ours, peft = plain_rows(["ours", "peft"], replace(TINY, weight_cache_gib=2.0))
-    assert ours.setting.weight_cache_gib == 2.0 and peft.setting.weight_cache_gib == 0.0
+def test_a_weight_cache_and_kept_layers_are_of_ours_only():
+    ours, peft = plain_rows(["ours", "peft"], replace(TINY, weight_cache_gib=2.0, keep_layers=3))
+    assert (ours.setting.weight_cache_gib, ours.setting.keep_layers) == (2.0, 3)
+    assert (peft.setting.weight_cache_gib, peft.setting.keep_layers) == (0.0, 0)
 
 
 def _record(system: str, setting: Setting = TINY, **changes) -> dict:

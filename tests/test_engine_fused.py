@@ -162,3 +162,36 @@ def test_an_unknown_family_keeps_its_layers_and_strict_refuses_it():
     assert report.fused == () and "OlmoDecoderLayer is not of a known family" in report.describe()
     with pytest.raises(InputError, match=r"model\.layers.*strict.*0 of 3"):
         require_fused(report, "olmo")
+
+
+def test_cached_weights_give_the_same_numbers_and_only_as_many_groups_as_fit(monkeypatch):
+    from engine.quant import FrozenLinear, quantize_nf4
+
+    def quantised():
+        model, names, _ = build("Llama", "fused")
+        for name in names:
+            layer = model.get_submodule(name)
+            layer.weight = quantize_nf4(layer.weight.data, True)
+        return model, names
+
+    lora = LoraConfig(rank=3)
+    plain = run(*quantised(), lora)
+    model, names = quantised()
+    everything = cache_weights(model, torch.float32, 2**30)
+    assert everything == 4 * sum(m.in_features * m.out_features for m in map(model.get_submodule, names))
+    assert cache_weights(model, torch.float32, everything // 3) == everything // 3
+    assert cache_weights(model, torch.float32, 0) == 0
+    used = set()
+    dequantized = FrozenLinear.dequantized
+    monkeypatch.setattr(FrozenLinear, "dequantized", lambda self, *a, **k: used.add(self) or dequantized(self, *a, **k))
+    for budget, num_dequantized in ((2**30, 0), (everything // 3, 14)):
+        model, names = quantised()
+        cache_weights(model, torch.float32, budget)
+        used.clear()
+        assert worst(run(model, names, lora, cached=budget), plain) < 1e-6 and len(used) == num_dequantized
+
+
+def test_the_last_layers_keep_their_activations_whatever_the_policy():
+    model, _, _ = build("Llama", "fused")
+    set_policy(model, Policy.OFFLOAD, keep_last=2)
+    assert [m.policy for m in model.modules() if isinstance(m, FusedLayer)] == [Policy.OFFLOAD, Policy.KEEP, Policy.KEEP]

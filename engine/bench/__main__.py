@@ -115,6 +115,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=default.dropout)
     parser.add_argument("--policy", choices=list(POLICIES), default=default.policy, help="peers: gradient checkpointing, or none")
     parser.add_argument("--cap-gib", type=float, default=default.cap_gib, help="emulate a smaller card")
+    parser.add_argument("--keep-layers", type=int, default=default.keep_layers, help="ours only: these last ones keep all")
     parser.add_argument("--weight-cache-gib", type=float, default=default.weight_cache_gib, help="ours only")
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), help="default: all")

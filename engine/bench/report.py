@@ -35,7 +35,7 @@ def read(files: list[Path]) -> list[Record]:
 
 def report(records: list[Record]) -> str:
     """The tables, each with where it was measured below."""
-    settings = _groups([r for r in records if r["suite"] != "ladder"], SETTING, ("system", "weight_cache_gib"))
+    settings = _groups([r for r in records if r["suite"] != "ladder"], SETTING, ("system", "keep_layers", "weight_cache_gib"))
     ladders = _groups([r for r in records if r["suite"] == "ladder"], LADDER, ("label",))
     return "\n\n".join([_setting_table(group) for group in settings] + [_ladder_table(group) for group in ladders])
 
@@ -117,8 +117,9 @@ def _cells(record: Record) -> list[str]:
 
 
 def _name(record: Record) -> str:
-    cache = record["weight_cache_gib"]
-    return record["system"] + (f", weight cache {cache:g} GiB" if cache else "")
+    cache, kept = record["weight_cache_gib"], record["keep_layers"]
+    some = kept > 1 and record["policy"] != "keep"
+    return record["system"] + (f", {kept} layers kept" if some else "") + (f", weight cache {cache:g} GiB" if cache else "")
 
 
 def _place(record: Record) -> str:

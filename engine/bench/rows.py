@@ -13,7 +13,8 @@ POLICIES = {"recompute": "recomputed", "offload": "recomputed, inputs on the hos
 
 @dataclass(frozen=True)
 class Setting:
-    """cap_gib: emulates a smaller card. weight_cache_gib: for dequantised weights, of `ours` only."""
+    """cap_gib: emulates a smaller card. keep_layers (the last so many keep activations) and weight_cache_gib (for dequantised
+    weights) are of `ours` only."""
 
     model: str = "llama-3.1-8b"
     batch: int = 2
@@ -22,6 +23,7 @@ class Setting:
     dropout: float = 0.0
     policy: str = "recompute"
     cap_gib: float | None = None
+    keep_layers: int = 1
     weight_cache_gib: float = 0.0
     steps: int = 8
 
@@ -29,6 +31,10 @@ class Setting:
         """The command line that means this setting."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
         return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+OURS_ONLY: dict[str, Any] = {"keep_layers": 0, "weight_cache_gib": 0.0}
+"""What these are for any other system."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +53,21 @@ class Row:
 
 SUITES: dict[str, tuple[dict[str, Any], ...]] = {
     "table": (
-        {"model": "llama-3.1-8b", "batch": 2, "length": 2048, "policy": "recompute"},
-        {"model": "llama-3.1-8b", "batch": 2, "length": 2048, "policy": "keep", "cap_gib": 23.5},
-        {"model": "llama-3.1-8b", "batch": 1, "length": 8192, "policy": "offload"},
-        {"model": "llama-3.2-1b", "batch": 4, "length": 2048, "policy": "keep"},
+        {"model": "llama-3.1-8b", "batch": 2, "length": 2048, "policy": "offload", "keep_layers": 3},
+        {"model": "llama-3.1-8b", "batch": 2, "length": 2048, "policy": "keep", "cap_gib": 23.5, "weight_cache_gib": 5.0},
+        {"model": "llama-3.1-8b", "batch": 1, "length": 8192, "policy": "offload", "keep_layers": 2},
+        {"model": "llama-3.2-1b", "batch": 4, "length": 2048, "policy": "keep", "weight_cache_gib": 2.0},
     ),
 }
 
 LADDER: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("PEFT and bitsandbytes, activations recomputed", "peft", {"policy": "recompute"}),
     ("+ own loss and quantised layer, flat adapter, packed attention", "ours-unfused", {"policy": "recompute"}),
-    ("+ fused decoder layers", "ours", {"policy": "recompute"}),
-    ("+ activations kept", "ours", {"policy": "keep"}),
+    ("+ fused decoder layers", "ours", {"policy": "recompute", "keep_layers": 0}),
+    ("+ the last layer kept", "ours", {"policy": "recompute", "keep_layers": 1}),
+    ("+ all attention kept", "ours", {"policy": "selective"}),
+    ("+ all activations kept", "ours", {"policy": "keep"}),
+    ("+ weights kept dequantised (2 GiB)", "ours", {"policy": "keep", "weight_cache_gib": 2.0}),
 )
 """Label, system, and what of the setting is replaced: each row has one optimisation more than the one before."""
 
@@ -80,4 +89,4 @@ def ladder_rows(base: Setting) -> list[Row]:
 
 
 def _row(label: str, system: str, setting: Setting, suite: str) -> Row:
-    return Row(label, system, setting if system == "ours" else replace(setting, weight_cache_gib=0.0), suite)
+    return Row(label, system, setting if system == "ours" else replace(setting, **OURS_ONLY), suite)
