@@ -15,7 +15,7 @@ from engine.bench.children import run_row
 from engine.bench.measure import measure, tokens
 from engine.bench.process import run_python
 from engine.bench.report import report
-from engine.bench.rows import LADDER, POLICIES, SUITES, Row, Setting, ladder_rows, plain_rows, suite_rows
+from engine.bench.rows import LADDER, OURS_ONLY, POLICIES, SUITES, Row, Setting, ladder_rows, plain_rows, suite_rows
 from engine.bench.shapes import SHAPES, random_model
 from engine.bench.systems import SYSTEMS, System
 from engine.loss import IGNORE
@@ -111,7 +111,7 @@ def test_rows_run_in_processes_of_their_own_and_a_missing_package_is_a_row(tmp_p
     assert bench.main([*FLAGS, "--systems", "peft", "peft-liger", "--json", str(file), "--commit", "abc"]) == 0
     peft, liger = (json.loads(text) for text in file.read_text().splitlines())
     assert peft["tokens_per_second"] > 0 and peft["card"] == "CPU" and peft["git.commit"] == "abc"
-    assert {field.name: peft[field.name] for field in fields(Setting)} == asdict(TINY)
+    assert {field.name: peft[field.name] for field in fields(Setting)} == asdict(replace(TINY, **OURS_ONLY))
     assert liger["error"] == "not installed"
     assert "peft-liger  not installed" in capsys.readouterr().out
 
