@@ -1,5 +1,7 @@
 """python -m engine <train_config.json>             train that one trial, or replay it and compare with what it reported
 python -m engine prepare <configs.json>           check configs and fill the caches, without a GPU
+python -m engine look <train_config.json>         the model's shape and the card that is here, as JSON; no weights, no data
+python -m engine plan <train_config.json> --card rtx4090   how it would be computed there: peak memory and speed, predicted
 python -m engine evaluate <train_config.json> --adapter <folder>   the base model's loss and the adapter's
 """
 
@@ -11,15 +13,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engine.cards import card as find_card
 from engine.config import TrainConfig, load_json, load_train_config, parse
 from engine.errors import EngineError, InputError
 from engine.files import write_text
+from engine.planner import plan
+from engine.shape import ModelShape
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; an EngineError is one line on stderr and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": _train, "prepare": _prepare, "evaluate": _evaluate}
+    commands = {"train": _train, "prepare": _prepare, "look": _look, "plan": _plan, "evaluate": _evaluate}
     command = arguments[0] if arguments[:1] and arguments[0] in commands else "train"
     rest = arguments[1:] if arguments[:1] == [command] else arguments
     try:
@@ -83,6 +88,32 @@ def _prepare(arguments: list[str]) -> int:
     from engine.prepare import prepare
 
     return _answer(prepare(configs), options.report)
+
+
+def _look(arguments: list[str]) -> int:
+    parser = _parser("look")
+    parser.add_argument("--report", type=Path)
+    options = parser.parse_args(arguments)
+    config = load_train_config(options.config)
+    from engine.prepare import look
+
+    return _answer(look(config.model), options.report)
+
+
+def _plan(arguments: list[str]) -> int:
+    parser = _parser("plan")
+    parser.add_argument("--card", required=True, help="rtx3090, rtx4090, a10g, l4 ...")
+    options = parser.parse_args(arguments)
+    config, card = load_train_config(options.config), find_card(options.card)
+    from engine.model import model_config
+
+    chosen = plan(config, ModelShape.of(model_config(config.model), config.model.path), card)
+    print(f"plan: {chosen.describe()}")
+    print(f"memory, predicted, GiB, of {card.memory_gib:g} on {card.name}: {chosen.memory.describe()}")
+    print(f"speed, predicted: {chosen.speed.tokens_per_second:,.0f} tok/s; milliseconds of a micro-batch:")
+    for name, ms in sorted(chosen.speed.parts.items(), key=lambda item: -item[1]):
+        print(f"  {name:<22}{ms:8.1f}")
+    return 0
 
 
 def _evaluate(arguments: list[str]) -> int:

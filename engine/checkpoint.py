@@ -25,7 +25,8 @@ FOLDER = "checkpoint"
 
 @dataclass
 class Progress:
-    """How far a trial is. epoch and position: the data cursor; reports: all so far, as plain data."""
+    """How far a trial is. epoch and position: the data cursor; reports: all so far, as plain data; plan: settings that a lack of
+    memory led to, kept so that a resume does not run into it again; num_out_of_memory: how often it did."""
 
     fingerprint: str
     step: int = 0
@@ -35,6 +36,8 @@ class Progress:
     epoch: int = 0
     position: int = 0
     peak_allocated_gib: float = 0.0
+    num_out_of_memory: int = 0
+    plan: dict[str, Any] = field(default_factory=dict)
     reports: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -19,6 +19,7 @@ from engine.errors import InputError
 
 ALL_LINEAR = "all-linear"
 PositiveInt = Annotated[int, Field(ge=1)]
+Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 ListAsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # JSON and YAML have lists only
 
@@ -111,18 +112,21 @@ class LoopConfig(StrictModel):
         None, description="ascending grid below max_tokens"
     )
     num_reports: PositiveInt = Field(8, description="even grid, where report_at_tokens is not given")
-    micro_batch_size: PositiveInt = 1
-    gradient_accumulation_steps: PositiveInt = 1
-    tokens_per_step: PositiveInt | None = Field(None, description="derives gradient_accumulation_steps, the same for all lengths")
-    activation_checkpointing: bool | Literal["selective", "offload"] = Field(
-        True,
+    micro_batch_size: PositiveInt | Auto = Field("auto", description="bins computed at once; changes speed and memory only")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="micro-batches in a step, where tokens_per_step is not given")
+    tokens_per_step: PositiveInt | None = Field(None, description="one optimizer step, the same for all lengths")
+    activation_checkpointing: bool | Literal["auto", "selective", "offload"] = Field(
+        "auto",
         description="true: compute each layer again in the backward pass, offload: from inputs in host memory, "
-        "selective: its MLP only; false: keep",
+        "selective: its MLP only; false: keep; auto: what fits and is fastest",
     )
-    keep_layers: Annotated[int, Field(ge=0)] = Field(
-        1, description="so many last layers keep activations whatever activation_checkpointing says; the very last costs nothing"
+    keep_layers: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto", description="so many last layers keep activations whatever activation_checkpointing says"
     )
-    weight_cache_gib: Annotated[float, Field(ge=0.0)] = Field(0.0, description="device memory for dequantised weights")
+    weight_cache_gib: Annotated[float, Field(ge=0.0)] | Auto = Field(
+        "auto", description="device memory for dequantised weights"
+    )
+    memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = Field(None, description="device memory to use; none: the card's")
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"
 
@@ -143,6 +147,16 @@ class LoopConfig(StrictModel):
         return grid if grid[-1:] == (self.max_tokens,) else (*grid, self.max_tokens)
 
 
+NUMERICALLY_NEUTRAL = {
+    "model": ("embeddings",),
+    "train": (
+        "micro_batch_size", "gradient_accumulation_steps", "tokens_per_step", "activation_checkpointing", "keep_layers",
+        "weight_cache_gib", "memory_budget_gib",
+    ),
+}  # fmt: skip
+"""Fields that change speed and memory but not what is computed, beyond rounding; of the step's size, `bins_per_step` remains."""
+
+
 class TrainConfig(StrictModel):
     """One trial, whole."""
 
@@ -153,16 +167,21 @@ class TrainConfig(StrictModel):
     train: LoopConfig
 
     @property
-    def accumulation_steps(self) -> int:
-        """Micro-batches in one optimizer step."""
+    def bins_per_step(self) -> int:
+        """Rows of max_seq_length tokens (without packing: samples) in one optimizer step, however they are computed."""
         loop = self.train
-        if loop.tokens_per_step is None:
-            return loop.gradient_accumulation_steps
-        return max(1, round(loop.tokens_per_step / (loop.micro_batch_size * self.data.max_seq_length)))
+        if loop.tokens_per_step is not None:
+            return max(1, round(loop.tokens_per_step / self.data.max_seq_length))
+        return loop.gradient_accumulation_steps * (1 if loop.micro_batch_size == "auto" else loop.micro_batch_size)
 
     def fingerprint(self) -> str:
-        """16 hex digits that are equal exactly when two configs train the same adapter."""
-        return hashlib.sha256(to_json(self).encode()).hexdigest()[:16]
+        """16 hex digits that are equal exactly when two configs train the same adapter, up to rounding."""
+        values = self.model_dump(mode="json")
+        for section, fields in NUMERICALLY_NEUTRAL.items():
+            for field in fields:
+                del values[section][field]
+        values["bins_per_step"] = self.bins_per_step
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -21,6 +21,17 @@ class DivergedError(EngineError):
     """The loss or the gradient is not finite: going on would only burn GPU time."""
 
 
+class OutOfMemory(EngineError):
+    """The leanest way to compute a config does not fit: predicted, or met. Peaks in GiB, None where not known."""
+
+    def __init__(self, line: str, predicted_gib: float | None = None, measured_gib: float | None = None) -> None:
+        self.line, self.predicted_gib, self.measured_gib = line, predicted_gib, measured_gib
+        super().__init__(line)
+
+    def __reduce__(self):
+        return (type(self), (self.line, self.predicted_gib, self.measured_gib))
+
+
 class CheckpointError(EngineError):
     """A checkpoint is torn, or belongs to another config."""
 

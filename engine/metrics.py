@@ -16,7 +16,9 @@ class Report:
     train_loss: over all target tokens since the previous report. eval_loss: on the fixed evaluation set.
     best_eval_loss: lowest so far; `adapter/` in the trial folder is the adapter of that rung.
     elapsed_s: seconds inside optimizer steps, evaluation left out, resumed parts counted in.
-    step_time_ms: median over the steps since the previous report.
+    step_time_ms: mean over the steps since the previous report. predicted_peak_gib: of the plan in force, 0 where none was made;
+    peak_allocated_gib: measured. num_out_of_memory: times the plan was made leaner because memory ran out. micro_batch_size,
+    activation_checkpointing: of the plan in force.
     """
 
     rung: int
@@ -34,10 +36,14 @@ class Report:
     peak_allocated_gib: float
     elapsed_s: float
     num_trainable: int
+    predicted_peak_gib: float = 0.0
+    num_out_of_memory: int = 0
+    micro_batch_size: int = 1
+    activation_checkpointing: str = "false"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Report:
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})

@@ -21,7 +21,7 @@ from engine.builtin import resolve_model
 from engine.config import ModelConfig
 from engine.embedding import place_embedding
 from engine.errors import InputError, first_line
-from engine.fused import Policy
+from engine.layer import Policy
 from engine.loss import Head, linear_cross_entropy
 from engine.metrics import GIB
 from engine.offload import HostStash
@@ -121,6 +121,13 @@ def load_base(config: ModelConfig, device: torch.device) -> Base:
     if place_embedding(model, config):
         swaps = replace(swaps, others=(*swaps.others, "embed_tokens"))
     return Base(model, load_tokenizer(config), config, device, dtype, names, swaps)
+
+
+def model_config(config: ModelConfig) -> dict[str, Any]:
+    """The model's config.json as transformers reads it, as plain data; no weights are needed."""
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, config, locate(config)).to_dict()
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

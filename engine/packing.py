@@ -1,13 +1,12 @@
 """From samples to micro-batches: which samples share a row, and the row itself. Numpy, with torch only for the batch tensors.
 
-A micro-batch is one flat row without padding. With packing it holds `micro_batch_size` bins, each filled with whole samples
-up to `max_seq_length` tokens; without, `micro_batch_size` samples. Samples never see each other: positions restart and
-attention is cut at the document offsets.
+A bin holds whole samples up to `max_seq_length` tokens, or one sample without packing. An optimizer step takes so many bins,
+which the config says; a micro-batch is `micro_batch_size` of them in one flat row without padding, so its size changes what is
+computed at once and nothing else. Samples never see each other: positions restart and attention is cut at the document offsets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -96,11 +95,10 @@ def plan_once(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 class Cursor:
-    """Walks micro-batches epoch after epoch. `epoch` and `position` (in bins) are all that resume needs."""
+    """Walks bins epoch after epoch. `epoch` and `position` (in bins) are all that resume needs."""
 
-    def __init__(self, lengths: np.ndarray, capacity: int, packing: bool, micro_batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: np.ndarray, capacity: int, packing: bool, seed: int) -> None:
         self._lengths, self._capacity, self._packing, self._seed = lengths, capacity, packing, seed
-        self._micro_batch_size = micro_batch_size
         self.epoch, self.position = 0, 0
         self._bins = plan_epoch(lengths, capacity, packing, seed, 0)
 
@@ -115,16 +113,16 @@ class Cursor:
             self._bins = plan_epoch(self._lengths, self._capacity, self._packing, self._seed, epoch)
         self.epoch, self.position = epoch, position
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return self
-
-    def __next__(self) -> list[int]:
-        """Sample indices of the next micro-batch."""
-        if self.position >= len(self._bins):
-            self.seek(self.epoch + 1, 0)
-        chosen = self._bins[self.position : self.position + self._micro_batch_size]
-        self.position += len(chosen)
-        return [i for one_bin in chosen for i in one_bin]
+    def take(self, count: int) -> list[list[int]]:
+        """The next `count` bins of sample indices, across the end of an epoch where it lies between them."""
+        taken: list[list[int]] = []
+        while len(taken) < count:
+            if self.position >= len(self._bins):
+                self.seek(self.epoch + 1, 0)
+            chosen = self._bins[self.position : self.position + count - len(taken)]
+            self.position += len(chosen)
+            taken += chosen
+        return taken
 
 
 def _first_fit_decreasing(indices: np.ndarray, lengths: np.ndarray, capacity: int) -> list[list[int]]:

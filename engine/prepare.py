@@ -5,13 +5,18 @@ Also fills the caches (builtin model and data, tokens), so that trials of one ma
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
-from engine.config import TrainConfig
+import torch
+
+from engine.config import ModelConfig, TrainConfig
 from engine.data import load_data
 from engine.errors import InputError
 from engine.lora import resolve_targets
-from engine.model import ModelFacts, inspect_model, load_tokenizer, locate
+from engine.metrics import GIB
+from engine.model import ModelFacts, inspect_model, load_tokenizer, locate, model_config
+from engine.shape import ModelShape
 
 
 def prepare(configs: list[TrainConfig]) -> dict[str, Any]:
@@ -41,4 +46,27 @@ def prepare(configs: list[TrainConfig]) -> dict[str, Any]:
         "num_eval_samples": num_eval,
         "num_dropped_samples": num_dropped,
         "num_trainable": num_trainable,
+        **look(configs[0].model),
     }
+
+
+def look(config: ModelConfig) -> dict[str, Any]:
+    """What memory and speed depend on. shape: the fields of ModelShape, None where the model gives none; card: name and memory
+    of the visible card with the least, None without CUDA. Needs the model's config.json and nothing else of it."""
+    return {"shape": _shape(config), "card": _card()}
+
+
+def _shape(config: ModelConfig) -> dict[str, Any] | None:
+    values = model_config(config)
+    try:
+        return asdict(ModelShape.of(values, config.path))
+    except InputError:  # another architecture: it trains on its own layers, and nothing is predicted
+        return None
+
+
+def _card() -> dict[str, Any] | None:
+    if not torch.cuda.is_available():
+        return None
+    found = [(torch.cuda.mem_get_info(i)[1], torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
+    memory, name = min(found)
+    return {"name": name, "memory_gib": memory / GIB}

@@ -12,7 +12,7 @@ Shape letters: T tokens, D input features, O output features of all members, R r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +27,11 @@ Weights = list[tuple[slice, Tensor]]  # blocks of consecutive output features, e
 
 @dataclass
 class ProjectionGroup:
-    """Projections taken apart for one call. adapters: A [R, D] and scaling * B [O, R] in the activations' dtype, or None.
+    """Projections taken apart for one call. dtype: of the activations, and of adapters: A [R, D] and scaling * B [O, R], or None.
 
     seed: of the dropout mask, drawn once per call, so that recomputation and backward see the mask of the forward pass."""
 
+    dtype: torch.dtype
     bases: list[FrozenLinear]
     adapters: list[tuple[Tensor, Tensor] | None]
     scaling: float = 0.0
@@ -41,7 +42,7 @@ class ProjectionGroup:
     @classmethod
     def of(cls, layers: list[nn.Module], dtype: torch.dtype, cached: Tensor | None = None) -> ProjectionGroup:
         """Take apart FrozenLinears or LoraLinears that read the same input. cached: their weights, dequantised, [O, D]."""
-        group = cls([], [], cached=cached)
+        group = cls(dtype, [], [], cached=cached)
         for layer in layers:
             if not isinstance(layer, FrozenLinear | LoraLinear):
                 raise TypeError(f"a fused layer projects through FrozenLinear or LoraLinear, not {type(layer).__name__}")
@@ -59,20 +60,30 @@ class ProjectionGroup:
         return any(adapter is not None for adapter in self.adapters)
 
     @property
+    def is_packed(self) -> bool:
+        return all(base.is_packed for base in self.bases)
+
+    @property
     def outputs(self) -> list[slice]:
         """Where each member's features lie in y."""
         return _slices([base.out_features for base in self.bases])
 
-    def weights(self, dtype: torch.dtype) -> Weights:
+    def weights(self) -> Weights:
         """The members' weights: dequantised into one matrix; where they are plain, one block each."""
         whole = slice(0, self.outputs[-1].stop)
         if self.cached is not None:
             return [(whole, self.cached)]
-        if not all(base.is_packed for base in self.bases):
-            return [(part, base.dequantized(dtype)) for part, base in zip(self.outputs, self.bases)]
+        if not self.is_packed:
+            return [(part, base.dequantized(self.dtype)) for part, base in zip(self.outputs, self.bases)]
         if len(self.bases) == 1:
-            return [(whole, self.bases[0].dequantized(dtype))]
-        return [(whole, merged_weight(self.bases, dtype))]
+            return [(whole, self.bases[0].dequantized(self.dtype))]
+        return [(whole, merged_weight(self.bases, self.dtype))]
+
+    def with_weights(self) -> ProjectionGroup:
+        """The same with its weights dequantised once, for several uses."""
+        if self.cached is not None or not self.is_packed:
+            return self
+        return replace(self, cached=merged_weight(self.bases, self.dtype))
 
     def low(self, x_TD: Tensor) -> Tensor | None:
         """dropout(x) A^T [T, R] of all members; None where none is adapted."""
@@ -82,7 +93,7 @@ class ProjectionGroup:
         """x W^T + b [T, O], fresh, without the adapters."""
         biases = [base.bias for base in self.bases]
         outputs = self.outputs
-        blocks = self.weights(x_TD.dtype) if weights is None else weights
+        blocks = self.weights() if weights is None else weights
         y_TO = None
         if len(blocks) == 1:
             y_TO = F.linear(x_TD, blocks[0][1], _merged_bias(biases, outputs, x_TD))
@@ -126,7 +137,7 @@ class ProjectionGroup:
 
     def bare_input_gradient(self, dy_TO: Tensor, weights: Weights | None = None) -> Tensor:
         """dy W [T, D], without the adapters' part."""
-        (part, weight_OD), *others = self.weights(dy_TO.dtype) if weights is None else weights
+        (part, weight_OD), *others = self.weights() if weights is None else weights
         dx_TD = dy_TO[:, part] @ weight_OD
         for part, weight_OD in others:
             dx_TD.addmm_(dy_TO[:, part], weight_OD)

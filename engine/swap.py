@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from engine.attention import AttentionOptions, Documents
 from engine.errors import InputError
-from engine.fused import GROUPS, PROJECTIONS, Call, LayerSpec, Norm, Policy, decoder_layer, normalize
+from engine.fused import decoder_layer
+from engine.layer import GROUPS, PROJECTIONS, Call, LayerSpec, Norm, Policy, normalize
 from engine.lora import LoraLinear
 from engine.offload import HostStash
 from engine.projection import ProjectionGroup, merged_weight

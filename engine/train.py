@@ -12,66 +12,79 @@ import math
 import resource
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from engine import checkpoint
+from engine.cards import match_card
 from engine.checkpoint import Progress
 from engine.config import TrainConfig
-from engine.data import View, load_data
-from engine.errors import DivergedError
+from engine.data import load_data
+from engine.errors import DivergedError, InputError, OutOfMemory
 from engine.evaluate import evaluate, evaluation_batches
 from engine.export import export_adapter
 from engine.files import write_text
 from engine.lora import FlatAdapter, LoraLinear, attach, detach
+from engine.memory import CONTEXT_GIB
 from engine.metrics import GIB, Report
 from engine.model import Base, free, load_base, pick_device
 from engine.optim import learning_rate, make_optimizer, set_learning_rate
-from engine.packing import Batch, Cursor, collate
+from engine.packing import Cursor, collate
+from engine.planner import UNKNOWN_CARD, Plan, leaner
+from engine.planner import plan as plan_for
+from engine.shape import ModelShape
 
 
 def train(config: TrainConfig, run_dir: Path, *, base: Base | None = None) -> Iterator[Report]:
     """Train one adapter; yield a Report at each point of `config.train.report_grid()`.
 
     base: a resident base model that matches `config.model`; it is handed back without the adapter. Without one, the model is
-    loaded here and freed at the end. Raises InputError, DivergedError, CheckpointError, torch.OutOfMemoryError.
+    loaded here and freed at the end. What the config leaves `auto` is planned for the card that is here; a step that runs out of
+    memory all the same is computed again by a leaner plan. Raises InputError, DivergedError, CheckpointError, OutOfMemory.
     """
     device = pick_device(config.train.device)
     resident = base or load_base(config.model, device)
     if not resident.matches(config.model, device):
         raise ValueError("the resident base model is not this config's")
     layers: dict[str, LoraLinear] = {}
+    budget = config.train.memory_budget_gib if device.type == "cuda" else None
     try:
+        if budget is not None:
+            _limit_memory(budget, device)
         torch.manual_seed(config.train.seed)
+        plan = _make_plan(config, resident)
         layers = attach(resident.model, resident.linear_names, config.lora, config.train.seed)
-        yield from _Run(config, run_dir, resident, layers).reports()
+        yield from _Run(config, run_dir, resident, layers, plan).reports()
     finally:
         detach(resident.model, layers)
         resident.checkpoint_activations(False)
         resident.model.eval()
         layers.clear()
         free(device)
+        if budget is not None:
+            _limit_memory(math.inf, device)
 
 
 class _Run:
     """State of one trial between two reports."""
 
-    def __init__(self, config: TrainConfig, run_dir: Path, base: Base, layers: dict[str, LoraLinear]) -> None:
+    def __init__(self, config: TrainConfig, run_dir: Path, base: Base, layers: dict[str, LoraLinear], plan: Plan) -> None:
         self.config, self.run_dir, self.base, self.layers = config, run_dir, base, layers
         self.adapter = FlatAdapter(layers, base.dtype)
         self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
         self.train_view, eval_view = load_data(config.data, base.tokenizer)
         self.eval_batches = evaluation_batches(eval_view, config.data.eval_max_seq_length)
-        self.cursor = _cursor(config, self.train_view)
+        self.cursor = Cursor(self.train_view.lengths, config.data.max_seq_length, config.data.packing, config.train.seed)
         fingerprint = config.fingerprint()
         loaded = checkpoint.load(run_dir, fingerprint, layers, self.optimizer)
         self.progress = loaded or Progress(fingerprint)
         self.adapter.refresh()
         self.cursor.seek(self.progress.epoch, self.progress.position)
-        base.checkpoint_activations(config.train.activation_checkpointing, config.train.keep_layers)
-        base.cache_weights(config.train.weight_cache_gib)
+        self.plan = replace(plan, **self.progress.plan)
+        self._follow_plan()
         base.model.train()
 
     def reports(self) -> Iterator[Report]:
@@ -96,7 +109,7 @@ class _Run:
         window.close()
         progress.elapsed_s += window.seconds
         progress.epoch, progress.position = self.cursor.epoch, self.cursor.position
-        eval_loss = evaluate(self.base, self.eval_batches)
+        eval_loss = self._evaluate()
         if not math.isfinite(eval_loss):
             raise DivergedError(f"eval_loss is {eval_loss} after {progress.tokens_seen} tokens")
         progress.peak_allocated_gib = max(progress.peak_allocated_gib, _peak_gib(self.base.device))
@@ -104,14 +117,14 @@ class _Run:
 
     def _step(self) -> tuple[Tensor, Tensor, int, int]:
         """One optimizer step: (summed loss and gradient norm, still on the device; tokens and target tokens, known here)."""
-        batches = [self._batch(next(self.cursor)) for _ in range(self.config.accumulation_steps)]
-        num_tokens, num_targets = sum(b.num_tokens for b in batches), sum(b.num_targets for b in batches)
-        total = torch.zeros((), device=self.base.device)
-        for batch in batches:
-            on_device = batch.to(self.base.device)
-            loss = self.base.loss(on_device)
-            (loss / num_targets).backward()
-            total += loss.detach()
+        bins = self.cursor.take(self.config.bins_per_step)
+        while True:
+            try:
+                total, num_tokens, num_targets = self._gradients(bins)
+                break
+            except torch.OutOfMemoryError:
+                pass  # the traceback, and with it the tensors of the failed pass, is gone only after this block
+            self._make_room()
         limit = self.config.optim.max_grad_norm
         grad_norm = nn.utils.clip_grad_norm_(self.adapter.parameter, math.inf if limit is None else limit)
         middle = (self.progress.tokens_seen + num_tokens / 2) / self.config.train.max_tokens
@@ -121,8 +134,51 @@ class _Run:
         self.adapter.zero_grad()
         return total, grad_norm, num_tokens, num_targets
 
-    def _batch(self, indices: list[int]) -> Batch:
-        return collate([self.train_view[i] for i in indices])
+    def _gradients(self, bins: list[list[int]]) -> tuple[Tensor, int, int]:
+        """Forward and backward over the step's bins, a micro-batch at a time: (summed loss, tokens, target tokens)."""
+        size = self.plan.micro_batch_size
+        batches = [
+            collate([self.train_view[i] for one_bin in bins[start : start + size] for i in one_bin])
+            for start in range(0, len(bins), size)
+        ]
+        num_targets = sum(b.num_targets for b in batches)
+        total = torch.zeros((), device=self.base.device)
+        for batch in batches:
+            loss = self.base.loss(batch.to(self.base.device))
+            (loss / num_targets).backward()
+            total += loss.detach()
+        return total, sum(b.num_tokens for b in batches), num_targets
+
+    def _make_room(self) -> None:
+        """After memory ran out: the next leaner plan, or OutOfMemory. The step is then computed again from its start, with the
+        parameters it began with."""
+        measured, plan = _peak_gib(self.base.device), leaner(self.plan)
+        predicted = None if self.plan.memory is None else self.plan.memory.peak_gib
+        if plan is None:
+            known = "" if predicted is None else f"predicted peak {predicted:.2f} GiB, "
+            raise OutOfMemory(f"out of memory at {self.plan.describe()}: {known}measured {measured:.2f} GiB", predicted, measured)
+        self.plan = plan
+        self.progress.plan, self.progress.num_out_of_memory = plan.settings(), self.progress.num_out_of_memory + 1
+        self.adapter.zero_grad()
+        self._follow_plan()
+        free(self.base.device)
+
+    def _follow_plan(self) -> None:
+        self.base.checkpoint_activations(self.plan.activation_checkpointing, self.plan.keep_layers)
+        self.base.cache_weights(self.plan.weight_cache_gib)
+
+    def _evaluate(self) -> float:
+        """Evaluation keeps no activations; what may be in its way is the weight cache."""
+        try:
+            return evaluate(self.base, self.eval_batches)
+        except torch.OutOfMemoryError:
+            if not self.plan.weight_cache_gib:
+                raise
+        self.base.cache_weights(0.0)
+        free(self.base.device)
+        eval_loss = evaluate(self.base, self.eval_batches)
+        self.base.cache_weights(self.plan.weight_cache_gib)
+        return eval_loss
 
     def _report(self, rung: int, window: _Window, eval_loss: float) -> Report:
         progress = self.progress
@@ -143,6 +199,10 @@ class _Run:
             peak_allocated_gib=progress.peak_allocated_gib,
             elapsed_s=progress.elapsed_s,
             num_trainable=self.adapter.parameter.numel(),
+            predicted_peak_gib=0.0 if self.plan.memory is None else self.plan.memory.peak_gib,
+            num_out_of_memory=progress.num_out_of_memory,
+            micro_batch_size=self.plan.micro_batch_size,
+            activation_checkpointing=str(self.plan.activation_checkpointing).lower(),
         )
         progress.reports.append(report.to_dict())
         return report
@@ -196,8 +256,25 @@ class _Window:
         self._loss_sum += loss
 
 
-def _cursor(config: TrainConfig, view: View) -> Cursor:
-    return Cursor(view.lengths, config.data.max_seq_length, config.data.packing, config.train.micro_batch_size, config.train.seed)
+def _make_plan(config: TrainConfig, base: Base) -> Plan:
+    """The plan for the card that is here."""
+    if base.device.type != "cuda":
+        return plan_for(config, None, None)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(base.device)
+    ours = free_bytes + torch.cuda.memory_reserved(base.device) + CONTEXT_GIB * GIB  # another process may hold a part
+    name = torch.cuda.get_device_name(base.device)
+    card = replace(match_card(name) or UNKNOWN_CARD, name=name, memory_gib=min(ours, total_bytes) / GIB)
+    try:
+        shape = ModelShape.of(base.model.config.to_dict(), config.model.path)
+    except InputError:  # a kind of model whose config names things otherwise: it trains, unpredicted
+        shape = None
+    return plan_for(config, shape, card)
+
+
+def _limit_memory(gib: float, device: torch.device) -> None:
+    """Let this process have no more than `gib` of the device; all of it where that is more than there is."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device)
 
 
 def _peak_gib(device: torch.device) -> float:

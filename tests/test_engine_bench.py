@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.bench import __main__ as bench
+from engine.bench import calibrate
 from engine.bench.checkpoint import write_checkpoint
 from engine.bench.children import run_row
 from engine.bench.measure import measure, tokens
@@ -212,3 +213,21 @@ def test_the_report_keeps_settings_apart_and_marks_rows_of_other_commits():
     assert table.count("**tiny") == 2
     assert "| ours (a) |" in table and "| peft (b) |" in table and "\n| peft |" in table
     assert "(b) a card, torch 2.11.0, commit fedcba987+changes, 2 steps" in table
+
+
+def test_calibration_settings_cover_every_value_and_stay_within_the_longest_row():
+    settings = [values for model in calibrate.MAX_TOKENS for values in calibrate.draw(model, 0, 24)]
+    assert len(settings) >= 60
+    for name, values in (("rank", calibrate.RANKS), ("length", calibrate.LENGTHS), ("targets", calibrate.TARGETS)):
+        assert {s[name] for s in settings} == set(values)
+    assert all(s["batch"] * s["length"] <= calibrate.MAX_TOKENS[s["model"]] for s in settings)
+    for values in settings:
+        calibrate.train_config(values)
+
+
+def test_the_plot_of_predicted_against_measured_is_drawn(tmp_path):
+    records = [{"model": "tiny", "card": "a card", "predicted_gib": 1.0 + i, "peak_allocated_gib": 1.1 + i} for i in range(3)]
+    records.append({**records[0], "peak_allocated_gib": None})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert calibrate.main(["--plot", str(tmp_path / "a.png"), str(tmp_path / "a.jsonl")]) == 0
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"

@@ -73,3 +73,23 @@ def test_cuda_without_a_card_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="no CUDA device"):
         pick_device("cuda")
+
+
+def test_plan_shows_peak_and_speed_on_a_named_card_without_weights_or_data(tmp_path, capsys):
+    from engine.__main__ import main
+
+    shape = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    values = {"model": {"path": str(tmp_path)}, "data": {"train": "nowhere", "max_seq_length": 4096}, "train": {"max_tokens": 10**6}}
+    path = tmp_path / "train_config.json"
+    path.write_text(json.dumps(values))
+    assert main(["plan", str(path), "--card", "rtx4090"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"plan: micro-batch 1, ", shown) and re.search(r"peak \d+\.\d\d GiB, in: ", shown)
+    assert re.search(r"base weights +\d", shown) and re.search(r"speed, predicted: [\d,]+ tok/s", shown)
+    assert main(["plan", str(path), "--card", "gtx1080"]) == 2
+    assert capsys.readouterr().err.startswith("error: card = 'gtx1080': unknown card; known: rtx3090")
+    values["train"]["memory_budget_gib"] = 4.0
+    path.write_text(json.dumps(values))
+    assert main(["plan", str(path), "--card", "rtx4090"]) == 2
+    assert re.search(r"error: needs \d\.\d GiB at the least \(predicted\), 4\.0 GiB are allowed", capsys.readouterr().err)

@@ -55,7 +55,22 @@ def test_the_report_grid_ends_at_max_tokens():
 def test_tokens_per_step_gives_every_length_the_same_step():
     for length in (128, 256, 512):
         trial = config(data={"train": "d", "max_seq_length": length}, train={"max_tokens": 100, "tokens_per_step": 1024})
-        assert trial.accumulation_steps * length == 1024
+        assert trial.bins_per_step * length == 1024
+
+
+def test_the_fingerprint_is_that_of_the_mathematics():
+    def fingerprint(length=256, **train):
+        values = {"max_tokens": 1000, "tokens_per_step": 1024, **train}
+        return config(data={"train": "d", "max_seq_length": length}, train=values).fingerprint()
+
+    first = fingerprint()
+    for change in (
+        {"micro_batch_size": 2}, {"activation_checkpointing": "offload"}, {"keep_layers": 3}, {"weight_cache_gib": 2.0},
+        {"memory_budget_gib": 20.0}, {"tokens_per_step": None, "micro_batch_size": 2, "gradient_accumulation_steps": 2},
+    ):  # fmt: skip
+        assert fingerprint(**change) == first, change
+    for change in ({"tokens_per_step": 2048}, {"seed": 1}, {"length": 512}, {"micro_batch_size": 2, "tokens_per_step": None}):
+        assert fingerprint(**change) != first, change
 
 
 def test_alpha_defaults_to_twice_the_rank_and_rslora_scales_by_its_root():

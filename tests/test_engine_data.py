@@ -146,15 +146,24 @@ def test_packing_fills_rows_well():
 
 def test_a_cursor_goes_on_where_another_stopped():
     lengths = np.full(10, 8)
-    whole = Cursor(lengths, 16, True, 2, seed=3)
+    whole = Cursor(lengths, 16, True, seed=3)
     places, expected = [], []
     for _ in range(12):
         places.append((whole.epoch, whole.position))
-        expected.append(next(whole))
+        expected.append(whole.take(2))
     for i in (0, 3, 7, 11):
-        again = Cursor(lengths, 16, True, 2, seed=3)
+        again = Cursor(lengths, 16, True, seed=3)
         again.seek(*places[i])
-        assert [next(again) for _ in expected[i:]] == expected[i:]
+        assert [again.take(2) for _ in expected[i:]] == expected[i:]
+
+
+def test_a_step_has_all_its_bins_also_where_an_epoch_ends():
+    lengths = np.full(10, 8)  # five bins of two
+    whole, parts = Cursor(lengths, 16, True, seed=3), Cursor(lengths, 16, True, seed=3)
+    assert [len(whole.take(3)) for _ in range(4)] == [3, 3, 3, 3]
+    whole.seek(0, 0)
+    assert whole.take(12) == [one for _ in range(12) for one in parts.take(1)]
+    assert (whole.epoch, whole.position) == (parts.epoch, parts.position) == (2, 2)
 
 
 def test_chatml_can_be_named_where_a_tokenizer_has_no_template(tokenizer):

@@ -4,10 +4,10 @@ import pytest
 import torch
 import transformers
 
-from engine import attention
+from engine import attention, fused, fused_mlp
 from engine.config import LoraConfig
 from engine.errors import InputError
-from engine.fused import Policy
+from engine.layer import Policy
 from engine.lora import attach, trainable_parameters
 from engine.packing import Sample, collate
 from engine.quant import freeze_linears
@@ -195,3 +195,23 @@ def test_the_last_layers_keep_their_activations_whatever_the_policy():
     model, _, _ = build("Llama", "fused")
     set_policy(model, Policy.OFFLOAD, keep_last=2)
     assert [m.policy for m in model.modules() if isinstance(m, FusedLayer)] == [Policy.OFFLOAD, Policy.KEEP, Policy.KEEP]
+
+
+@pytest.mark.parametrize("policy", [Policy.SELECTIVE, Policy.RECOMPUTE, Policy.OFFLOAD])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_an_mlp_in_tiles_has_the_same_numbers(family, policy, monkeypatch):
+    lora = LoraConfig(rank=3)
+    whole = run(*build(family, "fused")[:2], lora, policy)
+    monkeypatch.setattr(fused_mlp, "TILE_TOKENS", 8)  # 30 tokens: three tiles and a rest
+    tiles = []
+    gradient = fused.mlp_gradient
+    monkeypatch.setattr(fused, "mlp_gradient", lambda dy, *rest: tiles.append(len(dy)) or gradient(dy, *rest))
+    assert worst(run(*build(family, "fused")[:2], lora, policy), whole) < 1e-6
+    assert tiles == [8, 8, 8, 6] * 3
+
+
+def test_dropout_in_tiles_is_the_same_under_every_policy(monkeypatch):
+    monkeypatch.setattr(fused_mlp, "TILE_TOKENS", 8)
+    lora = LoraConfig(rank=3, lora_dropout=0.3)
+    one, two = (run(*build("Llama", "fused")[:2], lora, policy) for policy in (Policy.RECOMPUTE, Policy.OFFLOAD))
+    assert worst(one, two) < 1e-6

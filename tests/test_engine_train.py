@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from engine import attention, fused, model
 from engine.config import TrainConfig, parse
 from engine.data import load_data
-from engine.errors import CheckpointError, DivergedError, InputError
+from engine.errors import CheckpointError, DivergedError, InputError, OutOfMemory
 from engine.evaluate import evaluate_adapter
 from engine.lora import attach, detach, resolve_targets
 from engine.loss import linear_cross_entropy
@@ -252,3 +252,51 @@ def test_an_adapter_cannot_be_attached_twice(tiny_config, base):
     with pytest.raises(RuntimeError, match="still attached"):
         attach(base.model, base.linear_names, config.lora, 0)
     detach(base.model, layers)
+
+
+def memory_ends_at(monkeypatch, num_tokens):
+    """A stand-in for a small card: with gradients, rows of more tokens than that do not fit."""
+    from engine.model import Base
+
+    whole = Base.loss
+
+    def loss(self, batch):
+        if torch.is_grad_enabled() and batch.num_tokens > num_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, batch)
+
+    monkeypatch.setattr(Base, "loss", loss)
+
+
+def test_a_step_without_room_is_computed_again_in_halves_and_the_trial_ends_as_without(tiny_config, tmp_path, monkeypatch):
+    options = {"tokens_per_step": 512, "micro_batch_size": 4, "activation_checkpointing": False, "keep_layers": 0}
+    config = build(tiny_config, train=options)
+    expected = run(config, tmp_path / "room")
+    base = load_base(config.model, torch.device("cpu"))
+    memory_ends_at(monkeypatch, 160)
+    (tmp_path / "tight").mkdir()
+    generator = train(config, tmp_path / "tight", base=base)
+    tight = [next(generator)]
+    generator.close()
+    tight += list(train(config, tmp_path / "tight", base=base))  # resumed, it does not run into the wall again
+    assert [r.num_out_of_memory for r in tight] == [2, 2, 2] and {r.micro_batch_size for r in tight} == {1}
+    assert [(r.tokens_seen, r.step) for r in tight] == [(r.tokens_seen, r.step) for r in expected]
+    assert [r.eval_loss for r in tight] == pytest.approx([r.eval_loss for r in expected], rel=1e-5)
+
+
+def test_a_trial_that_fits_no_way_says_so_and_gives_the_base_back(tiny_config, tmp_path, monkeypatch):
+    config = build(tiny_config, train={"micro_batch_size": 2, "activation_checkpointing": False, "keep_layers": 1})
+    base = load_base(config.model, torch.device("cpu"))
+    memory_ends_at(monkeypatch, 0)
+    with pytest.raises(OutOfMemory, match=r"micro-batch 1, recomputed, offloaded: measured \d") as caught:
+        list(train(config, tmp_path, base=base))
+    assert caught.value.measured_gib > 0 and not any("lora" in name for name, _ in base.model.named_parameters())
+
+
+def test_policies_give_bitwise_the_same_trial(tiny_config, tmp_path):
+    curves = [
+        run(build(tiny_config, train={"activation_checkpointing": policy, "keep_layers": kept}), tmp_path / f"{policy}{kept}")
+        for policy, kept in ((False, 0), ("selective", 0), (True, 0), ("offload", 0), ("offload", 1))
+    ]
+    losses = [[(r.eval_loss, r.train_loss, r.grad_norm) for r in curve] for curve in curves]
+    assert all(other == losses[0] for other in losses[1:])

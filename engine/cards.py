@@ -1,0 +1,91 @@
+"""CUDA cards: what their data sheets say, as numbers. No torch.
+
+bf16_tflops: dense tensor-core throughput with fp32 accumulation, which is what training needs; data sheets also print twice that
+(sparsity), and GeForce cards do half of their fp16-accumulate figure. memory_gib: what CUDA reports as the card's total
+(`torch.cuda.mem_get_info`), less than the name says: ECC, page tables and the driver take theirs. pcie_gb_s: what pinned copies
+reach one way, about 80 % of the link.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from engine.errors import InputError
+
+# GB/s of a pinned copy one way, x16. PCIe 5: measured on an H100; PCIe 4: less than half of that
+PCIE_4, PCIE_5 = 25.0, 53.6
+FLASH_ON_HOPPER = 360.0  # measured on an H100: flash attention 2 as torch 2.11 has it makes no use of Hopper's own instructions
+
+
+@dataclass(frozen=True)
+class Card:
+    """Units in the names. attention_tflops: of flash attention on long samples, where it is known; else engine.speed takes a
+    share of bf16_tflops."""
+
+    name: str
+    memory_gib: float
+    bandwidth_gb_s: float
+    bf16_tflops: float
+    pcie_gb_s: float
+    attention_tflops: float | None = None
+
+
+CARDS: dict[str, Card] = {
+    card.name: card
+    for card in (
+        # NVIDIA Ampere GA102 whitepaper, table 9: 71 TFLOPS fp16/bf16 with fp32 accumulate, 936 GB/s
+        Card("rtx3090", 23.6, 936, 71.0, PCIE_4),
+        # the same with 84 SMs at 1.86 GHz, 1,008 GB/s (product page)
+        Card("rtx3090ti", 23.6, 1008, 80.0, PCIE_4),
+        # NVIDIA Ada whitepaper, appendix A: 165.2 with fp32 accumulate, 1,008 GB/s
+        Card("rtx4090", 23.6, 1008, 165.2, PCIE_4),
+        # NVIDIA RTX Blackwell whitepaper, appendix A: 209.5 with fp32 accumulate, 1,792 GB/s, 32 GB
+        Card("rtx5090", 31.3, 1792, 209.5, PCIE_5),
+        # A10 data sheet: 125 (250 sparse), 600 GB/s, 150 W
+        Card("a10", 22.0, 600, 125.0, PCIE_4),
+        # A10G data sheet: 70 (140 sparse), 600 GB/s
+        Card("a10g", 22.0, 600, 70.0, PCIE_4),
+        # L4 data sheet: 242 sparse, 300 GB/s. 72 W: sustained matmuls run well below the 121
+        Card("l4", 22.0, 300, 121.0, PCIE_4),
+        # RTX A5000 data sheet: 222.2 sparse, 768 GB/s
+        Card("a5000", 23.6, 768, 111.1, PCIE_4),
+        # RTX A6000 data sheet: 309.7 sparse, 768 GB/s, 48 GB
+        Card("a6000", 47.4, 768, 154.8, PCIE_4),
+        # L40S data sheet: 362 (733 sparse), 864 GB/s, 48 GB with ECC
+        Card("l40s", 44.4, 864, 362.0, PCIE_4),
+        # A100 data sheet: 312, 40 GB at 1,555 GB/s
+        Card("a100-40", 39.4, 1555, 312.0, PCIE_4),
+        # A100 data sheet: 312, 80 GB at 2,039 GB/s (SXM)
+        Card("a100-80", 79.1, 2039, 312.0, PCIE_4),
+        # H100 data sheet, SXM: 1,979 sparse, 3,350 GB/s
+        Card("h100", 79.1, 3350, 989.0, PCIE_5, FLASH_ON_HOPPER),
+        # H200 data sheet, SXM: 1,979 sparse, 4,800 GB/s
+        Card("h200", 139.8, 4800, 989.0, PCIE_5, FLASH_ON_HOPPER),
+    )
+}
+
+
+def card(name: str) -> Card:
+    """By its name in CARDS."""
+    if name not in CARDS:
+        near = difflib.get_close_matches(name.lower().replace(" ", "").replace("_", "-"), CARDS, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError("card", name, f"unknown card; known: {', '.join(CARDS)}{hint}")
+    return CARDS[name]
+
+
+DEVICE_NAMES: dict[str, str] = {
+    "rtx3090": r"GeForce RTX 3090", "rtx3090ti": r"GeForce RTX 3090 Ti", "rtx4090": r"GeForce RTX 4090",
+    "rtx5090": r"GeForce RTX 5090", "a10": r"A10", "a10g": r"A10G", "l4": r"L4", "a5000": r"RTX A5000", "a6000": r"RTX A6000",
+    "l40s": r"L40S", "a100-40": r"A100-(SXM4|PCIE|PCIe)-40GB", "a100-80": r"A100(-SXM4-80GB|-SXM-80GB| 80GB PCIe|-PCIE-80GB)",
+    "h100": r"H100 80GB HBM3", "h200": r"H200",
+}  # fmt: skip
+"""The whole of torch.cuda.get_device_name() behind "NVIDIA ". A 4090 D, a laptop's 4090 or an H100 PCIe is another card."""
+
+
+def match_card(device_name: str) -> Card | None:
+    """The card that torch.cuda.get_device_name() means; None where it is none of CARDS."""
+    name = device_name.strip().removeprefix("NVIDIA ")
+    return next((CARDS[known] for known, pattern in DEVICE_NAMES.items() if re.fullmatch(pattern, name)), None)

@@ -1,0 +1,171 @@
+"""How a config is computed on a given card: micro-batch, what each layer keeps, dequantised weights. What it computes stays.
+
+`plan` tries what the config leaves `auto`, drops what is predicted not to fit, and takes the fastest of the rest. `leaner` is the
+next step down for a run that met the end of memory all the same. No torch: plans are made on any laptop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from engine.cards import Card
+from engine.config import TrainConfig
+from engine.errors import OutOfMemory
+from engine.memory import MemoryPrediction, fits, predict_memory
+from engine.metrics import GIB
+from engine.shape import ModelShape
+from engine.speed import SpeedPrediction, predict_speed
+
+POLICIES: tuple[bool | str, ...] = (False, "selective", True, "offload")
+"""`activation_checkpointing`, from most to least memory."""
+CACHE_STEP_GIB = 1.0
+UNKNOWN_CARD = Card("unknown", 0.0, 600.0, 60.0, 12.0)  # a modest card: only the ratios of its numbers matter to a plan
+NEGLIGIBLE = 0.01  # of the speed: below it, the plan with longer rows wins, then the one with less memory
+LONG_ROW = 8192  # tokens: beyond it, launches no longer weigh, which the predicted speed of small models leaves out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Values for the fields of `train` that may be `auto`; memory and speed are predicted, and None where no card is known."""
+
+    micro_batch_size: int
+    activation_checkpointing: bool | str
+    keep_layers: int
+    weight_cache_gib: float
+    memory: MemoryPrediction | None = None
+    speed: SpeedPrediction | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """The four fields, as plain data."""
+        values = asdict(replace(self, memory=None, speed=None))
+        return {name: value for name, value in values.items() if name not in ("memory", "speed")}
+
+    def apply(self, config: TrainConfig) -> TrainConfig:
+        """The config with nothing left `auto`; its step still has as many bins."""
+        bins = config.bins_per_step
+        step = {"tokens_per_step": bins * config.data.max_seq_length}
+        return config.model_copy(update={"train": config.train.model_copy(update={**step, **self.settings()})})
+
+    def describe(self) -> str:
+        """One line."""
+        kept = {False: "activations kept", "selective": "MLP recomputed", True: "recomputed", "offload": "recomputed, offloaded"}
+        parts = [f"micro-batch {self.micro_batch_size}", kept[self.activation_checkpointing]]
+        if self.activation_checkpointing is not False and self.keep_layers:
+            parts.append(f"{self.keep_layers} layers kept")
+        if self.weight_cache_gib:
+            parts.append(f"{self.weight_cache_gib:g} GiB of weights dequantised")
+        return ", ".join(parts)
+
+
+def plan(config: TrainConfig, shape: ModelShape | None, card: Card | None) -> Plan:
+    """The fastest way to compute `config` that fits the card, or `train.memory_budget_gib` of it. Without shape or card (a CPU,
+    an unknown model) nothing is predicted: one bin at a time. Raises OutOfMemory where the leanest way does not fit."""
+    if shape is None or card is None:
+        return _unpredicted(config, on_cpu=card is None)
+    memory_gib = min(card.memory_gib, config.train.memory_budget_gib or card.memory_gib)
+    candidates = list(_candidates(config, shape, card, memory_gib))
+    fitting = [candidate for candidate in candidates if fits(candidate.memory, memory_gib)]
+    if not fitting:
+        raise does_not_fit(min((c.memory for c in candidates), key=lambda memory: memory.peak_bytes), memory_gib)
+    return _best(fitting, config.data.max_seq_length)
+
+
+def does_not_fit(memory: MemoryPrediction, memory_gib: float) -> OutOfMemory:
+    """The error of a config whose leanest way needs more than there is."""
+    need = memory.peak_gib + memory.reserve_gib
+    return OutOfMemory(f"needs {need:.1f} GiB at the least (predicted), {memory_gib:.1f} GiB are allowed", memory.peak_gib, None)
+
+
+def leaner(current: Plan) -> Plan | None:
+    """What to try after running out of memory: first half the micro-batch, then fewer kept tensors. None at the end."""
+    if current.micro_batch_size > 1:
+        return replace(current, micro_batch_size=current.micro_batch_size // 2, speed=None)
+    if current.weight_cache_gib:
+        return replace(current, weight_cache_gib=0.0, speed=None)
+    place = POLICIES.index(current.activation_checkpointing)
+    if current.keep_layers and place > 0:
+        return replace(current, keep_layers=0, speed=None)
+    return replace(current, activation_checkpointing=POLICIES[place + 1], keep_layers=0, speed=None) if place < 3 else None
+
+
+def _unpredicted(config: TrainConfig, on_cpu: bool) -> Plan:
+    loop = config.train
+    return Plan(
+        1 if loop.micro_batch_size == "auto" else min(loop.micro_batch_size, config.bins_per_step),
+        not on_cpu if loop.activation_checkpointing == "auto" else loop.activation_checkpointing,
+        1 if loop.keep_layers == "auto" else loop.keep_layers,
+        0.0 if loop.weight_cache_gib == "auto" else loop.weight_cache_gib,
+    )
+
+
+def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: float) -> Iterator[Plan]:
+    """Every micro-batch with every policy; kept layers and cached weights as many as fit."""
+    loop, bins = config.train, config.bins_per_step
+    if loop.micro_batch_size == "auto":
+        sizes = _sizes(bins, max(1, 2 * LONG_ROW // config.data.max_seq_length))
+    else:
+        sizes = [min(loop.micro_batch_size, bins)]
+    policies = POLICIES if loop.activation_checkpointing == "auto" else (loop.activation_checkpointing,)
+    for size in sizes:
+        for policy in policies:
+            lean = Plan(
+                size,
+                policy,
+                min(1, shape.num_layers) if loop.keep_layers == "auto" else min(loop.keep_layers, shape.num_layers),
+                0.0 if loop.weight_cache_gib == "auto" else loop.weight_cache_gib,
+            )
+            yield from _filled(config, shape, card, memory_gib, lean)
+
+
+def _filled(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: float, lean: Plan) -> Iterator[Plan]:
+    """A lean plan, and it with what the config lets grow into the memory that is left."""
+    first = _predicted(lean, config, shape, card)
+    yield first
+    if not fits(first.memory, memory_gib):
+        if config.train.keep_layers == "auto" and lean.keep_layers:
+            yield _predicted(replace(lean, keep_layers=0), config, shape, card)
+        return
+    full = first
+    if config.train.keep_layers == "auto" and lean.activation_checkpointing is not False:
+        most = _largest(1, shape.num_layers, lambda n: _fits(replace(lean, keep_layers=n), config, shape, memory_gib))
+        full = _predicted(replace(lean, keep_layers=most), config, shape, card)
+        yield full
+    if config.train.weight_cache_gib == "auto":
+        weights = 2 * shape.num_layers * sum(out * into for out, into in shape.projections().values())
+        steps = math.ceil(min(memory_gib, weights / GIB) / CACHE_STEP_GIB)
+        room = _largest(
+            0, steps, lambda n: _fits(replace(full, weight_cache_gib=n * CACHE_STEP_GIB), config, shape, memory_gib)
+        )
+        yield _predicted(replace(full, weight_cache_gib=room * CACHE_STEP_GIB), config, shape, card)
+
+
+def _predicted(candidate: Plan, config: TrainConfig, shape: ModelShape, card: Card) -> Plan:
+    concrete = candidate.apply(config)
+    return replace(candidate, memory=predict_memory(concrete, shape), speed=predict_speed(concrete, shape, card))
+
+
+def _fits(candidate: Plan, config: TrainConfig, shape: ModelShape, memory_gib: float) -> bool:
+    return fits(predict_memory(candidate.apply(config), shape), memory_gib)
+
+
+def _best(fitting: list[Plan], max_seq_length: int) -> Plan:
+    """The fastest; among those that are next to it, the one with the longest rows, then the least memory."""
+    fastest = max(p.speed.tokens_per_second for p in fitting)
+    near = [p for p in fitting if p.speed.tokens_per_second >= (1.0 - NEGLIGIBLE) * fastest]
+    return min(near, key=lambda p: (-min(LONG_ROW, p.micro_batch_size * max_seq_length), p.memory.peak_bytes))
+
+
+def _sizes(bins: int, most: int) -> list[int]:
+    """Micro-batches that divide the step evenly, so that all of its micro-batches are equally large."""
+    return [size for size in range(1, min(bins, most) + 1) if bins % size == 0]
+
+
+def _largest(low: int, high: int, good: Callable[[int], bool]) -> int:
+    """The largest number in low..high that is good, where all below a good one are good; low is taken to be."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if good(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,107 @@
+"""The numbers of a model's architecture that decide memory and speed, read from a Hugging Face config.json. No torch.
+
+Shape letters: D hidden, F MLP hidden, H query heads, G key/value heads, K head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import InputError
+
+FAMILIES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
+            "gemma3": "gemma3", "gemma3_text": "gemma3"}  # fmt: skip
+"""model_type -> the family whose decoder layers run fused (engine.swap knows them by class); any other is "other"."""
+ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")  # with another, a layer runs unfused
+# What transformers (5.17) takes where a config.json leaves a key out, as published ones of Gemma 3 do.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 256, "tie_word_embeddings": True, "attn_logit_softcapping": 50.0},
+    "gemma3": {"head_dim": 256, "tie_word_embeddings": True, "vocab_size": 262_208, "num_attention_heads": 8,
+               "num_key_value_heads": 4},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """four_norms: Gemma's, before and after each half of a layer. family: one of FAMILIES' values, or "other".
+    attention_softcap: scores pass through a tanh, which no fast attention does. sliding_window: keys seen, where not all are."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    four_norms: bool = False
+    family: str = "llama"
+    attention_softcap: bool = False
+    sliding_window: int | None = None
+
+    @classmethod
+    def of(cls, config: dict[str, Any], where: str) -> ModelShape:
+        """From the content of a config.json; of a model with several parts, its text part. where: named in errors."""
+        outer, config = config, config.get("text_config") or config
+        if not isinstance(config, dict):
+            raise InputError(f"{where}: text_config", config, "must be an object")
+        kind = str(config.get("model_type") or outer.get("model_type") or "")
+        activation = config.get("hidden_activation") or config.get("hidden_act") or ACTIVATIONS[0]
+        family = FAMILIES.get(kind, "other") if activation in ACTIVATIONS else "other"
+        known = {"tie_word_embeddings": outer.get("tie_word_embeddings"), **DEFAULTS.get(family, {})}
+        values = {**{k: v for k, v in known.items() if v is not None}, **{k: v for k, v in config.items() if v is not None}}
+
+        def number(key: str, default: int | None = None) -> int:
+            value = values.get(key, default)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{where}: {key}", value, "must be a positive whole number in config.json")
+            return value
+
+        num_heads = number("num_attention_heads")
+        hidden_size = number("hidden_size")
+        window = values.get("sliding_window")
+        if family in ("qwen2", "qwen3") and not values.get("use_sliding_window", False):
+            window = None
+        return cls(
+            num_layers=number("num_hidden_layers"),
+            hidden_size=hidden_size,
+            intermediate_size=number("intermediate_size"),
+            num_heads=num_heads,
+            num_kv_heads=number("num_key_value_heads", num_heads),
+            head_dim=number("head_dim", hidden_size // num_heads),
+            vocab_size=number("vocab_size"),
+            tied_embeddings=bool(values.get("tie_word_embeddings", False)),
+            qkv_bias=family == "qwen2" or bool(values.get("attention_bias", False)),
+            qk_norm=family in ("qwen3", "gemma3"),
+            four_norms=family in ("gemma2", "gemma3"),
+            family=family,
+            attention_softcap=family == "gemma2" and bool(values.get("attn_logit_softcapping")),
+            sliding_window=window if isinstance(window, int) and not isinstance(window, bool) else None,
+        )
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Name -> (output features, input features) of the seven linear layers of one decoder layer."""
+        D, F = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (q, D), "k_proj": (kv, D), "v_proj": (kv, D), "o_proj": (D, q),
+            "gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F),
+        }  # fmt: skip
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the linear layers of one decoder layer."""
+        return sum(math.prod(features) for features in self.projections().values())
+
+    @property
+    def num_parameters(self) -> int:
+        """All of them, embeddings once where they are tied."""
+        D, K = self.hidden_size, self.head_dim
+        norms = (4 if self.four_norms else 2) * D + (2 * K if self.qk_norm else 0)
+        bias = (self.num_heads + 2 * self.num_kv_heads) * K if self.qkv_bias else 0
+        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * D
+        return self.num_layers * (self.linear_parameters + norms + bias) + D + embeddings

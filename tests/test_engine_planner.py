@@ -1,0 +1,87 @@
+"""Plans: what is chosen for a card, that it computes the same, and what follows when memory runs out."""
+
+import itertools
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from engine.cards import card
+from engine.config import TrainConfig, parse
+from engine.errors import OutOfMemory
+from engine.memory import fits
+from engine.planner import Plan, leaner, plan
+from engine.shape import ModelShape
+
+LLAMA_8B = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+SHAPE = ModelShape.of(LLAMA_8B, "llama-3.1-8b")
+
+
+def config(length=2048, rank=16, **train):
+    values = {"max_tokens": 10**6, "tokens_per_step": 16384, **train}
+    return parse(TrainConfig, {
+        "model": {"path": "m"}, "data": {"train": "d", "max_seq_length": length}, "lora": {"rank": rank}, "train": values
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [512, 2048, 8192, 32768, 131072])
+@pytest.mark.parametrize("name", ["rtx3090", "l4", "h100"])
+def test_a_plan_fits_its_card_and_leaves_the_step_as_it_was(name, length):
+    wanted = config(length)
+    chosen = plan(wanted, SHAPE, card(name))
+    applied = chosen.apply(wanted)
+    assert fits(chosen.memory, card(name).memory_gib)
+    assert applied.bins_per_step == wanted.bins_per_step and applied.fingerprint() == wanted.fingerprint()
+    assert "auto" not in chosen.settings().values()
+    assert wanted.bins_per_step % chosen.micro_batch_size == 0
+
+
+def test_more_memory_is_never_slower_and_what_is_given_stays():
+    plans = [plan(config(8192, memory_budget_gib=gib), SHAPE, card("h100")) for gib in (12.0, 24.0, 48.0, 79.0)]
+    speeds = [chosen.speed.tokens_per_second for chosen in plans]
+    assert speeds == sorted(speeds) and speeds[-1] > 1.05 * speeds[0]
+    fixed = {"micro_batch_size": 4, "activation_checkpointing": "offload", "keep_layers": 2, "weight_cache_gib": 1.0}
+    assert plan(config(512, **fixed), SHAPE, card("rtx4090")).settings() == fixed
+
+
+def test_long_rows_go_through_the_host_on_a_small_card():
+    assert plan(config(65536), SHAPE, card("rtx4090")).activation_checkpointing == "offload"
+    assert plan(config(2048), SHAPE, card("rtx4090")).activation_checkpointing is False
+
+
+def test_what_does_not_fit_says_what_it_needs_and_what_there_is():
+    with pytest.raises(OutOfMemory, match=r"needs \d+\.\d GiB at the least \(predicted\), 5\.0 GiB are allowed") as caught:
+        plan(config(memory_budget_gib=5.0), SHAPE, card("rtx4090"))
+    assert caught.value.predicted_gib > 4 and caught.value.measured_gib is None
+
+
+def test_without_a_card_nothing_is_predicted():
+    chosen = plan(config(), SHAPE, None)
+    assert (chosen.micro_batch_size, chosen.activation_checkpointing, chosen.memory) == (1, False, None)
+    assert plan(config(micro_batch_size=64), SHAPE, None).micro_batch_size == 8  # no more than the step has
+
+
+def test_each_leaner_plan_needs_less_until_there_is_none():
+    wanted = config()
+    steps = [Plan(8, False, 4, 2.0)]
+    while (following := leaner(steps[-1])) is not None:
+        steps.append(following)
+    assert [(p.micro_batch_size, p.weight_cache_gib, p.keep_layers, p.activation_checkpointing) for p in steps] == [
+        (8, 2.0, 4, False), (4, 2.0, 4, False), (2, 2.0, 4, False), (1, 2.0, 4, False), (1, 0.0, 4, False),
+        (1, 0.0, 0, "selective"), (1, 0.0, 0, True), (1, 0.0, 0, "offload"),
+    ]  # fmt: skip
+    from engine.memory import predict_memory
+
+    peaks = [predict_memory(p.apply(wanted), SHAPE).peak_bytes for p in steps]
+    assert all(a > b for a, b in itertools.pairwise(peaks))
+    kept = leaner(replace(steps[-1], keep_layers=3))
+    assert (kept.keep_layers, kept.activation_checkpointing) == (0, "offload")
+
+
+def test_planning_loads_no_torch():
+    code = "import sys, engine.planner; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
