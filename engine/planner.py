@@ -60,17 +60,29 @@ class Plan:
         return ", ".join(parts)
 
 
-def plan(config: TrainConfig, shape: ModelShape | None, card: Card | None) -> Plan:
+def plan(config: TrainConfig, shape: ModelShape | None, card: Card | None, host_gib: float = math.inf) -> Plan:
     """The fastest way to compute `config` that fits the card, or `train.memory_budget_gib` of it. Without shape or card (a CPU,
-    an unknown model) nothing is predicted: one bin at a time. Raises OutOfMemory where the leanest way does not fit."""
+    an unknown model) nothing is predicted: one bin at a time. Raises OutOfMemory where the leanest way does not fit.
+
+    host_gib: host memory for layer inputs under `offload`, of this one process."""
     if shape is None or card is None:
         return _unpredicted(config, on_cpu=card is None)
     memory_gib = min(card.memory_gib, config.train.memory_budget_gib or card.memory_gib)
-    candidates = list(_candidates(config, shape, card, memory_gib))
+    candidates = [c for c in _candidates(config, shape, card, memory_gib) if offloaded_gib(c, config, shape) <= host_gib]
+    if not candidates:
+        raise OutOfMemory(f"activation_checkpointing = offload: layer inputs need more than {host_gib:.1f} GiB of host memory")
     fitting = [candidate for candidate in candidates if fits(candidate.memory, memory_gib)]
     if not fitting:
         raise does_not_fit(min((c.memory for c in candidates), key=lambda memory: memory.peak_bytes), memory_gib)
     return _best(fitting, config.data.max_seq_length)
+
+
+def offloaded_gib(chosen: Plan, config: TrainConfig, shape: ModelShape) -> float:
+    """Pinned host memory for layer inputs, 16-bit [T, D] each."""
+    if chosen.activation_checkpointing != "offload":
+        return 0.0
+    num_layers = max(0, shape.num_layers - chosen.keep_layers)
+    return 2 * num_layers * chosen.micro_batch_size * config.data.max_seq_length * shape.hidden_size / GIB
 
 
 def does_not_fit(memory: MemoryPrediction, memory_gib: float) -> OutOfMemory:

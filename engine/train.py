@@ -31,6 +31,7 @@ from engine.lora import FlatAdapter, LoraLinear, attach, detach
 from engine.memory import CONTEXT_GIB
 from engine.metrics import GIB, Report
 from engine.model import Base, free, load_base, pick_device
+from engine.offload import host_share_gib
 from engine.optim import learning_rate, make_optimizer, set_learning_rate
 from engine.packing import Cursor, collate
 from engine.planner import UNKNOWN_CARD, Plan, leaner
@@ -268,7 +269,7 @@ def _make_plan(config: TrainConfig, base: Base) -> Plan:
         shape = ModelShape.of(base.model.config.to_dict(), config.model.path)
     except InputError:  # a kind of model whose config names things otherwise: it trains, unpredicted
         shape = None
-    return plan_for(config, shape, card)
+    return plan_for(config, shape, card, host_share_gib())
 
 
 def _limit_memory(gib: float, device: torch.device) -> None:

@@ -80,7 +80,8 @@ def test_plan_shows_peak_and_speed_on_a_named_card_without_weights_or_data(tmp_p
 
     shape = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32}
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    values = {"model": {"path": str(tmp_path)}, "data": {"train": "nowhere", "max_seq_length": 4096}, "train": {"max_tokens": 10**6}}
+    data = {"train": "nowhere", "max_seq_length": 4096}
+    values = {"model": {"path": str(tmp_path)}, "data": data, "train": {"max_tokens": 10**6}}
     path = tmp_path / "train_config.json"
     path.write_text(json.dumps(values))
     assert main(["plan", str(path), "--card", "rtx4090"]) == 0

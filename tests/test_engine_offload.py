@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.offload import HostStash
+from engine.offload import HostStash, host_share_gib
 
 
 def test_what_is_put_away_comes_back_in_reverse_and_buffers_are_used_again():
@@ -27,6 +27,15 @@ def test_out_of_order_is_an_error_and_a_cleared_stack_starts_anew():
         stash.pop(0)
     stash.clear()
     assert stash.push(torch.ones(2)) == 0 and torch.equal(stash.pop(0), torch.ones(2))
+
+
+def test_host_memory_is_shared_by_the_gpus_of_a_machine(tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 200000000 kB\nMemAvailable: 104857600 kB\n")
+    assert host_share_gib(tmp_path / "meminfo", tmp_path) == pytest.approx(70.0)
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert host_share_gib(tmp_path / "meminfo", tmp_path) == pytest.approx(35.0)
+    assert host_share_gib(tmp_path / "none", tmp_path) == float("inf")
 
 
 @pytest.mark.gpu

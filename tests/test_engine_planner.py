@@ -11,7 +11,7 @@ from engine.cards import card
 from engine.config import TrainConfig, parse
 from engine.errors import OutOfMemory
 from engine.memory import fits
-from engine.planner import Plan, leaner, plan
+from engine.planner import Plan, leaner, offloaded_gib, plan
 from engine.shape import ModelShape
 
 LLAMA_8B = {
@@ -51,6 +51,16 @@ def test_more_memory_is_never_slower_and_what_is_given_stays():
 def test_long_rows_go_through_the_host_on_a_small_card():
     assert plan(config(65536), SHAPE, card("rtx4090")).activation_checkpointing == "offload"
     assert plan(config(2048), SHAPE, card("rtx4090")).activation_checkpointing is False
+
+
+def test_layer_inputs_go_to_the_host_only_as_far_as_it_has_memory():
+    wanted = config(65536)
+    free = plan(wanted, SHAPE, card("rtx4090"))
+    assert offloaded_gib(free, wanted, SHAPE) > 10
+    with pytest.raises(OutOfMemory, match="needs"):
+        plan(wanted, SHAPE, card("rtx4090"), host_gib=8.0)
+    with pytest.raises(OutOfMemory, match=r"offload: layer inputs need more than 8\.0 GiB of host memory"):
+        plan(config(65536, activation_checkpointing="offload"), SHAPE, card("rtx4090"), host_gib=8.0)
 
 
 def test_what_does_not_fit_says_what_it_needs_and_what_there_is():
