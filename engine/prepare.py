@@ -5,6 +5,7 @@ Also fills the caches (builtin model and data, tokens), so that trials of one ma
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +17,7 @@ from engine.errors import InputError
 from engine.lora import resolve_targets
 from engine.metrics import GIB
 from engine.model import ModelFacts, inspect_model, load_tokenizer, locate, model_config
+from engine.offload import host_share_gib
 from engine.shape import ModelShape
 
 
@@ -52,8 +54,10 @@ def prepare(configs: list[TrainConfig]) -> dict[str, Any]:
 
 def look(config: ModelConfig) -> dict[str, Any]:
     """What memory and speed depend on. shape: the fields of ModelShape, None where the model gives none; card: name and memory
-    of the visible card with the least, None without CUDA. Needs the model's config.json and nothing else of it."""
-    return {"shape": _shape(config), "card": _card()}
+    of the visible card with the least, None without CUDA; host_gib: host memory a trial may pin, None where not known. Needs
+    the model's config.json and nothing else of it."""
+    host_gib = host_share_gib()
+    return {"shape": _shape(config), "card": _card(), "host_gib": host_gib if math.isfinite(host_gib) else None}
 
 
 def _shape(config: ModelConfig) -> dict[str, Any] | None:

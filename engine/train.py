@@ -55,6 +55,8 @@ def train(config: TrainConfig, run_dir: Path, *, base: Base | None = None) -> It
     try:
         if budget is not None:
             _limit_memory(budget, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # the highest so far is an earlier trial's
         torch.manual_seed(config.train.seed)
         plan = _make_plan(config, resident)
         layers = attach(resident.model, resident.linear_names, config.lora, config.train.seed)

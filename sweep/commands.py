@@ -30,6 +30,15 @@ def prepare(configs: list[TrainConfig], module: str) -> dict[str, Any]:
         return load_json(answer)
 
 
+def look(config: TrainConfig, module: str) -> dict[str, Any]:
+    """The model's shape and the card that is here, as `engine.prepare.look` finds them; CommandFailed where there is no model."""
+    with tempfile.TemporaryDirectory(prefix="sweep-look-") as folder:
+        request, answer = Path(folder, "config.json"), Path(folder, "answer.json")
+        request.write_text(json.dumps(config.model_dump(mode="json")))
+        _run([module, "look", str(request), "--report", str(answer)])
+        return load_json(answer)
+
+
 def evaluate(trial_folder: Path, module: str) -> dict[str, Any]:
     """Losses of the base model and of the exported adapter, from a fresh load of the files on disk."""
     with tempfile.TemporaryDirectory(prefix="sweep-evaluate-") as folder:

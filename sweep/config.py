@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, field_validator
 
+from engine.cards import card as find_card
 from engine.config import (
     DataConfig,
     LoopConfig,
@@ -34,8 +35,18 @@ def _auto_or_at_least(minimum: int) -> PlainValidator:
     return PlainValidator(check)
 
 
+def _auto_or_card(value: Any) -> Any:
+    if value != "auto":
+        try:
+            find_card(str(value))
+        except InputError as error:
+            raise ValueError(f"must be auto, or a card's name: {error.allowed}") from None
+    return value
+
+
 AutoInt = Annotated[int | Literal["auto"], _auto_or_at_least(0)]
 AutoPositive = Annotated[int | Literal["auto"], _auto_or_at_least(1)]
+AutoCard = Annotated[str, PlainValidator(_auto_or_card)]
 
 
 class SweepSection(StrictModel):
@@ -138,6 +149,7 @@ class ClusterConfig(StrictModel):
     num_gpus: AutoInt = Field("auto", description="auto: all that are visible")
     num_cpu_slots: AutoPositive = Field("auto", description="without GPUs; auto: cores / cpus_per_trial")
     cpus_per_trial: PositiveInt = 1
+    card: AutoCard = Field("auto", description="whose memory and speed are predicted; auto: the card found")
     max_concurrent: AutoPositive = Field("auto", description="auto: as many trials as slots")
     address: str | None = Field(None, description="an existing Ray cluster; none: one of our own on this machine")
     max_retries: Annotated[int, Field(ge=0)] = Field(2, description="times a trial is resumed after its worker process died")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from sweep.outcome import Outcome, TrialRecord
 
-COLORS = {Outcome.RUNNING: "cyan", Outcome.COMPLETE: "green", Outcome.PRUNED: "yellow"}
+COLORS = {Outcome.RUNNING: "cyan", Outcome.COMPLETE: "green", Outcome.PRUNED: "yellow", Outcome.INFEASIBLE: "dim"}
 NUM_ENDED_SHOWN = 20  # a table longer than the screen cannot be redrawn in place
 
 
@@ -75,7 +75,9 @@ class TableConsole:
         scores = [r.score for r in records if r.outcome is Outcome.COMPLETE and r.score is not None]
         best = min(scores, default=None)
         seconds = int(time.monotonic() - self._started)
-        title = f"{len(ended)} of {self._num_trials} trials ended, {seconds // 60}:{seconds % 60:02d}"
+        refused = sum(record.outcome is Outcome.INFEASIBLE for record in ended)
+        title = f"{len(ended) - refused} of {self._num_trials} trials ended, {seconds // 60}:{seconds % 60:02d}"
+        title += f"; {refused} did not fit the card and were not started" if refused else ""
         table = Table(title=title, title_justify="left")
         for name, justify in (
             ("trial", "right"),
@@ -115,10 +117,10 @@ def make_console(stream: TextIO, num_rungs: int, num_trials: int) -> LineConsole
 
 def params_text(params: dict[str, Any]) -> str:
     """Sampled values with the last part of their path: rank=8 learning_rate=0.00042."""
-    return " ".join(f"{path.rsplit('.', 1)[-1]}={_value_text(value)}" for path, value in params.items()) or "(base config)"
+    return " ".join(f"{path.rsplit('.', 1)[-1]}={value_text(value)}" for path, value in params.items()) or "(base config)"
 
 
-def _value_text(value: Any) -> str:
+def value_text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -132,4 +134,6 @@ def _report_text(report: dict[str, Any]) -> str:
 
 def _end_text(record: TrialRecord) -> str:
     tail = f"eval loss {record.score:.4f}" if record.score is not None else ""
+    if record.outcome is Outcome.INFEASIBLE:  # it never started, so nobody has said what it is
+        tail = params_text(record.params)
     return "  ".join(filter(None, [f"{record.outcome:<13}", tail, record.error]))

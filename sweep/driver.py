@@ -16,10 +16,12 @@ from typing import Any
 
 from engine.errors import InputError
 from engine.provenance import provenance
-from sweep.commands import prepare
+from sweep.commands import look, prepare
 from sweep.config import SweepConfig, parse_sweep_config
 from sweep.console import LineConsole, TableConsole, make_console
 from sweep.engine_modules import REAL_ENGINE, EngineModules
+from sweep.feasibility import Feasibility, make_feasibility
+from sweep.forecast import card_line, check_any_fits, describe_forecast, no_forecast_line
 from sweep.plan import Plan, make_plan
 from sweep.runs import SweepFolder
 
@@ -43,13 +45,25 @@ def _launch(plan: Plan, folder: SweepFolder | None, dry_run: bool, engine: Engin
     """Say the plan, check it all, run. folder: none for a new sweep, whose folder is created once nothing can be refused."""
     print(plan.describe(), flush=True)
     if dry_run:
+        _forecast(plan, engine)
         return 0
     with _terminate_as_interrupt():
         try:
-            _prepare(plan, engine)
+            feasibility = _prepare(plan, engine)
         except KeyboardInterrupt:
             return _interrupted(folder)
-        return _run(plan, folder or SweepFolder.create(plan.config, datetime.now()), engine)
+        return _run(plan, folder or SweepFolder.create(plan.config, datetime.now()), engine, feasibility)
+
+
+def _forecast(plan: Plan, engine: EngineModules) -> None:
+    """Print what a dry run adds to the plan. Needs the model's config.json, and neither weights, data nor a GPU."""
+    config, cpu = plan.config, plan.slots.device == "cpu"
+    if config.train.device == "cpu" or (config.cluster.card == "auto" and cpu):
+        print(no_forecast_line(config.train.device), flush=True)
+        return
+    feasibility = make_feasibility(config.cluster.card, look(config.base(), engine.command))
+    print(describe_forecast(plan.space, plan.base(), feasibility, config.sweep.num_trials), flush=True)
+    check_any_fits(plan.space, plan.base(), feasibility)
 
 
 def _raised(config: SweepConfig, overrides: dict[str, Any]) -> SweepConfig:
@@ -63,14 +77,21 @@ def _raised(config: SweepConfig, overrides: dict[str, Any]) -> SweepConfig:
     return config.model_copy(update={"sweep": config.sweep.model_copy(update={"num_trials": wanted})})
 
 
-def _prepare(plan: Plan, engine: EngineModules) -> None:
+def _prepare(plan: Plan, engine: EngineModules) -> Feasibility:
+    """Check the whole sweep against model, data and card; InputError where it cannot work. Returns the judge of its trials."""
     print("preparing model and data ...", flush=True)
     facts = prepare(plan.probes(), engine.command)
     print(f"model: {facts['layers']}", flush=True)
     print(f"data: {facts['num_train_samples']:,} training and {facts['num_eval_samples']:,} evaluation samples", flush=True)
+    on_gpu = plan.slots.device == "cuda"
+    feasibility = make_feasibility(plan.config.cluster.card, facts) if on_gpu else Feasibility(None, None)
+    if feasibility.predicts:
+        print(f"{card_line(feasibility)}; what is predicted not to fit is not started", flush=True)
+    check_any_fits(plan.space, plan.base(), feasibility)
+    return feasibility
 
 
-def _run(plan: Plan, folder: SweepFolder, engine: EngineModules) -> int:
+def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility) -> int:
     """Everything between the folder's creation and the last line. Holds the folder's lock."""
     with folder.lock():
         folder.write_config(plan.config)
@@ -78,7 +99,7 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules) -> int:
         tracker = _make_tracker(plan, folder)
         tracker.sweep_started({"sweep.folder": str(folder.path), **provenance()})
         try:
-            return _trials_and_finish(plan, folder, engine, screen, tracker)
+            return _trials_and_finish(plan, folder, engine, feasibility, screen, tracker)
         except KeyboardInterrupt:
             screen.stop()
             return _interrupted(folder)
@@ -88,7 +109,9 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules) -> int:
                 print(f"WARNING: {warning}", file=sys.stderr)
 
 
-def _trials_and_finish(plan: Plan, folder: SweepFolder, engine: EngineModules, screen: Screen, tracker: Any) -> int:
+def _trials_and_finish(
+    plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, screen: Screen, tracker: Any
+) -> int:
     from sweep.finish import finish
     from sweep.ledger import Ledger
     from sweep.study import Study
@@ -97,7 +120,7 @@ def _trials_and_finish(plan: Plan, folder: SweepFolder, engine: EngineModules, s
     config = plan.config
     screen.note(f"sweep folder {folder.path}")
     ledger = Ledger(
-        Study(folder, config, plan.space),
+        Study(folder, config, plan.space, feasibility.judge),
         folder,
         num_trials=config.sweep.num_trials,
         num_rungs=plan.num_rungs,
@@ -113,8 +136,8 @@ def _trials_and_finish(plan: Plan, folder: SweepFolder, engine: EngineModules, s
         screen.start()
         run_trials(ledger, plan.slots, plan.config.cluster.address, folder, engine)
         screen.stop()
-    if ledger.space_is_used_up:
-        screen.note(f"the space is used up: {len(ledger.records)} of {config.sweep.num_trials} trials were possible")
+    if ledger.shortfall:
+        screen.note(ledger.shortfall)
     best, summary = finish(folder, ledger.records, config.sweep.name, plan.slots.device, engine.command, screen.note)
     tracker.sweep_finished(summary, best, folder.best if best else None)
     return 0 if best else 1

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.errors import EngineError
+from sweep.best_folder import write_best
 from sweep.commands import evaluate
+from sweep.leaderboard import write_leaderboard
 from sweep.outcome import TrialRecord
 from sweep.runs import SweepFolder
-from sweep.selection import select_best, write_best, write_leaderboard
+from sweep.selection import select_best
 
 RELATIVE_TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}  # float32 repeats itself; bfloat16 kernels add up in another order
 

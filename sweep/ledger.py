@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, Protocol
 
@@ -15,12 +15,15 @@ from sweep.outcome import Outcome, Proposal, TrialRecord
 from sweep.runs import SweepFolder
 from sweep.study import Study
 
+MAX_INFEASIBLE = 20  # proposals that do not fit the card, for each trial asked for; then the sweep ends with those it has
+MAX_INFEASIBLE_AT_ONCE = 20  # then Tune's loop has its turn: a plan takes a tenth of a second, and reports wait meanwhile
+
 
 class Next(Enum):
     """What next_trial() answers when it has no trial to give."""
 
-    WAIT = "all slots are taken, or a running trial may still have to be started again"
-    FINISHED = "the number of trials is reached, or the space is used up, and nothing runs"
+    WAIT = "all slots are taken, or a running trial may still have to be started again, or to be asked again at once"
+    FINISHED = "the number of trials is reached, or the space is used up, or nothing that fits is found; and nothing runs"
 
 
 class Listener(Protocol):
@@ -64,9 +67,24 @@ class Ledger:
         return len(self._live)
 
     @property
-    def space_is_used_up(self) -> bool:
-        """Whether fewer trials than asked for were possible."""
-        return self._exhausted
+    def shortfall(self) -> str | None:
+        """Why fewer trials were started than asked for, in one line; None where that is not so, or not yet."""
+        started, refused = self._num_started, len(self._records) - self._num_started
+        if started >= self._num_trials or not (self._exhausted or self._has_given_up):
+            return None
+        if self._exhausted:
+            line = f"the space is used up: {started} of {self._num_trials} trials were possible"
+            return line + (f", {refused} points do not fit the card" if refused else "")
+        line = f"{started} of {self._num_trials} trials were started: after {refused} proposals that do not fit the card"
+        return line + " no more are made; the leaderboard says what each needs"
+
+    @property
+    def _num_started(self) -> int:
+        return sum(record.outcome is not Outcome.INFEASIBLE for record in self._records.values())
+
+    @property
+    def _has_given_up(self) -> bool:
+        return len(self._records) - self._num_started >= MAX_INFEASIBLE * self._num_trials
 
     def recover(self) -> list[int]:
         """After a kill: make up for what the driver did not hear. Returns the trials that will go on, with their numbers.
@@ -89,7 +107,7 @@ class Ledger:
 
     def has_work(self) -> bool:
         """Whether any trial is left to run or may still be asked for."""
-        return bool(self._live or self._waiting) or (len(self._records) < self._num_trials and not self._exhausted)
+        return bool(self._live or self._waiting) or self._may_ask()
 
     def next_trial(self) -> Proposal | Next:
         """The next trial to start: one to go on with, else a new one."""
@@ -101,7 +119,7 @@ class Ledger:
         else:
             proposal = self._ask()
         if proposal is None:
-            return Next.WAIT if self._live else Next.FINISHED
+            return Next.WAIT if self._live or self._may_ask() else Next.FINISHED
         self._live.add(proposal.number)
         self._update(self._study.record(proposal.number))
         return proposal
@@ -119,8 +137,15 @@ class Ledger:
             return True
         return False
 
-    def ended(self, number: int, outcome: Outcome, report: dict[str, Any] | None = None, error: str | None = None) -> None:
-        """A trial ended by itself; its last report, where it has one, arrives only here."""
+    def ended(
+        self,
+        number: int,
+        outcome: Outcome,
+        report: dict[str, Any] | None = None,
+        error: str | None = None,
+        memory: Mapping[str, float] | None = None,
+    ) -> None:
+        """A trial ended by itself; its last report, where it has one, arrives only here. memory: see Study.tell."""
         if number not in self._live:
             return
         if report is not None:
@@ -128,7 +153,7 @@ class Ledger:
             self._study.report(number, report["rung"], report["eval_loss"])
             seen = [old for old in record.reports if old["rung"] < report["rung"]]
             self._records[number] = dataclasses.replace(record, reports=[*seen, report])
-        self._end(number, outcome, error)
+        self._end(number, outcome, error, memory)
 
     def lost(self, number: int) -> None:
         """The trial's process died. It goes on from its own checkpoint, a limited number of times; then it is LOST."""
@@ -142,28 +167,43 @@ class Ledger:
             self._note(f"trial {number:3d}  worker process died; it goes on from its checkpoint (see driver.log)")
             self._waiting.append(number)
 
-    def _ask(self) -> Proposal | None:
-        if len(self._records) >= self._num_trials or self._exhausted:
-            return None
-        proposal = self._study.ask()
-        self._exhausted = proposal is None
-        return proposal
+    def _may_ask(self) -> bool:
+        return self._num_started < self._num_trials and not self._exhausted and not self._has_given_up
 
-    def _end(self, number: int, outcome: Outcome, error: str | None = None) -> None:
+    def _ask(self) -> Proposal | None:
+        """The next proposal that fits; those before it are recorded and cost nothing."""
+        for _ in range(MAX_INFEASIBLE_AT_ONCE):
+            proposal = self._study.ask() if self._may_ask() else None
+            if proposal is None:
+                self._exhausted = self._exhausted or self._may_ask()
+                return None
+            if proposal.refusal is None:
+                return proposal
+            self._close(self._study.record(proposal.number))
+        return None
+
+    def _end(self, number: int, outcome: Outcome, error: str | None = None, memory: Mapping[str, float] | None = None) -> None:
         self._live.discard(number)
-        self._study.tell(number, outcome, error)
-        record = dataclasses.replace(self._records[number], outcome=outcome, ended_s=self._clock(), error=error)
+        self._study.tell(number, outcome, error, memory)
+        changes = {"outcome": outcome, "ended_s": self._clock(), "error": error, **(memory or {})}
+        self._close(dataclasses.replace(self._records[number], **changes))
+
+    def _close(self, record: TrialRecord) -> None:
+        """Write and pass on what became of a trial, once the journal has it."""
+        number = record.number
         self._folder.write_result(
             number,
             {
                 "number": number,
-                "outcome": str(outcome),
+                "outcome": str(record.outcome),
                 "params": record.params,
                 "score": record.score,
                 "num_reports": len(record.reports),
                 "started_s": record.started_s,
                 "ended_s": record.ended_s,
-                "error": error,
+                "error": record.error,
+                "predicted_peak_gib": record.predicted_peak_gib,
+                "peak_allocated_gib": record.peak_allocated_gib,
             },
         )
         self._update(record)

@@ -10,11 +10,16 @@ from engine.config import TrainConfig
 
 
 class Outcome(StrEnum):
-    """The ways a trial ends; RUNNING is the one that has not."""
+    """The ways a trial ends; RUNNING is the one that has not.
+
+    INFEASIBLE: predicted not to fit the card, so it was never started and counts for no trial of the sweep. OUT_OF_MEMORY: it was
+    started, and not even the leanest way to compute it fits. LOST: its process died too often.
+    """
 
     RUNNING = "RUNNING"
     COMPLETE = "COMPLETE"
     PRUNED = "PRUNED"
+    INFEASIBLE = "INFEASIBLE"
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     DIVERGED = "DIVERGED"
     LOST = "LOST"
@@ -27,6 +32,7 @@ class TrialRecord:
 
     number: Optuna's, from 0; params: dotted path -> sampled value or choice name; config: the whole TrainConfig as plain data;
     reports: engine Report dicts, ascending by rung; started_s / ended_s: Unix seconds; error: one line where it failed.
+    predicted_gib: peak predicted before the start; measured_gib: peak where memory ran out; None where not known.
     """
 
     number: int
@@ -38,6 +44,20 @@ class TrialRecord:
     started_s: float | None = None
     ended_s: float | None = None
     error: str | None = None
+    predicted_gib: float | None = None
+    measured_gib: float | None = None
+
+    @property
+    def predicted_peak_gib(self) -> float | None:
+        """Of the plan the trial was last computed by; the sweep's own where it has not reported. None where nobody predicted."""
+        reported = self.reports[-1].get("predicted_peak_gib") if self.reports else None
+        return reported or self.predicted_gib  # a report without a prediction says 0
+
+    @property
+    def peak_allocated_gib(self) -> float | None:
+        """Highest measured; None where nothing was."""
+        peaks = [report.get("peak_allocated_gib") for report in self.reports] + [self.measured_gib]
+        return max((peak for peak in peaks if peak is not None), default=None)
 
     @property
     def score(self) -> float | None:
@@ -48,8 +68,12 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A trial to run: it is in the study as RUNNING. params: dotted path -> sampled value or choice name."""
+    """A trial that is in the study: as RUNNING, or as INFEASIBLE where there is a refusal, its reason in one line.
+
+    params: dotted path -> sampled value or choice name.
+    """
 
     number: int
     params: dict[str, Any]
     config: TrainConfig
+    refusal: str | None = None

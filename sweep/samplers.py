@@ -1,10 +1,11 @@
-"""Optuna samplers and pruners by name, built from their config in one visible step."""
+"""Optuna samplers and pruners by name, built from their config in one visible step, and what a sampler gets to see."""
 
 from __future__ import annotations
 
 import importlib.util
 
 import optuna
+from optuna.trial import FrozenTrial, TrialState
 
 from engine.errors import InputError
 from sweep.config import (
@@ -18,6 +19,8 @@ from sweep.config import (
     SuccessiveHalvingConfig,
     TpeConfig,
 )
+
+MEMORY = "memory_gib"  # the one constraint of a trial: GiB above what the card has, if positive
 
 
 def make_sampler(config: SamplerConfig, seed: int) -> optuna.samplers.BaseSampler:
@@ -47,6 +50,36 @@ def make_sampler(config: SamplerConfig, seed: int) -> optuna.samplers.BaseSample
             raise InputError("sampler.name", "gp", "needs the package torch on the driver")
         return samplers.GPSampler(n_startup_trials=config.num_startup_trials, seed=seed, warn_independent_sampling=False)
     return samplers.RandomSampler(seed=seed)
+
+
+def as_seen(config: SamplerConfig, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """The study's trials in the form in which this sampler learns from their constraints.
+
+    TPE reads those of pruned trials, as they are in the journal; CMA-ES, random and grid read none. The Gaussian process reads
+    those of complete trials only, and only where all have one: to it, what did not fit is complete, with the worst value.
+    """
+    if not isinstance(config, GpConfig):
+        return trials
+    worst = max((trial.value for trial in trials if trial.state is TrialState.COMPLETE), default=0.0)
+    constrained = any(map(_is_violated, trials))
+    return [
+        _complete(trial, worst, constrained) if trial.state is TrialState.COMPLETE or _is_violated(trial) else trial
+        for trial in trials
+    ]
+
+
+def _is_violated(trial: FrozenTrial) -> bool:
+    return any(value > 0.0 for value in trial.constraints.values())
+
+
+def _complete(trial: FrozenTrial, worst: float, constrained: bool) -> FrozenTrial:
+    return optuna.trial.create_trial(
+        state=TrialState.COMPLETE,
+        value=trial.value if trial.state is TrialState.COMPLETE else worst,
+        params=trial.params,
+        distributions=trial.distributions,
+        constraints={MEMORY: trial.constraints.get(MEMORY, 0.0)} if constrained else None,
+    )
 
 
 def make_pruner(config: PrunerConfig, num_rungs: int) -> optuna.pruners.BasePruner:

@@ -36,7 +36,7 @@ class LedgerSearcher(Searcher):
             self._ledger.lost(number)
             return
         report = json.loads(result["report"]) if result["report"] else None
-        self._ledger.ended(number, Outcome(result["outcome"]), report, result["error"])
+        self._ledger.ended(number, Outcome(result["outcome"]), report, result["error"], json.loads(result["memory"]))
 
     # Tune pickles the searcher into its own snapshots, which nobody reads: the journal is the record.
     def __getstate__(self) -> dict[str, Any]:

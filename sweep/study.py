@@ -2,38 +2,47 @@
 
 A proposal is made in memory, on a copy of the study, and enters the journal in one record once it is known to be new: the default
 TPE sampler repeats itself (30 % of trials in an 80-point space with 8 in flight), and a trial in the journal stays there.
-Steps in the journal are rungs, from 1. The driver is the only writer.
+A proposal that does not fit the card enters it as PRUNED with a violated constraint: that is what TPE learns from, and a failed
+trial is not. Steps in the journal are rungs, from 1. The driver is the only writer.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from engine.config import TrainConfig
+from engine.config import TrainConfig, to_json
 from sweep.config import SweepConfig
+from sweep.feasibility import UNPREDICTED, Verdict
 from sweep.outcome import Outcome, Proposal, TrialRecord
 from sweep.runs import SweepFolder
-from sweep.samplers import make_pruner, make_sampler
+from sweep.samplers import MEMORY, as_seen, make_pruner, make_sampler
 from sweep.space import Space
 
 STUDY_NAME = "sweep"
 NUM_SAMPLER_ATTEMPTS = 20  # then random draws: a sampler that insists on a known point has nothing new to say
 NUM_RANDOM_ATTEMPTS = 200
+MET_EXCESS_GIB = 1.0  # memory that ran out says that there was too little, not by how much
+TOLD_PRUNED = (Outcome.PRUNED, Outcome.OUT_OF_MEMORY)  # the second with a violated constraint, so that the sampler learns it
+Judge = Callable[[TrainConfig], Verdict]
 
 
 class Study:
     """Ask, report, judge, tell; every change is in the journal when the method returns."""
 
-    def __init__(self, folder: SweepFolder, config: SweepConfig, space: Space) -> None:
-        """Opens the journal in the folder, or starts one. The caller holds the folder's lock."""
+    def __init__(
+        self, folder: SweepFolder, config: SweepConfig, space: Space, judge: Judge = lambda config: UNPREDICTED
+    ) -> None:
+        """Opens the journal in the folder, or starts one. The caller holds the folder's lock. judge: whether a config fits."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        self._folder, self._space, self._seed = folder, space, config.sweep.seed
+        warnings.filterwarnings("ignore", message="Constraints have been set")  # CMA-ES, which does not use them
+        self._folder, self._space, self._seed, self._judge = folder, space, config.sweep.seed, judge
         self._base = config.base().model_dump(mode="json")
         _mend_journal(folder)
         self._storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
@@ -42,27 +51,29 @@ class Study:
         # the seed moves on with the trials, so that a resumed sweep does not propose its beginning again
         self._sampler = make_sampler(config.sampler, config.sweep.seed + len(self._trials()))
         self._study.sampler = self._sampler
-        self._is_grid = config.sampler.name == "grid"
+        self._sampler_config = config.sampler
         self._points = space.shuffled_points(config.sweep.seed)
-        self._fingerprints = {self._config(trial.params).fingerprint() for trial in self._trials()}
+        self._tried = {_key(self._config(trial.params), _is_refused(trial)) for trial in self._trials()}
 
     def __len__(self) -> int:
         """Number of trials asked for so far, however they ended."""
         return len(self._trials())
 
     def ask(self) -> Proposal | None:
-        """A new trial that trains an adapter no earlier one did, in the journal as RUNNING; None where the space is used up."""
-        draft = None if self._is_grid else self._draft()
+        """A new trial that trains an adapter no earlier one did, in the journal as RUNNING, or as ended where it does not fit;
+        None where the space is used up."""
+        draft = None if self._sampler_config.name == "grid" else self._draft()
         if draft is None:
             draft = self._unseen_point()
         if draft is None:
             return None
         config = self._config(draft.params)
-        self._study.add_trial(draft)
-        self._fingerprints.add(config.fingerprint())
+        verdict = self._judge(config)
+        self._study.add_trial(_entry(draft, verdict))
+        self._tried.add(_key(config, not verdict.fits))
         number = self._trials()[-1].number
         self._folder.write_train_config(number, config)
-        return Proposal(number, dict(draft.params), config)
+        return Proposal(number, dict(draft.params), config, verdict.reason)
 
     def report(self, number: int, rung: int, eval_loss: float) -> bool:
         """Record a rung once. Returns whether it was new; a re-reported rung changes nothing."""
@@ -77,16 +88,23 @@ class Study:
         trial = self._trial(number)
         return bool(trial.intermediate_values) and bool(self._pruner.prune(self._study, trial))
 
-    def tell(self, number: int, outcome: Outcome, error: str | None = None) -> bool:
-        """End a trial. Returns False, and changes nothing, where it has ended already."""
+    def tell(self, number: int, outcome: Outcome, error: str | None = None, memory: Mapping[str, float] | None = None) -> bool:
+        """End a trial. Returns False, and changes nothing, where it has ended already.
+
+        memory: predicted_gib and measured_gib, as far as known, where it ran out.
+        """
         trial = self._trial(number)
         if trial.state.is_finished():
             return False
         # attributes first: a finished trial takes none, and a kill in between leaves a RUNNING trial that resume tells again
         self._storage.set_trial_user_attr(trial._trial_id, "outcome", str(outcome))
-        if error is not None:
-            self._storage.set_trial_user_attr(trial._trial_id, "error", error)
-        state = {Outcome.COMPLETE: TrialState.COMPLETE, Outcome.PRUNED: TrialState.PRUNED}.get(outcome, TrialState.FAIL)
+        known = {**({} if error is None else {"error": error}), **(memory or {})}
+        for name, value in known.items():
+            self._storage.set_trial_user_attr(trial._trial_id, name, value)
+        if outcome is Outcome.OUT_OF_MEMORY:
+            optuna.Trial(self._study, trial._trial_id).set_constraint(MEMORY, MET_EXCESS_GIB)
+        told = TrialState.PRUNED if outcome in TOLD_PRUNED else TrialState.FAIL
+        state = TrialState.COMPLETE if outcome is Outcome.COMPLETE else told
         value = min(trial.intermediate_values.values()) if outcome is Outcome.COMPLETE else None
         self._study.tell(number, value, state)
         return True
@@ -118,6 +136,8 @@ class Study:
             started_s=trial.datetime_start.timestamp() if trial.datetime_start else None,
             ended_s=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
             error=trial.user_attrs.get("error") if finished else None,
+            predicted_gib=trial.user_attrs.get("predicted_gib"),
+            measured_gib=trial.user_attrs.get("measured_gib"),
         )
 
     def _trials(self) -> list[FrozenTrial]:
@@ -130,7 +150,8 @@ class Study:
         return self._space.apply(self._base, params)
 
     def _is_new(self, params: dict[str, Any]) -> bool:
-        return self._config(params).fingerprint() not in self._fingerprints
+        config = self._config(params)
+        return self._tried.isdisjoint({_key(config, False), _key(config, True)})
 
     def _draft(self) -> FrozenTrial | None:
         """What the sampler proposes, if it proposes something new within a number of attempts.
@@ -139,11 +160,11 @@ class Study:
         in the copy as running trials, which pushes a constant-liar sampler away from them.
         """
         copy = optuna.create_study(study_name=STUDY_NAME, sampler=self._sampler, pruner=self._pruner)
-        copy.add_trials(self._trials())
+        copy.add_trials(as_seen(self._sampler_config, self._trials()))
         for _ in range(NUM_SAMPLER_ATTEMPTS):
             trial = copy.ask()
             if self._is_new(self._space.suggest(trial)):
-                return _running(copy.get_trials(deepcopy=False)[trial.number])
+                return copy.get_trials(deepcopy=False)[trial.number]
         return None
 
     def _unseen_point(self) -> FrozenTrial | None:
@@ -156,7 +177,7 @@ class Study:
         for _ in range(NUM_RANDOM_ATTEMPTS):
             trial = copy.ask()
             if self._is_new(self._space.suggest(trial)):
-                return _running(copy.get_trials(deepcopy=False)[trial.number])
+                return copy.get_trials(deepcopy=False)[trial.number]
         return None
 
     def _fixed(self, params: dict[str, Any]) -> FrozenTrial:
@@ -164,13 +185,30 @@ class Study:
         copy.enqueue_trial(params)
         trial = copy.ask()
         self._space.suggest(trial)
-        return _running(copy.get_trials(deepcopy=False)[trial.number])
+        return copy.get_trials(deepcopy=False)[trial.number]
 
 
-def _running(trial: FrozenTrial) -> FrozenTrial:
-    """The trial as a record of its own; system attributes carry the state of CMA-ES."""
+def _key(config: TrainConfig, refused: bool) -> str:
+    """What makes a config known. One that did not fit stands for itself alone: with another micro-batch it may fit."""
+    return to_json(config) if refused else config.fingerprint()
+
+
+def _is_refused(trial: FrozenTrial) -> bool:
+    return trial.user_attrs.get("outcome") == Outcome.INFEASIBLE
+
+
+def _entry(draft: FrozenTrial, verdict: Verdict) -> FrozenTrial:
+    """The draft as it enters the journal, in one record: a kill leaves it whole or not at all."""
+    attributes = {"predicted_gib": verdict.predicted_peak_gib} if verdict.predicted_peak_gib is not None else {}
+    if not verdict.fits:
+        attributes |= {"outcome": str(Outcome.INFEASIBLE), "error": verdict.reason}
     return optuna.trial.create_trial(
-        state=TrialState.RUNNING, params=trial.params, distributions=trial.distributions, system_attrs=trial.system_attrs
+        state=TrialState.RUNNING if verdict.fits else TrialState.PRUNED,
+        params=draft.params,
+        distributions=draft.distributions,
+        user_attrs=attributes,
+        system_attrs=draft.system_attrs,  # the state of CMA-ES
+        constraints=None if verdict.excess_gib is None else {MEMORY: verdict.excess_gib},
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from ray.tune import Trainable
 
 from engine.config import TrainConfig, parse
-from engine.errors import DivergedError, InputError
+from engine.errors import DivergedError, InputError, OutOfMemory
 from engine.metrics import Report
 from sweep.outcome import Outcome
 from sweep.runs import FileLock
@@ -29,7 +29,8 @@ LOCK_PATIENCE_S = 60.0
 
 
 class TrialWorker(Trainable):
-    """step() trains to the next rung. Results: outcome, report (JSON text, or empty), error (one line, or none), done."""
+    """step() trains to the next rung. Results: outcome, report (JSON text, or empty), error (one line, or none), memory
+    (predicted_gib and measured_gib as JSON text, where it ran out), done."""
 
     def setup(self, config: dict[str, Any]) -> None:
         os.environ["OMP_NUM_THREADS"] = str(config["num_threads"])
@@ -94,14 +95,16 @@ class TrialWorker(Trainable):
 
     def _failed(self, outcome: Outcome, error: Exception) -> dict[str, Any]:
         line = " ".join(str(error).split()) or type(error).__name__
-        text = line if isinstance(error, InputError | DivergedError) else f"{type(error).__name__}: {line}"
+        text = line if isinstance(error, InputError | DivergedError | OutOfMemory) else f"{type(error).__name__}: {line}"
         run_dir = Path(self._spec["run_dir"])
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "error.txt").write_text("".join(traceback.format_exception(error)))
         self._close()
-        if outcome is not Outcome.DIVERGED and not isinstance(error, InputError):
+        memory = _memory(error)
+        never_started = isinstance(error, InputError) or (isinstance(error, OutOfMemory) and "measured_gib" not in memory)
+        if outcome is not Outcome.DIVERGED and not never_started:
             self._base, self._base_key = None, None  # its state, or the allocator's, is in doubt: load it again
-        return _result(outcome, error=text[:500], done=True)
+        return _result(outcome, error=text[:500], memory=memory, done=True)
 
     def _close(self) -> None:
         reports, lock = self._reports, self._lock
@@ -114,16 +117,30 @@ class TrialWorker(Trainable):
                 lock.release()
 
 
-def _result(outcome: Outcome, *, report: Report | None = None, error: str | None = None, done: bool) -> dict[str, Any]:
-    # the report travels as text: Tune flattens nested results
-    return {"outcome": str(outcome), "report": json.dumps(report.to_dict()) if report else "", "error": error, "done": done}
+def _result(
+    outcome: Outcome,
+    *,
+    report: Report | None = None,
+    error: str | None = None,
+    memory: dict[str, float] | None = None,
+    done: bool,
+) -> dict[str, Any]:
+    # report and memory travel as text: Tune flattens nested results
+    text = json.dumps(report.to_dict()) if report else ""
+    return {"outcome": str(outcome), "report": text, "error": error, "memory": json.dumps(memory or {}), "done": done}
+
+
+def _memory(error: Exception) -> dict[str, float]:
+    """The peaks that the engine knows where memory ran out."""
+    peaks = {name: getattr(error, name) for name in ("predicted_gib", "measured_gib")} if isinstance(error, OutOfMemory) else {}
+    return {name: peak for name, peak in peaks.items() if peak is not None}
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     import torch  # here, because the driver imports this module and must not load torch
 
     # the CPU allocator has no exception of its own
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, OutOfMemory | torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _load_base(config: TrainConfig, spec: dict[str, Any]) -> Any:

@@ -1,16 +1,40 @@
-"""A driver process with the fake engine: sweep_fake_driver.py start <config.json> | resume <folder>."""
+"""A driver process with the fake engine: sweep_fake_driver.py start <config.json> | resume <folder>.
+
+Where it finds GPUs, a trial is predicted to need as many GiB as its rank.
+"""
 
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-from sweep import driver
+from engine.errors import EngineError, OutOfMemory
+from engine.planner import Plan
+from sweep import driver, feasibility
 from sweep.engine_modules import EngineModules
 
 ENGINE = EngineModules(train="sweep_fake_engine", model="sweep_fake_engine", command="sweep_fake_engine")
 
+
+
+def plan(config, shape, card, host_gib):
+    """In place of engine.planner.plan."""
+    need = float(config.lora.rank)
+    if need > card.memory_gib:
+        raise OutOfMemory(f"needs {need:.1f} GiB at the least (predicted), {card.memory_gib:.1f} GiB are allowed", need)
+    return Plan(1, False, 0, 0.0, SimpleNamespace(peak_gib=need, reserve_gib=0.0))
+
+
+def main(command: str, argument: str) -> int:
+    feasibility.plan = plan
+    try:
+        if command == "start":
+            return driver.start(json.loads(Path(argument).read_text()), engine=ENGINE)
+        return driver.resume(argument, {}, engine=ENGINE)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+
+
 if __name__ == "__main__":
-    command, argument = sys.argv[1:]
-    if command == "start":
-        sys.exit(driver.start(json.loads(Path(argument).read_text()), engine=ENGINE))
-    sys.exit(driver.resume(argument, {}, engine=ENGINE))
+    sys.exit(main(*sys.argv[1:]))

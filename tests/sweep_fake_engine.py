@@ -13,10 +13,13 @@ import time
 from pathlib import Path
 
 from engine.config import TrainConfig, load_json, load_train_config, parse
-from engine.errors import DivergedError, InputError
+from engine.errors import DivergedError, InputError, OutOfMemory
 from engine.files import write_text
 from engine.metrics import Report
 
+SHAPE = {"num_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16,
+         "vocab_size": 256}  # fmt: skip
+SEEN = {"card": {"name": "NVIDIA GeForce RTX 4090", "memory_gib": 24.0}, "shape": SHAPE}
 FAULTS = {
     1.0: "out of memory",
     2.0: "diverged",
@@ -24,6 +27,7 @@ FAULTS = {
     4.0: "bug",
     5.0: "bad input",
     6.0: "process dies once",
+    7.0: "leanest plan does not fit",
 }
 
 
@@ -77,6 +81,8 @@ def _fail(fault: str | None, rung: int, run_dir: Path) -> None:
         return
     if fault == "out of memory":
         raise MemoryError("no memory left")
+    if fault == "leanest plan does not fit":
+        raise OutOfMemory("out of memory at micro-batch 1: predicted peak 5.00 GiB, measured 6.00 GiB", 5.0, 6.0)
     if fault == "diverged":
         raise DivergedError("loss is nan")
     if fault == "bug":
@@ -110,6 +116,7 @@ def main() -> int:
             "model_path": "m",
             "layers": "-",
             "num_trainable": [1] * len(configs),
+            **SEEN,
         }
     else:
         config = load_train_config(options.config)

@@ -43,6 +43,7 @@ def test_every_option_composes_into_a_plan(group, option):
         ([*NEEDED, "pruner.factor=3"], ["pruner.factor", "reduction_factor"]),
         ([*NEEDED, "cluster.num_gpus=99"], ["cluster.num_gpus", "GPUs found"]),
         ([*NEEDED, "cluster.num_gpus=some"], ["cluster.num_gpus", "auto"]),
+        ([*NEEDED, "cluster.card=rtx4900"], ["cluster.card", "rtx4900", "auto", "a10g", "did you mean 'rtx4090'"]),
         ([*NEEDED, "sampler=grid"], ["sampler.name", "optim.learning_rate"]),
         ([*NEEDED, "sweep.name=a/b"], ["sweep.name", "a/b"]),
         ([*NEEDED, "train.report_at_tokens=[200,100]"], ["train", "ascend"]),

@@ -21,16 +21,28 @@ BASE = {
 }  # fmt: skip
 
 
-def fake_driver(*arguments: str, **options) -> subprocess.Popen:
+def fake_driver(*arguments: str, path: str | None = None, **options) -> subprocess.Popen:
+    """path: put before PATH."""
     command = [sys.executable, str(TESTS / "sweep_fake_driver.py"), *arguments]
-    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    env = ENV if path is None else {**ENV, "PATH": os.pathsep.join([path, ENV["PATH"]])}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def start(tmp_path: Path, **sections) -> subprocess.Popen:
+def start(tmp_path: Path, path: str | None = None, **sections) -> subprocess.Popen:
     file = tmp_path / "config.json"
     sections.setdefault("sweep", {}).setdefault("output_dir", str(tmp_path / "sweeps"))
     file.write_text(json.dumps({**BASE, **sections}))
-    return fake_driver("start", str(file))
+    return fake_driver("start", str(file), path=path)
+
+
+@pytest.fixture
+def two_gpus(tmp_path) -> str:
+    """A folder with an nvidia-smi that lists two GPUs: the fake engine needs no more of them."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 0\necho 1\n")
+    program.chmod(0o755)
+    return str(program.parent)
 
 
 def sweep_folder(tmp_path: Path) -> Path:
@@ -48,7 +60,7 @@ def rungs(folder: Path, number: int) -> list[int]:
 
 
 def test_every_fault_of_a_trial_has_its_outcome_and_the_others_go_on(tmp_path):
-    faults = {"optim.weight_decay": {"choices": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}}
+    faults = {"optim.weight_decay": {"choices": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]}}
     process = start(
         tmp_path, optim={"eps": 0.05}, space=faults, sampler={"name": "grid"}, pruner={"name": "none"},
         cluster={"num_cpu_slots": 2, "max_retries": 1},
@@ -58,11 +70,51 @@ def test_every_fault_of_a_trial_has_its_outcome_and_the_others_go_on(tmp_path):
     assert err == ""
     assert "(raylet)" not in out
     by_fault = {result["params"]["optim.weight_decay"]: result for result in results(sweep_folder(tmp_path)).values()}
-    expected = {0: "COMPLETE", 1: "OUT_OF_MEMORY", 2: "DIVERGED", 3: "LOST", 4: "FAILED", 5: "FAILED", 6: "COMPLETE"}
+    expected = {0: "COMPLETE", 1: "OUT_OF_MEMORY", 2: "DIVERGED", 3: "LOST", 4: "FAILED", 5: "FAILED", 6: "COMPLETE",
+                7: "OUT_OF_MEMORY"}  # fmt: skip
     assert {fault: result["outcome"] for fault, result in by_fault.items()} == expected
     assert by_fault[4]["error"] == "ZeroDivisionError: one over zero"
     assert by_fault[5]["error"] == "lora.target_modules = 'x': matches no layer"
-    assert "7 of 16 trials were possible" in out
+    assert by_fault[7]["error"] == "out of memory at micro-batch 1: predicted peak 5.00 GiB, measured 6.00 GiB"
+    assert by_fault[7]["peak_allocated_gib"] == 6.0
+    assert "8 of 16 trials were possible" in out
+
+
+def test_a_sweep_with_half_its_space_infeasible_loses_no_trial(tmp_path, two_gpus):
+    space = {"lora.rank": {"choices": [4, 8, 32, 64]}, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
+    process = start(tmp_path, two_gpus, space=space, sweep={"num_trials": 6}, sampler={"name": "random"}, pruner={"name": "none"})
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    folder = sweep_folder(tmp_path)
+    ended = results(folder)
+    refused = {number for number, result in ended.items() if result["outcome"] == "INFEASIBLE"}
+    assert refused and len(ended) == 6 + len(refused)
+    for number, result in ended.items():
+        launched = (folder / "trials" / f"{number:04d}" / "starts.txt").exists()
+        rank = result["params"]["lora.rank"]
+        assert result["predicted_peak_gib"] == rank
+        if number in refused:
+            assert not launched and rank > 24 and f"needs {rank}.0 GiB" in result["error"]
+        else:
+            assert launched and rank < 24 and result["outcome"] == "COMPLETE"
+    assert "card       NVIDIA GeForce RTX 4090, 24.0 GiB" in out
+    board = json.loads((folder / "leaderboard.json").read_text())
+    assert board["outcomes"] == {"COMPLETE": 6, "INFEASIBLE": len(refused)}
+
+    resumed = fake_driver("resume", str(folder), path=two_gpus)
+    _, err = resumed.communicate(timeout=200)
+    assert resumed.returncode == 0, err
+    assert results(folder) == ended
+    assert json.loads((folder / "leaderboard.json").read_text())["outcomes"] == board["outcomes"]
+
+
+def test_a_space_in_which_nothing_fits_is_one_line_before_anything_starts(tmp_path, two_gpus):
+    space = {"lora.rank": {"choices": [32, 64]}, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
+    process = start(tmp_path, two_gpus, space=space)
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, err.count("\n")) == (2, 1), err
+    assert "space = 'rank=32" in err and "needs 32.0 GiB" in err
+    assert not (tmp_path / "sweeps").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -106,13 +158,9 @@ def test_workers_are_reused_and_pruned_trials_stop(tmp_path):
 
 
 def test_input_that_prepare_refuses_is_one_line_and_leaves_no_folder(tmp_path):
-    code = "import sys; from sweep_fake_driver import *; from sweep import commands\n"
-    code += "try: driver.start(json.loads(Path(sys.argv[1]).read_text()), engine=ENGINE)\n"
-    code += "except commands.CommandFailed as error: print(error, file=sys.stderr); sys.exit(error.exit_code)"
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({**BASE, "data": {"train": "missing.jsonl"}, "sweep": {"output_dir": str(tmp_path / "sweeps")}}))
-    done = subprocess.run([sys.executable, "-c", code, str(file)], env=ENV, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "data.train = 'missing.jsonl': no such file\n")
+    process = start(tmp_path, data={"train": "missing.jsonl"})
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (2, "error: data.train = 'missing.jsonl': no such file\n")
     assert not (tmp_path / "sweeps").exists()
 
 

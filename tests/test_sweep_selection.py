@@ -7,8 +7,10 @@ import pytest
 
 from engine.config import load_train_config
 from engine.errors import InputError
+from sweep.best_folder import write_best
+from sweep.leaderboard import write_leaderboard
 from sweep.outcome import Outcome, TrialRecord
-from sweep.selection import RULE, rank, select_best, write_best, write_leaderboard
+from sweep.selection import RULE, rank, select_best
 
 REEVALUATION = {
     "base_eval_loss": 2.5,
@@ -86,9 +88,32 @@ def test_the_leaderboard_lists_every_trial_and_states_the_rule(tmp_path):
     assert (board["best_trial"], board["rule"], board["trials"][3]["eval_loss"]) == (0, RULE, None)
     text = (tmp_path / "leaderboard.md").read_text()
     assert RULE in text
-    assert "| 1 | 0 | COMPLETE | 1.2000 | 1,000 | 100 | 50 | 1.50 | rank=8, learning_rate=0.000123 |  |" in text
+    assert "| 1 | 0 | COMPLETE | 1.2000 | 1,000 | 100 | 50 | 1.50 |  | rank=8, learning_rate=0.000123 |  |" in text
     assert "| a \\| b second line |" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["leaderboard.json", "leaderboard.md"]
+
+
+def test_the_leaderboard_shows_peaks_beside_what_was_predicted_and_how_each_trial_was_computed(tmp_path):
+    plan = {"num_out_of_memory": 1, "micro_batch_size": 2, "activation_checkpointing": "selective"}
+    measured = trial(0, 1.2)
+    measured.reports[0].update(plan, predicted_peak_gib=1.4)
+    unpredicted = trial(1, 1.3)
+    unpredicted.reports[0].update(predicted_peak_gib=0.0)
+    refused = trial(2, outcome=Outcome.INFEASIBLE, error="needs 30.0 GiB", predicted_gib=28.0)
+    spent = trial(3, outcome=Outcome.OUT_OF_MEMORY, error="out of memory", predicted_gib=20.0, measured_gib=23.5)
+    write_leaderboard(tmp_path, [refused, measured, unpredicted, spent], "demo", None)
+    board = json.loads((tmp_path / "leaderboard.json").read_text())
+    assert board["outcomes"] == {"COMPLETE": 2, "INFEASIBLE": 1, "OUT_OF_MEMORY": 1}
+    rows = board["trials"]
+    assert [row["number"] for row in rows] == [0, 1, 3, 2]
+    assert {name: rows[0][name] for name in plan} == plan
+    peaks = [(row["peak_allocated_gib"], row["predicted_peak_gib"]) for row in rows]
+    assert peaks == [(1.5, 1.4), (1.5, None), (23.5, 20.0), (None, 28.0)]
+    text = (tmp_path / "leaderboard.md").read_text()
+    assert "Outcomes: 2 COMPLETE, 1 INFEASIBLE, 1 OUT_OF_MEMORY." in text
+    assert "| peak GiB | predicted |" in text
+    cells = {row.split(" | ")[1]: row.split(" | ")[7:9] for row in text.splitlines() if row.startswith(("| 1", "| 2", "| -"))}
+    assert cells == {"0": ["1.50", "1.40"], "1": ["1.50", ""], "3": ["23.50", "20.00"], "2": ["", "28.00"]}
 
 
 def test_a_leaderboard_without_a_winner_or_a_second_evaluation_is_written_too(tmp_path):

@@ -100,6 +100,27 @@ def test_the_outcome_is_a_tag_and_sets_the_status(tracker, runs, outcome, status
     assert (child.data.tags["outcome"], child.data.tags["error"], child.info.status) == (outcome.value, "why", status)
 
 
+def test_predicted_and_measured_peaks_are_metrics_and_how_it_was_computed_are_tags(tracker, runs):
+    computed = trial(0, Outcome.COMPLETE, 2.0, 1.5, predicted_gib=1.0)
+    plan = {"num_out_of_memory": 1, "micro_batch_size": 4, "activation_checkpointing": "selective"}
+    computed.reports[1].update(plan, predicted_peak_gib=1.125)
+    refused = trial(1, Outcome.INFEASIBLE, error="needs 30.0 GiB", predicted_gib=28.0)
+    spent = trial(2, Outcome.OUT_OF_MEMORY, 2.0, error="out of memory", predicted_gib=20.0, measured_gib=23.5)
+    for _ in range(2):  # as a resume writes them again
+        one = tracker()
+        for record in (computed, refused, spent):
+            one.trial_updated(record)
+        assert one.close(60) == []
+    first, second, third = (runs()[f"trial {number:04d}"] for number in range(3))
+    peaks = [(run.data.metrics.get("memory/predicted_peak_gib"), run.data.metrics.get("memory/peak_allocated_gib"))
+             for run in (first, second, third)]  # fmt: skip
+    assert peaks == [(1.125, 1.25), (28.0, None), (20.0, 23.5)]
+    assert first.data.metrics["memory/num_out_of_memory"] == 1
+    assert (first.data.tags["plan.micro_batch_size"], first.data.tags["plan.activation_checkpointing"]) == ("4", "selective")
+    assert (second.info.status, second.data.tags["outcome"]) == ("KILLED", "INFEASIBLE")
+    assert second.data.tags["error"] == "needs 30.0 GiB"
+
+
 def test_a_resumed_sweep_finds_its_runs_and_doubles_nothing(tracker, runs, client):
     for outcome, losses in ((Outcome.LOST, (2.0, 1.5)), (Outcome.RUNNING, (2.0, 1.5, 1.4)), (Outcome.COMPLETE, (2.0, 1.5, 1.4))):
         one = tracker()

@@ -1,0 +1,140 @@
+"""`best/`: the winning adapter, ready to load, with a model card that says what was measured. Plain data in, files out."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from engine.config import TrainConfig, parse, to_json
+from engine.errors import InputError
+from engine.files import write_folder
+from sweep.markdown import number, table
+from sweep.outcome import TrialRecord
+from sweep.selection import RULE, median_speed, num_parameters
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def write_best(best_dir: Path, record: TrialRecord, reevaluation: dict[str, Any], sweep_name: str) -> None:
+    """Assemble `best/`: the trial's adapter and tokenizer, train_config.json and a model card. Replaces an older one.
+
+    InputError where the trial folder holds no adapter.
+    """
+    adapter = Path(record.folder) / "adapter"
+    missing = [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
+    if missing:
+        raise InputError("adapter", str(adapter), f"must hold {' and '.join(missing)} of trial {record.number}")
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(adapter, folder, dirs_exist_ok=True)
+        (folder / "train_config.json").write_text(to_json(parse(TrainConfig, record.config)) + "\n")
+        (folder / "README.md").write_text(model_card(record, reevaluation, sweep_name, _base_model(adapter)), encoding="utf-8")
+
+    write_folder(best_dir, fill)
+
+
+def model_card(record: TrialRecord, reevaluation: dict[str, Any], sweep_name: str, base_model: str) -> str:
+    """README.md of `best/`: front matter for the Hugging Face hub, what was measured, how to load it, how to train it again."""
+    config = parse(TrainConfig, record.config)
+    quantized = config.model.quantization == "nf4"
+    tags = ["lora", "qlora" if quantized else "peft", "qlora-sweep"]
+    agreement = "agrees with" if reevaluation["agrees"] else "**does NOT agree with**"
+    measured = (
+        f"Measured after the sweep on {reevaluation['num_eval_target_tokens']:,} target tokens of the evaluation set; this "
+        f"{agreement} what the trial reported ({number(reevaluation['trial_eval_loss'], '.4f')})."
+    )
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {json.dumps(base_model)}",
+            "library_name: peft",
+            "pipeline_tag: text-generation",
+            f"tags: {json.dumps(tags)}",
+            "---",
+            "",
+            f"# Best adapter of the sweep `{sweep_name}`",
+            "",
+            f"Trial {record.number}. Chosen by: {RULE}.",
+            "",
+            "| | eval loss (nats/token) | perplexity |",
+            "|---|---:|---:|",
+            f"| base model | {_loss_cells(reevaluation['base_eval_loss'])} |",
+            f"| with this adapter | {_loss_cells(reevaluation['eval_loss'])} |",
+            "",
+            measured,
+            "",
+            *table(("setting", "value"), _settings(record, config)),
+            "",
+            "## Load it",
+            "",
+            "Run in this folder:",
+            "",
+            *_load_code(base_model, config if quantized else None),
+            "",
+            "## Train it again",
+            "",
+            "```",
+            "python -m engine train_config.json",
+            "```",
+            "",
+        ]
+    )
+
+
+def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]:
+    lora, last = config.lora, record.reports[-1]
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    kept = min(record.reports, key=lambda report: report["eval_loss"])
+    return [
+        ("training data", f"`{config.data.train}`"),
+        ("tokens seen by this adapter", f"{kept['tokens_seen']:,} of {last['tokens_seen']:,} trained"),
+        ("rank", str(lora.rank)),
+        ("lora_alpha", f"{lora.alpha:g}" + (" (rsLoRA)" if lora.use_rslora else "")),
+        ("lora_dropout", f"{lora.lora_dropout:g}"),
+        ("target_modules", targets),
+        ("trainable parameters", f"{num_parameters(record):,}"),
+        ("learning_rate", f"{config.optim.learning_rate:g} ({config.optim.lr_schedule})"),
+        ("max_seq_length", str(config.data.max_seq_length)),
+        ("base weights", config.model.quantization),
+        ("tokens per second", number(median_speed(record), ",.0f")),
+        ("peak allocated GiB", number(record.peak_allocated_gib, ".2f")),
+        ("peak predicted GiB", number(record.predicted_peak_gib, ".2f")),
+        ("seed", str(config.train.seed)),
+    ]
+
+
+def _load_code(base_model: str, quantized: TrainConfig | None) -> list[str]:
+    """Loads the base as it was in training: 4-bit where that was so, else the adapter meets other weights than it learned on."""
+    imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantized else "")
+    lines = ["```python", "import torch", "from peft import PeftModel", f"from transformers import {imports}", ""]
+    if quantized:
+        double = quantized.model.double_quantization
+        lines += [
+            'four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",',
+            f"                              bnb_4bit_use_double_quant={double}, bnb_4bit_compute_dtype=torch.bfloat16)",
+        ]
+    option = "quantization_config=four_bit" if quantized else "dtype=torch.bfloat16"
+    return [
+        *lines,
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base_model)}, {option})",
+        'model = PeftModel.from_pretrained(base, ".")',
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        "```",
+    ]
+
+
+def _base_model(adapter: Path) -> str:
+    """What PEFT will look for: a hub id or folder, also where the config said `builtin:`."""
+    try:
+        return json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            "adapter_config.json", str(adapter), f"must be PEFT's JSON with base_model_name_or_path ({error!r})"
+        ) from None
+
+
+def _loss_cells(loss: float) -> str:
+    return f"{number(loss, '.4f')} | {number(math.exp(min(loss, 700.0)), ',.3f')}"

@@ -1,0 +1,118 @@
+"""The leaderboard: every trial, however it ended, and the rule by which the best was chosen. Plain data in, files out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from engine.files import write_text
+from sweep.markdown import number, table
+from sweep.outcome import Outcome, TrialRecord
+from sweep.selection import RULE, median_speed, rank, select_best
+
+HEADER = (
+    "rank", "trial", "outcome", "eval loss", "tokens seen", "parameters", "tokens/s", "peak GiB", "predicted", "sampled", "error"
+)  # fmt: skip
+LAST_REPORT = ("tokens_seen", "num_trainable", "num_out_of_memory", "micro_batch_size", "activation_checkpointing")
+
+
+def write_leaderboard(folder: Path, records: list[TrialRecord], sweep_name: str, reevaluation: dict[str, Any] | None) -> None:
+    """Write leaderboard.json and leaderboard.md, each replaced in one rename, with every trial whatever its outcome.
+
+    Only COMPLETE trials have a rank: the loss of a pruned one was measured after fewer tokens.
+    """
+    best = select_best(records)
+    rows = [_row(record, place) for place, record in enumerate(rank(records), start=1)]
+    board = {
+        "sweep": sweep_name,
+        "rule": RULE,
+        "best_trial": best.number if best else None,
+        "outcomes": _outcomes(records),
+        "reevaluation": reevaluation,
+        "trials": rows,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "leaderboard.json", json.dumps(_finite(board), indent=2, allow_nan=False) + "\n")
+    write_text(folder / "leaderboard.md", _markdown(sweep_name, best, rows, board["outcomes"], reevaluation))
+
+
+def _row(record: TrialRecord, place: int) -> dict[str, Any]:
+    last = record.reports[-1] if record.reports else {}
+    return {
+        "rank": place if record.outcome is Outcome.COMPLETE else None,
+        "number": record.number,
+        "outcome": record.outcome.value,
+        "eval_loss": record.score,
+        **{name: last.get(name) for name in LAST_REPORT},
+        "tokens_per_second": median_speed(record),
+        "peak_allocated_gib": record.peak_allocated_gib,
+        "predicted_peak_gib": record.predicted_peak_gib,
+        "params": record.params,
+        "error": record.error,
+        "folder": record.folder,
+    }
+
+
+def _outcomes(records: list[TrialRecord]) -> dict[str, int]:
+    """How many ended in which way, in the order of Outcome."""
+    counts = Counter(record.outcome for record in records)
+    return {outcome.value: counts[outcome] for outcome in Outcome if counts[outcome]}
+
+
+def _markdown(
+    name: str,
+    best: TrialRecord | None,
+    rows: list[dict[str, Any]],
+    outcomes: dict[str, int],
+    reevaluation: dict[str, Any] | None,
+) -> str:
+    lines = [f"# Leaderboard of `{name}`", "", f"Best: {f'trial {best.number}' if best else 'none'}. Rule: {RULE}.", ""]
+    lines += [f"Outcomes: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.items()) or 'none'}.", ""]
+    if Outcome.INFEASIBLE in outcomes:
+        lines += ["INFEASIBLE: predicted not to fit the card, so never started; it took no trial's place and no GPU time.", ""]
+    if reevaluation:
+        again = (
+            f"Evaluated again after the sweep: base {number(reevaluation['base_eval_loss'], '.4f')}, "
+            f"best adapter {number(reevaluation['eval_loss'], '.4f')} nats per target token "
+            f"({'agrees' if reevaluation['agrees'] else 'DOES NOT agree'} with the trial's own report)."
+        )
+        lines += [again, ""]
+    return "\n".join([*lines, *table(HEADER, [_cells(row) for row in rows]), ""])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    sampled = ", ".join(f"{key.rsplit('.', 1)[-1]}={_short(value)}" for key, value in row["params"].items())
+    return (
+        number(row["rank"], "d"),
+        str(row["number"]),
+        row["outcome"],
+        number(row["eval_loss"], ".4f"),
+        number(row["tokens_seen"], ",d"),
+        number(row["num_trainable"], ",d"),
+        number(row["tokens_per_second"], ",.0f"),
+        _gib(row["peak_allocated_gib"]),
+        _gib(row["predicted_peak_gib"]),
+        sampled,
+        row["error"] or "",
+    )
+
+
+def _gib(value: float | None) -> str:
+    """Blank where unknown."""
+    return "" if value is None else f"{value:.2f}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    """The same data with NaN and infinities as None: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
