@@ -91,16 +91,27 @@ def does_not_fit(memory: MemoryPrediction, memory_gib: float) -> OutOfMemory:
     return OutOfMemory(f"needs {need:.1f} GiB at the least (predicted), {memory_gib:.1f} GiB are allowed", memory.peak_gib, None)
 
 
-def leaner(current: Plan) -> Plan | None:
+def leaner(current: Plan, config: TrainConfig, shape: ModelShape | None) -> Plan | None:
     """What to try after running out of memory: first half the micro-batch, then fewer kept tensors. None at the end."""
+    changes = _less(current)
+    return None if changes is None else changed(current, changes, config, shape)
+
+
+def changed(current: Plan, settings: dict[str, Any], config: TrainConfig, shape: ModelShape | None) -> Plan:
+    """The plan with other settings, its memory predicted again where the shape is known."""
+    other = replace(current, **settings, memory=None, speed=None)
+    return other if shape is None else replace(other, memory=predict_memory(other.apply(config), shape))
+
+
+def _less(current: Plan) -> dict[str, Any] | None:
     if current.micro_batch_size > 1:
-        return replace(current, micro_batch_size=current.micro_batch_size // 2, speed=None)
+        return {"micro_batch_size": current.micro_batch_size // 2}
     if current.weight_cache_gib:
-        return replace(current, weight_cache_gib=0.0, speed=None)
+        return {"weight_cache_gib": 0.0}
     place = POLICIES.index(current.activation_checkpointing)
     if current.keep_layers and place > 0:
-        return replace(current, keep_layers=0, speed=None)
-    return replace(current, activation_checkpointing=POLICIES[place + 1], keep_layers=0, speed=None) if place < 3 else None
+        return {"keep_layers": 0}
+    return {"activation_checkpointing": POLICIES[place + 1], "keep_layers": 0} if place + 1 < len(POLICIES) else None
 
 
 def _unpredicted(config: TrainConfig, on_cpu: bool) -> Plan:

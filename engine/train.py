@@ -34,7 +34,7 @@ from engine.model import Base, free, load_base, pick_device
 from engine.offload import host_share_gib
 from engine.optim import learning_rate, make_optimizer, set_learning_rate
 from engine.packing import Cursor, collate
-from engine.planner import UNKNOWN_CARD, Plan, leaner
+from engine.planner import UNKNOWN_CARD, Plan, changed, leaner
 from engine.planner import plan as plan_for
 from engine.shape import ModelShape
 
@@ -58,9 +58,8 @@ def train(config: TrainConfig, run_dir: Path, *, base: Base | None = None) -> It
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # the highest so far is an earlier trial's
         torch.manual_seed(config.train.seed)
-        plan = _make_plan(config, resident)
         layers = attach(resident.model, resident.linear_names, config.lora, config.train.seed)
-        yield from _Run(config, run_dir, resident, layers, plan).reports()
+        yield from _Run(config, run_dir, resident, layers).reports()
     finally:
         detach(resident.model, layers)
         resident.checkpoint_activations(False)
@@ -74,7 +73,8 @@ def train(config: TrainConfig, run_dir: Path, *, base: Base | None = None) -> It
 class _Run:
     """State of one trial between two reports."""
 
-    def __init__(self, config: TrainConfig, run_dir: Path, base: Base, layers: dict[str, LoraLinear], plan: Plan) -> None:
+    def __init__(self, config: TrainConfig, run_dir: Path, base: Base, layers: dict[str, LoraLinear]) -> None:
+        plan, shape = _make_plan(config, base)
         self.config, self.run_dir, self.base, self.layers = config, run_dir, base, layers
         self.adapter = FlatAdapter(layers, base.dtype)
         self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
@@ -86,7 +86,7 @@ class _Run:
         self.progress = loaded or Progress(fingerprint)
         self.adapter.refresh()
         self.cursor.seek(self.progress.epoch, self.progress.position)
-        self.plan = replace(plan, **self.progress.plan)
+        self.plan, self.shape = changed(plan, self.progress.plan, config, shape) if self.progress.plan else plan, shape
         self._follow_plan()
         base.model.train()
 
@@ -155,7 +155,7 @@ class _Run:
     def _make_room(self) -> None:
         """After memory ran out: the next leaner plan, or OutOfMemory. The step is then computed again from its start, with the
         parameters it began with."""
-        measured, plan = _peak_gib(self.base.device), leaner(self.plan)
+        measured, plan = _peak_gib(self.base.device), leaner(self.plan, self.config, self.shape)
         predicted = None if self.plan.memory is None else self.plan.memory.peak_gib
         if plan is None:
             known = "" if predicted is None else f"predicted peak {predicted:.2f} GiB, "
@@ -259,10 +259,10 @@ class _Window:
         self._loss_sum += loss
 
 
-def _make_plan(config: TrainConfig, base: Base) -> Plan:
-    """The plan for the card that is here."""
+def _make_plan(config: TrainConfig, base: Base) -> tuple[Plan, ModelShape | None]:
+    """The plan for the card that is here, and the shape it was predicted from."""
     if base.device.type != "cuda":
-        return plan_for(config, None, None)
+        return plan_for(config, None, None), None
     free_bytes, total_bytes = torch.cuda.mem_get_info(base.device)
     ours = free_bytes + torch.cuda.memory_reserved(base.device) + CONTEXT_GIB * GIB  # another process may hold a part
     name = torch.cuda.get_device_name(base.device)
@@ -271,7 +271,7 @@ def _make_plan(config: TrainConfig, base: Base) -> Plan:
         shape = ModelShape.of(base.model.config.to_dict(), config.model.path)
     except InputError:  # a kind of model whose config names things otherwise: it trains, unpredicted
         shape = None
-    return plan_for(config, shape, card, host_share_gib())
+    return plan_for(config, shape, card, host_share_gib()), shape
 
 
 def _limit_memory(gib: float, device: torch.device) -> None:

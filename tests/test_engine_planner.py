@@ -10,7 +10,7 @@ import pytest
 from engine.cards import card
 from engine.config import TrainConfig, parse
 from engine.errors import OutOfMemory
-from engine.memory import fits
+from engine.memory import fits, predict_memory
 from engine.planner import Plan, leaner, offloaded_gib, plan
 from engine.shape import ModelShape
 
@@ -78,17 +78,15 @@ def test_without_a_card_nothing_is_predicted():
 def test_each_leaner_plan_needs_less_until_there_is_none():
     wanted = config()
     steps = [Plan(8, False, 4, 2.0)]
-    while (following := leaner(steps[-1])) is not None:
+    while (following := leaner(steps[-1], wanted, SHAPE)) is not None:
         steps.append(following)
     assert [(p.micro_batch_size, p.weight_cache_gib, p.keep_layers, p.activation_checkpointing) for p in steps] == [
         (8, 2.0, 4, False), (4, 2.0, 4, False), (2, 2.0, 4, False), (1, 2.0, 4, False), (1, 0.0, 4, False),
         (1, 0.0, 0, "selective"), (1, 0.0, 0, True), (1, 0.0, 0, "offload"),
     ]  # fmt: skip
-    from engine.memory import predict_memory
-
-    peaks = [predict_memory(p.apply(wanted), SHAPE).peak_bytes for p in steps]
+    peaks = [predict_memory(steps[0].apply(wanted), SHAPE).peak_bytes, *(p.memory.peak_bytes for p in steps[1:])]
     assert all(a > b for a, b in itertools.pairwise(peaks))
-    kept = leaner(replace(steps[-1], keep_layers=3))
+    kept = leaner(replace(steps[-1], keep_layers=3), wanted, None)
     assert (kept.keep_layers, kept.activation_checkpointing) == (0, "offload")
 
 
