@@ -12,6 +12,7 @@ Shape letters: T tokens, D input features, O output features of all members, R r
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,7 +67,7 @@ class ProjectionGroup:
     @property
     def outputs(self) -> list[slice]:
         """Where each member's features lie in y."""
-        return _slices([base.out_features for base in self.bases])
+        return _slices(*(base.out_features for base in self.bases))
 
     def weights(self) -> Weights:
         """The members' weights: dequantised into one matrix; where they are plain, one block each."""
@@ -159,7 +160,7 @@ class ProjectionGroup:
         return tuple(gradients)
 
     def _ranks(self) -> list[slice]:
-        return _slices([0 if a is None else a[0].shape[0] for a in self.adapters])
+        return _slices(*(0 if a is None else a[0].shape[0] for a in self.adapters))
 
     def _stacked_a(self) -> Tensor:
         return _stacked([adapter[0] for adapter in self.adapters if adapter is not None])
@@ -176,14 +177,16 @@ class ProjectionGroup:
 
 def merged_weight(bases: list[FrozenLinear], dtype: torch.dtype) -> Tensor:
     """The weights of packed layers with one input, side by side [O, D]."""
-    parts = _slices([base.out_features for base in bases])
+    parts = _slices(*(base.out_features for base in bases))
     merged_OD = torch.empty(parts[-1].stop, bases[0].in_features, dtype=dtype, device=bases[0].weight.device)
     for part, base in zip(parts, bases):
         base.dequantized(dtype, out=merged_OD[part])
     return merged_OD
 
 
-def _slices(sizes: list[int]) -> list[slice]:
+@functools.cache
+def _slices(*sizes: int) -> list[slice]:
+    """Consecutive parts of these sizes. The same few are asked for hundreds of times a step."""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [slice(end - size, end) for end, size in zip(ends, sizes)]
 
