@@ -56,16 +56,8 @@ def look(config: ModelConfig) -> dict[str, Any]:
     """What memory and speed depend on. shape: the fields of ModelShape, None where the model gives none; card: name and memory
     of the visible card with the least, None without CUDA; host_gib: host memory a trial may pin, None where not known. Needs
     the model's config.json and nothing else of it."""
-    host_gib = host_share_gib()
-    return {"shape": _shape(config), "card": _card(), "host_gib": host_gib if math.isfinite(host_gib) else None}
-
-
-def _shape(config: ModelConfig) -> dict[str, Any] | None:
-    values = model_config(config)
-    try:
-        return asdict(ModelShape.of(values, config.path))
-    except InputError:  # another architecture: it trains on its own layers, and nothing is predicted
-        return None
+    host_gib, shape = host_share_gib(), ModelShape.known(model_config(config), config.path)
+    return {"shape": shape and asdict(shape), "card": _card(), "host_gib": host_gib if math.isfinite(host_gib) else None}
 
 
 def _card() -> dict[str, Any] | None:

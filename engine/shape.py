@@ -44,6 +44,14 @@ class ModelShape:
     sliding_window: int | None = None
 
     @classmethod
+    def known(cls, config: dict[str, Any], where: str) -> ModelShape | None:
+        """`of`, or None for a kind of model whose config names things otherwise: it trains, but nothing is predicted."""
+        try:
+            return cls.of(config, where)
+        except InputError:
+            return None
+
+    @classmethod
     def of(cls, config: dict[str, Any], where: str) -> ModelShape:
         """From the content of a config.json; of a model with several parts, its text part. where: named in errors."""
         outer, config = config, config.get("text_config") or config

@@ -23,7 +23,7 @@ from engine.cards import match_card
 from engine.checkpoint import Progress
 from engine.config import TrainConfig
 from engine.data import load_data
-from engine.errors import DivergedError, InputError, OutOfMemory
+from engine.errors import DivergedError, OutOfMemory
 from engine.evaluate import evaluate, evaluation_batches
 from engine.export import export_adapter
 from engine.files import write_text
@@ -267,10 +267,7 @@ def _make_plan(config: TrainConfig, base: Base) -> tuple[Plan, ModelShape | None
     ours = free_bytes + torch.cuda.memory_reserved(base.device) + CONTEXT_GIB * GIB  # another process may hold a part
     name = torch.cuda.get_device_name(base.device)
     card = replace(match_card(name) or UNKNOWN_CARD, name=name, memory_gib=min(ours, total_bytes) / GIB)
-    try:
-        shape = ModelShape.of(base.model.config.to_dict(), config.model.path)
-    except InputError:  # a kind of model whose config names things otherwise: it trains, unpredicted
-        shape = None
+    shape = ModelShape.known(base.model.config.to_dict(), config.model.path)
     return plan_for(config, shape, card, host_share_gib()), shape
 
 

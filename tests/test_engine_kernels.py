@@ -10,8 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_checks import CUDA, DEVICE, DTYPES, INTERPRETED, as_good_as_torch, draw, error, plain_glu, run_interpreted
-from kernel_checks import SLACK as SLACK  # for the modules that import their helpers from here
+from kernel_checks import DEVICE, DTYPES, as_good_as_torch, draw, error, leave_to_a_child, plain_glu
 from kernel_checks import implementation as implementation  # runs each test against kernel and reference
 
 from engine import kernels
@@ -308,15 +307,9 @@ def test_a_missing_triton_is_one_clear_error(monkeypatch):
         kernels._load.__wrapped__("norm")
 
 
-if not (CUDA or INTERPRETED):
-    # this process cannot run kernels: one test stands for all of the above, run by a child that can
-    for name in [name for name in globals() if name.startswith("test_")]:
-        del globals()[name]
-    del implementation
+leave_to_a_child(globals(), "test_kernels_in_triton_s_interpreter")
 
-    def test_kernels_in_triton_s_interpreter():
-        run_interpreted(__file__)
 
-    def test_importing_the_package_imports_no_triton():
-        code = "import sys, engine.kernels; assert 'triton' not in sys.modules and 'bitsandbytes' not in sys.modules"
-        subprocess.run([sys.executable, "-c", code], check=True)
+def test_importing_the_package_imports_no_triton():
+    code = "import sys, engine.kernels; assert 'triton' not in sys.modules and 'bitsandbytes' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

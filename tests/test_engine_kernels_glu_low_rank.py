@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 import torch
-from kernel_checks import CUDA, DTYPES, INTERPRETED, SLACK, as_good_as_torch, draw, error, plain_glu, run_interpreted
+from kernel_checks import DTYPES, SLACK, as_good_as_torch, draw, error, leave_to_a_child, plain_glu
 from kernel_checks import implementation as implementation  # runs each test against kernel and reference
 
 from engine import kernels
@@ -184,11 +184,4 @@ def test_wrong_terms_are_refused_in_one_line():
             assert "\n" not in str(caught.value)
 
 
-if not (CUDA or INTERPRETED):
-    # this process cannot run kernels: one test stands for all of the above, run by a child that can
-    for name in [name for name in globals() if name.startswith("test_")]:
-        del globals()[name]
-    del implementation
-
-    def test_low_rank_kernels_in_triton_s_interpreter():
-        run_interpreted(__file__)
+leave_to_a_child(globals(), "test_low_rank_kernels_in_triton_s_interpreter")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_checks import CUDA, DEVICE, DTYPES, INTERPRETED, SLACK, as_good_as_torch, draw, error, run_interpreted
+from kernel_checks import CUDA, DEVICE, DTYPES, SLACK, as_good_as_torch, draw, error, leave_to_a_child
 from kernel_checks import implementation as implementation  # runs each test against kernel and reference
 
 from engine import kernels
@@ -176,11 +176,4 @@ def test_wrong_layouts_and_devices_are_refused_in_one_line():
         assert "\n" not in str(caught.value)
 
 
-if not (CUDA or INTERPRETED):
-    # this process cannot run kernels: one test stands for all of the above, run by a child that can
-    for name in [name for name in globals() if name.startswith("test_")]:
-        del globals()[name]
-    del implementation
-
-    def test_loss_kernels_in_triton_s_interpreter():
-        run_interpreted(__file__)
+leave_to_a_child(globals(), "test_loss_kernels_in_triton_s_interpreter")
