@@ -192,7 +192,7 @@ def parse(model: type[M], data: Any, where: str = "") -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise _input_error(model, error.errors()[0], where) from None
+        raise _input_error(model, error.errors(), where) from None
 
 
 def to_json(config: BaseModel) -> str:
@@ -215,7 +215,9 @@ def load_json(path: str | Path) -> Any:
         raise InputError("file", str(path), f"must be valid JSON ({error})") from None
 
 
-def _input_error(model: type[BaseModel], fault: dict[str, Any], where: str) -> InputError:
+def _input_error(model: type[BaseModel], faults: list[dict[str, Any]], where: str) -> InputError:
+    """The first fault; where a value fits none of several kinds, each has a fault, and all are allowed."""
+    fault = faults[0]
     location = _location(model, fault["loc"])
     field = ".".join(filter(None, [where, *location])) or model.__name__
     if fault["type"] == "extra_forbidden":
@@ -225,7 +227,8 @@ def _input_error(model: type[BaseModel], fault: dict[str, Any], where: str) -> I
         return InputError(field, fault["input"], f"unknown key; known keys: {', '.join(known)}{hint}")
     if fault["type"] == "missing":
         return InputError(field, None, "required, but missing")
-    message = fault["msg"].removeprefix("Value error, ")
+    same = [other["msg"].removeprefix("Value error, ") for other in faults if _location(model, other["loc"]) == location]
+    message = " or ".join(dict.fromkeys([same[0], *(text.removeprefix("Input should be ") for text in same[1:])]))
     return InputError(field, fault["input"], message[:1].lower() + message[1:])
 
 

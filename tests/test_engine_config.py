@@ -30,6 +30,8 @@ def config(**sections):
         ({"data": {"train": "d", "format": "chatty"}}, "data.format", "'messages'"),
         ({"train": {}}, "train.max_tokens", "missing"),
         ({"train": {"max_tokens": 10, "report_at_tokens": [5, 5]}}, "train", "ascend"),
+        ({"train": {"max_tokens": 9, "micro_batch_size": 0}}, "train.micro_batch_size", "or equal to 1 or 'auto'$"),
+        ({"train": {"max_tokens": 9, "activation_checkpointing": "x"}}, "train.activation_checkpointing", "boolean or .* 'offload'$"),
         ({"extra": 1}, "extra", "unknown key; known keys: data, lora, model, optim, train"),
     ],
 )
