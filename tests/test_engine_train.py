@@ -300,3 +300,26 @@ def test_policies_give_bitwise_the_same_trial(tiny_config, tmp_path):
     ]
     losses = [[(r.eval_loss, r.train_loss, r.grad_norm) for r in curve] for curve in curves]
     assert all(other == losses[0] for other in losses[1:])
+
+
+def test_a_plan_is_made_for_the_card_that_is_here_and_for_what_others_leave_of_it(tiny_config, monkeypatch):
+    from types import SimpleNamespace
+
+    from engine import train as module
+    from engine.config import to_json
+
+    gib = 2**30
+    shape = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+             "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
+    base = SimpleNamespace(device=torch.device("cuda"), model=SimpleNamespace(config=SimpleNamespace(to_dict=lambda: shape)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * gib)
+    values = json.loads(to_json(build(tiny_config, data={"max_seq_length": 2048}, train={"tokens_per_step": 16384})))
+    del values["train"]["activation_checkpointing"]
+    wanted = parse(TrainConfig, values)
+    plans = {}
+    for free_gib in (17.0, 6.0):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free_gib=free_gib: (int(free_gib * gib), int(23.6 * gib)))
+        plans[free_gib], known = module._make_plan(wanted, base)
+        assert known.num_layers == 32 and plans[free_gib].memory.peak_gib < free_gib + 6.0
+    assert plans[6.0].speed.tokens_per_second < plans[17.0].speed.tokens_per_second
