@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.errors import InputError
 
@@ -83,6 +83,14 @@ DEVICE_NAMES: dict[str, str] = {
     "h100": r"H100 80GB HBM3", "h200": r"H200",
 }  # fmt: skip
 """The whole of torch.cuda.get_device_name() behind "NVIDIA ". A 4090 D, a laptop's 4090 or an H100 PCIe is another card."""
+
+
+UNKNOWN = Card("unknown", 0.0, 600.0, 60.0, 12.0)  # a modest card: only the ratios of its numbers matter to a plan
+
+
+def found_card(device_name: str, memory_gib: float) -> Card:
+    """The card that a device is, with the memory it has here; of one that is not in CARDS, the speed is a guess."""
+    return replace(match_card(device_name) or UNKNOWN, name=device_name, memory_gib=memory_gib)
 
 
 def match_card(device_name: str) -> Card | None:

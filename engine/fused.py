@@ -123,21 +123,19 @@ def _mlp_backward(dy: Tensor, call: Call, saved: Saved, grads: Gradients) -> Ten
     return dx_mid
 
 
-def _attention_backward(
-    dx_mid: Tensor, call: Call, saved: Saved, grads: Gradients, wants_dx: bool
-) -> Tensor | None:
+def _attention_backward(dx_mid: Tensor, call: Call, saved: Saved, grads: Gradients, wants_dx: bool) -> Tensor | None:
     """Gradient of x, or None where nothing below the layer is trained."""
-    spec, qkv = call.spec, call.groups["qkv"]
+    spec = call.spec
     ddelta = dx_mid
     if spec.after_attention_norm is not None:
         ddelta = spec.after_attention_norm.backward(dx_mid, saved.o_out, saved.rstd["after_attention"])
     *leaves, out = saved.attention
     flat_out = out.detach().reshape(ddelta.shape[0], -1)
-    if not wants_dx and not qkv.is_adapted:
-        o = call.groups["o"]
-        grads["o"], grads["qkv"] = o.adapter_gradients(ddelta, o.low_gradient(ddelta), flat_out, saved.low["o"]), ()
+    goes_on = wants_dx or call.groups["qkv"].is_adapted
+    dout = group_backward("o", ddelta, flat_out, call, saved, grads, wants_dx=goes_on)
+    if not goes_on:
+        grads["qkv"] = ()
         return None
-    dout = group_backward("o", ddelta, flat_out, call, saved, grads, None)
     dq, dk, dv = torch.autograd.grad(out, leaves, dout.view(out.shape))
     saved.attention = ()
     dq, dk = dq.contiguous(), dk.contiguous()
@@ -147,8 +145,5 @@ def _attention_backward(
         dk = spec.k_norm.backward(dk, saved.k, saved.rstd["k"])
     normed = saved.normed if saved.normed is not None else spec.input_norm.forward(saved.x)[0]
     dqkv = torch.cat([gradient.reshape(gradient.shape[0], -1) for gradient in (dq, dk, dv)], dim=1)
-    if not wants_dx:
-        grads["qkv"] = qkv.adapter_gradients(dqkv, qkv.low_gradient(dqkv), normed, saved.low["qkv"])
-        return None
-    dnormed = group_backward("qkv", dqkv, normed, call, saved, grads, None)
-    return spec.input_norm.backward(dnormed, saved.x, saved.rstd["input"], residual=dx_mid)
+    dnormed = group_backward("qkv", dqkv, normed, call, saved, grads, wants_dx=wants_dx)
+    return spec.input_norm.backward(dnormed, saved.x, saved.rstd["input"], residual=dx_mid) if wants_dx else None

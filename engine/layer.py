@@ -14,10 +14,10 @@ from torch import Tensor
 
 from engine import kernels
 from engine.attention import AttentionOptions, Documents
+from engine.layer_plan import GROUPS
 from engine.offload import HostStash
 from engine.projection import ProjectionGroup, Weights
 
-GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 PROJECTIONS = tuple(name for names in GROUPS.values() for name in names)
 Gradients = dict[str, tuple[Tensor, ...]]
 """Of adapters, by group."""
@@ -130,12 +130,19 @@ def low_rank_hidden(name: str, x: Tensor, call: Call, saved: Saved) -> Tensor | 
 
 
 def group_backward(
-    name: str, dy: Tensor, x: Tensor, call: Call, saved: Saved, grads: Gradients, weights: Weights | None
-) -> Tensor:
-    """Gradient of the group's input x; its adapter gradients into `grads`."""
+    name: str,
+    dy: Tensor,
+    x: Tensor,
+    call: Call,
+    saved: Saved,
+    grads: Gradients,
+    weights: Weights | None = None,
+    wants_dx: bool = True,
+) -> Tensor | None:
+    """Gradient of the group's input x, where it is wanted; its adapter gradients into `grads`."""
     group = call.groups[name]
     dlow = group.low_gradient(dy)
     grads[name] = group.adapter_gradients(dy, dlow, x, saved.low[name])
-    return group.input_gradient(dy, dlow, weights)
+    return group.input_gradient(dy, dlow, weights) if wants_dx else None
 
 

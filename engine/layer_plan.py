@@ -18,6 +18,7 @@ from engine.shape import ModelShape
 GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 PolicyName = Literal["keep", "selective", "recompute", "offload"]
 POLICIES: dict[bool | str, PolicyName] = {False: "keep", "selective": "selective", True: "recompute", "offload": "offload"}
+"""Setting of `train.activation_checkpointing` -> what a layer does, from most to least memory."""
 
 
 @dataclass(frozen=True)

@@ -241,17 +241,13 @@ class _Walk:
 def _base_bytes(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
     """Linear layers as they are held, norms and biases. NF4: half a byte a value; a scale for 64, fp32 or, quantised again, one
     byte and an fp32 for 256 of them; two code tables a weight."""
-    element, K = element_bytes(config), shape.head_dim
-    norms = (4 if shape.four_norms else 2) * shape.hidden_size + (2 * K if shape.qk_norm else 0)
-    bias = (shape.num_heads + 2 * shape.num_kv_heads) * K if shape.qkv_bias else 0
-    plain = element * (shape.num_layers * (norms + bias) + shape.hidden_size)
-    linear = 0
+    element, linear = element_bytes(config), 0
     for features in shape.projections().values():
         number = math.prod(features)
         blocks = math.ceil(number / 64)
         scales = blocks + 4 * math.ceil(blocks / 256) + 1536 if config.model.double_quantization else 4 * blocks + 512
         linear += number // 2 + scales if config.model.quantization == "nf4" else element * number
-    return {"base weights": shape.num_layers * linear, "norms and biases": plain}
+    return {"base weights": shape.num_layers * linear, "norms and biases": element * shape.vector_parameters}
 
 
 def _is_on_host(config: TrainConfig, table_bytes: int) -> bool:

@@ -22,14 +22,13 @@ from engine.config import ModelConfig
 from engine.embedding import place_embedding
 from engine.errors import InputError, first_line
 from engine.layer import Policy
+from engine.layer_plan import POLICIES
 from engine.loss import Head, linear_cross_entropy
 from engine.metrics import GIB
 from engine.offload import HostStash
 from engine.packing import Batch
 from engine.quant import freeze_linears, nf4_load_config
 from engine.swap import SwapReport, cache_weights, fuse_layers, require_fused, set_policy, survey
-
-POLICIES = {False: Policy.KEEP, "selective": Policy.SELECTIVE, True: Policy.RECOMPUTE, "offload": Policy.OFFLOAD}
 
 
 @dataclass
@@ -70,7 +69,7 @@ class Base:
         """Whether decoder layers are computed again in the backward pass, or keep their matmul outputs, as the last `keep_layers`
         always do; selective: the MLP is computed again; offload: all is, from inputs in host memory. Layers that run unfused are
         computed again whole."""
-        self.stash = set_policy(self.model, POLICIES[wanted], keep_layers)
+        self.stash = set_policy(self.model, Policy[POLICIES[wanted].upper()], keep_layers)
         if self.swaps.unfused:
             # transformers is renaming the methods (5.23)
             switch = "enable" if wanted else "disable"

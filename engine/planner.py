@@ -14,15 +14,15 @@ from typing import Any
 from engine.cards import Card
 from engine.config import TrainConfig
 from engine.errors import OutOfMemory
+from engine.layer_plan import POLICIES
 from engine.memory import MemoryPrediction, fits, predict_memory
 from engine.metrics import GIB
 from engine.shape import ModelShape
 from engine.speed import SpeedPrediction, predict_speed
 
-POLICIES: tuple[bool | str, ...] = (False, "selective", True, "offload")
-"""`activation_checkpointing`, from most to least memory."""
+LEANER = tuple(POLICIES)
+"""Settings of `activation_checkpointing`, from most to least memory."""
 CACHE_STEP_GIB = 1.0
-UNKNOWN_CARD = Card("unknown", 0.0, 600.0, 60.0, 12.0)  # a modest card: only the ratios of its numbers matter to a plan
 NEGLIGIBLE = 0.01  # of the speed: below it, the plan with longer rows wins, then the one with less memory
 LONG_ROW = 8192  # tokens: beyond it, launches no longer weigh, which the predicted speed of small models leaves out
 
@@ -108,10 +108,10 @@ def _less(current: Plan) -> dict[str, Any] | None:
         return {"micro_batch_size": current.micro_batch_size // 2}
     if current.weight_cache_gib:
         return {"weight_cache_gib": 0.0}
-    place = POLICIES.index(current.activation_checkpointing)
+    place = LEANER.index(current.activation_checkpointing)
     if current.keep_layers and place > 0:
         return {"keep_layers": 0}
-    return {"activation_checkpointing": POLICIES[place + 1], "keep_layers": 0} if place + 1 < len(POLICIES) else None
+    return {"activation_checkpointing": LEANER[place + 1], "keep_layers": 0} if place + 1 < len(LEANER) else None
 
 
 def _unpredicted(config: TrainConfig, on_cpu: bool) -> Plan:
@@ -131,7 +131,7 @@ def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: 
         sizes = _sizes(bins, max(1, 2 * LONG_ROW // config.data.max_seq_length))
     else:
         sizes = [min(loop.micro_batch_size, bins)]
-    policies = POLICIES if loop.activation_checkpointing == "auto" else (loop.activation_checkpointing,)
+    policies = LEANER if loop.activation_checkpointing == "auto" else (loop.activation_checkpointing,)
     for size in sizes:
         for policy in policies:
             lean = Plan(
@@ -157,7 +157,7 @@ def _filled(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: floa
         full = _predicted(replace(lean, keep_layers=most), config, shape, card)
         yield full
     if config.train.weight_cache_gib == "auto":
-        weights = 2 * shape.num_layers * sum(out * into for out, into in shape.projections().values())
+        weights = 2 * shape.num_layers * shape.linear_parameters
         steps = math.ceil(min(memory_gib, weights / GIB) / CACHE_STEP_GIB)
         room = _largest(
             0, steps, lambda n: _fits(replace(full, weight_cache_gib=n * CACHE_STEP_GIB), config, shape, memory_gib)

@@ -106,10 +106,15 @@ class ModelShape:
         return sum(math.prod(features) for features in self.projections().values())
 
     @property
-    def num_parameters(self) -> int:
-        """All of them, embeddings once where they are tied."""
+    def vector_parameters(self) -> int:
+        """Norms and biases of all decoder layers, and the final norm."""
         D, K = self.hidden_size, self.head_dim
         norms = (4 if self.four_norms else 2) * D + (2 * K if self.qk_norm else 0)
         bias = (self.num_heads + 2 * self.num_kv_heads) * K if self.qkv_bias else 0
-        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * D
-        return self.num_layers * (self.linear_parameters + norms + bias) + D + embeddings
+        return self.num_layers * (norms + bias) + D
+
+    @property
+    def num_parameters(self) -> int:
+        """All of them, embeddings once where they are tied."""
+        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
+        return self.num_layers * self.linear_parameters + self.vector_parameters + embeddings

@@ -12,14 +12,13 @@ import math
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from engine import checkpoint
-from engine.cards import match_card
+from engine.cards import found_card
 from engine.checkpoint import Progress
 from engine.config import TrainConfig
 from engine.data import load_data
@@ -34,7 +33,7 @@ from engine.model import Base, free, load_base, pick_device
 from engine.offload import host_share_gib
 from engine.optim import learning_rate, make_optimizer, set_learning_rate
 from engine.packing import Cursor, collate
-from engine.planner import UNKNOWN_CARD, Plan, changed, leaner
+from engine.planner import Plan, changed, leaner
 from engine.planner import plan as plan_for
 from engine.shape import ModelShape
 
@@ -265,8 +264,7 @@ def _make_plan(config: TrainConfig, base: Base) -> tuple[Plan, ModelShape | None
         return plan_for(config, None, None), None
     free_bytes, total_bytes = torch.cuda.mem_get_info(base.device)
     ours = free_bytes + torch.cuda.memory_reserved(base.device) + CONTEXT_GIB * GIB  # another process may hold a part
-    name = torch.cuda.get_device_name(base.device)
-    card = replace(match_card(name) or UNKNOWN_CARD, name=name, memory_gib=min(ours, total_bytes) / GIB)
+    card = found_card(torch.cuda.get_device_name(base.device), min(ours, total_bytes) / GIB)
     shape = ModelShape.known(base.model.config.to_dict(), config.model.path)
     return plan_for(config, shape, card, host_share_gib()), shape
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from engine.cards import CARDS, Card, match_card
+from engine.cards import CARDS, Card, found_card
 from engine.config import TrainConfig
 from engine.errors import OutOfMemory
-from engine.planner import UNKNOWN_CARD, Plan, plan
+from engine.planner import Plan, plan
 from engine.shape import ModelShape
 
 LEAST_EXCESS_GIB = 0.01  # what does not fit for want of its reserve alone violates the constraint too
@@ -107,4 +107,4 @@ def _card(name: str, found: Mapping[str, Any] | None) -> Card | None:
         return CARDS[name]
     if found is None:
         return None
-    return replace(match_card(found["name"]) or UNKNOWN_CARD, name=found["name"], memory_gib=found["memory_gib"])
+    return found_card(found["name"], found["memory_gib"])

@@ -17,12 +17,13 @@ from torch import nn
 
 from engine.bench.shapes import random_base, random_model
 from engine.config import LoraConfig
+from engine.layer_plan import POLICIES
 from engine.lora import FlatAdapter, attach
 from engine.model import pick_dtype
 from engine.packing import Batch
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-OUR_POLICIES: dict[str, Any] = {"recompute": True, "offload": "offload", "selective": "selective", "keep": False}
+OUR_POLICIES: dict[str, Any] = {name: setting for setting, name in POLICIES.items()}
 Built = tuple[Callable[[Batch], torch.Tensor], list[nn.Parameter], Callable[[], None]]
 
 
