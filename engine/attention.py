@@ -117,9 +117,7 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, documents: Documents, options: Att
     q_BHLK, k_BGLK, v_BGLK = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = F.scaled_dot_product_attention(
-            q_BHLK, k_BGLK, v_BGLK, is_causal=True, scale=options.scaling, enable_gqa=grouped
-        )
+        out = F.scaled_dot_product_attention(q_BHLK, k_BGLK, v_BGLK, is_causal=True, scale=options.scaling, enable_gqa=grouped)
     return out.transpose(1, 2).flatten(0, 1)
 
 

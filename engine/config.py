@@ -123,9 +123,10 @@ class LoopConfig(StrictModel):
     keep_layers: Annotated[int, Field(ge=0)] | Auto = Field(
         "auto", description="so many last layers keep activations whatever activation_checkpointing says"
     )
-    weight_cache_gib: Annotated[float, Field(ge=0.0)] | Auto = Field(
-        "auto", description="device memory for dequantised weights"
+    host_layers: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto", description="so many of the other layers keep activations in pinned host memory, spread evenly"
     )
+    weight_cache_gib: Annotated[float, Field(ge=0.0)] | Auto = Field("auto", description="device memory for dequantised weights")
     memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = Field(None, description="device memory to use; none: the card's")
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -151,7 +152,7 @@ NUMERICALLY_NEUTRAL = {
     "model": ("embeddings",),
     "train": (
         "micro_batch_size", "gradient_accumulation_steps", "tokens_per_step", "activation_checkpointing", "keep_layers",
-        "weight_cache_gib", "memory_budget_gib",
+        "host_layers", "weight_cache_gib", "memory_budget_gib",
     ),
 }  # fmt: skip
 """Fields that change speed and memory but not what is computed, beyond rounding; of the step's size, `bins_per_step` remains."""

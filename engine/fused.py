@@ -9,10 +9,13 @@ Shape letters: T tokens, D hidden, H query heads, G key/value heads, K head dim.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from engine import fused_mlp, kernels
 from engine.attention import attend
@@ -22,7 +25,7 @@ from engine.layer import GROUPS, Call, Gradients, Policy, Saved, group_backward,
 
 def decoder_layer(x_TD: Tensor, call: Call, adapters: list[Tensor]) -> Tensor:
     """The layer's output [T, D]. adapters: lora_a, lora_b of each projection that has them, in the order of PROJECTIONS."""
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() and (x_TD.requires_grad or adapters)):
         return _forward(x_TD, call, Saved(x_TD), graph=False)
     return _DecoderLayer.apply(x_TD, call, *adapters)
 
@@ -31,15 +34,9 @@ class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, call: Call, *adapters: Tensor) -> Tensor:
         saved = Saved(x_TD)
-        y_TD = _forward(x_TD, call, saved, graph=call.policy in (Policy.KEEP, Policy.SELECTIVE))
-        if call.policy is Policy.RECOMPUTE:
-            saved = Saved(x_TD, saved.low)
-        elif call.policy is Policy.OFFLOAD:
-            saved = Saved(call.stash.push(x_TD))
-        elif call.policy is Policy.SELECTIVE:
-            saved.gate_up = saved.down_out = None
-        saved.normed = None
-        ctx.call, ctx.saved = call, saved
+        y_TD = _forward(x_TD, call, saved, graph=call.policy.keeps_attention)
+        call.stash.advance()
+        ctx.call, ctx.saved = call, _kept(saved, call)
         ctx.dtypes = [a.dtype for a in adapters]
         return y_TD
 
@@ -47,7 +44,7 @@ class _DecoderLayer(torch.autograd.Function):
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, ctx.saved
         ctx.call = ctx.saved = None  # the node outlives its backward pass, until the loss is dropped
-        if call.policy is Policy.OFFLOAD:
+        if call.policy in (Policy.OFFLOAD, Policy.HOST):
             saved.x = call.stash.pop(saved.x)
         grads: Gradients = {}
         dx_mid_TD = _mlp_backward(dy_TD.contiguous(), call, saved, grads)
@@ -57,9 +54,29 @@ class _DecoderLayer(torch.autograd.Function):
         return dx_TD, None, *(g.to(dtype) for g, dtype in zip(ordered, ctx.dtypes))
 
 
+def _kept(saved: Saved, call: Call) -> Saved:
+    """What the policy keeps of a forward pass."""
+    policy = call.policy
+    if policy is Policy.RECOMPUTE:
+        return Saved(saved.x, saved.low)
+    if policy is Policy.OFFLOAD:
+        return Saved(call.stash.push(saved.x))
+    saved.normed = None
+    if not _keeps_mlp(call, saved.x.shape[0]):
+        saved.gate_up = saved.down_out = None
+    if policy is Policy.HOST:
+        saved.x = call.stash.push(saved.x, saved.kept())
+    saved.graph.clear()
+    return saved
+
+
+def _keeps_mlp(call: Call, num_tokens: int) -> bool:
+    return call.policy is Policy.KEEP or (call.policy is Policy.HOST and num_tokens <= fused_mlp.TILE_TOKENS)
+
+
 def _forward(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
     normed = _to_mlp(x, call, saved, graph)
-    if (call.policy is Policy.KEEP and graph) or x.shape[0] <= fused_mlp.TILE_TOKENS:
+    if (graph and _keeps_mlp(call, x.shape[0])) or x.shape[0] <= fused_mlp.TILE_TOKENS:
         return mlp(normed, call, saved)
     y = torch.empty_like(x)
     for rows, part in tiles(call, x.shape[0]):
@@ -83,7 +100,8 @@ def _attention_half(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
     q, k = _rotated(call, saved)
     if graph:
         leaves = [t.detach().requires_grad_() for t in (q, k, saved.v)]
-        with torch.enable_grad():
+        noted = saved_tensors_hooks(partial(_noted, saved.graph), _same) if call.policy is Policy.HOST else nullcontext()
+        with torch.enable_grad(), noted:
             out = attend(*leaves, call.documents, spec.attention)
         saved.attention = (*leaves, out)
         out = out.detach()
@@ -94,6 +112,15 @@ def _attention_half(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
         saved.o_out = delta
         delta, saved.rstd["after_attention"] = spec.after_attention_norm.forward(delta)
     return delta
+
+
+def _noted(graph: list[Tensor], saved: Tensor) -> Tensor:
+    graph.append(saved)
+    return saved
+
+
+def _same(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _rotated(call: Call, saved: Saved) -> tuple[Tensor, Tensor]:

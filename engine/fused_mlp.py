@@ -81,5 +81,3 @@ def _activation_backward(ddown: Tensor, call: Call, saved: Saved, grads: Gradien
     hidden = dhidden  # in place
     grads["down"] = group.adapter_gradients(ddown, dlow, hidden, low_rank_hidden("down", hidden, call, saved))
     return gate_up
-
-

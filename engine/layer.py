@@ -27,9 +27,14 @@ class Policy(Enum):
     """What a layer keeps from forward to backward."""
 
     KEEP = "all matmul outputs; norms, rotation and activation are recomputed"
+    HOST = "the same, in host memory; of a row longer than a tile of the MLP, without the MLP's"
     SELECTIVE = "its input and all of attention; the MLP is recomputed"
     RECOMPUTE = "its input only"
     OFFLOAD = "its input only, in host memory"
+
+    @property
+    def keeps_attention(self) -> bool:
+        return self in (Policy.KEEP, Policy.HOST, Policy.SELECTIVE)
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,9 @@ class Call:
 
 @dataclass
 class Saved:
-    """Intermediates between forward and backward. x: a number of the stash under OFFLOAD. q, k, v are as projected; `attention`
-    is a small autograd graph of its own; `low` holds each group's low-rank hidden, kept under all policies but OFFLOAD."""
+    """Intermediates between forward and backward. x: a number of the stash under OFFLOAD and HOST. q, k, v are as projected;
+    `attention` is a small autograd graph of its own, `graph` what it saved; `low` holds each group's low-rank hidden, kept under
+    all policies but OFFLOAD."""
 
     x: Tensor | int
     low: dict[str, Tensor | None] = field(default_factory=dict)
@@ -109,12 +115,18 @@ class Saved:
     k: Tensor | None = None
     v: Tensor | None = None
     attention: tuple[Tensor, ...] = ()
+    graph: list[Tensor] = field(default_factory=list)
     o_out: Tensor | None = None
     x_mid: Tensor | None = None
     gate_up: Tensor | None = None
     down_out: Tensor | None = None
     rstd: dict[str, Tensor] = field(default_factory=dict)
     normed: Tensor | None = None  # x, normalised: within one pass only
+
+    def kept(self) -> list[Tensor]:
+        """All but x and the vectors of one value a token."""
+        single = (self.q, self.k, self.v, self.o_out, self.x_mid, self.gate_up, self.down_out)
+        return [t for t in (*single, *self.attention, *self.graph, *self.low.values()) if t is not None]
 
 
 def project(name: str, x: Tensor, call: Call, saved: Saved) -> Tensor:
@@ -144,5 +156,3 @@ def group_backward(
     dlow = group.low_gradient(dy)
     grads[name] = group.adapter_gradients(dy, dlow, x, saved.low[name])
     return group.input_gradient(dy, dlow, weights) if wants_dx else None
-
-

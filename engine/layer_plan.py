@@ -16,9 +16,12 @@ from engine.metrics import GIB
 from engine.shape import ModelShape
 
 GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
-PolicyName = Literal["keep", "selective", "recompute", "offload"]
+PolicyName = Literal["keep", "host", "selective", "recompute", "offload"]
 POLICIES: dict[bool | str, PolicyName] = {False: "keep", "selective": "selective", True: "recompute", "offload": "offload"}
 """Setting of `train.activation_checkpointing` -> what a layer does, from most to least memory."""
+# Device memory of what was put away on the host is let go so many layers later, time for the copy out; sooner, a layer later at
+# the soonest, where more than so many bytes are waiting: layers of long rows are large, and slow enough for their copies.
+HOST_LAG, HOST_IN_FLIGHT = 3, 2**30
 
 
 @dataclass(frozen=True)
@@ -61,20 +64,33 @@ def adapted_projections(config: TrainConfig, shape: ModelShape) -> list[tuple[st
 def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
     """The plan of each decoder layer, from the first. ValueError where the config leaves something `auto`: plan it first."""
     loop = config.train
-    if "auto" in (loop.micro_batch_size, loop.activation_checkpointing, loop.keep_layers, loop.weight_cache_gib):
+    if "auto" in (
+        loop.micro_batch_size,
+        loop.activation_checkpointing,
+        loop.keep_layers,
+        loop.host_layers,
+        loop.weight_cache_gib,
+    ):
         raise ValueError("predictions need a config with nothing left auto: see engine.planner")
     adapted = adapted_projections(config, shape)
     first = next(i for i, names in enumerate(adapted) if names)
     cached = _cached_groups(config, shape)
     sizes = {name: config.lora.rank * sum(features) for name, features in shape.projections().items()}
-    plans = []
+    plans, counts = [], (loop.keep_layers, loop.host_layers) if is_fused(config, shape) else (0, 0)
+    policies = layer_policies(shape.num_layers, POLICIES[loop.activation_checkpointing], *counts)
     for i, names in enumerate(adapted):
-        keeps = i >= shape.num_layers - loop.keep_layers and is_fused(config, shape)
         ranks = {group: config.lora.rank * sum(n in names for n in members) for group, members in GROUPS.items()}
         adapter = {group: sum(sizes[n] for n in members if n in names) for group, members in GROUPS.items()}
-        policy = "keep" if keeps else POLICIES[loop.activation_checkpointing]
-        plans.append(LayerPlan(policy, ranks, adapter, cached[i], i >= first, i > first))
+        plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, i > first))
     return plans
+
+
+def layer_policies(num_layers: int, policy: PolicyName, keep_layers: int, host_layers: int) -> list[PolicyName]:
+    """Of each layer: the last `keep_layers` keep all; of the others, `host_layers` keep all on the host, spread evenly so that
+    copies have the time of the layers between; the rest follow `policy`."""
+    others = max(0, num_layers - keep_layers)
+    spread: list[PolicyName] = ["host" if i * host_layers % others < host_layers else policy for i in range(others)]
+    return spread + ["keep"] * (num_layers - others)
 
 
 def group_parameters(shape: ModelShape) -> dict[str, int]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from engine.layer_plan import LayerPlan, group_parameters
-from engine.ledger import ATTENTION, BOUNDARY, KEPT, LOW, TRANSIENT, WEIGHTS, Ledger
+from engine.ledger import ATTENTION, BOUNDARY, KEPT, LOW, TRANSIENT, WEIGHTS, Away, Ledger
 from engine.shape import ModelShape
 
 MLP_TILE_TOKENS = 8192  # engine.fused_mlp.TILE_TOKENS, which needs torch; a test holds them equal
@@ -75,11 +75,13 @@ class Pass:
     attention: AttentionName
     dropout: bool
     ledger: Ledger
+    away: Away
 
     def forward(self, trains: bool) -> None:
         """x is alive when it begins, y, the next layer's x, when it ends. trains: whether a backward pass follows."""
         ledger, s, policy = self.ledger, self.sizes, self.plan.policy
-        graph, keeps_mlp = trains and policy in ("keep", "selective"), trains and policy == "keep"
+        graph = trains and policy in ("keep", "host", "selective")
+        keeps_mlp = trains and (policy == "keep" or (policy == "host" and s.tile is None))
         self._to_mlp(graph)
         y = f"{self.i + 1}.x"
         if keeps_mlp or s.tile is None:
@@ -94,15 +96,23 @@ class Pass:
         if not keeps_mlp:
             ledger.drop(*map(self._own, ("gate_up", "down_out")))
         if not trains or policy == "offload":
-            ledger.drop(*map(self._own, ("x", *(f"low.{group}" for group in self.plan.ranks))))
+            ledger.drop(*(self._own(f"low.{group}") for group in self.plan.ranks))
+        if not trains:
+            return ledger.drop(self._own("x"))
+        self.away.advance()
+        if policy in ("host", "offload"):
+            self.away.push(self._names())
 
     def backward(self) -> None:
         """dy is alive when it begins, dx, then called dy, when it ends. Of the layer, nothing is left."""
         ledger = self.ledger
+        if self.plan.policy in ("host", "offload"):
+            self.away.pop()
         self._mlp_backward()
         ledger.drop(self._own("x_mid"))
         self._attention_backward()
-        ledger.drop(*[name for name in ledger.alive if name.startswith((self._own(""), "grads."))], "normed", "dx_mid")
+        grads = [name for name in ledger.alive if name.startswith("grads.")]
+        ledger.drop(*self._names(), *grads, "normed", "dx_mid")
         ledger.rename("dx", "dy")
 
     def _to_mlp(self, graph: bool) -> None:
@@ -122,7 +132,11 @@ class Pass:
 
     def _component(self, graph: bool) -> str:
         """Of what attention's graph and the MLP's backward read: kept, or made again for one pass."""
-        return KEPT if graph and self.plan.policy in ("keep", "selective") else TRANSIENT
+        return KEPT if graph and self.plan.policy in ("keep", "host", "selective") else TRANSIENT
+
+    def _names(self) -> list[str]:
+        """Of the layer's own tensors that are alive."""
+        return [name for name in self.ledger.alive if name.startswith(self._own(""))]
 
     def _own(self, tensor: str) -> str:
         return f"{self.i}.{tensor}"

@@ -14,7 +14,7 @@ from typing import Literal
 
 from engine.config import TrainConfig
 from engine.layer_plan import element_bytes, group_parameters, is_fused, plan_layers
-from engine.ledger import ATTENTION, BOUNDARY, KEPT, WEIGHTS, Ledger
+from engine.ledger import ATTENTION, BOUNDARY, KEPT, WEIGHTS, Away, Ledger
 from engine.liveness import AttentionName, Pass, Sizes
 from engine.metrics import GIB
 from engine.shape import ModelShape
@@ -37,12 +37,14 @@ FRAGMENTATION, ROUGH_FRAGMENTATION = 0.05, 0.12
 @dataclass(frozen=True)
 class MemoryPrediction:
     """components: bytes by what holds them, at the moment of the peak. phases: the peak of each phase; phase: the highest one.
-    rough: layers run unfused, or attention with autograd's own graph: an estimate, not a count."""
+    rough: layers run unfused, or attention with autograd's own graph: an estimate, not a count. host_bytes: pinned host memory
+    for what layers put away."""
 
     components: dict[str, int]
     phases: dict[str, int]
     phase: str
     rough: bool = False
+    host_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -52,6 +54,10 @@ class MemoryPrediction:
     @property
     def peak_gib(self) -> float:
         return self.peak_bytes / GIB
+
+    @property
+    def host_gib(self) -> float:
+        return self.host_bytes / GIB
 
     @property
     def reserve_gib(self) -> float:
@@ -82,7 +88,7 @@ def predict_memory(
     if evaluation:
         walk.evaluate()
     ledger = walk.ledger
-    return MemoryPrediction(ledger.highest_components, ledger.peaks, ledger.highest_phase, walk.is_rough)
+    return MemoryPrediction(ledger.highest_components, ledger.peaks, ledger.highest_phase, walk.is_rough, walk.away.highest)
 
 
 def fits(prediction: MemoryPrediction, memory_gib: float) -> bool:
@@ -95,6 +101,7 @@ class _Walk:
 
     def __init__(self, config: TrainConfig, shape: ModelShape, attention: AttentionName) -> None:
         self.config, self.shape, self.ledger = config, shape, Ledger()
+        self.away = Away(self.ledger)
         self.attention: AttentionName = "eager" if shape.attention_softcap else attention
         self.plans, self.element = plan_layers(config, shape), element_bytes(config)
         self.is_fused = is_fused(config, shape)
@@ -130,6 +137,7 @@ class _Walk:
             passes = [self._pass(i, sizes, self.config.lora.lora_dropout > 0.0) for i in range(last)]
             for layer in passes:
                 layer.forward(trains=layer.plan.trained)
+            self.away.flush()
         else:
             self._forward_unfused(sizes)
         self._loss(sizes, tokens, trains=True)
@@ -171,7 +179,7 @@ class _Walk:
         return sizes
 
     def _pass(self, i: int, sizes: Sizes, dropout: bool) -> Pass:
-        return Pass(i, self.plans[i], self.shape, sizes, self.attention, dropout, self.ledger)
+        return Pass(i, self.plans[i], self.shape, sizes, self.attention, dropout, self.ledger, self.away)
 
     def _loss(self, sizes: Sizes, tokens: int, trains: bool) -> None:
         """engine.loss: every token a target. Ends with `dh`, the gradient of the normalised hidden states, where there is one."""
@@ -190,17 +198,12 @@ class _Walk:
             ledger.drop("grad")
 
     def _backward(self, passes: list[Pass]) -> None:
-        """From the last layer to the first that has a backward pass. Under offload the layer below is already on its way back."""
-        ledger = self.ledger
+        """From the last layer to the first that has a backward pass."""
         for layer in reversed(passes):
             if not layer.plan.trained:
                 break
-            kind = "kept" if layer.plan.policy == "keep" else "recomputed"
-            ledger.enter(f"backward, {kind} layers")
-            if layer.plan.policy == "offload":
-                for name in (f"{i}.x" for i in (layer.i, layer.i - 1) if i >= 0):
-                    if name not in ledger.alive:
-                        ledger.hold(name, layer.sizes.x, BOUNDARY)
+            kind = "kept" if layer.plan.policy in ("keep", "host") else "recomputed"
+            self.ledger.enter(f"backward, {kind} layers")
             layer.backward()
 
     def _forward_unfused(self, sizes: Sizes) -> None:

@@ -59,17 +59,21 @@ class Base:
             document_lengths=batch.document_lengths,
             document_offsets=batch.document_offsets,
         )
+        self.stash.flush()
         return output.last_hidden_state.squeeze(0)
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum over the row's targets of -log p(target), fp32 scalar in nats; `batch` is already on the device."""
         return linear_cross_entropy(self.hidden_states(batch), batch.labels_T, self.head(), batch.target_rows)
 
-    def checkpoint_activations(self, wanted: bool | Literal["selective", "offload"], keep_layers: int = 0) -> None:
+    def checkpoint_activations(
+        self, wanted: bool | Literal["selective", "offload"], keep_layers: int = 0, host_layers: int = 0
+    ) -> None:
         """Whether decoder layers are computed again in the backward pass, or keep their matmul outputs, as the last `keep_layers`
-        always do; selective: the MLP is computed again; offload: all is, from inputs in host memory. Layers that run unfused are
-        computed again whole."""
-        self.stash = set_policy(self.model, Policy[POLICIES[wanted].upper()], keep_layers)
+        always do, and `host_layers` of the others in host memory; selective: the MLP is computed again; offload: all is, from
+        inputs in host memory. Layers that run unfused are computed again whole."""
+        self.stash.clear()
+        self.stash = set_policy(self.model, Policy[POLICIES[wanted].upper()], keep_layers, host_layers)
         if self.swaps.unfused:
             # transformers is renaming the methods (5.23)
             switch = "enable" if wanted else "disable"

@@ -23,6 +23,7 @@ from engine.speed import SpeedPrediction, predict_speed
 LEANER = tuple(POLICIES)
 """Settings of `activation_checkpointing`, from most to least memory."""
 CACHE_STEP_GIB = 1.0
+HOST_STEP = 2  # layers
 NEGLIGIBLE = 0.01  # of the speed: below it, the plan with longer rows wins, then the one with less memory
 LONG_ROW = 8192  # tokens: beyond it, launches no longer weigh, which the predicted speed of small models leaves out
 
@@ -34,12 +35,13 @@ class Plan:
     micro_batch_size: int
     activation_checkpointing: bool | str
     keep_layers: int
+    host_layers: int
     weight_cache_gib: float
     memory: MemoryPrediction | None = None
     speed: SpeedPrediction | None = None
 
     def settings(self) -> dict[str, Any]:
-        """The four fields, as plain data."""
+        """The five fields, as plain data."""
         values = asdict(replace(self, memory=None, speed=None))
         return {name: value for name, value in values.items() if name not in ("memory", "speed")}
 
@@ -55,6 +57,8 @@ class Plan:
         parts = [f"micro-batch {self.micro_batch_size}", kept[self.activation_checkpointing]]
         if self.activation_checkpointing is not False and self.keep_layers:
             parts.append(f"{self.keep_layers} layers kept")
+        if self.host_layers:
+            parts.append(f"{self.host_layers} layers kept on the host")
         if self.weight_cache_gib:
             parts.append(f"{self.weight_cache_gib:g} GiB of weights dequantised")
         return ", ".join(parts)
@@ -64,25 +68,17 @@ def plan(config: TrainConfig, shape: ModelShape | None, card: Card | None, host_
     """The fastest way to compute `config` that fits the card, or `train.memory_budget_gib` of it. Without shape or card (a CPU,
     an unknown model) nothing is predicted: one bin at a time. Raises OutOfMemory where the leanest way does not fit.
 
-    host_gib: host memory for layer inputs under `offload`, of this one process."""
+    host_gib: host memory for what layers put away, of this one process."""
     if shape is None or card is None:
         return _unpredicted(config, on_cpu=card is None)
     memory_gib = min(card.memory_gib, config.train.memory_budget_gib or card.memory_gib)
-    candidates = [c for c in _candidates(config, shape, card, memory_gib) if offloaded_gib(c, config, shape) <= host_gib]
+    candidates = [c for c in _candidates(config, shape, card, memory_gib, host_gib) if c.memory.host_gib <= host_gib]
     if not candidates:
-        raise OutOfMemory(f"activation_checkpointing = offload: layer inputs need more than {host_gib:.1f} GiB of host memory")
+        raise OutOfMemory(f"what layers put away (offload, host_layers) needs more than {host_gib:.1f} GiB of host memory")
     fitting = [candidate for candidate in candidates if fits(candidate.memory, memory_gib)]
     if not fitting:
         raise does_not_fit(min((c.memory for c in candidates), key=lambda memory: memory.peak_bytes), memory_gib)
     return _best(fitting, config.data.max_seq_length)
-
-
-def offloaded_gib(chosen: Plan, config: TrainConfig, shape: ModelShape) -> float:
-    """Pinned host memory for layer inputs, 16-bit [T, D] each."""
-    if chosen.activation_checkpointing != "offload":
-        return 0.0
-    num_layers = max(0, shape.num_layers - chosen.keep_layers)
-    return 2 * num_layers * chosen.micro_batch_size * config.data.max_seq_length * shape.hidden_size / GIB
 
 
 def does_not_fit(memory: MemoryPrediction, memory_gib: float) -> OutOfMemory:
@@ -111,6 +107,8 @@ def _less(current: Plan) -> dict[str, Any] | None:
     place = LEANER.index(current.activation_checkpointing)
     if current.keep_layers and place > 0:
         return {"keep_layers": 0}
+    if current.host_layers:
+        return {"host_layers": 0}
     return {"activation_checkpointing": LEANER[place + 1], "keep_layers": 0} if place + 1 < len(LEANER) else None
 
 
@@ -120,12 +118,13 @@ def _unpredicted(config: TrainConfig, on_cpu: bool) -> Plan:
         1 if loop.micro_batch_size == "auto" else min(loop.micro_batch_size, config.bins_per_step),
         not on_cpu if loop.activation_checkpointing == "auto" else loop.activation_checkpointing,
         1 if loop.keep_layers == "auto" else loop.keep_layers,
+        0 if loop.host_layers == "auto" else loop.host_layers,
         0.0 if loop.weight_cache_gib == "auto" else loop.weight_cache_gib,
     )
 
 
-def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: float) -> Iterator[Plan]:
-    """Every micro-batch with every policy; kept layers and cached weights as many as fit."""
+def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: float, host_gib: float) -> Iterator[Plan]:
+    """Every micro-batch with every policy; layers kept, on the host too, and cached weights as many as fit and help."""
     loop, bins = config.train, config.bins_per_step
     if loop.micro_batch_size == "auto":
         sizes = _sizes(bins, max(1, 2 * LONG_ROW // config.data.max_seq_length))
@@ -138,9 +137,30 @@ def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: 
                 size,
                 policy,
                 min(1, shape.num_layers) if loop.keep_layers == "auto" else min(loop.keep_layers, shape.num_layers),
+                0 if loop.host_layers == "auto" else min(loop.host_layers, shape.num_layers),
                 0.0 if loop.weight_cache_gib == "auto" else loop.weight_cache_gib,
             )
-            yield from _filled(config, shape, card, memory_gib, lean)
+            plans = list(_filled(config, shape, card, memory_gib, lean))
+            yield from plans
+            if policy is False and fits(plans[0].memory, memory_gib):
+                break  # whatever keeps less is slower
+            if loop.host_layers == "auto" and policy is not False:
+                chosen = _on_host(config, shape, card, host_gib, lean)
+                if chosen.host_layers:
+                    yield from _filled(config, shape, card, memory_gib, chosen)
+
+
+def _on_host(config: TrainConfig, shape: ModelShape, card: Card, host_gib: float, lean: Plan) -> Plan:
+    """The plan with as many layers kept on the host as the link to it serves, more are slower, and as its memory holds."""
+
+    def with_layers(number: int) -> Plan:
+        return replace(lean, host_layers=number)
+
+    speeds = [_speed(lean, config, shape, card)]
+    while speeds[-1] >= max(speeds) and HOST_STEP * len(speeds) <= shape.num_layers:
+        speeds.append(_speed(with_layers(HOST_STEP * len(speeds)), config, shape, card))
+    most = HOST_STEP * speeds.index(max(speeds))
+    return with_layers(_largest(0, most, lambda n: _memory(with_layers(n), config, shape).host_gib <= host_gib))
 
 
 def _filled(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: float, lean: Plan) -> Iterator[Plan]:
@@ -159,19 +179,24 @@ def _filled(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: floa
     if config.train.weight_cache_gib == "auto":
         weights = 2 * shape.num_layers * shape.linear_parameters
         steps = math.ceil(min(memory_gib, weights / GIB) / CACHE_STEP_GIB)
-        room = _largest(
-            0, steps, lambda n: _fits(replace(full, weight_cache_gib=n * CACHE_STEP_GIB), config, shape, memory_gib)
-        )
+        room = _largest(0, steps, lambda n: _fits(replace(full, weight_cache_gib=n * CACHE_STEP_GIB), config, shape, memory_gib))
         yield _predicted(replace(full, weight_cache_gib=room * CACHE_STEP_GIB), config, shape, card)
 
 
 def _predicted(candidate: Plan, config: TrainConfig, shape: ModelShape, card: Card) -> Plan:
-    concrete = candidate.apply(config)
-    return replace(candidate, memory=predict_memory(concrete, shape), speed=predict_speed(concrete, shape, card))
+    return replace(candidate, memory=_memory(candidate, config, shape), speed=predict_speed(candidate.apply(config), shape, card))
+
+
+def _speed(candidate: Plan, config: TrainConfig, shape: ModelShape, card: Card) -> float:
+    return predict_speed(candidate.apply(config), shape, card).tokens_per_second
+
+
+def _memory(candidate: Plan, config: TrainConfig, shape: ModelShape) -> MemoryPrediction:
+    return predict_memory(candidate.apply(config), shape)
 
 
 def _fits(candidate: Plan, config: TrainConfig, shape: ModelShape, memory_gib: float) -> bool:
-    return fits(predict_memory(candidate.apply(config), shape), memory_gib)
+    return fits(_memory(candidate, config, shape), memory_gib)
 
 
 def _best(fitting: list[Plan], max_seq_length: int) -> Plan:

@@ -5,7 +5,7 @@ shares below come from kernel times of whole steps on an H100 SXM (torch 2.11, t
 within 3 % of what was measured in seven settings (engine/calibration/). Every other card is EXTRAPOLATED from its data sheet and
 has not been measured: power limits (an L4's 72 W), clocks and kernels that were chosen for Hopper will move it. Trust the order
 of two plans on one card more than the number. Samples are taken to be max_seq_length long, every token to be a target, and no use
-is made of sliding windows: the slowest case. Offload copies overlap with computation: a layer takes as long as the longer one.
+is made of sliding windows: the slowest case. Copies to and from the host run beside it all (engine.overlap).
 
 Shape letters: T tokens, L tokens of one sample, D hidden, H query heads, K head dim, V vocabulary, R rank, N trained values.
 """
@@ -19,7 +19,9 @@ from typing import Literal
 from engine.cards import Card
 from engine.config import TrainConfig
 from engine.layer_plan import GROUPS, LayerPlan, group_parameters, is_fused, plan_layers
-from engine.liveness import Sizes
+from engine.ledger import Away, Ledger
+from engine.liveness import Pass, Sizes
+from engine.overlap import LayerTimes, waiting_ms
 from engine.shape import ModelShape
 
 # Shares of a data sheet's numbers that kernels reached: of 989 TFLOP/s 785 in a layer's matmuls and 730 in the head's; an
@@ -88,13 +90,17 @@ def predict_speed(
     tokens = config.train.micro_batch_size * length
     sizes = Sizes.of(shape, tokens, length, 2, packed)
     step = _Step(shape, card, sizes, tokens, length, fused, packed, attention, group_parameters(shape))
-    copy_ms = sizes.x / (card.pcie_gb_s * 1e6)
     parts: Counter[str] = Counter()
+    layers, known = [], {}
     for plan in plans:
-        for times in (_times(_forward(plan, step), step, False), _times(_backward(plan, step), step, True)):
-            parts.update(times)
-            if fused and plan.policy == "offload":
-                parts["waiting for copies"] += max(0.0, copy_ms - sum(times.values()))
+        key = (plan.policy, plan.cached, plan.trained, plan.needs_dx, *plan.ranks.values())
+        if key not in known:
+            forward, backward = _times(_forward(plan, step), step, False), _times(_backward(plan, step), step, True)
+            copy_ms = _put_away(plan, step) / (card.pcie_gb_s * 1e6) if fused else 0.0
+            known[key] = Counter(forward) + Counter(backward), LayerTimes(sum(forward.values()), sum(backward.values()), copy_ms)
+        parts.update(known[key][0])
+        layers.append(known[key][1])
+    parts["waiting for copies"] = waiting_ms(layers, card.pcie_gb_s)
     parts.update(_head_and_embedding(config, step))
     number = sum(sum(plan.adapter.values()) for plan in plans)
     steps_share = config.train.micro_batch_size / config.bins_per_step
@@ -104,6 +110,18 @@ def predict_speed(
     parts["waiting for the host"] = max(0.0, host_ms - parts.total())
     total = parts.total()
     return SpeedPrediction(total, 1e3 * tokens / total, dict(parts))
+
+
+def _put_away(plan: LayerPlan, step: _Step) -> int:
+    """Bytes of one layer that wait on the host."""
+    if plan.policy not in ("host", "offload") or not plan.trained:
+        return 0
+    ledger = Ledger()
+    away = Away(ledger)
+    ledger.hold("0.x", step.sizes.x)
+    kernel = "eager" if step.shape.attention_softcap else "flash"
+    Pass(0, plan, step.shape, step.sizes, kernel, False, ledger, away).forward(trains=True)
+    return away.num_bytes
 
 
 def _forward(plan: LayerPlan, step: _Step) -> _Work:
@@ -134,7 +152,7 @@ def _backward(plan: LayerPlan, step: _Step) -> _Work:
             _add_matmul(work, group, plan, step)
         work.plain_bytes += _attention_half_bytes(step) + 4 * s.x
         _add_attention(work, step, ATTENTION_BACKWARD, EAGER_BYTES[0])  # at the speed of a forward pass
-    if plan.policy != "keep":
+    if plan.policy != "keep" and (plan.policy != "host" or s.tile is not None):
         work.matmul += 2 * step.tokens * step.parameters["gate_up"]
         if not step.is_fused or shape.four_norms:
             _add_matmul(work, "down", plan, step)

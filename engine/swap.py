@@ -15,6 +15,7 @@ from engine.attention import AttentionOptions, Documents
 from engine.errors import InputError
 from engine.fused import decoder_layer
 from engine.layer import GROUPS, PROJECTIONS, Call, LayerSpec, Norm, Policy, normalize
+from engine.layer_plan import layer_policies
 from engine.lora import LoraLinear
 from engine.offload import HostStash
 from engine.projection import ProjectionGroup, merged_weight
@@ -114,11 +115,11 @@ def fuse_layers(model: nn.Module) -> SwapReport:
     return replace(report, others=("norm",))
 
 
-def set_policy(model: nn.Module, policy: Policy, keep_last: int = 0) -> HostStash:
-    """What fused layers keep from forward to backward; the last `keep_last` keep all. Returns the stash they share, empty."""
+def set_policy(model: nn.Module, policy: Policy, keep_layers: int = 0, host_layers: int = 0) -> HostStash:
+    """What fused layers keep from forward to backward, by `layer_policies`. Returns the stash they share, empty."""
     stash, layers = HostStash(), _fused_layers(model)
-    for i, layer in enumerate(layers):
-        layer.policy, layer.stash = policy if i < len(layers) - keep_last else Policy.KEEP, stash
+    for layer, name in zip(layers, layer_policies(len(layers), policy.name.lower(), keep_layers, host_layers)):
+        layer.policy, layer.stash = Policy[name.upper()], stash
     return stash
 
 

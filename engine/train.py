@@ -166,7 +166,7 @@ class _Run:
         free(self.base.device)
 
     def _follow_plan(self) -> None:
-        self.base.checkpoint_activations(self.plan.activation_checkpointing, self.plan.keep_layers)
+        self.base.checkpoint_activations(self.plan.activation_checkpointing, self.plan.keep_layers, self.plan.host_layers)
         self.base.cache_weights(self.plan.weight_cache_gib)
 
     def _evaluate(self) -> float:

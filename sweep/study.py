@@ -35,9 +35,7 @@ Judge = Callable[[TrainConfig], Verdict]
 class Study:
     """Ask, report, judge, tell; every change is in the journal when the method returns."""
 
-    def __init__(
-        self, folder: SweepFolder, config: SweepConfig, space: Space, judge: Judge = lambda config: UNPREDICTED
-    ) -> None:
+    def __init__(self, folder: SweepFolder, config: SweepConfig, space: Space, judge: Judge = lambda config: UNPREDICTED) -> None:
         """Opens the journal in the folder, or starts one. The caller holds the folder's lock. judge: whether a config fits."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)

@@ -16,7 +16,6 @@ from sweep.engine_modules import EngineModules
 ENGINE = EngineModules(train="sweep_fake_engine", model="sweep_fake_engine", command="sweep_fake_engine")
 
 
-
 def plan(config, shape, card, host_gib):
     """In place of engine.planner.plan."""
     need = float(config.lora.rank)

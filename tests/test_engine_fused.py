@@ -8,6 +8,7 @@ from engine import attention, fused, fused_mlp
 from engine.config import LoraConfig
 from engine.errors import InputError
 from engine.layer import Policy
+from engine.layer_plan import layer_policies
 from engine.lora import attach, trainable_parameters
 from engine.packing import Sample, collate
 from engine.quant import freeze_linears
@@ -191,13 +192,17 @@ def test_cached_weights_give_the_same_numbers_and_only_as_many_groups_as_fit(mon
         assert worst(run(model, names, lora, cached=budget), plain) < 1e-6 and len(used) == num_dequantized
 
 
-def test_the_last_layers_keep_their_activations_whatever_the_policy():
+def test_the_last_layers_keep_their_activations_whatever_the_policy_and_some_others_do_on_the_host():
     model, _, _ = build("Llama", "fused")
-    set_policy(model, Policy.OFFLOAD, keep_last=2)
-    assert [m.policy for m in model.modules() if isinstance(m, FusedLayer)] == [Policy.OFFLOAD, Policy.KEEP, Policy.KEEP]
+    set_policy(model, Policy.OFFLOAD, keep_layers=1, host_layers=1)
+    assert [m.policy for m in model.modules() if isinstance(m, FusedLayer)] == [Policy.HOST, Policy.OFFLOAD, Policy.KEEP]
+    spread = layer_policies(8, "recompute", keep_layers=1, host_layers=3)
+    assert [i for i, policy in enumerate(spread) if policy == "host"] == [0, 3, 5]
+    assert layer_policies(3, "recompute", keep_layers=5, host_layers=9) == ["keep"] * 3
+    assert layer_policies(3, "recompute", keep_layers=0, host_layers=9) == ["host"] * 3
 
 
-@pytest.mark.parametrize("policy", [Policy.SELECTIVE, Policy.RECOMPUTE, Policy.OFFLOAD])
+@pytest.mark.parametrize("policy", [Policy.HOST, Policy.SELECTIVE, Policy.RECOMPUTE, Policy.OFFLOAD])
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 def test_an_mlp_in_tiles_has_the_same_numbers(family, policy, monkeypatch):
     lora = LoraConfig(rank=3)

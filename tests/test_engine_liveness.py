@@ -18,9 +18,10 @@ from engine.attention import AttentionOptions, Documents
 from engine.config import LoraConfig, TrainConfig
 from engine.layer import Call, LayerSpec, Norm, Policy
 from engine.layer_plan import GROUPS, plan_layers
-from engine.ledger import Ledger
+from engine.ledger import Away, Ledger
 from engine.liveness import MLP_TILE_TOKENS, Pass, Sizes
 from engine.lora import LoraLinear
+from engine.offload import HostStash
 from engine.projection import ProjectionGroup
 from engine.quant import FrozenLinear
 from engine.shape import ModelShape
@@ -44,24 +45,30 @@ class Storages(TorchDispatchMode):
         super().__init__()
         self.alive = self.highest = 0
         self._seen: dict[int, weakref.ref] = {}
+        self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         torch.utils._pytree.tree_map_only(Tensor, self._count, out)
         return out
 
+    def resize(self, storage: torch.UntypedStorage, size: int) -> None:
+        """As if it had been resized."""
+        self.alive += size - self._sizes[storage._cdata]
+        self._sizes[storage._cdata] = size
+        self.highest = max(self.highest, self.alive)
+
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen or tensor.device.type != "meta":
             return
-        self._seen[key] = weakref.ref(storage, lambda _: self._free(key, size))
-        self.alive += size
-        self.highest = max(self.highest, self.alive)
+        self._seen[key], self._sizes[key] = weakref.ref(storage, lambda _: self._free(key)), 0
+        self.resize(storage, size)
 
-    def _free(self, key: int, size: int) -> None:
+    def _free(self, key: int) -> None:
         del self._seen[key]
-        self.alive -= size
+        self.alive -= self._sizes.pop(key)
 
     def ignore(self, *tensors: Tensor) -> None:
         """Storages from before."""
@@ -70,28 +77,18 @@ class Storages(TorchDispatchMode):
             self._seen[storage._cdata] = weakref.ref(storage)
 
 
-class Stash:
-    """engine.offload.HostStash as it acts on device memory: the tensor below the one asked for is on its way back already."""
+class Stash(HostStash):
+    """Without the copies, and with a storage's size only noted."""
 
     def __init__(self) -> None:
-        self.entries: list[torch.Size] = []
-        self.fetched: dict[int, Tensor] = {}
+        super().__init__()
+        self.storages: Storages | None = None
 
-    def push(self, x: Tensor) -> int:
-        self.entries.append(x.shape)
-        return len(self.entries) - 1
+    def _copy(self, entry: Any, out: bool) -> None:
+        pass
 
-    def pop(self, number: int) -> Tensor:
-        x = self._fetch(number)
-        del self.fetched[number]
-        if number:
-            self._fetch(number - 1)
-        return x
-
-    def _fetch(self, number: int) -> Tensor:
-        if number not in self.fetched:
-            self.fetched[number] = torch.empty(self.entries[number], dtype=torch.bfloat16, device="meta")
-        return self.fetched[number]
+    def _resize(self, storage: torch.UntypedStorage, size: int) -> None:
+        self.storages.resize(storage, size)
 
 
 class Attention(torch.autograd.Function):
@@ -202,9 +199,12 @@ def counted(layers: list[Layer], shape: ModelShape, tokens: int) -> int:
             groups = one.call.groups.values()
             storages.ignore(*(t for g in groups for pair in g.adapters for t in pair))
             storages.ignore(*(g.cached for g in groups if g.cached is not None))
+        stash = layers[0].call.stash
+        stash.storages = storages
         x = torch.empty(tokens, shape.hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=False)
         for one in layers:
             x = fused.decoder_layer(x, one.call, one.adapters)
+        stash.flush()
         loss = Loss.apply(x)
         del x
         loss.backward()
@@ -214,23 +214,22 @@ def counted(layers: list[Layer], shape: ModelShape, tokens: int) -> int:
 def walked(config: TrainConfig, shape: ModelShape, tokens: int) -> int:
     ledger, plans = Ledger(), plan_layers(config, shape)
     sizes = Sizes.of(shape, tokens, LENGTH, 2, packed=True)
-    passes = [Pass(i, plan, shape, sizes, "flash", config.lora.lora_dropout > 0, ledger) for i, plan in enumerate(plans)]
+    away, dropout = Away(ledger), config.lora.lora_dropout > 0
+    passes = [Pass(i, plan, shape, sizes, "flash", dropout, ledger, away) for i, plan in enumerate(plans)]
     ledger.hold("0.x", sizes.x)
     for one in passes:
         one.forward(trains=True)
+    away.flush()
     ledger.drop(f"{len(passes)}.x")
     ledger.hold("dy", sizes.x)
     for one in reversed(passes):
-        if one.plan.policy == "offload":
-            for name in (f"{i}.x" for i in (one.i, one.i - 1) if i >= 0):
-                if name not in ledger.alive:
-                    ledger.hold(name, sizes.x)
         one.backward()
     return ledger.highest
 
 
 def config_of(policy: str, **changes: Any) -> TrainConfig:
-    train = {"max_tokens": 8, "micro_batch_size": 1, "keep_layers": 0, "weight_cache_gib": 0.0, **changes.pop("train", {})}
+    train = {"max_tokens": 8, "micro_batch_size": 1, "keep_layers": 0, "host_layers": 0, "weight_cache_gib": 0.0}
+    train |= changes.pop("train", {})
     return TrainConfig.model_validate({
         "model": {"path": "x"}, "data": {"train": "x", "max_seq_length": LENGTH}, "lora": {"rank": 8, **changes},
         "train": {"activation_checkpointing": POLICIES[policy], **train},
@@ -244,6 +243,8 @@ CASES = [
     *[(family, policy, 20480, {}) for family in ("llama", "gemma3") for policy in POLICIES],
     ("llama", "recompute", 20480, {"lora_dropout": 0.1}),
     ("llama", "offload", 4096, {"train": {"weight_cache_gib": 0.005}}),
+    *[(family, "offload", tokens, {"train": {"host_layers": 3}}) for family in FAMILIES for tokens in (4096, 20480)],
+    ("llama", "recompute", 4096, {"train": {"host_layers": 1, "keep_layers": 1}}),
 ]
 
 

@@ -62,7 +62,8 @@ def config_of(
     weight_cache_gib: float = 0.0, **sections: dict[str, Any],
 ) -> TrainConfig:  # fmt: skip
     train = {
-        "max_tokens": 10**6, "micro_batch_size": batch, "keep_layers": keep_layers, "weight_cache_gib": weight_cache_gib,
+        "max_tokens": 10**6, "micro_batch_size": batch, "keep_layers": keep_layers, "host_layers": 0,
+        "weight_cache_gib": weight_cache_gib,
         "activation_checkpointing": POLICIES[policy],
     }  # fmt: skip
     data = {"train": "x", "max_seq_length": length, **sections.get("data", {})}
@@ -286,7 +287,8 @@ def test_offload_waits_for_a_slow_bus_and_only_then() -> None:
     slow = Card("slow", 80.0, 3350.0, 989.0, pcie_gb_s=1.0)
     config, shape = config_of(policy="offload"), SHAPES["llama-3.1-8b"]
     assert predict_speed(config, shape, slow).parts["waiting for copies"] > 100.0
-    assert predict_speed(config, shape, CARDS["rtx3090"]).parts["waiting for copies"] == 0.0
+    fast = predict_speed(config, shape, CARDS["rtx3090"])
+    assert fast.parts["waiting for copies"] < 0.002 * fast.step_time_ms  # the first and the last copy have nothing beside them
 
 
 def test_small_steps_wait_for_the_host() -> None:

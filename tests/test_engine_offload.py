@@ -3,20 +3,54 @@
 import pytest
 import torch
 
+from engine import offload
 from engine.offload import HostStash, host_share_gib
 
 
-def test_what_is_put_away_comes_back_in_reverse_and_buffers_are_used_again():
-    stash = HostStash()
-    tensors = [torch.randn(n, 3) for n in (4, 7, 2)]
+def test_what_is_put_away_comes_back_in_reverse_and_host_memory_is_used_again():
+    stash = HostStash(chunk_bytes=1024)
+    tensors = [torch.randn(n, 31) for n in (4, 70, 2)]  # the second lies in ten chunks
     numbers = [stash.push(x.clone()) for x in tensors]
-    buffers = [b.data_ptr() for b in stash._buffers]
+    stash.flush()
+    chunks = [c.data_ptr() for c in stash._chunks]
     for number, x in reversed(list(zip(numbers, tensors))):
         assert torch.equal(stash.pop(number), x)
-    again = [x.half() + 1 for x in tensors]
+    again = [x.half() + 1 for x in reversed(tensors)]
     numbers = [stash.push(x) for x in again]
-    assert [b.data_ptr() for b in stash._buffers] == buffers
-    assert torch.equal(stash.pop(numbers[-1]), again[-1])
+    stash.flush()
+    assert [c.data_ptr() for c in stash._chunks] == chunks
+    for number, x in reversed(list(zip(numbers, again))):
+        assert torch.equal(stash.pop(number), x)
+
+
+def test_memory_of_an_autograd_graph_is_away_until_its_gradient_is_wanted():
+    stash, x = HostStash(chunk_bytes=4096), torch.randn(40, 8)
+    leaf = torch.randn(40, 16, requires_grad=True)
+    part, places = leaf[:, 4:12], torch.arange(40)
+    y = (part * part).exp()
+    truth = torch.autograd.grad(y.sum(), leaf, retain_graph=True)[0]
+    number = stash.push(x, [leaf, part, y, places])
+    assert leaf.untyped_storage().nbytes() > 0  # the copy out may still run
+    stash.flush()
+    assert [t.untyped_storage().nbytes() for t in (leaf, part, y, places)] == [0, 0, 0, 320]
+    assert torch.equal(stash.pop(number), x)
+    assert torch.equal(torch.autograd.grad(y.sum(), leaf)[0], truth)
+
+
+def test_device_memory_is_let_go_some_layers_later_and_sooner_where_it_is_much(monkeypatch):
+    def lives(num_bytes):
+        stash, kept, seen = HostStash(), [], []
+        for _ in range(6):
+            stash.advance()
+            kept.append(torch.zeros(num_bytes // 4))
+            stash.push(torch.zeros(1), kept[-1:])
+            seen.append(sum(t.untyped_storage().nbytes() > 0 for t in kept))
+        return seen
+
+    assert lives(64) == [1, 2, 3, 3, 3, 3]
+    monkeypatch.setattr(offload, "HOST_IN_FLIGHT", 100)
+    assert lives(64) == [1, 2, 2, 2, 2, 2]
+    assert lives(640) == [1, 1, 1, 1, 1, 1]
 
 
 def test_out_of_order_is_an_error_and_a_cleared_stack_starts_anew():
@@ -42,11 +76,15 @@ def test_host_memory_is_shared_by_the_gpus_of_a_machine(tmp_path):
 def test_copies_beside_computation_are_right():
     stash, reference = HostStash(), []
     x = torch.randn(2048, 2048, device="cuda")
-    numbers = []
+    numbers, kept = [], []
     for _ in range(12):
+        stash.advance()
         reference.append(x.clone())
-        numbers.append(stash.push(x))
+        kept.append(x * 3)
+        numbers.append(stash.push(x, kept[-1:]))
         x = (x @ x).clamp(-2, 2)  # the old x is freed, and its memory asked for again, while its copy may still run
-    for number, truth in reversed(list(zip(numbers, reference))):
-        assert torch.equal(stash.pop(number), truth)
+    stash.flush()
+    assert all(t.untyped_storage().nbytes() == 0 for t in kept)
+    for number, truth, more in reversed(list(zip(numbers, reference, kept))):
+        assert torch.equal(stash.pop(number), truth) and torch.equal(more, truth * 3)
         x = (x @ x).clamp(-2, 2)

@@ -22,7 +22,7 @@ def config(tiny_config):
     return parse(TrainConfig, values)
 
 
-def our_curve(config, layers_option="auto", perturb=0.0, device="cpu", seed=7):
+def our_curve(config, layers_option="auto", perturb=0.0, device="cpu", seed=7, host_layers=0):
     base = load_base(config.model.model_copy(update={"layers": layers_option}), torch.device(device))
     layers = attach(base.model, base.linear_names, config.lora, seed)
     start = {name: layer.lora_a.detach().clone() for name, layer in layers.items()}
@@ -30,7 +30,7 @@ def our_curve(config, layers_option="auto", perturb=0.0, device="cpu", seed=7):
     adapter = FlatAdapter(layers, base.dtype)
     optimizer = torch.optim.AdamW([adapter.parameter], lr=1e-2, weight_decay=0.0)
     view, _ = load_data(config.data, base.tokenizer)
-    base.checkpoint_activations(config.train.activation_checkpointing)
+    base.checkpoint_activations(config.train.activation_checkpointing, host_layers=host_layers)
     base.model.train()
     losses = []
     for step in range(STEPS):
@@ -98,15 +98,15 @@ def test_that_comparison_fails_for_a_slightly_different_start(config):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("checkpointing", [False, "selective", True])
-def test_32_steps_in_bf16_are_as_near_to_fp32_as_those_of_peft_and_within_its_seed_spread(config, checkpointing):
+@pytest.mark.parametrize(("checkpointing", "host_layers"), [(False, 0), ("selective", 0), (True, 0), ("offload", 1)])
+def test_32_steps_in_bf16_are_as_near_to_fp32_as_those_of_peft_and_within_its_seed_spread(config, checkpointing, host_layers):
     """The truth is the library's fp32 curve; its own bf16 curve and its curve from another start are the yardsticks."""
 
     def mean_distance(a, b):
         return float((a - b).abs().mean())
 
     update = {"train": config.train.model_copy(update={"activation_checkpointing": checkpointing})}
-    ours, start, view = our_curve(config.model_copy(update=update), device="cuda")
+    ours, start, view = our_curve(config.model_copy(update=update), device="cuda", host_layers=host_layers)
     truth = peft_curve(config, start, view, "cuda")
     theirs = peft_curve(config, start, view, "cuda", torch.bfloat16)
     _, other_start, _ = our_curve(config, seed=8)

@@ -11,7 +11,7 @@ from engine.cards import card
 from engine.config import TrainConfig, parse
 from engine.errors import OutOfMemory
 from engine.memory import fits, predict_memory
-from engine.planner import Plan, leaner, offloaded_gib, plan
+from engine.planner import Plan, leaner, plan
 from engine.shape import ModelShape
 
 LLAMA_8B = {
@@ -44,22 +44,25 @@ def test_more_memory_is_never_slower_and_what_is_given_stays():
     plans = [plan(config(8192, memory_budget_gib=gib), SHAPE, card("h100")) for gib in (12.0, 24.0, 48.0, 79.0)]
     speeds = [chosen.speed.tokens_per_second for chosen in plans]
     assert speeds == sorted(speeds) and speeds[-1] > 1.05 * speeds[0]
-    fixed = {"micro_batch_size": 4, "activation_checkpointing": "offload", "keep_layers": 2, "weight_cache_gib": 1.0}
+    fixed = {"micro_batch_size": 4, "activation_checkpointing": "offload", "keep_layers": 2, "host_layers": 3}
+    fixed["weight_cache_gib"] = 1.0
     assert plan(config(512, **fixed), SHAPE, card("rtx4090")).settings() == fixed
 
 
 def test_long_rows_go_through_the_host_on_a_small_card():
-    assert plan(config(65536), SHAPE, card("rtx4090")).activation_checkpointing == "offload"
+    assert plan(config(65536), SHAPE, card("rtx4090")).memory.host_gib > 10
     assert plan(config(2048), SHAPE, card("rtx4090")).activation_checkpointing is False
 
 
 def test_layer_inputs_go_to_the_host_only_as_far_as_it_has_memory():
     wanted = config(65536)
     free = plan(wanted, SHAPE, card("rtx4090"))
-    assert offloaded_gib(free, wanted, SHAPE) > 10
+    assert free.memory.host_gib > 10
+    less = plan(wanted, SHAPE, card("rtx4090"), host_gib=25.0)
+    assert less.memory.host_gib <= 25.0 and less.host_layers < free.host_layers
     with pytest.raises(OutOfMemory, match="needs"):
         plan(wanted, SHAPE, card("rtx4090"), host_gib=8.0)
-    with pytest.raises(OutOfMemory, match=r"offload: layer inputs need more than 8\.0 GiB of host memory"):
+    with pytest.raises(OutOfMemory, match=r"what layers put away .* needs more than 8\.0 GiB of host memory"):
         plan(config(65536, activation_checkpointing="offload"), SHAPE, card("rtx4090"), host_gib=8.0)
 
 
@@ -77,7 +80,7 @@ def test_without_a_card_nothing_is_predicted():
 
 def test_each_leaner_plan_needs_less_until_there_is_none():
     wanted = config()
-    steps = [Plan(8, False, 4, 2.0)]
+    steps = [Plan(8, False, 4, 0, 2.0)]
     while (following := leaner(steps[-1], wanted, SHAPE)) is not None:
         steps.append(following)
     assert [(p.micro_batch_size, p.weight_cache_gib, p.keep_layers, p.activation_checkpointing) for p in steps] == [
@@ -86,8 +89,9 @@ def test_each_leaner_plan_needs_less_until_there_is_none():
     ]  # fmt: skip
     peaks = [predict_memory(steps[0].apply(wanted), SHAPE).peak_bytes, *(p.memory.peak_bytes for p in steps[1:])]
     assert all(a > b for a, b in itertools.pairwise(peaks))
-    kept = leaner(replace(steps[-1], keep_layers=3), wanted, None)
-    assert (kept.keep_layers, kept.activation_checkpointing) == (0, "offload")
+    kept = leaner(replace(steps[-1], keep_layers=3, host_layers=4), wanted, None)
+    assert (kept.keep_layers, kept.host_layers, kept.activation_checkpointing) == (0, 4, "offload")
+    assert leaner(kept, wanted, None).host_layers == 0
 
 
 def test_planning_loads_no_torch():

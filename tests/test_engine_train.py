@@ -295,8 +295,14 @@ def test_a_trial_that_fits_no_way_says_so_and_gives_the_base_back(tiny_config, t
 
 def test_policies_give_bitwise_the_same_trial(tiny_config, tmp_path):
     curves = [
-        run(build(tiny_config, train={"activation_checkpointing": policy, "keep_layers": kept}), tmp_path / f"{policy}{kept}")
-        for policy, kept in ((False, 0), ("selective", 0), (True, 0), ("offload", 0), ("offload", 1))
+        run(build(tiny_config, train={"activation_checkpointing": policy, **counts}), tmp_path / f"{policy}{counts}")
+        for policy, counts in (
+            (False, {}),
+            ("selective", {}),
+            (True, {"keep_layers": 0}),
+            ("offload", {"keep_layers": 0}),
+            ("offload", {"keep_layers": 1, "host_layers": 1}),
+        )  # fmt: skip
     ]
     losses = [[(r.eval_loss, r.train_loss, r.grad_norm) for r in curve] for curve in curves]
     assert all(other == losses[0] for other in losses[1:])

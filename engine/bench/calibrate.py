@@ -84,7 +84,7 @@ def draw(model: str, seed: int, count: int) -> list[dict[str, Any]]:
     generator = random.Random(f"{seed}:{model}")
     columns = {
         "rank": RANKS, "targets": tuple(TARGETS), "policy": tuple(OUR_POLICIES), "batch": MICRO_BATCHES, "keep_layers": (0, 1, 4),
-        "dropout": (0.0, 0.0, 0.1),
+        "host_layers": (0, 0, 8), "dropout": (0.0, 0.0, 0.1),
     }  # fmt: skip
     cycles = {name: itertools.cycle(generator.sample(values, len(values))) for name, values in columns.items()}
     settings = []
@@ -123,13 +123,14 @@ def train_config(values: dict[str, Any]) -> TrainConfig:
         "train": {
             "max_tokens": 10**6, "micro_batch_size": values["batch"], "gradient_accumulation_steps": 1,
             "activation_checkpointing": OUR_POLICIES[values["policy"]], "keep_layers": values["keep_layers"],
-            "weight_cache_gib": 0.0,
+            "host_layers": values["host_layers"], "weight_cache_gib": 0.0,
         },
     })  # fmt: skip
 
 
 def _peak(base: Base, adapter: FlatAdapter, config: TrainConfig, values: dict[str, Any]) -> float:
-    base.checkpoint_activations(config.train.activation_checkpointing, config.train.keep_layers)
+    loop = config.train
+    base.checkpoint_activations(loop.activation_checkpointing, loop.keep_layers, loop.host_layers)
     base.model.train()
     optimizer = adamw_8bit([adapter.parameter], lr=1e-4)
     setting = Setting(model=values["model"], batch=values["batch"], length=values["length"])

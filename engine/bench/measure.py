@@ -17,8 +17,6 @@ from engine.model import pick_device
 from engine.packing import Batch, Sample, collate
 from engine.quant import adamw_8bit
 
-WARMUP = 3
-
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Median step over `options.steps` steps after warm-up, and the peak of allocated memory. options: see systems.py."""
@@ -30,7 +28,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     step, parameters, after_step = SYSTEMS[options.child].build(options, device)
     optimizer = adamw_8bit(parameters, lr=2e-4)
     loaded = time.perf_counter() - started
-    batches = [tokens(options, number, device) for number in range(WARMUP + options.steps)]
+    batches = [tokens(options, number, device) for number in range(options.warmup + options.steps)]
     clock, losses = _Clock(device), []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -42,7 +40,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         after_step()
         clock.mark()
     seconds = clock.intervals()
-    median = sorted(seconds[WARMUP:])[options.steps // 2]
+    median = sorted(seconds[options.warmup :])[options.steps // 2]
     return {
         "tokens_per_second": options.batch * options.length / median,
         "step_time_ms": 1000 * median,

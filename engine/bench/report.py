@@ -17,6 +17,7 @@ from engine.bench.rows import POLICIES
 
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "peft", "liger-kernel", "unsloth")
 SETTING = ("model", "batch", "length", "rank", "dropout", "policy", "cap_gib", "card")  # what a table's rows have in common
+OURS = ("system", "keep_layers", "host_layers", "weight_cache_gib")  # what tells them apart
 LADDER = ("model", "batch", "length", "rank", "dropout", "cap_gib", "card")
 Record = dict[str, Any]
 
@@ -35,7 +36,7 @@ def read(files: list[Path]) -> list[Record]:
 
 def report(records: list[Record]) -> str:
     """The tables, each with where it was measured below."""
-    settings = _groups([r for r in records if r["suite"] != "ladder"], SETTING, ("system", "keep_layers", "weight_cache_gib"))
+    settings = _groups([r for r in records if r["suite"] != "ladder"], SETTING, OURS)
     ladders = _groups([r for r in records if r["suite"] == "ladder"], LADDER, ("label",))
     return "\n\n".join([_setting_table(group) for group in settings] + [_ladder_table(group) for group in ladders])
 
@@ -118,8 +119,14 @@ def _cells(record: Record) -> list[str]:
 
 def _name(record: Record) -> str:
     cache, kept = record["weight_cache_gib"], record["keep_layers"]
-    some = kept > 1 and record["policy"] != "keep"
-    return record["system"] + (f", {kept} layers kept" if some else "") + (f", weight cache {cache:g} GiB" if cache else "")
+    on_host, some = record.get("host_layers", 0), kept > 1 and record["policy"] != "keep"
+    parts = [
+        record["system"],
+        *([f"{kept} layers kept"] if some else []),
+        *([f"{on_host} kept on the host"] if on_host else []),
+        *([f"weight cache {cache:g} GiB"] if cache else []),
+    ]
+    return ", ".join(parts)
 
 
 def _place(record: Record) -> str:

@@ -13,8 +13,8 @@ POLICIES = {"recompute": "recomputed", "offload": "recomputed, inputs on the hos
 
 @dataclass(frozen=True)
 class Setting:
-    """cap_gib: emulates a smaller card. keep_layers (the last so many keep activations) and weight_cache_gib (for dequantised
-    weights) are of `ours` only."""
+    """cap_gib: emulates a smaller card. keep_layers (the last so many keep activations), host_layers (so many others keep them on
+    the host) and weight_cache_gib (for dequantised weights) are of `ours` only. warmup: steps before those that count."""
 
     model: str = "llama-3.1-8b"
     batch: int = 2
@@ -24,8 +24,10 @@ class Setting:
     policy: str = "recompute"
     cap_gib: float | None = None
     keep_layers: int = 1
+    host_layers: int = 0
     weight_cache_gib: float = 0.0
     steps: int = 8
+    warmup: int = 3
 
     def flags(self) -> list[str]:
         """The command line that means this setting."""
@@ -33,7 +35,7 @@ class Setting:
         return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
-OURS_ONLY: dict[str, Any] = {"keep_layers": 0, "weight_cache_gib": 0.0}
+OURS_ONLY: dict[str, Any] = {"keep_layers": 0, "host_layers": 0, "weight_cache_gib": 0.0}
 """What these are for any other system."""
 
 

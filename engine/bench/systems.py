@@ -31,7 +31,7 @@ def _our_step(options: argparse.Namespace, device: torch.device) -> Built:
     base = random_base(options.model, device, pick_dtype("auto", device), fused=options.child == "ours")
     layers = attach(base.model, base.linear_names, LoraConfig(rank=options.rank, lora_dropout=options.dropout), 0)
     adapter = FlatAdapter(layers, base.dtype)
-    base.checkpoint_activations(OUR_POLICIES[options.policy], options.keep_layers)
+    base.checkpoint_activations(OUR_POLICIES[options.policy], options.keep_layers, options.host_layers)
     base.cache_weights(options.weight_cache_gib)
     base.model.train()
 
