@@ -147,9 +147,9 @@ class HostStash:
         parts = [entry.x.view(-1).view(torch.uint8)]
         parts += [torch.empty(0, dtype=torch.uint8, device=s.device).set_(s, 0, (size,)) for s, size in entry.storages]
         place = entry.place
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            if self._stream is not None:
-                self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
             for part in parts:
                 for here, there in self._pieces(part, place):
                     there.copy_(here, non_blocking=True) if out else here.copy_(there, non_blocking=True)

@@ -302,7 +302,7 @@ def test_policies_give_bitwise_the_same_trial(tiny_config, tmp_path):
             (True, {"keep_layers": 0}),
             ("offload", {"keep_layers": 0}),
             ("offload", {"keep_layers": 1, "host_layers": 1}),
-        )  # fmt: skip
+        )
     ]
     losses = [[(r.eval_loss, r.train_loss, r.grad_norm) for r in curve] for curve in curves]
     assert all(other == losses[0] for other in losses[1:])

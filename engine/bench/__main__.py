@@ -116,9 +116,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--policy", choices=list(POLICIES), default=default.policy, help="peers: gradient checkpointing, or none")
     parser.add_argument("--cap-gib", type=float, default=default.cap_gib, help="emulate a smaller card")
     parser.add_argument("--keep-layers", type=int, default=default.keep_layers, help="ours only: these last ones keep all")
-    parser.add_argument(
-        "--host-layers", type=int, default=default.host_layers, help="ours only: these others keep all on the host"
-    )
+    parser.add_argument("--host-layers", type=int, default=default.host_layers, help="ours only: so many others, on the host")
     parser.add_argument("--weight-cache-gib", type=float, default=default.weight_cache_gib, help="ours only")
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--warmup", type=int, default=default.warmup, help="steps before those that count")
