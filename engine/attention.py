@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 NAME = "packed"
 LENGTH_STEP = 256
+HALF = (torch.bfloat16, torch.float16)
 
 try:
     from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
@@ -35,7 +36,8 @@ except ImportError:
 
 @dataclass(frozen=True)
 class Documents:
-    """Where samples lie in a packed row. lengths: tokens of each, on the host; offsets: int32 [documents + 1], on the device."""
+    """Where samples lie in a packed row. lengths: tokens of each, on the host; offsets: int32 [documents + 1], on the device.
+    Variable-length attention asks `lengths` for the longest alone: where offsets change under a recording, they are bounds."""
 
     lengths: tuple[int, ...]
     offsets: Tensor
@@ -96,9 +98,13 @@ def packed_attention(
     return attend(q, k, v, documents, AttentionOptions(scaling, sliding_window, softcap)).unsqueeze(0), None
 
 
+def reads_offsets_only(dtype: torch.dtype, softcap: float | None) -> bool:
+    """Whether attention on CUDA is one launch that finds the samples by their offsets on the device."""
+    return varlen_attn is not None and "window_size" in _VARLEN_OPTIONS and dtype in HALF and softcap is None
+
+
 def _flash_fits(q: Tensor, softcap: float | None) -> bool:
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    return varlen_attn is not None and "window_size" in _VARLEN_OPTIONS and q.is_cuda and half and softcap is None
+    return q.is_cuda and reads_offsets_only(q.dtype, softcap)
 
 
 def _is_plain_batch(documents: Documents, options: AttentionOptions) -> bool:

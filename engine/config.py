@@ -127,6 +127,9 @@ class LoopConfig(StrictModel):
         "auto", description="so many of the other layers keep activations in pinned host memory, spread evenly"
     )
     weight_cache_gib: Annotated[float, Field(ge=0.0)] | Auto = Field("auto", description="device memory for dequantised weights")
+    cuda_graphs: bool | Auto = Field(
+        "auto", description="replay recorded launches; not with dropout or host memory. auto: where the host would be too slow"
+    )
     memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = Field(None, description="device memory to use; none: the card's")
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -152,7 +155,7 @@ NUMERICALLY_NEUTRAL = {
     "model": ("embeddings",),
     "train": (
         "micro_batch_size", "gradient_accumulation_steps", "tokens_per_step", "activation_checkpointing", "keep_layers",
-        "host_layers", "weight_cache_gib", "memory_budget_gib",
+        "host_layers", "weight_cache_gib", "cuda_graphs", "memory_budget_gib",
     ),
 }  # fmt: skip
 """Fields that change speed and memory but not what is computed, beyond rounding; of the step's size, `bins_per_step` remains."""
@@ -166,6 +169,17 @@ class TrainConfig(StrictModel):
     lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()
     train: LoopConfig
+
+    @model_validator(mode="after")
+    def _graphs_are_possible(self) -> TrainConfig:
+        loop = self.train
+        if loop.cuda_graphs is True and (
+            self.lora.lora_dropout or loop.activation_checkpointing == "offload" or loop.host_layers not in (0, "auto")
+        ):
+            raise ValueError(
+                "train.cuda_graphs = true goes with lora_dropout = 0, no offload and host_layers = 0 only; auto knows"
+            )
+        return self
 
     @property
     def bins_per_step(self) -> int:

@@ -43,6 +43,14 @@ def is_fused(config: TrainConfig, shape: ModelShape) -> bool:
     return shape.family != "other" and config.model.layers != "original"
 
 
+def can_record(config: TrainConfig, shape: ModelShape) -> bool:
+    """Whether a micro-batch can be a CUDA graph (engine.graphs): fused, without dropout, host memory and attention by sample."""
+    loop = config.train
+    on_device = loop.activation_checkpointing != "offload" and loop.host_layers == 0
+    flash = not shape.attention_softcap and config.model.dtype != "float32"
+    return is_fused(config, shape) and flash and on_device and not config.lora.lora_dropout
+
+
 def element_bytes(config: TrainConfig) -> int:
     """Of activations and dequantised weights on CUDA."""
     return 4 if config.model.dtype == "float32" else 2

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from engine import kernels
+from engine.kernels import IGNORE
 
-IGNORE = -100
 # Of logits in the working dtype: 1,046 rows of bf16 at V = 128,256. The head matmuls, forward / backward, reach 576 / 650 TFLOP/s
 # at 256 rows, 673 / 693 at 1,024 and 681 / 762 at 2,048 (H100): beyond this, memory buys little.
 CHUNK_BYTES = 256 * 2**20
@@ -38,7 +38,7 @@ def linear_cross_entropy(h_ND: Tensor, labels_N: Tensor, head: Head, rows: Tenso
     """Sum over rows of -log softmax(logits)[label], fp32 scalar in nats; rows labelled IGNORE count nothing.
 
     `rows`, int64 [M] and each once, are those that are not labelled IGNORE, from a caller who knows them: to find them here makes
-    the host wait for the device.
+    the host wait for the device. Some that are labelled so may be among them.
     """
     return _LinearCrossEntropy.apply(h_ND, labels_N, head, rows)
 

@@ -38,13 +38,14 @@ FRAGMENTATION, ROUGH_FRAGMENTATION = 0.05, 0.12
 class MemoryPrediction:
     """components: bytes by what holds them, at the moment of the peak. phases: the peak of each phase; phase: the highest one.
     rough: layers run unfused, or attention with autograd's own graph: an estimate, not a count. host_bytes: pinned host memory
-    for what layers put away."""
+    for what layers put away. recorded_bytes: what CUDA graphs keep beyond the peak while the trial evaluates."""
 
     components: dict[str, int]
     phases: dict[str, int]
     phase: str
     rough: bool = False
     host_bytes: int = 0
+    recorded_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -62,7 +63,7 @@ class MemoryPrediction:
     @property
     def reserve_gib(self) -> float:
         """What a card must have beyond the peak: the CUDA context, and what the allocator holds without use."""
-        return CONTEXT_GIB + (ROUGH_FRAGMENTATION if self.rough else FRAGMENTATION) * self.peak_gib
+        return CONTEXT_GIB + (ROUGH_FRAGMENTATION if self.rough else FRAGMENTATION) * self.peak_gib + self.recorded_bytes / GIB
 
     def describe(self) -> str:
         """A short table: what is alive at the peak, and the peak of each phase."""

@@ -17,6 +17,8 @@ from engine.loss import IGNORE
 
 WINDOW = 1024  # samples considered at once: first-fit-decreasing over it fills > 97 % of a row on typical chat data
 
+TENSORS = ("input_ids_T", "labels_T", "target_rows", "position_ids_T", "document_offsets")  # of a Batch
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -50,8 +52,13 @@ class Batch:
         """The same batch on `device`; copies to CUDA are asynchronous from pinned memory."""
         if device.type == "cpu":
             return self
-        names = ("input_ids_T", "labels_T", "target_rows", "position_ids_T", "document_offsets")
-        return replace(self, **{n: getattr(self, n).pin_memory().to(device, non_blocking=True) for n in names})
+        return replace(self, **{n: getattr(self, n).pin_memory().to(device, non_blocking=True) for n in TENSORS})
+
+    def copy_(self, other: Batch) -> None:
+        """Take the values of a batch on the host, of equal sizes; to CUDA asynchronously, as `to`."""
+        for name in TENSORS:
+            target, source = getattr(self, name), getattr(other, name)
+            target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -66,6 +73,29 @@ def collate(samples: list[Sample]) -> Batch:
         position_ids_T=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])),
         document_offsets=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
         document_lengths=lengths,
+    )
+
+
+def padded(batch: Batch, num_tokens: int, num_targets: int, num_documents: int, longest: int) -> Batch:
+    """The batch with filler up to these numbers, which adds nothing to loss and gradients: documents of token 0 without targets
+    and of at most `longest` tokens, then empty ones; and rows without a target among `target_rows`."""
+    missing = num_tokens - batch.num_tokens
+    filler = [min(longest, missing - start) for start in range(0, missing, longest)]
+    ends = batch.document_offsets.numpy()[-1] + np.cumsum([0, *filler])
+    empty = num_documents - len(batch.document_lengths) - len(filler)
+    if missing < 0 or empty < 0 or not batch.num_targets <= num_targets <= num_tokens:
+        raise ValueError("a batch can only be padded to more tokens, targets and documents than it has")
+    labels = np.append(batch.labels_T.numpy(), np.full(missing, IGNORE))
+    others = np.flatnonzero(labels == IGNORE)[: num_targets - batch.num_targets]
+    positions = [batch.position_ids_T.numpy(), *(np.arange(n) for n in filler)]
+    offsets = np.concatenate([batch.document_offsets.numpy(), ends[1:], np.full(empty, num_tokens)])
+    return Batch(
+        input_ids_T=torch.from_numpy(np.append(batch.input_ids_T.numpy(), np.zeros(missing, np.int64))),
+        labels_T=torch.from_numpy(labels),
+        target_rows=torch.from_numpy(np.append(batch.target_rows.numpy(), others)),
+        position_ids_T=torch.from_numpy(np.concatenate(positions).astype(np.int64)),
+        document_offsets=torch.from_numpy(offsets.astype(np.int32)),
+        document_lengths=(*batch.document_lengths, *filler),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from engine.cards import Card
 from engine.config import TrainConfig
 from engine.errors import OutOfMemory
-from engine.layer_plan import POLICIES
+from engine.layer_plan import POLICIES, can_record
 from engine.memory import MemoryPrediction, fits, predict_memory
 from engine.metrics import GIB
 from engine.shape import ModelShape
@@ -24,6 +24,7 @@ LEANER = tuple(POLICIES)
 """Settings of `activation_checkpointing`, from most to least memory."""
 CACHE_STEP_GIB = 1.0
 HOST_STEP = 2  # layers
+WORTH_RECORDING = 0.1  # of a step that the device would wait for the host
 NEGLIGIBLE = 0.01  # of the speed: below it, the plan with longer rows wins, then the one with less memory
 LONG_ROW = 8192  # tokens: beyond it, launches no longer weigh, which the predicted speed of small models leaves out
 
@@ -37,11 +38,12 @@ class Plan:
     keep_layers: int
     host_layers: int
     weight_cache_gib: float
+    cuda_graphs: bool = False
     memory: MemoryPrediction | None = None
     speed: SpeedPrediction | None = None
 
     def settings(self) -> dict[str, Any]:
-        """The five fields, as plain data."""
+        """The six fields, as plain data."""
         values = asdict(replace(self, memory=None, speed=None))
         return {name: value for name, value in values.items() if name not in ("memory", "speed")}
 
@@ -61,6 +63,8 @@ class Plan:
             parts.append(f"{self.host_layers} layers kept on the host")
         if self.weight_cache_gib:
             parts.append(f"{self.weight_cache_gib:g} GiB of weights dequantised")
+        if self.cuda_graphs:
+            parts.append("CUDA graphs")
         return ", ".join(parts)
 
 
@@ -100,6 +104,8 @@ def changed(current: Plan, settings: dict[str, Any], config: TrainConfig, shape:
 
 
 def _less(current: Plan) -> dict[str, Any] | None:
+    if current.cuda_graphs:  # their memory stays theirs between two rows
+        return {"cuda_graphs": False}
     if current.micro_batch_size > 1:
         return {"micro_batch_size": current.micro_batch_size // 2}
     if current.weight_cache_gib:
@@ -120,6 +126,7 @@ def _unpredicted(config: TrainConfig, on_cpu: bool) -> Plan:
         1 if loop.keep_layers == "auto" else loop.keep_layers,
         0 if loop.host_layers == "auto" else loop.host_layers,
         0.0 if loop.weight_cache_gib == "auto" else loop.weight_cache_gib,
+        loop.cuda_graphs is True,
     )
 
 
@@ -139,12 +146,13 @@ def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: 
                 min(1, shape.num_layers) if loop.keep_layers == "auto" else min(loop.keep_layers, shape.num_layers),
                 0 if loop.host_layers == "auto" else min(loop.host_layers, shape.num_layers),
                 0.0 if loop.weight_cache_gib == "auto" else loop.weight_cache_gib,
+                loop.cuda_graphs is True,
             )
             plans = list(_filled(config, shape, card, memory_gib, lean))
             yield from plans
             if policy is False and fits(plans[0].memory, memory_gib):
                 break  # whatever keeps less is slower
-            if loop.host_layers == "auto" and policy is not False:
+            if loop.host_layers == "auto" and policy is not False and loop.cuda_graphs is not True:
                 chosen = _on_host(config, shape, card, host_gib, lean)
                 if chosen.host_layers:
                     yield from _filled(config, shape, card, memory_gib, chosen)
@@ -184,7 +192,14 @@ def _filled(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: floa
 
 
 def _predicted(candidate: Plan, config: TrainConfig, shape: ModelShape, card: Card) -> Plan:
-    return replace(candidate, memory=_memory(candidate, config, shape), speed=predict_speed(candidate.apply(config), shape, card))
+    """Its memory and speed; with CUDA graphs, where the config leaves that open and the device would wait for the host."""
+    concrete = candidate.apply(config)
+    speed = predict_speed(concrete, shape, card)
+    waits = speed.parts["waiting for the host"] > WORTH_RECORDING * speed.step_time_ms
+    if waits and config.train.cuda_graphs == "auto" and can_record(concrete, shape):
+        candidate = replace(candidate, cuda_graphs=True)
+        speed = predict_speed(candidate.apply(config), shape, card)
+    return replace(candidate, memory=_memory(candidate, config, shape), speed=speed)
 
 
 def _speed(candidate: Plan, config: TrainConfig, shape: ModelShape, card: Card) -> float:

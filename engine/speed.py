@@ -36,8 +36,9 @@ GAPS = 1.10
 ATTENTION, HALF_LENGTH, ATTENTION_BACKWARD, CUDNN_GAIN = 0.6, 1000, 0.89, 1.8
 # Attention with a softcap is plain matrix operations: bytes a score, forward and backward. An estimate.
 EAGER_BYTES = (60, 110)
-# Python and launches of one layer, forward and backward: unfused 364 ms for 30 layers; fused, with about 100 launches, estimated.
-HOST_MS, UNFUSED_HOST_MS = 1.5, 12.0
+# Python and launches of one layer, forward and backward, on an H100's host: unfused 364 ms for 30 layers, fused 160 to 183 ms.
+# Other hosts are up to three times as fast. As a CUDA graph: 1.4 ms for 30 layers.
+HOST_MS, UNFUSED_HOST_MS, RECORDED_HOST_MS = 5.5, 12.0, 0.05
 UNFUSED_PASSES = 5  # transformers' own layers pass over memory so often where a fused one does once. An estimate
 NF4_BYTES = 0.516  # of a packed weight, scales included
 OPTIMIZER_BYTES, ACCUMULATE_BYTES = 38, 12  # of a trained value: norm, clipping, 8-bit AdamW, cast, zeroing; adding a gradient
@@ -106,7 +107,8 @@ def predict_speed(
     steps_share = config.train.micro_batch_size / config.bins_per_step
     adapter_bytes = number * (ACCUMULATE_BYTES + OPTIMIZER_BYTES * steps_share)
     parts["optimizer"] = GAPS * adapter_bytes / (card.bandwidth_gb_s * 1e6 * BANDWIDTH)
-    host_ms = (HOST_MS if fused else UNFUSED_HOST_MS) * shape.num_layers
+    layer_ms = (RECORDED_HOST_MS if config.train.cuda_graphs is True else HOST_MS) if fused else UNFUSED_HOST_MS
+    host_ms = layer_ms * shape.num_layers
     parts["waiting for the host"] = max(0.0, host_ms - parts.total())
     total = parts.total()
     return SpeedPrediction(total, 1e3 * tokens / total, dict(parts))

@@ -26,6 +26,7 @@ from engine.errors import DivergedError, OutOfMemory
 from engine.evaluate import evaluate, evaluation_batches
 from engine.export import export_adapter
 from engine.files import write_text
+from engine.graphs import make_graphs
 from engine.lora import FlatAdapter, LoraLinear, attach, detach
 from engine.memory import CONTEXT_GIB
 from engine.metrics import GIB, Report
@@ -75,7 +76,7 @@ class _Run:
     def __init__(self, config: TrainConfig, run_dir: Path, base: Base, layers: dict[str, LoraLinear]) -> None:
         plan, shape = _make_plan(config, base)
         self.config, self.run_dir, self.base, self.layers = config, run_dir, base, layers
-        self.adapter = FlatAdapter(layers, base.dtype)
+        self.adapter, self.graphs = FlatAdapter(layers, base.dtype), None
         self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
         self.train_view, eval_view = load_data(config.data, base.tokenizer)
         self.eval_batches = evaluation_batches(eval_view, config.data.eval_max_seq_length)
@@ -146,6 +147,9 @@ class _Run:
         num_targets = sum(b.num_targets for b in batches)
         total = torch.zeros((), device=self.base.device)
         for batch in batches:
+            if self.graphs is not None:
+                total += self.graphs.backward(batch, num_targets)
+                continue
             loss = self.base.loss(batch.to(self.base.device))
             (loss / num_targets).backward()
             total += loss.detach()
@@ -168,6 +172,10 @@ class _Run:
     def _follow_plan(self) -> None:
         self.base.checkpoint_activations(self.plan.activation_checkpointing, self.plan.keep_layers, self.plan.host_layers)
         self.base.cache_weights(self.plan.weight_cache_gib)
+        self.graphs = None  # recordings of another plan, with their memory
+        if self.plan.cuda_graphs:
+            longest = self.config.data.max_seq_length
+            self.graphs = make_graphs(self.base, self.plan.micro_batch_size * longest, longest)
 
     def _evaluate(self) -> float:
         """Evaluation keeps no activations; what may be in its way is the weight cache."""

@@ -43,13 +43,13 @@ def test_all_systems_compute_the_same_loss(policy):
 
 
 def test_every_token_is_a_label_and_every_step_has_its_own_tokens():
-    batch = tokens(_options(TINY, "ours"), 0, CPU)
+    batch = tokens(_options(TINY, "ours"), 0)
     ids = batch.input_ids_T.view(2, 32)
     labels = batch.labels_T.view(2, 32)
     assert torch.equal(labels[:, :-1], ids[:, 1:]) and (labels[:, -1] == IGNORE).all()
     assert batch.num_targets == 2 * 31  # as transformers counts them, which shifts inside
-    assert torch.equal(ids, tokens(_options(TINY, "peft"), 0, CPU).input_ids_T.view(2, 32))
-    assert not torch.equal(ids, tokens(_options(TINY, "ours"), 1, CPU).input_ids_T.view(2, 32))
+    assert torch.equal(ids, tokens(_options(TINY, "peft"), 0).input_ids_T.view(2, 32))
+    assert not torch.equal(ids, tokens(_options(TINY, "ours"), 1).input_ids_T.view(2, 32))
 
 
 def test_the_model_folder_holds_the_model_in_memory_and_a_tokenizer(tmp_path):
@@ -162,7 +162,7 @@ def test_a_spent_budget_leaves_rows_out_and_lists_them(monkeypatch, capsys):
     started = _pretend(monkeypatch, [DONE])
     bench.main(["--suite", "table", "--systems", "ours", "--budget-s", "0"])
     listed = capsys.readouterr().out
-    assert not started and listed.count("ours: llama") == len(SUITES["table"])
+    assert not started and listed.count("ours: ") == len(SUITES["table"])
 
 
 def test_the_ladder_prints_what_each_row_adds(monkeypatch, capsys):

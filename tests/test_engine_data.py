@@ -13,7 +13,7 @@ from engine.data import load_data, split_by_content
 from engine.errors import InputError
 from engine.loss import IGNORE
 from engine.model import load_tokenizer
-from engine.packing import Cursor, Sample, collate, plan_epoch, plan_once
+from engine.packing import Cursor, Sample, collate, padded, plan_epoch, plan_once
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +184,18 @@ def test_a_builtin_can_be_the_evaluation_set_of_other_data(monkeypatch):
     assert data._sources(DataConfig(train="my.jsonl", eval="builtin:x")) == ("my.jsonl", "a/eval")
     assert data._sources(DataConfig(train="builtin:x", eval="my.jsonl")) == ("a/train", "my.jsonl")
     assert data._sources(DataConfig(train="my.jsonl")) == ("my.jsonl", None)
+
+
+def test_filler_has_no_targets_and_no_sample_changes_its_place():
+    samples = [Sample(np.arange(n) + 5, np.arange(n) > 2) for n in (7, 4)]
+    row = collate(samples)
+    whole = padded(row, num_tokens=32, num_targets=9, num_documents=8, longest=8)
+    assert whole.document_lengths == (7, 4, 8, 8, 5)
+    assert whole.document_offsets.tolist() == [0, 7, 11, 19, 27, 32, 32, 32, 32]
+    assert whole.num_tokens == 32 and whole.num_targets == 9
+    assert whole.input_ids_T[:11].equal(row.input_ids_T) and whole.target_rows[: row.num_targets].equal(row.target_rows)
+    assert (whole.labels_T[11:] == IGNORE).all() and whole.position_ids_T[11:20].tolist() == [*range(8), 0]
+    assert len(set(whole.target_rows.tolist())) == 9
+    for numbers in ((10, 9, 8), (32, 4, 8), (32, 40, 8), (32, 9, 4)):
+        with pytest.raises(ValueError, match="can only be padded"):
+            padded(row, *numbers, longest=8)

@@ -72,3 +72,44 @@ def test_a_trial_gives_its_memory_back(config, tmp_path):
     before = torch.cuda.memory_allocated()
     list(train(config, tmp_path / "two"))
     assert torch.cuda.memory_allocated() <= before
+
+
+@pytest.fixture
+def wide_config(tiny_config, tmp_path):
+    """The tiny model's family and tokenizer, wide enough that activations of 8,192 tokens are 2 GiB."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tiny, folder = tiny_config["model"]["path"], tmp_path / "wide"
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 16}
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny, num_key_value_heads=4, head_dim=64, **sizes))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    values = copy.deepcopy(tiny_config)
+    values["model"]["path"] = str(folder)
+    values["data"]["max_seq_length"] = 512
+    values["optim"]["learning_rate"] = 1e-3
+    values["train"] = {"max_tokens": 48_000, "num_reports": 3, "micro_batch_size": 16, "gradient_accumulation_steps": 1,
+                       "activation_checkpointing": False, "keep_layers": 0, "device": "cuda", "cuda_graphs": False}  # fmt: skip
+    return parse(TrainConfig, values)
+
+
+def test_a_trial_that_meets_the_end_of_memory_has_the_losses_of_one_with_room(wide_config, tmp_path):
+    """The cap is set after the plan was made, so memory runs out in the middle of a step."""
+    for name in ("room", "tight"):
+        (tmp_path / name).mkdir()
+    with_room = list(train(wide_config, tmp_path / "room"))
+    generator = train(wide_config, tmp_path / "tight")
+    tight = [next(generator)]
+    used, total = torch.cuda.memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+    needed = with_room[0].peak_allocated_gib * 2**30 - used
+    assert needed > 2**30
+    try:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((used + 0.7 * needed) / total)
+        tight += list(generator)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert with_room[-1].num_out_of_memory == 0 and tight[-1].num_out_of_memory > 0 and tight[-1].micro_batch_size < 16
+    assert [r.step for r in tight] == [r.step for r in with_room]
+    assert [r.eval_loss for r in tight] == pytest.approx([r.eval_loss for r in with_room], rel=2e-3)
+    assert with_room[-1].eval_loss < with_room[0].eval_loss

@@ -53,6 +53,17 @@ def test_loss_and_gradient_are_as_good_as_torch_and_a_wrong_label_scale_or_cap_i
     assert not any(good(*ours(logits, labels, scale, 1.0)))
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_row_labelled_ignore_has_no_loss_and_no_gradient_and_leaves_the_others_alone(options):
+    logits, labels = draw(4, 8193, scale=3.0), edge_labels(4, 8193)
+    loss, grad = ours(logits, labels, **options)
+    labels[1] = kernels.IGNORE
+    with_ignored, its_grad = ours(logits, labels, **options)
+    others = torch.tensor([0, 2, 3], device=DEVICE)
+    assert torch.equal(with_ignored[others], loss[others]) and torch.equal(its_grad[others], grad[others])
+    assert with_ignored[1] == 0 and not its_grad[1].any() and loss[1] > 0 and grad[1].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_gradient_is_rounded_once(dtype, options):
@@ -106,7 +117,7 @@ def test_without_gradient_the_loss_is_the_same_and_the_logits_stay():
 def test_a_label_outside_the_vocabulary_is_a_nan_and_no_access(implementation):
     if implementation == "reference":
         pytest.skip("torch refuses it by itself")
-    logits, labels = draw(3, 50), torch.tensor([2**40, 7, -100], device=DEVICE)
+    logits, labels = draw(3, 50), torch.tensor([2**40, 7, -101], device=DEVICE)
     loss, _ = ours(logits, labels)
     assert loss.isnan().tolist() == [True, False, True]
 

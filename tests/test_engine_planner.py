@@ -45,8 +45,21 @@ def test_more_memory_is_never_slower_and_what_is_given_stays():
     speeds = [chosen.speed.tokens_per_second for chosen in plans]
     assert speeds == sorted(speeds) and speeds[-1] > 1.05 * speeds[0]
     fixed = {"micro_batch_size": 4, "activation_checkpointing": "offload", "keep_layers": 2, "host_layers": 3}
-    fixed["weight_cache_gib"] = 1.0
+    fixed |= {"weight_cache_gib": 1.0, "cuda_graphs": False}
     assert plan(config(512, **fixed), SHAPE, card("rtx4090")).settings() == fixed
+
+
+def test_launches_are_recorded_where_the_host_is_too_slow_and_nothing_forbids_it():
+    small = ModelShape.of({**LLAMA_8B, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                           "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}, "small")  # fmt: skip
+    short = {"micro_batch_size": 1, "gradient_accumulation_steps": 8, "tokens_per_step": None}
+    chosen = plan(config(512, **short), small, card("rtx4090"))
+    without = plan(config(512, **short, cuda_graphs=False), small, card("rtx4090"))
+    assert chosen.cuda_graphs and chosen.speed.tokens_per_second > 3 * without.speed.tokens_per_second
+    assert leaner(chosen, config(512, **short), small).settings() == {**chosen.settings(), "cuda_graphs": False}
+    assert not plan(config(2048), SHAPE, card("rtx4090")).cuda_graphs  # 8B: the device is the slow one
+    dropout = parse(TrainConfig, {**config(512, **short).model_dump(mode="json"), "lora": {"lora_dropout": 0.1}})
+    assert not plan(dropout, small, card("rtx4090")).cuda_graphs
 
 
 def test_long_rows_go_through_the_host_on_a_small_card():

@@ -136,7 +136,7 @@ def _peak(base: Base, adapter: FlatAdapter, config: TrainConfig, values: dict[st
     setting = Setting(model=values["model"], batch=values["batch"], length=values["length"])
     torch.cuda.reset_peak_memory_stats()
     for number in range(2):
-        batch = tokens(argparse.Namespace(**vars(setting)), number, base.device)
+        batch = tokens(argparse.Namespace(**vars(setting)), number).to(base.device)
         (base.loss(batch) / batch.num_targets).backward()
         torch.nn.utils.clip_grad_norm_(adapter.parameter, 1.0)
         optimizer.step()

@@ -28,7 +28,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     step, parameters, after_step = SYSTEMS[options.child].build(options, device)
     optimizer = adamw_8bit(parameters, lr=2e-4)
     loaded = time.perf_counter() - started
-    batches = [tokens(options, number, device) for number in range(options.warmup + options.steps)]
+    batches = [tokens(options, number) for number in range(options.warmup + options.steps)]
     clock, losses = _Clock(device), []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -52,12 +52,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def tokens(options: argparse.Namespace, number: int, device: torch.device) -> Batch:
-    """The batch of step `number`, the same for every system; every token is a label."""
+def tokens(options: argparse.Namespace, number: int) -> Batch:
+    """The batch of step `number`, on the host, the same for every system; every token is a label."""
     generator = torch.Generator().manual_seed(number)
     shape = (options.batch, options.length)
     ids = torch.randint(0, SHAPES[options.model]["vocab_size"], shape, generator=generator).numpy()
-    return collate([Sample(row, row >= 0) for row in ids]).to(device)
+    return collate([Sample(row, row >= 0) for row in ids])
 
 
 class _Clock:

@@ -17,7 +17,7 @@ from engine.bench.rows import POLICIES
 
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "peft", "liger-kernel", "unsloth")
 SETTING = ("model", "batch", "length", "rank", "dropout", "policy", "cap_gib", "card")  # what a table's rows have in common
-OURS = ("system", "keep_layers", "host_layers", "weight_cache_gib")  # what tells them apart
+OURS = ("system", "keep_layers", "host_layers", "weight_cache_gib", "cuda_graphs")  # what tells them apart
 LADDER = ("model", "batch", "length", "rank", "dropout", "cap_gib", "card")
 Record = dict[str, Any]
 
@@ -74,7 +74,7 @@ def _groups(records: list[Record], shared: tuple[str, ...], identity: tuple[str,
     groups: dict[tuple, dict[tuple, Record]] = {}
     for record in records:
         group = groups.setdefault(tuple(record[name] for name in shared), {})
-        group[tuple(record[name] for name in identity)] = record
+        group[tuple(record.get(name) for name in identity)] = record
     return [list(group.values()) for group in groups.values()]
 
 
@@ -125,6 +125,7 @@ def _name(record: Record) -> str:
         *([f"{kept} layers kept"] if some else []),
         *([f"{on_host} kept on the host"] if on_host else []),
         *([f"weight cache {cache:g} GiB"] if cache else []),
+        *(["CUDA graphs"] if record.get("cuda_graphs") else []),
     ]
     return ", ".join(parts)
 

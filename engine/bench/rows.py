@@ -14,7 +14,7 @@ POLICIES = {"recompute": "recomputed", "offload": "recomputed, inputs on the hos
 @dataclass(frozen=True)
 class Setting:
     """cap_gib: emulates a smaller card. keep_layers (the last so many keep activations), host_layers (so many others keep them on
-    the host) and weight_cache_gib (for dequantised weights) are of `ours` only. warmup: steps before those that count."""
+    the host), weight_cache_gib (for dequantised weights) and cuda_graphs are of `ours` only. warmup: steps that do not count."""
 
     model: str = "llama-3.1-8b"
     batch: int = 2
@@ -26,16 +26,17 @@ class Setting:
     keep_layers: int = 1
     host_layers: int = 0
     weight_cache_gib: float = 0.0
+    cuda_graphs: bool = False
     steps: int = 8
     warmup: int = 3
 
     def flags(self) -> list[str]:
         """The command line that means this setting."""
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        given = {f"--{name.replace('_', '-')}": value for name, value in asdict(self).items() if value not in (None, False)}
+        return [part for name, value in given.items() for part in ([name] if value is True else [name, str(value)])]
 
 
-OURS_ONLY: dict[str, Any] = {"keep_layers": 0, "host_layers": 0, "weight_cache_gib": 0.0}
+OURS_ONLY: dict[str, Any] = {"keep_layers": 0, "host_layers": 0, "weight_cache_gib": 0.0, "cuda_graphs": False}
 """What these are for any other system."""
 
 
@@ -53,12 +54,22 @@ class Row:
         return {"label": self.label, "system": self.system, "suite": self.suite, **asdict(self.setting)}
 
 
+LONG: dict[str, Any] = {
+    "model": "llama-3.1-8b", "batch": 1, "rank": 32, "policy": "offload", "keep_layers": 0, "cap_gib": 23.5, "steps": 3,
+    "warmup": 1,
+}  # fmt: skip
 SUITES: dict[str, tuple[dict[str, Any], ...]] = {
     "table": (
-        {"model": "llama-3.1-8b", "batch": 2, "length": 2048, "policy": "offload", "keep_layers": 3},
+        {"model": "llama-3.1-8b", "batch": 2, "length": 2048, "policy": "offload", "keep_layers": 3, "host_layers": 12},
         {"model": "llama-3.1-8b", "batch": 2, "length": 2048, "policy": "keep", "cap_gib": 23.5, "weight_cache_gib": 5.0},
-        {"model": "llama-3.1-8b", "batch": 1, "length": 8192, "policy": "offload", "keep_layers": 2},
+        {"model": "llama-3.1-8b", "batch": 1, "length": 8192, "policy": "offload", "keep_layers": 2, "host_layers": 14},
         {"model": "llama-3.2-1b", "batch": 4, "length": 2048, "policy": "keep", "weight_cache_gib": 2.0},
+        {"model": "smollm2-135m", "batch": 4, "length": 512, "policy": "keep", "cuda_graphs": True},
+    ),
+    "long": (
+        {"length": 6144, "host_layers": 14, **LONG},
+        {"length": 65536, "host_layers": 32, **LONG, "steps": 1},
+        {"length": 131072, "host_layers": 0, **LONG, "steps": 1},
     ),
 }
 
@@ -67,6 +78,7 @@ LADDER: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("+ own loss and quantised layer, flat adapter, packed attention", "ours-unfused", {"policy": "recompute"}),
     ("+ fused decoder layers", "ours", {"policy": "recompute", "keep_layers": 0}),
     ("+ the last layer kept", "ours", {"policy": "recompute", "keep_layers": 1}),
+    ("+ 6 others kept on the host", "ours", {"policy": "recompute", "keep_layers": 1, "host_layers": 6}),
     ("+ all attention kept", "ours", {"policy": "selective"}),
     ("+ all activations kept", "ours", {"policy": "keep"}),
     ("+ weights kept dequantised (2 GiB)", "ours", {"policy": "keep", "weight_cache_gib": 2.0}),

@@ -17,6 +17,7 @@ from torch import nn
 
 from engine.bench.shapes import random_base, random_model
 from engine.config import LoraConfig
+from engine.graphs import make_graphs
 from engine.layer_plan import POLICIES
 from engine.lora import FlatAdapter, attach
 from engine.model import pick_dtype
@@ -34,9 +35,12 @@ def _our_step(options: argparse.Namespace, device: torch.device) -> Built:
     base.checkpoint_activations(OUR_POLICIES[options.policy], options.keep_layers, options.host_layers)
     base.cache_weights(options.weight_cache_gib)
     base.model.train()
+    graphs = make_graphs(base, options.batch * options.length, options.length) if options.cuda_graphs else None
 
     def step(batch: Batch) -> torch.Tensor:
-        loss = base.loss(batch) / batch.num_targets
+        if graphs is not None:
+            return graphs.backward(batch, batch.num_targets) / batch.num_targets
+        loss = base.loss(batch.to(device)) / batch.num_targets
         loss.backward()
         return loss.detach()
 
@@ -102,7 +106,7 @@ def _library_step(model: Any, options: argparse.Namespace, device: torch.device)
     autocast = pick_dtype("auto", device) == torch.bfloat16
 
     def step(batch: Batch) -> torch.Tensor:
-        ids = batch.input_ids_T.view(options.batch, options.length)
+        ids = batch.input_ids_T.to(device).view(options.batch, options.length)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()

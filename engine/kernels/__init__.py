@@ -26,8 +26,10 @@ from engine.errors import EngineError
 from engine.kernels import reference
 from engine.kernels.low_rank import LowRank
 from engine.kernels.nf4_state import Nf4State, nf4_state
+from engine.kernels.reference import IGNORE
 
 __all__ = [
+    "IGNORE",
     "LowRank", "Nf4State", "add_rms_norm", "cross_entropy_", "dequantize_nf4", "gather_rows", "glu", "glu_backward_",
     "nf4_state", "rms_norm", "rms_norm_backward", "rope_",
 ]  # fmt: skip
@@ -112,7 +114,7 @@ def cross_entropy_(
     """loss = logsumexp(z) - z[label], z = scale * logits or softcap * tanh(scale * logits / softcap). Returns loss [C] fp32.
 
     In place where with_gradient: logits <- (softmax(z) - onehot(label)) * dz/dlogits, rounded once; without it they stay as they
-    are. Labels are trusted to be in [0, V).
+    are. Labels are trusted to be in [0, V), or IGNORE: then loss and gradient are 0.
     """
     num_rows, vocabulary = logits_CV.shape if logits_CV.dim() == 2 else (-1, 0)
     if num_rows < 0 or logits_CV.stride(1) != 1 or (num_rows > 1 and logits_CV.stride(0) < vocabulary):

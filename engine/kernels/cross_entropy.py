@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.reference import IGNORE
+
 BLOCK_V = 8192
 NUM_WARPS = 16  # 16 elements a thread, two 16-byte loads of bf16 in flight
 
@@ -39,9 +41,9 @@ def _transform(x, scale, softcap, CAP: tl.constexpr):
 @triton.jit
 def _cross_entropy_kernel(
     logits, labels, loss, stride, scale, softcap, V,
-    BLOCK_V: tl.constexpr, CAP: tl.constexpr, WITH_GRADIENT: tl.constexpr,
+    BLOCK_V: tl.constexpr, CAP: tl.constexpr, WITH_GRADIENT: tl.constexpr, IGNORED: tl.constexpr,
 ):  # fmt: skip
-    """loss = logsumexp(z) - z[label]; where WITH_GRADIENT, logits <- (softmax(z) - onehot) * dz/dlogits."""
+    """loss = logsumexp(z) - z[label]; where WITH_GRADIENT, logits <- (softmax(z) - onehot) * dz/dlogits. IGNORED: 0 and 0."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     offsets = tl.arange(0, BLOCK_V)
@@ -62,9 +64,10 @@ def _cross_entropy_kernel(
         maximum = tl.maximum(maximum, z)
     top = tl.max(maximum, axis=0)
     total_of_row = tl.sum(total * tl.exp(maximum - top), axis=0)
-    tl.store(loss + row, (top - target) + tl.log(total_of_row))  # not (top + log) - target: at 1e4 a step of fp32 is 1e-3
+    value = (top - target) + tl.log(total_of_row)  # not (top + log) - target: at 1e4 a step of fp32 is 1e-3
+    tl.store(loss + row, tl.where(label == IGNORED, 0.0, value))
     if WITH_GRADIENT:
-        share = 1.0 / total_of_row
+        share = tl.where(label == IGNORED, 0.0, 1.0 / total_of_row)  # no column is the label then: p is 0 throughout
         last = (V - 1) // BLOCK_V
         for i in range(0, last + 1):
             columns = (last - i) * BLOCK_V + offsets
@@ -83,6 +86,7 @@ def cross_entropy_(
         capped = softcap is not None
         _cross_entropy_kernel[(num_rows,)](
             logits_CV, labels_C, loss_C, logits_CV.stride(0), float(scale), float(softcap) if capped else 1.0, vocabulary,
-            BLOCK_V=BLOCK_V, CAP=capped, WITH_GRADIENT=with_gradient, num_warps=NUM_WARPS,
+            BLOCK_V=BLOCK_V, CAP=capped, WITH_GRADIENT=with_gradient, IGNORED=IGNORE,
+            num_warps=NUM_WARPS,
         )  # fmt: skip
     return loss_C

@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.kernels.low_rank import LowRank
 from engine.kernels.nf4_state import Nf4State
 
+IGNORE = -100  # the label of a row that does not count, torch's ignore_index
 SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 
 
@@ -97,12 +98,14 @@ def cross_entropy_(
     if softcap is not None:
         tanh_CV = torch.tanh(z_CV / softcap)
         z_CV, slope = softcap * tanh_CV, scale * (1.0 - tanh_CV.square())
+    counts_C = labels_C != IGNORE
+    targets_C1 = torch.where(counts_C, labels_C, 0)[:, None]
     log_p_CV = torch.log_softmax(z_CV, dim=1)
-    loss_C = -log_p_CV.gather(1, labels_C[:, None]).squeeze(1)
+    loss_C = torch.where(counts_C, -log_p_CV.gather(1, targets_C1).squeeze(1), 0.0)
     if with_gradient:
         grad_CV = log_p_CV.exp_()
-        grad_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1.0
-        logits_CV.copy_(grad_CV * slope)
+        grad_CV.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1.0, dtype=grad_CV.dtype))
+        logits_CV.copy_(grad_CV * slope * counts_C[:, None])
     return loss_C
 
 

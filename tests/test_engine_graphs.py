@@ -1,0 +1,96 @@
+"""Padded rows that CUDA graphs replay: the numbers of the rows they came from, in few sizes."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from engine.config import TrainConfig, parse
+from engine.errors import InputError
+from engine.graphs import MAX_GRAPHS, Size, make_graphs
+from engine.lora import FlatAdapter, attach, detach
+from engine.model import load_base
+from engine.packing import Sample, collate
+from engine.train import train
+
+
+@pytest.fixture
+def config(tiny_config):
+    return parse(TrainConfig, copy.deepcopy(tiny_config))
+
+
+def rows(number, longest=60, seed=0):
+    """Packed rows of one to four samples, of which a part has targets."""
+    random = np.random.default_rng(seed)
+    samples = [[Sample(random.integers(1, 100, n), random.random(n) < 0.6) for n in random.integers(8, longest, count)]
+               for count in random.integers(1, 5, number)]  # fmt: skip
+    return [collate(row) for row in samples]
+
+
+def test_padded_rows_have_the_loss_and_gradient_of_the_rows(config):
+    base = load_base(config.model, torch.device("cpu"))
+    layers = attach(base.model, base.linear_names, config.lora, 0)
+    adapter = FlatAdapter(layers, base.dtype)
+    with torch.no_grad():
+        adapter.parameter += 0.01 * torch.randn(adapter.parameter.shape, generator=torch.Generator().manual_seed(1))
+    adapter.refresh()
+    base.model.train()
+    graphs, sizes = make_graphs(base, 256, 60), set()
+    for row in rows(4):
+        loss = base.loss(row)
+        (loss / row.num_targets).backward()
+        truth = adapter.parameter.grad.clone()
+        adapter.zero_grad()
+        ours = graphs.backward(row, row.num_targets)
+        sizes.add(Size.of(row, 256, 60).num_tokens)
+        torch.testing.assert_close(ours, loss.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(adapter.parameter.grad, truth, rtol=1e-4, atol=1e-6)
+        other = base.loss(collate([Sample(row.input_ids_T.numpy(), row.labels_T.numpy() != -100)])).detach()
+        assert row.num_tokens < 61 or not torch.allclose(ours, other, rtol=1e-5)  # samples that see each other are told apart
+        adapter.zero_grad()
+    detach(base.model, layers)
+    assert sizes <= {128, 256} and sizes
+
+
+def test_few_sizes_occur():
+    assert len({Size.of(row, 256, 60) for row in rows(400)}) <= MAX_GRAPHS / 2
+    for row in rows(50):
+        Size.of(row, 256, 60).pad(row, 60)  # always large enough
+
+
+@pytest.mark.parametrize("changes", [{"lora": {"lora_dropout": 0.1}}, {"train": {"activation_checkpointing": "offload"}}])
+def test_what_cannot_be_recorded_is_refused_where_it_is_demanded(tiny_config, changes):
+    values = copy.deepcopy(tiny_config)
+    values["train"]["cuda_graphs"] = True
+    parse(TrainConfig, values)
+    for section, fields in changes.items():
+        values.setdefault(section, {}).update(fields)
+    with pytest.raises(InputError, match="cuda_graphs = true goes with"):
+        parse(TrainConfig, values)
+
+
+def trial(tiny_config, folder, device, **changes):
+    values = copy.deepcopy(tiny_config)
+    del values["train"]["tokens_per_step"]
+    one_by_one = {"micro_batch_size": 1, "gradient_accumulation_steps": 2}
+    values["train"].update({"device": device, "activation_checkpointing": False, **one_by_one, **changes})
+    folder.mkdir()
+    return [r.eval_loss for r in train(parse(TrainConfig, values), folder)]
+
+
+def test_a_trial_over_padded_rows_is_the_trial(tiny_config, tmp_path):
+    plain = trial(tiny_config, tmp_path / "plain", "cpu", cuda_graphs=False)
+    assert trial(tiny_config, tmp_path / "padded", "cpu", cuda_graphs=True) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_replayed_trial_has_the_losses_of_one_without_graphs(tiny_config, tmp_path, monkeypatch):
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: replays.append(1) or replay(self))
+    plain = trial(tiny_config, tmp_path / "plain", "cuda", cuda_graphs=False)
+    assert not replays
+    recorded = trial(tiny_config, tmp_path / "recorded", "cuda", cuda_graphs=True)
+    assert len(replays) > 4 and recorded == pytest.approx(plain, rel=1e-3) and plain[-1] < plain[0]
+    assert trial(tiny_config, tmp_path / "auto", "cuda") == pytest.approx(plain, rel=1e-3)
