@@ -178,7 +178,7 @@ def planned(monkeypatch) -> list[TrainConfig]:
         if config.lora.rank > card.memory_gib:
             raise OutOfMemory("needs more", float(config.lora.rank))
         memory = type("Memory", (), {"peak_gib": float(config.lora.rank), "reserve_gib": 0.5})
-        return Plan(2, True, 0, 0.0, memory)
+        return Plan(2, True, 0, 0, 0.0, memory=memory)
 
     monkeypatch.setattr(feasibility, "plan", plan)
     return asked
