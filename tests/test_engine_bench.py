@@ -1,6 +1,5 @@
 """The step benchmark on a tiny shape: all systems compute the same, whatever fails is a row, and what is done stays."""
 
-import argparse
 import json
 import textwrap
 from dataclasses import asdict, fields, replace
@@ -12,44 +11,52 @@ import torch
 from engine.bench import __main__ as bench
 from engine.bench import calibrate
 from engine.bench.checkpoint import write_checkpoint
-from engine.bench.children import run_row
+from engine.bench.children import run_rows
 from engine.bench.measure import measure, tokens
 from engine.bench.process import run_python
 from engine.bench.report import report
-from engine.bench.rows import LADDER, OURS_ONLY, POLICIES, SUITES, Row, Setting, ladder_rows, plain_rows, suite_rows
+from engine.bench.rows import LADDER, OURS_ONLY, POLICIES, SUITES, Row, Setting, plain_rows, suite_rows
 from engine.bench.shapes import SHAPES, random_model
 from engine.bench.systems import SYSTEMS, System
 from engine.loss import IGNORE
 
 TINY = Setting(model="tiny", batch=2, length=32, rank=4, steps=2)
-FLAGS = TINY.flags()
+FLAGS = ["--model", "tiny", "--batch", "2", "--length", "32", "--rank", "4", "--steps", "2"]
 HERE = ("ours", "ours-unfused", "peft")  # the others need a GPU
 CPU = torch.device("cpu")
 DONE = {"tokens_per_second": 1000.0, "step_time_ms": 2.0, "peak_allocated_gib": 3.0, "first_step_s": 4.0, "first_loss": 5.0,
         "last_loss": 4.5}  # fmt: skip
 
 
-def _options(setting: Setting, system: str) -> argparse.Namespace:
-    return argparse.Namespace(**asdict(setting), child=system, checkpoint=None)
+def one(system: str, setting: Setting) -> dict:
+    return next(measure(system, [setting]))
 
 
 @pytest.mark.parametrize("policy", ["recompute", "keep"])
 def test_all_systems_compute_the_same_loss(policy):
-    ours, *others = (measure(_options(replace(TINY, policy=policy), system)) for system in HERE)
+    ours, *others = (one(system, replace(TINY, policy=policy)) for system in HERE)
     for other in others:
         assert other["first_loss"] == pytest.approx(ours["first_loss"], abs=1e-3)
         assert other["last_loss"] == pytest.approx(ours["last_loss"], rel=1e-2)
     assert ours["first_loss"] != pytest.approx(ours["last_loss"], abs=1e-3)  # other tokens: the tolerance can fail
 
 
+@pytest.mark.parametrize("system", HERE)
+def test_a_setting_is_measured_as_if_it_were_alone_in_its_process(system):
+    settings = [TINY, replace(TINY, rank=2, policy="keep"), TINY]
+    first, other, again = measure(system, settings)
+    for name in ("first_loss", "last_loss"):
+        assert again[name] == pytest.approx(first[name], rel=1e-6)
+    assert other["last_loss"] != pytest.approx(first["last_loss"], rel=1e-6)
+
+
 def test_every_token_is_a_label_and_every_step_has_its_own_tokens():
-    batch = tokens(_options(TINY, "ours"), 0)
+    batch = tokens(TINY, 0)
     ids = batch.input_ids_T.view(2, 32)
     labels = batch.labels_T.view(2, 32)
     assert torch.equal(labels[:, :-1], ids[:, 1:]) and (labels[:, -1] == IGNORE).all()
     assert batch.num_targets == 2 * 31  # as transformers counts them, which shifts inside
-    assert torch.equal(ids, tokens(_options(TINY, "peft"), 0).input_ids_T.view(2, 32))
-    assert not torch.equal(ids, tokens(_options(TINY, "ours"), 1).input_ids_T.view(2, 32))
+    assert not torch.equal(ids, tokens(TINY, 1).input_ids_T.view(2, 32))
 
 
 def test_the_model_folder_holds_the_model_in_memory_and_a_tokenizer(tmp_path):
@@ -97,11 +104,11 @@ def test_a_system_that_loads_from_a_folder_sees_the_same_weights_and_the_folder_
     monkeypatch.syspath_prepend(site)
     monkeypatch.setenv("PYTHONPATH", str(site))
     row = plain_rows(["unsloth"], TINY)[0]
-    first = run_row(row, scratch, 100.0)
-    assert first["first_loss"] == pytest.approx(measure(_options(TINY, "ours"))["first_loss"], abs=1e-3)
+    first, second = run_rows([row, row], scratch, 100.0)
+    assert first["first_loss"] == second["first_loss"] == pytest.approx(one("ours", TINY)["first_loss"], abs=1e-3)
     (folder,) = scratch.glob("tiny-*")
     written = (folder / "config.json").stat().st_mtime_ns
-    assert run_row(row, scratch, 0.1)["error"] == "timed out"
+    assert run_rows([row], scratch, 0.1) == [{"error": "timed out", "checkpoint_s": pytest.approx(0.0, abs=0.1)}]
     assert (folder / "config.json").stat().st_mtime_ns == written and first["checkpoint_s"] > 0
 
 
@@ -137,14 +144,17 @@ def _pretend(monkeypatch, results: list) -> list[Row]:
     """Rows end with these results, an exception being raised; returns the rows that were started."""
     started: list[Row] = []
 
-    def run(row: Row, scratch: Path, timeout_s: float) -> dict:
+    def run(rows: list[Row], scratch: Path, timeout_s: float) -> list[dict]:
+        return [one(row) for row in rows]
+
+    def one(row: Row) -> dict:
         started.append(row)
         result = results[min(len(started), len(results)) - 1]
         if isinstance(result, BaseException):
             raise result
         return result
 
-    monkeypatch.setattr(bench, "run_row", run)
+    monkeypatch.setattr(bench, "run_rows", run)
     monkeypatch.setattr(bench, "card", lambda scratch: "a card")
     return started
 
@@ -153,9 +163,13 @@ def test_a_killed_suite_keeps_the_rows_that_were_done(tmp_path, monkeypatch):
     started = _pretend(monkeypatch, [DONE, {"error": "timed out"}, KeyboardInterrupt()])
     file = tmp_path / "rows.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        bench.main(["--suite", "table", "--systems", "ours", "peft", "--json", str(file)])
-    assert [json.loads(text).get("error") for text in file.read_text().splitlines()] == [None, "timed out"]
-    assert [row.system for row in started] == ["ours", "peft", "ours"]
+        bench.main(["--suite", "table", "--systems", "unsloth", "ours", "--json", str(file)])
+    assert [json.loads(text).get("error") for text in file.read_text().splitlines()] == [None]
+    assert [(row.system, row.setting.policy) for row in started] == [
+        ("unsloth", "offload"),
+        ("ours", "offload"),
+        ("ours", "keep"),
+    ]
 
 
 def test_a_spent_budget_leaves_rows_out_and_lists_them(monkeypatch, capsys):
@@ -168,15 +182,16 @@ def test_a_spent_budget_leaves_rows_out_and_lists_them(monkeypatch, capsys):
 def test_the_ladder_prints_what_each_row_adds(monkeypatch, capsys):
     results = [{**DONE, "tokens_per_second": 1000.0 * 2**i} for i in range(len(LADDER))]
     _pretend(monkeypatch, results)
-    bench.main(["--ladder"])
+    bench.main(["--suite", "ladder"])
     table = capsys.readouterr().out
     assert table.count("| 2.00 x |") >= len(LADDER) - 1 and f"{2 ** (len(LADDER) - 1)}.00 x |" in table
-    with pytest.raises(SystemExit):
-        bench.main(["--ladder", "--systems", "peft"])
+    started = _pretend(monkeypatch, [DONE])
+    bench.main(["--suite", "table", "ladder", "--systems", "ours", "--only", "smollm2-135m", "--model", "smollm2-135m"])
+    assert len(started) == len(LADDER) + 1
 
 
 def test_suites_and_the_ladder_name_what_exists():
-    rows = ladder_rows(TINY) + [row for name in SUITES for row in suite_rows(name, SYSTEMS, TINY)]
+    rows = [row for name in (*SUITES, "ladder") for row in suite_rows(name, SYSTEMS, TINY)]
     for row in rows:
         assert row.system in SYSTEMS and row.setting.model in SHAPES and row.setting.policy in POLICIES
     assert len({label for label, _, _ in LADDER}) == len(LADDER)
@@ -216,7 +231,7 @@ def test_the_report_keeps_settings_apart_and_marks_rows_of_other_commits():
 
 
 def test_calibration_settings_cover_every_value_and_stay_within_the_longest_row():
-    settings = [values for model in calibrate.MAX_TOKENS for values in calibrate.draw(model, 0, 24)]
+    settings = [values for model in calibrate.MAX_TOKENS for values in calibrate.draw(model, 0, 16)]
     assert len(settings) >= 60
     for name, values in (("rank", calibrate.RANKS), ("length", calibrate.LENGTHS), ("targets", calibrate.TARGETS)):
         assert {s[name] for s in settings} == set(values)

@@ -2,11 +2,12 @@
 
     python -m engine.bench --model llama-3.1-8b --batch 2 --length 2048 --systems ours peft unsloth
     python -m engine.bench --suite table --json results.jsonl --scratch /tmp/bench --budget-s 900
-    python -m engine.bench --ladder --json results.jsonl
+    python -m engine.bench --suite ladder --model llama-3.2-1b --batch 4 --json results.jsonl
     python -m engine.bench.report results.jsonl
 
 Each system runs in a process of its own on the same random NF4 weights and the same tokens, every token a label, with adapters
-on all linear layers and 8-bit AdamW. `--json FILE` gets a line as soon as a row is done, with card, versions and commit.
+on all linear layers and 8-bit AdamW; it loads each model once. `--json FILE` gets a line as soon as a row is done, with card,
+versions and commit.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from engine.bench.children import card, run_row
+from engine.bench.children import card, run_rows
 from engine.bench.measure import measure
 from engine.bench.process import hand_back
 from engine.bench.report import describe, headings, line, report
-from engine.bench.rows import POLICIES, SUITES, Row, Setting, ladder_rows, plain_rows, suite_rows
+from engine.bench.rows import POLICIES, SUITES, Row, Setting, plain_rows, suite_rows
 from engine.bench.shapes import SHAPES
 from engine.bench.systems import SYSTEMS
 from engine.provenance import provenance
@@ -37,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run every row in a subprocess, or (with --child) measure one system here."""
     options = _arguments(arguments)
     if options.child:
-        hand_back(measure(options))
+        settings = [Setting(**values) for values in json.loads(options.settings)] if options.settings else [_setting(options)]
+        for result in measure(options.child, settings, options.checkpoint):
+            hand_back(result)
         return 0
     rows = _rows(options)
     if options.json:
@@ -45,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     with _scratch(options.scratch) as scratch:
         facts = {"card": card(scratch), **_provenance(options.commit)}
         records = _run(rows, options, scratch, facts)
-    if (options.ladder or options.suite) and records:
+    if options.suite and records:
         print("\n" + report(records))
     left_out = rows[len(records) :]
     if left_out:
@@ -55,16 +58,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(rows: list[Row], options: argparse.Namespace, scratch: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """One record per row that was run; each is printed and written as soon as it is there."""
+    """One record per row that was run; each is printed and written as soon as it and those before it are there."""
     started, width, heading = time.monotonic(), max(len(row.label) for row in rows) + 2, ""
     records: list[dict[str, Any]] = []
+    done: dict[Row, dict[str, Any]] = {}
     for row in rows:
         if options.budget_s is not None and time.monotonic() - started >= options.budget_s:
             break
-        if describe(row.record(), options.ladder) != heading:
-            heading = describe(row.record(), options.ladder)
+        if describe(row.record()) != heading:
+            heading = describe(row.record())
             print(f"{heading}, {facts['card']}\n{headings(width)}", flush=True)
-        record = {**row.record(), **run_row(row, scratch, options.child_timeout_s), **facts}
+        if row not in done:  # with it, all that can share its process
+            group = [r for r in rows if (r.system, r.setting.model) == (row.system, row.setting.model) and r not in done]
+            group = [row] if SYSTEMS[row.system].from_folder else group
+            done.update(zip(group, run_rows(group, scratch, options.child_timeout_s), strict=True))
+        record = {**row.record(), **done[row], **facts}
         records.append(record)
         print(line(record, width), flush=True)
         if options.json:
@@ -74,11 +82,15 @@ def _run(rows: list[Row], options: argparse.Namespace, scratch: Path, facts: dic
 
 
 def _rows(options: argparse.Namespace) -> list[Row]:
-    base = Setting(**{field.name: getattr(options, field.name) for field in fields(Setting)})
-    if options.ladder:
-        return ladder_rows(base)
-    systems = options.systems or list(SYSTEMS)
-    return suite_rows(options.suite, systems, base) if options.suite else plain_rows(systems, base)
+    base, systems = _setting(options), options.systems or list(SYSTEMS)
+    if not options.suite:
+        return plain_rows(systems, base)
+    rows = [row for name in options.suite for row in suite_rows(name, systems, base)]
+    return [row for row in rows if options.only in (None, row.setting.model)]
+
+
+def _setting(options: argparse.Namespace) -> Setting:
+    return Setting(**{field.name: getattr(options, field.name) for field in fields(Setting)})
 
 
 @contextmanager
@@ -104,8 +116,9 @@ def _provenance(commit: str | None) -> dict[str, str]:
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     several = parser.add_mutually_exclusive_group()
-    several.add_argument("--suite", choices=sorted(SUITES), help="settings with names; they replace --model, --batch and so on")
-    several.add_argument("--ladder", action="store_true", help="rows that each add one optimisation to the one before")
+    several.add_argument(
+        "--suite", nargs="+", choices=[*SUITES, "ladder"], help="settings with names; ladder: each row adds one optimisation"
+    )
     several.add_argument("--child", choices=list(SYSTEMS), help="measure this one in this process (for profilers)")
     default = Setting()
     parser.add_argument("--model", choices=sorted(SHAPES), default=default.model)
@@ -122,16 +135,15 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--warmup", type=int, default=default.warmup, help="steps that do not count")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), help="default: all")
+    parser.add_argument("--only", choices=list(SHAPES), help="with --suite: rows of this model alone")
     parser.add_argument("--scratch", type=Path, help="keeps model folders (5 GiB at 8B) for later runs; default: temporary")
+    parser.add_argument("--settings", help="with --child: JSON list of settings of one model, instead of the options")
     parser.add_argument("--checkpoint", type=Path, help="with --child: a folder of engine.bench.checkpoint")
     parser.add_argument("--child-timeout-s", type=float, default=300.0, help="for one row")
     parser.add_argument("--budget-s", type=float, help="start no further row after this time")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--commit", help="where the code is not in a git checkout")
-    options = parser.parse_args(arguments)
-    if options.ladder and options.systems:
-        parser.error("--ladder has systems of its own: leave --systems out")
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Each row in a process of its own: what goes wrong there is the row's result, never the run's end."""
+"""Each system and model in a process of its own: what goes wrong there is a row's result, never the run's end."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from engine.bench.checkpoint import folder_name
-from engine.bench.process import run_python
+from engine.bench.process import run_python, run_python_all
 from engine.bench.rows import Row
 from engine.bench.systems import SYSTEMS
 
@@ -19,21 +21,30 @@ hand_back({"card": torch.cuda.get_device_name() if torch.cuda.is_available() els
 """
 
 
-def run_row(row: Row, scratch: Path, timeout_s: float) -> dict[str, Any]:
-    """What `measure` returned, or {"error": reason}. scratch: an absolute path; model folders found in it are used again."""
-    system = SYSTEMS[row.system]
+def run_rows(rows: list[Row], scratch: Path, timeout_s: float) -> list[dict[str, Any]]:
+    """For each row, all of one system and model, what `measure` returned, or {"error": reason}. They share a process, and with it
+    the loaded model, where the system can go from one setting to the next. timeout_s: for each row. scratch: an absolute path;
+    model folders found in it are used again."""
+    system = SYSTEMS[rows[0].system]
     if any(importlib.util.find_spec(package) is None for package in system.needs):
-        return {"error": "not installed"}
-    arguments = ["-m", "engine.bench", "--child", row.system, *row.setting.flags()]
+        return [{"error": "not installed"}] * len(rows)
     if not system.from_folder:
-        return run_python(arguments, scratch, timeout_s)
-    folder, started = scratch / folder_name(row.setting.model), time.perf_counter()
+        return _measured(rows, [], scratch, timeout_s)
+    folder, started = scratch / folder_name(rows[0].setting.model), time.perf_counter()
     if not folder.exists():
-        done = run_python(["-m", "engine.bench.checkpoint", row.setting.model, str(folder)], scratch, timeout_s)
+        done = run_python(["-m", "engine.bench.checkpoint", rows[0].setting.model, str(folder)], scratch, timeout_s)
         if "error" in done:
-            return {"error": f"no model folder: {done['error']}"}
+            return [{"error": f"no model folder: {done['error']}"}] * len(rows)
     written = {"checkpoint_s": time.perf_counter() - started}
-    return {**run_python([*arguments, "--checkpoint", str(folder)], scratch, timeout_s), **written}
+    alone = [_measured([row], ["--checkpoint", str(folder)], scratch, timeout_s)[0] for row in rows]
+    return [{**result, **written} for result in alone]
+
+
+def _measured(rows: list[Row], more: list[str], scratch: Path, timeout_s: float) -> list[dict[str, Any]]:
+    settings = json.dumps([asdict(row.setting) for row in rows])
+    arguments = ["-m", "engine.bench", "--child", rows[0].system, "--settings", settings, *more]
+    results = run_python_all(arguments, scratch, timeout_s * len(rows))
+    return (results + [results[-1]] * len(rows))[: len(rows)]  # a process that ended early ended all that was to follow
 
 
 def card(scratch: Path) -> str:

@@ -1,34 +1,49 @@
-"""One system in this process: the median step, the peak of memory and the losses."""
+"""One system with one model in this process: the median step, the peak of memory and the losses of each setting."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from engine.bench.rows import Setting
 from engine.bench.shapes import SHAPES
-from engine.bench.systems import SYSTEMS
+from engine.bench.systems import SYSTEMS, Builder
 from engine.metrics import GIB
-from engine.model import pick_device
+from engine.model import free, pick_device
 from engine.packing import Batch, Sample, collate
 from engine.quant import adamw_8bit
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Median step over `options.steps` steps after warm-up, and the peak of allocated memory. options: see systems.py."""
-    device = pick_device("auto")
-    if options.cap_gib and device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(options.cap_gib * GIB / torch.cuda.get_device_properties(0).total_memory)
-    torch.manual_seed(0)  # PEFT draws its A from the global stream
-    started = time.perf_counter()
-    step, parameters, after_step = SYSTEMS[options.child].build(options, device)
-    optimizer = adamw_8bit(parameters, lr=2e-4)
+def measure(system: str, settings: list[Setting], checkpoint: Path | None = None) -> Iterator[dict[str, Any]]:
+    """For each setting the median step after warm-up and the peak of allocated memory, or {"error": reason}. All are of one
+    model, which is loaded once. checkpoint: its folder, for systems that load from one."""
+    device, started = pick_device("auto"), time.perf_counter()
+    builder = SYSTEMS[system].build(settings[0], device, checkpoint)
     loaded = time.perf_counter() - started
-    batches = [tokens(options, number) for number in range(options.warmup + options.steps)]
+    for setting in settings:
+        try:
+            result = {**_measured(builder, setting, device), "load_s": loaded}
+        except torch.OutOfMemoryError:
+            result = {"error": "out of memory"}
+        builder.undo()
+        free(device)
+        yield result
+
+
+def _measured(builder: Builder, setting: Setting, device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction((setting.cap_gib or total) / total)
+    torch.manual_seed(0)  # PEFT draws its A from the global stream
+    step, parameters, after_step = builder.prepare(setting)
+    optimizer = adamw_8bit(parameters, lr=2e-4)
+    batches = [tokens(setting, number) for number in range(setting.warmup + setting.steps)]
     clock, losses = _Clock(device), []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -40,23 +55,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         after_step()
         clock.mark()
     seconds = clock.intervals()
-    median = sorted(seconds[options.warmup :])[options.steps // 2]
+    median = sorted(seconds[setting.warmup :])[setting.steps // 2]
     return {
-        "tokens_per_second": options.batch * options.length / median,
+        "tokens_per_second": setting.batch * setting.length / median,
         "step_time_ms": 1000 * median,
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0,
         "first_step_s": seconds[0],
-        "load_s": loaded,
         "first_loss": losses[0].item(),
         "last_loss": losses[-1].item(),
     }
 
 
-def tokens(options: argparse.Namespace, number: int) -> Batch:
+def tokens(setting: Setting, number: int) -> Batch:
     """The batch of step `number`, on the host, the same for every system; every token is a label."""
     generator = torch.Generator().manual_seed(number)
-    shape = (options.batch, options.length)
-    ids = torch.randint(0, SHAPES[options.model]["vocab_size"], shape, generator=generator).numpy()
+    shape = (setting.batch, setting.length)
+    ids = torch.randint(0, SHAPES[setting.model]["vocab_size"], shape, generator=generator).numpy()
     return collate([Sample(row, row >= 0) for row in ids])
 
 

@@ -18,26 +18,33 @@ ERROR_LINE = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
 
 
 def run_python(arguments: list[str], folder: Path, timeout_s: float) -> dict[str, Any]:
-    """What the process handed to `hand_back`, or {"error": reason}. It runs in `folder`: Unsloth writes its compiled modules to
-    the working directory. Output goes to files: after a kill, a compiler's workers may hold the end of a pipe open."""
+    """What the process handed to `hand_back` last, or {"error": reason}."""
+    return run_python_all(arguments, folder, timeout_s)[-1]
+
+
+def run_python_all(arguments: list[str], folder: Path, timeout_s: float) -> list[dict[str, Any]]:
+    """All that the process handed to `hand_back`, and {"error": reason} at the end of one that failed. It runs in `folder`:
+    Unsloth writes its compiled modules to the working directory. Output goes to files: after a kill, a compiler's workers may
+    hold the end of a pipe open."""
     given = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), *given])}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        code = None
         try:
             command = [sys.executable, *arguments]
-            done = subprocess.run(command, stdout=out, stderr=err, cwd=folder, env=environment, timeout=timeout_s)
+            code = subprocess.run(command, stdout=out, stderr=err, cwd=folder, env=environment, timeout=timeout_s).returncode
         except subprocess.TimeoutExpired:
-            return {"error": "timed out"}
+            pass
         out.seek(0)
         err.seek(0)
-        results = [line.removeprefix(MARK) for line in out if line.startswith(MARK)]
-        if done.returncode == 0 and results:
-            return json.loads(results[-1])
-        return {"error": _reason(err.read(), done.returncode)}
+        results = [json.loads(line.removeprefix(MARK)) for line in out if line.startswith(MARK)]
+        if code == 0 and results:
+            return results
+        return [*results, {"error": "timed out" if code is None else _reason(err.read(), code)}]
 
 
 def hand_back(result: dict[str, Any]) -> None:
-    """In the process: its result, as its last act. Before it, libraries may print what they like."""
+    """In the process: a result. Before and after it, libraries may print what they like."""
     print(f"\n{MARK}{json.dumps(result)}", flush=True)
 
 

@@ -41,12 +41,12 @@ def report(records: list[Record]) -> str:
     return "\n\n".join([_setting_table(group) for group in settings] + [_ladder_table(group) for group in ladders])
 
 
-def describe(record: Record, ladder: bool = False) -> str:
-    """The setting in words."""
+def describe(record: Record) -> str:
+    """The setting in words; of a ladder, what its rows share."""
     parts = [record["model"], f"{record['batch']} x {record['length']} tokens", f"r {record['rank']}"]
     if record["dropout"]:
         parts.append(f"dropout {record['dropout']}")
-    if not ladder:
+    if record["suite"] != "ladder":
         parts.append(f"activations {POLICIES[record['policy']]}")
     if record["cap_gib"]:
         parts.append(f"capped at {record['cap_gib']} GiB")
@@ -91,7 +91,7 @@ def _ladder_table(group: list[Record]) -> str:
     speeds = [_speed(record) for record in group]
     ratios = [["", ""], *([_ratio(now, before), _ratio(now, speeds[0])] for before, now in pairwise(speeds))]
     rows = [(record["label"], record, ratio) for record, ratio in zip(group, ratios, strict=True)]
-    return _table(f"Ladder: {describe(group[0], ladder=True)}", ["over the row before", "over the first"], rows)
+    return _table(f"Ladder: {describe(group[0])}", ["over the row before", "over the first"], rows)
 
 
 def _table(title: str, ratios: list[str], rows: list[tuple[str, Record, list[str]]]) -> str:

@@ -30,11 +30,6 @@ class Setting:
     steps: int = 8
     warmup: int = 3
 
-    def flags(self) -> list[str]:
-        """The command line that means this setting."""
-        given = {f"--{name.replace('_', '-')}": value for name, value in asdict(self).items() if value not in (None, False)}
-        return [part for name, value in given.items() for part in ([name] if value is True else [name, str(value)])]
-
 
 OURS_ONLY: dict[str, Any] = {"keep_layers": 0, "host_layers": 0, "weight_cache_gib": 0.0, "cuda_graphs": False}
 """What these are for any other system."""
@@ -67,11 +62,12 @@ SUITES: dict[str, tuple[dict[str, Any], ...]] = {
         {"model": "smollm2-135m", "batch": 4, "length": 512, "policy": "keep", "cuda_graphs": True},
     ),
     "long": (
-        {"length": 6144, "host_layers": 14, **LONG},
+        {"length": 6144, "host_layers": 14, **LONG, "systems": ("ours", "peft")},
         {"length": 65536, "host_layers": 32, **LONG, "steps": 1},
-        {"length": 131072, "host_layers": 0, **LONG, "steps": 1},
+        {"length": 131072, "host_layers": 0, **LONG, "steps": 1, "warmup": 0, "systems": ("ours", "peft")},
     ),
 }
+"""systems: measured in this setting alone; without, all that are asked for."""
 
 LADDER: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("PEFT and bitsandbytes, activations recomputed", "peft", {"policy": "recompute"}),
@@ -92,14 +88,15 @@ def plain_rows(systems: Iterable[str], base: Setting) -> list[Row]:
 
 
 def suite_rows(name: str, systems: Iterable[str], base: Setting) -> list[Row]:
-    """Every system in every setting of a suite."""
-    systems = list(systems)
-    return [_row(system, system, replace(base, **changes), name) for changes in SUITES[name] for system in systems]
-
-
-def ladder_rows(base: Setting) -> list[Row]:
-    """The ladder, over a base setting."""
-    return [_row(label, system, replace(base, **changes), "ladder") for label, system, changes in LADDER]
+    """Every system in every setting of a suite that is for it; the ladder has systems of its own."""
+    if name == "ladder":
+        return [_row(label, system, replace(base, **changes), name) for label, system, changes in LADDER]
+    rows, systems = [], list(systems)
+    for entry in SUITES[name]:
+        changes = {key: value for key, value in entry.items() if key != "systems"}
+        chosen = [system for system in systems if system in entry.get("systems", systems)]
+        rows += [_row(system, system, replace(base, **changes), name) for system in chosen]
+    return rows
 
 
 def _row(label: str, system: str, setting: Setting, suite: str) -> Row:

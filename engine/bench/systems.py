@@ -1,112 +1,150 @@
 """The systems that are measured: how each builds its model and takes one step, by its own documented interface.
 
-All train r 16 (or `--rank`) on the seven linear layers of every decoder layer, on the same random NF4 weights. A builder takes
-(options, device) and returns the step (batch -> loss), the trainable parameters, and what follows the optimizer's step. options:
-a `Setting`'s fields, `child` (the system's name) and `checkpoint` (a model folder, for systems that load from one).
+All train r 16 (or `--rank`) on the seven linear layers of every decoder layer, on the same random NF4 weights. A builder loads
+the model once; `prepare` makes it ready for one setting and returns the step (batch on the host -> loss), the trainable
+parameters, and what follows the optimizer's step; `undo` takes that away again.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from engine.bench.rows import Setting
 from engine.bench.shapes import random_base, random_model
 from engine.config import LoraConfig
 from engine.graphs import make_graphs
 from engine.layer_plan import POLICIES
-from engine.lora import FlatAdapter, attach
+from engine.lora import FlatAdapter, LoraLinear, attach, detach
 from engine.model import pick_dtype
 from engine.packing import Batch
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OUR_POLICIES: dict[str, Any] = {name: setting for setting, name in POLICIES.items()}
-Built = tuple[Callable[[Batch], torch.Tensor], list[nn.Parameter], Callable[[], None]]
+Prepared = tuple[Callable[[Batch], torch.Tensor], list[nn.Parameter], Callable[[], None]]
 
 
-def _our_step(options: argparse.Namespace, device: torch.device) -> Built:
-    base = random_base(options.model, device, pick_dtype("auto", device), fused=options.child == "ours")
-    layers = attach(base.model, base.linear_names, LoraConfig(rank=options.rank, lora_dropout=options.dropout), 0)
-    adapter = FlatAdapter(layers, base.dtype)
-    base.checkpoint_activations(OUR_POLICIES[options.policy], options.keep_layers, options.host_layers)
-    base.cache_weights(options.weight_cache_gib)
-    base.model.train()
-    graphs = make_graphs(base, options.batch * options.length, options.length) if options.cuda_graphs else None
+class Builder(Protocol):
+    def prepare(self, setting: Setting) -> Prepared: ...
 
-    def step(batch: Batch) -> torch.Tensor:
-        if graphs is not None:
-            return graphs.backward(batch, batch.num_targets) / batch.num_targets
-        loss = base.loss(batch.to(device)) / batch.num_targets
-        loss.backward()
-        return loss.detach()
-
-    def after_step() -> None:
-        adapter.refresh()
-        adapter.zero_grad()
-
-    return step, [adapter.parameter], after_step
+    def undo(self) -> None: ...
 
 
-def _peft_step(options: argparse.Namespace, device: torch.device) -> Built:
-    """Hugging Face's model, PEFT's adapter and bitsandbytes' matmul, as TRL puts them together."""
-    model, _ = random_model(options.model, device, pick_dtype("auto", device), "sdpa")
-    return _library_step(_with_peft(model, options), options, device)
+class _Ours:
+    def __init__(self, setting: Setting, device: torch.device, fused: bool) -> None:
+        self._device = device
+        self._base = random_base(setting.model, device, pick_dtype("auto", device), fused)
+        self._layers: dict[str, LoraLinear] = {}
+
+    def prepare(self, setting: Setting) -> Prepared:
+        base, device = self._base, self._device
+        lora = LoraConfig(rank=setting.rank, lora_dropout=setting.dropout)
+        self._layers = attach(base.model, base.linear_names, lora, 0)
+        adapter = FlatAdapter(self._layers, base.dtype)
+        base.checkpoint_activations(OUR_POLICIES[setting.policy], setting.keep_layers, setting.host_layers)
+        base.cache_weights(setting.weight_cache_gib)
+        base.model.train()
+        graphs = make_graphs(base, setting.batch * setting.length, setting.length) if setting.cuda_graphs else None
+
+        def step(batch: Batch) -> torch.Tensor:
+            if graphs is not None:
+                return graphs.backward(batch, batch.num_targets) / batch.num_targets
+            loss = base.loss(batch.to(device)) / batch.num_targets
+            loss.backward()
+            return loss.detach()
+
+        def after_step() -> None:
+            adapter.refresh()
+            adapter.zero_grad()
+
+        return step, [adapter.parameter], after_step
+
+    def undo(self) -> None:
+        detach(self._base.model, self._layers)
+        self._layers = {}
+        self._base.checkpoint_activations(False)
+        self._base.cache_weights(0.0)
 
 
-def _peft_liger_step(options: argparse.Namespace, device: torch.device) -> Built:
-    """The same with Liger's RMSNorm, RoPE, SwiGLU and fused linear cross-entropy. Liger replaces RoPE in transformers' module."""
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+class _Peft:
+    """Hugging Face's model, PEFT's adapter and bitsandbytes' matmul, as TRL puts them together. With liger: its RMSNorm, RoPE,
+    SwiGLU and fused linear cross-entropy; Liger replaces RoPE in transformers' module."""
 
-    model, _ = random_model(options.model, device, pick_dtype("auto", device), "sdpa")
-    _apply_liger_kernel_to_instance(model=model)
-    return _library_step(_with_peft(model, options), options, device)
+    def __init__(self, setting: Setting, device: torch.device, liger: bool) -> None:
+        self._device = device
+        self._model, _ = random_model(setting.model, device, pick_dtype("auto", device), "sdpa")
+        self._model.is_loaded_in_4bit, self._model.config.use_cache = True, False
+        self._peft: Any = None
+        if liger:
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
+            _apply_liger_kernel_to_instance(model=self._model)
 
-def _unsloth_step(options: argparse.Namespace, device: torch.device) -> Built:
-    """Unsloth as its documentation uses it. It wants to be imported before transformers and peft."""
-    from unsloth import FastLanguageModel
+    def prepare(self, setting: Setting) -> Prepared:
+        from peft import LoraConfig as PeftConfig
+        from peft import get_peft_model, prepare_model_for_kbit_training
 
-    model, _ = FastLanguageModel.from_pretrained(
-        model_name=str(options.checkpoint), max_seq_length=options.length, dtype=torch.bfloat16, load_in_4bit=True
-    )
-    model = FastLanguageModel.get_peft_model(
-        model,
-        r=options.rank,
-        target_modules=TARGETS,
-        lora_alpha=2 * options.rank,
-        lora_dropout=options.dropout,
-        bias="none",
-        use_gradient_checkpointing="unsloth" if options.policy in ("recompute", "offload") else False,
-        random_state=0,
-    )
-    FastLanguageModel.for_training(model)
-    return _library_step(model, options, device)
+        model = prepare_model_for_kbit_training(
+            self._model,
+            use_gradient_checkpointing=_recomputes(setting),
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+        lora = PeftConfig(r=setting.rank, lora_alpha=2 * setting.rank, lora_dropout=setting.dropout, target_modules=TARGETS)
+        self._peft = get_peft_model(model, lora).train()
+        return _library_step(self._peft, setting, self._device)
 
-
-def _with_peft(model: nn.Module, options: argparse.Namespace) -> nn.Module:
-    from peft import LoraConfig as PeftConfig
-    from peft import get_peft_model, prepare_model_for_kbit_training
-
-    model.is_loaded_in_4bit = True
-    model.config.use_cache = False
-    recomputed = options.policy in ("recompute", "offload")
-    model = prepare_model_for_kbit_training(
-        model, use_gradient_checkpointing=recomputed, gradient_checkpointing_kwargs={"use_reentrant": False}
-    )
-    config = PeftConfig(r=options.rank, lora_alpha=2 * options.rank, lora_dropout=options.dropout, target_modules=TARGETS)
-    return get_peft_model(model, config).train()
+    def undo(self) -> None:
+        if self._peft is not None:
+            self._model, self._peft = self._peft.unload(), None
+        self._model.gradient_checkpointing_disable()
 
 
-def _library_step(model: Any, options: argparse.Namespace, device: torch.device) -> Built:
+class _Unsloth:
+    """Unsloth as its documentation uses it. It wants to be imported before transformers and peft. One setting a process."""
+
+    def __init__(self, setting: Setting, device: torch.device, checkpoint: Path | None) -> None:
+        from unsloth import FastLanguageModel
+
+        self._device = device
+        self._model, _ = FastLanguageModel.from_pretrained(
+            model_name=str(checkpoint), max_seq_length=setting.length, dtype=torch.bfloat16, load_in_4bit=True
+        )
+
+    def prepare(self, setting: Setting) -> Prepared:
+        from unsloth import FastLanguageModel
+
+        model = FastLanguageModel.get_peft_model(
+            self._model,
+            r=setting.rank,
+            target_modules=TARGETS,
+            lora_alpha=2 * setting.rank,
+            lora_dropout=setting.dropout,
+            bias="none",
+            use_gradient_checkpointing="unsloth" if _recomputes(setting) else False,
+            random_state=0,
+        )
+        FastLanguageModel.for_training(model)
+        return _library_step(model, setting, self._device)
+
+    def undo(self) -> None:
+        pass
+
+
+def _recomputes(setting: Setting) -> bool:
+    return setting.policy in ("recompute", "offload")
+
+
+def _library_step(model: Any, setting: Setting, device: torch.device) -> Prepared:
     """Labels are the inputs: transformers' models, and all built on them, shift them inside."""
     autocast = pick_dtype("auto", device) == torch.bfloat16
 
     def step(batch: Batch) -> torch.Tensor:
-        ids = batch.input_ids_T.to(device).view(options.batch, options.length)
+        ids = batch.input_ids_T.to(device).view(setting.batch, setting.length)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -120,17 +158,18 @@ def _library_step(model: Any, options: argparse.Namespace, device: torch.device)
 
 @dataclass(frozen=True)
 class System:
-    """needs: packages without which its row is `not installed`. from_folder: whether it loads its model from a folder."""
+    """build: (a setting of the model, device, its folder) -> builder. needs: packages without which its row is `not installed`.
+    from_folder: whether it loads its model from a folder; then each setting has a process of its own."""
 
-    build: Callable[[argparse.Namespace, torch.device], Built]
+    build: Callable[[Setting, torch.device, Path | None], Builder]
     needs: tuple[str, ...] = ()
     from_folder: bool = False
 
 
 SYSTEMS: dict[str, System] = {
-    "ours": System(_our_step),
-    "ours-unfused": System(_our_step),
-    "peft": System(_peft_step, needs=("peft",)),
-    "peft-liger": System(_peft_liger_step, needs=("peft", "liger_kernel")),
-    "unsloth": System(_unsloth_step, needs=("unsloth",), from_folder=True),
+    "ours": System(lambda setting, device, _: _Ours(setting, device, fused=True)),
+    "ours-unfused": System(lambda setting, device, _: _Ours(setting, device, fused=False)),
+    "peft": System(lambda setting, device, _: _Peft(setting, device, liger=False), needs=("peft",)),
+    "peft-liger": System(lambda setting, device, _: _Peft(setting, device, liger=True), needs=("peft", "liger_kernel")),
+    "unsloth": System(_Unsloth, needs=("unsloth",), from_folder=True),
 }
