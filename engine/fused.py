@@ -115,8 +115,9 @@ def _attention_half(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
 
 
 def _noted(graph: list[Tensor], saved: Tensor) -> Tensor:
-    graph.append(saved)
-    return saved
+    """Detached, because an output that its own graph holds would live until a backward pass, which may never come."""
+    graph.append(saved.detach())
+    return graph[-1]
 
 
 def _same(saved: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Fused decoder layers against the model's own: outputs and every adapter gradient, family by family."""
 
+import weakref
+
 import pytest
 import torch
 import transformers
@@ -220,3 +222,19 @@ def test_dropout_in_tiles_is_the_same_under_every_policy(monkeypatch):
     lora = LoraConfig(rank=3, lora_dropout=0.3)
     one, two = (run(*build("Llama", "fused")[:2], lora, policy) for policy in (Policy.RECOMPUTE, Policy.OFFLOAD))
     assert worst(one, two) < 1e-6
+
+
+@pytest.mark.parametrize("policy", [Policy.KEEP, Policy.HOST])
+def test_nothing_of_attention_outlives_a_backward_pass_that_never_reaches_it(policy, monkeypatch):
+    """Below the first adapter's MLP nothing is trained, so the first layer's attention has no backward pass."""
+    outputs = []
+    attention_of_one = attention.F.scaled_dot_product_attention
+
+    def noted(*arguments, **options):
+        out = attention_of_one(*arguments, **options)
+        outputs.append(weakref.ref(out.untyped_storage()))
+        return out
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", noted)
+    run(*build("Llama", "fused")[:2], LoraConfig(rank=3, target_modules=("up_proj",)), policy)
+    assert len(outputs) >= 3 and not any(out() is not None for out in outputs)

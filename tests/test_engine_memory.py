@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +11,18 @@ from typing import Any
 
 import pytest
 
+from engine.bench import calibrate
 from engine.cards import CARDS, Card, card, match_card
 from engine.config import TrainConfig, parse
 from engine.errors import InputError
 from engine.layer_plan import adapted_projections, plan_layers
-from engine.memory import MemoryPrediction, fits, predict_memory
+from engine.memory import CONTEXT_GIB, MemoryPrediction, fits, predict_memory
 from engine.metrics import GIB
 from engine.shape import ModelShape
 from engine.speed import predict_speed
 
 CALIBRATION = Path(__file__).parent.parent / "engine" / "calibration" / "h100-2026-11-24.jsonl"
+PEAKS = CALIBRATION.with_name("h100-2026-11-24-peaks.jsonl")
 ROWS = [json.loads(line) for line in CALIBRATION.read_text().splitlines()]
 POLICIES: dict[str, Any] = {"offload": "offload", "recompute": True, "selective": "selective", "keep": False}
 
@@ -74,7 +77,8 @@ def config_of(
 
 
 def config_of_row(row: dict[str, Any]) -> TrainConfig:
-    return config_of(*(row[k] for k in ("batch", "length", "rank", "policy", "keep_layers", "weight_cache_gib")))
+    numbers = (row[k] for k in ("batch", "length", "rank", "policy", "keep_layers", "weight_cache_gib"))
+    return config_of(*numbers, train={"host_layers": row.get("host_layers", 0)})
 
 
 def peak(model: str = "llama-3.1-8b", **changes: Any) -> int:
@@ -82,7 +86,8 @@ def peak(model: str = "llama-3.1-8b", **changes: Any) -> int:
 
 
 def _name(row: dict[str, Any]) -> str:
-    return "-".join(str(row[k]) for k in ("model", "batch", "length", "policy", "keep_layers", "weight_cache_gib"))
+    names = ("model", "batch", "length", "policy", "keep_layers", "host_layers", "weight_cache_gib")
+    return "-".join(str(row.get(k, 0)) for k in names)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=_name)
@@ -92,6 +97,22 @@ def test_predicted_memory_is_what_was_measured(row: dict[str, Any]) -> None:
     predicted = predict_memory(config_of_row(row), SHAPES[row["model"]], evaluation=False, attention="cudnn")
     assert 0.998 <= predicted.peak_gib / row["peak_allocated_gib"] <= 1.01, predicted.describe()
     assert not predicted.rough
+
+
+def peaks_beside_predictions() -> list[tuple[float, MemoryPrediction]]:
+    """Own peak of each calibration setting (GiB), and the prediction."""
+    shapes = {name: ModelShape.of({"model_type": "llama", **values}, name) for name, values in calibrate.SHAPES.items()}
+    rows = [json.loads(line) for line in PEAKS.read_text().splitlines()]
+    return [
+        (calibrate.own_peak_gib(r), predict_memory(calibrate.train_config(r), shapes[r["model"]], evaluation=False)) for r in rows
+    ]
+
+
+def test_of_64_settings_predictions_are_off_by_less_than_5_percent_in_95_and_none_is_told_to_fit_that_does_not() -> None:
+    pairs = peaks_beside_predictions()
+    errors = sorted(abs(prediction.peak_gib / peak - 1) for peak, prediction in pairs)
+    assert len(pairs) >= 60 and errors[math.ceil(0.95 * len(errors)) - 1] < 0.01 and errors[-1] < 0.051
+    assert all(prediction.peak_gib + prediction.reserve_gib > peak + CONTEXT_GIB for peak, prediction in pairs)
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row["tokens_per_second"]], ids=_name)

@@ -50,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         records = _run(rows, options, scratch, facts)
     if options.suite and records:
         print("\n" + report(records))
-    left_out = rows[len(records) :]
+    measured = [record["label"] + describe(record) for record in records]
+    left_out = [row for row in rows if row.label + describe(row.record()) not in measured]
     if left_out:
         print(f"\n--budget-s {options.budget_s:g} was spent; left out:")
         print("\n".join(f"  {row.label}: {describe(row.record())}" for row in left_out))
@@ -63,8 +64,8 @@ def _run(rows: list[Row], options: argparse.Namespace, scratch: Path, facts: dic
     records: list[dict[str, Any]] = []
     done: dict[Row, dict[str, Any]] = {}
     for row in rows:
-        if options.budget_s is not None and time.monotonic() - started >= options.budget_s:
-            break
+        if options.budget_s is not None and time.monotonic() - started >= options.budget_s and row not in done:
+            continue
         if describe(row.record()) != heading:
             heading = describe(row.record())
             print(f"{heading}, {facts['card']}\n{headings(width)}", flush=True)

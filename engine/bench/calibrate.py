@@ -43,6 +43,7 @@ TARGETS: dict[str, Any] = {
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 RANKS = (4, 8, 16, 32, 64, 128)
 MICRO_BATCHES = (1, 2, 4, 8)
+COLUMNS = ("model", "batch", "length", "rank", "targets", "policy", "keep_layers", "host_layers", "dropout")
 # Of a micro-batch: longer ones of the larger models take their time, and are measured in the suite `long`.
 MAX_TOKENS = {"smollm2-135m": 65536, "llama-3.2-1b": 65536, "llama-3.2-3b": 32768, "llama-3.1-8b": 16384}
 
@@ -158,7 +159,7 @@ def plot(records: list[dict[str, Any]], target: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 6))
     measured = [r for r in records if r["peak_allocated_gib"]]
     for model in sorted({r["model"] for r in measured}):
-        points = [(r["peak_allocated_gib"], r["predicted_gib"]) for r in measured if r["model"] == model]
+        points = [(own_peak_gib(r), r["predicted_gib"]) for r in measured if r["model"] == model]
         axes.scatter(*zip(*points, strict=True), s=14, label=f"{model} ({len(points)})")
     low, high = 0.8 * min(r["peak_allocated_gib"] for r in measured), 1.2 * max(r["peak_allocated_gib"] for r in measured)
     axes.plot([low, high], [low, high], color="black", linewidth=0.8)
@@ -168,8 +169,13 @@ def plot(records: list[dict[str, Any]], target: Path) -> None:
     figure.savefig(target, dpi=120, bbox_inches="tight")
 
 
+def own_peak_gib(record: dict[str, Any]) -> float:
+    """Measured, without what settings before it in the same process had leaked, where that is known (see engine/calibration)."""
+    return record["peak_allocated_gib"] - record.get("leaked_before_gib", 0.0)
+
+
 def _name(record: dict[str, Any]) -> str:
-    return " ".join(str(record[k]) for k in ("model", "batch", "length", "rank", "targets", "policy", "keep_layers", "dropout"))
+    return " ".join(str(record[k]) for k in COLUMNS)
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
