@@ -49,6 +49,17 @@ AutoPositive = Annotated[int | Literal["auto"], _auto_or_at_least(1)]
 AutoCard = Annotated[str, PlainValidator(_auto_or_card)]
 
 
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class BudgetConfig(StrictModel):
+    """What a sweep may spend beside its trials. Once spent, no trial starts and running ones stop at their next report."""
+
+    gpu_hours: PositiveFloat | None = Field(None, description="hours for which slots are held, all together; none: no limit")
+    wall_clock_hours: PositiveFloat | None = Field(None, description="hours for which the sweep runs; none: no limit")
+    target_loss: PositiveFloat | None = Field(None, description="an eval_loss that is good enough; none: there is no such")
+
+
 class SweepSection(StrictModel):
     """Name, length and place of the sweep."""
 
@@ -56,6 +67,7 @@ class SweepSection(StrictModel):
     num_trials: PositiveInt = 16
     seed: Annotated[int, Field(ge=0)] = 0
     output_dir: str = Field("sweeps", min_length=1, description="the sweep folder is created in it")
+    budget: BudgetConfig = BudgetConfig()
 
 
 class TpeConfig(StrictModel):

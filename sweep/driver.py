@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-from engine.errors import InputError
 from engine.provenance import provenance
+from sweep.amend import amended
 from sweep.commands import look, prepare
-from sweep.config import SweepConfig, parse_sweep_config
+from sweep.config import parse_sweep_config
 from sweep.console import LineConsole, TableConsole, make_console
 from sweep.engine_modules import REAL_ENGINE, EngineModules
 from sweep.feasibility import Feasibility, make_feasibility
@@ -26,7 +26,6 @@ from sweep.plan import Plan, make_plan
 from sweep.runs import SweepFolder
 
 INTERRUPTED = 130
-RESUMABLE = ("sweep.num_trials",)
 Screen = LineConsole | TableConsole
 
 
@@ -36,9 +35,9 @@ def start(raw: dict[str, Any], *, dry_run: bool = False, engine: EngineModules =
 
 
 def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
-    """Go on with a sweep from its folder. overrides: dotted path -> value; only sweep.num_trials may be raised."""
+    """Go on with a sweep from its folder. overrides: dotted path -> value; only what it may spend can be raised."""
     folder = SweepFolder.open(path)
-    return _launch(make_plan(_raised(folder.read_config(), overrides)), folder, dry_run, engine)
+    return _launch(make_plan(amended(folder.read_config(), overrides)), folder, dry_run, engine)
 
 
 def _launch(plan: Plan, folder: SweepFolder | None, dry_run: bool, engine: EngineModules) -> int:
@@ -64,17 +63,6 @@ def _forecast(plan: Plan, engine: EngineModules) -> None:
     feasibility = make_feasibility(config.cluster.card, look(config.base(), engine.command))
     print(describe_forecast(plan.space, plan.base(), feasibility, config.sweep.num_trials), flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
-
-
-def _raised(config: SweepConfig, overrides: dict[str, Any]) -> SweepConfig:
-    for key, value in overrides.items():
-        if key not in RESUMABLE:
-            allowed = f"cannot be changed on resume; only {', '.join(RESUMABLE)} can"
-            raise InputError(key, value, allowed)
-    wanted = overrides.get("sweep.num_trials", config.sweep.num_trials)
-    if not isinstance(wanted, int) or wanted < config.sweep.num_trials:
-        raise InputError("sweep.num_trials", wanted, f"must be at least {config.sweep.num_trials} on resume")
-    return config.model_copy(update={"sweep": config.sweep.model_copy(update={"num_trials": wanted})})
 
 
 def _prepare(plan: Plan, engine: EngineModules) -> Feasibility:
@@ -126,6 +114,7 @@ def _trials_and_finish(
         num_rungs=plan.num_rungs,
         num_slots=plan.slots.num_slots,
         max_retries=config.cluster.max_retries,
+        budget=config.sweep.budget,
         listeners=(screen, tracker),
         note=screen.note,
     )

@@ -26,12 +26,12 @@ def finish(
     engine_command: str,
     note: Callable[[str], None],
 ) -> tuple[TrialRecord | None, dict[str, Any]]:
-    """Returns the winner (None where no trial completed) and the summary. The leaderboard is written in any case."""
+    """Returns the winner (None where no adapter can be chosen) and the summary. The leaderboard is written in any case."""
     best = select_best(records)
     summary: dict[str, Any] = {f"num_{outcome.lower()}": count for outcome, count in Counter(r.outcome for r in records).items()}
     if best is None:
         write_leaderboard(folder.path, records, sweep_name, None)
-        note("no trial completed, so there is no adapter to choose; see the leaderboard for how each ended")
+        note("no trial got far enough, so there is no adapter to choose; see the leaderboard for how each ended")
         return None, summary
     note(f"evaluating the adapter of trial {best.number} again, from its files")
     try:

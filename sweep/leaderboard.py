@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.files import write_text
 from sweep.markdown import number, table
-from sweep.outcome import Outcome, TrialRecord
+from sweep.outcome import CONTENDERS, Outcome, TrialRecord
 from sweep.selection import RULE, median_speed, rank, select_best
 
 HEADER = (
@@ -22,7 +22,7 @@ LAST_REPORT = ("tokens_seen", "num_trainable", "num_out_of_memory", "micro_batch
 def write_leaderboard(folder: Path, records: list[TrialRecord], sweep_name: str, reevaluation: dict[str, Any] | None) -> None:
     """Write leaderboard.json and leaderboard.md, each replaced in one rename, with every trial whatever its outcome.
 
-    Only COMPLETE trials have a rank: the loss of a pruned one was measured after fewer tokens.
+    Trials that could be chosen have a rank; a pruned one was judged hopeless.
     """
     best = select_best(records)
     rows = [_row(record, place) for place, record in enumerate(rank(records), start=1)]
@@ -42,7 +42,7 @@ def write_leaderboard(folder: Path, records: list[TrialRecord], sweep_name: str,
 def _row(record: TrialRecord, place: int) -> dict[str, Any]:
     last = record.reports[-1] if record.reports else {}
     return {
-        "rank": place if record.outcome is Outcome.COMPLETE else None,
+        "rank": place if record.outcome in CONTENDERS else None,
         "number": record.number,
         "outcome": record.outcome.value,
         "eval_loss": record.score,
@@ -50,6 +50,8 @@ def _row(record: TrialRecord, place: int) -> dict[str, Any]:
         "tokens_per_second": median_speed(record),
         "peak_allocated_gib": record.peak_allocated_gib,
         "predicted_peak_gib": record.predicted_peak_gib,
+        "slot": record.slot,
+        "dead_time_s": record.dead_time_s,
         "params": record.params,
         "error": record.error,
         "folder": record.folder,
@@ -71,6 +73,8 @@ def _markdown(
 ) -> str:
     lines = [f"# Leaderboard of `{name}`", "", f"Best: {f'trial {best.number}' if best else 'none'}. Rule: {RULE}.", ""]
     lines += [f"Outcomes: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.items()) or 'none'}.", ""]
+    if Outcome.STOPPED in outcomes:
+        lines += ["STOPPED: ended at a report because the budget was spent; a resume with a larger one goes on.", ""]
     if Outcome.INFEASIBLE in outcomes:
         lines += ["INFEASIBLE: predicted not to fit the card, so never started; it took no trial's place and no GPU time.", ""]
     if reevaluation:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config import TrainConfig
+from sweep.budget import describe_budget
 from sweep.config import SweepConfig
 from sweep.placement import Slots, count_cpus, count_gpus, plan_slots
 from sweep.space import Space
@@ -42,7 +43,8 @@ class Plan:
             f"output in {config.sweep.output_dir}/{config.sweep.name}-<date>-<time>/",
             f"model      {config.model.path} ({config.model.quantization})",
             f"data       {config.data.train}",
-            f"budget     {budget:,} tokens a trial, at most {config.sweep.num_trials * budget:,} in all",
+            f"budget     {budget:,} tokens a trial, at most {config.sweep.num_trials * budget:,} in all"
+            + (f"; ends before at {limits}" if (limits := describe_budget(config.sweep.budget)) else ""),
             f"rungs      {self.num_rungs}, at tokens seen: {grid}",
             f"slots      {self.slots.describe()}",
             f"sampler    {_options(config.sampler.model_dump())}",

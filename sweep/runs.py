@@ -4,6 +4,7 @@
     sweep_config.json   the whole resolved config; resume reads it
     study.journal       Optuna's state, the record of truth
     trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's), result.json, error.txt
+    timeline.jsonl      when each trial held which slot
     best/               the winning adapter, ready to load
     leaderboard.md/.json, driver.log, ray/ (Tune's own files, never read again)
 """
@@ -32,6 +33,7 @@ class SweepFolder:
         self.path = path
         self.config_file = path / "sweep_config.json"
         self.journal = path / "study.journal"
+        self.timeline = path / "timeline.jsonl"
         self.best = path / "best"
         self.log = path / "driver.log"
         self.ray = path / "ray"

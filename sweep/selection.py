@@ -5,30 +5,28 @@ from __future__ import annotations
 import math
 import statistics
 
-from sweep.outcome import Outcome, TrialRecord
+from sweep.outcome import CONTENDERS, Outcome, TrialRecord
 
 TIE = 1e-4  # nats: below what another seed or another GPU changes
 RULE = (
-    f"lowest eval_loss over a COMPLETE trial's reports; within {TIE:g} nats of it, the fewest trainable parameters, "
-    "then the lowest trial number"
+    f"lowest eval_loss over the reports of a trial that is COMPLETE, or STOPPED by the budget; within {TIE:g} nats of it, the "
+    "fewest trainable parameters, then the lowest trial number"
 )
 
 
 def select_best(records: list[TrialRecord]) -> TrialRecord | None:
-    """The winner by RULE; None where no COMPLETE trial has a finite eval_loss."""
-    complete = [record for record in records if record.outcome is Outcome.COMPLETE and _score(record) < math.inf]
-    if not complete:
+    """The winner by RULE; None where no such trial has a finite eval_loss."""
+    able = [record for record in records if record.outcome in CONTENDERS and _score(record) < math.inf]
+    if not able:
         return None
-    limit = min(_score(record) for record in complete) + TIE
-    return min(
-        (record for record in complete if _score(record) <= limit), key=lambda record: (num_parameters(record), record.number)
-    )
+    limit = min(_score(record) for record in able) + TIE
+    return min((record for record in able if _score(record) <= limit), key=lambda record: (num_parameters(record), record.number))
 
 
 def rank(records: list[TrialRecord]) -> list[TrialRecord]:
-    """The winner, the other COMPLETE trials by score, PRUNED ones by score, the rest by number, INFEASIBLE ones last."""
+    """The winner, the others that could have won by score, PRUNED ones by score, the rest by number, INFEASIBLE ones last."""
     best = select_best(records)
-    group = {Outcome.COMPLETE: 1, Outcome.PRUNED: 2, Outcome.INFEASIBLE: 4}
+    group = {Outcome.COMPLETE: 1, Outcome.STOPPED: 1, Outcome.PRUNED: 2, Outcome.INFEASIBLE: 4}
 
     def key(record: TrialRecord) -> tuple:
         place = 0 if record is best else group.get(record.outcome, 3)

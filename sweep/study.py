@@ -107,6 +107,14 @@ class Study:
         self._study.tell(number, value, state)
         return True
 
+    def stop(self, number: int, now_s: float) -> None:
+        """Note that the trial waits for a larger budget. To Optuna it goes on running: what has ended can never go on."""
+        self._note_stop(number, Outcome.STOPPED, now_s)
+
+    def go_on(self, number: int) -> None:
+        """Take a stop back."""
+        self._note_stop(number, Outcome.RUNNING, None)
+
     def running(self) -> list[int]:
         """Numbers of trials that have not ended."""
         return [trial.number for trial in self._trials() if not trial.state.is_finished()]
@@ -122,17 +130,24 @@ class Study:
         """The trial's whole config, made again from its params."""
         return self._config(self._trial(number).params)
 
+    def _note_stop(self, number: int, outcome: Outcome, now_s: float | None) -> None:
+        trial_id = self._trial(number)._trial_id
+        self._storage.set_trial_user_attr(trial_id, "stopped_s", now_s)
+        self._storage.set_trial_user_attr(trial_id, "outcome", str(outcome))
+
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         finished = trial.state.is_finished()
+        # a kill within tell() leaves a running trial that has another outcome already
+        unfinished = Outcome.STOPPED if trial.user_attrs.get("outcome") == Outcome.STOPPED else Outcome.RUNNING
         return TrialRecord(
             number=trial.number,
             params=dict(trial.params),
             config=self._config(trial.params).model_dump(mode="json"),
-            outcome=Outcome(trial.user_attrs["outcome"]) if finished else Outcome.RUNNING,
+            outcome=Outcome(trial.user_attrs["outcome"]) if finished else unfinished,
             folder=str(self._folder.trial(trial.number)),
             reports=self._folder.reports(trial.number),
             started_s=trial.datetime_start.timestamp() if trial.datetime_start else None,
-            ended_s=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
+            ended_s=trial.datetime_complete.timestamp() if trial.datetime_complete else trial.user_attrs.get("stopped_s"),
             error=trial.user_attrs.get("error") if finished else None,
             predicted_gib=trial.user_attrs.get("predicted_gib"),
             measured_gib=trial.user_attrs.get("measured_gib"),
