@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -43,15 +43,30 @@ def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engin
 def _launch(plan: Plan, folder: SweepFolder | None, dry_run: bool, engine: EngineModules) -> int:
     """Say the plan, check it all, run. folder: none for a new sweep, whose folder is created once nothing can be refused."""
     print(plan.describe(), flush=True)
+    if folder is None and plan.config.sweep.warm_start:
+        _check_warm_start(plan, {}, print)
     if dry_run:
         _forecast(plan, engine)
         return 0
     with _terminate_as_interrupt():
         try:
-            feasibility = _prepare(plan, engine)
+            feasibility, data = _prepare(plan, engine)
         except KeyboardInterrupt:
             return _interrupted(folder)
-        return _run(plan, folder or SweepFolder.create(plan.config, datetime.now()), engine, feasibility)
+        if folder is None:
+            if plan.config.sweep.warm_start:
+                _check_warm_start(plan, data)
+            folder = SweepFolder.create(plan.config, datetime.now())
+            folder.write_data(data)
+        return _run(plan, folder, engine, feasibility)
+
+
+def _check_warm_start(plan: Plan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
+    """InputError where the sweeps of sweep.warm_start cannot be learnt from. data: digests of today's samples."""
+    from sweep.earlier import read_earlier
+
+    earlier = read_earlier(plan.config, plan.space, data)
+    say(f"warm start {len(earlier)} trials of {', '.join(plan.config.sweep.warm_start)}")
 
 
 def _forecast(plan: Plan, engine: EngineModules) -> None:
@@ -65,8 +80,9 @@ def _forecast(plan: Plan, engine: EngineModules) -> None:
     check_any_fits(plan.space, plan.base(), feasibility)
 
 
-def _prepare(plan: Plan, engine: EngineModules) -> Feasibility:
-    """Check the whole sweep against model, data and card; InputError where it cannot work. Returns the judge of its trials."""
+def _prepare(plan: Plan, engine: EngineModules) -> tuple[Feasibility, dict[str, Any]]:
+    """Check the whole sweep against model, data and card; InputError where it cannot work. Returns the judge of its trials, and
+    digests of the samples."""
     print("preparing model and data ...", flush=True)
     facts = prepare(plan.probes(), engine.command)
     print(f"model: {facts['layers']}", flush=True)
@@ -76,7 +92,7 @@ def _prepare(plan: Plan, engine: EngineModules) -> Feasibility:
     if feasibility.predicts:
         print(f"{card_line(feasibility)}; what is predicted not to fit is not started", flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
-    return feasibility
+    return feasibility, facts.get("data", {})
 
 
 def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility) -> int:
@@ -100,21 +116,27 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Fe
 def _trials_and_finish(
     plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, screen: Screen, tracker: Any
 ) -> int:
+    from sweep.earlier import read_earlier
     from sweep.finish import finish
     from sweep.ledger import Ledger
+    from sweep.selection import Rule
     from sweep.study import Study
     from sweep.tuning import run_trials
 
     config = plan.config
     screen.note(f"sweep folder {folder.path}")
+    study = Study(folder, config, plan.space, feasibility.judge)
+    if config.sweep.warm_start and not study.has_taken_over:
+        study.take_over(read_earlier(config, plan.space, folder.read_data() or {}))
     ledger = Ledger(
-        Study(folder, config, plan.space, feasibility.judge),
+        study,
         folder,
         num_trials=config.sweep.num_trials,
         num_rungs=plan.num_rungs,
         num_slots=plan.slots.num_slots,
         max_retries=config.cluster.max_retries,
         budget=config.sweep.budget,
+        objectives=config.sweep.objectives,
         listeners=(screen, tracker),
         note=screen.note,
     )
@@ -127,7 +149,8 @@ def _trials_and_finish(
         screen.stop()
     if ledger.shortfall:
         screen.note(ledger.shortfall)
-    best, summary = finish(folder, ledger.records, config.sweep.name, plan.slots.device, engine.command, screen.note)
+    rule = Rule(config.sweep.objectives, config.sweep.choose_within)
+    best, summary = finish(folder, ledger.records, config.sweep.name, plan.slots.device, engine.command, screen.note, rule)
     tracker.sweep_finished(summary, best, folder.best if best else None)
     return 0 if best else 1
 

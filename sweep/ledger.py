@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from sweep.budget import Budget
 from sweep.config import BudgetConfig
+from sweep.objectives import EVAL_LOSS, objective_values
 from sweep.outcome import CONTENDERS, Outcome, Proposal, TrialRecord
 from sweep.runs import SweepFolder
 from sweep.study import Study
@@ -53,6 +54,7 @@ class Ledger:
         num_slots: int,
         max_retries: int,
         budget: BudgetConfig = NO_BUDGET,
+        objectives: tuple[str, ...] = (EVAL_LOSS,),
         listeners: tuple[Listener, ...] = (),
         note: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.time,
@@ -60,12 +62,15 @@ class Ledger:
         """note: takes a line for the user about what is not a trial's state."""
         self._study, self._folder, self._clock, self._listeners, self._note = study, folder, clock, listeners, note
         self._num_trials, self._num_rungs, self._num_slots, self._max_retries = num_trials, num_rungs, num_slots, max_retries
-        self._timeline = Timeline(folder.timeline)
+        self._objectives, self._timeline = objectives, Timeline(folder.timeline)
         self._records = {record.number: self._timed(record) for record in study.records()}
         self._budget = Budget(budget, self._timeline, clock)
         for record in self._records.values():
-            if record.score is not None and record.outcome in (*CONTENDERS, Outcome.RUNNING):
+            if record.score is not None and record.source is None and record.outcome in (*CONTENDERS, Outcome.RUNNING):
                 self._budget.take_loss(record.score)
+        own = [record for record in self._records.values() if record.source is None]
+        self._num_refused = sum(record.outcome is Outcome.INFEASIBLE for record in own)
+        self._num_started = len(own) - self._num_refused
         self._waiting: list[int] = []
         self._live: set[int] = set()
         self._retries: dict[int, int] = {}
@@ -83,7 +88,7 @@ class Ledger:
     @property
     def shortfall(self) -> str | None:
         """Why less was trained than asked for, in one line; None where that is not so, or not yet."""
-        started, refused = self._num_started, len(self._records) - self._num_started
+        started, refused = self._num_started, self._num_refused
         if self._budget.spent():
             stopped = sum(record.outcome is Outcome.STOPPED for record in self._records.values())
             line = f"{self._budget.spent()}: {started} of {self._num_trials} trials were started"
@@ -97,12 +102,8 @@ class Ledger:
         return line + " no more are made; the leaderboard says what each needs"
 
     @property
-    def _num_started(self) -> int:
-        return sum(record.outcome is not Outcome.INFEASIBLE for record in self._records.values())
-
-    @property
     def _has_given_up(self) -> bool:
-        return len(self._records) - self._num_started >= MAX_INFEASIBLE * self._num_trials
+        return self._num_refused >= MAX_INFEASIBLE * self._num_trials
 
     def recover(self) -> list[int]:
         """After a kill: make up for what the driver did not hear. Returns the trials that will go on, with their numbers.
@@ -122,7 +123,8 @@ class Ledger:
                 self._waiting.append(number)
         self._stop_waiting_where_spent()
         for record in self.records:
-            self._tell_listeners(record)
+            if record.source is None:
+                self._tell_listeners(record)
         return list(self._waiting)
 
     def has_work(self) -> bool:
@@ -241,13 +243,18 @@ class Ledger:
                 self._exhausted = self._exhausted or self._may_ask()
                 return None
             if proposal.refusal is None:
+                self._num_started += 1
                 return proposal
+            self._num_refused += 1
             self._close(self._study.record(proposal.number))
         return None
 
     def _end(self, number: int, outcome: Outcome, error: str | None = None, memory: Mapping[str, float] | None = None) -> None:
         self._leave_slot(number)
-        self._study.tell(number, outcome, error, memory)
+        values = objective_values(self._records[number], self._objectives) if outcome is Outcome.COMPLETE else None
+        if outcome is Outcome.COMPLETE and values is None:
+            outcome, error = Outcome.FAILED, f"not measured: one of {', '.join(self._objectives)}"
+        self._study.tell(number, outcome, error, memory, values)
         changes = {"outcome": outcome, "ended_s": self._clock(), "error": error, **(memory or {})}
         self._close(self._timed(replace(self._records[number], **changes)))
 

@@ -39,7 +39,7 @@ class TrialRecord:
     number: Optuna's, from 0; params: dotted path -> sampled value or choice name; config: the whole TrainConfig as plain data;
     reports: engine Report dicts, ascending by rung; started_s / ended_s: Unix seconds; error: one line where it failed.
     predicted_gib: peak predicted before the start; measured_gib: peak where memory ran out; None where not known.
-    slot, dead_time_s: of its newest stay in a slot, see timeline.Span.
+    slot, dead_time_s: of its newest stay in a slot, see timeline.Span. source: the earlier sweep's trial it was taken over from.
     """
 
     number: int
@@ -55,6 +55,7 @@ class TrialRecord:
     measured_gib: float | None = None
     slot: str | None = None
     dead_time_s: float | None = None
+    source: str | None = None
 
     @property
     def predicted_peak_gib(self) -> float | None:

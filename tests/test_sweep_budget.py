@@ -13,7 +13,7 @@ from sweep.amend import amended
 from sweep.ledger import Ledger, Next
 from sweep.outcome import Outcome
 from sweep.runs import SweepFolder
-from sweep.selection import select_best
+from sweep.selection import Rule
 from sweep.timeline import Timeline
 
 
@@ -56,7 +56,7 @@ def test_gpu_hours_count_every_slot_and_running_trials_stop_at_their_next_report
     assert say(ledger, tmp_path, first, 2, 2.5)
     assert ledger.next_trial() is Next.FINISHED
     assert outcomes(ledger) == ["STOPPED", "STOPPED"]
-    assert select_best(ledger.records).number == second
+    assert Rule().best(ledger.records).number == second
     assert "sweep.budget.gpu_hours = 1 is spent (1.006 hours" in ledger.shortfall
     assert "2 of 8 trials were started, 2 stopped at a report" in ledger.shortfall
     result = json.loads((SweepFolder(tmp_path).trial(first) / "result.json").read_text())
@@ -116,7 +116,7 @@ def test_the_trial_that_reaches_the_target_loss_ends_the_sweep_and_wins(tmp_path
     assert say(ledger, tmp_path, second, 1, 1.5)
     assert say(ledger, tmp_path, first, 2, 1.6)
     assert ledger.next_trial() is Next.FINISHED
-    assert select_best(ledger.records).number == second
+    assert Rule().best(ledger.records).number == second
     stricter = open_ledger(tmp_path, Clock(), target_loss=1.0)
     assert {stricter.next_trial().number, stricter.next_trial().number} == {first, second}
 
@@ -156,8 +156,8 @@ def test_a_stopped_trial_is_no_worse_than_a_complete_one_with_a_higher_loss():
     from test_sweep_selection import trial
 
     stopped, complete, pruned = trial(0, 1.0, outcome=Outcome.STOPPED), trial(1, 1.2), trial(2, 0.9, outcome=Outcome.PRUNED)
-    assert select_best([stopped, complete, pruned]) is stopped
-    assert select_best([complete, pruned]) is complete
+    assert Rule().best([stopped, complete, pruned]) is stopped
+    assert Rule().best([complete, pruned]) is complete
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,11 @@ def study_in(path, config: SweepConfig) -> Study:
     return Study(SweepFolder(path), config, parse_space(config.space))
 
 
-def ledger_in(path, config: SweepConfig, num_slots: int = 2, max_retries: int = 1, **options) -> Ledger:
+def ledger_in(
+    path, config: SweepConfig, num_slots: int = 2, max_retries: int = 1, study: Study | None = None, **options
+) -> Ledger:
     return Ledger(
-        study_in(path, config), SweepFolder(path), num_trials=config.sweep.num_trials, num_rungs=4, num_slots=num_slots,
+        study or study_in(path, config), SweepFolder(path), num_trials=config.sweep.num_trials, num_rungs=4, num_slots=num_slots,
         max_retries=max_retries, budget=config.sweep.budget, **options,
     )  # fmt: skip
 
@@ -59,7 +61,7 @@ def test_a_small_space_is_walked_once_and_then_used_up(tmp_path, sampler):
     assert len(study.records()) == 6
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "gp"])
+@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "gp", "nsga2"])
 @pytest.mark.parametrize("pruner", ["successive_halving", "hyperband", "median", "patient", "none"])
 def test_samplers_and_pruners_work_together(tmp_path, sampler, pruner):
     study = study_in(tmp_path, config_for(WIDE, sampler, pruner))
