@@ -19,6 +19,7 @@ from sweep.amend import amended
 from sweep.commands import look, prepare
 from sweep.config import parse_sweep_config
 from sweep.console import LineConsole, TableConsole, make_console
+from sweep.disk import wait_until_flushed
 from sweep.engine_modules import REAL_ENGINE, EngineModules
 from sweep.feasibility import Feasibility, make_feasibility
 from sweep.forecast import card_line, check_any_fits, describe_forecast, no_forecast_line
@@ -109,6 +110,7 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Fe
             return _interrupted(folder)
         finally:
             screen.stop()
+            wait_until_flushed()
             for warning in tracker.close(30.0):
                 print(f"WARNING: {warning}", file=sys.stderr)
 

@@ -11,6 +11,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from sweep.feasibility import Verdict
+from sweep.journal_file import JournalFile
 from sweep.outcome import Outcome, TrialRecord
 from sweep.runs import SweepFolder
 from sweep.samplers import MEMORY
@@ -23,15 +24,16 @@ ConfigOf = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def open_journal(folder: SweepFolder) -> optuna.storages.JournalStorage:
-    """The storage on the folder's journal; an empty file is made where there is none."""
-    return optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
+    """The storage on the folder's journal, for its one writer; an empty file is made where there is none."""
+    return optuna.storages.JournalStorage(JournalFile(folder.journal))
 
 
 def read_trials(folder: SweepFolder) -> list[FrozenTrial]:
     """Every trial of another sweep, which may be running: nothing of it is changed. Empty where it has not begun."""
     if not folder.journal.is_file() or folder.journal.stat().st_size == 0:
         return []
-    return optuna.load_study(study_name=STUDY_NAME, storage=open_journal(folder)).get_trials(deepcopy=False)
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
+    return optuna.load_study(study_name=STUDY_NAME, storage=storage).get_trials(deepcopy=False)
 
 
 def mend_journal(folder: SweepFolder) -> None:

@@ -25,6 +25,7 @@ from engine.config import TrainConfig, load_json, to_json
 from engine.errors import InputError
 from engine.files import write_text
 from sweep.config import SweepConfig, parse_sweep_config
+from sweep.disk import replace_text
 
 
 class SweepFolder:
@@ -86,14 +87,14 @@ class SweepFolder:
 
     def write_train_config(self, number: int, config: TrainConfig) -> None:
         self.trial(number).mkdir(parents=True, exist_ok=True)
-        write_text(self.trial(number) / "train_config.json", to_json(config) + "\n")
+        replace_text(self.trial(number) / "train_config.json", to_json(config) + "\n")
 
     def write_result(self, number: int, result: dict[str, Any]) -> None:
-        write_text(self.trial(number) / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
+        replace_text(self.trial(number) / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
 
     def write_reports(self, number: int, reports: list[dict[str, Any]]) -> None:
         """Those of a trial that another sweep trained; the engine writes the others."""
-        write_text(self.trial(number) / "reports.jsonl", "".join(json.dumps(report) + "\n" for report in reports))
+        replace_text(self.trial(number) / "reports.jsonl", "".join(json.dumps(report) + "\n" for report in reports))
 
     def reports(self, number: int) -> list[dict[str, Any]]:
         """The trial's reports, ascending by rung; empty where it has none yet."""

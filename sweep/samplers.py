@@ -72,8 +72,13 @@ def as_seen(config: SamplerConfig, trials: list[FrozenTrial], num_objectives: in
     ]
 
 
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether it violates no constraint, as far as known."""
+    return all(value <= 0.0 for value in trial.constraints.values())
+
+
 def _is_violated(trial: FrozenTrial) -> bool:
-    return any(value > 0.0 for value in trial.constraints.values())
+    return not is_feasible(trial)
 
 
 def _complete(trial: FrozenTrial, worst: list[float], constrained: bool) -> FrozenTrial:

@@ -169,7 +169,12 @@ class Study:
         self._storage.set_trial_user_attr(trial_id, "outcome", str(outcome))
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
-        return record_of(trial, self._folder, lambda params: self._config(params).model_dump(mode="json"))
+        return record_of(trial, self._folder, self._plain_config)
+
+    def _plain_config(self, params: dict[str, Any]) -> dict[str, Any]:
+        """As plain data; sections that the space leaves alone are the same objects in all trials: there may be thousands."""
+        config = self._config(params).model_dump(mode="json")
+        return {name: self._base[name] if values == self._base[name] else values for name, values in config.items()}
 
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
