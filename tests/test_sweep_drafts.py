@@ -62,8 +62,8 @@ def test_in_a_space_that_is_nearly_used_up_rejected_drafts_leave_no_trace(tmp_pa
 
 
 def test_tpe_sees_the_best_the_running_and_a_share_of_many_trials(tmp_path, monkeypatch):
-    monkeypatch.setattr(drafts, "MOST_SEEN", 60)
-    monkeypatch.setattr(drafts, "FEWEST_SEEN", 40)
+    for name, value in (("MOST_SEEN", 60), ("FEWEST_SEEN", 40), ("BEST_SEEN", 16), ("LEAST_SHARE", 8)):
+        monkeypatch.setattr(drafts, name, value)
     study = study_in(tmp_path, config_for(WIDE, "tpe"))
     run_trials(study, 200)
     sizes = []
