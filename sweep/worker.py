@@ -172,10 +172,14 @@ def _load_base(config: TrainConfig, spec: dict[str, Any]) -> Any:
     import torch
 
     torch.set_num_threads(spec["num_threads"])
+    gc.unfreeze()
     gc.collect()  # what a failed trial left behind is freed only now: its traceback held the tensors
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return importlib.import_module(spec["engine"]["model"]).load_base(config.model, torch.device(spec["device"]))
+    base = importlib.import_module(spec["engine"]["model"]).load_base(config.model, torch.device(spec["device"]))
+    gc.collect()
+    gc.freeze()  # the engine collects after each trial: let it walk through what the trial left, not through model and libraries
+    return base
 
 
 def _wait_for(run_dir: Path) -> FileLock:

@@ -57,6 +57,12 @@ class Slot:
         return heard
 
 
+@pytest.fixture(autouse=True)
+def _thaw():
+    yield
+    gc.unfreeze()
+
+
 def live_tensors() -> int:
     gc.collect()
     return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
@@ -97,6 +103,7 @@ def test_a_warm_trial_is_a_cold_one_bit_for_bit_after_trials_of_every_kind(tmp_p
     loads = counted["load_base"]
     warm = slot.run(config, tmp_path / "warm")
     assert warm[-1]["outcome"] == "COMPLETE" and counted["load_base"] == loads
+    assert gc.get_freeze_count() > 10_000  # the model and its libraries: walked through after each trial, they cost 0.3 s
 
     (tmp_path / "cold").mkdir()
     list(train(config, tmp_path / "cold"))
@@ -155,7 +162,7 @@ def test_dead_time_is_from_the_end_of_one_trial_to_the_first_step_of_the_next(tm
 @pytest.mark.faults
 @pytest.mark.timeout(540)
 def test_fifty_trials_in_one_worker_take_no_more_memory_than_ten(tmp_path, tiny_config):
-    """3 minutes on two cores. Host memory of the process, after ten trials and after fifty; and the twin, a worker that keeps adapters."""
+    """3 minutes on two cores. Resident memory after ten trials and after fifty; and the twin, a worker that keeps something."""
     slot, process, resident = Slot(), psutil.Process(), []
     for number in range(50):
         changes = VARIANTS[number % len(VARIANTS)]
