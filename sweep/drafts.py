@@ -46,13 +46,13 @@ class Drafts:
         self._draft_id: int | None = None
         self._size = 0
 
-    def propose(self, trials: list[FrozenTrial], is_new: IsNew) -> FrozenTrial | None:
-        """What the sampler proposes, if it proposes something new within a number of attempts. trials: those of the journal.
+    def propose(self, trials: Callable[[], list[FrozenTrial]], is_new: IsNew) -> FrozenTrial | None:
+        """What the sampler proposes, if that is new within a number of attempts. trials: gives those of the journal.
 
         Rejected proposals stay in the copy as running trials while it tries again, which pushes a constant-liar sampler away.
         """
         if self._copy is None or isinstance(self._config, GpConfig) or (self._is_bounded and self._size >= MOST_SEEN):
-            self._make_copy(trials)
+            self._make_copy(trials())
         draft, rejected = self._attempt(self._copy, NUM_SAMPLER_ATTEMPTS, is_new)
         self._size += len(rejected) + (draft is not None)
         for trial in rejected:

@@ -58,13 +58,13 @@ class Study:
         self._drafts = Drafts(STUDY_NAME, config.sampler, self._study.sampler, self._pruner, space, len(self._objectives))
         self._is_grid = config.sampler.name == "grid"
         self._points = space.shuffled_points(config.sweep.seed)
-        self._next_point = 0
+        self._next_point, self._num_trials = 0, len(self._trials())
         self._tried = {_key(self._config(trial.params), _is_refused(trial)) for trial in self._trials()}
 
     def ask(self) -> Proposal | None:
         """A new trial that trains an adapter no earlier one did, in the journal as RUNNING, or as ended where it does not fit;
         None where the space is used up."""
-        draft = None if self._is_grid else self._drafts.propose(self._trials(), self._is_new)
+        draft = None if self._is_grid else self._drafts.propose(self._trials, self._is_new)
         if draft is None:
             draft = self._unseen_point()
         if draft is None:
@@ -186,7 +186,8 @@ class Study:
     def _enter(self, trial: FrozenTrial) -> int:
         """Put a trial into the journal; returns its number."""
         self._study.add_trial(trial)
-        entered = self._trials()[-1]
+        entered = self._trial(self._num_trials)
+        self._num_trials += 1
         self._drafts.entered(entered)
         return entered.number
 
