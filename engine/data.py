@@ -51,6 +51,7 @@ class View:
     """Some samples of a TokenSet, cut to a length. Samples that lose every target by the cut are left out (num_dropped)."""
 
     def __init__(self, tokens: TokenSet, chosen: np.ndarray, max_seq_length: int) -> None:
+        self._given = chosen
         kept = chosen[tokens.first_target[chosen] < max_seq_length]
         self._tokens, self._chosen, self._max_seq_length = tokens, kept, max_seq_length
         self.num_dropped = len(chosen) - len(kept)
@@ -58,6 +59,11 @@ class View:
 
     def __len__(self) -> int:
         return len(self._chosen)
+
+    def digest(self) -> str:
+        """16 hex digits of the samples, at full length and in order: equal exactly for the same tokens and targets' starts."""
+        content = np.stack([self._tokens.hashes[self._given], self._tokens.first_target[self._given].astype(np.uint64)])
+        return hashlib.sha256(content.tobytes()).hexdigest()[:16]
 
     def __getitem__(self, i: int) -> Sample:
         start = self._tokens.offsets[self._chosen[i]]

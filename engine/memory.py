@@ -1,7 +1,7 @@
 """Predicts the peak of allocated CUDA bytes (`torch.cuda.max_memory_allocated`) of training one adapter. No torch, no GPU.
 
 What lies still is added up from the model's shape; what comes and goes is walked through by `engine.liveness`, tensor by tensor.
-Nothing is fitted. Against one H100 (engine/calibration/): within 0.8 % in 95 % of 64 settings of Llama shapes, up to 65,536 tokens.
+Nothing is fitted. Against one H100 (engine/calibration/): within 0.8 % in 95 % of 64 settings of Llama shapes, to 65,536 tokens.
 Not measured on a GPU: other families, evaluation, CUDA graphs; the walk itself is held to the layers' code by a test that needs
 none. Not counted: parts of a model beside its text decoder.
 """

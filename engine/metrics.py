@@ -18,7 +18,7 @@ class Report:
     elapsed_s: seconds inside optimizer steps, evaluation left out, resumed parts counted in.
     step_time_ms: mean over the steps since the previous report. predicted_peak_gib: of the plan in force, 0 where none was made;
     peak_allocated_gib: measured. num_out_of_memory: times the plan was made leaner because memory ran out. micro_batch_size,
-    activation_checkpointing: of the plan in force.
+    activation_checkpointing: of the plan in force. setup_s: from the call of train() to its first step, in this process.
     """
 
     rung: int
@@ -40,6 +40,7 @@ class Report:
     num_out_of_memory: int = 0
     micro_batch_size: int = 1
     activation_checkpointing: str = "false"
+    setup_s: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -22,11 +22,13 @@ from engine.shape import ModelShape
 
 
 def prepare(configs: list[TrainConfig]) -> dict[str, Any]:
-    """Check every config; the first fault is an InputError. Returns sizes, and trainable parameters per config."""
+    """Check every config; the first fault is an InputError. Returns sizes, trainable parameters per config, and digests of the
+    first config's samples."""
     if not configs:
         raise InputError("configs", configs, "must hold at least one training config")
     models: dict[str, tuple[ModelFacts, Any]] = {}  # with the tokenizer
     samples: dict[str, tuple[int, int, int]] = {}
+    digests: dict[str, str] = {}
     num_trainable = []
     for config in configs:
         key = repr(config.model)
@@ -39,6 +41,7 @@ def prepare(configs: list[TrainConfig]) -> dict[str, Any]:
         data_key = key + repr(config.data)
         if data_key not in samples:
             train_view, eval_view = load_data(config.data, tokenizer)
+            digests = digests or {"training": train_view.digest(), "evaluation": eval_view.digest()}
             samples[data_key] = (len(train_view), len(eval_view), train_view.num_dropped)
     num_train, num_eval, num_dropped = next(iter(samples.values()))
     return {
@@ -48,6 +51,7 @@ def prepare(configs: list[TrainConfig]) -> dict[str, Any]:
         "num_eval_samples": num_eval,
         "num_dropped_samples": num_dropped,
         "num_trainable": num_trainable,
+        "data": digests,
         **look(configs[0].model),
     }
 

@@ -46,6 +46,7 @@ def train(config: TrainConfig, run_dir: Path, *, base: Base | None = None) -> It
     loaded here and freed at the end. What the config leaves `auto` is planned for the card that is here; a step that runs out of
     memory all the same is computed again by a leaner plan. Raises InputError, DivergedError, CheckpointError, OutOfMemory.
     """
+    called_s = time.perf_counter()
     device = pick_device(config.train.device)
     resident = base or load_base(config.model, device)
     if not resident.matches(config.model, device):
@@ -59,7 +60,9 @@ def train(config: TrainConfig, run_dir: Path, *, base: Base | None = None) -> It
             torch.cuda.reset_peak_memory_stats(device)  # the highest so far is an earlier trial's
         torch.manual_seed(config.train.seed)
         layers = attach(resident.model, resident.linear_names, config.lora, config.train.seed)
-        yield from _Run(config, run_dir, resident, layers).reports()
+        run = _Run(config, run_dir, resident, layers)
+        run.setup_s = time.perf_counter() - called_s
+        yield from run.reports()
     finally:
         detach(resident.model, layers)
         resident.checkpoint_activations(False)
@@ -72,6 +75,8 @@ def train(config: TrainConfig, run_dir: Path, *, base: Base | None = None) -> It
 
 class _Run:
     """State of one trial between two reports."""
+
+    setup_s = 0.0
 
     def __init__(self, config: TrainConfig, run_dir: Path, base: Base, layers: dict[str, LoraLinear]) -> None:
         plan, shape = _make_plan(config, base)
@@ -213,6 +218,7 @@ class _Run:
             num_out_of_memory=progress.num_out_of_memory,
             micro_batch_size=self.plan.micro_batch_size,
             activation_checkpointing=str(self.plan.activation_checkpointing).lower(),
+            setup_s=self.setup_s,
         )
         progress.reports.append(report.to_dict())
         return report

@@ -22,7 +22,7 @@ USAGE = """usage: python -m sweep [group=option ...] [section.key=value ...]
   python -m sweep +experiment=quickstart dry_run=true          print the plan, start nothing
   python -m sweep ... cluster.card=rtx4090 dry_run=true        and what it needs there: memory, speed, GPU hours; without a GPU
   python -m sweep +experiment=quickstart --cfg                 print the composed config, start nothing
-  python -m sweep resume=sweeps/quickstart-20250101-120000     go on after a kill; sweep.num_trials may be raised
+  python -m sweep resume=sweeps/quickstart-20250101-120000     go on after a kill; sweep.num_trials and sweep.budget may be raised
 """
 
 

@@ -13,12 +13,15 @@ from engine.errors import InputError
 from engine.files import write_folder
 from sweep.markdown import number, table
 from sweep.outcome import TrialRecord
-from sweep.selection import RULE, median_speed, num_parameters
+from sweep.selection import Rule, median_speed, num_parameters
 
+DEFAULT_RULE = Rule()
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def write_best(best_dir: Path, record: TrialRecord, reevaluation: dict[str, Any], sweep_name: str) -> None:
+def write_best(
+    best_dir: Path, record: TrialRecord, reevaluation: dict[str, Any], sweep_name: str, rule: Rule = DEFAULT_RULE
+) -> None:
     """Assemble `best/`: the trial's adapter and tokenizer, train_config.json and a model card. Replaces an older one.
 
     InputError where the trial folder holds no adapter.
@@ -31,12 +34,14 @@ def write_best(best_dir: Path, record: TrialRecord, reevaluation: dict[str, Any]
     def fill(folder: Path) -> None:
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
         (folder / "train_config.json").write_text(to_json(parse(TrainConfig, record.config)) + "\n")
-        (folder / "README.md").write_text(model_card(record, reevaluation, sweep_name, _base_model(adapter)), encoding="utf-8")
+        (folder / "README.md").write_text(
+            model_card(record, reevaluation, sweep_name, _base_model(adapter), rule), encoding="utf-8"
+        )
 
     write_folder(best_dir, fill)
 
 
-def model_card(record: TrialRecord, reevaluation: dict[str, Any], sweep_name: str, base_model: str) -> str:
+def model_card(record: TrialRecord, reevaluation: dict[str, Any], sweep_name: str, base_model: str, rule: Rule) -> str:
     """README.md of `best/`: front matter for the Hugging Face hub, what was measured, how to load it, how to train it again."""
     config = parse(TrainConfig, record.config)
     quantized = config.model.quantization == "nf4"
@@ -57,7 +62,7 @@ def model_card(record: TrialRecord, reevaluation: dict[str, Any], sweep_name: st
             "",
             f"# Best adapter of the sweep `{sweep_name}`",
             "",
-            f"Trial {record.number}. Chosen by: {RULE}.",
+            f"Trial {record.number}. Chosen by: {rule.text}.",
             "",
             "| | eval loss (nats/token) | perplexity |",
             "|---|---:|---:|",

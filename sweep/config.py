@@ -14,6 +14,7 @@ from pydantic import Field, PlainValidator, field_validator
 from engine.cards import card as find_card
 from engine.config import (
     DataConfig,
+    ListAsTuple,
     LoopConfig,
     LoraConfig,
     ModelConfig,
@@ -24,6 +25,7 @@ from engine.config import (
     parse,
 )
 from engine.errors import InputError
+from sweep.objectives import EVAL_LOSS, MEASURES
 
 
 def _auto_or_at_least(minimum: int) -> PlainValidator:
@@ -49,6 +51,17 @@ AutoPositive = Annotated[int | Literal["auto"], _auto_or_at_least(1)]
 AutoCard = Annotated[str, PlainValidator(_auto_or_card)]
 
 
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class BudgetConfig(StrictModel):
+    """What a sweep may spend beside its trials. Once spent, no trial starts and running ones stop at their next report."""
+
+    gpu_hours: PositiveFloat | None = Field(None, description="hours for which slots are held, all together; none: no limit")
+    wall_clock_hours: PositiveFloat | None = Field(None, description="hours for which the sweep runs; none: no limit")
+    target_loss: PositiveFloat | None = Field(None, description="an eval_loss that is good enough; none: there is no such")
+
+
 class SweepSection(StrictModel):
     """Name, length and place of the sweep."""
 
@@ -56,6 +69,19 @@ class SweepSection(StrictModel):
     num_trials: PositiveInt = 16
     seed: Annotated[int, Field(ge=0)] = 0
     output_dir: str = Field("sweeps", min_length=1, description="the sweep folder is created in it")
+    budget: BudgetConfig = BudgetConfig()
+    warm_start: Annotated[tuple[str, ...], ListAsTuple] = Field((), description="folders of earlier sweeps to learn from")
+    objectives: Annotated[tuple[str, ...], ListAsTuple] = Field((EVAL_LOSS,), description="what is minimised, all at once")
+    choose_within: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="nats of eval_loss that the best adapter may cost to be better in the other objectives"
+    )
+
+    @field_validator("objectives")
+    @classmethod
+    def _known_objectives(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if EVAL_LOSS not in names or len(set(names)) < len(names) or not set(names) <= set(MEASURES):
+            raise ValueError(f"must be eval_loss, alone or with others, each once: {', '.join(MEASURES)}")
+        return names
 
 
 class TpeConfig(StrictModel):
@@ -92,6 +118,13 @@ class GpConfig(StrictModel):
 
     name: Literal["gp"] = "gp"
     num_startup_trials: PositiveInt = 5
+
+
+class Nsga2Config(StrictModel):
+    """Non-dominated sorting genetic algorithm (Deb et al., 2002): for several objectives and many trials."""
+
+    name: Literal["nsga2"] = "nsga2"
+    population_size: Annotated[int, Field(ge=2)] = 16
 
 
 class SuccessiveHalvingConfig(StrictModel):
@@ -134,12 +167,13 @@ class NoPruner(StrictModel):
     name: Literal["none"] = "none"
 
 
-SAMPLERS = {model.model_fields["name"].default: model for model in (TpeConfig, RandomConfig, GridConfig, CmaEsConfig, GpConfig)}
+SAMPLER_MODELS = (TpeConfig, RandomConfig, GridConfig, CmaEsConfig, GpConfig, Nsga2Config)
+SAMPLERS = {model.model_fields["name"].default: model for model in SAMPLER_MODELS}
 PRUNERS = {
     model.model_fields["name"].default: model
     for model in (SuccessiveHalvingConfig, HyperbandConfig, MedianConfig, PatientConfig, NoPruner)
 }
-SamplerConfig = TpeConfig | RandomConfig | GridConfig | CmaEsConfig | GpConfig
+SamplerConfig = TpeConfig | RandomConfig | GridConfig | CmaEsConfig | GpConfig | Nsga2Config
 PrunerConfig = SuccessiveHalvingConfig | HyperbandConfig | MedianConfig | PatientConfig | NoPruner
 
 
@@ -187,6 +221,11 @@ class SweepConfig(StrictModel):
     def _pick_pruner(cls, value: Any) -> Any:
         return _pick(PRUNERS, value, "pruner")
 
+    @property
+    def judge(self) -> PrunerConfig:
+        """The pruner that is used: none with several objectives, for which Optuna has none."""
+        return self.pruner if len(self.sweep.objectives) == 1 else NoPruner()
+
     def base(self) -> TrainConfig:
         """The config every trial starts from, before its sampled values are put in."""
         return TrainConfig(model=self.model, data=self.data, lora=self.lora, optim=self.optim, train=self.train)
@@ -196,6 +235,11 @@ def parse_sweep_config(data: Any) -> SweepConfig:
     """Validate plain data; raises InputError."""
     config = parse(SweepConfig, data)
     config.base()
+    if config.sampler.name == "cmaes" and len(config.sweep.objectives) > 1:
+        allowed = "takes one objective; with several in sweep.objectives: tpe, gp, nsga2, random or grid"
+        raise InputError("sampler.name", "cmaes", allowed)
+    if config.sweep.choose_within and len(config.sweep.objectives) == 1:
+        raise InputError("sweep.choose_within", config.sweep.choose_within, "must be 0 with eval_loss as the only objective")
     return config
 
 

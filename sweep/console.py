@@ -11,7 +11,13 @@ from rich.table import Table
 
 from sweep.outcome import Outcome, TrialRecord
 
-COLORS = {Outcome.RUNNING: "cyan", Outcome.COMPLETE: "green", Outcome.PRUNED: "yellow", Outcome.INFEASIBLE: "dim"}
+COLORS = {
+    Outcome.RUNNING: "cyan",
+    Outcome.COMPLETE: "green",
+    Outcome.STOPPED: "blue",
+    Outcome.PRUNED: "yellow",
+    Outcome.INFEASIBLE: "dim",
+}
 NUM_ENDED_SHOWN = 20  # a table longer than the screen cannot be redrawn in place
 
 

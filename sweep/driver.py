@@ -9,16 +9,17 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-from engine.errors import InputError
 from engine.provenance import provenance
+from sweep.amend import amended
 from sweep.commands import look, prepare
-from sweep.config import SweepConfig, parse_sweep_config
+from sweep.config import parse_sweep_config
 from sweep.console import LineConsole, TableConsole, make_console
+from sweep.disk import wait_until_flushed
 from sweep.engine_modules import REAL_ENGINE, EngineModules
 from sweep.feasibility import Feasibility, make_feasibility
 from sweep.forecast import card_line, check_any_fits, describe_forecast, no_forecast_line
@@ -26,7 +27,6 @@ from sweep.plan import Plan, make_plan
 from sweep.runs import SweepFolder
 
 INTERRUPTED = 130
-RESUMABLE = ("sweep.num_trials",)
 Screen = LineConsole | TableConsole
 
 
@@ -36,23 +36,38 @@ def start(raw: dict[str, Any], *, dry_run: bool = False, engine: EngineModules =
 
 
 def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
-    """Go on with a sweep from its folder. overrides: dotted path -> value; only sweep.num_trials may be raised."""
+    """Go on with a sweep from its folder. overrides: dotted path -> value; only what it may spend can be raised."""
     folder = SweepFolder.open(path)
-    return _launch(make_plan(_raised(folder.read_config(), overrides)), folder, dry_run, engine)
+    return _launch(make_plan(amended(folder.read_config(), overrides)), folder, dry_run, engine)
 
 
 def _launch(plan: Plan, folder: SweepFolder | None, dry_run: bool, engine: EngineModules) -> int:
     """Say the plan, check it all, run. folder: none for a new sweep, whose folder is created once nothing can be refused."""
     print(plan.describe(), flush=True)
+    if folder is None and plan.config.sweep.warm_start:
+        _check_warm_start(plan, {}, print)
     if dry_run:
         _forecast(plan, engine)
         return 0
     with _terminate_as_interrupt():
         try:
-            feasibility = _prepare(plan, engine)
+            feasibility, data = _prepare(plan, engine)
         except KeyboardInterrupt:
             return _interrupted(folder)
-        return _run(plan, folder or SweepFolder.create(plan.config, datetime.now()), engine, feasibility)
+        if folder is None:
+            if plan.config.sweep.warm_start:
+                _check_warm_start(plan, data)
+            folder = SweepFolder.create(plan.config, datetime.now())
+            folder.write_data(data)
+        return _run(plan, folder, engine, feasibility)
+
+
+def _check_warm_start(plan: Plan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
+    """InputError where the sweeps of sweep.warm_start cannot be learnt from. data: digests of today's samples."""
+    from sweep.earlier import read_earlier
+
+    earlier = read_earlier(plan.config, plan.space, data)
+    say(f"warm start {len(earlier)} trials of {', '.join(plan.config.sweep.warm_start)}")
 
 
 def _forecast(plan: Plan, engine: EngineModules) -> None:
@@ -66,19 +81,9 @@ def _forecast(plan: Plan, engine: EngineModules) -> None:
     check_any_fits(plan.space, plan.base(), feasibility)
 
 
-def _raised(config: SweepConfig, overrides: dict[str, Any]) -> SweepConfig:
-    for key, value in overrides.items():
-        if key not in RESUMABLE:
-            allowed = f"cannot be changed on resume; only {', '.join(RESUMABLE)} can"
-            raise InputError(key, value, allowed)
-    wanted = overrides.get("sweep.num_trials", config.sweep.num_trials)
-    if not isinstance(wanted, int) or wanted < config.sweep.num_trials:
-        raise InputError("sweep.num_trials", wanted, f"must be at least {config.sweep.num_trials} on resume")
-    return config.model_copy(update={"sweep": config.sweep.model_copy(update={"num_trials": wanted})})
-
-
-def _prepare(plan: Plan, engine: EngineModules) -> Feasibility:
-    """Check the whole sweep against model, data and card; InputError where it cannot work. Returns the judge of its trials."""
+def _prepare(plan: Plan, engine: EngineModules) -> tuple[Feasibility, dict[str, Any]]:
+    """Check the whole sweep against model, data and card; InputError where it cannot work. Returns the judge of its trials, and
+    digests of the samples."""
     print("preparing model and data ...", flush=True)
     facts = prepare(plan.probes(), engine.command)
     print(f"model: {facts['layers']}", flush=True)
@@ -88,7 +93,7 @@ def _prepare(plan: Plan, engine: EngineModules) -> Feasibility:
     if feasibility.predicts:
         print(f"{card_line(feasibility)}; what is predicted not to fit is not started", flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
-    return feasibility
+    return feasibility, facts.get("data", {})
 
 
 def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility) -> int:
@@ -105,6 +110,7 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Fe
             return _interrupted(folder)
         finally:
             screen.stop()
+            wait_until_flushed()
             for warning in tracker.close(30.0):
                 print(f"WARNING: {warning}", file=sys.stderr)
 
@@ -112,20 +118,27 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Fe
 def _trials_and_finish(
     plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, screen: Screen, tracker: Any
 ) -> int:
+    from sweep.earlier import read_earlier
     from sweep.finish import finish
     from sweep.ledger import Ledger
+    from sweep.selection import Rule
     from sweep.study import Study
     from sweep.tuning import run_trials
 
     config = plan.config
     screen.note(f"sweep folder {folder.path}")
+    study = Study(folder, config, plan.space, feasibility.judge)
+    if config.sweep.warm_start and not study.has_taken_over:
+        study.take_over(read_earlier(config, plan.space, folder.read_data() or {}))
     ledger = Ledger(
-        Study(folder, config, plan.space, feasibility.judge),
+        study,
         folder,
         num_trials=config.sweep.num_trials,
         num_rungs=plan.num_rungs,
         num_slots=plan.slots.num_slots,
         max_retries=config.cluster.max_retries,
+        budget=config.sweep.budget,
+        objectives=config.sweep.objectives,
         listeners=(screen, tracker),
         note=screen.note,
     )
@@ -138,7 +151,8 @@ def _trials_and_finish(
         screen.stop()
     if ledger.shortfall:
         screen.note(ledger.shortfall)
-    best, summary = finish(folder, ledger.records, config.sweep.name, plan.slots.device, engine.command, screen.note)
+    rule = Rule(config.sweep.objectives, config.sweep.choose_within)
+    best, summary = finish(folder, ledger.records, config.sweep.name, plan.slots.device, engine.command, screen.note, rule)
     tracker.sweep_finished(summary, best, folder.best if best else None)
     return 0 if best else 1
 

@@ -11,10 +11,11 @@ from engine.errors import EngineError
 from sweep.best_folder import write_best
 from sweep.commands import evaluate
 from sweep.leaderboard import write_leaderboard
-from sweep.outcome import TrialRecord
+from sweep.outcome import Outcome, TrialRecord
 from sweep.runs import SweepFolder
-from sweep.selection import select_best
+from sweep.selection import Rule
 
+DEFAULT_RULE = Rule()
 RELATIVE_TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}  # float32 repeats itself; bfloat16 kernels add up in another order
 
 
@@ -25,30 +26,45 @@ def finish(
     device: str,
     engine_command: str,
     note: Callable[[str], None],
+    rule: Rule = DEFAULT_RULE,
 ) -> tuple[TrialRecord | None, dict[str, Any]]:
-    """Returns the winner (None where no trial completed) and the summary. The leaderboard is written in any case."""
-    best = select_best(records)
-    summary: dict[str, Any] = {f"num_{outcome.lower()}": count for outcome, count in Counter(r.outcome for r in records).items()}
+    """Returns the winner (None where no adapter can be chosen) and the summary. The leaderboard is written in any case."""
+    best = rule.best(records)
+    ours = Counter(record.outcome for record in records if record.source is None)
+    summary: dict[str, Any] = {f"num_{outcome.lower()}": count for outcome, count in ours.items()}
     if best is None:
-        write_leaderboard(folder.path, records, sweep_name, None)
-        note("no trial completed, so there is no adapter to choose; see the leaderboard for how each ended")
+        write_leaderboard(folder.path, records, sweep_name, None, rule)
+        note("no trial got far enough, so there is no adapter to choose; see the leaderboard for how each ended")
         return None, summary
     note(f"evaluating the adapter of trial {best.number} again, from its files")
     try:
         reevaluation = _reevaluate(folder, best, device, engine_command)
     except EngineError as error:
-        write_leaderboard(folder.path, records, sweep_name, None)
+        write_leaderboard(folder.path, records, sweep_name, None, rule)
         note(f"WARNING: the adapter of trial {best.number} could not be evaluated again, so best/ was not written: {error}")
         return None, summary
-    write_best(folder.best, best, reevaluation, sweep_name)
-    write_leaderboard(folder.path, records, sweep_name, reevaluation)
+    write_best(folder.best, best, reevaluation, sweep_name, rule)
+    write_leaderboard(folder.path, records, sweep_name, reevaluation, rule)
     note(_result_text(folder, best, reevaluation))
+    for line in _remarks(records, best, rule):
+        note(line)
     summary |= {
         "best_eval_loss": reevaluation["eval_loss"],
         "base_eval_loss": reevaluation["base_eval_loss"],
         "reevaluation_agrees": str(reevaluation["agrees"]),
     }
     return best, summary
+
+
+def _remarks(records: list[TrialRecord], best: TrialRecord, rule: Rule) -> list[str]:
+    """What the table of losses does not say: the Pareto front, and an earlier sweep that did better."""
+    front = [str(record.number) for record in rule.front(records)]
+    lines = [f"pareto front of {', '.join(rule.objectives)}: trials {', '.join(front)}"] if front else []
+    earlier = [r for r in records if r.source is not None and r.outcome is Outcome.COMPLETE and r.score is not None]
+    leader = min(earlier, key=lambda record: record.score, default=None)
+    if leader is not None and leader.score < best.score:
+        lines.append(f"an earlier trial did better: eval loss {leader.score:.4f}, {leader.source}; its adapter is there")
+    return lines
 
 
 def _reevaluate(folder: SweepFolder, best: TrialRecord, device: str, engine_command: str) -> dict[str, Any]:

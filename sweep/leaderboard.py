@@ -10,39 +10,46 @@ from typing import Any
 
 from engine.files import write_text
 from sweep.markdown import number, table
-from sweep.outcome import Outcome, TrialRecord
-from sweep.selection import RULE, median_speed, rank, select_best
+from sweep.objectives import objective_values
+from sweep.outcome import CONTENDERS, Outcome, TrialRecord
+from sweep.selection import Rule, median_speed
 
 HEADER = (
     "rank", "trial", "outcome", "eval loss", "tokens seen", "parameters", "tokens/s", "peak GiB", "predicted", "sampled", "error"
 )  # fmt: skip
+DEFAULT_RULE = Rule()
 LAST_REPORT = ("tokens_seen", "num_trainable", "num_out_of_memory", "micro_batch_size", "activation_checkpointing")
 
 
-def write_leaderboard(folder: Path, records: list[TrialRecord], sweep_name: str, reevaluation: dict[str, Any] | None) -> None:
+def write_leaderboard(
+    folder: Path, records: list[TrialRecord], sweep_name: str, reevaluation: dict[str, Any] | None, rule: Rule = DEFAULT_RULE
+) -> None:
     """Write leaderboard.json and leaderboard.md, each replaced in one rename, with every trial whatever its outcome.
 
-    Only COMPLETE trials have a rank: the loss of a pruned one was measured after fewer tokens.
+    Trials that could be chosen have a rank; a pruned one was judged hopeless.
     """
-    best = select_best(records)
-    rows = [_row(record, place) for place, record in enumerate(rank(records), start=1)]
+    best = rule.best(records)
+    rows = [_row(record, place) for place, record in enumerate(rule.rank(records), start=1)]
+    front = [_front_row(record, rule.objectives) for record in rule.front(records)]
     board = {
         "sweep": sweep_name,
-        "rule": RULE,
+        "rule": rule.text,
+        "objectives": list(rule.objectives),
+        "pareto_front": front,
         "best_trial": best.number if best else None,
-        "outcomes": _outcomes(records),
+        "outcomes": _outcomes([record for record in records if record.source is None]),
         "reevaluation": reevaluation,
         "trials": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "leaderboard.json", json.dumps(_finite(board), indent=2, allow_nan=False) + "\n")
-    write_text(folder / "leaderboard.md", _markdown(sweep_name, best, rows, board["outcomes"], reevaluation))
+    write_text(folder / "leaderboard.md", _markdown(sweep_name, best, board))
 
 
 def _row(record: TrialRecord, place: int) -> dict[str, Any]:
     last = record.reports[-1] if record.reports else {}
     return {
-        "rank": place if record.outcome is Outcome.COMPLETE else None,
+        "rank": place if record.outcome in CONTENDERS and record.source is None else None,
         "number": record.number,
         "outcome": record.outcome.value,
         "eval_loss": record.score,
@@ -50,9 +57,12 @@ def _row(record: TrialRecord, place: int) -> dict[str, Any]:
         "tokens_per_second": median_speed(record),
         "peak_allocated_gib": record.peak_allocated_gib,
         "predicted_peak_gib": record.predicted_peak_gib,
+        "slot": record.slot,
+        "dead_time_s": record.dead_time_s,
         "params": record.params,
         "error": record.error,
         "folder": record.folder,
+        "source": record.source,
     }
 
 
@@ -62,15 +72,20 @@ def _outcomes(records: list[TrialRecord]) -> dict[str, int]:
     return {outcome.value: counts[outcome] for outcome in Outcome if counts[outcome]}
 
 
-def _markdown(
-    name: str,
-    best: TrialRecord | None,
-    rows: list[dict[str, Any]],
-    outcomes: dict[str, int],
-    reevaluation: dict[str, Any] | None,
-) -> str:
-    lines = [f"# Leaderboard of `{name}`", "", f"Best: {f'trial {best.number}' if best else 'none'}. Rule: {RULE}.", ""]
+def _front_row(record: TrialRecord, names: tuple[str, ...]) -> dict[str, Any]:
+    values = objective_values(record, names)
+    adapter = str(Path(record.folder) / "adapter")
+    return {"number": record.number, **dict(zip(names, values, strict=True)), "params": record.params, "adapter": adapter}
+
+
+def _markdown(name: str, best: TrialRecord | None, board: dict[str, Any]) -> str:
+    rows, outcomes, reevaluation = board["trials"], board["outcomes"], board["reevaluation"]
+    lines = [f"# Leaderboard of `{name}`", "", f"Best: {f'trial {best.number}' if best else 'none'}. Rule: {board['rule']}.", ""]
     lines += [f"Outcomes: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.items()) or 'none'}.", ""]
+    if any(row["source"] for row in rows):
+        lines += ["Trials of earlier sweeps stand here for comparison: they were not trained again, and cannot win.", ""]
+    if Outcome.STOPPED in outcomes:
+        lines += ["STOPPED: ended at a report because the budget was spent; a resume with a larger one goes on.", ""]
     if Outcome.INFEASIBLE in outcomes:
         lines += ["INFEASIBLE: predicted not to fit the card, so never started; it took no trial's place and no GPU time.", ""]
     if reevaluation:
@@ -80,11 +95,34 @@ def _markdown(
             f"({'agrees' if reevaluation['agrees'] else 'DOES NOT agree'} with the trial's own report)."
         )
         lines += [again, ""]
+    lines += _front_table(board)
     return "\n".join([*lines, *table(HEADER, [_cells(row) for row in rows]), ""])
 
 
+def _front_table(board: dict[str, Any]) -> list[str]:
+    """The trials that no other one beats in every objective; nothing where there is one objective."""
+    if len(board["objectives"]) < 2:
+        return []
+    names = board["objectives"]
+    header = ("trial", *names, "sampled", "adapter")
+    cells = [
+        (str(row["number"]), *(f"{row[name]:,.5g}" for name in names), _sampled(row), f"`{row['adapter']}`")
+        for row in board["pareto_front"]
+    ]
+    title = f"## Pareto front of {', '.join(names)}"
+    return [
+        title,
+        "",
+        "COMPLETE trials that no other one beats in all of these.",
+        "",
+        *table(header, cells),
+        "",
+        "## All trials",
+        "",
+    ]
+
+
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    sampled = ", ".join(f"{key.rsplit('.', 1)[-1]}={_short(value)}" for key, value in row["params"].items())
     return (
         number(row["rank"], "d"),
         str(row["number"]),
@@ -95,9 +133,13 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         number(row["tokens_per_second"], ",.0f"),
         _gib(row["peak_allocated_gib"]),
         _gib(row["predicted_peak_gib"]),
-        sampled,
-        row["error"] or "",
+        _sampled(row),
+        row["error"] or (f"from {row['source']}" if row["source"] else ""),
     )
+
+
+def _sampled(row: dict[str, Any]) -> str:
+    return ", ".join(f"{key.rsplit('.', 1)[-1]}={_short(value)}" for key, value in row["params"].items())
 
 
 def _gib(value: float | None) -> str:

@@ -5,25 +5,34 @@ Every event ends in the journal before anyone else hears of it; then the listene
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, Protocol
 
-from sweep.outcome import Outcome, Proposal, TrialRecord
+from sweep.budget import Budget
+from sweep.config import BudgetConfig
+from sweep.objectives import EVAL_LOSS, objective_values
+from sweep.outcome import CONTENDERS, Outcome, Proposal, TrialRecord
 from sweep.runs import SweepFolder
 from sweep.study import Study
+from sweep.timeline import Timeline
 
 MAX_INFEASIBLE = 20  # proposals that do not fit the card, for each trial asked for; then the sweep ends with those it has
 MAX_INFEASIBLE_AT_ONCE = 20  # then Tune's loop has its turn: a plan takes a tenth of a second, and reports wait meanwhile
+
+
+NO_BUDGET = BudgetConfig()
+NO_TIMING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Next(Enum):
     """What next_trial() answers when it has no trial to give."""
 
     WAIT = "all slots are taken, or a running trial may still have to be started again, or to be asked again at once"
-    FINISHED = "the number of trials is reached, or the space is used up, or nothing that fits is found; and nothing runs"
+    FINISHED = "the number of trials is reached, or the budget is spent, or nothing new that fits is found; and nothing runs"
 
 
 class Listener(Protocol):
@@ -44,6 +53,8 @@ class Ledger:
         num_rungs: int,
         num_slots: int,
         max_retries: int,
+        budget: BudgetConfig = NO_BUDGET,
+        objectives: tuple[str, ...] = (EVAL_LOSS,),
         listeners: tuple[Listener, ...] = (),
         note: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.time,
@@ -51,7 +62,15 @@ class Ledger:
         """note: takes a line for the user about what is not a trial's state."""
         self._study, self._folder, self._clock, self._listeners, self._note = study, folder, clock, listeners, note
         self._num_trials, self._num_rungs, self._num_slots, self._max_retries = num_trials, num_rungs, num_slots, max_retries
-        self._records = {record.number: record for record in study.records()}
+        self._objectives, self._timeline = objectives, Timeline(folder.timeline)
+        self._records = {record.number: self._timed(record) for record in study.records()}
+        self._budget = Budget(budget, self._timeline, clock)
+        for record in self._records.values():
+            if record.score is not None and record.source is None and record.outcome in (*CONTENDERS, Outcome.RUNNING):
+                self._budget.take_loss(record.score)
+        own = [record for record in self._records.values() if record.source is None]
+        self._num_refused = sum(record.outcome is Outcome.INFEASIBLE for record in own)
+        self._num_started = len(own) - self._num_refused
         self._waiting: list[int] = []
         self._live: set[int] = set()
         self._retries: dict[int, int] = {}
@@ -68,8 +87,12 @@ class Ledger:
 
     @property
     def shortfall(self) -> str | None:
-        """Why fewer trials were started than asked for, in one line; None where that is not so, or not yet."""
-        started, refused = self._num_started, len(self._records) - self._num_started
+        """Why less was trained than asked for, in one line; None where that is not so, or not yet."""
+        started, refused = self._num_started, self._num_refused
+        if self._budget.spent():
+            stopped = sum(record.outcome is Outcome.STOPPED for record in self._records.values())
+            line = f"{self._budget.spent()}: {started} of {self._num_trials} trials were started"
+            return line + (f", {stopped} stopped at a report, to go on with a larger budget" if stopped else "")
         if started >= self._num_trials or not (self._exhausted or self._has_given_up):
             return None
         if self._exhausted:
@@ -79,18 +102,15 @@ class Ledger:
         return line + " no more are made; the leaderboard says what each needs"
 
     @property
-    def _num_started(self) -> int:
-        return sum(record.outcome is not Outcome.INFEASIBLE for record in self._records.values())
-
-    @property
     def _has_given_up(self) -> bool:
-        return len(self._records) - self._num_started >= MAX_INFEASIBLE * self._num_trials
+        return self._num_refused >= MAX_INFEASIBLE * self._num_trials
 
     def recover(self) -> list[int]:
         """After a kill: make up for what the driver did not hear. Returns the trials that will go on, with their numbers.
 
         Reports that are in a trial's folder but not in the study are reported; a trial whose reports are complete is told.
         """
+        self._timeline.start_session(self._clock())
         for number in self._study.running():
             record = self._records[number]
             self._folder.write_train_config(number, self._study.config(number))
@@ -101,8 +121,10 @@ class Ledger:
                 self._end(number, Outcome.PRUNED)
             else:
                 self._waiting.append(number)
+        self._stop_waiting_where_spent()
         for record in self.records:
-            self._tell_listeners(record)
+            if record.source is None:
+                self._tell_listeners(record)
         return list(self._waiting)
 
     def has_work(self) -> bool:
@@ -111,27 +133,36 @@ class Ledger:
 
     def next_trial(self) -> Proposal | Next:
         """The next trial to start: one to go on with, else a new one."""
+        self._stop_waiting_where_spent()
         if len(self._live) >= self._num_slots:
             return Next.WAIT
         if self._waiting:
             number = self._waiting.pop(0)
+            if self._records[number].outcome is Outcome.STOPPED:
+                self._study.go_on(number)
             proposal = Proposal(number, self._records[number].params, self._study.config(number))
         else:
             proposal = self._ask()
         if proposal is None:
             return Next.WAIT if self._live or self._may_ask() else Next.FINISHED
         self._live.add(proposal.number)
+        self._timeline.assigned(proposal.number, self._clock())
         self._update(self._study.record(proposal.number))
         return proposal
 
-    def reported(self, number: int, report: dict[str, Any]) -> bool:
-        """Take a report in. Returns True where the trial must stop; it is then told PRUNED already."""
+    def reported(self, number: int, report: dict[str, Any], timing: Mapping[str, Any] = NO_TIMING) -> bool:
+        """Take a report in. Returns True where the trial must stop; it is then told PRUNED, or noted as STOPPED, already.
+
+        timing: slot, began_s and dead_time_s, see timeline.Span.
+        """
         if number not in self._live:
             return True
-        record = self._records[number]
-        if self._study.report(number, report["rung"], report["eval_loss"]):
-            seen = [old for old in record.reports if old["rung"] < report["rung"]]
-            self._update(dataclasses.replace(record, reports=[*seen, report]))
+        self._timeline.reported(number, self._clock(), dict(timing))
+        if self._take(number, report):
+            self._update(self._records[number])
+        if self._budget.spent():
+            self._stop(number)
+            return True
         if report["rung"] < self._num_rungs and self._study.should_prune(number):
             self._end(number, Outcome.PRUNED)
             return True
@@ -144,22 +175,21 @@ class Ledger:
         report: dict[str, Any] | None = None,
         error: str | None = None,
         memory: Mapping[str, float] | None = None,
+        timing: Mapping[str, Any] = NO_TIMING,
     ) -> None:
         """A trial ended by itself; its last report, where it has one, arrives only here. memory: see Study.tell."""
         if number not in self._live:
             return
+        self._timeline.reported(number, self._clock(), dict(timing))
         if report is not None:
-            record = self._records[number]
-            self._study.report(number, report["rung"], report["eval_loss"])
-            seen = [old for old in record.reports if old["rung"] < report["rung"]]
-            self._records[number] = dataclasses.replace(record, reports=[*seen, report])
+            self._take(number, report)
         self._end(number, outcome, error, memory)
 
     def lost(self, number: int) -> None:
         """The trial's process died. It goes on from its own checkpoint, a limited number of times; then it is LOST."""
         if number not in self._live:
             return
-        self._live.discard(number)
+        self._leave_slot(number)
         self._retries[number] = self._retries.get(number, 0) + 1
         if self._retries[number] > self._max_retries:
             self._end(number, Outcome.LOST, f"the worker process died {self._retries[number]} times; see driver.log")
@@ -167,7 +197,42 @@ class Ledger:
             self._note(f"trial {number:3d}  worker process died; it goes on from its checkpoint (see driver.log)")
             self._waiting.append(number)
 
+    def _take(self, number: int, report: dict[str, Any]) -> bool:
+        """Put a report into the journal and the record; returns whether it was new."""
+        is_new = self._study.report(number, report["rung"], report["eval_loss"])
+        if is_new:
+            record = self._records[number]
+            seen = [old for old in record.reports if old["rung"] < report["rung"]]
+            self._records[number] = self._timed(replace(record, reports=[*seen, report]))
+            self._budget.take_loss(report["eval_loss"])
+        return is_new
+
+    def _stop(self, number: int) -> None:
+        """The budget is spent: end the trial where it is, so that a resume can go on with it."""
+        now_s = self._clock()
+        self._leave_slot(number)
+        self._study.stop(number, now_s)
+        self._close(self._timed(replace(self._records[number], outcome=Outcome.STOPPED, ended_s=now_s)))
+
+    def _stop_waiting_where_spent(self) -> None:
+        if self._waiting and self._budget.spent():
+            for number in self._waiting:
+                if self._records[number].outcome is not Outcome.STOPPED:
+                    self._stop(number)
+            self._waiting.clear()
+
+    def _leave_slot(self, number: int) -> None:
+        if number in self._live:
+            self._live.discard(number)
+            self._timeline.ended(number, self._clock(), {})
+
+    def _timed(self, record: TrialRecord) -> TrialRecord:
+        span = self._timeline.span(record.number)
+        return record if span is None else replace(record, slot=span.slot, dead_time_s=span.dead_time_s)
+
     def _may_ask(self) -> bool:
+        if self._budget.spent():
+            return False
         return self._num_started < self._num_trials and not self._exhausted and not self._has_given_up
 
     def _ask(self) -> Proposal | None:
@@ -178,15 +243,20 @@ class Ledger:
                 self._exhausted = self._exhausted or self._may_ask()
                 return None
             if proposal.refusal is None:
+                self._num_started += 1
                 return proposal
+            self._num_refused += 1
             self._close(self._study.record(proposal.number))
         return None
 
     def _end(self, number: int, outcome: Outcome, error: str | None = None, memory: Mapping[str, float] | None = None) -> None:
-        self._live.discard(number)
-        self._study.tell(number, outcome, error, memory)
+        self._leave_slot(number)
+        values = objective_values(self._records[number], self._objectives) if outcome is Outcome.COMPLETE else None
+        if outcome is Outcome.COMPLETE and values is None:
+            outcome, error = Outcome.FAILED, f"not measured: one of {', '.join(self._objectives)}"
+        self._study.tell(number, outcome, error, memory, values)
         changes = {"outcome": outcome, "ended_s": self._clock(), "error": error, **(memory or {})}
-        self._close(dataclasses.replace(self._records[number], **changes))
+        self._close(self._timed(replace(self._records[number], **changes)))
 
     def _close(self, record: TrialRecord) -> None:
         """Write and pass on what became of a trial, once the journal has it."""
@@ -201,6 +271,8 @@ class Ledger:
                 "num_reports": len(record.reports),
                 "started_s": record.started_s,
                 "ended_s": record.ended_s,
+                "slot": record.slot,
+                "dead_time_s": record.dead_time_s,
                 "error": record.error,
                 "predicted_peak_gib": record.predicted_peak_gib,
                 "peak_allocated_gib": record.peak_allocated_gib,

@@ -12,18 +12,24 @@ from engine.config import TrainConfig
 class Outcome(StrEnum):
     """The ways a trial ends; RUNNING is the one that has not.
 
-    INFEASIBLE: predicted not to fit the card, so it was never started and counts for no trial of the sweep. OUT_OF_MEMORY: it was
-    started, and not even the leanest way to compute it fits. LOST: its process died too often.
+    STOPPED: the sweep's budget was spent, so it ended at a report; a resume with a larger budget goes on with it. INFEASIBLE:
+    predicted not to fit the card, so it was never started and counts for no trial of the sweep. OUT_OF_MEMORY: it was started,
+    and not even the leanest way to compute it fits. LOST: its process died too often.
     """
 
     RUNNING = "RUNNING"
     COMPLETE = "COMPLETE"
+    STOPPED = "STOPPED"
     PRUNED = "PRUNED"
     INFEASIBLE = "INFEASIBLE"
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     DIVERGED = "DIVERGED"
     LOST = "LOST"
     FAILED = "FAILED"
+
+
+CONTENDERS = (Outcome.COMPLETE, Outcome.STOPPED)
+"""Whose adapter can be chosen: nobody judged it hopeless. All losses are on one evaluation set, so fewer tokens are no bar."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class TrialRecord:
     number: Optuna's, from 0; params: dotted path -> sampled value or choice name; config: the whole TrainConfig as plain data;
     reports: engine Report dicts, ascending by rung; started_s / ended_s: Unix seconds; error: one line where it failed.
     predicted_gib: peak predicted before the start; measured_gib: peak where memory ran out; None where not known.
+    slot, dead_time_s: of its newest stay in a slot, see timeline.Span. source: the earlier sweep's trial it was taken over from.
     """
 
     number: int
@@ -46,6 +53,9 @@ class TrialRecord:
     error: str | None = None
     predicted_gib: float | None = None
     measured_gib: float | None = None
+    slot: str | None = None
+    dead_time_s: float | None = None
+    source: str | None = None
 
     @property
     def predicted_peak_gib(self) -> float | None:

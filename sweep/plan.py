@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config import TrainConfig
+from sweep.budget import describe_budget
 from sweep.config import SweepConfig
 from sweep.placement import Slots, count_cpus, count_gpus, plan_slots
 from sweep.space import Space
@@ -42,11 +43,13 @@ class Plan:
             f"output in {config.sweep.output_dir}/{config.sweep.name}-<date>-<time>/",
             f"model      {config.model.path} ({config.model.quantization})",
             f"data       {config.data.train}",
-            f"budget     {budget:,} tokens a trial, at most {config.sweep.num_trials * budget:,} in all",
+            f"budget     {budget:,} tokens a trial, at most {config.sweep.num_trials * budget:,} in all"
+            + (f"; ends before at {limits}" if (limits := describe_budget(config.sweep.budget)) else ""),
             f"rungs      {self.num_rungs}, at tokens seen: {grid}",
             f"slots      {self.slots.describe()}",
             f"sampler    {_options(config.sampler.model_dump())}",
-            f"pruner     {_options(config.pruner.model_dump())}",
+            f"pruner     {_pruner(config)}",
+            *([f"objectives {', '.join(config.sweep.objectives)}"] if len(config.sweep.objectives) > 1 else []),
             f"tracking   {config.tracking.name}"
             + (f" at {config.tracking.uri or config.sweep.output_dir + '/mlflow.db'}" if config.tracking.name != "none" else ""),
             f"space      {len(self.space.dimensions)} dimensions, {points}",
@@ -74,6 +77,15 @@ def _count_hardware(config: SweepConfig) -> tuple[int, int]:
     from sweep.cluster import count_cluster  # loads ray, for an existing cluster only
 
     return count_cluster(config.cluster.address)
+
+
+def _pruner(config: SweepConfig) -> str:
+    off = config.judge is not config.pruner and config.pruner.name != "none"
+    return (
+        f"none: {config.pruner.name} is off, Optuna has no pruning of several objectives"
+        if off
+        else _options(config.judge.model_dump())
+    )
 
 
 def _options(values: dict[str, Any]) -> str:

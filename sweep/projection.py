@@ -39,6 +39,7 @@ PLAN = ("micro_batch_size", "activation_checkpointing")  # tags, because they ma
 STATUS = {
     Outcome.RUNNING: "RUNNING",
     Outcome.COMPLETE: "FINISHED",
+    Outcome.STOPPED: "KILLED",
     Outcome.PRUNED: "KILLED",
     Outcome.INFEASIBLE: "KILLED",
 }  # the others: FAILED

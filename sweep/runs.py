@@ -2,8 +2,10 @@
 
 <name>-<YYYYmmdd-HHMMSS>/
     sweep_config.json   the whole resolved config; resume reads it
+    data.json           digests of the samples: whether another sweep's losses compare
     study.journal       Optuna's state, the record of truth
     trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's), result.json, error.txt
+    timeline.jsonl      when each trial held which slot
     best/               the winning adapter, ready to load
     leaderboard.md/.json, driver.log, ray/ (Tune's own files, never read again)
 """
@@ -23,6 +25,7 @@ from engine.config import TrainConfig, load_json, to_json
 from engine.errors import InputError
 from engine.files import write_text
 from sweep.config import SweepConfig, parse_sweep_config
+from sweep.disk import replace_text
 
 
 class SweepFolder:
@@ -31,7 +34,9 @@ class SweepFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / "sweep_config.json"
+        self.data_file = path / "data.json"
         self.journal = path / "study.journal"
+        self.timeline = path / "timeline.jsonl"
         self.best = path / "best"
         self.log = path / "driver.log"
         self.ray = path / "ray"
@@ -54,11 +59,11 @@ class SweepFolder:
         raise InputError("sweep.output_dir", str(parent), f"already holds 99 folders named {stem}")
 
     @classmethod
-    def open(cls, path: str | Path) -> SweepFolder:
-        """An existing sweep folder; InputError where it is none."""
+    def open(cls, path: str | Path, field: str = "resume") -> SweepFolder:
+        """An existing sweep folder; InputError, about the field, where it is none."""
         folder = cls(Path(path))
         if not folder.config_file.is_file():
-            raise InputError("resume", str(path), "must be a sweep folder (one with a sweep_config.json)")
+            raise InputError(field, str(path), "must be a sweep folder (one with a sweep_config.json)")
         return folder
 
     def write_config(self, config: SweepConfig) -> None:
@@ -68,16 +73,28 @@ class SweepFolder:
     def read_config(self) -> SweepConfig:
         return parse_sweep_config(load_json(self.config_file))
 
+    def write_data(self, data: dict[str, Any]) -> None:
+        """Digests of the samples that the sweep trains and evaluates on."""
+        write_text(self.data_file, json.dumps(data, indent=2, sort_keys=True) + "\n")
+
+    def read_data(self) -> dict[str, Any] | None:
+        """None in a folder that has no digests yet."""
+        return load_json(self.data_file) if self.data_file.is_file() else None
+
     def trial(self, number: int) -> Path:
         """The folder of one trial: trials/0003."""
         return self.path / "trials" / f"{number:04d}"
 
     def write_train_config(self, number: int, config: TrainConfig) -> None:
         self.trial(number).mkdir(parents=True, exist_ok=True)
-        write_text(self.trial(number) / "train_config.json", to_json(config) + "\n")
+        replace_text(self.trial(number) / "train_config.json", to_json(config) + "\n")
 
     def write_result(self, number: int, result: dict[str, Any]) -> None:
-        write_text(self.trial(number) / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
+        replace_text(self.trial(number) / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
+
+    def write_reports(self, number: int, reports: list[dict[str, Any]]) -> None:
+        """Those of a trial that another sweep trained; the engine writes the others."""
+        replace_text(self.trial(number) / "reports.jsonl", "".join(json.dumps(report) + "\n" for report in reports))
 
     def reports(self, number: int) -> list[dict[str, Any]]:
         """The trial's reports, ascending by rung; empty where it has none yet."""

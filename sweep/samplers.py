@@ -13,6 +13,7 @@ from sweep.config import (
     GpConfig,
     HyperbandConfig,
     MedianConfig,
+    Nsga2Config,
     PatientConfig,
     PrunerConfig,
     SamplerConfig,
@@ -45,6 +46,8 @@ def make_sampler(config: SamplerConfig, seed: int) -> optuna.samplers.BaseSample
             warn_independent_sampling=False,
             consider_pruned_trials=True,
         )
+    if isinstance(config, Nsga2Config):
+        return samplers.NSGAIISampler(population_size=config.population_size, seed=seed)
     if isinstance(config, GpConfig):
         if importlib.util.find_spec("torch") is None:
             raise InputError("sampler.name", "gp", "needs the package torch on the driver")
@@ -52,7 +55,7 @@ def make_sampler(config: SamplerConfig, seed: int) -> optuna.samplers.BaseSample
     return samplers.RandomSampler(seed=seed)
 
 
-def as_seen(config: SamplerConfig, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+def as_seen(config: SamplerConfig, trials: list[FrozenTrial], num_objectives: int) -> list[FrozenTrial]:
     """The study's trials in the form in which this sampler learns from their constraints.
 
     TPE reads those of pruned trials, as they are in the journal; CMA-ES, random and grid read none. The Gaussian process reads
@@ -60,7 +63,8 @@ def as_seen(config: SamplerConfig, trials: list[FrozenTrial]) -> list[FrozenTria
     """
     if not isinstance(config, GpConfig):
         return trials
-    worst = max((trial.value for trial in trials if trial.state is TrialState.COMPLETE), default=0.0)
+    known = [trial.values for trial in trials if trial.state is TrialState.COMPLETE]
+    worst = [max(values) for values in zip(*known, strict=True)] or [0.0] * num_objectives
     constrained = any(map(_is_violated, trials))
     return [
         _complete(trial, worst, constrained) if trial.state is TrialState.COMPLETE or _is_violated(trial) else trial
@@ -68,14 +72,19 @@ def as_seen(config: SamplerConfig, trials: list[FrozenTrial]) -> list[FrozenTria
     ]
 
 
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether it violates no constraint, as far as known."""
+    return all(value <= 0.0 for value in trial.constraints.values())
+
+
 def _is_violated(trial: FrozenTrial) -> bool:
-    return any(value > 0.0 for value in trial.constraints.values())
+    return not is_feasible(trial)
 
 
-def _complete(trial: FrozenTrial, worst: float, constrained: bool) -> FrozenTrial:
+def _complete(trial: FrozenTrial, worst: list[float], constrained: bool) -> FrozenTrial:
     return optuna.trial.create_trial(
         state=TrialState.COMPLETE,
-        value=trial.value if trial.state is TrialState.COMPLETE else worst,
+        values=trial.values if trial.state is TrialState.COMPLETE else worst,
         params=trial.params,
         distributions=trial.distributions,
         constraints={MEMORY: trial.constraints.get(MEMORY, 0.0)} if constrained else None,

@@ -31,12 +31,13 @@ class LedgerSearcher(Searcher):
         return self._worker_config(proposal)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        number = self._numbers[trial_id]
+        number = self._numbers.pop(trial_id)
         if error or result is None or "outcome" not in result:
             self._ledger.lost(number)
             return
         report = json.loads(result["report"]) if result["report"] else None
-        self._ledger.ended(number, Outcome(result["outcome"]), report, result["error"], json.loads(result["memory"]))
+        memory, timing = json.loads(result["memory"]), json.loads(result["timing"])
+        self._ledger.ended(number, Outcome(result["outcome"]), report, result["error"], memory, timing)
 
     # Tune pickles the searcher into its own snapshots, which nobody reads: the journal is the record.
     def __getstate__(self) -> dict[str, Any]:

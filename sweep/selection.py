@@ -4,37 +4,64 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import dataclass
 
-from sweep.outcome import Outcome, TrialRecord
+from sweep.objectives import EVAL_LOSS, MEASURES, pareto_front
+from sweep.outcome import CONTENDERS, Outcome, TrialRecord
 
 TIE = 1e-4  # nats: below what another seed or another GPU changes
-RULE = (
-    f"lowest eval_loss over a COMPLETE trial's reports; within {TIE:g} nats of it, the fewest trainable parameters, "
-    "then the lowest trial number"
-)
 
 
-def select_best(records: list[TrialRecord]) -> TrialRecord | None:
-    """The winner by RULE; None where no COMPLETE trial has a finite eval_loss."""
-    complete = [record for record in records if record.outcome is Outcome.COMPLETE and _score(record) < math.inf]
-    if not complete:
-        return None
-    limit = min(_score(record) for record in complete) + TIE
-    return min(
-        (record for record in complete if _score(record) <= limit), key=lambda record: (num_parameters(record), record.number)
-    )
+@dataclass(frozen=True)
+class Rule:
+    """How the winner is chosen. objectives: those of the study; within: nats of eval_loss that the others may cost."""
 
+    objectives: tuple[str, ...] = (EVAL_LOSS,)
+    within: float = 0.0
 
-def rank(records: list[TrialRecord]) -> list[TrialRecord]:
-    """The winner, the other COMPLETE trials by score, PRUNED ones by score, the rest by number, INFEASIBLE ones last."""
-    best = select_best(records)
-    group = {Outcome.COMPLETE: 1, Outcome.PRUNED: 2, Outcome.INFEASIBLE: 4}
+    @property
+    def others(self) -> tuple[str, ...]:
+        return tuple(name for name in self.objectives if name != EVAL_LOSS) if self.within > TIE else ()
 
-    def key(record: TrialRecord) -> tuple:
-        place = 0 if record is best else group.get(record.outcome, 3)
-        return (place, _score(record) if place < 3 else 0.0, num_parameters(record), record.number)
+    @property
+    def text(self) -> str:
+        order = [f"the lowest {name}" for name in self.others] + ["the fewest trainable parameters", "the lowest trial number"]
+        return (
+            "lowest eval_loss over the reports of a trial that is COMPLETE, or STOPPED by the budget; "
+            f"within {max(self.within, TIE):g} nats of it, {', then '.join(order)}"
+        )
 
-    return sorted(records, key=key)
+    def best(self, records: list[TrialRecord]) -> TrialRecord | None:
+        """The winner; None where no trial that may win has a finite eval_loss. Trials of earlier sweeps never win: their
+        adapters are not in this sweep's folder."""
+        able = [r for r in records if r.outcome in CONTENDERS and r.source is None and _score(r) < math.inf]
+        if not able:
+            return None
+        limit = min(map(_score, able)) + max(self.within, TIE)
+        return min((record for record in able if _score(record) <= limit), key=self._order)
+
+    def rank(self, records: list[TrialRecord]) -> list[TrialRecord]:
+        """The winner, the others that could have won by score, PRUNED ones by score, those of earlier sweeps by score, the rest
+        by number, INFEASIBLE ones last."""
+        best = self.best(records)
+        group = {Outcome.COMPLETE: 1, Outcome.STOPPED: 1, Outcome.PRUNED: 2, Outcome.INFEASIBLE: 5}
+
+        def key(record: TrialRecord) -> tuple:
+            usual = 3 if record.source is not None else group.get(record.outcome, 4)
+            place = 0 if record is best else usual
+            return (place, _score(record) if place < 4 else 0.0, num_parameters(record), record.number)
+
+        return sorted(records, key=key)
+
+    def front(self, records: list[TrialRecord]) -> list[TrialRecord]:
+        """The Pareto front; empty with a single objective, where it would be the best trial alone."""
+        return pareto_front(records, self.objectives) if len(self.objectives) > 1 else []
+
+    def _order(self, record: TrialRecord) -> tuple:
+        """Of a trial that was stopped, what it has spent says little: it comes after those that were not."""
+        measured = [MEASURES[name](record) for name in self.others]
+        other = [math.inf if value is None or record.outcome is Outcome.STOPPED else value for value in measured]
+        return (*other, num_parameters(record), record.number)
 
 
 def num_parameters(record: TrialRecord) -> int:

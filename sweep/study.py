@@ -9,26 +9,26 @@ trial is not. Steps in the journal are rungs, from 1. The driver is the only wri
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optuna
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from engine.config import TrainConfig, to_json
 from sweep.config import SweepConfig
+from sweep.drafts import Drafts
 from sweep.feasibility import UNPREDICTED, Verdict
+from sweep.journal import STUDY_NAME, earlier_entry, mend_journal, new_entry, open_journal, record_of, told_state
+from sweep.objectives import objective_values
 from sweep.outcome import Outcome, Proposal, TrialRecord
 from sweep.runs import SweepFolder
-from sweep.samplers import MEMORY, as_seen, make_pruner, make_sampler
+from sweep.samplers import MEMORY, make_pruner, make_sampler
 from sweep.space import Space
+from sweep.warm_start import Earlier
 
-STUDY_NAME = "sweep"
-NUM_SAMPLER_ATTEMPTS = 20  # then random draws: a sampler that insists on a known point has nothing new to say
-NUM_RANDOM_ATTEMPTS = 200
+TAKEN_OVER = "num_taken_over"
 MET_EXCESS_GIB = 1.0  # memory that ran out says that there was too little, not by how much
-TOLD_PRUNED = (Outcome.PRUNED, Outcome.OUT_OF_MEMORY)  # the second with a violated constraint, so that the sampler learns it
 Judge = Callable[[TrainConfig], Verdict]
 
 
@@ -42,36 +42,60 @@ class Study:
         warnings.filterwarnings("ignore", message="Constraints have been set")  # CMA-ES, which does not use them
         self._folder, self._space, self._seed, self._judge = folder, space, config.sweep.seed, judge
         self._base = config.base().model_dump(mode="json")
-        _mend_journal(folder)
-        self._storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
-        self._pruner = make_pruner(config.pruner, len(config.train.report_grid()))
-        self._study = optuna.create_study(storage=self._storage, study_name=STUDY_NAME, pruner=self._pruner, load_if_exists=True)
+        mend_journal(folder)
+        self._storage = open_journal(folder)
+        self._pruner = make_pruner(config.judge, len(config.train.report_grid()))
+        self._objectives = config.sweep.objectives
+        self._study = optuna.create_study(
+            storage=self._storage,
+            study_name=STUDY_NAME,
+            pruner=self._pruner,
+            directions=["minimize"] * len(self._objectives),
+            load_if_exists=True,
+        )
         # the seed moves on with the trials, so that a resumed sweep does not propose its beginning again
-        self._sampler = make_sampler(config.sampler, config.sweep.seed + len(self._trials()))
-        self._study.sampler = self._sampler
-        self._sampler_config = config.sampler
+        self._study.sampler = make_sampler(config.sampler, config.sweep.seed + len(self._trials()))
+        self._drafts = Drafts(STUDY_NAME, config.sampler, self._study.sampler, self._pruner, space, len(self._objectives))
+        self._is_grid = config.sampler.name == "grid"
         self._points = space.shuffled_points(config.sweep.seed)
+        self._next_point, self._num_trials = 0, len(self._trials())
         self._tried = {_key(self._config(trial.params), _is_refused(trial)) for trial in self._trials()}
-
-    def __len__(self) -> int:
-        """Number of trials asked for so far, however they ended."""
-        return len(self._trials())
 
     def ask(self) -> Proposal | None:
         """A new trial that trains an adapter no earlier one did, in the journal as RUNNING, or as ended where it does not fit;
         None where the space is used up."""
-        draft = None if self._sampler_config.name == "grid" else self._draft()
+        draft = None if self._is_grid else self._drafts.propose(self._trials, self._is_new)
         if draft is None:
             draft = self._unseen_point()
         if draft is None:
             return None
         config = self._config(draft.params)
         verdict = self._judge(config)
-        self._study.add_trial(_entry(draft, verdict))
+        number = self._enter(new_entry(draft, verdict))
         self._tried.add(_key(config, not verdict.fits))
-        number = self._trials()[-1].number
         self._folder.write_train_config(number, config)
         return Proposal(number, dict(draft.params), config, verdict.reason)
+
+    @property
+    def has_taken_over(self) -> bool:
+        """Whether take_over() came to its end, in this session or an earlier one."""
+        return TAKEN_OVER in self._study.user_attrs
+
+    def take_over(self, trials: Sequence[Earlier]) -> None:
+        """Put trials of earlier sweeps into the journal, each once, as ended: the sampler learns from them, and none is trained
+        again."""
+        known = {trial.user_attrs.get("source") for trial in self._trials()}
+        for earlier in trials:
+            if earlier.source in known:
+                continue
+            config, record = self._config(earlier.params), earlier.record
+            values = objective_values(record, self._objectives) if record.outcome is Outcome.COMPLETE else None
+            draft, excess_gib = self._drafts.fixed(earlier.params), self._judge(config).excess_gib
+            number = self._enter(earlier_entry(draft, earlier, values, excess_gib))
+            self._tried.add(_key(config, False))
+            self._folder.write_train_config(number, config)
+            self._folder.write_reports(number, record.reports)
+        self._study.set_user_attr(TAKEN_OVER, len(trials))
 
     def report(self, number: int, rung: int, eval_loss: float) -> bool:
         """Record a rung once. Returns whether it was new; a re-reported rung changes nothing."""
@@ -86,10 +110,18 @@ class Study:
         trial = self._trial(number)
         return bool(trial.intermediate_values) and bool(self._pruner.prune(self._study, trial))
 
-    def tell(self, number: int, outcome: Outcome, error: str | None = None, memory: Mapping[str, float] | None = None) -> bool:
+    def tell(
+        self,
+        number: int,
+        outcome: Outcome,
+        error: str | None = None,
+        memory: Mapping[str, float] | None = None,
+        values: Sequence[float] | None = None,
+    ) -> bool:
         """End a trial. Returns False, and changes nothing, where it has ended already.
 
-        memory: predicted_gib and measured_gib, as far as known, where it ran out.
+        memory: predicted_gib and measured_gib, as far as known, where it ran out. values: of a COMPLETE trial, one for each
+        objective; with eval_loss alone, the lowest reported one where they are not given.
         """
         trial = self._trial(number)
         if trial.state.is_finished():
@@ -99,13 +131,22 @@ class Study:
         known = {**({} if error is None else {"error": error}), **(memory or {})}
         for name, value in known.items():
             self._storage.set_trial_user_attr(trial._trial_id, name, value)
-        if outcome is Outcome.OUT_OF_MEMORY:
-            optuna.Trial(self._study, trial._trial_id).set_constraint(MEMORY, MET_EXCESS_GIB)
-        told = TrialState.PRUNED if outcome in TOLD_PRUNED else TrialState.FAIL
-        state = TrialState.COMPLETE if outcome is Outcome.COMPLETE else told
-        value = min(trial.intermediate_values.values()) if outcome is Outcome.COMPLETE else None
-        self._study.tell(number, value, state)
+        excess_gib = MET_EXCESS_GIB if outcome is Outcome.OUT_OF_MEMORY else trial.user_attrs.get("excess_gib")
+        if excess_gib is not None:
+            optuna.Trial(self._study, trial._trial_id).set_constraint(MEMORY, excess_gib)
+        if outcome is Outcome.COMPLETE and values is None:
+            values = [min(trial.intermediate_values.values())]
+        self._study.tell(number, values if outcome is Outcome.COMPLETE else None, told_state(outcome))
+        self._drafts.ended(self._trial(number))
         return True
+
+    def stop(self, number: int, now_s: float) -> None:
+        """Note that the trial waits for a larger budget. To Optuna it goes on running: what has ended can never go on."""
+        self._note_stop(number, Outcome.STOPPED, now_s)
+
+    def go_on(self, number: int) -> None:
+        """Take a stop back."""
+        self._note_stop(number, Outcome.RUNNING, None)
 
     def running(self) -> list[int]:
         """Numbers of trials that have not ended."""
@@ -122,27 +163,43 @@ class Study:
         """The trial's whole config, made again from its params."""
         return self._config(self._trial(number).params)
 
+    def _note_stop(self, number: int, outcome: Outcome, now_s: float | None) -> None:
+        trial_id = self._trial(number)._trial_id
+        self._storage.set_trial_user_attr(trial_id, "stopped_s", now_s)
+        self._storage.set_trial_user_attr(trial_id, "outcome", str(outcome))
+
     def _record(self, trial: FrozenTrial) -> TrialRecord:
-        finished = trial.state.is_finished()
-        return TrialRecord(
-            number=trial.number,
-            params=dict(trial.params),
-            config=self._config(trial.params).model_dump(mode="json"),
-            outcome=Outcome(trial.user_attrs["outcome"]) if finished else Outcome.RUNNING,
-            folder=str(self._folder.trial(trial.number)),
-            reports=self._folder.reports(trial.number),
-            started_s=trial.datetime_start.timestamp() if trial.datetime_start else None,
-            ended_s=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
-            error=trial.user_attrs.get("error") if finished else None,
-            predicted_gib=trial.user_attrs.get("predicted_gib"),
-            measured_gib=trial.user_attrs.get("measured_gib"),
-        )
+        return record_of(trial, self._folder, self._plain_config)
+
+    def _plain_config(self, params: dict[str, Any]) -> dict[str, Any]:
+        """As plain data; sections that the space leaves alone are the same objects in all trials: there may be thousands."""
+        config = self._config(params).model_dump(mode="json")
+        return {name: self._base[name] if values == self._base[name] else values for name, values in config.items()}
 
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
 
     def _trial(self, number: int) -> FrozenTrial:
-        return self._trials()[number]
+        study_id = self._study._study_id
+        return self._storage.get_trial(self._storage.get_trial_id_from_study_id_trial_number(study_id, number))
+
+    def _enter(self, trial: FrozenTrial) -> int:
+        """Put a trial into the journal; returns its number."""
+        self._study.add_trial(trial)
+        entered = self._trial(self._num_trials)
+        self._num_trials += 1
+        self._drafts.entered(entered)
+        return entered.number
+
+    def _unseen_point(self) -> FrozenTrial | None:
+        """A point nobody tried: the next one of an enumerable space, else a random draw."""
+        if self._points is None:
+            return self._drafts.draw(self._seed + len(self._trials()), self._is_new)
+        for number in range(self._next_point, len(self._points)):
+            self._next_point = number + 1  # one that is known stays known
+            if self._is_new(self._points[number]):
+                return self._drafts.fixed(self._points[number])
+        return None
 
     def _config(self, params: dict[str, Any]) -> TrainConfig:
         return self._space.apply(self._base, params)
@@ -150,40 +207,6 @@ class Study:
     def _is_new(self, params: dict[str, Any]) -> bool:
         config = self._config(params)
         return self._tried.isdisjoint({_key(config, False), _key(config, True)})
-
-    def _draft(self) -> FrozenTrial | None:
-        """What the sampler proposes, if it proposes something new within a number of attempts.
-
-        The copy bears the study's name and pruner, because Hyperband picks a trial's bracket from them. Rejected proposals stay
-        in the copy as running trials, which pushes a constant-liar sampler away from them.
-        """
-        copy = optuna.create_study(study_name=STUDY_NAME, sampler=self._sampler, pruner=self._pruner)
-        copy.add_trials(as_seen(self._sampler_config, self._trials()))
-        for _ in range(NUM_SAMPLER_ATTEMPTS):
-            trial = copy.ask()
-            if self._is_new(self._space.suggest(trial)):
-                return copy.get_trials(deepcopy=False)[trial.number]
-        return None
-
-    def _unseen_point(self) -> FrozenTrial | None:
-        """A point nobody tried: the next one of an enumerable space, else a random draw."""
-        if self._points is not None:
-            params = next((point for point in self._points if self._is_new(point)), None)
-            return None if params is None else self._fixed(params)
-        sampler = optuna.samplers.RandomSampler(seed=self._seed + len(self))
-        copy = optuna.create_study(study_name=STUDY_NAME, sampler=sampler)
-        for _ in range(NUM_RANDOM_ATTEMPTS):
-            trial = copy.ask()
-            if self._is_new(self._space.suggest(trial)):
-                return copy.get_trials(deepcopy=False)[trial.number]
-        return None
-
-    def _fixed(self, params: dict[str, Any]) -> FrozenTrial:
-        copy = optuna.create_study(study_name=STUDY_NAME)
-        copy.enqueue_trial(params)
-        trial = copy.ask()
-        self._space.suggest(trial)
-        return copy.get_trials(deepcopy=False)[trial.number]
 
 
 def _key(config: TrainConfig, refused: bool) -> str:
@@ -193,32 +216,3 @@ def _key(config: TrainConfig, refused: bool) -> str:
 
 def _is_refused(trial: FrozenTrial) -> bool:
     return trial.user_attrs.get("outcome") == Outcome.INFEASIBLE
-
-
-def _entry(draft: FrozenTrial, verdict: Verdict) -> FrozenTrial:
-    """The draft as it enters the journal, in one record: a kill leaves it whole or not at all."""
-    attributes = {"predicted_gib": verdict.predicted_peak_gib} if verdict.predicted_peak_gib is not None else {}
-    if not verdict.fits:
-        attributes |= {"outcome": str(Outcome.INFEASIBLE), "error": verdict.reason}
-    return optuna.trial.create_trial(
-        state=TrialState.RUNNING if verdict.fits else TrialState.PRUNED,
-        params=draft.params,
-        distributions=draft.distributions,
-        user_attrs=attributes,
-        system_attrs=draft.system_attrs,  # the state of CMA-ES
-        constraints=None if verdict.excess_gib is None else {MEMORY: verdict.excess_gib},
-    )
-
-
-def _mend_journal(folder: SweepFolder) -> None:
-    """After a kill: drop a last line that was not written whole, and the lock that Optuna would wait 30 s for.
-
-    The next record would be appended to the torn line and make the journal unreadable.
-    """
-    folder.journal.with_name(folder.journal.name + ".lock").unlink(missing_ok=True)
-    if folder.journal.exists():
-        with open(folder.journal, "r+b") as file:
-            text = file.read()
-            whole = text.rfind(b"\n") + 1
-            if whole < len(text):
-                file.truncate(whole)

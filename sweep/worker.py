@@ -11,12 +11,14 @@ import importlib
 import json
 import math
 import os
+import socket
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.tune import Trainable
 
 from engine.config import TrainConfig, parse
@@ -30,9 +32,10 @@ LOCK_PATIENCE_S = 60.0
 
 class TrialWorker(Trainable):
     """step() trains to the next rung. Results: outcome, report (JSON text, or empty), error (one line, or none), memory
-    (predicted_gib and measured_gib as JSON text, where it ran out), done."""
+    (predicted_gib and measured_gib as JSON text, where it ran out), timing (JSON text, see timeline.Span), done."""
 
     def setup(self, config: dict[str, Any]) -> None:
+        self._slot, self._last_end_s = _slot(config["device"]), None
         os.environ["OMP_NUM_THREADS"] = str(config["num_threads"])
         self._base: Any = None
         self._base_key: tuple[Any, str] | None = None
@@ -40,16 +43,21 @@ class TrialWorker(Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._close()
+        self._last_end_s = self._newest_end_s
         self._begin(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
+        if self._began_s is None:
+            self._began_s = time.time()
         try:
-            return self._advance()
+            result = self._advance()
         except DivergedError as error:
-            return self._failed(Outcome.DIVERGED, error)
+            result = self._failed(Outcome.DIVERGED, error)
         except Exception as error:  # the boundary: whatever a trial raises, the sweep goes on and says so
-            return self._failed(Outcome.OUT_OF_MEMORY if _is_out_of_memory(error) else Outcome.FAILED, error)
+            result = self._failed(Outcome.OUT_OF_MEMORY if _is_out_of_memory(error) else Outcome.FAILED, error)
+        self._newest_end_s = time.time()
+        return {**result, "timing": json.dumps(self._timing())}
 
     def cleanup(self) -> None:
         self._close()
@@ -62,6 +70,14 @@ class TrialWorker(Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._spec, self._reports, self._lock = config, None, None
+        self._began_s = self._newest_end_s = self._setup_s = None
+
+    def _timing(self) -> dict[str, Any]:
+        """dead_time_s: what the slot lost between two trials, the engine's own setup before the first step included."""
+        known = {"slot": self._slot, "began_s": self._began_s}
+        if self._last_end_s is None or self._setup_s is None:
+            return known
+        return {**known, "dead_time_s": self._began_s - self._last_end_s + self._setup_s}
 
     def _advance(self) -> dict[str, Any]:
         if self._reports is None:
@@ -71,6 +87,8 @@ class TrialWorker(Trainable):
             raise RuntimeError("training ended before its last rung")
         if not math.isfinite(report.eval_loss):
             raise DivergedError(f"eval_loss = {report.eval_loss} at rung {report.rung}")
+        if self._setup_s is None:
+            self._setup_s = report.setup_s
         done = report.rung >= self._num_rungs
         if done:
             self._close()
@@ -130,6 +148,13 @@ def _result(
     return {"outcome": str(outcome), "report": text, "error": error, "memory": json.dumps(memory or {}), "done": done}
 
 
+def _slot(device: str) -> str:
+    """Node and card, or node and process: a chart of the sweep has one line for each."""
+    cards = ray.get_gpu_ids() if device == "cuda" else []
+    place = f"gpu{cards[0]}" if cards else f"process {os.getpid()}"
+    return f"{socket.gethostname()} {place}"
+
+
 def _memory(error: Exception) -> dict[str, float]:
     """The peaks that the engine knows where memory ran out."""
     peaks = {name: getattr(error, name) for name in ("predicted_gib", "measured_gib")} if isinstance(error, OutOfMemory) else {}
@@ -147,10 +172,14 @@ def _load_base(config: TrainConfig, spec: dict[str, Any]) -> Any:
     import torch
 
     torch.set_num_threads(spec["num_threads"])
+    gc.unfreeze()
     gc.collect()  # what a failed trial left behind is freed only now: its traceback held the tensors
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return importlib.import_module(spec["engine"]["model"]).load_base(config.model, torch.device(spec["device"]))
+    base = importlib.import_module(spec["engine"]["model"]).load_base(config.model, torch.device(spec["device"]))
+    gc.collect()
+    gc.freeze()  # the engine collects after each trial: let it walk through what the trial left, not through model and libraries
+    return base
 
 
 def _wait_for(run_dir: Path) -> FileLock:

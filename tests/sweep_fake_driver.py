@@ -1,4 +1,4 @@
-"""A driver process with the fake engine: sweep_fake_driver.py start <config.json> | resume <folder>.
+"""A driver process with the fake engine: sweep_fake_driver.py start <config.json> | resume <folder> [overrides as JSON].
 
 Where it finds GPUs, a trial is predicted to need as many GiB as its rank.
 """
@@ -24,12 +24,12 @@ def plan(config, shape, card, host_gib):
     return Plan(1, False, 0, 0, 0.0, memory=SimpleNamespace(peak_gib=need, reserve_gib=0.0))
 
 
-def main(command: str, argument: str) -> int:
+def main(command: str, argument: str, overrides: str = "{}") -> int:
     feasibility.plan = plan
     try:
         if command == "start":
             return driver.start(json.loads(Path(argument).read_text()), engine=ENGINE)
-        return driver.resume(argument, {}, engine=ENGINE)
+        return driver.resume(argument, json.loads(overrides), engine=ENGINE)
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)

@@ -1,6 +1,6 @@
 """An engine that trains nothing: its loss is a formula of the config. For faults and timing that a real one cannot show.
 
-`optim.weight_decay` chooses the fault (FAULTS); `optim.eps` is the seconds a rung takes.
+`optim.weight_decay` chooses the fault (FAULTS); `optim.eps` is the seconds a rung takes. A trial needs 1/16 GiB per rank.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def train(config: TrainConfig, run_dir: Path, *, base=None):
             grad_norm=1.0,
             tokens_per_second=100.0,
             step_time_ms=1.0,
-            peak_allocated_gib=0.0,
+            peak_allocated_gib=config.lora.rank / 16,
             elapsed_s=1.0,
             num_trainable=config.lora.rank,
         )

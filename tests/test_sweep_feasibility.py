@@ -100,7 +100,7 @@ def test_the_gaussian_process_sees_what_did_not_fit_as_the_worst_complete_trial(
     book = ledger_in(tmp_path, config)
     run(book)
     trials = book._study._trials()
-    seen = as_seen(config.sampler, trials)
+    seen = as_seen(config.sampler, trials, 1)
     assert {trial.state.name for trial in seen} == {"COMPLETE"}
     assert all(len(trial.constraints) == 1 for trial in seen)
     refused = [trial.value for trial, known in zip(seen, trials) if known.state.name == "PRUNED"]
@@ -147,9 +147,10 @@ def test_a_micro_batch_that_does_not_fit_does_not_keep_a_smaller_one_out(tmp_pat
         assert [record.params["train.micro_batch_size"] for record in complete] == [2]
 
 
-def test_memory_that_ran_out_is_recorded_with_both_peaks_and_violates_the_constraint(tmp_path):
+@pytest.mark.parametrize("verdict", [UNPREDICTED, Verdict(None, None, 20.0, -3.0)], ids=["unpredicted", "predicted to fit"])
+def test_memory_that_ran_out_is_recorded_with_both_peaks_and_violates_the_constraint(tmp_path, verdict):
     config = config_for(RANKS)
-    study = study_in(tmp_path, config, lambda config: UNPREDICTED)
+    study = study_in(tmp_path, config, lambda config: verdict)
     number = study.ask().number
     study.tell(number, Outcome.OUT_OF_MEMORY, "why", {"predicted_gib": 20.0, "measured_gib": 23.0})
     again = study_in(tmp_path, config)
@@ -157,6 +158,10 @@ def test_memory_that_ran_out_is_recorded_with_both_peaks_and_violates_the_constr
     assert (record.outcome, record.error) == (Outcome.OUT_OF_MEMORY, "why")
     assert (record.predicted_peak_gib, record.peak_allocated_gib) == (20.0, 23.0)
     assert again._trials()[number].constraints["memory_gib"] > 0
+    number = study.ask().number
+    study.report(number, 1, 1.0)
+    study.tell(number, Outcome.COMPLETE)
+    assert all(excess <= 0 for excess in study._trials()[number].constraints.values())
 
 
 # --- the judge ---

@@ -10,7 +10,7 @@ from engine.errors import InputError
 from sweep.best_folder import write_best
 from sweep.leaderboard import write_leaderboard
 from sweep.outcome import Outcome, TrialRecord
-from sweep.selection import RULE, rank, select_best
+from sweep.selection import Rule
 
 REEVALUATION = {
     "base_eval_loss": 2.5,
@@ -38,22 +38,22 @@ def numbers(records):
 
 
 def test_the_lowest_loss_over_all_reports_wins_not_the_last_one():
-    assert select_best([trial(0, 2.0, 1.0, 1.9), trial(1, 1.5, 1.4)]).number == 0
+    assert Rule().best([trial(0, 2.0, 1.0, 1.9), trial(1, 1.5, 1.4)]).number == 0
 
 
 def test_a_pruned_trial_cannot_win_however_low_its_loss():
-    assert select_best([trial(0, 2.0), trial(1, 0.5, outcome=Outcome.PRUNED)]).number == 0
+    assert Rule().best([trial(0, 2.0), trial(1, 0.5, outcome=Outcome.PRUNED)]).number == 0
 
 
 def test_a_tie_goes_to_the_smaller_adapter_then_to_the_lower_number():
-    assert select_best([trial(0, 1.00000, num_trainable=200), trial(1, 1.00009, num_trainable=100)]).number == 1
-    assert select_best([trial(0, 1.00000, num_trainable=200), trial(1, 1.00020, num_trainable=100)]).number == 0
-    assert select_best([trial(5, 1.0), trial(3, 1.0)]).number == 3
+    assert Rule().best([trial(0, 1.00000, num_trainable=200), trial(1, 1.00009, num_trainable=100)]).number == 1
+    assert Rule().best([trial(0, 1.00000, num_trainable=200), trial(1, 1.00020, num_trainable=100)]).number == 0
+    assert Rule().best([trial(5, 1.0), trial(3, 1.0)]).number == 3
 
 
 @pytest.mark.parametrize("records", [[], [trial(0)], [trial(0, math.nan)], [trial(0, 1.0, outcome=Outcome.DIVERGED)]])
 def test_without_a_complete_trial_that_was_measured_nobody_wins(records):
-    assert select_best(records) is None
+    assert Rule().best(records) is None
 
 
 def test_complete_trials_come_first_then_pruned_then_the_rest_by_number():
@@ -65,13 +65,13 @@ def test_complete_trials_come_first_then_pruned_then_the_rest_by_number():
         trial(4, outcome=Outcome.PRUNED),
         trial(5, 0.0, outcome=Outcome.OUT_OF_MEMORY),
     ]
-    assert numbers(rank(records)) == [3, 2, 1, 4, 0, 5]
+    assert numbers(Rule().rank(records)) == [3, 2, 1, 4, 0, 5]
 
 
 def test_the_first_of_the_ranking_is_the_winner_also_in_a_tie():
     records = [trial(0, 1.0, num_trainable=200), trial(1, 1.00005, num_trainable=100), trial(2, 1.00001, num_trainable=300)]
-    assert rank(records)[0] is select_best(records)
-    assert numbers(rank(records)) == [1, 0, 2]
+    assert Rule().rank(records)[0] is Rule().best(records)
+    assert numbers(Rule().rank(records)) == [1, 0, 2]
 
 
 def test_the_leaderboard_lists_every_trial_and_states_the_rule(tmp_path):
@@ -85,9 +85,9 @@ def test_the_leaderboard_lists_every_trial_and_states_the_rule(tmp_path):
         (None, 2, "FAILED"),
         (None, 3, "DIVERGED"),
     ]
-    assert (board["best_trial"], board["rule"], board["trials"][3]["eval_loss"]) == (0, RULE, None)
+    assert (board["best_trial"], board["rule"], board["trials"][3]["eval_loss"]) == (0, Rule().text, None)
     text = (tmp_path / "leaderboard.md").read_text()
-    assert RULE in text
+    assert Rule().text in text
     assert "| 1 | 0 | COMPLETE | 1.2000 | 1,000 | 100 | 50 | 1.50 |  | rank=8, learning_rate=0.000123 |  |" in text
     assert "| a \\| b second line |" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["leaderboard.json", "leaderboard.md"]
@@ -145,7 +145,7 @@ def test_best_holds_the_adapter_its_config_and_a_card(tmp_path, winner):
     card = (tmp_path / "best" / "README.md").read_text()
     assert card.startswith('---\nbase_model: "org/base"\nlibrary_name: peft\n')
     for part in (
-        RULE,
+        Rule().text,
         "| base model | 2.5000 | 12.182 |",
         "12,345 target tokens",
         "2,000 of 3,000",

@@ -18,10 +18,12 @@ SMALL = {"lora.rank": {"choices": [2, 4, 8]}, "lora.use_rslora": {"choices": [Tr
 WIDE = {**SMALL, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
 
 
-def config_for(space: dict, sampler: str = "random", pruner: str = "successive_halving", num_trials: int = 8) -> SweepConfig:
+def config_for(
+    space: dict, sampler: str = "random", pruner: str = "successive_halving", num_trials: int = 8, **sweep
+) -> SweepConfig:
     return parse_sweep_config({
         "model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400, "num_reports": 4}, "space": space,
-        "sampler": {"name": sampler}, "pruner": {"name": pruner}, "sweep": {"num_trials": num_trials},
+        "sampler": {"name": sampler}, "pruner": {"name": pruner}, "sweep": {"num_trials": num_trials, **sweep},
     })  # fmt: skip
 
 
@@ -29,15 +31,17 @@ def study_in(path, config: SweepConfig) -> Study:
     return Study(SweepFolder(path), config, parse_space(config.space))
 
 
-def ledger_in(path, config: SweepConfig, num_slots: int = 2, max_retries: int = 1) -> Ledger:
+def ledger_in(
+    path, config: SweepConfig, num_slots: int = 2, max_retries: int = 1, study: Study | None = None, **options
+) -> Ledger:
     return Ledger(
-        study_in(path, config), SweepFolder(path), num_trials=config.sweep.num_trials, num_rungs=4, num_slots=num_slots,
-        max_retries=max_retries,
+        study or study_in(path, config), SweepFolder(path), num_trials=config.sweep.num_trials, num_rungs=4, num_slots=num_slots,
+        max_retries=max_retries, budget=config.sweep.budget, **options,
     )  # fmt: skip
 
 
 def report(rung: int, loss: float) -> dict:
-    return {"rung": rung, "eval_loss": loss, "tokens_seen": 100 * rung}
+    return {"rung": rung, "eval_loss": loss, "tokens_seen": 100 * rung, "num_trainable": 1}
 
 
 def write_reports(path, number: int, reports: list[dict]) -> None:
@@ -57,7 +61,7 @@ def test_a_small_space_is_walked_once_and_then_used_up(tmp_path, sampler):
     assert len(study.records()) == 6
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "gp"])
+@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "gp", "nsga2"])
 @pytest.mark.parametrize("pruner", ["successive_halving", "hyperband", "median", "patient", "none"])
 def test_samplers_and_pruners_work_together(tmp_path, sampler, pruner):
     study = study_in(tmp_path, config_for(WIDE, sampler, pruner))

@@ -1,0 +1,119 @@
+"""When each trial held which slot: one line per event in `timeline.jsonl`, read back on resume. The record of time alone.
+
+Not the record of results, which is the journal: were this file lost, a resumed sweep would count its budget from zero and nothing
+else. Lines are appended without waiting for the disk, so they survive a kill, and cost a decision some microseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Span:
+    """One stay of a trial in a slot. Times in Unix seconds; a trial that was resumed has several.
+
+    slot: where the worker sits, None until it has reported. assigned_s: when the driver gave the slot away; began_s: when the
+    worker began with the trial; ended_s: None while it runs. dead_time_s: from the end of the trial before in the same worker to
+    this one's first step; None for a worker's first trial, which loads the base model.
+    """
+
+    trial: int
+    assigned_s: float
+    slot: str | None = None
+    began_s: float | None = None
+    dead_time_s: float | None = None
+    ended_s: float | None = None
+
+
+class Timeline:
+    """Appends events, and keeps the sums that a budget needs."""
+
+    def __init__(self, file: Path) -> None:
+        """Reads what earlier sessions of the sweep left in the file."""
+        self._file = file
+        self.spans: list[Span] = []  # those that have ended, in that order
+        self._open: dict[int, Span] = {}
+        self._last: dict[int, Span] = {}
+        self._occupied_s = self._earlier_s = 0.0
+        self._session_s: float | None = None
+        self._newest_s = 0.0
+        for event in _read(file):
+            self._apply(event)
+        self._end_session()
+
+    def start_session(self, now_s: float) -> None:
+        """The driver begins to hand out trials, for the first time or after a resume."""
+        self._add({"event": "session", "at_s": now_s})
+
+    def assigned(self, trial: int, now_s: float) -> None:
+        self._add({"event": "assigned", "at_s": now_s, "trial": trial})
+
+    def reported(self, trial: int, now_s: float, timing: dict[str, Any]) -> None:
+        """timing: slot, began_s and dead_time_s, as the worker knows them."""
+        self._add({"event": "reported", "at_s": now_s, "trial": trial, **timing})
+
+    def ended(self, trial: int, now_s: float, timing: dict[str, Any]) -> None:
+        """The trial left its slot."""
+        self._add({"event": "ended", "at_s": now_s, "trial": trial, **timing})
+
+    def span(self, trial: int) -> Span | None:
+        """The trial's newest stay."""
+        return self._open.get(trial) or self._last.get(trial)
+
+    def occupied_s(self, now_s: float) -> float:
+        """Seconds for which slots were held, over all slots and sessions."""
+        return self._occupied_s + sum(now_s - span.assigned_s for span in self._open.values())
+
+    def elapsed_s(self, now_s: float) -> float:
+        """Seconds for which the sweep ran, over all sessions; the time between a stop and a resume does not count."""
+        return self._earlier_s + (0.0 if self._session_s is None else now_s - self._session_s)
+
+    def _add(self, event: dict[str, Any]) -> None:
+        self._apply(event)
+        with open(self._file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def _apply(self, event: dict[str, Any]) -> None:
+        kind, at_s, trial = event["event"], event["at_s"], event.get("trial")
+        if kind == "session":
+            self._end_session()
+            self._session_s = at_s
+        elif kind == "assigned":
+            self._open[trial] = Span(trial, at_s)
+        elif trial in self._open:
+            known = {name: event[name] for name in ("slot", "began_s", "dead_time_s") if name in event}
+            self._open[trial] = replace(self._open[trial], **known)
+            if kind == "ended":
+                self._close(trial, at_s)
+        self._newest_s = max(self._newest_s, at_s)
+
+    def _end_session(self) -> None:
+        """What a killed driver left open ended, as far as anyone knows, with the last event it wrote."""
+        for trial in list(self._open):
+            self._close(trial, self._newest_s)
+        if self._session_s is not None:
+            self._earlier_s += self._newest_s - self._session_s
+            self._session_s = None
+
+    def _close(self, trial: int, at_s: float) -> None:
+        span = self._open.pop(trial)
+        self._last[trial] = replace(span, ended_s=at_s)
+        self.spans.append(self._last[trial])
+        self._occupied_s += at_s - span.assigned_s
+
+
+def _read(file: Path) -> Iterator[dict[str, Any]]:
+    """The events; a last line that a kill tore is dropped, and ended, so that the next one starts on its own."""
+    if not file.is_file():
+        return
+    text = file.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        file.write_text(text, encoding="utf-8")
+    for line in text.splitlines():
+        yield json.loads(line)

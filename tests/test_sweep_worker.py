@@ -1,0 +1,177 @@
+"""One worker, trial after trial, with the real engine: nothing is loaded twice, nothing grows, and a warm trial is a cold one."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import engine.data
+import engine.model
+from engine.config import TrainConfig, parse
+from engine.train import train
+from sweep.worker import TrialWorker
+
+MIB = 2**20
+VARIANTS = [
+    {"lora": {"rank": 8, "target_modules": "all-linear", "lora_dropout": 0.1}},
+    {"lora": {"rank": 2, "target_modules": ["q_proj"]}, "optim": {"learning_rate": 3e-2}},
+    {"lora": {"rank": 4}, "data": {"max_seq_length": 64}, "train": {"seed": 3}},
+    {"lora": {"rank": 16, "use_rslora": True}, "train": {"activation_checkpointing": True}},
+]
+
+
+def variant(base: dict, changes: dict) -> TrainConfig:
+    merged = {section: {**values, **changes.get(section, {})} for section, values in base.items()}
+    return parse(TrainConfig, {**merged, "train": {**merged["train"], "device": "cpu"}})
+
+
+def spec(config: TrainConfig, run_dir: Path, number: int = 0) -> dict:
+    engine_modules = {"train": "engine.train", "model": "engine.model", "command": "engine"}
+    return {
+        "number": number, "run_dir": str(run_dir), "device": "cpu", "num_threads": 1, "engine": engine_modules,
+        "train_config": config.model_dump_json(),
+    }  # fmt: skip
+
+
+class Slot:
+    """A worker without Ray around it: Tune calls these three methods and no others."""
+
+    def __init__(self) -> None:
+        self.worker: TrialWorker | None = None
+
+    def run(self, config: TrainConfig, run_dir: Path, num_rungs: int = 99) -> list[dict]:
+        """Train to the end, or leave the trial after so many rungs, as one that is pruned; returns what Tune would hear."""
+        if self.worker is None:
+            self.worker = object.__new__(TrialWorker)
+            self.worker.setup(spec(config, run_dir))
+        else:
+            self.worker.reset_config(spec(config, run_dir))
+        heard = []
+        while len(heard) < num_rungs and not (heard and heard[-1]["done"]):
+            heard.append(self.worker.step())
+        return heard
+
+
+@pytest.fixture(autouse=True)
+def _thaw():
+    yield
+    gc.unfreeze()
+
+
+def live_tensors() -> int:
+    gc.collect()
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+
+def numbers(run_dir: Path) -> list[dict]:
+    timed = {"tokens_per_second", "step_time_ms", "elapsed_s", "peak_allocated_gib", "setup_s"}
+    lines = (run_dir / "reports.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in timed} for line in lines]
+
+
+@pytest.fixture
+def counted(monkeypatch) -> dict[str, int]:
+    """How often the model was loaded and data were tokenised."""
+    counts = {"load_base": 0, "_tokenise": 0}
+
+    def counting(module, name):
+        original = getattr(module, name)
+
+        def call(*arguments, **options):
+            counts[name] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    counting(engine.model, "load_base")
+    counting(engine.data, "_tokenise")
+    return counts
+
+
+def test_a_warm_trial_is_a_cold_one_bit_for_bit_after_trials_of_every_kind(tmp_path, tiny_config, counted):
+    """Also after one that was left in the middle of it, one that failed, and with other layers under the adapter."""
+    slot, config = Slot(), variant(tiny_config, VARIANTS[0])
+    for number, changes in enumerate(VARIANTS[1:]):
+        slot.run(variant(tiny_config, changes), tmp_path / f"before-{number}", num_rungs=1 if number == 0 else 99)
+    failed = slot.run(variant(tiny_config, {"lora": {"target_modules": ["nowhere"]}}), tmp_path / "failed")
+    assert failed[-1]["outcome"] == "FAILED"
+    loads = counted["load_base"]
+    warm = slot.run(config, tmp_path / "warm")
+    assert warm[-1]["outcome"] == "COMPLETE" and counted["load_base"] == loads
+    assert gc.get_freeze_count() > 10_000  # the model and its libraries: walked through after each trial, they cost 0.3 s
+
+    (tmp_path / "cold").mkdir()
+    list(train(config, tmp_path / "cold"))
+    assert numbers(tmp_path / "warm") == numbers(tmp_path / "cold")
+    for name in ("adapter/adapter_model.safetensors", "checkpoint/adapter.safetensors"):
+        assert (tmp_path / "warm" / name).read_bytes() == (tmp_path / "cold" / name).read_bytes()
+    (tmp_path / "other").mkdir()
+    list(train(variant(tiny_config, {**VARIANTS[0], "train": {"seed": 1}}), tmp_path / "other"))
+    assert numbers(tmp_path / "other") != numbers(tmp_path / "cold")  # the twin: another seed is seen
+
+
+def test_a_worker_loads_its_model_once_and_a_machine_tokenises_its_data_once(tmp_path, tiny_config, counted):
+    data = tmp_path / "data.jsonl"
+    data.write_text(Path(tiny_config["data"]["train"]).read_text())
+    fresh = {**tiny_config, "data": {**tiny_config["data"], "chat_template": "chatml", "train": str(data)}}
+    for slot in (Slot(), Slot()):  # two workers of one machine
+        for number, changes in enumerate(VARIANTS[:3]):
+            slot.run(variant(fresh, changes), tmp_path / f"{id(slot)}-{number}", num_rungs=1)
+    assert counted == {"load_base": 2, "_tokenise": 1}
+
+
+def test_tokenised_data_are_mapped_from_one_file_and_cannot_be_written(tiny_config):
+    config = variant(tiny_config, {})
+    tokenizer = engine.model.load_tokenizer(config.model)
+    views = [view for _ in range(2) for view in engine.data.load_data(config.data, tokenizer)]
+    arrays = [getattr(view._tokens, name) for view in views for name in ("input_ids", "is_target", "hashes")]
+    assert len({array.filename for array in arrays}) == 3
+    assert not any(array.flags.writeable for array in arrays)
+
+
+def test_a_trial_leaves_no_tensor_behind(tmp_path, tiny_config):
+    slot = Slot()
+    slot.run(variant(tiny_config, VARIANTS[0]), tmp_path / "first")
+    slot.worker._close()
+    before = live_tensors()
+    for number, changes in enumerate(VARIANTS[1:3]):
+        slot.run(variant(tiny_config, changes), tmp_path / str(number), num_rungs=2)
+        slot.worker._close()
+    assert live_tensors() == before
+    kept = torch.zeros(3)  # the twin: one more is seen
+    assert live_tensors() == before + 1 and kept is not None
+
+
+def test_dead_time_is_from_the_end_of_one_trial_to_the_first_step_of_the_next(tmp_path, tiny_config, monkeypatch):
+    slot, clock = Slot(), [1000.0]
+    monkeypatch.setattr("sweep.worker.time.time", lambda: clock[0])
+    first = slot.run(variant(tiny_config, VARIANTS[1]), tmp_path / "first", num_rungs=2)
+    assert "dead_time_s" not in json.loads(first[-1]["timing"])
+    clock[0] += 5.0
+    second = json.loads(slot.run(variant(tiny_config, VARIANTS[2]), tmp_path / "second", num_rungs=1)[0]["timing"])
+    setup_s = json.loads((tmp_path / "second" / "reports.jsonl").read_text())["setup_s"]
+    assert setup_s > 0.0 and second["dead_time_s"] == 5.0 + setup_s
+    assert second["began_s"] == 1005.0
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(540)
+def test_fifty_trials_in_one_worker_take_no_more_memory_than_ten(tmp_path, tiny_config):
+    """3 minutes on two cores. Resident memory after ten trials and after fifty; and the twin, a worker that keeps something."""
+    slot, process, resident = Slot(), psutil.Process(), []
+    for number in range(50):
+        changes = VARIANTS[number % len(VARIANTS)]
+        slot.run(variant(tiny_config, changes), tmp_path / str(number), num_rungs=1 if number % 3 == 0 else 99)
+        slot.worker._close()
+        gc.collect()
+        resident.append(process.memory_info().rss / MIB)
+    print(f"resident MiB after 10, 20, ... trials: {[round(value, 1) for value in resident[9::10]]}")
+    limit = 0.5 * 40  # half a MiB a trial: less than the smallest part of one that could be kept, its optimizer's state
+    assert resident[-1] - resident[9] < limit
+    kept = [bytearray(b"x") * MIB for _ in range(40)]  # the twin: one MiB a trial is seen
+    assert process.memory_info().rss / MIB - resident[9] > limit and kept
