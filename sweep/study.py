@@ -4,6 +4,7 @@ A proposal is made in memory, on a copy of the study, and enters the journal in 
 TPE sampler repeats itself (30 % of trials in an 80-point space with 8 in flight), and a trial in the journal stays there.
 A proposal that does not fit the card enters it as PRUNED with a violated constraint: that is what TPE learns from, and a failed
 trial is not. Steps in the journal are rungs, from 1. The driver is the only writer.
+A proposal is a function of the seed, its number and the trials before it: a resumed sweep proposes what it would have proposed.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from engine.config import TrainConfig, to_json
 from sweep.config import SweepConfig
 from sweep.feasibility import UNPREDICTED, Verdict
 from sweep.outcome import Outcome, Proposal, TrialRecord
+from sweep.pruning import Pruning
 from sweep.runs import SweepFolder
-from sweep.samplers import MEMORY, as_seen, make_pruner, make_sampler
+from sweep.samplers import MEMORY, as_seen, make_pruner, make_sampler, proposal_seed
 from sweep.space import Space
 
 STUDY_NAME = "sweep"
@@ -29,6 +31,8 @@ NUM_SAMPLER_ATTEMPTS = 20  # then random draws: a sampler that insists on a know
 NUM_RANDOM_ATTEMPTS = 200
 MET_EXCESS_GIB = 1.0  # memory that ran out says that there was too little, not by how much
 TOLD_PRUNED = (Outcome.PRUNED, Outcome.OUT_OF_MEMORY)  # the second with a violated constraint, so that the sampler learns it
+DEATHS = "deaths"  # user attribute: {"rung", "count"}
+RANDOM_STREAM = 1  # apart from the sampler's own draws, which it replaces once they are all known
 Judge = Callable[[TrainConfig], Verdict]
 
 
@@ -44,12 +48,12 @@ class Study:
         self._base = config.base().model_dump(mode="json")
         _mend_journal(folder)
         self._storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
-        self._pruner = make_pruner(config.pruner, len(config.train.report_grid()))
+        num_rungs = len(config.train.report_grid())
+        self._pruner = make_pruner(config.pruner, num_rungs)
         self._study = optuna.create_study(storage=self._storage, study_name=STUDY_NAME, pruner=self._pruner, load_if_exists=True)
-        # the seed moves on with the trials, so that a resumed sweep does not propose its beginning again
-        self._sampler = make_sampler(config.sampler, config.sweep.seed + len(self._trials()))
-        self._study.sampler = self._sampler
+        self._pruning = Pruning(self._pruner, STUDY_NAME, num_rungs, self._trials())
         self._sampler_config = config.sampler
+        make_sampler(config.sampler, 0)  # a package that it lacks is missed now
         self._points = space.shuffled_points(config.sweep.seed)
         self._tried = {_key(self._config(trial.params), _is_refused(trial)) for trial in self._trials()}
 
@@ -69,7 +73,9 @@ class Study:
         verdict = self._judge(config)
         self._study.add_trial(_entry(draft, verdict))
         self._tried.add(_key(config, not verdict.fits))
-        number = self._trials()[-1].number
+        trial = self._trials()[-1]
+        self._pruning.started(trial)
+        number = trial.number
         self._folder.write_train_config(number, config)
         return Proposal(number, dict(draft.params), config, verdict.reason)
 
@@ -79,12 +85,22 @@ class Study:
         if rung in trial.intermediate_values or trial.state.is_finished():
             return False
         self._storage.set_trial_intermediate_value(trial._trial_id, rung, eval_loss)
+        self._pruning.reported(number, rung, eval_loss)
         return True
 
     def should_prune(self, number: int) -> bool:
-        """The pruner's verdict on the last reported rung."""
+        """The pruner's verdict on the last reported rung; ask once a rung."""
+        return self._pruning.should_prune(number)
+
+    def count_death(self, number: int) -> int:
+        """One more death of the trial's process; returns how many there were since its last new report. In the journal, so that
+        a trial that takes the driver down with it is not tried for ever."""
         trial = self._trial(number)
-        return bool(trial.intermediate_values) and bool(self._pruner.prune(self._study, trial))
+        rung = max(trial.intermediate_values, default=0)
+        last = trial.user_attrs.get(DEATHS, {"rung": rung, "count": 0})
+        count = 1 + (last["count"] if last["rung"] == rung else 0)
+        self._storage.set_trial_user_attr(trial._trial_id, DEATHS, {"rung": rung, "count": count})
+        return count
 
     def tell(self, number: int, outcome: Outcome, error: str | None = None, memory: Mapping[str, float] | None = None) -> bool:
         """End a trial. Returns False, and changes nothing, where it has ended already.
@@ -105,6 +121,7 @@ class Study:
         state = TrialState.COMPLETE if outcome is Outcome.COMPLETE else told
         value = min(trial.intermediate_values.values()) if outcome is Outcome.COMPLETE else None
         self._study.tell(number, value, state)
+        self._pruning.ended(number, state, value)
         return True
 
     def running(self) -> list[int]:
@@ -157,7 +174,8 @@ class Study:
         The copy bears the study's name and pruner, because Hyperband picks a trial's bracket from them. Rejected proposals stay
         in the copy as running trials, which pushes a constant-liar sampler away from them.
         """
-        copy = optuna.create_study(study_name=STUDY_NAME, sampler=self._sampler, pruner=self._pruner)
+        sampler = make_sampler(self._sampler_config, proposal_seed(self._seed, len(self)))
+        copy = optuna.create_study(study_name=STUDY_NAME, sampler=sampler, pruner=self._pruner)
         copy.add_trials(as_seen(self._sampler_config, self._trials()))
         for _ in range(NUM_SAMPLER_ATTEMPTS):
             trial = copy.ask()
@@ -170,7 +188,7 @@ class Study:
         if self._points is not None:
             params = next((point for point in self._points if self._is_new(point)), None)
             return None if params is None else self._fixed(params)
-        sampler = optuna.samplers.RandomSampler(seed=self._seed + len(self))
+        sampler = optuna.samplers.RandomSampler(seed=proposal_seed(self._seed, len(self), RANDOM_STREAM))
         copy = optuna.create_study(study_name=STUDY_NAME, sampler=sampler)
         for _ in range(NUM_RANDOM_ATTEMPTS):
             trial = copy.ask()
