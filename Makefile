@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/installed
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test faults lint clean
 help: ## What there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -14,6 +14,11 @@ quickstart: $(STAMP) ## Install, then run a whole sweep on a small model (about 
 test: $(STAMP) lint ## Install, then lint and test (CPU, under 8 minutes)
 	@echo "== tests"
 	$(VENV)/bin/python -m pytest
+
+faults: $(STAMP) ## Kill drivers (FAULTS times, 20 unless set), workers and nodes of sweeps, and print the table (about 20 minutes)
+	@echo "== faults"
+	FAULTS=$(or $(FAULTS),20) $(VENV)/bin/python -m pytest -m faults tests/faults
+	PYTHONPATH=.:tests $(VENV)/bin/python -m faults.table $(or $(FAULTS),20)
 
 lint: $(STAMP) ## Style and layers
 	@echo "== style and layers"
