@@ -22,7 +22,7 @@ def plan(config, shape, card, host_gib):
     need = float(config.lora.rank)
     if need > card.memory_gib:
         raise OutOfMemory(f"needs {need:.1f} GiB at the least (predicted), {card.memory_gib:.1f} GiB are allowed", need)
-    return Plan(1, False, 0, 0.0, SimpleNamespace(peak_gib=need, reserve_gib=0.0))
+    return Plan(1, False, 0, 0, 0.0, SimpleNamespace(peak_gib=need, reserve_gib=0.0))
 
 
 os.environ["FAKE_TORCH"] = "1"  # for the workers

@@ -30,7 +30,7 @@ class StockTrial(tune.Trainable):
     """One rung a step. Appends to `events` what it does: number of the trial, rung, process, time."""
 
     def setup(self, config: dict) -> None:
-        self._rung, self._events = 0, Path(config["events"])
+        self._nan, self._rung, self._events = False, 0, Path(config["events"])
         self._config = parse(TrainConfig, {
             "model": {"path": "m"}, "data": {"train": CURVES}, "lora": {"rank": config["rank"]},
             "optim": {"learning_rate": config["learning_rate"]}, "train": {"max_tokens": 400, "num_reports": NUM_RUNGS},
@@ -46,10 +46,10 @@ class StockTrial(tune.Trainable):
                 os._exit(9)
             if fault == "hangs":
                 time.sleep(3600)
-        nan = fault == "nan" and self._rung >= 2 and first
+        self._nan = self._nan or (fault == "nan" and self._rung == 2 and first)
         with open(self._events, "a") as events:
             events.write(json.dumps([self.trial_id, self._rung, os.getpid(), time.time()]) + "\n")
-        return {"eval_loss": math.nan if nan else engine.eval_loss(self._config, self._rung)}
+        return {"eval_loss": math.nan if self._nan else engine.eval_loss(self._config, self._rung)}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         Path(checkpoint_dir, "rung").write_text(str(self._rung))
