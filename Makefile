@@ -15,9 +15,10 @@ test: $(STAMP) lint ## Install, then lint and test (CPU, under 8 minutes)
 	@echo "== tests"
 	$(VENV)/bin/python -m pytest
 
-faults: $(STAMP) ## The tests that are too long for `make test` (CPU)
-	@echo "== long tests"
-	$(VENV)/bin/python -m pytest -m faults
+faults: $(STAMP) ## Kill drivers (FAULTS times, 20 unless set), workers and nodes of sweeps, and all tests that are too long for `make test`
+	@echo "== faults"
+	FAULTS=$(or $(FAULTS),20) $(VENV)/bin/python -m pytest -m faults
+	PYTHONPATH=.:tests $(VENV)/bin/python -m faults.table $(or $(FAULTS),20)
 
 lint: $(STAMP) ## Style and layers
 	@echo "== style and layers"

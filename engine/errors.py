@@ -18,7 +18,7 @@ class InputError(EngineError):
 
 
 class DivergedError(EngineError):
-    """The loss or the gradient is not finite: going on would only burn GPU time."""
+    """The loss or the gradient is not finite, or has exploded, or vanished: going on would only burn GPU time."""
 
 
 class OutOfMemory(EngineError):

@@ -22,7 +22,8 @@ from engine.cards import found_card
 from engine.checkpoint import Progress
 from engine.config import TrainConfig
 from engine.data import load_data
-from engine.errors import DivergedError, OutOfMemory
+from engine.divergence import check_loss, check_step
+from engine.errors import OutOfMemory
 from engine.evaluate import evaluate, evaluation_batches
 from engine.export import export_adapter
 from engine.files import write_text
@@ -106,7 +107,8 @@ class _Run:
 
     def _train_to(self, rung: int, tokens: int) -> Report:
         """Optimizer steps until `tokens` have been seen, then evaluation."""
-        window = _Window(self.base.device)
+        vocab_size = self.base.model.config.get_text_config().vocab_size
+        window = _Window(self.base.device, vocab_size)
         progress = self.progress
         while progress.tokens_seen < tokens:
             loss, grad_norm, num_tokens, num_targets = self._step()
@@ -118,8 +120,7 @@ class _Run:
         progress.elapsed_s += window.seconds
         progress.epoch, progress.position = self.cursor.epoch, self.cursor.position
         eval_loss = self._evaluate()
-        if not math.isfinite(eval_loss):
-            raise DivergedError(f"eval_loss is {eval_loss} after {progress.tokens_seen} tokens")
+        check_loss("eval_loss", eval_loss, vocab_size)
         progress.peak_allocated_gib = max(progress.peak_allocated_gib, _peak_gib(self.base.device))
         return self._report(rung, window, eval_loss)
 
@@ -237,9 +238,9 @@ class _Run:
 class _Window:
     """Sums over the steps between two reports. Device values are read one step late, so that no step waits for the host."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._started = device, time.perf_counter()
-        self._pending: tuple[Tensor, Tensor] | None = None
+    def __init__(self, device: torch.device, vocab_size: int) -> None:
+        self._device, self._vocab_size, self._started = device, vocab_size, time.perf_counter()
+        self._pending: tuple[Tensor, Tensor, int] | None = None
         self._loss_sum, self.num_tokens, self.num_targets, self.num_steps = 0.0, 0, 0, 0
         self.seconds, self.grad_norm = 0.0, 0.0
 
@@ -249,7 +250,7 @@ class _Window:
 
     def add(self, loss: Tensor, grad_norm: Tensor, num_tokens: int, num_targets: int) -> None:
         self._read()
-        self._pending = (loss, grad_norm)
+        self._pending = (loss, grad_norm, num_targets)
         self.num_tokens += num_tokens
         self.num_targets += num_targets
         self.num_steps += 1
@@ -263,12 +264,9 @@ class _Window:
     def _read(self) -> None:
         if self._pending is None:
             return
-        loss, self.grad_norm = (value.item() for value in self._pending)
+        (loss, self.grad_norm), num_targets = (value.item() for value in self._pending[:2]), self._pending[2]
         self._pending = None
-        if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
-            raise DivergedError(
-                f"loss is {loss}, gradient norm is {self.grad_norm}, {self.num_tokens} tokens after the last report"
-            )
+        check_step(loss / num_targets, self.grad_norm, self._vocab_size)
         self._loss_sum += loss
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -41,7 +42,18 @@ def cluster(slots: Slots, address: str | None, log: Path) -> Iterator[None]:
             signal.signal(signal.SIGTERM, on_terminate)  # Ray put in one of its own, which ends the process on the spot
             yield
         finally:
-            ray.shutdown()  # prints what it has held back
+            _shut_down()  # prints what it has held back
+
+
+def _shut_down() -> None:
+    """End the connection with no garbage left: Python may collect Tune's handles in another thread at any time, and Ray ends the
+    process where that happens while it shuts down."""
+    gc.collect()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        gc.enable()
 
 
 def count_cluster(address: str) -> tuple[int, int]:
@@ -61,7 +73,7 @@ def _connect(slots: Slots, address: str | None) -> None:
     root = str(Path(__file__).resolve().parent.parent)  # the workers import this package, wherever the driver was started
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     ray.init(
-        address="local",  # without it, Ray joins a cluster that somebody else started on this machine
+        address="local",  # whatever RAY_ADDRESS says, and whatever else runs here
         num_cpus=slots.num_slots * slots.cpus_per_trial,
         num_gpus=slots.num_slots if slots.device == "cuda" else 0,
         include_dashboard=False,
@@ -75,7 +87,10 @@ def _join(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError("cluster.address", address, f"must be a running Ray cluster ({str(error).splitlines()[0]})") from None
+        # `ray start` asks for a token wherever one lies in the home folder; who connects by address must say so himself
+        hint = "" if "RAY_AUTH_MODE" in os.environ else "; where it asks for a token, set RAY_AUTH_MODE=token"
+        allowed = f"must be a running Ray cluster ({str(error).splitlines()[0]}{hint})"
+        raise InputError("cluster.address", address, allowed) from None
 
 
 @contextmanager

@@ -186,7 +186,12 @@ class ClusterConfig(StrictModel):
     card: AutoCard = Field("auto", description="whose memory and speed are predicted; auto: the card found")
     max_concurrent: AutoPositive = Field("auto", description="auto: as many trials as slots")
     address: str | None = Field(None, description="an existing Ray cluster; none: one of our own on this machine")
-    max_retries: Annotated[int, Field(ge=0)] = Field(2, description="times a trial is resumed after its worker process died")
+    max_retries: Annotated[int, Field(ge=0)] = Field(
+        2, description="times a trial goes on after its worker died without a new report"
+    )
+    report_timeout_s: Annotated[float, Field(gt=0.0)] | None = Field(
+        21_600.0, description="between two reports of a trial; then its worker is taken to hang, and is killed; none: never"
+    )
 
 
 class TrackingConfig(StrictModel):

@@ -15,7 +15,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from sweep.config import GpConfig, SamplerConfig, TpeConfig
-from sweep.samplers import as_seen, is_feasible
+from sweep.samplers import as_seen, is_feasible, make_sampler, proposal_seed
 from sweep.space import Space
 
 NUM_SAMPLER_ATTEMPTS = 20  # then random draws: a sampler that insists on a known point has nothing new to say
@@ -32,12 +32,12 @@ class Drafts:
         self,
         study_name: str,
         config: SamplerConfig,
-        sampler: optuna.samplers.BaseSampler,
+        seed: int,
         pruner: optuna.pruners.BasePruner,
         space: Space,
         num_objectives: int,
     ) -> None:
-        self._name, self._config, self._sampler, self._pruner, self._space = study_name, config, sampler, pruner, space
+        self._name, self._config, self._seed, self._pruner, self._space = study_name, config, seed, pruner, space
         self._num_objectives = num_objectives
         self._keeps_numbers = isinstance(pruner, optuna.pruners.HyperbandPruner)
         self._is_bounded = isinstance(config, TpeConfig) and num_objectives == 1 and not self._keeps_numbers
@@ -46,13 +46,15 @@ class Drafts:
         self._draft_id: int | None = None
         self._size = 0
 
-    def propose(self, trials: Callable[[], list[FrozenTrial]], is_new: IsNew) -> FrozenTrial | None:
-        """What the sampler proposes, if that is new within a number of attempts. trials: gives those of the journal.
+    def propose(self, number: int, trials: Callable[[], list[FrozenTrial]], is_new: IsNew) -> FrozenTrial | None:
+        """What the sampler proposes for trial `number`, if that is new within a number of attempts. trials: gives those of the
+        journal. The sampler is made anew, with a seed of its own for each number: a resume cannot bring back a state.
 
         Rejected proposals stay in the copy as running trials while it tries again, which pushes a constant-liar sampler away.
         """
         if self._copy is None or isinstance(self._config, GpConfig) or (self._is_bounded and self._size >= MOST_SEEN):
             self._make_copy(trials())
+        self._copy.sampler = make_sampler(self._config, proposal_seed(self._seed, number))
         draft, rejected = self._attempt(self._copy, NUM_SAMPLER_ATTEMPTS, is_new)
         self._size += len(rejected) + (draft is not None)
         for trial in rejected:
@@ -69,7 +71,7 @@ class Drafts:
 
     def fixed(self, params: dict[str, Any]) -> FrozenTrial:
         """The trial with just these values."""
-        study = self._study(optuna.samplers.RandomSampler())
+        study = self._study()
         study.enqueue_trial(params)
         trial = study.ask()
         self._space.suggest(trial)
@@ -99,7 +101,7 @@ class Drafts:
         storage.set_trial_state_values(trial_id, trial.state, trial.values)
 
     def _make_copy(self, trials: list[FrozenTrial]) -> None:
-        self._copy, self._ids, self._draft_id, self._size = self._study(self._sampler), {}, None, 0
+        self._copy, self._ids, self._draft_id, self._size = self._study(), {}, None, 0
         seen = as_seen(self._config, trials, self._num_objectives)
         for trial in a_few(seen, len(trials)) if self._is_bounded and len(seen) >= MOST_SEEN else seen:
             self._add(trial)
@@ -121,9 +123,12 @@ class Drafts:
             rejected.append(trial)
         return None, rejected
 
-    def _study(self, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+    def _study(self, sampler: optuna.samplers.BaseSampler | None = None) -> optuna.Study:
         return optuna.create_study(
-            study_name=self._name, sampler=sampler, pruner=self._pruner, directions=["minimize"] * self._num_objectives
+            study_name=self._name,
+            sampler=sampler or optuna.samplers.RandomSampler(),
+            pruner=self._pruner,
+            directions=["minimize"] * self._num_objectives,
         )
 
 

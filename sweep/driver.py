@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from engine.provenance import provenance
@@ -23,6 +24,7 @@ from sweep.disk import wait_until_flushed
 from sweep.engine_modules import REAL_ENGINE, EngineModules
 from sweep.feasibility import Feasibility, make_feasibility
 from sweep.forecast import card_line, check_any_fits, describe_forecast, no_forecast_line
+from sweep.paths import with_absolute_paths
 from sweep.plan import Plan, make_plan
 from sweep.runs import SweepFolder
 
@@ -32,12 +34,15 @@ Screen = LineConsole | TableConsole
 
 def start(raw: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
     """Run a new sweep. Returns the exit code; raises InputError before anything is written."""
-    return _launch(make_plan(parse_sweep_config(raw)), None, dry_run, engine)
+    return _launch(make_plan(with_absolute_paths(parse_sweep_config(raw), Path.cwd())), None, dry_run, engine)
 
 
 def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
     """Go on with a sweep from its folder. overrides: dotted path -> value; only what it may spend can be raised."""
     folder = SweepFolder.open(path)
+    if not dry_run:
+        with folder.lock():  # another driver is no reason to prepare model and data first
+            pass
     return _launch(make_plan(amended(folder.read_config(), overrides)), folder, dry_run, engine)
 
 
@@ -139,6 +144,7 @@ def _trials_and_finish(
         max_retries=config.cluster.max_retries,
         budget=config.sweep.budget,
         objectives=config.sweep.objectives,
+        report_timeout_s=config.cluster.report_timeout_s,
         listeners=(screen, tracker),
         note=screen.note,
     )

@@ -22,10 +22,14 @@ class EngineModules:
 REAL_ENGINE = EngineModules()
 
 
-def worker_config(proposal: Proposal, run_dir: str, slots: Slots, engine: EngineModules) -> dict[str, Any]:
+def worker_config(
+    proposal: Proposal, run_dir: str, slots: Slots, engine: EngineModules, report_timeout_s: float | None = None
+) -> dict[str, Any]:
     """What the driver ships to the worker for one trial: plain data."""
     return {
         "number": proposal.number,
+        "num_heard": proposal.num_heard,
+        "report_timeout_s": report_timeout_s,
         "run_dir": run_dir,
         "device": slots.device,
         "num_threads": slots.cpus_per_trial,

@@ -56,10 +56,12 @@ class Ledger:
         budget: BudgetConfig = NO_BUDGET,
         objectives: tuple[str, ...] = (EVAL_LOSS,),
         listeners: tuple[Listener, ...] = (),
+        report_timeout_s: float | None = None,
         note: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """note: takes a line for the user about what is not a trial's state."""
+        """note: takes a line for the user about what is not a trial's state. monotonic: for the time between two reports."""
         self._study, self._folder, self._clock, self._listeners, self._note = study, folder, clock, listeners, note
         self._num_trials, self._num_rungs, self._num_slots, self._max_retries = num_trials, num_rungs, num_slots, max_retries
         self._objectives, self._timeline = objectives, Timeline(folder.timeline)
@@ -72,8 +74,8 @@ class Ledger:
         self._num_refused = sum(record.outcome is Outcome.INFEASIBLE for record in own)
         self._num_started = len(own) - self._num_refused
         self._waiting: list[int] = []
-        self._live: set[int] = set()
-        self._retries: dict[int, int] = {}
+        self._live: dict[int, float] = {}  # when each was last heard of
+        self.report_timeout_s, self._monotonic = report_timeout_s, monotonic
         self._exhausted = False
 
     @property
@@ -108,23 +110,29 @@ class Ledger:
     def recover(self) -> list[int]:
         """After a kill: make up for what the driver did not hear. Returns the trials that will go on, with their numbers.
 
-        Reports that are in a trial's folder but not in the study are reported; a trial whose reports are complete is told.
+        Reports that are in a trial's folder but not in the study are reported; a trial whose reports are complete is told. The
+        last verdict of the pruner may be what the kill took, so it is asked again. Files of a trial are written where they lack.
         """
         self._timeline.start_session(self._clock())
         for number in self._study.running():
             record = self._records[number]
             self._folder.write_train_config(number, self._study.config(number))
-            new = [self._study.report(number, report["rung"], report["eval_loss"]) for report in record.reports]
+            for report in record.reports:
+                self._study.report(number, report["rung"], report["eval_loss"])
             if record.reports and record.reports[-1]["rung"] >= self._num_rungs:
                 self._end(number, Outcome.COMPLETE)
-            elif any(new) and self._study.should_prune(number):
+            elif self._study.should_prune(number):
                 self._end(number, Outcome.PRUNED)
             else:
                 self._waiting.append(number)
         self._stop_waiting_where_spent()
         for record in self.records:
-            if record.source is None:
-                self._tell_listeners(record)
+            if record.source is not None:
+                continue
+            if record.outcome is not Outcome.RUNNING and not self._folder.has_result(record.number):
+                self._folder.write_train_config(record.number, self._study.config(record.number))
+                self._write_result(record)
+            self._tell_listeners(record)
         return list(self._waiting)
 
     def has_work(self) -> bool:
@@ -138,14 +146,15 @@ class Ledger:
             return Next.WAIT
         if self._waiting:
             number = self._waiting.pop(0)
-            if self._records[number].outcome is Outcome.STOPPED:
+            record = self._records[number]
+            if record.outcome is Outcome.STOPPED:
                 self._study.go_on(number)
-            proposal = Proposal(number, self._records[number].params, self._study.config(number))
+            proposal = Proposal(number, record.params, self._study.config(number), num_heard=len(record.reports))
         else:
             proposal = self._ask()
         if proposal is None:
             return Next.WAIT if self._live or self._may_ask() else Next.FINISHED
-        self._live.add(proposal.number)
+        self._live[proposal.number] = self._monotonic()
         self._timeline.assigned(proposal.number, self._clock())
         self._update(self._study.record(proposal.number))
         return proposal
@@ -157,6 +166,7 @@ class Ledger:
         """
         if number not in self._live:
             return True
+        self._live[number] = self._monotonic()
         self._timeline.reported(number, self._clock(), dict(timing))
         if self._take(number, report):
             self._update(self._records[number])
@@ -185,16 +195,18 @@ class Ledger:
             self._take(number, report)
         self._end(number, outcome, error, memory)
 
-    def lost(self, number: int) -> None:
-        """The trial's process died. It goes on from its own checkpoint, a limited number of times; then it is LOST."""
+    def lost(self, number: int, reason: str = "its worker process died") -> None:
+        """The trial's process is gone. It goes on from its own checkpoint, a limited number of times without a new report in
+        between; then it is LOST, for the last reason."""
         if number not in self._live:
             return
         self._leave_slot(number)
-        self._retries[number] = self._retries.get(number, 0) + 1
-        if self._retries[number] > self._max_retries:
-            self._end(number, Outcome.LOST, f"the worker process died {self._retries[number]} times; see driver.log")
+        deaths = self._study.count_death(number)
+        if deaths > self._max_retries:
+            times = "once" if deaths == 1 else f"{deaths} times in a row without a new report"
+            self._end(number, Outcome.LOST, f"lost {times}; the last time, {reason}")
         else:
-            self._note(f"trial {number:3d}  worker process died; it goes on from its checkpoint (see driver.log)")
+            self._note(f"trial {number:3d}  {reason}; it goes on from its checkpoint (see driver.log)")
             self._waiting.append(number)
 
     def _take(self, number: int, report: dict[str, Any]) -> bool:
@@ -223,12 +235,22 @@ class Ledger:
 
     def _leave_slot(self, number: int) -> None:
         if number in self._live:
-            self._live.discard(number)
+            del self._live[number]
             self._timeline.ended(number, self._clock(), {})
 
     def _timed(self, record: TrialRecord) -> TrialRecord:
         span = self._timeline.span(record.number)
         return record if span is None else replace(record, slot=span.slot, dead_time_s=span.dead_time_s)
+
+    def is_silent(self, number: int) -> bool:
+        """Whether the trial has not been heard of for longer than report_timeout_s."""
+        heard = self._live.get(number)
+        return None not in (heard, self.report_timeout_s) and self._monotonic() - heard > self.report_timeout_s
+
+    def still_waits(self, number: int) -> None:
+        """The trial has no slot yet, so its silence means nothing."""
+        if number in self._live:
+            self._live[number] = self._monotonic()
 
     def _may_ask(self) -> bool:
         if self._budget.spent():
@@ -260,6 +282,10 @@ class Ledger:
 
     def _close(self, record: TrialRecord) -> None:
         """Write and pass on what became of a trial, once the journal has it."""
+        self._write_result(record)
+        self._update(record)
+
+    def _write_result(self, record: TrialRecord) -> None:
         number = record.number
         self._folder.write_result(
             number,
@@ -278,7 +304,6 @@ class Ledger:
                 "peak_allocated_gib": record.peak_allocated_gib,
             },
         )
-        self._update(record)
 
     def _update(self, record: TrialRecord) -> None:
         self._records[record.number] = record

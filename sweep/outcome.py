@@ -80,10 +80,11 @@ class TrialRecord:
 class Proposal:
     """A trial that is in the study: as RUNNING, or as INFEASIBLE where there is a refusal, its reason in one line.
 
-    params: dotted path -> sampled value or choice name.
+    params: dotted path -> sampled value or choice name. num_heard: its reports that the sweep has, where it goes on.
     """
 
     number: int
     params: dict[str, Any]
     config: TrainConfig
     refusal: str | None = None
+    num_heard: int = 0

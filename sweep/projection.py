@@ -142,9 +142,11 @@ class Projection:
             logging.getLogger(chatty).setLevel(logging.ERROR)
         location = None
         if self._uri.startswith("sqlite:///"):
-            store = Path(self._uri.removeprefix("sqlite:///")).absolute().parent
-            store.mkdir(parents=True, exist_ok=True)
-            location = (store / "mlartifacts").as_uri()
+            database = Path(self._uri.removeprefix("sqlite:///")).absolute()
+            database.parent.mkdir(parents=True, exist_ok=True)
+            if not database.exists():
+                _create(database)
+            location = (database.parent / "mlartifacts").as_uri()
         self._client = MlflowClient(self._uri, self._uri)
         experiment = self._client.get_experiment_by_name(self._experiment)
         self._experiment_id = (
@@ -190,6 +192,22 @@ class Projection:
         )
         for start in range(BATCH, len(points), BATCH):
             self._client.log_batch(run, points[start : start + BATCH], synchronous=True)
+
+
+def _create(database: Path) -> None:
+    """An empty store, whole or not at all: a kill while MLflow makes its 40 tables left one that it never opened again."""
+    from mlflow import MlflowClient
+
+    aside = database.with_name(f".{database.name}.{os.getpid()}.new")
+    aside.unlink(missing_ok=True)
+    MlflowClient(f"sqlite:///{aside}").search_experiments()
+    try:
+        os.link(aside, database)
+    except FileExistsError:
+        pass  # another sweep in this folder was first
+    except OSError:  # a file system without hard links
+        aside.rename(database)
+    aside.unlink(missing_ok=True)
 
 
 def _peaks(record: TrialRecord) -> list[Point]:

@@ -96,12 +96,12 @@ class SweepFolder:
         """Those of a trial that another sweep trained; the engine writes the others."""
         replace_text(self.trial(number) / "reports.jsonl", "".join(json.dumps(report) + "\n" for report in reports))
 
+    def has_result(self, number: int) -> bool:
+        return (self.trial(number) / "result.json").is_file()
+
     def reports(self, number: int) -> list[dict[str, Any]]:
         """The trial's reports, ascending by rung; empty where it has none yet."""
-        file = self.trial(number) / "reports.jsonl"
-        if not file.is_file():
-            return []
-        return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        return read_reports(self.trial(number))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -113,6 +113,14 @@ class SweepFolder:
             yield
         finally:
             lock.release()
+
+
+def read_reports(trial_folder: Path) -> list[dict[str, Any]]:
+    """What the engine has saved in reports.jsonl; empty where there is none yet."""
+    file = trial_folder / "reports.jsonl"
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
 
 
 class FileLock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import numpy
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
@@ -53,6 +54,12 @@ def make_sampler(config: SamplerConfig, seed: int) -> optuna.samplers.BaseSample
             raise InputError("sampler.name", "gp", "needs the package torch on the driver")
         return samplers.GPSampler(n_startup_trials=config.num_startup_trials, seed=seed, warn_independent_sampling=False)
     return samplers.RandomSampler(seed=seed)
+
+
+def proposal_seed(seed: int, number: int, stream: int = 0) -> int:
+    """Seed of the proposal of trial `number` in a sweep with this seed, independent of every other's. A sampler that went on with
+    its own random state would propose otherwise after a resume, which cannot bring that state back."""
+    return int(numpy.random.SeedSequence((seed, number, stream)).generate_state(1)[0])
 
 
 def as_seen(config: SamplerConfig, trials: list[FrozenTrial], num_objectives: int) -> list[FrozenTrial]:

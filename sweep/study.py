@@ -4,6 +4,7 @@ A proposal is made in memory, on a copy of the study, and enters the journal in 
 TPE sampler repeats itself (30 % of trials in an 80-point space with 8 in flight), and a trial in the journal stays there.
 A proposal that does not fit the card enters it as PRUNED with a violated constraint: that is what TPE learns from, and a failed
 trial is not. Steps in the journal are rungs, from 1. The driver is the only writer.
+A proposal is a function of the seed, its number and the trials before it: a resumed sweep proposes what it would have proposed.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from sweep.feasibility import UNPREDICTED, Verdict
 from sweep.journal import STUDY_NAME, earlier_entry, mend_journal, new_entry, open_journal, record_of, told_state
 from sweep.objectives import objective_values
 from sweep.outcome import Outcome, Proposal, TrialRecord
+from sweep.pruning import Pruning
 from sweep.runs import SweepFolder
-from sweep.samplers import MEMORY, make_pruner, make_sampler
+from sweep.samplers import MEMORY, make_pruner, make_sampler, proposal_seed
 from sweep.space import Space
 from sweep.warm_start import Earlier
 
 TAKEN_OVER = "num_taken_over"
 MET_EXCESS_GIB = 1.0  # memory that ran out says that there was too little, not by how much
+DEATHS = "deaths"  # user attribute: {"rung", "count"}
+RANDOM_STREAM = 1  # apart from the sampler's own draws, which it replaces once they are all known
 Judge = Callable[[TrainConfig], Verdict]
 
 
@@ -44,7 +48,8 @@ class Study:
         self._base = config.base().model_dump(mode="json")
         mend_journal(folder)
         self._storage = open_journal(folder)
-        self._pruner = make_pruner(config.judge, len(config.train.report_grid()))
+        num_rungs = len(config.train.report_grid())
+        self._pruner = make_pruner(config.judge, num_rungs)
         self._objectives = config.sweep.objectives
         self._study = optuna.create_study(
             storage=self._storage,
@@ -53,9 +58,9 @@ class Study:
             directions=["minimize"] * len(self._objectives),
             load_if_exists=True,
         )
-        # the seed moves on with the trials, so that a resumed sweep does not propose its beginning again
-        self._study.sampler = make_sampler(config.sampler, config.sweep.seed + len(self._trials()))
-        self._drafts = Drafts(STUDY_NAME, config.sampler, self._study.sampler, self._pruner, space, len(self._objectives))
+        make_sampler(config.sampler, 0)  # a package that it lacks is missed now
+        self._pruning = Pruning(self._pruner, STUDY_NAME, num_rungs, self._trials())
+        self._drafts = Drafts(STUDY_NAME, config.sampler, config.sweep.seed, self._pruner, space, len(self._objectives))
         self._is_grid = config.sampler.name == "grid"
         self._points = space.shuffled_points(config.sweep.seed)
         self._next_point, self._num_trials = 0, len(self._trials())
@@ -64,7 +69,7 @@ class Study:
     def ask(self) -> Proposal | None:
         """A new trial that trains an adapter no earlier one did, in the journal as RUNNING, or as ended where it does not fit;
         None where the space is used up."""
-        draft = None if self._is_grid else self._drafts.propose(self._trials, self._is_new)
+        draft = None if self._is_grid else self._drafts.propose(self._num_trials, self._trials, self._is_new)
         if draft is None:
             draft = self._unseen_point()
         if draft is None:
@@ -103,12 +108,22 @@ class Study:
         if rung in trial.intermediate_values or trial.state.is_finished():
             return False
         self._storage.set_trial_intermediate_value(trial._trial_id, rung, eval_loss)
+        self._pruning.reported(number, rung, eval_loss)
         return True
 
     def should_prune(self, number: int) -> bool:
-        """The pruner's verdict on the last reported rung."""
+        """The pruner's verdict on the last reported rung; ask once a rung."""
+        return self._pruning.should_prune(number)
+
+    def count_death(self, number: int) -> int:
+        """One more death of the trial's process; returns how many there were since its last new report. In the journal, so that
+        a trial that takes the driver down with it is not tried for ever."""
         trial = self._trial(number)
-        return bool(trial.intermediate_values) and bool(self._pruner.prune(self._study, trial))
+        rung = max(trial.intermediate_values, default=0)
+        last = trial.user_attrs.get(DEATHS, {"rung": rung, "count": 0})
+        count = 1 + (last["count"] if last["rung"] == rung else 0)
+        self._storage.set_trial_user_attr(trial._trial_id, DEATHS, {"rung": rung, "count": count})
+        return count
 
     def tell(
         self,
@@ -137,7 +152,9 @@ class Study:
         if outcome is Outcome.COMPLETE and values is None:
             values = [min(trial.intermediate_values.values())]
         self._study.tell(number, values if outcome is Outcome.COMPLETE else None, told_state(outcome))
-        self._drafts.ended(self._trial(number))
+        ended = self._trial(number)
+        self._drafts.ended(ended)
+        self._pruning.ended(ended)
         return True
 
     def stop(self, number: int, now_s: float) -> None:
@@ -189,12 +206,13 @@ class Study:
         entered = self._trial(self._num_trials)
         self._num_trials += 1
         self._drafts.entered(entered)
+        self._pruning.entered(entered)
         return entered.number
 
     def _unseen_point(self) -> FrozenTrial | None:
         """A point nobody tried: the next one of an enumerable space, else a random draw."""
         if self._points is None:
-            return self._drafts.draw(self._seed + len(self._trials()), self._is_new)
+            return self._drafts.draw(proposal_seed(self._seed, self._num_trials, RANDOM_STREAM), self._is_new)
         for number in range(self._next_point, len(self._points)):
             self._next_point = number + 1  # one that is known stays known
             if self._is_new(self._points[number]):

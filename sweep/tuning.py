@@ -26,7 +26,8 @@ def run_trials(ledger: Ledger, slots: Slots, address: str | None, folder: SweepF
     """Run until the ledger has no work. Raises KeyboardInterrupt at a safe point after SIGINT or SIGTERM."""
 
     def config_of(proposal: Proposal) -> dict[str, Any]:
-        return worker_config(proposal, str(folder.trial(proposal.number).absolute()), slots, engine)
+        run_dir = str(folder.trial(proposal.number).absolute())
+        return worker_config(proposal, run_dir, slots, engine, ledger.report_timeout_s)
 
     stop = StopOnSignal()
     with stop.catching(), cluster(slots, address, folder.log), warnings.catch_warnings():

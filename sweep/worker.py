@@ -6,6 +6,7 @@ Nothing a trial does may take the worker down: every exception becomes an outcom
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib
 import json
@@ -15,6 +16,7 @@ import socket
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,11 @@ from ray.tune import Trainable
 
 from engine.config import TrainConfig, parse
 from engine.errors import DivergedError, InputError, OutOfMemory
-from engine.metrics import Report
 from sweep.outcome import Outcome
-from sweep.runs import FileLock
+from sweep.runs import FileLock, read_reports
 
 LOCK_PATIENCE_S = 60.0
+TRACE_BEFORE_KILL_S = 1.0
 
 
 class TrialWorker(Trainable):
@@ -50,12 +52,17 @@ class TrialWorker(Trainable):
     def step(self) -> dict[str, Any]:
         if self._began_s is None:
             self._began_s = time.time()
+        timeout_s = self._spec["report_timeout_s"]
+        if timeout_s is not None:  # the driver kills what hangs: first say in Ray's log of this process where
+            faulthandler.dump_traceback_later(max(timeout_s - TRACE_BEFORE_KILL_S, 0.1))
         try:
             result = self._advance()
         except DivergedError as error:
             result = self._failed(Outcome.DIVERGED, error)
         except Exception as error:  # the boundary: whatever a trial raises, the sweep goes on and says so
             result = self._failed(Outcome.OUT_OF_MEMORY if _is_out_of_memory(error) else Outcome.FAILED, error)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         self._newest_end_s = time.time()
         return {**result, "timing": json.dumps(self._timing())}
 
@@ -85,22 +92,37 @@ class TrialWorker(Trainable):
         report = next(self._reports, None)
         if report is None:
             raise RuntimeError("training ended before its last rung")
-        if not math.isfinite(report.eval_loss):
-            raise DivergedError(f"eval_loss = {report.eval_loss} at rung {report.rung}")
-        if self._setup_s is None:
-            self._setup_s = report.setup_s
-        done = report.rung >= self._num_rungs
+        if not math.isfinite(report["eval_loss"]):
+            raise DivergedError(f"eval_loss = {report['eval_loss']} at rung {report['rung']}")
+        done = report["rung"] >= self._num_rungs
         if done:
             self._close()
         return _result(Outcome.COMPLETE if done else Outcome.RUNNING, report=report, done=done)
 
-    def _start(self) -> Iterator[Report]:
+    def _start(self) -> Iterator[dict[str, Any]]:
         config = parse(TrainConfig, json.loads(self._spec["train_config"]))
         self._num_rungs = len(config.train.report_grid())
         run_dir = Path(self._spec["run_dir"])
         run_dir.mkdir(parents=True, exist_ok=True)
         self._lock = _wait_for(run_dir)
-        return importlib.import_module(self._spec["engine"]["train"]).train(config, run_dir, base=self._resident_base(config))
+        return self._unheard_and_new(config, run_dir)
+
+    def _unheard_and_new(self, config: TrainConfig, run_dir: Path) -> Iterator[dict[str, Any]]:
+        """All reports after those the sweep has. A process that died may have saved one, and not lived to pass it on; where it
+        had only its checkpoint written, the engine makes up for the file as it starts."""
+        heard = self._spec["num_heard"]
+        for report in read_reports(run_dir)[heard:]:
+            heard = report["rung"]
+            yield report
+        if heard < self._num_rungs:
+            train = importlib.import_module(self._spec["engine"]["train"]).train
+            with closing(train(config, run_dir, base=self._resident_base(config))) as reports:
+                for report in reports:
+                    yield from read_reports(run_dir)[heard : report.rung - 1]
+                    heard = report.rung
+                    self._setup_s = report.setup_s if self._setup_s is None else self._setup_s
+                    yield report.to_dict()
+        yield from read_reports(run_dir)[heard:]
 
     def _resident_base(self, config: TrainConfig) -> Any:
         """The base model, loaded again only when the model section or the device changed."""
@@ -138,13 +160,13 @@ class TrialWorker(Trainable):
 def _result(
     outcome: Outcome,
     *,
-    report: Report | None = None,
+    report: dict[str, Any] | None = None,
     error: str | None = None,
     memory: dict[str, float] | None = None,
     done: bool,
 ) -> dict[str, Any]:
     # report and memory travel as text: Tune flattens nested results
-    text = json.dumps(report.to_dict()) if report else ""
+    text = json.dumps(report) if report else ""
     return {"outcome": str(outcome), "report": text, "error": error, "memory": json.dumps(memory or {}), "done": done}
 
 

@@ -1,21 +1,39 @@
-"""An engine that trains nothing: its loss is a formula of the config. For faults and timing that a real one cannot show.
+"""An engine that trains nothing: its loss is a formula of the config, or read off recorded learning curves where `data.train`
+names a file of them (tests/faults/curves.json). For faults and timing that a real one cannot show.
 
-`optim.weight_decay` chooses the fault (FAULTS); `optim.eps` is the seconds a rung takes. A trial needs 1/16 GiB per rank.
+`optim.weight_decay` chooses the fault (FAULTS); `optim.eps` is the seconds a rung takes. A trial needs 1/16 GiB per rank. Like
+the real one, it writes its checkpoint before its reports.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
+import functools
 import json
+import math
 import os
+import signal
 import sys
 import time
+import types
 from pathlib import Path
 
 from engine.config import TrainConfig, load_json, load_train_config, parse
 from engine.errors import DivergedError, InputError, OutOfMemory
 from engine.files import write_text
 from engine.metrics import Report
+
+# What a worker asks of torch, for a process that computes nothing: the real one takes seconds to load, at each kill.
+STAND_IN = types.SimpleNamespace(
+    __spec__=None,
+    device=str,
+    set_num_threads=lambda number: None,
+    cuda=types.SimpleNamespace(is_available=lambda: False),
+    OutOfMemoryError=type("OutOfMemoryError", (RuntimeError,), {}),
+)
+if "FAKE_TORCH" in os.environ:  # set by whoever starts processes that are the fake engine's alone
+    sys.modules.setdefault("torch", STAND_IN)
 
 SHAPE = {"num_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16,
          "vocab_size": 256}  # fmt: skip
@@ -28,7 +46,14 @@ FAULTS = {
     5.0: "bad input",
     6.0: "process dies once",
     7.0: "leanest plan does not fit",
+    8.0: "hangs once",
+    9.0: "process is stopped once",
+    10.0: "dies once with a report saved and not passed on",
+    11.0: "dies once with a checkpoint and without its report",
+    12.0: "eval_loss is nan",
+    13.0: "hangs always",
 }
+FAULT_TIMES = "fault_times.txt"  # in a trial's folder: when its fault came, in Unix seconds
 
 
 def load_base(config, device):
@@ -37,41 +62,74 @@ def load_base(config, device):
 
 def eval_loss(config: TrainConfig, rung: int) -> float:
     """Lower with larger rank, and the lower the closer the learning rate is to 1e-3; falls with the rungs."""
+    if config.data.train.endswith("curves.json"):
+        return _replayed(config, rung)
     distance = abs(config.optim.learning_rate - 1e-3) * 1e3
     return 2.0 + distance / config.lora.rank + 1.0 / config.lora.rank + 0.5 / rung
 
 
+def _replayed(config: TrainConfig, rung: int) -> float:
+    """The recorded curve of this rank, between those of the two nearest learning rates."""
+    recorded = _curves(config.data.train)
+    rates, curves = recorded["learning_rates"], recorded["curves"][str(config.lora.rank)]
+    right = min(max(bisect.bisect_left(rates, config.optim.learning_rate), 1), len(rates) - 1)
+    low, high = math.log(rates[right - 1]), math.log(rates[right])
+    share = min(max((math.log(config.optim.learning_rate) - low) / (high - low), 0.0), 1.0)
+    return (1.0 - share) * curves[right - 1][rung - 1] + share * curves[right][rung - 1]
+
+
+@functools.cache
+def _curves(path: str) -> dict:
+    return json.loads(Path(path).read_text())
+
+
 def train(config: TrainConfig, run_dir: Path, *, base=None):
     assert base["path"] == config.model.path
-    file = run_dir / "reports.jsonl"
-    reports = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    checkpoint, fault = run_dir / "checkpoint.json", FAULTS.get(config.optim.weight_decay)
+    reports = json.loads(checkpoint.read_text()) if checkpoint.exists() else []
+    if reports:
+        _write_reports(run_dir, reports)
     with open(run_dir / "starts.txt", "a") as starts:
-        starts.write(f"{os.getpid()} {len(reports)}\n")
+        starts.write(f"{os.getpid()} {len(reports)} {time.time()}\n")
     for rung in range(len(reports) + 1, len(config.train.report_grid()) + 1):
         time.sleep(config.optim.eps)
-        _fail(FAULTS.get(config.optim.weight_decay), rung, run_dir)
-        loss = eval_loss(config, rung)
-        report = Report(
-            rung=rung,
-            tokens_seen=config.train.report_grid()[rung - 1],
-            target_tokens_seen=1,
-            step=rung,
-            epoch=0.0,
-            train_loss=loss,
-            eval_loss=loss,
-            best_eval_loss=loss,
-            learning_rate=config.optim.learning_rate,
-            grad_norm=1.0,
-            tokens_per_second=100.0,
-            step_time_ms=1.0,
-            peak_allocated_gib=config.lora.rank / 16,
-            elapsed_s=1.0,
-            num_trainable=config.lora.rank,
-        )
+        _fail(fault, rung, run_dir)
+        if fault == "eval_loss is nan" and rung == 2:
+            yield _report(config, rung, math.nan)
+        report = _report(config, rung, eval_loss(config, rung))
         reports.append(report.to_dict())
         _export(run_dir / "adapter", config.model.path)
-        write_text(file, "".join(json.dumps(line) + "\n" for line in reports))
+        write_text(checkpoint, json.dumps(reports))
+        if fault == "dies once with a checkpoint and without its report":
+            _die_once(rung, run_dir)
+        _write_reports(run_dir, reports)
+        if fault == "dies once with a report saved and not passed on":
+            _die_once(rung, run_dir)
         yield report
+
+
+def _report(config: TrainConfig, rung: int, loss: float) -> Report:
+    return Report(
+        rung=rung,
+        tokens_seen=config.train.report_grid()[rung - 1],
+        target_tokens_seen=1,
+        step=rung,
+        epoch=0.0,
+        train_loss=loss,
+        eval_loss=loss,
+        best_eval_loss=loss,
+        learning_rate=config.optim.learning_rate,
+        grad_norm=1.0,
+        tokens_per_second=100.0,
+        step_time_ms=1.0,
+        peak_allocated_gib=config.lora.rank / 16,
+        elapsed_s=float(rung),
+        num_trainable=config.lora.rank,
+    )
+
+
+def _write_reports(run_dir: Path, reports: list[dict]) -> None:
+    write_text(run_dir / "reports.jsonl", "".join(json.dumps(line) + "\n" for line in reports))
 
 
 def _fail(fault: str | None, rung: int, run_dir: Path) -> None:
@@ -79,6 +137,8 @@ def _fail(fault: str | None, rung: int, run_dir: Path) -> None:
         raise InputError("lora.target_modules", "x", "matches no layer")
     if rung < 2 or fault is None:
         return
+    with open(run_dir / FAULT_TIMES, "a") as times:
+        times.write(f"{time.time()}\n")
     if fault == "out of memory":
         raise MemoryError("no memory left")
     if fault == "leanest plan does not fit":
@@ -87,9 +147,25 @@ def _fail(fault: str | None, rung: int, run_dir: Path) -> None:
         raise DivergedError("loss is nan")
     if fault == "bug":
         raise ZeroDivisionError("one\nover zero")
-    if fault == "process dies always" or not (run_dir / "died").exists():
-        (run_dir / "died").touch()
+    if fault == "process dies always":
         os._exit(9)
+    if fault == "process dies once":
+        _die_once(rung, run_dir)
+    if fault == "hangs always" or (fault == "hangs once" and _first_time(run_dir)):
+        time.sleep(3600)
+    if fault == "process is stopped once" and _first_time(run_dir):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _die_once(rung: int, run_dir: Path) -> None:
+    if rung >= 2 and _first_time(run_dir):
+        os._exit(9)
+
+
+def _first_time(run_dir: Path) -> bool:
+    first = not (run_dir / "faulted").exists()
+    (run_dir / "faulted").touch()
+    return first
 
 
 def _export(folder: Path, base: str) -> None:

@@ -42,9 +42,9 @@ def test_a_copy_that_follows_the_journal_proposes_what_one_made_anew_does(tmp_pa
         if name == "anew":
             propose = study._drafts.propose
 
-            def anew(trials, is_new, drafts=study._drafts, propose=propose):
+            def anew(number, trials, is_new, drafts=study._drafts, propose=propose):
                 drafts._copy = None
-                return propose(trials, is_new)
+                return propose(number, trials, is_new)
 
             monkeypatch.setattr(study._drafts, "propose", anew)
         proposed[name] = run_trials(study, 25)

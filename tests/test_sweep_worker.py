@@ -14,6 +14,7 @@ import engine.data
 import engine.model
 from engine.config import TrainConfig, parse
 from engine.train import train
+from sweep.runs import read_reports
 from sweep.worker import TrialWorker
 
 MIB = 2**20
@@ -34,6 +35,7 @@ def spec(config: TrainConfig, run_dir: Path, number: int = 0) -> dict:
     engine_modules = {"train": "engine.train", "model": "engine.model", "command": "engine"}
     return {
         "number": number, "run_dir": str(run_dir), "device": "cpu", "num_threads": 1, "engine": engine_modules,
+        "report_timeout_s": None, "num_heard": len(read_reports(run_dir)),
         "train_config": config.model_dump_json(),
     }  # fmt: skip
 

@@ -1,0 +1,151 @@
+"""One fault each, in a real sweep with the fake engine: what became of it, and how long it took."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .nodes import Nodes
+from .sweeps import NUM_RUNGS, Driver, Sweep, config, only_folder
+
+
+@dataclass(frozen=True)
+class Found:
+    """seconds: what the fault is measured by; sweep: the whole at its end; text: what the driver printed."""
+
+    seconds: float
+    sweep: Sweep
+    text: str
+    results: dict[int, dict[str, Any]]
+    num_rungs_again: int = 0  # trained before the fault and once more after it
+
+
+def faulty_space(*faults: float) -> dict[str, Any]:
+    """A grid with one trial for each fault of the fake engine; 0: none."""
+    return {
+        "space": {"optim.weight_decay": {"choices": list(faults)}},
+        "sampler": {"name": "grid"},
+        "pruner": {"name": "none"},
+        "sweep": {"num_trials": len(faults)},
+    }
+
+
+def diverged(where: Path, fault: float) -> Found:
+    """One slot; the middle one of three trials diverges. seconds: from the fault to the next trial's start on the slot."""
+    whole = config(where / "sweeps", cluster={"num_cpu_slots": 1, "report_timeout_s": 60.0}, **faulty_space(fault, 0.0, 0.1, 0.2))
+    driver = Driver.start(whole, where)
+    code = driver.wait()
+    assert code == 0, driver.text()
+    folder = only_folder(where / "sweeps")
+    times = list(folder.glob("trials/*/fault_times.txt"))
+    fault_s = float(times[0].read_text())
+    after = [start.time_s for file in folder.glob("trials/*/starts.txt") for start in _starts(file) if start.time_s > fault_s]
+    return _found(driver, folder, min(after, default=float("inf")) - fault_s)
+
+
+def hung(where: Path, fault: float, timeout_s: float = 5.0) -> Found:
+    """One trial hangs at its second rung. seconds: from the fault to its going on in another process, less the timeout."""
+    whole = config(where / "sweeps", cluster={"num_cpu_slots": 1, "report_timeout_s": timeout_s, "max_retries": 1},
+                   **faulty_space(fault, 0.0))  # fmt: skip
+    driver = Driver.start(whole, where)
+    assert driver.wait() == 0, driver.text()
+    folder = only_folder(where / "sweeps")
+    file = next(folder.glob("trials/*/fault_times.txt"))
+    starts = _starts(file.with_name("starts.txt"))
+    return _found(driver, folder, starts[1].time_s - float(file.read_text().split()[0]) - timeout_s)
+
+
+def worker_killed(where: Path) -> Found:
+    """SIGKILL to the worker of a running trial. seconds: until the trial goes on in another process."""
+    driver = Driver.start(config(where / "sweeps", optim={"eps": 1.5}, sweep={"num_trials": 4}, pruner={"name": "none"}), where)
+    starts = _running(where / "sweeps", 1, driver)[0]
+    return _ended_by(lambda: os.kill(_starts(starts)[0].pid, signal.SIGKILL), starts, driver, where)
+
+
+def node_lost(where: Path, number: signal.Signals) -> Found:
+    """Two nodes of one slot each beside the driver's; a third joins, one of the two is lost. seconds: until its trial goes on."""
+    with Nodes(num_cpus=0) as nodes:
+        first, second = nodes.add(1), nodes.add(1)
+        assert first == second == "done"
+        cluster = {"address": nodes.address, "max_concurrent": 2}
+        whole = config(where / "sweeps", cluster=cluster, optim={"eps": 2.0}, sweep={"num_trials": 4}, pruner={"name": "none"})
+        driver = Driver.start(whole, where)
+        running = _running(where / "sweeps", 2, driver)
+        nodes.add(1)
+        on_second = next(file for file in running if nodes.has(1, _starts(file)[-1].pid))
+        end = nodes.kill if number == signal.SIGKILL else nodes.terminate
+        return _ended_by(lambda: end(1), on_second, driver, where)
+
+
+def driver_terminated(where: Path) -> tuple[Found, int]:
+    """SIGTERM to a driver at work. seconds: until it has ended; then the sweep is resumed to its end. Also its exit code."""
+    driver = Driver.start(config(where / "sweeps", optim={"eps": 1.5}, sweep={"num_trials": 4}, pruner={"name": "none"}), where)
+    _running(where / "sweeps", 1, driver)
+    began = time.monotonic()
+    driver.kill(signal.SIGTERM)
+    seconds = time.monotonic() - began
+    folder = only_folder(where / "sweeps")
+    resumed = Driver.resume(folder)
+    assert resumed.wait() == 0, resumed.text()
+    return _found(resumed, folder, seconds), driver.process.returncode
+
+
+def second_driver(where: Path) -> tuple[Found, str, int]:
+    """A second driver on a sweep at work. seconds: until it is refused. Also what it said, and its exit code."""
+    driver = Driver.start(config(where / "sweeps", optim={"eps": 1.5}, sweep={"num_trials": 4}), where)
+    _running(where / "sweeps", 1, driver)
+    second = Driver.resume(only_folder(where / "sweeps"))
+    code = second.wait()
+    seconds = time.monotonic() - second.started_s
+    assert driver.wait() == 0, driver.text()
+    return _found(driver, only_folder(where / "sweeps"), seconds), second.text(), code
+
+
+@dataclass(frozen=True)
+class _Start:
+    pid: int
+    num_reports: int
+    time_s: float
+
+
+def _starts(file: Path) -> list[_Start]:
+    rows = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+    return [_Start(int(pid), int(reports), float(time_s)) for pid, reports, time_s in rows]
+
+
+def _running(output: Path, num_trials: int, driver: Driver) -> list[Path]:
+    """starts.txt of so many trials that have reported and not ended."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert driver.process.poll() is None, driver.text()
+        files = [
+            file
+            for file in sorted(output.glob("*/trials/*/starts.txt"))
+            if file.with_name("reports.jsonl").exists()
+            and len(file.with_name("reports.jsonl").read_text().splitlines()) < NUM_RUNGS - 1
+            and not file.with_name("result.json").exists()
+        ]
+        if len(files) >= num_trials:
+            return files
+        time.sleep(0.02)
+    raise TimeoutError(driver.text())
+
+
+def _ended_by(end, starts: Path, driver: Driver, where: Path) -> Found:
+    """Have `end` end the worker of this trial, and wait for the sweep's end."""
+    began_s = time.time()
+    end()
+    saved = len(starts.with_name("reports.jsonl").read_text().splitlines())
+    assert driver.wait() == 0, driver.text()
+    after = _starts(starts)[1]
+    return _found(driver, only_folder(where / "sweeps"), after.time_s - began_s, max(saved - after.num_reports, 0))
+
+
+def _found(driver: Driver, folder: Path, seconds: float, num_rungs_again: int = 0) -> Found:
+    results = {int(file.parent.name): json.loads(file.read_text()) for file in folder.glob("trials/*/result.json")}
+    return Found(seconds, Sweep.read(folder), driver.text(), results, num_rungs_again)

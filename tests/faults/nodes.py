@@ -1,0 +1,103 @@
+"""A running Ray of one or more nodes on this machine, in a process of its own: drivers connect to it, and nodes are lost.
+
+As a program, `python -m faults.nodes NUM_CPUS`: prints the address, then obeys lines on stdin (`add NUM_CPUS`, `kill NODE`,
+`terminate NODE`; nodes added are counted from 0) and answers each with a line. Ends with its stdin.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent
+ENV = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+    "RAY_AUTH_MODE": "token",  # nobody else's drivers, and no file in the home folder
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "FAKE_TORCH": "1",
+}
+
+
+class Nodes:
+    """The program, from outside. A context manager."""
+
+    def __init__(self, num_cpus: int) -> None:
+        command = [sys.executable, "-m", "faults.nodes", str(num_cpus)]
+        self._process = subprocess.Popen(
+            command, env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.address = self._answer()
+
+    def add(self, num_cpus: int) -> str:
+        return self._say(f"add {num_cpus}")
+
+    def has(self, node: int, pid: int) -> bool:
+        """Whether the process is one of the node's workers."""
+        return self._say(f"has {node} {pid}") == "True"
+
+    def kill(self, node: int) -> str:
+        """SIGKILL, to the node's Ray and its workers at once: a power cut."""
+        return self._say(f"kill {node}")
+
+    def terminate(self, node: int) -> str:
+        """SIGTERM, to the node's Ray and its workers: what a machine does that is about to be taken away."""
+        return self._say(f"terminate {node}")
+
+    def __enter__(self) -> Nodes:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def _say(self, line: str) -> str:
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> str:
+        for line in self._process.stdout:
+            if line.startswith("nodes: "):
+                return line.removeprefix("nodes: ").strip()
+        raise RuntimeError("the nodes' process has ended")
+
+
+def main(num_cpus: int) -> None:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus, "include_dashboard": False})
+    print(f"nodes: {cluster.address}", flush=True)
+    added = []
+    for line in sys.stdin:
+        command, *arguments = line.split()
+        answer: object = "done"
+        if command == "add":
+            added.append(cluster.add_node(num_cpus=int(arguments[0])))
+        elif command == "has":
+            answer = int(arguments[1]) in [process.pid for process in _processes(added[int(arguments[0])])]
+        else:
+            for process in _processes(added[int(arguments[0])]):
+                process.send_signal(signal.SIGKILL if command == "kill" else signal.SIGTERM)
+        print(f"nodes: {answer}", flush=True)
+    cluster.shutdown()
+
+
+def _processes(node) -> list:
+    """The raylet and all below it."""
+    import psutil
+
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return [*raylet.children(recursive=True), raylet]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,125 @@
+"""A sweep without Ray: the real study, ledger and folder, workers that take turns, and a kill at any write to disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import sweep_fake_engine as engine
+
+from engine.files import write_text
+from sweep.config import parse_sweep_config
+from sweep.journal_file import JournalFile
+from sweep.ledger import Ledger
+from sweep.outcome import Outcome, Proposal
+from sweep.runs import SweepFolder, read_reports
+from sweep.space_parse import parse_space
+from sweep.study import Study
+
+from .sweeps import config as sweep_config
+
+NUM_RUNGS = 4
+KILLED = 7
+Trials = dict[int, tuple[dict[str, Any], str, list[float]]]
+
+
+def settings(sampler: str, pruner: str, num_slots: int, num_trials: int = 7) -> dict[str, Any]:
+    sampler_section = {"name": sampler, "num_startup_trials": 3} if sampler in ("tpe", "gp", "cmaes") else {"name": sampler}
+    return sweep_config(
+        Path("sweeps"), sampler=sampler_section, pruner={"name": pruner}, sweep={"num_trials": num_trials, "seed": 3},
+        cluster={"max_concurrent": num_slots, "max_retries": 1}, optim={"eps": 1e-8},
+    )  # fmt: skip
+
+
+def run(path: Path, values: dict[str, Any]) -> Trials:
+    """Start the sweep in this folder, or go on with it, to its end."""
+    config, folder = parse_sweep_config(values), SweepFolder(path)
+    ledger = Ledger(
+        Study(folder, config, parse_space(config.space)), folder, num_trials=config.sweep.num_trials, num_rungs=NUM_RUNGS,
+        num_slots=config.cluster.max_concurrent, max_retries=config.cluster.max_retries,
+    )  # fmt: skip
+    ledger.recover()
+    live: list[Proposal] = []
+    while ledger.has_work():
+        while isinstance(proposal := ledger.next_trial(), Proposal):
+            live.append(proposal)
+        live = [proposal for proposal in live if not _turn(ledger, folder, proposal)]
+    return read(folder)
+
+
+def read(folder: SweepFolder) -> Trials:
+    """From the files alone: a result that is not in them is lost."""
+    results = [json.loads(file.read_text()) for file in sorted(folder.path.glob("trials/*/result.json"))]
+    return {
+        result["number"]: (
+            result["params"],
+            result["outcome"],
+            [report["eval_loss"] for report in folder.reports(result["number"])],
+        )
+        for result in results
+    }
+
+
+def _turn(ledger: Ledger, folder: SweepFolder, proposal: Proposal) -> bool:
+    """The trial's worker trains to the next rung. Returns whether the trial has ended."""
+    reports = read_reports(folder.trial(proposal.number))
+    rung = len(reports) + 1
+    report = {
+        "rung": rung, "eval_loss": engine.eval_loss(proposal.config, rung), "tokens_seen": 100 * rung, "num_trainable": 1,
+        "tokens_per_second": 1.0,
+    }  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in [*reports, report])
+    write_text(folder.trial(proposal.number) / "reports.jsonl", text)
+    if rung == NUM_RUNGS:
+        ledger.ended(proposal.number, Outcome.COMPLETE, report)
+        return True
+    return ledger.reported(proposal.number, report)
+
+
+def killed_at(path: Path, values: dict[str, Any], write: int, how: str) -> bool:
+    """Run in a forked process that ends, without a word, at its so-and-so-many-th write. how: `before`, `after` or `torn`
+    (half of a journal's line is on the disk). Returns False where the sweep ended before."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _die_at(write, how)
+            run(path, values)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, KILLED), code
+    return code == KILLED
+
+
+def _die_at(write: int, how: str) -> None:
+    """Count what lasts: records appended to the journal, and files taking another's place."""
+    left = write
+
+    def counted(original, tear=lambda *arguments: None):
+        def call(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if left == 0 and how != "after":
+                if how == "torn":
+                    tear(*arguments)
+                os._exit(KILLED)
+            result = original(*arguments, **options)
+            if left == 0:
+                os._exit(KILLED)
+            return result
+
+        return call
+
+    # what a killed process wrote stays in the kernel: flushing is for power cuts, and slow
+    os.fsync, os.replace, os.rename = lambda handle: None, counted(os.replace), counted(os.rename)
+    JournalFile.append_logs = counted(JournalFile.append_logs, _half)
+
+
+def _half(journal: JournalFile, logs: list[dict[str, Any]]) -> None:
+    """The beginning of a record reaches the disk."""
+    line = json.dumps(logs[0])
+    journal._file.write(line[: len(line) // 2])
+    journal._file.flush()

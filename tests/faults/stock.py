@@ -1,0 +1,99 @@
+"""Stock Ray Tune with OptunaSearch and ASHA under the same faults, with the same fake engine, as a driver process to be killed.
+
+`python -m faults.stock start|resume FOLDER FAULT`. Everything as Tune's documentation has it: a class Trainable that saves a
+checkpoint after every report, max_failures 2, Tuner.restore. OptunaSearch has its study in memory and in Tune's snapshots.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import ray
+import sweep_fake_engine as engine
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from engine.config import TrainConfig, parse
+
+from .sweeps import CURVES, NUM_RUNGS
+
+NUM_TRIALS = 10
+
+
+class StockTrial(tune.Trainable):
+    """One rung a step. Appends to `events` what it does: number of the trial, rung, process, time."""
+
+    def setup(self, config: dict) -> None:
+        self._nan, self._rung, self._events = False, 0, Path(config["events"])
+        self._config = parse(TrainConfig, {
+            "model": {"path": "m"}, "data": {"train": CURVES}, "lora": {"rank": config["rank"]},
+            "optim": {"learning_rate": config["learning_rate"]}, "train": {"max_tokens": 400, "num_reports": NUM_RUNGS},
+        })  # fmt: skip
+
+    def step(self) -> dict:
+        time.sleep(self.config["rung_s"])
+        self._rung += 1
+        fault, first = self.config["fault"], not (self._events.parent / "faulted").exists()
+        if fault != "none" and self._rung == 2 and first:
+            (self._events.parent / "faulted").write_text(str(time.time()))
+            if fault == "dies":
+                os._exit(9)
+            if fault == "hangs":
+                time.sleep(3600)
+        self._nan = self._nan or (fault == "nan" and self._rung == 2 and first)
+        with open(self._events, "a") as events:
+            events.write(json.dumps([self.trial_id, self._rung, os.getpid(), time.time()]) + "\n")
+        return {"eval_loss": math.nan if self._nan else engine.eval_loss(self._config, self._rung)}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        Path(checkpoint_dir, "rung").write_text(str(self._rung))
+
+    def load_checkpoint(self, checkpoint_dir: str) -> None:
+        self._rung = int(Path(checkpoint_dir, "rung").read_text())
+
+
+def main(command: str, folder: str, fault: str, rung_s: str = "0.01", num_trials: str = str(NUM_TRIALS)) -> None:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    trainable = tune.with_resources(StockTrial, {"cpu": 1})
+    if command == "resume":
+        tuner = tune.Tuner.restore(f"{folder}/stock", trainable, resume_errored=True)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space={
+                "rank": tune.choice([2, 4, 8, 16]),
+                "learning_rate": tune.loguniform(1e-4, 1e-1),
+                "fault": fault,
+                "rung_s": float(rung_s),
+                "events": f"{folder}/events.jsonl",
+            },
+            tune_config=tune.TuneConfig(
+                search_alg=OptunaSearch(metric="eval_loss", mode="min", seed=0),
+                scheduler=ASHAScheduler(metric="eval_loss", mode="min", max_t=NUM_RUNGS, grace_period=1, reduction_factor=2),
+                num_samples=int(num_trials),
+                max_concurrent_trials=1,
+            ),
+            run_config=tune.RunConfig(
+                name="stock",
+                storage_path=folder,
+                verbose=0,
+                stop={"training_iteration": NUM_RUNGS},
+                failure_config=tune.FailureConfig(max_failures=2),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
+            ),
+        )
+    grid = tuner.fit()
+    rows = [{"trial": r.metrics.get("trial_id"), "rungs": r.metrics.get("training_iteration"), "loss": r.metrics.get("eval_loss"),
+             "params": {key: r.config[key] for key in ("rank", "learning_rate")}, "error": str(r.error or "")}
+            for r in grid]  # fmt: skip
+    Path(folder, f"found-{command}.json").write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

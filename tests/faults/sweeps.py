@@ -1,0 +1,195 @@
+"""Sweeps with the fake engine as processes to be killed, and what must hold of their folders whatever happened to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.metrics import Report
+
+from .nodes import ENV, TESTS
+
+CURVES = str(Path(__file__).with_name("curves.json"))
+SPACE = {"lora.rank": {"choices": [2, 4, 8, 16]}, "optim.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
+NUM_RUNGS = 4
+
+
+def config(output: Path, **sections: Any) -> dict[str, Any]:
+    """A sweep over the recorded curves: 10 trials of 4 rungs, a rung costs 10 ms."""
+    whole = {
+        "model": {"path": "m"},
+        "data": {"train": CURVES},
+        "train": {"max_tokens": 400, "num_reports": NUM_RUNGS},
+        "optim": {"eps": 0.01},
+        "space": SPACE,
+        "sweep": {"num_trials": 10, "output_dir": str(output)},
+        "cluster": {"num_cpu_slots": 2},
+        "tracking": {"name": "mlflow"},
+    }
+    for name, section in sections.items():
+        whole[name] = {**whole[name], **section} if name in ("sweep", "optim", "train", "cluster") else section
+    return whole
+
+
+class Driver:
+    """A driver process; what it prints goes to a file, so that it never waits for a reader."""
+
+    def __init__(self, log: Path, *arguments: str, cwd: Path | None = None) -> None:
+        self.log = log
+        command = [sys.executable, str(TESTS / "sweep_fake_driver.py"), *arguments]
+        with open(log, "w") as out:
+            self.process = subprocess.Popen(command, env=ENV, stdout=out, stderr=subprocess.STDOUT, cwd=cwd)
+        self.started_s = time.monotonic()
+
+    @classmethod
+    def start(cls, config: dict[str, Any], where: Path) -> Driver:
+        where.mkdir(parents=True, exist_ok=True)
+        file = where / "config.json"
+        file.write_text(json.dumps(config))
+        return cls(where / "start.log", "start", str(file))
+
+    @classmethod
+    def resume(cls, folder: Path) -> Driver:
+        number = len(list(folder.parent.parent.glob("resume-*.log")))
+        return cls(folder.parent.parent / f"resume-{number}.log", "resume", str(folder))
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def wait(self, timeout_s: float = 200.0) -> int:
+        return self.process.wait(timeout_s)
+
+    def wait_for(self, text: str, timeout_s: float = 120.0) -> bool:
+        """Until it has printed `text`; False where it ended before."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self.text():
+            if self.process.poll() is not None:
+                return text in self.text()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{text!r} is not in {self.text()}")
+            time.sleep(0.01)
+        return True
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> bool:
+        """Returns whether it was still alive."""
+        if self.process.poll() is not None:
+            return False
+        os.kill(self.process.pid, number)
+        self.process.wait(60)
+        return True
+
+
+def only_folder(output: Path) -> Path | None:
+    """The sweep folder in it; none where there is none that was whole."""
+    folders = [file.parent for file in output.glob("*/sweep_config.json")]
+    assert len(folders) < 2, folders
+    return folders[0] if folders else None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep found: by trial number its params, outcome and curve; the best trial."""
+
+    trials: dict[int, tuple[dict[str, Any], str, list[float]]]
+    best: int | None
+    faults: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> Sweep:
+        """Checks that no result is lost, doubled or torn in journal, files and MLflow; what is not so is in `faults`."""
+        faults: list[str] = []
+        try:
+            results = {int(file.parent.name): json.loads(file.read_text()) for file in folder.glob("trials/*/result.json")}
+            curves = {number: _reports(folder, number) for number in results}
+            board = json.loads((folder / "leaderboard.json").read_text())
+            journal = _Journal(folder)
+        except (OSError, ValueError) as error:
+            return cls({}, None, [f"torn: {error}"])
+        trials = {
+            number: (results[number]["params"], results[number]["outcome"], [r["eval_loss"] for r in curves[number]])
+            for number in sorted(results)
+        }
+        wanted = json.loads((folder / "sweep_config.json").read_text())
+        faults += _faults_of_trials(trials, curves, journal, wanted["sweep"]["num_trials"])
+        if sorted(row["number"] for row in board["trials"]) != sorted(trials):
+            faults.append("the leaderboard has other trials than the folder")
+        if board["best_trial"] is not None and not board["reevaluation"]["agrees"]:
+            faults.append("the best adapter does not agree with its report")
+        if wanted["tracking"]["name"] == "mlflow":
+            faults += _faults_of_mlflow(folder, trials)
+        return cls(trials, board["best_trial"], faults)
+
+
+def _reports(folder: Path, number: int) -> list[dict[str, Any]]:
+    file = folder / "trials" / f"{number:04d}" / "reports.jsonl"
+    reports = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    assert all(set(report) == set(Report.__dataclass_fields__) for report in reports)
+    return reports
+
+
+class _Journal:
+    """Optuna's journal, read line by line without Optuna: how often each trial was made, reported a rung, and ended."""
+
+    def __init__(self, folder: Path) -> None:
+        lines = [json.loads(line) for line in (folder / "study.journal").read_text().splitlines()]
+        created = [line for line in lines if line["op_code"] == 4]  # CREATE_TRIAL
+        self.num_trials = len(created)
+        self.values: dict[tuple[int, int], list[float]] = {}
+        self.ends: Counter[int] = Counter(n for n, line in enumerate(created) if line.get("state") not in (None, 0))
+        for line in lines:
+            if line["op_code"] == 7:  # SET_TRIAL_INTERMEDIATE_VALUE
+                self.values.setdefault((line["trial_id"], line["step"]), []).append(line["intermediate_value"])
+            elif line["op_code"] == 6 and line["state"] not in (0, 4):  # SET_TRIAL_STATE_VALUES; neither running nor waiting
+                self.ends[line["trial_id"]] += 1
+
+
+def _faults_of_trials(trials: dict, curves: dict, journal: _Journal, num_wanted: int) -> list[str]:
+    faults = []
+    num_started = sum(outcome != "INFEASIBLE" for _, outcome, _ in trials.values())
+    if num_started != num_wanted or sorted(trials) != list(range(journal.num_trials)):
+        faults.append(f"{len(trials)} results for {num_wanted} trials wanted and {journal.num_trials} in the journal")
+    for number, (_, outcome, losses) in trials.items():
+        rungs = [report["rung"] for report in curves[number]]
+        if rungs != list(range(1, len(rungs) + 1)):
+            faults.append(f"trial {number}: rungs {rungs}")
+        heard = {rung: values for (trial, rung), values in journal.values.items() if trial == number}
+        if heard != {rung: [loss] for rung, loss in zip(rungs, losses)}:
+            faults.append(f"trial {number}: {heard} in the journal, {losses} in its folder")
+        if journal.ends[number] != 1:
+            faults.append(f"trial {number}: ended {journal.ends[number]} times")
+        if (outcome == "COMPLETE") != (len(rungs) == NUM_RUNGS):
+            faults.append(f"trial {number}: {outcome} with {len(rungs)} rungs")
+    if len({json.dumps(params, sort_keys=True) for params, _, _ in trials.values()}) != len(trials):
+        faults.append("a config was trained twice")
+    return faults
+
+
+def _faults_of_mlflow(folder: Path, trials: dict) -> list[str]:
+    """One parent run, one child run a trial with its outcome, one point a rung."""
+    faults = []
+    with sqlite3.connect(folder.parent / "mlflow.db") as database:
+        ours = "select run_uuid from tags where key = 'sweep.folder' and value = ?"
+        parents = [row[0] for row in database.execute(ours, [str(folder)])]
+        if len(parents) != 1:
+            return [f"mlflow: {len(parents)} parent runs"]
+        children = [row[0] for row in database.execute(
+            "select run_uuid from tags where key = 'mlflow.parentRunId' and value = ?", parents)]  # fmt: skip
+        tags = {run: dict(database.execute("select key, value from tags where run_uuid = ?", [run])) for run in children}
+        if sorted(int(tag["sweep.trial_number"]) for tag in tags.values()) != sorted(trials):
+            return ["mlflow: other trials than in the folder"]
+        for run, tag in tags.items():
+            number = int(tag["sweep.trial_number"])
+            curve = "select value from metrics where run_uuid = ? and key = 'eval/loss_nats_per_token' order by step"
+            points = [row[0] for row in database.execute(curve, [run])]
+            if points != trials[number][2] or tag["outcome"] != trials[number][1]:
+                faults.append(f"mlflow: trial {number}: {tag['outcome']} {points}")
+    return faults

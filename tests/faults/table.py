@@ -1,0 +1,130 @@
+"""The measured figures as a Markdown table, stock Ray Tune beside.
+
+`PYTHONPATH=.:tests python -m faults.table [NUM_KILLS [NUM_STOCK_KILLS]]`
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from . import kills, measure
+from .nodes import ENV
+from .stock import NUM_TRIALS
+
+PATIENCE_S = 120.0
+
+
+def main(num_kills: int, num_stock_kills: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        where = Path(folder)
+        rows = [
+            ("worker SIGKILL", _ours(measure.worker_killed(where / "worker")), _stock(where / "stock-worker", "dies")),
+            ("NaN loss", _ours(measure.diverged(where / "nan", 12.0)), _stock(where / "stock-nan", "nan")),
+            ("hung trial, timeout 5 s", _ours(measure.hung(where / "hung", 8.0)), _stock(where / "stock-hung", "hangs")),
+            ("node SIGKILL", _ours(measure.node_lost(where / "node", signal.SIGKILL)), "not run"),
+            ("node SIGTERM", _ours(measure.node_lost(where / "term", signal.SIGTERM)), "not run"),
+            ("driver SIGTERM", _ours(measure.driver_terminated(where / "driver")[0]), "not run"),
+            ("second driver", _ours(measure.second_driver(where / "second")[0]), "not run"),
+            (f"driver SIGKILL x {num_kills} and {num_stock_kills}", _killed(num_kills), _stock_killed(where, num_stock_kills)),
+        ]  # fmt: skip
+    print("| fault | this project | stock Ray Tune, OptunaSearch, ASHA |\n|---|---|---|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+def _ours(found: measure.Found) -> str:
+    outcomes = ", ".join(sorted({result["outcome"] for result in found.results.values()}))
+    return f"{found.seconds:.2f} s; {outcomes}; {len(found.sweep.faults)} faults; {found.num_rungs_again} rungs trained again"
+
+
+def _killed(num_kills: int) -> str:
+    tally = kills.main(num_kills)
+    return (
+        f"{tally.num_resumed} of {tally.num_kills} resumed, median {statistics.median(tally.seconds):.1f} s; {tally.num_results} "
+        f"results in {tally.num_sweeps} sweeps, {len(tally.faults)} faults; {tally.num_equal} of {tally.num_must_be_equal} "
+        f"sweeps that must be are the undisturbed one; same best in {tally.num_same_best} of {tally.num_sweeps}"
+    )
+
+
+def _driver(where: Path, command: str, fault: str, *more: str) -> subprocess.Popen:
+    where.mkdir(parents=True, exist_ok=True)
+    arguments = [sys.executable, "-m", "faults.stock", command, str(where), fault, *more]
+    with open(where / f"{command}.log", "a") as log:
+        env = {name: value for name, value in ENV.items() if name != "FAKE_TORCH"}  # Optuna looks for the real one
+        return subprocess.Popen(arguments, env=env, stdout=log, stderr=log)
+
+
+def _stock(where: Path, fault: str) -> str:
+    """One fault in a sweep of 4 trials: how long until the trial goes on, and what is found at the end."""
+    process = _driver(where, "start", fault, "0.1", "4")
+    try:
+        process.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return f"not ended after {PATIENCE_S:.0f} s"
+    if process.returncode:
+        return f"driver failed: {_last_line(where / 'start.log')}"
+    events = [json.loads(line) for line in (where / "events.jsonl").read_text().splitlines()]
+    at_s = float((where / "faulted").read_text())
+    next_s = min((time_s for *_, time_s in events if time_s > at_s), default=float("inf"))
+    rows = json.loads((where / "found-start.json").read_text())
+    return f"{next_s - at_s:.2f} s; {sum(not row['error'] for row in rows)} of 4 ended without error; losses {_losses(rows)}"
+
+
+def _losses(rows: list[dict]) -> str:
+    return ", ".join("none" if row["loss"] is None else f"{row['loss']:.2f}" for row in rows)
+
+
+def _stock_killed(where: Path, num_kills: int) -> str:
+    """Each sweep killed once, restored once: how many went on, and how many of their results are whole and new."""
+    rng, resumed, whole, same, lines = random.Random(0), 0, 0, 0, []
+    calm = where / "stock-calm"
+    began = time.monotonic()
+    assert _driver(calm, "start", "none").wait(PATIENCE_S) == 0, (calm / "start.log").read_text()[-2000:]
+    duration_s = time.monotonic() - began
+    reference = json.loads((calm / "found-start.json").read_text())
+    for number in range(num_kills):
+        place = where / f"stock-{number}"
+        process = _driver(place, "start", "none")
+        while not (place / "events.jsonl").exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0.0, duration_s / 3.0))
+        process.kill()
+        process.wait()
+        again = _driver(place, "resume", "none")
+        try:
+            code = again.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            again.kill()
+            code = "hung"
+        if code != 0:
+            lines.append(f"{code}: {_last_line(place / 'resume.log')}")
+            continue
+        resumed += 1
+        rows = json.loads((place / "found-resume.json").read_text())
+        whole += len(rows) == NUM_TRIALS and all(row["loss"] is not None and not row["error"] for row in rows)
+        same += [row["params"] for row in rows] == [row["params"] for row in reference]
+    causes = "; ".join(sorted(set(lines)))
+    return (
+        f"{resumed} of {num_kills} restored; {whole} of them with {NUM_TRIALS} results; {same} with the "
+        "undisturbed sweep's trials" + (f" ({causes[:200]})" if causes else "")
+    )
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text().splitlines() if line.strip()]
+    return lines[-1][:120] if lines else ""
+
+
+if __name__ == "__main__":
+    numbers = [int(argument) for argument in sys.argv[1:]] + [20, 5]
+    main(numbers[0], numbers[1] if len(sys.argv) > 2 else 5)

@@ -1,0 +1,101 @@
+"""A driver killed at any write to disk loses nothing, and its resumed sweep is the undisturbed one, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from sweep import drafts, study
+from sweep.ledger import Ledger
+
+from .simulated import killed_at, run, settings
+
+EQUAL = [
+    ("tpe", "successive_halving", 1),
+    ("tpe", "hyperband", 1),
+    ("cmaes", "median", 1),
+    ("random", "patient", 2),
+    ("grid", "none", 2),
+]
+
+
+def disturbed(tmp_path, values: dict, step: int) -> Iterator[tuple[int, str, dict]]:
+    """Sweeps killed at every step-th write in every way, and resumed: (write, how, what they found)."""
+    for write in itertools.count(1, step):
+        ways = [how for how in ("before", "after", "torn") if killed_at(tmp_path / f"{write}-{how}", values, write, how)]
+        for how in ways:
+            yield write, how, run(tmp_path / f"{write}-{how}", values)
+        if len(ways) < 3:
+            return
+
+
+def folder_of(path, values: dict):
+    """Where the sweeps go: they do not make it themselves."""
+    if values["sampler"]["name"] == "grid":
+        values["space"] = {"lora.rank": {"choices": [2, 4, 8, 16]}, "lora.use_rslora": {"choices": [True, False]}}
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _folders(monkeypatch):
+    """A journal needs its folder, which the driver makes before it."""
+    original = study.Study.__init__
+
+    def make(self, folder, *arguments, **options):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        original(self, folder, *arguments, **options)
+
+    monkeypatch.setattr(study.Study, "__init__", make)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def check(tmp_path, sampler: str, pruner: str, num_slots: int, step: int, num_trials: int = 7) -> int:
+    values = settings(sampler, pruner, num_slots, num_trials)
+    folder_of(tmp_path, values)
+    undisturbed = run(tmp_path / "undisturbed", values)
+    assert len(undisturbed) == num_trials
+    num_kills = 0
+    for write, how, trials in disturbed(tmp_path, values, step):
+        assert trials == undisturbed, f"killed {how} write {write}"
+        num_kills += 1
+    return num_kills
+
+
+def test_a_kill_at_a_write_changes_nothing(tmp_path):
+    assert check(tmp_path, "tpe", "successive_halving", 1, step=13, num_trials=5) > 9
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("sampler", "pruner", "num_slots"), EQUAL)
+def test_a_kill_at_every_write_changes_nothing(tmp_path, sampler, pruner, num_slots):
+    assert check(tmp_path, sampler, pruner, num_slots, step=1) > 150
+
+
+def test_the_check_bites_where_a_resumed_sampler_draws_anew(tmp_path, monkeypatch):
+    draws = itertools.count(1)
+    monkeypatch.setattr(drafts, "proposal_seed", lambda seed, number, stream=0: next(draws))
+    with pytest.raises(AssertionError, match="killed"):
+        check(tmp_path, "tpe", "none", 1, step=11, num_trials=4)
+
+
+def test_the_check_bites_where_a_result_is_not_mended(tmp_path, monkeypatch):
+    monkeypatch.setattr("sweep.runs.SweepFolder.has_result", lambda self, number: True)
+    with pytest.raises(AssertionError, match="killed"):
+        check(tmp_path, "random", "none", 1, step=1, num_trials=2)
+
+
+@pytest.mark.faults
+def test_the_check_bites_where_the_pruner_is_not_asked_again(tmp_path, monkeypatch):
+    original = Ledger.recover
+
+    def recover(self):
+        with monkeypatch.context() as patch:
+            patch.setattr(self._study, "should_prune", lambda number: False)
+            return original(self)
+
+    monkeypatch.setattr(Ledger, "recover", recover)
+    with pytest.raises(AssertionError, match="killed"):
+        check(tmp_path, "tpe", "successive_halving", 1, step=1, num_trials=3)

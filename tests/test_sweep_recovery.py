@@ -1,0 +1,127 @@
+"""What a resumed sweep owes to the one that was killed, without Ray: proposals, verdicts, files, deaths, and paths."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_sweep_study import WIDE, config_for, ledger_in, report, study_in
+
+from sweep.feasibility import Verdict
+from sweep.ledger import Ledger
+from sweep.outcome import Outcome
+from sweep.paths import with_absolute_paths
+from sweep.runs import SweepFolder
+from sweep.space_parse import parse_space
+from sweep.study import Study
+
+
+def propose(path: Path, sampler: str, reopen: bool) -> list[dict]:
+    """The params of 8 trials, each told before the next is asked for; reopen: in a new study object every time."""
+    path.mkdir()
+    config = config_for(WIDE, sampler, "none")
+    study, params = study_in(path, config), []
+    for _ in range(8):
+        proposal = study.ask()
+        params.append(proposal.params)
+        study.report(proposal.number, 1, 2.0 + 100 * proposal.config.optim.learning_rate)
+        study.tell(proposal.number, Outcome.COMPLETE)
+        study = study_in(path, config) if reopen else study
+    return params
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "gp"])
+def test_a_study_reopened_before_every_trial_proposes_what_one_left_open_proposes(tmp_path, sampler):
+    assert propose(tmp_path / "open", sampler, False) == propose(tmp_path / "reopened", sampler, True)
+
+
+def test_proposals_of_different_numbers_and_seeds_are_independent(tmp_path):
+    params = propose(tmp_path / "a", "random", True)
+    assert len({json.dumps(each) for each in params}) == len(params)
+
+
+def test_a_verdict_lost_in_a_kill_is_given_again(tmp_path):
+    config = config_for(WIDE)
+    ledger = ledger_in(tmp_path, config)
+    good, bad = ledger.next_trial(), ledger.next_trial()
+    for number, loss in ((good.number, 2.0), (bad.number, 9.0)):
+        line = json.dumps({**report(1, loss)}) + "\n"
+        (SweepFolder(tmp_path).trial(number) / "reports.jsonl").write_text(line)
+    ledger.reported(good.number, report(1, 2.0))
+    ledger._study.report(bad.number, 1, 9.0)  # and there the driver is killed
+    resumed = ledger_in(tmp_path, config)
+    assert resumed.recover() == [good.number]
+    assert resumed.records[bad.number].outcome is Outcome.PRUNED
+
+
+def test_results_that_a_kill_kept_from_the_folder_are_written_on_resume(tmp_path):
+    """Of a refused trial, and of one that ended; a result that is there is not touched."""
+    config = config_for(WIDE, num_trials=2)
+    refuse = Verdict(None, "needs 30 GiB", 30.0, 6.0)
+    folder = SweepFolder(tmp_path)
+    refused = Study(folder, config, parse_space(config.space), lambda config: refuse).ask()
+    study = study_in(tmp_path, config)
+    ended, written = study.ask(), study.ask()
+    study.tell(ended.number, Outcome.FAILED, "why")
+    study.tell(written.number, Outcome.FAILED, "why")
+    folder.write_result(written.number, {"outcome": "as it was"})
+    (folder.trial(refused.number) / "train_config.json").unlink()
+
+    ledger_in(tmp_path, config).recover()
+    results = [json.loads((folder.trial(n) / "result.json").read_text()) for n in range(3)]
+    assert [result["outcome"] for result in results] == ["INFEASIBLE", "FAILED", "as it was"]
+    assert (results[0]["error"], results[0]["predicted_peak_gib"]) == ("needs 30 GiB", 30.0)
+    assert (folder.trial(refused.number) / "train_config.json").is_file()
+
+
+def test_deaths_are_counted_across_resumes_and_forgiven_by_a_new_report(tmp_path):
+    config = config_for(WIDE, num_trials=1)
+    first = ledger_in(tmp_path, config, max_retries=1)
+    number = first.next_trial().number
+    first.lost(number, "its node was lost")
+    first.next_trial()
+    first.reported(number, report(1, 2.0))
+    first.lost(number, "its node was lost")
+    second = ledger_in(tmp_path, config, max_retries=1)
+    assert second.recover() == [number]
+    second.next_trial()
+    second.lost(number, "its node was lost")
+    (record,) = second.records
+    assert record.outcome is Outcome.LOST
+    assert record.error == "lost 2 times in a row without a new report; the last time, its node was lost"
+
+
+def test_a_trial_is_silent_only_after_its_timeout_and_only_while_it_has_a_slot(tmp_path):
+    config, now = config_for(WIDE, pruner="none"), [0.0]
+    ledger = Ledger(
+        study_in(tmp_path, config), SweepFolder(tmp_path), num_trials=2, num_rungs=4, num_slots=2, max_retries=1,
+        report_timeout_s=10.0, monotonic=lambda: now[0],
+    )  # fmt: skip
+    number = ledger.next_trial().number
+    now[0] = 9.0
+    ledger.still_waits(number)
+    now[0] = 18.0
+    assert not ledger.is_silent(number)
+    ledger.reported(number, report(1, 2.0))
+    now[0] = 28.5
+    assert ledger.is_silent(number)
+    ledger.lost(number, "it had not reported")
+    assert not ledger.is_silent(number)
+
+
+def test_paths_that_exist_become_absolute_and_names_stay_names(tmp_path):
+    (tmp_path / "mine.jsonl").touch()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "chatml").touch()
+    config = config_for(WIDE)
+    config = config.model_copy(update={
+        "model": config.model.model_copy(update={"path": "model"}),
+        "data": config.data.model_copy(update={"train": "mine.jsonl", "eval": "org/name", "chat_template": "chatml"}),
+        "tracking": config.tracking.model_copy(update={"uri": "sqlite:///runs.db"}),
+    })  # fmt: skip
+    found = with_absolute_paths(config, tmp_path)
+    assert (found.model.path, found.data.train) == (str(tmp_path / "model"), str(tmp_path / "mine.jsonl"))
+    assert (found.data.eval, found.data.chat_template) == ("org/name", "chatml")
+    assert found.tracking.uri == f"sqlite:///{tmp_path / 'runs.db'}"
+    assert with_absolute_paths(found, Path("/")) == found
