@@ -61,6 +61,7 @@ def _connect(slots: Slots, address: str | None) -> None:
     root = str(Path(__file__).resolve().parent.parent)  # the workers import this package, wherever the driver was started
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     ray.init(
+        address="local",
         num_cpus=slots.num_slots * slots.cpus_per_trial,
         num_gpus=slots.num_slots if slots.device == "cuda" else 0,
         include_dashboard=False,

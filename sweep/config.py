@@ -52,7 +52,9 @@ AutoCard = Annotated[str, PlainValidator(_auto_or_card)]
 class SweepSection(StrictModel):
     """Name, length and place of the sweep."""
 
-    name: str = Field("sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, dot, dash, underscore")
+    name: str = Field(
+        "sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="letters, digits, dot, dash, underscore"
+    )
     num_trials: PositiveInt = 16
     seed: Annotated[int, Field(ge=0)] = 0
     output_dir: str = Field("sweeps", min_length=1, description="the sweep folder is created in it")

@@ -40,7 +40,8 @@ class Plan:
         lines = [
             f"sweep      {config.sweep.name}: {config.sweep.num_trials} trials, seed {config.sweep.seed}, "
             f"output in {config.sweep.output_dir}/{config.sweep.name}-<date>-<time>/",
-            f"model      {config.model.path} ({config.model.quantization})",
+            f"model      {config.model.path} ({config.model.quantization})"
+            + (", and its own code is run: model.trust_remote_code" if config.model.trust_remote_code else ""),
             f"data       {config.data.train}",
             f"budget     {budget:,} tokens a trial, at most {config.sweep.num_trials * budget:,} in all",
             f"rungs      {self.num_rungs}, at tokens seen: {grid}",
