@@ -23,6 +23,7 @@ from sweep.engine_modules import REAL_ENGINE, EngineModules
 from sweep.feasibility import Feasibility, make_feasibility
 from sweep.forecast import card_line, check_any_fits, describe_forecast, no_forecast_line
 from sweep.plan import Plan, make_plan
+from sweep.ray_environment import set_ray_environment
 from sweep.runs import SweepFolder
 
 INTERRUPTED = 130
@@ -112,6 +113,7 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Fe
 def _trials_and_finish(
     plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, screen: Screen, tracker: Any
 ) -> int:
+    set_ray_environment(plan.config.cluster.address)  # before sweep.tuning loads ray
     from sweep.finish import finish
     from sweep.ledger import Ledger
     from sweep.study import Study

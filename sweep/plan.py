@@ -8,6 +8,7 @@ from typing import Any
 from engine.config import TrainConfig
 from sweep.config import SweepConfig
 from sweep.placement import Slots, count_cpus, count_gpus, plan_slots
+from sweep.ray_environment import set_ray_environment
 from sweep.space import Space
 from sweep.space_parse import parse_space
 
@@ -72,6 +73,7 @@ def make_plan(config: SweepConfig) -> Plan:
 def _count_hardware(config: SweepConfig) -> tuple[int, int]:
     if config.cluster.address is None:
         return count_gpus(), count_cpus()
+    set_ray_environment(config.cluster.address)
     from sweep.cluster import count_cluster  # loads ray, for an existing cluster only
 
     return count_cluster(config.cluster.address)
