@@ -33,9 +33,8 @@ def set_ray_environment(address: str | None) -> None:
     """
     os.environ.update(SETTINGS)
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if address is not None:
-        return
-    os.environ.update(LOOPBACK)
-    if not any(os.environ.get(name) for name in TOKEN):
+    if address is None or address.rpartition(":")[0] in ("127.0.0.1", "localhost"):
+        os.environ.update(LOOPBACK)
+    if address is None and not any(os.environ.get(name) for name in TOKEN):
         # in the environment, not in Ray's ~/.ray/auth_token, which it writes readable by everyone
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
