@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import pickle
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
@@ -105,9 +106,9 @@ def _load(folder: Path, fingerprint: str, layers: dict[str, LoraLinear], optimiz
     state, files = _read_state(folder), _read_files(folder)
     if state.pop("sha256", None) != {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}:
         raise TornCheckpoint(f"{folder}: checksums differ from {STATE}")
+    if state.get("fingerprint") != fingerprint:
+        raise CheckpointError(f"{folder} belongs to config {state.get('fingerprint')}, not to {fingerprint}")
     progress = _progress(folder, state)
-    if progress.fingerprint != fingerprint:
-        raise CheckpointError(f"{folder} belongs to config {progress.fingerprint}, not to {fingerprint}")
     try:
         tensors = load_tensors(files[ADAPTER])
         saved = torch.load(io.BytesIO(files[OPTIMIZER]), weights_only=True, map_location="cpu")
@@ -117,6 +118,8 @@ def _load(folder: Path, fingerprint: str, layers: dict[str, LoraLinear], optimiz
         _restore_random_state(saved["random"])
     except InputError as error:
         raise CheckpointError(str(error)) from None
+    except pickle.UnpicklingError:  # torch's text advises to load it all the same
+        raise CheckpointError(f"{folder}/{OPTIMIZER} holds more than tensors and numbers; it is not loaded") from None
     except Exception as error:  # the checksums fit, so this was made: whatever it trips over, it is no checkpoint of ours
         raise CheckpointError(f"{folder} is no checkpoint of this program ({first_line(error)})") from None
     return progress

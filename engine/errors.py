@@ -35,6 +35,8 @@ class OutOfMemory(EngineError):
 class StorageError(EngineError):
     """Files cannot be written: the disk is full, read-only or failing. No trial's fault: each can go on later."""
 
+    exit_code = 1
+
 
 class CheckpointError(EngineError):
     """A checkpoint is torn, or belongs to another config."""

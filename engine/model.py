@@ -31,6 +31,8 @@ from engine.packing import Batch
 from engine.quant import freeze_linears, nf4_load_config
 from engine.swap import SwapReport, cache_weights, fuse_layers, require_fused, set_policy, survey
 
+NO_LINEAR = "has no linear layer that an adapter could sit on"
+
 
 @dataclass
 class Base:
@@ -126,6 +128,8 @@ def load_base(config: ModelConfig, device: torch.device) -> Base:
         raise InputError("model.path", config.path, f"lacks {len(loading['missing_keys'])} tensors, {_first(loading)} among them")
     model.requires_grad_(False).eval()
     names = freeze_linears(model, skip=[model.get_output_embeddings()])
+    if not names:
+        raise InputError("model.path", config.path, NO_LINEAR)
     swaps = _swaps(model, config, fuse_layers)
     if place_embedding(model, config):
         swaps = replace(swaps, others=(*swaps.others, "embed_tokens"))
@@ -172,7 +176,7 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
         n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head
     }
     if not features:
-        raise InputError("model.path", config.path, "has no linear layer that an adapter could sit on")
+        raise InputError("model.path", config.path, NO_LINEAR)
     return ModelFacts(features, _swaps(model, config, survey))
 
 

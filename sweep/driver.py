@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-from engine.errors import InputError
+from engine.errors import InputError, StorageError, first_line
+from engine.files import storage_fault
 from engine.provenance import provenance
 from sweep.commands import look, prepare
 from sweep.config import SweepConfig, parse_sweep_config
@@ -53,7 +54,9 @@ def _launch(plan: Plan, folder: SweepFolder | None, dry_run: bool, engine: Engin
             feasibility = _prepare(plan, engine)
         except KeyboardInterrupt:
             return _interrupted(folder)
-        return _run(plan, folder or SweepFolder.create(plan.config, datetime.now()), engine, feasibility)
+        folder = folder or SweepFolder.create(plan.config, datetime.now())
+        with _storage_errors(folder):
+            return _run(plan, folder, engine, feasibility)
 
 
 def _forecast(plan: Plan, engine: EngineModules) -> None:
@@ -159,9 +162,24 @@ def _interrupted(folder: SweepFolder | None) -> int:
     if folder is None:
         print("\nstopped before the sweep began; nothing was written", file=sys.stderr)
     else:
-        command = f"python -m sweep resume={shlex.quote(str(folder.path))}"
-        print(f"\nstopped; nothing is lost. Go on with:\n  {command}", flush=True)
+        print(f"\nstopped; nothing is lost. Go on with:\n  {_resume_command(folder)}", flush=True)
     return INTERRUPTED
+
+
+def _resume_command(folder: SweepFolder) -> str:
+    return f"python -m sweep resume={shlex.quote(str(folder.path))}"
+
+
+@contextmanager
+def _storage_errors(folder: SweepFolder) -> Iterator[None]:
+    """A disk that is full, read-only or failing is one line, and what to do about it, wherever the driver met it."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, StorageError) and storage_fault(error) is None:
+            raise
+        what = first_line(error)
+        raise StorageError(f"{what}; nothing is lost: make room, then go on with: {_resume_command(folder)}") from error
 
 
 @contextmanager

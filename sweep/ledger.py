@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any, Protocol
 
+from engine.errors import StorageError, first_line
+from engine.files import storage_fault
 from sweep.outcome import Outcome, Proposal, TrialRecord
 from sweep.runs import SweepFolder
 from sweep.study import Study
@@ -56,6 +59,7 @@ class Ledger:
         self._live: set[int] = set()
         self._retries: dict[int, int] = {}
         self._exhausted = False
+        self.storage_fault: str | None = None  # why the sweep must stop and be resumed, in one line
 
     @property
     def records(self) -> list[TrialRecord]:
@@ -86,6 +90,20 @@ class Ledger:
     def _has_given_up(self) -> bool:
         return len(self._records) - self._num_started >= MAX_INFEASIBLE * self._num_trials
 
+    @contextmanager
+    def on_disk(self) -> Iterator[None]:
+        """Around every event: where the disk takes no more, the sweep stops; the journal is good to its last whole line."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, StorageError) and storage_fault(error) is None:
+                raise
+            self.suspend(f"{self._folder.path} cannot be written ({first_line(error)})")
+
+    def suspend(self, reason: str) -> None:
+        """The disk took no more: start nothing, end nothing. What runs is RUNNING in the journal and goes on at the resume."""
+        self.storage_fault = self.storage_fault or reason
+
     def recover(self) -> list[int]:
         """After a kill: make up for what the driver did not hear. Returns the trials that will go on, with their numbers.
 
@@ -111,7 +129,7 @@ class Ledger:
 
     def next_trial(self) -> Proposal | Next:
         """The next trial to start: one to go on with, else a new one."""
-        if len(self._live) >= self._num_slots:
+        if self.storage_fault or len(self._live) >= self._num_slots:
             return Next.WAIT
         if self._waiting:
             number = self._waiting.pop(0)
@@ -126,7 +144,7 @@ class Ledger:
 
     def reported(self, number: int, report: dict[str, Any]) -> bool:
         """Take a report in. Returns True where the trial must stop; it is then told PRUNED already."""
-        if number not in self._live:
+        if number not in self._live or self.storage_fault:
             return True
         record = self._records[number]
         if self._study.report(number, report["rung"], report["eval_loss"]):
@@ -146,7 +164,7 @@ class Ledger:
         memory: Mapping[str, float] | None = None,
     ) -> None:
         """A trial ended by itself; its last report, where it has one, arrives only here. memory: see Study.tell."""
-        if number not in self._live:
+        if number not in self._live or self.storage_fault:
             return
         if report is not None:
             record = self._records[number]
@@ -157,7 +175,7 @@ class Ledger:
 
     def lost(self, number: int) -> None:
         """The trial's process died. It goes on from its own checkpoint, a limited number of times; then it is LOST."""
-        if number not in self._live:
+        if number not in self._live or self.storage_fault:
             return
         self._live.discard(number)
         self._retries[number] = self._retries.get(number, 0) + 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import TrainConfig, load_json, to_json
-from engine.errors import InputError
+from engine.errors import InputError, StorageError
 from engine.files import write_text
 from sweep.config import SweepConfig, parse_sweep_config
 
@@ -49,7 +50,11 @@ class SweepFolder:
                 continue
             except OSError as error:
                 raise InputError("sweep.output_dir", str(parent), f"must be a writable folder ({error.strerror})") from None
-            folder.write_config(config)
+            try:
+                folder.write_config(config)
+            except StorageError as error:
+                shutil.rmtree(folder.path, ignore_errors=True)
+                raise InputError("sweep.output_dir", str(parent), f"must be a folder with room ({error})") from None
             return folder
         raise InputError("sweep.output_dir", str(parent), f"already holds 99 folders named {stem}")
 
@@ -59,7 +64,17 @@ class SweepFolder:
         folder = cls(Path(path))
         if not folder.config_file.is_file():
             raise InputError("resume", str(path), "must be a sweep folder (one with a sweep_config.json)")
+        folder._refuse_links_out()
         return folder
+
+    def _refuse_links_out(self) -> None:
+        """A folder from elsewhere may hold links; what a sweep writes and removes must not be reached through them."""
+        inside = self.path.resolve()
+        for parent, folders, files in os.walk(self.path):
+            for name in (*folders, *files):
+                entry = Path(parent, name)
+                if entry.is_symlink() and not entry.resolve().is_relative_to(inside):
+                    raise InputError("resume", str(entry), f"is a link out of the sweep folder, to {os.readlink(entry)}")
 
     def write_config(self, config: SweepConfig) -> None:
         """Keys keep their order: that of `space` is the order of dimensions and choices, which Optuna refuses to see changed."""
@@ -80,11 +95,13 @@ class SweepFolder:
         write_text(self.trial(number) / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
 
     def reports(self, number: int) -> list[dict[str, Any]]:
-        """The trial's reports, ascending by rung; empty where it has none yet."""
+        """The trial's reports, ascending by rung; empty where it has none yet. A last line that is not whole is left out: the
+        trial's checkpoint has it, and writes the file again."""
         file = self.trial(number) / "reports.jsonl"
-        if not file.is_file():
-            return []
-        return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        lines = file.read_bytes().split(b"\n") if file.is_file() else []
+        if lines and lines[-1]:
+            lines.pop()
+        return [_report(file, rung, line) for rung, line in enumerate(filter(None, lines), 1)]
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -98,6 +115,20 @@ class SweepFolder:
             lock.release()
 
 
+def _report(file: Path, rung: int, line: bytes) -> dict[str, Any]:
+    """One report, checked as far as the driver relies on it."""
+    try:
+        report = json.loads(line)
+        numbers = [report[name] for name in ("tokens_seen", "eval_loss", "elapsed_s")]
+        if report["rung"] == rung and all(isinstance(value, int | float) for value in numbers):
+            return report
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise InputError(
+        str(file), line[:80], f"line {rung} must be the report of rung {rung}; remove the file: the checkpoint has all"
+    )
+
+
 class FileLock:
     """An exclusive lock on a file. The kernel frees it when the process dies, so a kill leaves nothing to clean up."""
 
@@ -106,7 +137,7 @@ class FileLock:
 
     def acquire(self) -> bool:
         """Try once; returns whether the lock is now held."""
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

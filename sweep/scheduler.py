@@ -21,5 +21,7 @@ class LedgerScheduler(FIFOScheduler):
         return {}  # Tune pickles it into its own snapshots, which nobody reads
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        stop = self._ledger.reported(trial.config["number"], json.loads(result["report"]))
+        stop = False
+        with self._ledger.on_disk():
+            stop = self._ledger.reported(trial.config["number"], json.loads(result["report"]))
         return self.STOP if stop else self.CONTINUE

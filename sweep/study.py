@@ -8,6 +8,7 @@ trial is not. Steps in the journal are rungs, from 1. The driver is the only wri
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from engine.config import TrainConfig, to_json
+from engine.errors import InputError, first_line
 from sweep.config import SweepConfig
 from sweep.feasibility import UNPREDICTED, Verdict
 from sweep.outcome import Outcome, Proposal, TrialRecord
@@ -43,15 +45,21 @@ class Study:
         self._folder, self._space, self._seed, self._judge = folder, space, config.sweep.seed, judge
         self._base = config.base().model_dump(mode="json")
         _mend_journal(folder)
-        self._storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
         self._pruner = make_pruner(config.pruner, len(config.train.report_grid()))
-        self._study = optuna.create_study(storage=self._storage, study_name=STUDY_NAME, pruner=self._pruner, load_if_exists=True)
+        self._study = self._open()
         # the seed moves on with the trials, so that a resumed sweep does not propose its beginning again
         self._sampler = make_sampler(config.sampler, config.sweep.seed + len(self._trials()))
         self._study.sampler = self._sampler
         self._sampler_config = config.sampler
         self._points = space.shuffled_points(config.sweep.seed)
         self._tried = {_key(self._config(trial.params), _is_refused(trial)) for trial in self._trials()}
+
+    def _open(self) -> optuna.Study:
+        try:
+            self._storage = optuna.storages.JournalStorage(JournalFileBackend(str(self._folder.journal)))
+            return optuna.create_study(storage=self._storage, study_name=STUDY_NAME, pruner=self._pruner, load_if_exists=True)
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError, optuna.exceptions.OptunaError) as error:
+            raise InputError("resume", str(self._folder.journal), f"is no journal of a sweep ({first_line(error)})") from None
 
     def __len__(self) -> int:
         """Number of trials asked for so far, however they ended."""
@@ -222,3 +230,15 @@ def _mend_journal(folder: SweepFolder) -> None:
             whole = text.rfind(b"\n") + 1
             if whole < len(text):
                 file.truncate(whole)
+        for number, line in enumerate(text[:whole].splitlines(), 1):
+            _check_line(folder, number, line)
+
+
+def _check_line(folder: SweepFolder, number: int, line: bytes) -> None:
+    """A damaged line in the middle would hide every trial after it."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict) or not isinstance(entry.get("op_code"), int):
+        raise InputError(str(folder.journal), line[:80], f"line {number} is damaged; restore the file from a copy")
