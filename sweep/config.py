@@ -6,6 +6,7 @@ The sections of `engine.config.TrainConfig` sit at the top level as the base of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -162,6 +163,11 @@ class TrackingConfig(StrictModel):
 
     name: Literal["mlflow", "none"] = "mlflow"
     uri: str | None = Field(None, description="none: sqlite:///<output_dir>/mlflow.db")
+
+    @property
+    def public_uri(self) -> str | None:
+        """Without the user and password that may stand in it."""
+        return None if self.uri is None else re.sub(r"//[^/\s]*@", "//", self.uri)
 
 
 class SweepConfig(StrictModel):

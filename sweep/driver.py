@@ -101,7 +101,7 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Fe
         folder.write_config(plan.config)
         screen = make_console(sys.stdout, plan.num_rungs, plan.config.sweep.num_trials)
         tracker = _make_tracker(plan, folder)
-        tracker.sweep_started({"sweep.folder": str(folder.path), **provenance()})
+        tracker.sweep_started({"sweep.folder": str(folder.path), **provenance()}, folder.started_s)
         try:
             return _trials_and_finish(plan, folder, engine, feasibility, screen, tracker)
         except KeyboardInterrupt:
@@ -144,7 +144,8 @@ def _trials_and_finish(
     if ledger.shortfall:
         screen.note(ledger.shortfall)
     best, summary = finish(folder, ledger.records, config.sweep.name, plan.slots.device, engine.command, screen.note)
-    tracker.sweep_finished(summary, best, folder.best if best else None)
+    ended_s = max((record.ended_s or 0.0 for record in ledger.records), default=folder.started_s)
+    tracker.sweep_finished(summary, best, folder.best if best else None, ended_s)
     return 0 if best else 1
 
 
@@ -155,7 +156,8 @@ def _make_tracker(plan: Plan, folder: SweepFolder) -> Any:
     if config.tracking.name == "none":
         return NullTracker()
     uri = config.tracking.uri or local_uri(folder.path.parent)
-    return Tracker(uri, config.sweep.name, folder.path.name, folder.path, config.model_dump(mode="json"))
+    shown = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": config.tracking.public_uri})})
+    return Tracker(uri, config.sweep.name, folder.path.name, folder.path, shown.model_dump(mode="json"))
 
 
 def _interrupted(folder: SweepFolder | None) -> int:

@@ -203,7 +203,8 @@ class Ledger:
     def _end(self, number: int, outcome: Outcome, error: str | None = None, memory: Mapping[str, float] | None = None) -> None:
         self._live.discard(number)
         self._study.tell(number, outcome, error, memory)
-        changes = {"outcome": outcome, "ended_s": self._clock(), "error": error, **(memory or {})}
+        ended_s = self._study.record(number).ended_s or self._clock()  # the journal's, which a resume will read
+        changes = {"outcome": outcome, "ended_s": ended_s, "error": error, **(memory or {})}
         self._close(dataclasses.replace(self._records[number], **changes))
 
     def _close(self, record: TrialRecord) -> None:

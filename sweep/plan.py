@@ -50,7 +50,11 @@ class Plan:
             f"sampler    {_options(config.sampler.model_dump())}",
             f"pruner     {_options(config.pruner.model_dump())}",
             f"tracking   {config.tracking.name}"
-            + (f" at {config.tracking.uri or config.sweep.output_dir + '/mlflow.db'}" if config.tracking.name != "none" else ""),
+            + (
+                f" at {config.tracking.public_uri or config.sweep.output_dir + '/mlflow.db'}"
+                if config.tracking.name != "none"
+                else ""
+            ),
             f"space      {len(self.space.dimensions)} dimensions, {points}",
         ]
         width = max((len(dimension.path) for dimension in self.space.dimensions), default=0)

@@ -36,6 +36,7 @@ class SweepFolder:
         self.best = path / "best"
         self.log = path / "driver.log"
         self.ray = path / "ray"
+        self.lock_file = path / ".lock"
 
     @classmethod
     def create(cls, config: SweepConfig, now: datetime) -> SweepFolder:
@@ -57,6 +58,11 @@ class SweepFolder:
                 raise InputError("sweep.output_dir", str(parent), f"must be a folder with room ({error})") from None
             return folder
         raise InputError("sweep.output_dir", str(parent), f"already holds 99 folders named {stem}")
+
+    @property
+    def started_s(self) -> float:
+        """When the sweep began, Unix seconds: the lock file is made by the first driver, and never written."""
+        return self.lock_file.stat().st_mtime
 
     @classmethod
     def open(cls, path: str | Path) -> SweepFolder:
@@ -106,7 +112,7 @@ class SweepFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for this process; InputError where another driver has it."""
-        lock = FileLock(self.path / ".lock")
+        lock = FileLock(self.lock_file)
         if not lock.acquire():
             raise InputError("resume", str(self.path), "another driver works in this sweep folder; wait for it, or stop it")
         try:
@@ -119,8 +125,7 @@ def _report(file: Path, rung: int, line: bytes) -> dict[str, Any]:
     """One report, checked as far as the driver relies on it."""
     try:
         report = json.loads(line)
-        numbers = [report[name] for name in ("tokens_seen", "eval_loss", "elapsed_s")]
-        if report["rung"] == rung and all(isinstance(value, int | float) for value in numbers):
+        if report["rung"] == rung and isinstance(report["eval_loss"], int | float):
             return report
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
