@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/installed
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test faults lint clean
 help: ## What there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -14,6 +14,9 @@ quickstart: $(STAMP) ## Install, then run a whole sweep on a small model (about 
 test: $(STAMP) lint ## Install, then lint and test (CPU, under 8 minutes)
 	@echo "== tests"
 	$(VENV)/bin/python -m pytest
+
+faults: $(STAMP) ## Long tests: full disks, dead servers, hostile input, open ports (CPU)
+	$(VENV)/bin/python -m pytest -m faults tests/faults
 
 lint: $(STAMP) ## Style and layers
 	@echo "== style and layers"
