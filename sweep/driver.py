@@ -180,7 +180,7 @@ def _storage_errors(folder: SweepFolder) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, StorageError) and storage_fault(error) is None:
             raise
-        what = first_line(error)
+        what = str(error) if isinstance(error, StorageError) else f"{folder.path} cannot be written ({first_line(error)})"
         raise StorageError(f"{what}; nothing is lost: make room, then go on with: {_resume_command(folder)}") from error
 
 

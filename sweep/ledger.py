@@ -174,9 +174,13 @@ class Ledger:
         self._end(number, outcome, error, memory)
 
     def lost(self, number: int) -> None:
-        """The trial's process died. It goes on from its own checkpoint, a limited number of times; then it is LOST."""
+        """The trial's process died. It goes on from its own checkpoint, a limited number of times; then it is LOST.
+
+        StorageError where the disk is full: Tune loses trials over its own files then, which is not theirs to pay for.
+        """
         if number not in self._live or self.storage_fault:
             return
+        self._folder.check_room()
         self._live.discard(number)
         self._retries[number] = self._retries.get(number, 0) + 1
         if self._retries[number] > self._max_retries:

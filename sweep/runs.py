@@ -109,6 +109,12 @@ class SweepFolder:
             lines.pop()
         return [_report(file, rung, line) for rung, line in enumerate(filter(None, lines), 1)]
 
+    def check_room(self) -> None:
+        """StorageError where the disk takes no more: a page is written and removed."""
+        probe = self.path / ".room"
+        write_text(probe, "." * 4096)
+        probe.unlink()
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for this process; InputError where another driver has it."""
