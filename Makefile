@@ -16,7 +16,7 @@ test: $(STAMP) lint ## Install, then lint and test (CPU, under 8 minutes)
 	$(VENV)/bin/python -m pytest
 
 faults: $(STAMP) ## Long tests: full disks, dead servers, hostile input, open ports (CPU)
-	$(VENV)/bin/python -m pytest -m faults tests/faults
+	$(VENV)/bin/python -m pytest -m faults
 
 lint: $(STAMP) ## Style and layers
 	@echo "== style and layers"

@@ -71,10 +71,12 @@ class Projection:
         self._last_rung: dict[int, int] = {}
         self._with_config: set[str] = set()
         self.started_s: float | None = None
+        self._ended = False  # what failed is tried again after the others: the start may come after the end
 
     def start(self, tags: dict[str, str]) -> None:
         parent = self._open()
-        self._client.update_run(parent, status="RUNNING")
+        if not self._ended:
+            self._client.update_run(parent, status="RUNNING")
         self._log(parent, tags={**tags, "sweep.folder": self._folder})
         self._write_config(parent, self._config, "sweep_config.json")
 
@@ -113,10 +115,12 @@ class Projection:
         metrics = [(name, value, int(1000 * now_s), 0) for name, value in numbers.items() if known.get(name) != value]
         self._log(parent, metrics, tags={name: value for name, value in summary.items() if name not in numbers})
         self._client.set_terminated(parent, "FINISHED", end_time=int(1000 * now_s))
+        self._ended = True
 
     def interrupt(self) -> None:
         if self._parent is not None:
             self._client.set_terminated(self._parent, "KILLED")
+            self._ended = True
 
     def _mark_best(self, run: str) -> None:
         for former in self._search("tags.`sweep.best` = 'true'"):

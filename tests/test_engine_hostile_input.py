@@ -158,6 +158,7 @@ def checkpoint(tmp_path, tiny_config) -> Path:
     return tmp_path / "trial" / "checkpoint"
 
 
+@pytest.mark.faults  # ten trials
 def test_checkpoints_made_to_harm_are_refused_one_by_one(checkpoint, tiny_config, tmp_path):
     """The checksums are put right each time, as whoever makes such a file would."""
     good = Path(shutil.copytree(checkpoint, tmp_path / "good"))

@@ -113,6 +113,7 @@ def test_without_a_checkpoint_that_is_whole_a_trial_is_one_line_and_changes_noth
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.faults
 def test_a_disk_that_fills_while_a_trial_saves_leaves_its_last_report_to_go_on_from(trained):
     config, folder, whole = trained
     reports = train(config, folder)
