@@ -21,10 +21,10 @@ CONFIG = {
 OPEN = "import ray, runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-def sweep(tmp_path: Path, *before: str) -> subprocess.Popen:
+def sweep(tmp_path: Path, *before: str, **given: str) -> subprocess.Popen:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**CONFIG, "sweep": {"output_dir": str(tmp_path / "sweeps"), "num_trials": 2}}))
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | given
     env["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     command = [sys.executable, *before, str(TESTS / "sweep_fake_driver.py"), "start", str(file)]
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -60,7 +60,9 @@ def test_a_sweep_listens_on_the_loopback_interface_only_and_its_calls_carry_a_to
 
 
 def test_a_ray_that_would_listen_on_all_interfaces_is_not_used(tmp_path):
-    process = sweep(tmp_path, "-c", OPEN)  # ray is imported before its environment is set
+    process = sweep(
+        tmp_path, "-c", OPEN, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64
+    )  # ray is imported before its environment is set
     process.wait()
     assert process.returncode != 0
     assert "not on 127.0.0.1 alone" in process.stderr.read()
