@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.cards import card as find_card
 from engine.config import TrainConfig, load_json, load_train_config, parse
-from engine.errors import EngineError, InputError
+from engine.errors import EngineError, InputError, first_line
 from engine.files import write_text
 from engine.planner import plan
 from engine.shape import ModelShape
@@ -31,6 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
         return commands[command](rest)
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a path of the user's that cannot be read or made; those that cannot be written are EngineErrors
+        print(f"error: {error.filename or 'file'}: {error.strerror or first_line(error)}", file=sys.stderr)
         return 2
 
 

@@ -32,6 +32,7 @@ SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
 }
+TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 ALPACA_HEAD = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 
 
@@ -63,9 +64,12 @@ def chat_template(tokenizer: Any, wanted: str | None) -> str | None:
     if wanted == "chatml":
         return CHATML
     try:
-        return Path(wanted).read_text()
-    except OSError:
-        raise InputError("data.chat_template", wanted, "allowed: none (the tokenizer's own), chatml, or a Jinja file") from None
+        if Path(wanted).suffix in TEMPLATE_SUFFIXES:  # a config from elsewhere shall not make training text of any file
+            return Path(wanted).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        pass
+    kinds = ", ".join(TEMPLATE_SUFFIXES)
+    raise InputError("data.chat_template", wanted, f"allowed: none (the tokenizer's own), chatml, or a Jinja file ({kinds})")
 
 
 class Renderer:

@@ -10,14 +10,16 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from engine.errors import InputError
 
 ALL_LINEAR = "all-linear"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 PositiveInt = Annotated[int, Field(ge=1)]
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -28,6 +30,15 @@ class StrictModel(BaseModel):
     """Frozen pydantic model that refuses unknown keys and silent type changes (`"8"` is not a rank)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _printable(cls, value: Any) -> Any:
+        """Names, paths and hub ids: a control character in one fails deep inside a system call, or breaks a file's lines."""
+        texts = value if isinstance(value, tuple | list) else (value,)
+        if any(isinstance(text, str) and not text.isprintable() for text in texts):
+            raise ValueError("must be printable text, without control characters")
+        return value
 
 
 class ModelConfig(StrictModel):
@@ -228,6 +239,8 @@ def load_json(path: str | Path) -> Any:
         raise InputError("file", str(path), f"must be a readable JSON file ({error.strerror})") from None
     except ValueError as error:
         raise InputError("file", str(path), f"must be valid JSON ({error})") from None
+    except RecursionError:
+        raise InputError("file", str(path), "must be valid JSON, nested less deeply") from None
 
 
 def _input_error(model: type[BaseModel], faults: list[dict[str, Any]], where: str) -> InputError:

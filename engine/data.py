@@ -18,7 +18,7 @@ import numpy as np
 from engine.builtin import resolve_data
 from engine.cache import build_once
 from engine.chat import Renderer, SampleError, TargetText, chat_template, detect_format
-from engine.config import DataConfig
+from engine.config import HUB_ID, DataConfig
 from engine.errors import InputError, first_line
 from engine.packing import Sample
 
@@ -145,21 +145,36 @@ def _open(field: str, source: str, split: str) -> tuple[str, Iterator[tuple[str,
         with path.open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
         return digest, _read_file(field, path)
-    if path.suffix in SUFFIXES or path.is_absolute() or path.is_dir() or source.startswith((".", "~")):
+    if path.suffix in SUFFIXES or path.is_dir() or not HUB_ID.fullmatch(source) or ".." in source:
         raise InputError(field, source, "no such file; allowed: a .jsonl, .json or .parquet file, a hub id, builtin:<name>")
     return _open_hub(field, source, split)
 
 
 def _read_file(field: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
+    try:
+        yield from _read_parquet(field, path) if path.suffix == ".parquet" else _read_json(field, path)
+    except UnicodeDecodeError as error:
+        raise InputError(field, str(path), f"must be UTF-8 text ({error})") from None
 
+
+def _read_parquet(field: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    try:
         rows = (row for batch in parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
         yield from ((f"{field} row {i}", row) for i, row in enumerate(rows, 1))
-        return
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(field, str(path), f"must be a whole Parquet file ({first_line(error)})") from None
+
+
+def _read_json(field: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with path.open(encoding="utf-8") as handle:
         if path.suffix == ".json":
-            yield from ((f"{field} item {i}", row) for i, row in enumerate(_parse(field, handle.read()), 1))
+            rows = _parse(field, handle.read())
+            if not isinstance(rows, list):
+                raise InputError(field, str(path), f"must hold a list of samples, not a {type(rows).__name__}")
+            yield from ((f"{field} item {i}", row) for i, row in enumerate(rows, 1))
             return
         for i, line in enumerate(handle, 1):
             if line.strip():
@@ -171,6 +186,8 @@ def _parse(where: str, text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise InputError(where, text.strip()[:60], f"must be JSON ({error})") from None
+    except RecursionError:
+        raise InputError(where, text.strip()[:60], "must be JSON, nested less deeply") from None
 
 
 def _open_hub(field: str, source: str, split: str) -> tuple[str, Iterator[tuple[str, Mapping[str, Any]]]]:

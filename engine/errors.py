@@ -32,14 +32,21 @@ class OutOfMemory(EngineError):
         return (type(self), (self.line, self.predicted_gib, self.measured_gib))
 
 
+class StorageError(EngineError):
+    """Files cannot be written: the disk is full, read-only or failing. No trial's fault: each can go on later."""
+
+    exit_code = 1
+
+
 class CheckpointError(EngineError):
     """A checkpoint is torn, or belongs to another config."""
 
 
 def first_line(error: Exception) -> str:
     """What a library's error says, in one line; its kind where it says nothing."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    lines = str(error).split("\n") if str(error).strip() else [type(error).__name__]
+    lines = [line.strip() for line in lines if line.strip()]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _short(value: object, limit: int = 120) -> str:

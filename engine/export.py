@@ -10,11 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.config import TrainConfig
-from engine.errors import InputError
+from engine.errors import InputError, first_line
 from engine.files import write_folder
 from engine.lora import LoraLinear, adapter_state, load_adapter_state
 from engine.model import locate
@@ -73,5 +74,8 @@ def load_adapter(folder: Path, layers: dict[str, LoraLinear]) -> None:
     path = folder / WEIGHTS
     if not path.is_file():
         raise InputError("adapter", str(folder), f"must be a folder with {WEIGHTS}")
-    state: dict[str, Tensor] = load_file(path)
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError("adapter", str(path), f"must be a whole safetensors file ({first_line(error)})") from None
     load_adapter_state(layers, {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}, str(path))

@@ -1,44 +1,89 @@
-"""Writing files and folders so that a crash at any moment leaves the old one or the new one, never a torn one. No torch."""
+"""Writing files and folders so that a crash at any moment leaves the old one or the new one, never a torn one. No torch.
+
+A disk that is full, read-only or failing is a StorageError, whatever library met it, and leaves the old file or folder too.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from engine.errors import StorageError
+
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what is raised inside because the disk took no more into a StorageError that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        number = storage_fault(error)
+        if number is None:
+            raise
+        raise StorageError(f"{path} cannot be written: {os.strerror(number)}") from error
+
+
+def storage_fault(error: BaseException) -> int | None:
+    """The errno, where the error means that a disk takes no data; None for any other error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, OSError) and number is None and re.search(r"\d+ requested and \d+ written", str(error)):
+        return errno.ENOSPC  # numpy's own words, without a number
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])  # safetensors and tokenizers are written in Rust
+    return number if number in FAULTS else None
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file `path` by `text`, atomically and flushed to disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    with writing(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as handle:
+                handle.write(text)
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Replace the folder `path` by what `fill(empty_folder)` writes.
+def write_folder(path: Path, fill: Callable[[Path], None], *, previous: Path | None = None) -> None:
+    """Replace the folder `path` by what `fill(empty_folder)` writes. previous: where the old one is kept; none: it is removed.
 
     A folder cannot be renamed over a non-empty one, so the old one steps aside for an instant; `settle` mends a crash there.
     """
-    settle(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, aside = _temporary(path), _aside(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        fill(temporary)
-        for file in temporary.rglob("*"):
-            _sync(file)
-        if path.exists():
-            path.rename(aside)
-        temporary.rename(path)
-        _sync(path.parent)
-    finally:
+    with writing(path):
+        settle(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary, aside = _temporary(path), _aside(path)
         shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(aside, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            fill(temporary)
+            for file in temporary.rglob("*"):
+                _sync(file)
+            if path.exists():
+                path.rename(aside)
+            temporary.rename(path)
+            _sync(path.parent)
+        except BaseException:
+            if aside.exists() and not path.exists():
+                aside.rename(path)
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if previous is not None and aside.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            aside.rename(previous)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def settle(path: Path) -> None:

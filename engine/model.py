@@ -18,17 +18,20 @@ from torch import Tensor, nn
 
 from engine import attention
 from engine.builtin import resolve_model
-from engine.config import ModelConfig
+from engine.config import HUB_ID, ModelConfig
 from engine.embedding import place_embedding
 from engine.errors import InputError, first_line
 from engine.layer import Policy
 from engine.layer_plan import POLICIES
 from engine.loss import Head, linear_cross_entropy
 from engine.metrics import GIB
+from engine.model_files import check_weights
 from engine.offload import HostStash
 from engine.packing import Batch
 from engine.quant import freeze_linears, nf4_load_config
 from engine.swap import SwapReport, cache_weights, fuse_layers, require_fused, set_policy, survey
+
+NO_LINEAR = "has no linear layer that an adapter could sit on"
 
 
 @dataclass
@@ -117,9 +120,16 @@ def load_base(config: ModelConfig, device: torch.device) -> Base:
     options: dict[str, Any] = {"device_map": {"": device.type}, "dtype": dtype, "attn_implementation": attention.NAME}
     if config.quantization == "nf4":
         options["quantization_config"] = nf4_load_config(config.double_quantization, dtype)
-    model = _from_pretrained(AutoModelForCausalLM, config, source, use_safetensors=True, **options)
+    if Path(source).is_dir():
+        check_weights(Path(source), config.path)
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    model, loading = _from_pretrained(AutoModelForCausalLM, config, source, **options)
+    if loading["missing_keys"]:  # transformers fills them with random numbers and goes on
+        raise InputError("model.path", config.path, f"lacks {len(loading['missing_keys'])} tensors, {_first(loading)} among them")
     model.requires_grad_(False).eval()
     names = freeze_linears(model, skip=[model.get_output_embeddings()])
+    if not names:
+        raise InputError("model.path", config.path, NO_LINEAR)
     swaps = _swaps(model, config, fuse_layers)
     if place_embedding(model, config):
         swaps = replace(swaps, others=(*swaps.others, "embed_tokens"))
@@ -152,16 +162,21 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     """Build the model without weights. InputError where it is no causal language model, or `strict` asks for more than it has."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_config = _from_pretrained(AutoConfig, config, locate(config))
+    source = locate(config)
+    model_config = _from_pretrained(AutoConfig, config, source)
+    if Path(source).is_dir():
+        check_weights(Path(source), config.path)
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
-        except ValueError as error:
+        except Exception as error:  # a config.json of the wrong types fails anywhere in the model's code
             raise InputError("model.path", config.path, f"must be a causal language model ({first_line(error)})") from None
     head = model.get_output_embeddings()
     features = {
         n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head
     }
+    if not features:
+        raise InputError("model.path", config.path, NO_LINEAR)
     return ModelFacts(features, _swaps(model, config, survey))
 
 
@@ -183,7 +198,7 @@ def locate(config: ModelConfig) -> str:
         if not (path / "config.json").is_file():
             raise InputError("model.path", config.path, "must be a Hugging Face model folder; config.json is not in it")
         return str(path)
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+    if not HUB_ID.fullmatch(source) or ".." in source:
         raise InputError("model.path", config.path, "no such folder; allowed: a model folder, a hub id, builtin:<name>")
     return source
 
@@ -200,6 +215,14 @@ def _from_pretrained(factory: Any, config: ModelConfig, source: str, **options: 
         return factory.from_pretrained(
             source, revision=config.revision or "main", trust_remote_code=config.trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # files of the wrong types or sizes fail anywhere in the library, as whatever comes up
+        if "DefaultCPUAllocator" in str(error):  # the CPU's way to say that memory ran out
+            raise
         allowed = "a folder or hub id that transformers can load; it said: "
         raise InputError("model.path", config.path, allowed + first_line(error)) from error
+
+
+def _first(loading: dict[str, Any]) -> str:
+    return min(map(str, loading["missing_keys"]))

@@ -103,6 +103,8 @@ class _Run:
         for rung in range(len(self.progress.reports) + 1, len(grid) + 1):
             report = self._train_to(rung, grid[rung - 1])
             self._save(report)
+            if rung == len(grid):
+                checkpoint.drop_previous(self.run_dir)
             yield report
 
     def _train_to(self, rung: int, tokens: int) -> Report:

@@ -2,7 +2,8 @@
 
 Hydra's compose API, not its decorator: no output folder, no logging setup, no change of the working folder, and errors that can
 be turned into one line. Overrides of values are forced in (`++`), so that an unknown key reaches the config model, which names
-the known ones.
+the known ones. Interpolation may name other keys of the config and nothing else: a resolver (`${oc.env:...}`) would carry what it
+reads of this machine into the sweep folder and MLflow, and a config may come from elsewhere.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.errors import EngineError, InputError
+import yaml
+
+from engine.errors import EngineError, InputError, first_line
 
 RUN_KEYS = {"resume": None, "dry_run": False}
 USAGE = """usage: python -m sweep [group=option ...] [section.key=value ...]
@@ -81,12 +84,31 @@ def compose(overrides: list[str]) -> dict[str, Any]:
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         try:
             config = hydra_compose("config", [_for_hydra(override) for override in overrides])
+            _refuse_resolvers(OmegaConf.to_container(config, resolve=False))
             return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         except MissingMandatoryValue as error:
             raise InputError(str(error.full_key), "???", f"required; give it as {error.full_key}=...") from None
         except (HydraException, OmegaConfBaseException) as error:
             line = " ".join(str(error).split("\n\n")[0].split())
             raise InputError("overrides", " ".join(overrides), line) from None
+        except (yaml.YAMLError, RecursionError, UnicodeError) as error:
+            raise InputError("config", " ".join(overrides), f"must be plain YAML ({first_line(error)})") from None
+
+
+def _refuse_resolvers(node: Any, path: str = "") -> None:
+    """InputError where a value interpolates anything but a key of the config. Looked at before anything is resolved."""
+    from omegaconf.grammar_parser import OmegaConfGrammarParser, parse
+
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            _refuse_resolvers(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, str) and "${" in node:
+        waiting = [parse(node)]
+        while waiting:
+            part = waiting.pop()
+            if isinstance(part, OmegaConfGrammarParser.InterpolationResolverContext):
+                raise InputError(path, node, "may refer to keys of the config only, as ${section.key}; resolvers are not run")
+            waiting += getattr(part, "children", None) or []
 
 
 def _for_hydra(override: str) -> str:

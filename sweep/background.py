@@ -24,7 +24,7 @@ class BackgroundWriter:
         self._refused: dict[str, list[Key]] = {}  # cause -> keys
         self._changed = threading.Condition()
         self._closing = self._given_up = False
-        self._failures = 0
+        self._failures = self._num_done = 0
         self._last_error: str | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -37,14 +37,17 @@ class BackgroundWriter:
                 self._changed.notify_all()
 
     def close(self, timeout_s: float) -> dict[str, list[Key]]:
-        """Work off what is pending, for at most timeout_s; returns what was not written, by cause.
+        """Work off what is pending; give up after timeout_s in which nothing was. Returns what was not written, by cause.
 
         A job that hangs is left behind in its daemon thread, which ends with the process.
         """
         with self._changed:
             self._closing, self._failures = True, 0
             self._changed.notify_all()
-        self._thread.join(timeout_s)
+        done = -1
+        while self._thread.is_alive() and done != self._num_done:  # a slow store is waited for, a hanging one is not
+            done = self._num_done
+            self._thread.join(timeout_s)
         with self._changed:
             self._given_up = True
             self._changed.notify_all()
@@ -69,6 +72,7 @@ class BackgroundWriter:
 
     def _done(self, key: Key, job: Job, error: Exception | None) -> None:
         self._failures, self._last_error = 0, None
+        self._num_done += 1
         if self._pending.get(key) is job:  # else a newer state came meanwhile
             del self._pending[key]
         if error is not None:

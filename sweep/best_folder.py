@@ -134,11 +134,12 @@ def _load_code(base_model: str, quantized: TrainConfig | None) -> list[str]:
 def _base_model(adapter: Path) -> str:
     """What PEFT will look for: a hub id or folder, also where the config said `builtin:`."""
     try:
-        return json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError) as error:
-        raise InputError(
-            "adapter_config.json", str(adapter), f"must be PEFT's JSON with base_model_name_or_path ({error!r})"
-        ) from None
+        name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        name = None
+    if not isinstance(name, str) or not name:
+        raise InputError("adapter_config.json", str(adapter), "must be PEFT's JSON with the text base_model_name_or_path")
+    return name
 
 
 def _loss_cells(loss: float) -> str:

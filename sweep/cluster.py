@@ -11,27 +11,20 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import ray
+from ray.exceptions import AuthenticationError
 
-from engine.errors import InputError
+from engine.errors import InputError, first_line
 from sweep.placement import Slots
 
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # usage reports go to a host outside
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config mean the user's folder
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the trial folders hold the reports
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the driver's own handler stops at a safe point
-    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # nobody reads Tune's snapshot
-    "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # checkpoints are whole at any moment, so a worker may be killed
-    "TUNE_MAX_PENDING_TRIALS_PG": "1",  # ask the sampler as late as possible
-    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a banner at any verbosity
-    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-}
+LOOPBACK = "127.0.0.1"
 
 
 @contextmanager
 def cluster(slots: Slots, address: str | None, log: Path) -> Iterator[None]:
-    """A running Ray: our own on the loopback interface, or the one at `address`. Its messages go to the log file."""
-    os.environ.update(ENVIRONMENT)
+    """A running Ray: our own on the loopback interface, or the one at `address`. Its messages go to the log file.
+
+    `sweep.ray_environment` must have been set before this module was imported.
+    """
     if slots.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a trial with train.device = auto must not find a GPU it was not given
     on_terminate = signal.getsignal(signal.SIGTERM)
@@ -73,24 +66,34 @@ def _connect(slots: Slots, address: str | None) -> None:
     root = str(Path(__file__).resolve().parent.parent)  # the workers import this package, wherever the driver was started
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     ray.init(
-        address="local",  # whatever RAY_ADDRESS says, and whatever else runs here
+        address="local",  # whatever RAY_ADDRESS or a file in /tmp says, and whatever else runs here
         num_cpus=slots.num_slots * slots.cpus_per_trial,
         num_gpus=slots.num_slots if slots.device == "cuda" else 0,
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,
-        _node_ip_address="127.0.0.1",
+        _node_ip_address=LOOPBACK,
     )
+    _refuse_open_ports()
+
+
+def _refuse_open_ports() -> None:
+    """Ray binds its ports by this address; another means that ray was imported before its environment was set."""
+    addresses = {node["NodeManagerAddress"] for node in ray.nodes()}
+    if addresses != {LOOPBACK}:
+        raise RuntimeError(
+            f"Ray listens on {', '.join(sorted(addresses))}, not on {LOOPBACK} alone: call set_ray_environment first"
+        )
 
 
 def _join(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        # `ray start` asks for a token wherever one lies in the home folder; who connects by address must say so himself
-        hint = "" if "RAY_AUTH_MODE" in os.environ else "; where it asks for a token, set RAY_AUTH_MODE=token"
-        allowed = f"must be a running Ray cluster ({str(error).splitlines()[0]}{hint})"
+    except AuthenticationError as error:
+        allowed = f"needs the cluster's RAY_AUTH_TOKEN, or RAY_AUTH_MODE=disabled if it has none ({first_line(error)})"
         raise InputError("cluster.address", address, allowed) from None
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError("cluster.address", address, f"must be a running Ray cluster ({first_line(error)})") from None
 
 
 @contextmanager

@@ -6,6 +6,7 @@ The sections of `engine.config.TrainConfig` sit at the top level as the base of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -65,7 +66,9 @@ class BudgetConfig(StrictModel):
 class SweepSection(StrictModel):
     """Name, length and place of the sweep."""
 
-    name: str = Field("sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, dot, dash, underscore")
+    name: str = Field(
+        "sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="letters, digits, dot, dash, underscore"
+    )
     num_trials: PositiveInt = 16
     seed: Annotated[int, Field(ge=0)] = 0
     output_dir: str = Field("sweeps", min_length=1, description="the sweep folder is created in it")
@@ -199,6 +202,11 @@ class TrackingConfig(StrictModel):
 
     name: Literal["mlflow", "none"] = "mlflow"
     uri: str | None = Field(None, description="none: sqlite:///<output_dir>/mlflow.db")
+
+    @property
+    def public_uri(self) -> str | None:
+        """Without the user and password that may stand in it."""
+        return None if self.uri is None else re.sub(r"//[^/\s]*@", "//", self.uri)
 
 
 class SweepConfig(StrictModel):

@@ -15,6 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from engine.errors import StorageError, first_line
+from engine.files import storage_fault
 from engine.provenance import provenance
 from sweep.amend import amended
 from sweep.commands import look, prepare
@@ -26,6 +28,7 @@ from sweep.feasibility import Feasibility, make_feasibility
 from sweep.forecast import card_line, check_any_fits, describe_forecast, no_forecast_line
 from sweep.paths import with_absolute_paths
 from sweep.plan import Plan, make_plan
+from sweep.ray_environment import set_ray_environment
 from sweep.runs import SweepFolder
 
 INTERRUPTED = 130
@@ -64,7 +67,8 @@ def _launch(plan: Plan, folder: SweepFolder | None, dry_run: bool, engine: Engin
                 _check_warm_start(plan, data)
             folder = SweepFolder.create(plan.config, datetime.now())
             folder.write_data(data)
-        return _run(plan, folder, engine, feasibility)
+        with _storage_errors(folder):
+            return _run(plan, folder, engine, feasibility)
 
 
 def _check_warm_start(plan: Plan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
@@ -107,7 +111,7 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Fe
         folder.write_config(plan.config)
         screen = make_console(sys.stdout, plan.num_rungs, plan.config.sweep.num_trials)
         tracker = _make_tracker(plan, folder)
-        tracker.sweep_started({"sweep.folder": str(folder.path), **provenance()})
+        tracker.sweep_started({"sweep.folder": str(folder.path), **provenance()}, folder.started_s)
         try:
             return _trials_and_finish(plan, folder, engine, feasibility, screen, tracker)
         except KeyboardInterrupt:
@@ -123,6 +127,7 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Fe
 def _trials_and_finish(
     plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, screen: Screen, tracker: Any
 ) -> int:
+    set_ray_environment(plan.config.cluster.address)  # before sweep.tuning loads ray
     from sweep.earlier import read_earlier
     from sweep.finish import finish
     from sweep.ledger import Ledger
@@ -159,7 +164,8 @@ def _trials_and_finish(
         screen.note(ledger.shortfall)
     rule = Rule(config.sweep.objectives, config.sweep.choose_within)
     best, summary = finish(folder, ledger.records, config.sweep.name, plan.slots.device, engine.command, screen.note, rule)
-    tracker.sweep_finished(summary, best, folder.best if best else None)
+    ended_s = max((record.ended_s or 0.0 for record in ledger.records), default=folder.started_s)
+    tracker.sweep_finished(summary, best, folder.best if best else None, ended_s)
     return 0 if best else 1
 
 
@@ -170,16 +176,32 @@ def _make_tracker(plan: Plan, folder: SweepFolder) -> Any:
     if config.tracking.name == "none":
         return NullTracker()
     uri = config.tracking.uri or local_uri(folder.path.parent)
-    return Tracker(uri, config.sweep.name, folder.path.name, folder.path, config.model_dump(mode="json"))
+    shown = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": config.tracking.public_uri})})
+    return Tracker(uri, config.sweep.name, folder.path.name, folder.path, shown.model_dump(mode="json"))
 
 
 def _interrupted(folder: SweepFolder | None) -> int:
     if folder is None:
         print("\nstopped before the sweep began; nothing was written", file=sys.stderr)
     else:
-        command = f"python -m sweep resume={shlex.quote(str(folder.path))}"
-        print(f"\nstopped; nothing is lost. Go on with:\n  {command}", flush=True)
+        print(f"\nstopped; nothing is lost. Go on with:\n  {_resume_command(folder)}", flush=True)
     return INTERRUPTED
+
+
+def _resume_command(folder: SweepFolder) -> str:
+    return f"python -m sweep resume={shlex.quote(str(folder.path))}"
+
+
+@contextmanager
+def _storage_errors(folder: SweepFolder) -> Iterator[None]:
+    """A disk that is full, read-only or failing is one line, and what to do about it, wherever the driver met it."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, StorageError) and storage_fault(error) is None:
+            raise
+        what = str(error) if isinstance(error, StorageError) else f"{folder.path} cannot be written ({first_line(error)})"
+        raise StorageError(f"{what}; nothing is lost: make room, then go on with: {_resume_command(folder)}") from error
 
 
 @contextmanager

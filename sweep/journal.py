@@ -3,6 +3,7 @@ samplers.py."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from engine.errors import InputError
 from sweep.feasibility import Verdict
 from sweep.journal_file import JournalFile
 from sweep.outcome import Outcome, TrialRecord
@@ -48,6 +50,18 @@ def mend_journal(folder: SweepFolder) -> None:
             whole = text.rfind(b"\n") + 1
             if whole < len(text):
                 file.truncate(whole)
+        for number, line in enumerate(text[:whole].splitlines(), 1):
+            _check_line(folder, number, line)
+
+
+def _check_line(folder: SweepFolder, number: int, line: bytes) -> None:
+    """A damaged line in the middle would hide every trial after it."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict) or not isinstance(entry.get("op_code"), int):
+        raise InputError(str(folder.journal), line[:80], f"line {number} is damaged; restore the file from a copy")
 
 
 def told_state(outcome: Outcome) -> TrialState:

@@ -6,12 +6,15 @@ Every event ends in the journal before anyone else hears of it; then the listene
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from engine.errors import StorageError, first_line
+from engine.files import storage_fault
 from sweep.budget import Budget
 from sweep.config import BudgetConfig
 from sweep.objectives import EVAL_LOSS, objective_values
@@ -77,6 +80,7 @@ class Ledger:
         self._live: dict[int, float] = {}  # when each was last heard of
         self.report_timeout_s, self._monotonic = report_timeout_s, monotonic
         self._exhausted = False
+        self.storage_fault: str | None = None  # why the sweep must stop and be resumed, in one line
 
     @property
     def records(self) -> list[TrialRecord]:
@@ -106,6 +110,20 @@ class Ledger:
     @property
     def _has_given_up(self) -> bool:
         return self._num_refused >= MAX_INFEASIBLE * self._num_trials
+
+    @contextmanager
+    def on_disk(self) -> Iterator[None]:
+        """Around every event: where the disk takes no more, the sweep stops; the journal is good to its last whole line."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, StorageError) and storage_fault(error) is None:
+                raise
+            self.suspend(f"{self._folder.path} cannot be written ({first_line(error)})")
+
+    def suspend(self, reason: str) -> None:
+        """The disk took no more: start nothing, end nothing. What runs is RUNNING in the journal and goes on at the resume."""
+        self.storage_fault = self.storage_fault or reason
 
     def recover(self) -> list[int]:
         """After a kill: make up for what the driver did not hear. Returns the trials that will go on, with their numbers.
@@ -141,6 +159,8 @@ class Ledger:
 
     def next_trial(self) -> Proposal | Next:
         """The next trial to start: one to go on with, else a new one."""
+        if self.storage_fault:
+            return Next.WAIT
         self._stop_waiting_where_spent()
         if len(self._live) >= self._num_slots:
             return Next.WAIT
@@ -164,7 +184,7 @@ class Ledger:
 
         timing: slot, began_s and dead_time_s, see timeline.Span.
         """
-        if number not in self._live:
+        if number not in self._live or self.storage_fault:
             return True
         self._live[number] = self._monotonic()
         self._timeline.reported(number, self._clock(), dict(timing))
@@ -188,7 +208,7 @@ class Ledger:
         timing: Mapping[str, Any] = NO_TIMING,
     ) -> None:
         """A trial ended by itself; its last report, where it has one, arrives only here. memory: see Study.tell."""
-        if number not in self._live:
+        if number not in self._live or self.storage_fault:
             return
         self._timeline.reported(number, self._clock(), dict(timing))
         if report is not None:
@@ -197,9 +217,13 @@ class Ledger:
 
     def lost(self, number: int, reason: str = "its worker process died") -> None:
         """The trial's process is gone. It goes on from its own checkpoint, a limited number of times without a new report in
-        between; then it is LOST, for the last reason."""
-        if number not in self._live:
+        between; then it is LOST, for the last reason.
+
+        StorageError where the disk is full: Tune loses trials over its own files then, which is not theirs to pay for.
+        """
+        if number not in self._live or self.storage_fault:
             return
+        self._folder.check_room()
         self._leave_slot(number)
         deaths = self._study.count_death(number)
         if deaths > self._max_retries:
@@ -277,7 +301,8 @@ class Ledger:
         if outcome is Outcome.COMPLETE and values is None:
             outcome, error = Outcome.FAILED, f"not measured: one of {', '.join(self._objectives)}"
         self._study.tell(number, outcome, error, memory, values)
-        changes = {"outcome": outcome, "ended_s": self._clock(), "error": error, **(memory or {})}
+        ended_s = self._study.record(number).ended_s or self._clock()  # the journal's, which a resume will read
+        changes = {"outcome": outcome, "ended_s": ended_s, "error": error, **(memory or {})}
         self._close(self._timed(replace(self._records[number], **changes)))
 
     def _close(self, record: TrialRecord) -> None:

@@ -9,6 +9,7 @@ from engine.config import TrainConfig
 from sweep.budget import describe_budget
 from sweep.config import SweepConfig
 from sweep.placement import Slots, count_cpus, count_gpus, plan_slots
+from sweep.ray_environment import set_ray_environment
 from sweep.space import Space
 from sweep.space_parse import parse_space
 
@@ -41,7 +42,8 @@ class Plan:
         lines = [
             f"sweep      {config.sweep.name}: {config.sweep.num_trials} trials, seed {config.sweep.seed}, "
             f"output in {config.sweep.output_dir}/{config.sweep.name}-<date>-<time>/",
-            f"model      {config.model.path} ({config.model.quantization})",
+            f"model      {config.model.path} ({config.model.quantization})"
+            + (", and its own code is run: model.trust_remote_code" if config.model.trust_remote_code else ""),
             f"data       {config.data.train}",
             f"budget     {budget:,} tokens a trial, at most {config.sweep.num_trials * budget:,} in all"
             + (f"; ends before at {limits}" if (limits := describe_budget(config.sweep.budget)) else ""),
@@ -51,7 +53,11 @@ class Plan:
             f"pruner     {_pruner(config)}",
             *([f"objectives {', '.join(config.sweep.objectives)}"] if len(config.sweep.objectives) > 1 else []),
             f"tracking   {config.tracking.name}"
-            + (f" at {config.tracking.uri or config.sweep.output_dir + '/mlflow.db'}" if config.tracking.name != "none" else ""),
+            + (
+                f" at {config.tracking.public_uri or config.sweep.output_dir + '/mlflow.db'}"
+                if config.tracking.name != "none"
+                else ""
+            ),
             f"space      {len(self.space.dimensions)} dimensions, {points}",
         ]
         width = max((len(dimension.path) for dimension in self.space.dimensions), default=0)
@@ -74,6 +80,7 @@ def make_plan(config: SweepConfig) -> Plan:
 def _count_hardware(config: SweepConfig) -> tuple[int, int]:
     if config.cluster.address is None:
         return count_gpus(), count_cpus()
+    set_ray_environment(config.cluster.address)
     from sweep.cluster import count_cluster  # loads ray, for an existing cluster only
 
     return count_cluster(config.cluster.address)

@@ -46,7 +46,7 @@ STATUS = {
 # MLflow waits up to 120 s, 7 times, by default. Usage reports are off: they would go to a host outside, from a training machine.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a create whose answer is lost must not be sent twice: our own retry looks first
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines to stdout at every end of a trial
@@ -71,10 +71,13 @@ class Projection:
         self._children: dict[int, str] = {}
         self._last_rung: dict[int, int] = {}
         self._with_config: set[str] = set()
+        self.started_s: float | None = None
+        self._ended = False  # what failed is tried again after the others: the start may come after the end
 
     def start(self, tags: dict[str, str]) -> None:
         parent = self._open()
-        self._client.update_run(parent, status="RUNNING")
+        if not self._ended:
+            self._client.update_run(parent, status="RUNNING")
         self._log(parent, tags={**tags, "sweep.folder": self._folder})
         self._write_config(parent, self._config, "sweep_config.json")
 
@@ -112,11 +115,13 @@ class Projection:
         known = self._client.get_run(parent).data.metrics  # an unchanged number again would be a second point
         metrics = [(name, value, int(1000 * now_s), 0) for name, value in numbers.items() if known.get(name) != value]
         self._log(parent, metrics, tags={name: value for name, value in summary.items() if name not in numbers})
-        self._client.set_terminated(parent, "FINISHED")
+        self._client.set_terminated(parent, "FINISHED", end_time=int(1000 * now_s))
+        self._ended = True
 
     def interrupt(self) -> None:
         if self._parent is not None:
             self._client.set_terminated(self._parent, "KILLED")
+            self._ended = True
 
     def _mark_best(self, run: str) -> None:
         for former in self._search("tags.`sweep.best` = 'true'"):
@@ -128,7 +133,7 @@ class Projection:
         """Connect, and find or create the parent run; returns its id."""
         if self._parent is None:
             self._connect()
-            self._parent = self._find_or_create(self._name, {"sweep.kind": "sweep"}, time.time())
+            self._parent = self._find_or_create(self._name, {"sweep.kind": "sweep"}, self.started_s or time.time())
         return self._parent
 
     def _connect(self) -> None:

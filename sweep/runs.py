@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import TrainConfig, load_json, to_json
-from engine.errors import InputError
+from engine.errors import InputError, StorageError
 from engine.files import write_text
 from sweep.config import SweepConfig, parse_sweep_config
 from sweep.disk import replace_text
@@ -40,6 +41,7 @@ class SweepFolder:
         self.best = path / "best"
         self.log = path / "driver.log"
         self.ray = path / "ray"
+        self.lock_file = path / ".lock"
 
     @classmethod
     def create(cls, config: SweepConfig, now: datetime) -> SweepFolder:
@@ -54,9 +56,18 @@ class SweepFolder:
                 continue
             except OSError as error:
                 raise InputError("sweep.output_dir", str(parent), f"must be a writable folder ({error.strerror})") from None
-            folder.write_config(config)
+            try:
+                folder.write_config(config)
+            except StorageError as error:
+                shutil.rmtree(folder.path, ignore_errors=True)
+                raise InputError("sweep.output_dir", str(parent), f"must be a folder with room ({error})") from None
             return folder
         raise InputError("sweep.output_dir", str(parent), f"already holds 99 folders named {stem}")
+
+    @property
+    def started_s(self) -> float:
+        """When the sweep began, Unix seconds: the lock file is made by the first driver, and never written."""
+        return self.lock_file.stat().st_mtime
 
     @classmethod
     def open(cls, path: str | Path, field: str = "resume") -> SweepFolder:
@@ -64,7 +75,17 @@ class SweepFolder:
         folder = cls(Path(path))
         if not folder.config_file.is_file():
             raise InputError(field, str(path), "must be a sweep folder (one with a sweep_config.json)")
+        folder._refuse_links_out()
         return folder
+
+    def _refuse_links_out(self) -> None:
+        """A folder from elsewhere may hold links; what a sweep writes and removes must not be reached through them."""
+        inside = self.path.resolve()
+        for parent, folders, files in os.walk(self.path):
+            for name in (*folders, *files):
+                entry = Path(parent, name)
+                if entry.is_symlink() and not entry.resolve().is_relative_to(inside):
+                    raise InputError("resume", str(entry), f"is a link out of the sweep folder, to {os.readlink(entry)}")
 
     def write_config(self, config: SweepConfig) -> None:
         """Keys keep their order: that of `space` is the order of dimensions and choices, which Optuna refuses to see changed."""
@@ -103,10 +124,16 @@ class SweepFolder:
         """The trial's reports, ascending by rung; empty where it has none yet."""
         return read_reports(self.trial(number))
 
+    def check_room(self) -> None:
+        """StorageError where the disk takes no more: a page is written and removed."""
+        probe = self.path / ".room"
+        write_text(probe, "." * 4096)
+        probe.unlink()
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for this process; InputError where another driver has it."""
-        lock = FileLock(self.path / ".lock")
+        lock = FileLock(self.lock_file)
         if not lock.acquire():
             raise InputError("resume", str(self.path), "another driver works in this sweep folder; wait for it, or stop it")
         try:
@@ -116,11 +143,26 @@ class SweepFolder:
 
 
 def read_reports(trial_folder: Path) -> list[dict[str, Any]]:
-    """What the engine has saved in reports.jsonl; empty where there is none yet."""
+    """What the engine has saved in reports.jsonl, ascending by rung; empty where there is none yet. A last line that is not whole
+    is left out: the trial's checkpoint has it, and writes the file again."""
     file = trial_folder / "reports.jsonl"
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    lines = file.read_bytes().split(b"\n") if file.is_file() else []
+    if lines and lines[-1]:
+        lines.pop()
+    return [_report(file, rung, line) for rung, line in enumerate(filter(None, lines), 1)]
+
+
+def _report(file: Path, rung: int, line: bytes) -> dict[str, Any]:
+    """One report, checked as far as the driver relies on it."""
+    try:
+        report = json.loads(line)
+        if report["rung"] == rung and isinstance(report["eval_loss"], int | float):
+            return report
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise InputError(
+        str(file), line[:80], f"line {rung} must be the report of rung {rung}; remove the file: the checkpoint has all"
+    )
 
 
 class FileLock:
@@ -131,7 +173,7 @@ class FileLock:
 
     def acquire(self) -> bool:
         """Try once; returns whether the lock is now held."""
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -24,13 +24,16 @@ class LedgerScheduler(FIFOScheduler):
         return {}  # Tune pickles it into its own snapshots, which nobody reads
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        stop = self._ledger.reported(trial.config["number"], json.loads(result["report"]), json.loads(result["timing"]))
+        stop = False
+        with self._ledger.on_disk():
+            stop = self._ledger.reported(trial.config["number"], json.loads(result["report"]), json.loads(result["timing"]))
         return self.STOP if stop else self.CONTINUE
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """The worker is gone. Comes before the searcher hears of it, which is not told why."""
         reason = self._killed.pop(trial.trial_id, None) or _cause_of_death(trial)
-        self._ledger.lost(trial.config["number"], reason)
+        with self._ledger.on_disk():
+            self._ledger.lost(trial.config["number"], reason)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Asked in every turn of Tune's loop, a tenth of a second apart: the place to look for workers that hang."""

@@ -24,20 +24,27 @@ class LedgerSearcher(Searcher):
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        proposal = self._ledger.next_trial()
+        proposal: Proposal | Next = Next.WAIT
+        with self._ledger.on_disk():
+            proposal = self._ledger.next_trial()
         if isinstance(proposal, Next):
             return Searcher.FINISHED if proposal is Next.FINISHED else None
         self._numbers[trial_id] = proposal.number
         return self._worker_config(proposal)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        number = self._numbers.pop(trial_id)
-        if error or result is None or "outcome" not in result:
+        with self._ledger.on_disk():
+            self._ended(self._numbers.pop(trial_id), None if error else result)
+
+    def _ended(self, number: int, result: dict[str, Any] | None) -> None:
+        if result is None or "outcome" not in result:
             self._ledger.lost(number)
-            return
-        report = json.loads(result["report"]) if result["report"] else None
-        memory, timing = json.loads(result["memory"]), json.loads(result["timing"])
-        self._ledger.ended(number, Outcome(result["outcome"]), report, result["error"], memory, timing)
+        elif result["outcome"] == Outcome.RUNNING and result["error"]:
+            self._ledger.suspend(f"trial {number}: {result['error']}")
+        else:
+            report = json.loads(result["report"]) if result["report"] else None
+            memory, timing = json.loads(result["memory"]), json.loads(result["timing"])
+            self._ledger.ended(number, Outcome(result["outcome"]), report, result["error"], memory, timing)
 
     # Tune pickles the searcher into its own snapshots, which nobody reads: the journal is the record.
     def __getstate__(self) -> dict[str, Any]:

@@ -34,6 +34,9 @@ INCOMPARABLE = {
     "train.num_reports": "trials would be judged at different rungs",
     "train.device": "placement decides the device",
 }
+UNSEARCHABLE = {path: f"{why}, so their losses do not compare" for path, why in INCOMPARABLE.items()} | {
+    "model.trust_remote_code": "whether a model's own code runs is for you to decide, not for the sampler",
+}
 
 
 def parse_space(data: Mapping[str, Any]) -> Space:
@@ -67,8 +70,8 @@ def _dimension(path: str, leaf: Mapping[str, Any]) -> Dimension:
     if path not in known:
         near = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
         raise InputError(where, dict(leaf), f"no such field of a trial; did you mean {' or '.join(near) or ', '.join(known)}?")
-    if path in INCOMPARABLE:
-        raise InputError(where, dict(leaf), f"cannot be searched over: {INCOMPARABLE[path]}, so their losses do not compare")
+    if path in UNSEARCHABLE:
+        raise InputError(where, dict(leaf), f"cannot be searched over: {UNSEARCHABLE[path]}")
     unknown = sorted(set(leaf) - set(LEAF_KEYS))
     if unknown:
         raise InputError(f"{where}.{unknown[0]}", leaf[unknown[0]], f"unknown key; known keys: {', '.join(LEAF_KEYS)}")

@@ -17,6 +17,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from engine.config import TrainConfig, to_json
+from engine.errors import InputError, first_line
 from sweep.config import SweepConfig
 from sweep.drafts import Drafts
 from sweep.feasibility import UNPREDICTED, Verdict
@@ -47,17 +48,10 @@ class Study:
         self._folder, self._space, self._seed, self._judge = folder, space, config.sweep.seed, judge
         self._base = config.base().model_dump(mode="json")
         mend_journal(folder)
-        self._storage = open_journal(folder)
         num_rungs = len(config.train.report_grid())
         self._pruner = make_pruner(config.judge, num_rungs)
         self._objectives = config.sweep.objectives
-        self._study = optuna.create_study(
-            storage=self._storage,
-            study_name=STUDY_NAME,
-            pruner=self._pruner,
-            directions=["minimize"] * len(self._objectives),
-            load_if_exists=True,
-        )
+        self._study = self._open()
         make_sampler(config.sampler, 0)  # a package that it lacks is missed now
         self._pruning = Pruning(self._pruner, STUDY_NAME, num_rungs, self._trials())
         self._drafts = Drafts(STUDY_NAME, config.sampler, config.sweep.seed, self._pruner, space, len(self._objectives))
@@ -65,6 +59,19 @@ class Study:
         self._points = space.shuffled_points(config.sweep.seed)
         self._next_point, self._num_trials = 0, len(self._trials())
         self._tried = {_key(self._config(trial.params), _is_refused(trial)) for trial in self._trials()}
+
+    def _open(self) -> optuna.Study:
+        try:
+            self._storage = open_journal(self._folder)
+            return optuna.create_study(
+                storage=self._storage,
+                study_name=STUDY_NAME,
+                pruner=self._pruner,
+                directions=["minimize"] * len(self._objectives),
+                load_if_exists=True,
+            )
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError, optuna.exceptions.OptunaError) as error:
+            raise InputError("resume", str(self._folder.journal), f"is no journal of a sweep ({first_line(error)})") from None
 
     def ask(self) -> Proposal | None:
         """A new trial that trains an adapter no earlier one did, in the journal as RUNNING, or as ended where it does not fit;

@@ -25,13 +25,15 @@ def local_uri(folder: Path) -> str:
 class NullTracker:
     """Tracking switched off: the same methods, nothing written."""
 
-    def sweep_started(self, tags: dict[str, str]) -> None:
+    def sweep_started(self, tags: dict[str, str], started_s: float | None = None) -> None:
         """Nothing."""
 
     def trial_updated(self, record: TrialRecord) -> None:
         """Nothing."""
 
-    def sweep_finished(self, summary: dict[str, Any], best: TrialRecord | None, artifacts: Path | None) -> None:
+    def sweep_finished(
+        self, summary: dict[str, Any], best: TrialRecord | None, artifacts: Path | None, ended_s: float | None = None
+    ) -> None:
         """Nothing."""
 
     def close(self, timeout_s: float = 0.0) -> list[str]:
@@ -49,9 +51,12 @@ class Tracker:
         self._finished = False
         self._writer = BackgroundWriter("mlflow-writer", _is_permanent)
 
-    def sweep_started(self, tags: dict[str, str]) -> None:
-        """Create the parent run, or find it again and mark it running; tags: git commit, package versions and the like."""
-        tags = dict(tags)
+    def sweep_started(self, tags: dict[str, str], started_s: float | None = None) -> None:
+        """Create the parent run, or find it again and mark it running; tags: git commit, package versions and the like.
+
+        started_s: when the sweep began, however late the server hears of it; none: now.
+        """
+        tags, self._projection.started_s = dict(tags), time.time() if started_s is None else started_s
         self._writer.put(("sweep",), lambda: self._projection.start(tags))
 
     def trial_updated(self, record: TrialRecord) -> None:
@@ -59,13 +64,19 @@ class Tracker:
         record = replace(record, reports=list(record.reports))
         self._writer.put(("trial", record.number), lambda: self._projection.trial(record))
 
-    def sweep_finished(self, summary: dict[str, Any], best: TrialRecord | None, artifacts: Path | None) -> None:
-        """Numbers of `summary` become metrics of the parent, the rest tags; artifacts: folder kept with the best trial's run."""
-        summary, now_s, self._finished = dict(summary), time.time(), True
-        self._writer.put(("finish",), lambda: self._projection.finish(summary, best, artifacts, now_s))
+    def sweep_finished(
+        self, summary: dict[str, Any], best: TrialRecord | None, artifacts: Path | None, ended_s: float | None = None
+    ) -> None:
+        """Numbers of `summary` become metrics of the parent, the rest tags; artifacts: folder kept with the best trial's run.
+
+        ended_s: when the last trial ended; none: now.
+        """
+        summary, end, self._finished = dict(summary), time.time() if ended_s is None else ended_s, True
+        self._writer.put(("finish",), lambda: self._projection.finish(summary, best, artifacts, end))
 
     def close(self, timeout_s: float = 30.0) -> list[str]:
-        """Write what is pending, for at most timeout_s; returns one line for each cause that kept something from being written.
+        """Write what is pending, as long as something gets through every timeout_s; returns one line for each cause that kept
+        something from being written.
 
         A sweep that was not finished is marked KILLED, so that it does not look running for ever; resume marks it running again.
         """
@@ -75,8 +86,8 @@ class Tracker:
 
     def _warning(self, cause: str, keys: list[Key]) -> str:
         some = ", ".join(" ".join(map(str, key)) for key in keys[:5]) + (", ..." if len(keys) > 5 else "")
-        warning = f"mlflow at {self._uri}: {len(keys)} updates not written ({some}): {cause}"
-        return re.sub(r"//[^/@\s]*@", "//", warning)  # a password may stand in the URI, which errors quote
+        warning = f"mlflow at {self._uri}: {len(keys)} updates not written ({some}): {cause}; a resume writes them"
+        return re.sub(r"//[^/\s]*@", "//", warning)  # a password may stand in the URI, which errors quote
 
 
 def _is_permanent(error: Exception) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ray import tune
 from ray.tune.stopper import Stopper
 
+from engine.errors import StorageError
 from sweep.cluster import cluster
 from sweep.engine_modules import EngineModules, worker_config
 from sweep.ledger import Ledger
@@ -23,13 +24,14 @@ from sweep.worker import TrialWorker
 
 
 def run_trials(ledger: Ledger, slots: Slots, address: str | None, folder: SweepFolder, engine: EngineModules) -> None:
-    """Run until the ledger has no work. Raises KeyboardInterrupt at a safe point after SIGINT or SIGTERM."""
+    """Run until the ledger has no work. Raises, at a safe point, KeyboardInterrupt after SIGINT or SIGTERM, and StorageError
+    where the disk takes no more."""
 
     def config_of(proposal: Proposal) -> dict[str, Any]:
         run_dir = str(folder.trial(proposal.number).absolute())
         return worker_config(proposal, run_dir, slots, engine, ledger.report_timeout_s)
 
-    stop = StopOnSignal()
+    stop = SafeStop(lambda: ledger.storage_fault)
     with stop.catching(), cluster(slots, address, folder.log), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Tune's advice on its own API, on every start
         tune.Tuner(
@@ -51,20 +53,24 @@ def run_trials(ledger: Ledger, slots: Slots, address: str | None, folder: SweepF
         ).fit()
 
 
-class StopOnSignal(Stopper):
-    """Turns a signal into an exception between two steps of Tune's loop, so that it never tears a write to the journal.
+class SafeStop(Stopper):
+    """Turns a signal or a full disk into an exception between two steps of Tune's loop, so that it never tears a journal write.
 
     The exception is KeyboardInterrupt, because Tune's loop answers an Exception by waiting for the trials to end.
     """
 
-    def __init__(self) -> None:
-        self._signalled = False
+    def __init__(self, fault: Callable[[], str | None]) -> None:
+        """fault: why to stop, or None."""
+        self._signalled, self._fault = False, fault
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it into its own snapshots, which nobody reads
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        if self._signalled:
+        if self._signalled or self._fault():
             raise KeyboardInterrupt
         return False
 
@@ -82,6 +88,10 @@ class StopOnSignal(Stopper):
             signal.signal(number, catch)
         try:
             yield
+        except KeyboardInterrupt:
+            if self._signalled or not self._fault():
+                raise
+            raise StorageError(self._fault()) from None
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -6,6 +6,7 @@ Nothing a trial does may take the worker down: every exception becomes an outcom
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import gc
 import importlib
@@ -16,7 +17,7 @@ import socket
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,20 @@ import ray
 from ray.tune import Trainable
 
 from engine.config import TrainConfig, parse
-from engine.errors import DivergedError, InputError, OutOfMemory
+from engine.errors import DivergedError, EngineError, InputError, OutOfMemory, StorageError
+from engine.files import storage_fault
 from sweep.outcome import Outcome
 from sweep.runs import FileLock, read_reports
 
 LOCK_PATIENCE_S = 60.0
 TRACE_BEFORE_KILL_S = 1.0
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # beyond what engine.files writes: caches of libraries
 
 
 class TrialWorker(Trainable):
     """step() trains to the next rung. Results: outcome, report (JSON text, or empty), error (one line, or none), memory
-    (predicted_gib and measured_gib as JSON text, where it ran out), timing (JSON text, see timeline.Span), done."""
+    (predicted_gib and measured_gib as JSON text, where it ran out), timing (JSON text, see timeline.Span), done. Ended as
+    RUNNING: the disk took no more, which is no trial's fault; it goes on from its last checkpoint when the sweep is resumed."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self._slot, self._last_end_s = _slot(config["device"]), None
@@ -134,11 +138,13 @@ class TrialWorker(Trainable):
         return self._base
 
     def _failed(self, outcome: Outcome, error: Exception) -> dict[str, Any]:
+        if isinstance(error, StorageError) or storage_fault(error) in DISK_FAULTS:
+            outcome = Outcome.RUNNING
         line = " ".join(str(error).split()) or type(error).__name__
-        text = line if isinstance(error, InputError | DivergedError | OutOfMemory) else f"{type(error).__name__}: {line}"
+        text = line if isinstance(error, EngineError) else f"{type(error).__name__}: {line}"
         run_dir = Path(self._spec["run_dir"])
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "error.txt").write_text("".join(traceback.format_exception(error)))
+        with suppress(OSError):  # the disk may be what failed
+            (run_dir / "error.txt").write_text("".join(traceback.format_exception(error)))
         self._close()
         memory = _memory(error)
         never_started = isinstance(error, InputError) or (isinstance(error, OutOfMemory) and "measured_gib" not in memory)

@@ -98,7 +98,8 @@ def test_a_study_of_three_objectives_runs_with_faults_and_is_read_back(tmp_path,
     while (proposal := book.next_trial()) is not Next.FINISHED:
         count += 1
         last = report(4, 1.0 + rng.random()) | {"peak_allocated_gib": rng.random(), "elapsed_s": rng.random()}
-        (SweepFolder(tmp_path).trial(proposal.number) / "reports.jsonl").write_text(json.dumps(last) + "\n")
+        lines = [json.dumps(line) + "\n" for line in (*(report(rung, 99.0) for rung in (1, 2, 3)), last)]
+        (SweepFolder(tmp_path).trial(proposal.number) / "reports.jsonl").write_text("".join(lines))
         assert not book.reported(proposal.number, report(1, 99.0))  # nothing is pruned
         book.ended(
             proposal.number, Outcome.OUT_OF_MEMORY if count % 7 == 0 else Outcome.COMPLETE, None if count % 7 == 0 else last

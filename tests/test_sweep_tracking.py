@@ -165,6 +165,14 @@ def test_an_interrupted_sweep_does_not_look_running(tracker, runs):
     assert runs()["my sweep"].info.status == "KILLED"
 
 
+def test_a_start_that_is_written_after_the_end_does_not_bring_a_sweep_back_to_life(tracker, runs):
+    one = tracker()
+    one.sweep_finished({}, None, None)
+    one.sweep_started({"git.commit": "abc"})
+    assert one.close(60) == []
+    assert (runs()["my sweep"].info.status, runs()["my sweep"].data.tags["git.commit"]) == ("FINISHED", "abc")
+
+
 def test_a_loss_that_is_not_finite_is_written_as_such(tracker, runs, client):
     one = tracker()
     one.trial_updated(trial(0, Outcome.DIVERGED, 2.0, math.nan))

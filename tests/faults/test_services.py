@@ -1,0 +1,173 @@
+"""MLflow slow, down and late: training does not wait, and in the end the records are those of an undisturbed sweep."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+from sweep.outcome import Outcome, TrialRecord
+from sweep.tracking import Tracker, local_uri
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(500)]
+BLOCKED_SHARE = 0.001
+CONFIG = {"sweep": {"name": "demo"}}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def serve(folder, port: int) -> subprocess.Popen:
+    """An MLflow server on the loopback interface."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1",
+               "--host", "127.0.0.1", "--port", str(port), "--artifacts-destination", str(folder / "artifacts")]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+class Slow(ThreadingHTTPServer):
+    """Passes calls on after `delay_s`; of the first create of a trial's run the answer is lost when `loses` is set."""
+
+    def __init__(self, target: int, delay_s: float, loses: bool = False) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.target, self.delay_s, self.loses, self.calls = target, delay_s, loses, 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def _pass_on(self) -> None:
+        server = self.server
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        server.calls += 1
+        time.sleep(server.delay_s)
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "accept-encoding")}
+        request = Request(f"http://127.0.0.1:{server.target}{self.path}", body or None, headers, method=self.command)
+        try:
+            answer = urlopen(request, timeout=30)
+        except HTTPError as error:
+            answer = error
+        content = answer.read()
+        if server.loses and self.path.endswith("runs/create") and b"trial 0000" in body:
+            server.loses = False
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.headers.get("Content-Type", "application/json"))
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST = do_PUT = do_PATCH = _pass_on
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+def records(rungs: int) -> list[TrialRecord]:
+    outcome = Outcome.COMPLETE if rungs == 3 else Outcome.RUNNING
+    return [
+        TrialRecord(
+            number, {"lora.rank": 8}, {"seed": number}, outcome, "trial", started_s=1e9 + number, ended_s=1e9 + 60,
+            reports=[{"rung": rung, "tokens_seen": 1000 * rung, "eval_loss": 3.0 / rung, "elapsed_s": 1.5 * rung}
+                     for rung in range(1, rungs + 1)],
+        )
+        for number in range(4)
+    ]  # fmt: skip
+
+
+def play(tracker: Tracker, seconds: float) -> float:
+    """A sweep's events, spread over `seconds` in which trials train; returns the seconds its methods took."""
+    blocked = 0.0
+
+    def timed(call, *arguments):
+        nonlocal blocked
+        before = time.perf_counter()
+        call(*arguments)
+        blocked += time.perf_counter() - before
+
+    timed(tracker.sweep_started, {"git.commit": "abc"}, 1e9)
+    for rungs in range(1, 4):
+        time.sleep(seconds / 3)
+        for record in records(rungs):
+            timed(tracker.trial_updated, record)
+    timed(tracker.sweep_finished, {"best_eval_loss": 1.0}, records(3)[0], None, 1e9 + 60)
+    return blocked
+
+
+def shown(uri: str) -> dict:
+    """All that a store holds of the sweep, without ids: runs with their times, params, metrics with steps and times, tags."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri, uri)
+    runs = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
+    names = {run.info.run_id: run.info.run_name for run in runs}
+    assert len(set(names.values())) == len(runs), "a run is there twice"
+    found = {}
+    for run in runs:
+        tags = {key: names.get(value, value) for key, value in run.data.tags.items()}
+        points = {key: [(p.step, p.timestamp, p.value) for p in client.get_metric_history(run.info.run_id, key)]
+                  for key in run.data.metrics}  # fmt: skip
+        times = (run.info.status, run.info.start_time, run.info.end_time)
+        found[run.info.run_name] = (times, run.data.params, points, tags)
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    tracker = Tracker(local_uri(folder), "demo", "my sweep", folder.parent / "sweep", CONFIG)
+    play(tracker, 0.0)
+    assert tracker.close(60) == []
+    return shown(local_uri(folder))
+
+
+def tracker_at(port: int, tmp_path_factory) -> Tracker:
+    return Tracker(f"http://127.0.0.1:{port}", "demo", "my sweep", tmp_path_factory.getbasetemp() / "sweep", CONFIG)
+
+
+@pytest.mark.parametrize("fault", ["slow", "loses an answer", "late", "back for the resume"])
+def test_whatever_mlflow_does_training_goes_on_and_nothing_is_missing(undisturbed, tmp_path, tmp_path_factory, fault, capsys):
+    port = free_port()
+    one = tracker_at(port, tmp_path_factory)
+    if fault in ("slow", "loses an answer"):
+        server = serve(tmp_path, port)
+        proxy = Slow(port, 2.0 if fault == "slow" else 0.0, fault == "loses an answer")
+        one = tracker_at(proxy.server_port, tmp_path_factory)
+    seconds = 15.0
+    blocked = play(one, seconds)
+    if fault == "late":
+        server = serve(tmp_path, port)
+    if fault == "back for the resume":
+        (warning,) = one.close(2)
+        assert "a resume writes them" in warning
+        server = serve(tmp_path, port)
+        one = tracker_at(port, tmp_path_factory)
+        play(one, 0.0)
+    try:
+        before, patience = time.monotonic(), 240
+        while one._writer._pending and time.monotonic() - before < patience:
+            time.sleep(0.1)
+        recovery = time.monotonic() - before
+        assert one.close(60) == []
+        found = shown(f"http://127.0.0.1:{port}")
+    finally:
+        server.terminate()
+        server.wait()
+    with capsys.disabled():
+        print(
+            f"\n{fault}: blocked {blocked:.4f} s of {seconds:.0f} s ({blocked / seconds:.4%}), all written {recovery:.1f} s later"
+        )
+    assert blocked < BLOCKED_SHARE * seconds
+    if fault == "loses an answer":
+        assert not proxy.loses  # twin: an answer was lost
+    assert found == undisturbed
+    assert re.fullmatch("my sweep|trial 000[0-3]", min(found)) and len(found) == 5
