@@ -19,11 +19,11 @@ from sweep.budget import Budget
 from sweep.config import BudgetConfig
 from sweep.objectives import EVAL_LOSS, objective_values
 from sweep.outcome import CONTENDERS, Outcome, Proposal, TrialRecord
+from sweep.quota import Quota
 from sweep.runs import SweepFolder
 from sweep.study import Study
 from sweep.timeline import Timeline
 
-MAX_INFEASIBLE = 20  # proposals that do not fit the card, for each trial asked for; then the sweep ends with those it has
 MAX_INFEASIBLE_AT_ONCE = 20  # then Tune's loop has its turn: a plan takes a tenth of a second, and reports wait meanwhile
 
 
@@ -66,7 +66,7 @@ class Ledger:
     ) -> None:
         """note: takes a line for the user about what is not a trial's state. monotonic: for the time between two reports."""
         self._study, self._folder, self._clock, self._listeners, self._note = study, folder, clock, listeners, note
-        self._num_trials, self._num_rungs, self._num_slots, self._max_retries = num_trials, num_rungs, num_slots, max_retries
+        self._num_rungs, self._num_slots, self._max_retries = num_rungs, num_slots, max_retries
         self._objectives, self._timeline = objectives, Timeline(folder.timeline)
         self._records = {record.number: self._timed(record) for record in study.records()}
         self._budget = Budget(budget, self._timeline, clock)
@@ -74,12 +74,11 @@ class Ledger:
             if record.score is not None and record.source is None and record.outcome in (*CONTENDERS, Outcome.RUNNING):
                 self._budget.take_loss(record.score)
         own = [record for record in self._records.values() if record.source is None]
-        self._num_refused = sum(record.outcome is Outcome.INFEASIBLE for record in own)
-        self._num_started = len(own) - self._num_refused
+        num_refused = sum(record.outcome is Outcome.INFEASIBLE for record in own)
+        self._quota = Quota(num_trials, self._budget, len(own) - num_refused, num_refused)
         self._waiting: list[int] = []
         self._live: dict[int, float] = {}  # when each was last heard of
         self.report_timeout_s, self._monotonic = report_timeout_s, monotonic
-        self._exhausted = False
         self.storage_fault: str | None = None  # why the sweep must stop and be resumed, in one line
 
     @property
@@ -94,22 +93,7 @@ class Ledger:
     @property
     def shortfall(self) -> str | None:
         """Why less was trained than asked for, in one line; None where that is not so, or not yet."""
-        started, refused = self._num_started, self._num_refused
-        if self._budget.spent():
-            stopped = sum(record.outcome is Outcome.STOPPED for record in self._records.values())
-            line = f"{self._budget.spent()}: {started} of {self._num_trials} trials were started"
-            return line + (f", {stopped} stopped at a report, to go on with a larger budget" if stopped else "")
-        if started >= self._num_trials or not (self._exhausted or self._has_given_up):
-            return None
-        if self._exhausted:
-            line = f"the space is used up: {started} of {self._num_trials} trials were possible"
-            return line + (f", {refused} points do not fit the card" if refused else "")
-        line = f"{started} of {self._num_trials} trials were started: after {refused} proposals that do not fit the card"
-        return line + " no more are made; the leaderboard says what each needs"
-
-    @property
-    def _has_given_up(self) -> bool:
-        return self._num_refused >= MAX_INFEASIBLE * self._num_trials
+        return self._quota.shortfall(sum(record.outcome is Outcome.STOPPED for record in self._records.values()))
 
     @contextmanager
     def on_disk(self) -> Iterator[None]:
@@ -149,13 +133,13 @@ class Ledger:
                 continue
             if record.outcome is not Outcome.RUNNING and not self._folder.has_result(record.number):
                 self._folder.write_train_config(record.number, self._study.config(record.number))
-                self._write_result(record)
+                self._folder.write_result(record.number, record.result())
             self._tell_listeners(record)
         return list(self._waiting)
 
     def has_work(self) -> bool:
         """Whether any trial is left to run or may still be asked for."""
-        return bool(self._live or self._waiting) or self._may_ask()
+        return bool(self._live or self._waiting) or self._quota.may_ask
 
     def next_trial(self) -> Proposal | Next:
         """The next trial to start: one to go on with, else a new one."""
@@ -173,7 +157,7 @@ class Ledger:
         else:
             proposal = self._ask()
         if proposal is None:
-            return Next.WAIT if self._live or self._may_ask() else Next.FINISHED
+            return Next.WAIT if self._live or self._quota.may_ask else Next.FINISHED
         self._live[proposal.number] = self._monotonic()
         self._timeline.assigned(proposal.number, self._clock())
         self._update(self._study.record(proposal.number))
@@ -276,22 +260,17 @@ class Ledger:
         if number in self._live:
             self._live[number] = self._monotonic()
 
-    def _may_ask(self) -> bool:
-        if self._budget.spent():
-            return False
-        return self._num_started < self._num_trials and not self._exhausted and not self._has_given_up
-
     def _ask(self) -> Proposal | None:
         """The next proposal that fits; those before it are recorded and cost nothing."""
         for _ in range(MAX_INFEASIBLE_AT_ONCE):
-            proposal = self._study.ask() if self._may_ask() else None
+            proposal = self._study.ask() if self._quota.may_ask else None
             if proposal is None:
-                self._exhausted = self._exhausted or self._may_ask()
+                self._quota.is_used_up |= self._quota.may_ask
                 return None
             if proposal.refusal is None:
-                self._num_started += 1
+                self._quota.num_started += 1
                 return proposal
-            self._num_refused += 1
+            self._quota.num_refused += 1
             self._close(self._study.record(proposal.number))
         return None
 
@@ -307,28 +286,8 @@ class Ledger:
 
     def _close(self, record: TrialRecord) -> None:
         """Write and pass on what became of a trial, once the journal has it."""
-        self._write_result(record)
+        self._folder.write_result(record.number, record.result())
         self._update(record)
-
-    def _write_result(self, record: TrialRecord) -> None:
-        number = record.number
-        self._folder.write_result(
-            number,
-            {
-                "number": number,
-                "outcome": str(record.outcome),
-                "params": record.params,
-                "score": record.score,
-                "num_reports": len(record.reports),
-                "started_s": record.started_s,
-                "ended_s": record.ended_s,
-                "slot": record.slot,
-                "dead_time_s": record.dead_time_s,
-                "error": record.error,
-                "predicted_peak_gib": record.predicted_peak_gib,
-                "peak_allocated_gib": record.peak_allocated_gib,
-            },
-        )
 
     def _update(self, record: TrialRecord) -> None:
         self._records[record.number] = record

@@ -75,6 +75,13 @@ class TrialRecord:
         losses = [report["eval_loss"] for report in self.reports]
         return min(losses) if losses else None
 
+    def result(self) -> dict[str, Any]:
+        """What result.json says of it."""
+        names = ("number", "params", "score", "started_s", "ended_s", "slot", "dead_time_s", "error", "predicted_peak_gib",
+                 "peak_allocated_gib")  # fmt: skip
+        known = {name: getattr(self, name) for name in names}
+        return {**known, "outcome": str(self.outcome), "num_reports": len(self.reports)}
+
 
 @dataclass(frozen=True)
 class Proposal:
