@@ -21,26 +21,31 @@ class Pruning:
         self._storage = optuna.storages.InMemoryStorage()
         self._study = optuna.create_study(storage=self._storage, study_name=study_name, pruner=pruner)
         self._ids: list[int] = []  # by number
+        self._unjudged: set[int] = set()
         for trial in trials:
             self.entered(trial)
 
     def entered(self, trial: FrozenTrial) -> None:
         """A trial that the journal has, with what it has reported so far."""
         self._ids.append(self._storage.create_new_trial(self._study._study_id, _running(trial)))
-        rungs = sorted(trial.intermediate_values)
-        for rung in rungs:
+        for rung in sorted(trial.intermediate_values):
             self.reported(trial.number, rung, trial.intermediate_values[rung])
-            if trial.state.is_finished() or rung != rungs[-1]:
-                self.should_prune(trial.number)
         if trial.state.is_finished():
+            self.should_prune(trial.number)
             self.ended(trial)
 
     def reported(self, number: int, rung: int, eval_loss: float) -> None:
+        """A trial that reports again was not pruned at the rung before: where a kill took that verdict's notes, they are made
+        now, before the pruner sees more than it saw then."""
+        if number in self._unjudged:
+            self.should_prune(number)
         self._storage.set_trial_intermediate_value(self._ids[number], rung, eval_loss)
+        self._unjudged.add(number)
 
     def should_prune(self, number: int) -> bool:
         """The verdict on the last reported rung. Ask once a rung: successive halving judges each only once. A trial at its last
         rung is complete."""
+        self._unjudged.discard(number)
         trial = self._storage.get_trial(self._ids[number])
         if not trial.intermediate_values or trial.last_step >= self._num_rungs:
             return False
