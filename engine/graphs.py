@@ -11,12 +11,14 @@ host's word and is left out, as are copies to host memory; the loss in fp32 of a
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from engine import attention
+from engine.errors import first_line
 from engine.model import Base
 from engine.packing import Batch, padded
 
@@ -81,7 +83,8 @@ class Graphs:
             known.loss = self._compute(known)
         else:
             self._first(known)
-            self._recorded[size] = known
+            if known.graph is not None:
+                self._recorded[size] = known
         return known.loss
 
     def _compute(self, row: _Recorded) -> Tensor:
@@ -97,8 +100,15 @@ class Graphs:
             first = self._compute(known)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            known.loss = self._compute(known)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                known.loss = self._compute(known)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a model's own code waits for the device somewhere: as slow as without graphs, not wrong
+            warnings.warn(f"no CUDA graphs for this model: {first_line(error)}", stacklevel=2)
+            self._pool, known.loss = None, first
+            return
         known.loss.copy_(first)
         known.graph = graph
 

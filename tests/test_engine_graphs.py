@@ -84,6 +84,34 @@ def test_a_trial_over_padded_rows_is_the_trial(tiny_config, tmp_path):
     assert trial(tiny_config, tmp_path / "padded", "cpu", cuda_graphs=True) == pytest.approx(plain, rel=1e-5)
 
 
+def test_a_model_that_cannot_be_recorded_is_computed_without(config, monkeypatch):
+    from contextlib import contextmanager, nullcontext
+    from types import SimpleNamespace
+
+    @contextmanager
+    def graph(*_, **__):
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda s: nullcontext(), "CUDAGraph": object,
+        "graph": graph,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    base = load_base(config.model, torch.device("cpu"))
+    layers = attach(base.model, base.linear_names, config.lora, 0)
+    FlatAdapter(layers, base.dtype)
+    graphs = make_graphs(base, 256, 60)
+    graphs._pool = object()
+    monkeypatch.setattr("engine.graphs.replace", lambda row, **_: row)  # bounds are for attention on CUDA
+    row = collate([Sample(np.arange(60), np.arange(60) > 3)])
+    with pytest.warns(UserWarning, match="no CUDA graphs for this model: operation not permitted when stream is capturing$"):
+        graphs.backward(row, row.num_targets)
+    assert torch.equal(graphs.backward(row, row.num_targets), graphs.backward(row, row.num_targets)) and not graphs._recorded
+    detach(base.model, layers)
+
+
 @pytest.mark.gpu
 def test_a_replayed_trial_has_the_losses_of_one_without_graphs(tiny_config, tmp_path, monkeypatch):
     replays = []
