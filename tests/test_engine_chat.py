@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,20 +22,21 @@ PROMPT = "What is 7 plus 7?"
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, tiny_model_dir, tiny_data) -> dict[str, Path]:
-    """A trial folder for each way to hold the base."""
-    folders = {}
+    """A trial folder, once as trained on 16 bits, and once more with a config that holds the base in NF4."""
+    folder = tmp_path_factory.mktemp("trial")
+    values = {
+        "model": {"path": str(tiny_model_dir), "quantization": "none"},
+        "data": {"train": str(tiny_data), "max_seq_length": 128, "eval_max_seq_length": 128, "eval_fraction": 0.2},
+        "lora": {"rank": 4},
+        "optim": {"learning_rate": 1e-2},
+        "train": {"max_tokens": 1024, "num_reports": 1, "tokens_per_step": 128, "activation_checkpointing": False},
+    }
+    run(build(values), folder / "none")
+    shutil.copytree(folder / "none", folder / "nf4")
     for held in ("nf4", "none"):
-        folders[held] = tmp_path_factory.mktemp("trial") / held
-        config = build({
-            "model": {"path": str(tiny_model_dir), "quantization": held},
-            "data": {"train": str(tiny_data), "max_seq_length": 128, "eval_max_seq_length": 128, "eval_fraction": 0.2},
-            "lora": {"rank": 4},
-            "optim": {"learning_rate": 1e-2},
-            "train": {"max_tokens": 2048, "num_reports": 1, "tokens_per_step": 256, "activation_checkpointing": False},
-        })  # fmt: skip
-        run(config, folders[held])
-        (folders[held] / "train_config.json").write_text(config.model_dump_json())
-    return folders
+        config = build(values, model={"quantization": held})
+        (folder / held / "train_config.json").write_text(config.model_dump_json())
+    return {held: folder / held for held in ("nf4", "none")}
 
 
 @torch.no_grad()

@@ -170,7 +170,8 @@ def test_the_model_card_states_the_losses_of_the_adapter_as_trained_and_of_the_m
     known = evaluate_adapter(config, tmp_path / "trial" / "adapter")
     measured = export(tmp_path / "trial" / "adapter", "merged", tmp_path / "out")
     assert (measured.base, measured.adapter) == pytest.approx((known["base_eval_loss"], known["eval_loss"]), rel=1e-5)
-    assert measured.merged != measured.adapter and measured.merged < measured.base - 0.5
+    assert measured.merged != measured.adapter
+    assert measured.merged < (measured.base + measured.adapter) / 2  # twin: it is not the base model alone
     card = (tmp_path / "out" / "README.md").read_text()
     told = [float(cell) for cell in re.findall(r"^\| (?:base|merged) model.*?\| (\d+\.\d{4}) \|", card, re.M)]
     assert told == [round(loss, 4) for loss in (measured.base, measured.adapter, measured.merged)]
@@ -229,7 +230,7 @@ def test_an_export_that_is_interrupted_leaves_nothing(base, adapter, tmp_path, m
 @pytest.mark.faults
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_itself_computes_the_same_logits(family, tmp_path, monkeypatch):
-    """With llama-cpp-python (not a dependency; skipped without). It rounds keys and values to 16 bits: 1 % of the largest logit."""
+    """With llama-cpp-python (no dependency; skipped without). Keys and values are cached in 16 bits: 1 % of the largest logit."""
     pytest.importorskip("llama_cpp")
     base = save_model(tmp_path / "base", family, torch.float32)
     given = save_adapter(tmp_path / "given", base)
@@ -240,12 +241,13 @@ def test_llama_cpp_itself_computes_the_same_logits(family, tmp_path, monkeypatch
     assert _distance(_llama_cpp(tmp_path / "base.gguf"), plain) < 0.01
     assert _distance(_llama_cpp(tmp_path / "base.gguf", tmp_path / "adapter.gguf"), tuned) < 0.01
     # twin: rows of q and k in the wrong order are seen
-    wrong = (
-        (lambda self, key, t: t) if Naming(config).rows("x.self_attn.q_proj.weight", torch.arange(64.0))[1] != 1 else _shuffled
-    )
-    monkeypatch.setattr(Naming, "rows", wrong)
+    monkeypatch.setattr(Naming, "rows", _shuffled if family.startswith("qwen") else _as_they_were)
     write_adapter(read_adapter(given), config, tmp_path / "wrong.gguf")
     assert _distance(_llama_cpp(tmp_path / "base.gguf", tmp_path / "wrong.gguf"), tuned) > 0.05
+
+
+def _as_they_were(self, key, tensor):
+    return tensor
 
 
 def _shuffled(self, key, tensor):
