@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from export_models import one_thread
 from test_engine_train import CPU, build, run
 
 from engine.adapter_files import load_adapter
@@ -18,6 +19,12 @@ from engine.model import load_base
 from engine.packing import Sample, collate
 
 PROMPT = "What is 7 plus 7?"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from export_models import FAMILIES, save_adapter, save_model
+from export_models import FAMILIES, one_thread, save_adapter, save_model
 from safetensors.torch import load_file, save_file
 from test_engine_train import build, run
 
@@ -41,6 +41,12 @@ def logits(base: Path, adapter: Path | None = None, dtype: torch.dtype = torch.f
 
 def left_by(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +170,7 @@ def test_the_merged_gguf_holds_the_merged_weights_and_what_llama_cpp_reads_of_th
 
 
 def test_the_model_card_states_the_losses_of_the_adapter_as_trained_and_of_the_merged_model(tiny_config, tmp_path):
-    config = build(tiny_config, lora={"use_rslora": True})
+    config = build(tiny_config, lora={"use_rslora": True}, train={"max_tokens": 1024, "num_reports": 1})
     run(config, tmp_path / "trial")
     (tmp_path / "trial" / "train_config.json").write_text(config.model_dump_json())
     known = evaluate_adapter(config, tmp_path / "trial" / "adapter")
