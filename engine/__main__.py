@@ -3,6 +3,8 @@ python -m engine prepare <configs.json>           check configs and fill the cac
 python -m engine look <train_config.json>         the model's shape and the card that is here, as JSON; no weights, no data
 python -m engine plan <train_config.json> --card rtx4090   how it would be computed there: peak memory and speed, predicted
 python -m engine evaluate <train_config.json> --adapter <folder>   the base model's loss and the adapter's
+python -m engine.export <adapter folder> --to FORM --out DIR     for PEFT, vLLM, llama.cpp (a command of its own)
+python -m engine.chat <adapter folder>            talk to it (a command of its own)
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.cards import card as find_card
+from engine.command_line import run
 from engine.config import TrainConfig, load_json, load_train_config, parse
-from engine.errors import EngineError, InputError, first_line
+from engine.errors import InputError
 from engine.files import write_text
 from engine.planner import plan
 from engine.shape import ModelShape
@@ -27,14 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = {"train": _train, "prepare": _prepare, "look": _look, "plan": _plan, "evaluate": _evaluate}
     command = arguments[0] if arguments[:1] and arguments[0] in commands else "train"
     rest = arguments[1:] if arguments[:1] == [command] else arguments
-    try:
-        return commands[command](rest)
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a path of the user's that cannot be read or made; those that cannot be written are EngineErrors
-        print(f"error: {error.filename or 'file'}: {error.strerror or first_line(error)}", file=sys.stderr)
-        return 2
+    return run(lambda: commands[command](rest))
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

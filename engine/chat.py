@@ -1,169 +1,141 @@
-"""From a sample in any supported format to text with target spans: which characters the model is to learn to write.
+"""python -m engine.chat <adapter folder>: talk to the adapter, on the base model held as in training.
 
-messages: `{"messages": [{"role", "content"}, ...]}` (or `conversations` with from/value), rendered by the chat template; loss
-on assistant turns. prompt_completion: `{"prompt", "completion"}`; loss on the completion. alpaca: `{"instruction", "input",
-"output"}`, as a chat where there is a template, else Stanford's prompt. text: `{"text"}`; loss everywhere.
+Ctrl-C stops an answer, Ctrl-D ends. Answers come from transformers' generate with its cache of keys and values and its own
+attention: training's attention takes packed rows and keeps no cache. For trying an adapter out, not for serving it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import argparse
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import TextStreamer
+
+from engine.command_line import run
+from engine.config import ModelConfig
 from engine.errors import InputError
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-FORMATS = {  # format -> columns that reveal it, most telling first
-    "messages": (("messages",), ("conversations",)),
-    "prompt_completion": (("prompt", "completion"),),
-    "alpaca": (("instruction", "output"),),
-    "text": (("text",),),
-}
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
-TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
-ALPACA_HEAD = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+from engine.export import find_train_config
+from engine.lora import attach, load_adapter_state
+from engine.model import Base, load_base, pick_device
+from engine.portable import read_adapter
+from engine.templates import chat_template
 
 
-@dataclass(frozen=True)
-class TargetText:
-    """Text and the character ranges [start, end) that carry loss."""
+class Printer(TextStreamer):
+    """Prints text as soon as its words are whole, and keeps it: an answer that is interrupted is part of the conversation too."""
 
-    text: str
-    spans: tuple[tuple[int, int], ...]
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.text = ""
 
-
-class SampleError(Exception):
-    """What is wrong with one sample; the reader adds which one."""
-
-
-def detect_format(columns: Mapping[str, Any], wanted: str, where: str) -> str:
-    """The format of a sample with these columns, or `wanted` if that is not `auto`."""
-    for name, alternatives in FORMATS.items():
-        if wanted in ("auto", name) and any(all(c in columns for c in needed) for needed in alternatives):
-            return name
-    known = "; ".join(f"{n}: {' or '.join('+'.join(c) for c in alts)}" for n, alts in FORMATS.items())
-    raise InputError(where, sorted(columns), f"columns fit no format ({wanted} was asked for); known: {known}")
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        print(text, end="", flush=True)
 
 
-def chat_template(tokenizer: Any, wanted: str | None) -> str | None:
-    """Jinja text of the template to use: the tokenizer's own, `chatml`, or a file's content."""
-    if wanted is None:
-        return tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else tokenizer.get_chat_template()
-    if wanted == "chatml":
-        return CHATML
-    try:
-        if Path(wanted).suffix in TEMPLATE_SUFFIXES:  # a config from elsewhere shall not make training text of any file
-            return Path(wanted).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        pass
-    kinds = ", ".join(TEMPLATE_SUFFIXES)
-    raise InputError("data.chat_template", wanted, f"allowed: none (the tokenizer's own), chatml, or a Jinja file ({kinds})")
+class Chat:
+    """A loaded base model with its adapter, and the turns so far."""
 
+    def __init__(self, base: Base, template: str | None, max_new_tokens: int, temperature: float) -> None:
+        """template: None gives the model each prompt as it is, without turns. temperature: 0 takes the likeliest token."""
+        self._base, self._template, self._messages = base, template, []
+        self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "use_cache": True}
+        if temperature > 0:
+            self._options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if ends := _end_tokens(base):
+            self._options |= {"eos_token_id": ends, "pad_token_id": ends[0]}  # one sequence is never padded; unset, it warns
 
-class Renderer:
-    """Turns samples of one format into TargetTexts with one tokenizer's template and special tokens."""
-
-    def __init__(self, tokenizer: Any, format_name: str, template: str | None) -> None:
-        self._tokenizer, self._template = tokenizer, template
-        self._bos = tokenizer.bos_token if _adds_bos(tokenizer) else ""
-        self._eos = tokenizer.eos_token or ""
-        methods: dict[str, Callable[[Mapping[str, Any]], list[TargetText]]] = {
-            "messages": self._messages,
-            "prompt_completion": self._prompt_completion,
-            "alpaca": self._alpaca,
-            "text": self._text,
-        }
-        self.render = methods[format_name]
-
-    def _text(self, sample: Mapping[str, Any]) -> list[TargetText]:
-        text = _string(sample, "text")
-        return [self._plain("", text)]
-
-    def _prompt_completion(self, sample: Mapping[str, Any]) -> list[TargetText]:
-        if isinstance(sample["prompt"], list) and isinstance(sample["completion"], list):
-            return self._messages({**sample, "messages": [*sample["prompt"], *sample["completion"]]})
-        return [self._plain(_string(sample, "prompt"), _string(sample, "completion"))]
-
-    def _alpaca(self, sample: Mapping[str, Any]) -> list[TargetText]:
-        instruction, output = _string(sample, "instruction"), _string(sample, "output")
-        extra = sample.get("input") or ""
-        if self._template is not None:
-            user = f"{instruction}\n\n{extra}" if extra else instruction
-            turns = [{"role": "user", "content": user}, {"role": "assistant", "content": output}]
-            return self._messages({"messages": turns})
-        head = ALPACA_HEAD.format(", paired with an input that provides further context" if extra else "")
-        middle = f"### Input:\n{extra}\n\n" if extra else ""
-        return [self._plain(f"{head}### Instruction:\n{instruction}\n\n{middle}### Response:\n", output)]
-
-    def _messages(self, sample: Mapping[str, Any]) -> list[TargetText]:
-        messages = _normalised(sample)
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        if not turns:
-            raise SampleError("has no assistant message, so nothing to learn from")
-        extra = {"tools": sample["tools"]} if sample.get("tools") else {}
-        pieces = [self._turn(messages, i, extra) for i in turns]
-        whole = self._apply(messages, False, extra)
-        if all(whole.startswith(text) for text, _ in pieces):
-            return [TargetText(whole, tuple((start, len(text)) for text, start in pieces))]
-        # The template writes earlier turns differently once there are later ones (reasoning models drop their thoughts):
-        # one text per assistant turn is then exactly what the model sees when it has to write that turn.
-        return [TargetText(text, ((start, len(text)),)) for text, start in pieces]
-
-    def _turn(self, messages: list[dict[str, Any]], i: int, extra: dict[str, Any]) -> tuple[str, int]:
-        prompt = self._apply(messages[:i], True, extra)
-        text = self._apply(messages[: i + 1], False, extra)
-        if not text.startswith(prompt):
-            raise SampleError("the chat template's generation prompt is not how it begins an assistant message")
-        return text, len(prompt)
-
-    def _apply(self, messages: list[dict[str, Any]], generate: bool, extra: dict[str, Any]) -> str:
-        if self._template is None:
-            raise InputError("data.chat_template", None, "the tokenizer has no chat template; set chatml or a Jinja file")
-        options = {"chat_template": self._template, "add_generation_prompt": generate, "tokenize": False, **extra}
+    @torch.no_grad()
+    def answer(self, prompt: str) -> str:
+        """Prints the answer as it comes. Ctrl-C ends it there; what was said so far stays in the conversation."""
+        printer = Printer(self._base.tokenizer)
+        inputs = {name: tensor.to(self._base.device) for name, tensor in self._encode(prompt).items()}
         try:
-            return self._tokenizer.apply_chat_template(messages, **options)
-        except Exception as error:  # templates raise their own TemplateError with any message
-            raise SampleError(f"the chat template refused it: {error}") from error
+            self._base.model.generate(**inputs, **self._options, streamer=printer)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        print(flush=True)
+        self._messages.append({"role": "assistant", "content": printer.text})
+        return printer.text
 
-    def _plain(self, prompt: str, completion: str) -> TargetText:
-        start = len(self._bos) + len(prompt)
-        text = f"{self._bos}{prompt}{completion}{self._eos}"
-        return TargetText(text, ((start, len(text)),))
-
-
-def _normalised(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
-    raw = sample.get("messages", sample.get("conversations"))
-    if not isinstance(raw, (list, tuple)) or not raw or not all(isinstance(m, Mapping) for m in raw):
-        raise SampleError("messages must be a non-empty list of {role, content}")
-    messages = []
-    for message in raw:
-        if "from" in message and "value" in message:
-            message = {"role": SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message["value"]}
-        content = message.get("content")
-        if not isinstance(message.get("role"), str) or not (isinstance(content, (str, list)) or message.get("tool_calls")):
-            raise SampleError("every message needs a role and a content (text, or a list of parts)")
-        messages.append({key: value for key, value in message.items() if value is not None})
-    return messages
+    def _encode(self, prompt: str) -> dict[str, torch.Tensor]:
+        tokenizer = self._base.tokenizer
+        if self._template is None:
+            encoded = tokenizer(prompt, return_tensors="pt")
+        else:
+            self._messages.append({"role": "user", "content": prompt})
+            options = {"chat_template": self._template, "add_generation_prompt": True, "tokenize": False}
+            text = tokenizer.apply_chat_template(self._messages, **options)
+            encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")  # the template writes them
+        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 
-def _string(sample: Mapping[str, Any], column: str) -> str:
-    value = sample.get(column)
-    if not isinstance(value, str):
-        raise SampleError(f"{column} must be a string, not {type(value).__name__}")
-    return value
+def load_chat(folder: Path, max_new_tokens: int, temperature: float, device: str = "auto") -> Chat:
+    """The adapter on its base model: quantised as train_config.json says, in NF4 where there is none."""
+    adapter, config = read_adapter(folder), find_train_config(folder)
+    model = config.model if config else ModelConfig(path=adapter.base, revision=adapter.revision)
+    model = model.model_copy(update={"layers": "original", "embeddings": "device"})  # fused layers are for packed rows
+    base = load_base(model, pick_device(device), attention_name="sdpa")
+    layers = attach(base.model, base.linear_names, adapter.lora_config(), seed=0)
+    with torch.no_grad():
+        load_adapter_state(layers, adapter.state(), "adapter")
+    base.model.eval()
+    wanted = config.data.chat_template if config else None
+    template = chat_template(base.tokenizer, wanted) if wanted or base.tokenizer.chat_template else None
+    return Chat(base, template, max_new_tokens, temperature)
 
 
-def _adds_bos(tokenizer: Any) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+def _end_tokens(base: Base) -> list[int]:
+    """The model's own and the tokenizer's: a chat model often ends turns with another token than texts."""
+    own = base.model.generation_config.eos_token_id
+    ends = own if isinstance(own, list) else [own]
+    return list(dict.fromkeys(token for token in [base.tokenizer.eos_token_id, *ends] if token is not None))
+
+
+def _prompts() -> Iterator[str]:
+    """Lines typed, until Ctrl-D. Ctrl-C clears the line."""
+    while True:
+        try:
+            line = input("> ")
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("adapter", type=Path, help="folder with adapter_config.json, such as best/ of a sweep")
+    parser.add_argument("--prompt", help="answer this and end")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    options = parser.parse_args(arguments)
+
+    def command() -> int:
+        if options.max_new_tokens < 1:
+            raise InputError("--max-new-tokens", options.max_new_tokens, "must be at least 1")
+        if not 0 <= options.temperature < float("inf"):
+            raise InputError("--temperature", options.temperature, "must be 0 or more")
+        chat = load_chat(options.adapter, options.max_new_tokens, options.temperature, options.device)
+        torch.manual_seed(options.seed)
+        for prompt in [options.prompt] if options.prompt is not None else _prompts():
+            chat.answer(prompt)
+        return 0
+
+    return run(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,9 @@
 """What exact resume needs, on disk: adapter, optimizer, random state, data cursor, reports. Safetensors, JSON, and a
 `weights_only` torch file for optimizer and random state: loading runs no code from the file.
 
-Not the adapter that users take away; that is `export.py`. `checkpoint/` is replaced atomically, and a checksum of every file
-in `state.json` tells a torn one; `checkpoint.previous/` is the one before it, which a trial goes on from where the last is torn.
+Not the adapter that users take away; that is `adapter_files.py`. `checkpoint/` is replaced atomically, and a checksum of every
+file in `state.json` tells a torn one; `checkpoint.previous/` is the one before it, which a trial goes on from where the last
+is torn.
 """
 
 from __future__ import annotations

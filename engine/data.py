@@ -17,10 +17,10 @@ import numpy as np
 
 from engine.builtin import resolve_data
 from engine.cache import build_once
-from engine.chat import Renderer, SampleError, TargetText, chat_template, detect_format
 from engine.config import HUB_ID, DataConfig
 from engine.errors import InputError, first_line
 from engine.packing import Sample
+from engine.templates import Renderer, SampleError, TargetText, chat_template, detect_format
 
 VERSION = 1  # of the token cache's content
 CHUNK = 512  # texts per call of the tokenizer

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from engine.adapter_files import load_adapter
 from engine.config import TrainConfig
 from engine.data import View, load_data
-from engine.export import load_adapter
 from engine.lora import attach, detach
 from engine.model import Base, load_base, pick_device
 from engine.packing import Batch, collate, plan_once

@@ -1,81 +1,173 @@
-"""The adapter as PEFT writes it, so that anything that loads a PEFT adapter loads ours.
+"""python -m engine.export <adapter folder> --to FORM --out DIR: the best adapter, ready for other programs.
 
-`adapter_model.safetensors` holds `base_model.model.<layer>.lora_A.weight` [R, D] and `.lora_B.weight` [O, R] in fp32;
-`adapter_config.json` is sorted JSON with PEFT's names only.
+peft: for PEFT and vLLM, with rsLoRA and alpha or rank patterns folded in. merged: the base model's original weights with the
+adapter added, 16-bit safetensors. gguf-adapter, gguf-merged: for llama.cpp. Each comes with a model card that states the losses
+on the evaluation set of train_config.json, measured now.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import torch
+from safetensors.torch import save_file
 
-from engine.config import TrainConfig
-from engine.errors import InputError, first_line
+from engine.adapter_files import CONFIG, PREFIX, WEIGHTS
+from engine.command_line import run
+from engine.config import ModelConfig, TrainConfig, load_train_config, to_json
+from engine.data import load_data
+from engine.errors import InputError
+from engine.evaluate import evaluate, evaluation_batches
 from engine.files import write_folder
-from engine.lora import LoraLinear, adapter_state, load_adapter_state
-from engine.model import locate
+from engine.gguf_model import architecture, write_adapter, write_model
+from engine.lora import attach, detach, load_adapter_state
+from engine.merge import base_folder, write_merged
+from engine.model import Base, free, load_base, load_tokenizer, locate, model_config, pick_device
+from engine.model_card import Card, Measured, model_card
+from engine.portable import Adapter, read_adapter
+from engine.provenance import provenance
 
-PREFIX = "base_model.model."
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FORMS = ("peft", "merged", "gguf-adapter", "gguf-merged")
+TRAIN_CONFIG = "train_config.json"
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
 
 
-def export_adapter(
-    folder: Path, config: TrainConfig, layers: dict[str, LoraLinear], linear_names: list[str], tokenizer: Any
-) -> None:
-    """Write the adapter and the tokenizer it was trained with to `folder`, atomically, replacing what was there."""
+def export(folder: Path, form: str, out: Path, *, config: TrainConfig | None = None, measure: bool = True) -> Measured | None:
+    """Write `folder`'s adapter in `form` to `out`, whole or not at all. config: None takes the one in or above `folder`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError("--out", str(out), "must be a new or empty folder")
+    adapter = read_adapter(folder)
+    config = config or find_train_config(folder)
+    model = config.model if config else ModelConfig(path=adapter.base, revision=adapter.revision)
+    if form.startswith("gguf"):
+        architecture(model_config(model))  # refused before anything takes time
+    results: list[Measured | None] = []
 
     def fill(target: Path) -> None:
-        state = {PREFIX + name: tensor.contiguous().cpu() for name, tensor in adapter_state(layers).items()}
-        save_file(state, target / WEIGHTS, metadata={"format": "pt"})
-        values = peft_config(config, list(layers), linear_names)
-        (target / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-        tokenizer.save_pretrained(target)
+        dtype = WRITERS[form](adapter, model, folder, target)
+        merged = target / "merged" if form == "gguf-merged" else target if form == "merged" else None
+        measured = _measure(config, adapter, merged) if measure and config else None
+        results.append(measured)
+        if form == "gguf-merged":
+            shutil.rmtree(target / "merged")
+        card = Card(
+            form, adapter.base, adapter.rank, adapter.lora_alpha, len(adapter.layers), dtype, config, measured, provenance()
+        )
+        (target / "README.md").write_text(model_card(card), encoding="utf-8")
+        if config:
+            (target / TRAIN_CONFIG).write_text(to_json(config) + "\n")
 
-    write_folder(folder, fill)
-
-
-def peft_config(config: TrainConfig, targets: list[str], linear_names: list[str]) -> dict[str, Any]:
-    """The content of adapter_config.json. `r` is PEFT's word for rank, here and nowhere else."""
-    lora = config.lora
-    alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
-    return {
-        "base_model_name_or_path": locate(config.model),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": lora.lora_dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": lora.rank,
-        "revision": config.model.revision,
-        "target_modules": shortest_names(targets, linear_names),
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": lora.use_rslora,
-    }
+    write_folder(out, fill)
+    return results[0]
 
 
-def shortest_names(targets: list[str], linear_names: list[str]) -> list[str]:
-    """Last parts of the names (`q_proj`) where these alone pick exactly the targets, else the whole names."""
-    ends = {name.rpartition(".")[2] for name in targets}
-    exact = {name for name in linear_names if name.rpartition(".")[2] in ends} == set(targets)
-    return sorted(ends) if exact else sorted(targets)
+def find_train_config(folder: Path) -> TrainConfig | None:
+    """That of the best adapter lies in its folder, that of a trial's adapter in the one above."""
+    for place in (folder, folder.resolve().parent):
+        if (place / TRAIN_CONFIG).is_file():
+            return load_train_config(place / TRAIN_CONFIG)
+    return None
 
 
-def load_adapter(folder: Path, layers: dict[str, LoraLinear]) -> None:
-    """Read exported weights back into attached layers."""
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise InputError("adapter", str(folder), f"must be a folder with {WEIGHTS}")
+def _write_peft(adapter: Adapter, model: ModelConfig, folder: Path, target: Path) -> None:
+    state = {PREFIX + name: tensor.contiguous() for name, tensor in adapter.state().items()}
+    save_file(state, target / WEIGHTS, metadata={"format": "pt"})
+    (target / CONFIG).write_text(json.dumps(adapter.peft_config, indent=2, sort_keys=True) + "\n")
+    _write_tokenizer(model, folder, target)
+
+
+def _write_merged(adapter: Adapter, model: ModelConfig, folder: Path, target: Path) -> str:
+    write_merged(adapter, base_folder(adapter, locate(model)), target)
+    _write_tokenizer(model, folder, target)
+    return json.loads((target / "config.json").read_text())["dtype"]
+
+
+def _write_gguf_adapter(adapter: Adapter, model: ModelConfig, folder: Path, target: Path) -> None:
+    write_adapter(adapter, model_config(model), target / "adapter.gguf")
+
+
+def _write_gguf_merged(adapter: Adapter, model: ModelConfig, folder: Path, target: Path) -> str:
+    (target / "merged").mkdir()
+    dtype = _write_merged(adapter, model, folder, target / "merged")
+    config = model_config(model) | {"dtype": dtype}
+    write_model(target / "merged", config, target / "model.gguf", Path(adapter.base).name)
+    return dtype
+
+
+WRITERS: dict[str, Callable[[Adapter, ModelConfig, Path, Path], Any]] = {
+    "peft": _write_peft,
+    "merged": _write_merged,
+    "gguf-adapter": _write_gguf_adapter,
+    "gguf-merged": _write_gguf_merged,
+}
+
+
+def _write_tokenizer(model: ModelConfig, folder: Path, target: Path) -> None:
+    """The one that lies with the adapter, unchanged, or else the base model's."""
+    files = [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()]
+    for file in files:
+        shutil.copy(file, target / file.name)
+    if not (target / "tokenizer.json").is_file():
+        load_tokenizer(model).save_pretrained(target)
+
+
+def _measure(config: TrainConfig, adapter: Adapter, merged: Path | None) -> Measured:
+    """Each model is loaded as it will be used: the base as trained, the merged one unquantised, one after the other."""
+    device = pick_device("cpu" if config.train.device == "cpu" else "auto")
+    base = load_base(config.model, device)
+    training, evaluation = load_data(config.data, base.tokenizer)
+    batches = evaluation_batches(evaluation, config.data.eval_max_seq_length)
+    base_loss, adapter_loss = evaluate(base, batches), _adapter_loss(base, adapter, batches)
+    del base
+    free(device)
+    merged_loss = None
+    if merged is not None:
+        plain = config.model.model_copy(update={"path": str(merged), "revision": None, "quantization": "none"})
+        merged_loss = evaluate(load_base(plain, device), batches)
+        free(device)
+    targets = sum(batch.num_targets for batch in batches)
+    return Measured(base_loss, adapter_loss, merged_loss, targets, training.digest(), evaluation.digest())
+
+
+@torch.no_grad()
+def _adapter_loss(base: Base, adapter: Adapter, batches: list[Any]) -> float:
+    layers = attach(base.model, base.linear_names, adapter.lora_config(), seed=0)
     try:
-        state: dict[str, Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError("adapter", str(path), f"must be a whole safetensors file ({first_line(error)})") from None
-    load_adapter_state(layers, {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}, str(path))
+        load_adapter_state(layers, adapter.state(), "adapter")
+        return evaluate(base, batches)
+    finally:
+        detach(base.model, layers)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("adapter", type=Path, help="folder with adapter_config.json, such as best/ of a sweep")
+    parser.add_argument("--to", choices=FORMS, default="peft")
+    parser.add_argument("--out", type=Path, required=True, help="new or empty folder")
+    parser.add_argument("--config", type=Path, help="train_config.json, where it lies neither with the adapter nor above it")
+    parser.add_argument("--no-losses", action="store_true", help="measure nothing; the model card then says so")
+    options = parser.parse_args(arguments)
+
+    def command() -> int:
+        config = load_train_config(options.config) if options.config else None
+        measured = export(options.adapter, options.to, options.out, config=config, measure=not options.no_losses)
+        if measured is not None:
+            merged = "" if measured.merged is None else f", merged {measured.merged:.4f}"
+            print(f"eval loss: base model {measured.base:.4f}, with the adapter {measured.adapter:.4f}{merged}")
+        print(f"{options.to}: {options.out}")
+        return 0
+
+    return run(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -109,15 +109,16 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[wanted]
 
 
-def load_base(config: ModelConfig, device: torch.device) -> Base:
-    """Load, quantise and freeze the base model on `device`."""
+def load_base(config: ModelConfig, device: torch.device, attention_name: str = attention.NAME) -> Base:
+    """Load, quantise and freeze the base model on `device`. attention_name: an entry of transformers' registry; training's own
+    takes packed rows, generation needs one that knows the library's cache of keys and values."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # hundreds of redrawn lines per trial in a log file
     attention.register()
     source, dtype = locate(config), pick_dtype(config.dtype, device)
-    options: dict[str, Any] = {"device_map": {"": device.type}, "dtype": dtype, "attn_implementation": attention.NAME}
+    options: dict[str, Any] = {"device_map": {"": device.type}, "dtype": dtype, "attn_implementation": attention_name}
     if config.quantization == "nf4":
         options["quantization_config"] = nf4_load_config(config.double_quantization, dtype)
     if Path(source).is_dir():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint
+from engine.adapter_files import export_adapter
 from engine.cards import found_card
 from engine.checkpoint import Progress
 from engine.config import TrainConfig
@@ -25,7 +26,6 @@ from engine.data import load_data
 from engine.divergence import check_loss, check_step
 from engine.errors import OutOfMemory
 from engine.evaluate import evaluate, evaluation_batches
-from engine.export import export_adapter
 from engine.files import write_text
 from engine.graphs import make_graphs
 from engine.lora import FlatAdapter, LoraLinear, attach, detach

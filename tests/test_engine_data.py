@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.chat import CHATML
 from engine.config import DataConfig, ModelConfig, parse
 from engine.data import load_data, split_by_content
 from engine.errors import InputError
 from engine.loss import IGNORE
 from engine.model import load_tokenizer
 from engine.packing import Cursor, Sample, collate, padded, plan_epoch, plan_once
+from engine.templates import CHATML
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_a_step_has_all_its_bins_also_where_an_epoch_ends():
 
 
 def test_chatml_can_be_named_where_a_tokenizer_has_no_template(tokenizer):
-    from engine.chat import chat_template
+    from engine.templates import chat_template
 
     assert chat_template(tokenizer, "chatml") == CHATML
     with pytest.raises(InputError, match=r"data\.chat_template.*chatml"):

@@ -145,7 +145,7 @@ def test_peft_loads_the_exported_adapter_with_equal_logits(tiny_config, tmp_path
     run(config, tmp_path)
     base = load_base(config.model, CPU)
     layers = attach(base.model, base.linear_names, config.lora, 99)
-    from engine.export import load_adapter
+    from engine.adapter_files import load_adapter
 
     load_adapter(tmp_path / "adapter", layers)
     view, _ = load_data(config.data, base.tokenizer)
