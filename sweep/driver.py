@@ -131,6 +131,7 @@ def _trials_and_finish(
     from sweep.earlier import read_earlier
     from sweep.finish import finish
     from sweep.ledger import Ledger
+    from sweep.report import try_write_report
     from sweep.selection import Rule
     from sweep.study import Study
     from sweep.tuning import run_trials
@@ -166,6 +167,7 @@ def _trials_and_finish(
     best, summary = finish(folder, ledger.records, config.sweep.name, plan.slots.device, engine.command, screen.note, rule)
     ended_s = max((record.ended_s or 0.0 for record in ledger.records), default=folder.started_s)
     tracker.sweep_finished(summary, best, folder.best if best else None, ended_s)
+    try_write_report(folder, screen.note)
     return 0 if best else 1
 
 

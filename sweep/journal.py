@@ -38,6 +38,12 @@ def read_trials(folder: SweepFolder) -> list[FrozenTrial]:
     return optuna.load_study(study_name=STUDY_NAME, storage=storage).get_trials(deepcopy=False)
 
 
+def read_records(folder: SweepFolder, config_of: ConfigOf) -> tuple[list[FrozenTrial], list[TrialRecord]]:
+    """The same trials, and their plain records with the reports from their folders."""
+    trials = read_trials(folder)
+    return trials, [record_of(trial, folder, config_of) for trial in trials]
+
+
 def mend_journal(folder: SweepFolder) -> None:
     """After a kill: drop a last line that was not written whole, and the lock that Optuna would wait 30 s for.
 

@@ -29,7 +29,7 @@ def write_leaderboard(
     Trials that could be chosen have a rank; a pruned one was judged hopeless.
     """
     best = rule.best(records)
-    rows = [_row(record, place) for place, record in enumerate(rule.rank(records), start=1)]
+    rows = board_rows(records, rule)
     front = [_front_row(record, rule.objectives) for record in rule.front(records)]
     board = {
         "sweep": sweep_name,
@@ -44,6 +44,11 @@ def write_leaderboard(
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "leaderboard.json", json.dumps(_finite(board), indent=2, allow_nan=False) + "\n")
     write_text(folder / "leaderboard.md", _markdown(sweep_name, best, board))
+
+
+def board_rows(records: list[TrialRecord], rule: Rule = DEFAULT_RULE) -> list[dict[str, Any]]:
+    """One for each trial, in the order in which they stand."""
+    return [_row(record, place) for place, record in enumerate(rule.rank(records), start=1)]
 
 
 def _row(record: TrialRecord, place: int) -> dict[str, Any]:
@@ -96,7 +101,7 @@ def _markdown(name: str, best: TrialRecord | None, board: dict[str, Any]) -> str
         )
         lines += [again, ""]
     lines += _front_table(board)
-    return "\n".join([*lines, *table(HEADER, [_cells(row) for row in rows]), ""])
+    return "\n".join([*lines, *table(HEADER, [board_cells(row) for row in rows]), ""])
 
 
 def _front_table(board: dict[str, Any]) -> list[str]:
@@ -122,7 +127,8 @@ def _front_table(board: dict[str, Any]) -> list[str]:
     ]
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def board_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """The row as text, in the order of HEADER."""
     return (
         number(row["rank"], "d"),
         str(row["number"]),

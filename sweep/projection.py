@@ -7,6 +7,7 @@ doubling anything.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -136,7 +137,8 @@ class Projection:
             self._parent = self._find_or_create(self._name, {"sweep.kind": "sweep"}, self.started_s or time.time())
         return self._parent
 
-    def _connect(self) -> None:
+    def _connect(self, create: bool = True) -> None:
+        """create: make the database and the experiment where there is none."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         # takes 1.5 to 3 s: here, so that the driver does not wait for it
@@ -149,14 +151,15 @@ class Projection:
         if self._uri.startswith("sqlite:///"):
             database = Path(self._uri.removeprefix("sqlite:///")).absolute()
             database.parent.mkdir(parents=True, exist_ok=True)
-            if not database.exists():
+            if create and not database.exists():
                 _create(database)
             location = (database.parent / "mlartifacts").as_uri()
         self._client = MlflowClient(self._uri, self._uri)
         experiment = self._client.get_experiment_by_name(self._experiment)
-        self._experiment_id = (
-            experiment.experiment_id if experiment else self._client.create_experiment(self._experiment, location)
-        )
+        if experiment is not None:
+            self._experiment_id = experiment.experiment_id
+        elif create:
+            self._experiment_id = self._client.create_experiment(self._experiment, location)
 
     def _child(self, record: TrialRecord) -> str:
         parent = self._open()
@@ -240,3 +243,32 @@ def _is_number(value: Any) -> bool:
 
 def _text(value: Any) -> str:
     return str(value)[:MAX_VALUE_CHARS]
+
+
+def share_view(uri: str, experiment: str, folder: Path) -> str | None:
+    """Store how MLflow's page shows the trials of this sweep, as its Share button does, under a key that the page takes.
+
+    Returns the page's path with that key; None where nothing of the sweep is in the store.
+    """
+    projection = Projection(uri, experiment, "", folder, {})
+    projection._connect(create=False)
+    trials = projection._search("tags.`sweep.kind` = 'trial'") if projection._experiment_id is not None else []
+    if not trials:
+        return None
+    view = _view(projection._id, sorted({name for run in trials for name in run.data.params}))
+    key = projection._id
+    projection._client.set_experiment_tag(projection._experiment_id, f"mlflow.sharedViewState.{key}", json.dumps(view))
+    return f"/#/experiments/{projection._experiment_id}/runs?viewStateShareKey={key}"
+
+
+def _view(sweep_id: str, params: list[str]) -> dict[str, Any]:
+    """The sweep's trials, best first: how each ended, what was sampled, and what it reached."""
+    loss = f"metrics.`{METRICS['best_eval_loss']}`"
+    shown = [loss, *(f"metrics.`{METRICS[name]}`" for name in ("tokens_per_second", "peak_allocated_gib", "predicted_peak_gib"))]
+    return {
+        "searchFilter": f"tags.`sweep.id` = '{sweep_id}' and tags.`sweep.kind` = 'trial'",
+        "orderByKey": loss,
+        "orderByAsc": True,
+        "selectedColumns": ["tags.`outcome`", *(f"params.`{name}`" for name in params), *shown, "attributes.`Duration`"],
+        "runsHiddenMode": "SHOWALL",
+    }

@@ -7,7 +7,7 @@
     trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's), result.json, error.txt
     timeline.jsonl      when each trial held which slot
     best/               the winning adapter, ready to load
-    leaderboard.md/.json, driver.log, ray/ (Tune's own files, never read again)
+    leaderboard.md/.json, report.html, driver.log, ray/ (Tune's own files, never read again)
 """
 
 from __future__ import annotations

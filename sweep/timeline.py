@@ -33,8 +33,11 @@ class Span:
 class Timeline:
     """Appends events, and keeps the sums that a budget needs."""
 
-    def __init__(self, file: Path) -> None:
-        """Reads what earlier sessions of the sweep left in the file."""
+    def __init__(self, file: Path, *, mend: bool = True) -> None:
+        """Reads what earlier sessions of the sweep left in the file. mend: false for a mere reader, since the sweep may be
+        running, and about to write the rest of the last line."""
+        if mend:
+            _mend(file)
         self._file = file
         self.spans: list[Span] = []  # those that have ended, in that order
         self._open: dict[int, Span] = {}
@@ -107,13 +110,16 @@ class Timeline:
         self._occupied_s += at_s - span.assigned_s
 
 
+def _mend(file: Path) -> None:
+    """A last line that a kill tore is dropped, so that the next one starts on its own."""
+    if file.is_file():
+        text = file.read_text(encoding="utf-8")
+        if text and not text.endswith("\n"):
+            file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+
+
 def _read(file: Path) -> Iterator[dict[str, Any]]:
-    """The events; a last line that a kill tore is dropped, and ended, so that the next one starts on its own."""
-    if not file.is_file():
-        return
-    text = file.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        file.write_text(text, encoding="utf-8")
-    for line in text.splitlines():
-        yield json.loads(line)
+    """The events whose lines are whole."""
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
+            yield json.loads(line)

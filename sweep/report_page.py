@@ -1,0 +1,90 @@
+"""The report as one HTML page that needs no network: text, tables and figures in, a string out. All text is escaped here, figures
+keep theirs escaped themselves; the page's own policy forbids it to load anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 1280px; padding: 0 24px 48px; }
+h1 { font-size: 26px; margin: 28px 0 4px; }
+h2 { font-size: 19px; margin: 36px 0 6px; border-top: 1px solid #ddd; padding-top: 14px; }
+p { margin: 4px 0; max-width: 110ch; } .none { color: #777; font-style: italic; } .wide { overflow: auto; max-height: 620px; }
+table { border-collapse: collapse; font-size: 13px; } th { position: sticky; top: 0; background: #fff; }
+th { text-align: left; color: #555; font-weight: 600; white-space: nowrap; }
+td, th { padding: 3px 10px 3px 0; border-bottom: 1px solid #eee; vertical-align: top; font-variant-numeric: tabular-nums; }
+tr.first td { background: #fff6dc; } tr.faded td { color: #999; } pre { font-size: 12px; overflow-x: auto; }
+"""
+LAYOUT = {
+    "template": "plotly_white",
+    "margin": {"l": 70, "r": 20, "t": 30, "b": 50},
+    "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    "title": None,
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """classes: one per row, "first", "faded" or nothing."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    classes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One heading with what stands under it. body: a str in place of a figure says why there is none."""
+
+    title: str
+    body: Table | go.Figure | str
+    caption: str = ""
+    height: int = 460
+
+
+def render(title: str, facts: Sequence[str], sections: Sequence[Section], config: str) -> str:
+    """facts: lines under the title; config: shown folded at the end."""
+    parts = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        f"<title>{escape(title)}</title><style>{STYLE}</style>",
+        f"<script>{get_plotlyjs()}</script></head><body>",
+        f"<h1>{escape(title)}</h1>",
+        *(_paragraph(fact) for fact in facts),
+        *(_section(section) for section in sections),
+        f"<h2>Config</h2><details><summary>sweep_config.json</summary><pre>{escape(config)}</pre></details>",
+        "</body></html>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _section(section: Section) -> str:
+    caption = _paragraph(section.caption) if section.caption else ""
+    if isinstance(section.body, str):
+        body, caption = f'<p class="none">{escape(f"Not shown: {section.body}.")}</p>', ""
+    elif isinstance(section.body, Table):
+        body = _table(section.body)
+    else:
+        section.body.update_layout(**LAYOUT, height=section.height)
+        body = section.body.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+    return f"<h2>{escape(section.title)}</h2>\n{caption}{body}"
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
+    rows = [
+        f'<tr class="{kind}">{"".join(f"<td>{escape(cell)}</td>" for cell in row)}</tr>'
+        for row, kind in zip(table.rows, table.classes, strict=True)
+    ]
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _paragraph(text: str) -> str:
+    return f"<p>{escape(text)}</p>"

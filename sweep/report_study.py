@@ -1,0 +1,90 @@
+"""The report's figures by Optuna: importance, parallel coordinates, slices. Drawn from a copy in memory, so that nothing of the
+study is touched, with short names and with text that cannot be taken for a tag."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+import optuna
+import plotly.graph_objects as go
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from engine.errors import first_line
+
+LOSS = "eval loss (nats)"
+MIN_COMPLETE = 2
+FIGURES = {
+    "Parameter importance": (2, optuna.visualization.plot_param_importances),
+    "Parallel coordinates": (1, optuna.visualization.plot_parallel_coordinate),
+    "Slices": (1, optuna.visualization.plot_slice),
+}
+"""title -> (parameters that it takes at the least, how Optuna draws it)"""
+
+
+def study_figures(trials: list[FrozenTrial]) -> dict[str, go.Figure | str]:
+    """By title; in place of a figure that Optuna cannot draw, one line that says why."""
+    study = _copy(trials)
+    return {title: _draw(study, *how) for title, how in FIGURES.items()}
+
+
+def _draw(study: optuna.Study, min_params: int, plot: Callable[..., go.Figure]) -> go.Figure | str:
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    values = {name: {str(trial.params.get(name)) for trial in complete} for trial in complete for name in trial.params}
+    varied = sorted(name for name, seen in values.items() if len(seen) > 1)
+    if len(complete) < MIN_COMPLETE:
+        return f"needs {MIN_COMPLETE} COMPLETE trials, there {'is' if len(complete) == 1 else 'are'} {len(complete)}"
+    if len(varied) < min_params:
+        many = "1 parameter differs" if len(varied) == 1 else f"{len(varied)} parameters differ"
+        return f"needs {min_params} parameters that differ between COMPLETE trials; {many}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Optuna's remarks on experimental features
+            return plot(study, params=varied, target=lambda trial: trial.user_attrs["eval_loss"], target_name=LOSS)
+    except Exception as error:  # a figure less is no reason to have no report
+        return f"Optuna could not draw it ({first_line(error)})"
+
+
+def _copy(trials: list[FrozenTrial]) -> optuna.Study:
+    """The COMPLETE trials, with the last part of each path as its name, where that is enough to tell them apart. The others
+    are there without their params, so that numbers stay as they are."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    paths = {path for trial in trials for path in trial.params}
+    last = Counter(path.rsplit(".", 1)[-1] for path in paths)
+    names = {path: escape(path if last[path.rsplit(".", 1)[-1]] > 1 else path.rsplit(".", 1)[-1]) for path in paths}
+    study = optuna.create_study()
+    for trial in trials:
+        if trial.state is not TrialState.COMPLETE:
+            study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
+            continue
+        distributions = {path: _as_text(distribution) for path, distribution in trial.distributions.items()}
+        loss = min(trial.intermediate_values.values())  # with several objectives, it need not be the first value
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.COMPLETE,
+                value=loss,
+                params={names[path]: _label(distributions[path], value) for path, value in trial.params.items()},
+                distributions={names[path]: distribution for path, distribution in distributions.items()},
+                user_attrs={"eval_loss": loss},
+            )
+        )
+    return study
+
+
+def _as_text(distribution: BaseDistribution) -> BaseDistribution:
+    if not isinstance(distribution, CategoricalDistribution):
+        return distribution
+    choices = [_escaped(choice) for choice in distribution.choices]
+    return CategoricalDistribution(choices)
+
+
+def _label(distribution: BaseDistribution, value: Any) -> Any:
+    return _escaped(value) if isinstance(distribution, CategoricalDistribution) else value
+
+
+def _escaped(value: Any) -> Any:
+    return escape(value) if isinstance(value, str) else value

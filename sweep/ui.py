@@ -1,0 +1,124 @@
+"""python -m sweep.ui <sweep folder>: MLflow's page on the sweep's store, on 127.0.0.1, with the trials of this sweep."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import webbrowser
+from pathlib import Path
+
+from engine.errors import EngineError, InputError
+from sweep.projection import ENVIRONMENT, share_view
+from sweep.runs import SweepFolder
+from sweep.tracking import local_uri
+
+HOST = "127.0.0.1"  # the page has no password
+PORT = 5000
+TRIES = 20  # ports, where the usual one is taken
+START_S = 60.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0 closed by Ctrl-C, 1 MLflow did not start, 2 bad input."""
+    options = _options(arguments)
+    try:
+        uri, page = find_page(SweepFolder.open(options.folder, "folder"))
+        if uri.startswith("http"):
+            return _show(uri.rstrip("/") + page, options.open)
+        port = free_port() if options.port is None else options.port
+        return _serve(uri, port, f"http://{HOST}:{port}{page}", options.open)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m sweep.ui", description="Shows a sweep in MLflow; Ctrl-C closes it.")
+    parser.add_argument("folder", help="the sweep's folder; the sweep may be running")
+    parser.add_argument(
+        "--port", type=int, choices=range(1, 65536), metavar="PORT", help=f"default: {PORT}, or the next free one"
+    )
+    parser.add_argument("--open", action="store_true", help="open it in a browser")
+    return parser.parse_args(arguments)
+
+
+def find_page(folder: SweepFolder) -> tuple[str, str]:
+    """The MLflow store and the path of the page in it; InputError where the sweep is in none."""
+    config = folder.read_config()
+    if config.tracking.name == "none":
+        raise InputError("tracking.name", "none", "this sweep wrote nothing to MLflow; its report: python -m sweep.report")
+    uri = config.tracking.uri or local_uri(folder.path.absolute().parent)
+    store = config.tracking.public_uri or uri
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not database.is_file():
+        raise InputError("tracking.uri", store, "there is no such database")
+    page = share_view(uri, config.sweep.name, folder.path)
+    if page is None:
+        raise InputError("folder", str(folder.path.absolute()), f"holds a sweep that {store} does not know under this path")
+    return uri, page
+
+
+def free_port() -> int:
+    """The usual port, or the next one that nobody listens on."""
+    for port in range(PORT, PORT + TRIES):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+                return port
+            except OSError:
+                continue
+    raise InputError("--port", PORT, f"ports {PORT} to {PORT + TRIES - 1} are taken; name another one")
+
+
+def _serve(uri: str, port: int, address: str, browser: bool) -> int:
+    """Run MLflow's server until Ctrl-C or SIGTERM, which end its workers too."""
+    # the store goes by the environment, since it may hold a password and anyone may read a command line
+    environment = {**ENVIRONMENT, **os.environ, "MLFLOW_BACKEND_STORE_URI": uri}
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        if not _answers(server, port):
+            server.kill()
+            lines = (server.stderr.read() if server.stderr else b"").decode(errors="replace").strip().splitlines()
+            print(f"error: MLflow did not start: {lines[-1] if lines else 'it said nothing'}", file=sys.stderr)
+            return 1
+        _show(address, browser)
+        print("Ctrl-C closes it", flush=True)
+        server.communicate()
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        try:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(10.0)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            server.kill()
+
+
+def _answers(server: subprocess.Popen, port: int) -> bool:
+    deadline = time.monotonic() + START_S
+    while server.poll() is None and time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex((HOST, port)) == 0:
+                return True
+        time.sleep(0.2)
+    return False
+
+
+def _show(address: str, browser: bool) -> int:
+    print(address, flush=True)
+    if browser:
+        webbrowser.open(address)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""The report: made from the folder alone, whatever state it is in; data stays text; it can fail without failing the sweep."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from plotly.offline import get_plotlyjs
+
+from engine.errors import InputError
+from sweep import report, report_page
+from sweep.config import parse_sweep_config
+from sweep.journal import read_trials
+from sweep.outcome import Outcome
+from sweep.report_figures import dead_time_line
+from sweep.report_study import study_figures
+from sweep.runs import SweepFolder
+from sweep.space_parse import parse_space
+from sweep.study import Study
+from sweep.timeline import Timeline
+
+TAG = "<script>alert(1)</script>"
+SPACE = {
+    "lora.rank": {"choices": [2, 4, 8]},
+    "lora.target_modules": {"choices": {TAG: ["q_proj"], "all-linear": "all-linear"}},
+    "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+}
+OUTCOMES = (Outcome.PRUNED, Outcome.COMPLETE, Outcome.FAILED, Outcome.COMPLETE, Outcome.DIVERGED, Outcome.COMPLETE)
+
+
+def reports_of(number: int, count: int) -> list[dict]:
+    return [
+        {"rung": rung, "eval_loss": 3.0 - 0.1 * number - 0.2 * rung, "tokens_seen": 100 * rung, "num_trainable": 8,
+         "tokens_per_second": 50.0, "peak_allocated_gib": 1.0 + number, "predicted_peak_gib": 1.5 + number,
+         "elapsed_s": 2.0 * rung}
+        for rung in range(1, count + 1)
+    ]  # fmt: skip
+
+
+def swept(path: Path, outcomes=OUTCOMES, space=SPACE) -> SweepFolder:
+    """A folder with trials that ended so, and one that still runs."""
+    folder = SweepFolder(path)
+    path.mkdir(exist_ok=True)
+    config = parse_sweep_config({
+        "model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400, "num_reports": 4}, "space": space,
+        "sampler": {"name": "random"}, "pruner": {"name": "none"},
+    })  # fmt: skip
+    folder.write_config(config)
+    study, timeline = Study(folder, config, parse_space(config.space)), Timeline(folder.timeline)
+    timeline.start_session(1000.0)
+    for number, outcome in enumerate([*outcomes, None]):
+        assert study.ask().number == number
+        reports = reports_of(number, 4 if outcome is Outcome.COMPLETE else 2)
+        folder.trial(number).mkdir(parents=True, exist_ok=True)
+        folder.write_reports(number, reports)
+        begin_s = 1000.0 + 10.0 * number
+        timeline.assigned(number, begin_s)
+        timing = {"slot": "gpu 0", "began_s": begin_s, **({"dead_time_s": 0.5} if number else {})}
+        for line in reports:
+            study.report(number, line["rung"], line["eval_loss"])
+            timeline.reported(number, begin_s + 1.0, timing)
+        if outcome is not None:
+            study.tell(number, outcome, error=f"no {TAG}" if outcome is Outcome.FAILED else None)
+            timeline.ended(number, begin_s + 9.0, timing)
+    return folder
+
+
+class Elements(HTMLParser):
+    """The elements of a page, and the attributes by which one loads something."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.loads: list[str] = []
+        self.feed(page.replace(get_plotlyjs(), "plotly.js"))
+
+    def handle_starttag(self, tag, attrs):
+        self.names.append(tag)
+        self.loads += [f"{tag} {name}" for name, _ in attrs if name in ("src", "href", "data", "action", "srcset")]
+
+
+def page_of(folder: SweepFolder) -> str:
+    return report.write_report(folder).read_text()
+
+
+def test_a_sweep_is_one_page_with_every_figure_and_plotly_once_and_nothing_to_load(tmp_path):
+    page = page_of(swept(tmp_path))
+    assert page.count(get_plotlyjs()) == 1
+    elements = Elements(page)
+    assert elements.loads == [] and "default-src 'none'" in page
+    shown = page.replace(get_plotlyjs(), "")
+    assert shown.count("Plotly.newPlot(") == 7  # all of them: curves, three by Optuna, Pareto, memory, slots
+    assert shown.count("Not shown: ") == 1  # the examples
+    assert "7 trials of 16 asked for: 1 RUNNING, 3 COMPLETE, 1 PRUNED, 1 DIVERGED, 1 FAILED." in shown
+    assert "median 0.50 s, at most 0.50 s, in all 3.0 s" in shown
+    assert len(page) < 5_500_000
+
+
+def test_what_looks_like_a_tag_in_a_name_a_value_or_an_error_stays_text(tmp_path, monkeypatch):
+    folder = swept(tmp_path)
+    assert TAG in folder.config_file.read_text()
+    clean = Elements(page_of(swept(tmp_path / "clean", space={k: v for k, v in SPACE.items() if "modules" not in k})))
+    assert sorted(Elements(page_of(folder)).names) == sorted(clean.names)
+    assert TAG not in page_of(folder).replace(get_plotlyjs(), "")
+    monkeypatch.setattr(report_page, "escape", str)  # the twin: what this test guards against
+    assert len(Elements(page_of(folder)).names) > len(clean.names)
+    section = report_page.Section(TAG, TAG, TAG)
+    monkeypatch.undo()
+    assert TAG not in report_page.render(TAG, [TAG], [section], TAG)
+
+
+def test_a_killed_sweep_has_a_report_and_nothing_else_of_it_is_touched(tmp_path):
+    folder = swept(tmp_path)
+    for file in (folder.journal, folder.timeline):
+        with open(file, "a") as torn:
+            torn.write('{"op_code": 4, "tr')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    page = page_of(folder)
+    assert "7 trials of 16" in page
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.name for path in after.keys() - before.keys()} == {"report.html"}
+    assert all(after[path] == before[path] for path in before)
+    Timeline(folder.timeline)  # the twin: as the driver opens it, which may mend
+    assert folder.timeline.read_bytes() != before[folder.timeline]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "space", "why"),
+    [
+        ((), SPACE, "no trial has reported yet"),
+        ((Outcome.COMPLETE,), SPACE, "needs 2 COMPLETE trials, there is 1"),
+        ((Outcome.COMPLETE, Outcome.COMPLETE), {"lora.rank": {"choices": [2, 4, 8]}}, "needs 2 parameters that differ"),
+    ],
+)
+def test_a_figure_that_cannot_be_drawn_says_why(tmp_path, outcomes, space, why):
+    folder = swept(tmp_path, outcomes, space)
+    if not outcomes:
+        (folder.trial(0) / "reports.jsonl").unlink()
+    page = page_of(folder).replace(get_plotlyjs(), "")
+    assert f"Not shown: {why}" in page
+    assert "Optuna could not draw it" not in page
+
+
+def test_optunas_figures_keep_the_numbers_of_trials_and_judge_the_complete_ones(tmp_path):
+    figures = study_figures(read_trials(swept(tmp_path)))
+    slices = figures["Slices"].to_dict()["data"]
+    assert {number for trace in slices for number in trace["marker"]["color"]} == {1, 3, 5}
+    axes = figures["Parallel coordinates"].to_dict()["layout"]["xaxis"]["ticktext"]
+    assert list(axes) == ["eval loss (nats)", "learning_rate", "rank", "target_modules"]
+
+
+def test_no_report_fails_a_sweep_and_an_older_one_stays(tmp_path, monkeypatch):
+    folder = swept(tmp_path)
+    older = page_of(folder)
+    folder.journal.write_text("x\n" + folder.journal.read_text())
+    with pytest.raises(InputError, match="damaged journal"):
+        report.write_report(folder)
+    notes: list[str] = []
+    report.try_write_report(folder, notes.append)
+    monkeypatch.setattr(report, "_page", lambda *_: 1 / 0)
+    report.try_write_report(folder, notes.append)
+    assert [note.split(" (")[0] for note in notes] == ["WARNING: report.html was not written"] * 2
+    assert "ZeroDivisionError" in notes[1] and "\n" not in "".join(notes)
+    assert (tmp_path / "report.html").read_text() == older
+    with pytest.raises(ZeroDivisionError):  # the twin
+        report.write_report(folder)
+
+
+def test_the_command_writes_it_without_torch_and_refuses_another_folder(tmp_path, capsys):
+    folder = swept(tmp_path)
+    code = (
+        f"import sys; from sweep.report import main; print(main([{str(folder.path)!r}]));"
+        "print([name for name in ('torch', 'ray', 'mlflow') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:3] == [str(tmp_path / "report.html"), "0", "[]"]
+    assert report.main([str(tmp_path / "trials")]) == 2
+    assert "must be a sweep folder" in capsys.readouterr().err
+
+
+def test_no_slot_lost_time_where_each_held_one_trial(tmp_path):
+    spans = Timeline(swept(tmp_path, ()).timeline, mend=False).spans
+    assert len(spans) == 1 and dead_time_line(spans) == ""
