@@ -31,7 +31,7 @@ def propose(path: Path, sampler: str, reopen: bool) -> list[dict]:
     return params
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "gp"])
+@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", pytest.param("gp", marks=pytest.mark.faults)])
 def test_a_study_reopened_before_every_trial_proposes_what_one_left_open_proposes(tmp_path, sampler):
     assert propose(tmp_path / "open", sampler, False) == propose(tmp_path / "reopened", sampler, True)
 

@@ -117,7 +117,7 @@ def test_a_space_in_which_nothing_fits_is_one_line_before_anything_starts(tmp_pa
     assert not (tmp_path / "sweeps").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.faults)])
 def test_a_stopped_sweep_is_resumed_with_no_result_lost_or_doubled(tmp_path, number):
     space = {"lora.rank": {"choices": [2, 4, 8]}, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
     process = start(tmp_path, optim={"eps": 0.2}, space=space, sweep={"num_trials": 8})
@@ -144,6 +144,7 @@ def test_a_stopped_sweep_is_resumed_with_no_result_lost_or_doubled(tmp_path, num
     assert board["reevaluation"]["agrees"]
 
 
+@pytest.mark.faults
 def test_workers_are_reused_and_pruned_trials_stop(tmp_path):
     space = {"optim.learning_rate": {"choices": [0.001, 0.002, 0.004, 0.008, 0.016, 0.032]}}
     process = start(tmp_path, optim={"eps": 0.1}, space=space, sweep={"num_trials": 6})

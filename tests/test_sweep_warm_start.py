@@ -195,6 +195,7 @@ def test_other_samples_under_the_same_path_are_refused(tmp_path):
     check_same_data("old", {"training": "a"}, None)
 
 
+@pytest.mark.faults
 def test_a_whole_sweep_learns_from_an_earlier_one_and_shows_the_front_of_its_own_trials(tmp_path):
     space = {"lora.rank": {"choices": [2, 4, 8, 16]}}
     old = finished_sweep(tmp_path / "old", config_for(space, "grid", pruner="none"), [Outcome.COMPLETE] * 2)
