@@ -87,7 +87,7 @@ def _rows(options: argparse.Namespace) -> list[Row]:
     if not options.suite:
         return plain_rows(systems, base)
     rows = [row for name in options.suite for row in suite_rows(name, systems, base)]
-    return [row for row in rows if options.only in (None, row.setting.model)]
+    return [row for row in rows if options.only is None or row.setting.model in options.only]
 
 
 def _setting(options: argparse.Namespace) -> Setting:
@@ -136,7 +136,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--warmup", type=int, default=default.warmup, help="steps that do not count")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), help="default: all")
-    parser.add_argument("--only", choices=list(SHAPES), help="with --suite: rows of this model alone")
+    parser.add_argument("--only", nargs="+", choices=list(SHAPES), help="with --suite: rows of these models alone")
     parser.add_argument("--scratch", type=Path, help="keeps model folders (5 GiB at 8B) for later runs; default: temporary")
     parser.add_argument("--settings", help="with --child: JSON list of settings of one model, instead of the options")
     parser.add_argument("--checkpoint", type=Path, help="with --child: a folder of engine.bench.checkpoint")
