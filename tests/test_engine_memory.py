@@ -100,11 +100,11 @@ def test_predicted_memory_is_what_was_measured(row: dict[str, Any]) -> None:
 
 
 def peaks_beside_predictions() -> list[tuple[float, MemoryPrediction]]:
-    """Own peak of each calibration setting (GiB), and the prediction."""
+    """Measured peak of each calibration setting (GiB), and the prediction."""
     shapes = {name: ModelShape.of({"model_type": "llama", **values}, name) for name, values in calibrate.SHAPES.items()}
     rows = [json.loads(line) for line in PEAKS.read_text().splitlines()]
     return [
-        (calibrate.own_peak_gib(r), predict_memory(calibrate.train_config(r), shapes[r["model"]], evaluation=False)) for r in rows
+        (r["peak_allocated_gib"], predict_memory(calibrate.train_config(r), shapes[r["model"]], evaluation=False)) for r in rows
     ]
 
 

@@ -159,7 +159,7 @@ def plot(records: list[dict[str, Any]], target: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 6))
     measured = [r for r in records if r["peak_allocated_gib"]]
     for model in sorted({r["model"] for r in measured}):
-        points = [(own_peak_gib(r), r["predicted_gib"]) for r in measured if r["model"] == model]
+        points = [(r["peak_allocated_gib"], r["predicted_gib"]) for r in measured if r["model"] == model]
         axes.scatter(*zip(*points, strict=True), s=14, label=f"{model} ({len(points)})")
     low, high = 0.8 * min(r["peak_allocated_gib"] for r in measured), 1.2 * max(r["peak_allocated_gib"] for r in measured)
     axes.plot([low, high], [low, high], color="black", linewidth=0.8)
@@ -167,11 +167,6 @@ def plot(records: list[dict[str, Any]], target: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="measured peak, GiB", ylabel="predicted peak, GiB", title=records[0]["card"])
     axes.legend()
     figure.savefig(target, dpi=120, bbox_inches="tight")
-
-
-def own_peak_gib(record: dict[str, Any]) -> float:
-    """Measured, without what settings before it in the same process had leaked, where that is known (see engine/calibration)."""
-    return record["peak_allocated_gib"] - record.get("leaked_before_gib", 0.0)
 
 
 def _name(record: dict[str, Any]) -> str:
