@@ -159,7 +159,7 @@ def _trials_and_finish(
         screen.note(f"going on with trial{'s' if len(continued) > 1 else ''} {', '.join(map(str, continued))}")
     if ledger.has_work():
         screen.start()
-        run_trials(ledger, plan.slots, plan.config.cluster.address, folder, engine)
+        run_trials(ledger, plan.slots, plan.config.cluster.address, folder, engine, screen.note)
         screen.stop()
     if ledger.shortfall:
         screen.note(ledger.shortfall)
