@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -25,7 +26,12 @@ class Killed(BaseException):
 def trial(tiny_config):
     """A config with dropout, so that random state matters, and the base to train it on."""
     config = build(tiny_config, lora={"lora_dropout": 0.1}, optim={"warmup_ratio": 0.3})
-    return config, load_base(config.model, CPU)
+    base, before = load_base(config.model, CPU), torch.get_num_threads()
+    torch.set_num_threads(1)  # two would wait for each other longer than they compute
+    gc.freeze()  # what is collected after each piece is then only what the piece left
+    yield config, base
+    gc.unfreeze()
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
