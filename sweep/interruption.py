@@ -1,7 +1,7 @@
 """How a trial is asked to end between two reports: by SIGTERM to its process, or by a file that the driver makes for all trials.
 
-The trial finishes its step, saves, and gives its slot back; it goes on from there, and nothing is held against it. A file, because
-it reaches every node (the sweep folder is shared), and a worker at work takes no calls. No torch, no ray.
+The trial finishes its step, saves, and gives its slot back; it goes on from there, and nothing is held against it. By a file,
+because it reaches every node (the sweep folder is shared), and a worker at work takes no calls. No torch, no ray.
 """
 
 from __future__ import annotations

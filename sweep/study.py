@@ -28,6 +28,7 @@ from sweep.pruning import Pruning
 from sweep.runs import SweepFolder
 from sweep.samplers import MEMORY, make_pruner, make_sampler, proposal_seed
 from sweep.space import Space
+from sweep.verdicts import make_judge
 from sweep.warm_start import Earlier
 
 TAKEN_OVER = "num_taken_over"
@@ -53,7 +54,7 @@ class Study:
         self._objectives = config.sweep.objectives
         self._study = self._open()
         make_sampler(config.sampler, 0)  # a package that it lacks is missed now
-        self._pruning = Pruning(self._pruner, STUDY_NAME, num_rungs, self._trials())
+        self._pruning = Pruning(make_judge(config.judge, num_rungs, STUDY_NAME), num_rungs, self._trials())
         self._drafts = Drafts(STUDY_NAME, config.sampler, config.sweep.seed, self._pruner, space, len(self._objectives))
         self._is_grid = config.sampler.name == "grid"
         self._points = space.shuffled_points(config.sweep.seed)

@@ -23,7 +23,6 @@ from sweep.scheduler import LedgerScheduler
 from sweep.searcher import LedgerSearcher
 from sweep.worker import TrialWorker
 
-
 GRACE_S = 15.0  # of the 20 s and more between SIGTERM and SIGKILL; Ray's end takes 2 to 3
 
 
@@ -45,7 +44,7 @@ def run_trials(
         ledger.wind_down()
         folder.stop_file.touch()
         if ledger.live:
-            note(f"stopping: running trials finish their step and save, at most {GRACE_S:.0f} s (Ctrl-C: at once)")
+            note(f"stopping: running trials finish their step and save, at most {GRACE_S:.0f} s; Ctrl-C ends them at once")
 
     folder.stop_file.unlink(missing_ok=True)
     stop = SafeStop(lambda: ledger.storage_fault, wind_down, lambda: len(ledger.live))

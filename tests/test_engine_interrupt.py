@@ -95,11 +95,9 @@ def test_a_trial_killed_at_any_moment_is_the_undisturbed_one_and_loses_what_came
     whole = run(trial[0], tmp_path / "whole", trial[1])
     for number, (pace, most_again) in enumerate([(Pace(0.0, float("inf")), 1), (Pace(1e9), 3)]):
         num_steps.clear()
-        parts, num_pieces = train_in_pieces(
-            trial, tmp_path / f"parts-{number}", iter([at_call(k, Killed()) for k in range(2, 8)] + [at_call(0)]).__next__, Killed,
-            pace=pace,
-        )  # fmt: skip
-        heard = {report.rung: report for report in parts}  # a report may be lost with the process that made it, and is not made twice
+        ends = iter([*(at_call(k, Killed()) for k in range(2, 8)), at_call(0)])
+        parts, num_pieces = train_in_pieces(trial, tmp_path / f"parts-{number}", ends.__next__, Killed, pace=pace)
+        heard = {report.rung: report for report in parts}  # one may be lost with its process, and is not made twice
         assert same_numbers([whole[rung - 1] for rung in heard], list(heard.values()))
         same_files(tmp_path / "whole", tmp_path / f"parts-{number}")
         assert len(num_steps) <= NUM_STEPS + most_again * (num_pieces - 1)
