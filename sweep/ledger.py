@@ -27,8 +27,7 @@ from sweep.study import Study
 from sweep.timeline import Timeline
 
 MAX_INFEASIBLE_AT_ONCE = 20  # then Tune's loop has its turn: a plan takes a tenth of a second, and reports wait meanwhile
-
-
+GOING_ON = (Outcome.RUNNING, Outcome.STOPPED)
 NO_BUDGET = BudgetConfig()
 NO_TIMING: Mapping[str, Any] = MappingProxyType({})
 
@@ -70,12 +69,13 @@ class Ledger:
         self._study, self._folder, self._clock, self._listeners, self._note = study, folder, clock, listeners, note
         self._num_rungs, self._num_slots, self._max_retries = num_rungs, num_slots, max_retries
         self._objectives, self._timeline = objectives, Timeline(folder.timeline)
-        self._records = {record.number: self._timed(record) for record in study.records()}
+        records = self.records
+        self._records = {record.number: record for record in records if record.outcome in GOING_ON}
         self._budget = Budget(budget, self._timeline, clock)
-        for record in self._records.values():
+        for record in records:
             if record.score is not None and record.source is None and record.outcome in (*CONTENDERS, Outcome.RUNNING):
                 self._budget.take_loss(record.score)
-        own = [record for record in self._records.values() if record.source is None]
+        own = [record for record in records if record.source is None]
         num_refused = sum(record.outcome is Outcome.INFEASIBLE for record in own)
         self._quota = Quota(num_trials, self._budget, len(own) - num_refused, num_refused)
         self._waiting: list[int] = []
@@ -84,8 +84,8 @@ class Ledger:
 
     @property
     def records(self) -> list[TrialRecord]:
-        """All trials so far, by number."""
-        return [self._records[number] for number in sorted(self._records)]
+        """All trials so far, by number, from journal and folder: only those that may go on are kept in memory."""
+        return [self._timed(record) for record in self._study.records()]
 
     @property
     def shortfall(self) -> str | None:
@@ -288,6 +288,8 @@ class Ledger:
         """Write and pass on what became of a trial, once the journal has it."""
         self._folder.write_result(record.number, record.result())
         self._update(record)
+        if record.outcome not in GOING_ON:
+            del self._records[record.number]
 
     def _update(self, record: TrialRecord) -> None:
         self._records[record.number] = record
