@@ -14,6 +14,9 @@ import json
 import pickle
 import shutil
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,9 +42,24 @@ class TornCheckpoint(CheckpointError):
 
 
 @dataclass
+class Sums:
+    """What the steps since the last report add up to. loss: nats over all targets; grad_norm: of the last step."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+    loss: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    num_tokens: Count = 0
+    num_targets: Count = 0
+    num_steps: Count = 0
+    seconds: Amount = 0.0
+    grad_norm: Amount = 0.0
+
+
+@dataclass
 class Progress:
-    """How far a trial is. epoch and position: the data cursor; reports: all so far, as plain data; plan: settings that a lack of
-    memory led to, kept so that a resume does not run into it again; num_out_of_memory: how often it did."""
+    """How far a trial is. epoch and position: the data cursor; reports: all so far, as plain data; since_report: sums over the
+    steps after the last of them; plan: settings that a lack of memory led to, kept so that a resume does not run into it again;
+    num_out_of_memory: how often it did."""
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
@@ -56,6 +74,29 @@ class Progress:
     num_out_of_memory: Count = 0
     plan: dict[str, Any] = field(default_factory=dict)
     reports: list[dict[str, Any]] = field(default_factory=list)
+    since_report: Sums = field(default_factory=Sums)
+
+
+class Pace:
+    """When to save between two reports: so seldom that it costs at most one percent of the time, and at most once a minute.
+
+    That is what a process that is killed without a warning may lose.
+    """
+
+    def __init__(self, at_least_s: float = 60.0, share: float = 0.01, clock: Callable[[], float] = time.monotonic) -> None:
+        self._at_least_s, self._share, self._clock = at_least_s, share, clock
+        self._saved_s, self._wait_s = clock(), at_least_s
+
+    def is_due(self) -> bool:
+        return self._clock() - self._saved_s >= self._wait_s
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around each save: what it takes decides when the next one is due."""
+        began_s = self._clock()
+        yield
+        self._saved_s = self._clock()
+        self._wait_s = max(self._at_least_s, (self._saved_s - began_s) / self._share)
 
 
 def save(run_dir: Path, progress: Progress, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> None:
@@ -134,9 +175,10 @@ def _progress(folder: Path, state: dict[str, Any]) -> Progress:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
         raise CheckpointError(f"{folder}/{STATE}: written by another version, or changed ({where}: {fault['msg']})") from None
-    known = [(report.get("rung"), report.get("tokens_seen"), report.get("step")) for report in progress.reports]
-    last = (len(known), progress.tokens_seen, progress.step) if known else None
-    if [rung for rung, _, _ in known] != list(range(1, len(known) + 1)) or (known and known[-1] != last):
+    rungs = [report.get("rung") for report in progress.reports]
+    last, since = progress.reports[-1] if rungs else {"tokens_seen": 0, "step": 0}, progress.since_report
+    reported = (progress.tokens_seen - since.num_tokens, progress.step - since.num_steps)
+    if rungs != list(range(1, len(rungs) + 1)) or reported != (last.get("tokens_seen"), last.get("step")):
         raise CheckpointError(f"{folder}/{STATE}: its reports do not agree with the rest of it")
     return progress
 

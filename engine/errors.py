@@ -38,6 +38,10 @@ class StorageError(EngineError):
     exit_code = 1
 
 
+class Interrupted(EngineError):
+    """The caller asked a trial to stop between two reports. Its checkpoint is of the last step: it goes on from there."""
+
+
 class CheckpointError(EngineError):
     """A checkpoint is torn, or belongs to another config."""
 

@@ -5,6 +5,7 @@ Rows hold up to the same number of tokens whatever the trial's own batch is, so 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,12 +28,14 @@ def evaluation_batches(view: View, eval_max_seq_length: int) -> list[Batch]:
 
 
 @torch.no_grad()
-def evaluate(base: Base, batches: list[Batch]) -> float:
-    """Mean loss in nats per target token over `batches`. Leaves the model in the mode it was in."""
+def evaluate(base: Base, batches: list[Batch], before_each: Callable[[], None] = lambda: None) -> float:
+    """Mean loss in nats per target token over `batches`. Leaves the model in the mode it was in. before_each: called before each
+    batch; what it raises ends the evaluation."""
     was_training = base.model.training
     base.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=base.device)
     for batch in batches:
+        before_each()
         total += base.loss(batch.to(base.device))
     base.model.train(was_training)
     return total.item() / sum(batch.num_targets for batch in batches)

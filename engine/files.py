@@ -69,11 +69,11 @@ def write_folder(path: Path, fill: Callable[[Path], None], *, previous: Path | N
         try:
             fill(temporary)
             for file in temporary.rglob("*"):
-                _sync(file)
+                sync(file)
             if path.exists():
                 path.rename(aside)
             temporary.rename(path)
-            _sync(path.parent)
+            sync(path.parent)
         except BaseException:
             if aside.exists() and not path.exists():
                 aside.rename(path)
@@ -102,7 +102,8 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the file or folder on the disk before going on."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine import attention
 from engine.builtin import resolve_model
-from engine.config import HUB_ID, ModelConfig
+from engine.config import HUB_ID, ModelConfig, load_json
 from engine.embedding import place_embedding
 from engine.errors import InputError, first_line
 from engine.layer import Policy
@@ -27,6 +27,7 @@ from engine.loss import Head, linear_cross_entropy
 from engine.metrics import GIB
 from engine.model_files import check_weights
 from engine.offload import HostStash
+from engine.packed import load_packed
 from engine.packing import Batch
 from engine.quant import freeze_linears, nf4_load_config
 from engine.swap import SwapReport, cache_weights, fuse_layers, require_fused, set_policy, survey
@@ -119,12 +120,17 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str = a
     attention.register()
     source, dtype = locate(config), pick_dtype(config.dtype, device)
     options: dict[str, Any] = {"device_map": {"": device.type}, "dtype": dtype, "attn_implementation": attention_name}
-    if config.quantization == "nf4":
-        options["quantization_config"] = nf4_load_config(config.double_quantization, dtype)
+    options |= {"use_safetensors": True, "output_loading_info": True}
     if Path(source).is_dir():
         check_weights(Path(source), config.path)
-    options |= {"use_safetensors": True, "output_loading_info": True}
-    model, loading = _from_pretrained(AutoModelForCausalLM, config, source, **options)
+
+    def load(folder: str | Path, **more: Any) -> tuple[Any, dict[str, Any]]:
+        return _from_pretrained(AutoModelForCausalLM, config, str(folder), **options, **more)
+
+    if config.quantization == "nf4":
+        model, loading = _load_nf4(config, source, device, dtype, load)
+    else:
+        model, loading = load(source)
     if loading["missing_keys"]:  # transformers fills them with random numbers and goes on
         raise InputError("model.path", config.path, f"lacks {len(loading['missing_keys'])} tensors, {_first(loading)} among them")
     model.requires_grad_(False).eval()
@@ -135,6 +141,35 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str = a
     if place_embedding(model, config):
         swaps = replace(swaps, others=(*swaps.others, "embed_tokens"))
     return Base(model, load_tokenizer(config), config, device, dtype, names, swaps)
+
+
+def _load_nf4(
+    config: ModelConfig, source: str, device: torch.device, dtype: torch.dtype, load: Callable[..., tuple[Any, dict[str, Any]]]
+) -> tuple[Any, dict[str, Any]]:
+    """Quantised, or read as another process of this node has quantised it."""
+
+    def quantise() -> tuple[Any, dict[str, Any]]:
+        return load(source, quantization_config=nf4_load_config(config.double_quantization, dtype))
+
+    folder = _local_folder(config, source)
+    if folder is None or config.trust_remote_code or "quantization_config" in load_json(folder / "config.json"):
+        return quantise()  # a model's own code is not saved with it; what is quantised already is no larger
+    settings = {"double": config.double_quantization, "dtype": str(dtype), "device": device.type}
+    return load_packed(folder, settings, quantise, load)
+
+
+def _local_folder(config: ModelConfig, source: str) -> Path | None:
+    """Where the model's files are on this machine; None where they are not yet."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(source, revision=config.revision, local_files_only=True))
+        check_weights(folder, config.path)
+    except Exception:  # not there, or not whole: what comes next downloads it, or says what is wrong
+        return None
+    return folder
 
 
 def model_config(config: ModelConfig) -> dict[str, Any]:

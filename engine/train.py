@@ -1,8 +1,9 @@
 """The training loop, as a generator of reports: `for report in train(config, run_dir)`. The caller decides to go on.
 
 Before a report is yielded, `run_dir` holds the checkpoint it can be continued from, the adapter of the lowest eval_loss so far
-(`adapter/`, PEFT format) and all reports (`reports.jsonl`). Called again on the same folder, it goes on after the last report
-and gives the same numbers as if it had never stopped (bit for bit on the CPU).
+(`adapter/`, PEFT format) and all reports (`reports.jsonl`). Between two reports the checkpoint is written anew from time to
+time, and when the caller asks for an end. Called again on the same folder, it goes on after the last step in the checkpoint and
+gives the same numbers as if it had never stopped (bit for bit on the CPU).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,11 +21,11 @@ from torch import Tensor, nn
 from engine import checkpoint
 from engine.adapter_files import export_adapter
 from engine.cards import found_card
-from engine.checkpoint import Progress
+from engine.checkpoint import Pace, Progress, Sums
 from engine.config import TrainConfig
 from engine.data import load_data
-from engine.divergence import check_loss, check_step
-from engine.errors import OutOfMemory
+from engine.divergence import check_loss
+from engine.errors import Interrupted, OutOfMemory
 from engine.evaluate import evaluate, evaluation_batches
 from engine.files import write_text
 from engine.graphs import make_graphs
@@ -38,14 +39,24 @@ from engine.packing import Cursor, collate
 from engine.planner import Plan, changed, leaner
 from engine.planner import plan as plan_for
 from engine.shape import ModelShape
+from engine.window import Window
 
 
-def train(config: TrainConfig, run_dir: Path, *, base: Base | None = None) -> Iterator[Report]:
+def train(
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    base: Base | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+    pace: Pace | None = None,
+) -> Iterator[Report]:
     """Train one adapter; yield a Report at each point of `config.train.report_grid()`.
 
     base: a resident base model that matches `config.model`; it is handed back without the adapter. Without one, the model is
     loaded here and freed at the end. What the config leaves `auto` is planned for the card that is here; a step that runs out of
-    memory all the same is computed again by a leaner plan. Raises InputError, DivergedError, CheckpointError, OutOfMemory.
+    memory all the same is computed again by a leaner plan. interrupted: asked before every step and every row of an evaluation;
+    once it says yes, the checkpoint is brought up to the last step and Interrupted raised. pace: when to save between reports.
+    Raises InputError, DivergedError, CheckpointError, OutOfMemory, Interrupted.
     """
     called_s = time.perf_counter()
     device = pick_device(config.train.device)
@@ -63,7 +74,7 @@ def train(config: TrainConfig, run_dir: Path, *, base: Base | None = None) -> It
         layers = attach(resident.model, resident.linear_names, config.lora, config.train.seed)
         run = _Run(config, run_dir, resident, layers)
         run.setup_s = time.perf_counter() - called_s
-        yield from run.reports()
+        yield from run.reports(interrupted, pace or Pace())
     finally:
         detach(resident.model, layers)
         resident.checkpoint_activations(False)
@@ -90,13 +101,15 @@ class _Run:
         fingerprint = config.fingerprint()
         loaded = checkpoint.load(run_dir, fingerprint, layers, self.optimizer)
         self.progress = loaded or Progress(fingerprint)
+        self._saved_step = self.progress.step
         self.adapter.refresh()
         self.cursor.seek(self.progress.epoch, self.progress.position)
         self.plan, self.shape = changed(plan, self.progress.plan, config, shape) if self.progress.plan else plan, shape
         self._follow_plan()
         base.model.train()
 
-    def reports(self) -> Iterator[Report]:
+    def reports(self, interrupted: Callable[[], bool], pace: Pace) -> Iterator[Report]:
+        self._interrupted, self._pace = interrupted, pace
         grid = self.config.train.report_grid()
         if self.progress.reports:  # a crash may have come between the checkpoint and this file
             self._write_reports()
@@ -110,21 +123,36 @@ class _Run:
     def _train_to(self, rung: int, tokens: int) -> Report:
         """Optimizer steps until `tokens` have been seen, then evaluation."""
         vocab_size = self.base.model.config.get_text_config().vocab_size
-        window = _Window(self.base.device, vocab_size)
         progress = self.progress
+        window = Window(self.base.device, vocab_size, progress.since_report)
         while progress.tokens_seen < tokens:
+            self._keep_safe(window)
             loss, grad_norm, num_tokens, num_targets = self._step()
             window.add(loss, grad_norm, num_tokens, num_targets)
             progress.step += 1
             progress.tokens_seen += num_tokens
             progress.target_tokens_seen += num_targets
         window.close()
-        progress.elapsed_s += window.seconds
-        progress.epoch, progress.position = self.cursor.epoch, self.cursor.position
-        eval_loss = self._evaluate()
+        eval_loss = self._evaluate(lambda: self._keep_safe(window))
         check_loss("eval_loss", eval_loss, vocab_size)
-        progress.peak_allocated_gib = max(progress.peak_allocated_gib, _peak_gib(self.base.device))
+        self._note_where()
+        progress.elapsed_s += window.sums.seconds
         return self._report(rung, window, eval_loss)
+
+    def _keep_safe(self, window: Window) -> None:
+        """Between two steps, or two rows of an evaluation: save where it is time to, and end where the caller wants an end."""
+        must_end = self._interrupted()
+        if self.progress.step > self._saved_step and (must_end or self._pace.is_due()):
+            window.settle()
+            self._note_where()
+            self._save_checkpoint()
+        if must_end:
+            raise Interrupted(f"asked to end after step {self.progress.step}")
+
+    def _note_where(self) -> None:
+        progress = self.progress
+        progress.epoch, progress.position = self.cursor.epoch, self.cursor.position
+        progress.peak_allocated_gib = max(progress.peak_allocated_gib, _peak_gib(self.base.device))
 
     def _step(self) -> tuple[Tensor, Tensor, int, int]:
         """One optimizer step: (summed loss and gradient norm, still on the device; tokens and target tokens, known here)."""
@@ -185,21 +213,21 @@ class _Run:
             longest = self.config.data.max_seq_length
             self.graphs = make_graphs(self.base, self.plan.micro_batch_size * longest, longest)
 
-    def _evaluate(self) -> float:
+    def _evaluate(self, before_each: Callable[[], None]) -> float:
         """Evaluation keeps no activations; what may be in its way is the weight cache."""
         try:
-            return evaluate(self.base, self.eval_batches)
+            return evaluate(self.base, self.eval_batches, before_each)
         except torch.OutOfMemoryError:
             if not self.plan.weight_cache_gib:
                 raise
         self.base.cache_weights(0.0)
         free(self.base.device)
-        eval_loss = evaluate(self.base, self.eval_batches)
+        eval_loss = evaluate(self.base, self.eval_batches, before_each)
         self.base.cache_weights(self.plan.weight_cache_gib)
         return eval_loss
 
-    def _report(self, rung: int, window: _Window, eval_loss: float) -> Report:
-        progress = self.progress
+    def _report(self, rung: int, window: Window, eval_loss: float) -> Report:
+        progress, sums = self.progress, window.sums
         earlier = [r["eval_loss"] for r in progress.reports]
         report = Report(
             rung=rung,
@@ -211,9 +239,9 @@ class _Run:
             eval_loss=eval_loss,
             best_eval_loss=min([*earlier, eval_loss]),
             learning_rate=self.optimizer.param_groups[0]["lr"],
-            grad_norm=window.grad_norm,
-            tokens_per_second=window.num_tokens / window.seconds,
-            step_time_ms=1000.0 * window.seconds / window.num_steps,
+            grad_norm=sums.grad_norm,
+            tokens_per_second=sums.num_tokens / sums.seconds,
+            step_time_ms=1000.0 * sums.seconds / sums.num_steps,
             peak_allocated_gib=progress.peak_allocated_gib,
             elapsed_s=progress.elapsed_s,
             num_trainable=self.adapter.parameter.numel(),
@@ -224,52 +252,23 @@ class _Run:
             setup_s=self.setup_s,
         )
         progress.reports.append(report.to_dict())
+        progress.since_report = Sums()
         return report
 
     def _save(self, report: Report) -> None:
         if report.eval_loss == report.best_eval_loss:
             export_adapter(self.run_dir / "adapter", self.config, self.layers, self.base.linear_names, self.base.tokenizer)
-        checkpoint.save(self.run_dir, self.progress, self.layers, self.optimizer)
+        self._save_checkpoint()
         self._write_reports()
+
+    def _save_checkpoint(self) -> None:
+        with self._pace.saving():
+            checkpoint.save(self.run_dir, self.progress, self.layers, self.optimizer)
+        self._saved_step = self.progress.step
 
     def _write_reports(self) -> None:
         lines = [json.dumps(report, sort_keys=True) + "\n" for report in self.progress.reports]
         write_text(self.run_dir / "reports.jsonl", "".join(lines))
-
-
-class _Window:
-    """Sums over the steps between two reports. Device values are read one step late, so that no step waits for the host."""
-
-    def __init__(self, device: torch.device, vocab_size: int) -> None:
-        self._device, self._vocab_size, self._started = device, vocab_size, time.perf_counter()
-        self._pending: tuple[Tensor, Tensor, int] | None = None
-        self._loss_sum, self.num_tokens, self.num_targets, self.num_steps = 0.0, 0, 0, 0
-        self.seconds, self.grad_norm = 0.0, 0.0
-
-    @property
-    def train_loss(self) -> float:
-        return self._loss_sum / self.num_targets
-
-    def add(self, loss: Tensor, grad_norm: Tensor, num_tokens: int, num_targets: int) -> None:
-        self._read()
-        self._pending = (loss, grad_norm, num_targets)
-        self.num_tokens += num_tokens
-        self.num_targets += num_targets
-        self.num_steps += 1
-
-    def close(self) -> None:
-        self._read()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - self._started
-
-    def _read(self) -> None:
-        if self._pending is None:
-            return
-        (loss, self.grad_norm), num_targets = (value.item() for value in self._pending[:2]), self._pending[2]
-        self._pending = None
-        check_step(loss / num_targets, self.grad_norm, self._vocab_size)
-        self._loss_sum += loss
 
 
 def _make_plan(config: TrainConfig, base: Base) -> tuple[Plan, ModelShape | None]:

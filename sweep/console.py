@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -73,6 +74,9 @@ class TableConsole:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def trial_updated(self, record: TrialRecord) -> None:
+        if record.outcome is not Outcome.RUNNING and record.reports:  # the best and the last are what the table shows
+            best = min(record.reports, key=lambda report: report["eval_loss"])
+            record = replace(record, reports=[best, record.reports[-1]], config={})
         self._records[record.number] = record
 
     def _table(self) -> Table:

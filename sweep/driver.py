@@ -159,13 +159,14 @@ def _trials_and_finish(
         screen.note(f"going on with trial{'s' if len(continued) > 1 else ''} {', '.join(map(str, continued))}")
     if ledger.has_work():
         screen.start()
-        run_trials(ledger, plan.slots, plan.config.cluster.address, folder, engine)
+        run_trials(ledger, plan.slots, plan.config.cluster.address, folder, engine, screen.note)
         screen.stop()
     if ledger.shortfall:
         screen.note(ledger.shortfall)
     rule = Rule(config.sweep.objectives, config.sweep.choose_within)
-    best, summary = finish(folder, ledger.records, config.sweep.name, plan.slots.device, engine.command, screen.note, rule)
-    ended_s = max((record.ended_s or 0.0 for record in ledger.records), default=folder.started_s)
+    records = ledger.records
+    best, summary = finish(folder, records, config.sweep.name, plan.slots.device, engine.command, screen.note, rule)
+    ended_s = max((record.ended_s or 0.0 for record in records), default=folder.started_s)
     tracker.sweep_finished(summary, best, folder.best if best else None, ended_s)
     try_write_report(folder, screen.note)
     return 0 if best else 1

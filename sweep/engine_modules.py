@@ -8,6 +8,7 @@ from typing import Any
 
 from sweep.outcome import Proposal
 from sweep.placement import Slots
+from sweep.runs import SweepFolder
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,15 @@ REAL_ENGINE = EngineModules()
 
 
 def worker_config(
-    proposal: Proposal, run_dir: str, slots: Slots, engine: EngineModules, report_timeout_s: float | None = None
+    proposal: Proposal, folder: SweepFolder, slots: Slots, engine: EngineModules, report_timeout_s: float | None = None
 ) -> dict[str, Any]:
     """What the driver ships to the worker for one trial: plain data."""
     return {
         "number": proposal.number,
         "num_heard": proposal.num_heard,
         "report_timeout_s": report_timeout_s,
-        "run_dir": run_dir,
+        "run_dir": str(folder.trial(proposal.number).absolute()),
+        "stop_file": str(folder.stop_file.absolute()),
         "device": slots.device,
         "num_threads": slots.cpus_per_trial,
         "engine": asdict(engine),

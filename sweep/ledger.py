@@ -17,6 +17,8 @@ from engine.errors import StorageError, first_line
 from engine.files import storage_fault
 from sweep.budget import Budget
 from sweep.config import BudgetConfig
+from sweep.interruption import was_terminated
+from sweep.live import LiveTrials
 from sweep.objectives import EVAL_LOSS, objective_values
 from sweep.outcome import CONTENDERS, Outcome, Proposal, TrialRecord
 from sweep.quota import Quota
@@ -25,8 +27,7 @@ from sweep.study import Study
 from sweep.timeline import Timeline
 
 MAX_INFEASIBLE_AT_ONCE = 20  # then Tune's loop has its turn: a plan takes a tenth of a second, and reports wait meanwhile
-
-
+GOING_ON = (Outcome.RUNNING, Outcome.STOPPED)
 NO_BUDGET = BudgetConfig()
 NO_TIMING: Mapping[str, Any] = MappingProxyType({})
 
@@ -68,27 +69,23 @@ class Ledger:
         self._study, self._folder, self._clock, self._listeners, self._note = study, folder, clock, listeners, note
         self._num_rungs, self._num_slots, self._max_retries = num_rungs, num_slots, max_retries
         self._objectives, self._timeline = objectives, Timeline(folder.timeline)
-        self._records = {record.number: self._timed(record) for record in study.records()}
+        records = self.records
+        self._records = {record.number: record for record in records if record.outcome in GOING_ON}
         self._budget = Budget(budget, self._timeline, clock)
-        for record in self._records.values():
+        for record in records:
             if record.score is not None and record.source is None and record.outcome in (*CONTENDERS, Outcome.RUNNING):
                 self._budget.take_loss(record.score)
-        own = [record for record in self._records.values() if record.source is None]
+        own = [record for record in records if record.source is None]
         num_refused = sum(record.outcome is Outcome.INFEASIBLE for record in own)
         self._quota = Quota(num_trials, self._budget, len(own) - num_refused, num_refused)
         self._waiting: list[int] = []
-        self._live: dict[int, float] = {}  # when each was last heard of
-        self.report_timeout_s, self._monotonic = report_timeout_s, monotonic
+        self.live, self._is_winding_down = LiveTrials(report_timeout_s, monotonic), False
         self.storage_fault: str | None = None  # why the sweep must stop and be resumed, in one line
 
     @property
     def records(self) -> list[TrialRecord]:
-        """All trials so far, by number."""
-        return [self._records[number] for number in sorted(self._records)]
-
-    @property
-    def num_live(self) -> int:
-        return len(self._live)
+        """All trials so far, by number, from journal and folder: only those that may go on are kept in memory."""
+        return [self._timed(record) for record in self._study.records()]
 
     @property
     def shortfall(self) -> str | None:
@@ -108,6 +105,10 @@ class Ledger:
     def suspend(self, reason: str) -> None:
         """The disk took no more: start nothing, end nothing. What runs is RUNNING in the journal and goes on at the resume."""
         self.storage_fault = self.storage_fault or reason
+
+    def wind_down(self) -> None:
+        """The driver will end: start nothing. What runs is asked to save and end, and goes on at the resume."""
+        self._is_winding_down = True
 
     def recover(self) -> list[int]:
         """After a kill: make up for what the driver did not hear. Returns the trials that will go on, with their numbers.
@@ -139,14 +140,14 @@ class Ledger:
 
     def has_work(self) -> bool:
         """Whether any trial is left to run or may still be asked for."""
-        return bool(self._live or self._waiting) or self._quota.may_ask
+        return bool(self.live or self._waiting) or self._quota.may_ask
 
     def next_trial(self) -> Proposal | Next:
         """The next trial to start: one to go on with, else a new one."""
-        if self.storage_fault:
+        if self.storage_fault or self._is_winding_down:
             return Next.WAIT
         self._stop_waiting_where_spent()
-        if len(self._live) >= self._num_slots:
+        if len(self.live) >= self._num_slots:
             return Next.WAIT
         if self._waiting:
             number = self._waiting.pop(0)
@@ -157,8 +158,8 @@ class Ledger:
         else:
             proposal = self._ask()
         if proposal is None:
-            return Next.WAIT if self._live or self._quota.may_ask else Next.FINISHED
-        self._live[proposal.number] = self._monotonic()
+            return Next.WAIT if self.live or self._quota.may_ask else Next.FINISHED
+        self.live.heard_of(proposal.number)
         self._timeline.assigned(proposal.number, self._clock())
         self._update(self._study.record(proposal.number))
         return proposal
@@ -168,9 +169,9 @@ class Ledger:
 
         timing: slot, began_s and dead_time_s, see timeline.Span.
         """
-        if number not in self._live or self.storage_fault:
+        if number not in self.live or self.storage_fault:
             return True
-        self._live[number] = self._monotonic()
+        self.live.heard_of(number)
         self._timeline.reported(number, self._clock(), dict(timing))
         if self._take(number, report):
             self._update(self._records[number])
@@ -192,7 +193,7 @@ class Ledger:
         timing: Mapping[str, Any] = NO_TIMING,
     ) -> None:
         """A trial ended by itself; its last report, where it has one, arrives only here. memory: see Study.tell."""
-        if number not in self._live or self.storage_fault:
+        if number not in self.live or self.storage_fault:
             return
         self._timeline.reported(number, self._clock(), dict(timing))
         if report is not None:
@@ -205,9 +206,13 @@ class Ledger:
 
         StorageError where the disk is full: Tune loses trials over its own files then, which is not theirs to pay for.
         """
-        if number not in self._live or self.storage_fault:
+        if number not in self.live or self.storage_fault:
             return
         self._folder.check_room()
+        if was_terminated(self._folder.trial(number)):
+            self._note(f"trial {number:3d}  its worker process was asked to end (SIGTERM); it goes on from where it was")
+            self.released(number)
+            return
         self._leave_slot(number)
         deaths = self._study.count_death(number)
         if deaths > self._max_retries:
@@ -215,6 +220,12 @@ class Ledger:
             self._end(number, Outcome.LOST, f"lost {times}; the last time, {reason}")
         else:
             self._note(f"trial {number:3d}  {reason}; it goes on from its checkpoint (see driver.log)")
+            self._waiting.append(number)
+
+    def released(self, number: int) -> None:
+        """The trial was asked to end, has saved between two reports and left its slot: no death, it goes on from there."""
+        if number in self.live:
+            self._leave_slot(number)
             self._waiting.append(number)
 
     def _take(self, number: int, report: dict[str, Any]) -> bool:
@@ -242,23 +253,12 @@ class Ledger:
             self._waiting.clear()
 
     def _leave_slot(self, number: int) -> None:
-        if number in self._live:
-            del self._live[number]
+        if self.live.remove(number):
             self._timeline.ended(number, self._clock(), {})
 
     def _timed(self, record: TrialRecord) -> TrialRecord:
         span = self._timeline.span(record.number)
         return record if span is None else replace(record, slot=span.slot, dead_time_s=span.dead_time_s)
-
-    def is_silent(self, number: int) -> bool:
-        """Whether the trial has not been heard of for longer than report_timeout_s."""
-        heard = self._live.get(number)
-        return None not in (heard, self.report_timeout_s) and self._monotonic() - heard > self.report_timeout_s
-
-    def still_waits(self, number: int) -> None:
-        """The trial has no slot yet, so its silence means nothing."""
-        if number in self._live:
-            self._live[number] = self._monotonic()
 
     def _ask(self) -> Proposal | None:
         """The next proposal that fits; those before it are recorded and cost nothing."""
@@ -288,6 +288,8 @@ class Ledger:
         """Write and pass on what became of a trial, once the journal has it."""
         self._folder.write_result(record.number, record.result())
         self._update(record)
+        if record.outcome not in GOING_ON:
+            del self._records[record.number]
 
     def _update(self, record: TrialRecord) -> None:
         self._records[record.number] = record

@@ -42,6 +42,7 @@ class SweepFolder:
         self.log = path / "driver.log"
         self.ray = path / "ray"
         self.lock_file = path / ".lock"
+        self.stop_file = path / ".stop"  # while it is there, running trials save and end (sweep/interruption.py)
 
     @classmethod
     def create(cls, config: SweepConfig, now: datetime) -> SweepFolder:

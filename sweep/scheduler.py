@@ -40,9 +40,9 @@ class LedgerScheduler(FIFOScheduler):
         for trial in tune_controller.get_live_trials():
             number = trial.config["number"]
             if trial.status == trial.PENDING:
-                self._ledger.still_waits(number)
-            elif trial.status == trial.RUNNING and trial.trial_id not in self._killed and self._ledger.is_silent(number):
-                timeout_s = self._ledger.report_timeout_s
+                self._ledger.live.still_waits(number)
+            elif trial.status == trial.RUNNING and trial.trial_id not in self._killed and self._ledger.live.is_silent(number):
+                timeout_s = self._ledger.live.report_timeout_s
                 self._killed[trial.trial_id] = f"it had not reported for {timeout_s:g} s (cluster.report_timeout_s)"
                 ray.kill(trial.temporary_state.ray_actor)
         return super().choose_trial_to_run(tune_controller)

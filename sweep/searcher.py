@@ -41,6 +41,8 @@ class LedgerSearcher(Searcher):
             self._ledger.lost(number)
         elif result["outcome"] == Outcome.RUNNING and result["error"]:
             self._ledger.suspend(f"trial {number}: {result['error']}")
+        elif result["outcome"] == Outcome.RUNNING and not result["report"]:
+            self._ledger.released(number)
         else:
             report = json.loads(result["report"]) if result["report"] else None
             memory, timing = json.loads(result["memory"]), json.loads(result["timing"])

@@ -28,6 +28,7 @@ from sweep.pruning import Pruning
 from sweep.runs import SweepFolder
 from sweep.samplers import MEMORY, make_pruner, make_sampler, proposal_seed
 from sweep.space import Space
+from sweep.verdicts import make_judge
 from sweep.warm_start import Earlier
 
 TAKEN_OVER = "num_taken_over"
@@ -53,11 +54,14 @@ class Study:
         self._objectives = config.sweep.objectives
         self._study = self._open()
         make_sampler(config.sampler, 0)  # a package that it lacks is missed now
-        self._pruning = Pruning(self._pruner, STUDY_NAME, num_rungs, self._trials())
+        self._pruning = Pruning(make_judge(config.judge, num_rungs, STUDY_NAME), num_rungs, self._trials())
         self._drafts = Drafts(STUDY_NAME, config.sampler, config.sweep.seed, self._pruner, space, len(self._objectives))
         self._is_grid = config.sampler.name == "grid"
         self._points = space.shuffled_points(config.sweep.seed)
         self._next_point, self._num_trials = 0, len(self._trials())
+        self._distributions: dict[tuple[str, Any], Any] = {}  # each once: the journal makes them anew for every trial
+        for trial in self._trials():
+            self._share_distributions(trial)
         self._tried = {_key(self._config(trial.params), _is_refused(trial)) for trial in self._trials()}
 
     def _open(self) -> optuna.Study:
@@ -211,10 +215,15 @@ class Study:
         """Put a trial into the journal; returns its number."""
         self._study.add_trial(trial)
         entered = self._trial(self._num_trials)
+        self._share_distributions(entered)
         self._num_trials += 1
         self._drafts.entered(entered)
         self._pruning.entered(entered)
         return entered.number
+
+    def _share_distributions(self, trial: FrozenTrial) -> None:
+        known = self._distributions
+        trial.distributions = {name: known.setdefault((name, one), one) for name, one in trial.distributions.items()}
 
     def _unseen_point(self) -> FrozenTrial | None:
         """A point nobody tried: the next one of an enumerable space, else a random draw."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ray import tune
@@ -22,17 +23,36 @@ from sweep.scheduler import LedgerScheduler
 from sweep.searcher import LedgerSearcher
 from sweep.worker import TrialWorker
 
+GRACE_S = 15.0  # of the 20 s and more between SIGTERM and SIGKILL; Ray's end takes 2 to 3
 
-def run_trials(ledger: Ledger, slots: Slots, address: str | None, folder: SweepFolder, engine: EngineModules) -> None:
-    """Run until the ledger has no work. Raises, at a safe point, KeyboardInterrupt after SIGINT or SIGTERM, and StorageError
-    where the disk takes no more."""
+
+def run_trials(
+    ledger: Ledger,
+    slots: Slots,
+    address: str | None,
+    folder: SweepFolder,
+    engine: EngineModules,
+    note: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Run until the ledger has no work. After SIGINT or SIGTERM running trials save and end, then KeyboardInterrupt is raised;
+    StorageError where the disk takes no more. note: takes a line for the user."""
 
     def config_of(proposal: Proposal) -> dict[str, Any]:
-        run_dir = str(folder.trial(proposal.number).absolute())
-        return worker_config(proposal, run_dir, slots, engine, ledger.report_timeout_s)
+        return worker_config(proposal, folder, slots, engine, ledger.live.report_timeout_s)
 
-    stop = SafeStop(lambda: ledger.storage_fault)
-    with stop.catching(), cluster(slots, address, folder.log), warnings.catch_warnings():
+    def wind_down() -> None:
+        ledger.wind_down()
+        folder.stop_file.touch()
+        if ledger.live:
+            note(f"stopping: running trials finish their step and save, at most {GRACE_S:.0f} s; Ctrl-C ends them at once")
+
+    folder.stop_file.unlink(missing_ok=True)
+    stop = SafeStop(lambda: ledger.storage_fault, wind_down, lambda: len(ledger.live))
+    with stop.catching(), ExitStack() as stack:
+        with _sigterm_blocked():
+            stack.enter_context(cluster(slots, address, folder.log))
+        stack.callback(folder.stop_file.unlink, missing_ok=True)
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # Tune's advice on its own API, on every start
         tune.Tuner(
             tune.with_resources(TrialWorker, slots.resources_per_trial()),
@@ -53,15 +73,36 @@ def run_trials(ledger: Ledger, slots: Slots, address: str | None, folder: SweepF
         ).fit()
 
 
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Processes started inside do not take SIGTERM: what manages a machine sends it to all of them, and a raylet that gets it
+    kills its workers within 20 ms, before they can save. The driver takes it, and ends Ray; workers unblock it for themselves."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class SafeStop(Stopper):
-    """Turns a signal or a full disk into an exception between two steps of Tune's loop, so that it never tears a journal write.
+    """Turns a signal or a full disk into an exception between two steps of Tune's loop, so that it never tears a journal write;
+    after a signal, once the running trials have ended, or the grace is over.
 
     The exception is KeyboardInterrupt, because Tune's loop answers an Exception by waiting for the trials to end.
     """
 
-    def __init__(self, fault: Callable[[], str | None]) -> None:
-        """fault: why to stop, or None."""
-        self._signalled, self._fault = False, fault
+    def __init__(
+        self,
+        fault: Callable[[], str | None],
+        wind_down: Callable[[], None],
+        num_live: Callable[[], int],
+        grace_s: float = GRACE_S,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """fault: why to stop at once, or None. wind_down: asks the running trials to end; num_live: how many there still are."""
+        self._fault, self._wind_down, self._num_live = fault, wind_down, num_live
+        self._grace_s, self._monotonic = grace_s, monotonic
+        self._signalled, self._deadline_s = False, None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles it into its own snapshots, which nobody reads
@@ -70,7 +111,12 @@ class SafeStop(Stopper):
         return False
 
     def stop_all(self) -> bool:
-        if self._signalled or self._fault():
+        if self._fault():
+            raise KeyboardInterrupt
+        if self._signalled and self._deadline_s is None:
+            self._deadline_s = self._monotonic() + self._grace_s
+            self._wind_down()
+        if self._signalled and (not self._num_live() or self._monotonic() >= self._deadline_s):
             raise KeyboardInterrupt
         return False
 

@@ -25,8 +25,9 @@ import ray
 from ray.tune import Trainable
 
 from engine.config import TrainConfig, parse
-from engine.errors import DivergedError, EngineError, InputError, OutOfMemory, StorageError
+from engine.errors import DivergedError, EngineError, InputError, Interrupted, OutOfMemory, StorageError
 from engine.files import storage_fault
+from sweep.interruption import Interruption, note_terminated
 from sweep.outcome import Outcome
 from sweep.runs import FileLock, read_reports
 
@@ -38,14 +39,17 @@ DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # beyond what engine.fi
 class TrialWorker(Trainable):
     """step() trains to the next rung. Results: outcome, report (JSON text, or empty), error (one line, or none), memory
     (predicted_gib and measured_gib as JSON text, where it ran out), timing (JSON text, see timeline.Span), done. Ended as
-    RUNNING: the disk took no more, which is no trial's fault; it goes on from its last checkpoint when the sweep is resumed."""
+    RUNNING with an error: the disk took no more, which is no trial's fault; it goes on from its last checkpoint when the sweep is
+    resumed. Ended as RUNNING without one: the driver asked for it, and the trial is saved. On SIGTERM the process ends so."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self._slot, self._last_end_s = _slot(config["device"]), None
         os.environ["OMP_NUM_THREADS"] = str(config["num_threads"])
         self._base: Any = None
         self._base_key: tuple[Any, str] | None = None
+        self._interruption = Interruption(self._note_terminated)
         self._begin(config)
+        self._interruption.listen()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._close()
@@ -60,13 +64,14 @@ class TrialWorker(Trainable):
         if timeout_s is not None:  # the driver kills what hangs: first say in Ray's log of this process where
             faulthandler.dump_traceback_later(max(timeout_s - TRACE_BEFORE_KILL_S, 0.1))
         try:
-            result = self._advance()
-        except DivergedError as error:
-            result = self._failed(Outcome.DIVERGED, error)
-        except Exception as error:  # the boundary: whatever a trial raises, the sweep goes on and says so
-            result = self._failed(Outcome.OUT_OF_MEMORY if _is_out_of_memory(error) else Outcome.FAILED, error)
+            with self._interruption.working():
+                result = self._advance_or_fail()
         finally:
             faulthandler.cancel_dump_traceback_later()
+        if self._interruption.is_terminated:  # what there is to hear of it, its next process will say
+            self._note_terminated()
+            raise SystemExit("its process was asked to end (SIGTERM)")
+        self._is_over = result["done"]
         self._newest_end_s = time.time()
         return {**result, "timing": json.dumps(self._timing())}
 
@@ -80,7 +85,8 @@ class TrialWorker(Trainable):
         raise NotImplementedError("a trial continues from its own folder, not from Tune's checkpoint")
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self._spec, self._reports, self._lock = config, None, None
+        self._spec, self._reports, self._lock, self._is_over = config, None, None, False
+        self._interruption.follow(Path(config["stop_file"]))
         self._began_s = self._newest_end_s = self._setup_s = None
 
     def _timing(self) -> dict[str, Any]:
@@ -90,7 +96,25 @@ class TrialWorker(Trainable):
             return known
         return {**known, "dead_time_s": self._began_s - self._last_end_s + self._setup_s}
 
+    def _note_terminated(self) -> None:
+        if not self._is_over:
+            with suppress(OSError):
+                note_terminated(Path(self._spec["run_dir"]))
+
+    def _advance_or_fail(self) -> dict[str, Any]:
+        try:
+            return self._advance()
+        except Interrupted:
+            self._close()
+            return _result(Outcome.RUNNING, done=True)
+        except DivergedError as error:
+            return self._failed(Outcome.DIVERGED, error)
+        except Exception as error:  # the boundary: whatever a trial raises, the sweep goes on and says so
+            return self._failed(Outcome.OUT_OF_MEMORY if _is_out_of_memory(error) else Outcome.FAILED, error)
+
     def _advance(self) -> dict[str, Any]:
+        if self._interruption.is_asked():
+            raise Interrupted("asked to end")
         if self._reports is None:
             self._reports = self._start()
         report = next(self._reports, None)
@@ -120,7 +144,8 @@ class TrialWorker(Trainable):
             yield report
         if heard < self._num_rungs:
             train = importlib.import_module(self._spec["engine"]["train"]).train
-            with closing(train(config, run_dir, base=self._resident_base(config))) as reports:
+            base, interrupted = self._resident_base(config), self._interruption.is_asked
+            with closing(train(config, run_dir, base=base, interrupted=interrupted)) as reports:
                 for report in reports:
                     yield from read_reports(run_dir)[heard : report.rung - 1]
                     heard = report.rung

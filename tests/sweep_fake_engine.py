@@ -20,7 +20,7 @@ import types
 from pathlib import Path
 
 from engine.config import TrainConfig, load_json, load_train_config, parse
-from engine.errors import DivergedError, InputError, OutOfMemory
+from engine.errors import DivergedError, InputError, Interrupted, OutOfMemory
 from engine.files import write_text
 from engine.metrics import Report
 
@@ -83,7 +83,7 @@ def _curves(path: str) -> dict:
     return json.loads(Path(path).read_text())
 
 
-def train(config: TrainConfig, run_dir: Path, *, base=None):
+def train(config: TrainConfig, run_dir: Path, *, base=None, interrupted=lambda: False):
     assert base["path"] == config.model.path
     checkpoint, fault = run_dir / "checkpoint.json", FAULTS.get(config.optim.weight_decay)
     reports = json.loads(checkpoint.read_text()) if checkpoint.exists() else []
@@ -92,7 +92,7 @@ def train(config: TrainConfig, run_dir: Path, *, base=None):
     with open(run_dir / "starts.txt", "a") as starts:
         starts.write(f"{os.getpid()} {len(reports)} {time.time()}\n")
     for rung in range(len(reports) + 1, len(config.train.report_grid()) + 1):
-        time.sleep(config.optim.eps)
+        _compute(config.optim.eps, rung, run_dir, interrupted)
         _fail(fault, rung, run_dir)
         if fault == "eval_loss is nan" and rung == 2:
             yield _report(config, rung, math.nan)
@@ -106,6 +106,19 @@ def train(config: TrainConfig, run_dir: Path, *, base=None):
         if fault == "dies once with a report saved and not passed on":
             _die_once(rung, run_dir)
         yield report
+
+
+def _compute(rung_s: float, rung: int, run_dir: Path, interrupted) -> None:
+    """The seconds of a rung in steps of 50 ms, less those that an interrupted process has saved."""
+    saved = run_dir / "within_rung.json"
+    known = json.loads(saved.read_text()) if saved.exists() else {"rung": 0}
+    left_s = rung_s - (known["seconds"] if known["rung"] == rung else 0.0)
+    while left_s > 0.0:
+        if interrupted():
+            write_text(saved, json.dumps({"rung": rung, "seconds": rung_s - left_s}))
+            raise Interrupted("asked to end")
+        time.sleep(min(left_s, 0.05))
+        left_s -= 0.05
 
 
 def _report(config: TrainConfig, rung: int, loss: float) -> Report:

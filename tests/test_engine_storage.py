@@ -118,7 +118,7 @@ def test_a_disk_that_fills_while_a_trial_saves_leaves_its_last_report_to_go_on_f
     config, folder, whole = trained
     reports = train(config, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_sync", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(files, "sync", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(StorageError, match="No space left on device"):
             next(reports)
     assert losses(report.to_dict() for report in train(config, folder)) == losses(whole)[2:]

@@ -104,3 +104,22 @@ def test_a_decision_does_not_wait_for_the_disk_and_everything_is_flushed_in_the_
     disk.wait_until_flushed()
     assert len(flushed) >= 2  # the journal, after its last record, and the trial's config
     assert not disk._waiting
+
+
+def test_a_sweep_of_many_trials_that_is_resumed_proposes_what_it_would_have_proposed(tmp_path, monkeypatch):
+    """One slot: what TPE sees of many trials depends on the trial's number, not on when the copy was made."""
+    for name, value in (("MOST_SEEN", 30), ("FEWEST_SEEN", 20), ("BEST_SEEN", 8), ("LEAST_SHARE", 4)):
+        monkeypatch.setattr(drafts, name, value)
+    proposed = {}
+    for name in ("left open", "resumed"):
+        (tmp_path / name).mkdir()
+        study, config, rng = study_in(tmp_path / name, config_for(WIDE, "tpe")), config_for(WIDE, "tpe"), random.Random(0)
+        proposed[name] = []
+        for number in range(55):
+            if name == "resumed" and number in (33, 47, 50):
+                study = study_in(tmp_path / name, config)
+            proposal = study.ask()
+            study.report(proposal.number, 1, rng.random())
+            study.tell(proposal.number, Outcome.COMPLETE)
+            proposed[name].append(proposal.params)
+    assert proposed["left open"] == proposed["resumed"]

@@ -9,7 +9,8 @@ import pytest
 from test_sweep_study import WIDE, config_for, ledger_in, report, study_in
 
 from sweep.feasibility import Verdict
-from sweep.ledger import Ledger
+from sweep.interruption import note_terminated
+from sweep.ledger import Ledger, Next
 from sweep.outcome import Outcome
 from sweep.paths import with_absolute_paths
 from sweep.runs import SweepFolder
@@ -92,6 +93,32 @@ def test_deaths_are_counted_across_resumes_and_forgiven_by_a_new_report(tmp_path
     assert record.error == "lost 2 times in a row without a new report; the last time, its node was lost"
 
 
+def test_a_trial_whose_process_was_asked_to_end_goes_on_and_nothing_is_held_against_it(tmp_path):
+    config = config_for(WIDE, pruner="none")
+    ledger = ledger_in(tmp_path, config, max_retries=0)
+    number = ledger.next_trial().number
+    for _ in range(3):
+        note_terminated(SweepFolder(tmp_path).trial(number))
+        ledger.lost(number)
+        assert ledger.next_trial().number == number
+    ledger.released(number)  # as a worker says that goes on living
+    assert ledger.next_trial().number == number
+    ledger.lost(number)  # the twin: without the note it is a death, and one is too many here
+    assert ledger.records[number].outcome is Outcome.LOST
+
+
+def test_a_sweep_that_winds_down_starts_nothing_and_a_resume_goes_on_with_what_ran(tmp_path):
+    config = config_for(WIDE, pruner="none")
+    ledger = ledger_in(tmp_path, config)
+    numbers = [ledger.next_trial().number for _ in range(2)]
+    ledger.wind_down()
+    assert not ledger.reported(numbers[0], report(1, 2.0))  # what is still heard counts
+    for number in numbers:
+        ledger.released(number)
+    assert not ledger.live and ledger.next_trial() is Next.WAIT
+    assert ledger_in(tmp_path, config).recover() == numbers
+
+
 def test_a_trial_is_silent_only_after_its_timeout_and_only_while_it_has_a_slot(tmp_path):
     config, now = config_for(WIDE, pruner="none"), [0.0]
     ledger = Ledger(
@@ -100,14 +127,14 @@ def test_a_trial_is_silent_only_after_its_timeout_and_only_while_it_has_a_slot(t
     )  # fmt: skip
     number = ledger.next_trial().number
     now[0] = 9.0
-    ledger.still_waits(number)
+    ledger.live.still_waits(number)
     now[0] = 18.0
-    assert not ledger.is_silent(number)
+    assert not ledger.live.is_silent(number)
     ledger.reported(number, report(1, 2.0))
     now[0] = 28.5
-    assert ledger.is_silent(number)
+    assert ledger.live.is_silent(number)
     ledger.lost(number, "it had not reported")
-    assert not ledger.is_silent(number)
+    assert not ledger.live.is_silent(number)
 
 
 def test_paths_that_exist_become_absolute_and_names_stay_names(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import signal
 from pathlib import Path
 
 import psutil
@@ -12,8 +14,10 @@ import torch
 
 import engine.data
 import engine.model
+import engine.train
 from engine.config import TrainConfig, parse
 from engine.train import train
+from sweep.interruption import was_terminated
 from sweep.runs import read_reports
 from sweep.worker import TrialWorker
 
@@ -35,7 +39,7 @@ def spec(config: TrainConfig, run_dir: Path, number: int = 0) -> dict:
     engine_modules = {"train": "engine.train", "model": "engine.model", "command": "engine"}
     return {
         "number": number, "run_dir": str(run_dir), "device": "cpu", "num_threads": 1, "engine": engine_modules,
-        "report_timeout_s": None, "num_heard": len(read_reports(run_dir)),
+        "report_timeout_s": None, "num_heard": len(read_reports(run_dir)), "stop_file": str(run_dir.parent / ".stop"),
         "train_config": config.model_dump_json(),
     }  # fmt: skip
 
@@ -63,6 +67,13 @@ class Slot:
 def _thaw():
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _keep_signals():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def live_tensors() -> int:
@@ -115,6 +126,51 @@ def test_a_warm_trial_is_a_cold_one_bit_for_bit_after_trials_of_every_kind(tmp_p
     (tmp_path / "other").mkdir()
     list(train(variant(tiny_config, {**VARIANTS[0], "train": {"seed": 1}}), tmp_path / "other"))
     assert numbers(tmp_path / "other") != numbers(tmp_path / "cold")  # the twin: another seed is seen
+
+
+@pytest.mark.parametrize("how", ["SIGTERM to the process", "the driver's file"])
+def test_a_trial_asked_to_end_saves_its_step_and_goes_on_in_another_process_as_if_undisturbed(
+    tmp_path, tiny_config, monkeypatch, how
+):
+    config, stop_file = variant(tiny_config, VARIANTS[0]), tmp_path / ".stop"
+    (tmp_path / "whole").mkdir()
+    list(train(config, tmp_path / "whole"))
+    steps, original = [], engine.train._Run._step
+
+    def step(run):
+        steps.append(len(steps))
+        if len(steps) == 4:  # in the middle of the second rung, in the middle of a step
+            os.kill(os.getpid(), signal.SIGTERM) if how.startswith("SIGTERM") else stop_file.touch()
+            monkeypatch.setattr("sweep.interruption.LOOK_EVERY_S", 0.0)
+        return original(run)
+
+    monkeypatch.setattr(engine.train._Run, "_step", step)
+    slot, trial = Slot(), tmp_path / "parts"
+    if how.startswith("SIGTERM"):
+        with pytest.raises(SystemExit):
+            slot.run(config, trial)
+        slot.worker._close()  # its process would be gone
+        assert was_terminated(trial) and not was_terminated(trial)
+    else:
+        *_, last = slot.run(config, trial)
+        assert (last["outcome"], last["report"], last["error"], last["done"]) == ("RUNNING", "", None, True)
+        assert slot.run(config, trial)[-1]["outcome"] == "RUNNING"  # as long as the file is there
+        stop_file.unlink()
+    num_steps = json.loads((trial / "checkpoint/state.json").read_text())["step"]
+    assert num_steps == 4 == len(steps) and len(read_reports(trial)) == 1
+    assert Slot().run(config, trial)[-1]["outcome"] == "COMPLETE"
+    assert numbers(trial) == numbers(tmp_path / "whole") and len(steps) == read_reports(trial)[-1]["step"]
+    for name in ("adapter/adapter_model.safetensors", "checkpoint/adapter.safetensors"):
+        assert (trial / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_process_asked_to_end_between_two_steps_ends_at_once(tmp_path, tiny_config):
+    slot, trial = Slot(), tmp_path / "trial"
+    slot.run(variant(tiny_config, VARIANTS[1]), trial, num_rungs=1)
+    with pytest.raises(SystemExit):
+        os.kill(os.getpid(), signal.SIGTERM)
+    slot.worker._close()
+    assert was_terminated(trial)
 
 
 def test_a_worker_loads_its_model_once_and_a_machine_tokenises_its_data_once(tmp_path, tiny_config, counted):

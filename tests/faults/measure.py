@@ -6,9 +6,12 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from .nodes import Nodes
 from .sweeps import NUM_RUNGS, Driver, Sweep, config, only_folder
@@ -82,17 +85,26 @@ def node_lost(where: Path, number: signal.Signals) -> Found:
         return _ended_by(lambda: end(1), on_second, driver, where)
 
 
-def driver_terminated(where: Path) -> tuple[Found, int]:
-    """SIGTERM to a driver at work. seconds: until it has ended; then the sweep is resumed to its end. Also its exit code."""
-    driver = Driver.start(config(where / "sweeps", optim={"eps": 1.5}, sweep={"num_trials": 4}, pruner={"name": "none"}), where)
-    _running(where / "sweeps", 1, driver)
+def driver_terminated(where: Path, everywhere: bool = False) -> tuple[Found, int, list[float]]:
+    """SIGTERM to a driver at work, in the middle of a rung of two trials; everywhere: to its Ray and workers too, as a machine
+    does that is about to be taken away. seconds: until it has ended; then the sweep is resumed to its end. Also its exit code,
+    and the seconds of that rung that each trial had saved."""
+    sections = {"optim": {"eps": 6.0}, "sweep": {"num_trials": 2}, "pruner": {"name": "none"}, "cluster": {"max_retries": 0}}
+    driver = Driver.start(config(where / "sweeps", **sections), where)
+    trials = [file.parent for file in _running(where / "sweeps", 2, driver)]
+    time.sleep(2.0)
     began = time.monotonic()
+    if everywhere:
+        for child in psutil.Process(driver.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.terminate()
     driver.kill(signal.SIGTERM)
     seconds = time.monotonic() - began
+    saved = [json.loads((trial / "within_rung.json").read_text())["seconds"] for trial in trials]
     folder = only_folder(where / "sweeps")
     resumed = Driver.resume(folder)
     assert resumed.wait() == 0, resumed.text()
-    return _found(resumed, folder, seconds), driver.process.returncode
+    return _found(resumed, folder, seconds), driver.process.returncode, saved
 
 
 def second_driver(where: Path) -> tuple[Found, str, int]:

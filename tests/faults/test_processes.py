@@ -50,10 +50,13 @@ def test_a_trial_goes_on_elsewhere_after_its_node_was_lost(tmp_path, number):
     assert "it goes on from its checkpoint" in found.text
 
 
-def test_a_terminated_driver_ends_within_20_seconds_and_is_resumed(tmp_path):
-    found, code = measure.driver_terminated(tmp_path)
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_terminated_driver_ends_within_20_seconds_with_the_work_of_half_a_rung_saved(tmp_path, everywhere):
+    found, code, saved = measure.driver_terminated(tmp_path, everywhere)
     assert (code, found.sweep.faults) == (130, [])
     assert found.seconds < 20.0
+    assert len(saved) == 2 and max(saved) > 1.0  # of 6 seconds; a resumed trial computes the others alone
+    assert {result["outcome"] for result in found.results.values()} == {"COMPLETE"}  # with max_retries = 0: it was no death
 
 
 def test_a_second_driver_is_refused_and_the_first_goes_on(tmp_path):

@@ -1,0 +1,37 @@
+"""The trials that hold a slot, or wait for Tune to find them one, and when each was last heard of. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class LiveTrials:
+    """By number. report_timeout_s: how long a trial may be silent; None: for ever. monotonic: seconds on a clock."""
+
+    def __init__(self, report_timeout_s: float | None, monotonic: Callable[[], float]) -> None:
+        self.report_timeout_s, self._monotonic = report_timeout_s, monotonic
+        self._heard_s: dict[int, float] = {}
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._heard_s
+
+    def __len__(self) -> int:
+        return len(self._heard_s)
+
+    def heard_of(self, number: int) -> None:
+        """It was given away just now, or has reported."""
+        self._heard_s[number] = self._monotonic()
+
+    def remove(self, number: int) -> bool:
+        """Returns whether it was there."""
+        return self._heard_s.pop(number, None) is not None
+
+    def still_waits(self, number: int) -> None:
+        """The trial has no slot yet, so its silence means nothing."""
+        if number in self._heard_s:
+            self.heard_of(number)
+
+    def is_silent(self, number: int) -> bool:
+        """Whether the trial has not been heard of for longer than report_timeout_s."""
+        heard_s = self._heard_s.get(number)
+        return None not in (heard_s, self.report_timeout_s) and self._monotonic() - heard_s > self.report_timeout_s
