@@ -50,7 +50,8 @@ def train(
     interrupted: Callable[[], bool] = lambda: False,
     pace: Pace | None = None,
 ) -> Iterator[Report]:
-    """Train one adapter; yield a Report at each point of `config.train.report_grid()`.
+    """Train one adapter; yield a Report at each point of `config.train.report_grid()`, on a continued run from the first that was
+    never yielded: nothing is trained before the caller has heard what a crash kept from it.
 
     base: a resident base model that matches `config.model`; it is handed back without the adapter. Without one, the model is
     loaded here and freed at the end. What the config leaves `auto` is planned for the card that is here; a step that runs out of
@@ -111,8 +112,11 @@ class _Run:
     def reports(self, interrupted: Callable[[], bool], pace: Pace) -> Iterator[Report]:
         self._interrupted, self._pace = interrupted, pace
         grid = self.config.train.report_grid()
-        if self.progress.reports:  # a crash may have come between the checkpoint and this file
+        if self.progress.reports:
+            num_passed_on = self._num_written()
             self._write_reports()
+            if len(self.progress.reports) > num_passed_on:  # a crash came between the checkpoint and this file
+                yield Report.from_dict(self.progress.reports[-1])
         for rung in range(len(self.progress.reports) + 1, len(grid) + 1):
             report = self._train_to(rung, grid[rung - 1])
             self._save(report)
@@ -265,6 +269,10 @@ class _Run:
         with self._pace.saving():
             checkpoint.save(self.run_dir, self.progress, self.layers, self.optimizer)
         self._saved_step = self.progress.step
+
+    def _num_written(self) -> int:
+        file = self.run_dir / "reports.jsonl"
+        return file.read_bytes().count(b"\n") if file.is_file() else 0
 
     def _write_reports(self) -> None:
         lines = [json.dumps(report, sort_keys=True) + "\n" for report in self.progress.reports]

@@ -137,7 +137,7 @@ class TrialWorker(Trainable):
 
     def _unheard_and_new(self, config: TrainConfig, run_dir: Path) -> Iterator[dict[str, Any]]:
         """All reports after those the sweep has. A process that died may have saved one, and not lived to pass it on; where it
-        had only its checkpoint written, the engine makes up for the file as it starts."""
+        had only its checkpoint written, the engine passes that one on before it trains: the verdict may be to stop."""
         heard = self._spec["num_heard"]
         for report in read_reports(run_dir)[heard:]:
             heard = report["rung"]
@@ -148,10 +148,10 @@ class TrialWorker(Trainable):
             with closing(train(config, run_dir, base=base, interrupted=interrupted)) as reports:
                 for report in reports:
                     yield from read_reports(run_dir)[heard : report.rung - 1]
-                    heard = report.rung
                     self._setup_s = report.setup_s if self._setup_s is None else self._setup_s
-                    yield report.to_dict()
-        yield from read_reports(run_dir)[heard:]
+                    if report.rung > heard:  # its file may have been lost after it was heard
+                        yield report.to_dict()
+                    heard = report.rung
 
     def _resident_base(self, config: TrainConfig) -> Any:
         """The base model, loaded again only when the model section or the device changed."""

@@ -23,6 +23,7 @@ from engine.config import TrainConfig, load_json, load_train_config, parse
 from engine.errors import DivergedError, InputError, Interrupted, OutOfMemory
 from engine.files import write_text
 from engine.metrics import Report
+from sweep.runs import read_reports
 
 # What a worker asks of torch, for a process that computes nothing: the real one takes seconds to load, at each kill.
 STAND_IN = types.SimpleNamespace(
@@ -87,10 +88,11 @@ def train(config: TrainConfig, run_dir: Path, *, base=None, interrupted=lambda: 
     assert base["path"] == config.model.path
     checkpoint, fault = run_dir / "checkpoint.json", FAULTS.get(config.optim.weight_decay)
     reports = json.loads(checkpoint.read_text()) if checkpoint.exists() else []
-    if reports:
-        _write_reports(run_dir, reports)
     with open(run_dir / "starts.txt", "a") as starts:
         starts.write(f"{os.getpid()} {len(reports)} {time.time()}\n")
+    if len(reports) > len(read_reports(run_dir)):
+        _write_reports(run_dir, reports)
+        yield Report(**reports[-1])
     for rung in range(len(reports) + 1, len(config.train.report_grid()) + 1):
         _compute(config.optim.eps, rung, run_dir, interrupted)
         _fail(fault, rung, run_dir)

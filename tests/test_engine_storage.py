@@ -103,6 +103,17 @@ def test_a_torn_checkpoint_is_left_for_the_one_before_it_and_the_trial_ends_as_u
     assert not (folder / "checkpoint.previous").exists()
 
 
+def test_what_a_crash_left_in_the_checkpoint_alone_is_heard_before_anything_is_trained(trained):
+    config, folder, whole = trained
+    file = folder / "reports.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:1]))
+    again = train(config, folder, interrupted=lambda: True)  # no step is taken
+    assert losses([next(again).to_dict()]) == losses(whole)[1:2]
+    again.close()
+    assert losses(map(json.loads, file.read_text().splitlines())) == losses(whole)[:2]
+    assert losses(report.to_dict() for report in train(config, folder)) == losses(whole)[2:]
+
+
 def test_without_a_checkpoint_that_is_whole_a_trial_is_one_line_and_changes_nothing(trained):
     config, folder, _ = trained
     shutil.rmtree(folder / "checkpoint.previous")

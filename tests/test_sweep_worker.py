@@ -164,6 +164,22 @@ def test_a_trial_asked_to_end_saves_its_step_and_goes_on_in_another_process_as_i
         assert (trial / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize("left_out", [1, 2])
+def test_reports_that_only_the_checkpoint_kept_are_passed_on_and_judged_before_a_step_is_trained(tmp_path, tiny_config, left_out):
+    """Else a trial pruned at the first of them has a rung more in its folder than in the journal."""
+    config, run_dir, first = variant(tiny_config, {}), tmp_path / "trial", Slot()
+    first.run(config, run_dir, num_rungs=2)
+    first.worker.cleanup()
+    file = run_dir / "reports.jsonl"
+    whole = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(whole[: len(whole) - left_out]))
+    slot = Slot()
+    heard = slot.run(config, run_dir, num_rungs=left_out)
+    slot.worker.cleanup()
+    assert [json.loads(result["report"])["rung"] for result in heard] == list(range(3 - left_out, 3))
+    assert file.read_text().splitlines(keepends=True) == whole
+
+
 def test_a_process_asked_to_end_between_two_steps_ends_at_once(tmp_path, tiny_config):
     slot, trial = Slot(), tmp_path / "trial"
     slot.run(variant(tiny_config, VARIANTS[1]), trial, num_rungs=1)
