@@ -7,8 +7,8 @@ from datetime import datetime
 
 import pytest
 
-import sweep.__main__ as command_line
 from engine.errors import InputError
+from sweep import conf_files
 from sweep.__main__ import compose
 from sweep.config import TrackingConfig, parse_sweep_config
 from sweep.plan import make_plan
@@ -52,9 +52,9 @@ def test_an_escaped_resolver_stays_text():
 def test_a_conf_file_from_elsewhere_is_plain_data(tmp_path, monkeypatch, text):
     import shutil
 
-    conf = shutil.copytree(command_line.conf_folder(), tmp_path / "conf")
+    conf = shutil.copytree(conf_files.conf_folder(), tmp_path / "conf")
     (conf / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{text}\n")
-    monkeypatch.setattr(command_line, "conf_folder", lambda: conf)
+    monkeypatch.setattr(conf_files, "conf_folder", lambda: conf)
     with pytest.raises(InputError) as error:
         parse_sweep_config(compose([*GIVEN, "model.path=m", "experiment=evil"]))
     assert "hunter2" not in str(error.value) and "\n" not in str(error.value)
