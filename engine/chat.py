@@ -18,7 +18,7 @@ from transformers import TextStreamer
 from engine.command_line import run
 from engine.config import ModelConfig
 from engine.errors import InputError
-from engine.export import find_train_config
+from engine.exporting import find_train_config
 from engine.lora import attach, load_adapter_state
 from engine.model import Base, load_base, pick_device
 from engine.portable import read_adapter

@@ -1,6 +1,6 @@
 """A trace of a few optimizer steps (`train.profile_steps`), by torch's own profiler. Off, it costs nothing.
 
-The folder then holds trace.json, for chrome://tracing or https://ui.perfetto.dev, and ops.txt, the ops that took the longest.
+The folder then holds trace.json.gz, for chrome://tracing or https://ui.perfetto.dev, and ops.txt, the ops that took the longest.
 An evaluation between two traced steps is in it too. Steps are slower while they are traced, so their speed is not the trial's.
 """
 
@@ -37,6 +37,6 @@ def traced(num_steps: int, folder: Path, device: torch.device) -> Iterator[Calla
 
 
 def _fill(folder: Path, profiler: profile, device: torch.device) -> None:
-    profiler.export_chrome_trace(str(folder / "trace.json"))
+    profiler.export_chrome_trace(str(folder / "trace.json.gz"))
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     (folder / "ops.txt").write_text(profiler.key_averages().table(sort_by=order, row_limit=NUM_OPS) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -21,7 +22,8 @@ def _one_thread():
 
 def marks(folder):
     """Names of the profiler's step marks in the trace."""
-    events = json.loads((folder / "profile" / "trace.json").read_text())["traceEvents"]
+    with gzip.open(folder / "profile" / "trace.json.gz") as file:
+        events = json.load(file)["traceEvents"]
     return sorted({event["name"] for event in events if event.get("name", "").startswith("ProfilerStep#")})
 
 

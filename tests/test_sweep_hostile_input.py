@@ -9,7 +9,7 @@ import pytest
 
 from engine.errors import InputError
 from sweep import conf_files
-from sweep.__main__ import compose
+from sweep.__main__ import compose, main
 from sweep.config import TrackingConfig, parse_sweep_config
 from sweep.plan import make_plan
 from sweep.runs import SweepFolder
@@ -81,8 +81,18 @@ def test_remote_code_is_not_for_the_sampler_to_choose_and_is_said_in_the_plan():
     assert "its own code is run" in make_plan(config).describe()
 
 
-def test_a_password_in_the_tracking_address_is_not_shown():
-    assert TrackingConfig(uri="https://user:hunt@er2@host/x").public_uri == "https://host/x"
+@pytest.mark.parametrize("uri", ["https://user:hunt@er2@host/x", "postgresql://u:hunter2@host/db", "https://:hunter2@host"])
+def test_a_password_in_the_tracking_address_is_refused_before_it_is_written_anywhere(uri, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["+experiment=quickstart", f"tracking.uri={uri}", "dry_run=true"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: tracking.uri = ") and "MLFLOW_TRACKING_PASSWORD" in shown.err
+    assert shown.err.count("\n") == 1 and "er2" not in shown.err + shown.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_name_in_the_tracking_address_is_taken_and_not_shown():
+    assert TrackingConfig(uri="https://user@host/x").public_uri == "https://host/x"
 
 
 # --- a sweep folder from elsewhere ---
