@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine.bounded import Bounded, TooCostly
 from engine.builtin import resolve_data
 from engine.cache import build_once
 from engine.config import HUB_ID, ON_TRAINING_SAMPLES, DataConfig
@@ -240,18 +242,23 @@ def _tokenise(texts: list[tuple[str, TargetText]], tokenizer: Any, folder: Path)
 def _render_all(
     field: str, samples: Any, format_name: str, template: str | None, tokenizer: Any
 ) -> Iterator[tuple[str, TargetText]]:
-    renderer = None
-    for name, sample in samples:
-        if not isinstance(sample, Mapping):
-            raise InputError(name, sample, "must be an object with named columns")
-        if renderer is None:
-            renderer = Renderer(tokenizer, detect_format(sample, format_name, name), template)
-        try:
-            yield from ((name, text) for text in renderer.render(sample))
-        except SampleError as error:
-            raise InputError(name, dict(sample), str(error)) from error
-        except KeyError as error:
-            raise InputError(name, sorted(sample), f"column {error} is missing; the first sample had it") from None
+    render = None
+    with ExitStack() as child:
+        for name, sample in samples:
+            if not isinstance(sample, Mapping):
+                raise InputError(name, sample, "must be an object with named columns")
+            if render is None:
+                render = Renderer(tokenizer, detect_format(sample, format_name, name), template).render
+                if template is not None:
+                    render = child.enter_context(Bounded(render))
+            try:
+                yield from ((name, text) for text in render(sample))
+            except TooCostly as error:
+                raise InputError("data.chat_template", template, f"{error} for {name}") from None
+            except SampleError as error:
+                raise InputError(name, dict(sample), str(error)) from error
+            except KeyError as error:
+                raise InputError(name, sorted(sample), f"column {error} is missing; the first sample had it") from None
 
 
 def _targets(offsets_L2: np.ndarray, spans: tuple[tuple[int, int], ...]) -> np.ndarray:

@@ -60,6 +60,47 @@ def test_a_conf_file_from_elsewhere_is_plain_data(tmp_path, monkeypatch, text):
     assert "hunter2" not in str(error.value) and "\n" not in str(error.value)
 
 
+DOUBLED = "".join(f"a{i}: &a{i} [{f'*a{i - 1}' if i else 'x'}, {f'*a{i - 1}' if i else 'x'}]\n" for i in range(40))
+BOMBS = {
+    DOUBLED: "once its aliases are unfolded",
+    "a: &a [*a, *a]": "once its aliases are unfolded",
+    "".join(f"x{i}: '${{x{i - 1}}}${{x{i - 1}}}'\n" if i else "x0: '0123456789'\n" for i in range(60)): "grows beyond",
+    "".join(f"x{i}: ['${{x{i - 1}}}', '${{x{i - 1}}}']\n" if i else "x0: []\n" for i in range(60)): "grows beyond",
+    "a: {b: '${a}', c: '${a}'}": "parent node",
+    "a: '${model.${data.train}}'": "must name its key outright",
+}
+
+
+@pytest.mark.parametrize("text", BOMBS, ids=range(len(BOMBS)))
+def test_a_config_that_would_unfold_without_end_is_one_line_in_no_time(tmp_path, monkeypatch, text):
+    import shutil
+    import tracemalloc
+
+    conf = shutil.copytree(conf_files.conf_folder(), tmp_path / "conf")
+    monkeypatch.setattr(conf_files, "conf_folder", lambda: conf)
+    (conf / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{text}\n")
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=BOMBS[text]) as error:
+            compose([*GIVEN, "model.path=m", "experiment=evil"])
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(error.value)
+
+
+def test_aliases_and_references_that_stay_small_are_taken(tmp_path, monkeypatch):
+    import shutil
+
+    conf = shutil.copytree(conf_files.conf_folder(), tmp_path / "conf")
+    monkeypatch.setattr(conf_files, "conf_folder", lambda: conf)
+    text = "lora: {target_modules: &t [q_proj, v_proj]}\nspace: {lora: {target_modules: {choices: {a: *t, b: all-linear}}}}\n"
+    (conf / "experiment" / "fine.yaml").write_text(f"# @package _global_\n{text}sweep: {{name: 'of-${{data.train}}'}}\n")
+    raw = compose([*GIVEN, "model.path=m", "data.eval=${data.train}", "experiment=fine"])
+    assert raw["space"]["lora"]["target_modules"]["choices"]["a"] == ["q_proj", "v_proj"]
+    assert (raw["sweep"]["name"], raw["data"]["eval"]) == ("of-t.jsonl", "t.jsonl")
+
+
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", ".x", "", "a\n", "a\0", "x" * 101, "~", "${a}"])
 def test_a_sweep_name_is_one_folder_name(name):
     raw = compose([*GIVEN, "model.path=m"])
