@@ -23,6 +23,8 @@ from engine.files import write_text
 from engine.planner import plan
 from engine.shape import ModelShape
 
+STOPPED = "stopped; the same command goes on after the last rung that is shown"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; an EngineError is one line on stderr and exit code 2."""
@@ -30,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = {"train": _train, "prepare": _prepare, "look": _look, "plan": _plan, "evaluate": _evaluate}
     command = arguments[0] if arguments[:1] and arguments[0] in commands else "train"
     rest = arguments[1:] if arguments[:1] == [command] else arguments
-    return run(lambda: commands[command](rest))
+    return run(lambda: commands[command](rest), stopped=STOPPED if command == "train" else "stopped")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

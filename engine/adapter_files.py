@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.builtin import published_name
 from engine.config import TrainConfig
 from engine.errors import InputError, first_line
 from engine.files import write_folder
@@ -44,7 +45,8 @@ def peft_config(config: TrainConfig, targets: list[str], linear_names: list[str]
     lora = config.lora
     alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
     return {
-        "base_model_name_or_path": locate(config.model),
+        # a builtin lies in this machine's cache, which means nothing to PEFT elsewhere
+        "base_model_name_or_path": published_name(config.model.path) or locate(config.model),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from engine.bounded import Bounded, TooCostly
 from engine.command_line import run
 from engine.config import ModelConfig
 from engine.errors import InputError
-from engine.export import find_train_config
+from engine.exporting import find_train_config
 from engine.lora import attach, load_adapter_state
 from engine.model import Base, load_base, pick_device
 from engine.portable import read_adapter
@@ -69,7 +70,11 @@ class Chat:
         else:
             self._messages.append({"role": "user", "content": prompt})
             options = {"chat_template": self._template, "add_generation_prompt": True, "tokenize": False}
-            text = tokenizer.apply_chat_template(self._messages, **options)
+            try:
+                with Bounded(lambda messages: tokenizer.apply_chat_template(messages, **options)) as render:
+                    text = render(self._messages)
+            except TooCostly as error:
+                raise InputError("chat template", self._template, str(error)) from None
             encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")  # the template writes them
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from engine.errors import EngineError, first_line
 
 
-def run(command: Callable[[], int]) -> int:
-    """The exit code of `command`."""
+def run(command: Callable[[], int], stopped: str = "stopped") -> int:
+    """The exit code of `command`. stopped: what is said at Ctrl-C, of which the exit code is 130."""
     try:
         return command()
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 130
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

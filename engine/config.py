@@ -20,6 +20,8 @@ from engine.errors import InputError
 
 ALL_LINEAR = "all-linear"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+ON_TRAINING_SAMPLES = "train"  # as data.eval
+PROFILE_AFTER = 2  # optimizer steps: the first ones compile kernels, record graphs and fill caches
 PositiveInt = Annotated[int, Field(ge=1)]
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -63,7 +65,10 @@ class DataConfig(StrictModel):
 
     train: str = Field(min_length=1, description="JSONL/JSON/Parquet file, hub id, or builtin:<name>")
     train_split: str = "train"
-    eval: str | None = Field(None, description="like train; none: hold out eval_fraction of train")
+    train_max_samples: PositiveInt | None = Field(None, description="so many of them, chosen by content; none: all")
+    eval: str | None = Field(
+        None, description="like train; none: hold out eval_fraction of train; train: the training samples themselves"
+    )
     eval_split: str = "train"
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     eval_max_samples: PositiveInt = 256
@@ -142,6 +147,9 @@ class LoopConfig(StrictModel):
         "auto", description="replay recorded launches; not with dropout or host memory. auto: where the host would be too slow"
     )
     memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = Field(None, description="device memory to use; none: the card's")
+    profile_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="so many optimizer steps, after the first two, are traced into profile/ of the trial's folder"
+    )
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"
 
@@ -166,7 +174,7 @@ NUMERICALLY_NEUTRAL = {
     "model": ("embeddings",),
     "train": (
         "micro_batch_size", "gradient_accumulation_steps", "tokens_per_step", "activation_checkpointing", "keep_layers",
-        "host_layers", "weight_cache_gib", "cuda_graphs", "memory_budget_gib",
+        "host_layers", "weight_cache_gib", "cuda_graphs", "memory_budget_gib", "profile_steps",
     ),
 }  # fmt: skip
 """Fields that change speed and memory but not what is computed, beyond rounding; of the step's size, `bins_per_step` remains."""
@@ -187,9 +195,17 @@ class TrainConfig(StrictModel):
         if loop.cuda_graphs is True and (
             self.lora.lora_dropout or loop.activation_checkpointing == "offload" or loop.host_layers not in (0, "auto")
         ):
-            raise ValueError(
-                "train.cuda_graphs = true goes with lora_dropout = 0, no offload and host_layers = 0 only; auto knows"
-            )
+            raise ValueError("train.cuda_graphs = true goes with lora_dropout = 0, no offload and host_layers = 0 only")
+        return self
+
+    @model_validator(mode="after")
+    def _profile_is_possible(self) -> TrainConfig:
+        loop, longest = self.train, self.bins_per_step * self.data.max_seq_length
+        certain = max(0, math.ceil(loop.max_tokens / longest) - PROFILE_AFTER)
+        if loop.profile_steps > certain:
+            steps = f"{loop.max_tokens} tokens in steps of up to {longest}, without the first {PROFILE_AFTER} steps"
+            allowed = f"must be at most {certain}: {steps}"
+            raise InputError("train.profile_steps", loop.profile_steps, allowed)
         return self
 
     @property
@@ -206,6 +222,8 @@ class TrainConfig(StrictModel):
         for section, fields in NUMERICALLY_NEUTRAL.items():
             for field in fields:
                 del values[section][field]
+        if self.data.train_max_samples is None:  # a key that older sweeps do not have
+            del values["data"]["train_max_samples"]
         values["bins_per_step"] = self.bins_per_step
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine.bounded import Bounded, TooCostly
 from engine.builtin import resolve_data
 from engine.cache import build_once
-from engine.config import HUB_ID, DataConfig
+from engine.config import HUB_ID, ON_TRAINING_SAMPLES, DataConfig
 from engine.errors import InputError, first_line
 from engine.packing import Sample
 from engine.templates import Renderer, SampleError, TargetText, chat_template, detect_format
@@ -75,12 +77,17 @@ def load_data(config: DataConfig, tokenizer: Any) -> tuple[View, View]:
     """(train, eval) views, tokenised on first use. Either one empty is an InputError."""
     train_source, eval_source = _sources(config)
     train = _token_set("data.train", train_source, config.train_split, config, tokenizer)
-    if eval_source is None:
+    if config.eval == ON_TRAINING_SAMPLES:
+        evaluation, train_index = train, np.arange(len(train))
+        eval_index = _by_content(train, train_index)
+    elif eval_source is None:
         train_index, eval_index = split_by_content(train.hashes, config.eval_fraction)
         evaluation = train
     else:
         evaluation = _token_set("data.eval", eval_source, config.eval_split, config, tokenizer)
-        train_index, eval_index = np.arange(len(train)), np.argsort(evaluation.hashes, kind="stable")
+        train_index, eval_index = np.arange(len(train)), _by_content(evaluation, np.arange(len(evaluation)))
+    if config.train_max_samples is not None:
+        train_index = np.sort(_by_content(train, train_index)[: config.train_max_samples])
     train_view = View(train, train_index, config.max_seq_length)
     eval_view = View(evaluation, eval_index[: config.eval_max_samples], config.eval_max_seq_length)
     _refuse_empty(train_view, "data.max_seq_length", config.max_seq_length)
@@ -98,9 +105,16 @@ def split_by_content(hashes: np.ndarray, eval_fraction: float) -> tuple[np.ndarr
     return np.sort(train), evaluation
 
 
+def _by_content(tokens: TokenSet, index: np.ndarray) -> np.ndarray:
+    """In an order that the samples alone decide, so that so many of them are the same ones wherever they stand in the file."""
+    return index[np.argsort(tokens.hashes[index], kind="stable")]
+
+
 def _sources(config: DataConfig) -> tuple[str, str | None]:
     """(train, eval) paths; a builtin brings its own evaluation part, and can also be named as `data.eval` alone."""
     train = resolve_data(config.train)
+    if config.eval == ON_TRAINING_SAMPLES:
+        return (str(train[0]) if train else config.train), None
     evaluation = resolve_data(config.eval) if config.eval else train
     train_path = str(train[0]) if train else config.train
     return train_path, str(evaluation[1]) if evaluation else config.eval
@@ -228,18 +242,23 @@ def _tokenise(texts: list[tuple[str, TargetText]], tokenizer: Any, folder: Path)
 def _render_all(
     field: str, samples: Any, format_name: str, template: str | None, tokenizer: Any
 ) -> Iterator[tuple[str, TargetText]]:
-    renderer = None
-    for name, sample in samples:
-        if not isinstance(sample, Mapping):
-            raise InputError(name, sample, "must be an object with named columns")
-        if renderer is None:
-            renderer = Renderer(tokenizer, detect_format(sample, format_name, name), template)
-        try:
-            yield from ((name, text) for text in renderer.render(sample))
-        except SampleError as error:
-            raise InputError(name, dict(sample), str(error)) from error
-        except KeyError as error:
-            raise InputError(name, sorted(sample), f"column {error} is missing; the first sample had it") from None
+    render = None
+    with ExitStack() as child:
+        for name, sample in samples:
+            if not isinstance(sample, Mapping):
+                raise InputError(name, sample, "must be an object with named columns")
+            if render is None:
+                render = Renderer(tokenizer, detect_format(sample, format_name, name), template).render
+                if template is not None:
+                    render = child.enter_context(Bounded(render))
+            try:
+                yield from ((name, text) for text in render(sample))
+            except TooCostly as error:
+                raise InputError("data.chat_template", template, f"{error} for {name}") from None
+            except SampleError as error:
+                raise InputError(name, dict(sample), str(error)) from error
+            except KeyError as error:
+                raise InputError(name, sorted(sample), f"column {error} is missing; the first sample had it") from None
 
 
 def _targets(offsets_L2: np.ndarray, spans: tuple[tuple[int, int], ...]) -> np.ndarray:

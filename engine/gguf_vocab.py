@@ -1,7 +1,8 @@
-"""The tokenizer of a model folder as GGUF holds it: byte-level BPE with a pre-tokenizer that llama.cpp knows by name.
+"""The tokenizer of a model folder as GGUF holds it: byte-level BPE with a pre-tokenizer that llama.cpp knows by name, or one that
+was SentencePiece's (engine/gguf_sentencepiece.py).
 
 llama.cpp cannot read a pre-tokenizer from the file, only its name, and a wrong one tokenises differently without a word. So it
-is recognised by its rules in tokenizer.json, and any other tokenizer (SentencePiece ones among them) is refused.
+is recognised by its rules in tokenizer.json, and any other tokenizer is refused.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from typing import Any
 
 import gguf
 
-from engine.config import load_json
+from engine import gguf_sentencepiece as sentencepiece
+from engine.config import ModelConfig, load_json
 from engine.errors import InputError
+from engine.gguf_sentencepiece import OTHERWISE
+from engine.model import load_tokenizer
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -24,14 +28,13 @@ TEKKEN_SPLIT = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLITS = {LLAMA3_SPLIT: "llama-bpe", QWEN2_SPLIT: "qwen2", TEKKEN_SPLIT: "tekken"}
-OTHERWISE = "no GGUF export for this tokenizer; use --to merged and llama.cpp's convert_hf_to_gguf.py"
 
 
 def pre_tokenizer(values: dict[str, Any]) -> str:
     """llama.cpp's name for the pre-tokenizer of a tokenizer.json."""
     model = values.get("model") or {}
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise InputError("tokenizer.json", model.get("type"), f"is no byte-level BPE: {OTHERWISE}")
+    if model.get("type") != "BPE":
+        raise InputError("tokenizer.json", model.get("type"), f"is no BPE: {OTHERWISE}")
     pre = values.get("pre_tokenizer") or {}
     parts = pre.get("pretokenizers", [pre])
     kinds = [part.get("type") for part in parts]
@@ -47,19 +50,36 @@ def pre_tokenizer(values: dict[str, Any]) -> str:
 
 
 def add_vocab(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
-    """Tokens, merges, special tokens and chat template of the model folder. vocab_size: rows of the embedding."""
+    """Tokens, what joins them, special tokens and chat template of the model folder. vocab_size: rows of the embedding."""
     values = load_json(folder / "tokenizer.json")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer(values))
-    tokens, kinds = _tokens(values, vocab_size)
-    writer.add_token_list(tokens)
+    pieces = sentencepiece.is_sentencepiece(values)
+    special = gguf.SpecialVocab(folder, load_merges=not pieces, n_vocab=vocab_size)
+    tokens, kinds = _tokens(values, vocab_size, pieces)
+    if pieces:
+        known = sentencepiece.scores(values)
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_add_space_prefix(sentencepiece.adds_space(values))
+        writer.add_token_list(tokens)
+        writer.add_token_scores([known.get(token, sentencepiece.UNSCORED) for token in tokens])
+        special.add_special_token.update(_ends(folder))  # unsaid, llama.cpp puts a beginning before every text of this kind
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre_tokenizer(values))
+        writer.add_token_list(tokens)
+        special.add_special_token.setdefault("bos", False)
     writer.add_token_types(kinds)
-    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
-    special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
 
 
-def _tokens(values: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+def _ends(folder: Path) -> dict[str, bool]:
+    """Whether the tokenizer puts its beginning and its end around a text. Asked, since files say it in several ways."""
+    tokenizer = load_tokenizer(ModelConfig(path=str(folder)))
+    ids = tokenizer("a")["input_ids"]
+    return {"bos": ids[:1] == [tokenizer.bos_token_id], "eos": ids[-1:] == [tokenizer.eos_token_id]}
+
+
+def _tokens(values: dict[str, Any], vocab_size: int, pieces: bool) -> tuple[list[str], list[int]]:
     """By id. Embedding rows beyond the tokenizer's (padding to a round number) get names and the type UNUSED."""
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     kinds = [gguf.TokenType.UNUSED] * vocab_size
@@ -70,7 +90,9 @@ def _tokens(values: dict[str, Any], vocab_size: int) -> tuple[list[str], list[in
             raise InputError("tokenizer.json", token, f"id {index} is beyond the model's vocabulary of {vocab_size}")
         entry = added.get(token)
         tokens[index] = token
-        if entry is None:
+        if pieces:
+            kinds[index] = sentencepiece.kind(token, entry, values["model"].get("unk_token"))
+        elif entry is None:
             kinds[index] = gguf.TokenType.NORMAL
         else:
             kinds[index] = gguf.TokenType.CONTROL if entry.get("special") else gguf.TokenType.USER_DEFINED

@@ -86,6 +86,7 @@ def _settings(card: Card) -> list[str]:
         config = card.config
         targets = config.lora.target_modules
         rows += [
+            ("trained on", f"`{config.model.path}`, {config.model.quantization}"),
             ("trained with", "rsLoRA, folded in here" if config.lora.use_rslora else "plain LoRA"),
             ("target_modules", targets if isinstance(targets, str) else ", ".join(targets)),
             ("lora_dropout", f"{config.lora.lora_dropout:g}"),

@@ -32,6 +32,7 @@ SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
 }
+MAX_CHARACTERS = 10_000_000  # of one sample: some two million tokens, more than any card holds
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 ALPACA_HEAD = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 
@@ -133,9 +134,14 @@ class Renderer:
             raise InputError("data.chat_template", None, "the tokenizer has no chat template; set chatml or a Jinja file")
         options = {"chat_template": self._template, "add_generation_prompt": generate, "tokenize": False, **extra}
         try:
-            return self._tokenizer.apply_chat_template(messages, **options)
+            text = self._tokenizer.apply_chat_template(messages, **options)
+        except MemoryError:
+            raise
         except Exception as error:  # templates raise their own TemplateError with any message
             raise SampleError(f"the chat template refused it: {error}") from error
+        if len(text) > MAX_CHARACTERS:
+            raise SampleError(f"the chat template makes {len(text):,} characters of it; allowed: {MAX_CHARACTERS:,}")
+        return text
 
     def _plain(self, prompt: str, completion: str) -> TargetText:
         start = len(self._bos) + len(prompt)

@@ -39,6 +39,7 @@ from engine.packing import Cursor, collate
 from engine.planner import Plan, changed, leaner
 from engine.planner import plan as plan_for
 from engine.shape import ModelShape
+from engine.trace import traced
 from engine.window import Window
 
 
@@ -75,7 +76,8 @@ def train(
         layers = attach(resident.model, resident.linear_names, config.lora, config.train.seed)
         run = _Run(config, run_dir, resident, layers)
         run.setup_s = time.perf_counter() - called_s
-        yield from run.reports(interrupted, pace or Pace())
+        with traced(config.train.profile_steps, run_dir / "profile", device) as run.after_step:
+            yield from run.reports(interrupted, pace or Pace())
     finally:
         detach(resident.model, layers)
         resident.checkpoint_activations(False)
@@ -133,6 +135,7 @@ class _Run:
             self._keep_safe(window)
             loss, grad_norm, num_tokens, num_targets = self._step()
             window.add(loss, grad_norm, num_tokens, num_targets)
+            self.after_step()
             progress.step += 1
             progress.tokens_seen += num_tokens
             progress.target_tokens_seen += num_targets

@@ -16,6 +16,7 @@ from sweep.outcome import TrialRecord
 from sweep.selection import Rule, median_speed, num_parameters
 
 DEFAULT_RULE = Rule()
+BUILTIN = "builtin:"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -78,6 +79,7 @@ def model_card(record: TrialRecord, reevaluation: dict[str, Any], sweep_name: st
             "Run in this folder:",
             "",
             *_load_code(base_model, config if quantized else None),
+            *_builtin_note(config.model.path),
             "",
             "## Train it again",
             "",
@@ -131,8 +133,19 @@ def _load_code(base_model: str, quantized: TrainConfig | None) -> list[str]:
     ]
 
 
+def _builtin_note(path: str) -> list[str]:
+    """The published model is named above, because no other machine has this one's cache."""
+    if not path.startswith(BUILTIN):
+        return []
+    folder = f"python -c \"from engine.builtin import resolve_model; print(resolve_model('{path}'))\""
+    return [
+        f"The sweep used `{path}`: this model with weights rounded to 4 bits, and the losses above are on that one. Where the "
+        f"tool is installed, `{folder}` prints its folder, to put in place of the name; no network is needed then."
+    ]
+
+
 def _base_model(adapter: Path) -> str:
-    """What PEFT will look for: a hub id or folder, also where the config said `builtin:`."""
+    """What PEFT will look for: a hub id or folder; where the config said `builtin:`, the name that it is published under."""
     try:
         name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     except (ValueError, LookupError, TypeError, RecursionError):

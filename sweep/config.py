@@ -203,6 +203,17 @@ class TrackingConfig(StrictModel):
     name: Literal["mlflow", "none"] = "mlflow"
     uri: str | None = Field(None, description="none: sqlite:///<output_dir>/mlflow.db")
 
+    @field_validator("uri")
+    @classmethod
+    def _no_password(cls, uri: str | None) -> str | None:
+        """It would stand in sweep_config.json, and in every copy of the sweep folder."""
+        found = re.search(r"//([^/\s]*)@", uri or "")
+        if found and ":" in found[1]:
+            shown = re.sub(r"//[^/\s]*@", "//...@", uri)
+            allowed = "must hold no password; give it as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            raise InputError("tracking.uri", shown, f"{allowed} (of a database: in its own password file)")
+        return uri
+
     @property
     def public_uri(self) -> str | None:
         """Without the user and password that may stand in it."""

@@ -21,7 +21,7 @@ LEAST_EXCESS_GIB = 0.01  # what does not fit for want of its reserve alone viola
 WITHOUT_EFFECT = {
     "lora": ("lora_alpha", "use_rslora"),
     "optim": ("learning_rate", "lr_schedule", "warmup_ratio", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps"),
-    "train": ("seed",),
+    "train": ("seed", "profile_steps"),
 }
 """Fields that change neither memory nor speed: a plan takes up to a second, and trials that differ in these alone share one."""
 

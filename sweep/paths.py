@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engine.config import ON_TRAINING_SAMPLES
 from sweep.config import SweepConfig
 
 FIELDS = (("model", "path"), ("data", "train"), ("data", "eval"), ("data", "chat_template"))
@@ -17,6 +18,8 @@ def with_absolute_paths(config: SweepConfig, folder: Path) -> SweepConfig:
         value = getattr(getattr(config, section), field)
         if field == "chat_template" and not str(value).endswith(".jinja"):
             continue  # a template's name
+        if field == "eval" and value == ON_TRAINING_SAMPLES:
+            continue
         if value is not None and (folder / Path(value).expanduser()).exists():
             changes.setdefault(section, {})[field] = str(folder / Path(value).expanduser())
     uri = config.tracking.uri

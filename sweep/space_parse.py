@@ -22,6 +22,7 @@ INCOMPARABLE = {
     "model.revision": "base models with other tokenizers would be scored on other tokens",
     "data.train": "trials would learn from different data",
     "data.train_split": "trials would learn from different data",
+    "data.train_max_samples": "trials would learn from different data",
     "data.eval": "trials would be scored on different data",
     "data.eval_split": "trials would be scored on different data",
     "data.eval_fraction": "trials would be scored on different data",
@@ -35,6 +36,7 @@ INCOMPARABLE = {
     "train.device": "placement decides the device",
 }
 UNSEARCHABLE = {path: f"{why}, so their losses do not compare" for path, why in INCOMPARABLE.items()} | {
+    "train.profile_steps": "a trace changes nothing that could be searched for",
     "model.trust_remote_code": "whether a model's own code runs is for you to decide, not for the sampler",
 }
 

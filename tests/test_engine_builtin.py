@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine import cache
-from engine.builtin import resolve_data, resolve_model, smollm2, stdlib_docs
+from engine.builtin import MODELS, PUBLISHED, resolve_data, resolve_model, smollm2, stdlib_docs
 from engine.errors import InputError
 
 
@@ -42,6 +42,16 @@ def test_other_paths_pass_through_untouched():
 def test_an_unknown_builtin_is_refused_with_the_known_ones_listed(resolve, known):
     with pytest.raises(InputError, match=f"builtin:nope.*known: builtin:{known}"):
         resolve("builtin:nope")
+
+
+def test_an_adapter_on_a_builtin_names_the_published_model_and_no_folder_of_this_machine():
+    from engine.adapter_files import peft_config
+    from engine.config import TrainConfig, parse
+
+    values = {"model": {"path": "builtin:smollm2-135m-instruct"}, "data": {"train": "d"}, "train": {"max_tokens": 9}}
+    base = peft_config(parse(TrainConfig, values), ["q_proj"], ["q_proj"])["base_model_name_or_path"]
+    assert base == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert MODELS.keys() == PUBLISHED.keys()
 
 
 def test_importing_the_package_loads_neither_torch_nor_gguf():

@@ -199,3 +199,20 @@ def test_filler_has_no_targets_and_no_sample_changes_its_place():
     for numbers in ((10, 9, 8), (32, 4, 8), (32, 40, 8), (32, 9, 4)):
         with pytest.raises(ValueError, match="can only be padded"):
             padded(row, *numbers, longest=8)
+
+
+def test_train_max_samples_takes_the_same_samples_wherever_they_stand(load, tokenizer):
+    rows = [chat(f"q{i}", f"a{i}") for i in range(12)]
+    few = learnt(load(rows, train_max_samples=3)[0], tokenizer)
+    assert len(few) == 3 and few == learnt(load(rows[::-1], train_max_samples=3)[0], tokenizer)
+    everything, evaluation = (set(learnt(view, tokenizer)) for view in load(rows))
+    assert set(few) < everything and not set(few) & evaluation
+    assert len(load(rows, train_max_samples=100)[0]) == 6
+
+
+def test_evaluation_can_be_on_the_training_samples_themselves(load, tokenizer):
+    rows = [chat(f"q{i}", f"a{i}") for i in range(12)]
+    train, evaluation = load(rows, eval="train", train_max_samples=3, eval_max_samples=3)
+    assert learnt(train, tokenizer) == learnt(evaluation, tokenizer) and len(train) == 3
+    train, evaluation = load(rows, eval="train")
+    assert len(train) == len(evaluation) == 12

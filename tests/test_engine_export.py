@@ -18,7 +18,8 @@ from engine.builtin.smollm2 import tensor_name, unpermute
 from engine.config import ModelConfig
 from engine.errors import InputError
 from engine.evaluate import evaluate_adapter
-from engine.export import export, main
+from engine.export import main
+from engine.exporting import export
 from engine.gguf_model import Naming, write_adapter, write_model
 from engine.merge import merged_tensors, weight_files
 from engine.model import model_config
@@ -226,10 +227,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(form, spoil, message, base, ad
     assert "out" not in spoil or left_by(out) == ["precious"]
 
 
-def test_an_export_that_is_interrupted_leaves_nothing(base, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.export._write_tokenizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        export(adapter, "merged", tmp_path / "out", measure=False)
+def test_an_export_that_is_interrupted_leaves_nothing(base, adapter, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("engine.exporting._write_tokenizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main([str(adapter), "--to", "merged", "--out", str(tmp_path / "out"), "--no-losses"]) == 130
+    assert capsys.readouterr().err == "\nstopped; nothing was written\n"
     assert left_by(tmp_path) == []
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import pickle
+import re
+import resource
 import shutil
 import struct
 from pathlib import Path
@@ -16,6 +19,7 @@ import torch
 from engine.__main__ import main
 from engine.config import TrainConfig, parse
 from engine.errors import CheckpointError
+from engine.templates import SampleError
 from engine.train import train
 
 
@@ -128,6 +132,45 @@ def test_a_chat_template_stays_in_its_sandbox(refused, tmp_path, template):
     file.write_text(template.replace("MARK", str(tmp_path / "mark")))
     assert "the chat template refused it" in refused(data={"chat_template": str(file)})
     assert not (tmp_path / "mark").exists()
+
+
+BOMBS = {
+    "{{ 'a' * 10 ** 11 }}": "GiB of memory",
+    "{{ ('a' * 10 ** 7 * 50)[:5] }}{{ 'a' * 10 ** 8 * 4 }}": "GiB of memory|characters",
+    "{% set x = namespace(v='a') %}{% for i in range(60) %}{% set x.v = x.v ~ x.v %}{% endfor %}{{ x.v }}": "GiB of memory",
+    "{{ 'a' * (10 ** 7 + 1) }}": "makes 10,000,001 characters",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "takes",
+    "{{ 9 ** (9 ** 9) }}": "takes",
+}
+
+
+@pytest.mark.parametrize("template", BOMBS, ids=range(len(BOMBS)))
+def test_a_chat_template_that_would_take_all_time_or_memory_is_stopped(refused, tmp_path, template, monkeypatch):
+    from engine import bounded
+
+    monkeypatch.setattr(bounded.Bounded.__init__, "__defaults__", (1.0 if BOMBS[template] == "takes" else 20.0, 0.5))
+    (tmp_path / "t.jinja").write_text(template)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert re.search(BOMBS[template], refused(data={"chat_template": str(tmp_path / "t.jinja")}))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024  # KiB; the child has its own limit
+    assert multiprocessing.active_children() == []
+
+
+def test_an_ordinary_template_is_rendered_in_a_child_as_it_would_be_here(tiny_model_dir):
+    from conftest import TEMPLATE
+
+    from engine.bounded import Bounded
+    from engine.config import ModelConfig
+    from engine.model import load_tokenizer
+    from engine.templates import Renderer
+
+    renderer = Renderer(load_tokenizer(ModelConfig(path=str(tiny_model_dir))), "messages", TEMPLATE)
+    sample = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    with Bounded(renderer.render) as render:
+        assert [render(sample), render(sample)] == [renderer.render(sample)] * 2
+        with pytest.raises(SampleError, match="no assistant message"):
+            render({"messages": sample["messages"][:1]})
+        assert render(sample) == renderer.render(sample)
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "nope.jinja", "../.ssh/id_rsa", "a\0b"])

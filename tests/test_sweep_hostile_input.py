@@ -7,9 +7,9 @@ from datetime import datetime
 
 import pytest
 
-import sweep.__main__ as command_line
 from engine.errors import InputError
-from sweep.__main__ import compose
+from sweep import conf_files
+from sweep.__main__ import compose, main
 from sweep.config import TrackingConfig, parse_sweep_config
 from sweep.plan import make_plan
 from sweep.runs import SweepFolder
@@ -52,12 +52,53 @@ def test_an_escaped_resolver_stays_text():
 def test_a_conf_file_from_elsewhere_is_plain_data(tmp_path, monkeypatch, text):
     import shutil
 
-    conf = shutil.copytree(command_line.conf_folder(), tmp_path / "conf")
+    conf = shutil.copytree(conf_files.conf_folder(), tmp_path / "conf")
     (conf / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{text}\n")
-    monkeypatch.setattr(command_line, "conf_folder", lambda: conf)
+    monkeypatch.setattr(conf_files, "conf_folder", lambda: conf)
     with pytest.raises(InputError) as error:
         parse_sweep_config(compose([*GIVEN, "model.path=m", "experiment=evil"]))
     assert "hunter2" not in str(error.value) and "\n" not in str(error.value)
+
+
+DOUBLED = "".join(f"a{i}: &a{i} [{f'*a{i - 1}' if i else 'x'}, {f'*a{i - 1}' if i else 'x'}]\n" for i in range(40))
+BOMBS = {
+    DOUBLED: "once its aliases are unfolded",
+    "a: &a [*a, *a]": "once its aliases are unfolded",
+    "".join(f"x{i}: '${{x{i - 1}}}${{x{i - 1}}}'\n" if i else "x0: '0123456789'\n" for i in range(60)): "grows beyond",
+    "".join(f"x{i}: ['${{x{i - 1}}}', '${{x{i - 1}}}']\n" if i else "x0: []\n" for i in range(60)): "grows beyond",
+    "a: {b: '${a}', c: '${a}'}": "parent node",
+    "a: '${model.${data.train}}'": "must name its key outright",
+}
+
+
+@pytest.mark.parametrize("text", BOMBS, ids=range(len(BOMBS)))
+def test_a_config_that_would_unfold_without_end_is_one_line_in_no_time(tmp_path, monkeypatch, text):
+    import shutil
+    import tracemalloc
+
+    conf = shutil.copytree(conf_files.conf_folder(), tmp_path / "conf")
+    monkeypatch.setattr(conf_files, "conf_folder", lambda: conf)
+    (conf / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{text}\n")
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=BOMBS[text]) as error:
+            compose([*GIVEN, "model.path=m", "experiment=evil"])
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(error.value)
+
+
+def test_aliases_and_references_that_stay_small_are_taken(tmp_path, monkeypatch):
+    import shutil
+
+    conf = shutil.copytree(conf_files.conf_folder(), tmp_path / "conf")
+    monkeypatch.setattr(conf_files, "conf_folder", lambda: conf)
+    text = "lora: {target_modules: &t [q_proj, v_proj]}\nspace: {lora: {target_modules: {choices: {a: *t, b: all-linear}}}}\n"
+    (conf / "experiment" / "fine.yaml").write_text(f"# @package _global_\n{text}sweep: {{name: 'of-${{data.train}}'}}\n")
+    raw = compose([*GIVEN, "model.path=m", "data.eval=${data.train}", "experiment=fine"])
+    assert raw["space"]["lora"]["target_modules"]["choices"]["a"] == ["q_proj", "v_proj"]
+    assert (raw["sweep"]["name"], raw["data"]["eval"]) == ("of-t.jsonl", "t.jsonl")
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", ".x", "", "a\n", "a\0", "x" * 101, "~", "${a}"])
@@ -81,8 +122,18 @@ def test_remote_code_is_not_for_the_sampler_to_choose_and_is_said_in_the_plan():
     assert "its own code is run" in make_plan(config).describe()
 
 
-def test_a_password_in_the_tracking_address_is_not_shown():
-    assert TrackingConfig(uri="https://user:hunt@er2@host/x").public_uri == "https://host/x"
+@pytest.mark.parametrize("uri", ["https://user:hunt@er2@host/x", "postgresql://u:hunter2@host/db", "https://:hunter2@host"])
+def test_a_password_in_the_tracking_address_is_refused_before_it_is_written_anywhere(uri, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["+experiment=quickstart", f"tracking.uri={uri}", "dry_run=true"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: tracking.uri = ") and "MLFLOW_TRACKING_PASSWORD" in shown.err
+    assert shown.err.count("\n") == 1 and "er2" not in shown.err + shown.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_name_in_the_tracking_address_is_taken_and_not_shown():
+    assert TrackingConfig(uri="https://user@host/x").public_uri == "https://host/x"
 
 
 # --- a sweep folder from elsewhere ---

@@ -161,6 +161,14 @@ def test_the_code_in_the_card_compiles_and_loads_four_bit_where_training_did(tmp
     assert "load_in_4bit=True" in code
 
 
+def test_the_card_of_a_builtin_model_says_where_its_base_is(tmp_path, winner):
+    write_best(tmp_path / "best", winner, REEVALUATION, "demo")
+    assert "builtin:" not in (tmp_path / "best" / "README.md").read_text()  # twin
+    winner.config["model"]["path"] = "builtin:smollm2-135m-instruct"
+    write_best(tmp_path / "best", winner, REEVALUATION, "demo")
+    assert "resolve_model('builtin:smollm2-135m-instruct')" in (tmp_path / "best" / "README.md").read_text()
+
+
 def test_a_disagreeing_second_evaluation_is_said_aloud(tmp_path, winner):
     write_best(tmp_path / "best", winner, {**REEVALUATION, "agrees": False}, "demo")
     assert "**does NOT agree with**" in (tmp_path / "best" / "README.md").read_text()

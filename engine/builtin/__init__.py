@@ -14,6 +14,7 @@ from engine.errors import InputError
 
 PREFIX = "builtin:"
 MODELS: dict[str, Callable[[], Path]] = {"smollm2-135m-instruct": smollm2.ensure}
+PUBLISHED = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 DATA_SETS: dict[str, Callable[[], tuple[Path, Path]]] = {"stdlib-docs": stdlib_docs.ensure}
 T = TypeVar("T")
 
@@ -21,6 +22,11 @@ T = TypeVar("T")
 def resolve_model(path: str) -> Path | str:
     """The Hugging Face folder of a `builtin:` model, made on first use (about 5 s); any other path is returned as it is."""
     return _builtin("model.path", path, MODELS)() if path.startswith(PREFIX) else path
+
+
+def published_name(path: str) -> str | None:
+    """The hub id that a `builtin:` model is published under, for whoever has no such builtin; None for any other path."""
+    return PUBLISHED.get(path.removeprefix(PREFIX)) if path.startswith(PREFIX) else None
 
 
 def resolve_data(path: str) -> tuple[Path, Path] | None:

@@ -1,0 +1,118 @@
+"""The committed sweeps for 24 GB cards fit them and cost what they say; the debug options do what their comments promise."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from engine.cards import CARDS
+from engine.shape import ModelShape
+from sweep import driver
+from sweep.__main__ import compose, groups, main
+from sweep.conf_files import conf_folder
+from sweep.config import parse_sweep_config
+from sweep.feasibility import Feasibility
+from sweep.forecast import describe_forecast
+from sweep.space_parse import parse_space
+
+LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8}
+SHAPES = {  # what their config.json says
+    "llama-3.2-1b": {**LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+                     "head_dim": 64, "tie_word_embeddings": True},
+    "llama-3.2-3b": {**LLAMA, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+                     "head_dim": 128, "tie_word_embeddings": True},
+    "llama-3.1-8b": {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                     "head_dim": 128, "tie_word_embeddings": False},
+    "qwen2.5-7b": {"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+                   "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
+                   "sliding_window": 131072, "use_sliding_window": False},
+}  # fmt: skip
+EXPERIMENTS = [f"{model}-24gb" for model in SHAPES]
+LARGEST = {"lora.rank": 128, "lora.target_modules": "all-linear", "data.max_seq_length": 4096, "optim.learning_rate": 1e-4}
+
+LEAN = {"micro_batch_size": 1, "activation_checkpointing": True, "keep_layers": 1, "host_layers": 0, "weight_cache_gib": 0.0}
+
+
+def shape(experiment):
+    model = experiment.removesuffix("-24gb")
+    return ModelShape.of(SHAPES[model], model)
+
+
+def test_every_experiment_but_the_quickstart_is_one_for_24_gb_cards_and_is_tested_here():
+    assert groups()["experiment"] == sorted([*EXPERIMENTS, "quickstart"])
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_most_demanding_point_of_a_committed_sweep_fits_a_card_of_22_gib(experiment):
+    config = parse_sweep_config(compose([f"+experiment={experiment}"]))
+    space, base = parse_space(config.space), config.base().model_dump(mode="json")
+    corner = {dimension.path: dimension.corners()[-1] for dimension in space.dimensions}
+    assert {**corner, "optim.learning_rate": 1e-4} == LARGEST
+    base["train"] |= LEAN  # one way that fits is enough, and found at once
+    feasibility = Feasibility(shape(experiment), CARDS["a10g"])
+    assert feasibility.judge(space.apply(base, LARGEST)).fits
+    base["train"]["memory_budget_gib"] = 3.0  # twin: where there is too little, it is said
+    assert not feasibility.judge(space.apply(base, LARGEST)).fits
+
+
+def test_own_data_takes_one_override_and_its_evaluation_comes_from_it_too():
+    data = parse_sweep_config(compose(["+experiment=llama-3.1-8b-24gb", "data.train=my.jsonl"])).data
+    assert (data.train, data.eval, data.eval_max_seq_length) == ("my.jsonl", None, 4096)
+
+
+def test_a_committed_sweep_is_forecast_from_a_folder_with_nothing_but_config_json(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["llama-3.2-1b"]))
+
+    def look(config, module):
+        assert config.model.path == str(tmp_path)
+        return {"shape": vars(ModelShape.of(json.loads((tmp_path / "config.json").read_text()), "m")), "card": None}
+
+    monkeypatch.setattr(driver, "look", look)
+    monkeypatch.setattr("sweep.plan.count_gpus", lambda: 0)
+    arguments = ["+experiment=llama-3.2-1b-24gb", f"model.path={tmp_path}", "cluster.card=rtx4090", "dry_run=true"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "does not fit" not in text
+    assert stated_hours("llama-3.2-1b-24gb")["rtx4090"] == pytest.approx(hours(text), rel=0.05)
+
+
+def hours(forecast):
+    return float(re.search(r"^cost +([\d.]+) GPU hours", forecast, re.M)[1])
+
+
+def stated_hours(experiment):
+    """What the comment of the experiment promises, by card."""
+    text = (conf_folder() / "experiment" / f"{experiment}.yaml").read_text()
+    found = re.search(r"([\d.]+) GPU hours on a 4090, ([\d.]+) on a 3090", text)
+    return {"rtx4090": float(found[1]), "rtx3090": float(found[2])}
+
+
+@pytest.mark.faults  # a minute and more a card
+@pytest.mark.parametrize("card", ["rtx4090", "rtx3090"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_committed_sweep_costs_what_its_comment_says_and_no_corner_is_infeasible(experiment, card):
+    config = parse_sweep_config(compose([f"+experiment={experiment}"]))
+    space, base = parse_space(config.space), config.base().model_dump(mode="json")
+    text = describe_forecast(space, base, Feasibility(shape(experiment), CARDS[card]), config.sweep.num_trials)
+    assert "does not fit" not in text
+    assert stated_hours(experiment)[card] == pytest.approx(hours(text), rel=0.05)
+
+
+@pytest.mark.parametrize("debug", groups()["debug"])
+def test_a_debug_option_makes_one_trial_of_any_experiment_wherever_it_stands(debug):
+    for experiment in ("quickstart", "llama-3.1-8b-24gb"):
+        given = [f"+experiment={experiment}", f"+debug={debug}"]
+        config = parse_sweep_config(compose(given))
+        assert config == parse_sweep_config(compose(given[::-1]))
+        assert (config.sweep.num_trials, config.space, config.pruner.name, config.tracking.name) == (1, {}, "none", "none")
+        assert config.sweep.name == f"debug-{debug}"
+        assert config.train.max_tokens < 30_000
+    assert config.model.path == "meta-llama/Llama-3.1-8B-Instruct"  # what is looked at stays the experiment's
+
+
+def test_overfitting_one_batch_evaluates_on_the_samples_that_it_trains_on():
+    config = parse_sweep_config(compose(["+experiment=quickstart", "+debug=overfit-one-batch"]))
+    assert config.data.eval == "train" and config.data.train_max_samples == config.data.eval_max_samples
+    assert config.train.tokens_per_step >= config.data.train_max_samples * config.data.max_seq_length
