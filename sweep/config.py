@@ -202,6 +202,10 @@ class TrackingConfig(StrictModel):
 
     name: Literal["mlflow", "none"] = "mlflow"
     uri: str | None = Field(None, description="none: sqlite:///<output_dir>/mlflow.db")
+    metrics_port: Annotated[int, Field(ge=0, le=65_535)] | None = Field(
+        None, description="of the driver's page for Prometheus; 0: any that is free; none: there is no such page"
+    )
+    metrics_host: str = Field("127.0.0.1", min_length=1, description="whose readers reach the page: this machine's alone")
 
     @property
     def public_uri(self) -> str | None:

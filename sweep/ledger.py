@@ -25,8 +25,6 @@ from sweep.study import Study
 from sweep.timeline import Timeline
 
 MAX_INFEASIBLE_AT_ONCE = 20  # then Tune's loop has its turn: a plan takes a tenth of a second, and reports wait meanwhile
-
-
 NO_BUDGET = BudgetConfig()
 NO_TIMING: Mapping[str, Any] = MappingProxyType({})
 
@@ -89,6 +87,10 @@ class Ledger:
     @property
     def num_live(self) -> int:
         return len(self._live)
+
+    @property
+    def timeline(self) -> Timeline:
+        return self._timeline
 
     @property
     def shortfall(self) -> str | None:
