@@ -1,5 +1,5 @@
-"""What may be changed when a sweep is resumed: how much it may spend and where its metrics are shown, never what a trial is, or
-its losses would not compare."""
+"""What may be changed when a sweep is resumed: how much it may spend, where it runs and where its metrics are shown, never what a
+trial is, or its losses would not compare."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from sweep.config import SweepConfig, parse_sweep_config
 
 NUM_TRIALS = "sweep.num_trials"
 BUDGETS = {"sweep.budget.gpu_hours": 1, "sweep.budget.wall_clock_hours": 1, "sweep.budget.target_loss": -1}  # which way is more
-METRICS = ("tracking.metrics_port", "tracking.metrics_host")  # another machine may take over, or the port may be taken by then
-AMENDABLE = (NUM_TRIALS, *BUDGETS, *METRICS)
+PLACE = (
+    "cluster.address", "cluster.num_gpus", "cluster.wait_s", "cluster.card", "tracking.metrics_port", "tracking.metrics_host",
+)  # fmt: skip
+AMENDABLE = (NUM_TRIALS, *BUDGETS, *PLACE)
 
 
 def amended(config: SweepConfig, overrides: dict[str, Any]) -> SweepConfig:

@@ -6,7 +6,8 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from engine.errors import InputError, first_line
-from sweep.placement import Slots
+from sweep.card_kinds import card_kinds
+from sweep.placement import Hardware, Slots
 
 LOOPBACK = "127.0.0.1"
 
@@ -49,14 +51,24 @@ def _shut_down() -> None:
         gc.enable()
 
 
-def count_cluster(address: str) -> tuple[int, int]:
-    """GPUs and CPU cores of an existing Ray cluster."""
+def look_at_cluster(address: str, num_gpus: int = 0, wait_s: float = 0.0, say: Callable[[str], None] = print) -> Hardware:
+    """GPUs, CPU cores and kinds of cards of an existing Ray cluster, as soon as it has so many GPUs, or after wait_s."""
     _join(address)
     try:
-        resources = ray.cluster_resources()
-        return int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+        deadline, said = time.monotonic() + wait_s, None
+        while (found := _gpus()) < num_gpus and time.monotonic() < deadline:
+            if found != said:
+                say(f"waiting for the cluster: {found} of {num_gpus} GPUs are there")
+                said = found
+            time.sleep(1.0)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        return Hardware(_gpus(), int(ray.cluster_resources().get("CPU", 0)), card_kinds(nodes))
     finally:
         ray.shutdown()
+
+
+def _gpus() -> int:
+    return int(ray.cluster_resources().get("GPU", 0))
 
 
 def _connect(slots: Slots, address: str | None) -> None:

@@ -189,6 +189,7 @@ class ClusterConfig(StrictModel):
     card: AutoCard = Field("auto", description="whose memory and speed are predicted; auto: the card found")
     max_concurrent: AutoPositive = Field("auto", description="auto: as many trials as slots")
     address: str | None = Field(None, description="an existing Ray cluster; none: one of our own on this machine")
+    wait_s: Annotated[float, Field(ge=0.0)] = Field(0.0, description="for the nodes of an existing cluster to bring num_gpus")
     max_retries: Annotated[int, Field(ge=0)] = Field(
         2, description="times a trial goes on after its worker died without a new report"
     )

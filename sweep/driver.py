@@ -52,6 +52,8 @@ def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engin
 def _launch(plan: Plan, folder: SweepFolder | None, dry_run: bool, engine: EngineModules) -> int:
     """Say the plan, check it all, run. folder: none for a new sweep, whose folder is created once nothing can be refused."""
     print(plan.describe(), flush=True)
+    for warning in plan.warnings():
+        print(f"WARNING: {warning}", file=sys.stderr)
     if folder is None and plan.config.sweep.warm_start:
         _check_warm_start(plan, {}, print)
     if dry_run:
@@ -85,7 +87,7 @@ def _forecast(plan: Plan, engine: EngineModules) -> None:
     if config.train.device == "cpu" or (config.cluster.card == "auto" and cpu):
         print(no_forecast_line(config.train.device), flush=True)
         return
-    feasibility = make_feasibility(config.cluster.card, look(config.base(), engine.command))
+    feasibility = make_feasibility(config.cluster.card, look(config.base(), engine.command), plan.kinds)
     print(describe_forecast(plan.space, plan.base(), feasibility, config.sweep.num_trials), flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
 
@@ -98,7 +100,7 @@ def _prepare(plan: Plan, engine: EngineModules) -> tuple[Feasibility, dict[str, 
     print(f"model: {facts['layers']}", flush=True)
     print(f"data: {facts['num_train_samples']:,} training and {facts['num_eval_samples']:,} evaluation samples", flush=True)
     on_gpu = plan.slots.device == "cuda"
-    feasibility = make_feasibility(plan.config.cluster.card, facts) if on_gpu else Feasibility(None, None)
+    feasibility = make_feasibility(plan.config.cluster.card, facts, plan.kinds) if on_gpu else Feasibility(None, None)
     if feasibility.predicts:
         print(f"{card_line(feasibility)}; what is predicted not to fit is not started", flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
@@ -163,7 +165,8 @@ def _trials_and_finish(
         screen.note(f"going on with trial{'s' if len(continued) > 1 else ''} {', '.join(map(str, continued))}")
     if ledger.has_work():
         screen.start()
-        run_trials(ledger, plan.slots, plan.config.cluster.address, folder, engine)
+        avoid = feasibility.avoid if len(plan.kinds) > 1 else None
+        run_trials(ledger, plan.slots, plan.config.cluster.address, folder, engine, avoid)
         screen.stop()
     if ledger.shortfall:
         screen.note(ledger.shortfall)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,9 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray import tune
+from ray.tune import PlacementGroupFactory
 from ray.tune.stopper import Stopper
 
+from engine.config import TrainConfig
 from engine.errors import StorageError
+from sweep.card_kinds import Label
 from sweep.cluster import cluster
 from sweep.engine_modules import EngineModules, worker_config
 from sweep.ledger import Ledger
@@ -23,19 +28,27 @@ from sweep.searcher import LedgerSearcher
 from sweep.worker import TrialWorker
 
 
-def run_trials(ledger: Ledger, slots: Slots, address: str | None, folder: SweepFolder, engine: EngineModules) -> None:
+def run_trials(
+    ledger: Ledger,
+    slots: Slots,
+    address: str | None,
+    folder: SweepFolder,
+    engine: EngineModules,
+    avoid: Callable[[TrainConfig], tuple[Label, ...]] | None = None,
+) -> None:
     """Run until the ledger has no work. Raises, at a safe point, KeyboardInterrupt after SIGINT or SIGTERM, and StorageError
-    where the disk takes no more."""
+    where the disk takes no more. avoid: labels of the nodes whose cards a config does not fit; none where all are alike."""
 
     def config_of(proposal: Proposal) -> dict[str, Any]:
         run_dir = str(folder.trial(proposal.number).absolute())
-        return worker_config(proposal, run_dir, slots, engine, ledger.report_timeout_s)
+        labels = avoid(proposal.config) if avoid else ()
+        return worker_config(proposal, run_dir, slots, engine, ledger.report_timeout_s, labels)
 
     stop = SafeStop(lambda: ledger.storage_fault)
     with stop.catching(), cluster(slots, address, folder.log), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Tune's advice on its own API, on every start
         tune.Tuner(
-            tune.with_resources(TrialWorker, slots.resources_per_trial()),
+            tune.with_resources(TrialWorker, _placement(slots) if avoid else slots.resources_per_trial()),
             tune_config=tune.TuneConfig(
                 search_alg=LedgerSearcher(ledger, config_of),
                 scheduler=LedgerScheduler(ledger),
@@ -51,6 +64,19 @@ def run_trials(ledger: Ledger, slots: Slots, address: str | None, folder: SweepF
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         ).fit()
+
+
+def _placement(slots: Slots) -> Callable[[dict[str, Any]], PlacementGroupFactory]:
+    """What Tune asks of Ray for a trial, by its config. Workers are reused among trials that may go to the same cards; others
+    get a new one, and Tune ends an idle worker that holds what a waiting trial needs."""
+    # a trial that waits for the one card it fits must not keep the others from being given away
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots.num_slots)
+
+    def place(config: dict[str, Any]) -> PlacementGroupFactory:
+        bundle, selector = slots.bundle(map(tuple, json.loads(config["avoid"])))
+        return PlacementGroupFactory([bundle], bundle_label_selector=[selector]) if selector else PlacementGroupFactory([bundle])
+
+    return place
 
 
 class SafeStop(Stopper):

@@ -23,7 +23,8 @@ token="$PWD/.ray-token-$SLURM_JOB_ID"
 (umask 077 && "$bin/python" -c 'import secrets; print(secrets.token_hex(32), end="")' > "$token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token" RAY_USAGE_STATS_ENABLED=0
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts[0]}
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname -I | awk '{print $1}')
 gpus=$((SLURM_JOB_NUM_NODES * ${SLURM_GPUS_ON_NODE:?a job with GPUs is needed}))
 
