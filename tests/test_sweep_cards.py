@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 from test_sweep_feasibility import SHAPE, config_with, planned  # noqa: F401 (a fixture)
 from test_sweep_run import BASE
@@ -91,3 +93,18 @@ def test_a_resume_may_go_to_another_cluster_and_not_to_another_model():
         amended(config, {"model.path": "n"})
     with pytest.raises(InputError, match=r"cluster.wait_s = -1: "):
         amended(config, {"cluster.wait_s": -1})
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once():
+    """Ray itself tries for two minutes, and says so line by line."""
+    from sweep.cluster import _refuse_unreachable
+
+    with socket.socket() as ours:
+        ours.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{ours.getsockname()[1]}"
+        with pytest.raises(InputError, match=rf"cluster.address = '{address}': must be a running Ray cluster \(.*refused\)"):
+            _refuse_unreachable(address)
+        ours.listen()
+        _refuse_unreachable(address)  # the twin
+    for left_to_ray in ("auto", "local", "ray://127.0.0.1:1"):
+        _refuse_unreachable(left_to_ray)

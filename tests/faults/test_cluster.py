@@ -77,3 +77,12 @@ def test_a_trial_that_fits_one_kind_of_card_goes_there_and_the_others_go_anywher
     assert len(by_rank[4]) == len(by_rank[23]) == 2
     assert {node for n in by_rank[23] for node in watched.places[n]} == {0}
     assert {node for n in by_rank[4] for node in watched.places[n]} >= {1}
+
+
+def test_a_cluster_whose_token_we_do_not_have_is_refused_in_one_line(tmp_path, monkeypatch):
+    with Nodes(num_cpus=1) as nodes:
+        monkeypatch.setitem(cluster_nodes.ENV, "RAY_AUTH_TOKEN", "0" * 64)
+        driver = Driver.start(config(tmp_path / "sweeps", cluster={"address": nodes.address}), tmp_path)
+        assert driver.wait() == 2
+    assert driver.text().count("\n") == 1 and "needs the cluster's RAY_AUTH_TOKEN" in driver.text()
+    assert not (tmp_path / "sweeps").exists()
