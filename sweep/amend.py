@@ -1,4 +1,5 @@
-"""What may be changed when a sweep is resumed: how much it may spend, never what a trial is, or its losses would not compare."""
+"""What may be changed when a sweep is resumed: how much it may spend, where it runs and where its metrics are shown, never what a
+trial is, or its losses would not compare."""
 
 from __future__ import annotations
 
@@ -9,7 +10,10 @@ from sweep.config import SweepConfig, parse_sweep_config
 
 NUM_TRIALS = "sweep.num_trials"
 BUDGETS = {"sweep.budget.gpu_hours": 1, "sweep.budget.wall_clock_hours": 1, "sweep.budget.target_loss": -1}  # which way is more
-AMENDABLE = (NUM_TRIALS, *BUDGETS)
+PLACE = (
+    "cluster.address", "cluster.num_gpus", "cluster.wait_s", "cluster.card", "tracking.metrics_port", "tracking.metrics_host",
+)  # fmt: skip
+AMENDABLE = (NUM_TRIALS, *BUDGETS, *PLACE)
 
 
 def amended(config: SweepConfig, overrides: dict[str, Any]) -> SweepConfig:
@@ -31,6 +35,6 @@ def _check_more(key: str, before: Any, wanted: Any) -> None:
     if key == NUM_TRIALS:
         if not isinstance(wanted, int) or wanted < before:
             raise InputError(key, wanted, f"must be at least {before} on resume")
-    elif wanted is not None and before is not None and isinstance(wanted, int | float) and BUDGETS[key] * (wanted - before) < 0:
+    elif key in BUDGETS and before is not None and isinstance(wanted, int | float) and BUDGETS[key] * (wanted - before) < 0:
         bound = "at least" if BUDGETS[key] > 0 else "at most"
         raise InputError(key, wanted, f"must be {bound} {before:g} on resume, or null for no limit")

@@ -6,7 +6,11 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Iterator
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -14,9 +18,12 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from engine.errors import InputError, first_line
-from sweep.placement import Slots
+from sweep.card_kinds import card_kinds
+from sweep.placement import Hardware, Slots
 
 LOOPBACK = "127.0.0.1"
+NEEDS_TOKEN = "needs the cluster's RAY_AUTH_TOKEN, or RAY_AUTH_MODE=disabled if it has none"
+REACH_S = 10.0
 
 
 @contextmanager
@@ -49,14 +56,24 @@ def _shut_down() -> None:
         gc.enable()
 
 
-def count_cluster(address: str) -> tuple[int, int]:
-    """GPUs and CPU cores of an existing Ray cluster."""
+def look_at_cluster(address: str, num_gpus: int = 0, wait_s: float = 0.0, say: Callable[[str], None] = print) -> Hardware:
+    """GPUs, CPU cores and kinds of cards of an existing Ray cluster, as soon as it has so many GPUs, or after wait_s."""
     _join(address)
     try:
-        resources = ray.cluster_resources()
-        return int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+        deadline, said = time.monotonic() + wait_s, None
+        while (found := _gpus()) < num_gpus and time.monotonic() < deadline:
+            if found != said:
+                say(f"waiting for the cluster: {found} of {num_gpus} GPUs are there")
+                said = found
+            time.sleep(1.0)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        return Hardware(_gpus(), int(ray.cluster_resources().get("CPU", 0)), card_kinds(nodes))
     finally:
         ray.shutdown()
+
+
+def _gpus() -> int:
+    return int(ray.cluster_resources().get("GPU", 0))
 
 
 def _connect(slots: Slots, address: str | None) -> None:
@@ -87,13 +104,45 @@ def _refuse_open_ports() -> None:
 
 
 def _join(address: str) -> None:
+    _refuse_unreachable(address)
+    said = ""
     try:
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
+        with _native_stderr() as printed:
+            try:
+                ray.init(address=address, log_to_driver=False, configure_logging=False)
+            finally:
+                said = printed()
     except AuthenticationError as error:
-        allowed = f"needs the cluster's RAY_AUTH_TOKEN, or RAY_AUTH_MODE=disabled if it has none ({first_line(error)})"
-        raise InputError("cluster.address", address, allowed) from None
+        raise InputError("cluster.address", address, f"{NEEDS_TOKEN} ({first_line(error)})") from None
     except (ConnectionError, ValueError, RuntimeError) as error:
+        allowed = NEEDS_TOKEN if "InvalidAuthToken" in said else f"must be a running Ray cluster ({first_line(error)})"
+        raise InputError("cluster.address", address, allowed) from None
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Ray itself tries for minutes to reach a port where nothing listens. `auto` and the like are Ray's to resolve."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except (OSError, OverflowError) as error:
         raise InputError("cluster.address", address, f"must be a running Ray cluster ({first_line(error)})") from None
+
+
+@contextmanager
+def _native_stderr() -> Iterator[Callable[[], str]]:
+    """Keep off the terminal what Ray's C++ prints while it connects, a line a second. Yields what was printed so far."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        try:
+            os.dup2(file.fileno(), 2)
+            yield lambda: os.pread(file.fileno(), 1 << 20, 0).decode(errors="replace")
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 @contextmanager

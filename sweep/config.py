@@ -189,6 +189,7 @@ class ClusterConfig(StrictModel):
     card: AutoCard = Field("auto", description="whose memory and speed are predicted; auto: the card found")
     max_concurrent: AutoPositive = Field("auto", description="auto: as many trials as slots")
     address: str | None = Field(None, description="an existing Ray cluster; none: one of our own on this machine")
+    wait_s: Annotated[float, Field(ge=0.0)] = Field(0.0, description="for the nodes of an existing cluster to bring num_gpus")
     max_retries: Annotated[int, Field(ge=0)] = Field(
         2, description="times a trial goes on after its worker died without a new report"
     )
@@ -202,6 +203,10 @@ class TrackingConfig(StrictModel):
 
     name: Literal["mlflow", "none"] = "mlflow"
     uri: str | None = Field(None, description="none: sqlite:///<output_dir>/mlflow.db")
+    metrics_port: Annotated[int, Field(ge=0, le=65_535)] | None = Field(
+        None, description="of the driver's page for Prometheus; 0: any that is free; none: there is no such page"
+    )
+    metrics_host: str = Field("127.0.0.1", min_length=1, description="whose readers reach the page: this machine's alone")
 
     @field_validator("uri")
     @classmethod

@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,14 @@ def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engin
 def _launch(plan: Plan, folder: SweepFolder | None, dry_run: bool, engine: EngineModules) -> int:
     """Say the plan, check it all, run. folder: none for a new sweep, whose folder is created once nothing can be refused."""
     print(plan.describe(), flush=True)
+    for warning in plan.warnings():
+        print(f"WARNING: {warning}", file=sys.stderr)
     if folder is None and plan.config.sweep.warm_start:
         _check_warm_start(plan, {}, print)
     if dry_run:
         _forecast(plan, engine)
         return 0
-    with _terminate_as_interrupt():
+    with _terminate_as_interrupt(), _metrics_page(plan) as page:
         try:
             feasibility, data = _prepare(plan, engine)
         except KeyboardInterrupt:
@@ -68,7 +70,7 @@ def _launch(plan: Plan, folder: SweepFolder | None, dry_run: bool, engine: Engin
             folder = SweepFolder.create(plan.config, datetime.now())
             folder.write_data(data)
         with _storage_errors(folder):
-            return _run(plan, folder, engine, feasibility)
+            return _run(plan, folder, engine, feasibility, page)
 
 
 def _check_warm_start(plan: Plan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
@@ -85,7 +87,7 @@ def _forecast(plan: Plan, engine: EngineModules) -> None:
     if config.train.device == "cpu" or (config.cluster.card == "auto" and cpu):
         print(no_forecast_line(config.train.device), flush=True)
         return
-    feasibility = make_feasibility(config.cluster.card, look(config.base(), engine.command))
+    feasibility = make_feasibility(config.cluster.card, look(config.base(), engine.command), plan.kinds)
     print(describe_forecast(plan.space, plan.base(), feasibility, config.sweep.num_trials), flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
 
@@ -98,14 +100,14 @@ def _prepare(plan: Plan, engine: EngineModules) -> tuple[Feasibility, dict[str, 
     print(f"model: {facts['layers']}", flush=True)
     print(f"data: {facts['num_train_samples']:,} training and {facts['num_eval_samples']:,} evaluation samples", flush=True)
     on_gpu = plan.slots.device == "cuda"
-    feasibility = make_feasibility(plan.config.cluster.card, facts) if on_gpu else Feasibility(None, None)
+    feasibility = make_feasibility(plan.config.cluster.card, facts, plan.kinds) if on_gpu else Feasibility(None, None)
     if feasibility.predicts:
         print(f"{card_line(feasibility)}; what is predicted not to fit is not started", flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
     return feasibility, facts.get("data", {})
 
 
-def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility) -> int:
+def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, page: Any) -> int:
     """Everything between the folder's creation and the last line. Holds the folder's lock."""
     with folder.lock():
         folder.write_config(plan.config)
@@ -113,7 +115,7 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Fe
         tracker = _make_tracker(plan, folder)
         tracker.sweep_started({"sweep.folder": str(folder.path), **provenance()}, folder.started_s)
         try:
-            return _trials_and_finish(plan, folder, engine, feasibility, screen, tracker)
+            return _trials_and_finish(plan, folder, engine, feasibility, screen, tracker, page)
         except KeyboardInterrupt:
             screen.stop()
             return _interrupted(folder)
@@ -125,7 +127,7 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Fe
 
 
 def _trials_and_finish(
-    plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, screen: Screen, tracker: Any
+    plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, screen: Screen, tracker: Any, page: Any
 ) -> int:
     set_ray_environment(plan.config.cluster.address)  # before sweep.tuning loads ray
     from sweep.earlier import read_earlier
@@ -141,6 +143,7 @@ def _trials_and_finish(
     study = Study(folder, config, plan.space, feasibility.judge)
     if config.sweep.warm_start and not study.has_taken_over:
         study.take_over(read_earlier(config, plan.space, folder.read_data() or {}))
+    metrics = _make_metrics(plan, folder, page)
     ledger = Ledger(
         study,
         folder,
@@ -151,15 +154,19 @@ def _trials_and_finish(
         budget=config.sweep.budget,
         objectives=config.sweep.objectives,
         report_timeout_s=config.cluster.report_timeout_s,
-        listeners=(screen, tracker),
+        listeners=(screen, tracker, *metrics),
         note=screen.note,
     )
     continued = ledger.recover()
+    for each in metrics:
+        each.begin(ledger.timeline)
+        page.register(each)
     if continued:
         screen.note(f"going on with trial{'s' if len(continued) > 1 else ''} {', '.join(map(str, continued))}")
     if ledger.has_work():
         screen.start()
-        run_trials(ledger, plan.slots, plan.config.cluster.address, folder, engine, screen.note)
+        avoid = feasibility.avoid if len(plan.kinds) > 1 else None
+        run_trials(ledger, plan.slots, plan.config.cluster.address, folder, engine, screen.note, avoid)
         screen.stop()
     if ledger.shortfall:
         screen.note(ledger.shortfall)
@@ -181,6 +188,24 @@ def _make_tracker(plan: Plan, folder: SweepFolder) -> Any:
     uri = config.tracking.uri or local_uri(folder.path.parent)
     shown = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": config.tracking.public_uri})})
     return Tracker(uri, config.sweep.name, folder.path.name, folder.path, shown.model_dump(mode="json"))
+
+
+def _metrics_page(plan: Plan) -> AbstractContextManager[Any]:
+    """Where Prometheus reads. Opened before the long preparation, so that what cannot be had is refused at once."""
+    if plan.config.tracking.metrics_port is None:
+        return nullcontext()
+    from sweep.exporter import serve
+
+    return serve(plan.config.tracking, lambda line: print(line, flush=True))
+
+
+def _make_metrics(plan: Plan, folder: SweepFolder, page: Any) -> tuple[Any, ...]:
+    """What is shown there; nothing where there is no page."""
+    if page is None:
+        return ()
+    from sweep.exporter import SweepMetrics
+
+    return (SweepMetrics(folder.path.name, plan.config.sweep.num_trials, plan.slots.num_slots),)
 
 
 def _interrupted(folder: SweepFolder | None) -> int:

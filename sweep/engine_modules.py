@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sweep.card_kinds import Label
 from sweep.outcome import Proposal
 from sweep.placement import Slots
 from sweep.runs import SweepFolder
@@ -24,9 +25,14 @@ REAL_ENGINE = EngineModules()
 
 
 def worker_config(
-    proposal: Proposal, folder: SweepFolder, slots: Slots, engine: EngineModules, report_timeout_s: float | None = None
+    proposal: Proposal,
+    folder: SweepFolder,
+    slots: Slots,
+    engine: EngineModules,
+    report_timeout_s: float | None = None,
+    avoid: tuple[Label, ...] = (),
 ) -> dict[str, Any]:
-    """What the driver ships to the worker for one trial: plain data."""
+    """What the driver ships to the worker for one trial: plain data. avoid: labels of nodes whose cards it does not fit."""
     return {
         "number": proposal.number,
         "num_heard": proposal.num_heard,
@@ -36,6 +42,7 @@ def worker_config(
         "device": slots.device,
         "num_threads": slots.cpus_per_trial,
         "engine": asdict(engine),
+        "avoid": json.dumps(avoid),
         # text, because Tune resolves and merges nested dicts in a config
         "train_config": json.dumps(proposal.config.model_dump(mode="json")),
     }

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from engine.cards import CARDS, Card, found_card
+from engine.cards import CARDS, Card, found_card, match_card
 from engine.config import TrainConfig
 from engine.errors import OutOfMemory
 from engine.planner import Plan, plan
 from engine.shape import ModelShape
+from sweep.card_kinds import CardKind, Label
 
 LEAST_EXCESS_GIB = 0.01  # what does not fit for want of its reserve alone violates the constraint too
 WITHOUT_EFFECT = {
@@ -44,6 +46,7 @@ class Verdict:
 
 
 UNPREDICTED = Verdict()
+NO_KINDS: Mapping[Label | None, Card | None] = MappingProxyType({})
 
 
 def has_no_effect(path: str) -> bool:
@@ -53,23 +56,48 @@ def has_no_effect(path: str) -> bool:
 
 
 class Feasibility:
-    """Judges configs for one model on one card, in a machine with so much host memory for a trial."""
+    """Judges configs for one model on the cards there are, in machines with so much host memory for a trial."""
 
-    def __init__(self, shape: ModelShape | None, card: Card | None, host_gib: float = math.inf) -> None:
-        self.shape, self.card, self._host_gib = shape, card, host_gib
-        self._known: dict[str, Verdict] = {}
+    def __init__(
+        self,
+        shape: ModelShape | None,
+        card: Card | None,
+        host_gib: float = math.inf,
+        kinds: Mapping[Label | None, Card | None] = NO_KINDS,
+    ) -> None:
+        """card: the only one, or that with the most memory. kinds: where there are several, the label of their nodes -> card;
+        no card where nobody knows which it is: what fits none of the others may yet fit that one."""
+        self.shape, self.card, self._host_gib, self._kinds = shape, card, host_gib, dict(kinds)
+        several = {kind.name: kind for kind in self._kinds.values() if kind is not None}
+        self.cards = tuple(sorted(several.values(), key=lambda kind: kind.memory_gib)) or ((card,) if card else ())
+        self._known: dict[tuple[str, str], Verdict] = {}
 
     @property
     def predicts(self) -> bool:
         return self.shape is not None and self.card is not None
 
     def judge(self, config: TrainConfig) -> Verdict:
-        """Whether the config fits, and how it would be computed."""
+        """Whether the config fits any card, and how it would be computed on the smallest that it fits."""
         if not self.predicts or config.train.device == "cpu":
             return UNPREDICTED
-        key = _key(config)
+        verdict = UNPREDICTED
+        for card in self.cards:
+            verdict = self._judge_on(config, card)
+            if verdict.fits:
+                return verdict
+        return UNPREDICTED if None in self._kinds.values() else verdict
+
+    def avoid(self, config: TrainConfig) -> tuple[Label, ...]:
+        """Labels of the nodes whose card it does not fit; none where it fits all, or none."""
+        if not self.predicts or not self.judge(config).fits:
+            return ()
+        known = {label: card for label, card in self._kinds.items() if label is not None and card is not None}
+        return tuple(label for label, card in known.items() if not self._judge_on(config, card).fits)
+
+    def _judge_on(self, config: TrainConfig, card: Card) -> Verdict:
+        key = _key(config), card.name
         if key not in self._known:
-            self._known[key] = self._judge(config, self.card)
+            self._known[key] = self._judge(config, card)
         return self._known[key]
 
     def _judge(self, config: TrainConfig, card: Card) -> Verdict:
@@ -93,12 +121,22 @@ def _key(config: TrainConfig) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-def make_feasibility(card_name: str, facts: Mapping[str, Any]) -> Feasibility:
-    """card_name: cluster.card. facts: what `engine.prepare.look` found, as plain data. The host memory found counts where there
-    is a GPU: elsewhere the trials will have another host."""
+def make_feasibility(card_name: str, facts: Mapping[str, Any], kinds: Sequence[CardKind] = ()) -> Feasibility:
+    """card_name: cluster.card. facts: what `engine.prepare.look` found, as plain data. kinds: of a cluster's cards, which count
+    where no card is named. The host memory found counts where there is a GPU: elsewhere the trials will have another host."""
     shape, found, host_gib = facts.get("shape"), facts.get("card"), facts.get("host_gib")
     here = math.inf if found is None or host_gib is None else host_gib
-    return Feasibility(ModelShape(**shape) if shape else None, _card(card_name, found), here)
+    card, model = _card(card_name, found), ModelShape(**shape) if shape else None
+    if card_name != "auto" or not any(kind.card for kind in kinds):
+        return Feasibility(model, card, here)
+    cards = {kind.label: _as_found(kind.card, card, found) for kind in kinds}
+    return Feasibility(model, max(filter(None, cards.values()), key=lambda each: each.memory_gib), here, cards)
+
+
+def _as_found(card: Card | None, found: Card | None, facts: Mapping[str, Any] | None) -> Card | None:
+    """A cluster's card, with the memory that the driver's own card of that kind says it has."""
+    same = card is not None and facts is not None and match_card(facts["name"]) == card
+    return found if same else card
 
 
 def _card(name: str, found: Mapping[str, Any] | None) -> Card | None:

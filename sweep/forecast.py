@@ -67,6 +67,9 @@ def describe_forecast(space: Space, base: Mapping[str, Any], feasibility: Feasib
 def card_line(feasibility: Feasibility) -> str:
     """Whose memory is predicted."""
     card = feasibility.card
+    if len(feasibility.cards) > 1:
+        names = ", ".join(f"{each.name} ({each.memory_gib:.1f} GiB)" for each in feasibility.cards)
+        return f"card       of {names}, for each trial the smallest that it fits"
     guessed = "" if card.name in CARDS or match_card(card.name) else "; not a known card, so its speed is a guess"
     return f"card       {card.name}, {card.memory_gib:.1f} GiB{guessed}"
 

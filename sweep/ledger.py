@@ -88,6 +88,10 @@ class Ledger:
         return [self._timed(record) for record in self._study.records()]
 
     @property
+    def timeline(self) -> Timeline:
+        return self._timeline
+
+    @property
     def shortfall(self) -> str | None:
         """Why less was trained than asked for, in one line; None where that is not so, or not yet."""
         return self._quota.shortfall(sum(record.outcome is Outcome.STOPPED for record in self._records.values()))

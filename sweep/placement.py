@@ -7,10 +7,21 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine.errors import InputError
+from sweep.card_kinds import CardKind, Label, selector
 from sweep.config import ClusterConfig
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What there is, here or in an existing cluster. kinds: of a cluster's cards; those of one machine are not told apart."""
+
+    num_gpus: int
+    num_cpus: int
+    kinds: tuple[CardKind, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,11 @@ class Slots:
     def resources_per_trial(self) -> dict[str, float]:
         """In Ray's terms."""
         return {"cpu": self.cpus_per_trial, "gpu": 1 if self.device == "cuda" else 0}
+
+    def bundle(self, avoid: Iterable[Label] = ()) -> tuple[dict[str, float], dict[str, str]]:
+        """What one trial takes, as a bundle of a placement group, and the selector that keeps it off nodes with these labels."""
+        wanted = {"CPU": float(self.cpus_per_trial), "GPU": 1.0 if self.device == "cuda" else 0.0}
+        return {name: amount for name, amount in wanted.items() if amount}, selector(avoid)
 
     def describe(self) -> str:
         each = "one GPU" if self.device == "cuda" else f"{self.cpus_per_trial} CPU core{'s' if self.cpus_per_trial > 1 else ''}"

@@ -7,8 +7,9 @@ from typing import Any
 
 from engine.config import TrainConfig
 from sweep.budget import describe_budget
-from sweep.config import SweepConfig
-from sweep.placement import Slots, count_cpus, count_gpus, plan_slots
+from sweep.card_kinds import CardKind
+from sweep.config import ClusterConfig, SweepConfig
+from sweep.placement import Hardware, Slots, count_cpus, count_gpus, plan_slots
 from sweep.ray_environment import set_ray_environment
 from sweep.space import Space
 from sweep.space_parse import parse_space
@@ -21,6 +22,7 @@ class Plan:
     config: SweepConfig
     space: Space
     slots: Slots
+    kinds: tuple[CardKind, ...] = ()  # of an existing cluster's cards
 
     @property
     def num_rungs(self) -> int:
@@ -33,6 +35,12 @@ class Plan:
     def probes(self) -> list[TrainConfig]:
         """The base, and one config per choice and end of range: what prepare checks."""
         return self.space.single_changes(self.base())
+
+    def warnings(self) -> list[str]:
+        """What is allowed and may mislead, one line each."""
+        if "elapsed_s" in self.config.sweep.objectives and len(self.kinds) > 1:
+            return ["elapsed_s is compared over different cards: a trial is not faster for having had the faster card"]
+        return []
 
     def describe(self) -> str:
         """The plan as text, one fact a line."""
@@ -49,6 +57,7 @@ class Plan:
             + (f"; ends before at {limits}" if (limits := describe_budget(config.sweep.budget)) else ""),
             f"rungs      {self.num_rungs}, at tokens seen: {grid}",
             f"slots      {self.slots.describe()}",
+            *([f"cards      {', '.join(kind.describe() for kind in self.kinds)}"] if self.kinds else []),
             f"sampler    {_options(config.sampler.model_dump())}",
             f"pruner     {_pruner(config)}",
             *([f"objectives {', '.join(config.sweep.objectives)}"] if len(config.sweep.objectives) > 1 else []),
@@ -73,17 +82,18 @@ def make_plan(config: SweepConfig) -> Plan:
     if config.sampler.name == "grid":
         space.check_walkable()
     space.single_changes(config.base().model_dump(mode="json"))
-    slots = plan_slots(config.cluster, config.train.device, *_count_hardware(config))
-    return Plan(config, space, slots)
+    found = _find_hardware(config.cluster)
+    slots = plan_slots(config.cluster, config.train.device, found.num_gpus, found.num_cpus)
+    return Plan(config, space, slots, found.kinds if slots.device == "cuda" else ())
 
 
-def _count_hardware(config: SweepConfig) -> tuple[int, int]:
-    if config.cluster.address is None:
-        return count_gpus(), count_cpus()
-    set_ray_environment(config.cluster.address)
-    from sweep.cluster import count_cluster  # loads ray, for an existing cluster only
+def _find_hardware(cluster: ClusterConfig) -> Hardware:
+    if cluster.address is None:
+        return Hardware(count_gpus(), count_cpus())
+    set_ray_environment(cluster.address)
+    from sweep.cluster import look_at_cluster  # loads ray, for an existing cluster only
 
-    return count_cluster(config.cluster.address)
+    return look_at_cluster(cluster.address, 0 if cluster.num_gpus == "auto" else cluster.num_gpus, cluster.wait_s)
 
 
 def _pruner(config: SweepConfig) -> str:

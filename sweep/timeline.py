@@ -30,6 +30,32 @@ class Span:
     ended_s: float | None = None
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What was spent up to the newest event, over all sessions: a value that never changes, so that other threads may read it.
+
+    occupied_s: seconds of the stays that have ended, over all slots; assigned_s: when those began that have not, Unix seconds.
+    elapsed_s: of the sessions that have ended; session_s: when this one began, None where none runs. dead_time_s: sum over
+    num_dead_times stays. newest_s: when the newest event was.
+    """
+
+    occupied_s: float = 0.0
+    assigned_s: tuple[float, ...] = ()
+    elapsed_s: float = 0.0
+    session_s: float | None = None
+    dead_time_s: float = 0.0
+    num_dead_times: int = 0
+    newest_s: float = 0.0
+
+    def occupied_until_s(self, now_s: float) -> float:
+        """Seconds for which slots were held, over all slots."""
+        return self.occupied_s + sum(now_s - assigned_s for assigned_s in self.assigned_s)
+
+    def elapsed_until_s(self, now_s: float) -> float:
+        """Seconds for which the sweep ran; the time between a stop and a resume does not count."""
+        return self.elapsed_s + (0.0 if self.session_s is None else now_s - self.session_s)
+
+
 class Timeline:
     """Appends events, and keeps the sums that a budget needs."""
 
@@ -42,9 +68,7 @@ class Timeline:
         self.spans: list[Span] = []  # those that have ended, in that order
         self._open: dict[int, Span] = {}
         self._last: dict[int, Span] = {}
-        self._occupied_s = self._earlier_s = 0.0
-        self._session_s: float | None = None
-        self._newest_s = 0.0
+        self.usage = Usage()
         for event in _read(file):
             self._apply(event)
         self._end_session()
@@ -70,11 +94,11 @@ class Timeline:
 
     def occupied_s(self, now_s: float) -> float:
         """Seconds for which slots were held, over all slots and sessions."""
-        return self._occupied_s + sum(now_s - span.assigned_s for span in self._open.values())
+        return self.usage.occupied_until_s(now_s)
 
     def elapsed_s(self, now_s: float) -> float:
         """Seconds for which the sweep ran, over all sessions; the time between a stop and a resume does not count."""
-        return self._earlier_s + (0.0 if self._session_s is None else now_s - self._session_s)
+        return self.usage.elapsed_until_s(now_s)
 
     def _add(self, event: dict[str, Any]) -> None:
         self._apply(event)
@@ -85,29 +109,41 @@ class Timeline:
         kind, at_s, trial = event["event"], event["at_s"], event.get("trial")
         if kind == "session":
             self._end_session()
-            self._session_s = at_s
+            self.usage = replace(self.usage, session_s=at_s)
         elif kind == "assigned":
             self._open[trial] = Span(trial, at_s)
         elif trial in self._open:
-            known = {name: event[name] for name in ("slot", "began_s", "dead_time_s") if name in event}
-            self._open[trial] = replace(self._open[trial], **known)
+            self._learn(trial, event)
             if kind == "ended":
                 self._close(trial, at_s)
-        self._newest_s = max(self._newest_s, at_s)
+        assigned_s = tuple(span.assigned_s for span in self._open.values())
+        self.usage = replace(self.usage, assigned_s=assigned_s, newest_s=max(self.usage.newest_s, at_s))
+
+    def _learn(self, trial: int, event: dict[str, Any]) -> None:
+        """What the worker knows of its stay. The dead time comes with every report and counts once."""
+        span = self._open[trial]
+        known = {name: event[name] for name in ("slot", "began_s", "dead_time_s") if name in event}
+        self._open[trial] = replace(span, **known)
+        if span.dead_time_s is None and known.get("dead_time_s") is not None:
+            sum_s = self.usage.dead_time_s + known["dead_time_s"]
+            self.usage = replace(self.usage, dead_time_s=sum_s, num_dead_times=self.usage.num_dead_times + 1)
 
     def _end_session(self) -> None:
         """What a killed driver left open ended, as far as anyone knows, with the last event it wrote."""
         for trial in list(self._open):
-            self._close(trial, self._newest_s)
-        if self._session_s is not None:
-            self._earlier_s += self._newest_s - self._session_s
-            self._session_s = None
+            self._close(trial, self.usage.newest_s)
+        if self.usage.session_s is not None:
+            elapsed_s = self.usage.elapsed_until_s(self.usage.newest_s)
+            self.usage = replace(self.usage, elapsed_s=elapsed_s, session_s=None)
 
     def _close(self, trial: int, at_s: float) -> None:
+        """The stay counts as ended and no longer as open in one step: a reader in between would see time run backwards."""
         span = self._open.pop(trial)
         self._last[trial] = replace(span, ended_s=at_s)
         self.spans.append(self._last[trial])
-        self._occupied_s += at_s - span.assigned_s
+        assigned_s = tuple(other.assigned_s for other in self._open.values())
+        occupied_s = self.usage.occupied_s + at_s - span.assigned_s
+        self.usage = replace(self.usage, occupied_s=occupied_s, assigned_s=assigned_s)
 
 
 def _mend(file: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import time
 import warnings
@@ -10,9 +12,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ray import tune
+from ray.tune import PlacementGroupFactory
 from ray.tune.stopper import Stopper
 
+from engine.config import TrainConfig
 from engine.errors import StorageError
+from sweep.card_kinds import Label
 from sweep.cluster import cluster
 from sweep.engine_modules import EngineModules, worker_config
 from sweep.ledger import Ledger
@@ -33,12 +38,15 @@ def run_trials(
     folder: SweepFolder,
     engine: EngineModules,
     note: Callable[[str], None] = lambda line: None,
+    avoid: Callable[[TrainConfig], tuple[Label, ...]] | None = None,
 ) -> None:
     """Run until the ledger has no work. After SIGINT or SIGTERM running trials save and end, then KeyboardInterrupt is raised;
-    StorageError where the disk takes no more. note: takes a line for the user."""
+    StorageError where the disk takes no more. note: takes a line for the user. avoid: labels of the nodes whose cards a config
+    does not fit; none where all are alike."""
 
     def config_of(proposal: Proposal) -> dict[str, Any]:
-        return worker_config(proposal, folder, slots, engine, ledger.live.report_timeout_s)
+        labels = avoid(proposal.config) if avoid else ()
+        return worker_config(proposal, folder, slots, engine, ledger.live.report_timeout_s, labels)
 
     def wind_down() -> None:
         ledger.wind_down()
@@ -55,7 +63,7 @@ def run_trials(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # Tune's advice on its own API, on every start
         tune.Tuner(
-            tune.with_resources(TrialWorker, slots.resources_per_trial()),
+            tune.with_resources(TrialWorker, _placement(slots) if avoid else slots.resources_per_trial()),
             tune_config=tune.TuneConfig(
                 search_alg=LedgerSearcher(ledger, config_of),
                 scheduler=LedgerScheduler(ledger),
@@ -82,6 +90,19 @@ def _sigterm_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _placement(slots: Slots) -> Callable[[dict[str, Any]], PlacementGroupFactory]:
+    """What Tune asks of Ray for a trial, by its config. Workers are reused among trials that may go to the same cards; others
+    get a new one, and Tune ends an idle worker that holds what a waiting trial needs."""
+    # a trial that waits for the one card it fits must not keep the others from being given away
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots.num_slots)
+
+    def place(config: dict[str, Any]) -> PlacementGroupFactory:
+        bundle, selector = slots.bundle(map(tuple, json.loads(config["avoid"])))
+        return PlacementGroupFactory([bundle], bundle_label_selector=[selector]) if selector else PlacementGroupFactory([bundle])
+
+    return place
 
 
 class SafeStop(Stopper):

@@ -1,7 +1,7 @@
 """A running Ray of one or more nodes on this machine, in a process of its own: drivers connect to it, and nodes are lost.
 
-As a program, `python -m faults.nodes NUM_CPUS`: prints the address, then obeys lines on stdin (`add NUM_CPUS`, `kill NODE`,
-`terminate NODE`; nodes added are counted from 0) and answers each with a line. Ends with its stdin.
+As a program, `python -m faults.nodes NUM_CPUS`: prints the address, then obeys lines on stdin (`add NUM_CPUS [CARD]`,
+`kill NODE`, `terminate NODE`; nodes added are counted from 0) and answers each with a line. Ends with its stdin.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class Nodes:
         )
         self.address = self._answer()
 
-    def add(self, num_cpus: int) -> str:
-        return self._say(f"add {num_cpus}")
+    def add(self, num_cpus: int, card: str = "") -> str:
+        """card: gives the node a GPU, as far as Ray knows, and the label that says which."""
+        return self._say(f"add {num_cpus} {card}")
 
     def has(self, node: int, pid: int) -> bool:
         """Whether the process is one of the node's workers."""
@@ -81,7 +82,9 @@ def main(num_cpus: int) -> None:
         command, *arguments = line.split()
         answer: object = "done"
         if command == "add":
-            added.append(cluster.add_node(num_cpus=int(arguments[0])))
+            num_cpus, *card = arguments
+            cards = {"num_gpus": 1, "labels": {"card": card[0]}} if card else {}
+            added.append(cluster.add_node(num_cpus=int(num_cpus), **cards))
         elif command == "has":
             answer = int(arguments[1]) in [process.pid for process in _processes(added[int(arguments[0])])]
         else:
