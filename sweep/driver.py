@@ -164,7 +164,9 @@ def _trials_and_finish(
     if ledger.shortfall:
         screen.note(ledger.shortfall)
     rule = Rule(config.sweep.objectives, config.sweep.choose_within)
-    best, summary = finish(folder, ledger.records, config.sweep.name, plan.slots.device, engine.command, screen.note, rule)
+    best, summary = finish(
+        folder, ledger.records, config.sweep.name, plan.slots.device, engine.command, screen.note, rule, config.sweep.num_examples
+    )
     ended_s = max((record.ended_s or 0.0 for record in ledger.records), default=folder.started_s)
     tracker.sweep_finished(summary, best, folder.best if best else None, ended_s)
     try_write_report(folder, screen.note)
