@@ -14,11 +14,15 @@ import numpy as np
 import torch
 
 from engine.data import View
+from engine.metrics import GIB
 from engine.model import Base
+from engine.offload import host_share_gib
 from engine.packing import Sample
+from engine.quant import FrozenLinear
 from engine.swap import restore_layers
 
 MAX_NEW_TOKENS = 64
+ROOM = 0.7
 MAX_TEXT_PROMPT = 64  # tokens that plain text, which has no prompt of its own, begins with
 
 
@@ -51,8 +55,9 @@ def _question(sample: Sample) -> Question:
 
 def write_examples(base: Base, questions: list[Question], take_off_adapter: Callable[[], None]) -> list[dict[str, str]]:
     """prompt, reference, base and adapter of each question, as text. The adapter is on the model, and `take_off_adapter` takes it
-    off. The model does not take packed rows any more."""
+    off. The model is spent: its layers take no packed rows any more, and its weights are dequantised where there is room."""
     restore_layers(base.model)
+    _unpack_weights(base)
     base.model.set_attn_implementation("sdpa")
     base.model.eval()
     with_adapter = _answers(base, questions)
@@ -68,6 +73,19 @@ def write_examples(base: Base, questions: list[Question], take_off_adapter: Call
         }
         for question, before, after in zip(questions, without, with_adapter, strict=True)
     ]
+
+
+def _unpack_weights(base: Base) -> None:
+    """As many as fit into ROOM of the free memory: one token at a time, dequantising took nine tenths of the time on a CPU."""
+    on_cuda = base.device.type == "cuda"
+    free = torch.cuda.mem_get_info(base.device)[0] if on_cuda else host_share_gib() * GIB
+    room = ROOM * free
+    for module in base.model.modules():
+        if isinstance(module, FrozenLinear) and module.is_packed:
+            room -= base.dtype.itemsize * module.in_features * module.out_features
+            if room < 0:
+                return
+            module.unpack(base.dtype)
 
 
 @torch.no_grad()

@@ -116,7 +116,9 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Fe
             return _trials_and_finish(plan, folder, engine, feasibility, screen, tracker)
         except KeyboardInterrupt:
             screen.stop()
-            return _interrupted(folder)
+            code = _interrupted(folder)
+            _report_so_far(folder)
+            return code
         finally:
             screen.stop()
             wait_until_flushed()
@@ -181,7 +183,9 @@ def _make_tracker(plan: Plan, folder: SweepFolder) -> Any:
         return NullTracker()
     uri = config.tracking.uri or local_uri(folder.path.parent)
     shown = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": config.tracking.public_uri})})
-    return Tracker(uri, config.sweep.name, folder.path.name, folder.path, shown.model_dump(mode="json"))
+    wanted = config.tracking.registered_model
+    model = config.sweep.name if wanted == "auto" else wanted
+    return Tracker(uri, config.sweep.name, folder.path.name, folder.path, shown.model_dump(mode="json"), model)
 
 
 def _interrupted(folder: SweepFolder | None) -> int:
@@ -190,6 +194,16 @@ def _interrupted(folder: SweepFolder | None) -> int:
     else:
         print(f"\nstopped; nothing is lost. Go on with:\n  {_resume_command(folder)}", flush=True)
     return INTERRUPTED
+
+
+def _report_so_far(folder: SweepFolder) -> None:
+    """After the line to resume by, which nobody should have to wait for; a second signal ends it."""
+    from sweep.report import try_write_report
+
+    try:
+        try_write_report(folder, lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print(f"no report was written; to have one: python -m sweep.report {shlex.quote(str(folder.path))}", flush=True)
 
 
 def _resume_command(folder: SweepFolder) -> str:

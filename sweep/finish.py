@@ -14,6 +14,7 @@ from sweep.leaderboard import write_leaderboard
 from sweep.outcome import Outcome, TrialRecord
 from sweep.runs import SweepFolder
 from sweep.selection import Rule
+from sweep.timeline import Timeline
 
 DEFAULT_RULE = Rule()
 RELATIVE_TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}  # float32 repeats itself; bfloat16 kernels add up in another order
@@ -35,7 +36,7 @@ def finish(
     """
     best = rule.best(records)
     ours = Counter(record.outcome for record in records if record.source is None)
-    summary: dict[str, Any] = {f"num_{outcome.lower()}": count for outcome, count in ours.items()}
+    summary: dict[str, Any] = {f"num_{outcome.lower()}": count for outcome, count in ours.items()} | _times(folder)
     if best is None:
         write_leaderboard(folder.path, records, sweep_name, None, rule)
         note("no trial got far enough, so there is no adapter to choose; see the leaderboard for how each ended")
@@ -59,6 +60,13 @@ def finish(
         "reevaluation_agrees": str(reevaluation["agrees"]),
     }
     return best, summary
+
+
+def _times(folder: SweepFolder) -> dict[str, float]:
+    """What the sweep has spent, over all its sessions: hours for which slots were held, and seconds lost between trials."""
+    spans = Timeline(folder.timeline, mend=False).spans
+    held_s = sum(span.ended_s - span.assigned_s for span in spans if span.ended_s is not None)
+    return {"slot_hours": held_s / 3600.0, "dead_time_s": sum(span.dead_time_s or 0.0 for span in spans)}
 
 
 def _remarks(records: list[TrialRecord], best: TrialRecord, rule: Rule) -> list[str]:

@@ -4,7 +4,8 @@
     sweep_config.json   the whole resolved config; resume reads it
     data.json           digests of the samples: whether another sweep's losses compare
     study.journal       Optuna's state, the record of truth
-    trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's), result.json, error.txt
+    trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's), system.jsonl,
+                        result.json, error.txt
     timeline.jsonl      when each trial held which slot
     best/               the winning adapter, ready to load
     examples.json       what base model and winner answered to a few evaluation samples

@@ -76,7 +76,7 @@ def test_trials_are_child_runs_of_the_sweep_with_metrics_by_tokens_seen(tracker,
     one.sweep_started({"git.commit": "abc"})
     one.trial_updated(trial(3, Outcome.COMPLETE, 2.0, 1.5))
     assert one.close(60) == []
-    parent, child = runs()["my sweep"], runs()["trial 0003"]
+    parent, child = runs()["my sweep"], runs()["0003 COMPLETE"]
     assert parent.data.tags["git.commit"] == "abc"
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.params == {"lora.rank": "8"}
@@ -96,7 +96,7 @@ def test_the_outcome_is_a_tag_and_sets_the_status(tracker, runs, outcome, status
     one = tracker()
     one.trial_updated(trial(0, outcome, 2.0, error="why"))
     assert one.close(60) == []
-    child = runs()["trial 0000"]
+    child = runs()[f"0000 {outcome}"]
     assert (child.data.tags["outcome"], child.data.tags["error"], child.info.status) == (outcome.value, "why", status)
 
 
@@ -111,7 +111,7 @@ def test_predicted_and_measured_peaks_are_metrics_and_how_it_was_computed_are_ta
         for record in (computed, refused, spent):
             one.trial_updated(record)
         assert one.close(60) == []
-    first, second, third = (runs()[f"trial {number:04d}"] for number in range(3))
+    first, second, third = (runs()[name] for name in ("0000 COMPLETE", "0001 INFEASIBLE", "0002 OUT_OF_MEMORY"))
     peaks = [(run.data.metrics.get("memory/predicted_peak_gib"), run.data.metrics.get("memory/peak_allocated_gib"))
              for run in (first, second, third)]  # fmt: skip
     assert peaks == [(1.125, 1.25), (28.0, None), (20.0, 23.5)]
@@ -128,9 +128,9 @@ def test_a_resumed_sweep_finds_its_runs_and_doubles_nothing(tracker, runs, clien
         one.trial_updated(trial(0, outcome, *losses))
         one.trial_updated(trial(0, outcome, *losses))
         assert one.close(60) == []
-    assert set(runs()) == {"my sweep", "trial 0000"}
-    assert [point[:2] for point in history(client, runs()["trial 0000"])] == [(1000, 2.0), (2000, 1.5), (3000, 1.4)]
-    assert runs()["trial 0000"].info.status == "FINISHED"
+    assert set(runs()) == {"my sweep", "0000 COMPLETE"}
+    assert [point[:2] for point in history(client, runs()["0000 COMPLETE"])] == [(1000, 2.0), (2000, 1.5), (3000, 1.4)]
+    assert runs()["0000 COMPLETE"].info.status == "FINISHED"
 
 
 def test_another_sweep_of_the_same_experiment_keeps_its_own_runs(tracker, store, tmp_path, request, client):
@@ -145,17 +145,19 @@ def test_a_finished_sweep_has_its_summary_and_the_best_adapter(tracker, runs, cl
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     one = tracker()
-    one.sweep_finished({"best_eval_loss": 1.5, "num_trials": 2, "rule": "lowest"}, trial(1, Outcome.COMPLETE, 1.5), adapter)
+    one.sweep_finished({"best_eval_loss": 1.5, "num_complete": 2, "rule": "lowest"}, trial(1, Outcome.COMPLETE, 1.5), adapter)
     assert one.close(60) == []
     two = tracker()  # a resume that finds a better one
-    two.sweep_finished({"best_eval_loss": 1.2, "num_trials": 2, "rule": "lowest"}, trial(2, Outcome.COMPLETE, 1.2), None)
+    two.sweep_finished({"best_eval_loss": 1.2, "num_complete": 2, "rule": "lowest"}, trial(2, Outcome.COMPLETE, 1.2), None)
     assert two.close(60) == []
-    parent, former, best = (runs()[name] for name in ("my sweep", "trial 0001", "trial 0002"))
+    parent, former, best = (runs()[name] for name in ("my sweep", "0001 COMPLETE", "0002 COMPLETE (best)"))
     assert parent.info.status == "FINISHED"
-    assert (parent.data.metrics, parent.data.tags["rule"]) == ({"best_eval_loss": 1.2, "num_trials": 2.0}, "lowest")
+    assert (parent.data.metrics, parent.data.tags["rule"]) == (
+        {"eval/best_loss_nats_per_token": 1.2, "trials/num_complete": 2.0}, "lowest"
+    )
     assert [file.path for file in client.list_artifacts(former.info.run_id, "adapter")] == ["adapter/adapter_config.json"]
     assert (former.data.tags["sweep.best"], best.data.tags["sweep.best"]) == ("false", "true")
-    assert len(client.get_metric_history(parent.info.run_id, "num_trials")) == 1
+    assert len(client.get_metric_history(parent.info.run_id, "trials/num_complete")) == 1
 
 
 def test_an_interrupted_sweep_does_not_look_running(tracker, runs):
@@ -177,7 +179,7 @@ def test_a_loss_that_is_not_finite_is_written_as_such(tracker, runs, client):
     one = tracker()
     one.trial_updated(trial(0, Outcome.DIVERGED, 2.0, math.nan))
     assert one.close(60) == []
-    assert [math.isnan(point[1]) for point in history(client, runs()["trial 0000"])] == [False, True]
+    assert [math.isnan(point[1]) for point in history(client, runs()["0000 DIVERGED"])] == [False, True]
 
 
 def test_a_value_that_mlflow_refuses_is_a_warning_and_holds_up_nothing(tracker, runs):
@@ -186,7 +188,7 @@ def test_a_value_that_mlflow_refuses_is_a_warning_and_holds_up_nothing(tracker, 
     one.trial_updated(trial(1, Outcome.COMPLETE, 2.0))
     (warning,) = one.close(60)
     assert "1 updates not written (trial 0): refused" in warning
-    assert runs()["trial 0001"].info.status == "FINISHED"
+    assert runs()["0001 COMPLETE"].info.status == "FINISHED"
 
 
 def test_a_dead_server_neither_blocks_nor_raises_and_is_one_warning(tmp_path):
