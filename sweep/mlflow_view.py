@@ -63,7 +63,7 @@ def view(sweep_id: str, params: Sequence[Mapping[str, str]], metrics: set[str]) 
 
 
 def _varied(names: list[str], params: Sequence[Mapping[str, str]]) -> list[str]:
-    """Those with more than one value; a chart leaves out a trial that lacks one, so those that all trials have, if there are any."""
+    """Those with more than one value; a chart leaves out a trial that lacks one, so those that all trials have, if any."""
     varied = [name for name in names if len({sampled.get(name) for sampled in params}) > 1]
     common = [name for name in varied if all(name in sampled for sampled in params)]
     return common or varied

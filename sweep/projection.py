@@ -90,7 +90,8 @@ class Projection:
         if best is not None:
             self._mark_best(self.trial(best), best)
         known = self._client.get_run(parent).data.metrics  # an unchanged number again would be a second point
-        points = [(name, value, int(1000 * now_s), 0) for name, value in sweep_points(summary).items() if known.get(name) != value]
+        numbers = sweep_points(summary).items()
+        points = [(name, value, int(1000 * now_s), 0) for name, value in numbers if known.get(name) != value]
         note = {"mlflow.note.content": description(self._config, best, summary, self._folder)} if best else {}
         self._log(parent, points, tags={**sweep_tags(summary), **note})
         self._client.set_terminated(parent, "FINISHED", end_time=int(1000 * now_s))

@@ -1,7 +1,7 @@
-"""What process and card did while a trial trained: sampled in the worker, one line a rung in the trial's folder. No torch on import.
+"""What process and card did while a trial trained: sampled in the worker, one line a rung in the trial's folder.
 
-Sampled here and not by MLflow's own monitor, because that one would be a second writer of runs, in each worker; the driver reads the
-lines and writes them with everything else. A trial is compared by its rungs, so a line has the means between two reports.
+Sampled here and not by MLflow's own monitor, because that one would be a second writer of runs, in each worker; the driver reads
+the lines and writes them with everything else. Trials are compared by rungs, so a line has the means between two reports.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def write_system(trial_folder: Path, rung: int, reading: Reading) -> None:
 
 
 def read_system(trial_folder: Path) -> dict[int, Reading]:
-    """By rung; the newest of each, since a trial that was resumed may have passed one twice. A line that is not whole is left out."""
+    """By rung; the newest of each, since a trial that was resumed may have passed one twice. A torn line is left out."""
     found: dict[int, Reading] = {}
     with suppress(OSError):
         for line in (trial_folder / FILE).read_bytes().splitlines():
