@@ -86,7 +86,8 @@ def _table(table: Table) -> str:
         for row, kind in zip(table.rows, table.classes, strict=True)
     ]
     kind = ' class="text"' if table.is_text else ""
-    return f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    box = "" if table.is_text else ' class="wide"'
+    return f'<div{box}><table{kind}><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _paragraph(text: str) -> str:
