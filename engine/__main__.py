@@ -120,12 +120,15 @@ def _plan(arguments: list[str]) -> int:
 def _evaluate(arguments: list[str]) -> int:
     parser = _parser("evaluate")
     parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--examples", type=int, default=0, help="evaluation samples that base model and adapter both answer")
     parser.add_argument("--report", type=Path)
     options = parser.parse_args(arguments)
+    if options.examples < 0:
+        raise InputError("--examples", options.examples, "must be 0 or more")
     config = load_train_config(options.config)
     from engine.evaluate import evaluate_adapter
 
-    return _answer(evaluate_adapter(config, options.adapter), options.report)
+    return _answer(evaluate_adapter(config, options.adapter, options.examples), options.report)
 
 
 def _answer(values: dict[str, Any], report: Path | None) -> int:

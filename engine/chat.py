@@ -19,6 +19,7 @@ from engine.bounded import Bounded, TooCostly
 from engine.command_line import run
 from engine.config import ModelConfig
 from engine.errors import InputError
+from engine.examples import end_tokens
 from engine.exporting import find_train_config
 from engine.lora import attach, load_adapter_state
 from engine.model import Base, load_base, pick_device
@@ -47,7 +48,7 @@ class Chat:
         self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "use_cache": True}
         if temperature > 0:
             self._options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if ends := _end_tokens(base):
+        if ends := end_tokens(base):
             self._options |= {"eos_token_id": ends, "pad_token_id": ends[0]}  # one sequence is never padded; unset, it warns
 
     @torch.no_grad()
@@ -92,13 +93,6 @@ def load_chat(folder: Path, max_new_tokens: int, temperature: float, device: str
     wanted = config.data.chat_template if config else None
     template = chat_template(base.tokenizer, wanted) if wanted or base.tokenizer.chat_template else None
     return Chat(base, template, max_new_tokens, temperature)
-
-
-def _end_tokens(base: Base) -> list[int]:
-    """The model's own and the tokenizer's: a chat model often ends turns with another token than texts."""
-    own = base.model.generation_config.eos_token_id
-    ends = own if isinstance(own, list) else [own]
-    return list(dict.fromkeys(token for token in [base.tokenizer.eos_token_id, *ends] if token is not None))
 
 
 def _prompts() -> Iterator[str]:

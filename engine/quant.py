@@ -50,6 +50,10 @@ class FrozenLinear(nn.Module):
         weight_OD = dequantize_4bit(self.weight.data, self.weight.quant_state).to(dtype)
         return weight_OD if out is None else out.copy_(weight_OD)
 
+    def unpack(self, dtype: torch.dtype) -> None:
+        """Hold the weight dequantised from now on, in place of the packed one: for many uses of few tokens each."""
+        self.weight, self._nf4 = nn.Parameter(self.dequantized(dtype), requires_grad=False), None
+
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenMatmul.apply(x, self)
 

@@ -50,6 +50,7 @@ class FusedLayer(nn.Module):
     def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
         super().__init__()
         self.spec, self.policy = spec, Policy.KEEP
+        self.replaced = (layer,)  # not a child: its children are these
         self.stash = HostStash()
         self.weight_cache: dict[str, Tensor] = {}  # group -> its weights, dequantised
         for name, child in layer.named_children():
@@ -89,6 +90,7 @@ class FusedNorm(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.weight, self.spec = norm.weight, _norm(norm)
+        self.replaced = (norm,)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [..., D]."""
@@ -113,6 +115,14 @@ def fuse_layers(model: nn.Module) -> SwapReport:
         return report
     decoder.norm = FusedNorm(decoder.norm)
     return replace(report, others=("norm",))
+
+
+def restore_layers(model: nn.Module) -> None:
+    """Put back what `fuse_layers` swapped. Adapters stay where they are: the layers share their children."""
+    decoder = model.get_decoder()
+    for name, module in list(decoder.named_modules()):
+        if isinstance(module, FusedLayer | FusedNorm):
+            decoder.set_submodule(name, module.replaced[0])
 
 
 def set_policy(model: nn.Module, policy: Policy, keep_layers: int = 0, host_layers: int = 0) -> HostStash:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,29 @@ from sweep.selection import Rule, median_speed, num_parameters
 DEFAULT_RULE = Rule()
 BUILTIN = "builtin:"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CARD_EXAMPLES, CARD_CHARS = 2, 200
+EXAMPLE = ("prompt", "reference", "base", "adapter")
+TOOLS = (
+    "```",
+    "python -m engine.chat .                                   # talk to it",
+    "python -m engine.export . --to peft --out DIR             # for PEFT and vLLM",
+    "python -m engine.export . --to merged --out DIR           # into the original 16-bit weights",
+    "python -m engine.export . --to gguf-adapter --out DIR     # for llama.cpp; --to gguf-merged: the whole model",
+    "```",
+)
 
 
 def write_best(
-    best_dir: Path, record: TrialRecord, reevaluation: dict[str, Any], sweep_name: str, rule: Rule = DEFAULT_RULE
+    best_dir: Path,
+    record: TrialRecord,
+    reevaluation: dict[str, Any],
+    sweep_name: str,
+    rule: Rule = DEFAULT_RULE,
+    examples: Sequence[dict[str, str]] = (),
 ) -> None:
     """Assemble `best/`: the trial's adapter and tokenizer, train_config.json and a model card. Replaces an older one.
 
-    InputError where the trial folder holds no adapter.
+    examples: see SweepFolder.write_examples. InputError where the trial folder holds no adapter.
     """
     adapter = Path(record.folder) / "adapter"
     missing = [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
@@ -35,14 +51,20 @@ def write_best(
     def fill(folder: Path) -> None:
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
         (folder / "train_config.json").write_text(to_json(parse(TrainConfig, record.config)) + "\n")
-        (folder / "README.md").write_text(
-            model_card(record, reevaluation, sweep_name, _base_model(adapter), rule), encoding="utf-8"
-        )
+        card = model_card(record, reevaluation, sweep_name, _base_model(adapter), rule, examples)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     write_folder(best_dir, fill)
 
 
-def model_card(record: TrialRecord, reevaluation: dict[str, Any], sweep_name: str, base_model: str, rule: Rule) -> str:
+def model_card(
+    record: TrialRecord,
+    reevaluation: dict[str, Any],
+    sweep_name: str,
+    base_model: str,
+    rule: Rule,
+    examples: Sequence[dict[str, str]] = (),
+) -> str:
     """README.md of `best/`: front matter for the Hugging Face hub, what was measured, how to load it, how to train it again."""
     config = parse(TrainConfig, record.config)
     quantized = config.model.quantization == "nf4"
@@ -74,6 +96,13 @@ def model_card(record: TrialRecord, reevaluation: dict[str, Any], sweep_name: st
             "",
             *table(("setting", "value"), _settings(record, config)),
             "",
+            *_examples(examples),
+            "## Try it, and take it elsewhere",
+            "",
+            "Run in this folder, with qlora-sweep installed:",
+            "",
+            *TOOLS,
+            "",
             "## Load it",
             "",
             "Run in this folder:",
@@ -89,6 +118,23 @@ def model_card(record: TrialRecord, reevaluation: dict[str, Any], sweep_name: st
             "",
         ]
     )
+
+
+def _examples(examples: Sequence[dict[str, str]]) -> list[str]:
+    """The first few, shortened: the sweep's report.html has them whole. In code blocks, since any text may stand in them."""
+    if not examples:
+        return []
+    lines = ["## What it answers", "", "Evaluation samples, greedy; each text shortened.", ""]
+    for example in examples[:CARD_EXAMPLES]:
+        texts = [f"{name:<9} {_one_line(example[name])}" for name in EXAMPLE]
+        lines += ["````text", *texts, "````", ""]
+    return lines
+
+
+def _one_line(text: str) -> str:
+    """Without line ends, which could close the code block."""
+    line = " ".join(text.split())
+    return line if len(line) <= CARD_CHARS else f"{line[: CARD_CHARS - 1]}…"
 
 
 def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]:

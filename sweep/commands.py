@@ -39,12 +39,14 @@ def look(config: TrainConfig, module: str) -> dict[str, Any]:
         return load_json(answer)
 
 
-def evaluate(trial_folder: Path, module: str) -> dict[str, Any]:
-    """Losses of the base model and of the exported adapter, from a fresh load of the files on disk."""
+def evaluate(trial_folder: Path, module: str, num_examples: int = 0) -> dict[str, Any]:
+    """Losses of the base model and of the exported adapter, from a fresh load of the files on disk, and what both answer to
+    num_examples evaluation samples; see `engine.evaluate.evaluate_adapter`."""
     with tempfile.TemporaryDirectory(prefix="sweep-evaluate-") as folder:
         answer = Path(folder, "answer.json")
         config, adapter = trial_folder / "train_config.json", trial_folder / "adapter"
-        _run([module, "evaluate", str(config), "--adapter", str(adapter), "--report", str(answer)])
+        options = ["--adapter", str(adapter), "--examples", str(num_examples), "--report", str(answer)]
+        _run([module, "evaluate", str(config), *options])
         return load_json(answer)
 
 

@@ -79,6 +79,10 @@ class SweepSection(StrictModel):
         0.0, description="nats of eval_loss that the best adapter may cost to be better in the other objectives"
     )
 
+    num_examples: Annotated[int, Field(ge=0, le=32)] = Field(
+        4, description="evaluation samples that base model and best adapter answer at the end, for people to read; 0: none"
+    )
+
     @field_validator("objectives")
     @classmethod
     def _known_objectives(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -207,6 +211,12 @@ class TrackingConfig(StrictModel):
         None, description="of the driver's page for Prometheus; 0: any that is free; none: there is no such page"
     )
     metrics_host: str = Field("127.0.0.1", min_length=1, description="whose readers reach the page: this machine's alone")
+    registered_model: str | None = Field(
+        "auto",
+        pattern=r"^[^/:]+$",
+        max_length=200,
+        description="text without / and :; the best adapter becomes a version of it; auto: the sweep's name; none: of nothing",
+    )
 
     @field_validator("uri")
     @classmethod

@@ -118,7 +118,9 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Fe
             return _trials_and_finish(plan, folder, engine, feasibility, screen, tracker, page)
         except KeyboardInterrupt:
             screen.stop()
-            return _interrupted(folder)
+            code = _interrupted(folder)
+            _report_so_far(folder)
+            return code
         finally:
             screen.stop()
             wait_until_flushed()
@@ -172,7 +174,9 @@ def _trials_and_finish(
         screen.note(ledger.shortfall)
     rule = Rule(config.sweep.objectives, config.sweep.choose_within)
     records = ledger.records
-    best, summary = finish(folder, records, config.sweep.name, plan.slots.device, engine.command, screen.note, rule)
+    best, summary = finish(
+        folder, records, config.sweep.name, plan.slots.device, engine.command, screen.note, rule, config.sweep.num_examples
+    )
     ended_s = max((record.ended_s or 0.0 for record in records), default=folder.started_s)
     tracker.sweep_finished(summary, best, folder.best if best else None, ended_s)
     try_write_report(folder, screen.note)
@@ -187,7 +191,9 @@ def _make_tracker(plan: Plan, folder: SweepFolder) -> Any:
         return NullTracker()
     uri = config.tracking.uri or local_uri(folder.path.parent)
     shown = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": config.tracking.public_uri})})
-    return Tracker(uri, config.sweep.name, folder.path.name, folder.path, shown.model_dump(mode="json"))
+    wanted = config.tracking.registered_model
+    model = config.sweep.name if wanted == "auto" else wanted
+    return Tracker(uri, config.sweep.name, folder.path.name, folder.path, shown.model_dump(mode="json"), model)
 
 
 def _metrics_page(plan: Plan) -> AbstractContextManager[Any]:
@@ -214,6 +220,16 @@ def _interrupted(folder: SweepFolder | None) -> int:
     else:
         print(f"\nstopped; nothing is lost. Go on with:\n  {_resume_command(folder)}", flush=True)
     return INTERRUPTED
+
+
+def _report_so_far(folder: SweepFolder) -> None:
+    """After the line to resume by, which nobody should have to wait for; a second signal ends it."""
+    from sweep.report import try_write_report
+
+    try:
+        try_write_report(folder, lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print(f"no report was written; to have one: python -m sweep.report {shlex.quote(str(folder.path))}", flush=True)
 
 
 def _resume_command(folder: SweepFolder) -> str:

@@ -14,6 +14,7 @@ from sweep.leaderboard import write_leaderboard
 from sweep.outcome import Outcome, TrialRecord
 from sweep.runs import SweepFolder
 from sweep.selection import Rule
+from sweep.timeline import Timeline
 
 DEFAULT_RULE = Rule()
 RELATIVE_TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}  # float32 repeats itself; bfloat16 kernels add up in another order
@@ -27,23 +28,28 @@ def finish(
     engine_command: str,
     note: Callable[[str], None],
     rule: Rule = DEFAULT_RULE,
+    num_examples: int = 0,
 ) -> tuple[TrialRecord | None, dict[str, Any]]:
-    """Returns the winner (None where no adapter can be chosen) and the summary. The leaderboard is written in any case."""
+    """Returns the winner (None where no adapter can be chosen) and the summary. The leaderboard is written in any case.
+
+    num_examples: see SweepSection.
+    """
     best = rule.best(records)
     ours = Counter(record.outcome for record in records if record.source is None)
-    summary: dict[str, Any] = {f"num_{outcome.lower()}": count for outcome, count in ours.items()}
+    summary: dict[str, Any] = {f"num_{outcome.lower()}": count for outcome, count in ours.items()} | _times(folder)
     if best is None:
         write_leaderboard(folder.path, records, sweep_name, None, rule)
         note("no trial got far enough, so there is no adapter to choose; see the leaderboard for how each ended")
         return None, summary
     note(f"evaluating the adapter of trial {best.number} again, from its files")
     try:
-        reevaluation = _reevaluate(folder, best, device, engine_command)
+        reevaluation, examples = _reevaluate(folder, best, device, engine_command, num_examples)
     except EngineError as error:
         write_leaderboard(folder.path, records, sweep_name, None, rule)
         note(f"WARNING: the adapter of trial {best.number} could not be evaluated again, so best/ was not written: {error}")
         return None, summary
-    write_best(folder.best, best, reevaluation, sweep_name, rule)
+    _keep_examples(folder, best, examples, note)
+    write_best(folder.best, best, reevaluation, sweep_name, rule, examples.get("examples", []))
     write_leaderboard(folder.path, records, sweep_name, reevaluation, rule)
     note(_result_text(folder, best, reevaluation))
     for line in _remarks(records, best, rule):
@@ -54,6 +60,13 @@ def finish(
         "reevaluation_agrees": str(reevaluation["agrees"]),
     }
     return best, summary
+
+
+def _times(folder: SweepFolder) -> dict[str, float]:
+    """What the sweep has spent, over all its sessions: hours for which slots were held, and seconds lost between trials."""
+    spans = Timeline(folder.timeline, mend=False).spans
+    held_s = sum(span.ended_s - span.assigned_s for span in spans if span.ended_s is not None)
+    return {"slot_hours": held_s / 3600.0, "dead_time_s": sum(span.dead_time_s or 0.0 for span in spans)}
 
 
 def _remarks(records: list[TrialRecord], best: TrialRecord, rule: Rule) -> list[str]:
@@ -67,10 +80,25 @@ def _remarks(records: list[TrialRecord], best: TrialRecord, rule: Rule) -> list[
     return lines
 
 
-def _reevaluate(folder: SweepFolder, best: TrialRecord, device: str, engine_command: str) -> dict[str, Any]:
-    answer = evaluate(folder.trial(best.number), engine_command)
+def _reevaluate(
+    folder: SweepFolder, best: TrialRecord, device: str, engine_command: str, num_examples: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The losses, and beside them what the engine says of the examples: examples, or error; nothing where none were asked for."""
+    answer = evaluate(folder.trial(best.number), engine_command, num_examples)
+    known = {"examples": "examples", "examples_error": "error", "examples_s": "seconds"}
+    examples = {short: answer.pop(name) for name, short in known.items() if name in answer}
     agrees = math.isclose(answer["eval_loss"], best.score, rel_tol=RELATIVE_TOLERANCE[device])
-    return {**answer, "trial_eval_loss": best.score, "agrees": agrees, "relative_tolerance": RELATIVE_TOLERANCE[device]}
+    losses = {**answer, "trial_eval_loss": best.score, "agrees": agrees, "relative_tolerance": RELATIVE_TOLERANCE[device]}
+    return losses, examples
+
+
+def _keep_examples(folder: SweepFolder, best: TrialRecord, examples: dict[str, Any], note: Callable[[str], None]) -> None:
+    if "error" in examples:
+        note(f"WARNING: no examples were generated ({examples['error']}); the losses are not concerned")
+    if examples:
+        folder.write_examples({"trial": best.number, **examples})
+    else:
+        folder.examples_file.unlink(missing_ok=True)  # those of an earlier winner
 
 
 def _result_text(folder: SweepFolder, best: TrialRecord, reevaluation: dict[str, Any]) -> str:

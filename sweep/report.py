@@ -15,6 +15,7 @@ from typing import Any
 from engine.errors import EngineError, InputError, first_line
 from engine.files import write_text
 from sweep import report_figures
+from sweep.best_folder import EXAMPLE
 from sweep.config import SweepConfig
 from sweep.journal import read_records
 from sweep.leaderboard import HEADER, board_cells, board_rows
@@ -27,6 +28,7 @@ from sweep.selection import Rule
 from sweep.space_parse import parse_space
 from sweep.timeline import Timeline
 
+EXAMPLE_HEADER = ("prompt", "reference", "base model", "with adapter")
 USAGE = "usage: python -m sweep.report <sweep folder>\n\nWrites report.html into the folder. The sweep may be running."
 
 
@@ -90,7 +92,7 @@ def _page(folder: SweepFolder, config: SweepConfig) -> str:
         ),
         Section("Predicted and measured memory", report_figures.memory(records)),
         Section("Slots", report_figures.slots(records, spans), report_figures.dead_time_line(spans), _slots_height(spans)),
-        Section("Examples before and after", "this sweep generated no text"),
+        _examples(folder, best),
     ]
     tracking = config.tracking.model_copy(update={"uri": config.tracking.public_uri})
     shown = config.model_copy(update={"tracking": tracking}).model_dump(mode="json")
@@ -134,6 +136,18 @@ def _leaderboard(records: list[TrialRecord], rule: Rule) -> Table | str:
     first = rule.best(records)
     kinds = ["first" if first is not None and row["number"] == first.number else _kind(row["outcome"]) for row in rows]
     return Table(HEADER, [board_cells(row) for row in rows], kinds)
+
+
+def _examples(folder: SweepFolder, best: TrialRecord | None) -> Section:
+    """What base model and winner answered, where the sweep has come to its end."""
+    title, found = "Examples before and after", folder.read_examples()
+    if found is None or best is None or found["trial"] != best.number:
+        return Section(title, "the end of a sweep generates them, unless sweep.num_examples is 0")
+    if "error" in found:
+        return Section(title, f"nothing could be generated: {found['error']}")
+    rows = [[example[name] for name in EXAMPLE] for example in found["examples"]]
+    caption = f"Evaluation samples, answered with the likeliest token each time; the adapter is that of trial {best.number}."
+    return Section(title, Table(EXAMPLE_HEADER, rows, [""] * len(rows), is_text=True), caption)
 
 
 def _kind(outcome: str) -> str:

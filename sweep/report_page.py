@@ -19,6 +19,7 @@ p { margin: 4px 0; max-width: 110ch; } .none { color: #777; font-style: italic; 
 table { border-collapse: collapse; font-size: 13px; } th { position: sticky; top: 0; background: #fff; }
 th { text-align: left; color: #555; font-weight: 600; white-space: nowrap; }
 td, th { padding: 3px 10px 3px 0; border-bottom: 1px solid #eee; vertical-align: top; font-variant-numeric: tabular-nums; }
+table.text { table-layout: fixed; width: 100%; } table.text td { white-space: pre-wrap; overflow-wrap: anywhere; }
 tr.first td { background: #fff6dc; } tr.faded td { color: #999; } pre { font-size: 12px; overflow-x: auto; }
 """
 LAYOUT = {
@@ -31,11 +32,12 @@ LAYOUT = {
 
 @dataclass(frozen=True)
 class Table:
-    """classes: one per row, "first", "faded" or nothing."""
+    """classes: one per row, "first", "faded" or nothing. is_text: cells are whole texts, whose line ends are shown."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     classes: Sequence[str]
+    is_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,9 @@ def _table(table: Table) -> str:
         f'<tr class="{kind}">{"".join(f"<td>{escape(cell)}</td>" for cell in row)}</tr>'
         for row, kind in zip(table.rows, table.classes, strict=True)
     ]
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    kind = ' class="text"' if table.is_text else ""
+    box = "" if table.is_text else ' class="wide"'
+    return f'<div{box}><table{kind}><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _paragraph(text: str) -> str:

@@ -18,6 +18,7 @@ from engine.errors import first_line
 
 LOSS = "eval loss (nats)"
 MIN_COMPLETE = 2
+COLOURS = "Viridis"
 FIGURES = {
     "Parameter importance": (2, optuna.visualization.plot_param_importances),
     "Parallel coordinates": (1, optuna.visualization.plot_parallel_coordinate),
@@ -44,7 +45,10 @@ def _draw(study: optuna.Study, min_params: int, plot: Callable[..., go.Figure]) 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Optuna's remarks on experimental features
-            return plot(study, params=varied, target=lambda trial: trial.user_attrs["eval_loss"], target_name=LOSS)
+            figure = plot(study, params=varied, target=lambda trial: trial.user_attrs["eval_loss"], target_name=LOSS)
+        # Optuna's blues end in white: the worst line and the first trial's point could not be seen
+        figure.update_traces(line={"colorscale": COLOURS}, selector={"type": "parcoords"})
+        return figure.update_traces(marker={"colorscale": COLOURS, "size": 9}, selector={"type": "scatter"})
     except Exception as error:  # a figure less is no reason to have no report
         return f"Optuna could not draw it ({first_line(error)})"
 

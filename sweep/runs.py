@@ -4,9 +4,11 @@
     sweep_config.json   the whole resolved config; resume reads it
     data.json           digests of the samples: whether another sweep's losses compare
     study.journal       Optuna's state, the record of truth
-    trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's), result.json, error.txt
+    trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's), system.jsonl,
+                        result.json, error.txt
     timeline.jsonl      when each trial held which slot
     best/               the winning adapter, ready to load
+    examples.json       what base model and winner answered to a few evaluation samples
     leaderboard.md/.json, report.html, driver.log, ray/ (Tune's own files, never read again)
 """
 
@@ -39,6 +41,7 @@ class SweepFolder:
         self.journal = path / "study.journal"
         self.timeline = path / "timeline.jsonl"
         self.best = path / "best"
+        self.examples_file = path / "examples.json"
         self.log = path / "driver.log"
         self.ray = path / "ray"
         self.lock_file = path / ".lock"
@@ -102,6 +105,14 @@ class SweepFolder:
     def read_data(self) -> dict[str, Any] | None:
         """None in a folder that has no digests yet."""
         return load_json(self.data_file) if self.data_file.is_file() else None
+
+    def write_examples(self, examples: dict[str, Any]) -> None:
+        """trial: the winner; examples: prompt, reference, base and adapter of each; error: why there are none, in one line."""
+        write_text(self.examples_file, json.dumps(examples, indent=2, ensure_ascii=False) + "\n")
+
+    def read_examples(self) -> dict[str, Any] | None:
+        """None where the sweep has not come to its end, or was asked for none."""
+        return load_json(self.examples_file) if self.examples_file.is_file() else None
 
     def trial(self, number: int) -> Path:
         """The folder of one trial: trials/0003."""

@@ -44,10 +44,19 @@ class NullTracker:
 class Tracker:
     """Takes the newest state of the sweep and its trials; a background thread writes it. No method blocks or raises."""
 
-    def __init__(self, uri: str, experiment: str, sweep_name: str, sweep_folder: Path, resolved_config: dict[str, Any]) -> None:
-        """uri: MLflow store (`sqlite:///...` or `http://...`); sweep_folder: tells on resume which parent run is ours."""
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        sweep_name: str,
+        sweep_folder: Path,
+        resolved_config: dict[str, Any],
+        registered_model: str | None = None,
+    ) -> None:
+        """uri: MLflow store (`sqlite:///...` or `http://...`); sweep_folder: tells on resume which parent run is ours;
+        registered_model: of which the best adapter becomes a version; none: of nothing."""
         self._uri = uri
-        self._projection = Projection(uri, experiment, sweep_name, sweep_folder, resolved_config)
+        self._projection = Projection(uri, experiment, sweep_name, sweep_folder, resolved_config, registered_model)
         self._finished = False
         self._writer = BackgroundWriter("mlflow-writer", _is_permanent)
 
@@ -72,7 +81,9 @@ class Tracker:
         ended_s: when the last trial ended; none: now.
         """
         summary, end, self._finished = dict(summary), time.time() if ended_s is None else ended_s, True
-        self._writer.put(("finish",), lambda: self._projection.finish(summary, best, artifacts, end))
+        self._writer.put(("finish",), lambda: self._projection.finish(summary, best, end))
+        if best is not None and artifacts is not None:  # on its own: a full or missing registry must not leave the sweep RUNNING
+            self._writer.put(("best adapter",), lambda: self._projection.keep_best(summary, best, artifacts))
 
     def close(self, timeout_s: float = 30.0) -> list[str]:
         """Write what is pending, as long as something gets through every timeout_s; returns one line for each cause that kept

@@ -13,6 +13,7 @@ import webbrowser
 from pathlib import Path
 
 from engine.errors import EngineError, InputError
+from sweep.mlflow_view import page_queries
 from sweep.projection import ENVIRONMENT, share_view
 from sweep.runs import SweepFolder
 from sweep.tracking import local_uri
@@ -27,11 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 closed by Ctrl-C, 1 MLflow did not start, 2 bad input."""
     options = _options(arguments)
     try:
-        uri, page = find_page(SweepFolder.open(options.folder, "folder"))
+        uri, pages = find_pages(SweepFolder.open(options.folder, "folder"))
         if uri.startswith("http"):
-            return _show(uri.rstrip("/") + page, options.open)
-        port = free_port() if options.port is None else options.port
-        return _serve(uri, port, f"http://{HOST}:{port}{page}", options.open)
+            return _show(uri.rstrip("/"), pages, options.open)
+        return _serve(uri, free_port() if options.port is None else options.port, pages, options.open)
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
@@ -47,8 +47,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def find_page(folder: SweepFolder) -> tuple[str, str]:
-    """The MLflow store and the path of the page in it; InputError where the sweep is in none."""
+def find_pages(folder: SweepFolder) -> tuple[str, dict[str, str]]:
+    """The MLflow store and, by name, the paths of the pages on the sweep in it; InputError where the sweep is in none."""
     config = folder.read_config()
     if config.tracking.name == "none":
         raise InputError("tracking.name", "none", "this sweep wrote nothing to MLflow; its report: python -m sweep.report")
@@ -57,10 +57,11 @@ def find_page(folder: SweepFolder) -> tuple[str, str]:
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not database.is_file():
         raise InputError("tracking.uri", store, "there is no such database")
-    page = share_view(uri, config.sweep.name, folder.path)
-    if page is None:
+    shared = share_view(uri, config.sweep.name, folder.path)
+    if shared is None:
         raise InputError("folder", str(folder.path.absolute()), f"holds a sweep that {store} does not know under this path")
-    return uri, page
+    path, key = shared
+    return uri, {name: f"{path}?{query}" for name, query in page_queries(key).items()}
 
 
 def free_port() -> int:
@@ -76,7 +77,7 @@ def free_port() -> int:
     raise InputError("--port", PORT, f"ports {PORT} to {PORT + TRIES - 1} are taken; name another one")
 
 
-def _serve(uri: str, port: int, address: str, browser: bool) -> int:
+def _serve(uri: str, port: int, pages: dict[str, str], browser: bool) -> int:
     """Run MLflow's server until Ctrl-C or SIGTERM, which end its workers too."""
     # the store goes by the environment, since it may hold a password and anyone may read a command line
     environment = {**ENVIRONMENT, **os.environ, "MLFLOW_BACKEND_STORE_URI": uri}
@@ -89,7 +90,7 @@ def _serve(uri: str, port: int, address: str, browser: bool) -> int:
             lines = (server.stderr.read() if server.stderr else b"").decode(errors="replace").strip().splitlines()
             print(f"error: MLflow did not start: {lines[-1] if lines else 'it said nothing'}", file=sys.stderr)
             return 1
-        _show(address, browser)
+        _show(f"http://{HOST}:{port}", pages, browser)
         print("Ctrl-C closes it", flush=True)
         server.communicate()
         return 1
@@ -113,10 +114,12 @@ def _answers(server: subprocess.Popen, port: int) -> bool:
     return False
 
 
-def _show(address: str, browser: bool) -> int:
-    print(address, flush=True)
+def _show(server: str, pages: dict[str, str], browser: bool) -> int:
+    """The first page is the one that a browser opens."""
+    for name, path in pages.items():
+        print(f"{name:<8}{server}{path}", flush=True)
     if browser:
-        webbrowser.open(address)
+        webbrowser.open(server + next(iter(pages.values())))
     return 0
 
 

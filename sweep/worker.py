@@ -30,6 +30,7 @@ from engine.files import storage_fault
 from sweep.interruption import Interruption, note_terminated
 from sweep.outcome import Outcome
 from sweep.runs import FileLock, read_reports
+from sweep.system_metrics import SystemSampler, machine_reader, write_system
 
 LOCK_PATIENCE_S = 60.0
 TRACE_BEFORE_KILL_S = 1.0
@@ -45,6 +46,7 @@ class TrialWorker(Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         self._slot, self._last_end_s = _slot(config["device"]), None
         os.environ["OMP_NUM_THREADS"] = str(config["num_threads"])
+        self._sampler = SystemSampler(machine_reader(config["device"]))
         self._base: Any = None
         self._base_key: tuple[Any, str] | None = None
         self._interruption = Interruption(self._note_terminated)
@@ -77,6 +79,7 @@ class TrialWorker(Trainable):
 
     def cleanup(self) -> None:
         self._close()
+        self._sampler.stop()
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         return {}  # the engine writes its own checkpoints; Tune's are not used
@@ -122,6 +125,7 @@ class TrialWorker(Trainable):
             raise RuntimeError("training ended before its last rung")
         if not math.isfinite(report["eval_loss"]):
             raise DivergedError(f"eval_loss = {report['eval_loss']} at rung {report['rung']}")
+        write_system(Path(self._spec["run_dir"]), report["rung"], self._sampler.take())
         done = report["rung"] >= self._num_rungs
         if done:
             self._close()
@@ -133,6 +137,7 @@ class TrialWorker(Trainable):
         run_dir = Path(self._spec["run_dir"])
         run_dir.mkdir(parents=True, exist_ok=True)
         self._lock = _wait_for(run_dir)
+        self._sampler.take()  # what was before this trial
         return self._unheard_and_new(config, run_dir)
 
     def _unheard_and_new(self, config: TrainConfig, run_dir: Path) -> Iterator[dict[str, Any]]:

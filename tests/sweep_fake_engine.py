@@ -54,6 +54,7 @@ FAULTS = {
     12.0: "eval_loss is nan",
     13.0: "hangs always",
 }
+EXAMPLE = ("prompt", "reference", "base", "adapter")
 FAULT_TIMES = "fault_times.txt"  # in a trial's folder: when its fault came, in Unix seconds
 
 
@@ -194,6 +195,7 @@ def main() -> int:
     parser.add_argument("command")
     parser.add_argument("config")
     parser.add_argument("--adapter")
+    parser.add_argument("--examples", type=int)
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
     if options.command == "prepare":
@@ -213,6 +215,8 @@ def main() -> int:
         config = load_train_config(options.config)
         loss = eval_loss(config, len(config.train.report_grid()))
         answer = {"base_eval_loss": 5.0, "eval_loss": loss, "num_eval_target_tokens": 7}
+        if options.examples:
+            answer["examples"] = [{name: f"{name} {i}" for name in EXAMPLE} for i in range(options.examples)]
     options.report.write_text(json.dumps(answer))
     return 0
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from export_models import one_thread
@@ -14,6 +15,9 @@ from test_engine_train import CPU, build, run
 
 from engine.adapter_files import load_adapter
 from engine.chat import Chat, load_chat, main
+from engine.config import load_train_config
+from engine.evaluate import evaluate_adapter
+from engine.examples import MAX_NEW_TOKENS, _question
 from engine.lora import attach
 from engine.model import load_base
 from engine.packing import Sample, collate
@@ -49,10 +53,6 @@ def adapters(tmp_path_factory, tiny_model_dir, tiny_data) -> dict[str, Path]:
 @torch.no_grad()
 def likeliest(folder: Path, num_tokens: int) -> str:
     """One token after the other through the fused layers on one packed row, nothing cached."""
-    import numpy as np
-
-    from engine.config import load_train_config
-
     config = load_train_config(folder / "train_config.json")
     base = load_base(config.model, CPU)
     layers = attach(base.model, base.linear_names, config.lora, 0)
@@ -83,9 +83,42 @@ def test_an_answer_is_what_the_uncached_engine_finds_likeliest(adapters, held, c
     assert Chat(base, template, 12, 0.0).answer(PROMPT) != answer
 
 
-def load_chat_model(folder: Path):
-    from engine.config import load_train_config
+@pytest.mark.parametrize("held", ["nf4", "none"])
+def test_examples_are_evaluation_samples_answered_as_in_a_chat_by_base_model_and_adapter(adapters, held):
+    config = load_train_config(adapters[held] / "train_config.json")
+    measured = evaluate_adapter(config, adapters[held] / "adapter", num_examples=3)
+    assert len(measured["examples"]) == 3 == len({example["prompt"] for example in measured["examples"]})
+    assert any(example["base"] != example["adapter"] for example in measured["examples"])
+    chats = {"adapter": load_chat(adapters[held] / "adapter", MAX_NEW_TOKENS, 0.0, "cpu")}
+    base = load_base(load_chat_model(adapters[held]), CPU, attention_name="sdpa")
+    chats["base"] = Chat(base, base.tokenizer.chat_template, MAX_NEW_TOKENS, 0.0)
+    for example in measured["examples"]:
+        number = int(example["prompt"].removeprefix("What is ").split()[0])
+        assert (example["prompt"], example["reference"]) == (f"What is {number} plus {number}?", f"It is {2 * number}.")
+        for name, chat in chats.items():
+            chat._messages.clear()
+            assert chat.answer(example["prompt"]) == example[name]
+    alone = evaluate_adapter(config, adapters[held] / "adapter")
+    assert {name: measured[name] for name in alone} == alone
 
+
+def test_a_model_that_cannot_generate_is_evaluated_all_the_same(adapters, monkeypatch):
+    monkeypatch.setattr("engine.examples.restore_layers", lambda model: 1 / 0)
+    config = load_train_config(adapters["none"] / "train_config.json")
+    measured = evaluate_adapter(config, adapters["none"] / "adapter", num_examples=1)
+    assert measured["examples_error"] == "ZeroDivisionError: division by zero"
+    assert measured["eval_loss"] < measured["base_eval_loss"] and "examples" not in measured
+
+
+def test_a_question_is_a_sample_up_to_its_first_answer_and_plain_text_up_to_its_half():
+    ids = np.arange(10)
+    chat = _question(Sample(ids, np.isin(ids, (4, 5, 8))))
+    assert (chat.prompt.tolist(), chat.reference.tolist()) == ([0, 1, 2, 3], [4, 5])
+    text = _question(Sample(ids, np.ones(10, dtype=bool)))
+    assert (text.prompt.tolist(), text.reference.tolist()) == ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])
+
+
+def load_chat_model(folder: Path):
     return load_train_config(folder / "train_config.json").model.model_copy(update={"layers": "original"})
 
 

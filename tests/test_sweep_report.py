@@ -93,7 +93,7 @@ def test_a_sweep_is_one_page_with_every_figure_and_plotly_once_and_nothing_to_lo
     assert elements.loads == [] and "default-src 'none'" in page
     shown = page.replace(get_plotlyjs(), "")
     assert shown.count("Plotly.newPlot(") == 7  # all of them: curves, three by Optuna, Pareto, memory, slots
-    assert shown.count("Not shown: ") == 1  # the examples
+    assert shown.count("Not shown: ") == 1 and "Not shown: the end of a sweep generates them" in shown
     assert "7 trials of 16 asked for: 1 RUNNING, 3 COMPLETE, 1 PRUNED, 1 DIVERGED, 1 FAILED." in shown
     assert "median 0.50 s, at most 0.50 s, in all 3.0 s" in shown
     assert len(page) < 5_500_000
@@ -110,6 +110,19 @@ def test_what_looks_like_a_tag_in_a_name_a_value_or_an_error_stays_text(tmp_path
     section = report_page.Section(TAG, TAG, TAG)
     monkeypatch.undo()
     assert TAG not in report_page.render(TAG, [TAG], [section], TAG)
+
+
+def test_what_base_model_and_adapter_answered_is_shown_as_text_for_the_best_trial_only(tmp_path):
+    folder = swept(tmp_path)
+    example = {"prompt": f"What is {TAG}?\nSay.", "reference": "nothing", "base": "A & B", "adapter": TAG}
+    folder.write_examples({"trial": 5, "examples": [example], "seconds": 1.0})
+    page = page_of(folder).replace(get_plotlyjs(), "")
+    assert "<th>base model</th><th>with adapter</th>" in page and TAG not in page
+    assert "What is &lt;script&gt;alert(1)&lt;/script&gt;?\nSay." in page and "A &amp; B" in page
+    folder.write_examples({"trial": 3, "examples": [example]})  # of an earlier winner
+    assert "A &amp; B" not in page_of(folder)
+    folder.write_examples({"trial": 5, "error": "NotImplementedError: no generate"})
+    assert "Not shown: nothing could be generated: NotImplementedError: no generate." in page_of(folder)
 
 
 def test_a_killed_sweep_has_a_report_and_nothing_else_of_it_is_touched(tmp_path):

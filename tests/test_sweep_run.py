@@ -128,6 +128,7 @@ def test_a_stopped_sweep_is_resumed_with_no_result_lost_or_doubled(tmp_path, num
     if number == signal.SIGTERM:
         assert process.returncode == 130
         assert f"python -m sweep resume={folder}" in out
+        assert f"report       {folder / 'report.html'}" in out and (folder / "report.html").is_file()
     before = {trial: (result["outcome"], rungs(folder, trial)) for trial, result in results(folder).items()}
 
     resumed = fake_driver("resume", str(folder))
@@ -180,14 +181,24 @@ def test_the_command_line_finds_an_adapter_with_the_real_engine(tmp_path, tiny_m
     assert board["reevaluation"]["agrees"], board["reevaluation"]
     assert board["reevaluation"]["eval_loss"] < board["reevaluation"]["base_eval_loss"]
     assert (folder / "best" / "adapter_model.safetensors").is_file()
+    examples = json.loads((folder / "examples.json").read_text())
+    assert examples["trial"] == board["best_trial"] and len(examples["examples"]) == 4
+    assert all(example["reference"].startswith("It is") for example in examples["examples"])
+    assert "What it answers" in (folder / "best" / "README.md").read_text()
+    assert "with adapter</th>" in (folder / "report.html").read_text()
+    lines = [json.loads(line) for line in (folder / "trials" / "0000" / "system.jsonl").read_text().splitlines()]
+    assert [line["rung"] for line in lines] == rungs(folder, 0) and all(line["process_resident_gib"] > 0.1 for line in lines)
     assert "base model" in done.stdout and "best adapter" in done.stdout
     with sqlite3.connect(tmp_path / "sweeps" / "mlflow.db") as database:
         statuses = [row[0] for row in database.execute("select status from runs")]
         outcomes = [row[0] for row in database.execute("select value from tags where key = 'outcome'")]
         tags = {row[0] for row in database.execute("select key from tags")}
+        versions = list(database.execute("select name, version, description from model_versions"))
     assert len(statuses) == 5 and set(statuses) <= {"FINISHED", "KILLED"}
     assert sorted(outcomes) == sorted(trial["outcome"] for trial in board["trials"])
     assert {"version.torch", "sweep.folder"} <= tags
+    ((name, version, text),) = versions
+    assert (name, version) == ("sweep", 1) and str(tiny_model_dir) in text
 
 
 def _wait_for(tmp_path: Path, pattern: str, process: subprocess.Popen) -> None:

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from sweep import background
 from sweep.background import BackgroundWriter
+from sweep.mlflow_view import view
 from sweep.outcome import Outcome, TrialRecord
+from sweep.system_metrics import SystemSampler, machine_reader, write_system
 from sweep.tracking import NullTracker, Tracker, local_uri
 
 CONFIG = {"experiment": "demo"}
@@ -64,7 +67,7 @@ def report(rung, eval_loss):
 def trial(number, outcome, *losses, **changes):
     reports = [report(rung, loss) for rung, loss in enumerate(losses, start=1)]
     values = {"params": {"lora.rank": 8}, "config": {"seed": number}, "started_s": 1e9, "ended_s": 1e9 + 60, **changes}
-    return TrialRecord(number, outcome=outcome, folder="trial", reports=reports, **values)
+    return TrialRecord(number, outcome=outcome, reports=reports, **{"folder": "trial", **values})
 
 
 def history(client, run):
@@ -76,7 +79,7 @@ def test_trials_are_child_runs_of_the_sweep_with_metrics_by_tokens_seen(tracker,
     one.sweep_started({"git.commit": "abc"})
     one.trial_updated(trial(3, Outcome.COMPLETE, 2.0, 1.5))
     assert one.close(60) == []
-    parent, child = runs()["my sweep"], runs()["trial 0003"]
+    parent, child = runs()["my sweep"], runs()["0003 COMPLETE"]
     assert parent.data.tags["git.commit"] == "abc"
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.params == {"lora.rank": "8"}
@@ -96,7 +99,7 @@ def test_the_outcome_is_a_tag_and_sets_the_status(tracker, runs, outcome, status
     one = tracker()
     one.trial_updated(trial(0, outcome, 2.0, error="why"))
     assert one.close(60) == []
-    child = runs()["trial 0000"]
+    child = runs()[f"0000 {outcome}"]
     assert (child.data.tags["outcome"], child.data.tags["error"], child.info.status) == (outcome.value, "why", status)
 
 
@@ -111,7 +114,7 @@ def test_predicted_and_measured_peaks_are_metrics_and_how_it_was_computed_are_ta
         for record in (computed, refused, spent):
             one.trial_updated(record)
         assert one.close(60) == []
-    first, second, third = (runs()[f"trial {number:04d}"] for number in range(3))
+    first, second, third = (runs()[name] for name in ("0000 COMPLETE", "0001 INFEASIBLE", "0002 OUT_OF_MEMORY"))
     peaks = [(run.data.metrics.get("memory/predicted_peak_gib"), run.data.metrics.get("memory/peak_allocated_gib"))
              for run in (first, second, third)]  # fmt: skip
     assert peaks == [(1.125, 1.25), (28.0, None), (20.0, 23.5)]
@@ -128,9 +131,9 @@ def test_a_resumed_sweep_finds_its_runs_and_doubles_nothing(tracker, runs, clien
         one.trial_updated(trial(0, outcome, *losses))
         one.trial_updated(trial(0, outcome, *losses))
         assert one.close(60) == []
-    assert set(runs()) == {"my sweep", "trial 0000"}
-    assert [point[:2] for point in history(client, runs()["trial 0000"])] == [(1000, 2.0), (2000, 1.5), (3000, 1.4)]
-    assert runs()["trial 0000"].info.status == "FINISHED"
+    assert set(runs()) == {"my sweep", "0000 COMPLETE"}
+    assert [point[:2] for point in history(client, runs()["0000 COMPLETE"])] == [(1000, 2.0), (2000, 1.5), (3000, 1.4)]
+    assert runs()["0000 COMPLETE"].info.status == "FINISHED"
 
 
 def test_another_sweep_of_the_same_experiment_keeps_its_own_runs(tracker, store, tmp_path, request, client):
@@ -145,17 +148,151 @@ def test_a_finished_sweep_has_its_summary_and_the_best_adapter(tracker, runs, cl
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     one = tracker()
-    one.sweep_finished({"best_eval_loss": 1.5, "num_trials": 2, "rule": "lowest"}, trial(1, Outcome.COMPLETE, 1.5), adapter)
+    one.sweep_finished({"best_eval_loss": 1.5, "num_complete": 2, "rule": "lowest"}, trial(1, Outcome.COMPLETE, 1.5), adapter)
     assert one.close(60) == []
     two = tracker()  # a resume that finds a better one
-    two.sweep_finished({"best_eval_loss": 1.2, "num_trials": 2, "rule": "lowest"}, trial(2, Outcome.COMPLETE, 1.2), None)
+    two.sweep_finished({"best_eval_loss": 1.2, "num_complete": 2, "rule": "lowest"}, trial(2, Outcome.COMPLETE, 1.2), None)
     assert two.close(60) == []
-    parent, former, best = (runs()[name] for name in ("my sweep", "trial 0001", "trial 0002"))
+    parent, former, best = (runs()[name] for name in ("my sweep", "0001 COMPLETE", "0002 COMPLETE (best)"))
     assert parent.info.status == "FINISHED"
-    assert (parent.data.metrics, parent.data.tags["rule"]) == ({"best_eval_loss": 1.2, "num_trials": 2.0}, "lowest")
+    assert (parent.data.metrics, parent.data.tags["rule"]) == (
+        {"eval/best_loss_nats_per_token": 1.2, "trials/num_complete": 2.0}, "lowest"
+    )
     assert [file.path for file in client.list_artifacts(former.info.run_id, "adapter")] == ["adapter/adapter_config.json"]
     assert (former.data.tags["sweep.best"], best.data.tags["sweep.best"]) == ("false", "true")
-    assert len(client.get_metric_history(parent.info.run_id, "num_trials")) == 1
+    assert len(client.get_metric_history(parent.info.run_id, "trials/num_complete")) == 1
+
+
+# --- the best adapter as a model version ---
+
+
+@pytest.fixture
+def best_folder(tmp_path):
+    folder = tmp_path / "best"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"one")
+    (folder / "README.md").write_text("card")
+    return folder
+
+
+@pytest.fixture
+def register(store, tmp_path, request):
+    """Has a sweep come to its end, as a resume does too; returns the warnings."""
+
+    def end(folder, number=1, model=request.node.name):
+        one = Tracker(local_uri(store), request.node.name, "my sweep", tmp_path / "sweep", CONFIG, model)
+        winner = trial(number, Outcome.COMPLETE, 1.5, config={"model": {"path": "org/base"}})
+        one.sweep_finished({"best_eval_loss": 1.5, "base_eval_loss": 2.5}, winner, folder)
+        return one.close(60)
+
+    return end
+
+
+def versions(client, name):
+    return sorted(client.search_model_versions(f"name = '{name}'"), key=lambda version: int(version.version))
+
+
+def test_the_best_adapter_is_a_model_version_that_loads_and_says_what_it_is(register, best_folder, client, runs, store, request):
+    assert register(best_folder) == []
+    (version,) = versions(client, request.node.name)
+    run = runs()["0001 COMPLETE (best)"]
+    assert (version.run_id, version.tags["sweep.trial_number"]) == (run.info.run_id, "1")
+    assert "`org/base`" in version.description and "| with this adapter | 1.5000 | 4.482 |" in version.description
+    assert version.tags["sweep.folder"] in version.description
+    import mlflow
+
+    mlflow.set_tracking_uri(local_uri(store))
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{request.node.name}/1"))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
+        file.name: file.read_bytes() for file in best_folder.iterdir()
+    }
+
+
+def test_the_same_adapter_is_registered_once_and_another_one_is_the_next_version(register, best_folder, client, runs, request):
+    assert register(best_folder) == register(best_folder) == []  # as a resume of a sweep that had come to its end
+    assert len(versions(client, request.node.name)) == 1
+    (best_folder / "adapter_model.safetensors").write_bytes(b"two")  # the same trial, trained further after a resume
+    assert register(best_folder) == []
+    first, second = versions(client, request.node.name)
+    places = [version.source.rsplit("/", 1)[-1] for version in (first, second)]
+    kept = [client.download_artifacts(first.run_id, f"{place}/adapter_model.safetensors") for place in places]
+    assert [Path(file).read_bytes() for file in kept] == [b"one", b"two"]
+    assert register(best_folder, number=2) == []
+    assert len(versions(client, request.node.name)) == 3
+    assert "0001 COMPLETE" in runs() and "0002 COMPLETE (best)" in runs()
+
+
+def test_no_version_where_none_is_wanted_and_the_files_are_with_the_run(register, best_folder, client, runs):
+    assert register(best_folder, model=None) == []
+    assert client.search_model_versions(f"run_id = '{runs()['0001 COMPLETE (best)'].info.run_id}'") == []
+    files = client.list_artifacts(runs()["0001 COMPLETE (best)"].info.run_id, "best")
+    assert {file.path for file in files} == {"best/README.md", "best/adapter_model.safetensors"}
+
+
+def test_a_registry_that_fails_is_a_warning_and_the_sweep_is_finished_all_the_same(register, best_folder, runs, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(background, "FIRST_RETRY_S", 0.001)
+        broken.setattr("mlflow.MlflowClient.create_model_version", lambda *_, **__: 1 / 0)
+        (warning,) = register(best_folder)
+    assert "1 updates not written (best adapter): ZeroDivisionError" in warning
+    assert runs()["my sweep"].info.status == "FINISHED"
+    assert register(best_folder) == []  # a resume writes it
+
+
+# --- what the page shows ---
+
+
+def test_the_view_shows_outcomes_first_and_charts_what_differs_between_trials():
+    params = [{"lora.rank": "4", "optim.seed": "1", "lora.alpha": "1"}, {"lora.rank": "8", "optim.seed": "1"}]
+    shown = view("abc", params, {"eval/best_loss_nats_per_token", "memory/peak_allocated_gib", "system/process_cpu_percent"})
+    assert shown["columnOrder"][2:4] == ["tags.`outcome`", "metrics.`eval/best_loss_nats_per_token`"]
+    assert set(shown["columnOrder"]) >= set(shown["columnWidths"])
+    assert "metrics.`memory/predicted_peak_gib`" not in shown["selectedColumns"]  # nobody has it
+    (parallel,) = (chart for chart in shown["compareRunCharts"] if chart["type"] == "PARALLEL")
+    assert parallel["selectedParams"] == ["lora.rank"]  # the seed is the same everywhere, and one trial has no alpha
+    assert len({chart["uuid"] for chart in shown["compareRunCharts"]}) == len(shown["compareRunCharts"])
+
+
+def test_what_the_machine_did_at_each_rung_is_a_metric_against_tokens_seen(tracker, runs, client, tmp_path):
+    for rung, percent in ((1, 50.0), (2, 60.0), (2, 70.0)):  # a trial that was resumed passed rung 2 again
+        write_system(tmp_path, rung, {"gpu_utilization_percent": percent, "gpu_power_watts": 250.0})
+    with open(tmp_path / "system.jsonl", "a") as torn:
+        torn.write('{"rung": 3, "gpu_')
+    one = tracker()
+    for _ in range(2):
+        one.trial_updated(trial(0, Outcome.COMPLETE, 2.0, 1.5, folder=str(tmp_path)))
+    assert one.close(60) == []
+    run = runs()["0000 COMPLETE"]
+    points = client.get_metric_history(run.info.run_id, "system/gpu_utilization_percent")
+    assert [(point.step, point.value) for point in points] == [(1000, 50.0), (2000, 70.0)]
+    assert run.data.metrics["system/gpu_power_watts"] == 250.0
+
+
+def test_means_of_a_rung_begin_anew_after_each_and_memory_is_the_highest():
+    values = ((100.0, 5.0), (200.0, 3.0), (50.0, 1.0))
+    readings = iter([{"gpu_power_watts": watts, "gpu_memory_used_gib": gib} for watts, gib in values])
+    sampler = SystemSampler(lambda: next(readings), interval_s=3600.0)
+    for _ in range(2):
+        sampler._add(sampler._read())
+    assert sampler.take() == {"gpu_power_watts": 150.0, "gpu_memory_used_gib": 5.0}
+    assert sampler.take() == {"gpu_power_watts": 50.0, "gpu_memory_used_gib": 1.0}  # none since: one is read
+    sampler.stop()
+
+
+def test_a_card_is_read_as_far_as_it_can_be(monkeypatch):
+    import torch
+
+    def none():
+        raise ModuleNotFoundError("pynvml does not seem to be installed")
+
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 97)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 312_000)
+    monkeypatch.setattr(torch.cuda, "temperature", lambda device: none())
+    monkeypatch.setattr(torch.cuda, "device_memory_used", lambda device: 3 * 2**30)
+    found = machine_reader("cuda")()
+    card = {name: value for name, value in found.items() if name.startswith("gpu")}
+    assert card == {"gpu_utilization_percent": 97.0, "gpu_power_watts": 312.0, "gpu_memory_used_gib": 3.0}
+    assert found["process_resident_gib"] > 0.01 and not any(name.startswith("gpu") for name in machine_reader("cpu")())
 
 
 def test_an_interrupted_sweep_does_not_look_running(tracker, runs):
@@ -177,7 +314,7 @@ def test_a_loss_that_is_not_finite_is_written_as_such(tracker, runs, client):
     one = tracker()
     one.trial_updated(trial(0, Outcome.DIVERGED, 2.0, math.nan))
     assert one.close(60) == []
-    assert [math.isnan(point[1]) for point in history(client, runs()["trial 0000"])] == [False, True]
+    assert [math.isnan(point[1]) for point in history(client, runs()["0000 DIVERGED"])] == [False, True]
 
 
 def test_a_value_that_mlflow_refuses_is_a_warning_and_holds_up_nothing(tracker, runs):
@@ -186,7 +323,7 @@ def test_a_value_that_mlflow_refuses_is_a_warning_and_holds_up_nothing(tracker, 
     one.trial_updated(trial(1, Outcome.COMPLETE, 2.0))
     (warning,) = one.close(60)
     assert "1 updates not written (trial 0): refused" in warning
-    assert runs()["trial 0001"].info.status == "FINISHED"
+    assert runs()["0001 COMPLETE"].info.status == "FINISHED"
 
 
 def test_a_dead_server_neither_blocks_nor_raises_and_is_one_warning(tmp_path):

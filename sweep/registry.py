@@ -1,0 +1,54 @@
+"""The best adapter as a version of a model in MLflow's registry: `models:/<name>/<version>` is the folder best/.
+
+A version is of one sweep and one adapter, known by its digest: written again, it stays one; another adapter, after a resume that
+found a better one, is the next version beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+ADAPTER = "adapter_model.safetensors"
+DIGEST = "adapter.sha256"
+
+
+def register(client: Any, name: str, run: str, folder: Path, tags: dict[str, str], text: str) -> str:
+    """Upload the folder to the run and make it a version of `name`; returns its number. client: an MlflowClient.
+
+    May fail anywhere and be called again. text: the version's description, in Markdown; written again where it has changed.
+    """
+    digest = _digest(folder / ADAPTER)
+    versions = [found for found in client.search_model_versions(f"run_id = '{run}'") if found.name == name]
+    for version in versions:
+        if version.tags.get(DIGEST) == digest:
+            if version.description != text:
+                client.update_model_version(name, version.version, text)
+            return str(version.version)
+    # an older version keeps the files it was made of
+    place = folder.name if not versions else f"{folder.name}-{len(versions) + 1}"
+    client.log_artifacts(run, str(folder), place)
+    _create_model(client, name)
+    source = f"{client.get_run(run).info.artifact_uri}/{place}"
+    return str(client.create_model_version(name, source, run, {**tags, DIGEST: digest}, description=text).version)
+
+
+def _create_model(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        try:
+            client.create_registered_model(name, description="Best adapters of sweeps; each version says of which.")
+        except MlflowException as late:  # another sweep was quicker
+            if late.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,89 @@
+"""`python -m sweep.ui`: MLflow's own page on a sweep, on this machine alone, until Ctrl-C."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import psutil
+import pytest
+
+from sweep import ui
+from sweep.config import parse_sweep_config
+from sweep.outcome import Outcome, TrialRecord
+from sweep.runs import SweepFolder
+from sweep.tracking import Tracker, local_uri
+
+
+def made(path, **sections) -> SweepFolder:
+    """A sweep folder with a config and nothing else."""
+    folder = SweepFolder(path / "demo-20260101-000000")
+    folder.path.mkdir(parents=True)
+    base = {"model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400}, "sweep": {"name": "demo"}}
+    folder.write_config(parse_sweep_config({**base, **sections}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory) -> SweepFolder:
+    """A sweep of one trial that MLflow knows."""
+    folder = made(tmp_path_factory.mktemp("sweeps"))
+    tracker = Tracker(local_uri(folder.path.parent), "demo", folder.path.name, folder.path, {})
+    tracker.sweep_started({})
+    tracker.trial_updated(TrialRecord(0, {"lora.rank": 8}, {}, Outcome.PRUNED, "trial", started_s=1e9, ended_s=1e9 + 1))
+    assert tracker.close(60) == []
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (None, "must be a sweep folder"),
+        ({"tracking": {"name": "none"}}, "this sweep wrote nothing to MLflow"),
+        ({}, "there is no such database"),
+    ],
+)
+def test_a_folder_that_has_no_page_is_one_line(tmp_path, sections, message, capsys):
+    folder = tmp_path if sections is None else made(tmp_path, **sections).path
+    assert ui.main([str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_sweep_that_was_moved_is_one_line(tracked, capsys):
+    moved = made(tracked.path.parent / "moved", tracking={"uri": local_uri(tracked.path.parent)})
+    assert ui.main([str(moved.path)]) == 2
+    assert "does not know under this path" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_passed_over():
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((ui.HOST, ui.free_port()))
+        taken.listen()
+        assert ui.free_port() != taken.getsockname()[1]
+
+
+def test_table_and_charts_are_served_on_this_machine_alone_until_ctrl_c(tracked):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sweep.ui", str(tracked.path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    table, charts, last = (process.stdout.readline() for _ in range(3))
+    assert last == "Ctrl-C closes it\n"
+    host, port = re.fullmatch(r"table +http://(\S+):(\d+)/#/experiments/\d+/runs\?\S+viewStateShareKey=\S+\n", table).groups()
+    assert "compareRunsMode=CHART" in charts
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    listening = {c.laddr for member in family for c in member.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert {(address.ip, address.port) for address in listening} == {("127.0.0.1", int(port))} and host == "127.0.0.1"
+    with urllib.request.urlopen(f"http://{host}:{port}/", timeout=60) as page:
+        assert b"MLflow" in page.read()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
