@@ -178,3 +178,22 @@ def test_a_tokenizer_that_no_scores_can_say_is_refused(pieces, tmp_path, change,
     change(values)
     with pytest.raises(InputError, match=message):
         scores(values), adds_space(values)
+
+
+def test_a_merged_model_with_such_a_tokenizer_is_exported_whole(pieces, tmp_path):
+    import torch
+    from export_models import SIZES, save_adapter
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from engine.export import main
+
+    values = write(tmp_path / "base", pieces, legacy=True)
+    sizes = {**SIZES, "vocab_size": size(values), "bos_token_id": 1, "eos_token_id": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "given", tmp_path / "base", target_modules=["q_proj"])
+    arguments = [str(tmp_path / "given"), "--to", "gguf-merged", "--out", str(tmp_path / "out"), "--no-losses"]
+    assert main(arguments) == 0
+    held = held_by(tmp_path / "out" / "model.gguf")
+    tokenizer = from_folder(tmp_path / "base")
+    assert len(held["tokens"]) == size(values)
+    assert cut(held, TEXTS[0]) == tokenizer.convert_ids_to_tokens(tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"])
