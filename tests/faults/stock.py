@@ -30,7 +30,7 @@ class StockTrial(tune.Trainable):
     """One rung a step. Appends to `events` what it does: number of the trial, rung, process, time."""
 
     def setup(self, config: dict) -> None:
-        self._nan, self._rung, self._events = False, 0, Path(config["events"])
+        self._diverged, self._rung, self._events = False, 0, Path(config["events"])
         self._config = parse(TrainConfig, {
             "model": {"path": "m"}, "data": {"train": CURVES}, "lora": {"rank": config["rank"]},
             "optim": {"learning_rate": config["learning_rate"]}, "train": {"max_tokens": 400, "num_reports": NUM_RUNGS},
@@ -46,10 +46,12 @@ class StockTrial(tune.Trainable):
                 os._exit(9)
             if fault == "hangs":
                 time.sleep(3600)
-        self._nan = self._nan or (fault == "nan" and self._rung == 2 and first)
+        self._diverged = self._diverged or (fault in ("nan", "explodes", "zero") and self._rung == 2 and first)
         with open(self._events, "a") as events:
             events.write(json.dumps([self.trial_id, self._rung, os.getpid(), time.time()]) + "\n")
-        return {"eval_loss": math.nan if self._nan else engine.eval_loss(self._config, self._rung)}
+        if self._diverged:
+            return {"eval_loss": {"nan": math.nan, "explodes": 1e9, "zero": engine.eval_loss(self._config, 1)}[fault]}
+        return {"eval_loss": engine.eval_loss(self._config, self._rung)}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         Path(checkpoint_dir, "rung").write_text(str(self._rung))
@@ -59,7 +61,10 @@ class StockTrial(tune.Trainable):
 
 
 def main(command: str, folder: str, fault: str, rung_s: str = "0.01", num_trials: str = str(NUM_TRIALS)) -> None:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    if "STOCK_ADDRESS" in os.environ:  # nodes of which one is lost
+        ray.init(address=os.environ["STOCK_ADDRESS"], log_to_driver=False)
+    else:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     trainable = tune.with_resources(StockTrial, {"cpu": 1})
     if command == "resume":
         tuner = tune.Tuner.restore(f"{folder}/stock", trainable, resume_errored=True)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from . import kills, measure
-from .nodes import ENV
+from .nodes import ENV, Nodes
 from .stock import NUM_TRIALS
 
 PATIENCE_S = 120.0
@@ -28,11 +28,13 @@ def main(num_kills: int, num_stock_kills: int) -> None:
         rows = [
             ("worker SIGKILL", _ours(measure.worker_killed(where / "worker")), _stock(where / "stock-worker", "dies")),
             ("NaN loss", _ours(measure.diverged(where / "nan", 12.0)), _stock(where / "stock-nan", "nan")),
+            ("loss explodes", _ours(measure.diverged(where / "explodes", 2.0)), _stock(where / "stock-explodes", "explodes")),
+            ("gradient is zero", "as above", _stock(where / "stock-zero", "zero")),
             ("hung trial, timeout 5 s", _ours(measure.hung(where / "hung", 8.0)), _stock(where / "stock-hung", "hangs")),
-            ("node SIGKILL", _ours(measure.node_lost(where / "node", signal.SIGKILL)), "not run"),
-            ("node SIGTERM", _ours(measure.node_lost(where / "term", signal.SIGTERM)), "not run"),
-            ("driver SIGTERM", _ours(measure.driver_terminated(where / "driver")[0]), "not run"),
-            ("second driver", _ours(measure.second_driver(where / "second")[0]), "not run"),
+            ("node SIGKILL", _ours(measure.node_lost(where / "node", signal.SIGKILL)), _stock_node(where, signal.SIGKILL)),
+            ("node SIGTERM", _ours(measure.node_lost(where / "term", signal.SIGTERM)), _stock_node(where, signal.SIGTERM)),
+            ("driver SIGTERM", _ours(measure.driver_terminated(where / "driver")[0]), _stock_terminated(where)),
+            ("second driver", _ours(measure.second_driver(where / "second")[0]), _stock_second(where)),
             (f"driver SIGKILL x {num_kills} and {num_stock_kills}", _killed(num_kills), _stock_killed(where, num_stock_kills)),
         ]  # fmt: skip
     print("| fault | this project | stock Ray Tune, OptunaSearch, ASHA |\n|---|---|---|")
@@ -54,11 +56,12 @@ def _killed(num_kills: int) -> str:
     )
 
 
-def _driver(where: Path, command: str, fault: str, *more: str) -> subprocess.Popen:
+def _driver(where: Path, command: str, fault: str, *more: str, address: str | None = None) -> subprocess.Popen:
     where.mkdir(parents=True, exist_ok=True)
     arguments = [sys.executable, "-m", "faults.stock", command, str(where), fault, *more]
     with open(where / f"{command}.log", "a") as log:
         env = {name: value for name, value in ENV.items() if name != "FAKE_TORCH"}  # Optuna looks for the real one
+        env |= {} if address is None else {"STOCK_ADDRESS": address}
         return subprocess.Popen(arguments, env=env, stdout=log, stderr=log)
 
 
@@ -78,6 +81,81 @@ def _stock(where: Path, fault: str) -> str:
     next_s = min((time_s for *_, time_s in events if time_s > at_s), default=float("inf"))
     rows = json.loads((where / "found-start.json").read_text())
     return f"{next_s - at_s:.2f} s; {sum(not row['error'] for row in rows)} of 4 ended without error; losses {_losses(rows)}"
+
+
+def _events(where: Path) -> list[list]:
+    """Trial, rung, process, time of each rung trained so far."""
+    file = where / "events.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _trains(where: Path, process: subprocess.Popen, num_rungs: int = 2) -> None:
+    """Until so many rungs are trained."""
+    deadline = time.monotonic() + PATIENCE_S
+    while len(_events(where)) < num_rungs:
+        assert process.poll() is None and time.monotonic() < deadline, _last_line(where / "start.log")
+        time.sleep(0.05)
+
+
+def _again(where: Path) -> int:
+    """Rungs that were trained more than once."""
+    done = [(trial, rung) for trial, rung, *_ in _events(where)]
+    return len(done) - len(set(done))
+
+
+def _ended(process: subprocess.Popen) -> str:
+    try:
+        return f"exit code {process.wait(PATIENCE_S)}"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return f"not ended after {PATIENCE_S:.0f} s"
+
+
+def _found(where: Path, command: str) -> str:
+    file = where / f"found-{command}.json"
+    if not file.exists():
+        return f"no results ({_last_line(where / f'{command}.log')})"
+    rows = json.loads(file.read_text())
+    whole = sum(row["loss"] is not None and not row["error"] for row in rows)
+    return f"{whole} of {len(rows)} trials with a result, {_again(where)} rungs trained again"
+
+
+def _stock_node(where: Path, number: signal.Signals) -> str:
+    """One of two nodes is lost, with the trial on it."""
+    where = where / f"stock-node-{number.name}"
+    with Nodes(num_cpus=0) as nodes:
+        nodes.add(1)
+        process = _driver(where, "start", "none", "2.0", "3", address=nodes.address)
+        _trains(where, process)
+        nodes.add(1)
+        lost_s, before = time.time(), len(_events(where))
+        (nodes.kill if number == signal.SIGKILL else nodes.terminate)(0)
+        ended = _ended(process)
+    after = [time_s for *_, time_s in _events(where)[before:] if time_s > lost_s + 2.0]
+    went_on = f"went on after {min(after) - lost_s - 2.0:.1f} s" if after else "never went on"
+    return f"{went_on}; {ended}; {_found(where, 'start')}"
+
+
+def _stock_terminated(where: Path) -> str:
+    """SIGTERM to the driver, then Tuner.restore."""
+    where = where / "stock-terminated"
+    process = _driver(where, "start", "none", "3.0", "3")
+    _trains(where, process)
+    began_s = time.monotonic()
+    process.terminate()
+    ended, seconds = _ended(process), time.monotonic() - began_s
+    return f"{ended} after {seconds:.1f} s; restored: {_ended(_driver(where, 'resume', 'none'))}; {_found(where, 'resume')}"
+
+
+def _stock_second(where: Path) -> str:
+    """A second driver restores from the folder of one at work."""
+    where = where / "stock-second"
+    first = _driver(where, "start", "none", "3.0", "3")
+    _trains(where, first)
+    second = _driver(where, "resume", "none")
+    second_ended, first_ended = _ended(second), _ended(first)
+    return f"the second: {second_ended}, {_found(where, 'resume')}; the first: {first_ended}, {_found(where, 'start')}"
 
 
 def _losses(rows: list[dict]) -> str:
