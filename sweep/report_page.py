@@ -87,7 +87,7 @@ def _table(table: Table) -> str:
     ]
     kind = ' class="text"' if table.is_text else ""
     box = "" if table.is_text else ' class="wide"'
-    return f'<div{box}><table{kind}><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return f"<div{box}><table{kind}><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
 
 
 def _paragraph(text: str) -> str:

@@ -17,7 +17,7 @@ import yaml
 from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from sweep.__main__ import _parsed, compose
+from sweep.composing import compose, parsed
 from sweep.config import parse_sweep_config
 
 LAUNCH = Path(__file__).parent.parent / "conf" / "cluster" / "launch"
@@ -140,5 +140,5 @@ def test_a_slurm_job_that_is_ended_lets_the_driver_stop_at_a_safe_point(job, tmp
     assert (tmp_path / "stopped").exists()
     (sweep,) = (line for line in (tmp_path / "calls.txt").read_text().splitlines() if line.startswith("sweep"))
     assert "cluster=ray" not in sweep  # a resume takes no groups; where it runs may change
-    options = dict(map(_parsed, shlex.split(sweep.split("-m sweep ")[1])))
+    options = dict(map(parsed, shlex.split(sweep.split("-m sweep ")[1])))
     assert options["cluster.address"] == "10.0.0.1:20007" and options["cluster.num_gpus"] == 4

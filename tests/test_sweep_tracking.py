@@ -156,7 +156,8 @@ def test_a_finished_sweep_has_its_summary_and_the_best_adapter(tracker, runs, cl
     parent, former, best = (runs()[name] for name in ("my sweep", "0001 COMPLETE", "0002 COMPLETE (best)"))
     assert parent.info.status == "FINISHED"
     assert (parent.data.metrics, parent.data.tags["rule"]) == (
-        {"eval/best_loss_nats_per_token": 1.2, "trials/num_complete": 2.0}, "lowest"
+        {"eval/best_loss_nats_per_token": 1.2, "trials/num_complete": 2.0},
+        "lowest",
     )
     assert [file.path for file in client.list_artifacts(former.info.run_id, "adapter")] == ["adapter/adapter_config.json"]
     assert (former.data.tags["sweep.best"], best.data.tags["sweep.best"]) == ("false", "true")
