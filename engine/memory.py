@@ -24,8 +24,9 @@ LOSS_CHUNK_BYTES = 256 * 2**20  # engine.loss.CHUNK_BYTES
 HOST_EMBEDDING_MIN_BYTES = 256 * 2**20  # engine.embedding.MIN_BYTES
 EVALUATION_ROW_TOKENS = 4096  # engine.evaluate.MIN_ROW_TOKENS
 
-# torch gives cuBLAS a workspace in each thread that calls it, the caller's and autograd's: 32 MiB on Hopper, 8.1 MiB on other
-# cards, for which this is 48 MiB too much. That it is two follows from the measured peaks, which 64 MiB explain and 32 do not.
+# torch gives cuBLAS a workspace on each stream for each thread that calls it, the caller's and autograd's: 32 MiB on Hopper,
+# 8.1 MiB on other cards, for which this is 48 MiB too much. That it is two follows from the measured peaks, which 64 MiB explain
+# and 32 do not.
 MATMUL_WORKSPACES = 2 * 32 * 2**20
 # Outside of what torch allocates: CUDA context and loaded kernels. An estimate, not measured here.
 CONTEXT_GIB = 0.6
@@ -112,7 +113,8 @@ class _Walk:
         """The base model, from its 16-bit weights; then all that lies still while it is trained."""
         ledger, plans = self.ledger, self.plans
         ledger.enter("load")
-        ledger.hold("workspaces", MATMUL_WORKSPACES, "matmul workspaces")
+        streams = 2 if self.config.train.cuda_graphs is True else 1  # recordings have one of their own
+        ledger.hold("workspaces", streams * MATMUL_WORKSPACES, "matmul workspaces")
         for name, size in _base_bytes(self.config, self.shape).items():
             ledger.hold(name, size, name)
         table = self.element * self.shape.vocab_size * self.shape.hidden_size

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from engine.cards import found_card
 from engine.checkpoint import Pace, Progress, Sums
 from engine.config import TrainConfig
 from engine.data import load_data
+from engine.device import limit_memory, peak_gib
 from engine.divergence import check_loss
 from engine.errors import Interrupted, OutOfMemory
 from engine.evaluate import evaluate, evaluation_batches
@@ -69,7 +69,7 @@ def train(
     budget = config.train.memory_budget_gib if device.type == "cuda" else None
     try:
         if budget is not None:
-            _limit_memory(budget, device)
+            limit_memory(budget, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # the highest so far is an earlier trial's
         torch.manual_seed(config.train.seed)
@@ -85,7 +85,7 @@ def train(
         layers.clear()
         free(device)
         if budget is not None:
-            _limit_memory(math.inf, device)
+            limit_memory(math.inf, device)
 
 
 class _Run:
@@ -159,7 +159,7 @@ class _Run:
     def _note_where(self) -> None:
         progress = self.progress
         progress.epoch, progress.position = self.cursor.epoch, self.cursor.position
-        progress.peak_allocated_gib = max(progress.peak_allocated_gib, _peak_gib(self.base.device))
+        progress.peak_allocated_gib = max(progress.peak_allocated_gib, peak_gib(self.base.device))
 
     def _step(self) -> tuple[Tensor, Tensor, int, int]:
         """One optimizer step: (summed loss and gradient norm, still on the device; tokens and target tokens, known here)."""
@@ -201,7 +201,7 @@ class _Run:
     def _make_room(self) -> None:
         """After memory ran out: the next leaner plan, or OutOfMemory. The step is then computed again from its start, with the
         parameters it began with."""
-        measured, plan = _peak_gib(self.base.device), leaner(self.plan, self.config, self.shape)
+        measured, plan = peak_gib(self.base.device), leaner(self.plan, self.config, self.shape)
         predicted = None if self.plan.memory is None else self.plan.memory.peak_gib
         if plan is None:
             known = "" if predicted is None else f"predicted peak {predicted:.2f} GiB, "
@@ -291,16 +291,3 @@ def _make_plan(config: TrainConfig, base: Base) -> tuple[Plan, ModelShape | None
     card = found_card(torch.cuda.get_device_name(base.device), min(ours, total_bytes) / GIB)
     shape = ModelShape.known(base.model.config.to_dict(), config.model.path)
     return plan_for(config, shape, card, host_share_gib()), shape
-
-
-def _limit_memory(gib: float, device: torch.device) -> None:
-    """Let this process have no more than `gib` of the device; all of it where that is more than there is."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device)
-
-
-def _peak_gib(device: torch.device) -> float:
-    """CUDA: highest bytes allocated by torch; CPU: highest resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

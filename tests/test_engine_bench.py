@@ -41,7 +41,7 @@ def test_all_systems_compute_the_same_loss(policy):
     assert ours["first_loss"] != pytest.approx(ours["last_loss"], abs=1e-3)  # other tokens: the tolerance can fail
 
 
-@pytest.mark.parametrize("system", HERE)
+@pytest.mark.parametrize("system", [HERE[0], *(pytest.param(system, marks=pytest.mark.faults) for system in HERE[1:])])
 def test_a_setting_is_measured_as_if_it_were_alone_in_its_process(system):
     settings = [TINY, replace(TINY, rank=2, policy="keep"), TINY]
     first, other, again = measure(system, settings)
@@ -96,6 +96,7 @@ STAND_IN = """
 """
 
 
+@pytest.mark.faults
 def test_a_system_that_loads_from_a_folder_sees_the_same_weights_and_the_folder_is_used_again(tmp_path, monkeypatch):
     site, scratch = tmp_path / "site", tmp_path / "scratch"
     (site / "unsloth").mkdir(parents=True)

@@ -95,10 +95,11 @@ def test_a_model_that_cannot_be_recorded_is_computed_without(config, monkeypatch
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {
-        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda s: nullcontext(), "CUDAGraph": object,
+        "current_stream": lambda: stream, "stream": lambda s: nullcontext(), "CUDAGraph": object,
         "graph": graph,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr("engine.graphs._side_stream", lambda device: stream)
     base = load_base(config.model, torch.device("cpu"))
     layers = attach(base.model, base.linear_names, config.lora, 0)
     FlatAdapter(layers, base.dtype)
