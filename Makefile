@@ -13,7 +13,7 @@ quickstart: $(STAMP) ## Install, then run a whole sweep on a small model (about 
 
 test: $(STAMP) lint ## Install, then lint and test (CPU, under 8 minutes)
 	@echo "== tests"
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 faults: $(STAMP) ## Kill drivers (FAULTS times, 20 unless set), workers and nodes of sweeps, and all tests that are too long for `make test`
 	@echo "== faults"

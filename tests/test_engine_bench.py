@@ -32,7 +32,7 @@ def one(system: str, setting: Setting) -> dict:
     return next(measure(system, [setting]))
 
 
-@pytest.mark.parametrize("policy", ["recompute", "keep"])
+@pytest.mark.parametrize("policy", ["keep", pytest.param("recompute", marks=pytest.mark.faults)])
 def test_all_systems_compute_the_same_loss(policy):
     ours, *others = (one(system, replace(TINY, policy=policy)) for system in HERE)
     for other in others:
