@@ -113,6 +113,7 @@ def test_a_system_that_loads_from_a_folder_sees_the_same_weights_and_the_folder_
     assert (folder / "config.json").stat().st_mtime_ns == written and first["checkpoint_s"] > 0
 
 
+@pytest.mark.faults
 def test_rows_run_in_processes_of_their_own_and_a_missing_package_is_a_row(tmp_path, monkeypatch, capsys):
     missing = System(SYSTEMS["peft-liger"].build, needs=("no_such_package",))
     monkeypatch.setitem(SYSTEMS, "peft-liger", missing)

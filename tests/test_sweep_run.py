@@ -117,7 +117,8 @@ def test_a_space_in_which_nothing_fits_is_one_line_before_anything_starts(tmp_pa
     assert not (tmp_path / "sweeps").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_sweep_is_resumed_with_no_result_lost_or_doubled(tmp_path, number):
     space = {"lora.rank": {"choices": [2, 4, 8]}, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
     process = start(tmp_path, optim={"eps": 0.2}, space=space, sweep={"num_trials": 8})
