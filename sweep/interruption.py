@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+TRAINING = ".training"  # in a trial's folder: its process has loaded the model, so that there may be something to save
 LOOK_EVERY_S = 0.2  # a look at the file takes microseconds on a local disk, and a round trip on a shared one
 TERMINATED = ".terminated"  # in a trial's folder: its process was asked to end, and it is no fault of the trial
 
@@ -22,10 +23,11 @@ class Interruption:
     """Of one worker process."""
 
     def __init__(self, when_idle: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
-        """when_idle: SIGTERM comes while no step is computed; called in the main thread, before the process ends."""
+        """when_idle: SIGTERM comes while there is nothing to save; called in the main thread, before the process ends."""
         self.is_terminated = False
         self._when_idle, self._clock = when_idle, clock
-        self._is_working, self._file, self._looked_s, self._is_asked = False, Path(), float("-inf"), False
+        self._is_working = self._is_training = self._is_asked = False
+        self._file, self._looked_s = Path(), float("-inf")
 
     def listen(self) -> None:
         """Take SIGTERM from now on, also where the process was started with it blocked (see tuning.py)."""
@@ -46,16 +48,30 @@ class Interruption:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Inside, SIGTERM waits for the end of the step."""
+        """Inside, SIGTERM waits for the end of the step, where one is trained."""
         self._is_working = True
         try:
             yield
         finally:
             self._is_working = False
 
+    @contextmanager
+    def training(self, trial_folder: Path) -> Iterator[None]:
+        """Inside, an end waits for the trial, the driver's too. Before, its process loads libraries and model: it has nothing to
+        save, and would take longer than a machine has that is about to go. A note that a killed one leaves costs a later end its
+        grace."""
+        note = trial_folder / TRAINING
+        note.touch()
+        self._is_training = True
+        try:
+            yield
+        finally:
+            self._is_training = False
+            note.unlink(missing_ok=True)
+
     def _terminate(self, number: int, frame: Any) -> None:
         self.is_terminated = True
-        if not self._is_working:
+        if not (self._is_working and self._is_training):
             self._when_idle()
             raise SystemExit(128 + number)
 
@@ -63,6 +79,11 @@ class Interruption:
 def note_terminated(trial_folder: Path) -> None:
     """For the driver, which sees only that the process is gone."""
     (trial_folder / TERMINATED).touch()
+
+
+def is_training(trial_folder: Path) -> bool:
+    """Whether the trial may have something to save."""
+    return (trial_folder / TRAINING).exists()
 
 
 def was_terminated(trial_folder: Path) -> bool:

@@ -17,7 +17,7 @@ from engine.errors import StorageError, first_line
 from engine.files import storage_fault
 from sweep.budget import Budget
 from sweep.config import BudgetConfig
-from sweep.interruption import was_terminated
+from sweep.interruption import is_training, was_terminated
 from sweep.live import LiveTrials
 from sweep.objectives import EVAL_LOSS, objective_values
 from sweep.outcome import CONTENDERS, Outcome, Proposal, TrialRecord
@@ -113,6 +113,10 @@ class Ledger:
     def wind_down(self) -> None:
         """The driver will end: start nothing. What runs is asked to save and end, and goes on at the resume."""
         self._is_winding_down = True
+
+    def num_training(self) -> int:
+        """Live trials that may have something to save: an end waits for them."""
+        return sum(is_training(self._folder.trial(number)) for number in self.live)
 
     def recover(self) -> list[int]:
         """After a kill: make up for what the driver did not hear. Returns the trials that will go on, with their numbers.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class LiveTrials:
@@ -14,6 +14,9 @@ class LiveTrials:
 
     def __contains__(self, number: int) -> bool:
         return number in self._heard_s
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._heard_s)
 
     def __len__(self) -> int:
         return len(self._heard_s)

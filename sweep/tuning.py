@@ -51,11 +51,11 @@ def run_trials(
     def wind_down() -> None:
         ledger.wind_down()
         folder.stop_file.touch()
-        if ledger.live:
+        if ledger.num_training():
             note(f"stopping: running trials finish their step and save, at most {GRACE_S:.0f} s; Ctrl-C ends them at once")
 
     folder.stop_file.unlink(missing_ok=True)
-    stop = SafeStop(lambda: ledger.storage_fault, wind_down, lambda: len(ledger.live))
+    stop = SafeStop(lambda: ledger.storage_fault, wind_down, ledger.num_training)
     with stop.catching(), ExitStack() as stack:
         with _sigterm_blocked():
             stack.enter_context(cluster(slots, address, folder.log))
@@ -116,12 +116,13 @@ class SafeStop(Stopper):
         self,
         fault: Callable[[], str | None],
         wind_down: Callable[[], None],
-        num_live: Callable[[], int],
+        num_training: Callable[[], int],
         grace_s: float = GRACE_S,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """fault: why to stop at once, or None. wind_down: asks the running trials to end; num_live: how many there still are."""
-        self._fault, self._wind_down, self._num_live = fault, wind_down, num_live
+        """fault: why to stop at once, or None. wind_down: asks the running trials to end; num_training: how many of them may still
+        have something to save."""
+        self._fault, self._wind_down, self._num_training = fault, wind_down, num_training
         self._grace_s, self._monotonic = grace_s, monotonic
         self._signalled, self._deadline_s = False, None
 
@@ -137,7 +138,7 @@ class SafeStop(Stopper):
         if self._signalled and self._deadline_s is None:
             self._deadline_s = self._monotonic() + self._grace_s
             self._wind_down()
-        if self._signalled and (not self._num_live() or self._monotonic() >= self._deadline_s):
+        if self._signalled and (not self._num_training() or self._monotonic() >= self._deadline_s):
             raise KeyboardInterrupt
         return False
 

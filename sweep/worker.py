@@ -150,7 +150,10 @@ class TrialWorker(Trainable):
         if heard < self._num_rungs:
             train = importlib.import_module(self._spec["engine"]["train"]).train
             base, interrupted = self._resident_base(config), self._interruption.is_asked
-            with closing(train(config, run_dir, base=base, interrupted=interrupted)) as reports:
+            with (
+                self._interruption.training(run_dir),
+                closing(train(config, run_dir, base=base, interrupted=interrupted)) as reports,
+            ):
                 for report in reports:
                     yield from read_reports(run_dir)[heard : report.rung - 1]
                     self._setup_s = report.setup_s if self._setup_s is None else self._setup_s

@@ -15,6 +15,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+FAKE_ENV = {**ENV, "FAKE_TORCH": "1"}  # of the fake engine, which computes nothing
 BASE = {
     "model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400, "num_reports": 4}, "tracking": {"name": "none"},
     "cluster": {"num_cpu_slots": 2},
@@ -24,7 +25,7 @@ BASE = {
 def fake_driver(*arguments: str, path: str | None = None, **options) -> subprocess.Popen:
     """path: put before PATH."""
     command = [sys.executable, str(TESTS / "sweep_fake_driver.py"), *arguments]
-    env = ENV if path is None else {**ENV, "PATH": os.pathsep.join([path, ENV["PATH"]])}
+    env = FAKE_ENV if path is None else {**FAKE_ENV, "PATH": os.pathsep.join([path, ENV["PATH"]])}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 

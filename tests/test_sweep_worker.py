@@ -17,7 +17,7 @@ import engine.model
 import engine.train
 from engine.config import TrainConfig, parse
 from engine.train import train
-from sweep.interruption import was_terminated
+from sweep.interruption import is_training, was_terminated
 from sweep.runs import read_reports
 from sweep.worker import TrialWorker
 
@@ -178,6 +178,31 @@ def test_reports_that_only_the_checkpoint_kept_are_passed_on_and_judged_before_a
     slot.worker.cleanup()
     assert [json.loads(result["report"])["rung"] for result in heard] == list(range(3 - left_out, 3))
     assert file.read_text().splitlines(keepends=True) == whole
+
+
+@pytest.mark.parametrize("how", ["SIGTERM to the process", "the driver's file"])
+def test_a_process_that_still_loads_the_model_is_not_waited_for(tmp_path, tiny_config, monkeypatch, how):
+    """It has nothing to save: after SIGTERM it ends in the middle of it, and the driver does not count it."""
+    seen, slot, trial, load = [], Slot(), tmp_path / "trial", engine.model.load_base
+
+    def load_base(*given):
+        seen.append(is_training(trial))
+        if how.startswith("SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen.append("goes on")
+        return load(*given)
+
+    monkeypatch.setattr(engine.model, "load_base", load_base)
+    if how.startswith("SIGTERM"):
+        with pytest.raises(SystemExit):
+            slot.run(variant(tiny_config, VARIANTS[1]), trial)
+        slot.worker._close()
+        assert seen == [False] and was_terminated(trial)
+    else:
+        slot.run(variant(tiny_config, VARIANTS[1]), trial, num_rungs=1)
+        assert seen == [False, "goes on"] and is_training(trial)
+        slot.worker.cleanup()
+        assert not is_training(trial)
 
 
 def test_a_process_asked_to_end_between_two_steps_ends_at_once(tmp_path, tiny_config):
