@@ -120,8 +120,8 @@ class SafeStop(Stopper):
         grace_s: float = GRACE_S,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """fault: why to stop at once, or None. wind_down: asks the running trials to end; num_training: how many of them may still
-        have something to save."""
+        """fault: why to stop at once, or None. wind_down: asks the running trials to end; num_training: how many of them may
+        still have something to save."""
         self._fault, self._wind_down, self._num_training = fault, wind_down, num_training
         self._grace_s, self._monotonic = grace_s, monotonic
         self._signalled, self._deadline_s = False, None
