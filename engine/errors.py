@@ -11,7 +11,7 @@ class InputError(EngineError):
     def __init__(self, field: str, value: object, allowed: str) -> None:
         """field: dotted config path or file; value: what was given; allowed: what would have been accepted."""
         self.field, self.value, self.allowed = field, value, allowed
-        super().__init__(f"{field} = {_short(value)}: {allowed}")
+        super().__init__(_one_line(f"{field} = {_short(value)}: {allowed}"))
 
     def __reduce__(self):  # exceptions with several arguments do not survive pickling (Ray) without this
         return (type(self), (self.field, self.value, self.allowed))
@@ -51,6 +51,11 @@ def first_line(error: Exception) -> str:
     lines = str(error).split("\n") if str(error).strip() else [type(error).__name__]
     lines = [line.strip() for line in lines if line.strip()]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def _one_line(text: str) -> str:
+    """Line ends and what would steer a terminal as escapes: a key of a config may hold anything."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _short(value: object, limit: int = 120) -> str:

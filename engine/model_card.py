@@ -116,7 +116,7 @@ def _loading(card: Card) -> list[str]:
 def _peft(card: Card) -> list[str]:
     rank = next((r for r in VLLM_RANKS if r >= card.rank), card.rank)
     return [
-        *_peft_code(card),
+        *peft_code(card.base, card.config),
         "vLLM:",
         "```",
         f"vllm serve {card.base} --enable-lora --max-lora-rank {rank} --lora-modules adapter=.",
@@ -125,19 +125,20 @@ def _peft(card: Card) -> list[str]:
     ]
 
 
-def _peft_code(card: Card) -> list[str]:
-    """Loads the base as it was in training: 4-bit where that was so, else the adapter meets other weights than it learned on."""
-    quantized = card.config is not None and card.config.model.quantization == "nf4"
+def peft_code(base: str, config: TrainConfig | None) -> list[str]:
+    """Loads the adapter of this folder on the base as it was in training: 4-bit where that was so, else the adapter meets other
+    weights than it learned on."""
+    quantized = config is not None and config.model.quantization == "nf4"
     imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantized else "")
     lines = ["```python", "import torch", "from peft import PeftModel", f"from transformers import {imports}", ""]
     if quantized:
-        double = card.config.model.double_quantization
+        double = config.model.double_quantization
         lines.append('four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",')
         lines.append(f"                              bnb_4bit_use_double_quant={double}, bnb_4bit_compute_dtype=torch.bfloat16)")
     option = "quantization_config=four_bit" if quantized else "dtype=torch.bfloat16"
     return [
         *lines,
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(card.base)}, {option})",
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}, {option})",
         'model = PeftModel.from_pretrained(base, ".")',
         'tokenizer = AutoTokenizer.from_pretrained(".")',
         "```",

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from engine.errors import EngineError
 from sweep.composing import compose, parsed, run_keys, to_yaml
 from sweep.conf_files import groups
+from sweep.output import lasting_output
 
-__all__ = ["compose", "groups", "main"]
+__all__ = ["compose", "groups", "main", "run"]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 done, 1 no trial completed, 2 bad input, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        return _main(arguments)
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    return run(lambda: _main(arguments))
+
+
+def run(command: Callable[[], int]) -> int:
+    """The command's exit code, or that of what it raised, in one line."""
+    with lasting_output():
+        try:
+            return command()
+        except EngineError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return getattr(error, "exit_code", 2)
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            return 130
 
 
 def _main(arguments: list[str]) -> int:

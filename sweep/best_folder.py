@@ -12,6 +12,7 @@ from typing import Any
 from engine.config import TrainConfig, parse, to_json
 from engine.errors import InputError
 from engine.files import write_folder
+from engine.model_card import peft_code
 from sweep.markdown import number, table
 from sweep.outcome import TrialRecord
 from sweep.selection import Rule, median_speed, num_parameters
@@ -107,7 +108,7 @@ def model_card(
             "",
             "Run in this folder:",
             "",
-            *_load_code(base_model, config if quantized else None),
+            *peft_code(base_model, config),
             *_builtin_note(config.model.path),
             "",
             "## Train it again",
@@ -156,26 +157,6 @@ def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]
         ("peak allocated GiB", number(record.peak_allocated_gib, ".2f")),
         ("peak predicted GiB", number(record.predicted_peak_gib, ".2f")),
         ("seed", str(config.train.seed)),
-    ]
-
-
-def _load_code(base_model: str, quantized: TrainConfig | None) -> list[str]:
-    """Loads the base as it was in training: 4-bit where that was so, else the adapter meets other weights than it learned on."""
-    imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantized else "")
-    lines = ["```python", "import torch", "from peft import PeftModel", f"from transformers import {imports}", ""]
-    if quantized:
-        double = quantized.model.double_quantization
-        lines += [
-            'four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",',
-            f"                              bnb_4bit_use_double_quant={double}, bnb_4bit_compute_dtype=torch.bfloat16)",
-        ]
-    option = "quantization_config=four_bit" if quantized else "dtype=torch.bfloat16"
-    return [
-        *lines,
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base_model)}, {option})",
-        'model = PeftModel.from_pretrained(base, ".")',
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
-        "```",
     ]
 
 

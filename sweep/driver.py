@@ -26,6 +26,7 @@ from sweep.disk import wait_until_flushed
 from sweep.engine_modules import REAL_ENGINE, EngineModules
 from sweep.feasibility import Feasibility, make_feasibility
 from sweep.forecast import card_line, check_any_fits, describe_forecast, no_forecast_line
+from sweep.interruption import taken_signals
 from sweep.paths import with_absolute_paths
 from sweep.plan import Plan, make_plan
 from sweep.ray_environment import set_ray_environment
@@ -59,7 +60,7 @@ def _launch(plan: Plan, folder: SweepFolder | None, dry_run: bool, engine: Engin
     if dry_run:
         _forecast(plan, engine)
         return 0
-    with _terminate_as_interrupt(), _metrics_page(plan) as page:
+    with _stop_as_interrupt(), _metrics_page(plan) as page:
         try:
             feasibility, data = _prepare(plan, engine)
         except KeyboardInterrupt:
@@ -249,14 +250,15 @@ def _storage_errors(folder: SweepFolder) -> Iterator[None]:
 
 
 @contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM, which schedulers and `kill` send, does what Ctrl-C does."""
+def _stop_as_interrupt() -> Iterator[None]:
+    """Every signal that asks for an end does what Ctrl-C does."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in taken_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; `kill` and schedulers; a terminal that is closed
 TRAINING = ".training"  # in a trial's folder: its process has loaded the model, so that there may be something to save
 LOOK_EVERY_S = 0.2  # a look at the file takes microseconds on a local disk, and a round trip on a shared one
 TERMINATED = ".terminated"  # in a trial's folder: its process was asked to end, and it is no fault of the trial
@@ -74,6 +75,12 @@ class Interruption:
         if not (self._is_working and self._is_training):
             self._when_idle()
             raise SystemExit(128 + number)
+
+
+def taken_signals() -> tuple[signal.Signals, ...]:
+    """Those by which a driver is asked to end; not SIGHUP under nohup, which ignores it."""
+    is_immune = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in STOP_SIGNALS if not (is_immune and number == signal.SIGHUP))
 
 
 def note_terminated(trial_folder: Path) -> None:

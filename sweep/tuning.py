@@ -20,6 +20,7 @@ from engine.errors import StorageError
 from sweep.card_kinds import Label
 from sweep.cluster import cluster
 from sweep.engine_modules import EngineModules, worker_config
+from sweep.interruption import STOP_SIGNALS, taken_signals
 from sweep.ledger import Ledger
 from sweep.outcome import Proposal
 from sweep.placement import Slots
@@ -57,7 +58,7 @@ def run_trials(
     folder.stop_file.unlink(missing_ok=True)
     stop = SafeStop(lambda: ledger.storage_fault, wind_down, ledger.num_training)
     with stop.catching(), ExitStack() as stack:
-        with _sigterm_blocked():
+        with _stop_signals_blocked():
             stack.enter_context(cluster(slots, address, folder.log))
         stack.callback(folder.stop_file.unlink, missing_ok=True)
         stack.enter_context(warnings.catch_warnings())
@@ -82,10 +83,11 @@ def run_trials(
 
 
 @contextmanager
-def _sigterm_blocked() -> Iterator[None]:
-    """Processes started inside do not take SIGTERM: what manages a machine sends it to all of them, and a raylet that gets it
-    kills its workers within 20 ms, before they can save. The driver takes it, and ends Ray; workers unblock it for themselves."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+def _stop_signals_blocked() -> Iterator[None]:
+    """Processes started inside take neither SIGTERM nor SIGHUP: what manages a machine, and a terminal that is closed, send them
+    to all, and a raylet kills its workers within 20 ms then, before they can save. The driver takes them, and ends Ray; workers
+    unblock SIGTERM for themselves."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOP_SIGNALS) - {signal.SIGINT})
     try:
         yield
     finally:
@@ -145,7 +147,7 @@ class SafeStop(Stopper):
     @contextmanager
     def catching(self) -> Iterator[None]:
         """The first signal is kept for the next safe point; a second one acts at once."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in taken_signals()}
 
         def catch(number: int, frame: Any) -> None:
             self._signalled = True

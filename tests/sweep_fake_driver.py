@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from engine.errors import EngineError, OutOfMemory
+from engine.errors import OutOfMemory
 from engine.planner import Plan
 from sweep import driver, feasibility
+from sweep.__main__ import run
 from sweep.engine_modules import EngineModules
 
 ENGINE = EngineModules(train="sweep_fake_engine", model="sweep_fake_engine", command="sweep_fake_engine")
@@ -30,13 +31,9 @@ os.environ["FAKE_TORCH"] = "1"  # for the workers
 
 def main(command: str, argument: str, overrides: str = "{}") -> int:
     feasibility.plan = plan
-    try:
-        if command == "start":
-            return driver.start(json.loads(Path(argument).read_text()), engine=ENGINE)
-        return driver.resume(argument, json.loads(overrides), engine=ENGINE)
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+    if command == "start":
+        return run(lambda: driver.start(json.loads(Path(argument).read_text()), engine=ENGINE))
+    return run(lambda: driver.resume(argument, json.loads(overrides), engine=ENGINE))
 
 
 if __name__ == "__main__":

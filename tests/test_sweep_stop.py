@@ -7,7 +7,8 @@ import signal
 
 import pytest
 
-from sweep.interruption import Interruption
+from sweep.interruption import Interruption, taken_signals
+from sweep.output import LastingStream
 from sweep.tuning import SafeStop
 
 
@@ -40,3 +41,32 @@ def test_a_worker_looks_for_the_drivers_file_no_more_than_five_times_a_second(tm
     assert interruption.is_asked()
     file.unlink()
     assert interruption.is_asked()  # said once, it holds for this trial
+
+
+def test_output_that_nobody_takes_any_more_is_dropped_and_other_errors_are_not(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:
+        stream = LastingStream(pipe)
+        print("a trial ends", file=stream, flush=True)
+        print("another", file=stream, flush=True)
+    with open(tmp_path / "log", "w") as file:
+        stream = LastingStream(file)
+        print("whole", file=stream, flush=True)
+        assert (tmp_path / "log").read_text() == "whole\n" and not stream.isatty()
+        with open(tmp_path / "log") as reader:
+            os.dup2(reader.fileno(), file.fileno())  # open, but not to be written
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            print("lost", file=stream, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+@pytest.mark.parametrize("is_immune", [False, True])
+def test_a_closed_terminal_ends_a_driver_as_a_signal_does_but_not_under_nohup(is_immune):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_immune else signal.SIG_DFL)
+    try:
+        assert (signal.SIGHUP in taken_signals()) is not is_immune
+        with SafeStop(lambda: None, lambda: None, lambda: 0).catching():
+            assert (signal.getsignal(signal.SIGHUP) is signal.SIG_IGN) is is_immune
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -85,10 +85,12 @@ def node_lost(where: Path, number: signal.Signals) -> Found:
         return _ended_by(lambda: end(1), on_second, driver, where)
 
 
-def driver_terminated(where: Path, everywhere: bool = False) -> tuple[Found, int, list[float]]:
-    """SIGTERM to a driver at work, in the middle of a rung of two trials; everywhere: to its Ray and workers too, as a machine
-    does that is about to be taken away. seconds: until it has ended; then the sweep is resumed to its end. Also its exit code,
-    and the seconds of that rung that each trial had saved."""
+def driver_terminated(
+    where: Path, everywhere: bool = False, number: signal.Signals = signal.SIGTERM
+) -> tuple[Found, int, list[float]]:
+    """A signal to a driver at work, in the middle of a rung of two trials; everywhere: to its Ray and workers too, as a machine
+    does that is about to be taken away, and a terminal that is closed. seconds: until it has ended; then the sweep is resumed to
+    its end. Also its exit code, and the seconds of that rung that each trial had saved."""
     sections = {"optim": {"eps": 6.0}, "sweep": {"num_trials": 2}, "pruner": {"name": "none"}, "cluster": {"max_retries": 0}}
     driver = Driver.start(config(where / "sweeps", **sections), where)
     trials = [file.parent for file in _running(where / "sweeps", 2, driver)]
@@ -97,8 +99,8 @@ def driver_terminated(where: Path, everywhere: bool = False) -> tuple[Found, int
     if everywhere:
         for child in psutil.Process(driver.process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                child.terminate()
-    driver.kill(signal.SIGTERM)
+                child.send_signal(number)
+    driver.kill(number)
     seconds = time.monotonic() - began
     saved = [json.loads((trial / "within_rung.json").read_text())["seconds"] for trial in trials]
     folder = only_folder(where / "sweeps")

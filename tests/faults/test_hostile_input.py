@@ -20,7 +20,7 @@ from sweep.space_parse import known_paths, parse_space
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 SECRET = "hunter2-is-not-to-be-seen"
 BASE = {"model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400}}
-TRICKS = st.sampled_from(["${oc.env:SECRET_TOKEN}", "../../x", "!!python/object:os.system", "a\0b", "_target_",
+TRICKS = st.sampled_from(["a\nb", "\x1b[2J", "${oc.env:SECRET_TOKEN}", "../../x", "!!python/object:os.system", "a\0b", "_target_",
                           "", "~", "${model.path}",
                           "\\${oc.env:SECRET_TOKEN}", "builtin:../x", "all-linear", "${", "}", ".inf", "1e999"])  # fmt: skip
 LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), TRICKS)
@@ -35,7 +35,7 @@ def answer(call, *arguments):
     try:
         return call(*arguments)
     except InputError as error:
-        assert "\n" not in str(error) and SECRET not in str(error)
+        assert str(error).isprintable() and SECRET not in str(error)
         return None
 
 

@@ -50,9 +50,9 @@ def test_a_trial_goes_on_elsewhere_after_its_node_was_lost(tmp_path, number):
     assert "it goes on from its checkpoint" in found.text
 
 
-@pytest.mark.parametrize("everywhere", [False, True])
-def test_a_terminated_driver_ends_within_20_seconds_with_the_work_of_half_a_rung_saved(tmp_path, everywhere):
-    found, code, saved = measure.driver_terminated(tmp_path, everywhere)
+@pytest.mark.parametrize(("number", "everywhere"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, True)])
+def test_a_terminated_driver_ends_within_20_seconds_with_the_work_of_half_a_rung_saved(tmp_path, number, everywhere):
+    found, code, saved = measure.driver_terminated(tmp_path, everywhere, number)
     assert (code, found.sweep.faults) == (130, [])
     assert found.seconds < 20.0
     assert len(saved) == 2 and max(saved) > 1.0  # of 6 seconds; a resumed trial computes the others alone
