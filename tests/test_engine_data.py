@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import DataConfig, ModelConfig, parse
-from engine.data import load_data, split_by_content
+from engine.data import TokenSet, load_data, split_by_content
 from engine.errors import InputError
 from engine.loss import IGNORE
 from engine.model import load_tokenizer
@@ -216,3 +216,14 @@ def test_evaluation_can_be_on_the_training_samples_themselves(load, tokenizer):
     assert learnt(train, tokenizer) == learnt(evaluation, tokenizer) and len(train) == 3
     train, evaluation = load(rows, eval="train")
     assert len(train) == len(evaluation) == 12
+
+
+def test_trials_of_a_node_map_the_same_tokens_and_none_can_change_them(load):
+    """The kernel keeps them once for all processes, whatever their sequence length."""
+    rows = [{"prompt": f"say {i}", "completion": "yes"} for i in range(20)]
+    one, other = (load(rows, max_seq_length=length)[0]._tokens for length in (64, 32))
+    for name in TokenSet.__dataclass_fields__:
+        mine, theirs = getattr(one, name), getattr(other, name)
+        assert isinstance(mine, np.memmap) and mine.filename == theirs.filename and mine is not theirs
+        with pytest.raises(ValueError, match="read-only"):
+            mine[:1] = 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from test_engine_train import CPU, build
 import engine.model
 from engine.data import load_data
 from engine.model import load_base
-from engine.packed import PREFIX, QUOTA_VARIABLE
+from engine.packed import PREFIX, QUOTA_VARIABLE, load_packed
 from engine.packing import collate
 
 
@@ -122,3 +124,23 @@ def test_beyond_the_quota_the_base_used_longest_ago_is_removed(tiny_config, cach
     load[0]()  # so the second was used longest ago
     load[2]()
     assert len(packed(cache)) == 2 and first in packed(cache)
+
+
+def test_workers_of_a_node_that_begin_at_once_quantise_once(tmp_path, cache, monkeypatch):
+    """All but one wait, and read what it has saved."""
+    folder, quantised, read = tmp_path / "model", [], []
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setattr("engine.packed._save", lambda model, target: (target / "weights").write_text(model))
+
+    def quantise():
+        quantised.append(1)
+        time.sleep(0.3)  # the others come meanwhile
+        return "bits", {}
+
+    def load(_):
+        return load_packed(folder, {}, quantise, lambda packed: (read.append(1), ((packed / "weights").read_text(), {}))[1])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(load, range(4))) == [("bits", {})] * 4
+    assert (len(quantised), len(read)) == (1, 3)

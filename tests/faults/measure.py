@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from .disk import Disk
 from .nodes import Nodes
 from .sweeps import NUM_RUNGS, Driver, Sweep, config, only_folder
 
@@ -107,6 +108,32 @@ def driver_terminated(
     resumed = Driver.resume(folder)
     assert resumed.wait() == 0, resumed.text()
     return _found(resumed, folder, seconds), driver.process.returncode, saved
+
+
+def disk_full(where: Path) -> Found:
+    """The sweep's disk is full after the first report; resumed once there is room. seconds: until the driver has ended."""
+    with Disk(where) as disk:
+        whole = config(disk.path / "sweeps", optim={"eps": 0.3}, sweep={"num_trials": 4}, pruner={"name": "none"})
+        driver = Driver.start({**whole, "tracking": {"name": "none"}}, where.with_name(f"{where.name}-logs"))
+        _running(disk.path / "sweeps", 1, driver)
+        disk.fill()
+        began_s = time.monotonic()
+        code, seconds = driver.wait(), time.monotonic() - began_s
+        assert code == 1, driver.text()
+        disk.make_room()
+        resumed = Driver.resume(only_folder(disk.path / "sweeps"))
+        assert resumed.wait() == 0, resumed.text()
+        return _found(resumed, only_folder(disk.path / "sweeps"), seconds)
+
+
+def tracked(where: Path, uri: str) -> Found:
+    """Four trials on one slot, recorded there. seconds: from the first one's beginning to the last one's end."""
+    sections = {"tracking": {"name": "mlflow", "uri": uri}, "cluster": {"num_cpu_slots": 1}, "sweep": {"num_trials": 4}}
+    driver = Driver.start(config(where / "sweeps", optim={"eps": 0.5}, pruner={"name": "none"}, **sections), where)
+    assert driver.wait(600) == 0, driver.text()
+    folder = only_folder(where / "sweeps")
+    results = [json.loads(file.read_text()) for file in folder.glob("trials/*/result.json")]
+    return _found(driver, folder, max(r["ended_s"] for r in results) - min(r["started_s"] for r in results))
 
 
 def second_driver(where: Path) -> tuple[Found, str, int]:

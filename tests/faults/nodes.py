@@ -1,6 +1,6 @@
 """A running Ray of one or more nodes on this machine, in a process of its own: drivers connect to it, and nodes are lost.
 
-As a program, `python -m faults.nodes NUM_CPUS`: prints the address, then obeys lines on stdin (`add NUM_CPUS [CARD]`,
+As a program, `python -m faults.nodes NUM_CPUS`: prints the address, then obeys lines on stdin (`add NUM_CPUS [CARD [DEVICE]]`,
 `kill NODE`, `terminate NODE`; nodes added are counted from 0) and answers each with a line. Ends with its stdin.
 """
 
@@ -27,16 +27,17 @@ ENV = {
 class Nodes:
     """The program, from outside. A context manager."""
 
-    def __init__(self, num_cpus: int) -> None:
+    def __init__(self, num_cpus: int, env: dict[str, str] = ENV) -> None:
         command = [sys.executable, "-m", "faults.nodes", str(num_cpus)]
         self._process = subprocess.Popen(
-            command, env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         self.address = self._answer()
 
-    def add(self, num_cpus: int, card: str = "") -> str:
-        """card: gives the node a GPU, as far as Ray knows, and the label that says which."""
-        return self._say(f"add {num_cpus} {card}")
+    def add(self, num_cpus: int, card: str = "", device: str = "") -> str:
+        """card: gives the node a GPU, as far as Ray knows, and the label that says which; device: the number of one that is
+        there, for its workers to see."""
+        return self._say(f"add {num_cpus} {card} {device}")
 
     def has(self, node: int, pid: int) -> bool:
         """Whether the process is one of the node's workers."""
@@ -82,8 +83,10 @@ def main(num_cpus: int) -> None:
         command, *arguments = line.split()
         answer: object = "done"
         if command == "add":
-            num_cpus, *card = arguments
-            cards = {"num_gpus": 1, "labels": {"card": card[0]}} if card else {}
+            num_cpus, card, device, *_ = [*arguments, "", ""]
+            cards = {"num_gpus": 1, "labels": {"card": card}} if card else {}
+            if device:
+                os.environ["CUDA_VISIBLE_DEVICES"] = device
             added.append(cluster.add_node(num_cpus=int(num_cpus), **cards))
         elif command == "has":
             answer = int(arguments[1]) in [process.pid for process in _processes(added[int(arguments[0])])]

@@ -16,6 +16,7 @@ from pathlib import Path
 import ray
 import sweep_fake_engine as engine
 from ray import tune
+from ray.air.integrations.mlflow import MLflowLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
@@ -61,6 +62,9 @@ class StockTrial(tune.Trainable):
 
 
 def main(command: str, folder: str, fault: str, rung_s: str = "0.01", num_trials: str = str(NUM_TRIALS)) -> None:
+    callbacks = []
+    if "STOCK_MLFLOW" in os.environ:
+        callbacks.append(MLflowLoggerCallback(tracking_uri=os.environ["STOCK_MLFLOW"], experiment_name="stock"))
     if "STOCK_ADDRESS" in os.environ:  # nodes of which one is lost
         ray.init(address=os.environ["STOCK_ADDRESS"], log_to_driver=False)
     else:
@@ -88,6 +92,7 @@ def main(command: str, folder: str, fault: str, rung_s: str = "0.01", num_trials
                 name="stock",
                 storage_path=folder,
                 verbose=0,
+                callbacks=callbacks,
                 stop={"training_iteration": NUM_RUNGS},
                 failure_config=tune.FailureConfig(max_failures=2),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),

@@ -124,7 +124,7 @@ class Sweep:
             faults.append("the leaderboard has other trials than the folder")
         if board["best_trial"] is not None and not board["reevaluation"]["agrees"]:
             faults.append("the best adapter does not agree with its report")
-        if wanted["tracking"]["name"] == "mlflow":
+        if wanted["tracking"]["name"] == "mlflow" and wanted["tracking"]["uri"] is None:
             faults += _faults_of_mlflow(folder, trials)
         return cls(trials, board["best_trial"], faults)
 

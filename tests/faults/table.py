@@ -1,50 +1,69 @@
-"""The measured figures as a Markdown table, stock Ray Tune beside.
+"""The measured figures as rows of a Markdown table, stock Ray Tune beside; each is printed as soon as it is there.
 
-`PYTHONPATH=.:tests python -m faults.table [NUM_KILLS [NUM_STOCK_KILLS]]`
+`PYTHONPATH=.:tests python -m faults.table [NUM_KILLS [NUM_STOCK_KILLS [ROW ...]]]`
 """
 
 from __future__ import annotations
 
-import json
-import random
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from . import kills, measure
-from .nodes import ENV, Nodes
-from .stock import NUM_TRIALS
+from . import kills, measure, stock_runs
 
-PATIENCE_S = 120.0
+DEFAULTS = (20, 5)  # kills
 
 
-def main(num_kills: int, num_stock_kills: int) -> None:
+def main(num_kills: int, num_stock_kills: int, wanted: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        where = Path(folder)
-        rows = [
-            ("worker SIGKILL", _ours(measure.worker_killed(where / "worker")), _stock(where / "stock-worker", "dies")),
-            ("NaN loss", _ours(measure.diverged(where / "nan", 12.0)), _stock(where / "stock-nan", "nan")),
-            ("loss explodes", _ours(measure.diverged(where / "explodes", 2.0)), _stock(where / "stock-explodes", "explodes")),
-            ("gradient is zero", "as above", _stock(where / "stock-zero", "zero")),
-            ("hung trial, timeout 5 s", _ours(measure.hung(where / "hung", 8.0)), _stock(where / "stock-hung", "hangs")),
-            ("node SIGKILL", _ours(measure.node_lost(where / "node", signal.SIGKILL)), _stock_node(where, signal.SIGKILL)),
-            ("node SIGTERM", _ours(measure.node_lost(where / "term", signal.SIGTERM)), _stock_node(where, signal.SIGTERM)),
-            ("driver SIGTERM", _ours(measure.driver_terminated(where / "driver")[0]), _stock_terminated(where)),
-            ("second driver", _ours(measure.second_driver(where / "second")[0]), _stock_second(where)),
-            (f"driver SIGKILL x {num_kills} and {num_stock_kills}", _killed(num_kills), _stock_killed(where, num_stock_kills)),
-        ]  # fmt: skip
-    print("| fault | this project | stock Ray Tune, OptunaSearch, ASHA |\n|---|---|---|")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
+        ours, stock = Path(folder) / "ours", Path(folder) / "stock"
+        ours.mkdir()
+        stock.mkdir()
+        rows = {
+            "worker SIGKILL": (lambda: _ours(measure.worker_killed(ours / "worker")), lambda: _stock(stock, "dies")),
+            "NaN loss": (lambda: _ours(measure.diverged(ours / "nan", 12.0)), lambda: _stock(stock, "nan")),
+            "loss explodes": (lambda: _ours(measure.diverged(ours / "explodes", 2.0)), lambda: _stock(stock, "explodes")),
+            "gradient is zero": (lambda: "as above", lambda: _stock(stock, "zero")),
+            "hung trial, timeout 5 s": (lambda: _ours(measure.hung(ours / "hung", 8.0)), lambda: _stock(stock, "hangs")),
+            "node SIGKILL": _node(ours, stock, signal.SIGKILL),
+            "node SIGTERM": _node(ours, stock, signal.SIGTERM),
+            "driver SIGTERM": (
+                lambda: _ours(measure.driver_terminated(ours / "driver")[0]),
+                lambda: stock_runs.driver_terminated(stock),
+            ),
+            "disk full": (lambda: _ours(measure.disk_full(ours / "disk")), lambda: stock_runs.disk_full(stock)),
+            "MLflow there, slow (2 s a call), down": (lambda: _tracked(ours), lambda: stock_runs.tracked(stock)),
+            "second driver": (lambda: _ours(measure.second_driver(ours / "two")[0]), lambda: stock_runs.second_driver(stock)),
+            f"driver SIGKILL x {num_kills} and {num_stock_kills}": (
+                lambda: _killed(num_kills),
+                lambda: stock_runs.drivers_killed(stock, num_stock_kills),
+            ),
+        }
+        print("| fault | this project | stock Ray Tune, OptunaSearch, ASHA |\n|---|---|---|", flush=True)
+        for name, measures in rows.items():
+            if not wanted or any(name.startswith(prefix) for prefix in wanted):
+                print(f"| {name} | {' | '.join(measured() for measured in measures)} |", flush=True)
+
+
+def _node(ours: Path, stock: Path, number: signal.Signals):
+    return lambda: _ours(measure.node_lost(ours / number.name, number)), lambda: stock_runs.node_lost(stock, number)
+
+
+def _stock(stock: Path, fault: str) -> str:
+    return stock_runs.with_fault(stock / fault, fault)
 
 
 def _ours(found: measure.Found) -> str:
     outcomes = ", ".join(sorted({result["outcome"] for result in found.results.values()}))
     return f"{found.seconds:.2f} s; {outcomes}; {len(found.sweep.faults)} faults; {found.num_rungs_again} rungs trained again"
+
+
+def _tracked(where: Path) -> str:
+    """Seconds in which four trials trained, by how MLflow is."""
+    with stock_runs.mlflow_addresses(where) as uris:
+        return stock_runs.each(uris, lambda how, uri: measure.tracked(where / f"mlflow-{how}", uri).seconds)
 
 
 def _killed(num_kills: int) -> str:
@@ -56,153 +75,6 @@ def _killed(num_kills: int) -> str:
     )
 
 
-def _driver(where: Path, command: str, fault: str, *more: str, address: str | None = None) -> subprocess.Popen:
-    where.mkdir(parents=True, exist_ok=True)
-    arguments = [sys.executable, "-m", "faults.stock", command, str(where), fault, *more]
-    with open(where / f"{command}.log", "a") as log:
-        env = {name: value for name, value in ENV.items() if name != "FAKE_TORCH"}  # Optuna looks for the real one
-        env |= {} if address is None else {"STOCK_ADDRESS": address}
-        return subprocess.Popen(arguments, env=env, stdout=log, stderr=log)
-
-
-def _stock(where: Path, fault: str) -> str:
-    """One fault in a sweep of 4 trials: how long until the trial goes on, and what is found at the end."""
-    process = _driver(where, "start", fault, "0.1", "4")
-    try:
-        process.wait(PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return f"not ended after {PATIENCE_S:.0f} s"
-    if process.returncode:
-        return f"driver failed: {_last_line(where / 'start.log')}"
-    events = [json.loads(line) for line in (where / "events.jsonl").read_text().splitlines()]
-    at_s = float((where / "faulted").read_text())
-    next_s = min((time_s for *_, time_s in events if time_s > at_s), default=float("inf"))
-    rows = json.loads((where / "found-start.json").read_text())
-    return f"{next_s - at_s:.2f} s; {sum(not row['error'] for row in rows)} of 4 ended without error; losses {_losses(rows)}"
-
-
-def _events(where: Path) -> list[list]:
-    """Trial, rung, process, time of each rung trained so far."""
-    file = where / "events.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def _trains(where: Path, process: subprocess.Popen, num_rungs: int = 2) -> None:
-    """Until so many rungs are trained."""
-    deadline = time.monotonic() + PATIENCE_S
-    while len(_events(where)) < num_rungs:
-        assert process.poll() is None and time.monotonic() < deadline, _last_line(where / "start.log")
-        time.sleep(0.05)
-
-
-def _again(where: Path) -> int:
-    """Rungs that were trained more than once."""
-    done = [(trial, rung) for trial, rung, *_ in _events(where)]
-    return len(done) - len(set(done))
-
-
-def _ended(process: subprocess.Popen) -> str:
-    try:
-        return f"exit code {process.wait(PATIENCE_S)}"
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return f"not ended after {PATIENCE_S:.0f} s"
-
-
-def _found(where: Path, command: str) -> str:
-    file = where / f"found-{command}.json"
-    if not file.exists():
-        return f"no results ({_last_line(where / f'{command}.log')})"
-    rows = json.loads(file.read_text())
-    whole = sum(row["loss"] is not None and not row["error"] for row in rows)
-    return f"{whole} of {len(rows)} trials with a result, {_again(where)} rungs trained again"
-
-
-def _stock_node(where: Path, number: signal.Signals) -> str:
-    """One of two nodes is lost, with the trial on it."""
-    where = where / f"stock-node-{number.name}"
-    with Nodes(num_cpus=0) as nodes:
-        nodes.add(1)
-        process = _driver(where, "start", "none", "2.0", "3", address=nodes.address)
-        _trains(where, process)
-        nodes.add(1)
-        lost_s, before = time.time(), len(_events(where))
-        (nodes.kill if number == signal.SIGKILL else nodes.terminate)(0)
-        ended = _ended(process)
-    after = [time_s for *_, time_s in _events(where)[before:] if time_s > lost_s + 2.0]
-    went_on = f"went on after {min(after) - lost_s - 2.0:.1f} s" if after else "never went on"
-    return f"{went_on}; {ended}; {_found(where, 'start')}"
-
-
-def _stock_terminated(where: Path) -> str:
-    """SIGTERM to the driver, then Tuner.restore."""
-    where = where / "stock-terminated"
-    process = _driver(where, "start", "none", "3.0", "3")
-    _trains(where, process)
-    began_s = time.monotonic()
-    process.terminate()
-    ended, seconds = _ended(process), time.monotonic() - began_s
-    return f"{ended} after {seconds:.1f} s; restored: {_ended(_driver(where, 'resume', 'none'))}; {_found(where, 'resume')}"
-
-
-def _stock_second(where: Path) -> str:
-    """A second driver restores from the folder of one at work."""
-    where = where / "stock-second"
-    first = _driver(where, "start", "none", "3.0", "3")
-    _trains(where, first)
-    second = _driver(where, "resume", "none")
-    second_ended, first_ended = _ended(second), _ended(first)
-    return f"the second: {second_ended}, {_found(where, 'resume')}; the first: {first_ended}, {_found(where, 'start')}"
-
-
-def _losses(rows: list[dict]) -> str:
-    return ", ".join("none" if row["loss"] is None else f"{row['loss']:.2f}" for row in rows)
-
-
-def _stock_killed(where: Path, num_kills: int) -> str:
-    """Each sweep killed once, restored once: how many went on, and how many of their results are whole and new."""
-    rng, resumed, whole, same, lines = random.Random(0), 0, 0, 0, []
-    calm = where / "stock-calm"
-    began = time.monotonic()
-    assert _driver(calm, "start", "none").wait(PATIENCE_S) == 0, (calm / "start.log").read_text()[-2000:]
-    duration_s = time.monotonic() - began
-    reference = json.loads((calm / "found-start.json").read_text())
-    for number in range(num_kills):
-        place = where / f"stock-{number}"
-        process = _driver(place, "start", "none")
-        while not (place / "events.jsonl").exists() and process.poll() is None:
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0.0, duration_s / 3.0))
-        process.kill()
-        process.wait()
-        again = _driver(place, "resume", "none")
-        try:
-            code = again.wait(PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            again.kill()
-            code = "hung"
-        if code != 0:
-            lines.append(f"{code}: {_last_line(place / 'resume.log')}")
-            continue
-        resumed += 1
-        rows = json.loads((place / "found-resume.json").read_text())
-        whole += len(rows) == NUM_TRIALS and all(row["loss"] is not None and not row["error"] for row in rows)
-        same += [row["params"] for row in rows] == [row["params"] for row in reference]
-    causes = "; ".join(sorted(set(lines)))
-    return (
-        f"{resumed} of {num_kills} restored; {whole} of them with {NUM_TRIALS} results; {same} with the "
-        "undisturbed sweep's trials" + (f" ({causes[:200]})" if causes else "")
-    )
-
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text().splitlines() if line.strip()]
-    return lines[-1][:120] if lines else ""
-
-
 if __name__ == "__main__":
-    numbers = [int(argument) for argument in sys.argv[1:]] + [20, 5]
-    main(numbers[0], numbers[1] if len(sys.argv) > 2 else 5)
+    numbers = [int(argument) for argument in sys.argv[1:3]]
+    main(*numbers, *DEFAULTS[len(numbers) :], sys.argv[3:])

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from .disk import Disk
+
 TESTS = Path(__file__).parent.parent
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(500)]
@@ -27,35 +29,20 @@ def driver(*arguments: str) -> subprocess.Popen:
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of its own that can be filled and made read-only; skipped where mounting is not allowed."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not allowed here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    try:
+        with Disk(tmp_path / "disk") as disk:
+            yield disk
+    except PermissionError as error:
+        pytest.skip(str(error))
 
 
-def fill(disk: Path) -> None:
-    with open(disk / "ballast", "wb", buffering=0) as ballast:
-        try:
-            while ballast.write(bytes(4096)):
-                pass
-        except OSError:
-            return
-
-
-def remount(disk: Path, how: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
-
-
-def started(disk: Path, tmp_path: Path) -> tuple[subprocess.Popen, Path]:
+def started(disk: Disk, tmp_path: Path) -> tuple[subprocess.Popen, Path]:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps({**CONFIG, "sweep": {"output_dir": str(disk / "sweeps"), "num_trials": 4}}))
+    file.write_text(json.dumps({**CONFIG, "sweep": {"output_dir": str(disk.path / "sweeps"), "num_trials": 4}}))
     process = driver("start", str(file))
-    while not list(disk.glob("sweeps/*/trials/0000/reports.jsonl")):
+    while not list(disk.path.glob("sweeps/*/trials/0000/reports.jsonl")):
         assert process.poll() is None, process.communicate()
-    (folder,) = disk.glob("sweeps/*-*")
+    (folder,) = disk.path.glob("sweeps/*-*")
     return process, folder
 
 
@@ -67,12 +54,10 @@ def journal_lines(folder: Path) -> list[dict]:
 def test_a_disk_that_takes_no_more_stops_the_sweep_in_one_line_and_the_resume_completes_it(disk, tmp_path, how):
     process, folder = started(disk, tmp_path)
     if how == "full":
-        fill(disk)
-    else:
-        (folder / "driver.log").exists()
-        if subprocess.run(["mount", "-o", "remount,ro,force", str(disk)], capture_output=True).returncode:
-            process.kill()
-            pytest.skip("files are open for writing, and this system does not make such a disk read-only")
+        disk.fill()
+    elif not disk.remount("ro,force"):
+        process.kill()
+        pytest.skip("files are open for writing, and this system does not make such a disk read-only")
     out, err = process.communicate(timeout=200)
     assert process.returncode == 1, (out, err)
     lines = [line for line in err.splitlines() if line.strip()]
@@ -80,9 +65,9 @@ def test_a_disk_that_takes_no_more_stops_the_sweep_in_one_line_and_the_resume_co
     assert "No space left" in err or "Read-only" in err
     journal_lines(folder)  # every whole line is good
     if how == "full":
-        (disk / "ballast").unlink()
+        disk.make_room()
     else:
-        remount(disk, "rw")
+        assert disk.remount("rw")
     resumed = driver("resume", str(folder))
     _, err = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, err
@@ -95,11 +80,11 @@ def test_a_disk_that_takes_no_more_stops_the_sweep_in_one_line_and_the_resume_co
 
 def test_an_output_folder_that_is_read_only_or_full_is_refused_and_left_as_it_was(disk, tmp_path):
     file = tmp_path / "config.json"
-    file.write_text(json.dumps({**CONFIG, "sweep": {"output_dir": str(disk / "sweeps"), "num_trials": 4}}))
-    for prepare, undo in ((lambda: remount(disk, "ro"), lambda: remount(disk, "rw")), (lambda: fill(disk), lambda: None)):
+    file.write_text(json.dumps({**CONFIG, "sweep": {"output_dir": str(disk.path / "sweeps"), "num_trials": 4}}))
+    for prepare, undo in ((lambda: disk.remount("ro"), lambda: disk.remount("rw")), (disk.fill, disk.make_room)):
         prepare()
         process = driver("start", str(file))
         _, err = process.communicate(timeout=100)
         assert process.returncode == 2 and err.startswith("error: sweep.output_dir = ") and err.count("\n") == 1, err
-        assert not list(disk.glob("sweeps/*"))
+        assert not list(disk.path.glob("sweeps/*"))
         undo()
