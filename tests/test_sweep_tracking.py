@@ -4,17 +4,15 @@ import math
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from sweep import background
-from sweep.background import BackgroundWriter
 from sweep.mlflow_view import view
 from sweep.outcome import Outcome, TrialRecord
-from sweep.system_metrics import SystemSampler, machine_reader, write_system
+from sweep.system_metrics import write_system
 from sweep.tracking import NullTracker, Tracker, local_uri
 
 CONFIG = {"experiment": "demo"}
@@ -269,33 +267,6 @@ def test_what_the_machine_did_at_each_rung_is_a_metric_against_tokens_seen(track
     assert run.data.metrics["system/gpu_power_watts"] == 250.0
 
 
-def test_means_of_a_rung_begin_anew_after_each_and_memory_is_the_highest():
-    values = ((100.0, 5.0), (200.0, 3.0), (50.0, 1.0))
-    readings = iter([{"gpu_power_watts": watts, "gpu_memory_used_gib": gib} for watts, gib in values])
-    sampler = SystemSampler(lambda: next(readings), interval_s=3600.0)
-    for _ in range(2):
-        sampler._add(sampler._read())
-    assert sampler.take() == {"gpu_power_watts": 150.0, "gpu_memory_used_gib": 5.0}
-    assert sampler.take() == {"gpu_power_watts": 50.0, "gpu_memory_used_gib": 1.0}  # none since: one is read
-    sampler.stop()
-
-
-def test_a_card_is_read_as_far_as_it_can_be(monkeypatch):
-    import torch
-
-    def none():
-        raise ModuleNotFoundError("pynvml does not seem to be installed")
-
-    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 97)
-    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 312_000)
-    monkeypatch.setattr(torch.cuda, "temperature", lambda device: none())
-    monkeypatch.setattr(torch.cuda, "device_memory_used", lambda device: 3 * 2**30)
-    found = machine_reader("cuda")()
-    card = {name: value for name, value in found.items() if name.startswith("gpu")}
-    assert card == {"gpu_utilization_percent": 97.0, "gpu_power_watts": 312.0, "gpu_memory_used_gib": 3.0}
-    assert found["process_resident_gib"] > 0.01 and not any(name.startswith("gpu") for name in machine_reader("cpu")())
-
-
 def test_an_interrupted_sweep_does_not_look_running(tracker, runs):
     one = tracker()
     one.sweep_started({})
@@ -365,68 +336,3 @@ def test_importing_the_module_does_not_load_mlflow():
 
 
 # --- the thread ---
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(background, "FIRST_RETRY_S", 0.001)
-
-
-def test_a_job_that_fails_is_tried_again_and_others_go_on_meanwhile(impatient):
-    done, both = [], threading.Event()
-
-    def flaky():
-        done.append("try")
-        if done.count("try") < 4:
-            raise OSError("away")
-        both.set()
-
-    writer = BackgroundWriter("test", lambda error: False)
-    writer.put(("flaky",), flaky)
-    writer.put(("other",), lambda: done.append("other"))
-    assert both.wait(5)
-    assert writer.close(5) == {}
-    assert done[:3].count("other") == 1
-    assert done.count("try") == 4
-
-
-def test_of_several_states_of_one_key_only_the_last_is_written():
-    seen, gate = [], threading.Event()
-    writer = BackgroundWriter("test", lambda error: False)
-    writer.put(("gate",), gate.wait)
-    for state in range(10):
-        writer.put(("trial", 0), lambda state=state: seen.append(state))
-    gate.set()
-    assert writer.close(5) == {}
-    assert seen == [9]
-
-
-def test_a_state_that_comes_while_an_older_one_is_written_is_written_too():
-    seen, started, gate = [], threading.Event(), threading.Event()
-
-    def slow():
-        started.set()
-        gate.wait()
-        seen.append("old")
-
-    writer = BackgroundWriter("test", lambda error: False)
-    writer.put(("trial", 0), slow)
-    started.wait()
-    writer.put(("trial", 0), lambda: seen.append("new"))
-    gate.set()
-    assert writer.close(5) == {}
-    assert seen == ["old", "new"]
-
-
-def test_after_close_a_failing_job_gets_three_tries(impatient):
-    tries = []
-
-    def failing():
-        tries.append(1)
-        raise OSError("away")
-
-    writer = BackgroundWriter("test", lambda error: False)
-    writer._closing = True  # as if close() came first
-    writer._pending[("trial", 0)] = failing
-    assert writer.close(5) == {"OSError: away": [("trial", 0)]}
-    assert 3 <= len(tries) <= 6

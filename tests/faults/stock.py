@@ -62,7 +62,7 @@ class StockTrial(tune.Trainable):
 
 
 def main(command: str, folder: str, fault: str, rung_s: str = "0.01", num_trials: str = str(NUM_TRIALS)) -> None:
-    callbacks = []
+    callbacks, storage = [], os.environ.get("STOCK_STORAGE", folder)
     if "STOCK_MLFLOW" in os.environ:
         callbacks.append(MLflowLoggerCallback(tracking_uri=os.environ["STOCK_MLFLOW"], experiment_name="stock"))
     if "STOCK_ADDRESS" in os.environ:  # nodes of which one is lost
@@ -71,7 +71,7 @@ def main(command: str, folder: str, fault: str, rung_s: str = "0.01", num_trials
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     trainable = tune.with_resources(StockTrial, {"cpu": 1})
     if command == "resume":
-        tuner = tune.Tuner.restore(f"{folder}/stock", trainable, resume_errored=True)
+        tuner = tune.Tuner.restore(f"{storage}/stock", trainable, resume_errored=True)
     else:
         tuner = tune.Tuner(
             trainable,
@@ -90,7 +90,7 @@ def main(command: str, folder: str, fault: str, rung_s: str = "0.01", num_trials
             ),
             run_config=tune.RunConfig(
                 name="stock",
-                storage_path=folder,
+                storage_path=storage,
                 verbose=0,
                 callbacks=callbacks,
                 stop={"training_iteration": NUM_RUNGS},

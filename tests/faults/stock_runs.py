@@ -59,11 +59,11 @@ def each(uris: dict[str, str], seconds: Callable[[str, str], float | str]) -> st
     return "; ".join(f"{how}: {one if isinstance(one, str) else f'{one:.1f} s'}" for how, one in found.items())
 
 
-def _driver(where: Path, command: str, fault: str, *more: str, log: Path | None = None, **env_of_stock: str) -> subprocess.Popen:
-    """log: where what it prints goes, else into its folder; env_of_stock: address and mlflow, see stock.py."""
+def _driver(where: Path, command: str, fault: str, *more: str, **env_of_stock: str) -> subprocess.Popen:
+    """env_of_stock: address, mlflow, storage; see stock.py."""
     where.mkdir(parents=True, exist_ok=True)
     arguments = [sys.executable, "-m", "faults.stock", command, str(where), fault, *more]
-    with open(log or where / f"{command}.log", "a") as out:
+    with open(where / f"{command}.log", "a") as out:
         env = {name: value for name, value in ENV.items() if name != "FAKE_TORCH"}  # Optuna looks for the real one
         env |= {f"STOCK_{name.upper()}": value for name, value in env_of_stock.items()}
         return subprocess.Popen(arguments, env=env, stdout=out, stderr=out)
@@ -154,21 +154,18 @@ def driver_terminated(where: Path) -> str:
 
 def disk_full(where: Path) -> str:
     """The disk of Tune's folder is full after the second rung; there is room again; Tuner.restore."""
-    logs = [where / f"stock-disk-{command}.log" for command in ("start", "resume")]
-    with Disk(where / "stock-disk") as disk:
-        process = _driver(disk.path, "start", "none", "0.3", "4", log=logs[0])
-        _trains(disk.path, process)
+    where = where / "stock-disk"
+    with Disk(where.with_name("small")) as disk:
+        storage = str(disk.path)
+        process = _driver(where, "start", "none", "0.3", "4", storage=storage)
+        _trains(where, process)
         disk.fill()
         ended = _ended(process)
         disk.make_room()
-        said, found = _last_line(logs[0]), disk.path / "found-start.json"
-        if found.exists() and found.stat().st_size:
-            rows = json.loads(found.read_text())
-            whole = sum(not row["error"] for row in rows)
-            return f"{ended}; {whole} of {len(rows)} trials without error; {_again(disk.path)} rungs trained again"
-        again = _driver(disk.path, "resume", "none", log=logs[1])
-        restored = _ended(again)
-        return f"{ended} ({said}); restored: {restored} ({_last_line(logs[1])}); {_again(disk.path)} rungs trained again"
+        if (where / "found-start.json").exists():
+            return f"{ended}; {_found(where, 'start')}"
+        restored = _ended(_driver(where, "resume", "none", storage=storage))
+        return f"{ended} ({_last_line(where / 'start.log')}); restored: {restored}; {_found(where, 'resume')}"
 
 
 def second_driver(where: Path) -> str:
