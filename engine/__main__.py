@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from engine.cards import card as find_card
-from engine.command_line import run
+from engine.command_line import asked_to_end, run
 from engine.config import TrainConfig, load_json, load_train_config, parse
-from engine.errors import InputError
+from engine.errors import InputError, Interrupted
 from engine.files import write_text
 from engine.planner import plan
 from engine.shape import ModelShape
 
-STOPPED = "stopped; the same command goes on after the last rung that is shown"
+STOPPED = "stopped; the same command goes on from where it last saved"
+ENDING = "ending after this step, which is saved; Ctrl-C ends at once"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,6 +52,7 @@ def _train(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     config = load_train_config(options.config)
     out = options.out or options.config.resolve().parent / "replay"
+    from engine.model import load_base, pick_device
     from engine.train import train
 
     out.mkdir(parents=True, exist_ok=True)
@@ -59,14 +61,19 @@ def _train(arguments: list[str]) -> int:
         f"{'rung':>4} {'tokens':>10} {'train loss':>10} {'eval loss':>10} {'recorded':>10} {'tok/s':>8} {'peak GiB':>8}",
         flush=True,
     )
-    for report in train(config, out):
-        known = recorded.get(report.rung)
-        compared = "-" if known is None else f"{known:.5f}"
-        print(
-            f"{report.rung:>4} {report.tokens_seen:>10} {report.train_loss:>10.5f} {report.eval_loss:>10.5f} {compared:>10} "
-            f"{report.tokens_per_second:>8.0f} {report.peak_allocated_gib:>8.2f}",
-            flush=True,
-        )
+    base = load_base(config.model, pick_device(config.train.device))
+    with asked_to_end(ENDING) as interrupted:
+        try:
+            for report in train(config, out, base=base, interrupted=interrupted):
+                known = recorded.get(report.rung)
+                compared = "-" if known is None else f"{known:.5f}"
+                print(
+                    f"{report.rung:>4} {report.tokens_seen:>10} {report.train_loss:>10.5f} {report.eval_loss:>10.5f} "
+                    f"{compared:>10} {report.tokens_per_second:>8.0f} {report.peak_allocated_gib:>8.2f}",
+                    flush=True,
+                )
+        except Interrupted:
+            raise KeyboardInterrupt from None
     print(f"adapter: {out / 'adapter'}")
     return 0
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from engine.errors import EngineError, first_line
+
+STOPPED_CODE = 130
 
 
 def run(command: Callable[[], int], stopped: str = "stopped") -> int:
@@ -14,10 +19,34 @@ def run(command: Callable[[], int], stopped: str = "stopped") -> int:
         return command()
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
-        return 130
+        return STOPPED_CODE
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a path of the user's that cannot be read or made; those that cannot be written are EngineErrors
         print(f"error: {error.filename or 'file'}: {error.strerror or first_line(error)}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def asked_to_end(note: str) -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM came inside, for work that ends where nothing is lost. note: what is said then; a second signal
+    ends at once."""
+    asked: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def give_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        give_back()
+        print(f"\n{note}", file=sys.stderr, flush=True)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        give_back()

@@ -1,8 +1,10 @@
 """The engine's command line and the checks before training: replay, bad input, which layers run fused."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 from test_engine_train import CPU, build, run
 
+import engine.train
+from engine.__main__ import main
 from engine.errors import InputError
 from engine.model import load_base, pick_device
 
@@ -25,6 +29,30 @@ def test_the_command_line_replays_a_trial_and_shows_the_recorded_loss(tiny_confi
     assert "UserWarning" not in done.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_trial_alone_saves_its_step_when_it_is_stopped_and_the_same_command_goes_on_from_there(
+    tiny_config, tmp_path, monkeypatch, capsys, number
+):
+    config, steps, original = build(tiny_config), [], engine.train._Run._step
+    (tmp_path / "train_config.json").write_text(json.dumps(config.model_dump(mode="json")))
+    (tmp_path / "whole").mkdir()
+    expected = [report.eval_loss for report in run(config, tmp_path / "whole")]
+
+    def step(trial):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), number)
+        return original(trial)
+
+    monkeypatch.setattr(engine.train._Run, "_step", step)
+    assert main([str(tmp_path / "train_config.json")]) == 130
+    assert len(steps) == 3 and "ending after this step" in capsys.readouterr().err
+    assert main([str(tmp_path / "train_config.json")]) == 0
+    reports = (tmp_path / "replay" / "reports.jsonl").read_text().splitlines()
+    assert [json.loads(line)["eval_loss"] for line in reports] == expected
+    assert len(steps) == json.loads(reports[-1])["step"]
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -35,8 +63,6 @@ def test_the_command_line_replays_a_trial_and_shows_the_recorded_loss(tiny_confi
     ],
 )
 def test_prepare_refuses_bad_input_with_one_line_and_exit_code_2(tiny_config, tmp_path, sections, message, capsys):
-    from engine.__main__ import main
-
     path = tmp_path / "configs.json"
     path.write_text(json.dumps([build(tiny_config, **sections).model_dump(mode="json")]))
     assert main(["prepare", str(path)]) == 2
@@ -76,8 +102,6 @@ def test_cuda_without_a_card_is_refused(monkeypatch):
 
 
 def test_plan_shows_peak_and_speed_on_a_named_card_without_weights_or_data(tmp_path, capsys):
-    from engine.__main__ import main
-
     shape = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32}
     (tmp_path / "config.json").write_text(json.dumps(shape))
     data = {"train": "nowhere", "max_seq_length": 4096}
