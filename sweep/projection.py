@@ -62,7 +62,8 @@ class Projection:
         self._names: dict[str, str] = {}
         self._with_config: set[str] = set()
         self.started_s: float | None = None
-        self._ended = False  # what failed is tried again after the others: the start may come after the end
+        # what failed is tried again after the others: the start may come after the end, and a trial after it was marked the best
+        self._ended, self._best = False, None
 
     def start(self, tags: dict[str, str]) -> None:
         parent = self._open()
@@ -79,7 +80,7 @@ class Projection:
         self._log(run, points, record.params, tags)
         self._write_config(run, record.config, "train_config.json")
         status = STATUS.get(record.outcome, "FAILED")
-        self._rename(run, trial_name(record), status)
+        self._rename(run, trial_name(record, is_best=record.number == self._best), status)
         if record.outcome is not Outcome.RUNNING:
             self._client.set_terminated(run, status, end_time=int(1000 * (record.ended_s or time.time())))
         self._last_rung[record.number] = max((report["rung"] for report in record.reports), default=0)
@@ -88,6 +89,7 @@ class Projection:
     def finish(self, summary: dict[str, Any], best: TrialRecord | None, now_s: float) -> None:
         parent = self._open()
         if best is not None:
+            self._best = best.number
             self._mark_best(self.trial(best), best)
         known = self._client.get_run(parent).data.metrics  # an unchanged number again would be a second point
         numbers = sweep_points(summary).items()
@@ -118,7 +120,6 @@ class Projection:
                 self._client.set_tag(former.info.run_id, "sweep.best", "false")
                 self._rename(former.info.run_id, former.info.run_name.removesuffix(" (best)"), former.info.status)
         self._client.set_tag(run, "sweep.best", "true")
-        self._rename(run, trial_name(best, is_best=True), STATUS.get(best.outcome, "FAILED"))
 
     def _rename(self, run: str, name: str, status: str) -> None:
         """Also sets a status that is no end."""

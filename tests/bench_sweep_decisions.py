@@ -1,6 +1,7 @@
 """Measures the driver's decisions and its memory: the real searcher, scheduler, ledger, study and journal, without Ray.
 
     python tests/bench_sweep_decisions.py --trials 10000 --slots 16
+    python tests/bench_sweep_decisions.py --stock      the same trials decided by stock OptunaSearch and ASHAScheduler
 
 A simulated clock plays trials whose learning curves follow from their config (no training, no waiting), so that ten thousand
 take minutes. What is timed is what Tune's loop would wait for: `suggest` (the next trial), `report` (on_trial_result: go on or
@@ -19,15 +20,17 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
+from ray import tune
+from ray.tune.schedulers import TrialScheduler
 
 from sweep.config import SweepConfig, parse_sweep_config
 from sweep.ledger import Ledger
-from sweep.outcome import Proposal
 from sweep.runs import SweepFolder
 from sweep.scheduler import LedgerScheduler
 from sweep.searcher import LedgerSearcher
@@ -68,11 +71,10 @@ class Stopwatch:
         return lines
 
 
-def curve(proposal: Proposal, rng: random.Random) -> list[float]:
+def curve(params: dict[str, Any], rng: random.Random) -> list[float]:
     """A learning curve: a power law whose floor depends on the config, with some noise."""
-    config = proposal.config
-    away = abs(math.log10(config.optim.learning_rate / 3e-4))
-    floor = 1.5 + 0.2 * away + 0.3 / config.lora.rank + config.lora.lora_dropout
+    away = abs(math.log10(params["optim.learning_rate"] / 3e-4))
+    floor = 1.5 + 0.2 * away + 0.3 / params["lora.rank"] + params["lora.lora_dropout"]
     return [floor + 0.8 * rung**-0.6 + rng.gauss(0.0, 0.01) for rung in range(1, NUM_RUNGS + 1)]
 
 
@@ -88,61 +90,121 @@ def report_at(rung: int, loss: float, best: float, elapsed_s: float) -> dict[str
     }  # fmt: skip
 
 
-class Simulation:
-    """One sweep on a clock that jumps from event to event."""
+class Ours:
+    """This project's decisions, with their journal and files."""
 
-    def __init__(self, path: Path, config: SweepConfig, num_slots: int) -> None:
-        self.folder, self.now_s, self.rng, self.watch = SweepFolder(path), 0.0, random.Random(0), Stopwatch()
-        self.ledger = Ledger(
-            Study(self.folder, config, parse_space(config.space)), self.folder, num_trials=config.sweep.num_trials,
-            num_rungs=NUM_RUNGS, num_slots=num_slots, max_retries=2, clock=lambda: self.now_s,
+    def __init__(self, path: Path, config: SweepConfig, num_slots: int, clock: Callable[[], float], watch: Stopwatch) -> None:
+        self._folder, self._watch = SweepFolder(path), watch
+        self._ledger = Ledger(
+            Study(self._folder, config, parse_space(config.space)), self._folder, num_trials=config.sweep.num_trials,
+            num_rungs=NUM_RUNGS, num_slots=num_slots, max_retries=2, clock=clock,
         )  # fmt: skip
-        self.ledger.recover()
-        self.searcher = LedgerSearcher(self.ledger, self._started)
-        self.scheduler = LedgerScheduler(self.ledger)
-        self._proposal: Proposal | None = None
-        self._num_slots, self.num_started = num_slots, 0
+        self._ledger.recover()
+        self._searcher = LedgerSearcher(self._ledger, lambda proposal: {"number": proposal.number, "params": proposal.params})
+        self._scheduler = LedgerScheduler(self._ledger)
 
-    def _started(self, proposal: Proposal) -> dict[str, Any]:
-        self._proposal = proposal
-        return {"number": proposal.number}
+    def suggest(self, trial_id: str) -> tuple[int, dict[str, Any]] | None:
+        """The next trial's number and params; None where there is none now."""
+        config = self._watch.measure("suggest", self._searcher.suggest, trial_id)
+        if not isinstance(config, dict):
+            self._watch.taken_ms["suggest"].pop()  # no trial was proposed
+            return None
+        return config["number"], config["params"]
 
-    def run(self, progress: Any) -> None:
-        events: list[tuple[float, int, str, list[float], list[dict[str, Any]]]] = []
-        while True:
-            while len(events) < self._num_slots:
-                trial_id = f"t{self.num_started}"
-                config = self.watch.measure("suggest", self.searcher.suggest, trial_id)
-                if not isinstance(config, dict):
-                    self.watch.taken_ms["suggest"].pop()  # no trial was proposed
-                    break
-                self.num_started += 1
-                losses = curve(self._proposal, self.rng)
-                heapq.heappush(events, (self.now_s + self.rng.uniform(50, 100), config["number"], trial_id, losses, []))
-                progress(self)
-            if not events:
-                return
-            self.now_s, number, trial_id, losses, seen = heapq.heappop(events)
-            if self._step(number, trial_id, losses, seen):
-                heapq.heappush(events, (self.now_s + self.rng.uniform(50, 100), number, trial_id, losses, seen))
-
-    def _step(self, number: int, trial_id: str, losses: list[float], seen: list[dict[str, Any]]) -> bool:
-        """The trial reports; returns whether it goes on."""
-        rung = len(seen) + 1
-        seen.append(report_at(rung, losses[rung - 1], min(losses[:rung]), 60.0 * rung))
-        (self.folder.trial(number) / "reports.jsonl").write_text("".join(json.dumps(one) + "\n" for one in seen))
-        done = rung == NUM_RUNGS
-        timing = json.dumps({"slot": "bench", "began_s": self.now_s, "dead_time_s": 0.1})
+    def reported(self, number: int, trial_id: str, seen: list[dict[str, Any]], now_s: float) -> bool:
+        """The newest of its reports; returns whether the trial goes on."""
+        (self._folder.trial(number) / "reports.jsonl").write_text("".join(json.dumps(one) + "\n" for one in seen))
+        done = len(seen) == NUM_RUNGS
+        timing = json.dumps({"slot": "bench", "began_s": now_s, "dead_time_s": 0.1})
         result = {
             "outcome": "COMPLETE" if done else "RUNNING", "report": json.dumps(seen[-1]), "error": None, "memory": "{}",
             "timing": timing, "done": done,
         }  # fmt: skip
         if not done:
             trial = SimpleNamespace(config={"number": number})
-            if self.watch.measure("report", self.scheduler.on_trial_result, None, trial, result) != LedgerScheduler.STOP:
+            if self._watch.measure("report", self._scheduler.on_trial_result, None, trial, result) != LedgerScheduler.STOP:
                 return True
-        self.watch.measure("end", self.searcher.on_trial_complete, trial_id, result)
+        self._watch.measure("end", self._searcher.on_trial_complete, trial_id, result)
         return False
+
+    def outcomes(self) -> list[str]:
+        return [str(record.outcome) for record in self._ledger.records]
+
+
+class Stock:
+    """Ray Tune's own, which keep the study in memory: the same calls, as its controller makes them."""
+
+    def __init__(self, num_trials: int, watch: Stopwatch) -> None:
+        from ray.tune.schedulers import ASHAScheduler
+        from ray.tune.search.optuna import OptunaSearch
+
+        distributions = {
+            "lora.rank": tune.choice([4, 8, 16, 32, 64]), "lora.target_modules": tune.choice(["attention", "mlp", "all"]),
+            "lora.lora_dropout": tune.uniform(0.0, 0.3), "optim.learning_rate": tune.loguniform(1e-5, 1e-2),
+        }  # fmt: skip
+        self._searcher = OptunaSearch(OptunaSearch.convert_search_space(distributions), metric="eval_loss", mode="min", seed=0)
+        self._scheduler = ASHAScheduler(metric="eval_loss", mode="min", max_t=NUM_RUNGS, grace_period=1, reduction_factor=4)
+        self._watch, self._left, self._outcomes = watch, num_trials, []
+        self._trials: dict[str, Any] = {}
+
+    def suggest(self, trial_id: str) -> tuple[int, dict[str, Any]] | None:
+        if not self._left:
+            return None
+        self._left -= 1
+        params = self._watch.measure("suggest", self._searcher.suggest, trial_id)
+        self._trials[trial_id] = SimpleNamespace(trial_id=trial_id)
+        self._scheduler.on_trial_add(None, self._trials[trial_id])
+        return len(self._trials), params
+
+    def reported(self, number: int, trial_id: str, seen: list[dict[str, Any]], now_s: float) -> bool:
+        result = {**seen[-1], "training_iteration": len(seen), "trial_id": trial_id}
+
+        def report() -> str:
+            self._searcher.on_trial_result(trial_id, result)
+            return self._scheduler.on_trial_result(None, self._trials[trial_id], result)
+
+        done = len(seen) == NUM_RUNGS
+        if not done and self._watch.measure("report", report) != TrialScheduler.STOP:
+            return True
+        self._outcomes.append("ended early" if not done else "COMPLETE")
+
+        def end() -> None:
+            self._scheduler.on_trial_complete(None, self._trials[trial_id], result)
+            self._searcher.on_trial_complete(trial_id, result)
+
+        self._watch.measure("end", end)
+        return False
+
+    def outcomes(self) -> list[str]:
+        return self._outcomes
+
+
+class Simulation:
+    """One sweep on a clock that jumps from event to event."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.now_s, self.rng, self.watch = 0.0, random.Random(0), Stopwatch()
+        self._num_slots, self.num_started = num_slots, 0
+
+    def run(self, side: Ours | Stock, progress: Callable[[Simulation], None]) -> None:
+        events: list[tuple[float, int, str, list[float], list[dict[str, Any]]]] = []
+        while True:
+            while len(events) < self._num_slots:
+                trial_id = f"t{self.num_started}"
+                found = side.suggest(trial_id)
+                if found is None:
+                    break
+                self.num_started += 1
+                number, params = found
+                heapq.heappush(events, (self.now_s + self.rng.uniform(50, 100), number, trial_id, curve(params, self.rng), []))
+                progress(self)
+            if not events:
+                return
+            self.now_s, number, trial_id, losses, seen = heapq.heappop(events)
+            rung = len(seen) + 1
+            seen.append(report_at(rung, losses[rung - 1], min(losses[:rung]), 60.0 * rung))
+            if side.reported(number, trial_id, seen, self.now_s):
+                heapq.heappush(events, (self.now_s + self.rng.uniform(50, 100), number, trial_id, losses, seen))
 
 
 def main() -> None:
@@ -151,6 +213,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--sampler", default="tpe")
     parser.add_argument("--pruner", default="successive_halving")
+    parser.add_argument("--stock", action="store_true", help="stock Ray Tune's decisions instead of this project's")
     parser.add_argument("--every", type=int, default=1000, help="trials between two lines of progress")
     parser.add_argument("--folder", type=Path, help="where the sweep is written; default: a temporary folder")
     options = parser.parse_args()
@@ -171,10 +234,16 @@ def main() -> None:
             since.update({kind: len(taken) for kind, taken in simulation.watch.taken_ms.items()})
 
     with tempfile.TemporaryDirectory() as scratch:
-        simulation = Simulation(options.folder or Path(scratch), config, options.slots)
-        simulation.run(progress)
-        outcomes = [str(record.outcome) for record in simulation.ledger.records]
-        print(f"all {len(outcomes):,} trials, {options.slots} slots, {options.sampler}, {options.pruner}; peak "
+        simulation = Simulation(options.slots)
+        if options.stock:
+            side: Ours | Stock = Stock(options.trials, simulation.watch)
+        else:
+            folder = options.folder or Path(scratch)
+            side = Ours(folder, config, options.slots, lambda: simulation.now_s, simulation.watch)
+        simulation.run(side, progress)
+        outcomes = side.outcomes()
+        who = "stock OptunaSearch, ASHAScheduler" if options.stock else f"{options.sampler}, {options.pruner}"
+        print(f"all {len(outcomes):,} trials, {options.slots} slots, {who}; peak "
               f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.1f} MiB resident")  # fmt: skip
         print("  " + ", ".join(f"{outcomes.count(name)} {name}" for name in sorted(set(outcomes))))
         print("\n".join(simulation.watch.table()))

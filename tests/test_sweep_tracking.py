@@ -162,6 +162,18 @@ def test_a_finished_sweep_has_its_summary_and_the_best_adapter(tracker, runs, cl
     assert len(client.get_metric_history(parent.info.run_id, "trials/num_complete")) == 1
 
 
+def test_a_trial_that_is_written_after_the_end_stays_marked_as_the_best(tracker, runs):
+    """After a failure the writer goes on with what comes next, and takes the failed one last."""
+    one, best = tracker(), trial(1, Outcome.COMPLETE, 1.5)
+    one.sweep_finished({}, best, None)
+    while one._writer._pending:
+        time.sleep(0.01)
+    one.trial_updated(best)
+    one.trial_updated(trial(0, Outcome.COMPLETE, 2.0))
+    assert one.close(60) == []
+    assert {name for name in runs() if name[0] == "0"} == {"0000 COMPLETE", "0001 COMPLETE (best)"}
+
+
 # --- the best adapter as a model version ---
 
 
