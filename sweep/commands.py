@@ -17,8 +17,11 @@ class CommandFailed(EngineError):
     """An engine command ended with another exit code than 0. `exit_code` 2: bad input, and the text is the engine's one line."""
 
     def __init__(self, line: str, exit_code: int) -> None:
-        self.exit_code = exit_code
+        self.line, self.exit_code = line, exit_code
         super().__init__(line)
+
+    def __reduce__(self):  # it may come from another node
+        return (type(self), (self.line, self.exit_code))
 
 
 def prepare(configs: list[TrainConfig], module: str) -> dict[str, Any]:

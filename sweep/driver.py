@@ -19,7 +19,7 @@ from engine.errors import StorageError, first_line
 from engine.files import storage_fault
 from engine.provenance import provenance
 from sweep.amend import amended
-from sweep.commands import look, prepare
+from sweep.commands import evaluate, look, prepare
 from sweep.config import parse_sweep_config
 from sweep.console import LineConsole, TableConsole, make_console
 from sweep.disk import wait_until_flushed
@@ -136,6 +136,7 @@ def _trials_and_finish(
     from sweep.earlier import read_earlier
     from sweep.finish import finish
     from sweep.ledger import Ledger
+    from sweep.remote import evaluate_on_a_slot
     from sweep.report import try_write_report
     from sweep.selection import Rule
     from sweep.study import Study
@@ -166,17 +167,25 @@ def _trials_and_finish(
         page.register(each)
     if continued:
         screen.note(f"going on with trial{'s' if len(continued) > 1 else ''} {', '.join(map(str, continued))}")
+    address, avoid = config.cluster.address, feasibility.avoid if len(plan.kinds) > 1 else None
     if ledger.has_work():
         screen.start()
-        avoid = feasibility.avoid if len(plan.kinds) > 1 else None
-        run_trials(ledger, plan.slots, plan.config.cluster.address, folder, engine, screen.note, avoid)
+        run_trials(ledger, plan.slots, address, folder, engine, screen.note, avoid)
         screen.stop()
     if ledger.shortfall:
         screen.note(ledger.shortfall)
     rule = Rule(config.sweep.objectives, config.sweep.choose_within)
     records = ledger.records
     best, summary = finish(
-        folder, records, config.sweep.name, plan.slots.device, engine.command, screen.note, rule, config.sweep.num_examples
+        folder,
+        records,
+        config.sweep.name,
+        plan.slots.device,
+        engine.command,
+        screen.note,
+        rule,
+        config.sweep.num_examples,
+        evaluate if address is None else evaluate_on_a_slot(plan.slots, address, folder.log, avoid),
     )
     ended_s = max((record.ended_s or 0.0 for record in records), default=folder.started_s)
     tracker.sweep_finished(summary, best, folder.best if best else None, ended_s)

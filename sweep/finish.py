@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
 from sweep.best_folder import write_best
-from sweep.commands import evaluate
+from sweep.commands import evaluate as evaluate_here
 from sweep.leaderboard import write_leaderboard
 from sweep.outcome import Outcome, TrialRecord
 from sweep.runs import SweepFolder
@@ -17,6 +18,7 @@ from sweep.selection import Rule
 from sweep.timeline import Timeline
 
 DEFAULT_RULE = Rule()
+Evaluate = Callable[[Path, str, int], dict[str, Any]]
 RELATIVE_TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}  # float32 repeats itself; bfloat16 kernels add up in another order
 
 
@@ -29,10 +31,11 @@ def finish(
     note: Callable[[str], None],
     rule: Rule = DEFAULT_RULE,
     num_examples: int = 0,
+    evaluate: Evaluate = evaluate_here,
 ) -> tuple[TrialRecord | None, dict[str, Any]]:
     """Returns the winner (None where no adapter can be chosen) and the summary. The leaderboard is written in any case.
 
-    num_examples: see SweepSection.
+    num_examples: see SweepSection. evaluate: how the winner is measured again, see `sweep.commands.evaluate`.
     """
     best = rule.best(records)
     ours = Counter(record.outcome for record in records if record.source is None)
@@ -43,7 +46,7 @@ def finish(
         return None, summary
     note(f"evaluating the adapter of trial {best.number} again, from its files")
     try:
-        reevaluation, examples = _reevaluate(folder, best, device, engine_command, num_examples)
+        reevaluation, examples = _reevaluate(folder, best, device, lambda path: evaluate(path, engine_command, num_examples))
     except EngineError as error:
         write_leaderboard(folder.path, records, sweep_name, None, rule)
         note(f"WARNING: the adapter of trial {best.number} could not be evaluated again, so best/ was not written: {error}")
@@ -81,10 +84,10 @@ def _remarks(records: list[TrialRecord], best: TrialRecord, rule: Rule) -> list[
 
 
 def _reevaluate(
-    folder: SweepFolder, best: TrialRecord, device: str, engine_command: str, num_examples: int
+    folder: SweepFolder, best: TrialRecord, device: str, measure: Callable[[Path], dict[str, Any]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The losses, and beside them what the engine says of the examples: examples, or error; nothing where none were asked for."""
-    answer = evaluate(folder.trial(best.number), engine_command, num_examples)
+    answer = measure(folder.trial(best.number))
     known = {"examples": "examples", "examples_error": "error", "examples_s": "seconds"}
     examples = {short: answer.pop(name) for name, short in known.items() if name in answer}
     agrees = math.isclose(answer["eval_loss"], best.score, rel_tol=RELATIVE_TOLERANCE[device])

@@ -55,6 +55,7 @@ FAULTS = {
     13.0: "hangs always",
 }
 EXAMPLE = ("prompt", "reference", "base", "adapter")
+EVALUATED_IN = "evaluated_in.txt"  # in the winner's folder: where it was measured again (FAULTS_PLACE of that process)
 FAULT_TIMES = "fault_times.txt"  # in a trial's folder: when its fault came, in Unix seconds
 
 
@@ -214,6 +215,7 @@ def main() -> int:
     else:
         config = load_train_config(options.config)
         loss = eval_loss(config, len(config.train.report_grid()))
+        Path(options.config).with_name(EVALUATED_IN).write_text(os.environ.get("FAULTS_PLACE", "driver"))
         answer = {"base_eval_loss": 5.0, "eval_loss": loss, "num_eval_target_tokens": 7}
         if options.examples:
             answer["examples"] = [{name: f"{name} {i}" for name in EXAMPLE} for i in range(options.examples)]

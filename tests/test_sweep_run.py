@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from sweep_fake_engine import EVALUATED_IN
 
 TESTS = Path(__file__).parent
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
@@ -79,6 +80,8 @@ def test_every_fault_of_a_trial_has_its_outcome_and_the_others_go_on(tmp_path):
     assert by_fault[7]["error"] == "out of memory at micro-batch 1: predicted peak 5.00 GiB, measured 6.00 GiB"
     assert by_fault[7]["peak_allocated_gib"] == 6.0
     assert "8 of 16 trials were possible" in out
+    (place,) = tmp_path.glob(f"sweeps/*/trials/*/{EVALUATED_IN}")
+    assert place.read_text() == "driver"
 
 
 def test_a_sweep_with_half_its_space_infeasible_loses_no_trial(tmp_path, two_gpus):

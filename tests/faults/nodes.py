@@ -76,6 +76,7 @@ class Nodes:
 def main(num_cpus: int) -> None:
     from ray.cluster_utils import Cluster
 
+    os.environ["FAULTS_PLACE"] = "cluster"  # of all its processes
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus, "include_dashboard": False})
     print(f"nodes: {cluster.address}", flush=True)
     added = []

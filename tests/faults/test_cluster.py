@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from sweep_fake_engine import EVALUATED_IN
 
 from . import nodes as cluster_nodes
 from .nodes import Nodes
@@ -52,6 +53,8 @@ def test_a_sweep_finds_the_cluster_by_auto_and_trains_on_all_its_nodes(tmp_path,
     assert Sweep.read(only_folder(tmp_path / "sweeps")).faults == []
     on_added = {trial for trial, seen in watched.places.items() if seen}
     assert on_added and set(watched.places) - on_added  # some on each
+    (place,) = tmp_path.glob(f"sweeps/*/trials/*/{EVALUATED_IN}")
+    assert place.read_text() == "cluster"  # the winner was measured again on a slot: the driver's machine may have no card
 
 
 def test_a_trial_that_fits_one_kind_of_card_goes_there_and_the_others_go_anywhere(tmp_path):
