@@ -20,6 +20,7 @@ from .nodes import ENV, Nodes
 from .stock import NUM_TRIALS
 
 PATIENCE_S = 120.0
+DIVERGING = ("nan", "explodes", "zero")
 
 
 def tracked(where: Path) -> str:
@@ -82,9 +83,13 @@ def with_fault(where: Path, fault: str) -> str:
         return f"driver failed: {_last_line(where / 'start.log')}"
     events = [json.loads(line) for line in (where / "events.jsonl").read_text().splitlines()]
     at_s = float((where / "faulted").read_text())
-    next_s = min((time_s for *_, time_s in events if time_s > at_s), default=float("inf"))
     rows = json.loads((where / "found-start.json").read_text())
-    return f"{next_s - at_s:.2f} s; {sum(not row['error'] for row in rows)} of 4 ended without error; losses {_losses(rows)}"
+    found = f"{sum(not row['error'] for row in rows)} of 4 ended without error; losses {_losses(rows)}"
+    if fault in DIVERGING:  # its first trial, at its second rung
+        num_later = sum(trial == events[0][0] and rung > 2 for trial, rung, *_ in events)
+        return f"{num_later} more rungs of that trial trained; {found}"
+    next_s = min((time_s for *_, time_s in events if time_s > at_s), default=float("inf"))
+    return f"{next_s - at_s:.2f} s; {found}"
 
 
 def _events(where: Path) -> list[list]:
