@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from engine.errors import EngineError, first_line
+from engine.signals import handled
 
 STOPPED_CODE = 130
 
@@ -33,20 +34,11 @@ def asked_to_end(note: str) -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C or SIGTERM came inside, for work that ends where nothing is lost. note: what is said then; a second signal
     ends at once."""
     asked: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def give_back() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
     def ask(number: int, frame: Any) -> None:
         asked.append(number)
         give_back()
         print(f"\n{note}", file=sys.stderr, flush=True)
 
-    for number in before:
-        signal.signal(number, ask)
-    try:
+    with handled((signal.SIGINT, signal.SIGTERM), ask) as give_back:
         yield lambda: bool(asked)
-    finally:
-        give_back()

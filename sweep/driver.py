@@ -7,7 +7,6 @@ A kill at any moment leaves a folder that `resume` goes on from: the journal is 
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +17,7 @@ from typing import Any
 from engine.errors import StorageError, first_line
 from engine.files import storage_fault
 from engine.provenance import provenance
+from engine.signals import handled
 from sweep.amend import amended
 from sweep.commands import evaluate, look, prepare
 from sweep.config import parse_sweep_config
@@ -60,7 +60,7 @@ def _launch(plan: Plan, folder: SweepFolder | None, dry_run: bool, engine: Engin
     if dry_run:
         _forecast(plan, engine)
         return 0
-    with _stop_as_interrupt(), _metrics_page(plan) as page:
+    with handled(taken_signals(), _interrupt), _metrics_page(plan) as page:
         try:
             feasibility, data = _prepare(plan, engine)
         except KeyboardInterrupt:
@@ -258,16 +258,6 @@ def _storage_errors(folder: SweepFolder) -> Iterator[None]:
         raise StorageError(f"{what}; nothing is lost: make room, then go on with: {_resume_command(folder)}") from error
 
 
-@contextmanager
-def _stop_as_interrupt() -> Iterator[None]:
+def _interrupt(number: int, frame: Any) -> None:
     """Every signal that asks for an end does what Ctrl-C does."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in taken_signals()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    raise KeyboardInterrupt

@@ -17,6 +17,7 @@ from ray.tune.stopper import Stopper
 
 from engine.config import TrainConfig
 from engine.errors import StorageError
+from engine.signals import handled
 from sweep.card_kinds import Label
 from sweep.cluster import cluster
 from sweep.engine_modules import EngineModules, worker_config
@@ -147,21 +148,15 @@ class SafeStop(Stopper):
     @contextmanager
     def catching(self) -> Iterator[None]:
         """The first signal is kept for the next safe point; a second one acts at once."""
-        before = {number: signal.getsignal(number) for number in taken_signals()}
 
         def catch(number: int, frame: Any) -> None:
             self._signalled = True
-            for caught, handler in before.items():
-                signal.signal(caught, handler)
+            give_back()
 
-        for number in before:
-            signal.signal(number, catch)
-        try:
-            yield
-        except KeyboardInterrupt:
-            if self._signalled or not self._fault():
-                raise
-            raise StorageError(self._fault()) from None
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with handled(taken_signals(), catch) as give_back:
+            try:
+                yield
+            except KeyboardInterrupt:
+                if self._signalled or not self._fault():
+                    raise
+                raise StorageError(self._fault()) from None
