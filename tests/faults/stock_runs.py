@@ -73,16 +73,10 @@ def _driver(where: Path, command: str, fault: str, *more: str, **env_of_stock: s
 def with_fault(where: Path, fault: str) -> str:
     """One fault in a sweep of 4 trials: how long until the trial goes on, and what is found at the end."""
     process = _driver(where, "start", fault, "0.1", "4")
-    try:
-        process.wait(PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return f"not ended after {PATIENCE_S:.0f} s"
+    ended = _ended(process)
     if process.returncode:
-        return f"driver failed: {_last_line(where / 'start.log')}"
-    events = [json.loads(line) for line in (where / "events.jsonl").read_text().splitlines()]
-    at_s = float((where / "faulted").read_text())
+        return f"{ended} ({_last_line(where / 'start.log')})"
+    events, at_s = _events(where), float((where / "faulted").read_text())
     rows = json.loads((where / "found-start.json").read_text())
     found = f"{sum(not row['error'] for row in rows)} of 4 ended without error; losses {_losses(rows)}"
     if fault in DIVERGING:  # its first trial, at its second rung
