@@ -11,8 +11,6 @@ from typing import Any
 from engine.errors import EngineError, first_line
 from engine.signals import handled
 
-STOPPED_CODE = 130
-
 
 def run(command: Callable[[], int], stopped: str = "stopped") -> int:
     """The exit code of `command`. stopped: what is said at Ctrl-C, of which the exit code is 130."""
@@ -20,7 +18,7 @@ def run(command: Callable[[], int], stopped: str = "stopped") -> int:
         return command()
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
-        return STOPPED_CODE
+        return 130
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -27,7 +27,8 @@ from typing import Any
 
 import psutil
 from ray import tune
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
 
 from sweep.config import SweepConfig, parse_sweep_config
 from sweep.ledger import Ledger
@@ -135,9 +136,6 @@ class Stock:
     """Ray Tune's own, which keep the study in memory: the same calls, as its controller makes them."""
 
     def __init__(self, num_trials: int, watch: Stopwatch) -> None:
-        from ray.tune.schedulers import ASHAScheduler
-        from ray.tune.search.optuna import OptunaSearch
-
         distributions = {
             "lora.rank": tune.choice([4, 8, 16, 32, 64]), "lora.target_modules": tune.choice(["attention", "mlp", "all"]),
             "lora.lora_dropout": tune.uniform(0.0, 0.3), "optim.learning_rate": tune.loguniform(1e-5, 1e-2),
@@ -164,7 +162,7 @@ class Stock:
             return self._scheduler.on_trial_result(None, self._trials[trial_id], result)
 
         done = len(seen) == NUM_RUNGS
-        if not done and self._watch.measure("report", report) != TrialScheduler.STOP:
+        if not done and self._watch.measure("report", report) != ASHAScheduler.STOP:
             return True
         self._outcomes.append("ended early" if not done else "COMPLETE")
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import ray
 import sweep_fake_engine as engine
 from ray import tune
-from ray.air.integrations.mlflow import MLflowLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
@@ -64,6 +63,8 @@ class StockTrial(tune.Trainable):
 def main(command: str, folder: str, fault: str, rung_s: str = "0.01", num_trials: str = str(NUM_TRIALS)) -> None:
     callbacks, storage = [], os.environ.get("STOCK_STORAGE", folder)
     if "STOCK_MLFLOW" in os.environ:
+        from ray.air.integrations.mlflow import MLflowLoggerCallback
+
         callbacks.append(MLflowLoggerCallback(tracking_uri=os.environ["STOCK_MLFLOW"], experiment_name="stock"))
     if "STOCK_ADDRESS" in os.environ:  # nodes of which one is lost
         ray.init(address=os.environ["STOCK_ADDRESS"], log_to_driver=False)
