@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, INTERPRETED, as_good_as_torch, draw, error, leave_to_a_child, plain_glu
+from kernel_checks import DEVICE, DTYPES, INTERPRETED, as_good_as_torch, draw, error, leave_to_a_child, plain_glu, same_as_dense
 from kernel_checks import implementation as implementation  # runs each test against kernel and reference
 
 from engine import kernels
@@ -97,16 +97,17 @@ def test_rms_norm_backward_is_as_good_as_autograd_and_needs_every_input(shape, d
         assert not as_good_as_torch(kernels.rms_norm_backward(*arguments), plain, truth)
 
 
-def test_norm_reads_strided_rows():
+def test_norm_reads_strided_rows(implementation):
     wide, weight = draw(5, 3 * 48), draw(48, seed=1)
     x, dy, residual = wide.split(48, dim=1)
     y, rstd = kernels.rms_norm(x, weight, EPS)
-    assert torch.equal(y, kernels.rms_norm(x.contiguous(), weight, EPS)[0])
+    dense = kernels.rms_norm(x.contiguous(), weight, EPS)[0]
+    assert same_as_dense(implementation, y, dense) and not same_as_dense(implementation, y, dense.flip(1))
     total, _, _ = kernels.add_rms_norm(x, dy, weight, EPS)
     assert torch.equal(total, x + dy)
     dx = kernels.rms_norm_backward(dy, x, weight, rstd, 0.0, residual)
     packed = (t.contiguous() for t in (dy, x, weight, rstd))
-    assert torch.equal(dx, kernels.rms_norm_backward(*packed, 0.0, residual.contiguous()))
+    assert same_as_dense(implementation, dx, kernels.rms_norm_backward(*packed, 0.0, residual.contiguous()))
 
 
 # --- rotary embedding
@@ -153,7 +154,7 @@ def test_rope_is_as_good_as_torch_and_its_inverse_is_the_gradient(sizes, dtype):
     assert as_good_as_torch(dx, plain_rope(dy, cos, -sin, dtype), leaf.grad)
 
 
-def test_rope_turns_slices_of_a_fused_buffer_and_touches_nothing_else():
+def test_rope_turns_slices_of_a_fused_buffer_and_touches_nothing_else(implementation):
     num_tokens, num_q, num_k, head_dim = 5, 6, 2, 16
     fused = draw(num_tokens, (num_q + 2 * num_k) * head_dim)
     before = fused.clone()
@@ -162,7 +163,7 @@ def test_rope_turns_slices_of_a_fused_buffer_and_touches_nothing_else():
     q_dense, k_dense = q.clone(), k.clone()
     kernels.rope_(q, k, cos, sin)
     kernels.rope_(q_dense, k_dense, cos, sin)
-    assert torch.equal(q, q_dense) and torch.equal(k, k_dense)
+    assert same_as_dense(implementation, q, q_dense) and same_as_dense(implementation, k, k_dense)
     assert torch.equal(v.flatten(1), before[:, -num_k * head_dim :])
     assert not torch.equal(fused, before)
     kernels.rope_(q, k, cos, sin, inverse=True)
@@ -200,14 +201,17 @@ def test_glu_is_as_good_as_torch_forward_and_backward(shape, dtype, activation):
     assert torch.equal(in_place(activation, up)[0], h)  # what the backward pass leaves is what the forward pass made
 
 
-def test_glu_reads_and_writes_slices_of_a_fused_buffer():
+def test_glu_reads_and_writes_slices_of_a_fused_buffer(implementation):
     fused, dh = draw(4, 2 * 48), draw(4, 48, seed=1)
     gate, up = fused.chunk(2, dim=1)
     dense = [dh.clone(), gate.clone(), up.clone()]
-    assert torch.equal(kernels.glu(gate, up, "silu"), kernels.glu(dense[1], dense[2], "silu"))
+    other = kernels.glu(dense[1], dense[2], "gelu_tanh")
+    assert same_as_dense(implementation, kernels.glu(gate, up, "silu"), kernels.glu(dense[1], dense[2], "silu"))
+    assert not same_as_dense(implementation, kernels.glu(gate, up, "silu"), other)
     kernels.glu_backward_(dh, gate, up, "silu")
     kernels.glu_backward_(*dense, "silu")
-    assert all(torch.equal(a, b) for a, b in zip((dh, gate, up), dense))
+    assert all(same_as_dense(implementation, a, b) for a, b in zip((dh, gate, up), dense))
+    assert not same_as_dense(implementation, dh, other)
 
 
 @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
