@@ -15,13 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.cards import card as find_card
-from engine.command_line import asked_to_end, run
-from engine.config import TrainConfig, load_json, load_train_config, parse
+from engine.config.parsing import load_json, parse
+from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import InputError, Interrupted
-from engine.files import write_text
-from engine.planner import plan
-from engine.shape import ModelShape
+from engine.planning.cards import card as find_card
+from engine.planning.model_shape import ModelShape
+from engine.planning.planner import plan
+from engine.system.command_line import asked_to_end, run
+from engine.system.files import write_text
 
 STOPPED = "stopped; the same command goes on from where it last saved"
 ENDING = "ending after this step, which is saved; Ctrl-C ends at once"
@@ -52,8 +53,9 @@ def _train(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     config = load_train_config(options.config)
     out = options.out or options.config.resolve().parent / "replay"
-    from engine.model import load_base, pick_device
-    from engine.train import train
+    from engine.model.device import pick_device
+    from engine.model.load import load_base
+    from engine.training.loop import train
 
     out.mkdir(parents=True, exist_ok=True)
     recorded = _recorded(options.config.resolve().parent / "reports.jsonl")
@@ -113,7 +115,7 @@ def _plan(arguments: list[str]) -> int:
     parser.add_argument("--card", required=True, help="rtx3090, rtx4090, a10g, l4 ...")
     options = parser.parse_args(arguments)
     config, card = load_train_config(options.config), find_card(options.card)
-    from engine.model import model_config
+    from engine.model.inspect import model_config
 
     chosen = plan(config, ModelShape.of(model_config(config.model), config.model.path), card)
     print(f"plan: {chosen.describe()}")
@@ -133,7 +135,7 @@ def _evaluate(arguments: list[str]) -> int:
     if options.examples < 0:
         raise InputError("--examples", options.examples, "must be 0 or more")
     config = load_train_config(options.config)
-    from engine.evaluate import evaluate_adapter
+    from engine.evaluation.reevaluate import evaluate_adapter
 
     return _answer(evaluate_adapter(config, options.adapter, options.examples), options.report)
 

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from engine.bounded import Bounded, TooCostly
-from engine.command_line import run
-from engine.config import ModelConfig
+from engine.adapter.lora import attach, load_adapter_state
+from engine.adapter.peft_files import find_train_config
+from engine.adapter.portable import read_adapter
+from engine.config.trial import ModelConfig
+from engine.data.templates import chat_template
 from engine.errors import InputError
-from engine.examples import end_tokens
-from engine.exporting import find_train_config
-from engine.lora import attach, load_adapter_state
-from engine.model import Base, load_base, pick_device
-from engine.portable import read_adapter
-from engine.templates import chat_template
+from engine.model.base import Base, end_tokens
+from engine.model.device import pick_device
+from engine.model.load import load_base
+from engine.system.command_line import run
+from engine.system.limited_child import Bounded, TooCostly
 
 
 class Printer(TextStreamer):

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from engine.config import ModelConfig, TrainConfig
-from engine.data import load_data
+from engine.config.targets import resolve_targets
+from engine.config.trial import ModelConfig, TrainConfig
+from engine.data.views import load_data
 from engine.errors import InputError
-from engine.lora import resolve_targets
-from engine.metrics import GIB
-from engine.model import ModelFacts, inspect_model, load_tokenizer, locate, model_config
-from engine.offload import host_share_gib
-from engine.shape import ModelShape
+from engine.layers.host_stash import host_share_gib
+from engine.model.inspect import ModelFacts, inspect_model, load_tokenizer, model_config
+from engine.planning.model_shape import ModelShape
+from engine.sources.locate import locate
+from engine.units import GIB
 
 
 def prepare(configs: list[TrainConfig]) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable
 
 from engine.errors import EngineError
-from sweep.composing import compose, parsed, run_keys, to_yaml
-from sweep.conf_files import groups
-from sweep.output import lasting_output
+from sweep.cli.lasting_output import lasting_output
+from sweep.config.compose import compose, parsed, run_keys, to_yaml
+from sweep.config.conf_files import groups
 
 __all__ = ["compose", "groups", "main", "run"]
 
@@ -34,7 +34,7 @@ def run(command: Callable[[], int]) -> int:
 
 def _main(arguments: list[str]) -> int:
     if {"--help", "-h"} & set(arguments):
-        from sweep.help_text import help_text
+        from sweep.cli.help import help_text
 
         print(help_text([argument for argument in arguments if argument not in ("--help", "-h")]))
         return 0
@@ -55,7 +55,7 @@ def _main(arguments: list[str]) -> int:
 
 def _complete(option: str, value: str = "", *rest: str) -> int:
     """--completion SHELL prints what that shell is to source; --complete WORD is how it asks afterwards."""
-    from sweep.completion import candidates, script
+    from sweep.cli.completion import candidates, script
 
     print(script(value) if option == "--completion" else "\n".join(candidates(value)))
     return 0

@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import StorageError, first_line
-from engine.files import storage_fault
-from engine.provenance import provenance
-from engine.signals import handled
-from sweep.amend import amended
-from sweep.commands import evaluate, look, prepare
-from sweep.config import parse_sweep_config
-from sweep.console import LineConsole, TableConsole, make_console
-from sweep.disk import wait_until_flushed
-from sweep.engine_modules import REAL_ENGINE, EngineModules
-from sweep.feasibility import Feasibility, make_feasibility
-from sweep.forecast import card_line, check_any_fits, describe_forecast, no_forecast_line
-from sweep.interruption import taken_signals
-from sweep.paths import with_absolute_paths
-from sweep.plan import Plan, make_plan
-from sweep.ray_environment import set_ray_environment
-from sweep.runs import SweepFolder
+from engine.system.files import storage_fault
+from engine.system.provenance import provenance
+from engine.system.signals import handled
+from sweep.cli.console import LineConsole, TableConsole, make_console
+from sweep.cluster.ray_environment import set_ray_environment
+from sweep.config.absolute_paths import with_absolute_paths
+from sweep.config.resume_changes import amended
+from sweep.config.sweep import parse_sweep_config
+from sweep.execution.engine_commands import evaluate, look, prepare
+from sweep.execution.interruption import taken_signals
+from sweep.execution.worker_config import REAL_ENGINE, EngineModules
+from sweep.folder.flush import wait_until_flushed
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.plan.feasibility import Feasibility, make_feasibility
+from sweep.plan.forecast import card_line, check_any_fits, describe_forecast, no_forecast_line
+from sweep.plan.sweep_plan import Plan, make_plan
 
 INTERRUPTED = 130
 Screen = LineConsole | TableConsole
@@ -76,7 +76,7 @@ def _launch(plan: Plan, folder: SweepFolder | None, dry_run: bool, engine: Engin
 
 def _check_warm_start(plan: Plan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
     """InputError where the sweeps of sweep.warm_start cannot be learnt from. data: digests of today's samples."""
-    from sweep.earlier import read_earlier
+    from sweep.study.earlier_sweeps import read_earlier
 
     earlier = read_earlier(plan.config, plan.space, data)
     say(f"warm start {len(earlier)} trials of {', '.join(plan.config.sweep.warm_start)}")
@@ -133,14 +133,14 @@ def _trials_and_finish(
     plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, screen: Screen, tracker: Any, page: Any
 ) -> int:
     set_ray_environment(plan.config.cluster.address)  # before sweep.tuning loads ray
-    from sweep.earlier import read_earlier
-    from sweep.finish import finish
-    from sweep.ledger import Ledger
-    from sweep.remote import evaluate_on_a_slot
-    from sweep.report import try_write_report
-    from sweep.selection import Rule
-    from sweep.study import Study
-    from sweep.tuning import run_trials
+    from sweep.execution.remote_evaluation import evaluate_on_a_slot
+    from sweep.execution.tuner import run_trials
+    from sweep.ledger.ledger import Ledger
+    from sweep.report.build import try_write_report
+    from sweep.results.finish import finish
+    from sweep.study.earlier_sweeps import read_earlier
+    from sweep.study.study import Study
+    from sweep.trials.selection import Rule
 
     config = plan.config
     screen.note(f"sweep folder {folder.path}")
@@ -194,7 +194,7 @@ def _trials_and_finish(
 
 
 def _make_tracker(plan: Plan, folder: SweepFolder) -> Any:
-    from sweep.tracking import NullTracker, Tracker, local_uri
+    from sweep.tracking.tracker import NullTracker, Tracker, local_uri
 
     config = plan.config
     if config.tracking.name == "none":
@@ -210,7 +210,7 @@ def _metrics_page(plan: Plan) -> AbstractContextManager[Any]:
     """Where Prometheus reads. Opened before the long preparation, so that what cannot be had is refused at once."""
     if plan.config.tracking.metrics_port is None:
         return nullcontext()
-    from sweep.exporter import serve
+    from sweep.tracking.prometheus import serve
 
     return serve(plan.config.tracking, lambda line: print(line, flush=True))
 
@@ -219,7 +219,7 @@ def _make_metrics(plan: Plan, folder: SweepFolder, page: Any) -> tuple[Any, ...]
     """What is shown there; nothing where there is no page."""
     if page is None:
         return ()
-    from sweep.exporter import SweepMetrics
+    from sweep.tracking.prometheus import SweepMetrics
 
     return (SweepMetrics(folder.path.name, plan.config.sweep.num_trials, plan.slots.num_slots),)
 
@@ -234,7 +234,7 @@ def _interrupted(folder: SweepFolder | None) -> int:
 
 def _report_so_far(folder: SweepFolder) -> None:
     """After the line to resume by, which nobody should have to wait for; a second signal ends it."""
-    from sweep.report import try_write_report
+    from sweep.report.build import try_write_report
 
     try:
         try_write_report(folder, lambda line: print(line, flush=True))

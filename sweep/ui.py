@@ -13,10 +13,10 @@ import webbrowser
 from pathlib import Path
 
 from engine.errors import EngineError, InputError
-from sweep.mlflow_view import page_queries
-from sweep.projection import ENVIRONMENT, share_view
-from sweep.runs import SweepFolder
-from sweep.tracking import local_uri
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.tracking.mlflow_runs import ENVIRONMENT, share_view
+from sweep.tracking.mlflow_view import page_queries
+from sweep.tracking.tracker import local_uri
 
 HOST = "127.0.0.1"  # the page has no password
 PORT = 5000

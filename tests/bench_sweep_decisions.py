@@ -30,13 +30,13 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from sweep.config import SweepConfig, parse_sweep_config
-from sweep.ledger import Ledger
-from sweep.runs import SweepFolder
-from sweep.scheduler import LedgerScheduler
-from sweep.searcher import LedgerSearcher
-from sweep.space_parse import parse_space
-from sweep.study import Study
+from sweep.config.sweep import SweepConfig, parse_sweep_config
+from sweep.execution.scheduler import LedgerScheduler
+from sweep.execution.searcher import LedgerSearcher
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.ledger.ledger import Ledger
+from sweep.space.parse import parse_space
+from sweep.study.study import Study
 
 NUM_RUNGS = 8
 SPACE = {

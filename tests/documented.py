@@ -22,9 +22,9 @@ import yaml
 
 from engine.errors import EngineError
 from sweep.__main__ import compose, main
-from sweep.config import parse_sweep_config
-from sweep.reference import keys, sections
-from sweep.space_parse import parse_space
+from sweep.cli.config_keys import keys, sections
+from sweep.config.sweep import parse_sweep_config
+from sweep.space.parse import parse_space
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
@@ -129,7 +129,8 @@ class Checker:
         """A dotted path that a sentence names: a key, or what keys begin with."""
         bare = path.removeprefix("space.")
         known = [key.path for section in sections() for key in keys(section)]
-        a_module = (ROOT / (path.replace(".", "/") + ".py")).is_file()
+        place = ROOT / path.replace(".", "/")
+        a_module = place.is_dir() or place.with_suffix(".py").is_file()
         _expect(a_module or any(f"{name}.".startswith(f"{bare}.") for name in known), path, "no such key")
 
     def yaml(self, text: str) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from engine.errors import OutOfMemory
-from engine.planner import Plan
-from sweep import driver, feasibility
+from engine.planning.planner import Plan
+from sweep import driver
 from sweep.__main__ import run
-from sweep.engine_modules import EngineModules
+from sweep.execution.worker_config import EngineModules
+from sweep.plan import feasibility
 
 ENGINE = EngineModules(train="sweep_fake_engine", model="sweep_fake_engine", command="sweep_fake_engine")
 

@@ -19,11 +19,12 @@ import time
 import types
 from pathlib import Path
 
-from engine.config import TrainConfig, load_json, load_train_config, parse
+from engine.config.parsing import load_json, parse
+from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import DivergedError, InputError, Interrupted, OutOfMemory
-from engine.files import write_text
-from engine.metrics import Report
-from sweep.runs import read_reports
+from engine.system.files import write_text
+from engine.trial_report import Report
+from sweep.folder.sweep_folder import read_reports
 
 # What a worker asks of torch, for a process that computes nothing: the real one takes seconds to load, at each kill.
 STAND_IN = types.SimpleNamespace(

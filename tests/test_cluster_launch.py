@@ -17,8 +17,8 @@ import yaml
 from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from sweep.composing import compose, parsed
-from sweep.config import parse_sweep_config
+from sweep.config.compose import compose, parsed
+from sweep.config.sweep import parse_sweep_config
 
 LAUNCH = Path(__file__).parent.parent / "conf" / "cluster" / "launch"
 

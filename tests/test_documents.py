@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from documented import ROOT, Checker, Wrong, read
 
-from sweep import driver, report
+from sweep import driver
 from sweep.__main__ import compose
-from sweep.config import parse_sweep_config
-from sweep.runs import SweepFolder
+from sweep.config.sweep import parse_sweep_config
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.report import build as report
 
 DOCUMENTS = {name: read((ROOT / name).read_text()) for name in ("README.md", "CONTRIBUTING.md", "dashboards/README.md")}
 CASES = {kind: [(name, text) for name, found in DOCUMENTS.items() for text in dict.fromkeys(getattr(found, kind))]

@@ -10,15 +10,15 @@ import torch
 
 from engine.bench import __main__ as bench
 from engine.bench import calibrate
-from engine.bench.checkpoint import write_checkpoint
 from engine.bench.children import run_rows
 from engine.bench.measure import measure, tokens
+from engine.bench.model_folder import write_checkpoint
 from engine.bench.process import run_python
-from engine.bench.report import report
 from engine.bench.rows import LADDER, OURS_ONLY, POLICIES, SUITES, Row, Setting, plain_rows, suite_rows
 from engine.bench.shapes import SHAPES, random_model
 from engine.bench.systems import SYSTEMS, System
-from engine.loss import IGNORE
+from engine.bench.table import report
+from engine.layers.loss import IGNORE
 
 TINY = Setting(model="tiny", batch=2, length=32, rank=4, steps=2)
 FLAGS = ["--model", "tiny", "--batch", "2", "--length", "32", "--rank", "4", "--steps", "2"]

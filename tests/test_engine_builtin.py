@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import cache
-from engine.builtin import MODELS, PUBLISHED, resolve_data, resolve_model, smollm2, stdlib_docs
 from engine.errors import InputError
+from engine.sources import smollm2, stdlib_docs
+from engine.sources.builtin import MODELS, PUBLISHED, resolve_data, resolve_model
+from engine.system import shared_cache as cache
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +46,9 @@ def test_an_unknown_builtin_is_refused_with_the_known_ones_listed(resolve, known
 
 
 def test_an_adapter_on_a_builtin_names_the_published_model_and_no_folder_of_this_machine():
-    from engine.adapter_files import peft_config
-    from engine.config import TrainConfig, parse
+    from engine.adapter.peft_files import peft_config
+    from engine.config.parsing import parse
+    from engine.config.trial import TrainConfig
 
     values = {"model": {"path": "builtin:smollm2-135m-instruct"}, "data": {"train": "d"}, "train": {"max_tokens": 9}}
     base = peft_config(parse(TrainConfig, values), ["q_proj"], ["q_proj"])["base_model_name_or_path"]
@@ -55,7 +57,7 @@ def test_an_adapter_on_a_builtin_names_the_published_model_and_no_folder_of_this
 
 
 def test_importing_the_package_loads_neither_torch_nor_gguf():
-    code = "import sys, engine.builtin; print([name for name in ('torch', 'gguf', 'numpy') if name in sys.modules])"
+    code = "import sys, engine.sources.builtin; print([name for name in ('torch', 'gguf', 'numpy') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -79,7 +81,7 @@ def test_two_builders_at_once_build_once(own_cache):
 
 def test_a_killed_build_leaves_nothing_under_the_name_and_the_next_one_clears_up(own_cache):
     code = (
-        "import os\nfrom engine.cache import build_once\n"
+        "import os\nfrom engine.system.shared_cache import build_once\n"
         "def builder(folder):\n    (folder / 'file').write_text('half')\n    os._exit(9)\nbuild_once('thing-v1', builder)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9

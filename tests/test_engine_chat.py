@@ -13,14 +13,14 @@ import torch
 from export_models import one_thread
 from test_engine_train import CPU, build, run
 
-from engine.adapter_files import load_adapter
+from engine.adapter.lora import attach
+from engine.adapter.peft_files import load_adapter
 from engine.chat import Chat, load_chat, main
-from engine.config import load_train_config
-from engine.evaluate import evaluate_adapter
-from engine.examples import MAX_NEW_TOKENS, _question
-from engine.lora import attach
-from engine.model import load_base
-from engine.packing import Sample, collate
+from engine.config.trial import load_train_config
+from engine.data.packing import Sample, collate
+from engine.evaluation.examples import MAX_NEW_TOKENS, _question
+from engine.evaluation.reevaluate import evaluate_adapter
+from engine.model.load import load_base
 
 PROMPT = "What is 7 plus 7?"
 
@@ -103,7 +103,7 @@ def test_examples_are_evaluation_samples_answered_as_in_a_chat_by_base_model_and
 
 
 def test_a_model_that_cannot_generate_is_evaluated_all_the_same(adapters, monkeypatch):
-    monkeypatch.setattr("engine.examples.restore_layers", lambda model: 1 / 0)
+    monkeypatch.setattr("engine.evaluation.examples.restore_layers", lambda model: 1 / 0)
     config = load_train_config(adapters["none"] / "train_config.json")
     measured = evaluate_adapter(config, adapters["none"] / "adapter", num_examples=1)
     assert measured["examples_error"] == "ZeroDivisionError: division by zero"

@@ -12,10 +12,11 @@ import pytest
 import torch
 from test_engine_train import CPU, build, run
 
-import engine.train
+import engine.training.loop
 from engine.__main__ import main
 from engine.errors import InputError
-from engine.model import load_base, pick_device
+from engine.model.device import pick_device
+from engine.model.load import load_base
 
 
 def test_the_command_line_replays_a_trial_and_shows_the_recorded_loss(tiny_config, tmp_path):
@@ -33,7 +34,7 @@ def test_the_command_line_replays_a_trial_and_shows_the_recorded_loss(tiny_confi
 def test_a_trial_alone_saves_its_step_when_it_is_stopped_and_the_same_command_goes_on_from_there(
     tiny_config, tmp_path, monkeypatch, capsys, number
 ):
-    config, steps, original = build(tiny_config), [], engine.train._Run._step
+    config, steps, original = build(tiny_config), [], engine.training.loop._Run._step
     (tmp_path / "train_config.json").write_text(json.dumps(config.model_dump(mode="json")))
     (tmp_path / "whole").mkdir()
     expected = [report.eval_loss for report in run(config, tmp_path / "whole")]
@@ -44,7 +45,7 @@ def test_a_trial_alone_saves_its_step_when_it_is_stopped_and_the_same_command_go
             os.kill(os.getpid(), number)
         return original(trial)
 
-    monkeypatch.setattr(engine.train._Run, "_step", step)
+    monkeypatch.setattr(engine.training.loop._Run, "_step", step)
     assert main([str(tmp_path / "train_config.json")]) == 130
     assert len(steps) == 3 and "ending after this step" in capsys.readouterr().err
     assert main([str(tmp_path / "train_config.json")]) == 0

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from engine.config import TrainConfig, parse, to_json
+from engine.config.parsing import parse, to_json
+from engine.config.trial import TrainConfig
 from engine.errors import InputError
 
 GOOD = {"model": {"path": "m"}, "data": {"train": "d"}, "train": {"max_tokens": 100}}
@@ -83,7 +84,8 @@ def test_alpha_defaults_to_twice_the_rank_and_rslora_scales_by_its_root():
 
 def test_plain_modules_load_no_torch():
     code = (
-        "import sys, engine.config, engine.errors, engine.metrics, engine.files, engine.cache, engine.builtin;"
+        "import sys, engine.config.trial, engine.errors, engine.trial_report;"
+        "import engine.system.files, engine.system.shared_cache, engine.sources.builtin;"
         "print([m for m in ('torch', 'transformers', 'ray', 'mlflow', 'optuna', 'hydra') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

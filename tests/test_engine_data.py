@@ -7,13 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import DataConfig, ModelConfig, parse
-from engine.data import TokenSet, load_data, split_by_content
+from engine.config.parsing import parse
+from engine.config.trial import DataConfig, ModelConfig
+from engine.data.packing import Cursor, Sample, collate, padded, plan_epoch, plan_once
+from engine.data.templates import CHATML
+from engine.data.tokens import TokenSet
+from engine.data.views import load_data, split_by_content
 from engine.errors import InputError
-from engine.loss import IGNORE
-from engine.model import load_tokenizer
-from engine.packing import Cursor, Sample, collate, padded, plan_epoch, plan_once
-from engine.templates import CHATML
+from engine.layers.loss import IGNORE
+from engine.model.inspect import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +169,7 @@ def test_a_step_has_all_its_bins_also_where_an_epoch_ends():
 
 
 def test_chatml_can_be_named_where_a_tokenizer_has_no_template(tokenizer):
-    from engine.templates import chat_template
+    from engine.data.templates import chat_template
 
     assert chat_template(tokenizer, "chatml") == CHATML
     with pytest.raises(InputError, match=r"data\.chat_template.*chatml"):
@@ -177,7 +179,7 @@ def test_chatml_can_be_named_where_a_tokenizer_has_no_template(tokenizer):
 def test_a_builtin_can_be_the_evaluation_set_of_other_data(monkeypatch):
     from pathlib import Path
 
-    from engine import data
+    from engine.data import views as data
 
     monkeypatch.setattr(data, "resolve_data", lambda p: (Path("a/train"), Path("a/eval")) if p.startswith("builtin:") else None)
     assert data._sources(DataConfig(train="builtin:x")) == ("a/train", "a/eval")

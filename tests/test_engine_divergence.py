@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
-from engine import train as training
-from engine.config import TrainConfig, parse
-from engine.divergence import check_loss, check_step
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
 from engine.errors import DivergedError
-from engine.train import train
+from engine.training import loop as training
+from engine.training.divergence import check_loss, check_step
+from engine.training.loop import train
 
 VOCABULARY = 256
 

@@ -14,16 +14,16 @@ from export_models import FAMILIES, one_thread, save_adapter, save_model
 from safetensors.torch import load_file, save_file
 from test_engine_train import build, run
 
-from engine.builtin.smollm2 import tensor_name, unpermute
-from engine.config import ModelConfig
+from engine.adapter.portable import read_adapter
+from engine.config.trial import ModelConfig
 from engine.errors import InputError
-from engine.evaluate import evaluate_adapter
-from engine.export import main
-from engine.exporting import export
-from engine.gguf_model import Naming, write_adapter, write_model
-from engine.merge import merged_tensors, weight_files
-from engine.model import model_config
-from engine.portable import read_adapter
+from engine.evaluation.reevaluate import evaluate_adapter
+from engine.export.__main__ import main
+from engine.export.forms import export
+from engine.export.gguf_model import Naming, write_adapter, write_model
+from engine.export.merge import merged_tensors, weight_files
+from engine.model.inspect import model_config
+from engine.sources.smollm2 import tensor_name, unpermute
 
 IDS = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(2))
 PLAIN = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
@@ -228,7 +228,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(form, spoil, message, base, ad
 
 
 def test_an_export_that_is_interrupted_leaves_nothing(base, adapter, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("engine.exporting._write_tokenizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("engine.export.forms._write_tokenizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main([str(adapter), "--to", "merged", "--out", str(tmp_path / "out"), "--no-losses"]) == 130
     assert capsys.readouterr().err == "\nstopped; nothing was written\n"
     assert left_by(tmp_path) == []
@@ -258,7 +258,7 @@ def _as_they_were(self, key, tensor):
 
 
 def _shuffled(self, key, tensor):
-    from engine.gguf_model import permute
+    from engine.export.gguf_model import permute
 
     return permute(tensor, 2) if re.search(r"\.[qk]_proj\.", key) else tensor
 

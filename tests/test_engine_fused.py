@@ -6,15 +6,17 @@ import pytest
 import torch
 import transformers
 
-from engine import attention, fused, fused_mlp
-from engine.config import LoraConfig
+from engine.adapter.lora import attach, trainable_parameters
+from engine.config.trial import LoraConfig
+from engine.data.packing import Sample, collate
 from engine.errors import InputError
-from engine.layer import Policy
-from engine.layer_plan import layer_policies
-from engine.lora import attach, trainable_parameters
-from engine.packing import Sample, collate
-from engine.quant import freeze_linears
-from engine.swap import FusedLayer, cache_weights, fuse_layers, require_fused, set_policy
+from engine.layers import attention
+from engine.layers import decoder_layer as fused
+from engine.layers import mlp as fused_mlp
+from engine.layers.structure import Policy
+from engine.layers.swap import FusedLayer, cache_weights, fuse_layers, require_fused, set_policy
+from engine.planning.policies import layer_policies
+from engine.quant.frozen_linear import freeze_linears
 
 SMALL = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -168,7 +170,8 @@ def test_an_unknown_family_keeps_its_layers_and_strict_refuses_it():
 
 
 def test_cached_weights_give_the_same_numbers_and_only_as_many_groups_as_fit(monkeypatch):
-    from engine.quant import FrozenLinear, quantize_nf4
+    from engine.quant.bnb import quantize_nf4
+    from engine.quant.frozen_linear import FrozenLinear
 
     def quantised():
         model, names, _ = build("Llama", "fused")

@@ -11,8 +11,8 @@ import gguf
 import pytest
 
 from engine.errors import InputError
-from engine.gguf_sentencepiece import SPACE, adds_space, scores
-from engine.gguf_vocab import add_vocab
+from engine.export.gguf_sentencepiece import SPACE, adds_space, scores
+from engine.export.gguf_vocab import add_vocab
 
 TEXTS = [
     "Return the absolute value of the argument.", "  two  spaces\nand lines\n\n", "no", "", " ",
@@ -185,7 +185,7 @@ def test_a_merged_model_with_such_a_tokenizer_is_exported_whole(pieces, tmp_path
     from export_models import SIZES, save_adapter
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from engine.export import main
+    from engine.export.__main__ import main
 
     values = write(tmp_path / "base", pieces, legacy=True)
     sizes = {**SIZES, "vocab_size": size(values), "bos_token_id": 1, "eos_token_id": 2}

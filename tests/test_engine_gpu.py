@@ -6,11 +6,12 @@ import psutil
 import pytest
 import torch
 
-from engine import attention
-from engine.config import TrainConfig, parse
-from engine.evaluate import evaluate_adapter
-from engine.model import load_base
-from engine.train import train
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
+from engine.evaluation.reevaluate import evaluate_adapter
+from engine.layers import attention
+from engine.model.load import load_base
+from engine.training.loop import train
 
 pytestmark = pytest.mark.gpu
 

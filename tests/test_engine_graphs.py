@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import TrainConfig, parse
+from engine.adapter.flat import FlatAdapter
+from engine.adapter.lora import attach, detach
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
+from engine.data.packing import Sample, collate
 from engine.errors import InputError
-from engine.graphs import MAX_GRAPHS, Size, make_graphs
-from engine.lora import FlatAdapter, attach, detach
-from engine.model import load_base
-from engine.packing import Sample, collate
-from engine.train import train
+from engine.model.load import load_base
+from engine.training.cuda_graphs import MAX_GRAPHS, Size, make_graphs
+from engine.training.loop import train
 
 
 @pytest.fixture
@@ -99,13 +101,13 @@ def test_a_model_that_cannot_be_recorded_is_computed_without(config, monkeypatch
         "graph": graph,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr("engine.graphs._side_stream", lambda device: stream)
+    monkeypatch.setattr("engine.training.cuda_graphs._side_stream", lambda device: stream)
     base = load_base(config.model, torch.device("cpu"))
     layers = attach(base.model, base.linear_names, config.lora, 0)
     FlatAdapter(layers, base.dtype)
     graphs = make_graphs(base, 256, 60)
     graphs._pool = object()
-    monkeypatch.setattr("engine.graphs.replace", lambda row, **_: row)  # bounds are for attention on CUDA
+    monkeypatch.setattr("engine.training.cuda_graphs.replace", lambda row, **_: row)  # bounds are for attention on CUDA
     row = collate([Sample(np.arange(60), np.arange(60) > 3)])
     with pytest.warns(UserWarning, match="no CUDA graphs for this model: operation not permitted when stream is capturing$"):
         graphs.backward(row, row.num_targets)

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from engine.__main__ import main
-from engine.config import TrainConfig, parse
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
+from engine.data.templates import SampleError
 from engine.errors import CheckpointError
-from engine.templates import SampleError
-from engine.train import train
+from engine.training.loop import train
 
 
 class Bomb:
@@ -146,7 +147,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("template", BOMBS, ids=range(len(BOMBS)))
 def test_a_chat_template_that_would_take_all_time_or_memory_is_stopped(refused, tmp_path, template, monkeypatch):
-    from engine import bounded
+    from engine.system import limited_child as bounded
 
     monkeypatch.setattr(bounded.Bounded.__init__, "__defaults__", (1.0 if BOMBS[template] == "takes" else 20.0, 0.5))
     (tmp_path / "t.jinja").write_text(template)
@@ -159,10 +160,10 @@ def test_a_chat_template_that_would_take_all_time_or_memory_is_stopped(refused, 
 def test_an_ordinary_template_is_rendered_in_a_child_as_it_would_be_here(tiny_model_dir):
     from conftest import TEMPLATE
 
-    from engine.bounded import Bounded
-    from engine.config import ModelConfig
-    from engine.model import load_tokenizer
-    from engine.templates import Renderer
+    from engine.config.trial import ModelConfig
+    from engine.data.templates import Renderer
+    from engine.model.inspect import load_tokenizer
+    from engine.system.limited_child import Bounded
 
     renderer = Renderer(load_tokenizer(ModelConfig(path=str(tiny_model_dir))), "messages", TEMPLATE)
     sample = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from test_engine_train import CPU, build, run, same_numbers
 
-import engine.train
-from engine.checkpoint import Pace
+import engine.training.loop
 from engine.errors import CheckpointError, Interrupted
-from engine.model import load_base
-from engine.train import train
+from engine.model.load import load_base
+from engine.training.checkpoint import Pace
+from engine.training.loop import train
 
 NUM_STEPS = 7  # of the undisturbed trial
 
@@ -37,8 +37,8 @@ def trial(tiny_config):
 @pytest.fixture
 def num_steps(monkeypatch):
     """How many optimizer steps were computed."""
-    counted, original = [], engine.train._Run._step
-    monkeypatch.setattr(engine.train._Run, "_step", lambda self: (counted.append(1), original(self))[1])
+    counted, original = [], engine.training.loop._Run._step
+    monkeypatch.setattr(engine.training.loop._Run, "_step", lambda self: (counted.append(1), original(self))[1])
     return counted
 
 

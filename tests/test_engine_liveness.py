@@ -13,18 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import fused, fused_mlp, kernels, layer, projection
-from engine.attention import AttentionOptions, Documents
-from engine.config import LoraConfig, TrainConfig
-from engine.layer import Call, LayerSpec, Norm, Policy
-from engine.layer_plan import GROUPS, plan_layers
-from engine.ledger import Away, Ledger
-from engine.liveness import MLP_TILE_TOKENS, Pass, Sizes
-from engine.lora import LoraLinear
-from engine.offload import HostStash
-from engine.projection import ProjectionGroup
-from engine.quant import FrozenLinear
-from engine.shape import ModelShape
+from engine import kernels
+from engine.adapter.lora import LoraLinear
+from engine.config.trial import LoraConfig, TrainConfig
+from engine.layers import decoder_layer as fused
+from engine.layers import mlp as fused_mlp
+from engine.layers import projection_group as projection
+from engine.layers import structure as layer
+from engine.layers.attention import AttentionOptions, Documents
+from engine.layers.host_stash import HostStash
+from engine.layers.projection_group import ProjectionGroup
+from engine.layers.structure import Call, LayerSpec, Norm, Policy
+from engine.planning.layer_memory import MLP_TILE_TOKENS, Pass, Sizes
+from engine.planning.layer_plan import plan_layers
+from engine.planning.live_bytes import Away, Ledger
+from engine.planning.model_shape import ModelShape
+from engine.planning.policies import GROUPS
+from engine.quant.frozen_linear import FrozenLinear
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 3, "hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8,
          "num_key_value_heads": 2, "vocab_size": 1024}  # fmt: skip

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from engine import loss
-from engine.loss import IGNORE, Head, linear_cross_entropy, linear_cross_entropy_reference
+from engine.layers import loss
+from engine.layers.loss import IGNORE, Head, linear_cross_entropy, linear_cross_entropy_reference
 
 
 def inputs(n=37, d=24, v=101, ignored=0.4, seed=0):

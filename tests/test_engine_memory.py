@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 
 from engine.bench import calibrate
-from engine.cards import CARDS, Card, card, match_card
-from engine.config import TrainConfig, parse
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
 from engine.errors import InputError
-from engine.layer_plan import adapted_projections, plan_layers
-from engine.memory import CONTEXT_GIB, MemoryPrediction, fits, predict_memory
-from engine.metrics import GIB
-from engine.shape import ModelShape
-from engine.speed import predict_speed
+from engine.planning.cards import CARDS, Card, card, match_card
+from engine.planning.layer_plan import adapted_projections, plan_layers
+from engine.planning.memory import CONTEXT_GIB, MemoryPrediction, fits, predict_memory
+from engine.planning.model_shape import ModelShape
+from engine.planning.speed import predict_speed
+from engine.units import GIB
 
-CALIBRATION = Path(__file__).parent.parent / "engine" / "calibration" / "h100-2026-11-24.jsonl"
+CALIBRATION = Path(__file__).parent.parent / "engine" / "bench" / "calibration" / "h100-2026-11-24.jsonl"
 PEAKS = CALIBRATION.with_name("h100-2026-11-24-peaks.jsonl")
 ROWS = [json.loads(line) for line in CALIBRATION.read_text().splitlines()]
 POLICIES: dict[str, Any] = {"offload": "offload", "recompute": True, "selective": "selective", "keep": False}
@@ -207,7 +208,7 @@ def test_quantisation_optimizer_and_targets_count() -> None:
     ["all-linear", ["q_proj"], ["mlp.up_proj", "self_attn.o_proj"], r".*layers\.[01]\.mlp\..*", ["model.layers.1.mlp.down_proj"]],
 )
 def test_targets_are_resolved_as_the_adapter_resolves_them(targets: Any) -> None:
-    from engine.lora import resolve_targets
+    from engine.config.targets import resolve_targets
 
     shape = ModelShape.of({**LLAMA_1B, "num_hidden_layers": 3}, "x")
     config = config_of(lora={"target_modules": targets})
@@ -350,15 +351,18 @@ def test_cards_are_known_by_the_names_torch_gives_them(device_name: str, expecte
 
 
 def test_predictions_do_without_torch() -> None:
-    names = ("cards", "layer_plan", "ledger", "liveness", "memory", "shape", "speed")
-    imports = "; ".join(f"import engine.{name}" for name in names)
+    names = ("cards", "layer_plan", "live_bytes", "layer_memory", "memory", "model_shape", "speed")
+    imports = "; ".join(f"import engine.planning.{name}" for name in names)
     code = f"import sys; {imports}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_copies_of_constants_are_those_of_the_modules_that_need_torch() -> None:
-    from engine import embedding, evaluate, loss, memory
+    from engine.evaluation import eval_loss as evaluate
+    from engine.layers import host_embedding as embedding
+    from engine.layers import loss
+    from engine.planning import memory
 
     assert loss.CHUNK_BYTES == memory.LOSS_CHUNK_BYTES
     assert embedding.MIN_BYTES == memory.HOST_EMBEDDING_MIN_BYTES

@@ -11,11 +11,11 @@ import pytest
 import torch
 from test_engine_train import CPU, build
 
-import engine.model
-from engine.data import load_data
-from engine.model import load_base
-from engine.packed import PREFIX, QUOTA_VARIABLE, load_packed
-from engine.packing import collate
+import engine.model.load
+from engine.data.packing import collate
+from engine.data.views import load_data
+from engine.model.load import load_base
+from engine.quant.shared_base import PREFIX, QUOTA_VARIABLE, load_packed
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def num_quantised(monkeypatch):
     """How often a model was quantised."""
-    counted, original = [], engine.model.nf4_load_config
-    monkeypatch.setattr(engine.model, "nf4_load_config", lambda *given: (counted.append(1), original(*given))[1])
+    counted, original = [], engine.model.load.nf4_load_config
+    monkeypatch.setattr(engine.model.load, "nf4_load_config", lambda *given: (counted.append(1), original(*given))[1])
     return counted
 
 
@@ -89,7 +89,7 @@ def test_where_it_cannot_be_kept_the_model_is_quantised_all_the_same_and_one_lin
     tiny_config, cache, num_quantised, monkeypatch, capsys, fault, said
 ):
     if fault == "full disk":
-        monkeypatch.setattr("engine.packed.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+        monkeypatch.setattr("engine.quant.shared_base.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     elif fault == "no folder":
         cache.write_text("a file where the folder should be")
     else:
@@ -131,7 +131,7 @@ def test_workers_of_a_node_that_begin_at_once_quantise_once(tmp_path, cache, mon
     folder, quantised, read = tmp_path / "model", [], []
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    monkeypatch.setattr("engine.packed._save", lambda model, target: (target / "weights").write_text(model))
+    monkeypatch.setattr("engine.quant.shared_base._save", lambda model, target: (target / "weights").write_text(model))
 
     def quantise():
         quantised.append(1)

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 
-from engine.config import TrainConfig, parse
-from engine.data import load_data
-from engine.lora import FlatAdapter, attach
-from engine.model import load_base, nf4_load_config
-from engine.packing import collate
+from engine.adapter.flat import FlatAdapter
+from engine.adapter.lora import attach
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
+from engine.data.packing import collate
+from engine.data.views import load_data
+from engine.model.load import load_base, nf4_load_config
 
 STEPS = 32
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from engine.cards import card
-from engine.config import TrainConfig, parse
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
 from engine.errors import OutOfMemory
-from engine.memory import fits, predict_memory
-from engine.planner import Plan, leaner, plan
-from engine.shape import ModelShape
+from engine.planning.cards import card
+from engine.planning.memory import fits, predict_memory
+from engine.planning.model_shape import ModelShape
+from engine.planning.planner import Plan, leaner, plan
 
 LLAMA_8B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -108,5 +109,5 @@ def test_each_leaner_plan_needs_less_until_there_is_none():
 
 
 def test_planning_loads_no_torch():
-    code = "import sys, engine.planner; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = "import sys, engine.planning.planner; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

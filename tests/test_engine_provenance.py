@@ -2,8 +2,8 @@
 
 import subprocess
 
-from engine import provenance as module
-from engine.provenance import provenance
+from engine.system import provenance as module
+from engine.system.provenance import provenance
 
 
 def test_versions_of_the_packages_that_matter_are_there():
@@ -12,8 +12,8 @@ def test_versions_of_the_packages_that_matter_are_there():
 
 
 def test_the_commit_is_marked_where_files_differ_from_it(tmp_path, monkeypatch):
-    (tmp_path / "engine").mkdir()
-    source = tmp_path / "engine" / "provenance.py"
+    source = tmp_path / "engine" / "system" / "provenance.py"
+    source.parent.mkdir(parents=True)
     source.write_text("one")
     monkeypatch.setattr(module, "__file__", str(source))
     assert "git.commit" not in provenance()

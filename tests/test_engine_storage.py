@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from engine import files
-from engine.config import TrainConfig, parse
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
 from engine.errors import CheckpointError, StorageError
-from engine.files import storage_fault, write_folder, write_text
-from engine.train import train
+from engine.system import files
+from engine.system.files import storage_fault, write_folder, write_text
+from engine.training.loop import train
 
 WHOLE: list[dict] = []  # reports of the undisturbed trial, trained once
 

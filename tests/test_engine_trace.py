@@ -9,9 +9,10 @@ import pytest
 from export_models import one_thread
 from test_engine_train import build, run, same_numbers
 
-from engine.config import TrainConfig, parse
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
 from engine.errors import InputError
-from engine.train import train
+from engine.training.loop import train
 
 
 @pytest.fixture(scope="module", autouse=True)

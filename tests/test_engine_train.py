@@ -8,16 +8,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import attention, fused, model
-from engine.config import TrainConfig, parse
-from engine.data import load_data
+from engine.adapter.lora import attach, detach
+from engine.config.parsing import parse
+from engine.config.targets import resolve_targets
+from engine.config.trial import TrainConfig
+from engine.data.packing import collate
+from engine.data.views import load_data
 from engine.errors import CheckpointError, DivergedError, InputError, OutOfMemory
-from engine.evaluate import evaluate_adapter
-from engine.lora import attach, detach, resolve_targets
-from engine.loss import linear_cross_entropy
-from engine.model import load_base
-from engine.packing import collate
-from engine.train import train
+from engine.evaluation.reevaluate import evaluate_adapter
+from engine.layers import attention
+from engine.layers import decoder_layer as fused
+from engine.layers.loss import linear_cross_entropy
+from engine.model import load as model
+from engine.model.load import load_base
+from engine.training.loop import train
 
 CPU = torch.device("cpu")
 
@@ -145,7 +149,7 @@ def test_peft_loads_the_exported_adapter_with_equal_logits(tiny_config, tmp_path
     run(config, tmp_path)
     base = load_base(config.model, CPU)
     layers = attach(base.model, base.linear_names, config.lora, 99)
-    from engine.adapter_files import load_adapter
+    from engine.adapter.peft_files import load_adapter
 
     load_adapter(tmp_path / "adapter", layers)
     view, _ = load_data(config.data, base.tokenizer)
@@ -259,7 +263,7 @@ def test_an_adapter_cannot_be_attached_twice(tiny_config, base):
 
 def memory_ends_at(monkeypatch, num_tokens):
     """A stand-in for a small card: with gradients, rows of more tokens than that do not fit."""
-    from engine.model import Base
+    from engine.model.base import Base
 
     whole = Base.loss
 
@@ -314,8 +318,8 @@ def test_policies_give_bitwise_the_same_trial(tiny_config, tmp_path):
 def test_a_plan_is_made_for_the_card_that_is_here_and_for_what_others_leave_of_it(tiny_config, monkeypatch):
     from types import SimpleNamespace
 
-    from engine import train as module
-    from engine.config import to_json
+    from engine.config.parsing import to_json
+    from engine.training import loop as module
 
     gib = 2**30
     shape = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from sweep import background
-from sweep.background import BackgroundWriter
+from sweep.tracking import background_writer as background
+from sweep.tracking.background_writer import BackgroundWriter
 
 
 @pytest.fixture

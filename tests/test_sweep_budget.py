@@ -9,12 +9,12 @@ from test_sweep_run import fake_driver, results, rungs, start, sweep_folder
 from test_sweep_study import WIDE, config_for, ledger_in, report, write_reports
 
 from engine.errors import InputError
-from sweep.amend import amended
-from sweep.ledger import Ledger, Next
-from sweep.outcome import Outcome
-from sweep.runs import SweepFolder
-from sweep.selection import Rule
-from sweep.timeline import Timeline
+from sweep.config.resume_changes import amended
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.folder.timeline import Timeline
+from sweep.ledger.ledger import Ledger, Next
+from sweep.trials.record import Outcome
+from sweep.trials.selection import Rule
 
 
 class Clock:

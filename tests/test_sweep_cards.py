@@ -9,14 +9,14 @@ from test_sweep_feasibility import SHAPE, config_with, planned  # noqa: F401 (a 
 from test_sweep_run import BASE
 
 from engine.errors import InputError
-from sweep.amend import amended
-from sweep.card_kinds import card_kinds, selector
-from sweep.config import parse_sweep_config
-from sweep.feasibility import make_feasibility
-from sweep.forecast import card_line
-from sweep.placement import Slots
-from sweep.plan import Plan
-from sweep.space_parse import parse_space
+from sweep.cluster.card_kinds import card_kinds, selector
+from sweep.cluster.slots import Slots
+from sweep.config.resume_changes import amended
+from sweep.config.sweep import parse_sweep_config
+from sweep.plan.feasibility import make_feasibility
+from sweep.plan.forecast import card_line
+from sweep.plan.sweep_plan import Plan
+from sweep.space.parse import parse_space
 
 L4, A10G, A100 = ("ray.io/accelerator-type", "L4"), ("ray.io/accelerator-type", "A10G"), ("ray.io/accelerator-type", "A100")
 
@@ -97,7 +97,7 @@ def test_a_resume_may_go_to_another_cluster_and_not_to_another_model():
 
 def test_an_address_where_nothing_listens_is_refused_at_once():
     """Ray itself tries for two minutes, and says so line by line."""
-    from sweep.cluster import _refuse_unreachable
+    from sweep.cluster.connect import _refuse_unreachable
 
     with socket.socket() as ours:
         ours.bind(("127.0.0.1", 0))

@@ -10,11 +10,11 @@ import pytest
 
 from engine.errors import InputError
 from sweep.__main__ import compose, groups, main
-from sweep.config import ClusterConfig, parse_sweep_config
-from sweep.placement import Slots, plan_slots
-from sweep.plan import make_plan
-from sweep.runs import SweepFolder
-from sweep.space_parse import parse_space
+from sweep.cluster.slots import Slots, plan_slots
+from sweep.config.sweep import ClusterConfig, parse_sweep_config
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.plan.sweep_plan import make_plan
+from sweep.space.parse import parse_space
 
 NEEDED = ["model=smollm2-135m", "data=stdlib-docs"]
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
@@ -110,13 +110,14 @@ def test_slots_are_gpus_where_there_are_any_and_core_shares_elsewhere():
 
 def test_planning_loads_no_torch_ray_mlflow_or_optuna():
     code = (
-        "import sys, sweep.config, sweep.space, sweep.space_parse, sweep.runs, sweep.outcome, sweep.plan, sweep.driver;"
+        "import sys, sweep.config.sweep, sweep.space.space, sweep.space.parse;"
+        "import sweep.folder.sweep_folder, sweep.trials.record, sweep.plan.sweep_plan, sweep.driver;"
         "print([name for name in ('torch', 'ray', 'mlflow', 'optuna') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_the_modules_that_talk_to_ray_load_no_torch():
-    code = "import sys, sweep.tuning, sweep.study; print('torch' in sys.modules, 'mlflow' in sys.modules)"
+    code = "import sys, sweep.execution.tuner, sweep.study.study; print('torch' in sys.modules, 'mlflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False False"

@@ -12,10 +12,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from test_sweep_study import SMALL, WIDE, config_for, finish_one, study_in
 
-from sweep import disk, drafts
-from sweep.journal_file import JournalFile
-from sweep.outcome import Outcome
-from sweep.runs import SweepFolder
+from sweep.folder import flush as disk
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.study import proposals as drafts
+from sweep.study.journal_file import JournalFile
+from sweep.trials.record import Outcome
 
 
 def run_trials(study, count: int, seed: int = 0) -> list[dict]:

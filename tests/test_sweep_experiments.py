@@ -7,15 +7,15 @@ import re
 
 import pytest
 
-from engine.cards import CARDS
-from engine.shape import ModelShape
+from engine.planning.cards import CARDS
+from engine.planning.model_shape import ModelShape
 from sweep import driver
 from sweep.__main__ import compose, groups, main
-from sweep.conf_files import conf_folder
-from sweep.config import parse_sweep_config
-from sweep.feasibility import Feasibility
-from sweep.forecast import describe_forecast
-from sweep.space_parse import parse_space
+from sweep.config.conf_files import conf_folder
+from sweep.config.sweep import parse_sweep_config
+from sweep.plan.feasibility import Feasibility
+from sweep.plan.forecast import describe_forecast
+from sweep.space.parse import parse_space
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8}
 SHAPES = {  # what their config.json says
@@ -70,7 +70,7 @@ def test_a_committed_sweep_is_forecast_from_a_folder_with_nothing_but_config_jso
         return {"shape": vars(ModelShape.of(json.loads((tmp_path / "config.json").read_text()), "m")), "card": None}
 
     monkeypatch.setattr(driver, "look", look)
-    monkeypatch.setattr("sweep.plan.count_gpus", lambda: 0)
+    monkeypatch.setattr("sweep.plan.sweep_plan.count_gpus", lambda: 0)
     arguments = ["+experiment=llama-3.2-1b-24gb", f"model.path={tmp_path}", "cluster.card=rtx4090", "dry_run=true"]
     assert main(arguments) == 0
     text = capsys.readouterr().out

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from engine.config import TrainConfig, parse
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
 from engine.errors import InputError, OutOfMemory
-from engine.planner import Plan
-from engine.shape import ModelShape
-from sweep import feasibility, ledger
-from sweep.config import parse_sweep_config
-from sweep.feasibility import UNPREDICTED, Feasibility, Verdict, make_feasibility
-from sweep.forecast import check_any_fits, corners
-from sweep.ledger import Ledger, Next
-from sweep.outcome import Outcome
-from sweep.runs import SweepFolder
-from sweep.samplers import as_seen
-from sweep.space_parse import parse_space
-from sweep.study import Study
+from engine.planning.model_shape import ModelShape
+from engine.planning.planner import Plan
+from sweep.config.sweep import parse_sweep_config
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.ledger import ledger
+from sweep.ledger.ledger import Ledger, Next
+from sweep.plan import feasibility
+from sweep.plan.feasibility import UNPREDICTED, Feasibility, Verdict, make_feasibility
+from sweep.plan.forecast import check_any_fits, corners
+from sweep.space.parse import parse_space
+from sweep.study.samplers import as_seen
+from sweep.study.study import Study
+from sweep.trials.record import Outcome
 
 SHAPE = {"num_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16,
          "vocab_size": 256}  # fmt: skip

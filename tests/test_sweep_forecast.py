@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from engine.cards import CARDS
+from engine.planning.cards import CARDS
 from sweep import driver
 from sweep.__main__ import main
 
@@ -28,7 +28,7 @@ def seen(monkeypatch, tmp_path) -> dict:
     """What looking at model and machine finds."""
     answer = {"shape": SHAPE, "card": None}
     monkeypatch.setattr(driver, "look", lambda config, module: answer)
-    monkeypatch.setattr("sweep.plan.count_gpus", lambda: 0)
+    monkeypatch.setattr("sweep.plan.sweep_plan.count_gpus", lambda: 0)
     monkeypatch.chdir(tmp_path)
     return answer
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import TrainConfig
+from engine.config.trial import TrainConfig
 from sweep.__main__ import groups, main
-from sweep.completion import candidates
-from sweep.completion import script as script_of
-from sweep.conf_files import about
-from sweep.reference import keys, sections
+from sweep.cli.completion import candidates
+from sweep.cli.completion import script as script_of
+from sweep.cli.config_keys import keys, sections
+from sweep.config.conf_files import about
 
 ROOT = Path(__file__).resolve().parent.parent
 TRY = r"""

@@ -8,13 +8,13 @@ from datetime import datetime
 import pytest
 
 from engine.errors import InputError
-from sweep import conf_files
 from sweep.__main__ import compose, main
-from sweep.config import TrackingConfig, parse_sweep_config
-from sweep.plan import make_plan
-from sweep.runs import SweepFolder
-from sweep.space_parse import parse_space
-from sweep.study import Study
+from sweep.config import conf_files
+from sweep.config.sweep import TrackingConfig, parse_sweep_config
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.plan.sweep_plan import make_plan
+from sweep.space.parse import parse_space
+from sweep.study.study import Study
 
 GIVEN = ["model=local", "data=local", "data.train=t.jsonl", "space=learning-rate"]
 

@@ -22,11 +22,11 @@ from test_sweep_run import BASE, results, start, sweep_folder
 
 from engine.errors import InputError
 from sweep import driver
-from sweep.amend import amended
-from sweep.config import TrackingConfig, parse_sweep_config
-from sweep.exporter import SweepMetrics, serve
-from sweep.outcome import Outcome, TrialRecord
-from sweep.timeline import Timeline
+from sweep.config.resume_changes import amended
+from sweep.config.sweep import TrackingConfig, parse_sweep_config
+from sweep.folder.timeline import Timeline
+from sweep.tracking.prometheus import SweepMetrics, serve
+from sweep.trials.record import Outcome, TrialRecord
 
 DASHBOARDS = Path(__file__).parent.parent / "dashboards"
 TARGET_LABELS = {"job", "instance"}  # Prometheus puts them on what it reads

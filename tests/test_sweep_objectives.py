@@ -13,17 +13,17 @@ from test_sweep_selection import trial
 from test_sweep_study import WIDE, config_for, ledger_in, report, study_in
 
 from engine.errors import InputError
-from sweep.config import parse_sweep_config
-from sweep.feasibility import Verdict
-from sweep.leaderboard import write_leaderboard
-from sweep.ledger import Next
-from sweep.objectives import objective_values, pareto_front
-from sweep.outcome import Outcome
-from sweep.plan import make_plan
-from sweep.runs import SweepFolder
-from sweep.selection import Rule
-from sweep.space_parse import parse_space
-from sweep.study import Study
+from sweep.config.sweep import parse_sweep_config
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.ledger.ledger import Next
+from sweep.plan.feasibility import Verdict
+from sweep.plan.sweep_plan import make_plan
+from sweep.results.leaderboard import write_leaderboard
+from sweep.space.parse import parse_space
+from sweep.study.study import Study
+from sweep.trials.objectives import objective_values, pareto_front
+from sweep.trials.record import Outcome
+from sweep.trials.selection import Rule
 
 THREE = ("eval_loss", "peak_allocated_gib", "elapsed_s")
 

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 from test_sweep_study import WIDE, config_for, ledger_in, report, study_in
 
-from sweep.feasibility import Verdict
-from sweep.interruption import Interruption, note_terminated
-from sweep.ledger import Ledger, Next
-from sweep.outcome import Outcome
-from sweep.paths import with_absolute_paths
-from sweep.runs import SweepFolder
-from sweep.space_parse import parse_space
-from sweep.study import Study
+from sweep.config.absolute_paths import with_absolute_paths
+from sweep.execution.interruption import Interruption
+from sweep.folder.notes import note_terminated
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.ledger.ledger import Ledger, Next
+from sweep.plan.feasibility import Verdict
+from sweep.space.parse import parse_space
+from sweep.study.study import Study
+from sweep.trials.record import Outcome
 
 
 def propose(path: Path, sampler: str, reopen: bool) -> list[dict]:

@@ -11,16 +11,18 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from engine.errors import InputError
-from sweep import report, report_page
-from sweep.config import parse_sweep_config
-from sweep.journal import read_trials
-from sweep.outcome import Outcome
-from sweep.report_figures import dead_time_line
-from sweep.report_study import study_figures
-from sweep.runs import SweepFolder
-from sweep.space_parse import parse_space
-from sweep.study import Study
-from sweep.timeline import Timeline
+from sweep.config.sweep import parse_sweep_config
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.folder.timeline import Timeline
+from sweep.report import build as report
+from sweep.report import page as report_page
+from sweep.report.__main__ import main
+from sweep.report.figures import dead_time_line
+from sweep.report.study_figures import study_figures
+from sweep.space.parse import parse_space
+from sweep.study.journal import read_trials
+from sweep.study.study import Study
+from sweep.trials.record import Outcome
 
 TAG = "<script>alert(1)</script>"
 SPACE = {
@@ -185,12 +187,12 @@ def test_no_report_fails_a_sweep_and_an_older_one_stays(tmp_path, monkeypatch):
 def test_the_command_writes_it_without_torch_and_refuses_another_folder(tmp_path, capsys):
     folder = swept(tmp_path)
     code = (
-        f"import sys; from sweep.report import main; print(main([{str(folder.path)!r}]));"
+        f"import sys; from sweep.report.__main__ import main; print(main([{str(folder.path)!r}]));"
         "print([name for name in ('torch', 'ray', 'mlflow') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:3] == [str(tmp_path / "report.html"), "0", "[]"]
-    assert report.main([str(tmp_path / "trials")]) == 2
+    assert main([str(tmp_path / "trials")]) == 2
     assert "must be a sweep folder" in capsys.readouterr().err
 
 

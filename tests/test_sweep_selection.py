@@ -5,12 +5,12 @@ import math
 
 import pytest
 
-from engine.config import load_train_config
+from engine.config.trial import load_train_config
 from engine.errors import InputError
-from sweep.best_folder import write_best
-from sweep.leaderboard import write_leaderboard
-from sweep.outcome import Outcome, TrialRecord
-from sweep.selection import Rule
+from sweep.results.best_folder import write_best
+from sweep.results.leaderboard import write_leaderboard
+from sweep.trials.record import Outcome, TrialRecord
+from sweep.trials.selection import Rule
 
 REEVALUATION = {
     "base_eval_loss": 2.5,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from engine.config import LoopConfig, ModelConfig, TrainConfig
+from engine.config.trial import LoopConfig, ModelConfig, TrainConfig
 from engine.errors import InputError
-from sweep.space_parse import parse_space
+from sweep.space.parse import parse_space
 
 BASE = TrainConfig(model=ModelConfig(path="m"), data={"train": "t"}, train=LoopConfig(max_tokens=100)).model_dump(mode="json")
 TARGETS = {"choices": {"attention": ["q_proj", "v_proj"], "all": "all-linear"}}

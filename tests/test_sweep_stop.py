@@ -7,9 +7,9 @@ import signal
 
 import pytest
 
-from sweep.interruption import Interruption, taken_signals
-from sweep.output import LastingStream
-from sweep.tuning import SafeStop
+from sweep.cli.lasting_output import LastingStream
+from sweep.execution.interruption import Interruption, taken_signals
+from sweep.execution.tuner import SafeStop
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -7,12 +7,12 @@ import json
 import pytest
 
 from engine.errors import InputError
-from sweep.config import SweepConfig, parse_sweep_config
-from sweep.ledger import Ledger, Next
-from sweep.outcome import Outcome
-from sweep.runs import SweepFolder
-from sweep.space_parse import parse_space
-from sweep.study import Study
+from sweep.config.sweep import SweepConfig, parse_sweep_config
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.ledger.ledger import Ledger, Next
+from sweep.space.parse import parse_space
+from sweep.study.study import Study
+from sweep.trials.record import Outcome
 
 SMALL = {"lora.rank": {"choices": [2, 4, 8]}, "lora.use_rslora": {"choices": [True, False]}}
 WIDE = {**SMALL, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}

@@ -1,6 +1,6 @@
 """What process and card did during a rung: means and peaks, and as much of a card as it tells."""
 
-from sweep.system_metrics import SystemSampler, machine_reader
+from sweep.tracking.system_metrics import SystemSampler, machine_reader
 
 
 def test_means_of_a_rung_begin_anew_after_each_and_memory_is_the_highest():

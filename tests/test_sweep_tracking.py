@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from sweep import background
-from sweep.mlflow_view import view
-from sweep.outcome import Outcome, TrialRecord
-from sweep.system_metrics import write_system
-from sweep.tracking import NullTracker, Tracker, local_uri
+from sweep.tracking import background_writer as background
+from sweep.tracking.mlflow_view import view
+from sweep.tracking.system_metrics import write_system
+from sweep.tracking.tracker import NullTracker, Tracker, local_uri
+from sweep.trials.record import Outcome, TrialRecord
 
 CONFIG = {"experiment": "demo"}
 LOSS = "eval/loss_nats_per_token"
@@ -343,7 +343,7 @@ def test_tracking_switched_off_has_the_same_methods():
 
 
 def test_importing_the_module_does_not_load_mlflow():
-    code = "import sys, sweep.tracking; print('mlflow' in sys.modules)"
+    code = "import sys, sweep.tracking.tracker; print('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 

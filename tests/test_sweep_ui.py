@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from sweep import ui
-from sweep.config import parse_sweep_config
-from sweep.outcome import Outcome, TrialRecord
-from sweep.runs import SweepFolder
-from sweep.tracking import Tracker, local_uri
+from sweep.config.sweep import parse_sweep_config
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.tracking.tracker import Tracker, local_uri
+from sweep.trials.record import Outcome, TrialRecord
 
 
 def made(path, **sections) -> SweepFolder:

@@ -8,9 +8,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from sweep.config import HyperbandConfig, MedianConfig, NoPruner, PatientConfig, SuccessiveHalvingConfig
-from sweep.samplers import make_pruner
-from sweep.verdicts import SuccessiveHalvingJudge, make_judge
+from sweep.config.pruner_options import HyperbandConfig, MedianConfig, NoPruner, PatientConfig, SuccessiveHalvingConfig
+from sweep.study.optuna_pruners import make_pruner
+from sweep.study.pruners import SuccessiveHalvingJudge, make_judge
 
 NUM_RUNGS, NUM_TRIALS = 9, 300
 PRUNERS = [

@@ -10,13 +10,13 @@ from test_sweep_selection import trial
 from test_sweep_study import WIDE, config_for, ledger_in, report, study_in, write_reports
 
 from engine.errors import InputError
-from sweep.earlier import read_earlier
-from sweep.leaderboard import write_leaderboard
-from sweep.outcome import Outcome
-from sweep.runs import SweepFolder
-from sweep.selection import Rule
-from sweep.space_parse import parse_space
-from sweep.warm_start import check_same_data
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.results.leaderboard import write_leaderboard
+from sweep.space.parse import parse_space
+from sweep.study.earlier_sweeps import read_earlier
+from sweep.study.warm_start import check_same_data
+from sweep.trials.record import Outcome
+from sweep.trials.selection import Rule
 
 RANKS = {"lora.rank": {"choices": [2, 4, 8]}}
 
@@ -169,7 +169,7 @@ def test_two_sweeps_that_share_a_trial_give_it_once(tmp_path):
     ],
 )
 def test_what_does_not_compare_is_one_line_that_says_why(tmp_path, change, part):
-    from sweep.config import parse_sweep_config
+    from sweep.config.sweep import parse_sweep_config
 
     old = finished_sweep(tmp_path / "old", config_for(WIDE))
     config = parse_sweep_config({**warm_config(old).model_dump(mode="json"), **change})

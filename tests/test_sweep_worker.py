@@ -12,14 +12,15 @@ import psutil
 import pytest
 import torch
 
-import engine.data
-import engine.model
-import engine.train
-from engine.config import TrainConfig, parse
-from engine.train import train
-from sweep.interruption import is_training, was_terminated
-from sweep.runs import read_reports
-from sweep.worker import TrialWorker
+import engine.data.views
+import engine.model.load
+import engine.training.loop
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
+from engine.training.loop import train
+from sweep.execution.worker import TrialWorker
+from sweep.folder.notes import is_training, was_terminated
+from sweep.folder.sweep_folder import read_reports
 
 MIB = 2**20
 VARIANTS = [
@@ -36,7 +37,7 @@ def variant(base: dict, changes: dict) -> TrainConfig:
 
 
 def spec(config: TrainConfig, run_dir: Path, number: int = 0) -> dict:
-    engine_modules = {"train": "engine.train", "model": "engine.model", "command": "engine"}
+    engine_modules = {"train": "engine.training.loop", "model": "engine.model.load", "command": "engine"}
     return {
         "number": number, "run_dir": str(run_dir), "device": "cpu", "num_threads": 1, "engine": engine_modules,
         "report_timeout_s": None, "num_heard": len(read_reports(run_dir)), "stop_file": str(run_dir.parent / ".stop"),
@@ -90,7 +91,7 @@ def numbers(run_dir: Path) -> list[dict]:
 @pytest.fixture
 def counted(monkeypatch) -> dict[str, int]:
     """How often the model was loaded and data were tokenised."""
-    counts = {"load_base": 0, "_tokenise": 0}
+    counts = {"load_base": 0, "tokenise": 0}
 
     def counting(module, name):
         original = getattr(module, name)
@@ -101,8 +102,8 @@ def counted(monkeypatch) -> dict[str, int]:
 
         monkeypatch.setattr(module, name, call)
 
-    counting(engine.model, "load_base")
-    counting(engine.data, "_tokenise")
+    counting(engine.model.load, "load_base")
+    counting(engine.data.views, "tokenise")
     return counts
 
 
@@ -135,16 +136,16 @@ def test_a_trial_asked_to_end_saves_its_step_and_goes_on_in_another_process_as_i
     config, stop_file = variant(tiny_config, VARIANTS[0]), tmp_path / ".stop"
     (tmp_path / "whole").mkdir()
     list(train(config, tmp_path / "whole"))
-    steps, original = [], engine.train._Run._step
+    steps, original = [], engine.training.loop._Run._step
 
     def step(run):
         steps.append(len(steps))
         if len(steps) == 4:  # in the middle of the second rung, in the middle of a step
             os.kill(os.getpid(), signal.SIGTERM) if how.startswith("SIGTERM") else stop_file.touch()
-            monkeypatch.setattr("sweep.interruption.LOOK_EVERY_S", 0.0)
+            monkeypatch.setattr("sweep.execution.interruption.LOOK_EVERY_S", 0.0)
         return original(run)
 
-    monkeypatch.setattr(engine.train._Run, "_step", step)
+    monkeypatch.setattr(engine.training.loop._Run, "_step", step)
     slot, trial = Slot(), tmp_path / "parts"
     if how.startswith("SIGTERM"):
         with pytest.raises(SystemExit):
@@ -183,7 +184,7 @@ def test_reports_that_only_the_checkpoint_kept_are_passed_on_and_judged_before_a
 @pytest.mark.parametrize("how", ["SIGTERM to the process", "the driver's file"])
 def test_a_process_that_still_loads_the_model_is_not_waited_for(tmp_path, tiny_config, monkeypatch, how):
     """It has nothing to save: after SIGTERM it ends in the middle of it, and the driver does not count it."""
-    seen, slot, trial, load = [], Slot(), tmp_path / "trial", engine.model.load_base
+    seen, slot, trial, load = [], Slot(), tmp_path / "trial", engine.model.load.load_base
 
     def load_base(*given):
         seen.append(is_training(trial))
@@ -192,7 +193,7 @@ def test_a_process_that_still_loads_the_model_is_not_waited_for(tmp_path, tiny_c
         seen.append("goes on")
         return load(*given)
 
-    monkeypatch.setattr(engine.model, "load_base", load_base)
+    monkeypatch.setattr(engine.model.load, "load_base", load_base)
     if how.startswith("SIGTERM"):
         with pytest.raises(SystemExit):
             slot.run(variant(tiny_config, VARIANTS[1]), trial)
@@ -221,13 +222,13 @@ def test_a_worker_loads_its_model_once_and_a_machine_tokenises_its_data_once(tmp
     for slot in (Slot(), Slot()):  # two workers of one machine
         for number, changes in enumerate(VARIANTS[:3]):
             slot.run(variant(fresh, changes), tmp_path / f"{id(slot)}-{number}", num_rungs=1)
-    assert counted == {"load_base": 2, "_tokenise": 1}
+    assert counted == {"load_base": 2, "tokenise": 1}
 
 
 def test_tokenised_data_are_mapped_from_one_file_and_cannot_be_written(tiny_config):
     config = variant(tiny_config, {})
-    tokenizer = engine.model.load_tokenizer(config.model)
-    views = [view for _ in range(2) for view in engine.data.load_data(config.data, tokenizer)]
+    tokenizer = engine.model.load.load_tokenizer(config.model)
+    views = [view for _ in range(2) for view in engine.data.views.load_data(config.data, tokenizer)]
     arrays = [getattr(view._tokens, name) for view in views for name in ("input_ids", "is_target", "hashes")]
     assert len({array.filename for array in arrays}) == 3
     assert not any(array.flags.writeable for array in arrays)
@@ -248,7 +249,7 @@ def test_a_trial_leaves_no_tensor_behind(tmp_path, tiny_config):
 
 def test_dead_time_is_from_the_end_of_one_trial_to_the_first_step_of_the_next(tmp_path, tiny_config, monkeypatch):
     slot, clock = Slot(), [1000.0]
-    monkeypatch.setattr("sweep.worker.time.time", lambda: clock[0])
+    monkeypatch.setattr("sweep.execution.worker.time.time", lambda: clock[0])
     first = slot.run(variant(tiny_config, VARIANTS[1]), tmp_path / "first", num_rungs=2)
     assert "dead_time_s" not in json.loads(first[-1]["timing"])
     clock[0] += 5.0

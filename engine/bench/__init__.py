@@ -1,1 +1,1 @@
-"""Benchmarks of whole training steps on random weights of real shapes: `python -m engine.bench --help`."""
+"""How fast and how large whole steps are, beside their peers."""

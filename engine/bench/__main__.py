@@ -3,7 +3,7 @@
     python -m engine.bench --model llama-3.1-8b --batch 2 --length 2048 --systems ours peft unsloth
     python -m engine.bench --suite table --json results.jsonl --scratch /tmp/bench --budget-s 900
     python -m engine.bench --suite ladder --model llama-3.2-1b --batch 4 --json results.jsonl
-    python -m engine.bench.report results.jsonl
+    python -m engine.bench.table results.jsonl
 
 Each system runs in a process of its own on the same random NF4 weights and the same tokens, every token a label, with adapters
 on all linear layers and 8-bit AdamW; it loads each model once. `--json FILE` gets a line as soon as a row is done, with card,
@@ -27,11 +27,11 @@ from typing import Any
 from engine.bench.children import card, run_rows
 from engine.bench.measure import measure
 from engine.bench.process import hand_back
-from engine.bench.report import describe, headings, line, report
 from engine.bench.rows import POLICIES, SUITES, Row, Setting, plain_rows, suite_rows
 from engine.bench.shapes import SHAPES
 from engine.bench.systems import SYSTEMS
-from engine.provenance import provenance
+from engine.bench.table import describe, headings, line, report
+from engine.system.provenance import provenance
 
 
 def main(arguments: list[str] | None = None) -> int:

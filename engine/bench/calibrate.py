@@ -1,7 +1,7 @@
 """python -m engine.bench.calibrate: measured against predicted peak memory, over many settings in one process.
 
-    python -m engine.bench.calibrate --out engine/calibration/<card>-<date>.jsonl --budget-s 300
-    python -m engine.bench.calibrate --plot engine/calibration/predicted-against-measured.png engine/calibration/*.jsonl
+    python -m engine.bench.calibrate --out engine/bench/calibration/<card>-<date>.jsonl --budget-s 300
+    python -m engine.bench.calibrate --plot FILE.png engine/bench/calibration/*.jsonl
 
 Each model is built once; each setting then takes two steps (the first makes the optimizer's states) and is one line of JSON.
 Settings are drawn so that each dimension takes all its values beside varied others. Only our engine, only on a CUDA device.
@@ -21,18 +21,21 @@ from typing import Any
 
 import torch
 
+from engine.adapter.flat import FlatAdapter
+from engine.adapter.lora import attach, detach
 from engine.bench.measure import tokens
 from engine.bench.rows import Setting
 from engine.bench.shapes import SHAPES, random_base
 from engine.bench.systems import OUR_POLICIES
-from engine.config import TrainConfig, parse
-from engine.lora import FlatAdapter, attach, detach
-from engine.memory import predict_memory
-from engine.metrics import GIB
-from engine.model import Base, free, pick_dtype
-from engine.provenance import provenance
-from engine.quant import adamw_8bit
-from engine.shape import ModelShape
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
+from engine.model.base import Base
+from engine.model.device import free, pick_dtype
+from engine.planning.memory import predict_memory
+from engine.planning.model_shape import ModelShape
+from engine.quant.bnb import adamw_8bit
+from engine.system.provenance import provenance
+from engine.units import GIB
 
 TARGETS: dict[str, Any] = {
     "all-linear": "all-linear",

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engine.bench.checkpoint import folder_name
+from engine.bench.model_folder import folder_name
 from engine.bench.process import run_python, run_python_all
 from engine.bench.rows import Row
 from engine.bench.systems import SYSTEMS
@@ -32,7 +32,7 @@ def run_rows(rows: list[Row], scratch: Path, timeout_s: float) -> list[dict[str,
         return _measured(rows, [], scratch, timeout_s)
     folder, started = scratch / folder_name(rows[0].setting.model), time.perf_counter()
     if not folder.exists():
-        done = run_python(["-m", "engine.bench.checkpoint", rows[0].setting.model, str(folder)], scratch, timeout_s)
+        done = run_python(["-m", "engine.bench.model_folder", rows[0].setting.model, str(folder)], scratch, timeout_s)
         if "error" in done:
             return [{"error": f"no model folder: {done['error']}"}] * len(rows)
     written = {"checkpoint_s": time.perf_counter() - started}

@@ -14,10 +14,10 @@ from torch import nn
 from engine.bench.rows import Setting
 from engine.bench.shapes import SHAPES
 from engine.bench.systems import SYSTEMS, Builder
-from engine.metrics import GIB
-from engine.model import free, pick_device
-from engine.packing import Batch, Sample, collate
-from engine.quant import adamw_8bit
+from engine.data.packing import Batch, Sample, collate
+from engine.model.device import free, pick_device
+from engine.quant.bnb import adamw_8bit
+from engine.units import GIB
 
 
 def measure(system: str, settings: list[Setting], checkpoint: Path | None = None) -> Iterator[dict[str, Any]]:

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import attention
-from engine.config import ModelConfig
-from engine.embedding import place_embedding
-from engine.model import Base
-from engine.quant import freeze_linears, library_linear
-from engine.swap import SwapReport, fuse_layers
+from engine.config.trial import ModelConfig
+from engine.layers import attention
+from engine.layers.host_embedding import place_embedding
+from engine.layers.swap import SwapReport, fuse_layers
+from engine.model.base import Base
+from engine.quant.bnb import library_linear
+from engine.quant.frozen_linear import freeze_linears
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -15,14 +15,15 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from engine.adapter.flat import FlatAdapter
+from engine.adapter.lora import LoraLinear, attach, detach
 from engine.bench.rows import Setting
 from engine.bench.shapes import random_base, random_model
-from engine.config import LoraConfig
-from engine.graphs import make_graphs
-from engine.layer_plan import POLICIES
-from engine.lora import FlatAdapter, LoraLinear, attach, detach
-from engine.model import pick_dtype
-from engine.packing import Batch
+from engine.config.trial import LoraConfig
+from engine.data.packing import Batch
+from engine.model.device import pick_dtype
+from engine.planning.policies import POLICIES
+from engine.training.cuda_graphs import make_graphs
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OUR_POLICIES: dict[str, Any] = {name: setting for setting, name in POLICIES.items()}

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from engine.config import TrainConfig, parse
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
 from engine.errors import DivergedError
-from engine.model import load_base
-from engine.train import train
+from engine.model.load import load_base
+from engine.training.loop import train
 
 CURVES = Path(__file__).with_name("curves.json")
 RANKS = (2, 4, 8, 16)

@@ -9,14 +9,14 @@ from typing import Any
 
 import sweep_fake_engine as engine
 
-from engine.files import write_text
-from sweep.config import parse_sweep_config
-from sweep.journal_file import JournalFile
-from sweep.ledger import Ledger
-from sweep.outcome import Outcome, Proposal
-from sweep.runs import SweepFolder, read_reports
-from sweep.space_parse import parse_space
-from sweep.study import Study
+from engine.system.files import write_text
+from sweep.config.sweep import parse_sweep_config
+from sweep.folder.sweep_folder import SweepFolder, read_reports
+from sweep.ledger.ledger import Ledger
+from sweep.space.parse import parse_space
+from sweep.study.journal_file import JournalFile
+from sweep.study.study import Study
+from sweep.trials.record import Outcome, Proposal
 
 from .sweeps import config as sweep_config
 

@@ -19,7 +19,8 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from engine.config import TrainConfig, parse
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
 
 from .sweeps import CURVES, NUM_RUNGS
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.metrics import Report
+from engine.trial_report import Report
 
 from .nodes import ENV, TESTS
 

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.config import load_json
+from engine.config.parsing import load_json
 from engine.errors import InputError
 from sweep.__main__ import compose
-from sweep.config import SweepConfig, parse_sweep_config
-from sweep.runs import SweepFolder
-from sweep.space_parse import known_paths, parse_space
+from sweep.config.sweep import SweepConfig, parse_sweep_config
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.space.parse import known_paths, parse_space
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 SECRET = "hunter2-is-not-to-be-seen"

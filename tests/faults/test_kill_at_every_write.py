@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from sweep import drafts, study
-from sweep.ledger import Ledger
+from sweep.ledger.ledger import Ledger
+from sweep.study import proposals as drafts
+from sweep.study import study
 
 from .simulated import killed_at, run, settings
 
@@ -82,7 +83,7 @@ def test_the_check_bites_where_a_resumed_sampler_draws_anew(tmp_path, monkeypatc
 
 
 def test_the_check_bites_where_a_result_is_not_mended(tmp_path, monkeypatch):
-    monkeypatch.setattr("sweep.runs.SweepFolder.has_result", lambda self, number: True)
+    monkeypatch.setattr("sweep.folder.sweep_folder.SweepFolder.has_result", lambda self, number: True)
     with pytest.raises(AssertionError, match="killed"):
         check(tmp_path, "random", "none", 1, step=1, num_trials=2)
 

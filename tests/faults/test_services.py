@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from sweep.outcome import Outcome, TrialRecord
-from sweep.tracking import Tracker, local_uri
+from sweep.tracking.tracker import Tracker, local_uri
+from sweep.trials.record import Outcome, TrialRecord
 
 from .mlflow_servers import Slow, free_port, serve
 

@@ -1,0 +1,1 @@
+"""LoRA on named layers, and PEFT's files."""

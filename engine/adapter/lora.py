@@ -1,0 +1,104 @@
+"""The adapter: LoRA (Hu et al., arXiv:2106.09685) on named frozen linear layers, put on and taken off a resident base.
+
+Parameters are fp32 and cast to the activations' dtype at use; gradients and optimizer states are therefore fp32 too.
+Shape letters: D input features, O output features, R rank; ... any leading shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.config.targets import resolve_targets
+from engine.config.trial import LoraConfig
+from engine.errors import InputError
+from engine.quant.frozen_linear import FrozenLinear
+
+
+class LoraLinear(nn.Module):
+    """y = base(x) + scaling * B A dropout(x). A is Kaiming-uniform, B zero: the untrained adapter changes nothing."""
+
+    def __init__(self, base: FrozenLinear, config: LoraConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.base, self.scaling, self.dropout = base, config.scaling, config.lora_dropout
+        device = base.weight.device
+        bound = 1.0 / math.sqrt(base.in_features)  # kaiming_uniform_(a=sqrt(5)), as PEFT does
+        a_RD = torch.empty(config.rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_a = nn.Parameter(a_RD.to(device))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
+        self.casts: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        low_rank = F.linear(F.linear(u, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        return self.base(x) + self.scaling * low_rank
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and scaling * B in `dtype`, without autograd: views of the copy that `FlatAdapter` keeps, where there is one."""
+        if self.casts is not None and self.casts[0].dtype == dtype:
+            return self.casts
+        return self.lora_a.detach().to(dtype), (self.lora_b.detach() * self.scaling).to(dtype)
+
+
+def attach(model: nn.Module, linear_names: list[str], config: LoraConfig, seed: int) -> dict[str, LoraLinear]:
+    """Put a fresh adapter on `model`; returns layer name -> LoraLinear. Each layer draws from its own seeded stream on the
+    CPU, so that it starts the same on every device and whatever else is targeted."""
+    layers: dict[str, LoraLinear] = {}
+    for name in resolve_targets(linear_names, config.target_modules):
+        generator = torch.Generator().manual_seed(_stream_seed(seed, name))
+        layers[name] = LoraLinear(_frozen(model, name), config, generator)
+    for name, layer in layers.items():
+        _replace(model, name, layer)
+    return layers
+
+
+def detach(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
+    """Take the adapter off again: the base is as it was before `attach`."""
+    for name, layer in layers.items():
+        _replace(model, name, layer.base)
+
+
+def trainable_parameters(layers: dict[str, LoraLinear]) -> list[nn.Parameter]:
+    """A and B of every layer, in the layers' order."""
+    return [p for layer in layers.values() for p in (layer.lora_a, layer.lora_b)]
+
+
+def adapter_state(layers: dict[str, LoraLinear]) -> dict[str, Tensor]:
+    """Name -> fp32 tensor; names are `<layer>.lora_A.weight` [R, D] and `<layer>.lora_B.weight` [O, R]."""
+    state: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        state[f"{name}.lora_A.weight"] = layer.lora_a.detach()
+        state[f"{name}.lora_B.weight"] = layer.lora_b.detach()
+    return state
+
+
+def load_adapter_state(layers: dict[str, LoraLinear], state: dict[str, Tensor], where: str) -> None:
+    """Copy `state` into `layers`; names and shapes must agree exactly."""
+    own = adapter_state(layers)
+    if own.keys() != state.keys():
+        odd = sorted(own.keys() ^ state.keys())
+        raise InputError(where, odd[0], f"must hold exactly this config's {len(own)} tensors; {len(odd)} differ")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise InputError(where, f"{name} {tuple(state[name].shape)}", f"must have shape {tuple(tensor.shape)}")
+        tensor.copy_(state[name])
+
+
+def _stream_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
+
+
+def _frozen(model: nn.Module, name: str) -> FrozenLinear:
+    layer = model.get_submodule(name)
+    if not isinstance(layer, FrozenLinear):
+        raise RuntimeError(f"{name} is a {type(layer).__name__}; an adapter is still attached")
+    return layer
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    layer.train(model.training)
+    model.set_submodule(name, layer)

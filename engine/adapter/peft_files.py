@@ -1,0 +1,96 @@
+"""The adapter as PEFT writes it, so that anything that loads a PEFT adapter loads ours.
+
+`adapter_model.safetensors` holds `base_model.model.<layer>.lora_A.weight` [R, D] and `.lora_B.weight` [O, R] in fp32;
+`adapter_config.json` is sorted JSON with PEFT's names only.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.adapter.lora import LoraLinear, adapter_state, load_adapter_state
+from engine.config.trial import TrainConfig, load_train_config
+from engine.errors import InputError, first_line
+from engine.sources.builtin import published_name
+from engine.sources.locate import locate
+from engine.system.files import write_folder
+
+PREFIX = "base_model.model."
+
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def export_adapter(
+    folder: Path, config: TrainConfig, layers: dict[str, LoraLinear], linear_names: list[str], tokenizer: Any
+) -> None:
+    """Write the adapter and the tokenizer it was trained with to `folder`, atomically, replacing what was there."""
+
+    def fill(target: Path) -> None:
+        state = {PREFIX + name: tensor.contiguous().cpu() for name, tensor in adapter_state(layers).items()}
+        save_file(state, target / WEIGHTS, metadata={"format": "pt"})
+        values = peft_config(config, list(layers), linear_names)
+        (target / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        tokenizer.save_pretrained(target)
+
+    write_folder(folder, fill)
+
+
+def peft_config(config: TrainConfig, targets: list[str], linear_names: list[str]) -> dict[str, Any]:
+    """The content of adapter_config.json. `r` is PEFT's word for rank, here and nowhere else."""
+    lora = config.lora
+    alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
+    return {
+        # a builtin lies in this machine's cache, which means nothing to PEFT elsewhere
+        "base_model_name_or_path": published_name(config.model.path) or locate(config.model),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": lora.lora_dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "revision": config.model.revision,
+        "target_modules": shortest_names(targets, linear_names),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": lora.use_rslora,
+    }
+
+
+def shortest_names(targets: list[str], linear_names: list[str]) -> list[str]:
+    """Last parts of the names (`q_proj`) where these alone pick exactly the targets, else the whole names."""
+    ends = {name.rpartition(".")[2] for name in targets}
+    exact = {name for name in linear_names if name.rpartition(".")[2] in ends} == set(targets)
+    return sorted(ends) if exact else sorted(targets)
+
+
+def load_adapter(folder: Path, layers: dict[str, LoraLinear]) -> None:
+    """Read exported weights back into attached layers."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise InputError("adapter", str(folder), f"must be a folder with {WEIGHTS}")
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError("adapter", str(path), f"must be a whole safetensors file ({first_line(error)})") from None
+    load_adapter_state(layers, {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}, str(path))
+
+
+TRAIN_CONFIG = "train_config.json"
+
+
+def find_train_config(folder: Path) -> TrainConfig | None:
+    """That of the best adapter lies in its folder, that of a trial's adapter in the one above."""
+    for place in (folder, folder.resolve().parent):
+        if (place / TRAIN_CONFIG).is_file():
+            return load_train_config(place / TRAIN_CONFIG)
+    return None

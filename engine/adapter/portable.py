@@ -1,0 +1,139 @@
+"""An adapter folder as PEFT wrote it, brought to the profile that every loader applies alike: B A times lora_alpha / r, one r.
+
+vLLM ignores rank_pattern and alpha_pattern, and llama.cpp knows plain alpha / r only. So what else scales a layer is folded into
+its B, and a layer of smaller rank is padded with zeros; a plain adapter stays as it is, bit for bit. What changes more than
+linear layers (DoRA, biases, saved modules) is refused, because those loaders would leave it out without a word.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine.adapter.peft_files import CONFIG, PREFIX, WEIGHTS
+from engine.config.parsing import load_json
+from engine.config.trial import ALL_LINEAR, LoraConfig
+from engine.errors import InputError, first_line
+
+REFUSED = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters", "fan_in_fan_out")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """layers: name of a linear layer -> (A [R, D], B [O, R]) in fp32; the layer gains lora_alpha / rank * B A."""
+
+    layers: dict[str, tuple[Tensor, Tensor]]
+    rank: int
+    lora_alpha: float
+    base: str
+    revision: str | None
+    peft_config: dict[str, Any]
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / self.rank
+
+    def lora_config(self) -> LoraConfig:
+        """The `lora` section that puts LoRA on exactly these layers."""
+        return LoraConfig(rank=self.rank, lora_alpha=float(self.lora_alpha), target_modules=tuple(self.layers))
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by the names `engine.lora.adapter_state` gives them."""
+        parts = {name: ab for name, ab in self.layers.items()}
+        return {f"{name}.lora_{'AB'[i]}.weight": ab[i] for name, ab in parts.items() for i in (0, 1)}
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter in `folder`, portable. InputError where it is none, is damaged, or cannot be made so."""
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError("adapter", str(folder), f"must be a folder with {CONFIG} and {WEIGHTS}; {name} is not in it")
+    values = _checked(load_json(folder / CONFIG), folder / CONFIG)
+    pairs = _pairs(folder / WEIGHTS)
+    scalings = {name: _scaling(values, name, a_RD.shape[0], folder) for name, (a_RD, _) in pairs.items()}
+    rank = max(a_RD.shape[0] for a_RD, _ in pairs.values())
+    alpha = values["lora_alpha"]
+    layers = {name: _fold(pair, rank, scalings[name] / (alpha / rank)) for name, pair in pairs.items()}
+    targets = values.get("target_modules")
+    portable = values | {"r": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "inference_mode": True}
+    if not isinstance(targets, list) and targets != ALL_LINEAR:
+        portable["target_modules"] = sorted(layers)  # vLLM and older loaders know no regular expressions
+    return Adapter(layers, rank, alpha, values["base_model_name_or_path"], values.get("revision"), portable)
+
+
+def _checked(values: Any, path: Path) -> dict[str, Any]:
+    field = path.name
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        raise InputError(field, str(path), 'must be a PEFT config with "peft_type": "LORA"')
+    if not isinstance(values.get("base_model_name_or_path"), str) or not values["base_model_name_or_path"]:
+        raise InputError(field, values.get("base_model_name_or_path"), "base_model_name_or_path must be a folder or hub id")
+    for key, kind in (("r", int), ("lora_alpha", int | float)):
+        if not isinstance(values.get(key), kind) or isinstance(values[key], bool) or not values[key] > 0:
+            raise InputError(f"{field}: {key}", values.get(key), "must be a number above 0")
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = values.get(key) or {}
+        if not isinstance(pattern, dict) or not all(isinstance(v, int | float) and v > 0 for v in pattern.values()):
+            raise InputError(f"{field}: {key}", pattern, "must map layer names to numbers above 0")
+    for key in REFUSED:
+        if values.get(key):
+            raise InputError(f"{field}: {key}", values[key], "cannot be exported: vLLM and llama.cpp take plain LoRA only")
+    if values.get("bias", "none") != "none":
+        raise InputError(f"{field}: bias", values["bias"], "cannot be exported; allowed: none")
+    return values
+
+
+def _pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError("adapter", str(path), f"must be a whole safetensors file ({first_line(error)})") from None
+    names: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        found = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        if not found or tensor.dim() != 2:
+            raise InputError("adapter", key, f"must be {PREFIX}<layer>.lora_A.weight or .lora_B.weight, a matrix")
+        names.setdefault(found[1], {})[found[2]] = tensor.float()
+    if not names:
+        raise InputError("adapter", str(path), "holds no tensor")
+    for name, pair in names.items():
+        if len(pair) != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise InputError("adapter", name, "must have lora_A [r, in] and lora_B [out, r] of one r")
+    return {name: (pair["A"], pair["B"]) for name, pair in sorted(names.items(), key=lambda item: _natural(item[0]))}
+
+
+def _natural(name: str) -> list[Any]:
+    """Layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _scaling(values: dict[str, Any], name: str, rank: int, folder: Path) -> float:
+    """What PEFT multiplies B A of this layer by. Its patterns match a whole name or its dotted end, as regular expressions."""
+    wanted = _matched(values.get("rank_pattern") or {}, name, values["r"])
+    if wanted != rank:
+        raise InputError("adapter", f"{name}: rank {rank}", f"must be {wanted}, as {CONFIG} in {folder} says")
+    alpha = _matched(values.get("alpha_pattern") or {}, name, values["lora_alpha"])
+    return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+
+
+def _matched(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    try:
+        return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    except re.error as error:
+        raise InputError(CONFIG, sorted(pattern), f"must be valid regular expressions ({error})") from None
+
+
+def _fold(pair: tuple[Tensor, Tensor], rank: int, factor: float) -> tuple[Tensor, Tensor]:
+    a_RD, b_OR = pair
+    missing = rank - a_RD.shape[0]
+    if missing:
+        a_RD = torch.cat([a_RD, a_RD.new_zeros(missing, a_RD.shape[1])])
+        b_OR = torch.cat([b_OR, b_OR.new_zeros(b_OR.shape[0], missing)], dim=1)
+    return a_RD, (b_OR if factor == 1.0 else b_OR * factor)

@@ -1,0 +1,1 @@
+"""One trial as frozen data. No torch."""

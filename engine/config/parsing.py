@@ -1,0 +1,98 @@
+"""Plain data to frozen models and back; every fault is one InputError line. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from engine.errors import InputError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+ListAsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # JSON and YAML have lists only
+
+
+class StrictModel(BaseModel):
+    """Frozen pydantic model that refuses unknown keys and silent type changes (`"8"` is not a rank)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _printable(cls, value: Any) -> Any:
+        """Names, paths and hub ids: a control character in one fails deep inside a system call, or breaks a file's lines."""
+        texts = value if isinstance(value, tuple | list) else (value,)
+        if any(isinstance(text, str) and not text.isprintable() for text in texts):
+            raise ValueError("must be printable text, without control characters")
+        return value
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse(model: type[M], data: Any, where: str = "") -> M:
+    """Validate plain data into `model`; the first fault becomes one InputError naming field, value and what is allowed."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise _input_error(model, error.errors(), where) from None
+
+
+def to_json(config: BaseModel) -> str:
+    """Canonical JSON: sorted keys, so equal configs give equal text."""
+    return json.dumps(config.model_dump(mode="json"), sort_keys=True, indent=2)
+
+
+def load_json(path: str | Path) -> Any:
+    """Read a JSON file; a missing or broken one is an InputError."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError("file", str(path), f"must be a readable JSON file ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError("file", str(path), f"must be valid JSON ({error})") from None
+    except RecursionError:
+        raise InputError("file", str(path), "must be valid JSON, nested less deeply") from None
+
+
+def _input_error(model: type[BaseModel], faults: list[dict[str, Any]], where: str) -> InputError:
+    """The first fault; where a value fits none of several kinds, each has a fault, and all are allowed."""
+    fault = faults[0]
+    location = _location(model, fault["loc"])
+    field = ".".join(filter(None, [where, *location])) or model.__name__
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(model, fault["loc"][:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return InputError(field, fault["input"], f"unknown key; known keys: {', '.join(known)}{hint}")
+    if fault["type"] == "missing":
+        return InputError(field, None, "required, but missing")
+    same = [other["msg"].removeprefix("Value error, ") for other in faults if _location(model, other["loc"]) == location]
+    message = " or ".join(dict.fromkeys([same[0], *(text.removeprefix("Input should be ") for text in same[1:])]))
+    return InputError(field, fault["input"], message[:1].lower() + message[1:])
+
+
+def _location(model: type[BaseModel] | None, path: tuple[str | int, ...]) -> list[str]:
+    """Field names and list positions; pydantic also names the branch of a union, which is nobody's key."""
+    location = []
+    for part in path:
+        if isinstance(part, int) or model is not None:
+            location.append(str(part))
+        field = model.model_fields.get(str(part)) if model else None
+        annotation = field.annotation if field else None
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return location
+
+
+def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return sorted(model.model_fields)

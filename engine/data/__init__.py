@@ -1,0 +1,1 @@
+"""Samples to packed rows, with the tokens that carry loss."""

@@ -1,0 +1,1 @@
+"""What a base model or an adapter is worth on the fixed samples."""

@@ -1,0 +1,1 @@
+"""The adapter for other programs: PEFT, merged, llama.cpp."""

@@ -1,0 +1,135 @@
+"""What `python -m engine.export` does (engine/export.py is its command line): the best adapter, ready for other programs.
+
+A form is written whole or not at all, with a model card that states the losses on the evaluation set, measured now.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from engine.adapter.lora import attach, detach, load_adapter_state
+from engine.adapter.peft_files import CONFIG, PREFIX, TRAIN_CONFIG, WEIGHTS, find_train_config
+from engine.adapter.portable import Adapter, read_adapter
+from engine.config.parsing import to_json
+from engine.config.trial import ModelConfig, TrainConfig
+from engine.data.views import load_data
+from engine.errors import InputError
+from engine.evaluation.eval_loss import evaluate, evaluation_batches
+from engine.export.gguf_model import architecture, write_adapter, write_model
+from engine.export.merge import base_folder, write_merged
+from engine.export.model_card import Card, Measured, model_card
+from engine.model.base import Base
+from engine.model.device import free, pick_device
+from engine.model.inspect import load_tokenizer, model_config
+from engine.model.load import load_base
+from engine.sources.locate import locate
+from engine.system.files import write_folder
+from engine.system.provenance import provenance
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
+
+
+def export(folder: Path, form: str, out: Path, *, config: TrainConfig | None = None, measure: bool = True) -> Measured | None:
+    """Write `folder`'s adapter in `form` to `out`, whole or not at all. config: None takes the one in or above `folder`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError("--out", str(out), "must be a new or empty folder")
+    adapter = read_adapter(folder)
+    config = config or find_train_config(folder)
+    model = config.model if config else ModelConfig(path=adapter.base, revision=adapter.revision)
+    if form.startswith("gguf"):
+        architecture(model_config(model))  # refused before anything takes time
+    results: list[Measured | None] = []
+
+    def fill(target: Path) -> None:
+        dtype = WRITERS[form](adapter, model, folder, target)
+        merged = target / "merged" if form == "gguf-merged" else target if form == "merged" else None
+        measured = _measure(config, adapter, merged) if measure and config else None
+        results.append(measured)
+        if form == "gguf-merged":
+            shutil.rmtree(target / "merged")
+        card = Card(
+            form, adapter.base, adapter.rank, adapter.lora_alpha, len(adapter.layers), dtype, config, measured, provenance()
+        )
+        (target / "README.md").write_text(model_card(card), encoding="utf-8")
+        if config:
+            (target / TRAIN_CONFIG).write_text(to_json(config) + "\n")
+
+    write_folder(out, fill)
+    return results[0]
+
+
+def _write_peft(adapter: Adapter, model: ModelConfig, folder: Path, target: Path) -> None:
+    state = {PREFIX + name: tensor.contiguous() for name, tensor in adapter.state().items()}
+    save_file(state, target / WEIGHTS, metadata={"format": "pt"})
+    (target / CONFIG).write_text(json.dumps(adapter.peft_config, indent=2, sort_keys=True) + "\n")
+    _write_tokenizer(model, folder, target)
+
+
+def _write_merged(adapter: Adapter, model: ModelConfig, folder: Path, target: Path) -> str:
+    write_merged(adapter, base_folder(adapter, locate(model)), target)
+    _write_tokenizer(model, folder, target)
+    return json.loads((target / "config.json").read_text())["dtype"]
+
+
+def _write_gguf_adapter(adapter: Adapter, model: ModelConfig, folder: Path, target: Path) -> None:
+    write_adapter(adapter, model_config(model), target / "adapter.gguf")
+
+
+def _write_gguf_merged(adapter: Adapter, model: ModelConfig, folder: Path, target: Path) -> str:
+    (target / "merged").mkdir()
+    dtype = _write_merged(adapter, model, folder, target / "merged")
+    config = model_config(model) | {"dtype": dtype}
+    write_model(target / "merged", config, target / "model.gguf", Path(adapter.base).name)
+    return dtype
+
+
+WRITERS: dict[str, Callable[[Adapter, ModelConfig, Path, Path], Any]] = {
+    "peft": _write_peft,
+    "merged": _write_merged,
+    "gguf-adapter": _write_gguf_adapter,
+    "gguf-merged": _write_gguf_merged,
+}
+
+
+def _write_tokenizer(model: ModelConfig, folder: Path, target: Path) -> None:
+    """The one that lies with the adapter, unchanged, or else the base model's."""
+    files = [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()]
+    for file in files:
+        shutil.copy(file, target / file.name)
+    if not (target / "tokenizer.json").is_file():
+        load_tokenizer(model).save_pretrained(target)
+
+
+def _measure(config: TrainConfig, adapter: Adapter, merged: Path | None) -> Measured:
+    """Each model is loaded as it will be used: the base as trained, the merged one unquantised, one after the other."""
+    device = pick_device("cpu" if config.train.device == "cpu" else "auto")
+    base = load_base(config.model, device)
+    training, evaluation = load_data(config.data, base.tokenizer)
+    batches = evaluation_batches(evaluation, config.data.eval_max_seq_length)
+    base_loss, adapter_loss = evaluate(base, batches), _adapter_loss(base, adapter, batches)
+    del base
+    free(device)
+    merged_loss = None
+    if merged is not None:
+        plain = config.model.model_copy(update={"path": str(merged), "revision": None, "quantization": "none"})
+        merged_loss = evaluate(load_base(plain, device), batches)
+        free(device)
+    targets = sum(batch.num_targets for batch in batches)
+    return Measured(base_loss, adapter_loss, merged_loss, targets, training.digest(), evaluation.digest())
+
+
+@torch.no_grad()
+def _adapter_loss(base: Base, adapter: Adapter, batches: list[Any]) -> float:
+    layers = attach(base.model, base.linear_names, adapter.lora_config(), seed=0)
+    try:
+        load_adapter_state(layers, adapter.state(), "adapter")
+        return evaluate(base, batches)
+    finally:
+        detach(base.model, layers)

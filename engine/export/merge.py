@@ -1,0 +1,110 @@
+"""The adapter added into the base model's original weights: W + lora_alpha / r * B A, summed in fp32 and rounded once.
+
+The original 16-bit weights, not dequantised NF4: they are what the base model's publisher meant, and what others quantise from.
+The adapter was trained against NF4, so the sum is another model than the trained one; its loss is measured, not assumed. One
+weight file is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.adapter.portable import Adapter
+from engine.config.parsing import load_json
+from engine.config.trial import HUB_ID
+from engine.errors import InputError, first_line
+from engine.sources.weight_files import INDEX, SINGLE, check_weights
+
+HALF = (torch.float16, torch.bfloat16)
+COPIED = ("generation_config.json", "LICENSE*", "NOTICE*")
+
+
+def base_folder(adapter: Adapter, source: str) -> Path:
+    """The folder of the base model's original weights; a hub id is looked up in the hub's cache, and loaded where it is not."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if not HUB_ID.fullmatch(source):
+            raise InputError("base_model_name_or_path", source, "no such folder; allowed: a model folder or a hub id")
+        from huggingface_hub import snapshot_download
+
+        try:
+            patterns = ["*.safetensors", "*.json", "*.model", "*.txt"]
+            folder = Path(snapshot_download(source, revision=adapter.revision, allow_patterns=patterns))
+        except Exception as error:  # the hub's own errors are many: offline, gated, unknown
+            raise InputError("base_model_name_or_path", source, f"cannot be had from the hub ({first_line(error)})") from None
+    check_weights(folder, source)
+    return folder
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file it is in."""
+    if (folder / INDEX).is_file():
+        return {name: folder / file for name, file in load_json(folder / INDEX)["weight_map"].items()}
+    with safe_open(folder / SINGLE, framework="pt") as opened:
+        return dict.fromkeys(opened.keys(), folder / SINGLE)
+
+
+def check_targets(adapter: Adapter, files: dict[str, Path]) -> None:
+    """InputError where an adapted layer has no weight in the base, or one of another shape."""
+    for name, (a_RD, b_OR) in adapter.layers.items():
+        key = f"{name}.weight"
+        if key not in files:
+            raise InputError("adapter", name, f"the base model has no tensor {key}")
+        with safe_open(files[key], framework="pt") as opened:
+            shape = list(opened.get_slice(key).get_shape())
+        if shape != [b_OR.shape[0], a_RD.shape[1]]:
+            raise InputError("adapter", name, f"fits a weight {[b_OR.shape[0], a_RD.shape[1]]}, the base model's is {shape}")
+
+
+def merged_dtype(files: dict[str, Path]) -> torch.dtype:
+    """That of the original weights where it has 16 bits, else bfloat16, which has fp32's range."""
+    for key, file in files.items():
+        with safe_open(file, framework="pt") as opened:
+            dtype = opened.get_tensor(key).dtype
+        if dtype.is_floating_point:
+            return dtype if dtype in HALF else torch.bfloat16
+    raise InputError("base_model_name_or_path", str(next(iter(files.values()))), "holds no floating-point weight")
+
+
+def merged_tensors(adapter: Adapter, file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one weight file, merged where the adapter sits."""
+    with safe_open(file, framework="pt") as opened:
+        for key in opened.keys():  # noqa: SIM118
+            tensor = opened.get_tensor(key)
+            pair = adapter.layers.get(key.removesuffix(".weight"))
+            if pair is not None:
+                tensor = tensor.float() + adapter.scaling * (pair[1] @ pair[0])
+                if not torch.isfinite(tensor).all() or tensor.abs().max() > torch.finfo(dtype).max:
+                    raise InputError("adapter", key, f"the merged weight is beyond what {dtype} can hold")
+            yield key, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def write_merged(adapter: Adapter, base: Path, target: Path) -> None:
+    """Write weights, in files as the base has them, and config.json to `target`. The tokenizer is the caller's to add."""
+    files = weight_files(base)
+    check_targets(adapter, files)
+    dtype = merged_dtype(files)
+    total = 0
+    for file in sorted(set(files.values())):
+        tensors = dict(merged_tensors(adapter, file, dtype))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        save_file(tensors, target / file.name, metadata={"format": "pt"})
+    if (base / INDEX).is_file():
+        index = {"metadata": {"total_size": total}, "weight_map": {name: file.name for name, file in files.items()}}
+        (target / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    values = load_json(base / "config.json")
+    values.pop("torch_dtype", None)
+    values.pop("quantization_config", None)
+    text = json.dumps(values | {"dtype": str(dtype).removeprefix("torch.")}, indent=2, ensure_ascii=False)
+    (target / "config.json").write_text(text + "\n", encoding="utf-8")
+    for pattern in COPIED:
+        for file in base.glob(pattern):
+            shutil.copy(file, target / file.name)

@@ -1,0 +1,1 @@
+"""What runs in the place of a model's own layers."""

@@ -1,0 +1,217 @@
+"""Linear projections of one input with their adapters, forward and backward by hand: the building block of a fused layer.
+
+y_i = x W_i^T + b_i + scaling * (dropout(x) A_i^T) B_i^T for each projection i of the group. Frozen weights are dequantised at
+each use, side by side into one matrix, so a group is one matmul; they get no gradient. The A_i lie side by side too: x is read
+once for all of them. The group's dropout mask is shared by its members.
+
+`low` is dropout(x) A^T of all members [T, R_1 + R_2 ...]: a few bytes a token, kept from forward to backward whatever else is
+recomputed. Where the caller's next kernel reads y anyway, it can add low B^T itself (`terms`), which saves a pass over y.
+
+Shape letters: T tokens, D input features, O output features of all members, R rank of all members.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.adapter.lora import LoraLinear
+from engine.kernels import LowRank
+from engine.quant.frozen_linear import FrozenLinear
+
+Weights = list[tuple[slice, Tensor]]  # blocks of consecutive output features, each with its [O, D]
+
+
+@dataclass
+class ProjectionGroup:
+    """Projections taken apart for one call. dtype: of the activations, and of adapters: A [R, D] and scaling * B [O, R], or None.
+
+    seed: of the dropout mask, drawn once per call, so that recomputation and backward see the mask of the forward pass."""
+
+    dtype: torch.dtype
+    bases: list[FrozenLinear]
+    adapters: list[tuple[Tensor, Tensor] | None]
+    scaling: float = 0.0
+    dropout: float = 0.0
+    seed: int = 0
+    cached: Tensor | None = None
+
+    @classmethod
+    def of(cls, layers: list[nn.Module], dtype: torch.dtype, cached: Tensor | None = None) -> ProjectionGroup:
+        """Take apart FrozenLinears or LoraLinears that read the same input. cached: their weights, dequantised, [O, D]."""
+        group = cls(dtype, [], [], cached=cached)
+        for layer in layers:
+            if not isinstance(layer, FrozenLinear | LoraLinear):
+                raise TypeError(f"a fused layer projects through FrozenLinear or LoraLinear, not {type(layer).__name__}")
+            adapted = isinstance(layer, LoraLinear)
+            group.bases.append(layer.base if adapted else layer)
+            group.adapters.append(layer.cast(dtype) if adapted else None)
+            if adapted:
+                group.scaling, group.dropout = layer.scaling, layer.dropout if layer.training else 0.0
+        if group.dropout:
+            group.seed = int(torch.randint(2**62, ()))  # the CPU generator: no device is waited for
+        return group
+
+    @property
+    def is_adapted(self) -> bool:
+        return any(adapter is not None for adapter in self.adapters)
+
+    @property
+    def is_packed(self) -> bool:
+        return all(base.is_packed for base in self.bases)
+
+    @property
+    def outputs(self) -> list[slice]:
+        """Where each member's features lie in y."""
+        return _slices(*(base.out_features for base in self.bases))
+
+    def weights(self) -> Weights:
+        """The members' weights: dequantised into one matrix; where they are plain, one block each."""
+        whole = slice(0, self.outputs[-1].stop)
+        if self.cached is not None:
+            return [(whole, self.cached)]
+        if not self.is_packed:
+            return [(part, base.dequantized(self.dtype)) for part, base in zip(self.outputs, self.bases)]
+        if len(self.bases) == 1:
+            return [(whole, self.bases[0].dequantized(self.dtype))]
+        return [(whole, merged_weight(self.bases, self.dtype))]
+
+    def with_weights(self) -> ProjectionGroup:
+        """The same with its weights dequantised once, for several uses."""
+        if self.cached is not None or not self.is_packed:
+            return self
+        return replace(self, cached=merged_weight(self.bases, self.dtype))
+
+    def low(self, x_TD: Tensor) -> Tensor | None:
+        """dropout(x) A^T [T, R] of all members; None where none is adapted."""
+        return self._dropped(x_TD) @ self._stacked_a().t() if self.is_adapted else None
+
+    def bare(self, x_TD: Tensor, weights: Weights | None = None) -> Tensor:
+        """x W^T + b [T, O], fresh, without the adapters."""
+        biases = [base.bias for base in self.bases]
+        outputs = self.outputs
+        blocks = self.weights() if weights is None else weights
+        y_TO = None
+        if len(blocks) == 1:
+            y_TO = F.linear(x_TD, blocks[0][1], _merged_bias(biases, outputs, x_TD))
+        else:
+            y_TO = x_TD.new_empty(x_TD.shape[0], outputs[-1].stop)
+            for (part, weight_OD), bias in zip(blocks, biases):
+                y_TO[:, part] = F.linear(x_TD, weight_OD, None if bias is None else bias.to(x_TD.dtype))
+        return y_TO
+
+    def forward(self, x_TD: Tensor, low_TR: Tensor | None) -> Tensor:
+        """y [T, O], fresh. The low-rank part is added by one matmul a member, so that it is rounded once, with the rest."""
+        y_TO = self.bare(x_TD)
+        for part, term in zip(self.outputs, self.terms(low_TR)):
+            if term is not None:
+                y_TO[:, part].addmm_(term.low_TR, term.b_FR.t())
+        return y_TO
+
+    def terms(self, low_TR: Tensor | None) -> list[LowRank | None]:
+        """What is still to be added to each member's part of `bare`."""
+        return [a and LowRank(low_TR[:, part], a[1]) for part, a in zip(self._ranks(), self.adapters)]
+
+    def low_gradient(self, dy_TO: Tensor) -> Tensor | None:
+        """dL / d(dropout(x) A^T) [T, R]; None where none is adapted."""
+        if not self.is_adapted:
+            return None
+        ranks = self._ranks()
+        dlow_TR = dy_TO.new_empty(dy_TO.shape[0], ranks[-1].stop)
+        for part, rank, adapter in zip(self.outputs, ranks, self.adapters):
+            if adapter is not None:
+                torch.mm(dy_TO[:, part], adapter[1], out=dlow_TR[:, rank])
+        return dlow_TR
+
+    def input_gradient(self, dy_TO: Tensor, dlow_TR: Tensor | None, weights: Weights | None = None) -> Tensor:
+        """dL/dx [T, D]."""
+        dx_TD = self.bare_input_gradient(dy_TO, weights)
+        if dlow_TR is None:
+            return dx_TD
+        if self.dropout:
+            return dx_TD.add_((dlow_TR @ self._stacked_a()).mul_(self._mask(dx_TD)))
+        return dx_TD.addmm_(dlow_TR, self._stacked_a())
+
+    def bare_input_gradient(self, dy_TO: Tensor, weights: Weights | None = None) -> Tensor:
+        """dy W [T, D], without the adapters' part."""
+        (part, weight_OD), *others = self.weights() if weights is None else weights
+        dx_TD = dy_TO[:, part] @ weight_OD
+        for part, weight_OD in others:
+            dx_TD.addmm_(dy_TO[:, part], weight_OD)
+        return dx_TD
+
+    def input_term(self, dlow_TR: Tensor | None) -> LowRank | None:
+        """What is still to be added to `bare_input_gradient`; only without dropout."""
+        return None if dlow_TR is None else LowRank(dlow_TR, self._stacked_a().t())
+
+    def adapter_gradients(self, dy_TO: Tensor, dlow_TR: Tensor | None, x_TD: Tensor, low_TR: Tensor | None) -> tuple[Tensor, ...]:
+        """dA, dB of each member that is adapted, in turn; fp32 where the device's matmul can give it."""
+        if dlow_TR is None:
+            return ()
+        da_RD = _product(dlow_TR.t(), self._dropped(x_TD))
+        gradients = []
+        for part, rank, adapter in zip(self.outputs, self._ranks(), self.adapters):
+            if adapter is not None:
+                gradients += [da_RD[rank], _product(dy_TO[:, part].t(), low_TR[:, rank]).mul_(self.scaling)]
+        return tuple(gradients)
+
+    def _ranks(self) -> list[slice]:
+        return _slices(*(0 if a is None else a[0].shape[0] for a in self.adapters))
+
+    def _stacked_a(self) -> Tensor:
+        return _stacked([adapter[0] for adapter in self.adapters if adapter is not None])
+
+    def _dropped(self, x_TD: Tensor) -> Tensor:
+        return x_TD * self._mask(x_TD) if self.dropout else x_TD
+
+    def _mask(self, x_TD: Tensor) -> Tensor:
+        """0 with probability `dropout`, else 1 / (1 - dropout)."""
+        generator = torch.Generator(x_TD.device).manual_seed(self.seed)
+        keep = torch.empty_like(x_TD).bernoulli_(1.0 - self.dropout, generator=generator)
+        return keep.div_(1.0 - self.dropout)
+
+
+def merged_weight(bases: list[FrozenLinear], dtype: torch.dtype) -> Tensor:
+    """The weights of packed layers with one input, side by side [O, D]."""
+    parts = _slices(*(base.out_features for base in bases))
+    merged_OD = torch.empty(parts[-1].stop, bases[0].in_features, dtype=dtype, device=bases[0].weight.device)
+    for part, base in zip(parts, bases):
+        base.dequantized(dtype, out=merged_OD[part])
+    return merged_OD
+
+
+@functools.cache
+def _slices(*sizes: int) -> list[slice]:
+    """Consecutive parts of these sizes. The same few are asked for hundreds of times a step."""
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [slice(end - size, end) for end, size in zip(ends, sizes)]
+
+
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    """Matrices one below the other: a view where they follow each other in memory (`FlatAdapter` sees to it), else a copy."""
+    first = matrices[0]
+    if len(matrices) == 1:
+        return first
+    place, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for matrix in matrices:
+        if matrix.untyped_storage().data_ptr() != storage or matrix.storage_offset() != place or not matrix.is_contiguous():
+            return torch.cat(matrices)
+        place += matrix.numel()
+    return first.as_strided((sum(m.shape[0] for m in matrices), first.shape[1]), first.stride())
+
+
+def _merged_bias(biases: list[Tensor | None], outputs: list[slice], x: Tensor) -> Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    zeros = [x.new_zeros(part.stop - part.start) if bias is None else bias.to(x.dtype) for part, bias in zip(outputs, biases)]
+    return zeros[0] if len(zeros) == 1 else torch.cat(zeros)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; of 16-bit operands on CUDA as fp32, because it is added into an fp32 gradient: one rounding and one launch less."""
+    wide = a.is_cuda and a.dtype in (torch.bfloat16, torch.float16)
+    return torch.mm(a, b, out_dtype=torch.float32) if wide else a @ b

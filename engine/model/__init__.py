@@ -1,0 +1,1 @@
+"""The resident base model: loaded once, lent to trial after trial."""

@@ -1,0 +1,86 @@
+"""The loaded base model, as trials see it: hidden states, loss, recomputation and cached weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from engine.config.trial import ModelConfig
+from engine.data.packing import Batch
+from engine.layers.host_stash import HostStash
+from engine.layers.loss import Head, linear_cross_entropy
+from engine.layers.structure import Policy
+from engine.layers.swap import SwapReport, cache_weights, set_policy
+from engine.planning.policies import POLICIES
+from engine.units import GIB
+
+
+@dataclass
+class Base:
+    """A loaded base model. `linear_names` are the layers an adapter may sit on (the head is not among them)."""
+
+    model: nn.Module
+    tokenizer: Any
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    linear_names: list[str]
+    swaps: SwapReport
+    stash: HostStash = field(default_factory=HostStash)
+
+    def matches(self, config: ModelConfig, device: torch.device) -> bool:
+        """Whether a trial with this model section can use this base as it stands."""
+        return self.config == config and self.device == device
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Final hidden states [T, D] of a packed row; `batch` is already on the device."""
+        self.stash.clear()
+        decoder = self.model.get_decoder()
+        output = decoder(
+            input_ids=batch.input_ids_T.unsqueeze(0),
+            position_ids=batch.position_ids_T.unsqueeze(0),
+            use_cache=False,
+            document_lengths=batch.document_lengths,
+            document_offsets=batch.document_offsets,
+        )
+        self.stash.flush()
+        return output.last_hidden_state.squeeze(0)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum over the row's targets of -log p(target), fp32 scalar in nats; `batch` is already on the device."""
+        return linear_cross_entropy(self.hidden_states(batch), batch.labels_T, self.head(), batch.target_rows)
+
+    def checkpoint_activations(
+        self, wanted: bool | Literal["selective", "offload"], keep_layers: int = 0, host_layers: int = 0
+    ) -> None:
+        """Whether decoder layers are computed again in the backward pass, or keep their matmul outputs, as the last `keep_layers`
+        always do, and `host_layers` of the others in host memory; selective: the MLP is computed again; offload: all is, from
+        inputs in host memory. Layers that run unfused are computed again whole."""
+        self.stash.clear()
+        self.stash = set_policy(self.model, Policy[POLICIES[wanted].upper()], keep_layers, host_layers)
+        if self.swaps.unfused:
+            # transformers is renaming the methods (5.23)
+            switch = "enable" if wanted else "disable"
+            methods = [getattr(self.model, f"{word}_checkpointing_{switch}", None) for word in ("activation", "gradient")]
+            method = next(filter(None, methods))
+            method({"use_reentrant": False}) if wanted else method()
+
+    def cache_weights(self, gib: float) -> float:
+        """Keep up to `gib` GiB of the fused layers' weights dequantised; returns the GiB kept."""
+        return cache_weights(self.model, self.dtype, int(gib * GIB)) / GIB
+
+    def head(self) -> Head:
+        """The output embedding with the logit transforms that the model's config declares."""
+        layer, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def end_tokens(base: Base) -> list[int]:
+    """The model's own and the tokenizer's: a chat model often ends turns with another token than texts."""
+    own = base.model.generation_config.eos_token_id
+    ends = own if isinstance(own, list) else [own]
+    return list(dict.fromkeys(token for token in [base.tokenizer.eos_token_id, *ends] if token is not None))

@@ -1,0 +1,96 @@
+"""The resident base model: loaded and quantised once, then lent to one trial after another.
+
+Everything is loaded by transformers; linear layers are then taken over by `FrozenLinear` and attention runs through the
+`packed` entry of transformers' registry. No forward method is replaced: the decoder gives hidden states, and the loss takes
+those and the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config.parsing import load_json
+from engine.config.trial import ModelConfig
+from engine.errors import InputError
+from engine.layers import attention
+from engine.layers.host_embedding import place_embedding
+from engine.layers.swap import fuse_layers
+from engine.model.base import Base
+from engine.model.device import pick_dtype
+from engine.model.inspect import NO_LINEAR, from_pretrained, load_tokenizer, swaps_of
+from engine.quant.bnb import nf4_load_config
+from engine.quant.frozen_linear import freeze_linears
+from engine.quant.shared_base import load_packed
+from engine.sources.locate import locate
+from engine.sources.weight_files import check_weights
+
+
+def load_base(config: ModelConfig, device: torch.device, attention_name: str = attention.NAME) -> Base:
+    """Load, quantise and freeze the base model on `device`. attention_name: an entry of transformers' registry; training's own
+    takes packed rows, generation needs one that knows the library's cache of keys and values."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # hundreds of redrawn lines per trial in a log file
+    attention.register()
+    source, dtype = locate(config), pick_dtype(config.dtype, device)
+    options: dict[str, Any] = {"device_map": {"": device.type}, "dtype": dtype, "attn_implementation": attention_name}
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    if Path(source).is_dir():
+        check_weights(Path(source), config.path)
+
+    def load(folder: str | Path, **more: Any) -> tuple[Any, dict[str, Any]]:
+        return from_pretrained(AutoModelForCausalLM, config, str(folder), **options, **more)
+
+    if config.quantization == "nf4":
+        model, loading = _load_nf4(config, source, device, dtype, load)
+    else:
+        model, loading = load(source)
+    if loading["missing_keys"]:  # transformers fills them with random numbers and goes on
+        raise InputError("model.path", config.path, f"lacks {len(loading['missing_keys'])} tensors, {_first(loading)} among them")
+    model.requires_grad_(False).eval()
+    names = freeze_linears(model, skip=[model.get_output_embeddings()])
+    if not names:
+        raise InputError("model.path", config.path, NO_LINEAR)
+    swaps = swaps_of(model, config, fuse_layers)
+    if place_embedding(model, config):
+        swaps = replace(swaps, others=(*swaps.others, "embed_tokens"))
+    return Base(model, load_tokenizer(config), config, device, dtype, names, swaps)
+
+
+def _load_nf4(
+    config: ModelConfig, source: str, device: torch.device, dtype: torch.dtype, load: Callable[..., tuple[Any, dict[str, Any]]]
+) -> tuple[Any, dict[str, Any]]:
+    """Quantised, or read as another process of this node has quantised it."""
+
+    def quantise() -> tuple[Any, dict[str, Any]]:
+        return load(source, quantization_config=nf4_load_config(config.double_quantization, dtype))
+
+    folder = _local_folder(config, source)
+    if folder is None or config.trust_remote_code or "quantization_config" in load_json(folder / "config.json"):
+        return quantise()  # a model's own code is not saved with it; what is quantised already is no larger
+    settings = {"double": config.double_quantization, "dtype": str(dtype), "device": device.type}
+    return load_packed(folder, settings, quantise, load)
+
+
+def _local_folder(config: ModelConfig, source: str) -> Path | None:
+    """Where the model's files are on this machine; None where they are not yet."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(source, revision=config.revision, local_files_only=True))
+        check_weights(folder, config.path)
+    except Exception:  # not there, or not whole: what comes next downloads it, or says what is wrong
+        return None
+    return folder
+
+
+def _first(loading: dict[str, Any]) -> str:
+    return min(map(str, loading["missing_keys"]))

@@ -1,0 +1,123 @@
+"""What each decoder layer does under a config: what it keeps, what carries adapters, which weights stay dequantised. No torch.
+
+The decisions that `engine.swap`, `engine.lora` and `engine.model` take on a loaded model, for prediction; tests hold them equal.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from engine.config.trial import ALL_LINEAR, TrainConfig
+from engine.errors import InputError
+from engine.planning.model_shape import ModelShape
+from engine.planning.policies import GROUPS, POLICIES, PolicyName, layer_policies
+from engine.units import GIB
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """ranks: group -> sum of its members' ranks, 0 where none is adapted. adapter: group -> its trained values. cached: groups
+    whose weights are kept dequantised. trained: whether it has a backward pass, since something in it or below is trained.
+    needs_dx: whether something below is."""
+
+    policy: PolicyName
+    ranks: dict[str, int]
+    adapter: dict[str, int]
+    cached: frozenset[str]
+    trained: bool
+    needs_dx: bool
+
+
+def is_fused(config: TrainConfig, shape: ModelShape) -> bool:
+    """Whether decoder layers run fused."""
+    return shape.family != "other" and config.model.layers != "original"
+
+
+def can_record(config: TrainConfig, shape: ModelShape) -> bool:
+    """Whether a micro-batch can be a CUDA graph (engine.graphs): fused, without dropout, host memory and attention by sample."""
+    loop = config.train
+    on_device = loop.activation_checkpointing != "offload" and loop.host_layers == 0
+    flash = not shape.attention_softcap and config.model.dtype != "float32"
+    return is_fused(config, shape) and flash and on_device and not config.lora.lora_dropout
+
+
+def element_bytes(config: TrainConfig) -> int:
+    """Of activations and dequantised weights on CUDA."""
+    return 4 if config.model.dtype == "float32" else 2
+
+
+def adapted_projections(config: TrainConfig, shape: ModelShape) -> list[tuple[str, ...]]:
+    """The projections of each layer that carry an adapter, by the rules of `engine.lora.resolve_targets`."""
+    targets = config.lora.target_modules
+    names = [[f"model.layers.{i}.{_part(p)}.{p}" for p in shape.projections()] for i in range(shape.num_layers)]
+    chosen = [tuple(n.rpartition(".")[2] for n in layer if _is_target(n, targets)) for layer in names]
+    if any(chosen):
+        return chosen
+    if shape.family == "other":  # its layers may have other names: all of them is the safe side
+        return [tuple(shape.projections())] * shape.num_layers
+    allowed = f"all-linear, {', '.join(shape.projections())}"
+    raise InputError("lora.target_modules", targets, f"matches no linear layer; allowed: {allowed}")
+
+
+def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
+    """The plan of each decoder layer, from the first. ValueError where the config leaves something `auto`: plan it first."""
+    loop = config.train
+    if "auto" in (
+        loop.micro_batch_size,
+        loop.activation_checkpointing,
+        loop.keep_layers,
+        loop.host_layers,
+        loop.weight_cache_gib,
+    ):
+        raise ValueError("predictions need a config with nothing left auto: see engine.planner")
+    adapted = adapted_projections(config, shape)
+    first = next(i for i, names in enumerate(adapted) if names)
+    cached = _cached_groups(config, shape)
+    sizes = {name: config.lora.rank * sum(features) for name, features in shape.projections().items()}
+    plans, counts = [], (loop.keep_layers, loop.host_layers) if is_fused(config, shape) else (0, 0)
+    policies = layer_policies(shape.num_layers, POLICIES[loop.activation_checkpointing], *counts)
+    for i, names in enumerate(adapted):
+        ranks = {group: config.lora.rank * sum(n in names for n in members) for group, members in GROUPS.items()}
+        adapter = {group: sum(sizes[n] for n in members if n in names) for group, members in GROUPS.items()}
+        plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, i > first))
+    return plans
+
+
+def group_parameters(shape: ModelShape) -> dict[str, int]:
+    """Frozen weights of each group of one layer."""
+    features = shape.projections()
+    return {group: sum(math.prod(features[name]) for name in names) for group, names in GROUPS.items()}
+
+
+def _cached_groups(config: TrainConfig, shape: ModelShape) -> list[frozenset[str]]:
+    """Whole groups in the model's order, each that still fits; only of packed weights."""
+    if config.model.quantization != "nf4" or not is_fused(config, shape):
+        return [frozenset()] * shape.num_layers
+    room, cached = int(config.train.weight_cache_gib * GIB), []
+    sizes = {group: element_bytes(config) * number for group, number in group_parameters(shape).items()}
+    for _ in range(shape.num_layers):
+        chosen = []
+        for group, size in sizes.items():
+            if size <= room:
+                room -= size
+                chosen.append(group)
+        cached.append(frozenset(chosen))
+    return cached
+
+
+def _part(projection: str) -> str:
+    return "self_attn" if projection in (*GROUPS["qkv"], *GROUPS["o"]) else "mlp"
+
+
+def _is_target(name: str, targets: str | tuple[str, ...]) -> bool:
+    if targets == ALL_LINEAR:
+        return True
+    if isinstance(targets, str) and not re.fullmatch(r"[\w.\-]+", targets):
+        try:
+            return re.fullmatch(targets, name) is not None
+        except re.error as error:
+            raise InputError("lora.target_modules", targets, f"must be a valid regular expression ({error})") from None
+    entries = (targets,) if isinstance(targets, str) else targets
+    return any(name == entry or name.endswith(f".{entry}") for entry in entries)

@@ -1,0 +1,267 @@
+"""Predicts the peak of allocated CUDA bytes (`torch.cuda.max_memory_allocated`) of training one adapter. No torch, no GPU.
+
+What lies still is added up from the model's shape; what comes and goes is walked through by `engine.liveness`, tensor by tensor.
+Nothing is fitted. Against one H100 (engine/calibration/): within 0.8 % in 95 % of 64 settings of Llama shapes, to 65,536 tokens.
+Not measured on a GPU: other families, evaluation, CUDA graphs; the walk itself is held to the layers' code by a test that needs
+none. Not counted: parts of a model beside its text decoder.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.config.trial import TrainConfig
+from engine.planning.layer_memory import AttentionName, Pass, Sizes
+from engine.planning.layer_plan import element_bytes, group_parameters, is_fused, plan_layers
+from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, Away, Ledger
+from engine.planning.model_shape import ModelShape
+from engine.units import GIB
+
+# Copies of constants of modules that need torch; a test holds them equal.
+LOSS_CHUNK_BYTES = 256 * 2**20  # engine.loss.CHUNK_BYTES
+HOST_EMBEDDING_MIN_BYTES = 256 * 2**20  # engine.embedding.MIN_BYTES
+EVALUATION_ROW_TOKENS = 4096  # engine.evaluate.MIN_ROW_TOKENS
+
+# torch gives cuBLAS a workspace on each stream for each thread that calls it, the caller's and autograd's: 32 MiB on Hopper,
+# 8.1 MiB on other cards, for which this is 48 MiB too much. That it is two follows from the measured peaks, which 64 MiB explain
+# and 32 do not.
+MATMUL_WORKSPACES = 2 * 32 * 2**20
+# Outside of what torch allocates: CUDA context and loaded kernels. An estimate, not measured here.
+CONTEXT_GIB = 0.6
+# What the caching allocator holds and cannot use: estimates. A run with a peak of 21.91 GiB under a cap of 23.5 bounds the first
+# from above, 7 %.
+FRAGMENTATION, ROUGH_FRAGMENTATION = 0.05, 0.12
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """components: bytes by what holds them, at the moment of the peak. phases: the peak of each phase; phase: the highest one.
+    rough: layers run unfused, or attention with autograd's own graph: an estimate, not a count. host_bytes: pinned host memory
+    for what layers put away. recorded_bytes: what CUDA graphs keep beyond the peak while the trial evaluates."""
+
+    components: dict[str, int]
+    phases: dict[str, int]
+    phase: str
+    rough: bool = False
+    host_bytes: int = 0
+    recorded_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of what torch allocates."""
+        return sum(self.components.values())
+
+    @property
+    def peak_gib(self) -> float:
+        return self.peak_bytes / GIB
+
+    @property
+    def host_gib(self) -> float:
+        return self.host_bytes / GIB
+
+    @property
+    def reserve_gib(self) -> float:
+        """What a card must have beyond the peak: the CUDA context, and what the allocator holds without use."""
+        return CONTEXT_GIB + (ROUGH_FRAGMENTATION if self.rough else FRAGMENTATION) * self.peak_gib + self.recorded_bytes / GIB
+
+    def describe(self) -> str:
+        """A short table: what is alive at the peak, and the peak of each phase."""
+        rows = [(name, size) for name, size in sorted(self.components.items(), key=lambda item: -item[1]) if size]
+        lines = [f"  {name:<22}{size / GIB:8.3f}" for name, size in rows]
+        phases = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.phases.items())
+        about = "about " if self.rough else ""
+        head = f"peak {about}{self.peak_gib:.2f} GiB, in: {self.phase}; a card needs {self.reserve_gib:.2f} more"
+        return "\n".join([head, *lines, f"  phases: {phases}"])
+
+
+def predict_memory(
+    config: TrainConfig, shape: ModelShape, *, evaluation: bool = True, attention: Literal["flash", "cudnn"] = "flash"
+) -> MemoryPrediction:
+    """Highest bytes that torch allocates on a CUDA card while this config, in which nothing is `auto`, trains.
+
+    evaluation: whether it also evaluates (a benchmark does not). attention: which kernel takes it; both need the same workspace.
+    """
+    walk = _Walk(config, shape, attention)
+    walk.load()
+    walk.train()
+    walk.step_optimizer()
+    if evaluation:
+        walk.evaluate()
+    ledger = walk.ledger
+    return MemoryPrediction(ledger.highest_components, ledger.peaks, ledger.highest_phase, walk.is_rough, walk.away.highest)
+
+
+def fits(prediction: MemoryPrediction, memory_gib: float) -> bool:
+    """Whether a card whose driver reports so much memory in all can be expected to hold it."""
+    return prediction.peak_gib + prediction.reserve_gib <= memory_gib
+
+
+class _Walk:
+    """One load, one micro-batch, one optimizer step and one evaluation row, in turn, over one ledger."""
+
+    def __init__(self, config: TrainConfig, shape: ModelShape, attention: AttentionName) -> None:
+        self.config, self.shape, self.ledger = config, shape, Ledger()
+        self.away = Away(self.ledger)
+        self.attention: AttentionName = "eager" if shape.attention_softcap else attention
+        self.plans, self.element = plan_layers(config, shape), element_bytes(config)
+        self.is_fused = is_fused(config, shape)
+        self.is_rough = not self.is_fused or self.attention == "eager" or self.element != 2
+
+    def load(self) -> None:
+        """The base model, from its 16-bit weights; then all that lies still while it is trained."""
+        ledger, plans = self.ledger, self.plans
+        ledger.enter("load")
+        streams = 2 if self.config.train.cuda_graphs is True else 1  # recordings have one of their own
+        ledger.hold("workspaces", streams * MATMUL_WORKSPACES, "matmul workspaces")
+        for name, size in _base_bytes(self.config, self.shape).items():
+            ledger.hold(name, size, name)
+        table = self.element * self.shape.vocab_size * self.shape.hidden_size
+        ledger.hold("head", table, "head")
+        with ledger.holding(0 if self.shape.tied_embeddings else table, "input embedding"):
+            ledger.briefly(self._largest_weight())
+        if not self.shape.tied_embeddings and not _is_on_host(self.config, table):
+            ledger.hold("input embedding", table, "input embedding")
+        ledger.enter("at rest")
+        cached = self.element * sum(group_parameters(self.shape)[group] for plan in plans for group in plan.cached)
+        ledger.hold("weight cache", cached, "weight cache")
+        number = sum(sum(plan.adapter.values()) for plan in plans)
+        ledger.hold("adapter", (4 + 4 + self.element) * number, "adapter")  # parameter, gradient, copy for the matmuls
+        states = 2 * number + 8 * math.ceil(number / 256) if self._has_8bit_optimizer() else 8 * number
+        ledger.hold("optimizer", states, "optimizer")
+
+    def train(self) -> None:
+        """Forward, loss and backward of one micro-batch."""
+        tokens = self.config.train.micro_batch_size * self.config.data.max_seq_length
+        sizes = self._begin("forward", tokens, self.config.data.max_seq_length)
+        ledger, last = self.ledger, self.shape.num_layers
+        if self.is_fused:
+            passes = [self._pass(i, sizes, self.config.lora.lora_dropout > 0.0) for i in range(last)]
+            for layer in passes:
+                layer.forward(trains=layer.plan.trained)
+                if "0.x" not in ledger.alive and "inputs" not in ledger.alive:  # the decoder holds on to them
+                    ledger.hold("inputs", sizes.x, BOUNDARY)
+            ledger.drop("inputs")
+            self.away.flush()
+        else:
+            self._forward_unfused(sizes)
+        self._loss(sizes, tokens, trains=True)
+        ledger.hold("dy", sizes.x)
+        ledger.drop("dh", f"{last}.x")
+        if self.is_fused:
+            self._backward(passes)
+        else:
+            self._backward_unfused(sizes)
+        ledger.drop("dy", "batch")
+
+    def step_optimizer(self) -> None:
+        """torch's AdamW makes one temporary of the parameter's size; the 8-bit one none."""
+        self.ledger.enter("optimizer step")
+        number = sum(sum(plan.adapter.values()) for plan in self.plans)
+        self.ledger.briefly(0 if self._has_8bit_optimizer() else 4 * number)
+
+    def evaluate(self) -> None:
+        """One row without gradients; no layer leaves anything but its output."""
+        length = self.config.data.eval_max_seq_length
+        tokens = max(length, EVALUATION_ROW_TOKENS)
+        sizes = self._begin("evaluation", tokens, length)
+        last = self.shape.num_layers - 1
+        self.ledger.rename("0.x", f"{last}.x")
+        self.ledger.hold("inputs", sizes.x if last else 0, BOUNDARY)
+        if self.is_fused:  # layers differ in cached weights alone, of which the last has the fewest
+            self._pass(last, sizes, dropout=False).forward(trains=False)
+        else:
+            self.ledger.briefly(3 * sizes.f + 6 * sizes.x + self._largest_weight() + 12 * self._eager_scores(sizes))
+        self.ledger.drop("inputs")
+        self._loss(sizes, tokens, trains=False)
+        self.ledger.drop(f"{last}.x", f"{last + 1}.x", "batch")
+
+    def _begin(self, phase: str, tokens: int, sample_tokens: int) -> Sizes:
+        """A batch on the device: five int64 tensors at most, rotary tables (two pairs in Gemma 3), and the embedded tokens."""
+        tables = 4 if self.shape.family == "gemma3" else 2
+        sizes = Sizes.of(self.shape, tokens, sample_tokens, self.element, self.config.model.quantization == "nf4")
+        self.ledger.enter(phase)
+        self.ledger.hold("batch", 40 * tokens + tables * self.element * tokens * self.shape.head_dim, "batch and rotary")
+        self.ledger.hold("0.x", sizes.x, BOUNDARY)
+        return sizes
+
+    def _pass(self, i: int, sizes: Sizes, dropout: bool) -> Pass:
+        return Pass(i, self.plans[i], self.shape, sizes, self.attention, dropout, self.ledger, self.away)
+
+    def _loss(self, sizes: Sizes, tokens: int, trains: bool) -> None:
+        """engine.loss: every token a target. Ends with `dh`, the gradient of the normalised hidden states, where there is one."""
+        ledger, shape = self.ledger, self.shape
+        rows = min(tokens, max(1, LOSS_CHUNK_BYTES // (self.element * shape.vocab_size)))
+        gathered, logits = self.element * rows * shape.hidden_size, self.element * rows * shape.vocab_size
+        if trains:
+            ledger.enter("loss")
+        ledger.hold("h", sizes.x, "loss")
+        if trains:
+            ledger.hold("grad", sizes.x, "loss")
+        ledger.briefly(gathered + logits + (gathered if trains else 0), "loss")
+        ledger.drop("h")
+        if trains:
+            ledger.hold("dh", sizes.x, "loss")
+            ledger.drop("grad")
+
+    def _backward(self, passes: list[Pass]) -> None:
+        """From the last layer to the first that has a backward pass."""
+        for layer in reversed(passes):
+            if not layer.plan.trained:
+                break
+            kind = "kept" if layer.plan.policy in ("keep", "host") else "recomputed"
+            self.ledger.enter(f"backward, {kind} layers")
+            layer.backward()
+
+    def _forward_unfused(self, sizes: Sizes) -> None:
+        """transformers' own layers: what autograd keeps, or the inputs alone."""
+        number, recomputes = self.shape.num_layers, self.config.train.activation_checkpointing is not False
+        for i in range(1, number + 1):
+            self.ledger.hold(f"{i}.x", sizes.x, BOUNDARY)
+        self.ledger.hold("graph", self._unfused_graph(sizes) * (0 if recomputes else number), KEPT)
+        self.ledger.briefly(3 * sizes.f + 6 * sizes.x + self._largest_weight())
+
+    def _backward_unfused(self, sizes: Sizes) -> None:
+        recomputes = self.config.train.activation_checkpointing is not False
+        self.ledger.enter("backward, recomputed layers" if recomputes else "backward, kept layers")
+        again = self._unfused_graph(sizes) if recomputes else 0
+        with self.ledger.holding(again + 4 * sizes.f + 6 * sizes.x), self.ledger.holding(self._largest_weight(), WEIGHTS):
+            self.ledger.briefly(2 * sizes.q + 12 * self._eager_scores(sizes), ATTENTION)
+        self.ledger.drop("graph", *(f"{i}.x" for i in range(self.shape.num_layers)))
+
+    def _unfused_graph(self, sizes: Sizes) -> int:
+        """Of one layer, beside its input: fp32 copies in the norms, inputs of adapted matmuls, queries, keys, values and output
+        of attention, gate, its activation, up and their product; with dropout, each projection's masked input and mask."""
+        s, shape = sizes, self.shape
+        norms = (4 if shape.four_norms else 2) * s.x + (s.q + s.k if shape.qk_norm else 0)
+        total = 4 * norms // s.element + 2 * s.x + s.qkv + s.q + s.heads + 4 * s.f + 10 * self._eager_scores(s)
+        return total + (3 * (5 * s.x + s.q + s.f) // 2 if self.config.lora.lora_dropout else 0)
+
+    def _eager_scores(self, sizes: Sizes) -> int:
+        return sizes.scores if self.attention == "eager" else 0
+
+    def _largest_weight(self) -> int:
+        """16-bit, of a single projection."""
+        return self.element * max(math.prod(features) for features in self.shape.projections().values())
+
+    def _has_8bit_optimizer(self) -> bool:
+        return self.config.optim.name in ("auto", "adamw_8bit")
+
+
+def _base_bytes(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
+    """Linear layers as they are held, norms and biases. NF4: half a byte a value; a scale for 64, fp32 or, quantised again, one
+    byte and an fp32 for 256 of them; two code tables a weight."""
+    element, linear = element_bytes(config), 0
+    for features in shape.projections().values():
+        number = math.prod(features)
+        blocks = math.ceil(number / 64)
+        scales = blocks + 4 * math.ceil(blocks / 256) + 1536 if config.model.double_quantization else 4 * blocks + 512
+        linear += number // 2 + scales if config.model.quantization == "nf4" else element * number
+    return {"base weights": shape.num_layers * linear, "norms and biases": element * shape.vector_parameters}
+
+
+def _is_on_host(config: TrainConfig, table_bytes: int) -> bool:
+    """Where engine.embedding puts an input embedding that is not tied to the head."""
+    wanted = config.model.embeddings
+    return wanted == "host" or (wanted == "auto" and table_bytes >= HOST_EMBEDDING_MIN_BYTES)

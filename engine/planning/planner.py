@@ -1,0 +1,238 @@
+"""How a config is computed on a given card: micro-batch, what each layer keeps, dequantised weights. What it computes stays.
+
+`plan` tries what the config leaves `auto`, drops what is predicted not to fit, and takes the fastest of the rest. `leaner` is the
+next step down for a run that met the end of memory all the same. No torch: plans are made on any laptop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from engine.config.trial import TrainConfig
+from engine.errors import OutOfMemory
+from engine.planning.cards import Card
+from engine.planning.layer_plan import can_record
+from engine.planning.memory import MemoryPrediction, fits, predict_memory
+from engine.planning.model_shape import ModelShape
+from engine.planning.policies import POLICIES
+from engine.planning.speed import SpeedPrediction, predict_speed
+from engine.units import GIB
+
+LEANER = tuple(POLICIES)
+"""Settings of `activation_checkpointing`, from most to least memory."""
+CACHE_STEP_GIB = 1.0
+HOST_STEP = 2  # layers
+WORTH_RECORDING = 0.1  # of a step that the device would wait for the host
+NEGLIGIBLE = 0.01  # of the speed: below it, the plan with longer rows wins, then the one with less memory
+LONG_ROW = 8192  # tokens: beyond it, launches no longer weigh, which the predicted speed of small models leaves out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Values for the fields of `train` that may be `auto`; memory and speed are predicted, and None where no card is known."""
+
+    micro_batch_size: int
+    activation_checkpointing: bool | str
+    keep_layers: int
+    host_layers: int
+    weight_cache_gib: float
+    cuda_graphs: bool = False
+    memory: MemoryPrediction | None = None
+    speed: SpeedPrediction | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """The six fields, as plain data."""
+        values = asdict(replace(self, memory=None, speed=None))
+        return {name: value for name, value in values.items() if name not in ("memory", "speed")}
+
+    def apply(self, config: TrainConfig) -> TrainConfig:
+        """The config with nothing left `auto`; its step still has as many bins."""
+        bins = config.bins_per_step
+        step = {"tokens_per_step": bins * config.data.max_seq_length}
+        return config.model_copy(update={"train": config.train.model_copy(update={**step, **self.settings()})})
+
+    def describe(self) -> str:
+        """One line."""
+        kept = {False: "activations kept", "selective": "MLP recomputed", True: "recomputed", "offload": "recomputed, offloaded"}
+        parts = [f"micro-batch {self.micro_batch_size}", kept[self.activation_checkpointing]]
+        if self.activation_checkpointing is not False and self.keep_layers:
+            parts.append(f"{self.keep_layers} layers kept")
+        if self.host_layers:
+            parts.append(f"{self.host_layers} layers kept on the host")
+        if self.weight_cache_gib:
+            parts.append(f"{self.weight_cache_gib:g} GiB of weights dequantised")
+        if self.cuda_graphs:
+            parts.append("CUDA graphs")
+        return ", ".join(parts)
+
+
+def plan(config: TrainConfig, shape: ModelShape | None, card: Card | None, host_gib: float = math.inf) -> Plan:
+    """The fastest way to compute `config` that fits the card, or `train.memory_budget_gib` of it. Without shape or card (a CPU,
+    an unknown model) nothing is predicted: one bin at a time. Raises OutOfMemory where the leanest way does not fit.
+
+    host_gib: host memory for what layers put away, of this one process."""
+    if shape is None or card is None:
+        return _unpredicted(config, on_cpu=card is None)
+    memory_gib = min(card.memory_gib, config.train.memory_budget_gib or card.memory_gib)
+    candidates = [c for c in _candidates(config, shape, card, memory_gib, host_gib) if c.memory.host_gib <= host_gib]
+    if not candidates:
+        raise OutOfMemory(f"what layers put away (offload, host_layers) needs more than {host_gib:.1f} GiB of host memory")
+    fitting = [candidate for candidate in candidates if fits(candidate.memory, memory_gib)]
+    if not fitting:
+        raise does_not_fit(min((c.memory for c in candidates), key=lambda memory: memory.peak_bytes), memory_gib)
+    return _best(fitting, config.data.max_seq_length)
+
+
+def does_not_fit(memory: MemoryPrediction, memory_gib: float) -> OutOfMemory:
+    """The error of a config whose leanest way needs more than there is."""
+    need = memory.peak_gib + memory.reserve_gib
+    return OutOfMemory(f"needs {need:.1f} GiB at the least (predicted), {memory_gib:.1f} GiB are allowed", memory.peak_gib, None)
+
+
+def leaner(current: Plan, config: TrainConfig, shape: ModelShape | None) -> Plan | None:
+    """What to try after running out of memory: first half the micro-batch, then fewer kept tensors. None at the end."""
+    changes = _less(current)
+    return None if changes is None else changed(current, changes, config, shape)
+
+
+def changed(current: Plan, settings: dict[str, Any], config: TrainConfig, shape: ModelShape | None) -> Plan:
+    """The plan with other settings, its memory predicted again where the shape is known."""
+    other = replace(current, **settings, memory=None, speed=None)
+    return other if shape is None else replace(other, memory=predict_memory(other.apply(config), shape))
+
+
+def _less(current: Plan) -> dict[str, Any] | None:
+    if current.cuda_graphs:  # their memory stays theirs between two rows
+        return {"cuda_graphs": False}
+    if current.micro_batch_size > 1:
+        return {"micro_batch_size": current.micro_batch_size // 2}
+    if current.weight_cache_gib:
+        return {"weight_cache_gib": 0.0}
+    place = LEANER.index(current.activation_checkpointing)
+    if current.keep_layers and place > 0:
+        return {"keep_layers": 0}
+    if current.host_layers:
+        return {"host_layers": 0}
+    return {"activation_checkpointing": LEANER[place + 1], "keep_layers": 0} if place + 1 < len(LEANER) else None
+
+
+def _unpredicted(config: TrainConfig, on_cpu: bool) -> Plan:
+    loop = config.train
+    return Plan(
+        1 if loop.micro_batch_size == "auto" else min(loop.micro_batch_size, config.bins_per_step),
+        not on_cpu if loop.activation_checkpointing == "auto" else loop.activation_checkpointing,
+        1 if loop.keep_layers == "auto" else loop.keep_layers,
+        0 if loop.host_layers == "auto" else loop.host_layers,
+        0.0 if loop.weight_cache_gib == "auto" else loop.weight_cache_gib,
+        loop.cuda_graphs is True,
+    )
+
+
+def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: float, host_gib: float) -> Iterator[Plan]:
+    """Every micro-batch with every policy; layers kept, on the host too, and cached weights as many as fit and help."""
+    loop, bins = config.train, config.bins_per_step
+    if loop.micro_batch_size == "auto":
+        sizes = _sizes(bins, max(1, 2 * LONG_ROW // config.data.max_seq_length))
+    else:
+        sizes = [min(loop.micro_batch_size, bins)]
+    policies = LEANER if loop.activation_checkpointing == "auto" else (loop.activation_checkpointing,)
+    for size in sizes:
+        for policy in policies:
+            lean = Plan(
+                size,
+                policy,
+                min(1, shape.num_layers) if loop.keep_layers == "auto" else min(loop.keep_layers, shape.num_layers),
+                0 if loop.host_layers == "auto" else min(loop.host_layers, shape.num_layers),
+                0.0 if loop.weight_cache_gib == "auto" else loop.weight_cache_gib,
+                loop.cuda_graphs is True,
+            )
+            plans = list(_filled(config, shape, card, memory_gib, lean))
+            yield from plans
+            if policy is False and fits(plans[0].memory, memory_gib):
+                break  # whatever keeps less is slower
+            if loop.host_layers == "auto" and policy is not False and loop.cuda_graphs is not True:
+                chosen = _on_host(config, shape, card, host_gib, lean)
+                if chosen.host_layers:
+                    yield from _filled(config, shape, card, memory_gib, chosen)
+
+
+def _on_host(config: TrainConfig, shape: ModelShape, card: Card, host_gib: float, lean: Plan) -> Plan:
+    """The plan with as many layers kept on the host as the link to it serves, more are slower, and as its memory holds."""
+
+    def with_layers(number: int) -> Plan:
+        return replace(lean, host_layers=number)
+
+    speeds = [_speed(lean, config, shape, card)]
+    while speeds[-1] >= max(speeds) and HOST_STEP * len(speeds) <= shape.num_layers:
+        speeds.append(_speed(with_layers(HOST_STEP * len(speeds)), config, shape, card))
+    most = HOST_STEP * speeds.index(max(speeds))
+    return with_layers(_largest(0, most, lambda n: _memory(with_layers(n), config, shape).host_gib <= host_gib))
+
+
+def _filled(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: float, lean: Plan) -> Iterator[Plan]:
+    """A lean plan, and it with what the config lets grow into the memory that is left."""
+    first = _predicted(lean, config, shape, card)
+    yield first
+    if not fits(first.memory, memory_gib):
+        if config.train.keep_layers == "auto" and lean.keep_layers:
+            yield _predicted(replace(lean, keep_layers=0), config, shape, card)
+        return
+    full = first
+    if config.train.keep_layers == "auto" and lean.activation_checkpointing is not False:
+        most = _largest(1, shape.num_layers, lambda n: _fits(replace(lean, keep_layers=n), config, shape, memory_gib))
+        full = _predicted(replace(lean, keep_layers=most), config, shape, card)
+        yield full
+    if config.train.weight_cache_gib == "auto":
+        weights = 2 * shape.num_layers * shape.linear_parameters
+        steps = math.ceil(min(memory_gib, weights / GIB) / CACHE_STEP_GIB)
+        room = _largest(0, steps, lambda n: _fits(replace(full, weight_cache_gib=n * CACHE_STEP_GIB), config, shape, memory_gib))
+        yield _predicted(replace(full, weight_cache_gib=room * CACHE_STEP_GIB), config, shape, card)
+
+
+def _predicted(candidate: Plan, config: TrainConfig, shape: ModelShape, card: Card) -> Plan:
+    """Its memory and speed; with CUDA graphs, where the config leaves that open and the device would wait for the host."""
+    concrete = candidate.apply(config)
+    speed = predict_speed(concrete, shape, card)
+    waits = speed.parts["waiting for the host"] > WORTH_RECORDING * speed.step_time_ms
+    if waits and config.train.cuda_graphs == "auto" and can_record(concrete, shape):
+        candidate = replace(candidate, cuda_graphs=True)
+        speed = predict_speed(candidate.apply(config), shape, card)
+    return replace(candidate, memory=_memory(candidate, config, shape), speed=speed)
+
+
+def _speed(candidate: Plan, config: TrainConfig, shape: ModelShape, card: Card) -> float:
+    return predict_speed(candidate.apply(config), shape, card).tokens_per_second
+
+
+def _memory(candidate: Plan, config: TrainConfig, shape: ModelShape) -> MemoryPrediction:
+    return predict_memory(candidate.apply(config), shape)
+
+
+def _fits(candidate: Plan, config: TrainConfig, shape: ModelShape, memory_gib: float) -> bool:
+    return fits(_memory(candidate, config, shape), memory_gib)
+
+
+def _best(fitting: list[Plan], max_seq_length: int) -> Plan:
+    """The fastest; among those that are next to it, one that does without the host's memory, whose speed depends on more than a
+    data sheet says; then the one with the longest rows, then the least memory."""
+    fastest = max(p.speed.tokens_per_second for p in fitting)
+    near = [p for p in fitting if p.speed.tokens_per_second >= (1.0 - NEGLIGIBLE) * fastest]
+    return min(
+        near, key=lambda p: (p.memory.host_bytes > 0, -min(LONG_ROW, p.micro_batch_size * max_seq_length), p.memory.peak_bytes)
+    )
+
+
+def _sizes(bins: int, most: int) -> list[int]:
+    """Micro-batches that divide the step evenly, so that all of its micro-batches are equally large."""
+    return [size for size in range(1, min(bins, most) + 1) if bins % size == 0]
+
+
+def _largest(low: int, high: int, good: Callable[[int], bool]) -> int:
+    """The largest number in low..high that is good, where all below a good one are good; low is taken to be."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if good(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,231 @@
+"""Predicts the speed of training one adapter on a CUDA card, from config, model shape and data sheet. No torch, no GPU.
+
+Arithmetic over the card's tensor throughput, bytes over its bandwidth, each times a share that was reached on ONE card: the
+shares below come from kernel times of whole steps on an H100 SXM (torch 2.11, triton 3.6; Llama 8B and 1B). There the sum is
+within 5 % of what was measured in thirteen settings (engine/calibration/). Every other card is EXTRAPOLATED from its data
+sheet and has not been measured: power limits (an L4's 72 W), clocks and kernels chosen for Hopper will move it. Trust the order
+of two plans on one card more than the number. Samples are taken to be max_seq_length long, every token to be a target, and no use
+is made of sliding windows: the slowest case. Copies to and from the host run beside it all (engine.overlap).
+
+Shape letters: T tokens, L tokens of one sample, D hidden, H query heads, K head dim, V vocabulary, R rank, N trained values.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.config.trial import TrainConfig
+from engine.planning.cards import Card
+from engine.planning.copy_waits import LayerTimes, waiting_ms
+from engine.planning.layer_memory import Pass, Sizes
+from engine.planning.layer_plan import LayerPlan, group_parameters, is_fused, plan_layers
+from engine.planning.live_bytes import Away, Ledger
+from engine.planning.model_shape import ModelShape
+from engine.planning.policies import GROUPS
+
+# Shares of a data sheet's numbers that kernels reached: of 989 TFLOP/s 785 in a layer's matmuls and 730 in the head's; an
+# adapter's thin ones are bound by bytes up to a rank of about 100, and beyond it by an estimated share.
+MATMUL, HEAD_MATMUL, THIN_MATMUL = 0.79, 0.74, 0.4
+# Of 3,350 GB/s: 2,850 in norms and the adapters' matmuls, 1,940 in the activation with low-rank terms, 2,400 in NF4.
+BANDWIDTH, ACTIVATION_BANDWIDTH, NF4_BANDWIDTH = 0.85, 0.58, 0.72
+# A step takes so much longer than its kernels: 1.10, 1.10 and 1.11 in three steps.
+GAPS = 1.10
+# Flash attention, where the card's own figure is not known; in short samples L / (L + 1000) of it is left. Backward reaches 0.89
+# of it. cuDNN's attention (plain batches on Hopper and later) is 1.8 times as fast.
+ATTENTION, HALF_LENGTH, ATTENTION_BACKWARD, CUDNN_GAIN = 0.6, 1000, 0.89, 1.8
+# Attention with a softcap is plain matrix operations: bytes a score, forward and backward. An estimate.
+EAGER_BYTES = (60, 110)
+# Python and launches of one layer, forward and backward, on an H100's host: unfused 364 ms for 30 layers, fused 160 to 183 ms.
+# Other hosts are up to three times as fast. As a CUDA graph: 1.4 ms for 30 layers.
+HOST_MS, UNFUSED_HOST_MS, RECORDED_HOST_MS = 5.5, 12.0, 0.05
+UNFUSED_PASSES = 5  # transformers' own layers pass over memory so often where a fused one does once. An estimate
+NF4_BYTES = 0.516  # of a packed weight, scales included
+OPTIMIZER_BYTES, ACCUMULATE_BYTES = 38, 12  # of a trained value: norm, clipping, 8-bit AdamW, cast, zeroing; adding a gradient
+
+
+@dataclass(frozen=True)
+class SpeedPrediction:
+    """step_time_ms: of one micro-batch, with its share of the optimizer step. parts: ms by what takes them; they add up to it."""
+
+    step_time_ms: float
+    tokens_per_second: float
+    parts: dict[str, float]
+
+
+@dataclass
+class _Work:
+    """Of one layer's pass. flops of its matmuls, of thin ones (adapters) and of attention; bytes by what they are moved for."""
+
+    matmul: float = 0.0
+    thin: float = 0.0
+    attention: float = 0.0
+    adapter_bytes: float = 0.0
+    plain_bytes: float = 0.0
+    activation_bytes: float = 0.0
+    nf4_bytes: float = 0.0
+    eager_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What all passes of one micro-batch share."""
+
+    shape: ModelShape
+    card: Card
+    sizes: Sizes
+    tokens: int
+    length: int
+    is_fused: bool
+    is_packed: bool
+    attention: Literal["flash", "cudnn"]
+    parameters: dict[str, int] = field(default_factory=dict)
+
+
+def predict_speed(
+    config: TrainConfig, shape: ModelShape, card: Card, *, attention: Literal["flash", "cudnn"] = "flash"
+) -> SpeedPrediction:
+    """Time of one micro-batch of micro_batch_size x max_seq_length tokens. Nothing in the config may be `auto`."""
+    plans, fused, packed = plan_layers(config, shape), is_fused(config, shape), config.model.quantization == "nf4"
+    length = config.data.max_seq_length
+    tokens = config.train.micro_batch_size * length
+    sizes = Sizes.of(shape, tokens, length, 2, packed)
+    step = _Step(shape, card, sizes, tokens, length, fused, packed, attention, group_parameters(shape))
+    parts: Counter[str] = Counter()
+    layers, known = [], {}
+    for plan in plans:
+        key = (plan.policy, plan.cached, plan.trained, plan.needs_dx, *plan.ranks.values())
+        if key not in known:
+            forward, backward = _times(_forward(plan, step), step, False), _times(_backward(plan, step), step, True)
+            copy_ms = _put_away(plan, step) / (card.pcie_gb_s * 1e6) if fused else 0.0
+            known[key] = Counter(forward) + Counter(backward), LayerTimes(sum(forward.values()), sum(backward.values()), copy_ms)
+        parts.update(known[key][0])
+        layers.append(known[key][1])
+    parts["waiting for copies"] = waiting_ms(layers, card.pcie_gb_s)
+    parts.update(_head_and_embedding(config, step))
+    number = sum(sum(plan.adapter.values()) for plan in plans)
+    steps_share = config.train.micro_batch_size / config.bins_per_step
+    adapter_bytes = number * (ACCUMULATE_BYTES + OPTIMIZER_BYTES * steps_share)
+    parts["optimizer"] = GAPS * adapter_bytes / (card.bandwidth_gb_s * 1e6 * BANDWIDTH)
+    layer_ms = (RECORDED_HOST_MS if config.train.cuda_graphs is True else HOST_MS) if fused else UNFUSED_HOST_MS
+    host_ms = layer_ms * shape.num_layers
+    parts["waiting for the host"] = max(0.0, host_ms - parts.total())
+    total = parts.total()
+    return SpeedPrediction(total, 1e3 * tokens / total, dict(parts))
+
+
+def _put_away(plan: LayerPlan, step: _Step) -> int:
+    """Bytes of one layer that wait on the host."""
+    if plan.policy not in ("host", "offload") or not plan.trained:
+        return 0
+    ledger = Ledger()
+    away = Away(ledger)
+    ledger.hold("0.x", step.sizes.x)
+    kernel = "eager" if step.shape.attention_softcap else "flash"
+    Pass(0, plan, step.shape, step.sizes, kernel, False, ledger, away).forward(trains=True)
+    return away.num_bytes
+
+
+def _forward(plan: LayerPlan, step: _Step) -> _Work:
+    work = _Work()
+    for group in GROUPS:
+        _add_matmul(work, group, plan, step)
+    s = step.sizes
+    work.plain_bytes = _attention_half_bytes(step) + 4 * s.x + 3 * s.x + (4 * s.x if step.shape.four_norms else 0)
+    work.activation_bytes = 3 * s.f
+    _add_attention(work, step, 1.0, EAGER_BYTES[0])
+    return work
+
+
+def _backward(plan: LayerPlan, step: _Step) -> _Work:
+    """With what is computed again before: up to the down projection, and with the weights of gate and up dequantised once."""
+    work, s, shape = _Work(), step.sizes, step.shape
+    if not plan.trained:
+        return work
+    for group in GROUPS:
+        if group != "qkv" or plan.needs_dx:
+            _add_matmul(work, group, plan, step, is_backward=True)
+    norms = 2 * s.x + 4 * s.x + 4 * s.x + (8 * s.x if shape.four_norms else 0) + (3 * (s.q + s.k) if shape.qk_norm else 0)
+    work.plain_bytes = norms + 2 * (s.q + s.k) + 2 * s.qkv
+    work.activation_bytes = 6 * s.f
+    _add_attention(work, step, 2.5, EAGER_BYTES[1])
+    if plan.policy in ("recompute", "offload"):
+        for group in ("qkv", "o"):
+            _add_matmul(work, group, plan, step)
+        work.plain_bytes += _attention_half_bytes(step) + 4 * s.x
+        _add_attention(work, step, ATTENTION_BACKWARD, EAGER_BYTES[0])  # at the speed of a forward pass
+    if plan.policy != "keep" and (plan.policy != "host" or s.tile is not None):
+        work.matmul += 2 * step.tokens * step.parameters["gate_up"]
+        if not step.is_fused or shape.four_norms:
+            _add_matmul(work, "down", plan, step)
+            work.activation_bytes += 3 * s.f
+    return work
+
+
+def _add_matmul(work: _Work, group: str, plan: LayerPlan, step: _Step, is_backward: bool = False) -> None:
+    """Of one group with its adapters. Low-rank terms of gate, up and the down projection's gradient ride with the activation."""
+    number, s = step.parameters[group], step.sizes
+    work.matmul += 2 * step.tokens * number
+    if step.is_packed and group not in plan.cached:
+        work.nf4_bytes += (2 + NF4_BYTES) * number
+    if not plan.ranks[group]:
+        return
+    inputs = {"qkv": s.x, "o": s.q, "gate_up": s.x, "down": s.f}[group]
+    outputs = {"qkv": s.qkv, "o": s.x, "gate_up": 2 * s.f, "down": s.x}[group]
+    passes = 2 if is_backward else 1
+    work.thin += 2 * passes * step.tokens * plan.adapter[group]
+    if is_backward:
+        work.adapter_bytes += 2 * outputs + inputs + (0 if group == "down" else 2 * inputs)
+    else:
+        work.adapter_bytes += inputs + (0 if group == "gate_up" else 2 * outputs)
+
+
+def _attention_half_bytes(step: _Step) -> int:
+    """Norm and rotation."""
+    s = step.sizes
+    return 2 * s.x + 2 * (s.q + s.k) * (2 if step.shape.qk_norm else 1)
+
+
+def _add_attention(work: _Work, step: _Step, factor: float, eager_bytes: int) -> None:
+    """4 T L H K operations, half of them masked away; factor: in units of a forward pass."""
+    if step.shape.attention_softcap:
+        work.eager_bytes += eager_bytes * step.sizes.scores
+        return
+    work.attention += factor * 2 * step.tokens * step.length * step.shape.num_heads * step.shape.head_dim
+
+
+def _times(work: _Work, step: _Step, is_backward: bool) -> dict[str, float]:
+    """ms by what takes them."""
+    card, passes = step.card, 1 if step.is_fused else UNFUSED_PASSES
+    flops_a_ms, bytes_a_ms = card.bf16_tflops * 1e9, card.bandwidth_gb_s * 1e6
+    attention = (card.attention_tflops or ATTENTION * card.bf16_tflops) * 1e9 * step.length / (step.length + HALF_LENGTH)
+    attention *= (ATTENTION_BACKWARD if is_backward else 1.0) * (CUDNN_GAIN if _has_cudnn(step) else 1.0)
+    adapters = max(work.adapter_bytes / (bytes_a_ms * BANDWIDTH), work.thin / (flops_a_ms * THIN_MATMUL))
+    plain = work.plain_bytes / BANDWIDTH + work.activation_bytes / ACTIVATION_BANDWIDTH
+    times = {
+        "matmuls": work.matmul / (flops_a_ms * MATMUL),
+        "attention": work.attention / attention + work.eager_bytes / (bytes_a_ms * BANDWIDTH),
+        "dequantisation": work.nf4_bytes / (bytes_a_ms * NF4_BANDWIDTH),
+        "adapters": adapters,
+        "norms, rotation, activation": passes * plain / bytes_a_ms,
+    }
+    return {name: GAPS * ms for name, ms in times.items()}
+
+
+def _has_cudnn(step: _Step) -> bool:
+    return step.attention == "cudnn" and step.shape.head_dim <= 128
+
+
+def _head_and_embedding(config: TrainConfig, step: _Step) -> dict[str, float]:
+    """Head forward and backward over every token; logits are written, read and overwritten. Rows of a table on the host."""
+    shape, card, tokens = step.shape, step.card, step.tokens
+    flops, logits = 4 * tokens * shape.vocab_size * shape.hidden_size, 2 * tokens * shape.vocab_size
+    head = flops / (card.bf16_tflops * 1e9 * HEAD_MATMUL)
+    loss = (4 * logits + 8 * step.sizes.x) / (card.bandwidth_gb_s * 1e6 * BANDWIDTH)
+    on_host = config.model.embeddings != "device" and not shape.tied_embeddings
+    return {
+        "head": GAPS * head,
+        "loss": GAPS * loss,
+        "embedding": step.sizes.x / (card.pcie_gb_s * 1e6) if on_host else 0.0,
+    }

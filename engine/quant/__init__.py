@@ -1,0 +1,1 @@
+"""Frozen weights in 4 bits; the only door to bitsandbytes."""

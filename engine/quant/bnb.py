@@ -1,0 +1,78 @@
+"""Frozen base weights: NF4 with double quantisation (Dettmers et al., arXiv:2305.14314), or plain.
+
+The only door to bitsandbytes. `FrozenLinear` holds a packed weight and dequantises it at each use, in the forward pass and
+again in the backward pass: a saved 16-bit copy would cost four times the packed weight. It saves no activation, because a
+frozen weight needs no gradient.
+
+Shape letters: D input features, O output features; ... any leading shape.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def quantize_nf4(weight_OD: Tensor, double_quantization: bool) -> nn.Parameter:
+    """The packed parameter that `FrozenLinear` dequantises, made on the weight's own device."""
+    from bitsandbytes.nn import Params4bit
+
+    packed = Params4bit(weight_OD, requires_grad=False, quant_type="nf4", compress_statistics=double_quantization)
+    return packed.to(weight_OD.device)
+
+
+def library_linear(weight_OD: Tensor, compute_dtype: torch.dtype) -> nn.Linear:
+    """bitsandbytes' own layer over the same NF4 weight: what the library stack trains on, for benchmarks beside it."""
+    from bitsandbytes.nn import Linear4bit
+
+    features = {"input_features": weight_OD.shape[1], "output_features": weight_OD.shape[0]}
+    layer = Linear4bit(**features, bias=False, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
+    layer.weight = quantize_nf4(weight_OD, double_quantization=True)
+    return layer
+
+
+def nf4_load_config(double_quantization: bool, compute_dtype: torch.dtype) -> Any:
+    """The quantization_config for `from_pretrained`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quantization,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def adamw_8bit(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    """AdamW with block-wise 8-bit states (Dettmers et al., arXiv:2110.02861); small tensors stay 32-bit inside it."""
+    return _adamw_8bit_class()(parameters, **options)
+
+
+@functools.cache
+def _adamw_8bit_class() -> type[torch.optim.Optimizer]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from bitsandbytes.optim import AdamW8bit
+
+    class AdamW8bitWithoutWaiting(AdamW8bit):
+        """The library's `step` waits for the device after each tensor, so the next step starts with an empty queue."""
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            if not self.initialized:
+                self.check_overrides()
+                self.to_gpu()
+                self.initialized = True
+            for i, group in enumerate(self.param_groups):
+                for j, parameter in enumerate(group["params"]):
+                    if parameter.grad is None:
+                        continue
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, i, j)
+                    self.update_step(group, parameter, i, j)
+
+    return AdamW8bitWithoutWaiting

@@ -1,0 +1,79 @@
+"""A frozen linear layer: packed NF4 or plain, dequantised at each use.
+
+Shape letters: D input features, O output features; ... any leading shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine import kernels
+
+
+class FrozenLinear(nn.Module):
+    """y = x W^T + b with W frozen. Takes over the weight of an `nn.Linear` or bitsandbytes `Linear4bit`; copies nothing."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
+        self._nf4: kernels.Nf4State | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weight is NF4: every use makes a 16-bit copy."""
+        return getattr(self.weight, "quant_state", None) is not None
+
+    def dequantized(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The weight [O, D] in `dtype`: for NF4 a fresh tensor, or `out` (contiguous [O, D]) filled; the parameter itself where
+        it is plain and already `dtype`."""
+        if not self.is_packed:
+            return self.weight.to(dtype)
+        if self.weight.is_cuda:
+            if self._nf4 is None:
+                self._nf4 = kernels.nf4_state(self.weight)
+            return kernels.dequantize_nf4(self._nf4, dtype, out)
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight_OD = dequantize_4bit(self.weight.data, self.weight.quant_state).to(dtype)
+        return weight_OD if out is None else out.copy_(weight_OD)
+
+    def unpack(self, dtype: torch.dtype) -> None:
+        """Hold the weight dequantised from now on, in place of the packed one: for many uses of few tokens each."""
+        self.weight, self._nf4 = nn.Parameter(self.dequantized(dtype), requires_grad=False), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _FrozenMatmul.apply(x, self)
+
+    def extra_repr(self) -> str:
+        kind = "nf4" if self.is_packed else str(self.weight.dtype)
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, weight={kind}"
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """Forward x [..., D] -> [..., O]; backward dx = dy W. The module, not a tensor, is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: FrozenLinear) -> Tensor:
+        ctx.module = module
+        bias = None if module.bias is None else module.bias.to(x.dtype)
+        return F.linear(x, module.dequantized(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.module.dequantized(grad.dtype), None
+
+
+def freeze_linears(model: nn.Module, skip: Iterable[nn.Module] = ()) -> list[str]:
+    """Replace every linear layer of `model` (but those in `skip`, e.g. the head) by a FrozenLinear; return their names."""
+    skipped = {id(module) for module in skip}
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in skipped]
+    for name in names:
+        model.set_submodule(name, FrozenLinear(model.get_submodule(name)))
+    return names

@@ -1,0 +1,22 @@
+"""From `model.path` to a folder or hub id that transformers can load. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.config.trial import HUB_ID, ModelConfig
+from engine.errors import InputError
+from engine.sources.builtin import resolve_model
+
+
+def locate(config: ModelConfig) -> str:
+    """A folder or hub id that transformers can load; a folder without config.json is an InputError."""
+    source = str(resolve_model(config.path))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError("model.path", config.path, "must be a Hugging Face model folder; config.json is not in it")
+        return str(path)
+    if not HUB_ID.fullmatch(source) or ".." in source:
+        raise InputError("model.path", config.path, "no such folder; allowed: a model folder, a hub id, builtin:<name>")
+    return source

@@ -1,0 +1,53 @@
+"""What a model folder's weight files must be before anything reads them: safetensors, whole, inside the folder. No torch.
+
+A `pytorch_model.bin` is a pickle, and unpickling runs code of the file's choosing; it is never read, and a folder with nothing
+else is refused here, in one line, instead of by every trial. Files may be links, because the hub's cache is made of them; their
+names may not lead out of the folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from engine.config.parsing import load_json
+from engine.errors import InputError, first_line
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FIELD = "model.path"
+
+
+def check_weights(folder: Path, given: str) -> None:
+    """InputError where the folder's weights are missing, of another format or damaged. Reads headers only. given: named in it."""
+    if (folder / INDEX).is_file():
+        names = _indexed(load_json(folder / INDEX), given)
+    elif (folder / SINGLE).is_file():
+        names = [SINGLE]
+    else:
+        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf") for path in folder.glob(pattern))
+        found = f"; {others[0]} is not read, as a pickle runs code" if others and not others[0].endswith("gguf") else ""
+        raise InputError(FIELD, given, f"must hold its weights as safetensors ({SINGLE} or {INDEX}){found}")
+    for name in names:
+        _check_header(folder / name, given)
+
+
+def _indexed(index: Any, given: str) -> list[str]:
+    """The files an index names: plain names ending in .safetensors."""
+    weights = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weights, dict) or not weights:
+        raise InputError(FIELD, given, f"{INDEX} must hold a weight_map from tensor to file")
+    for name in weights.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(FIELD, given, f"{INDEX} names {name!r}; allowed: .safetensors files of this folder")
+    return sorted(set(weights.values()))
+
+
+def _check_header(file: Path, given: str) -> None:
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            if not opened.keys():
+                raise InputError(FIELD, given, f"{file.name} holds no tensor")
+    except (OSError, SafetensorError) as error:
+        raise InputError(FIELD, given, f"{file.name} must be a whole safetensors file ({first_line(error)})") from None

@@ -1,0 +1,222 @@
+"""What exact resume needs, on disk: adapter, optimizer, random state, data cursor, reports. Safetensors, JSON, and a
+`weights_only` torch file for optimizer and random state: loading runs no code from the file.
+
+Not the adapter that users take away; that is `adapter_files.py`. `checkpoint/` is replaced atomically, and a checksum of every
+file in `state.json` tells a torn one; `checkpoint.previous/` is the one before it, which a trial goes on from where the last
+is torn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as tensor_bytes
+
+from engine.adapter.lora import LoraLinear, adapter_state, load_adapter_state
+from engine.errors import CheckpointError, InputError, first_line
+from engine.system.files import settle, write_folder
+
+FOLDER, PREVIOUS = "checkpoint", "checkpoint.previous"
+ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.pt", "state.json"
+PER_PARAMETER = ("exp_avg", "exp_avg_sq", "state1", "state2")  # of torch's and of bitsandbytes' AdamW: shaped like the parameter
+Count = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class TornCheckpoint(CheckpointError):
+    """Not what was written: files are missing, cut off or changed."""
+
+
+@dataclass
+class Sums:
+    """What the steps since the last report add up to. loss: nats over all targets; grad_norm: of the last step."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+    loss: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    num_tokens: Count = 0
+    num_targets: Count = 0
+    num_steps: Count = 0
+    seconds: Amount = 0.0
+    grad_norm: Amount = 0.0
+
+
+@dataclass
+class Progress:
+    """How far a trial is. epoch and position: the data cursor; reports: all so far, as plain data; since_report: sums over the
+    steps after the last of them; plan: settings that a lack of memory led to, kept so that a resume does not run into it again;
+    num_out_of_memory: how often it did."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+    fingerprint: str
+    step: Count = 0
+    tokens_seen: Count = 0
+    target_tokens_seen: Count = 0
+    elapsed_s: Amount = 0.0
+    epoch: Count = 0
+    position: Count = 0
+    peak_allocated_gib: Amount = 0.0
+    num_out_of_memory: Count = 0
+    plan: dict[str, Any] = field(default_factory=dict)
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    since_report: Sums = field(default_factory=Sums)
+
+
+class Pace:
+    """When to save between two reports: so seldom that it costs at most one percent of the time, and at most once a minute.
+
+    That is what a process that is killed without a warning may lose.
+    """
+
+    def __init__(self, at_least_s: float = 60.0, share: float = 0.01, clock: Callable[[], float] = time.monotonic) -> None:
+        self._at_least_s, self._share, self._clock = at_least_s, share, clock
+        self._saved_s, self._wait_s = clock(), at_least_s
+
+    def is_due(self) -> bool:
+        return self._clock() - self._saved_s >= self._wait_s
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around each save: what it takes decides when the next one is due."""
+        began_s = self._clock()
+        yield
+        self._saved_s = self._clock()
+        self._wait_s = max(self._at_least_s, (self._saved_s - began_s) / self._share)
+
+
+def save(run_dir: Path, progress: Progress, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> None:
+    """Write `run_dir/checkpoint`; the one that was there becomes `checkpoint.previous`."""
+
+    def fill(folder: Path) -> None:
+        # made in memory: a full disk is then an OSError with its number, and checksums are of what was meant to be written
+        buffer = io.BytesIO()
+        torch.save({"optimizer": optimizer.state_dict(), "random": _random_state()}, buffer)
+        adapter = tensor_bytes({k: v.contiguous() for k, v in adapter_state(layers).items()})
+        files = {ADAPTER: adapter, OPTIMIZER: buffer.getvalue()}
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        state = asdict(progress) | {"sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}}
+        (folder / STATE).write_text(json.dumps(state, sort_keys=True))
+
+    write_folder(run_dir / FOLDER, fill, previous=run_dir / PREVIOUS)
+
+
+def drop_previous(run_dir: Path) -> None:
+    """Once a trial is done, only its last checkpoint is of use."""
+    shutil.rmtree(run_dir / PREVIOUS, ignore_errors=True)
+
+
+def load(run_dir: Path, fingerprint: str, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> Progress | None:
+    """Restore everything from `run_dir/checkpoint`, or where that is torn from the one before; None where there is none.
+
+    CheckpointError if there is none that is whole, or if it is another config's: nothing has been changed then.
+    """
+    settle(run_dir / FOLDER)
+    folder, previous = run_dir / FOLDER, run_dir / PREVIOUS
+    if not folder.is_dir() and not previous.is_dir():
+        return None
+    try:
+        return _load(folder, fingerprint, layers, optimizer)
+    except TornCheckpoint as torn:
+        if not previous.is_dir():
+            raise TornCheckpoint(f"{torn}; remove the folder to start this trial again") from None
+        progress = _load(previous, fingerprint, layers, optimizer)
+        print(f"WARNING: {torn}; going on from {previous}, {len(progress.reports)} reports", file=sys.stderr)
+        shutil.rmtree(folder, ignore_errors=True)  # else it would be kept as the last good one by the next save
+        return progress
+
+
+def _load(folder: Path, fingerprint: str, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> Progress:
+    links = [path for path in (folder, *(folder / name for name in (ADAPTER, OPTIMIZER, STATE))) if path.is_symlink()]
+    if links:
+        raise CheckpointError(f"{links[0]} is a link; a checkpoint is a folder of plain files")
+    state, files = _read_state(folder), _read_files(folder)
+    if state.pop("sha256", None) != {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}:
+        raise TornCheckpoint(f"{folder}: checksums differ from {STATE}")
+    if state.get("fingerprint") != fingerprint:
+        raise CheckpointError(f"{folder} belongs to config {state.get('fingerprint')}, not to {fingerprint}")
+    progress = _progress(folder, state)
+    try:
+        tensors = load_tensors(files[ADAPTER])
+        saved = torch.load(io.BytesIO(files[OPTIMIZER]), weights_only=True, map_location="cpu")
+        _check_shapes(saved["optimizer"], optimizer)
+        load_adapter_state(layers, tensors, str(folder))
+        optimizer.load_state_dict(saved["optimizer"])
+        _restore_random_state(saved["random"])
+    except InputError as error:
+        raise CheckpointError(str(error)) from None
+    except pickle.UnpicklingError:  # torch's text advises to load it all the same
+        raise CheckpointError(f"{folder}/{OPTIMIZER} holds more than tensors and numbers; it is not loaded") from None
+    except Exception as error:  # the checksums fit, so this was made: whatever it trips over, it is no checkpoint of ours
+        raise CheckpointError(f"{folder} is no checkpoint of this program ({first_line(error)})") from None
+    return progress
+
+
+def _progress(folder: Path, state: dict[str, Any]) -> Progress:
+    """The state, checked: what it says of itself and what its last report says must agree."""
+    try:  # as JSON: strict validation takes a dict for a dataclass from there only
+        progress = TypeAdapter(Progress).validate_json(json.dumps(state))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise CheckpointError(f"{folder}/{STATE}: written by another version, or changed ({where}: {fault['msg']})") from None
+    rungs = [report.get("rung") for report in progress.reports]
+    last, since = progress.reports[-1] if rungs else {"tokens_seen": 0, "step": 0}, progress.since_report
+    reported = (progress.tokens_seen - since.num_tokens, progress.step - since.num_steps)
+    if rungs != list(range(1, len(rungs) + 1)) or reported != (last.get("tokens_seen"), last.get("step")):
+        raise CheckpointError(f"{folder}/{STATE}: its reports do not agree with the rest of it")
+    return progress
+
+
+def _check_shapes(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """load_state_dict takes tensors of any shape, and the first step would fail on them."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state["state"].items():
+        for name in set(PER_PARAMETER) & set(values):
+            if values[name].shape != parameters[index].shape:
+                raise ValueError(f"{name} has shape {tuple(values[name].shape)}, not {tuple(parameters[index].shape)}")
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise TornCheckpoint(f"{folder}/{STATE}: cannot be read ({first_line(error)})") from None
+    if not isinstance(state, dict):
+        raise TornCheckpoint(f"{folder}/{STATE}: must be a JSON object")
+    return state
+
+
+def _read_files(folder: Path) -> dict[str, bytes]:
+    try:
+        return {name: (folder / name).read_bytes() for name in (ADAPTER, OPTIMIZER)}
+    except OSError as error:
+        raise TornCheckpoint(f"{folder}: cannot be read ({error.strerror}: {error.filename})") from None
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

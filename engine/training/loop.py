@@ -1,0 +1,296 @@
+"""The training loop, as a generator of reports: `for report in train(config, run_dir)`. The caller decides to go on.
+
+Before a report is yielded, `run_dir` holds the checkpoint it can be continued from, the adapter of the lowest eval_loss so far
+(`adapter/`, PEFT format) and all reports (`reports.jsonl`). Between two reports the checkpoint is written anew from time to
+time, and when the caller asks for an end. Called again on the same folder, it goes on after the last step in the checkpoint and
+gives the same numbers as if it had never stopped (bit for bit on the CPU).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine.adapter.flat import FlatAdapter
+from engine.adapter.lora import LoraLinear, attach, detach
+from engine.adapter.peft_files import export_adapter
+from engine.config.trial import TrainConfig
+from engine.data.packing import Cursor, collate
+from engine.data.views import load_data
+from engine.errors import Interrupted, OutOfMemory
+from engine.evaluation.eval_loss import evaluate, evaluation_batches
+from engine.layers.host_stash import host_share_gib
+from engine.model.base import Base
+from engine.model.device import free, limit_memory, peak_gib, pick_device
+from engine.model.load import load_base
+from engine.planning.cards import found_card
+from engine.planning.memory import CONTEXT_GIB
+from engine.planning.model_shape import ModelShape
+from engine.planning.planner import Plan, changed, leaner
+from engine.planning.planner import plan as plan_for
+from engine.system.files import write_text
+from engine.training import checkpoint
+from engine.training.checkpoint import Pace, Progress, Sums
+from engine.training.cuda_graphs import make_graphs
+from engine.training.divergence import check_loss
+from engine.training.optim import learning_rate, make_optimizer, set_learning_rate
+from engine.training.profiler import traced
+from engine.training.step_sums import Window
+from engine.trial_report import Report
+from engine.units import GIB
+
+
+def train(
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    base: Base | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+    pace: Pace | None = None,
+) -> Iterator[Report]:
+    """Train one adapter; yield a Report at each point of `config.train.report_grid()`, on a continued run from the first that was
+    never yielded: nothing is trained before the caller has heard what a crash kept from it.
+
+    base: a resident base model that matches `config.model`; it is handed back without the adapter. Without one, the model is
+    loaded here and freed at the end. What the config leaves `auto` is planned for the card that is here; a step that runs out of
+    memory all the same is computed again by a leaner plan. interrupted: asked before every step and every row of an evaluation;
+    once it says yes, the checkpoint is brought up to the last step and Interrupted raised. pace: when to save between reports.
+    Raises InputError, DivergedError, CheckpointError, OutOfMemory, Interrupted.
+    """
+    called_s = time.perf_counter()
+    device = pick_device(config.train.device)
+    resident = base or load_base(config.model, device)
+    if not resident.matches(config.model, device):
+        raise ValueError("the resident base model is not this config's")
+    layers: dict[str, LoraLinear] = {}
+    budget = config.train.memory_budget_gib if device.type == "cuda" else None
+    try:
+        if budget is not None:
+            limit_memory(budget, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # the highest so far is an earlier trial's
+        torch.manual_seed(config.train.seed)
+        layers = attach(resident.model, resident.linear_names, config.lora, config.train.seed)
+        run = _Run(config, run_dir, resident, layers)
+        run.setup_s = time.perf_counter() - called_s
+        with traced(config.train.profile_steps, run_dir / "profile", device) as run.after_step:
+            yield from run.reports(interrupted, pace or Pace())
+    finally:
+        detach(resident.model, layers)
+        resident.checkpoint_activations(False)
+        resident.model.eval()
+        layers.clear()
+        free(device)
+        if budget is not None:
+            limit_memory(math.inf, device)
+
+
+class _Run:
+    """State of one trial between two reports."""
+
+    setup_s = 0.0
+
+    def __init__(self, config: TrainConfig, run_dir: Path, base: Base, layers: dict[str, LoraLinear]) -> None:
+        plan, shape = _make_plan(config, base)
+        self.config, self.run_dir, self.base, self.layers = config, run_dir, base, layers
+        self.adapter, self.graphs = FlatAdapter(layers, base.dtype), None
+        self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
+        self.train_view, eval_view = load_data(config.data, base.tokenizer)
+        self.eval_batches = evaluation_batches(eval_view, config.data.eval_max_seq_length)
+        self.cursor = Cursor(self.train_view.lengths, config.data.max_seq_length, config.data.packing, config.train.seed)
+        fingerprint = config.fingerprint()
+        loaded = checkpoint.load(run_dir, fingerprint, layers, self.optimizer)
+        self.progress = loaded or Progress(fingerprint)
+        self._saved_step = self.progress.step
+        self.adapter.refresh()
+        self.cursor.seek(self.progress.epoch, self.progress.position)
+        self.plan, self.shape = changed(plan, self.progress.plan, config, shape) if self.progress.plan else plan, shape
+        self._follow_plan()
+        base.model.train()
+
+    def reports(self, interrupted: Callable[[], bool], pace: Pace) -> Iterator[Report]:
+        self._interrupted, self._pace = interrupted, pace
+        grid = self.config.train.report_grid()
+        if self.progress.reports:
+            num_passed_on = self._num_written()
+            self._write_reports()
+            if len(self.progress.reports) > num_passed_on:  # a crash came between the checkpoint and this file
+                yield Report.from_dict(self.progress.reports[-1])
+        for rung in range(len(self.progress.reports) + 1, len(grid) + 1):
+            report = self._train_to(rung, grid[rung - 1])
+            self._save(report)
+            if rung == len(grid):
+                checkpoint.drop_previous(self.run_dir)
+            yield report
+
+    def _train_to(self, rung: int, tokens: int) -> Report:
+        """Optimizer steps until `tokens` have been seen, then evaluation."""
+        vocab_size = self.base.model.config.get_text_config().vocab_size
+        progress = self.progress
+        window = Window(self.base.device, vocab_size, progress.since_report)
+        while progress.tokens_seen < tokens:
+            self._keep_safe(window)
+            loss, grad_norm, num_tokens, num_targets = self._step()
+            window.add(loss, grad_norm, num_tokens, num_targets)
+            self.after_step()
+            progress.step += 1
+            progress.tokens_seen += num_tokens
+            progress.target_tokens_seen += num_targets
+        window.close()
+        eval_loss = self._evaluate(lambda: self._keep_safe(window))
+        check_loss("eval_loss", eval_loss, vocab_size)
+        self._note_where()
+        progress.elapsed_s += window.sums.seconds
+        return self._report(rung, window, eval_loss)
+
+    def _keep_safe(self, window: Window) -> None:
+        """Between two steps, or two rows of an evaluation: save where it is time to, and end where the caller wants an end."""
+        must_end = self._interrupted()
+        if self.progress.step > self._saved_step and (must_end or self._pace.is_due()):
+            window.settle()
+            self._note_where()
+            self._save_checkpoint()
+        if must_end:
+            raise Interrupted(f"asked to end after step {self.progress.step}")
+
+    def _note_where(self) -> None:
+        progress = self.progress
+        progress.epoch, progress.position = self.cursor.epoch, self.cursor.position
+        progress.peak_allocated_gib = max(progress.peak_allocated_gib, peak_gib(self.base.device))
+
+    def _step(self) -> tuple[Tensor, Tensor, int, int]:
+        """One optimizer step: (summed loss and gradient norm, still on the device; tokens and target tokens, known here)."""
+        bins = self.cursor.take(self.config.bins_per_step)
+        while True:
+            try:
+                total, num_tokens, num_targets = self._gradients(bins)
+                break
+            except torch.OutOfMemoryError:
+                pass  # the traceback, and with it the tensors of the failed pass, is gone only after this block
+            self._make_room()
+        limit = self.config.optim.max_grad_norm
+        grad_norm = nn.utils.clip_grad_norm_(self.adapter.parameter, math.inf if limit is None else limit)
+        middle = (self.progress.tokens_seen + num_tokens / 2) / self.config.train.max_tokens
+        set_learning_rate(self.optimizer, learning_rate(self.config.optim, middle))
+        self.optimizer.step()
+        self.adapter.refresh()
+        self.adapter.zero_grad()
+        return total, grad_norm, num_tokens, num_targets
+
+    def _gradients(self, bins: list[list[int]]) -> tuple[Tensor, int, int]:
+        """Forward and backward over the step's bins, a micro-batch at a time: (summed loss, tokens, target tokens)."""
+        size = self.plan.micro_batch_size
+        batches = [
+            collate([self.train_view[i] for one_bin in bins[start : start + size] for i in one_bin])
+            for start in range(0, len(bins), size)
+        ]
+        num_targets = sum(b.num_targets for b in batches)
+        total = torch.zeros((), device=self.base.device)
+        for batch in batches:
+            if self.graphs is not None:
+                total += self.graphs.backward(batch, num_targets)
+                continue
+            loss = self.base.loss(batch.to(self.base.device))
+            (loss / num_targets).backward()
+            total += loss.detach()
+        return total, sum(b.num_tokens for b in batches), num_targets
+
+    def _make_room(self) -> None:
+        """After memory ran out: the next leaner plan, or OutOfMemory. The step is then computed again from its start, with the
+        parameters it began with."""
+        measured, plan = peak_gib(self.base.device), leaner(self.plan, self.config, self.shape)
+        predicted = None if self.plan.memory is None else self.plan.memory.peak_gib
+        if plan is None:
+            known = "" if predicted is None else f"predicted peak {predicted:.2f} GiB, "
+            raise OutOfMemory(f"out of memory at {self.plan.describe()}: {known}measured {measured:.2f} GiB", predicted, measured)
+        self.plan = plan
+        self.progress.plan, self.progress.num_out_of_memory = plan.settings(), self.progress.num_out_of_memory + 1
+        self.adapter.zero_grad()
+        self._follow_plan()
+        free(self.base.device)
+
+    def _follow_plan(self) -> None:
+        self.base.checkpoint_activations(self.plan.activation_checkpointing, self.plan.keep_layers, self.plan.host_layers)
+        self.base.cache_weights(self.plan.weight_cache_gib)
+        self.graphs = None  # recordings of another plan, with their memory
+        if self.plan.cuda_graphs:
+            longest = self.config.data.max_seq_length
+            self.graphs = make_graphs(self.base, self.plan.micro_batch_size * longest, longest)
+
+    def _evaluate(self, before_each: Callable[[], None]) -> float:
+        """Evaluation keeps no activations; what may be in its way is the weight cache."""
+        try:
+            return evaluate(self.base, self.eval_batches, before_each)
+        except torch.OutOfMemoryError:
+            if not self.plan.weight_cache_gib:
+                raise
+        self.base.cache_weights(0.0)
+        free(self.base.device)
+        eval_loss = evaluate(self.base, self.eval_batches, before_each)
+        self.base.cache_weights(self.plan.weight_cache_gib)
+        return eval_loss
+
+    def _report(self, rung: int, window: Window, eval_loss: float) -> Report:
+        progress, sums = self.progress, window.sums
+        earlier = [r["eval_loss"] for r in progress.reports]
+        report = Report(
+            rung=rung,
+            tokens_seen=progress.tokens_seen,
+            target_tokens_seen=progress.target_tokens_seen,
+            step=progress.step,
+            epoch=self.cursor.epochs,
+            train_loss=window.train_loss,
+            eval_loss=eval_loss,
+            best_eval_loss=min([*earlier, eval_loss]),
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            grad_norm=sums.grad_norm,
+            tokens_per_second=sums.num_tokens / sums.seconds,
+            step_time_ms=1000.0 * sums.seconds / sums.num_steps,
+            peak_allocated_gib=progress.peak_allocated_gib,
+            elapsed_s=progress.elapsed_s,
+            num_trainable=self.adapter.parameter.numel(),
+            predicted_peak_gib=0.0 if self.plan.memory is None else self.plan.memory.peak_gib,
+            num_out_of_memory=progress.num_out_of_memory,
+            micro_batch_size=self.plan.micro_batch_size,
+            activation_checkpointing=str(self.plan.activation_checkpointing).lower(),
+            setup_s=self.setup_s,
+        )
+        progress.reports.append(report.to_dict())
+        progress.since_report = Sums()
+        return report
+
+    def _save(self, report: Report) -> None:
+        if report.eval_loss == report.best_eval_loss:
+            export_adapter(self.run_dir / "adapter", self.config, self.layers, self.base.linear_names, self.base.tokenizer)
+        self._save_checkpoint()
+        self._write_reports()
+
+    def _save_checkpoint(self) -> None:
+        with self._pace.saving():
+            checkpoint.save(self.run_dir, self.progress, self.layers, self.optimizer)
+        self._saved_step = self.progress.step
+
+    def _num_written(self) -> int:
+        file = self.run_dir / "reports.jsonl"
+        return file.read_bytes().count(b"\n") if file.is_file() else 0
+
+    def _write_reports(self) -> None:
+        lines = [json.dumps(report, sort_keys=True) + "\n" for report in self.progress.reports]
+        write_text(self.run_dir / "reports.jsonl", "".join(lines))
+
+
+def _make_plan(config: TrainConfig, base: Base) -> tuple[Plan, ModelShape | None]:
+    """The plan for the card that is here, and the shape it was predicted from."""
+    if base.device.type != "cuda":
+        return plan_for(config, None, None), None
+    free_bytes, total_bytes = torch.cuda.mem_get_info(base.device)
+    ours = free_bytes + torch.cuda.memory_reserved(base.device) + CONTEXT_GIB * GIB  # another process may hold a part
+    card = found_card(torch.cuda.get_device_name(base.device), min(ours, total_bytes) / GIB)
+    shape = ModelShape.known(base.model.config.to_dict(), config.model.path)
+    return plan_for(config, shape, card, host_share_gib()), shape

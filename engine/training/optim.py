@@ -1,0 +1,39 @@
+"""AdamW over adapter parameters, and the learning rate as a function of tokens seen. torch only."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from engine.config.trial import OptimConfig
+from engine.quant.bnb import adamw_8bit
+
+
+def make_optimizer(parameter: nn.Parameter, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over the flat adapter; `auto` is 8-bit on CUDA and 32-bit on the CPU, where memory is not the limit."""
+    options = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    eight_bit = parameter.is_cuda if config.name == "auto" else config.name == "adamw_8bit"
+    return adamw_8bit([parameter], **options) if eight_bit else torch.optim.AdamW([parameter], **options)
+
+
+def learning_rate(config: OptimConfig, progress: float) -> float:
+    """Rate at `progress` in [0, 1] = tokens seen / max tokens: linear warm-up, then the schedule down to min_lr_ratio."""
+    if progress < config.warmup_ratio:
+        return config.learning_rate * progress / config.warmup_ratio
+    done = min(1.0, (progress - config.warmup_ratio) / (1.0 - config.warmup_ratio))
+    shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.lr_schedule]
+    floor = config.min_lr_ratio
+    return config.learning_rate * (floor + (1.0 - floor) * shape)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value

@@ -1,0 +1,90 @@
+"""Tab in bash: `source <(python -m sweep --completion bash)`. The shell asks `python -m sweep --complete WORD` for each word.
+
+Not Hydra's own completion: it knows programs that are files, not `python -m`, and of a key only the value that it has; here every
+key that the config models know is offered, with the values that can be listed. Nothing heavy is loaded: a quarter of a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from engine.errors import InputError
+from sweep.cli.config_keys import keys, sections, space_paths
+from sweep.config.conf_files import APPENDED, groups
+
+OPTIONS = ("--help", "--cfg", "--completion")
+FILES = ("resume", "model.path", "data.train", "data.eval", "data.chat_template", "sweep.output_dir")
+# `=` and `:` break words in bash: the words are put together again, and what stands before the last break is cut off the answers.
+# What is no `-m sweep` is left to whatever completed that interpreter before.
+BASH = r"""
+_qlora_sweep() {
+    local i line="${COMP_LINE:0:COMP_POINT}" word
+    if [[ ! "$line" =~ [[:space:]]-m[[:space:]]+sweep[[:space:]] ]]; then
+        COMPREPLY=($(compgen -o default -- "${COMP_WORDS[COMP_CWORD]}"))
+        return
+    fi
+    [[ "$line" == *[[:space:]] ]] && word="" || word="${line##*[[:space:]]}"
+    local before="${word%"${COMP_WORDS[COMP_CWORD]}"}"
+    case "${COMP_WORDS[COMP_CWORD]}" in '='|':') before="$word" ;; esac
+    COMPREPLY=()
+    while IFS= read -r i; do
+        if [[ "$i" == "<files>" ]]; then
+            compopt -o default -o nospace 2>/dev/null
+            COMPREPLY+=($(compgen -f -- "${word#*=}"))
+        else
+            COMPREPLY+=("${i#"$before"}")
+        fi
+    done < <("${COMP_WORDS[0]}" -m sweep --complete "$word" 2>/dev/null)
+    [[ ${#COMPREPLY[@]} -eq 1 && "${COMPREPLY[0]}" == *[=.] ]] && compopt -o nospace 2>/dev/null
+    return 0
+}
+complete -o bashdefault -o default -F _qlora_sweep python python3
+"""
+
+
+def script(shell: str) -> str:
+    """What is to be sourced; InputError for another shell."""
+    if shell != "bash":
+        raise InputError("--completion", shell, "must be bash")
+    return BASH.strip()
+
+
+def candidates(word: str) -> list[str]:
+    """What `word` may become, whole words; `<files>` where a path is expected."""
+    key, equals, value = word.partition("=")
+    if not equals:
+        offered = _starts(key)
+        found = sorted(name for name in offered if name.startswith(word))
+        return _up_to_next_dot(found, word)
+    bare = key.lstrip("+~")
+    if bare in FILES:
+        return ["<files>"]
+    return [f"{key}={name}" for name in _values(bare) if name.startswith(value)]
+
+
+def _starts(key: str) -> Iterator[str]:
+    yield from OPTIONS
+    for group in groups():
+        yield f"+{group}=" if group in APPENDED else f"{group}="
+    yield from ("resume=", "dry_run=")
+    yield from (f"{path}=" for section in sections() for path in dict.fromkeys(key.path for key in keys(section)))
+    yield from (f"{path}." for path in space_paths())
+
+
+def _values(key: str) -> list[str]:
+    if key in groups():
+        return groups()[key]
+    if key == "dry_run":
+        return ["true", "false"]
+    section = key.split(".")[0]
+    found = [known for known in (keys(section) if section in sections() else []) if known.path == key]
+    return sorted({value for known in found for value in known.values})
+
+
+def _up_to_next_dot(names: list[str], word: str) -> list[str]:
+    """`lora.` before the eight keys of lora: two hundred words would be no help."""
+    shortened = []
+    for name in names:
+        dot = name.find(".", len(word))
+        shortened.append(name[: dot + 1] if dot >= 0 else name)
+    return list(dict.fromkeys(shortened))

@@ -1,0 +1,141 @@
+"""The terminal: a live table of trials on a TTY, else one line per event. It listens to the ledger and decides nothing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from sweep.text import params_text
+from sweep.trials.record import Outcome, TrialRecord
+
+COLORS = {
+    Outcome.RUNNING: "cyan",
+    Outcome.COMPLETE: "green",
+    Outcome.STOPPED: "blue",
+    Outcome.PRUNED: "yellow",
+    Outcome.INFEASIBLE: "dim",
+}
+NUM_ENDED_SHOWN = 20  # a table longer than the screen cannot be redrawn in place
+
+
+class LineConsole:
+    """For a pipe, a log file, a CI job."""
+
+    def __init__(self, stream: TextIO, num_rungs: int) -> None:
+        self._stream, self._num_rungs = stream, num_rungs
+        self._seen: dict[int, tuple[int, Outcome]] = {}
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def trial_updated(self, record: TrialRecord) -> None:
+        """One line where the trial started, reported, or ended."""
+        state = (len(record.reports), record.outcome)
+        before = self._seen.get(record.number)
+        if before == state:
+            return
+        self._seen[record.number] = state
+        if before is None and not record.reports and record.outcome is Outcome.RUNNING:
+            self.note(f"trial {record.number:3d}  started   {params_text(record.params)}")
+        elif record.reports and (before is None or before[0] != len(record.reports)):
+            self.note(f"trial {record.number:3d}  rung {_rung_text(record, self._num_rungs)}  {_report_text(record.reports[-1])}")
+        if record.outcome is not Outcome.RUNNING:
+            self.note(f"trial {record.number:3d}  {_end_text(record)}")
+
+
+class TableConsole:
+    """For a terminal: redraws one table in place, four times a second."""
+
+    def __init__(self, stream: TextIO, num_rungs: int, num_trials: int) -> None:
+        self._num_rungs, self._num_trials, self._started = num_rungs, num_trials, time.monotonic()
+        self._records: dict[int, TrialRecord] = {}
+        self._console = Console(file=stream)
+        self._live = Live(
+            console=self._console, get_renderable=self._table, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False
+        )
+
+    def start(self) -> None:
+        self._live.start()
+
+    def stop(self) -> None:
+        self._live.stop()
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def trial_updated(self, record: TrialRecord) -> None:
+        if record.outcome is not Outcome.RUNNING and record.reports:  # the best and the last are what the table shows
+            best = min(record.reports, key=lambda report: report["eval_loss"])
+            record = replace(record, reports=[best, record.reports[-1]], config={})
+        self._records[record.number] = record
+
+    def _table(self) -> Table:
+        records = list(self._records.values())
+        ended = [record for record in records if record.outcome is not Outcome.RUNNING]
+        scores = [r.score for r in records if r.outcome is Outcome.COMPLETE and r.score is not None]
+        best = min(scores, default=None)
+        seconds = int(time.monotonic() - self._started)
+        refused = sum(record.outcome is Outcome.INFEASIBLE for record in ended)
+        title = f"{len(ended) - refused} of {self._num_trials} trials ended, {seconds // 60}:{seconds % 60:02d}"
+        title += f"; {refused} did not fit the card and were not started" if refused else ""
+        table = Table(title=title, title_justify="left")
+        for name, justify in (
+            ("trial", "right"),
+            ("params", "left"),
+            ("rung", "right"),
+            ("tokens", "right"),
+            ("eval loss", "right"),
+            ("tok/s", "right"),
+            ("outcome", "left"),
+        ):
+            table.add_column(name, justify=justify)
+        hidden = {record.number for record in ended[:-NUM_ENDED_SHOWN] if record.score != best}
+        for record in records:
+            if record.number not in hidden:
+                table.add_row(*self._row(record, best))
+        return table
+
+    def _row(self, record: TrialRecord, best: float | None) -> tuple[str, ...]:
+        last: dict[str, Any] = record.reports[-1] if record.reports else {}
+        score = "" if record.score is None else f"{record.score:.4f}"
+        winner = record.outcome is Outcome.COMPLETE and record.score == best
+        return (
+            str(record.number),
+            params_text(record.params),
+            _rung_text(record, self._num_rungs),
+            f"{last['tokens_seen']:,}" if last else "",
+            f"[bold green]{score}[/]" if winner else score,
+            f"{last['tokens_per_second']:,.0f}" if last else "",
+            f"[{COLORS.get(record.outcome, 'red')}]{record.outcome}[/]",
+        )
+
+
+def make_console(stream: TextIO, num_rungs: int, num_trials: int) -> LineConsole | TableConsole:
+    """A table where the stream is a terminal, else lines."""
+    return TableConsole(stream, num_rungs, num_trials) if stream.isatty() else LineConsole(stream, num_rungs)
+
+
+def _rung_text(record: TrialRecord, num_rungs: int) -> str:
+    return f"{record.reports[-1]['rung'] if record.reports else 0}/{num_rungs}"
+
+
+def _report_text(report: dict[str, Any]) -> str:
+    return f"{report['tokens_seen']:>9,} tokens  eval loss {report['eval_loss']:.4f}  {report['tokens_per_second']:,.0f} tok/s"
+
+
+def _end_text(record: TrialRecord) -> str:
+    tail = f"eval loss {record.score:.4f}" if record.score is not None else ""
+    if record.outcome is Outcome.INFEASIBLE:  # it never started, so nobody has said what it is
+        tail = params_text(record.params)
+    return "  ".join(filter(None, [f"{record.outcome:<13}", tail, record.error]))

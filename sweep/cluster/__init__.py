@@ -1,0 +1,1 @@
+"""The machines there are, and a Ray that is started or joined."""

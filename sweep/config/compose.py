@@ -1,0 +1,108 @@
+"""From overrides to one plain config: Hydra composes conf/, once. Hydra enters only here.
+
+Hydra's compose API, not its decorator: no output folder, no logging setup, no change of the working folder, and errors that can
+be turned into one line. Overrides of values are forced in (`++`), so that an unknown key reaches the config model, which names
+the known ones. A config may come from elsewhere: what it could harm by is refused before it is unfolded.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import MissingMandatoryValue, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from engine.errors import InputError, first_line
+from sweep.config import conf_files
+from sweep.config.interpolation import Interpolations
+from sweep.config.sweep import SweepConfig
+
+RUN_KEYS = {"resume": None, "dry_run": False}
+
+
+def compose(overrides: list[str]) -> dict[str, Any]:
+    """The composed, resolved config as plain data; InputError where an override or a required value is wrong."""
+    conf_files.refuse_alias_bombs()
+    with initialize_config_dir(str(conf_files.conf_folder()), version_base="1.3"):
+        try:
+            config = hydra_compose("config", _in_order([_for_hydra(override) for override in overrides]))
+            Interpolations(OmegaConf.to_container(config, resolve=False)).check()
+            return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        except MissingMandatoryValue as error:
+            raise InputError(str(error.full_key), "???", f"required; give it as {error.full_key}=...") from None
+        except (HydraException, OmegaConfBaseException) as error:
+            line = " ".join(str(error).split("\n\n")[0].split())
+            raise InputError("overrides", " ".join(overrides), line) from None
+        except (yaml.YAMLError, RecursionError, UnicodeError) as error:
+            raise InputError("config", " ".join(overrides), f"must be plain YAML ({first_line(error)})") from None
+
+
+def to_yaml(raw: dict[str, Any]) -> str:
+    """The composed config as `--cfg` shows it."""
+    return OmegaConf.to_yaml(OmegaConf.create(raw))
+
+
+def run_keys(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Split off resume and dry_run, which are about this run and not about the sweep."""
+    run, rest = dict(RUN_KEYS), []
+    for override in overrides:
+        if _split(override)[0].lstrip("+") in RUN_KEYS:
+            key, value = parsed(override)
+            run[key.lstrip("+")] = value
+        else:
+            rest.append(override)
+    if not isinstance(run["dry_run"], bool):
+        raise InputError("dry_run", run["dry_run"], "must be true or false")
+    return run, rest
+
+
+def parsed(override: str) -> tuple[str, Any]:
+    """An override as (dotted key, value), in Hydra's own grammar."""
+    _split(override)
+    try:
+        found = OverridesParser.create().parse_override(override)
+        return found.key_or_group, found.value()
+    except HydraException as error:
+        raise InputError("argument", override, " ".join(str(error).split())) from None
+
+
+def _for_hydra(override: str) -> str:
+    """A group keeps Hydra's meaning, and must exist; a value is forced in."""
+    key, value = _split(override)
+    bare = key.lstrip("+~")
+    known = conf_files.groups()
+    if bare not in known:
+        _check_section(bare, value)
+        return override if key.startswith("~") else f"++{bare}={value}"
+    if value not in known[bare]:
+        raise InputError(bare, value, f"must be one of {', '.join(known[bare])}")
+    # those that no defaults list names must be appended, and whoever leaves the plus out means the same
+    return f"+{bare}={value}" if bare in conf_files.APPENDED else f"{bare}={value}"
+
+
+def _in_order(overrides: list[str]) -> list[str]:
+    """Of the appended groups the later one wins, so they come in their own order, wherever they stand on the command line."""
+    places = {f"+{group}": place for place, group in enumerate(conf_files.APPENDED, 1)}
+    return sorted(overrides, key=lambda override: places.get(override.partition("=")[0], 0))
+
+
+def _check_section(key: str, value: str) -> None:
+    """Before Hydra asks for required values: a mistyped section is the likelier fault."""
+    sections = [*SweepConfig.model_fields, *conf_files.APPENDED, *RUN_KEYS]
+    if key.split(".")[0] not in sections:
+        near = difflib.get_close_matches(key.split(".")[0], sections, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(key, value, f"unknown key; known: {', '.join(sections)}{hint}")
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, equals, value = override.partition("=")
+    if not equals and not key.startswith("~"):
+        raise InputError("argument", override, "must be group=option or section.key=value; see --help")
+    return key, value

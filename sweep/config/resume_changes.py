@@ -1,0 +1,40 @@
+"""What may be changed when a sweep is resumed: how much it may spend, where it runs and where its metrics are shown, never what a
+trial is, or its losses would not compare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.errors import InputError
+from sweep.config.sweep import SweepConfig, parse_sweep_config
+
+NUM_TRIALS = "sweep.num_trials"
+BUDGETS = {"sweep.budget.gpu_hours": 1, "sweep.budget.wall_clock_hours": 1, "sweep.budget.target_loss": -1}  # which way is more
+PLACE = (
+    "cluster.address", "cluster.num_gpus", "cluster.wait_s", "cluster.card", "tracking.metrics_port", "tracking.metrics_host",
+)  # fmt: skip
+AMENDABLE = (NUM_TRIALS, *BUDGETS, *PLACE)
+
+
+def amended(config: SweepConfig, overrides: dict[str, Any]) -> SweepConfig:
+    """The config with the overrides (dotted path -> value) put in; InputError where one may not change, or means less."""
+    values = config.model_dump(mode="json")
+    for key, value in overrides.items():
+        if key not in AMENDABLE:
+            raise InputError(key, value, f"cannot be changed on resume; only {', '.join(AMENDABLE)} can")
+        *sections, name = key.split(".")
+        section = values
+        for part in sections:
+            section = section[part]
+        _check_more(key, section[name], value)
+        section[name] = value
+    return parse_sweep_config(values)
+
+
+def _check_more(key: str, before: Any, wanted: Any) -> None:
+    if key == NUM_TRIALS:
+        if not isinstance(wanted, int) or wanted < before:
+            raise InputError(key, wanted, f"must be at least {before} on resume")
+    elif key in BUDGETS and before is not None and isinstance(wanted, int | float) and BUDGETS[key] * (wanted - before) < 0:
+        bound = "at least" if BUDGETS[key] > 0 else "at most"
+        raise InputError(key, wanted, f"must be {bound} {before:g} on resume, or null for no limit")

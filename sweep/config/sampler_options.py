@@ -1,0 +1,57 @@
+"""The samplers a sweep can name, with their options."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from engine.config.parsing import PositiveInt, StrictModel
+
+
+class TpeConfig(StrictModel):
+    """Tree-structured Parzen estimator (Bergstra et al., 2011)."""
+
+    name: Literal["tpe"] = "tpe"
+    num_startup_trials: PositiveInt = Field(5, description="random trials before the model speaks")
+    num_ei_candidates: PositiveInt = 24
+    multivariate: bool = Field(True, description="model the parameters jointly")
+
+
+class RandomConfig(StrictModel):
+    """Independent draws."""
+
+    name: Literal["random"] = "random"
+
+
+class GridConfig(StrictModel):
+    """Every point of the space once, in an order shuffled by sweep.seed."""
+
+    name: Literal["grid"] = "grid"
+
+
+class CmaEsConfig(StrictModel):
+    """CMA-ES (Hansen, 2001) over the numeric parameters; choices are drawn at random."""
+
+    name: Literal["cmaes"] = "cmaes"
+    num_startup_trials: PositiveInt = 5
+    population_size: Annotated[int, Field(ge=2)] | None = None
+
+
+class GpConfig(StrictModel):
+    """Gaussian process with expected improvement. Optuna fits it with torch, so the driver imports torch for this one."""
+
+    name: Literal["gp"] = "gp"
+    num_startup_trials: PositiveInt = 5
+
+
+class Nsga2Config(StrictModel):
+    """Non-dominated sorting genetic algorithm (Deb et al., 2002): for several objectives and many trials."""
+
+    name: Literal["nsga2"] = "nsga2"
+    population_size: Annotated[int, Field(ge=2)] = 16
+
+
+SAMPLER_MODELS = (TpeConfig, RandomConfig, GridConfig, CmaEsConfig, GpConfig, Nsga2Config)
+SAMPLERS = {model.model_fields["name"].default: model for model in SAMPLER_MODELS}
+SamplerConfig = TpeConfig | RandomConfig | GridConfig | CmaEsConfig | GpConfig | Nsga2Config

@@ -1,0 +1,1 @@
+"""Trials under Ray Tune, and the process that trains them."""

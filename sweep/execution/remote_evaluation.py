@@ -1,0 +1,43 @@
+"""On an existing cluster the winner is measured again on one of the sweep's slots: the driver's machine may have no card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from engine.config.trial import TrainConfig, load_train_config
+from engine.errors import EngineError, first_line
+from sweep.cluster.card_kinds import Label
+from sweep.cluster.connect import cluster
+from sweep.cluster.slots import Slots
+from sweep.execution.engine_commands import CommandFailed, evaluate
+
+MAX_RETRIES = 2  # of a task whose node was lost
+
+
+def evaluate_on_a_slot(
+    slots: Slots, address: str, log: Path, avoid: Callable[[TrainConfig], tuple[Label, ...]] | None
+) -> Callable[[Path, str, int], dict[str, Any]]:
+    """Like `sweep.commands.evaluate`, but where a trial of the same config would run. avoid: see `sweep.tuning.run_trials`."""
+
+    def there(trial_folder: Path, module: str, num_examples: int = 0) -> dict[str, Any]:
+        config = load_train_config(trial_folder / "train_config.json")
+        bundle, selector = slots.bundle(avoid(config) if avoid else ())
+        options: dict[str, Any] = {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0), "max_retries": MAX_RETRIES}
+        if selector:
+            options["label_selector"] = selector
+        with cluster(slots, address, log):
+            try:
+                return ray.get(ray.remote(evaluate).options(**options).remote(trial_folder.absolute(), module, num_examples))
+            except RayTaskError as error:
+                if isinstance(error.cause, EngineError):
+                    raise error.cause from None
+                raise CommandFailed(first_line(error), 1) from error
+            except RayError as error:
+                raise CommandFailed(f"on the cluster: {first_line(error)}", 1) from error
+
+    return there

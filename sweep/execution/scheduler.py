@@ -1,0 +1,59 @@
+"""Ray's seam for the pruner: Tune asks here whether a trial goes on after a report, and says here why one was lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.tune.schedulers import FIFOScheduler
+
+from sweep.ledger.ledger import Ledger
+
+
+class LedgerScheduler(FIFOScheduler):
+    """Starts trials in the order they were suggested, stops those the ledger has pruned, and kills workers that hang."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+        self._killed: dict[str, str] = {}  # Tune's id of a trial whose worker was killed here -> why
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it into its own snapshots, which nobody reads
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        stop = False
+        with self._ledger.on_disk():
+            stop = self._ledger.reported(trial.config["number"], json.loads(result["report"]), json.loads(result["timing"]))
+        return self.STOP if stop else self.CONTINUE
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """The worker is gone. Comes before the searcher hears of it, which is not told why."""
+        reason = self._killed.pop(trial.trial_id, None) or _cause_of_death(trial)
+        with self._ledger.on_disk():
+            self._ledger.lost(trial.config["number"], reason)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Asked in every turn of Tune's loop, a tenth of a second apart: the place to look for workers that hang."""
+        for trial in tune_controller.get_live_trials():
+            number = trial.config["number"]
+            if trial.status == trial.PENDING:
+                self._ledger.live.still_waits(number)
+            elif trial.status == trial.RUNNING and trial.trial_id not in self._killed and self._ledger.live.is_silent(number):
+                timeout_s = self._ledger.live.report_timeout_s
+                self._killed[trial.trial_id] = f"it had not reported for {timeout_s:g} s (cluster.report_timeout_s)"
+                ray.kill(trial.temporary_state.ray_actor)
+        return super().choose_trial_to_run(tune_controller)
+
+
+def _cause_of_death(trial: Any) -> str:
+    """What Ray says of it, in a few words. Tune keeps the text in a file of its own."""
+    file = Path(trial.error_file) if trial.error_file else None
+    text = file.read_text() if file is not None and file.is_file() else ""
+    if "its node has died" in text:
+        return "its node was lost"
+    if "low on memory" in text:
+        return "its worker process was killed, because its node ran low on memory"
+    return "its worker process died"

@@ -1,0 +1,62 @@
+"""Ray's seam for the sampler: Tune asks here which trial to start. All decisions are the ledger's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from sweep.ledger.ledger import Ledger, Next
+from sweep.trials.record import Outcome, Proposal
+
+
+class LedgerSearcher(Searcher):
+    """Suggests the ledger's trials, and passes their ends on to it.
+
+    Results with done=True reach neither on_trial_result hook, so the last report of a trial is taken here.
+    """
+
+    def __init__(self, ledger: Ledger, worker_config: Callable[[Proposal], dict[str, Any]]) -> None:
+        super().__init__()
+        self._ledger, self._worker_config = ledger, worker_config
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        proposal: Proposal | Next = Next.WAIT
+        with self._ledger.on_disk():
+            proposal = self._ledger.next_trial()
+        if isinstance(proposal, Next):
+            return Searcher.FINISHED if proposal is Next.FINISHED else None
+        self._numbers[trial_id] = proposal.number
+        return self._worker_config(proposal)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        with self._ledger.on_disk():
+            self._ended(self._numbers.pop(trial_id), None if error else result)
+
+    def _ended(self, number: int, result: dict[str, Any] | None) -> None:
+        if result is None or "outcome" not in result:
+            self._ledger.lost(number)
+        elif result["outcome"] == Outcome.RUNNING and result["error"]:
+            self._ledger.suspend(f"trial {number}: {result['error']}")
+        elif result["outcome"] == Outcome.RUNNING and not result["report"]:
+            self._ledger.released(number)
+        else:
+            report = json.loads(result["report"]) if result["report"] else None
+            memory, timing = json.loads(result["memory"]), json.loads(result["timing"])
+            self._ledger.ended(number, Outcome(result["outcome"]), report, result["error"], memory, timing)
+
+    # Tune pickles the searcher into its own snapshots, which nobody reads: the journal is the record.
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a sweep is resumed from its journal, not from Tune's snapshot")
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        pass

@@ -1,0 +1,162 @@
+"""Tune runs the trials: it places them and calls the hooks. The ledger decides, and Tune's own state is never read again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from ray import tune
+from ray.tune import PlacementGroupFactory
+from ray.tune.stopper import Stopper
+
+from engine.config.trial import TrainConfig
+from engine.errors import StorageError
+from engine.system.signals import handled
+from sweep.cluster.card_kinds import Label
+from sweep.cluster.connect import cluster
+from sweep.cluster.slots import Slots
+from sweep.execution.interruption import STOP_SIGNALS, taken_signals
+from sweep.execution.scheduler import LedgerScheduler
+from sweep.execution.searcher import LedgerSearcher
+from sweep.execution.worker import TrialWorker
+from sweep.execution.worker_config import EngineModules, worker_config
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.ledger.ledger import Ledger
+from sweep.trials.record import Proposal
+
+GRACE_S = 15.0  # of the 20 s and more between SIGTERM and SIGKILL; Ray's end takes 2 to 3
+
+
+def run_trials(
+    ledger: Ledger,
+    slots: Slots,
+    address: str | None,
+    folder: SweepFolder,
+    engine: EngineModules,
+    note: Callable[[str], None] = lambda line: None,
+    avoid: Callable[[TrainConfig], tuple[Label, ...]] | None = None,
+) -> None:
+    """Run until the ledger has no work. After SIGINT or SIGTERM running trials save and end, then KeyboardInterrupt is raised;
+    StorageError where the disk takes no more. note: takes a line for the user. avoid: labels of the nodes whose cards a config
+    does not fit; none where all are alike."""
+
+    def config_of(proposal: Proposal) -> dict[str, Any]:
+        labels = avoid(proposal.config) if avoid else ()
+        return worker_config(proposal, folder, slots, engine, ledger.live.report_timeout_s, labels)
+
+    def wind_down() -> None:
+        ledger.wind_down()
+        folder.stop_file.touch()
+        if ledger.num_training():
+            note(f"stopping: running trials finish their step and save, at most {GRACE_S:.0f} s; Ctrl-C ends them at once")
+
+    folder.stop_file.unlink(missing_ok=True)
+    stop = SafeStop(lambda: ledger.storage_fault, wind_down, ledger.num_training)
+    with stop.catching(), ExitStack() as stack:
+        with _stop_signals_blocked():
+            stack.enter_context(cluster(slots, address, folder.log))
+        stack.callback(folder.stop_file.unlink, missing_ok=True)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # Tune's advice on its own API, on every start
+        tune.Tuner(
+            tune.with_resources(TrialWorker, _placement(slots) if avoid else slots.resources_per_trial()),
+            tune_config=tune.TuneConfig(
+                search_alg=LedgerSearcher(ledger, config_of),
+                scheduler=LedgerScheduler(ledger),
+                num_samples=-1,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,  # the default strings the whole config together
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(folder.ray.absolute()),
+                verbose=0,
+                stop=stop,
+                failure_config=tune.FailureConfig(max_failures=0),
+            ),
+        ).fit()
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Processes started inside take neither SIGTERM nor SIGHUP: what manages a machine, and a terminal that is closed, send them
+    to all, and a raylet kills its workers within 20 ms then, before they can save. The driver takes them, and ends Ray; workers
+    unblock SIGTERM for themselves."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOP_SIGNALS) - {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _placement(slots: Slots) -> Callable[[dict[str, Any]], PlacementGroupFactory]:
+    """What Tune asks of Ray for a trial, by its config. Workers are reused among trials that may go to the same cards; others
+    get a new one, and Tune ends an idle worker that holds what a waiting trial needs."""
+    # a trial that waits for the one card it fits must not keep the others from being given away
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots.num_slots)
+
+    def place(config: dict[str, Any]) -> PlacementGroupFactory:
+        bundle, selector = slots.bundle(map(tuple, json.loads(config["avoid"])))
+        return PlacementGroupFactory([bundle], bundle_label_selector=[selector]) if selector else PlacementGroupFactory([bundle])
+
+    return place
+
+
+class SafeStop(Stopper):
+    """Turns a signal or a full disk into an exception between two steps of Tune's loop, so that it never tears a journal write;
+    after a signal, once the running trials have ended, or the grace is over.
+
+    The exception is KeyboardInterrupt, because Tune's loop answers an Exception by waiting for the trials to end.
+    """
+
+    def __init__(
+        self,
+        fault: Callable[[], str | None],
+        wind_down: Callable[[], None],
+        num_training: Callable[[], int],
+        grace_s: float = GRACE_S,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """fault: why to stop at once, or None. wind_down: asks the running trials to end; num_training: how many of them may
+        still have something to save."""
+        self._fault, self._wind_down, self._num_training = fault, wind_down, num_training
+        self._grace_s, self._monotonic = grace_s, monotonic
+        self._signalled, self._deadline_s = False, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it into its own snapshots, which nobody reads
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        if self._fault():
+            raise KeyboardInterrupt
+        if self._signalled and self._deadline_s is None:
+            self._deadline_s = self._monotonic() + self._grace_s
+            self._wind_down()
+        if self._signalled and (not self._num_training() or self._monotonic() >= self._deadline_s):
+            raise KeyboardInterrupt
+        return False
+
+    @contextmanager
+    def catching(self) -> Iterator[None]:
+        """The first signal is kept for the next safe point; a second one acts at once."""
+
+        def catch(number: int, frame: Any) -> None:
+            self._signalled = True
+            give_back()
+
+        with handled(taken_signals(), catch) as give_back:
+            try:
+                yield
+            except KeyboardInterrupt:
+                if self._signalled or not self._fault():
+                    raise
+                raise StorageError(self._fault()) from None

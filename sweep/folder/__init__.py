@@ -1,0 +1,1 @@
+"""The sweep folder: every path, whole files only."""

@@ -1,0 +1,1 @@
+"""What the sweep knows while it runs, and decides."""

@@ -1,0 +1,1 @@
+"""What is settled before anything starts: does it fit, what will it need."""

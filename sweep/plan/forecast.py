@@ -1,0 +1,197 @@
+"""What a sweep will need, before anything starts: memory, speed and hours at the points of its space. No torch, no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from engine.config.trial import TrainConfig
+from engine.errors import InputError
+from engine.planning.cards import CARDS, match_card
+from sweep.plan.feasibility import Feasibility, Verdict, has_no_effect
+from sweep.space.space import Choice, Dimension, Space, is_active
+from sweep.text import params_text, value_text
+
+MAX_POINTS = 24  # a table that fits a screen, planned in seconds
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the space with what is predicted for it."""
+
+    params: Params
+    verdict: Verdict
+    max_tokens: int
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return None if self.verdict.plan is None else self.verdict.plan.speed.tokens_per_second
+
+    @property
+    def hours(self) -> float | None:
+        """Of one trial, evaluation left out."""
+        return None if self.tokens_per_second is None else self.max_tokens / self.tokens_per_second / 3600
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """plan, peak GiB, tok/s, hours."""
+        peak = self.verdict.predicted_peak_gib
+        peak_text = "" if peak is None else f"{peak:.2f}"
+        if self.verdict.plan is None:
+            return f"does not fit: {self.verdict.reason}", peak_text, "", ""
+        return self.verdict.plan.describe(), peak_text, f"{self.tokens_per_second:,.0f}", _hours(self.hours)
+
+
+def describe_forecast(space: Space, base: Mapping[str, Any], feasibility: Feasibility, num_trials: int) -> str:
+    """The table of points and the sweep's cost; one line where nothing can be predicted."""
+    if feasibility.card is None:  # an existing Ray cluster has GPUs, and this machine has none
+        return no_forecast_line("auto")
+    if feasibility.shape is None:
+        return "forecast   none: nothing is predicted for a model of this architecture"
+    size = space.size()
+    whole = size is not None and size <= MAX_POINTS
+    chosen = list(space.points()) if whole else corners(space)
+    points = [_point(space, base, feasibility, params) for params in chosen]
+    shown = points if whole else _distinct(points)
+    paths = [dimension.path for dimension in (space.dimensions if whole else _telling(space))]
+    what = "every point of the space" if whole else f"{len(shown)} corners of the space, those predicted alike only once"
+    fitting = [point for point in shown if point.verdict.fits]
+    possible = sum(point.verdict.fits for point in points) if whole else size or num_trials
+    return "\n".join(
+        [card_line(feasibility), f"forecast   {what}", *_table(paths, shown), _cost(fitting, min(num_trials, possible))]
+    )
+
+
+def card_line(feasibility: Feasibility) -> str:
+    """Whose memory is predicted."""
+    card = feasibility.card
+    if len(feasibility.cards) > 1:
+        names = ", ".join(f"{each.name} ({each.memory_gib:.1f} GiB)" for each in feasibility.cards)
+        return f"card       of {names}, for each trial the smallest that it fits"
+    guessed = "" if card.name in CARDS or match_card(card.name) else "; not a known card, so its speed is a guess"
+    return f"card       {card.name}, {card.memory_gib:.1f} GiB{guessed}"
+
+
+def no_forecast_line(device: str) -> str:
+    """Why nothing is predicted. device: train.device."""
+    if device == "cpu":
+        return "forecast   none: nothing is predicted for train.device=cpu"
+    return f"forecast   none: no GPU here; with cluster.card=<name>, memory and speed are predicted: {', '.join(CARDS)}"
+
+
+def check_any_fits(space: Space, base: Mapping[str, Any], feasibility: Feasibility) -> None:
+    """InputError where nothing in the space fits the card: its least demanding point does not."""
+    if not feasibility.predicts:
+        return
+
+    def judge(params: Params) -> Verdict:
+        return feasibility.judge(space.apply(base, params))
+
+    params, verdict = _least_demanding(space, judge)
+    if not verdict.fits:
+        card = feasibility.card
+        allowed = f"must hold a point that fits {card.name} ({card.memory_gib:.1f} GiB); even its least demanding one"
+        raise InputError("space", params_text(params), f"{allowed} {verdict.reason}")
+
+
+def corners(space: Space) -> list[Params]:
+    """Points at the ends of the dimensions: all low, each dimension varied singly from there, then from all high, and all high;
+    at most 24."""
+    low, high = _completed(space, {}, 0), _completed(space, {}, -1)
+    points = [low]
+    for dimension in _telling(space):
+        if dimension.path in low:
+            points += [_completed(space, {**low, dimension.path: value}, 0) for value in dimension.corners()]
+    for dimension in _telling(space):
+        if dimension.path in high:
+            points.append(_completed(space, {**high, dimension.path: _ends(dimension)[0]}, -1))
+    distinct = {repr(point): point for point in points if point != high}
+    return [*list(distinct.values())[: MAX_POINTS - 1], high]
+
+
+def _least_demanding(space: Space, judge: Callable[[Params], Verdict]) -> tuple[Params, Verdict]:
+    """The first point found that fits, else the one that exceeds the card by the least.
+
+    In a larger space one dimension after the other takes its least demanding end: what one demands hardly depends on the others.
+    """
+    size = space.size()
+    if size is not None and size <= MAX_POINTS:
+        return _least((params, judge(params)) for params in space.points())
+    best = _completed(space, {}, 0), judge(_completed(space, {}, 0))
+    for dimension in space.dimensions:
+        if dimension.path in best[0] and not best[1].fits:
+            tried = [_completed(space, {**best[0], dimension.path: value}, 0) for value in dimension.corners()]
+            best = _least((params, judge(params)) for params in tried)
+    return best
+
+
+def _least(judged: Iterator[tuple[Params, Verdict]]) -> tuple[Params, Verdict]:
+    least: tuple[Params, Verdict] | None = None
+    for params, verdict in judged:
+        if verdict.fits:
+            return params, verdict
+        if least is None or verdict.excess_gib < least[1].excess_gib:
+            least = params, verdict
+    return least
+
+
+def _telling(space: Space) -> list[Dimension]:
+    """The dimensions that a prediction may depend on."""
+    return [dimension for dimension in space.dimensions if not has_no_effect(dimension.path)]
+
+
+def _completed(space: Space, chosen: Params, end: int) -> Params:
+    """A point of the space: what is chosen, and for the other active dimensions their low (0) or high (-1) end."""
+    params: Params = {}
+    for dimension in space.dimensions:
+        if is_active(dimension, params):
+            params[dimension.path] = chosen.get(dimension.path, _ends(dimension)[end])
+    return params
+
+
+def _ends(dimension: Dimension) -> tuple[Any, Any]:
+    """Lowest and highest; of choices that are not numbers, the first and the last."""
+    values = dimension.corners()
+    if isinstance(dimension, Choice) and all(isinstance(value, int | float) for value in values):
+        return min(values), max(values)
+    return values[0], values[-1]
+
+
+def _point(space: Space, base: Mapping[str, Any], feasibility: Feasibility, params: Params) -> Point:
+    config: TrainConfig = space.apply(base, params)
+    return Point(params, feasibility.judge(config), config.train.max_tokens)
+
+
+def _distinct(points: list[Point]) -> list[Point]:
+    """Without those that are predicted like an earlier one: a learning rate takes no memory."""
+    distinct: dict[tuple[str, ...], Point] = {}
+    for point in points:
+        distinct.setdefault(point.cells(), point)
+    return list(distinct.values())
+
+
+def _table(paths: list[str], points: list[Point]) -> list[str]:
+    header = [*(path.rsplit(".", 1)[-1] for path in paths), "peak GiB", "tok/s", "hours", "plan"]
+    rows = []
+    for point in points:
+        plan, *numbers = point.cells()
+        rows.append([*(value_text(point.params.get(path, "-")) for path in paths), *numbers, plan])
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header) - 1)]
+    return ["  " + "".join(f"{cell:>{width}}  " for cell, width in zip(line, widths)) + line[-1] for line in lines]
+
+
+def _cost(fitting: list[Point], num_trials: int) -> str:
+    if not fitting:
+        return "cost       none of these points fits the card"
+    hours = mean(point.hours for point in fitting)
+    return (
+        f"cost       {_hours(hours * num_trials)} GPU hours if no trial is pruned: {num_trials} trials of {_hours(hours)} hours, "
+        "the mean of the lines that fit; evaluation left out"
+    )
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"

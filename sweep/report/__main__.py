@@ -1,0 +1,29 @@
+"""python -m sweep.report <sweep folder>: write report.html again."""
+
+from __future__ import annotations
+
+import sys
+
+from engine.errors import EngineError
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.report.build import write_report
+
+USAGE = "usage: python -m sweep.report <sweep folder>\n\nWrites report.html into the folder. The sweep may be running."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0 done, 2 bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print(USAGE, file=sys.stdout if {"-h", "--help"} & set(arguments) else sys.stderr)
+        return 0 if {"-h", "--help"} & set(arguments) else 2
+    try:
+        print(write_report(SweepFolder.open(arguments[0], "folder")))
+        return 0
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

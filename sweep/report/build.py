@@ -1,0 +1,142 @@
+"""`report.html`: a sweep on one page, read from its folder. `python -m sweep.report <sweep folder>` writes it again, also where
+the sweep was stopped, killed or still runs. A projection: it reads the journal, reports and timeline, and changes none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.errors import InputError, first_line
+from engine.system.files import write_text
+from sweep.config.sweep import SweepConfig
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.folder.timeline import Timeline
+from sweep.report import figures as report_figures
+from sweep.report.page import Section, Table, render
+from sweep.report.study_figures import study_figures
+from sweep.results.best_folder import EXAMPLE
+from sweep.results.leaderboard import HEADER, board_cells, board_rows
+from sweep.space.parse import parse_space
+from sweep.study.journal import read_records
+from sweep.text import number
+from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
+from sweep.trials.selection import Rule
+
+EXAMPLE_HEADER = ("prompt", "reference", "base model", "with adapter")
+
+
+def try_write_report(folder: SweepFolder, note: Callable[[str], None]) -> None:
+    """At the end of a sweep, which no report may fail: whatever goes wrong is one line."""
+    try:
+        note(f"report       {write_report(folder)}")
+    except Exception as error:
+        again = f"python -m sweep.report {folder.path}"
+        note(f"WARNING: report.html was not written ({type(error).__name__}: {first_line(error)}); to try again: {again}")
+
+
+def write_report(folder: SweepFolder) -> Path:
+    """Returns the file. Replaces an older one in one rename; InputError where the folder cannot be read."""
+    config = folder.read_config()
+    try:
+        page = _page(folder, config)
+    except InputError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise InputError("folder", str(folder.path), f"has a damaged journal or timeline ({first_line(error)})") from error
+    file = folder.path / "report.html"
+    write_text(file, page)
+    return file
+
+
+def _page(folder: SweepFolder, config: SweepConfig) -> str:
+    space, base = parse_space(config.space), config.base().model_dump(mode="json")
+    trials, records = read_records(folder, lambda params: space.apply(base, params).model_dump(mode="json"))
+    spans = Timeline(folder.timeline, mend=False).spans
+    rule = Rule(config.sweep.objectives, config.sweep.choose_within)
+    best = rule.best(records)
+    sections = [
+        Section("Leaderboard", _leaderboard(records, rule), f"Rule: {rule.text}."),
+        Section(
+            "Learning curves",
+            report_figures.learning_curves(records, best),
+            "On one evaluation set, against the tokens a trial has trained on. Pruned trials are faded; a click on a name hides "
+            "its lines. Losses far above the usual are cut off; a double click shows all.",
+        ),
+        *(Section(title, figure, height=500) for title, figure in study_figures(trials).items()),
+        Section(
+            "Loss, memory and time",
+            report_figures.pareto(records),
+            "Stars: COMPLETE trials that no other one beats in all three. A trial that was stopped early has spent less only "
+            "because it was stopped.",
+        ),
+        Section("Predicted and measured memory", report_figures.memory(records)),
+        Section("Slots", report_figures.slots(records, spans), report_figures.dead_time_line(spans), _slots_height(spans)),
+        _examples(folder, best),
+    ]
+    tracking = config.tracking.model_copy(update={"uri": config.tracking.public_uri})
+    shown = config.model_copy(update={"tracking": tracking}).model_dump(mode="json")
+    return render(f"Sweep {config.sweep.name}", _facts(folder, config, records, best), sections, json.dumps(shown, indent=2))
+
+
+def _facts(folder: SweepFolder, config: SweepConfig, records: list[TrialRecord], best: TrialRecord | None) -> list[str]:
+    counts = Counter(record.outcome for record in records if record.source is None)
+    ended = ", ".join(f"{counts[outcome]} {outcome}" for outcome in Outcome if counts[outcome])
+    lines = [
+        f"Model {config.model.path} ({config.model.quantization}), data {config.data.train}, folder {folder.path}.",
+        f"{sum(counts.values())} trials of {config.sweep.num_trials} asked for: {ended or 'none has started'}.",
+    ]
+    lines.append(_best_line(best) if best else "No trial has got far enough to be chosen.")
+    again = _reevaluation(folder)
+    if again is not None:
+        agrees = "agrees" if again["agrees"] else "does NOT agree"
+        lines.append(
+            f"Evaluated again after the sweep: base model {number(again['base_eval_loss'], '.4f')}, best adapter "
+            f"{number(again['eval_loss'], '.4f')} nats per target token ({agrees} with the trial's own report)."
+        )
+    return lines
+
+
+def _best_line(best: TrialRecord) -> str:
+    params = ", ".join(f"{path} = {value}" for path, value in best.params.items())
+    perplexity = math.exp(min(best.score, 700.0))
+    return f"Best: trial {best.number}, eval loss {best.score:.4f} (perplexity {perplexity:.3f}), {params or 'nothing varied'}."
+
+
+def _reevaluation(folder: SweepFolder) -> dict[str, Any] | None:
+    """What finish() wrote into leaderboard.json; None where the sweep has not come to its end."""
+    file = folder.path / "leaderboard.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("reevaluation") if file.is_file() else None
+
+
+def _leaderboard(records: list[TrialRecord], rule: Rule) -> Table | str:
+    if not records:
+        return "no trial has started"
+    rows = board_rows(records, rule)
+    first = rule.best(records)
+    kinds = ["first" if first is not None and row["number"] == first.number else _kind(row["outcome"]) for row in rows]
+    return Table(HEADER, [board_cells(row) for row in rows], kinds)
+
+
+def _examples(folder: SweepFolder, best: TrialRecord | None) -> Section:
+    """What base model and winner answered, where the sweep has come to its end."""
+    title, found = "Examples before and after", folder.read_examples()
+    if found is None or best is None or found["trial"] != best.number:
+        return Section(title, "the end of a sweep generates them, unless sweep.num_examples is 0")
+    if "error" in found:
+        return Section(title, f"nothing could be generated: {found['error']}")
+    rows = [[example[name] for name in EXAMPLE] for example in found["examples"]]
+    caption = f"Evaluation samples, answered with the likeliest token each time; the adapter is that of trial {best.number}."
+    return Section(title, Table(EXAMPLE_HEADER, rows, [""] * len(rows), is_text=True), caption)
+
+
+def _kind(outcome: str) -> str:
+    return "" if outcome in (*CONTENDERS, Outcome.RUNNING) else "faded"
+
+
+def _slots_height(spans: list[Any]) -> int:
+    return 160 + 46 * len({span.slot for span in spans})

@@ -1,0 +1,192 @@
+"""The report's figures of what the sweep measured: plain records in, plotly figures out. A str in place of a figure says why
+there is none."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from html import escape
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from sweep.folder.timeline import Span
+from sweep.trials.objectives import objective_values, pareto_front
+from sweep.trials.record import Outcome, TrialRecord
+
+COLOURS = {
+    Outcome.COMPLETE: "#2166ac",
+    Outcome.STOPPED: "#66a5cf",
+    Outcome.RUNNING: "#1b9e77",
+    Outcome.PRUNED: "#8a8a8a",
+    Outcome.INFEASIBLE: "#c9c9c9",
+    Outcome.OUT_OF_MEMORY: "#d95f02",
+    Outcome.DIVERGED: "#c51b7d",
+    Outcome.LOST: "#7b3294",
+    Outcome.FAILED: "#b2182b",
+}
+FADED = (Outcome.PRUNED, Outcome.INFEASIBLE)
+BEST = "#e6a700"
+DEAD = "#222222"
+FRONT = ("eval_loss", "peak_allocated_gib", "elapsed_s")
+UNITS = ((300.0, 1.0, "seconds"), (18_000.0, 60.0, "minutes"), (math.inf, 3600.0, "hours"))
+Drawn = go.Figure | str
+
+
+def hover(record: TrialRecord) -> str:
+    """What the mouse shows of a trial. Names and values are data: what looks like a tag in them stays text."""
+    params = (f"{escape(path)} = {escape(str(value))}" for path, value in record.params.items())
+    return "<br>".join([f"trial {record.number} {record.outcome}", *params])
+
+
+def learning_curves(records: list[TrialRecord], best: TrialRecord | None) -> Drawn:
+    """One line per trial, one trace per outcome, so that thousands of trials stay quick; a gap parts the lines of a trace."""
+    if not any(record.reports for record in records):
+        return "no trial has reported yet"
+    figure = go.Figure()
+    for outcome, ours in _by_outcome([record for record in records if record.reports]):
+        opacity = 0.5 if outcome in FADED else 0.9
+        figure.add_trace(_curves([r for r in ours if r is not best], outcome, COLOURS[outcome], 1.6, opacity))
+    if best is not None:
+        figure.add_trace(_curves([best], f"best: trial {best.number}", BEST, 3.5, 1.0))
+    figure.update_layout(xaxis_title="tokens seen", yaxis_title="eval loss (nats per target token)")
+    figure.update_yaxes(range=_usual_range([report["eval_loss"] for record in records for report in record.reports]))
+    return figure
+
+
+def _curves(records: list[TrialRecord], name: str, colour: str, width: float, opacity: float) -> go.Scatter:
+    tokens: list[int | None] = []
+    losses: list[float | None] = []
+    texts: list[str] = []
+    for record in records:
+        tokens += [report["tokens_seen"] for report in record.reports] + [None]
+        losses += [report["eval_loss"] for report in record.reports] + [None]
+        texts += [hover(record)] * (len(record.reports) + 1)
+    return go.Scatter(
+        x=tokens, y=losses, text=texts, name=name, mode="lines+markers", opacity=opacity,
+        line={"color": colour, "width": width}, marker={"size": 5},
+        hovertemplate="%{text}<br>%{x:,} tokens, eval loss %{y:.4f}<extra></extra>",
+    )  # fmt: skip
+
+
+def _usual_range(losses: list[float]) -> list[float] | None:
+    """Leaves out what a few diverged trials reached, which would press all others flat; a double click shows it all."""
+    finite = sorted(loss for loss in losses if math.isfinite(loss))
+    if len(finite) < 4:
+        return None
+    low, usual = finite[0], finite[int(0.9 * (len(finite) - 1))]
+    top = min(finite[-1], usual + (usual - low))
+    margin = 0.05 * (top - low) or 0.01
+    return [low - margin, top + margin]
+
+
+def pareto(records: list[TrialRecord]) -> Drawn:
+    """Loss against memory and against time; stars: COMPLETE trials that no other one beats in all three."""
+    measured = [record for record in records if objective_values(record, FRONT) is not None and record.source is None]
+    if not measured:
+        return "no trial has measured loss, memory and time yet"
+    front = pareto_front(measured, FRONT)
+    figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04)
+    groups = [(outcome.value, ours, COLOURS[outcome], "circle", 9) for outcome, ours in _by_outcome(measured)]
+    for name, ours, colour, symbol, size in [*groups, ("Pareto front", front, BEST, "star", 15)]:
+        losses, memory, seconds = zip(*(objective_values(record, FRONT) for record in ours)) if ours else ((), (), ())
+        opacity = 0.4 if name in FADED else 0.95
+        for column, values in ((1, memory), (2, seconds)):
+            figure.add_trace(
+                go.Scatter(
+                    x=values, y=losses, text=[hover(r) for r in ours], name=name, legendgroup=name, mode="markers",
+                    showlegend=column == 1, opacity=opacity, marker={"color": colour, "symbol": symbol, "size": size},
+                    hovertemplate="%{text}<br>%{x:,.4g}, eval loss %{y:.4f}<extra></extra>",
+                ), 1, column,
+            )  # fmt: skip
+    figure.update_xaxes(title="peak allocated GiB", row=1, col=1)
+    figure.update_xaxes(title="seconds in optimizer steps", row=1, col=2)
+    figure.update_yaxes(title="eval loss (nats)", row=1, col=1)
+    figure.update_yaxes(range=_usual_range([record.score or 0.0 for record in measured]))
+    return figure
+
+
+def memory(records: list[TrialRecord]) -> Drawn:
+    """Predicted against measured peak; on the line, a prediction is exact, and below it, on the safe side."""
+    known = [record for record in records if record.predicted_peak_gib and record.peak_allocated_gib is not None]
+    if not known:
+        return "no trial has both a predicted and a measured peak (on a CPU, none is predicted)"
+    figure = go.Figure()
+    for outcome, ours in _by_outcome(known):
+        figure.add_trace(
+            go.Scatter(
+                x=[r.predicted_peak_gib for r in ours], y=[r.peak_allocated_gib for r in ours], text=[hover(r) for r in ours],
+                name=outcome, mode="markers", marker={"color": COLOURS[outcome], "size": 9},
+                hovertemplate="%{text}<br>predicted %{x:.2f} GiB, measured %{y:.2f} GiB<extra></extra>",
+            )
+        )  # fmt: skip
+    top = max(max(record.predicted_peak_gib, record.peak_allocated_gib) for record in known)
+    exact = {"color": "#999999", "dash": "dash"}
+    figure.add_trace(go.Scatter(x=[0, top], y=[0, top], name="predicted = measured", mode="lines", line=exact))
+    figure.update_layout(xaxis_title="predicted peak GiB", yaxis_title="measured peak GiB")
+    return figure
+
+
+def slots(records: list[TrialRecord], spans: list[Span]) -> Drawn:
+    """What ran where, and the dead time between two trials of a slot."""
+    if not spans:
+        return "no trial has held a slot yet"
+    start_s = min(span.assigned_s for span in spans)
+    length_s = max(span.ended_s or span.assigned_s for span in spans) - start_s
+    scale, unit = next((scale, unit) for limit, scale, unit in UNITS if length_s < limit)
+    by_number = {record.number: record for record in records}
+    shown = [(span, by_number[span.trial]) for span in spans if span.trial in by_number]
+    figure = go.Figure()
+    for outcome in Outcome:
+        ours = [(span, record) for span, record in shown if record.outcome is outcome]
+        bars = [(span, _begin(span), (span.ended_s or span.assigned_s) - _begin(span), hover(record)) for span, record in ours]
+        if bars:
+            figure.add_trace(_bars(bars, outcome, COLOURS[outcome], start_s, scale, unit))
+    dead = [
+        (span, _begin(span), span.dead_time_s, f"dead time before the first step of trial {span.trial}")
+        for span, _ in shown
+        if span.dead_time_s is not None
+    ]
+    if dead:
+        figure.add_trace(_bars(dead, "dead time", DEAD, start_s, scale, unit))
+    figure.update_layout(barmode="overlay", xaxis_title=f"{unit} since the first trial", bargap=0.25)
+    figure.update_yaxes(autorange="reversed", type="category")
+    return figure
+
+
+def dead_time_line(spans: list[Span]) -> str:
+    """The sums that the figure of the slots shows as slivers."""
+    dead = [span.dead_time_s for span in spans if span.dead_time_s is not None]
+    held = sum(span.ended_s - span.assigned_s for span in spans if span.ended_s is not None)
+    if not dead or not held:
+        return ""
+    share = 100.0 * sum(dead) / held
+    return (
+        f"Dead time between two trials of a slot: median {statistics.median(dead):.2f} s, at most {max(dead):.2f} s, in all "
+        f"{sum(dead):.1f} s, {share:.1f} % of the {held:,.0f} s for which slots were held."
+    )
+
+
+def _begin(span: Span) -> float:
+    return span.assigned_s if span.began_s is None else span.began_s
+
+
+def _bars(bars: list[tuple[Span, float, float, str]], name: str, colour: str, start_s: float, scale: float, unit: str) -> go.Bar:
+    """bars: span, begin and length in seconds, hover text."""
+    return go.Bar(
+        y=[escape(span.slot or "slot not reported") for span, *_ in bars],
+        x=[length / scale for _, _, length, _ in bars],
+        base=[(begin - start_s) / scale for _, begin, _, _ in bars],
+        text=[str(span.trial) if name != "dead time" else "" for span, *_ in bars],
+        textposition="inside", insidetextanchor="middle", name=name, orientation="h",
+        marker={"color": colour, "line": {"color": "white", "width": 0 if name == "dead time" else 1}},
+        customdata=[[text] for *_, text in bars],
+        hovertemplate="%{customdata[0]}<br>%{x:.3g} " + unit + " from %{base:.3g}<extra></extra>",
+    )  # fmt: skip
+
+
+def _by_outcome(records: Sequence[TrialRecord]) -> list[tuple[Outcome, list[TrialRecord]]]:
+    """In the order of Outcome, those that hold the worst first, so that good ones are drawn above them."""
+    groups = [(outcome, [r for r in records if r.outcome is outcome]) for outcome in reversed(Outcome)]
+    return [(outcome, ours) for outcome, ours in groups if ours]

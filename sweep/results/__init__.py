@@ -1,0 +1,1 @@
+"""The end: choose, measure again, write out."""

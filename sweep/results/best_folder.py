@@ -1,0 +1,187 @@
+"""`best/`: the winning adapter, ready to load, with a model card that says what was measured. Plain data in, files out."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.config.parsing import parse, to_json
+from engine.config.trial import TrainConfig
+from engine.errors import InputError
+from engine.export.model_card import peft_code
+from engine.system.files import write_folder
+from sweep.text import number, table
+from sweep.trials.record import TrialRecord
+from sweep.trials.selection import Rule, median_speed, num_parameters
+
+DEFAULT_RULE = Rule()
+BUILTIN = "builtin:"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CARD_EXAMPLES, CARD_CHARS = 2, 200
+EXAMPLE = ("prompt", "reference", "base", "adapter")
+TOOLS = (
+    "```",
+    "python -m engine.chat .                                   # talk to it",
+    "python -m engine.export . --to peft --out DIR             # for PEFT and vLLM",
+    "python -m engine.export . --to merged --out DIR           # into the original 16-bit weights",
+    "python -m engine.export . --to gguf-adapter --out DIR     # for llama.cpp; --to gguf-merged: the whole model",
+    "```",
+)
+
+
+def write_best(
+    best_dir: Path,
+    record: TrialRecord,
+    reevaluation: dict[str, Any],
+    sweep_name: str,
+    rule: Rule = DEFAULT_RULE,
+    examples: Sequence[dict[str, str]] = (),
+) -> None:
+    """Assemble `best/`: the trial's adapter and tokenizer, train_config.json and a model card. Replaces an older one.
+
+    examples: see SweepFolder.write_examples. InputError where the trial folder holds no adapter.
+    """
+    adapter = Path(record.folder) / "adapter"
+    missing = [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
+    if missing:
+        raise InputError("adapter", str(adapter), f"must hold {' and '.join(missing)} of trial {record.number}")
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(adapter, folder, dirs_exist_ok=True)
+        (folder / "train_config.json").write_text(to_json(parse(TrainConfig, record.config)) + "\n")
+        card = model_card(record, reevaluation, sweep_name, _base_model(adapter), rule, examples)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    write_folder(best_dir, fill)
+
+
+def model_card(
+    record: TrialRecord,
+    reevaluation: dict[str, Any],
+    sweep_name: str,
+    base_model: str,
+    rule: Rule,
+    examples: Sequence[dict[str, str]] = (),
+) -> str:
+    """README.md of `best/`: front matter for the Hugging Face hub, what was measured, how to load it, how to train it again."""
+    config = parse(TrainConfig, record.config)
+    quantized = config.model.quantization == "nf4"
+    tags = ["lora", "qlora" if quantized else "peft", "qlora-sweep"]
+    agreement = "agrees with" if reevaluation["agrees"] else "**does NOT agree with**"
+    measured = (
+        f"Measured after the sweep on {reevaluation['num_eval_target_tokens']:,} target tokens of the evaluation set; this "
+        f"{agreement} what the trial reported ({number(reevaluation['trial_eval_loss'], '.4f')})."
+    )
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {json.dumps(base_model)}",
+            "library_name: peft",
+            "pipeline_tag: text-generation",
+            f"tags: {json.dumps(tags)}",
+            "---",
+            "",
+            f"# Best adapter of the sweep `{sweep_name}`",
+            "",
+            f"Trial {record.number}. Chosen by: {rule.text}.",
+            "",
+            "| | eval loss (nats/token) | perplexity |",
+            "|---|---:|---:|",
+            f"| base model | {_loss_cells(reevaluation['base_eval_loss'])} |",
+            f"| with this adapter | {_loss_cells(reevaluation['eval_loss'])} |",
+            "",
+            measured,
+            "",
+            *table(("setting", "value"), _settings(record, config)),
+            "",
+            *_examples(examples),
+            "## Try it, and take it elsewhere",
+            "",
+            "Run in this folder, with qlora-sweep installed:",
+            "",
+            *TOOLS,
+            "",
+            "## Load it",
+            "",
+            "Run in this folder:",
+            "",
+            *peft_code(base_model, config),
+            *_builtin_note(config.model.path),
+            "",
+            "## Train it again",
+            "",
+            "```",
+            "python -m engine train_config.json",
+            "```",
+            "",
+        ]
+    )
+
+
+def _examples(examples: Sequence[dict[str, str]]) -> list[str]:
+    """The first few, shortened: the sweep's report.html has them whole. In code blocks, since any text may stand in them."""
+    if not examples:
+        return []
+    lines = ["## What it answers", "", "Evaluation samples, greedy; each text shortened.", ""]
+    for example in examples[:CARD_EXAMPLES]:
+        texts = [f"{name:<9} {_one_line(example[name])}" for name in EXAMPLE]
+        lines += ["````text", *texts, "````", ""]
+    return lines
+
+
+def _one_line(text: str) -> str:
+    """Without line ends, which could close the code block."""
+    line = " ".join(text.split())
+    return line if len(line) <= CARD_CHARS else f"{line[: CARD_CHARS - 1]}…"
+
+
+def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]:
+    lora, last = config.lora, record.reports[-1]
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    kept = min(record.reports, key=lambda report: report["eval_loss"])
+    return [
+        ("training data", f"`{config.data.train}`"),
+        ("tokens seen by this adapter", f"{kept['tokens_seen']:,} of {last['tokens_seen']:,} trained"),
+        ("rank", str(lora.rank)),
+        ("lora_alpha", f"{lora.alpha:g}" + (" (rsLoRA)" if lora.use_rslora else "")),
+        ("lora_dropout", f"{lora.lora_dropout:g}"),
+        ("target_modules", targets),
+        ("trainable parameters", f"{num_parameters(record):,}"),
+        ("learning_rate", f"{config.optim.learning_rate:g} ({config.optim.lr_schedule})"),
+        ("max_seq_length", str(config.data.max_seq_length)),
+        ("base weights", config.model.quantization),
+        ("tokens per second", number(median_speed(record), ",.0f")),
+        ("peak allocated GiB", number(record.peak_allocated_gib, ".2f")),
+        ("peak predicted GiB", number(record.predicted_peak_gib, ".2f")),
+        ("seed", str(config.train.seed)),
+    ]
+
+
+def _builtin_note(path: str) -> list[str]:
+    """The published model is named above, because no other machine has this one's cache."""
+    if not path.startswith(BUILTIN):
+        return []
+    folder = f"python -c \"from engine.builtin import resolve_model; print(resolve_model('{path}'))\""
+    return [
+        f"The sweep used `{path}`: this model with weights rounded to 4 bits, and the losses above are on that one. Where the "
+        f"tool is installed, `{folder}` prints its folder, to put in place of the name; no network is needed then."
+    ]
+
+
+def _base_model(adapter: Path) -> str:
+    """What PEFT will look for: a hub id or folder; where the config said `builtin:`, the name that it is published under."""
+    try:
+        name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        name = None
+    if not isinstance(name, str) or not name:
+        raise InputError("adapter_config.json", str(adapter), "must be PEFT's JSON with the text base_model_name_or_path")
+    return name
+
+
+def _loss_cells(loss: float) -> str:
+    return f"{number(loss, '.4f')} | {number(math.exp(min(loss, 700.0)), ',.3f')}"

@@ -1,0 +1,126 @@
+"""The end of a sweep: choose the winner, measure it again from its files, write best/ and the leaderboard, report."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.errors import EngineError
+from sweep.execution.engine_commands import evaluate as evaluate_here
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.folder.timeline import Timeline
+from sweep.results.best_folder import write_best
+from sweep.results.leaderboard import write_leaderboard
+from sweep.trials.record import Outcome, TrialRecord
+from sweep.trials.selection import Rule
+
+DEFAULT_RULE = Rule()
+Evaluate = Callable[[Path, str, int], dict[str, Any]]
+RELATIVE_TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}  # float32 repeats itself; bfloat16 kernels add up in another order
+
+
+def finish(
+    folder: SweepFolder,
+    records: list[TrialRecord],
+    sweep_name: str,
+    device: str,
+    engine_command: str,
+    note: Callable[[str], None],
+    rule: Rule = DEFAULT_RULE,
+    num_examples: int = 0,
+    evaluate: Evaluate = evaluate_here,
+) -> tuple[TrialRecord | None, dict[str, Any]]:
+    """Returns the winner (None where no adapter can be chosen) and the summary. The leaderboard is written in any case.
+
+    num_examples: see SweepSection. evaluate: how the winner is measured again, see `sweep.commands.evaluate`.
+    """
+    best = rule.best(records)
+    ours = Counter(record.outcome for record in records if record.source is None)
+    summary: dict[str, Any] = {f"num_{outcome.lower()}": count for outcome, count in ours.items()} | _times(folder)
+    if best is None:
+        write_leaderboard(folder.path, records, sweep_name, None, rule)
+        note("no trial got far enough, so there is no adapter to choose; see the leaderboard for how each ended")
+        return None, summary
+    note(f"evaluating the adapter of trial {best.number} again, from its files")
+    try:
+        reevaluation, examples = _reevaluate(folder, best, device, lambda path: evaluate(path, engine_command, num_examples))
+    except EngineError as error:
+        write_leaderboard(folder.path, records, sweep_name, None, rule)
+        note(f"WARNING: the adapter of trial {best.number} could not be evaluated again, so best/ was not written: {error}")
+        return None, summary
+    _keep_examples(folder, best, examples, note)
+    write_best(folder.best, best, reevaluation, sweep_name, rule, examples.get("examples", []))
+    write_leaderboard(folder.path, records, sweep_name, reevaluation, rule)
+    note(_result_text(folder, best, reevaluation))
+    for line in _remarks(records, best, rule):
+        note(line)
+    summary |= {
+        "best_eval_loss": reevaluation["eval_loss"],
+        "base_eval_loss": reevaluation["base_eval_loss"],
+        "reevaluation_agrees": str(reevaluation["agrees"]),
+    }
+    return best, summary
+
+
+def _times(folder: SweepFolder) -> dict[str, float]:
+    """What the sweep has spent, over all its sessions: hours for which slots were held, and seconds lost between trials."""
+    spans = Timeline(folder.timeline, mend=False).spans
+    held_s = sum(span.ended_s - span.assigned_s for span in spans if span.ended_s is not None)
+    return {"slot_hours": held_s / 3600.0, "dead_time_s": sum(span.dead_time_s or 0.0 for span in spans)}
+
+
+def _remarks(records: list[TrialRecord], best: TrialRecord, rule: Rule) -> list[str]:
+    """What the table of losses does not say: the Pareto front, and an earlier sweep that did better."""
+    front = [str(record.number) for record in rule.front(records)]
+    lines = [f"pareto front of {', '.join(rule.objectives)}: trials {', '.join(front)}"] if front else []
+    earlier = [r for r in records if r.source is not None and r.outcome is Outcome.COMPLETE and r.score is not None]
+    leader = min(earlier, key=lambda record: record.score, default=None)
+    if leader is not None and leader.score < best.score:
+        lines.append(f"an earlier trial did better: eval loss {leader.score:.4f}, {leader.source}; its adapter is there")
+    return lines
+
+
+def _reevaluate(
+    folder: SweepFolder, best: TrialRecord, device: str, measure: Callable[[Path], dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The losses, and beside them what the engine says of the examples: examples, or error; nothing where none were asked for."""
+    answer = measure(folder.trial(best.number))
+    known = {"examples": "examples", "examples_error": "error", "examples_s": "seconds"}
+    examples = {short: answer.pop(name) for name, short in known.items() if name in answer}
+    agrees = math.isclose(answer["eval_loss"], best.score, rel_tol=RELATIVE_TOLERANCE[device])
+    losses = {**answer, "trial_eval_loss": best.score, "agrees": agrees, "relative_tolerance": RELATIVE_TOLERANCE[device]}
+    return losses, examples
+
+
+def _keep_examples(folder: SweepFolder, best: TrialRecord, examples: dict[str, Any], note: Callable[[str], None]) -> None:
+    if "error" in examples:
+        note(f"WARNING: no examples were generated ({examples['error']}); the losses are not concerned")
+    if examples:
+        folder.write_examples({"trial": best.number, **examples})
+    else:
+        folder.examples_file.unlink(missing_ok=True)  # those of an earlier winner
+
+
+def _result_text(folder: SweepFolder, best: TrialRecord, reevaluation: dict[str, Any]) -> str:
+    base, tuned = reevaluation["base_eval_loss"], reevaluation["eval_loss"]
+    lines = [
+        "",
+        f"{'':24}eval loss  perplexity",
+        _loss_line("base model", base),
+        _loss_line(f"best adapter (trial {best.number})", tuned),
+        "",
+    ]
+    if not reevaluation["agrees"]:
+        lines.insert(
+            0,
+            f"WARNING: the adapter on disk scores {tuned:.4f}, but trial {best.number} reported {best.score:.4f}: "
+            "do not trust this adapter before you know why",
+        )
+    return "\n".join([*lines, f"adapter      {folder.best}", f"leaderboard  {folder.path / 'leaderboard.md'}"])
+
+
+def _loss_line(name: str, loss: float) -> str:
+    return f"{name:24}{loss:9.4f}  {math.exp(min(loss, 700.0)):10.3f}"

@@ -1,0 +1,166 @@
+"""The leaderboard: every trial, however it ended, and the rule by which the best was chosen. Plain data in, files out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from engine.system.files import write_text
+from sweep.text import number, table
+from sweep.trials.objectives import objective_values
+from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
+from sweep.trials.selection import Rule, median_speed
+
+HEADER = (
+    "rank", "trial", "outcome", "eval loss", "tokens seen", "parameters", "tokens/s", "peak GiB", "predicted", "sampled", "error"
+)  # fmt: skip
+DEFAULT_RULE = Rule()
+LAST_REPORT = ("tokens_seen", "num_trainable", "num_out_of_memory", "micro_batch_size", "activation_checkpointing")
+
+
+def write_leaderboard(
+    folder: Path, records: list[TrialRecord], sweep_name: str, reevaluation: dict[str, Any] | None, rule: Rule = DEFAULT_RULE
+) -> None:
+    """Write leaderboard.json and leaderboard.md, each replaced in one rename, with every trial whatever its outcome.
+
+    Trials that could be chosen have a rank; a pruned one was judged hopeless.
+    """
+    best = rule.best(records)
+    rows = board_rows(records, rule)
+    front = [_front_row(record, rule.objectives) for record in rule.front(records)]
+    board = {
+        "sweep": sweep_name,
+        "rule": rule.text,
+        "objectives": list(rule.objectives),
+        "pareto_front": front,
+        "best_trial": best.number if best else None,
+        "outcomes": _outcomes([record for record in records if record.source is None]),
+        "reevaluation": reevaluation,
+        "trials": rows,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "leaderboard.json", json.dumps(_finite(board), indent=2, allow_nan=False) + "\n")
+    write_text(folder / "leaderboard.md", _markdown(sweep_name, best, board))
+
+
+def board_rows(records: list[TrialRecord], rule: Rule = DEFAULT_RULE) -> list[dict[str, Any]]:
+    """One for each trial, in the order in which they stand."""
+    return [_row(record, place) for place, record in enumerate(rule.rank(records), start=1)]
+
+
+def _row(record: TrialRecord, place: int) -> dict[str, Any]:
+    last = record.reports[-1] if record.reports else {}
+    return {
+        "rank": place if record.outcome in CONTENDERS and record.source is None else None,
+        "number": record.number,
+        "outcome": record.outcome.value,
+        "eval_loss": record.score,
+        **{name: last.get(name) for name in LAST_REPORT},
+        "tokens_per_second": median_speed(record),
+        "peak_allocated_gib": record.peak_allocated_gib,
+        "predicted_peak_gib": record.predicted_peak_gib,
+        "slot": record.slot,
+        "dead_time_s": record.dead_time_s,
+        "params": record.params,
+        "error": record.error,
+        "folder": record.folder,
+        "source": record.source,
+    }
+
+
+def _outcomes(records: list[TrialRecord]) -> dict[str, int]:
+    """How many ended in which way, in the order of Outcome."""
+    counts = Counter(record.outcome for record in records)
+    return {outcome.value: counts[outcome] for outcome in Outcome if counts[outcome]}
+
+
+def _front_row(record: TrialRecord, names: tuple[str, ...]) -> dict[str, Any]:
+    values = objective_values(record, names)
+    adapter = str(Path(record.folder) / "adapter")
+    return {"number": record.number, **dict(zip(names, values, strict=True)), "params": record.params, "adapter": adapter}
+
+
+def _markdown(name: str, best: TrialRecord | None, board: dict[str, Any]) -> str:
+    rows, outcomes, reevaluation = board["trials"], board["outcomes"], board["reevaluation"]
+    lines = [f"# Leaderboard of `{name}`", "", f"Best: {f'trial {best.number}' if best else 'none'}. Rule: {board['rule']}.", ""]
+    lines += [f"Outcomes: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.items()) or 'none'}.", ""]
+    if any(row["source"] for row in rows):
+        lines += ["Trials of earlier sweeps stand here for comparison: they were not trained again, and cannot win.", ""]
+    if Outcome.STOPPED in outcomes:
+        lines += ["STOPPED: ended at a report because the budget was spent; a resume with a larger one goes on.", ""]
+    if Outcome.INFEASIBLE in outcomes:
+        lines += ["INFEASIBLE: predicted not to fit the card, so never started; it took no trial's place and no GPU time.", ""]
+    if reevaluation:
+        again = (
+            f"Evaluated again after the sweep: base {number(reevaluation['base_eval_loss'], '.4f')}, "
+            f"best adapter {number(reevaluation['eval_loss'], '.4f')} nats per target token "
+            f"({'agrees' if reevaluation['agrees'] else 'DOES NOT agree'} with the trial's own report)."
+        )
+        lines += [again, ""]
+    lines += _front_table(board)
+    return "\n".join([*lines, *table(HEADER, [board_cells(row) for row in rows]), ""])
+
+
+def _front_table(board: dict[str, Any]) -> list[str]:
+    """The trials that no other one beats in every objective; nothing where there is one objective."""
+    if len(board["objectives"]) < 2:
+        return []
+    names = board["objectives"]
+    header = ("trial", *names, "sampled", "adapter")
+    cells = [
+        (str(row["number"]), *(f"{row[name]:,.5g}" for name in names), _sampled(row), f"`{row['adapter']}`")
+        for row in board["pareto_front"]
+    ]
+    title = f"## Pareto front of {', '.join(names)}"
+    return [
+        title,
+        "",
+        "COMPLETE trials that no other one beats in all of these.",
+        "",
+        *table(header, cells),
+        "",
+        "## All trials",
+        "",
+    ]
+
+
+def board_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """The row as text, in the order of HEADER."""
+    return (
+        number(row["rank"], "d"),
+        str(row["number"]),
+        row["outcome"],
+        number(row["eval_loss"], ".4f"),
+        number(row["tokens_seen"], ",d"),
+        number(row["num_trainable"], ",d"),
+        number(row["tokens_per_second"], ",.0f"),
+        _gib(row["peak_allocated_gib"]),
+        _gib(row["predicted_peak_gib"]),
+        _sampled(row),
+        row["error"] or (f"from {row['source']}" if row["source"] else ""),
+    )
+
+
+def _sampled(row: dict[str, Any]) -> str:
+    return ", ".join(f"{key.rsplit('.', 1)[-1]}={_short(value)}" for key, value in row["params"].items())
+
+
+def _gib(value: float | None) -> str:
+    """Blank where unknown."""
+    return "" if value is None else f"{value:.2f}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    """The same data with NaN and infinities as None: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Which fields vary, over what."""

@@ -1,0 +1,26 @@
+"""Fields that no space may vary: trials that differ in them cannot be compared."""
+
+from __future__ import annotations
+
+INCOMPARABLE = {
+    "model.path": "base models with other tokenizers would be scored on other tokens",
+    "model.revision": "base models with other tokenizers would be scored on other tokens",
+    "data.train": "trials would learn from different data",
+    "data.train_split": "trials would learn from different data",
+    "data.train_max_samples": "trials would learn from different data",
+    "data.eval": "trials would be scored on different data",
+    "data.eval_split": "trials would be scored on different data",
+    "data.eval_fraction": "trials would be scored on different data",
+    "data.eval_max_samples": "trials would be scored on different data",
+    "data.eval_max_seq_length": "trials would be scored at different lengths",
+    "data.format": "trials would be scored on different target tokens",
+    "data.chat_template": "trials would be scored on different target tokens",
+    "train.max_tokens": "trials would have different budgets",
+    "train.report_at_tokens": "trials would be judged at different rungs",
+    "train.num_reports": "trials would be judged at different rungs",
+    "train.device": "placement decides the device",
+}
+UNSEARCHABLE = {path: f"{why}, so their losses do not compare" for path, why in INCOMPARABLE.items()} | {
+    "train.profile_steps": "a trace changes nothing that could be searched for",
+    "model.trust_remote_code": "whether a model's own code runs is for you to decide, not for the sampler",
+}

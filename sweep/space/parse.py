@@ -1,0 +1,135 @@
+"""Reads the `space` section of the config into a Space, before a trial starts. No torch, no optuna.
+
+A leaf is a mapping with `choices` (a list of scalars, or name -> value; the name is what the study stores), or with `low` and
+`high` (+ `log`, `step`; whole-number bounds give whole numbers). `when: {other.path: name or [names]}` makes a leaf conditional:
+where the condition does not hold, the field keeps its base value. Keys may be nested or dotted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from engine.config.trial import TrainConfig
+from engine.errors import InputError
+from sweep.space.comparable import UNSEARCHABLE
+from sweep.space.space import Choice, Dimension, Range, Scalar, Space
+
+LEAF_KEYS = ("choices", "low", "high", "log", "step", "when")
+
+
+def parse_space(data: Mapping[str, Any]) -> Space:
+    """Check the `space` section; raises InputError naming the path and what is allowed."""
+    leaves = dict(_leaves(data, ""))
+    dimensions = {path: _dimension(path, leaf) for path, leaf in leaves.items()}
+    for dimension in dimensions.values():
+        _check_condition(dimension, dimensions)
+    return Space(tuple(_parents_first(dimensions)))
+
+
+def known_paths() -> list[str]:
+    """Every dotted path of TrainConfig."""
+    sections = TrainConfig.model_fields
+    return [f"{section}.{key}" for section, info in sections.items() for key in info.annotation.model_fields]
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for key, value in node.items():
+        path = f"{prefix}.{key}" if prefix else str(key)
+        if not isinstance(value, Mapping):
+            raise InputError(f"space.{path}", value, "must be a mapping with choices, or with low and high")
+        if {"choices", "low", "high"} & set(value):
+            yield path, value
+        else:
+            yield from _leaves(value, path)
+
+
+def _dimension(path: str, leaf: Mapping[str, Any]) -> Dimension:
+    where, known = f"space.{path}", known_paths()
+    if path not in known:
+        near = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
+        raise InputError(where, dict(leaf), f"no such field of a trial; did you mean {' or '.join(near) or ', '.join(known)}?")
+    if path in UNSEARCHABLE:
+        raise InputError(where, dict(leaf), f"cannot be searched over: {UNSEARCHABLE[path]}")
+    unknown = sorted(set(leaf) - set(LEAF_KEYS))
+    if unknown:
+        raise InputError(f"{where}.{unknown[0]}", leaf[unknown[0]], f"unknown key; known keys: {', '.join(LEAF_KEYS)}")
+    when = _condition(where, leaf.get("when") or {})
+    return _choice(path, leaf, when) if "choices" in leaf else _range(path, leaf, when)
+
+
+def _choice(path: str, leaf: Mapping[str, Any], when: dict[str, tuple[Scalar, ...]]) -> Choice:
+    where, choices = f"space.{path}.choices", leaf["choices"]
+    extra = sorted(set(leaf) - {"choices", "when"})
+    if extra:
+        allowed = f"choices go without low, high, log and step; to replace a leaf, remove it first: '~space.{path}'"
+        raise InputError(f"space.{path}", dict(leaf), allowed)
+    if isinstance(choices, Mapping):
+        values = dict(choices)
+    elif isinstance(choices, list | tuple):
+        if not all(isinstance(value, Scalar) for value in choices):
+            raise InputError(where, choices, "values that are not scalars need names: choices: {name: value}")
+        values = {value: value for value in choices}
+    else:
+        raise InputError(where, choices, "must be a list of scalars, or a mapping name -> value")
+    if not values or len(values) != len(choices):
+        raise InputError(where, choices, "must be distinct, and at least one")
+    return Choice(path, values, when)
+
+
+def _range(path: str, leaf: Mapping[str, Any], when: dict[str, tuple[Scalar, ...]]) -> Range:
+    where = f"space.{path}"
+    for key in ("low", "high"):
+        value = leaf.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise InputError(f"{where}.{key}", value, "must be a finite number")
+    low, high, log, step = leaf["low"], leaf["high"], leaf.get("log", False), leaf.get("step")
+    if low > high:
+        raise InputError(where, dict(leaf), "low must not be above high")
+    if not isinstance(log, bool):
+        raise InputError(f"{where}.log", log, "must be true or false")
+    if log and (low <= 0 or step is not None):
+        raise InputError(where, dict(leaf), "a log range needs low above 0 and takes no step")
+    whole = isinstance(low, int) and isinstance(high, int)
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int if whole else int | float) or step <= 0):
+        raise InputError(f"{where}.step", step, f"must be a positive {'whole ' if whole else ''}number")
+    return Range(path, low, high, log, step, when)
+
+
+def _condition(where: str, when: Any) -> dict[str, tuple[Scalar, ...]]:
+    if not isinstance(when, Mapping):
+        raise InputError(f"{where}.when", when, "must be a mapping other.path -> choice name, or list of names")
+    flat = {path: names for key, value in when.items() for path, names in _flat(str(key), value)}
+    return {path: tuple(names) if isinstance(names, list | tuple) else (names,) for path, names in flat.items()}
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        yield path, value
+        return
+    for key, inner in value.items():
+        yield from _flat(f"{path}.{key}", inner)
+
+
+def _check_condition(dimension: Dimension, dimensions: Mapping[str, Dimension]) -> None:
+    for path, names in dimension.when.items():
+        where, parent = f"space.{dimension.path}.when.{path}", dimensions.get(path)
+        if not isinstance(parent, Choice):
+            choices = [other.path for other in dimensions.values() if isinstance(other, Choice)]
+            raise InputError(where, list(names), f"must refer to a field with choices; those are: {', '.join(choices) or 'none'}")
+        for name in names:
+            if name not in parent.values:
+                raise InputError(where, name, f"must be one of {parent.describe()}")
+
+
+def _parents_first(dimensions: Mapping[str, Dimension]) -> list[Dimension]:
+    ordered: dict[str, Dimension] = {}
+    while len(ordered) < len(dimensions):
+        ready = [d for path, d in dimensions.items() if path not in ordered and all(p in ordered for p in d.when)]
+        if not ready:
+            cycle = sorted(set(dimensions) - set(ordered))
+            raise InputError("space", cycle, "conditions must not refer to each other in a circle")
+        ordered.update((d.path, d) for d in ready)
+    return list(ordered.values())

@@ -1,0 +1,193 @@
+"""The search space: which fields of TrainConfig vary, over what, and under which condition. No torch, no optuna.
+
+What a sampler proposes (`params`) is path -> number or choice name; `Space.apply` turns it into a TrainConfig.
+sweep/space_parse.py reads a Space from the config's `space` section.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
+from engine.errors import InputError
+
+Scalar = str | int | float | bool | None
+MAX_WALKED_POINTS = 100_000  # a shuffled list of this many points takes under a second
+
+
+class Suggester(Protocol):
+    """What suggest() needs of an Optuna trial."""
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any: ...
+    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int: ...
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None, log: bool) -> float: ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A field over named values. `values` maps what the study stores to what the field gets."""
+
+    path: str
+    values: dict[Scalar, Any]
+    when: dict[str, tuple[Scalar, ...]] = field(default_factory=dict)
+
+    def suggest(self, trial: Suggester) -> Scalar:
+        return trial.suggest_categorical(self.path, list(self.values))
+
+    def points(self) -> list[Scalar]:
+        return list(self.values)
+
+    corners = points
+
+    def describe(self) -> str:
+        return ", ".join(str(name) for name in self.values)
+
+
+@dataclass(frozen=True)
+class Range:
+    """A numeric field over low..high, both included."""
+
+    path: str
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+    when: dict[str, tuple[Scalar, ...]] = field(default_factory=dict)
+
+    @property
+    def is_int(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    def suggest(self, trial: Suggester) -> float:
+        if self.is_int:
+            return trial.suggest_int(self.path, self.low, self.high, step=self.step or 1, log=self.log)
+        return trial.suggest_float(self.path, float(self.low), float(self.high), step=self.step, log=self.log)
+
+    def points(self) -> Sequence[float] | None:
+        """All values, or None where they are not countable."""
+        if self.is_int:
+            return range(self.low, self.high + 1, self.step or 1)
+        if self.step is None:
+            return None
+        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        return [round(self.low + i * self.step, 12) for i in range(count)]
+
+    def corners(self) -> list[float]:
+        return [self.low, self.high]
+
+    def describe(self) -> str:
+        step = f", step {self.step:g}" if self.step else ""
+        return f"{self.low:g} .. {self.high:g}{', log' if self.log else ''}{step}"
+
+
+Dimension = Choice | Range
+
+
+@dataclass(frozen=True)
+class Space:
+    """Dimensions in an order in which every condition refers to an earlier one."""
+
+    dimensions: tuple[Dimension, ...]
+
+    def suggest(self, trial: Suggester) -> dict[str, Any]:
+        """Define-by-run: ask the trial for every dimension that is active. Returns path -> value or choice name."""
+        params: dict[str, Any] = {}
+        for dimension in self.dimensions:
+            if is_active(dimension, params):
+                params[dimension.path] = dimension.suggest(trial)
+        return params
+
+    def apply(self, base: Mapping[str, Any], params: Mapping[str, Any]) -> TrainConfig:
+        """The base config (plain data) with the sampled values put in. Raises InputError where that is not valid."""
+        config = {section: dict(values) for section, values in base.items()}
+        for dimension in self.dimensions:
+            if dimension.path in params:
+                section, key = dimension.path.split(".")
+                value = params[dimension.path]
+                config[section][key] = dimension.values[value] if isinstance(dimension, Choice) else value
+        return parse(TrainConfig, config)
+
+    def size(self) -> int | None:
+        """Number of distinct points; None where a dimension is continuous."""
+        return _count(self.dimensions, {})
+
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Every point. Only for a space whose size() is a number."""
+        return _points(self.dimensions, {})
+
+    def shuffled_points(self, seed: int) -> list[dict[str, Any]] | None:
+        """Every point in an order fixed by seed; None for a space that is continuous or too large to walk."""
+        if not self._is_walkable():
+            return None
+        points = list(self.points())
+        random.Random(seed).shuffle(points)
+        return points
+
+    def check_walkable(self) -> None:
+        """Grid search needs it; raises InputError."""
+        if not self._is_walkable():
+            paths = [dimension.path for dimension in self.dimensions if dimension.points() is None]
+            reason = f"give choices or a step for {', '.join(paths)}" if paths else f"this one has {self.size():,}"
+            allowed = f"needs a space of at most {MAX_WALKED_POINTS:,} points: {reason}"
+            raise InputError("sampler.name", "grid", allowed)
+
+    def _is_walkable(self) -> bool:
+        size = self.size()
+        return size is not None and size <= MAX_WALKED_POINTS
+
+    def single_changes(self, base: Mapping[str, Any]) -> list[TrainConfig]:
+        """One config per choice and per end of a range, all else as in base; raises InputError at the first that is not valid."""
+        configs = [self.apply(base, {})]
+        for dimension in self.dimensions:
+            for value in dimension.corners():
+                params = {**_parents(dimension, {d.path: d for d in self.dimensions}), dimension.path: value}
+                try:
+                    configs.append(self.apply(base, params))
+                except InputError as error:
+                    raise InputError(f"space.{dimension.path}", value, f"not valid in a trial: {error}") from None
+        return list({config.fingerprint(): config for config in configs}.values())
+
+
+def is_active(dimension: Dimension, params: Mapping[str, Any]) -> bool:
+    """Whether the dimension's condition holds for the values sampled so far."""
+    return all(path in params and params[path] in names for path, names in dimension.when.items())
+
+
+def _parents(dimension: Dimension, dimensions: Mapping[str, Dimension]) -> dict[str, Any]:
+    params: dict[str, Any] = {}
+    for path, names in dimension.when.items():
+        params |= _parents(dimensions[path], dimensions) | {path: names[0]}
+    return params
+
+
+def _count(dimensions: tuple[Dimension, ...], params: dict[str, Any]) -> int | None:
+    if not dimensions:
+        return 1
+    first, rest = dimensions[0], dimensions[1:]
+    if not is_active(first, params):
+        return _count(rest, params)
+    points = first.points()
+    if points is None:
+        return None
+    if any(first.path in d.when for d in rest):
+        counts = [_count(rest, {**params, first.path: value}) for value in points]
+        return None if None in counts else sum(counts)
+    remaining = _count(rest, params)
+    return None if remaining is None else len(points) * remaining
+
+
+def _points(dimensions: tuple[Dimension, ...], params: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if not dimensions:
+        yield dict(params)
+        return
+    first, rest = dimensions[0], dimensions[1:]
+    if not is_active(first, params):
+        yield from _points(rest, params)
+        return
+    for value in first.points():
+        yield from _points(rest, {**params, first.path: value})

@@ -1,0 +1,45 @@
+"""Reads the sweeps named in sweep.warm_start. Nothing of them is changed; everything that is wrong with them is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.errors import InputError
+from sweep.config.sweep import SweepConfig
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.space.parse import parse_space
+from sweep.space.space import Space
+from sweep.study.journal import read_trials, record_of, rungs_judged
+from sweep.study.warm_start import Earlier, check_comparable, check_same_data, entering
+
+
+def read_earlier(config: SweepConfig, space: Space, data: Mapping[str, Any]) -> list[Earlier]:
+    """The trials that enter, in the order of sweep.warm_start, each config once. data: digests of the samples, as far as known.
+
+    With several objectives, pruned trials stay out: Optuna can rank them by one value only.
+    """
+    found: dict[str, Earlier] = {}
+    for name in config.sweep.warm_start:
+        for earlier in _of_folder(name, config, space, data):
+            fingerprint = space.apply(config.base().model_dump(mode="json"), earlier.params).fingerprint()
+            found.setdefault(fingerprint, earlier)
+    return list(found.values())
+
+
+def _of_folder(name: str, config: SweepConfig, space: Space, data: Mapping[str, Any]) -> list[Earlier]:
+    folder = SweepFolder.open(name, "sweep.warm_start")
+    try:
+        there = folder.read_config()
+    except InputError as error:
+        raise InputError("sweep.warm_start", name, f"its sweep_config.json cannot be read today: {error}") from None
+    check_comparable(name, config, there)
+    check_same_data(name, data, folder.read_data())
+    base, space_there = there.base().model_dump(mode="json"), parse_space(there.space)
+    trials = read_trials(folder)
+    records = [record_of(t, folder, lambda params: space_there.apply(base, params).model_dump(mode="json")) for t in trials]
+    same_pruner = there.judge == config.judge
+    return [
+        Earlier(source, params, record, rungs_judged(trials[record.number]) if same_pruner else {})
+        for source, params, record in entering(name, records, space, config)
+    ]

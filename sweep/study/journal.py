@@ -1,0 +1,138 @@
+"""The journal: Optuna's log file in the sweep folder, and how a trial looks in it. Optuna enters here, in study.py, drafts.py and
+samplers.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from engine.errors import InputError
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.plan.feasibility import Verdict
+from sweep.study.journal_file import JournalFile
+from sweep.study.samplers import MEMORY
+from sweep.study.warm_start import Earlier
+from sweep.trials.record import Outcome, TrialRecord
+
+STUDY_NAME = "sweep"
+JUDGED = "completed_rung_"  # what successive halving notes of a trial, and reads of the others
+TOLD_PRUNED = (Outcome.PRUNED, Outcome.OUT_OF_MEMORY)  # the second with a violated constraint, so that the sampler learns it
+ConfigOf = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def open_journal(folder: SweepFolder) -> optuna.storages.JournalStorage:
+    """The storage on the folder's journal, for its one writer; an empty file is made where there is none."""
+    return optuna.storages.JournalStorage(JournalFile(folder.journal))
+
+
+def read_trials(folder: SweepFolder) -> list[FrozenTrial]:
+    """Every trial of another sweep, which may be running: nothing of it is changed. Empty where it has not begun."""
+    if not folder.journal.is_file() or folder.journal.stat().st_size == 0:
+        return []
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
+    return optuna.load_study(study_name=STUDY_NAME, storage=storage).get_trials(deepcopy=False)
+
+
+def read_records(folder: SweepFolder, config_of: ConfigOf) -> tuple[list[FrozenTrial], list[TrialRecord]]:
+    """The same trials, and their plain records with the reports from their folders."""
+    trials = read_trials(folder)
+    return trials, [record_of(trial, folder, config_of) for trial in trials]
+
+
+def mend_journal(folder: SweepFolder) -> None:
+    """After a kill: drop a last line that was not written whole, and the lock that Optuna would wait 30 s for.
+
+    The next record would be appended to the torn line and make the journal unreadable.
+    """
+    folder.journal.with_name(folder.journal.name + ".lock").unlink(missing_ok=True)
+    if folder.journal.exists():
+        with open(folder.journal, "r+b") as file:
+            text = file.read()
+            whole = text.rfind(b"\n") + 1
+            if whole < len(text):
+                file.truncate(whole)
+        for number, line in enumerate(text[:whole].splitlines(), 1):
+            _check_line(folder, number, line)
+
+
+def _check_line(folder: SweepFolder, number: int, line: bytes) -> None:
+    """A damaged line in the middle would hide every trial after it."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict) or not isinstance(entry.get("op_code"), int):
+        raise InputError(str(folder.journal), line[:80], f"line {number} is damaged; restore the file from a copy")
+
+
+def told_state(outcome: Outcome) -> TrialState:
+    """What Optuna is told of a trial that has ended."""
+    if outcome is Outcome.COMPLETE:
+        return TrialState.COMPLETE
+    return TrialState.PRUNED if outcome in TOLD_PRUNED else TrialState.FAIL
+
+
+def new_entry(draft: FrozenTrial, verdict: Verdict) -> FrozenTrial:
+    """The draft as it enters the journal, in one record: a kill leaves it whole or not at all."""
+    attributes = {"predicted_gib": verdict.predicted_peak_gib, "excess_gib": verdict.excess_gib}
+    attributes = {name: value for name, value in attributes.items() if value is not None}
+    if not verdict.fits:
+        attributes |= {"outcome": str(Outcome.INFEASIBLE), "error": verdict.reason}
+    return optuna.trial.create_trial(
+        state=TrialState.RUNNING if verdict.fits else TrialState.PRUNED,
+        params=dict(draft.params),
+        distributions=dict(draft.distributions),
+        user_attrs=attributes,
+        system_attrs=dict(draft.system_attrs),  # the state of CMA-ES; a copy, because create_trial puts the constraint in
+        # of one that fits, the constraint is set when it ends: it can be set once, and memory may yet run out
+        constraints=None if verdict.fits else {MEMORY: verdict.excess_gib},
+    )
+
+
+def earlier_entry(
+    draft: FrozenTrial, earlier: Earlier, values: tuple[float, ...] | None, excess_gib: float | None
+) -> FrozenTrial:
+    """A trial of an earlier sweep as it enters the journal: ended, with its reports. values: where it is COMPLETE."""
+    record = earlier.record
+    attributes = {"outcome": str(record.outcome), "source": earlier.source, "error": record.error}
+    return optuna.trial.create_trial(
+        state=told_state(record.outcome),
+        values=values,
+        params=dict(draft.params),
+        distributions=dict(draft.distributions),
+        intermediate_values={report["rung"]: report["eval_loss"] for report in record.reports},
+        user_attrs={name: value for name, value in attributes.items() if value is not None},
+        system_attrs=dict(earlier.rungs_judged),
+        constraints=None if excess_gib is None else {MEMORY: excess_gib},
+    )
+
+
+def record_of(trial: FrozenTrial, folder: SweepFolder, config_of: ConfigOf) -> TrialRecord:
+    """A trial from the journal and its folder. config_of: params -> the whole config as plain data."""
+    finished, known = trial.state.is_finished(), trial.user_attrs
+    # a kill within Study.tell leaves a running trial that has another outcome already
+    unfinished = Outcome.STOPPED if known.get("outcome") == Outcome.STOPPED else Outcome.RUNNING
+    return TrialRecord(
+        number=trial.number,
+        params=dict(trial.params),
+        config=config_of(trial.params),
+        outcome=Outcome(known["outcome"]) if finished else unfinished,
+        folder=str(folder.trial(trial.number)),
+        reports=folder.reports(trial.number),
+        started_s=trial.datetime_start.timestamp() if trial.datetime_start else None,
+        ended_s=trial.datetime_complete.timestamp() if trial.datetime_complete else known.get("stopped_s"),
+        error=known.get("error") if finished else None,
+        predicted_gib=known.get("predicted_gib"),
+        measured_gib=known.get("measured_gib"),
+        source=known.get("source"),
+    )
+
+
+def rungs_judged(trial: FrozenTrial) -> dict[str, Any]:
+    """What successive halving has noted of a trial."""
+    return {name: value for name, value in trial.system_attrs.items() if name.startswith(JUDGED)}

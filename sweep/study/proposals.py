@@ -1,0 +1,176 @@
+"""Drafts: what the sampler proposes, on a copy of the study in memory. Optuna enters here, in journal, study and samplers.
+
+The copy follows the journal trial by trial: made anew for each proposal, it cost as much as the proposal. Hyperband picks a
+trial's bracket from study name and number, so for it alone the copy bears the same numbers, and is made anew where they have
+drifted apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from sweep.config.sampler_options import GpConfig, RandomConfig, SamplerConfig, TpeConfig
+from sweep.space.space import Space
+from sweep.study.samplers import as_seen, is_feasible, make_sampler, proposal_seed
+
+NUM_SAMPLER_ATTEMPTS = 20  # then random draws: a sampler that insists on a known point has nothing new to say
+NUM_RANDOM_ATTEMPTS = 200
+MOST_SEEN = 256  # trials in a copy for TPE; a proposal takes 5 ms then, and 17 ms with 600
+FEWEST_SEEN, BEST_SEEN, LEAST_SHARE = 192, 32, 64  # what remains of them; TPE's good ones are never more than the best 25
+DRAWN_AT_ONCE = 4  # for each of the share: enough where a quarter qualifies, and it does not walk through all
+IsNew = Callable[[dict[str, Any]], bool]
+
+
+class Drafts:
+    """Proposes trials that are new. Nothing of it is in the journal yet."""
+
+    def __init__(
+        self,
+        study_name: str,
+        config: SamplerConfig,
+        seed: int,
+        pruner: optuna.pruners.BasePruner,
+        space: Space,
+        num_objectives: int,
+    ) -> None:
+        self._name, self._config, self._seed, self._pruner, self._space = study_name, config, seed, pruner, space
+        self._num_objectives = num_objectives
+        self._keeps_numbers = isinstance(pruner, optuna.pruners.HyperbandPruner)
+        self._is_bounded = isinstance(config, TpeConfig) and num_objectives == 1 and not self._keeps_numbers
+        self._copy: optuna.Study | None = None
+        self._ids: dict[int, int] = {}  # number in the journal -> id in the copy, of trials that have not ended
+        self._draft_id: int | None = None
+        self._border = 0  # of the trials before it, the copy has only a few
+
+    def propose(self, number: int, trials: Callable[[], list[FrozenTrial]], is_new: IsNew) -> FrozenTrial | None:
+        """What the sampler proposes for trial `number`, if that is new within a number of attempts. trials: gives those of the
+        journal. The sampler is made anew, with a seed of its own for each number: a resume cannot bring back a state.
+
+        Rejected proposals stay in the copy as running trials while it tries again, which pushes a constant-liar sampler away.
+        """
+        if isinstance(self._config, RandomConfig):  # it looks at no trial
+            study = self._study(make_sampler(self._config, proposal_seed(self._seed, number)))
+            return self._attempt(study, NUM_SAMPLER_ATTEMPTS, is_new)[0]
+        border = border_of(number) if self._is_bounded else 0
+        if self._copy is None or isinstance(self._config, GpConfig) or border != self._border:
+            self._make_copy(trials(), border)
+        self._copy.sampler = make_sampler(self._config, proposal_seed(self._seed, number))
+        draft, rejected = self._attempt(self._copy, NUM_SAMPLER_ATTEMPTS, is_new)
+        for trial in rejected:
+            self._copy._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        self._draft_id = None if draft is None else draft._trial_id
+        if rejected and self._keeps_numbers:
+            self._copy = self._draft_id = None
+        return draft
+
+    def draw(self, seed: int, is_new: IsNew) -> FrozenTrial | None:
+        """A random point nobody tried; None where none is found within a number of attempts."""
+        study = self._study(optuna.samplers.RandomSampler(seed=seed))
+        return self._attempt(study, NUM_RANDOM_ATTEMPTS, is_new)[0]
+
+    def fixed(self, params: dict[str, Any]) -> FrozenTrial:
+        """The trial with just these values."""
+        study = self._study()
+        study.enqueue_trial(params)
+        trial = study.ask()
+        self._space.suggest(trial)
+        return study.get_trials(deepcopy=False)[trial.number]
+
+    def entered(self, trial: FrozenTrial) -> None:
+        """The journal has a new trial, the last draft or another: bring the copy to the same state."""
+        if self._copy is None:
+            return
+        if self._draft_id is None:
+            self._add(trial)
+        else:
+            self._ids[trial.number], self._draft_id = self._draft_id, None
+            if trial.state.is_finished():
+                self.ended(trial)
+
+    def ended(self, trial: FrozenTrial) -> None:
+        """A trial of the journal has ended: so it does in the copy."""
+        trial_id = self._ids.pop(trial.number, None)
+        if self._copy is None or trial_id is None:
+            return
+        storage = self._copy._storage
+        for step, value in trial.intermediate_values.items():
+            storage.set_trial_intermediate_value(trial_id, step, value)
+        for name, excess in trial.constraints.items():
+            optuna.Trial(self._copy, trial_id).set_constraint(name, excess)
+        storage.set_trial_state_values(trial_id, trial.state, trial.values)
+
+    def _make_copy(self, trials: list[FrozenTrial], border: int) -> None:
+        self._copy, self._ids, self._draft_id, self._border = self._study(), {}, None, border
+        seen = as_seen(self._config, trials, self._num_objectives)
+        for trial in (*a_few(seen[:border], border), *seen[border:]) if border else seen:
+            self._add(trial)
+
+    def _add(self, trial: FrozenTrial) -> None:
+        storage, study_id = self._copy._storage, self._copy._study_id
+        if trial.state.is_finished():
+            storage.create_new_trial(study_id, template_trial=_Ended.of(trial))
+        else:
+            self._ids[trial.number] = storage.create_new_trial(study_id, template_trial=trial)
+
+    def _attempt(self, study: optuna.Study, num_attempts: int, is_new: IsNew) -> tuple[FrozenTrial | None, list[optuna.Trial]]:
+        """The first new proposal, and those rejected before it."""
+        rejected = []
+        for _ in range(num_attempts):
+            trial = study.ask()
+            if is_new(self._space.suggest(trial)):
+                return study._storage.get_trial(trial._trial_id), rejected
+            rejected.append(trial)
+        return None, rejected
+
+    def _study(self, sampler: optuna.samplers.BaseSampler | None = None) -> optuna.Study:
+        return optuna.create_study(
+            study_name=self._name,
+            sampler=sampler or optuna.samplers.RandomSampler(),
+            pruner=self._pruner,
+            directions=["minimize"] * self._num_objectives,
+        )
+
+
+class _Ended(FrozenTrial):
+    """A trial that nobody changes any more, so that a storage need not copy what is in it: that took 0.2 ms a trial, and the copy
+    of the study is made anew every now and then, in the middle of a decision."""
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> FrozenTrial:
+        ended = copy.copy(trial)
+        ended.__class__ = cls
+        return ended
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTrial:
+        return copy.copy(self)
+
+
+def border_of(number: int) -> int:
+    """Of the trials before it, a proposal for trial `number` sees only a few. It depends on the number alone, so that a resumed
+    sweep sees what an undisturbed one does."""
+    return 0 if number < MOST_SEEN else number - (number - MOST_SEEN) % (MOST_SEEN - FEWEST_SEEN)
+
+
+def a_few(trials: list[FrozenTrial], seed: int) -> list[FrozenTrial]:
+    """What TPE needs of many trials: the running ones, the best, and a fair share of the others, in their order.
+
+    It compares where the best 25 lie with where the others do; the shape of the others does not need all of them.
+    """
+    running = [trial for trial in trials if trial.state is TrialState.RUNNING]
+    ranked = sorted(
+        (trial for trial in trials if trial.state is TrialState.COMPLETE), key=lambda trial: (trial.values[0], trial.number)
+    )
+    best = list(islice(filter(is_feasible, ranked), BEST_SEEN))  # a look at constraints costs more than the sort
+    taken = {trial.number for trial in (*running, *best)}
+    wanted, rng = max(LEAST_SHARE, FEWEST_SEEN - len(best) - len(running)), random.Random(seed)
+    drawn = [trials[i] for i in rng.sample(range(len(trials)), min(len(trials), DRAWN_AT_ONCE * wanted))]
+    ended = (TrialState.COMPLETE, TrialState.PRUNED)
+    share = [trial for trial in drawn if trial.state in ended and trial.number not in taken][:wanted]
+    return sorted((*running, *best, *share), key=lambda trial: trial.number)

@@ -1,0 +1,151 @@
+"""Which trials go on: Optuna's pruners again, from values kept in order instead of a look at all trials for each verdict.
+
+Verdict by verdict the same as Optuna's, which a test holds; one takes microseconds whatever the number of trials, where Optuna's
+take 13 ms with 9,000. A loss is to be minimised, a step is a rung, from 1. Plain data, no Optuna.
+"""
+
+from __future__ import annotations
+
+import binascii
+import math
+from bisect import insort
+from collections import defaultdict
+from typing import Protocol
+
+import numpy
+
+from sweep.config.pruner_options import HyperbandConfig, MedianConfig, PatientConfig, PrunerConfig, SuccessiveHalvingConfig
+
+Curve = dict[int, float]
+"""Rung -> eval_loss, as far as the trial has reported."""
+
+
+class Judge(Protocol):
+    """Asked once for each rung of a trial, in the order in which they are reported."""
+
+    def prunes(self, number: int, curve: Curve) -> bool:
+        """Whether the trial stops at the last rung of its curve."""
+
+    def ended(self, number: int, curve: Curve, is_complete: bool) -> None:
+        """The trial will not be asked about again."""
+
+
+class NoJudge:
+    """Every trial goes on."""
+
+    def prunes(self, number: int, curve: Curve) -> bool:
+        return False
+
+    def ended(self, number: int, curve: Curve, is_complete: bool) -> None:
+        pass
+
+
+class SuccessiveHalvingJudge:
+    """As optuna.pruners.SuccessiveHalvingPruner (asynchronous successive halving, Li et al., arXiv:1810.05934).
+
+    A level is what Optuna calls a rung of its own: number k is met at rung min_rung * factor^(rate + k)."""
+
+    def __init__(self, min_rung: int, factor: int, rate: int) -> None:
+        self._min_rung, self._factor, self._rate = min_rung, factor, rate
+        self._values: defaultdict[int, list[float]] = defaultdict(list)  # by level, ascending, of all judged there
+        self._next_level: dict[int, int] = {}
+
+    def prunes(self, number: int, curve: Curve) -> bool:
+        rung = max(curve)
+        value, level = curve[rung], self._next_level.get(number, 0)
+        while rung >= self._min_rung * self._factor ** (self._rate + level):
+            if math.isnan(value):
+                return True
+            values = self._values[level]
+            insort(values, value)
+            level = self._next_level[number] = level + 1
+            if value > values[max(len(values) // self._factor, 1) - 1]:
+                return True
+        return False
+
+    def ended(self, number: int, curve: Curve, is_complete: bool) -> None:
+        self._next_level.pop(number, None)
+
+
+class HyperbandJudge:
+    """As optuna.pruners.HyperbandPruner: brackets of successive halving (Li et al., arXiv:1603.06560); which one judges a trial
+    follows from the study's name and its number."""
+
+    def __init__(self, min_rung: int, num_rungs: int, factor: int, study_name: str) -> None:
+        num_brackets = math.floor(math.log(num_rungs / min_rung, factor)) + 1
+        self._study_name = study_name
+        self._brackets = [SuccessiveHalvingJudge(min_rung, factor, rate) for rate in range(num_brackets)]
+        left = range(num_brackets - 1, -1, -1)
+        self._shares = [math.ceil(num_brackets * factor**steps / (steps + 1)) for steps in left]
+
+    def prunes(self, number: int, curve: Curve) -> bool:
+        return self._of(number).prunes(number, curve)
+
+    def ended(self, number: int, curve: Curve, is_complete: bool) -> None:
+        self._of(number).ended(number, curve, is_complete)
+
+    def _of(self, number: int) -> SuccessiveHalvingJudge:
+        drawn = binascii.crc32(f"{self._study_name}_{number}".encode()) % sum(self._shares)
+        for bracket, share in zip(self._brackets, self._shares):
+            drawn -= share
+            if drawn < 0:
+                return bracket
+        raise AssertionError("the shares add up to more than was drawn")
+
+
+class MedianJudge:
+    """As optuna.pruners.MedianPruner: stops what is worse than the median of complete trials at the same rung."""
+
+    def __init__(self, num_startup_trials: int, num_warmup_rungs: int) -> None:
+        self._num_startup_trials, self._num_warmup_rungs = num_startup_trials, num_warmup_rungs
+        self._values: defaultdict[int, list[float]] = defaultdict(list)  # by rung, ascending: of complete trials
+        self._num_complete = 0
+
+    def prunes(self, number: int, curve: Curve) -> bool:
+        rung, values = max(curve), self._values[max(curve)]
+        if self._num_complete < max(self._num_startup_trials, 1) or rung < self._num_warmup_rungs:
+            return False
+        known = [value for value in curve.values() if not math.isnan(value)]
+        if not known or not values:
+            return not known
+        middle = values[(len(values) - 1) // 2 : len(values) // 2 + 1]
+        return bool(min(known) > float(numpy.percentile(middle, 50.0)))
+
+    def ended(self, number: int, curve: Curve, is_complete: bool) -> None:
+        if is_complete:
+            self._num_complete += 1
+            for rung, value in curve.items():
+                if not math.isnan(value):
+                    insort(self._values[rung], value)
+
+
+class PatientJudge:
+    """As optuna.pruners.PatientPruner: asks `inner` only where the trial's own loss has not improved for a while."""
+
+    def __init__(self, inner: Judge | None, patience: int, min_delta: float) -> None:
+        self._inner, self._patience, self._min_delta = inner, patience, min_delta
+
+    def prunes(self, number: int, curve: Curve) -> bool:
+        losses = [curve[rung] for rung in sorted(curve)]
+        before, after = losses[: -self._patience - 1], losses[-self._patience - 1 :]
+        if not before or not numpy.nanmin(before) + self._min_delta < numpy.nanmin(after):
+            return False
+        return True if self._inner is None else self._inner.prunes(number, curve)
+
+    def ended(self, number: int, curve: Curve, is_complete: bool) -> None:
+        if self._inner is not None:
+            self._inner.ended(number, curve, is_complete)
+
+
+def make_judge(config: PrunerConfig, num_rungs: int, study_name: str) -> Judge:
+    """The judge that this section names; samplers.make_pruner makes Optuna's own, from the same numbers."""
+    if isinstance(config, SuccessiveHalvingConfig):
+        return SuccessiveHalvingJudge(config.min_rung, config.reduction_factor, config.min_early_stopping_rate)
+    if isinstance(config, HyperbandConfig):
+        return HyperbandJudge(config.min_rung, num_rungs, config.reduction_factor, study_name)
+    if isinstance(config, MedianConfig):
+        return MedianJudge(config.num_startup_trials, config.num_warmup_rungs)
+    if isinstance(config, PatientConfig):
+        inner = {"median": MedianConfig, "successive_halving": SuccessiveHalvingConfig}.get(config.inner)
+        return PatientJudge(make_judge(inner(), num_rungs, study_name) if inner else None, config.patience, config.min_delta)
+    return NoJudge()

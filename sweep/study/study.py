@@ -1,0 +1,254 @@
+"""The study: one Optuna study in a journal file, asked for trials and told how they end. Optuna enters here and in samplers.py.
+
+A proposal is made in memory, on a copy of the study, and enters the journal in one record once it is known to be new: the default
+TPE sampler repeats itself (30 % of trials in an 80-point space with 8 in flight), and a trial in the journal stays there.
+A proposal that does not fit the card enters it as PRUNED with a violated constraint: that is what TPE learns from, and a failed
+trial is not. Steps in the journal are rungs, from 1. The driver is the only writer.
+A proposal is a function of the seed, its number and the trials before it: a resumed sweep proposes what it would have proposed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from engine.config.parsing import to_json
+from engine.config.trial import TrainConfig
+from engine.errors import InputError, first_line
+from sweep.config.sweep import SweepConfig
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.plan.feasibility import UNPREDICTED, Verdict
+from sweep.space.space import Space
+from sweep.study.journal import STUDY_NAME, earlier_entry, mend_journal, new_entry, open_journal, record_of, told_state
+from sweep.study.optuna_pruners import make_pruner
+from sweep.study.proposals import Drafts
+from sweep.study.pruners import make_judge
+from sweep.study.pruning import Pruning
+from sweep.study.samplers import MEMORY, make_sampler, proposal_seed
+from sweep.study.warm_start import Earlier
+from sweep.trials.objectives import objective_values
+from sweep.trials.record import Outcome, Proposal, TrialRecord
+
+TAKEN_OVER = "num_taken_over"
+MET_EXCESS_GIB = 1.0  # memory that ran out says that there was too little, not by how much
+DEATHS = "deaths"  # user attribute: {"rung", "count"}
+RANDOM_STREAM = 1  # apart from the sampler's own draws, which it replaces once they are all known
+Judge = Callable[[TrainConfig], Verdict]
+
+
+class Study:
+    """Ask, report, judge, tell; every change is in the journal when the method returns."""
+
+    def __init__(self, folder: SweepFolder, config: SweepConfig, space: Space, judge: Judge = lambda config: UNPREDICTED) -> None:
+        """Opens the journal in the folder, or starts one. The caller holds the folder's lock. judge: whether a config fits."""
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings("ignore", message="Constraints have been set")  # CMA-ES, which does not use them
+        self._folder, self._space, self._seed, self._judge = folder, space, config.sweep.seed, judge
+        self._base = config.base().model_dump(mode="json")
+        mend_journal(folder)
+        num_rungs = len(config.train.report_grid())
+        self._pruner = make_pruner(config.judge, num_rungs)
+        self._objectives = config.sweep.objectives
+        self._study = self._open()
+        make_sampler(config.sampler, 0)  # a package that it lacks is missed now
+        self._pruning = Pruning(make_judge(config.judge, num_rungs, STUDY_NAME), num_rungs, self._trials())
+        self._drafts = Drafts(STUDY_NAME, config.sampler, config.sweep.seed, self._pruner, space, len(self._objectives))
+        self._is_grid = config.sampler.name == "grid"
+        self._points = space.shuffled_points(config.sweep.seed)
+        self._next_point, self._num_trials = 0, len(self._trials())
+        self._distributions: dict[tuple[str, Any], Any] = {}  # each once: the journal makes them anew for every trial
+        for trial in self._trials():
+            self._share_distributions(trial)
+        self._tried = {_key(self._config(trial.params), _is_refused(trial)) for trial in self._trials()}
+
+    def _open(self) -> optuna.Study:
+        try:
+            self._storage = open_journal(self._folder)
+            return optuna.create_study(
+                storage=self._storage,
+                study_name=STUDY_NAME,
+                pruner=self._pruner,
+                directions=["minimize"] * len(self._objectives),
+                load_if_exists=True,
+            )
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError, optuna.exceptions.OptunaError) as error:
+            raise InputError("resume", str(self._folder.journal), f"is no journal of a sweep ({first_line(error)})") from None
+
+    def ask(self) -> Proposal | None:
+        """A new trial that trains an adapter no earlier one did, in the journal as RUNNING, or as ended where it does not fit;
+        None where the space is used up."""
+        draft = None if self._is_grid else self._drafts.propose(self._num_trials, self._trials, self._is_new)
+        if draft is None:
+            draft = self._unseen_point()
+        if draft is None:
+            return None
+        config = self._config(draft.params)
+        verdict = self._judge(config)
+        number = self._enter(new_entry(draft, verdict))
+        self._tried.add(_key(config, not verdict.fits))
+        self._folder.write_train_config(number, config)
+        return Proposal(number, dict(draft.params), config, verdict.reason)
+
+    @property
+    def has_taken_over(self) -> bool:
+        """Whether take_over() came to its end, in this session or an earlier one."""
+        return TAKEN_OVER in self._study.user_attrs
+
+    def take_over(self, trials: Sequence[Earlier]) -> None:
+        """Put trials of earlier sweeps into the journal, each once, as ended: the sampler learns from them, and none is trained
+        again."""
+        known = {trial.user_attrs.get("source") for trial in self._trials()}
+        for earlier in trials:
+            if earlier.source in known:
+                continue
+            config, record = self._config(earlier.params), earlier.record
+            values = objective_values(record, self._objectives) if record.outcome is Outcome.COMPLETE else None
+            draft, excess_gib = self._drafts.fixed(earlier.params), self._judge(config).excess_gib
+            number = self._enter(earlier_entry(draft, earlier, values, excess_gib))
+            self._tried.add(_key(config, False))
+            self._folder.write_train_config(number, config)
+            self._folder.write_reports(number, record.reports)
+        self._study.set_user_attr(TAKEN_OVER, len(trials))
+
+    def report(self, number: int, rung: int, eval_loss: float) -> bool:
+        """Record a rung once. Returns whether it was new; a re-reported rung changes nothing."""
+        trial = self._trial(number)
+        if rung in trial.intermediate_values or trial.state.is_finished():
+            return False
+        self._storage.set_trial_intermediate_value(trial._trial_id, rung, eval_loss)
+        self._pruning.reported(number, rung, eval_loss)
+        return True
+
+    def should_prune(self, number: int) -> bool:
+        """The pruner's verdict on the last reported rung; ask once a rung."""
+        return self._pruning.should_prune(number)
+
+    def count_death(self, number: int) -> int:
+        """One more death of the trial's process; returns how many there were since its last new report. In the journal, so that
+        a trial that takes the driver down with it is not tried for ever."""
+        trial = self._trial(number)
+        rung = max(trial.intermediate_values, default=0)
+        last = trial.user_attrs.get(DEATHS, {"rung": rung, "count": 0})
+        count = 1 + (last["count"] if last["rung"] == rung else 0)
+        self._storage.set_trial_user_attr(trial._trial_id, DEATHS, {"rung": rung, "count": count})
+        return count
+
+    def tell(
+        self,
+        number: int,
+        outcome: Outcome,
+        error: str | None = None,
+        memory: Mapping[str, float] | None = None,
+        values: Sequence[float] | None = None,
+    ) -> bool:
+        """End a trial. Returns False, and changes nothing, where it has ended already.
+
+        memory: predicted_gib and measured_gib, as far as known, where it ran out. values: of a COMPLETE trial, one for each
+        objective; with eval_loss alone, the lowest reported one where they are not given.
+        """
+        trial = self._trial(number)
+        if trial.state.is_finished():
+            return False
+        # attributes first: a finished trial takes none, and a kill in between leaves a RUNNING trial that resume tells again
+        self._storage.set_trial_user_attr(trial._trial_id, "outcome", str(outcome))
+        known = {**({} if error is None else {"error": error}), **(memory or {})}
+        for name, value in known.items():
+            self._storage.set_trial_user_attr(trial._trial_id, name, value)
+        excess_gib = MET_EXCESS_GIB if outcome is Outcome.OUT_OF_MEMORY else trial.user_attrs.get("excess_gib")
+        if excess_gib is not None:
+            optuna.Trial(self._study, trial._trial_id).set_constraint(MEMORY, excess_gib)
+        if outcome is Outcome.COMPLETE and values is None:
+            values = [min(trial.intermediate_values.values())]
+        self._study.tell(number, values if outcome is Outcome.COMPLETE else None, told_state(outcome))
+        ended = self._trial(number)
+        self._drafts.ended(ended)
+        self._pruning.ended(ended)
+        return True
+
+    def stop(self, number: int, now_s: float) -> None:
+        """Note that the trial waits for a larger budget. To Optuna it goes on running: what has ended can never go on."""
+        self._note_stop(number, Outcome.STOPPED, now_s)
+
+    def go_on(self, number: int) -> None:
+        """Take a stop back."""
+        self._note_stop(number, Outcome.RUNNING, None)
+
+    def running(self) -> list[int]:
+        """Numbers of trials that have not ended."""
+        return [trial.number for trial in self._trials() if not trial.state.is_finished()]
+
+    def records(self) -> list[TrialRecord]:
+        """Every trial, from the journal and its folder."""
+        return [self._record(trial) for trial in self._trials()]
+
+    def record(self, number: int) -> TrialRecord:
+        return self._record(self._trial(number))
+
+    def config(self, number: int) -> TrainConfig:
+        """The trial's whole config, made again from its params."""
+        return self._config(self._trial(number).params)
+
+    def _note_stop(self, number: int, outcome: Outcome, now_s: float | None) -> None:
+        trial_id = self._trial(number)._trial_id
+        self._storage.set_trial_user_attr(trial_id, "stopped_s", now_s)
+        self._storage.set_trial_user_attr(trial_id, "outcome", str(outcome))
+
+    def _record(self, trial: FrozenTrial) -> TrialRecord:
+        return record_of(trial, self._folder, self._plain_config)
+
+    def _plain_config(self, params: dict[str, Any]) -> dict[str, Any]:
+        """As plain data; sections that the space leaves alone are the same objects in all trials: there may be thousands."""
+        config = self._config(params).model_dump(mode="json")
+        return {name: self._base[name] if values == self._base[name] else values for name, values in config.items()}
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def _trial(self, number: int) -> FrozenTrial:
+        study_id = self._study._study_id
+        return self._storage.get_trial(self._storage.get_trial_id_from_study_id_trial_number(study_id, number))
+
+    def _enter(self, trial: FrozenTrial) -> int:
+        """Put a trial into the journal; returns its number."""
+        self._study.add_trial(trial)
+        entered = self._trial(self._num_trials)
+        self._share_distributions(entered)
+        self._num_trials += 1
+        self._drafts.entered(entered)
+        self._pruning.entered(entered)
+        return entered.number
+
+    def _share_distributions(self, trial: FrozenTrial) -> None:
+        known = self._distributions
+        trial.distributions = {name: known.setdefault((name, one), one) for name, one in trial.distributions.items()}
+
+    def _unseen_point(self) -> FrozenTrial | None:
+        """A point nobody tried: the next one of an enumerable space, else a random draw."""
+        if self._points is None:
+            return self._drafts.draw(proposal_seed(self._seed, self._num_trials, RANDOM_STREAM), self._is_new)
+        for number in range(self._next_point, len(self._points)):
+            self._next_point = number + 1  # one that is known stays known
+            if self._is_new(self._points[number]):
+                return self._drafts.fixed(self._points[number])
+        return None
+
+    def _config(self, params: dict[str, Any]) -> TrainConfig:
+        return self._space.apply(self._base, params)
+
+    def _is_new(self, params: dict[str, Any]) -> bool:
+        config = self._config(params)
+        return self._tried.isdisjoint({_key(config, False), _key(config, True)})
+
+
+def _key(config: TrainConfig, refused: bool) -> str:
+    """What makes a config known. One that did not fit stands for itself alone: with another micro-batch it may fit."""
+    return to_json(config) if refused else config.fingerprint()
+
+
+def _is_refused(trial: FrozenTrial) -> bool:
+    return trial.user_attrs.get("outcome") == Outcome.INFEASIBLE

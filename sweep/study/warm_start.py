@@ -1,0 +1,136 @@
+"""Warm start: which trials of earlier sweeps enter this one's study, as finished trials. Plain data in, plain data out.
+
+A trial enters where it is a point of this sweep's space: put into it, it gives the same config, field by field, that was trained.
+So it may come from a smaller, a larger or another space; what decides is what makes losses comparable.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
+from engine.errors import InputError
+from sweep.config.sweep import SweepConfig
+from sweep.space.comparable import INCOMPARABLE
+from sweep.space.space import Choice, Dimension, Space, is_active
+from sweep.trials.objectives import objective_values
+from sweep.trials.record import Outcome, TrialRecord
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A trial of another sweep, as it enters this one. source: where it comes from; params: in this sweep's space; rungs_judged:
+    what the pruner had noted of it, empty where this sweep's pruner is another."""
+
+    source: str
+    params: dict[str, Any]
+    record: TrialRecord
+    rungs_judged: dict[str, Any]
+
+
+def check_comparable(name: str, here: SweepConfig, there: SweepConfig) -> None:
+    """InputError where losses of the two sweeps do not compare at all. name: the earlier sweep's folder."""
+    for path, reason in INCOMPARABLE.items():
+        if path in ("train.device", "train.report_at_tokens", "train.num_reports"):
+            continue
+        _check_equal(name, path, _at(here.base(), path), _at(there.base(), path), reason)
+    reason = INCOMPARABLE["train.report_at_tokens"]
+    _check_equal(name, "train.report_at_tokens", here.train.report_grid(), there.train.report_grid(), reason)
+
+
+def check_same_data(name: str, here: Mapping[str, Any], there: Mapping[str, Any] | None) -> None:
+    """InputError where the same path held other samples then. Digests of what was tokenised; there: None in sweeps of old."""
+    for part, digest in (there or {}).items():
+        if part in here and here[part] != digest:
+            raise InputError(
+                "sweep.warm_start", name, f"cannot be learnt from: its {part} samples are others than those of today"
+            )
+
+
+def entering(
+    name: str, records: Iterable[TrialRecord], space: Space, config: SweepConfig
+) -> list[tuple[str, dict[str, Any], TrialRecord]]:
+    """(source, params, record) of each trial that enters. InputError where there is none."""
+    base, names = config.base().model_dump(mode="json"), config.sweep.objectives
+    ended = [record for record in records if record.source is None and _is_known(record, names)]
+    if not ended:
+        raise InputError("sweep.warm_start", name, "must be a sweep of which a trial has ended and was measured")
+    placed = [(record, params_in(space, base, record.config)) for record in ended]
+    found = [(f"{name} trial {record.number}", params, record) for record, params in placed if params is not None]
+    if not found:
+        allowed = f"none of its {len(ended)} ended trials is a point of this space: {_why(space, base, ended[0])}"
+        raise InputError("sweep.warm_start", name, allowed)
+    return found
+
+
+def _is_known(record: TrialRecord, objectives: tuple[str, ...]) -> bool:
+    """LOST and FAILED may go well this time, and whether memory is enough depends on the card."""
+    if record.outcome is Outcome.COMPLETE:
+        return objective_values(record, objectives) is not None
+    return record.outcome is Outcome.DIVERGED or (record.outcome is Outcome.PRUNED and len(objectives) == 1)
+
+
+def params_in(space: Space, base: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The point of the space whose config this is; None where there is none."""
+    params: dict[str, Any] = {}
+    for dimension in space.dimensions:
+        if is_active(dimension, params):
+            value = _coordinate(dimension, config)
+            if value is _OUTSIDE:
+                return None
+            params[dimension.path] = value
+    try:
+        same = space.apply(base, params).fingerprint() == parse(TrainConfig, config).fingerprint()
+    except InputError:
+        return None
+    return params if same else None
+
+
+_OUTSIDE = object()
+
+
+def _coordinate(dimension: Dimension, config: Mapping[str, Any]) -> Any:
+    """The name or number that gives the config's value; _OUTSIDE where none does."""
+    section, key = dimension.path.split(".")
+    value = config[section][key]
+    if isinstance(dimension, Choice):
+        return next((name for name, given in dimension.values.items() if _plain(given) == _plain(value)), _OUTSIDE)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not dimension.low <= value <= dimension.high:
+        return _OUTSIDE
+    points = dimension.points()
+    if points is None:
+        return float(value)
+    return next((point for point in points if abs(point - value) <= 1e-9 * max(1.0, abs(value))), _OUTSIDE)
+
+
+def _why(space: Space, base: Mapping[str, Any], record: TrialRecord) -> str:
+    """The first field by which a trial is no point of the space."""
+    free = {dimension.path: dimension for dimension in space.dimensions}
+    for section, values in parse(TrainConfig, record.config).model_dump(mode="json").items():
+        for key, value in values.items():
+            path = f"{section}.{key}"
+            if path in free and _coordinate(free[path], record.config) is _OUTSIDE:
+                return f"{path} is {value!r} in trial {record.number}, and {free[path].describe()} here"
+            if path not in free and _plain(base[section][key]) != _plain(value):
+                return f"{path} is {value!r} in trial {record.number}, and {base[section][key]!r} here"
+    return f"trial {record.number} was trained in another way"
+
+
+def _check_equal(name: str, path: str, here: Any, there: Any, reason: str) -> None:
+    if _plain(here) != _plain(there):
+        allowed = f"cannot be learnt from: {path} is {there!r} there and {here!r} here, and {reason}"
+        raise InputError("sweep.warm_start", name, allowed)
+
+
+def _at(config: TrainConfig, path: str) -> Any:
+    section, key = path.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def _plain(value: Any) -> str:
+    """Text that is equal for a list and a tuple, and for 1 and 1.0."""
+    return json.dumps(float(value) if isinstance(value, int) and not isinstance(value, bool) else value, default=list)

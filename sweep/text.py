@@ -1,0 +1,25 @@
+"""Small texts that several rooms share: tables, parameters and their values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in escaped)]
+
+
+def number(value: float | None, spec: str) -> str:
+    """`-` where there is none, or it is not finite."""
+    return "-" if value is None or not math.isfinite(value) else format(value, spec)
+
+
+def params_text(params: dict[str, Any]) -> str:
+    """Sampled values with the last part of their path: rank=8 learning_rate=0.00042."""
+    return " ".join(f"{path.rsplit('.', 1)[-1]}={value_text(value)}" for path, value in params.items()) or "(base config)"
+
+
+def value_text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,134 @@
+"""How a trial and a sweep are called and measured in MLflow: plain records in, names and points out. No mlflow.
+
+Metric names are grouped by slash and carry their unit; the step of a trial's points is the tokens it has seen, so that trials of
+different sequence length lie on one axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sweep.tracking.system_metrics import read_system
+from sweep.trials.record import Outcome, TrialRecord
+
+METRICS = {
+    "eval_loss": "eval/loss_nats_per_token",
+    "best_eval_loss": "eval/best_loss_nats_per_token",
+    "train_loss": "train/loss_nats_per_token",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "epoch": "train/epoch",
+    "step": "train/optimizer_steps",
+    "target_tokens_seen": "train/target_tokens",
+    "elapsed_s": "speed/elapsed_s",
+    "tokens_per_second": "speed/tokens_per_second",
+    "step_time_ms": "speed/step_time_ms",
+    "peak_allocated_gib": "memory/peak_allocated_gib",
+    "predicted_peak_gib": "memory/predicted_peak_gib",
+    "num_out_of_memory": "memory/num_out_of_memory",
+}
+NUM_TRAINABLE = "adapter/num_trainable_parameters"
+SYSTEM = "system/"  # MLflow's page has a tab of its own for these
+SUMMARY = {
+    "best_eval_loss": METRICS["best_eval_loss"],  # as the trials' is called: sweeps are sorted by it too
+    "base_eval_loss": "eval/base_loss_nats_per_token",
+    "slot_hours": "time/slot_hours",
+    "dead_time_s": "time/dead_s",
+}
+PLAN = ("micro_batch_size", "activation_checkpointing")  # tags, because they may change while a trial runs
+STATUS = {
+    Outcome.RUNNING: "RUNNING",
+    Outcome.COMPLETE: "FINISHED",
+    Outcome.STOPPED: "KILLED",
+    Outcome.PRUNED: "KILLED",
+    Outcome.INFEASIBLE: "KILLED",
+}  # the others: FAILED
+SWEEP_PARAMS = ("model.path", "model.quantization", "data.train", "train.max_tokens", "sampler.name", "pruner.name", "sweep.seed")
+"""What tells sweeps apart and no resume can change, as MLflow lets nobody change a parameter."""
+Point = tuple[str, float, int, int]  # name, value, milliseconds, tokens seen
+
+
+def trial_name(record: TrialRecord, is_best: bool = False) -> str:
+    """The first column of MLflow's table, and what its charts call a run: the outcome is seen without a column of its own."""
+    return f"{record.number:04d} {record.outcome}{' (best)' if is_best else ''}"
+
+
+def trial_points(record: TrialRecord, written: int) -> list[Point]:
+    """Points of the reports after rung `written`, and what is known beside reports."""
+    system = read_system(Path(record.folder))
+    points: list[Point] = []
+    for report in record.reports:
+        if report["rung"] > written:
+            at = (_milliseconds(record, report), report["tokens_seen"])
+            values = {METRICS[name]: value for name, value in report.items() if name in METRICS}
+            if not report.get("predicted_peak_gib"):
+                values.pop(METRICS["predicted_peak_gib"], None)  # 0: nobody predicted
+            values |= {SYSTEM + name: value for name, value in system.get(report["rung"], {}).items()}
+            points += [(name, value, *at) for name, value in values.items() if value is not None]
+    return points + _beside(record)
+
+
+def _beside(record: TrialRecord) -> list[Point]:
+    """Predicted before the start; measured where memory ran out, after the last report; what is the same at every report."""
+    start = (int(1000 * (record.started_s or 0.0)), 0)
+    last, reports = start, record.reports
+    if reports:
+        last = (_milliseconds(record, reports[-1]) + 1, reports[-1]["tokens_seen"])
+    known = [
+        (METRICS["predicted_peak_gib"], record.predicted_gib, start),
+        (METRICS["peak_allocated_gib"], record.measured_gib, last),
+        (NUM_TRAINABLE, reports[-1].get("num_trainable") if reports else None, start),
+    ]
+    return [(name, value, *at) for name, value, at in known if value is not None]
+
+
+def plan_tags(record: TrialRecord) -> dict[str, str]:
+    """How the trial was computed, by its last report."""
+    last = record.reports[-1] if record.reports else {}
+    return {f"plan.{name}": str(last[name]) for name in PLAN if name in last}
+
+
+def _milliseconds(record: TrialRecord, report: dict[str, Any]) -> int:
+    """Follows from the record alone: MLflow takes the same point again for one point only if its time is the same too."""
+    return int(1000 * ((record.started_s or 0.0) + report["elapsed_s"]))
+
+
+def sweep_points(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a summary, under the names they have on the sweep's run: counts of outcomes are trials/num_*."""
+    return {_sweep_name(name): float(value) for name, value in summary.items() if _is_number(value)}
+
+
+def sweep_tags(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a summary is no number."""
+    return {name: value for name, value in summary.items() if not _is_number(value)}
+
+
+def sweep_params(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the resolved config, what sweeps are told apart by; what it lacks is left out."""
+    found = {path: config.get(path.split(".")[0], {}) for path in SWEEP_PARAMS}
+    return {path: section[path.split(".")[1]] for path, section in found.items() if path.split(".")[1] in section}
+
+
+def description(config: Mapping[str, Any], best: TrialRecord, summary: Mapping[str, Any], folder: str) -> str:
+    """Markdown of the best adapter: base model, losses, where the sweep lies."""
+    model = best.config.get("model", {})
+    lines = [f"Trial {best.number} of the sweep in `{folder}`, an adapter for `{model.get('path', 'unknown')}`."]
+    losses = [("base model", summary.get("base_eval_loss")), ("with this adapter", summary.get("best_eval_loss"))]
+    rows = [f"| {name} | {loss:.4f} | {math.exp(min(loss, 700.0)):,.3f} |" for name, loss in losses if loss is not None]
+    if rows:
+        lines += ["", "| | eval loss (nats/token) | perplexity |", "|---|---:|---:|", *rows]
+    data = config.get("data", {}).get("train")
+    sampled = ", ".join(f"{path} = {value}" for path, value in best.params.items())
+    lines += ["", f"Trained on `{data}`." if data else "", f"Sampled: {sampled}." if sampled else ""]
+    return "\n".join(lines).rstrip()
+
+
+def _sweep_name(name: str) -> str:
+    return SUMMARY.get(name, f"trials/{name}" if name.startswith("num_") else f"sweep/{name}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,235 @@
+"""What MLflow holds of a sweep: a parent run for it, a child run for each trial. MLflow enters here and in registry.py.
+
+A projection, not a record: the study and the trial folders hold the truth, and the same state may be written again without
+doubling anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sweep.tracking.mlflow_names import (
+    STATUS,
+    Point,
+    description,
+    plan_tags,
+    sweep_params,
+    sweep_points,
+    sweep_tags,
+    trial_name,
+    trial_points,
+)
+from sweep.tracking.mlflow_registry import register
+from sweep.tracking.mlflow_view import view
+from sweep.trials.record import Outcome, TrialRecord
+
+# MLflow waits up to 120 s, 7 times, by default. Usage reports are off: they would go to a host outside, from a training machine.
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a create whose answer is lost must not be sent twice: our own retry looks first
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines to stdout at every end of a trial
+}
+BATCH = 1000  # MLflow's limit of metrics in one call
+MAX_VALUE_CHARS = 500  # the shortest limit MLflow's stores ever had for a parameter
+NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+class Projection:
+    """What the runs of one sweep must look like. Every method may fail and be called again; used by one thread only."""
+
+    def __init__(
+        self, uri: str, experiment: str, name: str, folder: Path, config: dict[str, Any], registered_model: str | None = None
+    ) -> None:
+        self._uri, self._experiment, self._name, self._config = uri, experiment, name, config
+        self._folder, self._registered_model = str(folder.absolute()), registered_model
+        # a path may hold quotes, which the filter language lacks
+        self._id = hashlib.sha256(self._folder.encode()).hexdigest()[:16]
+        self._client: Any = None
+        self._experiment_id: str | None = None
+        self._parent: str | None = None
+        self._children: dict[int, str] = {}
+        self._last_rung: dict[int, int] = {}
+        self._names: dict[str, str] = {}
+        self._with_config: set[str] = set()
+        self.started_s: float | None = None
+        # what failed is tried again after the others: the start may come after the end, and a trial after it was marked the best
+        self._ended, self._best = False, None
+
+    def start(self, tags: dict[str, str]) -> None:
+        parent = self._open()
+        if not self._ended:
+            self._client.update_run(parent, status="RUNNING")
+        self._log(parent, params=sweep_params(self._config), tags={**tags, "sweep.folder": self._folder})
+        self._write_config(parent, self._config, "sweep_config.json")
+
+    def trial(self, record: TrialRecord) -> str:
+        """Bring a trial's run to this state; returns its MLflow id."""
+        run = self._child(record)
+        points = trial_points(record, self._last_rung.get(record.number, 0))
+        tags = {"outcome": record.outcome.value, "error": record.error or "", **plan_tags(record)}
+        self._log(run, points, record.params, tags)
+        self._write_config(run, record.config, "train_config.json")
+        status = STATUS.get(record.outcome, "FAILED")
+        self._rename(run, trial_name(record, is_best=record.number == self._best), status)
+        if record.outcome is not Outcome.RUNNING:
+            self._client.set_terminated(run, status, end_time=int(1000 * (record.ended_s or time.time())))
+        self._last_rung[record.number] = max((report["rung"] for report in record.reports), default=0)
+        return run
+
+    def finish(self, summary: dict[str, Any], best: TrialRecord | None, now_s: float) -> None:
+        parent = self._open()
+        if best is not None:
+            self._best = best.number
+            self._mark_best(self.trial(best), best)
+        known = self._client.get_run(parent).data.metrics  # an unchanged number again would be a second point
+        numbers = sweep_points(summary).items()
+        points = [(name, value, int(1000 * now_s), 0) for name, value in numbers if known.get(name) != value]
+        note = {"mlflow.note.content": description(self._config, best, summary, self._folder)} if best else {}
+        self._log(parent, points, tags={**sweep_tags(summary), **note})
+        self._client.set_terminated(parent, "FINISHED", end_time=int(1000 * now_s))
+        self._ended = True
+
+    def keep_best(self, summary: dict[str, Any], best: TrialRecord, folder: Path) -> None:
+        """Keep best/ with the winner's run, as a version of the registered model where there is to be one."""
+        run = self._child(best)
+        if self._registered_model is None:
+            self._client.log_artifacts(run, str(folder), folder.name)
+            return
+        tags = {"sweep.id": self._id, "sweep.folder": self._folder, "sweep.trial_number": str(best.number)}
+        text = description(self._config, best, summary, self._folder)
+        register(self._client, self._registered_model, run, folder, tags, text)
+
+    def interrupt(self) -> None:
+        if self._parent is not None:
+            self._client.set_terminated(self._parent, "KILLED")
+            self._ended = True
+
+    def _mark_best(self, run: str, best: TrialRecord) -> None:
+        for former in self._search("tags.`sweep.best` = 'true'"):
+            if former.info.run_id != run:
+                self._client.set_tag(former.info.run_id, "sweep.best", "false")
+                self._rename(former.info.run_id, former.info.run_name.removesuffix(" (best)"), former.info.status)
+        self._client.set_tag(run, "sweep.best", "true")
+
+    def _rename(self, run: str, name: str, status: str) -> None:
+        """Also sets a status that is no end."""
+        if self._names.get(run) != name:
+            self._client.update_run(run, status, name)
+            self._names[run] = name
+
+    def _open(self) -> str:
+        """Connect, and find or create the parent run; returns its id."""
+        if self._parent is None:
+            self._connect()
+            self._parent = self._find_or_create(self._name, {"sweep.kind": "sweep"}, self.started_s or time.time())
+        return self._parent
+
+    def _connect(self, create: bool = True) -> None:
+        """create: make the database and the experiment where there is none."""
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        # takes 1.5 to 3 s: here, so that the driver does not wait for it
+        from mlflow import MlflowClient
+
+        # 40 lines on the creation of a database, one at each try of a dead server: close() says it once
+        for chatty in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
+            logging.getLogger(chatty).setLevel(logging.ERROR)
+        location = None
+        if self._uri.startswith("sqlite:///"):
+            database = Path(self._uri.removeprefix("sqlite:///")).absolute()
+            database.parent.mkdir(parents=True, exist_ok=True)
+            if create and not database.exists():
+                _create(database)
+            location = (database.parent / "mlartifacts").as_uri()
+        self._client = MlflowClient(self._uri, self._uri)
+        experiment = self._client.get_experiment_by_name(self._experiment)
+        if experiment is not None:
+            self._experiment_id = experiment.experiment_id
+        elif create:
+            self._experiment_id = self._client.create_experiment(self._experiment, location)
+
+    def _child(self, record: TrialRecord) -> str:
+        parent = self._open()
+        if record.number not in self._children:
+            identity = {"sweep.kind": "trial", "sweep.trial_number": str(record.number), "mlflow.parentRunId": parent}
+            started_s = record.started_s or time.time()
+            self._children[record.number] = self._find_or_create(f"trial {record.number:04d}", identity, started_s)
+        return self._children[record.number]
+
+    def _find_or_create(self, name: str, identity: dict[str, str], started_s: float) -> str:
+        """Looks first: on resume the run is there, and so it is where the answer to an earlier create was lost."""
+        found = self._search(*(f"tags.`{tag}` = '{value}'" for tag, value in identity.items()))
+        if found:
+            return found[0].info.run_id
+        tags = {**identity, "sweep.id": self._id, "mlflow.source.name": "python -m sweep"}
+        return self._client.create_run(self._experiment_id, int(1000 * started_s), tags, name).info.run_id
+
+    def _search(self, *conditions: str) -> list[Any]:
+        """The runs of this sweep that meet all conditions, oldest first."""
+        condition = " and ".join([f"tags.`sweep.id` = '{self._id}'", *conditions])
+        return self._client.search_runs([self._experiment_id], condition, order_by=["attributes.start_time ASC"])
+
+    def _write_config(self, run: str, config: dict[str, Any], name: str) -> None:
+        if run not in self._with_config:
+            self._client.log_dict(run, config, name)
+            self._with_config.add(run)
+
+    def _log(self, run: str, metrics: Sequence[Point] = (), params: Mapping = NONE, tags: Mapping = NONE) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        points = [Metric(*point) for point in metrics]
+        self._client.log_batch(
+            run,
+            points[:BATCH],
+            [Param(name, _text(value)) for name, value in params.items()],
+            [RunTag(name, _text(value)) for name, value in tags.items()],
+            synchronous=True,
+        )
+        for start in range(BATCH, len(points), BATCH):
+            self._client.log_batch(run, points[start : start + BATCH], synchronous=True)
+
+
+def _create(database: Path) -> None:
+    """An empty store, whole or not at all: a kill while MLflow makes its 40 tables left one that it never opened again."""
+    from mlflow import MlflowClient
+
+    aside = database.with_name(f".{database.name}.{os.getpid()}.new")
+    aside.unlink(missing_ok=True)
+    MlflowClient(f"sqlite:///{aside}").search_experiments()
+    try:
+        os.link(aside, database)
+    except FileExistsError:
+        pass  # another sweep in this folder was first
+    except OSError:  # a file system without hard links
+        aside.rename(database)
+    aside.unlink(missing_ok=True)
+
+
+def _text(value: Any) -> str:
+    return str(value)[:MAX_VALUE_CHARS]
+
+
+def share_view(uri: str, experiment: str, folder: Path) -> tuple[str, str] | None:
+    """Store how MLflow's page shows the trials of this sweep, as its Share button does, under a key that the page takes.
+
+    Returns the page's path and that key; None where nothing of the sweep is in the store.
+    """
+    projection = Projection(uri, experiment, "", folder, {})
+    projection._connect(create=False)
+    trials = projection._search("tags.`sweep.kind` = 'trial'") if projection._experiment_id is not None else []
+    if not trials:
+        return None
+    params, metrics = [run.data.params for run in trials], {name for run in trials for name in run.data.metrics}
+    value = json.dumps(view(projection._id, params, metrics))
+    projection._client.set_experiment_tag(projection._experiment_id, f"mlflow.sharedViewState.{projection._id}", value)
+    return f"/#/experiments/{projection._experiment_id}/runs", projection._id

@@ -1,0 +1,88 @@
+"""What MLflow's page shows of a sweep: its table and charts, as the page's own Share button stores them. Plain data, no mlflow.
+
+Not an interface that MLflow documents: the fields are those of the page of MLflow 3.17. A page that does not know them shows its
+defaults, in which run names and metric groups say the same, only less handily.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sweep.tracking.mlflow_names import METRICS
+
+LOSS, BEST = METRICS["eval_loss"], METRICS["best_eval_loss"]
+SHOWN = (BEST, METRICS["tokens_per_second"], METRICS["peak_allocated_gib"], METRICS["predicted_peak_gib"])
+WIDTHS = {"attributes.`Run Name`": 210, "tags.`outcome`": 130, "runDateAndNestInfo": 120, "duration": 90}
+PARAM_WIDTH, METRIC_WIDTH = 140, 160
+MAX_RUNS = 1000  # a chart would show 10 runs
+SECTION = "Compare trials"
+CHART = {"deleted": False, "isGenerated": False, "runsCountToCompare": MAX_RUNS, "metricSectionId": SECTION}
+LINE = {
+    "xAxisKey": "step",
+    "useGlobalXaxisKey": False,
+    "xAxisScaleType": "linear",
+    "scaleType": "linear",
+    "lineSmoothness": 0,
+    "useGlobalLineSmoothing": False,
+    "displayPoints": True,
+    "yAxisKey": "metric",
+    "yAxisExpressions": [],
+    "selectedXAxisMetricKey": "",
+    "range": {},
+    "ignoreOutliers": False,  # the page would drop the lowest and highest points of each curve
+}
+
+
+def page_queries(key: str) -> dict[str, str]:
+    """Of the page's address, what opens the table and the charts of a stored view."""
+    table = f"workflowType=machine_learning&viewStateShareKey={key}"
+    return {"table": table, "charts": f"{table}&compareRunsMode=CHART"}
+
+
+def view(sweep_id: str, params: Sequence[Mapping[str, str]], metrics: set[str]) -> dict[str, Any]:
+    """The sweep's trials, best first: how each ended, what was sampled, and what it reached.
+
+    params: path -> value of each trial; metrics: the names that any trial has.
+    """
+    names = sorted({name for sampled in params for name in sampled})
+    shown = [f"metrics.`{name}`" for name in SHOWN if name in metrics]
+    columns = ["tags.`outcome`", *shown[:1], *(f"params.`{name}`" for name in names), *shown[1:]]
+    widths = {column: METRIC_WIDTH if column.startswith("metrics") else PARAM_WIDTH for column in columns} | WIDTHS
+    return {
+        "searchFilter": f"tags.`sweep.id` = '{sweep_id}' and tags.`sweep.kind` = 'trial'",
+        "orderByKey": f"metrics.`{BEST}`",
+        "orderByAsc": True,
+        "selectedColumns": [*columns, "attributes.`Duration`"],
+        "columnOrder": ["0", "attributes.`Run Name`", *columns, "runDateAndNestInfo", "duration"],
+        "columnWidths": widths,
+        "runsHiddenMode": "SHOW_ALL",
+        "hideEmptyCharts": True,
+        **_charts(_varied(names, params), metrics),
+    }
+
+
+def _varied(names: list[str], params: Sequence[Mapping[str, str]]) -> list[str]:
+    """Those with more than one value; a chart leaves out a trial that lacks one, so those that all trials have, if any."""
+    varied = [name for name in names if len({sampled.get(name) for sampled in params}) > 1]
+    common = [name for name in varied if all(name in sampled for sampled in params)]
+    return common or varied
+
+
+def _charts(varied: list[str], metrics: set[str]) -> dict[str, Any]:
+    """One section of charts that compare trials; the page adds one for each group of metrics behind it."""
+    charts: list[dict[str, Any]] = [
+        {"type": "PARALLEL", "selectedParams": varied, "selectedMetrics": [BEST], "showAllRuns": True},
+        {"type": "LINE", "metricKey": LOSS, "selectedMetricKeys": [LOSS], "displayName": "eval loss by tokens seen", **LINE},
+        *(_scatter({"key": name, "type": "PARAM"}) for name in varied),
+    ]
+    if METRICS["peak_allocated_gib"] in metrics:
+        charts.append(_scatter({"key": METRICS["peak_allocated_gib"], "type": "METRIC"}))
+    kept = [{"uuid": f"sweep-{number}", **CHART, **chart} for number, chart in enumerate(charts)]
+    section = {"uuid": SECTION, "name": SECTION, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
+    section |= {"columns": 2, "cardHeight": 400}
+    return {"compareRunCharts": kept, "compareRunSections": [section], "isAccordionReordered": True}
+
+
+def _scatter(axis: dict[str, str]) -> dict[str, Any]:
+    return {"type": "SCATTER", "xaxis": axis, "yaxis": {"key": BEST, "type": "METRIC"}}

@@ -1,0 +1,172 @@
+"""What a sweep says of itself to Prometheus: a page of numbers at `tracking.metrics_port`, made afresh for each request.
+
+Nothing is measured for it: the numbers are those of the trials' records and the timeline. Requests are answered by threads of
+their own, so training never waits for a reader; the driver only leaves each new record here. Not through `ray.util.metrics`: that
+needs the agents of `ray[default]` on every node, and a Ray of our own starts none, so the sweep on one machine, which is the
+common one, would show nothing.
+
+A counter says what this driver did since it started, and what is a sum over all sessions is a gauge: a driver that was killed
+may have shown a little more than its successor reads from the disk, and a counter that falls looks like one that began anew.
+prometheus_client enters here only.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.registry import Collector
+
+from engine.errors import InputError, first_line
+from engine.units import GIB
+from sweep.config.sweep import TrackingConfig
+from sweep.folder.timeline import Timeline
+from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
+
+PREFIX = "qlora_sweep_"
+
+
+class SweepMetrics(Collector):
+    """A listener of the ledger that keeps the newest record of each trial, and turns them into metrics when asked."""
+
+    def __init__(self, sweep: str, num_trials: int, num_slots: int, clock: Callable[[], float] = time.time) -> None:
+        """sweep: the value of the label `sweep` on every metric, the name of the sweep folder."""
+        self._sweep, self._num_trials, self._num_slots, self._clock = sweep, num_trials, num_slots, clock
+        self._records: dict[int, TrialRecord] = {}
+        self._lock = threading.Lock()
+        self._timeline: Timeline | None = None
+
+    def trial_updated(self, record: TrialRecord) -> None:
+        with self._lock:
+            self._records[record.number] = record
+
+    def begin(self, timeline: Timeline) -> None:
+        """The driver is about to hand out trials: counters count from here."""
+        self._timeline, self._before, self._began_s = timeline, timeline.usage, self._clock()
+        self._tokens_before = _tokens(self._own())
+
+    def collect(self) -> Iterable[Metric]:
+        """Empty until the sweep has begun."""
+        if self._timeline is None:
+            return
+        own = self._own()
+        yield from self._of_trials(own)
+        yield from self._of_time()
+        yield from self._of_losses(own)
+        yield from self._of_slots(own)
+
+    def _own(self) -> list[TrialRecord]:
+        """Trials of this sweep, not those it was warmed with."""
+        with self._lock:
+            return [record for record in self._records.values() if record.source is None]
+
+    def _of_trials(self, own: list[TrialRecord]) -> Iterator[Metric]:
+        counts = Counter(record.outcome for record in own)
+        trials = self._gauge("trials", "trials by outcome; RUNNING has not ended", "outcome")
+        for outcome in Outcome:
+            trials.add_metric([self._sweep, str(outcome)], counts[outcome])
+        yield trials
+        yield self._value("trials_wanted", "trials asked for (sweep.num_trials); INFEASIBLE ones do not count", self._num_trials)
+        tokens = CounterMetricFamily(PREFIX + "tokens", "tokens trained on since this driver started", labels=["sweep"])
+        tokens.add_metric([self._sweep], _tokens(own) - self._tokens_before)
+        yield tokens
+
+    def _of_time(self) -> Iterator[Metric]:
+        usage, before, now_s = self._timeline.usage, self._before, self._clock()
+        occupied_s = usage.occupied_until_s(now_s)
+        yield self._value("slots", "trials that can run at once", self._num_slots)
+        yield self._value("slots_busy", "slots held by a trial", len(usage.assigned_s))
+        busy = CounterMetricFamily(
+            PREFIX + "slot_busy_seconds", "seconds for which slots were held since this driver started, over all slots",
+            labels=["sweep"],
+        )  # fmt: skip
+        busy.add_metric([self._sweep], occupied_s - before.occupied_until_s(self._began_s))
+        yield busy
+        yield self._value("occupied_seconds", "seconds for which slots were held, over all sessions: GPU hours", occupied_s)
+        yield self._value("elapsed_seconds", "seconds for which the sweep ran, over all sessions", usage.elapsed_until_s(now_s))
+        newest_s = max(usage.newest_s, self._began_s)
+        yield self._value("last_event_timestamp_seconds", "when a trial last started, reported or ended, Unix time", newest_s)
+        dead = SummaryMetricFamily(
+            PREFIX + "dead_time_seconds", "from the end of a trial to the first step of the next in the same worker",
+            labels=["sweep"],
+        )  # fmt: skip
+        num_dead_times = usage.num_dead_times - before.num_dead_times
+        dead.add_metric([self._sweep], count_value=num_dead_times, sum_value=usage.dead_time_s - before.dead_time_s)
+        yield dead
+
+    def _of_losses(self, own: list[TrialRecord]) -> Iterator[Metric]:
+        """No sample where there is no loss yet: 0 would be the best there is."""
+        for name, help_text, outcomes in (
+            ("best_eval_loss", "lowest loss of the trials whose adapter can be chosen now, nats per token", CONTENDERS),
+            ("lowest_eval_loss", "lowest loss that any trial has reported, nats per token", tuple(Outcome)),
+        ):
+            scores = [record.score for record in own if record.outcome in outcomes and record.score is not None]
+            family = self._gauge(name, help_text)
+            if scores:
+                family.add_metric([self._sweep], min(scores))
+            yield family
+
+    def _of_slots(self, own: list[TrialRecord]) -> Iterator[Metric]:
+        """Of the trial that runs in each slot, as of its newest report. The label is the slot, of which there are few, and not
+        the trial; two records may name one slot, after a resume, and two equal labels would make the page unreadable."""
+        running = {
+            record.slot: record
+            for record in sorted(own, key=lambda record: record.started_s or 0.0)
+            if record.outcome is Outcome.RUNNING and record.slot is not None and record.reports
+        }
+        trial = self._gauge("slot_trial", "number of the trial in the slot", "slot")
+        speed = self._gauge("slot_tokens_per_second", "of the trial in the slot, since its report before", "slot")
+        loss = self._gauge("slot_eval_loss", "newest loss of the trial in the slot, nats per token", "slot")
+        peak = self._gauge("slot_peak_memory_bytes", "predicted and measured peak of the trial in the slot", "slot", "kind")
+        for slot, record in running.items():
+            newest = record.reports[-1]
+            trial.add_metric([self._sweep, slot], record.number)
+            speed.add_metric([self._sweep, slot], newest["tokens_per_second"])
+            loss.add_metric([self._sweep, slot], newest["eval_loss"])
+            for kind, gib in (("predicted", record.predicted_peak_gib), ("measured", record.peak_allocated_gib)):
+                if gib is not None:
+                    peak.add_metric([self._sweep, slot, kind], gib * GIB)
+        yield from (trial, speed, loss, peak)
+
+    def _gauge(self, name: str, help_text: str, *labels: str) -> GaugeMetricFamily:
+        return GaugeMetricFamily(PREFIX + name, help_text, labels=["sweep", *labels])
+
+    def _value(self, name: str, help_text: str, value: float) -> GaugeMetricFamily:
+        family = self._gauge(name, help_text)
+        family.add_metric([self._sweep], value)
+        return family
+
+
+@contextmanager
+def serve(tracking: TrackingConfig, say: Callable[[str], None]) -> Iterator[CollectorRegistry]:
+    """Answer requests for what is registered, until the block ends. say: takes the address, in one line.
+
+    InputError where the port or the address cannot be had: the user asked for numbers that nobody would see.
+    """
+    registry, host, port = CollectorRegistry(), tracking.metrics_host, tracking.metrics_port
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except PermissionError as error:
+        raise InputError("tracking.metrics_port", port, f"may not be opened by this user ({first_line(error)})") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise InputError("tracking.metrics_port", port, f"must be free on {host}, and another process has it") from None
+        raise InputError("tracking.metrics_host", host, f"must be an address of this machine ({first_line(error)})") from None
+    server.handle_error = lambda *request: None  # a reader that goes away is no news; the default prints on the terminal
+    try:
+        say(f"metrics    http://{f'[{host}]' if ':' in host else host}:{server.server_port}/metrics")
+        yield registry
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _tokens(records: list[TrialRecord]) -> int:
+    return sum(record.reports[-1]["tokens_seen"] for record in records if record.reports)

@@ -1,0 +1,106 @@
+"""Hears of the sweep and its trials, and has them written to MLflow behind the driver's back.
+
+One daemon thread writes, so that a slow, dead or hanging server costs training nothing (SQLite alone took up to 3 s a write with
+16 writers). What cannot be written stays pending, newest state of each trial only, until it can.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sweep.tracking.background_writer import BackgroundWriter, Key
+from sweep.tracking.mlflow_runs import Projection
+from sweep.trials.record import TrialRecord
+
+
+def local_uri(folder: Path) -> str:
+    """The default store: `mlflow.db` in `folder`; artifacts go to `mlartifacts` beside it."""
+    return f"sqlite:///{folder.absolute()}/mlflow.db"
+
+
+class NullTracker:
+    """Tracking switched off: the same methods, nothing written."""
+
+    def sweep_started(self, tags: dict[str, str], started_s: float | None = None) -> None:
+        """Nothing."""
+
+    def trial_updated(self, record: TrialRecord) -> None:
+        """Nothing."""
+
+    def sweep_finished(
+        self, summary: dict[str, Any], best: TrialRecord | None, artifacts: Path | None, ended_s: float | None = None
+    ) -> None:
+        """Nothing."""
+
+    def close(self, timeout_s: float = 0.0) -> list[str]:
+        """No warnings."""
+        return []
+
+
+class Tracker:
+    """Takes the newest state of the sweep and its trials; a background thread writes it. No method blocks or raises."""
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        sweep_name: str,
+        sweep_folder: Path,
+        resolved_config: dict[str, Any],
+        registered_model: str | None = None,
+    ) -> None:
+        """uri: MLflow store (`sqlite:///...` or `http://...`); sweep_folder: tells on resume which parent run is ours;
+        registered_model: of which the best adapter becomes a version; none: of nothing."""
+        self._uri = uri
+        self._projection = Projection(uri, experiment, sweep_name, sweep_folder, resolved_config, registered_model)
+        self._finished = False
+        self._writer = BackgroundWriter("mlflow-writer", _is_permanent)
+
+    def sweep_started(self, tags: dict[str, str], started_s: float | None = None) -> None:
+        """Create the parent run, or find it again and mark it running; tags: git commit, package versions and the like.
+
+        started_s: when the sweep began, however late the server hears of it; none: now.
+        """
+        tags, self._projection.started_s = dict(tags), time.time() if started_s is None else started_s
+        self._writer.put(("sweep",), lambda: self._projection.start(tags))
+
+    def trial_updated(self, record: TrialRecord) -> None:
+        """Write this state of a trial; of several not yet written, only the last is."""
+        record = replace(record, reports=list(record.reports))
+        self._writer.put(("trial", record.number), lambda: self._projection.trial(record))
+
+    def sweep_finished(
+        self, summary: dict[str, Any], best: TrialRecord | None, artifacts: Path | None, ended_s: float | None = None
+    ) -> None:
+        """Numbers of `summary` become metrics of the parent, the rest tags; artifacts: folder kept with the best trial's run.
+
+        ended_s: when the last trial ended; none: now.
+        """
+        summary, end, self._finished = dict(summary), time.time() if ended_s is None else ended_s, True
+        self._writer.put(("finish",), lambda: self._projection.finish(summary, best, end))
+        if best is not None and artifacts is not None:  # on its own: a full or missing registry must not leave the sweep RUNNING
+            self._writer.put(("best adapter",), lambda: self._projection.keep_best(summary, best, artifacts))
+
+    def close(self, timeout_s: float = 30.0) -> list[str]:
+        """Write what is pending, as long as something gets through every timeout_s; returns one line for each cause that kept
+        something from being written.
+
+        A sweep that was not finished is marked KILLED, so that it does not look running for ever; resume marks it running again.
+        """
+        if not self._finished:
+            self._writer.put(("finish",), self._projection.interrupt)
+        return [self._warning(cause, keys) for cause, keys in self._writer.close(timeout_s).items()]
+
+    def _warning(self, cause: str, keys: list[Key]) -> str:
+        some = ", ".join(" ".join(map(str, key)) for key in keys[:5]) + (", ..." if len(keys) > 5 else "")
+        warning = f"mlflow at {self._uri}: {len(keys)} updates not written ({some}): {cause}; a resume writes them"
+        return re.sub(r"//[^/\s]*@", "//", warning)  # a password may stand in the URI, which errors quote
+
+
+def _is_permanent(error: Exception) -> bool:
+    """Whether trying again cannot help: no MLflow installed, or a value that it refuses."""
+    return isinstance(error, ImportError) or getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")

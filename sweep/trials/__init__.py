@@ -1,0 +1,1 @@
+"""What a trial is to the sweep: record, outcome, objectives, who wins."""
