@@ -1,6 +1,6 @@
 """python -m engine <train_config.json>             train that one trial, or replay it and compare with what it reported
 python -m engine prepare <configs.json>           check configs and fill the caches, without a GPU
-python -m engine look <train_config.json>         the model's shape and the card that is here, as JSON; no weights, no data
+python -m engine inspect <train_config.json>         the model's shape and the card that is here, as JSON; no weights, no data
 python -m engine plan <train_config.json> --card rtx4090   how it would be computed there: peak memory and speed, predicted
 python -m engine evaluate <train_config.json> --adapter <folder>   the base model's loss and the adapter's
 python -m engine.export <adapter folder> --to FORM --out DIR     for PEFT, vLLM, llama.cpp (a command of its own)
@@ -18,9 +18,9 @@ from typing import Any
 from engine.config.parsing import load_json, parse
 from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import InputError, Interrupted
-from engine.planning.cards import card as find_card
+from engine.planning.cards import find_card
 from engine.planning.model_shape import ModelShape
-from engine.planning.planner import plan
+from engine.planning.planner import make_compute_plan
 from engine.system.command_line import asked_to_end, run
 from engine.system.files import write_text
 
@@ -31,7 +31,7 @@ ENDING = "ending after this step, which is saved; Ctrl-C ends at once"
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; an EngineError is one line on stderr and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": _train, "prepare": _prepare, "look": _look, "plan": _plan, "evaluate": _evaluate}
+    commands = {"train": _train, "prepare": _prepare, "inspect": _inspect, "plan": _plan, "evaluate": _evaluate}
     command = arguments[0] if arguments[:1] and arguments[0] in commands else "train"
     rest = arguments[1:] if arguments[:1] == [command] else arguments
     return run(lambda: commands[command](rest), stopped=STOPPED if command == "train" else "stopped")
@@ -89,7 +89,7 @@ def _recorded(path: Path) -> dict[int, float]:
 
 def _prepare(arguments: list[str]) -> int:
     parser = _parser("prepare")
-    parser.add_argument("--report", type=Path)
+    parser.add_argument("--answer", type=Path)
     options = parser.parse_args(arguments)
     listed = load_json(options.config)
     if not isinstance(listed, list):
@@ -97,17 +97,17 @@ def _prepare(arguments: list[str]) -> int:
     configs = [parse(TrainConfig, values, f"configs.{i}") for i, values in enumerate(listed)]
     from engine.prepare import prepare
 
-    return _answer(prepare(configs), options.report)
+    return _answer(prepare(configs), options.answer)
 
 
-def _look(arguments: list[str]) -> int:
-    parser = _parser("look")
-    parser.add_argument("--report", type=Path)
+def _inspect(arguments: list[str]) -> int:
+    parser = _parser("inspect")
+    parser.add_argument("--answer", type=Path)
     options = parser.parse_args(arguments)
     config = load_train_config(options.config)
-    from engine.prepare import look
+    from engine.prepare import inspect
 
-    return _answer(look(config.model), options.report)
+    return _answer(inspect(config.model), options.answer)
 
 
 def _plan(arguments: list[str]) -> int:
@@ -117,7 +117,7 @@ def _plan(arguments: list[str]) -> int:
     config, card = load_train_config(options.config), find_card(options.card)
     from engine.model.inspect import model_config
 
-    chosen = plan(config, ModelShape.of(model_config(config.model), config.model.path), card)
+    chosen = make_compute_plan(config, ModelShape.of(model_config(config.model), config.model.path), card)
     print(f"plan: {chosen.describe()}")
     print(f"memory, predicted, GiB, of {card.memory_gib:g} on {card.name}: {chosen.memory.describe()}")
     print(f"speed, predicted: {chosen.speed.tokens_per_second:,.0f} tok/s; milliseconds of a micro-batch:")
@@ -130,14 +130,14 @@ def _evaluate(arguments: list[str]) -> int:
     parser = _parser("evaluate")
     parser.add_argument("--adapter", type=Path, required=True)
     parser.add_argument("--examples", type=int, default=0, help="evaluation samples that base model and adapter both answer")
-    parser.add_argument("--report", type=Path)
+    parser.add_argument("--answer", type=Path)
     options = parser.parse_args(arguments)
     if options.examples < 0:
         raise InputError("--examples", options.examples, "must be 0 or more")
     config = load_train_config(options.config)
     from engine.evaluation.reevaluate import evaluate_adapter
 
-    return _answer(evaluate_adapter(config, options.adapter, options.examples), options.report)
+    return _answer(evaluate_adapter(config, options.adapter, options.examples), options.answer)
 
 
 def _answer(values: dict[str, Any], report: Path | None) -> int:

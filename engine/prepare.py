@@ -53,11 +53,11 @@ def prepare(configs: list[TrainConfig]) -> dict[str, Any]:
         "num_dropped_samples": num_dropped,
         "num_trainable": num_trainable,
         "data": digests,
-        **look(configs[0].model),
+        **inspect(configs[0].model),
     }
 
 
-def look(config: ModelConfig) -> dict[str, Any]:
+def inspect(config: ModelConfig) -> dict[str, Any]:
     """What memory and speed depend on. shape: the fields of ModelShape, None where the model gives none; card: name and memory
     of the visible card with the least, None without CUDA; host_gib: host memory a trial may pin, None where not known. Needs
     the model's config.json and nothing else of it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Report:
+class TrialReport:
     """One point of a learning curve. Losses are mean nats per target token.
 
     rung: index on the tokens-seen grid, from 1. tokens_seen: tokens fed forward so far (at or just above the grid point).
@@ -44,5 +44,5 @@ class Report:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Report:
+    def from_dict(cls, values: dict[str, Any]) -> TrialReport:
         return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})

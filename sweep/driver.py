@@ -23,14 +23,14 @@ from sweep.cluster.ray_environment import set_ray_environment
 from sweep.config.absolute_paths import with_absolute_paths
 from sweep.config.resume_changes import amended
 from sweep.config.sweep import parse_sweep_config
-from sweep.execution.engine_commands import evaluate, look, prepare
+from sweep.execution.engine_commands import evaluate, inspect, prepare
 from sweep.execution.interruption import taken_signals
 from sweep.execution.worker_config import REAL_ENGINE, EngineModules
 from sweep.folder.flush import wait_until_flushed
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.plan.feasibility import Feasibility, make_feasibility
 from sweep.plan.forecast import card_line, check_any_fits, describe_forecast, no_forecast_line
-from sweep.plan.sweep_plan import Plan, make_plan
+from sweep.plan.sweep_plan import SweepPlan, make_sweep_plan
 
 INTERRUPTED = 130
 Screen = LineConsole | TableConsole
@@ -38,7 +38,7 @@ Screen = LineConsole | TableConsole
 
 def start(raw: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
     """Run a new sweep. Returns the exit code; raises InputError before anything is written."""
-    return _launch(make_plan(with_absolute_paths(parse_sweep_config(raw), Path.cwd())), None, dry_run, engine)
+    return _launch(make_sweep_plan(with_absolute_paths(parse_sweep_config(raw), Path.cwd())), None, dry_run, engine)
 
 
 def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
@@ -47,10 +47,10 @@ def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engin
     if not dry_run:
         with folder.lock():  # another driver is no reason to prepare model and data first
             pass
-    return _launch(make_plan(amended(folder.read_config(), overrides)), folder, dry_run, engine)
+    return _launch(make_sweep_plan(amended(folder.read_config(), overrides)), folder, dry_run, engine)
 
 
-def _launch(plan: Plan, folder: SweepFolder | None, dry_run: bool, engine: EngineModules) -> int:
+def _launch(plan: SweepPlan, folder: SweepFolder | None, dry_run: bool, engine: EngineModules) -> int:
     """Say the plan, check it all, run. folder: none for a new sweep, whose folder is created once nothing can be refused."""
     print(plan.describe(), flush=True)
     for warning in plan.warnings():
@@ -74,7 +74,7 @@ def _launch(plan: Plan, folder: SweepFolder | None, dry_run: bool, engine: Engin
             return _run(plan, folder, engine, feasibility, page)
 
 
-def _check_warm_start(plan: Plan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
+def _check_warm_start(plan: SweepPlan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
     """InputError where the sweeps of sweep.warm_start cannot be learnt from. data: digests of today's samples."""
     from sweep.study.earlier_sweeps import read_earlier
 
@@ -82,18 +82,18 @@ def _check_warm_start(plan: Plan, data: dict[str, Any], say: Callable[[str], Non
     say(f"warm start {len(earlier)} trials of {', '.join(plan.config.sweep.warm_start)}")
 
 
-def _forecast(plan: Plan, engine: EngineModules) -> None:
+def _forecast(plan: SweepPlan, engine: EngineModules) -> None:
     """Print what a dry run adds to the plan. Needs the model's config.json, and neither weights, data nor a GPU."""
     config, cpu = plan.config, plan.slots.device == "cpu"
     if config.train.device == "cpu" or (config.cluster.card == "auto" and cpu):
         print(no_forecast_line(config.train.device), flush=True)
         return
-    feasibility = make_feasibility(config.cluster.card, look(config.base(), engine.command), plan.kinds)
+    feasibility = make_feasibility(config.cluster.card, inspect(config.base(), engine.command), plan.kinds)
     print(describe_forecast(plan.space, plan.base(), feasibility, config.sweep.num_trials), flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
 
 
-def _prepare(plan: Plan, engine: EngineModules) -> tuple[Feasibility, dict[str, Any]]:
+def _prepare(plan: SweepPlan, engine: EngineModules) -> tuple[Feasibility, dict[str, Any]]:
     """Check the whole sweep against model, data and card; InputError where it cannot work. Returns the judge of its trials, and
     digests of the samples."""
     print("preparing model and data ...", flush=True)
@@ -108,7 +108,7 @@ def _prepare(plan: Plan, engine: EngineModules) -> tuple[Feasibility, dict[str, 
     return feasibility, facts.get("data", {})
 
 
-def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, page: Any) -> int:
+def _run(plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, page: Any) -> int:
     """Everything between the folder's creation and the last line. Holds the folder's lock."""
     with folder.lock():
         folder.write_config(plan.config)
@@ -130,7 +130,7 @@ def _run(plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Fe
 
 
 def _trials_and_finish(
-    plan: Plan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, screen: Screen, tracker: Any, page: Any
+    plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, screen: Screen, tracker: Any, page: Any
 ) -> int:
     set_ray_environment(plan.config.cluster.address)  # before sweep.tuning loads ray
     from sweep.execution.remote_evaluation import evaluate_on_a_slot
@@ -144,7 +144,7 @@ def _trials_and_finish(
 
     config = plan.config
     screen.note(f"sweep folder {folder.path}")
-    study = Study(folder, config, plan.space, feasibility.judge)
+    study = Study(folder, config, plan.space, feasibility.check_fit)
     if config.sweep.warm_start and not study.has_taken_over:
         study.take_over(read_earlier(config, plan.space, folder.read_data() or {}))
     metrics = _make_metrics(plan, folder, page)
@@ -193,7 +193,7 @@ def _trials_and_finish(
     return 0 if best else 1
 
 
-def _make_tracker(plan: Plan, folder: SweepFolder) -> Any:
+def _make_tracker(plan: SweepPlan, folder: SweepFolder) -> Any:
     from sweep.tracking.tracker import NullTracker, Tracker, local_uri
 
     config = plan.config
@@ -206,7 +206,7 @@ def _make_tracker(plan: Plan, folder: SweepFolder) -> Any:
     return Tracker(uri, config.sweep.name, folder.path.name, folder.path, shown.model_dump(mode="json"), model)
 
 
-def _metrics_page(plan: Plan) -> AbstractContextManager[Any]:
+def _metrics_page(plan: SweepPlan) -> AbstractContextManager[Any]:
     """Where Prometheus reads. Opened before the long preparation, so that what cannot be had is refused at once."""
     if plan.config.tracking.metrics_port is None:
         return nullcontext()
@@ -215,7 +215,7 @@ def _metrics_page(plan: Plan) -> AbstractContextManager[Any]:
     return serve(plan.config.tracking, lambda line: print(line, flush=True))
 
 
-def _make_metrics(plan: Plan, folder: SweepFolder, page: Any) -> tuple[Any, ...]:
+def _make_metrics(plan: SweepPlan, folder: SweepFolder, page: Any) -> tuple[Any, ...]:
     """What is shown there; nothing where there is no page."""
     if page is None:
         return ()

@@ -11,8 +11,7 @@ import sys
 import pytest
 import torch
 
-from engine import kernels
-from engine.kernels import reference
+from engine.kernels import ops, reference
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,9 +27,9 @@ def implementation(request, monkeypatch):
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     if request.param == "reference":
-        monkeypatch.setattr(kernels, "_family", lambda name, tensor: reference)
+        monkeypatch.setattr(ops, "_family", lambda name, tensor: reference)
     elif not CUDA:
-        monkeypatch.setattr(kernels, "FORCE_TRITON", True)
+        monkeypatch.setattr(ops, "FORCE_TRITON", True)
         _round_as_a_gpu_does(monkeypatch)
         _multiply_as_a_gpu_does(monkeypatch)
     return request.param
@@ -105,7 +104,7 @@ def plain_glu(gate, up, activation, dtype):
 
 
 def leave_to_a_child(module, name):
-    """Where this process cannot run kernels, one test called `name` stands for all that the module (its globals) has so far: a
+    """Where this process cannot run ops, one test called `name` stands for all that the module (its globals) has so far: a
     child process that can runs them."""
     if CUDA or INTERPRETED:
         return

@@ -9,29 +9,30 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from sweep.make_compute_plan import feasibility
+
 from engine.errors import OutOfMemory
-from engine.planning.planner import Plan
+from engine.planning.planner import ComputePlan
 from sweep import driver
 from sweep.__main__ import run
 from sweep.execution.worker_config import EngineModules
-from sweep.plan import feasibility
 
 ENGINE = EngineModules(train="sweep_fake_engine", model="sweep_fake_engine", command="sweep_fake_engine")
 
 
-def plan(config, shape, card, host_gib):
+def make_compute_plan(config, shape, card, host_gib):
     """In place of engine.planner.plan."""
     need = float(config.lora.rank)
     if need > card.memory_gib:
         raise OutOfMemory(f"needs {need:.1f} GiB at the least (predicted), {card.memory_gib:.1f} GiB are allowed", need)
-    return Plan(1, False, 0, 0, 0.0, memory=SimpleNamespace(peak_gib=need, reserve_gib=0.0))
+    return ComputePlan(1, False, 0, 0, 0.0, memory=SimpleNamespace(peak_gib=need, reserve_gib=0.0))
 
 
 os.environ["FAKE_TORCH"] = "1"  # for the workers
 
 
 def main(command: str, argument: str, overrides: str = "{}") -> int:
-    feasibility.plan = plan
+    feasibility.make_compute_plan = make_compute_plan
     if command == "start":
         return run(lambda: driver.start(json.loads(Path(argument).read_text()), engine=ENGINE))
     return run(lambda: driver.resume(argument, json.loads(overrides), engine=ENGINE))

@@ -23,7 +23,7 @@ from engine.config.parsing import load_json, parse
 from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import DivergedError, InputError, Interrupted, OutOfMemory
 from engine.system.files import write_text
-from engine.trial_report import Report
+from engine.trial_report import TrialReport
 from sweep.folder.sweep_folder import read_reports
 
 # What a worker asks of torch, for a process that computes nothing: the real one takes seconds to load, at each kill.
@@ -55,7 +55,7 @@ FAULTS = {
     12.0: "eval_loss is nan",
     13.0: "hangs always",
 }
-EXAMPLE = ("prompt", "reference", "base", "adapter")
+EXAMPLE = ("prompt", "expected", "base", "adapter")
 EVALUATED_IN = "evaluated_in.txt"  # in the winner's folder: where it was measured again (FAULTS_PLACE of that process)
 FAULT_TIMES = "fault_times.txt"  # in a trial's folder: when its fault came, in Unix seconds
 
@@ -87,35 +87,35 @@ def _curves(path: str) -> dict:
     return json.loads(Path(path).read_text())
 
 
-def train(config: TrainConfig, run_dir: Path, *, base=None, interrupted=lambda: False):
+def train(config: TrainConfig, trial_folder: Path, *, base=None, interrupted=lambda: False):
     assert base["path"] == config.model.path
-    checkpoint, fault = run_dir / "checkpoint.json", FAULTS.get(config.optim.weight_decay)
+    checkpoint, fault = trial_folder / "checkpoint.json", FAULTS.get(config.optim.weight_decay)
     reports = json.loads(checkpoint.read_text()) if checkpoint.exists() else []
-    with open(run_dir / "starts.txt", "a") as starts:
+    with open(trial_folder / "starts.txt", "a") as starts:
         starts.write(f"{os.getpid()} {len(reports)} {time.time()}\n")
-    if len(reports) > len(read_reports(run_dir)):
-        _write_reports(run_dir, reports)
-        yield Report(**reports[-1])
+    if len(reports) > len(read_reports(trial_folder)):
+        _write_reports(trial_folder, reports)
+        yield TrialReport(**reports[-1])
     for rung in range(len(reports) + 1, len(config.train.report_grid()) + 1):
-        _compute(config.optim.eps, rung, run_dir, interrupted)
-        _fail(fault, rung, run_dir)
+        _compute(config.optim.eps, rung, trial_folder, interrupted)
+        _fail(fault, rung, trial_folder)
         if fault == "eval_loss is nan" and rung == 2:
             yield _report(config, rung, math.nan)
         report = _report(config, rung, eval_loss(config, rung))
         reports.append(report.to_dict())
-        _export(run_dir / "adapter", config.model.path)
+        _export(trial_folder / "adapter", config.model.path)
         write_text(checkpoint, json.dumps(reports))
         if fault == "dies once with a checkpoint and without its report":
-            _die_once(rung, run_dir)
-        _write_reports(run_dir, reports)
+            _die_once(rung, trial_folder)
+        _write_reports(trial_folder, reports)
         if fault == "dies once with a report saved and not passed on":
-            _die_once(rung, run_dir)
+            _die_once(rung, trial_folder)
         yield report
 
 
-def _compute(rung_s: float, rung: int, run_dir: Path, interrupted) -> None:
+def _compute(rung_s: float, rung: int, trial_folder: Path, interrupted) -> None:
     """The seconds of a rung in steps of 50 ms, less those that an interrupted process has saved."""
-    saved = run_dir / "within_rung.json"
+    saved = trial_folder / "within_rung.json"
     known = json.loads(saved.read_text()) if saved.exists() else {"rung": 0}
     left_s = rung_s - (known["seconds"] if known["rung"] == rung else 0.0)
     while left_s > 0.0:
@@ -126,8 +126,8 @@ def _compute(rung_s: float, rung: int, run_dir: Path, interrupted) -> None:
         left_s -= 0.05
 
 
-def _report(config: TrainConfig, rung: int, loss: float) -> Report:
-    return Report(
+def _report(config: TrainConfig, rung: int, loss: float) -> TrialReport:
+    return TrialReport(
         rung=rung,
         tokens_seen=config.train.report_grid()[rung - 1],
         target_tokens_seen=1,
@@ -146,16 +146,16 @@ def _report(config: TrainConfig, rung: int, loss: float) -> Report:
     )
 
 
-def _write_reports(run_dir: Path, reports: list[dict]) -> None:
-    write_text(run_dir / "reports.jsonl", "".join(json.dumps(line) + "\n" for line in reports))
+def _write_reports(trial_folder: Path, reports: list[dict]) -> None:
+    write_text(trial_folder / "reports.jsonl", "".join(json.dumps(line) + "\n" for line in reports))
 
 
-def _fail(fault: str | None, rung: int, run_dir: Path) -> None:
+def _fail(fault: str | None, rung: int, trial_folder: Path) -> None:
     if fault == "bad input":
         raise InputError("lora.target_modules", "x", "matches no layer")
     if rung < 2 or fault is None:
         return
-    with open(run_dir / FAULT_TIMES, "a") as times:
+    with open(trial_folder / FAULT_TIMES, "a") as times:
         times.write(f"{time.time()}\n")
     if fault == "out of memory":
         raise MemoryError("no memory left")
@@ -168,21 +168,21 @@ def _fail(fault: str | None, rung: int, run_dir: Path) -> None:
     if fault == "process dies always":
         os._exit(9)
     if fault == "process dies once":
-        _die_once(rung, run_dir)
-    if fault == "hangs always" or (fault == "hangs once" and _first_time(run_dir)):
+        _die_once(rung, trial_folder)
+    if fault == "hangs always" or (fault == "hangs once" and _first_time(trial_folder)):
         time.sleep(3600)
-    if fault == "process is stopped once" and _first_time(run_dir):
+    if fault == "process is stopped once" and _first_time(trial_folder):
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def _die_once(rung: int, run_dir: Path) -> None:
-    if rung >= 2 and _first_time(run_dir):
+def _die_once(rung: int, trial_folder: Path) -> None:
+    if rung >= 2 and _first_time(trial_folder):
         os._exit(9)
 
 
-def _first_time(run_dir: Path) -> bool:
-    first = not (run_dir / "faulted").exists()
-    (run_dir / "faulted").touch()
+def _first_time(trial_folder: Path) -> bool:
+    first = not (trial_folder / "faulted").exists()
+    (trial_folder / "faulted").touch()
     return first
 
 
@@ -198,7 +198,7 @@ def main() -> int:
     parser.add_argument("config")
     parser.add_argument("--adapter")
     parser.add_argument("--examples", type=int)
-    parser.add_argument("--report", type=Path)
+    parser.add_argument("--answer", type=Path)
     options = parser.parse_args()
     if options.command == "prepare":
         configs = [parse(TrainConfig, values) for values in load_json(options.config)]
@@ -220,7 +220,7 @@ def main() -> int:
         answer = {"base_eval_loss": 5.0, "eval_loss": loss, "num_eval_target_tokens": 7}
         if options.examples:
             answer["examples"] = [{name: f"{name} {i}" for name in EXAMPLE} for i in range(options.examples)]
-    options.report.write_text(json.dumps(answer))
+    options.answer.write_text(json.dumps(answer))
     return 0
 
 

@@ -41,7 +41,7 @@ def sweep_folder(place) -> Path:
 @pytest.fixture
 def checker(place, sweep_folder, monkeypatch) -> Checker:
     monkeypatch.chdir(place)
-    monkeypatch.setattr(driver, "look", lambda config, module: {"shape": SHAPE, "card": None})
+    monkeypatch.setattr(driver, "inspect", lambda config, module: {"shape": SHAPE, "card": None})
     monkeypatch.setattr(report, "write_report", lambda folder: folder.path / "report.html")
     return Checker(sweep_folder, place)
 

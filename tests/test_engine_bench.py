@@ -157,7 +157,7 @@ def _pretend(monkeypatch, results: list) -> list[Row]:
         return result
 
     monkeypatch.setattr(bench, "run_rows", run)
-    monkeypatch.setattr(bench, "card", lambda scratch: "a card")
+    monkeypatch.setattr(bench, "card_name", lambda scratch: "a card")
     return started
 
 

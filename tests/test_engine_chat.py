@@ -94,7 +94,7 @@ def test_examples_are_evaluation_samples_answered_as_in_a_chat_by_base_model_and
     chats["base"] = Chat(base, base.tokenizer.chat_template, MAX_NEW_TOKENS, 0.0)
     for example in measured["examples"]:
         number = int(example["prompt"].removeprefix("What is ").split()[0])
-        assert (example["prompt"], example["reference"]) == (f"What is {number} plus {number}?", f"It is {2 * number}.")
+        assert (example["prompt"], example["expected"]) == (f"What is {number} plus {number}?", f"It is {2 * number}.")
         for name, chat in chats.items():
             chat._messages.clear()
             assert chat.answer(example["prompt"]) == example[name]
@@ -113,9 +113,9 @@ def test_a_model_that_cannot_generate_is_evaluated_all_the_same(adapters, monkey
 def test_a_question_is_a_sample_up_to_its_first_answer_and_plain_text_up_to_its_half():
     ids = np.arange(10)
     chat = _question(Sample(ids, np.isin(ids, (4, 5, 8))))
-    assert (chat.prompt.tolist(), chat.reference.tolist()) == ([0, 1, 2, 3], [4, 5])
+    assert (chat.prompt.tolist(), chat.expected.tolist()) == ([0, 1, 2, 3], [4, 5])
     text = _question(Sample(ids, np.ones(10, dtype=bool)))
-    assert (text.prompt.tolist(), text.reference.tolist()) == ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])
+    assert (text.prompt.tolist(), text.expected.tolist()) == ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])
 
 
 def load_chat_model(folder: Path):

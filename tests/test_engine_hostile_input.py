@@ -191,7 +191,7 @@ def test_data_that_is_not_what_its_name_says_is_one_line(refused, tmp_path, name
 @pytest.mark.parametrize("path", ["../../etc/passwd", "a/../b", "http://127.0.0.1/x", "builtin:../x", "/etc"])
 def test_paths_and_addresses_are_no_hub_ids(refused, path):
     assert "data.train" in refused(data={"train": path})
-    assert "model.path" in refused("look", model={"path": path})
+    assert "model.path" in refused("inspect", model={"path": path})
 
 
 @pytest.fixture

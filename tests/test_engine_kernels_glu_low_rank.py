@@ -12,9 +12,9 @@ import torch
 from kernel_checks import DTYPES, SLACK, as_good_as_torch, draw, error, leave_to_a_child, plain_glu
 from kernel_checks import implementation as implementation  # runs each test against kernel and reference
 
-from engine import kernels
 from engine.errors import EngineError
-from engine.kernels import LowRank
+from engine.kernels import ops
+from engine.kernels.ops import LowRank
 
 CASES = [  # shape, ranks
     ((1, 1), (1, 1, 1)),
@@ -63,7 +63,7 @@ def in_place(tensors, terms, activation):
     """What the backward pass leaves in dh, gate and up."""
     dh, gate, up = tensors
     dh, (gate, up) = dh.clone(), torch.cat((gate, up), dim=1).chunk(2, dim=1)
-    kernels.glu_backward_(dh, gate, up, activation, *terms)
+    ops.glu_backward_(dh, gate, up, activation, *terms)
     return dh, gate, up
 
 
@@ -82,12 +82,12 @@ def check(shape, ranks, dtype, activation):
     tensors, terms = operands(shape, dtype), low_rank_terms(shape, ranks, dtype)
     before = [x.clone() for x in tensors]
     truths, plains = (plain(tensors, terms, activation, d) for d in (torch.float64, dtype))
-    h = kernels.glu(*tensors[1:], activation, *terms[:2])
+    h = ops.glu(*tensors[1:], activation, *terms[:2])
     assert h.dtype == dtype and as_good_as_torch(h, plains[0], truths[0])
     assert all(torch.equal(x, y) for x, y in zip(tensors, before))
     results = in_place(tensors, terms, activation)
     assert all(as_good_as_torch(*triple) for triple in zip(results, plains, truths))
-    wrong = kernels.glu(*tensors[1:], activation, *negated(terms[:2], (0, 1)))
+    wrong = ops.glu(*tensors[1:], activation, *negated(terms[:2], (0, 1)))
     assert as_good_as_torch(wrong, plains[0], truths[0]) == (not any(terms[:2]))
 
 
@@ -111,10 +111,10 @@ def test_any_term_may_be_absent(ranks, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_backward_pass_leaves_what_the_forward_pass_made(dtype):
     tensors, terms = operands((33, 34), dtype), low_rank_terms((33, 34), (16, 3, 8), dtype)
-    assert torch.equal(in_place(tensors, terms, "silu")[0], kernels.glu(*tensors[1:], "silu", *terms[:2]))
+    assert torch.equal(in_place(tensors, terms, "silu")[0], ops.glu(*tensors[1:], "silu", *terms[:2]))
 
 
-@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_wrong_b_is_seen_where_its_term_has_a_part_and_nowhere_else(dtype, activation):
     shape, ranks = (33, 34), (16, 3, 48)
@@ -150,7 +150,7 @@ def test_strides_change_nothing_and_neighbours_in_a_buffer_stay(dtype):
     buffer = torch.cat((gate, gate, up, up, dh, dh), dim=1)
     parts = buffer.split(shape[1], dim=1)
     before = [part.clone() for part in parts[::2]]
-    kernels.glu_backward_(parts[5], parts[1], parts[3], "gelu_tanh", *terms)
+    ops.glu_backward_(parts[5], parts[1], parts[3], "gelu_tanh", *terms)
     for ours, expected in zip((parts[5], parts[1], parts[3]), dense):
         assert error(ours, expected.double()) <= (SLACK[dtype] if dtype == torch.float32 else 2**-8)  # a matmul of other strides
     assert all(torch.equal(x, y) for x, y in zip(parts[::2], before))
@@ -158,8 +158,8 @@ def test_strides_change_nothing_and_neighbours_in_a_buffer_stay(dtype):
 
 def test_no_tokens_are_no_error():
     gate, low = draw(0, 6), LowRank(draw(0, 4), draw(6, 4))
-    assert kernels.glu(gate, gate, "silu", low, low).shape == (0, 6)
-    kernels.glu_backward_(gate, gate, gate, "silu", low, low, low)
+    assert ops.glu(gate, gate, "silu", low, low).shape == (0, 6)
+    ops.glu_backward_(gate, gate, gate, "silu", low, low, low)
 
 
 def test_wrong_terms_are_refused_in_one_line():
@@ -175,9 +175,9 @@ def test_wrong_terms_are_refused_in_one_line():
     ]
     for term in refused:
         for call in (
-            lambda term=term: kernels.glu(x, x, "silu", term),
-            lambda term=term: kernels.glu(x, x, "silu", up_add=term),
-            lambda term=term: kernels.glu_backward_(x, x, x, "silu", dh_add=term),
+            lambda term=term: ops.glu(x, x, "silu", term),
+            lambda term=term: ops.glu(x, x, "silu", up_add=term),
+            lambda term=term: ops.glu_backward_(x, x, x, "silu", dh_add=term),
         ):
             with pytest.raises(EngineError) as caught:
                 call()

@@ -5,8 +5,8 @@ import torch
 from kernel_checks import CUDA, DEVICE, DTYPES, SLACK, as_good_as_torch, draw, error, leave_to_a_child
 from kernel_checks import implementation as implementation  # runs each test against kernel and reference
 
-from engine import kernels
 from engine.errors import EngineError
+from engine.kernels import ops
 
 SHAPES_CV = [(3, 5), (4, 101), (2, 8192), (3, 8193), (2, 16_400)]  # less than a block, one block, an element more, three blocks
 OPTIONS = [{}, {"scale": 0.25}, {"softcap": 5.0}, {"scale": 2.0, "softcap": 30.0}]
@@ -24,7 +24,7 @@ def plain_cross_entropy(logits, labels, scale, softcap, dtype):
 
 def ours(logits, labels, scale=1.0, softcap=None):
     grad = logits.clone()
-    return kernels.cross_entropy_(grad, labels, scale, softcap), grad
+    return ops.cross_entropy_(grad, labels, scale, softcap), grad
 
 
 def edge_labels(num_rows, vocabulary):
@@ -57,7 +57,7 @@ def test_loss_and_gradient_are_as_good_as_torch_and_a_wrong_label_scale_or_cap_i
 def test_a_row_labelled_ignore_has_no_loss_and_no_gradient_and_leaves_the_others_alone(options):
     logits, labels = draw(4, 8193, scale=3.0), edge_labels(4, 8193)
     loss, grad = ours(logits, labels, **options)
-    labels[1] = kernels.IGNORE
+    labels[1] = ops.IGNORE
     with_ignored, its_grad = ours(logits, labels, **options)
     others = torch.tensor([0, 2, 3], device=DEVICE)
     assert torch.equal(with_ignored[others], loss[others]) and torch.equal(its_grad[others], grad[others])
@@ -99,7 +99,7 @@ def test_one_class_costs_nothing():
 def test_rows_may_be_strided_and_what_lies_between_them_is_left_alone():
     buffer, labels = draw(5, 80), edge_labels(5, 77)
     before = buffer.clone()
-    loss = kernels.cross_entropy_(buffer[:, :77], labels, 0.5, 4.0)
+    loss = ops.cross_entropy_(buffer[:, :77], labels, 0.5, 4.0)
     dense_loss, dense_grad = ours(before[:, :77].contiguous(), labels, 0.5, 4.0)
     torch.testing.assert_close(loss, dense_loss, rtol=1e-6, atol=1e-8)  # a GPU loads unaligned rows, and sums, otherwise
     torch.testing.assert_close(buffer[:, :77], dense_grad, rtol=2e-6, atol=1e-8)
@@ -109,9 +109,9 @@ def test_rows_may_be_strided_and_what_lies_between_them_is_left_alone():
 def test_without_gradient_the_loss_is_the_same_and_the_logits_stay():
     logits, labels = draw(3, 9001), edge_labels(3, 9001)
     before = logits.clone()
-    loss = kernels.cross_entropy_(logits, labels, 0.5, 4.0, with_gradient=False)
+    loss = ops.cross_entropy_(logits, labels, 0.5, 4.0, with_gradient=False)
     assert torch.equal(logits, before)
-    assert torch.equal(loss, kernels.cross_entropy_(logits, labels, 0.5, 4.0)) and not torch.equal(logits, before)
+    assert torch.equal(loss, ops.cross_entropy_(logits, labels, 0.5, 4.0)) and not torch.equal(logits, before)
 
 
 def test_a_label_outside_the_vocabulary_is_a_nan_and_no_access(implementation):
@@ -135,23 +135,23 @@ def test_no_rows_are_no_work():
 def test_gathered_rows_are_the_table_s_and_another_id_another_row(shape, dtype):
     table, ids = draw(*shape, dtype=dtype), edge_labels(9, shape[0])
     ids[3] = ids[4]
-    rows = kernels.gather_rows(table, ids)
+    rows = ops.gather_rows(table, ids)
     assert torch.equal(rows, table[ids]) and rows.is_contiguous()
     if shape[0] > 1:
-        assert not torch.equal(kernels.gather_rows(table, (ids + 1) % shape[0]), rows)
+        assert not torch.equal(ops.gather_rows(table, (ids + 1) % shape[0]), rows)
 
 
 def test_the_table_s_rows_may_be_strided_and_no_ids_give_no_rows():
     wide, ids = draw(6, 40), edge_labels(4, 6)
-    assert torch.equal(kernels.gather_rows(wide[:, 8:29], ids), wide[ids, 8:29])
-    assert kernels.gather_rows(wide, ids[:0]).shape == (0, 40)
+    assert torch.equal(ops.gather_rows(wide[:, 8:29], ids), wide[ids, 8:29])
+    assert ops.gather_rows(wide, ids[:0]).shape == (0, 40)
 
 
 def test_an_id_outside_the_table_gives_zeros_and_no_access(implementation):
     if implementation == "reference":
         pytest.skip("torch refuses it by itself")
     table = draw(6, 40)
-    rows = kernels.gather_rows(table, torch.tensor([5, 6, -1, 2**40, 0], device=DEVICE))
+    rows = ops.gather_rows(table, torch.tensor([5, 6, -1, 2**40, 0], device=DEVICE))
     assert torch.equal(rows[[0, 4]], table[[5, 0]]) and torch.equal(rows[1:4], torch.zeros_like(rows[1:4]))
 
 
@@ -161,25 +161,25 @@ def test_a_pinned_table_is_read_by_the_device_and_a_pageable_one_refused(impleme
         pytest.skip("index_select wants one device")
     table = draw(3000, 1024, dtype=torch.bfloat16).cpu()
     ids = edge_labels(500, 3000)
-    rows = kernels.gather_rows(table.pin_memory(), ids)
+    rows = ops.gather_rows(table.pin_memory(), ids)
     assert rows.is_cuda and torch.equal(rows.cpu(), table[ids.cpu()])
     with pytest.raises(EngineError, match="pinned"):
-        kernels.gather_rows(table, ids)
+        ops.gather_rows(table, ids)
 
 
 def test_wrong_layouts_and_devices_are_refused_in_one_line():
     logits, labels, ids = draw(4, 6), edge_labels(4, 6), edge_labels(3, 4)
     refused = [
-        lambda: kernels.cross_entropy_(draw(6, 4).t(), labels),
-        lambda: kernels.cross_entropy_(draw(1, 6).expand(4, 6), labels),
-        lambda: kernels.cross_entropy_(draw(4), labels),
-        lambda: kernels.cross_entropy_(logits, labels.int()),
-        lambda: kernels.cross_entropy_(logits, labels[:3]),
-        lambda: kernels.cross_entropy_(logits, labels, softcap=0.0),
-        lambda: kernels.gather_rows(draw(6, 4).t(), ids),
-        lambda: kernels.gather_rows(logits, ids.int()),
-        lambda: kernels.gather_rows(logits, ids[None]),
-        lambda: kernels.gather_rows(logits.to("meta"), ids),
+        lambda: ops.cross_entropy_(draw(6, 4).t(), labels),
+        lambda: ops.cross_entropy_(draw(1, 6).expand(4, 6), labels),
+        lambda: ops.cross_entropy_(draw(4), labels),
+        lambda: ops.cross_entropy_(logits, labels.int()),
+        lambda: ops.cross_entropy_(logits, labels[:3]),
+        lambda: ops.cross_entropy_(logits, labels, softcap=0.0),
+        lambda: ops.gather_rows(draw(6, 4).t(), ids),
+        lambda: ops.gather_rows(logits, ids.int()),
+        lambda: ops.gather_rows(logits, ids[None]),
+        lambda: ops.gather_rows(logits.to("meta"), ids),
     ]
     for call in refused:
         with pytest.raises(EngineError) as caught:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import kernels
 from engine.adapter.lora import LoraLinear
 from engine.config.trial import LoraConfig, TrainConfig
+from engine.kernels import ops
 from engine.layers import decoder_layer as fused
 from engine.layers import mlp as fused_mlp
 from engine.layers import projection_group as projection
@@ -26,7 +26,7 @@ from engine.layers.projection_group import ProjectionGroup
 from engine.layers.structure import Call, LayerSpec, Norm, Policy
 from engine.planning.layer_memory import MLP_TILE_TOKENS, Pass, Sizes
 from engine.planning.layer_plan import plan_layers
-from engine.planning.live_bytes import Away, Ledger
+from engine.planning.live_bytes import HostStack, LiveBytes
 from engine.planning.model_shape import ModelShape
 from engine.planning.policies import GROUPS
 from engine.quant.frozen_linear import FrozenLinear
@@ -144,12 +144,12 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def mask(self: ProjectionGroup, x: Tensor) -> Tensor:
         return like(x)
 
-    monkeypatch.setattr(kernels, "rms_norm", lambda x, *_: (like(x), rows(x)))
-    monkeypatch.setattr(kernels, "add_rms_norm", lambda x, *_: (like(x), like(x), rows(x)))
-    monkeypatch.setattr(kernels, "rms_norm_backward", lambda dy, x, *_: like(x))
-    monkeypatch.setattr(kernels, "rope_", lambda *_, **__: None)
-    monkeypatch.setattr(kernels, "glu", lambda gate, *_: like(gate))
-    monkeypatch.setattr(kernels, "glu_backward_", lambda *_: None)
+    monkeypatch.setattr(ops, "rms_norm", lambda x, *_: (like(x), rows(x)))
+    monkeypatch.setattr(ops, "add_rms_norm", lambda x, *_: (like(x), like(x), rows(x)))
+    monkeypatch.setattr(ops, "rms_norm_backward", lambda dy, x, *_: like(x))
+    monkeypatch.setattr(ops, "rope_", lambda *_, **__: None)
+    monkeypatch.setattr(ops, "glu", lambda gate, *_: like(gate))
+    monkeypatch.setattr(ops, "glu_backward_", lambda *_: None)
     monkeypatch.setattr(fused, "attend", lambda q, k, v, *_: Attention.apply(q, k, v))
     monkeypatch.setattr(FrozenLinear, "is_packed", property(lambda self: True))
     monkeypatch.setattr(FrozenLinear, "dequantized", dequantized)
@@ -217,19 +217,19 @@ def counted(layers: list[Layer], shape: ModelShape, tokens: int) -> int:
 
 
 def walked(config: TrainConfig, shape: ModelShape, tokens: int) -> int:
-    ledger, plans = Ledger(), plan_layers(config, shape)
+    live, plans = LiveBytes(), plan_layers(config, shape)
     sizes = Sizes.of(shape, tokens, LENGTH, 2, packed=True)
-    away, dropout = Away(ledger), config.lora.lora_dropout > 0
-    passes = [Pass(i, plan, shape, sizes, "flash", dropout, ledger, away) for i, plan in enumerate(plans)]
-    ledger.hold("0.x", sizes.x)
+    host_stack, dropout = HostStack(live), config.lora.lora_dropout > 0
+    passes = [Pass(i, plan, shape, sizes, "flash", dropout, live, host_stack) for i, plan in enumerate(plans)]
+    live.hold("0.x", sizes.x)
     for one in passes:
         one.forward(trains=True)
-    away.flush()
-    ledger.drop(f"{len(passes)}.x")
-    ledger.hold("dy", sizes.x)
+    host_stack.flush()
+    live.drop(f"{len(passes)}.x")
+    live.hold("dy", sizes.x)
     for one in reversed(passes):
         one.backward()
-    return ledger.highest
+    return live.highest
 
 
 def config_of(policy: str, **changes: Any) -> TrainConfig:

@@ -15,7 +15,7 @@ from engine.bench import calibrate
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
-from engine.planning.cards import CARDS, Card, card, match_card
+from engine.planning.cards import CARDS, Card, find_card, match_card
 from engine.planning.layer_plan import adapted_projections, plan_layers
 from engine.planning.memory import CONTEXT_GIB, MemoryPrediction, fits, predict_memory
 from engine.planning.model_shape import ModelShape
@@ -329,9 +329,9 @@ def test_keeping_is_faster_than_recomputing_and_a_better_card_is_faster() -> Non
 
 
 def test_an_unknown_card_is_an_input_error_with_a_near_name() -> None:
-    assert card("rtx4090").memory_gib == 23.6
+    assert find_card("rtx4090").memory_gib == 23.6
     with pytest.raises(InputError, match=r"card = 'RTX 4090': unknown card; known: rtx3090, .*did you mean 'rtx4090'\?"):
-        card("RTX 4090")
+        find_card("RTX 4090")
 
 
 @pytest.mark.parametrize(

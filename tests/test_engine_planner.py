@@ -10,10 +10,10 @@ import pytest
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.errors import OutOfMemory
-from engine.planning.cards import card
+from engine.planning.cards import find_card
 from engine.planning.memory import fits, predict_memory
 from engine.planning.model_shape import ModelShape
-from engine.planning.planner import Plan, leaner, plan
+from engine.planning.planner import ComputePlan, leaner, make_compute_plan
 
 LLAMA_8B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -33,68 +33,68 @@ def config(length=2048, rank=16, **train):
 @pytest.mark.parametrize("name", ["rtx3090", "l4", "h100"])
 def test_a_plan_fits_its_card_and_leaves_the_step_as_it_was(name, length):
     wanted = config(length)
-    chosen = plan(wanted, SHAPE, card(name))
+    chosen = make_compute_plan(wanted, SHAPE, find_card(name))
     applied = chosen.apply(wanted)
-    assert fits(chosen.memory, card(name).memory_gib)
+    assert fits(chosen.memory, find_card(name).memory_gib)
     assert applied.bins_per_step == wanted.bins_per_step and applied.fingerprint() == wanted.fingerprint()
     assert "auto" not in chosen.settings().values()
     assert wanted.bins_per_step % chosen.micro_batch_size == 0
 
 
 def test_more_memory_is_never_slower_and_what_is_given_stays():
-    plans = [plan(config(8192, memory_budget_gib=gib), SHAPE, card("h100")) for gib in (12.0, 24.0, 48.0, 79.0)]
+    plans = [make_compute_plan(config(8192, memory_budget_gib=gib), SHAPE, find_card("h100")) for gib in (12.0, 24.0, 48.0, 79.0)]
     speeds = [chosen.speed.tokens_per_second for chosen in plans]
     assert speeds == sorted(speeds) and speeds[-1] > 1.05 * speeds[0]
     fixed = {"micro_batch_size": 4, "activation_checkpointing": "offload", "keep_layers": 2, "host_layers": 3}
     fixed |= {"weight_cache_gib": 1.0, "cuda_graphs": False}
-    assert plan(config(512, **fixed), SHAPE, card("rtx4090")).settings() == fixed
+    assert make_compute_plan(config(512, **fixed), SHAPE, find_card("rtx4090")).settings() == fixed
 
 
 def test_launches_are_recorded_where_the_host_is_too_slow_and_nothing_forbids_it():
     small = ModelShape.of({**LLAMA_8B, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
                            "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}, "small")  # fmt: skip
     short = {"micro_batch_size": 1, "gradient_accumulation_steps": 8, "tokens_per_step": None}
-    chosen = plan(config(512, **short), small, card("rtx4090"))
-    without = plan(config(512, **short, cuda_graphs=False), small, card("rtx4090"))
+    chosen = make_compute_plan(config(512, **short), small, find_card("rtx4090"))
+    without = make_compute_plan(config(512, **short, cuda_graphs=False), small, find_card("rtx4090"))
     assert chosen.cuda_graphs and chosen.speed.tokens_per_second > 3 * without.speed.tokens_per_second
     assert leaner(chosen, config(512, **short), small).settings() == {**chosen.settings(), "cuda_graphs": False}
-    assert not plan(config(2048), SHAPE, card("rtx4090")).cuda_graphs  # 8B: the device is the slow one
+    assert not make_compute_plan(config(2048), SHAPE, find_card("rtx4090")).cuda_graphs  # 8B: the device is the slow one
     dropout = parse(TrainConfig, {**config(512, **short).model_dump(mode="json"), "lora": {"lora_dropout": 0.1}})
-    assert not plan(dropout, small, card("rtx4090")).cuda_graphs
+    assert not make_compute_plan(dropout, small, find_card("rtx4090")).cuda_graphs
 
 
 def test_long_rows_go_through_the_host_on_a_small_card():
-    assert plan(config(65536), SHAPE, card("rtx4090")).memory.host_gib > 10
-    assert plan(config(2048), SHAPE, card("rtx4090")).activation_checkpointing is False
+    assert make_compute_plan(config(65536), SHAPE, find_card("rtx4090")).memory.host_gib > 10
+    assert make_compute_plan(config(2048), SHAPE, find_card("rtx4090")).activation_checkpointing is False
 
 
 def test_layer_inputs_go_to_the_host_only_as_far_as_it_has_memory():
     wanted = config(65536)
-    free = plan(wanted, SHAPE, card("rtx4090"))
+    free = make_compute_plan(wanted, SHAPE, find_card("rtx4090"))
     assert free.memory.host_gib > 10
-    less = plan(wanted, SHAPE, card("rtx4090"), host_gib=25.0)
+    less = make_compute_plan(wanted, SHAPE, find_card("rtx4090"), host_gib=25.0)
     assert less.memory.host_gib <= 25.0 and less.host_layers < free.host_layers
     with pytest.raises(OutOfMemory, match="needs"):
-        plan(wanted, SHAPE, card("rtx4090"), host_gib=8.0)
+        make_compute_plan(wanted, SHAPE, find_card("rtx4090"), host_gib=8.0)
     with pytest.raises(OutOfMemory, match=r"what layers put away .* needs more than 8\.0 GiB of host memory"):
-        plan(config(65536, activation_checkpointing="offload"), SHAPE, card("rtx4090"), host_gib=8.0)
+        make_compute_plan(config(65536, activation_checkpointing="offload"), SHAPE, find_card("rtx4090"), host_gib=8.0)
 
 
 def test_what_does_not_fit_says_what_it_needs_and_what_there_is():
     with pytest.raises(OutOfMemory, match=r"needs \d+\.\d GiB at the least \(predicted\), 5\.0 GiB are allowed") as caught:
-        plan(config(memory_budget_gib=5.0), SHAPE, card("rtx4090"))
+        make_compute_plan(config(memory_budget_gib=5.0), SHAPE, find_card("rtx4090"))
     assert caught.value.predicted_gib > 4 and caught.value.measured_gib is None
 
 
 def test_without_a_card_nothing_is_predicted():
-    chosen = plan(config(), SHAPE, None)
+    chosen = make_compute_plan(config(), SHAPE, None)
     assert (chosen.micro_batch_size, chosen.activation_checkpointing, chosen.memory) == (1, False, None)
-    assert plan(config(micro_batch_size=64), SHAPE, None).micro_batch_size == 8  # no more than the step has
+    assert make_compute_plan(config(micro_batch_size=64), SHAPE, None).micro_batch_size == 8  # no more than the step has
 
 
 def test_each_leaner_plan_needs_less_until_there_is_none():
     wanted = config()
-    steps = [Plan(8, False, 4, 0, 2.0)]
+    steps = [ComputePlan(8, False, 4, 0, 2.0)]
     while (following := leaner(steps[-1], wanted, SHAPE)) is not None:
         steps.append(following)
     assert [(p.micro_batch_size, p.weight_cache_gib, p.keep_layers, p.activation_checkpointing) for p in steps] == [

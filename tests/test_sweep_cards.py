@@ -15,7 +15,7 @@ from sweep.config.resume_changes import amended
 from sweep.config.sweep import parse_sweep_config
 from sweep.plan.feasibility import make_feasibility
 from sweep.plan.forecast import card_line
-from sweep.plan.sweep_plan import Plan
+from sweep.plan.sweep_plan import SweepPlan
 from sweep.space.parse import parse_space
 
 L4, A10G, A100 = ("ray.io/accelerator-type", "L4"), ("ray.io/accelerator-type", "A10G"), ("ray.io/accelerator-type", "A100")
@@ -53,18 +53,18 @@ def test_a_trial_fits_if_it_fits_one_kind_and_avoids_the_others(planned):  # noq
     kinds = card_kinds([node(1, L4), node(1, ("card", "rtx3090"))])
     cards = make_feasibility("auto", {"shape": SHAPE}, kinds)
     small, large, none = (config_with(lora={"rank": rank}) for rank in (8, 23, 64))
-    assert (cards.judge(small).fits, cards.judge(large).fits, cards.judge(none).fits) == (True, True, False)
-    assert cards.judge(none).excess_gib == pytest.approx(64.0 - 23.6)  # by which it misses the roomiest
+    assert (cards.check_fit(small).fits, cards.check_fit(large).fits, cards.check_fit(none).fits) == (True, True, False)
+    assert cards.check_fit(none).excess_gib == pytest.approx(64.0 - 23.6)  # by which it misses the roomiest
     assert (cards.avoid(small), cards.avoid(large), cards.avoid(none)) == ((), (L4,), ())
     assert card_line(cards) == "card       of l4 (22.0 GiB), rtx3090 (23.6 GiB), for each trial the smallest that it fits"
     named = make_feasibility("l4", {"shape": SHAPE}, kinds)  # the twin: whoever names a card means that one
-    assert not named.judge(large).fits and named.avoid(large) == ()
+    assert not named.check_fit(large).fits and named.avoid(large) == ()
 
 
 def test_what_fits_no_card_that_is_known_may_fit_one_that_is_not(planned):  # noqa: F811
     cards = make_feasibility("auto", {"shape": SHAPE}, card_kinds([node(1, L4), node(1, A100)]))
     large = config_with(lora={"rank": 64})
-    assert cards.judge(large).fits and cards.avoid(large) == (L4,)
+    assert cards.check_fit(large).fits and cards.avoid(large) == (L4,)
 
 
 def test_the_drivers_own_card_counts_with_the_memory_it_says_it_has(planned):  # noqa: F811
@@ -76,9 +76,9 @@ def test_the_drivers_own_card_counts_with_the_memory_it_says_it_has(planned):  #
 
 
 def test_times_over_several_kinds_of_cards_are_warned_of():
-    def plan(objectives: list[str], *labels: tuple[str, str]) -> Plan:
+    def plan(objectives: list[str], *labels: tuple[str, str]) -> SweepPlan:
         config = parse_sweep_config({**BASE, "sweep": {"objectives": objectives}})
-        return Plan(config, parse_space({}), Slots(2, "cuda", 1), card_kinds([node(1, label) for label in labels]))
+        return SweepPlan(config, parse_space({}), Slots(2, "cuda", 1), card_kinds([node(1, label) for label in labels]))
 
     assert "compared over different cards" in plan(["eval_loss", "elapsed_s"], L4, A10G).warnings()[0]
     assert plan(["eval_loss", "elapsed_s"], L4).warnings() == plan(["eval_loss"], L4, A10G).warnings() == []

@@ -13,7 +13,7 @@ from sweep.__main__ import compose, groups, main
 from sweep.cluster.slots import Slots, plan_slots
 from sweep.config.sweep import ClusterConfig, parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
-from sweep.plan.sweep_plan import make_plan
+from sweep.plan.sweep_plan import make_sweep_plan
 from sweep.space.parse import parse_space
 
 NEEDED = ["model=smollm2-135m", "data=stdlib-docs"]
@@ -27,7 +27,7 @@ def test_every_option_composes_into_a_plan(group, option):
         extra = ["space=none"]
     config = parse_sweep_config(compose([*NEEDED, f"{group}={option}", *extra]))
     if group != "cluster":
-        assert make_plan(config).num_rungs >= (1 if group == "debug" else 3)
+        assert make_sweep_plan(config).num_rungs >= (1 if group == "debug" else 3)
 
 
 @pytest.mark.parametrize(

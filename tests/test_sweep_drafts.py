@@ -41,13 +41,13 @@ def test_a_copy_that_follows_the_journal_proposes_what_one_made_anew_does(tmp_pa
         (tmp_path / name).mkdir()
         study = study_in(tmp_path / name, config_for(WIDE, sampler, pruner))
         if name == "anew":
-            propose = study._drafts.propose
+            propose = study._proposer.propose
 
-            def anew(number, trials, is_new, drafts=study._drafts, propose=propose):
+            def anew(number, trials, is_new, drafts=study._proposer, propose=propose):
                 drafts._copy = None
                 return propose(number, trials, is_new)
 
-            monkeypatch.setattr(study._drafts, "propose", anew)
+            monkeypatch.setattr(study._proposer, "propose", anew)
         proposed[name] = run_trials(study, 25)
     assert proposed["following"] == proposed["anew"]
     assert len({json.dumps(params) for params in proposed["anew"]}) == 25
@@ -57,7 +57,7 @@ def test_in_a_space_that_is_nearly_used_up_rejected_drafts_leave_no_trace(tmp_pa
     study = study_in(tmp_path, config_for(SMALL, "tpe"))
     run_trials(study, 6)
     assert study.ask() is None
-    copy = study._drafts._copy.get_trials(deepcopy=False)
+    copy = study._proposer._copy.get_trials(deepcopy=False)
     running = [trial for trial in copy if not trial.state.is_finished()]
     assert len(running) == 1 == len(study.running())  # the one that runs, and none of those that were known
 
@@ -70,7 +70,7 @@ def test_tpe_sees_the_best_the_running_and_a_share_of_many_trials(tmp_path, monk
     sizes = []
     for _ in range(30):
         study.tell(finish_one(study), Outcome.COMPLETE)
-        sizes.append(len(study._drafts._copy.get_trials(deepcopy=False)))
+        sizes.append(len(study._proposer._copy.get_trials(deepcopy=False)))
     assert max(sizes) <= 61 and min(sizes) < 60
     seen = {trial.value for trial in drafts.a_few(study._trials(), 0)}
     complete = sorted(trial.value for trial in study._trials() if trial.state.name == "COMPLETE")

@@ -52,9 +52,9 @@ def test_the_most_demanding_point_of_a_committed_sweep_fits_a_card_of_22_gib(exp
     assert {**corner, "optim.learning_rate": 1e-4} == LARGEST
     base["train"] |= LEAN  # one way that fits is enough, and found at once
     feasibility = Feasibility(shape(experiment), CARDS["a10g"])
-    assert feasibility.judge(space.apply(base, LARGEST)).fits
+    assert feasibility.check_fit(space.apply(base, LARGEST)).fits
     base["train"]["memory_budget_gib"] = 3.0  # twin: where there is too little, it is said
-    assert not feasibility.judge(space.apply(base, LARGEST)).fits
+    assert not feasibility.check_fit(space.apply(base, LARGEST)).fits
 
 
 def test_own_data_takes_one_override_and_its_evaluation_comes_from_it_too():
@@ -65,11 +65,11 @@ def test_own_data_takes_one_override_and_its_evaluation_comes_from_it_too():
 def test_a_committed_sweep_is_forecast_from_a_folder_with_nothing_but_config_json(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text(json.dumps(SHAPES["llama-3.2-1b"]))
 
-    def look(config, module):
+    def inspect(config, module):
         assert config.model.path == str(tmp_path)
         return {"shape": vars(ModelShape.of(json.loads((tmp_path / "config.json").read_text()), "m")), "card": None}
 
-    monkeypatch.setattr(driver, "look", look)
+    monkeypatch.setattr(driver, "inspect", inspect)
     monkeypatch.setattr("sweep.plan.sweep_plan.count_gpus", lambda: 0)
     arguments = ["+experiment=llama-3.2-1b-24gb", f"model.path={tmp_path}", "cluster.card=rtx4090", "dry_run=true"]
     assert main(arguments) == 0

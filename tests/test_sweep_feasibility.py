@@ -8,13 +8,13 @@ from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.errors import InputError, OutOfMemory
 from engine.planning.model_shape import ModelShape
-from engine.planning.planner import Plan
+from engine.planning.planner import ComputePlan
 from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger import ledger
 from sweep.ledger.ledger import Ledger, Next
 from sweep.plan import feasibility
-from sweep.plan.feasibility import UNPREDICTED, Feasibility, Verdict, make_feasibility
+from sweep.plan.feasibility import UNPREDICTED, Feasibility, Fit, make_feasibility
 from sweep.plan.forecast import check_any_fits, corners
 from sweep.space.parse import parse_space
 from sweep.study.samplers import as_seen
@@ -32,11 +32,11 @@ def config_for(space: dict, sampler: str = "random", num_trials: int = 6, seed: 
     return parse_sweep_config({**sections, "pruner": {"name": "none"}, "sweep": {"num_trials": num_trials, "seed": seed}})
 
 
-def by_rank(config: TrainConfig) -> Verdict:
+def by_rank(config: TrainConfig) -> Fit:
     """24 GiB; a trial needs as many as its rank times its micro-batch."""
     size = config.train.micro_batch_size
     need = float(config.lora.rank * (1 if size == "auto" else size))
-    return Verdict(None, f"needs {need} GiB" if need > 24 else None, need, need - 24)
+    return Fit(None, f"needs {need} GiB" if need > 24 else None, need, need - 24)
 
 
 def study_in(path, config, judge=by_rank) -> Study:
@@ -84,9 +84,9 @@ def test_a_finite_space_is_walked_to_its_end_and_its_infeasible_part_said(tmp_pa
 def test_tpe_learns_to_keep_out_of_what_does_not_fit(tmp_path):
     space = {"lora.lora_dropout": {"low": 0.0, "high": 0.9}, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
 
-    def judge(config: TrainConfig) -> Verdict:
+    def judge(config: TrainConfig) -> Fit:
         excess = config.lora.lora_dropout - 0.2
-        return Verdict(None, "too much" if excess > 0 else None, 1.0, excess)
+        return Fit(None, "too much" if excess > 0 else None, 1.0, excess)
 
     refused = {}
     for sampler in ("random", "tpe"):
@@ -123,7 +123,7 @@ def test_a_resumed_sweep_neither_starts_nor_proposes_again_what_did_not_fit(tmp_
 
 def test_where_nothing_is_found_that_fits_the_sweep_ends_with_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "MAX_INFEASIBLE_AT_ONCE", 7)
-    book = ledger_in(tmp_path, config_for(RANKS, num_trials=2), lambda config: Verdict(None, "too much", 99.0, 75.0))
+    book = ledger_in(tmp_path, config_for(RANKS, num_trials=2), lambda config: Fit(None, "too much", 99.0, 75.0))
     assert book.next_trial() is Next.WAIT
     assert len(book.records) == 7
     assert run(book) == []
@@ -149,7 +149,7 @@ def test_a_micro_batch_that_does_not_fit_does_not_keep_a_smaller_one_out(tmp_pat
         assert [record.params["train.micro_batch_size"] for record in complete] == [2]
 
 
-@pytest.mark.parametrize("verdict", [UNPREDICTED, Verdict(None, None, 20.0, -3.0)], ids=["unpredicted", "predicted to fit"])
+@pytest.mark.parametrize("verdict", [UNPREDICTED, Fit(None, None, 20.0, -3.0)], ids=["unpredicted", "predicted to fit"])
 def test_memory_that_ran_out_is_recorded_with_both_peaks_and_violates_the_constraint(tmp_path, verdict):
     config = config_for(RANKS)
     study = study_in(tmp_path, config, lambda config: verdict)
@@ -185,14 +185,14 @@ def planned(monkeypatch) -> list[TrainConfig]:
         if config.lora.rank > card.memory_gib:
             raise OutOfMemory("needs more", float(config.lora.rank))
         memory = type("Memory", (), {"peak_gib": float(config.lora.rank), "reserve_gib": 0.5})
-        return Plan(2, True, 0, 0, 0.0, memory=memory)
+        return ComputePlan(2, True, 0, 0, 0.0, memory=memory)
 
-    monkeypatch.setattr(feasibility, "plan", plan)
+    monkeypatch.setattr(feasibility, "make_compute_plan", plan)
     return asked
 
 
 def test_a_verdict_says_whether_why_and_by_how_much(planned):
-    judge = make_feasibility("rtx4090", {"shape": SHAPE, "card": None}).judge
+    judge = make_feasibility("rtx4090", {"shape": SHAPE, "card": None}).check_fit
     fits, too_large = judge(config_with(lora={"rank": 8})), judge(config_with(lora={"rank": 64}))
     assert fits.fits and fits.plan.micro_batch_size == 2 and fits.predicted_peak_gib == 8.0 and fits.excess_gib < 0
     assert not too_large.fits and (too_large.reason, too_large.predicted_peak_gib) == ("needs more", 64.0)
@@ -200,7 +200,7 @@ def test_a_verdict_says_whether_why_and_by_how_much(planned):
 
 
 def test_what_changes_neither_memory_nor_speed_is_planned_once(planned):
-    judge = make_feasibility("rtx4090", {"shape": SHAPE}).judge
+    judge = make_feasibility("rtx4090", {"shape": SHAPE}).check_fit
     for rate in (1e-4, 2e-4):
         judge(config_with(optim={"learning_rate": rate}, lora={"lora_alpha": rate}))
     assert len(planned) == 1
@@ -211,10 +211,10 @@ def test_what_changes_neither_memory_nor_speed_is_planned_once(planned):
 
 def test_nothing_is_predicted_without_a_card_without_a_shape_or_on_a_cpu(planned):
     config = config_with(lora={"rank": 4096})
-    assert Feasibility(ModelShape(**SHAPE), None).judge(config) is UNPREDICTED
-    assert make_feasibility("rtx4090", {"shape": None}).judge(config) is UNPREDICTED
+    assert Feasibility(ModelShape(**SHAPE), None).check_fit(config) is UNPREDICTED
+    assert make_feasibility("rtx4090", {"shape": None}).check_fit(config) is UNPREDICTED
     on_cpu = config_with(lora={"rank": 4096}, train={**BASE["train"], "device": "cpu"})
-    assert make_feasibility("rtx4090", {"shape": SHAPE}).judge(on_cpu) is UNPREDICTED
+    assert make_feasibility("rtx4090", {"shape": SHAPE}).check_fit(on_cpu) is UNPREDICTED
     assert UNPREDICTED.fits and planned == []
 
 
@@ -228,9 +228,9 @@ def test_auto_means_the_card_found_with_the_memory_it_has(planned):
 def test_the_host_memory_of_a_machine_counts_where_it_has_a_gpu(planned):
     found = {"name": "Some Card 9000", "memory_gib": 12.5}
     config = config_with(lora={"rank": 4, "lora_dropout": 0.5})
-    verdict = make_feasibility("auto", {"shape": SHAPE, "card": found, "host_gib": 0.25}).judge(config)
+    verdict = make_feasibility("auto", {"shape": SHAPE, "card": found, "host_gib": 0.25}).check_fit(config)
     assert (verdict.reason, verdict.predicted_peak_gib) == ("needs more on the host", None) and verdict.excess_gib > 0
-    assert make_feasibility("rtx4090", {"shape": SHAPE, "card": None, "host_gib": 0.25}).judge(config).fits
+    assert make_feasibility("rtx4090", {"shape": SHAPE, "card": None, "host_gib": 0.25}).check_fit(config).fits
 
 
 # --- the whole space ---

@@ -27,7 +27,7 @@ SWEEP = ["model=local", "model.path=m", "data=local", "data.train=t.jsonl", "spa
 def seen(monkeypatch, tmp_path) -> dict:
     """What looking at model and machine finds."""
     answer = {"shape": SHAPE, "card": None}
-    monkeypatch.setattr(driver, "look", lambda config, module: answer)
+    monkeypatch.setattr(driver, "inspect", lambda config, module: answer)
     monkeypatch.setattr("sweep.plan.sweep_plan.count_gpus", lambda: 0)
     monkeypatch.chdir(tmp_path)
     return answer

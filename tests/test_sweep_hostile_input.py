@@ -12,7 +12,7 @@ from sweep.__main__ import compose, main
 from sweep.config import conf_files
 from sweep.config.sweep import TrackingConfig, parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
-from sweep.plan.sweep_plan import make_plan
+from sweep.plan.sweep_plan import make_sweep_plan
 from sweep.space.parse import parse_space
 from sweep.study.study import Study
 
@@ -119,7 +119,7 @@ def test_remote_code_is_not_for_the_sampler_to_choose_and_is_said_in_the_plan():
     with pytest.raises(InputError, match="for you to decide"):
         parse_space({"model": {"trust_remote_code": {"choices": [True, False]}}})
     config = parse_sweep_config(compose([*GIVEN, "model.path=m", "model.trust_remote_code=true"]))
-    assert "its own code is run" in make_plan(config).describe()
+    assert "its own code is run" in make_sweep_plan(config).describe()
 
 
 @pytest.mark.parametrize("uri", ["https://user:hunt@er2@host/x", "postgresql://u:hunter2@host/db", "https://:hunter2@host"])

@@ -16,8 +16,8 @@ from engine.errors import InputError
 from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.ledger import Next
-from sweep.plan.feasibility import Verdict
-from sweep.plan.sweep_plan import make_plan
+from sweep.plan.feasibility import Fit
+from sweep.plan.sweep_plan import make_sweep_plan
 from sweep.results.leaderboard import write_leaderboard
 from sweep.space.parse import parse_space
 from sweep.study.study import Study
@@ -86,7 +86,7 @@ def test_a_study_of_three_objectives_runs_with_faults_and_is_read_back(tmp_path,
     rng = random.Random(0)
 
     def judge(train):
-        return Verdict(None, None if train.lora.rank < 8 else "too large", 1.0, -1.0 if train.lora.rank < 8 else 1.0)
+        return Fit(None, None if train.lora.rank < 8 else "too large", 1.0, -1.0 if train.lora.rank < 8 else 1.0)
 
     def ledger():
         study = Study(SweepFolder(tmp_path), config, parse_space(config.space), judge)
@@ -142,10 +142,10 @@ def test_the_leaderboard_shows_the_front_with_every_members_adapter(tmp_path):
 
 
 def test_the_plan_says_that_nothing_is_pruned():
-    text = make_plan(config_for(WIDE, objectives=["eval_loss", "elapsed_s"])).describe()
+    text = make_sweep_plan(config_for(WIDE, objectives=["eval_loss", "elapsed_s"])).describe()
     assert "none: successive_halving is off, Optuna has no pruning of several objectives" in text
     assert "objectives eval_loss, elapsed_s" in text
-    assert "successive_halving is off" not in make_plan(config_for(WIDE)).describe()
+    assert "successive_halving is off" not in make_sweep_plan(config_for(WIDE)).describe()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from sweep.execution.interruption import Interruption
 from sweep.folder.notes import note_terminated
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.ledger import Ledger, Next
-from sweep.plan.feasibility import Verdict
+from sweep.plan.feasibility import Fit
 from sweep.space.parse import parse_space
 from sweep.study.study import Study
 from sweep.trials.record import Outcome
@@ -60,7 +60,7 @@ def test_a_verdict_lost_in_a_kill_is_given_again(tmp_path):
 def test_results_that_a_kill_kept_from_the_folder_are_written_on_resume(tmp_path):
     """Of a refused trial, and of one that ended; a result that is there is not touched."""
     config = config_for(WIDE, num_trials=2)
-    refuse = Verdict(None, "needs 30 GiB", 30.0, 6.0)
+    refuse = Fit(None, "needs 30 GiB", 30.0, 6.0)
     folder = SweepFolder(tmp_path)
     refused = Study(folder, config, parse_space(config.space), lambda config: refuse).ask()
     study = study_in(tmp_path, config)

@@ -116,7 +116,7 @@ def test_what_looks_like_a_tag_in_a_name_a_value_or_an_error_stays_text(tmp_path
 
 def test_what_base_model_and_adapter_answered_is_shown_as_text_for_the_best_trial_only(tmp_path):
     folder = swept(tmp_path)
-    example = {"prompt": f"What is {TAG}?\nSay.", "reference": "nothing", "base": "A & B", "adapter": TAG}
+    example = {"prompt": f"What is {TAG}?\nSay.", "expected": "nothing", "base": "A & B", "adapter": TAG}
     folder.write_examples({"trial": 5, "examples": [example], "seconds": 1.0})
     page = page_of(folder).replace(get_plotlyjs(), "")
     assert "<th>base model</th><th>with adapter</th>" in page and TAG not in page

@@ -8,9 +8,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from sweep.config.pruner_options import HyperbandConfig, MedianConfig, NoPruner, PatientConfig, SuccessiveHalvingConfig
-from sweep.study.optuna_pruners import make_pruner
-from sweep.study.pruners import SuccessiveHalvingJudge, make_judge
+from sweep.config.pruner_options import HyperbandConfig, MedianConfig, NoPrunerConfig, PatientConfig, SuccessiveHalvingConfig
+from sweep.study.optuna_pruners import make_optuna_pruner
+from sweep.study.pruners import SuccessiveHalvingPruner, make_pruner
 
 NUM_RUNGS, NUM_TRIALS = 9, 300
 PRUNERS = [
@@ -23,7 +23,7 @@ PRUNERS = [
     PatientConfig(patience=1, min_delta=0.1),
     PatientConfig(patience=0, inner="median"),
     PatientConfig(patience=2, inner="successive_halving"),
-    NoPruner(),
+    NoPrunerConfig(),
 ]
 
 
@@ -31,7 +31,7 @@ class Optunas:
     """Optuna's pruner on a study in memory."""
 
     def __init__(self, config) -> None:
-        self._pruner, self._storage = make_pruner(config, NUM_RUNGS), optuna.storages.InMemoryStorage()
+        self._pruner, self._storage = make_optuna_pruner(config, NUM_RUNGS), optuna.storages.InMemoryStorage()
         self._study = optuna.create_study(storage=self._storage, study_name="sweep", pruner=self._pruner)
         self._ids = []
 
@@ -48,7 +48,7 @@ class Optunas:
 
 def compare(config, seed: int, judge=None) -> dict[TrialState, int]:
     """Play a sweep of random curves with many ties on 16 slots; returns how its trials ended."""
-    rng, theirs, ours = random.Random(seed), Optunas(config), judge or make_judge(config, NUM_RUNGS, "sweep")
+    rng, theirs, ours = random.Random(seed), Optunas(config), judge or make_pruner(config, NUM_RUNGS, "sweep")
     live: dict[int, dict[int, float]] = {}
     ends = dict.fromkeys((TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL), 0)
     num_begun = 0
@@ -82,4 +82,4 @@ def test_every_verdict_is_optunas(config):
 
 def test_that_comparison_sees_a_judge_that_is_off_by_one():
     with pytest.raises(AssertionError):
-        compare(SuccessiveHalvingConfig(), seed=1, judge=SuccessiveHalvingJudge(1, 2, 1))
+        compare(SuccessiveHalvingConfig(), seed=1, judge=SuccessiveHalvingPruner(1, 2, 1))

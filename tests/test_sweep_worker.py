@@ -36,11 +36,11 @@ def variant(base: dict, changes: dict) -> TrainConfig:
     return parse(TrainConfig, {**merged, "train": {**merged["train"], "device": "cpu"}})
 
 
-def spec(config: TrainConfig, run_dir: Path, number: int = 0) -> dict:
+def spec(config: TrainConfig, trial_folder: Path, number: int = 0) -> dict:
     engine_modules = {"train": "engine.training.loop", "model": "engine.model.load", "command": "engine"}
     return {
-        "number": number, "run_dir": str(run_dir), "device": "cpu", "num_threads": 1, "engine": engine_modules,
-        "report_timeout_s": None, "num_heard": len(read_reports(run_dir)), "stop_file": str(run_dir.parent / ".stop"),
+        "number": number, "trial_folder": str(trial_folder), "device": "cpu", "num_threads": 1, "engine": engine_modules,
+        "report_timeout_s": None, "num_heard": len(read_reports(trial_folder)), "stop_file": str(trial_folder.parent / ".stop"),
         "train_config": config.model_dump_json(),
     }  # fmt: skip
 
@@ -51,13 +51,13 @@ class Slot:
     def __init__(self) -> None:
         self.worker: TrialWorker | None = None
 
-    def run(self, config: TrainConfig, run_dir: Path, num_rungs: int = 99) -> list[dict]:
+    def run(self, config: TrainConfig, trial_folder: Path, num_rungs: int = 99) -> list[dict]:
         """Train to the end, or leave the trial after so many rungs, as one that is pruned; returns what Tune would hear."""
         if self.worker is None:
             self.worker = object.__new__(TrialWorker)
-            self.worker.setup(spec(config, run_dir))
+            self.worker.setup(spec(config, trial_folder))
         else:
-            self.worker.reset_config(spec(config, run_dir))
+            self.worker.reset_config(spec(config, trial_folder))
         heard = []
         while len(heard) < num_rungs and not (heard and heard[-1]["done"]):
             heard.append(self.worker.step())
@@ -82,9 +82,9 @@ def live_tensors() -> int:
     return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
 
-def numbers(run_dir: Path) -> list[dict]:
+def numbers(trial_folder: Path) -> list[dict]:
     timed = {"tokens_per_second", "step_time_ms", "elapsed_s", "peak_allocated_gib", "setup_s"}
-    lines = (run_dir / "reports.jsonl").read_text().splitlines()
+    lines = (trial_folder / "reports.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in timed} for line in lines]
 
 
@@ -168,14 +168,14 @@ def test_a_trial_asked_to_end_saves_its_step_and_goes_on_in_another_process_as_i
 @pytest.mark.parametrize("left_out", [1, 2])
 def test_reports_that_only_the_checkpoint_kept_are_passed_on_and_judged_before_a_step_is_trained(tmp_path, tiny_config, left_out):
     """Else a trial pruned at the first of them has a rung more in its folder than in the journal."""
-    config, run_dir, first = variant(tiny_config, {}), tmp_path / "trial", Slot()
-    first.run(config, run_dir, num_rungs=2)
+    config, trial_folder, first = variant(tiny_config, {}), tmp_path / "trial", Slot()
+    first.run(config, trial_folder, num_rungs=2)
     first.worker.cleanup()
-    file = run_dir / "reports.jsonl"
+    file = trial_folder / "reports.jsonl"
     whole = file.read_text().splitlines(keepends=True)
     file.write_text("".join(whole[: len(whole) - left_out]))
     slot = Slot()
-    heard = slot.run(config, run_dir, num_rungs=left_out)
+    heard = slot.run(config, trial_folder, num_rungs=left_out)
     slot.worker.cleanup()
     assert [json.loads(result["report"])["rung"] for result in heard] == list(range(3 - left_out, 3))
     assert file.read_text().splitlines(keepends=True) == whole

@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from engine.bench.children import card, run_rows
+from engine.bench.children import card_name, run_rows
 from engine.bench.measure import measure
 from engine.bench.process import hand_back
 from engine.bench.rows import POLICIES, SUITES, Row, Setting, plain_rows, suite_rows
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
     with _scratch(options.scratch) as scratch:
-        facts = {"card": card(scratch), **_provenance(options.commit)}
+        facts = {"card": card_name(scratch), **_provenance(options.commit)}
         records = _run(rows, options, scratch, facts)
     if options.suite and records:
         print("\n" + report(records))

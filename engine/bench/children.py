@@ -47,6 +47,6 @@ def _measured(rows: list[Row], more: list[str], scratch: Path, timeout_s: float)
     return (results + [results[-1]] * len(rows))[: len(rows)]  # a process that ended early ended all that was to follow
 
 
-def card(scratch: Path) -> str:
+def card_name(scratch: Path) -> str:
     """Asked in a child: a CUDA context in this process would take memory from every row."""
     return run_python(["-c", CARD], scratch, 120.0).get("card", "unknown card")

@@ -29,10 +29,10 @@ MAX_TEXT_PROMPT = 64  # tokens that plain text, which has no prompt of its own, 
 
 @dataclass(frozen=True)
 class Question:
-    """prompt: token ids [P] up to the first answer. reference: those of that answer in the data, as many as may be generated."""
+    """prompt: token ids [P] up to the first answer. expected: those of that answer in the data, as many as may be generated."""
 
     prompt: np.ndarray
-    reference: np.ndarray
+    expected: np.ndarray
 
 
 def choose_questions(view: View, count: int) -> list[Question]:
@@ -55,7 +55,7 @@ def _question(sample: Sample) -> Question:
 
 
 def write_examples(base: Base, questions: list[Question], take_off_adapter: Callable[[], None]) -> list[dict[str, str]]:
-    """prompt, reference, base and adapter of each question, as text. The adapter is on the model, and `take_off_adapter` takes it
+    """prompt, expected, base and adapter of each question, as text. The adapter is on the model, and `take_off_adapter` takes it
     off. The model is spent: its layers take no packed rows any more, and its weights are dequantised where there is room."""
     restore_layers(base.model)
     _unpack_weights(base)
@@ -69,7 +69,7 @@ def write_examples(base: Base, questions: list[Question], take_off_adapter: Call
     return [
         {
             "prompt": decode(question.prompt.tolist(), skip_special_tokens=True),
-            "reference": decode(question.reference.tolist(), skip_special_tokens=True),
+            "expected": decode(question.expected.tolist(), skip_special_tokens=True),
             "base": before,
             "adapter": after,
         }

@@ -24,7 +24,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Card:
+class CardFacts:
     """form: peft, merged, gguf-adapter or gguf-merged; base: folder or hub id; dtype: of merged weights."""
 
     form: str
@@ -46,19 +46,19 @@ TITLES = {
 }
 
 
-def model_card(card: Card) -> str:
+def model_card(card: CardFacts) -> str:
     """The whole text."""
     return "\n".join([*_front_matter(card), f"# {TITLES[card.form]}", "", *_losses(card), *_settings(card), *_loading(card)])
 
 
-def _front_matter(card: Card) -> list[str]:
+def _front_matter(card: CardFacts) -> list[str]:
     library = {"peft": "peft", "merged": "transformers"}.get(card.form, "llama.cpp")
     tags = json.dumps(["lora", "qlora-sweep", *(["gguf"] if card.form.startswith("gguf") else [])])
     lines = ["---", f"base_model: {json.dumps(card.base)}", f"library_name: {library}", "pipeline_tag: text-generation"]
     return [*lines, f"tags: {tags}", "---", ""]
 
 
-def _losses(card: Card) -> list[str]:
+def _losses(card: CardFacts) -> list[str]:
     measured = card.measured
     if measured is None:
         return ["No loss was measured for this export.", ""]
@@ -79,7 +79,7 @@ def _losses(card: Card) -> list[str]:
     return [*lines, ""]
 
 
-def _settings(card: Card) -> list[str]:
+def _settings(card: CardFacts) -> list[str]:
     rows = [("base model", f"`{card.base}`"), ("rank", str(card.rank)), ("lora_alpha", f"{card.lora_alpha:g}")]
     rows.append(("adapted layers", str(card.num_layers)))
     if card.config is not None:
@@ -108,12 +108,12 @@ def _settings(card: Card) -> list[str]:
 SHOWN = ("git.commit", "version.torch", "version.transformers")
 
 
-def _loading(card: Card) -> list[str]:
+def _loading(card: CardFacts) -> list[str]:
     makers = {"peft": _peft, "merged": _merged, "gguf-adapter": _gguf_adapter, "gguf-merged": _gguf_merged}
     return ["## Load it", "", "Run in this folder:", "", *makers[card.form](card), ""]
 
 
-def _peft(card: Card) -> list[str]:
+def _peft(card: CardFacts) -> list[str]:
     rank = next((r for r in VLLM_RANKS if r >= card.rank), card.rank)
     return [
         *peft_code(card.base, card.config),
@@ -145,7 +145,7 @@ def peft_code(base: str, config: TrainConfig | None) -> list[str]:
     ]
 
 
-def _merged(card: Card) -> list[str]:
+def _merged(card: CardFacts) -> list[str]:
     return [
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -157,7 +157,7 @@ def _merged(card: Card) -> list[str]:
     ]
 
 
-def _gguf_adapter(card: Card) -> list[str]:
+def _gguf_adapter(card: CardFacts) -> list[str]:
     return [
         "```",
         "llama-cli -m BASE.gguf --lora adapter.gguf",
@@ -167,7 +167,7 @@ def _gguf_adapter(card: Card) -> list[str]:
     ]
 
 
-def _gguf_merged(card: Card) -> list[str]:
+def _gguf_merged(card: CardFacts) -> list[str]:
     return [
         "```",
         "llama-cli -m model.gguf",

@@ -20,9 +20,8 @@ import torch
 import triton
 from torch import Tensor
 
-from engine import kernels
 from engine.errors import EngineError
-from engine.kernels import reference
+from engine.kernels import ops, reference
 
 T, D, F, H, G, K, V, C, R = 4096, 4096, 14336, 32, 8, 128, 128_256, 1024, 16
 DTYPE = torch.bfloat16
@@ -131,7 +130,7 @@ def _rope_cases() -> list[Case]:
 def _glu_cases() -> list[Case]:
     gate, up, dh = _draw(T, F), _draw(T, F), _draw(T, F)
     cases = []
-    for activation in kernels.ACTIVATIONS:
+    for activation in ops.ACTIVATIONS:
         cases.append(_case(f"glu {activation} {T}x{F}", 3 * gate.nbytes, "glu", (gate, up, activation)))
         written = [dh.clone(), gate.clone(), up.clone()]
         cases.append(_in_place(f"glu_backward_ {activation} {T}x{F}", 6 * gate.nbytes, "glu_backward_", written, (activation,)))
@@ -141,8 +140,8 @@ def _glu_cases() -> list[Case]:
 def _glu_low_rank_cases() -> list[Case]:
     """Laid out as in a layer: gate, up and their adapters are computed together, down's A is transposed."""
     dh, gate_up, low = _draw(T, F), _draw(T, 2 * F), _draw(T, 2 * R)
-    gate_add, up_add = (kernels.LowRank(part, _draw(F, R) / R) for part in low.split(R, dim=1))
-    dh_add = kernels.LowRank(_draw(T, R), (_draw(R, F) / R).t())
+    gate_add, up_add = (ops.LowRank(part, _draw(F, R) / R) for part in low.split(R, dim=1))
+    dh_add = ops.LowRank(_draw(T, R), (_draw(R, F) / R).t())
     gate, up = gate_up.chunk(2, dim=1)
     name = f"silu rank {R} {T}x{F}"
     rest = ("silu", gate_add, up_add)
@@ -165,7 +164,7 @@ def _loss_cases() -> list[Case]:
         return Case(
             f"cross_entropy_{' softcap' if softcap else ''} {C}x{V}",
             2 * logits.nbytes,
-            lambda: (kernels.cross_entropy_(own, labels, softcap=softcap), own),
+            lambda: (ops.cross_entropy_(own, labels, softcap=softcap), own),
             lambda: (reference.cross_entropy_(other, labels, softcap=softcap), other),
         )
 
@@ -180,7 +179,7 @@ def _gather_cases() -> list[Case]:
         Case(
             f"gather_rows pinned {T}x{D}",
             2 * T * D * table.element_size(),
-            lambda: kernels.gather_rows(pinned, ids),
+            lambda: ops.gather_rows(pinned, ids),
             lambda: reference.gather_rows(table, ids),
             exact=True,
         )
@@ -192,7 +191,7 @@ CASES = (_norm_cases, _rope_cases, _glu_cases, _glu_low_rank_cases, _nf4_cases, 
 
 
 def _case(name: str, num_bytes: int, op: str, arguments: tuple[object, ...]) -> Case:
-    return Case(name, num_bytes, lambda: getattr(kernels, op)(*arguments), lambda: getattr(reference, op)(*arguments))
+    return Case(name, num_bytes, lambda: getattr(ops, op)(*arguments), lambda: getattr(reference, op)(*arguments))
 
 
 def _in_place(name: str, num_bytes: int, op: str, tensors: list[Tensor], rest: tuple[object, ...]) -> Case:
@@ -203,18 +202,18 @@ def _in_place(name: str, num_bytes: int, op: str, tensors: list[Tensor], rest: t
         getattr(module, op)(*tensors, *rest)
         return tensors
 
-    return Case(name, num_bytes, lambda: run(kernels, own), lambda: run(reference, other))
+    return Case(name, num_bytes, lambda: run(ops, own), lambda: run(reference, other))
 
 
 def _nf4_case(rows: int, columns: int, nested: bool) -> Case:
     from bitsandbytes import functional
 
     data, quant = functional.quantize_4bit(_draw(rows, columns), quant_type="nf4", compress_statistics=nested)
-    state = kernels.nf4_state(SimpleNamespace(data=data, quant_state=quant))
+    state = ops.nf4_state(SimpleNamespace(data=data, quant_state=quant))
     return Case(
         f"dequantize_nf4{' nested' if nested else ''} {rows}x{columns}",
         data.nbytes + quant.absmax.nbytes + 2 * rows * columns,
-        lambda: kernels.dequantize_nf4(state, DTYPE),
+        lambda: ops.dequantize_nf4(state, DTYPE),
         lambda: functional.dequantize_4bit(data, quant),
         exact=True,
     )
@@ -227,7 +226,7 @@ def tune(bandwidth: float) -> list[dict[str, object]]:
     from engine.kernels.nf4 import launch_dequantize
 
     data, quant = functional.quantize_4bit(_draw(F, D), quant_type="nf4", compress_statistics=True)
-    state = kernels.nf4_state(SimpleNamespace(data=data, quant_state=quant))
+    state = ops.nf4_state(SimpleNamespace(data=data, quant_state=quant))
     out = torch.empty(F, D, dtype=DTYPE, device="cuda")
     num_bytes = data.nbytes + quant.absmax.nbytes + out.nbytes
     rows = []

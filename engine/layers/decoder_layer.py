@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from engine import kernels
+from engine.kernels import ops
 from engine.layers import mlp as fused_mlp
 from engine.layers.attention import attend
 from engine.layers.mlp import mlp, mlp_gradient, tiles
@@ -88,7 +88,7 @@ def _forward(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
 def _to_mlp(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
     """The MLP's normalised input; x_mid into `saved`."""
     delta, norm = _attention_half(x, call, saved, graph), call.spec.mlp_norm
-    saved.x_mid, normed, saved.rstd["mlp"] = kernels.add_rms_norm(x, delta, norm.weight, norm.eps, norm.offset)
+    saved.x_mid, normed, saved.rstd["mlp"] = ops.add_rms_norm(x, delta, norm.weight, norm.eps, norm.offset)
     return normed
 
 
@@ -133,7 +133,7 @@ def _rotated(call: Call, saved: Saved) -> tuple[Tensor, Tensor]:
     if spec.q_norm is not None:
         q, saved.rstd["q"] = spec.q_norm.forward(q)
         k, saved.rstd["k"] = spec.k_norm.forward(k)
-    kernels.rope_(q, k, call.cos_TK, call.sin_TK)
+    ops.rope_(q, k, call.cos_TK, call.sin_TK)
     return q, k
 
 
@@ -168,7 +168,7 @@ def _attention_backward(dx_mid: Tensor, call: Call, saved: Saved, grads: Gradien
     dq, dk, dv = torch.autograd.grad(out, leaves, dout.view(out.shape))
     saved.attention = ()
     dq, dk = dq.contiguous(), dk.contiguous()
-    kernels.rope_(dq, dk, call.cos_TK, call.sin_TK, inverse=True)
+    ops.rope_(dq, dk, call.cos_TK, call.sin_TK, inverse=True)
     if spec.q_norm is not None:
         dq = spec.q_norm.backward(dq, saved.q, saved.rstd["q"])
         dk = spec.k_norm.backward(dk, saved.k, saved.rstd["k"])

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import kernels
-from engine.kernels import IGNORE
+from engine.kernels import ops
+from engine.kernels.ops import IGNORE
 
 # Of logits in the working dtype: 1,046 rows of bf16 at V = 128,256. The head matmuls, forward / backward, reach 576 / 650 TFLOP/s
 # at 256 rows, 673 / 693 at 1,024 and 681 / 762 at 2,048 (H100): beyond this, memory buys little.
@@ -86,5 +86,5 @@ def _logits(h_CD: Tensor, head: Head) -> Tensor:
 def _chunk(h_CD: Tensor, labels_C: Tensor, head: Head, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Losses of a chunk and, if asked, d loss / d h = d loss / d logits @ W. Its logits are gone when this returns."""
     logits_CV = _logits(h_CD, head)
-    loss_C = kernels.cross_entropy_(logits_CV, labels_C, head.scale, head.softcap, needs_grad)
+    loss_C = ops.cross_entropy_(logits_CV, labels_C, head.scale, head.softcap, needs_grad)
     return loss_C, logits_CV @ head.weight_VD.to(h_CD.dtype) if needs_grad else None

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from engine import kernels
+from engine.kernels import ops
 from engine.layers.structure import Call, Gradients, Saved, group_backward, low_rank_hidden, project
 
 # The MLP of a longer row is computed in tiles, where nothing of it is kept: gate and up of one at F = 14,336 are 0.44 GiB.
@@ -35,7 +35,7 @@ def tiles(call: Call, num_tokens: int) -> Iterator[tuple[slice, Call]]:
 def _down(call: Call, saved: Saved) -> Tensor:
     """What the MLP adds to the residual stream, a fresh tensor."""
     norm = call.spec.after_mlp_norm
-    down = project("down", kernels.glu(*_halves(saved.gate_up), call.spec.activation, *_gate_up_terms(call, saved)), call, saved)
+    down = project("down", ops.glu(*_halves(saved.gate_up), call.spec.activation, *_gate_up_terms(call, saved)), call, saved)
     if norm is not None:
         saved.down_out = down
         down, saved.rstd["after_mlp"] = norm.forward(down)
@@ -46,7 +46,7 @@ def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return gate_up.chunk(2, dim=1)
 
 
-def _gate_up_terms(call: Call, saved: Saved) -> list[kernels.LowRank | None]:
+def _gate_up_terms(call: Call, saved: Saved) -> list[ops.LowRank | None]:
     """The adapters' part of gate and up, which the activation's kernels add."""
     return call.groups["gate_up"].terms(saved.low["gate_up"])
 
@@ -77,7 +77,7 @@ def _activation_backward(ddown: Tensor, call: Call, saved: Saved, grads: Gradien
     else:
         dhidden, term = group.bare_input_gradient(ddown), group.input_term(dlow)
     gate_up, saved.gate_up = saved.gate_up, None
-    kernels.glu_backward_(dhidden, *_halves(gate_up), call.spec.activation, *_gate_up_terms(call, saved), term)
+    ops.glu_backward_(dhidden, *_halves(gate_up), call.spec.activation, *_gate_up_terms(call, saved), term)
     hidden = dhidden  # in place
     grads["down"] = group.adapter_gradients(ddown, dlow, hidden, low_rank_hidden("down", hidden, call, saved))
     return gate_up

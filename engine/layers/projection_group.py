@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.adapter.lora import LoraLinear
-from engine.kernels import LowRank
+from engine.kernels.ops import LowRank
 from engine.quant.frozen_linear import FrozenLinear
 
 Weights = list[tuple[slice, Tensor]]  # blocks of consecutive output features, each with its [O, D]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import kernels
+from engine.kernels import ops
 from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.host_stash import HostStash
 from engine.layers.projection_group import ProjectionGroup, Weights
@@ -47,13 +47,13 @@ class Norm:
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(normalised x, reciprocal root mean square of each row), over the last dimension."""
-        y, rstd = kernels.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps, self.offset)
+        y, rstd = ops.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps, self.offset)
         return y.view(x.shape), rstd
 
     def backward(self, dy: Tensor, x: Tensor, rstd: Tensor, residual: Tensor | None = None) -> Tensor:
         rows = (t.reshape(-1, t.shape[-1]) for t in (dy, x))
         extra = None if residual is None else residual.reshape(-1, residual.shape[-1])
-        return kernels.rms_norm_backward(*rows, self.weight, rstd, self.offset, extra).view(x.shape)
+        return ops.rms_norm_backward(*rows, self.weight, rstd, self.offset, extra).view(x.shape)
 
 
 def normalize(x: Tensor, norm: Norm) -> Tensor:

@@ -67,7 +67,7 @@ CARDS: dict[str, Card] = {
 }
 
 
-def card(name: str) -> Card:
+def find_card(name: str) -> Card:
     """By its name in CARDS."""
     if name not in CARDS:
         near = difflib.get_close_matches(name.lower().replace(" ", "").replace("_", "-"), CARDS, n=1, cutoff=0.5)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from engine.planning.layer_plan import LayerPlan, group_parameters
-from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, LOW, TRANSIENT, WEIGHTS, Away, Ledger
+from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, LOW, TRANSIENT, WEIGHTS, HostStack, LiveBytes
 from engine.planning.model_shape import ModelShape
 
 MLP_TILE_TOKENS = 8192  # engine.fused_mlp.TILE_TOKENS, which needs torch; a test holds them equal
@@ -74,12 +74,12 @@ class Pass:
     sizes: Sizes
     attention: AttentionName
     dropout: bool
-    ledger: Ledger
-    away: Away
+    live: LiveBytes
+    host_stack: HostStack
 
     def forward(self, trains: bool) -> None:
         """x is alive when it begins, y, the next layer's x, when it ends. trains: whether a backward pass follows."""
-        ledger, s, policy = self.ledger, self.sizes, self.plan.policy
+        live, s, policy = self.live, self.sizes, self.plan.policy
         graph = trains and policy in ("keep", "host", "selective")
         keeps_mlp = trains and (policy == "keep" or (policy == "host" and s.tile is None))
         self._to_mlp(graph)
@@ -87,48 +87,48 @@ class Pass:
         if keeps_mlp or s.tile is None:
             self._mlp(y, KEPT if keeps_mlp else TRANSIENT)
         else:
-            ledger.hold(y, s.x, BOUNDARY)
+            live.hold(y, s.x, BOUNDARY)
             with self._tile() as tile:
                 tile._mlp("tile", TRANSIENT)
-        ledger.drop("normed", "normed_mlp")
+        live.drop("normed", "normed_mlp")
         if not graph:
-            ledger.drop(*map(self._own, ("qkv", "o_out", "x_mid")))
+            live.drop(*map(self._own, ("qkv", "o_out", "x_mid")))
         if not keeps_mlp:
-            ledger.drop(*map(self._own, ("gate_up", "down_out")))
+            live.drop(*map(self._own, ("gate_up", "down_out")))
         if not trains or policy == "offload":
-            ledger.drop(*(self._own(f"low.{group}") for group in self.plan.ranks))
+            live.drop(*(self._own(f"low.{group}") for group in self.plan.ranks))
         if not trains:
-            return ledger.drop(self._own("x"))
-        self.away.advance()
+            return live.drop(self._own("x"))
+        self.host_stack.advance()
         if policy in ("host", "offload"):
-            self.away.push(self._names())
+            self.host_stack.push(self._names())
 
     def backward(self) -> None:
         """dy is alive when it begins, dx, then called dy, when it ends. Of the layer, nothing is left."""
-        ledger = self.ledger
+        live = self.live
         if self.plan.policy in ("host", "offload"):
-            self.away.pop()
+            self.host_stack.pop()
         self._mlp_backward()
-        ledger.drop(self._own("x_mid"))
+        live.drop(self._own("x_mid"))
         self._attention_backward()
-        grads = [name for name in ledger.alive if name.startswith("grads.")]
-        ledger.drop(*self._names(), *grads, "normed", "dx_mid")
-        ledger.rename("dx", "dy")
+        grads = [name for name in live.alive if name.startswith("grads.")]
+        live.drop(*self._names(), *grads, "normed", "dx_mid")
+        live.rename("dx", "dy")
 
     def _to_mlp(self, graph: bool) -> None:
         """x_mid and, normalised, normed_mlp."""
         self._attention_half(graph)
-        self.ledger.hold(self._own("x_mid"), self.sizes.x, self._component(graph))
-        self.ledger.hold("normed_mlp", self.sizes.x)
-        self.ledger.drop("delta")
+        self.live.hold(self._own("x_mid"), self.sizes.x, self._component(graph))
+        self.live.hold("normed_mlp", self.sizes.x)
+        self.live.drop("delta")
 
     @contextmanager
     def _tile(self) -> Iterator[Pass]:
         """The pass through one tile of the MLP: its weights are dequantised before the first and live to the last."""
         mine = ("gate_up", "down")
-        with self.ledger.holding(sum(map(self._weights, mine)), WEIGHTS):
+        with self.live.holding(sum(map(self._weights, mine)), WEIGHTS):
             yield replace(self, sizes=self.sizes.tile, plan=replace(self.plan, cached=self.plan.cached.union(mine)))
-            self.ledger.drop("tile", *map(self._own, ("gate_up", "down_out", "low.gate_up", "low.down")))
+            self.live.drop("tile", *map(self._own, ("gate_up", "down_out", "low.gate_up", "low.down")))
 
     def _component(self, graph: bool) -> str:
         """Of what attention's graph and the MLP's backward read: kept, or made again for one pass."""
@@ -136,28 +136,28 @@ class Pass:
 
     def _names(self) -> list[str]:
         """Of the layer's own tensors that are alive."""
-        return [name for name in self.ledger.alive if name.startswith(self._own(""))]
+        return [name for name in self.live.alive if name.startswith(self._own(""))]
 
     def _own(self, tensor: str) -> str:
         return f"{self.i}.{tensor}"
 
     def _attention_half(self, graph: bool) -> None:
-        ledger, s = self.ledger, self.sizes
+        live, s = self.live, self.sizes
         component = self._component(graph)
-        ledger.hold("normed", s.x)
+        live.hold("normed", s.x)
         self._project("qkv", s.x, self._own("qkv"), s.qkv, component)
         if self.shape.qk_norm:
-            ledger.hold(self._own("rotated"), s.q + s.k + s.heads + s.heads * s.k // s.q, component)  # with rstd of each head
+            live.hold(self._own("rotated"), s.q + s.k + s.heads + s.heads * s.k // s.q, component)  # with rstd of each head
         if self.attention == "eager":
-            ledger.briefly(12 * s.sample_scores, ATTENTION)  # scores, masked scores and weights, fp32
-        ledger.hold(self._own("attention"), s.q + s.heads + (self._eager_graph() if graph else 0), component)
+            live.briefly(12 * s.sample_scores, ATTENTION)  # scores, masked scores and weights, fp32
+        live.hold(self._own("attention"), s.q + s.heads + (self._eager_graph() if graph else 0), component)
         self._project("o", s.q, "delta", s.x)
         if not graph:
-            ledger.drop(self._own("attention"), self._own("rotated"))
+            live.drop(self._own("attention"), self._own("rotated"))
         if self.shape.four_norms:
-            ledger.drop("delta")
-            ledger.hold(self._own("o_out"), s.x, component)
-            ledger.hold("delta", s.x)
+            live.drop("delta")
+            live.hold(self._own("o_out"), s.x, component)
+            live.hold("delta", s.x)
 
     def _eager_graph(self) -> int:
         """What autograd keeps of it: tanh and softmax in fp32, the rounded weights, keys and values repeated for all heads."""
@@ -172,105 +172,105 @@ class Pass:
 
     def _gate_up(self, kept: str, weights: int) -> None:
         s = self.sizes
-        with self.ledger.holding(weights, WEIGHTS):
-            self.ledger.hold(self._own("gate_up"), 2 * s.f, kept)
-            self.ledger.briefly(0 if s.packed else s.f)  # plain weights are two matmuls
+        with self.live.holding(weights, WEIGHTS):
+            self.live.hold(self._own("gate_up"), 2 * s.f, kept)
+            self.live.briefly(0 if s.packed else s.f)  # plain weights are two matmuls
         self._low("gate_up", s.x)
 
     def _down(self, output: str, kept: str) -> None:
         s = self.sizes
-        with self.ledger.holding(s.f):  # act(gate) * up
+        with self.live.holding(s.f):  # act(gate) * up
             self._project("down", s.f, output, s.x, BOUNDARY)
         if self.shape.four_norms:
-            self.ledger.drop(output)
-            self.ledger.hold(self._own("down_out"), s.x, kept)
-            self.ledger.hold(output, s.x, BOUNDARY)
+            self.live.drop(output)
+            self.live.hold(self._own("down_out"), s.x, kept)
+            self.live.hold(output, s.x, BOUNDARY)
 
     def _project(self, group: str, input_size: int, output: str, output_size: int, component: str = TRANSIENT) -> None:
         self._low(group, input_size)
-        with self.ledger.holding(self._weights(group), WEIGHTS):
-            self.ledger.hold(output, output_size, component)
+        with self.live.holding(self._weights(group), WEIGHTS):
+            self.live.hold(output, output_size, component)
 
     def _low(self, group: str, input_size: int) -> None:
         name, rank = self._own(f"low.{group}"), self.plan.ranks[group]
-        if rank and name not in self.ledger.alive:
+        if rank and name not in self.live.alive:
             self._dropped(group, input_size)
-            self.ledger.hold(name, rank * self.sizes.low, LOW)
+            self.live.hold(name, rank * self.sizes.low, LOW)
 
     def _dropped(self, group: str, input_size: int) -> None:
         """The mask, and the input times it."""
         if self.dropout and self.plan.ranks[group]:
-            self.ledger.briefly(2 * input_size)
+            self.live.briefly(2 * input_size)
 
     def _weights(self, group: str) -> int:
         return 0 if group in self.plan.cached else self.sizes.weights[group]
 
     def _mlp_backward(self) -> None:
-        ledger, s = self.ledger, self.sizes
-        if self._own("x_mid") not in ledger.alive:
+        live, s = self.live, self.sizes
+        if self._own("x_mid") not in live.alive:
             self._to_mlp(graph=True)
         else:
-            ledger.hold("normed_mlp", s.x)
-        if s.tile is None or self._own("gate_up") in ledger.alive:
+            live.hold("normed_mlp", s.x)
+        if s.tile is None or self._own("gate_up") in live.alive:
             self._mlp_gradient("dx_mid")
         else:
-            ledger.hold("dx_mid", s.x)
+            live.hold("dx_mid", s.x)
             with self._tile() as tile:
                 tile._mlp_gradient("tile")
-        ledger.drop("normed_mlp")
+        live.drop("normed_mlp")
 
     def _mlp_gradient(self, output: str) -> None:
-        ledger, s = self.ledger, self.sizes
-        with ledger.holding(self._weights("gate_up"), WEIGHTS):
-            if self._own("gate_up") not in ledger.alive:
+        live, s = self.live, self.sizes
+        with live.holding(self._weights("gate_up"), WEIGHTS):
+            if self._own("gate_up") not in live.alive:
                 self._gate_up(TRANSIENT, weights=0)
                 if self.shape.four_norms:
                     self._down("unused", TRANSIENT)
-                    ledger.drop("unused")
+                    live.drop("unused")
             if self.shape.four_norms:
-                ledger.hold("ddown", s.x)
-                ledger.drop(self._own("down_out"))
+                live.hold("ddown", s.x)
+                live.drop(self._own("down_out"))
             self._activation_backward()
             self._group_backward("gate_up", s.x, "dnormed", weights_are_there=True)
-            ledger.hold(output, s.x)
-        ledger.drop("dnormed", "ddown", self._own("gate_up"))
+            live.hold(output, s.x)
+        live.drop("dnormed", "ddown", self._own("gate_up"))
 
     def _activation_backward(self) -> None:
-        ledger, s = self.ledger, self.sizes
-        with ledger.holding(self.plan.ranks["down"] * s.low):
-            with ledger.holding(self._weights("down"), WEIGHTS):
-                ledger.hold("dhidden", s.f)
+        live, s = self.live, self.sizes
+        with live.holding(self.plan.ranks["down"] * s.low):
+            with live.holding(self._weights("down"), WEIGHTS):
+                live.hold("dhidden", s.f)
             self._dropped("down", s.f)
             self._low("down", s.f)
-            ledger.hold("grads.down", 4 * self.plan.adapter["down"])
-            ledger.drop("dhidden")
+            live.hold("grads.down", 4 * self.plan.adapter["down"])
+            live.drop("dhidden")
 
     def _group_backward(self, group: str, input_size: int, dx: str, weights_are_there: bool = False) -> None:
-        with self.ledger.holding(self.plan.ranks[group] * self.sizes.low):
+        with self.live.holding(self.plan.ranks[group] * self.sizes.low):
             self._dropped(group, input_size)
-            self.ledger.hold(f"grads.{group}", 4 * self.plan.adapter[group])
-            with self.ledger.holding(0 if weights_are_there else self._weights(group), WEIGHTS):
-                self.ledger.hold(dx, input_size)
+            self.live.hold(f"grads.{group}", 4 * self.plan.adapter[group])
+            with self.live.holding(0 if weights_are_there else self._weights(group), WEIGHTS):
+                self.live.hold(dx, input_size)
             self._dropped(group, input_size)
 
     def _attention_backward(self) -> None:
-        ledger, s, plan = self.ledger, self.sizes, self.plan
+        live, s, plan = self.live, self.sizes, self.plan
         if self.shape.four_norms:
-            ledger.hold("ddelta", s.x)
+            live.hold("ddelta", s.x)
         if not plan.needs_dx and not plan.ranks["qkv"]:
-            return ledger.drop("ddelta")
+            return live.drop("ddelta")
         self._group_backward("o", s.q, "dout")
-        ledger.hold("dqkv", s.qkv)
-        ledger.briefly(self._attention_workspace(), ATTENTION)
+        live.hold("dqkv", s.qkv)
+        live.briefly(self._attention_workspace(), ATTENTION)
         if self.shape.qk_norm:
-            ledger.briefly(s.q)
-        if "normed" not in ledger.alive:
-            ledger.hold("normed", s.x)
-        ledger.hold("dqkv_cat", s.qkv)
+            live.briefly(s.q)
+        if "normed" not in live.alive:
+            live.hold("normed", s.x)
+        live.hold("dqkv_cat", s.qkv)
         if plan.needs_dx:
             self._group_backward("qkv", s.x, "dnormed")
-            ledger.hold("dx", s.x)
-        ledger.drop("ddelta", "dout", "dqkv", "dqkv_cat", "dnormed")
+            live.hold("dx", s.x)
+        live.drop("ddelta", "dout", "dqkv", "dqkv_cat", "dnormed")
 
     def _attention_workspace(self) -> int:
         """dq summed in fp32, dk and dv of every query head before they are added up, dout * out summed over K; flash attention

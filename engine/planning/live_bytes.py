@@ -1,6 +1,6 @@
 """Bytes that are alive, by what holds them, and their highest sum so far: for counting through a computation. No torch.
 
-`Away` is what `engine.offload.HostStash` does to them.
+`HostStack` is what `engine.offload.HostStash` does to them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KEPT, TRANSIENT, WEIGHTS, ATTENTION, BOUNDARY, LOW = (
 
 
 @dataclass
-class Ledger:
+class LiveBytes:
     """What is alive, by component; the highest sum of each phase, and phase and components at the highest of all."""
 
     alive: dict[str, tuple[str, int]] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class Ledger:
 
 
 @dataclass
-class _Entry:
+class _Held:
     names: list[str]
     sizes: dict[str, tuple[str, int]] = field(default_factory=dict)
     age: int = 0
@@ -87,16 +87,16 @@ class _Entry:
 
 
 @dataclass
-class Away:
+class HostStack:
     """What is put away on the host, layer by layer, as a stack. num_bytes: on the host now; highest: at most so far."""
 
-    ledger: Ledger
-    entries: list[_Entry] = field(default_factory=list)
+    live: LiveBytes
+    entries: list[_Held] = field(default_factory=list)
     num_bytes: int = 0
     highest: int = 0
 
     def push(self, names: list[str]) -> None:
-        entry = _Entry(names, {name: self.ledger.alive[name] for name in names})
+        entry = _Held(names, {name: self.live.alive[name] for name in names})
         self.entries.append(entry)
         self.num_bytes += _bytes(entry)
         self.highest = max(self.highest, self.num_bytes)
@@ -125,16 +125,16 @@ class Away:
         if self.entries:
             self._fetch(self.entries[-1])
 
-    def _let_go(self, entry: _Entry) -> None:
-        self.ledger.drop(*entry.names)
+    def _let_go(self, entry: _Held) -> None:
+        self.live.drop(*entry.names)
         entry.is_here = False
 
-    def _fetch(self, entry: _Entry) -> None:
+    def _fetch(self, entry: _Held) -> None:
         if not entry.is_here:
             entry.is_here = True
             for name, (component, size) in entry.sizes.items():
-                self.ledger.hold(name, size, component)
+                self.live.hold(name, size, component)
 
 
-def _bytes(entry: _Entry) -> int:
+def _bytes(entry: _Held) -> int:
     return sum(size for _, size in entry.sizes.values())

@@ -15,7 +15,7 @@ from typing import Literal
 from engine.config.trial import TrainConfig
 from engine.planning.layer_memory import AttentionName, Pass, Sizes
 from engine.planning.layer_plan import element_bytes, group_parameters, is_fused, plan_layers
-from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, Away, Ledger
+from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, HostStack, LiveBytes
 from engine.planning.model_shape import ModelShape
 from engine.units import GIB
 
@@ -89,8 +89,8 @@ def predict_memory(
     walk.step_optimizer()
     if evaluation:
         walk.evaluate()
-    ledger = walk.ledger
-    return MemoryPrediction(ledger.highest_components, ledger.peaks, ledger.highest_phase, walk.is_rough, walk.away.highest)
+    live = walk.live
+    return MemoryPrediction(live.highest_components, live.peaks, live.highest_phase, walk.is_rough, walk.host_stack.highest)
 
 
 def fits(prediction: MemoryPrediction, memory_gib: float) -> bool:
@@ -99,11 +99,11 @@ def fits(prediction: MemoryPrediction, memory_gib: float) -> bool:
 
 
 class _Walk:
-    """One load, one micro-batch, one optimizer step and one evaluation row, in turn, over one ledger."""
+    """One load, one micro-batch, one optimizer step and one evaluation row, in turn, over one account of live bytes."""
 
     def __init__(self, config: TrainConfig, shape: ModelShape, attention: AttentionName) -> None:
-        self.config, self.shape, self.ledger = config, shape, Ledger()
-        self.away = Away(self.ledger)
+        self.config, self.shape, self.live = config, shape, LiveBytes()
+        self.host_stack = HostStack(self.live)
         self.attention: AttentionName = "eager" if shape.attention_softcap else attention
         self.plans, self.element = plan_layers(config, shape), element_bytes(config)
         self.is_fused = is_fused(config, shape)
@@ -111,55 +111,55 @@ class _Walk:
 
     def load(self) -> None:
         """The base model, from its 16-bit weights; then all that lies still while it is trained."""
-        ledger, plans = self.ledger, self.plans
-        ledger.enter("load")
+        live, plans = self.live, self.plans
+        live.enter("load")
         streams = 2 if self.config.train.cuda_graphs is True else 1  # recordings have one of their own
-        ledger.hold("workspaces", streams * MATMUL_WORKSPACES, "matmul workspaces")
+        live.hold("workspaces", streams * MATMUL_WORKSPACES, "matmul workspaces")
         for name, size in _base_bytes(self.config, self.shape).items():
-            ledger.hold(name, size, name)
+            live.hold(name, size, name)
         table = self.element * self.shape.vocab_size * self.shape.hidden_size
-        ledger.hold("head", table, "head")
-        with ledger.holding(0 if self.shape.tied_embeddings else table, "input embedding"):
-            ledger.briefly(self._largest_weight())
+        live.hold("head", table, "head")
+        with live.holding(0 if self.shape.tied_embeddings else table, "input embedding"):
+            live.briefly(self._largest_weight())
         if not self.shape.tied_embeddings and not _is_on_host(self.config, table):
-            ledger.hold("input embedding", table, "input embedding")
-        ledger.enter("at rest")
+            live.hold("input embedding", table, "input embedding")
+        live.enter("at rest")
         cached = self.element * sum(group_parameters(self.shape)[group] for plan in plans for group in plan.cached)
-        ledger.hold("weight cache", cached, "weight cache")
+        live.hold("weight cache", cached, "weight cache")
         number = sum(sum(plan.adapter.values()) for plan in plans)
-        ledger.hold("adapter", (4 + 4 + self.element) * number, "adapter")  # parameter, gradient, copy for the matmuls
+        live.hold("adapter", (4 + 4 + self.element) * number, "adapter")  # parameter, gradient, copy for the matmuls
         states = 2 * number + 8 * math.ceil(number / 256) if self._has_8bit_optimizer() else 8 * number
-        ledger.hold("optimizer", states, "optimizer")
+        live.hold("optimizer", states, "optimizer")
 
     def train(self) -> None:
         """Forward, loss and backward of one micro-batch."""
         tokens = self.config.train.micro_batch_size * self.config.data.max_seq_length
         sizes = self._begin("forward", tokens, self.config.data.max_seq_length)
-        ledger, last = self.ledger, self.shape.num_layers
+        live, last = self.live, self.shape.num_layers
         if self.is_fused:
             passes = [self._pass(i, sizes, self.config.lora.lora_dropout > 0.0) for i in range(last)]
             for layer in passes:
                 layer.forward(trains=layer.plan.trained)
-                if "0.x" not in ledger.alive and "inputs" not in ledger.alive:  # the decoder holds on to them
-                    ledger.hold("inputs", sizes.x, BOUNDARY)
-            ledger.drop("inputs")
-            self.away.flush()
+                if "0.x" not in live.alive and "inputs" not in live.alive:  # the decoder holds on to them
+                    live.hold("inputs", sizes.x, BOUNDARY)
+            live.drop("inputs")
+            self.host_stack.flush()
         else:
             self._forward_unfused(sizes)
         self._loss(sizes, tokens, trains=True)
-        ledger.hold("dy", sizes.x)
-        ledger.drop("dh", f"{last}.x")
+        live.hold("dy", sizes.x)
+        live.drop("dh", f"{last}.x")
         if self.is_fused:
             self._backward(passes)
         else:
             self._backward_unfused(sizes)
-        ledger.drop("dy", "batch")
+        live.drop("dy", "batch")
 
     def step_optimizer(self) -> None:
         """torch's AdamW makes one temporary of the parameter's size; the 8-bit one none."""
-        self.ledger.enter("optimizer step")
+        self.live.enter("optimizer step")
         number = sum(sum(plan.adapter.values()) for plan in self.plans)
-        self.ledger.briefly(0 if self._has_8bit_optimizer() else 4 * number)
+        self.live.briefly(0 if self._has_8bit_optimizer() else 4 * number)
 
     def evaluate(self) -> None:
         """One row without gradients; no layer leaves anything but its output."""
@@ -167,43 +167,43 @@ class _Walk:
         tokens = max(length, EVALUATION_ROW_TOKENS)
         sizes = self._begin("evaluation", tokens, length)
         last = self.shape.num_layers - 1
-        self.ledger.rename("0.x", f"{last}.x")
-        self.ledger.hold("inputs", sizes.x if last else 0, BOUNDARY)
+        self.live.rename("0.x", f"{last}.x")
+        self.live.hold("inputs", sizes.x if last else 0, BOUNDARY)
         if self.is_fused:  # layers differ in cached weights alone, of which the last has the fewest
             self._pass(last, sizes, dropout=False).forward(trains=False)
         else:
-            self.ledger.briefly(3 * sizes.f + 6 * sizes.x + self._largest_weight() + 12 * self._eager_scores(sizes))
-        self.ledger.drop("inputs")
+            self.live.briefly(3 * sizes.f + 6 * sizes.x + self._largest_weight() + 12 * self._eager_scores(sizes))
+        self.live.drop("inputs")
         self._loss(sizes, tokens, trains=False)
-        self.ledger.drop(f"{last}.x", f"{last + 1}.x", "batch")
+        self.live.drop(f"{last}.x", f"{last + 1}.x", "batch")
 
     def _begin(self, phase: str, tokens: int, sample_tokens: int) -> Sizes:
         """A batch on the device: five int64 tensors at most, rotary tables (two pairs in Gemma 3), and the embedded tokens."""
         tables = 4 if self.shape.family == "gemma3" else 2
         sizes = Sizes.of(self.shape, tokens, sample_tokens, self.element, self.config.model.quantization == "nf4")
-        self.ledger.enter(phase)
-        self.ledger.hold("batch", 40 * tokens + tables * self.element * tokens * self.shape.head_dim, "batch and rotary")
-        self.ledger.hold("0.x", sizes.x, BOUNDARY)
+        self.live.enter(phase)
+        self.live.hold("batch", 40 * tokens + tables * self.element * tokens * self.shape.head_dim, "batch and rotary")
+        self.live.hold("0.x", sizes.x, BOUNDARY)
         return sizes
 
     def _pass(self, i: int, sizes: Sizes, dropout: bool) -> Pass:
-        return Pass(i, self.plans[i], self.shape, sizes, self.attention, dropout, self.ledger, self.away)
+        return Pass(i, self.plans[i], self.shape, sizes, self.attention, dropout, self.live, self.host_stack)
 
     def _loss(self, sizes: Sizes, tokens: int, trains: bool) -> None:
         """engine.loss: every token a target. Ends with `dh`, the gradient of the normalised hidden states, where there is one."""
-        ledger, shape = self.ledger, self.shape
+        live, shape = self.live, self.shape
         rows = min(tokens, max(1, LOSS_CHUNK_BYTES // (self.element * shape.vocab_size)))
         gathered, logits = self.element * rows * shape.hidden_size, self.element * rows * shape.vocab_size
         if trains:
-            ledger.enter("loss")
-        ledger.hold("h", sizes.x, "loss")
+            live.enter("loss")
+        live.hold("h", sizes.x, "loss")
         if trains:
-            ledger.hold("grad", sizes.x, "loss")
-        ledger.briefly(gathered + logits + (gathered if trains else 0), "loss")
-        ledger.drop("h")
+            live.hold("grad", sizes.x, "loss")
+        live.briefly(gathered + logits + (gathered if trains else 0), "loss")
+        live.drop("h")
         if trains:
-            ledger.hold("dh", sizes.x, "loss")
-            ledger.drop("grad")
+            live.hold("dh", sizes.x, "loss")
+            live.drop("grad")
 
     def _backward(self, passes: list[Pass]) -> None:
         """From the last layer to the first that has a backward pass."""
@@ -211,24 +211,24 @@ class _Walk:
             if not layer.plan.trained:
                 break
             kind = "kept" if layer.plan.policy in ("keep", "host") else "recomputed"
-            self.ledger.enter(f"backward, {kind} layers")
+            self.live.enter(f"backward, {kind} layers")
             layer.backward()
 
     def _forward_unfused(self, sizes: Sizes) -> None:
         """transformers' own layers: what autograd keeps, or the inputs alone."""
         number, recomputes = self.shape.num_layers, self.config.train.activation_checkpointing is not False
         for i in range(1, number + 1):
-            self.ledger.hold(f"{i}.x", sizes.x, BOUNDARY)
-        self.ledger.hold("graph", self._unfused_graph(sizes) * (0 if recomputes else number), KEPT)
-        self.ledger.briefly(3 * sizes.f + 6 * sizes.x + self._largest_weight())
+            self.live.hold(f"{i}.x", sizes.x, BOUNDARY)
+        self.live.hold("graph", self._unfused_graph(sizes) * (0 if recomputes else number), KEPT)
+        self.live.briefly(3 * sizes.f + 6 * sizes.x + self._largest_weight())
 
     def _backward_unfused(self, sizes: Sizes) -> None:
         recomputes = self.config.train.activation_checkpointing is not False
-        self.ledger.enter("backward, recomputed layers" if recomputes else "backward, kept layers")
+        self.live.enter("backward, recomputed layers" if recomputes else "backward, kept layers")
         again = self._unfused_graph(sizes) if recomputes else 0
-        with self.ledger.holding(again + 4 * sizes.f + 6 * sizes.x), self.ledger.holding(self._largest_weight(), WEIGHTS):
-            self.ledger.briefly(2 * sizes.q + 12 * self._eager_scores(sizes), ATTENTION)
-        self.ledger.drop("graph", *(f"{i}.x" for i in range(self.shape.num_layers)))
+        with self.live.holding(again + 4 * sizes.f + 6 * sizes.x), self.live.holding(self._largest_weight(), WEIGHTS):
+            self.live.briefly(2 * sizes.q + 12 * self._eager_scores(sizes), ATTENTION)
+        self.live.drop("graph", *(f"{i}.x" for i in range(self.shape.num_layers)))
 
     def _unfused_graph(self, sizes: Sizes) -> int:
         """Of one layer, beside its input: fp32 copies in the norms, inputs of adapted matmuls, queries, keys, values and output

@@ -1,7 +1,7 @@
 """How a config is computed on a given card: micro-batch, what each layer keeps, dequantised weights. What it computes stays.
 
-`plan` tries what the config leaves `auto`, drops what is predicted not to fit, and takes the fastest of the rest. `leaner` is the
-next step down for a run that met the end of memory all the same. No torch: plans are made on any laptop.
+`make_compute_plan` tries what the config leaves `auto`, drops what is predicted not to fit, and takes the fastest of the rest.
+`leaner` is the next step down for a run that met the end of memory all the same. No torch: plans are made on any laptop.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LONG_ROW = 8192  # tokens: beyond it, launches no longer weigh, which the predic
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComputePlan:
     """Values for the fields of `train` that may be `auto`; memory and speed are predicted, and None where no card is known."""
 
     micro_batch_size: int
@@ -69,7 +69,9 @@ class Plan:
         return ", ".join(parts)
 
 
-def plan(config: TrainConfig, shape: ModelShape | None, card: Card | None, host_gib: float = math.inf) -> Plan:
+def make_compute_plan(
+    config: TrainConfig, shape: ModelShape | None, card: Card | None, host_gib: float = math.inf
+) -> ComputePlan:
     """The fastest way to compute `config` that fits the card, or `train.memory_budget_gib` of it. Without shape or card (a CPU,
     an unknown model) nothing is predicted: one bin at a time. Raises OutOfMemory where the leanest way does not fit.
 
@@ -92,19 +94,19 @@ def does_not_fit(memory: MemoryPrediction, memory_gib: float) -> OutOfMemory:
     return OutOfMemory(f"needs {need:.1f} GiB at the least (predicted), {memory_gib:.1f} GiB are allowed", memory.peak_gib, None)
 
 
-def leaner(current: Plan, config: TrainConfig, shape: ModelShape | None) -> Plan | None:
+def leaner(current: ComputePlan, config: TrainConfig, shape: ModelShape | None) -> ComputePlan | None:
     """What to try after running out of memory: first half the micro-batch, then fewer kept tensors. None at the end."""
     changes = _less(current)
     return None if changes is None else changed(current, changes, config, shape)
 
 
-def changed(current: Plan, settings: dict[str, Any], config: TrainConfig, shape: ModelShape | None) -> Plan:
+def changed(current: ComputePlan, settings: dict[str, Any], config: TrainConfig, shape: ModelShape | None) -> ComputePlan:
     """The plan with other settings, its memory predicted again where the shape is known."""
     other = replace(current, **settings, memory=None, speed=None)
     return other if shape is None else replace(other, memory=predict_memory(other.apply(config), shape))
 
 
-def _less(current: Plan) -> dict[str, Any] | None:
+def _less(current: ComputePlan) -> dict[str, Any] | None:
     if current.cuda_graphs:  # their memory stays theirs between two rows
         return {"cuda_graphs": False}
     if current.micro_batch_size > 1:
@@ -119,9 +121,9 @@ def _less(current: Plan) -> dict[str, Any] | None:
     return {"activation_checkpointing": LEANER[place + 1], "keep_layers": 0} if place + 1 < len(LEANER) else None
 
 
-def _unpredicted(config: TrainConfig, on_cpu: bool) -> Plan:
+def _unpredicted(config: TrainConfig, on_cpu: bool) -> ComputePlan:
     loop = config.train
-    return Plan(
+    return ComputePlan(
         1 if loop.micro_batch_size == "auto" else min(loop.micro_batch_size, config.bins_per_step),
         not on_cpu if loop.activation_checkpointing == "auto" else loop.activation_checkpointing,
         1 if loop.keep_layers == "auto" else loop.keep_layers,
@@ -131,7 +133,7 @@ def _unpredicted(config: TrainConfig, on_cpu: bool) -> Plan:
     )
 
 
-def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: float, host_gib: float) -> Iterator[Plan]:
+def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: float, host_gib: float) -> Iterator[ComputePlan]:
     """Every micro-batch with every policy; layers kept, on the host too, and cached weights as many as fit and help."""
     loop, bins = config.train, config.bins_per_step
     if loop.micro_batch_size == "auto":
@@ -141,7 +143,7 @@ def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: 
     policies = LEANER if loop.activation_checkpointing == "auto" else (loop.activation_checkpointing,)
     for size in sizes:
         for policy in policies:
-            lean = Plan(
+            lean = ComputePlan(
                 size,
                 policy,
                 min(1, shape.num_layers) if loop.keep_layers == "auto" else min(loop.keep_layers, shape.num_layers),
@@ -159,10 +161,10 @@ def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: 
                     yield from _filled(config, shape, card, memory_gib, chosen)
 
 
-def _on_host(config: TrainConfig, shape: ModelShape, card: Card, host_gib: float, lean: Plan) -> Plan:
+def _on_host(config: TrainConfig, shape: ModelShape, card: Card, host_gib: float, lean: ComputePlan) -> ComputePlan:
     """The plan with as many layers kept on the host as the link to it serves, more are slower, and as its memory holds."""
 
-    def with_layers(number: int) -> Plan:
+    def with_layers(number: int) -> ComputePlan:
         return replace(lean, host_layers=number)
 
     speeds = [_speed(lean, config, shape, card)]
@@ -172,7 +174,7 @@ def _on_host(config: TrainConfig, shape: ModelShape, card: Card, host_gib: float
     return with_layers(_largest(0, most, lambda n: _memory(with_layers(n), config, shape).host_gib <= host_gib))
 
 
-def _filled(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: float, lean: Plan) -> Iterator[Plan]:
+def _filled(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: float, lean: ComputePlan) -> Iterator[ComputePlan]:
     """A lean plan, and it with what the config lets grow into the memory that is left."""
     first = _predicted(lean, config, shape, card)
     yield first
@@ -192,7 +194,7 @@ def _filled(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: floa
         yield _predicted(replace(full, weight_cache_gib=room * CACHE_STEP_GIB), config, shape, card)
 
 
-def _predicted(candidate: Plan, config: TrainConfig, shape: ModelShape, card: Card) -> Plan:
+def _predicted(candidate: ComputePlan, config: TrainConfig, shape: ModelShape, card: Card) -> ComputePlan:
     """Its memory and speed; with CUDA graphs, where the config leaves that open and the device would wait for the host."""
     concrete = candidate.apply(config)
     speed = predict_speed(concrete, shape, card)
@@ -203,19 +205,19 @@ def _predicted(candidate: Plan, config: TrainConfig, shape: ModelShape, card: Ca
     return replace(candidate, memory=_memory(candidate, config, shape), speed=speed)
 
 
-def _speed(candidate: Plan, config: TrainConfig, shape: ModelShape, card: Card) -> float:
+def _speed(candidate: ComputePlan, config: TrainConfig, shape: ModelShape, card: Card) -> float:
     return predict_speed(candidate.apply(config), shape, card).tokens_per_second
 
 
-def _memory(candidate: Plan, config: TrainConfig, shape: ModelShape) -> MemoryPrediction:
+def _memory(candidate: ComputePlan, config: TrainConfig, shape: ModelShape) -> MemoryPrediction:
     return predict_memory(candidate.apply(config), shape)
 
 
-def _fits(candidate: Plan, config: TrainConfig, shape: ModelShape, memory_gib: float) -> bool:
+def _fits(candidate: ComputePlan, config: TrainConfig, shape: ModelShape, memory_gib: float) -> bool:
     return fits(_memory(candidate, config, shape), memory_gib)
 
 
-def _best(fitting: list[Plan], max_seq_length: int) -> Plan:
+def _best(fitting: list[ComputePlan], max_seq_length: int) -> ComputePlan:
     """The fastest; among those that are next to it, one that does without the host's memory, whose speed depends on more than a
     data sheet says; then the one with the longest rows, then the least memory."""
     fastest = max(p.speed.tokens_per_second for p in fitting)

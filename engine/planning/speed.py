@@ -21,7 +21,7 @@ from engine.planning.cards import Card
 from engine.planning.copy_waits import LayerTimes, waiting_ms
 from engine.planning.layer_memory import Pass, Sizes
 from engine.planning.layer_plan import LayerPlan, group_parameters, is_fused, plan_layers
-from engine.planning.live_bytes import Away, Ledger
+from engine.planning.live_bytes import HostStack, LiveBytes
 from engine.planning.model_shape import ModelShape
 from engine.planning.policies import GROUPS
 
@@ -119,12 +119,12 @@ def _put_away(plan: LayerPlan, step: _Step) -> int:
     """Bytes of one layer that wait on the host."""
     if plan.policy not in ("host", "offload") or not plan.trained:
         return 0
-    ledger = Ledger()
-    away = Away(ledger)
-    ledger.hold("0.x", step.sizes.x)
+    live = LiveBytes()
+    host_stack = HostStack(live)
+    live.hold("0.x", step.sizes.x)
     kernel = "eager" if step.shape.attention_softcap else "flash"
-    Pass(0, plan, step.shape, step.sizes, kernel, False, ledger, away).forward(trains=True)
-    return away.num_bytes
+    Pass(0, plan, step.shape, step.sizes, kernel, False, live, host_stack).forward(trains=True)
+    return host_stack.num_bytes
 
 
 def _forward(plan: LayerPlan, step: _Step) -> _Work:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import kernels
+from engine.kernels import ops
 
 
 class FrozenLinear(nn.Module):
@@ -23,7 +23,7 @@ class FrozenLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight.requires_grad_(False)
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
-        self._nf4: kernels.Nf4State | None = None
+        self._nf4: ops.Nf4State | None = None
 
     @property
     def is_packed(self) -> bool:
@@ -37,8 +37,8 @@ class FrozenLinear(nn.Module):
             return self.weight.to(dtype)
         if self.weight.is_cuda:
             if self._nf4 is None:
-                self._nf4 = kernels.nf4_state(self.weight)
-            return kernels.dequantize_nf4(self._nf4, dtype, out)
+                self._nf4 = ops.nf4_state(self.weight)
+            return ops.dequantize_nf4(self._nf4, dtype, out)
         from bitsandbytes.functional import dequantize_4bit
 
         weight_OD = dequantize_4bit(self.weight.data, self.weight.quant_state).to(dtype)

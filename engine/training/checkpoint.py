@@ -99,8 +99,8 @@ class Pace:
         self._wait_s = max(self._at_least_s, (self._saved_s - began_s) / self._share)
 
 
-def save(run_dir: Path, progress: Progress, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> None:
-    """Write `run_dir/checkpoint`; the one that was there becomes `checkpoint.previous`."""
+def save(trial_folder: Path, progress: Progress, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> None:
+    """Write `trial_folder/checkpoint`; the one that was there becomes `checkpoint.previous`."""
 
     def fill(folder: Path) -> None:
         # made in memory: a full disk is then an OSError with its number, and checksums are of what was meant to be written
@@ -113,21 +113,23 @@ def save(run_dir: Path, progress: Progress, layers: dict[str, LoraLinear], optim
         state = asdict(progress) | {"sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}}
         (folder / STATE).write_text(json.dumps(state, sort_keys=True))
 
-    write_folder(run_dir / FOLDER, fill, previous=run_dir / PREVIOUS)
+    write_folder(trial_folder / FOLDER, fill, previous=trial_folder / PREVIOUS)
 
 
-def drop_previous(run_dir: Path) -> None:
+def drop_previous(trial_folder: Path) -> None:
     """Once a trial is done, only its last checkpoint is of use."""
-    shutil.rmtree(run_dir / PREVIOUS, ignore_errors=True)
+    shutil.rmtree(trial_folder / PREVIOUS, ignore_errors=True)
 
 
-def load(run_dir: Path, fingerprint: str, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> Progress | None:
-    """Restore everything from `run_dir/checkpoint`, or where that is torn from the one before; None where there is none.
+def load(
+    trial_folder: Path, fingerprint: str, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer
+) -> Progress | None:
+    """Restore everything from `trial_folder/checkpoint`, or where that is torn from the one before; None where there is none.
 
     CheckpointError if there is none that is whole, or if it is another config's: nothing has been changed then.
     """
-    settle(run_dir / FOLDER)
-    folder, previous = run_dir / FOLDER, run_dir / PREVIOUS
+    settle(trial_folder / FOLDER)
+    folder, previous = trial_folder / FOLDER, trial_folder / PREVIOUS
     if not folder.is_dir() and not previous.is_dir():
         return None
     try:

@@ -1,7 +1,7 @@
-"""The training loop, as a generator of reports: `for report in train(config, run_dir)`. The caller decides to go on.
+"""The training loop, a generator of reports: `for report in train(config, trial_folder)`. The caller decides to go on.
 
-Before a report is yielded, `run_dir` holds the checkpoint it can be continued from, the adapter of the lowest eval_loss so far
-(`adapter/`, PEFT format) and all reports (`reports.jsonl`). Between two reports the checkpoint is written anew from time to
+Before a report is yielded, `trial_folder` holds the checkpoint it can be continued from, the adapter of the lowest eval_loss
+so far (`adapter/`, PEFT format) and all reports (`reports.jsonl`). Between two reports the checkpoint is written from time to
 time, and when the caller asks for an end. Called again on the same folder, it goes on after the last step in the checkpoint and
 gives the same numbers as if it had never stopped (bit for bit on the CPU).
 """
@@ -32,8 +32,7 @@ from engine.model.load import load_base
 from engine.planning.cards import found_card
 from engine.planning.memory import CONTEXT_GIB
 from engine.planning.model_shape import ModelShape
-from engine.planning.planner import Plan, changed, leaner
-from engine.planning.planner import plan as plan_for
+from engine.planning.planner import ComputePlan, changed, leaner, make_compute_plan
 from engine.system.files import write_text
 from engine.training import checkpoint
 from engine.training.checkpoint import Pace, Progress, Sums
@@ -41,19 +40,19 @@ from engine.training.cuda_graphs import make_graphs
 from engine.training.divergence import check_loss
 from engine.training.optim import learning_rate, make_optimizer, set_learning_rate
 from engine.training.profiler import traced
-from engine.training.step_sums import Window
-from engine.trial_report import Report
+from engine.training.step_sums import StepSums
+from engine.trial_report import TrialReport
 from engine.units import GIB
 
 
 def train(
     config: TrainConfig,
-    run_dir: Path,
+    trial_folder: Path,
     *,
     base: Base | None = None,
     interrupted: Callable[[], bool] = lambda: False,
     pace: Pace | None = None,
-) -> Iterator[Report]:
+) -> Iterator[TrialReport]:
     """Train one adapter; yield a Report at each point of `config.train.report_grid()`, on a continued run from the first that was
     never yielded: nothing is trained before the caller has heard what a crash kept from it.
 
@@ -77,9 +76,9 @@ def train(
             torch.cuda.reset_peak_memory_stats(device)  # the highest so far is an earlier trial's
         torch.manual_seed(config.train.seed)
         layers = attach(resident.model, resident.linear_names, config.lora, config.train.seed)
-        run = _Run(config, run_dir, resident, layers)
+        run = _Run(config, trial_folder, resident, layers)
         run.setup_s = time.perf_counter() - called_s
-        with traced(config.train.profile_steps, run_dir / "profile", device) as run.after_step:
+        with traced(config.train.profile_steps, trial_folder / "profile", device) as run.after_step:
             yield from run.reports(interrupted, pace or Pace())
     finally:
         detach(resident.model, layers)
@@ -96,16 +95,16 @@ class _Run:
 
     setup_s = 0.0
 
-    def __init__(self, config: TrainConfig, run_dir: Path, base: Base, layers: dict[str, LoraLinear]) -> None:
+    def __init__(self, config: TrainConfig, trial_folder: Path, base: Base, layers: dict[str, LoraLinear]) -> None:
         plan, shape = _make_plan(config, base)
-        self.config, self.run_dir, self.base, self.layers = config, run_dir, base, layers
+        self.config, self.trial_folder, self.base, self.layers = config, trial_folder, base, layers
         self.adapter, self.graphs = FlatAdapter(layers, base.dtype), None
         self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
         self.train_view, eval_view = load_data(config.data, base.tokenizer)
         self.eval_batches = evaluation_batches(eval_view, config.data.eval_max_seq_length)
         self.cursor = Cursor(self.train_view.lengths, config.data.max_seq_length, config.data.packing, config.train.seed)
         fingerprint = config.fingerprint()
-        loaded = checkpoint.load(run_dir, fingerprint, layers, self.optimizer)
+        loaded = checkpoint.load(trial_folder, fingerprint, layers, self.optimizer)
         self.progress = loaded or Progress(fingerprint)
         self._saved_step = self.progress.step
         self.adapter.refresh()
@@ -114,46 +113,46 @@ class _Run:
         self._follow_plan()
         base.model.train()
 
-    def reports(self, interrupted: Callable[[], bool], pace: Pace) -> Iterator[Report]:
+    def reports(self, interrupted: Callable[[], bool], pace: Pace) -> Iterator[TrialReport]:
         self._interrupted, self._pace = interrupted, pace
         grid = self.config.train.report_grid()
         if self.progress.reports:
             num_passed_on = self._num_written()
             self._write_reports()
             if len(self.progress.reports) > num_passed_on:  # a crash came between the checkpoint and this file
-                yield Report.from_dict(self.progress.reports[-1])
+                yield TrialReport.from_dict(self.progress.reports[-1])
         for rung in range(len(self.progress.reports) + 1, len(grid) + 1):
             report = self._train_to(rung, grid[rung - 1])
             self._save(report)
             if rung == len(grid):
-                checkpoint.drop_previous(self.run_dir)
+                checkpoint.drop_previous(self.trial_folder)
             yield report
 
-    def _train_to(self, rung: int, tokens: int) -> Report:
+    def _train_to(self, rung: int, tokens: int) -> TrialReport:
         """Optimizer steps until `tokens` have been seen, then evaluation."""
         vocab_size = self.base.model.config.get_text_config().vocab_size
         progress = self.progress
-        window = Window(self.base.device, vocab_size, progress.since_report)
+        step_sums = StepSums(self.base.device, vocab_size, progress.since_report)
         while progress.tokens_seen < tokens:
-            self._keep_safe(window)
+            self._keep_safe(step_sums)
             loss, grad_norm, num_tokens, num_targets = self._step()
-            window.add(loss, grad_norm, num_tokens, num_targets)
+            step_sums.add(loss, grad_norm, num_tokens, num_targets)
             self.after_step()
             progress.step += 1
             progress.tokens_seen += num_tokens
             progress.target_tokens_seen += num_targets
-        window.close()
-        eval_loss = self._evaluate(lambda: self._keep_safe(window))
+        step_sums.close()
+        eval_loss = self._evaluate(lambda: self._keep_safe(step_sums))
         check_loss("eval_loss", eval_loss, vocab_size)
         self._note_where()
-        progress.elapsed_s += window.sums.seconds
-        return self._report(rung, window, eval_loss)
+        progress.elapsed_s += step_sums.sums.seconds
+        return self._report(rung, step_sums, eval_loss)
 
-    def _keep_safe(self, window: Window) -> None:
+    def _keep_safe(self, step_sums: StepSums) -> None:
         """Between two steps, or two rows of an evaluation: save where it is time to, and end where the caller wants an end."""
         must_end = self._interrupted()
         if self.progress.step > self._saved_step and (must_end or self._pace.is_due()):
-            window.settle()
+            step_sums.settle()
             self._note_where()
             self._save_checkpoint()
         if must_end:
@@ -236,16 +235,16 @@ class _Run:
         self.base.cache_weights(self.plan.weight_cache_gib)
         return eval_loss
 
-    def _report(self, rung: int, window: Window, eval_loss: float) -> Report:
-        progress, sums = self.progress, window.sums
+    def _report(self, rung: int, step_sums: StepSums, eval_loss: float) -> TrialReport:
+        progress, sums = self.progress, step_sums.sums
         earlier = [r["eval_loss"] for r in progress.reports]
-        report = Report(
+        report = TrialReport(
             rung=rung,
             tokens_seen=progress.tokens_seen,
             target_tokens_seen=progress.target_tokens_seen,
             step=progress.step,
             epoch=self.cursor.epochs,
-            train_loss=window.train_loss,
+            train_loss=step_sums.train_loss,
             eval_loss=eval_loss,
             best_eval_loss=min([*earlier, eval_loss]),
             learning_rate=self.optimizer.param_groups[0]["lr"],
@@ -265,32 +264,32 @@ class _Run:
         progress.since_report = Sums()
         return report
 
-    def _save(self, report: Report) -> None:
+    def _save(self, report: TrialReport) -> None:
         if report.eval_loss == report.best_eval_loss:
-            export_adapter(self.run_dir / "adapter", self.config, self.layers, self.base.linear_names, self.base.tokenizer)
+            export_adapter(self.trial_folder / "adapter", self.config, self.layers, self.base.linear_names, self.base.tokenizer)
         self._save_checkpoint()
         self._write_reports()
 
     def _save_checkpoint(self) -> None:
         with self._pace.saving():
-            checkpoint.save(self.run_dir, self.progress, self.layers, self.optimizer)
+            checkpoint.save(self.trial_folder, self.progress, self.layers, self.optimizer)
         self._saved_step = self.progress.step
 
     def _num_written(self) -> int:
-        file = self.run_dir / "reports.jsonl"
+        file = self.trial_folder / "reports.jsonl"
         return file.read_bytes().count(b"\n") if file.is_file() else 0
 
     def _write_reports(self) -> None:
         lines = [json.dumps(report, sort_keys=True) + "\n" for report in self.progress.reports]
-        write_text(self.run_dir / "reports.jsonl", "".join(lines))
+        write_text(self.trial_folder / "reports.jsonl", "".join(lines))
 
 
-def _make_plan(config: TrainConfig, base: Base) -> tuple[Plan, ModelShape | None]:
+def _make_plan(config: TrainConfig, base: Base) -> tuple[ComputePlan, ModelShape | None]:
     """The plan for the card that is here, and the shape it was predicted from."""
     if base.device.type != "cuda":
-        return plan_for(config, None, None), None
+        return make_compute_plan(config, None, None), None
     free_bytes, total_bytes = torch.cuda.mem_get_info(base.device)
     ours = free_bytes + torch.cuda.memory_reserved(base.device) + CONTEXT_GIB * GIB  # another process may hold a part
     card = found_card(torch.cuda.get_device_name(base.device), min(ours, total_bytes) / GIB)
     shape = ModelShape.known(base.model.config.to_dict(), config.model.path)
-    return plan_for(config, shape, card, host_share_gib()), shape
+    return make_compute_plan(config, shape, card, host_share_gib()), shape

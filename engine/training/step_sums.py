@@ -11,7 +11,7 @@ from engine.training.checkpoint import Sums
 from engine.training.divergence import check_step
 
 
-class Window:
+class StepSums:
     """Adds the steps to `sums`. Device values are read one step late, so that no step waits for the host."""
 
     def __init__(self, device: torch.device, vocab_size: int, sums: Sums) -> None:

@@ -56,7 +56,7 @@ def _shut_down() -> None:
         gc.enable()
 
 
-def look_at_cluster(address: str, num_gpus: int = 0, wait_s: float = 0.0, say: Callable[[str], None] = print) -> Hardware:
+def inspect_cluster(address: str, num_gpus: int = 0, wait_s: float = 0.0, say: Callable[[str], None] = print) -> Hardware:
     """GPUs, CPU cores and kinds of cards of an existing Ray cluster, as soon as it has so many GPUs, or after wait_s."""
     _join(address)
     try:

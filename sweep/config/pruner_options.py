@@ -43,12 +43,12 @@ class PatientConfig(StrictModel):
     inner: Literal["none", "median", "successive_halving"] = Field("none", description="none: patience alone decides")
 
 
-class NoPruner(StrictModel):
+class NoPrunerConfig(StrictModel):
     """Every trial runs to the end."""
 
     name: Literal["none"] = "none"
 PRUNERS = {
     model.model_fields["name"].default: model
-    for model in (SuccessiveHalvingConfig, HyperbandConfig, MedianConfig, PatientConfig, NoPruner)
+    for model in (SuccessiveHalvingConfig, HyperbandConfig, MedianConfig, PatientConfig, NoPrunerConfig)
 }
-PrunerConfig = SuccessiveHalvingConfig | HyperbandConfig | MedianConfig | PatientConfig | NoPruner
+PrunerConfig = SuccessiveHalvingConfig | HyperbandConfig | MedianConfig | PatientConfig | NoPrunerConfig

@@ -15,8 +15,8 @@ from pydantic import Field, PlainValidator, field_validator
 from engine.config.parsing import ListAsTuple, PositiveInt, StrictModel, parse
 from engine.config.trial import DataConfig, LoopConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
 from engine.errors import InputError
-from engine.planning.cards import card as find_card
-from sweep.config.pruner_options import PRUNERS, NoPruner, PrunerConfig, SuccessiveHalvingConfig
+from engine.planning.cards import find_card
+from sweep.config.pruner_options import PRUNERS, NoPrunerConfig, PrunerConfig, SuccessiveHalvingConfig
 from sweep.config.sampler_options import SAMPLERS, SamplerConfig, TpeConfig
 from sweep.trials.objectives import EVAL_LOSS, MEASURES
 
@@ -158,9 +158,9 @@ class SweepConfig(StrictModel):
         return _pick(PRUNERS, value, "pruner")
 
     @property
-    def judge(self) -> PrunerConfig:
+    def effective_pruner(self) -> PrunerConfig:
         """The pruner that is used: none with several objectives, for which Optuna has none."""
-        return self.pruner if len(self.sweep.objectives) == 1 else NoPruner()
+        return self.pruner if len(self.sweep.objectives) == 1 else NoPrunerConfig()
 
     def base(self) -> TrainConfig:
         """The config every trial starts from, before its sampled values are put in."""

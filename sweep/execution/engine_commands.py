@@ -30,16 +30,16 @@ def prepare(configs: list[TrainConfig], module: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="sweep-prepare-") as folder:
         request, answer = Path(folder, "configs.json"), Path(folder, "answer.json")
         request.write_text(json.dumps([config.model_dump(mode="json") for config in configs]))
-        _run([module, "prepare", str(request), "--report", str(answer)])
+        _run([module, "prepare", str(request), "--answer", str(answer)])
         return load_json(answer)
 
 
-def look(config: TrainConfig, module: str) -> dict[str, Any]:
-    """The model's shape and the card that is here, as `engine.prepare.look` finds them; CommandFailed where there is no model."""
-    with tempfile.TemporaryDirectory(prefix="sweep-look-") as folder:
+def inspect(config: TrainConfig, module: str) -> dict[str, Any]:
+    """The model's shape and the card here, as `engine.prepare.inspect` finds them; CommandFailed where there is no model."""
+    with tempfile.TemporaryDirectory(prefix="sweep-inspect-") as folder:
         request, answer = Path(folder, "config.json"), Path(folder, "answer.json")
         request.write_text(json.dumps(config.model_dump(mode="json")))
-        _run([module, "look", str(request), "--report", str(answer)])
+        _run([module, "inspect", str(request), "--answer", str(answer)])
         return load_json(answer)
 
 
@@ -49,7 +49,7 @@ def evaluate(trial_folder: Path, module: str, num_examples: int = 0) -> dict[str
     with tempfile.TemporaryDirectory(prefix="sweep-evaluate-") as folder:
         answer = Path(folder, "answer.json")
         config, adapter = trial_folder / "train_config.json", trial_folder / "adapter"
-        options = ["--adapter", str(adapter), "--examples", str(num_examples), "--report", str(answer)]
+        options = ["--adapter", str(adapter), "--examples", str(num_examples), "--answer", str(answer)]
         _run([module, "evaluate", str(config), *options])
         return load_json(answer)
 

@@ -104,7 +104,7 @@ class TrialWorker(Trainable):
     def _note_terminated(self) -> None:
         if not self._is_over:
             with suppress(OSError):
-                note_terminated(Path(self._spec["run_dir"]))
+                note_terminated(Path(self._spec["trial_folder"]))
 
     def _advance_or_fail(self) -> dict[str, Any]:
         try:
@@ -127,7 +127,7 @@ class TrialWorker(Trainable):
             raise RuntimeError("training ended before its last rung")
         if not math.isfinite(report["eval_loss"]):
             raise DivergedError(f"eval_loss = {report['eval_loss']} at rung {report['rung']}")
-        write_system(Path(self._spec["run_dir"]), report["rung"], self._sampler.take())
+        write_system(Path(self._spec["trial_folder"]), report["rung"], self._sampler.take())
         done = report["rung"] >= self._num_rungs
         if done:
             self._close()
@@ -136,28 +136,28 @@ class TrialWorker(Trainable):
     def _start(self) -> Iterator[dict[str, Any]]:
         config = parse(TrainConfig, json.loads(self._spec["train_config"]))
         self._num_rungs = len(config.train.report_grid())
-        run_dir = Path(self._spec["run_dir"])
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = _wait_for(run_dir)
+        trial_folder = Path(self._spec["trial_folder"])
+        trial_folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _wait_for(trial_folder)
         self._sampler.take()  # what was before this trial
-        return self._unheard_and_new(config, run_dir)
+        return self._unheard_and_new(config, trial_folder)
 
-    def _unheard_and_new(self, config: TrainConfig, run_dir: Path) -> Iterator[dict[str, Any]]:
+    def _unheard_and_new(self, config: TrainConfig, trial_folder: Path) -> Iterator[dict[str, Any]]:
         """All reports after those the sweep has. A process that died may have saved one, and not lived to pass it on; where it
         had only its checkpoint written, the engine passes that one on before it trains: the verdict may be to stop."""
         heard = self._spec["num_heard"]
-        for report in read_reports(run_dir)[heard:]:
+        for report in read_reports(trial_folder)[heard:]:
             heard = report["rung"]
             yield report
         if heard < self._num_rungs:
             train = importlib.import_module(self._spec["engine"]["train"]).train
             base, interrupted = self._resident_base(config), self._interruption.is_asked
             with (
-                self._interruption.training(run_dir),
-                closing(train(config, run_dir, base=base, interrupted=interrupted)) as reports,
+                self._interruption.training(trial_folder),
+                closing(train(config, trial_folder, base=base, interrupted=interrupted)) as reports,
             ):
                 for report in reports:
-                    yield from read_reports(run_dir)[heard : report.rung - 1]
+                    yield from read_reports(trial_folder)[heard : report.rung - 1]
                     self._setup_s = report.setup_s if self._setup_s is None else self._setup_s
                     if report.rung > heard:  # its file may have been lost after it was heard
                         yield report.to_dict()
@@ -177,9 +177,9 @@ class TrialWorker(Trainable):
             outcome = Outcome.RUNNING
         line = " ".join(str(error).split()) or type(error).__name__
         text = line if isinstance(error, EngineError) else f"{type(error).__name__}: {line}"
-        run_dir = Path(self._spec["run_dir"])
+        trial_folder = Path(self._spec["trial_folder"])
         with suppress(OSError):  # the disk may be what failed
-            (run_dir / "error.txt").write_text("".join(traceback.format_exception(error)))
+            (trial_folder / "error.txt").write_text("".join(traceback.format_exception(error)))
         self._close()
         memory = _memory(error)
         never_started = isinstance(error, InputError) or (isinstance(error, OutOfMemory) and "measured_gib" not in memory)
@@ -245,12 +245,12 @@ def _load_base(config: TrainConfig, spec: dict[str, Any]) -> Any:
     return base
 
 
-def _wait_for(run_dir: Path) -> FileLock:
+def _wait_for(trial_folder: Path) -> FileLock:
     """Hold the trial's folder: a worker of a killed driver may live on for seconds, and two must not write one checkpoint."""
     deadline = time.monotonic() + LOCK_PATIENCE_S
-    lock = FileLock(run_dir / ".lock")
+    lock = FileLock(trial_folder / ".lock")
     while not lock.acquire():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"another process has held {run_dir} for {LOCK_PATIENCE_S:.0f} s")
+            raise RuntimeError(f"another process has held {trial_folder} for {LOCK_PATIENCE_S:.0f} s")
         time.sleep(0.2)
     return lock

@@ -37,7 +37,7 @@ def worker_config(
         "number": proposal.number,
         "num_heard": proposal.num_heard,
         "report_timeout_s": report_timeout_s,
-        "run_dir": str(folder.trial(proposal.number).absolute()),
+        "trial_folder": str(folder.trial(proposal.number).absolute()),
         "stop_file": str(folder.stop_file.absolute()),
         "device": slots.device,
         "num_threads": slots.cpus_per_trial,

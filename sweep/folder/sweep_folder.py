@@ -108,12 +108,18 @@ class SweepFolder:
         return load_json(self.data_file) if self.data_file.is_file() else None
 
     def write_examples(self, examples: dict[str, Any]) -> None:
-        """trial: the winner; examples: prompt, reference, base and adapter of each; error: why there are none, in one line."""
+        """trial: the winner; examples: prompt, expected, base and adapter of each; error: why there are none, in one line."""
         write_text(self.examples_file, json.dumps(examples, indent=2, ensure_ascii=False) + "\n")
 
     def read_examples(self) -> dict[str, Any] | None:
         """None where the sweep has not come to its end, or was asked for none."""
-        return load_json(self.examples_file) if self.examples_file.is_file() else None
+        if not self.examples_file.is_file():
+            return None
+        found = load_json(self.examples_file)
+        for example in found.get("examples", []):
+            if "reference" in example:  # the word of sweeps before version 0.2
+                example["expected"] = example.pop("reference")
+        return found
 
     def trial(self, number: int) -> Path:
         """The folder of one trial: trials/0003."""

@@ -16,7 +16,7 @@ from engine.config.trial import TrainConfig
 from engine.errors import OutOfMemory
 from engine.planning.cards import CARDS, Card, found_card, match_card
 from engine.planning.model_shape import ModelShape
-from engine.planning.planner import Plan, plan
+from engine.planning.planner import ComputePlan, make_compute_plan
 from sweep.cluster.card_kinds import CardKind, Label
 
 LEAST_EXCESS_GIB = 0.01  # what does not fit for want of its reserve alone violates the constraint too
@@ -29,13 +29,13 @@ WITHOUT_EFFECT = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Fit:
     """plan: how the trial would be computed, None where nothing is predicted or nothing fits. reason: why it does not fit.
 
     excess_gib: predicted need above what there is; above 0 exactly where it does not fit.
     """
 
-    plan: Plan | None = None
+    plan: ComputePlan | None = None
     reason: str | None = None
     predicted_peak_gib: float | None = None
     excess_gib: float | None = None
@@ -45,7 +45,7 @@ class Verdict:
         return self.reason is None
 
 
-UNPREDICTED = Verdict()
+UNPREDICTED = Fit()
 NO_KINDS: Mapping[Label | None, Card | None] = MappingProxyType({})
 
 
@@ -70,45 +70,45 @@ class Feasibility:
         self.shape, self.card, self._host_gib, self._kinds = shape, card, host_gib, dict(kinds)
         several = {kind.name: kind for kind in self._kinds.values() if kind is not None}
         self.cards = tuple(sorted(several.values(), key=lambda kind: kind.memory_gib)) or ((card,) if card else ())
-        self._known: dict[tuple[str, str], Verdict] = {}
+        self._known: dict[tuple[str, str], Fit] = {}
 
     @property
     def predicts(self) -> bool:
         return self.shape is not None and self.card is not None
 
-    def judge(self, config: TrainConfig) -> Verdict:
+    def check_fit(self, config: TrainConfig) -> Fit:
         """Whether the config fits any card, and how it would be computed on the smallest that it fits."""
         if not self.predicts or config.train.device == "cpu":
             return UNPREDICTED
-        verdict = UNPREDICTED
+        fit = UNPREDICTED
         for card in self.cards:
-            verdict = self._judge_on(config, card)
-            if verdict.fits:
-                return verdict
-        return UNPREDICTED if None in self._kinds.values() else verdict
+            fit = self._fit_on(config, card)
+            if fit.fits:
+                return fit
+        return UNPREDICTED if None in self._kinds.values() else fit
 
     def avoid(self, config: TrainConfig) -> tuple[Label, ...]:
         """Labels of the nodes whose card it does not fit; none where it fits all, or none."""
-        if not self.predicts or not self.judge(config).fits:
+        if not self.predicts or not self.check_fit(config).fits:
             return ()
         known = {label: card for label, card in self._kinds.items() if label is not None and card is not None}
-        return tuple(label for label, card in known.items() if not self._judge_on(config, card).fits)
+        return tuple(label for label, card in known.items() if not self._fit_on(config, card).fits)
 
-    def _judge_on(self, config: TrainConfig, card: Card) -> Verdict:
+    def _fit_on(self, config: TrainConfig, card: Card) -> Fit:
         key = _key(config), card.name
         if key not in self._known:
-            self._known[key] = self._judge(config, card)
+            self._known[key] = self._predict_fit(config, card)
         return self._known[key]
 
-    def _judge(self, config: TrainConfig, card: Card) -> Verdict:
+    def _predict_fit(self, config: TrainConfig, card: Card) -> Fit:
         allowed_gib = min(card.memory_gib, config.train.memory_budget_gib or card.memory_gib)
         try:
-            chosen = plan(config, self.shape, card, self._host_gib)
+            chosen = make_compute_plan(config, self.shape, card, self._host_gib)
         except OutOfMemory as error:
             above = 0.0 if error.predicted_gib is None else error.predicted_gib - allowed_gib
-            return Verdict(None, error.line, error.predicted_gib, max(above, LEAST_EXCESS_GIB))
+            return Fit(None, error.line, error.predicted_gib, max(above, LEAST_EXCESS_GIB))
         need_gib = chosen.memory.peak_gib + chosen.memory.reserve_gib
-        return Verdict(chosen, None, chosen.memory.peak_gib, min(need_gib - allowed_gib, 0.0))
+        return Fit(chosen, None, chosen.memory.peak_gib, min(need_gib - allowed_gib, 0.0))
 
 
 def _key(config: TrainConfig) -> str:
@@ -122,8 +122,8 @@ def _key(config: TrainConfig) -> str:
 
 
 def make_feasibility(card_name: str, facts: Mapping[str, Any], kinds: Sequence[CardKind] = ()) -> Feasibility:
-    """card_name: cluster.card. facts: what `engine.prepare.look` found, as plain data. kinds: of a cluster's cards, which count
-    where no card is named. The host memory found counts where there is a GPU: elsewhere the trials will have another host."""
+    """card_name: cluster.card. facts: what `engine.prepare.inspect` found, as plain data. kinds: of a cluster's cards, which
+    count where no card is named. The host memory found counts where there is a GPU: elsewhere trials have another host."""
     shape, found, host_gib = facts.get("shape"), facts.get("card"), facts.get("host_gib")
     here = math.inf if found is None or host_gib is None else host_gib
     card, model = _card(card_name, found), ModelShape(**shape) if shape else None

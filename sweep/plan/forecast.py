@@ -10,7 +10,7 @@ from typing import Any
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.planning.cards import CARDS, match_card
-from sweep.plan.feasibility import Feasibility, Verdict, has_no_effect
+from sweep.plan.feasibility import Feasibility, Fit, has_no_effect
 from sweep.space.space import Choice, Dimension, Space, is_active
 from sweep.text import params_text, value_text
 
@@ -23,12 +23,12 @@ class Point:
     """A point of the space with what is predicted for it."""
 
     params: Params
-    verdict: Verdict
+    fit: Fit
     max_tokens: int
 
     @property
     def tokens_per_second(self) -> float | None:
-        return None if self.verdict.plan is None else self.verdict.plan.speed.tokens_per_second
+        return None if self.fit.plan is None else self.fit.plan.speed.tokens_per_second
 
     @property
     def hours(self) -> float | None:
@@ -37,11 +37,11 @@ class Point:
 
     def cells(self) -> tuple[str, str, str, str]:
         """plan, peak GiB, tok/s, hours."""
-        peak = self.verdict.predicted_peak_gib
+        peak = self.fit.predicted_peak_gib
         peak_text = "" if peak is None else f"{peak:.2f}"
-        if self.verdict.plan is None:
-            return f"does not fit: {self.verdict.reason}", peak_text, "", ""
-        return self.verdict.plan.describe(), peak_text, f"{self.tokens_per_second:,.0f}", _hours(self.hours)
+        if self.fit.plan is None:
+            return f"does not fit: {self.fit.reason}", peak_text, "", ""
+        return self.fit.plan.describe(), peak_text, f"{self.tokens_per_second:,.0f}", _hours(self.hours)
 
 
 def describe_forecast(space: Space, base: Mapping[str, Any], feasibility: Feasibility, num_trials: int) -> str:
@@ -57,8 +57,8 @@ def describe_forecast(space: Space, base: Mapping[str, Any], feasibility: Feasib
     shown = points if whole else _distinct(points)
     paths = [dimension.path for dimension in (space.dimensions if whole else _telling(space))]
     what = "every point of the space" if whole else f"{len(shown)} corners of the space, those predicted alike only once"
-    fitting = [point for point in shown if point.verdict.fits]
-    possible = sum(point.verdict.fits for point in points) if whole else size or num_trials
+    fitting = [point for point in shown if point.fit.fits]
+    possible = sum(point.fit.fits for point in points) if whole else size or num_trials
     return "\n".join(
         [card_line(feasibility), f"forecast   {what}", *_table(paths, shown), _cost(fitting, min(num_trials, possible))]
     )
@@ -86,14 +86,14 @@ def check_any_fits(space: Space, base: Mapping[str, Any], feasibility: Feasibili
     if not feasibility.predicts:
         return
 
-    def judge(params: Params) -> Verdict:
-        return feasibility.judge(space.apply(base, params))
+    def check(params: Params) -> Fit:
+        return feasibility.check_fit(space.apply(base, params))
 
-    params, verdict = _least_demanding(space, judge)
-    if not verdict.fits:
+    params, fit = _least_demanding(space, check)
+    if not fit.fits:
         card = feasibility.card
         allowed = f"must hold a point that fits {card.name} ({card.memory_gib:.1f} GiB); even its least demanding one"
-        raise InputError("space", params_text(params), f"{allowed} {verdict.reason}")
+        raise InputError("space", params_text(params), f"{allowed} {fit.reason}")
 
 
 def corners(space: Space) -> list[Params]:
@@ -111,29 +111,29 @@ def corners(space: Space) -> list[Params]:
     return [*list(distinct.values())[: MAX_POINTS - 1], high]
 
 
-def _least_demanding(space: Space, judge: Callable[[Params], Verdict]) -> tuple[Params, Verdict]:
+def _least_demanding(space: Space, check: Callable[[Params], Fit]) -> tuple[Params, Fit]:
     """The first point found that fits, else the one that exceeds the card by the least.
 
     In a larger space one dimension after the other takes its least demanding end: what one demands hardly depends on the others.
     """
     size = space.size()
     if size is not None and size <= MAX_POINTS:
-        return _least((params, judge(params)) for params in space.points())
-    best = _completed(space, {}, 0), judge(_completed(space, {}, 0))
+        return _least((params, check(params)) for params in space.points())
+    best = _completed(space, {}, 0), check(_completed(space, {}, 0))
     for dimension in space.dimensions:
         if dimension.path in best[0] and not best[1].fits:
             tried = [_completed(space, {**best[0], dimension.path: value}, 0) for value in dimension.corners()]
-            best = _least((params, judge(params)) for params in tried)
+            best = _least((params, check(params)) for params in tried)
     return best
 
 
-def _least(judged: Iterator[tuple[Params, Verdict]]) -> tuple[Params, Verdict]:
-    least: tuple[Params, Verdict] | None = None
-    for params, verdict in judged:
-        if verdict.fits:
-            return params, verdict
-        if least is None or verdict.excess_gib < least[1].excess_gib:
-            least = params, verdict
+def _least(judged: Iterator[tuple[Params, Fit]]) -> tuple[Params, Fit]:
+    least: tuple[Params, Fit] | None = None
+    for params, fit in judged:
+        if fit.fits:
+            return params, fit
+        if least is None or fit.excess_gib < least[1].excess_gib:
+            least = params, fit
     return least
 
 
@@ -161,7 +161,7 @@ def _ends(dimension: Dimension) -> tuple[Any, Any]:
 
 def _point(space: Space, base: Mapping[str, Any], feasibility: Feasibility, params: Params) -> Point:
     config: TrainConfig = space.apply(base, params)
-    return Point(params, feasibility.judge(config), config.train.max_tokens)
+    return Point(params, feasibility.check_fit(config), config.train.max_tokens)
 
 
 def _distinct(points: list[Point]) -> list[Point]:

@@ -15,7 +15,7 @@ from sweep.space.space import Space
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """A checked sweep: config, space and slots fit each other and this machine."""
 
     config: SweepConfig
@@ -75,7 +75,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(config: SweepConfig) -> Plan:
+def make_sweep_plan(config: SweepConfig) -> SweepPlan:
     """Check space, grid and hardware; raises InputError. Starts nothing, writes nothing."""
     space = parse_space(config.space)
     if config.sampler.name == "grid":
@@ -83,24 +83,24 @@ def make_plan(config: SweepConfig) -> Plan:
     space.single_changes(config.base().model_dump(mode="json"))
     found = _find_hardware(config.cluster)
     slots = plan_slots(config.cluster, config.train.device, found.num_gpus, found.num_cpus)
-    return Plan(config, space, slots, found.kinds if slots.device == "cuda" else ())
+    return SweepPlan(config, space, slots, found.kinds if slots.device == "cuda" else ())
 
 
 def _find_hardware(cluster: ClusterConfig) -> Hardware:
     if cluster.address is None:
         return Hardware(count_gpus(), count_cpus())
     set_ray_environment(cluster.address)
-    from sweep.cluster.connect import look_at_cluster
+    from sweep.cluster.connect import inspect_cluster
 
-    return look_at_cluster(cluster.address, 0 if cluster.num_gpus == "auto" else cluster.num_gpus, cluster.wait_s)
+    return inspect_cluster(cluster.address, 0 if cluster.num_gpus == "auto" else cluster.num_gpus, cluster.wait_s)
 
 
 def _pruner(config: SweepConfig) -> str:
-    off = config.judge is not config.pruner and config.pruner.name != "none"
+    off = config.effective_pruner is not config.pruner and config.pruner.name != "none"
     return (
         f"none: {config.pruner.name} is off, Optuna has no pruning of several objectives"
         if off
-        else _options(config.judge.model_dump())
+        else _options(config.effective_pruner.model_dump())
     )
 
 

@@ -27,7 +27,7 @@ from sweep.text import number
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
-EXAMPLE_HEADER = ("prompt", "reference", "base model", "with adapter")
+EXAMPLE_HEADER = ("prompt", "expected", "base model", "with adapter")
 
 
 def try_write_report(folder: SweepFolder, note: Callable[[str], None]) -> None:

@@ -22,7 +22,7 @@ DEFAULT_RULE = Rule()
 BUILTIN = "builtin:"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CARD_EXAMPLES, CARD_CHARS = 2, 200
-EXAMPLE = ("prompt", "reference", "base", "adapter")
+EXAMPLE = ("prompt", "expected", "base", "adapter")
 TOOLS = (
     "```",
     "python -m engine.chat .                                   # talk to it",

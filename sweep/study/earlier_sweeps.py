@@ -11,15 +11,15 @@ from sweep.folder.sweep_folder import SweepFolder
 from sweep.space.parse import parse_space
 from sweep.space.space import Space
 from sweep.study.journal import read_trials, record_of, rungs_judged
-from sweep.study.warm_start import Earlier, check_comparable, check_same_data, entering
+from sweep.study.warm_start import EarlierTrial, check_comparable, check_same_data, entering
 
 
-def read_earlier(config: SweepConfig, space: Space, data: Mapping[str, Any]) -> list[Earlier]:
+def read_earlier(config: SweepConfig, space: Space, data: Mapping[str, Any]) -> list[EarlierTrial]:
     """The trials that enter, in the order of sweep.warm_start, each config once. data: digests of the samples, as far as known.
 
     With several objectives, pruned trials stay out: Optuna can rank them by one value only.
     """
-    found: dict[str, Earlier] = {}
+    found: dict[str, EarlierTrial] = {}
     for name in config.sweep.warm_start:
         for earlier in _of_folder(name, config, space, data):
             fingerprint = space.apply(config.base().model_dump(mode="json"), earlier.params).fingerprint()
@@ -27,7 +27,7 @@ def read_earlier(config: SweepConfig, space: Space, data: Mapping[str, Any]) -> 
     return list(found.values())
 
 
-def _of_folder(name: str, config: SweepConfig, space: Space, data: Mapping[str, Any]) -> list[Earlier]:
+def _of_folder(name: str, config: SweepConfig, space: Space, data: Mapping[str, Any]) -> list[EarlierTrial]:
     folder = SweepFolder.open(name, "sweep.warm_start")
     try:
         there = folder.read_config()
@@ -38,8 +38,8 @@ def _of_folder(name: str, config: SweepConfig, space: Space, data: Mapping[str, 
     base, space_there = there.base().model_dump(mode="json"), parse_space(there.space)
     trials = read_trials(folder)
     records = [record_of(t, folder, lambda params: space_there.apply(base, params).model_dump(mode="json")) for t in trials]
-    same_pruner = there.judge == config.judge
+    same_pruner = there.effective_pruner == config.effective_pruner
     return [
-        Earlier(source, params, record, rungs_judged(trials[record.number]) if same_pruner else {})
+        EarlierTrial(source, params, record, rungs_judged(trials[record.number]) if same_pruner else {})
         for source, params, record in entering(name, records, space, config)
     ]

@@ -13,10 +13,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from engine.errors import InputError
 from sweep.folder.sweep_folder import SweepFolder
-from sweep.plan.feasibility import Verdict
+from sweep.plan.feasibility import Fit
 from sweep.study.journal_file import JournalFile
 from sweep.study.samplers import MEMORY
-from sweep.study.warm_start import Earlier
+from sweep.study.warm_start import EarlierTrial
 from sweep.trials.record import Outcome, TrialRecord
 
 STUDY_NAME = "sweep"
@@ -77,25 +77,25 @@ def told_state(outcome: Outcome) -> TrialState:
     return TrialState.PRUNED if outcome in TOLD_PRUNED else TrialState.FAIL
 
 
-def new_entry(draft: FrozenTrial, verdict: Verdict) -> FrozenTrial:
+def new_entry(draft: FrozenTrial, fit: Fit) -> FrozenTrial:
     """The draft as it enters the journal, in one record: a kill leaves it whole or not at all."""
-    attributes = {"predicted_gib": verdict.predicted_peak_gib, "excess_gib": verdict.excess_gib}
+    attributes = {"predicted_gib": fit.predicted_peak_gib, "excess_gib": fit.excess_gib}
     attributes = {name: value for name, value in attributes.items() if value is not None}
-    if not verdict.fits:
-        attributes |= {"outcome": str(Outcome.INFEASIBLE), "error": verdict.reason}
+    if not fit.fits:
+        attributes |= {"outcome": str(Outcome.INFEASIBLE), "error": fit.reason}
     return optuna.trial.create_trial(
-        state=TrialState.RUNNING if verdict.fits else TrialState.PRUNED,
+        state=TrialState.RUNNING if fit.fits else TrialState.PRUNED,
         params=dict(draft.params),
         distributions=dict(draft.distributions),
         user_attrs=attributes,
         system_attrs=dict(draft.system_attrs),  # the state of CMA-ES; a copy, because create_trial puts the constraint in
         # of one that fits, the constraint is set when it ends: it can be set once, and memory may yet run out
-        constraints=None if verdict.fits else {MEMORY: verdict.excess_gib},
+        constraints=None if fit.fits else {MEMORY: fit.excess_gib},
     )
 
 
 def earlier_entry(
-    draft: FrozenTrial, earlier: Earlier, values: tuple[float, ...] | None, excess_gib: float | None
+    draft: FrozenTrial, earlier: EarlierTrial, values: tuple[float, ...] | None, excess_gib: float | None
 ) -> FrozenTrial:
     """A trial of an earlier sweep as it enters the journal: ended, with its reports. values: where it is COMPLETE."""
     record = earlier.record

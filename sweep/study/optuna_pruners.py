@@ -7,7 +7,7 @@ import optuna
 from sweep.config.pruner_options import HyperbandConfig, MedianConfig, PatientConfig, PrunerConfig, SuccessiveHalvingConfig
 
 
-def make_pruner(config: PrunerConfig, num_rungs: int) -> optuna.pruners.BasePruner:
+def make_optuna_pruner(config: PrunerConfig, num_rungs: int) -> optuna.pruners.BasePruner:
     """The pruner that judges. Its unit is the rung, from 1 to num_rungs, not the step."""
     pruners = optuna.pruners
     if isinstance(config, SuccessiveHalvingConfig):
@@ -24,6 +24,6 @@ def make_pruner(config: PrunerConfig, num_rungs: int) -> optuna.pruners.BasePrun
         return pruners.MedianPruner(n_startup_trials=config.num_startup_trials, n_warmup_steps=config.num_warmup_rungs)
     if isinstance(config, PatientConfig):
         inner = {"median": MedianConfig, "successive_halving": SuccessiveHalvingConfig}.get(config.inner)
-        wrapped = make_pruner(inner(), num_rungs) if inner else None
+        wrapped = make_optuna_pruner(inner(), num_rungs) if inner else None
         return pruners.PatientPruner(wrapped, patience=config.patience, min_delta=config.min_delta)
     return pruners.NopPruner()

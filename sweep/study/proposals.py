@@ -1,4 +1,4 @@
-"""Drafts: what the sampler proposes, on a copy of the study in memory. Optuna enters here, in journal, study and samplers.
+"""Proposer: what the sampler proposes, on a copy of the study in memory. Optuna enters here, in journal, study and samplers.
 
 The copy follows the journal trial by trial: made anew for each proposal, it cost as much as the proposal. Hyperband picks a
 trial's bracket from study name and number, so for it alone the copy bears the same numbers, and is made anew where they have
@@ -28,7 +28,7 @@ DRAWN_AT_ONCE = 4  # for each of the share: enough where a quarter qualifies, an
 IsNew = Callable[[dict[str, Any]], bool]
 
 
-class Drafts:
+class Proposer:
     """Proposes trials that are new. Nothing of it is in the journal yet."""
 
     def __init__(

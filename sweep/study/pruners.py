@@ -1,6 +1,6 @@
 """Which trials go on: Optuna's pruners again, from values kept in order instead of a look at all trials for each verdict.
 
-Verdict by verdict the same as Optuna's, which a test holds; one takes microseconds whatever the number of trials, where Optuna's
+Fit by verdict the same as Optuna's, which a test holds; one takes microseconds whatever the number of trials, where Optuna's
 take 13 ms with 9,000. A loss is to be minimised, a step is a rung, from 1. Plain data, no Optuna.
 """
 
@@ -20,7 +20,7 @@ Curve = dict[int, float]
 """Rung -> eval_loss, as far as the trial has reported."""
 
 
-class Judge(Protocol):
+class Pruner(Protocol):
     """Asked once for each rung of a trial, in the order in which they are reported."""
 
     def prunes(self, number: int, curve: Curve) -> bool:
@@ -30,7 +30,7 @@ class Judge(Protocol):
         """The trial will not be asked about again."""
 
 
-class NoJudge:
+class NoPruner:
     """Every trial goes on."""
 
     def prunes(self, number: int, curve: Curve) -> bool:
@@ -40,7 +40,7 @@ class NoJudge:
         pass
 
 
-class SuccessiveHalvingJudge:
+class SuccessiveHalvingPruner:
     """As optuna.pruners.SuccessiveHalvingPruner (asynchronous successive halving, Li et al., arXiv:1810.05934).
 
     A level is what Optuna calls a rung of its own: number k is met at rung min_rung * factor^(rate + k)."""
@@ -67,14 +67,14 @@ class SuccessiveHalvingJudge:
         self._next_level.pop(number, None)
 
 
-class HyperbandJudge:
+class HyperbandPruner:
     """As optuna.pruners.HyperbandPruner: brackets of successive halving (Li et al., arXiv:1603.06560); which one judges a trial
     follows from the study's name and its number."""
 
     def __init__(self, min_rung: int, num_rungs: int, factor: int, study_name: str) -> None:
         num_brackets = math.floor(math.log(num_rungs / min_rung, factor)) + 1
         self._study_name = study_name
-        self._brackets = [SuccessiveHalvingJudge(min_rung, factor, rate) for rate in range(num_brackets)]
+        self._brackets = [SuccessiveHalvingPruner(min_rung, factor, rate) for rate in range(num_brackets)]
         left = range(num_brackets - 1, -1, -1)
         self._shares = [math.ceil(num_brackets * factor**steps / (steps + 1)) for steps in left]
 
@@ -84,7 +84,7 @@ class HyperbandJudge:
     def ended(self, number: int, curve: Curve, is_complete: bool) -> None:
         self._of(number).ended(number, curve, is_complete)
 
-    def _of(self, number: int) -> SuccessiveHalvingJudge:
+    def _of(self, number: int) -> SuccessiveHalvingPruner:
         drawn = binascii.crc32(f"{self._study_name}_{number}".encode()) % sum(self._shares)
         for bracket, share in zip(self._brackets, self._shares):
             drawn -= share
@@ -93,7 +93,7 @@ class HyperbandJudge:
         raise AssertionError("the shares add up to more than was drawn")
 
 
-class MedianJudge:
+class MedianPruner:
     """As optuna.pruners.MedianPruner: stops what is worse than the median of complete trials at the same rung."""
 
     def __init__(self, num_startup_trials: int, num_warmup_rungs: int) -> None:
@@ -119,10 +119,10 @@ class MedianJudge:
                     insort(self._values[rung], value)
 
 
-class PatientJudge:
+class PatientPruner:
     """As optuna.pruners.PatientPruner: asks `inner` only where the trial's own loss has not improved for a while."""
 
-    def __init__(self, inner: Judge | None, patience: int, min_delta: float) -> None:
+    def __init__(self, inner: Pruner | None, patience: int, min_delta: float) -> None:
         self._inner, self._patience, self._min_delta = inner, patience, min_delta
 
     def prunes(self, number: int, curve: Curve) -> bool:
@@ -137,15 +137,15 @@ class PatientJudge:
             self._inner.ended(number, curve, is_complete)
 
 
-def make_judge(config: PrunerConfig, num_rungs: int, study_name: str) -> Judge:
-    """The judge that this section names; samplers.make_pruner makes Optuna's own, from the same numbers."""
+def make_pruner(config: PrunerConfig, num_rungs: int, study_name: str) -> Pruner:
+    """The pruner that this section names; make_optuna_pruner makes Optuna's own, from the same numbers."""
     if isinstance(config, SuccessiveHalvingConfig):
-        return SuccessiveHalvingJudge(config.min_rung, config.reduction_factor, config.min_early_stopping_rate)
+        return SuccessiveHalvingPruner(config.min_rung, config.reduction_factor, config.min_early_stopping_rate)
     if isinstance(config, HyperbandConfig):
-        return HyperbandJudge(config.min_rung, num_rungs, config.reduction_factor, study_name)
+        return HyperbandPruner(config.min_rung, num_rungs, config.reduction_factor, study_name)
     if isinstance(config, MedianConfig):
-        return MedianJudge(config.num_startup_trials, config.num_warmup_rungs)
+        return MedianPruner(config.num_startup_trials, config.num_warmup_rungs)
     if isinstance(config, PatientConfig):
         inner = {"median": MedianConfig, "successive_halving": SuccessiveHalvingConfig}.get(config.inner)
-        return PatientJudge(make_judge(inner(), num_rungs, study_name) if inner else None, config.patience, config.min_delta)
-    return NoJudge()
+        return PatientPruner(make_pruner(inner(), num_rungs, study_name) if inner else None, config.patience, config.min_delta)
+    return NoPruner()

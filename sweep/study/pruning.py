@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from optuna.trial import FrozenTrial, TrialState
 
-from sweep.study.pruners import Curve, Judge
+from sweep.study.pruners import Curve, Pruner
 
 
 class Pruning:
-    """A judge and all it has seen. Hear of every trial, report and end, in the order in which the journal has them."""
+    """A pruner and all it has seen. Hear of every trial, report and end, in the order in which the journal has them."""
 
-    def __init__(self, judge: Judge, num_rungs: int, trials: list[FrozenTrial]) -> None:
+    def __init__(self, pruner: Pruner, num_rungs: int, trials: list[FrozenTrial]) -> None:
         """trials: those in the journal. The last rung of a running one is not judged yet."""
-        self._judge, self._num_rungs = judge, num_rungs
+        self._pruner, self._num_rungs = pruner, num_rungs
         self._curves: dict[int, Curve] = {}  # of trials that have not ended
         self._unjudged: set[int] = set()
         for trial in trials:
@@ -34,7 +34,7 @@ class Pruning:
 
     def reported(self, number: int, rung: int, eval_loss: float) -> None:
         """A trial that reports again was not pruned at the rung before: where a kill took that verdict's notes, they are made
-        now, before the judge sees more than it saw then."""
+        now, before the pruner sees more than it saw then."""
         if number in self._unjudged:
             self.should_prune(number)
         self._curves[number][rung] = eval_loss
@@ -45,9 +45,9 @@ class Pruning:
         rung is complete."""
         self._unjudged.discard(number)
         curve = self._curves[number]
-        return bool(curve) and max(curve) < self._num_rungs and self._judge.prunes(number, curve)
+        return bool(curve) and max(curve) < self._num_rungs and self._pruner.prunes(number, curve)
 
     def ended(self, trial: FrozenTrial) -> None:
         """As the journal has it."""
         self._unjudged.discard(trial.number)
-        self._judge.ended(trial.number, self._curves.pop(trial.number), trial.state is TrialState.COMPLETE)
+        self._pruner.ended(trial.number, self._curves.pop(trial.number), trial.state is TrialState.COMPLETE)

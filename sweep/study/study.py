@@ -21,15 +21,15 @@ from engine.config.trial import TrainConfig
 from engine.errors import InputError, first_line
 from sweep.config.sweep import SweepConfig
 from sweep.folder.sweep_folder import SweepFolder
-from sweep.plan.feasibility import UNPREDICTED, Verdict
+from sweep.plan.feasibility import UNPREDICTED, Fit
 from sweep.space.space import Space
 from sweep.study.journal import STUDY_NAME, earlier_entry, mend_journal, new_entry, open_journal, record_of, told_state
-from sweep.study.optuna_pruners import make_pruner
-from sweep.study.proposals import Drafts
-from sweep.study.pruners import make_judge
+from sweep.study.optuna_pruners import make_optuna_pruner
+from sweep.study.proposals import Proposer
+from sweep.study.pruners import make_pruner
 from sweep.study.pruning import Pruning
 from sweep.study.samplers import MEMORY, make_sampler, proposal_seed
-from sweep.study.warm_start import Earlier
+from sweep.study.warm_start import EarlierTrial
 from sweep.trials.objectives import objective_values
 from sweep.trials.record import Outcome, Proposal, TrialRecord
 
@@ -37,27 +37,29 @@ TAKEN_OVER = "num_taken_over"
 MET_EXCESS_GIB = 1.0  # memory that ran out says that there was too little, not by how much
 DEATHS = "deaths"  # user attribute: {"rung", "count"}
 RANDOM_STREAM = 1  # apart from the sampler's own draws, which it replaces once they are all known
-Judge = Callable[[TrainConfig], Verdict]
+FitCheck = Callable[[TrainConfig], Fit]
 
 
 class Study:
     """Ask, report, judge, tell; every change is in the journal when the method returns."""
 
-    def __init__(self, folder: SweepFolder, config: SweepConfig, space: Space, judge: Judge = lambda config: UNPREDICTED) -> None:
-        """Opens the journal in the folder, or starts one. The caller holds the folder's lock. judge: whether a config fits."""
+    def __init__(
+        self, folder: SweepFolder, config: SweepConfig, space: Space, fit_check: FitCheck = lambda config: UNPREDICTED
+    ) -> None:
+        """Open the journal in the folder, or start one. The caller holds the folder's lock. fit_check: does a config fit?"""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         warnings.filterwarnings("ignore", message="Constraints have been set")  # CMA-ES, which does not use them
-        self._folder, self._space, self._seed, self._judge = folder, space, config.sweep.seed, judge
+        self._folder, self._space, self._seed, self._fit_check = folder, space, config.sweep.seed, fit_check
         self._base = config.base().model_dump(mode="json")
         mend_journal(folder)
         num_rungs = len(config.train.report_grid())
-        self._pruner = make_pruner(config.judge, num_rungs)
+        self._pruner = make_optuna_pruner(config.effective_pruner, num_rungs)
         self._objectives = config.sweep.objectives
         self._study = self._open()
         make_sampler(config.sampler, 0)  # a package that it lacks is missed now
-        self._pruning = Pruning(make_judge(config.judge, num_rungs, STUDY_NAME), num_rungs, self._trials())
-        self._drafts = Drafts(STUDY_NAME, config.sampler, config.sweep.seed, self._pruner, space, len(self._objectives))
+        self._pruning = Pruning(make_pruner(config.effective_pruner, num_rungs, STUDY_NAME), num_rungs, self._trials())
+        self._proposer = Proposer(STUDY_NAME, config.sampler, config.sweep.seed, self._pruner, space, len(self._objectives))
         self._is_grid = config.sampler.name == "grid"
         self._points = space.shuffled_points(config.sweep.seed)
         self._next_point, self._num_trials = 0, len(self._trials())
@@ -82,24 +84,24 @@ class Study:
     def ask(self) -> Proposal | None:
         """A new trial that trains an adapter no earlier one did, in the journal as RUNNING, or as ended where it does not fit;
         None where the space is used up."""
-        draft = None if self._is_grid else self._drafts.propose(self._num_trials, self._trials, self._is_new)
+        draft = None if self._is_grid else self._proposer.propose(self._num_trials, self._trials, self._is_new)
         if draft is None:
             draft = self._unseen_point()
         if draft is None:
             return None
         config = self._config(draft.params)
-        verdict = self._judge(config)
-        number = self._enter(new_entry(draft, verdict))
-        self._tried.add(_key(config, not verdict.fits))
+        fit = self._fit_check(config)
+        number = self._enter(new_entry(draft, fit))
+        self._tried.add(_key(config, not fit.fits))
         self._folder.write_train_config(number, config)
-        return Proposal(number, dict(draft.params), config, verdict.reason)
+        return Proposal(number, dict(draft.params), config, fit.reason)
 
     @property
     def has_taken_over(self) -> bool:
         """Whether take_over() came to its end, in this session or an earlier one."""
         return TAKEN_OVER in self._study.user_attrs
 
-    def take_over(self, trials: Sequence[Earlier]) -> None:
+    def take_over(self, trials: Sequence[EarlierTrial]) -> None:
         """Put trials of earlier sweeps into the journal, each once, as ended: the sampler learns from them, and none is trained
         again."""
         known = {trial.user_attrs.get("source") for trial in self._trials()}
@@ -108,7 +110,7 @@ class Study:
                 continue
             config, record = self._config(earlier.params), earlier.record
             values = objective_values(record, self._objectives) if record.outcome is Outcome.COMPLETE else None
-            draft, excess_gib = self._drafts.fixed(earlier.params), self._judge(config).excess_gib
+            draft, excess_gib = self._proposer.fixed(earlier.params), self._fit_check(config).excess_gib
             number = self._enter(earlier_entry(draft, earlier, values, excess_gib))
             self._tried.add(_key(config, False))
             self._folder.write_train_config(number, config)
@@ -166,7 +168,7 @@ class Study:
             values = [min(trial.intermediate_values.values())]
         self._study.tell(number, values if outcome is Outcome.COMPLETE else None, told_state(outcome))
         ended = self._trial(number)
-        self._drafts.ended(ended)
+        self._proposer.ended(ended)
         self._pruning.ended(ended)
         return True
 
@@ -219,7 +221,7 @@ class Study:
         entered = self._trial(self._num_trials)
         self._share_distributions(entered)
         self._num_trials += 1
-        self._drafts.entered(entered)
+        self._proposer.entered(entered)
         self._pruning.entered(entered)
         return entered.number
 
@@ -230,11 +232,11 @@ class Study:
     def _unseen_point(self) -> FrozenTrial | None:
         """A point nobody tried: the next one of an enumerable space, else a random draw."""
         if self._points is None:
-            return self._drafts.draw(proposal_seed(self._seed, self._num_trials, RANDOM_STREAM), self._is_new)
+            return self._proposer.draw(proposal_seed(self._seed, self._num_trials, RANDOM_STREAM), self._is_new)
         for number in range(self._next_point, len(self._points)):
             self._next_point = number + 1  # one that is known stays known
             if self._is_new(self._points[number]):
-                return self._drafts.fixed(self._points[number])
+                return self._proposer.fixed(self._points[number])
         return None
 
     def _config(self, params: dict[str, Any]) -> TrainConfig:

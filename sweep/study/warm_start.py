@@ -22,7 +22,7 @@ from sweep.trials.record import Outcome, TrialRecord
 
 
 @dataclass(frozen=True)
-class Earlier:
+class EarlierTrial:
     """A trial of another sweep, as it enters this one. source: where it comes from; params: in this sweep's space; rungs_judged:
     what the pruner had noted of it, empty where this sweep's pruner is another."""
 

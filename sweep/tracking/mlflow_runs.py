@@ -44,7 +44,7 @@ MAX_VALUE_CHARS = 500  # the shortest limit MLflow's stores ever had for a param
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 
-class Projection:
+class MlflowRuns:
     """What the runs of one sweep must look like. Every method may fail and be called again; used by one thread only."""
 
     def __init__(
@@ -224,7 +224,7 @@ def share_view(uri: str, experiment: str, folder: Path) -> tuple[str, str] | Non
 
     Returns the page's path and that key; None where nothing of the sweep is in the store.
     """
-    projection = Projection(uri, experiment, "", folder, {})
+    projection = MlflowRuns(uri, experiment, "", folder, {})
     projection._connect(create=False)
     trials = projection._search("tags.`sweep.kind` = 'trial'") if projection._experiment_id is not None else []
     if not trials:

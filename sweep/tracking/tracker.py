@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sweep.tracking.background_writer import BackgroundWriter, Key
-from sweep.tracking.mlflow_runs import Projection
+from sweep.tracking.mlflow_runs import MlflowRuns
 from sweep.trials.record import TrialRecord
 
 
@@ -56,7 +56,7 @@ class Tracker:
         """uri: MLflow store (`sqlite:///...` or `http://...`); sweep_folder: tells on resume which parent run is ours;
         registered_model: of which the best adapter becomes a version; none: of nothing."""
         self._uri = uri
-        self._projection = Projection(uri, experiment, sweep_name, sweep_folder, resolved_config, registered_model)
+        self._projection = MlflowRuns(uri, experiment, sweep_name, sweep_folder, resolved_config, registered_model)
         self._finished = False
         self._writer = BackgroundWriter("mlflow-writer", _is_permanent)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.trial_report import Report
+from engine.trial_report import TrialReport
 
 from .nodes import ENV, TESTS
 
@@ -132,7 +132,7 @@ class Sweep:
 def _reports(folder: Path, number: int) -> list[dict[str, Any]]:
     file = folder / "trials" / f"{number:04d}" / "reports.jsonl"
     reports = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    assert all(set(report) == set(Report.__dataclass_fields__) for report in reports)
+    assert all(set(report) == set(TrialReport.__dataclass_fields__) for report in reports)
     return reports
 
 

@@ -1,0 +1,208 @@
+"""Operations of QLoRA training around its matmuls, forward and backward: Triton on CUDA, plain torch elsewhere.
+
+Weights are frozen, so no operation returns a weight gradient. bf16, fp16 and fp32 tensors; arithmetic in fp32. These are
+functions on tensors without autograd: whoever calls them writes the `torch.autograd.Function`.
+
+Which code runs depends on the tensor alone: on CUDA the kernels, otherwise `reference`. Nothing falls back in silence: a CUDA
+tensor without triton is an error. `FORCE_TRITON` sends CPU tensors through the kernels too; only tests set it, in a process
+that was started with TRITON_INTERPRET=1.
+
+Shape letters: T tokens (one flat packed row), D hidden, F MLP hidden, H query heads, G key/value heads, K head dim, O output
+features, R rank, V vocabulary, C rows of logits. Rows may be strided (slices of a fused buffer); the last dimension is
+contiguous.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from engine.errors import EngineError
+from engine.kernels import reference
+from engine.kernels.low_rank import LowRank
+from engine.kernels.nf4_state import Nf4State, nf4_state
+from engine.kernels.reference import IGNORE
+
+__all__ = [
+    "IGNORE",
+    "LowRank", "Nf4State", "add_rms_norm", "cross_entropy_", "dequantize_nf4", "gather_rows", "glu", "glu_backward_",
+    "nf4_state", "rms_norm", "rms_norm_backward", "rope_",
+]  # fmt: skip
+
+FORCE_TRITON = False
+ACTIVATIONS = ("silu", "gelu_tanh")
+MAX_WIDTH = 65_536  # a normalised row is held in registers whole
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """y = x * rstd * (offset + weight), rstd = (mean(x^2) + eps)^-1/2. Returns y [T, D] like x, rstd [T] fp32.
+
+    offset 0 is Llama: the normalised row is rounded to x's dtype before it meets the weight. offset 1 is Gemma: rounded once.
+    """
+    _check_rows("rms_norm", x_TD, weight_D)
+    return _family("norm", x_TD).rms_norm(x_TD, weight_D, eps, offset)
+
+
+def add_rms_norm(
+    x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum = x + delta, rounded to x's dtype; y, rstd = rms_norm(sum). Returns sum [T, D], y [T, D], rstd [T] fp32."""
+    _check_rows("add_rms_norm", x_TD, weight_D, delta_TD)
+    return _family("norm", x_TD).add_rms_norm(x_TD, delta_TD, weight_D, eps, offset)
+
+
+def rms_norm_backward(
+    dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, offset: float = 0.0, residual_TD: Tensor | None = None
+) -> Tensor:
+    """dx = rstd * (g - n * mean(g * n)) + residual, with n = x * rstd, g = dy * (offset + weight). Returns dx [T, D] like x."""
+    _check_rows("rms_norm_backward", x_TD, weight_D, dy_TD, *(() if residual_TD is None else (residual_TD,)))
+    if rstd_T.shape != x_TD.shape[:1] or rstd_T.dtype != torch.float32 or not rstd_T.is_contiguous():
+        raise EngineError(f"rms_norm_backward: rstd {_layout(rstd_T)}: expected contiguous fp32 [{x_TD.shape[0]}]")
+    return _family("norm", x_TD).rms_norm_backward(dy_TD, x_TD, weight_D, rstd_T, offset, residual_TD)
+
+
+def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse: bool = False) -> None:
+    """In place on q [T, H, K] and k [T, G, K]: x * cos + rotate_half(x) * sin; inverse turns back, which is the gradient.
+
+    cos and sin [T, K] carry the same K / 2 angles in both halves; only the first half is read.
+    """
+    num_tokens, _, head_dim = q_THK.shape
+    for name, x in (("q", q_THK), ("k", k_TGK)):
+        if x.shape[0] != num_tokens or x.shape[2] != head_dim or x.stride()[1:] != (head_dim, 1):
+            raise EngineError(f"rope_: {name} {_layout(x)}: expected [T, heads, K] with dense heads, T and K as in q")
+    for name, x in (("cos", cos_TK), ("sin", sin_TK)):
+        if x.shape != (num_tokens, head_dim) or x.stride(1) != 1:
+            raise EngineError(f"rope_: {name} {_layout(x)}: expected contiguous rows [{num_tokens}, {head_dim}]")
+    if head_dim % 2:
+        raise EngineError(f"rope_: head dim {head_dim}: must be even")
+    _family("rope", q_THK).rope_(q_THK, k_TGK, cos_TK, sin_TK, inverse)
+
+
+def glu(
+    gate_TF: Tensor, up_TF: Tensor, activation: str, gate_add: LowRank | None = None, up_add: LowRank | None = None
+) -> Tensor:
+    """h = act(gate + gate_add) * (up + up_add), act = "silu" or "gelu_tanh". Returns h [T, F] like gate, rounded once.
+
+    gate and up stay as they are: the backward pass takes them with the same terms.
+    """
+    _check_glu("glu", activation, gate_TF, up_TF)
+    _check_terms("glu", gate_TF, gate_add=gate_add, up_add=up_add)
+    return _family("gated", gate_TF).glu(gate_TF, up_TF, activation, gate_add, up_add)
+
+
+def glu_backward_(
+    dh_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str,
+    gate_add: LowRank | None = None, up_add: LowRank | None = None, dh_add: LowRank | None = None,
+) -> None:  # fmt: skip
+    """In place: gate <- d * u * act'(g), up <- d * act(g), dh <- h = act(g) * u, which the caller then need not have saved.
+
+    g = gate + gate_add, u = up + up_add, d = dh + dh_add, in fp32 and not rounded.
+    """
+    _check_glu("glu_backward_", activation, gate_TF, up_TF, dh_TF)
+    _check_terms("glu_backward_", gate_TF, gate_add=gate_add, up_add=up_add, dh_add=dh_add)
+    _family("gated", gate_TF).glu_backward_(dh_TF, gate_TF, up_TF, activation, gate_add, up_add, dh_add)
+
+
+def cross_entropy_(
+    logits_CV: Tensor, labels_C: Tensor, scale: float = 1.0, softcap: float | None = None, with_gradient: bool = True
+) -> Tensor:
+    """loss = logsumexp(z) - z[label], z = scale * logits or softcap * tanh(scale * logits / softcap). Returns loss [C] fp32.
+
+    In place where with_gradient: logits <- (softmax(z) - onehot(label)) * dz/dlogits, rounded once; without it they stay as they
+    are. Labels are trusted to be in [0, V), or IGNORE: then loss and gradient are 0.
+    """
+    num_rows, vocabulary = logits_CV.shape if logits_CV.dim() == 2 else (-1, 0)
+    if num_rows < 0 or logits_CV.stride(1) != 1 or (num_rows > 1 and logits_CV.stride(0) < vocabulary):
+        raise EngineError(f"cross_entropy_: logits {_layout(logits_CV)}: expected [C, V] with contiguous rows, none shared")
+    if labels_C.shape != (num_rows,) or labels_C.dtype != torch.int64 or not labels_C.is_contiguous():
+        raise EngineError(f"cross_entropy_: labels {_layout(labels_C)}: expected contiguous int64 [{num_rows}]")
+    if softcap is not None and not softcap > 0.0:
+        raise EngineError(f"cross_entropy_: softcap = {softcap}: expected a positive number or None")
+    return _family("cross_entropy", logits_CV).cross_entropy_(logits_CV, labels_C, scale, softcap, with_gradient)
+
+
+def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:
+    """table[ids], [T, D] on the ids' device. The table is there too, or in pinned host memory, which the GPU reads over PCIe.
+
+    ids are trusted to be in [0, V); the kernel reads nothing for one that is not and gives a row of zeros.
+    """
+    if table_VD.dim() != 2 or table_VD.stride(1) != 1:
+        raise EngineError(f"gather_rows: table {_layout(table_VD)}: expected [V, D] with contiguous rows")
+    if ids_T.dim() != 1 or ids_T.dtype != torch.int64 or not ids_T.is_contiguous():
+        raise EngineError(f"gather_rows: ids {_layout(ids_T)}: expected contiguous int64 [T]")
+    if table_VD.device != ids_T.device and not (ids_T.is_cuda and table_VD.is_cpu and table_VD.is_pinned()):
+        where = f"table on {table_VD.device}, ids on {ids_T.device}"
+        raise EngineError(f"gather_rows: {where}: expected one device, or a table in pinned host memory")
+    return _family("gather", ids_T).gather_rows(table_VD, ids_T)
+
+
+def dequantize_nf4(state: Nf4State, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """W [O, D] = code[nibble] * absmax[block], bit-equal to bitsandbytes. `out`, where given, is written and returned."""
+    if out is None:
+        out = torch.empty(state.shape, dtype=dtype, device=state.packed.device)
+    elif tuple(out.shape) != state.shape or out.dtype != dtype or not out.is_contiguous():
+        raise EngineError(f"dequantize_nf4: out {_layout(out)}: expected contiguous {state.shape} {dtype}")
+    if math.prod(state.shape):
+        _family("nf4", state.packed).dequantize_nf4_(state, out)
+    return out
+
+
+def _family(name: str, tensor: Tensor) -> ModuleType:
+    """The module that does the work for `tensor`: reference on the CPU, engine.kernels.<name> on CUDA."""
+    if tensor.is_cuda:
+        if tensor.device.index != torch.cuda.current_device():  # a launch goes to the current device, whatever the tensor's
+            raise EngineError(f"kernels: tensor on {tensor.device}: make it the current device, torch.cuda.set_device first")
+    elif not FORCE_TRITON:
+        return reference
+    return _load(name)
+
+
+@functools.cache
+def _load(name: str) -> ModuleType:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        raise EngineError("kernels: CUDA tensors need triton, which cannot be imported: pip install triton") from error
+    return importlib.import_module(f"engine.kernels.{name}")
+
+
+def _check_rows(op: str, x_TD: Tensor, weight_D: Tensor, *others: Tensor) -> None:
+    if x_TD.dim() != 2 or x_TD.stride(1) != 1 or x_TD.shape[1] > MAX_WIDTH:
+        raise EngineError(f"{op}: x {_layout(x_TD)}: expected [T, D] with contiguous rows, D at most {MAX_WIDTH}")
+    if weight_D.shape != x_TD.shape[1:] or weight_D.stride(0) != 1:
+        raise EngineError(f"{op}: weight {_layout(weight_D)}: expected contiguous [{x_TD.shape[1]}]")
+    _check_like(op, x_TD, others)
+
+
+def _check_glu(op: str, activation: str, gate_TF: Tensor, *others: Tensor) -> None:
+    if activation not in ACTIVATIONS:
+        raise EngineError(f"{op}: activation = {activation!r}: allowed are {', '.join(ACTIVATIONS)}")
+    if gate_TF.dim() != 2 or gate_TF.stride(1) != 1:
+        raise EngineError(f"{op}: gate {_layout(gate_TF)}: expected [T, F] with contiguous rows")
+    _check_like(op, gate_TF, others)
+
+
+def _check_terms(op: str, x_TF: Tensor, **terms: LowRank | None) -> None:
+    for name, term in terms.items():
+        if term is None:
+            continue
+        low, b = term.low_TR, term.b_FR
+        ranks = {low.shape[1:], b.shape[1:]}
+        fits = low.dim() == 2 and len(ranks) == 1 and (low.shape[0], b.shape[0]) == tuple(x_TF.shape) and low.shape[1] > 0
+        if not fits or {low.dtype, b.dtype} != {x_TF.dtype}:
+            raise EngineError(f"{op}: {name} {_layout(low)}, {_layout(b)}: expected [T, R] and [F, R] for {_layout(x_TF)}")
+
+
+def _check_like(op: str, first: Tensor, others: tuple[Tensor, ...]) -> None:
+    for other in others:
+        if other.shape != first.shape or other.dtype != first.dtype or other.stride(1) != 1:
+            raise EngineError(f"{op}: tensor {_layout(other)}: expected contiguous rows like {_layout(first)}")
+
+
+def _layout(x: Tensor) -> str:
+    return f"{list(x.shape)} strides {list(x.stride())} {x.dtype}"
