@@ -1,5 +1,8 @@
 """Errors a user can act on. Each is one line that names the field, the value and what is allowed. No torch."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class EngineError(Exception):
     """Base of every error this project raises on purpose; anything else that escapes is a bug."""
@@ -51,6 +54,12 @@ def first_line(error: Exception) -> str:
     lines = str(error).split("\n") if str(error).strip() else [type(error).__name__]
     lines = [line.strip() for line in lines if line.strip()]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def did_you_mean(given: str, known: Iterable[str], num: int = 1, cutoff: float = 0.6) -> str:
+    """The `num` nearest known names as a hint, `; did you mean 'rank'?`; empty where none is near."""
+    near = difflib.get_close_matches(given, list(known), n=num, cutoff=cutoff)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def _one_line(text: str) -> str:

@@ -57,7 +57,7 @@ def test_a_trial_alone_saves_its_step_when_it_is_stopped_and_the_same_command_go
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"lora": {"target_modules": ["qproj"]}}, r"lora\.target_modules = 'qproj'.*did you mean q_proj"),
+        ({"lora": {"target_modules": ["qproj"]}}, r"lora\.target_modules = 'qproj'.*did you mean 'q_proj'"),
         ({"model": {"path": "/nowhere/model"}}, r"model\.path.*no such folder"),
         ({"data": {"train": "/nowhere/data.jsonl"}}, r"data\.train.*no such file"),
         ({"model": {"path": "builtin:gpt"}}, "unknown builtin"),

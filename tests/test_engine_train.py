@@ -226,7 +226,7 @@ def test_targets_are_matched_by_name_end_or_pattern():
     assert resolve_targets(names, ("q_proj", "mlp.up_proj")) == [names[0], names[2], names[3]]
     assert resolve_targets(names, "q_proj") == [names[0], names[3]]
     assert resolve_targets(names, r"layers\.0\..*") == names[:3]
-    with pytest.raises(InputError, match="q_porj.*did you mean q_proj"):
+    with pytest.raises(InputError, match="q_porj.*did you mean 'q_proj'"):
         resolve_targets(names, ("k_proj", "q_porj"))
     with pytest.raises(InputError, match="valid regular expression"):
         resolve_targets(names, "layers.(")

@@ -54,7 +54,7 @@ def test_an_empty_space_has_one_point():
 
 
 def test_a_mistyped_path_is_answered_with_near_ones():
-    assert "did you mean lora.rank" in error_of({"lora.rnk": {"choices": [4]}})
+    assert "did you mean 'lora.rank'" in error_of({"lora.rnk": {"choices": [4]}})
 
 
 @pytest.mark.parametrize("path", ["data.train", "data.eval_max_seq_length", "train.max_tokens", "train.report_at_tokens"])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from engine.errors import InputError
+from engine.errors import InputError, did_you_mean
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -66,8 +65,7 @@ def _input_error(model: type[BaseModel], faults: list[dict[str, Any]], where: st
     field = ".".join(filter(None, [where, *location])) or model.__name__
     if fault["type"] == "extra_forbidden":
         known = _known_keys(model, fault["loc"][:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(location[-1], known)
         return InputError(field, fault["input"], f"unknown key; known keys: {', '.join(known)}{hint}")
     if fault["type"] == "missing":
         return InputError(field, None, "required, but missing")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 
 from engine.config.trial import ALL_LINEAR
-from engine.errors import InputError
+from engine.errors import InputError, did_you_mean
 
 
 def resolve_targets(linear_names: list[str], target_modules: str | tuple[str, ...]) -> list[str]:
@@ -42,6 +41,5 @@ def _regex_targets(linear_names: list[str], pattern: str) -> list[str]:
 
 def _near(entry: str, linear_names: list[str]) -> str:
     ends = sorted({name.rpartition(".")[2] for name in linear_names})
-    near = difflib.get_close_matches(entry.rpartition(".")[2], ends, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"matches no linear layer; {hint}allowed: all-linear, {', '.join(ends)}"
+    hint = did_you_mean(entry.rpartition(".")[2], ends, num=3, cutoff=0.4)
+    return f"matches no linear layer; allowed: all-linear, {', '.join(ends)}{hint}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 
 from engine.config.trial import TrainConfig
+from engine.units import perplexity
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
@@ -67,7 +67,7 @@ def _losses(card: CardFacts) -> list[str]:
     if measured.merged is not None:
         rows.append((f"merged model ({card.dtype})", measured.merged))
     lines = ["| | eval loss (nats/token) | perplexity |", "|---|---:|---:|"]
-    lines += [f"| {name} | {loss:.4f} | {math.exp(min(loss, 700.0)):,.3f} |" for name, loss in rows]
+    lines += [f"| {name} | {loss:.4f} | {perplexity(loss):,.3f} |" for name, loss in rows]
     lines += ["", f"Measured at export on {measured.num_targets:,} target tokens of the evaluation set."]
     if measured.merged is not None:
         lines.append(

@@ -8,11 +8,10 @@ reach one way, about 80 % of the link.
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, replace
 
-from engine.errors import InputError
+from engine.errors import InputError, did_you_mean
 
 # GB/s of a pinned copy one way, x16. PCIe 5: measured on an H100; PCIe 4: less than half of that
 PCIE_4, PCIE_5 = 25.0, 53.6
@@ -70,8 +69,7 @@ CARDS: dict[str, Card] = {
 def find_card(name: str) -> Card:
     """By its name in CARDS."""
     if name not in CARDS:
-        near = difflib.get_close_matches(name.lower().replace(" ", "").replace("_", "-"), CARDS, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name.lower().replace(" ", "").replace("_", "-"), CARDS, cutoff=0.5)
         raise InputError("card", name, f"unknown card; known: {', '.join(CARDS)}{hint}")
     return CARDS[name]
 

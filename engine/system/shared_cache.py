@@ -5,14 +5,13 @@ Not a general cache: nothing expires. A builder whose output changes must change
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.errors import InputError
+from engine.system.file_lock import FileLock
 
 CACHE_VARIABLE = "QLORA_SWEEP_CACHE"
 
@@ -35,7 +34,7 @@ def build_once(name: str, builder: Callable[[Path], None]) -> Path:
         return final
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f".{name}.lock"):
+        with FileLock(root / f".{name}.lock").held():
             if not final.is_dir():
                 _build(root, name, builder)
     except OSError as error:
@@ -55,10 +54,3 @@ def _build(root: Path, name: str, builder: Callable[[Path], None]) -> None:
         building.rename(root / name)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -7,7 +7,6 @@ the known ones. A config may come from elsewhere: what it could harm by is refus
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import yaml
@@ -18,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.errors import InputError, first_line
+from engine.errors import InputError, did_you_mean, first_line
 from sweep.config import conf_files
 from sweep.config.interpolation import Interpolations
 from sweep.config.sweep import SweepConfig
@@ -96,8 +95,7 @@ def _check_section(key: str, value: str) -> None:
     """Before Hydra asks for required values: a mistyped section is the likelier fault."""
     sections = [*SweepConfig.model_fields, *conf_files.APPENDED, *RUN_KEYS]
     if key.split(".")[0] not in sections:
-        near = difflib.get_close_matches(key.split(".")[0], sections, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(key.split(".")[0], sections)
         raise InputError(key, value, f"unknown key; known: {', '.join(sections)}{hint}")
 
 

@@ -27,10 +27,11 @@ from ray.tune import Trainable
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.errors import DivergedError, EngineError, InputError, Interrupted, OutOfMemory, StorageError
+from engine.system.file_lock import FileLock
 from engine.system.files import storage_fault
 from sweep.execution.interruption import Interruption
 from sweep.folder.notes import note_terminated
-from sweep.folder.sweep_folder import FileLock, read_reports
+from sweep.folder.sweep_folder import read_reports
 from sweep.tracking.system_metrics import SystemSampler, machine_reader, write_system
 from sweep.trials.record import Outcome
 

@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from typing import Any
 from engine.config.parsing import load_json, to_json
 from engine.config.trial import TrainConfig
 from engine.errors import InputError, StorageError
+from engine.system.file_lock import FileLock
 from engine.system.files import write_text
 from sweep.config.sweep import SweepConfig, parse_sweep_config
 from sweep.folder.flush import replace_text
@@ -182,26 +182,3 @@ def _report(file: Path, rung: int, line: bytes) -> dict[str, Any]:
     raise InputError(
         str(file), line[:80], f"line {rung} must be the report of rung {rung}; remove the file: the checkpoint has all"
     )
-
-
-class FileLock:
-    """An exclusive lock on a file. The kernel frees it when the process dies, so a kill leaves nothing to clean up."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._handle = path, -1
-
-    def acquire(self) -> bool:
-        """Try once; returns whether the lock is now held."""
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return False
-        self._handle = handle
-        return True
-
-    def release(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1

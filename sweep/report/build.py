@@ -5,7 +5,6 @@ the sweep was stopped, killed or still runs. A projection: it reads the journal,
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from engine.errors import InputError, first_line
 from engine.system.files import write_text
+from engine.units import perplexity
 from sweep.config.sweep import SweepConfig
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
@@ -103,8 +103,8 @@ def _facts(folder: SweepFolder, config: SweepConfig, records: list[TrialRecord],
 
 def _best_line(best: TrialRecord) -> str:
     params = ", ".join(f"{path} = {value}" for path, value in best.params.items())
-    perplexity = math.exp(min(best.score, 700.0))
-    return f"Best: trial {best.number}, eval loss {best.score:.4f} (perplexity {perplexity:.3f}), {params or 'nothing varied'}."
+    loss = f"eval loss {best.score:.4f} (perplexity {perplexity(best.score):.3f})"
+    return f"Best: trial {best.number}, {loss}, {params or 'nothing varied'}."
 
 
 def _reevaluation(folder: SweepFolder) -> dict[str, Any] | None:

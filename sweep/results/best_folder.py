@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.export.model_card import peft_code
 from engine.system.files import write_folder
+from engine.units import perplexity
 from sweep.text import number, table
 from sweep.trials.record import TrialRecord
 from sweep.trials.selection import Rule, median_speed, num_parameters
@@ -184,4 +184,4 @@ def _base_model(adapter: Path) -> str:
 
 
 def _loss_cells(loss: float) -> str:
-    return f"{number(loss, '.4f')} | {number(math.exp(min(loss, 700.0)), ',.3f')}"
+    return f"{number(loss, '.4f')} | {number(perplexity(loss), ',.3f')}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
+from engine.units import perplexity
 from sweep.execution.engine_commands import evaluate as evaluate_here
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
@@ -123,4 +124,4 @@ def _result_text(folder: SweepFolder, best: TrialRecord, reevaluation: dict[str,
 
 
 def _loss_line(name: str, loss: float) -> str:
-    return f"{name:24}{loss:9.4f}  {math.exp(min(loss, 700.0)):10.3f}"
+    return f"{name:24}{loss:9.4f}  {perplexity(loss):10.3f}"

@@ -7,13 +7,12 @@ where the condition does not hold, the field keeps its base value. Keys may be n
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from engine.config.trial import TrainConfig
-from engine.errors import InputError
+from engine.errors import InputError, did_you_mean
 from sweep.space.comparable import UNSEARCHABLE
 from sweep.space.space import Choice, Dimension, Range, Scalar, Space
 
@@ -49,8 +48,8 @@ def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _dimension(path: str, leaf: Mapping[str, Any]) -> Dimension:
     where, known = f"space.{path}", known_paths()
     if path not in known:
-        near = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
-        raise InputError(where, dict(leaf), f"no such field of a trial; did you mean {' or '.join(near) or ', '.join(known)}?")
+        hint = did_you_mean(path, known, num=3, cutoff=0.5) or f"; allowed: {', '.join(known)}"
+        raise InputError(where, dict(leaf), f"no such field of a trial{hint}")
     if path in UNSEARCHABLE:
         raise InputError(where, dict(leaf), f"cannot be searched over: {UNSEARCHABLE[path]}")
     unknown = sorted(set(leaf) - set(LEAF_KEYS))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.units import perplexity
 from sweep.tracking.system_metrics import read_system
 from sweep.trials.record import Outcome, TrialRecord
 
@@ -117,7 +118,7 @@ def description(config: Mapping[str, Any], best: TrialRecord, summary: Mapping[s
     model = best.config.get("model", {})
     lines = [f"Trial {best.number} of the sweep in `{folder}`, an adapter for `{model.get('path', 'unknown')}`."]
     losses = [("base model", summary.get("base_eval_loss")), ("with this adapter", summary.get("best_eval_loss"))]
-    rows = [f"| {name} | {loss:.4f} | {math.exp(min(loss, 700.0)):,.3f} |" for name, loss in losses if loss is not None]
+    rows = [f"| {name} | {loss:.4f} | {perplexity(loss):,.3f} |" for name, loss in losses if loss is not None]
     if rows:
         lines += ["", "| | eval loss (nats/token) | perplexity |", "|---|---:|---:|", *rows]
     data = config.get("data", {}).get("train")
