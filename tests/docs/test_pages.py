@@ -1,0 +1,106 @@
+"""The pages of docs/ keep what they promise: every outcome, error field and decision is there, and all they name exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from sweep.trials.record import Outcome
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
+MAX_WORDS = 1200
+UNLIMITED = ("measured.md", "decisions/engine.md", "decisions/sweep.md")
+DECISIONS = {"engine": 35, "sweep": 51}
+PATH = re.compile(r"`((?:[a-z_0-9]+/)+[a-z_0-9]+\.(?:py|yaml))`")
+FORMER = "engine/train.py"  # measured.md tells of old names
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def documents(pages):
+    return pytest.mark.parametrize("page", pages, ids=[name_of(page) for page in pages])
+
+
+def rows_for(word: str) -> list[str]:
+    """The table rows of the troubleshooting page whose first cell names the word."""
+    cells = [(line, line.split("|")[1]) for line in TROUBLESHOOTING.splitlines() if line.startswith("|")]
+    return [line for line, first in cells if re.search(rf"(?<![\w.-]){re.escape(word)}(?![\w.-])", first)]
+
+
+def error_fields() -> set[str]:
+    """The fields that InputError names outright anywhere in the code; a file's inner keys count as the file."""
+    fields = set()
+    for file in [*(ROOT / "engine").rglob("*.py"), *(ROOT / "sweep").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "InputError" and node.args:
+                field = getattr(node.args[0], "value", None)
+                fields |= {field.split(":")[0]} if isinstance(field, str) else set()
+    return fields
+
+
+def missing_files(text: str) -> list[str]:
+    """Paths between backticks that exist neither at the top nor in one of the two halves."""
+    places = [ROOT, ROOT / "engine", ROOT / "sweep"]
+    found = (path for path in PATH.findall(text) if path != FORMER)
+    return [path for path in found if not any((place / path).is_file() for place in places)]
+
+
+def dead_links(page: Path, text: str) -> list[str]:
+    """Relative links to no file, or to no number of a page of decisions."""
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        file = page if not path else (page.parent / path).resolve()
+        if not file.exists() or (anchor.isdigit() and f'<a id="{anchor}"></a>' not in file.read_text()):
+            dead.append(target)
+    return dead
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_every_outcome_has_a_row_in_troubleshooting(outcome):
+    assert len(rows_for(outcome.value)) == 1
+
+
+def test_every_field_of_an_error_line_has_a_row_in_troubleshooting():
+    fields = error_fields()
+    assert len(fields) > 30
+    assert [field for field in sorted(fields) if not rows_for(field)] == []
+    assert rows_for("model.paths") == rows_for("COMPLETED") == []  # what is not there is not found
+
+
+@pytest.mark.parametrize("half", DECISIONS)
+def test_every_decision_keeps_its_number(half):
+    text = (ROOT / "docs" / "decisions" / f"{half}.md").read_text()
+    anchored = [(int(anchor), int(shown)) for anchor, shown in re.findall(r'^### <a id="(\d+)"></a>(\d+)\. ', text, re.M)]
+    assert sorted(anchored) == [(number, number) for number in range(1, DECISIONS[half] + 1)]
+
+
+@documents(PAGES)
+def test_a_page_is_short_enough_to_be_read(page):
+    if not name_of(page).endswith(UNLIMITED):
+        assert len(page.read_text().split()) <= MAX_WORDS
+
+
+@documents(DOCUMENTS)
+def test_files_and_links_of_a_document_exist(page):
+    text = page.read_text()
+    assert missing_files(text) == []
+    assert dead_links(page, text) == []
+
+
+def test_a_file_or_link_that_is_gone_fails_this_test():
+    page = ROOT / "docs" / "architecture.md"
+    assert missing_files("see `engine/no_such.py` and `training/loop.py`") == ["engine/no_such.py"]
+    assert dead_links(page, "[a](no-such.md), [b](decisions/sweep.md#99), [c](decisions/sweep.md#25)") == [
+        "no-such.md", "decisions/sweep.md#99"
+    ]  # fmt: skip
