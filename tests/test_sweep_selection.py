@@ -1,5 +1,6 @@
 """Who wins, in which order the rest stands, and what the leaderboard and `best/` hold."""
 
+import importlib
 import json
 import math
 
@@ -166,7 +167,10 @@ def test_the_card_of_a_builtin_model_says_where_its_base_is(tmp_path, winner):
     assert "builtin:" not in (tmp_path / "best" / "README.md").read_text()  # twin
     winner.config["model"]["path"] = "builtin:smollm2-135m-instruct"
     write_best(tmp_path / "best", winner, REEVALUATION, "demo")
-    assert "resolve_model('builtin:smollm2-135m-instruct')" in (tmp_path / "best" / "README.md").read_text()
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert "resolve_model('builtin:smollm2-135m-instruct')" in card
+    module = card.split("from ")[-1].split(" import resolve_model")[0]
+    assert callable(importlib.import_module(module).resolve_model)
 
 
 def test_a_disagreeing_second_evaluation_is_said_aloud(tmp_path, winner):

@@ -165,7 +165,7 @@ def _builtin_note(path: str) -> list[str]:
     """The published model is named above, because no other machine has this one's cache."""
     if not path.startswith(BUILTIN):
         return []
-    folder = f"python -c \"from engine.builtin import resolve_model; print(resolve_model('{path}'))\""
+    folder = f"python -c \"from engine.sources.builtin import resolve_model; print(resolve_model('{path}'))\""
     return [
         f"The sweep used `{path}`: this model with weights rounded to 4 bits, and the losses above are on that one. Where the "
         f"tool is installed, `{folder}` prints its folder, to put in place of the name; no network is needed then."
