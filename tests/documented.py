@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import re
 import runpy
 import shlex
 import sys
+import tomllib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ import yaml
 from engine.errors import EngineError
 from sweep.__main__ import compose, main
 from sweep.cli.config_keys import keys, sections
+from sweep.config.compose import run_keys
 from sweep.config.sweep import parse_sweep_config
 from sweep.space.parse import parse_space
 
@@ -32,6 +35,9 @@ OVERRIDE = re.compile(r"[~+]*[a-z_]+(\.[a-z_0-9]+)*=\S")
 KEY = re.compile(rf"({'|'.join([*sections(), 'space'])})(\.[a-z_]+)+")
 BASE = "+experiment=quickstart"
 ELSEWHERE = ("pip", "pytest", "mlflow")  # modules of others
+_SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+CONSOLE = {name: entry.partition(":")[0].removesuffix(".__main__") for name, entry in _SCRIPTS.items()}
+"""Console command -> the module that `python -m` starts in its place."""
 
 
 class Wrong(Exception):
@@ -56,9 +62,10 @@ def read(text: str) -> Document:
     """Of a document's text."""
     blocks = BLOCK.findall(text)
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", BLOCK.sub("", text))]
+    typed = [span for span in spans if not _only_named(_words(span))]
     lines = [line.strip().removeprefix("$ ") for kind, block in blocks if kind != "yaml" for line in block.splitlines()]
     return Document(
-        [line for line in [*lines, *spans] if _words(line)[:1] in (["python"], ["make"])],
+        [line for line in [*lines, *typed] if _words(line)[:1] in (["python"], ["make"])],
         [span for span in spans if OVERRIDE.match(span.lstrip("'"))],
         [span for span in spans if KEY.fullmatch(span)],
         [block for kind, block in blocks if kind == "yaml"],
@@ -66,12 +73,28 @@ def read(text: str) -> Document:
 
 
 def _words(line: str) -> list[str]:
-    """As bash would split it, without the comment; nothing where it is no command line at all."""
+    """Split the line as bash would, without its comment; empty where it is no command line. A console command becomes the
+    `python -m` that it stands for."""
     try:
         words = shlex.split(line, comments=True)
     except ValueError:
         return []
-    return [words[0].removeprefix(".venv/bin/"), *words[1:]] if words else []
+    if not words:
+        return []
+    program = words[0].removeprefix(".venv/bin/")
+    return [*(["python", "-m", CONSOLE[program]] if program in CONSOLE else [program]), *words[1:]]
+
+
+def _only_named(words: list[str]) -> bool:
+    """`python -m sweep` in a sentence names a command that exists; nobody types it without arguments."""
+    return words == ["python"] or (words[:2] == ["python", "-m"] and len(words) == 3 and _exists(words[2]))
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 class Checker:
@@ -115,11 +138,14 @@ class Checker:
             self._goes_with_a_base(text, [f"{key}={one}", *words[1:]])
 
     def _goes_with_a_base(self, text: str, words: list[str]) -> None:
-        """Some settings go with several objectives only."""
+        """Some settings go with several objectives only; an experiment of its own takes the base's place."""
+        with _engine_errors(text):
+            _, words = run_keys(words)
+        base = [] if any(word.startswith("+experiment=") for word in words) else [BASE]
         for several in ([], ["sweep.objectives=[eval_loss,peak_allocated_gib]"]):
             try:
                 with _engine_errors(text):
-                    parse_space(parse_sweep_config(compose([BASE, "model.path=m", "data.train=d", *several, *words])).space)
+                    parse_space(parse_sweep_config(compose([*base, "model.path=m", "data.train=d", *several, *words])).space)
                 return
             except Wrong as error:
                 refused = error

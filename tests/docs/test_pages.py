@@ -12,9 +12,10 @@ from sweep.trials.record import Outcome
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-DOCUMENTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+README = ROOT / "README.md"
+DOCUMENTS = [*PAGES, README, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "dashboards/README.md"))]
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
-MAX_WORDS = 1200
+MAX_WORDS, MAX_README_WORDS = 1200, 700
 UNLIMITED = ("measured.md", "decisions/engine.md", "decisions/sweep.md")
 DECISIONS = {"engine": 35, "sweep": 51}
 PATH = re.compile(r"`((?:[a-z_0-9]+/)+[a-z_0-9]+\.(?:py|yaml))`")
@@ -89,6 +90,10 @@ def test_every_decision_keeps_its_number(half):
 def test_a_page_is_short_enough_to_be_read(page):
     if not name_of(page).endswith(UNLIMITED):
         assert len(page.read_text().split()) <= MAX_WORDS
+
+
+def test_the_readme_is_read_in_three_minutes():
+    assert len(README.read_text().split()) <= MAX_README_WORDS
 
 
 @documents(DOCUMENTS)
