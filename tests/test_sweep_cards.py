@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from pathlib import Path
 
 import pytest
 from test_sweep_feasibility import SHAPE, config_with, planned  # noqa: F401 (a fixture)
@@ -108,3 +110,14 @@ def test_an_address_where_nothing_listens_is_refused_at_once():
         _refuse_unreachable(address)  # the twin
     for left_to_ray in ("auto", "local", "ray://127.0.0.1:1"):
         _refuse_unreachable(left_to_ray)
+
+
+def test_workers_are_told_the_folder_that_holds_both_packages(monkeypatch):
+    from sweep.cluster import connect
+
+    monkeypatch.setenv("PYTHONPATH", "theirs")
+    monkeypatch.setattr(connect.ray, "init", lambda **options: None)
+    monkeypatch.setattr(connect.ray, "nodes", lambda: [{"NodeManagerAddress": connect.LOOPBACK}])
+    connect._connect(Slots(1, "cpu", 1), None)
+    ours, theirs = os.environ["PYTHONPATH"].split(os.pathsep)
+    assert Path(ours, "sweep", "driver.py").is_file() and Path(ours, "engine").is_dir() and theirs == "theirs"

@@ -80,7 +80,7 @@ def _connect(slots: Slots, address: str | None) -> None:
     if address is not None:
         _join(address)
         return
-    root = str(Path(__file__).resolve().parent.parent)  # the workers import this package, wherever the driver was started
+    root = str(Path(__file__).resolve().parents[2])  # the workers import this package, wherever the driver was started
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     ray.init(
         address="local",  # whatever RAY_ADDRESS or a file in /tmp says, and whatever else runs here
