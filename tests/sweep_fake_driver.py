@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from sweep.make_compute_plan import feasibility
-
 from engine.errors import OutOfMemory
 from engine.planning.planner import ComputePlan
 from sweep import driver
 from sweep.__main__ import run
 from sweep.execution.worker_config import EngineModules
+from sweep.plan import feasibility
 
 ENGINE = EngineModules(train="sweep_fake_engine", model="sweep_fake_engine", command="sweep_fake_engine")
 
