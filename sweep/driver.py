@@ -114,7 +114,7 @@ def _run(plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibilit
         folder.write_config(plan.config)
         screen = make_console(sys.stdout, plan.num_rungs, plan.config.sweep.num_trials)
         tracker = _make_tracker(plan, folder)
-        tracker.sweep_started({"sweep.folder": str(folder.path), **provenance()}, folder.started_s)
+        tracker.on_sweep_started({"sweep.folder": str(folder.path), **provenance()}, folder.started_s)
         try:
             return _trials_and_finish(plan, folder, engine, feasibility, screen, tracker, page)
         except KeyboardInterrupt:
@@ -188,7 +188,7 @@ def _trials_and_finish(
         evaluate if address is None else evaluate_on_a_slot(plan.slots, address, folder.log, avoid),
     )
     ended_s = max((record.ended_s or 0.0 for record in records), default=folder.started_s)
-    tracker.sweep_finished(summary, best, folder.best if best else None, ended_s)
+    tracker.on_sweep_finished(summary, best, folder.best if best else None, ended_s)
     try_write_report(folder, screen.note)
     return 0 if best else 1
 

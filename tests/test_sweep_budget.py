@@ -137,10 +137,10 @@ def test_what_a_killed_session_held_counts_until_its_last_event(tmp_path, kill):
     file = tmp_path / "timeline.jsonl"
     timeline = Timeline(file)
     timeline.start_session(0.0)
-    timeline.assigned(0, 0.0)
-    timeline.assigned(1, 10.0)
+    timeline.on_assigned(0, 0.0)
+    timeline.on_assigned(1, 10.0)
     if kill == "after":
-        timeline.reported(0, 60.0, {"slot": "a", "began_s": 1.0})
+        timeline.on_reported(0, 60.0, {"slot": "a", "began_s": 1.0})
     with open(file, "a") as torn:
         torn.write('{"event": "rep')
     later = Timeline(file)

@@ -71,21 +71,21 @@ def test_counters_count_from_this_driver_on_and_gauges_over_all_sessions(tmp_pat
     file, now_s = tmp_path / "timeline.jsonl", 1000.0
     earlier = Timeline(file)
     earlier.start_session(0.0)
-    earlier.assigned(0, 0.0)
-    earlier.reported(0, 100.0, {"slot": "a", "dead_time_s": 7.0})
+    earlier.on_assigned(0, 0.0)
+    earlier.on_reported(0, 100.0, {"slot": "a", "dead_time_s": 7.0})
     timeline = Timeline(file)
     metrics = SweepMetrics("s-1", num_trials=4, num_slots=2, clock=lambda: now_s)
-    metrics.trial_updated(record(0, Outcome.RUNNING, "a", 100))
+    metrics.on_trial_updated(record(0, Outcome.RUNNING, "a", 100))
     timeline.start_session(now_s)
     metrics.begin(timeline)
     assert shown(metrics)["tokens_total"] == shown(metrics)["slot_busy_seconds_total"] == 0.0
-    timeline.assigned(0, 1000.0)
-    timeline.assigned(1, 1010.0)
+    timeline.on_assigned(0, 1000.0)
+    timeline.on_assigned(1, 1010.0)
     for at_s in (1020.0, 1030.0):
-        timeline.reported(1, at_s, {"slot": "b", "dead_time_s": 0.5})
-    timeline.ended(1, 1030.0, {})
-    metrics.trial_updated(record(0, Outcome.RUNNING, "a", 100, 250))
-    metrics.trial_updated(record(1, Outcome.PRUNED, "b", 100))
+        timeline.on_reported(1, at_s, {"slot": "b", "dead_time_s": 0.5})
+    timeline.on_ended(1, 1030.0, {})
+    metrics.on_trial_updated(record(0, Outcome.RUNNING, "a", 100, 250))
+    metrics.on_trial_updated(record(1, Outcome.PRUNED, "b", 100))
     now_s = 1040.0
     page = shown(metrics)
     assert (page["tokens_total"], page["slot_busy_seconds_total"]) == (250.0, 40.0 + 20.0)
@@ -104,7 +104,7 @@ def test_the_page_shows_outcomes_losses_and_what_runs_in_each_slot(tmp_path):
         record(0, Outcome.PRUNED, "a", 100), record(1, Outcome.COMPLETE, "a", 100, 200), record(2, Outcome.RUNNING, "a", 100),
         record(3, Outcome.RUNNING, "a", 100), record(4, Outcome.RUNNING), record(5, Outcome.COMPLETE, None, 9, source="x"),
     ):  # fmt: skip
-        metrics.trial_updated(each)
+        metrics.on_trial_updated(each)
     page = shown(metrics)
     assert {name: value for name, value in page.items() if name.startswith("trials{") and value} == {
         'trials{outcome="COMPLETE"}': 1.0, 'trials{outcome="PRUNED"}': 1.0, 'trials{outcome="RUNNING"}': 3.0}  # fmt: skip

@@ -59,14 +59,14 @@ def swept(path: Path, outcomes=OUTCOMES, space=SPACE) -> SweepFolder:
         folder.trial(number).mkdir(parents=True, exist_ok=True)
         folder.write_reports(number, reports)
         begin_s = 1000.0 + 10.0 * number
-        timeline.assigned(number, begin_s)
+        timeline.on_assigned(number, begin_s)
         timing = {"slot": "gpu 0", "began_s": begin_s, **({"dead_time_s": 0.5} if number else {})}
         for line in reports:
             study.report(number, line["rung"], line["eval_loss"])
-            timeline.reported(number, begin_s + 1.0, timing)
+            timeline.on_reported(number, begin_s + 1.0, timing)
         if outcome is not None:
             study.tell(number, outcome, error=f"no {TAG}" if outcome is Outcome.FAILED else None)
-            timeline.ended(number, begin_s + 9.0, timing)
+            timeline.on_ended(number, begin_s + 9.0, timing)
     return folder
 
 

@@ -74,8 +74,8 @@ def history(client, run):
 
 def test_trials_are_child_runs_of_the_sweep_with_metrics_by_tokens_seen(tracker, runs, client):
     one = tracker()
-    one.sweep_started({"git.commit": "abc"})
-    one.trial_updated(trial(3, Outcome.COMPLETE, 2.0, 1.5))
+    one.on_sweep_started({"git.commit": "abc"})
+    one.on_trial_updated(trial(3, Outcome.COMPLETE, 2.0, 1.5))
     assert one.close(60) == []
     parent, child = runs()["my sweep"], runs()["0003 COMPLETE"]
     assert parent.data.tags["git.commit"] == "abc"
@@ -95,7 +95,7 @@ def test_trials_are_child_runs_of_the_sweep_with_metrics_by_tokens_seen(tracker,
 )
 def test_the_outcome_is_a_tag_and_sets_the_status(tracker, runs, outcome, status):
     one = tracker()
-    one.trial_updated(trial(0, outcome, 2.0, error="why"))
+    one.on_trial_updated(trial(0, outcome, 2.0, error="why"))
     assert one.close(60) == []
     child = runs()[f"0000 {outcome}"]
     assert (child.data.tags["outcome"], child.data.tags["error"], child.info.status) == (outcome.value, "why", status)
@@ -110,7 +110,7 @@ def test_predicted_and_measured_peaks_are_metrics_and_how_it_was_computed_are_ta
     for _ in range(2):  # as a resume writes them again
         one = tracker()
         for record in (computed, refused, spent):
-            one.trial_updated(record)
+            one.on_trial_updated(record)
         assert one.close(60) == []
     first, second, third = (runs()[name] for name in ("0000 COMPLETE", "0001 INFEASIBLE", "0002 OUT_OF_MEMORY"))
     peaks = [(run.data.metrics.get("memory/predicted_peak_gib"), run.data.metrics.get("memory/peak_allocated_gib"))
@@ -125,9 +125,9 @@ def test_predicted_and_measured_peaks_are_metrics_and_how_it_was_computed_are_ta
 def test_a_resumed_sweep_finds_its_runs_and_doubles_nothing(tracker, runs, client):
     for outcome, losses in ((Outcome.LOST, (2.0, 1.5)), (Outcome.RUNNING, (2.0, 1.5, 1.4)), (Outcome.COMPLETE, (2.0, 1.5, 1.4))):
         one = tracker()
-        one.sweep_started({})
-        one.trial_updated(trial(0, outcome, *losses))
-        one.trial_updated(trial(0, outcome, *losses))
+        one.on_sweep_started({})
+        one.on_trial_updated(trial(0, outcome, *losses))
+        one.on_trial_updated(trial(0, outcome, *losses))
         assert one.close(60) == []
     assert set(runs()) == {"my sweep", "0000 COMPLETE"}
     assert [point[:2] for point in history(client, runs()["0000 COMPLETE"])] == [(1000, 2.0), (2000, 1.5), (3000, 1.4)]
@@ -136,7 +136,7 @@ def test_a_resumed_sweep_finds_its_runs_and_doubles_nothing(tracker, runs, clien
 
 def test_another_sweep_of_the_same_experiment_keeps_its_own_runs(tracker, store, tmp_path, request, client):
     for one in (tracker(), Tracker(local_uri(store), request.node.name, "my sweep", tmp_path / "other", CONFIG)):
-        one.trial_updated(trial(0, Outcome.COMPLETE, 2.0))
+        one.on_trial_updated(trial(0, Outcome.COMPLETE, 2.0))
         assert one.close(60) == []
     assert len(client.search_runs([client.get_experiment_by_name(request.node.name).experiment_id])) == 4
 
@@ -146,10 +146,10 @@ def test_a_finished_sweep_has_its_summary_and_the_best_adapter(tracker, runs, cl
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     one = tracker()
-    one.sweep_finished({"best_eval_loss": 1.5, "num_complete": 2, "rule": "lowest"}, trial(1, Outcome.COMPLETE, 1.5), adapter)
+    one.on_sweep_finished({"best_eval_loss": 1.5, "num_complete": 2, "rule": "lowest"}, trial(1, Outcome.COMPLETE, 1.5), adapter)
     assert one.close(60) == []
     two = tracker()  # a resume that finds a better one
-    two.sweep_finished({"best_eval_loss": 1.2, "num_complete": 2, "rule": "lowest"}, trial(2, Outcome.COMPLETE, 1.2), None)
+    two.on_sweep_finished({"best_eval_loss": 1.2, "num_complete": 2, "rule": "lowest"}, trial(2, Outcome.COMPLETE, 1.2), None)
     assert two.close(60) == []
     parent, former, best = (runs()[name] for name in ("my sweep", "0001 COMPLETE", "0002 COMPLETE (best)"))
     assert parent.info.status == "FINISHED"
@@ -165,11 +165,11 @@ def test_a_finished_sweep_has_its_summary_and_the_best_adapter(tracker, runs, cl
 def test_a_trial_that_is_written_after_the_end_stays_marked_as_the_best(tracker, runs):
     """After a failure the writer goes on with what comes next, and takes the failed one last."""
     one, best = tracker(), trial(1, Outcome.COMPLETE, 1.5)
-    one.sweep_finished({}, best, None)
+    one.on_sweep_finished({}, best, None)
     while one._writer._pending:
         time.sleep(0.01)
-    one.trial_updated(best)
-    one.trial_updated(trial(0, Outcome.COMPLETE, 2.0))
+    one.on_trial_updated(best)
+    one.on_trial_updated(trial(0, Outcome.COMPLETE, 2.0))
     assert one.close(60) == []
     assert {name for name in runs() if name[0] == "0"} == {"0000 COMPLETE", "0001 COMPLETE (best)"}
 
@@ -193,7 +193,7 @@ def register(store, tmp_path, request):
     def end(folder, number=1, model=request.node.name):
         one = Tracker(local_uri(store), request.node.name, "my sweep", tmp_path / "sweep", CONFIG, model)
         winner = trial(number, Outcome.COMPLETE, 1.5, config={"model": {"path": "org/base"}})
-        one.sweep_finished({"best_eval_loss": 1.5, "base_eval_loss": 2.5}, winner, folder)
+        one.on_sweep_finished({"best_eval_loss": 1.5, "base_eval_loss": 2.5}, winner, folder)
         return one.close(60)
 
     return end
@@ -271,7 +271,7 @@ def test_what_the_machine_did_at_each_rung_is_a_metric_against_tokens_seen(track
         torn.write('{"rung": 3, "gpu_')
     one = tracker()
     for _ in range(2):
-        one.trial_updated(trial(0, Outcome.COMPLETE, 2.0, 1.5, folder=str(tmp_path)))
+        one.on_trial_updated(trial(0, Outcome.COMPLETE, 2.0, 1.5, folder=str(tmp_path)))
     assert one.close(60) == []
     run = runs()["0000 COMPLETE"]
     points = client.get_metric_history(run.info.run_id, "system/gpu_utilization_percent")
@@ -281,30 +281,30 @@ def test_what_the_machine_did_at_each_rung_is_a_metric_against_tokens_seen(track
 
 def test_an_interrupted_sweep_does_not_look_running(tracker, runs):
     one = tracker()
-    one.sweep_started({})
+    one.on_sweep_started({})
     one.close(60)
     assert runs()["my sweep"].info.status == "KILLED"
 
 
 def test_a_start_that_is_written_after_the_end_does_not_bring_a_sweep_back_to_life(tracker, runs):
     one = tracker()
-    one.sweep_finished({}, None, None)
-    one.sweep_started({"git.commit": "abc"})
+    one.on_sweep_finished({}, None, None)
+    one.on_sweep_started({"git.commit": "abc"})
     assert one.close(60) == []
     assert (runs()["my sweep"].info.status, runs()["my sweep"].data.tags["git.commit"]) == ("FINISHED", "abc")
 
 
 def test_a_loss_that_is_not_finite_is_written_as_such(tracker, runs, client):
     one = tracker()
-    one.trial_updated(trial(0, Outcome.DIVERGED, 2.0, math.nan))
+    one.on_trial_updated(trial(0, Outcome.DIVERGED, 2.0, math.nan))
     assert one.close(60) == []
     assert [math.isnan(point[1]) for point in history(client, runs()["0000 DIVERGED"])] == [False, True]
 
 
 def test_a_value_that_mlflow_refuses_is_a_warning_and_holds_up_nothing(tracker, runs):
     one = tracker()
-    one.trial_updated(trial(0, Outcome.COMPLETE, 2.0, params={"not a valid name!": 1}))
-    one.trial_updated(trial(1, Outcome.COMPLETE, 2.0))
+    one.on_trial_updated(trial(0, Outcome.COMPLETE, 2.0, params={"not a valid name!": 1}))
+    one.on_trial_updated(trial(1, Outcome.COMPLETE, 2.0))
     (warning,) = one.close(60)
     assert "1 updates not written (trial 0): refused" in warning
     assert runs()["0001 COMPLETE"].info.status == "FINISHED"
@@ -313,10 +313,10 @@ def test_a_value_that_mlflow_refuses_is_a_warning_and_holds_up_nothing(tracker, 
 def test_a_dead_server_neither_blocks_nor_raises_and_is_one_warning(tmp_path):
     one = Tracker("http://user:secret@127.0.0.1:9", "demo", "my sweep", tmp_path, CONFIG)
     before = time.perf_counter()
-    one.sweep_started({})
+    one.on_sweep_started({})
     for _ in range(100):
-        one.trial_updated(trial(0, Outcome.RUNNING, 2.0))
-    one.sweep_finished({}, None, None)
+        one.on_trial_updated(trial(0, Outcome.RUNNING, 2.0))
+    one.on_sweep_finished({}, None, None)
     assert time.perf_counter() - before < 0.1
     (warning,) = one.close(5)
     assert time.perf_counter() - before < 6
@@ -327,7 +327,7 @@ def test_a_dead_server_neither_blocks_nor_raises_and_is_one_warning(tmp_path):
 def test_a_server_that_never_answers_does_not_hold_up_close(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         one = Tracker(f"http://127.0.0.1:{server.getsockname()[1]}", "demo", "my sweep", tmp_path, CONFIG)
-        one.sweep_started({})
+        one.on_sweep_started({})
         before = time.perf_counter()
         (warning,) = one.close(1)
         assert 0.9 < time.perf_counter() - before < 2
@@ -336,9 +336,9 @@ def test_a_server_that_never_answers_does_not_hold_up_close(tmp_path):
 
 def test_tracking_switched_off_has_the_same_methods():
     off = NullTracker()
-    off.sweep_started({})
-    off.trial_updated(trial(0, Outcome.RUNNING))
-    off.sweep_finished({}, None, None)
+    off.on_sweep_started({})
+    off.on_trial_updated(trial(0, Outcome.RUNNING))
+    off.on_sweep_finished({}, None, None)
     assert off.close(1) == []
 
 

@@ -33,8 +33,8 @@ def tracked(tmp_path_factory) -> SweepFolder:
     """A sweep of one trial that MLflow knows."""
     folder = made(tmp_path_factory.mktemp("sweeps"))
     tracker = Tracker(local_uri(folder.path.parent), "demo", folder.path.name, folder.path, {})
-    tracker.sweep_started({})
-    tracker.trial_updated(TrialRecord(0, {"lora.rank": 8}, {}, Outcome.PRUNED, "trial", started_s=1e9, ended_s=1e9 + 1))
+    tracker.on_sweep_started({})
+    tracker.on_trial_updated(TrialRecord(0, {"lora.rank": 8}, {}, Outcome.PRUNED, "trial", started_s=1e9, ended_s=1e9 + 1))
     assert tracker.close(60) == []
     return folder
 

@@ -69,7 +69,7 @@ def compare(config, seed: int, judge=None) -> dict[TrialState, int]:
         if state is not None:
             ends[state] += 1
             theirs.ended(number, state)
-            ours.ended(number, live.pop(number), state is TrialState.COMPLETE)
+            ours.on_ended(number, live.pop(number), state is TrialState.COMPLETE)
     return ends
 
 

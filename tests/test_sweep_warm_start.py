@@ -103,7 +103,7 @@ def test_earlier_trials_take_no_place_tell_no_listener_and_reach_no_target(tmp_p
     config = warm_config(old, num_trials=2, pruner="none", budget={"target_loss": 5.0})
     warm_study(tmp_path / "new", config)
     heard = []
-    listener = type("Listener", (), {"trial_updated": lambda self, record: heard.append(record.number)})()
+    listener = type("Listener", (), {"on_trial_updated": lambda self, record: heard.append(record.number)})()
     ledger = ledger_in(tmp_path / "new", config, listeners=(listener,))
     assert ledger.recover() == [] and heard == []
     assert [ledger.next_trial().number, ledger.next_trial().number] == [4, 5]

@@ -39,7 +39,7 @@ class LineConsole:
     def note(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
-    def trial_updated(self, record: TrialRecord) -> None:
+    def on_trial_updated(self, record: TrialRecord) -> None:
         """One line where the trial started, reported, or ended."""
         state = (len(record.reports), record.outcome)
         before = self._seen.get(record.number)
@@ -74,7 +74,7 @@ class TableConsole:
     def note(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def trial_updated(self, record: TrialRecord) -> None:
+    def on_trial_updated(self, record: TrialRecord) -> None:
         if record.outcome is not Outcome.RUNNING and record.reports:  # the best and the last are what the table shows
             best = min(record.reports, key=lambda report: report["eval_loss"])
             record = replace(record, reports=[best, record.reports[-1]], config={})

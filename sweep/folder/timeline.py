@@ -77,14 +77,14 @@ class Timeline:
         """The driver begins to hand out trials, for the first time or after a resume."""
         self._add({"event": "session", "at_s": now_s})
 
-    def assigned(self, trial: int, now_s: float) -> None:
+    def on_assigned(self, trial: int, now_s: float) -> None:
         self._add({"event": "assigned", "at_s": now_s, "trial": trial})
 
-    def reported(self, trial: int, now_s: float, timing: dict[str, Any]) -> None:
+    def on_reported(self, trial: int, now_s: float, timing: dict[str, Any]) -> None:
         """timing: slot, began_s and dead_time_s, as the worker knows them."""
         self._add({"event": "reported", "at_s": now_s, "trial": trial, **timing})
 
-    def ended(self, trial: int, now_s: float, timing: dict[str, Any]) -> None:
+    def on_ended(self, trial: int, now_s: float, timing: dict[str, Any]) -> None:
         """The trial left its slot."""
         self._add({"event": "ended", "at_s": now_s, "trial": trial, **timing})
 

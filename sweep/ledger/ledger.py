@@ -42,7 +42,7 @@ class Next(Enum):
 class Listener(Protocol):
     """Hears of a trial after the journal has it."""
 
-    def trial_updated(self, record: TrialRecord) -> None: ...
+    def on_trial_updated(self, record: TrialRecord) -> None: ...
 
 
 class Ledger:
@@ -168,7 +168,7 @@ class Ledger:
         if proposal is None:
             return Next.WAIT if self.live or self._quota.may_ask else Next.FINISHED
         self.live.heard_of(proposal.number)
-        self._timeline.assigned(proposal.number, self._clock())
+        self._timeline.on_assigned(proposal.number, self._clock())
         self._update(self._study.record(proposal.number))
         return proposal
 
@@ -180,7 +180,7 @@ class Ledger:
         if number not in self.live or self.storage_fault:
             return True
         self.live.heard_of(number)
-        self._timeline.reported(number, self._clock(), dict(timing))
+        self._timeline.on_reported(number, self._clock(), dict(timing))
         if self._take(number, report):
             self._update(self._records[number])
         if self._budget.spent():
@@ -203,7 +203,7 @@ class Ledger:
         """A trial ended by itself; its last report, where it has one, arrives only here. memory: see Study.tell."""
         if number not in self.live or self.storage_fault:
             return
-        self._timeline.reported(number, self._clock(), dict(timing))
+        self._timeline.on_reported(number, self._clock(), dict(timing))
         if report is not None:
             self._take(number, report)
         self._end(number, outcome, error, memory)
@@ -262,7 +262,7 @@ class Ledger:
 
     def _leave_slot(self, number: int) -> None:
         if self.live.remove(number):
-            self._timeline.ended(number, self._clock(), {})
+            self._timeline.on_ended(number, self._clock(), {})
 
     def _timed(self, record: TrialRecord) -> TrialRecord:
         span = self._timeline.span(record.number)
@@ -305,4 +305,4 @@ class Ledger:
 
     def _tell_listeners(self, record: TrialRecord) -> None:
         for listener in self._listeners:
-            listener.trial_updated(record)
+            listener.on_trial_updated(record)

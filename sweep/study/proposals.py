@@ -83,7 +83,7 @@ class Proposer:
         self._space.suggest(trial)
         return study.get_trials(deepcopy=False)[trial.number]
 
-    def entered(self, trial: FrozenTrial) -> None:
+    def on_entered(self, trial: FrozenTrial) -> None:
         """The journal has a new trial, the last draft or another: bring the copy to the same state."""
         if self._copy is None:
             return
@@ -92,9 +92,9 @@ class Proposer:
         else:
             self._ids[trial.number], self._draft_id = self._draft_id, None
             if trial.state.is_finished():
-                self.ended(trial)
+                self.on_ended(trial)
 
-    def ended(self, trial: FrozenTrial) -> None:
+    def on_ended(self, trial: FrozenTrial) -> None:
         """A trial of the journal has ended: so it does in the copy."""
         trial_id = self._ids.pop(trial.number, None)
         if self._copy is None or trial_id is None:

@@ -26,7 +26,7 @@ class Pruner(Protocol):
     def prunes(self, number: int, curve: Curve) -> bool:
         """Whether the trial stops at the last rung of its curve."""
 
-    def ended(self, number: int, curve: Curve, is_complete: bool) -> None:
+    def on_ended(self, number: int, curve: Curve, is_complete: bool) -> None:
         """The trial will not be asked about again."""
 
 
@@ -36,7 +36,7 @@ class NoPruner:
     def prunes(self, number: int, curve: Curve) -> bool:
         return False
 
-    def ended(self, number: int, curve: Curve, is_complete: bool) -> None:
+    def on_ended(self, number: int, curve: Curve, is_complete: bool) -> None:
         pass
 
 
@@ -63,7 +63,7 @@ class SuccessiveHalvingPruner:
                 return True
         return False
 
-    def ended(self, number: int, curve: Curve, is_complete: bool) -> None:
+    def on_ended(self, number: int, curve: Curve, is_complete: bool) -> None:
         self._next_level.pop(number, None)
 
 
@@ -81,8 +81,8 @@ class HyperbandPruner:
     def prunes(self, number: int, curve: Curve) -> bool:
         return self._of(number).prunes(number, curve)
 
-    def ended(self, number: int, curve: Curve, is_complete: bool) -> None:
-        self._of(number).ended(number, curve, is_complete)
+    def on_ended(self, number: int, curve: Curve, is_complete: bool) -> None:
+        self._of(number).on_ended(number, curve, is_complete)
 
     def _of(self, number: int) -> SuccessiveHalvingPruner:
         drawn = binascii.crc32(f"{self._study_name}_{number}".encode()) % sum(self._shares)
@@ -111,7 +111,7 @@ class MedianPruner:
         middle = values[(len(values) - 1) // 2 : len(values) // 2 + 1]
         return bool(min(known) > float(numpy.percentile(middle, 50.0)))
 
-    def ended(self, number: int, curve: Curve, is_complete: bool) -> None:
+    def on_ended(self, number: int, curve: Curve, is_complete: bool) -> None:
         if is_complete:
             self._num_complete += 1
             for rung, value in curve.items():
@@ -132,9 +132,9 @@ class PatientPruner:
             return False
         return True if self._inner is None else self._inner.prunes(number, curve)
 
-    def ended(self, number: int, curve: Curve, is_complete: bool) -> None:
+    def on_ended(self, number: int, curve: Curve, is_complete: bool) -> None:
         if self._inner is not None:
-            self._inner.ended(number, curve, is_complete)
+            self._inner.on_ended(number, curve, is_complete)
 
 
 def make_pruner(config: PrunerConfig, num_rungs: int, study_name: str) -> Pruner:

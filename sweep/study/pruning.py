@@ -21,18 +21,18 @@ class Pruning:
         self._curves: dict[int, Curve] = {}  # of trials that have not ended
         self._unjudged: set[int] = set()
         for trial in trials:
-            self.entered(trial)
+            self.on_entered(trial)
 
-    def entered(self, trial: FrozenTrial) -> None:
+    def on_entered(self, trial: FrozenTrial) -> None:
         """A trial that the journal has, with what it has reported so far."""
         self._curves[trial.number] = {}
         for rung in sorted(trial.intermediate_values):
-            self.reported(trial.number, rung, trial.intermediate_values[rung])
+            self.on_reported(trial.number, rung, trial.intermediate_values[rung])
         if trial.state.is_finished():
             self.should_prune(trial.number)
-            self.ended(trial)
+            self.on_ended(trial)
 
-    def reported(self, number: int, rung: int, eval_loss: float) -> None:
+    def on_reported(self, number: int, rung: int, eval_loss: float) -> None:
         """A trial that reports again was not pruned at the rung before: where a kill took that verdict's notes, they are made
         now, before the pruner sees more than it saw then."""
         if number in self._unjudged:
@@ -47,7 +47,7 @@ class Pruning:
         curve = self._curves[number]
         return bool(curve) and max(curve) < self._num_rungs and self._pruner.prunes(number, curve)
 
-    def ended(self, trial: FrozenTrial) -> None:
+    def on_ended(self, trial: FrozenTrial) -> None:
         """As the journal has it."""
         self._unjudged.discard(trial.number)
-        self._pruner.ended(trial.number, self._curves.pop(trial.number), trial.state is TrialState.COMPLETE)
+        self._pruner.on_ended(trial.number, self._curves.pop(trial.number), trial.state is TrialState.COMPLETE)

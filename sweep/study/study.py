@@ -123,7 +123,7 @@ class Study:
         if rung in trial.intermediate_values or trial.state.is_finished():
             return False
         self._storage.set_trial_intermediate_value(trial._trial_id, rung, eval_loss)
-        self._pruning.reported(number, rung, eval_loss)
+        self._pruning.on_reported(number, rung, eval_loss)
         return True
 
     def should_prune(self, number: int) -> bool:
@@ -168,8 +168,8 @@ class Study:
             values = [min(trial.intermediate_values.values())]
         self._study.tell(number, values if outcome is Outcome.COMPLETE else None, told_state(outcome))
         ended = self._trial(number)
-        self._proposer.ended(ended)
-        self._pruning.ended(ended)
+        self._proposer.on_ended(ended)
+        self._pruning.on_ended(ended)
         return True
 
     def stop(self, number: int, now_s: float) -> None:
@@ -221,8 +221,8 @@ class Study:
         entered = self._trial(self._num_trials)
         self._share_distributions(entered)
         self._num_trials += 1
-        self._proposer.entered(entered)
-        self._pruning.entered(entered)
+        self._proposer.on_entered(entered)
+        self._pruning.on_entered(entered)
         return entered.number
 
     def _share_distributions(self, trial: FrozenTrial) -> None:

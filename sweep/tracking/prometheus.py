@@ -42,7 +42,7 @@ class SweepMetrics(Collector):
         self._lock = threading.Lock()
         self._timeline: Timeline | None = None
 
-    def trial_updated(self, record: TrialRecord) -> None:
+    def on_trial_updated(self, record: TrialRecord) -> None:
         with self._lock:
             self._records[record.number] = record
 

@@ -25,13 +25,13 @@ def local_uri(folder: Path) -> str:
 class NullTracker:
     """Tracking switched off: the same methods, nothing written."""
 
-    def sweep_started(self, tags: dict[str, str], started_s: float | None = None) -> None:
+    def on_sweep_started(self, tags: dict[str, str], started_s: float | None = None) -> None:
         """Nothing."""
 
-    def trial_updated(self, record: TrialRecord) -> None:
+    def on_trial_updated(self, record: TrialRecord) -> None:
         """Nothing."""
 
-    def sweep_finished(
+    def on_sweep_finished(
         self, summary: dict[str, Any], best: TrialRecord | None, artifacts: Path | None, ended_s: float | None = None
     ) -> None:
         """Nothing."""
@@ -60,7 +60,7 @@ class Tracker:
         self._finished = False
         self._writer = BackgroundWriter("mlflow-writer", _is_permanent)
 
-    def sweep_started(self, tags: dict[str, str], started_s: float | None = None) -> None:
+    def on_sweep_started(self, tags: dict[str, str], started_s: float | None = None) -> None:
         """Create the parent run, or find it again and mark it running; tags: git commit, package versions and the like.
 
         started_s: when the sweep began, however late the server hears of it; none: now.
@@ -68,12 +68,12 @@ class Tracker:
         tags, self._projection.started_s = dict(tags), time.time() if started_s is None else started_s
         self._writer.put(("sweep",), lambda: self._projection.start(tags))
 
-    def trial_updated(self, record: TrialRecord) -> None:
+    def on_trial_updated(self, record: TrialRecord) -> None:
         """Write this state of a trial; of several not yet written, only the last is."""
         record = replace(record, reports=list(record.reports))
         self._writer.put(("trial", record.number), lambda: self._projection.trial(record))
 
-    def sweep_finished(
+    def on_sweep_finished(
         self, summary: dict[str, Any], best: TrialRecord | None, artifacts: Path | None, ended_s: float | None = None
     ) -> None:
         """Numbers of `summary` become metrics of the parent, the rest tags; artifacts: folder kept with the best trial's run.

@@ -39,12 +39,12 @@ def play(tracker: Tracker, seconds: float) -> float:
         call(*arguments)
         blocked += time.perf_counter() - before
 
-    timed(tracker.sweep_started, {"git.commit": "abc"}, 1e9)
+    timed(tracker.on_sweep_started, {"git.commit": "abc"}, 1e9)
     for rungs in range(1, 4):
         time.sleep(seconds / 3)
         for record in records(rungs):
-            timed(tracker.trial_updated, record)
-    timed(tracker.sweep_finished, {"best_eval_loss": 1.0}, records(3)[0], None, 1e9 + 60)
+            timed(tracker.on_trial_updated, record)
+    timed(tracker.on_sweep_finished, {"best_eval_loss": 1.0}, records(3)[0], None, 1e9 + 60)
     return blocked
 
 
