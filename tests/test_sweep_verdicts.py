@@ -8,9 +8,11 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from sweep.config import pruner_options
 from sweep.config.pruner_options import HyperbandConfig, MedianConfig, NoPrunerConfig, PatientConfig, SuccessiveHalvingConfig
-from sweep.study.optuna_pruners import make_optuna_pruner
-from sweep.study.pruners import SuccessiveHalvingPruner, make_pruner
+from sweep.config.sampler_options import SAMPLERS
+from sweep.study.pruners import PRUNER_PAIRS, SuccessiveHalvingPruner, make_optuna_pruner, make_pruner
+from sweep.study.samplers import SAMPLER_MAKERS
 
 NUM_RUNGS, NUM_TRIALS = 9, 300
 PRUNERS = [
@@ -71,6 +73,11 @@ def compare(config, seed: int, judge=None) -> dict[TrialState, int]:
             theirs.ended(number, state)
             ours.on_ended(number, live.pop(number), state is TrialState.COMPLETE)
     return ends
+
+
+def test_every_pruner_and_sampler_that_a_config_can_name_is_in_the_table():
+    assert set(PRUNER_PAIRS) == set(pruner_options.PRUNERS) == {config.name for config in PRUNERS}
+    assert set(SAMPLER_MAKERS) == set(SAMPLERS)
 
 
 @pytest.mark.parametrize("config", PRUNERS, ids=[f"{config.name}-{number}" for number, config in enumerate(PRUNERS)])

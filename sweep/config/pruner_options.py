@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -47,8 +47,7 @@ class NoPrunerConfig(StrictModel):
     """Every trial runs to the end."""
 
     name: Literal["none"] = "none"
-PRUNERS = {
-    model.model_fields["name"].default: model
-    for model in (SuccessiveHalvingConfig, HyperbandConfig, MedianConfig, PatientConfig, NoPrunerConfig)
-}
+
+
 PrunerConfig = SuccessiveHalvingConfig | HyperbandConfig | MedianConfig | PatientConfig | NoPrunerConfig
+PRUNERS = {model.model_fields["name"].default: model for model in get_args(PrunerConfig)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -52,6 +52,5 @@ class Nsga2Config(StrictModel):
     population_size: Annotated[int, Field(ge=2)] = 16
 
 
-SAMPLER_MODELS = (TpeConfig, RandomConfig, GridConfig, CmaEsConfig, GpConfig, Nsga2Config)
-SAMPLERS = {model.model_fields["name"].default: model for model in SAMPLER_MODELS}
 SamplerConfig = TpeConfig | RandomConfig | GridConfig | CmaEsConfig | GpConfig | Nsga2Config
+SAMPLERS = {model.model_fields["name"].default: model for model in get_args(SamplerConfig)}

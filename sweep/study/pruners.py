@@ -1,7 +1,8 @@
-"""Which trials go on: Optuna's pruners again, from values kept in order instead of a look at all trials for each verdict.
+"""The pruners decide which trials go on: Optuna's again, from values kept in order instead of a look at all trials.
 
-Fit by verdict the same as Optuna's, which a test holds; one takes microseconds whatever the number of trials, where Optuna's
-take 13 ms with 9,000. A loss is to be minimised, a step is a rung, from 1. Plain data, no Optuna.
+Each verdict equals Optuna's, which a test holds. One takes microseconds whatever the number of trials, where Optuna's take 13 ms
+with 9,000. A loss is to be minimised, a step is a rung, from 1. Our classes hold plain data. The table at the end names for each
+its twin of Optuna's, which gives no verdict here: the study bears it, because samplers ask Hyperband for a trial's bracket.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import binascii
 import math
 from bisect import insort
 from collections import defaultdict
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import numpy
+import optuna
 
-from sweep.config.pruner_options import HyperbandConfig, MedianConfig, PatientConfig, PrunerConfig, SuccessiveHalvingConfig
+from sweep.config.pruner_options import PRUNERS, PatientConfig, PrunerConfig
 
 Curve = dict[int, float]
 """Rung -> eval_loss, as far as the trial has reported."""
@@ -137,15 +140,59 @@ class PatientPruner:
             self._inner.on_ended(number, curve, is_complete)
 
 
+def _inner(config: PatientConfig, make: Callable[..., Any], *arguments: Any) -> Any:
+    """The pruner that a patient one asks, with its default options; None where patience alone decides."""
+    return None if config.inner == "none" else make(PRUNERS[config.inner](), *arguments)
+
+
+class PrunerPair(NamedTuple):
+    """Two makers of the same pruner: ours takes config, num_rungs and study_name, Optuna's takes config and num_rungs."""
+
+    ours: Callable[[Any, int, str], Pruner]
+    optunas: Callable[[Any, int], optuna.pruners.BasePruner]
+
+
+PRUNER_PAIRS = {
+    "successive_halving": PrunerPair(
+        lambda config, num_rungs, study_name: SuccessiveHalvingPruner(
+            config.min_rung, config.reduction_factor, config.min_early_stopping_rate
+        ),
+        lambda config, num_rungs: optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=config.min_rung,
+            reduction_factor=config.reduction_factor,
+            min_early_stopping_rate=config.min_early_stopping_rate,
+        ),
+    ),
+    "hyperband": PrunerPair(
+        lambda config, num_rungs, study_name: HyperbandPruner(config.min_rung, num_rungs, config.reduction_factor, study_name),
+        lambda config, num_rungs: optuna.pruners.HyperbandPruner(
+            min_resource=config.min_rung, max_resource=num_rungs, reduction_factor=config.reduction_factor
+        ),
+    ),
+    "median": PrunerPair(
+        lambda config, num_rungs, study_name: MedianPruner(config.num_startup_trials, config.num_warmup_rungs),
+        lambda config, num_rungs: optuna.pruners.MedianPruner(
+            n_startup_trials=config.num_startup_trials, n_warmup_steps=config.num_warmup_rungs
+        ),
+    ),
+    "patient": PrunerPair(
+        lambda config, num_rungs, study_name: PatientPruner(
+            _inner(config, make_pruner, num_rungs, study_name), config.patience, config.min_delta
+        ),
+        lambda config, num_rungs: optuna.pruners.PatientPruner(
+            _inner(config, make_optuna_pruner, num_rungs), patience=config.patience, min_delta=config.min_delta
+        ),
+    ),
+    "none": PrunerPair(lambda config, num_rungs, study_name: NoPruner(), lambda config, num_rungs: optuna.pruners.NopPruner()),
+}
+"""The pruners by the name that a config gives them. A new one is a new entry here."""
+
+
 def make_pruner(config: PrunerConfig, num_rungs: int, study_name: str) -> Pruner:
-    """The pruner that this section names; make_optuna_pruner makes Optuna's own, from the same numbers."""
-    if isinstance(config, SuccessiveHalvingConfig):
-        return SuccessiveHalvingPruner(config.min_rung, config.reduction_factor, config.min_early_stopping_rate)
-    if isinstance(config, HyperbandConfig):
-        return HyperbandPruner(config.min_rung, num_rungs, config.reduction_factor, study_name)
-    if isinstance(config, MedianConfig):
-        return MedianPruner(config.num_startup_trials, config.num_warmup_rungs)
-    if isinstance(config, PatientConfig):
-        inner = {"median": MedianConfig, "successive_halving": SuccessiveHalvingConfig}.get(config.inner)
-        return PatientPruner(make_pruner(inner(), num_rungs, study_name) if inner else None, config.patience, config.min_delta)
-    return NoPruner()
+    """Our pruner of that name, which gives the verdicts."""
+    return PRUNER_PAIRS[config.name].ours(config, num_rungs, study_name)
+
+
+def make_optuna_pruner(config: PrunerConfig, num_rungs: int) -> optuna.pruners.BasePruner:
+    """Optuna's pruner of that name, which the study bears. Its unit is the rung, from 1 to num_rungs, not the step."""
+    return PRUNER_PAIRS[config.name].optunas(config, num_rungs)

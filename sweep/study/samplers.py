@@ -1,8 +1,10 @@
-"""Optuna samplers and pruners by name, built from their config in one visible step, and what a sampler gets to see."""
+"""Optuna's samplers by name, built from their config in one visible step, and what a sampler gets to see."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import numpy
 import optuna
@@ -15,34 +17,56 @@ MEMORY = "memory_gib"  # the one constraint of a trial: GiB above what the card 
 
 
 def make_sampler(config: SamplerConfig, seed: int) -> optuna.samplers.BaseSampler:
-    """The sampler that proposes. Grid has none of its own: the study walks the points; random only breaks ties."""
-    samplers = optuna.samplers
-    if isinstance(config, TpeConfig):
-        return samplers.TPESampler(
-            n_startup_trials=config.num_startup_trials,
-            n_ei_candidates=config.num_ei_candidates,
-            multivariate=config.multivariate,
-            group=config.multivariate,
-            constant_liar=True,
-            seed=seed,
-        )
-    if isinstance(config, CmaEsConfig):
-        if importlib.util.find_spec("cmaes") is None:
-            raise InputError("sampler.name", "cmaes", "needs the package cmaes (pip install cmaes)")
-        return samplers.CmaEsSampler(
-            n_startup_trials=config.num_startup_trials,
-            popsize=config.population_size,
-            seed=seed,
-            warn_independent_sampling=False,
-            consider_pruned_trials=True,
-        )
-    if isinstance(config, Nsga2Config):
-        return samplers.NSGAIISampler(population_size=config.population_size, seed=seed)
-    if isinstance(config, GpConfig):
-        if importlib.util.find_spec("torch") is None:
-            raise InputError("sampler.name", "gp", "needs the package torch on the driver")
-        return samplers.GPSampler(n_startup_trials=config.num_startup_trials, seed=seed, warn_independent_sampling=False)
-    return samplers.RandomSampler(seed=seed)
+    """The sampler that proposes, by the name that the config gives it."""
+    return SAMPLER_MAKERS[config.name](config, seed)
+
+
+def _tpe(config: TpeConfig, seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(
+        n_startup_trials=config.num_startup_trials,
+        n_ei_candidates=config.num_ei_candidates,
+        multivariate=config.multivariate,
+        group=config.multivariate,
+        constant_liar=True,
+        seed=seed,
+    )
+
+
+def _cmaes(config: CmaEsConfig, seed: int) -> optuna.samplers.BaseSampler:
+    if importlib.util.find_spec("cmaes") is None:
+        raise InputError("sampler.name", "cmaes", "needs the package cmaes (pip install cmaes)")
+    return optuna.samplers.CmaEsSampler(
+        n_startup_trials=config.num_startup_trials,
+        popsize=config.population_size,
+        seed=seed,
+        warn_independent_sampling=False,
+        consider_pruned_trials=True,
+    )
+
+
+def _gp(config: GpConfig, seed: int) -> optuna.samplers.BaseSampler:
+    if importlib.util.find_spec("torch") is None:
+        raise InputError("sampler.name", "gp", "needs the package torch on the driver")
+    return optuna.samplers.GPSampler(n_startup_trials=config.num_startup_trials, seed=seed, warn_independent_sampling=False)
+
+
+def _nsga2(config: Nsga2Config, seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.NSGAIISampler(population_size=config.population_size, seed=seed)
+
+
+def _random(config: SamplerConfig, seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+SAMPLER_MAKERS: dict[str, Callable[[Any, int], optuna.samplers.BaseSampler]] = {
+    "tpe": _tpe,
+    "random": _random,
+    "grid": _random,  # the study walks the points; the sampler only breaks ties
+    "cmaes": _cmaes,
+    "gp": _gp,
+    "nsga2": _nsga2,
+}
+"""The samplers by the name that a config gives them. A new one is a new entry here."""
 
 
 def proposal_seed(seed: int, number: int, stream: int = 0) -> int:
