@@ -20,9 +20,10 @@ from engine.system.provenance import provenance
 from engine.system.signals import handled
 from sweep.cli.console import LineConsole, TableConsole, make_console
 from sweep.cluster.ray_environment import set_ray_environment
+from sweep.cluster.slots import Hardware, local_hardware
 from sweep.config.absolute_paths import with_absolute_paths
 from sweep.config.resume_changes import amended
-from sweep.config.sweep import parse_sweep_config
+from sweep.config.sweep import ClusterConfig, parse_sweep_config
 from sweep.execution.engine_commands import evaluate, inspect, prepare
 from sweep.execution.interruption import taken_signals
 from sweep.execution.worker_config import REAL_ENGINE, EngineModules
@@ -38,7 +39,8 @@ Screen = LineConsole | TableConsole
 
 def start(raw: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
     """Run a new sweep. Returns the exit code; raises InputError before anything is written."""
-    return _launch(make_sweep_plan(with_absolute_paths(parse_sweep_config(raw), Path.cwd())), None, dry_run, engine)
+    config = with_absolute_paths(parse_sweep_config(raw), Path.cwd())
+    return _launch(make_sweep_plan(config, _find_hardware), None, dry_run, engine)
 
 
 def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
@@ -47,7 +49,7 @@ def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engin
     if not dry_run:
         with folder.lock():  # another driver is no reason to prepare model and data first
             pass
-    return _launch(make_sweep_plan(amended(folder.read_config(), overrides)), folder, dry_run, engine)
+    return _launch(make_sweep_plan(amended(folder.read_config(), overrides), _find_hardware), folder, dry_run, engine)
 
 
 def _launch(plan: SweepPlan, folder: SweepFolder | None, dry_run: bool, engine: EngineModules) -> int:
@@ -132,7 +134,8 @@ def _run(plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibilit
 def _trials_and_finish(
     plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, screen: Screen, tracker: Any, page: Any
 ) -> int:
-    set_ray_environment(plan.config.cluster.address)  # before sweep.tuning loads ray
+    max_waiting_trials = plan.slots.num_slots if plan.has_mixed_cards else 1
+    set_ray_environment(plan.config.cluster.address, max_waiting_trials)  # before sweep.execution loads ray
     from sweep.execution.remote_evaluation import evaluate_on_a_slot
     from sweep.execution.tuner import run_trials
     from sweep.ledger.ledger import Ledger
@@ -167,7 +170,7 @@ def _trials_and_finish(
         page.register(each)
     if continued:
         screen.note(f"going on with trial{'s' if len(continued) > 1 else ''} {', '.join(map(str, continued))}")
-    address, avoid = config.cluster.address, feasibility.avoid if len(plan.kinds) > 1 else None
+    address, avoid = config.cluster.address, feasibility.avoid if plan.has_mixed_cards else None
     if ledger.has_work():
         screen.start()
         run_trials(ledger, plan.slots, address, folder, engine, screen.note, avoid)
@@ -191,6 +194,16 @@ def _trials_and_finish(
     tracker.on_sweep_finished(summary, best, folder.best if best else None, ended_s)
     try_write_report(folder, screen.note)
     return 0 if best else 1
+
+
+def _find_hardware(cluster: ClusterConfig) -> Hardware:
+    """What this machine has; with an address, what the cluster there has, which is joined and left again."""
+    if cluster.address is None:
+        return local_hardware(cluster)
+    set_ray_environment(cluster.address)
+    from sweep.cluster.connect import inspect_cluster  # loads ray, which reads that environment once
+
+    return inspect_cluster(cluster.address, 0 if cluster.num_gpus == "auto" else cluster.num_gpus, cluster.wait_s)
 
 
 def _make_tracker(plan: SweepPlan, folder: SweepFolder) -> Any:

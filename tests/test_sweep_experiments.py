@@ -70,7 +70,7 @@ def test_a_committed_sweep_is_forecast_from_a_folder_with_nothing_but_config_jso
         return {"shape": vars(ModelShape.of(json.loads((tmp_path / "config.json").read_text()), "m")), "card": None}
 
     monkeypatch.setattr(driver, "inspect", inspect)
-    monkeypatch.setattr("sweep.plan.sweep_plan.count_gpus", lambda: 0)
+    monkeypatch.setattr("sweep.cluster.slots.count_gpus", lambda: 0)
     arguments = ["+experiment=llama-3.2-1b-24gb", f"model.path={tmp_path}", "cluster.card=rtx4090", "dry_run=true"]
     assert main(arguments) == 0
     text = capsys.readouterr().out

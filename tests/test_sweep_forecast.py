@@ -28,7 +28,7 @@ def seen(monkeypatch, tmp_path) -> dict:
     """What looking at model and machine finds."""
     answer = {"shape": SHAPE, "card": None}
     monkeypatch.setattr(driver, "inspect", lambda config, module: answer)
-    monkeypatch.setattr("sweep.plan.sweep_plan.count_gpus", lambda: 0)
+    monkeypatch.setattr("sweep.cluster.slots.count_gpus", lambda: 0)
     monkeypatch.chdir(tmp_path)
     return answer
 

@@ -18,7 +18,6 @@ SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the driver's own handler stops at a safe point
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # nobody reads Tune's snapshot
     "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # checkpoints are whole at any moment, so a worker may be killed
-    "TUNE_MAX_PENDING_TRIALS_PG": "1",  # ask the sampler as late as possible
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a banner at any verbosity
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
 }
@@ -26,12 +25,15 @@ LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's name for "may for
 TOKEN = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
-def set_ray_environment(address: str | None) -> None:
+def set_ray_environment(address: str | None, max_waiting_trials: int = 1) -> None:
     """Call before anything imports ray. address: an existing cluster, whose token the user gives; none: a Ray of our own.
+
+    max_waiting_trials: how many may wait for a slot. One, so that the sampler is asked as late as possible. More where cards are
+    mixed, so that a trial that waits for the one card it fits keeps no other card idle.
 
     RAY_AUTH_MODE and a token that are already in the environment are the user's, and stay.
     """
-    os.environ.update(SETTINGS)
+    os.environ.update(SETTINGS, TUNE_MAX_PENDING_TRIALS_PG=str(max_waiting_trials))
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if address is None or address.rpartition(":")[0] in ("127.0.0.1", "localhost"):
         os.environ.update(LOOPBACK)

@@ -70,6 +70,11 @@ def _limited(num_slots: int, cluster: ClusterConfig, device: str) -> Slots:
     return Slots(num_slots, device, cluster.cpus_per_trial)
 
 
+def local_hardware(cluster: ClusterConfig) -> Hardware:
+    """What this machine has, whatever the section says of a cluster."""
+    return Hardware(count_gpus(), count_cpus())
+
+
 def count_cpus() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

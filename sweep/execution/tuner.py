@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 import warnings
@@ -44,7 +43,7 @@ def run_trials(
 ) -> None:
     """Run until the ledger has no work. After SIGINT or SIGTERM running trials save and end, then KeyboardInterrupt is raised;
     StorageError where the disk takes no more. note: takes a line for the user. avoid: labels of the nodes whose cards a config
-    does not fit; none where all are alike."""
+    does not fit; none where all are alike. See set_ray_environment for how many trials may then wait."""
 
     def config_of(proposal: Proposal) -> dict[str, Any]:
         labels = avoid(proposal.config) if avoid else ()
@@ -98,9 +97,6 @@ def _stop_signals_blocked() -> Iterator[None]:
 def _placement(slots: Slots) -> Callable[[dict[str, Any]], PlacementGroupFactory]:
     """What Tune asks of Ray for a trial, by its config. Workers are reused among trials that may go to the same cards; others
     get a new one, and Tune ends an idle worker that holds what a waiting trial needs."""
-    # a trial that waits for the one card it fits must not keep the others from being given away
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots.num_slots)
-
     def place(config: dict[str, Any]) -> PlacementGroupFactory:
         bundle, selector = slots.bundle(map(tuple, json.loads(config["avoid"])))
         return PlacementGroupFactory([bundle], bundle_label_selector=[selector]) if selector else PlacementGroupFactory([bundle])

@@ -1,14 +1,17 @@
-"""The plan: everything that is settled before anything starts. It is what `dry_run=true` prints. No torch, no ray, no optuna."""
+"""The plan: everything that is settled before anything starts. It is what `dry_run=true` prints. No torch, no ray, no optuna.
+
+The hardware is an argument: whoever has a cluster to join joins it, and says what there is.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from engine.config.trial import TrainConfig
 from sweep.cluster.card_kinds import CardKind
-from sweep.cluster.ray_environment import set_ray_environment
-from sweep.cluster.slots import Hardware, Slots, count_cpus, count_gpus, plan_slots
+from sweep.cluster.slots import Hardware, Slots, local_hardware, plan_slots
 from sweep.config.sweep import ClusterConfig, SweepConfig, describe_budget
 from sweep.space.parse import parse_space
 from sweep.space.space import Space
@@ -24,6 +27,10 @@ class SweepPlan:
     kinds: tuple[CardKind, ...] = ()  # of an existing cluster's cards
 
     @property
+    def has_mixed_cards(self) -> bool:
+        return len(self.kinds) > 1
+
+    @property
     def num_rungs(self) -> int:
         return len(self.config.train.report_grid())
 
@@ -37,7 +44,7 @@ class SweepPlan:
 
     def warnings(self) -> list[str]:
         """What is allowed and may mislead, one line each."""
-        if "elapsed_s" in self.config.sweep.objectives and len(self.kinds) > 1:
+        if "elapsed_s" in self.config.sweep.objectives and self.has_mixed_cards:
             return ["elapsed_s is compared over different cards: a trial is not faster for having had the faster card"]
         return []
 
@@ -75,24 +82,18 @@ class SweepPlan:
         return "\n".join(lines)
 
 
-def make_sweep_plan(config: SweepConfig) -> SweepPlan:
-    """Check space, grid and hardware; raises InputError. Starts nothing, writes nothing."""
+def make_sweep_plan(config: SweepConfig, find_hardware: Callable[[ClusterConfig], Hardware] = local_hardware) -> SweepPlan:
+    """Check space, grid and hardware; raises InputError. Writes nothing.
+
+    find_hardware: says what there is for this cluster section; asked once space and grid are in order, since it may wait.
+    """
     space = parse_space(config.space)
     if config.sampler.name == "grid":
         space.check_walkable()
     space.single_changes(config.base().model_dump(mode="json"))
-    found = _find_hardware(config.cluster)
+    found = find_hardware(config.cluster)
     slots = plan_slots(config.cluster, config.train.device, found.num_gpus, found.num_cpus)
     return SweepPlan(config, space, slots, found.kinds if slots.device == "cuda" else ())
-
-
-def _find_hardware(cluster: ClusterConfig) -> Hardware:
-    if cluster.address is None:
-        return Hardware(count_gpus(), count_cpus())
-    set_ray_environment(cluster.address)
-    from sweep.cluster.connect import inspect_cluster
-
-    return inspect_cluster(cluster.address, 0 if cluster.num_gpus == "auto" else cluster.num_gpus, cluster.wait_s)
 
 
 def _pruner(config: SweepConfig) -> str:
