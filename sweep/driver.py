@@ -18,13 +18,13 @@ from engine.errors import StorageError, first_line
 from engine.system.files import storage_fault
 from engine.system.provenance import provenance
 from engine.system.signals import handled
-from sweep.cli.console import LineConsole, TableConsole, make_console
+from sweep.cli.console import make_console
 from sweep.cluster.ray_environment import set_ray_environment
 from sweep.cluster.slots import Hardware, local_hardware
 from sweep.config.absolute_paths import with_absolute_paths
 from sweep.config.resume_changes import amended
 from sweep.config.sweep import ClusterConfig, parse_sweep_config
-from sweep.execution.engine_commands import evaluate, inspect, prepare
+from sweep.execution.engine_commands import inspect, prepare
 from sweep.execution.interruption import taken_signals
 from sweep.execution.worker_config import REAL_ENGINE, EngineModules
 from sweep.folder.flush import wait_until_flushed
@@ -32,9 +32,10 @@ from sweep.folder.sweep_folder import SweepFolder
 from sweep.plan.feasibility import Feasibility, make_feasibility
 from sweep.plan.forecast import card_line, check_any_fits, describe_forecast, no_forecast_line
 from sweep.plan.sweep_plan import SweepPlan, make_sweep_plan
+from sweep.tracking.prometheus import MetricsPage, serve
+from sweep.tracking.tracker import make_tracker
 
 INTERRUPTED = 130
-Screen = LineConsole | TableConsole
 
 
 def start(raw: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
@@ -78,7 +79,7 @@ def _launch(plan: SweepPlan, folder: SweepFolder | None, dry_run: bool, engine: 
 
 def _check_warm_start(plan: SweepPlan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
     """InputError where the sweeps of sweep.warm_start cannot be learnt from. data: digests of today's samples."""
-    from sweep.study.earlier_sweeps import read_earlier
+    from sweep.study.earlier_sweeps import read_earlier  # loads Optuna: half a second that most sweeps need not wait
 
     earlier = read_earlier(plan.config, plan.space, data)
     say(f"warm start {len(earlier)} trials of {', '.join(plan.config.sweep.warm_start)}")
@@ -110,15 +111,20 @@ def _prepare(plan: SweepPlan, engine: EngineModules) -> tuple[Feasibility, dict[
     return feasibility, facts.get("data", {})
 
 
-def _run(plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, page: Any) -> int:
+def _run(
+    plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, page: MetricsPage | None
+) -> int:
     """Everything between the folder's creation and the last line. Holds the folder's lock."""
     with folder.lock():
         folder.write_config(plan.config)
         screen = make_console(sys.stdout, plan.num_rungs, plan.config.sweep.num_trials)
-        tracker = _make_tracker(plan, folder)
+        tracker = make_tracker(plan.config, folder.path)
         tracker.on_sweep_started({"sweep.folder": str(folder.path), **provenance()}, folder.started_s)
         try:
-            return _trials_and_finish(plan, folder, engine, feasibility, screen, tracker, page)
+            set_ray_environment(plan.config.cluster.address, plan.slots.num_slots if plan.has_mixed_cards else 1)
+            from sweep.session import SweepSession  # loads ray, which reads that environment once
+
+            return SweepSession(plan, folder, engine, feasibility, screen, tracker, page).run()
         except KeyboardInterrupt:
             screen.stop()
             code = _interrupted(folder)
@@ -131,71 +137,6 @@ def _run(plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibilit
                 print(f"WARNING: {warning}", file=sys.stderr)
 
 
-def _trials_and_finish(
-    plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, screen: Screen, tracker: Any, page: Any
-) -> int:
-    max_waiting_trials = plan.slots.num_slots if plan.has_mixed_cards else 1
-    set_ray_environment(plan.config.cluster.address, max_waiting_trials)  # before sweep.execution loads ray
-    from sweep.execution.remote_evaluation import evaluate_on_a_slot
-    from sweep.execution.tuner import run_trials
-    from sweep.ledger.ledger import Ledger
-    from sweep.report.build import try_write_report
-    from sweep.results.finish import finish
-    from sweep.study.earlier_sweeps import read_earlier
-    from sweep.study.study import Study
-    from sweep.trials.selection import Rule
-
-    config = plan.config
-    screen.note(f"sweep folder {folder.path}")
-    study = Study(folder, config, plan.space, feasibility.check_fit)
-    if config.sweep.warm_start and not study.has_taken_over:
-        study.take_over(read_earlier(config, plan.space, folder.read_data() or {}))
-    metrics = _make_metrics(plan, folder, page)
-    ledger = Ledger(
-        study,
-        folder,
-        num_trials=config.sweep.num_trials,
-        num_rungs=plan.num_rungs,
-        num_slots=plan.slots.num_slots,
-        max_retries=config.cluster.max_retries,
-        budget=config.sweep.budget,
-        objectives=config.sweep.objectives,
-        report_timeout_s=config.cluster.report_timeout_s,
-        listeners=(screen, tracker, *metrics),
-        note=screen.note,
-    )
-    continued = ledger.recover()
-    for each in metrics:
-        each.begin(ledger.timeline)
-        page.register(each)
-    if continued:
-        screen.note(f"going on with trial{'s' if len(continued) > 1 else ''} {', '.join(map(str, continued))}")
-    address, avoid = config.cluster.address, feasibility.avoid if plan.has_mixed_cards else None
-    if ledger.has_work():
-        screen.start()
-        run_trials(ledger, plan.slots, address, folder, engine, screen.note, avoid)
-        screen.stop()
-    if ledger.shortfall:
-        screen.note(ledger.shortfall)
-    rule = Rule(config.sweep.objectives, config.sweep.choose_within)
-    records = ledger.records
-    best, summary = finish(
-        folder,
-        records,
-        config.sweep.name,
-        plan.slots.device,
-        engine.command,
-        screen.note,
-        rule,
-        config.sweep.num_examples,
-        evaluate if address is None else evaluate_on_a_slot(plan.slots, address, folder.log, avoid),
-    )
-    ended_s = max((record.ended_s or 0.0 for record in records), default=folder.started_s)
-    tracker.on_sweep_finished(summary, best, folder.best if best else None, ended_s)
-    try_write_report(folder, screen.note)
-    return 0 if best else 1
-
-
 def _find_hardware(cluster: ClusterConfig) -> Hardware:
     """What this machine has; with an address, what the cluster there has, which is joined and left again."""
     if cluster.address is None:
@@ -206,35 +147,11 @@ def _find_hardware(cluster: ClusterConfig) -> Hardware:
     return inspect_cluster(cluster.address, 0 if cluster.num_gpus == "auto" else cluster.num_gpus, cluster.wait_s)
 
 
-def _make_tracker(plan: SweepPlan, folder: SweepFolder) -> Any:
-    from sweep.tracking.tracker import NullTracker, Tracker, local_uri
-
-    config = plan.config
-    if config.tracking.name == "none":
-        return NullTracker()
-    uri = config.tracking.uri or local_uri(folder.path.parent)
-    shown = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": config.tracking.public_uri})})
-    wanted = config.tracking.registered_model
-    model = config.sweep.name if wanted == "auto" else wanted
-    return Tracker(uri, config.sweep.name, folder.path.name, folder.path, shown.model_dump(mode="json"), model)
-
-
-def _metrics_page(plan: SweepPlan) -> AbstractContextManager[Any]:
+def _metrics_page(plan: SweepPlan) -> AbstractContextManager[MetricsPage | None]:
     """Where Prometheus reads. Opened before the long preparation, so that what cannot be had is refused at once."""
     if plan.config.tracking.metrics_port is None:
         return nullcontext()
-    from sweep.tracking.prometheus import serve
-
     return serve(plan.config.tracking, lambda line: print(line, flush=True))
-
-
-def _make_metrics(plan: SweepPlan, folder: SweepFolder, page: Any) -> tuple[Any, ...]:
-    """What is shown there; nothing where there is no page."""
-    if page is None:
-        return ()
-    from sweep.tracking.prometheus import SweepMetrics
-
-    return (SweepMetrics(folder.path.name, plan.config.sweep.num_trials, plan.slots.num_slots),)
 
 
 def _interrupted(folder: SweepFolder | None) -> int:
@@ -247,7 +164,7 @@ def _interrupted(folder: SweepFolder | None) -> int:
 
 def _report_so_far(folder: SweepFolder) -> None:
     """After the line to resume by, which nobody should have to wait for; a second signal ends it."""
-    from sweep.report.build import try_write_report
+    from sweep.report.build import try_write_report  # loads Optuna and plotly, which an early Ctrl-C need not wait for
 
     try:
         try_write_report(folder, lambda line: print(line, flush=True))

@@ -121,7 +121,10 @@ class TableConsole:
         )
 
 
-def make_console(stream: TextIO, num_rungs: int, num_trials: int) -> LineConsole | TableConsole:
+Screen = LineConsole | TableConsole
+
+
+def make_console(stream: TextIO, num_rungs: int, num_trials: int) -> Screen:
     """A table where the stream is a terminal, else lines."""
     return TableConsole(stream, num_rungs, num_trials) if stream.isatty() else LineConsole(stream, num_rungs)
 

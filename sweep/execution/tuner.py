@@ -38,6 +38,7 @@ def run_trials(
     address: str | None,
     folder: SweepFolder,
     engine: EngineModules,
+    *,
     note: Callable[[str], None] = lambda line: None,
     avoid: Callable[[TrainConfig], tuple[Label, ...]] | None = None,
 ) -> None:

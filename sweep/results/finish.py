@@ -26,6 +26,7 @@ RELATIVE_TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}  # float32 repeats itself; bflo
 def finish(
     folder: SweepFolder,
     records: list[TrialRecord],
+    *,
     sweep_name: str,
     device: str,
     engine_command: str,

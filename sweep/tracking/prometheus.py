@@ -30,6 +30,8 @@ from sweep.folder.timeline import Timeline
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 
 PREFIX = "qlora_sweep_"
+MetricsPage = CollectorRegistry
+"""The page that Prometheus reads: what is registered there is shown."""
 
 
 class SweepMetrics(Collector):
@@ -144,7 +146,7 @@ class SweepMetrics(Collector):
 
 
 @contextmanager
-def serve(tracking: TrackingConfig, say: Callable[[str], None]) -> Iterator[CollectorRegistry]:
+def serve(tracking: TrackingConfig, say: Callable[[str], None]) -> Iterator[MetricsPage]:
     """Answer requests for what is registered, until the block ends. say: takes the address, in one line.
 
     InputError where the port or the address cannot be had: the user asked for numbers that nobody would see.

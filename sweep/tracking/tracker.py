@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sweep.config.sweep import SweepConfig
 from sweep.tracking.background_writer import BackgroundWriter, Key
 from sweep.tracking.mlflow_runs import MlflowRuns
 from sweep.trials.record import TrialRecord
@@ -99,6 +100,17 @@ class Tracker:
         some = ", ".join(" ".join(map(str, key)) for key in keys[:5]) + (", ..." if len(keys) > 5 else "")
         warning = f"mlflow at {self._uri}: {len(keys)} updates not written ({some}): {cause}; a resume writes them"
         return re.sub(r"//[^/\s]*@", "//", warning)  # a password may stand in the URI, which errors quote
+
+
+def make_tracker(config: SweepConfig, folder: Path) -> Tracker | NullTracker:
+    """The tracker that the config names. folder: of the sweep, which gives the parent run its name."""
+    if config.tracking.name == "none":
+        return NullTracker()
+    uri = config.tracking.uri or local_uri(folder.parent)
+    shown = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": config.tracking.public_uri})})
+    wanted = config.tracking.registered_model
+    model = config.sweep.name if wanted == "auto" else wanted
+    return Tracker(uri, config.sweep.name, folder.name, folder, shown.model_dump(mode="json"), model)
 
 
 def _is_permanent(error: Exception) -> bool:

@@ -1,0 +1,130 @@
+"""One session of a sweep: everything that works on its folder between the driver's start and its end, in one object.
+
+Loads ray: `set_ray_environment` comes before the first import of this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.config.trial import TrainConfig
+from sweep.cli.console import Screen
+from sweep.cluster.card_kinds import Label
+from sweep.execution.engine_commands import evaluate
+from sweep.execution.remote_evaluation import evaluate_on_a_slot
+from sweep.execution.tuner import run_trials
+from sweep.execution.worker_config import EngineModules
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.ledger.ledger import Ledger
+from sweep.plan.feasibility import Feasibility
+from sweep.plan.sweep_plan import SweepPlan
+from sweep.report.build import try_write_report
+from sweep.results.finish import Evaluate, finish
+from sweep.study.earlier_sweeps import read_earlier
+from sweep.study.study import Study
+from sweep.tracking.prometheus import MetricsPage, SweepMetrics
+from sweep.tracking.tracker import NullTracker, Tracker
+from sweep.trials.selection import Rule
+
+
+@dataclass(frozen=True)
+class SweepSession:
+    """Runs the trials that are left, and ends the sweep. The caller holds the folder's lock, and closes screen and tracker.
+
+    page: where Prometheus reads; None where nobody asked for one.
+    """
+
+    plan: SweepPlan
+    folder: SweepFolder
+    engine: EngineModules
+    feasibility: Feasibility
+    screen: Screen
+    tracker: Tracker | NullTracker
+    page: MetricsPage | None = None
+
+    def run(self) -> int:
+        """Returns the exit code: 0 where there is an adapter to use, else 1."""
+        self.screen.note(f"sweep folder {self.folder.path}")
+        ledger = self._open_ledger()
+        if ledger.has_work():
+            self.screen.start()
+            run_trials(
+                ledger, self.plan.slots, self.plan.config.cluster.address, self.folder, self.engine,
+                note=self.screen.note, avoid=self._avoid,
+            )  # fmt: skip
+            self.screen.stop()
+        if ledger.shortfall:
+            self.screen.note(ledger.shortfall)
+        return self._finish(ledger)
+
+    def _open_study(self) -> Study:
+        """The study as the journal has it, with the trials of earlier sweeps where the config names some."""
+        config, space = self.plan.config, self.plan.space
+        study = Study(self.folder, config, space, self.feasibility.check_fit)
+        if config.sweep.warm_start and not study.has_taken_over:
+            study.take_over(read_earlier(config, space, self.folder.read_data() or {}))
+        return study
+
+    def _open_ledger(self) -> Ledger:
+        """The ledger, caught up with what the driver before may not have heard."""
+        study, metrics = self._open_study(), self._make_metrics()
+        config = self.plan.config
+        ledger = Ledger(
+            study,
+            self.folder,
+            num_trials=config.sweep.num_trials,
+            num_rungs=self.plan.num_rungs,
+            num_slots=self.plan.slots.num_slots,
+            max_retries=config.cluster.max_retries,
+            budget=config.sweep.budget,
+            objectives=config.sweep.objectives,
+            report_timeout_s=config.cluster.report_timeout_s,
+            listeners=(self.screen, self.tracker, *([] if metrics is None else [metrics])),
+            note=self.screen.note,
+        )
+        continued = ledger.recover()
+        if metrics is not None:
+            metrics.begin(ledger.timeline)
+            self.page.register(metrics)
+        if continued:
+            trials = "trials" if len(continued) > 1 else "trial"
+            self.screen.note(f"going on with {trials} {', '.join(map(str, continued))}")
+        return ledger
+
+    def _make_metrics(self) -> SweepMetrics | None:
+        """What the page shows; None where there is no page."""
+        if self.page is None:
+            return None
+        return SweepMetrics(self.folder.path.name, self.plan.config.sweep.num_trials, self.plan.slots.num_slots)
+
+    @property
+    def _avoid(self) -> Callable[[TrainConfig], tuple[Label, ...]] | None:
+        """Labels of the nodes whose cards a config does not fit; None where all cards are alike."""
+        return self.feasibility.avoid if self.plan.has_mixed_cards else None
+
+    def _finish(self, ledger: Ledger) -> int:
+        """Choose the best adapter, write best/, leaderboard and report, and tell the tracker."""
+        config, records = self.plan.config, ledger.records
+        best, summary = finish(
+            self.folder,
+            records,
+            sweep_name=config.sweep.name,
+            device=self.plan.slots.device,
+            engine_command=self.engine.command,
+            note=self.screen.note,
+            rule=Rule(config.sweep.objectives, config.sweep.choose_within),
+            num_examples=config.sweep.num_examples,
+            evaluate=self._evaluation(),
+        )
+        ended_s = max((record.ended_s or 0.0 for record in records), default=self.folder.started_s)
+        self.tracker.on_sweep_finished(summary, best, self.folder.best if best else None, ended_s)
+        try_write_report(self.folder, self.screen.note)
+        return 0 if best else 1
+
+    def _evaluation(self) -> Evaluate:
+        """How the winner is measured again: here, or on a slot of the existing cluster."""
+        address = self.plan.config.cluster.address
+        if address is None:
+            return evaluate
+        return evaluate_on_a_slot(self.plan.slots, address, self.folder.log, self._avoid)
