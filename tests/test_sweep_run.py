@@ -188,7 +188,7 @@ def test_the_command_line_finds_an_adapter_with_the_real_engine(tmp_path, tiny_m
     assert (folder / "best" / "adapter_model.safetensors").is_file()
     examples = json.loads((folder / "examples.json").read_text())
     assert examples["trial"] == board["best_trial"] and len(examples["examples"]) == 4
-    assert all(example["reference"].startswith("It is") for example in examples["examples"])
+    assert all(example["expected"].startswith("It is") for example in examples["examples"])
     assert "What it answers" in (folder / "best" / "README.md").read_text()
     assert "with adapter</th>" in (folder / "report.html").read_text()
     lines = [json.loads(line) for line in (folder / "trials" / "0000" / "system.jsonl").read_text().splitlines()]
