@@ -17,6 +17,7 @@ from sweep.execution.tuner import run_trials
 from sweep.execution.worker_config import EngineModules
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.ledger import Ledger
+from sweep.ledger.limits import Limits
 from sweep.plan.feasibility import Feasibility
 from sweep.plan.sweep_plan import SweepPlan
 from sweep.report.build import try_write_report
@@ -69,20 +70,8 @@ class SweepSession:
     def _open_ledger(self) -> Ledger:
         """The ledger, caught up with what the driver before may not have heard."""
         study, metrics = self._open_study(), self._make_metrics()
-        config = self.plan.config
-        ledger = Ledger(
-            study,
-            self.folder,
-            num_trials=config.sweep.num_trials,
-            num_rungs=self.plan.num_rungs,
-            num_slots=self.plan.slots.num_slots,
-            max_retries=config.cluster.max_retries,
-            budget=config.sweep.budget,
-            objectives=config.sweep.objectives,
-            report_timeout_s=config.cluster.report_timeout_s,
-            listeners=(self.screen, self.tracker, *([] if metrics is None else [metrics])),
-            note=self.screen.note,
-        )
+        listeners = (self.screen, self.tracker, *([] if metrics is None else [metrics]))
+        ledger = Ledger(study, self.folder, Limits.of(self.plan), listeners=listeners, note=self.screen.note)
         continued = ledger.recover()
         if metrics is not None:
             metrics.begin(ledger.timeline)

@@ -35,6 +35,7 @@ from sweep.execution.scheduler import LedgerScheduler
 from sweep.execution.searcher import LedgerSearcher
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.ledger import Ledger
+from sweep.ledger.limits import Limits
 from sweep.space.parse import parse_space
 from sweep.study.study import Study
 
@@ -97,8 +98,8 @@ class Ours:
     def __init__(self, path: Path, config: SweepConfig, num_slots: int, clock: Callable[[], float], watch: Stopwatch) -> None:
         self._folder, self._watch = SweepFolder(path), watch
         self._ledger = Ledger(
-            Study(self._folder, config, parse_space(config.space)), self._folder, num_trials=config.sweep.num_trials,
-            num_rungs=NUM_RUNGS, num_slots=num_slots, max_retries=2, clock=clock,
+            Study(self._folder, config, parse_space(config.space)), self._folder,
+            Limits(num_trials=config.sweep.num_trials, num_rungs=NUM_RUNGS, num_slots=num_slots, max_retries=2), clock=clock,
         )  # fmt: skip
         self._ledger.recover()
         self._searcher = LedgerSearcher(self._ledger, lambda proposal: {"number": proposal.number, "params": proposal.params})

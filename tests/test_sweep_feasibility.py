@@ -13,6 +13,7 @@ from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger import ledger
 from sweep.ledger.ledger import Ledger, Next
+from sweep.ledger.limits import Limits
 from sweep.plan import feasibility
 from sweep.plan.feasibility import UNPREDICTED, Feasibility, Fit, make_feasibility
 from sweep.plan.forecast import check_any_fits, corners
@@ -45,8 +46,8 @@ def study_in(path, config, judge=by_rank) -> Study:
 
 def ledger_in(path, config, judge=by_rank) -> Ledger:
     return Ledger(
-        study_in(path, config, judge), SweepFolder(path), num_trials=config.sweep.num_trials, num_rungs=4, num_slots=2,
-        max_retries=1,
+        study_in(path, config, judge), SweepFolder(path),
+        Limits(num_trials=config.sweep.num_trials, num_rungs=4, num_slots=2, max_retries=1),
     )  # fmt: skip
 
 

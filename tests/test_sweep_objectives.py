@@ -90,7 +90,7 @@ def test_a_study_of_three_objectives_runs_with_faults_and_is_read_back(tmp_path,
 
     def ledger():
         study = Study(SweepFolder(tmp_path), config, parse_space(config.space), judge)
-        book = ledger_in(tmp_path, config, study=study, objectives=config.sweep.objectives)
+        book = ledger_in(tmp_path, config, study=study)
         book.recover()
         return book
 
@@ -117,7 +117,7 @@ def test_a_study_of_three_objectives_runs_with_faults_and_is_read_back(tmp_path,
 
 def test_a_complete_trial_without_a_measure_is_failed_and_says_which(tmp_path):
     config = config_for(WIDE, objectives=list(THREE))
-    book = ledger_in(tmp_path, config, objectives=config.sweep.objectives)
+    book = ledger_in(tmp_path, config)
     number = book.next_trial().number
     book.ended(number, Outcome.COMPLETE, report(4, 1.0))
     assert book.records[0].outcome is Outcome.FAILED and "peak_allocated_gib" in book.records[0].error

@@ -13,6 +13,7 @@ from sweep.execution.interruption import Interruption
 from sweep.folder.notes import note_terminated
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.ledger import Ledger, Next
+from sweep.ledger.limits import Limits
 from sweep.plan.feasibility import Fit
 from sweep.space.parse import parse_space
 from sweep.study.study import Study
@@ -135,8 +136,8 @@ def test_an_end_waits_only_for_trials_that_may_have_something_to_save(tmp_path):
 def test_a_trial_is_silent_only_after_its_timeout_and_only_while_it_has_a_slot(tmp_path):
     config, now = config_for(WIDE, pruner="none"), [0.0]
     ledger = Ledger(
-        study_in(tmp_path, config), SweepFolder(tmp_path), num_trials=2, num_rungs=4, num_slots=2, max_retries=1,
-        report_timeout_s=10.0, monotonic=lambda: now[0],
+        study_in(tmp_path, config), SweepFolder(tmp_path),
+        Limits(num_trials=2, num_rungs=4, num_slots=2, max_retries=1, report_timeout_s=10.0), monotonic=lambda: now[0],
     )  # fmt: skip
     number = ledger.next_trial().number
     now[0] = 9.0

@@ -10,6 +10,7 @@ from engine.errors import InputError
 from sweep.config.sweep import SweepConfig, parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.ledger import Ledger, Next
+from sweep.ledger.limits import Limits
 from sweep.space.parse import parse_space
 from sweep.study.study import Study
 from sweep.trials.record import Outcome
@@ -34,10 +35,12 @@ def study_in(path, config: SweepConfig) -> Study:
 def ledger_in(
     path, config: SweepConfig, num_slots: int = 2, max_retries: int = 1, study: Study | None = None, **options
 ) -> Ledger:
-    return Ledger(
-        study or study_in(path, config), SweepFolder(path), num_trials=config.sweep.num_trials, num_rungs=4, num_slots=num_slots,
-        max_retries=max_retries, budget=config.sweep.budget, **options,
+    sweep = config.sweep
+    limits = Limits(
+        num_trials=sweep.num_trials, num_rungs=4, num_slots=num_slots, max_retries=max_retries, budget=sweep.budget,
+        objectives=sweep.objectives,
     )  # fmt: skip
+    return Ledger(study or study_in(path, config), SweepFolder(path), limits, **options)
 
 
 def report(rung: int, loss: float) -> dict:

@@ -15,20 +15,19 @@ from typing import Any, Protocol
 
 from engine.errors import StorageError, first_line
 from engine.system.files import storage_fault
-from sweep.config.sweep import BudgetConfig
 from sweep.folder.notes import is_training, was_terminated
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
 from sweep.ledger.budget import Budget
+from sweep.ledger.limits import Limits
 from sweep.ledger.live_trials import LiveTrials
 from sweep.ledger.quota import Quota
 from sweep.study.study import Study
-from sweep.trials.objectives import EVAL_LOSS, objective_values
+from sweep.trials.objectives import objective_values
 from sweep.trials.record import CONTENDERS, Outcome, Proposal, TrialRecord
 
 MAX_INFEASIBLE_AT_ONCE = 20  # then Tune's loop has its turn: a plan takes a tenth of a second, and reports wait meanwhile
 GOING_ON = (Outcome.RUNNING, Outcome.STOPPED)
-NO_BUDGET = BudgetConfig()
 NO_TIMING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -52,34 +51,27 @@ class Ledger:
         self,
         study: Study,
         folder: SweepFolder,
+        limits: Limits,
         *,
-        num_trials: int,
-        num_rungs: int,
-        num_slots: int,
-        max_retries: int,
-        budget: BudgetConfig = NO_BUDGET,
-        objectives: tuple[str, ...] = (EVAL_LOSS,),
         listeners: tuple[Listener, ...] = (),
-        report_timeout_s: float | None = None,
         note: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """note: takes a line for the user about what is not a trial's state. monotonic: for the time between two reports."""
         self._study, self._folder, self._clock, self._listeners, self._note = study, folder, clock, listeners, note
-        self._num_rungs, self._num_slots, self._max_retries = num_rungs, num_slots, max_retries
-        self._objectives, self._timeline = objectives, Timeline(folder.timeline)
+        self._limits, self._timeline = limits, Timeline(folder.timeline)
         records = self.records
         self._records = {record.number: record for record in records if record.outcome in GOING_ON}
-        self._budget = Budget(budget, self._timeline, clock)
+        self._budget = Budget(limits.budget, self._timeline, clock)
         for record in records:
             if record.score is not None and record.source is None and record.outcome in (*CONTENDERS, Outcome.RUNNING):
                 self._budget.take_loss(record.score)
         own = [record for record in records if record.source is None]
         num_refused = sum(record.outcome is Outcome.INFEASIBLE for record in own)
-        self._quota = Quota(num_trials, self._budget, len(own) - num_refused, num_refused)
+        self._quota = Quota(limits.num_trials, self._budget, len(own) - num_refused, num_refused)
         self._waiting: list[int] = []
-        self.live, self._is_winding_down = LiveTrials(report_timeout_s, monotonic), False
+        self.live, self._is_winding_down = LiveTrials(limits.report_timeout_s, monotonic), False
         self.storage_fault: str | None = None  # why the sweep must stop and be resumed, in one line
 
     @property
@@ -130,7 +122,7 @@ class Ledger:
             self._folder.write_train_config(number, self._study.config(number))
             for report in record.reports:
                 self._study.report(number, report["rung"], report["eval_loss"])
-            if record.reports and record.reports[-1]["rung"] >= self._num_rungs:
+            if record.reports and record.reports[-1]["rung"] >= self._limits.num_rungs:
                 self._end(number, Outcome.COMPLETE)
             elif self._study.should_prune(number):
                 self._end(number, Outcome.PRUNED)
@@ -155,7 +147,7 @@ class Ledger:
         if self.storage_fault or self._is_winding_down:
             return Next.WAIT
         self._stop_waiting_where_spent()
-        if len(self.live) >= self._num_slots:
+        if len(self.live) >= self._limits.num_slots:
             return Next.WAIT
         if self._waiting:
             number = self._waiting.pop(0)
@@ -186,7 +178,7 @@ class Ledger:
         if self._budget.spent():
             self._stop(number)
             return True
-        if report["rung"] < self._num_rungs and self._study.should_prune(number):
+        if report["rung"] < self._limits.num_rungs and self._study.should_prune(number):
             self._end(number, Outcome.PRUNED)
             return True
         return False
@@ -223,7 +215,7 @@ class Ledger:
             return
         self._leave_slot(number)
         deaths = self._study.count_death(number)
-        if deaths > self._max_retries:
+        if deaths > self._limits.max_retries:
             times = "once" if deaths == 1 else f"{deaths} times in a row without a new report"
             self._end(number, Outcome.LOST, f"lost {times}; the last time, {reason}")
         else:
@@ -284,9 +276,9 @@ class Ledger:
 
     def _end(self, number: int, outcome: Outcome, error: str | None = None, memory: Mapping[str, float] | None = None) -> None:
         self._leave_slot(number)
-        values = objective_values(self._records[number], self._objectives) if outcome is Outcome.COMPLETE else None
+        values = objective_values(self._records[number], self._limits.objectives) if outcome is Outcome.COMPLETE else None
         if outcome is Outcome.COMPLETE and values is None:
-            outcome, error = Outcome.FAILED, f"not measured: one of {', '.join(self._objectives)}"
+            outcome, error = Outcome.FAILED, f"not measured: one of {', '.join(self._limits.objectives)}"
         self._study.tell(number, outcome, error, memory, values)
         ended_s = self._study.record(number).ended_s or self._clock()  # the journal's, which a resume will read
         changes = {"outcome": outcome, "ended_s": ended_s, "error": error, **(memory or {})}

@@ -13,6 +13,7 @@ from engine.system.files import write_text
 from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder, read_reports
 from sweep.ledger.ledger import Ledger
+from sweep.ledger.limits import Limits
 from sweep.space.parse import parse_space
 from sweep.study.journal_file import JournalFile
 from sweep.study.study import Study
@@ -37,8 +38,11 @@ def run(path: Path, values: dict[str, Any]) -> Trials:
     """Start the sweep in this folder, or go on with it, to its end."""
     config, folder = parse_sweep_config(values), SweepFolder(path)
     ledger = Ledger(
-        Study(folder, config, parse_space(config.space)), folder, num_trials=config.sweep.num_trials, num_rungs=NUM_RUNGS,
-        num_slots=config.cluster.max_concurrent, max_retries=config.cluster.max_retries,
+        Study(folder, config, parse_space(config.space)), folder,
+        Limits(
+            num_trials=config.sweep.num_trials, num_rungs=NUM_RUNGS, num_slots=config.cluster.max_concurrent,
+            max_retries=config.cluster.max_retries,
+        ),
     )  # fmt: skip
     ledger.recover()
     live: list[Proposal] = []
