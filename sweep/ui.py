@@ -14,7 +14,7 @@ from pathlib import Path
 
 from engine.errors import EngineError, InputError
 from sweep.folder.sweep_folder import SweepFolder
-from sweep.tracking.mlflow_runs import ENVIRONMENT, share_view
+from sweep.tracking.mlflow_runs import ENVIRONMENT, MlflowRuns
 from sweep.tracking.mlflow_view import page_queries
 from sweep.tracking.tracker import local_uri
 
@@ -57,7 +57,8 @@ def find_pages(folder: SweepFolder) -> tuple[str, dict[str, str]]:
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not database.is_file():
         raise InputError("tracking.uri", store, "there is no such database")
-    shared = share_view(uri, config.sweep.name, folder.path)
+    runs = MlflowRuns(uri, config.sweep.name, folder.path.name, folder.path, config.model_dump(mode="json"))
+    shared = runs.share_view()
     if shared is None:
         raise InputError("folder", str(folder.path.absolute()), f"holds a sweep that {store} does not know under this path")
     path, key = shared

@@ -114,6 +114,20 @@ class MlflowRuns:
             self._client.set_terminated(self._parent, "KILLED")
             self._ended = True
 
+    def share_view(self) -> tuple[str, str] | None:
+        """Store how MLflow's page shows the trials of this sweep, as its Share button does, under a key that the page takes.
+
+        Returns the page's path and that key; None where nothing of the sweep is in the store. Creates neither store nor run.
+        """
+        self._connect(create=False)
+        trials = [] if self._experiment_id is None else self._search("tags.`sweep.kind` = 'trial'")
+        if not trials:
+            return None
+        params, metrics = [run.data.params for run in trials], {name for run in trials for name in run.data.metrics}
+        value = json.dumps(view(self._id, params, metrics))
+        self._client.set_experiment_tag(self._experiment_id, f"mlflow.sharedViewState.{self._id}", value)
+        return f"/#/experiments/{self._experiment_id}/runs", self._id
+
     def _mark_best(self, run: str, best: TrialRecord) -> None:
         for former in self._search("tags.`sweep.best` = 'true'"):
             if former.info.run_id != run:
@@ -217,19 +231,3 @@ def _create(database: Path) -> None:
 
 def _text(value: Any) -> str:
     return str(value)[:MAX_VALUE_CHARS]
-
-
-def share_view(uri: str, experiment: str, folder: Path) -> tuple[str, str] | None:
-    """Store how MLflow's page shows the trials of this sweep, as its Share button does, under a key that the page takes.
-
-    Returns the page's path and that key; None where nothing of the sweep is in the store.
-    """
-    projection = MlflowRuns(uri, experiment, "", folder, {})
-    projection._connect(create=False)
-    trials = projection._search("tags.`sweep.kind` = 'trial'") if projection._experiment_id is not None else []
-    if not trials:
-        return None
-    params, metrics = [run.data.params for run in trials], {name for run in trials for name in run.data.metrics}
-    value = json.dumps(view(projection._id, params, metrics))
-    projection._client.set_experiment_tag(projection._experiment_id, f"mlflow.sharedViewState.{projection._id}", value)
-    return f"/#/experiments/{projection._experiment_id}/runs", projection._id
