@@ -34,13 +34,13 @@ def run(command: Callable[[], int]) -> int:
 
 def _main(arguments: list[str]) -> int:
     if {"--help", "-h"} & set(arguments):
-        from sweep.cli.help import help_text
+        from sweep.cli.help import help_text  # reads all of conf/, which a sweep need not wait for
 
         print(help_text([argument for argument in arguments if argument not in ("--help", "-h")]))
         return 0
     if arguments[:1] == ["--completion"] or arguments[:1] == ["--complete"]:
         return _complete(*arguments)
-    from sweep import driver
+    from sweep import driver  # loads most of the program, which help and completion need not wait for
 
     overrides = [argument for argument in arguments if argument != "--cfg"]
     run, rest = run_keys(overrides)
@@ -55,7 +55,7 @@ def _main(arguments: list[str]) -> int:
 
 def _complete(option: str, value: str = "", *rest: str) -> int:
     """--completion SHELL prints what that shell is to source; --complete WORD is how it asks afterwards."""
-    from sweep.cli.completion import candidates, script
+    from sweep.cli.completion import candidates, script  # only where a shell asks
 
     print(script(value) if option == "--completion" else "\n".join(candidates(value)))
     return 0

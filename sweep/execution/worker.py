@@ -233,7 +233,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _load_base(config: TrainConfig, spec: dict[str, Any]) -> Any:
-    import torch
+    import torch  # here, for the same reason
 
     torch.set_num_threads(spec["num_threads"])
     gc.unfreeze()

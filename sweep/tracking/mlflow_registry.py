@@ -35,7 +35,7 @@ def register(client: Any, name: str, run: str, folder: Path, tags: dict[str, str
 
 
 def _create_model(client: Any, name: str) -> None:
-    from mlflow.exceptions import MlflowException
+    from mlflow.exceptions import MlflowException  # late, as in mlflow_runs.py: loading mlflow takes seconds
 
     try:
         client.get_registered_model(name)

@@ -152,8 +152,7 @@ class MlflowRuns:
         """create: make the database and the experiment where there is none."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        # takes 1.5 to 3 s: here, so that the driver does not wait for it
-        from mlflow import MlflowClient
+        from mlflow import MlflowClient  # late: loading it takes 1.5 to 3 s, which the driver must not wait for
 
         # 40 lines on the creation of a database, one at each try of a dead server: close() says it once
         for chatty in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
@@ -199,7 +198,7 @@ class MlflowRuns:
             self._with_config.add(run)
 
     def _log(self, run: str, metrics: Sequence[Point] = (), params: Mapping = NONE, tags: Mapping = NONE) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.entities import Metric, Param, RunTag  # late, for the same reason
 
         points = [Metric(*point) for point in metrics]
         self._client.log_batch(
@@ -215,7 +214,7 @@ class MlflowRuns:
 
 def _create(database: Path) -> None:
     """An empty store, whole or not at all: a kill while MLflow makes its 40 tables left one that it never opened again."""
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient  # late, for the same reason
 
     aside = database.with_name(f".{database.name}.{os.getpid()}.new")
     aside.unlink(missing_ok=True)

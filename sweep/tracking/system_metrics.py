@@ -81,7 +81,7 @@ def machine_reader(device: str) -> Callable[[], Reading]:
 
 def _card() -> Reading:
     """Through NVML, which torch asks by the card's place among the visible ones. A card split in parts gives no utilization."""
-    import torch
+    import torch  # here, because the driver imports this module and must not load torch
 
     readings: dict[str, Callable[[], float]] = {
         "gpu_utilization_percent": lambda: torch.cuda.utilization(0),
