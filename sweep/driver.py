@@ -22,7 +22,7 @@ from sweep.cli.console import make_console
 from sweep.cluster.ray_environment import set_ray_environment
 from sweep.cluster.slots import Hardware, local_hardware
 from sweep.config.absolute_paths import with_absolute_paths
-from sweep.config.resume_changes import amended
+from sweep.config.resume_changes import apply_resume_changes
 from sweep.config.sweep import ClusterConfig, parse_sweep_config
 from sweep.execution.engine_commands import inspect, prepare
 from sweep.execution.interruption import taken_signals
@@ -50,7 +50,8 @@ def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engin
     if not dry_run:
         with folder.lock():  # another driver is no reason to prepare model and data first
             pass
-    return _launch(make_sweep_plan(amended(folder.read_config(), overrides), _find_hardware), folder, dry_run, engine)
+    config = apply_resume_changes(folder.read_config(), overrides)
+    return _launch(make_sweep_plan(config, _find_hardware), folder, dry_run, engine)
 
 
 def _launch(plan: SweepPlan, folder: SweepFolder | None, dry_run: bool, engine: EngineModules) -> int:

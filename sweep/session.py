@@ -63,8 +63,8 @@ class SweepSession:
         """The study as the journal has it, with the trials of earlier sweeps where the config names some."""
         config, space = self.plan.config, self.plan.space
         study = Study(self.folder, config, space, self.feasibility.check_fit)
-        if config.sweep.warm_start and not study.has_taken_over:
-            study.take_over(read_earlier(config, space, self.folder.read_data() or {}))
+        if config.sweep.warm_start and not study.has_earlier_trials:
+            study.add_earlier_trials(read_earlier(config, space, self.folder.read_data() or {}))
         return study
 
     def _open_ledger(self) -> Ledger:

@@ -9,7 +9,7 @@ from test_sweep_run import fake_driver, results, rungs, start, sweep_folder
 from test_sweep_study import WIDE, config_for, ledger_in, report, write_reports
 
 from engine.errors import InputError
-from sweep.config.resume_changes import amended
+from sweep.config.resume_changes import apply_resume_changes
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
 from sweep.ledger.ledger import Ledger, Next
@@ -174,7 +174,7 @@ def test_a_stopped_trial_is_no_worse_than_a_complete_one_with_a_higher_loss():
 def test_a_resume_may_only_spend_more(overrides, part):
     config = config_for(WIDE, budget={"gpu_hours": 1.0, "target_loss": 2.0})
     with pytest.raises(InputError, match=part):
-        amended(config, overrides)
+        apply_resume_changes(config, overrides)
 
 
 def test_a_resume_may_raise_every_limit_and_drop_it():
@@ -185,8 +185,9 @@ def test_a_resume_may_raise_every_limit_and_drop_it():
         "sweep.budget.target_loss": 1.0,
         "sweep.num_trials": 9,
     }
-    assert amended(config, more).sweep.budget.model_dump() == {"gpu_hours": 2.0, "wall_clock_hours": 3.0, "target_loss": 1.0}
-    assert amended(config, {"sweep.budget.gpu_hours": None}).sweep.budget.gpu_hours is None
+    raised = apply_resume_changes(config, more).sweep.budget.model_dump()
+    assert raised == {"gpu_hours": 2.0, "wall_clock_hours": 3.0, "target_loss": 1.0}
+    assert apply_resume_changes(config, {"sweep.budget.gpu_hours": None}).sweep.budget.gpu_hours is None
 
 
 @pytest.mark.faults

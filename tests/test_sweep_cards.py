@@ -13,7 +13,7 @@ from test_sweep_run import BASE
 from engine.errors import InputError
 from sweep.cluster.card_kinds import card_kinds, selector
 from sweep.cluster.slots import Slots
-from sweep.config.resume_changes import amended
+from sweep.config.resume_changes import apply_resume_changes
 from sweep.config.sweep import parse_sweep_config
 from sweep.plan.feasibility import make_feasibility
 from sweep.plan.forecast import card_line
@@ -89,12 +89,13 @@ def test_times_over_several_kinds_of_cards_are_warned_of():
 
 def test_a_resume_may_go_to_another_cluster_and_not_to_another_model():
     config = parse_sweep_config({**BASE, "cluster": {"address": "10.0.0.1:6379", "num_gpus": 4}})
-    moved = amended(config, {"cluster.address": "10.0.0.2:6379", "cluster.num_gpus": 2, "cluster.wait_s": 60}).cluster
+    overrides = {"cluster.address": "10.0.0.2:6379", "cluster.num_gpus": 2, "cluster.wait_s": 60}
+    moved = apply_resume_changes(config, overrides).cluster
     assert (moved.address, moved.num_gpus, moved.wait_s) == ("10.0.0.2:6379", 2, 60.0)
     with pytest.raises(InputError, match="cannot be changed on resume"):
-        amended(config, {"model.path": "n"})
+        apply_resume_changes(config, {"model.path": "n"})
     with pytest.raises(InputError, match=r"cluster.wait_s = -1: "):
-        amended(config, {"cluster.wait_s": -1})
+        apply_resume_changes(config, {"cluster.wait_s": -1})
 
 
 def test_an_address_where_nothing_listens_is_refused_at_once():

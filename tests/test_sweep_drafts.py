@@ -72,7 +72,7 @@ def test_tpe_sees_the_best_the_running_and_a_share_of_many_trials(tmp_path, monk
         study.tell(finish_one(study), Outcome.COMPLETE)
         sizes.append(len(study._proposer._copy.get_trials(deepcopy=False)))
     assert max(sizes) <= 61 and min(sizes) < 60
-    seen = {trial.value for trial in drafts.a_few(study._trials(), 0)}
+    seen = {trial.value for trial in drafts.thin_out(study._trials(), 0)}
     complete = sorted(trial.value for trial in study._trials() if trial.state.name == "COMPLETE")
     assert set(complete[: drafts.BEST_SEEN]) <= seen and len(seen) < len(complete)
 

@@ -22,7 +22,7 @@ from test_sweep_run import BASE, results, start, sweep_folder
 
 from engine.errors import InputError
 from sweep import driver
-from sweep.config.resume_changes import amended
+from sweep.config.resume_changes import apply_resume_changes
 from sweep.config.sweep import TrackingConfig, parse_sweep_config
 from sweep.folder.timeline import Timeline
 from sweep.tracking.prometheus import SweepMetrics, serve
@@ -151,10 +151,10 @@ def test_a_page_that_cannot_be_had_is_refused_before_anything_is_written(tmp_pat
 
 def test_a_resume_may_move_the_page():
     config = parse_sweep_config({**BASE, "tracking": {"name": "none", "metrics_port": 9464}})
-    assert amended(config, {"tracking.metrics_port": 9465}).tracking.metrics_port == 9465
-    assert amended(config, {"tracking.metrics_port": None}).tracking.metrics_port is None
+    assert apply_resume_changes(config, {"tracking.metrics_port": 9465}).tracking.metrics_port == 9465
+    assert apply_resume_changes(config, {"tracking.metrics_port": None}).tracking.metrics_port is None
     with pytest.raises(InputError):
-        amended(config, {"tracking.metrics_port": -1})
+        apply_resume_changes(config, {"tracking.metrics_port": -1})
 
 
 @pytest.fixture(scope="module")

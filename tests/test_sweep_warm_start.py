@@ -50,7 +50,7 @@ def read(config, data=None):
 def warm_study(path, config):
     path.mkdir(exist_ok=True)
     study = study_in(path, config)
-    study.take_over(read(config))
+    study.add_earlier_trials(read(config))
     return study
 
 
@@ -126,11 +126,11 @@ def test_taking_over_again_after_a_kill_doubles_nothing(tmp_path):
     old = finished_sweep(tmp_path / "old", config_for(WIDE))
     config = warm_config(old)
     study = study_in(_made(tmp_path / "new"), config)
-    study.take_over(read(config)[:2])
+    study.add_earlier_trials(read(config)[:2])
     again = study_in(tmp_path / "new", config)
-    again.take_over(read(config))
+    again.add_earlier_trials(read(config))
     assert [record.source for record in again.records()] == [f"{old.path} trial {number}" for number in range(4)]
-    assert study_in(tmp_path / "new", config).has_taken_over
+    assert study_in(tmp_path / "new", config).has_earlier_trials
 
 
 def test_a_narrower_space_takes_the_trials_that_lie_in_it(tmp_path):

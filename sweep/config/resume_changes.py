@@ -16,7 +16,7 @@ PLACE = (
 AMENDABLE = (NUM_TRIALS, *BUDGETS, *PLACE)
 
 
-def amended(config: SweepConfig, overrides: dict[str, Any]) -> SweepConfig:
+def apply_resume_changes(config: SweepConfig, overrides: dict[str, Any]) -> SweepConfig:
     """The config with the overrides (dotted path -> value) put in; InputError where one may not change, or means less."""
     values = config.model_dump(mode="json")
     for key, value in overrides.items():

@@ -153,7 +153,7 @@ class Ledger:
             number = self._waiting.pop(0)
             record = self._records[number]
             if record.outcome is Outcome.STOPPED:
-                self._study.go_on(number)
+                self._study.undo_stop(number)
             proposal = Proposal(number, record.params, self._study.config(number), num_heard=len(record.reports))
         else:
             proposal = self._ask()

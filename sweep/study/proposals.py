@@ -58,7 +58,7 @@ class Proposer:
         if isinstance(self._config, RandomConfig):  # it looks at no trial
             study = self._study(make_sampler(self._config, proposal_seed(self._seed, number)))
             return self._attempt(study, NUM_SAMPLER_ATTEMPTS, is_new)[0]
-        border = border_of(number) if self._is_bounded else 0
+        border = thinned_before(number) if self._is_bounded else 0
         if self._copy is None or isinstance(self._config, GpConfig) or border != self._border:
             self._make_copy(trials(), border)
         self._copy.sampler = make_sampler(self._config, proposal_seed(self._seed, number))
@@ -109,7 +109,7 @@ class Proposer:
     def _make_copy(self, trials: list[FrozenTrial], border: int) -> None:
         self._copy, self._ids, self._draft_id, self._border = self._study(), {}, None, border
         seen = as_seen(self._config, trials, self._num_objectives)
-        for trial in (*a_few(seen[:border], border), *seen[border:]) if border else seen:
+        for trial in (*thin_out(seen[:border], border), *seen[border:]) if border else seen:
             self._add(trial)
 
     def _add(self, trial: FrozenTrial) -> None:
@@ -164,13 +164,15 @@ class _Ended(FrozenTrial):
         return copy.copy(self)
 
 
-def border_of(number: int) -> int:
-    """Of the trials before it, a proposal for trial `number` sees only a few. It depends on the number alone, so that a resumed
-    sweep sees what an undisturbed one does."""
+def thinned_before(number: int) -> int:
+    """The trial before which a proposal for trial `number` sees only a few; 0: it sees all.
+
+    It depends on the number alone, so that a resumed sweep sees what an undisturbed one does.
+    """
     return 0 if number < MOST_SEEN else number - (number - MOST_SEEN) % (MOST_SEEN - FEWEST_SEEN)
 
 
-def a_few(trials: list[FrozenTrial], seed: int) -> list[FrozenTrial]:
+def thin_out(trials: list[FrozenTrial], seed: int) -> list[FrozenTrial]:
     """What TPE needs of many trials: the running ones, the best, and a fair share of the others, in their order.
 
     It compares where the best 25 lie with where the others do; the shape of the others does not need all of them.

@@ -96,11 +96,11 @@ class Study:
         return Proposal(number, dict(draft.params), config, fit.reason)
 
     @property
-    def has_taken_over(self) -> bool:
-        """Whether take_over() came to its end, in this session or an earlier one."""
+    def has_earlier_trials(self) -> bool:
+        """Whether add_earlier_trials() came to its end, in this session or an earlier one."""
         return TAKEN_OVER in self._study.user_attrs
 
-    def take_over(self, trials: Sequence[EarlierTrial]) -> None:
+    def add_earlier_trials(self, trials: Sequence[EarlierTrial]) -> None:
         """Put trials of earlier sweeps into the journal, each once, as ended: the sampler learns from them, and none is trained
         again."""
         known = {trial.user_attrs.get("source") for trial in self._trials()}
@@ -175,7 +175,7 @@ class Study:
         """Note that the trial waits for a larger budget. To Optuna it goes on running: what has ended can never go on."""
         self._note_stop(number, Outcome.STOPPED, now_s)
 
-    def go_on(self, number: int) -> None:
+    def undo_stop(self, number: int) -> None:
         """Take a stop back."""
         self._note_stop(number, Outcome.RUNNING, None)
 

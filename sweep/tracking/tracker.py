@@ -57,7 +57,7 @@ class Tracker:
         """uri: MLflow store (`sqlite:///...` or `http://...`); sweep_folder: tells on resume which parent run is ours;
         registered_model: of which the best adapter becomes a version; none: of nothing."""
         self._uri = uri
-        self._projection = MlflowRuns(uri, experiment, sweep_name, sweep_folder, resolved_config, registered_model)
+        self._runs = MlflowRuns(uri, experiment, sweep_name, sweep_folder, resolved_config, registered_model)
         self._finished = False
         self._writer = BackgroundWriter("mlflow-writer", _is_permanent)
 
@@ -66,13 +66,13 @@ class Tracker:
 
         started_s: when the sweep began, however late the server hears of it; none: now.
         """
-        tags, self._projection.started_s = dict(tags), time.time() if started_s is None else started_s
-        self._writer.put(("sweep",), lambda: self._projection.start(tags))
+        tags, self._runs.started_s = dict(tags), time.time() if started_s is None else started_s
+        self._writer.put(("sweep",), lambda: self._runs.start(tags))
 
     def on_trial_updated(self, record: TrialRecord) -> None:
         """Write this state of a trial; of several not yet written, only the last is."""
         record = replace(record, reports=list(record.reports))
-        self._writer.put(("trial", record.number), lambda: self._projection.trial(record))
+        self._writer.put(("trial", record.number), lambda: self._runs.trial(record))
 
     def on_sweep_finished(
         self, summary: dict[str, Any], best: TrialRecord | None, artifacts: Path | None, ended_s: float | None = None
@@ -82,9 +82,9 @@ class Tracker:
         ended_s: when the last trial ended; none: now.
         """
         summary, end, self._finished = dict(summary), time.time() if ended_s is None else ended_s, True
-        self._writer.put(("finish",), lambda: self._projection.finish(summary, best, end))
+        self._writer.put(("finish",), lambda: self._runs.finish(summary, best, end))
         if best is not None and artifacts is not None:  # on its own: a full or missing registry must not leave the sweep RUNNING
-            self._writer.put(("best adapter",), lambda: self._projection.keep_best(summary, best, artifacts))
+            self._writer.put(("best adapter",), lambda: self._runs.keep_best(summary, best, artifacts))
 
     def close(self, timeout_s: float = 30.0) -> list[str]:
         """Write what is pending, as long as something gets through every timeout_s; returns one line for each cause that kept
@@ -93,7 +93,7 @@ class Tracker:
         A sweep that was not finished is marked KILLED, so that it does not look running for ever; resume marks it running again.
         """
         if not self._finished:
-            self._writer.put(("finish",), self._projection.interrupt)
+            self._writer.put(("finish",), self._runs.interrupt)
         return [self._warning(cause, keys) for cause, keys in self._writer.close(timeout_s).items()]
 
     def _warning(self, cause: str, keys: list[Key]) -> str:
