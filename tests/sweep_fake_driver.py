@@ -9,19 +9,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from sweep.make_compute_plan import feasibility
-
 from engine.errors import OutOfMemory
 from engine.planning.planner import ComputePlan
 from sweep import driver
 from sweep.__main__ import run
 from sweep.execution.worker_config import EngineModules
+from sweep.plan import feasibility
 
 ENGINE = EngineModules(train="sweep_fake_engine", model="sweep_fake_engine", command="sweep_fake_engine")
 
 
 def make_compute_plan(config, shape, card, host_gib):
-    """In place of engine.planner.plan."""
+    """Stands in for engine.planning.planner.make_compute_plan."""
     need = float(config.lora.rank)
     if need > card.memory_gib:
         raise OutOfMemory(f"needs {need:.1f} GiB at the least (predicted), {card.memory_gib:.1f} GiB are allowed", need)

@@ -233,18 +233,18 @@ def test_targets_are_matched_by_name_end_or_pattern():
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 4.0), (5, 4.0)])
-def test_packed_attention_equals_masked_softmax_document_by_document(step_sums, softcap):
+def test_packed_attention_equals_masked_softmax_document_by_document(window, softcap):
     generator = torch.Generator().manual_seed(0)
     lengths = (7, 1, 12)
     q = torch.randn(1, 4, 20, 8, generator=generator)
     k, v = torch.randn(2, 1, 2, 20, 8, generator=generator)
     out, _ = attention.packed_attention(
         None, q, k, v, None, document_lengths=lengths, document_offsets=torch.tensor([0, 7, 8, 20]),
-        scaling=0.3, sliding_window=step_sums, softcap=softcap,
+        scaling=0.3, sliding_window=window, softcap=softcap,
     )  # fmt: skip
     document = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     age = torch.arange(20)[:, None] - torch.arange(20)
-    seen = (age >= 0) & (document[:, None] == document) & (age < (step_sums or 99))
+    seen = (age >= 0) & (document[:, None] == document) & (age < (window or 99))
     k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
     scores = q @ k.transpose(2, 3) * 0.3
     if softcap:
