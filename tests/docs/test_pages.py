@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sweep.trials.record import Outcome
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCUMENTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
