@@ -18,7 +18,7 @@ test: $(STAMP) lint ## Install, then lint and test (CPU, under 8 minutes)
 faults: $(STAMP) ## Kill drivers (FAULTS times, 20 unless set), workers and nodes of sweeps, and all tests that are too long for `make test`
 	@echo "== faults"
 	FAULTS=$(or $(FAULTS),20) $(VENV)/bin/python -m pytest -m faults
-	PYTHONPATH=.:tests $(VENV)/bin/python -m faults.table $(or $(FAULTS),20)
+	$(VENV)/bin/python -m tests.faults.table $(or $(FAULTS),20)
 
 lint: $(STAMP) ## Style and layers
 	@echo "== style and layers"

@@ -1,1 +1,1 @@
-"""One trial as frozen data. No torch."""
+"""One trial as frozen data, without torch."""

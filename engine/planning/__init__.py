@@ -1,1 +1,1 @@
-"""How a config will be computed on a card and what that takes. No torch."""
+"""How a config will be computed on a card and what that takes, without torch."""

@@ -1,1 +1,1 @@
-"""Where models and data come from, and what their files must be. No torch."""
+"""Where models and data come from, and what their files must be, without torch."""

@@ -1,11 +1,12 @@
 """Real sweeps of the real engine on this machine's first two cards, with faults: what each cost, and whether anything is lost.
 
-`PYTHONPATH=.:tests python -m faults.cards FOLDER [SHAPE [TOKENS]]`: random weights of a shape that engine.bench knows
+`python -m tests.faults.cards FOLDER [SHAPE [TOKENS]]`: random weights of a shape that engine.bench knows
 (llama-3.2-1b), so many tokens a trial (1,000,000). Without two cards: two slots of a CPU core, a tiny model and few tokens.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -20,10 +21,10 @@ from pathlib import Path
 
 import psutil
 import torch
-from conftest import _byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.bench.shapes import SHAPES
+from tests.support.tiny_models import byte_tokenizer
 
 from .nodes import ENV, Nodes
 from .sweeps import NUM_RUNGS, Sweep, only_folder
@@ -42,7 +43,7 @@ def make_model(folder: Path, shape: str) -> None:
     with torch.device("cuda" if ON_CARDS else "cpu"):
         model = LlamaForCausalLM(LlamaConfig(**values)).to(torch.bfloat16)
     model.save_pretrained(folder / "model")
-    _byte_tokenizer().save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
     rng, words = random.Random(0), ["red", "green", "blue", "one", "two", "three", "sum", "of", "and", "is"]
     samples = [[rng.choice(words) for _ in range(rng.randint(10, 200))] for _ in range(3000)]
     lines = [{"prompt": f"{' '.join(said)} {i}", "completion": " ".join(reversed(said))} for i, said in enumerate(samples)]
@@ -167,14 +168,19 @@ def _terminated(driver: subprocess.Popen) -> tuple[int, float]:
     return driver.wait(PATIENCE_S), time.monotonic() - began_s
 
 
-DEFAULTS = ("llama-3.2-1b", "1000000") if ON_CARDS else ("tiny", "60000")
+DEFAULTS = ("llama-3.2-1b", 1_000_000) if ON_CARDS else ("tiny", 60_000)
 
 
-def main(folder: str, shape: str = DEFAULTS[0], tokens: str = DEFAULTS[1]) -> None:
-    where = Path(folder).resolve()
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.cards", description=__doc__)
+    parser.add_argument("folder", type=Path, help="a new one")
+    parser.add_argument("shape", nargs="?", default=DEFAULTS[0])
+    parser.add_argument("tokens", type=int, nargs="?", default=DEFAULTS[1])
+    options = parser.parse_args(arguments)
+    where = options.folder.resolve()
     where.mkdir(parents=True)
-    make_model(where, shape)
-    bench = Bench.of(where, int(tokens))
+    make_model(where, options.shape)
+    bench = Bench.of(where, options.tokens)
     for scenario in (undisturbed, worker_killed, terminated_while_loading, node_killed):
         try:
             print(f"{scenario.__name__}: {scenario(bench)}", flush=True)
@@ -183,4 +189,4 @@ def main(folder: str, shape: str = DEFAULTS[0], tokens: str = DEFAULTS[1]) -> No
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

@@ -1,7 +1,7 @@
 """Drivers killed with SIGKILL at random moments, and their sweeps resumed until they end: `python -m tests.faults.kills 200`.
 
 The drivers are processes of their own, connected to a Ray that goes on running: a kill then costs seconds and not a start of Ray.
-(tests/test_sweep_run.py kills a driver that has a Ray of its own.) A fifth of the kills may come at any moment after the driver's
+(tests/sweep/test_sweep.py kills a driver with a Ray of its own.) A fifth of the kills may come at any moment after the driver's
 start, the others at any moment after its first trial has started, both uniformly over a third of the time that the whole sweep
 takes undisturbed: so most sweeps are killed several times.
 """

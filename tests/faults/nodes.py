@@ -1,7 +1,8 @@
 """A running Ray of one or more nodes on this machine, in a process of its own: drivers connect to it, and nodes are lost.
 
-As a program, `python -m faults.nodes NUM_CPUS`: prints the address, then obeys lines on stdin (`add NUM_CPUS [CARD [DEVICE]]`,
-`kill NODE`, `terminate NODE`; nodes added are counted from 0) and answers each with a line. Ends with its stdin.
+As a program, `python -m tests.faults.nodes NUM_CPUS` prints the address, then obeys lines on stdin
+(`add NUM_CPUS [CARD [DEVICE]]`, `kill NODE`, `terminate NODE`; nodes added are counted from 0) and
+answers each with a line. It ends with its stdin.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ import secrets
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent.parent
+from tests.support import paths
+
 ENV = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+    **paths.ENV,
     "RAY_AUTH_MODE": "token",  # nobody else's drivers, and no file in the home folder
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -28,7 +28,7 @@ class Nodes:
     """The program, from outside. A context manager."""
 
     def __init__(self, num_cpus: int, env: dict[str, str] = ENV) -> None:
-        command = [sys.executable, "-m", "faults.nodes", str(num_cpus)]
+        command = [sys.executable, "-m", "tests.faults.nodes", str(num_cpus)]
         self._process = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )

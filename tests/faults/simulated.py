@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import sweep_fake_engine as engine
-
 from engine.system.files import write_text
 from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder, read_reports
@@ -18,6 +16,7 @@ from sweep.space.parse import parse_space
 from sweep.study.journal_file import JournalFile
 from sweep.study.study import Study
 from sweep.trials.record import Outcome, Proposal
+from tests.support import fake_engine as engine
 
 from .sweeps import config as sweep_config
 

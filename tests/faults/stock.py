@@ -1,7 +1,8 @@
 """Stock Ray Tune with OptunaSearch and ASHA under the same faults, with the same fake engine, as a driver process to be killed.
 
-`python -m faults.stock start|resume FOLDER FAULT`. Everything as Tune's documentation has it: a class Trainable that saves a
-checkpoint after every report, max_failures 2, Tuner.restore. OptunaSearch has its study in memory and in Tune's snapshots.
+`python -m tests.faults.stock start|resume FOLDER FAULT`. Everything is as Tune's documentation has it:
+a class Trainable that saves a checkpoint after every report, max_failures 2, Tuner.restore.
+OptunaSearch has its study in memory and in Tune's snapshots.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import time
 from pathlib import Path
 
 import ray
-import sweep_fake_engine as engine
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
+from tests.support import fake_engine as engine
 
 from .sweeps import CURVES, NUM_RUNGS
 

@@ -63,7 +63,7 @@ def each(uris: dict[str, str], seconds: Callable[[str, str], float | str]) -> st
 def _driver(where: Path, command: str, fault: str, *more: str, **env_of_stock: str) -> subprocess.Popen:
     """env_of_stock: address, mlflow, storage; see stock.py."""
     where.mkdir(parents=True, exist_ok=True)
-    arguments = [sys.executable, "-m", "faults.stock", command, str(where), fault, *more]
+    arguments = [sys.executable, "-m", "tests.faults.stock", command, str(where), fault, *more]
     with open(where / f"{command}.log", "a") as out:
         env = {name: value for name, value in ENV.items() if name != "FAKE_TORCH"}  # Optuna looks for the real one
         env |= {f"STOCK_{name.upper()}": value for name, value in env_of_stock.items()}

@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.trial_report import TrialReport
 
-from .nodes import ENV, TESTS
+from .nodes import ENV
 
 CURVES = str(Path(__file__).with_name("curves.json"))
 SPACE = {"lora.rank": {"choices": [2, 4, 8, 16]}, "optim.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
@@ -45,7 +45,7 @@ class Driver:
 
     def __init__(self, log: Path, *arguments: str, cwd: Path | None = None) -> None:
         self.log = log
-        command = [sys.executable, str(TESTS / "sweep_fake_driver.py"), *arguments]
+        command = [sys.executable, "-m", "tests.support.fake_driver", *arguments]
         with open(log, "w") as out:
             self.process = subprocess.Popen(command, env=ENV, stdout=out, stderr=subprocess.STDOUT, cwd=cwd)
         self.started_s = time.monotonic()

@@ -1,10 +1,11 @@
 """The measured figures as rows of a Markdown table, stock Ray Tune beside; each is printed as soon as it is there.
 
-`PYTHONPATH=.:tests python -m faults.table [NUM_KILLS [NUM_STOCK_KILLS [ROW ...]]]`
+`python -m tests.faults.table [NUM_KILLS [NUM_STOCK_KILLS [ROW ...]]]`
 """
 
 from __future__ import annotations
 
+import argparse
 import signal
 import statistics
 import sys
@@ -13,10 +14,17 @@ from pathlib import Path
 
 from . import kills, measure, stock_runs
 
-DEFAULTS = (20, 5)  # kills
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.table", description=__doc__)
+    parser.add_argument("num_kills", type=int, nargs="?", default=20)
+    parser.add_argument("num_stock_kills", type=int, nargs="?", default=5)
+    parser.add_argument("rows", nargs="*", help="only rows whose names begin so")
+    options = parser.parse_args(arguments)
+    print_rows(options.num_kills, options.num_stock_kills, options.rows)
 
 
-def main(num_kills: int, num_stock_kills: int, wanted: list[str]) -> None:
+def print_rows(num_kills: int, num_stock_kills: int, wanted: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         ours, stock = Path(folder) / "ours", Path(folder) / "stock"
         ours.mkdir()
@@ -76,5 +84,4 @@ def _killed(num_kills: int) -> str:
 
 
 if __name__ == "__main__":
-    numbers = [int(argument) for argument in sys.argv[1:3]]
-    main(*numbers, *DEFAULTS[len(numbers) :], sys.argv[3:])
+    main(sys.argv[1:])

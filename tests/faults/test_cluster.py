@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from sweep_fake_engine import EVALUATED_IN
+
+from tests.support.fake_engine import EVALUATED_IN
 
 from . import nodes as cluster_nodes
 from .nodes import Nodes

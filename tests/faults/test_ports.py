@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,21 +11,22 @@ from pathlib import Path
 import psutil
 import pytest
 
-TESTS = Path(__file__).parent.parent
+from tests.support.paths import ENV
+
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 CONFIG = {
     "model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400, "num_reports": 4}, "optim": {"eps": 2.0},
     "cluster": {"num_cpu_slots": 2}, "space": {"lora.rank": {"choices": [2, 4]}}, "pruner": {"name": "none"},
 }  # fmt: skip
-OPEN = "import ray, runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+DRIVER = ("-m", "tests.support.fake_driver")
+OPEN = f"import ray, runpy; runpy.run_module({DRIVER[1]!r}, run_name='__main__', alter_sys=True)"
 
 
-def sweep(tmp_path: Path, *before: str, **given: str) -> subprocess.Popen:
+def sweep(tmp_path: Path, program: tuple[str, str] = DRIVER, **given: str) -> subprocess.Popen:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**CONFIG, "sweep": {"output_dir": str(tmp_path / "sweeps"), "num_trials": 2}}))
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | given
-    env["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    command = [sys.executable, *before, str(TESTS / "sweep_fake_driver.py"), "start", str(file)]
+    env = {name: value for name, value in ENV.items() if not name.startswith("RAY_")} | given
+    command = [sys.executable, *program, "start", str(file)]
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -61,7 +61,7 @@ def test_a_sweep_listens_on_the_loopback_interface_only_and_its_calls_carry_a_to
 
 def test_a_ray_that_would_listen_on_all_interfaces_is_not_used(tmp_path):
     process = sweep(
-        tmp_path, "-c", OPEN, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64
+        tmp_path, ("-c", OPEN), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64
     )  # ray is imported before its environment is set
     process.wait()
     assert process.returncode != 0

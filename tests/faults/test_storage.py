@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ENV
+
 from .disk import Disk
 
-TESTS = Path(__file__).parent.parent
-ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(500)]
 CONFIG = {
     "model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400, "num_reports": 4}, "optim": {"eps": 0.3},
@@ -23,7 +22,7 @@ CONFIG = {
 
 
 def driver(*arguments: str) -> subprocess.Popen:
-    command = [sys.executable, str(TESTS / "sweep_fake_driver.py"), *arguments]
+    command = [sys.executable, "-m", "tests.support.fake_driver", *arguments]
     return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -1,0 +1,57 @@
+"""PEFT and a fresh load read from the exported adapter what was trained."""
+
+import pytest
+import torch
+
+from engine.adapter.lora import attach
+from engine.data.packing import collate
+from engine.data.views import load_data
+from engine.evaluation.reevaluate import evaluate_adapter
+from engine.model import load as model
+from engine.model.load import load_base
+from tests.support.trials import CPU, build, run
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": "all-linear", "use_rslora": True},
+        {"target_modules": ["q_proj", "mlp.up_proj"], "lora_alpha": 3.5},
+        {"target_modules": r"model\.layers\.1\..*_proj"},
+    ],
+)
+def test_peft_loads_the_exported_adapter_with_equal_logits(tiny_config, tmp_path, lora):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = build(tiny_config, lora=lora)
+    run(config, tmp_path)
+    base = load_base(config.model, CPU)
+    layers = attach(base.model, base.linear_names, config.lora, 99)
+    from engine.adapter.peft_files import load_adapter
+
+    load_adapter(tmp_path / "adapter", layers)
+    view, _ = load_data(config.data, base.tokenizer)
+    batch = collate([view[0]])
+    quantised = model.nf4_load_config(True, torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        config.model.path, quantization_config=quantised, device_map="cpu", dtype=torch.float32
+    )
+    # bitsandbytes' Linear4bit computes in bf16 on CPUs with avx512_bf16: its weights in fp32 give the same logits on any CPU
+    theirs = theirs.dequantize()
+    assert {type(module) for module in theirs.modules() if isinstance(module, torch.nn.Linear)} == {torch.nn.Linear}
+    peft_model = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        ours_logits = torch.nn.functional.linear(base.hidden_states(batch), base.head().weight_VD)
+        peft_logits = peft_model(input_ids=batch.input_ids_T[None]).logits[0]
+        plain_logits = load_base(config.model, CPU).hidden_states(batch) @ base.head().weight_VD.T
+    torch.testing.assert_close(ours_logits, peft_logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ours_logits, plain_logits, rtol=1e-4, atol=1e-4)  # the adapter does something
+
+
+def test_a_fresh_load_of_the_exported_adapter_has_the_reported_loss(tiny_config, tmp_path):
+    config = build(tiny_config)
+    reports = run(config, tmp_path)
+    measured = evaluate_adapter(config, tmp_path / "adapter")
+    assert measured["eval_loss"] == pytest.approx(min(r.eval_loss for r in reports), rel=1e-6)
+    assert measured["base_eval_loss"] > measured["eval_loss"]

@@ -1,0 +1,282 @@
+"""Prediction of memory and speed: against measured rows, in its order, and without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from engine.bench import calibrate
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
+from engine.errors import InputError
+from engine.planning.cards import CARDS, Card
+from engine.planning.layer_plan import adapted_projections, plan_layers
+from engine.planning.memory import CONTEXT_GIB, MemoryPrediction, fits, predict_memory
+from engine.planning.model_shape import ModelShape
+from engine.planning.speed import predict_speed
+from engine.units import GIB
+from tests.support.paths import ROOT
+from tests.support.published_models import GEMMA2_9B, LLAMA_1B, LLAMA_8B
+
+CALIBRATION = ROOT / "engine" / "bench" / "calibration" / "h100-2026-11-24.jsonl"
+PEAKS = CALIBRATION.with_name("h100-2026-11-24-peaks.jsonl")
+ROWS = [json.loads(line) for line in CALIBRATION.read_text().splitlines()]
+POLICIES: dict[str, Any] = {"offload": "offload", "recompute": True, "selective": "selective", "keep": False}
+
+SHAPES = {"llama-3.1-8b": ModelShape.of(LLAMA_8B, "8B"), "llama-3.2-1b": ModelShape.of(LLAMA_1B, "1B")}
+
+
+def config_of(
+    batch: int = 2, length: int = 2048, rank: int = 16, policy: str = "recompute", keep_layers: int = 0,
+    weight_cache_gib: float = 0.0, **sections: dict[str, Any],
+) -> TrainConfig:  # fmt: skip
+    train = {
+        "max_tokens": 10**6, "micro_batch_size": batch, "keep_layers": keep_layers, "host_layers": 0,
+        "weight_cache_gib": weight_cache_gib,
+        "activation_checkpointing": POLICIES[policy],
+    }  # fmt: skip
+    data = {"train": "x", "max_seq_length": length, **sections.get("data", {})}
+    return parse(TrainConfig, {
+        "model": {"path": "x", **sections.get("model", {})}, "data": data, "lora": {"rank": rank, **sections.get("lora", {})},
+        "optim": sections.get("optim", {}), "train": {**train, **sections.get("train", {})},
+    })  # fmt: skip
+
+
+def config_of_row(row: dict[str, Any]) -> TrainConfig:
+    numbers = (row[k] for k in ("batch", "length", "rank", "policy", "keep_layers", "weight_cache_gib"))
+    return config_of(*numbers, train={"host_layers": row.get("host_layers", 0)})
+
+
+def peak(model: str = "llama-3.1-8b", **changes: Any) -> int:
+    return predict_memory(config_of(**changes), SHAPES[model]).peak_bytes
+
+
+def _name(row: dict[str, Any]) -> str:
+    names = ("model", "batch", "length", "policy", "keep_layers", "host_layers", "weight_cache_gib")
+    return "-".join(str(row.get(k, 0)) for k in names)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=_name)
+def test_predicted_memory_is_what_was_measured(row: dict[str, Any]) -> None:
+    """Within 1 % above and 0.2 % below. The two rows of 1 x 8192 recomputed to the end were measured before the normalised input
+    was kept through a layer's backward pass: one [T, D], 64 MiB, more is right today."""
+    predicted = predict_memory(config_of_row(row), SHAPES[row["model"]], evaluation=False, attention="cudnn")
+    assert 0.998 <= predicted.peak_gib / row["peak_allocated_gib"] <= 1.01, predicted.describe()
+    assert not predicted.rough
+
+
+def peaks_beside_predictions() -> list[tuple[float, MemoryPrediction]]:
+    """Measured peak of each calibration setting (GiB), and the prediction."""
+    shapes = {name: ModelShape.of({"model_type": "llama", **values}, name) for name, values in calibrate.SHAPES.items()}
+    rows = [json.loads(line) for line in PEAKS.read_text().splitlines()]
+    return [
+        (r["peak_allocated_gib"], predict_memory(calibrate.train_config(r), shapes[r["model"]], evaluation=False)) for r in rows
+    ]
+
+
+def test_of_64_settings_predictions_are_off_by_less_than_5_percent_in_95_and_none_is_told_to_fit_that_does_not() -> None:
+    pairs = peaks_beside_predictions()
+    errors = sorted(abs(prediction.peak_gib / peak - 1) for peak, prediction in pairs)
+    assert len(pairs) >= 60 and errors[math.ceil(0.95 * len(errors)) - 1] < 0.01 and errors[-1] < 0.051
+    assert all(prediction.peak_gib + prediction.reserve_gib > peak + CONTEXT_GIB for peak, prediction in pairs)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row["tokens_per_second"]], ids=_name)
+def test_predicted_speed_is_near_what_was_measured(row: dict[str, Any]) -> None:
+    predicted = predict_speed(config_of_row(row), SHAPES[row["model"]], CARDS["h100"], attention="cudnn")
+    assert predicted.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=0.05)
+    assert sum(predicted.parts.values()) == pytest.approx(predicted.step_time_ms)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("model", SHAPES)
+def test_more_tokens_and_more_rank_need_more_memory(model: str, policy: str) -> None:
+    lengths = [peak(model, policy=policy, length=n) for n in (512, 1024, 2048, 4096, 8192, 16384, 32768)]
+    ranks = [peak(model, policy=policy, rank=r) for r in (1, 4, 16, 64, 256)]
+    batches = [peak(model, policy=policy, batch=b) for b in (1, 2, 3, 4, 8)]
+    assert all(series == sorted(series) for series in (lengths, ranks, batches))
+    assert ranks[-1] > ranks[0] and batches[-1] > batches[0]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_more_kept_layers_need_no_less_memory(policy: str) -> None:
+    """From one on: the very last costs nothing, since its backward pass comes first anyway."""
+    series = [peak(policy=policy, keep_layers=n, length=4096) for n in range(1, 34)]
+    assert series == sorted(series)
+    assert peak(policy=policy, keep_layers=1) <= peak(policy=policy, keep_layers=0)
+
+
+@pytest.mark.parametrize("length", [256, 2048, 8192, 32768])
+@pytest.mark.parametrize("model", SHAPES)
+def test_policies_rank_by_what_they_keep(model: str, length: int) -> None:
+    series = [peak(model, policy=policy, length=length, batch=1) for policy in POLICIES]
+    assert series == sorted(series)
+
+
+def test_cached_weights_take_their_memory_and_save_time() -> None:
+    row = next(row for row in ROWS if row["weight_cache_gib"] == 4.0)
+    config, shape = config_of_row(row), SHAPES[row["model"]]
+    without = config.model_copy(update={"train": config.train.model_copy(update={"weight_cache_gib": 0.0})})
+    grown = predict_memory(config, shape, evaluation=False).peak_gib - predict_memory(without, shape, evaluation=False).peak_gib
+    assert 3.9 < grown <= 4.0
+    assert predict_speed(config, shape, CARDS["h100"]).step_time_ms < predict_speed(without, shape, CARDS["h100"]).step_time_ms
+    everything = plan_layers(config_of(weight_cache_gib=40.0), shape)
+    assert all(plan.cached == {"qkv", "o", "gate_up", "down"} for plan in everything)
+
+
+def test_components_add_up_to_the_peak_and_are_shown() -> None:
+    predicted = predict_memory(config_of(policy="keep"), SHAPES["llama-3.1-8b"])
+    assert sum(predicted.components.values()) == predicted.peak_bytes == max(predicted.phases.values())
+    text = predicted.describe()
+    assert f"{predicted.peak_gib:.2f} GiB" in text and "kept activations" in text and "evaluation" in text
+
+
+def test_evaluation_rows_may_be_the_peak() -> None:
+    short = config_of(batch=1, length=128)
+    predicted = predict_memory(short, SHAPES["llama-3.1-8b"])
+    assert predicted.phase == "evaluation"
+    assert predict_memory(short, SHAPES["llama-3.1-8b"], evaluation=False).peak_bytes < predicted.peak_bytes
+    long = config_of(batch=1, length=128, data={"eval_max_seq_length": 16384})
+    assert predict_memory(long, SHAPES["llama-3.1-8b"]).peak_bytes > predicted.peak_bytes
+
+
+def test_a_large_embedding_of_its_own_stays_on_the_host_and_a_tied_one_on_the_device() -> None:
+    table = 2 * 128256 * 4096
+    at_rest = [
+        predict_memory(config_of(model={"embeddings": where}), SHAPES["llama-3.1-8b"]).phases["at rest"]
+        for where in ("auto", "host", "device")
+    ]
+    assert at_rest[0] == at_rest[1] == at_rest[2] - table
+    tied = [
+        predict_memory(config_of(model={"embeddings": w}), SHAPES["llama-3.2-1b"]).phases["at rest"] for w in ("auto", "device")
+    ]
+    assert tied[0] == tied[1]
+
+
+def test_quantisation_optimizer_and_targets_count() -> None:
+    shape = SHAPES["llama-3.1-8b"]
+    single = predict_memory(config_of(model={"double_quantization": False}), shape).components["base weights"]
+    double = predict_memory(config_of(), shape).components["base weights"]
+    plain = predict_memory(config_of(model={"quantization": "none"}), shape).components["base weights"]
+    assert single / double == pytest.approx(4.5 / 4.127, rel=1e-3)
+    assert plain == 2 * 32 * shape.linear_parameters
+    adamw = predict_memory(config_of(optim={"name": "adamw"}), shape)
+    number = sum(sum(plan.adapter.values()) for plan in plan_layers(config_of(), shape))
+    assert number == 41_943_040
+    assert adamw.components["optimizer"] == 8 * number
+    few = predict_memory(config_of(lora={"target_modules": ["q_proj", "v_proj"]}), shape)
+    assert few.components["adapter"] == 10 * 32 * 16 * (8192 + 5120)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    ["all-linear", ["q_proj"], ["mlp.up_proj", "self_attn.o_proj"], r".*layers\.[01]\.mlp\..*", ["model.layers.1.mlp.down_proj"]],
+)
+def test_targets_are_resolved_as_the_adapter_resolves_them(targets: Any) -> None:
+    from engine.config.targets import resolve_targets
+
+    shape = ModelShape.of({**LLAMA_1B, "num_hidden_layers": 3}, "x")
+    config = config_of(lora={"target_modules": targets})
+    parts = {name: "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp" for name in shape.projections()}
+    names = [f"model.layers.{i}.{part}.{name}" for i in range(3) for name, part in parts.items()]
+    mine = [f"model.layers.{i}.{parts[n]}.{n}" for i, layer in enumerate(adapted_projections(config, shape)) for n in layer]
+    assert mine == resolve_targets(names, config.lora.target_modules)
+
+
+def test_targets_that_match_nothing_are_an_input_error() -> None:
+    with pytest.raises(InputError, match=r"lora\.target_modules = .*matches no linear layer; allowed: all-linear, q_proj"):
+        predict_memory(config_of(lora={"target_modules": ["w1"]}), SHAPES["llama-3.1-8b"])
+
+
+def test_layers_below_the_first_adapter_keep_nothing() -> None:
+    upper = config_of(policy="keep", lora={"target_modules": r".*layers\.(1[6-9]|2\d|3\d)\..*"})
+    whole = config_of(policy="keep")
+    kept = [predict_memory(config, SHAPES["llama-3.1-8b"]).components["kept activations"] for config in (upper, whole)]
+    assert kept[0] == pytest.approx(kept[1] / 2, rel=0.01)
+
+
+def test_a_config_with_something_left_auto_is_refused() -> None:
+    config = config_of(train={"micro_batch_size": "auto"})
+    with pytest.raises(ValueError, match="auto"):
+        predict_memory(config, SHAPES["llama-3.1-8b"])
+
+
+@pytest.mark.parametrize("changes", [{"model": {"layers": "original"}}, {}], ids=["original", "other family"])
+def test_unfused_layers_need_more_and_say_that_it_is_rough(changes: dict[str, Any]) -> None:
+    shape = SHAPES["llama-3.1-8b"] if changes else ModelShape.of({**LLAMA_8B, "model_type": "olmo2"}, "x")
+    for policy in ("recompute", "keep"):
+        unfused = predict_memory(config_of(policy=policy, **changes), shape)
+        assert unfused.rough and "about" in unfused.describe()
+        assert unfused.peak_bytes > peak(policy=policy)
+        assert unfused.reserve_gib > 0.12 * unfused.peak_gib
+    fused = predict_speed(config_of(), SHAPES["llama-3.1-8b"], CARDS["rtx4090"])
+    assert predict_speed(config_of(**changes), shape, CARDS["rtx4090"]).tokens_per_second < fused.tokens_per_second
+
+
+def test_attention_with_a_softcap_keeps_its_scores_and_is_rough() -> None:
+    shape = ModelShape.of(GEMMA2_9B, "x")
+    config = config_of(batch=1, policy="keep")
+    predicted = predict_memory(config, shape)
+    scores = 10 * shape.num_heads * 2048 * 2048
+    assert predicted.rough and predicted.components["kept activations"] > shape.num_layers * scores
+
+
+def test_fitting_counts_the_reserve() -> None:
+    prediction = MemoryPrediction({"x": 20 * GIB}, {"x": 20 * GIB}, "x")
+    need = prediction.peak_gib + prediction.reserve_gib
+    assert 21.5 < need < 22
+    assert fits(prediction, need + 0.01) and not fits(prediction, need - 0.01)
+
+
+def test_the_row_that_ran_under_a_cap_of_23_5_gib_fits_there() -> None:
+    """The cap was on what torch reserves: the context is beside it."""
+    row = next(row for row in ROWS if row["weight_cache_gib"] == 5.0)
+    prediction = predict_memory(config_of_row(row), SHAPES[row["model"]], evaluation=False)
+    assert fits(prediction, 23.5 + 0.6)
+
+
+def test_offload_waits_for_a_slow_bus_and_only_then() -> None:
+    slow = Card("slow", 80.0, 3350.0, 989.0, pcie_gb_s=1.0)
+    config, shape = config_of(policy="offload"), SHAPES["llama-3.1-8b"]
+    assert predict_speed(config, shape, slow).parts["waiting for copies"] > 100.0
+    fast = predict_speed(config, shape, CARDS["rtx3090"])
+    assert fast.parts["waiting for copies"] < 0.002 * fast.step_time_ms  # the first and the last copy have nothing beside them
+
+
+def test_small_steps_wait_for_the_host() -> None:
+    small = predict_speed(config_of(batch=1, length=64), SHAPES["llama-3.2-1b"], CARDS["h100"])
+    assert small.parts["waiting for the host"] > 0.0
+    assert predict_speed(config_of(), SHAPES["llama-3.1-8b"], CARDS["h100"]).parts["waiting for the host"] == 0.0
+
+
+def test_keeping_is_faster_than_recomputing_and_a_better_card_is_faster() -> None:
+    shape = SHAPES["llama-3.1-8b"]
+    speeds = [predict_speed(config_of(policy=p), shape, CARDS["rtx4090"]).tokens_per_second for p in POLICIES]
+    assert speeds == sorted(speeds) and speeds[0] < speeds[-1]
+    ascending = ("a10g", "rtx3090ti", "rtx4090", "a100-80", "h100")
+    cards = [predict_speed(config_of(), shape, CARDS[name]).tokens_per_second for name in ascending]
+    assert cards == sorted(cards)
+
+
+def test_predictions_do_without_torch() -> None:
+    names = ("cards", "layer_plan", "live_bytes", "layer_memory", "memory", "model_shape", "speed")
+    imports = "; ".join(f"import engine.planning.{name}" for name in names)
+    code = f"import sys; {imports}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_copies_of_constants_are_those_of_the_modules_that_need_torch() -> None:
+    from engine.evaluation import eval_loss as evaluate
+    from engine.layers import host_embedding as embedding
+    from engine.layers import loss
+    from engine.planning import memory
+
+    assert loss.CHUNK_BYTES == memory.LOSS_CHUNK_BYTES
+    assert embedding.MIN_BYTES == memory.HOST_EMBEDDING_MIN_BYTES
+    assert evaluate.MIN_ROW_TOKENS == memory.EVALUATION_ROW_TOKENS

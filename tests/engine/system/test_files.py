@@ -1,0 +1,70 @@
+"""Files and folders are written as a whole or not at all, on a disk that is full, read-only or failing."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from engine.errors import StorageError
+from engine.system.files import storage_fault, write_folder, write_text
+
+
+class FullDisk:
+    """Fails the n-th call of a kind that writes; a test walks n until nothing fails any more."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int, code: int = errno.ENOSPC) -> None:
+        self.calls, self.number, self.code, self.failed = 0, number, code, False
+        for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "mkdir"), (Path, "write_text"),
+                            (Path, "write_bytes")):  # fmt: skip
+            monkeypatch.setattr(owner, name, self._wrapped(getattr(owner, name)))
+
+    def _wrapped(self, real):
+        def call(*arguments, **options):
+            self.calls += 1
+            if self.calls == self.number:
+                self.failed = True
+                raise OSError(self.code, os.strerror(self.code))
+            return real(*arguments, **options)
+
+        return call
+
+
+def filled(text):
+    return lambda folder: (folder / "a").write_text(text)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_fault_at_any_write_leaves_the_old_file_and_folder_whole(tmp_path, code):
+    file, folder = tmp_path / "f", tmp_path / "d"
+    write_text(file, "old")
+    write_folder(folder, filled("old"))
+    number, num_failed = 0, 0
+    while True:
+        number += 1
+        with pytest.MonkeyPatch.context() as patch:
+            disk = FullDisk(patch, number, code)
+            try:
+                write_text(file, "new")
+                write_folder(folder, filled("new"))
+            except StorageError as error:
+                assert os.strerror(code) in str(error) and "\n" not in str(error)
+        if not disk.failed:
+            break
+        num_failed += 1
+        assert file.read_text() in ("old", "new") and (folder / "a").read_text() in ("old", "new")
+        assert sorted(p.name for p in tmp_path.iterdir() if p.name != ".d.old") == ["d", "f"]
+        write_text(file, "old")
+        write_folder(folder, filled("old"))
+    assert num_failed >= 7  # twin: the walk did meet the write sites
+    assert (file.read_text(), (folder / "a").read_text()) == ("new", "new")
+
+
+def test_what_libraries_say_of_a_full_disk_is_understood_and_other_errors_are_not():
+    assert storage_fault(OSError(errno.ENOSPC, "x")) == errno.ENOSPC
+    assert storage_fault(RuntimeError("I/O error: No space left on device (os error 28)")) == errno.ENOSPC
+    assert storage_fault(OSError("4096 requested and 0 written")) == errno.ENOSPC
+    assert storage_fault(FileNotFoundError(errno.ENOENT, "x")) is None
+    assert storage_fault(ValueError("no space left")) is None

@@ -1,0 +1,61 @@
+"""Processes of a machine build what they share once, and as a whole or not at all."""
+
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from engine.errors import InputError
+from engine.system import shared_cache as cache
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_two_builders_at_once_build_once(own_cache):
+    built = []
+
+    def builder(folder):
+        built.append(folder)
+        time.sleep(0.2)
+        (folder / "file").write_text("whole")
+
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: cache.build_once("thing-v1", builder), range(2)))
+    assert len(built) == 1
+    assert folders[0] == folders[1]
+    assert (folders[0] / "file").read_text() == "whole"
+
+
+def test_a_killed_build_leaves_nothing_under_the_name_and_the_next_one_clears_up(own_cache):
+    code = (
+        "import os\nfrom engine.system.shared_cache import build_once\n"
+        "def builder(folder):\n    (folder / 'file').write_text('half')\n    os._exit(9)\nbuild_once('thing-v1', builder)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert not (own_cache / "thing-v1").exists()
+    assert list(own_cache.glob(".thing-v1.building-*"))
+    folder = cache.build_once("thing-v1", lambda folder: (folder / "other").write_text("whole"))
+    assert [path.name for path in folder.iterdir()] == ["other"]
+    assert not list(own_cache.glob(".thing-v1.building-*"))
+
+
+def test_a_failed_build_raises_its_own_error_and_can_be_tried_again(own_cache):
+    def failing(folder):
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        cache.build_once("thing-v1", failing)
+    assert cache.build_once("thing-v1", lambda folder: None).is_dir()
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"QLORA_SWEEP_CACHE .* must be a writable folder"):
+        cache.build_once("thing-v1", lambda folder: None)

@@ -1,0 +1,134 @@
+"""A trial that ends between two reports, asked to or killed: it goes on from its last step, and is the undisturbed one."""
+
+from __future__ import annotations
+
+import gc
+import json
+
+import pytest
+import torch
+
+import engine.training.loop
+from engine.errors import CheckpointError, Interrupted
+from engine.model.load import load_base
+from engine.training.checkpoint import Pace
+from engine.training.loop import train
+from tests.support.trials import CPU, build, run, same_numbers
+
+NUM_STEPS = 7  # of the undisturbed trial
+
+
+class Killed(BaseException):
+    """Ends the trial without a word, as SIGKILL does."""
+
+
+@pytest.fixture
+def trial(tiny_config):
+    """A config with dropout, so that random state matters, and the base to train it on."""
+    config = build(tiny_config, lora={"lora_dropout": 0.1}, optim={"warmup_ratio": 0.3})
+    base, before = load_base(config.model, CPU), torch.get_num_threads()
+    torch.set_num_threads(1)  # two would wait for each other longer than they compute
+    gc.freeze()  # what is collected after each piece is then only what the piece left
+    yield config, base
+    gc.unfreeze()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def num_steps(monkeypatch):
+    """How many optimizer steps were computed."""
+    counted, original = [], engine.training.loop._Run._step
+    monkeypatch.setattr(engine.training.loop._Run, "_step", lambda self: (counted.append(1), original(self))[1])
+    return counted
+
+
+def at_call(number, end=None):
+    """An `interrupted` that says yes, or raises `end`, when it is asked for the number-th time."""
+    calls = iter(range(1, 10**9))
+
+    def interrupted():
+        yes = next(calls) == number
+        if yes and end is not None:
+            raise end
+        return yes
+
+    return interrupted
+
+
+def train_in_pieces(trial, folder, interrupted, end, **options):
+    """Each piece is what is trained until the next end; returns all reports."""
+    config, base = trial
+    folder.mkdir()
+    reports, num_pieces = [], 0
+    while True:
+        num_pieces += 1
+        try:
+            for report in train(config, folder, base=base, interrupted=interrupted(), **options):
+                reports.append(report)
+            return reports, num_pieces
+        except end:
+            pass
+
+
+def same_files(one, two):
+    for name in ("adapter/adapter_model.safetensors", "checkpoint/adapter.safetensors"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    saved = [torch.load(folder / "checkpoint/optimizer.pt", weights_only=True) for folder in (one, two)]
+    states = [[*file["optimizer"]["state"][0].values(), file["random"]["cpu"]] for file in saved]
+    assert all(torch.equal(*pair) for pair in zip(*states, strict=True))
+    drop = {"elapsed_s", "peak_allocated_gib", "sha256", "reports"}
+    progress = [json.loads((folder / "checkpoint/state.json").read_text()) for folder in (one, two)]
+    assert len({json.dumps({k: v for k, v in state.items() if k not in drop}) for state in progress}) == 1
+
+
+def test_a_trial_interrupted_after_every_step_is_the_undisturbed_one_and_trains_no_step_twice(trial, tmp_path, num_steps):
+    whole = run(trial[0], tmp_path / "whole", trial[1])
+    assert len(num_steps) == NUM_STEPS
+    num_steps.clear()
+    parts, num_pieces = train_in_pieces(trial, tmp_path / "parts", lambda: at_call(2), Interrupted)
+    assert same_numbers(whole, parts)
+    same_files(tmp_path / "whole", tmp_path / "parts")
+    assert len(num_steps) == NUM_STEPS and num_pieces >= NUM_STEPS  # each but the last ended after its step
+
+
+def test_a_trial_killed_at_any_moment_is_the_undisturbed_one_and_loses_what_came_after_its_last_save(trial, tmp_path, num_steps):
+    whole = run(trial[0], tmp_path / "whole", trial[1])
+    for number, (pace, most_again) in enumerate([(Pace(0.0, float("inf")), 1), (Pace(1e9), 3)]):
+        num_steps.clear()
+        ends = iter([*(at_call(k, Killed()) for k in range(2, 8)), at_call(0)])
+        parts, num_pieces = train_in_pieces(trial, tmp_path / f"parts-{number}", ends.__next__, Killed, pace=pace)
+        heard = {report.rung: report for report in parts}  # one may be lost with its process, and is not made twice
+        assert same_numbers([whole[rung - 1] for rung in heard], list(heard.values()))
+        same_files(tmp_path / "whole", tmp_path / f"parts-{number}")
+        assert len(num_steps) <= NUM_STEPS + most_again * (num_pieces - 1)
+
+
+def test_an_end_asked_for_before_the_first_step_writes_nothing(trial, tmp_path):
+    with pytest.raises(Interrupted, match="after step 0"):
+        next(train(trial[0], tmp_path, base=trial[1], interrupted=lambda: True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_between_reports_whose_sums_do_not_fit_is_refused(trial, tmp_path):
+    with pytest.raises(Interrupted):
+        next(train(trial[0], tmp_path, base=trial[1], interrupted=at_call(2)))
+    state = tmp_path / "checkpoint" / "state.json"
+    text = state.read_text()
+    assert '"num_steps": 1' in text
+    state.write_text(text.replace('"num_steps": 1', '"num_steps": 2'))
+    with pytest.raises(CheckpointError, match="do not agree"):
+        next(train(trial[0], tmp_path, base=trial[1]))
+
+
+def test_saving_between_reports_costs_at_most_its_share_of_the_time():
+    now = [0.0]
+    pace = Pace(60.0, 0.01, lambda: now[0])
+    assert not pace.is_due()
+    now[0] = 60.0
+    assert pace.is_due()
+    with pace.saving():
+        now[0] += 5.0  # a slow disk
+    now[0] += 499.0
+    assert not pace.is_due()
+    now[0] += 1.0
+    assert pace.is_due()

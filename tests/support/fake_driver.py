@@ -1,0 +1,41 @@
+"""Run a driver process with the fake engine.
+
+`python -m tests.support.fake_driver start CONFIG.json | resume FOLDER [OVERRIDES as JSON]`
+
+Where it finds GPUs, a trial is predicted to need as many GiB as its rank.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from engine.errors import OutOfMemory
+from engine.planning.planner import ComputePlan
+from sweep import driver
+from sweep.__main__ import run
+from sweep.execution.worker_config import EngineModules
+from sweep.plan import feasibility
+
+ENGINE = EngineModules(train="tests.support.fake_engine", model="tests.support.fake_engine", command="tests.support.fake_engine")
+
+
+def make_compute_plan(config, shape, card, host_gib):
+    """Stands in for engine.planning.planner.make_compute_plan."""
+    need = float(config.lora.rank)
+    if need > card.memory_gib:
+        raise OutOfMemory(f"needs {need:.1f} GiB at the least (predicted), {card.memory_gib:.1f} GiB are allowed", need)
+    return ComputePlan(1, False, 0, 0, 0.0, memory=SimpleNamespace(peak_gib=need, reserve_gib=0.0))
+
+
+def main(command: str, argument: str, overrides: str = "{}") -> int:
+    os.environ["FAKE_TORCH"] = "1"  # for the workers
+    feasibility.make_compute_plan = make_compute_plan
+    if command == "start":
+        return run(lambda: driver.start(json.loads(Path(argument).read_text()), engine=ENGINE))
+    return run(lambda: driver.resume(argument, json.loads(overrides), engine=ENGINE))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,9 @@
+"""Name the repository's folder, and the environment in which its modules are found from any folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT)}

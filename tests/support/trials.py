@@ -1,0 +1,30 @@
+"""Build and run trials of the engine: a config with changes, one trial from start to end, the numbers that two share."""
+
+import copy
+
+import torch
+
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
+from engine.training.loop import train
+
+CPU = torch.device("cpu")
+
+
+def build(values, **sections):
+    merged = copy.deepcopy(values)
+    for section, changes in sections.items():
+        merged[section].update(changes)
+    return parse(TrainConfig, {**merged, "train": {**merged["train"], "device": "cpu"}})
+
+
+def run(config, folder, base=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    return list(train(config, folder, base=base))
+
+
+def same_numbers(one, two):
+    drop = {"tokens_per_second", "step_time_ms", "elapsed_s", "peak_allocated_gib", "setup_s"}
+    return [{k: v for k, v in r.to_dict().items() if k not in drop} for r in one] == [
+        {k: v for k, v in r.to_dict().items() if k not in drop} for r in two
+    ]

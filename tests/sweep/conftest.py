@@ -1,0 +1,28 @@
+"""This fixture serves several rooms of sweep."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.config.trial import TrainConfig
+from engine.errors import OutOfMemory
+from engine.planning.planner import ComputePlan
+from sweep.plan import feasibility
+
+
+@pytest.fixture
+def planned(monkeypatch) -> list[TrainConfig]:
+    """A planner that needs 1 GiB per rank; returns what it was asked."""
+    asked = []
+
+    def plan(config, shape, card, host_gib):
+        asked.append(config)
+        if config.lora.lora_dropout > host_gib:
+            raise OutOfMemory("needs more on the host")
+        if config.lora.rank > card.memory_gib:
+            raise OutOfMemory("needs more", float(config.lora.rank))
+        memory = type("Memory", (), {"peak_gib": float(config.lora.rank), "reserve_gib": 0.5})
+        return ComputePlan(2, True, 0, 0, 0.0, memory=memory)
+
+    monkeypatch.setattr(feasibility, "make_compute_plan", plan)
+    return asked

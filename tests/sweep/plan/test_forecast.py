@@ -1,0 +1,87 @@
+"""`dry_run=true`: memory, speed and cost of a sweep on a named card, on a machine without a GPU, weights or data."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from engine.planning.cards import CARDS
+from sweep import driver
+from sweep.__main__ import main
+from tests.support.fake_engine import SHAPE
+
+LLAMA_8B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+}  # fmt: skip
+CARD_NAMES = ", ".join(CARDS)
+NEVER = 100_000_000  # a sequence length that fits no card
+SWEEP = ["model=local", "model.path=m", "data=local", "data.train=t.jsonl", "space=none", "dry_run=true"]
+
+
+@pytest.fixture
+def seen(monkeypatch, tmp_path) -> dict:
+    """What looking at model and machine finds."""
+    answer = {"shape": SHAPE, "card": None}
+    monkeypatch.setattr(driver, "inspect", lambda config, module: answer)
+    monkeypatch.setattr("sweep.cluster.slots.count_gpus", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    return answer
+
+
+def test_a_laptop_is_told_what_a_sweep_of_an_8b_model_needs_on_a_named_card(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    arguments = [
+        *SWEEP, f"model.path={tmp_path}", "cluster.card=rtx4090", f"space.data.max_seq_length.choices=[1024,{NEVER}]",
+        "space.lora.rank.choices=[8,64]", "sweep.num_trials=3",
+    ]  # fmt: skip
+    code = f"import sys; from sweep.__main__ import main; print(main({arguments}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "0 False"
+    table = lines[lines.index("forecast   every point of the space") :]
+    assert "card       rtx4090, 23.6 GiB" in lines
+    assert table[1].split() == ["max_seq_length", "rank", "peak", "GiB", "tok/s", "hours", "plan"]
+    rows = [line.split() for line in table[2:6]]
+    assert [row[:2] for row in rows] == [["1024", "8"], ["1024", "64"], [str(NEVER), "8"], [str(NEVER), "64"]]
+    for row in rows[:2]:
+        assert 5 < float(row[2]) < 23.6 and float(row[4]) > 0 and row[5] == "micro-batch"
+    for row in rows[2:]:
+        assert row[3:7] == ["does", "not", "fit:", "needs"]
+    assert table[6].startswith("cost ") and "2 trials of" in table[6]
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_large_space_is_shown_by_its_corners_without_what_changes_nothing(seen, capsys):
+    lengths = ["space.data.max_seq_length.choices=[256,512,1024]", "space.lora.rank.choices=[4,8,16]"]
+    assert main([*SWEEP, "space=rank-targets-rate", *lengths, "cluster.card=a10g"]) == 0
+    text = capsys.readouterr().out
+    assert "corners of the space" in text
+    header = next(line for line in text.splitlines() if "peak GiB" in line)
+    assert "max_seq_length" in header and "learning_rate" not in header
+    assert "16 trials of" in text and "evaluation left out" in text
+
+
+def test_a_space_in_which_nothing_fits_is_shown_and_is_one_error(seen, capsys):
+    assert main([*SWEEP, f"space.data.max_seq_length.choices=[{NEVER},{2 * NEVER}]", "cluster.card=l4"]) == 2
+    shown = capsys.readouterr()
+    assert "none of these points fits the card" in shown.out
+    assert shown.err.startswith(f"error: space = 'max_seq_length={NEVER}': ") and shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shape", "line"),
+    [
+        ([], SHAPE, f"forecast   none: no GPU here; with cluster.card=<name>, memory and speed are predicted: {CARD_NAMES}"),
+        (["train.device=cpu", "cluster.card=l4"], SHAPE, "forecast   none: nothing is predicted for train.device=cpu"),
+        (["cluster.card=l4"], None, "forecast   none: nothing is predicted for a model of this architecture"),
+    ],
+)
+def test_where_nothing_is_predicted_one_line_says_why(seen, capsys, arguments, shape, line):
+    seen["shape"] = shape
+    assert main([*SWEEP, *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == line

@@ -1,0 +1,82 @@
+"""`best/` holds the adapter, its config and a card that says how it came about."""
+
+import importlib
+
+import pytest
+
+from engine.config.trial import load_train_config
+from engine.errors import InputError
+from sweep.results.best_folder import write_best
+from sweep.trials.selection import Rule
+from tests.support.records import REEVALUATION, trial
+
+
+@pytest.fixture
+def winner(tmp_path):
+    adapter = tmp_path / "trial" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    for name in ("adapter_model.safetensors", "tokenizer.json"):
+        (adapter / name).write_text(name)
+    return trial(7, 1.5, 1.2, 1.3, folder=adapter.parent)
+
+
+def test_best_holds_the_adapter_its_config_and_a_card(tmp_path, winner):
+    write_best(tmp_path / "best", winner, REEVALUATION, "demo")
+    assert sorted(path.name for path in (tmp_path / "best").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "train_config.json",
+    ]
+    assert load_train_config(tmp_path / "best" / "train_config.json").model.path == "org/base"
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert card.startswith('---\nbase_model: "org/base"\nlibrary_name: peft\n')
+    for part in (
+        Rule().text,
+        "| base model | 2.5000 | 12.182 |",
+        "12,345 target tokens",
+        "2,000 of 3,000",
+        "python -m engine train_config.json",
+    ):
+        assert part in card
+
+
+def test_the_code_in_the_card_compiles_and_loads_four_bit_where_training_did(tmp_path, winner):
+    write_best(tmp_path / "best", winner, REEVALUATION, "demo")
+    code = (tmp_path / "best" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert "load_in_4bit=True" in code
+
+
+def test_the_card_of_a_builtin_model_says_where_its_base_is(tmp_path, winner):
+    write_best(tmp_path / "best", winner, REEVALUATION, "demo")
+    assert "builtin:" not in (tmp_path / "best" / "README.md").read_text()  # twin
+    winner.config["model"]["path"] = "builtin:smollm2-135m-instruct"
+    write_best(tmp_path / "best", winner, REEVALUATION, "demo")
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert "resolve_model('builtin:smollm2-135m-instruct')" in card
+    module = card.split("from ")[-1].split(" import resolve_model")[0]
+    assert callable(importlib.import_module(module).resolve_model)
+
+
+def test_a_disagreeing_second_evaluation_is_said_aloud(tmp_path, winner):
+    write_best(tmp_path / "best", winner, {**REEVALUATION, "agrees": False}, "demo")
+    assert "**does NOT agree with**" in (tmp_path / "best" / "README.md").read_text()
+
+
+def test_best_replaces_an_older_one_and_leaves_nothing_beside_it(tmp_path, winner):
+    for stale in ("best", ".best.new", ".best.old"):
+        (tmp_path / stale).mkdir()
+        (tmp_path / stale / "stale").write_text("")
+    write_best(tmp_path / "best", winner, REEVALUATION, "demo")
+    assert not (tmp_path / "best" / "stale").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "trial"]
+
+
+def test_a_trial_without_an_adapter_is_refused_and_the_older_best_stays(tmp_path, winner):
+    write_best(tmp_path / "best", winner, REEVALUATION, "demo")
+    with pytest.raises(InputError, match=r"must hold adapter_config.json and adapter_model.safetensors of trial 8"):
+        write_best(tmp_path / "best", trial(8, 1.0, folder=tmp_path / "gone"), REEVALUATION, "demo")
+    assert (tmp_path / "best" / "tokenizer.json").exists()

@@ -1,0 +1,57 @@
+"""The leaderboard lists every trial and says by which rule it ranks them."""
+
+import json
+import math
+
+from sweep.results.leaderboard import write_leaderboard
+from sweep.trials.record import Outcome
+from sweep.trials.selection import Rule
+from tests.support.records import REEVALUATION, trial
+
+
+def test_the_leaderboard_lists_every_trial_and_states_the_rule(tmp_path):
+    failed = trial(2, outcome=Outcome.FAILED, error="a | b\nsecond line")
+    diverged = trial(3, math.nan, outcome=Outcome.DIVERGED)
+    write_leaderboard(tmp_path, [failed, trial(0, 1.2), trial(1, 3.0, outcome=Outcome.PRUNED), diverged], "demo", REEVALUATION)
+    board = json.loads((tmp_path / "leaderboard.json").read_text())
+    assert [(row["rank"], row["number"], row["outcome"]) for row in board["trials"]] == [
+        (1, 0, "COMPLETE"),
+        (None, 1, "PRUNED"),
+        (None, 2, "FAILED"),
+        (None, 3, "DIVERGED"),
+    ]
+    assert (board["best_trial"], board["rule"], board["trials"][3]["eval_loss"]) == (0, Rule().text, None)
+    text = (tmp_path / "leaderboard.md").read_text()
+    assert Rule().text in text
+    assert "| 1 | 0 | COMPLETE | 1.2000 | 1,000 | 100 | 50 | 1.50 |  | rank=8, learning_rate=0.000123 |  |" in text
+    assert "| a \\| b second line |" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["leaderboard.json", "leaderboard.md"]
+
+
+def test_the_leaderboard_shows_peaks_beside_what_was_predicted_and_how_each_trial_was_computed(tmp_path):
+    plan = {"num_out_of_memory": 1, "micro_batch_size": 2, "activation_checkpointing": "selective"}
+    measured = trial(0, 1.2)
+    measured.reports[0].update(plan, predicted_peak_gib=1.4)
+    unpredicted = trial(1, 1.3)
+    unpredicted.reports[0].update(predicted_peak_gib=0.0)
+    refused = trial(2, outcome=Outcome.INFEASIBLE, error="needs 30.0 GiB", predicted_gib=28.0)
+    spent = trial(3, outcome=Outcome.OUT_OF_MEMORY, error="out of memory", predicted_gib=20.0, measured_gib=23.5)
+    write_leaderboard(tmp_path, [refused, measured, unpredicted, spent], "demo", None)
+    board = json.loads((tmp_path / "leaderboard.json").read_text())
+    assert board["outcomes"] == {"COMPLETE": 2, "INFEASIBLE": 1, "OUT_OF_MEMORY": 1}
+    rows = board["trials"]
+    assert [row["number"] for row in rows] == [0, 1, 3, 2]
+    assert {name: rows[0][name] for name in plan} == plan
+    peaks = [(row["peak_allocated_gib"], row["predicted_peak_gib"]) for row in rows]
+    assert peaks == [(1.5, 1.4), (1.5, None), (23.5, 20.0), (None, 28.0)]
+    text = (tmp_path / "leaderboard.md").read_text()
+    assert "Outcomes: 2 COMPLETE, 1 INFEASIBLE, 1 OUT_OF_MEMORY." in text
+    assert "| peak GiB | predicted |" in text
+    cells = {row.split(" | ")[1]: row.split(" | ")[7:9] for row in text.splitlines() if row.startswith(("| 1", "| 2", "| -"))}
+    assert cells == {"0": ["1.50", "1.40"], "1": ["1.50", ""], "3": ["23.50", "20.00"], "2": ["", "28.00"]}
+
+
+def test_a_leaderboard_without_a_winner_or_a_second_evaluation_is_written_too(tmp_path):
+    write_leaderboard(tmp_path, [trial(0, outcome=Outcome.LOST)], "demo", None)
+    assert json.loads((tmp_path / "leaderboard.json").read_text())["best_trial"] is None
+    assert "Best: none." in (tmp_path / "leaderboard.md").read_text()

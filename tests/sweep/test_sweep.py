@@ -1,0 +1,180 @@
+"""Whole sweeps under Ray: one with the real engine and a tiny model, the others with a fake engine that fails on demand."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.fake_engine import EVALUATED_IN
+from tests.support.fake_sweeps import fake_driver, results, rungs, start, sweep_folder
+from tests.support.paths import ENV
+
+
+@pytest.fixture
+def two_gpus(tmp_path) -> str:
+    """A folder with an nvidia-smi that lists two GPUs: the fake engine needs no more of them."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 0\necho 1\n")
+    program.chmod(0o755)
+    return str(program.parent)
+
+
+def test_every_fault_of_a_trial_has_its_outcome_and_the_others_go_on(tmp_path):
+    faults = {"optim.weight_decay": {"choices": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]}}
+    process = start(
+        tmp_path, optim={"eps": 0.05}, space=faults, sampler={"name": "grid"}, pruner={"name": "none"},
+        cluster={"num_cpu_slots": 2, "max_retries": 1},
+    )  # fmt: skip
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert err == ""
+    assert "(raylet)" not in out
+    by_fault = {result["params"]["optim.weight_decay"]: result for result in results(sweep_folder(tmp_path)).values()}
+    expected = {0: "COMPLETE", 1: "OUT_OF_MEMORY", 2: "DIVERGED", 3: "LOST", 4: "FAILED", 5: "FAILED", 6: "COMPLETE",
+                7: "OUT_OF_MEMORY"}  # fmt: skip
+    assert {fault: result["outcome"] for fault, result in by_fault.items()} == expected
+    assert by_fault[4]["error"] == "ZeroDivisionError: one over zero"
+    assert by_fault[5]["error"] == "lora.target_modules = 'x': matches no layer"
+    assert by_fault[7]["error"] == "out of memory at micro-batch 1: predicted peak 5.00 GiB, measured 6.00 GiB"
+    assert by_fault[7]["peak_allocated_gib"] == 6.0
+    assert "8 of 16 trials were possible" in out
+    (place,) = tmp_path.glob(f"sweeps/*/trials/*/{EVALUATED_IN}")
+    assert place.read_text() == "driver"
+
+
+def test_a_sweep_with_half_its_space_infeasible_loses_no_trial(tmp_path, two_gpus):
+    space = {"lora.rank": {"choices": [4, 8, 32, 64]}, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
+    process = start(tmp_path, two_gpus, space=space, sweep={"num_trials": 6}, sampler={"name": "random"}, pruner={"name": "none"})
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    folder = sweep_folder(tmp_path)
+    ended = results(folder)
+    refused = {number for number, result in ended.items() if result["outcome"] == "INFEASIBLE"}
+    assert refused and len(ended) == 6 + len(refused)
+    for number, result in ended.items():
+        launched = (folder / "trials" / f"{number:04d}" / "starts.txt").exists()
+        rank = result["params"]["lora.rank"]
+        assert result["predicted_peak_gib"] == rank
+        if number in refused:
+            assert not launched and rank > 24 and f"needs {rank}.0 GiB" in result["error"]
+        else:
+            assert launched and rank < 24 and result["outcome"] == "COMPLETE"
+    assert "card       NVIDIA GeForce RTX 4090, 24.0 GiB" in out
+    board = json.loads((folder / "leaderboard.json").read_text())
+    assert board["outcomes"] == {"COMPLETE": 6, "INFEASIBLE": len(refused)}
+
+    resumed = fake_driver("resume", str(folder), path=two_gpus)
+    _, err = resumed.communicate(timeout=200)
+    assert resumed.returncode == 0, err
+    assert results(folder) == ended
+    assert json.loads((folder / "leaderboard.json").read_text())["outcomes"] == board["outcomes"]
+
+
+def test_a_space_in_which_nothing_fits_is_one_line_before_anything_starts(tmp_path, two_gpus):
+    space = {"lora.rank": {"choices": [32, 64]}, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
+    process = start(tmp_path, two_gpus, space=space)
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, err.count("\n")) == (2, 1), err
+    assert "space = 'rank=32" in err and "needs 32.0 GiB" in err
+    assert not (tmp_path / "sweeps").exists()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_sweep_is_resumed_with_no_result_lost_or_doubled(tmp_path, number):
+    space = {"lora.rank": {"choices": [2, 4, 8]}, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
+    process = start(tmp_path, optim={"eps": 0.2}, space=space, sweep={"num_trials": 8})
+    _wait_for(tmp_path, "trials/0003/reports.jsonl", process)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    folder = sweep_folder(tmp_path)
+    if number == signal.SIGTERM:
+        assert process.returncode == 130
+        assert f"python -m sweep resume={folder}" in out
+        assert f"report       {folder / 'report.html'}" in out and (folder / "report.html").is_file()
+    before = {trial: (result["outcome"], rungs(folder, trial)) for trial, result in results(folder).items()}
+
+    resumed = fake_driver("resume", str(folder))
+    _, err = resumed.communicate(timeout=200)
+    assert resumed.returncode == 0, err
+    after = {trial: (result["outcome"], rungs(folder, trial)) for trial, result in results(folder).items()}
+    assert sorted(after) == list(range(8))
+    assert before.items() <= after.items()
+    for outcome, seen in after.values():
+        assert seen == list(range(1, len(seen) + 1))
+        assert outcome == "COMPLETE" if len(seen) == 4 else outcome == "PRUNED"
+    board = json.loads((folder / "leaderboard.json").read_text())
+    assert len(board["trials"]) == 8
+    assert board["reevaluation"]["agrees"]
+
+
+@pytest.mark.faults
+def test_workers_are_reused_and_pruned_trials_stop(tmp_path):
+    space = {"optim.learning_rate": {"choices": [0.001, 0.002, 0.004, 0.008, 0.016, 0.032]}}
+    process = start(tmp_path, optim={"eps": 0.1}, space=space, sweep={"num_trials": 6})
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    folder = sweep_folder(tmp_path)
+    processes = {file.read_text().split()[0] for file in folder.glob("trials/*/starts.txt")}
+    assert len(processes) <= 3  # two slots; two trials that end in the same instant may cost one restart
+    pruned = [trial for trial, result in results(folder).items() if result["outcome"] == "PRUNED"]
+    assert pruned
+    assert all(len(rungs(folder, trial)) < 4 for trial in pruned)
+
+
+def test_input_that_prepare_refuses_is_one_line_and_leaves_no_folder(tmp_path):
+    process = start(tmp_path, data={"train": "missing.jsonl"})
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (2, "error: data.train = 'missing.jsonl': no such file\n")
+    assert not (tmp_path / "sweeps").exists()
+
+
+def test_the_command_line_finds_an_adapter_with_the_real_engine(tmp_path, tiny_model_dir, tiny_data):
+    arguments = [
+        "model=local", f"model.path={tiny_model_dir}", "data=local", f"data.train={tiny_data}",
+        "data.max_seq_length=64", "data.eval_max_seq_length=128", "data.eval_fraction=0.2", "train.max_tokens=1200",
+        "train.num_reports=3", "train.tokens_per_step=128", "train.activation_checkpointing=false", "space=rank-targets-rate",
+        "sweep.num_trials=4", f"sweep.output_dir={tmp_path / 'sweeps'}",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "sweep", *arguments], env=ENV, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    folder = sweep_folder(tmp_path)
+    board = json.loads((folder / "leaderboard.json").read_text())
+    assert len(board["trials"]) == 4
+    assert board["reevaluation"]["agrees"], board["reevaluation"]
+    assert board["reevaluation"]["eval_loss"] < board["reevaluation"]["base_eval_loss"]
+    assert (folder / "best" / "adapter_model.safetensors").is_file()
+    examples = json.loads((folder / "examples.json").read_text())
+    assert examples["trial"] == board["best_trial"] and len(examples["examples"]) == 4
+    assert all(example["expected"].startswith("It is") for example in examples["examples"])
+    assert "What it answers" in (folder / "best" / "README.md").read_text()
+    assert "with adapter</th>" in (folder / "report.html").read_text()
+    lines = [json.loads(line) for line in (folder / "trials" / "0000" / "system.jsonl").read_text().splitlines()]
+    assert [line["rung"] for line in lines] == rungs(folder, 0) and all(line["process_resident_gib"] > 0.1 for line in lines)
+    assert "base model" in done.stdout and "best adapter" in done.stdout
+    with sqlite3.connect(tmp_path / "sweeps" / "mlflow.db") as database:
+        statuses = [row[0] for row in database.execute("select status from runs")]
+        outcomes = [row[0] for row in database.execute("select value from tags where key = 'outcome'")]
+        tags = {row[0] for row in database.execute("select key from tags")}
+        versions = list(database.execute("select name, version, description from model_versions"))
+    assert len(statuses) == 5 and set(statuses) <= {"FINISHED", "KILLED"}
+    assert sorted(outcomes) == sorted(trial["outcome"] for trial in board["trials"])
+    assert {"version.torch", "sweep.folder"} <= tags
+    ((name, version, text),) = versions
+    assert (name, version) == ("sweep", 1) and str(tiny_model_dir) in text
+
+
+def _wait_for(tmp_path: Path, pattern: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "sweeps").glob(f"*/{pattern}")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

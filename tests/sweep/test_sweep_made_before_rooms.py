@@ -1,0 +1,56 @@
+"""A sweep folder that commit 8734497 left in the middle of a trial still resumes: formats on disk outlive the layout of the code.
+
+`sweep_made_before_rooms.tar.xz` holds a tiny model, its data and the folder after Ctrl-C: trial 0 COMPLETE, trial 1 between its
+first and its second rung. A trial's fingerprint takes in the model's path, so it is unpacked where it was made.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ENV
+
+PLACE = Path("/tmp/qlora-sweep-made-before-rooms")
+ARCHIVE = Path(__file__).with_name("sweep_made_before_rooms.tar.xz")
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with PLACE.with_suffix(".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        shutil.rmtree(PLACE, ignore_errors=True)
+        with tarfile.open(ARCHIVE) as archive:
+            archive.extractall(PLACE, filter="data")
+        yield PLACE / "sweeps" / "made-before-rooms"
+        shutil.rmtree(PLACE)
+
+
+def reports(folder: Path, number: int) -> list[dict]:
+    return [json.loads(line) for line in (folder / "trials" / f"{number:04d}" / "reports.jsonl").read_text().splitlines()]
+
+
+def test_it_goes_on_from_the_checkpoint_and_keeps_what_was_there(folder):
+    before = [reports(folder, number) for number in (0, 1)]
+    step = json.loads((folder / "trials" / "0001" / "checkpoint" / "state.json").read_text())["step"]
+    assert [len(each) for each in before] == [3, 1] and step > before[1][0]["step"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sweep", f"resume={folder}"],
+        env=ENV, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "going on with trial 1" in done.stdout
+    after = [reports(folder, number) for number in (0, 1, 2)]
+    assert after[0] == before[0] and after[1][0] == before[1][0]
+    outcomes = [json.loads((folder / "trials" / f"{n:04d}" / "result.json").read_text())["outcome"] for n in (0, 1, 2)]
+    assert outcomes[0] == "COMPLETE" and set(outcomes) <= {"COMPLETE", "PRUNED"}
+    assert len(after[1]) > 1 and (folder / "best" / "adapter_model.safetensors").is_file()
+    assert after[1][1]["step"] > step and after[1][1]["elapsed_s"] > before[1][0]["elapsed_s"]

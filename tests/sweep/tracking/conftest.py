@@ -1,0 +1,38 @@
+"""These fixtures give the room's tests an MLflow store, and read back what a test wrote to it."""
+
+import pytest
+
+from sweep.tracking.tracker import Tracker, local_uri
+from tests.support.tracked import CONFIG
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """One database for the module: creating it takes 2 s; each test has its own experiment."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture
+def client(store):
+    from mlflow import MlflowClient
+
+    return MlflowClient(local_uri(store))
+
+
+@pytest.fixture
+def tracker(store, tmp_path, request):
+    """Makes trackers of the same sweep, as a resume does."""
+    return lambda: Tracker(local_uri(store), request.node.name, "my sweep", tmp_path / "it's a sweep", CONFIG)
+
+
+@pytest.fixture
+def runs(client, request):
+    """Runs of this test's experiment: name -> run; more than one of a name is an error."""
+
+    def read():
+        found = client.search_runs([client.get_experiment_by_name(request.node.name).experiment_id])
+        named = {run.info.run_name: run for run in found}
+        assert len(named) == len(found)
+        return named
+
+    return read

@@ -1,0 +1,223 @@
+"""What MLflow shows of a sweep, and that no MLflow server, however broken, is noticed by the caller."""
+
+import math
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sweep.tracking.mlflow_view import view
+from sweep.tracking.system_metrics import write_system
+from sweep.tracking.tracker import NullTracker, Tracker, local_uri
+from sweep.trials.record import Outcome
+from tests.support.tracked import CONFIG, trial
+
+LOSS = "eval/loss_nats_per_token"
+
+
+def history(client, run):
+    return [(point.step, point.value, point.timestamp) for point in client.get_metric_history(run.info.run_id, LOSS)]
+
+
+def test_trials_are_child_runs_of_the_sweep_with_metrics_by_tokens_seen(tracker, runs, client):
+    one = tracker()
+    one.on_sweep_started({"git.commit": "abc"})
+    one.on_trial_updated(trial(3, Outcome.COMPLETE, 2.0, 1.5))
+    assert one.close(60) == []
+    parent, child = runs()["my sweep"], runs()["0003 COMPLETE"]
+    assert parent.data.tags["git.commit"] == "abc"
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.params == {"lora.rank": "8"}
+    assert history(client, child) == [(1000, 2.0, 1_000_000_001_500), (2000, 1.5, 1_000_000_003_000)]
+    assert child.data.metrics["speed/tokens_per_second"] == 700.0
+    assert child.data.metrics["memory/peak_allocated_gib"] == 1.25
+    assert (child.info.status, child.info.end_time) == ("FINISHED", 1_000_000_060_000)
+    assert [file.path for file in client.list_artifacts(child.info.run_id)] == ["train_config.json"]
+    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["sweep_config.json"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status"),
+    [(Outcome.PRUNED, "KILLED"), (Outcome.FAILED, "FAILED"), (Outcome.OUT_OF_MEMORY, "FAILED"), (Outcome.RUNNING, "RUNNING")],
+)
+def test_the_outcome_is_a_tag_and_sets_the_status(tracker, runs, outcome, status):
+    one = tracker()
+    one.on_trial_updated(trial(0, outcome, 2.0, error="why"))
+    assert one.close(60) == []
+    child = runs()[f"0000 {outcome}"]
+    assert (child.data.tags["outcome"], child.data.tags["error"], child.info.status) == (outcome.value, "why", status)
+
+
+def test_predicted_and_measured_peaks_are_metrics_and_how_it_was_computed_are_tags(tracker, runs):
+    computed = trial(0, Outcome.COMPLETE, 2.0, 1.5, predicted_gib=1.0)
+    plan = {"num_out_of_memory": 1, "micro_batch_size": 4, "activation_checkpointing": "selective"}
+    computed.reports[1].update(plan, predicted_peak_gib=1.125)
+    refused = trial(1, Outcome.INFEASIBLE, error="needs 30.0 GiB", predicted_gib=28.0)
+    spent = trial(2, Outcome.OUT_OF_MEMORY, 2.0, error="out of memory", predicted_gib=20.0, measured_gib=23.5)
+    for _ in range(2):  # as a resume writes them again
+        one = tracker()
+        for record in (computed, refused, spent):
+            one.on_trial_updated(record)
+        assert one.close(60) == []
+    first, second, third = (runs()[name] for name in ("0000 COMPLETE", "0001 INFEASIBLE", "0002 OUT_OF_MEMORY"))
+    peaks = [(run.data.metrics.get("memory/predicted_peak_gib"), run.data.metrics.get("memory/peak_allocated_gib"))
+             for run in (first, second, third)]  # fmt: skip
+    assert peaks == [(1.125, 1.25), (28.0, None), (20.0, 23.5)]
+    assert first.data.metrics["memory/num_out_of_memory"] == 1
+    assert (first.data.tags["plan.micro_batch_size"], first.data.tags["plan.activation_checkpointing"]) == ("4", "selective")
+    assert (second.info.status, second.data.tags["outcome"]) == ("KILLED", "INFEASIBLE")
+    assert second.data.tags["error"] == "needs 30.0 GiB"
+
+
+def test_a_resumed_sweep_finds_its_runs_and_doubles_nothing(tracker, runs, client):
+    for outcome, losses in ((Outcome.LOST, (2.0, 1.5)), (Outcome.RUNNING, (2.0, 1.5, 1.4)), (Outcome.COMPLETE, (2.0, 1.5, 1.4))):
+        one = tracker()
+        one.on_sweep_started({})
+        one.on_trial_updated(trial(0, outcome, *losses))
+        one.on_trial_updated(trial(0, outcome, *losses))
+        assert one.close(60) == []
+    assert set(runs()) == {"my sweep", "0000 COMPLETE"}
+    assert [point[:2] for point in history(client, runs()["0000 COMPLETE"])] == [(1000, 2.0), (2000, 1.5), (3000, 1.4)]
+    assert runs()["0000 COMPLETE"].info.status == "FINISHED"
+
+
+def test_another_sweep_of_the_same_experiment_keeps_its_own_runs(tracker, store, tmp_path, request, client):
+    for one in (tracker(), Tracker(local_uri(store), request.node.name, "my sweep", tmp_path / "other", CONFIG)):
+        one.on_trial_updated(trial(0, Outcome.COMPLETE, 2.0))
+        assert one.close(60) == []
+    assert len(client.search_runs([client.get_experiment_by_name(request.node.name).experiment_id])) == 4
+
+
+def test_a_finished_sweep_has_its_summary_and_the_best_adapter(tracker, runs, client, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    one = tracker()
+    one.on_sweep_finished({"best_eval_loss": 1.5, "num_complete": 2, "rule": "lowest"}, trial(1, Outcome.COMPLETE, 1.5), adapter)
+    assert one.close(60) == []
+    two = tracker()  # a resume that finds a better one
+    two.on_sweep_finished({"best_eval_loss": 1.2, "num_complete": 2, "rule": "lowest"}, trial(2, Outcome.COMPLETE, 1.2), None)
+    assert two.close(60) == []
+    parent, former, best = (runs()[name] for name in ("my sweep", "0001 COMPLETE", "0002 COMPLETE (best)"))
+    assert parent.info.status == "FINISHED"
+    assert (parent.data.metrics, parent.data.tags["rule"]) == (
+        {"eval/best_loss_nats_per_token": 1.2, "trials/num_complete": 2.0},
+        "lowest",
+    )
+    assert [file.path for file in client.list_artifacts(former.info.run_id, "adapter")] == ["adapter/adapter_config.json"]
+    assert (former.data.tags["sweep.best"], best.data.tags["sweep.best"]) == ("false", "true")
+    assert len(client.get_metric_history(parent.info.run_id, "trials/num_complete")) == 1
+
+
+def test_a_trial_that_is_written_after_the_end_stays_marked_as_the_best(tracker, runs):
+    """After a failure the writer goes on with what comes next, and takes the failed one last."""
+    one, best = tracker(), trial(1, Outcome.COMPLETE, 1.5)
+    one.on_sweep_finished({}, best, None)
+    while one._writer._pending:
+        time.sleep(0.01)
+    one.on_trial_updated(best)
+    one.on_trial_updated(trial(0, Outcome.COMPLETE, 2.0))
+    assert one.close(60) == []
+    assert {name for name in runs() if name[0] == "0"} == {"0000 COMPLETE", "0001 COMPLETE (best)"}
+
+
+# --- what the page shows ---
+
+
+def test_the_view_shows_outcomes_first_and_charts_what_differs_between_trials():
+    params = [{"lora.rank": "4", "optim.seed": "1", "lora.alpha": "1"}, {"lora.rank": "8", "optim.seed": "1"}]
+    shown = view("abc", params, {"eval/best_loss_nats_per_token", "memory/peak_allocated_gib", "system/process_cpu_percent"})
+    assert shown["columnOrder"][2:4] == ["tags.`outcome`", "metrics.`eval/best_loss_nats_per_token`"]
+    assert set(shown["columnOrder"]) >= set(shown["columnWidths"])
+    assert "metrics.`memory/predicted_peak_gib`" not in shown["selectedColumns"]  # nobody has it
+    (parallel,) = (chart for chart in shown["compareRunCharts"] if chart["type"] == "PARALLEL")
+    assert parallel["selectedParams"] == ["lora.rank"]  # the seed is the same everywhere, and one trial has no alpha
+    assert len({chart["uuid"] for chart in shown["compareRunCharts"]}) == len(shown["compareRunCharts"])
+
+
+def test_what_the_machine_did_at_each_rung_is_a_metric_against_tokens_seen(tracker, runs, client, tmp_path):
+    for rung, percent in ((1, 50.0), (2, 60.0), (2, 70.0)):  # a trial that was resumed passed rung 2 again
+        write_system(tmp_path, rung, {"gpu_utilization_percent": percent, "gpu_power_watts": 250.0})
+    with open(tmp_path / "system.jsonl", "a") as torn:
+        torn.write('{"rung": 3, "gpu_')
+    one = tracker()
+    for _ in range(2):
+        one.on_trial_updated(trial(0, Outcome.COMPLETE, 2.0, 1.5, folder=str(tmp_path)))
+    assert one.close(60) == []
+    run = runs()["0000 COMPLETE"]
+    points = client.get_metric_history(run.info.run_id, "system/gpu_utilization_percent")
+    assert [(point.step, point.value) for point in points] == [(1000, 50.0), (2000, 70.0)]
+    assert run.data.metrics["system/gpu_power_watts"] == 250.0
+
+
+def test_an_interrupted_sweep_does_not_look_running(tracker, runs):
+    one = tracker()
+    one.on_sweep_started({})
+    one.close(60)
+    assert runs()["my sweep"].info.status == "KILLED"
+
+
+def test_a_start_that_is_written_after_the_end_does_not_bring_a_sweep_back_to_life(tracker, runs):
+    one = tracker()
+    one.on_sweep_finished({}, None, None)
+    one.on_sweep_started({"git.commit": "abc"})
+    assert one.close(60) == []
+    assert (runs()["my sweep"].info.status, runs()["my sweep"].data.tags["git.commit"]) == ("FINISHED", "abc")
+
+
+def test_a_loss_that_is_not_finite_is_written_as_such(tracker, runs, client):
+    one = tracker()
+    one.on_trial_updated(trial(0, Outcome.DIVERGED, 2.0, math.nan))
+    assert one.close(60) == []
+    assert [math.isnan(point[1]) for point in history(client, runs()["0000 DIVERGED"])] == [False, True]
+
+
+def test_a_value_that_mlflow_refuses_is_a_warning_and_holds_up_nothing(tracker, runs):
+    one = tracker()
+    one.on_trial_updated(trial(0, Outcome.COMPLETE, 2.0, params={"not a valid name!": 1}))
+    one.on_trial_updated(trial(1, Outcome.COMPLETE, 2.0))
+    (warning,) = one.close(60)
+    assert "1 updates not written (trial 0): refused" in warning
+    assert runs()["0001 COMPLETE"].info.status == "FINISHED"
+
+
+def test_a_dead_server_neither_blocks_nor_raises_and_is_one_warning(tmp_path):
+    one = Tracker("http://user:secret@127.0.0.1:9", "demo", "my sweep", tmp_path, CONFIG)
+    before = time.perf_counter()
+    one.on_sweep_started({})
+    for _ in range(100):
+        one.on_trial_updated(trial(0, Outcome.RUNNING, 2.0))
+    one.on_sweep_finished({}, None, None)
+    assert time.perf_counter() - before < 0.1
+    (warning,) = one.close(5)
+    assert time.perf_counter() - before < 6
+    assert "mlflow at http://127.0.0.1:9: 3 updates not written (" in warning
+    assert "secret" not in warning
+
+
+def test_a_server_that_never_answers_does_not_hold_up_close(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = Tracker(f"http://127.0.0.1:{server.getsockname()[1]}", "demo", "my sweep", tmp_path, CONFIG)
+        one.on_sweep_started({})
+        before = time.perf_counter()
+        (warning,) = one.close(1)
+        assert 0.9 < time.perf_counter() - before < 2
+    assert "no answer within 1 s" in warning
+
+
+def test_tracking_switched_off_has_the_same_methods():
+    off = NullTracker()
+    off.on_sweep_started({})
+    off.on_trial_updated(trial(0, Outcome.RUNNING))
+    off.on_sweep_finished({}, None, None)
+    assert off.close(1) == []
+
+
+def test_importing_the_module_does_not_load_mlflow():
+    code = "import sys, sweep.tracking.tracker; print('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+# --- the thread ---
