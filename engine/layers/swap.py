@@ -80,7 +80,7 @@ class FusedLayer(nn.Module):
         return decoder_layer(hidden_states.squeeze(0), call, adapters).unsqueeze(0)
 
     def projections(self) -> dict[str, nn.Module]:
-        """MlflowRuns name -> the layer that stands there now."""
+        """Projection name -> the layer that stands there now."""
         return {name: getattr(self.self_attn if name in ATTENTION else self.mlp, name) for name in PROJECTIONS}
 
 

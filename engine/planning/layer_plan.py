@@ -1,15 +1,16 @@
 """What each decoder layer does under a config: what it keeps, what carries adapters, which weights stay dequantised. No torch.
 
-The decisions that `engine.swap`, `engine.lora` and `engine.model` take on a loaded model, for prediction; tests hold them equal.
+It predicts the decisions that `engine.layers.swap` and `engine.model.load` take on a loaded model;
+tests hold them equal.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
-from engine.config.trial import ALL_LINEAR, TrainConfig
+from engine.config.targets import target_rule
+from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.planning.model_shape import ModelShape
 from engine.planning.policies import GROUPS, POLICIES, PolicyName, layer_policies
@@ -49,10 +50,11 @@ def element_bytes(config: TrainConfig) -> int:
 
 
 def adapted_projections(config: TrainConfig, shape: ModelShape) -> list[tuple[str, ...]]:
-    """The projections of each layer that carry an adapter, by the rules of `engine.lora.resolve_targets`."""
+    """The projections of each layer that carry an adapter."""
     targets = config.lora.target_modules
+    is_target = target_rule(targets)
     names = [[f"model.layers.{i}.{_part(p)}.{p}" for p in shape.projections()] for i in range(shape.num_layers)]
-    chosen = [tuple(n.rpartition(".")[2] for n in layer if _is_target(n, targets)) for layer in names]
+    chosen = [tuple(n.rpartition(".")[2] for n in layer if is_target(n)) for layer in names]
     if any(chosen):
         return chosen
     if shape.family == "other":  # its layers may have other names: all of them is the safe side
@@ -110,14 +112,3 @@ def _cached_groups(config: TrainConfig, shape: ModelShape) -> list[frozenset[str
 def _part(projection: str) -> str:
     return "self_attn" if projection in (*GROUPS["qkv"], *GROUPS["o"]) else "mlp"
 
-
-def _is_target(name: str, targets: str | tuple[str, ...]) -> bool:
-    if targets == ALL_LINEAR:
-        return True
-    if isinstance(targets, str) and not re.fullmatch(r"[\w.\-]+", targets):
-        try:
-            return re.fullmatch(targets, name) is not None
-        except re.error as error:
-            raise InputError("lora.target_modules", targets, f"must be a valid regular expression ({error})") from None
-    entries = (targets,) if isinstance(targets, str) else targets
-    return any(name == entry or name.endswith(f".{entry}") for entry in entries)

@@ -193,6 +193,18 @@ def test_targets_that_match_nothing_are_an_input_error() -> None:
         predict_memory(config_of(lora={"target_modules": ["w1"]}), SHAPES["llama-3.1-8b"])
 
 
+def test_a_pattern_that_is_no_regular_expression_is_one_error_for_the_plan_and_for_the_adapter() -> None:
+    from engine.config.targets import resolve_targets
+
+    errors = []
+    for use in (lambda: predict_memory(config_of(lora={"target_modules": "layers.("}), SHAPES["llama-3.1-8b"]),
+                lambda: resolve_targets(["layers.0.q_proj"], "layers.(")):  # fmt: skip
+        with pytest.raises(InputError, match=r"target_modules = 'layers\.\(': must be a valid regular expression") as caught:
+            use()
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
 def test_layers_below_the_first_adapter_keep_nothing() -> None:
     upper = config_of(policy="keep", lora={"target_modules": r".*layers\.(1[6-9]|2\d|3\d)\..*"})
     whole = config_of(policy="keep")
