@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.planning.policies import HOST_IN_FLIGHT, HOST_LAG
+from engine.planning.limits import HOST_IN_FLIGHT, HOST_LAG
 
 HOST_SHARE = 0.7  # of the memory that is available when a trial starts; the rest is for data, page cache and the driver
 CHUNK_BYTES = 64 * 2**20

@@ -1,8 +1,9 @@
-"""Which tensors live when, in one pass through a fused decoder layer: a walk through `engine.fused` that counts bytes. No torch.
+"""Count the bytes of the tensors that live in one pass through a fused decoder layer. No torch.
 
-Each method of `Pass` stands for the function of that name there, in engine.fused_mlp or engine.layer, and allocates and frees in
-its order: whoever changes a tensor's life there changes it here, and a test walks both side by side. Left out: vectors of one
-value a token (rstd), and what the allocator rounds up.
+Each method of `Pass` stands for the function of that name in `engine.layers` (decoder_layer, mlp,
+structure), and allocates and frees in its order. Whoever changes a tensor's life there changes it
+here; a test walks both. Left out: vectors of one value a token (rstd), and what the allocator
+rounds up.
 
 Shape letters: T tokens, D hidden, F MLP hidden, H query heads, G key/value heads, K head dim, L tokens of one sample, R rank.
 """
@@ -15,10 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from engine.planning.layer_plan import LayerPlan, group_parameters
+from engine.planning.limits import MLP_TILE_TOKENS
 from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, LOW, TRANSIENT, WEIGHTS, HostStack, LiveBytes
 from engine.planning.model_shape import ModelShape
 
-MLP_TILE_TOKENS = 8192  # engine.fused_mlp.TILE_TOKENS, which needs torch; a test holds them equal
 AttentionName = Literal["flash", "cudnn", "eager"]
 
 

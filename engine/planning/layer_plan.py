@@ -13,7 +13,7 @@ from engine.config.targets import target_rule
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.planning.model_shape import ModelShape
-from engine.planning.policies import GROUPS, POLICIES, PolicyName, layer_policies
+from engine.planning.policies import ATTENTION_PROJECTIONS, GROUPS, POLICIES, PolicyName, layer_policies
 from engine.units import GIB
 
 
@@ -110,5 +110,5 @@ def _cached_groups(config: TrainConfig, shape: ModelShape) -> list[frozenset[str
 
 
 def _part(projection: str) -> str:
-    return "self_attn" if projection in (*GROUPS["qkv"], *GROUPS["o"]) else "mlp"
+    return "self_attn" if projection in ATTENTION_PROJECTIONS else "mlp"
 

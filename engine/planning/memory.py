@@ -15,14 +15,10 @@ from typing import Literal
 from engine.config.trial import TrainConfig
 from engine.planning.layer_memory import AttentionName, Pass, Sizes
 from engine.planning.layer_plan import element_bytes, group_parameters, is_fused, plan_layers
+from engine.planning.limits import EVALUATION_ROW_TOKENS, HOST_EMBEDDING_MIN_BYTES, LOSS_CHUNK_BYTES
 from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, HostStack, LiveBytes
 from engine.planning.model_shape import ModelShape
 from engine.units import GIB
-
-# Copies of constants of modules that need torch; a test holds them equal.
-LOSS_CHUNK_BYTES = 256 * 2**20  # engine.loss.CHUNK_BYTES
-HOST_EMBEDDING_MIN_BYTES = 256 * 2**20  # engine.embedding.MIN_BYTES
-EVALUATION_ROW_TOKENS = 4096  # engine.evaluate.MIN_ROW_TOKENS
 
 # torch gives cuBLAS a workspace on each stream for each thread that calls it, the caller's and autograd's: 32 MiB on Hopper,
 # 8.1 MiB on other cards, for which this is 48 MiB too much. That it is two follows from the measured peaks, which 64 MiB explain
@@ -190,7 +186,8 @@ class _Walk:
         return Pass(i, self.plans[i], self.shape, sizes, self.attention, dropout, self.live, self.host_stack)
 
     def _loss(self, sizes: Sizes, tokens: int, trains: bool) -> None:
-        """engine.loss: every token a target. Ends with `dh`, the gradient of the normalised hidden states, where there is one."""
+        """Walk through engine.layers.loss, every token a target. Ends with `dh`, the gradient of the
+        normalised hidden states, where there is one."""
         live, shape = self.live, self.shape
         rows = min(tokens, max(1, LOSS_CHUNK_BYTES // (self.element * shape.vocab_size)))
         gathered, logits = self.element * rows * shape.hidden_size, self.element * rows * shape.vocab_size
@@ -262,6 +259,6 @@ def _base_bytes(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
 
 
 def _is_on_host(config: TrainConfig, table_bytes: int) -> bool:
-    """Where engine.embedding puts an input embedding that is not tied to the head."""
+    """Whether engine.layers.host_embedding stores an input embedding that is not tied to the head on the host."""
     wanted = config.model.embeddings
     return wanted == "host" or (wanted == "auto" and table_bytes >= HOST_EMBEDDING_MIN_BYTES)

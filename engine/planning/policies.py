@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+ATTENTION_PROJECTIONS = (*GROUPS["qkv"], *GROUPS["o"])
 PolicyName = Literal["keep", "host", "selective", "recompute", "offload"]
 POLICIES: dict[bool | str, PolicyName] = {False: "keep", "selective": "selective", True: "recompute", "offload": "offload"}
 """Setting of `train.activation_checkpointing` -> what a layer does, from most to least memory."""
-# Device memory of what was put away on the host is let go so many layers later, time for the copy out; sooner, a layer later at
-# the soonest, where more than so many bytes are waiting: layers of long rows are large, and slow enough for their copies.
-HOST_LAG, HOST_IN_FLIGHT = 3, 2**30
 
 
 def layer_policies(num_layers: int, policy: PolicyName, keep_layers: int, host_layers: int) -> list[PolicyName]:

@@ -12,9 +12,9 @@ from engine.data.packing import Sample, collate
 from engine.errors import InputError
 from engine.layers import attention
 from engine.layers import decoder_layer as fused
-from engine.layers import mlp as fused_mlp
 from engine.layers.structure import Policy
 from engine.layers.swap import FusedLayer, cache_weights, fuse_layers, require_fused, set_policy
+from engine.planning import limits
 from engine.planning.policies import layer_policies
 from engine.quant.frozen_linear import freeze_linears
 
@@ -212,7 +212,7 @@ def test_the_last_layers_keep_their_activations_whatever_the_policy_and_some_oth
 def test_an_mlp_in_tiles_has_the_same_numbers(family, policy, monkeypatch):
     lora = LoraConfig(rank=3)
     whole = run(*build(family, "fused")[:2], lora, policy)
-    monkeypatch.setattr(fused_mlp, "TILE_TOKENS", 8)  # 30 tokens: three tiles and a rest
+    monkeypatch.setattr(limits, "MLP_TILE_TOKENS", 8)  # 30 tokens: three tiles and a rest
     tiles = []
     gradient = fused.mlp_gradient
     monkeypatch.setattr(fused, "mlp_gradient", lambda dy, *rest: tiles.append(len(dy)) or gradient(dy, *rest))
@@ -221,7 +221,7 @@ def test_an_mlp_in_tiles_has_the_same_numbers(family, policy, monkeypatch):
 
 
 def test_dropout_in_tiles_is_the_same_under_every_policy(monkeypatch):
-    monkeypatch.setattr(fused_mlp, "TILE_TOKENS", 8)
+    monkeypatch.setattr(limits, "MLP_TILE_TOKENS", 8)
     lora = LoraConfig(rank=3, lora_dropout=0.3)
     one, two = (run(*build("Llama", "fused")[:2], lora, policy) for policy in (Policy.RECOMPUTE, Policy.OFFLOAD))
     assert worst(one, two) < 1e-6

@@ -17,14 +17,12 @@ from engine.adapter.lora import LoraLinear
 from engine.config.trial import LoraConfig, TrainConfig
 from engine.kernels import ops
 from engine.layers import decoder_layer as fused
-from engine.layers import mlp as fused_mlp
 from engine.layers import projection_group as projection
-from engine.layers import structure as layer
 from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.host_stash import HostStash
 from engine.layers.projection_group import ProjectionGroup
 from engine.layers.structure import Call, LayerSpec, Norm, Policy
-from engine.planning.layer_memory import MLP_TILE_TOKENS, Pass, Sizes
+from engine.planning.layer_memory import Pass, Sizes
 from engine.planning.layer_plan import plan_layers
 from engine.planning.live_bytes import HostStack, LiveBytes
 from engine.planning.model_shape import ModelShape
@@ -270,8 +268,3 @@ def test_the_walk_of_another_policy_does_not_count_the_same() -> None:
     sums = {policy: walked(config_of(policy), shape, 4096) for policy in POLICIES}
     measured = counted(build(config_of("selective"), shape, 4096), shape, 4096)
     assert [policy for policy, size in sums.items() if math.isclose(size, measured, rel_tol=0.003)] == ["selective"]
-
-
-def test_the_walks_copies_of_constants_are_those_of_the_layers() -> None:
-    assert MLP_TILE_TOKENS == fused_mlp.TILE_TOKENS
-    assert GROUPS == layer.GROUPS

@@ -281,14 +281,3 @@ def test_predictions_do_without_torch() -> None:
     code = f"import sys; {imports}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_copies_of_constants_are_those_of_the_modules_that_need_torch() -> None:
-    from engine.evaluation import eval_loss as evaluate
-    from engine.layers import host_embedding as embedding
-    from engine.layers import loss
-    from engine.planning import memory
-
-    assert loss.CHUNK_BYTES == memory.LOSS_CHUNK_BYTES
-    assert embedding.MIN_BYTES == memory.HOST_EMBEDDING_MIN_BYTES
-    assert evaluate.MIN_ROW_TOKENS == memory.EVALUATION_ROW_TOKENS
