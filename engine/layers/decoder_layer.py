@@ -20,9 +20,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from engine.kernels import ops
 from engine.layers.attention import attend
 from engine.layers.mlp import mlp, mlp_gradient, tiles
-from engine.layers.structure import Call, Gradients, Policy, Saved, group_backward, project
+from engine.layers.structure import Call, Gradients, Saved, group_backward, project
 from engine.planning import limits
-from engine.planning.policies import GROUPS
+from engine.planning.policies import GROUPS, Policy
 
 
 def decoder_layer(x_TD: Tensor, call: Call, adapters: list[Tensor]) -> Tensor:
@@ -46,7 +46,7 @@ class _DecoderLayer(torch.autograd.Function):
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, ctx.saved
         ctx.call = ctx.saved = None  # the node outlives its backward pass, until the loss is dropped
-        if call.policy in (Policy.OFFLOAD, Policy.HOST):
+        if call.policy.is_on_host:
             saved.x = call.stash.pop(saved.x)
         grads: Gradients = {}
         dx_mid_TD = _mlp_backward(dy_TD.contiguous(), call, saved, grads)

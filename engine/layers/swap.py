@@ -17,9 +17,9 @@ from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.decoder_layer import decoder_layer
 from engine.layers.host_stash import HostStash
 from engine.layers.projection_group import ProjectionGroup, merged_weight
-from engine.layers.structure import PROJECTIONS, Call, LayerSpec, Norm, Policy, normalize
+from engine.layers.structure import PROJECTIONS, Call, LayerSpec, Norm, normalize
 from engine.planning.model_shape import ACTIVATIONS, FAMILIES
-from engine.planning.policies import ATTENTION_PROJECTIONS, GROUPS, layer_policies
+from engine.planning.policies import ATTENTION_PROJECTIONS, GROUPS, Policy, layer_policies
 
 KNOWN = tuple(dict.fromkeys(FAMILIES.values()))
 
@@ -127,8 +127,8 @@ def restore_layers(model: nn.Module) -> None:
 def set_policy(model: nn.Module, policy: Policy, keep_layers: int = 0, host_layers: int = 0) -> HostStash:
     """What fused layers keep from forward to backward, by `layer_policies`. Returns the stash they share, empty."""
     stash, layers = HostStash(), _fused_layers(model)
-    for layer, name in zip(layers, layer_policies(len(layers), policy.name.lower(), keep_layers, host_layers)):
-        layer.policy, layer.stash = Policy[name.upper()], stash
+    for layer, own in zip(layers, layer_policies(len(layers), policy, keep_layers, host_layers)):
+        layer.policy, layer.stash = own, stash
     return stash
 
 

@@ -13,7 +13,7 @@ from engine.config.targets import target_rule
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.planning.model_shape import ModelShape
-from engine.planning.policies import ATTENTION_PROJECTIONS, GROUPS, POLICIES, PolicyName, layer_policies
+from engine.planning.policies import ATTENTION_PROJECTIONS, GROUPS, Policy, layer_policies
 from engine.units import GIB
 
 
@@ -23,7 +23,7 @@ class LayerPlan:
     whose weights are kept dequantised. trained: whether it has a backward pass, since something in it or below is trained.
     needs_dx: whether something below is."""
 
-    policy: PolicyName
+    policy: Policy
     ranks: dict[str, int]
     adapter: dict[str, int]
     cached: frozenset[str]
@@ -39,7 +39,7 @@ def is_fused(config: TrainConfig, shape: ModelShape) -> bool:
 def can_record(config: TrainConfig, shape: ModelShape) -> bool:
     """Whether a micro-batch can be a CUDA graph (engine.graphs): fused, without dropout, host memory and attention by sample."""
     loop = config.train
-    on_device = loop.activation_checkpointing != "offload" and loop.host_layers == 0
+    on_device = loop.activation_checkpointing != Policy.OFFLOAD and loop.host_layers == 0
     flash = not shape.attention_softcap and config.model.dtype != "float32"
     return is_fused(config, shape) and flash and on_device and not config.lora.lora_dropout
 
@@ -79,7 +79,7 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
     cached = _cached_groups(config, shape)
     sizes = {name: config.lora.rank * sum(features) for name, features in shape.projections().items()}
     plans, counts = [], (loop.keep_layers, loop.host_layers) if is_fused(config, shape) else (0, 0)
-    policies = layer_policies(shape.num_layers, POLICIES[loop.activation_checkpointing], *counts)
+    policies = layer_policies(shape.num_layers, Policy.of(loop.activation_checkpointing), *counts)
     for i, names in enumerate(adapted):
         ranks = {group: config.lora.rank * sum(n in names for n in members) for group, members in GROUPS.items()}
         adapter = {group: sum(sizes[n] for n in members if n in names) for group, members in GROUPS.items()}

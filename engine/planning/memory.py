@@ -18,6 +18,7 @@ from engine.planning.layer_plan import element_bytes, group_parameters, is_fused
 from engine.planning.limits import EVALUATION_ROW_TOKENS, HOST_EMBEDDING_MIN_BYTES, LOSS_CHUNK_BYTES
 from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, HostStack, LiveBytes
 from engine.planning.model_shape import ModelShape
+from engine.planning.policies import Policy
 from engine.units import GIB
 
 # torch gives cuBLAS a workspace on each stream for each thread that calls it, the caller's and autograd's: 32 MiB on Hopper,
@@ -207,20 +208,20 @@ class _Walk:
         for layer in reversed(passes):
             if not layer.plan.trained:
                 break
-            kind = "kept" if layer.plan.policy in ("keep", "host") else "recomputed"
+            kind = "kept" if layer.plan.policy in (Policy.KEEP, Policy.HOST) else "recomputed"
             self.live.enter(f"backward, {kind} layers")
             layer.backward()
 
     def _forward_unfused(self, sizes: Sizes) -> None:
         """transformers' own layers: what autograd keeps, or the inputs alone."""
-        number, recomputes = self.shape.num_layers, self.config.train.activation_checkpointing is not False
+        number, recomputes = self.shape.num_layers, Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
         for i in range(1, number + 1):
             self.live.hold(f"{i}.x", sizes.x, BOUNDARY)
         self.live.hold("graph", self._unfused_graph(sizes) * (0 if recomputes else number), KEPT)
         self.live.briefly(3 * sizes.f + 6 * sizes.x + self._largest_weight())
 
     def _backward_unfused(self, sizes: Sizes) -> None:
-        recomputes = self.config.train.activation_checkpointing is not False
+        recomputes = Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
         self.live.enter("backward, recomputed layers" if recomputes else "backward, kept layers")
         again = self._unfused_graph(sizes) if recomputes else 0
         with self.live.holding(again + 4 * sizes.f + 6 * sizes.x), self.live.holding(self._largest_weight(), WEIGHTS):

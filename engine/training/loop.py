@@ -33,6 +33,7 @@ from engine.planning.cards import found_card
 from engine.planning.memory import CONTEXT_GIB
 from engine.planning.model_shape import ModelShape
 from engine.planning.planner import ComputePlan, changed, leaner, make_compute_plan
+from engine.planning.policies import Policy
 from engine.system.files import write_text
 from engine.training import checkpoint
 from engine.training.checkpoint import Pace, Progress, Sums
@@ -82,7 +83,7 @@ def train(
             yield from run.reports(interrupted, pace or Pace())
     finally:
         detach(resident.model, layers)
-        resident.checkpoint_activations(False)
+        resident.checkpoint_activations(Policy.KEEP)
         resident.model.eval()
         layers.clear()
         free(device)
@@ -215,7 +216,7 @@ class _Run:
         free(self.base.device)
 
     def _follow_plan(self) -> None:
-        self.base.checkpoint_activations(self.plan.activation_checkpointing, self.plan.keep_layers, self.plan.host_layers)
+        self.base.checkpoint_activations(self.plan.policy, self.plan.keep_layers, self.plan.host_layers)
         self.base.cache_weights(self.plan.weight_cache_gib)
         self.graphs = None  # recordings of another plan, with their memory
         if self.plan.cuda_graphs:
@@ -257,7 +258,7 @@ class _Run:
             predicted_peak_gib=0.0 if self.plan.memory is None else self.plan.memory.peak_gib,
             num_out_of_memory=progress.num_out_of_memory,
             micro_batch_size=self.plan.micro_batch_size,
-            activation_checkpointing=str(self.plan.activation_checkpointing).lower(),
+            activation_checkpointing=str(self.plan.policy.setting).lower(),
             setup_s=self.setup_s,
         )
         progress.reports.append(report.to_dict())

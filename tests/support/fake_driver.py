@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 from engine.errors import OutOfMemory
 from engine.planning.planner import ComputePlan
+from engine.planning.policies import Policy
 from sweep import driver
 from sweep.__main__ import run
 from sweep.execution.worker_config import EngineModules
@@ -26,7 +27,7 @@ def make_compute_plan(config, shape, card, host_gib):
     need = float(config.lora.rank)
     if need > card.memory_gib:
         raise OutOfMemory(f"needs {need:.1f} GiB at the least (predicted), {card.memory_gib:.1f} GiB are allowed", need)
-    return ComputePlan(1, False, 0, 0, 0.0, memory=SimpleNamespace(peak_gib=need, reserve_gib=0.0))
+    return ComputePlan(1, Policy.KEEP, 0, 0, 0.0, memory=SimpleNamespace(peak_gib=need, reserve_gib=0.0))
 
 
 def main(command: str, argument: str, overrides: str = "{}") -> int:

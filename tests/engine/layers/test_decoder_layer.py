@@ -12,10 +12,9 @@ from engine.data.packing import Sample, collate
 from engine.errors import InputError
 from engine.layers import attention
 from engine.layers import decoder_layer as fused
-from engine.layers.structure import Policy
 from engine.layers.swap import FusedLayer, cache_weights, fuse_layers, require_fused, set_policy
 from engine.planning import limits
-from engine.planning.policies import layer_policies
+from engine.planning.policies import Policy, layer_policies
 from engine.quant.frozen_linear import freeze_linears
 
 SMALL = {
@@ -201,10 +200,10 @@ def test_the_last_layers_keep_their_activations_whatever_the_policy_and_some_oth
     model, _, _ = build("Llama", "fused")
     set_policy(model, Policy.OFFLOAD, keep_layers=1, host_layers=1)
     assert [m.policy for m in model.modules() if isinstance(m, FusedLayer)] == [Policy.HOST, Policy.OFFLOAD, Policy.KEEP]
-    spread = layer_policies(8, "recompute", keep_layers=1, host_layers=3)
+    spread = layer_policies(8, Policy.RECOMPUTE, keep_layers=1, host_layers=3)
     assert [i for i, policy in enumerate(spread) if policy == "host"] == [0, 3, 5]
-    assert layer_policies(3, "recompute", keep_layers=5, host_layers=9) == ["keep"] * 3
-    assert layer_policies(3, "recompute", keep_layers=0, host_layers=9) == ["host"] * 3
+    assert layer_policies(3, Policy.RECOMPUTE, keep_layers=5, host_layers=9) == ["keep"] * 3
+    assert layer_policies(3, Policy.RECOMPUTE, keep_layers=0, host_layers=9) == ["host"] * 3
 
 
 @pytest.mark.parametrize("policy", [Policy.HOST, Policy.SELECTIVE, Policy.RECOMPUTE, Policy.OFFLOAD])

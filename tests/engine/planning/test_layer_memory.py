@@ -21,12 +21,12 @@ from engine.layers import projection_group as projection
 from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.host_stash import HostStash
 from engine.layers.projection_group import ProjectionGroup
-from engine.layers.structure import Call, LayerSpec, Norm, Policy
+from engine.layers.structure import Call, LayerSpec, Norm
 from engine.planning.layer_memory import Pass, Sizes
 from engine.planning.layer_plan import plan_layers
 from engine.planning.live_bytes import HostStack, LiveBytes
 from engine.planning.model_shape import ModelShape
-from engine.planning.policies import GROUPS
+from engine.planning.policies import GROUPS, LADDER
 from engine.quant.frozen_linear import FrozenLinear
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 3, "hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8,
@@ -37,7 +37,7 @@ FAMILIES = {
     "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 128},
     "gemma3": {**LLAMA, "model_type": "gemma3_text", "head_dim": 128},
 }
-POLICIES: dict[str, Any] = {"keep": False, "selective": "selective", "recompute": True, "offload": "offload"}
+POLICIES = tuple(policy.value for policy in LADDER)
 LENGTH = 1024
 
 
@@ -178,9 +178,8 @@ def build(config: TrainConfig, shape: ModelShape, tokens: int) -> list[Layer]:
             size = (sum(shape.projections()[n][0] for n in names), shape.projections()[names[0]][1])
             cached = torch.empty(size, dtype=torch.bfloat16, device="meta") if group in plan.cached else None
             groups[group] = ProjectionGroup.of([modules[name] for name in names], torch.bfloat16, cached)
-        policy = Policy[plan.policy.upper()]
         adapters = [p for module in modules.values() for p in (module.lora_a, module.lora_b)]
-        layers.append(Layer(Call(spec, policy, groups, table, table, documents, stash), adapters))
+        layers.append(Layer(Call(spec, plan.policy, groups, table, table, documents, stash), adapters))
     return layers
 
 
@@ -235,7 +234,7 @@ def config_of(policy: str, **changes: Any) -> TrainConfig:
     train |= changes.pop("train", {})
     return TrainConfig.model_validate({
         "model": {"path": "x"}, "data": {"train": "x", "max_seq_length": LENGTH}, "lora": {"rank": 8, **changes},
-        "train": {"activation_checkpointing": POLICIES[policy], **train},
+        "train": {"activation_checkpointing": policy, **train},
     })  # fmt: skip
 
 

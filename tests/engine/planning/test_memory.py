@@ -18,6 +18,7 @@ from engine.planning.cards import CARDS, Card
 from engine.planning.layer_plan import adapted_projections, plan_layers
 from engine.planning.memory import CONTEXT_GIB, MemoryPrediction, fits, predict_memory
 from engine.planning.model_shape import ModelShape
+from engine.planning.policies import LADDER
 from engine.planning.speed import predict_speed
 from engine.units import GIB
 from tests.support.paths import ROOT
@@ -26,7 +27,7 @@ from tests.support.published_models import GEMMA2_9B, LLAMA_1B, LLAMA_8B
 CALIBRATION = ROOT / "engine" / "bench" / "calibration" / "h100-2026-11-24.jsonl"
 PEAKS = CALIBRATION.with_name("h100-2026-11-24-peaks.jsonl")
 ROWS = [json.loads(line) for line in CALIBRATION.read_text().splitlines()]
-POLICIES: dict[str, Any] = {"offload": "offload", "recompute": True, "selective": "selective", "keep": False}
+POLICIES = tuple(policy.value for policy in reversed(LADDER))
 
 SHAPES = {"llama-3.1-8b": ModelShape.of(LLAMA_8B, "8B"), "llama-3.2-1b": ModelShape.of(LLAMA_1B, "1B")}
 
@@ -38,7 +39,7 @@ def config_of(
     train = {
         "max_tokens": 10**6, "micro_batch_size": batch, "keep_layers": keep_layers, "host_layers": 0,
         "weight_cache_gib": weight_cache_gib,
-        "activation_checkpointing": POLICIES[policy],
+        "activation_checkpointing": policy,
     }  # fmt: skip
     data = {"train": "x", "max_seq_length": length, **sections.get("data", {})}
     return parse(TrainConfig, {
