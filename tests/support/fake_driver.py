@@ -14,8 +14,9 @@ from types import SimpleNamespace
 from engine.errors import OutOfMemory
 from engine.planning.planner import ComputePlan
 from engine.planning.policies import Policy
+from engine.system.command_line import run
 from sweep import driver
-from sweep.__main__ import run
+from sweep.cli.lasting_output import lasting_output
 from sweep.execution.worker_config import EngineModules
 from sweep.plan import feasibility
 
@@ -34,8 +35,8 @@ def main(command: str, argument: str, overrides: str = "{}") -> int:
     os.environ["FAKE_TORCH"] = "1"  # for the workers
     feasibility.make_compute_plan = make_compute_plan
     if command == "start":
-        return run(lambda: driver.start(json.loads(Path(argument).read_text()), engine=ENGINE))
-    return run(lambda: driver.resume(argument, json.loads(overrides), engine=ENGINE))
+        return run(lambda: driver.start(json.loads(Path(argument).read_text()), engine=ENGINE), output=lasting_output)
+    return run(lambda: driver.resume(argument, json.loads(overrides), engine=ENGINE), output=lasting_output)
 
 
 if __name__ == "__main__":
