@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from engine.units import GIB
+
 MLP_TILE_TOKENS = 8192
 """The MLP of a longer row is computed in tiles, where nothing of it is kept: gate and up of one tile
 at F = 14,336 are 0.44 GiB."""
@@ -19,7 +21,7 @@ EVALUATION_ROW_TOKENS = 4096
 """Samples of an evaluation share rows of at least this many tokens: on an H100 a row of 256 tokens
 took 140 ms of launches for 3 ms of work."""
 
-HOST_LAG, HOST_IN_FLIGHT = 3, 2**30
+HOST_LAG, HOST_IN_FLIGHT = 3, GIB
 """The device memory of a layer that is stored on the host is released HOST_LAG layers later, which
 leaves time for the copy out. It is released sooner, a layer later at the soonest, where more than
 HOST_IN_FLIGHT bytes wait: layers of long rows are large, and slow enough for their copies."""

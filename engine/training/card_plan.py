@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from engine.config.trial import TrainConfig
-from engine.layers.host_stash import host_share_gib
 from engine.model.base import Base
+from engine.model.device import host_share_gib
 from engine.planning.cards import found_card
 from engine.planning.memory import CONTEXT_GIB
 from engine.planning.model_shape import ModelShape

@@ -18,7 +18,7 @@ from engine.bench.rows import LADDER, OURS_ONLY, POLICIES, SUITES, Row, Setting,
 from engine.bench.shapes import SHAPES, random_model
 from engine.bench.systems import SYSTEMS, System
 from engine.bench.table import report
-from engine.layers.loss import IGNORE
+from engine.kernels.ops import IGNORE
 
 TINY = Setting(model="tiny", batch=2, length=32, rank=4, steps=2)
 FLAGS = ["--model", "tiny", "--batch", "2", "--length", "32", "--rank", "4", "--steps", "2"]
