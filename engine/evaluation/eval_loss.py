@@ -12,7 +12,7 @@ import torch
 from engine.data.packing import Batch, collate, plan_once
 from engine.data.views import View
 from engine.model.base import Base
-from engine.planning.limits import EVALUATION_ROW_TOKENS
+from engine.planning.compute_limits import EVALUATION_ROW_TOKENS
 
 
 def evaluation_batches(view: View, eval_max_seq_length: int) -> list[Batch]:

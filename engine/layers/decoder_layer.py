@@ -21,7 +21,7 @@ from engine.kernels import ops
 from engine.layers.attention import attend
 from engine.layers.mlp import mlp, mlp_gradient, tiles
 from engine.layers.structure import Call, Gradients, Saved, group_backward, project
-from engine.planning import limits
+from engine.planning import compute_limits
 from engine.planning.policies import GROUPS, Policy
 
 
@@ -73,12 +73,12 @@ def _kept(saved: Saved, call: Call) -> Saved:
 
 
 def _keeps_mlp(call: Call, num_tokens: int) -> bool:
-    return call.policy is Policy.KEEP or (call.policy is Policy.HOST and num_tokens <= limits.MLP_TILE_TOKENS)
+    return call.policy is Policy.KEEP or (call.policy is Policy.HOST and num_tokens <= compute_limits.MLP_TILE_TOKENS)
 
 
 def _forward(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
     normed = _to_mlp(x, call, saved, graph)
-    if (graph and _keeps_mlp(call, x.shape[0])) or x.shape[0] <= limits.MLP_TILE_TOKENS:
+    if (graph and _keeps_mlp(call, x.shape[0])) or x.shape[0] <= compute_limits.MLP_TILE_TOKENS:
         return mlp(normed, call, saved)
     y = torch.empty_like(x)
     for rows, part in tiles(call, x.shape[0]):
@@ -142,7 +142,7 @@ def _mlp_backward(dy: Tensor, call: Call, saved: Saved, grads: Gradients) -> Ten
     """Gradient of x_mid. What the policy has dropped is computed again first."""
     norm = call.spec.mlp_norm
     normed = _to_mlp(saved.x, call, saved, graph=True) if saved.x_mid is None else norm.forward(saved.x_mid)[0]
-    if saved.gate_up is not None or dy.shape[0] <= limits.MLP_TILE_TOKENS:
+    if saved.gate_up is not None or dy.shape[0] <= compute_limits.MLP_TILE_TOKENS:
         return mlp_gradient(dy, normed, call, saved, grads)
     dx_mid = torch.empty_like(dy)
     for rows, part in tiles(call, dy.shape[0]):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from engine.config.trial import ModelConfig
 from engine.errors import InputError
 from engine.kernels import ops
-from engine.planning.limits import HOST_EMBEDDING_MIN_BYTES
+from engine.planning.compute_limits import HOST_EMBEDDING_MIN_BYTES
 
 
 class HostEmbedding(nn.Module):

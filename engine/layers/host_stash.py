@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.planning.limits import HOST_IN_FLIGHT, HOST_LAG
+from engine.planning.compute_limits import HOST_IN_FLIGHT, HOST_LAG
 
 CHUNK_BYTES = 64 * 2**20
 ALIGNMENT = 512  # bytes; of each tensor's place on the host

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.kernels import ops
 from engine.kernels.ops import IGNORE
-from engine.planning.limits import LOSS_CHUNK_BYTES
+from engine.planning.compute_limits import LOSS_CHUNK_BYTES
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.kernels import ops
 from engine.layers.structure import Call, Gradients, Saved, group_backward, low_rank_hidden, project
-from engine.planning import limits
+from engine.planning import compute_limits
 
 
 def mlp(normed: Tensor, call: Call, saved: Saved) -> Tensor:
@@ -25,9 +25,9 @@ def mlp(normed: Tensor, call: Call, saved: Saved) -> Tensor:
 def tiles(call: Call, num_tokens: int) -> Iterator[tuple[slice, Call]]:
     """Rows of a long call's MLP, and the call for each: weights dequantised once for all, dropout masks of their own."""
     groups = {name: call.groups[name].with_weights() for name in ("gate_up", "down")}
-    for i, start in enumerate(range(0, num_tokens, limits.MLP_TILE_TOKENS)):
+    for i, start in enumerate(range(0, num_tokens, compute_limits.MLP_TILE_TOKENS)):
         tile = {name: replace(group, seed=group.seed + i) for name, group in groups.items()}
-        yield slice(start, start + limits.MLP_TILE_TOKENS), replace(call, groups=tile)
+        yield slice(start, start + compute_limits.MLP_TILE_TOKENS), replace(call, groups=tile)
 
 
 def _down(call: Call, saved: Saved) -> Tensor:

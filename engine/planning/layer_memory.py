@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from engine.planning.compute_limits import MLP_TILE_TOKENS
 from engine.planning.layer_plan import LayerPlan, group_parameters
-from engine.planning.limits import MLP_TILE_TOKENS
 from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, LOW, TRANSIENT, WEIGHTS, HostStack, LiveBytes
 from engine.planning.model_shape import ModelShape
 from engine.planning.policies import Policy

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.config.trial import TrainConfig
+from engine.planning.compute_limits import EVALUATION_ROW_TOKENS, HOST_EMBEDDING_MIN_BYTES, LOSS_CHUNK_BYTES
 from engine.planning.layer_memory import AttentionName, Pass, Sizes
 from engine.planning.layer_plan import element_bytes, group_parameters, is_fused, plan_layers
-from engine.planning.limits import EVALUATION_ROW_TOKENS, HOST_EMBEDDING_MIN_BYTES, LOSS_CHUNK_BYTES
 from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, HostStack, LiveBytes
 from engine.planning.model_shape import ModelShape
 from engine.planning.policies import Policy
