@@ -112,6 +112,10 @@ def _prompts() -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
+    return run(lambda: _main(_options(arguments)))
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m engine.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -121,20 +125,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
-    def command() -> int:
-        if options.max_new_tokens < 1:
-            raise InputError("--max-new-tokens", options.max_new_tokens, "must be at least 1")
-        if not 0 <= options.temperature < float("inf"):
-            raise InputError("--temperature", options.temperature, "must be 0 or more")
-        chat = load_chat(options.adapter, options.max_new_tokens, options.temperature, options.device)
-        torch.manual_seed(options.seed)
-        for prompt in [options.prompt] if options.prompt is not None else _prompts():
-            chat.answer(prompt)
-        return 0
 
-    return run(command)
+def _main(options: argparse.Namespace) -> int:
+    if options.max_new_tokens < 1:
+        raise InputError("--max-new-tokens", options.max_new_tokens, "must be at least 1")
+    if not 0 <= options.temperature < float("inf"):
+        raise InputError("--temperature", options.temperature, "must be 0 or more")
+    chat = load_chat(options.adapter, options.max_new_tokens, options.temperature, options.device)
+    torch.manual_seed(options.seed)
+    for prompt in [options.prompt] if options.prompt is not None else _prompts():
+        chat.answer(prompt)
+    return 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from engine.config.targets import resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.views import load_data
 from engine.errors import InputError
-from engine.layers.host_stash import host_share_gib
+from engine.model.device import host_share_gib
 from engine.model.inspect import ModelFacts, inspect_model, load_tokenizer, model_config
 from engine.planning.model_shape import ModelShape
 from engine.sources.locate import locate

@@ -1,35 +1,21 @@
-"""python -m sweep: composes conf/ (sweep/composing.py), once, and hands a plain dict to the driver."""
+"""python -m sweep: composes conf/ once, and hands a plain dict to the driver."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
-from engine.errors import EngineError
+from engine.system.command_line import run
 from sweep.cli.lasting_output import lasting_output
 from sweep.config.compose import compose, parsed, run_keys, to_yaml
 from sweep.config.conf_files import groups
 
-__all__ = ["compose", "groups", "main", "run"]
+__all__ = ["compose", "groups", "main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 done, 1 no trial completed, 2 bad input, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    return run(lambda: _main(arguments))
-
-
-def run(command: Callable[[], int]) -> int:
-    """The command's exit code, or that of what it raised, in one line."""
-    with lasting_output():
-        try:
-            return command()
-        except EngineError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return getattr(error, "exit_code", 2)
-        except KeyboardInterrupt:
-            print("\nstopped", file=sys.stderr)
-            return 130
+    return run(lambda: _main(arguments), output=lasting_output)
 
 
 def _main(arguments: list[str]) -> int:
@@ -43,14 +29,14 @@ def _main(arguments: list[str]) -> int:
     from sweep import driver  # loads most of the program, which help and completion need not wait for
 
     overrides = [argument for argument in arguments if argument != "--cfg"]
-    run, rest = run_keys(overrides)
-    if run["resume"] is not None:
-        return driver.resume(str(run["resume"]), dict(map(parsed, rest)), dry_run=run["dry_run"])
+    keys, rest = run_keys(overrides)
+    if keys["resume"] is not None:
+        return driver.resume(str(keys["resume"]), dict(map(parsed, rest)), dry_run=keys["dry_run"])
     raw = compose(rest)
     if "--cfg" in arguments:
         print(to_yaml(raw), end="")
         return 0
-    return driver.start(raw, dry_run=run["dry_run"])
+    return driver.start(raw, dry_run=keys["dry_run"])
 
 
 def _complete(option: str, value: str = "", *rest: str) -> int:

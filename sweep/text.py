@@ -1,14 +1,9 @@
-"""Small texts that several rooms share: tables, parameters and their values."""
+"""Small texts that several rooms share: numbers, parameters and their values."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in escaped)]
 
 
 def number(value: float | None, spec: str) -> str:

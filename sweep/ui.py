@@ -12,7 +12,8 @@ import time
 import webbrowser
 from pathlib import Path
 
-from engine.errors import EngineError, InputError
+from engine.errors import InputError
+from engine.system.command_line import run
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.tracking.mlflow_runs import ENVIRONMENT, MlflowRuns
 from sweep.tracking.mlflow_view import page_queries
@@ -26,15 +27,14 @@ START_S = 60.0
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 closed by Ctrl-C, 1 MLflow did not start, 2 bad input."""
-    options = _options(arguments)
-    try:
-        uri, pages = find_pages(SweepFolder.open(options.folder, "folder"))
-        if uri.startswith("http"):
-            return _show(uri.rstrip("/"), pages, options.open)
-        return _serve(uri, free_port() if options.port is None else options.port, pages, options.open)
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+    return run(lambda: _main(_options(arguments)))
+
+
+def _main(options: argparse.Namespace) -> int:
+    uri, pages = find_pages(SweepFolder.open(options.folder, "folder"))
+    if uri.startswith("http"):
+        return _show(uri.rstrip("/"), pages, options.open)
+    return _serve(uri, free_port() if options.port is None else options.port, pages, options.open)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

@@ -31,12 +31,17 @@ from engine.bench.rows import POLICIES, SUITES, Row, Setting, plain_rows, suite_
 from engine.bench.shapes import SHAPES
 from engine.bench.systems import SYSTEMS
 from engine.bench.table import describe, headings, line, report
+from engine.system.command_line import run
 from engine.system.provenance import provenance
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    return run(lambda: _main(_arguments(arguments)), stopped="stopped; rows that were done are in the file of --json")
+
+
+def _main(options: argparse.Namespace) -> int:
     """Run every row in a subprocess, or (with --child) measure one system here."""
-    options = _arguments(arguments)
     if options.child:
         settings = [Setting(**values) for values in json.loads(options.settings)] if options.settings else [_setting(options)]
         for result in measure(options.child, settings, options.checkpoint):

@@ -26,13 +26,13 @@ from engine.adapter.lora import attach, detach
 from engine.bench.measure import tokens
 from engine.bench.rows import Setting
 from engine.bench.shapes import SHAPES, random_base
-from engine.bench.systems import OUR_POLICIES
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.model.base import Base
 from engine.model.device import free, pick_dtype
 from engine.planning.memory import predict_memory
 from engine.planning.model_shape import ModelShape
+from engine.planning.policies import LADDER, Policy
 from engine.quant.bnb import adamw_8bit
 from engine.system.provenance import provenance
 from engine.units import GIB
@@ -88,8 +88,8 @@ def draw(model: str, seed: int, count: int) -> list[dict[str, Any]]:
     """`count` settings: lengths in turn, the other dimensions shuffled beside them."""
     generator = random.Random(f"{seed}:{model}")
     columns = {
-        "rank": RANKS, "targets": tuple(TARGETS), "policy": tuple(OUR_POLICIES), "batch": MICRO_BATCHES, "keep_layers": (0, 1, 4),
-        "host_layers": (0, 0, 8), "dropout": (0.0, 0.0, 0.1),
+        "rank": RANKS, "targets": tuple(TARGETS), "policy": tuple(policy.value for policy in LADDER), "batch": MICRO_BATCHES,
+        "keep_layers": (0, 1, 4), "host_layers": (0, 0, 8), "dropout": (0.0, 0.0, 0.1),
     }  # fmt: skip
     cycles = {name: itertools.cycle(generator.sample(values, len(values))) for name, values in columns.items()}
     settings = []
@@ -114,7 +114,7 @@ def measure_one(base: Base, values: dict[str, Any]) -> dict[str, Any]:
         peak = None
     finally:
         detach(base.model, layers)
-        base.checkpoint_activations(False)
+        base.checkpoint_activations(Policy.KEEP)
         layers.clear()
         free(base.device)
     return {"predicted_gib": predicted, "peak_allocated_gib": peak}
@@ -128,7 +128,7 @@ def train_config(values: dict[str, Any]) -> TrainConfig:
         "lora": {"rank": values["rank"], "target_modules": TARGETS[values["targets"]], "lora_dropout": values["dropout"]},
         "train": {
             "max_tokens": 10**6, "micro_batch_size": values["batch"], "gradient_accumulation_steps": 1,
-            "activation_checkpointing": OUR_POLICIES[values["policy"]], "keep_layers": values["keep_layers"],
+            "activation_checkpointing": values["policy"], "keep_layers": values["keep_layers"],
             "host_layers": values["host_layers"], "weight_cache_gib": 0.0,
         },
     })  # fmt: skip
@@ -136,7 +136,7 @@ def train_config(values: dict[str, Any]) -> TrainConfig:
 
 def _peak(base: Base, adapter: FlatAdapter, config: TrainConfig, values: dict[str, Any]) -> float:
     loop = config.train
-    base.checkpoint_activations(loop.activation_checkpointing, loop.keep_layers, loop.host_layers)
+    base.checkpoint_activations(Policy.of(loop.activation_checkpointing), loop.keep_layers, loop.host_layers)
     base.model.train()
     optimizer = adamw_8bit([adapter.parameter], lr=1e-4)
     setting = Setting(model=values["model"], batch=values["batch"], length=values["length"])

@@ -55,4 +55,4 @@ def _reason(stderr: str, code: int) -> str:
     lines = [line for line in stderr.splitlines() if line.strip()]
     print("\n".join(lines[-15:]), file=sys.stderr)
     errors = [line for line in lines if ERROR_LINE.match(line)]
-    return (errors or lines or [f"exit code {code}"])[-1]
+    return (errors or lines or [f"exit code {code}"])[-1].removeprefix("error: ")

@@ -22,11 +22,10 @@ from engine.bench.shapes import random_base, random_model
 from engine.config.trial import LoraConfig
 from engine.data.packing import Batch
 from engine.model.device import pick_dtype
-from engine.planning.policies import POLICIES
+from engine.planning.policies import Policy
 from engine.training.cuda_graphs import make_graphs
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-OUR_POLICIES: dict[str, Any] = {name: setting for setting, name in POLICIES.items()}
 Prepared = tuple[Callable[[Batch], torch.Tensor], list[nn.Parameter], Callable[[], None]]
 
 
@@ -47,7 +46,7 @@ class _Ours:
         lora = LoraConfig(rank=setting.rank, lora_dropout=setting.dropout)
         self._layers = attach(base.model, base.linear_names, lora, 0)
         adapter = FlatAdapter(self._layers, base.dtype)
-        base.checkpoint_activations(OUR_POLICIES[setting.policy], setting.keep_layers, setting.host_layers)
+        base.checkpoint_activations(Policy(setting.policy), setting.keep_layers, setting.host_layers)
         base.cache_weights(setting.weight_cache_gib)
         base.model.train()
         graphs = make_graphs(base, setting.batch * setting.length, setting.length) if setting.cuda_graphs else None
@@ -68,7 +67,7 @@ class _Ours:
     def undo(self) -> None:
         detach(self._base.model, self._layers)
         self._layers = {}
-        self._base.checkpoint_activations(False)
+        self._base.checkpoint_activations(Policy.KEEP)
         self._base.cache_weights(0.0)
 
 

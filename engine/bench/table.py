@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.bench.rows import POLICIES
+from engine.system.command_line import run
 
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "peft", "liger-kernel", "unsloth")
 SETTING = ("model", "batch", "length", "rank", "dropout", "policy", "cap_gib", "card")  # what a table's rows have in common
@@ -23,6 +24,10 @@ Record = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return run(lambda: _main(arguments))
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     print(report(read(parser.parse_args(arguments).files)))

@@ -3,40 +3,52 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import TypeGuard
 
 from engine.config.trial import ALL_LINEAR
 from engine.errors import InputError, did_you_mean
 
 
-def resolve_targets(linear_names: list[str], target_modules: str | tuple[str, ...]) -> list[str]:
-    """Full names of the layers that `target_modules` picks.
+def target_rule(target_modules: str | tuple[str, ...]) -> Callable[[str], bool]:
+    """The test of a layer's full name that `target_modules` stands for.
 
-    `all-linear`: every one. A list: each entry matches a whole name or its dotted end (`q_proj`, `mlp.up_proj`). A string with
-    other characters than those of a name: a regular expression over the whole name, as in PEFT.
+    `all-linear`: every name. A list: each entry matches a whole name or its dotted end (`q_proj`,
+    `mlp.up_proj`). A string with other characters than those of a name: a regular expression over
+    the whole name, as in PEFT.
     """
     if target_modules == ALL_LINEAR:
-        return list(linear_names)
-    if isinstance(target_modules, str) and not re.fullmatch(r"[\w.\-]+", target_modules):
-        return _regex_targets(linear_names, target_modules)
-    entries = (target_modules,) if isinstance(target_modules, str) else target_modules
-    chosen: set[str] = set()
-    for entry in entries:
-        hits = [name for name in linear_names if name == entry or name.endswith(f".{entry}")]
-        if not hits:
-            raise InputError("lora.target_modules", entry, _near(entry, linear_names))
-        chosen.update(hits)
-    return [name for name in linear_names if name in chosen]
+        return lambda name: True
+    if _is_regex(target_modules):
+        try:
+            compiled = re.compile(target_modules)
+        except re.error as error:
+            allowed = f"must be a valid regular expression ({error})"
+            raise InputError("lora.target_modules", target_modules, allowed) from None
+        return lambda name: compiled.fullmatch(name) is not None
+    entries = _entries(target_modules)
+    return lambda name: any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
-def _regex_targets(linear_names: list[str], pattern: str) -> list[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise InputError("lora.target_modules", pattern, f"must be a valid regular expression ({error})") from None
-    hits = [name for name in linear_names if compiled.fullmatch(name)]
-    if not hits:
-        raise InputError("lora.target_modules", pattern, f"must match whole layer names such as {linear_names[0]!r}")
-    return hits
+def resolve_targets(linear_names: list[str], target_modules: str | tuple[str, ...]) -> list[str]:
+    """Full names of the layers that `target_modules` picks, in the order of `linear_names`. Every entry must match one."""
+    is_target = target_rule(target_modules)
+    if _is_regex(target_modules) and not any(map(is_target, linear_names)):
+        allowed = f"must match whole layer names such as {linear_names[0]!r}"
+        raise InputError("lora.target_modules", target_modules, allowed)
+    if target_modules != ALL_LINEAR and not _is_regex(target_modules):
+        for entry in _entries(target_modules):
+            if not any(map(target_rule((entry,)), linear_names)):
+                raise InputError("lora.target_modules", entry, _near(entry, linear_names))
+    return [name for name in linear_names if is_target(name)]
+
+
+def _is_regex(target_modules: str | tuple[str, ...]) -> TypeGuard[str]:
+    return isinstance(target_modules, str) and not re.fullmatch(r"[\w.\-]+", target_modules)
+
+
+def _entries(target_modules: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (target_modules,) if isinstance(target_modules, str) else target_modules
 
 
 def _near(entry: str, linear_names: list[str]) -> str:

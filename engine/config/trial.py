@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from engine.config.parsing import Fraction, ListAsTuple, PositiveInt, StrictModel, load_json, parse
 from engine.errors import InputError
@@ -23,6 +23,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 ON_TRAINING_SAMPLES = "train"  # as data.eval
 PROFILE_AFTER = 2  # optimizer steps: the first ones compile kernels, record graphs and fill caches
 Auto = Literal["auto"]
+BOOL_POLICIES = {"keep": False, "recompute": True}
+"""Policies whose name files write as true or false, in train.activation_checkpointing."""
+PolicyAsBool = BeforeValidator(lambda value: BOOL_POLICIES.get(value, value) if isinstance(value, str) else value)
 
 
 class ModelConfig(StrictModel):
@@ -113,7 +116,7 @@ class LoopConfig(StrictModel):
     micro_batch_size: PositiveInt | Auto = Field("auto", description="bins computed at once; changes speed and memory only")
     gradient_accumulation_steps: PositiveInt = Field(1, description="micro-batches in a step, where tokens_per_step is not given")
     tokens_per_step: PositiveInt | None = Field(None, description="one optimizer step, the same for all lengths")
-    activation_checkpointing: bool | Literal["auto", "selective", "offload"] = Field(
+    activation_checkpointing: Annotated[bool | Literal["auto", "selective", "offload"], PolicyAsBool] = Field(
         "auto",
         description="true: compute each layer again in the backward pass, offload: from inputs in host memory, "
         "selective: its MLP only; false: keep; auto: what fits and is fastest",

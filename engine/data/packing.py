@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.layers.loss import IGNORE
+from engine.kernels.ops import IGNORE
 
 WINDOW = 1024  # samples considered at once: first-fit-decreasing over it fills > 97 % of a row on typical chat data
 

@@ -12,14 +12,12 @@ import torch
 from engine.data.packing import Batch, collate, plan_once
 from engine.data.views import View
 from engine.model.base import Base
-
-# Samples share rows of at least this many tokens: on an H100 a row of 256 tokens took 140 ms of launches for 3 ms of work.
-MIN_ROW_TOKENS = 4096
+from engine.planning.compute_limits import EVALUATION_ROW_TOKENS
 
 
 def evaluation_batches(view: View, eval_max_seq_length: int) -> list[Batch]:
     """The rows of the evaluation set, on the host."""
-    capacity = max(eval_max_seq_length, MIN_ROW_TOKENS)
+    capacity = max(eval_max_seq_length, EVALUATION_ROW_TOKENS)
     return [collate([view[i] for i in row]) for row in plan_once(view.lengths, capacity)]
 
 

@@ -16,9 +16,9 @@ import torch
 
 from engine.data.packing import Sample
 from engine.data.views import View
-from engine.layers.host_stash import host_share_gib
 from engine.layers.swap import restore_layers
 from engine.model.base import Base, end_tokens
+from engine.model.device import host_share_gib
 from engine.quant.frozen_linear import FrozenLinear
 from engine.units import GIB
 

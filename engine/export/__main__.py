@@ -17,7 +17,11 @@ from engine.system.command_line import run
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. torch is loaded once the arguments are taken: --help, typing errors and Ctrl-C do not wait for it."""
+    """The command."""
+    return run(lambda: _main(_options(arguments)), stopped="stopped; nothing was written")
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m engine.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -26,20 +30,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="new or empty folder")
     parser.add_argument("--config", type=Path, help="train_config.json, where it lies neither with the adapter nor above it")
     parser.add_argument("--no-losses", action="store_true", help="measure nothing; the model card then says so")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
-    def command() -> int:
-        config = load_train_config(options.config) if options.config else None
-        from engine.export.forms import export
 
-        measured = export(options.adapter, options.to, options.out, config=config, measure=not options.no_losses)
-        if measured is not None:
-            merged = "" if measured.merged is None else f", merged {measured.merged:.4f}"
-            print(f"eval loss: base model {measured.base:.4f}, with the adapter {measured.adapter:.4f}{merged}")
-        print(f"{options.to}: {options.out}")
-        return 0
+def _main(options: argparse.Namespace) -> int:
+    config = load_train_config(options.config) if options.config else None
+    from engine.export.forms import export  # loads torch: --help, typing errors and Ctrl-C do not wait for it
 
-    return run(command, stopped="stopped; nothing was written")
+    measured = export(options.adapter, options.to, options.out, config=config, measure=not options.no_losses)
+    if measured is not None:
+        merged = "" if measured.merged is None else f", merged {measured.merged:.4f}"
+        print(f"eval loss: base model {measured.base:.4f}, with the adapter {measured.adapter:.4f}{merged}")
+    print(f"{options.to}: {options.out}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from engine.errors import InputError
 from engine.evaluation.eval_loss import evaluate, evaluation_batches
 from engine.export.gguf_model import architecture, write_adapter, write_model
 from engine.export.merge import base_folder, write_merged
-from engine.export.model_card import CardFacts, Measured, model_card
+from engine.export.model_card import ExportFacts, Measured, export_card
 from engine.model.base import Base
 from engine.model.device import free, pick_device
 from engine.model.inspect import load_tokenizer, model_config
@@ -54,10 +54,10 @@ def export(folder: Path, form: str, out: Path, *, config: TrainConfig | None = N
         results.append(measured)
         if form == "gguf-merged":
             shutil.rmtree(target / "merged")
-        card = CardFacts(
+        facts = ExportFacts(
             form, adapter.base, adapter.rank, adapter.lora_alpha, len(adapter.layers), dtype, config, measured, provenance()
         )
-        (target / "README.md").write_text(model_card(card), encoding="utf-8")
+        (target / "README.md").write_text(export_card(facts), encoding="utf-8")
         if config:
             (target / TRAIN_CONFIG).write_text(to_json(config) + "\n")
 

@@ -1,14 +1,70 @@
-"""README.md of an exported adapter or model: what it is, what was measured, how to load it. Plain data in, text out."""
+"""README.md of an adapter or model: what it is, what was measured, how to load it. Plain data in, text out."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 from engine.config.trial import TrainConfig
 from engine.units import perplexity
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
+SHOWN = ("git.commit", "version.torch", "version.transformers")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """The parts of a card, in their order. losses: (name, mean nats per target token); sections: heading and lines."""
+
+    title: str
+    base: str
+    library: str
+    tags: list[str]
+    introduction: list[str]
+    losses: list[tuple[str, float]]
+    notes: list[str]
+    settings: list[tuple[str, str]]
+    sections: list[tuple[str, list[str]]]
+
+    def text(self) -> str:
+        """Front matter for the Hugging Face hub, losses, settings, sections."""
+        lines = ["---", f"base_model: {json.dumps(self.base)}", f"library_name: {self.library}"]
+        lines += ["pipeline_tag: text-generation", f"tags: {json.dumps(self.tags)}", "---", "", f"# {self.title}", ""]
+        lines += [*self.introduction, ""] if self.introduction else []
+        if self.losses:
+            lines += ["| | eval loss (nats/token) | perplexity |", "|---|---:|---:|"]
+            cells = [(name, _finite(loss, ".4f"), _finite(perplexity(loss), ",.3f")) for name, loss in self.losses]
+            lines += [*(f"| {' | '.join(row)} |" for row in cells), ""]
+        lines += [*self.notes, "", *table(("setting", "value"), self.settings), ""]
+        for heading, content in self.sections:
+            lines += [f"## {heading}", "", *content, ""]
+        return "\n".join(lines)
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """A table in Markdown; no cell's text can break it."""
+    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in escaped)]
+
+
+def config_rows(config: TrainConfig, *names: str) -> list[tuple[str, str]]:
+    """Settings of a config as rows of a card: the named ones, in that order."""
+    targets = config.lora.target_modules
+    texts = {
+        "target_modules": targets if isinstance(targets, str) else ", ".join(targets),
+        "lora_dropout": f"{config.lora.lora_dropout:g}",
+        "learning_rate": f"{config.optim.learning_rate:g} ({config.optim.lr_schedule})",
+        "max_seq_length": str(config.data.max_seq_length),
+        "max_tokens": f"{config.train.max_tokens:,}",
+        "seed": str(config.train.seed),
+        "training data": f"`{config.data.train}`",
+    }
+    return [(name, texts[name]) for name in names]
+
+
+def _finite(value: float, spec: str) -> str:
+    return format(value, spec) if math.isfinite(value) else "-"
 
 
 @dataclass(frozen=True)
@@ -24,7 +80,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class CardFacts:
+class ExportFacts:
     """form: peft, merged, gguf-adapter or gguf-merged; base: folder or hub id; dtype: of merged weights."""
 
     form: str
@@ -46,80 +102,75 @@ TITLES = {
 }
 
 
-def model_card(card: CardFacts) -> str:
-    """The whole text."""
-    return "\n".join([*_front_matter(card), f"# {TITLES[card.form]}", "", *_losses(card), *_settings(card), *_loading(card)])
+def export_card(facts: ExportFacts) -> str:
+    """The card of an exported adapter or model."""
+    makers = {"peft": _peft, "merged": _merged, "gguf-adapter": _gguf_adapter, "gguf-merged": _gguf_merged}
+    return ModelCard(
+        title=TITLES[facts.form],
+        base=facts.base,
+        library={"peft": "peft", "merged": "transformers"}.get(facts.form, "llama.cpp"),
+        tags=["lora", "qlora-sweep", *(["gguf"] if facts.form.startswith("gguf") else [])],
+        introduction=[],
+        losses=_losses(facts),
+        notes=_notes(facts),
+        settings=_settings(facts),
+        sections=[("Load it", ["Run in this folder:", "", *makers[facts.form](facts)])],
+    ).text()
 
 
-def _front_matter(card: CardFacts) -> list[str]:
-    library = {"peft": "peft", "merged": "transformers"}.get(card.form, "llama.cpp")
-    tags = json.dumps(["lora", "qlora-sweep", *(["gguf"] if card.form.startswith("gguf") else [])])
-    lines = ["---", f"base_model: {json.dumps(card.base)}", f"library_name: {library}", "pipeline_tag: text-generation"]
-    return [*lines, f"tags: {tags}", "---", ""]
-
-
-def _losses(card: CardFacts) -> list[str]:
-    measured = card.measured
+def _losses(facts: ExportFacts) -> list[tuple[str, float]]:
+    measured = facts.measured
     if measured is None:
-        return ["No loss was measured for this export.", ""]
-    held = "NF4" if card.config.model.quantization == "nf4" else "not quantised"
+        return []
+    held = _held(facts)
     rows = [(f"base model ({held})", measured.base), (f"base model and adapter, as trained ({held})", measured.adapter)]
-    if measured.merged is not None:
-        rows.append((f"merged model ({card.dtype})", measured.merged))
-    lines = ["| | eval loss (nats/token) | perplexity |", "|---|---:|---:|"]
-    lines += [f"| {name} | {loss:.4f} | {perplexity(loss):,.3f} |" for name, loss in rows]
-    lines += ["", f"Measured at export on {measured.num_targets:,} target tokens of the evaluation set."]
+    return rows if measured.merged is None else [*rows, (f"merged model ({facts.dtype})", measured.merged)]
+
+
+def _notes(facts: ExportFacts) -> list[str]:
+    measured = facts.measured
+    if measured is None:
+        return ["No loss was measured for this export."]
+    lines = [f"Measured at export on {measured.num_targets:,} target tokens of the evaluation set."]
     if measured.merged is not None:
         lines.append(
-            f"The adapter was added to the base model's original weights, not to those it was trained on ({held}): "
+            f"The adapter was added to the base model's original weights, not to those it was trained on ({_held(facts)}): "
             f"the loss changed by {measured.merged - measured.adapter:+.4f}."
         )
-    if card.form == "gguf-merged":
+    if facts.form == "gguf-merged":
         lines.append("The GGUF file holds the weights of the merged model measured here; llama.cpp's own arithmetic was not.")
-    return [*lines, ""]
-
-
-def _settings(card: CardFacts) -> list[str]:
-    rows = [("base model", f"`{card.base}`"), ("rank", str(card.rank)), ("lora_alpha", f"{card.lora_alpha:g}")]
-    rows.append(("adapted layers", str(card.num_layers)))
-    if card.config is not None:
-        config = card.config
-        targets = config.lora.target_modules
-        rows += [
-            ("trained on", f"`{config.model.path}`, {config.model.quantization}"),
-            ("trained with", "rsLoRA, folded in here" if config.lora.use_rslora else "plain LoRA"),
-            ("target_modules", targets if isinstance(targets, str) else ", ".join(targets)),
-            ("lora_dropout", f"{config.lora.lora_dropout:g}"),
-            ("learning_rate", f"{config.optim.learning_rate:g} ({config.optim.lr_schedule})"),
-            ("max_seq_length", str(config.data.max_seq_length)),
-            ("max_tokens", f"{config.train.max_tokens:,}"),
-            ("seed", str(config.train.seed)),
-            ("training data", f"`{config.data.train}`"),
-            ("config fingerprint", f"`{config.fingerprint()}`"),
-        ]
-    if card.measured is not None:
-        rows.append(("digest of the training samples", f"`{card.measured.training_digest}`"))
-        rows.append(("digest of the evaluation samples", f"`{card.measured.evaluation_digest}`"))
-    rows += [(name.removeprefix("version."), value) for name, value in sorted(card.tags.items()) if name in SHOWN]
-    lines = ["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
     return lines
 
 
-SHOWN = ("git.commit", "version.torch", "version.transformers")
+def _held(facts: ExportFacts) -> str:
+    return "NF4" if facts.config.model.quantization == "nf4" else "not quantised"
 
 
-def _loading(card: CardFacts) -> list[str]:
-    makers = {"peft": _peft, "merged": _merged, "gguf-adapter": _gguf_adapter, "gguf-merged": _gguf_merged}
-    return ["## Load it", "", "Run in this folder:", "", *makers[card.form](card), ""]
+def _settings(facts: ExportFacts) -> list[tuple[str, str]]:
+    rows = [("base model", f"`{facts.base}`"), ("rank", str(facts.rank)), ("lora_alpha", f"{facts.lora_alpha:g}")]
+    rows.append(("adapted layers", str(facts.num_layers)))
+    if facts.config is not None:
+        config = facts.config
+        names = ("target_modules", "lora_dropout", "learning_rate", "max_seq_length", "max_tokens", "seed", "training data")
+        rows += [
+            ("trained on", f"`{config.model.path}`, {config.model.quantization}"),
+            ("trained with", "rsLoRA, folded in here" if config.lora.use_rslora else "plain LoRA"),
+            *config_rows(config, *names),
+            ("config fingerprint", f"`{config.fingerprint()}`"),
+        ]
+    if facts.measured is not None:
+        rows.append(("digest of the training samples", f"`{facts.measured.training_digest}`"))
+        rows.append(("digest of the evaluation samples", f"`{facts.measured.evaluation_digest}`"))
+    return rows + [(name.removeprefix("version."), value) for name, value in sorted(facts.tags.items()) if name in SHOWN]
 
 
-def _peft(card: CardFacts) -> list[str]:
-    rank = next((r for r in VLLM_RANKS if r >= card.rank), card.rank)
+def _peft(facts: ExportFacts) -> list[str]:
+    rank = next((r for r in VLLM_RANKS if r >= facts.rank), facts.rank)
     return [
-        *peft_code(card.base, card.config),
+        *peft_code(facts.base, facts.config),
         "vLLM:",
         "```",
-        f"vllm serve {card.base} --enable-lora --max-lora-rank {rank} --lora-modules adapter=.",
+        f"vllm serve {facts.base} --enable-lora --max-lora-rank {rank} --lora-modules adapter=.",
         "```",
         "llama.cpp takes the form `gguf-adapter`: `python -m engine.export . --to gguf-adapter --out DIR`.",
     ]
@@ -145,7 +196,7 @@ def peft_code(base: str, config: TrainConfig | None) -> list[str]:
     ]
 
 
-def _merged(card: CardFacts) -> list[str]:
+def _merged(facts: ExportFacts) -> list[str]:
     return [
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -157,17 +208,17 @@ def _merged(card: CardFacts) -> list[str]:
     ]
 
 
-def _gguf_adapter(card: CardFacts) -> list[str]:
+def _gguf_adapter(facts: ExportFacts) -> list[str]:
     return [
         "```",
         "llama-cli -m BASE.gguf --lora adapter.gguf",
         "```",
-        f"BASE.gguf: the base model `{card.base}` as GGUF, in any quantisation; the losses above are",
+        f"BASE.gguf: the base model `{facts.base}` as GGUF, in any quantisation; the losses above are",
         "those on the base model as it was in training.",
     ]
 
 
-def _gguf_merged(card: CardFacts) -> list[str]:
+def _gguf_merged(facts: ExportFacts) -> list[str]:
     return [
         "```",
         "llama-cli -m model.gguf",

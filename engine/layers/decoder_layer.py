@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from engine.kernels import ops
-from engine.layers import mlp as fused_mlp
 from engine.layers.attention import attend
 from engine.layers.mlp import mlp, mlp_gradient, tiles
-from engine.layers.structure import GROUPS, Call, Gradients, Policy, Saved, group_backward, project
+from engine.layers.structure import Call, Gradients, Saved, group_backward, project
+from engine.planning import compute_limits
+from engine.planning.policies import GROUPS, Policy
 
 
 def decoder_layer(x_TD: Tensor, call: Call, adapters: list[Tensor]) -> Tensor:
@@ -45,7 +46,7 @@ class _DecoderLayer(torch.autograd.Function):
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, ctx.saved
         ctx.call = ctx.saved = None  # the node outlives its backward pass, until the loss is dropped
-        if call.policy in (Policy.OFFLOAD, Policy.HOST):
+        if call.policy.is_on_host:
             saved.x = call.stash.pop(saved.x)
         grads: Gradients = {}
         dx_mid_TD = _mlp_backward(dy_TD.contiguous(), call, saved, grads)
@@ -72,12 +73,12 @@ def _kept(saved: Saved, call: Call) -> Saved:
 
 
 def _keeps_mlp(call: Call, num_tokens: int) -> bool:
-    return call.policy is Policy.KEEP or (call.policy is Policy.HOST and num_tokens <= fused_mlp.TILE_TOKENS)
+    return call.policy is Policy.KEEP or (call.policy is Policy.HOST and num_tokens <= compute_limits.MLP_TILE_TOKENS)
 
 
 def _forward(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
     normed = _to_mlp(x, call, saved, graph)
-    if (graph and _keeps_mlp(call, x.shape[0])) or x.shape[0] <= fused_mlp.TILE_TOKENS:
+    if (graph and _keeps_mlp(call, x.shape[0])) or x.shape[0] <= compute_limits.MLP_TILE_TOKENS:
         return mlp(normed, call, saved)
     y = torch.empty_like(x)
     for rows, part in tiles(call, x.shape[0]):
@@ -141,7 +142,7 @@ def _mlp_backward(dy: Tensor, call: Call, saved: Saved, grads: Gradients) -> Ten
     """Gradient of x_mid. What the policy has dropped is computed again first."""
     norm = call.spec.mlp_norm
     normed = _to_mlp(saved.x, call, saved, graph=True) if saved.x_mid is None else norm.forward(saved.x_mid)[0]
-    if saved.gate_up is not None or dy.shape[0] <= fused_mlp.TILE_TOKENS:
+    if saved.gate_up is not None or dy.shape[0] <= compute_limits.MLP_TILE_TOKENS:
         return mlp_gradient(dy, normed, call, saved, grads)
     dx_mid = torch.empty_like(dy)
     for rows, part in tiles(call, dy.shape[0]):

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from engine.config.trial import ModelConfig
 from engine.errors import InputError
 from engine.kernels import ops
-
-MIN_BYTES = 256 * 2**20  # a smaller table is not worth its transfers: 32 MiB, 0.6 to 1.4 ms, for 4,096 tokens of 4,096 features
+from engine.planning.compute_limits import HOST_EMBEDDING_MIN_BYTES
 
 
 class HostEmbedding(nn.Module):
@@ -34,7 +33,7 @@ def place_embedding(model: nn.Module, config: ModelConfig) -> bool:
     head = model.get_output_embeddings()
     tied = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
     obstacle = "tied to the head" if tied else f"a {type(embedding).__name__}" if type(embedding) is not nn.Embedding else None
-    if obstacle is None and (config.embeddings == "host" or embedding.weight.nbytes >= MIN_BYTES):
+    if obstacle is None and (config.embeddings == "host" or embedding.weight.nbytes >= HOST_EMBEDDING_MIN_BYTES):
         model.set_input_embeddings(HostEmbedding(embedding))
         return True
     if config.embeddings == "host":

@@ -13,30 +13,17 @@ one pass to the next find room all the same.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.planning.policies import HOST_IN_FLIGHT, HOST_LAG
+from engine.planning.compute_limits import HOST_IN_FLIGHT, HOST_LAG
 
-HOST_SHARE = 0.7  # of the memory that is available when a trial starts; the rest is for data, page cache and the driver
 CHUNK_BYTES = 64 * 2**20
 ALIGNMENT = 512  # bytes; of each tensor's place on the host
-
-
-def host_share_gib(meminfo: Path = Path("/proc/meminfo"), devices: Path = Path("/dev")) -> float:
-    """Host memory one process may pin: an equal part for each GPU of this machine. Not known (no /proc): all."""
-    try:
-        available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return math.inf
-    num_gpus = len([d for d in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", d.name)])
-    return HOST_SHARE * int(available.split()[1]) / 2**20 / max(1, num_gpus)
 
 
 @dataclass

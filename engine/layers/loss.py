@@ -18,10 +18,7 @@ from torch import Tensor
 
 from engine.kernels import ops
 from engine.kernels.ops import IGNORE
-
-# Of logits in the working dtype: 1,046 rows of bf16 at V = 128,256. The head matmuls, forward / backward, reach 576 / 650 TFLOP/s
-# at 256 rows, 673 / 693 at 1,024 and 681 / 762 at 2,048 (H100): beyond this, memory buys little.
-CHUNK_BYTES = 256 * 2**20
+from engine.planning.compute_limits import LOSS_CHUNK_BYTES
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if h_ND.requires_grad:
             grad_ND = torch.empty_like(h_ND) if every_row else torch.zeros_like(h_ND)
         total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
-        rows_per_chunk = max(1, CHUNK_BYTES // (h_ND.element_size() * head.weight_VD.shape[0]))
+        rows_per_chunk = max(1, LOSS_CHUNK_BYTES // (h_ND.element_size() * head.weight_VD.shape[0]))
         for start in range(0, num_rows, rows_per_chunk):
             end = min(start + rows_per_chunk, num_rows)
             chunk = slice(start, end) if every_row else rows_M[start:end]  # a slice is a view: nothing is gathered

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from engine.kernels import ops
 from engine.layers.structure import Call, Gradients, Saved, group_backward, low_rank_hidden, project
-
-# The MLP of a longer row is computed in tiles, where nothing of it is kept: gate and up of one at F = 14,336 are 0.44 GiB.
-TILE_TOKENS = 8192
+from engine.planning import compute_limits
 
 
 def mlp(normed: Tensor, call: Call, saved: Saved) -> Tensor:
@@ -27,9 +25,9 @@ def mlp(normed: Tensor, call: Call, saved: Saved) -> Tensor:
 def tiles(call: Call, num_tokens: int) -> Iterator[tuple[slice, Call]]:
     """Rows of a long call's MLP, and the call for each: weights dequantised once for all, dropout masks of their own."""
     groups = {name: call.groups[name].with_weights() for name in ("gate_up", "down")}
-    for i, start in enumerate(range(0, num_tokens, TILE_TOKENS)):
+    for i, start in enumerate(range(0, num_tokens, compute_limits.MLP_TILE_TOKENS)):
         tile = {name: replace(group, seed=group.seed + i) for name, group in groups.items()}
-        yield slice(start, start + TILE_TOKENS), replace(call, groups=tile)
+        yield slice(start, start + compute_limits.MLP_TILE_TOKENS), replace(call, groups=tile)
 
 
 def _down(call: Call, saved: Saved) -> Tensor:

@@ -6,7 +6,6 @@ Shape letters: T tokens, D hidden, K head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import torch
@@ -16,25 +15,11 @@ from engine.kernels import ops
 from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.host_stash import HostStash
 from engine.layers.projection_group import ProjectionGroup, Weights
-from engine.planning.policies import GROUPS
+from engine.planning.policies import GROUPS, Policy
 
 PROJECTIONS = tuple(name for names in GROUPS.values() for name in names)
 Gradients = dict[str, tuple[Tensor, ...]]
 """Of adapters, by group."""
-
-
-class Policy(Enum):
-    """What a layer keeps from forward to backward."""
-
-    KEEP = "all matmul outputs; norms, rotation and activation are recomputed"
-    HOST = "the same, in host memory; of a row longer than a tile of the MLP, without the MLP's"
-    SELECTIVE = "its input and all of attention; the MLP is recomputed"
-    RECOMPUTE = "its input only"
-    OFFLOAD = "its input only, in host memory"
-
-    @property
-    def keeps_attention(self) -> bool:
-        return self in (Policy.KEEP, Policy.HOST, Policy.SELECTIVE)
 
 
 @dataclass(frozen=True)

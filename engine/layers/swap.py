@@ -17,12 +17,11 @@ from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.decoder_layer import decoder_layer
 from engine.layers.host_stash import HostStash
 from engine.layers.projection_group import ProjectionGroup, merged_weight
-from engine.layers.structure import GROUPS, PROJECTIONS, Call, LayerSpec, Norm, Policy, normalize
-from engine.planning.policies import layer_policies
+from engine.layers.structure import PROJECTIONS, Call, LayerSpec, Norm, normalize
+from engine.planning.model_shape import ACTIVATIONS, FAMILIES
+from engine.planning.policies import ATTENTION_PROJECTIONS, GROUPS, Policy, layer_policies
 
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3")
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-ATTENTION, MLP = PROJECTIONS[:4], PROJECTIONS[4:]
+KNOWN = tuple(dict.fromkeys(FAMILIES.values()))
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ class FusedLayer(nn.Module):
         return decoder_layer(hidden_states.squeeze(0), call, adapters).unsqueeze(0)
 
     def projections(self) -> dict[str, nn.Module]:
-        """MlflowRuns name -> the layer that stands there now."""
-        return {name: getattr(self.self_attn if name in ATTENTION else self.mlp, name) for name in PROJECTIONS}
+        """Projection name -> the layer that stands there now."""
+        return {name: getattr(self.self_attn if name in ATTENTION_PROJECTIONS else self.mlp, name) for name in PROJECTIONS}
 
 
 class FusedNorm(nn.Module):
@@ -128,8 +127,8 @@ def restore_layers(model: nn.Module) -> None:
 def set_policy(model: nn.Module, policy: Policy, keep_layers: int = 0, host_layers: int = 0) -> HostStash:
     """What fused layers keep from forward to backward, by `layer_policies`. Returns the stash they share, empty."""
     stash, layers = HostStash(), _fused_layers(model)
-    for layer, name in zip(layers, layer_policies(len(layers), policy.name.lower(), keep_layers, host_layers)):
-        layer.policy, layer.stash = Policy[name.upper()], stash
+    for layer, own in zip(layers, layer_policies(len(layers), policy, keep_layers, host_layers)):
+        layer.policy, layer.stash = own, stash
     return stash
 
 
@@ -158,15 +157,15 @@ def _fused_layers(model: nn.Module) -> list[FusedLayer]:
 def require_fused(report: SwapReport, model_path: str) -> None:
     """InputError where a layer runs unfused."""
     if report.unfused:
-        allowed = f"model.layers=auto accepts this model; strict needs a known family ({', '.join(FAMILIES)})"
+        allowed = f"model.layers=auto accepts this model; strict needs a known family ({', '.join(KNOWN)})"
         raise InputError("model.layers", f"strict, {model_path}", f"{report.describe()}; {allowed}")
 
 
 def _obstacle(layer: nn.Module) -> str | None:
     kind = type(layer).__name__
-    if kind not in {f"{family}DecoderLayer" for family in FAMILIES}:
+    if kind not in {f"{family}DecoderLayer" for family in KNOWN}:
         return f"{kind} is not of a known family"
-    missing = [n for n in PROJECTIONS if not hasattr(layer.self_attn if n in ATTENTION else layer.mlp, n)]
+    missing = [n for n in PROJECTIONS if not hasattr(layer.self_attn if n in ATTENTION_PROJECTIONS else layer.mlp, n)]
     if missing:
         return f"{kind} has no {', '.join(missing)}"
     activation = _activation(layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,8 @@ from engine.config.trial import ModelConfig
 from engine.data.packing import Batch
 from engine.layers.host_stash import HostStash
 from engine.layers.loss import Head, linear_cross_entropy
-from engine.layers.structure import Policy
 from engine.layers.swap import SwapReport, cache_weights, set_policy
-from engine.planning.policies import POLICIES
+from engine.planning.policies import Policy
 from engine.units import GIB
 
 
@@ -53,20 +52,18 @@ class Base:
         """Sum over the row's targets of -log p(target), fp32 scalar in nats; `batch` is already on the device."""
         return linear_cross_entropy(self.hidden_states(batch), batch.labels_T, self.head(), batch.target_rows)
 
-    def checkpoint_activations(
-        self, wanted: bool | Literal["selective", "offload"], keep_layers: int = 0, host_layers: int = 0
-    ) -> None:
-        """Whether decoder layers are computed again in the backward pass, or keep their matmul outputs, as the last `keep_layers`
-        always do, and `host_layers` of the others in host memory; selective: the MLP is computed again; offload: all is, from
-        inputs in host memory. Layers that run unfused are computed again whole."""
+    def checkpoint_activations(self, policy: Policy, keep_layers: int = 0, host_layers: int = 0) -> None:
+        """Let decoder layers follow `policy`, but the last `keep_layers` keep all, and `host_layers` of the
+        others keep all on the host. Unfused layers are computed again whole, under any policy but KEEP."""
         self.stash.clear()
-        self.stash = set_policy(self.model, Policy[POLICIES[wanted].upper()], keep_layers, host_layers)
+        self.stash = set_policy(self.model, policy, keep_layers, host_layers)
         if self.swaps.unfused:
             # transformers is renaming the methods (5.23)
-            switch = "enable" if wanted else "disable"
+            recomputes = policy is not Policy.KEEP
+            switch = "enable" if recomputes else "disable"
             methods = [getattr(self.model, f"{word}_checkpointing_{switch}", None) for word in ("activation", "gradient")]
             method = next(filter(None, methods))
-            method({"use_reentrant": False}) if wanted else method()
+            method({"use_reentrant": False}) if recomputes else method()
 
     def cache_weights(self, gib: float) -> float:
         """Keep up to `gib` GiB of the fused layers' weights dequantised; returns the GiB kept."""

@@ -1,14 +1,19 @@
-"""The device a trial runs on, what this process takes of its memory, and how it is kept to a part of it."""
+"""The device a trial runs on, and what this process takes or may take of its memory and the host's."""
 
 from __future__ import annotations
 
 import gc
+import math
+import re
 import resource
+from pathlib import Path
 
 import torch
 
 from engine.errors import InputError
 from engine.units import GIB
+
+HOST_SHARE = 0.7  # of the memory that is available when a trial starts; the rest is for data, page cache and the driver
 
 
 def limit_memory(gib: float, device: torch.device) -> None:
@@ -23,6 +28,16 @@ def peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def host_share_gib(meminfo: Path = Path("/proc/meminfo"), devices: Path = Path("/dev")) -> float:
+    """Host memory one process may pin: an equal part for each GPU of this machine. Not known (no /proc): all."""
+    try:
+        available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
+    num_gpus = len([d for d in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", d.name)])
+    return HOST_SHARE * int(available.split()[1]) / 2**20 / max(1, num_gpus)
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.planning.policies import HOST_IN_FLIGHT, HOST_LAG
+from engine.planning.compute_limits import HOST_IN_FLIGHT, HOST_LAG
 
 
 @dataclass(frozen=True)

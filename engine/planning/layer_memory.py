@@ -1,8 +1,9 @@
-"""Which tensors live when, in one pass through a fused decoder layer: a walk through `engine.fused` that counts bytes. No torch.
+"""Count the bytes of the tensors that live in one pass through a fused decoder layer. No torch.
 
-Each method of `Pass` stands for the function of that name there, in engine.fused_mlp or engine.layer, and allocates and frees in
-its order: whoever changes a tensor's life there changes it here, and a test walks both side by side. Left out: vectors of one
-value a token (rstd), and what the allocator rounds up.
+Each method of `Pass` stands for the function of that name in `engine.layers` (decoder_layer, mlp,
+structure), and allocates and frees in its order. Whoever changes a tensor's life there changes it
+here; a test walks both. Left out: vectors of one value a token (rstd), and what the allocator
+rounds up.
 
 Shape letters: T tokens, D hidden, F MLP hidden, H query heads, G key/value heads, K head dim, L tokens of one sample, R rank.
 """
@@ -14,11 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from engine.planning.compute_limits import MLP_TILE_TOKENS
 from engine.planning.layer_plan import LayerPlan, group_parameters
 from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, LOW, TRANSIENT, WEIGHTS, HostStack, LiveBytes
 from engine.planning.model_shape import ModelShape
+from engine.planning.policies import Policy
 
-MLP_TILE_TOKENS = 8192  # engine.fused_mlp.TILE_TOKENS, which needs torch; a test holds them equal
 AttentionName = Literal["flash", "cudnn", "eager"]
 
 
@@ -80,8 +82,8 @@ class Pass:
     def forward(self, trains: bool) -> None:
         """x is alive when it begins, y, the next layer's x, when it ends. trains: whether a backward pass follows."""
         live, s, policy = self.live, self.sizes, self.plan.policy
-        graph = trains and policy in ("keep", "host", "selective")
-        keeps_mlp = trains and (policy == "keep" or (policy == "host" and s.tile is None))
+        graph = trains and policy.keeps_attention
+        keeps_mlp = trains and (policy is Policy.KEEP or (policy is Policy.HOST and s.tile is None))
         self._to_mlp(graph)
         y = f"{self.i + 1}.x"
         if keeps_mlp or s.tile is None:
@@ -95,18 +97,18 @@ class Pass:
             live.drop(*map(self._own, ("qkv", "o_out", "x_mid")))
         if not keeps_mlp:
             live.drop(*map(self._own, ("gate_up", "down_out")))
-        if not trains or policy == "offload":
+        if not trains or policy is Policy.OFFLOAD:
             live.drop(*(self._own(f"low.{group}") for group in self.plan.ranks))
         if not trains:
             return live.drop(self._own("x"))
         self.host_stack.advance()
-        if policy in ("host", "offload"):
+        if policy.is_on_host:
             self.host_stack.push(self._names())
 
     def backward(self) -> None:
         """dy is alive when it begins, dx, then called dy, when it ends. Of the layer, nothing is left."""
         live = self.live
-        if self.plan.policy in ("host", "offload"):
+        if self.plan.policy.is_on_host:
             self.host_stack.pop()
         self._mlp_backward()
         live.drop(self._own("x_mid"))
@@ -132,7 +134,7 @@ class Pass:
 
     def _component(self, graph: bool) -> str:
         """Of what attention's graph and the MLP's backward read: kept, or made again for one pass."""
-        return KEPT if graph and self.plan.policy in ("keep", "host", "selective") else TRANSIENT
+        return KEPT if graph and self.plan.policy.keeps_attention else TRANSIENT
 
     def _names(self) -> list[str]:
         """Of the layer's own tensors that are alive."""

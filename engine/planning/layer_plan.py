@@ -1,18 +1,19 @@
 """What each decoder layer does under a config: what it keeps, what carries adapters, which weights stay dequantised. No torch.
 
-The decisions that `engine.swap`, `engine.lora` and `engine.model` take on a loaded model, for prediction; tests hold them equal.
+It predicts the decisions that `engine.layers.swap` and `engine.model.load` take on a loaded model;
+tests hold them equal.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
-from engine.config.trial import ALL_LINEAR, TrainConfig
+from engine.config.targets import target_rule
+from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.planning.model_shape import ModelShape
-from engine.planning.policies import GROUPS, POLICIES, PolicyName, layer_policies
+from engine.planning.policies import ATTENTION_PROJECTIONS, GROUPS, Policy, layer_policies
 from engine.units import GIB
 
 
@@ -22,7 +23,7 @@ class LayerPlan:
     whose weights are kept dequantised. trained: whether it has a backward pass, since something in it or below is trained.
     needs_dx: whether something below is."""
 
-    policy: PolicyName
+    policy: Policy
     ranks: dict[str, int]
     adapter: dict[str, int]
     cached: frozenset[str]
@@ -38,7 +39,7 @@ def is_fused(config: TrainConfig, shape: ModelShape) -> bool:
 def can_record(config: TrainConfig, shape: ModelShape) -> bool:
     """Whether a micro-batch can be a CUDA graph (engine.graphs): fused, without dropout, host memory and attention by sample."""
     loop = config.train
-    on_device = loop.activation_checkpointing != "offload" and loop.host_layers == 0
+    on_device = loop.activation_checkpointing != Policy.OFFLOAD and loop.host_layers == 0
     flash = not shape.attention_softcap and config.model.dtype != "float32"
     return is_fused(config, shape) and flash and on_device and not config.lora.lora_dropout
 
@@ -49,10 +50,11 @@ def element_bytes(config: TrainConfig) -> int:
 
 
 def adapted_projections(config: TrainConfig, shape: ModelShape) -> list[tuple[str, ...]]:
-    """The projections of each layer that carry an adapter, by the rules of `engine.lora.resolve_targets`."""
+    """The projections of each layer that carry an adapter."""
     targets = config.lora.target_modules
+    is_target = target_rule(targets)
     names = [[f"model.layers.{i}.{_part(p)}.{p}" for p in shape.projections()] for i in range(shape.num_layers)]
-    chosen = [tuple(n.rpartition(".")[2] for n in layer if _is_target(n, targets)) for layer in names]
+    chosen = [tuple(n.rpartition(".")[2] for n in layer if is_target(n)) for layer in names]
     if any(chosen):
         return chosen
     if shape.family == "other":  # its layers may have other names: all of them is the safe side
@@ -77,7 +79,7 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
     cached = _cached_groups(config, shape)
     sizes = {name: config.lora.rank * sum(features) for name, features in shape.projections().items()}
     plans, counts = [], (loop.keep_layers, loop.host_layers) if is_fused(config, shape) else (0, 0)
-    policies = layer_policies(shape.num_layers, POLICIES[loop.activation_checkpointing], *counts)
+    policies = layer_policies(shape.num_layers, Policy.of(loop.activation_checkpointing), *counts)
     for i, names in enumerate(adapted):
         ranks = {group: config.lora.rank * sum(n in names for n in members) for group, members in GROUPS.items()}
         adapter = {group: sum(sizes[n] for n in members if n in names) for group, members in GROUPS.items()}
@@ -108,16 +110,5 @@ def _cached_groups(config: TrainConfig, shape: ModelShape) -> list[frozenset[str
 
 
 def _part(projection: str) -> str:
-    return "self_attn" if projection in (*GROUPS["qkv"], *GROUPS["o"]) else "mlp"
+    return "self_attn" if projection in ATTENTION_PROJECTIONS else "mlp"
 
-
-def _is_target(name: str, targets: str | tuple[str, ...]) -> bool:
-    if targets == ALL_LINEAR:
-        return True
-    if isinstance(targets, str) and not re.fullmatch(r"[\w.\-]+", targets):
-        try:
-            return re.fullmatch(targets, name) is not None
-        except re.error as error:
-            raise InputError("lora.target_modules", targets, f"must be a valid regular expression ({error})") from None
-    entries = (targets,) if isinstance(targets, str) else targets
-    return any(name == entry or name.endswith(f".{entry}") for entry in entries)

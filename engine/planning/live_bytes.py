@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from engine.planning.policies import HOST_IN_FLIGHT, HOST_LAG
+from engine.planning.compute_limits import HOST_IN_FLIGHT, HOST_LAG
 
 KEPT, TRANSIENT, WEIGHTS, ATTENTION, BOUNDARY, LOW = (
     "kept activations", "transients", "dequantised weights", "attention workspace", "layer boundaries", "low-rank hidden",

@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.config.trial import TrainConfig
+from engine.planning.compute_limits import EVALUATION_ROW_TOKENS, HOST_EMBEDDING_MIN_BYTES, LOSS_CHUNK_BYTES
 from engine.planning.layer_memory import AttentionName, Pass, Sizes
 from engine.planning.layer_plan import element_bytes, group_parameters, is_fused, plan_layers
 from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, HostStack, LiveBytes
 from engine.planning.model_shape import ModelShape
+from engine.planning.policies import Policy
 from engine.units import GIB
-
-# Copies of constants of modules that need torch; a test holds them equal.
-LOSS_CHUNK_BYTES = 256 * 2**20  # engine.loss.CHUNK_BYTES
-HOST_EMBEDDING_MIN_BYTES = 256 * 2**20  # engine.embedding.MIN_BYTES
-EVALUATION_ROW_TOKENS = 4096  # engine.evaluate.MIN_ROW_TOKENS
 
 # torch gives cuBLAS a workspace on each stream for each thread that calls it, the caller's and autograd's: 32 MiB on Hopper,
 # 8.1 MiB on other cards, for which this is 48 MiB too much. That it is two follows from the measured peaks, which 64 MiB explain
@@ -190,7 +187,8 @@ class _Walk:
         return Pass(i, self.plans[i], self.shape, sizes, self.attention, dropout, self.live, self.host_stack)
 
     def _loss(self, sizes: Sizes, tokens: int, trains: bool) -> None:
-        """engine.loss: every token a target. Ends with `dh`, the gradient of the normalised hidden states, where there is one."""
+        """Walk through engine.layers.loss, every token a target. Ends with `dh`, the gradient of the
+        normalised hidden states, where there is one."""
         live, shape = self.live, self.shape
         rows = min(tokens, max(1, LOSS_CHUNK_BYTES // (self.element * shape.vocab_size)))
         gathered, logits = self.element * rows * shape.hidden_size, self.element * rows * shape.vocab_size
@@ -210,20 +208,20 @@ class _Walk:
         for layer in reversed(passes):
             if not layer.plan.trained:
                 break
-            kind = "kept" if layer.plan.policy in ("keep", "host") else "recomputed"
+            kind = "kept" if layer.plan.policy in (Policy.KEEP, Policy.HOST) else "recomputed"
             self.live.enter(f"backward, {kind} layers")
             layer.backward()
 
     def _forward_unfused(self, sizes: Sizes) -> None:
         """transformers' own layers: what autograd keeps, or the inputs alone."""
-        number, recomputes = self.shape.num_layers, self.config.train.activation_checkpointing is not False
+        number, recomputes = self.shape.num_layers, Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
         for i in range(1, number + 1):
             self.live.hold(f"{i}.x", sizes.x, BOUNDARY)
         self.live.hold("graph", self._unfused_graph(sizes) * (0 if recomputes else number), KEPT)
         self.live.briefly(3 * sizes.f + 6 * sizes.x + self._largest_weight())
 
     def _backward_unfused(self, sizes: Sizes) -> None:
-        recomputes = self.config.train.activation_checkpointing is not False
+        recomputes = Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
         self.live.enter("backward, recomputed layers" if recomputes else "backward, kept layers")
         again = self._unfused_graph(sizes) if recomputes else 0
         with self.live.holding(again + 4 * sizes.f + 6 * sizes.x), self.live.holding(self._largest_weight(), WEIGHTS):
@@ -262,6 +260,6 @@ def _base_bytes(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
 
 
 def _is_on_host(config: TrainConfig, table_bytes: int) -> bool:
-    """Where engine.embedding puts an input embedding that is not tied to the head."""
+    """Whether engine.layers.host_embedding stores an input embedding that is not tied to the head on the host."""
     wanted = config.model.embeddings
     return wanted == "host" or (wanted == "auto" and table_bytes >= HOST_EMBEDDING_MIN_BYTES)

@@ -11,10 +11,11 @@ from typing import Any
 
 from engine.errors import InputError
 
-FAMILIES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
-            "gemma3": "gemma3", "gemma3_text": "gemma3"}  # fmt: skip
-"""model_type -> the family whose decoder layers run fused (engine.swap knows them by class); any other is "other"."""
-ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")  # with another, a layer runs unfused
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2",
+            "gemma3": "Gemma3", "gemma3_text": "Gemma3"}  # fmt: skip
+"""model_type -> the family whose decoder layers run fused, as the names of its classes begin."""
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""Activation -> the kernels' name for it. A layer with any other runs unfused."""
 # What transformers (5.17) takes where a config.json leaves a key out, as published ones of Gemma 3 do.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 256, "tie_word_embeddings": True, "attn_logit_softcapping": 50.0},
@@ -25,7 +26,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """four_norms: Gemma's, before and after each half of a layer. family: one of FAMILIES' values, or "other".
+    """four_norms: Gemma's, before and after each half of a layer. family: one of FAMILIES' values in small letters, or "other".
     attention_softcap: scores pass through a tanh, which no fast attention does. sliding_window: keys seen, where not all are."""
 
     num_layers: int
@@ -58,8 +59,8 @@ class ModelShape:
         if not isinstance(config, dict):
             raise InputError(f"{where}: text_config", config, "must be an object")
         kind = str(config.get("model_type") or outer.get("model_type") or "")
-        activation = config.get("hidden_activation") or config.get("hidden_act") or ACTIVATIONS[0]
-        family = FAMILIES.get(kind, "other") if activation in ACTIVATIONS else "other"
+        activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+        family = FAMILIES.get(kind, "other").lower() if activation in ACTIVATIONS else "other"
         known = {"tie_word_embeddings": outer.get("tie_word_embeddings"), **DEFAULTS.get(family, {})}
         values = {**{k: v for k, v in known.items() if v is not None}, **{k: v for k, v in config.items() if v is not None}}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.config.trial import TrainConfig
@@ -17,16 +17,18 @@ from engine.planning.cards import Card
 from engine.planning.layer_plan import can_record
 from engine.planning.memory import MemoryPrediction, fits, predict_memory
 from engine.planning.model_shape import ModelShape
-from engine.planning.policies import POLICIES
+from engine.planning.policies import LADDER, Policy
 from engine.planning.speed import SpeedPrediction, predict_speed
 from engine.units import GIB
 
-LEANER = tuple(POLICIES)
-"""Settings of `activation_checkpointing`, from most to least memory."""
 CACHE_STEP_GIB = 1.0
 HOST_STEP = 2  # layers
 WORTH_RECORDING = 0.1  # of a step that the device would wait for the host
 NEGLIGIBLE = 0.01  # of the speed: below it, the plan with longer rows wins, then the one with less memory
+DESCRIPTIONS = {
+    Policy.KEEP: "activations kept", Policy.SELECTIVE: "MLP recomputed", Policy.RECOMPUTE: "recomputed",
+    Policy.OFFLOAD: "recomputed, offloaded",
+}  # fmt: skip
 LONG_ROW = 8192  # tokens: beyond it, launches no longer weigh, which the predicted speed of small models leaves out
 
 
@@ -35,7 +37,7 @@ class ComputePlan:
     """Values for the fields of `train` that may be `auto`; memory and speed are predicted, and None where no card is known."""
 
     micro_batch_size: int
-    activation_checkpointing: bool | str
+    policy: Policy
     keep_layers: int
     host_layers: int
     weight_cache_gib: float
@@ -44,9 +46,9 @@ class ComputePlan:
     speed: SpeedPrediction | None = None
 
     def settings(self) -> dict[str, Any]:
-        """The six fields, as plain data."""
-        values = asdict(replace(self, memory=None, speed=None))
-        return {name: value for name, value in values.items() if name not in ("memory", "speed")}
+        """The six fields of `train`, as plain data."""
+        names = ("micro_batch_size", "keep_layers", "host_layers", "weight_cache_gib", "cuda_graphs")
+        return {"activation_checkpointing": self.policy.setting, **{name: getattr(self, name) for name in names}}
 
     def apply(self, config: TrainConfig) -> TrainConfig:
         """The config with nothing left `auto`; its step still has as many bins."""
@@ -56,9 +58,8 @@ class ComputePlan:
 
     def describe(self) -> str:
         """One line."""
-        kept = {False: "activations kept", "selective": "MLP recomputed", True: "recomputed", "offload": "recomputed, offloaded"}
-        parts = [f"micro-batch {self.micro_batch_size}", kept[self.activation_checkpointing]]
-        if self.activation_checkpointing is not False and self.keep_layers:
+        parts = [f"micro-batch {self.micro_batch_size}", DESCRIPTIONS[self.policy]]
+        if self.policy is not Policy.KEEP and self.keep_layers:
             parts.append(f"{self.keep_layers} layers kept")
         if self.host_layers:
             parts.append(f"{self.host_layers} layers kept on the host")
@@ -101,8 +102,11 @@ def leaner(current: ComputePlan, config: TrainConfig, shape: ModelShape | None) 
 
 
 def changed(current: ComputePlan, settings: dict[str, Any], config: TrainConfig, shape: ModelShape | None) -> ComputePlan:
-    """The plan with other settings, its memory predicted again where the shape is known."""
-    other = replace(current, **settings, memory=None, speed=None)
+    """The plan with other settings of `train`, its memory predicted again where the shape is known."""
+    changes = dict(settings)
+    if "activation_checkpointing" in changes:
+        changes["policy"] = Policy.of(changes.pop("activation_checkpointing"))
+    other = replace(current, **changes, memory=None, speed=None)
     return other if shape is None else replace(other, memory=predict_memory(other.apply(config), shape))
 
 
@@ -113,19 +117,19 @@ def _less(current: ComputePlan) -> dict[str, Any] | None:
         return {"micro_batch_size": current.micro_batch_size // 2}
     if current.weight_cache_gib:
         return {"weight_cache_gib": 0.0}
-    place = LEANER.index(current.activation_checkpointing)
+    place = LADDER.index(current.policy)
     if current.keep_layers and place > 0:
         return {"keep_layers": 0}
     if current.host_layers:
         return {"host_layers": 0}
-    return {"activation_checkpointing": LEANER[place + 1], "keep_layers": 0} if place + 1 < len(LEANER) else None
+    return {"activation_checkpointing": LADDER[place + 1].setting, "keep_layers": 0} if place + 1 < len(LADDER) else None
 
 
 def _unpredicted(config: TrainConfig, on_cpu: bool) -> ComputePlan:
-    loop = config.train
+    loop, unknown = config.train, Policy.KEEP if on_cpu else Policy.RECOMPUTE
     return ComputePlan(
         1 if loop.micro_batch_size == "auto" else min(loop.micro_batch_size, config.bins_per_step),
-        not on_cpu if loop.activation_checkpointing == "auto" else loop.activation_checkpointing,
+        unknown if loop.activation_checkpointing == "auto" else Policy.of(loop.activation_checkpointing),
         1 if loop.keep_layers == "auto" else loop.keep_layers,
         0 if loop.host_layers == "auto" else loop.host_layers,
         0.0 if loop.weight_cache_gib == "auto" else loop.weight_cache_gib,
@@ -140,7 +144,7 @@ def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: 
         sizes = _sizes(bins, max(1, 2 * LONG_ROW // config.data.max_seq_length))
     else:
         sizes = [min(loop.micro_batch_size, bins)]
-    policies = LEANER if loop.activation_checkpointing == "auto" else (loop.activation_checkpointing,)
+    policies = LADDER if loop.activation_checkpointing == "auto" else (Policy.of(loop.activation_checkpointing),)
     for size in sizes:
         for policy in policies:
             lean = ComputePlan(
@@ -153,9 +157,9 @@ def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: 
             )
             plans = list(_filled(config, shape, card, memory_gib, lean))
             yield from plans
-            if policy is False and fits(plans[0].memory, memory_gib):
+            if policy is Policy.KEEP and fits(plans[0].memory, memory_gib):
                 break  # whatever keeps less is slower
-            if loop.host_layers == "auto" and policy is not False and loop.cuda_graphs is not True:
+            if loop.host_layers == "auto" and policy is not Policy.KEEP and loop.cuda_graphs is not True:
                 chosen = _on_host(config, shape, card, host_gib, lean)
                 if chosen.host_layers:
                     yield from _filled(config, shape, card, memory_gib, chosen)
@@ -183,7 +187,7 @@ def _filled(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: floa
             yield _predicted(replace(lean, keep_layers=0), config, shape, card)
         return
     full = first
-    if config.train.keep_layers == "auto" and lean.activation_checkpointing is not False:
+    if config.train.keep_layers == "auto" and lean.policy is not Policy.KEEP:
         most = _largest(1, shape.num_layers, lambda n: _fits(replace(lean, keep_layers=n), config, shape, memory_gib))
         full = _predicted(replace(lean, keep_layers=most), config, shape, card)
         yield full

@@ -1,21 +1,55 @@
-"""What a decoder layer can do with its activations, and how a model's layers share that out. No torch."""
+"""The ways in which a decoder layer treats its activations, and how a model's layers share them out. No torch."""
 
 from __future__ import annotations
 
-from typing import Literal
+from enum import StrEnum
+
+from engine.config.trial import BOOL_POLICIES
 
 GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
-PolicyName = Literal["keep", "host", "selective", "recompute", "offload"]
-POLICIES: dict[bool | str, PolicyName] = {False: "keep", "selective": "selective", True: "recompute", "offload": "offload"}
-"""Setting of `train.activation_checkpointing` -> what a layer does, from most to least memory."""
-# Device memory of what was put away on the host is let go so many layers later, time for the copy out; sooner, a layer later at
-# the soonest, where more than so many bytes are waiting: layers of long rows are large, and slow enough for their copies.
-HOST_LAG, HOST_IN_FLIGHT = 3, 2**30
+ATTENTION_PROJECTIONS = (*GROUPS["qkv"], *GROUPS["o"])
 
 
-def layer_policies(num_layers: int, policy: PolicyName, keep_layers: int, host_layers: int) -> list[PolicyName]:
-    """Of each layer: the last `keep_layers` keep all; of the others, `host_layers` keep all on the host, spread evenly so that
-    copies have the time of the layers between; the rest follow `policy`."""
+class Policy(StrEnum):
+    """A layer keeps this from its forward to its backward pass."""
+
+    KEEP = "keep"
+    """All matmul outputs; norms, rotation and activation are recomputed."""
+    HOST = "host"
+    """The same, in host memory; of a row longer than a tile of the MLP, without the MLP's."""
+    SELECTIVE = "selective"
+    """Its input and all of attention; the MLP is recomputed."""
+    RECOMPUTE = "recompute"
+    """Its input only."""
+    OFFLOAD = "offload"
+    """Its input only, in host memory."""
+
+    @classmethod
+    def of(cls, setting: bool | str) -> Policy:
+        """The policy that a setting of `train.activation_checkpointing` names."""
+        return cls({value: name for name, value in BOOL_POLICIES.items()}.get(setting, setting))
+
+    @property
+    def setting(self) -> bool | str:
+        """The setting of `train.activation_checkpointing` that names this policy."""
+        return BOOL_POLICIES.get(self.value, self.value)
+
+    @property
+    def keeps_attention(self) -> bool:
+        return self in (Policy.KEEP, Policy.HOST, Policy.SELECTIVE)
+
+    @property
+    def is_on_host(self) -> bool:
+        return self in (Policy.HOST, Policy.OFFLOAD)
+
+
+LADDER = (Policy.KEEP, Policy.SELECTIVE, Policy.RECOMPUTE, Policy.OFFLOAD)
+"""The policies that `train.activation_checkpointing` can name, from most to least memory."""
+
+
+def layer_policies(num_layers: int, policy: Policy, keep_layers: int, host_layers: int) -> list[Policy]:
+    """The policy of each layer: the last `keep_layers` keep all; of the others, `host_layers` keep all on
+    the host, spread evenly so that copies have the time of the layers between; the rest follow `policy`."""
     others = max(0, num_layers - keep_layers)
-    spread: list[PolicyName] = ["host" if i * host_layers % others < host_layers else policy for i in range(others)]
-    return spread + ["keep"] * (num_layers - others)
+    spread = [Policy.HOST if i * host_layers % others < host_layers else policy for i in range(others)]
+    return spread + [Policy.KEEP] * (num_layers - others)

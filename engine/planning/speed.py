@@ -23,7 +23,7 @@ from engine.planning.layer_memory import Pass, Sizes
 from engine.planning.layer_plan import LayerPlan, group_parameters, is_fused, plan_layers
 from engine.planning.live_bytes import HostStack, LiveBytes
 from engine.planning.model_shape import ModelShape
-from engine.planning.policies import GROUPS
+from engine.planning.policies import GROUPS, Policy
 
 # Shares of a data sheet's numbers that kernels reached: of 989 TFLOP/s 785 in a layer's matmuls and 730 in the head's; an
 # adapter's thin ones are bound by bytes up to a rank of about 100, and beyond it by an estimated share.
@@ -117,7 +117,7 @@ def predict_speed(
 
 def _put_away(plan: LayerPlan, step: _Step) -> int:
     """Bytes of one layer that wait on the host."""
-    if plan.policy not in ("host", "offload") or not plan.trained:
+    if not plan.policy.is_on_host or not plan.trained:
         return 0
     live = LiveBytes()
     host_stack = HostStack(live)
@@ -150,12 +150,12 @@ def _backward(plan: LayerPlan, step: _Step) -> _Work:
     work.plain_bytes = norms + 2 * (s.q + s.k) + 2 * s.qkv
     work.activation_bytes = 6 * s.f
     _add_attention(work, step, 2.5, EAGER_BYTES[1])
-    if plan.policy in ("recompute", "offload"):
+    if not plan.policy.keeps_attention:
         for group in ("qkv", "o"):
             _add_matmul(work, group, plan, step)
         work.plain_bytes += _attention_half_bytes(step) + 4 * s.x
         _add_attention(work, step, ATTENTION_BACKWARD, EAGER_BYTES[0])  # at the speed of a forward pass
-    if plan.policy != "keep" and (plan.policy != "host" or s.tile is not None):
+    if plan.policy is not Policy.KEEP and (plan.policy is not Policy.HOST or s.tile is not None):
         work.matmul += 2 * step.tokens * step.parameters["gate_up"]
         if not step.is_fused or shape.four_norms:
             _add_matmul(work, "down", plan, step)

@@ -25,16 +25,14 @@ from engine.data.packing import Cursor, collate
 from engine.data.views import load_data
 from engine.errors import Interrupted, OutOfMemory
 from engine.evaluation.eval_loss import evaluate, evaluation_batches
-from engine.layers.host_stash import host_share_gib
 from engine.model.base import Base
 from engine.model.device import free, limit_memory, peak_gib, pick_device
 from engine.model.load import load_base
-from engine.planning.cards import found_card
-from engine.planning.memory import CONTEXT_GIB
-from engine.planning.model_shape import ModelShape
-from engine.planning.planner import ComputePlan, changed, leaner, make_compute_plan
+from engine.planning.planner import changed, leaner
+from engine.planning.policies import Policy
 from engine.system.files import write_text
 from engine.training import checkpoint
+from engine.training.card_plan import plan_for_this_card
 from engine.training.checkpoint import Pace, Progress, Sums
 from engine.training.cuda_graphs import make_graphs
 from engine.training.divergence import check_loss
@@ -42,7 +40,6 @@ from engine.training.optim import learning_rate, make_optimizer, set_learning_ra
 from engine.training.profiler import traced
 from engine.training.step_sums import StepSums
 from engine.trial_report import TrialReport
-from engine.units import GIB
 
 
 def train(
@@ -53,8 +50,8 @@ def train(
     interrupted: Callable[[], bool] = lambda: False,
     pace: Pace | None = None,
 ) -> Iterator[TrialReport]:
-    """Train one adapter; yield a Report at each point of `config.train.report_grid()`, on a continued run from the first that was
-    never yielded: nothing is trained before the caller has heard what a crash kept from it.
+    """Train one adapter; yield a TrialReport at each point of `config.train.report_grid()`, on a continued run from
+    the first that was never yielded: nothing is trained before the caller has heard what a crash kept from it.
 
     base: a resident base model that matches `config.model`; it is handed back without the adapter. Without one, the model is
     loaded here and freed at the end. What the config leaves `auto` is planned for the card that is here; a step that runs out of
@@ -76,13 +73,12 @@ def train(
             torch.cuda.reset_peak_memory_stats(device)  # the highest so far is an earlier trial's
         torch.manual_seed(config.train.seed)
         layers = attach(resident.model, resident.linear_names, config.lora, config.train.seed)
-        run = _Run(config, trial_folder, resident, layers)
-        run.setup_s = time.perf_counter() - called_s
-        with traced(config.train.profile_steps, trial_folder / "profile", device) as run.after_step:
-            yield from run.reports(interrupted, pace or Pace())
+        run = _Run(config, trial_folder, resident, layers, interrupted, pace, called_s)
+        with traced(config.train.profile_steps, trial_folder / "profile", device) as after_step:
+            yield from run.reports(after_step)
     finally:
         detach(resident.model, layers)
-        resident.checkpoint_activations(False)
+        resident.checkpoint_activations(Policy.KEEP)
         resident.model.eval()
         layers.clear()
         free(device)
@@ -91,12 +87,19 @@ def train(
 
 
 class _Run:
-    """State of one trial between two reports."""
+    """State of one trial, all of it made here; its checkpoint is loaded. called_s: when `train` was called."""
 
-    setup_s = 0.0
-
-    def __init__(self, config: TrainConfig, trial_folder: Path, base: Base, layers: dict[str, LoraLinear]) -> None:
-        plan, shape = _make_plan(config, base)
+    def __init__(
+        self,
+        config: TrainConfig,
+        trial_folder: Path,
+        base: Base,
+        layers: dict[str, LoraLinear],
+        interrupted: Callable[[], bool],
+        pace: Pace | None,
+        called_s: float,
+    ) -> None:
+        plan, shape = plan_for_this_card(config, base)
         self.config, self.trial_folder, self.base, self.layers = config, trial_folder, base, layers
         self.adapter, self.graphs = FlatAdapter(layers, base.dtype), None
         self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
@@ -112,9 +115,11 @@ class _Run:
         self.plan, self.shape = changed(plan, self.progress.plan, config, shape) if self.progress.plan else plan, shape
         self._follow_plan()
         base.model.train()
+        self._interrupted, self._pace = interrupted, pace or Pace()
+        self._setup_s = time.perf_counter() - called_s
 
-    def reports(self, interrupted: Callable[[], bool], pace: Pace) -> Iterator[TrialReport]:
-        self._interrupted, self._pace = interrupted, pace
+    def reports(self, after_step: Callable[[], None]) -> Iterator[TrialReport]:
+        """The reports that are due, trained for one after another. after_step: called after each step."""
         grid = self.config.train.report_grid()
         if self.progress.reports:
             num_passed_on = self._num_written()
@@ -122,13 +127,13 @@ class _Run:
             if len(self.progress.reports) > num_passed_on:  # a crash came between the checkpoint and this file
                 yield TrialReport.from_dict(self.progress.reports[-1])
         for rung in range(len(self.progress.reports) + 1, len(grid) + 1):
-            report = self._train_to(rung, grid[rung - 1])
+            report = self._train_to(rung, grid[rung - 1], after_step)
             self._save(report)
             if rung == len(grid):
                 checkpoint.drop_previous(self.trial_folder)
             yield report
 
-    def _train_to(self, rung: int, tokens: int) -> TrialReport:
+    def _train_to(self, rung: int, tokens: int, after_step: Callable[[], None]) -> TrialReport:
         """Optimizer steps until `tokens` have been seen, then evaluation."""
         vocab_size = self.base.model.config.get_text_config().vocab_size
         progress = self.progress
@@ -137,7 +142,7 @@ class _Run:
             self._keep_safe(step_sums)
             loss, grad_norm, num_tokens, num_targets = self._step()
             step_sums.add(loss, grad_norm, num_tokens, num_targets)
-            self.after_step()
+            after_step()
             progress.step += 1
             progress.tokens_seen += num_tokens
             progress.target_tokens_seen += num_targets
@@ -215,7 +220,7 @@ class _Run:
         free(self.base.device)
 
     def _follow_plan(self) -> None:
-        self.base.checkpoint_activations(self.plan.activation_checkpointing, self.plan.keep_layers, self.plan.host_layers)
+        self.base.checkpoint_activations(self.plan.policy, self.plan.keep_layers, self.plan.host_layers)
         self.base.cache_weights(self.plan.weight_cache_gib)
         self.graphs = None  # recordings of another plan, with their memory
         if self.plan.cuda_graphs:
@@ -257,8 +262,8 @@ class _Run:
             predicted_peak_gib=0.0 if self.plan.memory is None else self.plan.memory.peak_gib,
             num_out_of_memory=progress.num_out_of_memory,
             micro_batch_size=self.plan.micro_batch_size,
-            activation_checkpointing=str(self.plan.activation_checkpointing).lower(),
-            setup_s=self.setup_s,
+            activation_checkpointing=str(self.plan.policy.setting).lower(),
+            setup_s=self._setup_s,
         )
         progress.reports.append(report.to_dict())
         progress.since_report = Sums()
@@ -282,14 +287,3 @@ class _Run:
     def _write_reports(self) -> None:
         lines = [json.dumps(report, sort_keys=True) + "\n" for report in self.progress.reports]
         write_text(self.trial_folder / "reports.jsonl", "".join(lines))
-
-
-def _make_plan(config: TrainConfig, base: Base) -> tuple[ComputePlan, ModelShape | None]:
-    """The plan for the card that is here, and the shape it was predicted from."""
-    if base.device.type != "cuda":
-        return make_compute_plan(config, None, None), None
-    free_bytes, total_bytes = torch.cuda.mem_get_info(base.device)
-    ours = free_bytes + torch.cuda.memory_reserved(base.device) + CONTEXT_GIB * GIB  # another process may hold a part
-    card = found_card(torch.cuda.get_device_name(base.device), min(ours, total_bytes) / GIB)
-    shape = ModelShape.known(base.model.config.to_dict(), config.model.path)
-    return make_compute_plan(config, shape, card, host_share_gib()), shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from engine.errors import EngineError
+from engine.system.command_line import run
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.report.build import write_report
 
@@ -13,16 +13,15 @@ USAGE = "usage: python -m sweep.report <sweep folder>\n\nWrites report.html into
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 done, 2 bad input."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    return run(lambda: _main(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(USAGE, file=sys.stdout if {"-h", "--help"} & set(arguments) else sys.stderr)
         return 0 if {"-h", "--help"} & set(arguments) else 2
-    try:
-        print(write_report(SweepFolder.open(arguments[0], "folder")))
-        return 0
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+    print(write_report(SweepFolder.open(arguments[0], "folder")))
+    return 0
 
 
 if __name__ == "__main__":

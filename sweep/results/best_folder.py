@@ -11,10 +11,9 @@ from typing import Any
 from engine.config.parsing import parse, to_json
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
-from engine.export.model_card import peft_code
+from engine.export.model_card import ModelCard, config_rows, peft_code
 from engine.system.files import write_folder
-from engine.units import perplexity
-from sweep.text import number, table
+from sweep.text import number
 from sweep.trials.record import TrialRecord
 from sweep.trials.selection import Rule, median_speed, num_parameters
 
@@ -53,13 +52,13 @@ def write_best(
     def fill(folder: Path) -> None:
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
         (folder / "train_config.json").write_text(to_json(parse(TrainConfig, record.config)) + "\n")
-        card = model_card(record, reevaluation, sweep_name, _base_model(adapter), rule, examples)
+        card = best_card(record, reevaluation, sweep_name, _base_model(adapter), rule, examples)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     write_folder(best_dir, fill)
 
 
-def model_card(
+def best_card(
     record: TrialRecord,
     reevaluation: dict[str, Any],
     sweep_name: str,
@@ -69,67 +68,35 @@ def model_card(
 ) -> str:
     """README.md of `best/`: front matter for the Hugging Face hub, what was measured, how to load it, how to train it again."""
     config = parse(TrainConfig, record.config)
-    quantized = config.model.quantization == "nf4"
-    tags = ["lora", "qlora" if quantized else "peft", "qlora-sweep"]
     agreement = "agrees with" if reevaluation["agrees"] else "**does NOT agree with**"
     measured = (
         f"Measured after the sweep on {reevaluation['num_eval_target_tokens']:,} target tokens of the evaluation set; this "
         f"{agreement} what the trial reported ({number(reevaluation['trial_eval_loss'], '.4f')})."
     )
-    return "\n".join(
-        [
-            "---",
-            f"base_model: {json.dumps(base_model)}",
-            "library_name: peft",
-            "pipeline_tag: text-generation",
-            f"tags: {json.dumps(tags)}",
-            "---",
-            "",
-            f"# Best adapter of the sweep `{sweep_name}`",
-            "",
-            f"Trial {record.number}. Chosen by: {rule.text}.",
-            "",
-            "| | eval loss (nats/token) | perplexity |",
-            "|---|---:|---:|",
-            f"| base model | {_loss_cells(reevaluation['base_eval_loss'])} |",
-            f"| with this adapter | {_loss_cells(reevaluation['eval_loss'])} |",
-            "",
-            measured,
-            "",
-            *table(("setting", "value"), _settings(record, config)),
-            "",
-            *_examples(examples),
-            "## Try it, and take it elsewhere",
-            "",
-            "Run in this folder, with qlora-sweep installed:",
-            "",
-            *TOOLS,
-            "",
-            "## Load it",
-            "",
-            "Run in this folder:",
-            "",
-            *peft_code(base_model, config),
-            *_builtin_note(config.model.path),
-            "",
-            "## Train it again",
-            "",
-            "```",
-            "python -m engine train_config.json",
-            "```",
-            "",
-        ]
-    )
+    return ModelCard(
+        title=f"Best adapter of the sweep `{sweep_name}`",
+        base=base_model,
+        library="peft",
+        tags=["lora", "qlora" if config.model.quantization == "nf4" else "peft", "qlora-sweep"],
+        introduction=[f"Trial {record.number}. Chosen by: {rule.text}."],
+        losses=[("base model", reevaluation["base_eval_loss"]), ("with this adapter", reevaluation["eval_loss"])],
+        notes=[measured],
+        settings=_settings(record, config),
+        sections=[
+            *([("What it answers", _examples(examples))] if examples else []),
+            ("Try it, and take it elsewhere", ["Run in this folder, with qlora-sweep installed:", "", *TOOLS]),
+            ("Load it", ["Run in this folder:", "", *peft_code(base_model, config), *_builtin_note(config.model.path)]),
+            ("Train it again", ["```", "python -m engine train_config.json", "```"]),
+        ],
+    ).text()
 
 
 def _examples(examples: Sequence[dict[str, str]]) -> list[str]:
     """The first few, shortened: the sweep's report.html has them whole. In code blocks, since any text may stand in them."""
-    if not examples:
-        return []
-    lines = ["## What it answers", "", "Evaluation samples, greedy; each text shortened.", ""]
+    lines = ["Evaluation samples, greedy; each text shortened."]
     for example in examples[:CARD_EXAMPLES]:
         texts = [f"{name:<9} {_one_line(example[name])}" for name in EXAMPLE]
-        lines += ["````text", *texts, "````", ""]
+        lines += ["", "````text", *texts, "````"]
     return lines
 
 
@@ -141,23 +108,20 @@ def _one_line(text: str) -> str:
 
 def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]:
     lora, last = config.lora, record.reports[-1]
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
     kept = min(record.reports, key=lambda report: report["eval_loss"])
     return [
-        ("training data", f"`{config.data.train}`"),
+        *config_rows(config, "training data"),
         ("tokens seen by this adapter", f"{kept['tokens_seen']:,} of {last['tokens_seen']:,} trained"),
         ("rank", str(lora.rank)),
         ("lora_alpha", f"{lora.alpha:g}" + (" (rsLoRA)" if lora.use_rslora else "")),
-        ("lora_dropout", f"{lora.lora_dropout:g}"),
-        ("target_modules", targets),
+        *config_rows(config, "lora_dropout", "target_modules"),
         ("trainable parameters", f"{num_parameters(record):,}"),
-        ("learning_rate", f"{config.optim.learning_rate:g} ({config.optim.lr_schedule})"),
-        ("max_seq_length", str(config.data.max_seq_length)),
+        *config_rows(config, "learning_rate", "max_seq_length"),
         ("base weights", config.model.quantization),
         ("tokens per second", number(median_speed(record), ",.0f")),
         ("peak allocated GiB", number(record.peak_allocated_gib, ".2f")),
         ("peak predicted GiB", number(record.predicted_peak_gib, ".2f")),
-        ("seed", str(config.train.seed)),
+        *config_rows(config, "seed"),
     ]
 
 
@@ -181,7 +145,3 @@ def _base_model(adapter: Path) -> str:
     if not isinstance(name, str) or not name:
         raise InputError("adapter_config.json", str(adapter), "must be PEFT's JSON with the text base_model_name_or_path")
     return name
-
-
-def _loss_cells(loss: float) -> str:
-    return f"{number(loss, '.4f')} | {number(perplexity(loss), ',.3f')}"

@@ -8,8 +8,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from engine.export.model_card import table
 from engine.system.files import write_text
-from sweep.text import number, table
+from sweep.text import number
 from sweep.trials.objectives import objective_values
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 from sweep.trials.selection import Rule, median_speed

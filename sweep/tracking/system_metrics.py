@@ -14,9 +14,10 @@ from pathlib import Path
 
 import psutil
 
+from engine.units import GIB
+
 FILE = "system.jsonl"
 SAMPLE_S = 2.0
-GIB = 2**30
 NAMES = (
     "process_cpu_percent",  # 100: one core
     "process_resident_gib",

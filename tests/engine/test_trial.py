@@ -166,7 +166,7 @@ def test_a_plan_is_made_for_the_card_that_is_here_and_for_what_others_leave_of_i
     from types import SimpleNamespace
 
     from engine.config.parsing import to_json
-    from engine.training import loop as module
+    from engine.training.card_plan import plan_for_this_card
 
     gib = 2**30
     shape = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -180,6 +180,6 @@ def test_a_plan_is_made_for_the_card_that_is_here_and_for_what_others_leave_of_i
     plans = {}
     for free_gib in (17.0, 6.0):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free_gib=free_gib: (int(free_gib * gib), int(23.6 * gib)))
-        plans[free_gib], known = module._make_plan(wanted, base)
+        plans[free_gib], known = plan_for_this_card(wanted, base)
         assert known.num_layers == 32 and plans[free_gib].memory.peak_gib < free_gib + 6.0
     assert plans[6.0].speed.tokens_per_second < plans[17.0].speed.tokens_per_second

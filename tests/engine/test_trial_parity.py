@@ -12,6 +12,7 @@ from engine.config.trial import TrainConfig
 from engine.data.packing import collate
 from engine.data.views import load_data
 from engine.model.load import load_base, nf4_load_config
+from engine.planning.policies import Policy
 
 STEPS = 32
 
@@ -32,7 +33,7 @@ def our_curve(config, layers_option="auto", perturb=0.0, device="cpu", seed=7, h
     adapter = FlatAdapter(layers, base.dtype)
     optimizer = torch.optim.AdamW([adapter.parameter], lr=1e-2, weight_decay=0.0)
     view, _ = load_data(config.data, base.tokenizer)
-    base.checkpoint_activations(config.train.activation_checkpointing, host_layers=host_layers)
+    base.checkpoint_activations(Policy.of(config.train.activation_checkpointing), host_layers=host_layers)
     base.model.train()
     losses = []
     for step in range(STEPS):

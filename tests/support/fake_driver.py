@@ -13,8 +13,10 @@ from types import SimpleNamespace
 
 from engine.errors import OutOfMemory
 from engine.planning.planner import ComputePlan
+from engine.planning.policies import Policy
+from engine.system.command_line import run
 from sweep import driver
-from sweep.__main__ import run
+from sweep.cli.lasting_output import lasting_output
 from sweep.execution.worker_config import EngineModules
 from sweep.plan import feasibility
 
@@ -26,15 +28,15 @@ def make_compute_plan(config, shape, card, host_gib):
     need = float(config.lora.rank)
     if need > card.memory_gib:
         raise OutOfMemory(f"needs {need:.1f} GiB at the least (predicted), {card.memory_gib:.1f} GiB are allowed", need)
-    return ComputePlan(1, False, 0, 0, 0.0, memory=SimpleNamespace(peak_gib=need, reserve_gib=0.0))
+    return ComputePlan(1, Policy.KEEP, 0, 0, 0.0, memory=SimpleNamespace(peak_gib=need, reserve_gib=0.0))
 
 
 def main(command: str, argument: str, overrides: str = "{}") -> int:
     os.environ["FAKE_TORCH"] = "1"  # for the workers
     feasibility.make_compute_plan = make_compute_plan
     if command == "start":
-        return run(lambda: driver.start(json.loads(Path(argument).read_text()), engine=ENGINE))
-    return run(lambda: driver.resume(argument, json.loads(overrides), engine=ENGINE))
+        return run(lambda: driver.start(json.loads(Path(argument).read_text()), engine=ENGINE), output=lasting_output)
+    return run(lambda: driver.resume(argument, json.loads(overrides), engine=ENGINE), output=lasting_output)
 
 
 if __name__ == "__main__":

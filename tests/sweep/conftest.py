@@ -7,6 +7,7 @@ import pytest
 from engine.config.trial import TrainConfig
 from engine.errors import OutOfMemory
 from engine.planning.planner import ComputePlan
+from engine.planning.policies import Policy
 from sweep.plan import feasibility
 
 
@@ -22,7 +23,7 @@ def planned(monkeypatch) -> list[TrainConfig]:
         if config.lora.rank > card.memory_gib:
             raise OutOfMemory("needs more", float(config.lora.rank))
         memory = type("Memory", (), {"peak_gib": float(config.lora.rank), "reserve_gib": 0.5})
-        return ComputePlan(2, True, 0, 0, 0.0, memory=memory)
+        return ComputePlan(2, Policy.RECOMPUTE, 0, 0, 0.0, memory=memory)
 
     monkeypatch.setattr(feasibility, "make_compute_plan", plan)
     return asked

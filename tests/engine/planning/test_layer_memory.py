@@ -17,18 +17,16 @@ from engine.adapter.lora import LoraLinear
 from engine.config.trial import LoraConfig, TrainConfig
 from engine.kernels import ops
 from engine.layers import decoder_layer as fused
-from engine.layers import mlp as fused_mlp
 from engine.layers import projection_group as projection
-from engine.layers import structure as layer
 from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.host_stash import HostStash
 from engine.layers.projection_group import ProjectionGroup
-from engine.layers.structure import Call, LayerSpec, Norm, Policy
-from engine.planning.layer_memory import MLP_TILE_TOKENS, Pass, Sizes
+from engine.layers.structure import Call, LayerSpec, Norm
+from engine.planning.layer_memory import Pass, Sizes
 from engine.planning.layer_plan import plan_layers
 from engine.planning.live_bytes import HostStack, LiveBytes
 from engine.planning.model_shape import ModelShape
-from engine.planning.policies import GROUPS
+from engine.planning.policies import GROUPS, LADDER
 from engine.quant.frozen_linear import FrozenLinear
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 3, "hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8,
@@ -39,7 +37,7 @@ FAMILIES = {
     "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 128},
     "gemma3": {**LLAMA, "model_type": "gemma3_text", "head_dim": 128},
 }
-POLICIES: dict[str, Any] = {"keep": False, "selective": "selective", "recompute": True, "offload": "offload"}
+POLICIES = tuple(policy.value for policy in LADDER)
 LENGTH = 1024
 
 
@@ -180,9 +178,8 @@ def build(config: TrainConfig, shape: ModelShape, tokens: int) -> list[Layer]:
             size = (sum(shape.projections()[n][0] for n in names), shape.projections()[names[0]][1])
             cached = torch.empty(size, dtype=torch.bfloat16, device="meta") if group in plan.cached else None
             groups[group] = ProjectionGroup.of([modules[name] for name in names], torch.bfloat16, cached)
-        policy = Policy[plan.policy.upper()]
         adapters = [p for module in modules.values() for p in (module.lora_a, module.lora_b)]
-        layers.append(Layer(Call(spec, policy, groups, table, table, documents, stash), adapters))
+        layers.append(Layer(Call(spec, plan.policy, groups, table, table, documents, stash), adapters))
     return layers
 
 
@@ -237,7 +234,7 @@ def config_of(policy: str, **changes: Any) -> TrainConfig:
     train |= changes.pop("train", {})
     return TrainConfig.model_validate({
         "model": {"path": "x"}, "data": {"train": "x", "max_seq_length": LENGTH}, "lora": {"rank": 8, **changes},
-        "train": {"activation_checkpointing": POLICIES[policy], **train},
+        "train": {"activation_checkpointing": policy, **train},
     })  # fmt: skip
 
 
@@ -270,8 +267,3 @@ def test_the_walk_of_another_policy_does_not_count_the_same() -> None:
     sums = {policy: walked(config_of(policy), shape, 4096) for policy in POLICIES}
     measured = counted(build(config_of("selective"), shape, 4096), shape, 4096)
     assert [policy for policy, size in sums.items() if math.isclose(size, measured, rel_tol=0.003)] == ["selective"]
-
-
-def test_the_walks_copies_of_constants_are_those_of_the_layers() -> None:
-    assert MLP_TILE_TOKENS == fused_mlp.TILE_TOKENS
-    assert GROUPS == layer.GROUPS

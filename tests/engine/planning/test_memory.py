@@ -18,6 +18,7 @@ from engine.planning.cards import CARDS, Card
 from engine.planning.layer_plan import adapted_projections, plan_layers
 from engine.planning.memory import CONTEXT_GIB, MemoryPrediction, fits, predict_memory
 from engine.planning.model_shape import ModelShape
+from engine.planning.policies import LADDER
 from engine.planning.speed import predict_speed
 from engine.units import GIB
 from tests.support.paths import ROOT
@@ -26,7 +27,7 @@ from tests.support.published_models import GEMMA2_9B, LLAMA_1B, LLAMA_8B
 CALIBRATION = ROOT / "engine" / "bench" / "calibration" / "h100-2026-11-24.jsonl"
 PEAKS = CALIBRATION.with_name("h100-2026-11-24-peaks.jsonl")
 ROWS = [json.loads(line) for line in CALIBRATION.read_text().splitlines()]
-POLICIES: dict[str, Any] = {"offload": "offload", "recompute": True, "selective": "selective", "keep": False}
+POLICIES = tuple(policy.value for policy in reversed(LADDER))
 
 SHAPES = {"llama-3.1-8b": ModelShape.of(LLAMA_8B, "8B"), "llama-3.2-1b": ModelShape.of(LLAMA_1B, "1B")}
 
@@ -38,7 +39,7 @@ def config_of(
     train = {
         "max_tokens": 10**6, "micro_batch_size": batch, "keep_layers": keep_layers, "host_layers": 0,
         "weight_cache_gib": weight_cache_gib,
-        "activation_checkpointing": POLICIES[policy],
+        "activation_checkpointing": policy,
     }  # fmt: skip
     data = {"train": "x", "max_seq_length": length, **sections.get("data", {})}
     return parse(TrainConfig, {
@@ -193,6 +194,18 @@ def test_targets_that_match_nothing_are_an_input_error() -> None:
         predict_memory(config_of(lora={"target_modules": ["w1"]}), SHAPES["llama-3.1-8b"])
 
 
+def test_a_pattern_that_is_no_regular_expression_is_one_error_for_the_plan_and_for_the_adapter() -> None:
+    from engine.config.targets import resolve_targets
+
+    errors = []
+    for use in (lambda: predict_memory(config_of(lora={"target_modules": "layers.("}), SHAPES["llama-3.1-8b"]),
+                lambda: resolve_targets(["layers.0.q_proj"], "layers.(")):  # fmt: skip
+        with pytest.raises(InputError, match=r"target_modules = 'layers\.\(': must be a valid regular expression") as caught:
+            use()
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
 def test_layers_below_the_first_adapter_keep_nothing() -> None:
     upper = config_of(policy="keep", lora={"target_modules": r".*layers\.(1[6-9]|2\d|3\d)\..*"})
     whole = config_of(policy="keep")
@@ -269,14 +282,3 @@ def test_predictions_do_without_torch() -> None:
     code = f"import sys; {imports}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_copies_of_constants_are_those_of_the_modules_that_need_torch() -> None:
-    from engine.evaluation import eval_loss as evaluate
-    from engine.layers import host_embedding as embedding
-    from engine.layers import loss
-    from engine.planning import memory
-
-    assert loss.CHUNK_BYTES == memory.LOSS_CHUNK_BYTES
-    assert embedding.MIN_BYTES == memory.HOST_EMBEDDING_MIN_BYTES
-    assert evaluate.MIN_ROW_TOKENS == memory.EVALUATION_ROW_TOKENS

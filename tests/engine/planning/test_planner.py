@@ -1,6 +1,7 @@
 """Plans: what is chosen for a card, that it computes the same, and what follows when memory runs out."""
 
 import itertools
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,8 @@ from engine.errors import OutOfMemory
 from engine.planning.cards import find_card
 from engine.planning.memory import fits, predict_memory
 from engine.planning.model_shape import ModelShape
-from engine.planning.planner import ComputePlan, leaner, make_compute_plan
+from engine.planning.planner import ComputePlan, changed, leaner, make_compute_plan
+from engine.planning.policies import LADDER, Policy
 
 LLAMA_8B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -65,7 +67,7 @@ def test_launches_are_recorded_where_the_host_is_too_slow_and_nothing_forbids_it
 
 def test_long_rows_go_through_the_host_on_a_small_card():
     assert make_compute_plan(config(65536), SHAPE, find_card("rtx4090")).memory.host_gib > 10
-    assert make_compute_plan(config(2048), SHAPE, find_card("rtx4090")).activation_checkpointing is False
+    assert make_compute_plan(config(2048), SHAPE, find_card("rtx4090")).policy is Policy.KEEP
 
 
 def test_layer_inputs_go_to_the_host_only_as_far_as_it_has_memory():
@@ -88,24 +90,34 @@ def test_what_does_not_fit_says_what_it_needs_and_what_there_is():
 
 def test_without_a_card_nothing_is_predicted():
     chosen = make_compute_plan(config(), SHAPE, None)
-    assert (chosen.micro_batch_size, chosen.activation_checkpointing, chosen.memory) == (1, False, None)
+    assert (chosen.micro_batch_size, chosen.policy, chosen.memory) == (1, Policy.KEEP, None)
     assert make_compute_plan(config(micro_batch_size=64), SHAPE, None).micro_batch_size == 8  # no more than the step has
 
 
 def test_each_leaner_plan_needs_less_until_there_is_none():
     wanted = config()
-    steps = [ComputePlan(8, False, 4, 0, 2.0)]
+    steps = [ComputePlan(8, Policy.KEEP, 4, 0, 2.0)]
     while (following := leaner(steps[-1], wanted, SHAPE)) is not None:
         steps.append(following)
-    assert [(p.micro_batch_size, p.weight_cache_gib, p.keep_layers, p.activation_checkpointing) for p in steps] == [
+    assert [(p.micro_batch_size, p.weight_cache_gib, p.keep_layers, p.policy.setting) for p in steps] == [
         (8, 2.0, 4, False), (4, 2.0, 4, False), (2, 2.0, 4, False), (1, 2.0, 4, False), (1, 0.0, 4, False),
         (1, 0.0, 0, "selective"), (1, 0.0, 0, True), (1, 0.0, 0, "offload"),
     ]  # fmt: skip
     peaks = [predict_memory(steps[0].apply(wanted), SHAPE).peak_bytes, *(p.memory.peak_bytes for p in steps[1:])]
     assert all(a > b for a, b in itertools.pairwise(peaks))
     kept = leaner(replace(steps[-1], keep_layers=3, host_layers=4), wanted, None)
-    assert (kept.keep_layers, kept.host_layers, kept.activation_checkpointing) == (0, 4, "offload")
+    assert (kept.keep_layers, kept.host_layers, kept.policy) == (0, 4, Policy.OFFLOAD)
     assert leaner(kept, wanted, None).host_layers == 0
+
+
+def test_policies_are_named_in_files_as_they_always_were():
+    assert [policy.setting for policy in LADDER] == [False, "selective", True, "offload"]
+    assert [Policy.of(policy.setting) for policy in LADDER] == list(LADDER)
+    for policy in LADDER:
+        plan = ComputePlan(1, policy, 0, 0, 0.0)
+        assert plan.settings()["activation_checkpointing"] is policy.setting
+        assert plan.apply(config()).train.activation_checkpointing is policy.setting
+        assert changed(ComputePlan(2, Policy.KEEP, 3, 4, 5.0), json.loads(json.dumps(plan.settings())), config(), None) == plan
 
 
 def test_planning_loads_no_torch():

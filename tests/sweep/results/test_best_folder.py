@@ -1,11 +1,14 @@
 """`best/` holds the adapter, its config and a card that says how it came about."""
 
 import importlib
+import re
 
 import pytest
 
-from engine.config.trial import load_train_config
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import InputError
+from engine.export.model_card import ExportFacts, Measured, export_card
 from sweep.results.best_folder import write_best
 from sweep.trials.selection import Rule
 from tests.support.records import REEVALUATION, trial
@@ -80,3 +83,17 @@ def test_a_trial_without_an_adapter_is_refused_and_the_older_best_stays(tmp_path
     with pytest.raises(InputError, match=r"must hold adapter_config.json and adapter_model.safetensors of trial 8"):
         write_best(tmp_path / "best", trial(8, 1.0, folder=tmp_path / "gone"), REEVALUATION, "demo")
     assert (tmp_path / "best" / "tokenizer.json").exists()
+
+
+def test_the_card_of_best_and_of_an_export_have_one_shape(tmp_path, winner):
+    write_best(tmp_path / "best", winner, REEVALUATION, "demo")
+    best = (tmp_path / "best" / "README.md").read_text()
+    config, measured = parse(TrainConfig, winner.config), Measured(2.0, 1.2, None, 9, "a", "b")
+    exported = export_card(ExportFacts("peft", "org/base", 16, 32.0, 7, None, config, measured, {}))
+    for card in (best, exported):
+        head = r'---\nbase_model: "org/base"\nlibrary_name: peft\npipeline_tag: text-generation\ntags: \["lora", .*\]\n---\n\n# '
+        assert re.match(head, card)
+        assert "| | eval loss (nats/token) | perplexity |\n|---|---:|---:|\n| base model" in card
+        assert "\n\n| setting | value |\n|---|---|\n" in card
+    code = [card.split("```python\n")[1].split("```")[0] for card in (best, exported)]
+    assert code[0] == code[1]

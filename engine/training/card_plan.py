@@ -1,0 +1,25 @@
+"""The compute plan of a trial for the card that is here."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.config.trial import TrainConfig
+from engine.model.base import Base
+from engine.model.device import host_share_gib
+from engine.planning.cards import found_card
+from engine.planning.memory import CONTEXT_GIB
+from engine.planning.model_shape import ModelShape
+from engine.planning.planner import ComputePlan, make_compute_plan
+from engine.units import GIB
+
+
+def plan_for_this_card(config: TrainConfig, base: Base) -> tuple[ComputePlan, ModelShape | None]:
+    """The plan for the card that is here, and the shape it was predicted from."""
+    if base.device.type != "cuda":
+        return make_compute_plan(config, None, None), None
+    free_bytes, total_bytes = torch.cuda.mem_get_info(base.device)
+    ours = free_bytes + torch.cuda.memory_reserved(base.device) + CONTEXT_GIB * GIB  # another process may hold a part
+    card = found_card(torch.cuda.get_device_name(base.device), min(ours, total_bytes) / GIB)
+    shape = ModelShape.known(base.model.config.to_dict(), config.model.path)
+    return make_compute_plan(config, shape, card, host_share_gib()), shape

@@ -1,0 +1,67 @@
+"""Every command of the engine ends in one way, whatever it raised."""
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+from engine.errors import InputError
+from engine.system.command_line import CLOSED_PIPE, run
+from tests.support.command_ends import ENDS, end_of, raising
+
+COMMANDS = [
+    ("engine.__main__", "_inspect", ["inspect", "config.json"]), ("engine.export.__main__", "_main", ["folder", "--out", "out"]),
+    ("engine.chat", "_main", ["folder"]), ("engine.bench.__main__", "_main", []), ("engine.bench.table", "_main", ["file"]),
+]  # fmt: skip
+PRINTS = """
+import sys
+from engine.system.command_line import run
+sys.exit(run(lambda: print("x" * int(sys.argv[1])) or 0))
+"""
+
+
+@pytest.mark.parametrize(("error", "code", "line"), ENDS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("name", "inner", "arguments"), COMMANDS)
+def test_what_a_user_can_act_on_is_one_line_in_every_command(name, inner, arguments, error, code, line, monkeypatch, capsys):
+    assert end_of(name, inner, arguments, error, monkeypatch) == code
+    assert capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize(("name", "inner", "arguments"), COMMANDS)
+def test_ctrl_c_is_a_line_and_130_in_every_command_and_a_bug_shows(name, inner, arguments, monkeypatch, capsys):
+    assert end_of(name, inner, arguments, KeyboardInterrupt(), monkeypatch) == 130
+    assert capsys.readouterr().err.startswith("\nstopped")
+    with pytest.raises(ValueError, match="a bug"):
+        end_of(name, inner, arguments, ValueError("a bug"), monkeypatch)
+
+
+def test_the_end_is_told_inside_the_output_that_the_command_had(capsys):
+    seen = []
+
+    @contextmanager
+    def output():
+        seen.append("open")
+        yield
+        seen.append(capsys.readouterr().err)
+
+    assert run(raising(InputError("a", 1, "b")), output=output) == 2
+    assert seen == ["open", "error: a = 1: b\n"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "unbuffered"),
+    [
+        (["-c", PRINTS, "1000000"], CLOSED_PIPE, ""), (["-c", PRINTS, "1"], CLOSED_PIPE, ""),
+        (["-c", PRINTS, "1"], CLOSED_PIPE, "1"), (["-m", "engine", "plan", "--help"], CLOSED_PIPE, ""),
+    ],
+    ids=["much", "little", "unbuffered", "engine"],
+)  # fmt: skip
+def test_a_closed_pipe_ends_a_command_without_a_word(arguments, code, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run([sys.executable, *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (code, "")
