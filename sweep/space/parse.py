@@ -69,9 +69,7 @@ def _choice(path: str, leaf: Mapping[str, Any], when: dict[str, tuple[Scalar, ..
     where, choices = f"space.{path}.choices", leaf["choices"]
     extra = sorted(set(leaf) - {"choices", "when"})
     if extra:
-        allowed = (
-            f"choices cannot be combined with low, high, log or step; to replace a leaf, remove it first: '~space.{path}'"
-        )
+        allowed = f"choices cannot be combined with low, high, log or step; to replace a leaf, remove it first: '~space.{path}'"
         raise InputError(f"space.{path}", dict(leaf), allowed)
     if isinstance(choices, Mapping):
         values = dict(choices)

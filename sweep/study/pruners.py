@@ -55,7 +55,8 @@ class SuccessiveHalvingPruner:
 
     def __init__(self, min_rung: int, factor: int, rate: int) -> None:
         self._min_rung, self._factor, self._rate = min_rung, factor, rate
-        self._values: defaultdict[int, list[float]] = defaultdict(list)  # level -> judged values, ascending
+        # level -> values judged there, ascending
+        self._values: defaultdict[int, list[float]] = defaultdict(list)
         self._next_level: dict[int, int] = {}
 
     def prunes(self, number: int, curve: Curve) -> bool:
@@ -112,7 +113,8 @@ class MedianPruner:
 
     def __init__(self, num_startup_trials: int, num_warmup_rungs: int) -> None:
         self._num_startup_trials, self._num_warmup_rungs = num_startup_trials, num_warmup_rungs
-        self._values: defaultdict[int, list[float]] = defaultdict(list)  # rung -> complete ones, ascending
+        # rung -> values of complete trials, ascending
+        self._values: defaultdict[int, list[float]] = defaultdict(list)
         self._num_complete = 0
 
     def prunes(self, number: int, curve: Curve) -> bool:
