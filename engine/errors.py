@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class EngineError(Exception):
-    """Base of every error that this project raises on purpose; any other that escapes is a bug."""
+    """All errors raised on purpose derive from this; any other exception that escapes is a bug."""
 
 
 class InputError(EngineError):

@@ -18,7 +18,7 @@ class Setting:
     cap_gib: emulates a smaller card. warmup: first steps, left out of the times.
 
     Only for `ours`: keep_layers last layers keep activations, and host_layers others keep them on
-    the host. weight_cache_gib is for dequantised weights.
+    the host. weight_cache_gib (for dequantised weights) and cuda_graphs belong to it too.
     """
 
     model: str = "llama-3.1-8b"

@@ -36,7 +36,7 @@ PARITY = 5e-4
 
 @dataclass(frozen=True)
 class Case:
-    """One operation to check and time.
+    """Hold one operation to check and time.
 
     `ours` and `plain` return the tensors that parity compares; in-place operations return those
     they wrote. `num_bytes` is the least the operation must move, and `exact` asks for equal bits.

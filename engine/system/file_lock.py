@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class FileLock:
-    """Let one process at a time hold the lock of a path. The file stays."""
+    """Let one process at a time hold the lock of a path. The file stays and is never written."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._handle = path, -1
