@@ -37,8 +37,8 @@ from engine.system.provenance import provenance
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
-    return run(lambda: _main(_arguments(arguments)), stopped="stopped; rows that were done are in the file of --json")
+    """Run the command and return its exit code."""
+    return run(lambda: _main(_arguments(arguments)), stopped="stopped; the --json file has the finished rows")
 
 
 def _main(options: argparse.Namespace) -> int:
