@@ -107,7 +107,7 @@ def test_a_damaged_packed_base_is_made_anew(tiny_config, cache, num_quantised, c
     file = packed(cache)[0] / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert bits(load_base(config.model, CPU)) == whole and len(num_quantised) == 2
-    assert "is made anew" in capsys.readouterr().err
+    assert "is quantised again" in capsys.readouterr().err
     assert bits(load_base(config.model, CPU)) == whole and len(num_quantised) == 2
 
 
