@@ -1,7 +1,7 @@
 """Define `TrainConfig`, which describes one trial completely. No torch.
 
-It is frozen, validated plain data, and all that `python -m engine` needs to reproduce the trial. The
-error for an unknown key lists the known ones. Every error is one `InputError` line.
+It is frozen, validated plain data, and all that `python -m engine` needs to reproduce the trial.
+The error for an unknown key lists the known ones. Every error is one `InputError` line.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ class DataConfig(StrictModel):
 
 
 class LoraConfig(StrictModel):
-    """The adapter: y = W x + scaling * B A dropout(x) on each target module (Hu et al., arXiv:2106.09685)."""
+    """The adapter on each target module (Hu et al., arXiv:2106.09685).
+
+    y = W x + scaling * B A dropout(x).
+    """
 
     rank: PositiveInt = 16
     lora_alpha: Annotated[float, Field(gt=0.0)] | None = Field(None, description="none: 2 * rank")
@@ -88,7 +91,7 @@ class LoraConfig(StrictModel):
 
     @property
     def scaling(self) -> float:
-        """Return alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski, arXiv:2312.03732)."""
+        """Return alpha / rank; with rsLoRA alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
@@ -153,7 +156,7 @@ class LoopConfig(StrictModel):
         return self
 
     def report_grid(self) -> tuple[int, ...]:
-        """Return the tokens seen at which a trial reports, up to max_tokens. Rung i is entry i - 1."""
+        """Return the tokens seen at each report, up to max_tokens. Rung i is entry i - 1."""
         if self.report_at_tokens is None:
             return tuple(self.max_tokens * (i + 1) // self.num_reports for i in range(self.num_reports))
         grid = self.report_at_tokens
@@ -213,7 +216,7 @@ class TrainConfig(StrictModel):
         return loop.gradient_accumulation_steps * (1 if loop.micro_batch_size == "auto" else loop.micro_batch_size)
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits, equal exactly if two configs train the same adapter up to rounding."""
+        """Return 16 hex digits, equal for configs that train the same adapter up to rounding."""
         values = self.model_dump(mode="json")
         for section, fields in NUMERICALLY_NEUTRAL.items():
             for field in fields:

@@ -1,9 +1,10 @@
 """CUDA cards: what their data sheets say, as numbers. No torch.
 
-bf16_tflops: dense tensor-core throughput with fp32 accumulation, which is what training needs; data sheets also print twice that
-(sparsity), and GeForce cards do half of their fp16-accumulate figure. memory_gib: what CUDA reports as the card's total
-(`torch.cuda.mem_get_info`), less than the name says: ECC, page tables and the driver take theirs. pcie_gb_s: what pinned copies
-reach one way, about 80 % of the link.
+bf16_tflops: dense tensor-core throughput with fp32 accumulation, which is what training needs; data
+sheets also print twice that (sparsity), and GeForce cards do half of their fp16-accumulate figure.
+memory_gib: what CUDA reports as the card's total (`torch.cuda.mem_get_info`), less than the name
+says: ECC, page tables and the driver take theirs. pcie_gb_s: what pinned copies reach one way,
+about 80 % of the link.
 """
 
 from __future__ import annotations

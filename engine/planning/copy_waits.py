@@ -1,7 +1,8 @@
 """How long computation waits for copies to and from host memory, from the time of each layer. No torch.
 
-Goes through one forward and one backward pass as `engine.offload.HostStash` does: a single stream of copies, in order; out, the
-computation waits for a copy when its device memory is let go; back, a copy may begin when the layer above begins.
+Goes through one forward and one backward pass as `engine.offload.HostStash` does: a single stream
+of copies, in order; out, the computation waits for a copy when its device memory is let go; back, a
+copy may begin when the layer above begins.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ structure), and allocates and frees in its order. Whoever changes a tensor's lif
 here; a test walks both. Left out: vectors of one value a token (rstd), and what the allocator
 rounds up.
 
-Shape letters: T tokens, D hidden, F MLP hidden, H query heads, G key/value heads, K head dim, L tokens of one sample, R rank.
+Shape letters: T tokens, D hidden, F MLP hidden, H query heads, G key/value heads, K head dim, L
+tokens of one sample, R rank.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ AttentionName = Literal["flash", "cudnn", "eager"]
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of one layer's tensors. x [T, D], q [T, H, K], k [T, G, K], f [T, F], low [T, 1]; heads [T, H] fp32; scores
-    [H, T, L] in one byte, of all samples and of one. weights: group -> dequantised; 0 where they are not packed."""
+    [H, T, L] in one byte, of all samples and of one. weights: group -> dequantised; 0 where they
+    are not packed."""
 
     x: int
     q: int
@@ -276,7 +278,8 @@ class Pass:
 
     def _attention_workspace(self) -> int:
         """dq summed in fp32, dk and dv of every query head before they are added up, dout * out summed over K; flash attention
-        and cuDNN alike. Eager: one sample's gradients of scores, and those of q and the repeated k and v, whole and in parts."""
+        and cuDNN alike. Eager: one sample's gradients of scores, and those of q and the repeated k
+        and v, whole and in parts."""
         s = self.sizes
         if self.attention == "eager":
             return 12 * s.sample_scores + 6 * s.q

@@ -20,8 +20,8 @@ from engine.units import GIB
 @dataclass(frozen=True)
 class LayerPlan:
     """ranks: group -> sum of its members' ranks, 0 where none is adapted. adapter: group -> its trained values. cached: groups
-    whose weights are kept dequantised. trained: whether it has a backward pass, since something in it or below is trained.
-    needs_dx: whether something below is."""
+    whose weights are kept dequantised. trained: whether it has a backward pass, since something in
+    it or below is trained. needs_dx: whether something below is."""
 
     policy: Policy
     ranks: dict[str, int]

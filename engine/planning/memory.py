@@ -1,8 +1,9 @@
 """Predicts the peak of allocated CUDA bytes (`torch.cuda.max_memory_allocated`) of training one adapter. No torch, no GPU.
 
-What lies still is added up from the model's shape; what comes and goes is walked through by `engine.liveness`, tensor by tensor.
-Nothing is fitted. Against one H100 (engine/calibration/): within 0.8 % in 95 % of 64 settings of Llama shapes, to 65,536 tokens.
-Not measured on a GPU: other families, evaluation, CUDA graphs; the walk itself is held to the layers' code by a test that needs
+What lies still is added up from the model's shape; what comes and goes is walked through by
+`engine.liveness`, tensor by tensor. Nothing is fitted. Against one H100 (engine/calibration/):
+within 0.8 % in 95 % of 64 settings of Llama shapes, to 65,536 tokens. Not measured on a GPU: other
+families, evaluation, CUDA graphs; the walk itself is held to the layers' code by a test that needs
 none. Not counted: parts of a model beside its text decoder.
 """
 
@@ -35,8 +36,9 @@ FRAGMENTATION, ROUGH_FRAGMENTATION = 0.05, 0.12
 @dataclass(frozen=True)
 class MemoryPrediction:
     """components: bytes by what holds them, at the moment of the peak. phases: the peak of each phase; phase: the highest one.
-    rough: layers run unfused, or attention with autograd's own graph: an estimate, not a count. host_bytes: pinned host memory
-    for what layers put away. recorded_bytes: what CUDA graphs keep beyond the peak while the trial evaluates."""
+    rough: layers run unfused, or attention with autograd's own graph: an estimate, not a count.
+    host_bytes: pinned host memory for what layers put away. recorded_bytes: what CUDA graphs keep
+    beyond the peak while the trial evaluates."""
 
     components: dict[str, int]
     phases: dict[str, int]
@@ -78,7 +80,8 @@ def predict_memory(
 ) -> MemoryPrediction:
     """Highest bytes that torch allocates on a CUDA card while this config, in which nothing is `auto`, trains.
 
-    evaluation: whether it also evaluates (a benchmark does not). attention: which kernel takes it; both need the same workspace.
+    evaluation: whether it also evaluates (a benchmark does not). attention: which kernel takes it;
+    both need the same workspace.
     """
     walk = _Walk(config, shape, attention)
     walk.load()
@@ -230,7 +233,8 @@ class _Walk:
 
     def _unfused_graph(self, sizes: Sizes) -> int:
         """Of one layer, beside its input: fp32 copies in the norms, inputs of adapted matmuls, queries, keys, values and output
-        of attention, gate, its activation, up and their product; with dropout, each projection's masked input and mask."""
+        of attention, gate, its activation, up and their product; with dropout, each projection's
+        masked input and mask."""
         s, shape = sizes, self.shape
         norms = (4 if shape.four_norms else 2) * s.x + (s.q + s.k if shape.qk_norm else 0)
         total = 4 * norms // s.element + 2 * s.x + s.qkv + s.q + s.heads + 4 * s.f + 10 * self._eager_scores(s)

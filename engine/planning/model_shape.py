@@ -27,7 +27,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True)
 class ModelShape:
     """four_norms: Gemma's, before and after each half of a layer. family: one of FAMILIES' values in small letters, or "other".
-    attention_softcap: scores pass through a tanh, which no fast attention does. sliding_window: keys seen, where not all are."""
+    attention_softcap: scores pass through a tanh, which no fast attention does. sliding_window:
+    keys seen, where not all are."""
 
     num_layers: int
     hidden_size: int

@@ -1,7 +1,8 @@
 """How a config is computed on a given card: micro-batch, what each layer keeps, dequantised weights. What it computes stays.
 
-`make_compute_plan` tries what the config leaves `auto`, drops what is predicted not to fit, and takes the fastest of the rest.
-`leaner` is the next step down for a run that met the end of memory all the same. No torch: plans are made on any laptop.
+`make_compute_plan` tries what the config leaves `auto`, drops what is predicted not to fit, and
+takes the fastest of the rest. `leaner` is the next step down for a run that met the end of memory
+all the same. No torch: plans are made on any laptop.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def make_compute_plan(
     config: TrainConfig, shape: ModelShape | None, card: Card | None, host_gib: float = math.inf
 ) -> ComputePlan:
     """The fastest way to compute `config` that fits the card, or `train.memory_budget_gib` of it. Without shape or card (a CPU,
-    an unknown model) nothing is predicted: one bin at a time. Raises OutOfMemory where the leanest way does not fit.
+    an unknown model) nothing is predicted: one bin at a time. Raises OutOfMemory where the leanest
+    way does not fit.
 
     host_gib: host memory for what layers put away, of this one process."""
     if shape is None or card is None:

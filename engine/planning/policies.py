@@ -49,7 +49,8 @@ LADDER = (Policy.KEEP, Policy.SELECTIVE, Policy.RECOMPUTE, Policy.OFFLOAD)
 
 def layer_policies(num_layers: int, policy: Policy, keep_layers: int, host_layers: int) -> list[Policy]:
     """The policy of each layer: the last `keep_layers` keep all; of the others, `host_layers` keep all on
-    the host, spread evenly so that copies have the time of the layers between; the rest follow `policy`."""
+    the host, spread evenly so that copies have the time of the layers between; the rest follow
+    `policy`."""
     others = max(0, num_layers - keep_layers)
     spread = [Policy.HOST if i * host_layers % others < host_layers else policy for i in range(others)]
     return spread + [Policy.KEEP] * (num_layers - others)

@@ -1,13 +1,16 @@
 """Predicts the speed of training one adapter on a CUDA card, from config, model shape and data sheet. No torch, no GPU.
 
-Arithmetic over the card's tensor throughput, bytes over its bandwidth, each times a share that was reached on ONE card: the
-shares below come from kernel times of whole steps on an H100 SXM (torch 2.11, triton 3.6; Llama 8B and 1B). There the sum is
-within 5 % of what was measured in thirteen settings (engine/calibration/). Every other card is EXTRAPOLATED from its data
-sheet and has not been measured: power limits (an L4's 72 W), clocks and kernels chosen for Hopper will move it. Trust the order
-of two plans on one card more than the number. Samples are taken to be max_seq_length long, every token to be a target, and no use
-is made of sliding windows: the slowest case. Copies to and from the host run beside it all (engine.overlap).
+Arithmetic over the card's tensor throughput, bytes over its bandwidth, each times a share that was
+reached on ONE card: the shares below come from kernel times of whole steps on an H100 SXM (torch
+2.11, triton 3.6; Llama 8B and 1B). There the sum is within 5 % of what was measured in thirteen
+settings (engine/calibration/). Every other card is EXTRAPOLATED from its data sheet and has not
+been measured: power limits (an L4's 72 W), clocks and kernels chosen for Hopper will move it. Trust
+the order of two plans on one card more than the number. Samples are taken to be max_seq_length
+long, every token to be a target, and no use is made of sliding windows: the slowest case. Copies to
+and from the host run beside it all (engine.overlap).
 
-Shape letters: T tokens, L tokens of one sample, D hidden, H query heads, K head dim, V vocabulary, R rank, N trained values.
+Shape letters: T tokens, L tokens of one sample, D hidden, H query heads, K head dim, V vocabulary,
+R rank, N trained values.
 """
 
 from __future__ import annotations
