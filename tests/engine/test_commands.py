@@ -118,4 +118,4 @@ def test_plan_shows_peak_and_speed_on_a_named_card_without_weights_or_data(tmp_p
     values["train"]["memory_budget_gib"] = 4.0
     path.write_text(json.dumps(values))
     assert main(["plan", str(path), "--card", "rtx4090"]) == 2
-    assert re.search(r"error: needs \d\.\d GiB at the least \(predicted\), 4\.0 GiB are allowed", capsys.readouterr().err)
+    assert re.search(r"error: needs at least \d\.\d GiB \(predicted\), 4\.0 GiB are allowed", capsys.readouterr().err)

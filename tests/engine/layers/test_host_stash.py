@@ -58,7 +58,7 @@ def test_out_of_order_is_an_error_and_a_cleared_stack_starts_anew():
     stash = HostStash()
     stash.push(torch.zeros(1))
     stash.push(torch.zeros(1))
-    with pytest.raises(RuntimeError, match="0 asked for, 1 is on top"):
+    with pytest.raises(RuntimeError, match="0 was asked for, 1 is on top"):
         stash.pop(0)
     stash.clear()
     assert stash.push(torch.ones(2)) == 0 and torch.equal(stash.pop(0), torch.ones(2))
