@@ -112,7 +112,7 @@ def test_plan_shows_peak_and_speed_on_a_named_card_without_weights_or_data(tmp_p
     assert main(["plan", str(path), "--card", "rtx4090"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"plan: micro-batch 1, ", shown) and re.search(r"peak \d+\.\d\d GiB, in: ", shown)
-    assert re.search(r"base weights +\d", shown) and re.search(r"speed, predicted: [\d,]+ tok/s", shown)
+    assert re.search(r"base weights +\d", shown) and re.search(r"predicted speed: [\d,]+ tok/s", shown)
     assert main(["plan", str(path), "--card", "gtx1080"]) == 2
     assert capsys.readouterr().err.startswith("error: card = 'gtx1080': unknown card; known: rtx3090")
     values["train"]["memory_budget_gib"] = 4.0
