@@ -77,13 +77,11 @@ class Base:
             method({"use_reentrant": False}) if recomputes else method()
 
     def cache_weights(self, gib: float) -> float:
-        """Keep up to `gib` GiB of the fused layers' weights dequantised, and return the GiB kept.
-        """
+        """Keep up to `gib` GiB of the fused layers' weights dequantised; return the GiB kept."""
         return cache_weights(self.model, self.dtype, int(gib * GIB)) / GIB
 
     def head(self) -> Head:
-        """Return the output embedding with the logit transforms that the model's config declares.
-        """
+        """Return the output embedding with the logit transforms from the model's config."""
         layer, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))

@@ -27,9 +27,7 @@ def limit_memory(gib: float, device: torch.device) -> None:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Return the peak memory in GiB: torch's allocations on CUDA, this process's resident set on
-    CPU.
-    """
+    """Return the peak in GiB: bytes allocated by torch on CUDA, the resident set on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

@@ -60,7 +60,7 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
-        except Exception as error:  # a config.json with wrong types can fail anywhere in the model's code
+        except Exception as error:  # wrong types in config.json can raise any error in model code
             raise InputError("model.path", config.path, f"must be a causal language model ({first_line(error)})") from None
     head = model.get_output_embeddings()
     features = {
@@ -91,7 +91,7 @@ def from_pretrained(factory: Any, config: ModelConfig, source: str, **options: A
         )
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # files with wrong types or sizes fail anywhere in the library, with any error
+    except Exception as error:  # files with wrong types or sizes can raise any error in the library
         if "DefaultCPUAllocator" in str(error):  # torch's only sign that CPU memory ran out
             raise
         allowed = "must be a folder or hub id that transformers can load; its error: "
