@@ -1,4 +1,4 @@
-"""The engine's command line and the checks before training: replay, bad input, which layers run fused."""
+"""Test the engine's commands and the checks before training: replay, bad input, fused layers."""
 
 import json
 import os
@@ -87,7 +87,8 @@ def test_prepare_says_which_layers_run_fused_and_strict_refuses_the_rest(tiny_co
     assert "OlmoDecoderLayer is not of a known family" in prepare([build(tiny_config, **odd)])["layers"]
     with pytest.raises(InputError, match=r"model\.layers.*0 of 2"):
         prepare([build(tiny_config, model={"path": str(path), "layers": "strict"})])
-    assert run(build(tiny_config, **odd), tmp_path / "generic")[-1].eval_loss > 0  # and it trains, on its own layers
+    # and it trains, on its own layers
+    assert run(build(tiny_config, **odd), tmp_path / "generic")[-1].eval_loss > 0
 
 
 def test_a_model_folder_without_config_is_refused(tiny_config, tmp_path):
