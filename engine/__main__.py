@@ -23,6 +23,7 @@ from engine.planning.model_shape import ModelShape
 from engine.planning.planner import make_compute_plan
 from engine.system.command_line import asked_to_end, run
 from engine.system.files import write_text
+from engine.trial_report import read_reports
 
 STOPPED = "stopped; the same command goes on from where it last saved"
 ENDING = "ending after this step, which is saved; Ctrl-C ends at once"
@@ -58,7 +59,7 @@ def _train(arguments: list[str]) -> int:
     from engine.training.loop import train
 
     out.mkdir(parents=True, exist_ok=True)
-    recorded = _recorded(options.config.resolve().parent / "reports.jsonl")
+    recorded = {report.rung: report.eval_loss for report in read_reports(options.config.resolve().parent)}
     print(
         f"{'rung':>4} {'tokens':>10} {'train loss':>10} {'eval loss':>10} {'recorded':>10} {'tok/s':>8} {'peak GiB':>8}",
         flush=True,
@@ -78,13 +79,6 @@ def _train(arguments: list[str]) -> int:
             raise KeyboardInterrupt from None
     print(f"adapter: {out / 'adapter'}")
     return 0
-
-
-def _recorded(path: Path) -> dict[int, float]:
-    """Rung -> eval_loss of the trial whose config is replayed; empty where there was none."""
-    if not path.is_file():
-        return {}
-    return {r["rung"]: r["eval_loss"] for r in map(json.loads, path.read_text().splitlines())}
 
 
 def _prepare(arguments: list[str]) -> int:

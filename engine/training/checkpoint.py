@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensor_bytes
 
 from engine.adapter.lora import LoraLinear, adapter_state, load_adapter_state
 from engine.errors import CheckpointError, InputError, first_line
 from engine.system.files import settle, write_folder
+from engine.trial_report import TrialReport
 
 FOLDER, PREVIOUS = "checkpoint", "checkpoint.previous"
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.pt", "state.json"
@@ -57,7 +58,7 @@ class Sums:
 
 @dataclass
 class Progress:
-    """How far a trial is. epoch and position: the data cursor; reports: all so far, as plain data; since_report: sums over the
+    """How far a trial is. epoch and position: the data cursor; reports: all so far; since_report: sums over the
     steps after the last of them; plan: settings that a lack of memory led to, kept so that a resume does not run into it again;
     num_out_of_memory: how often it did."""
 
@@ -73,7 +74,7 @@ class Progress:
     peak_allocated_gib: Amount = 0.0
     num_out_of_memory: Count = 0
     plan: dict[str, Any] = field(default_factory=dict)
-    reports: list[dict[str, Any]] = field(default_factory=list)
+    reports: list[Annotated[TrialReport, PlainValidator(TrialReport.from_dict)]] = field(default_factory=list)
     since_report: Sums = field(default_factory=Sums)
 
 
@@ -177,10 +178,12 @@ def _progress(folder: Path, state: dict[str, Any]) -> Progress:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
         raise CheckpointError(f"{folder}/{STATE}: written by another version, or changed ({where}: {fault['msg']})") from None
-    rungs = [report.get("rung") for report in progress.reports]
-    last, since = progress.reports[-1] if rungs else {"tokens_seen": 0, "step": 0}, progress.since_report
+    except InputError as error:
+        raise CheckpointError(f"{folder}/{STATE}: written by another version, or changed ({error})") from None
+    rungs, since = [report.rung for report in progress.reports], progress.since_report
+    last = (progress.reports[-1].tokens_seen, progress.reports[-1].step) if rungs else (0, 0)
     reported = (progress.tokens_seen - since.num_tokens, progress.step - since.num_steps)
-    if rungs != list(range(1, len(rungs) + 1)) or reported != (last.get("tokens_seen"), last.get("step")):
+    if rungs != list(range(1, len(rungs) + 1)) or reported != last:
         raise CheckpointError(f"{folder}/{STATE}: its reports do not agree with the rest of it")
     return progress
 
