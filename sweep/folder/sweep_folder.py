@@ -28,6 +28,7 @@ from engine.config.trial import TrainConfig
 from engine.errors import InputError, StorageError
 from engine.system.file_lock import FileLock
 from engine.system.files import write_text
+from engine.trial_report import REPORTS, TrialReport, read_reports
 from sweep.config.sweep import SweepConfig, parse_sweep_config
 from sweep.folder.flush import replace_text
 
@@ -132,14 +133,14 @@ class SweepFolder:
     def write_result(self, number: int, result: dict[str, Any]) -> None:
         replace_text(self.trial(number) / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
 
-    def write_reports(self, number: int, reports: list[dict[str, Any]]) -> None:
+    def write_reports(self, number: int, reports: list[TrialReport]) -> None:
         """Those of a trial that another sweep trained; the engine writes the others."""
-        replace_text(self.trial(number) / "reports.jsonl", "".join(json.dumps(report) + "\n" for report in reports))
+        replace_text(self.trial(number) / REPORTS, "".join(json.dumps(report.to_dict()) + "\n" for report in reports))
 
     def has_result(self, number: int) -> bool:
         return (self.trial(number) / "result.json").is_file()
 
-    def reports(self, number: int) -> list[dict[str, Any]]:
+    def reports(self, number: int) -> list[TrialReport]:
         """The trial's reports, ascending by rung; empty where it has none yet."""
         return read_reports(self.trial(number))
 
@@ -159,26 +160,3 @@ class SweepFolder:
             yield
         finally:
             lock.release()
-
-
-def read_reports(trial_folder: Path) -> list[dict[str, Any]]:
-    """What the engine has saved in reports.jsonl, ascending by rung; empty where there is none yet. A last line that is not whole
-    is left out: the trial's checkpoint has it, and writes the file again."""
-    file = trial_folder / "reports.jsonl"
-    lines = file.read_bytes().split(b"\n") if file.is_file() else []
-    if lines and lines[-1]:
-        lines.pop()
-    return [_report(file, rung, line) for rung, line in enumerate(filter(None, lines), 1)]
-
-
-def _report(file: Path, rung: int, line: bytes) -> dict[str, Any]:
-    """One report, checked as far as the driver relies on it."""
-    try:
-        report = json.loads(line)
-        if report["rung"] == rung and isinstance(report["eval_loss"], int | float):
-            return report
-    except (ValueError, LookupError, TypeError, RecursionError):
-        pass
-    raise InputError(
-        str(file), line[:80], f"line {rung} must be the report of rung {rung}; remove the file: the checkpoint has all"
-    )

@@ -108,10 +108,10 @@ def _one_line(text: str) -> str:
 
 def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]:
     lora, last = config.lora, record.reports[-1]
-    kept = min(record.reports, key=lambda report: report["eval_loss"])
+    kept = min(record.reports, key=lambda report: report.eval_loss)
     return [
         *config_rows(config, "training data"),
-        ("tokens seen by this adapter", f"{kept['tokens_seen']:,} of {last['tokens_seen']:,} trained"),
+        ("tokens seen by this adapter", f"{kept.tokens_seen:,} of {last.tokens_seen:,} trained"),
         ("rank", str(lora.rank)),
         ("lora_alpha", f"{lora.alpha:g}" + (" (rsLoRA)" if lora.use_rslora else "")),
         *config_rows(config, "lora_dropout", "target_modules"),

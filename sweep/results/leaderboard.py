@@ -53,13 +53,13 @@ def board_rows(records: list[TrialRecord], rule: Rule = DEFAULT_RULE) -> list[di
 
 
 def _row(record: TrialRecord, place: int) -> dict[str, Any]:
-    last = record.reports[-1] if record.reports else {}
+    last = record.reports[-1] if record.reports else None
     return {
         "rank": place if record.outcome in CONTENDERS and record.source is None else None,
         "number": record.number,
         "outcome": record.outcome.value,
         "eval_loss": record.score,
-        **{name: last.get(name) for name in LAST_REPORT},
+        **{name: last and getattr(last, name) for name in LAST_REPORT},
         "tokens_per_second": median_speed(record),
         "peak_allocated_gib": record.peak_allocated_gib,
         "predicted_peak_gib": record.predicted_peak_gib,

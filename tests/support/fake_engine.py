@@ -23,8 +23,7 @@ from engine.config.parsing import load_json, parse
 from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import DivergedError, InputError, Interrupted, OutOfMemory
 from engine.system.files import write_text
-from engine.trial_report import TrialReport
-from sweep.folder.sweep_folder import read_reports
+from engine.trial_report import TrialReport, read_reports
 
 # What a worker asks of torch, for a process that computes nothing: the real one takes seconds to load, at each kill.
 STAND_IN = types.SimpleNamespace(
@@ -95,7 +94,7 @@ def train(config: TrainConfig, trial_folder: Path, *, base=None, interrupted=lam
         starts.write(f"{os.getpid()} {len(reports)} {time.time()}\n")
     if len(reports) > len(read_reports(trial_folder)):
         _write_reports(trial_folder, reports)
-        yield TrialReport(**reports[-1])
+        yield TrialReport.from_dict(reports[-1])
     for rung in range(len(reports) + 1, len(config.train.report_grid()) + 1):
         _compute(config.optim.eps, rung, trial_folder, interrupted)
         _fail(fault, rung, trial_folder)
