@@ -91,7 +91,7 @@ def _prepare(arguments: list[str]) -> int:
     configs = [parse(TrainConfig, values, f"configs.{i}") for i, values in enumerate(listed)]
     from engine.prepare import prepare
 
-    return _answer(prepare(configs), options.answer)
+    return _answer(prepare(configs).to_dict(), options.answer)
 
 
 def _inspect(arguments: list[str]) -> int:
@@ -101,7 +101,7 @@ def _inspect(arguments: list[str]) -> int:
     config = load_train_config(options.config)
     from engine.prepare import inspect
 
-    return _answer(inspect(config.model), options.answer)
+    return _answer(inspect(config.model).to_dict(), options.answer)
 
 
 def _plan(arguments: list[str]) -> int:
@@ -131,7 +131,7 @@ def _evaluate(arguments: list[str]) -> int:
     config = load_train_config(options.config)
     from engine.evaluation.reevaluate import evaluate_adapter
 
-    return _answer(evaluate_adapter(config, options.adapter, options.examples), options.answer)
+    return _answer(evaluate_adapter(config, options.adapter, options.examples).to_dict(), options.answer)
 
 
 def _answer(values: dict[str, Any], report: Path | None) -> int:

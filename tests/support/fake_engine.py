@@ -19,9 +19,11 @@ import time
 import types
 from pathlib import Path
 
+from engine.answers import AdapterEvaluation, PreparedFacts, VisibleCard
 from engine.config.parsing import load_json, parse
 from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import DivergedError, InputError, Interrupted, OutOfMemory
+from engine.planning.model_shape import ModelShape
 from engine.system.files import write_text
 from engine.trial_report import TrialReport, read_reports
 
@@ -36,9 +38,8 @@ STAND_IN = types.SimpleNamespace(
 if "FAKE_TORCH" in os.environ:  # set by whoever starts processes that are the fake engine's alone
     sys.modules.setdefault("torch", STAND_IN)
 
-SHAPE = {"num_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16,
-         "vocab_size": 256}  # fmt: skip
-SEEN = {"card": {"name": "NVIDIA GeForce RTX 4090", "memory_gib": 24.0}, "shape": SHAPE}
+SHAPE = ModelShape(num_layers=2, hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=256)
+CARD = VisibleCard("NVIDIA GeForce RTX 4090", 24.0)
 FAULTS = {
     1.0: "out of memory",
     2.0: "diverged",
@@ -204,22 +205,24 @@ def main() -> int:
         if configs[0].data.train == "missing.jsonl":
             print("error: data.train = 'missing.jsonl': no such file", file=sys.stderr)
             return 2
-        answer = {
-            "num_train_samples": 10,
-            "num_eval_samples": 2,
-            "model_path": "m",
-            "layers": "-",
-            "num_trainable": [1] * len(configs),
-            **SEEN,
-        }
+        answer = PreparedFacts(
+            shape=SHAPE,
+            card=CARD,
+            model_path="m",
+            layers="-",
+            num_train_samples=10,
+            num_eval_samples=2,
+            num_dropped_samples=0,
+            num_trainable=[1] * len(configs),
+            data={},
+        )
     else:
         config = load_train_config(options.config)
         loss = eval_loss(config, len(config.train.report_grid()))
         Path(options.config).with_name(EVALUATED_IN).write_text(os.environ.get("FAULTS_PLACE", "driver"))
-        answer = {"base_eval_loss": 5.0, "eval_loss": loss, "num_eval_target_tokens": 7}
-        if options.examples:
-            answer["examples"] = [{name: f"{name} {i}" for name in EXAMPLE} for i in range(options.examples)]
-    options.answer.write_text(json.dumps(answer))
+        examples = [{name: f"{name} {i}" for name in EXAMPLE} for i in range(options.examples)]
+        answer = AdapterEvaluation(5.0, loss, 7, examples or None)
+    options.answer.write_text(json.dumps(answer.to_dict()))
     return 0
 
 

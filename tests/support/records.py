@@ -1,15 +1,12 @@
 """Build trials that have ended, for the leaderboard and the choice of the best."""
 
+from sweep.results.reevaluation import Reevaluation
 from sweep.trials.record import Outcome, TrialRecord
 from tests.support.reports import make_report
 
-REEVALUATION = {
-    "base_eval_loss": 2.5,
-    "eval_loss": 1.2,
-    "num_eval_target_tokens": 12345,
-    "agrees": True,
-    "trial_eval_loss": 1.2001,
-}
+REEVALUATION = Reevaluation(
+    base_eval_loss=2.5, eval_loss=1.2, num_eval_target_tokens=12345, trial_eval_loss=1.2001, agrees=True, relative_tolerance=1e-3
+)
 
 
 def trial(number, *losses, outcome=Outcome.COMPLETE, num_trainable=100, folder="", reported=None, **changes):
