@@ -1,1 +1,1 @@
-"""Trials under Ray Tune, and the process that trains them."""
+"""Run trials under Ray Tune, and train them in worker processes."""

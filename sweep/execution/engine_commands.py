@@ -1,4 +1,7 @@
-"""The engine's command line, run as subprocesses: the driver itself never loads torch, so it holds no memory on a GPU."""
+"""Run the engine's commands as subprocesses.
+
+So the driver never loads torch, and holds no memory on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,24 @@ from engine.errors import EngineError
 
 
 class CommandFailed(EngineError):
-    """An engine command ended with another exit code than 0. `exit_code` 2: bad input, and the text is the engine's one line."""
+    """Report that an engine command ended with an exit code other than 0.
+
+    exit_code: 2 for bad input, with the engine's one line as text; 1 for any other fault.
+    """
 
     def __init__(self, line: str, exit_code: int) -> None:
         self.line, self.exit_code = line, exit_code
         super().__init__(line)
 
-    def __reduce__(self):  # it may come from another node
+    def __reduce__(self):  # Ray pickles the error on another node
         return (type(self), (self.line, self.exit_code))
 
 
 def prepare(configs: list[TrainConfig], module: str) -> PreparedFacts:
-    """Check that every config can be trained and fill the caches; CommandFailed where not. Returns the engine's answer."""
+    """Check that every config can be trained, and fill the caches.
+
+    Returns the engine's answer. Raises CommandFailed if a config cannot be trained.
+    """
     with tempfile.TemporaryDirectory(prefix="sweep-prepare-") as folder:
         request, answer = Path(folder, "configs.json"), Path(folder, "answer.json")
         request.write_text(json.dumps([config.model_dump(mode="json") for config in configs]))
@@ -35,7 +44,10 @@ def prepare(configs: list[TrainConfig], module: str) -> PreparedFacts:
 
 
 def inspect(config: TrainConfig, module: str) -> Facts:
-    """The model's shape and the card here, as `engine.prepare.inspect` finds them; CommandFailed where there is no model."""
+    """Return the model's shape and this machine's card, as `python -m engine inspect` finds them.
+
+    Raises CommandFailed if there is no model.
+    """
     with tempfile.TemporaryDirectory(prefix="sweep-inspect-") as folder:
         request, answer = Path(folder, "config.json"), Path(folder, "answer.json")
         request.write_text(json.dumps(config.model_dump(mode="json")))
@@ -44,8 +56,11 @@ def inspect(config: TrainConfig, module: str) -> Facts:
 
 
 def evaluate(trial_folder: Path, module: str, num_examples: int = 0) -> AdapterEvaluation:
-    """Losses of the base model and of the exported adapter, from a fresh load of the files on disk, and what both answer to
-    num_examples evaluation samples; see `engine.evaluate.evaluate_adapter`."""
+    """Return the losses of base model and exported adapter, from a fresh load of the files on disk.
+
+    num_examples: how many evaluation samples both answer. Raises CommandFailed. See
+    `engine.evaluation.reevaluate.evaluate_adapter`.
+    """
     with tempfile.TemporaryDirectory(prefix="sweep-evaluate-") as folder:
         answer = Path(folder, "answer.json")
         config, adapter = trial_folder / "train_config.json", trial_folder / "adapter"

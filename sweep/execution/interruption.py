@@ -1,7 +1,11 @@
-"""How a trial is asked to end between two reports: by SIGTERM to its process, or by a file that the driver makes for all trials.
+"""Ask a trial to end between two reports.
 
-The trial finishes its step, saves, and gives its slot back; it goes on from there, and nothing is held against it. By a file,
-because it reaches every node (the sweep folder is shared), and a worker at work takes no calls. No torch, no ray.
+SIGTERM to its process asks one trial. A stop file that the driver creates asks all of them. The
+trial finishes its step, saves and releases its slot. It later continues from there, and the sweep
+counts no death.
+
+The stop file reaches every node, because the sweep folder is shared. A Ray call would not do: a
+busy worker takes none.
 """
 
 from __future__ import annotations
@@ -16,32 +20,37 @@ from typing import Any
 
 from sweep.folder.notes import TRAINING
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; `kill` and schedulers; a terminal that is closed
-LOOK_EVERY_S = 0.2  # a look at the file takes microseconds on a local disk, and a round trip on a shared one
+# sent by Ctrl-C; by `kill` and schedulers; by a terminal that closes
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# looking for the stop file takes microseconds on a local disk, but a round trip on a shared one
+LOOK_EVERY_S = 0.2
 
 
 class Interruption:
-    """Of one worker process."""
+    """Tell one worker process when its trial must end."""
 
     def __init__(self, when_idle: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
-        """when_idle: SIGTERM comes while there is nothing to save; called in the main thread, before the process ends."""
+        """Take the callback for a SIGTERM that arrives when there is nothing to save.
+
+        when_idle: runs in the main thread, before the process ends.
+        """
         self.is_terminated = False
         self._when_idle, self._clock = when_idle, clock
         self._is_working = self._is_training = self._is_asked = False
         self._file, self._looked_s = Path(), float("-inf")
 
     def listen(self) -> None:
-        """Take SIGTERM from now on, also where the process was started with it blocked (see tuning.py)."""
+        """Handle SIGTERM from now on. The driver starts workers with it blocked (see tuner.py)."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._terminate)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def follow(self, stop_file: Path) -> None:
-        """The file by which the driver asks."""
+        """Watch the driver's stop file, for a new trial."""
         self._file, self._looked_s, self._is_asked = stop_file, float("-inf"), False
 
     def is_asked(self) -> bool:
-        """Whether the trial must end now; cheap enough to be asked at every step."""
+        """Return whether the trial must end now. The engine may ask at every step."""
         now_s = self._clock()
         if not self._is_asked and now_s - self._looked_s >= LOOK_EVERY_S:
             self._looked_s, self._is_asked = now_s, self._file.exists()
@@ -49,7 +58,7 @@ class Interruption:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Inside, SIGTERM waits for the end of the step, where one is trained."""
+        """Mark a step of the worker: inside, SIGTERM waits for a training step to end."""
         self._is_working = True
         try:
             yield
@@ -58,9 +67,12 @@ class Interruption:
 
     @contextmanager
     def training(self, trial_folder: Path) -> Iterator[None]:
-        """Inside, an end waits for the trial, the driver's too. Before, its process loads libraries and model: it has nothing to
-        save, and would take longer than a machine has that is about to go. A note that a killed one leaves costs a later end its
-        grace."""
+        """Mark the training part: inside, a stop waits for this trial to save.
+
+        Before that there is nothing to save, so a stop does not wait. Loading libraries and model
+        can outlast the notice that a machine gives before it shuts down. If the process is killed,
+        its leftover note makes the next stop wait the full grace period once.
+        """
         note = trial_folder / TRAINING
         note.touch()
         self._is_training = True
@@ -78,6 +90,6 @@ class Interruption:
 
 
 def taken_signals() -> tuple[signal.Signals, ...]:
-    """Those by which a driver is asked to end; not SIGHUP under nohup, which ignores it."""
+    """Return the signals that ask a driver to end, without SIGHUP if nohup ignores it."""
     is_immune = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return tuple(number for number in STOP_SIGNALS if not (is_immune and number == signal.SIGHUP))

@@ -1,4 +1,7 @@
-"""On an existing cluster the winner is measured again on one of the sweep's slots: the driver's machine may have no card."""
+"""Measure the winner again on one of the sweep's slots in an existing cluster.
+
+The driver's machine may have no card.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,16 @@ from sweep.cluster.connect import cluster
 from sweep.cluster.slots import Slots
 from sweep.execution.engine_commands import CommandFailed, evaluate
 
-MAX_RETRIES = 2  # of a task whose node was lost
+MAX_RETRIES = 2  # Ray runs the task again if its node is lost
 
 
 def evaluate_on_a_slot(
     slots: Slots, address: str, log: Path, avoid: Callable[[TrainConfig], tuple[Label, ...]] | None
 ) -> Callable[[Path, str, int], AdapterEvaluation]:
-    """Like `sweep.commands.evaluate`, but where a trial of the same config would run. avoid: see `sweep.tuning.run_trials`."""
+    """Return `engine_commands.evaluate`, to be run where a trial of the same config would run.
+
+    avoid: see `sweep.execution.tuner.run_trials`.
+    """
 
     def there(trial_folder: Path, module: str, num_examples: int = 0) -> AdapterEvaluation:
         config = load_train_config(trial_folder / "train_config.json")

@@ -1,4 +1,7 @@
-"""Ray's seam for the pruner: Tune asks here whether a trial goes on after a report, and says here why one was lost."""
+"""Connect Tune's scheduler to the ledger.
+
+Tune asks here whether a trial continues after a report, and says here why a trial was lost.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,16 @@ from sweep.ledger.ledger import Ledger
 
 
 class LedgerScheduler(FIFOScheduler):
-    """Starts trials in the order they were suggested, stops those the ledger has pruned, and kills workers that hang."""
+    """Start trials in the order of their suggestion, stop pruned ones and kill hung workers."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
         self._ledger = ledger
-        self._killed: dict[str, str] = {}  # Tune's id of a trial whose worker was killed here -> why
+        # Tune's id of a trial whose worker this scheduler killed -> why
+        self._killed: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles it into its own snapshots, which nobody reads
+        return {}  # Tune pickles this object into its snapshots, which no one reads
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         stop = False
@@ -32,13 +36,19 @@ class LedgerScheduler(FIFOScheduler):
         return self.STOP if stop else self.CONTINUE
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """The worker is gone. Comes before the searcher hears of it, which is not told why."""
+        """Tell the ledger that the worker is gone, and why.
+
+        Tune calls this before it calls the searcher, and gives the searcher no reason.
+        """
         reason = self._killed.pop(trial.trial_id, None) or _cause_of_death(trial)
         with self._ledger.on_disk():
             self._ledger.lost(trial.config["number"], reason)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Asked in every turn of Tune's loop, a tenth of a second apart: the place to look for workers that hang."""
+        """Kill workers that hang, then let Tune choose.
+
+        Tune asks in every turn of its loop, a tenth of a second apart.
+        """
         for trial in tune_controller.get_live_trials():
             number = trial.config["number"]
             if trial.status == trial.PENDING:
@@ -51,7 +61,7 @@ class LedgerScheduler(FIFOScheduler):
 
 
 def _cause_of_death(trial: Any) -> str:
-    """What Ray says of it, in a few words. Tune keeps the text in a file of its own."""
+    """Return Ray's reason in a few words, from the text that Tune writes into the trial's file."""
     file = Path(trial.error_file) if trial.error_file else None
     text = file.read_text() if file is not None and file.is_file() else ""
     if "its node has died" in text:

@@ -1,4 +1,7 @@
-"""Ray's seam for the sampler: Tune asks here which trial to start. All decisions are the ledger's."""
+"""Connect Tune's searcher to the ledger: Tune asks here which trial to start.
+
+The ledger makes all decisions.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from sweep.trials.record import Outcome, Proposal
 
 
 class LedgerSearcher(Searcher):
-    """Suggests the ledger's trials, and passes their ends on to it.
+    """Suggest the ledger's trials, and tell it when they end.
 
-    Results with done=True reach neither on_trial_result hook, so the last report of a trial is taken here.
+    A result with done=True reaches no on_trial_result hook, so this class takes a trial's last
+    report.
     """
 
     def __init__(self, ledger: Ledger, worker_config: Callable[[Proposal], dict[str, Any]]) -> None:
@@ -49,7 +53,7 @@ class LedgerSearcher(Searcher):
             memory, timing = json.loads(result["memory"]), json.loads(result["timing"])
             self._ledger.ended(number, Outcome(result["outcome"]), report, result["error"], memory, timing)
 
-    # Tune pickles the searcher into its own snapshots, which nobody reads: the journal is the record.
+    # Tune pickles the searcher into its snapshots, which no one reads: the journal is the record
     def __getstate__(self) -> dict[str, Any]:
         return {}
 

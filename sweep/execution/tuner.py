@@ -1,4 +1,8 @@
-"""Tune runs the trials: it places them and calls the hooks. The ledger decides, and Tune's own state is never read again."""
+"""Run the trials under Ray Tune.
+
+Tune places them and calls the hooks, and the ledger decides. The sweep never reads Tune's own
+state.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,8 @@ from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.ledger import Ledger
 from sweep.trials.record import Proposal
 
-GRACE_S = 15.0  # of the 20 s and more between SIGTERM and SIGKILL; Ray's end takes 2 to 3
+# managers leave 20 s or more between SIGTERM and SIGKILL, and Ray takes 2 to 3 s to end
+GRACE_S = 15.0
 
 
 def run_trials(
@@ -42,9 +47,14 @@ def run_trials(
     note: Callable[[str], None] = lambda line: None,
     avoid: Callable[[TrainConfig], tuple[Label, ...]] | None = None,
 ) -> None:
-    """Run until the ledger has no work. After SIGINT or SIGTERM running trials save and end, then KeyboardInterrupt is raised;
-    StorageError where the disk takes no more. note: takes a line for the user. avoid: labels of the nodes whose cards a config
-    does not fit; none where all are alike. See set_ray_environment for how many trials may then wait."""
+    """Run trials until the ledger has no work.
+
+    After SIGINT or SIGTERM running trials save and end, then this raises KeyboardInterrupt. Raises
+    StorageError if the disk is full.
+
+    note: shows a line to the user. avoid: returns the labels of the nodes whose cards a config does
+    not fit; None if all cards are alike. set_ray_environment says how many trials may then wait.
+    """
 
     def config_of(proposal: Proposal) -> dict[str, Any]:
         labels = avoid(proposal.config) if avoid else ()
@@ -54,7 +64,7 @@ def run_trials(
         ledger.wind_down()
         folder.stop_file.touch()
         if ledger.num_training():
-            note(f"stopping: running trials finish their step and save, at most {GRACE_S:.0f} s; Ctrl-C ends them at once")
+            note(f"stopping: running trials finish their step and save, at most {GRACE_S:.0f} s; Ctrl-C stops at once")
 
     folder.stop_file.unlink(missing_ok=True)
     stop = SafeStop(lambda: ledger.storage_fault, wind_down, ledger.num_training)
@@ -63,7 +73,7 @@ def run_trials(
             stack.enter_context(cluster(slots, address, folder.log))
         stack.callback(folder.stop_file.unlink, missing_ok=True)
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # Tune's advice on its own API, on every start
+        warnings.simplefilter("ignore")  # Tune gives advice on its API at every start
         tune.Tuner(
             tune.with_resources(TrialWorker, _placement(slots) if avoid else slots.resources_per_trial()),
             tune_config=tune.TuneConfig(
@@ -71,7 +81,8 @@ def run_trials(
                 scheduler=LedgerScheduler(ledger),
                 num_samples=-1,
                 reuse_actors=True,
-                trial_dirname_creator=lambda trial: trial.trial_id,  # the default strings the whole config together
+                # Tune's default name joins the whole config
+                trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
                 name="tune",
@@ -85,9 +96,12 @@ def run_trials(
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Processes started inside take neither SIGTERM nor SIGHUP: what manages a machine, and a terminal that is closed, send them
-    to all, and a raylet kills its workers within 20 ms then, before they can save. The driver takes them, and ends Ray; workers
-    unblock SIGTERM for themselves."""
+    """Block SIGTERM and SIGHUP in processes that start inside.
+
+    A machine's manager or a closing terminal sends them to all processes. A raylet that takes one
+    kills its workers within 20 ms, before they can save. So the driver alone takes them and then
+    ends Ray; each worker unblocks SIGTERM for itself.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOP_SIGNALS) - {signal.SIGINT})
     try:
         yield
@@ -96,8 +110,11 @@ def _stop_signals_blocked() -> Iterator[None]:
 
 
 def _placement(slots: Slots) -> Callable[[dict[str, Any]], PlacementGroupFactory]:
-    """What Tune asks of Ray for a trial, by its config. Workers are reused among trials that may go to the same cards; others
-    get a new one, and Tune ends an idle worker that holds what a waiting trial needs."""
+    """Return the function that says which resources Tune requests from Ray for a trial's config.
+
+    Tune reuses a worker for trials that may run on the same cards, and starts a new one for others.
+    It ends an idle worker whose resources a waiting trial needs.
+    """
     def place(config: dict[str, Any]) -> PlacementGroupFactory:
         bundle, selector = slots.bundle(map(tuple, json.loads(config["avoid"])))
         return PlacementGroupFactory([bundle], bundle_label_selector=[selector]) if selector else PlacementGroupFactory([bundle])
@@ -106,10 +123,11 @@ def _placement(slots: Slots) -> Callable[[dict[str, Any]], PlacementGroupFactory
 
 
 class SafeStop(Stopper):
-    """Turns a signal or a full disk into an exception between two steps of Tune's loop, so that it never tears a journal write;
-    after a signal, once the running trials have ended, or the grace is over.
+    """Turn a signal or a full disk into an exception between two steps of Tune's loop.
 
-    The exception is KeyboardInterrupt, because Tune's loop answers an Exception by waiting for the trials to end.
+    So the exception never tears a journal write. After a signal it comes once the running trials
+    have ended, or the grace period is over. It is KeyboardInterrupt, because on an Exception Tune's
+    loop would wait for all trials to end.
     """
 
     def __init__(
@@ -120,14 +138,17 @@ class SafeStop(Stopper):
         grace_s: float = GRACE_S,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """fault: why to stop at once, or None. wind_down: asks the running trials to end; num_training: how many of them may
-        still have something to save."""
+        """Take the callbacks to the ledger.
+
+        fault: returns why to stop at once, or None. wind_down: asks the running trials to end.
+        num_training: returns how many of them may still have something to save.
+        """
         self._fault, self._wind_down, self._num_training = fault, wind_down, num_training
         self._grace_s, self._monotonic = grace_s, monotonic
         self._signalled, self._deadline_s = False, None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles it into its own snapshots, which nobody reads
+        return {}  # Tune pickles this object into its snapshots, which no one reads
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -144,7 +165,7 @@ class SafeStop(Stopper):
 
     @contextmanager
     def catching(self) -> Iterator[None]:
-        """The first signal is kept for the next safe point; a second one acts at once."""
+        """Hold the first signal until the next safe point. A second signal acts at once."""
 
         def catch(number: int, frame: Any) -> None:
             self._signalled = True

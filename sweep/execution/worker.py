@@ -1,7 +1,8 @@
-"""The worker: a Tune Trainable that trains one trial after the other in one process, with the base model resident.
+"""Train one trial after another in one process, with the base model resident.
 
-A class, not a function, because only classes can be reused: a no-op trial held its slot 8.45 s without reuse, 0.087 s with.
-Nothing a trial does may take the worker down: every exception becomes an outcome, and the next trial goes on.
+The worker is a Trainable class, not a function, because Tune reuses only classes: a no-op trial
+held its slot 8.45 s without reuse, and 0.087 s with it. No trial may end the worker: every
+exception becomes an outcome, and the next trial runs.
 """
 
 from __future__ import annotations
@@ -37,14 +38,22 @@ from sweep.trials.record import Outcome
 
 LOCK_PATIENCE_S = 60.0
 TRACE_BEFORE_KILL_S = 1.0
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # beyond what engine.files writes: caches of libraries
+# libraries write caches too, and only engine.system.files turns these faults into StorageError
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class TrialWorker(Trainable):
-    """step() trains to the next rung. Results: outcome, report (JSON text, or empty), error (one line, or none), memory
-    (predicted_gib and measured_gib as JSON text, where it ran out), timing (JSON text, see timeline.Span), done. Ended as
-    RUNNING with an error: the disk took no more, which is no trial's fault; it goes on from its last checkpoint when the sweep is
-    resumed. Ended as RUNNING without one: the driver asked for it, and the trial is saved. On SIGTERM the process ends so."""
+    """Train a trial; each step() trains to the next rung and returns a result.
+
+    A result has outcome, done and error (one line or None). It also has three JSON texts: report
+    (may be empty), timing (see timeline.Span) and memory. If memory ran out, the last one has
+    predicted_gib and measured_gib.
+
+    done with outcome RUNNING has two meanings. With an error, the disk is full, which is no trial's
+    fault: the trial continues from its last checkpoint when the user resumes the sweep. Without an
+    error, the driver asked the trial to end, and it is saved. After SIGTERM the trial is saved too,
+    and the process ends.
+    """
 
     def setup(self, config: dict[str, Any]) -> None:
         self._slot, self._last_end_s = _slot(config["device"]), None
@@ -66,14 +75,15 @@ class TrialWorker(Trainable):
         if self._began_s is None:
             self._began_s = time.time()
         timeout_s = self._spec["report_timeout_s"]
-        if timeout_s is not None:  # the driver kills what hangs: first say in Ray's log of this process where
+        if timeout_s is not None:
+            # the driver kills a worker that hangs: before, write where it hangs into Ray's log
             faulthandler.dump_traceback_later(max(timeout_s - TRACE_BEFORE_KILL_S, 0.1))
         try:
             with self._interruption.working():
                 result = self._advance_or_fail()
         finally:
             faulthandler.cancel_dump_traceback_later()
-        if self._interruption.is_terminated:  # what there is to hear of it, its next process will say
+        if self._interruption.is_terminated:  # the trial's next process passes on its reports
             self._note_terminated()
             raise SystemExit("its process was asked to end (SIGTERM)")
         self._is_over = result["done"]
@@ -96,7 +106,11 @@ class TrialWorker(Trainable):
         self._began_s = self._newest_end_s = self._setup_s = None
 
     def _timing(self) -> dict[str, Any]:
-        """dead_time_s: what the slot lost between two trials, the engine's own setup before the first step included."""
+        """Return slot, began_s and, if known, dead_time_s.
+
+        dead_time_s: seconds that the slot lost between two trials, including the engine's setup
+        before the first step.
+        """
         known = {"slot": self._slot, "began_s": self._began_s}
         if self._last_end_s is None or self._setup_s is None:
             return known
@@ -115,7 +129,7 @@ class TrialWorker(Trainable):
             return _result(Outcome.RUNNING, done=True)
         except DivergedError as error:
             return self._failed(Outcome.DIVERGED, error)
-        except Exception as error:  # the boundary: whatever a trial raises, the sweep goes on and says so
+        except Exception as error:  # the sweep survives any error of a trial, and reports it
             return self._failed(Outcome.OUT_OF_MEMORY if _is_out_of_memory(error) else Outcome.FAILED, error)
 
     def _advance(self) -> dict[str, Any]:
@@ -140,12 +154,15 @@ class TrialWorker(Trainable):
         trial_folder = Path(self._spec["trial_folder"])
         trial_folder.mkdir(parents=True, exist_ok=True)
         self._lock = _wait_for(trial_folder)
-        self._sampler.take()  # what was before this trial
+        self._sampler.take()  # drop the samples from before this trial
         return self._unheard_and_new(config, trial_folder)
 
     def _unheard_and_new(self, config: TrainConfig, trial_folder: Path) -> Iterator[TrialReport]:
-        """All reports after those the sweep has. A process that died may have saved one, and not lived to pass it on; where it
-        had only its checkpoint written, the engine passes that one on before it trains: the verdict may be to stop."""
+        """Yield all reports that the sweep does not have yet, then train on.
+
+        A process that died may have saved a report without passing it on. If it wrote only the
+        checkpoint, the engine yields that report before it trains: the pruner may stop the trial.
+        """
         heard = self._spec["num_heard"]
         for report in read_reports(trial_folder)[heard:]:
             heard = report.rung
@@ -160,12 +177,12 @@ class TrialWorker(Trainable):
                 for report in reports:
                     yield from read_reports(trial_folder)[heard : report.rung - 1]
                     self._setup_s = report.setup_s if self._setup_s is None else self._setup_s
-                    if report.rung > heard:  # its file may have been lost after it was heard
+                    if report.rung > heard:  # the file may be lost after the sweep has its reports
                         yield report
                     heard = report.rung
 
     def _resident_base(self, config: TrainConfig) -> Any:
-        """The base model, loaded again only when the model section or the device changed."""
+        """Return the base model. Load it again only if the model section or the device changed."""
         key = (config.model, self._spec["device"])
         if self._base_key != key:
             self._base, self._base_key = None, None
@@ -185,7 +202,8 @@ class TrialWorker(Trainable):
         memory = _memory(error)
         never_started = isinstance(error, InputError) or (isinstance(error, OutOfMemory) and "measured_gib" not in memory)
         if outcome is not Outcome.DIVERGED and not never_started:
-            self._base, self._base_key = None, None  # its state, or the allocator's, is in doubt: load it again
+            # the state of the model or of the allocator is in doubt: load the model again
+            self._base, self._base_key = None, None
         return _result(outcome, error=text[:500], memory=memory, done=True)
 
     def _close(self) -> None:
@@ -207,47 +225,52 @@ def _result(
     memory: dict[str, float] | None = None,
     done: bool,
 ) -> dict[str, Any]:
-    # report and memory travel as text: Tune flattens nested results
+    # Tune flattens nested results, so report and memory travel as text
     text = json.dumps(report.to_dict()) if report else ""
     return {"outcome": str(outcome), "report": text, "error": error, "memory": json.dumps(memory or {}), "done": done}
 
 
 def _slot(device: str) -> str:
-    """Node and card, or node and process: a chart of the sweep has one line for each."""
+    """Name the slot by node and card, or by node and process. A chart has one line for each."""
     cards = ray.get_gpu_ids() if device == "cuda" else []
     place = f"gpu{cards[0]}" if cards else f"process {os.getpid()}"
     return f"{socket.gethostname()} {place}"
 
 
 def _memory(error: Exception) -> dict[str, float]:
-    """The peaks that the engine knows where memory ran out."""
+    """Return the peaks in GiB that the engine knows if memory ran out."""
     peaks = {name: getattr(error, name) for name in ("predicted_gib", "measured_gib")} if isinstance(error, OutOfMemory) else {}
     return {name: peak for name, peak in peaks.items() if peak is not None}
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    import torch  # here, because the driver imports this module and must not load torch
+    import torch  # the driver imports this module and must not load torch
 
-    # the CPU allocator has no exception of its own
+    # the CPU allocator raises a plain RuntimeError
     return isinstance(error, OutOfMemory | torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _load_base(config: TrainConfig, spec: dict[str, Any]) -> Any:
-    import torch  # here, for the same reason
+    import torch  # the driver imports this module and must not load torch
 
     torch.set_num_threads(spec["num_threads"])
     gc.unfreeze()
-    gc.collect()  # what a failed trial left behind is freed only now: its traceback held the tensors
+    # a failed trial's traceback held its tensors: free them now
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     base = importlib.import_module(spec["engine"]["model"]).load_base(config.model, torch.device(spec["device"]))
     gc.collect()
-    gc.freeze()  # the engine collects after each trial: let it walk through what the trial left, not through model and libraries
+    # the engine collects after each trial, and need not search model and libraries then
+    gc.freeze()
     return base
 
 
 def _wait_for(trial_folder: Path) -> FileLock:
-    """Hold the trial's folder: a worker of a killed driver may live on for seconds, and two must not write one checkpoint."""
+    """Wait for the lock of the trial's folder.
+
+    A killed driver's worker may live on for seconds, and two must not write one checkpoint.
+    """
     deadline = time.monotonic() + LOCK_PATIENCE_S
     lock = FileLock(trial_folder / ".lock")
     while not lock.acquire():

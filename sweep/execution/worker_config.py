@@ -1,4 +1,4 @@
-"""Where the engine is: the one seam between the two halves at run time. No torch, no ray."""
+"""Name the engine's modules, and build the config that the driver sends to a worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sweep.trials.record import Proposal
 
 @dataclass(frozen=True)
 class EngineModules:
-    """Names of the modules that make up an engine: a test puts its own in."""
+    """Name the modules that make up an engine. A test passes modules of a fake engine."""
 
     train: str = "engine.training.loop"
     model: str = "engine.model.load"
@@ -32,7 +32,10 @@ def worker_config(
     report_timeout_s: float | None = None,
     avoid: tuple[Label, ...] = (),
 ) -> dict[str, Any]:
-    """What the driver ships to the worker for one trial: plain data. avoid: labels of nodes whose cards it does not fit."""
+    """Return the plain data that the driver sends to the worker for one trial.
+
+    avoid: labels of the nodes whose cards the trial does not fit.
+    """
     return {
         "number": proposal.number,
         "num_heard": proposal.num_heard,
@@ -43,6 +46,6 @@ def worker_config(
         "num_threads": slots.cpus_per_trial,
         "engine": asdict(engine),
         "avoid": json.dumps(avoid),
-        # text, because Tune resolves and merges nested dicts in a config
+        # Tune resolves and merges nested dicts in a config, so this is text
         "train_config": json.dumps(proposal.config.model_dump(mode="json")),
     }
