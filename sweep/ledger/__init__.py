@@ -1,1 +1,1 @@
-"""What the sweep knows while it runs, and decides."""
+"""Keep the state of a running sweep, and decide which trial runs next."""

@@ -1,4 +1,4 @@
-"""When a sweep has spent what it may spend, beside its number of trials."""
+"""Decide when a sweep has spent its budget: target loss, GPU hours or wall-clock hours."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ HOUR_S = 3600.0
 
 
 class Budget:
-    """The limits of one sweep, and how much of each is spent."""
+    """Compare one sweep's limits with what it has spent."""
 
     def __init__(self, limits: BudgetConfig, timeline: Timeline, clock: Callable[[], float]) -> None:
         self._limits, self._timeline, self._clock = limits, timeline, clock
         self._lowest_loss, self._spent = math.inf, None
 
     def take_loss(self, eval_loss: float) -> None:
-        """A loss that some adapter of the sweep has."""
+        """Note the eval_loss of one of the sweep's adapters."""
         self._lowest_loss = min(self._lowest_loss, eval_loss)
 
     def spent(self) -> str | None:
-        """Why the sweep ends now, in one line; None while every limit holds. What was spent once stays so."""
+        """Return in one line why the sweep ends now, or None while every limit holds.
+
+        A spent budget stays spent for the rest of the session.
+        """
         if self._spent is None:
             self._spent = self._reached()
         return self._spent
@@ -34,7 +37,7 @@ class Budget:
             return f"sweep.budget.target_loss = {limits.target_loss:g} is reached (eval loss {self._lowest_loss:.4f})"
         gpu_hours, wall_clock_hours = self._timeline.occupied_s(now_s) / HOUR_S, self._timeline.elapsed_s(now_s) / HOUR_S
         if limits.gpu_hours is not None and gpu_hours >= limits.gpu_hours:
-            return f"sweep.budget.gpu_hours = {limits.gpu_hours:g} is spent ({gpu_hours:.4g} hours of slots were held)"
+            return f"sweep.budget.gpu_hours = {limits.gpu_hours:g} is spent ({gpu_hours:.4g} hours of slots used)"
         if limits.wall_clock_hours is not None and wall_clock_hours >= limits.wall_clock_hours:
             return f"sweep.budget.wall_clock_hours = {limits.wall_clock_hours:g} is spent ({wall_clock_hours:.4g} hours)"
         return None

@@ -1,6 +1,6 @@
-"""The ledger: what the sweep knows while it runs. It stands between Ray's hooks and the study, and needs neither Ray nor a GPU.
+"""Connect Ray's hooks with the study: hand out trials, take their reports and ends.
 
-Every event ends in the journal before anyone else hears of it; then the listeners (terminal, tracker) get the trial's record.
+The journal gets each event first. Then the listeners (terminal, tracker) get the trial's record.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from sweep.study.study import Study
 from sweep.trials.objectives import objective_values
 from sweep.trials.record import CONTENDERS, Outcome, Proposal, TrialRecord
 
-MAX_INFEASIBLE_AT_ONCE = 20  # then Tune's loop has its turn: a plan takes a tenth of a second, and reports wait meanwhile
+MAX_INFEASIBLE_AT_ONCE = 20  # reports wait meanwhile: planning one config takes a tenth of a second
 GOING_ON = (Outcome.RUNNING, Outcome.STOPPED)
 NO_TIMING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Next(Enum):
-    """What next_trial() answers when it has no trial to give."""
+    """Say why next_trial() returns no trial."""
 
-    WAIT = "all slots are taken, or a running trial may still have to be started again, or to be asked again at once"
-    FINISHED = "the number of trials is reached, or the budget is spent, or nothing new that fits is found; and nothing runs"
+    WAIT = "all slots are taken, or a running trial may have to start again, or the caller must ask again at once"
+    FINISHED = "nothing runs or may start: trials, budget or space are used up, or too many proposals did not fit"
 
 
 class Listener(Protocol):
-    """Hears of a trial after the journal has it."""
+    """Receive a trial's record after the journal has it."""
 
     def on_trial_updated(self, record: TrialRecord) -> None: ...
 
 
 class Ledger:
-    """Hands out trials, takes their reports and ends. Not thread-safe: the driver's one thread calls it."""
+    """Hand out trials, take their reports and ends. Only one thread, the driver's, may call it."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Ledger:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """note: takes a line for the user about what is not a trial's state. monotonic: for the time between two reports."""
+        """note: shows the user a line. clock: Unix seconds. monotonic: seconds, for silence."""
         self._study, self._folder, self._clock, self._listeners, self._note = study, folder, clock, listeners, note
         self._limits, self._timeline = limits, Timeline(folder.timeline)
         records = self.records
@@ -73,11 +73,11 @@ class Ledger:
         self._quota = Quota(limits.num_trials, self._budget, len(own) - num_refused, num_refused)
         self._waiting: list[int] = []
         self.live, self._is_winding_down = LiveTrials(limits.report_timeout_s, monotonic), False
-        self.storage_fault: str | None = None  # why the sweep must stop and be resumed, in one line
+        self.storage_fault: str | None = None  # one line: why the sweep must stop
 
     @property
     def records(self) -> list[TrialRecord]:
-        """All trials so far, by number, from journal and folder: only those that may go on are kept in memory."""
+        """Read all trials by number, from journal and folder: memory holds unfinished ones only."""
         return [self._timed(record) for record in self._study.records()]
 
     @property
@@ -86,12 +86,12 @@ class Ledger:
 
     @property
     def shortfall(self) -> str | None:
-        """Why less was trained than asked for, in one line; None where that is not so, or not yet."""
+        """Return in one line why fewer trials ran than asked for, or None. See Quota.shortfall."""
         return self._quota.shortfall(sum(record.outcome is Outcome.STOPPED for record in self._records.values()))
 
     @contextmanager
     def on_disk(self) -> Iterator[None]:
-        """Around every event: where the disk takes no more, the sweep stops; the journal is good to its last whole line."""
+        """Wrap every event: if the disk is full, suspend. The journal is valid to its last line."""
         try:
             yield
         except Exception as error:
@@ -100,22 +100,22 @@ class Ledger:
             self.suspend(f"{self._folder.path} cannot be written ({first_line(error)})")
 
     def suspend(self, reason: str) -> None:
-        """The disk took no more: start nothing, end nothing. What runs is RUNNING in the journal and goes on at the resume."""
+        """Start and end no trial now that the disk is full. A resume continues running trials."""
         self.storage_fault = self.storage_fault or reason
 
     def wind_down(self) -> None:
-        """The driver will end: start nothing. What runs is asked to save and end, and goes on at the resume."""
+        """Start no trial from now on: the driver will end. A resume continues running trials."""
         self._is_winding_down = True
 
     def num_training(self) -> int:
-        """Live trials that may have something to save: an end waits for them."""
+        """Count the live trials that may have something to save. A stop waits for them."""
         return sum(is_training(self._folder.trial(number)) for number in self.live)
 
     def recover(self) -> list[int]:
-        """After a kill: make up for what the driver did not hear. Returns the trials that will go on, with their numbers.
+        """Catch up after a kill. Returns the numbers of the trials that will continue.
 
-        Reports that are in a trial's folder but not in the study are reported; a trial whose reports are complete is told. The
-        last verdict of the pruner may be what the kill took, so it is asked again. Files of a trial are written where they lack.
+        The study gets reports that only a trial's folder has, and the ends of trials with all of
+        theirs. The pruner decides again, as the kill may have lost its decision.
         """
         self._timeline.start_session(self._clock())
         for number in self._study.running():
@@ -140,11 +140,11 @@ class Ledger:
         return list(self._waiting)
 
     def has_work(self) -> bool:
-        """Whether any trial is left to run or may still be asked for."""
+        """Return whether any trial is left to run or may still be asked for."""
         return bool(self.live or self._waiting) or self._quota.may_ask
 
     def next_trial(self) -> Proposal | Next:
-        """The next trial to start: one to go on with, else a new one."""
+        """Return the next trial to start: one to continue, else a new one."""
         if self.storage_fault or self._is_winding_down:
             return Next.WAIT
         self._stop_waiting_where_spent()
@@ -166,7 +166,7 @@ class Ledger:
         return proposal
 
     def reported(self, number: int, report: TrialReport, timing: Mapping[str, Any] = NO_TIMING) -> bool:
-        """Take a report in. Returns True where the trial must stop; it is then told PRUNED, or noted as STOPPED, already.
+        """Take a report. Returns True if the trial must stop: it is PRUNED or STOPPED by then.
 
         timing: slot, began_s and dead_time_s, see timeline.Span.
         """
@@ -193,7 +193,7 @@ class Ledger:
         memory: Mapping[str, float] | None = None,
         timing: Mapping[str, Any] = NO_TIMING,
     ) -> None:
-        """A trial ended by itself; its last report, where it has one, arrives only here. memory: see Study.tell."""
+        """Take the end of a trial, with its last report if there is one. memory: see Study.tell."""
         if number not in self.live or self.storage_fault:
             return
         self._timeline.on_reported(number, self._clock(), dict(timing))
@@ -202,16 +202,15 @@ class Ledger:
         self._end(number, outcome, error, memory)
 
     def lost(self, number: int, reason: str = "its worker process died") -> None:
-        """The trial's process is gone. It goes on from its own checkpoint, a limited number of times without a new report in
-        between; then it is LOST, for the last reason.
+        """Queue a trial again after its process died, or end it as LOST beyond max_retries.
 
-        StorageError where the disk is full: Tune loses trials over its own files then, which is not theirs to pay for.
+        A new report resets the count. StorageError: the disk is full, so Tune lost the trial.
         """
         if number not in self.live or self.storage_fault:
             return
         self._folder.check_room()
         if was_terminated(self._folder.trial(number)):
-            self._note(f"trial {number:3d}  its worker process was asked to end (SIGTERM); it goes on from where it was")
+            self._note(f"trial {number:3d}  its worker process got SIGTERM; the trial continues from where it was")
             self.released(number)
             return
         self._leave_slot(number)
@@ -220,17 +219,17 @@ class Ledger:
             times = "once" if deaths == 1 else f"{deaths} times in a row without a new report"
             self._end(number, Outcome.LOST, f"lost {times}; the last time, {reason}")
         else:
-            self._note(f"trial {number:3d}  {reason}; it goes on from its checkpoint (see driver.log)")
+            self._note(f"trial {number:3d}  {reason}; it continues from its checkpoint (see driver.log)")
             self._waiting.append(number)
 
     def released(self, number: int) -> None:
-        """The trial was asked to end, has saved between two reports and left its slot: no death, it goes on from there."""
+        """Queue again a trial that was asked to end and has saved. This counts as no death."""
         if number in self.live:
             self._leave_slot(number)
             self._waiting.append(number)
 
     def _take(self, number: int, report: TrialReport) -> bool:
-        """Put a report into the journal and the record; returns whether it was new."""
+        """Put a report into the journal and the record. Returns whether it was new."""
         is_new = self._study.report(number, report.rung, report.eval_loss)
         if is_new:
             record = self._records[number]
@@ -240,7 +239,7 @@ class Ledger:
         return is_new
 
     def _stop(self, number: int) -> None:
-        """The budget is spent: end the trial where it is, so that a resume can go on with it."""
+        """End a trial because the budget is spent. A resume with a larger one can continue it."""
         now_s = self._clock()
         self._leave_slot(number)
         self._study.stop(number, now_s)
@@ -262,7 +261,7 @@ class Ledger:
         return record if span is None else replace(record, slot=span.slot, dead_time_s=span.dead_time_s)
 
     def _ask(self) -> Proposal | None:
-        """The next proposal that fits; those before it are recorded and cost nothing."""
+        """Return the next proposal that fits. Those before it are recorded, and cost nothing."""
         for _ in range(MAX_INFEASIBLE_AT_ONCE):
             proposal = self._study.ask() if self._quota.may_ask else None
             if proposal is None:
@@ -281,12 +280,12 @@ class Ledger:
         if outcome is Outcome.COMPLETE and values is None:
             outcome, error = Outcome.FAILED, f"not measured: one of {', '.join(self._limits.objectives)}"
         self._study.tell(number, outcome, error, memory, values)
-        ended_s = self._study.record(number).ended_s or self._clock()  # the journal's, which a resume will read
+        ended_s = self._study.record(number).ended_s or self._clock()  # as a resume reads it
         changes = {"outcome": outcome, "ended_s": ended_s, "error": error, **(memory or {})}
         self._close(self._timed(replace(self._records[number], **changes)))
 
     def _close(self, record: TrialRecord) -> None:
-        """Write and pass on what became of a trial, once the journal has it."""
+        """Write a trial's result.json and tell the listeners, once the journal has the end."""
         self._folder.write_result(record.number, record.result())
         self._update(record)
         if record.outcome not in GOING_ON:

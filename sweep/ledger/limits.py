@@ -1,4 +1,4 @@
-"""What a sweep may use, and when its trials count as done: the numbers that the ledger decides by. Plain data."""
+"""Define the limits that the ledger decides by."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ NO_BUDGET = BudgetConfig()
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """max_retries: deaths of a trial's process without a new report in between. report_timeout_s: how long a trial may be silent;
-    None: for ever. objectives: what must be measured of a trial that is complete."""
+    """Limit what a sweep may use, and say when a trial is complete.
+
+    num_rungs: reports of a complete trial. max_retries: deaths of a trial's process in a row
+    without a new report. report_timeout_s: seconds that a trial may be silent, None for no limit.
+    objectives: what a complete trial must have measured.
+    """
 
     num_trials: int
     num_rungs: int
@@ -26,7 +30,7 @@ class Limits:
 
     @classmethod
     def of(cls, plan: SweepPlan) -> Limits:
-        """Those of a checked sweep."""
+        """Return the limits of a checked sweep."""
         sweep, cluster = plan.config.sweep, plan.config.cluster
         return cls(
             num_trials=sweep.num_trials,

@@ -1,4 +1,4 @@
-"""The trials that hold a slot, or wait for Tune to find them one, and when each was last heard of. Plain data."""
+"""Track the trials that hold a slot or wait for one, and when each last started or reported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterator
 
 
 class LiveTrials:
-    """By number. report_timeout_s: how long a trial may be silent; None: for ever. monotonic: seconds on a clock."""
+    """Hold the live trials by number.
+
+    report_timeout_s: seconds that a trial may be silent, None for no limit. monotonic: returns
+    seconds on a clock.
+    """
 
     def __init__(self, report_timeout_s: float | None, monotonic: Callable[[], float]) -> None:
         self.report_timeout_s, self._monotonic = report_timeout_s, monotonic
@@ -22,19 +26,19 @@ class LiveTrials:
         return len(self._heard_s)
 
     def heard_of(self, number: int) -> None:
-        """It was given away just now, or has reported."""
+        """Note that the trial has started or reported just now."""
         self._heard_s[number] = self._monotonic()
 
     def remove(self, number: int) -> bool:
-        """Returns whether it was there."""
+        """Remove a trial. Returns whether it was there."""
         return self._heard_s.pop(number, None) is not None
 
     def still_waits(self, number: int) -> None:
-        """The trial has no slot yet, so its silence means nothing."""
+        """Restart the time of a trial that has no slot yet: its silence means nothing."""
         if number in self._heard_s:
             self.heard_of(number)
 
     def is_silent(self, number: int) -> bool:
-        """Whether the trial has not been heard of for longer than report_timeout_s."""
+        """Return whether the trial has been silent for longer than report_timeout_s."""
         heard_s = self._heard_s.get(number)
         return None not in (heard_s, self.report_timeout_s) and self._monotonic() - heard_s > self.report_timeout_s

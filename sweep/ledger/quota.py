@@ -1,4 +1,4 @@
-"""How many trials may still be asked for, and why it came to less than was asked for. Plain data and no clock of its own."""
+"""Count how many trials the sweep may still ask for, and say why fewer ran than asked for."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from dataclasses import dataclass
 
 from sweep.ledger.budget import Budget
 
-MAX_INFEASIBLE = 20  # proposals that do not fit the card, for each trial asked for; then the sweep ends with those it has
+# for each trial asked for, so many proposals may not fit the card; then the sweep asks no more
+MAX_INFEASIBLE = 20
 
 
 @dataclass
 class Quota:
-    """num_trials: asked for. Of the proposals so far, num_started were started, num_refused did not fit the card; is_used_up: the
-    space has no other."""
+    """Count the proposals so far.
+
+    num_trials: trials that the user asked for. num_started: proposals that were started.
+    num_refused: proposals that do not fit the card. is_used_up: the space has no other point.
+    """
 
     num_trials: int
     budget: Budget
@@ -27,19 +31,22 @@ class Quota:
         return self.num_started < self.num_trials and not self.is_used_up and not self._has_given_up
 
     def shortfall(self, num_stopped: int) -> str | None:
-        """Why less was trained than asked for, in one line; None where that is not so, or not yet. num_stopped: trials that the
-        budget stopped."""
+        """Return in one line why fewer trials ran than asked for.
+
+        Returns None if that is not so, or not yet known. num_stopped: trials that ended because the
+        budget was spent.
+        """
         started, refused = self.num_started, self.num_refused
         if self.budget.spent():
             line = f"{self.budget.spent()}: {started} of {self.num_trials} trials were started"
-            return line + (f", {num_stopped} stopped at a report, to go on with a larger budget" if num_stopped else "")
+            return line + (f", {num_stopped} stopped at a report; a larger budget continues them" if num_stopped else "")
         if started >= self.num_trials or not (self.is_used_up or self._has_given_up):
             return None
         if self.is_used_up:
             line = f"the space is used up: {started} of {self.num_trials} trials were possible"
             return line + (f", {refused} points do not fit the card" if refused else "")
         line = f"{started} of {self.num_trials} trials were started: after {refused} proposals that do not fit the card"
-        return line + " no more are made; the leaderboard says what each needs"
+        return line + " the sweep asks for no more; the leaderboard says what each needs"
 
     @property
     def _has_given_up(self) -> bool:

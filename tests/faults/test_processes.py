@@ -38,7 +38,7 @@ def test_a_trial_goes_on_after_its_worker_was_killed(tmp_path):
     found = measure.worker_killed(tmp_path)
     assert found.sweep.faults == [] and found.num_rungs_again == 0
     assert {result["outcome"] for result in found.results.values()} == {"COMPLETE"}
-    assert "its worker process died; it goes on from its checkpoint" in found.text
+    assert "its worker process died; it continues from its checkpoint" in found.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -47,7 +47,7 @@ def test_a_trial_goes_on_elsewhere_after_its_node_was_lost(tmp_path, number):
     assert found.sweep.faults == [] and found.num_rungs_again == 0
     assert {result["outcome"] for result in found.results.values()} == {"COMPLETE"}
     assert found.seconds < (20.0 if number == signal.SIGTERM else 60.0)
-    assert "it goes on from its checkpoint" in found.text
+    assert "it continues from its checkpoint" in found.text
 
 
 @pytest.mark.parametrize(("number", "everywhere"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, True)])
