@@ -1,1 +1,1 @@
-"""What is settled before anything starts: does it fit, what will it need."""
+"""Plan a sweep before anything starts: check that it fits, and predict what it needs."""

@@ -1,6 +1,7 @@
-"""Whether a trial fits the card, asked before it is started: the engine's own plan, made in the driver. No torch.
+"""Predict whether a trial fits the card, before it starts.
 
-Nothing is predicted for a CPU, for a model of unknown shape and without a card; everything then counts as fitting.
+The driver makes the engine's own plan, without torch. It predicts nothing for a CPU, for a model of
+unknown shape, or without a card; then every config counts as fitting.
 """
 
 from __future__ import annotations
@@ -19,20 +20,24 @@ from engine.planning.model_shape import ModelShape
 from engine.planning.planner import ComputePlan, make_compute_plan
 from sweep.cluster.card_kinds import CardKind, Label
 
-LEAST_EXCESS_GIB = 0.01  # what does not fit for want of its reserve alone violates the constraint too
+LEAST_EXCESS_GIB = 0.01  # a config that misses only its reserve counts as infeasible too
 WITHOUT_EFFECT = {
     "lora": ("lora_alpha", "use_rslora"),
     "optim": ("learning_rate", "lr_schedule", "warmup_ratio", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps"),
     "train": ("seed", "profile_steps"),
 }
-"""Fields that change neither memory nor speed: a plan takes up to a second, and trials that differ in these alone share one."""
+"""Fields that change neither memory nor speed.
+
+Planning takes up to a second, so trials that differ only in these fields share a plan.
+"""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """plan: how the trial would be computed, None where nothing is predicted or nothing fits. reason: why it does not fit.
+    """Say whether a trial fits, and how the engine would compute it.
 
-    excess_gib: predicted need above what there is; above 0 exactly where it does not fit.
+    plan: None if nothing is predicted or nothing fits. reason: why it does not fit. excess_gib:
+    predicted need minus the memory there is, above 0 exactly if the trial does not fit.
     """
 
     plan: ComputePlan | None = None
@@ -50,13 +55,13 @@ NO_KINDS: Mapping[Label | None, Card | None] = MappingProxyType({})
 
 
 def has_no_effect(path: str) -> bool:
-    """Whether memory and speed are the same for all values of this field."""
+    """Return whether memory and speed are the same for all values of this field."""
     section, key = path.split(".")
     return key in WITHOUT_EFFECT.get(section, ())
 
 
 class Feasibility:
-    """Judges configs for one model on the cards there are, in machines with so much host memory for a trial."""
+    """Judge configs for one model on the cards and the host memory there are."""
 
     def __init__(
         self,
@@ -65,8 +70,12 @@ class Feasibility:
         host_gib: float = math.inf,
         kinds: Mapping[Label | None, Card | None] = NO_KINDS,
     ) -> None:
-        """card: the only one, or that with the most memory. kinds: where there are several, the label of their nodes -> card;
-        no card where nobody knows which it is: what fits none of the others may yet fit that one."""
+        """Take the model's shape and the machines.
+
+        card: the only card, or the one with the most memory. host_gib: host memory for one trial.
+        kinds: label of a node -> card, if there are several kinds. A card of None is unknown, and a
+        config that fits no other card may fit that one.
+        """
         self.shape, self.card, self._host_gib, self._kinds = shape, card, host_gib, dict(kinds)
         several = {kind.name: kind for kind in self._kinds.values() if kind is not None}
         self.cards = tuple(sorted(several.values(), key=lambda kind: kind.memory_gib)) or ((card,) if card else ())
@@ -77,7 +86,7 @@ class Feasibility:
         return self.shape is not None and self.card is not None
 
     def check_fit(self, config: TrainConfig) -> Fit:
-        """Whether the config fits any card, and how it would be computed on the smallest that it fits."""
+        """Return whether the config fits any card, with its plan on the smallest that it fits."""
         if not self.predicts or config.train.device == "cpu":
             return UNPREDICTED
         fit = UNPREDICTED
@@ -88,7 +97,10 @@ class Feasibility:
         return UNPREDICTED if None in self._kinds.values() else fit
 
     def avoid(self, config: TrainConfig) -> tuple[Label, ...]:
-        """Labels of the nodes whose card it does not fit; none where it fits all, or none."""
+        """Return the labels of the nodes whose card the config does not fit.
+
+        The result is empty if the config fits all cards, or none.
+        """
         if not self.predicts or not self.check_fit(config).fits:
             return ()
         known = {label: card for label, card in self._kinds.items() if label is not None and card is not None}
@@ -112,7 +124,10 @@ class Feasibility:
 
 
 def _key(config: TrainConfig) -> str:
-    """What a plan depends on. Not the config's fingerprint, which leaves out what changes memory and nothing else."""
+    """Return the values that a plan depends on, as text.
+
+    The config's fingerprint would not do: it leaves out fields that change only memory.
+    """
     values = config.model_dump(mode="json")
     for section, fields in WITHOUT_EFFECT.items():
         for field in fields:
@@ -122,8 +137,11 @@ def _key(config: TrainConfig) -> str:
 
 
 def make_feasibility(card_name: str, facts: Facts, kinds: Sequence[CardKind] = ()) -> Feasibility:
-    """Take the card by its name in cluster.card, or the cards found. kinds: of a cluster's cards, which count where no card is
-    named. The host memory found counts where there is a GPU: elsewhere trials have another host."""
+    """Judge by the card that cluster.card names, or for `auto` by the cards found.
+
+    kinds: the kinds of a cluster's cards, used for `auto` only. The host memory found counts only
+    if this machine has a GPU: otherwise trials run on another host.
+    """
     model, found = facts.shape, facts.card
     here = math.inf if found is None or facts.host_gib is None else facts.host_gib
     card = _card(card_name, found)
@@ -134,13 +152,13 @@ def make_feasibility(card_name: str, facts: Facts, kinds: Sequence[CardKind] = (
 
 
 def _as_found(card: Card | None, found: Card | None, visible: VisibleCard | None) -> Card | None:
-    """A cluster's card, with the memory that the driver's own card of that kind says it has."""
+    """Return a cluster's card. If the driver has the same card, use the memory that it reports."""
     same = card is not None and visible is not None and match_card(visible.name) == card
     return found if same else card
 
 
 def _card(name: str, found: VisibleCard | None) -> Card | None:
-    """The card by that name; for auto, the one found, with the memory it says it has."""
+    """Return the card of that name; for `auto`, the card found, with the memory it reports."""
     if name != "auto":
         return CARDS[name]
     if found is None:

@@ -1,4 +1,7 @@
-"""What a sweep will need, before anything starts: memory, speed and hours at the points of its space. No torch, no GPU."""
+"""Predict memory, speed and hours at points of the space, before anything starts.
+
+This needs neither torch nor a GPU.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ from sweep.plan.feasibility import Feasibility, Fit, has_no_effect
 from sweep.space.space import Choice, Dimension, Space, is_active
 from sweep.text import params_text, value_text
 
-MAX_POINTS = 24  # a table that fits a screen, planned in seconds
+MAX_POINTS = 24  # the table fits a screen, and planning takes seconds
 Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the space with what is predicted for it."""
+    """Hold a point of the space and its prediction."""
 
     params: Params
     fit: Fit
@@ -32,11 +35,11 @@ class Point:
 
     @property
     def hours(self) -> float | None:
-        """Of one trial, evaluation left out."""
+        """Return the hours of one trial, without evaluation."""
         return None if self.tokens_per_second is None else self.max_tokens / self.tokens_per_second / 3600
 
     def cells(self) -> tuple[str, str, str, str]:
-        """plan, peak GiB, tok/s, hours."""
+        """Return the table's cells: plan, peak GiB, tok/s, hours."""
         peak = self.fit.predicted_peak_gib
         peak_text = "" if peak is None else f"{peak:.2f}"
         if self.fit.plan is None:
@@ -45,8 +48,9 @@ class Point:
 
 
 def describe_forecast(space: Space, base: Mapping[str, Any], feasibility: Feasibility, num_trials: int) -> str:
-    """The table of points and the sweep's cost; one line where nothing can be predicted."""
-    if feasibility.card is None:  # an existing Ray cluster has GPUs, and this machine has none
+    """Return the table of points and the sweep's cost, or one line if nothing can be predicted."""
+    # an existing Ray cluster may have GPUs while this machine has none
+    if feasibility.card is None:
         return no_forecast_line("auto")
     if feasibility.shape is None:
         return "forecast   none: nothing is predicted for a model of this architecture"
@@ -56,7 +60,7 @@ def describe_forecast(space: Space, base: Mapping[str, Any], feasibility: Feasib
     points = [_point(space, base, feasibility, params) for params in chosen]
     shown = points if whole else _distinct(points)
     paths = [dimension.path for dimension in (space.dimensions if whole else _telling(space))]
-    what = "every point of the space" if whole else f"{len(shown)} corners of the space, those predicted alike only once"
+    what = "every point of the space" if whole else f"{len(shown)} corners of the space, equal predictions shown once"
     fitting = [point for point in shown if point.fit.fits]
     possible = sum(point.fit.fits for point in points) if whole else size or num_trials
     return "\n".join(
@@ -65,24 +69,24 @@ def describe_forecast(space: Space, base: Mapping[str, Any], feasibility: Feasib
 
 
 def card_line(feasibility: Feasibility) -> str:
-    """Whose memory is predicted."""
+    """Return the line that names the card or cards of the prediction."""
     card = feasibility.card
     if len(feasibility.cards) > 1:
         names = ", ".join(f"{each.name} ({each.memory_gib:.1f} GiB)" for each in feasibility.cards)
-        return f"card       of {names}, for each trial the smallest that it fits"
+        return f"card       {names}; for each trial the smallest that it fits"
     guessed = "" if card.name in CARDS or match_card(card.name) else "; not a known card, so its speed is a guess"
     return f"card       {card.name}, {card.memory_gib:.1f} GiB{guessed}"
 
 
 def no_forecast_line(device: str) -> str:
-    """Why nothing is predicted. device: train.device."""
+    """Return the line that says why nothing is predicted. device: train.device."""
     if device == "cpu":
         return "forecast   none: nothing is predicted for train.device=cpu"
-    return f"forecast   none: no GPU here; with cluster.card=<name>, memory and speed are predicted: {', '.join(CARDS)}"
+    return f"forecast   none: no GPU here; set cluster.card=<name> to predict memory and speed: {', '.join(CARDS)}"
 
 
 def check_any_fits(space: Space, base: Mapping[str, Any], feasibility: Feasibility) -> None:
-    """InputError where nothing in the space fits the card: its least demanding point does not."""
+    """Raise InputError if even the least demanding point of the space does not fit the card."""
     if not feasibility.predicts:
         return
 
@@ -97,8 +101,10 @@ def check_any_fits(space: Space, base: Mapping[str, Any], feasibility: Feasibili
 
 
 def corners(space: Space) -> list[Params]:
-    """Points at the ends of the dimensions: all low, each dimension varied singly from there, then from all high, and all high;
-    at most 24."""
+    """Return at most 24 points at the ends of the dimensions.
+
+    These are all low, all high, and the points that differ from one of the two in one dimension.
+    """
     low, high = _completed(space, {}, 0), _completed(space, {}, -1)
     points = [low]
     for dimension in _telling(space):
@@ -112,9 +118,10 @@ def corners(space: Space) -> list[Params]:
 
 
 def _least_demanding(space: Space, check: Callable[[Params], Fit]) -> tuple[Params, Fit]:
-    """The first point found that fits, else the one that exceeds the card by the least.
+    """Return the first point found that fits, else the one that exceeds the card by the least.
 
-    In a larger space one dimension after the other takes its least demanding end: what one demands hardly depends on the others.
+    In a larger space, one dimension after another takes its least demanding end. That is good
+    enough, because the need of one dimension hardly depends on the others.
     """
     size = space.size()
     if size is not None and size <= MAX_POINTS:
@@ -138,12 +145,12 @@ def _least(judged: Iterator[tuple[Params, Fit]]) -> tuple[Params, Fit]:
 
 
 def _telling(space: Space) -> list[Dimension]:
-    """The dimensions that a prediction may depend on."""
+    """Return the dimensions that a prediction may depend on."""
     return [dimension for dimension in space.dimensions if not has_no_effect(dimension.path)]
 
 
 def _completed(space: Space, chosen: Params, end: int) -> Params:
-    """A point of the space: what is chosen, and for the other active dimensions their low (0) or high (-1) end."""
+    """Return the point with the chosen values, and the low (0) or high (-1) end for the others."""
     params: Params = {}
     for dimension in space.dimensions:
         if is_active(dimension, params):
@@ -152,7 +159,7 @@ def _completed(space: Space, chosen: Params, end: int) -> Params:
 
 
 def _ends(dimension: Dimension) -> tuple[Any, Any]:
-    """Lowest and highest; of choices that are not numbers, the first and the last."""
+    """Return the lowest and highest value. Choices that are not numbers give the first and last."""
     values = dimension.corners()
     if isinstance(dimension, Choice) and all(isinstance(value, int | float) for value in values):
         return min(values), max(values)
@@ -165,7 +172,7 @@ def _point(space: Space, base: Mapping[str, Any], feasibility: Feasibility, para
 
 
 def _distinct(points: list[Point]) -> list[Point]:
-    """Without those that are predicted like an earlier one: a learning rate takes no memory."""
+    """Drop points predicted like an earlier one: a learning rate, say, needs no memory."""
     distinct: dict[tuple[str, ...], Point] = {}
     for point in points:
         distinct.setdefault(point.cells(), point)

@@ -1,6 +1,6 @@
-"""The plan: everything that is settled before anything starts. It is what `dry_run=true` prints. No torch, no ray, no optuna.
+"""Check a sweep before anything starts, and describe it. `dry_run=true` prints the description.
 
-The hardware is an argument: whoever has a cluster to join joins it, and says what there is.
+The hardware is an argument: the caller joins a cluster, if there is one, and says what it has.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from sweep.space.space import Space
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A checked sweep: config, space and slots fit each other and this machine."""
+    """Hold a checked sweep: config, space and slots fit each other and this machine."""
 
     config: SweepConfig
     space: Space
     slots: Slots
-    kinds: tuple[CardKind, ...] = ()  # of an existing cluster's cards
+    kinds: tuple[CardKind, ...] = ()  # the kinds of an existing cluster's cards
 
     @property
     def has_mixed_cards(self) -> bool:
@@ -35,21 +35,21 @@ class SweepPlan:
         return len(self.config.train.report_grid())
 
     def base(self) -> dict[str, Any]:
-        """The base of every trial, as plain data."""
+        """Return the base config of every trial, as plain data."""
         return self.config.base().model_dump(mode="json")
 
     def probes(self) -> list[TrainConfig]:
-        """The base, and one config per choice and end of range: what prepare checks."""
+        """Return the configs that prepare checks: the base, and one per choice and end of range."""
         return self.space.single_changes(self.base())
 
     def warnings(self) -> list[str]:
-        """What is allowed and may mislead, one line each."""
+        """Return one line for each setting that is allowed but may mislead."""
         if "elapsed_s" in self.config.sweep.objectives and self.has_mixed_cards:
-            return ["elapsed_s is compared over different cards: a trial is not faster for having had the faster card"]
+            return ["elapsed_s is compared over different cards: a trial on a faster card only seems faster"]
         return []
 
     def describe(self) -> str:
-        """The plan as text, one fact a line."""
+        """Return the plan as text, one fact a line."""
         config, size, budget = self.config, self.space.size(), self.config.train.max_tokens
         grid = ", ".join(f"{tokens:,}" for tokens in config.train.report_grid())
         points = "continuous" if size is None else f"{size:,} points"
@@ -60,7 +60,7 @@ class SweepPlan:
             + (", and its own code is run: model.trust_remote_code" if config.model.trust_remote_code else ""),
             f"data       {config.data.train}",
             f"budget     {budget:,} tokens a trial, at most {config.sweep.num_trials * budget:,} in all"
-            + (f"; ends before at {limits}" if (limits := describe_budget(config.sweep.budget)) else ""),
+            + (f"; ends early at {limits}" if (limits := describe_budget(config.sweep.budget)) else ""),
             f"rungs      {self.num_rungs}, at tokens seen: {grid}",
             f"slots      {self.slots.describe()}",
             *([f"cards      {', '.join(kind.describe() for kind in self.kinds)}"] if self.kinds else []),
@@ -83,9 +83,10 @@ class SweepPlan:
 
 
 def make_sweep_plan(config: SweepConfig, find_hardware: Callable[[ClusterConfig], Hardware] = local_hardware) -> SweepPlan:
-    """Check space, grid and hardware; raises InputError. Writes nothing.
+    """Check space, grid and hardware. Raises InputError. Writes nothing.
 
-    find_hardware: says what there is for this cluster section; asked once space and grid are in order, since it may wait.
+    find_hardware: returns the hardware for this cluster section. It may wait for nodes, so it is
+    called only after space and grid have passed.
     """
     space = parse_space(config.space)
     if config.sampler.name == "grid":
@@ -99,7 +100,7 @@ def make_sweep_plan(config: SweepConfig, find_hardware: Callable[[ClusterConfig]
 def _pruner(config: SweepConfig) -> str:
     off = config.effective_pruner is not config.pruner and config.pruner.name != "none"
     return (
-        f"none: {config.pruner.name} is off, Optuna has no pruning of several objectives"
+        f"none: {config.pruner.name} is off, because Optuna cannot prune with several objectives"
         if off
         else _options(config.effective_pruner.model_dump())
     )

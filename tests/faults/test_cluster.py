@@ -72,7 +72,7 @@ def test_a_trial_that_fits_one_kind_of_card_goes_there_and_the_others_go_anywher
         assert driver.wait() == 0, driver.text()
     text, folder = driver.text(), only_folder(tmp_path / "sweeps")
     assert "cards      1 x rtx3090 (23.6 GiB), 1 x l4 (22.0 GiB)" in text
-    assert "card       of l4 (22.0 GiB), rtx3090 (23.6 GiB), for each trial the smallest that it fits" in text
+    assert "card       l4 (22.0 GiB), rtx3090 (23.6 GiB); for each trial the smallest that it fits" in text
     assert "WARNING: elapsed_s is compared over different cards" in text
     results = {int(file.parent.name): json.loads(file.read_text()) for file in folder.glob("trials/*/result.json")}
     by_rank = {rank: [n for n, r in results.items() if r["params"]["lora.rank"] == rank] for rank in (4, 23, 64)}

@@ -60,7 +60,7 @@ def test_a_trial_fits_if_it_fits_one_kind_and_avoids_the_others(planned):
     assert (cards.check_fit(small).fits, cards.check_fit(large).fits, cards.check_fit(none).fits) == (True, True, False)
     assert cards.check_fit(none).excess_gib == pytest.approx(64.0 - 23.6)  # by which it misses the roomiest
     assert (cards.avoid(small), cards.avoid(large), cards.avoid(none)) == ((), (L4,), ())
-    assert card_line(cards) == "card       of l4 (22.0 GiB), rtx3090 (23.6 GiB), for each trial the smallest that it fits"
+    assert card_line(cards) == "card       l4 (22.0 GiB), rtx3090 (23.6 GiB); for each trial the smallest that it fits"
     named = make_feasibility("l4", Facts(shape=SHAPE), kinds)  # the twin: whoever names a card means that one
     assert not named.check_fit(large).fits and named.avoid(large) == ()
 

@@ -77,7 +77,7 @@ def test_a_space_in_which_nothing_fits_is_shown_and_is_one_error(seen, capsys):
 @pytest.mark.parametrize(
     ("arguments", "shape", "line"),
     [
-        ([], SHAPE, f"forecast   none: no GPU here; with cluster.card=<name>, memory and speed are predicted: {CARD_NAMES}"),
+        ([], SHAPE, f"forecast   none: no GPU here; set cluster.card=<name> to predict memory and speed: {CARD_NAMES}"),
         (["train.device=cpu", "cluster.card=l4"], SHAPE, "forecast   none: nothing is predicted for train.device=cpu"),
         (["cluster.card=l4"], None, "forecast   none: nothing is predicted for a model of this architecture"),
     ],

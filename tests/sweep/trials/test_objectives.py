@@ -142,7 +142,7 @@ def test_the_leaderboard_shows_the_front_with_every_members_adapter(tmp_path):
 
 def test_the_plan_says_that_nothing_is_pruned():
     text = make_sweep_plan(config_for(WIDE, objectives=["eval_loss", "elapsed_s"])).describe()
-    assert "none: successive_halving is off, Optuna has no pruning of several objectives" in text
+    assert "none: successive_halving is off, because Optuna cannot prune with several objectives" in text
     assert "objectives eval_loss, elapsed_s" in text
     assert "successive_halving is off" not in make_sweep_plan(config_for(WIDE)).describe()
 
