@@ -1,4 +1,4 @@
-"""Small texts that several rooms share: numbers, parameters and their values."""
+"""Format numbers, parameters and their values for the user."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def number(value: float | None, spec: str) -> str:
-    """`-` where there is none, or it is not finite."""
+    """Format a number; return `-` for None, an infinity or NaN."""
     return "-" if value is None or not math.isfinite(value) else format(value, spec)
 
 
 def params_text(params: dict[str, Any]) -> str:
-    """Sampled values with the last part of their path: rank=8 learning_rate=0.00042."""
+    """Format sampled values by the last part of their path: rank=8 learning_rate=0.00042."""
     return " ".join(f"{path.rsplit('.', 1)[-1]}={value_text(value)}" for path, value in params.items()) or "(base config)"
 
 

@@ -1,1 +1,1 @@
-"""What a trial is to the sweep: record, outcome, objectives, who wins."""
+"""Define a trial's record, outcome and objectives, and choose the winner."""

@@ -1,4 +1,4 @@
-"""What a study minimises, and which trials no other one beats in all of it. Plain data in, plain data out."""
+"""Define the objectives that a study minimises, and find the Pareto front."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ MEASURES: dict[str, Callable[[TrialRecord], float | None]] = {
     "elapsed_s": lambda record: record.reports[-1].elapsed_s if record.reports else None,
     "num_trainable": lambda record: record.reports[-1].num_trainable if record.reports else None,
 }
-"""By name; all are better the smaller. elapsed_s is the time inside optimizer steps, evaluation left out."""
+"""Objectives by name. Smaller is better. elapsed_s: seconds in optimizer steps, not evaluation."""
 
 
 def objective_values(record: TrialRecord, names: tuple[str, ...]) -> tuple[float, ...] | None:
-    """One number for each name; None where one was not measured, or is not finite."""
+    """Return one number for each name, or None if one was not measured or is not finite."""
     values = tuple(MEASURES[name](record) for name in names)
     return None if any(value is None or not math.isfinite(value) for value in values) else values
 
 
 def pareto_front(records: Iterable[TrialRecord], names: tuple[str, ...]) -> list[TrialRecord]:
-    """The sweep's COMPLETE trials that no other one equals or beats everywhere and beats somewhere, by their first objective.
+    """Return the sweep's COMPLETE trials that no other one dominates, sorted by first objective.
 
-    A trial that was stopped has spent less time and memory only because it was stopped.
+    A trial dominates another if it is nowhere worse and somewhere better. A stopped trial does not
+    count: it has spent less time and memory only because it was stopped.
     """
     measured = [(objective_values(record, names), record) for record in records if record.outcome is Outcome.COMPLETE]
     points = [(values, record) for values, record in measured if values is not None and record.source is None]

@@ -1,4 +1,4 @@
-"""How a trial ended, and the plain record of it that every projection (MLflow, leaderboard) is made from. No torch, no ray."""
+"""Define a trial's outcome, and the plain record that tracker and leaderboard are made from."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from engine.trial_report import TrialReport
 
 
 class Outcome(StrEnum):
-    """The ways a trial ends; RUNNING is the one that has not.
+    """Name the ways in which a trial ends. A RUNNING trial has not ended.
 
-    STOPPED: the sweep's budget was spent, so it ended at a report; a resume with a larger budget goes on with it. INFEASIBLE:
-    predicted not to fit the card, so it was never started and counts for no trial of the sweep. OUT_OF_MEMORY: it was started,
-    and not even the leanest way to compute it fits. LOST: its process died too often.
+    STOPPED: the sweep's budget was spent, so the trial ended at a report. A resume with a larger
+    budget continues it. INFEASIBLE: the trial is predicted not to fit the card. It never started,
+    and does not count as one of the sweep's trials. OUT_OF_MEMORY: the trial started, and not even
+    the leanest plan fits. LOST: its process died too often.
     """
 
     RUNNING = "RUNNING"
@@ -30,19 +31,23 @@ class Outcome(StrEnum):
 
 
 CONTENDERS = (Outcome.COMPLETE, Outcome.STOPPED)
-"""Whose adapter can be chosen: nobody judged it hopeless. All losses are on one evaluation set, so fewer tokens are no bar."""
+"""The outcomes whose adapter may win: the pruner has stopped neither.
+
+All losses are on one evaluation set, so a trial that saw fewer tokens may win too.
+"""
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial as the study and its folder know it.
+    """Record one trial as the study and its folder know it.
 
     number: Optuna's, from 0. params: dotted path -> sampled value or choice name. config: the whole
     TrainConfig, as plain data: thousands of records share the sections that the space leaves alone.
-    reports: ascending by rung. started_s / ended_s: Unix seconds. error: one line where it failed.
-    predicted_gib: peak predicted before the start. measured_gib: peak where memory ran out; None
-    where not known. slot, dead_time_s: of its newest stay in a slot, see timeline.Span. source: the
-    earlier sweep's trial it was taken over from.
+    reports: ascending by rung. started_s, ended_s: Unix seconds. error: one line if it failed.
+
+    predicted_gib: peak predicted before the start. measured_gib: peak when memory ran out. Both are
+    None if not known. slot, dead_time_s: those of its newest stay in a slot, see timeline.Span.
+    source: the trial of an earlier sweep from which this one was taken over.
     """
 
     number: int
@@ -62,23 +67,26 @@ class TrialRecord:
 
     @property
     def predicted_peak_gib(self) -> float | None:
-        """Of the plan the trial was last computed by; the sweep's own where it has not reported. None where nobody predicted."""
+        """Return the predicted peak of the trial's last plan, in GiB.
+
+        Before the first report it is the sweep's own prediction. None: there is no prediction.
+        """
         reported = self.reports[-1].predicted_peak_gib if self.reports else None
         return self.predicted_gib if reported is None else reported
 
     @property
     def peak_allocated_gib(self) -> float | None:
-        """Highest measured; None where nothing was."""
+        """Return the highest measured peak in GiB, or None if nothing was measured."""
         peaks = [report.peak_allocated_gib for report in self.reports]
         return max(peaks if self.measured_gib is None else [*peaks, self.measured_gib], default=None)
 
     @property
     def score(self) -> float | None:
-        """Lowest eval_loss over the trial's reports: that of the adapter in its folder."""
+        """Return the lowest eval_loss of the reports: that of the adapter in the folder."""
         return min((report.eval_loss for report in self.reports), default=None)
 
     def result(self) -> dict[str, Any]:
-        """What result.json says of it."""
+        """Return the content of result.json."""
         names = ("number", "params", "score", "started_s", "ended_s", "slot", "dead_time_s", "error", "predicted_peak_gib",
                  "peak_allocated_gib")  # fmt: skip
         known = {name: getattr(self, name) for name in names}
@@ -87,9 +95,12 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A trial that is in the study: as RUNNING, or as INFEASIBLE where there is a refusal, its reason in one line.
+    """Hold a trial that the study proposes.
 
-    params: dotted path -> sampled value or choice name. num_heard: its reports that the sweep has, where it goes on.
+    The study records it as RUNNING, or with a refusal as INFEASIBLE.
+
+    params: dotted path -> sampled value or choice name. refusal: the reason in one line. num_heard:
+    how many of its reports the sweep has, if it continues.
     """
 
     number: int

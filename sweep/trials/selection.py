@@ -1,4 +1,4 @@
-"""Which trial won, and in which order the others stand. Plain data in, plain data out."""
+"""Choose the winning trial and rank the others."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from sweep.trials.objectives import EVAL_LOSS, MEASURES, pareto_front
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 
-TIE = 1e-4  # nats: below what another seed or another GPU changes
+TIE = 1e-4  # nats; another seed or another GPU changes more
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How the winner is chosen. objectives: those of the study; within: nats of eval_loss that the others may cost."""
+    """Choose the winner.
+
+    objectives: those of the study. within: nats of eval_loss that the winner may give up for the
+    other objectives.
+    """
 
     objectives: tuple[str, ...] = (EVAL_LOSS,)
     within: float = 0.0
@@ -32,8 +36,10 @@ class Rule:
         )
 
     def best(self, records: list[TrialRecord]) -> TrialRecord | None:
-        """The winner; None where no trial that may win has a finite eval_loss. Trials of earlier sweeps never win: their
-        adapters are not in this sweep's folder."""
+        """Return the winner, or None if no trial that may win has a finite eval_loss.
+
+        Trials of earlier sweeps never win: their adapters are not in this sweep's folder.
+        """
         able = [r for r in records if r.outcome in CONTENDERS and r.source is None and _score(r) < math.inf]
         if not able:
             return None
@@ -41,8 +47,11 @@ class Rule:
         return min((record for record in able if _score(record) <= limit), key=self._order)
 
     def rank(self, records: list[TrialRecord]) -> list[TrialRecord]:
-        """The winner, the others that could have won by score, PRUNED ones by score, those of earlier sweeps by score, the rest
-        by number, INFEASIBLE ones last."""
+        """Return the records with the winner first, then COMPLETE and STOPPED trials by score.
+
+        PRUNED trials by score follow, and then those of earlier sweeps by score. The rest come last
+        in order of size and number, INFEASIBLE ones at the very end.
+        """
         best = self.best(records)
         group = {Outcome.COMPLETE: 1, Outcome.STOPPED: 1, Outcome.PRUNED: 2, Outcome.INFEASIBLE: 5}
 
@@ -54,11 +63,14 @@ class Rule:
         return sorted(records, key=key)
 
     def front(self, records: list[TrialRecord]) -> list[TrialRecord]:
-        """The Pareto front; empty with a single objective, where it would be the best trial alone."""
+        """Return the Pareto front, empty for one objective: it would be the best trial alone."""
         return pareto_front(records, self.objectives) if len(self.objectives) > 1 else []
 
     def _order(self, record: TrialRecord) -> tuple:
-        """Of a trial that was stopped, what it has spent says little: it comes after those that were not."""
+        """Return the sort key among trials of nearly equal loss.
+
+        A stopped trial comes after the others: what it has spent says little.
+        """
         measured = [MEASURES[name](record) for name in self.others]
         other = [math.inf if value is None or record.outcome is Outcome.STOPPED else value for value in measured]
         return (*other, num_parameters(record), record.number)
@@ -69,11 +81,11 @@ def num_parameters(record: TrialRecord) -> int:
 
 
 def median_speed(record: TrialRecord) -> float | None:
-    """Median tokens per second over the reports: the first one holds warm-up and compilation."""
+    """Return the median tokens per second: the first report includes warm-up and compilation."""
     return statistics.median(report.tokens_per_second for report in record.reports) if record.reports else None
 
 
 def _score(record: TrialRecord) -> float:
-    """record.score, infinite where there is none or it is not finite."""
+    """Return record.score, or infinity if there is none or it is not finite."""
     score = record.score
     return score if score is not None and math.isfinite(score) else math.inf
