@@ -1,4 +1,7 @@
-"""The answers of the engine's commands, which the driver reads as JSON. Plain data, no torch."""
+"""Define the answers of the engine's commands, which the driver reads as JSON.
+
+Importing this module loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from engine.planning.model_shape import ModelShape
 
 @dataclass(frozen=True)
 class VisibleCard:
-    """A GPU under the name and with the memory that its driver reports."""
+    """Describe a GPU by the name and memory that its driver reports."""
 
     name: str
     memory_gib: float
@@ -19,10 +22,10 @@ class VisibleCard:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Everything that memory and speed depend on, as `engine inspect` finds it.
+    """Hold all that memory and speed depend on, as `engine inspect` finds it.
 
-    shape: None where the model's config.json gives none. card: the visible one with the least
-    memory, None without CUDA. host_gib: host memory that a trial may pin, None where not known.
+    shape: None if the model's config.json gives none. card: the visible card with the least memory,
+    None without CUDA. host_gib: host memory that a trial may pin, None if not known.
     """
 
     shape: ModelShape | None = None
@@ -30,21 +33,21 @@ class Facts:
     host_gib: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any) -> Facts:
-        """Read plain data from JSON; InputError where it is no such answer."""
+        """Read plain data from JSON. Raises InputError if a key or a type is wrong."""
         return parse_dataclass(cls, _with_parts(values, shape=ModelShape, card=VisibleCard), "facts")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedFacts(Facts):
-    """The answer of `engine prepare`: the facts, and the sizes of model and data.
+    """Hold the answer of `engine prepare`: the facts, and the sizes of model and data.
 
-    layers: one line on which decoder layers run fused. num_trainable: parameters of each config's
-    adapter. data: digests of the samples by part, training and evaluation.
+    layers: one line on which decoder layers run fused. num_trainable: adapter parameters of each
+    config. data: digests of the samples by part, training and evaluation.
     """
 
     model_path: str
@@ -58,10 +61,13 @@ class PreparedFacts(Facts):
 
 @dataclass(frozen=True)
 class AdapterEvaluation:
-    """The answer of `engine evaluate`: losses of base model and adapter, in nats per target token.
+    """Hold the answer of `engine evaluate`: losses of base model and adapter.
 
-    examples: prompt, expected, base and adapter of some evaluation samples; examples_s: seconds
-    that they took. examples_error: one line that says why there are none. None where not asked for.
+    Losses are in nats per target token.
+
+    examples: prompt, expected, base and adapter texts of some evaluation samples. examples_s:
+    seconds to generate them. examples_error: one line that says why there are none. All three are
+    None if the caller asked for no examples.
     """
 
     base_eval_loss: float
@@ -72,17 +78,17 @@ class AdapterEvaluation:
     examples_error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, without what is None."""
+        """Return plain data for JSON, without values that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: Any) -> AdapterEvaluation:
-        """Read plain data from JSON; InputError where it is no such answer."""
+        """Read plain data from JSON. Raises InputError if a key or a type is wrong."""
         return parse_dataclass(cls, values, "evaluation")
 
 
 def _with_parts(values: Any, **kinds: type) -> Any:
-    """The same values with their objects read into dataclasses, where there are any."""
+    """Return the values with their nested objects read into dataclasses."""
     if not isinstance(values, dict):
         return values
     parts = {name: parse_dataclass(kind, values[name], name) for name, kind in kinds.items() if values.get(name) is not None}

@@ -1,4 +1,4 @@
-"""An adapter measured again from its files, beside its base model."""
+"""Measure an adapter again from its files, next to its base model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from engine.model.load import load_base
 
 
 def evaluate_adapter(config: TrainConfig, adapter: Path, num_examples: int = 0) -> AdapterEvaluation:
-    """Load base model and exported adapter afresh; the base's loss and the adapter's on the config's evaluation set.
+    """Load base model and exported adapter from disk, and measure both on the evaluation set.
 
-    num_examples: evaluation samples that both answer. Where that fails there is `examples_error` in
-    their place: the losses are measured by then.
+    Losses are in nats per target token. num_examples: how many evaluation samples both answer. If
+    generating fails, the result has `examples_error` instead: the losses are measured by then.
     """
     base = load_base(config.model, pick_device(config.train.device))
     _, view = load_data(config.data, base.tokenizer)
@@ -38,6 +38,7 @@ def evaluate_adapter(config: TrainConfig, adapter: Path, num_examples: int = 0) 
             started_s = time.perf_counter()
             examples = write_examples(base, choose_questions(view, num_examples), lambda: detach(base.model, layers))
             answered = {"examples": examples, "examples_s": time.perf_counter() - started_s}
-        except Exception as error:  # a model of its own code may know no generate; memory may run out
+        # a model with custom code may lack generate(), and memory may run out
+        except Exception as error:
             answered = {"examples_error": f"{type(error).__name__}: {first_line(error)}"}
     return AdapterEvaluation(base_loss, adapter_loss, targets, **answered)
