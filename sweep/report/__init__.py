@@ -1,1 +1,1 @@
-"""A sweep on one HTML page; the door to plotly."""
+"""Show a sweep on one HTML page."""

@@ -1,4 +1,4 @@
-"""python -m sweep.report <sweep folder>: write report.html again."""
+"""Write report.html again: python -m sweep.report <sweep folder>."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from engine.system.command_line import run
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.report.build import write_report
 
-USAGE = "usage: python -m sweep.report <sweep folder>\n\nWrites report.html into the folder. The sweep may be running."
+USAGE = "usage: python -m sweep.report <sweep folder>\n\nWrites report.html into the folder; the sweep may still be running."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0 done, 2 bad input."""
+    """Return the exit code: 0 done, 2 bad input."""
     return run(lambda: _main(sys.argv[1:] if arguments is None else arguments))
 
 

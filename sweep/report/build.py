@@ -1,5 +1,7 @@
-"""`report.html`: a sweep on one page, read from its folder. `python -m sweep.report <sweep folder>` writes it again, also where
-the sweep was stopped, killed or still runs. A projection: it reads the journal, reports and timeline, and changes none of them.
+"""Build `report.html`, a sweep on one page, from the sweep's folder.
+
+`python -m sweep.report <sweep folder>` writes it again, even if the sweep was stopped or killed or
+is still running. It reads the journal, reports and timeline, and changes none of them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ EXAMPLE_HEADER = ("prompt", "expected", "base model", "with adapter")
 
 
 def try_write_report(folder: SweepFolder, note: Callable[[str], None]) -> None:
-    """At the end of a sweep, which no report may fail: whatever goes wrong is one line."""
+    """Write the report at the end of a sweep; an error becomes one line and does not fail it."""
     try:
         note(f"report       {write_report(folder)}")
     except Exception as error:
@@ -41,7 +43,10 @@ def try_write_report(folder: SweepFolder, note: Callable[[str], None]) -> None:
 
 
 def write_report(folder: SweepFolder) -> Path:
-    """Returns the file. Replaces an older one in one rename; InputError where the folder cannot be read."""
+    """Write report.html, replacing an older one in one rename; return the file.
+
+    InputError if the folder cannot be read.
+    """
     config = folder.read_config()
     try:
         page = _page(folder, config)
@@ -66,13 +71,13 @@ def _page(folder: SweepFolder, config: SweepConfig) -> str:
             "Learning curves",
             report_figures.learning_curves(records, best),
             "On one evaluation set, against the tokens a trial has trained on. Pruned trials are faded; a click on a name hides "
-            "its lines. Losses far above the usual are cut off; a double click shows all.",
+            "its lines. Losses far above the usual range are cut off; a double click shows all.",
         ),
         *(Section(title, figure, height=500) for title, figure in study_figures(trials).items()),
         Section(
             "Loss, memory and time",
             report_figures.pareto(records),
-            "Stars: COMPLETE trials that no other one beats in all three. A trial that was stopped early has spent less only "
+            "Stars: COMPLETE trials that no other trial beats in all three. A trial that was stopped early has spent less only "
             "because it was stopped.",
         ),
         Section("Predicted and measured memory", report_figures.memory(records)),
@@ -91,7 +96,7 @@ def _facts(folder: SweepFolder, config: SweepConfig, records: list[TrialRecord],
         f"Model {config.model.path} ({config.model.quantization}), data {config.data.train}, folder {folder.path}.",
         f"{sum(counts.values())} trials of {config.sweep.num_trials} asked for: {ended or 'none has started'}.",
     ]
-    lines.append(_best_line(best) if best else "No trial has got far enough to be chosen.")
+    lines.append(_best_line(best) if best else "No trial has gone far enough to be chosen.")
     again = _reevaluation(folder)
     if again is not None:
         agrees = "agrees" if again.agrees else "does NOT agree"
@@ -109,7 +114,7 @@ def _best_line(best: TrialRecord) -> str:
 
 
 def _reevaluation(folder: SweepFolder) -> Reevaluation | None:
-    """Read what finish() wrote into leaderboard.json; None where the sweep has not come to its end."""
+    """Read what finish() wrote into leaderboard.json; None before the sweep's end."""
     file = folder.path / "leaderboard.json"
     known = json.loads(file.read_text(encoding="utf-8")).get("reevaluation") if file.is_file() else None
     return known and Reevaluation.from_dict(known)
@@ -125,14 +130,14 @@ def _leaderboard(records: list[TrialRecord], rule: Rule) -> Table | str:
 
 
 def _examples(folder: SweepFolder, best: TrialRecord | None) -> Section:
-    """What base model and winner answered, where the sweep has come to its end."""
+    """Show what base model and winner answered, if the sweep has ended."""
     title, found = "Examples before and after", folder.read_examples()
     if found is None or best is None or found["trial"] != best.number:
         return Section(title, "the end of a sweep generates them, unless sweep.num_examples is 0")
     if "error" in found:
         return Section(title, f"nothing could be generated: {found['error']}")
     rows = [[example[name] for name in EXAMPLE] for example in found["examples"]]
-    caption = f"Evaluation samples, answered with the likeliest token each time; the adapter is that of trial {best.number}."
+    caption = f"Evaluation samples, answered with the likeliest token at each step; the adapter is from trial {best.number}."
     return Section(title, Table(EXAMPLE_HEADER, rows, [""] * len(rows), is_text=True), caption)
 
 

@@ -1,5 +1,7 @@
-"""The report's figures of what the sweep measured: plain records in, plotly figures out. A str in place of a figure says why
-there is none."""
+"""Draw the report's figures of the sweep's measurements.
+
+Each function takes plain records and returns a plotly figure, or a str that says why there is none.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,19 @@ Drawn = go.Figure | str
 
 
 def hover(record: TrialRecord) -> str:
-    """What the mouse shows of a trial. Names and values are data: what looks like a tag in them stays text."""
+    """Return the text that appears under the mouse for a trial.
+
+    Names and values are escaped, so a tag in them stays text.
+    """
     params = (f"{escape(path)} = {escape(str(value))}" for path, value in record.params.items())
     return "<br>".join([f"trial {record.number} {record.outcome}", *params])
 
 
 def learning_curves(records: list[TrialRecord], best: TrialRecord | None) -> Drawn:
-    """One line per trial, one trace per outcome, so that thousands of trials stay quick; a gap parts the lines of a trace."""
+    """Draw one line per trial and one trace per outcome.
+
+    A trace for each trial would make thousands of trials slow. Gaps separate the lines of a trace.
+    """
     if not any(record.reports for record in records):
         return "no trial has reported yet"
     figure = go.Figure()
@@ -71,7 +79,10 @@ def _curves(records: list[TrialRecord], name: str, colour: str, width: float, op
 
 
 def _usual_range(losses: list[float]) -> list[float] | None:
-    """Leaves out what a few diverged trials reached, which would press all others flat; a double click shows it all."""
+    """Return an axis range without the losses of a few diverged trials.
+
+    Those would press all other lines flat; a double click shows everything.
+    """
     finite = sorted(loss for loss in losses if math.isfinite(loss))
     if len(finite) < 4:
         return None
@@ -82,7 +93,10 @@ def _usual_range(losses: list[float]) -> list[float] | None:
 
 
 def pareto(records: list[TrialRecord]) -> Drawn:
-    """Loss against memory and against time; stars: COMPLETE trials that no other one beats in all three."""
+    """Plot loss against memory and against time.
+
+    Stars mark the COMPLETE trials that no other trial beats in all three.
+    """
     measured = [record for record in records if objective_values(record, FRONT) is not None and record.source is None]
     if not measured:
         return "no trial has measured loss, memory and time yet"
@@ -108,7 +122,10 @@ def pareto(records: list[TrialRecord]) -> Drawn:
 
 
 def memory(records: list[TrialRecord]) -> Drawn:
-    """Predicted against measured peak; on the line, a prediction is exact, and below it, on the safe side."""
+    """Plot the predicted against the measured peak.
+
+    A prediction on the line is exact; one below it is on the safe side.
+    """
     known = [record for record in records if None not in (record.predicted_peak_gib, record.peak_allocated_gib)]
     if not known:
         return "no trial has both a predicted and a measured peak (on a CPU, none is predicted)"
@@ -129,7 +146,7 @@ def memory(records: list[TrialRecord]) -> Drawn:
 
 
 def slots(records: list[TrialRecord], spans: list[Span]) -> Drawn:
-    """What ran where, and the dead time between two trials of a slot."""
+    """Draw which trial ran in which slot, and the dead time between two trials of a slot."""
     if not spans:
         return "no trial has held a slot yet"
     start_s = min(span.assigned_s for span in spans)
@@ -156,7 +173,7 @@ def slots(records: list[TrialRecord], spans: list[Span]) -> Drawn:
 
 
 def dead_time_line(spans: list[Span]) -> str:
-    """The sums that the figure of the slots shows as slivers."""
+    """Sum up the dead time, which the figure of the slots shows only as slivers."""
     dead = [span.dead_time_s for span in spans if span.dead_time_s is not None]
     held = sum(span.ended_s - span.assigned_s for span in spans if span.ended_s is not None)
     if not dead or not held:
@@ -173,7 +190,7 @@ def _begin(span: Span) -> float:
 
 
 def _bars(bars: list[tuple[Span, float, float, str]], name: str, colour: str, start_s: float, scale: float, unit: str) -> go.Bar:
-    """bars: span, begin and length in seconds, hover text."""
+    """Draw bars. bars: span, begin and length in seconds, hover text."""
     return go.Bar(
         y=[escape(span.slot or "slot not reported") for span, *_ in bars],
         x=[length / scale for _, _, length, _ in bars],
@@ -187,6 +204,6 @@ def _bars(bars: list[tuple[Span, float, float, str]], name: str, colour: str, st
 
 
 def _by_outcome(records: Sequence[TrialRecord]) -> list[tuple[Outcome, list[TrialRecord]]]:
-    """In the order of Outcome, those that hold the worst first, so that good ones are drawn above them."""
+    """Group records by outcome, worst outcome first, so that good trials are drawn on top."""
     groups = [(outcome, [r for r in records if r.outcome is outcome]) for outcome in reversed(Outcome)]
     return [(outcome, ours) for outcome, ours in groups if ours]

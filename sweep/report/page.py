@@ -1,5 +1,8 @@
-"""The report as one HTML page that needs no network: text, tables and figures in, a string out. All text is escaped here, figures
-keep theirs escaped themselves; the page's own policy forbids it to load anything."""
+"""Build the report as one HTML page that needs no network.
+
+Text, tables and figures go in, a string comes out. This module escapes all text except that of
+figures, which their makers escape. The page's own content policy forbids it to load anything.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,11 @@ LAYOUT = {
 
 @dataclass(frozen=True)
 class Table:
-    """classes: one per row, "first", "faded" or nothing. is_text: cells are whole texts, whose line ends are shown."""
+    """Rows of text under a header.
+
+    classes: one per row, "first", "faded" or nothing. is_text: cells are whole texts, whose line
+    ends are shown.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -42,7 +49,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """One heading with what stands under it. body: a str in place of a figure says why there is none."""
+    """A heading and its content. body: a str in place of a figure says why there is none."""
 
     title: str
     body: Table | go.Figure | str
@@ -51,7 +58,7 @@ class Section:
 
 
 def render(title: str, facts: Sequence[str], sections: Sequence[Section], config: str) -> str:
-    """facts: lines under the title; config: shown folded at the end."""
+    """Return the page. facts: lines under the title; config: shown folded at the end."""
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8">',

@@ -1,5 +1,8 @@
-"""The report's figures by Optuna: importance, parallel coordinates, slices. Drawn from a copy in memory, so that nothing of the
-study is touched, with short names and with text that cannot be taken for a tag."""
+"""Draw Optuna's figures for the report: importance, parallel coordinates, slices.
+
+They are drawn from a copy in memory, so nothing in the study changes. The copy has short names and
+escapes its text, so that nothing can be taken for a tag.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,11 @@ FIGURES = {
     "Parallel coordinates": (1, optuna.visualization.plot_parallel_coordinate),
     "Slices": (1, optuna.visualization.plot_slice),
 }
-"""title -> (parameters that it takes at the least, how Optuna draws it)"""
+"""Map of title -> (least number of parameters, Optuna's function that draws it)."""
 
 
 def study_figures(trials: list[FrozenTrial]) -> dict[str, go.Figure | str]:
-    """By title; in place of a figure that Optuna cannot draw, one line that says why."""
+    """Return the figures by title; a str says why Optuna cannot draw a figure."""
     study = _copy(trials)
     return {title: _draw(study, *how) for title, how in FIGURES.items()}
 
@@ -44,18 +47,21 @@ def _draw(study: optuna.Study, min_params: int, plot: Callable[..., go.Figure]) 
         return f"needs {min_params} parameters that differ between COMPLETE trials; {many}"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Optuna's remarks on experimental features
+            warnings.simplefilter("ignore")  # Optuna warns about experimental features
             figure = plot(study, params=varied, target=lambda trial: trial.user_attrs["eval_loss"], target_name=LOSS)
-        # Optuna's blues end in white: the worst line and the first trial's point could not be seen
+        # Optuna's blues end in white, which would hide the worst line and the first trial's point
         figure.update_traces(line={"colorscale": COLOURS}, selector={"type": "parcoords"})
         return figure.update_traces(marker={"colorscale": COLOURS, "size": 9}, selector={"type": "scatter"})
-    except Exception as error:  # a figure less is no reason to have no report
+    except Exception as error:  # a missing figure must not cost the whole report
         return f"Optuna could not draw it ({first_line(error)})"
 
 
 def _copy(trials: list[FrozenTrial]) -> optuna.Study:
-    """The COMPLETE trials, with the last part of each path as its name, where that is enough to tell them apart. The others
-    are there without their params, so that numbers stay as they are."""
+    """Return a study with the COMPLETE trials.
+
+    A parameter is named by the last part of its path if that is unique. The other trials are kept
+    without their params, so that trial numbers do not change.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     paths = {path for trial in trials for path in trial.params}
     last = Counter(path.rsplit(".", 1)[-1] for path in paths)
@@ -66,7 +72,8 @@ def _copy(trials: list[FrozenTrial]) -> optuna.Study:
             study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
             continue
         distributions = {path: _as_text(distribution) for path, distribution in trial.distributions.items()}
-        loss = min(trial.intermediate_values.values())  # with several objectives, it need not be the first value
+        # with several objectives, it need not be the first value
+        loss = min(trial.intermediate_values.values())
         study.add_trial(
             optuna.trial.create_trial(
                 state=TrialState.COMPLETE,

@@ -1,1 +1,1 @@
-"""The end: choose, measure again, write out."""
+"""Choose the winner, measure it again and write the results."""

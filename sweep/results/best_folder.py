@@ -1,4 +1,4 @@
-"""`best/`: the winning adapter, ready to load, with a model card that says what was measured. Plain data in, files out."""
+"""Write `best/`: the winning adapter, ready to load, with a model card of its measurements."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ def write_best(
     rule: Rule = DEFAULT_RULE,
     examples: Sequence[dict[str, str]] = (),
 ) -> None:
-    """Assemble `best/`: the trial's adapter and tokenizer, train_config.json and a model card. Replaces an older one.
+    """Assemble `best/`: the trial's adapter and tokenizer, train_config.json and a model card.
 
-    examples: see SweepFolder.write_examples. InputError where the trial folder holds no adapter.
+    Replaces an older `best/`. examples: see SweepFolder.write_examples. InputError if the trial
+    folder holds no adapter.
     """
     adapter = Path(record.folder) / "adapter"
     missing = [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
@@ -66,7 +67,10 @@ def best_card(
     rule: Rule,
     examples: Sequence[dict[str, str]] = (),
 ) -> str:
-    """README.md of `best/`: front matter for the Hugging Face hub, what was measured, how to load it, how to train it again."""
+    """Return the README.md of `best/`, with front matter for the Hugging Face hub.
+
+    It tells what was measured, how to load the adapter and how to train it again.
+    """
     config = parse(TrainConfig, record.config)
     agreement = "agrees with" if reevaluation.agrees else "**does NOT agree with**"
     measured = (
@@ -92,7 +96,10 @@ def best_card(
 
 
 def _examples(examples: Sequence[dict[str, str]]) -> list[str]:
-    """The first few, shortened: the sweep's report.html has them whole. In code blocks, since any text may stand in them."""
+    """Show the first few examples, shortened; the sweep's report.html has them in full.
+
+    Code blocks hold them, because they may contain any text.
+    """
     lines = ["Evaluation samples, greedy; each text shortened."]
     for example in examples[:CARD_EXAMPLES]:
         texts = [f"{name:<9} {_one_line(example[name])}" for name in EXAMPLE]
@@ -101,7 +108,7 @@ def _examples(examples: Sequence[dict[str, str]]) -> list[str]:
 
 
 def _one_line(text: str) -> str:
-    """Without line ends, which could close the code block."""
+    """Remove line ends, which could close the code block, and shorten the text."""
     line = " ".join(text.split())
     return line if len(line) <= CARD_CHARS else f"{line[: CARD_CHARS - 1]}…"
 
@@ -126,7 +133,10 @@ def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]
 
 
 def _builtin_note(path: str) -> list[str]:
-    """The published model is named above, because no other machine has this one's cache."""
+    """Explain how to find a builtin model's folder on another machine.
+
+    The card names the published model, because no other machine has this one's cache.
+    """
     if not path.startswith(BUILTIN):
         return []
     folder = f"python -c \"from engine.sources.builtin import resolve_model; print(resolve_model('{path}'))\""
@@ -137,7 +147,10 @@ def _builtin_note(path: str) -> list[str]:
 
 
 def _base_model(adapter: Path) -> str:
-    """What PEFT will look for: a hub id or folder; where the config said `builtin:`, the name that it is published under."""
+    """Return the name that PEFT will look for: a hub id or a folder.
+
+    For a `builtin:` model this is the name under which it is published.
+    """
     try:
         name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     except (ValueError, LookupError, TypeError, RecursionError):

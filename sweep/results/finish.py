@@ -1,4 +1,4 @@
-"""The end of a sweep: choose the winner, measure it again from its files, write best/ and the leaderboard, report."""
+"""End a sweep: choose the winner, evaluate it again from its files, write best/ and leaderboard."""
 
 from __future__ import annotations
 
@@ -35,16 +35,17 @@ def finish(
     num_examples: int = 0,
     evaluate: Evaluate = evaluate_here,
 ) -> tuple[TrialRecord | None, dict[str, Any]]:
-    """Returns the winner (None where no adapter can be chosen) and the summary. The leaderboard is written in any case.
+    """Return the winner, or None if no adapter can be chosen, and the summary.
 
-    num_examples: see SweepSection. evaluate: how the winner is measured again, see `sweep.commands.evaluate`.
+    Writes the leaderboard in any case. num_examples: see SweepSection; evaluate: measures the
+    winner again, by default `sweep.execution.engine_commands.evaluate`.
     """
     best = rule.best(records)
     ours = Counter(record.outcome for record in records if record.source is None)
     summary: dict[str, Any] = {f"num_{outcome.lower()}": count for outcome, count in ours.items()} | _times(folder)
     if best is None:
         write_leaderboard(folder.path, records, sweep_name, None, rule)
-        note("no trial got far enough, so there is no adapter to choose; see the leaderboard for how each ended")
+        note("no trial got far enough, so there is no adapter to choose; the leaderboard shows how each trial ended")
         return None, summary
     note(f"evaluating the adapter of trial {best.number} again, from its files")
     try:
@@ -69,14 +70,17 @@ def finish(
 
 
 def _times(folder: SweepFolder) -> dict[str, float]:
-    """What the sweep has spent, over all its sessions: hours for which slots were held, and seconds lost between trials."""
+    """Return what the sweep has spent over all sessions.
+
+    slot_hours: hours for which slots were held; dead_time_s: seconds lost between trials.
+    """
     spans = Timeline(folder.timeline, mend=False).spans
     held_s = sum(span.ended_s - span.assigned_s for span in spans if span.ended_s is not None)
     return {"slot_hours": held_s / 3600.0, "dead_time_s": sum(span.dead_time_s or 0.0 for span in spans)}
 
 
 def _remarks(records: list[TrialRecord], best: TrialRecord, rule: Rule) -> list[str]:
-    """What the table of losses does not say: the Pareto front, and an earlier sweep that did better."""
+    """Add what the table of losses does not say: the Pareto front, and a better earlier sweep."""
     front = [str(record.number) for record in rule.front(records)]
     lines = [f"pareto front of {', '.join(rule.objectives)}: trials {', '.join(front)}"] if front else []
     earlier = [r for r in records if r.source is not None and r.outcome is Outcome.COMPLETE and r.score is not None]
@@ -87,7 +91,10 @@ def _remarks(records: list[TrialRecord], best: TrialRecord, rule: Rule) -> list[
 
 
 def _keep_examples(folder: SweepFolder, best: TrialRecord, measured: AdapterEvaluation, note: Callable[[str], None]) -> None:
-    """Write the examples, or why there are none; where none were asked for, remove those of an earlier winner."""
+    """Write the examples, or the reason why there are none.
+
+    If none were asked for, remove those of an earlier winner.
+    """
     if measured.examples_error is not None:
         note(f"WARNING: no examples were generated ({measured.examples_error}); the losses are unaffected")
     named = {"examples": measured.examples, "error": measured.examples_error, "seconds": measured.examples_s}
@@ -111,7 +118,7 @@ def _result_text(folder: SweepFolder, best: TrialRecord, reevaluation: Reevaluat
         lines.insert(
             0,
             f"WARNING: the adapter on disk scores {tuned:.4f}, but trial {best.number} reported {best.score:.4f}: "
-            "do not trust this adapter before you know why",
+            "do not trust this adapter until you know why",
         )
     return "\n".join([*lines, f"adapter      {folder.best}", f"leaderboard  {folder.path / 'leaderboard.md'}"])
 

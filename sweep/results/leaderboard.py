@@ -1,4 +1,4 @@
-"""The leaderboard: every trial, however it ended, and the rule by which the best was chosen. Plain data in, files out."""
+"""Write the leaderboard: every trial with its outcome, and the rule that chose the best."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ LAST_REPORT = ("tokens_seen", "num_trainable", "num_out_of_memory", "micro_batch
 def write_leaderboard(
     folder: Path, records: list[TrialRecord], sweep_name: str, reevaluation: Reevaluation | None, rule: Rule = DEFAULT_RULE
 ) -> None:
-    """Write leaderboard.json and leaderboard.md, each replaced in one rename, with every trial whatever its outcome.
+    """Write leaderboard.json and leaderboard.md, each replaced in one rename.
 
-    Trials that could be chosen have a rank; a pruned one was judged hopeless.
+    Both list every trial with its outcome. Only trials that could be chosen have a rank: pruned
+    trials, for example, have none.
     """
     best = rule.best(records)
     rows = board_rows(records, rule)
@@ -49,7 +50,7 @@ def write_leaderboard(
 
 
 def board_rows(records: list[TrialRecord], rule: Rule = DEFAULT_RULE) -> list[dict[str, Any]]:
-    """One for each trial, in the order in which they stand."""
+    """Return one row for each trial, in the order of the leaderboard."""
     return [_row(record, place) for place, record in enumerate(rule.rank(records), start=1)]
 
 
@@ -74,7 +75,7 @@ def _row(record: TrialRecord, place: int) -> dict[str, Any]:
 
 
 def _outcomes(records: list[TrialRecord]) -> dict[str, int]:
-    """How many ended in which way, in the order of Outcome."""
+    """Count the trials by outcome, in the order of Outcome."""
     counts = Counter(record.outcome for record in records)
     return {outcome.value: counts[outcome] for outcome in Outcome if counts[outcome]}
 
@@ -90,11 +91,11 @@ def _markdown(name: str, best: TrialRecord | None, board: dict[str, Any], reeval
     lines = [f"# Leaderboard of `{name}`", "", f"Best: {f'trial {best.number}' if best else 'none'}. Rule: {board['rule']}.", ""]
     lines += [f"Outcomes: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.items()) or 'none'}.", ""]
     if any(row["source"] for row in rows):
-        lines += ["Trials of earlier sweeps stand here for comparison: they were not trained again, and cannot win.", ""]
+        lines += ["Trials of earlier sweeps are listed for comparison: they were not trained again and cannot win.", ""]
     if Outcome.STOPPED in outcomes:
-        lines += ["STOPPED: ended at a report because the budget was spent; a resume with a larger one goes on.", ""]
+        lines += ["STOPPED: ended at a report because the budget was spent; a resume with a larger budget continues it.", ""]
     if Outcome.INFEASIBLE in outcomes:
-        lines += ["INFEASIBLE: predicted not to fit the card, so never started; it took no trial's place and no GPU time.", ""]
+        lines += ["INFEASIBLE: predicted not to fit the card, so never started; not counted as a trial, and no GPU time spent.", ""]
     if reevaluation:
         again = (
             f"Evaluated again after the sweep: base {number(reevaluation.base_eval_loss, '.4f')}, "
@@ -107,7 +108,10 @@ def _markdown(name: str, best: TrialRecord | None, board: dict[str, Any], reeval
 
 
 def _front_table(board: dict[str, Any]) -> list[str]:
-    """The trials that no other one beats in every objective; nothing where there is one objective."""
+    """Show the trials that no other trial beats in every objective.
+
+    Empty if there is only one objective.
+    """
     if len(board["objectives"]) < 2:
         return []
     names = board["objectives"]
@@ -120,7 +124,7 @@ def _front_table(board: dict[str, Any]) -> list[str]:
     return [
         title,
         "",
-        "COMPLETE trials that no other one beats in all of these.",
+        "COMPLETE trials that no other trial beats in all of these.",
         "",
         *table(header, cells),
         "",
@@ -130,7 +134,7 @@ def _front_table(board: dict[str, Any]) -> list[str]:
 
 
 def board_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """The row as text, in the order of HEADER."""
+    """Return the row as text, in the order of HEADER."""
     return (
         number(row["rank"], "d"),
         str(row["number"]),
@@ -151,7 +155,7 @@ def _sampled(row: dict[str, Any]) -> str:
 
 
 def _gib(value: float | None) -> str:
-    """Blank where unknown."""
+    """Format a size; unknown is blank."""
     return "" if value is None else f"{value:.2f}"
 
 
@@ -160,7 +164,7 @@ def _short(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The same data with NaN and infinities as None: JSON has neither."""
+    """Return the same data with None for NaN and infinities, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

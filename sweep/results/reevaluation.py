@@ -1,4 +1,4 @@
-"""The winner measured again from its files, next to the loss that its trial reported."""
+"""Compare the winner, evaluated again from its files, with the loss that its trial reported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from engine.answers import AdapterEvaluation
 from engine.config.parsing import parse_dataclass
 
-RELATIVE_TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}  # float32 repeats itself; bfloat16 kernels add up in another order
+# float32 repeats itself; bfloat16 kernels may sum in another order
+RELATIVE_TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}
 LOSSES = ("base_eval_loss", "eval_loss")
 
 
@@ -39,7 +40,7 @@ class Reevaluation:
 
 
 def compare(measured: AdapterEvaluation, trial_eval_loss: float, device: str) -> Reevaluation:
-    """Hold the second measurement against the trial's own report. device: cpu or cuda."""
+    """Compare the second measurement with the trial's own report. device: cpu or cuda."""
     tolerance = RELATIVE_TOLERANCE[device]
     return Reevaluation(
         base_eval_loss=measured.base_eval_loss,

@@ -1,1 +1,1 @@
-"""What others see of a sweep while it runs: MLflow, Prometheus."""
+"""Show a running sweep to others, through MLflow and Prometheus."""

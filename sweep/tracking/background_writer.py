@@ -1,4 +1,7 @@
-"""Writes the newest state of each thing in one daemon thread, so that a slow, dead or hanging store costs the caller nothing."""
+"""Write the newest state of each thing in one daemon thread.
+
+A slow, dead or hanging store therefore costs the caller nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,17 @@ Job = Callable[[], object]
 
 
 class BackgroundWriter:
-    """Runs jobs one after another; a job that fails stays pending and is tried again, with growing pauses.
+    """Runs jobs one after another; a failed job stays pending and is retried with growing pauses.
 
-    Jobs have a key: of several pending ones with the same key only the last runs, so what waits is bounded by the number of keys.
+    Each job has a key. Of several pending jobs with the same key only the last runs, so the number
+    of keys bounds the queue.
     """
 
     def __init__(self, name: str, is_permanent: Callable[[Exception], bool]) -> None:
-        """name: of the thread; is_permanent: whether trying again after this error cannot help."""
+        """Start the thread, called `name`.
+
+        is_permanent: tells that a retry after this error cannot help.
+        """
         self._is_permanent = is_permanent
         self._pending: dict[Key, Job] = {}
         self._refused: dict[str, list[Key]] = {}  # cause -> keys
@@ -30,22 +37,27 @@ class BackgroundWriter:
         self._thread.start()
 
     def put(self, key: Key, job: Job) -> None:
-        """Have `job` run soon, in place of a pending one with the same key. Takes microseconds; ignored after close()."""
+        """Have `job` run soon, in place of a pending job with the same key.
+
+        Takes microseconds. Ignored after close().
+        """
         with self._changed:
             if not self._closing:
-                self._pending[key] = job  # an older job's place in line is kept
+                self._pending[key] = job  # the new job keeps the older one's place in line
                 self._changed.notify_all()
 
     def close(self, timeout_s: float) -> dict[str, list[Key]]:
-        """Work off what is pending; give up after timeout_s in which nothing was. Returns what was not written, by cause.
+        """Write what is pending; return what was not written, by cause.
 
-        A job that hangs is left behind in its daemon thread, which ends with the process.
+        Gives up after timeout_s in which no job was done. A job that hangs stays behind in its
+        daemon thread, which ends with the process.
         """
         with self._changed:
             self._closing, self._failures = True, 0
             self._changed.notify_all()
         done = -1
-        while self._thread.is_alive() and done != self._num_done:  # a slow store is waited for, a hanging one is not
+        # wait for a slow store, not for a hanging one
+        while self._thread.is_alive() and done != self._num_done:
             done = self._num_done
             self._thread.join(timeout_s)
         with self._changed:
@@ -73,16 +85,20 @@ class BackgroundWriter:
     def _done(self, key: Key, job: Job, error: Exception | None) -> None:
         self._failures, self._last_error = 0, None
         self._num_done += 1
-        if self._pending.get(key) is job:  # else a newer state came meanwhile
+        if self._pending.get(key) is job:  # else a newer state has arrived
             del self._pending[key]
         if error is not None:
             self._refused.setdefault(f"refused: {_one_line(error)}", []).append(key)
 
     def _wait_after_failure(self, key: Key, error: Exception) -> bool:
-        """Pause before the next try, cut short by close(); False: give up. Called with the lock held."""
+        """Pause before the next try; return False to give up. The caller holds the lock.
+
+        close() cuts the pause short.
+        """
         self._failures += 1
         self._last_error = _one_line(error)
-        self._pending[key] = self._pending.pop(key)  # to the end of the line: one bad job must not hold up the others
+        # to the end of the line: one bad job must not hold up the others
+        self._pending[key] = self._pending.pop(key)
         if self._closing and self._failures >= LAST_TRIES:
             return False
         closing = self._closing
@@ -94,7 +110,7 @@ class BackgroundWriter:
 def _attempt(job: Job) -> Exception | None:
     try:
         job()
-    except Exception as error:  # whatever the client of a store raises, the caller must not notice
+    except Exception as error:  # the caller must not notice any error of a store's client
         return error
     return None
 

@@ -1,7 +1,7 @@
-"""How a trial and a sweep are called and measured in MLflow: plain records in, names and points out. No mlflow.
+"""Name and measure sweeps and trials for MLflow: records in, names and points out, no mlflow.
 
-Metric names are grouped by slash and carry their unit; the step of a trial's points is the tokens it has seen, so that trials of
-different sequence length lie on one axis.
+A metric's name is grouped by slashes and carries its unit. The step of a trial's points is the
+number of tokens it has seen, so that trials of different sequence length share one axis.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ METRICS = {
     "num_out_of_memory": "memory/num_out_of_memory",
 }
 NUM_TRAINABLE = "adapter/num_trainable_parameters"
-SYSTEM = "system/"  # MLflow's page has a tab of its own for these
+SYSTEM = "system/"  # MLflow's page shows these in a separate tab
 SUMMARY = {
-    "best_eval_loss": METRICS["best_eval_loss"],  # as the trials' is called: sweeps are sorted by it too
+    # the same name as the trials' metric: MLflow sorts sweeps by it too
+    "best_eval_loss": METRICS["best_eval_loss"],
     "base_eval_loss": "eval/base_loss_nats_per_token",
     "slot_hours": "time/slot_hours",
     "dead_time_s": "time/dead_s",
 }
-PLAN = ("micro_batch_size", "activation_checkpointing")  # tags, because they may change while a trial runs
+# tags, because they may change while a trial runs
+PLAN = ("micro_batch_size", "activation_checkpointing")
 STATUS = {
     Outcome.RUNNING: "RUNNING",
     Outcome.COMPLETE: "FINISHED",
@@ -49,17 +51,20 @@ STATUS = {
     Outcome.INFEASIBLE: "KILLED",
 }  # the others: FAILED
 SWEEP_PARAMS = ("model.path", "model.quantization", "data.train", "train.max_tokens", "sampler.name", "pruner.name", "sweep.seed")
-"""What tells sweeps apart and no resume can change, as MLflow lets nobody change a parameter."""
+"""Settings that tell sweeps apart and that no resume can change: MLflow's params are final."""
 Point = tuple[str, float, int, int]  # name, value, milliseconds, tokens seen
 
 
 def trial_name(record: TrialRecord, is_best: bool = False) -> str:
-    """The first column of MLflow's table, and what its charts call a run: the outcome is seen without a column of its own."""
+    """Return the run's name, which MLflow shows in its table's first column and in its charts.
+
+    The name includes the outcome, so the table needs no extra column for it.
+    """
     return f"{record.number:04d} {record.outcome}{' (best)' if is_best else ''}"
 
 
 def trial_points(record: TrialRecord, written: int) -> list[Point]:
-    """Points of the reports after rung `written`, and what is known beside reports."""
+    """Return the points of the reports after rung `written`, and the values outside reports."""
     system = read_system(Path(record.folder))
     points: list[Point] = []
     for report in record.reports:
@@ -72,7 +77,11 @@ def trial_points(record: TrialRecord, written: int) -> list[Point]:
 
 
 def _beside(record: TrialRecord) -> list[Point]:
-    """Predicted before the start; measured where memory ran out, after the last report; what is the same at every report."""
+    """Return the values that stand outside the reports.
+
+    The prediction is dated at the start and the memory measured at an out-of-memory error after the
+    last report. Values that are the same in every report are written once, at the start.
+    """
     start = (int(1000 * (record.started_s or 0.0)), 0)
     last, reports = start, record.reports
     if reports:
@@ -86,33 +95,42 @@ def _beside(record: TrialRecord) -> list[Point]:
 
 
 def plan_tags(record: TrialRecord) -> dict[str, str]:
-    """How the trial was computed, by its last report."""
+    """Return the plan of the trial's last report as tags."""
     return {f"plan.{name}": str(getattr(report, name)) for report in record.reports[-1:] for name in PLAN}
 
 
 def _milliseconds(record: TrialRecord, report: TrialReport) -> int:
-    """Follows from the record alone: MLflow takes the same point again for one point only if its time is the same too."""
+    """Return the report's time, which follows from the record alone.
+
+    MLflow merges a point written twice only if its time is the same too.
+    """
     return int(1000 * ((record.started_s or 0.0) + report.elapsed_s))
 
 
 def sweep_points(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a summary, under the names they have on the sweep's run: counts of outcomes are trials/num_*."""
+    """Return a summary's numbers under their names on the sweep's run.
+
+    Counts of outcomes become trials/num_*.
+    """
     return {_sweep_name(name): float(value) for name, value in summary.items() if _is_number(value)}
 
 
 def sweep_tags(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a summary is no number."""
+    """Return the entries of a summary that are not numbers."""
     return {name: value for name, value in summary.items() if not _is_number(value)}
 
 
 def sweep_params(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the resolved config, what sweeps are told apart by; what it lacks is left out."""
+    """Return the settings of the resolved config that tell sweeps apart.
+
+    Settings that the config lacks are left out.
+    """
     found = {path: config.get(path.split(".")[0], {}) for path in SWEEP_PARAMS}
     return {path: section[path.split(".")[1]] for path, section in found.items() if path.split(".")[1] in section}
 
 
 def description(config: Mapping[str, Any], best: TrialRecord, summary: Mapping[str, Any], folder: str) -> str:
-    """Markdown of the best adapter: base model, losses, where the sweep lies."""
+    """Describe the best adapter in Markdown: base model, losses, folder of the sweep."""
     model = best.config.get("model", {})
     lines = [f"Trial {best.number} of the sweep in `{folder}`, an adapter for `{model.get('path', 'unknown')}`."]
     losses = [("base model", summary.get("base_eval_loss")), ("with this adapter", summary.get("best_eval_loss"))]

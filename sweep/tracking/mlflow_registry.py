@@ -1,7 +1,7 @@
-"""The best adapter as a version of a model in MLflow's registry: `models:/<name>/<version>` is the folder best/.
+"""Register the best adapter as a model version, so that `models:/<name>/<version>` is best/.
 
-A version is of one sweep and one adapter, known by its digest: written again, it stays one; another adapter, after a resume that
-found a better one, is the next version beside it.
+A version belongs to one sweep and one adapter, known by its digest. Writing the same adapter again
+adds no version. A better adapter, found after a resume, becomes the next version.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ DIGEST = "adapter.sha256"
 
 
 def register(client: Any, name: str, run: str, folder: Path, tags: dict[str, str], text: str) -> str:
-    """Upload the folder to the run and make it a version of `name`; returns its number. client: an MlflowClient.
+    """Upload the folder to the run and make it a version of `name`; return the version's number.
 
-    May fail anywhere and be called again. text: the version's description, in Markdown; written again where it has changed.
+    May fail anywhere and be called again. client: an MlflowClient; text: the version's description
+    in Markdown, updated where it has changed.
     """
     digest = _digest(folder / ADAPTER)
     versions = [found for found in client.search_model_versions(f"run_id = '{run}'") if found.name == name]
@@ -26,7 +27,7 @@ def register(client: Any, name: str, run: str, folder: Path, tags: dict[str, str
             if version.description != text:
                 client.update_model_version(name, version.version, text)
             return str(version.version)
-    # an older version keeps the files it was made of
+    # an older version keeps its files
     place = folder.name if not versions else f"{folder.name}-{len(versions) + 1}"
     client.log_artifacts(run, str(folder), place)
     _create_model(client, name)
@@ -35,7 +36,7 @@ def register(client: Any, name: str, run: str, folder: Path, tags: dict[str, str
 
 
 def _create_model(client: Any, name: str) -> None:
-    from mlflow.exceptions import MlflowException  # late, as in mlflow_runs.py: loading mlflow takes seconds
+    from mlflow.exceptions import MlflowException  # here, because loading mlflow takes seconds
 
     try:
         client.get_registered_model(name)
@@ -43,7 +44,7 @@ def _create_model(client: Any, name: str) -> None:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         try:
-            client.create_registered_model(name, description="Best adapters of sweeps; each version says of which.")
+            client.create_registered_model(name, description="Best adapters of sweeps; each version names its sweep.")
         except MlflowException as late:  # another sweep was quicker
             if late.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

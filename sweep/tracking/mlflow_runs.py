@@ -1,7 +1,7 @@
-"""What MLflow holds of a sweep: a parent run for it, a child run for each trial. MLflow enters here and in registry.py.
+"""Write a sweep to MLflow: a parent run for the sweep, a child run for each trial.
 
-A projection, not a record: the study and the trial folders hold the truth, and the same state may be written again without
-doubling anything.
+MLflow holds a projection, not the record: the study and the trial folders hold the truth. Writing
+the same state again doubles nothing.
 """
 
 from __future__ import annotations
@@ -31,28 +31,34 @@ from sweep.tracking.mlflow_registry import register
 from sweep.tracking.mlflow_view import view
 from sweep.trials.record import Outcome, TrialRecord
 
-# MLflow waits up to 120 s, 7 times, by default. Usage reports are off: they would go to a host outside, from a training machine.
+# By default MLflow waits up to 120 s, 7 times. Usage reports are off, because they would leave the
+# training machine for an outside host.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a create whose answer is lost must not be sent twice: our own retry looks first
+    # a create whose answer is lost must not be sent twice: our own retry looks first
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines to stdout at every end of a trial
+    # else MLflow prints two lines to stdout whenever a trial ends
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-BATCH = 1000  # MLflow's limit of metrics in one call
-MAX_VALUE_CHARS = 500  # the shortest limit MLflow's stores ever had for a parameter
+BATCH = 1000  # MLflow's limit on metrics in one call
+MAX_VALUE_CHARS = 500  # the shortest limit any MLflow store has had for a param
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class MlflowRuns:
-    """What the runs of one sweep must look like. Every method may fail and be called again; used by one thread only."""
+    """Writes the runs of one sweep, for one thread.
+
+    Every method may fail and be called again.
+    """
 
     def __init__(
         self, uri: str, experiment: str, name: str, folder: Path, config: dict[str, Any], registered_model: str | None = None
     ) -> None:
         self._uri, self._experiment, self._name, self._config = uri, experiment, name, config
         self._folder, self._registered_model = str(folder.absolute()), registered_model
-        # a path may hold quotes, which the filter language lacks
+        # a hash, because a path may hold quotes, which MLflow's filter language cannot escape
         self._id = hashlib.sha256(self._folder.encode()).hexdigest()[:16]
         self._client: Any = None
         self._experiment_id: str | None = None
@@ -62,7 +68,8 @@ class MlflowRuns:
         self._names: dict[str, str] = {}
         self._with_config: set[str] = set()
         self.started_s: float | None = None
-        # what failed is tried again after the others: the start may come after the end, and a trial after it was marked the best
+        # The writer retries a failed job after the others. So the start may come after the end, and
+        # a trial after it was marked the best.
         self._ended, self._best = False, None
 
     def start(self, tags: dict[str, str]) -> None:
@@ -73,7 +80,7 @@ class MlflowRuns:
         self._write_config(parent, self._config, "sweep_config.json")
 
     def trial(self, record: TrialRecord) -> str:
-        """Bring a trial's run to this state; returns its MLflow id."""
+        """Bring a trial's run to this state; return its MLflow id."""
         run = self._child(record)
         points = trial_points(record, self._last_rung.get(record.number, 0))
         tags = {"outcome": record.outcome.value, "error": record.error or "", **plan_tags(record)}
@@ -91,7 +98,8 @@ class MlflowRuns:
         if best is not None:
             self._best = best.number
             self._mark_best(self.trial(best), best)
-        known = self._client.get_run(parent).data.metrics  # an unchanged number again would be a second point
+        # an unchanged number would add a second point
+        known = self._client.get_run(parent).data.metrics
         numbers = sweep_points(summary).items()
         points = [(name, value, int(1000 * now_s), 0) for name, value in numbers if known.get(name) != value]
         note = {"mlflow.note.content": description(self._config, best, summary, self._folder)} if best else {}
@@ -100,7 +108,10 @@ class MlflowRuns:
         self._ended = True
 
     def keep_best(self, summary: dict[str, Any], best: TrialRecord, folder: Path) -> None:
-        """Keep best/ with the winner's run, as a version of the registered model where there is to be one."""
+        """Store best/ with the winner's run.
+
+        If a model is to be registered, best/ becomes a version of that model instead.
+        """
         run = self._child(best)
         if self._registered_model is None:
             self._client.log_artifacts(run, str(folder), folder.name)
@@ -115,9 +126,10 @@ class MlflowRuns:
             self._ended = True
 
     def share_view(self) -> tuple[str, str] | None:
-        """Store how MLflow's page shows the trials of this sweep, as its Share button does, under a key that the page takes.
+        """Store how MLflow's page shows this sweep's trials, as its Share button does.
 
-        Returns the page's path and that key; None where nothing of the sweep is in the store. Creates neither store nor run.
+        Returns the page's path and the key of the view, or None if the store has no trial of the
+        sweep. Creates neither store nor run.
         """
         self._connect(create=False)
         trials = [] if self._experiment_id is None else self._search("tags.`sweep.kind` = 'trial'")
@@ -136,25 +148,27 @@ class MlflowRuns:
         self._client.set_tag(run, "sweep.best", "true")
 
     def _rename(self, run: str, name: str, status: str) -> None:
-        """Also sets a status that is no end."""
+        """Set the run's name, together with a status that may be RUNNING."""
         if self._names.get(run) != name:
             self._client.update_run(run, status, name)
             self._names[run] = name
 
     def _open(self) -> str:
-        """Connect, and find or create the parent run; returns its id."""
+        """Connect, and find or create the parent run; return its id."""
         if self._parent is None:
             self._connect()
             self._parent = self._find_or_create(self._name, {"sweep.kind": "sweep"}, self.started_s or time.time())
         return self._parent
 
     def _connect(self, create: bool = True) -> None:
-        """create: make the database and the experiment where there is none."""
+        """Connect to the store. create: make a missing database and experiment."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        from mlflow import MlflowClient  # late: loading it takes 1.5 to 3 s, which the driver must not wait for
+        # here, because loading mlflow takes 1.5 to 3 s and the driver must not wait for it
+        from mlflow import MlflowClient
 
-        # 40 lines on the creation of a database, one at each try of a dead server: close() says it once
+        # else 40 lines when a database is created, and one for each try of a dead server, which
+        # close() reports once
         for chatty in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
         location = None
@@ -180,7 +194,10 @@ class MlflowRuns:
         return self._children[record.number]
 
     def _find_or_create(self, name: str, identity: dict[str, str], started_s: float) -> str:
-        """Looks first: on resume the run is there, and so it is where the answer to an earlier create was lost."""
+        """Return the run with this identity; create it if there is none.
+
+        The run exists after a resume, or if the answer to an earlier create was lost.
+        """
         found = self._search(*(f"tags.`{tag}` = '{value}'" for tag, value in identity.items()))
         if found:
             return found[0].info.run_id
@@ -188,7 +205,7 @@ class MlflowRuns:
         return self._client.create_run(self._experiment_id, int(1000 * started_s), tags, name).info.run_id
 
     def _search(self, *conditions: str) -> list[Any]:
-        """The runs of this sweep that meet all conditions, oldest first."""
+        """Return the runs of this sweep that meet all conditions, oldest first."""
         condition = " and ".join([f"tags.`sweep.id` = '{self._id}'", *conditions])
         return self._client.search_runs([self._experiment_id], condition, order_by=["attributes.start_time ASC"])
 
@@ -198,7 +215,7 @@ class MlflowRuns:
             self._with_config.add(run)
 
     def _log(self, run: str, metrics: Sequence[Point] = (), params: Mapping = NONE, tags: Mapping = NONE) -> None:
-        from mlflow.entities import Metric, Param, RunTag  # late, for the same reason
+        from mlflow.entities import Metric, Param, RunTag  # here, because loading takes seconds
 
         points = [Metric(*point) for point in metrics]
         self._client.log_batch(
@@ -213,8 +230,11 @@ class MlflowRuns:
 
 
 def _create(database: Path) -> None:
-    """An empty store, whole or not at all: a kill while MLflow makes its 40 tables left one that it never opened again."""
-    from mlflow import MlflowClient  # late, for the same reason
+    """Create an empty store, whole or not at all.
+
+    A kill while MLflow made its 40 tables used to leave a store that it never opened again.
+    """
+    from mlflow import MlflowClient  # here, because loading takes seconds
 
     aside = database.with_name(f".{database.name}.{os.getpid()}.new")
     aside.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""What MLflow's page shows of a sweep: its table and charts, as the page's own Share button stores them. Plain data, no mlflow.
+"""Describe the table and charts of a sweep on MLflow's page, as its Share button stores them.
 
-Not an interface that MLflow documents: the fields are those of the page of MLflow 3.17. A page that does not know them shows its
-defaults, in which run names and metric groups say the same, only less handily.
+Plain data, no mlflow. MLflow does not document this format: the fields are those of MLflow 3.17. A
+page that does not know them shows its defaults, where run names and metric groups say the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LOSS, BEST = METRICS["eval_loss"], METRICS["best_eval_loss"]
 SHOWN = (BEST, METRICS["tokens_per_second"], METRICS["peak_allocated_gib"], METRICS["predicted_peak_gib"])
 WIDTHS = {"attributes.`Run Name`": 210, "tags.`outcome`": 130, "runDateAndNestInfo": 120, "duration": 90}
 PARAM_WIDTH, METRIC_WIDTH = 140, 160
-MAX_RUNS = 1000  # a chart would show 10 runs
+MAX_RUNS = 1000  # a chart shows 10 runs by default
 SECTION = "Compare trials"
 CHART = {"deleted": False, "isGenerated": False, "runsCountToCompare": MAX_RUNS, "metricSectionId": SECTION}
 LINE = {
@@ -30,18 +30,19 @@ LINE = {
     "yAxisExpressions": [],
     "selectedXAxisMetricKey": "",
     "range": {},
-    "ignoreOutliers": False,  # the page would drop the lowest and highest points of each curve
+    # by default the page drops the lowest and highest points of each curve
+    "ignoreOutliers": False,
 }
 
 
 def page_queries(key: str) -> dict[str, str]:
-    """Of the page's address, what opens the table and the charts of a stored view."""
+    """Return the queries of the page's address that open a stored view's table and charts."""
     table = f"workflowType=machine_learning&viewStateShareKey={key}"
     return {"table": table, "charts": f"{table}&compareRunsMode=CHART"}
 
 
 def view(sweep_id: str, params: Sequence[Mapping[str, str]], metrics: set[str]) -> dict[str, Any]:
-    """The sweep's trials, best first: how each ended, what was sampled, and what it reached.
+    """Show the sweep's trials, best first: outcome, sampled values and what each reached.
 
     params: path -> value of each trial; metrics: the names that any trial has.
     """
@@ -63,14 +64,21 @@ def view(sweep_id: str, params: Sequence[Mapping[str, str]], metrics: set[str]) 
 
 
 def _varied(names: list[str], params: Sequence[Mapping[str, str]]) -> list[str]:
-    """Those with more than one value; a chart leaves out a trial that lacks one, so those that all trials have, if any."""
+    """Return the params with more than one value.
+
+    A chart leaves out a trial that lacks one of its params. So params that all trials have come
+    first; the others count only if there are none.
+    """
     varied = [name for name in names if len({sampled.get(name) for sampled in params}) > 1]
     common = [name for name in varied if all(name in sampled for sampled in params)]
     return common or varied
 
 
 def _charts(varied: list[str], metrics: set[str]) -> dict[str, Any]:
-    """One section of charts that compare trials; the page adds one for each group of metrics behind it."""
+    """Return one section of charts that compare trials.
+
+    The page adds one section behind it for each group of metrics.
+    """
     charts: list[dict[str, Any]] = [
         {"type": "PARALLEL", "selectedParams": varied, "selectedMetrics": [BEST], "showAllRuns": True},
         {"type": "LINE", "metricKey": LOSS, "selectedMetricKeys": [LOSS], "displayName": "eval loss by tokens seen", **LINE},

@@ -1,13 +1,15 @@
-"""What a sweep says of itself to Prometheus: a page of numbers at `tracking.metrics_port`, made afresh for each request.
+"""Serve a sweep's numbers to Prometheus at `tracking.metrics_port`.
 
-Nothing is measured for it: the numbers are those of the trials' records and the timeline. Requests are answered by threads of
-their own, so training never waits for a reader; the driver only leaves each new record here. Not through `ray.util.metrics`: that
-needs the agents of `ray[default]` on every node, and a Ray of our own starts none, so the sweep on one machine, which is the
-common one, would show nothing.
+Each request builds the page from the trials' records and the timeline; nothing is measured for it.
+Separate threads answer, so training never waits for a reader. The driver only leaves each new
+record here.
 
-A counter says what this driver did since it started, and what is a sum over all sessions is a gauge: a driver that was killed
-may have shown a little more than its successor reads from the disk, and a counter that falls looks like one that began anew.
-prometheus_client enters here only.
+This does not use `ray.util.metrics`, which needs the agents of `ray[default]` on every node. A Ray
+that the sweep starts itself has no agents, so the common sweep on one machine would show nothing.
+
+Counters count since this driver started. Totals over all sessions are gauges: after a kill, the
+next driver may read a slightly lower total from disk. Prometheus treats a falling counter as a
+reset.
 """
 
 from __future__ import annotations
@@ -31,14 +33,17 @@ from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 
 PREFIX = "qlora_sweep_"
 MetricsPage = CollectorRegistry
-"""The page that Prometheus reads: what is registered there is shown."""
+"""The page that Prometheus reads: it shows every registered collector."""
 
 
 class SweepMetrics(Collector):
-    """A listener of the ledger that keeps the newest record of each trial, and turns them into metrics when asked."""
+    """Keeps the newest record of each trial and builds metrics from them on request.
+
+    It is a listener of the ledger.
+    """
 
     def __init__(self, sweep: str, num_trials: int, num_slots: int, clock: Callable[[], float] = time.time) -> None:
-        """sweep: the value of the label `sweep` on every metric, the name of the sweep folder."""
+        """sweep: name of the sweep folder, which the label `sweep` of every metric holds."""
         self._sweep, self._num_trials, self._num_slots, self._clock = sweep, num_trials, num_slots, clock
         self._records: dict[int, TrialRecord] = {}
         self._lock = threading.Lock()
@@ -49,12 +54,12 @@ class SweepMetrics(Collector):
             self._records[record.number] = record
 
     def begin(self, timeline: Timeline) -> None:
-        """The driver is about to hand out trials: counters count from here."""
+        """Start the counters: the driver is about to hand out trials."""
         self._timeline, self._before, self._began_s = timeline, timeline.usage, self._clock()
         self._tokens_before = _tokens(self._own())
 
     def collect(self) -> Iterable[Metric]:
-        """Empty until the sweep has begun."""
+        """Yield the metrics; none before begin()."""
         if self._timeline is None:
             return
         own = self._own()
@@ -64,13 +69,13 @@ class SweepMetrics(Collector):
         yield from self._of_slots(own)
 
     def _own(self) -> list[TrialRecord]:
-        """Trials of this sweep, not those it was warmed with."""
+        """Return the trials of this sweep, without those of the earlier sweeps it started from."""
         with self._lock:
             return [record for record in self._records.values() if record.source is None]
 
     def _of_trials(self, own: list[TrialRecord]) -> Iterator[Metric]:
         counts = Counter(record.outcome for record in own)
-        trials = self._gauge("trials", "trials by outcome; RUNNING has not ended", "outcome")
+        trials = self._gauge("trials", "trials by outcome; RUNNING trials have not ended", "outcome")
         for outcome in Outcome:
             trials.add_metric([self._sweep, str(outcome)], counts[outcome])
         yield trials
@@ -103,7 +108,7 @@ class SweepMetrics(Collector):
         yield dead
 
     def _of_losses(self, own: list[TrialRecord]) -> Iterator[Metric]:
-        """No sample where there is no loss yet: 0 would be the best there is."""
+        """Leave out the sample where there is no loss yet: 0 would be the best possible loss."""
         for name, help_text, outcomes in (
             ("best_eval_loss", "lowest loss of the trials whose adapter can be chosen now, nats per token", CONTENDERS),
             ("lowest_eval_loss", "lowest loss that any trial has reported, nats per token", tuple(Outcome)),
@@ -115,15 +120,19 @@ class SweepMetrics(Collector):
             yield family
 
     def _of_slots(self, own: list[TrialRecord]) -> Iterator[Metric]:
-        """Of the trial that runs in each slot, as of its newest report. The label is the slot, of which there are few, and not
-        the trial; two records may name one slot, after a resume, and two equal labels would make the page unreadable."""
+        """Show the trial that runs in each slot, as of its newest report.
+
+        The label is the slot and not the trial, because slots are few. After a resume two records
+        may name one slot; the later one counts, because two equal labels would make the page
+        unreadable.
+        """
         running = {
             record.slot: record
             for record in sorted(own, key=lambda record: record.started_s or 0.0)
             if record.outcome is Outcome.RUNNING and record.slot is not None and record.reports
         }
         trial = self._gauge("slot_trial", "number of the trial in the slot", "slot")
-        speed = self._gauge("slot_tokens_per_second", "of the trial in the slot, since its report before", "slot")
+        speed = self._gauge("slot_tokens_per_second", "speed of the trial in the slot, since its previous report", "slot")
         loss = self._gauge("slot_eval_loss", "newest loss of the trial in the slot, nats per token", "slot")
         peak = self._gauge("slot_peak_memory_bytes", "predicted and measured peak of the trial in the slot", "slot", "kind")
         for slot, record in running.items():
@@ -147,20 +156,22 @@ class SweepMetrics(Collector):
 
 @contextmanager
 def serve(tracking: TrackingConfig, say: Callable[[str], None]) -> Iterator[MetricsPage]:
-    """Answer requests for what is registered, until the block ends. say: takes the address, in one line.
+    """Answer requests for the registered metrics until the block ends.
 
-    InputError where the port or the address cannot be had: the user asked for numbers that nobody would see.
+    say: takes the address, in one line. InputError if the port or the address cannot be used,
+    because the user asked for these numbers.
     """
     registry, host, port = CollectorRegistry(), tracking.metrics_host, tracking.metrics_port
     try:
         server, thread = start_http_server(port, host, registry)
     except PermissionError as error:
-        raise InputError("tracking.metrics_port", port, f"may not be opened by this user ({first_line(error)})") from None
+        raise InputError("tracking.metrics_port", port, f"must be a port that this user may open ({first_line(error)})") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise InputError("tracking.metrics_port", port, f"must be free on {host}, and another process has it") from None
+            raise InputError("tracking.metrics_port", port, f"must be free on {host}; another process uses it") from None
         raise InputError("tracking.metrics_host", host, f"must be an address of this machine ({first_line(error)})") from None
-    server.handle_error = lambda *request: None  # a reader that goes away is no news; the default prints on the terminal
+    # a reader may go away at any time; the default handler would print that on the terminal
+    server.handle_error = lambda *request: None
     try:
         say(f"metrics    http://{f'[{host}]' if ':' in host else host}:{server.server_port}/metrics")
         yield registry

@@ -1,7 +1,8 @@
-"""What process and card did while a trial trained: sampled in the worker, one line a rung in the trial's folder.
+"""Sample process and card in the worker while a trial trains: one line a rung in its folder.
 
-Sampled here and not by MLflow's own monitor, because that one would be a second writer of runs, in each worker; the driver reads
-the lines and writes them with everything else. Trials are compared by rungs, so a line has the means between two reports.
+The worker does not use MLflow's own monitor, which would write runs from each worker. Instead the
+driver reads the lines and writes them with everything else. A line covers the time between two
+reports, because trials are compared by rungs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ NAMES = (
     "process_cpu_percent",  # 100: one core
     "process_resident_gib",
     "machine_memory_used_gib",
-    "gpu_utilization_percent",  # share of time in which any kernel ran
+    "gpu_utilization_percent",  # share of time in which any kernel was running
     "gpu_memory_used_gib",  # of the whole card, other processes included
     "gpu_power_watts",
     "gpu_temperature_celsius",
@@ -31,7 +32,10 @@ Reading = dict[str, float]
 
 
 class SystemSampler:
-    """Reads every interval_s in a daemon thread, and keeps sums only: between two reports there may be hours."""
+    """Reads every interval_s in a daemon thread.
+
+    It keeps sums only, because hours may pass between two reports.
+    """
 
     def __init__(self, read: Callable[[], Reading], interval_s: float = SAMPLE_S) -> None:
         self._read, self._interval_s = read, interval_s
@@ -41,7 +45,7 @@ class SystemSampler:
         threading.Thread(target=self._run, name="system-sampler", daemon=True).start()
 
     def take(self) -> Reading:
-        """Since the last call: the highest of each memory, the mean of each other number."""
+        """Return the means since the last call; of a memory, the highest value."""
         with self._lock:
             if not self._sums:
                 self._add(self._read())
@@ -63,8 +67,10 @@ class SystemSampler:
 
 
 def machine_reader(device: str) -> Callable[[], Reading]:
-    """Reads this process and, with device cuda, its first visible card. What cannot be read is left out: no number is worth a
-    trial."""
+    """Return a function that reads this process and, on cuda, its first visible card.
+
+    It leaves out what it cannot read: no number is worth a trial.
+    """
     process = psutil.Process()
     process.cpu_percent()  # the first call has nothing to compare with
 
@@ -81,7 +87,10 @@ def machine_reader(device: str) -> Callable[[], Reading]:
 
 
 def _card() -> Reading:
-    """Through NVML, which torch asks by the card's place among the visible ones. A card split in parts gives no utilization."""
+    """Read the card through NVML, where torch finds it by its place among the visible cards.
+
+    A card split into MIG parts gives no utilization.
+    """
     import torch  # here, because the driver imports this module and must not load torch
 
     readings: dict[str, Callable[[], float]] = {
@@ -92,19 +101,23 @@ def _card() -> Reading:
     }
     found: Reading = {}
     for name, read in readings.items():
-        with suppress(Exception):  # no NVML, no driver, no permission: each library and driver says it differently
+        # no NVML, driver or permission: each library raises a different error
+        with suppress(Exception):
             found[name] = float(read())
     return found
 
 
 def write_system(trial_folder: Path, rung: int, reading: Reading) -> None:
-    """Append the line of one rung. A disk that takes no more is not this line's to report."""
+    """Append the line of one rung. Ignore a full disk: others report it."""
     with suppress(OSError), open(trial_folder / FILE, "a", encoding="utf-8") as file:
         file.write(json.dumps({"rung": rung, **reading}) + "\n")
 
 
 def read_system(trial_folder: Path) -> dict[int, Reading]:
-    """By rung; the newest of each, since a trial that was resumed may have passed one twice. A torn line is left out."""
+    """Return the readings by rung.
+
+    A resumed trial may have passed a rung twice; the newest line counts. Torn lines are skipped.
+    """
     found: dict[int, Reading] = {}
     with suppress(OSError):
         for line in (trial_folder / FILE).read_bytes().splitlines():

@@ -1,7 +1,7 @@
-"""Hears of the sweep and its trials, and has them written to MLflow behind the driver's back.
+"""Listen to the sweep and its trials, and have a background thread write them to MLflow.
 
-One daemon thread writes, so that a slow, dead or hanging server costs training nothing (SQLite alone took up to 3 s a write with
-16 writers). What cannot be written stays pending, newest state of each trial only, until it can.
+The thread keeps a slow, dead or hanging server from delaying training. SQLite alone took up to 3 s
+a write with 16 writers. Unwritten updates stay pending, the newest state of each trial only.
 """
 
 from __future__ import annotations
@@ -19,31 +19,36 @@ from sweep.trials.record import TrialRecord
 
 
 def local_uri(folder: Path) -> str:
-    """The default store: `mlflow.db` in `folder`; artifacts go to `mlartifacts` beside it."""
+    """Return the default store, `mlflow.db` in `folder`, with artifacts in `mlartifacts` next to
+    it.
+    """
     return f"sqlite:///{folder.absolute()}/mlflow.db"
 
 
 class NullTracker:
-    """Tracking switched off: the same methods, nothing written."""
+    """Has a tracker's methods and writes nothing, for tracking switched off."""
 
     def on_sweep_started(self, tags: dict[str, str], started_s: float | None = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def on_trial_updated(self, record: TrialRecord) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def on_sweep_finished(
         self, summary: dict[str, Any], best: TrialRecord | None, artifacts: Path | None, ended_s: float | None = None
     ) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self, timeout_s: float = 0.0) -> list[str]:
-        """No warnings."""
+        """Return no warnings."""
         return []
 
 
 class Tracker:
-    """Takes the newest state of the sweep and its trials; a background thread writes it. No method blocks or raises."""
+    """Takes the newest state of the sweep and its trials; a background thread writes it.
+
+    No method raises, and only close() blocks.
+    """
 
     def __init__(
         self,
@@ -54,43 +59,50 @@ class Tracker:
         resolved_config: dict[str, Any],
         registered_model: str | None = None,
     ) -> None:
-        """uri: MLflow store (`sqlite:///...` or `http://...`); sweep_folder: tells on resume which parent run is ours;
-        registered_model: of which the best adapter becomes a version; none: of nothing."""
+        """Start the writer thread.
+
+        uri: MLflow store (`sqlite:///...` or `http://...`); sweep_folder: identifies our parent run
+        on resume. registered_model: the model that gets the best adapter as a version; None
+        registers nothing.
+        """
         self._uri = uri
         self._runs = MlflowRuns(uri, experiment, sweep_name, sweep_folder, resolved_config, registered_model)
         self._finished = False
         self._writer = BackgroundWriter("mlflow-writer", _is_permanent)
 
     def on_sweep_started(self, tags: dict[str, str], started_s: float | None = None) -> None:
-        """Create the parent run, or find it again and mark it running; tags: git commit, package versions and the like.
+        """Create the parent run, or find it again and mark it running.
 
-        started_s: when the sweep began, however late the server hears of it; none: now.
+        tags: git commit, package versions and the like. started_s: when the sweep began, even if
+        the server hears of it later; None means now.
         """
         tags, self._runs.started_s = dict(tags), time.time() if started_s is None else started_s
         self._writer.put(("sweep",), lambda: self._runs.start(tags))
 
     def on_trial_updated(self, record: TrialRecord) -> None:
-        """Write this state of a trial; of several not yet written, only the last is."""
+        """Write this state of a trial; of several unwritten states only the last is written."""
         record = replace(record, reports=list(record.reports))
         self._writer.put(("trial", record.number), lambda: self._runs.trial(record))
 
     def on_sweep_finished(
         self, summary: dict[str, Any], best: TrialRecord | None, artifacts: Path | None, ended_s: float | None = None
     ) -> None:
-        """Numbers of `summary` become metrics of the parent, the rest tags; artifacts: folder kept with the best trial's run.
+        """Write the summary: its numbers as metrics of the parent, the rest as tags.
 
-        ended_s: when the last trial ended; none: now.
+        artifacts: folder to store with the best trial's run. ended_s: when the last trial ended;
+        None means now.
         """
         summary, end, self._finished = dict(summary), time.time() if ended_s is None else ended_s, True
         self._writer.put(("finish",), lambda: self._runs.finish(summary, best, end))
-        if best is not None and artifacts is not None:  # on its own: a full or missing registry must not leave the sweep RUNNING
+        # a separate job: a full or missing registry must not leave the sweep RUNNING
+        if best is not None and artifacts is not None:
             self._writer.put(("best adapter",), lambda: self._runs.keep_best(summary, best, artifacts))
 
     def close(self, timeout_s: float = 30.0) -> list[str]:
-        """Write what is pending, as long as something gets through every timeout_s; returns one line for each cause that kept
-        something from being written.
+        """Write what is pending; return one warning for each cause that prevented a write.
 
-        A sweep that was not finished is marked KILLED, so that it does not look running for ever; resume marks it running again.
+        Gives up after timeout_s in which nothing got through. An unfinished sweep is marked KILLED,
+        so that it does not look running forever; a resume marks it running again.
         """
         if not self._finished:
             self._writer.put(("finish",), self._runs.interrupt)
@@ -99,11 +111,12 @@ class Tracker:
     def _warning(self, cause: str, keys: list[Key]) -> str:
         some = ", ".join(" ".join(map(str, key)) for key in keys[:5]) + (", ..." if len(keys) > 5 else "")
         warning = f"mlflow at {self._uri}: {len(keys)} updates not written ({some}): {cause}; a resume writes them"
-        return re.sub(r"//[^/\s]*@", "//", warning)  # a password may stand in the URI, which errors quote
+        # errors quote the URI, which may hold a password
+        return re.sub(r"//[^/\s]*@", "//", warning)
 
 
 def make_tracker(config: SweepConfig, folder: Path) -> Tracker | NullTracker:
-    """The tracker that the config names. folder: of the sweep, which gives the parent run its name."""
+    """Return the tracker that the config names. folder: of the sweep; it names the parent run."""
     if config.tracking.name == "none":
         return NullTracker()
     uri = config.tracking.uri or local_uri(folder.parent)
@@ -114,5 +127,5 @@ def make_tracker(config: SweepConfig, folder: Path) -> Tracker | NullTracker:
 
 
 def _is_permanent(error: Exception) -> bool:
-    """Whether trying again cannot help: no MLflow installed, or a value that it refuses."""
+    """Return True if a retry cannot help: MLflow is missing or refuses the value."""
     return isinstance(error, ImportError) or getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")

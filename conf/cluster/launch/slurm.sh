@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# `sbatch conf/cluster/launch/slurm.sh model=llama-3.1-8b data=local data.train=/shared/my.jsonl`, or with `resume=<sweep folder>`:
-# one sweep over all nodes of the job, a trial on each card. The project and its .venv (with ray[default] for metrics of the nodes)
-# lie in the folder from which it is submitted, which all nodes must share, as they must the sweep folder.
+# `sbatch conf/cluster/launch/slurm.sh model=llama-3.1-8b data=local data.train=/shared/my.jsonl`
+# runs one sweep over all nodes of the job, with a trial on each card. `resume=<sweep folder>` in
+# place of the options continues a sweep. Submit it from the folder of the project and its .venv
+# (with ray[default] for metrics of the nodes). All nodes must share that folder and the sweep folder.
 #
-# A job that is about to end (time limit, scancel, preemption) gets SIGTERM 120 s before: the driver stops at a safe point and says
-# how to resume.
+# Slurm sends SIGTERM 120 s before it ends a job (time limit, scancel, preemption). The driver then
+# stops at a safe point and says how to resume.
 #SBATCH --job-name=qlora-sweep
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -18,7 +19,8 @@ cd "${SLURM_SUBMIT_DIR:?start it with sbatch}"
 bin="$PWD/.venv/bin"
 port=$((20000 + SLURM_JOB_ID % 20000))
 
-# The token: in a file that only this user reads, not in the environment, which Slurm carries around and may store.
+# The token goes into a file that only this user can read. Slurm copies the environment to other
+# nodes and may store it.
 token="$PWD/.ray-token-$SLURM_JOB_ID"
 (umask 077 && "$bin/python" -c 'import secrets; print(secrets.token_hex(32), end="")' > "$token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token" RAY_USAGE_STATS_ENABLED=0
@@ -40,7 +42,8 @@ if ((SLURM_JOB_NUM_NODES > 1)); then
   nodes+=("$!")
 fi
 
-# The script runs on the head. --overlap: a step of its own beside that of Ray would wait for free cores.
+# The script runs on the head node, so the driver needs no srun: a second step would wait for the
+# cores that Ray's step holds.
 driver=""
 trap '[[ -z $driver ]] || kill -TERM "$driver"' TERM
 options=("cluster.address=$address:$port" "cluster.num_gpus=$gpus" cluster.wait_s=300)
@@ -49,7 +52,7 @@ code=0
 "$bin/python" -m sweep "${options[@]}" "$@" &
 driver=$!
 wait "$driver" || code=$?
-if ((code > 128)); then # the trap ended the wait; the driver may still be at work
+if ((code > 128)); then # the trap ended the wait; the driver may still be running
   wait "$driver" && code=0 || code=$?
 fi
 kill "${nodes[@]}" 2> /dev/null || true

@@ -1,4 +1,6 @@
-"""The page for Prometheus, and the dashboards that read it: every query is held against what a real sweep exports."""
+"""The page for Prometheus, and the dashboards that read it: every query is held against what a real
+sweep exports.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +131,7 @@ def test_the_page_is_for_this_machine_alone_and_gone_when_the_sweep_ends():
 @pytest.mark.parametrize(
     ("tracking", "line"),
     [
-        ({"metrics_port": "taken"}, "tracking.metrics_port = {port}: must be free on 127.0.0.1, and another process has it"),
+        ({"metrics_port": "taken"}, "tracking.metrics_port = {port}: must be free on 127.0.0.1; another process uses it"),
         ({"metrics_port": 0, "metrics_host": "192.0.2.99"}, "tracking.metrics_host = '192.0.2.99': must be an address of this"),
         ({"metrics_port": 0, "metrics_host": "no such host"}, "tracking.metrics_host = 'no such host': must be an address"),
         ({"metrics_port": 70_000}, "tracking.metrics_port = 70000: input should be less than or equal to 65535"),
@@ -160,7 +162,9 @@ def test_a_resume_may_move_the_page():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> dict[str, set[str]]:
-    """Names of the samples that a sweep under Ray shows from its start to its end -> names of their labels."""
+    """Names of the samples that a sweep under Ray shows from its start to its end -> names of their
+    labels.
+    """
     tmp_path = tmp_path_factory.mktemp("watched")
     process = start(
         tmp_path, optim={"eps": 0.25}, space={"lora.rank": {"choices": [2, 4, 8]}}, tracking={"name": "none", "metrics_port": 0},
@@ -186,7 +190,9 @@ def exported(tmp_path_factory) -> dict[str, set[str]]:
 
 
 def of_ray() -> dict[str, set[str]]:
-    """Names of the metrics of Ray's agents -> their labels, read off its source: importing it needs ray[default]."""
+    """Names of the metrics of Ray's agents -> their labels, read off its source: importing it needs
+    ray[default].
+    """
     from ray.dashboard import consts
 
     source = (Path(ray.__file__).parent / "dashboard/modules/reporter/reporter_agent.py").read_text()
@@ -209,7 +215,9 @@ def queries() -> list[tuple[str, str]]:
 
 
 def strangers(expression: str, known: dict[str, set[str]]) -> list[str]:
-    """What the query asks for and nobody exports: names of metrics, and labels that none of its metrics has."""
+    """What the query asks for and nobody exports: names of metrics, and labels that none of its
+    metrics has.
+    """
     missing, labels, waiting = [], set(TARGET_LABELS), [promql_parser.parse(expression)]
     used: set[str] = set()
     while waiting:
