@@ -1,4 +1,7 @@
-"""Fixtures shared by all tests: a tiny Llama with a byte-level tokenizer, and a tiny data set. Nothing is downloaded."""
+"""Fixtures for all tests: a tiny Llama with a byte-level tokenizer, and a tiny data set.
+
+The tests download nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ import pytest
 from tests.support.tiny_models import byte_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes that share the cores: two and two wait for each
-    os.environ["OMP_NUM_THREADS"] = "1"  # other longer than they compute (a test of 5 s took 54)
+# One thread a process, because the processes share the cores. Two processes of two threads wait for
+# each other longer than they compute: a test of 5 s took 54 s.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,13 +32,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Token caches of tests go to a folder of their own; the builtin model, slow to make, may come from the user's."""
+    """Give the tests a separate folder for token caches.
+
+    The builtin model, which is slow to make, may come from the user's cache.
+    """
     os.environ["QLORA_SWEEP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 2-layer Llama (hidden 64, 4 heads, 2 key/value heads) with random weights, and a tokenizer of single bytes."""
+    """Make a 2-layer Llama with random weights and a tokenizer of single bytes.
+
+    It has hidden size 64, 4 heads and 2 key/value heads.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,7 +63,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JSONL of 60 short conversations, all different."""
+    """Write a JSONL file of 60 short conversations, all different."""
     path = tmp_path_factory.mktemp("data") / "tiny.jsonl"
     rows = [
         {"messages": [{"role": "user", "content": f"What is {i} plus {i}?"}, {"role": "assistant", "content": f"It is {i + i}."}]}
@@ -64,7 +75,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_config(tiny_model_dir: Path, tiny_data: Path) -> dict:
-    """Plain data of a TrainConfig that trains in about a second on the CPU."""
+    """Return plain data of a TrainConfig that trains in about a second on the CPU."""
     return {
         "model": {"path": str(tiny_model_dir)},
         "data": {"train": str(tiny_data), "max_seq_length": 128, "eval_max_seq_length": 128, "eval_fraction": 0.2},

@@ -95,7 +95,7 @@ def _markdown(name: str, best: TrialRecord | None, board: dict[str, Any], reeval
     if Outcome.STOPPED in outcomes:
         lines += ["STOPPED: ended at a report because the budget was spent; a resume with a larger budget continues it.", ""]
     if Outcome.INFEASIBLE in outcomes:
-        lines += ["INFEASIBLE: predicted not to fit the card, so never started; not counted as a trial, and no GPU time spent.", ""]
+        lines += ["INFEASIBLE: predicted not to fit the card, so never started; not counted as a trial, no GPU time spent.", ""]
     if reevaluation:
         again = (
             f"Evaluated again after the sweep: base {number(reevaluation.base_eval_loss, '.4f')}, "

@@ -19,9 +19,7 @@ from sweep.trials.record import TrialRecord
 
 
 def local_uri(folder: Path) -> str:
-    """Return the default store, `mlflow.db` in `folder`, with artifacts in `mlartifacts` next to
-    it.
-    """
+    """Return the default store: `mlflow.db` in `folder`, with artifacts next to it."""
     return f"sqlite:///{folder.absolute()}/mlflow.db"
 
 

@@ -1,4 +1,4 @@
-"""Documents are typed by their readers: every command, option, key and piece of config in them is one of today."""
+"""Every command, option, key and piece of config in the documents is valid today."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def checker(place, sweep_folder, monkeypatch) -> Checker:
     monkeypatch.chdir(place)
     monkeypatch.setattr(driver, "inspect", lambda config, module: Facts(shape=SHAPE))
     monkeypatch.setattr(report, "write_report", lambda folder: folder.path / "report.html")
-    for module in (driver, sweep_plan):  # a document's cluster is not there, whichever of the two looks for it
+    # a document's cluster does not exist, so both functions that look for it are replaced
+    for module in (driver, sweep_plan):
         monkeypatch.setattr(module, "_find_hardware", lambda cluster: Hardware(8 if cluster.address else 0, 16), raising=False)
     return Checker(sweep_folder, place)
 

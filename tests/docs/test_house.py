@@ -1,4 +1,4 @@
-"""The house keeps its law: rooms of a readable size, one name for one thing, imports that go one way."""
+"""The code keeps the house rules: size of rooms, unique names, imports in one direction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SENTENCE = '"""This room holds things."""\n'
 THREE = {f"engine/data/{name}.py": "" for name in ("readers", "tokens", "views")}
 ROOM = {"engine/data/__init__.py": SENTENCE, **THREE}
 
-# check -> a house that it refuses, and what it says of it
+# check -> files that break its rule, and what it reports
 REFUSED: dict[Callable[[Path], list[str]], tuple[dict[str, str], list[str]]] = {
     house.crowded_or_empty: (
         {

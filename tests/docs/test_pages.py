@@ -1,4 +1,4 @@
-"""The pages of docs/ keep what they promise: every outcome, error field and decision is there, and all they name exists."""
+"""The pages of docs/ list every outcome, error field and decision; all they name exists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_WORDS, MAX_README_WORDS = 1200, 700
 UNLIMITED = ("measured.md", "decisions/engine.md", "decisions/sweep.md")
 DECISIONS = {"engine": 35, "sweep": 51}
 PATH = re.compile(r"`((?:[a-z_0-9]+/)+[a-z_0-9]+\.(?:py|yaml))`")
-FORMER = "engine/train.py"  # measured.md tells of old names, the changelog of more of them
+FORMER = "engine/train.py"  # measured.md and the changelog mention old names
 
 
 def name_of(page: Path) -> str:
@@ -32,13 +32,16 @@ def documents(pages):
 
 
 def rows_for(word: str) -> list[str]:
-    """The table rows of the troubleshooting page whose first cell names the word."""
+    """Return the rows of the troubleshooting page whose first cell contains the word."""
     cells = [(line, line.split("|")[1]) for line in TROUBLESHOOTING.splitlines() if line.startswith("|")]
     return [line for line, first in cells if re.search(rf"(?<![\w.-]){re.escape(word)}(?![\w.-])", first)]
 
 
 def error_fields() -> set[str]:
-    """The fields that InputError names outright anywhere in the code; a file's inner keys count as the file."""
+    """Return the fields that InputError names literally in the code.
+
+    A file's inner keys count as the file.
+    """
     fields = set()
     for file in [*(ROOT / "engine").rglob("*.py"), *(ROOT / "sweep").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -49,14 +52,14 @@ def error_fields() -> set[str]:
 
 
 def missing_files(text: str) -> list[str]:
-    """Paths between backticks that exist neither at the top nor in one of the two halves."""
+    """Return paths between backticks that exist neither at the top nor in one of the halves."""
     places = [ROOT, ROOT / "engine", ROOT / "sweep"]
     found = (path for path in PATH.findall(text) if path != FORMER)
     return [path for path in found if not any((place / path).is_file() for place in places)]
 
 
 def dead_links(page: Path, text: str) -> list[str]:
-    """Relative links to no file, or to no number of a page of decisions."""
+    """Return relative links to no file, or to no numbered decision of a page."""
     dead = []
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = target.partition("#")
@@ -77,7 +80,7 @@ def test_every_field_of_an_error_line_has_a_row_in_troubleshooting():
     fields = error_fields()
     assert len(fields) > 30
     assert [field for field in sorted(fields) if not rows_for(field)] == []
-    assert rows_for("model.paths") == rows_for("COMPLETED") == []  # what is not there is not found
+    assert rows_for("model.paths") == rows_for("COMPLETED") == []  # a missing entry is not found
 
 
 @pytest.mark.parametrize("half", DECISIONS)

@@ -1,4 +1,4 @@
-"""What `pip install .` puts on a machine: every module, conf/ with its launch files, and commands that run from any folder."""
+"""`pip install .` installs every module and conf/, and its commands run from any folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scrip
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The wheel's content, unpacked as pip does it; built without network."""
+    """Build the wheel without network and unpack it as pip does."""
     pytest.importorskip("hatchling")
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]

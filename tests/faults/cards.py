@@ -1,7 +1,8 @@
-"""Real sweeps of the real engine on this machine's first two cards, with faults: what each cost, and whether anything is lost.
+"""Measure real sweeps with faults on this machine's first two cards: cost and losses of each.
 
-`python -m tests.faults.cards FOLDER [SHAPE [TOKENS]]`: random weights of a shape that engine.bench knows
-(llama-3.2-1b), so many tokens a trial (1,000,000). Without two cards: two slots of a CPU core, a tiny model and few tokens.
+`python -m tests.faults.cards FOLDER [SHAPE [TOKENS]]` trains random weights of a shape that
+engine.bench knows (llama-3.2-1b), with so many tokens a trial (1,000,000). Without two cards it
+uses two slots of a CPU core each, a tiny model and few tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "nu
 
 
 def make_model(folder: Path, shape: str) -> None:
-    """Random weights, a tokenizer of bytes, and words to be said backwards."""
+    """Make random weights, a tokenizer of bytes, and words to be said backwards."""
     values = TINY if shape == "tiny" else {name: value for name, value in SHAPES[shape].items() if name != "model_type"}
     torch.manual_seed(0)
     with torch.device("cuda" if ON_CARDS else "cpu"):
@@ -52,7 +53,7 @@ def make_model(folder: Path, shape: str) -> None:
 
 @dataclass
 class Bench:
-    """Where sweeps run, and their common options."""
+    """Holds the folder of the sweeps, and their common options."""
 
     where: Path
     options: list[str]
@@ -82,12 +83,12 @@ class Bench:
         return only_folder(self.where / name)
 
     def reports(self, name: str) -> dict[int, int]:
-        """Trial -> rungs reported so far."""
+        """Return trial -> rungs reported so far."""
         files = (self.where / name).glob("*/trials/*/reports.jsonl")
         return {int(file.parent.name): len(file.read_text().splitlines()) for file in sorted(files)}
 
     def read(self, name: str) -> str:
-        """What was found of an ended sweep, in words."""
+        """Describe in words what an ended sweep contains."""
         found = Sweep.read(self.folder(name))
         outcomes = sorted({outcome for _, outcome, _ in found.trials.values()})
         lost = [json.loads(file.read_text())["dead_time_s"] for file in self.folder(name).glob("trials/*/result.json")]
@@ -105,7 +106,10 @@ def undisturbed(bench: Bench) -> str:
 
 
 def worker_killed(bench: Bench) -> str:
-    """SIGKILL to the worker of one slot once both have reported; SIGTERM to the driver once three trials have ended; resumed."""
+    """SIGKILL the worker of one slot once both have reported, then stop and resume the sweep.
+
+    SIGTERM goes to the driver once three trials have ended.
+    """
     name = "worker-killed"
     driver = bench.start(name)
     _until(lambda: len(bench.reports(name)) >= 2, driver)
@@ -121,7 +125,7 @@ def worker_killed(bench: Bench) -> str:
 
 
 def terminated_while_loading(bench: Bench) -> str:
-    """SIGTERM to the driver while the first workers load libraries and model."""
+    """Send the driver SIGTERM while the first workers load libraries and model."""
     name = "loading"
     driver = bench.start(name)
     _until(lambda: list((bench.where / name).glob("*/trials/0000/.lock")), driver)
@@ -131,7 +135,7 @@ def terminated_while_loading(bench: Bench) -> str:
 
 
 def node_killed(bench: Bench) -> str:
-    """SIGKILL to one of two nodes of a cluster, each with a card of its own, and another that joins."""
+    """SIGKILL one of two nodes with a card each, while another node joins."""
     name, cards = "node-killed", [("card", "0"), ("card", "1")] if ON_CARDS else [("", ""), ("", "")]
     with Nodes(num_cpus=0, env=REAL) as nodes:
         for card in cards:
@@ -157,7 +161,7 @@ def _until(is_so: Callable[[], object], driver: subprocess.Popen) -> None:
 
 
 def _workers(driver: subprocess.Popen) -> list[psutil.Process]:
-    """Ray's processes that train, in the order in which they began."""
+    """Return Ray's processes that train, in the order in which they began."""
     children = psutil.Process(driver.pid).children(recursive=True)
     return sorted((child for child in children if child.name().startswith("ray::")), key=lambda child: child.create_time())
 

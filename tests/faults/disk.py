@@ -1,4 +1,4 @@
-"""A small disk of its own that can be filled and made read-only; root on Linux only."""
+"""Make a small separate disk that can be filled and made read-only; root on Linux only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class Disk:
-    """A tmpfs of 4 MiB. A context manager; PermissionError where mounting is not allowed."""
+    """A tmpfs of 4 MiB, as a context manager; PermissionError if mounting is not allowed."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
@@ -22,7 +22,7 @@ class Disk:
         subprocess.run(["umount", "-l", str(self.path)], check=True)
 
     def fill(self) -> None:
-        """To the last byte."""
+        """Fill the disk to the last byte."""
         with open(self.path / "ballast", "wb", buffering=0) as ballast:
             try:
                 while ballast.write(bytes(4096)):
@@ -34,7 +34,7 @@ class Disk:
         (self.path / "ballast").unlink()
 
     def remount(self, how: str) -> bool:
-        """ro, rw; whether the system does it."""
+        """Mount the disk again. how: ro or rw. Return whether the system does it."""
         return self._mount("-o", f"remount,{how}")
 
     def _mount(self, *options: str) -> bool:

@@ -1,9 +1,12 @@
-"""Drivers killed with SIGKILL at random moments, and their sweeps resumed until they end: `python -m tests.faults.kills 200`.
+"""Kill drivers with SIGKILL at random moments and resume their sweeps until they end.
 
-The drivers are processes of their own, connected to a Ray that goes on running: a kill then costs seconds and not a start of Ray.
-(tests/sweep/test_sweep.py kills a driver with a Ray of its own.) A fifth of the kills may come at any moment after the driver's
-start, the others at any moment after its first trial has started, both uniformly over a third of the time that the whole sweep
-takes undisturbed: so most sweeps are killed several times.
+`python -m tests.faults.kills 200` does it 200 times. The drivers are separate processes that
+connect to a running Ray. A kill then costs seconds and not a start of Ray.
+(tests/sweep/test_sweep.py kills a driver that started its Ray.)
+
+A fifth of the kills may come at any moment after the driver's start. The others may come at any
+moment after its first trial has started. Both are uniform over a third of the time that the whole
+sweep takes undisturbed, so most sweeps are killed several times.
 """
 
 from __future__ import annotations
@@ -28,8 +31,11 @@ SHARE_AT_ANY_MOMENT = 0.2
 
 @dataclass(frozen=True)
 class Setting:
-    """equal: whether a disturbed sweep must be the undisturbed one bit for bit; else only its proposals up to
-    num_same_proposals must be, and the loss of no result."""
+    """Describes the sweeps to disturb.
+
+    equal: a disturbed sweep must equal the undisturbed one bit for bit. Otherwise only its
+    proposals up to num_same_proposals must be equal, and no result may be lost.
+    """
 
     name: str
     sampler: dict[str, Any]
@@ -51,7 +57,10 @@ SETTINGS = (ONE_SLOT, RANDOM, ONE_SLOT, TWO_SLOTS)
 
 @dataclass
 class Tally:
-    """What became of a number of kills. seconds: from a killed driver's resume to its holding the lock again."""
+    """Counts what the kills led to.
+
+    seconds: from the resume of a killed driver until it holds the lock again.
+    """
 
     num_kills: int = 0
     num_before_folder: int = 0
@@ -97,7 +106,7 @@ def _undisturbed(setting: Setting, where: Path, address: str, seed: int) -> tupl
 def _disturbed(
     setting: Setting, place: Path, address: str, seed: int, duration_s: float, rng: random.Random, tally: Tally, num_kills: int
 ) -> Sweep:
-    """One sweep to its end, its driver killed again and again. Adds what happened to the tally."""
+    """Run one sweep to its end, killing its driver again and again; count the results."""
     tally.num_sweeps += 1
     whole = setting.config(place / "sweeps", address, seed)
     driver, before, open_kills = Driver.start(whole, place), {}, 0

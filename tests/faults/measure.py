@@ -1,4 +1,4 @@
-"""One fault each, in a real sweep with the fake engine: what became of it, and how long it took."""
+"""Cause one fault in a real sweep with the fake engine; measure its effect and its duration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ from .sweeps import NUM_RUNGS, Driver, Sweep, config, only_folder
 
 @dataclass(frozen=True)
 class Found:
-    """seconds: what the fault is measured by; sweep: the whole at its end; text: what the driver printed."""
+    """The effect and the duration of one fault.
+
+    seconds: the duration that measures the fault. sweep: the whole sweep at its end. text: the
+    driver's output.
+    """
 
     seconds: float
     sweep: Sweep
@@ -30,7 +34,7 @@ class Found:
 
 
 def faulty_space(*faults: float) -> dict[str, Any]:
-    """A grid with one trial for each fault of the fake engine; 0: none."""
+    """Return a grid with one trial for each fault of the fake engine; 0 means none."""
     return {
         "space": {"optim.weight_decay": {"choices": list(faults)}},
         "sampler": {"name": "grid"},
@@ -40,7 +44,10 @@ def faulty_space(*faults: float) -> dict[str, Any]:
 
 
 def diverged(where: Path, fault: float) -> Found:
-    """One slot; the middle one of three trials diverges. seconds: from the fault to the next trial's start on the slot."""
+    """On one slot, let the middle one of three trials diverge.
+
+    seconds: from the fault to the next trial's start on the slot.
+    """
     whole = config(where / "sweeps", cluster={"num_cpu_slots": 1, "report_timeout_s": 60.0}, **faulty_space(fault, 0.0, 0.1, 0.2))
     driver = Driver.start(whole, where)
     code = driver.wait()
@@ -53,7 +60,10 @@ def diverged(where: Path, fault: float) -> Found:
 
 
 def hung(where: Path, fault: float, timeout_s: float = 5.0) -> Found:
-    """One trial hangs at its second rung. seconds: from the fault to its going on in another process, less the timeout."""
+    """Let one trial hang at its second rung.
+
+    seconds: from the fault until it continues in another process, without the timeout.
+    """
     whole = config(where / "sweeps", cluster={"num_cpu_slots": 1, "report_timeout_s": timeout_s, "max_retries": 1},
                    **faulty_space(fault, 0.0))  # fmt: skip
     driver = Driver.start(whole, where)
@@ -65,14 +75,20 @@ def hung(where: Path, fault: float, timeout_s: float = 5.0) -> Found:
 
 
 def worker_killed(where: Path) -> Found:
-    """SIGKILL to the worker of a running trial. seconds: until the trial goes on in another process."""
+    """SIGKILL the worker of a running trial.
+
+    seconds: until the trial continues in another process.
+    """
     driver = Driver.start(config(where / "sweeps", optim={"eps": 1.5}, sweep={"num_trials": 4}, pruner={"name": "none"}), where)
     starts = _running(where / "sweeps", 1, driver)[0]
     return _ended_by(lambda: os.kill(_starts(starts)[0].pid, signal.SIGKILL), starts, driver, where)
 
 
 def node_lost(where: Path, number: signal.Signals) -> Found:
-    """Two nodes of one slot each beside the driver's; a third joins, one of the two is lost. seconds: until its trial goes on."""
+    """Lose one of two one-slot nodes next to the driver's, while a third joins.
+
+    seconds: until the lost node's trial continues.
+    """
     with Nodes(num_cpus=0) as nodes:
         first, second = nodes.add(1), nodes.add(1)
         assert first == second == "done"
@@ -89,9 +105,12 @@ def node_lost(where: Path, number: signal.Signals) -> Found:
 def driver_terminated(
     where: Path, everywhere: bool = False, number: signal.Signals = signal.SIGTERM
 ) -> tuple[Found, int, list[float]]:
-    """A signal to a driver at work, in the middle of a rung of two trials; everywhere: to its Ray and workers too, as a machine
-    does that is about to be taken away, and a terminal that is closed. seconds: until it has ended; then the sweep is resumed to
-    its end. Also its exit code, and the seconds of that rung that each trial had saved."""
+    """Send a signal to a driver in the middle of a rung of two trials; resume the sweep to its end.
+
+    everywhere: the signal also goes to the driver's Ray and workers, as from a machine about to be
+    taken away or a closed terminal. seconds: until the driver has ended. Also returns its exit
+    code, and the seconds of that rung that each trial had saved.
+    """
     sections = {"optim": {"eps": 6.0}, "sweep": {"num_trials": 2}, "pruner": {"name": "none"}, "cluster": {"max_retries": 0}}
     driver = Driver.start(config(where / "sweeps", **sections), where)
     trials = [file.parent for file in _running(where / "sweeps", 2, driver)]
@@ -111,7 +130,10 @@ def driver_terminated(
 
 
 def disk_full(where: Path) -> Found:
-    """The sweep's disk is full after the first report; resumed once there is room. seconds: until the driver has ended."""
+    """Fill the sweep's disk after the first report; resume once there is room.
+
+    seconds: until the driver has ended.
+    """
     with Disk(where) as disk:
         whole = config(disk.path / "sweeps", optim={"eps": 0.3}, sweep={"num_trials": 4}, pruner={"name": "none"})
         driver = Driver.start({**whole, "tracking": {"name": "none"}}, where.with_name(f"{where.name}-logs"))
@@ -127,7 +149,10 @@ def disk_full(where: Path) -> Found:
 
 
 def tracked(where: Path, uri: str) -> Found:
-    """Four trials on one slot, recorded there. seconds: from the first one's beginning to the last one's end."""
+    """Record four trials on one slot in that store.
+
+    seconds: from the first one's beginning to the last one's end.
+    """
     sections = {"tracking": {"name": "mlflow", "uri": uri}, "cluster": {"num_cpu_slots": 1}, "sweep": {"num_trials": 4}}
     driver = Driver.start(config(where / "sweeps", optim={"eps": 0.5}, pruner={"name": "none"}, **sections), where)
     assert driver.wait(600) == 0, driver.text()
@@ -137,7 +162,10 @@ def tracked(where: Path, uri: str) -> Found:
 
 
 def second_driver(where: Path) -> tuple[Found, str, int]:
-    """A second driver on a sweep at work. seconds: until it is refused. Also what it said, and its exit code."""
+    """Start a second driver on a running sweep.
+
+    seconds: until it is refused. Also returns its output and its exit code.
+    """
     driver = Driver.start(config(where / "sweeps", optim={"eps": 1.5}, sweep={"num_trials": 4}), where)
     _running(where / "sweeps", 1, driver)
     second = Driver.resume(only_folder(where / "sweeps"))
@@ -160,7 +188,7 @@ def _starts(file: Path) -> list[_Start]:
 
 
 def _running(output: Path, num_trials: int, driver: Driver) -> list[Path]:
-    """starts.txt of so many trials that have reported and not ended."""
+    """Return starts.txt of so many trials that have reported and not ended."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert driver.process.poll() is None, driver.text()
@@ -178,7 +206,7 @@ def _running(output: Path, num_trials: int, driver: Driver) -> list[Path]:
 
 
 def _ended_by(end, starts: Path, driver: Driver, where: Path) -> Found:
-    """Have `end` end the worker of this trial, and wait for the sweep's end."""
+    """Let `end` end the worker of this trial, and wait for the sweep's end."""
     began_s = time.time()
     end()
     saved = len(starts.with_name("reports.jsonl").read_text().splitlines())

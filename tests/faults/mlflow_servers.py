@@ -1,4 +1,4 @@
-"""MLflow's server on the loopback interface, and one before it that is slow or loses an answer."""
+"""Run MLflow's server on the loopback interface, behind a proxy that is slow or loses an answer."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ def free_port() -> int:
 
 
 def serve(folder: Path, port: int) -> subprocess.Popen:
-    """An MLflow server on the loopback interface."""
+    """Run an MLflow server on the loopback interface."""
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1",
                "--host", "127.0.0.1", "--port", str(port), "--artifacts-destination", str(folder / "artifacts")]  # fmt: skip
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 class Slow(ThreadingHTTPServer):
-    """Passes calls on after `delay_s`; of the first create of a trial's run the answer is lost when `loses` is set."""
+    """Passes calls on after `delay_s`.
+
+    If `loses` is set, it drops the answer to the first create of a trial's run.
+    """
 
     def __init__(self, target: int, delay_s: float, loses: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

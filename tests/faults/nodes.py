@@ -1,8 +1,8 @@
-"""A running Ray of one or more nodes on this machine, in a process of its own: drivers connect to it, and nodes are lost.
+"""Run a Ray of one or more nodes on this machine, for drivers to connect to and nodes to lose.
 
-As a program, `python -m tests.faults.nodes NUM_CPUS` prints the address, then obeys lines on stdin
-(`add NUM_CPUS [CARD [DEVICE]]`, `kill NODE`, `terminate NODE`; nodes added are counted from 0) and
-answers each with a line. It ends with its stdin.
+Ray runs in a separate process. `python -m tests.faults.nodes NUM_CPUS` prints the address, then
+obeys lines on stdin and answers each with a line. The lines are `add NUM_CPUS [CARD [DEVICE]]`,
+`kill NODE` and `terminate NODE`. Added nodes are counted from 0. The program ends with its stdin.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.support import paths
 
 ENV = {
     **paths.ENV,
-    "RAY_AUTH_MODE": "token",  # nobody else's drivers, and no file in the home folder
+    "RAY_AUTH_MODE": "token",  # no other user's drivers, and no file in the home folder
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_USAGE_STATS_ENABLED": "0",
     "FAKE_TORCH": "1",
@@ -25,7 +25,7 @@ ENV = {
 
 
 class Nodes:
-    """The program, from outside. A context manager."""
+    """Controls the program from outside. A context manager."""
 
     def __init__(self, num_cpus: int, env: dict[str, str] = ENV) -> None:
         command = [sys.executable, "-m", "tests.faults.nodes", str(num_cpus)]
@@ -35,20 +35,23 @@ class Nodes:
         self.address = self._answer()
 
     def add(self, num_cpus: int, card: str = "", device: str = "") -> str:
-        """card: gives the node a GPU, as far as Ray knows, and the label that says which; device: the number of one that is
-        there, for its workers to see."""
+        """Add a node.
+
+        card: gives the node a GPU, as far as Ray knows, and the label that names it. device: the
+        number of a real GPU for its workers to see.
+        """
         return self._say(f"add {num_cpus} {card} {device}")
 
     def has(self, node: int, pid: int) -> bool:
-        """Whether the process is one of the node's workers."""
+        """Return whether the process is one of the node's workers."""
         return self._say(f"has {node} {pid}") == "True"
 
     def kill(self, node: int) -> str:
-        """SIGKILL, to the node's Ray and its workers at once: a power cut."""
+        """SIGKILL the node's Ray and its workers at once, like a power cut."""
         return self._say(f"kill {node}")
 
     def terminate(self, node: int) -> str:
-        """SIGTERM, to the node's Ray and its workers: what a machine does that is about to be taken away."""
+        """SIGTERM the node's Ray and its workers, like a machine about to be taken away."""
         return self._say(f"terminate {node}")
 
     def __enter__(self) -> Nodes:
@@ -99,7 +102,7 @@ def main(num_cpus: int) -> None:
 
 
 def _processes(node) -> list:
-    """The raylet and all below it."""
+    """Return the raylet and all its descendants."""
     import psutil
 
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)

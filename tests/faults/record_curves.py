@@ -1,8 +1,8 @@
-"""Records the learning curves that the fake engine replays, by training the tiny Llama of the tests for real:
-`pytest tests/faults/record_curves.py --timeout=0` (as a test, for the fixtures).
+"""Record the learning curves that the fake engine replays, by training the tests' tiny Llama.
 
-
-Two layers of 64, random weights, 60 conversations, 4 ranks x 6 learning rates, 4 rungs: about a minute on two CPU cores.
+`pytest tests/faults/record_curves.py --timeout=0` runs it (as a test, for the fixtures). It trains
+two layers of 64 with random weights on 60 conversations, for 4 ranks x 6 learning rates and 4
+rungs. That takes about a minute on two CPU cores.
 """
 
 from __future__ import annotations
@@ -55,5 +55,5 @@ def _curve(config: TrainConfig, base) -> list[float]:
 
 
 def test_curves_are_recorded(tiny_model_dir, tiny_data):
-    """Run by hand as a test, for its fixtures: pytest tests/faults/record_curves.py."""
+    """Run by hand, as a test for its fixtures: pytest tests/faults/record_curves.py."""
     main(tiny_model_dir, tiny_data)

@@ -1,4 +1,7 @@
-"""A sweep without Ray: the real study, ledger and folder, workers that take turns, and a kill at any write to disk."""
+"""Run a sweep without Ray: real study, ledger and folder, and a kill at any write to disk.
+
+The workers take turns.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def settings(sampler: str, pruner: str, num_slots: int, num_trials: int = 7) -> 
 
 
 def run(path: Path, values: dict[str, Any]) -> Trials:
-    """Start the sweep in this folder, or go on with it, to its end."""
+    """Start the sweep in this folder, or continue it, and run it to its end."""
     config, folder = parse_sweep_config(values), SweepFolder(path)
     ledger = Ledger(
         Study(folder, config, parse_space(config.space)), folder,
@@ -55,7 +58,7 @@ def run(path: Path, values: dict[str, Any]) -> Trials:
 
 
 def read(folder: SweepFolder) -> Trials:
-    """From the files alone: a result that is not in them is lost."""
+    """Read the sweep from its files alone: a result that is not in them is lost."""
     results = [json.loads(file.read_text()) for file in sorted(folder.path.glob("trials/*/result.json"))]
     return {
         result["number"]: (
@@ -68,7 +71,7 @@ def read(folder: SweepFolder) -> Trials:
 
 
 def _turn(ledger: Ledger, folder: SweepFolder, proposal: Proposal) -> bool:
-    """The trial's worker trains to the next rung. Returns whether the trial has ended."""
+    """Train the trial to its next rung; return whether the trial has ended."""
     reports = read_reports(folder.trial(proposal.number))
     rung = len(reports) + 1
     report = make_report(rung, engine.eval_loss(proposal.config, rung), tokens_seen=100 * rung, num_trainable=1)
@@ -81,8 +84,11 @@ def _turn(ledger: Ledger, folder: SweepFolder, proposal: Proposal) -> bool:
 
 
 def killed_at(path: Path, values: dict[str, Any], write: int, how: str) -> bool:
-    """Run in a forked process that ends, without a word, at its so-and-so-many-th write. how: `before`, `after` or `torn`
-    (half of a journal's line is on the disk). Returns False where the sweep ended before."""
+    """Run in a forked process that ends silently at this write.
+
+    Returns False if the sweep ended first. how: `before`, `after` or `torn` (half of a journal's
+    line is on the disk).
+    """
     pid = os.fork()
     if pid == 0:
         try:
@@ -97,7 +103,7 @@ def killed_at(path: Path, values: dict[str, Any], write: int, how: str) -> bool:
 
 
 def _die_at(write: int, how: str) -> None:
-    """Count what lasts: records appended to the journal, and files taking another's place."""
+    """Count lasting writes: records appended to the journal, and files that replace others."""
     left = write
 
     def counted(original, tear=lambda *arguments: None):
@@ -115,13 +121,13 @@ def _die_at(write: int, how: str) -> None:
 
         return call
 
-    # what a killed process wrote stays in the kernel: flushing is for power cuts, and slow
+    # the kernel keeps what a killed process wrote; flushing is slow and only helps in power cuts
     os.fsync, os.replace, os.rename = lambda handle: None, counted(os.replace), counted(os.rename)
     JournalFile.append_logs = counted(JournalFile.append_logs, _half)
 
 
 def _half(journal: JournalFile, logs: list[dict[str, Any]]) -> None:
-    """The beginning of a record reaches the disk."""
+    """Write the beginning of a record to the disk."""
     line = json.dumps(logs[0])
     journal._file.write(line[: len(line) // 2])
     journal._file.flush()

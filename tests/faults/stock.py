@@ -1,8 +1,8 @@
-"""Stock Ray Tune with OptunaSearch and ASHA under the same faults, with the same fake engine, as a driver process to be killed.
+"""Run stock Ray Tune with OptunaSearch and ASHA under the same faults, as a driver to be killed.
 
-`python -m tests.faults.stock start|resume FOLDER FAULT`. Everything is as Tune's documentation has it:
-a class Trainable that saves a checkpoint after every report, max_failures 2, Tuner.restore.
-OptunaSearch has its study in memory and in Tune's snapshots.
+`python -m tests.faults.stock start|resume FOLDER FAULT` uses the same fake engine. Everything
+follows Tune's documentation: a class Trainable that saves a checkpoint after every report,
+max_failures 2, Tuner.restore. OptunaSearch has its study in memory and in Tune's snapshots.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NUM_TRIALS = 10
 
 
 class StockTrial(tune.Trainable):
-    """One rung a step. Appends to `events` what it does: number of the trial, rung, process, time."""
+    """Trains one rung a step; appends trial, rung, process and time to `events`."""
 
     def setup(self, config: dict) -> None:
         self._diverged, self._rung, self._events = False, 0, Path(config["events"])
@@ -68,7 +68,7 @@ def main(command: str, folder: str, fault: str, rung_s: str = "0.01", num_trials
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
         callbacks.append(MLflowLoggerCallback(tracking_uri=os.environ["STOCK_MLFLOW"], experiment_name="stock"))
-    if "STOCK_ADDRESS" in os.environ:  # nodes of which one is lost
+    if "STOCK_ADDRESS" in os.environ:  # nodes, one of which is lost
         ray.init(address=os.environ["STOCK_ADDRESS"], log_to_driver=False)
     else:
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)

@@ -1,4 +1,4 @@
-"""Sweeps of stock Ray Tune, OptunaSearch and ASHA (stock.py) with a fault each: what became of them, in words."""
+"""Run sweeps of stock Ray Tune (stock.py) with one fault each; describe the results in words."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tracked(where: Path) -> str:
 
 @contextmanager
 def mlflow_addresses(where: Path) -> Iterator[dict[str, str]]:
-    """Addresses of a server that is there, of one that takes 2 s a call, and of none."""
+    """Return addresses of a running server, of one that takes 2 s a call, and of none."""
     folder = Path(tempfile.mkdtemp(dir=where))
     port, nobody = free_port(), free_port()
     server = serve(folder, port)
@@ -61,17 +61,21 @@ def each(uris: dict[str, str], seconds: Callable[[str, str], float | str]) -> st
 
 
 def _driver(where: Path, command: str, fault: str, *more: str, **env_of_stock: str) -> subprocess.Popen:
-    """env_of_stock: address, mlflow, storage; see stock.py."""
+    """Start a driver. env_of_stock: address, mlflow, storage; see stock.py."""
     where.mkdir(parents=True, exist_ok=True)
     arguments = [sys.executable, "-m", "tests.faults.stock", command, str(where), fault, *more]
     with open(where / f"{command}.log", "a") as out:
-        env = {name: value for name, value in ENV.items() if name != "FAKE_TORCH"}  # Optuna looks for the real one
+        # Optuna looks for the real one
+        env = {name: value for name, value in ENV.items() if name != "FAKE_TORCH"}
         env |= {f"STOCK_{name.upper()}": value for name, value in env_of_stock.items()}
         return subprocess.Popen(arguments, env=env, stdout=out, stderr=out)
 
 
 def with_fault(where: Path, fault: str) -> str:
-    """One fault in a sweep of 4 trials: how long until the trial goes on, and what is found at the end."""
+    """Cause one fault in a sweep of 4 trials.
+
+    Tells how long it takes until the trial continues, and what the end shows.
+    """
     process = _driver(where, "start", fault, "0.1", "4")
     ended = _ended(process)
     if process.returncode:
@@ -87,13 +91,13 @@ def with_fault(where: Path, fault: str) -> str:
 
 
 def _events(where: Path) -> list[list]:
-    """Trial, rung, process, time of each rung trained so far."""
+    """Return trial, rung, process and time of each rung trained so far."""
     file = where / "events.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _trains(where: Path, process: subprocess.Popen, num_rungs: int = 2) -> None:
-    """Until so many rungs are trained."""
+    """Wait until so many rungs are trained."""
     deadline = time.monotonic() + PATIENCE_S
     while len(_events(where)) < num_rungs:
         assert process.poll() is None and time.monotonic() < deadline, _last_line(where / "start.log")
@@ -101,7 +105,7 @@ def _trains(where: Path, process: subprocess.Popen, num_rungs: int = 2) -> None:
 
 
 def _again(where: Path) -> int:
-    """Rungs that were trained more than once."""
+    """Count the rungs that were trained more than once."""
     done = [(trial, rung) for trial, rung, *_ in _events(where)]
     return len(done) - len(set(done))
 
@@ -125,7 +129,7 @@ def _found(where: Path, command: str) -> str:
 
 
 def node_lost(where: Path, number: signal.Signals) -> str:
-    """One of two nodes is lost, with the trial on it."""
+    """Lose one of two nodes, with the trial on it."""
     where = where / f"stock-node-{number.name}"
     with Nodes(num_cpus=0) as nodes:
         nodes.add(1)
@@ -141,7 +145,7 @@ def node_lost(where: Path, number: signal.Signals) -> str:
 
 
 def driver_terminated(where: Path) -> str:
-    """SIGTERM to the driver, then Tuner.restore."""
+    """Send SIGTERM to the driver, then use Tuner.restore."""
     where = where / "stock-terminated"
     process = _driver(where, "start", "none", "3.0", "3")
     _trains(where, process)
@@ -152,7 +156,7 @@ def driver_terminated(where: Path) -> str:
 
 
 def disk_full(where: Path) -> str:
-    """The disk of Tune's folder is full after the second rung; there is room again; Tuner.restore."""
+    """Fill the disk of Tune's folder after the second rung, make room, then use Tuner.restore."""
     where = where / "stock-disk"
     with Disk(where.with_name("small")) as disk:
         storage = str(disk.path)
@@ -168,7 +172,7 @@ def disk_full(where: Path) -> str:
 
 
 def second_driver(where: Path) -> str:
-    """A second driver restores from the folder of one at work."""
+    """Let a second driver restore from the folder of a running one."""
     where = where / "stock-second"
     first = _driver(where, "start", "none", "3.0", "3")
     _trains(where, first)
@@ -182,7 +186,10 @@ def _losses(rows: list[dict]) -> str:
 
 
 def drivers_killed(where: Path, num_kills: int) -> str:
-    """Each sweep killed once, restored once: how many went on, and how many of their results are whole and new."""
+    """Kill and restore each sweep once.
+
+    Counts how many continued, and how many of their results are complete and new.
+    """
     rng, resumed, whole, same, lines = random.Random(0), 0, 0, 0, []
     calm = where / "stock-calm"
     began = time.monotonic()

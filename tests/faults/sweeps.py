@@ -1,4 +1,4 @@
-"""Sweeps with the fake engine as processes to be killed, and what must hold of their folders whatever happened to them."""
+"""Run sweeps with the fake engine as processes to be killed, and check their folders afterwards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUM_RUNGS = 4
 
 
 def config(output: Path, **sections: Any) -> dict[str, Any]:
-    """A sweep over the recorded curves: 10 trials of 4 rungs, a rung costs 10 ms."""
+    """Return a sweep over the recorded curves: 10 trials of 4 rungs, 10 ms a rung."""
     whole = {
         "model": {"path": "m"},
         "data": {"train": CURVES},
@@ -41,7 +41,7 @@ def config(output: Path, **sections: Any) -> dict[str, Any]:
 
 
 class Driver:
-    """A driver process; what it prints goes to a file, so that it never waits for a reader."""
+    """A driver process that prints to a file, so that it never waits for a reader."""
 
     def __init__(self, log: Path, *arguments: str, cwd: Path | None = None) -> None:
         self.log = log
@@ -69,7 +69,7 @@ class Driver:
         return self.process.wait(timeout_s)
 
     def wait_for(self, text: str, timeout_s: float = 120.0) -> bool:
-        """Until it has printed `text`; False where it ended before."""
+        """Wait until the driver has printed `text`; return False if it ended before."""
         deadline = time.monotonic() + timeout_s
         while text not in self.text():
             if self.process.poll() is not None:
@@ -80,7 +80,7 @@ class Driver:
         return True
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> bool:
-        """Returns whether it was still alive."""
+        """Kill the driver; return whether it was still alive."""
         if self.process.poll() is not None:
             return False
         os.kill(self.process.pid, number)
@@ -89,7 +89,7 @@ class Driver:
 
 
 def only_folder(output: Path) -> Path | None:
-    """The sweep folder in it; none where there is none that was whole."""
+    """Return the sweep folder in it, or None if there is no complete one."""
     folders = [file.parent for file in output.glob("*/sweep_config.json")]
     assert len(folders) < 2, folders
     return folders[0] if folders else None
@@ -97,7 +97,7 @@ def only_folder(output: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep found: by trial number its params, outcome and curve; the best trial."""
+    """A sweep's results: params, outcome and curve by trial number, and the best trial."""
 
     trials: dict[int, tuple[dict[str, Any], str, list[float]]]
     best: int | None
@@ -105,7 +105,10 @@ class Sweep:
 
     @classmethod
     def read(cls, folder: Path) -> Sweep:
-        """Checks that no result is lost, doubled or torn in journal, files and MLflow; what is not so is in `faults`."""
+        """Check that no result is lost, doubled or torn in journal, files and MLflow.
+
+        `faults` lists what is wrong.
+        """
         faults: list[str] = []
         try:
             results = {int(file.parent.name): json.loads(file.read_text()) for file in folder.glob("trials/*/result.json")}
@@ -137,7 +140,10 @@ def _reports(folder: Path, number: int) -> list[dict[str, Any]]:
 
 
 class _Journal:
-    """Optuna's journal, read line by line without Optuna: how often each trial was made, reported a rung, and ended."""
+    """Reads Optuna's journal line by line without Optuna.
+
+    Counts how often each trial was made, reported a rung, and ended.
+    """
 
     def __init__(self, folder: Path) -> None:
         lines = [json.loads(line) for line in (folder / "study.journal").read_text().splitlines()]
@@ -148,7 +154,8 @@ class _Journal:
         for line in lines:
             if line["op_code"] == 7:  # SET_TRIAL_INTERMEDIATE_VALUE
                 self.values.setdefault((line["trial_id"], line["step"]), []).append(line["intermediate_value"])
-            elif line["op_code"] == 6 and line["state"] not in (0, 4):  # SET_TRIAL_STATE_VALUES; neither running nor waiting
+            # SET_TRIAL_STATE_VALUES; neither running nor waiting
+            elif line["op_code"] == 6 and line["state"] not in (0, 4):
                 self.ends[line["trial_id"]] += 1
 
 
@@ -174,7 +181,7 @@ def _faults_of_trials(trials: dict, curves: dict, journal: _Journal, num_wanted:
 
 
 def _faults_of_mlflow(folder: Path, trials: dict) -> list[str]:
-    """One parent run, one child run a trial with its outcome, one point a rung."""
+    """Expect one parent run, one child run a trial with its outcome, and one point a rung."""
     faults = []
     with sqlite3.connect(folder.parent / "mlflow.db") as database:
         ours = "select run_uuid from tags where key = 'sweep.folder' and value = ?"

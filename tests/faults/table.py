@@ -1,6 +1,7 @@
-"""The measured figures as rows of a Markdown table, stock Ray Tune beside; each is printed as soon as it is there.
+"""Print the measured figures as rows of a Markdown table, next to stock Ray Tune's.
 
-`python -m tests.faults.table [NUM_KILLS [NUM_STOCK_KILLS [ROW ...]]]`
+`python -m tests.faults.table [NUM_KILLS [NUM_STOCK_KILLS [ROW ...]]]` prints each row as soon as it
+is measured.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _ours(found: measure.Found) -> str:
 
 
 def _tracked(where: Path) -> str:
-    """Seconds in which four trials trained, by how MLflow is."""
+    """Return the seconds in which four trials trained, by the state of MLflow."""
     with stock_runs.mlflow_addresses(where) as uris:
         return stock_runs.each(uris, lambda how, uri: measure.tracked(where / f"mlflow-{how}", uri).seconds)
 

@@ -1,4 +1,7 @@
-"""Sweeps on a Ray cluster of several nodes, as far as one machine can show it: real nodes, the fake engine. `make faults`."""
+"""Sweeps run on a Ray cluster of several real nodes on one machine, with the fake engine.
+
+`make faults` runs these tests.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,16 @@ from . import nodes as cluster_nodes
 from .nodes import Nodes
 from .sweeps import Driver, Sweep, config, only_folder
 
-RUNG_S = 4.0  # a trial must take longer than a worker takes to start: a trial that waits for one takes any that becomes free
+# longer than a worker takes to start: a waiting trial takes any worker that becomes free
+RUNG_S = 4.0
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(0)]
 
 
 def places(folder: Path, nodes: Nodes, num_nodes: int) -> dict[int, set[int]]:
-    """Trial -> the added nodes, counted from 0, whose processes trained it; the others are the head's. While the nodes live."""
+    """Return trial -> the added nodes, counted from 0, whose processes trained it.
+
+    The head trained the others. Call it while the nodes live.
+    """
     found = {}
     for file in folder.glob("trials/*/starts.txt"):
         pids = {int(line.split()[0]) for line in file.read_text().splitlines()}
@@ -28,7 +35,7 @@ def places(folder: Path, nodes: Nodes, num_nodes: int) -> dict[int, set[int]]:
 
 
 class Watched:
-    """Where each trial of a running sweep was trained: its workers are gone when it has ended."""
+    """Records where each trial trains while the sweep runs, because its workers end with it."""
 
     def __init__(self, driver: Driver, output: Path, nodes: Nodes, num_nodes: int) -> None:
         self.places: dict[int, set[int]] = {}
@@ -42,7 +49,8 @@ class Watched:
 def test_a_sweep_finds_the_cluster_by_auto_and_trains_on_all_its_nodes(tmp_path, monkeypatch):
     with Nodes(num_cpus=1) as nodes:
         nodes.add(1)
-        monkeypatch.setitem(cluster_nodes.ENV, "RAY_ADDRESS", nodes.address)  # what `ray start` would leave in a file of /tmp
+        # what `ray start` would leave in a file of /tmp
+        monkeypatch.setitem(cluster_nodes.ENV, "RAY_ADDRESS", nodes.address)
         whole = config(
             tmp_path / "sweeps", optim={"eps": RUNG_S}, cluster={"address": "auto"}, pruner={"name": "none"},
             sweep={"num_trials": 4},
@@ -55,7 +63,8 @@ def test_a_sweep_finds_the_cluster_by_auto_and_trains_on_all_its_nodes(tmp_path,
     on_added = {trial for trial, seen in watched.places.items() if seen}
     assert on_added and set(watched.places) - on_added  # some on each
     (place,) = tmp_path.glob(f"sweeps/*/trials/*/{EVALUATED_IN}")
-    assert place.read_text() == "cluster"  # the winner was measured again on a slot: the driver's machine may have no card
+    # a slot evaluated the winner again: the driver's machine may have no card
+    assert place.read_text() == "cluster"
 
 
 def test_a_trial_that_fits_one_kind_of_card_goes_there_and_the_others_go_anywhere(tmp_path):

@@ -1,4 +1,4 @@
-"""Fuzzing: whatever a config, a space, an override or a report holds, the answer is a checked value or one InputError line."""
+"""Fuzzing any config, space, override or report gives a checked value or one InputError line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FUZZ = settings(max_examples=600, deadline=None, suppress_health_check=list(Heal
 
 
 def answer(call, *arguments):
-    """What the call returns; None where it is refused, in one line that holds no secret."""
+    """Return what the call returns; None if it is refused, in one line that holds no secret."""
     try:
         return call(*arguments)
     except InputError as error:
@@ -58,7 +58,7 @@ def test_a_space_is_checked_or_refused_in_one_line(path, leaf):
         answer(space.single_changes, parse_sweep_config(BASE).base().model_dump(mode="json"))
 
 
-@settings(FUZZ, max_examples=60)  # each composes ten files
+@settings(FUZZ, max_examples=60)  # each example composes ten files
 @given(section=SECTIONS, value=TRICKS | st.text(string.printable, max_size=15))
 def test_an_override_never_brings_in_the_environment(section, value):
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,7 @@
-"""A driver killed at any write to disk loses nothing, and its resumed sweep is the undisturbed one, bit for bit."""
+"""A driver killed at any write to disk loses nothing; its resume equals the undisturbed sweep.
+
+The equality is bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ EQUAL = [
 
 
 def disturbed(tmp_path, values: dict, step: int) -> Iterator[tuple[int, str, dict]]:
-    """Sweeps killed at every step-th write in every way, and resumed: (write, how, what they found)."""
+    """Kill sweeps at every step-th write in every way, and resume them.
+
+    Returns (write, how, what they found) for each.
+    """
     for write in itertools.count(1, step):
         ways = [how for how in ("before", "after", "torn") if killed_at(tmp_path / f"{write}-{how}", values, write, how)]
         for how in ways:
@@ -34,7 +40,7 @@ def disturbed(tmp_path, values: dict, step: int) -> Iterator[tuple[int, str, dic
 
 
 def folder_of(path, values: dict):
-    """Where the sweeps go: they do not make it themselves."""
+    """Return the folder of the sweeps, which do not make it themselves."""
     if values["sampler"]["name"] == "grid":
         values["space"] = {"lora.rank": {"choices": [2, 4, 8, 16]}, "lora.use_rslora": {"choices": [True, False]}}
     return path
@@ -42,7 +48,7 @@ def folder_of(path, values: dict):
 
 @pytest.fixture(autouse=True)
 def _folders(monkeypatch):
-    """A journal needs its folder, which the driver makes before it."""
+    """Make the journal's folder, as the driver does before it."""
     original = study.Study.__init__
 
     def make(self, folder, *arguments, **options):

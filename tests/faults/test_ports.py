@@ -1,4 +1,7 @@
-"""Which sockets listen while a sweep runs, seen from the process table: loopback only, and every call needs a token."""
+"""While a sweep runs, only loopback sockets listen, and every call needs a token.
+
+The tests look at the process table.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,11 @@ def sweep(tmp_path: Path, program: tuple[str, str] = DRIVER, **given: str) -> su
 
 
 def watch(process: subprocess.Popen) -> tuple[dict[str, set[str]], set[str], str]:
-    """(address -> names of processes that listened on it, tokens seen in environments, all command lines) until it ends."""
+    """Watch the sweep until it ends.
+
+    Returns address -> names of processes that listened on it, tokens seen in environments, and all
+    command lines.
+    """
     listening: dict[str, set[str]] = {}
     tokens, lines = set(), set()
     while process.poll() is None:
@@ -54,7 +61,8 @@ def test_a_sweep_listens_on_the_loopback_interface_only_and_its_calls_carry_a_to
     listening, tokens, lines = watch(process)
     assert process.returncode == 0, process.stderr.read()
     assert set(listening) == {"127.0.0.1"}, listening
-    assert {"gcs_server", "raylet"} <= listening["127.0.0.1"]  # twin: Ray's own sockets were among those seen
+    # twin: the sockets seen include Ray's own
+    assert {"gcs_server", "raylet"} <= listening["127.0.0.1"]
     (token,) = tokens
     assert len(token) == 64 and token not in lines
 

@@ -1,4 +1,4 @@
-"""MLflow slow, down and late: training does not wait, and in the end the records are those of an undisturbed sweep."""
+"""With MLflow slow, down or late, training does not wait and the records end up the same."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def records(rungs: int) -> list[TrialRecord]:
 
 
 def play(tracker: Tracker, seconds: float) -> float:
-    """A sweep's events, spread over `seconds` in which trials train; returns the seconds its methods took."""
+    """Play a sweep's events over `seconds` of training; return the seconds that its methods took.
+    """
     blocked = 0.0
 
     def timed(call, *arguments):
@@ -49,7 +50,10 @@ def play(tracker: Tracker, seconds: float) -> float:
 
 
 def shown(uri: str) -> dict:
-    """All that a store holds of the sweep, without ids: runs with their times, params, metrics with steps and times, tags."""
+    """Return all that a store holds of the sweep, without ids.
+
+    That is runs with their times, params, metrics with steps and times, and tags.
+    """
     from mlflow import MlflowClient
 
     client = MlflowClient(uri, uri)

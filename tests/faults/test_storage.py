@@ -1,4 +1,7 @@
-"""Whole sweeps on a disk that is full or read-only: one line, no trial lost, and the resume ends as if nothing had been."""
+"""On a full or read-only disk a sweep ends with one line, loses no trial, and resumes.
+
+The resumed sweep ends as if the disk had never failed.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ def test_a_disk_that_takes_no_more_stops_the_sweep_in_one_line_and_the_resume_co
     lines = [line for line in err.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: ") and f"resume={folder}" in lines[0], err
     assert "No space left" in err or "Read-only" in err
-    journal_lines(folder)  # every whole line is good
+    journal_lines(folder)  # every complete line is valid
     if how == "full":
         disk.make_room()
     else:

@@ -1,4 +1,4 @@
-"""The errors with which a command may end, and what a user then sees."""
+"""List the errors with which a command may end, and what a user then sees."""
 
 import importlib
 
@@ -9,12 +9,12 @@ ENDS = [
     (StorageError("the disk is full"), 1, "error: the disk is full\n"),
     (FileNotFoundError(2, "No such file or directory", "nowhere.json"), 2, "error: nowhere.json: No such file or directory\n"),
     (ConnectionResetError("reset by the peer"), 2, "error: file: reset by the peer\n"),
-    (BrokenPipeError(32, "Broken pipe"), 2, "error: file: Broken pipe\n"),  # not that of stdout
+    (BrokenPipeError(32, "Broken pipe"), 2, "error: file: Broken pipe\n"),  # not a broken stdout
 ]
 
 
 def raising(error):
-    """A command that ends so."""
+    """Return a command that raises this error."""
 
     def command(*_):
         raise error
@@ -23,7 +23,7 @@ def raising(error):
 
 
 def end_of(name, inner, arguments, error, monkeypatch):
-    """The exit code of the module's command where its inner function raises the error."""
+    """Return the exit code of the module's command if its inner function raises the error."""
     module = importlib.import_module(name)
     monkeypatch.setattr(module, inner, raising(error))
     return module.main(arguments)

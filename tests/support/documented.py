@@ -1,7 +1,7 @@
-"""What a Markdown document tells the reader to type, and whether the tool of today takes it. Nothing is started.
+"""Check that commands and settings in a Markdown document are valid today. Start nothing.
 
-Commands stand in fenced blocks and between backticks; so do overrides (`section.key=value`), keys (`train.seed`) and YAML. Names
-in <angle brackets> and CAPITALS are the reader's to fill in.
+Commands, overrides (`section.key=value`), keys (`train.seed`) and YAML are in fenced blocks and
+between backticks. The reader fills in names in <angle brackets> and CAPITALS.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
 OVERRIDE = re.compile(r"[~+]*[a-z_]+(\.[a-z_0-9]+)*=\S")
 KEY = re.compile(rf"({'|'.join([*sections(), 'space'])})(\.[a-z_]+)+")
 BASE = "+experiment=quickstart"
-ELSEWHERE = ("pip", "pytest", "mlflow")  # modules of others
+ELSEWHERE = ("pip", "pytest", "mlflow")  # modules of other packages
 _SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 CONSOLE = {name: entry.partition(":")[0].removesuffix(".__main__") for name, entry in _SCRIPTS.items()}
 """Console command -> the module that `python -m` starts in its place."""
 
 
 class Wrong(Exception):
-    """What a document says cannot be typed as it stands."""
+    """A piece of a document is not valid as written."""
 
 
 class _Accepted(BaseException):
-    """argparse took the arguments; the command itself is not run."""
+    """argparse accepted the arguments; the command itself does not run."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """Everything of one document that can be checked: (what it says, kind)."""
+    """Everything in one document that can be checked, as (text, kind)."""
 
     commands: list[str]
     overrides: list[str]
@@ -59,7 +59,7 @@ class Document:
 
 
 def read(text: str) -> Document:
-    """Of a document's text."""
+    """Collect the checkable pieces of a document's text."""
     blocks = BLOCK.findall(text)
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", BLOCK.sub("", text))]
     typed = [span for span in spans if not _only_named(_words(span))]
@@ -73,8 +73,10 @@ def read(text: str) -> Document:
 
 
 def _words(line: str) -> list[str]:
-    """Split the line as bash would, without its comment; empty where it is no command line. A console command becomes the
-    `python -m` that it stands for."""
+    """Split the line as bash would, without its comment; empty if it is no command line.
+
+    A console command becomes its `python -m` form.
+    """
     try:
         words = shlex.split(line, comments=True)
     except ValueError:
@@ -86,7 +88,7 @@ def _words(line: str) -> list[str]:
 
 
 def _only_named(words: list[str]) -> bool:
-    """`python -m sweep` in a sentence names a command that exists; nobody types it without arguments."""
+    """`python -m sweep` in a sentence names a command; a reader would type it with arguments."""
     return words == ["python"] or (words[:2] == ["python", "-m"] and len(words) == 3 and _exists(words[2]))
 
 
@@ -98,14 +100,17 @@ def _exists(module: str) -> bool:
 
 
 class Checker:
-    """sweep_folder: a real one, for `sweeps/<...>`; place: the working folder, for what other placeholders stand for."""
+    """Checks one piece of a document after the other.
+
+    sweep_folder: a real one, for `sweeps/<...>`. place: the working folder, for other placeholders.
+    """
 
     def __init__(self, sweep_folder: Path, place: Path) -> None:
         self._sweep_folder = str(sweep_folder)
         self._model = str(place / "model")
 
     def command(self, line: str) -> None:
-        """Raises Wrong where it would be refused for how it is written."""
+        """Raise Wrong if the tool would refuse the command as written."""
         program, *words = _words(self._filled(line))
         if program == "make":
             targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
@@ -129,7 +134,7 @@ class Checker:
         _expect(code == 0, line, f"exit code {code}")
 
     def overrides(self, text: str) -> None:
-        """Of a span in a sentence: with each of the alternatives that `a|b` stands for."""
+        """Check a span in a sentence, with each of the alternatives that `a|b` means."""
         words = _words(self._filled(text))
         if any(word.startswith("resume=") for word in words):
             return self._sweep(text, [word if word != "resume=..." else f"resume={self._sweep_folder}" for word in words])
@@ -138,7 +143,7 @@ class Checker:
             self._goes_with_a_base(text, [f"{key}={one}", *words[1:]])
 
     def _goes_with_a_base(self, text: str, words: list[str]) -> None:
-        """Some settings go with several objectives only; an experiment of its own takes the base's place."""
+        """Accept settings that need several objectives, or an experiment as base."""
         with _engine_errors(text):
             _, words = run_keys(words)
         base = [] if any(word.startswith("+experiment=") for word in words) else [BASE]
@@ -152,7 +157,7 @@ class Checker:
         raise refused
 
     def key(self, path: str) -> None:
-        """A dotted path that a sentence names: a key, or what keys begin with."""
+        """Check a dotted path that a sentence names: a key, or a prefix of keys."""
         bare = path.removeprefix("space.")
         known = [key.path for section in sections() for key in keys(section)]
         place = ROOT / path.replace(".", "/")
@@ -160,7 +165,7 @@ class Checker:
         _expect(a_module or any(f"{name}.".startswith(f"{bare}.") for name in known), path, "no such key")
 
     def yaml(self, text: str) -> None:
-        """A piece of a config, laid over the quickstart's."""
+        """Check a piece of a config by merging it into the quickstart's config."""
         raw = compose([BASE])
         with _engine_errors(text):
             for section, values in yaml.safe_load(text).items():
@@ -186,7 +191,10 @@ def _engine_errors(what: str) -> Any:
 
 @contextmanager
 def _argparse_only(line: str, words: list[str]) -> Any:
-    """What is called inside ends once argparse has taken its arguments. A program without argparse counts by its exit code."""
+    """End any command called inside once argparse has accepted its arguments.
+
+    A program without argparse counts by its exit code.
+    """
     real, argv = argparse.ArgumentParser.parse_args, sys.argv
 
     def parse_args(self: argparse.ArgumentParser, *given: Any) -> None:

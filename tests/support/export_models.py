@@ -1,4 +1,4 @@
-"""Tiny models of the exported families, and adapters on them as PEFT itself writes them."""
+"""Make tiny models of the exported families, and adapters on them as PEFT writes them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def save_model(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A model folder with random weights, biases included, and a byte-level tokenizer with one merge."""
+    """Save a model with random weights, biases included, and a byte-level tokenizer.
+
+    The tokenizer has one merge.
+    """
     import transformers
 
     name, extra = FAMILIES[family]
@@ -45,7 +48,7 @@ def save_model(folder: Path, family: str = "llama", dtype: torch.dtype = torch.b
 
 
 def save_adapter(folder: Path, base: Path, **options: Any) -> Path:
-    """As PEFT writes it, with a B that is not zero."""
+    """Save an adapter as PEFT writes it, with a B that is not zero."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     peft_model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **options}))
     torch.manual_seed(1)
@@ -58,7 +61,7 @@ def save_adapter(folder: Path, base: Path, **options: Any) -> Path:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For models this small a second thread only waits; where cores are busy, for long."""
+    """Use one thread: for models this small a second one only waits, and long on busy cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

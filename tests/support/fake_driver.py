@@ -2,7 +2,7 @@
 
 `python -m tests.support.fake_driver start CONFIG.json | resume FOLDER [OVERRIDES as JSON]`
 
-Where it finds GPUs, a trial is predicted to need as many GiB as its rank.
+If it finds GPUs, it predicts that a trial needs as many GiB as its rank.
 """
 
 import json
@@ -24,7 +24,7 @@ ENGINE = EngineModules(train="tests.support.fake_engine", model="tests.support.f
 
 
 def make_compute_plan(config, shape, card, host_gib):
-    """Stands in for engine.planning.planner.make_compute_plan."""
+    """Replace engine.planning.planner.make_compute_plan."""
     need = float(config.lora.rank)
     if need > card.memory_gib:
         raise OutOfMemory(f"needs at least {need:.1f} GiB (predicted), {card.memory_gib:.1f} GiB are allowed", need)

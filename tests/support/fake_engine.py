@@ -1,8 +1,9 @@
-"""An engine that trains nothing: its loss is a formula of the config, or read off recorded learning curves where `data.train`
-names a file of them (tests/faults/curves.json). For faults and timing that a real one cannot show.
+"""Replace the engine with one that trains nothing, for faults and timings a real one cannot show.
 
-`optim.weight_decay` chooses the fault (FAULTS); `optim.eps` is the seconds a rung takes. A trial needs 1/16 GiB per rank. Like
-the real one, it writes its checkpoint before its reports.
+The loss is a formula of the config. If `data.train` names a file of recorded learning curves
+(tests/faults/curves.json), the loss comes from there. `optim.weight_decay` chooses the fault
+(FAULTS); `optim.eps` is the seconds a rung takes. A trial needs 1/16 GiB per rank. Like the real
+engine, this one writes its checkpoint before its reports.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from engine.planning.model_shape import ModelShape
 from engine.system.files import write_text
 from engine.trial_report import TrialReport, read_reports
 
-# What a worker asks of torch, for a process that computes nothing: the real one takes seconds to load, at each kill.
+# A stub of torch for a process that computes nothing: the real one takes seconds to load, after
+# each kill.
 STAND_IN = types.SimpleNamespace(
     __spec__=None,
     device=str,
@@ -35,7 +37,7 @@ STAND_IN = types.SimpleNamespace(
     cuda=types.SimpleNamespace(is_available=lambda: False),
     OutOfMemoryError=type("OutOfMemoryError", (RuntimeError,), {}),
 )
-if "FAKE_TORCH" in os.environ:  # set by whoever starts processes that are the fake engine's alone
+if "FAKE_TORCH" in os.environ:  # set by the tests whose processes run the fake engine only
     sys.modules.setdefault("torch", STAND_IN)
 
 SHAPE = ModelShape(num_layers=2, hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=256)
@@ -56,8 +58,9 @@ FAULTS = {
     13.0: "hangs always",
 }
 EXAMPLE = ("prompt", "expected", "base", "adapter")
-EVALUATED_IN = "evaluated_in.txt"  # in the winner's folder: where it was measured again (FAULTS_PLACE of that process)
-FAULT_TIMES = "fault_times.txt"  # in a trial's folder: when its fault came, in Unix seconds
+# in the winner's folder: where it was evaluated again (FAULTS_PLACE of that process)
+EVALUATED_IN = "evaluated_in.txt"
+FAULT_TIMES = "fault_times.txt"  # in a trial's folder: time of its fault, in Unix seconds
 
 
 def load_base(config, device):
@@ -65,7 +68,7 @@ def load_base(config, device):
 
 
 def eval_loss(config: TrainConfig, rung: int) -> float:
-    """Lower with larger rank, and the lower the closer the learning rate is to 1e-3; falls with the rungs."""
+    """Return a loss that falls with rank and rungs, and towards a learning rate of 1e-3."""
     if config.data.train.endswith("curves.json"):
         return _replayed(config, rung)
     distance = abs(config.optim.learning_rate - 1e-3) * 1e3
@@ -73,7 +76,7 @@ def eval_loss(config: TrainConfig, rung: int) -> float:
 
 
 def _replayed(config: TrainConfig, rung: int) -> float:
-    """The recorded curve of this rank, between those of the two nearest learning rates."""
+    """Return the recorded curve of this rank, between those of the two nearest learning rates."""
     recorded = _curves(config.data.train)
     rates, curves = recorded["learning_rates"], recorded["curves"][str(config.lora.rank)]
     right = min(max(bisect.bisect_left(rates, config.optim.learning_rate), 1), len(rates) - 1)
@@ -114,7 +117,7 @@ def train(config: TrainConfig, trial_folder: Path, *, base=None, interrupted=lam
 
 
 def _compute(rung_s: float, rung: int, trial_folder: Path, interrupted) -> None:
-    """The seconds of a rung in steps of 50 ms, less those that an interrupted process has saved."""
+    """Spend a rung's seconds in steps of 50 ms, less those saved by an interrupted process."""
     saved = trial_folder / "within_rung.json"
     known = json.loads(saved.read_text()) if saved.exists() else {"rung": 0}
     left_s = rung_s - (known["seconds"] if known["rung"] == rung else 0.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.support.paths import ENV
 
-FAKE_ENV = {**ENV, "FAKE_TORCH": "1"}  # of the fake engine, which computes nothing
+FAKE_ENV = {**ENV, "FAKE_TORCH": "1"}  # the fake engine's, which computes nothing
 BASE = {
     "model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400, "num_reports": 4}, "tracking": {"name": "none"},
     "cluster": {"num_cpu_slots": 2},
@@ -18,7 +18,7 @@ BASE = {
 
 
 def fake_driver(*arguments: str, path: str | None = None, **options) -> subprocess.Popen:
-    """path: put before PATH."""
+    """Start the fake driver. path: put before PATH."""
     command = [sys.executable, "-m", "tests.support.fake_driver", *arguments]
     env = FAKE_ENV if path is None else {**FAKE_ENV, "PATH": os.pathsep.join([path, ENV["PATH"]])}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)

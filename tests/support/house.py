@@ -1,4 +1,4 @@
-"""Check the house: where files lie, what they are called and what they import.
+"""Check the code's layout: where files are, what they are called and what they import.
 
 Each check takes the repository's folder and returns the places that break its rule.
 """
@@ -43,7 +43,7 @@ def rooms_without_their_sentence(root: Path) -> list[str]:
 
 
 def repeated_file_names(root: Path) -> list[str]:
-    """Over both halves a file's name stands for one thing."""
+    """A file's name has one meaning over both halves."""
     places = defaultdict(list)
     for file in _code(root):
         if file.stem not in MAY_REPEAT:
@@ -52,7 +52,7 @@ def repeated_file_names(root: Path) -> list[str]:
 
 
 def repeated_class_names(root: Path) -> list[str]:
-    """Over both halves a class name stands for one thing, a private one too."""
+    """A class name, even a private one, has one meaning over both halves."""
     places = defaultdict(list)
     for file in _code(root):
         for node in _tree(file).body:
@@ -62,7 +62,7 @@ def repeated_class_names(root: Path) -> list[str]:
 
 
 def tests_that_import_tests(root: Path) -> list[str]:
-    """What test files share is in tests/support/, or a fixture of a conftest.py."""
+    """Code that test files share is in tests/support/, or is a fixture of a conftest.py."""
     found = []
     for file in sorted((root / "tests").rglob("test_*.py")):
         for node in ast.walk(_tree(file)):
@@ -72,7 +72,7 @@ def tests_that_import_tests(root: Path) -> list[str]:
 
 
 def tests_without_a_room(root: Path) -> list[str]:
-    """Tests lie in a folder, and those of a room in a folder with the room's name."""
+    """Every test is in a folder; a room's tests are in a folder of the room's name."""
     found = [str(file.relative_to(root)) for file in sorted((root / "tests").glob("test_*.py"))]
     for half in HALVES:
         for folder in sorted({file.parent for file in (root / "tests" / half).rglob("test_*.py")}):
@@ -82,7 +82,10 @@ def tests_without_a_room(root: Path) -> list[str]:
 
 
 def import_circles(root: Path) -> list[str]:
-    """No file needs itself while it is loaded: imports in functions and for type checkers alone do not count."""
+    """No file needs itself while it is loaded.
+
+    Imports in functions and for type checkers alone do not count.
+    """
     files = [*_code(root), *sorted((root / "tests").rglob("*.py"))]
     modules = {_module(file.relative_to(root)): file for file in files}
     graph = {module: _loaded_by(file, module, set(modules)) - {module} for module, file in modules.items()}
@@ -96,14 +99,17 @@ def import_circles(root: Path) -> list[str]:
 
 
 def missing_paths(root: Path, text: str) -> list[str]:
-    """A path that a document names between backticks, alone or in a command, exists; with a * something does."""
+    """Paths that a document names between backticks, alone or in a command, exist.
+
+    A path with a * must match something.
+    """
     spans = re.findall(r"```.*?```|`[^`]+`", text, re.S)
     paths = dict.fromkeys(path.rstrip(".-") for span in spans for path in PATH.findall(span))
     return [path for path in paths if not (any(root.glob(path)) if "*" in path else (root / path).exists())]
 
 
 def _packages(root: Path) -> Iterator[tuple[Path, bool]]:
-    """The folders with code, and whether each is a room."""
+    """Return the folders with code, and whether each is a room."""
     for half in HALVES:
         for folder in sorted({file.parent for file in (root / half).rglob("*.py")}):
             yield folder, folder != root / half
@@ -122,7 +128,7 @@ def _is_a_tests_name(part: str) -> bool:
 
 
 def _named(node: ast.AST) -> list[str]:
-    """The modules that an import names, and the names it takes from them."""
+    """Return the modules that an import names, and the names that it takes from them."""
     if isinstance(node, ast.ImportFrom):
         return [node.module or "", *(alias.name for alias in node.names)]
     return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -134,7 +140,7 @@ def _module(path: Path) -> str:
 
 
 def _loaded_by(file: Path, module: str, known: set[str]) -> set[str]:
-    """The modules of the house that are loaded when this one is."""
+    """Return the modules of the project that are loaded together with this one."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     found = set()
     for node in _run_on_import(_tree(file).body):

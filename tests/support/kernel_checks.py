@@ -1,7 +1,8 @@
-"""What the tests of `engine.kernels` share: where kernels run, random operands, and the comparison with an fp64 truth.
+"""Share the means of the kernel tests: devices, random operands, comparison with fp64 results.
 
-On a CUDA device the tests run there. Elsewhere they run in Triton's interpreter, in a child process: triton reads
-TRITON_INTERPRET when it is first imported, which in the parent may have happened already.
+On a CUDA device the tests run there. Elsewhere they run in Triton's interpreter, in a child
+process. Triton reads TRITON_INTERPRET when it is first imported, which the parent may have done
+already.
 """
 
 import os
@@ -17,13 +18,14 @@ CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.bfloat16, torch.float32]
-# what a kernel's error may exceed torch's by: accumulated fp32 rounding in another order, relative to the largest true value
+# A kernel's error may exceed torch's by this much, relative to the largest true value: fp32
+# rounding accumulates in another order.
 SLACK = {torch.bfloat16: 1e-4, torch.float16: 2e-5, torch.float32: 2e-6}
 
 
 @pytest.fixture(autouse=True, params=["kernel", "reference"])
 def implementation(request, monkeypatch):
-    """Each test of a module that imports this runs against both, with every fresh output full of NaN."""
+    """Run each test of the importing module against both, with fresh outputs full of NaN."""
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     if request.param == "reference":
@@ -44,7 +46,7 @@ def _poisoned(allocate):
 
 
 def _round_as_a_gpu_does(monkeypatch):
-    """Triton's interpreter cuts fp32 off to bf16; GPUs round to nearest even."""
+    """Round to nearest even, as GPUs do; Triton's interpreter truncates fp32 to bf16."""
     from triton import language as tl
     from triton.runtime import interpreter
 
@@ -59,7 +61,7 @@ def _round_as_a_gpu_does(monkeypatch):
 
 
 def _multiply_as_a_gpu_does(monkeypatch):
-    """Triton's interpreter multiplies bf16 matrices as the integers it keeps their bits in."""
+    """Multiply bf16 matrices as numbers; Triton's interpreter multiplies their bits as integers."""
     from triton import language as tl
     from triton.runtime import interpreter
 
@@ -82,7 +84,7 @@ def draw(*shape, dtype=torch.float32, seed=0, scale=1.0):
 
 
 def error(ours, truth):
-    """Largest deviation, relative to the largest true value; NaN counts as infinite."""
+    """Return the largest deviation, relative to the largest true value; NaN counts as infinite."""
     deviation = ((ours.double() - truth).abs().max() / truth.abs().max()).item()
     return float("inf") if deviation != deviation else deviation
 
@@ -92,8 +94,11 @@ def as_good_as_torch(ours, plain, truth):
 
 
 def same_as_dense(implementation, ours, dense):
-    """Whether strided operands gave what dense ones do: a kernel bit for bit, torch within rounding, since it vectorises strided
-    and dense tensors differently from CPU to CPU."""
+    """Return True if strided operands gave what dense ones do.
+
+    A kernel must agree bit for bit, torch within rounding: torch vectorises strided and dense
+    tensors differently from CPU to CPU.
+    """
     return torch.equal(ours, dense) if implementation == "kernel" else error(ours, dense.double()) <= SLACK[ours.dtype]
 
 
@@ -104,8 +109,10 @@ def plain_glu(gate, up, activation, dtype):
 
 
 def leave_to_a_child(module, name):
-    """Where this process cannot run ops, one test called `name` stands for all that the module (its globals) has so far: a
-    child process that can runs them."""
+    """Replace the module's tests by one test called `name` if this process cannot run ops.
+
+    That test runs everything the module (its globals) has so far in a child process that can.
+    """
     if CUDA or INTERPRETED:
         return
     for other in [other for other in module if other.startswith("test_")]:

@@ -1,4 +1,4 @@
-"""Name the repository's folder, and the environment in which its modules are found from any folder."""
+"""Name the repository's folder, and an environment that finds its modules from any folder."""
 
 from __future__ import annotations
 

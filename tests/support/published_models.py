@@ -1,4 +1,4 @@
-"""These are config.json files of published models, as far as memory and speed follow from them."""
+"""List config.json files of published models, as far as memory and speed follow from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GEMMA2_9B = {
     "hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
     "sliding_window": 4096,
 }  # fmt: skip
-GEMMA3_4B = {  # what its config.json leaves out, the library fills in
+GEMMA3_4B = {  # the library fills in what its config.json leaves out
     "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {"hidden_size": 1152},
     "text_config": {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
                     "sliding_window": 1024},

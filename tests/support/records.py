@@ -10,7 +10,7 @@ REEVALUATION = Reevaluation(
 
 
 def trial(number, *losses, outcome=Outcome.COMPLETE, num_trainable=100, folder="", reported=None, **changes):
-    """reported: values of all its reports."""
+    """Build a trial. reported: values of all its reports."""
     reports = [
         make_report(rung, loss, num_trainable=num_trainable, tokens_per_second=50.0 * rung, **reported or {})
         for rung, loss in enumerate(losses, start=1)

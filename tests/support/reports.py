@@ -1,4 +1,4 @@
-"""Build reports: a test names the numbers it is about, and the others are filled in."""
+"""Build reports: a test names the numbers that matter to it, the rest is filled in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from engine.trial_report import TrialReport
 
 
 def make_report(rung: int = 1, eval_loss: float = 1.0, **changes: Any) -> TrialReport:
-    """A report of a trial with 1,000 tokens a rung, on a machine where no peak is predicted."""
+    """Return a report of a trial with 1,000 tokens a rung, on a machine that predicts no peak."""
     values = {
         "rung": rung, "tokens_seen": 1000 * rung, "target_tokens_seen": 900 * rung, "step": 10 * rung, "epoch": 0.1 * rung,
         "train_loss": eval_loss, "eval_loss": eval_loss, "best_eval_loss": eval_loss, "learning_rate": 1e-3, "grad_norm": 1.0,

@@ -1,4 +1,4 @@
-"""Build studies and ledgers without Ray: configs over a small and a wide space, reports and their files."""
+"""Build studies and ledgers without Ray: configs over a small and a wide space, and reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Make the byte-level tokenizer, with its chat template, that tiny models of the tests have."""
+"""Make the byte-level tokenizer of the tests' tiny models, with its chat template."""
 
 from __future__ import annotations
 

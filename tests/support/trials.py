@@ -1,4 +1,8 @@
-"""Build and run trials of the engine: a config with changes, one trial from start to end, the numbers that two share."""
+"""Build and run trials of the engine.
+
+It makes configs with changes, runs one trial from start to end, and finds the numbers that two
+share.
+"""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""This fixture serves several rooms of sweep."""
+"""Share fixtures between the rooms of sweep."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sweep.plan import feasibility
 
 @pytest.fixture
 def planned(monkeypatch) -> list[TrainConfig]:
-    """A planner that needs 1 GiB per rank; returns what it was asked."""
+    """Install a planner that needs 1 GiB per rank; return the list of its calls."""
     asked = []
 
     def plan(config, shape, card, host_gib):

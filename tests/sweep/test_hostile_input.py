@@ -1,4 +1,4 @@
-"""Configs and sweep folders made to harm: refused in one line; what the environment holds does not reach them."""
+"""Harmful configs and sweep folders are refused in one line, and see nothing of the environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole sweeps under Ray: one with the real engine and a tiny model, the others with a fake engine that fails on demand."""
+"""Whole sweeps run under Ray: one with the real engine, others with a fake one that can fail."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.paths import ENV
 
 @pytest.fixture
 def two_gpus(tmp_path) -> str:
-    """A folder with an nvidia-smi that lists two GPUs: the fake engine needs no more of them."""
+    """Make a folder with an nvidia-smi that lists two GPUs; the fake engine needs nothing else."""
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\necho 0\necho 1\n")
@@ -124,7 +124,8 @@ def test_workers_are_reused_and_pruned_trials_stop(tmp_path):
     assert process.returncode == 0, err
     folder = sweep_folder(tmp_path)
     processes = {file.read_text().split()[0] for file in folder.glob("trials/*/starts.txt")}
-    assert len(processes) <= 3  # two slots; two trials that end in the same instant may cost one restart
+    # two slots; two trials that end at the same instant may cost one restart
+    assert len(processes) <= 3
     pruned = [trial for trial, result in results(folder).items() if result["outcome"] == "PRUNED"]
     assert pruned
     assert all(len(rungs(folder, trial)) < 4 for trial in pruned)

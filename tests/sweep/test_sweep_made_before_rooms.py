@@ -1,7 +1,9 @@
-"""A sweep folder that commit 8734497 left in the middle of a trial still resumes: formats on disk outlive the layout of the code.
+"""A sweep folder that commit 8734497 left in the middle of a trial still resumes.
 
-`sweep_made_before_rooms.tar.xz` holds a tiny model, its data and the folder after Ctrl-C: trial 0 COMPLETE, trial 1 between its
-first and its second rung. A trial's fingerprint takes in the model's path, so it is unpacked where it was made.
+Formats on disk outlive the layout of the code. `sweep_made_before_rooms.tar.xz` holds a tiny model,
+its data and the folder after Ctrl-C. Trial 0 is COMPLETE, trial 1 is between its first and second
+rung. The test unpacks it where it was made, because a trial's fingerprint includes the model's
+path.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def folder() -> Iterator[Path]:
 
 
 def reports(folder: Path, number: int) -> list[dict]:
-    """The lines as they are, but for "no prediction", which was 0 then and is null in a file written now."""
+    """Return the lines, but with null for "no prediction", which older files store as 0."""
     lines = (folder / "trials" / f"{number:04d}" / "reports.jsonl").read_text().splitlines()
     return [{**line, "predicted_peak_gib": line["predicted_peak_gib"] or None} for line in map(json.loads, lines)]
 

@@ -1,4 +1,4 @@
-"""`python -m sweep.ui`: MLflow's own page on a sweep, on this machine alone, until Ctrl-C."""
+"""`python -m sweep.ui` serves MLflow's page on a sweep, on this machine only, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sweep.trials.record import Outcome, TrialRecord
 
 
 def made(path, **sections) -> SweepFolder:
-    """A sweep folder with a config and nothing else."""
+    """Make a sweep folder that holds only a config."""
     folder = SweepFolder(path / "demo-20260101-000000")
     folder.path.mkdir(parents=True)
     base = {"model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400}, "sweep": {"name": "demo"}}
@@ -30,7 +30,7 @@ def made(path, **sections) -> SweepFolder:
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory) -> SweepFolder:
-    """A sweep of one trial that MLflow knows."""
+    """Make a sweep of one trial that MLflow knows."""
     folder = made(tmp_path_factory.mktemp("sweeps"))
     tracker = Tracker(local_uri(folder.path.parent), "demo", folder.path.name, folder.path, {})
     tracker.on_sweep_started({})
@@ -69,7 +69,7 @@ def test_a_taken_port_is_passed_over():
         assert ui.free_port() != taken.getsockname()[1]
 
 
-@pytest.mark.faults  # MLflow's server takes ten seconds of processor time to start
+@pytest.mark.faults  # MLflow's server needs ten seconds of processor time to start
 def test_table_and_charts_are_served_on_this_machine_alone_until_ctrl_c(tracked):
     process = subprocess.Popen(
         [sys.executable, "-m", "sweep.ui", str(tracked.path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""Every command of the sweep ends in one way, whatever it raised."""
+"""Every command of the sweep ends in the same way for the same error."""
 
 import os
 import subprocess

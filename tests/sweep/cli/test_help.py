@@ -1,4 +1,4 @@
-"""--help names all there is; Tab completes it in a real bash."""
+"""`--help` names every option, and Tab completes them in a real bash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output to a reader that has gone is dropped."""
+"""The driver drops output when its reader has gone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_output_that_nobody_takes_any_more_is_dropped_and_other_errors_are_not(t
         print("whole", file=stream, flush=True)
         assert (tmp_path / "log").read_text() == "whole\n" and not stream.isatty()
         with open(tmp_path / "log") as reader:
-            os.dup2(reader.fileno(), file.fileno())  # open, but not to be written
+            os.dup2(reader.fileno(), file.fileno())  # open, but not for writing
         with pytest.raises(OSError, match="Bad file descriptor"):
             print("lost", file=stream, flush=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())

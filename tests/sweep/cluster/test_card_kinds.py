@@ -1,4 +1,4 @@
-"""Clusters with cards of several kinds: what is there, which trial fits what, and how it is kept off the others."""
+"""In a cluster with several kinds of cards, each trial runs only on cards that it fits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ L4, A10G, A100 = ("ray.io/accelerator-type", "L4"), ("ray.io/accelerator-type", 
 
 
 def node(num_gpus: float, *labels: tuple[str, str], alive: bool = True) -> dict:
-    """As ray.nodes() describes one."""
+    """Describe a node as ray.nodes() does."""
     return {"Alive": alive, "Resources": {"CPU": 8.0, "GPU": num_gpus} if num_gpus else {"CPU": 8.0}, "Labels": dict(labels)}
 
 
@@ -35,7 +35,7 @@ def test_the_kinds_of_a_cluster_are_read_off_its_nodes_labels():
     nodes = [node(1, L4), node(2, L4), node(1, L4, alive=False), node(0), node(4, geforce), node(1, ("card", "a100-40"), A100)]
     assert [kind.describe() for kind in card_kinds(nodes)] == [
         "1 x a100-40 (39.4 GiB)", "4 x rtx3090 (23.6 GiB)", "3 x l4 (22.0 GiB)"]  # fmt: skip
-    assert card_kinds([node(8, A100)])[0].card is None  # of 40 or of 80 GB: the label does not say
+    assert card_kinds([node(8, A100)])[0].card is None  # 40 or 80 GB: the label does not say
     assert [kind.describe() for kind in card_kinds([node(1), node(1, A100)])] == [
         "1 x a card without a label (not known)", "1 x A100 (not known)"]  # fmt: skip
     assert card_kinds([node(0)]) == ()
@@ -58,10 +58,12 @@ def test_a_trial_fits_if_it_fits_one_kind_and_avoids_the_others(planned):
     cards = make_feasibility("auto", Facts(shape=SHAPE), kinds)
     small, large, none = (config_with(lora={"rank": rank}) for rank in (8, 23, 64))
     assert (cards.check_fit(small).fits, cards.check_fit(large).fits, cards.check_fit(none).fits) == (True, True, False)
-    assert cards.check_fit(none).excess_gib == pytest.approx(64.0 - 23.6)  # by which it misses the roomiest
+    # what it lacks on the largest card
+    assert cards.check_fit(none).excess_gib == pytest.approx(64.0 - 23.6)
     assert (cards.avoid(small), cards.avoid(large), cards.avoid(none)) == ((), (L4,), ())
     assert card_line(cards) == "card       l4 (22.0 GiB), rtx3090 (23.6 GiB); for each trial the smallest that it fits"
-    named = make_feasibility("l4", Facts(shape=SHAPE), kinds)  # the twin: whoever names a card means that one
+    # the twin: a user who names a card means that one
+    named = make_feasibility("l4", Facts(shape=SHAPE), kinds)
     assert not named.check_fit(large).fits and named.avoid(large) == ()
 
 
@@ -101,7 +103,7 @@ def test_a_resume_may_go_to_another_cluster_and_not_to_another_model():
 
 
 def test_an_address_where_nothing_listens_is_refused_at_once():
-    """Ray itself tries for two minutes, and says so line by line."""
+    """Ray itself would try for two minutes and print a line for each try."""
     from sweep.cluster.connect import _refuse_unreachable
 
     with socket.socket() as ours:

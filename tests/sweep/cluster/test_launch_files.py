@@ -1,4 +1,4 @@
-"""The files that start a cluster: valid for the programs that read them, never without a token, always on shared storage."""
+"""Launch files are valid for the programs that read them, use a token and use shared storage."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load(name: str) -> dict:
 
 
 def sweep_of(name: str) -> list[str]:
-    """The arguments of the `python -m sweep` that a file runs, or shows in its head."""
+    """Return the arguments of the `python -m sweep` that a file runs or shows in its comments."""
     text = re.sub(r"\n#? +", " ", (LAUNCH / name).read_text())
     shown = re.search("python -m sweep cluster=ray[^'\n]*", text)[0]
     command = load(name)["spec"]["entrypoint"] if name == "kuberay.yaml" else shown
@@ -91,8 +91,10 @@ def stub(folder: Path, name: str, script: str) -> None:
 
 @pytest.fixture
 def job(tmp_path):
-    """Starts slurm.sh as Slurm does on the first of two nodes, with stand-ins for Slurm, Ray and the sweep that write down their
-    arguments to calls.txt; returns the process."""
+    """Start slurm.sh as Slurm does on the first of two nodes; return the process.
+
+    Stand-ins for Slurm, Ray and the sweep write their arguments to calls.txt.
+    """
     calls = tmp_path / "calls.txt"
     stub(tmp_path / "bin", "scontrol", 'printf "n1\\nn2\\n"')
     stub(tmp_path / "bin", "srun", 'while [[ $1 == -* ]]; do shift; done; exec "$@"')
@@ -140,6 +142,6 @@ def test_a_slurm_job_that_is_ended_lets_the_driver_stop_at_a_safe_point(job, tmp
     assert process.wait(60) == 130, process.stderr.read()
     assert (tmp_path / "stopped").exists()
     (sweep,) = (line for line in (tmp_path / "calls.txt").read_text().splitlines() if line.startswith("sweep"))
-    assert "cluster=ray" not in sweep  # a resume takes no groups; where it runs may change
+    assert "cluster=ray" not in sweep  # a resume takes no groups, but may run elsewhere
     options = dict(map(parsed, shlex.split(sweep.split("-m sweep ")[1])))
     assert options["cluster.address"] == "10.0.0.1:20007" and options["cluster.num_gpus"] == 4

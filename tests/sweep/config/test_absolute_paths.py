@@ -1,4 +1,4 @@
-"""Paths of a config mean the folder in which the sweep was started."""
+"""Relative paths in a config start at the folder in which the sweep was started."""
 
 from __future__ import annotations
 

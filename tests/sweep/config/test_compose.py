@@ -1,4 +1,4 @@
-"""The command line up to the point where something starts: options compose, faults are one line, layers hold."""
+"""Options compose into a config, errors are one line, and layers hold, before anything starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The committed sweeps for 24 GB cards fit them and cost what they say; the debug options do what their comments promise."""
+"""Experiments for 24 GB cards fit them and cost what they say; debug options do what they say."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sweep.plan.forecast import describe_forecast
 from sweep.space.parse import parse_space
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8}
-SHAPES = {  # what their config.json says
+SHAPES = {  # from their config.json
     "llama-3.2-1b": {**LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
                      "head_dim": 64, "tie_word_embeddings": True},
     "llama-3.2-3b": {**LLAMA, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
@@ -51,10 +51,10 @@ def test_the_most_demanding_point_of_a_committed_sweep_fits_a_card_of_22_gib(exp
     space, base = parse_space(config.space), config.base().model_dump(mode="json")
     corner = {dimension.path: dimension.corners()[-1] for dimension in space.dimensions}
     assert {**corner, "optim.learning_rate": 1e-4} == LARGEST
-    base["train"] |= LEAN  # one way that fits is enough, and found at once
+    base["train"] |= LEAN  # one plan that fits is enough, and is found at once
     feasibility = Feasibility(shape(experiment), CARDS["a10g"])
     assert feasibility.check_fit(space.apply(base, LARGEST)).fits
-    base["train"]["memory_budget_gib"] = 3.0  # twin: where there is too little, it is said
+    base["train"]["memory_budget_gib"] = 3.0  # twin: too little memory is reported
     assert not feasibility.check_fit(space.apply(base, LARGEST)).fits
 
 
@@ -84,13 +84,13 @@ def hours(forecast):
 
 
 def stated_hours(experiment):
-    """What the comment of the experiment promises, by card."""
+    """Return the hours that the experiment's comment states, by card."""
     text = (conf_folder() / "experiment" / f"{experiment}.yaml").read_text()
     found = re.search(r"([\d.]+) GPU hours on a 4090, ([\d.]+) on a 3090", text)
     return {"rtx4090": float(found[1]), "rtx3090": float(found[2])}
 
 
-@pytest.mark.faults  # a minute and more a card
+@pytest.mark.faults  # over a minute a card
 @pytest.mark.parametrize("card", ["rtx4090", "rtx3090"])
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_a_committed_sweep_costs_what_its_comment_says_and_no_corner_is_infeasible(experiment, card):
@@ -110,7 +110,8 @@ def test_a_debug_option_makes_one_trial_of_any_experiment_wherever_it_stands(deb
         assert (config.sweep.num_trials, config.space, config.pruner.name, config.tracking.name) == (1, {}, "none", "none")
         assert config.sweep.name == f"debug-{debug}"
         assert config.train.max_tokens < 30_000
-    assert config.model.path == "meta-llama/Llama-3.1-8B-Instruct"  # what is looked at stays the experiment's
+    # the experiment's model and data stay
+    assert config.model.path == "meta-llama/Llama-3.1-8B-Instruct"
 
 
 def test_overfitting_one_batch_evaluates_on_the_samples_that_it_trains_on():

@@ -1,4 +1,4 @@
-"""The driver's end on a signal: when it comes, and that it is never in the middle of Tune's loop."""
+"""A signal ends the driver at a safe point, never in the middle of Tune's loop."""
 
 from __future__ import annotations
 

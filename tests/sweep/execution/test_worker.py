@@ -1,4 +1,7 @@
-"""One worker, trial after trial, with the real engine: nothing is loaded twice, nothing grows, and a warm trial is a cold one."""
+"""One worker runs trial after trial with the real engine.
+
+It loads nothing twice, its memory does not grow, and a warm trial equals a cold one.
+"""
 
 from __future__ import annotations
 
@@ -46,13 +49,13 @@ def spec(config: TrainConfig, trial_folder: Path, number: int = 0) -> dict:
 
 
 class Slot:
-    """A worker without Ray around it: Tune calls these three methods and no others."""
+    """Replaces a worker of Ray. Tune calls these three methods and no others."""
 
     def __init__(self) -> None:
         self.worker: TrialWorker | None = None
 
     def run(self, config: TrainConfig, trial_folder: Path, num_rungs: int = 99) -> list[dict]:
-        """Train to the end, or leave the trial after so many rungs, as one that is pruned; returns what Tune would hear."""
+        """Train to the end, or to `num_rungs` as if pruned; return what Tune hears."""
         if self.worker is None:
             self.worker = object.__new__(TrialWorker)
             self.worker.setup(spec(config, trial_folder))
@@ -90,7 +93,7 @@ def numbers(trial_folder: Path) -> list[dict]:
 
 @pytest.fixture
 def counted(monkeypatch) -> dict[str, int]:
-    """How often the model was loaded and data were tokenised."""
+    """Count how often the model was loaded and data were tokenised."""
     counts = {"load_base": 0, "tokenise": 0}
 
     def counting(module, name):
@@ -108,7 +111,7 @@ def counted(monkeypatch) -> dict[str, int]:
 
 
 def test_a_warm_trial_is_a_cold_one_bit_for_bit_after_trials_of_every_kind(tmp_path, tiny_config, counted):
-    """Also after one that was left in the middle of it, one that failed, and with other layers under the adapter."""
+    """Earlier trials were left midway, failed, or had other layers under the adapter."""
     slot, config = Slot(), variant(tiny_config, VARIANTS[0])
     for number, changes in enumerate(VARIANTS[1:]):
         slot.run(variant(tiny_config, changes), tmp_path / f"before-{number}", num_rungs=1 if number == 0 else 99)
@@ -117,7 +120,8 @@ def test_a_warm_trial_is_a_cold_one_bit_for_bit_after_trials_of_every_kind(tmp_p
     loads = counted["load_base"]
     warm = slot.run(config, tmp_path / "warm")
     assert warm[-1]["outcome"] == "COMPLETE" and counted["load_base"] == loads
-    assert gc.get_freeze_count() > 10_000  # the model and its libraries: walked through after each trial, they cost 0.3 s
+    # freezing the model and its libraries spares the collector 0.3 s after each trial
+    assert gc.get_freeze_count() > 10_000
 
     (tmp_path / "cold").mkdir()
     list(train(config, tmp_path / "cold"))
@@ -126,7 +130,8 @@ def test_a_warm_trial_is_a_cold_one_bit_for_bit_after_trials_of_every_kind(tmp_p
         assert (tmp_path / "warm" / name).read_bytes() == (tmp_path / "cold" / name).read_bytes()
     (tmp_path / "other").mkdir()
     list(train(variant(tiny_config, {**VARIANTS[0], "train": {"seed": 1}}), tmp_path / "other"))
-    assert numbers(tmp_path / "other") != numbers(tmp_path / "cold")  # the twin: another seed is seen
+    # the twin: the test notices another seed
+    assert numbers(tmp_path / "other") != numbers(tmp_path / "cold")
 
 
 @pytest.mark.parametrize("how", ["SIGTERM to the process", "the driver's file"])
@@ -150,7 +155,7 @@ def test_a_trial_asked_to_end_saves_its_step_and_goes_on_in_another_process_as_i
     if how.startswith("SIGTERM"):
         with pytest.raises(SystemExit):
             slot.run(config, trial)
-        slot.worker._close()  # its process would be gone
+        slot.worker._close()  # its process would have ended
         assert was_terminated(trial) and not was_terminated(trial)
     else:
         *_, last = slot.run(config, trial)
@@ -167,7 +172,10 @@ def test_a_trial_asked_to_end_saves_its_step_and_goes_on_in_another_process_as_i
 
 @pytest.mark.parametrize("left_out", [1, 2])
 def test_reports_that_only_the_checkpoint_kept_are_passed_on_and_judged_before_a_step_is_trained(tmp_path, tiny_config, left_out):
-    """Else a trial pruned at the first of them has a rung more in its folder than in the journal."""
+    """Else a trial pruned at the first of them would have one rung more in its folder.
+
+    The journal would lack that rung.
+    """
     config, trial_folder, first = variant(tiny_config, {}), tmp_path / "trial", Slot()
     first.run(config, trial_folder, num_rungs=2)
     first.worker.cleanup()
@@ -183,7 +191,7 @@ def test_reports_that_only_the_checkpoint_kept_are_passed_on_and_judged_before_a
 
 @pytest.mark.parametrize("how", ["SIGTERM to the process", "the driver's file"])
 def test_a_process_that_still_loads_the_model_is_not_waited_for(tmp_path, tiny_config, monkeypatch, how):
-    """It has nothing to save: after SIGTERM it ends in the middle of it, and the driver does not count it."""
+    """It has nothing to save, so SIGTERM ends it while loading and the driver does not count it."""
     seen, slot, trial, load = [], Slot(), tmp_path / "trial", engine.model.load.load_base
 
     def load_base(*given):
@@ -243,7 +251,7 @@ def test_a_trial_leaves_no_tensor_behind(tmp_path, tiny_config):
         slot.run(variant(tiny_config, changes), tmp_path / str(number), num_rungs=2)
         slot.worker._close()
     assert live_tensors() == before
-    kept = torch.zeros(3)  # the twin: one more is seen
+    kept = torch.zeros(3)  # the twin: the test notices one more
     assert live_tensors() == before + 1 and kept is not None
 
 
@@ -262,7 +270,10 @@ def test_dead_time_is_from_the_end_of_one_trial_to_the_first_step_of_the_next(tm
 @pytest.mark.faults
 @pytest.mark.timeout(540)
 def test_fifty_trials_in_one_worker_take_no_more_memory_than_ten(tmp_path, tiny_config):
-    """3 minutes on two cores. Resident memory after ten trials and after fifty; and the twin, a worker that keeps something."""
+    """Compare resident memory after ten and after fifty trials; the twin is a worker that leaks.
+
+    Takes 3 minutes on two cores.
+    """
     slot, process, resident = Slot(), psutil.Process(), []
     for number in range(50):
         changes = VARIANTS[number % len(VARIANTS)]
@@ -271,8 +282,9 @@ def test_fifty_trials_in_one_worker_take_no_more_memory_than_ten(tmp_path, tiny_
         gc.collect()
         resident.append(process.memory_info().rss / MIB)
     print(f"resident MiB after 10, 20, ... trials: {[round(value, 1) for value in resident[9::10]]}")
-    limit = 0.5 * 40  # half a MiB a trial: less than the smallest part of one that could be kept, its optimizer's state
+    # half a MiB a trial is less than an optimizer's state, the smallest part that could leak
+    limit = 0.5 * 40
     assert resident[-1] - resident[9] < limit
     before = process.memory_info().rss / MIB
-    kept = [bytearray(b"x") * MIB for _ in range(40)]  # the twin: one MiB a trial is seen
+    kept = [bytearray(b"x") * MIB for _ in range(40)]  # the twin: the test notices one MiB a trial
     assert process.memory_info().rss / MIB - before > limit and kept

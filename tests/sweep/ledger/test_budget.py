@@ -1,4 +1,4 @@
-"""Budgets: what ends a sweep beside its number of trials, what becomes of the trials that ran, and how a resume goes on."""
+"""Budgets end a sweep before its last trial; running trials stop, and a resume continues them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.studies import WIDE, config_for, ledger_in, report, write_rep
 
 
 class Clock:
-    """Time that passes when told to."""
+    """A clock that moves only when told to."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -39,7 +39,7 @@ def outcomes(ledger: Ledger) -> list[str]:
 
 
 def say(ledger: Ledger, path, number: int, rung: int, loss: float) -> bool:
-    """What an engine does at a rung: its file first, then the report."""
+    """Act as an engine at a rung: write the file first, then send the report."""
     write_reports(path, number, [report(earlier, loss) for earlier in range(1, rung + 1)])
     return ledger.reported(number, report(rung, loss))
 
@@ -149,7 +149,8 @@ def test_what_a_killed_session_held_counts_until_its_last_event(tmp_path, kill):
     assert later.elapsed_s(9999.0) == {"after": 60.0, "before the worker has reported": 10.0}[kill]
     later.start_session(10_000.0)
     assert (later.elapsed_s(10_005.0), later.occupied_s(10_005.0)) == (later.elapsed_s(10_000.0) + 5.0, expected)
-    assert Timeline(file).occupied_s(20_000.0) == expected  # the torn line is gone, the next one is whole
+    # the torn line is gone, and the next line is whole
+    assert Timeline(file).occupied_s(20_000.0) == expected
 
 
 def test_a_stopped_trial_is_no_worse_than_a_complete_one_with_a_higher_loss():
@@ -192,7 +193,8 @@ def test_a_resume_may_raise_every_limit_and_drop_it():
 
 @pytest.mark.faults
 def test_a_whole_sweep_ends_at_its_target_and_goes_on_from_there(tmp_path):
-    space = {"optim.learning_rate": {"low": 9e-4, "high": 1.1e-3}}  # losses of rank 16: 2.06 + 0.5 / rung, and up to 0.006
+    # losses of rank 16: 2.06 + 0.5 / rung, and up to 0.006
+    space = {"optim.learning_rate": {"low": 9e-4, "high": 1.1e-3}}
     process = start(
         tmp_path,
         optim={"eps": 0.1},

@@ -1,4 +1,4 @@
-"""What a resumed sweep owes to the one that was killed, without Ray: proposals, verdicts, files, deaths, and paths."""
+"""A resume keeps the killed sweep's proposals, verdicts, files, deaths and paths (no Ray)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from tests.support.studies import WIDE, config_for, ledger_in, report, study_in,
 
 
 def propose(path: Path, sampler: str, reopen: bool) -> list[dict]:
-    """The params of 8 trials, each told before the next is asked for; reopen: in a new study object every time."""
+    """Return the params of 8 trials, each told before the next is asked for.
+
+    reopen: use a new study object for every trial.
+    """
     path.mkdir()
     config = config_for(WIDE, sampler, "none")
     study, params = study_in(path, config), []
@@ -50,14 +53,14 @@ def test_a_verdict_lost_in_a_kill_is_given_again(tmp_path):
     for number, loss in ((good.number, 2.0), (bad.number, 9.0)):
         write_reports(tmp_path, number, [report(1, loss)])
     ledger.reported(good.number, report(1, 2.0))
-    ledger._study.report(bad.number, 1, 9.0)  # and there the driver is killed
+    ledger._study.report(bad.number, 1, 9.0)  # here the driver is killed
     resumed = ledger_in(tmp_path, config)
     assert resumed.recover() == [good.number]
     assert resumed.records[bad.number].outcome is Outcome.PRUNED
 
 
 def test_results_that_a_kill_kept_from_the_folder_are_written_on_resume(tmp_path):
-    """Of a refused trial, and of one that ended; a result that is there is not touched."""
+    """For a refused trial and for one that ended; an existing result is not touched."""
     config = config_for(WIDE, num_trials=2)
     refuse = Fit(None, "needs 30 GiB", 30.0, 6.0)
     folder = SweepFolder(tmp_path)
@@ -101,9 +104,9 @@ def test_a_trial_whose_process_was_asked_to_end_goes_on_and_nothing_is_held_agai
         note_terminated(SweepFolder(tmp_path).trial(number))
         ledger.lost(number)
         assert ledger.next_trial().number == number
-    ledger.released(number)  # as a worker says that goes on living
+    ledger.released(number)  # as a worker that lives on reports it
     assert ledger.next_trial().number == number
-    ledger.lost(number)  # the twin: without the note it is a death, and one is too many here
+    ledger.lost(number)  # the twin: without the note it is a death, and one exceeds the limit here
     assert ledger.records[number].outcome is Outcome.LOST
 
 
@@ -112,7 +115,7 @@ def test_a_sweep_that_winds_down_starts_nothing_and_a_resume_goes_on_with_what_r
     ledger = ledger_in(tmp_path, config)
     numbers = [ledger.next_trial().number for _ in range(2)]
     ledger.wind_down()
-    assert not ledger.reported(numbers[0], report(1, 2.0))  # what is still heard counts
+    assert not ledger.reported(numbers[0], report(1, 2.0))  # a late report still counts
     for number in numbers:
         ledger.released(number)
     assert not ledger.live and ledger.next_trial() is Next.WAIT

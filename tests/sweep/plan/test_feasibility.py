@@ -1,4 +1,4 @@
-"""A config is judged for the card there is, and a space is refused where nothing of it fits."""
+"""A config is checked against the card present; a space of which nothing fits is refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_corners_are_points_of_the_space_and_conditions_hold():
 
 @pytest.mark.parametrize("length", [{"choices": [512, 1024]}, {"low": 512, "high": 1024}])
 def test_a_space_is_refused_only_where_its_least_demanding_point_does_not_fit(planned, length):
-    """Also where every change of the base alone does not fit."""
+    """The space passes even if no single change of the base fits."""
     judge = make_feasibility("rtx4090", Facts(shape=SHAPE))
     base = config_with(lora={"rank": 4096}).model_dump(mode="json")
     wide = parse_space({"lora.rank": {"choices": [64, 8]}, "data.max_seq_length": length})

@@ -1,4 +1,4 @@
-"""`dry_run=true`: memory, speed and cost of a sweep on a named card, on a machine without a GPU, weights or data."""
+"""`dry_run=true` predicts memory, speed and cost on a named card, without GPU, weights or data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SWEEP = ["model=local", "model.path=m", "data=local", "data.train=t.jsonl", "spa
 
 @pytest.fixture
 def seen(monkeypatch, tmp_path) -> list[Facts]:
-    """What looking at model and machine finds."""
+    """Return what inspecting model and machine finds."""
     answer = [Facts(shape=SHAPE)]
     monkeypatch.setattr(driver, "inspect", lambda config, module: answer[0])
     monkeypatch.setattr("sweep.cluster.slots.count_gpus", lambda: 0)

@@ -1,4 +1,4 @@
-"""The report: made from the folder alone, whatever state it is in; data stays text; it can fail without failing the sweep."""
+"""The report needs only the folder, in any state. Data stays text. A failure spares the sweep."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def reports_of(number: int, count: int) -> list[TrialReport]:
 
 
 def swept(path: Path, outcomes=OUTCOMES, space=SPACE) -> SweepFolder:
-    """A folder with trials that ended so, and one that still runs."""
+    """Make a folder with trials of these outcomes, and one that still runs."""
     folder = SweepFolder(path)
     path.mkdir(exist_ok=True)
     config = parse_sweep_config({
@@ -74,7 +74,7 @@ def swept(path: Path, outcomes=OUTCOMES, space=SPACE) -> SweepFolder:
 
 
 class Elements(HTMLParser):
-    """The elements of a page, and the attributes by which one loads something."""
+    """Collects a page's elements, and the attributes through which a page loads something."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -97,7 +97,8 @@ def test_a_sweep_is_one_page_with_every_figure_and_plotly_once_and_nothing_to_lo
     elements = Elements(page)
     assert elements.loads == [] and "default-src 'none'" in page
     shown = page.replace(get_plotlyjs(), "")
-    assert shown.count("Plotly.newPlot(") == 7  # all of them: curves, three by Optuna, Pareto, memory, slots
+    # all figures: curves, three by Optuna, Pareto, memory, slots
+    assert shown.count("Plotly.newPlot(") == 7
     assert shown.count("Not shown: ") == 1 and "Not shown: the end of a sweep generates them" in shown
     assert "7 trials of 16 asked for: 1 RUNNING, 3 COMPLETE, 1 PRUNED, 1 DIVERGED, 1 FAILED." in shown
     assert "median 0.50 s, at most 0.50 s, in all 3.0 s" in shown
@@ -124,7 +125,7 @@ def test_what_base_model_and_adapter_answered_is_shown_as_text_for_the_best_tria
     page = page_of(folder).replace(get_plotlyjs(), "")
     assert "<th>base model</th><th>with adapter</th>" in page and TAG not in page
     assert "What is &lt;script&gt;alert(1)&lt;/script&gt;?\nSay." in page and "A &amp; B" in page
-    folder.write_examples({"trial": 3, "examples": [example]})  # of an earlier winner
+    folder.write_examples({"trial": 3, "examples": [example]})  # an earlier winner's
     assert "A &amp; B" not in page_of(folder)
     folder.write_examples({"trial": 5, "error": "NotImplementedError: no generate"})
     assert "Not shown: nothing could be generated: NotImplementedError: no generate." in page_of(folder)
@@ -141,7 +142,7 @@ def test_a_killed_sweep_has_a_report_and_nothing_else_of_it_is_touched(tmp_path)
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert {path.name for path in after.keys() - before.keys()} == {"report.html"}
     assert all(after[path] == before[path] for path in before)
-    Timeline(folder.timeline)  # the twin: as the driver opens it, which may mend
+    Timeline(folder.timeline)  # the twin: the driver opens it for repair
     assert folder.timeline.read_bytes() != before[folder.timeline]
 
 

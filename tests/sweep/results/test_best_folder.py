@@ -1,4 +1,4 @@
-"""`best/` holds the adapter, its config and a card that says how it came about."""
+"""`best/` holds the adapter, its config and a card that says how it was made."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""The leaderboard lists every trial and says by which rule it ranks them."""
+"""The leaderboard lists every trial and states the rule that ranks them."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The winner measured again: within which tolerance it agrees, and what leaderboard.json keeps of it."""
+"""The reevaluation agrees within its tolerance, and leaderboard.json keeps it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search space: what it accepts, what it refuses, and what it turns a proposal into."""
+"""The search space accepts valid settings, refuses others, and turns proposals into configs."""
 
 from __future__ import annotations
 

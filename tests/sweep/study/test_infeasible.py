@@ -1,4 +1,4 @@
-"""What does not fit the card is refused before it starts, learned by the sampler, and never tried twice."""
+"""A config that does not fit the card is refused, told to the sampler, and not tried again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def config_for(space: dict, sampler: str = "random", num_trials: int = 6, seed: 
 
 
 def by_rank(config: TrainConfig) -> Fit:
-    """24 GiB; a trial needs as many as its rank times its micro-batch."""
+    """Plan for 24 GiB; a trial needs as many GiB as its rank times its micro-batch."""
     size = config.train.micro_batch_size
     need = float(config.lora.rank * (1 if size == "auto" else size))
     return Fit(None, f"needs {need} GiB" if need > 24 else None, need, need - 24)
@@ -45,7 +45,7 @@ def ledger_in(path, config, judge=by_rank) -> Ledger:
 
 
 def run(book: Ledger) -> list[int]:
-    """Complete every trial the ledger hands out; returns their numbers."""
+    """Complete every trial that the ledger hands out; return their numbers."""
     started = []
     while (proposal := book.next_trial()) is not Next.FINISHED:
         if proposal is Next.WAIT:
@@ -135,7 +135,7 @@ def test_points_that_differ_only_in_speed_are_one_trial(tmp_path):
 
 def test_a_micro_batch_that_does_not_fit_does_not_keep_a_smaller_one_out(tmp_path):
     space = {"lora.rank": {"choices": [8]}, "train.micro_batch_size": {"choices": [16, 8, 2]}}
-    for seed in range(4):  # in whatever order
+    for seed in range(4):  # in any order
         (tmp_path / str(seed)).mkdir()
         book = ledger_in(tmp_path / str(seed), config_for(space, "grid", seed=seed, tokens_per_step=65536))
         run(book)

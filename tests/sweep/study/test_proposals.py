@@ -1,4 +1,4 @@
-"""The copy that the sampler works on, the journal's own file, and the flushes behind the driver's back."""
+"""The sampler's copy of the study, the journal's file and its flushes in the background."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from tests.support.studies import SMALL, WIDE, config_for, finish_one, study_in
 
 
 def run_trials(study, count: int, seed: int = 0) -> list[dict]:
-    """Ask and end so many trials, some pruned, some failed, two running at a time; returns what was proposed."""
+    """Run this many trials, two at a time, and return the proposals.
+
+    Some of the trials are pruned, some fail.
+    """
     rng, running, params = random.Random(seed), [], []
     for _ in range(count):
         proposal = study.ask()
@@ -59,7 +62,8 @@ def test_in_a_space_that_is_nearly_used_up_rejected_drafts_leave_no_trace(tmp_pa
     assert study.ask() is None
     copy = study._proposer._copy.get_trials(deepcopy=False)
     running = [trial for trial in copy if not trial.state.is_finished()]
-    assert len(running) == 1 == len(study.running())  # the one that runs, and none of those that were known
+    # the running trial, and no known one
+    assert len(running) == 1 == len(study.running())
 
 
 def test_tpe_sees_the_best_the_running_and_a_share_of_many_trials(tmp_path, monkeypatch):
@@ -103,12 +107,15 @@ def test_a_decision_does_not_wait_for_the_disk_and_everything_is_flushed_in_the_
     assert flushed == [] and len(study_in(tmp_path, config_for(WIDE, "random")).records()) == 1
     slow.set()
     disk.wait_until_flushed()
-    assert len(flushed) >= 2  # the journal, after its last record, and the trial's config
+    assert len(flushed) >= 2  # the journal after its last record, and the trial's config
     assert not disk._waiting
 
 
 def test_a_sweep_of_many_trials_that_is_resumed_proposes_what_it_would_have_proposed(tmp_path, monkeypatch):
-    """One slot: what TPE sees of many trials depends on the trial's number, not on when the copy was made."""
+    """With one slot, what TPE sees of many trials depends on the trial's number alone.
+
+    It must not depend on when the copy was made.
+    """
     for name, value in (("MOST_SEEN", 30), ("FEWEST_SEEN", 20), ("BEST_SEEN", 8), ("LEAST_SHARE", 4)):
         monkeypatch.setattr(drafts, name, value)
     proposed = {}

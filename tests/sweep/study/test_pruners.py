@@ -1,4 +1,4 @@
-"""Our own pruners give Optuna's verdicts, one by one, whatever the trials report and in whatever order they do."""
+"""Our pruners give Optuna's verdicts, one by one, for any reports in any order."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PRUNERS = [
 
 
 class Optunas:
-    """Optuna's pruner on a study in memory."""
+    """Runs Optuna's pruner on a study in memory."""
 
     def __init__(self, config) -> None:
         self._pruner, self._storage = make_optuna_pruner(config, NUM_RUNGS), optuna.storages.InMemoryStorage()
@@ -49,7 +49,7 @@ class Optunas:
 
 
 def compare(config, seed: int, judge=None) -> dict[TrialState, int]:
-    """Play a sweep of random curves with many ties on 16 slots; returns how its trials ended."""
+    """Run a sweep of random curves with many ties on 16 slots; return each trial's outcome."""
     rng, theirs, ours = random.Random(seed), Optunas(config), judge or make_pruner(config, NUM_RUNGS, "sweep")
     live: dict[int, dict[int, float]] = {}
     ends = dict.fromkeys((TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL), 0)

@@ -1,4 +1,4 @@
-"""The study, without Ray, proposes what is new, counts a rung once, and loses nothing in a kill."""
+"""The study proposes new points, counts a rung once, and loses nothing in a kill (no Ray)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ def test_a_reopened_study_does_not_propose_its_beginning_again(tmp_path):
 
 
 def test_a_sweep_read_back_from_its_folder_goes_on_in_the_same_space(tmp_path):
-    """Choices written in sorted order were another distribution to Optuna, and the first new trial after a resume failed."""
+    """Choices written in sorted order were another distribution to Optuna.
+
+    The first new trial after a resume then failed.
+    """
     named = {"zeta": ["q_proj"], "alpha": ["k_proj"], "mid": "all-linear"}
     space = {**WIDE, "lora.target_modules": {"choices": named}, "data.max_seq_length": {"choices": [256, 128]}}
     config = config_for(space, sampler="tpe", num_trials=16)

@@ -1,4 +1,4 @@
-"""Warm start: which trials of an earlier sweep enter a study, what they do there, and what is refused in one line."""
+"""A warm start takes over suitable trials of an earlier sweep and refuses others in one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANKS = {"lora.rank": {"choices": [2, 4, 8]}}
 
 
 def finished_sweep(path, config, outcomes=(Outcome.COMPLETE,) * 4) -> SweepFolder:
-    """A sweep whose trials ended like that; a loss is the higher, the higher the rank."""
+    """Make a sweep whose trials ended so. A higher rank has a higher loss."""
     path.mkdir()
     folder, study = SweepFolder(path), study_in(path, config)
     folder.write_config(config)
@@ -79,7 +79,7 @@ def test_a_trial_of_an_earlier_sweep_is_never_trained_again(tmp_path):
 
 
 def test_the_sampler_starts_from_what_the_earlier_sweep_learned(tmp_path):
-    """With ten known trials TPE does not draw at random: it goes where the losses were low."""
+    """With ten known trials TPE samples near low losses and not at random."""
     steep = {"optim.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}, "lora.rank": {"choices": [2, 64]}}
     old = finished_sweep(tmp_path / "old", config_for(steep, "random"), [Outcome.COMPLETE] * 20)
     config = warm_config(old, steep, sampler="tpe")
@@ -215,7 +215,7 @@ def test_a_whole_sweep_learns_from_an_earlier_one_and_shows_the_front_of_its_own
     board = json.loads((folder / "leaderboard.json").read_text())
     assert {row["params"]["lora.rank"] for row in board["trials"] if row["number"] in trained} == {2, 4, 8, 16} - known
     front = {row["number"] for row in board["pareto_front"]}
-    assert front == trained  # a larger rank is better, and needs more
+    assert front == trained  # a larger rank is better, but needs more memory
     assert all((folder / "trials" / f"{number:04d}" / "adapter" / "adapter_model.safetensors").exists() for number in front)
     assert board["best_trial"] in trained and "pareto front of eval_loss, peak_allocated_gib: trials" in out
     assert "the space is used up: 2 of 4 trials were possible" in out

@@ -1,4 +1,4 @@
-"""These fixtures give the room's tests an MLflow store, and read back what a test wrote to it."""
+"""Give the room's tests an MLflow store, and read back what a test wrote to it."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.support.tracked import CONFIG
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """One database for the module: creating it takes 2 s; each test has its own experiment."""
+    """Create one database for the module, which takes 2 s; each test has a separate experiment."""
     return tmp_path_factory.mktemp("store")
 
 
@@ -21,13 +21,13 @@ def client(store):
 
 @pytest.fixture
 def tracker(store, tmp_path, request):
-    """Makes trackers of the same sweep, as a resume does."""
+    """Return a function that makes trackers of the same sweep, as a resume does."""
     return lambda: Tracker(local_uri(store), request.node.name, "my sweep", tmp_path / "it's a sweep", CONFIG)
 
 
 @pytest.fixture
 def runs(client, request):
-    """Runs of this test's experiment: name -> run; more than one of a name is an error."""
+    """Return a function that gives this test's runs by name. Two runs of a name are an error."""
 
     def read():
         found = client.search_runs([client.get_experiment_by_name(request.node.name).experiment_id])

@@ -1,4 +1,4 @@
-"""The writer in the background: what fails is tried again, and of several states of one thing the newest is written."""
+"""The background writer retries failed jobs and writes only the newest state of each thing."""
 
 import threading
 
@@ -67,7 +67,7 @@ def test_after_close_a_failing_job_gets_three_tries(impatient):
         raise OSError("away")
 
     writer = BackgroundWriter("test", lambda error: False)
-    writer._closing = True  # as if close() came first
+    writer._closing = True  # as if close() had come first
     writer._pending[("trial", 0)] = failing
     assert writer.close(5) == {"OSError: away": [("trial", 0)]}
     assert 3 <= len(tries) <= 6

@@ -21,7 +21,7 @@ def best_folder(tmp_path):
 
 @pytest.fixture
 def register(store, tmp_path, request):
-    """Has a sweep come to its end, as a resume does too; returns the warnings."""
+    """End a sweep, as a resume does too; return the warnings."""
 
     def end(folder, number=1, model=request.node.name):
         one = Tracker(local_uri(store), request.node.name, "my sweep", tmp_path / "sweep", CONFIG, model)
@@ -53,9 +53,11 @@ def test_the_best_adapter_is_a_model_version_that_loads_and_says_what_it_is(regi
 
 
 def test_the_same_adapter_is_registered_once_and_another_one_is_the_next_version(register, best_folder, client, runs, request):
-    assert register(best_folder) == register(best_folder) == []  # as a resume of a sweep that had come to its end
+    # as when a finished sweep is resumed
+    assert register(best_folder) == register(best_folder) == []
     assert len(versions(client, request.node.name)) == 1
-    (best_folder / "adapter_model.safetensors").write_bytes(b"two")  # the same trial, trained further after a resume
+    # the same trial, trained further after a resume
+    (best_folder / "adapter_model.safetensors").write_bytes(b"two")
     assert register(best_folder) == []
     first, second = versions(client, request.node.name)
     places = [version.source.rsplit("/", 1)[-1] for version in (first, second)]

@@ -1,6 +1,4 @@
-"""The page for Prometheus, and the dashboards that read it: every query is held against what a real
-sweep exports.
-"""
+"""The page for Prometheus shows what the dashboards' queries ask for."""
 
 from __future__ import annotations
 
@@ -33,12 +31,13 @@ from tests.support.paths import ROOT
 from tests.support.reports import make_report
 
 DASHBOARDS = ROOT / "dashboards"
-TARGET_LABELS = {"job", "instance"}  # Prometheus puts them on what it reads
-RAY_LABELS = {"ray_resources": {"Name", "State"}}  # from Ray's C++ code; seen on the page of a node of Ray 2.60
+TARGET_LABELS = {"job", "instance"}  # Prometheus adds these to what it reads
+# from Ray's C++ code, as the page of a Ray 2.60 node shows them
+RAY_LABELS = {"ray_resources": {"Name", "State"}}
 
 
 def scrape(address: str) -> dict[tuple[str, tuple], float]:
-    """(name of the sample, its labels) -> value."""
+    """Return (name of the sample, its labels) -> value."""
     with urllib.request.urlopen(address, timeout=10) as page:
         return samples(page.read().decode())
 
@@ -51,7 +50,7 @@ def samples(text: str) -> dict[tuple[str, tuple], float]:
 
 
 def shown(metrics: SweepMetrics) -> dict[str, float]:
-    """Samples by name and labels, without that of the sweep: trials{outcome="LOST"} -> 1."""
+    """Return samples by name and labels without the sweep's: trials{outcome="LOST"} -> 1."""
     registry = CollectorRegistry()
     registry.register(metrics)
     found = {}
@@ -102,7 +101,8 @@ def test_the_page_shows_outcomes_losses_and_what_runs_in_each_slot(tmp_path):
     assert shown(metrics) == {}
     timeline = Timeline(tmp_path / "timeline.jsonl")
     metrics.begin(timeline)
-    assert not any("loss" in name for name in shown(metrics))  # the twin: no loss is not a loss of 0
+    # the twin: no loss is not a loss of 0
+    assert not any("loss" in name for name in shown(metrics))
     for each in (
         record(0, Outcome.PRUNED, "a", 100), record(1, Outcome.COMPLETE, "a", 100, 200), record(2, Outcome.RUNNING, "a", 100),
         record(3, Outcome.RUNNING, "a", 100), record(4, Outcome.RUNNING), record(5, Outcome.COMPLETE, None, 9, source="x"),
@@ -113,7 +113,8 @@ def test_the_page_shows_outcomes_losses_and_what_runs_in_each_slot(tmp_path):
         'trials{outcome="COMPLETE"}': 1.0, 'trials{outcome="PRUNED"}': 1.0, 'trials{outcome="RUNNING"}': 3.0}  # fmt: skip
     assert page["best_eval_loss"] == pytest.approx(3.8) and page["lowest_eval_loss"] == pytest.approx(2.9)
     assert page["tokens_total"] == 500.0  # a trial of an earlier sweep was not trained here
-    assert page['slot_trial{slot="a"}'] == 3.0  # two records of one slot, after a resume: the later one is in it
+    # two records of one slot, after a resume: the later one holds it
+    assert page['slot_trial{slot="a"}'] == 3.0
     assert page['slot_peak_memory_bytes{kind="measured",slot="a"}'] == 2.0 * 2**30
     assert page['slot_peak_memory_bytes{kind="predicted",slot="a"}'] == 2.5 * 2**30
 
@@ -162,9 +163,7 @@ def test_a_resume_may_move_the_page():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> dict[str, set[str]]:
-    """Names of the samples that a sweep under Ray shows from its start to its end -> names of their
-    labels.
-    """
+    """Return the samples of a whole sweep under Ray: name -> names of its labels."""
     tmp_path = tmp_path_factory.mktemp("watched")
     process = start(
         tmp_path, optim={"eps": 0.25}, space={"lora.rank": {"choices": [2, 4, 8]}}, tracking={"name": "none", "metrics_port": 0},
@@ -190,8 +189,9 @@ def exported(tmp_path_factory) -> dict[str, set[str]]:
 
 
 def of_ray() -> dict[str, set[str]]:
-    """Names of the metrics of Ray's agents -> their labels, read off its source: importing it needs
-    ray[default].
+    """Return the metrics of Ray's agents: name -> labels.
+
+    They are read from Ray's source, because importing it needs ray[default].
     """
     from ray.dashboard import consts
 
@@ -204,7 +204,7 @@ def of_ray() -> dict[str, set[str]]:
 
 
 def queries() -> list[tuple[str, str]]:
-    """(where, PromQL) of all dashboards and alerts, variables put in."""
+    """Return (where, PromQL) of all dashboards and alerts, with variables filled in."""
     found = []
     for file in sorted(DASHBOARDS.glob("grafana/*.json")):
         for panel in json.loads(file.read_text())["panels"]:
@@ -215,8 +215,9 @@ def queries() -> list[tuple[str, str]]:
 
 
 def strangers(expression: str, known: dict[str, set[str]]) -> list[str]:
-    """What the query asks for and nobody exports: names of metrics, and labels that none of its
-    metrics has.
+    """Return the names in a query that nothing exports.
+
+    These are names of metrics, and labels that none of the query's metrics has.
     """
     missing, labels, waiting = [], set(TARGET_LABELS), [promql_parser.parse(expression)]
     used: set[str] = set()
@@ -243,7 +244,7 @@ def test_every_query_of_the_dashboards_reads_what_a_sweep_and_ray_export(exporte
         assert strangers(expression, known) == [], where
         legend = set(re.findall(r"{{(\w+)}}", where))
         assert legend <= set().union(*known.values()) | TARGET_LABELS, where
-    # the twins: a metric, a label and a grouping that nobody exports
+    # the twins: a metric, a label and a grouping that nothing exports
     for wrong in ("qlora_sweep_trails", 'rate(qlora_sweep_trials{result="LOST"}[5m])', "sum by (slot) (qlora_sweep_trials)"):
         assert strangers(wrong, known)
 
@@ -251,11 +252,12 @@ def test_every_query_of_the_dashboards_reads_what_a_sweep_and_ray_export(exporte
 def test_every_metric_of_a_sweep_is_on_a_dashboard(exported):
     text = " ".join(expression for where, expression in queries() if where.startswith("sweep:"))
     unused = {name for name in exported if not re.search(rf"\b{name}\b", text)}
-    assert unused == {"qlora_sweep_elapsed_seconds", "qlora_sweep_slots_busy"}  # for alerts and budgets of one's own
+    # for a user's alerts and budgets
+    assert unused == {"qlora_sweep_elapsed_seconds", "qlora_sweep_slots_busy"}
 
 
 def test_promtool_finds_no_fault():
-    """Where Prometheus is installed (Debian's package `prometheus`)."""
+    """Runs only if Prometheus is installed (Debian's package `prometheus`)."""
     try:
         for check in (["config", "prometheus.yml"], ["rules", "alerts.yml"]):
             done = subprocess.run(["promtool", "check", check[0], str(DASHBOARDS / check[1])], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What process and card did during a rung: means and peaks, and as much of a card as it tells."""
+"""The sampler gives means and peaks of process and card, as far as the card reports them."""
 
 from sweep.tracking.system_metrics import SystemSampler, machine_reader
 
@@ -10,7 +10,8 @@ def test_means_of_a_rung_begin_anew_after_each_and_memory_is_the_highest():
     for _ in range(2):
         sampler._add(sampler._read())
     assert sampler.take() == {"gpu_power_watts": 150.0, "gpu_memory_used_gib": 5.0}
-    assert sampler.take() == {"gpu_power_watts": 50.0, "gpu_memory_used_gib": 1.0}  # none since: one is read
+    # no sample since, so take() reads one
+    assert sampler.take() == {"gpu_power_watts": 50.0, "gpu_memory_used_gib": 1.0}
     sampler.stop()
 
 

@@ -1,4 +1,4 @@
-"""What MLflow shows of a sweep, and that no MLflow server, however broken, is noticed by the caller."""
+"""MLflow shows the sweep, and a broken MLflow server never disturbs the caller."""
 
 import math
 import socket
@@ -113,7 +113,7 @@ def test_a_finished_sweep_has_its_summary_and_the_best_adapter(tracker, runs, cl
 
 
 def test_a_trial_that_is_written_after_the_end_stays_marked_as_the_best(tracker, runs):
-    """After a failure the writer goes on with what comes next, and takes the failed one last."""
+    """After a failure the writer goes on with the next job and retries the failed one last."""
     one, best = tracker(), trial(1, Outcome.COMPLETE, 1.5)
     one.on_sweep_finished({}, best, None)
     while one._writer._pending:
@@ -132,14 +132,16 @@ def test_the_view_shows_outcomes_first_and_charts_what_differs_between_trials():
     shown = view("abc", params, {"eval/best_loss_nats_per_token", "memory/peak_allocated_gib", "system/process_cpu_percent"})
     assert shown["columnOrder"][2:4] == ["tags.`outcome`", "metrics.`eval/best_loss_nats_per_token`"]
     assert set(shown["columnOrder"]) >= set(shown["columnWidths"])
-    assert "metrics.`memory/predicted_peak_gib`" not in shown["selectedColumns"]  # nobody has it
+    assert "metrics.`memory/predicted_peak_gib`" not in shown["selectedColumns"]  # no trial has it
     (parallel,) = (chart for chart in shown["compareRunCharts"] if chart["type"] == "PARALLEL")
-    assert parallel["selectedParams"] == ["lora.rank"]  # the seed is the same everywhere, and one trial has no alpha
+    # the seed is the same everywhere, and one trial has no alpha
+    assert parallel["selectedParams"] == ["lora.rank"]
     assert len({chart["uuid"] for chart in shown["compareRunCharts"]}) == len(shown["compareRunCharts"])
 
 
 def test_what_the_machine_did_at_each_rung_is_a_metric_against_tokens_seen(tracker, runs, client, tmp_path):
-    for rung, percent in ((1, 50.0), (2, 60.0), (2, 70.0)):  # a trial that was resumed passed rung 2 again
+    # a resumed trial passed rung 2 again
+    for rung, percent in ((1, 50.0), (2, 60.0), (2, 70.0)):
         write_system(tmp_path, rung, {"gpu_utilization_percent": percent, "gpu_power_watts": 250.0})
     with open(tmp_path / "system.jsonl", "a") as torn:
         torn.write('{"rung": 3, "gpu_')

@@ -1,4 +1,7 @@
-"""Several objectives: the study minimises them all, the front is what no trial beats, and the winner stays the lowest loss."""
+"""With several objectives the study minimises all, and the lowest loss still wins.
+
+The front holds the trials that no other beats.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,7 @@ SLOW_GP = pytest.param("gp", marks=pytest.mark.faults)  # three Gaussian process
 
 @pytest.mark.parametrize("sampler", ["tpe", SLOW_GP, "nsga2", "random"])
 def test_a_study_of_three_objectives_runs_with_faults_and_is_read_back(tmp_path, sampler):
-    """Also past the samplers' random start, with points that do not fit, memory that ran out, and a resume in between."""
+    """Covers trials past the random start, infeasible points, out-of-memory errors and a resume."""
     config = config_for(WIDE, sampler, num_trials=24, objectives=list(THREE))
     rng = random.Random(0)
 

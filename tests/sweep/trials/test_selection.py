@@ -1,4 +1,4 @@
-"""One rule says who wins, and in which order the rest stands."""
+"""One rule chooses the winner and orders the rest."""
 
 import math
 
