@@ -1,10 +1,15 @@
-"""python -m engine <train_config.json>             train that one trial, or replay it and compare with what it reported
-python -m engine prepare <configs.json>           check configs and fill the caches, without a GPU
-python -m engine inspect <train_config.json>         the model's shape and the card that is here, as JSON; no weights, no data
-python -m engine plan <train_config.json> --card rtx4090   how it would be computed there: peak memory and speed, predicted
-python -m engine evaluate <train_config.json> --adapter <folder>   the base model's loss and the adapter's
-python -m engine.export <adapter folder> --to FORM --out DIR     for PEFT, vLLM, llama.cpp (a command of its own)
-python -m engine.chat <adapter folder>            talk to it (a command of its own)
+"""Train one trial, or check, inspect, plan or evaluate it.
+
+python -m engine <train_config.json>              train, or replay and compare with its reports
+python -m engine prepare <configs.json>           check configs and fill the caches, without GPU
+python -m engine inspect <train_config.json>      print model shape and GPU as JSON
+python -m engine plan <train_config.json> --card rtx4090
+                                                  predict peak memory and speed on that card
+python -m engine evaluate <train_config.json> --adapter <folder>
+                                                  print the losses of base model and adapter
+python -m engine.export <adapter folder> --to FORM --out DIR
+                                                  convert it for PEFT, vLLM or llama.cpp
+python -m engine.chat <adapter folder>            chat with the adapter
 """
 
 from __future__ import annotations
@@ -24,12 +29,15 @@ from engine.planning.planner import make_compute_plan
 from engine.system.command_line import asked_to_end, run
 from engine.system.files import write_text
 
-STOPPED = "stopped; the same command goes on from where it last saved"
-ENDING = "ending after this step, which is saved; Ctrl-C ends at once"
+STOPPED = "stopped; run the same command again to continue from the last save"
+ENDING = "ending after this step and saving it; press Ctrl-C again to stop at once"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; an EngineError is one line on stderr and exit code 2."""
+    """Run one command and return its exit code.
+
+    An EngineError prints one line on stderr and gives exit code 2, or the error's own code.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"train": _train, "prepare": _prepare, "inspect": _inspect, "plan": _plan, "evaluate": _evaluate}
     command = arguments[0] if arguments[:1] and arguments[0] in commands else "train"
@@ -48,7 +56,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 def _train(arguments: list[str]) -> int:
     parser = _parser("train")
     parser.add_argument(
-        "--out", type=Path, help="trial folder to write and to continue from (default: replay/ beside the config)"
+        "--out", type=Path, help="trial folder to write and to continue from (default: replay/ next to the config)"
     )
     options = parser.parse_args(arguments)
     config = load_train_config(options.config)
@@ -81,7 +89,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _recorded(path: Path) -> dict[int, float]:
-    """Rung -> eval_loss of the trial whose config is replayed; empty where there was none."""
+    """Return rung -> eval_loss from the reports of the replayed trial, or {} without reports."""
     if not path.is_file():
         return {}
     return {r["rung"]: r["eval_loss"] for r in map(json.loads, path.read_text().splitlines())}
@@ -93,7 +101,7 @@ def _prepare(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     listed = load_json(options.config)
     if not isinstance(listed, list):
-        raise InputError("configs", listed, "must be a list of training configs")
+        raise InputError("configs", listed, "must be a JSON list of training configs")
     configs = [parse(TrainConfig, values, f"configs.{i}") for i, values in enumerate(listed)]
     from engine.prepare import prepare
 
@@ -119,8 +127,8 @@ def _plan(arguments: list[str]) -> int:
 
     chosen = make_compute_plan(config, ModelShape.of(model_config(config.model), config.model.path), card)
     print(f"plan: {chosen.describe()}")
-    print(f"memory, predicted, GiB, of {card.memory_gib:g} on {card.name}: {chosen.memory.describe()}")
-    print(f"speed, predicted: {chosen.speed.tokens_per_second:,.0f} tok/s; milliseconds of a micro-batch:")
+    print(f"predicted memory in GiB, of {card.memory_gib:g} on {card.name}: {chosen.memory.describe()}")
+    print(f"predicted speed: {chosen.speed.tokens_per_second:,.0f} tok/s; milliseconds per micro-batch:")
     for name, ms in sorted(chosen.speed.parts.items(), key=lambda item: -item[1]):
         print(f"  {name:<22}{ms:8.1f}")
     return 0
@@ -129,7 +137,7 @@ def _plan(arguments: list[str]) -> int:
 def _evaluate(arguments: list[str]) -> int:
     parser = _parser("evaluate")
     parser.add_argument("--adapter", type=Path, required=True)
-    parser.add_argument("--examples", type=int, default=0, help="evaluation samples that base model and adapter both answer")
+    parser.add_argument("--examples", type=int, default=0, help="evaluation samples for base model and adapter to answer")
     parser.add_argument("--answer", type=Path)
     options = parser.parse_args(arguments)
     if options.examples < 0:

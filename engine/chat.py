@@ -1,7 +1,8 @@
-"""python -m engine.chat <adapter folder>: talk to the adapter, on the base model held as in training.
+"""Chat with an adapter on its base model, quantised as in training.
 
-Ctrl-C stops an answer, Ctrl-D ends. Answers come from transformers' generate with its cache of keys and values and its own
-attention: training's attention takes packed rows and keeps no cache. For trying an adapter out, not for serving it.
+Ctrl-C stops an answer, Ctrl-D ends the chat. transformers' generate writes the answers, with its
+own attention and key-value cache: training's attention takes packed rows and keeps no cache. Use it
+to try an adapter out, not to serve it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from engine.system.limited_child import Bounded, TooCostly
 
 
 class Printer(TextStreamer):
-    """Prints text as soon as its words are whole, and keeps it: an answer that is interrupted is part of the conversation too."""
+    """Print text word by word and keep it: an interrupted answer stays in the conversation."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -41,20 +42,25 @@ class Printer(TextStreamer):
 
 
 class Chat:
-    """A loaded base model with its adapter, and the turns so far."""
+    """Hold a loaded base model with its adapter, and the turns so far."""
 
     def __init__(self, base: Base, template: str | None, max_new_tokens: int, temperature: float) -> None:
-        """template: None gives the model each prompt as it is, without turns. temperature: 0 takes the likeliest token."""
+        """Set how the model answers.
+
+        template: None passes each prompt to the model as it is, without earlier turns. temperature:
+        0 always takes the likeliest token.
+        """
         self._base, self._template, self._messages = base, template, []
         self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "use_cache": True}
         if temperature > 0:
             self._options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         if ends := end_tokens(base):
-            self._options |= {"eos_token_id": ends, "pad_token_id": ends[0]}  # one sequence is never padded; unset, it warns
+            # A single sequence is never padded, but generate warns if the pad token is not set.
+            self._options |= {"eos_token_id": ends, "pad_token_id": ends[0]}
 
     @torch.no_grad()
     def answer(self, prompt: str) -> str:
-        """Prints the answer as it comes. Ctrl-C ends it there; what was said so far stays in the conversation."""
+        """Print the answer as it comes and return it. Ctrl-C stops it; the text so far is kept."""
         printer = Printer(self._base.tokenizer)
         inputs = {name: tensor.to(self._base.device) for name, tensor in self._encode(prompt).items()}
         try:
@@ -77,15 +83,20 @@ class Chat:
                     text = render(self._messages)
             except TooCostly as error:
                 raise InputError("chat template", self._template, str(error)) from None
-            encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")  # the template writes them
+            # The template has written the special tokens already.
+            encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 
 def load_chat(folder: Path, max_new_tokens: int, temperature: float, device: str = "auto") -> Chat:
-    """The adapter on its base model: quantised as train_config.json says, in NF4 where there is none."""
+    """Load the adapter on its base model, quantised as its train_config.json says.
+
+    Without a train_config.json the base is held in NF4. Raises InputError.
+    """
     adapter, config = read_adapter(folder), find_train_config(folder)
     model = config.model if config else ModelConfig(path=adapter.base, revision=adapter.revision)
-    model = model.model_copy(update={"layers": "original", "embeddings": "device"})  # fused layers are for packed rows
+    # Fused layers take packed rows only, which generate does not make.
+    model = model.model_copy(update={"layers": "original", "embeddings": "device"})
     base = load_base(model, pick_device(device), attention_name="sdpa")
     layers = attach(base.model, base.linear_names, adapter.lora_config(), seed=0)
     with torch.no_grad():
@@ -97,7 +108,7 @@ def load_chat(folder: Path, max_new_tokens: int, temperature: float, device: str
 
 
 def _prompts() -> Iterator[str]:
-    """Lines typed, until Ctrl-D. Ctrl-C clears the line."""
+    """Yield the lines the user types, until Ctrl-D. Ctrl-C clears the line."""
     while True:
         try:
             line = input("> ")
@@ -111,7 +122,7 @@ def _prompts() -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit code."""
     return run(lambda: _main(_options(arguments)))
 
 
@@ -120,7 +131,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m engine.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("adapter", type=Path, help="folder with adapter_config.json, such as best/ of a sweep")
-    parser.add_argument("--prompt", help="answer this and end")
+    parser.add_argument("--prompt", help="answer this prompt and exit")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,31 +1,41 @@
-"""Errors a user can act on. Each is one line that names the field, the value and what is allowed. No torch."""
+"""Define the errors that a user can act on; each is one line. No torch."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class EngineError(Exception):
-    """Base of every error this project raises on purpose; anything else that escapes is a bug."""
+    """All errors raised on purpose derive from this; any other exception that escapes is a bug."""
 
 
 class InputError(EngineError):
-    """Bad input: a config value, a data set, a model folder. The command line prints the one line and exits with code 2."""
+    """Report bad input: a config value, a data set or a model folder.
+
+    The line names the field, the value and what is allowed. The command prints it and exits with
+    code 2.
+    """
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        """field: dotted config path or file; value: what was given; allowed: what would have been accepted."""
+        """Make the line from a field (config path or file), its value and what is allowed."""
         self.field, self.value, self.allowed = field, value, allowed
         super().__init__(_one_line(f"{field} = {_short(value)}: {allowed}"))
 
-    def __reduce__(self):  # exceptions with several arguments do not survive pickling (Ray) without this
+    def __reduce__(self):  # without this, Ray cannot pickle an exception of several arguments
         return (type(self), (self.field, self.value, self.allowed))
 
 
 class DivergedError(EngineError):
-    """The loss or the gradient is not finite, or has exploded, or vanished: going on would only burn GPU time."""
+    """Report a loss or gradient that is not finite, has exploded or has vanished.
+
+    To continue would only waste GPU time.
+    """
 
 
 class OutOfMemory(EngineError):
-    """The leanest way to compute a config does not fit: predicted, or met. Peaks in GiB, None where not known."""
+    """Report that even the leanest way to compute a config does not fit, by prediction or in fact.
+
+    Peaks are in GiB, None if unknown.
+    """
 
     def __init__(self, line: str, predicted_gib: float | None = None, measured_gib: float | None = None) -> None:
         self.line, self.predicted_gib, self.measured_gib = line, predicted_gib, measured_gib
@@ -36,34 +46,37 @@ class OutOfMemory(EngineError):
 
 
 class StorageError(EngineError):
-    """Files cannot be written: the disk is full, read-only or failing. No trial's fault: each can go on later."""
+    """Report that the disk is full, read-only or failing. Each trial can continue later."""
 
     exit_code = 1
 
 
 class Interrupted(EngineError):
-    """The caller asked a trial to stop between two reports. Its checkpoint is of the last step: it goes on from there."""
+    """Report that the caller stopped a trial between two reports.
+
+    The checkpoint holds the last step, and the trial can continue from there.
+    """
 
 
 class CheckpointError(EngineError):
-    """A checkpoint is torn, or belongs to another config."""
+    """Report a checkpoint that is torn or belongs to another config."""
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, in one line; its kind where it says nothing."""
+    """Return a library's error message as one line, or the error's type if it has no message."""
     lines = str(error).split("\n") if str(error).strip() else [type(error).__name__]
     lines = [line.strip() for line in lines if line.strip()]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def did_you_mean(given: str, known: Iterable[str], num: int = 1, cutoff: float = 0.6) -> str:
-    """The `num` nearest known names as a hint, `; did you mean 'rank'?`; empty where none is near."""
+    """Return a hint such as `; did you mean 'rank'?` with up to `num` near names, or ''."""
     near = difflib.get_close_matches(given, list(known), n=num, cutoff=cutoff)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def _one_line(text: str) -> str:
-    """Line ends and what would steer a terminal as escapes: a key of a config may hold anything."""
+    """Escape line ends and terminal control characters, because a config key may hold anything."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 

@@ -1,6 +1,7 @@
-"""Everything that can be found wrong before a GPU is touched, found at once: model folder, targets, data. No weight is loaded.
+"""Check model folder, adapter targets and data before a trial uses a GPU. Loads no weights.
 
-Also fills the caches (builtin model and data, tokens), so that trials of one machine do not do it side by side.
+The check also fills the caches (builtin model and data, tokens). Otherwise the trials of one
+machine would all fill them at the same time.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from engine.units import GIB
 
 
 def prepare(configs: list[TrainConfig]) -> dict[str, Any]:
-    """Check every config; the first fault is an InputError. Returns sizes, trainable parameters per config, and digests of the
-    first config's samples."""
+    """Check every config; raise InputError at the first fault.
+
+    Returns the facts that `inspect` returns for the first config, its sample counts and digests,
+    and the number of trainable parameters of every config.
+    """
     if not configs:
         raise InputError("configs", configs, "must hold at least one training config")
-    models: dict[str, tuple[ModelFacts, Any]] = {}  # with the tokenizer
+    models: dict[str, tuple[ModelFacts, Any]] = {}  # facts and tokenizer
     samples: dict[str, tuple[int, int, int]] = {}
     digests: dict[str, str] = {}
     num_trainable = []
@@ -58,9 +62,12 @@ def prepare(configs: list[TrainConfig]) -> dict[str, Any]:
 
 
 def inspect(config: ModelConfig) -> dict[str, Any]:
-    """What memory and speed depend on. shape: the fields of ModelShape, None where the model gives none; card: name and memory
-    of the visible card with the least, None without CUDA; host_gib: host memory a trial may pin, None where not known. Needs
-    the model's config.json and nothing else of it."""
+    """Return the facts that decide memory and speed. Reads only config.json from the model folder.
+
+    shape: the fields of ModelShape, or None for a model it does not describe. card: name and memory
+    of the visible card with the least memory, or None without CUDA. host_gib: host memory that a
+    trial may pin, or None if not known.
+    """
     host_gib, shape = host_share_gib(), ModelShape.known(model_config(config), config.path)
     return {"shape": shape and asdict(shape), "card": _card(), "host_gib": host_gib if math.isfinite(host_gib) else None}
 

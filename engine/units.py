@@ -1,13 +1,13 @@
-"""Units that both halves count in."""
+"""Define units that the engine and the sweep share."""
 
 from __future__ import annotations
 
 import math
 
 GIB = 2**30
-MAX_EXPONENT = 700.0  # exp() of more is no float64
+MAX_EXPONENT = 700.0  # exp() of more overflows float64
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), loss in nats a token; the largest value that a float holds where the loss has exploded."""
+    """Return exp(loss) for a loss in nats per token, capped at exp(700) to stay a float."""
     return math.exp(min(loss, MAX_EXPONENT))

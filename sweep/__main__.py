@@ -1,4 +1,4 @@
-"""python -m sweep: composes conf/ once, and hands a plain dict to the driver."""
+"""Run `python -m sweep`: compose conf/ once, and pass the plain config to the driver."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["compose", "groups", "main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0 done, 1 no trial completed, 2 bad input, 130 interrupted."""
+    """Return the exit code: 0 done, 1 no trial completed, 2 bad input, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     return run(lambda: _main(arguments), output=lasting_output)
 
@@ -26,7 +26,7 @@ def _main(arguments: list[str]) -> int:
         return 0
     if arguments[:1] == ["--completion"] or arguments[:1] == ["--complete"]:
         return _complete(*arguments)
-    from sweep import driver  # loads most of the program, which help and completion need not wait for
+    from sweep import driver  # loads most of the program, help does not need it
 
     overrides = [argument for argument in arguments if argument != "--cfg"]
     keys, rest = run_keys(overrides)
@@ -40,7 +40,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def _complete(option: str, value: str = "", *rest: str) -> int:
-    """--completion SHELL prints what that shell is to source; --complete WORD is how it asks afterwards."""
+    """Print the script for `--completion SHELL`, or the candidates for `--complete WORD`."""
     from sweep.cli.completion import candidates, script  # only where a shell asks
 
     print(script(value) if option == "--completion" else "\n".join(candidates(value)))

@@ -1,7 +1,10 @@
-"""The driver: one sweep from a plain config to the best adapter, or from a sweep folder onward. Never loads torch.
+"""Run one sweep, from a plain config or an existing sweep folder to the best adapter.
 
-The order is: check everything, prepare model and data in a subprocess, create the folder, run the trials under Tune, choose.
-A kill at any moment leaves a folder that `resume` goes on from: the journal is the record, and Tune's own state is not used.
+The driver checks everything, prepares model and data in a subprocess, creates the folder, runs the
+trials under Tune and chooses the best.
+
+A kill at any moment leaves a folder that `resume` continues from. The journal is the record, and
+Tune's own state is not used.
 """
 
 from __future__ import annotations
@@ -39,23 +42,30 @@ INTERRUPTED = 130
 
 
 def start(raw: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
-    """Run a new sweep. Returns the exit code; raises InputError before anything is written."""
+    """Run a new sweep. Returns the exit code. Raises InputError before anything is written."""
     config = with_absolute_paths(parse_sweep_config(raw), Path.cwd())
     return _launch(make_sweep_plan(config, _find_hardware), None, dry_run, engine)
 
 
 def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
-    """Go on with a sweep from its folder. overrides: dotted path -> value; only what it may spend can be raised."""
+    """Continue a sweep from its folder. Returns the exit code.
+
+    overrides: dotted path -> value, limited to the fields in sweep/config/resume_changes.py. Raises
+    InputError.
+    """
     folder = SweepFolder.open(path)
     if not dry_run:
-        with folder.lock():  # another driver is no reason to prepare model and data first
+        with folder.lock():  # refuse a second driver before preparing model and data
             pass
     config = apply_resume_changes(folder.read_config(), overrides)
     return _launch(make_sweep_plan(config, _find_hardware), folder, dry_run, engine)
 
 
 def _launch(plan: SweepPlan, folder: SweepFolder | None, dry_run: bool, engine: EngineModules) -> int:
-    """Say the plan, check it all, run. folder: none for a new sweep, whose folder is created once nothing can be refused."""
+    """Print the plan, check everything, and run.
+
+    folder: None for a new sweep, whose folder is created once all checks have passed.
+    """
     print(plan.describe(), flush=True)
     for warning in plan.warnings():
         print(f"WARNING: {warning}", file=sys.stderr)
@@ -79,15 +89,21 @@ def _launch(plan: SweepPlan, folder: SweepFolder | None, dry_run: bool, engine: 
 
 
 def _check_warm_start(plan: SweepPlan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
-    """InputError where the sweeps of sweep.warm_start cannot be learnt from. data: digests of today's samples."""
-    from sweep.study.earlier_sweeps import read_earlier  # loads Optuna: half a second that most sweeps need not wait
+    """Raise InputError if the sampler cannot learn from the sweeps in sweep.warm_start.
+
+    data: digests of today's samples.
+    """
+    from sweep.study.earlier_sweeps import read_earlier  # loads Optuna, which takes half a second
 
     earlier = read_earlier(plan.config, plan.space, data)
-    say(f"warm start {len(earlier)} trials of {', '.join(plan.config.sweep.warm_start)}")
+    say(f"warm start {len(earlier)} trials from {', '.join(plan.config.sweep.warm_start)}")
 
 
 def _forecast(plan: SweepPlan, engine: EngineModules) -> None:
-    """Print what a dry run adds to the plan. Needs the model's config.json, and neither weights, data nor a GPU."""
+    """Print what a dry run adds to the plan.
+
+    It needs the model's config.json, but no weights, no data and no GPU.
+    """
     config, cpu = plan.config, plan.slots.device == "cpu"
     if config.train.device == "cpu" or (config.cluster.card == "auto" and cpu):
         print(no_forecast_line(config.train.device), flush=True)
@@ -98,8 +114,10 @@ def _forecast(plan: SweepPlan, engine: EngineModules) -> None:
 
 
 def _prepare(plan: SweepPlan, engine: EngineModules) -> tuple[Feasibility, dict[str, Any]]:
-    """Check the whole sweep against model, data and card; InputError where it cannot work. Returns the judge of its trials, and
-    digests of the samples."""
+    """Check the whole sweep against model, data and card. Raises InputError if it cannot work.
+
+    Returns the fit check for its trials, and digests of the samples.
+    """
     print("preparing model and data ...", flush=True)
     facts = prepare(plan.probes(), engine.command)
     print(f"model: {facts['layers']}", flush=True)
@@ -107,15 +125,13 @@ def _prepare(plan: SweepPlan, engine: EngineModules) -> tuple[Feasibility, dict[
     on_gpu = plan.slots.device == "cuda"
     feasibility = make_feasibility(plan.config.cluster.card, facts, plan.kinds) if on_gpu else Feasibility(None, None)
     if feasibility.predicts:
-        print(f"{card_line(feasibility)}; what is predicted not to fit is not started", flush=True)
+        print(f"{card_line(feasibility)}; trials that are predicted not to fit are not started", flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
     return feasibility, facts.get("data", {})
 
 
-def _run(
-    plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, page: MetricsPage | None
-) -> int:
-    """Everything between the folder's creation and the last line. Holds the folder's lock."""
+def _run(plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, page: MetricsPage | None) -> int:
+    """Run everything from the folder's creation to the last line, with the folder's lock held."""
     with folder.lock():
         folder.write_config(plan.config)
         screen = make_console(sys.stdout, plan.num_rungs, plan.config.sweep.num_trials)
@@ -139,17 +155,24 @@ def _run(
 
 
 def _find_hardware(cluster: ClusterConfig) -> Hardware:
-    """What this machine has; with an address, what the cluster there has, which is joined and left again."""
+    """Return the hardware of this machine or, with an address, of the cluster there.
+
+    The driver joins that cluster and leaves it again.
+    """
     if cluster.address is None:
         return local_hardware(cluster)
     set_ray_environment(cluster.address)
-    from sweep.cluster.connect import inspect_cluster  # loads ray, which reads that environment once
+    from sweep.cluster.connect import inspect_cluster  # loads ray, which reads that environment
 
     return inspect_cluster(cluster.address, 0 if cluster.num_gpus == "auto" else cluster.num_gpus, cluster.wait_s)
 
 
 def _metrics_page(plan: SweepPlan) -> AbstractContextManager[MetricsPage | None]:
-    """Where Prometheus reads. Opened before the long preparation, so that what cannot be had is refused at once."""
+    """Open the page that Prometheus reads.
+
+    The driver does this before the long preparation, so that an unusable address or port is refused
+    at once.
+    """
     if plan.config.tracking.metrics_port is None:
         return nullcontext()
     return serve(plan.config.tracking, lambda line: print(line, flush=True))
@@ -164,13 +187,16 @@ def _interrupted(folder: SweepFolder | None) -> int:
 
 
 def _report_so_far(folder: SweepFolder) -> None:
-    """After the line to resume by, which nobody should have to wait for; a second signal ends it."""
-    from sweep.report.build import try_write_report  # loads Optuna and plotly, which an early Ctrl-C need not wait for
+    """Write the report of an interrupted sweep. A second signal ends this.
+
+    The driver has printed the line to resume by, so no one has to wait for the report.
+    """
+    from sweep.report.build import try_write_report  # loads Optuna and plotly, slowly
 
     try:
         try_write_report(folder, lambda line: print(line, flush=True))
     except KeyboardInterrupt:
-        print(f"no report was written; to have one: python -m sweep.report {shlex.quote(str(folder.path))}", flush=True)
+        print(f"no report was written; to write one: python -m sweep.report {shlex.quote(str(folder.path))}", flush=True)
 
 
 def _resume_command(folder: SweepFolder) -> str:
@@ -179,7 +205,10 @@ def _resume_command(folder: SweepFolder) -> str:
 
 @contextmanager
 def _storage_errors(folder: SweepFolder) -> Iterator[None]:
-    """A disk that is full, read-only or failing is one line, and what to do about it, wherever the driver met it."""
+    """Turn a full, read-only or failing disk into one line that says what to do.
+
+    It does so wherever the driver meets the error.
+    """
     try:
         yield
     except Exception as error:
@@ -190,5 +219,5 @@ def _storage_errors(folder: SweepFolder) -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    """Every signal that asks for an end does what Ctrl-C does."""
+    """Treat every signal that asks for an end like Ctrl-C."""
     raise KeyboardInterrupt

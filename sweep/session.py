@@ -1,6 +1,7 @@
-"""One session of a sweep: everything that works on its folder between the driver's start and its end, in one object.
+"""Run one session of a sweep, with everything that works on its folder in that time.
 
-Loads ray: `set_ray_environment` comes before the first import of this module.
+A session lasts from the driver's start to its end. This module loads ray, so call
+`set_ray_environment` before its first import.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from sweep.trials.selection import Rule
 
 @dataclass(frozen=True)
 class SweepSession:
-    """Runs the trials that are left, and ends the sweep. The caller holds the folder's lock, and closes screen and tracker.
+    """Run the trials that are left, and end the sweep.
 
-    page: where Prometheus reads; None where nobody asked for one.
+    The caller holds the folder's lock, and closes screen and tracker. page: the page that
+    Prometheus reads, None if the config asks for none.
     """
 
     plan: SweepPlan
@@ -45,7 +47,7 @@ class SweepSession:
     page: MetricsPage | None = None
 
     def run(self) -> int:
-        """Returns the exit code: 0 where there is an adapter to use, else 1."""
+        """Run the session. Returns the exit code: 0 if there is an adapter to use, else 1."""
         self.screen.note(f"sweep folder {self.folder.path}")
         ledger = self._open_ledger()
         if ledger.has_work():
@@ -60,7 +62,10 @@ class SweepSession:
         return self._finish(ledger)
 
     def _open_study(self) -> Study:
-        """The study as the journal has it, with the trials of earlier sweeps where the config names some."""
+        """Open the study in the journal.
+
+        Adds the trials of earlier sweeps if the config names some and they are not in yet.
+        """
         config, space = self.plan.config, self.plan.space
         study = Study(self.folder, config, space, self.feasibility.check_fit)
         if config.sweep.warm_start and not study.has_earlier_trials:
@@ -68,7 +73,7 @@ class SweepSession:
         return study
 
     def _open_ledger(self) -> Ledger:
-        """The ledger, caught up with what the driver before may not have heard."""
+        """Open the ledger, and catch up with what the previous driver may not have heard."""
         study, metrics = self._open_study(), self._make_metrics()
         listeners = (self.screen, self.tracker, *([] if metrics is None else [metrics]))
         ledger = Ledger(study, self.folder, Limits.of(self.plan), listeners=listeners, note=self.screen.note)
@@ -82,14 +87,17 @@ class SweepSession:
         return ledger
 
     def _make_metrics(self) -> SweepMetrics | None:
-        """What the page shows; None where there is no page."""
+        """Return the numbers that the page shows, or None if there is no page."""
         if self.page is None:
             return None
         return SweepMetrics(self.folder.path.name, self.plan.config.sweep.num_trials, self.plan.slots.num_slots)
 
     @property
     def _avoid(self) -> Callable[[TrainConfig], tuple[Label, ...]] | None:
-        """Labels of the nodes whose cards a config does not fit; None where all cards are alike."""
+        """Return a function from a config to the labels of nodes whose cards it does not fit.
+
+        None if all cards are alike.
+        """
         return self.feasibility.avoid if self.plan.has_mixed_cards else None
 
     def _finish(self, ledger: Ledger) -> int:
@@ -112,7 +120,7 @@ class SweepSession:
         return 0 if best else 1
 
     def _evaluation(self) -> Evaluate:
-        """How the winner is measured again: here, or on a slot of the existing cluster."""
+        """Return what measures the winner again: here, or on a slot of the existing cluster."""
         address = self.plan.config.cluster.address
         if address is None:
             return evaluate

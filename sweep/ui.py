@@ -1,4 +1,8 @@
-"""python -m sweep.ui <sweep folder>: MLflow's page on the sweep's store, on 127.0.0.1, with the trials of this sweep."""
+"""Show a sweep in MLflow: `python -m sweep.ui <sweep folder>`.
+
+The command serves the sweep's MLflow store on 127.0.0.1, and prints links to the trials of this
+sweep.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +27,12 @@ from sweep.tracking.tracker import local_uri
 
 HOST = "127.0.0.1"  # the page has no password
 PORT = 5000
-TRIES = 20  # ports, where the usual one is taken
+TRIES = 20  # ports to try if the usual one is taken
 START_S = 60.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0 closed by Ctrl-C, 1 MLflow did not start, 2 bad input."""
+    """Return the exit code: 0 closed by Ctrl-C, 1 MLflow did not start, 2 bad input."""
     return run(lambda: _main(_options(arguments)))
 
 
@@ -40,25 +44,28 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m sweep.ui", description="Shows a sweep in MLflow; Ctrl-C closes it.")
-    parser.add_argument("folder", help="the sweep's folder; the sweep may be running")
+    parser = argparse.ArgumentParser(prog="python -m sweep.ui", description="Show a sweep in MLflow. Ctrl-C stops the server.")
+    parser.add_argument("folder", help="sweep folder; the sweep may still be running")
     parser.add_argument(
         "--port", type=int, choices=range(1, 65536), metavar="PORT", help=f"default: {PORT}, or the next free one"
     )
-    parser.add_argument("--open", action="store_true", help="open it in a browser")
+    parser.add_argument("--open", action="store_true", help="open the first page in a browser")
     return parser.parse_args(arguments)
 
 
 def find_pages(folder: SweepFolder) -> tuple[str, dict[str, str]]:
-    """The MLflow store and, by name, the paths of the pages on the sweep in it; InputError where the sweep is in none."""
+    """Return the MLflow store, and the paths of the sweep's pages in it by name.
+
+    Raises InputError if the sweep is in no store.
+    """
     config = folder.read_config()
     if config.tracking.name == "none":
-        raise InputError("tracking.name", "none", "this sweep wrote nothing to MLflow; its report: python -m sweep.report")
+        raise InputError("tracking.name", "none", "this sweep wrote nothing to MLflow; for its report use python -m sweep.report")
     uri = config.tracking.uri or local_uri(folder.path.absolute().parent)
     store = config.tracking.public_uri or uri
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not database.is_file():
-        raise InputError("tracking.uri", store, "there is no such database")
+        raise InputError("tracking.uri", store, "must be an existing database")
     runs = MlflowRuns(uri, config.sweep.name, folder.path.name, folder.path, config.model_dump(mode="json"))
     shared = runs.share_view()
     if shared is None:
@@ -68,7 +75,7 @@ def find_pages(folder: SweepFolder) -> tuple[str, dict[str, str]]:
 
 
 def free_port() -> int:
-    """The usual port, or the next one that nobody listens on."""
+    """Return the usual port, or the next free one. Raises InputError if all are taken."""
     for port in range(PORT, PORT + TRIES):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -81,8 +88,8 @@ def free_port() -> int:
 
 
 def _serve(uri: str, port: int, pages: dict[str, str], browser: bool) -> int:
-    """Run MLflow's server until Ctrl-C or SIGTERM, which end its workers too."""
-    # the store goes by the environment, since it may hold a password and anyone may read a command line
+    """Run MLflow's server until Ctrl-C or SIGTERM, then stop it together with its workers."""
+    # the store may hold a password, and every user can read a command line
     environment = {**ENVIRONMENT, **os.environ, "MLFLOW_BACKEND_STORE_URI": uri}
     serve = ["gunicorn", "--bind", f"{HOST}:{port}", "--workers", "1", "--threads", "4", "--log-level", "error"]
     command = [sys.executable, "-m", *serve, "sweep.tracking.mlflow_page:make_app()"]
@@ -92,14 +99,14 @@ def _serve(uri: str, port: int, pages: dict[str, str], browser: bool) -> int:
         if not _answers(server, port):
             server.terminate()
             lines = (server.stderr.read() if server.stderr else b"").decode(errors="replace").strip().splitlines()
-            print(f"error: MLflow did not start: {lines[-1] if lines else 'it said nothing'}", file=sys.stderr)
+            print(f"error: MLflow did not start: {lines[-1] if lines else 'it printed nothing'}", file=sys.stderr)
             return 1
         served = answers_what_it_must_not(HOST, port)
         if served is not None:
             print(f"error: MLflow's server does more than show the sweep ({served}), so it was closed again", file=sys.stderr)
             return 1
         _show(f"http://{HOST}:{port}", pages, browser)
-        print("Ctrl-C closes it", flush=True)
+        print("Press Ctrl-C to stop the server", flush=True)
         server.communicate()
         return 1
     except KeyboardInterrupt:
@@ -125,7 +132,7 @@ def _answers(server: subprocess.Popen, port: int) -> bool:
 
 
 def _show(server: str, pages: dict[str, str], browser: bool) -> int:
-    """The first page is the one that a browser opens."""
+    """Print the pages' addresses. Open the first page if `browser` is set."""
     for name, path in pages.items():
         print(f"{name:<8}{server}{path}", flush=True)
     if browser:

@@ -1,1 +1,1 @@
-"""LoRA on named layers, and PEFT's files."""
+"""Put LoRA on named layers, and read and write adapters in PEFT's file format."""

@@ -1,6 +1,8 @@
-"""The adapter: LoRA (Hu et al., arXiv:2106.09685) on named frozen linear layers, put on and taken off a resident base.
+"""Attach LoRA (Hu et al., arXiv:2106.09685) to named frozen linear layers, and detach it.
 
-Parameters are fp32 and cast to the activations' dtype at use; gradients and optimizer states are therefore fp32 too.
+Parameters are fp32 and are cast to the activations' dtype at use. Gradients and optimizer states
+are therefore fp32 too.
+
 Shape letters: D input features, O output features, R rank; ... any leading shape.
 """
 
@@ -20,7 +22,10 @@ from engine.quant.frozen_linear import FrozenLinear
 
 
 class LoraLinear(nn.Module):
-    """y = base(x) + scaling * B A dropout(x). A is Kaiming-uniform, B zero: the untrained adapter changes nothing."""
+    """Compute y = base(x) + scaling * B A dropout(x), with x [..., D] and y [..., O].
+
+    A starts Kaiming-uniform and B zero, so an untrained adapter does not change the model.
+    """
 
     def __init__(self, base: FrozenLinear, config: LoraConfig, generator: torch.Generator) -> None:
         super().__init__()
@@ -38,15 +43,21 @@ class LoraLinear(nn.Module):
         return self.base(x) + self.scaling * low_rank
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and scaling * B in `dtype`, without autograd: views of the copy that `FlatAdapter` keeps, where there is one."""
+        """Return A [R, D] and scaling * B [O, R] in `dtype`, without autograd.
+
+        They are views of FlatAdapter's copy if that has this dtype, else new tensors.
+        """
         if self.casts is not None and self.casts[0].dtype == dtype:
             return self.casts
         return self.lora_a.detach().to(dtype), (self.lora_b.detach() * self.scaling).to(dtype)
 
 
 def attach(model: nn.Module, linear_names: list[str], config: LoraConfig, seed: int) -> dict[str, LoraLinear]:
-    """Put a fresh adapter on `model`; returns layer name -> LoraLinear. Each layer draws from its own seeded stream on the
-    CPU, so that it starts the same on every device and whatever else is targeted."""
+    """Attach a new adapter to `model` and return layer name -> LoraLinear.
+
+    Each layer draws A from its own seeded stream on the CPU. It therefore starts the same on every
+    device and with any other target layers.
+    """
     layers: dict[str, LoraLinear] = {}
     for name in resolve_targets(linear_names, config.target_modules):
         generator = torch.Generator().manual_seed(_stream_seed(seed, name))
@@ -57,18 +68,21 @@ def attach(model: nn.Module, linear_names: list[str], config: LoraConfig, seed: 
 
 
 def detach(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
-    """Take the adapter off again: the base is as it was before `attach`."""
+    """Remove the adapter, which leaves the base model as it was before `attach`."""
     for name, layer in layers.items():
         _replace(model, name, layer.base)
 
 
 def trainable_parameters(layers: dict[str, LoraLinear]) -> list[nn.Parameter]:
-    """A and B of every layer, in the layers' order."""
+    """Return A and B of every layer, in the order of the layers."""
     return [p for layer in layers.values() for p in (layer.lora_a, layer.lora_b)]
 
 
 def adapter_state(layers: dict[str, LoraLinear]) -> dict[str, Tensor]:
-    """Name -> fp32 tensor; names are `<layer>.lora_A.weight` [R, D] and `<layer>.lora_B.weight` [O, R]."""
+    """Return the fp32 tensors by name.
+
+    The names are `<layer>.lora_A.weight` [R, D] and `<layer>.lora_B.weight` [O, R].
+    """
     state: dict[str, Tensor] = {}
     for name, layer in layers.items():
         state[f"{name}.lora_A.weight"] = layer.lora_a.detach()
@@ -77,11 +91,11 @@ def adapter_state(layers: dict[str, LoraLinear]) -> dict[str, Tensor]:
 
 
 def load_adapter_state(layers: dict[str, LoraLinear], state: dict[str, Tensor], where: str) -> None:
-    """Copy `state` into `layers`; names and shapes must agree exactly."""
+    """Copy `state` into `layers`. Raises InputError, naming `where`, if names or shapes differ."""
     own = adapter_state(layers)
     if own.keys() != state.keys():
         odd = sorted(own.keys() ^ state.keys())
-        raise InputError(where, odd[0], f"must hold exactly this config's {len(own)} tensors; {len(odd)} differ")
+        raise InputError(where, odd[0], f"must hold exactly this config's {len(own)} tensors; {len(odd)} names differ")
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:
             raise InputError(where, f"{name} {tuple(state[name].shape)}", f"must have shape {tuple(tensor.shape)}")

@@ -1,7 +1,7 @@
-"""The adapter as PEFT writes it, so that anything that loads a PEFT adapter loads ours.
+"""Write and read the adapter in PEFT's file format, which every loader of PEFT adapters reads.
 
-`adapter_model.safetensors` holds `base_model.model.<layer>.lora_A.weight` [R, D] and `.lora_B.weight` [O, R] in fp32;
-`adapter_config.json` is sorted JSON with PEFT's names only.
+`adapter_model.safetensors` holds `base_model.model.<layer>.lora_A.weight` [R, D] and
+`.lora_B.weight` [O, R] in fp32. `adapter_config.json` is sorted JSON with only PEFT's keys.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 def export_adapter(
     folder: Path, config: TrainConfig, layers: dict[str, LoraLinear], linear_names: list[str], tokenizer: Any
 ) -> None:
-    """Write the adapter and the tokenizer it was trained with to `folder`, atomically, replacing what was there."""
+    """Write adapter and tokenizer to `folder` atomically, replacing an earlier export."""
 
     def fill(target: Path) -> None:
         state = {PREFIX + name: tensor.contiguous().cpu() for name, tensor in adapter_state(layers).items()}
@@ -43,11 +43,11 @@ def export_adapter(
 
 
 def peft_config(config: TrainConfig, targets: list[str], linear_names: list[str]) -> dict[str, Any]:
-    """The content of adapter_config.json. `r` is PEFT's word for rank, here and nowhere else."""
+    """Return the content of adapter_config.json. `r` is PEFT's key for the rank."""
     lora = config.lora
     alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
     return {
-        # a builtin lies in this machine's cache, which means nothing to PEFT elsewhere
+        # A builtin model has its published name here, because other machines lack this one's cache.
         "base_model_name_or_path": published_name(config.model.path) or locate(config.model),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -67,21 +67,21 @@ def peft_config(config: TrainConfig, targets: list[str], linear_names: list[str]
 
 
 def shortest_names(targets: list[str], linear_names: list[str]) -> list[str]:
-    """Last parts of the names (`q_proj`) where these alone pick exactly the targets, else the whole names."""
+    """Return last name parts (`q_proj`) if they select exactly the targets, else full names."""
     ends = {name.rpartition(".")[2] for name in targets}
     exact = {name for name in linear_names if name.rpartition(".")[2] in ends} == set(targets)
     return sorted(ends) if exact else sorted(targets)
 
 
 def load_adapter(folder: Path, layers: dict[str, LoraLinear]) -> None:
-    """Read exported weights back into attached layers."""
+    """Load exported weights into attached layers. Raises InputError if damaged or not fitting."""
     path = folder / WEIGHTS
     if not path.is_file():
         raise InputError("adapter", str(folder), f"must be a folder with {WEIGHTS}")
     try:
         state: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError("adapter", str(path), f"must be a whole safetensors file ({first_line(error)})") from None
+        raise InputError("adapter", str(path), f"must be a complete safetensors file ({first_line(error)})") from None
     load_adapter_state(layers, {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}, str(path))
 
 
@@ -89,7 +89,11 @@ TRAIN_CONFIG = "train_config.json"
 
 
 def find_train_config(folder: Path) -> TrainConfig | None:
-    """That of the best adapter lies in its folder, that of a trial's adapter in the one above."""
+    """Return the config the adapter was trained with, or None if there is none.
+
+    For the best adapter of a sweep, the file is in `folder`. For a trial's adapter, it is in the
+    parent.
+    """
     for place in (folder, folder.resolve().parent):
         if (place / TRAIN_CONFIG).is_file():
             return load_train_config(place / TRAIN_CONFIG)

@@ -1,8 +1,11 @@
-"""An adapter folder as PEFT wrote it, brought to the profile that every loader applies alike: B A times lora_alpha / r, one r.
+"""Read a PEFT adapter folder as plain LoRA with one rank, which every loader applies the same way.
 
-vLLM ignores rank_pattern and alpha_pattern, and llama.cpp knows plain alpha / r only. So what else scales a layer is folded into
-its B, and a layer of smaller rank is padded with zeros; a plain adapter stays as it is, bit for bit. What changes more than
-linear layers (DoRA, biases, saved modules) is refused, because those loaders would leave it out without a word.
+Plain LoRA adds lora_alpha / r * B A to each layer. vLLM ignores rank_pattern and alpha_pattern, and
+llama.cpp knows only alpha / r. `read_adapter` therefore folds any other scaling of a layer into its
+B, and pads smaller ranks with zeros. A plain adapter stays bit for bit the same.
+
+Adapters that change more than linear layers (DoRA, biases, saved modules) are refused, because
+those loaders would ignore these parts silently.
 """
 
 from __future__ import annotations
@@ -28,7 +31,12 @@ REFUSED = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices"
 
 @dataclass(frozen=True)
 class Adapter:
-    """layers: name of a linear layer -> (A [R, D], B [O, R]) in fp32; the layer gains lora_alpha / rank * B A."""
+    """Hold a plain LoRA adapter, which adds lora_alpha / rank * B A to each of its layers.
+
+    layers: name of a linear layer -> (A [R, D], B [O, R]) in fp32. base: folder or hub id of the
+    base model. revision: its hub revision, or None. peft_config: content of a matching
+    adapter_config.json.
+    """
 
     layers: dict[str, tuple[Tensor, Tensor]]
     rank: int
@@ -42,17 +50,21 @@ class Adapter:
         return self.lora_alpha / self.rank
 
     def lora_config(self) -> LoraConfig:
-        """The `lora` section that puts LoRA on exactly these layers."""
+        """Return the `lora` config section that targets exactly these layers."""
         return LoraConfig(rank=self.rank, lora_alpha=float(self.lora_alpha), target_modules=tuple(self.layers))
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors by the names `engine.lora.adapter_state` gives them."""
+        """Return name -> tensor, with the names that `engine.adapter.lora.adapter_state` uses."""
         parts = {name: ab for name, ab in self.layers.items()}
         return {f"{name}.lora_{'AB'[i]}.weight": ab[i] for name, ab in parts.items() for i in (0, 1)}
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter in `folder`, portable. InputError where it is none, is damaged, or cannot be made so."""
+    """Return the adapter in `folder` as plain LoRA.
+
+    Raises InputError if the folder holds no adapter, if it is damaged, or if plain LoRA cannot
+    express it.
+    """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise InputError("adapter", str(folder), f"must be a folder with {CONFIG} and {WEIGHTS}; {name} is not in it")
@@ -65,7 +77,8 @@ def read_adapter(folder: Path) -> Adapter:
     targets = values.get("target_modules")
     portable = values | {"r": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "inference_mode": True}
     if not isinstance(targets, list) and targets != ALL_LINEAR:
-        portable["target_modules"] = sorted(layers)  # vLLM and older loaders know no regular expressions
+        # vLLM and older loaders do not know regular expressions.
+        portable["target_modules"] = sorted(layers)
     return Adapter(layers, rank, alpha, values["base_model_name_or_path"], values.get("revision"), portable)
 
 
@@ -84,7 +97,7 @@ def _checked(values: Any, path: Path) -> dict[str, Any]:
             raise InputError(f"{field}: {key}", pattern, "must map layer names to numbers above 0")
     for key in REFUSED:
         if values.get(key):
-            raise InputError(f"{field}: {key}", values[key], "cannot be exported: vLLM and llama.cpp take plain LoRA only")
+            raise InputError(f"{field}: {key}", values[key], "cannot be exported: vLLM and llama.cpp load only plain LoRA")
     if values.get("bias", "none") != "none":
         raise InputError(f"{field}: bias", values["bias"], "cannot be exported; allowed: none")
     return values
@@ -94,7 +107,7 @@ def _pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError("adapter", str(path), f"must be a whole safetensors file ({first_line(error)})") from None
+        raise InputError("adapter", str(path), f"must be a complete safetensors file ({first_line(error)})") from None
     names: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         found = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
@@ -102,20 +115,23 @@ def _pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
             raise InputError("adapter", key, f"must be {PREFIX}<layer>.lora_A.weight or .lora_B.weight, a matrix")
         names.setdefault(found[1], {})[found[2]] = tensor.float()
     if not names:
-        raise InputError("adapter", str(path), "holds no tensor")
+        raise InputError("adapter", str(path), "must hold at least one pair of lora_A and lora_B")
     for name, pair in names.items():
         if len(pair) != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise InputError("adapter", name, "must have lora_A [r, in] and lora_B [out, r] of one r")
+            raise InputError("adapter", name, "must have lora_A [r, in] and lora_B [out, r] with the same r")
     return {name: (pair["A"], pair["B"]) for name, pair in sorted(names.items(), key=lambda item: _natural(item[0]))}
 
 
 def _natural(name: str) -> list[Any]:
-    """Layer 2 before layer 10."""
+    """Return a sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _scaling(values: dict[str, Any], name: str, rank: int, folder: Path) -> float:
-    """What PEFT multiplies B A of this layer by. Its patterns match a whole name or its dotted end, as regular expressions."""
+    """Return the factor by which PEFT multiplies B A of this layer.
+
+    PEFT's patterns are regular expressions that match a whole name or its dotted end.
+    """
     wanted = _matched(values.get("rank_pattern") or {}, name, values["r"])
     if wanted != rank:
         raise InputError("adapter", f"{name}: rank {rank}", f"must be {wanted}, as {CONFIG} in {folder} says")

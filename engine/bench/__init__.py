@@ -1,1 +1,1 @@
-"""How fast and how large whole steps are, beside their peers."""
+"""Measure speed and memory of whole training steps, ours next to other systems."""

@@ -1,13 +1,14 @@
-"""python -m engine.bench: tokens per second and peak memory of whole training steps, ours beside its peers.
+"""Measure tokens per second and peak memory of whole training steps, ours next to other systems.
 
     python -m engine.bench --model llama-3.1-8b --batch 2 --length 2048 --systems ours peft unsloth
     python -m engine.bench --suite table --json results.jsonl --scratch /tmp/bench --budget-s 900
     python -m engine.bench --suite ladder --model llama-3.2-1b --batch 4 --json results.jsonl
     python -m engine.bench.table results.jsonl
 
-Each system runs in a process of its own on the same random NF4 weights and the same tokens, every token a label, with adapters
-on all linear layers and 8-bit AdamW; it loads each model once. `--json FILE` gets a line as soon as a row is done, with card,
-versions and commit.
+All systems have the same random NF4 weights and the same tokens, and every token is a label. They
+train adapters on all linear layers with 8-bit AdamW. Each system runs in a separate process and
+loads each model once, or once per setting if it loads from a folder. `--json FILE` gets a line as
+soon as a row is done, with card, versions and commit.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from engine.system.provenance import provenance
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
-    return run(lambda: _main(_arguments(arguments)), stopped="stopped; rows that were done are in the file of --json")
+    """Run the command and return its exit code."""
+    return run(lambda: _main(_arguments(arguments)), stopped="stopped; the --json file has the finished rows")
 
 
 def _main(options: argparse.Namespace) -> int:
@@ -58,13 +59,16 @@ def _main(options: argparse.Namespace) -> int:
     measured = [record["label"] + describe(record) for record in records]
     left_out = [row for row in rows if row.label + describe(row.record()) not in measured]
     if left_out:
-        print(f"\n--budget-s {options.budget_s:g} was spent; left out:")
+        print(f"\n--budget-s {options.budget_s:g} is used up; rows not measured:")
         print("\n".join(f"  {row.label}: {describe(row.record())}" for row in left_out))
     return 0
 
 
 def _run(rows: list[Row], options: argparse.Namespace, scratch: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """One record per row that was run; each is printed and written as soon as it and those before it are there."""
+    """Run the rows within the budget and return one record for each.
+
+    Each record is printed and written as soon as it and the records before it are ready.
+    """
     started, width, heading = time.monotonic(), max(len(row.label) for row in rows) + 2, ""
     records: list[dict[str, Any]] = []
     done: dict[Row, dict[str, Any]] = {}
@@ -74,7 +78,7 @@ def _run(rows: list[Row], options: argparse.Namespace, scratch: Path, facts: dic
         if describe(row.record()) != heading:
             heading = describe(row.record())
             print(f"{heading}, {facts['card']}\n{headings(width)}", flush=True)
-        if row not in done:  # with it, all that can share its process
+        if row not in done:  # run it together with all rows that can share its process
             group = [r for r in rows if (r.system, r.setting.model) == (row.system, row.setting.model) and r not in done]
             group = [row] if SYSTEMS[row.system].from_folder else group
             done.update(zip(group, run_rows(group, scratch, options.child_timeout_s), strict=True))
@@ -111,7 +115,7 @@ def _scratch(wanted: Path | None) -> Iterator[Path]:
 
 def _provenance(commit: str | None) -> dict[str, str]:
     facts = {"git.commit": "", **provenance()}
-    for package in ("liger-kernel", "unsloth"):  # peers, which the engine itself has no use for
+    for package in ("liger-kernel", "unsloth"):  # other systems, which the engine does not use
         try:
             facts[f"version.{package}"] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -123,32 +127,38 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     several = parser.add_mutually_exclusive_group()
     several.add_argument(
-        "--suite", nargs="+", choices=[*SUITES, "ladder"], help="settings with names; ladder: each row adds one optimisation"
+        "--suite", nargs="+", choices=[*SUITES, "ladder"], help="named lists of settings; ladder: each row adds one optimisation"
     )
-    several.add_argument("--child", choices=list(SYSTEMS), help="measure this one in this process (for profilers)")
+    several.add_argument("--child", choices=list(SYSTEMS), help="measure this system in this process (for profilers)")
     default = Setting()
     parser.add_argument("--model", choices=sorted(SHAPES), default=default.model)
     parser.add_argument("--batch", type=int, default=default.batch)
     parser.add_argument("--length", type=int, default=default.length)
     parser.add_argument("--rank", type=int, default=default.rank)
     parser.add_argument("--dropout", type=float, default=default.dropout)
-    parser.add_argument("--policy", choices=list(POLICIES), default=default.policy, help="peers: gradient checkpointing, or none")
+    parser.add_argument(
+        "--policy", choices=list(POLICIES), default=default.policy, help="other systems: gradient checkpointing, or none"
+    )
     parser.add_argument("--cap-gib", type=float, default=default.cap_gib, help="emulate a smaller card")
-    parser.add_argument("--keep-layers", type=int, default=default.keep_layers, help="ours only: these last ones keep all")
-    parser.add_argument("--host-layers", type=int, default=default.host_layers, help="ours only: so many others, on the host")
-    parser.add_argument("--weight-cache-gib", type=float, default=default.weight_cache_gib, help="ours only")
+    parser.add_argument("--keep-layers", type=int, default=default.keep_layers, help="ours only: last layers that keep all")
+    parser.add_argument(
+        "--host-layers", type=int, default=default.host_layers, help="ours only: other layers that keep all on the host"
+    )
+    parser.add_argument(
+        "--weight-cache-gib", type=float, default=default.weight_cache_gib, help="ours only: for dequantised weights"
+    )
     parser.add_argument("--cuda-graphs", action="store_true", help="ours only")
     parser.add_argument("--steps", type=int, default=default.steps)
-    parser.add_argument("--warmup", type=int, default=default.warmup, help="steps that do not count")
+    parser.add_argument("--warmup", type=int, default=default.warmup, help="first steps, left out of the times")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), help="default: all")
-    parser.add_argument("--only", nargs="+", choices=list(SHAPES), help="with --suite: rows of these models alone")
-    parser.add_argument("--scratch", type=Path, help="keeps model folders (5 GiB at 8B) for later runs; default: temporary")
+    parser.add_argument("--only", nargs="+", choices=list(SHAPES), help="with --suite: only rows of these models")
+    parser.add_argument("--scratch", type=Path, help="folder to keep models in for later runs (5 GiB at 8B); default: temporary")
     parser.add_argument("--settings", help="with --child: JSON list of settings of one model, instead of the options")
-    parser.add_argument("--checkpoint", type=Path, help="with --child: a folder of engine.bench.checkpoint")
-    parser.add_argument("--child-timeout-s", type=float, default=300.0, help="for one row")
-    parser.add_argument("--budget-s", type=float, help="start no further row after this time")
+    parser.add_argument("--checkpoint", type=Path, help="with --child: a folder made by engine.bench.model_folder")
+    parser.add_argument("--child-timeout-s", type=float, default=300.0, help="time limit per row")
+    parser.add_argument("--budget-s", type=float, help="start no more rows after this time")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--commit", help="where the code is not in a git checkout")
+    parser.add_argument("--commit", help="commit to record if the code is not in a git checkout")
     return parser.parse_args(arguments)
 
 

@@ -1,10 +1,11 @@
-"""python -m engine.bench.calibrate: measured against predicted peak memory, over many settings in one process.
+"""Compare measured with predicted peak memory over many settings, in one process.
 
     python -m engine.bench.calibrate --out engine/bench/calibration/<card>-<date>.jsonl --budget-s 300
     python -m engine.bench.calibrate --plot FILE.png engine/bench/calibration/*.jsonl
 
-Each model is built once; each setting then takes two steps (the first makes the optimizer's states) and is one line of JSON.
-Settings are drawn so that each dimension takes all its values beside varied others. Only our engine, only on a CUDA device.
+It builds each model once. Each setting takes two steps, of which the first makes the optimizer's
+states, and gives one line of JSON. Settings are drawn so that each dimension takes all its values
+next to varied values of the others. It measures only our engine and needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 RANKS = (4, 8, 16, 32, 64, 128)
 MICRO_BATCHES = (1, 2, 4, 8)
 COLUMNS = ("model", "batch", "length", "rank", "targets", "policy", "keep_layers", "host_layers", "dropout")
-# Of a micro-batch: longer ones of the larger models take their time, and are measured in the suite `long`.
+# Limits of a micro-batch: longer ones of the larger models are slow, and the suite `long` has them.
 MAX_TOKENS = {"smollm2-135m": 65536, "llama-3.2-1b": 65536, "llama-3.2-3b": 32768, "llama-3.1-8b": 16384}
 
 
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure_all(options: argparse.Namespace, deadline: float) -> Iterator[dict[str, Any]]:
-    """One record a setting; peak_allocated_gib is None where it ran out of memory."""
+    """Yield one record per setting; peak_allocated_gib is None if it ran out of memory."""
     device = torch.device("cuda")
     facts = {"card": torch.cuda.get_device_name(), **provenance(), **({"git.commit": options.commit} if options.commit else {})}
     for i, model in enumerate(options.models):
@@ -85,7 +86,7 @@ def measure_all(options: argparse.Namespace, deadline: float) -> Iterator[dict[s
 
 
 def draw(model: str, seed: int, count: int) -> list[dict[str, Any]]:
-    """`count` settings: lengths in turn, the other dimensions shuffled beside them."""
+    """Return `count` settings: lengths in turn, each with shuffled values of other dimensions."""
     generator = random.Random(f"{seed}:{model}")
     columns = {
         "rank": RANKS, "targets": tuple(TARGETS), "policy": tuple(policy.value for policy in LADDER), "batch": MICRO_BATCHES,
@@ -96,7 +97,7 @@ def draw(model: str, seed: int, count: int) -> list[dict[str, Any]]:
     lengths = [length for length in LENGTHS if length <= MAX_TOKENS[model]]
     for length in itertools.islice(itertools.cycle(lengths), count):
         values = {name: next(cycle) for name, cycle in cycles.items()}
-        if generator.random() < 0.3:  # cycles of one length would move in step
+        if generator.random() < 0.3:  # otherwise cycles of equal length would move in step
             next(cycles[generator.choice(list(cycles))])
         values["batch"] = max(1, min(values["batch"], MAX_TOKENS[model] // length))
         settings.append({"model": model, "length": length, **values})
@@ -104,7 +105,7 @@ def draw(model: str, seed: int, count: int) -> list[dict[str, Any]]:
 
 
 def measure_one(base: Base, values: dict[str, Any]) -> dict[str, Any]:
-    """Predicted and measured peak of a step, GiB."""
+    """Return the predicted and the measured peak of a step, in GiB."""
     config = train_config(values)
     predicted = predict_memory(config, ModelShape.of(base.model.config.to_dict(), values["model"]), evaluation=False).peak_gib
     layers = attach(base.model, base.linear_names, config.lora, 0)
@@ -121,7 +122,7 @@ def measure_one(base: Base, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_config(values: dict[str, Any]) -> TrainConfig:
-    """The TrainConfig that a drawn setting means."""
+    """Return the TrainConfig of a drawn setting."""
     return parse(TrainConfig, {
         "model": {"path": values["model"]},
         "data": {"train": "random", "max_seq_length": values["length"]},
@@ -141,7 +142,7 @@ def _peak(base: Base, adapter: FlatAdapter, config: TrainConfig, values: dict[st
     optimizer = adamw_8bit([adapter.parameter], lr=1e-4)
     setting = Setting(model=values["model"], batch=values["batch"], length=values["length"])
     torch.cuda.reset_peak_memory_stats()
-    optimizer.step()  # with gradients of 0: from here on its states are there, as in every step but the first
+    optimizer.step()  # gradients are 0; this makes the states that every later step has
     batch = tokens(setting, 0).to(base.device)
     (base.loss(batch) / batch.num_targets).backward()
     torch.nn.utils.clip_grad_norm_(adapter.parameter, 1.0)
@@ -153,7 +154,7 @@ def _peak(base: Base, adapter: FlatAdapter, config: TrainConfig, values: dict[st
 
 
 def plot(records: list[dict[str, Any]], target: Path) -> None:
-    """Predicted against measured, one point a setting, with the 5 % band."""
+    """Plot predicted against measured peaks: one point per setting, with the 5 % band."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -185,7 +186,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--per-model", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget-s", type=float, default=300.0)
-    parser.add_argument("--commit", help="where the code is not in a git checkout")
+    parser.add_argument("--commit", help="commit to record if the code is not in a git checkout")
     options = parser.parse_args(arguments)
     if bool(options.plot) == bool(options.out):
         parser.error("give --out to measure, or --plot and files")

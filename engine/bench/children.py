@@ -1,4 +1,7 @@
-"""Each system and model in a process of its own: what goes wrong there is a row's result, never the run's end."""
+"""Run each system and model in a separate process.
+
+A failure there becomes the row's result and never ends the run.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,12 @@ hand_back({"card": torch.cuda.get_device_name() if torch.cuda.is_available() els
 
 
 def run_rows(rows: list[Row], scratch: Path, timeout_s: float) -> list[dict[str, Any]]:
-    """For each row, all of one system and model, what `measure` returned, or {"error": reason}. They share a process, and with it
-    the loaded model, where the system can go from one setting to the next. timeout_s: for each row. scratch: an absolute path;
-    model folders found in it are used again."""
+    """Return for each row the result of `measure`, or {"error": reason}.
+
+    All rows have one system and one model. They share a process and the loaded model if the system
+    can change its setting. timeout_s: for each row. scratch: an absolute path, whose model folders
+    are used again.
+    """
     system = SYSTEMS[rows[0].system]
     if any(importlib.util.find_spec(package) is None for package in system.needs):
         return [{"error": "not installed"}] * len(rows)
@@ -44,9 +50,13 @@ def _measured(rows: list[Row], more: list[str], scratch: Path, timeout_s: float)
     settings = json.dumps([asdict(row.setting) for row in rows])
     arguments = ["-m", "engine.bench", "--child", rows[0].system, "--settings", settings, *more]
     results = run_python_all(arguments, scratch, timeout_s * len(rows))
-    return (results + [results[-1]] * len(rows))[: len(rows)]  # a process that ended early ended all that was to follow
+    # A process that ended early gives its last result to all rows that were to follow.
+    return (results + [results[-1]] * len(rows))[: len(rows)]
 
 
 def card_name(scratch: Path) -> str:
-    """Asked in a child: a CUDA context in this process would take memory from every row."""
+    """Return the card's name, asked in a child.
+
+    A CUDA context in this process would take memory from every row.
+    """
     return run_python(["-c", CARD], scratch, 120.0).get("card", "unknown card")

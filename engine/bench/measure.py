@@ -1,4 +1,4 @@
-"""One system with one model in this process: the median step, the peak of memory and the losses of each setting."""
+"""Measure one system with one model in this process: median step, peak memory and losses."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from engine.units import GIB
 
 
 def measure(system: str, settings: list[Setting], checkpoint: Path | None = None) -> Iterator[dict[str, Any]]:
-    """For each setting the median step after warm-up and the peak of allocated memory, or {"error": reason}. All are of one
-    model, which is loaded once. checkpoint: its folder, for systems that load from one."""
+    """Yield for each setting the median step after warm-up and the peak of allocated memory.
+
+    A setting that runs out of memory gives {"error": reason}. All settings have one model, which is
+    loaded once. checkpoint: its folder, for systems that load from one.
+    """
     device, started = pick_device("auto"), time.perf_counter()
     builder = SYSTEMS[system].build(settings[0], device, checkpoint)
     loaded = time.perf_counter() - started
@@ -40,7 +43,7 @@ def _measured(builder: Builder, setting: Setting, device: torch.device) -> dict[
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory / GIB
         torch.cuda.set_per_process_memory_fraction((setting.cap_gib or total) / total)
-    torch.manual_seed(0)  # PEFT draws its A from the global stream
+    torch.manual_seed(0)  # PEFT draws its A from the global generator
     step, parameters, after_step = builder.prepare(setting)
     optimizer = adamw_8bit(parameters, lr=2e-4)
     batches = [tokens(setting, number) for number in range(setting.warmup + setting.steps)]
@@ -67,7 +70,7 @@ def _measured(builder: Builder, setting: Setting, device: torch.device) -> dict[
 
 
 def tokens(setting: Setting, number: int) -> Batch:
-    """The batch of step `number`, on the host, the same for every system; every token is a label."""
+    """Return the host batch of step `number`, the same for every system; all tokens are labels."""
     generator = torch.Generator().manual_seed(number)
     shape = (setting.batch, setting.length)
     ids = torch.randint(0, SHAPES[setting.model]["vocab_size"], shape, generator=generator).numpy()
@@ -75,7 +78,10 @@ def tokens(setting: Setting, number: int) -> Batch:
 
 
 class _Clock:
-    """Times between marks, by events on CUDA: a training loop never waits for the device, so neither does its benchmark."""
+    """Take times between marks, on CUDA by events.
+
+    A training loop never waits for the device, so the benchmark does not either.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda, self._marks = device.type == "cuda", []
@@ -90,7 +96,7 @@ class _Clock:
             self._marks.append(time.perf_counter())
 
     def intervals(self) -> list[float]:
-        """Seconds from mark to mark."""
+        """Return the seconds from mark to mark."""
         if not self._cuda:
             return [b - a for a, b in itertools.pairwise(self._marks)]
         torch.cuda.synchronize()

@@ -1,7 +1,9 @@
-"""python -m engine.bench.model_folder MODEL FOLDER: the random model as a pre-quantised Hugging Face folder.
+"""Write the random model as a pre-quantised Hugging Face folder.
 
-For systems that load from a folder only. It holds the weights that the others make in memory, in bitsandbytes' layout, and a
-tokenizer of single bytes, which no step uses.
+    python -m engine.bench.model_folder MODEL FOLDER
+
+Some systems load from a folder only. It holds the weights that the others make in memory, in
+bitsandbytes' layout, and a tokenizer of single bytes, which no step uses.
 """
 
 from __future__ import annotations
@@ -24,13 +26,17 @@ SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_t
 
 
 def folder_name(model: str) -> str:
-    """Differs wherever the weights do: by shape, and by device, whose random numbers they are."""
+    """Return a name that depends on shape and device, because these decide the random weights."""
     shape = hashlib.sha256(json.dumps(SHAPES[model], sort_keys=True).encode()).hexdigest()[:8]
     return f"{model}-{shape}-{pick_device('auto').type}"
 
 
 def write_checkpoint(name: str, folder: Path, device: torch.device) -> None:
-    """`folder` appears when it is whole. Nothing is flushed to disk, unlike in engine.files: 5 GiB, and nobody misses them."""
+    """Write the model into `folder`, which appears when it is whole.
+
+    Nothing is flushed to disk, unlike in engine/system/files.py: after a crash, 5 GiB of random
+    weights are no loss.
+    """
     dtype = pick_dtype("auto", device)
     model, _ = random_model(name, device, dtype, "sdpa")
     model.config.quantization_config = nf4_load_config(double_quantization=True, compute_dtype=dtype)

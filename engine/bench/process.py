@@ -1,4 +1,7 @@
-"""A Python process with a time limit that hands back a result, or the reason why there is none. No torch."""
+"""Run a Python process with a time limit that returns a result, or the reason for its failure.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,16 @@ ERROR_LINE = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
 
 
 def run_python(arguments: list[str], folder: Path, timeout_s: float) -> dict[str, Any]:
-    """What the process handed to `hand_back` last, or {"error": reason}."""
+    """Return the last result that the process gave to `hand_back`, or {"error": reason}."""
     return run_python_all(arguments, folder, timeout_s)[-1]
 
 
 def run_python_all(arguments: list[str], folder: Path, timeout_s: float) -> list[dict[str, Any]]:
-    """All that the process handed to `hand_back`, and {"error": reason} at the end of one that failed. It runs in `folder`:
-    Unsloth writes its compiled modules to the working directory. Output goes to files: after a kill, a compiler's workers may
-    hold the end of a pipe open."""
+    """Return all results that the process gave to `hand_back`, then {"error": reason} if it failed.
+
+    It runs in `folder`, because Unsloth writes its compiled modules to the working directory.
+    Output goes to files, because a compiler's workers may hold a pipe open after a kill.
+    """
     given = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), *given])}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
@@ -44,12 +49,12 @@ def run_python_all(arguments: list[str], folder: Path, timeout_s: float) -> list
 
 
 def hand_back(result: dict[str, Any]) -> None:
-    """In the process: a result. Before and after it, libraries may print what they like."""
+    """Print a result for the parent process. Libraries may print other lines around it."""
     print(f"\n{MARK}{json.dumps(result)}", flush=True)
 
 
 def _reason(stderr: str, code: int) -> str:
-    """One line; the end of the rest goes to this process's stderr."""
+    """Return the reason as one line, and print the end of `stderr` to this process's stderr."""
     if "OutOfMemoryError" in stderr:
         return "out of memory"
     lines = [line for line in stderr.splitlines() if line.strip()]

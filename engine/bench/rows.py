@@ -1,4 +1,4 @@
-"""What is measured, as data: a setting, a row of a table, the suites and the ladder. No torch."""
+"""Define measurements as data: settings, rows of a table, the suites and the ladder. No torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import Any
 
 POLICIES = {"recompute": "recomputed", "offload": "recomputed, inputs on the host", "selective": "recomputed in the MLP",
             "keep": "kept"}  # fmt: skip
-"""Peers know two: their gradient checkpointing is meant by `recompute` and `offload`, any other is without it."""
+"""Other systems use gradient checkpointing for `recompute` and `offload`, and none otherwise."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """cap_gib: emulates a smaller card. keep_layers (the last so many keep activations), host_layers (so many others keep them on
-    the host), weight_cache_gib (for dequantised weights) and cuda_graphs are of `ours` only. warmup: steps that do not count."""
+    """Hold one setting to measure.
+
+    cap_gib: emulates a smaller card. warmup: first steps, left out of the times.
+
+    Only for `ours`: keep_layers last layers keep activations, and host_layers others keep them on
+    the host. weight_cache_gib (for dequantised weights) and cuda_graphs belong to it too.
+    """
 
     model: str = "llama-3.1-8b"
     batch: int = 2
@@ -32,12 +37,12 @@ class Setting:
 
 
 OURS_ONLY: dict[str, Any] = {"keep_layers": 0, "host_layers": 0, "weight_cache_gib": 0.0, "cuda_graphs": False}
-"""What these are for any other system."""
+"""The values of these fields for any other system."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One system in one setting. suite: `table`, `ladder`, or empty."""
+    """Hold one system in one setting. suite: `table`, `long`, `ladder`, or empty."""
 
     label: str
     system: str
@@ -45,7 +50,7 @@ class Row:
     suite: str = ""
 
     def record(self) -> dict[str, Any]:
-        """Its part of a JSON line."""
+        """Return the row's part of a JSON line."""
         return {"label": self.label, "system": self.system, "suite": self.suite, **asdict(self.setting)}
 
 
@@ -67,7 +72,7 @@ SUITES: dict[str, tuple[dict[str, Any], ...]] = {
         {"length": 131072, "host_layers": 0, **LONG, "steps": 1, "warmup": 0, "systems": ("ours", "peft")},
     ),
 }
-"""systems: measured in this setting alone; without, all that are asked for."""
+"""systems: the only ones measured in this setting; without it, all that the command names."""
 
 LADDER: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("PEFT and bitsandbytes, activations recomputed", "peft", {"policy": "recompute"}),
@@ -79,16 +84,19 @@ LADDER: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("+ all activations kept", "ours", {"policy": "keep"}),
     ("+ weights kept dequantised (2 GiB)", "ours", {"policy": "keep", "weight_cache_gib": 2.0}),
 )
-"""Label, system, and what of the setting is replaced: each row has one optimisation more than the one before."""
+"""Label, system and changes to the setting; each row adds one optimisation to the row before."""
 
 
 def plain_rows(systems: Iterable[str], base: Setting) -> list[Row]:
-    """Every system in one setting."""
+    """Return a row for every system in one setting."""
     return [_row(system, system, base, "") for system in systems]
 
 
 def suite_rows(name: str, systems: Iterable[str], base: Setting) -> list[Row]:
-    """Every system in every setting of a suite that is for it; the ladder has systems of its own."""
+    """Return a row for every system in every setting of a suite that includes it.
+
+    The ladder names its own systems.
+    """
     if name == "ladder":
         return [_row(label, system, replace(base, **changes), name) for label, system, changes in LADDER]
     rows, systems = [], list(systems)

@@ -1,4 +1,7 @@
-"""Random models of real shapes: speed and memory do not depend on the weights, and none has to be downloaded."""
+"""Build random models of real shapes.
+
+Speed and memory do not depend on the weights, so none has to be downloaded.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def random_model(name: str, device: torch.device, dtype: torch.dtype, attention_name: str) -> tuple[nn.Module, list[str]]:
-    """An NF4 (double quantisation) Llama of the named shape on bitsandbytes' layers, and the names of these. It is made layer by
-    layer on the device: no unquantised copy of the whole model exists."""
+    """Return an NF4 Llama (double quantisation) on bitsandbytes' layers, and the layers' names.
+
+    It is built layer by layer on the device, so no unquantised copy of the whole model exists.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**SHAPES[name], max_position_embeddings=131072, attn_implementation=attention_name)
@@ -54,13 +59,13 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype, attention_
                 setattr(module, key, nn.Parameter(new, requires_grad=False))
     if config.tie_word_embeddings:
         head.weight = model.get_input_embeddings().weight
-    with torch.device(device):  # its buffers are computed, not loaded
+    with torch.device(device):  # the rotary buffers are computed, not loaded
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     return model.requires_grad_(False), names
 
 
 def random_base(name: str, device: torch.device, dtype: torch.dtype, fused: bool) -> Base:
-    """The same model as `load_base` would hold it, without a tokenizer."""
+    """Return the same model as a Base, as `load_base` would, but without a tokenizer."""
     attention.register()
     model, names = random_model(name, device, dtype, attention.NAME)
     freeze_linears(model, skip=[model.get_output_embeddings()])

@@ -1,8 +1,9 @@
-"""The systems that are measured: how each builds its model and takes one step, by its own documented interface.
+"""Define the systems to measure: each builds its model and steps by its own documented interface.
 
-All train r 16 (or `--rank`) on the seven linear layers of every decoder layer, on the same random NF4 weights. A builder loads
-the model once; `prepare` makes it ready for one setting and returns the step (batch on the host -> loss), the trainable
-parameters, and what follows the optimizer's step; `undo` takes that away again.
+All train r 16 (or `--rank`) on the seven linear layers of every decoder layer, on the same random
+NF4 weights. A builder loads the model once. `prepare` sets it up for one setting. It returns the
+step (host batch -> loss), the trainable parameters and a function to call after the optimizer's
+step. `undo` reverts the setup.
 """
 
 from __future__ import annotations
@@ -72,8 +73,11 @@ class _Ours:
 
 
 class _Peft:
-    """Hugging Face's model, PEFT's adapter and bitsandbytes' matmul, as TRL puts them together. With liger: its RMSNorm, RoPE,
-    SwiGLU and fused linear cross-entropy; Liger replaces RoPE in transformers' module."""
+    """Train Hugging Face's model with PEFT's adapter and bitsandbytes' matmul, combined as in TRL.
+
+    liger: adds Liger's RMSNorm, RoPE, SwiGLU and fused linear cross-entropy. Liger replaces RoPE in
+    transformers' module.
+    """
 
     def __init__(self, setting: Setting, device: torch.device, liger: bool) -> None:
         self._device = device
@@ -105,7 +109,10 @@ class _Peft:
 
 
 class _Unsloth:
-    """Unsloth as its documentation uses it. It wants to be imported before transformers and peft. One setting a process."""
+    """Train with Unsloth as its documentation does, one setting per process.
+
+    Unsloth must be imported before transformers and peft.
+    """
 
     def __init__(self, setting: Setting, device: torch.device, checkpoint: Path | None) -> None:
         from unsloth import FastLanguageModel
@@ -140,7 +147,7 @@ def _recomputes(setting: Setting) -> bool:
 
 
 def _library_step(model: Any, setting: Setting, device: torch.device) -> Prepared:
-    """Labels are the inputs: transformers' models, and all built on them, shift them inside."""
+    """Return the step of a transformers model. It shifts labels itself, so they are the inputs."""
     autocast = pick_dtype("auto", device) == torch.bfloat16
 
     def step(batch: Batch) -> torch.Tensor:
@@ -158,8 +165,12 @@ def _library_step(model: Any, setting: Setting, device: torch.device) -> Prepare
 
 @dataclass(frozen=True)
 class System:
-    """build: (a setting of the model, device, its folder) -> builder. needs: packages without which its row is `not installed`.
-    from_folder: whether it loads its model from a folder; then each setting has a process of its own."""
+    """Describe one system.
+
+    build: (a setting of the model, device, its folder) -> builder. needs: packages without which
+    its row says `not installed`. from_folder: loads its model from a folder, in a new process for
+    each setting.
+    """
 
     build: Callable[[Setting, torch.device, Path | None], Builder]
     needs: tuple[str, ...] = ()

@@ -1,6 +1,9 @@
-"""python -m engine.bench.table FILE...: Markdown tables from JSON lines. Of rows measured twice, the later one counts.
+"""Make Markdown tables from the JSON lines of engine.bench.
 
-One table per setting and card, with how many times ours is as fast as each other system, and one per ladder. No torch.
+    python -m engine.bench.table FILE...
+
+There is one table per setting and card, with our speed as a multiple of each other system's, and
+one per ladder. If a row was measured twice, the later one counts. No torch.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ from engine.bench.rows import POLICIES
 from engine.system.command_line import run
 
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "peft", "liger-kernel", "unsloth")
-SETTING = ("model", "batch", "length", "rank", "dropout", "policy", "cap_gib", "card")  # what a table's rows have in common
-OURS = ("system", "keep_layers", "host_layers", "weight_cache_gib", "cuda_graphs")  # what tells them apart
+# The rows of a table agree in SETTING and differ in OURS.
+SETTING = ("model", "batch", "length", "rank", "dropout", "policy", "cap_gib", "card")
+OURS = ("system", "keep_layers", "host_layers", "weight_cache_gib", "cuda_graphs")
 LADDER = ("model", "batch", "length", "rank", "dropout", "cap_gib", "card")
 Record = dict[str, Any]
 
@@ -35,19 +39,19 @@ def _main(arguments: list[str] | None) -> int:
 
 
 def read(files: list[Path]) -> list[Record]:
-    """All lines of all files, in their order."""
+    """Return all lines of all files, in order, as records."""
     return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.strip()]
 
 
 def report(records: list[Record]) -> str:
-    """The tables, each with where it was measured below."""
+    """Return the tables, each followed by card, versions and commit."""
     settings = _groups([r for r in records if r["suite"] != "ladder"], SETTING, OURS)
     ladders = _groups([r for r in records if r["suite"] == "ladder"], LADDER, ("label",))
     return "\n\n".join([_setting_table(group) for group in settings] + [_ladder_table(group) for group in ladders])
 
 
 def describe(record: Record) -> str:
-    """The setting in words; of a ladder, what its rows share."""
+    """Return the setting in words; for a ladder, only the part that its rows share."""
     parts = [record["model"], f"{record['batch']} x {record['length']} tokens", f"r {record['rank']}"]
     if record["dropout"]:
         parts.append(f"dropout {record['dropout']}")
@@ -59,13 +63,13 @@ def describe(record: Record) -> str:
 
 
 def headings(width: int) -> str:
-    """Over `line`s, in a terminal."""
+    """Return the headings to print over `line`s in a terminal."""
     names = f"{'tok/s':>9}{'ms/step':>9}{'peak GiB':>10}{'first step s':>14}{'first loss':>12}{'last loss':>11}"
     return f"{'system':<{width}}{names}"
 
 
 def line(record: Record, width: int) -> str:
-    """One row, in a terminal. Equal losses show that systems compute the same."""
+    """Return one row for a terminal. Equal losses show that systems compute the same."""
     label = f"{record['label']:<{width}}"
     if "error" in record:
         return label + record["error"]
@@ -100,7 +104,7 @@ def _ladder_table(group: list[Record]) -> str:
 
 
 def _table(title: str, ratios: list[str], rows: list[tuple[str, Record, list[str]]]) -> str:
-    """Where rows were measured with different versions or commits, letters say which."""
+    """Return a Markdown table; letters mark rows measured with different versions or commits."""
     places = list(dict.fromkeys(_place(record) for _, record, _ in rows))
     letters = [f"({letter}) " for letter in string.ascii_lowercase[: len(places)]] if len(places) > 1 else [""]
     columns = ["system", "tok/s", "ms/step", "peak GiB", "first step s", *ratios]

@@ -1,1 +1,1 @@
-"""One trial as frozen data, without torch."""
+"""Describe one trial as frozen, validated data, without torch."""

@@ -1,4 +1,7 @@
-"""Plain data to frozen models and back; every fault is one InputError line. No torch."""
+"""Turn plain data into frozen models and back. No torch.
+
+Every fault becomes one InputError line.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,25 @@ from engine.errors import InputError, did_you_mean
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-ListAsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # JSON and YAML have lists only
+# JSON and YAML have no tuples.
+ListAsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 
 class StrictModel(BaseModel):
-    """Frozen pydantic model that refuses unknown keys and silent type changes (`"8"` is not a rank)."""
+    """A frozen pydantic model that refuses unknown keys and silent type changes.
+
+    For example, `"8"` is not a rank.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     @field_validator("*", mode="after")
     @classmethod
     def _printable(cls, value: Any) -> Any:
-        """Names, paths and hub ids: a control character in one fails deep inside a system call, or breaks a file's lines."""
+        """Refuse control characters in names, paths and hub ids.
+
+        They fail deep inside a system call, or break the lines of a file.
+        """
         texts = value if isinstance(value, tuple | list) else (value,)
         if any(isinstance(text, str) and not text.isprintable() for text in texts):
             raise ValueError("must be printable text, without control characters")
@@ -34,7 +44,11 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def parse(model: type[M], data: Any, where: str = "") -> M:
-    """Validate plain data into `model`; the first fault becomes one InputError naming field, value and what is allowed."""
+    """Validate plain data into `model`.
+
+    The first fault becomes an InputError with the field, the value and what is allowed. `where` is
+    a prefix for the field's name.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -42,12 +56,12 @@ def parse(model: type[M], data: Any, where: str = "") -> M:
 
 
 def to_json(config: BaseModel) -> str:
-    """Canonical JSON: sorted keys, so equal configs give equal text."""
+    """Return canonical JSON: keys are sorted, so equal configs give equal text."""
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, indent=2)
 
 
 def load_json(path: str | Path) -> Any:
-    """Read a JSON file; a missing or broken one is an InputError."""
+    """Read a JSON file; raise InputError if it is missing or broken."""
     try:
         return json.loads(Path(path).read_text())
     except OSError as error:
@@ -59,7 +73,10 @@ def load_json(path: str | Path) -> Any:
 
 
 def _input_error(model: type[BaseModel], faults: list[dict[str, Any]], where: str) -> InputError:
-    """The first fault; where a value fits none of several kinds, each has a fault, and all are allowed."""
+    """Return the InputError for the first fault.
+
+    For a union pydantic reports one fault a kind; the message then lists all the allowed kinds.
+    """
     fault = faults[0]
     location = _location(model, fault["loc"])
     field = ".".join(filter(None, [where, *location])) or model.__name__
@@ -75,7 +92,10 @@ def _input_error(model: type[BaseModel], faults: list[dict[str, Any]], where: st
 
 
 def _location(model: type[BaseModel] | None, path: tuple[str | int, ...]) -> list[str]:
-    """Field names and list positions; pydantic also names the branch of a union, which is nobody's key."""
+    """Return the field names and list positions in `path`.
+
+    pydantic also puts the branch of a union there. It is not a key in the file, so it is left out.
+    """
     location = []
     for part in path:
         if isinstance(part, int) or model is not None:

@@ -1,4 +1,4 @@
-"""The rule by which `lora.target_modules` picks layers. No torch."""
+"""Apply `lora.target_modules`: pick layers by their names. No torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from engine.errors import InputError, did_you_mean
 
 
 def target_rule(target_modules: str | tuple[str, ...]) -> Callable[[str], bool]:
-    """The test of a layer's full name that `target_modules` stands for.
+    """Return a test that says whether `target_modules` picks the layer of a full name.
 
-    `all-linear`: every name. A list: each entry matches a whole name or its dotted end (`q_proj`,
-    `mlp.up_proj`). A string with other characters than those of a name: a regular expression over
-    the whole name, as in PEFT.
+    - `all-linear` picks every name.
+    - An entry of a list picks a whole name or its dotted end (`q_proj`, `mlp.up_proj`).
+    - A string with characters that no name has is a regular expression over the whole name, as in
+      PEFT. Raises InputError if it is not valid.
     """
     if target_modules == ALL_LINEAR:
         return lambda name: True
@@ -31,7 +32,10 @@ def target_rule(target_modules: str | tuple[str, ...]) -> Callable[[str], bool]:
 
 
 def resolve_targets(linear_names: list[str], target_modules: str | tuple[str, ...]) -> list[str]:
-    """Full names of the layers that `target_modules` picks, in the order of `linear_names`. Every entry must match one."""
+    """Return the full names that `target_modules` picks, in the order of `linear_names`.
+
+    Raises InputError if an entry matches no name.
+    """
     is_target = target_rule(target_modules)
     if _is_regex(target_modules) and not any(map(is_target, linear_names)):
         allowed = f"must match whole layer names such as {linear_names[0]!r}"

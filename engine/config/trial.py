@@ -1,6 +1,7 @@
-"""The frozen, validated description of one trial: everything `python -m engine` needs to reproduce it. No torch.
+"""Define `TrainConfig`, which describes one trial completely. No torch.
 
-`TrainConfig` is plain data. Unknown keys are refused with the known ones listed, and every error is one `InputError` line.
+It is frozen, validated plain data, and all that `python -m engine` needs to reproduce the trial.
+The error for an unknown key lists the known ones. Every error is one `InputError` line.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from engine.errors import InputError
 
 ALL_LINEAR = "all-linear"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-ON_TRAINING_SAMPLES = "train"  # as data.eval
-PROFILE_AFTER = 2  # optimizer steps: the first ones compile kernels, record graphs and fill caches
+ON_TRAINING_SAMPLES = "train"  # value of data.eval
+# Optimizer steps: the first ones compile kernels, record graphs and fill caches.
+PROFILE_AFTER = 2
 Auto = Literal["auto"]
 BOOL_POLICIES = {"keep": False, "recompute": True}
-"""Policies whose name files write as true or false, in train.activation_checkpointing."""
+"""Policies that config files write as true or false, in train.activation_checkpointing."""
 PolicyAsBool = BeforeValidator(lambda value: BOOL_POLICIES.get(value, value) if isinstance(value, str) else value)
 
 
 class ModelConfig(StrictModel):
-    """Base model and how its frozen weights are held."""
+    """The base model, and the form in which its frozen weights are held."""
 
     path: str = Field(min_length=1, description="Hugging Face folder, hub id, or builtin:<name>")
     revision: str | None = None
@@ -37,22 +39,22 @@ class ModelConfig(StrictModel):
     double_quantization: bool = True
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto: bfloat16 on CUDA, float32 on CPU")
     layers: Literal["auto", "strict", "original"] = Field(
-        "auto", description="fused where known; strict: or an error; original: never"
+        "auto", description="auto: fused in known model families; strict: fused, or an error; original: never fused"
     )
     embeddings: Literal["auto", "device", "host"] = Field(
-        "auto", description="host: the input embedding stays in pinned host memory; auto: so on CUDA, if large and not tied"
+        "auto", description="host: the input embedding stays in pinned host memory; auto: host on CUDA, if large and not tied"
     )
     trust_remote_code: bool = False
 
 
 class DataConfig(StrictModel):
-    """Training samples and the one fixed evaluation set that all trials share."""
+    """The training samples, and the one fixed evaluation set that all trials share."""
 
     train: str = Field(min_length=1, description="JSONL/JSON/Parquet file, hub id, or builtin:<name>")
     train_split: str = "train"
-    train_max_samples: PositiveInt | None = Field(None, description="so many of them, chosen by content; none: all")
+    train_max_samples: PositiveInt | None = Field(None, description="number of samples, chosen by content; none: all")
     eval: str | None = Field(
-        None, description="like train; none: hold out eval_fraction of train; train: the training samples themselves"
+        None, description="a source as for train; none: hold out eval_fraction of train; train: the training samples themselves"
     )
     eval_split: str = "train"
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
@@ -65,7 +67,10 @@ class DataConfig(StrictModel):
 
 
 class LoraConfig(StrictModel):
-    """The adapter: y = W x + scaling * B A dropout(x) on each target module (Hu et al., arXiv:2106.09685)."""
+    """The adapter on each target module (Hu et al., arXiv:2106.09685).
+
+    y = W x + scaling * B A dropout(x).
+    """
 
     rank: PositiveInt = 16
     lora_alpha: Annotated[float, Field(gt=0.0)] | None = Field(None, description="none: 2 * rank")
@@ -81,17 +86,17 @@ class LoraConfig(StrictModel):
 
     @property
     def alpha(self) -> float:
-        """lora_alpha, resolved: 2 * rank where none was given."""
+        """Return lora_alpha, or 2 * rank if it is not given."""
         return 2.0 * self.rank if self.lora_alpha is None else self.lora_alpha
 
     @property
     def scaling(self) -> float:
-        """alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski, arXiv:2312.03732)."""
+        """Return alpha / rank; with rsLoRA alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 class OptimConfig(StrictModel):
-    """AdamW and the learning-rate schedule; the schedule runs over tokens seen, not steps."""
+    """AdamW and the learning-rate schedule, which runs over tokens seen, not over steps."""
 
     name: Literal["auto", "adamw", "adamw_8bit"] = Field("auto", description="auto: adamw_8bit on CUDA, adamw on CPU")
     learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
@@ -106,34 +111,37 @@ class OptimConfig(StrictModel):
 
 
 class LoopConfig(StrictModel):
-    """How long to train, in which portions, and when to report. Tokens seen = tokens fed forward, prompts included."""
+    """The length of training, its portions and its reports.
+
+    Tokens seen are the tokens that the model reads in forward passes, prompts included.
+    """
 
     max_tokens: PositiveInt
     report_at_tokens: Annotated[tuple[PositiveInt, ...] | None, ListAsTuple] = Field(
-        None, description="ascending grid below max_tokens"
+        None, description="tokens seen at each report, ascending, up to max_tokens"
     )
-    num_reports: PositiveInt = Field(8, description="even grid, where report_at_tokens is not given")
+    num_reports: PositiveInt = Field(8, description="evenly spaced reports, if report_at_tokens is not given")
     micro_batch_size: PositiveInt | Auto = Field("auto", description="bins computed at once; changes speed and memory only")
-    gradient_accumulation_steps: PositiveInt = Field(1, description="micro-batches in a step, where tokens_per_step is not given")
-    tokens_per_step: PositiveInt | None = Field(None, description="one optimizer step, the same for all lengths")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="micro-batches in a step, if tokens_per_step is not given")
+    tokens_per_step: PositiveInt | None = Field(None, description="tokens in one optimizer step, at every sequence length")
     activation_checkpointing: Annotated[bool | Literal["auto", "selective", "offload"], PolicyAsBool] = Field(
         "auto",
-        description="true: compute each layer again in the backward pass, offload: from inputs in host memory, "
-        "selective: its MLP only; false: keep; auto: what fits and is fastest",
+        description="true: compute each layer again in the backward pass; offload: the same, from inputs in host memory; "
+        "selective: compute only its MLP again; false: keep activations; auto: the fastest that fits",
     )
     keep_layers: Annotated[int, Field(ge=0)] | Auto = Field(
-        "auto", description="so many last layers keep activations whatever activation_checkpointing says"
+        "auto", description="number of last layers that keep activations, whatever activation_checkpointing says"
     )
     host_layers: Annotated[int, Field(ge=0)] | Auto = Field(
-        "auto", description="so many of the other layers keep activations in pinned host memory, spread evenly"
+        "auto", description="number of other layers, spread evenly, that keep activations in pinned host memory"
     )
     weight_cache_gib: Annotated[float, Field(ge=0.0)] | Auto = Field("auto", description="device memory for dequantised weights")
     cuda_graphs: bool | Auto = Field(
-        "auto", description="replay recorded launches; not with dropout or host memory. auto: where the host would be too slow"
+        "auto", description="replay recorded launches; not with dropout or host memory. auto: if the host would be too slow"
     )
-    memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = Field(None, description="device memory to use; none: the card's")
+    memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = Field(None, description="device memory to use; none: all of it")
     profile_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="so many optimizer steps, after the first two, are traced into profile/ of the trial's folder"
+        0, description="number of optimizer steps, after the first two, to trace into profile/ of the trial's folder"
     )
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -148,7 +156,7 @@ class LoopConfig(StrictModel):
         return self
 
     def report_grid(self) -> tuple[int, ...]:
-        """Tokens seen at which a trial reports; the last entry is max_tokens. Rung i is entry i - 1."""
+        """Return the tokens seen at each report, up to max_tokens. Rung i is entry i - 1."""
         if self.report_at_tokens is None:
             return tuple(self.max_tokens * (i + 1) // self.num_reports for i in range(self.num_reports))
         grid = self.report_at_tokens
@@ -162,11 +170,14 @@ NUMERICALLY_NEUTRAL = {
         "host_layers", "weight_cache_gib", "cuda_graphs", "memory_budget_gib", "profile_steps",
     ),
 }  # fmt: skip
-"""Fields that change speed and memory but not what is computed, beyond rounding; of the step's size, `bins_per_step` remains."""
+"""Fields that change speed and memory, and results only by rounding.
+
+The fingerprint leaves them out; `bins_per_step` stands for the size of a step.
+"""
 
 
 class TrainConfig(StrictModel):
-    """One trial, whole."""
+    """All settings of one trial."""
 
     model: ModelConfig
     data: DataConfig
@@ -180,7 +191,7 @@ class TrainConfig(StrictModel):
         if loop.cuda_graphs is True and (
             self.lora.lora_dropout or loop.activation_checkpointing == "offload" or loop.host_layers not in (0, "auto")
         ):
-            raise ValueError("train.cuda_graphs = true goes with lora_dropout = 0, no offload and host_layers = 0 only")
+            raise ValueError("train.cuda_graphs = true needs lora_dropout = 0, host_layers = 0 and no offloaded activations")
         return self
 
     @model_validator(mode="after")
@@ -188,31 +199,34 @@ class TrainConfig(StrictModel):
         loop, longest = self.train, self.bins_per_step * self.data.max_seq_length
         certain = max(0, math.ceil(loop.max_tokens / longest) - PROFILE_AFTER)
         if loop.profile_steps > certain:
-            steps = f"{loop.max_tokens} tokens in steps of up to {longest}, without the first {PROFILE_AFTER} steps"
+            steps = f"{loop.max_tokens} tokens in steps of up to {longest}, not counting the first {PROFILE_AFTER} steps"
             allowed = f"must be at most {certain}: {steps}"
             raise InputError("train.profile_steps", loop.profile_steps, allowed)
         return self
 
     @property
     def bins_per_step(self) -> int:
-        """Rows of max_seq_length tokens (without packing: samples) in one optimizer step, however they are computed."""
+        """Return the bins in one optimizer step, however they are computed.
+
+        A bin is a row of max_seq_length tokens, or one sample without packing.
+        """
         loop = self.train
         if loop.tokens_per_step is not None:
             return max(1, round(loop.tokens_per_step / self.data.max_seq_length))
         return loop.gradient_accumulation_steps * (1 if loop.micro_batch_size == "auto" else loop.micro_batch_size)
 
     def fingerprint(self) -> str:
-        """16 hex digits that are equal exactly when two configs train the same adapter, up to rounding."""
+        """Return 16 hex digits, equal for configs that train the same adapter up to rounding."""
         values = self.model_dump(mode="json")
         for section, fields in NUMERICALLY_NEUTRAL.items():
             for field in fields:
                 del values[section][field]
-        if self.data.train_max_samples is None:  # a key that older sweeps do not have
+        if self.data.train_max_samples is None:  # older sweeps do not have this key
             del values["data"]["train_max_samples"]
         values["bins_per_step"] = self.bins_per_step
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_train_config(path: str | Path) -> TrainConfig:
-    """Read a train_config.json."""
+    """Read a train_config.json; raise InputError if it is missing or not valid."""
     return parse(TrainConfig, load_json(path))

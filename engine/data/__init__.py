@@ -1,1 +1,1 @@
-"""Samples to packed rows, with the tokens that carry loss."""
+"""Turn samples into packed rows, and mark the tokens that carry loss."""

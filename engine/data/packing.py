@@ -1,8 +1,10 @@
-"""From samples to micro-batches: which samples share a row, and the row itself. Numpy, with torch only for the batch tensors.
+"""Pack samples into micro-batches: choose which samples share a row, and build the row.
 
-A bin holds whole samples up to `max_seq_length` tokens, or one sample without packing. An optimizer step takes so many bins,
-which the config says; a micro-batch is `micro_batch_size` of them in one flat row without padding, so its size changes what is
-computed at once and nothing else. Samples never see each other: positions restart and attention is cut at the document offsets.
+A bin holds whole samples up to `max_seq_length` tokens, or one sample without packing. The config
+sets how many bins an optimizer step takes. A micro-batch puts `micro_batch_size` of them in one
+flat row without padding. Its size therefore changes only how much is computed at once.
+
+Samples never see each other: positions restart and attention is cut at the document offsets.
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ from torch import Tensor
 
 from engine.kernels.ops import IGNORE
 
-WINDOW = 1024  # samples considered at once: first-fit-decreasing over it fills > 97 % of a row on typical chat data
+# Samples sorted at once: first-fit-decreasing over them fills > 97 % of a row on typical chat data.
+WINDOW = 1024
 
-TENSORS = ("input_ids_T", "labels_T", "target_rows", "position_ids_T", "document_offsets")  # of a Batch
+# The tensors of a Batch.
+TENSORS = ("input_ids_T", "labels_T", "target_rows", "position_ids_T", "document_offsets")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One tokenised sample, cut to length: input ids [L] and whether each is a target [L]."""
+    """Hold one tokenised sample, cut to length: input ids [L], and a mask [L] of the targets."""
 
     input_ids: np.ndarray
     is_target: np.ndarray
@@ -30,8 +34,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed row of T tokens. labels_T is already shifted: the target predicted at position t, or IGNORE; target_rows [M] are
-    the positions that have one, found on the host so that the loss need not ask the device."""
+    """Hold one packed row of T tokens.
+
+    labels_T is already shifted: at position t it has the target predicted there, or IGNORE.
+    target_rows [M] are the positions with a target, found on the host so that the loss need not
+    wait for the device. document_offsets [documents + 1] start at 0.
+    """
 
     input_ids_T: Tensor
     labels_T: Tensor
@@ -49,20 +57,23 @@ class Batch:
         return self.input_ids_T.numel()
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; copies to CUDA are asynchronous from pinned memory."""
+        """Return the batch on `device`; copies to CUDA are asynchronous, from pinned memory."""
         if device.type == "cpu":
             return self
         return replace(self, **{n: getattr(self, n).pin_memory().to(device, non_blocking=True) for n in TENSORS})
 
     def copy_(self, other: Batch) -> None:
-        """Take the values of a batch on the host, of equal sizes; to CUDA asynchronously, as `to`."""
+        """Copy in the values of a host batch of equal sizes; to CUDA asynchronously, as in `to`."""
         for name in TENSORS:
             target, source = getattr(self, name), getattr(other, name)
             target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Lay samples side by side. The last position of each predicts nothing, so no label crosses a border."""
+    """Join samples into one row.
+
+    The last position of each sample predicts nothing, so no label crosses a border.
+    """
     lengths = tuple(len(s.input_ids) for s in samples)
     labels = [np.append(np.where(s.is_target[1:], s.input_ids[1:], IGNORE), IGNORE) for s in samples]
     labels_T = np.concatenate(labels).astype(np.int64)
@@ -77,8 +88,12 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def padded(batch: Batch, num_tokens: int, num_targets: int, num_documents: int, longest: int) -> Batch:
-    """The batch with filler up to these numbers, which adds nothing to loss and gradients: documents of token 0 without targets
-    and of at most `longest` tokens, then empty ones; and rows without a target among `target_rows`."""
+    """Return the batch with filler up to these sizes; the filler adds nothing to loss or gradients.
+
+    Filler documents have token 0, no targets and at most `longest` tokens; empty documents follow.
+    `target_rows` is filled with rows that have no target. ValueError if the batch is larger than
+    the sizes.
+    """
     missing = num_tokens - batch.num_tokens
     filler = [min(longest, missing - start) for start in range(0, missing, longest)]
     ends = batch.document_offsets.numpy()[-1] + np.cumsum([0, *filler])
@@ -100,7 +115,10 @@ def padded(batch: Batch, num_tokens: int, num_targets: int, num_documents: int, 
 
 
 def plan_epoch(lengths: np.ndarray, capacity: int, packing: bool, seed: int, epoch: int) -> list[list[int]]:
-    """Bins of sample indices for one epoch: every sample once, in an order that seed and epoch alone decide."""
+    """Return bins of sample indices for one epoch: every sample once.
+
+    Only seed and epoch decide the order.
+    """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
     if not packing:
@@ -112,7 +130,7 @@ def plan_epoch(lengths: np.ndarray, capacity: int, packing: bool, seed: int, epo
 
 
 def plan_once(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Bins for evaluation: neighbours share a row while they fit; nothing is shuffled."""
+    """Return bins for evaluation: neighbours share a row while they fit, without a shuffle."""
     bins: list[list[int]] = []
     room = 0
     for i, length in enumerate(lengths):
@@ -125,7 +143,10 @@ def plan_once(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 class Cursor:
-    """Walks bins epoch after epoch. `epoch` and `position` (in bins) are all that resume needs."""
+    """Walk through the bins, epoch after epoch.
+
+    To resume, a trial needs only `epoch` and `position` (in bins).
+    """
 
     def __init__(self, lengths: np.ndarray, capacity: int, packing: bool, seed: int) -> None:
         self._lengths, self._capacity, self._packing, self._seed = lengths, capacity, packing, seed
@@ -134,17 +155,17 @@ class Cursor:
 
     @property
     def epochs(self) -> float:
-        """Passes over the data so far, as a fraction."""
+        """Return the number of passes over the data so far, as a fraction."""
         return self.epoch + self.position / len(self._bins)
 
     def seek(self, epoch: int, position: int) -> None:
-        """Go to a place that `epoch` and `position` once named."""
+        """Go to a place that an earlier cursor reported as `epoch` and `position`."""
         if epoch != self.epoch:
             self._bins = plan_epoch(self._lengths, self._capacity, self._packing, self._seed, epoch)
         self.epoch, self.position = epoch, position
 
     def take(self, count: int) -> list[list[int]]:
-        """The next `count` bins of sample indices, across the end of an epoch where it lies between them."""
+        """Return the next `count` bins of sample indices; they may run into the next epoch."""
         taken: list[list[int]] = []
         while len(taken) < count:
             if self.position >= len(self._bins):

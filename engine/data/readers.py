@@ -1,4 +1,4 @@
-"""Samples from JSONL, JSON, Parquet or the hub, each with a name for messages."""
+"""Read samples from JSONL, JSON, Parquet or the hub, and give each a name for messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def open_samples(field: str, source: str, split: str) -> tuple[str, Iterator[tuple[str, Mapping[str, Any]]]]:
-    """(identity of the content, samples with a name for messages). Reading starts only when the iterator is used."""
+    """Return the identity of the content and an iterator over (name for messages, sample).
+
+    Reading starts only when the iterator is used. InputError for a source that is no data file and
+    no hub id.
+    """
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix not in SUFFIXES:
@@ -65,7 +69,7 @@ def _parse(where: str, text: str) -> Any:
     except ValueError as error:
         raise InputError(where, text.strip()[:60], f"must be JSON ({error})") from None
     except RecursionError:
-        raise InputError(where, text.strip()[:60], "must be JSON, nested less deeply") from None
+        raise InputError(where, text.strip()[:60], "must be JSON that is less deeply nested") from None
 
 
 def _open_hub(field: str, source: str, split: str) -> tuple[str, Iterator[tuple[str, Mapping[str, Any]]]]:
@@ -73,7 +77,7 @@ def _open_hub(field: str, source: str, split: str) -> tuple[str, Iterator[tuple[
 
     try:
         data = load_dataset(source, split=split)
-    except Exception as error:  # the hub client raises a dozen kinds, offline, missing, gated, no such split
-        allowed = f"no such file, and not to be had from the hub (split {split!r}): {first_line(error)}"
+    except Exception as error:  # many kinds: offline, missing, gated, no such split
+        allowed = f"no such file, and the hub did not deliver it (split {split!r}): {first_line(error)}"
         raise InputError(field, source, allowed) from error
     return f"{source}@{data._fingerprint}", ((f"{field} row {i}", row) for i, row in enumerate(data, 1))

@@ -1,8 +1,11 @@
-"""From a sample in any supported format to text with target spans: which characters the model is to learn to write.
+"""Turn a sample of any supported format into text, and mark the spans the model learns to write.
 
-messages: `{"messages": [{"role", "content"}, ...]}` (or `conversations` with from/value), rendered by the chat template; loss
-on assistant turns. prompt_completion: `{"prompt", "completion"}`; loss on the completion. alpaca: `{"instruction", "input",
-"output"}`, as a chat where there is a template, else Stanford's prompt. text: `{"text"}`; loss everywhere.
+- messages: `{"messages": [{"role", "content"}, ...]}`, or `conversations` with from/value. The chat
+  template renders it, and assistant turns carry loss.
+- prompt_completion: `{"prompt", "completion"}`; the completion carries loss.
+- alpaca: `{"instruction", "input", "output"}`, rendered as a chat if there is a template, else with
+  Stanford's prompt. The output carries loss.
+- text: `{"text"}`; everything carries loss.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FORMATS = {  # format -> columns that reveal it, most telling first
+FORMATS = {  # format -> columns that identify it, most specific first
     "messages": (("messages",), ("conversations",)),
     "prompt_completion": (("prompt", "completion"),),
     "alpaca": (("instruction", "output"),),
@@ -32,40 +35,47 @@ SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
 }
-MAX_CHARACTERS = 10_000_000  # of one sample: some two million tokens, more than any card holds
+MAX_CHARACTERS = 10_000_000  # per sample: about two million tokens, more than any card holds
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 ALPACA_HEAD = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 
 
 @dataclass(frozen=True)
 class TargetText:
-    """Text and the character ranges [start, end) that carry loss."""
+    """Hold a text and the character ranges [start, end) that carry loss."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
 
 
 class SampleError(Exception):
-    """What is wrong with one sample; the reader adds which one."""
+    """Say what is wrong with one sample; the reader adds the sample's name."""
 
 
 def detect_format(columns: Mapping[str, Any], wanted: str, where: str) -> str:
-    """The format of a sample with these columns, or `wanted` if that is not `auto`."""
+    """Return the format that fits these columns, or `wanted` if it is not `auto` and fits.
+
+    InputError, naming the sample as `where`, if none fits.
+    """
     for name, alternatives in FORMATS.items():
         if wanted in ("auto", name) and any(all(c in columns for c in needed) for needed in alternatives):
             return name
     known = "; ".join(f"{n}: {' or '.join('+'.join(c) for c in alts)}" for n, alts in FORMATS.items())
-    raise InputError(where, sorted(columns), f"columns fit no format ({wanted} was asked for); known: {known}")
+    raise InputError(where, sorted(columns), f"columns fit no format (format: {wanted}); known: {known}")
 
 
 def chat_template(tokenizer: Any, wanted: str | None) -> str | None:
-    """Jinja text of the template to use: the tokenizer's own, `chatml`, or a file's content."""
+    """Return the Jinja text of the template: the tokenizer's own, `chatml`, or a file's content.
+
+    InputError for a name that is none of these.
+    """
     if wanted is None:
         return tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else tokenizer.get_chat_template()
     if wanted == "chatml":
         return CHATML
     try:
-        if Path(wanted).suffix in TEMPLATE_SUFFIXES:  # a config from elsewhere shall not make training text of any file
+        # Only Jinja files: a config from elsewhere must not turn any other file into training text.
+        if Path(wanted).suffix in TEMPLATE_SUFFIXES:
             return Path(wanted).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         pass
@@ -74,7 +84,10 @@ def chat_template(tokenizer: Any, wanted: str | None) -> str | None:
 
 
 class Renderer:
-    """Turns samples of one format into TargetTexts with one tokenizer's template and special tokens."""
+    """Turn samples of one format into TargetTexts, with one tokenizer's special tokens.
+
+    `render` is the method for the format; it raises SampleError for a bad sample.
+    """
 
     def __init__(self, tokenizer: Any, format_name: str, template: str | None) -> None:
         self._tokenizer, self._template = tokenizer, template
@@ -112,21 +125,22 @@ class Renderer:
         messages = _normalised(sample)
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if not turns:
-            raise SampleError("has no assistant message, so nothing to learn from")
+            raise SampleError("has no assistant message, so there is nothing to learn")
         extra = {"tools": sample["tools"]} if sample.get("tools") else {}
         pieces = [self._turn(messages, i, extra) for i in turns]
         whole = self._apply(messages, False, extra)
         if all(whole.startswith(text) for text, _ in pieces):
             return [TargetText(whole, tuple((start, len(text)) for text, start in pieces))]
-        # The template writes earlier turns differently once there are later ones (reasoning models drop their thoughts):
-        # one text per assistant turn is then exactly what the model sees when it has to write that turn.
+        # Some templates write earlier turns differently once later ones follow: reasoning models
+        # drop their thoughts. One text per assistant turn then shows the model exactly what it sees
+        # when it has to write that turn.
         return [TargetText(text, ((start, len(text)),)) for text, start in pieces]
 
     def _turn(self, messages: list[dict[str, Any]], i: int, extra: dict[str, Any]) -> tuple[str, int]:
         prompt = self._apply(messages[:i], True, extra)
         text = self._apply(messages[: i + 1], False, extra)
         if not text.startswith(prompt):
-            raise SampleError("the chat template's generation prompt is not how it begins an assistant message")
+            raise SampleError("the chat template begins assistant messages differently from its generation prompt")
         return text, len(prompt)
 
     def _apply(self, messages: list[dict[str, Any]], generate: bool, extra: dict[str, Any]) -> str:
@@ -137,10 +151,10 @@ class Renderer:
             text = self._tokenizer.apply_chat_template(messages, **options)
         except MemoryError:
             raise
-        except Exception as error:  # templates raise their own TemplateError with any message
+        except Exception as error:  # a template raises TemplateError with any message
             raise SampleError(f"the chat template refused it: {error}") from error
         if len(text) > MAX_CHARACTERS:
-            raise SampleError(f"the chat template makes {len(text):,} characters of it; allowed: {MAX_CHARACTERS:,}")
+            raise SampleError(f"the chat template makes {len(text):,} characters of it; at most {MAX_CHARACTERS:,} are allowed")
         return text
 
     def _plain(self, prompt: str, completion: str) -> TargetText:

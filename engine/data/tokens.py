@@ -1,4 +1,4 @@
-"""Rendered samples to arrays of tokens and targets on disk."""
+"""Tokenise rendered samples into arrays of tokens and targets on disk."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ CHUNK = 512  # texts per call of the tokenizer
 
 @dataclass(frozen=True)
 class TokenSet:
-    """All samples of one source: input_ids int32 and is_target bool, end to end; sample i is offsets[i]:offsets[i + 1].
+    """Hold all samples of one source, joined into long arrays.
 
-    first_target[i]: position of its first target token; hashes[i]: 64 bits of its content."""
+    Sample i is offsets[i]:offsets[i + 1] of input_ids (int32) and is_target (bool). first_target[i]
+    is the position of its first target token, and hashes[i] has 64 bits of its content's hash.
+    """
 
     input_ids: np.ndarray
     is_target: np.ndarray
@@ -40,7 +42,11 @@ class TokenSet:
 
 
 def tokenise(texts: list[tuple[str, TargetText]], tokenizer: Any, folder: Path) -> None:
-    """Write the arrays of a TokenSet. texts: (name of the sample for messages, its text)."""
+    """Write the arrays of a TokenSet into `folder`.
+
+    texts: pairs of a sample's name for messages and its text. InputError for a sample without a
+    target token.
+    """
     ids, targets, lengths, first, hashes = [], [], [], [], []
     for start in range(0, len(texts), CHUNK):
         chunk = texts[start : start + CHUNK]
@@ -48,9 +54,9 @@ def tokenise(texts: list[tuple[str, TargetText]], tokenizer: Any, folder: Path) 
         for (name, text), id_list, offsets in zip(chunk, encoded["input_ids"], encoded["offset_mapping"]):
             sample_ids = np.asarray(id_list, dtype=np.int32)
             is_target = _targets(np.asarray(offsets, dtype=np.int64).reshape(-1, 2), text.spans)
-            where = np.flatnonzero(is_target[1:])  # the first token of a sample is never predicted
+            where = np.flatnonzero(is_target[1:])  # no position predicts a sample's first token
             if len(where) == 0:
-                raise InputError(name, text.text, "has no target token, so nothing to learn from")
+                raise InputError(name, text.text, "has no target token, so there is nothing to learn")
             ids.append(sample_ids)
             targets.append(is_target)
             lengths.append(len(sample_ids))
@@ -82,7 +88,7 @@ def render_all(
             except SampleError as error:
                 raise InputError(name, dict(sample), str(error)) from error
             except KeyError as error:
-                raise InputError(name, sorted(sample), f"column {error} is missing; the first sample had it") from None
+                raise InputError(name, sorted(sample), f"column {error} is missing, but the first sample has it") from None
 
 
 def _targets(offsets_L2: np.ndarray, spans: tuple[tuple[int, int], ...]) -> np.ndarray:

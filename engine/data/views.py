@@ -1,7 +1,8 @@
-"""Samples on disk -> tokens on disk, once per data set and tokenizer, memory-mapped by every trial of the machine.
+"""Load the training and evaluation samples, tokenised once per data set and tokenizer.
 
-Tokenised at full length, so trials of any max_seq_length share one cache. The evaluation set is chosen by content: samples
-with equal tokens fall on the same side, so none leaks from training into evaluation.
+Every trial on the machine memory-maps the same arrays. They hold samples at full length, so trials
+of any max_seq_length share one cache. The content of a sample decides whether it is for evaluation:
+samples with equal tokens fall on the same side, so none leaks from training into evaluation.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from engine.system.shared_cache import build_once
 
 
 class View:
-    """Some samples of a TokenSet, cut to a length. Samples that lose every target by the cut are left out (num_dropped)."""
+    """Select samples of a TokenSet and cut them to a length.
+
+    Samples that lose every target by the cut are left out; `num_dropped` counts them.
+    """
 
     def __init__(self, tokens: TokenSet, chosen: np.ndarray, max_seq_length: int) -> None:
         self._given = chosen
@@ -37,7 +41,10 @@ class View:
         return len(self._chosen)
 
     def digest(self) -> str:
-        """16 hex digits of the samples, at full length and in order: equal exactly for the same tokens and targets' starts."""
+        """Return 16 hex digits of the samples, at full length and in order.
+
+        They are equal for the same tokens with the same first targets.
+        """
         content = np.stack([self._tokens.hashes[self._given], self._tokens.first_target[self._given].astype(np.uint64)])
         return hashlib.sha256(content.tobytes()).hexdigest()[:16]
 
@@ -48,7 +55,7 @@ class View:
 
 
 def load_data(config: DataConfig, tokenizer: Any) -> tuple[View, View]:
-    """(train, eval) views, tokenised on first use. Either one empty is an InputError."""
+    """Return the (train, eval) views, tokenised on first use; InputError if either is empty."""
     train_source, eval_source = _sources(config)
     train = _token_set("data.train", train_source, config.train_split, config, tokenizer)
     if config.eval == ON_TRAINING_SAMPLES:
@@ -70,7 +77,10 @@ def load_data(config: DataConfig, tokenizer: Any) -> tuple[View, View]:
 
 
 def split_by_content(hashes: np.ndarray, eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """(train, eval) indices: the share of samples with the lowest content hashes is evaluation, equal ones together."""
+    """Return (train, eval) indices: the samples with the lowest content hashes are for evaluation.
+
+    Samples with equal hashes stay together. InputError if no sample is left for training.
+    """
     order = np.argsort(hashes, kind="stable")
     border = hashes[order[max(1, round(len(order) * eval_fraction)) - 1]]
     train, evaluation = order[hashes[order] > border], order[hashes[order] <= border]
@@ -80,12 +90,18 @@ def split_by_content(hashes: np.ndarray, eval_fraction: float) -> tuple[np.ndarr
 
 
 def _by_content(tokens: TokenSet, index: np.ndarray) -> np.ndarray:
-    """In an order that the samples alone decide, so that so many of them are the same ones wherever they stand in the file."""
+    """Return `index` in the order of content hashes.
+
+    The first n samples are then the same ones for any order of the file.
+    """
     return index[np.argsort(tokens.hashes[index], kind="stable")]
 
 
 def _sources(config: DataConfig) -> tuple[str, str | None]:
-    """(train, eval) paths; a builtin brings its own evaluation part, and can also be named as `data.eval` alone."""
+    """Return the (train, eval) paths; None as the second if evaluation has no separate source.
+
+    A builtin brings its own evaluation part, and `data.eval` alone may name one.
+    """
     train = resolve_data(config.train)
     if config.eval == ON_TRAINING_SAMPLES:
         return (str(train[0]) if train else config.train), None
@@ -96,13 +112,13 @@ def _sources(config: DataConfig) -> tuple[str, str | None]:
 
 def _refuse_empty(view: View, field: str, value: int) -> None:
     if len(view) == 0:
-        raise InputError(field, value, f"no sample keeps a target token at this length ({view.num_dropped} lost theirs)")
+        raise InputError(field, value, f"raise it: none of the {view.num_dropped} samples keeps a target token at this length")
 
 
 def _token_set(field: str, source: str, split: str, config: DataConfig, tokenizer: Any) -> TokenSet:
     template = chat_template(tokenizer, config.chat_template)
     if not tokenizer.is_fast:
-        raise InputError("model.path", type(tokenizer).__name__, "needs a fast tokenizer (tokenizer.json), to place targets")
+        raise InputError("model.path", type(tokenizer).__name__, "must have a fast tokenizer (tokenizer.json), to locate targets")
     content, samples = open_samples(field, source, split)
     identity = [
         VERSION,

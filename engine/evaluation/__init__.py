@@ -1,1 +1,1 @@
-"""What a base model or an adapter is worth on the fixed samples."""
+"""Evaluate a base model or an adapter on a fixed set of samples."""

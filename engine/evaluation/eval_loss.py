@@ -1,6 +1,7 @@
-"""Evaluation: mean nats per target token of one fixed set at one fixed length, the same for every trial of a sweep.
+"""Compute the evaluation loss in mean nats per target token.
 
-Rows hold up to the same number of tokens whatever the trial's own batch is, so the arithmetic does not depend on the trial.
+Every trial of a sweep uses the same set and sequence length. Rows have the same token limit at any
+batch size of the trial, so the arithmetic does not depend on the trial.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from engine.planning.compute_limits import EVALUATION_ROW_TOKENS
 
 
 def evaluation_batches(view: View, eval_max_seq_length: int) -> list[Batch]:
-    """The rows of the evaluation set, on the host."""
+    """Return the packed rows of the evaluation set, on the host."""
     capacity = max(eval_max_seq_length, EVALUATION_ROW_TOKENS)
     return [collate([view[i] for i in row]) for row in plan_once(view.lengths, capacity)]
 
 
 @torch.no_grad()
 def evaluate(base: Base, batches: list[Batch], before_each: Callable[[], None] = lambda: None) -> float:
-    """Mean loss in nats per target token over `batches`. Leaves the model in the mode it was in. before_each: called before each
-    batch; what it raises ends the evaluation."""
+    """Return the mean loss over `batches` in nats per target token.
+
+    The model keeps its training or evaluation mode. before_each: called before each batch; an
+    exception from it ends the evaluation.
+    """
     was_training = base.model.training
     base.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=base.device)

@@ -1,7 +1,8 @@
-"""What the model answers to a few evaluation samples, before and after: greedy, so that the answers repeat themselves.
+"""Generate answers to a few evaluation samples, with and without the adapter.
 
-Runs on the model that has just been evaluated: its decoder's own layers are put back, since training's fused ones take packed
-rows and keep no cache of keys and values. For people to read; nothing is judged by it.
+Decoding is greedy, so the answers are reproducible. It uses the model that has just been evaluated,
+with its original decoder layers: the fused ones take packed rows and keep no key-value cache. The
+answers are for people to read and do not affect the sweep.
 """
 
 from __future__ import annotations
@@ -23,20 +24,24 @@ from engine.quant.frozen_linear import FrozenLinear
 from engine.units import GIB
 
 MAX_NEW_TOKENS = 48
-ROOM = 0.7
-MAX_TEXT_PROMPT = 64  # tokens that plain text, which has no prompt of its own, begins with
+ROOM = 0.7  # share of the free memory for dequantised weights
+MAX_TEXT_PROMPT = 64  # tokens; plain text has no prompt, so its beginning serves as one
 
 
 @dataclass(frozen=True)
 class Question:
-    """prompt: token ids [P] up to the first answer. expected: those of that answer in the data, as many as may be generated."""
+    """Hold one question to the model.
+
+    prompt: token ids [P] up to the first answer. expected: token ids of that answer in the data, at
+    most MAX_NEW_TOKENS.
+    """
 
     prompt: np.ndarray
     expected: np.ndarray
 
 
 def choose_questions(view: View, count: int) -> list[Question]:
-    """Of the first samples of the evaluation set, `count` with different prompts; fewer where there are no more."""
+    """Return questions from the first `count` samples with different prompts, or all there are."""
     found: dict[bytes, Question] = {}
     for i in range(len(view)):
         if len(found) >= count:
@@ -50,13 +55,17 @@ def _question(sample: Sample) -> Question:
     targets = np.flatnonzero(sample.is_target)
     start = int(targets[0]) if targets[0] > 1 else max(1, min(len(sample.input_ids) // 2, MAX_TEXT_PROMPT))
     rest = sample.is_target[start : start + MAX_NEW_TOKENS]
-    length = len(rest) if rest.all() else int(np.argmin(rest))  # a later turn of the conversation is another answer
+    # The answer ends at the first non-target token: later targets belong to another turn.
+    length = len(rest) if rest.all() else int(np.argmin(rest))
     return Question(sample.input_ids[:start], sample.input_ids[start : start + length])
 
 
 def write_examples(base: Base, questions: list[Question], take_off_adapter: Callable[[], None]) -> list[dict[str, str]]:
-    """prompt, expected, base and adapter of each question, as text. The adapter is on the model, and `take_off_adapter` takes it
-    off. The model is spent: its layers take no packed rows any more, and its weights are dequantised where there is room."""
+    """Return a dict of prompt, expected, base and adapter, all text, for each question.
+
+    The adapter must be attached; `take_off_adapter` detaches it. The model cannot train afterwards:
+    its layers no longer take packed rows, and as many weights as fit are dequantised.
+    """
     restore_layers(base.model)
     _unpack_weights(base)
     base.model.set_attn_implementation("sdpa")
@@ -79,7 +88,10 @@ def write_examples(base: Base, questions: list[Question], take_off_adapter: Call
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Steps of a few tokens are too small to share: on two cores that others used too, four took 65 s, and 1.2 s on one."""
+    """Run on one CPU thread, because a step of a few tokens is too small to share between threads.
+
+    On two busy cores, four answers took 65 s with two threads and 1.2 s with one.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -89,7 +101,10 @@ def _one_thread() -> Iterator[None]:
 
 
 def _unpack_weights(base: Base) -> None:
-    """As many as fit into ROOM of the free memory: a step of a few tokens spends more on dequantising than on the rest."""
+    """Dequantise as many weights as fit into ROOM of the free memory.
+
+    A step of a few tokens would otherwise spend most of its time on dequantising.
+    """
     on_cuda = base.device.type == "cuda"
     free = torch.cuda.mem_get_info(base.device)[0] if on_cuda else host_share_gib() * GIB
     room = ROOM * free
@@ -103,7 +118,7 @@ def _unpack_weights(base: Base) -> None:
 
 @torch.no_grad()
 def _answers(base: Base, questions: list[Question]) -> list[str]:
-    """All at once, as one batch padded on the left."""
+    """Return the answers to all questions, generated as one batch with padding on the left."""
     ends = end_tokens(base)
     pad = ends[0] if ends else 0
     width = max(len(question.prompt) for question in questions)

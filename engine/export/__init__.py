@@ -1,1 +1,1 @@
-"""The adapter for other programs: PEFT, merged, llama.cpp."""
+"""Export the adapter for other programs: PEFT, vLLM, transformers and llama.cpp."""

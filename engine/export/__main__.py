@@ -1,8 +1,13 @@
-"""python -m engine.export <adapter folder> --to FORM --out DIR: the best adapter, ready for other programs.
+"""Export an adapter for other programs.
 
-peft: for PEFT and vLLM, with rsLoRA and alpha or rank patterns folded in. merged: the base model's original weights with the
-adapter added, 16-bit safetensors. gguf-adapter, gguf-merged: for llama.cpp. Each comes with a model card that states the losses
-on the evaluation set of train_config.json, measured now.
+    python -m engine.export <adapter folder> --to FORM --out DIR
+
+- peft: for PEFT and vLLM, with rsLoRA and alpha or rank patterns folded in.
+- merged: the base model's original weights with the adapter added, as 16-bit safetensors.
+- gguf-adapter, gguf-merged: the same two for llama.cpp.
+
+Each export has a model card. It states the losses on the evaluation set of train_config.json,
+measured during the export.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from engine.system.command_line import run
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit code."""
     return run(lambda: _main(_options(arguments)), stopped="stopped; nothing was written")
 
 
@@ -28,14 +33,14 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("adapter", type=Path, help="folder with adapter_config.json, such as best/ of a sweep")
     parser.add_argument("--to", choices=tuple(TITLES), default="peft")
     parser.add_argument("--out", type=Path, required=True, help="new or empty folder")
-    parser.add_argument("--config", type=Path, help="train_config.json, where it lies neither with the adapter nor above it")
-    parser.add_argument("--no-losses", action="store_true", help="measure nothing; the model card then says so")
+    parser.add_argument("--config", type=Path, help="train_config.json, if it is neither in the adapter's folder nor above")
+    parser.add_argument("--no-losses", action="store_true", help="do not measure losses; the model card then says so")
     return parser.parse_args(arguments)
 
 
 def _main(options: argparse.Namespace) -> int:
     config = load_train_config(options.config) if options.config else None
-    from engine.export.forms import export  # loads torch: --help, typing errors and Ctrl-C do not wait for it
+    from engine.export.forms import export  # late: --help and typing errors do not wait for torch
 
     measured = export(options.adapter, options.to, options.out, config=config, measure=not options.no_losses)
     if measured is not None:

@@ -1,6 +1,7 @@
-"""What `python -m engine.export` does (engine/export.py is its command line): the best adapter, ready for other programs.
+"""Write an adapter in one of the forms of `python -m engine.export`.
 
-A form is written whole or not at all, with a model card that states the losses on the evaluation set, measured now.
+A form is written whole or not at all. Its model card states the losses on the evaluation set,
+measured during the export.
 """
 
 from __future__ import annotations
@@ -37,14 +38,19 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
 
 
 def export(folder: Path, form: str, out: Path, *, config: TrainConfig | None = None, measure: bool = True) -> Measured | None:
-    """Write `folder`'s adapter in `form` to `out`, whole or not at all. config: None takes the one in or above `folder`."""
+    """Write `folder`'s adapter in `form` to `out`, whole or not at all, and return the losses.
+
+    config: the train config; None takes the one in or above `folder`. measure: False measures no
+    loss. InputError for an `out` that is not empty and for a model or tokenizer that the form
+    cannot hold.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError("--out", str(out), "must be a new or empty folder")
     adapter = read_adapter(folder)
     config = config or find_train_config(folder)
     model = config.model if config else ModelConfig(path=adapter.base, revision=adapter.revision)
     if form.startswith("gguf"):
-        architecture(model_config(model))  # refused before anything takes time
+        architecture(model_config(model))  # refuse an unknown architecture before any long work
     results: list[Measured | None] = []
 
     def fill(target: Path) -> None:
@@ -99,7 +105,7 @@ WRITERS: dict[str, Callable[[Adapter, ModelConfig, Path, Path], Any]] = {
 
 
 def _write_tokenizer(model: ModelConfig, folder: Path, target: Path) -> None:
-    """The one that lies with the adapter, unchanged, or else the base model's."""
+    """Copy the tokenizer files of the adapter's folder, or else write the base model's."""
     files = [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()]
     for file in files:
         shutil.copy(file, target / file.name)
@@ -108,7 +114,10 @@ def _write_tokenizer(model: ModelConfig, folder: Path, target: Path) -> None:
 
 
 def _measure(config: TrainConfig, adapter: Adapter, merged: Path | None) -> Measured:
-    """Each model is loaded as it will be used: the base as trained, the merged one unquantised, one after the other."""
+    """Measure the losses with each model as it will be used.
+
+    The base is loaded as in training, and after it the merged model, unquantised.
+    """
     device = pick_device("cpu" if config.train.device == "cpu" else "auto")
     base = load_base(config.model, device)
     training, evaluation = load_data(config.data, base.tokenizer)

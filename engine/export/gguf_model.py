@@ -1,9 +1,12 @@
-"""GGUF files for llama.cpp: the adapter (`general.type = adapter`), or a merged model folder whole with its tokenizer.
+"""Write GGUF files for llama.cpp: an adapter, or a whole merged model with its tokenizer.
 
-Tensor names come from the gguf package's maps. Llama and Mistral are llama.cpp's `llama`, which rotates neighbouring dimensions
-of a head; transformers rotates its two halves. So rows of q_proj and k_proj change their order (of an adapter: rows of B). Qwen2
-and Qwen3 are rotated as in transformers and stay. Matrices keep their 16 bits, vectors are fp32, as llama.cpp wants them.
-Mistral's sliding window is ignored, as llama.cpp's own converter does.
+Tensor names come from the gguf package's maps. Matrices keep their 16 bits; vectors become fp32, as
+llama.cpp requires.
+
+Llama and Mistral are llama.cpp's `llama`, which rotates neighbouring dimensions of a head;
+transformers rotates the two halves. The rows of q_proj and k_proj therefore change their order, and
+in an adapter the rows of B do. Qwen2 and Qwen3 rotate as in transformers, so their rows stay.
+Mistral's sliding window is ignored, as in llama.cpp's own converter.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ FILE_TYPES = {
 
 
 def architecture(config: dict[str, Any]) -> gguf.MODEL_ARCH:
-    """llama.cpp's architecture for a config.json; InputError for those not covered here."""
+    """Return llama.cpp's architecture for a config.json; InputError for any not listed above."""
     name = next(iter(config.get("architectures") or ()), None)
     if name not in ARCHITECTURES:
         raise InputError("architectures", name, f"no GGUF export for it; allowed: {', '.join(ARCHITECTURES)}")
@@ -47,13 +50,16 @@ def architecture(config: dict[str, Any]) -> gguf.MODEL_ARCH:
 
 
 def permute(rows: Tensor, num_heads: int) -> Tensor:
-    """llama.cpp's order of q_proj's and k_proj's rows: dimension i of a head and i + head_dim / 2 become neighbours."""
+    """Return q_proj's or k_proj's rows [out, ...] in llama.cpp's order.
+
+    Dimensions i and i + head_dim / 2 of a head become neighbours.
+    """
     half = rows.shape[0] // num_heads // 2
     return rows.reshape(num_heads, 2, half, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape).contiguous()
 
 
 class Naming:
-    """How llama.cpp names and orders what transformers calls `name`, for one model."""
+    """Translate tensor names and row orders from transformers to llama.cpp, for one model."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.arch = architecture(config)
@@ -68,13 +74,16 @@ class Naming:
         return found
 
     def rows(self, key: str, tensor: Tensor) -> Tensor:
-        """`tensor` (a weight, a bias, or an adapter's B) with its rows in llama.cpp's order."""
+        """Return `tensor` (a weight, a bias, or an adapter's B) with rows in llama.cpp's order."""
         found = ROTATED.search(key)
         return permute(tensor, self._heads[found[1]]) if found and self.arch == gguf.MODEL_ARCH.LLAMA else tensor
 
 
 def write_adapter(adapter: Adapter, config: dict[str, Any], path: Path) -> None:
-    """config: the base model's config.json. llama.cpp adds adapter.lora.alpha / rank * B A, the rank read from the tensors."""
+    """Write the adapter as a GGUF file. config: the base model's config.json.
+
+    llama.cpp adds adapter.lora.alpha / rank * B A and reads the rank from the tensors.
+    """
     naming = Naming(config)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[naming.arch])
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -89,7 +98,10 @@ def write_adapter(adapter: Adapter, config: dict[str, Any], path: Path) -> None:
 
 
 def write_model(folder: Path, config: dict[str, Any], path: Path, name: str) -> None:
-    """folder: a merged model with its tokenizer; config: its config.json."""
+    """Write a merged model and its tokenizer as a GGUF file.
+
+    folder: holds the model. config: its config.json.
+    """
     naming = Naming(config)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[naming.arch])
     writer.add_type(gguf.GGUFType.MODEL)
@@ -109,7 +121,11 @@ def write_model(folder: Path, config: dict[str, Any], path: Path, name: str) -> 
 
 
 def add_hyperparameters(writer: gguf.GGUFWriter, config: dict[str, Any], arch: gguf.MODEL_ARCH) -> Tensor | None:
-    """What llama.cpp reads of a config.json; returns the factors by which Llama 3.1 slows its rotation, if it does."""
+    """Write the values of a config.json that llama.cpp reads.
+
+    Return the factors by which Llama 3.1 slows its rotation, or None for other models. InputError
+    for a RoPE type that llama.cpp does not compute like transformers.
+    """
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -133,7 +149,11 @@ def add_hyperparameters(writer: gguf.GGUFWriter, config: dict[str, Any], arch: g
 
 
 def llama3_factors(rope: dict[str, Any], theta: float, head_dim: int) -> Tensor:
-    """By what llama.cpp divides each frequency: the default one over the one transformers uses (Llama 3.1's wavelength bands)."""
+    """Return the factors [head_dim / 2] by which llama.cpp divides the frequencies.
+
+    Each is the default frequency over the one that transformers uses (Llama 3.1's wavelength
+    bands).
+    """
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -152,7 +172,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _add(writer: gguf.GGUFWriter, name: str, tensor: Tensor) -> None:
-    """numpy knows no bfloat16: its bytes go in under their GGUF type."""
+    """Add a tensor. numpy has no bfloat16, so its bytes are added with their GGUF type."""
     tensor = tensor.float() if tensor.dim() == 1 else tensor.contiguous()
     if tensor.dtype == torch.bfloat16:
         raw = tensor.view(torch.uint8).numpy()

@@ -1,11 +1,15 @@
-"""A SentencePiece tokenizer (Llama 2, Mistral 7B) as GGUF holds it: pieces with scores, from tokenizer.json.
+"""Turn tokenizer.json of a SentencePiece tokenizer (Llama 2, Mistral 7B) into GGUF's scored pieces.
 
-llama.cpp joins the two neighbours whose union has the highest score; tokenizer.json joins by the first rule that fits. Both give
-the same pieces where every union of two pieces has a rule, and the rules stand in the order of their unions: so Hugging Face
-writes them when it converts a tokenizer.model. That is checked here, and the place in the order becomes the score.
-tokenizer.model itself, which fine-tuned models often lack, is not needed. gguf's LlamaHfVocab (0.19) scores every piece alike:
-the leftmost neighbours are then joined first, whatever they are. Where the rules of today's transformers put a space in front
-(Metaspace), they put none before a space; llama.cpp does, as SentencePiece itself.
+llama.cpp joins the two neighbours whose union has the highest score; tokenizer.json joins by the
+first rule that fits. Both give the same pieces under two conditions. Every union of two pieces has
+a rule, and the rules are in the order of their unions. Hugging Face writes them so when it converts
+a tokenizer.model. This module checks both conditions and makes the place in the order the score.
+
+It does not need tokenizer.model, which fine-tuned models often lack. gguf's LlamaHfVocab (0.19) is
+no help: it scores all pieces alike, so llama.cpp would always join the leftmost neighbours first.
+
+With Metaspace, the rules of current transformers put a space in front of a text, but not before a
+space. llama.cpp puts one there too, as SentencePiece does.
 """
 
 from __future__ import annotations
@@ -19,19 +23,24 @@ from engine.errors import InputError
 
 SPACE = "\u2581"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-UNSCORED = -1000.0  # added tokens are found before any joining; single characters are nobody's union
+# Score of added tokens, which are found before any joining, and of single characters, which no rule
+# makes.
+UNSCORED = -1000.0
 OTHERWISE = "no GGUF export for this tokenizer; use --to merged and llama.cpp's convert_hf_to_gguf.py"
 PREPEND, REPLACE = {"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 
 def is_sentencepiece(values: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json is one that was converted from SentencePiece's BPE."""
+    """Return True if a tokenizer.json was converted from SentencePiece's BPE."""
     model = values.get("model") or {}
     return model.get("type") == "BPE" and bool(model.get("byte_fallback"))
 
 
 def adds_space(values: dict[str, Any]) -> bool:
-    """Whether a text gets a space in front; InputError where spaces are treated in a way that llama.cpp does not know."""
+    """Return True if the tokenizer puts a space in front of a text.
+
+    InputError if it treats spaces in a way that llama.cpp does not know.
+    """
     normalizer, pre = values.get("normalizer"), values.get("pre_tokenizer")
     steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
     if steps == [PREPEND, REPLACE] and pre is None:
@@ -44,7 +53,10 @@ def adds_space(values: dict[str, Any]) -> bool:
 
 
 def scores(values: dict[str, Any]) -> dict[str, float]:
-    """Piece -> score, higher is joined first; InputError where no scores would join as the rules do."""
+    """Return piece -> score; llama.cpp joins the highest first.
+
+    InputError if no scores give the same pieces as the rules.
+    """
     vocab, ranks = values["model"]["vocab"], _ranks(values["model"].get("merges") or [])
     special = {entry["content"] for entry in values.get("added_tokens") or ()}
     pieces = {piece for piece in vocab if piece not in special and not BYTE.fullmatch(piece)}
@@ -55,7 +67,7 @@ def scores(values: dict[str, Any]) -> dict[str, float]:
     for left, right in ranks:
         joined = left + right
         if joined in order and order[joined] != len(order) - 1:
-            raise InputError("tokenizer.json: merges", joined, f"has rules in two places, which no score can say: {OTHERWISE}")
+            raise InputError("tokenizer.json: merges", joined, f"has rules in two places, so no score fits: {OTHERWISE}")
         order.setdefault(joined, len(order))
     for piece in pieces:
         for cut in range(1, len(piece)):
@@ -65,7 +77,10 @@ def scores(values: dict[str, Any]) -> dict[str, float]:
 
 
 def kind(token: str, entry: dict[str, Any] | None, unknown: str | None) -> gguf.TokenType:
-    """entry: the token's line of added_tokens, if it has one; unknown: the model's unk_token."""
+    """Return the GGUF type of a token.
+
+    entry: the token's entry in added_tokens, if any. unknown: the model's unk_token.
+    """
     if token == (unknown or "<unk>"):
         return gguf.TokenType.UNKNOWN
     if entry is not None:
@@ -74,6 +89,6 @@ def kind(token: str, entry: dict[str, Any] | None, unknown: str | None) -> gguf.
 
 
 def _ranks(merges: list[Any]) -> dict[tuple[str, str], int]:
-    """Older files write a rule as one text."""
+    """Return rule -> place in the order. Older files write a rule as one text."""
     pairs = [tuple(rule.split(" ", 1)) if isinstance(rule, str) else tuple(rule) for rule in merges]
     return {pair: rank for rank, pair in enumerate(pairs)}

@@ -1,8 +1,11 @@
-"""The tokenizer of a model folder as GGUF holds it: byte-level BPE with a pre-tokenizer that llama.cpp knows by name, or one that
-was SentencePiece's (engine/gguf_sentencepiece.py).
+"""Write the tokenizer of a model folder into a GGUF file.
 
-llama.cpp cannot read a pre-tokenizer from the file, only its name, and a wrong one tokenises differently without a word. So it
-is recognised by its rules in tokenizer.json, and any other tokenizer is refused.
+It is a byte-level BPE whose pre-tokenizer llama.cpp knows by name, or a SentencePiece tokenizer
+(gguf_sentencepiece.py).
+
+llama.cpp reads from the file only the name of a pre-tokenizer, and a wrong name tokenises
+differently without an error. This module therefore recognises a pre-tokenizer by its rules in
+tokenizer.json and refuses any other.
 """
 
 from __future__ import annotations
@@ -32,10 +35,10 @@ SPLITS = {LLAMA3_SPLIT: "llama-bpe", QWEN2_SPLIT: "qwen2", TEKKEN_SPLIT: "tekken
 
 
 def pre_tokenizer(values: dict[str, Any]) -> str:
-    """llama.cpp's name for the pre-tokenizer of a tokenizer.json."""
+    """Return llama.cpp's name for a tokenizer.json's pre-tokenizer; InputError if it has none."""
     model = values.get("model") or {}
     if model.get("type") != "BPE":
-        raise InputError("tokenizer.json", model.get("type"), f"is no BPE: {OTHERWISE}")
+        raise InputError("tokenizer.json", model.get("type"), f"must be BPE: {OTHERWISE}")
     pre = values.get("pre_tokenizer") or {}
     parts = pre.get("pretokenizers", [pre])
     kinds = [part.get("type") for part in parts]
@@ -51,7 +54,10 @@ def pre_tokenizer(values: dict[str, Any]) -> str:
 
 
 def add_vocab(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
-    """Tokens, what joins them, special tokens and chat template of the model folder. vocab_size: rows of the embedding."""
+    """Write tokens, merges or scores, special tokens and chat template of the model folder.
+
+    vocab_size: rows of the embedding.
+    """
     values = load_json(folder / "tokenizer.json")
     pieces = sentencepiece.is_sentencepiece(values)
     special = gguf.SpecialVocab(folder, load_merges=not pieces, n_vocab=vocab_size)
@@ -63,7 +69,8 @@ def add_vocab(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
         writer.add_add_space_prefix(sentencepiece.adds_space(values))
         writer.add_token_list(tokens)
         writer.add_token_scores([known.get(token, sentencepiece.UNSCORED) for token in tokens])
-        special.add_special_token.update(_ends(folder))  # unsaid, llama.cpp puts a beginning before every text of this kind
+        # Without this, llama.cpp puts a beginning token before every text of a SentencePiece model.
+        special.add_special_token.update(_ends(folder))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre_tokenizer(values))
@@ -74,14 +81,20 @@ def add_vocab(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
 
 
 def _ends(folder: Path) -> dict[str, bool]:
-    """Whether the tokenizer puts its beginning and its end around a text. Asked, since files say it in several ways."""
+    """Return whether the tokenizer puts its beginning and its end token around a text.
+
+    It tokenises a text to find out, because tokenizer files state this in several ways.
+    """
     tokenizer = load_tokenizer(ModelConfig(path=str(folder)))
     ids = tokenizer("a")["input_ids"]
     return {"bos": ids[:1] == [tokenizer.bos_token_id], "eos": ids[-1:] == [tokenizer.eos_token_id]}
 
 
 def _tokens(values: dict[str, Any], vocab_size: int, pieces: bool) -> tuple[list[str], list[int]]:
-    """By id. Embedding rows beyond the tokenizer's (padding to a round number) get names and the type UNUSED."""
+    """Return tokens and types in the order of ids.
+
+    Embedding rows beyond the tokenizer's (padding to a round number) get names and the type UNUSED.
+    """
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     kinds = [gguf.TokenType.UNUSED] * vocab_size
     ids = values["model"]["vocab"].items()

@@ -1,8 +1,11 @@
-"""The adapter added into the base model's original weights: W + lora_alpha / r * B A, summed in fp32 and rounded once.
+"""Merge the adapter into the base model's original weights.
 
-The original 16-bit weights, not dequantised NF4: they are what the base model's publisher meant, and what others quantise from.
-The adapter was trained against NF4, so the sum is another model than the trained one; its loss is measured, not assumed. One
-weight file is in memory at a time.
+W + lora_alpha / r * B A is summed in fp32 and rounded once, with one weight file in memory at a
+time.
+
+The base is the publisher's 16-bit weights, not dequantised NF4, because others quantise from those.
+The adapter was trained against NF4, so the merged model differs from the trained one. The export
+measures its loss instead of assuming it.
 """
 
 from __future__ import annotations
@@ -28,7 +31,11 @@ COPIED = ("generation_config.json", "LICENSE*", "NOTICE*")
 
 
 def base_folder(adapter: Adapter, source: str) -> Path:
-    """The folder of the base model's original weights; a hub id is looked up in the hub's cache, and loaded where it is not."""
+    """Return the folder of the base model's original weights.
+
+    A hub model is downloaded if the hub's cache lacks it. InputError if there is no such folder or
+    hub model, or if its weights are not whole safetensors.
+    """
     folder = Path(source).expanduser()
     if not folder.is_dir():
         if not HUB_ID.fullmatch(source):
@@ -38,14 +45,14 @@ def base_folder(adapter: Adapter, source: str) -> Path:
         try:
             patterns = ["*.safetensors", "*.json", "*.model", "*.txt"]
             folder = Path(snapshot_download(source, revision=adapter.revision, allow_patterns=patterns))
-        except Exception as error:  # the hub's own errors are many: offline, gated, unknown
-            raise InputError("base_model_name_or_path", source, f"cannot be had from the hub ({first_line(error)})") from None
+        except Exception as error:  # many kinds: offline, gated, unknown
+            raise InputError("base_model_name_or_path", source, f"the hub did not deliver it ({first_line(error)})") from None
     check_weights(folder, source)
     return folder
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file it is in."""
+    """Return tensor name -> weight file."""
     if (folder / INDEX).is_file():
         return {name: folder / file for name, file in load_json(folder / INDEX)["weight_map"].items()}
     with safe_open(folder / SINGLE, framework="pt") as opened:
@@ -53,7 +60,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def check_targets(adapter: Adapter, files: dict[str, Path]) -> None:
-    """InputError where an adapted layer has no weight in the base, or one of another shape."""
+    """Raise InputError if an adapted layer has no weight in the base, or one of another shape."""
     for name, (a_RD, b_OR) in adapter.layers.items():
         key = f"{name}.weight"
         if key not in files:
@@ -65,7 +72,7 @@ def check_targets(adapter: Adapter, files: dict[str, Path]) -> None:
 
 
 def merged_dtype(files: dict[str, Path]) -> torch.dtype:
-    """That of the original weights where it has 16 bits, else bfloat16, which has fp32's range."""
+    """Return the weights' own dtype if it has 16 bits, else bfloat16, which has fp32's range."""
     for key, file in files.items():
         with safe_open(file, framework="pt") as opened:
             dtype = opened.get_tensor(key).dtype
@@ -75,7 +82,10 @@ def merged_dtype(files: dict[str, Path]) -> torch.dtype:
 
 
 def merged_tensors(adapter: Adapter, file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one weight file, merged where the adapter sits."""
+    """Yield the tensors of one weight file, merged where the adapter has a layer.
+
+    InputError if a merged weight is out of the dtype's range.
+    """
     with safe_open(file, framework="pt") as opened:
         for key in opened.keys():  # noqa: SIM118
             tensor = opened.get_tensor(key)
@@ -88,7 +98,10 @@ def merged_tensors(adapter: Adapter, file: Path, dtype: torch.dtype) -> Iterator
 
 
 def write_merged(adapter: Adapter, base: Path, target: Path) -> None:
-    """Write weights, in files as the base has them, and config.json to `target`. The tokenizer is the caller's to add."""
+    """Write config.json and the weights to `target`, in the same files as the base has.
+
+    The caller adds the tokenizer.
+    """
     files = weight_files(base)
     check_targets(adapter, files)
     dtype = merged_dtype(files)

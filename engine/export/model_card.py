@@ -1,4 +1,4 @@
-"""README.md of an adapter or model: what it is, what was measured, how to load it. Plain data in, text out."""
+"""Write README.md of an adapter or model: its form, its losses and how to load it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from engine.config.trial import TrainConfig
 from engine.units import perplexity
 
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank accepts
 SHOWN = ("git.commit", "version.torch", "version.transformers")
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """The parts of a card, in their order. losses: (name, mean nats per target token); sections: heading and lines."""
+    """Hold the parts of a card, in order.
+
+    losses: pairs of a name and mean nats per target token. sections: pairs of a heading and lines.
+    """
 
     title: str
     base: str
@@ -28,7 +31,7 @@ class ModelCard:
     sections: list[tuple[str, list[str]]]
 
     def text(self) -> str:
-        """Front matter for the Hugging Face hub, losses, settings, sections."""
+        """Return the card: front matter for the Hugging Face hub, losses, settings, sections."""
         lines = ["---", f"base_model: {json.dumps(self.base)}", f"library_name: {self.library}"]
         lines += ["pipeline_tag: text-generation", f"tags: {json.dumps(self.tags)}", "---", "", f"# {self.title}", ""]
         lines += [*self.introduction, ""] if self.introduction else []
@@ -43,13 +46,13 @@ class ModelCard:
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """A table in Markdown; no cell's text can break it."""
+    """Return the lines of a Markdown table. Cells are escaped, so no text can break it."""
     escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
     return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in escaped)]
 
 
 def config_rows(config: TrainConfig, *names: str) -> list[tuple[str, str]]:
-    """Settings of a config as rows of a card: the named ones, in that order."""
+    """Return the named settings of a config as rows of a card, in the order of the names."""
     targets = config.lora.target_modules
     texts = {
         "target_modules": targets if isinstance(targets, str) else ", ".join(targets),
@@ -69,7 +72,10 @@ def _finite(value: float, spec: str) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """Mean nats per target token of the config's evaluation set. merged: None where no merged model was made."""
+    """Hold losses in mean nats per target token of the config's evaluation set.
+
+    merged: None if the form has no merged model.
+    """
 
     base: float
     adapter: float
@@ -81,7 +87,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class ExportFacts:
-    """form: peft, merged, gguf-adapter or gguf-merged; base: folder or hub id; dtype: of merged weights."""
+    """Hold the facts that the card of an export states.
+
+    form: peft, merged, gguf-adapter or gguf-merged. base: folder or hub id. dtype: of merged
+    weights.
+    """
 
     form: str
     base: str
@@ -103,7 +113,7 @@ TITLES = {
 
 
 def export_card(facts: ExportFacts) -> str:
-    """The card of an exported adapter or model."""
+    """Return the card of an exported adapter or model."""
     makers = {"peft": _peft, "merged": _merged, "gguf-adapter": _gguf_adapter, "gguf-merged": _gguf_merged}
     return ModelCard(
         title=TITLES[facts.form],
@@ -138,7 +148,7 @@ def _notes(facts: ExportFacts) -> list[str]:
             f"the loss changed by {measured.merged - measured.adapter:+.4f}."
         )
     if facts.form == "gguf-merged":
-        lines.append("The GGUF file holds the weights of the merged model measured here; llama.cpp's own arithmetic was not.")
+        lines.append("The GGUF file holds the merged model measured here; llama.cpp's own arithmetic was not measured.")
     return lines
 
 
@@ -177,8 +187,10 @@ def _peft(facts: ExportFacts) -> list[str]:
 
 
 def peft_code(base: str, config: TrainConfig | None) -> list[str]:
-    """Loads the adapter of this folder on the base as it was in training: 4-bit where that was so, else the adapter meets other
-    weights than it learned on."""
+    """Return code that loads the adapter of this folder on the base as in training.
+
+    The base is 4-bit if it was in training: an adapter fits the weights it learned on.
+    """
     quantized = config is not None and config.model.quantization == "nf4"
     imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantized else "")
     lines = ["```python", "import torch", "from peft import PeftModel", f"from transformers import {imports}", ""]
@@ -213,8 +225,8 @@ def _gguf_adapter(facts: ExportFacts) -> list[str]:
         "```",
         "llama-cli -m BASE.gguf --lora adapter.gguf",
         "```",
-        f"BASE.gguf: the base model `{facts.base}` as GGUF, in any quantisation; the losses above are",
-        "those on the base model as it was in training.",
+        f"BASE.gguf: the base model `{facts.base}` as GGUF, in any quantisation. The losses above were",
+        "measured on the base model as in training.",
     ]
 
 

@@ -1,1 +1,1 @@
-"""Operations around the matmuls, with their definition; the only door to Triton."""
+"""Compute the operations around the matmuls, in Triton, and define each in plain torch."""

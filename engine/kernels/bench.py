@@ -1,10 +1,13 @@
-"""Times every kernel at the shapes of Llama-3.1-8B: `python -m engine.kernels.bench` on a CUDA device, under 25 s.
+"""Time every kernel at the shapes of Llama-3.1-8B.
 
-Parity is checked before anything is timed, and a kernel that fails it ends the run. Times are medians with the L2 cache flushed
-before each call. A share is the bytes an operation must move, divided by its time and by the bandwidth of a large copy on the
-same card. "plain" is `reference` on the same card, bitsandbytes for NF4.
+Run `python -m engine.kernels.bench` on a CUDA device; it takes less than 25 s.
 
-`--tune` times NF4 dequantisation over tiles and warps instead.
+Each case is checked for parity before it is timed, and a failed check ends the run. Times are
+medians, and the L2 cache is flushed before each call. "of copy" is the bandwidth of the bytes an
+operation must move, as a share of a large copy's bandwidth on the same card. "plain" is
+`engine.kernels.reference` on the same card, and bitsandbytes for NF4.
+
+`--tune` times NF4 dequantisation over tile sizes and warps instead.
 """
 
 from __future__ import annotations
@@ -26,12 +29,18 @@ from engine.kernels import ops, reference
 T, D, F, H, G, K, V, C, R = 4096, 4096, 14336, 32, 8, 128, 128_256, 1024, 16
 DTYPE = torch.bfloat16
 EPS = 1e-5
-PARITY = 5e-4  # relative, Frobenius: both sides round the same fp32 values, so few elements may differ, by one bf16 step
+# Largest relative difference (Frobenius norm). Both sides round the same fp32 values, so only a few
+# elements differ, by one bf16 step.
+PARITY = 5e-4
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operation. `ours` and `plain` return what parity compares; in-place operations return the tensors they wrote."""
+    """Hold one operation to check and time.
+
+    `ours` and `plain` return the tensors that parity compares; in-place operations return those
+    they wrote. `num_bytes` is the least the operation must move, and `exact` asks for equal bits.
+    """
 
     name: str
     num_bytes: int
@@ -60,7 +69,7 @@ def main() -> None:
 
 
 def measure(case: Case, bandwidth: float) -> dict[str, object]:
-    """Parity, then both times; prints one line of the table."""
+    """Check parity, time both sides, print one line of the table and return it as data."""
     check(case)
     ours, plain = microseconds(case.ours), microseconds(case.plain)
     rate = case.num_bytes / ours / 1e3
@@ -85,7 +94,7 @@ def microseconds(call: Callable[[], object]) -> float:
 
 
 def copy_bandwidth() -> float:
-    """GB/s, read plus written, of a 512 MiB copy: what an element-wise kernel can hope for."""
+    """Return the GB/s (read plus written) of a 512 MiB copy: an element-wise kernel's limit."""
     source = torch.empty(2**28, dtype=DTYPE, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / microseconds(lambda: target.copy_(source)) / 1e3
@@ -138,7 +147,10 @@ def _glu_cases() -> list[Case]:
 
 
 def _glu_low_rank_cases() -> list[Case]:
-    """Laid out as in a layer: gate, up and their adapters are computed together, down's A is transposed."""
+    """Return cases with low-rank terms, laid out as in a layer.
+
+    gate and up share a buffer, so do their adapters, and down's A is transposed.
+    """
     dh, gate_up, low = _draw(T, F), _draw(T, 2 * F), _draw(T, 2 * R)
     gate_add, up_add = (ops.LowRank(part, _draw(F, R) / R) for part in low.split(R, dim=1))
     dh_add = ops.LowRank(_draw(T, R), (_draw(R, F) / R).t())
@@ -156,7 +168,10 @@ def _nf4_cases() -> list[Case]:
 
 
 def _loss_cases() -> list[Case]:
-    """Logits are spread, so that the softmax counts beside the -1 at the label; while timed, gradients become the logits."""
+    """Return cases on widely spread logits: the softmax then counts next to the -1 at the label.
+
+    While timed, each call takes the previous call's gradients as its logits.
+    """
     logits, labels = 4 * _draw(C, V), torch.randint(V, (C,), device="cuda")
 
     def case(softcap: float | None) -> Case:
@@ -172,7 +187,11 @@ def _loss_cases() -> list[Case]:
 
 
 def _gather_cases() -> list[Case]:
-    """Ours reads host memory over PCIe, which sets its share; plain reads a copy of the table on the device."""
+    """Return the case of a table in pinned host memory.
+
+    Our kernel reads it over PCIe, which limits its share; plain reads a copy of the table on the
+    device.
+    """
     table, ids = _draw(32_768, D), torch.randint(32_768, (T,), device="cuda")
     pinned = table.cpu().pin_memory()
     return [
@@ -186,7 +205,7 @@ def _gather_cases() -> list[Case]:
     ]
 
 
-# built one family at a time: memory is freed in between
+# Built one family at a time, so that memory is freed in between.
 CASES = (_norm_cases, _rope_cases, _glu_cases, _glu_low_rank_cases, _nf4_cases, _loss_cases, _gather_cases)
 
 
@@ -195,7 +214,10 @@ def _case(name: str, num_bytes: int, op: str, arguments: tuple[object, ...]) -> 
 
 
 def _in_place(name: str, num_bytes: int, op: str, tensors: list[Tensor], rest: tuple[object, ...]) -> Case:
-    """Ours and plain each write copies of their own, from the same start; while timed, values drift, which costs no time."""
+    """Return a case whose two sides each write their own copies of `tensors`.
+
+    While timed, the values drift from call to call, which does not change the time.
+    """
     own, other = [t.clone() for t in tensors], [t.clone() for t in tensors]
 
     def run(module: object, tensors: list[Tensor]) -> list[Tensor]:
@@ -220,7 +242,7 @@ def _nf4_case(rows: int, columns: int, nested: bool) -> Case:
 
 
 def tune(bandwidth: float) -> list[dict[str, object]]:
-    """NF4 dequantisation of the largest weight over tile and warps."""
+    """Time NF4 dequantisation of the largest weight for each tile size and number of warps."""
     from bitsandbytes import functional
 
     from engine.kernels.nf4 import launch_dequantize

@@ -1,8 +1,11 @@
-"""Cross-entropy of rows of logits in Triton, gradient in place: one program a row, which goes over its row twice.
+"""Compute the cross-entropy of rows of logits in Triton, with the gradient in place.
 
-The first pass finds maximum and sum, the second writes the gradient over the logits, so no other tensor of that size exists. At
-V = 128,256 a row of bf16 is 256 KB, too large for one program's registers. Two programs run on an SM of an H100, so 264 rows, 68
-MB, are at work at a time, and its L2 holds 50: the second pass goes backwards, so that it begins with what was read last.
+One program handles one row and goes over it twice. The first pass finds maximum and sum. The second
+writes the gradient over the logits, so no other tensor of that size exists.
+
+A row does not fit in registers: at V = 128,256 it is 256 KB of bf16. On an H100 two programs run on
+each SM, so they work on 264 rows (68 MB) at a time. The L2 cache holds 50 MB. The second pass
+therefore goes backwards and starts with the part read last.
 
 Shape letters: C rows, V vocabulary.
 """
@@ -17,15 +20,16 @@ from torch import Tensor
 from engine.kernels.reference import IGNORE
 
 BLOCK_V = 8192
-NUM_WARPS = 16  # 16 elements a thread, two 16-byte loads of bf16 in flight
+NUM_WARPS = 16  # 16 elements per thread: two 16-byte loads of bf16 in flight
 
 
 @triton.jit
 def _transform(x, scale, softcap, CAP: tl.constexpr):
-    """z = scale * x, softcap * tanh(z / softcap) where CAP; and dz/dx.
+    """Return z = scale * x, or softcap * tanh(scale * x / softcap) if CAP, and dz/dx.
 
-    tanh(u) = (1 - e) / (1 + e) with e = exp(-2 |u|), so 0 <= e <= 1 and nothing overflows. Its error is one fp32 step of 1, or
-    of softcap in z; the slope 4 e / (1 + e)^2 keeps all its digits where 1 - tanh^2 would cancel.
+    tanh(u) = (1 - e) / (1 + e) with e = exp(-2 |u|), so 0 <= e <= 1 and nothing overflows. Its
+    error is one fp32 step at 1, and softcap times that in z. The slope 4 e / (1 + e)^2 keeps all
+    its digits where 1 - tanh^2 would cancel.
     """
     z = x.to(tl.float32) * scale
     slope = scale
@@ -43,16 +47,22 @@ def _cross_entropy_kernel(
     logits, labels, loss, stride, scale, softcap, V,
     BLOCK_V: tl.constexpr, CAP: tl.constexpr, WITH_GRADIENT: tl.constexpr, IGNORED: tl.constexpr,
 ):  # fmt: skip
-    """loss = logsumexp(z) - z[label]; where WITH_GRADIENT, logits <- (softmax(z) - onehot) * dz/dlogits. IGNORED: 0 and 0."""
+    """Write loss = logsumexp(z) - z[label], and the gradient over the logits if WITH_GRADIENT.
+
+    The gradient is (softmax(z) - onehot(label)) * dz/dlogits. A row whose label is IGNORED gets
+    loss 0 and gradient 0.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     offsets = tl.arange(0, BLOCK_V)
     label = tl.load(labels + row)
-    # before the reductions below, whose barriers keep it ahead of every store. A label that is none gives NaN
+    # Loaded before the reductions below: their barriers keep this load ahead of every store. A
+    # label outside [0, V) gives NaN.
     at_label = tl.load(logits + label, mask=(label >= 0) & (label < V), other=float("nan"))
     target = _transform(at_label, scale, softcap, CAP)[0]
-    # Each lane keeps a maximum and a sum of its own: no reduction, hence no barrier, inside the loop; and one exp an element,
-    # because one of exp(z - maximum) and exp(old - new maximum) is 1. -3e38, not -inf: lanes beyond V have -inf - maximum
+    # Each lane keeps its own maximum and sum, so the loop has no reduction and no barrier. One exp
+    # per element is enough, because one of exp(z - maximum) and exp(old - new maximum) is 1. The
+    # start is -3e38, not -inf: lanes beyond V would compute -inf - (-inf).
     maximum = tl.full((BLOCK_V,), -3e38, tl.float32)
     total = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):
@@ -64,10 +74,12 @@ def _cross_entropy_kernel(
         maximum = tl.maximum(maximum, z)
     top = tl.max(maximum, axis=0)
     total_of_row = tl.sum(total * tl.exp(maximum - top), axis=0)
-    value = (top - target) + tl.log(total_of_row)  # not (top + log) - target: at 1e4 a step of fp32 is 1e-3
+    # Not (top + log) - target: at 1e4 a step of fp32 is 1e-3.
+    value = (top - target) + tl.log(total_of_row)
     tl.store(loss + row, tl.where(label == IGNORED, 0.0, value))
     if WITH_GRADIENT:
-        share = tl.where(label == IGNORED, 0.0, 1.0 / total_of_row)  # no column is the label then: p is 0 throughout
+        # An ignored label equals no column, so p is 0 in the whole row.
+        share = tl.where(label == IGNORED, 0.0, 1.0 / total_of_row)
         last = (V - 1) // BLOCK_V
         for i in range(0, last + 1):
             columns = (last - i) * BLOCK_V + offsets

@@ -1,9 +1,11 @@
-"""Gated linear unit in Triton: h = act(gate) * up, and a backward pass that overwrites its inputs.
+"""Compute a gated linear unit in Triton: h = act(gate) * up. Its backward pass works in place.
 
-The backward pass leaves h where dh was, so the forward pass need not save h for the gradient of the next matmul's adapter.
+The backward pass leaves h in dh's memory, so the forward pass need not save h for the gradient of
+the next matmul's adapter.
 
-An operand may come with a low-rank term, added in fp32 as the operand is read: an adapter then costs a small matrix product per
-tile and no pass over a [T, F] tensor. Kernels with terms work on tiles, those without on pieces of rows, which is quicker still.
+Each operand may have a low-rank term, which the kernel adds in fp32 while it reads the operand. An
+adapter then costs one small matrix product per tile and no pass over a [T, F] tensor. Kernels with
+terms work on tiles; those without work on pieces of rows, which is faster still.
 
 Shape letters: T tokens, F MLP hidden, R rank.
 """
@@ -17,12 +19,13 @@ from torch import Tensor
 
 from engine.kernels.low_rank import LowRank
 
-BLOCK_F = 2048  # divides 8,192 and 14,336; two 16-byte loads of bf16 a thread and tensor
+BLOCK_F = 2048  # divides 8,192 and 14,336; two 16-byte loads of bf16 per thread and tensor
 NUM_WARPS = 4
-# Tiles of the kernels with terms. 64 rows are Hopper's smallest matrix instruction. H100, 4,096 x 14,336, rank 16, microseconds
-# forward / backward: 170 / 353; 187 / 354 at 64 x 64, 228 / 454 at 64 x 128 (which spills), 201 / 417 at 128 x 32; 8 warps are
-# mostly slower backward. Without terms it is 122 / 242. 32-bit operands have no exact matrix instruction, and multiplying without
-# one takes more registers.
+# Tiles of the kernels with terms. 64 rows are Hopper's smallest matrix instruction. Microseconds
+# forward / backward on an H100 at 4,096 x 14,336, rank 16: 64 x 32 takes 170 / 353, 64 x 64 takes
+# 187 / 354, 128 x 32 takes 201 / 417. 64 x 128 spills registers and takes 228 / 454. Without terms
+# it is 122 / 242. 8 warps are mostly slower backward. fp32 operands have no exact matrix
+# instruction and need more registers without one, hence the smaller tile.
 TILE, TILE_R = (64, 32), 64
 TILE_FP32, TILE_R_FP32 = (32, 32), 16
 GROUP = 8
@@ -30,7 +33,11 @@ GROUP = 8
 
 @triton.jit
 def _activate(g, GELU: tl.constexpr):
-    """act(g) and act'(g). Both are g * sigmoid(s): silu has s = g, gelu_tanh s = 2 sqrt(2 / pi) (g + 0.044715 g^3)."""
+    """Return act(g) and act'(g).
+
+    Both activations are g * sigmoid(s): silu has s = g, gelu_tanh has s = 2 sqrt(2 / pi) (g +
+    0.044715 g^3).
+    """
     if GELU:
         s = 1.5957691216057308 * (g + 0.044715 * g * g * g)
         ds = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
@@ -43,7 +50,10 @@ def _activate(g, GELU: tl.constexpr):
 
 @triton.jit
 def _place(F, BLOCK_F: tl.constexpr):
-    """Row, columns and which columns exist of this program. One grid axis, because the others end at 65,535."""
+    """Return this program's row, its columns and the mask of columns that exist.
+
+    The grid has one axis, because the other axes end at 65,535.
+    """
     blocks_per_row = tl.cdiv(F, BLOCK_F)
     row = tl.program_id(0) // blocks_per_row
     columns = (tl.program_id(0) % blocks_per_row) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -61,7 +71,7 @@ def _forward_kernel(gate, up, h, gate_stride, up_stride, F, GELU: tl.constexpr, 
 
 @triton.jit
 def _backward_kernel(dh, gate, up, dh_stride, gate_stride, up_stride, F, GELU: tl.constexpr, BLOCK_F: tl.constexpr):
-    """gate <- dh * up * act'(gate), up <- dh * act(gate), dh <- act(gate) * up."""
+    """Write gate <- dh * up * act'(gate), up <- dh * act(gate), dh <- act(gate) * up."""
     row, columns, inside = _place(F, BLOCK_F)
     dh += row * dh_stride
     gate += row * gate_stride
@@ -77,10 +87,11 @@ def _backward_kernel(dh, gate, up, dh_stride, gate_stride, up_stride, F, GELU: t
 
 @triton.jit
 def _tile(T, F, GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
-    """First row and column of this program's tile, rows and columns from there, and which elements exist.
+    """Return the tile's first row and column, its row and column offsets, and its mask.
 
-    Programs that run next to each other take GROUP row tiles of one column block, then those of the next. They share a slice of
-    b, and where an L2 does not hold all of b (7 MB at rank 256), b is read from memory once a group and not once a row tile.
+    Neighbouring programs take GROUP row tiles of one column block, then those of the next, so they
+    share a slice of b. All of b (7 MB at rank 256) may not fit in the L2 cache. The card then reads
+    it once per group instead of once per row tile.
     """
     down, across = tl.cdiv(T, BLOCK_T), tl.cdiv(F, BLOCK_F)
     first = tl.program_id(0) // (GROUP * across) * GROUP
@@ -97,10 +108,10 @@ def _plus(
     x, low, b, low_t, low_r, b_f, b_r, row, column, T, F,
     RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """x + low @ b^T on one tile, fp32; RANK 0 is no term.
+    """Return x + low @ b^T on one tile in fp32; RANK 0 means no term.
 
-    RANK is a constant, at the price of a compilation for each, so that a rank of one block leaves no loop: that loop took the
-    backward pass 70 to 90 registers more.
+    RANK is a compile-time constant, at the price of one compilation per rank. A rank of one block
+    then needs no loop, and that loop cost the backward pass 70 to 90 more registers.
     """
     x = x.to(tl.float32)
     if RANK > 0:
@@ -117,7 +128,7 @@ def _plus(
     return x
 
 
-@triton.jit(do_not_specialize=["T"])  # it differs from batch to batch, and knowing its divisors gains nothing
+@triton.jit(do_not_specialize=["T"])  # T changes from batch to batch; its divisors gain nothing
 def _tiled_forward_kernel(
     gate, up, h, gate_stride, up_stride, T, F,
     gate_low, gate_b, gate_low_t, gate_low_r, gate_b_f, gate_b_r,
@@ -129,7 +140,8 @@ def _tiled_forward_kernel(
     gate += row * gate_stride + column + t * gate_stride + f
     up += row * up_stride + column + t * up_stride + f
     h += row * F + column + t * F + f
-    g = tl.load(gate, mask=inside, other=0.0)  # all operands under way before the first product waits for its own
+    # Start the loads of all operands before the first product waits for its own.
+    g = tl.load(gate, mask=inside, other=0.0)
     u = tl.load(up, mask=inside, other=0.0)
     g = _plus(
         g, gate_low, gate_b, gate_low_t, gate_low_r, gate_b_f, gate_b_r, row, column, T, F,
@@ -220,15 +232,20 @@ def glu_backward_(
 
 
 def _launch(width: int) -> tuple[int, int]:
-    """Block and warps: 16 elements a thread, no block wider than the row needs."""
+    """Return block and warps: 16 elements per thread, and no block wider than the row needs."""
     block = min(BLOCK_F, triton.next_power_of_2(width))
     return block, max(1, NUM_WARPS * block // BLOCK_F)
 
 
 def _launch_tiled(gate_TF: Tensor, terms: tuple[LowRank | None, ...]) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and launch options. One stage: several programs a multiprocessor hide latency, and buffers would keep them out."""
+    """Return the grid and the launch options.
+
+    One stage: several programs per multiprocessor hide latency, and more buffers would leave room
+    for fewer of them.
+    """
     (block_t, block_f), most = (TILE_FP32, TILE_R_FP32) if gate_TF.dtype == torch.float32 else (TILE, TILE_R)
-    block_r = min(most, max(16, *(triton.next_power_of_2(_rank(term)) for term in terms)))  # 16: the smallest a product takes
+    # 16 is the smallest inner size that tl.dot accepts.
+    block_r = min(most, max(16, *(triton.next_power_of_2(_rank(term)) for term in terms)))
     grid = (triton.cdiv(gate_TF.shape[0], block_t) * triton.cdiv(gate_TF.shape[1], block_f),)
     tile = {"GROUP": GROUP, "BLOCK_T": block_t, "BLOCK_F": block_f, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 1}
     return grid, tile
@@ -239,7 +256,7 @@ def _rank(term: LowRank | None) -> int:
 
 
 def _term(term: LowRank | None, unread: Tensor) -> tuple[Tensor | int, ...]:
-    """A term as kernel arguments; something to point to where there is none."""
+    """Return a term as kernel arguments; without one, `unread` is a pointer no kernel reads."""
     if term is None:
         return unread, unread, 0, 0, 0, 0
     return term.low_TR, term.b_FR, *term.low_TR.stride(), *term.b_FR.stride()

@@ -1,6 +1,7 @@
-"""Rows of a table by id in Triton: the table may lie in pinned host memory, which a GPU reads over PCIe where it lies.
+"""Gather rows of an embedding table in Triton, from the device or from pinned host memory.
 
-For an embedding table: of 128,256 rows (1 GB at D = 4,096 in bf16) a step of 4,096 tokens reads at most 34 MB.
+The GPU reads pinned host memory over PCIe without a copy of the table. A step of 4,096 tokens reads
+at most 34 MB of a table of 128,256 rows (1 GB at D = 4,096 in bf16).
 
 Shape letters: T tokens, V rows of the table, D hidden.
 """
@@ -13,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_BLOCK_D = 2048
-NUM_WARPS = 4  # at MAX_BLOCK_D two 16-byte loads of bf16 a thread
+NUM_WARPS = 4  # two 16-byte loads of bf16 per thread at MAX_BLOCK_D
 
 
 @triton.jit
 def _gather_kernel(table, ids, out, table_stride, V, D, BLOCK_D: tl.constexpr):
-    """One block of columns of one row. An id outside [0, V) reads nothing and gives zeros."""
+    """Copy one block of columns of one row. An id outside [0, V) reads nothing and gives zeros."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.load(ids + token)

@@ -1,4 +1,4 @@
-"""A low-rank (LoRA) term that an operation adds to an operand while it reads it.
+"""Define the low-rank (LoRA) term that an operation adds to an operand while it reads it.
 
 Shape letters: T tokens, F features, R rank.
 """
@@ -12,7 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LowRank:
-    """A term low @ b^T to be added: any strides, the scale already in b, the dtype of what it is added to."""
+    """Hold the term low @ b^T, with the scale already in b.
+
+    Both tensors have the dtype of the operand they are added to, and any strides.
+    """
 
     low_TR: Tensor
     b_FR: Tensor

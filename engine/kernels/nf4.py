@@ -1,11 +1,13 @@
-"""NF4 dequantisation in Triton: packed bytes and block scales in, a 16-bit weight out, in one launch.
+"""Dequantise NF4 in Triton: packed bytes and block scales in, a 16-bit weight out, in one launch.
 
-Double quantisation is undone in the same launch, so no fp32 absmax of the whole weight is ever written. The result is bit-equal
-to bitsandbytes': absmax = code[q] * scale + offset with a rounding after each operation (hence no fused multiply-add), then
-code[nibble] * absmax in fp32, rounded once to the output's dtype.
+The same launch undoes double quantisation, so no fp32 absmax of the whole weight is ever written.
+The result is bit-equal to bitsandbytes. It computes absmax = code[q] * scale + offset with a
+rounding after each operation, hence no fused multiply-add. Then it computes code[nibble] * absmax
+in fp32 and rounds once to the output's dtype.
 
-Where the packed bytes allow, they are loaded four at a time: eight output elements, 16 bytes of bf16, are then one thread's
-store. The 16-entry code table is held on chip and looked up with `tl.gather`: 16 words have no bank conflicts.
+If size and alignment allow, the kernel loads four packed bytes at a time, so one thread stores
+eight elements (16 bytes of bf16). The kernel keeps the 16-entry code table on chip and looks it up
+with `tl.gather`: 16 words have no bank conflicts.
 
 Shape letters: M blocks of elements.
 """
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from engine.kernels.nf4_state import Nf4State
 
-TILE = 1024  # elements a program. H100: 57 us; from 2,048 on 130 us, whatever the number of warps
+TILE = 1024  # elements per program. H100: 57 us; 130 us from 2,048 on, at any number of warps
 NUM_WARPS = 2
 WORD_BYTES = 4
 
@@ -30,11 +32,15 @@ def _dequantize_kernel(
     BLOCK_SIZE: tl.constexpr, NESTED_BLOCK_SIZE: tl.constexpr, UNIT_BYTES: tl.constexpr, BLOCKS: tl.constexpr,
     NESTED: tl.constexpr,
 ):  # fmt: skip
-    """Tile [BLOCKS, UNITS, NIBBLES]: BLOCKS blocks of UNITS loaded units (words or bytes) of NIBBLES elements each."""
+    """Dequantise one tile [BLOCKS, UNITS, NIBBLES].
+
+    It has BLOCKS blocks of UNITS loaded units (words or bytes), and each unit holds NIBBLES
+    elements.
+    """
     NIBBLES: tl.constexpr = 2 * UNIT_BYTES
     UNITS: tl.constexpr = BLOCK_SIZE // NIBBLES
     first_block = tl.program_id(0).to(tl.int64) * BLOCKS
-    block = tl.arange(0, BLOCKS)  # offsets from here on are of 32 bits, from 64-bit starts
+    block = tl.arange(0, BLOCKS)  # from here on, offsets are 32-bit and their starts 64-bit
     unit = block[:, None] * UNITS + tl.arange(0, UNITS)[None, :]
     words = tl.load(packed + first_block * UNITS + unit, mask=unit < num_units - first_block * UNITS, other=0).to(tl.int32)
 
@@ -46,7 +52,7 @@ def _dequantize_kernel(
         scale = scale + tl.load(nested_offset)
 
     i = tl.arange(0, NIBBLES)
-    # little-endian word, high nibble first: element i of a word starts at bit 4, 0, 12, 8, ...
+    # Little-endian word, high nibble first: element i of a word starts at bit 4, 0, 12, 8, ...
     nibbles = (words[:, :, None] >> ((i ^ 1) * 4)[None, None, :]) & 15
     table = tl.load(code + tl.arange(0, 16))
     values = tl.gather(table, nibbles.reshape(BLOCKS * BLOCK_SIZE), 0).reshape(BLOCKS, UNITS, NIBBLES) * scale[:, None, None]
@@ -56,12 +62,12 @@ def _dequantize_kernel(
 
 
 def dequantize_nf4_(state: Nf4State, out: Tensor) -> None:
-    """out: contiguous, of state's shape and any float dtype."""
+    """Dequantise into `out`, which is contiguous, of the state's shape and any float dtype."""
     launch_dequantize(state, out, TILE, NUM_WARPS)
 
 
 def launch_dequantize(state: Nf4State, out: Tensor, tile: int, num_warps: int) -> None:
-    """The same with the tile and the warps chosen by the caller (the benchmark's --tune)."""
+    """Dequantise with the caller's choice of tile and warps (the benchmark's --tune)."""
     numel, packed = out.numel(), state.packed
     unit_bytes = 1
     if packed.numel() % WORD_BYTES == 0 and packed.data_ptr() % WORD_BYTES == 0 and packed.storage_offset() % WORD_BYTES == 0:

@@ -1,6 +1,7 @@
-"""What dequantisation needs to know of one NF4 weight, read off bitsandbytes' `Params4bit` without importing bitsandbytes.
+"""Read from bitsandbytes' `Params4bit` the facts that dequantisation needs about one weight.
 
-Shape letters: O output features, D input features, P packed bytes (two elements each), M blocks of elements, S blocks of blocks.
+Shape letters: O output features, D input features, P packed bytes (two elements each), M blocks of
+elements, S blocks of blocks.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from engine.errors import EngineError
 
 @dataclass(frozen=True)
 class Nf4State:
-    """Views of one weight's tensors: nothing is copied, so build it after the weight has reached its device.
+    """Hold views of one weight's tensors.
+
+    Nothing is copied, so build it once the weight is on its device.
 
     Single quantisation: absmax_M is fp32 and the nested fields are None.
-    Double quantisation: absmax_M is uint8, and the absmax of block m is
-    nested_code[absmax_M[m]] * nested_absmax_S[m // nested_block_size] + nested_offset, fp32 with a rounding after each operation.
+
+    Double quantisation: absmax_M is uint8, and the absmax of block m is nested_code[absmax_M[m]] *
+    nested_absmax_S[m // nested_block_size] + nested_offset. It is computed in fp32 with a rounding
+    after each operation.
     """
 
     packed: Tensor  # uint8 [P], element 2p in the high nibble of byte p
@@ -36,12 +41,15 @@ class Nf4State:
 
 
 def nf4_state(weight: Any) -> Nf4State:
-    """weight: packed data with a `quant_state`, as in bitsandbytes' Params4bit."""
+    """Return the Nf4State of a weight; EngineError for a layout the kernels do not read.
+
+    weight: packed data with a `quant_state`, as in bitsandbytes' Params4bit.
+    """
     quant = weight.quant_state
     if getattr(quant, "quant_type", "nf4") != "nf4":
-        raise EngineError(f"quant_type = {quant.quant_type!r}: only nf4 is supported")
+        raise EngineError(f"quant_type = {quant.quant_type!r}: must be nf4")
     if getattr(quant, "packing_format_for_cpu", False):
-        raise EngineError("quant_state: repacked by bitsandbytes for CPU inference: load the weight again")
+        raise EngineError("quant_state: bitsandbytes repacked it for CPU inference: load the weight again")
     if quant.blocksize & (quant.blocksize - 1) or quant.blocksize < 8:
         raise EngineError(f"quant_state.blocksize = {quant.blocksize}: must be a power of two of at least 8")
     packed = weight.data.contiguous().view(-1).view(torch.uint8)

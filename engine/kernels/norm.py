@@ -1,4 +1,6 @@
-"""RMSNorm in Triton: one program a row, the row in registers, so each tensor crosses memory once.
+"""Compute RMSNorm in Triton.
+
+One program holds one row in registers, so each tensor crosses memory once.
 
 Shape letters: T tokens, D hidden.
 """
@@ -16,7 +18,10 @@ def _forward_kernel(
     x, delta, weight, total, y, rstd, x_stride, delta_stride, eps, offset, D,
     BLOCK_D: tl.constexpr, ADD: tl.constexpr, ROUND_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """total = x + delta where ADD; y = total * rstd * (offset + weight), total * rstd rounded before where ROUND_FIRST."""
+    """Write total = x + delta if ADD, rstd, and y = total * rstd * (offset + weight).
+
+    With ROUND_FIRST, total * rstd is rounded before it is multiplied by the weight.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
@@ -26,7 +31,7 @@ def _forward_kernel(
         v += tl.load(delta + row * delta_stride + columns, mask=inside, other=0.0).to(tl.float32)
         rounded = v.to(total.dtype.element_ty)
         tl.store(total + row * D + columns, rounded, mask=inside)
-        v = rounded.to(tl.float32)  # the norm sees what later layers see
+        v = rounded.to(tl.float32)  # the norm sees the rounded sum, as later layers do
     r = tl.rsqrt(tl.sum(v * v, axis=0) / D + eps)
     tl.store(rstd + row, r)
     n = v * r
@@ -40,7 +45,10 @@ def _backward_kernel(
     dy, x, weight, rstd, residual, dx, dy_stride, x_stride, residual_stride, offset, D,
     BLOCK_D: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd * (g - n * mean(g * n)), n = x * rstd, g = dy * (offset + weight); plus residual where ADD."""
+    """Write dx = rstd * (g - n * mean(g * n)), plus residual if ADD.
+
+    Here n = x * rstd and g = dy * (offset + weight).
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
@@ -100,6 +108,9 @@ def _forward(
 
 
 def _launch(width: int) -> tuple[int, int]:
-    """Block and warps of one row: 16 elements a thread, two 16-byte loads of bf16, up to a width of 8,192."""
+    """Return block and warps for one row.
+
+    Up to a width of 8,192 each thread has 16 elements: two 16-byte loads of bf16.
+    """
     block = triton.next_power_of_2(width)
     return block, min(16, max(2, block // 512))

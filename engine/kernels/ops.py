@@ -1,15 +1,17 @@
-"""Operations of QLoRA training around its matmuls, forward and backward: Triton on CUDA, plain torch elsewhere.
+"""Compute the operations around the matmuls of QLoRA training, forward and backward.
 
-Weights are frozen, so no operation returns a weight gradient. bf16, fp16 and fp32 tensors; arithmetic in fp32. These are
-functions on tensors without autograd: whoever calls them writes the `torch.autograd.Function`.
+Weights are frozen, so no operation returns a weight gradient. Tensors are bf16, fp16 or fp32, and
+arithmetic is in fp32. The functions have no autograd: the caller writes the
+`torch.autograd.Function`.
 
-Which code runs depends on the tensor alone: on CUDA the kernels, otherwise `reference`. Nothing falls back in silence: a CUDA
-tensor without triton is an error. `FORCE_TRITON` sends CPU tensors through the kernels too; only tests set it, in a process
-that was started with TRITON_INTERPRET=1.
+The tensor alone decides which code runs: Triton kernels on CUDA, `engine.kernels.reference`
+otherwise. Nothing falls back silently: a CUDA tensor without triton is an EngineError, and so is a
+tensor of the wrong layout. `FORCE_TRITON` sends CPU tensors through the kernels too. Only tests set
+it, in a process started with TRITON_INTERPRET=1.
 
-Shape letters: T tokens (one flat packed row), D hidden, F MLP hidden, H query heads, G key/value heads, K head dim, O output
-features, R rank, V vocabulary, C rows of logits. Rows may be strided (slices of a fused buffer); the last dimension is
-contiguous.
+Shape letters: T tokens (one flat packed row), D hidden, F MLP hidden, H query heads, G key/value
+heads, K head dim. More letters: O output features, R rank, V vocabulary, C rows of logits. Rows may
+be strided (slices of a fused buffer). The last dimension is contiguous.
 """
 
 from __future__ import annotations
@@ -36,13 +38,14 @@ __all__ = [
 
 FORCE_TRITON = False
 ACTIVATIONS = ("silu", "gelu_tanh")
-MAX_WIDTH = 65_536  # a normalised row is held in registers whole
+MAX_WIDTH = 65_536  # the norm kernels hold a whole row in registers
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    """y = x * rstd * (offset + weight), rstd = (mean(x^2) + eps)^-1/2. Returns y [T, D] like x, rstd [T] fp32.
+    """Return y = x * rstd * (offset + weight), [T, D] like x, and rstd, [T] fp32.
 
-    offset 0 is Llama: the normalised row is rounded to x's dtype before it meets the weight. offset 1 is Gemma: rounded once.
+    Here rstd = (mean(x^2) + eps)^-1/2. Offset 0 (Llama) rounds the normalised row to x's dtype
+    before it multiplies by the weight. Offset 1 (Gemma) rounds once, at the end.
     """
     _check_rows("rms_norm", x_TD, weight_D)
     return _family("norm", x_TD).rms_norm(x_TD, weight_D, eps, offset)
@@ -51,7 +54,10 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) ->
 def add_rms_norm(
     x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """sum = x + delta, rounded to x's dtype; y, rstd = rms_norm(sum). Returns sum [T, D], y [T, D], rstd [T] fp32."""
+    """Return sum = x + delta, rounded to x's dtype, and y, rstd = rms_norm(sum).
+
+    Shapes: sum [T, D], y [T, D], rstd [T] fp32.
+    """
     _check_rows("add_rms_norm", x_TD, weight_D, delta_TD)
     return _family("norm", x_TD).add_rms_norm(x_TD, delta_TD, weight_D, eps, offset)
 
@@ -59,7 +65,10 @@ def add_rms_norm(
 def rms_norm_backward(
     dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, offset: float = 0.0, residual_TD: Tensor | None = None
 ) -> Tensor:
-    """dx = rstd * (g - n * mean(g * n)) + residual, with n = x * rstd, g = dy * (offset + weight). Returns dx [T, D] like x."""
+    """Return dx = rstd * (g - n * mean(g * n)) + residual, [T, D] like x.
+
+    Here n = x * rstd and g = dy * (offset + weight).
+    """
     _check_rows("rms_norm_backward", x_TD, weight_D, dy_TD, *(() if residual_TD is None else (residual_TD,)))
     if rstd_T.shape != x_TD.shape[:1] or rstd_T.dtype != torch.float32 or not rstd_T.is_contiguous():
         raise EngineError(f"rms_norm_backward: rstd {_layout(rstd_T)}: expected contiguous fp32 [{x_TD.shape[0]}]")
@@ -67,9 +76,10 @@ def rms_norm_backward(
 
 
 def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse: bool = False) -> None:
-    """In place on q [T, H, K] and k [T, G, K]: x * cos + rotate_half(x) * sin; inverse turns back, which is the gradient.
+    """Rotate q [T, H, K] and k [T, G, K] in place: x * cos + rotate_half(x) * sin.
 
-    cos and sin [T, K] carry the same K / 2 angles in both halves; only the first half is read.
+    `inverse` rotates back, which is also the gradient. Both cos and sin [T, K] hold the same K / 2
+    angles in both halves; only the first half is read.
     """
     num_tokens, _, head_dim = q_THK.shape
     for name, x in (("q", q_THK), ("k", k_TGK)):
@@ -86,9 +96,10 @@ def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse:
 def glu(
     gate_TF: Tensor, up_TF: Tensor, activation: str, gate_add: LowRank | None = None, up_add: LowRank | None = None
 ) -> Tensor:
-    """h = act(gate + gate_add) * (up + up_add), act = "silu" or "gelu_tanh". Returns h [T, F] like gate, rounded once.
+    """Return h = act(gate + gate_add) * (up + up_add), [T, F] like gate, rounded once.
 
-    gate and up stay as they are: the backward pass takes them with the same terms.
+    act is "silu" or "gelu_tanh". gate and up stay unchanged: the backward pass takes them with the
+    same terms.
     """
     _check_glu("glu", activation, gate_TF, up_TF)
     _check_terms("glu", gate_TF, gate_add=gate_add, up_add=up_add)
@@ -99,9 +110,10 @@ def glu_backward_(
     dh_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str,
     gate_add: LowRank | None = None, up_add: LowRank | None = None, dh_add: LowRank | None = None,
 ) -> None:  # fmt: skip
-    """In place: gate <- d * u * act'(g), up <- d * act(g), dh <- h = act(g) * u, which the caller then need not have saved.
+    """Write in place gate <- d * u * act'(g), up <- d * act(g) and dh <- h = act(g) * u.
 
-    g = gate + gate_add, u = up + up_add, d = dh + dh_add, in fp32 and not rounded.
+    Here g = gate + gate_add, u = up + up_add and d = dh + dh_add, in fp32 and not rounded. Because
+    h is computed again, the caller need not save it.
     """
     _check_glu("glu_backward_", activation, gate_TF, up_TF, dh_TF)
     _check_terms("glu_backward_", gate_TF, gate_add=gate_add, up_add=up_add, dh_add=dh_add)
@@ -111,14 +123,16 @@ def glu_backward_(
 def cross_entropy_(
     logits_CV: Tensor, labels_C: Tensor, scale: float = 1.0, softcap: float | None = None, with_gradient: bool = True
 ) -> Tensor:
-    """loss = logsumexp(z) - z[label], z = scale * logits or softcap * tanh(scale * logits / softcap). Returns loss [C] fp32.
+    """Return loss = logsumexp(z) - z[label], [C] fp32.
 
-    In place where with_gradient: logits <- (softmax(z) - onehot(label)) * dz/dlogits, rounded once; without it they stay as they
-    are. Labels are trusted to be in [0, V), or IGNORE: then loss and gradient are 0.
+    z = scale * logits, or softcap * tanh(scale * logits / softcap) if a softcap is given.
+    `with_gradient` overwrites logits <- (softmax(z) - onehot(label)) * dz/dlogits, rounded once;
+    otherwise logits stay unchanged. Labels are not checked: they must be in [0, V), or IGNORE,
+    which gives loss 0 and gradient 0.
     """
     num_rows, vocabulary = logits_CV.shape if logits_CV.dim() == 2 else (-1, 0)
     if num_rows < 0 or logits_CV.stride(1) != 1 or (num_rows > 1 and logits_CV.stride(0) < vocabulary):
-        raise EngineError(f"cross_entropy_: logits {_layout(logits_CV)}: expected [C, V] with contiguous rows, none shared")
+        raise EngineError(f"cross_entropy_: logits {_layout(logits_CV)}: expected [C, V] with contiguous rows that share nothing")
     if labels_C.shape != (num_rows,) or labels_C.dtype != torch.int64 or not labels_C.is_contiguous():
         raise EngineError(f"cross_entropy_: labels {_layout(labels_C)}: expected contiguous int64 [{num_rows}]")
     if softcap is not None and not softcap > 0.0:
@@ -127,9 +141,10 @@ def cross_entropy_(
 
 
 def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:
-    """table[ids], [T, D] on the ids' device. The table is there too, or in pinned host memory, which the GPU reads over PCIe.
+    """Return table[ids], [T, D] on the device of the ids.
 
-    ids are trusted to be in [0, V); the kernel reads nothing for one that is not and gives a row of zeros.
+    The table is on the same device, or in pinned host memory that the GPU reads over PCIe. ids must
+    be in [0, V). The kernel gives a row of zeros for an id outside and reads nothing.
     """
     if table_VD.dim() != 2 or table_VD.stride(1) != 1:
         raise EngineError(f"gather_rows: table {_layout(table_VD)}: expected [V, D] with contiguous rows")
@@ -142,7 +157,10 @@ def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:
 
 
 def dequantize_nf4(state: Nf4State, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """W [O, D] = code[nibble] * absmax[block], bit-equal to bitsandbytes. `out`, where given, is written and returned."""
+    """Return W [O, D] = code[nibble] * absmax[block], bit-equal to bitsandbytes.
+
+    `out`, if given, is filled and returned: contiguous [O, D] in `dtype`.
+    """
     if out is None:
         out = torch.empty(state.shape, dtype=dtype, device=state.packed.device)
     elif tuple(out.shape) != state.shape or out.dtype != dtype or not out.is_contiguous():
@@ -153,10 +171,11 @@ def dequantize_nf4(state: Nf4State, dtype: torch.dtype, out: Tensor | None = Non
 
 
 def _family(name: str, tensor: Tensor) -> ModuleType:
-    """The module that does the work for `tensor`: reference on the CPU, engine.kernels.<name> on CUDA."""
+    """Return the module for `tensor`: engine.kernels.<name> on CUDA, `reference` on the CPU."""
     if tensor.is_cuda:
-        if tensor.device.index != torch.cuda.current_device():  # a launch goes to the current device, whatever the tensor's
-            raise EngineError(f"kernels: tensor on {tensor.device}: make it the current device, torch.cuda.set_device first")
+        # Triton launches on the current device, even if the tensor is on another one.
+        if tensor.device.index != torch.cuda.current_device():
+            raise EngineError(f"kernels: tensor on {tensor.device}: make that the current device with torch.cuda.set_device")
     elif not FORCE_TRITON:
         return reference
     return _load(name)
@@ -167,7 +186,7 @@ def _load(name: str) -> ModuleType:
     try:
         importlib.import_module("triton")
     except ImportError as error:
-        raise EngineError("kernels: CUDA tensors need triton, which cannot be imported: pip install triton") from error
+        raise EngineError("kernels: CUDA tensors need triton, which failed to import: pip install triton") from error
     return importlib.import_module(f"engine.kernels.{name}")
 
 

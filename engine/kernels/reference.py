@@ -1,7 +1,8 @@
-"""Every operation in plain torch: the definition the kernels are tested against, and what runs on the CPU.
+"""Define every operation in plain torch.
 
-Signatures and formulas are those of `engine.kernels`, which also checks the arguments. Arithmetic in fp32, rounded where the
-formula says so.
+Tests compare the kernels with these functions, and the CPU runs them. Signatures and formulas are
+documented in `engine.kernels.ops`, which also checks the arguments. Arithmetic is in fp32 and
+rounds where the formula says so.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from engine.kernels.low_rank import LowRank
 from engine.kernels.nf4_state import Nf4State
 
-IGNORE = -100  # the label of a row that does not count, torch's ignore_index
+IGNORE = -100  # label of a row that does not count; torch's ignore_index
 SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 
 
@@ -50,7 +51,8 @@ def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse:
     cos = cos_TK[:, None, :half].float()
     sin = sin_TK[:, None, :half].float() * (-1.0 if inverse else 1.0)
     for x in (q_THK, k_TGK):
-        first, second = x[..., :half].float().clone(), x[..., half:].float().clone()  # fp32: float() is a view of what we write
+        # clone: for fp32, float() is a view of the memory written below.
+        first, second = x[..., :half].float().clone(), x[..., half:].float().clone()
         x[..., :half] = first * cos - second * sin
         x[..., half:] = second * cos + first * sin
 
@@ -68,20 +70,23 @@ def glu_backward_(
 ) -> None:  # fmt: skip
     dh, gate, up = _plus(dh_TF, dh_add), _plus(gate_TF, gate_add), _plus(up_TF, up_add)
     act, slope = _activate(gate, activation)
-    h, dgate, dup = act * up, dh * up * slope, dh * act  # all before the first write: in fp32, float() is a view
+    # Compute all three before the first write: for fp32, float() is a view.
+    h, dgate, dup = act * up, dh * up * slope, dh * act
     dh_TF.copy_(h)
     gate_TF.copy_(dgate)
     up_TF.copy_(dup)
 
 
 def _plus(x_TF: Tensor, term: LowRank | None) -> Tensor:
-    """x + low @ b^T, fp32."""
+    """Return x + low @ b^T in fp32."""
     return x_TF.float() if term is None else torch.addmm(x_TF.float(), term.low_TR.float(), term.b_FR.float().t())
 
 
 def _activate(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """act(gate) and act'(gate). Both activations are gate * sigmoid(s), because (1 + tanh(z)) / 2 = sigmoid(2z):
-    silu has s = gate, gelu_tanh has s = 2 sqrt(2 / pi) (gate + 0.044715 gate^3).
+    """Return act(gate) and act'(gate).
+
+    Both activations are gate * sigmoid(s), because (1 + tanh(z)) / 2 = sigmoid(2z). silu has s =
+    gate, gelu_tanh has s = 2 sqrt(2 / pi) (gate + 0.044715 gate^3).
     """
     s, ds = gate, 1.0
     if activation == "gelu_tanh":

@@ -1,6 +1,7 @@
-"""Rotary position embedding in Triton, in place: one program a token turns all its query and key heads.
+"""Apply rotary position embedding in Triton, in place.
 
-cos and sin are read once a token instead of once a head, and only their first half.
+One program rotates all query and key heads of one token. It reads cos and sin once per token
+instead of once per head, and only their first half.
 
 Shape letters: T tokens, H query heads, G key/value heads, K head dim.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 
 @triton.jit
 def _half_heads(x, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """Pointers to the first halves of dense heads at x, and which of them exist: [BLOCK_HEADS, BLOCK_HALF]."""
+    """Return pointers [BLOCK_HEADS, BLOCK_HALF] to the first halves of heads, and their mask."""
     head = tl.arange(0, BLOCK_HEADS)[:, None]
     i = tl.arange(0, BLOCK_HALF)[None, :]
     return x + head * (2 * HALF) + i, (head < HEADS) & (i < HALF)
@@ -32,7 +33,10 @@ def _rope_kernel(
     H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_HALF: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """(a, b) <- (a cos - b sin, b cos + a sin) for the halves a, b of each head. All loads come before the first store."""
+    """Write (a, b) <- (a cos - b sin, b cos + a sin) for the halves a, b of each head.
+
+    All loads come before the first store.
+    """
     token = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_HALF)
     c = tl.load(cos + token * cos_stride + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]

@@ -1,1 +1,1 @@
-"""What runs in the place of a model's own layers."""
+"""Replace a model's own layers with fused ones."""

@@ -1,14 +1,19 @@
-"""Attention over packed samples: several sequences side by side in one row, none seeing another.
+"""Compute attention over packed samples: one row holds several sequences, and none sees another.
 
-`attend` is the operation. On CUDA with a 16-bit dtype it is torch's variable-length flash attention, one launch for all
-sequences; elsewhere (CPU, fp32, logit softcap) it is scaled-dot-product attention sequence by sequence. Where all sequences have
-one length, the row is a plain batch, and on Hopper and later cuDNN's attention takes it: 1.9 times as fast (H100, 8,192 tokens).
-cuDNN plans each shape anew, which took over a second, so only lengths that recur are given to it: multiples of LENGTH_STEP.
+`attend` picks one of three ways:
 
-It is also registered in transformers' own attention registry under NAME, for layers that run unfused; the model passes
-`document_lengths` through.
+- On CUDA with a 16-bit dtype it calls torch's variable-length flash attention, one launch for all
+  sequences.
+- If all sequences have the same length, the row is a plain batch. On Hopper and later, cuDNN's
+  attention computes it 1.9 times as fast (H100, 8,192 tokens). cuDNN plans each new shape for more
+  than a second, so it gets only lengths that recur: multiples of LENGTH_STEP.
+- Elsewhere (CPU, fp32, logit softcap) it calls scaled-dot-product attention for each sequence.
 
-Shape letters: H query heads, G key/value heads, T tokens of the whole row, L tokens of one sequence, K head dim.
+`register` adds it to transformers' attention registry under NAME, for layers that run unfused. The
+model passes `document_lengths` through.
+
+Shape letters: H query heads, G key/value heads, T tokens of the whole row, L tokens of one
+sequence, K head dim.
 """
 
 from __future__ import annotations
@@ -36,8 +41,12 @@ except ImportError:
 
 @dataclass(frozen=True)
 class Documents:
-    """Where samples lie in a packed row. lengths: tokens of each, on the host; offsets: int32 [documents + 1], on the device.
-    Variable-length attention asks `lengths` for the longest alone: where offsets change under a recording, they are bounds."""
+    """The positions of the samples in a packed row.
+
+    `lengths` are the tokens of each sample, on the host. `offsets` are int32 [documents + 1], on
+    the device. Variable-length attention reads only the longest of `lengths`, so these may be upper
+    bounds: a CUDA graph replays with other offsets.
+    """
 
     lengths: tuple[int, ...]
     offsets: Tensor
@@ -45,7 +54,11 @@ class Documents:
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """scaling: of the scores (none: K ** -0.5); sliding_window: keys seen, the query's own included; softcap: of the scores."""
+    """The options of attention that differ between model families.
+
+    `scaling` multiplies the scores (None: K ** -0.5), and `softcap` bounds them. `sliding_window`
+    is the number of keys that a query sees, its own included.
+    """
 
     scaling: float | None = None
     sliding_window: int | None = None
@@ -53,7 +66,7 @@ class AttentionOptions:
 
 
 def attend(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
-    """Causal attention within each document; [T, H, K]. Differentiable in q, k and v."""
+    """Return causal attention within each document, [T, H, K]. Differentiable in q, k and v."""
     if _flash_fits(q_THK, options.softcap):
         if _is_plain_batch(documents, options) and _cudnn_fits(q_THK):
             return _batched(q_THK, k_TGK, v_TGK, documents, options)
@@ -67,7 +80,10 @@ def attend(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, op
 
 
 def register() -> None:
-    """Add NAME to transformers' registry (idempotent). No mask function goes with it: the mask stays None."""
+    """Add NAME to transformers' attention registry; a second call changes nothing.
+
+    It has no mask function, so the mask stays None.
+    """
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
@@ -88,18 +104,19 @@ def packed_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """`attend` in transformers' calling convention; returns [1, T, H, K].
+    """Call `attend` by transformers' calling convention; return [1, T, H, K].
 
-    Raises ValueError on what it cannot do (attention sinks, dropout) rather than computing something else."""
+    Raises ValueError on attention sinks and attention dropout, which it cannot compute.
+    """
     if dropout or _.get("s_aux") is not None:
-        raise ValueError("packed attention has no attention dropout and no attention sinks")
+        raise ValueError("packed attention supports neither attention dropout nor attention sinks")
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q_1HTK, k_1GTK, v_1GTK))
     documents = Documents(document_lengths, document_offsets)
     return attend(q, k, v, documents, AttentionOptions(scaling, sliding_window, softcap)).unsqueeze(0), None
 
 
 def reads_offsets_only(dtype: torch.dtype, softcap: float | None) -> bool:
-    """Whether attention on CUDA is one launch that finds the samples by their offsets on the device."""
+    """Return True if attention on CUDA is one launch that reads the offsets on the device."""
     return varlen_attn is not None and "window_size" in _VARLEN_OPTIONS and dtype in HALF and softcap is None
 
 
@@ -108,7 +125,7 @@ def _flash_fits(q: Tensor, softcap: float | None) -> bool:
 
 
 def _is_plain_batch(documents: Documents, options: AttentionOptions) -> bool:
-    """Whether the row is a batch of sequences of one length, one that will come again."""
+    """Return True if all sequences have one length that is likely to recur."""
     length = documents.lengths[0]
     whole = options.sliding_window is None or options.sliding_window >= length
     return whole and length % LENGTH_STEP == 0 and set(documents.lengths) == {length}

@@ -1,8 +1,12 @@
-"""A whole decoder layer as one autograd function: Llama, Mistral, Qwen2.5, Qwen3, Gemma 2 and 3.
+"""Compute a whole decoder layer as one autograd function.
 
-Autograd would save every intermediate of a layer and run hundreds of small operations; here the forward pass saves what the
-policy says, and the backward pass is written out. What is recomputed stops before the down projection, whose output no gradient
-needs: 5.5 instead of 6 times the matmul parameters per token; weights that are dequantised for it serve the gradient too.
+It covers Llama, Mistral, Qwen2.5, Qwen3, Gemma 2 and 3.
+
+Autograd would save every intermediate of a layer and run hundreds of small operations. Here the
+forward pass saves what the policy says, and the backward pass is written by hand.
+
+Recomputation stops before the down projection, because no gradient needs its output. That costs 5.5
+instead of 6 times the matmul parameters a token. The gradient reuses the weights it dequantised.
 
 Shape letters: T tokens, D hidden, H query heads, G key/value heads, K head dim.
 """
@@ -26,7 +30,10 @@ from engine.planning.policies import GROUPS, Policy
 
 
 def decoder_layer(x_TD: Tensor, call: Call, adapters: list[Tensor]) -> Tensor:
-    """The layer's output [T, D]. adapters: lora_a, lora_b of each projection that has them, in the order of PROJECTIONS."""
+    """Return the layer's output [T, D].
+
+    `adapters` are lora_a, lora_b of each adapted projection, in the order of PROJECTIONS.
+    """
     if not (torch.is_grad_enabled() and (x_TD.requires_grad or adapters)):
         return _forward(x_TD, call, Saved(x_TD), graph=False)
     return _DecoderLayer.apply(x_TD, call, *adapters)
@@ -45,7 +52,7 @@ class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, ctx.saved
-        ctx.call = ctx.saved = None  # the node outlives its backward pass, until the loss is dropped
+        ctx.call = ctx.saved = None  # frees memory now: the node lives until the caller drops the loss
         if call.policy.is_on_host:
             saved.x = call.stash.pop(saved.x)
         grads: Gradients = {}
@@ -57,7 +64,7 @@ class _DecoderLayer(torch.autograd.Function):
 
 
 def _kept(saved: Saved, call: Call) -> Saved:
-    """What the policy keeps of a forward pass."""
+    """Return the part of a forward pass that the policy keeps."""
     policy = call.policy
     if policy is Policy.RECOMPUTE:
         return Saved(saved.x, saved.low)
@@ -87,14 +94,17 @@ def _forward(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
 
 
 def _to_mlp(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
-    """The MLP's normalised input; x_mid into `saved`."""
+    """Return the MLP's normalised input, and set `saved.x_mid`."""
     delta, norm = _attention_half(x, call, saved, graph), call.spec.mlp_norm
     saved.x_mid, normed, saved.rstd["mlp"] = ops.add_rms_norm(x, delta, norm.weight, norm.eps, norm.offset)
     return normed
 
 
 def _attention_half(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
-    """What attention adds to the residual stream; `graph` keeps attention's own backward."""
+    """Return what attention adds to the residual stream.
+
+    `graph` keeps the autograd graph of attention, for the backward pass.
+    """
     spec = call.spec
     normed, saved.rstd["input"] = spec.input_norm.forward(x)
     qkv, saved.normed = project("qkv", normed, call, saved), normed
@@ -117,7 +127,10 @@ def _attention_half(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
 
 
 def _noted(graph: list[Tensor], saved: Tensor) -> Tensor:
-    """Detached, because an output that its own graph holds would live until a backward pass, which may never come."""
+    """Note a tensor that autograd saves, and save it detached.
+
+    A graph that holds its own output keeps it alive until a backward pass, which may never run.
+    """
     graph.append(saved.detach())
     return graph[-1]
 
@@ -127,8 +140,10 @@ def _same(saved: Tensor) -> Tensor:
 
 
 def _rotated(call: Call, saved: Saved) -> tuple[Tensor, Tensor]:
-    """Queries and keys, normalised where the family does so, and rotated. Without norms this is done in place: the rotation of
-    what is saved is undone by the rotation of its gradient."""
+    """Return queries and keys, rotated, and normalised first if the family has q and k norms.
+
+    Without norms this rotates `saved` in place: the gradient needs only the inverse rotation.
+    """
     spec = call.spec
     q, k = saved.q, saved.k
     if spec.q_norm is not None:
@@ -139,7 +154,7 @@ def _rotated(call: Call, saved: Saved) -> tuple[Tensor, Tensor]:
 
 
 def _mlp_backward(dy: Tensor, call: Call, saved: Saved, grads: Gradients) -> Tensor:
-    """Gradient of x_mid. What the policy has dropped is computed again first."""
+    """Return the gradient of x_mid; first compute again what the policy has dropped."""
     norm = call.spec.mlp_norm
     normed = _to_mlp(saved.x, call, saved, graph=True) if saved.x_mid is None else norm.forward(saved.x_mid)[0]
     if saved.gate_up is not None or dy.shape[0] <= compute_limits.MLP_TILE_TOKENS:
@@ -154,7 +169,7 @@ def _mlp_backward(dy: Tensor, call: Call, saved: Saved, grads: Gradients) -> Ten
 
 
 def _attention_backward(dx_mid: Tensor, call: Call, saved: Saved, grads: Gradients, wants_dx: bool) -> Tensor | None:
-    """Gradient of x, or None where nothing below the layer is trained."""
+    """Return the gradient of x, or None if nothing below the layer is trained."""
     spec = call.spec
     ddelta = dx_mid
     if spec.after_attention_norm is not None:

@@ -1,6 +1,7 @@
-"""The input embedding in pinned host memory: the GPU reads the rows it needs over PCIe, and 1 GiB of an 8B model's table is free.
+"""Keep the input embedding in pinned host memory, where the GPU reads the rows it needs over PCIe.
 
-Only for a table of its own: one that is tied to the head is needed on the device anyway. It is frozen: nothing is written back.
+This frees 1 GiB of an 8B model's device memory. A table that is tied to the head stays, because the
+head needs it on the device. The table is frozen, so nothing is written back.
 """
 
 from __future__ import annotations
@@ -14,19 +15,26 @@ from engine.planning.compute_limits import HOST_EMBEDDING_MIN_BYTES
 
 
 class HostEmbedding(nn.Module):
-    """Stands where an nn.Embedding stood. The table is no parameter: a model's device is that of its parameters."""
+    """Replace an nn.Embedding.
+
+    The table is not a parameter, because a model's device is read from its parameters.
+    """
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
         self.weight = embedding.weight.detach().cpu().pin_memory()
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """[...] -> [..., D] on the ids' device."""
+        """Return the rows [..., D] of ids [...], on the device of the ids."""
         return ops.gather_rows(self.weight, input_ids.reshape(-1)).view(*input_ids.shape, -1)
 
 
 def place_embedding(model: nn.Module, config: ModelConfig) -> bool:
-    """Move the input embedding where `config.embeddings` says; whether it was moved."""
+    """Move the input embedding to host memory if `config.embeddings` asks for it.
+
+    Returns True if it was moved. Raises InputError for `host` if the embedding is tied to the head
+    or of another class than nn.Embedding.
+    """
     embedding = model.get_input_embeddings()
     if config.embeddings == "device" or not embedding.weight.is_cuda:
         return False

@@ -1,13 +1,19 @@
-"""Activations put away in pinned host memory between forward and backward, layer by layer, last in, first out.
+"""Store activations in pinned host memory between forward and backward, layer by layer.
 
-Copies run on a stream of their own beside the computation. Out: the device memory of what is put away is let go HOST_LAG layers
-later, by when the copy has mostly run; the computation, not the host, waits for the rest, so memory in use follows from the order
-of layers alone. Back: one layer ahead of the backward pass. For 4,096 tokens of Llama 8B all a layer keeps is 0.36 GiB, 7.2 ms of
-PCIe 5 beside 3.1 ms of its forward and 6 to 9 ms of its backward pass on an H100; a 24 GB card computes several times longer
-over a link half as fast. On the CPU a copy is just a copy, so the same code is tested there.
+The layer stored last is fetched first. Copies run on a separate stream, next to the computation:
 
-The host's side is a stack of bytes in equal chunks: torch rounds pinned memory up to a power of two, and shapes that change from
-one pass to the next find room all the same.
+- Out: the device memory of a stored layer is released HOST_LAG layers later, when its copy has
+  mostly run. The device waits for the rest, and the host never does. The memory in use therefore
+  depends only on the order of the layers.
+- Back: a copy starts one layer ahead of the backward pass.
+
+For 4,096 tokens of Llama 8B, all that a layer keeps is 0.36 GiB. On an H100, the copy takes 7.2 ms
+of PCIe 5. The forward pass takes 3.1 ms and the backward pass 6 to 9 ms. A 24 GB card computes
+several times longer, and its link is half as fast. The CPU runs the same code, so tests need no
+GPU.
+
+Host memory is a stack of bytes in equal chunks, for two reasons: torch rounds pinned memory up to a
+power of two, and shapes may change from one pass to the next.
 """
 
 from __future__ import annotations
@@ -23,13 +29,16 @@ from torch import Tensor
 from engine.planning.compute_limits import HOST_IN_FLIGHT, HOST_LAG
 
 CHUNK_BYTES = 64 * 2**20
-ALIGNMENT = 512  # bytes; of each tensor's place on the host
+ALIGNMENT = 512  # bytes: each tensor begins at a multiple of this on the host
 
 
 @dataclass
 class _Entry:
-    """x and storages, each with its bytes, from `place` on; age: layers since. is_here: whether device memory still holds them.
-    x is None while it does not."""
+    """A layer's input x and its other storages, on the host from byte `place` on.
+
+    `storages` come with their sizes in bytes. `age` counts the layers since the push. `is_here` is
+    True while device memory holds them; x is None while it does not.
+    """
 
     x: Tensor | None
     shape: torch.Size
@@ -47,7 +56,7 @@ class _Entry:
 
 
 class HostStash:
-    """A stack of what layers keep. Its host memory is used again by the next pass."""
+    """A stack of what layers keep. The next pass uses its host memory again."""
 
     def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._chunk_bytes = chunk_bytes
@@ -57,17 +66,19 @@ class HostStash:
         self._stream: torch.cuda.Stream | None = None
 
     def clear(self) -> None:
-        """Forget what a pass without backward, or one that failed, left behind."""
+        """Drop what is left of a pass that failed or had no backward pass."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         self._entries.clear()
         self._top = 0
 
     def push(self, x: Tensor, kept: Iterable[Tensor] = ()) -> int:
-        """Put away x and the memory under `kept`; the number is what `pop` wants.
+        """Store x and the floating-point tensors of `kept`; return the number that `pop` takes.
 
-        The caller drops x. Tensors of `kept`, and all that share their memory, are empty from some time after this until `pop`,
-        and then as they were: an autograd graph that holds them need not know. Only floating-point ones are put away."""
+        The caller must drop x. Tensors of `kept`, and all that share their memory, lose it some
+        time after this call. `pop` gives it back with the same content, so an autograd graph may
+        hold them.
+        """
         if x.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(x.device)
         x = x.contiguous()
@@ -77,7 +88,11 @@ class HostStash:
         return len(self._entries) - 1
 
     def advance(self) -> None:
-        """A layer has been passed: device memory of what was put away HOST_LAG layers before, or is too much, is let go."""
+        """Note that a layer has run, and release device memory of layers stored before it.
+
+        A layer is released HOST_LAG layers after its push. The oldest are released sooner while
+        more than HOST_IN_FLIGHT bytes wait.
+        """
         leaving = self._leaving()
         in_flight = sum(entry.num_bytes for entry in leaving)
         for entry in leaving:
@@ -87,14 +102,18 @@ class HostStash:
                 in_flight -= entry.num_bytes
 
     def flush(self) -> None:
-        """Let go of all: the pass is over."""
+        """Release the device memory of all stored layers: the forward pass is over."""
         for entry in self._leaving():
             self._let_go(entry)
 
     def pop(self, number: int) -> Tensor:
-        """The x put away last, which must be `number`, with what came with it; what was put away before it is sent for."""
+        """Return the x stored last, and restore the tensors stored with it.
+
+        It also starts the copy back of the layer stored before. Raises RuntimeError if `number` is
+        not the top of the stack.
+        """
         if number != len(self._entries) - 1:
-            raise RuntimeError(f"layer input {number} asked for, {len(self._entries) - 1} is on top of the stack")
+            raise RuntimeError(f"layer input {number} was asked for, {len(self._entries) - 1} is on top of the stack")
         entry = self._entries.pop()
         self._fetch(entry)
         self._wait(entry)
@@ -104,7 +123,7 @@ class HostStash:
         return entry.x
 
     def _leaving(self) -> list[_Entry]:
-        """Entries whose device memory has not been let go, the oldest first: the last few."""
+        """Return the entries whose device memory is not released yet, the oldest first."""
         first = len(self._entries)
         while first and self._entries[first - 1].is_here:
             first -= 1
@@ -117,7 +136,7 @@ class HostStash:
             self._resize(storage, 0)
 
     def _fetch(self, entry: _Entry) -> None:
-        """Start the copy back, once."""
+        """Start the copy back, unless device memory still holds the entry."""
         if entry.is_here:
             return
         entry.x, entry.is_here = torch.empty(entry.shape, dtype=entry.dtype, device=entry.device), True
@@ -126,11 +145,14 @@ class HostStash:
         self._copy(entry, out=False)
 
     def _resize(self, storage: torch.UntypedStorage, size: int) -> None:
-        """Free or get its memory; tensors over it stay."""
+        """Release or allocate a storage's memory; its tensors stay valid objects."""
         storage.resize_(size)
 
     def _copy(self, entry: _Entry, out: bool) -> None:
-        """Between device and host, on the stream of copies where there is one; what is queued on the device comes first."""
+        """Copy between device and host, on the copy stream if there is one.
+
+        The copy begins after all work that is already queued on the device.
+        """
         parts = [entry.x.view(-1).view(torch.uint8)]
         parts += [torch.empty(0, dtype=torch.uint8, device=s.device).set_(s, 0, (size,)) for s, size in entry.storages]
         place = entry.place
@@ -147,12 +169,12 @@ class HostStash:
             self._top = place
 
     def _wait(self, entry: _Entry) -> None:
-        """Let the device's next work come after the entry's copy."""
+        """Make the device wait for the entry's copy before its next work."""
         if entry.moved is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(entry.moved)
 
     def _pieces(self, part: Tensor, place: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Bytes on the device beside their places in chunks on the host."""
+        """Yield pieces of `part` on the device, each with its place in a chunk on the host."""
         done = 0
         while done < part.numel():
             chunk, start = divmod(place + done, self._chunk_bytes)
@@ -164,7 +186,7 @@ class HostStash:
 
 
 def _storages(kept: Iterable[Tensor], x: Tensor) -> list[tuple[torch.UntypedStorage, int]]:
-    """Each storage once, without that of x."""
+    """Return each floating-point storage once, without that of x."""
     found = {x.untyped_storage()._cdata: None}
     for tensor in kept:
         storage = tensor.untyped_storage()

@@ -1,11 +1,14 @@
-"""Linear cross-entropy: hidden states and head in, loss out, with no logits kept.
+"""Compute the cross-entropy loss from hidden states and head, without keeping logits.
 
-Rows without a target are dropped before the head matmul, and the rest goes through in chunks whose logits are reduced to a
-loss and overwritten by their gradient at once: memory is one chunk of logits in the working dtype instead of N x V. The head is
-frozen, so no gradient of it is computed. (The idea of Wijmans et al., "Cut Your Losses", arXiv:2411.09009, but the head matmuls
-stay those of the vendor's library.)
+Rows without a target are dropped before the head matmul. The rest is computed in chunks: the logits
+of a chunk are reduced to a loss, and their gradient overwrites them. Memory is one chunk of logits
+in the working dtype instead of N x V. The head is frozen, so it gets no gradient.
 
-Shape letters: N rows (tokens), M rows that have a target, D hidden, V vocabulary, C rows of one chunk.
+The idea is from Wijmans et al., "Cut Your Losses", arXiv:2411.09009. Here the vendor's library
+still computes the head matmuls.
+
+Shape letters: N rows (tokens), M rows that have a target, D hidden, V vocabulary, C rows of one
+chunk.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ from engine.planning.compute_limits import LOSS_CHUNK_BYTES
 
 @dataclass(frozen=True)
 class Head:
-    """The frozen output embedding and what the model does to its logits: scale, then softcap * tanh(logits / softcap)."""
+    """The frozen output embedding, and what the model applies to its logits.
+
+    The logits are multiplied by `scale`; then they become softcap * tanh(logits / softcap).
+    """
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
@@ -32,16 +38,17 @@ class Head:
 
 
 def linear_cross_entropy(h_ND: Tensor, labels_N: Tensor, head: Head, rows: Tensor | None = None) -> Tensor:
-    """Sum over rows of -log softmax(logits)[label], fp32 scalar in nats; rows labelled IGNORE count nothing.
+    """Return the sum over rows of -log softmax(logits)[label], an fp32 scalar in nats.
 
-    `rows`, int64 [M] and each once, are those that are not labelled IGNORE, from a caller who knows them: to find them here makes
-    the host wait for the device. Some that are labelled so may be among them.
+    Rows labelled IGNORE do not count. `rows` (int64 [M], no duplicates) must contain all other
+    rows, and may contain some labelled IGNORE. Pass it if you know it: finding the rows here makes
+    the host wait for the device.
     """
     return _LinearCrossEntropy.apply(h_ND, labels_N, head, rows)
 
 
 def linear_cross_entropy_reference(h_ND: Tensor, labels_N: Tensor, head: Head) -> Tensor:
-    """The same, read at a glance: all logits in fp32."""
+    """Return the same loss by definition, with all logits in fp32."""
     logits_NV = _logits(h_ND.float(), head).float() * head.scale
     if head.softcap is not None:
         logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
@@ -72,7 +79,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grad.to(grad_ND.dtype), None, None, None  # not in place: with retain_graph this runs again
+        # Not in place, because this runs again with retain_graph.
+        return grad_ND * grad.to(grad_ND.dtype), None, None, None
 
 
 def _logits(h_CD: Tensor, head: Head) -> Tensor:
@@ -81,7 +89,10 @@ def _logits(h_CD: Tensor, head: Head) -> Tensor:
 
 
 def _chunk(h_CD: Tensor, labels_C: Tensor, head: Head, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Losses of a chunk and, if asked, d loss / d h = d loss / d logits @ W. Its logits are gone when this returns."""
+    """Return the losses of a chunk and, if asked, d loss / d h = d loss / d logits @ W.
+
+    The chunk's logits are free when this returns.
+    """
     logits_CV = _logits(h_CD, head)
     loss_C = ops.cross_entropy_(logits_CV, labels_C, head.scale, head.softcap, needs_grad)
     return loss_C, logits_CV @ head.weight_VD.to(h_CD.dtype) if needs_grad else None

@@ -1,4 +1,4 @@
-"""The MLP half of a fused decoder layer, forward and backward, whole or in tiles of tokens.
+"""Compute the MLP half of a fused decoder layer, forward and backward, whole or in tiles of tokens.
 
 Shape letters: T tokens, D hidden, F MLP hidden.
 """
@@ -16,14 +16,17 @@ from engine.planning import compute_limits
 
 
 def mlp(normed: Tensor, call: Call, saved: Saved) -> Tensor:
-    """x_mid plus what the MLP adds to it."""
+    """Return x_mid plus the MLP's output, [T, D]."""
     saved.gate_up = call.groups["gate_up"].bare(normed)
     low_rank_hidden("gate_up", normed, call, saved)
     return _down(call, saved).add_(saved.x_mid)
 
 
 def tiles(call: Call, num_tokens: int) -> Iterator[tuple[slice, Call]]:
-    """Rows of a long call's MLP, and the call for each: weights dequantised once for all, dropout masks of their own."""
+    """Yield the rows of each tile of a long MLP, and the call that computes them.
+
+    All tiles share weights that are dequantised once; each has its own dropout mask.
+    """
     groups = {name: call.groups[name].with_weights() for name in ("gate_up", "down")}
     for i, start in enumerate(range(0, num_tokens, compute_limits.MLP_TILE_TOKENS)):
         tile = {name: replace(group, seed=group.seed + i) for name, group in groups.items()}
@@ -31,7 +34,7 @@ def tiles(call: Call, num_tokens: int) -> Iterator[tuple[slice, Call]]:
 
 
 def _down(call: Call, saved: Saved) -> Tensor:
-    """What the MLP adds to the residual stream, a fresh tensor."""
+    """Return what the MLP adds to the residual stream, as a new tensor."""
     norm = call.spec.after_mlp_norm
     down = project("down", ops.glu(*_halves(saved.gate_up), call.spec.activation, *_gate_up_terms(call, saved)), call, saved)
     if norm is not None:
@@ -45,7 +48,7 @@ def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gate_up_terms(call: Call, saved: Saved) -> list[ops.LowRank | None]:
-    """The adapters' part of gate and up, which the activation's kernels add."""
+    """Return the adapters' part of gate and up, which the activation kernels add."""
     return call.groups["gate_up"].terms(saved.low["gate_up"])
 
 
@@ -67,7 +70,10 @@ def mlp_gradient(dy: Tensor, normed: Tensor, call: Call, saved: Saved, grads: Gr
 
 
 def _activation_backward(ddown: Tensor, call: Call, saved: Saved, grads: Gradients) -> Tensor:
-    """Gradient of gate | up, in the place of their values; the down projection's adapter gradients on the way."""
+    """Return the gradient of gate | up, in place of their values.
+
+    It also sets the down projection's adapter gradients in `grads`.
+    """
     group = call.groups["down"]
     dlow = group.low_gradient(ddown)
     if group.dropout and dlow is not None:

@@ -1,11 +1,16 @@
-"""Linear projections of one input with their adapters, forward and backward by hand: the building block of a fused layer.
+"""Compute linear projections of one input with their adapters: the building block of a fused layer.
 
-y_i = x W_i^T + b_i + scaling * (dropout(x) A_i^T) B_i^T for each projection i of the group. Frozen weights are dequantised at
-each use, side by side into one matrix, so a group is one matmul; they get no gradient. The A_i lie side by side too: x is read
-once for all of them. The group's dropout mask is shared by its members.
+For each projection i of the group, with forward and backward written by hand:
 
-`low` is dropout(x) A^T of all members [T, R_1 + R_2 ...]: a few bytes a token, kept from forward to backward whatever else is
-recomputed. Where the caller's next kernel reads y anyway, it can add low B^T itself (`terms`), which saves a pass over y.
+    y_i = x W_i^T + b_i + scaling * (dropout(x) A_i^T) B_i^T
+
+Frozen weights get no gradient. Each use dequantises them side by side into one matrix, so a group
+is one matmul. The A_i are side by side too, so x is read once for all of them. The members share
+one dropout mask.
+
+`low` is dropout(x) A^T of all members, [T, R_1 + R_2 ...]. It is a few bytes a token, and all
+policies but OFFLOAD keep it from forward to backward. If the caller's next kernel reads y anyway,
+it can add low B^T itself (`terms`), which saves a pass over y.
 
 Shape letters: T tokens, D input features, O output features of all members, R rank of all members.
 """
@@ -23,14 +28,17 @@ from engine.adapter.lora import LoraLinear
 from engine.kernels.ops import LowRank
 from engine.quant.frozen_linear import FrozenLinear
 
-Weights = list[tuple[slice, Tensor]]  # blocks of consecutive output features, each with its [O, D]
+Weights = list[tuple[slice, Tensor]]  # blocks of consecutive output features, each with its weight [O, D]
 
 
 @dataclass
 class ProjectionGroup:
-    """Projections taken apart for one call. dtype: of the activations, and of adapters: A [R, D] and scaling * B [O, R], or None.
+    """The parts of a group of projections, for one call.
 
-    seed: of the dropout mask, drawn once per call, so that recomputation and backward see the mask of the forward pass."""
+    `dtype` is that of activations and adapters. `adapters` holds A [R, D] and scaling * B [O, R] of
+    each member, or None. `seed` sets the dropout mask. It is drawn once a call, so recomputation
+    and backward use the mask of the forward pass.
+    """
 
     dtype: torch.dtype
     bases: list[FrozenLinear]
@@ -42,18 +50,22 @@ class ProjectionGroup:
 
     @classmethod
     def of(cls, layers: list[nn.Module], dtype: torch.dtype, cached: Tensor | None = None) -> ProjectionGroup:
-        """Take apart FrozenLinears or LoraLinears that read the same input. cached: their weights, dequantised, [O, D]."""
+        """Build a group from FrozenLinears or LoraLinears that read the same input.
+
+        `cached` holds their dequantised weights [O, D], if they are kept. Raises TypeError for
+        another kind of layer.
+        """
         group = cls(dtype, [], [], cached=cached)
         for layer in layers:
             if not isinstance(layer, FrozenLinear | LoraLinear):
-                raise TypeError(f"a fused layer projects through FrozenLinear or LoraLinear, not {type(layer).__name__}")
+                raise TypeError(f"a fused layer needs FrozenLinear or LoraLinear, not {type(layer).__name__}")
             adapted = isinstance(layer, LoraLinear)
             group.bases.append(layer.base if adapted else layer)
             group.adapters.append(layer.cast(dtype) if adapted else None)
             if adapted:
                 group.scaling, group.dropout = layer.scaling, layer.dropout if layer.training else 0.0
         if group.dropout:
-            group.seed = int(torch.randint(2**62, ()))  # the CPU generator: no device is waited for
+            group.seed = int(torch.randint(2**62, ()))  # from the CPU generator, so the host does not wait for a device
         return group
 
     @property
@@ -66,11 +78,11 @@ class ProjectionGroup:
 
     @property
     def outputs(self) -> list[slice]:
-        """Where each member's features lie in y."""
+        """Return each member's output features, as a slice of y."""
         return _slices(*(base.out_features for base in self.bases))
 
     def weights(self) -> Weights:
-        """The members' weights: dequantised into one matrix; where they are plain, one block each."""
+        """Return the weights: packed ones dequantised into one matrix, else one block a member."""
         whole = slice(0, self.outputs[-1].stop)
         if self.cached is not None:
             return [(whole, self.cached)]
@@ -81,17 +93,17 @@ class ProjectionGroup:
         return [(whole, merged_weight(self.bases, self.dtype))]
 
     def with_weights(self) -> ProjectionGroup:
-        """The same with its weights dequantised once, for several uses."""
+        """Return the same group with its weights dequantised once, for several uses."""
         if self.cached is not None or not self.is_packed:
             return self
         return replace(self, cached=merged_weight(self.bases, self.dtype))
 
     def low(self, x_TD: Tensor) -> Tensor | None:
-        """dropout(x) A^T [T, R] of all members; None where none is adapted."""
+        """Return dropout(x) A^T [T, R] of all members, or None if none is adapted."""
         return self._dropped(x_TD) @ self._stacked_a().t() if self.is_adapted else None
 
     def bare(self, x_TD: Tensor, weights: Weights | None = None) -> Tensor:
-        """x W^T + b [T, O], fresh, without the adapters."""
+        """Return x W^T + b [T, O] without the adapters, as a new tensor."""
         biases = [base.bias for base in self.bases]
         outputs = self.outputs
         blocks = self.weights() if weights is None else weights
@@ -105,7 +117,10 @@ class ProjectionGroup:
         return y_TO
 
     def forward(self, x_TD: Tensor, low_TR: Tensor | None) -> Tensor:
-        """y [T, O], fresh. The low-rank part is added by one matmul a member, so that it is rounded once, with the rest."""
+        """Return y [T, O] as a new tensor.
+
+        One matmul a member adds its low-rank part, so the sum is rounded once.
+        """
         y_TO = self.bare(x_TD)
         for part, term in zip(self.outputs, self.terms(low_TR)):
             if term is not None:
@@ -113,11 +128,11 @@ class ProjectionGroup:
         return y_TO
 
     def terms(self, low_TR: Tensor | None) -> list[LowRank | None]:
-        """What is still to be added to each member's part of `bare`."""
+        """Return the term to add to each member's part of `bare`; None without an adapter."""
         return [a and LowRank(low_TR[:, part], a[1]) for part, a in zip(self._ranks(), self.adapters)]
 
     def low_gradient(self, dy_TO: Tensor) -> Tensor | None:
-        """dL / d(dropout(x) A^T) [T, R]; None where none is adapted."""
+        """Return dL / d(dropout(x) A^T) [T, R], or None if none is adapted."""
         if not self.is_adapted:
             return None
         ranks = self._ranks()
@@ -128,7 +143,7 @@ class ProjectionGroup:
         return dlow_TR
 
     def input_gradient(self, dy_TO: Tensor, dlow_TR: Tensor | None, weights: Weights | None = None) -> Tensor:
-        """dL/dx [T, D]."""
+        """Return dL/dx [T, D]."""
         dx_TD = self.bare_input_gradient(dy_TO, weights)
         if dlow_TR is None:
             return dx_TD
@@ -137,7 +152,7 @@ class ProjectionGroup:
         return dx_TD.addmm_(dlow_TR, self._stacked_a())
 
     def bare_input_gradient(self, dy_TO: Tensor, weights: Weights | None = None) -> Tensor:
-        """dy W [T, D], without the adapters' part."""
+        """Return dy W [T, D], without the adapters' part."""
         (part, weight_OD), *others = self.weights() if weights is None else weights
         dx_TD = dy_TO[:, part] @ weight_OD
         for part, weight_OD in others:
@@ -145,11 +160,11 @@ class ProjectionGroup:
         return dx_TD
 
     def input_term(self, dlow_TR: Tensor | None) -> LowRank | None:
-        """What is still to be added to `bare_input_gradient`; only without dropout."""
+        """Return the low-rank term to add to `bare_input_gradient`. Valid without dropout only."""
         return None if dlow_TR is None else LowRank(dlow_TR, self._stacked_a().t())
 
     def adapter_gradients(self, dy_TO: Tensor, dlow_TR: Tensor | None, x_TD: Tensor, low_TR: Tensor | None) -> tuple[Tensor, ...]:
-        """dA, dB of each member that is adapted, in turn; fp32 where the device's matmul can give it."""
+        """Return dA, dB of each adapted member, in turn. On CUDA, 16-bit inputs give fp32."""
         if dlow_TR is None:
             return ()
         da_RD = _product(dlow_TR.t(), self._dropped(x_TD))
@@ -169,14 +184,14 @@ class ProjectionGroup:
         return x_TD * self._mask(x_TD) if self.dropout else x_TD
 
     def _mask(self, x_TD: Tensor) -> Tensor:
-        """0 with probability `dropout`, else 1 / (1 - dropout)."""
+        """Return a mask of x's shape: 0 with probability `dropout`, else 1 / (1 - dropout)."""
         generator = torch.Generator(x_TD.device).manual_seed(self.seed)
         keep = torch.empty_like(x_TD).bernoulli_(1.0 - self.dropout, generator=generator)
         return keep.div_(1.0 - self.dropout)
 
 
 def merged_weight(bases: list[FrozenLinear], dtype: torch.dtype) -> Tensor:
-    """The weights of packed layers with one input, side by side [O, D]."""
+    """Return the dequantised weights of packed layers with one input, side by side, [O, D]."""
     parts = _slices(*(base.out_features for base in bases))
     merged_OD = torch.empty(parts[-1].stop, bases[0].in_features, dtype=dtype, device=bases[0].weight.device)
     for part, base in zip(parts, bases):
@@ -186,13 +201,20 @@ def merged_weight(bases: list[FrozenLinear], dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _slices(*sizes: int) -> list[slice]:
-    """Consecutive parts of these sizes. The same few are asked for hundreds of times a step."""
+    """Return consecutive slices of these sizes.
+
+    Cached, because a step asks for the same few hundreds of times.
+    """
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [slice(end - size, end) for end, size in zip(ends, sizes)]
 
 
 def _stacked(matrices: list[Tensor]) -> Tensor:
-    """Matrices one below the other: a view where they follow each other in memory (`FlatAdapter` sees to it), else a copy."""
+    """Return the matrices one below the other.
+
+    The result is a view if they follow each other in memory, as `FlatAdapter` lays them out. Else
+    it is a copy.
+    """
     first = matrices[0]
     if len(matrices) == 1:
         return first
@@ -212,6 +234,9 @@ def _merged_bias(biases: list[Tensor | None], outputs: list[slice], x: Tensor) -
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; of 16-bit operands on CUDA as fp32, because it is added into an fp32 gradient: one rounding and one launch less."""
+    """Return a @ b; 16-bit operands on CUDA give fp32.
+
+    The product is added into an fp32 gradient, so this saves a rounding and a launch.
+    """
     wide = a.is_cuda and a.dtype in (torch.bfloat16, torch.float16)
     return torch.mm(a, b, out_dtype=torch.float32) if wide else a @ b

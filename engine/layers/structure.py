@@ -1,4 +1,4 @@
-"""What a fused decoder layer is made of: its norms and spec, one call through it, what is saved, its projections by group.
+"""Define the parts of a fused decoder layer: norms, spec, call, saved tensors, projection groups.
 
 Shape letters: T tokens, D hidden, K head dim.
 """
@@ -19,19 +19,19 @@ from engine.planning.policies import GROUPS, Policy
 
 PROJECTIONS = tuple(name for names in GROUPS.values() for name in names)
 Gradients = dict[str, tuple[Tensor, ...]]
-"""Of adapters, by group."""
+"""Gradients of the adapters, by group."""
 
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm: x / rms(x) * (offset + weight); offset is 1 in Gemma."""
+    """RMSNorm: x / rms(x) * (offset + weight). The offset is 1 in Gemma, else 0."""
 
     weight: Tensor
     eps: float
     offset: float
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(normalised x, reciprocal root mean square of each row), over the last dimension."""
+        """Return the normalised x and the reciprocal root mean square of each row, [rows]."""
         y, rstd = ops.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps, self.offset)
         return y.view(x.shape), rstd
 
@@ -42,7 +42,7 @@ class Norm:
 
 
 def normalize(x: Tensor, norm: Norm) -> Tensor:
-    """The norm alone, differentiable in x of any leading shape."""
+    """Return the normalised x [..., D]. Differentiable in x."""
     return _Normalize.apply(x, norm) if torch.is_grad_enabled() else norm.forward(x)[0]
 
 
@@ -62,7 +62,7 @@ class _Normalize(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What does not change between calls. Norms that a family lacks are None."""
+    """The part of a layer that calls do not change. Norms that a family lacks are None."""
 
     head_dim: int
     activation: str
@@ -77,7 +77,11 @@ class LayerSpec:
 
 @dataclass
 class Call:
-    """One pass through one layer: the spec, its projections by group, where tokens stand, and where OFFLOAD puts its input."""
+    """One pass through one layer.
+
+    `groups` are its projections. `cos_TK`, `sin_TK` and `documents` place the tokens. The policies
+    on the host store in `stash`.
+    """
 
     spec: LayerSpec
     policy: Policy
@@ -90,9 +94,14 @@ class Call:
 
 @dataclass
 class Saved:
-    """Intermediates between forward and backward. x: a number of the stash under OFFLOAD and HOST. q, k, v are as projected;
-    `attention` is a small autograd graph of its own, `graph` what it saved; `low` holds each group's low-rank hidden, kept under
-    all policies but OFFLOAD."""
+    """The intermediates between forward and backward.
+
+    - `x` is the layer's input; under OFFLOAD and HOST it becomes its number in the stash.
+    - `q`, `k`, `v` are as projected, but rotated in place if the family has no q and k norms.
+    - `attention` is the small autograd graph of attention: its leaves and its output. `graph` holds
+      what that graph saved.
+    - `low` holds each group's low-rank hidden, which all policies but OFFLOAD keep.
+    """
 
     x: Tensor | int
     low: dict[str, Tensor | None] = field(default_factory=dict)
@@ -106,21 +115,21 @@ class Saved:
     gate_up: Tensor | None = None
     down_out: Tensor | None = None
     rstd: dict[str, Tensor] = field(default_factory=dict)
-    normed: Tensor | None = None  # x, normalised: within one pass only
+    normed: Tensor | None = None  # normalised x, within one pass only
 
     def kept(self) -> list[Tensor]:
-        """All but x and the vectors of one value a token."""
+        """Return all tensors but x and the vectors of one value a token."""
         single = (self.q, self.k, self.v, self.o_out, self.x_mid, self.gate_up, self.down_out)
         return [t for t in (*single, *self.attention, *self.graph, *self.low.values()) if t is not None]
 
 
 def project(name: str, x: Tensor, call: Call, saved: Saved) -> Tensor:
-    """A group's output with its adapters."""
+    """Return a group's output [T, O], with its adapters."""
     return call.groups[name].forward(x, low_rank_hidden(name, x, call, saved))
 
 
 def low_rank_hidden(name: str, x: Tensor, call: Call, saved: Saved) -> Tensor | None:
-    """A group's low-rank hidden, computed where it is not saved."""
+    """Return a group's low-rank hidden [T, R]; compute and save it if it is not saved."""
     if name not in saved.low:
         saved.low[name] = call.groups[name].low(x)
     return saved.low[name]
@@ -136,7 +145,7 @@ def group_backward(
     weights: Weights | None = None,
     wants_dx: bool = True,
 ) -> Tensor | None:
-    """Gradient of the group's input x, where it is wanted; its adapter gradients into `grads`."""
+    """Set a group's adapter gradients in `grads`; return the gradient of x [T, D] if wanted."""
     group = call.groups[name]
     dlow = group.low_gradient(dy)
     grads[name] = group.adapter_gradients(dy, dlow, x, saved.low[name])

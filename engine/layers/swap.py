@@ -1,6 +1,7 @@
-"""Which layers of a loaded model run fused: swaps modules on that instance, and lists every swap. Patches nothing else.
+"""Swap the decoder layers of a loaded model for fused ones, and list every swap.
 
-A family is known by the class of its decoder layer; any other causal language model keeps its own layers and says so.
+Only modules of that instance change; nothing is patched. The class of a decoder layer tells its
+family. A model of another family keeps its own layers, and the report says so.
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ KNOWN = tuple(dict.fromkeys(FAMILIES.values()))
 
 @dataclass(frozen=True)
 class SwapReport:
-    """fused: names of the decoder layers that were swapped; unfused: name -> why not; others: what else was swapped."""
+    """The result of a swap.
+
+    `fused` are the names of swapped decoder layers. `unfused` maps each other layer to the reason.
+    `others` are the other modules that were swapped.
+    """
 
     fused: tuple[str, ...]
     unfused: dict[str, str]
     others: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """One line."""
+        """Return one line for the user."""
         total = len(self.fused) + len(self.unfused)
         if "all" in self.unfused:
             return f"no decoder layer runs fused: {self.unfused['all']}"
@@ -44,12 +49,12 @@ class SwapReport:
 
 
 class FusedLayer(nn.Module):
-    """Stands where a decoder layer stood, with the same children under the same names and the same call."""
+    """Replace a decoder layer: same children, same names, same call."""
 
     def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
         super().__init__()
         self.spec, self.policy = spec, Policy.KEEP
-        self.replaced = (layer,)  # not a child: its children are these
+        self.replaced = (layer,)  # in a tuple, so that it is not a child: its children are already ours
         self.stash = HostStash()
         self.weight_cache: dict[str, Tensor] = {}  # group -> its weights, dequantised
         for name, child in layer.named_children():
@@ -67,7 +72,7 @@ class FusedLayer(nn.Module):
         document_offsets: Tensor,
         **__: Any,
     ) -> Tensor:
-        """hidden_states: [1, T, D]."""
+        """Return the layer's output [1, T, D] for hidden_states [1, T, D]."""
         layers, dtype = self.projections(), hidden_states.dtype
         groups = {
             group: ProjectionGroup.of([layers[name] for name in names], dtype, self.weight_cache.get(group))
@@ -79,12 +84,12 @@ class FusedLayer(nn.Module):
         return decoder_layer(hidden_states.squeeze(0), call, adapters).unsqueeze(0)
 
     def projections(self) -> dict[str, nn.Module]:
-        """Projection name -> the layer that stands there now."""
+        """Return each projection by its name, with its adapter if it has one."""
         return {name: getattr(self.self_attn if name in ATTENTION_PROJECTIONS else self.mlp, name) for name in PROJECTIONS}
 
 
 class FusedNorm(nn.Module):
-    """Stands where the decoder's final norm stood, with its weight under the same name."""
+    """Replace the decoder's final norm, with its weight under the same name."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -92,12 +97,12 @@ class FusedNorm(nn.Module):
         self.replaced = (norm,)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states: [..., D]."""
+        """Return the normalised hidden_states [..., D]."""
         return normalize(hidden_states, self.spec)
 
 
 def survey(model: nn.Module) -> SwapReport:
-    """Which decoder layers can run fused, without swapping any; works on a model without weights."""
+    """Report which decoder layers can run fused; swap none. The model needs no weights."""
     reasons = {f"layers.{i}": _obstacle(layer) for i, layer in enumerate(model.get_decoder().layers)}
     fused = tuple(name for name, reason in reasons.items() if reason is None)
     return SwapReport(fused, {name: reason for name, reason in reasons.items() if reason is not None})
@@ -117,7 +122,7 @@ def fuse_layers(model: nn.Module) -> SwapReport:
 
 
 def restore_layers(model: nn.Module) -> None:
-    """Put back what `fuse_layers` swapped. Adapters stay where they are: the layers share their children."""
+    """Undo `fuse_layers`. Adapters stay, because old and new layers share their children."""
     decoder = model.get_decoder()
     for name, module in list(decoder.named_modules()):
         if isinstance(module, FusedLayer | FusedNorm):
@@ -125,7 +130,7 @@ def restore_layers(model: nn.Module) -> None:
 
 
 def set_policy(model: nn.Module, policy: Policy, keep_layers: int = 0, host_layers: int = 0) -> HostStash:
-    """What fused layers keep from forward to backward, by `layer_policies`. Returns the stash they share, empty."""
+    """Set the policy of each fused layer by `layer_policies`. Return the empty stash they share."""
     stash, layers = HostStash(), _fused_layers(model)
     for layer, own in zip(layers, layer_policies(len(layers), policy, keep_layers, host_layers)):
         layer.policy, layer.stash = own, stash
@@ -133,8 +138,11 @@ def set_policy(model: nn.Module, policy: Policy, keep_layers: int = 0, host_laye
 
 
 def cache_weights(model: nn.Module, dtype: torch.dtype, num_bytes: int) -> int:
-    """Keep dequantised weights of fused layers, as many whole groups as `num_bytes` hold; the rest is dequantised at each use.
-    Returns the bytes kept. Called again, it drops and adds what the new number asks for."""
+    """Keep dequantised weights of fused layers: whole groups, as many as fit in `num_bytes`.
+
+    Each use dequantises the rest. Returns the bytes kept. A second call adds and drops groups to
+    match its number.
+    """
     used = 0
     for layer in _fused_layers(model):
         projections = layer.projections()
@@ -155,9 +163,9 @@ def _fused_layers(model: nn.Module) -> list[FusedLayer]:
 
 
 def require_fused(report: SwapReport, model_path: str) -> None:
-    """InputError where a layer runs unfused."""
+    """Raise InputError if a layer runs unfused."""
     if report.unfused:
-        allowed = f"model.layers=auto accepts this model; strict needs a known family ({', '.join(KNOWN)})"
+        allowed = f"use model.layers=auto for this model; strict needs a known family ({', '.join(KNOWN)})"
         raise InputError("model.layers", f"strict, {model_path}", f"{report.describe()}; {allowed}")
 
 

@@ -1,1 +1,1 @@
-"""The resident base model: loaded once, lent to trial after trial."""
+"""Load the base model once and lend it to one trial after another."""

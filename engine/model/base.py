@@ -1,4 +1,4 @@
-"""The loaded base model, as trials see it: hidden states, loss, recomputation and cached weights."""
+"""Give trials the loaded base model: hidden states, loss, recomputation and cached weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from engine.units import GIB
 
 @dataclass
 class Base:
-    """A loaded base model. `linear_names` are the layers an adapter may sit on (the head is not among them)."""
+    """Hold a loaded base model.
+
+    linear_names: the layers that an adapter may target, without the output head. swaps: the layers
+    that run fused. stash: activations kept in host memory.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -31,11 +35,11 @@ class Base:
     stash: HostStash = field(default_factory=HostStash)
 
     def matches(self, config: ModelConfig, device: torch.device) -> bool:
-        """Whether a trial with this model section can use this base as it stands."""
+        """Return True if a trial with this model section and device can use this base."""
         return self.config == config and self.device == device
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """Final hidden states [T, D] of a packed row; `batch` is already on the device."""
+        """Return the final hidden states [T, D] of a packed row; `batch` must be on the device."""
         self.stash.clear()
         decoder = self.model.get_decoder()
         output = decoder(
@@ -49,16 +53,23 @@ class Base:
         return output.last_hidden_state.squeeze(0)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Sum over the row's targets of -log p(target), fp32 scalar in nats; `batch` is already on the device."""
+        """Return the sum of -log p(target) over the row's targets, as an fp32 scalar in nats.
+
+        `batch` must be on the device.
+        """
         return linear_cross_entropy(self.hidden_states(batch), batch.labels_T, self.head(), batch.target_rows)
 
     def checkpoint_activations(self, policy: Policy, keep_layers: int = 0, host_layers: int = 0) -> None:
-        """Let decoder layers follow `policy`, but the last `keep_layers` keep all, and `host_layers` of the
-        others keep all on the host. Unfused layers are computed again whole, under any policy but KEEP."""
+        """Set which activations the decoder layers keep for the backward pass.
+
+        Layers follow `policy`, with two exceptions. The last `keep_layers` keep all activations,
+        and `host_layers` of the others keep all of them on the host. Unfused layers keep all
+        activations under KEEP and recompute the whole layer under any other policy.
+        """
         self.stash.clear()
         self.stash = set_policy(self.model, policy, keep_layers, host_layers)
         if self.swaps.unfused:
-            # transformers is renaming the methods (5.23)
+            # transformers 5.23 is renaming the methods, so both names are tried
             recomputes = policy is not Policy.KEEP
             switch = "enable" if recomputes else "disable"
             methods = [getattr(self.model, f"{word}_checkpointing_{switch}", None) for word in ("activation", "gradient")]
@@ -66,18 +77,21 @@ class Base:
             method({"use_reentrant": False}) if recomputes else method()
 
     def cache_weights(self, gib: float) -> float:
-        """Keep up to `gib` GiB of the fused layers' weights dequantised; returns the GiB kept."""
+        """Keep up to `gib` GiB of the fused layers' weights dequantised; return the GiB kept."""
         return cache_weights(self.model, self.dtype, int(gib * GIB)) / GIB
 
     def head(self) -> Head:
-        """The output embedding with the logit transforms that the model's config declares."""
+        """Return the output embedding with the logit transforms from the model's config."""
         layer, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
 
 
 def end_tokens(base: Base) -> list[int]:
-    """The model's own and the tokenizer's: a chat model often ends turns with another token than texts."""
+    """Return the end tokens of tokenizer and model, without repeats.
+
+    Chat models often end a turn with a different token than a text.
+    """
     own = base.model.generation_config.eos_token_id
     ends = own if isinstance(own, list) else [own]
     return list(dict.fromkeys(token for token in [base.tokenizer.eos_token_id, *ends] if token is not None))

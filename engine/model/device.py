@@ -1,4 +1,4 @@
-"""The device a trial runs on, and what this process takes or may take of its memory and the host's."""
+"""Pick the device of a trial, and measure or limit this process's memory on it and on the host."""
 
 from __future__ import annotations
 
@@ -13,25 +13,31 @@ import torch
 from engine.errors import InputError
 from engine.units import GIB
 
-HOST_SHARE = 0.7  # of the memory that is available when a trial starts; the rest is for data, page cache and the driver
+# Share of the host memory available when a trial starts. The rest is for data, page cache and the
+# driver.
+HOST_SHARE = 0.7
 
 
 def limit_memory(gib: float, device: torch.device) -> None:
-    """Let this process have no more than `gib` of a CUDA device; all of it where that is more than there is."""
-    index = torch.cuda.current_device() if device.index is None else device.index  # torch limits no device without a number
+    """Limit this process to `gib` GiB of a CUDA device, at most to all of its memory."""
+    # torch can only limit a device that has an index
+    index = torch.cuda.current_device() if device.index is None else device.index
     total = torch.cuda.get_device_properties(index).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), index)
 
 
 def peak_gib(device: torch.device) -> float:
-    """CUDA: highest bytes allocated by torch; CPU: highest resident set of this process."""
+    """Return the peak in GiB: bytes allocated by torch on CUDA, the resident set on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 def host_share_gib(meminfo: Path = Path("/proc/meminfo"), devices: Path = Path("/dev")) -> float:
-    """Host memory one process may pin: an equal part for each GPU of this machine. Not known (no /proc): all."""
+    """Return the host memory in GiB that one process may pin: an equal share for each GPU.
+
+    Without /proc the amount is not known, and the answer is infinity.
+    """
     try:
         available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
@@ -41,21 +47,21 @@ def host_share_gib(meminfo: Path = Path("/proc/meminfo"), devices: Path = Path("
 
 
 def pick_device(wanted: str) -> torch.device:
-    """`auto` is CUDA where there is one. Asking for CUDA without one is an InputError."""
+    """Return the device; `auto` is CUDA if present. Raises InputError for `cuda` without a GPU."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("train.device", wanted, "no CUDA device is visible; allowed here: auto, cpu")
     return torch.device("cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """bfloat16 on CUDA, float32 on the CPU, unless told otherwise."""
+    """Return the named dtype; `auto` is bfloat16 on CUDA and float32 on the CPU."""
     if wanted == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[wanted]
 
 
 def free(device: torch.device) -> None:
-    """Give memory of dropped tensors back to the device."""
+    """Return the memory of dropped tensors to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

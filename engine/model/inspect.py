@@ -1,4 +1,4 @@
-"""What a model folder says without its weights: config, tokenizer, linear layers, and which layers can run fused."""
+"""Read a model folder without its weights: config, tokenizer, linear and fusable layers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from engine.layers.swap import SwapReport, require_fused, survey
 from engine.sources.locate import locate
 from engine.sources.weight_files import check_weights
 
-NO_LINEAR = "has no linear layer that an adapter could sit on"
+NO_LINEAR = "must have at least one linear layer for the adapter"
 
 
 def model_config(config: ModelConfig) -> dict[str, Any]:
-    """The model's config.json as transformers reads it, as plain data; no weights are needed."""
+    """Return the model's config.json as transformers reads it, as plain data."""
     from transformers import AutoConfig
 
     return from_pretrained(AutoConfig, config, locate(config)).to_dict()
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's own tokenizer."""
+    """Load the model's tokenizer. Raises InputError if transformers cannot."""
     from transformers import AutoTokenizer
 
     return from_pretrained(AutoTokenizer, config, locate(config))
@@ -35,14 +35,22 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model folder says without its weights. features: (out, in) of each layer an adapter may sit on, by name."""
+    """Hold what is known about a model without its weights.
+
+    features: layer name -> (out, in) of each layer that an adapter may target. swaps: which layers
+    run fused.
+    """
 
     features: dict[str, tuple[int, int]]
     swaps: SwapReport
 
 
 def inspect_model(config: ModelConfig) -> ModelFacts:
-    """Build the model without weights. InputError where it is no causal language model, or `strict` asks for more than it has."""
+    """Build the model without weights and return its facts.
+
+    Raises InputError if it is not a causal language model, or if `layers` is `strict` and some
+    layer cannot run fused.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = locate(config)
@@ -52,7 +60,7 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
-        except Exception as error:  # a config.json of the wrong types fails anywhere in the model's code
+        except Exception as error:  # wrong types in config.json can raise any error in model code
             raise InputError("model.path", config.path, f"must be a causal language model ({first_line(error)})") from None
     head = model.get_output_embeddings()
     features = {
@@ -64,7 +72,10 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
 
 
 def swaps_of(model: nn.Module, config: ModelConfig, method: Callable[[nn.Module], SwapReport]) -> SwapReport:
-    """What `method` (survey or fuse_layers) reports under `config.layers`."""
+    """Return the report of `method` (survey or fuse_layers) under the rule in `config.layers`.
+
+    Raises InputError under `strict` if some layer cannot run fused.
+    """
     if config.layers == "original":
         return SwapReport((), {"all": "model.layers = original"})
     report = method(model)
@@ -80,8 +91,8 @@ def from_pretrained(factory: Any, config: ModelConfig, source: str, **options: A
         )
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # files of the wrong types or sizes fail anywhere in the library, as whatever comes up
-        if "DefaultCPUAllocator" in str(error):  # the CPU's way to say that memory ran out
+    except Exception as error:  # files with wrong types or sizes can raise any error in the library
+        if "DefaultCPUAllocator" in str(error):  # torch's only sign that CPU memory ran out
             raise
-        allowed = "a folder or hub id that transformers can load; it said: "
+        allowed = "must be a folder or hub id that transformers can load; its error: "
         raise InputError("model.path", config.path, allowed + first_line(error)) from error

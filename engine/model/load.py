@@ -1,8 +1,8 @@
-"""The resident base model: loaded and quantised once, then lent to one trial after another.
+"""Load and quantise the base model.
 
-Everything is loaded by transformers; linear layers are then taken over by `FrozenLinear` and attention runs through the
-`packed` entry of transformers' registry. No forward method is replaced: the decoder gives hidden states, and the loss takes
-those and the head.
+transformers loads the model. `FrozenLinear` then replaces the linear layers, and attention runs
+through the `packed` entry of transformers' registry. No forward method is patched: the decoder
+returns hidden states, from which the loss is computed with the head.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ from engine.sources.weight_files import check_weights
 
 
 def load_base(config: ModelConfig, device: torch.device, attention_name: str = attention.NAME) -> Base:
-    """Load, quantise and freeze the base model on `device`. attention_name: an entry of transformers' registry; training's own
-    takes packed rows, generation needs one that knows the library's cache of keys and values."""
+    """Load, quantise and freeze the base model on `device`.
+
+    attention_name: an entry of transformers' registry. Training uses the one for packed rows;
+    generation needs one that knows transformers' key-value cache. Raises InputError.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # hundreds of redrawn lines per trial in a log file
+    logging.disable_progress_bar()  # in a log file it writes hundreds of lines per trial
     attention.register()
     source, dtype = locate(config), pick_dtype(config.dtype, device)
     options: dict[str, Any] = {"device_map": {"": device.type}, "dtype": dtype, "attn_implementation": attention_name}
@@ -51,8 +54,8 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str = a
         model, loading = _load_nf4(config, source, device, dtype, load)
     else:
         model, loading = load(source)
-    if loading["missing_keys"]:  # transformers fills them with random numbers and goes on
-        raise InputError("model.path", config.path, f"lacks {len(loading['missing_keys'])} tensors, {_first(loading)} among them")
+    if loading["missing_keys"]:  # transformers fills missing tensors with random numbers
+        raise InputError("model.path", config.path, f"lacks {len(loading['missing_keys'])} tensors, such as {_first(loading)}")
     model.requires_grad_(False).eval()
     names = freeze_linears(model, skip=[model.get_output_embeddings()])
     if not names:
@@ -66,20 +69,21 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str = a
 def _load_nf4(
     config: ModelConfig, source: str, device: torch.device, dtype: torch.dtype, load: Callable[..., tuple[Any, dict[str, Any]]]
 ) -> tuple[Any, dict[str, Any]]:
-    """Quantised, or read as another process of this node has quantised it."""
+    """Load the model in NF4, from this node's shared cache if another process has quantised it."""
 
     def quantise() -> tuple[Any, dict[str, Any]]:
         return load(source, quantization_config=nf4_load_config(config.double_quantization, dtype))
 
     folder = _local_folder(config, source)
     if folder is None or config.trust_remote_code or "quantization_config" in load_json(folder / "config.json"):
-        return quantise()  # a model's own code is not saved with it; what is quantised already is no larger
+        # The cache cannot hold custom model code, and an already quantised model gains nothing.
+        return quantise()
     settings = {"double": config.double_quantization, "dtype": str(dtype), "device": device.type}
     return load_packed(folder, settings, quantise, load)
 
 
 def _local_folder(config: ModelConfig, source: str) -> Path | None:
-    """Where the model's files are on this machine; None where they are not yet."""
+    """Return the folder with the model's files on this machine, or None before the download."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
@@ -87,7 +91,7 @@ def _local_folder(config: ModelConfig, source: str) -> Path | None:
     try:
         folder = Path(snapshot_download(source, revision=config.revision, local_files_only=True))
         check_weights(folder, config.path)
-    except Exception:  # not there, or not whole: what comes next downloads it, or says what is wrong
+    except Exception:  # missing or incomplete: the caller's load downloads it or reports the fault
         return None
     return folder
 

@@ -1,1 +1,1 @@
-"""How a config will be computed on a card and what that takes, without torch."""
+"""Choose how a card computes a config and predict the memory and time it takes, without torch."""

@@ -1,9 +1,10 @@
-"""CUDA cards: what their data sheets say, as numbers. No torch.
+"""List CUDA cards with the numbers of their data sheets. No torch.
 
-bf16_tflops: dense tensor-core throughput with fp32 accumulation, which is what training needs; data sheets also print twice that
-(sparsity), and GeForce cards do half of their fp16-accumulate figure. memory_gib: what CUDA reports as the card's total
-(`torch.cuda.mem_get_info`), less than the name says: ECC, page tables and the driver take theirs. pcie_gb_s: what pinned copies
-reach one way, about 80 % of the link.
+- bf16_tflops: dense tensor-core throughput with fp32 accumulation, as training uses it. Data sheets
+  also print twice that (sparsity), and GeForce cards do half of their fp16-accumulate figure.
+- memory_gib: the card's total as CUDA reports it (`torch.cuda.mem_get_info`). It is less than the
+  name says, because ECC, page tables and the driver take their part.
+- pcie_gb_s: the speed of pinned copies one way, about 80 % of the link.
 """
 
 from __future__ import annotations
@@ -13,15 +14,21 @@ from dataclasses import dataclass, replace
 
 from engine.errors import InputError, did_you_mean
 
-# GB/s of a pinned copy one way, x16. PCIe 5: measured on an H100; PCIe 4: less than half of that
+# GB/s of a pinned copy one way over 16 lanes. PCIe 5 is measured on an H100. PCIe 4
+# reaches less than half of that.
 PCIE_4, PCIE_5 = 25.0, 53.6
-FLASH_ON_HOPPER = 360.0  # measured on an H100: flash attention 2 as torch 2.11 has it makes no use of Hopper's own instructions
+# TFLOP/s, measured on an H100: the flash attention 2 of torch 2.11 does not use Hopper's own
+# instructions.
+FLASH_ON_HOPPER = 360.0
 
 
 @dataclass(frozen=True)
 class Card:
-    """Units in the names. attention_tflops: of flash attention on long samples, where it is known; else engine.speed takes a
-    share of bf16_tflops."""
+    """The numbers of one card, with units in the names.
+
+    `attention_tflops` is the speed of flash attention on long samples, if known. Without it,
+    engine/planning/speed.py takes a share of bf16_tflops.
+    """
 
     name: str
     memory_gib: float
@@ -34,7 +41,7 @@ class Card:
 CARDS: dict[str, Card] = {
     card.name: card
     for card in (
-        # NVIDIA Ampere GA102 whitepaper, table 9: 71 TFLOPS fp16/bf16 with fp32 accumulate, 936 GB/s
+        # Ampere GA102 whitepaper, table 9: 71 TFLOPS fp16/bf16 with fp32 accumulate, 936 GB/s
         Card("rtx3090", 23.6, 936, 71.0, PCIE_4),
         # the same with 84 SMs at 1.86 GHz, 1,008 GB/s (product page)
         Card("rtx3090ti", 23.6, 1008, 80.0, PCIE_4),
@@ -67,7 +74,7 @@ CARDS: dict[str, Card] = {
 
 
 def find_card(name: str) -> Card:
-    """By its name in CARDS."""
+    """Return the card of this name in CARDS; raise InputError if there is none."""
     if name not in CARDS:
         hint = did_you_mean(name.lower().replace(" ", "").replace("_", "-"), CARDS, cutoff=0.5)
         raise InputError("card", name, f"unknown card; known: {', '.join(CARDS)}{hint}")
@@ -80,18 +87,25 @@ DEVICE_NAMES: dict[str, str] = {
     "l40s": r"L40S", "a100-40": r"A100-(SXM4|PCIE|PCIe)-40GB", "a100-80": r"A100(-SXM4-80GB|-SXM-80GB| 80GB PCIe|-PCIE-80GB)",
     "h100": r"H100 80GB HBM3", "h200": r"H200",
 }  # fmt: skip
-"""The whole of torch.cuda.get_device_name() behind "NVIDIA ". A 4090 D, a laptop's 4090 or an H100 PCIe is another card."""
+"""Card -> pattern for the whole of torch.cuda.get_device_name() after "NVIDIA ".
+
+A 4090 D, a laptop's 4090 or an H100 PCIe is another card.
+"""
 
 
-UNKNOWN = Card("unknown", 0.0, 600.0, 60.0, 12.0)  # a modest card: only the ratios of its numbers matter to a plan
+# A modest card: a plan depends only on the ratios of its numbers.
+UNKNOWN = Card("unknown", 0.0, 600.0, 60.0, 12.0)
 
 
 def found_card(device_name: str, memory_gib: float) -> Card:
-    """The card that a device is, with the memory it has here; of one that is not in CARDS, the speed is a guess."""
+    """Return the card of a device, with the given memory.
+
+    If the device is not in CARDS, its speed is a guess.
+    """
     return replace(match_card(device_name) or UNKNOWN, name=device_name, memory_gib=memory_gib)
 
 
 def match_card(device_name: str) -> Card | None:
-    """The card that torch.cuda.get_device_name() means; None where it is none of CARDS."""
+    """Return the card that torch.cuda.get_device_name() means, or None if it is not in CARDS."""
     name = device_name.strip().removeprefix("NVIDIA ")
     return next((CARDS[known] for known, pattern in DEVICE_NAMES.items() if re.fullmatch(pattern, name)), None)

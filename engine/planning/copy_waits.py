@@ -1,7 +1,9 @@
-"""How long computation waits for copies to and from host memory, from the time of each layer. No torch.
+"""Predict how long computation waits for copies to and from host memory. No torch.
 
-Goes through one forward and one backward pass as `engine.offload.HostStash` does: a single stream of copies, in order; out, the
-computation waits for a copy when its device memory is let go; back, a copy may begin when the layer above begins.
+The prediction follows `HostStash` (engine/layers/host_stash.py) through one forward and one
+backward pass, with the time of each layer. There is one stream of copies, in order. Out, the
+computation waits for a copy when its device memory is released. Back, a copy may begin when the
+layer above begins.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from engine.planning.compute_limits import HOST_IN_FLIGHT, HOST_LAG
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """All in ms; copy: one way, 0 where nothing is put away."""
+    """The times of one layer in ms. `copy` is one way, and 0 if the host stores nothing."""
 
     forward: float
     backward: float
@@ -21,14 +23,20 @@ class LayerTimes:
 
 
 def waiting_ms(layers: list[LayerTimes], gb_s: float) -> float:
-    """Of one forward and one backward pass; gb_s: of the link, one way."""
+    """Return the ms that one forward and one backward pass wait.
+
+    `gb_s` is the speed of the link to the host, one way.
+    """
     return _out(layers, HOST_IN_FLIGHT / (gb_s * 1e6)) + _back(layers[::-1])
 
 
 def _out(layers: list[LayerTimes], in_flight_ms: float) -> float:
-    """in_flight_ms: of copies that memory may wait for."""
+    """Return the wait of the forward pass in ms.
+
+    `in_flight_ms` is the copy time of the bytes that may wait in device memory.
+    """
     now = waited = link_free = 0.0
-    leaving: list[tuple[int, float]] = []  # layer, when its copy is done
+    leaving: list[tuple[int, float]] = []  # layer, and the time when its copy ends
     for i, layer in enumerate(layers):
         now += layer.forward
         while leaving and (leaving[0][0] <= i - HOST_LAG or sum(layers[j].copy for j, _ in leaving) > in_flight_ms):
@@ -40,7 +48,7 @@ def _out(layers: list[LayerTimes], in_flight_ms: float) -> float:
 
 
 def _back(layers: list[LayerTimes]) -> float:
-    """layers: from the last to the first."""
+    """Return the wait of the backward pass in ms; `layers` go from the last to the first."""
     now = waited = link_free = 0.0
     places = [i for i, layer in enumerate(layers) if layer.copy]
     arrival: dict[int, float] = {}

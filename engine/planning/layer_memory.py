@@ -1,11 +1,12 @@
 """Count the bytes of the tensors that live in one pass through a fused decoder layer. No torch.
 
-Each method of `Pass` stands for the function of that name in `engine.layers` (decoder_layer, mlp,
-structure), and allocates and frees in its order. Whoever changes a tensor's life there changes it
-here; a test walks both. Left out: vectors of one value a token (rstd), and what the allocator
-rounds up.
+Each method of `Pass` stands for the function of that name in engine/layers (decoder_layer, mlp,
+structure), and allocates and frees in the same order. If you change a tensor's life there, change
+it here too: a test compares both. Vectors of one value a token (rstd) and the allocator's rounding
+are left out.
 
-Shape letters: T tokens, D hidden, F MLP hidden, H query heads, G key/value heads, K head dim, L tokens of one sample, R rank.
+Shape letters: T tokens, D hidden, F MLP hidden, H query heads, G key/value heads, K head dim, L
+tokens of one sample, R rank.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ AttentionName = Literal["flash", "cudnn", "eager"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one layer's tensors. x [T, D], q [T, H, K], k [T, G, K], f [T, F], low [T, 1]; heads [T, H] fp32; scores
-    [H, T, L] in one byte, of all samples and of one. weights: group -> dequantised; 0 where they are not packed."""
+    """The bytes of one layer's tensors: x [T, D], q [T, H, K], k [T, G, K], f [T, F], low [T, 1].
+
+    heads [T, H] is fp32. scores [H, T, L] and one sample's [H, L, L] count one byte a value.
+    weights maps each group to its dequantised weights, 0 if not packed. tile is for one tile of the
+    MLP.
+    """
 
     x: int
     q: int
@@ -44,7 +49,7 @@ class Sizes:
 
     @classmethod
     def of(cls, shape: ModelShape, tokens: int, sample_tokens: int, element: int, packed: bool) -> Sizes:
-        """tile: the same of one tile of a long row's MLP."""
+        """Return the sizes for `tokens` in samples of `sample_tokens`, `element` bytes a value."""
         length = min(tokens, sample_tokens)
         return cls(
             x=element * tokens * shape.hidden_size,
@@ -68,7 +73,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass through layer i of a model of this shape."""
+    """One pass through layer `i` of a model of this shape."""
 
     i: int
     plan: LayerPlan
@@ -80,7 +85,7 @@ class Pass:
     host_stack: HostStack
 
     def forward(self, trains: bool) -> None:
-        """x is alive when it begins, y, the next layer's x, when it ends. trains: whether a backward pass follows."""
+        """Walk from x to y, the next layer's x; `trains` says that a backward pass follows."""
         live, s, policy = self.live, self.sizes, self.plan.policy
         graph = trains and policy.keeps_attention
         keeps_mlp = trains and (policy is Policy.KEEP or (policy is Policy.HOST and s.tile is None))
@@ -106,7 +111,7 @@ class Pass:
             self.host_stack.push(self._names())
 
     def backward(self) -> None:
-        """dy is alive when it begins, dx, then called dy, when it ends. Of the layer, nothing is left."""
+        """Walk from dy to dx, which is renamed dy; no tensor of the layer is left."""
         live = self.live
         if self.plan.policy.is_on_host:
             self.host_stack.pop()
@@ -118,7 +123,7 @@ class Pass:
         live.rename("dx", "dy")
 
     def _to_mlp(self, graph: bool) -> None:
-        """x_mid and, normalised, normed_mlp."""
+        """Make x_mid, and normed_mlp, which is x_mid normalised."""
         self._attention_half(graph)
         self.live.hold(self._own("x_mid"), self.sizes.x, self._component(graph))
         self.live.hold("normed_mlp", self.sizes.x)
@@ -126,18 +131,18 @@ class Pass:
 
     @contextmanager
     def _tile(self) -> Iterator[Pass]:
-        """The pass through one tile of the MLP: its weights are dequantised before the first and live to the last."""
+        """Yield the pass through one tile of the MLP; the weights live through all tiles."""
         mine = ("gate_up", "down")
         with self.live.holding(sum(map(self._weights, mine)), WEIGHTS):
             yield replace(self, sizes=self.sizes.tile, plan=replace(self.plan, cached=self.plan.cached.union(mine)))
             self.live.drop("tile", *map(self._own, ("gate_up", "down_out", "low.gate_up", "low.down")))
 
     def _component(self, graph: bool) -> str:
-        """Of what attention's graph and the MLP's backward read: kept, or made again for one pass."""
+        """Return the component of what backward passes read: kept, or made again for one pass."""
         return KEPT if graph and self.plan.policy.keeps_attention else TRANSIENT
 
     def _names(self) -> list[str]:
-        """Of the layer's own tensors that are alive."""
+        """Return the names of the layer's tensors that are alive."""
         return [name for name in self.live.alive if name.startswith(self._own(""))]
 
     def _own(self, tensor: str) -> str:
@@ -162,13 +167,17 @@ class Pass:
             live.hold("delta", s.x)
 
     def _eager_graph(self) -> int:
-        """What autograd keeps of it: tanh and softmax in fp32, the rounded weights, keys and values repeated for all heads."""
+        """Return the bytes that autograd keeps of eager attention.
+
+        They are tanh and softmax in fp32, the rounded weights, and keys and values repeated for all
+        heads.
+        """
         s = self.sizes
         repeated = 2 * s.q if s.q != s.k else 0
         return (8 + s.element) * s.scores + repeated if self.attention == "eager" else 0
 
     def _mlp(self, output: str, kept: str) -> None:
-        """kept: the component of gate, up and, in Gemma, the down projection's output."""
+        """Walk the MLP; `kept` is the component of gate, up and, in Gemma, down's output."""
         self._gate_up(kept, self._weights("gate_up"))
         self._down(output, kept)
 
@@ -176,7 +185,7 @@ class Pass:
         s = self.sizes
         with self.live.holding(weights, WEIGHTS):
             self.live.hold(self._own("gate_up"), 2 * s.f, kept)
-            self.live.briefly(0 if s.packed else s.f)  # plain weights are two matmuls
+            self.live.briefly(0 if s.packed else s.f)  # plain weights take two matmuls
         self._low("gate_up", s.x)
 
     def _down(self, output: str, kept: str) -> None:
@@ -200,7 +209,7 @@ class Pass:
             self.live.hold(name, rank * self.sizes.low, LOW)
 
     def _dropped(self, group: str, input_size: int) -> None:
-        """The mask, and the input times it."""
+        """Make the dropout mask and the masked input for a moment."""
         if self.dropout and self.plan.ranks[group]:
             self.live.briefly(2 * input_size)
 
@@ -275,8 +284,12 @@ class Pass:
         live.drop("ddelta", "dout", "dqkv", "dqkv_cat", "dnormed")
 
     def _attention_workspace(self) -> int:
-        """dq summed in fp32, dk and dv of every query head before they are added up, dout * out summed over K; flash attention
-        and cuDNN alike. Eager: one sample's gradients of scores, and those of q and the repeated k and v, whole and in parts."""
+        """Return the workspace of attention's backward pass.
+
+        Flash attention and cuDNN need dq in fp32, dk and dv of each query head, and dout * out
+        summed over K. Eager attention needs a sample's gradients of scores, and those of q and the
+        repeated k and v, whole and in parts.
+        """
         s = self.sizes
         if self.attention == "eager":
             return 12 * s.sample_scores + 6 * s.q

@@ -1,4 +1,4 @@
-"""What each decoder layer does under a config: what it keeps, what carries adapters, which weights stay dequantised. No torch.
+"""Plan each decoder layer of a config: its policy, adapters and dequantised weights. No torch.
 
 It predicts the decisions that `engine.layers.swap` and `engine.model.load` take on a loaded model;
 tests hold them equal.
@@ -19,9 +19,14 @@ from engine.units import GIB
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """ranks: group -> sum of its members' ranks, 0 where none is adapted. adapter: group -> its trained values. cached: groups
-    whose weights are kept dequantised. trained: whether it has a backward pass, since something in it or below is trained.
-    needs_dx: whether something below is."""
+    """The plan of one decoder layer.
+
+    - ranks: group -> sum of its members' ranks, 0 if none is adapted.
+    - adapter: group -> number of its trained values.
+    - cached: groups whose weights stay dequantised.
+    - trained: True if it has a backward pass, because this layer or one below is trained.
+    - needs_dx: True if a layer below is trained.
+    """
 
     policy: Policy
     ranks: dict[str, int]
@@ -32,12 +37,15 @@ class LayerPlan:
 
 
 def is_fused(config: TrainConfig, shape: ModelShape) -> bool:
-    """Whether decoder layers run fused."""
+    """Return True if decoder layers run fused."""
     return shape.family != "other" and config.model.layers != "original"
 
 
 def can_record(config: TrainConfig, shape: ModelShape) -> bool:
-    """Whether a micro-batch can be a CUDA graph (engine.graphs): fused, without dropout, host memory and attention by sample."""
+    """Return True if a micro-batch can be a CUDA graph (engine/training/cuda_graphs.py).
+
+    It must run fused, on the device alone, without dropout and without attention sample by sample.
+    """
     loop = config.train
     on_device = loop.activation_checkpointing != Policy.OFFLOAD and loop.host_layers == 0
     flash = not shape.attention_softcap and config.model.dtype != "float32"
@@ -45,26 +53,33 @@ def can_record(config: TrainConfig, shape: ModelShape) -> bool:
 
 
 def element_bytes(config: TrainConfig) -> int:
-    """Of activations and dequantised weights on CUDA."""
+    """Return the bytes of one activation or dequantised weight on CUDA."""
     return 4 if config.model.dtype == "float32" else 2
 
 
 def adapted_projections(config: TrainConfig, shape: ModelShape) -> list[tuple[str, ...]]:
-    """The projections of each layer that carry an adapter."""
+    """Return the projections of each layer that carry an adapter.
+
+    Raises InputError if `lora.target_modules` matches none.
+    """
     targets = config.lora.target_modules
     is_target = target_rule(targets)
     names = [[f"model.layers.{i}.{_part(p)}.{p}" for p in shape.projections()] for i in range(shape.num_layers)]
     chosen = [tuple(n.rpartition(".")[2] for n in layer if is_target(n)) for layer in names]
     if any(chosen):
         return chosen
-    if shape.family == "other":  # its layers may have other names: all of them is the safe side
+    if shape.family == "other":  # its layers may have other names, so count all to be safe
         return [tuple(shape.projections())] * shape.num_layers
     allowed = f"all-linear, {', '.join(shape.projections())}"
     raise InputError("lora.target_modules", targets, f"matches no linear layer; allowed: {allowed}")
 
 
 def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
-    """The plan of each decoder layer, from the first. ValueError where the config leaves something `auto`: plan it first."""
+    """Return the plan of each decoder layer, from the first.
+
+    Raises ValueError if the config leaves a field of `train` on `auto`: call `make_compute_plan`
+    first.
+    """
     loop = config.train
     if "auto" in (
         loop.micro_batch_size,
@@ -73,7 +88,7 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
         loop.host_layers,
         loop.weight_cache_gib,
     ):
-        raise ValueError("predictions need a config with nothing left auto: see engine.planner")
+        raise ValueError("predictions need a config with nothing left auto: call make_compute_plan first")
     adapted = adapted_projections(config, shape)
     first = next(i for i, names in enumerate(adapted) if names)
     cached = _cached_groups(config, shape)
@@ -88,13 +103,16 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
 
 
 def group_parameters(shape: ModelShape) -> dict[str, int]:
-    """Frozen weights of each group of one layer."""
+    """Return the number of frozen weights in each group of one layer."""
     features = shape.projections()
     return {group: sum(math.prod(features[name]) for name in names) for group, names in GROUPS.items()}
 
 
 def _cached_groups(config: TrainConfig, shape: ModelShape) -> list[frozenset[str]]:
-    """Whole groups in the model's order, each that still fits; only of packed weights."""
+    """Return the groups of each layer that stay dequantised.
+
+    Whole groups of packed weights are taken in the model's order, each that still fits.
+    """
     if config.model.quantization != "nf4" or not is_fused(config, shape):
         return [frozenset()] * shape.num_layers
     room, cached = int(config.train.weight_cache_gib * GIB), []
@@ -111,4 +129,3 @@ def _cached_groups(config: TrainConfig, shape: ModelShape) -> list[frozenset[str
 
 def _part(projection: str) -> str:
     return "self_attn" if projection in ATTENTION_PROJECTIONS else "mlp"
-

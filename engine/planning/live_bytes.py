@@ -1,6 +1,6 @@
-"""Bytes that are alive, by what holds them, and their highest sum so far: for counting through a computation. No torch.
+"""Count the bytes that are alive during a computation, by component, and their peak. No torch.
 
-`HostStack` is what `engine.offload.HostStash` does to them.
+`HostStack` does to them what `HostStash` (engine/layers/host_stash.py) does to tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ KEPT, TRANSIENT, WEIGHTS, ATTENTION, BOUNDARY, LOW = (
 
 @dataclass
 class LiveBytes:
-    """What is alive, by component; the highest sum of each phase, and phase and components at the highest of all."""
+    """The tensors that are alive, their sum by component, and the peaks.
+
+    `peaks` holds the highest sum of each phase. `highest`, `highest_phase` and `highest_components`
+    describe the highest of all.
+    """
 
     alive: dict[str, tuple[str, int]] = field(default_factory=dict)
     components: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -35,27 +39,27 @@ class LiveBytes:
         self._note()
 
     def hold(self, name: str, size: int, component: str = TRANSIENT) -> None:
-        """A tensor is made. One of the same name is freed only after that."""
+        """Make a tensor; free one of the same name only after that."""
         self._add(component, size)
         self.drop(name)
         self.alive[name] = (component, size)
 
     def drop(self, *names: str) -> None:
-        """Tensors are freed; a name that is not alive is let pass."""
+        """Free tensors; ignore names that are not alive."""
         for name in names:
             component, size = self.alive.pop(name, ("", 0))
             self.components[component] -= size
             self.total -= size
 
     def rename(self, old: str, new: str) -> None:
-        """The tensor called new is freed, and old is called so from now on."""
+        """Free the tensor `new`, and give its name to `old`."""
         self.drop(new)
         if old in self.alive:
             self.alive[new] = self.alive.pop(old)
 
     @contextmanager
     def holding(self, size: int, component: str = TRANSIENT) -> Iterator[None]:
-        """A tensor lives as long as the block."""
+        """Keep an unnamed tensor alive for the length of the block."""
         self._add(component, size)
         yield
         self.components[component] -= size
@@ -88,7 +92,10 @@ class _Held:
 
 @dataclass
 class HostStack:
-    """What is put away on the host, layer by layer, as a stack. num_bytes: on the host now; highest: at most so far."""
+    """The tensors that layers store on the host, as a stack.
+
+    `num_bytes` are on the host now; `highest` is the most so far.
+    """
 
     live: LiveBytes
     entries: list[_Held] = field(default_factory=list)
@@ -102,7 +109,7 @@ class HostStack:
         self.highest = max(self.highest, self.num_bytes)
 
     def advance(self) -> None:
-        """A layer has been passed."""
+        """Note that a layer has run, and release device memory as `HostStash.advance` does."""
         leaving = [entry for entry in self.entries if entry.is_here]
         in_flight = sum(map(_bytes, leaving))
         for entry in leaving:
@@ -112,13 +119,13 @@ class HostStack:
                 in_flight -= _bytes(entry)
 
     def flush(self) -> None:
-        """The forward pass is over."""
+        """Release the device memory of all entries: the forward pass is over."""
         for entry in self.entries:
             if entry.is_here:
                 self._let_go(entry)
 
     def pop(self) -> None:
-        """The last entry is back, and the one before it on its way."""
+        """Bring back the last entry, and start to fetch the one before it."""
         entry = self.entries.pop()
         self._fetch(entry)
         self.num_bytes -= _bytes(entry)

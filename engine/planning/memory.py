@@ -1,9 +1,13 @@
-"""Predicts the peak of allocated CUDA bytes (`torch.cuda.max_memory_allocated`) of training one adapter. No torch, no GPU.
+"""Predict the peak of allocated CUDA bytes of training one adapter. No torch, no GPU.
 
-What lies still is added up from the model's shape; what comes and goes is walked through by `engine.liveness`, tensor by tensor.
-Nothing is fitted. Against one H100 (engine/calibration/): within 0.8 % in 95 % of 64 settings of Llama shapes, to 65,536 tokens.
-Not measured on a GPU: other families, evaluation, CUDA graphs; the walk itself is held to the layers' code by a test that needs
-none. Not counted: parts of a model beside its text decoder.
+The peak is `torch.cuda.max_memory_allocated`. Tensors that stay are added up from the model's
+shape; those that come and go are walked through one by one (engine/planning/layer_memory.py). No
+number is fitted.
+
+Measured on one H100 (engine/bench/calibration/): within 0.8 % in 95 % of 64 settings of Llama
+shapes, up to 65,536 tokens. Not measured on a GPU: other families, evaluation and CUDA graphs. A
+test without a GPU compares the walk with the layers' code. Only the text decoder of a model is
+counted.
 """
 
 from __future__ import annotations
@@ -21,22 +25,28 @@ from engine.planning.model_shape import ModelShape
 from engine.planning.policies import Policy
 from engine.units import GIB
 
-# torch gives cuBLAS a workspace on each stream for each thread that calls it, the caller's and autograd's: 32 MiB on Hopper,
-# 8.1 MiB on other cards, for which this is 48 MiB too much. That it is two follows from the measured peaks, which 64 MiB explain
-# and 32 do not.
+# torch gives cuBLAS a workspace for each stream and calling thread: the caller's and autograd's.
+# Each is 32 MiB on Hopper and 8.1 MiB on other cards, where this is 48 MiB too much. There are two:
+# the measured peaks (H100) match 64 MiB, not 32.
 MATMUL_WORKSPACES = 2 * 32 * 2**20
-# Outside of what torch allocates: CUDA context and loaded kernels. An estimate, not measured here.
+# CUDA context and loaded kernels, which torch does not allocate. An estimate, not measured.
 CONTEXT_GIB = 0.6
-# What the caching allocator holds and cannot use: estimates. A run with a peak of 21.91 GiB under a cap of 23.5 bounds the first
-# from above, 7 %.
+# Shares of the peak that the caching allocator holds and cannot use. Both are estimates. A run with
+# a peak of 21.91 GiB under a cap of 23.5 shows that the first is at most 7 %.
 FRAGMENTATION, ROUGH_FRAGMENTATION = 0.05, 0.12
 
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """components: bytes by what holds them, at the moment of the peak. phases: the peak of each phase; phase: the highest one.
-    rough: layers run unfused, or attention with autograd's own graph: an estimate, not a count. host_bytes: pinned host memory
-    for what layers put away. recorded_bytes: what CUDA graphs keep beyond the peak while the trial evaluates."""
+    """The predicted memory of a config.
+
+    - components: bytes at the moment of the peak, by what holds them.
+    - phases: the peak of each phase; phase is the highest one.
+    - rough: True for an estimate instead of a count: layers run unfused, or attention is eager, or
+      the working dtype is not 16-bit.
+    - host_bytes: pinned host memory for the tensors that layers store there.
+    - recorded_bytes: memory that CUDA graphs keep beyond the peak while the trial evaluates.
+    """
 
     components: dict[str, int]
     phases: dict[str, int]
@@ -47,7 +57,7 @@ class MemoryPrediction:
 
     @property
     def peak_bytes(self) -> int:
-        """Of what torch allocates."""
+        """Return the peak of the bytes that torch allocates."""
         return sum(self.components.values())
 
     @property
@@ -60,25 +70,29 @@ class MemoryPrediction:
 
     @property
     def reserve_gib(self) -> float:
-        """What a card must have beyond the peak: the CUDA context, and what the allocator holds without use."""
+        """Return the GiB that a card needs beyond the peak.
+
+        They are the CUDA context and the memory that the allocator holds but cannot use.
+        """
         return CONTEXT_GIB + (ROUGH_FRAGMENTATION if self.rough else FRAGMENTATION) * self.peak_gib + self.recorded_bytes / GIB
 
     def describe(self) -> str:
-        """A short table: what is alive at the peak, and the peak of each phase."""
+        """Return a short table: the bytes alive at the peak, and the peak of each phase."""
         rows = [(name, size) for name, size in sorted(self.components.items(), key=lambda item: -item[1]) if size]
         lines = [f"  {name:<22}{size / GIB:8.3f}" for name, size in rows]
         phases = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.phases.items())
         about = "about " if self.rough else ""
-        head = f"peak {about}{self.peak_gib:.2f} GiB, in: {self.phase}; a card needs {self.reserve_gib:.2f} more"
+        head = f"peak {about}{self.peak_gib:.2f} GiB, in: {self.phase}; a card needs {self.reserve_gib:.2f} GiB more"
         return "\n".join([head, *lines, f"  phases: {phases}"])
 
 
 def predict_memory(
     config: TrainConfig, shape: ModelShape, *, evaluation: bool = True, attention: Literal["flash", "cudnn"] = "flash"
 ) -> MemoryPrediction:
-    """Highest bytes that torch allocates on a CUDA card while this config, in which nothing is `auto`, trains.
+    """Predict the most bytes that torch allocates on a CUDA card while this config trains.
 
-    evaluation: whether it also evaluates (a benchmark does not). attention: which kernel takes it; both need the same workspace.
+    Nothing in the config may be `auto`, or it raises ValueError. `evaluation` includes evaluation,
+    which a benchmark does not run. `attention` names the kernel; both need the same workspace.
     """
     walk = _Walk(config, shape, attention)
     walk.load()
@@ -91,12 +105,12 @@ def predict_memory(
 
 
 def fits(prediction: MemoryPrediction, memory_gib: float) -> bool:
-    """Whether a card whose driver reports so much memory in all can be expected to hold it."""
+    """Return True if peak and reserve fit in `memory_gib`, the total that a card reports."""
     return prediction.peak_gib + prediction.reserve_gib <= memory_gib
 
 
 class _Walk:
-    """One load, one micro-batch, one optimizer step and one evaluation row, in turn, over one account of live bytes."""
+    """A walk through load, one micro-batch, one optimizer step and one evaluation row, in turn."""
 
     def __init__(self, config: TrainConfig, shape: ModelShape, attention: AttentionName) -> None:
         self.config, self.shape, self.live = config, shape, LiveBytes()
@@ -107,10 +121,10 @@ class _Walk:
         self.is_rough = not self.is_fused or self.attention == "eager" or self.element != 2
 
     def load(self) -> None:
-        """The base model, from its 16-bit weights; then all that lies still while it is trained."""
+        """Load the base model from its 16-bit weights; then hold all that stays during training."""
         live, plans = self.live, self.plans
         live.enter("load")
-        streams = 2 if self.config.train.cuda_graphs is True else 1  # recordings have one of their own
+        streams = 2 if self.config.train.cuda_graphs is True else 1  # graphs are recorded on a second stream
         live.hold("workspaces", streams * MATMUL_WORKSPACES, "matmul workspaces")
         for name, size in _base_bytes(self.config, self.shape).items():
             live.hold(name, size, name)
@@ -129,7 +143,7 @@ class _Walk:
         live.hold("optimizer", states, "optimizer")
 
     def train(self) -> None:
-        """Forward, loss and backward of one micro-batch."""
+        """Walk forward pass, loss and backward pass of one micro-batch."""
         tokens = self.config.train.micro_batch_size * self.config.data.max_seq_length
         sizes = self._begin("forward", tokens, self.config.data.max_seq_length)
         live, last = self.live, self.shape.num_layers
@@ -153,20 +167,23 @@ class _Walk:
         live.drop("dy", "batch")
 
     def step_optimizer(self) -> None:
-        """torch's AdamW makes one temporary of the parameter's size; the 8-bit one none."""
+        """Walk the optimizer step.
+
+        torch's AdamW makes one temporary of the parameters' size; the 8-bit one makes none.
+        """
         self.live.enter("optimizer step")
         number = sum(sum(plan.adapter.values()) for plan in self.plans)
         self.live.briefly(0 if self._has_8bit_optimizer() else 4 * number)
 
     def evaluate(self) -> None:
-        """One row without gradients; no layer leaves anything but its output."""
+        """Walk one row without gradients; each layer leaves only its output."""
         length = self.config.data.eval_max_seq_length
         tokens = max(length, EVALUATION_ROW_TOKENS)
         sizes = self._begin("evaluation", tokens, length)
         last = self.shape.num_layers - 1
         self.live.rename("0.x", f"{last}.x")
         self.live.hold("inputs", sizes.x if last else 0, BOUNDARY)
-        if self.is_fused:  # layers differ in cached weights alone, of which the last has the fewest
+        if self.is_fused:  # layers differ only in cached weights, and the last has the fewest
             self._pass(last, sizes, dropout=False).forward(trains=False)
         else:
             self.live.briefly(3 * sizes.f + 6 * sizes.x + self._largest_weight() + 12 * self._eager_scores(sizes))
@@ -175,7 +192,11 @@ class _Walk:
         self.live.drop(f"{last}.x", f"{last + 1}.x", "batch")
 
     def _begin(self, phase: str, tokens: int, sample_tokens: int) -> Sizes:
-        """A batch on the device: five int64 tensors at most, rotary tables (two pairs in Gemma 3), and the embedded tokens."""
+        """Enter a phase with a batch on the device.
+
+        The batch is at most five int64 tensors, rotary tables (two pairs in Gemma 3) and the
+        embedded tokens.
+        """
         tables = 4 if self.shape.family == "gemma3" else 2
         sizes = Sizes.of(self.shape, tokens, sample_tokens, self.element, self.config.model.quantization == "nf4")
         self.live.enter(phase)
@@ -187,8 +208,10 @@ class _Walk:
         return Pass(i, self.plans[i], self.shape, sizes, self.attention, dropout, self.live, self.host_stack)
 
     def _loss(self, sizes: Sizes, tokens: int, trains: bool) -> None:
-        """Walk through engine.layers.loss, every token a target. Ends with `dh`, the gradient of the
-        normalised hidden states, where there is one."""
+        """Walk through engine/layers/loss.py, with every token a target.
+
+        If it trains, it ends with `dh`, the gradient of the normalised hidden states.
+        """
         live, shape = self.live, self.shape
         rows = min(tokens, max(1, LOSS_CHUNK_BYTES // (self.element * shape.vocab_size)))
         gathered, logits = self.element * rows * shape.hidden_size, self.element * rows * shape.vocab_size
@@ -204,7 +227,7 @@ class _Walk:
             live.drop("grad")
 
     def _backward(self, passes: list[Pass]) -> None:
-        """From the last layer to the first that has a backward pass."""
+        """Walk from the last layer to the first that has a backward pass."""
         for layer in reversed(passes):
             if not layer.plan.trained:
                 break
@@ -213,7 +236,7 @@ class _Walk:
             layer.backward()
 
     def _forward_unfused(self, sizes: Sizes) -> None:
-        """transformers' own layers: what autograd keeps, or the inputs alone."""
+        """Walk transformers' own layers: hold what autograd keeps, or only the inputs."""
         number, recomputes = self.shape.num_layers, Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
         for i in range(1, number + 1):
             self.live.hold(f"{i}.x", sizes.x, BOUNDARY)
@@ -229,8 +252,12 @@ class _Walk:
         self.live.drop("graph", *(f"{i}.x" for i in range(self.shape.num_layers)))
 
     def _unfused_graph(self, sizes: Sizes) -> int:
-        """Of one layer, beside its input: fp32 copies in the norms, inputs of adapted matmuls, queries, keys, values and output
-        of attention, gate, its activation, up and their product; with dropout, each projection's masked input and mask."""
+        """Return the bytes that autograd keeps of one layer, without its input.
+
+        They are fp32 copies in the norms and inputs of adapted matmuls. Attention adds its queries,
+        keys, values and output; the MLP adds gate, its activation, up and their product. Dropout
+        adds each projection's masked input and mask.
+        """
         s, shape = sizes, self.shape
         norms = (4 if shape.four_norms else 2) * s.x + (s.q + s.k if shape.qk_norm else 0)
         total = 4 * norms // s.element + 2 * s.x + s.qkv + s.q + s.heads + 4 * s.f + 10 * self._eager_scores(s)
@@ -240,7 +267,7 @@ class _Walk:
         return sizes.scores if self.attention == "eager" else 0
 
     def _largest_weight(self) -> int:
-        """16-bit, of a single projection."""
+        """Return the bytes of the largest single projection in the working dtype."""
         return self.element * max(math.prod(features) for features in self.shape.projections().values())
 
     def _has_8bit_optimizer(self) -> bool:
@@ -248,8 +275,11 @@ class _Walk:
 
 
 def _base_bytes(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
-    """Linear layers as they are held, norms and biases. NF4: half a byte a value; a scale for 64, fp32 or, quantised again, one
-    byte and an fp32 for 256 of them; two code tables a weight."""
+    """Return the bytes of the frozen linear layers, and of norms and biases.
+
+    NF4 takes half a byte a value, a scale for each 64 values, and two code tables a weight. A scale
+    is fp32, or, quantised again, one byte plus an fp32 for each 256 scales.
+    """
     element, linear = element_bytes(config), 0
     for features in shape.projections().values():
         number = math.prod(features)
@@ -260,6 +290,9 @@ def _base_bytes(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
 
 
 def _is_on_host(config: TrainConfig, table_bytes: int) -> bool:
-    """Whether engine.layers.host_embedding stores an input embedding that is not tied to the head on the host."""
+    """Return True if engine/layers/host_embedding.py stores the input embedding on the host.
+
+    The embedding must not be tied to the head.
+    """
     wanted = config.model.embeddings
     return wanted == "host" or (wanted == "auto" and table_bytes >= HOST_EMBEDDING_MIN_BYTES)

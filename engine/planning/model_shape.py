@@ -1,4 +1,4 @@
-"""The numbers of a model's architecture that decide memory and speed, read from a Hugging Face config.json. No torch.
+"""Read the numbers that decide a model's memory and speed from its config.json. No torch.
 
 Shape letters: D hidden, F MLP hidden, H query heads, G key/value heads, K head dim, V vocabulary.
 """
@@ -13,10 +13,10 @@ from engine.errors import InputError
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2",
             "gemma3": "Gemma3", "gemma3_text": "Gemma3"}  # fmt: skip
-"""model_type -> the family whose decoder layers run fused, as the names of its classes begin."""
+"""model_type -> family whose decoder layers run fused. The names of its classes begin with it."""
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""Activation -> the kernels' name for it. A layer with any other runs unfused."""
-# What transformers (5.17) takes where a config.json leaves a key out, as published ones of Gemma 3 do.
+"""Activation -> the kernels' name for it. A layer with another activation runs unfused."""
+# Values that transformers (5.17) uses if a config.json leaves a key out, as those of Gemma 3 do.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 256, "tie_word_embeddings": True, "attn_logit_softcapping": 50.0},
     "gemma3": {"head_dim": 256, "tie_word_embeddings": True, "vocab_size": 262_208, "num_attention_heads": 8,
@@ -26,8 +26,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """four_norms: Gemma's, before and after each half of a layer. family: one of FAMILIES' values in small letters, or "other".
-    attention_softcap: scores pass through a tanh, which no fast attention does. sliding_window: keys seen, where not all are."""
+    """The shape of a model's text decoder.
+
+    - four_norms: True if norms stand before and after each half of a layer, as in Gemma.
+    - family: one of FAMILIES' values in lower case, or "other".
+    - attention_softcap: True if scores pass through a tanh, which no fast attention supports.
+    - sliding_window: number of keys that a query sees; None if it sees all.
+    """
 
     num_layers: int
     hidden_size: int
@@ -46,7 +51,10 @@ class ModelShape:
 
     @classmethod
     def known(cls, config: dict[str, Any], where: str) -> ModelShape | None:
-        """`of`, or None for a kind of model whose config names things otherwise: it trains, but nothing is predicted."""
+        """Return `of`, or None if the config has other names for these numbers.
+
+        Such a model can be trained, but nothing is predicted for it.
+        """
         try:
             return cls.of(config, where)
         except InputError:
@@ -54,7 +62,10 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: dict[str, Any], where: str) -> ModelShape:
-        """From the content of a config.json; of a model with several parts, its text part. where: named in errors."""
+        """Return the shape in the content of a config.json, or in its `text_config` if it has one.
+
+        Raises InputError, which names `where`, for a number that is missing or not positive.
+        """
         outer, config = config, config.get("text_config") or config
         if not isinstance(config, dict):
             raise InputError(f"{where}: text_config", config, "must be an object")
@@ -93,7 +104,7 @@ class ModelShape:
         )
 
     def projections(self) -> dict[str, tuple[int, int]]:
-        """Name -> (output features, input features) of the seven linear layers of one decoder layer."""
+        """Return (output, input) features of a decoder layer's seven linear layers, by name."""
         D, F = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
@@ -103,12 +114,12 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of the linear layers of one decoder layer."""
+        """Return the number of weights in the linear layers of one decoder layer."""
         return sum(math.prod(features) for features in self.projections().values())
 
     @property
     def vector_parameters(self) -> int:
-        """Norms and biases of all decoder layers, and the final norm."""
+        """Return the number of values in all norms and biases, the final norm included."""
         D, K = self.hidden_size, self.head_dim
         norms = (4 if self.four_norms else 2) * D + (2 * K if self.qk_norm else 0)
         bias = (self.num_heads + 2 * self.num_kv_heads) * K if self.qkv_bias else 0
@@ -116,6 +127,6 @@ class ModelShape:
 
     @property
     def num_parameters(self) -> int:
-        """All of them, embeddings once where they are tied."""
+        """Return the number of all parameters; tied embeddings count once."""
         embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
         return self.num_layers * self.linear_parameters + self.vector_parameters + embeddings

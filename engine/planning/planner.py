@@ -1,7 +1,10 @@
-"""How a config is computed on a given card: micro-batch, what each layer keeps, dequantised weights. What it computes stays.
+"""Plan how a card computes a config: micro-batch, kept activations, dequantised weights, graphs.
 
-`make_compute_plan` tries what the config leaves `auto`, drops what is predicted not to fit, and takes the fastest of the rest.
-`leaner` is the next step down for a run that met the end of memory all the same. No torch: plans are made on any laptop.
+`make_compute_plan` tries values for the fields that the config leaves `auto`. It drops plans that
+are predicted not to fit, and takes the fastest of the rest. `leaner` returns the next smaller plan
+after a run has run out of memory. A plan changes the results only by rounding.
+
+It needs no torch, so a laptop can plan for any card.
 """
 
 from __future__ import annotations
@@ -23,18 +26,25 @@ from engine.units import GIB
 
 CACHE_STEP_GIB = 1.0
 HOST_STEP = 2  # layers
-WORTH_RECORDING = 0.1  # of a step that the device would wait for the host
-NEGLIGIBLE = 0.01  # of the speed: below it, the plan with longer rows wins, then the one with less memory
+WORTH_RECORDING = 0.1  # share of a step that the device would wait for the host
+# Plans whose speed differs by less than this share are equal: other criteria decide (`_best`).
+NEGLIGIBLE = 0.01
 DESCRIPTIONS = {
     Policy.KEEP: "activations kept", Policy.SELECTIVE: "MLP recomputed", Policy.RECOMPUTE: "recomputed",
     Policy.OFFLOAD: "recomputed, offloaded",
 }  # fmt: skip
-LONG_ROW = 8192  # tokens: beyond it, launches no longer weigh, which the predicted speed of small models leaves out
+# Tokens. In longer rows, the time of launches no longer matters. The predicted speed of small
+# models leaves it out.
+LONG_ROW = 8192
 
 
 @dataclass(frozen=True)
 class ComputePlan:
-    """Values for the fields of `train` that may be `auto`; memory and speed are predicted, and None where no card is known."""
+    """Values for the fields of `train` that may be `auto`.
+
+    `memory` and `speed` are predictions. They are None if the card or the model's shape is not
+    known.
+    """
 
     micro_batch_size: int
     policy: Policy
@@ -46,18 +56,18 @@ class ComputePlan:
     speed: SpeedPrediction | None = None
 
     def settings(self) -> dict[str, Any]:
-        """The six fields of `train`, as plain data."""
+        """Return the six fields of `train` as plain data."""
         names = ("micro_batch_size", "keep_layers", "host_layers", "weight_cache_gib", "cuda_graphs")
         return {"activation_checkpointing": self.policy.setting, **{name: getattr(self, name) for name in names}}
 
     def apply(self, config: TrainConfig) -> TrainConfig:
-        """The config with nothing left `auto`; its step still has as many bins."""
+        """Return the config with nothing left `auto`, and the same number of bins in a step."""
         bins = config.bins_per_step
         step = {"tokens_per_step": bins * config.data.max_seq_length}
         return config.model_copy(update={"train": config.train.model_copy(update={**step, **self.settings()})})
 
     def describe(self) -> str:
-        """One line."""
+        """Return one line for the user."""
         parts = [f"micro-batch {self.micro_batch_size}", DESCRIPTIONS[self.policy]]
         if self.policy is not Policy.KEEP and self.keep_layers:
             parts.append(f"{self.keep_layers} layers kept")
@@ -73,16 +83,18 @@ class ComputePlan:
 def make_compute_plan(
     config: TrainConfig, shape: ModelShape | None, card: Card | None, host_gib: float = math.inf
 ) -> ComputePlan:
-    """The fastest way to compute `config` that fits the card, or `train.memory_budget_gib` of it. Without shape or card (a CPU,
-    an unknown model) nothing is predicted: one bin at a time. Raises OutOfMemory where the leanest way does not fit.
+    """Return the fastest plan for `config` that fits the card, or `train.memory_budget_gib` of it.
 
-    host_gib: host memory for what layers put away, of this one process."""
+    Without shape or card (an unknown model, a CPU) nothing is predicted, and `auto` means one bin
+    at a time. `host_gib` is the host memory in which the layers of this process may store
+    activations. Raises OutOfMemory if the leanest plan does not fit.
+    """
     if shape is None or card is None:
         return _unpredicted(config, on_cpu=card is None)
     memory_gib = min(card.memory_gib, config.train.memory_budget_gib or card.memory_gib)
     candidates = [c for c in _candidates(config, shape, card, memory_gib, host_gib) if c.memory.host_gib <= host_gib]
     if not candidates:
-        raise OutOfMemory(f"what layers put away (offload, host_layers) needs more than {host_gib:.1f} GiB of host memory")
+        raise OutOfMemory(f"activations in host memory (offload, host_layers) need more than the {host_gib:.1f} GiB allowed")
     fitting = [candidate for candidate in candidates if fits(candidate.memory, memory_gib)]
     if not fitting:
         raise does_not_fit(min((c.memory for c in candidates), key=lambda memory: memory.peak_bytes), memory_gib)
@@ -90,19 +102,25 @@ def make_compute_plan(
 
 
 def does_not_fit(memory: MemoryPrediction, memory_gib: float) -> OutOfMemory:
-    """The error of a config whose leanest way needs more than there is."""
+    """Return the error for a config whose leanest plan needs more memory than there is."""
     need = memory.peak_gib + memory.reserve_gib
-    return OutOfMemory(f"needs {need:.1f} GiB at the least (predicted), {memory_gib:.1f} GiB are allowed", memory.peak_gib, None)
+    return OutOfMemory(f"needs at least {need:.1f} GiB (predicted), {memory_gib:.1f} GiB are allowed", memory.peak_gib, None)
 
 
 def leaner(current: ComputePlan, config: TrainConfig, shape: ModelShape | None) -> ComputePlan | None:
-    """What to try after running out of memory: first half the micro-batch, then fewer kept tensors. None at the end."""
+    """Return the plan to try after running out of memory, or None if there is no leaner one.
+
+    It drops CUDA graphs first, then halves the micro-batch, then keeps fewer tensors.
+    """
     changes = _less(current)
     return None if changes is None else changed(current, changes, config, shape)
 
 
 def changed(current: ComputePlan, settings: dict[str, Any], config: TrainConfig, shape: ModelShape | None) -> ComputePlan:
-    """The plan with other settings of `train`, its memory predicted again where the shape is known."""
+    """Return the plan with other settings of `train`.
+
+    Its memory is predicted again if the shape is known.
+    """
     changes = dict(settings)
     if "activation_checkpointing" in changes:
         changes["policy"] = Policy.of(changes.pop("activation_checkpointing"))
@@ -111,7 +129,7 @@ def changed(current: ComputePlan, settings: dict[str, Any], config: TrainConfig,
 
 
 def _less(current: ComputePlan) -> dict[str, Any] | None:
-    if current.cuda_graphs:  # their memory stays theirs between two rows
+    if current.cuda_graphs:  # they keep their memory between two rows
         return {"cuda_graphs": False}
     if current.micro_batch_size > 1:
         return {"micro_batch_size": current.micro_batch_size // 2}
@@ -138,7 +156,10 @@ def _unpredicted(config: TrainConfig, on_cpu: bool) -> ComputePlan:
 
 
 def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: float, host_gib: float) -> Iterator[ComputePlan]:
-    """Every micro-batch with every policy; layers kept, on the host too, and cached weights as many as fit and help."""
+    """Yield plans for every micro-batch and policy that the config leaves open.
+
+    Each gets as many kept layers, layers on the host and cached weights as fit and help.
+    """
     loop, bins = config.train, config.bins_per_step
     if loop.micro_batch_size == "auto":
         sizes = _sizes(bins, max(1, 2 * LONG_ROW // config.data.max_seq_length))
@@ -158,7 +179,7 @@ def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: 
             plans = list(_filled(config, shape, card, memory_gib, lean))
             yield from plans
             if policy is Policy.KEEP and fits(plans[0].memory, memory_gib):
-                break  # whatever keeps less is slower
+                break  # a policy that keeps less is slower
             if loop.host_layers == "auto" and policy is not Policy.KEEP and loop.cuda_graphs is not True:
                 chosen = _on_host(config, shape, card, host_gib, lean)
                 if chosen.host_layers:
@@ -166,7 +187,10 @@ def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: 
 
 
 def _on_host(config: TrainConfig, shape: ModelShape, card: Card, host_gib: float, lean: ComputePlan) -> ComputePlan:
-    """The plan with as many layers kept on the host as the link to it serves, more are slower, and as its memory holds."""
+    """Return the plan with the fastest number of layers on the host, as far as its memory allows.
+
+    More layers than the link can serve are slower.
+    """
 
     def with_layers(number: int) -> ComputePlan:
         return replace(lean, host_layers=number)
@@ -179,7 +203,7 @@ def _on_host(config: TrainConfig, shape: ModelShape, card: Card, host_gib: float
 
 
 def _filled(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: float, lean: ComputePlan) -> Iterator[ComputePlan]:
-    """A lean plan, and it with what the config lets grow into the memory that is left."""
+    """Yield a lean plan, then the same with kept layers and cached weights that fill the memory."""
     first = _predicted(lean, config, shape, card)
     yield first
     if not fits(first.memory, memory_gib):
@@ -199,7 +223,10 @@ def _filled(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: floa
 
 
 def _predicted(candidate: ComputePlan, config: TrainConfig, shape: ModelShape, card: Card) -> ComputePlan:
-    """Its memory and speed; with CUDA graphs, where the config leaves that open and the device would wait for the host."""
+    """Return the plan with predicted memory and speed.
+
+    It uses CUDA graphs if the config leaves that open and the device would wait for the host.
+    """
     concrete = candidate.apply(config)
     speed = predict_speed(concrete, shape, card)
     waits = speed.parts["waiting for the host"] > WORTH_RECORDING * speed.step_time_ms
@@ -222,8 +249,11 @@ def _fits(candidate: ComputePlan, config: TrainConfig, shape: ModelShape, memory
 
 
 def _best(fitting: list[ComputePlan], max_seq_length: int) -> ComputePlan:
-    """The fastest; among those that are next to it, one that does without the host's memory, whose speed depends on more than a
-    data sheet says; then the one with the longest rows, then the least memory."""
+    """Return the fastest plan.
+
+    Among plans of nearly that speed, prefer one without host memory, whose speed no data sheet
+    tells. Then prefer the longest rows, then the least memory.
+    """
     fastest = max(p.speed.tokens_per_second for p in fitting)
     near = [p for p in fitting if p.speed.tokens_per_second >= (1.0 - NEGLIGIBLE) * fastest]
     return min(
@@ -232,12 +262,15 @@ def _best(fitting: list[ComputePlan], max_seq_length: int) -> ComputePlan:
 
 
 def _sizes(bins: int, most: int) -> list[int]:
-    """Micro-batches that divide the step evenly, so that all of its micro-batches are equally large."""
+    """Return the micro-batch sizes that divide a step of `bins` evenly, up to `most`."""
     return [size for size in range(1, min(bins, most) + 1) if bins % size == 0]
 
 
 def _largest(low: int, high: int, good: Callable[[int], bool]) -> int:
-    """The largest number in low..high that is good, where all below a good one are good; low is taken to be."""
+    """Return the largest good number in low..high.
+
+    All numbers below a good one must be good. `low` is taken as good and is not tried.
+    """
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if good(middle) else (low, middle - 1)

@@ -1,4 +1,4 @@
-"""The ways in which a decoder layer treats its activations, and how a model's layers share them out. No torch."""
+"""Define the policies by which layers keep activations, and share out the layers. No torch."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ ATTENTION_PROJECTIONS = (*GROUPS["qkv"], *GROUPS["o"])
 
 
 class Policy(StrEnum):
-    """A layer keeps this from its forward to its backward pass."""
+    """The activations that a layer keeps from its forward to its backward pass."""
 
     KEEP = "keep"
-    """All matmul outputs; norms, rotation and activation are recomputed."""
+    """Keep all matmul outputs; recompute norms, rotation and activation."""
     HOST = "host"
-    """The same, in host memory; of a row longer than a tile of the MLP, without the MLP's."""
+    """Keep the same in host memory, but in a row longer than an MLP tile not the MLP's outputs."""
     SELECTIVE = "selective"
-    """Its input and all of attention; the MLP is recomputed."""
+    """Keep the input and all of attention; recompute the MLP."""
     RECOMPUTE = "recompute"
-    """Its input only."""
+    """Keep the input only."""
     OFFLOAD = "offload"
-    """Its input only, in host memory."""
+    """Keep the input only, in host memory."""
 
     @classmethod
     def of(cls, setting: bool | str) -> Policy:
-        """The policy that a setting of `train.activation_checkpointing` names."""
+        """Return the policy that a setting of `train.activation_checkpointing` names."""
         return cls({value: name for name, value in BOOL_POLICIES.items()}.get(setting, setting))
 
     @property
     def setting(self) -> bool | str:
-        """The setting of `train.activation_checkpointing` that names this policy."""
+        """Return the setting of `train.activation_checkpointing` that names this policy."""
         return BOOL_POLICIES.get(self.value, self.value)
 
     @property
@@ -48,8 +48,11 @@ LADDER = (Policy.KEEP, Policy.SELECTIVE, Policy.RECOMPUTE, Policy.OFFLOAD)
 
 
 def layer_policies(num_layers: int, policy: Policy, keep_layers: int, host_layers: int) -> list[Policy]:
-    """The policy of each layer: the last `keep_layers` keep all; of the others, `host_layers` keep all on
-    the host, spread evenly so that copies have the time of the layers between; the rest follow `policy`."""
+    """Return the policy of each layer.
+
+    The last `keep_layers` layers keep all. Of the others, `host_layers` keep all on the host. They
+    are spread evenly, so that copies can run during the layers between. The rest follow `policy`.
+    """
     others = max(0, num_layers - keep_layers)
     spread = [Policy.HOST if i * host_layers % others < host_layers else policy for i in range(others)]
     return spread + [Policy.KEEP] * (num_layers - others)

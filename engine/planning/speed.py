@@ -1,13 +1,19 @@
-"""Predicts the speed of training one adapter on a CUDA card, from config, model shape and data sheet. No torch, no GPU.
+"""Predict the speed of training one adapter on a CUDA card. No torch, no GPU.
 
-Arithmetic over the card's tensor throughput, bytes over its bandwidth, each times a share that was reached on ONE card: the
-shares below come from kernel times of whole steps on an H100 SXM (torch 2.11, triton 3.6; Llama 8B and 1B). There the sum is
-within 5 % of what was measured in thirteen settings (engine/calibration/). Every other card is EXTRAPOLATED from its data
-sheet and has not been measured: power limits (an L4's 72 W), clocks and kernels chosen for Hopper will move it. Trust the order
-of two plans on one card more than the number. Samples are taken to be max_seq_length long, every token to be a target, and no use
-is made of sliding windows: the slowest case. Copies to and from the host run beside it all (engine.overlap).
+The time is arithmetic over the card's tensor throughput plus bytes over its bandwidth. Each is
+divided by a share of the data sheet's number that kernels reached. The shares come from kernel
+times of whole steps on ONE card, an H100 SXM (torch 2.11, triton 3.6; Llama 8B and 1B). On it, the
+sum is within 5 % of the measured time in thirteen settings (engine/bench/calibration/).
 
-Shape letters: T tokens, L tokens of one sample, D hidden, H query heads, K head dim, V vocabulary, R rank, N trained values.
+Every other card is EXTRAPOLATED from its data sheet and not measured. Power limits (an L4's 72 W),
+clocks, and kernels chosen for Hopper will change the result. Trust the order of two plans on one
+card more than the number.
+
+The slowest case is assumed: samples of max_seq_length, every token a target, no sliding windows.
+Copies to and from the host run at the same time (engine/planning/copy_waits.py).
+
+Shape letters: T tokens, L tokens of one sample, D hidden, H query heads, K head dim, V vocabulary,
+R rank, N trained values.
 """
 
 from __future__ import annotations
@@ -25,29 +31,40 @@ from engine.planning.live_bytes import HostStack, LiveBytes
 from engine.planning.model_shape import ModelShape
 from engine.planning.policies import GROUPS, Policy
 
-# Shares of a data sheet's numbers that kernels reached: of 989 TFLOP/s 785 in a layer's matmuls and 730 in the head's; an
-# adapter's thin ones are bound by bytes up to a rank of about 100, and beyond it by an estimated share.
+# Shares of the data sheet's 989 TFLOP/s (H100): 785 in a layer's matmuls and 730 in the head's. An
+# adapter's thin matmuls are bound by bytes up to a rank of about 100; beyond it, their share (an
+# estimate) counts.
 MATMUL, HEAD_MATMUL, THIN_MATMUL = 0.79, 0.74, 0.4
-# Of 3,350 GB/s: 2,850 in norms and the adapters' matmuls, 1,940 in the activation with low-rank terms, 2,400 in NF4.
+# Shares of 3,350 GB/s (H100): 2,850 in norms and the adapters' matmuls, 1,940 in the activation
+# with low-rank terms, 2,400 in NF4.
 BANDWIDTH, ACTIVATION_BANDWIDTH, NF4_BANDWIDTH = 0.85, 0.58, 0.72
-# A step takes so much longer than its kernels: 1.10, 1.10 and 1.11 in three steps.
+# Time of a step relative to its kernels: 1.10, 1.10 and 1.11 in three steps (H100).
 GAPS = 1.10
-# Flash attention, where the card's own figure is not known; in short samples L / (L + 1000) of it is left. Backward reaches 0.89
-# of it. cuDNN's attention (plain batches on Hopper and later) is 1.8 times as fast.
+# Share of flash attention, if the card's own figure is not known. Samples of L tokens reach
+# L / (L + 1000) of it, and the backward pass 0.89. cuDNN's attention (plain batches on Hopper and
+# later) is 1.8 times as fast.
 ATTENTION, HALF_LENGTH, ATTENTION_BACKWARD, CUDNN_GAIN = 0.6, 1000, 0.89, 1.8
-# Attention with a softcap is plain matrix operations: bytes a score, forward and backward. An estimate.
+# Attention with a softcap is plain matrix operations: bytes a score, forward and backward. An
+# estimate.
 EAGER_BYTES = (60, 110)
-# Python and launches of one layer, forward and backward, on an H100's host: unfused 364 ms for 30 layers, fused 160 to 183 ms.
-# Other hosts are up to three times as fast. As a CUDA graph: 1.4 ms for 30 layers.
+# Python and launches of one layer, forward and backward, on an H100's host. 30 layers took 160 to
+# 183 ms fused, 364 ms unfused and 1.4 ms as a CUDA graph. Other hosts are up to three times as
+# fast.
 HOST_MS, UNFUSED_HOST_MS, RECORDED_HOST_MS = 5.5, 12.0, 0.05
-UNFUSED_PASSES = 5  # transformers' own layers pass over memory so often where a fused one does once. An estimate
-NF4_BYTES = 0.516  # of a packed weight, scales included
-OPTIMIZER_BYTES, ACCUMULATE_BYTES = 38, 12  # of a trained value: norm, clipping, 8-bit AdamW, cast, zeroing; adding a gradient
+# Passes over memory of transformers' own layers for one pass of a fused layer. An estimate.
+UNFUSED_PASSES = 5
+NF4_BYTES = 0.516  # a packed weight, scales included
+# Bytes moved a trained value: norm, clipping, 8-bit AdamW, cast and zeroing; adding a gradient.
+OPTIMIZER_BYTES, ACCUMULATE_BYTES = 38, 12
 
 
 @dataclass(frozen=True)
 class SpeedPrediction:
-    """step_time_ms: of one micro-batch, with its share of the optimizer step. parts: ms by what takes them; they add up to it."""
+    """The predicted speed of a config.
+
+    `step_time_ms` is the time of one micro-batch, with its share of the optimizer step. `parts`
+    splits it by what takes the time.
+    """
 
     step_time_ms: float
     tokens_per_second: float
@@ -56,7 +73,10 @@ class SpeedPrediction:
 
 @dataclass
 class _Work:
-    """Of one layer's pass. flops of its matmuls, of thin ones (adapters) and of attention; bytes by what they are moved for."""
+    """The work of one layer's pass.
+
+    `matmul`, `thin` (adapters) and `attention` are flops; the others are bytes, by what moves them.
+    """
 
     matmul: float = 0.0
     thin: float = 0.0
@@ -70,7 +90,7 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Step:
-    """What all passes of one micro-batch share."""
+    """The values that all passes of one micro-batch share."""
 
     shape: ModelShape
     card: Card
@@ -86,7 +106,10 @@ class _Step:
 def predict_speed(
     config: TrainConfig, shape: ModelShape, card: Card, *, attention: Literal["flash", "cudnn"] = "flash"
 ) -> SpeedPrediction:
-    """Time of one micro-batch of micro_batch_size x max_seq_length tokens. Nothing in the config may be `auto`."""
+    """Predict the time of one micro-batch of micro_batch_size x max_seq_length tokens.
+
+    Nothing in the config may be `auto`, or it raises ValueError.
+    """
     plans, fused, packed = plan_layers(config, shape), is_fused(config, shape), config.model.quantization == "nf4"
     length = config.data.max_seq_length
     tokens = config.train.micro_batch_size * length
@@ -116,7 +139,7 @@ def predict_speed(
 
 
 def _put_away(plan: LayerPlan, step: _Step) -> int:
-    """Bytes of one layer that wait on the host."""
+    """Return the bytes of one layer that the host stores."""
     if not plan.policy.is_on_host or not plan.trained:
         return 0
     live = LiveBytes()
@@ -139,7 +162,10 @@ def _forward(plan: LayerPlan, step: _Step) -> _Work:
 
 
 def _backward(plan: LayerPlan, step: _Step) -> _Work:
-    """With what is computed again before: up to the down projection, and with the weights of gate and up dequantised once."""
+    """Return the work of a backward pass, with the recomputation before it.
+
+    Recomputation stops before the down projection, and dequantises gate and up only once.
+    """
     work, s, shape = _Work(), step.sizes, step.shape
     if not plan.trained:
         return work
@@ -164,7 +190,10 @@ def _backward(plan: LayerPlan, step: _Step) -> _Work:
 
 
 def _add_matmul(work: _Work, group: str, plan: LayerPlan, step: _Step, is_backward: bool = False) -> None:
-    """Of one group with its adapters. Low-rank terms of gate, up and the down projection's gradient ride with the activation."""
+    """Add the matmuls of one group with its adapters.
+
+    The activation kernels add the low-rank terms of gate, up and the down projection's gradient.
+    """
     number, s = step.parameters[group], step.sizes
     work.matmul += 2 * step.tokens * number
     if step.is_packed and group not in plan.cached:
@@ -182,13 +211,16 @@ def _add_matmul(work: _Work, group: str, plan: LayerPlan, step: _Step, is_backwa
 
 
 def _attention_half_bytes(step: _Step) -> int:
-    """Norm and rotation."""
+    """Return the bytes that norm and rotation move."""
     s = step.sizes
     return 2 * s.x + 2 * (s.q + s.k) * (2 if step.shape.qk_norm else 1)
 
 
 def _add_attention(work: _Work, step: _Step, factor: float, eager_bytes: int) -> None:
-    """4 T L H K operations, half of them masked away; factor: in units of a forward pass."""
+    """Add attention: 4 T L H K operations, half of them masked.
+
+    `factor` is in units of a forward pass.
+    """
     if step.shape.attention_softcap:
         work.eager_bytes += eager_bytes * step.sizes.scores
         return
@@ -196,7 +228,7 @@ def _add_attention(work: _Work, step: _Step, factor: float, eager_bytes: int) ->
 
 
 def _times(work: _Work, step: _Step, is_backward: bool) -> dict[str, float]:
-    """ms by what takes them."""
+    """Return the ms of a pass, by what takes them."""
     card, passes = step.card, 1 if step.is_fused else UNFUSED_PASSES
     flops_a_ms, bytes_a_ms = card.bf16_tflops * 1e9, card.bandwidth_gb_s * 1e6
     attention = (card.attention_tflops or ATTENTION * card.bf16_tflops) * 1e9 * step.length / (step.length + HALF_LENGTH)
@@ -218,7 +250,11 @@ def _has_cudnn(step: _Step) -> bool:
 
 
 def _head_and_embedding(config: TrainConfig, step: _Step) -> dict[str, float]:
-    """Head forward and backward over every token; logits are written, read and overwritten. Rows of a table on the host."""
+    """Return the ms of head, loss and embedding.
+
+    The head runs forward and backward over every token. Logits are written, read and overwritten.
+    The embedding takes time only if its rows come from the host.
+    """
     shape, card, tokens = step.shape, step.card, step.tokens
     flops, logits = 4 * tokens * shape.vocab_size * shape.hidden_size, 2 * tokens * shape.vocab_size
     head = flops / (card.bf16_tflops * 1e9 * HEAD_MATMUL)

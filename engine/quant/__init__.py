@@ -1,1 +1,1 @@
-"""Frozen weights in 4 bits; the only door to bitsandbytes."""
+"""Hold frozen weights in 4 bits and share them between processes."""

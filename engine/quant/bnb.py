@@ -1,10 +1,8 @@
-"""Frozen base weights: NF4 with double quantisation (Dettmers et al., arXiv:2305.14314), or plain.
+"""Call bitsandbytes: NF4 weights with double quantisation, and AdamW with 8-bit states.
 
-The only door to bitsandbytes. `FrozenLinear` holds a packed weight and dequantises it at each use, in the forward pass and
-again in the backward pass: a saved 16-bit copy would cost four times the packed weight. It saves no activation, because a
-frozen weight needs no gradient.
+NF4 is from Dettmers et al., arXiv:2305.14314.
 
-Shape letters: D input features, O output features; ... any leading shape.
+Shape letters: D input features, O output features.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 
 
 def quantize_nf4(weight_OD: Tensor, double_quantization: bool) -> nn.Parameter:
-    """The packed parameter that `FrozenLinear` dequantises, made on the weight's own device."""
+    """Return the packed parameter that `FrozenLinear` dequantises, on the weight's device."""
     from bitsandbytes.nn import Params4bit
 
     packed = Params4bit(weight_OD, requires_grad=False, quant_type="nf4", compress_statistics=double_quantization)
@@ -26,7 +24,10 @@ def quantize_nf4(weight_OD: Tensor, double_quantization: bool) -> nn.Parameter:
 
 
 def library_linear(weight_OD: Tensor, compute_dtype: torch.dtype) -> nn.Linear:
-    """bitsandbytes' own layer over the same NF4 weight: what the library stack trains on, for benchmarks beside it."""
+    """Return bitsandbytes' own layer over the same NF4 weight.
+
+    PEFT trains on this layer, so benchmarks use it for comparison.
+    """
     from bitsandbytes.nn import Linear4bit
 
     features = {"input_features": weight_OD.shape[1], "output_features": weight_OD.shape[0]}
@@ -36,7 +37,7 @@ def library_linear(weight_OD: Tensor, compute_dtype: torch.dtype) -> nn.Linear:
 
 
 def nf4_load_config(double_quantization: bool, compute_dtype: torch.dtype) -> Any:
-    """The quantization_config for `from_pretrained`."""
+    """Return the quantization_config for `from_pretrained`."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -48,7 +49,10 @@ def nf4_load_config(double_quantization: bool, compute_dtype: torch.dtype) -> An
 
 
 def adamw_8bit(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-    """AdamW with block-wise 8-bit states (Dettmers et al., arXiv:2110.02861); small tensors stay 32-bit inside it."""
+    """Return AdamW with block-wise 8-bit states (Dettmers et al., arXiv:2110.02861).
+
+    Small tensors keep 32-bit states.
+    """
     return _adamw_8bit_class()(parameters, **options)
 
 
@@ -59,7 +63,11 @@ def _adamw_8bit_class() -> type[torch.optim.Optimizer]:
         from bitsandbytes.optim import AdamW8bit
 
     class AdamW8bitWithoutWaiting(AdamW8bit):
-        """The library's `step` waits for the device after each tensor, so the next step starts with an empty queue."""
+        """Take the same step without waiting for the device.
+
+        The library's `step` waits after each tensor, so the next step would start with an empty
+        queue.
+        """
 
         @torch.no_grad()
         def step(self, closure: Any = None) -> None:

@@ -1,4 +1,8 @@
-"""A frozen linear layer: packed NF4 or plain, dequantised at each use.
+"""Compute a frozen linear layer whose weight is packed NF4 or plain.
+
+The layer dequantises at each use, in the forward pass and again in the backward pass: a saved
+16-bit copy would cost four times the packed weight. It saves no activation, because a frozen weight
+needs no gradient.
 
 Shape letters: D input features, O output features; ... any leading shape.
 """
@@ -16,7 +20,10 @@ from engine.kernels import ops
 
 
 class FrozenLinear(nn.Module):
-    """y = x W^T + b with W frozen. Takes over the weight of an `nn.Linear` or bitsandbytes `Linear4bit`; copies nothing."""
+    """Compute y = x W^T + b with W frozen.
+
+    It takes over the weight of an `nn.Linear` or a bitsandbytes `Linear4bit` without a copy.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -27,12 +34,15 @@ class FrozenLinear(nn.Module):
 
     @property
     def is_packed(self) -> bool:
-        """Whether the weight is NF4: every use makes a 16-bit copy."""
+        """Return True if the weight is NF4, so that every use makes a 16-bit copy."""
         return getattr(self.weight, "quant_state", None) is not None
 
     def dequantized(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The weight [O, D] in `dtype`: for NF4 a fresh tensor, or `out` (contiguous [O, D]) filled; the parameter itself where
-        it is plain and already `dtype`."""
+        """Return the weight [O, D] in `dtype`.
+
+        For NF4 it is a new tensor, or `out` (contiguous [O, D]) if given. A plain weight that
+        already has `dtype` is returned itself.
+        """
         if not self.is_packed:
             return self.weight.to(dtype)
         if self.weight.is_cuda:
@@ -45,7 +55,7 @@ class FrozenLinear(nn.Module):
         return weight_OD if out is None else out.copy_(weight_OD)
 
     def unpack(self, dtype: torch.dtype) -> None:
-        """Hold the weight dequantised from now on, in place of the packed one: for many uses of few tokens each."""
+        """Replace the packed weight by the dequantised one, for many uses of few tokens each."""
         self.weight, self._nf4 = nn.Parameter(self.dequantized(dtype), requires_grad=False), None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +67,10 @@ class FrozenLinear(nn.Module):
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """Forward x [..., D] -> [..., O]; backward dx = dy W. The module, not a tensor, is kept for the backward pass."""
+    """Compute x [..., D] -> [..., O], and dx = dy W in the backward pass.
+
+    It keeps the module, not a tensor, for the backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: FrozenLinear) -> Tensor:
@@ -71,7 +84,10 @@ class _FrozenMatmul(torch.autograd.Function):
 
 
 def freeze_linears(model: nn.Module, skip: Iterable[nn.Module] = ()) -> list[str]:
-    """Replace every linear layer of `model` (but those in `skip`, e.g. the head) by a FrozenLinear; return their names."""
+    """Replace every linear layer of `model` by a FrozenLinear and return their names.
+
+    skip: layers to leave as they are, such as the head.
+    """
     skipped = {id(module) for module in skip}
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in skipped]
     for name in names:

@@ -1,9 +1,12 @@
-"""The quantised base once per node: the first process that needs it quantises and saves it, all others read the packed weights.
+"""Quantise the base model once per node: the first process saves it, all others read it.
 
-Saved and read by transformers itself, as safetensors, which are mapped: what one process has read, the next finds in the page
-cache. An 8B model is 5.5 GiB then instead of 16 GB to read and to quantise. It lies in the cache folder (engine/cache.py) under a
-name made of everything its bits depend on. Where the disk does not take it, each process quantises for itself, and says so in
-one line. Given up: checksums of what is read, 3 s for 5.5 GiB at every load.
+transformers saves and reads the packed weights as safetensors. The files are memory-mapped, so the
+next process finds in the page cache what the first has read. For an 8B model each process reads 5.5
+GiB instead of reading and quantising 16 GB.
+
+The folder is in the cache (engine/system/shared_cache.py), under a name made from everything its
+bits depend on. If the disk cannot hold it, each process quantises for itself and prints one
+warning. The weights have no checksum: verifying 5.5 GiB would add 3 s to every load.
 """
 
 from __future__ import annotations
@@ -23,17 +26,20 @@ from engine.system.files import sync, writing
 from engine.system.shared_cache import CACHE_VARIABLE, build_once, cache_root
 from engine.units import GIB
 
-VERSION = 1  # of what is saved
+VERSION = 1  # of the saved folder's content
 QUOTA_VARIABLE, QUOTA_GIB = "QLORA_SWEEP_CACHE_GIB", 64.0
-MIN_FREE = 1.1  # times what is to be saved
+MIN_FREE = 1.1  # free disk space needed, as a multiple of the bytes to save
 PREFIX = "nf4-"
 Loaded = tuple[Any, dict[str, Any]]
-"""A model, and what transformers says of the loading."""
+"""A model, and the loading report of transformers."""
 
 
 def load_packed(folder: Path, settings: dict[str, Any], quantise: Callable[[], Loaded], read: Callable[[Path], Loaded]) -> Loaded:
-    """The model of `folder`, quantised. settings: what its packed bits depend on beside the files, as plain data. quantise: loads
-    and quantises the original; read: loads a folder that save_pretrained wrote."""
+    """Return the quantised model of `folder`, from the cache if it is there.
+
+    settings: everything but the files that the packed bits depend on, as plain data. quantise:
+    loads and quantises the original. read: loads a folder that save_pretrained wrote.
+    """
     made: list[Loaded] = []
 
     def build(target: Path) -> None:
@@ -45,22 +51,26 @@ def load_packed(folder: Path, settings: dict[str, Any], quantise: Callable[[], L
     except (InputError, StorageError) as error:
         if isinstance(error, InputError) and error.field not in (CACHE_VARIABLE, QUOTA_VARIABLE):
             raise
-        print(f"WARNING: the quantised model is not kept for other processes: {error}", file=sys.stderr)
+        print(f"WARNING: cannot save the quantised model, so each process quantises again: {error}", file=sys.stderr)
         return made[0] if made else quantise()
     if made:
         return made[0]
     try:
-        os.utime(packed)  # the one used longest ago goes first
+        os.utime(packed)  # `_make_room` removes the folder that was used longest ago first
         return read(packed)
     except (InputError, FileNotFoundError) as error:
-        print(f"WARNING: {packed} cannot be read and is made anew ({error})", file=sys.stderr)
+        print(f"WARNING: cannot read {packed}, so it is quantised again ({error})", file=sys.stderr)
         shutil.rmtree(packed, ignore_errors=True)
         return load_packed(folder, settings, quantise, read) if not packed.exists() else quantise()
 
 
 def key(folder: Path, settings: dict[str, Any]) -> str:
-    """24 hex digits of the settings, the libraries, and the weights and config of the folder: names, sizes, times. Contents are
-    not read: that is what is to be saved. The time of the last change of any kind (ctime) is what no program can set back."""
+    """Return 24 hex digits that name the packed model.
+
+    They depend on the settings, the libraries, and the names, sizes and times of the folder's
+    weights and config. Reading the contents would cost the time that the cache saves. The ctime
+    catches every change, because no program can set it back.
+    """
     files = sorted(path for path in folder.iterdir() if path.name == "config.json" or path.suffix == ".safetensors")
     found = [(path.name, str(path.resolve()), *_stamp(path)) for path in files]
     libraries = {name: version(name) for name in ("bitsandbytes", "torch", "transformers")}
@@ -82,13 +92,17 @@ def _save(model: Any, folder: Path) -> None:
 
 
 def _make_room(num_bytes: int) -> None:
-    """Keep to the quota: what was used longest ago is removed. Processes that have it mapped keep it until they end."""
+    """Remove the folders used longest ago until `num_bytes` more fit in the quota.
+
+    A process that has mapped a removed folder keeps it until it ends. StorageError if quota or disk
+    is too small.
+    """
     root, quota_gib = cache_root(), _quota_gib()
     free = shutil.disk_usage(root).free
     if num_bytes > quota_gib * GIB:
-        raise StorageError(f"it takes {num_bytes / GIB:.1f} GiB, and {QUOTA_VARIABLE} allows {quota_gib:g}")
+        raise StorageError(f"it needs {num_bytes / GIB:.1f} GiB, and {QUOTA_VARIABLE} allows {quota_gib:g}; raise it")
     if free < MIN_FREE * num_bytes:
-        raise StorageError(f"it takes {num_bytes / GIB:.1f} GiB, and {root} has {free / GIB:.1f} GiB free")
+        raise StorageError(f"it needs {num_bytes / GIB:.1f} GiB, and {root} has {free / GIB:.1f} GiB free")
     kept = sorted((path for path in root.glob(f"{PREFIX}*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
     sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in kept}
     while kept and sum(sizes.values()) + num_bytes > quota_gib * GIB:
@@ -104,5 +118,5 @@ def _quota_gib() -> float:
     except ValueError:
         gib = -1.0
     if not gib >= 0.0:
-        raise InputError(QUOTA_VARIABLE, text, "must be a number of GiB from 0")
+        raise InputError(QUOTA_VARIABLE, text, "must be a number of GiB, 0 or more")
     return gib

@@ -1,1 +1,1 @@
-"""Where models and data come from, and what their files must be, without torch."""
+"""Find models and data, and check their files before anything reads them, without torch."""

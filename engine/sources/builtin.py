@@ -1,6 +1,7 @@
-"""Model and data set that come with the tool, so that the first sweep needs no download: `builtin:<name>`.
+"""Provide a model and a data set, `builtin:<name>`, so that the first sweep needs no download.
 
-They are made on first use from packages already installed and kept in the cache (see `engine/cache.py`); no torch is loaded here.
+They are built on first use from installed packages and kept in the cache
+(engine/system/shared_cache.py). No torch.
 """
 
 from __future__ import annotations
@@ -20,17 +21,23 @@ T = TypeVar("T")
 
 
 def resolve_model(path: str) -> Path | str:
-    """The Hugging Face folder of a `builtin:` model, made on first use (about 5 s); any other path is returned as it is."""
+    """Return the Hugging Face folder of a `builtin:` model, and any other path unchanged.
+
+    The first use builds the folder in about 5 s.
+    """
     return _builtin("model.path", path, MODELS)() if path.startswith(PREFIX) else path
 
 
 def published_name(path: str) -> str | None:
-    """The hub id that a `builtin:` model is published under, for whoever has no such builtin; None for any other path."""
+    """Return the hub id of a `builtin:` model, for people without the tool; None for others."""
     return PUBLISHED.get(path.removeprefix(PREFIX)) if path.startswith(PREFIX) else None
 
 
 def resolve_data(path: str) -> tuple[Path, Path] | None:
-    """(train, eval) JSONL files of a `builtin:` data set, made on first use (about 5 s); None for any other path."""
+    """Return the (train, eval) JSONL files of a `builtin:` data set; None for any other path.
+
+    The first use builds them in about 5 s.
+    """
     return _builtin("data.train", path, DATA_SETS)() if path.startswith(PREFIX) else None
 
 

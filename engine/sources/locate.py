@@ -1,4 +1,4 @@
-"""From `model.path` to a folder or hub id that transformers can load. No torch."""
+"""Turn `model.path` into a folder or hub id that transformers can load. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from engine.sources.builtin import resolve_model
 
 
 def locate(config: ModelConfig) -> str:
-    """A folder or hub id that transformers can load; a folder without config.json is an InputError."""
+    """Return a folder or hub id that transformers can load.
+
+    InputError for a folder without config.json, or a path that is neither.
+    """
     source = str(resolve_model(config.path))
     path = Path(source).expanduser()
     if path.is_dir():

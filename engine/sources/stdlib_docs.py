@@ -1,8 +1,11 @@
-"""`builtin:stdlib-docs`: instruction pairs made from the docstrings of the running Python's own standard library.
+"""Build `builtin:stdlib-docs`: instruction pairs from the docstrings of Python's standard library.
 
-A question names a module, class, function or method with its signature; the answer is its docstring. Sources are parsed, never
-imported, so building runs no foreign code; one Python version always gives the same files. Training and evaluation share no
-top-level module, and an evaluation answer that also occurs in training is dropped (posixpath and ntpath repeat each other).
+A question names a module, class, function or method with its signature; the answer is its
+docstring. The builder parses the sources and never imports them, so no foreign code runs. One
+Python version always gives the same files.
+
+Training and evaluation share no top-level module. An evaluation answer that also occurs in training
+is dropped: posixpath and ntpath repeat each other.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from pathlib import Path
 
 from engine.system.shared_cache import build_once
 
-EVAL_FRACTION = 0.1  # of all pairs, in whole top-level modules
+EVAL_FRACTION = 0.1  # of all pairs, rounded up to whole top-level modules
 MIN_CHARS, MAX_CHARS = 40, 1200
 MAX_SIGNATURE_CHARS = 160
 SEED = "stdlib-docs"
@@ -57,7 +60,7 @@ Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Pair:
-    """One question with its answer; `module` is the top-level module it comes from."""
+    """Hold one question with its answer; `module` is its top-level module."""
 
     module: str
     name: str
@@ -70,20 +73,26 @@ class Pair:
 
 
 def ensure() -> tuple[Path, Path]:
-    """(train.jsonl, eval.jsonl) of this Python version, made on first use."""
+    """Return train.jsonl and eval.jsonl of this Python version, built on first use."""
     folder = build_once(f"stdlib-docs-v1-py{platform.python_version()}", write)
     return folder / "train.jsonl", folder / "eval.jsonl"
 
 
 def write(folder: Path, library: Path | None = None) -> None:
-    """Write train.jsonl and eval.jsonl into `folder` from the sources under `library` (none: this Python's standard library)."""
+    """Write train.jsonl and eval.jsonl into `folder`.
+
+    library: folder of sources; None means this Python's standard library.
+    """
     train, evaluation = split(list(pairs(library or Path(sysconfig.get_path("stdlib")))))
     for name, part in (("train", train), ("eval", evaluation)):
         (folder / f"{name}.jsonl").write_text("".join(pair.to_json() + "\n" for pair in part), encoding="utf-8")
 
 
 def split(all_pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """(train, eval): about EVAL_FRACTION of the pairs for evaluation, repeated answers once, both in a fixed shuffled order."""
+    """Return (train, eval) with about EVAL_FRACTION of the pairs in eval.
+
+    Each answer occurs once, and both lists are in a fixed shuffled order.
+    """
     sizes = Counter(pair.module for pair in all_pairs)
     held_out: set[str] = set()
     for module in sorted(sizes, key=_hash):
@@ -97,7 +106,7 @@ def split(all_pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 
 def pairs(library: Path) -> Iterator[Pair]:
-    """Every documented public name under `library`, each once, in the order of the file names."""
+    """Yield every documented public name under `library` once, in the order of the file names."""
     names = set()
     for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).as_posix()):
         module = _module_name(path.relative_to(library))
@@ -108,7 +117,7 @@ def pairs(library: Path) -> Iterator[Pair]:
 
 
 def _module_name(relative: Path) -> str | None:
-    """`json/decoder.py` -> `json.decoder`; None for private, test and skipped modules."""
+    """Return `json.decoder` for `json/decoder.py`; None for private, test and skipped modules."""
     parts = list(relative.with_suffix("").parts)
     if parts[-1] == "__init__":
         parts.pop()
@@ -132,7 +141,10 @@ def _module_pairs(module: str, source: bytes) -> Iterator[Pair]:
 
 
 def _definitions(body: list[ast.stmt]) -> Iterator[Documented]:
-    """Public definitions of a body, also those under `if` and `try`, where the library keeps its platform variants."""
+    """Yield the public definitions of a body.
+
+    Those under `if` and `try` count too, because the library has its platform variants there.
+    """
     for node in body:
         if isinstance(node, Documented):
             if not node.name.startswith("_"):
@@ -150,7 +162,10 @@ def _pair(module: str, name: str, kind: str, signature: str, docstring: str | No
 
 
 def _signature(name: str, node: Documented) -> str:
-    """`json.dumps(obj, *, indent=None)`, without self or cls; a class is its bare name; a very long list becomes `(...)`."""
+    """Return a signature such as `json.dumps(obj, *, indent=None)`, without self or cls.
+
+    A class is its bare name, and a very long list of arguments becomes `(...)`.
+    """
     if isinstance(node, ast.ClassDef):
         return name
     arguments = ast.unparse(node.args)
@@ -161,7 +176,7 @@ def _signature(name: str, node: Documented) -> str:
 
 
 def _distinct(ordered: list[Pair], seen: set[str]) -> list[Pair]:
-    """The pairs whose answer is not in `seen`, each answer once; adds to `seen`."""
+    """Return the pairs whose answer is not in `seen`, each answer once, and add them to `seen`."""
     kept = []
     for pair in ordered:
         answer = _normalised(pair.answer)
@@ -176,5 +191,5 @@ def _normalised(answer: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """A shuffling key that no Python version changes, unlike random.shuffle."""
+    """Return a shuffling key that is the same in every Python version, unlike random.shuffle."""
     return hashlib.sha256(f"{SEED}:{text}".encode()).hexdigest()

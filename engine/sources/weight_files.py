@@ -1,8 +1,11 @@
-"""What a model folder's weight files must be before anything reads them: safetensors, whole, inside the folder. No torch.
+"""Check a model folder's weights before anything reads them. No torch.
 
-A `pytorch_model.bin` is a pickle, and unpickling runs code of the file's choosing; it is never read, and a folder with nothing
-else is refused here, in one line, instead of by every trial. Files may be links, because the hub's cache is made of them; their
-names may not lead out of the folder.
+They must be whole safetensors inside the folder. A `pytorch_model.bin` is a pickle, and unpickling
+runs code of the file's choice. It is never read. A folder with nothing else is refused here, in one
+line, before any trial starts.
+
+Files may be links, because the hub's cache consists of links. Their names may not lead out of the
+folder.
 """
 
 from __future__ import annotations
@@ -20,21 +23,24 @@ FIELD = "model.path"
 
 
 def check_weights(folder: Path, given: str) -> None:
-    """InputError where the folder's weights are missing, of another format or damaged. Reads headers only. given: named in it."""
+    """Raise InputError if the folder's weights are missing, of another format or damaged.
+
+    It reads headers only. given: the value of model.path, for the message.
+    """
     if (folder / INDEX).is_file():
         names = _indexed(load_json(folder / INDEX), given)
     elif (folder / SINGLE).is_file():
         names = [SINGLE]
     else:
         others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf") for path in folder.glob(pattern))
-        found = f"; {others[0]} is not read, as a pickle runs code" if others and not others[0].endswith("gguf") else ""
+        found = f"; {others[0]} is never read: a pickle can run code" if others and not others[0].endswith("gguf") else ""
         raise InputError(FIELD, given, f"must hold its weights as safetensors ({SINGLE} or {INDEX}){found}")
     for name in names:
         _check_header(folder / name, given)
 
 
 def _indexed(index: Any, given: str) -> list[str]:
-    """The files an index names: plain names ending in .safetensors."""
+    """Return the files that an index names: plain names ending in .safetensors."""
     weights = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weights, dict) or not weights:
         raise InputError(FIELD, given, f"{INDEX} must hold a weight_map from tensor to file")

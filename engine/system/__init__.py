@@ -1,1 +1,1 @@
-"""What any program needs of the machine: whole files, locks, signals, limits."""
+"""Give commands and trials the services of the machine: whole files, locks, signals, limits."""

@@ -1,4 +1,8 @@
-"""Every command ends here: what a user can act on is one line on stderr; anything else is a bug, and shows."""
+"""End every command in the same way.
+
+An error that a user can act on is one line on stderr. Any other exception is a bug and shows its
+traceback.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from typing import Any
 from engine.errors import EngineError, first_line
 from engine.system.signals import handled
 
-CLOSED_PIPE = 128 + signal.SIGPIPE  # the exit code that a shell sees where a pipe's reader is gone
+CLOSED_PIPE = 128 + signal.SIGPIPE  # a shell's exit code for a command whose reader is gone
 
 
 def run(
@@ -21,11 +25,13 @@ def run(
     stopped: str = "stopped",
     output: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> int:
-    """Run `command` and return its exit code, or that of what it raised.
+    """Run `command` and return its exit code, or the code of its exception.
 
-    An EngineError is one line on stderr and its `exit_code`, 2 where it has none. A file that cannot be
-    read or made is one line and 2. Ctrl-C prints `stopped` and is 130. A reader of stdout that is gone
-    ends the command without a word. output: a context in which the command runs and is reported on.
+    An EngineError is one line on stderr and gives its `exit_code`, or 2 if it has none. A file that
+    cannot be read or created is one line and gives 2. Ctrl-C prints `stopped` and gives 130. If the
+    reader of stdout is gone, the command ends without a message.
+
+    output: a context around the command and its error line.
     """
     with output():
         try:
@@ -41,7 +47,7 @@ def run(
 
 
 def _flushed(command: Callable[[], int]) -> int:
-    """Run it and flush stdout: a closed pipe is noticed here, and not when Python ends."""
+    """Run the command and flush stdout, so that a closed pipe raises here, not when Python ends."""
     try:
         code = command()
     except SystemExit:  # argparse, after --help
@@ -57,7 +63,10 @@ def _ended(line: str, code: int) -> int:
 
 
 def _is_stdout_gone() -> bool:
-    """Whether stdout is a pipe without a reader. What it still holds is then dropped, lest Python complain at its end."""
+    """Return True if stdout is a pipe without a reader.
+
+    Its buffered output is then dropped, so that Python does not complain when it ends.
+    """
     try:
         number = sys.stdout.fileno()
     except (OSError, ValueError):  # no file, or a closed one
@@ -73,8 +82,11 @@ def _is_stdout_gone() -> bool:
 
 @contextmanager
 def asked_to_end(note: str) -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or SIGTERM came inside, for work that ends where nothing is lost. note: what is said then; a second signal
-    ends at once."""
+    """Yield a function that tells whether Ctrl-C or SIGTERM has arrived inside the block.
+
+    The work can then end at a point where nothing is lost. note: the line printed at the first
+    signal. A second signal ends the process at once.
+    """
     asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:

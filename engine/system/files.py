@@ -1,6 +1,7 @@
-"""Writing files and folders so that a crash at any moment leaves the old one or the new one, never a torn one. No torch.
+"""Write files and folders so that a crash leaves the old one or the new one, never a torn one.
 
-A disk that is full, read-only or failing is a StorageError, whatever library met it, and leaves the old file or folder too.
+A full, read-only or failing disk raises StorageError, from any library, and the old file or folder
+stays. No torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what is raised inside because the disk took no more into a StorageError that names `path`."""
+    """Turn an error of a full, read-only or failing disk into a StorageError that names `path`."""
     try:
         yield
     except Exception as error:
@@ -31,17 +32,17 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def storage_fault(error: BaseException) -> int | None:
-    """The errno, where the error means that a disk takes no data; None for any other error."""
+    """Return the errno if the error means that the disk accepts no data; None for other errors."""
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, OSError) and number is None and re.search(r"\d+ requested and \d+ written", str(error)):
-        return errno.ENOSPC  # numpy's own words, without a number
+        return errno.ENOSPC  # numpy's message for a short write has no errno
     if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
-        number = int(found[1])  # safetensors and tokenizers are written in Rust
+        number = int(found[1])  # Rust's message, from safetensors and tokenizers
     return number if number in FAULTS else None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file `path` by `text`, atomically and flushed to disk."""
+    """Replace the content of the file `path` by `text`, atomically and flushed to disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
@@ -56,9 +57,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_folder(path: Path, fill: Callable[[Path], None], *, previous: Path | None = None) -> None:
-    """Replace the folder `path` by what `fill(empty_folder)` writes. previous: where the old one is kept; none: it is removed.
+    """Replace the folder `path` by the files that `fill(empty_folder)` writes.
 
-    A folder cannot be renamed over a non-empty one, so the old one steps aside for an instant; `settle` mends a crash there.
+    previous: a path to keep the old folder at; None removes it. A rename cannot replace a non-empty
+    folder, so the old one is renamed first. After a crash between the two renames, `settle` brings
+    it back.
     """
     with writing(path):
         settle(path)
@@ -87,7 +90,7 @@ def write_folder(path: Path, fill: Callable[[Path], None], *, previous: Path | N
 
 
 def settle(path: Path) -> None:
-    """After a crash: bring back the old folder if the new one had not taken its place, and remove leftovers."""
+    """Clean up after a crash, and bring back the old folder if no new one took its place."""
     aside = _aside(path)
     if aside.exists() and not path.exists():
         aside.rename(path)
@@ -103,7 +106,7 @@ def _aside(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Have the file or folder on the disk before going on."""
+    """Flush the file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

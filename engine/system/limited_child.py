@@ -1,8 +1,11 @@
-"""A function called in a child process that may take so much time and memory: for what a file from elsewhere computes.
+"""Call a function in a child process with limits on time and memory.
 
-A chat template is a program. Its sandbox keeps it from the machine, not from `'a' * 10 ** 10` or three nested ranges, and neither
-a signal nor a thread ends a power of large numbers. So it runs in a process that can be killed. Forked: the function, with the
-tokenizer it holds, need not be sent; the child does nothing but call it.
+A chat template from elsewhere is a program. Its sandbox keeps it away from the machine, but not
+from `'a' * 10 ** 10` or three nested ranges. Neither a signal nor a thread can stop a power of
+large numbers, so it runs in a process that can be killed.
+
+The child is forked, so the function and the tokenizer it holds need not be sent. It does nothing
+but call the function.
 """
 
 from __future__ import annotations
@@ -21,19 +24,27 @@ from typing import Any
 
 from engine.units import GIB
 
-LIMIT_S, LIMIT_GIB = 30.0, 1.0  # of one call; a chat of 100,000 words takes milliseconds and megabytes
+LIMIT_S, LIMIT_GIB = 30.0, 1.0  # per call; a chat of 100,000 words needs milliseconds and megabytes
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 class TooCostly(Exception):
-    """The call took more time or memory than it may. Its text is one line, to follow the name of what was called."""
+    """Report that the call exceeded its time or memory; the text is one line."""
 
 
 class Bounded:
-    """`with Bounded(function) as call: call(argument)`. What the function raises, the call raises. Both ways are pickled."""
+    """Call a function with limits: `with Bounded(function) as call: call(argument)`.
+
+    Arguments, results and exceptions are pickled, and the call raises the function's exceptions.
+    TooCostly if it exceeds a limit.
+    """
 
     def __init__(self, function: Callable[[Any], Any], limit_s: float = LIMIT_S, limit_gib: float = LIMIT_GIB) -> None:
-        """limit_s: of one call; limit_gib: of memory beyond what this process has now, where the system can bound it (Linux)."""
+        """Set the limits of each call.
+
+        limit_s: seconds. limit_gib: memory on top of this process's memory at the first call; Linux
+        only.
+        """
         self._function, self._limit_s, self._limit_gib = function, limit_s, limit_gib
         self._child: Any = None
         self._connection: Connection | None = None
@@ -54,8 +65,8 @@ class Bounded:
             worked, value = self._connection.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self.close()
-            raise TooCostly("ended its process") from None
-        except BaseException:  # what comes next must not read a late answer to this
+            raise TooCostly("crashed its process") from None
+        except BaseException:  # the next call must not read a late answer to this one
             self.close()
             raise
         if not worked:
@@ -63,7 +74,7 @@ class Bounded:
         return value
 
     def close(self) -> None:
-        """End the child, whatever it is doing."""
+        """Kill the child."""
         if self._child is not None:
             self._child.kill()
             self._child.join()
@@ -80,11 +91,12 @@ class Bounded:
 
 
 def _serve(connection: Connection, other_end: Connection, function: Callable[[Any], Any], limit_gib: float) -> None:
-    """The child: until the pipe is closed. A caller that was killed closes it too."""
+    """Answer calls in the child until the caller closes the pipe or dies."""
     other_end.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to hear
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)  # a caller that is killed leaves no endless loop behind (Linux)
+        # So that a killed caller leaves no endless loop behind (Linux).
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
     _limit_memory(limit_gib)
     too_large = TooCostly(f"needs more than {limit_gib:g} GiB of memory")
     while True:
@@ -105,7 +117,10 @@ def _serve(connection: Connection, other_end: Connection, function: Callable[[An
 
 
 def _limit_memory(gib: float) -> None:
-    """Address space beyond what is mapped already. Without /proc no limit is known to work; there, time alone is bounded."""
+    """Limit the address space to `gib` on top of what is mapped already.
+
+    Without /proc no limit is known to work, so there only the time is limited.
+    """
     with contextlib.suppress(OSError, ValueError):
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         _, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -1,4 +1,7 @@
-"""Which code and which package versions something was measured with, as tags. No torch."""
+"""Collect commit and package versions as tags: they tell what a result was measured with.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,16 @@ PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "accelerate", "ra
 
 
 def provenance() -> dict[str, str]:
-    """`git.commit` (with `+changes` where files differ from it; absent outside a checkout), `version.<package>`, `python`."""
+    """Return the tags `python`, `platform`, `version.<package>` and, in a checkout, `git.commit`.
+
+    The commit ends in `+changes` if files differ from it.
+    """
     tags = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         try:
             tags[f"version.{package}"] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            continue  # peft is not needed to run, triton is not there without CUDA
+            continue  # peft is optional, and triton is missing without CUDA
     commit = _git("rev-parse", "HEAD")
     if commit:
         tags["git.commit"] = commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -25,7 +31,7 @@ def provenance() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str:
-    """Output of a git command in the checkout this code lies in; empty where that is none."""
+    """Return the output of a git command in this code's checkout; empty outside a checkout."""
     here = Path(__file__).resolve().parent.parent.parent
     try:
         done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=True)

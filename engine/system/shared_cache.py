@@ -1,6 +1,7 @@
-"""Folders made once and shared by all processes of this machine: a file lock, a temporary folder, one atomic rename.
+"""Build folders once and share them between all processes of the machine.
 
-Not a general cache: nothing expires. A builder whose output changes must change its name, which carries a version.
+A file lock, a temporary folder and one atomic rename make this safe. Nothing expires. A builder
+whose output changes must use another name, so names include a version.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ CACHE_VARIABLE = "QLORA_SWEEP_CACHE"
 
 
 def cache_root() -> Path:
-    """$QLORA_SWEEP_CACHE, or ~/.cache/qlora-sweep; not created here."""
+    """Return $QLORA_SWEEP_CACHE, or ~/.cache/qlora-sweep; the folder may not exist yet."""
     given = os.environ.get(CACHE_VARIABLE)
     return Path(given).expanduser().absolute() if given else Path.home() / ".cache" / "qlora-sweep"
 
 
 def build_once(name: str, builder: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache, filled by `builder(empty_folder)` if it is not there yet.
+    """Return the cache's folder `name`, filled by `builder(empty_folder)` if it is not there yet.
 
-    A second process waits for the first (flock: the kernel frees it even after SIGKILL). The folder appears under its name only
-    when whole; what a killed build left is removed by the next. InputError where the cache cannot be written.
+    A second process waits for the first; the kernel frees the flock even after SIGKILL. The folder
+    gets its name only when it is whole. The next build removes the leftovers of a killed one.
+    InputError if the cache cannot be written.
     """
     root = cache_root()
     final = root / name
@@ -45,7 +47,7 @@ def build_once(name: str, builder: Callable[[Path], None]) -> Path:
 
 
 def _build(root: Path, name: str, builder: Callable[[Path], None]) -> None:
-    for leftover in root.glob(f".{name}.building-*"):  # safe: we hold the lock, so its builder is dead
+    for leftover in root.glob(f".{name}.building-*"):  # we hold the lock, so its builder is dead
         shutil.rmtree(leftover)
     building = root / f".{name}.building-{os.getpid()}"
     building.mkdir()

@@ -1,4 +1,4 @@
-"""Signals taken for a while."""
+"""Handle signals for the length of a block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 
 @contextmanager
 def handled(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> Iterator[Callable[[], None]]:
-    """Inside, the handler takes these signals. Yields what gives them back before the end, so that a second one acts at once."""
+    """Let `handler` take these signals inside the block.
+
+    Yield a function that restores the earlier handlers, so that a second signal can act at once.
+    """
     before = {number: signal.getsignal(number) for number in numbers}
 
     def give_back() -> None:

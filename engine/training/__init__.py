@@ -1,1 +1,1 @@
-"""One trial, from its first step to its last report."""
+"""Train one trial, from its first step to its last report."""

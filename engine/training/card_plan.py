@@ -1,4 +1,4 @@
-"""The compute plan of a trial for the card that is here."""
+"""Make the compute plan of a trial for this machine's card."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from engine.units import GIB
 
 
 def plan_for_this_card(config: TrainConfig, base: Base) -> tuple[ComputePlan, ModelShape | None]:
-    """The plan for the card that is here, and the shape it was predicted from."""
+    """Return the plan for this card, and the model shape it was predicted from, if any."""
     if base.device.type != "cuda":
         return make_compute_plan(config, None, None), None
     free_bytes, total_bytes = torch.cuda.mem_get_info(base.device)
-    ours = free_bytes + torch.cuda.memory_reserved(base.device) + CONTEXT_GIB * GIB  # another process may hold a part
+    # Another process may hold a part of the card, so the plan counts only what this one can have.
+    ours = free_bytes + torch.cuda.memory_reserved(base.device) + CONTEXT_GIB * GIB
     card = found_card(torch.cuda.get_device_name(base.device), min(ours, total_bytes) / GIB)
     shape = ModelShape.known(base.model.config.to_dict(), config.model.path)
     return make_compute_plan(config, shape, card, host_share_gib()), shape

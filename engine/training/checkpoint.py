@@ -1,9 +1,11 @@
-"""What exact resume needs, on disk: adapter, optimizer, random state, data cursor, reports. Safetensors, JSON, and a
-`weights_only` torch file for optimizer and random state: loading runs no code from the file.
+"""Save and load what exact resume needs: adapter, optimizer, random state, data cursor, reports.
 
-Not the adapter that users take away; that is `adapter_files.py`. `checkpoint/` is replaced atomically, and a checksum of every
-file in `state.json` tells a torn one; `checkpoint.previous/` is the one before it, which a trial goes on from where the last
-is torn.
+The adapter is a safetensors file and the state is JSON. Optimizer and random state are a torch file
+that is read with `weights_only`, so loading never runs code from a file. The adapter for users is a
+separate folder, which `engine/adapter/peft_files.py` writes.
+
+Each save replaces `checkpoint/` atomically and keeps the one before as `checkpoint.previous/`.
+Checksums in `state.json` reveal a torn checkpoint; the trial then continues from the previous one.
 """
 
 from __future__ import annotations
@@ -32,18 +34,22 @@ from engine.system.files import settle, write_folder
 
 FOLDER, PREVIOUS = "checkpoint", "checkpoint.previous"
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.pt", "state.json"
-PER_PARAMETER = ("exp_avg", "exp_avg_sq", "state1", "state2")  # of torch's and of bitsandbytes' AdamW: shaped like the parameter
+# States of torch's and of bitsandbytes' AdamW that have the parameter's shape.
+PER_PARAMETER = ("exp_avg", "exp_avg_sq", "state1", "state2")
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class TornCheckpoint(CheckpointError):
-    """Not what was written: files are missing, cut off or changed."""
+    """Report a checkpoint whose files are missing, truncated or changed."""
 
 
 @dataclass
 class Sums:
-    """What the steps since the last report add up to. loss: nats over all targets; grad_norm: of the last step."""
+    """Hold the sums over the steps since the last report.
+
+    loss: nats, summed over all targets. grad_norm: norm at the last step, not a sum.
+    """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
@@ -57,9 +63,12 @@ class Sums:
 
 @dataclass
 class Progress:
-    """How far a trial is. epoch and position: the data cursor; reports: all so far, as plain data; since_report: sums over the
-    steps after the last of them; plan: settings that a lack of memory led to, kept so that a resume does not run into it again;
-    num_out_of_memory: how often it did."""
+    """Hold the progress of a trial.
+
+    epoch and position: the data cursor. reports: all reports so far, as plain data. since_report:
+    sums over the steps after the last report. plan: settings chosen after memory ran out, kept so
+    that a resumed trial does not run out again. num_out_of_memory: times that memory ran out.
+    """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
@@ -78,9 +87,10 @@ class Progress:
 
 
 class Pace:
-    """When to save between two reports: so seldom that it costs at most one percent of the time, and at most once a minute.
+    """Decide when to save between two reports.
 
-    That is what a process that is killed without a warning may lose.
+    By default, saving takes at most one percent of the time and happens at most once a minute. A
+    process that is killed without warning loses the work since its last save.
     """
 
     def __init__(self, at_least_s: float = 60.0, share: float = 0.01, clock: Callable[[], float] = time.monotonic) -> None:
@@ -92,7 +102,7 @@ class Pace:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Around each save: what it takes decides when the next one is due."""
+        """Time the save inside this context; its duration decides when the next one is due."""
         began_s = self._clock()
         yield
         self._saved_s = self._clock()
@@ -100,10 +110,11 @@ class Pace:
 
 
 def save(trial_folder: Path, progress: Progress, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> None:
-    """Write `trial_folder/checkpoint`; the one that was there becomes `checkpoint.previous`."""
+    """Write `trial_folder/checkpoint`; an existing one becomes `checkpoint.previous`."""
 
     def fill(folder: Path) -> None:
-        # made in memory: a full disk is then an OSError with its number, and checksums are of what was meant to be written
+        # Files are made in memory first. A full disk then raises an OSError with its number, and
+        # the checksums describe the intended content.
         buffer = io.BytesIO()
         torch.save({"optimizer": optimizer.state_dict(), "random": _random_state()}, buffer)
         adapter = tensor_bytes({k: v.contiguous() for k, v in adapter_state(layers).items()})
@@ -117,16 +128,17 @@ def save(trial_folder: Path, progress: Progress, layers: dict[str, LoraLinear], 
 
 
 def drop_previous(trial_folder: Path) -> None:
-    """Once a trial is done, only its last checkpoint is of use."""
+    """Delete `checkpoint.previous`: a finished trial needs only its last checkpoint."""
     shutil.rmtree(trial_folder / PREVIOUS, ignore_errors=True)
 
 
 def load(
     trial_folder: Path, fingerprint: str, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer
 ) -> Progress | None:
-    """Restore everything from `trial_folder/checkpoint`, or where that is torn from the one before; None where there is none.
+    """Restore layers, optimizer and random state, and return the progress; None if none was saved.
 
-    CheckpointError if there is none that is whole, or if it is another config's: nothing has been changed then.
+    A torn `checkpoint` falls back to `checkpoint.previous`. Raises CheckpointError if neither is
+    complete, or if the checkpoint belongs to another config; nothing has been changed then.
     """
     settle(trial_folder / FOLDER)
     folder, previous = trial_folder / FOLDER, trial_folder / PREVIOUS
@@ -138,18 +150,19 @@ def load(
         if not previous.is_dir():
             raise TornCheckpoint(f"{torn}; remove the folder to start this trial again") from None
         progress = _load(previous, fingerprint, layers, optimizer)
-        print(f"WARNING: {torn}; going on from {previous}, {len(progress.reports)} reports", file=sys.stderr)
-        shutil.rmtree(folder, ignore_errors=True)  # else it would be kept as the last good one by the next save
+        print(f"WARNING: {torn}; continuing from {previous}, which has {len(progress.reports)} reports", file=sys.stderr)
+        # Otherwise the next save would keep the torn one as the previous good one.
+        shutil.rmtree(folder, ignore_errors=True)
         return progress
 
 
 def _load(folder: Path, fingerprint: str, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> Progress:
     links = [path for path in (folder, *(folder / name for name in (ADAPTER, OPTIMIZER, STATE))) if path.is_symlink()]
     if links:
-        raise CheckpointError(f"{links[0]} is a link; a checkpoint is a folder of plain files")
+        raise CheckpointError(f"{links[0]} is a link; a checkpoint must be a folder of regular files")
     state, files = _read_state(folder), _read_files(folder)
     if state.pop("sha256", None) != {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}:
-        raise TornCheckpoint(f"{folder}: checksums differ from {STATE}")
+        raise TornCheckpoint(f"{folder}: checksums differ from those in {STATE}")
     if state.get("fingerprint") != fingerprint:
         raise CheckpointError(f"{folder} belongs to config {state.get('fingerprint')}, not to {fingerprint}")
     progress = _progress(folder, state)
@@ -162,16 +175,16 @@ def _load(folder: Path, fingerprint: str, layers: dict[str, LoraLinear], optimiz
         _restore_random_state(saved["random"])
     except InputError as error:
         raise CheckpointError(str(error)) from None
-    except pickle.UnpicklingError:  # torch's text advises to load it all the same
-        raise CheckpointError(f"{folder}/{OPTIMIZER} holds more than tensors and numbers; it is not loaded") from None
-    except Exception as error:  # the checksums fit, so this was made: whatever it trips over, it is no checkpoint of ours
-        raise CheckpointError(f"{folder} is no checkpoint of this program ({first_line(error)})") from None
+    except pickle.UnpicklingError:  # torch's own message advises loading without the check
+        raise CheckpointError(f"{folder}/{OPTIMIZER} holds more than tensors and numbers, so it was not loaded") from None
+    except Exception as error:  # the checksums match: not torn, but made by something else
+        raise CheckpointError(f"{folder} is not a checkpoint of this program ({first_line(error)})") from None
     return progress
 
 
 def _progress(folder: Path, state: dict[str, Any]) -> Progress:
-    """The state, checked: what it says of itself and what its last report says must agree."""
-    try:  # as JSON: strict validation takes a dict for a dataclass from there only
+    """Return the checked state; its counts must agree with its last report."""
+    try:  # strict validation accepts a dict for a dataclass only from JSON
         progress = TypeAdapter(Progress).validate_json(json.dumps(state))
     except ValidationError as error:
         fault = error.errors()[0]
@@ -181,12 +194,12 @@ def _progress(folder: Path, state: dict[str, Any]) -> Progress:
     last, since = progress.reports[-1] if rungs else {"tokens_seen": 0, "step": 0}, progress.since_report
     reported = (progress.tokens_seen - since.num_tokens, progress.step - since.num_steps)
     if rungs != list(range(1, len(rungs) + 1)) or reported != (last.get("tokens_seen"), last.get("step")):
-        raise CheckpointError(f"{folder}/{STATE}: its reports do not agree with the rest of it")
+        raise CheckpointError(f"{folder}/{STATE}: its reports do not match its step and token counts")
     return progress
 
 
 def _check_shapes(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """load_state_dict takes tensors of any shape, and the first step would fail on them."""
+    """Raise ValueError for wrong shapes: load_state_dict accepts them, but the first step fails."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
         for name in set(PER_PARAMETER) & set(values):

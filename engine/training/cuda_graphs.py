@@ -1,13 +1,17 @@
-"""Forward and backward of a micro-batch as one CUDA graph: recorded once for each size of row, replayed in one launch.
+"""Record forward and backward of a micro-batch as CUDA graphs, one for each row size.
 
-A fused layer is some 60 launches forward and backward (counted: 1,859 of 30 layers, copies left out). Where the host needs longer
-for them than the device for the work, short rows of small models, the device waits: SmolLM2-135M at 512 tokens took 160 ms of
-launches on one host for 9 ms of work.
+A graph replays in one launch. A fused layer takes about 60 launches forward and backward (counted:
+1,859 for 30 layers, without copies). With short rows and small models the host needs longer for the
+launches than the device for the work. On one host, SmolLM2-135M at 512 tokens spent 160 ms on
+launches for 9 ms of work.
 
-Rows are padded, so that few sizes occur: tokens and targets to an eighth of the largest row, documents to a power of two. The
-first row of a size is computed as ever, and recorded on the way. What changes from row to row is read from fixed tensors:
-inputs, offsets, the number of targets, and the adapter, whose gradient is added to in place. Dropout draws its masks on the
-host's word and is left out, as are copies to host memory; the loss in fp32 of a padded row is that of the row up to rounding.
+Rows are padded so that few sizes occur: tokens and targets to multiples of an eighth of the largest
+row, documents to a power of two. The first row of a size is computed normally and then recorded.
+Graphs read what changes between rows from fixed tensors: inputs, offsets, the number of targets and
+the adapter. They add to the adapter's gradient in place.
+
+The plan uses no graphs with dropout, whose masks the host seeds, or with copies to host memory. The
+fp32 loss of a padded row equals that of the row up to rounding.
 """
 
 from __future__ import annotations
@@ -24,14 +28,16 @@ from engine.errors import first_line
 from engine.layers import attention
 from engine.model.base import Base
 
-MAX_GRAPHS = 16  # each takes some tenths of a second and its own nodes; sizes beyond are computed as ever
+# Recording a graph takes some tenths of a second, and each graph has its own nodes in memory. Rows
+# of further sizes are computed without graphs.
+MAX_GRAPHS = 16
 PARTS = 8
 MIN_TOKENS, MIN_DOCUMENTS = 128, 8
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a padded row."""
+    """Hold the size of a padded row."""
 
     num_tokens: int
     num_targets: int
@@ -39,7 +45,10 @@ class Size:
 
     @classmethod
     def of(cls, batch: Batch, capacity: int, longest: int) -> Size:
-        """The padded size of `batch`, where rows have up to `capacity` tokens and samples up to `longest`."""
+        """Return the padded size of `batch`.
+
+        capacity: the most tokens in a row. longest: the most tokens in a sample.
+        """
         step = max(MIN_TOKENS, capacity // PARTS)
         num_tokens = _up(batch.num_tokens, step)
         filler = _up(num_tokens - batch.num_tokens, longest) // longest
@@ -59,21 +68,24 @@ class _Recorded:
 
 
 class Graphs:
-    """The recordings of one trial under one plan."""
+    """Hold the recorded graphs of one trial under one plan."""
 
     def __init__(self, base: Base, capacity: int, longest: int) -> None:
-        """capacity: tokens of the largest row; longest: of the longest sample."""
+        """Start without graphs. capacity, longest: most tokens in a row and in a sample."""
         self._base, self._capacity, self._longest = base, capacity, longest
         self._recorded: dict[Size, _Recorded] = {}
         self._pool = torch.cuda.graph_pool_handle() if base.device.type == "cuda" else None
 
     def backward(self, batch: Batch, num_targets: int) -> Tensor:
-        """Add the gradient of loss / num_targets to the adapter's; `batch` is on the host. Returns the loss, fp32 scalar in nats,
-        good until the next call."""
+        """Add the gradient of loss / num_targets to the adapter's gradient, and return the loss.
+
+        `batch` must be on the host. The loss is an fp32 scalar in nats, valid until the next call.
+        """
         size = Size.of(batch, self._capacity, self._longest)
         row, known = size.pad(batch, self._longest), self._recorded.get(size)
         if self._pool is not None:
-            row = replace(row, document_lengths=(self._longest, 0))  # bounds, for attention that asks for the longest alone
+            # Attention asks only for the longest document, so an upper bound serves all rows.
+            row = replace(row, document_lengths=(self._longest, 0))
         if known is None:
             known = _Recorded(row.to(self._base.device), torch.zeros((), device=self._base.device))
         else:
@@ -95,7 +107,7 @@ class Graphs:
         return loss.detach()
 
     def _first(self, known: _Recorded) -> None:
-        """Compute a row, then record how: a recording itself computes nothing."""
+        """Compute a row, then record its graph: recording alone computes nothing."""
         side = _side_stream(self._base.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -107,7 +119,7 @@ class Graphs:
                 known.loss = self._compute(known)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # a model's own code waits for the device somewhere: as slow as without graphs, not wrong
+        except RuntimeError as error:  # model code waits for the device: no graphs, same numbers
             warnings.warn(f"no CUDA graphs for this model: {first_line(error)}", stacklevel=2)
             self._pool, known.loss = None, first
             return
@@ -116,7 +128,7 @@ class Graphs:
 
 
 def make_graphs(base: Base, capacity: int, longest: int) -> Graphs | None:
-    """None where attention on this device is more than one launch."""
+    """Return graphs for `base`, or None if its attention or an unfused layer cannot be recorded."""
     softcap = getattr(base.model.config.get_text_config(), "attn_logit_softcapping", None)
     recordable = base.device.type == "cpu" or attention.reads_offsets_only(base.dtype, softcap)
     return Graphs(base, capacity, longest) if recordable and not base.swaps.unfused else None
@@ -124,8 +136,11 @@ def make_graphs(base: Base, capacity: int, longest: int) -> Graphs | None:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where first rows are computed: one for all, because cuBLAS takes 2 x 32 MiB (Hopper) for each stream that it is ever used
-    on, and gives nothing back. With one for each recording, 50 trials left 2 GiB behind."""
+    """Return the one stream on which all first rows are computed.
+
+    cuBLAS takes 2 x 32 MiB (Hopper) for every stream it is used on and never releases them. With
+    one stream for each recording, 50 trials left 2 GiB behind.
+    """
     return torch.cuda.Stream(device)
 
 

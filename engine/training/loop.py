@@ -1,9 +1,11 @@
-"""The training loop, a generator of reports: `for report in train(config, trial_folder)`. The caller decides to go on.
+"""Train one trial: `for report in train(config, trial_folder)`. The caller may stop at any report.
 
-Before a report is yielded, `trial_folder` holds the checkpoint it can be continued from, the adapter of the lowest eval_loss
-so far (`adapter/`, PEFT format) and all reports (`reports.jsonl`). Between two reports the checkpoint is written from time to
-time, and when the caller asks for an end. Called again on the same folder, it goes on after the last step in the checkpoint and
-gives the same numbers as if it had never stopped (bit for bit on the CPU).
+Before each report, `train` writes three things to `trial_folder`: a checkpoint, all reports
+(`reports.jsonl`), and the adapter with the lowest eval_loss so far (`adapter/`, PEFT format).
+Between reports it saves the checkpoint from time to time, and when the caller asks it to stop.
+
+Called again on the same folder, `train` continues after the last step in the checkpoint. The
+numbers are then the same as without a stop (bit for bit on the CPU).
 """
 
 from __future__ import annotations
@@ -50,27 +52,30 @@ def train(
     interrupted: Callable[[], bool] = lambda: False,
     pace: Pace | None = None,
 ) -> Iterator[TrialReport]:
-    """Train one adapter; yield a TrialReport at each point of `config.train.report_grid()`, on a continued run from
-    the first that was never yielded: nothing is trained before the caller has heard what a crash kept from it.
+    """Train one adapter and yield a TrialReport at each point of `config.train.report_grid()`.
 
-    base: a resident base model that matches `config.model`; it is handed back without the adapter. Without one, the model is
-    loaded here and freed at the end. What the config leaves `auto` is planned for the card that is here; a step that runs out of
-    memory all the same is computed again by a leaner plan. interrupted: asked before every step and every row of an evaluation;
-    once it says yes, the checkpoint is brought up to the last step and Interrupted raised. pace: when to save between reports.
-    Raises InputError, DivergedError, CheckpointError, OutOfMemory, Interrupted.
+    A continued run first yields a report that a crash withheld, before it trains again. `auto`
+    settings are planned for this card. If a step runs out of memory, a leaner plan computes it
+    again.
+
+    base: a loaded base model that matches `config.model`; it is returned without the adapter. If
+    None, `train` loads the model and frees it at the end. interrupted: called before each step and
+    each evaluation row. Once True, the last step is saved and Interrupted raised. pace: decides
+    when to save between reports. Raises InputError, DivergedError, CheckpointError, OutOfMemory,
+    Interrupted.
     """
     called_s = time.perf_counter()
     device = pick_device(config.train.device)
     resident = base or load_base(config.model, device)
     if not resident.matches(config.model, device):
-        raise ValueError("the resident base model is not this config's")
+        raise ValueError("base must match config.model and the device of config.train")
     layers: dict[str, LoraLinear] = {}
     budget = config.train.memory_budget_gib if device.type == "cuda" else None
     try:
         if budget is not None:
             limit_memory(budget, device)
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)  # the highest so far is an earlier trial's
+            torch.cuda.reset_peak_memory_stats(device)  # else an earlier trial's peak would count
         torch.manual_seed(config.train.seed)
         layers = attach(resident.model, resident.linear_names, config.lora, config.train.seed)
         run = _Run(config, trial_folder, resident, layers, interrupted, pace, called_s)
@@ -87,7 +92,7 @@ def train(
 
 
 class _Run:
-    """State of one trial, all of it made here; its checkpoint is loaded. called_s: when `train` was called."""
+    """Hold the state of one trial, with its checkpoint loaded. called_s: start time of `train`."""
 
     def __init__(
         self,
@@ -119,12 +124,12 @@ class _Run:
         self._setup_s = time.perf_counter() - called_s
 
     def reports(self, after_step: Callable[[], None]) -> Iterator[TrialReport]:
-        """The reports that are due, trained for one after another. after_step: called after each step."""
+        """Train to each report that is due, and yield it. after_step: called after each step."""
         grid = self.config.train.report_grid()
         if self.progress.reports:
             num_passed_on = self._num_written()
             self._write_reports()
-            if len(self.progress.reports) > num_passed_on:  # a crash came between the checkpoint and this file
+            if len(self.progress.reports) > num_passed_on:  # a crash withheld the last one
                 yield TrialReport.from_dict(self.progress.reports[-1])
         for rung in range(len(self.progress.reports) + 1, len(grid) + 1):
             report = self._train_to(rung, grid[rung - 1], after_step)
@@ -134,7 +139,7 @@ class _Run:
             yield report
 
     def _train_to(self, rung: int, tokens: int, after_step: Callable[[], None]) -> TrialReport:
-        """Optimizer steps until `tokens` have been seen, then evaluation."""
+        """Run optimizer steps until `tokens` have been seen, then evaluate."""
         vocab_size = self.base.model.config.get_text_config().vocab_size
         progress = self.progress
         step_sums = StepSums(self.base.device, vocab_size, progress.since_report)
@@ -154,14 +159,14 @@ class _Run:
         return self._report(rung, step_sums, eval_loss)
 
     def _keep_safe(self, step_sums: StepSums) -> None:
-        """Between two steps, or two rows of an evaluation: save where it is time to, and end where the caller wants an end."""
+        """Save if a save is due. If the caller asked to stop, save and raise Interrupted."""
         must_end = self._interrupted()
         if self.progress.step > self._saved_step and (must_end or self._pace.is_due()):
             step_sums.settle()
             self._note_where()
             self._save_checkpoint()
         if must_end:
-            raise Interrupted(f"asked to end after step {self.progress.step}")
+            raise Interrupted(f"stopped on request after step {self.progress.step}")
 
     def _note_where(self) -> None:
         progress = self.progress
@@ -169,14 +174,17 @@ class _Run:
         progress.peak_allocated_gib = max(progress.peak_allocated_gib, peak_gib(self.base.device))
 
     def _step(self) -> tuple[Tensor, Tensor, int, int]:
-        """One optimizer step: (summed loss and gradient norm, still on the device; tokens and target tokens, known here)."""
+        """Take one optimizer step; return summed loss, gradient norm, tokens and target tokens.
+
+        Loss and gradient norm stay on the device, so the host does not wait for them.
+        """
         bins = self.cursor.take(self.config.bins_per_step)
         while True:
             try:
                 total, num_tokens, num_targets = self._gradients(bins)
                 break
             except torch.OutOfMemoryError:
-                pass  # the traceback, and with it the tensors of the failed pass, is gone only after this block
+                pass  # the traceback keeps the failed pass's tensors alive until this block ends
             self._make_room()
         limit = self.config.optim.max_grad_norm
         grad_norm = nn.utils.clip_grad_norm_(self.adapter.parameter, math.inf if limit is None else limit)
@@ -188,7 +196,7 @@ class _Run:
         return total, grad_norm, num_tokens, num_targets
 
     def _gradients(self, bins: list[list[int]]) -> tuple[Tensor, int, int]:
-        """Forward and backward over the step's bins, a micro-batch at a time: (summed loss, tokens, target tokens)."""
+        """Add the gradients of the step's bins; return summed loss, tokens and target tokens."""
         size = self.plan.micro_batch_size
         batches = [
             collate([self.train_view[i] for one_bin in bins[start : start + size] for i in one_bin])
@@ -206,8 +214,7 @@ class _Run:
         return total, sum(b.num_tokens for b in batches), num_targets
 
     def _make_room(self) -> None:
-        """After memory ran out: the next leaner plan, or OutOfMemory. The step is then computed again from its start, with the
-        parameters it began with."""
+        """Change to the next leaner plan and drop the step's gradients, or raise OutOfMemory."""
         measured, plan = peak_gib(self.base.device), leaner(self.plan, self.config, self.shape)
         predicted = None if self.plan.memory is None else self.plan.memory.peak_gib
         if plan is None:
@@ -222,13 +229,13 @@ class _Run:
     def _follow_plan(self) -> None:
         self.base.checkpoint_activations(self.plan.policy, self.plan.keep_layers, self.plan.host_layers)
         self.base.cache_weights(self.plan.weight_cache_gib)
-        self.graphs = None  # recordings of another plan, with their memory
+        self.graphs = None  # frees the graphs of the earlier plan, and their memory
         if self.plan.cuda_graphs:
             longest = self.config.data.max_seq_length
             self.graphs = make_graphs(self.base, self.plan.micro_batch_size * longest, longest)
 
     def _evaluate(self, before_each: Callable[[], None]) -> float:
-        """Evaluation keeps no activations; what may be in its way is the weight cache."""
+        """Return the eval loss. If memory runs out, try again without the weight cache."""
         try:
             return evaluate(self.base, self.eval_batches, before_each)
         except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""AdamW over adapter parameters, and the learning rate as a function of tokens seen. torch only."""
+"""Make the AdamW optimizer, and compute the learning rate from the tokens seen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.quant.bnb import adamw_8bit
 
 
 def make_optimizer(parameter: nn.Parameter, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the flat adapter; `auto` is 8-bit on CUDA and 32-bit on the CPU, where memory is not the limit."""
+    """Return AdamW over the flat adapter; `auto` is 8-bit on CUDA and 32-bit on the CPU."""
     options = {
         "lr": config.learning_rate,
         "betas": (config.beta1, config.beta2),
@@ -24,7 +24,10 @@ def make_optimizer(parameter: nn.Parameter, config: OptimConfig) -> torch.optim.
 
 
 def learning_rate(config: OptimConfig, progress: float) -> float:
-    """Rate at `progress` in [0, 1] = tokens seen / max tokens: linear warm-up, then the schedule down to min_lr_ratio."""
+    """Return the rate at `progress` = tokens seen / max tokens, in [0, 1].
+
+    Warm-up is linear; the schedule then falls to min_lr_ratio of the peak rate.
+    """
     if progress < config.warmup_ratio:
         return config.learning_rate * progress / config.warmup_ratio
     done = min(1.0, (progress - config.warmup_ratio) / (1.0 - config.warmup_ratio))

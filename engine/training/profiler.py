@@ -1,7 +1,8 @@
-"""A trace of a few optimizer steps (`train.profile_steps`), by torch's own profiler. Off, it costs nothing.
+"""Trace a few optimizer steps (`train.profile_steps`) with torch's profiler.
 
-The folder then holds trace.json.gz, for chrome://tracing or https://ui.perfetto.dev, and ops.txt, the ops that took the longest.
-An evaluation between two traced steps is in it too. Steps are slower while they are traced, so their speed is not the trial's.
+The folder then holds trace.json.gz, for chrome://tracing or https://ui.perfetto.dev, and ops.txt,
+the slowest ops. The trace includes an evaluation between two traced steps. Tracing slows the steps,
+so their speed is not the trial's.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ NUM_OPS = 40  # lines of ops.txt
 
 @contextmanager
 def traced(num_steps: int, folder: Path, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Gives what is to be called after each step. After PROFILE_AFTER steps, num_steps are traced into `folder`, once; where the
-    trial ends among them, those that were made. 0 traces nothing."""
+    """Yield a function to call after each step.
+
+    After PROFILE_AFTER steps, the next `num_steps` are traced into `folder`, once. If the trial
+    ends among them, the trace holds the steps so far. 0 traces nothing and costs nothing.
+    """
     if num_steps == 0:
         yield lambda: None
         return

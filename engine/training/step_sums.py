@@ -1,4 +1,4 @@
-"""The steps between two reports: their sums, kept up while the device computes."""
+"""Sum loss, tokens and time of the steps between two reports, while the device computes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from engine.training.divergence import check_step
 
 
 class StepSums:
-    """Adds the steps to `sums`. Device values are read one step late, so that no step waits for the host."""
+    """Add steps to `sums`. Device values are read one step late, so no step waits for the host."""
 
     def __init__(self, device: torch.device, vocab_size: int, sums: Sums) -> None:
-        """sums: empty, or those of the steps since the last report with which a trial goes on."""
+        """Start from `sums`: empty, or the steps since the last report of a continued trial."""
         self.sums = sums
         self._device, self._vocab_size = device, vocab_size
         self._began_s = time.perf_counter() - sums.seconds
@@ -24,11 +24,11 @@ class StepSums:
 
     @property
     def train_loss(self) -> float:
-        """Mean over the targets, in nats."""
+        """Return the mean loss per target token, in nats."""
         return self.sums.loss / self.sums.num_targets
 
     def add(self, loss: Tensor, grad_norm: Tensor, num_tokens: int, num_targets: int) -> None:
-        """A step's summed loss and gradient norm, still on the device; its tokens and target tokens."""
+        """Add a step. loss (summed over targets) and grad_norm may still be on the device."""
         self._read()
         self._pending = (loss, grad_norm, num_targets)
         self.sums.num_tokens += num_tokens
@@ -36,7 +36,7 @@ class StepSums:
         self.sums.num_steps += 1
 
     def settle(self) -> None:
-        """Bring the sums up to the last step, waiting for the device. Raises DivergedError where that step says so."""
+        """Wait for the device and add the last step. Raises DivergedError if that step diverged."""
         self._read()
         if self._is_open:
             if self._device.type == "cuda":
@@ -44,7 +44,7 @@ class StepSums:
             self.sums.seconds = time.perf_counter() - self._began_s
 
     def close(self) -> None:
-        """No step comes any more, and what follows is not their time."""
+        """Settle the sums and stop the clock, after the last step."""
         self.settle()
         self._is_open = False
 

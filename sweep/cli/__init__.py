@@ -1,1 +1,1 @@
-"""What the terminal shows and completes."""
+"""Print a sweep's progress, its help and the shell's completions."""

@@ -1,7 +1,10 @@
-"""Tab in bash: `source <(python -m sweep --completion bash)`. The shell asks `python -m sweep --complete WORD` for each word.
+"""Complete words in bash, once the user has run `source <(python -m sweep --completion bash)`.
 
-Not Hydra's own completion: it knows programs that are files, not `python -m`, and of a key only the value that it has; here every
-key that the config models know is offered, with the values that can be listed. Nothing heavy is loaded: a quarter of a second.
+The shell then runs `python -m sweep --complete WORD` for each word.
+
+Hydra has its own completion, but that needs a program that is a file, not `python -m`. For a key it
+offers only the current value. This one offers every key that the config models know, and the values
+that can be listed. It loads nothing heavy and takes a quarter of a second.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from sweep.config.conf_files import APPENDED, groups
 
 OPTIONS = ("--help", "--cfg", "--completion")
 FILES = ("resume", "model.path", "data.train", "data.eval", "data.chat_template", "sweep.output_dir")
-# `=` and `:` break words in bash: the words are put together again, and what stands before the last break is cut off the answers.
-# What is no `-m sweep` is left to whatever completed that interpreter before.
+# Bash breaks words at `=` and `:`. The script joins the parts again, and cuts the part before the
+# last break off the answers. Other Python commands keep their own completion.
 BASH = r"""
 _qlora_sweep() {
     local i line="${COMP_LINE:0:COMP_POINT}" word
@@ -43,14 +46,14 @@ complete -o bashdefault -o default -F _qlora_sweep python python3
 
 
 def script(shell: str) -> str:
-    """What is to be sourced; InputError for another shell."""
+    """Return the script that the shell must source. Raises InputError if it is not bash."""
     if shell != "bash":
         raise InputError("--completion", shell, "must be bash")
     return BASH.strip()
 
 
 def candidates(word: str) -> list[str]:
-    """What `word` may become, whole words; `<files>` where a path is expected."""
+    """Return the whole words that `word` may become, or `<files>` where a path is expected."""
     key, equals, value = word.partition("=")
     if not equals:
         offered = _starts(key)
@@ -82,7 +85,10 @@ def _values(key: str) -> list[str]:
 
 
 def _up_to_next_dot(names: list[str], word: str) -> list[str]:
-    """`lora.` before the eight keys of lora: two hundred words would be no help."""
+    """Cut each name after its next dot: `lora.` stands for the eight keys of lora.
+
+    A list of two hundred words would help no one.
+    """
     shortened = []
     for name in names:
         dot = name.find(".", len(word))

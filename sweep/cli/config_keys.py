@@ -1,4 +1,7 @@
-"""Every key that a sweep's config may have, read from the models that check it: what `--help` prints and completion offers."""
+"""List every key that a sweep's config may have, read from the models that check it.
+
+`--help` prints these keys, and completion offers them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,11 @@ CARD = "cluster.card"
 
 @dataclass(frozen=True)
 class Key:
-    """path: dotted; kind: what it takes, in a few words; values: those that can be listed; owner: whose key, of several kinds."""
+    """Describe one key of the config.
+
+    path: the key with its dots. kind: the values that it takes, in a few words. values: those that
+    can be listed. owner: the sampler or pruner that has the key, empty for other sections.
+    """
 
     path: str
     kind: str
@@ -34,12 +41,12 @@ class Key:
 
 
 def sections() -> list[str]:
-    """The sections that have keys of their own."""
+    """Return the names of the sections that have fixed keys: all but `space`."""
     return [name for name in SweepConfig.model_fields if name != "space"]
 
 
 def keys(section: str) -> list[Key]:
-    """Those of one section; of sampler and pruner, those of every kind."""
+    """Return the keys of one section. For sampler and pruner, return the keys of every kind."""
     if section in CHOSEN_BY_NAME:
         models = CHOSEN_BY_NAME[section]
         named = [Key(f"{section}.name", " | ".join(models), "", "", tuple(models))]
@@ -50,7 +57,7 @@ def keys(section: str) -> list[Key]:
 
 
 def space_paths() -> list[str]:
-    """What `space` may vary."""
+    """Return the keys of `space`, one for each field that may vary."""
     searched = [name for name, field in TrainConfig.model_fields.items() if issubclass(field.annotation, BaseModel)]
     return [f"space.{key.path}" for section in searched for key in keys(section) if key.path not in UNSEARCHABLE]
 
@@ -66,7 +73,10 @@ def _keys(model: type[BaseModel], prefix: str, owner: str = "") -> Iterator[Key]
 
 
 def _words(kind: Any) -> Iterator[str]:
-    """`int | None`, `a | b` for what is listed; what only pydantic needs is left out."""
+    """Yield the parts of a type as help shows them: `number` and `null`, or the names of a Literal.
+
+    Parts that only pydantic needs are skipped.
+    """
     if kind is NoneType:
         yield "null"
     elif isinstance(kind, type) and not get_args(kind):
@@ -93,7 +103,7 @@ def _values(kind: Any) -> Iterator[str]:
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:
-    """Of a union or a Literal all, of Annotated the type alone."""
+    """Return all members of a union or a Literal, and the bare type of an Annotated."""
     return get_args(kind)[:1] if hasattr(kind, "__metadata__") else get_args(kind)
 
 

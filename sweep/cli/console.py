@@ -1,4 +1,7 @@
-"""The terminal: a live table of trials on a TTY, else one line per event. It listens to the ledger and decides nothing."""
+"""Show a sweep in the terminal: a live table of trials on a TTY, else one line per event.
+
+A console listens to the ledger and decides nothing.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ NUM_ENDED_SHOWN = 20  # a table longer than the screen cannot be redrawn in plac
 
 
 class LineConsole:
-    """For a pipe, a log file, a CI job."""
+    """Print one line per event, for a pipe, a log file or a CI job."""
 
     def __init__(self, stream: TextIO, num_rungs: int) -> None:
         self._stream, self._num_rungs = stream, num_rungs
@@ -40,7 +43,7 @@ class LineConsole:
         print(text, file=self._stream, flush=True)
 
     def on_trial_updated(self, record: TrialRecord) -> None:
-        """One line where the trial started, reported, or ended."""
+        """Print a line if the trial has started, reported or ended since the last call."""
         state = (len(record.reports), record.outcome)
         before = self._seen.get(record.number)
         if before == state:
@@ -55,7 +58,7 @@ class LineConsole:
 
 
 class TableConsole:
-    """For a terminal: redraws one table in place, four times a second."""
+    """Redraw one table in place, four times a second, for a terminal."""
 
     def __init__(self, stream: TextIO, num_rungs: int, num_trials: int) -> None:
         self._num_rungs, self._num_trials, self._started = num_rungs, num_trials, time.monotonic()
@@ -75,7 +78,8 @@ class TableConsole:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def on_trial_updated(self, record: TrialRecord) -> None:
-        if record.outcome is not Outcome.RUNNING and record.reports:  # the best and the last are what the table shows
+        # the table shows only the best and the last report of an ended trial
+        if record.outcome is not Outcome.RUNNING and record.reports:
             best = min(record.reports, key=lambda report: report["eval_loss"])
             record = replace(record, reports=[best, record.reports[-1]], config={})
         self._records[record.number] = record
@@ -125,7 +129,7 @@ Screen = LineConsole | TableConsole
 
 
 def make_console(stream: TextIO, num_rungs: int, num_trials: int) -> Screen:
-    """A table where the stream is a terminal, else lines."""
+    """Return a table console if the stream is a terminal, else a line console."""
     return TableConsole(stream, num_rungs, num_trials) if stream.isatty() else LineConsole(stream, num_rungs)
 
 
@@ -139,6 +143,6 @@ def _report_text(report: dict[str, Any]) -> str:
 
 def _end_text(record: TrialRecord) -> str:
     tail = f"eval loss {record.score:.4f}" if record.score is not None else ""
-    if record.outcome is Outcome.INFEASIBLE:  # it never started, so nobody has said what it is
+    if record.outcome is Outcome.INFEASIBLE:  # it never started, so no line has shown its params
         tail = params_text(record.params)
     return "  ".join(filter(None, [f"{record.outcome:<13}", tail, record.error]))

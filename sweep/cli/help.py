@@ -1,4 +1,7 @@
-"""What `python -m sweep --help` says: examples, the groups with what each option is for, and the keys of a section."""
+"""Build the text that `python -m sweep --help` prints.
+
+It shows examples, the groups with the purpose of each option, and the keys of a section.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,20 @@ USAGE = """usage: python -m sweep [group=option ...] [section.key=value ...]
   python -m sweep +experiment=quickstart                       a whole sweep on two CPU cores, in minutes
   python -m sweep +experiment=llama-3.1-8b-24gb data.train=my.jsonl    a whole sweep on 24 GB cards, on your data
   python -m sweep model=llama-3.1-8b data=local data.train=my.jsonl space=rank-targets-long sweep.num_trials=32
-  python -m sweep ... +debug=one-trial                         first: does it fit together? (overfit-one-batch: does it learn?)
+  python -m sweep ... +debug=one-trial                         first: does everything work? (overfit-one-batch: does it learn?)
   python -m sweep ... dry_run=true                             print the plan, start nothing
-  python -m sweep ... cluster.card=rtx4090 dry_run=true        and what it needs there: memory, speed, GPU hours; without a GPU
+  python -m sweep ... cluster.card=rtx4090 dry_run=true        also predict memory, speed and GPU hours there; needs no GPU
   python -m sweep ... --cfg                                    print the composed config, start nothing
-  python -m sweep resume=sweeps/quickstart-20250101-120000     go on after a kill; sweep.num_trials and sweep.budget may be raised
+  python -m sweep resume=sweeps/quickstart-20250101-120000     continue after a kill; num_trials and budget may be raised
   source <(python -m sweep --completion bash)                  Tab completes groups, options, keys and values in this shell
 """
 
 
 def help_text(topics: list[str]) -> str:
-    """Of all, or of the groups and sections named; InputError where one is neither."""
+    """Return the help on everything, or on the groups and sections named.
+
+    Raises InputError for a name that is neither.
+    """
     known = list(dict.fromkeys([*groups(), *sections(), "space"]))
     for topic in topics:
         if topic not in known:
@@ -34,7 +40,7 @@ def help_text(topics: list[str]) -> str:
     parts = [USAGE, "groups and their options:"]
     parts += [_group(name) for name in groups()]
     names = ", ".join(f"{name}" for name in [*sections(), "space"])
-    parts.append(f"\nkeys: python -m sweep --help SECTION, of {names}")
+    parts.append(f"\nkeys of a section: python -m sweep --help SECTION\n  SECTION is one of {names}")
     return "\n".join(parts)
 
 

@@ -1,4 +1,7 @@
-"""What a sweep prints must not end it: the pipe or terminal it goes to may be gone long before the sweep is. No torch, no ray."""
+"""Keep a sweep running after its output has nowhere to go.
+
+The pipe or terminal that it prints to may close long before the sweep ends.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-GONE = (errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EDQUOT)  # no reader, no terminal any more, a log file on a full disk
+# the reader is gone, the terminal is gone, the log file's disk or quota is full
+GONE = (errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EDQUOT)
 
 
 class LastingStream:
-    """A text stream that drops what it is given once nobody takes it."""
+    """Pass text on to a stream, and drop it once the stream can no longer take it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._is_gone = stream, False
@@ -37,15 +41,16 @@ class LastingStream:
             if error.errno not in GONE:
                 raise
             self._is_gone = True
-            with open(os.devnull, "w") as nowhere:  # else Python says at its end what it could not flush
+            # else Python complains at its exit about text that it cannot flush
+            with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Inside, sys.stdout and sys.stderr are such streams."""
+    """Make sys.stdout and sys.stderr lasting streams inside the block."""
     before = sys.stdout, sys.stderr
-    with open(os.devnull, "w") as nowhere:  # for one that was closed before
+    with open(os.devnull, "w") as nowhere:  # replaces a stream that was closed before
         sys.stdout, sys.stderr = (LastingStream(stream or nowhere) for stream in before)
         try:
             yield

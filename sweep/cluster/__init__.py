@@ -1,1 +1,1 @@
-"""The machines there are, and a Ray that is started or joined."""
+"""Find the machines, and start or join Ray on them."""

@@ -1,7 +1,8 @@
-"""Which cards an existing cluster has, read off its nodes' labels, and how a trial is kept off those it does not fit. No ray.
+"""Find which cards an existing cluster has, and keep trials off cards that they do not fit.
 
-Ray labels each node with its card, as NVML names it (`ray.io/accelerator-type`: A10G, GeForce-RTX-3090). Where that says too
-little (an A100 has 40 or 80 GB), or nothing, the user's own label does: `ray start --labels card=a100-80`.
+Ray labels each node with its card, as NVML names it (`ray.io/accelerator-type`: A10G,
+GeForce-RTX-3090). The label may be missing, or say too little (an A100 has 40 or 80 GB). Then the
+user's own label says it: `ray start --labels card=a100-80`.
 """
 
 from __future__ import annotations
@@ -20,21 +21,28 @@ Label = tuple[str, str]
 
 @dataclass(frozen=True)
 class CardKind:
-    """Cards of one kind. label: of the nodes that have them, none where they have neither; card: none where nobody knows."""
+    """Count the cards of one kind.
+
+    label: the label of the nodes that have them, None if the nodes have none. card: None if it is
+    unknown.
+    """
 
     label: Label | None
     num_gpus: int
     card: Card | None
 
     def describe(self) -> str:
-        """2 x rtx3090 (23.6 GiB)"""
+        """Return a text such as `2 x rtx3090 (23.6 GiB)`."""
         if self.card is None:
             return f"{self.num_gpus} x {self.label[1] if self.label else 'a card without a label'} (not known)"
         return f"{self.num_gpus} x {self.card.name} ({self.card.memory_gib:.1f} GiB)"
 
 
 def card_kinds(nodes: Iterable[Mapping[str, Any]]) -> tuple[CardKind, ...]:
-    """nodes: as `ray.nodes()` describes them. Largest memory first. InputError where a user's label names no card."""
+    """Count the cluster's GPUs by kind, largest memory first.
+
+    nodes: as `ray.nodes()` returns them. Raises InputError if a user's label names no card.
+    """
     counts: Counter[Label | None] = Counter()
     for node in nodes:
         num_gpus = int(node["Resources"].get("GPU", 0))
@@ -46,7 +54,10 @@ def card_kinds(nodes: Iterable[Mapping[str, Any]]) -> tuple[CardKind, ...]:
 
 
 def selector(avoid: Iterable[Label]) -> dict[str, str]:
-    """Ray's label selector for nodes with none of these labels: (card, l4), (card, a10) -> {"card": "!in(a10,l4)"}."""
+    """Return Ray's label selector for nodes with none of these labels.
+
+    For example, (card, l4) and (card, a10) give {"card": "!in(a10,l4)"}.
+    """
     values: dict[str, list[str]] = {}
     for key, value in sorted(avoid):
         values.setdefault(key, []).append(value)

@@ -1,4 +1,4 @@
-"""Ray itself: start it quietly, for this sweep only, and end it."""
+"""Start Ray quietly for one sweep, or join an existing cluster, and disconnect at the end."""
 
 from __future__ import annotations
 
@@ -28,26 +28,33 @@ REACH_S = 10.0
 
 @contextmanager
 def cluster(slots: Slots, address: str | None, log: Path) -> Iterator[None]:
-    """A running Ray: our own on the loopback interface, or the one at `address`. Its messages go to the log file.
+    """Run Ray inside the block: our own on the loopback interface, or the one at `address`.
 
-    `sweep.ray_environment` must have been set before this module was imported.
+    Ray's messages go to the log file. Call `set_ray_environment` (sweep/cluster/ray_environment.py)
+    before the first import of this module. Raises InputError if the address cannot be joined.
     """
     if slots.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a trial with train.device = auto must not find a GPU it was not given
+        # a trial with train.device = auto must not find a GPU that it was not given
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     on_terminate = signal.getsignal(signal.SIGTERM)
-    # Ray's threads print the death of a worker to stdout, whatever log_to_driver says; the screen has its own handle on it
+    # log_to_driver does not stop Ray's threads from printing a worker's death to stdout;
+    # the screen holds its own handle on stdout, so it stays visible
     with _logging_to(log), open(log, "a") as prints, redirect_stdout(prints), redirect_stderr(prints):
         try:
             _connect(slots, address)
-            signal.signal(signal.SIGTERM, on_terminate)  # Ray put in one of its own, which ends the process on the spot
+            # replaces Ray's own handler, which ends the process at once
+            signal.signal(signal.SIGTERM, on_terminate)
             yield
         finally:
-            _shut_down()  # prints what it has held back
+            _shut_down()  # Ray prints here what it has held back
 
 
 def _shut_down() -> None:
-    """End the connection with no garbage left: Python may collect Tune's handles in another thread at any time, and Ray ends the
-    process where that happens while it shuts down."""
+    """Disconnect from Ray with no garbage left, and garbage collection off.
+
+    Python may collect Tune's handles in another thread at any time. If that happens while Ray shuts
+    down, Ray ends the process.
+    """
     gc.collect()
     gc.disable()
     try:
@@ -57,7 +64,11 @@ def _shut_down() -> None:
 
 
 def inspect_cluster(address: str, num_gpus: int = 0, wait_s: float = 0.0, say: Callable[[str], None] = print) -> Hardware:
-    """GPUs, CPU cores and kinds of cards of an existing Ray cluster, as soon as it has so many GPUs, or after wait_s."""
+    """Return the GPUs, CPU cores and card kinds of an existing Ray cluster.
+
+    Returns once the cluster has num_gpus GPUs, or after wait_s seconds. Raises InputError if the
+    address cannot be joined.
+    """
     _join(address)
     try:
         deadline, said = time.monotonic() + wait_s, None
@@ -80,10 +91,11 @@ def _connect(slots: Slots, address: str | None) -> None:
     if address is not None:
         _join(address)
         return
-    root = str(Path(__file__).resolve().parents[2])  # the workers import this package, wherever the driver was started
+    # the workers must be able to import this package, wherever the driver was started
+    root = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     ray.init(
-        address="local",  # whatever RAY_ADDRESS or a file in /tmp says, and whatever else runs here
+        address="local",  # ignores RAY_ADDRESS, files in /tmp and any other Ray on this machine
         num_cpus=slots.num_slots * slots.cpus_per_trial,
         num_gpus=slots.num_slots if slots.device == "cuda" else 0,
         include_dashboard=False,
@@ -95,7 +107,11 @@ def _connect(slots: Slots, address: str | None) -> None:
 
 
 def _refuse_open_ports() -> None:
-    """Ray binds its ports by this address; another means that ray was imported before its environment was set."""
+    """Raise RuntimeError if Ray listens on more than the loopback interface.
+
+    Ray binds its ports by the node's address. Another address means that ray was imported before
+    its environment was set.
+    """
     addresses = {node["NodeManagerAddress"] for node in ray.nodes()}
     if addresses != {LOOPBACK}:
         raise RuntimeError(
@@ -120,7 +136,10 @@ def _join(address: str) -> None:
 
 
 def _refuse_unreachable(address: str) -> None:
-    """Ray itself tries for minutes to reach a port where nothing listens. `auto` and the like are Ray's to resolve."""
+    """Raise InputError if nothing listens at the address, where Ray itself would try for minutes.
+
+    Names such as `auto` pass, because Ray resolves them.
+    """
     host, _, port = address.rpartition(":")
     if not host or "/" in address or not port.isdigit():
         return
@@ -132,7 +151,10 @@ def _refuse_unreachable(address: str) -> None:
 
 @contextmanager
 def _native_stderr() -> Iterator[Callable[[], str]]:
-    """Keep off the terminal what Ray's C++ prints while it connects, a line a second. Yields what was printed so far."""
+    """Keep off the terminal what Ray's C++ prints while it connects, a line a second.
+
+    Yields a function that returns the text printed so far.
+    """
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:
         kept = os.dup(2)
@@ -147,7 +169,7 @@ def _native_stderr() -> Iterator[Callable[[], str]]:
 
 @contextmanager
 def _logging_to(log: Path) -> Iterator[None]:
-    """Send everything that is logged in this process to the file, and nothing to the terminal."""
+    """Send all log messages of this process to the file, and none to the terminal."""
     handler = logging.FileHandler(log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()

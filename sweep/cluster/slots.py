@@ -1,6 +1,7 @@
-"""Which hardware the trials get: a slot is one GPU, or a share of the CPU cores where there is none. Neither torch nor Ray.
+"""Decide which hardware the trials get.
 
-The driver must count GPUs without torch: a CUDA context in the driver would take memory on the card that the trials need.
+A slot is one GPU, or a share of the CPU cores if there is no GPU. The driver must count GPUs
+without torch: a CUDA context in the driver would take memory that the trials need.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from sweep.config.sweep import ClusterConfig
 
 @dataclass(frozen=True)
 class Hardware:
-    """What there is, here or in an existing cluster. kinds: of a cluster's cards; those of one machine are not told apart."""
+    """Count the hardware of this machine, or of an existing cluster.
+
+    kinds: the kinds of a cluster's cards. It is empty for one machine, whose cards are not told
+    apart.
+    """
 
     num_gpus: int
     num_cpus: int
@@ -26,18 +31,21 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Slots:
-    """How many trials run at once, and what each gets."""
+    """Say how many trials run at once, and what each gets."""
 
     num_slots: int
     device: str
     cpus_per_trial: int
 
     def resources_per_trial(self) -> dict[str, float]:
-        """In Ray's terms."""
+        """Return the resources of one trial in Ray's terms."""
         return {"cpu": self.cpus_per_trial, "gpu": 1 if self.device == "cuda" else 0}
 
     def bundle(self, avoid: Iterable[Label] = ()) -> tuple[dict[str, float], dict[str, str]]:
-        """What one trial takes, as a bundle of a placement group, and the selector that keeps it off nodes with these labels."""
+        """Return the bundle of a placement group that holds one trial, and its label selector.
+
+        The selector keeps the trial off nodes with the labels in `avoid`.
+        """
         wanted = {"CPU": float(self.cpus_per_trial), "GPU": 1.0 if self.device == "cuda" else 0.0}
         return {name: amount for name, amount in wanted.items() if amount}, selector(avoid)
 
@@ -47,14 +55,17 @@ class Slots:
 
 
 def plan_slots(cluster: ClusterConfig, device: str, num_gpus_found: int, num_cpus_found: int) -> Slots:
-    """Settle the slots. device: train.device. Raises InputError where more is asked for than there is."""
+    """Return the slots that this hardware gives.
+
+    device: train.device. Raises InputError if the config asks for more than there is.
+    """
     wanted = num_gpus_found if cluster.num_gpus == "auto" else cluster.num_gpus
     if device == "cpu":
         wanted = 0
     if wanted > num_gpus_found:
         raise InputError("cluster.num_gpus", wanted, f"must be at most {num_gpus_found}, the number of GPUs found")
     if device == "cuda" and wanted == 0:
-        raise InputError("train.device", device, f"needs a GPU, and {num_gpus_found} were found")
+        raise InputError("train.device", device, f"needs a GPU that cluster.num_gpus allows; {num_gpus_found} were found")
     if wanted:
         return _limited(wanted, cluster, "cuda")
     if cluster.cpus_per_trial > num_cpus_found:
@@ -71,17 +82,20 @@ def _limited(num_slots: int, cluster: ClusterConfig, device: str) -> Slots:
 
 
 def local_hardware(cluster: ClusterConfig) -> Hardware:
-    """What this machine has, whatever the section says of a cluster."""
+    """Return the hardware of this machine, whatever the section says about a cluster."""
     return Hardware(count_gpus(), count_cpus())
 
 
 def count_cpus() -> int:
-    """Cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count_gpus() -> int:
-    """NVIDIA GPUs this process may use: what nvidia-smi lists, less what CUDA_VISIBLE_DEVICES hides."""
+    """Return the number of NVIDIA GPUs that this process may use.
+
+    These are the GPUs that nvidia-smi lists, less those that CUDA_VISIBLE_DEVICES hides.
+    """
     try:
         command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
         listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()

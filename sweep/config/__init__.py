@@ -1,1 +1,1 @@
-"""One sweep as frozen data, and how conf/ becomes it; the door to Hydra."""
+"""Describe one sweep as frozen data, and compose it from conf/."""

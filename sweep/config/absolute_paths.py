@@ -1,4 +1,4 @@
-"""Relative paths of a config, made absolute at the start: a sweep is then resumed from any folder. No torch, no ray."""
+"""Make a config's relative paths absolute, so that a sweep can be resumed from any folder."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ SQLITE = "sqlite:///"
 
 
 def with_absolute_paths(config: SweepConfig, folder: Path) -> SweepConfig:
-    """folder: what they are relative to. A name that is no file or folder there is left alone: it may be a hub id."""
+    """Return the config with the paths of existing files and folders made absolute.
+
+    folder: relative paths start here. A name that is no file or folder there stays as it is, since
+    it may be a hub id.
+    """
     changes: dict[str, dict[str, str]] = {}
     for section, field in FIELDS:
         value = getattr(getattr(config, section), field)
         if field == "chat_template" and not str(value).endswith(".jinja"):
-            continue  # a template's name
+            continue  # the name of a template, not a file
         if field == "eval" and value == ON_TRAINING_SAMPLES:
             continue
         if value is not None and (folder / Path(value).expanduser()).exists():

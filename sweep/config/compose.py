@@ -1,8 +1,11 @@
-"""From overrides to one plain config: Hydra composes conf/, once. Hydra enters only here.
+"""Compose conf/ and the overrides into one plain config, with Hydra.
 
-Hydra's compose API, not its decorator: no output folder, no logging setup, no change of the working folder, and errors that can
-be turned into one line. Overrides of values are forced in (`++`), so that an unknown key reaches the config model, which names
-the known ones. A config may come from elsewhere: what it could harm by is refused before it is unfolded.
+This uses Hydra's compose API and not its decorator. There is no output folder, no logging setup and
+no change of the working folder, and errors can become one line.
+
+Overrides of values are forced in (`++`), so that an unknown key reaches the config model, whose
+error names the known keys. A config may come from someone else, so harmful content is refused
+before it is expanded.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ RUN_KEYS = {"resume": None, "dry_run": False}
 
 
 def compose(overrides: list[str]) -> dict[str, Any]:
-    """The composed, resolved config as plain data; InputError where an override or a required value is wrong."""
+    """Return the composed, resolved config as plain data.
+
+    Raises InputError for a wrong override or a missing required value.
+    """
     conf_files.refuse_alias_bombs()
     with initialize_config_dir(str(conf_files.conf_folder()), version_base="1.3"):
         try:
@@ -43,12 +49,15 @@ def compose(overrides: list[str]) -> dict[str, Any]:
 
 
 def to_yaml(raw: dict[str, Any]) -> str:
-    """The composed config as `--cfg` shows it."""
+    """Return the composed config as `--cfg` prints it."""
     return OmegaConf.to_yaml(OmegaConf.create(raw))
 
 
 def run_keys(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Split off resume and dry_run, which are about this run and not about the sweep."""
+    """Split resume and dry_run, which concern this run and not the sweep, from the other overrides.
+
+    Returns the values of the two, and the other overrides.
+    """
     run, rest = dict(RUN_KEYS), []
     for override in overrides:
         if _split(override)[0].lstrip("+") in RUN_KEYS:
@@ -62,7 +71,10 @@ def run_keys(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def parsed(override: str) -> tuple[str, Any]:
-    """An override as (dotted key, value), in Hydra's own grammar."""
+    """Parse an override with Hydra's grammar. Returns (dotted key, value).
+
+    Raises InputError if it is malformed.
+    """
     _split(override)
     try:
         found = OverridesParser.create().parse_override(override)
@@ -72,7 +84,10 @@ def parsed(override: str) -> tuple[str, Any]:
 
 
 def _for_hydra(override: str) -> str:
-    """A group keeps Hydra's meaning, and must exist; a value is forced in."""
+    """Check an override, and write it in Hydra's grammar.
+
+    A group keeps Hydra's meaning, and its option must exist. A value is forced in.
+    """
     key, value = _split(override)
     bare = key.lstrip("+~")
     known = conf_files.groups()
@@ -81,18 +96,24 @@ def _for_hydra(override: str) -> str:
         return override if key.startswith("~") else f"++{bare}={value}"
     if value not in known[bare]:
         raise InputError(bare, value, f"must be one of {', '.join(known[bare])}")
-    # those that no defaults list names must be appended, and whoever leaves the plus out means the same
+    # Hydra appends a group that no defaults list names only with a plus; users may leave it out
     return f"+{bare}={value}" if bare in conf_files.APPENDED else f"{bare}={value}"
 
 
 def _in_order(overrides: list[str]) -> list[str]:
-    """Of the appended groups the later one wins, so they come in their own order, wherever they stand on the command line."""
+    """Sort the appended groups into their fixed order, wherever they stand on the command line.
+
+    The later one of them wins.
+    """
     places = {f"+{group}": place for place, group in enumerate(conf_files.APPENDED, 1)}
     return sorted(overrides, key=lambda override: places.get(override.partition("=")[0], 0))
 
 
 def _check_section(key: str, value: str) -> None:
-    """Before Hydra asks for required values: a mistyped section is the likelier fault."""
+    """Refuse an unknown section before Hydra asks for required values.
+
+    A mistyped section is the likelier mistake.
+    """
     sections = [*SweepConfig.model_fields, *conf_files.APPENDED, *RUN_KEYS]
     if key.split(".")[0] not in sections:
         hint = did_you_mean(key.split(".")[0], sections)

@@ -1,4 +1,4 @@
-"""The files of conf/: which groups and options there are, what each says of itself, and whether one is safe to unfold."""
+"""Read the files of conf/: groups, options, help texts, and whether a file is safe to expand."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import yaml
 
 from engine.errors import InputError, first_line
 
-APPENDED = ("experiment", "debug")  # groups that no defaults list names, in the order in which they are laid over the rest
-MAX_NODES = 10_000  # of a file, with its aliases unfolded; the largest of ours has 40
+# no defaults list names these groups; they are applied over the rest, in this order
+APPENDED = ("experiment", "debug")
+MAX_NODES = 10_000  # values in a file after its aliases are expanded; our largest file has 40
 
 
 def conf_folder() -> Path:
-    """conf/ inside the package where it was installed, else beside the package in the repository."""
+    """Return conf/ inside the installed package, else next to the package in the repository."""
     package = Path(__file__).resolve().parents[1]
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 def groups() -> dict[str, list[str]]:
-    """Every config group and its options."""
+    """Return every config group with its options."""
     folders = sorted(path for path in conf_folder().iterdir() if path.is_dir())
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
 def about(group: str, option: str) -> str:
-    """What the option's file says of itself: its first comment; nothing where it has none."""
+    """Return an option's help text, the first comment of its file. Empty if there is none."""
     lines = (conf_folder() / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines()
     comments = []
     for line in lines:
@@ -38,8 +39,11 @@ def about(group: str, option: str) -> str:
 
 
 def refuse_alias_bombs() -> None:
-    """InputError where a file of conf/ would grow beyond MAX_NODES values: each alias of YAML (`*a`) is a copy once composed,
-    so a dozen lines can ask for more memory than there is. Counted without unfolding anything."""
+    """Raise InputError for a file of conf/ that would expand to more than MAX_NODES values.
+
+    Composing copies a YAML alias (`*a`) at each use, so a dozen lines can ask for more memory than
+    there is. This counts the values without expanding anything.
+    """
     for file in sorted(conf_folder().rglob("*.yaml")):
         text = file.read_text(encoding="utf-8", errors="replace")
         if "&" not in text or "*" not in text:
@@ -50,13 +54,16 @@ def refuse_alias_bombs() -> None:
         except (yaml.YAMLError, RecursionError) as error:
             raise InputError("config", str(file), f"must be plain YAML ({first_line(error)})") from None
         if size > MAX_NODES:
-            raise InputError("config", str(file), f"must hold at most {MAX_NODES:,} values once its aliases are unfolded")
+            raise InputError("config", str(file), f"must hold at most {MAX_NODES:,} values once its aliases are expanded")
 
 
 def _unfolded(node: yaml.Node, known: dict[int, int]) -> int:
-    """Values under a node, each alias counted as often as it stands there; one that stands inside itself counts as too many."""
+    """Count the values under a node, an alias as often as the file uses it.
+
+    A node that contains itself counts as more than MAX_NODES.
+    """
     if id(node) not in known:
-        known[id(node)] = MAX_NODES + 1  # until it is known: what meets it again is inside it
+        known[id(node)] = MAX_NODES + 1  # until counted: a node met again by then contains itself
         children = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
         inner = 0 if isinstance(node, yaml.ScalarNode) else sum(_unfolded(child, known) for child in children)
         known[id(node)] = 1 + inner

@@ -1,4 +1,4 @@
-"""The pruners a sweep can name, with their options."""
+"""Define the pruners that a sweep can name, with their options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from engine.config.parsing import PositiveInt, StrictModel
 
 
 class SuccessiveHalvingConfig(StrictModel):
-    """Asynchronous successive halving (Li et al., arXiv:1810.05934): judges at rungs min_rung * reduction_factor^k."""
+    """Let the best 1/reduction_factor of the trials continue at each level.
+
+    Level k, from 0, is rung min_rung * reduction_factor^(min_early_stopping_rate + k). This is
+    asynchronous successive halving (Li et al., arXiv:1810.05934).
+    """
 
     name: Literal["successive_halving"] = "successive_halving"
     min_rung: PositiveInt = 1
@@ -19,7 +23,10 @@ class SuccessiveHalvingConfig(StrictModel):
 
 
 class HyperbandConfig(StrictModel):
-    """Brackets of successive halving with different first rungs (Li et al., arXiv:1603.06560)."""
+    """Run brackets of successive halving with different first rungs.
+
+    The source is Li et al., arXiv:1603.06560.
+    """
 
     name: Literal["hyperband"] = "hyperband"
     min_rung: PositiveInt = 1
@@ -27,7 +34,7 @@ class HyperbandConfig(StrictModel):
 
 
 class MedianConfig(StrictModel):
-    """Stops a trial worse than the median of finished trials at the same rung."""
+    """Stop a trial that is worse than the median of complete trials at the same rung."""
 
     name: Literal["median"] = "median"
     num_startup_trials: Annotated[int, Field(ge=0)] = 4
@@ -35,7 +42,10 @@ class MedianConfig(StrictModel):
 
 
 class PatientConfig(StrictModel):
-    """Stops a trial whose own eval_loss has not improved by min_delta for `patience` rungs, if `inner` agrees."""
+    """Stop a trial whose own eval_loss has not improved by min_delta for `patience` rungs.
+
+    `inner` must agree, unless it is none.
+    """
 
     name: Literal["patient"] = "patient"
     patience: Annotated[int, Field(ge=0)] = 2
@@ -44,7 +54,7 @@ class PatientConfig(StrictModel):
 
 
 class NoPrunerConfig(StrictModel):
-    """Every trial runs to the end."""
+    """Let every trial run to its end."""
 
     name: Literal["none"] = "none"
 

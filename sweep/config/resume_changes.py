@@ -1,5 +1,8 @@
-"""What may be changed when a sweep is resumed: how much it may spend, where it runs and where its metrics are shown, never what a
-trial is, or its losses would not compare."""
+"""Apply the changes that a resume may make to a config.
+
+A resume may change how much the sweep may spend, where it runs and where its metrics are shown. It
+may not change the trials themselves, because their losses would no longer compare.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from engine.errors import InputError
 from sweep.config.sweep import SweepConfig, parse_sweep_config
 
 NUM_TRIALS = "sweep.num_trials"
-BUDGETS = {"sweep.budget.gpu_hours": 1, "sweep.budget.wall_clock_hours": 1, "sweep.budget.target_loss": -1}  # which way is more
+# 1: a larger value allows more; -1: a smaller one does
+BUDGETS = {"sweep.budget.gpu_hours": 1, "sweep.budget.wall_clock_hours": 1, "sweep.budget.target_loss": -1}
 PLACE = (
     "cluster.address", "cluster.num_gpus", "cluster.wait_s", "cluster.card", "tracking.metrics_port", "tracking.metrics_host",
 )  # fmt: skip
@@ -17,7 +21,10 @@ AMENDABLE = (NUM_TRIALS, *BUDGETS, *PLACE)
 
 
 def apply_resume_changes(config: SweepConfig, overrides: dict[str, Any]) -> SweepConfig:
-    """The config with the overrides (dotted path -> value) put in; InputError where one may not change, or means less."""
+    """Return the config with the overrides (dotted path -> value) applied.
+
+    Raises InputError for a field that may not change, and for fewer trials or a smaller budget.
+    """
     values = config.model_dump(mode="json")
     for key, value in overrides.items():
         if key not in AMENDABLE:

@@ -1,4 +1,4 @@
-"""The samplers a sweep can name, with their options."""
+"""Define the samplers that a sweep can name, with their options."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from engine.config.parsing import PositiveInt, StrictModel
 
 
 class TpeConfig(StrictModel):
-    """Tree-structured Parzen estimator (Bergstra et al., 2011)."""
+    """Propose trials with the tree-structured Parzen estimator (Bergstra et al., 2011)."""
 
     name: Literal["tpe"] = "tpe"
-    num_startup_trials: PositiveInt = Field(5, description="random trials before the model speaks")
+    num_startup_trials: PositiveInt = Field(5, description="random trials before the model proposes")
     num_ei_candidates: PositiveInt = 24
     multivariate: bool = Field(True, description="model the parameters jointly")
 
 
 class RandomConfig(StrictModel):
-    """Independent draws."""
+    """Draw every trial independently."""
 
     name: Literal["random"] = "random"
 
 
 class GridConfig(StrictModel):
-    """Every point of the space once, in an order shuffled by sweep.seed."""
+    """Try every point of the space once, in an order shuffled by sweep.seed."""
 
     name: Literal["grid"] = "grid"
 
 
 class CmaEsConfig(StrictModel):
-    """CMA-ES (Hansen, 2001) over the numeric parameters; choices are drawn at random."""
+    """Propose numeric parameters with CMA-ES (Hansen, 2001), and draw choices at random."""
 
     name: Literal["cmaes"] = "cmaes"
     num_startup_trials: PositiveInt = 5
@@ -39,14 +39,20 @@ class CmaEsConfig(StrictModel):
 
 
 class GpConfig(StrictModel):
-    """Gaussian process with expected improvement. Optuna fits it with torch, so the driver imports torch for this one."""
+    """Propose trials with a Gaussian process and expected improvement.
+
+    Optuna fits it with torch, so the driver imports torch for this sampler.
+    """
 
     name: Literal["gp"] = "gp"
     num_startup_trials: PositiveInt = 5
 
 
 class Nsga2Config(StrictModel):
-    """Non-dominated sorting genetic algorithm (Deb et al., 2002): for several objectives and many trials."""
+    """Propose trials with a non-dominated sorting genetic algorithm, NSGA-II (Deb et al., 2002).
+
+    It suits several objectives and many trials.
+    """
 
     name: Literal["nsga2"] = "nsga2"
     population_size: Annotated[int, Field(ge=2)] = 16

@@ -1,7 +1,8 @@
-"""The frozen, validated description of one sweep. No torch, no ray, no optuna.
+"""Describe one sweep as frozen, validated data.
 
-The sections of `engine.config.TrainConfig` sit at the top level as the base of every trial; `space` says what varies
-(sweep/space_parse.py reads it); the rest says how many trials, who proposes, who judges and where they run.
+The sections of TrainConfig (engine/config/trial.py) are the base of every trial. `space` says which
+fields vary, and sweep/space/parse.py reads it. The other sections say how many trials run, which
+sampler and pruner decide, and where the trials run.
 """
 
 from __future__ import annotations
@@ -46,27 +47,32 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
 class BudgetConfig(StrictModel):
-    """What a sweep may spend beside its trials. Once spent, no trial starts and running ones stop at their next report."""
+    """Limit what a sweep may spend, in addition to its number of trials.
 
-    gpu_hours: PositiveFloat | None = Field(None, description="hours for which slots are held, all together; none: no limit")
-    wall_clock_hours: PositiveFloat | None = Field(None, description="hours for which the sweep runs; none: no limit")
-    target_loss: PositiveFloat | None = Field(None, description="an eval_loss that is good enough; none: there is no such")
+    Once a limit is reached, no trial starts, and running trials stop at their next report.
+    """
+
+    gpu_hours: PositiveFloat | None = Field(
+        None, description="hours for which trials hold slots, summed over slots; null: no limit"
+    )
+    wall_clock_hours: PositiveFloat | None = Field(None, description="hours for which the sweep runs; null: no limit")
+    target_loss: PositiveFloat | None = Field(None, description="an eval_loss that is good enough to end the sweep; null: none")
 
 
 class SweepSection(StrictModel):
-    """Name, length and place of the sweep."""
+    """Set the name, length and place of the sweep."""
 
     name: str = Field(
         "sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="letters, digits, dot, dash, underscore"
     )
     num_trials: PositiveInt = 16
     seed: Annotated[int, Field(ge=0)] = 0
-    output_dir: str = Field("sweeps", min_length=1, description="the sweep folder is created in it")
+    output_dir: str = Field("sweeps", min_length=1, description="folder in which the sweep folder is created")
     budget: BudgetConfig = BudgetConfig()
     warm_start: Annotated[tuple[str, ...], ListAsTuple] = Field((), description="folders of earlier sweeps to learn from")
-    objectives: Annotated[tuple[str, ...], ListAsTuple] = Field((EVAL_LOSS,), description="what is minimised, all at once")
+    objectives: Annotated[tuple[str, ...], ListAsTuple] = Field((EVAL_LOSS,), description="measures that are minimised together")
     choose_within: Annotated[float, Field(ge=0.0)] = Field(
-        0.0, description="nats of eval_loss that the best adapter may cost to be better in the other objectives"
+        0.0, description="nats of eval_loss that the best adapter may lose in order to be better in the other objectives"
     )
 
     num_examples: Annotated[int, Field(ge=0, le=32)] = Field(
@@ -77,63 +83,69 @@ class SweepSection(StrictModel):
     @classmethod
     def _known_objectives(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if EVAL_LOSS not in names or len(set(names)) < len(names) or not set(names) <= set(MEASURES):
-            raise ValueError(f"must be eval_loss, alone or with others, each once: {', '.join(MEASURES)}")
+            raise ValueError(f"must be eval_loss alone, or eval_loss and others of these, each once: {', '.join(MEASURES)}")
         return names
 
 
 class ClusterConfig(StrictModel):
-    """Slots: one trial each. A slot is one GPU, or cpus_per_trial cores where there is no GPU."""
+    """Set where trials run: a slot holds one trial at a time.
 
-    num_gpus: AutoInt = Field("auto", description="auto: all that are visible")
-    num_cpu_slots: AutoPositive = Field("auto", description="without GPUs; auto: cores / cpus_per_trial")
+    A slot is one GPU, or cpus_per_trial cores if there is no GPU.
+    """
+
+    num_gpus: AutoInt = Field("auto", description="GPUs to use; auto: all that are visible")
+    num_cpu_slots: AutoPositive = Field("auto", description="number of slots without GPUs; auto: cores / cpus_per_trial")
     cpus_per_trial: PositiveInt = 1
-    card: AutoCard = Field("auto", description="whose memory and speed are predicted; auto: the card found")
-    max_concurrent: AutoPositive = Field("auto", description="auto: as many trials as slots")
-    address: str | None = Field(None, description="an existing Ray cluster; none: one of our own on this machine")
-    wait_s: Annotated[float, Field(ge=0.0)] = Field(0.0, description="for the nodes of an existing cluster to bring num_gpus")
+    card: AutoCard = Field("auto", description="card whose memory and speed are predicted; auto: the card found")
+    max_concurrent: AutoPositive = Field("auto", description="most trials at once; auto: one per slot")
+    address: str | None = Field(None, description="existing Ray cluster to join; null: start Ray on this machine")
+    wait_s: Annotated[float, Field(ge=0.0)] = Field(0.0, description="seconds to wait until an existing cluster has num_gpus")
     max_retries: Annotated[int, Field(ge=0)] = Field(
-        2, description="times a trial goes on after its worker died without a new report"
+        2, description="times a trial continues after its worker died without a new report"
     )
     report_timeout_s: Annotated[float, Field(gt=0.0)] | None = Field(
-        21_600.0, description="between two reports of a trial; then its worker is taken to hang, and is killed; none: never"
+        21_600.0,
+        description="seconds without a report, after which the driver kills a trial's worker as hung; null: no limit",
     )
 
 
 class TrackingConfig(StrictModel):
-    """Where the projection of the sweep goes."""
+    """Set where other programs can follow the sweep: in MLflow, and on a page for Prometheus."""
 
     name: Literal["mlflow", "none"] = "mlflow"
-    uri: str | None = Field(None, description="none: sqlite:///<output_dir>/mlflow.db")
+    uri: str | None = Field(None, description="null: sqlite:///<output_dir>/mlflow.db")
     metrics_port: Annotated[int, Field(ge=0, le=65_535)] | None = Field(
-        None, description="of the driver's page for Prometheus; 0: any that is free; none: there is no such page"
+        None, description="port of the driver's page for Prometheus; 0: any free port; null: no page"
     )
-    metrics_host: str = Field("127.0.0.1", min_length=1, description="whose readers reach the page: this machine's alone")
+    metrics_host: str = Field(
+        "127.0.0.1", min_length=1, description="address on which the page listens; 127.0.0.1: for this machine only"
+    )
     registered_model: str | None = Field(
         "auto",
         pattern=r"^[^/:]+$",
         max_length=200,
-        description="text without / and :; the best adapter becomes a version of it; auto: the sweep's name; none: of nothing",
+        description="model of which the best adapter becomes a version, without / and :; auto: the sweep's name; null: none",
     )
 
     @field_validator("uri")
     @classmethod
     def _no_password(cls, uri: str | None) -> str | None:
-        """It would stand in sweep_config.json, and in every copy of the sweep folder."""
+        """Refuse a password, because sweep_config.json in every sweep folder would hold it."""
         found = re.search(r"//([^/\s]*)@", uri or "")
         if found and ":" in found[1]:
             shown = re.sub(r"//[^/\s]*@", "//...@", uri)
-            allowed = "must hold no password; give it as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
-            raise InputError("tracking.uri", shown, f"{allowed} (of a database: in its own password file)")
+            allowed = "must hold no password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            raise InputError("tracking.uri", shown, f"{allowed} (for a database, use its password file)")
         return uri
 
     @property
     def public_uri(self) -> str | None:
-        """Without the user and password that may stand in it."""
+        """Return the URI without the user and password that it may contain."""
         return None if self.uri is None else re.sub(r"//[^/\s]*@", "//", self.uri)
 
 
 class SweepConfig(StrictModel):
-    """One sweep, whole."""
+    """Describe one whole sweep."""
 
     model: ModelConfig
     data: DataConfig
@@ -159,28 +171,31 @@ class SweepConfig(StrictModel):
 
     @property
     def effective_pruner(self) -> PrunerConfig:
-        """The pruner that is used: none with several objectives, for which Optuna has none."""
+        """Return the pruner that the sweep uses.
+
+        It is none with several objectives, because Optuna has no pruner for them.
+        """
         return self.pruner if len(self.sweep.objectives) == 1 else NoPrunerConfig()
 
     def base(self) -> TrainConfig:
-        """The config every trial starts from, before its sampled values are put in."""
+        """Return the config that every trial starts from, before its sampled values are applied."""
         return TrainConfig(model=self.model, data=self.data, lora=self.lora, optim=self.optim, train=self.train)
 
 
 def parse_sweep_config(data: Any) -> SweepConfig:
-    """Validate plain data; raises InputError."""
+    """Validate plain data. Raises InputError."""
     config = parse(SweepConfig, data)
     config.base()
     if config.sampler.name == "cmaes" and len(config.sweep.objectives) > 1:
-        allowed = "takes one objective; with several in sweep.objectives: tpe, gp, nsga2, random or grid"
+        allowed = "takes one objective; with several in sweep.objectives use tpe, gp, nsga2, random or grid"
         raise InputError("sampler.name", "cmaes", allowed)
     if config.sweep.choose_within and len(config.sweep.objectives) == 1:
-        raise InputError("sweep.choose_within", config.sweep.choose_within, "must be 0 with eval_loss as the only objective")
+        raise InputError("sweep.choose_within", config.sweep.choose_within, "must be 0 if eval_loss is the only objective")
     return config
 
 
 def _pick(models: Mapping[str, type[StrictModel]], value: Any, where: str) -> Any:
-    """Choose the section's model by its `name`, so that an error names the keys of that one and not of all of them."""
+    """Choose the section's model by its `name`, so that an error names only this model's keys."""
     if not isinstance(value, Mapping):
         return value
     name = value.get("name")
@@ -190,7 +205,10 @@ def _pick(models: Mapping[str, type[StrictModel]], value: Any, where: str) -> An
 
 
 def describe_budget(limits: BudgetConfig) -> str:
-    """The limits that are set, for the plan: `4 GPU hours, eval loss 1.2`; empty where none is."""
+    """Return the limits that are set, for the plan: `4 GPU hours, an eval loss of 1.2`.
+
+    Empty if none is set.
+    """
     parts = [
         f"{limits.gpu_hours:g} GPU hours" if limits.gpu_hours is not None else "",
         f"{limits.wall_clock_hours:g} hours" if limits.wall_clock_hours is not None else "",

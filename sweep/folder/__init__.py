@@ -1,1 +1,1 @@
-"""The sweep folder: every path, whole files only."""
+"""Name every path of the sweep folder, and write its files whole."""

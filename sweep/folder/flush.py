@@ -1,8 +1,11 @@
-"""Has files flushed to the disk behind the driver's back: a flush took 9 ms where a decision may take 10, and a trial needs ten.
+"""Flush files to the disk in the background, so that the driver does not wait for it.
 
-What was written survives a kill at once, flushed or not. A flush is for a power cut, which may thus take back the decisions of
-some milliseconds. Nothing depends on those yet: a trial's first checkpoint comes later, and a report is in the trial's folder,
-flushed by the worker, before the driver hears of it.
+A flush took 9 ms. A decision may take 10 ms, and a trial needs ten flushes.
+
+A written file survives a kill at once, flushed or not. A flush protects against a power cut, which
+may thus undo the decisions of some milliseconds. Nothing depends on those yet: a trial's first
+checkpoint comes later. The worker flushes a report in the trial's folder before the driver hears of
+it.
 """
 
 from __future__ import annotations
@@ -12,13 +15,17 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_pool = ThreadPoolExecutor(1, "disk")  # its thread starts with the first file, and is waited for when the process ends
+# the thread starts with the first file, and the process waits for it before it ends
+_pool = ThreadPoolExecutor(1, "disk")
 _waiting: set[Path] = set()
 _lock = threading.Lock()
 
 
 def flush_soon(path: Path) -> None:
-    """Flush the file in the background; asked for twice before it begins, once is enough."""
+    """Flush the file in the background.
+
+    A second request before the flush begins adds no second flush.
+    """
     with _lock:
         if path in _waiting:
             return
@@ -27,12 +34,12 @@ def flush_soon(path: Path) -> None:
 
 
 def wait_until_flushed() -> None:
-    """Come back once everything asked for so far is on the disk."""
+    """Return once every file requested so far is on the disk."""
     _pool.submit(lambda: None).result()
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace the file by `text` in one rename, flushed soon."""
+    """Replace the file by `text` in one rename, and flush it in the background."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
@@ -44,7 +51,7 @@ def _flush(path: Path) -> None:
         _waiting.discard(path)
     try:
         handle = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:  # removed since, with its folder
+    except FileNotFoundError:  # the file was removed meanwhile, with its folder
         return
     try:
         os.fsync(handle)

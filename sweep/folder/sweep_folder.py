@@ -1,14 +1,16 @@
-"""The sweep folder: where everything a sweep writes lies, written so that a kill leaves whole files only. No torch, no ray.
+"""Lay out the sweep folder, which holds everything that a sweep writes.
+
+A kill leaves whole files only.
 
 <name>-<YYYYmmdd-HHMMSS>/
     sweep_config.json   the whole resolved config; resume reads it
-    data.json           digests of the samples: whether another sweep's losses compare
+    data.json           digests of the samples, to check that losses of two sweeps compare
     study.journal       Optuna's state, the record of truth
-    trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's), system.jsonl,
-                        result.json, error.txt
+    trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's),
+                        system.jsonl, result.json, error.txt
     timeline.jsonl      when each trial held which slot
     best/               the winning adapter, ready to load
-    examples.json       what base model and winner answered to a few evaluation samples
+    examples.json       answers of base model and winner to a few evaluation samples
     leaderboard.md/.json, report.html, driver.log, ray/ (Tune's own files, never read again)
 """
 
@@ -33,7 +35,7 @@ from sweep.folder.flush import replace_text
 
 
 class SweepFolder:
-    """Paths of one sweep, and atomic reads and writes in it."""
+    """Name the paths of one sweep, and read and write its files atomically."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,11 +48,16 @@ class SweepFolder:
         self.log = path / "driver.log"
         self.ray = path / "ray"
         self.lock_file = path / ".lock"
-        self.stop_file = path / ".stop"  # while it is there, running trials save and end (sweep/interruption.py)
+        # while this file exists, running trials save and end (sweep/execution/interruption.py)
+        self.stop_file = path / ".stop"
 
     @classmethod
     def create(cls, config: SweepConfig, now: datetime) -> SweepFolder:
-        """Make a new folder under sweep.output_dir; a name taken in the same second gets a number."""
+        """Create a new folder under sweep.output_dir.
+
+        A name taken in the same second gets a number. Raises InputError if the folder cannot be
+        written.
+        """
         parent = Path(config.sweep.output_dir)
         stem = f"{config.sweep.name}-{now:%Y%m%d-%H%M%S}"
         for attempt in range(1, 100):
@@ -65,18 +72,21 @@ class SweepFolder:
                 folder.write_config(config)
             except StorageError as error:
                 shutil.rmtree(folder.path, ignore_errors=True)
-                raise InputError("sweep.output_dir", str(parent), f"must be a folder with room ({error})") from None
+                raise InputError("sweep.output_dir", str(parent), f"must be a folder with free space ({error})") from None
             return folder
         raise InputError("sweep.output_dir", str(parent), f"already holds 99 folders named {stem}")
 
     @property
     def started_s(self) -> float:
-        """When the sweep began, Unix seconds: the lock file is made by the first driver, and never written."""
+        """Return when the sweep began, in Unix seconds.
+
+        The first driver makes the lock file, and nothing is ever written to it.
+        """
         return self.lock_file.stat().st_mtime
 
     @classmethod
     def open(cls, path: str | Path, field: str = "resume") -> SweepFolder:
-        """An existing sweep folder; InputError, about the field, where it is none."""
+        """Open an existing sweep folder. Raises InputError about `field` if the path is none."""
         folder = cls(Path(path))
         if not folder.config_file.is_file():
             raise InputError(field, str(path), "must be a sweep folder (one with a sweep_config.json)")
@@ -84,45 +94,56 @@ class SweepFolder:
         return folder
 
     def _refuse_links_out(self) -> None:
-        """A folder from elsewhere may hold links; what a sweep writes and removes must not be reached through them."""
+        """Raise InputError if a link leads out of the folder.
+
+        A folder from someone else may hold links, and the sweep must not write or remove through
+        them.
+        """
         inside = self.path.resolve()
         for parent, folders, files in os.walk(self.path):
             for name in (*folders, *files):
                 entry = Path(parent, name)
                 if entry.is_symlink() and not entry.resolve().is_relative_to(inside):
-                    raise InputError("resume", str(entry), f"is a link out of the sweep folder, to {os.readlink(entry)}")
+                    raise InputError("resume", str(entry), f"must not link out of the sweep folder, to {os.readlink(entry)}")
 
     def write_config(self, config: SweepConfig) -> None:
-        """Keys keep their order: that of `space` is the order of dimensions and choices, which Optuna refuses to see changed."""
+        """Write the config with its keys in order.
+
+        The order of `space` is that of dimensions and choices, which Optuna refuses to see changed.
+        """
         write_text(self.config_file, json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
 
     def read_config(self) -> SweepConfig:
         return parse_sweep_config(load_json(self.config_file))
 
     def write_data(self, data: dict[str, Any]) -> None:
-        """Digests of the samples that the sweep trains and evaluates on."""
+        """Write the digests of the samples that the sweep trains and evaluates on."""
         write_text(self.data_file, json.dumps(data, indent=2, sort_keys=True) + "\n")
 
     def read_data(self) -> dict[str, Any] | None:
-        """None in a folder that has no digests yet."""
+        """Return the digests of the samples, or None if the folder has none yet."""
         return load_json(self.data_file) if self.data_file.is_file() else None
 
     def write_examples(self, examples: dict[str, Any]) -> None:
-        """trial: the winner; examples: prompt, expected, base and adapter of each; error: why there are none, in one line."""
+        """Write the example answers.
+
+        trial: the winner. examples: prompt, expected, base and adapter of each. error: in one line,
+        why there are none.
+        """
         write_text(self.examples_file, json.dumps(examples, indent=2, ensure_ascii=False) + "\n")
 
     def read_examples(self) -> dict[str, Any] | None:
-        """None where the sweep has not come to its end, or was asked for none."""
+        """Return the example answers, or None if the sweep has not ended or was asked for none."""
         if not self.examples_file.is_file():
             return None
         found = load_json(self.examples_file)
         for example in found.get("examples", []):
-            if "reference" in example:  # the word of sweeps before version 0.2
+            if "reference" in example:  # the key in sweeps before version 0.2
                 example["expected"] = example.pop("reference")
         return found
 
     def trial(self, number: int) -> Path:
-        """The folder of one trial: trials/0003."""
+        """Return the folder of one trial, such as trials/0003."""
         return self.path / "trials" / f"{number:04d}"
 
     def write_train_config(self, number: int, config: TrainConfig) -> None:
@@ -133,28 +154,30 @@ class SweepFolder:
         replace_text(self.trial(number) / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
 
     def write_reports(self, number: int, reports: list[dict[str, Any]]) -> None:
-        """Those of a trial that another sweep trained; the engine writes the others."""
+        """Write the reports of a trial that another sweep trained. The engine writes all others."""
         replace_text(self.trial(number) / "reports.jsonl", "".join(json.dumps(report) + "\n" for report in reports))
 
     def has_result(self, number: int) -> bool:
         return (self.trial(number) / "result.json").is_file()
 
     def reports(self, number: int) -> list[dict[str, Any]]:
-        """The trial's reports, ascending by rung; empty where it has none yet."""
+        """Return the trial's reports, ascending by rung. Empty if it has none yet."""
         return read_reports(self.trial(number))
 
     def check_room(self) -> None:
-        """StorageError where the disk takes no more: a page is written and removed."""
+        """Raise StorageError if the disk is full. The check writes a page and removes it."""
         probe = self.path / ".room"
         write_text(probe, "." * 4096)
         probe.unlink()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this process; InputError where another driver has it."""
+        """Hold the folder for this process. Raises InputError if another driver has it."""
         lock = FileLock(self.lock_file)
         if not lock.acquire():
-            raise InputError("resume", str(self.path), "another driver works in this sweep folder; wait for it, or stop it")
+            raise InputError(
+                "resume", str(self.path), "another driver works in this sweep folder; wait until it ends, or stop it"
+            )
         try:
             yield
         finally:
@@ -162,8 +185,11 @@ class SweepFolder:
 
 
 def read_reports(trial_folder: Path) -> list[dict[str, Any]]:
-    """What the engine has saved in reports.jsonl, ascending by rung; empty where there is none yet. A last line that is not whole
-    is left out: the trial's checkpoint has it, and writes the file again."""
+    """Return the reports that the engine saved in reports.jsonl, ascending by rung.
+
+    Empty if there is none yet. A last line that is not whole is left out: the trial's checkpoint
+    has it, and the engine writes the file again.
+    """
     file = trial_folder / "reports.jsonl"
     lines = file.read_bytes().split(b"\n") if file.is_file() else []
     if lines and lines[-1]:
@@ -172,7 +198,7 @@ def read_reports(trial_folder: Path) -> list[dict[str, Any]]:
 
 
 def _report(file: Path, rung: int, line: bytes) -> dict[str, Any]:
-    """One report, checked as far as the driver relies on it."""
+    """Parse one report, checked as far as the driver relies on it. Raises InputError."""
     try:
         report = json.loads(line)
         if report["rung"] == rung and isinstance(report["eval_loss"], int | float):
@@ -180,5 +206,5 @@ def _report(file: Path, rung: int, line: bytes) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
     raise InputError(
-        str(file), line[:80], f"line {rung} must be the report of rung {rung}; remove the file: the checkpoint has all"
+        str(file), line[:80], f"line {rung} must be the report of rung {rung}; remove the file: the checkpoint has all reports"
     )

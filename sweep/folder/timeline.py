@@ -1,7 +1,8 @@
-"""When each trial held which slot: one line per event in `timeline.jsonl`, read back on resume. The record of time alone.
+"""Record when each trial held which slot: one line per event in `timeline.jsonl`, read on resume.
 
-Not the record of results, which is the journal: were this file lost, a resumed sweep would count its budget from zero and nothing
-else. Lines are appended without waiting for the disk, so they survive a kill, and cost a decision some microseconds.
+The file records time only, and the journal records results. If the file were lost, a resumed sweep
+would only count its budget from zero. Lines are appended without waiting for the disk. They survive
+a kill, and cost a decision some microseconds.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One stay of a trial in a slot. Times in Unix seconds; a trial that was resumed has several.
+    """Record one stay of a trial in a slot, in Unix seconds. A resumed trial has several stays.
 
-    slot: where the worker sits, None until it has reported. assigned_s: when the driver gave the slot away; began_s: when the
-    worker began with the trial; ended_s: None while it runs. dead_time_s: from the end of the trial before in the same worker to
-    this one's first step; None for a worker's first trial, which loads the base model.
+    slot: the worker's place, None until it has reported. assigned_s: when the driver gave the slot
+    to the trial. began_s: when the worker began with the trial. ended_s: None while it runs.
+
+    dead_time_s: from the end of the previous trial in the same worker to this trial's first step.
+    It is None for a worker's first trial, which loads the base model.
     """
 
     trial: int
@@ -32,11 +35,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Usage:
-    """What was spent up to the newest event, over all sessions: a value that never changes, so that other threads may read it.
+    """Sum what was spent up to the newest event, over all sessions.
 
-    occupied_s: seconds of the stays that have ended, over all slots; assigned_s: when those began that have not, Unix seconds.
-    elapsed_s: of the sessions that have ended; session_s: when this one began, None where none runs. dead_time_s: sum over
-    num_dead_times stays. newest_s: when the newest event was.
+    A value never changes, so other threads may read it.
+
+    occupied_s: seconds of the stays that have ended, over all slots. assigned_s: when the open
+    stays began, in Unix seconds. elapsed_s: seconds of the sessions that have ended. session_s:
+    when this session began, None if none runs. dead_time_s: the sum over num_dead_times stays.
+    newest_s: the time of the newest event.
     """
 
     occupied_s: float = 0.0
@@ -48,24 +54,30 @@ class Usage:
     newest_s: float = 0.0
 
     def occupied_until_s(self, now_s: float) -> float:
-        """Seconds for which slots were held, over all slots."""
+        """Return the seconds for which trials held slots, over all slots."""
         return self.occupied_s + sum(now_s - assigned_s for assigned_s in self.assigned_s)
 
     def elapsed_until_s(self, now_s: float) -> float:
-        """Seconds for which the sweep ran; the time between a stop and a resume does not count."""
+        """Return the seconds for which the sweep ran.
+
+        The time between a stop and a resume does not count.
+        """
         return self.elapsed_s + (0.0 if self.session_s is None else now_s - self.session_s)
 
 
 class Timeline:
-    """Appends events, and keeps the sums that a budget needs."""
+    """Append events, and keep the sums that a budget needs."""
 
     def __init__(self, file: Path, *, mend: bool = True) -> None:
-        """Reads what earlier sessions of the sweep left in the file. mend: false for a mere reader, since the sweep may be
-        running, and about to write the rest of the last line."""
+        """Read the events that earlier sessions of the sweep left in the file.
+
+        mend: drop a torn last line. Use False to only read the file, since a running sweep may be
+        about to write the rest of that line.
+        """
         if mend:
             _mend(file)
         self._file = file
-        self.spans: list[Span] = []  # those that have ended, in that order
+        self.spans: list[Span] = []  # ended stays, in the order of their ends
         self._open: dict[int, Span] = {}
         self._last: dict[int, Span] = {}
         self.usage = Usage()
@@ -74,30 +86,33 @@ class Timeline:
         self._end_session()
 
     def start_session(self, now_s: float) -> None:
-        """The driver begins to hand out trials, for the first time or after a resume."""
+        """Record that the driver begins to hand out trials, at first or after a resume."""
         self._add({"event": "session", "at_s": now_s})
 
     def on_assigned(self, trial: int, now_s: float) -> None:
         self._add({"event": "assigned", "at_s": now_s, "trial": trial})
 
     def on_reported(self, trial: int, now_s: float, timing: dict[str, Any]) -> None:
-        """timing: slot, began_s and dead_time_s, as the worker knows them."""
+        """Record a report. timing: slot, began_s and dead_time_s, as the worker knows them."""
         self._add({"event": "reported", "at_s": now_s, "trial": trial, **timing})
 
     def on_ended(self, trial: int, now_s: float, timing: dict[str, Any]) -> None:
-        """The trial left its slot."""
+        """Record that the trial left its slot. timing: as for on_reported."""
         self._add({"event": "ended", "at_s": now_s, "trial": trial, **timing})
 
     def span(self, trial: int) -> Span | None:
-        """The trial's newest stay."""
+        """Return the trial's newest stay, or None if it has none."""
         return self._open.get(trial) or self._last.get(trial)
 
     def occupied_s(self, now_s: float) -> float:
-        """Seconds for which slots were held, over all slots and sessions."""
+        """Return the seconds for which trials held slots, over all slots and sessions."""
         return self.usage.occupied_until_s(now_s)
 
     def elapsed_s(self, now_s: float) -> float:
-        """Seconds for which the sweep ran, over all sessions; the time between a stop and a resume does not count."""
+        """Return the seconds for which the sweep ran, over all sessions.
+
+        The time between a stop and a resume does not count.
+        """
         return self.usage.elapsed_until_s(now_s)
 
     def _add(self, event: dict[str, Any]) -> None:
@@ -120,7 +135,10 @@ class Timeline:
         self.usage = replace(self.usage, assigned_s=assigned_s, newest_s=max(self.usage.newest_s, at_s))
 
     def _learn(self, trial: int, event: dict[str, Any]) -> None:
-        """What the worker knows of its stay. The dead time comes with every report and counts once."""
+        """Add to the stay what the worker knows of it.
+
+        Every report carries the dead time, which counts once.
+        """
         span = self._open[trial]
         known = {name: event[name] for name in ("slot", "began_s", "dead_time_s") if name in event}
         self._open[trial] = replace(span, **known)
@@ -129,7 +147,7 @@ class Timeline:
             self.usage = replace(self.usage, dead_time_s=sum_s, num_dead_times=self.usage.num_dead_times + 1)
 
     def _end_session(self) -> None:
-        """What a killed driver left open ended, as far as anyone knows, with the last event it wrote."""
+        """Close the stays and the session that a killed driver left open, at its last event."""
         for trial in list(self._open):
             self._close(trial, self.usage.newest_s)
         if self.usage.session_s is not None:
@@ -137,7 +155,10 @@ class Timeline:
             self.usage = replace(self.usage, elapsed_s=elapsed_s, session_s=None)
 
     def _close(self, trial: int, at_s: float) -> None:
-        """The stay counts as ended and no longer as open in one step: a reader in between would see time run backwards."""
+        """Move the stay from the open to the ended ones in one step.
+
+        A reader between two steps would see time run backwards.
+        """
         span = self._open.pop(trial)
         self._last[trial] = replace(span, ended_s=at_s)
         self.spans.append(self._last[trial])
@@ -147,7 +168,7 @@ class Timeline:
 
 
 def _mend(file: Path) -> None:
-    """A last line that a kill tore is dropped, so that the next one starts on its own."""
+    """Drop a last line that a kill tore, so that the next event starts a line."""
     if file.is_file():
         text = file.read_text(encoding="utf-8")
         if text and not text.endswith("\n"):
@@ -155,7 +176,7 @@ def _mend(file: Path) -> None:
 
 
 def _read(file: Path) -> Iterator[dict[str, Any]]:
-    """The events whose lines are whole."""
+    """Yield the events whose lines are whole."""
     if file.is_file():
         for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
             yield json.loads(line)

@@ -1,1 +1,1 @@
-"""Which fields vary, over what."""
+"""Describe which fields vary, and over which values."""

@@ -1,4 +1,4 @@
-"""Fields that no space may vary: trials that differ in them cannot be compared."""
+"""List the fields that no space may vary, because trials that differ in them cannot be compared."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ INCOMPARABLE = {
     "train.device": "placement decides the device",
 }
 UNSEARCHABLE = {path: f"{why}, so their losses do not compare" for path, why in INCOMPARABLE.items()} | {
-    "train.profile_steps": "a trace changes nothing that could be searched for",
-    "model.trust_remote_code": "whether a model's own code runs is for you to decide, not for the sampler",
+    "train.profile_steps": "a trace does not change what a trial learns",
+    "model.trust_remote_code": "it is for you to decide whether a model's own code runs, not for the sampler",
 }

@@ -1,8 +1,11 @@
-"""Reads the `space` section of the config into a Space, before a trial starts. No torch, no optuna.
+"""Read the config's `space` section into a Space, before a trial starts.
 
-A leaf is a mapping with `choices` (a list of scalars, or name -> value; the name is what the study stores), or with `low` and
-`high` (+ `log`, `step`; whole-number bounds give whole numbers). `when: {other.path: name or [names]}` makes a leaf conditional:
-where the condition does not hold, the field keeps its base value. Keys may be nested or dotted.
+A leaf is a mapping with `choices`, or with `low` and `high`. `choices` is a list of scalars, or a
+mapping name -> value, whose names the study stores. A range may also have `log` and `step`, and
+whole-number bounds give whole numbers.
+
+`when: {other.path: name or [names]}` makes a leaf conditional. If the condition does not hold, the
+field keeps its base value. Keys may be nested or dotted.
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ LEAF_KEYS = ("choices", "low", "high", "log", "step", "when")
 
 
 def parse_space(data: Mapping[str, Any]) -> Space:
-    """Check the `space` section; raises InputError naming the path and what is allowed."""
+    """Check the `space` section, and return it as a Space.
+
+    Raises InputError, which names the path and the allowed values.
+    """
     leaves = dict(_leaves(data, ""))
     dimensions = {path: _dimension(path, leaf) for path, leaf in leaves.items()}
     for dimension in dimensions.values():
@@ -29,7 +35,7 @@ def parse_space(data: Mapping[str, Any]) -> Space:
 
 
 def known_paths() -> list[str]:
-    """Every dotted path of TrainConfig."""
+    """Return every dotted path of TrainConfig."""
     sections = TrainConfig.model_fields
     return [f"{section}.{key}" for section, info in sections.items() for key in info.annotation.model_fields]
 
@@ -49,7 +55,7 @@ def _dimension(path: str, leaf: Mapping[str, Any]) -> Dimension:
     where, known = f"space.{path}", known_paths()
     if path not in known:
         hint = did_you_mean(path, known, num=3, cutoff=0.5) or f"; allowed: {', '.join(known)}"
-        raise InputError(where, dict(leaf), f"no such field of a trial{hint}")
+        raise InputError(where, dict(leaf), f"must be a field of a trial{hint}")
     if path in UNSEARCHABLE:
         raise InputError(where, dict(leaf), f"cannot be searched over: {UNSEARCHABLE[path]}")
     unknown = sorted(set(leaf) - set(LEAF_KEYS))
@@ -63,7 +69,7 @@ def _choice(path: str, leaf: Mapping[str, Any], when: dict[str, tuple[Scalar, ..
     where, choices = f"space.{path}.choices", leaf["choices"]
     extra = sorted(set(leaf) - {"choices", "when"})
     if extra:
-        allowed = f"choices go without low, high, log and step; to replace a leaf, remove it first: '~space.{path}'"
+        allowed = f"choices cannot be combined with low, high, log or step; to replace a leaf, remove it first: '~space.{path}'"
         raise InputError(f"space.{path}", dict(leaf), allowed)
     if isinstance(choices, Mapping):
         values = dict(choices)
@@ -74,7 +80,7 @@ def _choice(path: str, leaf: Mapping[str, Any], when: dict[str, tuple[Scalar, ..
     else:
         raise InputError(where, choices, "must be a list of scalars, or a mapping name -> value")
     if not values or len(values) != len(choices):
-        raise InputError(where, choices, "must be distinct, and at least one")
+        raise InputError(where, choices, "must be at least one value, and all distinct")
     return Choice(path, values, when)
 
 
@@ -129,6 +135,6 @@ def _parents_first(dimensions: Mapping[str, Dimension]) -> list[Dimension]:
         ready = [d for path, d in dimensions.items() if path not in ordered and all(p in ordered for p in d.when)]
         if not ready:
             cycle = sorted(set(dimensions) - set(ordered))
-            raise InputError("space", cycle, "conditions must not refer to each other in a circle")
+            raise InputError("space", cycle, "must not have conditions that refer to each other in a circle")
         ordered.update((d.path, d) for d in ready)
     return list(ordered.values())

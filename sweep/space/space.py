@@ -1,7 +1,7 @@
-"""The search space: which fields of TrainConfig vary, over what, and under which condition. No torch, no optuna.
+"""Define the search space: which fields of TrainConfig vary, over what, and under which condition.
 
-What a sampler proposes (`params`) is path -> number or choice name; `Space.apply` turns it into a TrainConfig.
-sweep/space_parse.py reads a Space from the config's `space` section.
+A sampler proposes `params`, a mapping path -> number or choice name. `Space.apply` turns them into
+a TrainConfig. sweep/space/parse.py reads a Space from the config's `space` section.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from engine.config.trial import TrainConfig
 from engine.errors import InputError
 
 Scalar = str | int | float | bool | None
-MAX_WALKED_POINTS = 100_000  # a shuffled list of this many points takes under a second
+MAX_WALKED_POINTS = 100_000  # to shuffle a list of this many points takes under a second
 
 
 class Suggester(Protocol):
-    """What suggest() needs of an Optuna trial."""
+    """Declare the methods of an Optuna trial that suggest() calls."""
 
     def suggest_categorical(self, name: str, choices: Any) -> Any: ...
     def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int: ...
@@ -30,7 +30,10 @@ class Suggester(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """A field over named values. `values` maps what the study stores to what the field gets."""
+    """Vary a field over named values.
+
+    values: the name that the study stores -> the value that the field gets.
+    """
 
     path: str
     values: dict[Scalar, Any]
@@ -50,7 +53,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """A numeric field over low..high, both included."""
+    """Vary a numeric field from low to high, both included."""
 
     path: str
     low: float
@@ -69,7 +72,7 @@ class Range:
         return trial.suggest_float(self.path, float(self.low), float(self.high), step=self.step, log=self.log)
 
     def points(self) -> Sequence[float] | None:
-        """All values, or None where they are not countable."""
+        """Return all values, or None if the range is continuous."""
         if self.is_int:
             return range(self.low, self.high + 1, self.step or 1)
         if self.step is None:
@@ -90,12 +93,15 @@ Dimension = Choice | Range
 
 @dataclass(frozen=True)
 class Space:
-    """Dimensions in an order in which every condition refers to an earlier one."""
+    """Hold the dimensions, each after those that its condition refers to."""
 
     dimensions: tuple[Dimension, ...]
 
     def suggest(self, trial: Suggester) -> dict[str, Any]:
-        """Define-by-run: ask the trial for every dimension that is active. Returns path -> value or choice name."""
+        """Ask the trial for every active dimension in turn (define-by-run).
+
+        Returns path -> value or choice name.
+        """
         params: dict[str, Any] = {}
         for dimension in self.dimensions:
             if is_active(dimension, params):
@@ -103,7 +109,10 @@ class Space:
         return params
 
     def apply(self, base: Mapping[str, Any], params: Mapping[str, Any]) -> TrainConfig:
-        """The base config (plain data) with the sampled values put in. Raises InputError where that is not valid."""
+        """Return the base config (plain data) with the sampled values applied.
+
+        Raises InputError if the result is not valid.
+        """
         config = {section: dict(values) for section, values in base.items()}
         for dimension in self.dimensions:
             if dimension.path in params:
@@ -113,15 +122,18 @@ class Space:
         return parse(TrainConfig, config)
 
     def size(self) -> int | None:
-        """Number of distinct points; None where a dimension is continuous."""
+        """Return the number of distinct points, or None if a dimension is continuous."""
         return _count(self.dimensions, {})
 
     def points(self) -> Iterator[dict[str, Any]]:
-        """Every point. Only for a space whose size() is a number."""
+        """Yield every point. Only a space whose size() is a number has this."""
         return _points(self.dimensions, {})
 
     def shuffled_points(self, seed: int) -> list[dict[str, Any]] | None:
-        """Every point in an order fixed by seed; None for a space that is continuous or too large to walk."""
+        """Return every point in an order fixed by seed.
+
+        Returns None if the space is continuous or has more than MAX_WALKED_POINTS points.
+        """
         if not self._is_walkable():
             return None
         points = list(self.points())
@@ -129,7 +141,7 @@ class Space:
         return points
 
     def check_walkable(self) -> None:
-        """Grid search needs it; raises InputError."""
+        """Raise InputError if the space cannot be enumerated, which grid search needs."""
         if not self._is_walkable():
             paths = [dimension.path for dimension in self.dimensions if dimension.points() is None]
             reason = f"give choices or a step for {', '.join(paths)}" if paths else f"this one has {self.size():,}"
@@ -141,7 +153,11 @@ class Space:
         return size is not None and size <= MAX_WALKED_POINTS
 
     def single_changes(self, base: Mapping[str, Any]) -> list[TrainConfig]:
-        """One config per choice and per end of a range, all else as in base; raises InputError at the first that is not valid."""
+        """Return the base config, and one config for each choice and each end of a range.
+
+        All other fields are as in base, except those that the changed field's condition needs.
+        Raises InputError at the first config that is not valid.
+        """
         configs = [self.apply(base, {})]
         for dimension in self.dimensions:
             for value in dimension.corners():
@@ -154,7 +170,7 @@ class Space:
 
 
 def is_active(dimension: Dimension, params: Mapping[str, Any]) -> bool:
-    """Whether the dimension's condition holds for the values sampled so far."""
+    """Return whether the dimension's condition holds for the values sampled so far."""
     return all(path in params and params[path] in names for path, names in dimension.when.items())
 
 

@@ -1,1 +1,1 @@
-"""Optuna: what to try next, what to stop, and the journal of it."""
+"""Propose and prune trials with Optuna, and keep the journal of them."""

@@ -1,4 +1,7 @@
-"""Reads the sweeps named in sweep.warm_start. Nothing of them is changed; everything that is wrong with them is one line."""
+"""Read the sweeps that sweep.warm_start names.
+
+Nothing in their folders is changed. An InputError says in one line what is wrong with one of them.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,11 @@ from sweep.study.warm_start import EarlierTrial, check_comparable, check_same_da
 
 
 def read_earlier(config: SweepConfig, space: Space, data: Mapping[str, Any]) -> list[EarlierTrial]:
-    """The trials that enter, in the order of sweep.warm_start, each config once. data: digests of the samples, as far as known.
+    """Return the trials that enter, in the order of sweep.warm_start, each config once.
 
-    With several objectives, pruned trials stay out: Optuna can rank them by one value only.
+    data: digests of the samples, as far as known. With several objectives, pruned trials stay out,
+    because Optuna can rank them by one value only. Raises InputError for a sweep that cannot be
+    used.
     """
     found: dict[str, EarlierTrial] = {}
     for name in config.sweep.warm_start:
@@ -32,7 +37,7 @@ def _of_folder(name: str, config: SweepConfig, space: Space, data: Mapping[str, 
     try:
         there = folder.read_config()
     except InputError as error:
-        raise InputError("sweep.warm_start", name, f"its sweep_config.json cannot be read today: {error}") from None
+        raise InputError("sweep.warm_start", name, f"its sweep_config.json is not valid in this version: {error}") from None
     check_comparable(name, config, there)
     check_same_data(name, data, folder.read_data())
     base, space_there = there.base().model_dump(mode="json"), parse_space(there.space)

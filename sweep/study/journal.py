@@ -1,5 +1,4 @@
-"""The journal: Optuna's log file in the sweep folder, and how a trial looks in it. Optuna enters here, in study.py, drafts.py and
-samplers.py."""
+"""Keep the journal, which is Optuna's log file in the sweep folder, and define its entries."""
 
 from __future__ import annotations
 
@@ -20,18 +19,23 @@ from sweep.study.warm_start import EarlierTrial
 from sweep.trials.record import Outcome, TrialRecord
 
 STUDY_NAME = "sweep"
-JUDGED = "completed_rung_"  # what successive halving notes of a trial, and reads of the others
-TOLD_PRUNED = (Outcome.PRUNED, Outcome.OUT_OF_MEMORY)  # the second with a violated constraint, so that the sampler learns it
+# prefix of the notes that successive halving keeps of a trial and reads of the others
+JUDGED = "completed_rung_"
+# OUT_OF_MEMORY also violates the constraint, so that the sampler learns from it
+TOLD_PRUNED = (Outcome.PRUNED, Outcome.OUT_OF_MEMORY)
 ConfigOf = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def open_journal(folder: SweepFolder) -> optuna.storages.JournalStorage:
-    """The storage on the folder's journal, for its one writer; an empty file is made where there is none."""
+    """Open the storage on the folder's journal for its one writer. Creates a missing file."""
     return optuna.storages.JournalStorage(JournalFile(folder.journal))
 
 
 def read_trials(folder: SweepFolder) -> list[FrozenTrial]:
-    """Every trial of another sweep, which may be running: nothing of it is changed. Empty where it has not begun."""
+    """Return every trial of another sweep, which may be running, without changing anything.
+
+    Empty if the sweep has not begun.
+    """
     if not folder.journal.is_file() or folder.journal.stat().st_size == 0:
         return []
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
@@ -39,15 +43,19 @@ def read_trials(folder: SweepFolder) -> list[FrozenTrial]:
 
 
 def read_records(folder: SweepFolder, config_of: ConfigOf) -> tuple[list[FrozenTrial], list[TrialRecord]]:
-    """The same trials, and their plain records with the reports from their folders."""
+    """Return every trial of another sweep, and the plain record of each.
+
+    The records include the reports from the trials' folders. config_of: as for record_of.
+    """
     trials = read_trials(folder)
     return trials, [record_of(trial, folder, config_of) for trial in trials]
 
 
 def mend_journal(folder: SweepFolder) -> None:
-    """After a kill: drop a last line that was not written whole, and the lock that Optuna would wait 30 s for.
+    """Repair the journal after a kill: drop a torn last line, and Optuna's lock.
 
-    The next record would be appended to the torn line and make the journal unreadable.
+    The next record would be appended to the torn line and make the journal unreadable. Optuna would
+    wait 30 s for the lock. Raises InputError for any other damaged line.
     """
     folder.journal.with_name(folder.journal.name + ".lock").unlink(missing_ok=True)
     if folder.journal.exists():
@@ -61,7 +69,7 @@ def mend_journal(folder: SweepFolder) -> None:
 
 
 def _check_line(folder: SweepFolder, number: int, line: bytes) -> None:
-    """A damaged line in the middle would hide every trial after it."""
+    """Raise InputError for a damaged line, which would hide every trial after it."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
@@ -71,14 +79,17 @@ def _check_line(folder: SweepFolder, number: int, line: bytes) -> None:
 
 
 def told_state(outcome: Outcome) -> TrialState:
-    """What Optuna is told of a trial that has ended."""
+    """Return the state that Optuna is told for a trial that has ended."""
     if outcome is Outcome.COMPLETE:
         return TrialState.COMPLETE
     return TrialState.PRUNED if outcome in TOLD_PRUNED else TrialState.FAIL
 
 
 def new_entry(draft: FrozenTrial, fit: Fit) -> FrozenTrial:
-    """The draft as it enters the journal, in one record: a kill leaves it whole or not at all."""
+    """Return the draft as it enters the journal.
+
+    It enters in one record, so that a kill leaves it whole or not at all.
+    """
     attributes = {"predicted_gib": fit.predicted_peak_gib, "excess_gib": fit.excess_gib}
     attributes = {name: value for name, value in attributes.items() if value is not None}
     if not fit.fits:
@@ -88,8 +99,10 @@ def new_entry(draft: FrozenTrial, fit: Fit) -> FrozenTrial:
         params=dict(draft.params),
         distributions=dict(draft.distributions),
         user_attrs=attributes,
-        system_attrs=dict(draft.system_attrs),  # the state of CMA-ES; a copy, because create_trial puts the constraint in
-        # of one that fits, the constraint is set when it ends: it can be set once, and memory may yet run out
+        # the state of CMA-ES; a copy, because create_trial adds the constraint
+        system_attrs=dict(draft.system_attrs),
+        # a constraint can be set only once, and a trial that fits may still run out of memory:
+        # Study.tell sets its constraint when it ends
         constraints=None if fit.fits else {MEMORY: fit.excess_gib},
     )
 
@@ -97,7 +110,10 @@ def new_entry(draft: FrozenTrial, fit: Fit) -> FrozenTrial:
 def earlier_entry(
     draft: FrozenTrial, earlier: EarlierTrial, values: tuple[float, ...] | None, excess_gib: float | None
 ) -> FrozenTrial:
-    """A trial of an earlier sweep as it enters the journal: ended, with its reports. values: where it is COMPLETE."""
+    """Return a trial of an earlier sweep as it enters the journal: ended, with its reports.
+
+    values: one for each objective if the trial is COMPLETE, else None.
+    """
     record = earlier.record
     attributes = {"outcome": str(record.outcome), "source": earlier.source, "error": record.error}
     return optuna.trial.create_trial(
@@ -113,9 +129,12 @@ def earlier_entry(
 
 
 def record_of(trial: FrozenTrial, folder: SweepFolder, config_of: ConfigOf) -> TrialRecord:
-    """A trial from the journal and its folder. config_of: params -> the whole config as plain data."""
+    """Return the record of a trial, from the journal and the trial's folder.
+
+    config_of: params -> the whole config as plain data.
+    """
     finished, known = trial.state.is_finished(), trial.user_attrs
-    # a kill within Study.tell leaves a running trial that has another outcome already
+    # a kill within Study.tell leaves a running trial that already has another outcome
     unfinished = Outcome.STOPPED if known.get("outcome") == Outcome.STOPPED else Outcome.RUNNING
     return TrialRecord(
         number=trial.number,
@@ -134,5 +153,5 @@ def record_of(trial: FrozenTrial, folder: SweepFolder, config_of: ConfigOf) -> T
 
 
 def rungs_judged(trial: FrozenTrial) -> dict[str, Any]:
-    """What successive halving has noted of a trial."""
+    """Return the notes that successive halving keeps of a trial."""
     return {name: value for name, value in trial.system_attrs.items() if name.startswith(JUDGED)}

@@ -1,5 +1,8 @@
-"""The journal's file for its one writer. Optuna's own takes a lock, opens the file and waits for the disk on every record, and
-opens it again on every look; here the driver holds the folder's lock, so nobody else writes. The format is Optuna's own."""
+"""Store the journal for its one writer, in Optuna's own format.
+
+On every record, Optuna's own backend takes a lock, opens the file and waits for the disk. On every
+read it opens the file again. Here the driver holds the folder's lock, so no one else writes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from sweep.folder.flush import flush_soon
 
 
 class JournalFile(BaseJournalBackend):
-    """Appends records, and gives back those that were not read yet."""
+    """Append records, and return those that were not read yet."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -24,7 +27,10 @@ class JournalFile(BaseJournalBackend):
         self._num_read = 0
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
-        """Records from that number on; Optuna asks for each once, in order."""
+        """Yield the records from that number on.
+
+        Optuna asks for each record once, in order. Raises ValueError for any other number.
+        """
         if log_number_from != self._num_read:
             raise ValueError(f"{self._path}: record {log_number_from} was asked for, {self._num_read} is next")
         while self._unread:

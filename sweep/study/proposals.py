@@ -1,8 +1,10 @@
-"""Proposer: what the sampler proposes, on a copy of the study in memory. Optuna enters here, in journal, study and samplers.
+"""Propose trials, on a copy of the study in memory.
 
-The copy follows the journal trial by trial: made anew for each proposal, it cost as much as the proposal. Hyperband picks a
-trial's bracket from study name and number, so for it alone the copy bears the same numbers, and is made anew where they have
-drifted apart.
+The copy follows the journal trial by trial, because making a new one for each proposal cost as much
+as the proposal.
+
+Hyperband picks a trial's bracket from study name and number. For Hyperband alone, the copy
+therefore has the journal's numbers, and is made again once they differ.
 """
 
 from __future__ import annotations
@@ -20,16 +22,18 @@ from sweep.config.sampler_options import GpConfig, RandomConfig, SamplerConfig, 
 from sweep.space.space import Space
 from sweep.study.samplers import as_seen, is_feasible, make_sampler, proposal_seed
 
-NUM_SAMPLER_ATTEMPTS = 20  # then random draws: a sampler that insists on a known point has nothing new to say
+NUM_SAMPLER_ATTEMPTS = 20  # then random draws, since the sampler only repeats known points
 NUM_RANDOM_ATTEMPTS = 200
-MOST_SEEN = 256  # trials in a copy for TPE; a proposal takes 5 ms then, and 17 ms with 600
-FEWEST_SEEN, BEST_SEEN, LEAST_SHARE = 192, 32, 64  # what remains of them; TPE's good ones are never more than the best 25
-DRAWN_AT_ONCE = 4  # for each of the share: enough where a quarter qualifies, and it does not walk through all
+MOST_SEEN = 256  # trials in a copy for TPE; a proposal takes 5 ms with so many, 17 ms with 600
+# thinned to: all trials, the best, at least so many others; TPE never counts more than 25 as good
+FEWEST_SEEN, BEST_SEEN, LEAST_SHARE = 192, 32, 64
+# draws for each trial of the share: enough if a quarter qualifies, without a walk through all
+DRAWN_AT_ONCE = 4
 IsNew = Callable[[dict[str, Any]], bool]
 
 
 class Proposer:
-    """Proposes trials that are new. Nothing of it is in the journal yet."""
+    """Propose trials that are new. The journal has none of them yet."""
 
     def __init__(
         self,
@@ -45,17 +49,20 @@ class Proposer:
         self._keeps_numbers = isinstance(pruner, optuna.pruners.HyperbandPruner)
         self._is_bounded = isinstance(config, TpeConfig) and num_objectives == 1 and not self._keeps_numbers
         self._copy: optuna.Study | None = None
-        self._ids: dict[int, int] = {}  # number in the journal -> id in the copy, of trials that have not ended
+        self._ids: dict[int, int] = {}  # number in the journal -> id in the copy, of open trials
         self._draft_id: int | None = None
-        self._border = 0  # of the trials before it, the copy has only a few
+        self._border = 0  # the copy has only a part of the trials before this number
 
     def propose(self, number: int, trials: Callable[[], list[FrozenTrial]], is_new: IsNew) -> FrozenTrial | None:
-        """What the sampler proposes for trial `number`, if that is new within a number of attempts. trials: gives those of the
-        journal. The sampler is made anew, with a seed of its own for each number: a resume cannot bring back a state.
+        """Return the sampler's proposal for trial `number`, or None if no attempt gives a new one.
 
-        Rejected proposals stay in the copy as running trials while it tries again, which pushes a constant-liar sampler away.
+        trials: returns those of the journal. Each number gets a new sampler with its own seed,
+        because a resume cannot restore a sampler's state.
+
+        While the sampler tries again, rejected proposals stay in the copy as running trials. That
+        pushes a constant-liar sampler away from them.
         """
-        if isinstance(self._config, RandomConfig):  # it looks at no trial
+        if isinstance(self._config, RandomConfig):  # it ignores earlier trials
             study = self._study(make_sampler(self._config, proposal_seed(self._seed, number)))
             return self._attempt(study, NUM_SAMPLER_ATTEMPTS, is_new)[0]
         border = thinned_before(number) if self._is_bounded else 0
@@ -71,12 +78,12 @@ class Proposer:
         return draft
 
     def draw(self, seed: int, is_new: IsNew) -> FrozenTrial | None:
-        """A random point nobody tried; None where none is found within a number of attempts."""
+        """Return a random new point, or None if no attempt gives one."""
         study = self._study(optuna.samplers.RandomSampler(seed=seed))
         return self._attempt(study, NUM_RANDOM_ATTEMPTS, is_new)[0]
 
     def fixed(self, params: dict[str, Any]) -> FrozenTrial:
-        """The trial with just these values."""
+        """Return the trial with just these values."""
         study = self._study()
         study.enqueue_trial(params)
         trial = study.ask()
@@ -84,7 +91,7 @@ class Proposer:
         return study.get_trials(deepcopy=False)[trial.number]
 
     def on_entered(self, trial: FrozenTrial) -> None:
-        """The journal has a new trial, the last draft or another: bring the copy to the same state."""
+        """Give the copy the journal's new trial, which may be the last draft or another one."""
         if self._copy is None:
             return
         if self._draft_id is None:
@@ -95,7 +102,7 @@ class Proposer:
                 self.on_ended(trial)
 
     def on_ended(self, trial: FrozenTrial) -> None:
-        """A trial of the journal has ended: so it does in the copy."""
+        """End the trial in the copy, as it has ended in the journal."""
         trial_id = self._ids.pop(trial.number, None)
         if self._copy is None or trial_id is None:
             return
@@ -120,7 +127,7 @@ class Proposer:
             self._ids[trial.number] = storage.create_new_trial(study_id, template_trial=trial)
 
     def _attempt(self, study: optuna.Study, num_attempts: int, is_new: IsNew) -> tuple[FrozenTrial | None, list[optuna.Trial]]:
-        """The first new proposal, and those rejected before it."""
+        """Return the first new proposal, or None, and the trials rejected before it."""
         rejected = []
         for _ in range(num_attempts):
             trial = study.ask()
@@ -139,9 +146,10 @@ class Proposer:
 
 
 class _Ended(FrozenTrial):
-    """A trial that has ended and so never changes: a storage that takes it in need not copy what is in it.
+    """Hold a trial that has ended, whose content a storage need not copy, since it never changes.
 
-    Such a deep copy took 0.2 ms a trial, and the copy of the study is made again now and then, in the middle of a decision.
+    A deep copy took 0.2 ms a trial. The copy of the study is made again now and then, during a
+    decision.
     """
 
     def __init__(self, trial: FrozenTrial) -> None:
@@ -165,23 +173,26 @@ class _Ended(FrozenTrial):
 
 
 def thinned_before(number: int) -> int:
-    """The trial before which a proposal for trial `number` sees only a few; 0: it sees all.
+    """Return the trial before which the proposal for trial `number` sees only some; 0: all.
 
-    It depends on the number alone, so that a resumed sweep sees what an undisturbed one does.
+    The result depends on the number alone, so that a resumed sweep sees the same trials as an
+    undisturbed one.
     """
     return 0 if number < MOST_SEEN else number - (number - MOST_SEEN) % (MOST_SEEN - FEWEST_SEEN)
 
 
 def thin_out(trials: list[FrozenTrial], seed: int) -> list[FrozenTrial]:
-    """What TPE needs of many trials: the running ones, the best, and a fair share of the others, in their order.
+    """Return the trials that TPE needs, in order: the running, the best, a fair share of others.
 
-    It compares where the best 25 lie with where the others do; the shape of the others does not need all of them.
+    TPE compares where the best 25 lie with where the others lie. A share of the others shows that
+    well enough.
     """
     running = [trial for trial in trials if trial.state is TrialState.RUNNING]
     ranked = sorted(
         (trial for trial in trials if trial.state is TrialState.COMPLETE), key=lambda trial: (trial.values[0], trial.number)
     )
-    best = list(islice(filter(is_feasible, ranked), BEST_SEEN))  # a look at constraints costs more than the sort
+    # filters after the sort, because reading constraints costs more than sorting
+    best = list(islice(filter(is_feasible, ranked), BEST_SEEN))
     taken = {trial.number for trial in (*running, *best)}
     wanted, rng = max(LEAST_SHARE, FEWEST_SEEN - len(best) - len(running)), random.Random(seed)
     drawn = [trials[i] for i in rng.sample(range(len(trials)), min(len(trials), DRAWN_AT_ONCE * wanted))]

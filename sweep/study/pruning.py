@@ -1,8 +1,8 @@
-"""The pruner's verdicts, as a function of what trials have reported and of nothing else.
+"""Compute the pruner's verdicts from the trials' reports, and from nothing else.
 
-Successive halving and Hyperband remember whom they judged where. In the journal, a kill between such a note and the end of the
-trial would make the same verdict come out otherwise on resume. So the notes are in memory only, and are made again from the
-reports in the journal.
+Successive halving and Hyperband note which trial they judged at which rung. If the journal held
+these notes, a kill between a note and the trial's end would change the verdict on resume. The notes
+are therefore kept in memory only, and made again from the journal's reports.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from sweep.study.pruners import Curve, Pruner
 
 
 class Pruning:
-    """A pruner and all it has seen. Hear of every trial, report and end, in the order in which the journal has them."""
+    """Hold a pruner and all it has seen.
+
+    The caller passes on every trial, report and end, in the order of the journal.
+    """
 
     def __init__(self, pruner: Pruner, num_rungs: int, trials: list[FrozenTrial]) -> None:
-        """trials: those in the journal. The last rung of a running one is not judged yet."""
+        """Replay the journal's trials. The last rung of a running one is not judged yet."""
         self._pruner, self._num_rungs = pruner, num_rungs
-        self._curves: dict[int, Curve] = {}  # of trials that have not ended
+        self._curves: dict[int, Curve] = {}  # number -> curve, of open trials
         self._unjudged: set[int] = set()
         for trial in trials:
             self.on_entered(trial)
 
     def on_entered(self, trial: FrozenTrial) -> None:
-        """A trial that the journal has, with what it has reported so far."""
+        """Take in a trial of the journal, with its reports so far."""
         self._curves[trial.number] = {}
         for rung in sorted(trial.intermediate_values):
             self.on_reported(trial.number, rung, trial.intermediate_values[rung])
@@ -33,21 +36,26 @@ class Pruning:
             self.on_ended(trial)
 
     def on_reported(self, number: int, rung: int, eval_loss: float) -> None:
-        """A trial that reports again was not pruned at the rung before: where a kill took that verdict's notes, they are made
-        now, before the pruner sees more than it saw then."""
+        """Take in a report. First replay the previous verdict if a kill lost it.
+
+        A trial that reports again was not pruned at the rung before. The replay comes before the
+        new report, so that the pruner sees only the data that it had then.
+        """
         if number in self._unjudged:
             self.should_prune(number)
         self._curves[number][rung] = eval_loss
         self._unjudged.add(number)
 
     def should_prune(self, number: int) -> bool:
-        """The verdict on the last reported rung. Ask once a rung: successive halving judges each only once. A trial at its last
-        rung is complete."""
+        """Return the verdict on the last reported rung. A trial at its last rung is complete.
+
+        Ask once a rung, because successive halving judges each rung only once.
+        """
         self._unjudged.discard(number)
         curve = self._curves[number]
         return bool(curve) and max(curve) < self._num_rungs and self._pruner.prunes(number, curve)
 
     def on_ended(self, trial: FrozenTrial) -> None:
-        """As the journal has it."""
+        """Take in a trial's end, with its state in the journal."""
         self._unjudged.discard(trial.number)
         self._pruner.on_ended(trial.number, self._curves.pop(trial.number), trial.state is TrialState.COMPLETE)

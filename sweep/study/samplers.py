@@ -1,4 +1,4 @@
-"""Optuna's samplers by name, built from their config in one visible step, and what a sampler gets to see."""
+"""Build Optuna's samplers from their config, and prepare the trials that a sampler sees."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from optuna.trial import FrozenTrial, TrialState
 from engine.errors import InputError
 from sweep.config.sampler_options import CmaEsConfig, GpConfig, Nsga2Config, SamplerConfig, TpeConfig
 
-MEMORY = "memory_gib"  # the one constraint of a trial: GiB above what the card has, if positive
+MEMORY = "memory_gib"  # a trial's one constraint: GiB that it needs above what the card has
 
 
 def make_sampler(config: SamplerConfig, seed: int) -> optuna.samplers.BaseSampler:
-    """The sampler that proposes, by the name that the config gives it."""
+    """Return the sampler that the config names."""
     return SAMPLER_MAKERS[config.name](config, seed)
 
 
@@ -66,20 +66,24 @@ SAMPLER_MAKERS: dict[str, Callable[[Any, int], optuna.samplers.BaseSampler]] = {
     "gp": _gp,
     "nsga2": _nsga2,
 }
-"""The samplers by the name that a config gives them. A new one is a new entry here."""
+"""SAMPLER_MAKERS maps the name in a config to its sampler. Add a new sampler here."""
 
 
 def proposal_seed(seed: int, number: int, stream: int = 0) -> int:
-    """Seed of the proposal of trial `number` in a sweep with this seed, independent of every other's. A sampler that went on with
-    its own random state would propose otherwise after a resume, which cannot bring that state back."""
+    """Return the seed of the proposal for trial `number`, independent of every other proposal's.
+
+    A sampler that continued with its own random state would propose differently after a resume,
+    which cannot restore that state.
+    """
     return int(numpy.random.SeedSequence((seed, number, stream)).generate_state(1)[0])
 
 
 def as_seen(config: SamplerConfig, trials: list[FrozenTrial], num_objectives: int) -> list[FrozenTrial]:
-    """The study's trials in the form in which this sampler learns from their constraints.
+    """Return the study's trials in the form in which this sampler learns from their constraints.
 
-    TPE reads those of pruned trials, as they are in the journal; CMA-ES, random and grid read none. The Gaussian process reads
-    those of complete trials only, and only where all have one: to it, what did not fit is complete, with the worst value.
+    TPE reads the constraints of pruned trials, as they are in the journal. CMA-ES, random and grid
+    read none. The Gaussian process reads those of complete trials only, and only if all have one.
+    For it, a trial that did not fit becomes complete, with the worst value.
     """
     if not isinstance(config, GpConfig):
         return trials
@@ -93,7 +97,7 @@ def as_seen(config: SamplerConfig, trials: list[FrozenTrial], num_objectives: in
 
 
 def is_feasible(trial: FrozenTrial) -> bool:
-    """Whether it violates no constraint, as far as known."""
+    """Return whether the trial violates no constraint, as far as known."""
     return all(value <= 0.0 for value in trial.constraints.values())
 
 

@@ -1,10 +1,15 @@
-"""The study: one Optuna study in a journal file, asked for trials and told how they end. Optuna enters here and in samplers.py.
+"""Run one Optuna study in a journal file: ask it for trials, and tell it how they end.
 
-A proposal is made in memory, on a copy of the study, and enters the journal in one record once it is known to be new: the default
-TPE sampler repeats itself (30 % of trials in an 80-point space with 8 in flight), and a trial in the journal stays there.
-A proposal that does not fit the card enters it as PRUNED with a violated constraint: that is what TPE learns from, and a failed
-trial is not. Steps in the journal are rungs, from 1. The driver is the only writer.
-A proposal is a function of the seed, its number and the trials before it: a resumed sweep proposes what it would have proposed.
+A proposal is made in memory, on a copy of the study. It enters the journal in one record once it is
+known to be new. The default TPE sampler repeats itself (30 % of trials in an 80-point space with 8
+in flight), and the journal keeps every trial.
+
+A proposal that does not fit the card enters as PRUNED with a violated constraint. TPE learns from
+that, and not from a failed trial. Steps in the journal are rungs, from 1. The driver is the only
+writer.
+
+A proposal depends only on the seed, its number and the trials before it. A resumed sweep therefore
+proposes what it would have proposed without the stop.
 """
 
 from __future__ import annotations
@@ -33,22 +38,27 @@ from sweep.trials.objectives import objective_values
 from sweep.trials.record import Outcome, Proposal, TrialRecord
 
 TAKEN_OVER = "num_taken_over"
-MET_EXCESS_GIB = 1.0  # memory that ran out says that there was too little, not by how much
+MET_EXCESS_GIB = 1.0  # assumed: a trial that ran out of memory does not tell how much it lacked
 DEATHS = "deaths"  # user attribute: {"rung", "count"}
-RANDOM_STREAM = 1  # apart from the sampler's own draws, which it replaces once they are all known
+RANDOM_STREAM = 1  # seeds random draws, made once the sampler only repeats itself
 FitCheck = Callable[[TrainConfig], Fit]
 
 
 class Study:
-    """Ask, report, judge, tell; every change is in the journal when the method returns."""
+    """Ask, report, judge and tell. Every change is in the journal when the method returns."""
 
     def __init__(
         self, folder: SweepFolder, config: SweepConfig, space: Space, fit_check: FitCheck = lambda config: UNPREDICTED
     ) -> None:
-        """Open the journal in the folder, or start one. The caller holds the folder's lock. fit_check: does a config fit?"""
+        """Open the journal in the folder, or start one.
+
+        The caller holds the folder's lock. fit_check: returns whether a config fits the card.
+        Raises InputError for a damaged journal and for a sampler whose package is missing.
+        """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        warnings.filterwarnings("ignore", message="Constraints have been set")  # CMA-ES, which does not use them
+        # CMA-ES does not use them
+        warnings.filterwarnings("ignore", message="Constraints have been set")
         self._folder, self._space, self._seed, self._fit_check = folder, space, config.sweep.seed, fit_check
         self._base = config.base().model_dump(mode="json")
         mend_journal(folder)
@@ -56,13 +66,14 @@ class Study:
         self._pruner = make_optuna_pruner(config.effective_pruner, num_rungs)
         self._objectives = config.sweep.objectives
         self._study = self._open()
-        make_sampler(config.sampler, 0)  # a package that it lacks is missed now
+        make_sampler(config.sampler, 0)  # fails now if its package is missing
         self._pruning = Pruning(make_pruner(config.effective_pruner, num_rungs, STUDY_NAME), num_rungs, self._trials())
         self._proposer = Proposer(STUDY_NAME, config.sampler, config.sweep.seed, self._pruner, space, len(self._objectives))
         self._is_grid = config.sampler.name == "grid"
         self._points = space.shuffled_points(config.sweep.seed)
         self._next_point, self._num_trials = 0, len(self._trials())
-        self._distributions: dict[tuple[str, Any], Any] = {}  # each once: the journal makes them anew for every trial
+        # keeps each distribution once, because the journal makes new ones for every trial
+        self._distributions: dict[tuple[str, Any], Any] = {}
         for trial in self._trials():
             self._share_distributions(trial)
         self._tried = {_key(self._config(trial.params), _is_refused(trial)) for trial in self._trials()}
@@ -78,11 +89,15 @@ class Study:
                 load_if_exists=True,
             )
         except (ValueError, LookupError, TypeError, AttributeError, AssertionError, optuna.exceptions.OptunaError) as error:
-            raise InputError("resume", str(self._folder.journal), f"is no journal of a sweep ({first_line(error)})") from None
+            raise InputError(
+                "resume", str(self._folder.journal), f"must be the journal of a sweep ({first_line(error)})"
+            ) from None
 
     def ask(self) -> Proposal | None:
-        """A new trial that trains an adapter no earlier one did, in the journal as RUNNING, or as ended where it does not fit;
-        None where the space is used up."""
+        """Enter a new trial in the journal, which trains an adapter that no earlier trial did.
+
+        It enters as RUNNING, or as ended if it does not fit. Returns None if the space is used up.
+        """
         draft = None if self._is_grid else self._proposer.propose(self._num_trials, self._trials, self._is_new)
         if draft is None:
             draft = self._unseen_point()
@@ -97,12 +112,14 @@ class Study:
 
     @property
     def has_earlier_trials(self) -> bool:
-        """Whether add_earlier_trials() came to its end, in this session or an earlier one."""
+        """Return whether add_earlier_trials() has finished, in this session or an earlier one."""
         return TAKEN_OVER in self._study.user_attrs
 
     def add_earlier_trials(self, trials: Sequence[EarlierTrial]) -> None:
-        """Put trials of earlier sweeps into the journal, each once, as ended: the sampler learns from them, and none is trained
-        again."""
+        """Enter trials of earlier sweeps in the journal as ended, each once.
+
+        The sampler learns from them, and no trial is trained again.
+        """
         known = {trial.user_attrs.get("source") for trial in self._trials()}
         for earlier in trials:
             if earlier.source in known:
@@ -117,7 +134,7 @@ class Study:
         self._study.set_user_attr(TAKEN_OVER, len(trials))
 
     def report(self, number: int, rung: int, eval_loss: float) -> bool:
-        """Record a rung once. Returns whether it was new; a re-reported rung changes nothing."""
+        """Record a rung once. Returns whether it was new; a repeated report changes nothing."""
         trial = self._trial(number)
         if rung in trial.intermediate_values or trial.state.is_finished():
             return False
@@ -126,12 +143,15 @@ class Study:
         return True
 
     def should_prune(self, number: int) -> bool:
-        """The pruner's verdict on the last reported rung; ask once a rung."""
+        """Return the pruner's verdict on the last reported rung. Ask once a rung."""
         return self._pruning.should_prune(number)
 
     def count_death(self, number: int) -> int:
-        """One more death of the trial's process; returns how many there were since its last new report. In the journal, so that
-        a trial that takes the driver down with it is not tried for ever."""
+        """Count one more death of the trial's process. Returns how many since its last new report.
+
+        The count is in the journal, so that a trial that takes the driver down with it is not tried
+        forever.
+        """
         trial = self._trial(number)
         rung = max(trial.intermediate_values, default=0)
         last = trial.user_attrs.get(DEATHS, {"rung": rung, "count": 0})
@@ -147,15 +167,16 @@ class Study:
         memory: Mapping[str, float] | None = None,
         values: Sequence[float] | None = None,
     ) -> bool:
-        """End a trial. Returns False, and changes nothing, where it has ended already.
+        """End a trial. Returns False, and changes nothing, if it has already ended.
 
-        memory: predicted_gib and measured_gib, as far as known, where it ran out. values: of a COMPLETE trial, one for each
-        objective; with eval_loss alone, the lowest reported one where they are not given.
+        memory: predicted_gib and measured_gib, as far as known, if memory ran out. values: one for
+        each objective of a COMPLETE trial; None: the lowest reported eval_loss.
         """
         trial = self._trial(number)
         if trial.state.is_finished():
             return False
-        # attributes first: a finished trial takes none, and a kill in between leaves a RUNNING trial that resume tells again
+        # attributes come first, because a finished trial takes none; a kill in between leaves a
+        # RUNNING trial, which resume tells again
         self._storage.set_trial_user_attr(trial._trial_id, "outcome", str(outcome))
         known = {**({} if error is None else {"error": error}), **(memory or {})}
         for name, value in known.items():
@@ -172,26 +193,29 @@ class Study:
         return True
 
     def stop(self, number: int, now_s: float) -> None:
-        """Note that the trial waits for a larger budget. To Optuna it goes on running: what has ended can never go on."""
+        """Note that the trial waits for a larger budget.
+
+        To Optuna it stays running, because a trial that has ended can never continue.
+        """
         self._note_stop(number, Outcome.STOPPED, now_s)
 
     def undo_stop(self, number: int) -> None:
-        """Take a stop back."""
+        """Take back a stop()."""
         self._note_stop(number, Outcome.RUNNING, None)
 
     def running(self) -> list[int]:
-        """Numbers of trials that have not ended."""
+        """Return the numbers of trials that have not ended."""
         return [trial.number for trial in self._trials() if not trial.state.is_finished()]
 
     def records(self) -> list[TrialRecord]:
-        """Every trial, from the journal and its folder."""
+        """Return the record of every trial, from the journal and its folder."""
         return [self._record(trial) for trial in self._trials()]
 
     def record(self, number: int) -> TrialRecord:
         return self._record(self._trial(number))
 
     def config(self, number: int) -> TrainConfig:
-        """The trial's whole config, made again from its params."""
+        """Return the trial's whole config, made again from its params."""
         return self._config(self._trial(number).params)
 
     def _note_stop(self, number: int, outcome: Outcome, now_s: float | None) -> None:
@@ -203,7 +227,11 @@ class Study:
         return record_of(trial, self._folder, self._plain_config)
 
     def _plain_config(self, params: dict[str, Any]) -> dict[str, Any]:
-        """As plain data; sections that the space leaves alone are the same objects in all trials: there may be thousands."""
+        """Return the config as plain data.
+
+        Sections that the space leaves alone are the same objects in all trials, since there may be
+        thousands.
+        """
         config = self._config(params).model_dump(mode="json")
         return {name: self._base[name] if values == self._base[name] else values for name, values in config.items()}
 
@@ -215,7 +243,7 @@ class Study:
         return self._storage.get_trial(self._storage.get_trial_id_from_study_id_trial_number(study_id, number))
 
     def _enter(self, trial: FrozenTrial) -> int:
-        """Put a trial into the journal; returns its number."""
+        """Add a trial to the journal. Returns its number."""
         self._study.add_trial(trial)
         entered = self._trial(self._num_trials)
         self._share_distributions(entered)
@@ -229,11 +257,11 @@ class Study:
         trial.distributions = {name: known.setdefault((name, one), one) for name, one in trial.distributions.items()}
 
     def _unseen_point(self) -> FrozenTrial | None:
-        """A point nobody tried: the next one of an enumerable space, else a random draw."""
+        """Return an untried point: the next one of an enumerable space, else a random draw."""
         if self._points is None:
             return self._proposer.draw(proposal_seed(self._seed, self._num_trials, RANDOM_STREAM), self._is_new)
         for number in range(self._next_point, len(self._points)):
-            self._next_point = number + 1  # one that is known stays known
+            self._next_point = number + 1  # a known point stays known
             if self._is_new(self._points[number]):
                 return self._proposer.fixed(self._points[number])
         return None
@@ -247,7 +275,10 @@ class Study:
 
 
 def _key(config: TrainConfig, refused: bool) -> str:
-    """What makes a config known. One that did not fit stands for itself alone: with another micro-batch it may fit."""
+    """Return the key by which a config counts as known.
+
+    A config that did not fit stands for itself alone, because it may fit with another micro-batch.
+    """
     return to_json(config) if refused else config.fingerprint()
 
 

@@ -1,7 +1,9 @@
-"""Warm start: which trials of earlier sweeps enter this one's study, as finished trials. Plain data in, plain data out.
+"""Select the trials of earlier sweeps that enter this one's study as finished trials.
 
-A trial enters where it is a point of this sweep's space: put into it, it gives the same config, field by field, that was trained.
-So it may come from a smaller, a larger or another space; what decides is what makes losses comparable.
+A trial enters if it is a point of this sweep's space. Its params, put into this sweep's base, must
+give the config that was trained, field by field. It may therefore come from a smaller, larger or
+different space. The fields in sweep/space/comparable.py must be equal, because they decide whether
+losses compare.
 """
 
 from __future__ import annotations
@@ -23,8 +25,11 @@ from sweep.trials.record import Outcome, TrialRecord
 
 @dataclass(frozen=True)
 class EarlierTrial:
-    """A trial of another sweep, as it enters this one. source: where it comes from; params: in this sweep's space; rungs_judged:
-    what the pruner had noted of it, empty where this sweep's pruner is another."""
+    """Hold a trial of another sweep, as it enters this one.
+
+    source: where it comes from. params: in this sweep's space. rungs_judged: the pruner's notes of
+    it, empty if this sweep's pruner is a different one.
+    """
 
     source: str
     params: dict[str, Any]
@@ -33,7 +38,10 @@ class EarlierTrial:
 
 
 def check_comparable(name: str, here: SweepConfig, there: SweepConfig) -> None:
-    """InputError where losses of the two sweeps do not compare at all. name: the earlier sweep's folder."""
+    """Raise InputError if losses of the two sweeps do not compare.
+
+    name: the earlier sweep's folder.
+    """
     for path, reason in INCOMPARABLE.items():
         if path in ("train.device", "train.report_at_tokens", "train.num_reports"):
             continue
@@ -43,22 +51,23 @@ def check_comparable(name: str, here: SweepConfig, there: SweepConfig) -> None:
 
 
 def check_same_data(name: str, here: Mapping[str, Any], there: Mapping[str, Any] | None) -> None:
-    """InputError where the same path held other samples then. Digests of what was tokenised; there: None in sweeps of old."""
+    """Raise InputError if the samples have changed since the earlier sweep.
+
+    here, there: digests of the tokenised samples; `there` is None for a sweep that wrote none.
+    """
     for part, digest in (there or {}).items():
         if part in here and here[part] != digest:
-            raise InputError(
-                "sweep.warm_start", name, f"cannot be learnt from: its {part} samples are others than those of today"
-            )
+            raise InputError("sweep.warm_start", name, f"cannot be learnt from: its {part} samples differ from today's")
 
 
 def entering(
     name: str, records: Iterable[TrialRecord], space: Space, config: SweepConfig
 ) -> list[tuple[str, dict[str, Any], TrialRecord]]:
-    """(source, params, record) of each trial that enters. InputError where there is none."""
+    """Return (source, params, record) of each trial that enters. Raises InputError if none does."""
     base, names = config.base().model_dump(mode="json"), config.sweep.objectives
     ended = [record for record in records if record.source is None and _is_known(record, names)]
     if not ended:
-        raise InputError("sweep.warm_start", name, "must be a sweep of which a trial has ended and was measured")
+        raise InputError("sweep.warm_start", name, "must be a sweep with a trial that has ended and was measured")
     placed = [(record, params_in(space, base, record.config)) for record in ended]
     found = [(f"{name} trial {record.number}", params, record) for record, params in placed if params is not None]
     if not found:
@@ -68,14 +77,17 @@ def entering(
 
 
 def _is_known(record: TrialRecord, objectives: tuple[str, ...]) -> bool:
-    """LOST and FAILED may go well this time, and whether memory is enough depends on the card."""
+    """Return whether the sampler can learn from how the trial ended.
+
+    LOST and FAILED trials may go well this time. Whether memory is enough depends on the card.
+    """
     if record.outcome is Outcome.COMPLETE:
         return objective_values(record, objectives) is not None
     return record.outcome is Outcome.DIVERGED or (record.outcome is Outcome.PRUNED and len(objectives) == 1)
 
 
 def params_in(space: Space, base: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The point of the space whose config this is; None where there is none."""
+    """Return the point of the space that gives this config, or None if there is none."""
     params: dict[str, Any] = {}
     for dimension in space.dimensions:
         if is_active(dimension, params):
@@ -94,7 +106,7 @@ _OUTSIDE = object()
 
 
 def _coordinate(dimension: Dimension, config: Mapping[str, Any]) -> Any:
-    """The name or number that gives the config's value; _OUTSIDE where none does."""
+    """Return the name or number that gives the config's value, or _OUTSIDE if none does."""
     section, key = dimension.path.split(".")
     value = config[section][key]
     if isinstance(dimension, Choice):
@@ -108,7 +120,7 @@ def _coordinate(dimension: Dimension, config: Mapping[str, Any]) -> Any:
 
 
 def _why(space: Space, base: Mapping[str, Any], record: TrialRecord) -> str:
-    """The first field by which a trial is no point of the space."""
+    """Return a text that names the first field by which a trial is no point of the space."""
     free = {dimension.path: dimension for dimension in space.dimensions}
     for section, values in parse(TrainConfig, record.config).model_dump(mode="json").items():
         for key, value in values.items():
@@ -117,7 +129,7 @@ def _why(space: Space, base: Mapping[str, Any], record: TrialRecord) -> str:
                 return f"{path} is {value!r} in trial {record.number}, and {free[path].describe()} here"
             if path not in free and _plain(base[section][key]) != _plain(value):
                 return f"{path} is {value!r} in trial {record.number}, and {base[section][key]!r} here"
-    return f"trial {record.number} was trained in another way"
+    return f"trial {record.number} was trained in a different way"
 
 
 def _check_equal(name: str, path: str, here: Any, there: Any, reason: str) -> None:
@@ -132,5 +144,5 @@ def _at(config: TrainConfig, path: str) -> Any:
 
 
 def _plain(value: Any) -> str:
-    """Text that is equal for a list and a tuple, and for 1 and 1.0."""
+    """Return text that is equal for a list and a tuple, and for 1 and 1.0."""
     return json.dumps(float(value) if isinstance(value, int) and not isinstance(value, bool) else value, default=list)

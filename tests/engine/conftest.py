@@ -1,4 +1,4 @@
-"""This fixture serves several rooms of engine."""
+"""Provide a fixture that several rooms of the engine use."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Talking to an adapter: the cached, library-made answer is what the engine's own uncached forward pass would say."""
+"""A chat's cached answers equal those of the engine's uncached forward pass."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, tiny_model_dir, tiny_data) -> dict[str, Path]:
-    """A trial folder, once as trained on 16 bits, and once more with a config that holds the base in NF4."""
+    """Return two folders of one trial, whose configs hold the base model in 16 bits and in NF4."""
     folder = tmp_path_factory.mktemp("trial")
     values = {
         "model": {"path": str(tiny_model_dir), "quantization": "none"},
@@ -52,7 +52,7 @@ def adapters(tmp_path_factory, tiny_model_dir, tiny_data) -> dict[str, Path]:
 
 @torch.no_grad()
 def likeliest(folder: Path, num_tokens: int) -> str:
-    """One token after the other through the fused layers on one packed row, nothing cached."""
+    """Generate token by token through the fused layers on one packed row, without a cache."""
     config = load_train_config(folder / "train_config.json")
     base = load_base(config.model, CPU)
     layers = attach(base.model, base.linear_names, config.lora, 0)

@@ -1,4 +1,4 @@
-"""The engine's command line and the checks before training: replay, bad input, which layers run fused."""
+"""Test the engine's commands and the checks before training: replay, bad input, fused layers."""
 
 import json
 import os
@@ -87,7 +87,8 @@ def test_prepare_says_which_layers_run_fused_and_strict_refuses_the_rest(tiny_co
     assert "OlmoDecoderLayer is not of a known family" in prepare([build(tiny_config, **odd)])["layers"]
     with pytest.raises(InputError, match=r"model\.layers.*0 of 2"):
         prepare([build(tiny_config, model={"path": str(path), "layers": "strict"})])
-    assert run(build(tiny_config, **odd), tmp_path / "generic")[-1].eval_loss > 0  # and it trains, on its own layers
+    # and it trains, on its own layers
+    assert run(build(tiny_config, **odd), tmp_path / "generic")[-1].eval_loss > 0
 
 
 def test_a_model_folder_without_config_is_refused(tiny_config, tmp_path):
@@ -112,10 +113,10 @@ def test_plan_shows_peak_and_speed_on_a_named_card_without_weights_or_data(tmp_p
     assert main(["plan", str(path), "--card", "rtx4090"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"plan: micro-batch 1, ", shown) and re.search(r"peak \d+\.\d\d GiB, in: ", shown)
-    assert re.search(r"base weights +\d", shown) and re.search(r"speed, predicted: [\d,]+ tok/s", shown)
+    assert re.search(r"base weights +\d", shown) and re.search(r"predicted speed: [\d,]+ tok/s", shown)
     assert main(["plan", str(path), "--card", "gtx1080"]) == 2
     assert capsys.readouterr().err.startswith("error: card = 'gtx1080': unknown card; known: rtx3090")
     values["train"]["memory_budget_gib"] = 4.0
     path.write_text(json.dumps(values))
     assert main(["plan", str(path), "--card", "rtx4090"]) == 2
-    assert re.search(r"error: needs \d\.\d GiB at the least \(predicted\), 4\.0 GiB are allowed", capsys.readouterr().err)
+    assert re.search(r"error: needs at least \d\.\d GiB \(predicted\), 4\.0 GiB are allowed", capsys.readouterr().err)

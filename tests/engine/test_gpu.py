@@ -1,4 +1,4 @@
-"""What only a CUDA device shows: variable-length flash attention, bf16 training, 8-bit optimizer states through a checkpoint."""
+"""Test what needs a CUDA device: flash attention, bf16 training and 8-bit optimizer checkpoints."""
 
 import copy
 
@@ -37,7 +37,8 @@ def test_flash_and_reference_attention_agree_within_bf16(window, groups):
     assert attention._flash_fits(q.bfloat16(), None)
     for ours, truth in zip(run(torch.bfloat16), run(torch.float32)):
         assert (ours - truth).norm() / truth.norm() < 1e-2
-    for ours, other in zip(run(torch.bfloat16), run(torch.float32, softcap=1.0)):  # the bound can fail
+    # twin: the bound can fail
+    for ours, other in zip(run(torch.bfloat16), run(torch.float32, softcap=1.0)):
         assert (ours - other).norm() / other.norm() > 1e-2
 
 
@@ -79,7 +80,7 @@ def test_a_trial_gives_its_memory_back(config, tmp_path):
 
 @pytest.fixture
 def wide_config(tiny_config, tmp_path):
-    """The tiny model's family and tokenizer, wide enough that activations of 8,192 tokens are 2 GiB."""
+    """Return a wide config of the tiny model's family: activations of 8,192 tokens take 2 GiB."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tiny, folder = tiny_config["model"]["path"], tmp_path / "wide"
@@ -97,7 +98,7 @@ def wide_config(tiny_config, tmp_path):
 
 
 def test_a_trial_that_meets_the_end_of_memory_has_the_losses_of_one_with_room(wide_config, tmp_path):
-    """The cap is set after the plan was made, so memory runs out in the middle of a step."""
+    """The memory cap is set after the plan is made, so memory runs out within a step."""
     for name in ("room", "tight"):
         (tmp_path / name).mkdir()
     with_room = list(train(wide_config, tmp_path / "room"))
@@ -119,20 +120,23 @@ def test_a_trial_that_meets_the_end_of_memory_has_the_losses_of_one_with_room(wi
 
 
 def test_fifty_trials_on_one_base_take_no_more_of_the_card_than_ten(config, tmp_path):
-    """What torch has allocated after trial 10 is what it has after trial 50, to the byte; the process may grow by 64 MiB, less
-    than 2 MiB a trial; and the twin: what a trial leaves behind is seen."""
+    """torch's allocation after trial 50 equals that after trial 10, to the byte.
+
+    The process may grow by 64 MiB, less than 2 MiB per trial. Twin: a leak in a trial shows.
+    """
     base, process, seen = load_base(config.model, torch.device("cuda")), psutil.Process(), {}
     variants = [
         config,
         config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 16, "target_modules": "all-linear"})}),
-        config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 2, "lora_dropout": 0.0})}),  # with CUDA graphs
+        # with CUDA graphs
+        config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 2, "lora_dropout": 0.0})}),
     ]
     for number in range(1, 51):
         folder = tmp_path / str(number)
         folder.mkdir()
         reports = train(variants[number % len(variants)], folder, base=base)
         next(reports)
-        if number % 2:  # every other one is left after its first report, as one that is pruned
+        if number % 2:  # the others stop after their first report, like pruned trials
             list(reports)
         reports.close()
         seen[number] = (torch.cuda.memory_allocated(), process.memory_info().rss)

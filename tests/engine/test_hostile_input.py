@@ -1,4 +1,4 @@
-"""Model folders, checkpoints, templates and data made to harm: refused in one line, and no code of theirs runs."""
+"""Malicious models, checkpoints, templates and data are refused, and none of their code runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from engine.training.loop import train
 
 
 class Bomb:
-    """Unpickled, it leaves a file."""
+    """Create a file when unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -41,7 +41,7 @@ def model(tmp_path, tiny_model_dir) -> Path:
 
 @pytest.fixture
 def refused(tmp_path, tiny_config, capsys):
-    """Runs `python -m engine <command>` on the tiny config with changes; returns the one line it is refused with."""
+    """Return a function that runs a command on a bad config and returns its error line."""
 
     def run(command="prepare", **sections):
         config = {name: {**tiny_config.get(name, {}), **values} for name, values in {**tiny_config, **sections}.items()}
@@ -81,7 +81,7 @@ def test_code_in_a_model_folder_runs_only_where_it_is_asked_for(model, refused, 
     (model / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'mark')!r})\n")
     assert "custom code" in refused(model={"path": str(model)})
     assert not (tmp_path / "mark").exists()
-    refused(model={"path": str(model), "trust_remote_code": True})  # twin: asked for, it runs (and holds no such class)
+    refused(model={"path": str(model), "trust_remote_code": True})  # twin: allowed, the code runs
     assert (tmp_path / "mark").exists()
 
 
@@ -153,7 +153,8 @@ def test_a_chat_template_that_would_take_all_time_or_memory_is_stopped(refused, 
     (tmp_path / "t.jinja").write_text(template)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert re.search(BOMBS[template], refused(data={"chat_template": str(tmp_path / "t.jinja")}))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024  # KiB; the child has its own limit
+    # KiB; the child has its own limit
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
     assert multiprocessing.active_children() == []
 
 
@@ -203,7 +204,7 @@ def checkpoint(tmp_path, tiny_config) -> Path:
 
 @pytest.mark.faults  # ten trials
 def test_checkpoints_made_to_harm_are_refused_one_by_one(checkpoint, tiny_config, tmp_path):
-    """The checksums are put right each time, as whoever makes such a file would."""
+    """Each changed checkpoint gets correct checksums, as an attacker would write them."""
     good = Path(shutil.copytree(checkpoint, tmp_path / "good"))
     config = parse(TrainConfig, tiny_config)
     state = json.loads((good / "state.json").read_text())
@@ -216,7 +217,7 @@ def test_checkpoints_made_to_harm_are_refused_one_by_one(checkpoint, tiny_config
         "header too large": lambda: (checkpoint / "adapter.safetensors").write_bytes(struct.pack("<Q", 2**60)),
         "step": lambda: state.update(step="x"),
         "position": lambda: state.update(position=-1),
-        "do not agree": lambda: state.update(tokens_seen=7),
+        "reports do not match": lambda: state.update(tokens_seen=7),
         "belongs to config": lambda: state.update(fingerprint="another trial"),
         "evil": lambda: state.update(evil=1),
     }
@@ -236,5 +237,5 @@ def test_checkpoints_made_to_harm_are_refused_one_by_one(checkpoint, tiny_config
         list(train(config, checkpoint.parent))
     checkpoint.unlink()
     shutil.copytree(good, checkpoint)
-    assert len(list(train(config, checkpoint.parent))) == 2  # twin: untouched, it is gone on from
+    assert len(list(train(config, checkpoint.parent))) == 2  # twin: the unchanged one continues
     assert not (tmp_path / "mark").exists()

@@ -1,4 +1,4 @@
-"""The trial as a whole: accumulation, packing, exact resume, PEFT round trip, replay from the command line."""
+"""Test whole trials: accumulation, packing, exact resume, PEFT round trip and replay."""
 
 import json
 import math
@@ -109,7 +109,7 @@ def test_the_base_is_as_before_after_a_trial_whatever_happens(tiny_config, tmp_p
 
 
 def memory_ends_at(monkeypatch, num_tokens):
-    """A stand-in for a small card: with gradients, rows of more tokens than that do not fit."""
+    """Imitate a small card: with gradients, rows of more than `num_tokens` tokens do not fit."""
     from engine.model.base import Base
 
     whole = Base.loss
@@ -132,7 +132,7 @@ def test_a_step_without_room_is_computed_again_in_halves_and_the_trial_ends_as_w
     generator = train(config, tmp_path / "tight", base=base)
     tight = [next(generator)]
     generator.close()
-    tight += list(train(config, tmp_path / "tight", base=base))  # resumed, it does not run into the wall again
+    tight += list(train(config, tmp_path / "tight", base=base))  # resumed, it keeps the leaner plan
     assert [r.num_out_of_memory for r in tight] == [2, 2, 2] and {r.micro_batch_size for r in tight} == {1}
     assert [(r.tokens_seen, r.step) for r in tight] == [(r.tokens_seen, r.step) for r in expected]
     assert [r.eval_loss for r in tight] == pytest.approx([r.eval_loss for r in expected], rel=1e-5)

@@ -1,4 +1,4 @@
-"""A trial that ends between two reports, asked to or killed: it goes on from its last step, and is the undisturbed one."""
+"""A trial stopped or killed between reports continues with the uninterrupted trial's numbers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from engine.training.checkpoint import Pace
 from engine.training.loop import train
 from tests.support.trials import CPU, build, run, same_numbers
 
-NUM_STEPS = 7  # of the undisturbed trial
+NUM_STEPS = 7  # of the uninterrupted trial
 
 
 class Killed(BaseException):
-    """Ends the trial without a word, as SIGKILL does."""
+    """End the trial without warning, like SIGKILL."""
 
 
 @pytest.fixture
 def trial(tiny_config):
-    """A config with dropout, so that random state matters, and the base to train it on."""
+    """Return a config with dropout, so that random state matters, and its base model."""
     config = build(tiny_config, lora={"lora_dropout": 0.1}, optim={"warmup_ratio": 0.3})
     base, before = load_base(config.model, CPU), torch.get_num_threads()
     torch.set_num_threads(1)  # two would wait for each other longer than they compute
-    gc.freeze()  # what is collected after each piece is then only what the piece left
+    gc.freeze()  # collections then see only the objects of the latest piece
     yield config, base
     gc.unfreeze()
     torch.set_num_threads(before)
@@ -36,14 +36,14 @@ def trial(tiny_config):
 
 @pytest.fixture
 def num_steps(monkeypatch):
-    """How many optimizer steps were computed."""
+    """Return a list with one entry per computed optimizer step."""
     counted, original = [], engine.training.loop._Run._step
     monkeypatch.setattr(engine.training.loop._Run, "_step", lambda self: (counted.append(1), original(self))[1])
     return counted
 
 
 def at_call(number, end=None):
-    """An `interrupted` that says yes, or raises `end`, when it is asked for the number-th time."""
+    """Return an `interrupted` that returns True, or raises `end`, at call `number`."""
     calls = iter(range(1, 10**9))
 
     def interrupted():
@@ -56,7 +56,7 @@ def at_call(number, end=None):
 
 
 def train_in_pieces(trial, folder, interrupted, end, **options):
-    """Each piece is what is trained until the next end; returns all reports."""
+    """Train until the trial is done, starting again after each `end`; return reports and pieces."""
     config, base = trial
     folder.mkdir()
     reports, num_pieces = [], 0
@@ -88,7 +88,8 @@ def test_a_trial_interrupted_after_every_step_is_the_undisturbed_one_and_trains_
     parts, num_pieces = train_in_pieces(trial, tmp_path / "parts", lambda: at_call(2), Interrupted)
     assert same_numbers(whole, parts)
     same_files(tmp_path / "whole", tmp_path / "parts")
-    assert len(num_steps) == NUM_STEPS and num_pieces >= NUM_STEPS  # each but the last ended after its step
+    # each but the last took one step
+    assert len(num_steps) == NUM_STEPS and num_pieces >= NUM_STEPS
 
 
 def test_a_trial_killed_at_any_moment_is_the_undisturbed_one_and_loses_what_came_after_its_last_save(trial, tmp_path, num_steps):
@@ -97,7 +98,8 @@ def test_a_trial_killed_at_any_moment_is_the_undisturbed_one_and_loses_what_came
         num_steps.clear()
         ends = iter([*(at_call(k, Killed()) for k in range(2, 8)), at_call(0)])
         parts, num_pieces = train_in_pieces(trial, tmp_path / f"parts-{number}", ends.__next__, Killed, pace=pace)
-        heard = {report.rung: report for report in parts}  # one may be lost with its process, and is not made twice
+        # A report may be lost with its process, and is not computed twice.
+        heard = {report.rung: report for report in parts}
         assert same_numbers([whole[rung - 1] for rung in heard], list(heard.values()))
         same_files(tmp_path / "whole", tmp_path / f"parts-{number}")
         assert len(num_steps) <= NUM_STEPS + most_again * (num_pieces - 1)

@@ -1,4 +1,4 @@
-"""Loss curves beside the library stack: PEFT's adapter on bitsandbytes' NF4 model, same data, same start, same optimizer."""
+"""Compare loss curves with PEFT on bitsandbytes' NF4 model: same data, start and optimizer."""
 
 import copy
 
@@ -103,7 +103,11 @@ def test_that_comparison_fails_for_a_slightly_different_start(config):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("checkpointing", "host_layers"), [(False, 0), ("selective", 0), (True, 0), ("offload", 1)])
 def test_32_steps_in_bf16_are_as_near_to_fp32_as_those_of_peft_and_within_its_seed_spread(config, checkpointing, host_layers):
-    """The truth is the library's fp32 curve; its own bf16 curve and its curve from another start are the yardsticks."""
+    """The reference is the library's fp32 curve.
+
+    The limits are the library's own distances from it: its bf16 curve, and its curve from another
+    start.
+    """
 
     def mean_distance(a, b):
         return float((a - b).abs().mean())

@@ -27,7 +27,7 @@ def make_compute_plan(config, shape, card, host_gib):
     """Stands in for engine.planning.planner.make_compute_plan."""
     need = float(config.lora.rank)
     if need > card.memory_gib:
-        raise OutOfMemory(f"needs {need:.1f} GiB at the least (predicted), {card.memory_gib:.1f} GiB are allowed", need)
+        raise OutOfMemory(f"needs at least {need:.1f} GiB (predicted), {card.memory_gib:.1f} GiB are allowed", need)
     return ComputePlan(1, Policy.KEEP, 0, 0, 0.0, memory=SimpleNamespace(peak_gib=need, reserve_gib=0.0))
 
 

@@ -47,7 +47,7 @@ def tracked(tmp_path_factory) -> SweepFolder:
     [
         (None, "must be a sweep folder"),
         ({"tracking": {"name": "none"}}, "this sweep wrote nothing to MLflow"),
-        ({}, "there is no such database"),
+        ({}, "must be an existing database"),
     ],
 )
 def test_a_folder_that_has_no_page_is_one_line(tmp_path, sections, message, capsys):
@@ -85,7 +85,7 @@ def test_table_and_charts_are_served_on_this_machine_alone_until_ctrl_c(tracked)
         [sys.executable, "-m", "sweep.ui", str(tracked.path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     table, charts, last = (process.stdout.readline() for _ in range(3))
-    assert last == "Ctrl-C closes it\n"
+    assert last == "Press Ctrl-C to stop the server\n"
     host, port = re.fullmatch(r"table +http://(\S+):(\d+)/#/experiments/\d+/runs\?\S+viewStateShareKey=\S+\n", table).groups()
     assert "compareRunsMode=CHART" in charts
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]

@@ -1,4 +1,4 @@
-"""LoRA is attached to the base's layers once."""
+"""LoRA is attached to the base model's layers only once."""
 
 import pytest
 

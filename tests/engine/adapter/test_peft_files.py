@@ -1,4 +1,4 @@
-"""PEFT and a fresh load read from the exported adapter what was trained."""
+"""An exported adapter gives the trained model again, in PEFT and in the engine."""
 
 import pytest
 import torch
@@ -37,7 +37,8 @@ def test_peft_loads_the_exported_adapter_with_equal_logits(tiny_config, tmp_path
     theirs = AutoModelForCausalLM.from_pretrained(
         config.model.path, quantization_config=quantised, device_map="cpu", dtype=torch.float32
     )
-    # bitsandbytes' Linear4bit computes in bf16 on CPUs with avx512_bf16: its weights in fp32 give the same logits on any CPU
+    # bitsandbytes' Linear4bit computes in bf16 on CPUs with avx512_bf16. Its weights in fp32 give
+    # the same logits on any CPU.
     theirs = theirs.dequantize()
     assert {type(module) for module in theirs.modules() if isinstance(module, torch.nn.Linear)} == {torch.nn.Linear}
     peft_model = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
@@ -46,7 +47,8 @@ def test_peft_loads_the_exported_adapter_with_equal_logits(tiny_config, tmp_path
         peft_logits = peft_model(input_ids=batch.input_ids_T[None]).logits[0]
         plain_logits = load_base(config.model, CPU).hidden_states(batch) @ base.head().weight_VD.T
     torch.testing.assert_close(ours_logits, peft_logits, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(ours_logits, plain_logits, rtol=1e-4, atol=1e-4)  # the adapter does something
+    # the adapter does something
+    assert not torch.allclose(ours_logits, plain_logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_fresh_load_of_the_exported_adapter_has_the_reported_loss(tiny_config, tmp_path):

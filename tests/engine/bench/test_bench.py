@@ -1,4 +1,4 @@
-"""The step benchmark on a tiny shape: all systems compute the same, whatever fails is a row, and what is done stays."""
+"""Run the step benchmark on a tiny shape: systems agree, failures are rows, finished rows stay."""
 
 import json
 import textwrap
@@ -38,7 +38,8 @@ def test_all_systems_compute_the_same_loss(policy):
     for other in others:
         assert other["first_loss"] == pytest.approx(ours["first_loss"], abs=1e-3)
         assert other["last_loss"] == pytest.approx(ours["last_loss"], rel=1e-2)
-    assert ours["first_loss"] != pytest.approx(ours["last_loss"], abs=1e-3)  # other tokens: the tolerance can fail
+    # other tokens give another loss
+    assert ours["first_loss"] != pytest.approx(ours["last_loss"], abs=1e-3)
 
 
 @pytest.mark.parametrize("system", [HERE[0], *(pytest.param(system, marks=pytest.mark.faults) for system in HERE[1:])])
@@ -55,7 +56,7 @@ def test_every_token_is_a_label_and_every_step_has_its_own_tokens():
     ids = batch.input_ids_T.view(2, 32)
     labels = batch.labels_T.view(2, 32)
     assert torch.equal(labels[:, :-1], ids[:, 1:]) and (labels[:, -1] == IGNORE).all()
-    assert batch.num_targets == 2 * 31  # as transformers counts them, which shifts inside
+    assert batch.num_targets == 2 * 31  # as in transformers, which shifts labels
     assert not torch.equal(ids, tokens(TINY, 1).input_ids_T.view(2, 32))
 
 
@@ -63,7 +64,8 @@ def test_the_model_folder_holds_the_model_in_memory_and_a_tokenizer(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     write_checkpoint("tiny", tmp_path / "tiny", CPU)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny").train()  # in evaluation some CPUs repack the weight
+    # In evaluation mode, some CPUs repack the weight.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny").train()
     in_memory = random_model("tiny", CPU, torch.float32, "sdpa")[0].train()
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
@@ -143,7 +145,7 @@ def test_a_process_hands_back_a_result_or_one_line_of_reason(tmp_path, code, res
 
 
 def _pretend(monkeypatch, results: list) -> list[Row]:
-    """Rows end with these results, an exception being raised; returns the rows that were started."""
+    """Let each row return or raise the next of `results`; return the started rows."""
     started: list[Row] = []
 
     def run(rows: list[Row], scratch: Path, timeout_s: float) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Names of layers are matched by one rule."""
+"""One rule matches layer names."""
 
 import pytest
 

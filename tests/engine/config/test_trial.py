@@ -1,4 +1,4 @@
-"""Config: bad input is one line that names field, value and what is allowed."""
+"""A bad config gives one line that names the field, its value and what is allowed."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Rows hold whole samples: each once an epoch, no label across a border, and a place to go on from."""
+"""Rows hold whole samples, each once per epoch, and a cursor can continue anywhere."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Data are read in several formats, carry loss where an assistant speaks, and are split by content."""
+"""Data come in several formats, have loss only on assistant text, and are split by content."""
 
 import json
 
@@ -31,7 +31,7 @@ def load(tmp_path, tokenizer):
 
 
 def learnt(view, tokenizer):
-    """The texts that carry loss, per sample."""
+    """Return the texts with loss, per sample."""
     samples = [view[i] for i in range(len(view))]
     return sorted(tokenizer.decode(s.input_ids[s.is_target]) for s in samples)
 
@@ -153,7 +153,7 @@ def test_evaluation_can_be_on_the_training_samples_themselves(load, tokenizer):
 
 
 def test_trials_of_a_node_map_the_same_tokens_and_none_can_change_them(load):
-    """The kernel keeps them once for all processes, whatever their sequence length."""
+    """Processes with different sequence lengths share one copy in the page cache."""
     rows = [{"prompt": f"say {i}", "completion": "yes"} for i in range(20)]
     one, other = (load(rows, max_seq_length=length)[0]._tokens for length in (64, 32))
     for name in TokenSet.__dataclass_fields__:

@@ -1,4 +1,4 @@
-"""Taking an adapter away: each form is loaded back by what it is for, and gives the model that was meant."""
+"""Every export form, loaded by its target program, gives the intended model."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_rslora_and_patterns_are_folded_in_so_that_plain_alpha_over_r_is_right(b
     assert {key: values[key] for key in PLAIN} == PLAIN
     state = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {tensor.shape[0] for name, tensor in state.items() if "lora_A" in name} == {values["r"]}
-    # twin: a loader that ignores rsLoRA and patterns of the adapter as it was given gets another model
+    # twin: a loader that ignores rsLoRA and the patterns of the original adapter gets another model
     naive = tmp_path / "naive"
     shutil.copytree(given, naive)
     values = json.loads((naive / "adapter_config.json").read_text())
@@ -178,7 +178,8 @@ def test_the_model_card_states_the_losses_of_the_adapter_as_trained_and_of_the_m
     measured = export(tmp_path / "trial" / "adapter", "merged", tmp_path / "out")
     assert (measured.base, measured.adapter) == pytest.approx((known["base_eval_loss"], known["eval_loss"]), rel=1e-5)
     assert measured.merged != measured.adapter
-    assert measured.merged < (measured.base + measured.adapter) / 2  # twin: it is not the base model alone
+    # twin: it is not the base model alone
+    assert measured.merged < (measured.base + measured.adapter) / 2
     card = (tmp_path / "out" / "README.md").read_text()
     told = [float(cell) for cell in re.findall(r"^\| (?:base|merged) model.*?\| (\d+\.\d{4}) \|", card, re.M)]
     assert told == [round(loss, 4) for loss in (measured.base, measured.adapter, measured.merged)]
@@ -237,7 +238,10 @@ def test_an_export_that_is_interrupted_leaves_nothing(base, adapter, tmp_path, m
 @pytest.mark.faults
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_itself_computes_the_same_logits(family, tmp_path, monkeypatch):
-    """With llama-cpp-python (no dependency; skipped without). Keys and values are cached in 16 bits: 1 % of the largest logit."""
+    """Needs llama-cpp-python (not a dependency; skipped without it).
+
+    The tolerance is 1 % of the largest logit, because keys and values are cached in 16 bits.
+    """
     pytest.importorskip("llama_cpp")
     base = save_model(tmp_path / "base", family, torch.float32)
     given = save_adapter(tmp_path / "given", base)
@@ -247,7 +251,7 @@ def test_llama_cpp_itself_computes_the_same_logits(family, tmp_path, monkeypatch
     plain, tuned = logits(base), logits(base, given)
     assert _distance(_llama_cpp(tmp_path / "base.gguf"), plain) < 0.01
     assert _distance(_llama_cpp(tmp_path / "base.gguf", tmp_path / "adapter.gguf"), tuned) < 0.01
-    # twin: rows of q and k in the wrong order are seen
+    # twin: rows of q and k in the wrong order give other logits
     monkeypatch.setattr(Naming, "rows", _shuffled if family.startswith("qwen") else _as_they_were)
     write_adapter(read_adapter(given), config, tmp_path / "wrong.gguf")
     assert _distance(_llama_cpp(tmp_path / "base.gguf", tmp_path / "wrong.gguf"), tuned) > 0.05

@@ -1,4 +1,4 @@
-"""A SentencePiece tokenizer in a GGUF file: read back, it cuts texts into the same pieces."""
+"""A SentencePiece tokenizer read back from a GGUF file splits texts into the same pieces."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PREPEND = {"type": "Sequence", "normalizers": [
 
 @pytest.fixture(scope="module")
 def pieces() -> list[str]:
-    """Some 900 pieces, the most useful first, learnt from docstrings as SentencePiece would learn them."""
+    """Return about 900 pieces, most useful first, learnt from docstrings as SentencePiece does."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tree = ast.parse(Path(ast.__file__).read_text())
@@ -39,13 +39,16 @@ def pieces() -> list[str]:
 
 
 def rules(pieces: list[str]) -> list[list[str]]:
-    """As Hugging Face converts a tokenizer.model: every pair of pieces whose union is one, in the order of the unions."""
+    """Return the merge rules as Hugging Face converts a tokenizer.model.
+
+    They are all pairs of pieces whose union is a piece, in the order of the unions.
+    """
     known = set(pieces)
     return [[p[:i], p[i:]] for p in pieces for i in range(1, len(p)) if p[:i] in known and p[i:] in known]
 
 
 def write(folder: Path, pieces: list[str], legacy: bool = False, merges=None, bos: bool = True, **model) -> dict:
-    """A tokenizer folder; returns the content of its tokenizer.json."""
+    """Write a tokenizer folder and return the content of its tokenizer.json."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, "<|user|>"]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [{"id": tokens.index(token), "content": token, **flags} for token in ("<unk>", "<s>", "</s>", "<|user|>")]
@@ -76,7 +79,7 @@ def size(values: dict) -> int:
 
 
 def write_gguf(folder: Path, vocab_size: int) -> Path:
-    """The vocabulary alone."""
+    """Write a GGUF file with only the vocabulary."""
     writer = gguf.GGUFWriter(folder / "vocab.gguf", "llama")
     for name, value in (("context_length", 64), ("embedding_length", 8), ("block_count", 1), ("feed_forward_length", 8),
                         ("head_count", 1), ("vocab_size", vocab_size)):  # fmt: skip
@@ -101,8 +104,11 @@ def field(file: Path, name: str):
 
 
 def cut(held: dict, text: str) -> list[str]:
-    """What a reader makes of the file: neighbours whose union has the highest score are joined, the leftmost first; what is no
-    piece is written in bytes."""
+    """Split `text` as a reader of the file does.
+
+    It joins the neighbours whose union has the highest score, the leftmost first, and writes the
+    rest as bytes.
+    """
     scored = dict(zip(held["tokens"], held["scores"]))
     normal = {token for token, kind in zip(held["tokens"], held["token_type"]) if kind == gguf.TokenType.NORMAL}
     parts = list((SPACE if held["add_space_prefix"] and text else "") + text.replace(" ", SPACE))
@@ -130,8 +136,10 @@ def test_read_back_the_file_cuts_texts_into_the_same_pieces(pieces, tmp_path, le
     texts = [text for text in TEXTS if legacy or not text.startswith(" ")]
     wanted = {text: tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts}
     assert {text: cut(held, text) for text in texts} == wanted
-    assert sum(map(len, wanted.values())) < 0.7 * sum(len(text.encode()) for text in texts)  # pieces, not bytes
-    # twin: with every piece scored alike, as gguf's own class for such folders has it, texts are cut elsewhere
+    # pieces, not bytes
+    assert sum(map(len, wanted.values())) < 0.7 * sum(len(text.encode()) for text in texts)
+    # twin: with equal scores, as gguf's own class for such folders writes them, the split is
+    # different
     held["scores"] = [-1000.0] * len(held["scores"])
     assert {text: cut(held, text) for text in texts} != wanted
 
@@ -147,7 +155,7 @@ def test_whether_a_text_gets_a_beginning_is_what_the_tokenizer_does(pieces, tmp_
 
 
 def test_llama_cpp_itself_cuts_texts_into_the_same_pieces(pieces, tmp_path):
-    """With llama-cpp-python (no dependency; skipped without)."""
+    """Needs llama-cpp-python (not a dependency; skipped without it)."""
     llama_cpp = pytest.importorskip("llama_cpp")
     values = write(tmp_path, pieces, legacy=True)
     loaded = llama_cpp.Llama(str(write_gguf(tmp_path, size(values))), vocab_only=True, verbose=False)
@@ -157,7 +165,7 @@ def test_llama_cpp_itself_cuts_texts_into_the_same_pieces(pieces, tmp_path):
 
 
 def move_one_of_two_rules(merges: list[list[str]]) -> None:
-    """To the end, away from the other that joins the same."""
+    """Move the first of two rules with the same union to the end, away from the other."""
     first = next(i for i, (one, two) in enumerate(itertools.pairwise(merges)) if "".join(one) == "".join(two))
     merges.append(merges.pop(first))
 

@@ -1,4 +1,4 @@
-"""Cross-entropy in place and rows by id, tested as test_ops does it: three-way, each with a twin that must fail."""
+"""Test cross-entropy in place and rows by id like test_ops: three-way, with failing twins."""
 
 import pytest
 import torch
@@ -6,14 +6,15 @@ import torch
 from engine.errors import EngineError
 from engine.kernels import ops
 from tests.support.kernel_checks import CUDA, DEVICE, DTYPES, SLACK, as_good_as_torch, draw, error, leave_to_a_child
-from tests.support.kernel_checks import implementation as implementation  # runs each test against kernel and reference
+from tests.support.kernel_checks import implementation as implementation  # runs on kernel and reference
 
-SHAPES_CV = [(3, 5), (4, 101), (2, 8192), (3, 8193), (2, 16_400)]  # less than a block, one block, an element more, three blocks
+# less than a block, one block, one element more, three blocks
+SHAPES_CV = [(3, 5), (4, 101), (2, 8192), (3, 8193), (2, 16_400)]
 OPTIONS = [{}, {"scale": 0.25}, {"softcap": 5.0}, {"scale": 2.0, "softcap": 30.0}]
 
 
 def plain_cross_entropy(logits, labels, scale, softcap, dtype):
-    """Loss of each row and gradient of their sum, in `dtype` throughout."""
+    """Return the loss of each row and the gradient of their sum, computed in `dtype` throughout."""
     leaf = logits.detach().to(dtype).requires_grad_()
     z = leaf * scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -44,7 +45,8 @@ def test_loss_and_gradient_are_as_good_as_torch_and_a_wrong_label_scale_or_cap_i
 
     def good(loss, grad):
         assert loss.dtype == torch.float32 and grad.dtype == dtype
-        # the loss is fp32 whatever the logits are, so it is held to fp32 and not to what torch makes of it in bf16
+        # The loss is fp32 for any dtype of the logits, so it is compared with fp32, not torch's
+        # bf16.
         return error(loss, truths[0]) < SLACK[torch.float32], as_good_as_torch(grad, plains[1], truths[1])
 
     assert all(good(*ours(logits, labels, scale, softcap)))
@@ -70,7 +72,7 @@ def test_the_gradient_is_rounded_once(dtype, options):
     logits, labels = draw(4, 3001, dtype=dtype), edge_labels(4, 3001)
     _, grad = ours(logits, labels, **options)
     wide = plain_cross_entropy(logits, labels, options.get("scale", 1.0), options.get("softcap"), torch.float64)[1]
-    assert (grad != wide.to(dtype)).double().mean() < 5e-3  # an element now and then sits on the edge of a rounding
+    assert (grad != wide.to(dtype)).double().mean() < 5e-3  # few elements are rounding ties
     assert (grad != (wide * 1.01).to(dtype)).double().mean() > 0.5
 
 
@@ -101,7 +103,8 @@ def test_rows_may_be_strided_and_what_lies_between_them_is_left_alone():
     before = buffer.clone()
     loss = ops.cross_entropy_(buffer[:, :77], labels, 0.5, 4.0)
     dense_loss, dense_grad = ours(before[:, :77].contiguous(), labels, 0.5, 4.0)
-    torch.testing.assert_close(loss, dense_loss, rtol=1e-6, atol=1e-8)  # a GPU loads unaligned rows, and sums, otherwise
+    # unaligned rows add up in another order
+    torch.testing.assert_close(loss, dense_loss, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(buffer[:, :77], dense_grad, rtol=2e-6, atol=1e-8)
     assert torch.equal(buffer[:, 77:], before[:, 77:]) and not torch.equal(buffer[:, :77], before[:, :77])
 

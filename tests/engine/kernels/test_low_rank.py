@@ -1,7 +1,8 @@
-"""The gated linear unit with low-rank terms, tested as test_ops does it: three-way, each with twins that must fail.
+"""Test the gated linear unit with low-rank terms, as in test_ops: three-way, with failing twins.
 
-Operands and terms are slices of wider buffers, as in a layer whose gate and up, and whose adapters, are computed together; what
-surrounds a term is NaN, so an element read beyond its edge is seen.
+Operands and terms are slices of wider buffers, as in a layer that computes gate and up, and their
+adapters, together. Each term is surrounded by NaN, so a read beyond its edge shows.
+
 Shape letters: T tokens, F MLP hidden, R rank.
 """
 
@@ -14,7 +15,7 @@ from engine.errors import EngineError
 from engine.kernels import ops
 from engine.kernels.ops import LowRank
 from tests.support.kernel_checks import DTYPES, SLACK, as_good_as_torch, draw, error, leave_to_a_child, plain_glu
-from tests.support.kernel_checks import implementation as implementation  # runs each test against kernel and reference
+from tests.support.kernel_checks import implementation as implementation  # runs on kernel and reference
 
 CASES = [  # shape, ranks
     ((1, 1), (1, 1, 1)),
@@ -22,19 +23,23 @@ CASES = [  # shape, ranks
     ((2, 1000), (8, 16, 4)),  # rows of many tiles
     ((70, 80), (128, 16, 70)),  # part tiles both ways, more than one block of R
 ]
-# more row tiles than a group takes, the last group a part of one: a tile is 64 rows, of fp32 32
+# More row tiles than fit in a group, with a partial last group. A tile has 64 rows, or 32 in fp32.
 GROUPED = [(torch.bfloat16, (540, 66)), (torch.float32, (270, 34))]
-SUBSETS = [ranks for ranks in itertools.product((0, 16), (0, 3), (0, 70)) if any(ranks)]  # a rank of 0: no such term
+# rank 0: no term
+SUBSETS = [ranks for ranks in itertools.product((0, 16), (0, 3), (0, 70)) if any(ranks)]
 
 
 def operands(shape, dtype):
-    """dh, gate and up; the last two of one buffer [T, 2F]."""
+    """Return dh, gate and up; the last two are slices of one buffer [T, 2F]."""
     num_tokens, width = shape
     return draw(num_tokens, width, dtype=dtype), *draw(num_tokens, 2 * width, dtype=dtype, seed=1, scale=2.0).chunk(2, dim=1)
 
 
 def low_rank_terms(shape, ranks, dtype):
-    """Terms of gate, up and dh, each about as large as what it is added to; b of the last is transposed, as A in a layer is."""
+    """Return terms for gate, up and dh, each about as large as what it is added to.
+
+    b of the last is transposed, like A in a layer.
+    """
     lows = [guarded(draw(shape[0], rank, dtype=dtype, seed=2 + i)) for i, rank in enumerate(ranks)]
     drawn = [draw(shape[1], rank, dtype=dtype, seed=5 + i, scale=max(rank, 1) ** -0.5) for i, rank in enumerate(ranks)]
     bs = [guarded(drawn[0]), guarded(drawn[1]), guarded(drawn[2].t()).t()]
@@ -42,14 +47,14 @@ def low_rank_terms(shape, ranks, dtype):
 
 
 def guarded(x):
-    """x as a slice of a buffer that is NaN elsewhere, its rows aligned no worse than before."""
+    """Return x as a slice of a buffer of NaN, with rows aligned at least as well."""
     buffer = torch.full((x.shape[0] + 1, x.shape[1] + 16), float("nan"), dtype=x.dtype, device=x.device)
     buffer[:-1, :-16] = x
     return buffer[:-1, :-16]
 
 
 def plain(tensors, terms, activation, dtype):
-    """h, and the gradients of gate and up, in `dtype` throughout."""
+    """Return h and the gradients of gate and up, computed in `dtype` throughout."""
     wide = [
         x.to(dtype) if term is None else x.to(dtype) + term.low_TR.to(dtype) @ term.b_FR.to(dtype).t()
         for x, term in zip(tensors, (terms[2], terms[0], terms[1]))
@@ -60,7 +65,7 @@ def plain(tensors, terms, activation, dtype):
 
 
 def in_place(tensors, terms, activation):
-    """What the backward pass leaves in dh, gate and up."""
+    """Return dh, gate and up as the backward pass overwrites them."""
     dh, gate, up = tensors
     dh, (gate, up) = dh.clone(), torch.cat((gate, up), dim=1).chunk(2, dim=1)
     ops.glu_backward_(dh, gate, up, activation, *terms)
@@ -68,13 +73,13 @@ def in_place(tensors, terms, activation):
 
 
 def good(tensors, terms, activation, plains, truths):
-    """Of h, dgate and dup: are they as good as torch's."""
+    """Return a flag for each of h, dgate and dup: True if its error is as small as torch's."""
     results = in_place(tensors, terms, activation)
     return [as_good_as_torch(*triple) for triple in zip(results, plains, truths)]
 
 
 def negated(terms, which):
-    """The terms, those of `which` with a wrong b."""
+    """Return the terms, with the sign of b wrong in those of `which`."""
     return [LowRank(term.low_TR, -term.b_FR) if term and i in which else term for i, term in enumerate(terms)]
 
 
@@ -136,7 +141,7 @@ def test_the_sums_are_not_rounded(dtype):
     ]
     rounded_too_early = plain(rounded, [None] * 3, "silu", torch.float64)
     for ours, truth, early in zip(in_place(tensors, terms, "silu"), truths, rounded_too_early):
-        assert (ours != truth.to(dtype)).double().mean() < 5e-3  # an element now and then sits on the edge of a rounding
+        assert (ours != truth.to(dtype)).double().mean() < 5e-3  # few elements are rounding ties
         assert (ours != early.to(dtype)).double().mean() > 0.1
 
 
@@ -152,7 +157,8 @@ def test_strides_change_nothing_and_neighbours_in_a_buffer_stay(dtype):
     before = [part.clone() for part in parts[::2]]
     ops.glu_backward_(parts[5], parts[1], parts[3], "gelu_tanh", *terms)
     for ours, expected in zip((parts[5], parts[1], parts[3]), dense):
-        assert error(ours, expected.double()) <= (SLACK[dtype] if dtype == torch.float32 else 2**-8)  # a matmul of other strides
+        # matmul with other strides
+        assert error(ours, expected.double()) <= (SLACK[dtype] if dtype == torch.float32 else 2**-8)
     assert all(torch.equal(x, y) for x, y in zip(parts[::2], before))
 
 

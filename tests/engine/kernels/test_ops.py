@@ -1,7 +1,7 @@
-"""Kernels against an fp64 truth: their error may exceed that of the same formula in torch's working dtype by next to nothing.
+"""Compare kernels with fp64: their error may barely exceed that of the same formula in torch.
 
-Where they run is said in `kernel_checks`. Each comparison has a twin that must fail, and outputs are born as NaN, so an element
-no program wrote is seen.
+torch computes in the working dtype. `kernel_checks` says where the kernels run. Each comparison has
+a twin that must fail. Outputs start as NaN, so an element that no program wrote shows.
 """
 
 import subprocess
@@ -24,7 +24,7 @@ from tests.support.kernel_checks import (
     plain_glu,
     same_as_dense,
 )
-from tests.support.kernel_checks import implementation as implementation  # runs each test against kernel and reference
+from tests.support.kernel_checks import implementation as implementation  # runs on kernel and reference
 
 SHAPES_TD = [(1, 1), (3, 5), (7, 576), (2, 1536), (2, 4096)]
 EPS = 1e-5
@@ -34,7 +34,7 @@ EPS = 1e-5
 
 
 def plain_norm(x, weight, eps, offset, dtype):
-    """The models' own formulation, in `dtype` throughout but for the mean."""
+    """Compute RMSNorm as the models do, in `dtype` except for the mean."""
     x = x.to(dtype)
     wide = x.double() if dtype == torch.float64 else x.float()
     n = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -61,7 +61,7 @@ def test_rms_norm_rounds_where_the_models_round(offset):
     x, weight = draw(6, 512, dtype=torch.bfloat16), draw(512, dtype=torch.bfloat16, seed=1)
     ours = ops.rms_norm(x, weight, EPS, offset)[0]
     same, other = (plain_norm(x, weight, EPS, o, torch.bfloat16) for o in (offset, 1.0 - offset))
-    assert (ours != same).float().mean() < 5e-3  # an element now and then sits on the edge of a rounding
+    assert (ours != same).float().mean() < 5e-3  # few elements are rounding ties
     rounded_elsewhere = (plain_norm(x.double(), weight, EPS, 0.0, torch.float64)).bfloat16()
     if offset == 0.0:
         assert (ours != rounded_elsewhere).float().mean() > 0.1
@@ -155,7 +155,8 @@ def test_rope_is_as_good_as_torch_and_its_inverse_is_the_gradient(sizes, dtype):
     assert not any(all_good(run(*angles(num_tokens, head_dim, dtype, shift=1))))
     assert all(all_good(run(cos, sin, inverse=True), sign=-1.0))
     assert not any(all_good(run(cos, sin, inverse=True)))
-    leaf = inputs[0].double().requires_grad_()  # turning x and reading the result along dy is reading x along dy turned back
+    # <rotate(x), dy> = <x, rotate back(dy)>, so autograd gives the expected result
+    leaf = inputs[0].double().requires_grad_()
     dy = draw(*leaf.shape, seed=7, dtype=dtype)
     plain_rope(leaf, cos, sin, torch.float64).backward(dy.double())
     dx, other = dy.clone(), inputs[1].clone()
@@ -207,7 +208,7 @@ def test_glu_is_as_good_as_torch_forward_and_backward(shape, dtype, activation):
         assert as_good_as_torch(ours, plain, truth)
     for ours, plain, truth in zip(in_place(other, up), plains, truths):
         assert not as_good_as_torch(ours, plain, truth)
-    assert torch.equal(in_place(activation, up)[0], h)  # what the backward pass leaves is what the forward pass made
+    assert torch.equal(in_place(activation, up)[0], h)  # backward recomputes the same h
 
 
 def test_glu_reads_and_writes_slices_of_a_fused_buffer(implementation):
@@ -235,7 +236,7 @@ def test_glu_saturates_without_nan(activation):
 
 
 def quantized(shape, dtype, nested):
-    """A stand-in for Params4bit: data and quant_state. An outlier block makes absmax vary."""
+    """Return a stand-in for Params4bit (data and quant_state), with absmax that varies by block."""
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = draw(*shape, dtype=dtype, seed=5)
     weight[: max(1, shape[0] // 3)] *= 17.0
@@ -243,7 +244,8 @@ def quantized(shape, dtype, nested):
     return SimpleNamespace(data=data, quant_state=state), functional.dequantize_4bit(data, state)
 
 
-# whole tiles; a part tile of words; bytes, because 65 x 66 / 2 is odd; an odd number of elements; less than a block; one element
+# Cases in order: whole tiles, a partial tile of words, bytes (65 x 66 / 2 is odd), an odd number of
+# elements, less than a block, one element.
 NF4_SHAPES = [(128, 576), (300, 64), (65, 66), (7, 131), (3, 10), (1, 1)]
 
 

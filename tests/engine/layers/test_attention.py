@@ -1,4 +1,4 @@
-"""Attention over packed rows sees each sample as if it were alone."""
+"""Attention over a packed row treats each sample as if it were alone."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.support.trials import build
 
 
 def token_losses(base, samples):
-    """Loss of every position of a packed row, one at a time."""
+    """Return the loss of every position of a packed row, one at a time."""
     batch = collate(samples)
     hidden = base.hidden_states(batch)
     keep = batch.labels_T != -100

@@ -1,4 +1,4 @@
-"""Fused decoder layers against the model's own: outputs and every adapter gradient, family by family."""
+"""Compare fused decoder layers with the model's own, family by family: outputs and gradients."""
 
 import weakref
 
@@ -34,7 +34,7 @@ TARGETS = ["all-linear", ("q_proj", "v_proj"), ("down_proj",), ("layers.1.mlp.ga
 
 
 def build(family, layers="original"):
-    """A tiny random model of the family in fp32, with norm weights and biases away from their neutral values."""
+    """Build a tiny random fp32 model of the family, with norm weights and biases not neutral."""
     attention.register()
     name = "Gemma3" if family == "Gemma3Text" else family
     config = getattr(transformers, f"{family}Config")(**{**SMALL, **FAMILIES[family]}, attn_implementation=attention.NAME)
@@ -56,7 +56,7 @@ def batch():
 
 
 def run(model, names, lora, policy=Policy.KEEP, seed=0, cached=0):
-    """(hidden states, gradients by name) of one pass with a random cotangent."""
+    """Return (hidden states, gradients by name) of one pass with a random cotangent."""
     layers = attach(model, names, lora, 3)
     random = torch.Generator().manual_seed(2)
     for layer in layers.values():
@@ -127,7 +127,7 @@ def test_dropout_is_the_same_under_every_policy_and_another_in_the_next_step():
 
 
 def test_dropout_gradients_are_those_of_the_function_that_was_computed():
-    """Central differences through the same mask, along the gradient."""
+    """Compare with central differences along the gradient, through the same mask."""
     model, names, _ = build("Llama", "fused")
     lora = LoraConfig(rank=2, lora_dropout=0.4, target_modules=("up_proj", "down_proj", "q_proj"))
     layers = attach(model.double(), names, lora, 3)
@@ -211,7 +211,7 @@ def test_the_last_layers_keep_their_activations_whatever_the_policy_and_some_oth
 def test_an_mlp_in_tiles_has_the_same_numbers(family, policy, monkeypatch):
     lora = LoraConfig(rank=3)
     whole = run(*build(family, "fused")[:2], lora, policy)
-    monkeypatch.setattr(compute_limits, "MLP_TILE_TOKENS", 8)  # 30 tokens: three tiles and a rest
+    monkeypatch.setattr(compute_limits, "MLP_TILE_TOKENS", 8)  # 30 tokens: three tiles and a part
     tiles = []
     gradient = fused.mlp_gradient
     monkeypatch.setattr(fused, "mlp_gradient", lambda dy, *rest: tiles.append(len(dy)) or gradient(dy, *rest))
@@ -228,7 +228,7 @@ def test_dropout_in_tiles_is_the_same_under_every_policy(monkeypatch):
 
 @pytest.mark.parametrize("policy", [Policy.KEEP, Policy.HOST])
 def test_nothing_of_attention_outlives_a_backward_pass_that_never_reaches_it(policy, monkeypatch):
-    """Below the first adapter's MLP nothing is trained, so the first layer's attention has no backward pass."""
+    """Below the first adapter's MLP nothing trains, so attention there has no backward pass."""
     outputs = []
     attention_of_one = attention.F.scaled_dot_product_attention
 

@@ -1,4 +1,4 @@
-"""The stack of layer inputs in host memory."""
+"""Test the stack of layer inputs in host memory."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from engine.model.device import host_share_gib
 
 def test_what_is_put_away_comes_back_in_reverse_and_host_memory_is_used_again():
     stash = HostStash(chunk_bytes=1024)
-    tensors = [torch.randn(n, 31) for n in (4, 70, 2)]  # the second lies in ten chunks
+    tensors = [torch.randn(n, 31) for n in (4, 70, 2)]  # the second takes ten chunks
     numbers = [stash.push(x.clone()) for x in tensors]
     stash.flush()
     chunks = [c.data_ptr() for c in stash._chunks]
@@ -58,7 +58,7 @@ def test_out_of_order_is_an_error_and_a_cleared_stack_starts_anew():
     stash = HostStash()
     stash.push(torch.zeros(1))
     stash.push(torch.zeros(1))
-    with pytest.raises(RuntimeError, match="0 asked for, 1 is on top"):
+    with pytest.raises(RuntimeError, match="0 was asked for, 1 is on top"):
         stash.pop(0)
     stash.clear()
     assert stash.push(torch.ones(2)) == 0 and torch.equal(stash.pop(0), torch.ones(2))
@@ -83,7 +83,8 @@ def test_copies_beside_computation_are_right():
         reference.append(x.clone())
         kept.append(x * 3)
         numbers.append(stash.push(x, kept[-1:]))
-        x = (x @ x).clamp(-2, 2)  # the old x is freed, and its memory asked for again, while its copy may still run
+        # The old x is freed, and its memory reused, while its copy may still run.
+        x = (x @ x).clamp(-2, 2)
     stash.flush()
     assert all(t.untyped_storage().nbytes() == 0 for t in kept)
     for number, truth, more in reversed(list(zip(numbers, reference, kept))):

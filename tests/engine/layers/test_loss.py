@@ -1,4 +1,4 @@
-"""Linear cross-entropy: value and gradient against all logits in fp32."""
+"""Compare linear cross-entropy, value and gradient, with all logits in fp32."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_rows_known_to_the_caller_are_not_looked_for_and_change_nothing(rows_per
     h, labels, weight = inputs(ignored=ignored)
     head, rows = Head(weight, scale=0.5, softcap=4.0), target_rows(labels)
     found = value_and_gradient(linear_cross_entropy, h, labels, head)
-    monkeypatch.setattr(torch.Tensor, "nonzero", None)  # it makes the host wait for the device
+    monkeypatch.setattr(torch.Tensor, "nonzero", None)  # it would make the host wait for the device
     given = value_and_gradient(linear_cross_entropy, h, labels, head, rows)
     assert all(torch.equal(a, b) for a, b in zip(found, given, strict=True))
     fewer = value_and_gradient(linear_cross_entropy, h, labels, head, rows[1:])
@@ -94,7 +94,8 @@ def test_chunks_hold_the_rows_that_fit_and_the_last_may_be_short(ignored, dtype,
         monkeypatch.setattr(loss, "LOSS_CHUNK_BYTES", h.element_size() * 101 * fit + 1)
         result = value_and_gradient(linear_cross_entropy, h, labels, head)
         assert sum(sizes) == num_rows and max(sizes) == min(fit, num_rows) and len(sizes) == -(-num_rows // fit)
-        for ours, whole in zip(result, expected, strict=True):  # a product of fewer rows may add up in another order
+        # A matmul of fewer rows may add up in another order.
+        for ours, whole in zip(result, expected, strict=True):
             torch.testing.assert_close(ours, whole, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Cards are known by their own names and by those that torch gives them."""
+"""A card is found by its short name and by torch's name for it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""The walk that predicts memory against the code that it stands for: fused layers run on the meta device, where tensors have
-sizes but no memory, with every storage counted from birth to death."""
+"""Compare the predicted memory of fused layers with the storages that their code allocates.
+
+The layers run on the meta device, where tensors have sizes but no memory. The test counts every
+storage from creation to release.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ LENGTH = 1024
 
 
 class Storages(TorchDispatchMode):
-    """Bytes of the storages that were made while it is on and are alive; their highest sum."""
+    """Count the bytes of living storages made while this mode is on, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +59,7 @@ class Storages(TorchDispatchMode):
         return out
 
     def resize(self, storage: torch.UntypedStorage, size: int) -> None:
-        """As if it had been resized."""
+        """Count `storage` as if it had been resized."""
         self.alive += size - self._sizes[storage._cdata]
         self._sizes[storage._cdata] = size
         self.highest = max(self.highest, self.alive)
@@ -74,14 +77,14 @@ class Storages(TorchDispatchMode):
         self.alive -= self._sizes.pop(key)
 
     def ignore(self, *tensors: Tensor) -> None:
-        """Storages from before."""
+        """Leave out storages made earlier."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._seen[storage._cdata] = weakref.ref(storage)
 
 
 class Stash(HostStash):
-    """Without the copies, and with a storage's size only noted."""
+    """Replace the stash: copy nothing, and only count the sizes of storages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +98,7 @@ class Stash(HostStash):
 
 
 class Attention(torch.autograd.Function):
-    """Flash attention as it acts on memory."""
+    """Allocate like flash attention, without computing."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -114,7 +117,7 @@ class Attention(torch.autograd.Function):
 
 
 class Loss(torch.autograd.Function):
-    """Keeps nothing; its gradient is a fresh tensor."""
+    """Keep nothing for the backward pass, and return a new tensor as gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -128,7 +131,7 @@ class Loss(torch.autograd.Function):
 
 @pytest.fixture
 def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What allocates on CUDA, allocates so here; the reference kernels make more temporaries."""
+    """Allocate as on CUDA: the reference kernels would make more temporaries."""
 
     def rows(x: Tensor) -> Tensor:
         return torch.empty(x.shape[0], dtype=torch.float32, device="meta")
@@ -157,7 +160,7 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Layer:
-    """A decoder layer on the meta device: its call and its adapters' parameters."""
+    """Hold a decoder layer on the meta device: its call and its adapters' parameters."""
 
     call: Call
     adapters: list[Tensor]
@@ -187,14 +190,15 @@ def _linear(out_features: int, in_features: int, config: LoraConfig) -> LoraLine
     base = FrozenLinear(nn.Linear(in_features, out_features, bias=False, device="meta", dtype=torch.bfloat16))
     with torch.device("cpu"):
         lora = LoraLinear(base, config, torch.Generator().manual_seed(0))
-    lora.casts = tuple(p.detach().to(torch.bfloat16) for p in (lora.lora_a, lora.lora_b))  # FlatAdapter keeps such a copy
+    # FlatAdapter keeps such a copy
+    lora.casts = tuple(p.detach().to(torch.bfloat16) for p in (lora.lora_a, lora.lora_b))
     for p in (lora.lora_a, lora.lora_b):
         p.grad = torch.empty_like(p)
     return lora.train()
 
 
 def counted(layers: list[Layer], shape: ModelShape, tokens: int) -> int:
-    """Highest bytes of forward and backward through the layers."""
+    """Return the peak bytes of forward and backward through the layers."""
     with Storages() as storages:
         for one in layers:
             storages.ignore(*one.adapters, *(p.grad for p in one.adapters), one.call.cos_TK)
@@ -253,7 +257,7 @@ CASES = [
 @pytest.mark.parametrize(("family", "policy", "tokens", "changes"), CASES)
 @pytest.mark.usefixtures("device_kernels")
 def test_the_walk_counts_what_the_fused_layers_allocate(family: str, policy: str, tokens: int, changes: dict[str, Any]) -> None:
-    """Within 0.3 %: the walk leaves out one value a token and norm."""
+    """They agree within 0.3 %: the prediction leaves out one value per token and norm."""
     shape = ModelShape.of(FAMILIES[family], family)
     config = config_of(policy, **changes)
     measured = counted(build(config, shape, tokens), shape, tokens)

@@ -1,4 +1,4 @@
-"""Prediction of memory and speed: against measured rows, in its order, and without torch."""
+"""Check predicted memory and speed against measured rows, in their order, and without torch."""
 
 from __future__ import annotations
 
@@ -64,15 +64,18 @@ def _name(row: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("row", ROWS, ids=_name)
 def test_predicted_memory_is_what_was_measured(row: dict[str, Any]) -> None:
-    """Within 1 % above and 0.2 % below. The two rows of 1 x 8192 recomputed to the end were measured before the normalised input
-    was kept through a layer's backward pass: one [T, D], 64 MiB, more is right today."""
+    """Predictions are at most 1 % above and 0.2 % below the measured peak.
+
+    The two rows of 1 x 8192 with full recomputation are older than today's code, which keeps the
+    normalised input through a layer's backward pass. One [T, D] (64 MiB) more is right today.
+    """
     predicted = predict_memory(config_of_row(row), SHAPES[row["model"]], evaluation=False, attention="cudnn")
     assert 0.998 <= predicted.peak_gib / row["peak_allocated_gib"] <= 1.01, predicted.describe()
     assert not predicted.rough
 
 
 def peaks_beside_predictions() -> list[tuple[float, MemoryPrediction]]:
-    """Measured peak of each calibration setting (GiB), and the prediction."""
+    """Return measured peak (GiB) and prediction of each calibration setting."""
     shapes = {name: ModelShape.of({"model_type": "llama", **values}, name) for name, values in calibrate.SHAPES.items()}
     rows = [json.loads(line) for line in PEAKS.read_text().splitlines()]
     return [
@@ -106,7 +109,7 @@ def test_more_tokens_and_more_rank_need_more_memory(model: str, policy: str) -> 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_more_kept_layers_need_no_less_memory(policy: str) -> None:
-    """From one on: the very last costs nothing, since its backward pass comes first anyway."""
+    """Starts at one: the last layer costs nothing, because its backward pass comes first anyway."""
     series = [peak(policy=policy, keep_layers=n, length=4096) for n in range(1, 34)]
     assert series == sorted(series)
     assert peak(policy=policy, keep_layers=1) <= peak(policy=policy, keep_layers=0)
@@ -247,7 +250,7 @@ def test_fitting_counts_the_reserve() -> None:
 
 
 def test_the_row_that_ran_under_a_cap_of_23_5_gib_fits_there() -> None:
-    """The cap was on what torch reserves: the context is beside it."""
+    """The cap applied to torch's reserved memory, and the CUDA context comes on top."""
     row = next(row for row in ROWS if row["weight_cache_gib"] == 5.0)
     prediction = predict_memory(config_of_row(row), SHAPES[row["model"]], evaluation=False)
     assert fits(prediction, 23.5 + 0.6)
@@ -258,7 +261,8 @@ def test_offload_waits_for_a_slow_bus_and_only_then() -> None:
     config, shape = config_of(policy="offload"), SHAPES["llama-3.1-8b"]
     assert predict_speed(config, shape, slow).parts["waiting for copies"] > 100.0
     fast = predict_speed(config, shape, CARDS["rtx3090"])
-    assert fast.parts["waiting for copies"] < 0.002 * fast.step_time_ms  # the first and the last copy have nothing beside them
+    # Nothing overlaps with the first and the last copy.
+    assert fast.parts["waiting for copies"] < 0.002 * fast.step_time_ms
 
 
 def test_small_steps_wait_for_the_host() -> None:

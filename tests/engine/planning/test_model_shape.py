@@ -1,4 +1,4 @@
-"""Shapes of models are read off their config.json."""
+"""Model shapes are read from config.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans: what is chosen for a card, that it computes the same, and what follows when memory runs out."""
+"""Plans suit the card, compute the same result, and become leaner when memory runs out."""
 
 import itertools
 import json
@@ -60,7 +60,8 @@ def test_launches_are_recorded_where_the_host_is_too_slow_and_nothing_forbids_it
     without = make_compute_plan(config(512, **short, cuda_graphs=False), small, find_card("rtx4090"))
     assert chosen.cuda_graphs and chosen.speed.tokens_per_second > 3 * without.speed.tokens_per_second
     assert leaner(chosen, config(512, **short), small).settings() == {**chosen.settings(), "cuda_graphs": False}
-    assert not make_compute_plan(config(2048), SHAPE, find_card("rtx4090")).cuda_graphs  # 8B: the device is the slow one
+    # 8B: the device is slower than the host
+    assert not make_compute_plan(config(2048), SHAPE, find_card("rtx4090")).cuda_graphs
     dropout = parse(TrainConfig, {**config(512, **short).model_dump(mode="json"), "lora": {"lora_dropout": 0.1}})
     assert not make_compute_plan(dropout, small, find_card("rtx4090")).cuda_graphs
 
@@ -78,12 +79,12 @@ def test_layer_inputs_go_to_the_host_only_as_far_as_it_has_memory():
     assert less.memory.host_gib <= 25.0 and less.host_layers < free.host_layers
     with pytest.raises(OutOfMemory, match="needs"):
         make_compute_plan(wanted, SHAPE, find_card("rtx4090"), host_gib=8.0)
-    with pytest.raises(OutOfMemory, match=r"what layers put away .* needs more than 8\.0 GiB of host memory"):
+    with pytest.raises(OutOfMemory, match=r"host memory \(offload, host_layers\) need more than the 8\.0 GiB allowed"):
         make_compute_plan(config(65536, activation_checkpointing="offload"), SHAPE, find_card("rtx4090"), host_gib=8.0)
 
 
 def test_what_does_not_fit_says_what_it_needs_and_what_there_is():
-    with pytest.raises(OutOfMemory, match=r"needs \d+\.\d GiB at the least \(predicted\), 5\.0 GiB are allowed") as caught:
+    with pytest.raises(OutOfMemory, match=r"needs at least \d+\.\d GiB \(predicted\), 5\.0 GiB are allowed") as caught:
         make_compute_plan(config(memory_budget_gib=5.0), SHAPE, find_card("rtx4090"))
     assert caught.value.predicted_gib > 4 and caught.value.measured_gib is None
 
@@ -91,7 +92,8 @@ def test_what_does_not_fit_says_what_it_needs_and_what_there_is():
 def test_without_a_card_nothing_is_predicted():
     chosen = make_compute_plan(config(), SHAPE, None)
     assert (chosen.micro_batch_size, chosen.policy, chosen.memory) == (1, Policy.KEEP, None)
-    assert make_compute_plan(config(micro_batch_size=64), SHAPE, None).micro_batch_size == 8  # no more than the step has
+    # no more than the step has
+    assert make_compute_plan(config(micro_batch_size=64), SHAPE, None).micro_batch_size == 8
 
 
 def test_each_leaner_plan_needs_less_until_there_is_none():

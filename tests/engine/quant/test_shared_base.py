@@ -1,4 +1,4 @@
-"""The quantised base is made once per node: what a second process reads is what it would have made, or it makes it itself."""
+"""The base model is quantised once per node; a second process reads the same bits or makes them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def num_quantised(monkeypatch):
-    """How often a model was quantised."""
+    """Return a list with one entry per quantised model."""
     counted, original = [], engine.model.load.nf4_load_config
     monkeypatch.setattr(engine.model.load, "nf4_load_config", lambda *given: (counted.append(1), original(*given))[1])
     return counted
 
 
 def bits(base):
-    """Every parameter with its quantisation state, and every buffer, as bytes by name."""
+    """Return every parameter, with its quantisation state, and every buffer as bytes by name."""
     tensors = dict(base.model.named_buffers())
     for name, parameter in base.model.named_parameters():
         tensors[name] = parameter.data
@@ -71,7 +71,7 @@ def test_other_settings_and_other_weights_are_another_base(tiny_config, cache, n
     weights = model / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
-    weights.write_bytes(content)  # of the same name and size
+    weights.write_bytes(content)  # same name and size
     load_base(config.model.model_copy(update={"path": str(model)}), CPU)
     assert len(num_quantised) == 3 == len(packed(cache))
 
@@ -107,7 +107,7 @@ def test_a_damaged_packed_base_is_made_anew(tiny_config, cache, num_quantised, c
     file = packed(cache)[0] / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert bits(load_base(config.model, CPU)) == whole and len(num_quantised) == 2
-    assert "is made anew" in capsys.readouterr().err
+    assert "is quantised again" in capsys.readouterr().err
     assert bits(load_base(config.model, CPU)) == whole and len(num_quantised) == 2
 
 
@@ -121,13 +121,13 @@ def test_beyond_the_quota_the_base_used_longest_ago_is_removed(tiny_config, cach
     size = sum(file.stat().st_size for file in first.iterdir())
     monkeypatch.setenv(QUOTA_VARIABLE, str(2.5 * size / 2**30))
     load[1]()
-    load[0]()  # so the second was used longest ago
+    load[0]()  # now the second is the least recently used
     load[2]()
     assert len(packed(cache)) == 2 and first in packed(cache)
 
 
 def test_workers_of_a_node_that_begin_at_once_quantise_once(tmp_path, cache, monkeypatch):
-    """All but one wait, and read what it has saved."""
+    """One worker quantises; the others wait and read its result."""
     folder, quantised, read = tmp_path / "model", [], []
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -135,7 +135,7 @@ def test_workers_of_a_node_that_begin_at_once_quantise_once(tmp_path, cache, mon
 
     def quantise():
         quantised.append(1)
-        time.sleep(0.3)  # the others come meanwhile
+        time.sleep(0.3)  # the others arrive meanwhile
         return "bits", {}
 
     def load(_):

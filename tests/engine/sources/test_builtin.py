@@ -1,4 +1,4 @@
-"""The builtin model and data set: what they hold, that they are the same every time, and that building them is atomic."""
+"""Check the builtin model and data set: their content, that it never varies, and atomic builds."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from engine.system import shared_cache as cache
 
 @pytest.fixture(scope="module")
 def shared_cache(tmp_path_factory):
-    """One cache for the module, so that the model is converted once (about 5 s)."""
+    """Share one cache in this module, so that the model is converted once (about 5 s)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(cache.CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
         yield

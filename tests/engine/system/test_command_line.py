@@ -1,4 +1,4 @@
-"""Every command of the engine ends in one way, whatever it raised."""
+"""Every command of the engine ends the same way for the same kind of error."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Files and folders are written as a whole or not at all, on a disk that is full, read-only or failing."""
+"""Files and folders are written completely or not at all, on a full, read-only or failing disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.system.files import storage_fault, write_folder, write_text
 
 
 class FullDisk:
-    """Fails the n-th call of a kind that writes; a test walks n until nothing fails any more."""
+    """Fail the n-th writing call. A test raises n until no call fails."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int, code: int = errno.ENOSPC) -> None:
         self.calls, self.number, self.code, self.failed = 0, number, code, False
@@ -58,7 +58,7 @@ def test_a_fault_at_any_write_leaves_the_old_file_and_folder_whole(tmp_path, cod
         assert sorted(p.name for p in tmp_path.iterdir() if p.name != ".d.old") == ["d", "f"]
         write_text(file, "old")
         write_folder(folder, filled("old"))
-    assert num_failed >= 7  # twin: the walk did meet the write sites
+    assert num_failed >= 7  # twin: the test did reach the write calls
     assert (file.read_text(), (folder / "a").read_text()) == ("new", "new")
 
 

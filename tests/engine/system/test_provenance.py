@@ -1,4 +1,4 @@
-"""What a measurement says about the code it was made with."""
+"""A measurement names the code it was made with."""
 
 import subprocess
 

@@ -1,4 +1,4 @@
-"""Processes of a machine build what they share once, and as a whole or not at all."""
+"""Processes of a machine build a shared item once, and completely or not at all."""
 
 import subprocess
 import sys

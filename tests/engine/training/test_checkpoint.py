@@ -1,4 +1,4 @@
-"""On a disk that is full or failing a torn checkpoint is not used, and what was good before is good after."""
+"""A full or failing disk never makes a torn checkpoint count, and earlier files stay good."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from engine.errors import CheckpointError, StorageError
 from engine.system import files
 from engine.training.loop import train
 
-WHOLE: list[dict] = []  # reports of the undisturbed trial, trained once
+WHOLE: list[dict] = []  # reports of the uninterrupted trial, trained once
 
 
 @pytest.fixture
 def trained(tmp_path, tiny_config) -> tuple[TrainConfig, Path, list[dict]]:
-    """A trial stopped after its second of three reports, with the reports of the undisturbed one."""
+    """Return a trial stopped after report 2 of 3, and all reports of the uninterrupted trial."""
     config = parse(TrainConfig, tiny_config)
     whole = WHOLE or WHOLE.extend(report.to_dict() for report in train(config, tmp_path / "whole")) or WHOLE
     reports = train(config, tmp_path / "trial")
@@ -38,8 +38,8 @@ def test_a_torn_checkpoint_is_left_for_the_one_before_it_and_the_trial_ends_as_u
     torn = folder / "checkpoint" / "optimizer.pt"
     torn.write_bytes(torn.read_bytes()[:-100])
     again = [report.to_dict() for report in train(config, folder)]
-    assert losses(again) == losses(whole)[1:]  # the second is computed again, to the last bit
-    assert "going on from" in capsys.readouterr().err
+    assert losses(again) == losses(whole)[1:]  # report 2 is computed again, bit for bit
+    assert "continuing from" in capsys.readouterr().err
     assert losses(map(json.loads, (folder / "reports.jsonl").read_text().splitlines())) == losses(whole)
     assert not (folder / "checkpoint.previous").exists()
 

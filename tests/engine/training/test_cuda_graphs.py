@@ -1,4 +1,4 @@
-"""Padded rows that CUDA graphs replay: the numbers of the rows they came from, in few sizes."""
+"""Padded rows for CUDA graphs give the numbers of the original rows, in few sizes."""
 
 import copy
 
@@ -23,7 +23,7 @@ def config(tiny_config):
 
 
 def rows(number, longest=60, seed=0):
-    """Packed rows of one to four samples, of which a part has targets."""
+    """Return packed rows of one to four samples, with a target at about 60 % of the positions."""
     random = np.random.default_rng(seed)
     samples = [[Sample(random.integers(1, 100, n), random.random(n) < 0.6) for n in random.integers(8, longest, count)]
                for count in random.integers(1, 5, number)]  # fmt: skip
@@ -49,7 +49,8 @@ def test_padded_rows_have_the_loss_and_gradient_of_the_rows(config):
         torch.testing.assert_close(ours, loss.detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(adapter.parameter.grad, truth, rtol=1e-4, atol=1e-6)
         other = base.loss(collate([Sample(row.input_ids_T.numpy(), row.labels_T.numpy() != -100)])).detach()
-        assert row.num_tokens < 61 or not torch.allclose(ours, other, rtol=1e-5)  # samples that see each other are told apart
+        # attention across samples shows
+        assert row.num_tokens < 61 or not torch.allclose(ours, other, rtol=1e-5)
         adapter.zero_grad()
     detach(base.model, layers)
     assert sizes <= {128, 256} and sizes
@@ -58,7 +59,7 @@ def test_padded_rows_have_the_loss_and_gradient_of_the_rows(config):
 def test_few_sizes_occur():
     assert len({Size.of(row, 256, 60) for row in rows(400)}) <= MAX_GRAPHS / 2
     for row in rows(50):
-        Size.of(row, 256, 60).pad(row, 60)  # always large enough
+        Size.of(row, 256, 60).pad(row, 60)  # raises if too small
 
 
 @pytest.mark.parametrize("changes", [{"lora": {"lora_dropout": 0.1}}, {"train": {"activation_checkpointing": "offload"}}])
@@ -68,7 +69,7 @@ def test_what_cannot_be_recorded_is_refused_where_it_is_demanded(tiny_config, ch
     parse(TrainConfig, values)
     for section, fields in changes.items():
         values.setdefault(section, {}).update(fields)
-    with pytest.raises(InputError, match="cuda_graphs = true goes with"):
+    with pytest.raises(InputError, match="cuda_graphs = true needs lora_dropout = 0"):
         parse(TrainConfig, values)
 
 
@@ -107,7 +108,8 @@ def test_a_model_that_cannot_be_recorded_is_computed_without(config, monkeypatch
     FlatAdapter(layers, base.dtype)
     graphs = make_graphs(base, 256, 60)
     graphs._pool = object()
-    monkeypatch.setattr("engine.training.cuda_graphs.replace", lambda row, **_: row)  # bounds are for attention on CUDA
+    # the CPU needs real lengths
+    monkeypatch.setattr("engine.training.cuda_graphs.replace", lambda row, **_: row)
     row = collate([Sample(np.arange(60), np.arange(60) > 3)])
     with pytest.warns(UserWarning, match="no CUDA graphs for this model: operation not permitted when stream is capturing$"):
         graphs.backward(row, row.num_targets)

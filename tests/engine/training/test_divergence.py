@@ -1,4 +1,4 @@
-"""A trial that has diverged ends at once: no number, no gradient, or a loss that no useful model has."""
+"""A diverged trial ends at once: its loss is not finite or too high, or its gradient is zero."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_training_whose_loss_explodes_ends_within_a_step(tiny_config, tmp_path, 
         return 10.0 * total, num_tokens, num_targets
 
     monkeypatch.setattr(training._Run, "_gradients", exploded)
-    with pytest.raises(DivergedError, match="it has exploded"):
+    with pytest.raises(DivergedError, match="has exploded: the limit is"):
         next(train(parse(TrainConfig, tiny_config), tmp_path))
 
 

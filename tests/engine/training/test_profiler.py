@@ -1,4 +1,4 @@
-"""train.profile_steps: a trace of a few steps lies in the trial's folder, and changes nothing else."""
+"""train.profile_steps writes a trace of a few steps and changes nothing else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _one_thread():
 
 
 def marks(folder):
-    """Names of the profiler's step marks in the trace."""
+    """Return the names of the profiler's step marks in the trace."""
     with gzip.open(folder / "profile" / "trace.json.gz") as file:
         events = json.load(file)["traceEvents"]
     return sorted({event["name"] for event in events if event.get("name", "").startswith("ProfilerStep#")})
@@ -33,7 +33,7 @@ def test_so_many_steps_are_traced_and_the_trial_is_the_same(tiny_config, tmp_pat
     traced = build(tiny_config, train={"profile_steps": 2})
     assert plain.fingerprint() == traced.fingerprint()
     assert same_numbers(run(traced, tmp_path / "traced"), run(plain, tmp_path / "plain"))
-    assert marks(tmp_path / "traced") == ["ProfilerStep#2", "ProfilerStep#3"]  # the third and the fourth
+    assert marks(tmp_path / "traced") == ["ProfilerStep#2", "ProfilerStep#3"]  # steps 3 and 4
     ops = (tmp_path / "traced" / "profile" / "ops.txt").read_text()
     assert "aten::mm" in ops and "Self CPU" in ops
     assert not (tmp_path / "plain" / "profile").exists()
@@ -44,12 +44,14 @@ def test_a_trial_that_ends_among_the_traced_steps_leaves_those_that_were_made(ti
     reports = train(config, tmp_path)
     next(reports)  # the fourth step reaches 800 tokens
     reports.close()
-    assert marks(tmp_path) == ["ProfilerStep#2", "ProfilerStep#3", "ProfilerStep#4"]  # of the fifth, the evaluation before it
+    # step 5: only the evaluation before it
+    assert marks(tmp_path) == ["ProfilerStep#2", "ProfilerStep#3", "ProfilerStep#4"]
 
 
 @pytest.mark.parametrize("steps", [5, -1, 1.5, "all"])
 def test_more_steps_than_there_are_is_one_line(tiny_config, steps):
-    parse(TrainConfig, {**tiny_config, "train": {**tiny_config["train"], "profile_steps": 4}})  # six steps, without the first two
+    # six steps but the first two
+    parse(TrainConfig, {**tiny_config, "train": {**tiny_config["train"], "profile_steps": 4}})
     with pytest.raises(InputError) as error:
         parse(TrainConfig, {**tiny_config, "train": {**tiny_config["train"], "profile_steps": steps}})
     assert str(error.value).startswith(f"train.profile_steps = {steps!r}: ") and "\n" not in str(error.value)

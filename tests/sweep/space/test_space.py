@@ -69,7 +69,7 @@ def test_what_would_make_trials_incomparable_is_refused_with_the_reason(path):
         ({"choices": []}, "at least one"),
         ({"choices": [4, 4]}, "distinct"),
         ({"choices": [[4]]}, "need names"),
-        ({"choices": [4], "low": 1}, "without low"),
+        ({"choices": [4], "low": 1}, "cannot be combined with low"),
         ({"low": 8}, "finite number"),
         ({"low": 8, "high": 4}, "must not be above"),
         ({"low": 0, "high": 4, "log": True}, "low above 0"),

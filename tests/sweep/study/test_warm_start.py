@@ -182,7 +182,7 @@ def test_a_folder_that_is_none_and_a_sweep_without_results_are_one_line(tmp_path
     with pytest.raises(InputError, match=r"sweep\.warm_start = '.*nowhere'.*must be a sweep folder"):
         read(config_for(WIDE, warm_start=[str(tmp_path / "nowhere")]))
     empty = finished_sweep(tmp_path / "empty", config_for(WIDE), [])
-    with pytest.raises(InputError, match="must be a sweep of which a trial has ended"):
+    with pytest.raises(InputError, match="must be a sweep with a trial that has ended"):
         read(warm_config(empty))
 
 
@@ -190,7 +190,7 @@ def test_other_samples_under_the_same_path_are_refused(tmp_path):
     old = finished_sweep(tmp_path / "old", config_for(WIDE))
     old.write_data({"training": "a", "evaluation": "b"})
     assert len(read(warm_config(old), {"training": "a", "evaluation": "b"})) == 4
-    with pytest.raises(InputError, match="its evaluation samples are others than those of today"):
+    with pytest.raises(InputError, match="its evaluation samples differ from today's"):
         read(warm_config(old), {"training": "a", "evaluation": "c"})
     check_same_data("old", {"training": "a"}, None)
 
@@ -208,7 +208,7 @@ def test_a_whole_sweep_learns_from_an_earlier_one_and_shows_the_front_of_its_own
     process = start(tmp_path, space=space, sweep=sweep)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    assert f"warm start 2 trials of {old.path}" in out
+    assert f"warm start 2 trials from {old.path}" in out
     folder = sweep_folder(tmp_path)
     trained = {number for number in range(8) if (folder / "trials" / f"{number:04d}" / "starts.txt").exists()}
     assert trained == {2, 3}
