@@ -28,6 +28,7 @@ from engine.planning.model_shape import ModelShape
 from engine.planning.planner import make_compute_plan
 from engine.system.command_line import asked_to_end, run
 from engine.system.files import write_text
+from engine.trial_report import read_reports
 
 STOPPED = "stopped; run the same command again to continue from the last save"
 ENDING = "ending after this step and saving it; press Ctrl-C again to stop at once"
@@ -66,7 +67,7 @@ def _train(arguments: list[str]) -> int:
     from engine.training.loop import train
 
     out.mkdir(parents=True, exist_ok=True)
-    recorded = _recorded(options.config.resolve().parent / "reports.jsonl")
+    recorded = {report.rung: report.eval_loss for report in read_reports(options.config.resolve().parent)}
     print(
         f"{'rung':>4} {'tokens':>10} {'train loss':>10} {'eval loss':>10} {'recorded':>10} {'tok/s':>8} {'peak GiB':>8}",
         flush=True,
@@ -88,13 +89,6 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
-def _recorded(path: Path) -> dict[int, float]:
-    """Return rung -> eval_loss from the reports of the replayed trial, or {} without reports."""
-    if not path.is_file():
-        return {}
-    return {r["rung"]: r["eval_loss"] for r in map(json.loads, path.read_text().splitlines())}
-
-
 def _prepare(arguments: list[str]) -> int:
     parser = _parser("prepare")
     parser.add_argument("--answer", type=Path)
@@ -105,7 +99,7 @@ def _prepare(arguments: list[str]) -> int:
     configs = [parse(TrainConfig, values, f"configs.{i}") for i, values in enumerate(listed)]
     from engine.prepare import prepare
 
-    return _answer(prepare(configs), options.answer)
+    return _answer(prepare(configs).to_dict(), options.answer)
 
 
 def _inspect(arguments: list[str]) -> int:
@@ -115,7 +109,7 @@ def _inspect(arguments: list[str]) -> int:
     config = load_train_config(options.config)
     from engine.prepare import inspect
 
-    return _answer(inspect(config.model), options.answer)
+    return _answer(inspect(config.model).to_dict(), options.answer)
 
 
 def _plan(arguments: list[str]) -> int:
@@ -145,7 +139,7 @@ def _evaluate(arguments: list[str]) -> int:
     config = load_train_config(options.config)
     from engine.evaluation.reevaluate import evaluate_adapter
 
-    return _answer(evaluate_adapter(config, options.adapter, options.examples), options.answer)
+    return _answer(evaluate_adapter(config, options.adapter, options.examples).to_dict(), options.answer)
 
 
 def _answer(values: dict[str, Any], report: Path | None) -> int:

@@ -7,11 +7,11 @@ machine would all fill them at the same time.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from engine.answers import Facts, PreparedFacts, VisibleCard
 from engine.config.targets import resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.views import load_data
@@ -23,7 +23,7 @@ from engine.sources.locate import locate
 from engine.units import GIB
 
 
-def prepare(configs: list[TrainConfig]) -> dict[str, Any]:
+def prepare(configs: list[TrainConfig]) -> PreparedFacts:
     """Check every config; raise InputError at the first fault.
 
     Returns the facts that `inspect` returns for the first config, its sample counts and digests,
@@ -49,19 +49,22 @@ def prepare(configs: list[TrainConfig]) -> dict[str, Any]:
             digests = digests or {"training": train_view.digest(), "evaluation": eval_view.digest()}
             samples[data_key] = (len(train_view), len(eval_view), train_view.num_dropped)
     num_train, num_eval, num_dropped = next(iter(samples.values()))
-    return {
-        "model_path": locate(configs[0].model),
-        "layers": next(iter(models.values()))[0].swaps.describe(),
-        "num_train_samples": num_train,
-        "num_eval_samples": num_eval,
-        "num_dropped_samples": num_dropped,
-        "num_trainable": num_trainable,
-        "data": digests,
-        **inspect(configs[0].model),
-    }
+    found = inspect(configs[0].model)
+    return PreparedFacts(
+        shape=found.shape,
+        card=found.card,
+        host_gib=found.host_gib,
+        model_path=locate(configs[0].model),
+        layers=next(iter(models.values()))[0].swaps.describe(),
+        num_train_samples=num_train,
+        num_eval_samples=num_eval,
+        num_dropped_samples=num_dropped,
+        num_trainable=num_trainable,
+        data=digests,
+    )
 
 
-def inspect(config: ModelConfig) -> dict[str, Any]:
+def inspect(config: ModelConfig) -> Facts:
     """Return the facts that decide memory and speed. Reads only config.json from the model folder.
 
     shape: the fields of ModelShape, or None for a model it does not describe. card: name and memory
@@ -69,12 +72,12 @@ def inspect(config: ModelConfig) -> dict[str, Any]:
     trial may pin, or None if not known.
     """
     host_gib, shape = host_share_gib(), ModelShape.known(model_config(config), config.path)
-    return {"shape": shape and asdict(shape), "card": _card(), "host_gib": host_gib if math.isfinite(host_gib) else None}
+    return Facts(shape=shape, card=_card(), host_gib=host_gib if math.isfinite(host_gib) else None)
 
 
-def _card() -> dict[str, Any] | None:
+def _card() -> VisibleCard | None:
     if not torch.cuda.is_available():
         return None
     found = [(torch.cuda.mem_get_info(i)[1], torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
     memory, name = min(found)
-    return {"name": name, "memory_gib": memory / GIB}
+    return VisibleCard(name, memory / GIB)

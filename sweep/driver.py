@@ -120,14 +120,14 @@ def _prepare(plan: SweepPlan, engine: EngineModules) -> tuple[Feasibility, dict[
     """
     print("preparing model and data ...", flush=True)
     facts = prepare(plan.probes(), engine.command)
-    print(f"model: {facts['layers']}", flush=True)
-    print(f"data: {facts['num_train_samples']:,} training and {facts['num_eval_samples']:,} evaluation samples", flush=True)
+    print(f"model: {facts.layers}", flush=True)
+    print(f"data: {facts.num_train_samples:,} training and {facts.num_eval_samples:,} evaluation samples", flush=True)
     on_gpu = plan.slots.device == "cuda"
     feasibility = make_feasibility(plan.config.cluster.card, facts, plan.kinds) if on_gpu else Feasibility(None, None)
     if feasibility.predicts:
         print(f"{card_line(feasibility)}; trials that are predicted not to fit are not started", flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
-    return feasibility, facts.get("data", {})
+    return feasibility, facts.data
 
 
 def _run(plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, page: MetricsPage | None) -> int:

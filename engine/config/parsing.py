@@ -5,11 +5,13 @@ Every fault becomes one InputError line.
 
 from __future__ import annotations
 
+import functools
 import json
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator
 
 from engine.errors import InputError, did_you_mean
 
@@ -41,6 +43,7 @@ class StrictModel(BaseModel):
 
 
 M = TypeVar("M", bound=BaseModel)
+D = TypeVar("D")
 
 
 def parse(model: type[M], data: Any, where: str = "") -> M:
@@ -53,6 +56,25 @@ def parse(model: type[M], data: Any, where: str = "") -> M:
         return model.model_validate(data)
     except ValidationError as error:
         raise _input_error(model, error.errors(), where) from None
+
+
+def parse_dataclass(kind: type[D], data: Any, where: str) -> D:
+    """Validate plain data into a dataclass; the first fault becomes one InputError, as in `parse`.
+
+    Keys that the dataclass lacks are ignored: a file may come from a later version.
+    """
+    checked = parse(_model_of(kind), data, where)
+    given = checked.model_fields_set
+    return kind(**{name: value for name, value in vars(checked).items() if name in given})
+
+
+@functools.cache
+def _model_of(kind: type) -> type[BaseModel]:
+    """The same fields as a model. Its defaults are never used: the dataclass has its own."""
+    hints = get_type_hints(kind)
+    required = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(kind)}
+    given = {name: (hints[name], ... if needed else None) for name, needed in required.items()}
+    return create_model(kind.__name__, __config__=ConfigDict(strict=True, protected_namespaces=()), **given)
 
 
 def to_json(config: BaseModel) -> str:

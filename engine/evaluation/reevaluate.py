@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.adapter.lora import attach, detach
 from engine.adapter.peft_files import load_adapter
+from engine.answers import AdapterEvaluation
 from engine.config.trial import TrainConfig
 from engine.data.views import load_data
 from engine.errors import first_line
@@ -17,10 +18,10 @@ from engine.model.device import pick_device
 from engine.model.load import load_base
 
 
-def evaluate_adapter(config: TrainConfig, adapter: Path, num_examples: int = 0) -> dict[str, Any]:
+def evaluate_adapter(config: TrainConfig, adapter: Path, num_examples: int = 0) -> AdapterEvaluation:
     """Load base model and exported adapter afresh; the base's loss and the adapter's on the config's evaluation set.
 
-    num_examples: evaluation samples that both answer, as `examples`. Where that fails there is `examples_error`, one line, in
+    num_examples: evaluation samples that both answer. Where that fails there is `examples_error` in
     their place: the losses are measured by then.
     """
     base = load_base(config.model, pick_device(config.train.device))
@@ -31,12 +32,12 @@ def evaluate_adapter(config: TrainConfig, adapter: Path, num_examples: int = 0) 
     load_adapter(adapter, layers)
     adapter_loss = evaluate(base, batches)
     targets = sum(batch.num_targets for batch in batches)
-    measured = {"base_eval_loss": base_loss, "eval_loss": adapter_loss, "num_eval_target_tokens": targets}
+    answered: dict[str, Any] = {}
     if num_examples:
         try:
             started_s = time.perf_counter()
             examples = write_examples(base, choose_questions(view, num_examples), lambda: detach(base.model, layers))
-            measured |= {"examples": examples, "examples_s": time.perf_counter() - started_s}
+            answered = {"examples": examples, "examples_s": time.perf_counter() - started_s}
         except Exception as error:  # a model of its own code may know no generate; memory may run out
-            measured["examples_error"] = f"{type(error).__name__}: {first_line(error)}"
-    return measured
+            answered = {"examples_error": f"{type(error).__name__}: {first_line(error)}"}
+    return AdapterEvaluation(base_loss, adapter_loss, targets, **answered)

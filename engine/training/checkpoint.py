@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensor_bytes
 
 from engine.adapter.lora import LoraLinear, adapter_state, load_adapter_state
 from engine.errors import CheckpointError, InputError, first_line
 from engine.system.files import settle, write_folder
+from engine.trial_report import TrialReport
 
 FOLDER, PREVIOUS = "checkpoint", "checkpoint.previous"
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.pt", "state.json"
@@ -65,7 +66,7 @@ class Sums:
 class Progress:
     """Hold the progress of a trial.
 
-    epoch and position: the data cursor. reports: all reports so far, as plain data. since_report:
+    epoch and position: the data cursor. reports: all reports so far. since_report:
     sums over the steps after the last report. plan: settings chosen after memory ran out, kept so
     that a resumed trial does not run out again. num_out_of_memory: times that memory ran out.
     """
@@ -82,7 +83,7 @@ class Progress:
     peak_allocated_gib: Amount = 0.0
     num_out_of_memory: Count = 0
     plan: dict[str, Any] = field(default_factory=dict)
-    reports: list[dict[str, Any]] = field(default_factory=list)
+    reports: list[Annotated[TrialReport, PlainValidator(TrialReport.from_dict)]] = field(default_factory=list)
     since_report: Sums = field(default_factory=Sums)
 
 
@@ -190,10 +191,12 @@ def _progress(folder: Path, state: dict[str, Any]) -> Progress:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
         raise CheckpointError(f"{folder}/{STATE}: written by another version, or changed ({where}: {fault['msg']})") from None
-    rungs = [report.get("rung") for report in progress.reports]
-    last, since = progress.reports[-1] if rungs else {"tokens_seen": 0, "step": 0}, progress.since_report
+    except InputError as error:
+        raise CheckpointError(f"{folder}/{STATE}: written by another version, or changed ({error})") from None
+    rungs, since = [report.rung for report in progress.reports], progress.since_report
+    last = (progress.reports[-1].tokens_seen, progress.reports[-1].step) if rungs else (0, 0)
     reported = (progress.tokens_seen - since.num_tokens, progress.step - since.num_steps)
-    if rungs != list(range(1, len(rungs) + 1)) or reported != (last.get("tokens_seen"), last.get("step")):
+    if rungs != list(range(1, len(rungs) + 1)) or reported != last:
         raise CheckpointError(f"{folder}/{STATE}: its reports do not match its step and token counts")
     return progress
 

@@ -41,7 +41,7 @@ from engine.training.divergence import check_loss
 from engine.training.optim import learning_rate, make_optimizer, set_learning_rate
 from engine.training.profiler import traced
 from engine.training.step_sums import StepSums
-from engine.trial_report import TrialReport
+from engine.trial_report import REPORTS, TrialReport
 
 
 def train(
@@ -130,7 +130,7 @@ class _Run:
             num_passed_on = self._num_written()
             self._write_reports()
             if len(self.progress.reports) > num_passed_on:  # a crash withheld the last one
-                yield TrialReport.from_dict(self.progress.reports[-1])
+                yield self.progress.reports[-1]
         for rung in range(len(self.progress.reports) + 1, len(grid) + 1):
             report = self._train_to(rung, grid[rung - 1], after_step)
             self._save(report)
@@ -249,7 +249,7 @@ class _Run:
 
     def _report(self, rung: int, step_sums: StepSums, eval_loss: float) -> TrialReport:
         progress, sums = self.progress, step_sums.sums
-        earlier = [r["eval_loss"] for r in progress.reports]
+        earlier = [report.eval_loss for report in progress.reports]
         report = TrialReport(
             rung=rung,
             tokens_seen=progress.tokens_seen,
@@ -266,13 +266,13 @@ class _Run:
             peak_allocated_gib=progress.peak_allocated_gib,
             elapsed_s=progress.elapsed_s,
             num_trainable=self.adapter.parameter.numel(),
-            predicted_peak_gib=0.0 if self.plan.memory is None else self.plan.memory.peak_gib,
+            predicted_peak_gib=None if self.plan.memory is None else self.plan.memory.peak_gib,
             num_out_of_memory=progress.num_out_of_memory,
             micro_batch_size=self.plan.micro_batch_size,
             activation_checkpointing=str(self.plan.policy.setting).lower(),
             setup_s=self._setup_s,
         )
-        progress.reports.append(report.to_dict())
+        progress.reports.append(report)
         progress.since_report = Sums()
         return report
 
@@ -288,9 +288,9 @@ class _Run:
         self._saved_step = self.progress.step
 
     def _num_written(self) -> int:
-        file = self.trial_folder / "reports.jsonl"
+        file = self.trial_folder / REPORTS
         return file.read_bytes().count(b"\n") if file.is_file() else 0
 
     def _write_reports(self) -> None:
-        lines = [json.dumps(report, sort_keys=True) + "\n" for report in self.progress.reports]
-        write_text(self.trial_folder / "reports.jsonl", "".join(lines))
+        lines = [json.dumps(report.to_dict(), sort_keys=True) + "\n" for report in self.progress.reports]
+        write_text(self.trial_folder / REPORTS, "".join(lines))

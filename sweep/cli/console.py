@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from engine.trial_report import TrialReport
 from sweep.text import params_text
 from sweep.trials.record import Outcome, TrialRecord
 
@@ -80,7 +81,7 @@ class TableConsole:
     def on_trial_updated(self, record: TrialRecord) -> None:
         # the table shows only the best and the last report of an ended trial
         if record.outcome is not Outcome.RUNNING and record.reports:
-            best = min(record.reports, key=lambda report: report["eval_loss"])
+            best = min(record.reports, key=lambda report: report.eval_loss)
             record = replace(record, reports=[best, record.reports[-1]], config={})
         self._records[record.number] = record
 
@@ -111,16 +112,16 @@ class TableConsole:
         return table
 
     def _row(self, record: TrialRecord, best: float | None) -> tuple[str, ...]:
-        last: dict[str, Any] = record.reports[-1] if record.reports else {}
+        last = record.reports[-1] if record.reports else None
         score = "" if record.score is None else f"{record.score:.4f}"
         winner = record.outcome is Outcome.COMPLETE and record.score == best
         return (
             str(record.number),
             params_text(record.params),
             _rung_text(record, self._num_rungs),
-            f"{last['tokens_seen']:,}" if last else "",
+            f"{last.tokens_seen:,}" if last else "",
             f"[bold green]{score}[/]" if winner else score,
-            f"{last['tokens_per_second']:,.0f}" if last else "",
+            f"{last.tokens_per_second:,.0f}" if last else "",
             f"[{COLORS.get(record.outcome, 'red')}]{record.outcome}[/]",
         )
 
@@ -134,11 +135,11 @@ def make_console(stream: TextIO, num_rungs: int, num_trials: int) -> Screen:
 
 
 def _rung_text(record: TrialRecord, num_rungs: int) -> str:
-    return f"{record.reports[-1]['rung'] if record.reports else 0}/{num_rungs}"
+    return f"{record.reports[-1].rung if record.reports else 0}/{num_rungs}"
 
 
-def _report_text(report: dict[str, Any]) -> str:
-    return f"{report['tokens_seen']:>9,} tokens  eval loss {report['eval_loss']:.4f}  {report['tokens_per_second']:,.0f} tok/s"
+def _report_text(report: TrialReport) -> str:
+    return f"{report.tokens_seen:>9,} tokens  eval loss {report.eval_loss:.4f}  {report.tokens_per_second:,.0f} tok/s"
 
 
 def _end_text(record: TrialRecord) -> str:

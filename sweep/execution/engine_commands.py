@@ -7,8 +7,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
+from engine.answers import AdapterEvaluation, Facts, PreparedFacts
 from engine.config.parsing import load_json
 from engine.config.trial import TrainConfig
 from engine.errors import EngineError
@@ -25,25 +25,25 @@ class CommandFailed(EngineError):
         return (type(self), (self.line, self.exit_code))
 
 
-def prepare(configs: list[TrainConfig], module: str) -> dict[str, Any]:
+def prepare(configs: list[TrainConfig], module: str) -> PreparedFacts:
     """Check that every config can be trained and fill the caches; CommandFailed where not. Returns the engine's answer."""
     with tempfile.TemporaryDirectory(prefix="sweep-prepare-") as folder:
         request, answer = Path(folder, "configs.json"), Path(folder, "answer.json")
         request.write_text(json.dumps([config.model_dump(mode="json") for config in configs]))
         _run([module, "prepare", str(request), "--answer", str(answer)])
-        return load_json(answer)
+        return PreparedFacts.from_dict(load_json(answer))
 
 
-def inspect(config: TrainConfig, module: str) -> dict[str, Any]:
+def inspect(config: TrainConfig, module: str) -> Facts:
     """The model's shape and the card here, as `engine.prepare.inspect` finds them; CommandFailed where there is no model."""
     with tempfile.TemporaryDirectory(prefix="sweep-inspect-") as folder:
         request, answer = Path(folder, "config.json"), Path(folder, "answer.json")
         request.write_text(json.dumps(config.model_dump(mode="json")))
         _run([module, "inspect", str(request), "--answer", str(answer)])
-        return load_json(answer)
+        return Facts.from_dict(load_json(answer))
 
 
-def evaluate(trial_folder: Path, module: str, num_examples: int = 0) -> dict[str, Any]:
+def evaluate(trial_folder: Path, module: str, num_examples: int = 0) -> AdapterEvaluation:
     """Losses of the base model and of the exported adapter, from a fresh load of the files on disk, and what both answer to
     num_examples evaluation samples; see `engine.evaluate.evaluate_adapter`."""
     with tempfile.TemporaryDirectory(prefix="sweep-evaluate-") as folder:
@@ -51,7 +51,7 @@ def evaluate(trial_folder: Path, module: str, num_examples: int = 0) -> dict[str
         config, adapter = trial_folder / "train_config.json", trial_folder / "adapter"
         options = ["--adapter", str(adapter), "--examples", str(num_examples), "--answer", str(answer)]
         _run([module, "evaluate", str(config), *options])
-        return load_json(answer)
+        return AdapterEvaluation.from_dict(load_json(answer))
 
 
 def _run(arguments: list[str]) -> None:

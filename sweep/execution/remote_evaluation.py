@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from engine.answers import AdapterEvaluation
 from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import EngineError, first_line
 from sweep.cluster.card_kinds import Label
@@ -21,10 +22,10 @@ MAX_RETRIES = 2  # of a task whose node was lost
 
 def evaluate_on_a_slot(
     slots: Slots, address: str, log: Path, avoid: Callable[[TrainConfig], tuple[Label, ...]] | None
-) -> Callable[[Path, str, int], dict[str, Any]]:
+) -> Callable[[Path, str, int], AdapterEvaluation]:
     """Like `sweep.commands.evaluate`, but where a trial of the same config would run. avoid: see `sweep.tuning.run_trials`."""
 
-    def there(trial_folder: Path, module: str, num_examples: int = 0) -> dict[str, Any]:
+    def there(trial_folder: Path, module: str, num_examples: int = 0) -> AdapterEvaluation:
         config = load_train_config(trial_folder / "train_config.json")
         bundle, selector = slots.bundle(avoid(config) if avoid else ())
         options: dict[str, Any] = {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0), "max_retries": MAX_RETRIES}

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.tune.schedulers import FIFOScheduler
 
+from engine.trial_report import TrialReport
 from sweep.ledger.ledger import Ledger
 
 
@@ -26,7 +27,8 @@ class LedgerScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         stop = False
         with self._ledger.on_disk():
-            stop = self._ledger.reported(trial.config["number"], json.loads(result["report"]), json.loads(result["timing"]))
+            report = TrialReport.from_dict(json.loads(result["report"]))
+            stop = self._ledger.reported(trial.config["number"], report, json.loads(result["timing"]))
         return self.STOP if stop else self.CONTINUE
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:

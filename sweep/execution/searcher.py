@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from engine.trial_report import TrialReport
 from sweep.ledger.ledger import Ledger, Next
 from sweep.trials.record import Outcome, Proposal
 
@@ -44,7 +45,7 @@ class LedgerSearcher(Searcher):
         elif result["outcome"] == Outcome.RUNNING and not result["report"]:
             self._ledger.released(number)
         else:
-            report = json.loads(result["report"]) if result["report"] else None
+            report = TrialReport.from_dict(json.loads(result["report"])) if result["report"] else None
             memory, timing = json.loads(result["memory"]), json.loads(result["timing"])
             self._ledger.ended(number, Outcome(result["outcome"]), report, result["error"], memory, timing)
 

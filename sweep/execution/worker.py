@@ -29,9 +29,9 @@ from engine.config.trial import TrainConfig
 from engine.errors import DivergedError, EngineError, InputError, Interrupted, OutOfMemory, StorageError
 from engine.system.file_lock import FileLock
 from engine.system.files import storage_fault
+from engine.trial_report import TrialReport, read_reports
 from sweep.execution.interruption import Interruption
 from sweep.folder.notes import note_terminated
-from sweep.folder.sweep_folder import read_reports
 from sweep.tracking.system_metrics import SystemSampler, machine_reader, write_system
 from sweep.trials.record import Outcome
 
@@ -126,15 +126,15 @@ class TrialWorker(Trainable):
         report = next(self._reports, None)
         if report is None:
             raise RuntimeError("training ended before its last rung")
-        if not math.isfinite(report["eval_loss"]):
-            raise DivergedError(f"eval_loss = {report['eval_loss']} at rung {report['rung']}")
-        write_system(Path(self._spec["trial_folder"]), report["rung"], self._sampler.take())
-        done = report["rung"] >= self._num_rungs
+        if not math.isfinite(report.eval_loss):
+            raise DivergedError(f"eval_loss = {report.eval_loss} at rung {report.rung}")
+        write_system(Path(self._spec["trial_folder"]), report.rung, self._sampler.take())
+        done = report.rung >= self._num_rungs
         if done:
             self._close()
         return _result(Outcome.COMPLETE if done else Outcome.RUNNING, report=report, done=done)
 
-    def _start(self) -> Iterator[dict[str, Any]]:
+    def _start(self) -> Iterator[TrialReport]:
         config = parse(TrainConfig, json.loads(self._spec["train_config"]))
         self._num_rungs = len(config.train.report_grid())
         trial_folder = Path(self._spec["trial_folder"])
@@ -143,12 +143,12 @@ class TrialWorker(Trainable):
         self._sampler.take()  # what was before this trial
         return self._unheard_and_new(config, trial_folder)
 
-    def _unheard_and_new(self, config: TrainConfig, trial_folder: Path) -> Iterator[dict[str, Any]]:
+    def _unheard_and_new(self, config: TrainConfig, trial_folder: Path) -> Iterator[TrialReport]:
         """All reports after those the sweep has. A process that died may have saved one, and not lived to pass it on; where it
         had only its checkpoint written, the engine passes that one on before it trains: the verdict may be to stop."""
         heard = self._spec["num_heard"]
         for report in read_reports(trial_folder)[heard:]:
-            heard = report["rung"]
+            heard = report.rung
             yield report
         if heard < self._num_rungs:
             train = importlib.import_module(self._spec["engine"]["train"]).train
@@ -161,7 +161,7 @@ class TrialWorker(Trainable):
                     yield from read_reports(trial_folder)[heard : report.rung - 1]
                     self._setup_s = report.setup_s if self._setup_s is None else self._setup_s
                     if report.rung > heard:  # its file may have been lost after it was heard
-                        yield report.to_dict()
+                        yield report
                     heard = report.rung
 
     def _resident_base(self, config: TrainConfig) -> Any:
@@ -202,13 +202,13 @@ class TrialWorker(Trainable):
 def _result(
     outcome: Outcome,
     *,
-    report: dict[str, Any] | None = None,
+    report: TrialReport | None = None,
     error: str | None = None,
     memory: dict[str, float] | None = None,
     done: bool,
 ) -> dict[str, Any]:
     # report and memory travel as text: Tune flattens nested results
-    text = json.dumps(report) if report else ""
+    text = json.dumps(report.to_dict()) if report else ""
     return {"outcome": str(outcome), "report": text, "error": error, "memory": json.dumps(memory or {}), "done": done}
 
 

@@ -30,6 +30,7 @@ from engine.config.trial import TrainConfig
 from engine.errors import InputError, StorageError
 from engine.system.file_lock import FileLock
 from engine.system.files import write_text
+from engine.trial_report import REPORTS, TrialReport, read_reports
 from sweep.config.sweep import SweepConfig, parse_sweep_config
 from sweep.folder.flush import replace_text
 
@@ -153,14 +154,14 @@ class SweepFolder:
     def write_result(self, number: int, result: dict[str, Any]) -> None:
         replace_text(self.trial(number) / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")
 
-    def write_reports(self, number: int, reports: list[dict[str, Any]]) -> None:
+    def write_reports(self, number: int, reports: list[TrialReport]) -> None:
         """Write the reports of a trial that another sweep trained. The engine writes all others."""
-        replace_text(self.trial(number) / "reports.jsonl", "".join(json.dumps(report) + "\n" for report in reports))
+        replace_text(self.trial(number) / REPORTS, "".join(json.dumps(report.to_dict()) + "\n" for report in reports))
 
     def has_result(self, number: int) -> bool:
         return (self.trial(number) / "result.json").is_file()
 
-    def reports(self, number: int) -> list[dict[str, Any]]:
+    def reports(self, number: int) -> list[TrialReport]:
         """Return the trial's reports, ascending by rung. Empty if it has none yet."""
         return read_reports(self.trial(number))
 
@@ -182,29 +183,3 @@ class SweepFolder:
             yield
         finally:
             lock.release()
-
-
-def read_reports(trial_folder: Path) -> list[dict[str, Any]]:
-    """Return the reports that the engine saved in reports.jsonl, ascending by rung.
-
-    Empty if there is none yet. A last line that is not whole is left out: the trial's checkpoint
-    has it, and the engine writes the file again.
-    """
-    file = trial_folder / "reports.jsonl"
-    lines = file.read_bytes().split(b"\n") if file.is_file() else []
-    if lines and lines[-1]:
-        lines.pop()
-    return [_report(file, rung, line) for rung, line in enumerate(filter(None, lines), 1)]
-
-
-def _report(file: Path, rung: int, line: bytes) -> dict[str, Any]:
-    """Parse one report, checked as far as the driver relies on it. Raises InputError."""
-    try:
-        report = json.loads(line)
-        if report["rung"] == rung and isinstance(report["eval_loss"], int | float):
-            return report
-    except (ValueError, LookupError, TypeError, RecursionError):
-        pass
-    raise InputError(
-        str(file), line[:80], f"line {rung} must be the report of rung {rung}; remove the file: the checkpoint has all reports"
-    )

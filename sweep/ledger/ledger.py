@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from engine.errors import StorageError, first_line
 from engine.system.files import storage_fault
+from engine.trial_report import TrialReport
 from sweep.folder.notes import is_training, was_terminated
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
@@ -121,8 +122,8 @@ class Ledger:
             record = self._records[number]
             self._folder.write_train_config(number, self._study.config(number))
             for report in record.reports:
-                self._study.report(number, report["rung"], report["eval_loss"])
-            if record.reports and record.reports[-1]["rung"] >= self._limits.num_rungs:
+                self._study.report(number, report.rung, report.eval_loss)
+            if record.reports and record.reports[-1].rung >= self._limits.num_rungs:
                 self._end(number, Outcome.COMPLETE)
             elif self._study.should_prune(number):
                 self._end(number, Outcome.PRUNED)
@@ -164,7 +165,7 @@ class Ledger:
         self._update(self._study.record(proposal.number))
         return proposal
 
-    def reported(self, number: int, report: dict[str, Any], timing: Mapping[str, Any] = NO_TIMING) -> bool:
+    def reported(self, number: int, report: TrialReport, timing: Mapping[str, Any] = NO_TIMING) -> bool:
         """Take a report in. Returns True where the trial must stop; it is then told PRUNED, or noted as STOPPED, already.
 
         timing: slot, began_s and dead_time_s, see timeline.Span.
@@ -178,7 +179,7 @@ class Ledger:
         if self._budget.spent():
             self._stop(number)
             return True
-        if report["rung"] < self._limits.num_rungs and self._study.should_prune(number):
+        if report.rung < self._limits.num_rungs and self._study.should_prune(number):
             self._end(number, Outcome.PRUNED)
             return True
         return False
@@ -187,7 +188,7 @@ class Ledger:
         self,
         number: int,
         outcome: Outcome,
-        report: dict[str, Any] | None = None,
+        report: TrialReport | None = None,
         error: str | None = None,
         memory: Mapping[str, float] | None = None,
         timing: Mapping[str, Any] = NO_TIMING,
@@ -228,14 +229,14 @@ class Ledger:
             self._leave_slot(number)
             self._waiting.append(number)
 
-    def _take(self, number: int, report: dict[str, Any]) -> bool:
+    def _take(self, number: int, report: TrialReport) -> bool:
         """Put a report into the journal and the record; returns whether it was new."""
-        is_new = self._study.report(number, report["rung"], report["eval_loss"])
+        is_new = self._study.report(number, report.rung, report.eval_loss)
         if is_new:
             record = self._records[number]
-            seen = [old for old in record.reports if old["rung"] < report["rung"]]
+            seen = [old for old in record.reports if old.rung < report.rung]
             self._records[number] = self._timed(replace(record, reports=[*seen, report]))
-            self._budget.take_loss(report["eval_loss"])
+            self._budget.take_loss(report.eval_loss)
         return is_new
 
     def _stop(self, number: int) -> None:

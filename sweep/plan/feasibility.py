@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
+from engine.answers import Facts, VisibleCard
 from engine.config.trial import TrainConfig
 from engine.errors import OutOfMemory
 from engine.planning.cards import CARDS, Card, found_card, match_card
@@ -121,28 +121,28 @@ def _key(config: TrainConfig) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-def make_feasibility(card_name: str, facts: Mapping[str, Any], kinds: Sequence[CardKind] = ()) -> Feasibility:
-    """card_name: cluster.card. facts: what `engine.prepare.inspect` found, as plain data. kinds: of a cluster's cards, which
-    count where no card is named. The host memory found counts where there is a GPU: elsewhere trials have another host."""
-    shape, found, host_gib = facts.get("shape"), facts.get("card"), facts.get("host_gib")
-    here = math.inf if found is None or host_gib is None else host_gib
-    card, model = _card(card_name, found), ModelShape(**shape) if shape else None
+def make_feasibility(card_name: str, facts: Facts, kinds: Sequence[CardKind] = ()) -> Feasibility:
+    """Take the card by its name in cluster.card, or the cards found. kinds: of a cluster's cards, which count where no card is
+    named. The host memory found counts where there is a GPU: elsewhere trials have another host."""
+    model, found = facts.shape, facts.card
+    here = math.inf if found is None or facts.host_gib is None else facts.host_gib
+    card = _card(card_name, found)
     if card_name != "auto" or not any(kind.card for kind in kinds):
         return Feasibility(model, card, here)
     cards = {kind.label: _as_found(kind.card, card, found) for kind in kinds}
     return Feasibility(model, max(filter(None, cards.values()), key=lambda each: each.memory_gib), here, cards)
 
 
-def _as_found(card: Card | None, found: Card | None, facts: Mapping[str, Any] | None) -> Card | None:
+def _as_found(card: Card | None, found: Card | None, visible: VisibleCard | None) -> Card | None:
     """A cluster's card, with the memory that the driver's own card of that kind says it has."""
-    same = card is not None and facts is not None and match_card(facts["name"]) == card
+    same = card is not None and visible is not None and match_card(visible.name) == card
     return found if same else card
 
 
-def _card(name: str, found: Mapping[str, Any] | None) -> Card | None:
+def _card(name: str, found: VisibleCard | None) -> Card | None:
     """The card by that name; for auto, the one found, with the memory it says it has."""
     if name != "auto":
         return CARDS[name]
     if found is None:
         return None
-    return found_card(found["name"], found["memory_gib"])
+    return found_card(found.name, found.memory_gib)

@@ -21,6 +21,7 @@ from sweep.report.page import Section, Table, render
 from sweep.report.study_figures import study_figures
 from sweep.results.best_folder import EXAMPLE
 from sweep.results.leaderboard import HEADER, board_cells, board_rows
+from sweep.results.reevaluation import Reevaluation
 from sweep.space.parse import parse_space
 from sweep.study.journal import read_records
 from sweep.text import number
@@ -93,10 +94,10 @@ def _facts(folder: SweepFolder, config: SweepConfig, records: list[TrialRecord],
     lines.append(_best_line(best) if best else "No trial has got far enough to be chosen.")
     again = _reevaluation(folder)
     if again is not None:
-        agrees = "agrees" if again["agrees"] else "does NOT agree"
+        agrees = "agrees" if again.agrees else "does NOT agree"
         lines.append(
-            f"Evaluated again after the sweep: base model {number(again['base_eval_loss'], '.4f')}, best adapter "
-            f"{number(again['eval_loss'], '.4f')} nats per target token ({agrees} with the trial's own report)."
+            f"Evaluated again after the sweep: base model {number(again.base_eval_loss, '.4f')}, best adapter "
+            f"{number(again.eval_loss, '.4f')} nats per target token ({agrees} with the trial's own report)."
         )
     return lines
 
@@ -107,10 +108,11 @@ def _best_line(best: TrialRecord) -> str:
     return f"Best: trial {best.number}, {loss}, {params or 'nothing varied'}."
 
 
-def _reevaluation(folder: SweepFolder) -> dict[str, Any] | None:
-    """What finish() wrote into leaderboard.json; None where the sweep has not come to its end."""
+def _reevaluation(folder: SweepFolder) -> Reevaluation | None:
+    """Read what finish() wrote into leaderboard.json; None where the sweep has not come to its end."""
     file = folder.path / "leaderboard.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("reevaluation") if file.is_file() else None
+    known = json.loads(file.read_text(encoding="utf-8")).get("reevaluation") if file.is_file() else None
+    return known and Reevaluation.from_dict(known)
 
 
 def _leaderboard(records: list[TrialRecord], rule: Rule) -> Table | str:

@@ -51,7 +51,7 @@ def learning_curves(records: list[TrialRecord], best: TrialRecord | None) -> Dra
     if best is not None:
         figure.add_trace(_curves([best], f"best: trial {best.number}", BEST, 3.5, 1.0))
     figure.update_layout(xaxis_title="tokens seen", yaxis_title="eval loss (nats per target token)")
-    figure.update_yaxes(range=_usual_range([report["eval_loss"] for record in records for report in record.reports]))
+    figure.update_yaxes(range=_usual_range([report.eval_loss for record in records for report in record.reports]))
     return figure
 
 
@@ -60,8 +60,8 @@ def _curves(records: list[TrialRecord], name: str, colour: str, width: float, op
     losses: list[float | None] = []
     texts: list[str] = []
     for record in records:
-        tokens += [report["tokens_seen"] for report in record.reports] + [None]
-        losses += [report["eval_loss"] for report in record.reports] + [None]
+        tokens += [report.tokens_seen for report in record.reports] + [None]
+        losses += [report.eval_loss for report in record.reports] + [None]
         texts += [hover(record)] * (len(record.reports) + 1)
     return go.Scatter(
         x=tokens, y=losses, text=texts, name=name, mode="lines+markers", opacity=opacity,
@@ -109,7 +109,7 @@ def pareto(records: list[TrialRecord]) -> Drawn:
 
 def memory(records: list[TrialRecord]) -> Drawn:
     """Predicted against measured peak; on the line, a prediction is exact, and below it, on the safe side."""
-    known = [record for record in records if record.predicted_peak_gib and record.peak_allocated_gib is not None]
+    known = [record for record in records if None not in (record.predicted_peak_gib, record.peak_allocated_gib)]
     if not known:
         return "no trial has both a predicted and a measured peak (on a CPU, none is predicted)"
     figure = go.Figure()

@@ -6,13 +6,13 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from engine.config.parsing import parse, to_json
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.export.model_card import ModelCard, config_rows, peft_code
 from engine.system.files import write_folder
+from sweep.results.reevaluation import Reevaluation
 from sweep.text import number
 from sweep.trials.record import TrialRecord
 from sweep.trials.selection import Rule, median_speed, num_parameters
@@ -35,7 +35,7 @@ TOOLS = (
 def write_best(
     best_dir: Path,
     record: TrialRecord,
-    reevaluation: dict[str, Any],
+    reevaluation: Reevaluation,
     sweep_name: str,
     rule: Rule = DEFAULT_RULE,
     examples: Sequence[dict[str, str]] = (),
@@ -60,7 +60,7 @@ def write_best(
 
 def best_card(
     record: TrialRecord,
-    reevaluation: dict[str, Any],
+    reevaluation: Reevaluation,
     sweep_name: str,
     base_model: str,
     rule: Rule,
@@ -68,10 +68,10 @@ def best_card(
 ) -> str:
     """README.md of `best/`: front matter for the Hugging Face hub, what was measured, how to load it, how to train it again."""
     config = parse(TrainConfig, record.config)
-    agreement = "agrees with" if reevaluation["agrees"] else "**does NOT agree with**"
+    agreement = "agrees with" if reevaluation.agrees else "**does NOT agree with**"
     measured = (
-        f"Measured after the sweep on {reevaluation['num_eval_target_tokens']:,} target tokens of the evaluation set; this "
-        f"{agreement} what the trial reported ({number(reevaluation['trial_eval_loss'], '.4f')})."
+        f"Measured after the sweep on {reevaluation.num_eval_target_tokens:,} target tokens of the evaluation set; this "
+        f"{agreement} what the trial reported ({number(reevaluation.trial_eval_loss, '.4f')})."
     )
     return ModelCard(
         title=f"Best adapter of the sweep `{sweep_name}`",
@@ -79,7 +79,7 @@ def best_card(
         library="peft",
         tags=["lora", "qlora" if config.model.quantization == "nf4" else "peft", "qlora-sweep"],
         introduction=[f"Trial {record.number}. Chosen by: {rule.text}."],
-        losses=[("base model", reevaluation["base_eval_loss"]), ("with this adapter", reevaluation["eval_loss"])],
+        losses=[("base model", reevaluation.base_eval_loss), ("with this adapter", reevaluation.eval_loss)],
         notes=[measured],
         settings=_settings(record, config),
         sections=[
@@ -108,10 +108,10 @@ def _one_line(text: str) -> str:
 
 def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]:
     lora, last = config.lora, record.reports[-1]
-    kept = min(record.reports, key=lambda report: report["eval_loss"])
+    kept = min(record.reports, key=lambda report: report.eval_loss)
     return [
         *config_rows(config, "training data"),
-        ("tokens seen by this adapter", f"{kept['tokens_seen']:,} of {last['tokens_seen']:,} trained"),
+        ("tokens seen by this adapter", f"{kept.tokens_seen:,} of {last.tokens_seen:,} trained"),
         ("rank", str(lora.rank)),
         ("lora_alpha", f"{lora.alpha:g}" + (" (rsLoRA)" if lora.use_rslora else "")),
         *config_rows(config, "lora_dropout", "target_modules"),

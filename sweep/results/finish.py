@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine.answers import AdapterEvaluation
 from engine.errors import EngineError
 from engine.units import perplexity
 from sweep.execution.engine_commands import evaluate as evaluate_here
@@ -15,12 +15,12 @@ from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
 from sweep.results.best_folder import write_best
 from sweep.results.leaderboard import write_leaderboard
+from sweep.results.reevaluation import Reevaluation, compare
 from sweep.trials.record import Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
 DEFAULT_RULE = Rule()
-Evaluate = Callable[[Path, str, int], dict[str, Any]]
-RELATIVE_TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}  # float32 repeats itself; bfloat16 kernels add up in another order
+Evaluate = Callable[[Path, str, int], AdapterEvaluation]
 
 
 def finish(
@@ -48,21 +48,22 @@ def finish(
         return None, summary
     note(f"evaluating the adapter of trial {best.number} again, from its files")
     try:
-        reevaluation, examples = _reevaluate(folder, best, device, lambda path: evaluate(path, engine_command, num_examples))
+        measured = evaluate(folder.trial(best.number), engine_command, num_examples)
     except EngineError as error:
         write_leaderboard(folder.path, records, sweep_name, None, rule)
         note(f"WARNING: the adapter of trial {best.number} could not be evaluated again, so best/ was not written: {error}")
         return None, summary
-    _keep_examples(folder, best, examples, note)
-    write_best(folder.best, best, reevaluation, sweep_name, rule, examples.get("examples", []))
+    reevaluation = compare(measured, best.score, device)
+    _keep_examples(folder, best, measured, note)
+    write_best(folder.best, best, reevaluation, sweep_name, rule, measured.examples or [])
     write_leaderboard(folder.path, records, sweep_name, reevaluation, rule)
     note(_result_text(folder, best, reevaluation))
     for line in _remarks(records, best, rule):
         note(line)
     summary |= {
-        "best_eval_loss": reevaluation["eval_loss"],
-        "base_eval_loss": reevaluation["base_eval_loss"],
-        "reevaluation_agrees": str(reevaluation["agrees"]),
+        "best_eval_loss": reevaluation.eval_loss,
+        "base_eval_loss": reevaluation.base_eval_loss,
+        "reevaluation_agrees": str(reevaluation.agrees),
     }
     return best, summary
 
@@ -85,29 +86,20 @@ def _remarks(records: list[TrialRecord], best: TrialRecord, rule: Rule) -> list[
     return lines
 
 
-def _reevaluate(
-    folder: SweepFolder, best: TrialRecord, device: str, measure: Callable[[Path], dict[str, Any]]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The losses, and beside them what the engine says of the examples: examples, or error; nothing where none were asked for."""
-    answer = measure(folder.trial(best.number))
-    known = {"examples": "examples", "examples_error": "error", "examples_s": "seconds"}
-    examples = {short: answer.pop(name) for name, short in known.items() if name in answer}
-    agrees = math.isclose(answer["eval_loss"], best.score, rel_tol=RELATIVE_TOLERANCE[device])
-    losses = {**answer, "trial_eval_loss": best.score, "agrees": agrees, "relative_tolerance": RELATIVE_TOLERANCE[device]}
-    return losses, examples
-
-
-def _keep_examples(folder: SweepFolder, best: TrialRecord, examples: dict[str, Any], note: Callable[[str], None]) -> None:
-    if "error" in examples:
-        note(f"WARNING: no examples were generated ({examples['error']}); the losses are not concerned")
+def _keep_examples(folder: SweepFolder, best: TrialRecord, measured: AdapterEvaluation, note: Callable[[str], None]) -> None:
+    """Write the examples, or why there are none; where none were asked for, remove those of an earlier winner."""
+    if measured.examples_error is not None:
+        note(f"WARNING: no examples were generated ({measured.examples_error}); the losses are unaffected")
+    named = {"examples": measured.examples, "error": measured.examples_error, "seconds": measured.examples_s}
+    examples = {name: value for name, value in named.items() if value is not None}
     if examples:
         folder.write_examples({"trial": best.number, **examples})
     else:
-        folder.examples_file.unlink(missing_ok=True)  # those of an earlier winner
+        folder.examples_file.unlink(missing_ok=True)
 
 
-def _result_text(folder: SweepFolder, best: TrialRecord, reevaluation: dict[str, Any]) -> str:
-    base, tuned = reevaluation["base_eval_loss"], reevaluation["eval_loss"]
+def _result_text(folder: SweepFolder, best: TrialRecord, reevaluation: Reevaluation) -> str:
+    base, tuned = reevaluation.base_eval_loss, reevaluation.eval_loss
     lines = [
         "",
         f"{'':24}eval loss  perplexity",
@@ -115,7 +107,7 @@ def _result_text(folder: SweepFolder, best: TrialRecord, reevaluation: dict[str,
         _loss_line(f"best adapter (trial {best.number})", tuned),
         "",
     ]
-    if not reevaluation["agrees"]:
+    if not reevaluation.agrees:
         lines.insert(
             0,
             f"WARNING: the adapter on disk scores {tuned:.4f}, but trial {best.number} reported {best.score:.4f}: "

@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.export.model_card import table
 from engine.system.files import write_text
+from sweep.results.reevaluation import Reevaluation
 from sweep.text import number
 from sweep.trials.objectives import objective_values
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
@@ -23,7 +24,7 @@ LAST_REPORT = ("tokens_seen", "num_trainable", "num_out_of_memory", "micro_batch
 
 
 def write_leaderboard(
-    folder: Path, records: list[TrialRecord], sweep_name: str, reevaluation: dict[str, Any] | None, rule: Rule = DEFAULT_RULE
+    folder: Path, records: list[TrialRecord], sweep_name: str, reevaluation: Reevaluation | None, rule: Rule = DEFAULT_RULE
 ) -> None:
     """Write leaderboard.json and leaderboard.md, each replaced in one rename, with every trial whatever its outcome.
 
@@ -39,12 +40,12 @@ def write_leaderboard(
         "pareto_front": front,
         "best_trial": best.number if best else None,
         "outcomes": _outcomes([record for record in records if record.source is None]),
-        "reevaluation": reevaluation,
+        "reevaluation": reevaluation and reevaluation.to_dict(),
         "trials": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "leaderboard.json", json.dumps(_finite(board), indent=2, allow_nan=False) + "\n")
-    write_text(folder / "leaderboard.md", _markdown(sweep_name, best, board))
+    write_text(folder / "leaderboard.md", _markdown(sweep_name, best, board, reevaluation))
 
 
 def board_rows(records: list[TrialRecord], rule: Rule = DEFAULT_RULE) -> list[dict[str, Any]]:
@@ -53,13 +54,13 @@ def board_rows(records: list[TrialRecord], rule: Rule = DEFAULT_RULE) -> list[di
 
 
 def _row(record: TrialRecord, place: int) -> dict[str, Any]:
-    last = record.reports[-1] if record.reports else {}
+    last = record.reports[-1] if record.reports else None
     return {
         "rank": place if record.outcome in CONTENDERS and record.source is None else None,
         "number": record.number,
         "outcome": record.outcome.value,
         "eval_loss": record.score,
-        **{name: last.get(name) for name in LAST_REPORT},
+        **{name: last and getattr(last, name) for name in LAST_REPORT},
         "tokens_per_second": median_speed(record),
         "peak_allocated_gib": record.peak_allocated_gib,
         "predicted_peak_gib": record.predicted_peak_gib,
@@ -84,8 +85,8 @@ def _front_row(record: TrialRecord, names: tuple[str, ...]) -> dict[str, Any]:
     return {"number": record.number, **dict(zip(names, values, strict=True)), "params": record.params, "adapter": adapter}
 
 
-def _markdown(name: str, best: TrialRecord | None, board: dict[str, Any]) -> str:
-    rows, outcomes, reevaluation = board["trials"], board["outcomes"], board["reevaluation"]
+def _markdown(name: str, best: TrialRecord | None, board: dict[str, Any], reevaluation: Reevaluation | None) -> str:
+    rows, outcomes = board["trials"], board["outcomes"]
     lines = [f"# Leaderboard of `{name}`", "", f"Best: {f'trial {best.number}' if best else 'none'}. Rule: {board['rule']}.", ""]
     lines += [f"Outcomes: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.items()) or 'none'}.", ""]
     if any(row["source"] for row in rows):
@@ -96,9 +97,9 @@ def _markdown(name: str, best: TrialRecord | None, board: dict[str, Any]) -> str
         lines += ["INFEASIBLE: predicted not to fit the card, so never started; it took no trial's place and no GPU time.", ""]
     if reevaluation:
         again = (
-            f"Evaluated again after the sweep: base {number(reevaluation['base_eval_loss'], '.4f')}, "
-            f"best adapter {number(reevaluation['eval_loss'], '.4f')} nats per target token "
-            f"({'agrees' if reevaluation['agrees'] else 'DOES NOT agree'} with the trial's own report)."
+            f"Evaluated again after the sweep: base {number(reevaluation.base_eval_loss, '.4f')}, "
+            f"best adapter {number(reevaluation.eval_loss, '.4f')} nats per target token "
+            f"({'agrees' if reevaluation.agrees else 'DOES NOT agree'} with the trial's own report)."
         )
         lines += [again, ""]
     lines += _front_table(board)

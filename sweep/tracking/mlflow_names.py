@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.trial_report import TrialReport
 from engine.units import perplexity
 from sweep.tracking.system_metrics import read_system
 from sweep.trials.record import Outcome, TrialRecord
@@ -62,12 +63,10 @@ def trial_points(record: TrialRecord, written: int) -> list[Point]:
     system = read_system(Path(record.folder))
     points: list[Point] = []
     for report in record.reports:
-        if report["rung"] > written:
-            at = (_milliseconds(record, report), report["tokens_seen"])
-            values = {METRICS[name]: value for name, value in report.items() if name in METRICS}
-            if not report.get("predicted_peak_gib"):
-                values.pop(METRICS["predicted_peak_gib"], None)  # 0: nobody predicted
-            values |= {SYSTEM + name: value for name, value in system.get(report["rung"], {}).items()}
+        if report.rung > written:
+            at = (_milliseconds(record, report), report.tokens_seen)
+            values = {metric: getattr(report, name) for name, metric in METRICS.items()}
+            values |= {SYSTEM + name: value for name, value in system.get(report.rung, {}).items()}
             points += [(name, value, *at) for name, value in values.items() if value is not None]
     return points + _beside(record)
 
@@ -77,24 +76,23 @@ def _beside(record: TrialRecord) -> list[Point]:
     start = (int(1000 * (record.started_s or 0.0)), 0)
     last, reports = start, record.reports
     if reports:
-        last = (_milliseconds(record, reports[-1]) + 1, reports[-1]["tokens_seen"])
+        last = (_milliseconds(record, reports[-1]) + 1, reports[-1].tokens_seen)
     known = [
         (METRICS["predicted_peak_gib"], record.predicted_gib, start),
         (METRICS["peak_allocated_gib"], record.measured_gib, last),
-        (NUM_TRAINABLE, reports[-1].get("num_trainable") if reports else None, start),
+        (NUM_TRAINABLE, reports[-1].num_trainable if reports else None, start),
     ]
     return [(name, value, *at) for name, value, at in known if value is not None]
 
 
 def plan_tags(record: TrialRecord) -> dict[str, str]:
     """How the trial was computed, by its last report."""
-    last = record.reports[-1] if record.reports else {}
-    return {f"plan.{name}": str(last[name]) for name in PLAN if name in last}
+    return {f"plan.{name}": str(getattr(report, name)) for report in record.reports[-1:] for name in PLAN}
 
 
-def _milliseconds(record: TrialRecord, report: dict[str, Any]) -> int:
+def _milliseconds(record: TrialRecord, report: TrialReport) -> int:
     """Follows from the record alone: MLflow takes the same point again for one point only if its time is the same too."""
-    return int(1000 * ((record.started_s or 0.0) + report["elapsed_s"]))
+    return int(1000 * ((record.started_s or 0.0) + report.elapsed_s))
 
 
 def sweep_points(summary: Mapping[str, Any]) -> dict[str, float]:

@@ -83,7 +83,7 @@ class MlflowRuns:
         self._rename(run, trial_name(record, is_best=record.number == self._best), status)
         if record.outcome is not Outcome.RUNNING:
             self._client.set_terminated(run, status, end_time=int(1000 * (record.ended_s or time.time())))
-        self._last_rung[record.number] = max((report["rung"] for report in record.reports), default=0)
+        self._last_rung[record.number] = max((report.rung for report in record.reports), default=0)
         return run
 
     def finish(self, summary: dict[str, Any], best: TrialRecord | None, now_s: float) -> None:

@@ -129,8 +129,8 @@ class SweepMetrics(Collector):
         for slot, record in running.items():
             newest = record.reports[-1]
             trial.add_metric([self._sweep, slot], record.number)
-            speed.add_metric([self._sweep, slot], newest["tokens_per_second"])
-            loss.add_metric([self._sweep, slot], newest["eval_loss"])
+            speed.add_metric([self._sweep, slot], newest.tokens_per_second)
+            loss.add_metric([self._sweep, slot], newest.eval_loss)
             for kind, gib in (("predicted", record.predicted_peak_gib), ("measured", record.peak_allocated_gib)):
                 if gib is not None:
                     peak.add_metric([self._sweep, slot, kind], gib * GIB)
@@ -171,4 +171,4 @@ def serve(tracking: TrackingConfig, say: Callable[[str], None]) -> Iterator[Metr
 
 
 def _tokens(records: list[TrialRecord]) -> int:
-    return sum(record.reports[-1]["tokens_seen"] for record in records if record.reports)
+    return sum(record.reports[-1].tokens_seen for record in records if record.reports)

@@ -11,8 +11,8 @@ EVAL_LOSS = "eval_loss"
 MEASURES: dict[str, Callable[[TrialRecord], float | None]] = {
     EVAL_LOSS: lambda record: record.score,
     "peak_allocated_gib": lambda record: record.peak_allocated_gib,
-    "elapsed_s": lambda record: record.reports[-1].get("elapsed_s") if record.reports else None,
-    "num_trainable": lambda record: record.reports[-1].get("num_trainable") if record.reports else None,
+    "elapsed_s": lambda record: record.reports[-1].elapsed_s if record.reports else None,
+    "num_trainable": lambda record: record.reports[-1].num_trainable if record.reports else None,
 }
 """By name; all are better the smaller. elapsed_s is the time inside optimizer steps, evaluation left out."""
 

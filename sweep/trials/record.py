@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from engine.config.trial import TrainConfig
+from engine.trial_report import TrialReport
 
 
 class Outcome(StrEnum):
@@ -36,10 +37,12 @@ CONTENDERS = (Outcome.COMPLETE, Outcome.STOPPED)
 class TrialRecord:
     """One trial as the study and its folder know it.
 
-    number: Optuna's, from 0; params: dotted path -> sampled value or choice name; config: the whole TrainConfig as plain data;
-    reports: engine Report dicts, ascending by rung; started_s / ended_s: Unix seconds; error: one line where it failed.
-    predicted_gib: peak predicted before the start; measured_gib: peak where memory ran out; None where not known.
-    slot, dead_time_s: of its newest stay in a slot, see timeline.Span. source: the earlier sweep's trial it was taken over from.
+    number: Optuna's, from 0. params: dotted path -> sampled value or choice name. config: the whole
+    TrainConfig, as plain data: thousands of records share the sections that the space leaves alone.
+    reports: ascending by rung. started_s / ended_s: Unix seconds. error: one line where it failed.
+    predicted_gib: peak predicted before the start. measured_gib: peak where memory ran out; None
+    where not known. slot, dead_time_s: of its newest stay in a slot, see timeline.Span. source: the
+    earlier sweep's trial it was taken over from.
     """
 
     number: int
@@ -47,7 +50,7 @@ class TrialRecord:
     config: dict[str, Any]
     outcome: Outcome
     folder: str
-    reports: list[dict[str, Any]] = field(default_factory=list)
+    reports: list[TrialReport] = field(default_factory=list)
     started_s: float | None = None
     ended_s: float | None = None
     error: str | None = None
@@ -60,20 +63,19 @@ class TrialRecord:
     @property
     def predicted_peak_gib(self) -> float | None:
         """Of the plan the trial was last computed by; the sweep's own where it has not reported. None where nobody predicted."""
-        reported = self.reports[-1].get("predicted_peak_gib") if self.reports else None
-        return reported or self.predicted_gib  # a report without a prediction says 0
+        reported = self.reports[-1].predicted_peak_gib if self.reports else None
+        return self.predicted_gib if reported is None else reported
 
     @property
     def peak_allocated_gib(self) -> float | None:
         """Highest measured; None where nothing was."""
-        peaks = [report.get("peak_allocated_gib") for report in self.reports] + [self.measured_gib]
-        return max((peak for peak in peaks if peak is not None), default=None)
+        peaks = [report.peak_allocated_gib for report in self.reports]
+        return max(peaks if self.measured_gib is None else [*peaks, self.measured_gib], default=None)
 
     @property
     def score(self) -> float | None:
         """Lowest eval_loss over the trial's reports: that of the adapter in its folder."""
-        losses = [report["eval_loss"] for report in self.reports]
-        return min(losses) if losses else None
+        return min((report.eval_loss for report in self.reports), default=None)
 
     def result(self) -> dict[str, Any]:
         """What result.json says of it."""

@@ -65,12 +65,12 @@ class Rule:
 
 
 def num_parameters(record: TrialRecord) -> int:
-    return record.reports[-1]["num_trainable"] if record.reports else 0
+    return record.reports[-1].num_trainable if record.reports else 0
 
 
 def median_speed(record: TrialRecord) -> float | None:
     """Median tokens per second over the reports: the first one holds warm-up and compilation."""
-    return statistics.median(report["tokens_per_second"] for report in record.reports) if record.reports else None
+    return statistics.median(report.tokens_per_second for report in record.reports) if record.reports else None
 
 
 def _score(record: TrialRecord) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.answers import Facts
 from sweep import driver
 from sweep.__main__ import compose
 from sweep.cluster.slots import Hardware
@@ -44,7 +45,7 @@ def sweep_folder(place) -> Path:
 @pytest.fixture
 def checker(place, sweep_folder, monkeypatch) -> Checker:
     monkeypatch.chdir(place)
-    monkeypatch.setattr(driver, "inspect", lambda config, module: {"shape": SHAPE, "card": None})
+    monkeypatch.setattr(driver, "inspect", lambda config, module: Facts(shape=SHAPE))
     monkeypatch.setattr(report, "write_report", lambda folder: folder.path / "report.html")
     for module in (driver, sweep_plan):  # a document's cluster is not there, whichever of the two looks for it
         monkeypatch.setattr(module, "_find_hardware", lambda cluster: Hardware(8 if cluster.address else 0, 16), raising=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,27 +88,27 @@ def test_an_answer_is_what_the_uncached_engine_finds_likeliest(adapters, held, c
 def test_examples_are_evaluation_samples_answered_as_in_a_chat_by_base_model_and_adapter(adapters, held):
     config = load_train_config(adapters[held] / "train_config.json")
     measured = evaluate_adapter(config, adapters[held] / "adapter", num_examples=3)
-    assert len(measured["examples"]) == 3 == len({example["prompt"] for example in measured["examples"]})
-    assert any(example["base"] != example["adapter"] for example in measured["examples"])
+    assert len(measured.examples) == 3 == len({example["prompt"] for example in measured.examples})
+    assert any(example["base"] != example["adapter"] for example in measured.examples)
     chats = {"adapter": load_chat(adapters[held] / "adapter", MAX_NEW_TOKENS, 0.0, "cpu")}
     base = load_base(load_chat_model(adapters[held]), CPU, attention_name="sdpa")
     chats["base"] = Chat(base, base.tokenizer.chat_template, MAX_NEW_TOKENS, 0.0)
-    for example in measured["examples"]:
+    for example in measured.examples:
         number = int(example["prompt"].removeprefix("What is ").split()[0])
         assert (example["prompt"], example["expected"]) == (f"What is {number} plus {number}?", f"It is {2 * number}.")
         for name, chat in chats.items():
             chat._messages.clear()
             assert chat.answer(example["prompt"]) == example[name]
     alone = evaluate_adapter(config, adapters[held] / "adapter")
-    assert {name: measured[name] for name in alone} == alone
+    assert replace(measured, examples=None, examples_s=None) == alone
 
 
 def test_a_model_that_cannot_generate_is_evaluated_all_the_same(adapters, monkeypatch):
     monkeypatch.setattr("engine.evaluation.examples.restore_layers", lambda model: 1 / 0)
     config = load_train_config(adapters["none"] / "train_config.json")
     measured = evaluate_adapter(config, adapters["none"] / "adapter", num_examples=1)
-    assert measured["examples_error"] == "ZeroDivisionError: division by zero"
-    assert measured["eval_loss"] < measured["base_eval_loss"] and "examples" not in measured
+    assert measured.examples_error == "ZeroDivisionError: division by zero"
+    assert measured.eval_loss < measured.base_eval_loss and measured.examples is None
 
 
 def test_a_question_is_a_sample_up_to_its_first_answer_and_plain_text_up_to_its_half():

@@ -77,14 +77,14 @@ def test_prepare_says_which_layers_run_fused_and_strict_refuses_the_rest(tiny_co
 
     from engine.prepare import prepare
 
-    assert prepare([build(tiny_config)])["layers"] == "2 of 2 decoder layers run fused"
-    assert "original" in prepare([build(tiny_config, model={"layers": "original"})])["layers"]
+    assert prepare([build(tiny_config)]).layers == "2 of 2 decoder layers run fused"
+    assert "original" in prepare([build(tiny_config, model={"layers": "original"})]).layers
     path = tmp_path / "olmo"
     shutil.copytree(tiny_config["model"]["path"], path)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 260}
     OlmoForCausalLM(OlmoConfig(**sizes, pad_token_id=0)).save_pretrained(path)
     odd = {"model": {"path": str(path)}}
-    assert "OlmoDecoderLayer is not of a known family" in prepare([build(tiny_config, **odd)])["layers"]
+    assert "OlmoDecoderLayer is not of a known family" in prepare([build(tiny_config, **odd)]).layers
     with pytest.raises(InputError, match=r"model\.layers.*0 of 2"):
         prepare([build(tiny_config, model={"path": str(path), "layers": "strict"})])
     # and it trains, on its own layers

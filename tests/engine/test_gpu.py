@@ -54,7 +54,7 @@ def test_a_trial_on_cuda_learns_and_its_exported_adapter_has_its_loss(config, tm
     reports = list(train(config, tmp_path))
     assert reports[-1].eval_loss < reports[0].eval_loss
     measured = evaluate_adapter(config, tmp_path / "adapter")
-    assert measured["eval_loss"] == pytest.approx(min(r.eval_loss for r in reports), rel=1e-3)
+    assert measured.eval_loss == pytest.approx(min(r.eval_loss for r in reports), rel=1e-3)
 
 
 def test_a_trial_stopped_and_continued_on_cuda_goes_on_with_the_same_numbers(config, tmp_path):

@@ -218,6 +218,7 @@ def test_checkpoints_made_to_harm_are_refused_one_by_one(checkpoint, tiny_config
         "step": lambda: state.update(step="x"),
         "position": lambda: state.update(position=-1),
         "reports do not match": lambda: state.update(tokens_seen=7),
+        "report.step = None: required": lambda: state["reports"][0].pop("step"),
         "belongs to config": lambda: state.update(fingerprint="another trial"),
         "evil": lambda: state.update(evil=1),
     }

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.system.files import write_text
+from engine.trial_report import read_reports
 from sweep.config.sweep import parse_sweep_config
-from sweep.folder.sweep_folder import SweepFolder, read_reports
+from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.ledger import Ledger
 from sweep.ledger.limits import Limits
 from sweep.space.parse import parse_space
@@ -17,6 +18,7 @@ from sweep.study.journal_file import JournalFile
 from sweep.study.study import Study
 from sweep.trials.record import Outcome, Proposal
 from tests.support import fake_engine as engine
+from tests.support.reports import make_report
 
 from .sweeps import config as sweep_config
 
@@ -59,7 +61,7 @@ def read(folder: SweepFolder) -> Trials:
         result["number"]: (
             result["params"],
             result["outcome"],
-            [report["eval_loss"] for report in folder.reports(result["number"])],
+            [report.eval_loss for report in folder.reports(result["number"])],
         )
         for result in results
     }
@@ -69,11 +71,8 @@ def _turn(ledger: Ledger, folder: SweepFolder, proposal: Proposal) -> bool:
     """The trial's worker trains to the next rung. Returns whether the trial has ended."""
     reports = read_reports(folder.trial(proposal.number))
     rung = len(reports) + 1
-    report = {
-        "rung": rung, "eval_loss": engine.eval_loss(proposal.config, rung), "tokens_seen": 100 * rung, "num_trainable": 1,
-        "tokens_per_second": 1.0,
-    }  # fmt: skip
-    text = "".join(json.dumps(line) + "\n" for line in [*reports, report])
+    report = make_report(rung, engine.eval_loss(proposal.config, rung), tokens_seen=100 * rung, num_trainable=1)
+    text = "".join(json.dumps(line.to_dict()) + "\n" for line in [*reports, report])
     write_text(folder.trial(proposal.number) / "reports.jsonl", text)
     if rung == NUM_RUNGS:
         ledger.ended(proposal.number, Outcome.COMPLETE, report)

@@ -78,5 +78,5 @@ def test_reports_and_json_files_are_read_or_refused_in_one_line(tmp_path_factory
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
     for number, report in enumerate(answer(folder.reports, 0) or [], 1):
-        assert report["rung"] == number
+        assert report.rung == number
     answer(load_json, file)

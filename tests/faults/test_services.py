@@ -9,6 +9,7 @@ import pytest
 
 from sweep.tracking.tracker import Tracker, local_uri
 from sweep.trials.record import Outcome, TrialRecord
+from tests.support.reports import make_report
 
 from .mlflow_servers import Slow, free_port, serve
 
@@ -22,8 +23,7 @@ def records(rungs: int) -> list[TrialRecord]:
     return [
         TrialRecord(
             number, {"lora.rank": 8}, {"seed": number}, outcome, "trial", started_s=1e9 + number, ended_s=1e9 + 60,
-            reports=[{"rung": rung, "tokens_seen": 1000 * rung, "eval_loss": 3.0 / rung, "elapsed_s": 1.5 * rung}
-                     for rung in range(1, rungs + 1)],
+            reports=[make_report(rung, 3.0 / rung, elapsed_s=1.5 * rung) for rung in range(1, rungs + 1)],
         )
         for number in range(4)
     ]  # fmt: skip

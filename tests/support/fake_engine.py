@@ -19,12 +19,13 @@ import time
 import types
 from pathlib import Path
 
+from engine.answers import AdapterEvaluation, PreparedFacts, VisibleCard
 from engine.config.parsing import load_json, parse
 from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import DivergedError, InputError, Interrupted, OutOfMemory
+from engine.planning.model_shape import ModelShape
 from engine.system.files import write_text
-from engine.trial_report import TrialReport
-from sweep.folder.sweep_folder import read_reports
+from engine.trial_report import TrialReport, read_reports
 
 # What a worker asks of torch, for a process that computes nothing: the real one takes seconds to load, at each kill.
 STAND_IN = types.SimpleNamespace(
@@ -37,9 +38,8 @@ STAND_IN = types.SimpleNamespace(
 if "FAKE_TORCH" in os.environ:  # set by whoever starts processes that are the fake engine's alone
     sys.modules.setdefault("torch", STAND_IN)
 
-SHAPE = {"num_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16,
-         "vocab_size": 256}  # fmt: skip
-SEEN = {"card": {"name": "NVIDIA GeForce RTX 4090", "memory_gib": 24.0}, "shape": SHAPE}
+SHAPE = ModelShape(num_layers=2, hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=256)
+CARD = VisibleCard("NVIDIA GeForce RTX 4090", 24.0)
 FAULTS = {
     1.0: "out of memory",
     2.0: "diverged",
@@ -95,7 +95,7 @@ def train(config: TrainConfig, trial_folder: Path, *, base=None, interrupted=lam
         starts.write(f"{os.getpid()} {len(reports)} {time.time()}\n")
     if len(reports) > len(read_reports(trial_folder)):
         _write_reports(trial_folder, reports)
-        yield TrialReport(**reports[-1])
+        yield TrialReport.from_dict(reports[-1])
     for rung in range(len(reports) + 1, len(config.train.report_grid()) + 1):
         _compute(config.optim.eps, rung, trial_folder, interrupted)
         _fail(fault, rung, trial_folder)
@@ -205,22 +205,24 @@ def main() -> int:
         if configs[0].data.train == "missing.jsonl":
             print("error: data.train = 'missing.jsonl': no such file", file=sys.stderr)
             return 2
-        answer = {
-            "num_train_samples": 10,
-            "num_eval_samples": 2,
-            "model_path": "m",
-            "layers": "-",
-            "num_trainable": [1] * len(configs),
-            **SEEN,
-        }
+        answer = PreparedFacts(
+            shape=SHAPE,
+            card=CARD,
+            model_path="m",
+            layers="-",
+            num_train_samples=10,
+            num_eval_samples=2,
+            num_dropped_samples=0,
+            num_trainable=[1] * len(configs),
+            data={},
+        )
     else:
         config = load_train_config(options.config)
         loss = eval_loss(config, len(config.train.report_grid()))
         Path(options.config).with_name(EVALUATED_IN).write_text(os.environ.get("FAULTS_PLACE", "driver"))
-        answer = {"base_eval_loss": 5.0, "eval_loss": loss, "num_eval_target_tokens": 7}
-        if options.examples:
-            answer["examples"] = [{name: f"{name} {i}" for name in EXAMPLE} for i in range(options.examples)]
-    options.answer.write_text(json.dumps(answer))
+        examples = [{name: f"{name} {i}" for name in EXAMPLE} for i in range(options.examples)]
+        answer = AdapterEvaluation(5.0, loss, 7, examples or None)
+    options.answer.write_text(json.dumps(answer.to_dict()))
     return 0
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+from engine.trial_report import TrialReport
 from sweep.config.sweep import SweepConfig, parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.ledger import Ledger
 from sweep.ledger.limits import Limits
 from sweep.space.parse import parse_space
 from sweep.study.study import Study
+from tests.support.reports import make_report
 
 SMALL = {"lora.rank": {"choices": [2, 4, 8]}, "lora.use_rslora": {"choices": [True, False]}}
 WIDE = {**SMALL, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
@@ -39,12 +41,13 @@ def ledger_in(
     return Ledger(study or study_in(path, config), SweepFolder(path), limits, **options)
 
 
-def report(rung: int, loss: float) -> dict:
-    return {"rung": rung, "eval_loss": loss, "tokens_seen": 100 * rung, "num_trainable": 1}
+def report(rung: int, loss: float, **changes) -> TrialReport:
+    return make_report(rung, loss, **{"tokens_seen": 100 * rung, "num_trainable": 1, **changes})
 
 
-def write_reports(path, number: int, reports: list[dict]) -> None:
-    (SweepFolder(path).trial(number) / "reports.jsonl").write_text("".join(json.dumps(line) + "\n" for line in reports))
+def write_reports(path, number: int, reports: list[TrialReport]) -> None:
+    lines = "".join(json.dumps(line.to_dict()) + "\n" for line in reports)
+    (SweepFolder(path).trial(number) / "reports.jsonl").write_text(lines)
 
 
 def finish_one(study: Study) -> int:

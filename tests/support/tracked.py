@@ -1,19 +1,16 @@
 """Build trials as a tracker is told of them."""
 
 from sweep.trials.record import TrialRecord
+from tests.support.reports import make_report
 
 CONFIG = {"experiment": "demo"}
 
 
 def report(rung, eval_loss):
-    values = {
-        "rung": rung,
-        "tokens_seen": 1000 * rung,
-        "eval_loss": eval_loss,
-        "train_loss": eval_loss + 0.1,
-        "elapsed_s": 1.5 * rung,
-    }
-    return {**values, "tokens_per_second": 700.0, "peak_allocated_gib": 1.25, "num_trainable": 4096}
+    return make_report(
+        rung, eval_loss, train_loss=eval_loss + 0.1, elapsed_s=1.5 * rung, tokens_per_second=700.0, peak_allocated_gib=1.25,
+        num_trainable=4096,
+    )  # fmt: skip
 
 
 def trial(number, outcome, *losses, **changes):

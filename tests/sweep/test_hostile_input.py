@@ -15,6 +15,7 @@ from sweep.folder.sweep_folder import SweepFolder
 from sweep.plan.sweep_plan import make_sweep_plan
 from sweep.space.parse import parse_space
 from sweep.study.study import Study
+from tests.support.reports import make_report
 
 GIVEN = ["model=local", "data=local", "data.train=t.jsonl", "space=learning-rate"]
 
@@ -180,9 +181,10 @@ def test_a_torn_last_line_is_dropped_and_a_damaged_one_before_it_is_refused(fold
 def test_a_torn_report_is_left_out_and_a_wrong_one_is_refused(folder):
     file = folder.trial(0) / "reports.jsonl"
     file.parent.mkdir(parents=True)
-    file.write_text('{"rung": 1, "eval_loss": 2.0}\n{"rung": 2, "ev')
-    assert [report["rung"] for report in folder.reports(0)] == [1]
-    for line in ("5", '{"rung": 2, "eval_loss": 2.0}', '{"rung": 1, "eval_loss": "x"}', "[" * 100_000):
+    whole, second = (json.dumps(make_report(rung, 2.0).to_dict()) for rung in (1, 2))
+    file.write_text(whole + '\n{"rung": 2, "ev')
+    assert [report.rung for report in folder.reports(0)] == [1]
+    for line in ("5", second, whole.replace('"eval_loss": 2.0', '"eval_loss": "x"'), "[" * 100_000):
         file.write_text(line + "\n")
         with pytest.raises(InputError, match="must be the report of rung 1"):
             folder.reports(0)

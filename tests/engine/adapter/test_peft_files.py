@@ -55,5 +55,5 @@ def test_a_fresh_load_of_the_exported_adapter_has_the_reported_loss(tiny_config,
     config = build(tiny_config)
     reports = run(config, tmp_path)
     measured = evaluate_adapter(config, tmp_path / "adapter")
-    assert measured["eval_loss"] == pytest.approx(min(r.eval_loss for r in reports), rel=1e-6)
-    assert measured["base_eval_loss"] > measured["eval_loss"]
+    assert measured.eval_loss == pytest.approx(min(r.eval_loss for r in reports), rel=1e-6)
+    assert measured.base_eval_loss > measured.eval_loss

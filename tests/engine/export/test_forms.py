@@ -176,7 +176,7 @@ def test_the_model_card_states_the_losses_of_the_adapter_as_trained_and_of_the_m
     (tmp_path / "trial" / "train_config.json").write_text(config.model_dump_json())
     known = evaluate_adapter(config, tmp_path / "trial" / "adapter")
     measured = export(tmp_path / "trial" / "adapter", "merged", tmp_path / "out")
-    assert (measured.base, measured.adapter) == pytest.approx((known["base_eval_loss"], known["eval_loss"]), rel=1e-5)
+    assert (measured.base, measured.adapter) == pytest.approx((known.base_eval_loss, known.eval_loss), rel=1e-5)
     assert measured.merged != measured.adapter
     # twin: it is not the base model alone
     assert measured.merged < (measured.base + measured.adapter) / 2
@@ -186,7 +186,7 @@ def test_the_model_card_states_the_losses_of_the_adapter_as_trained_and_of_the_m
     assert measured.training_digest in card and config.fingerprint() in card and "vllm serve" in card
     plain = config.model.model_copy(update={"path": str(tmp_path / "out"), "quantization": "none"})
     again = evaluate_adapter(config.model_copy(update={"model": plain}), tmp_path / "trial" / "adapter")
-    assert measured.merged == pytest.approx(again["base_eval_loss"], rel=1e-6)
+    assert measured.merged == pytest.approx(again.base_eval_loss, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.answers import Facts, VisibleCard
 from engine.errors import InputError
 from sweep.cluster.card_kinds import card_kinds, selector
 from sweep.cluster.slots import Slots
@@ -54,27 +55,27 @@ def test_a_selector_excludes_labels_and_lets_nodes_without_any_pass():
 
 def test_a_trial_fits_if_it_fits_one_kind_and_avoids_the_others(planned):
     kinds = card_kinds([node(1, L4), node(1, ("card", "rtx3090"))])
-    cards = make_feasibility("auto", {"shape": SHAPE}, kinds)
+    cards = make_feasibility("auto", Facts(shape=SHAPE), kinds)
     small, large, none = (config_with(lora={"rank": rank}) for rank in (8, 23, 64))
     assert (cards.check_fit(small).fits, cards.check_fit(large).fits, cards.check_fit(none).fits) == (True, True, False)
     assert cards.check_fit(none).excess_gib == pytest.approx(64.0 - 23.6)  # by which it misses the roomiest
     assert (cards.avoid(small), cards.avoid(large), cards.avoid(none)) == ((), (L4,), ())
     assert card_line(cards) == "card       of l4 (22.0 GiB), rtx3090 (23.6 GiB), for each trial the smallest that it fits"
-    named = make_feasibility("l4", {"shape": SHAPE}, kinds)  # the twin: whoever names a card means that one
+    named = make_feasibility("l4", Facts(shape=SHAPE), kinds)  # the twin: whoever names a card means that one
     assert not named.check_fit(large).fits and named.avoid(large) == ()
 
 
 def test_what_fits_no_card_that_is_known_may_fit_one_that_is_not(planned):
-    cards = make_feasibility("auto", {"shape": SHAPE}, card_kinds([node(1, L4), node(1, A100)]))
+    cards = make_feasibility("auto", Facts(shape=SHAPE), card_kinds([node(1, L4), node(1, A100)]))
     large = config_with(lora={"rank": 64})
     assert cards.check_fit(large).fits and cards.avoid(large) == (L4,)
 
 
 def test_the_drivers_own_card_counts_with_the_memory_it_says_it_has(planned):
-    found = {"name": "NVIDIA L4", "memory_gib": 22.5}
-    cards = make_feasibility("auto", {"shape": SHAPE, "card": found}, card_kinds([node(2, L4)]))
+    found = VisibleCard("NVIDIA L4", 22.5)
+    cards = make_feasibility("auto", Facts(shape=SHAPE, card=found), card_kinds([node(2, L4)]))
     assert cards.card.memory_gib == 22.5
-    unknown = make_feasibility("auto", {"shape": SHAPE, "card": found}, card_kinds([node(2, A100)]))
+    unknown = make_feasibility("auto", Facts(shape=SHAPE, card=found), card_kinds([node(2, A100)]))
     assert unknown.card.memory_gib == 22.5  # nothing else is known
 
 

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from engine.answers import Facts
 from engine.planning.cards import CARDS
 from engine.planning.model_shape import ModelShape
 from sweep import driver
@@ -67,7 +68,7 @@ def test_a_committed_sweep_is_forecast_from_a_folder_with_nothing_but_config_jso
 
     def inspect(config, module):
         assert config.model.path == str(tmp_path)
-        return {"shape": vars(ModelShape.of(json.loads((tmp_path / "config.json").read_text()), "m")), "card": None}
+        return Facts(shape=ModelShape.of(json.loads((tmp_path / "config.json").read_text()), "m"))
 
     monkeypatch.setattr(driver, "inspect", inspect)
     monkeypatch.setattr("sweep.cluster.slots.count_gpus", lambda: 0)

@@ -18,9 +18,9 @@ import engine.training.loop
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.training.loop import train
+from engine.trial_report import read_reports
 from sweep.execution.worker import TrialWorker
 from sweep.folder.notes import is_training, was_terminated
-from sweep.folder.sweep_folder import read_reports
 
 MIB = 2**20
 VARIANTS = [
@@ -160,7 +160,7 @@ def test_a_trial_asked_to_end_saves_its_step_and_goes_on_in_another_process_as_i
     num_steps = json.loads((trial / "checkpoint/state.json").read_text())["step"]
     assert num_steps == 4 == len(steps) and len(read_reports(trial)) == 1
     assert Slot().run(config, trial)[-1]["outcome"] == "COMPLETE"
-    assert numbers(trial) == numbers(tmp_path / "whole") and len(steps) == read_reports(trial)[-1]["step"]
+    assert numbers(trial) == numbers(tmp_path / "whole") and len(steps) == read_reports(trial)[-1].step
     for name in ("adapter/adapter_model.safetensors", "checkpoint/adapter.safetensors"):
         assert (trial / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

@@ -92,7 +92,7 @@ def test_a_resume_with_a_larger_budget_goes_on_with_the_stopped_trials_and_with_
     clock.now_s += 100.0
     assert say(more, tmp_path, number, 3, 1.8)
     assert outcomes(more) == ["STOPPED"]
-    assert [one["rung"] for one in more.records[0].reports] == [1, 2, 3]
+    assert [one.rung for one in more.records[0].reports] == [1, 2, 3]
 
 
 def test_wall_clock_hours_count_while_the_sweep_runs_however_few_slots_are_held(tmp_path):

@@ -16,7 +16,7 @@ from sweep.plan.feasibility import Fit
 from sweep.space.parse import parse_space
 from sweep.study.study import Study
 from sweep.trials.record import Outcome
-from tests.support.studies import WIDE, config_for, ledger_in, report, study_in
+from tests.support.studies import WIDE, config_for, ledger_in, report, study_in, write_reports
 
 
 def propose(path: Path, sampler: str, reopen: bool) -> list[dict]:
@@ -48,8 +48,7 @@ def test_a_verdict_lost_in_a_kill_is_given_again(tmp_path):
     ledger = ledger_in(tmp_path, config)
     good, bad = ledger.next_trial(), ledger.next_trial()
     for number, loss in ((good.number, 2.0), (bad.number, 9.0)):
-        line = json.dumps({**report(1, loss)}) + "\n"
-        (SweepFolder(tmp_path).trial(number) / "reports.jsonl").write_text(line)
+        write_reports(tmp_path, number, [report(1, loss)])
     ledger.reported(good.number, report(1, 2.0))
     ledger._study.report(bad.number, 1, 9.0)  # and there the driver is killed
     resumed = ledger_in(tmp_path, config)

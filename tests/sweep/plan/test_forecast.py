@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from engine.answers import Facts
 from engine.planning.cards import CARDS
 from sweep import driver
 from sweep.__main__ import main
@@ -23,10 +24,10 @@ SWEEP = ["model=local", "model.path=m", "data=local", "data.train=t.jsonl", "spa
 
 
 @pytest.fixture
-def seen(monkeypatch, tmp_path) -> dict:
+def seen(monkeypatch, tmp_path) -> list[Facts]:
     """What looking at model and machine finds."""
-    answer = {"shape": SHAPE, "card": None}
-    monkeypatch.setattr(driver, "inspect", lambda config, module: answer)
+    answer = [Facts(shape=SHAPE)]
+    monkeypatch.setattr(driver, "inspect", lambda config, module: answer[0])
     monkeypatch.setattr("sweep.cluster.slots.count_gpus", lambda: 0)
     monkeypatch.chdir(tmp_path)
     return answer
@@ -82,6 +83,6 @@ def test_a_space_in_which_nothing_fits_is_shown_and_is_one_error(seen, capsys):
     ],
 )
 def test_where_nothing_is_predicted_one_line_says_why(seen, capsys, arguments, shape, line):
-    seen["shape"] = shape
+    seen[0] = Facts(shape=shape)
     assert main([*SWEEP, *arguments]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == line

@@ -11,6 +11,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from engine.errors import InputError
+from engine.trial_report import TrialReport
 from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
@@ -23,6 +24,7 @@ from sweep.space.parse import parse_space
 from sweep.study.journal import read_trials
 from sweep.study.study import Study
 from sweep.trials.record import Outcome
+from tests.support.reports import make_report
 
 TAG = "<script>alert(1)</script>"
 SPACE = {
@@ -33,11 +35,12 @@ SPACE = {
 OUTCOMES = (Outcome.PRUNED, Outcome.COMPLETE, Outcome.FAILED, Outcome.COMPLETE, Outcome.DIVERGED, Outcome.COMPLETE)
 
 
-def reports_of(number: int, count: int) -> list[dict]:
+def reports_of(number: int, count: int) -> list[TrialReport]:
     return [
-        {"rung": rung, "eval_loss": 3.0 - 0.1 * number - 0.2 * rung, "tokens_seen": 100 * rung, "num_trainable": 8,
-         "tokens_per_second": 50.0, "peak_allocated_gib": 1.0 + number, "predicted_peak_gib": 1.5 + number,
-         "elapsed_s": 2.0 * rung}
+        make_report(
+            rung, 3.0 - 0.1 * number - 0.2 * rung, tokens_seen=100 * rung, num_trainable=8, elapsed_s=2.0 * rung,
+            peak_allocated_gib=1.0 + number, predicted_peak_gib=1.5 + number,
+        )
         for rung in range(1, count + 1)
     ]  # fmt: skip
 
@@ -62,7 +65,7 @@ def swept(path: Path, outcomes=OUTCOMES, space=SPACE) -> SweepFolder:
         timeline.on_assigned(number, begin_s)
         timing = {"slot": "gpu 0", "began_s": begin_s, **({"dead_time_s": 0.5} if number else {})}
         for line in reports:
-            study.report(number, line["rung"], line["eval_loss"])
+            study.report(number, line.rung, line.eval_loss)
             timeline.on_reported(number, begin_s + 1.0, timing)
         if outcome is not None:
             study.tell(number, outcome, error=f"no {TAG}" if outcome is Outcome.FAILED else None)

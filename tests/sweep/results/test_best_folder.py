@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_the_card_of_a_builtin_model_says_where_its_base_is(tmp_path, winner):
 
 
 def test_a_disagreeing_second_evaluation_is_said_aloud(tmp_path, winner):
-    write_best(tmp_path / "best", winner, {**REEVALUATION, "agrees": False}, "demo")
+    write_best(tmp_path / "best", winner, replace(REEVALUATION, agrees=False), "demo")
     assert "**does NOT agree with**" in (tmp_path / "best" / "README.md").read_text()
 
 

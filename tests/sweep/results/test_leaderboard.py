@@ -30,10 +30,7 @@ def test_the_leaderboard_lists_every_trial_and_states_the_rule(tmp_path):
 
 def test_the_leaderboard_shows_peaks_beside_what_was_predicted_and_how_each_trial_was_computed(tmp_path):
     plan = {"num_out_of_memory": 1, "micro_batch_size": 2, "activation_checkpointing": "selective"}
-    measured = trial(0, 1.2)
-    measured.reports[0].update(plan, predicted_peak_gib=1.4)
-    unpredicted = trial(1, 1.3)
-    unpredicted.reports[0].update(predicted_peak_gib=0.0)
+    measured, unpredicted = trial(0, 1.2, reported={**plan, "predicted_peak_gib": 1.4}), trial(1, 1.3)
     refused = trial(2, outcome=Outcome.INFEASIBLE, error="needs 30.0 GiB", predicted_gib=28.0)
     spent = trial(3, outcome=Outcome.OUT_OF_MEMORY, error="out of memory", predicted_gib=20.0, measured_gib=23.5)
     write_leaderboard(tmp_path, [refused, measured, unpredicted, spent], "demo", None)

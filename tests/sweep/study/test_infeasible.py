@@ -16,6 +16,7 @@ from sweep.study.samplers import as_seen
 from sweep.study.study import Study
 from sweep.trials.record import Outcome
 from tests.support.fits import BASE
+from tests.support.reports import make_report
 
 RANKS = {"lora.rank": {"choices": [4, 8, 32, 64]}, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
 
@@ -51,7 +52,7 @@ def run(book: Ledger) -> list[int]:
             continue
         started.append(proposal.number)
         loss = 2.0 + proposal.config.optim.learning_rate
-        book.ended(proposal.number, Outcome.COMPLETE, {"rung": 4, "eval_loss": loss, "tokens_seen": 400})
+        book.ended(proposal.number, Outcome.COMPLETE, make_report(4, loss))
     return started
 
 

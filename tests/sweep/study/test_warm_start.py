@@ -30,9 +30,9 @@ def finished_sweep(path, config, outcomes=(Outcome.COMPLETE,) * 4) -> SweepFolde
         proposal = study.ask()
         rank = proposal.config.lora.rank
         spent = {"peak_allocated_gib": rank / 16, "elapsed_s": 1.0, "tokens_per_second": 1.0}
-        reports = [report(rung, 1.0 + rank / 10 + 1 / rung) | spent for rung in (1, 2, 3, 4)]
+        reports = [report(rung, 1.0 + rank / 10 + 1 / rung, **spent) for rung in (1, 2, 3, 4)]
         for one in reports if outcome is Outcome.COMPLETE else reports[:2]:
-            study.report(proposal.number, one["rung"], one["eval_loss"])
+            study.report(proposal.number, one.rung, one.eval_loss)
             study.should_prune(proposal.number)
         write_reports(path, proposal.number, reports if outcome is Outcome.COMPLETE else reports[:2])
         study.tell(proposal.number, outcome)

@@ -28,6 +28,7 @@ from sweep.trials.record import Outcome, TrialRecord
 from tests.support.fake_driver import ENGINE
 from tests.support.fake_sweeps import BASE, results, start, sweep_folder
 from tests.support.paths import ROOT
+from tests.support.reports import make_report
 
 DASHBOARDS = ROOT / "dashboards"
 TARGET_LABELS = {"job", "instance"}  # Prometheus puts them on what it reads
@@ -61,10 +62,9 @@ def shown(metrics: SweepMetrics) -> dict[str, float]:
 
 def record(number: int, outcome: Outcome, slot: str | None = None, *tokens: int, source: str | None = None) -> TrialRecord:
     reports = [
-        {"rung": rung, "tokens_seen": seen, "eval_loss": 3.0 - rung / 10 + number, "tokens_per_second": 50.0,
-         "peak_allocated_gib": 2.0, "predicted_peak_gib": 2.5}
+        make_report(rung, 3.0 - rung / 10 + number, tokens_seen=seen, peak_allocated_gib=2.0, predicted_peak_gib=2.5)
         for rung, seen in enumerate(tokens, 1)
-    ]  # fmt: skip
+    ]
     return TrialRecord(number, {}, {}, outcome, "", reports, started_s=float(number), slot=slot, source=source)
 
 

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_the_outcome_is_a_tag_and_sets_the_status(tracker, runs, outcome, status
 def test_predicted_and_measured_peaks_are_metrics_and_how_it_was_computed_are_tags(tracker, runs):
     computed = trial(0, Outcome.COMPLETE, 2.0, 1.5, predicted_gib=1.0)
     plan = {"num_out_of_memory": 1, "micro_batch_size": 4, "activation_checkpointing": "selective"}
-    computed.reports[1].update(plan, predicted_peak_gib=1.125)
+    computed.reports[1] = replace(computed.reports[1], **plan, predicted_peak_gib=1.125)
     refused = trial(1, Outcome.INFEASIBLE, error="needs 30.0 GiB", predicted_gib=28.0)
     spent = trial(2, Outcome.OUT_OF_MEMORY, 2.0, error="out of memory", predicted_gib=20.0, measured_gib=23.5)
     for _ in range(2):  # as a resume writes them again

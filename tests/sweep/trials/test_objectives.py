@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import optuna
@@ -23,15 +24,13 @@ from sweep.trials.objectives import objective_values, pareto_front
 from sweep.trials.record import Outcome
 from sweep.trials.selection import Rule
 from tests.support.records import trial
-from tests.support.studies import WIDE, config_for, ledger_in, report, study_in
+from tests.support.studies import WIDE, config_for, ledger_in, report, study_in, write_reports
 
 THREE = ("eval_loss", "peak_allocated_gib", "elapsed_s")
 
 
 def measured(number: int, loss: float, peak: float, elapsed: float, **changes):
-    record = trial(number, loss, **changes)
-    record.reports[0].update(peak_allocated_gib=peak, elapsed_s=elapsed)
-    return record
+    return trial(number, loss, reported={"peak_allocated_gib": peak, "elapsed_s": elapsed}, **changes)
 
 
 def numbers(records):
@@ -97,10 +96,10 @@ def test_a_study_of_three_objectives_runs_with_faults_and_is_read_back(tmp_path,
     book, count = ledger(), 0
     while (proposal := book.next_trial()) is not Next.FINISHED:
         count += 1
-        last = report(4, 1.0 + rng.random()) | {"peak_allocated_gib": rng.random(), "elapsed_s": rng.random()}
-        lines = [json.dumps(line) + "\n" for line in (*(report(rung, 99.0) for rung in (1, 2, 3)), last)]
-        (SweepFolder(tmp_path).trial(proposal.number) / "reports.jsonl").write_text("".join(lines))
-        assert not book.reported(proposal.number, report(1, 99.0))  # nothing is pruned
+        last = report(4, 1.0 + rng.random(), peak_allocated_gib=rng.random(), elapsed_s=rng.random())
+        earlier = [report(rung, 99.0, peak_allocated_gib=0.0) for rung in (1, 2, 3)]
+        write_reports(tmp_path, proposal.number, [*earlier, last])
+        assert not book.reported(proposal.number, earlier[0])  # nothing is pruned
         book.ended(
             proposal.number, Outcome.OUT_OF_MEMORY if count % 7 == 0 else Outcome.COMPLETE, None if count % 7 == 0 else last
         )
@@ -119,7 +118,7 @@ def test_a_complete_trial_without_a_measure_is_failed_and_says_which(tmp_path):
     config = config_for(WIDE, objectives=list(THREE))
     book = ledger_in(tmp_path, config)
     number = book.next_trial().number
-    book.ended(number, Outcome.COMPLETE, report(4, 1.0))
+    book.ended(number, Outcome.COMPLETE, report(4, 1.0, peak_allocated_gib=math.nan))
     assert book.records[0].outcome is Outcome.FAILED and "peak_allocated_gib" in book.records[0].error
 
 
