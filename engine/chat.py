@@ -17,9 +17,8 @@ import torch
 from transformers import TextStreamer
 
 from engine.adapter.lora import attach, load_adapter_state
-from engine.adapter.peft_files import find_train_config
+from engine.adapter.origin import FLAG, read_origin
 from engine.adapter.portable import read_adapter
-from engine.config.trial import ModelConfig
 from engine.data.templates import chat_template
 from engine.errors import InputError
 from engine.model.base import Base, end_tokens
@@ -88,13 +87,16 @@ class Chat:
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 
-def load_chat(folder: Path, max_new_tokens: int, temperature: float, device: str = "auto") -> Chat:
+def load_chat(
+    folder: Path, max_new_tokens: int, temperature: float, device: str = "auto", trust_remote_code: bool = False
+) -> Chat:
     """Load the adapter on its base model, quantised as its train_config.json says.
 
-    Without a train_config.json the base is held in NF4. Raises InputError.
+    Without a train_config.json the base is held in NF4. trust_remote_code: allow the model's own
+    code to run. Raises InputError.
     """
-    adapter, config = read_adapter(folder), find_train_config(folder)
-    model = config.model if config else ModelConfig(path=adapter.base, revision=adapter.revision)
+    adapter = read_adapter(folder)
+    model, config = read_origin(folder, adapter, trust_remote_code=trust_remote_code)
     # Fused layers take packed rows only, which generate does not make.
     model = model.model_copy(update={"layers": "original", "embeddings": "device"})
     base = load_base(model, pick_device(device), attention_name="sdpa")
@@ -136,6 +138,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument(FLAG, action="store_true", help="let the base model's own code run")
     return parser.parse_args(arguments)
 
 
@@ -144,7 +147,8 @@ def _main(options: argparse.Namespace) -> int:
         raise InputError("--max-new-tokens", options.max_new_tokens, "must be at least 1")
     if not 0 <= options.temperature < float("inf"):
         raise InputError("--temperature", options.temperature, "must be 0 or more")
-    chat = load_chat(options.adapter, options.max_new_tokens, options.temperature, options.device)
+    given = (options.max_new_tokens, options.temperature, options.device, options.trust_remote_code)
+    chat = load_chat(options.adapter, *given)
     torch.manual_seed(options.seed)
     for prompt in [options.prompt] if options.prompt is not None else _prompts():
         chat.answer(prompt)

@@ -18,7 +18,7 @@ class InputError(EngineError):
     def __init__(self, field: str, value: object, allowed: str) -> None:
         """Make the line from a field (config path or file), its value and what is allowed."""
         self.field, self.value, self.allowed = field, value, allowed
-        super().__init__(_one_line(f"{field} = {_short(value)}: {allowed}"))
+        super().__init__(printable(f"{field} = {_short(value)}: {allowed}"))
 
     def __reduce__(self):  # without this, Ray cannot pickle an exception of several arguments
         return (type(self), (self.field, self.value, self.allowed))
@@ -66,7 +66,7 @@ def first_line(error: Exception) -> str:
     """Return a library's error message as one line, or the error's type if it has no message."""
     lines = str(error).split("\n") if str(error).strip() else [type(error).__name__]
     lines = [line.strip() for line in lines if line.strip()]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return printable(" ".join(lines[:2]) if lines[0].endswith(":") else lines[0])
 
 
 def did_you_mean(given: str, known: Iterable[str], num: int = 1, cutoff: float = 0.6) -> str:
@@ -75,8 +75,8 @@ def did_you_mean(given: str, known: Iterable[str], num: int = 1, cutoff: float =
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def _one_line(text: str) -> str:
-    """Escape line ends and terminal control characters, because a config key may hold anything."""
+def printable(text: str) -> str:
+    """Escape line ends and terminal control characters: text from a config or data may hold anything."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 

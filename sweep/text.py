@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from engine.errors import printable
+
 
 def number(value: float | None, spec: str) -> str:
     """Format a number; return `-` for None, an infinity or NaN."""
@@ -13,8 +15,14 @@ def number(value: float | None, spec: str) -> str:
 
 def params_text(params: dict[str, Any]) -> str:
     """Format sampled values by the last part of their path: rank=8 learning_rate=0.00042."""
-    return " ".join(f"{path.rsplit('.', 1)[-1]}={value_text(value)}" for path, value in params.items()) or "(base config)"
+    parts = (f"{printable(path.rsplit('.', 1)[-1])}={value_text(value)}" for path, value in params.items())
+    return " ".join(parts) or "(base config)"
 
 
 def value_text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else printable(str(value))
+
+
+def printable_lines(text: str) -> str:
+    """Escape what would steer a terminal, but keep the line ends of our own text."""
+    return "\n".join(map(printable, text.split("\n")))

@@ -13,12 +13,14 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import webbrowser
 from pathlib import Path
 
 from engine.errors import InputError
 from engine.system.command_line import run
 from sweep.folder.sweep_folder import SweepFolder
+from sweep.tracking.mlflow_page import answers_what_it_must_not
 from sweep.tracking.mlflow_runs import ENVIRONMENT, MlflowRuns
 from sweep.tracking.mlflow_view import page_queries
 from sweep.tracking.tracker import local_uri
@@ -89,14 +91,19 @@ def _serve(uri: str, port: int, pages: dict[str, str], browser: bool) -> int:
     """Run MLflow's server until Ctrl-C or SIGTERM, then stop it together with its workers."""
     # the store may hold a password, and every user can read a command line
     environment = {**ENVIRONMENT, **os.environ, "MLFLOW_BACKEND_STORE_URI": uri}
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    serve = ["gunicorn", "--bind", f"{HOST}:{port}", "--workers", "1", "--threads", "4", "--log-level", "error"]
+    command = [sys.executable, "-m", *serve, "sweep.tracking.mlflow_page:make_app()"]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     try:
         if not _answers(server, port):
-            server.kill()
+            server.terminate()
             lines = (server.stderr.read() if server.stderr else b"").decode(errors="replace").strip().splitlines()
             print(f"error: MLflow did not start: {lines[-1] if lines else 'it printed nothing'}", file=sys.stderr)
+            return 1
+        served = answers_what_it_must_not(HOST, port)
+        if served is not None:
+            print(f"error: MLflow's server does more than show the sweep ({served}), so it was closed again", file=sys.stderr)
             return 1
         _show(f"http://{HOST}:{port}", pages, browser)
         print("Press Ctrl-C to stop the server", flush=True)
@@ -113,12 +120,14 @@ def _serve(uri: str, port: int, pages: dict[str, str], browser: bool) -> int:
 
 
 def _answers(server: subprocess.Popen, port: int) -> bool:
+    """Wait until the server answers a request; return False where it ends first, or takes too long."""
     deadline = time.monotonic() + START_S
     while server.poll() is None and time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex((HOST, port)) == 0:
+        try:
+            with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=START_S):
                 return True
-        time.sleep(0.2)
+        except OSError:  # not listening yet, or its worker is still loading
+            time.sleep(0.2)
     return False
 
 

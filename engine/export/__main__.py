@@ -34,6 +34,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", choices=tuple(TITLES), default="peft")
     parser.add_argument("--out", type=Path, required=True, help="new or empty folder")
     parser.add_argument("--config", type=Path, help="train_config.json, if it is neither in the adapter's folder nor above")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let the base model's own code run")
     parser.add_argument("--no-losses", action="store_true", help="do not measure losses; the model card then says so")
     return parser.parse_args(arguments)
 
@@ -42,7 +43,8 @@ def _main(options: argparse.Namespace) -> int:
     config = load_train_config(options.config) if options.config else None
     from engine.export.forms import export  # late: --help and typing errors do not wait for torch
 
-    measured = export(options.adapter, options.to, options.out, config=config, measure=not options.no_losses)
+    allowed = {"measure": not options.no_losses, "trust_remote_code": options.trust_remote_code}
+    measured = export(options.adapter, options.to, options.out, config=config, **allowed)
     if measured is not None:
         merged = "" if measured.merged is None else f", merged {measured.merged:.4f}"
         print(f"eval loss: base model {measured.base:.4f}, with the adapter {measured.adapter:.4f}{merged}")

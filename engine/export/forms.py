@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from engine.adapter.lora import attach, detach, load_adapter_state
-from engine.adapter.peft_files import CONFIG, PREFIX, TRAIN_CONFIG, WEIGHTS, find_train_config
+from engine.adapter.origin import read_origin
+from engine.adapter.peft_files import CONFIG, PREFIX, TRAIN_CONFIG, WEIGHTS
 from engine.adapter.portable import Adapter, read_adapter
 from engine.config.parsing import to_json
 from engine.config.trial import ModelConfig, TrainConfig
@@ -37,18 +38,25 @@ from engine.system.provenance import provenance
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
 
 
-def export(folder: Path, form: str, out: Path, *, config: TrainConfig | None = None, measure: bool = True) -> Measured | None:
+def export(
+    folder: Path,
+    form: str,
+    out: Path,
+    *,
+    config: TrainConfig | None = None,
+    measure: bool = True,
+    trust_remote_code: bool = False,
+) -> Measured | None:
     """Write `folder`'s adapter in `form` to `out`, whole or not at all, and return the losses.
 
     config: the train config; None takes the one in or above `folder`. measure: False measures no
-    loss. InputError for an `out` that is not empty and for a model or tokenizer that the form
-    cannot hold.
+    loss. trust_remote_code: allow the model's own code to run. InputError for an `out` that is not
+    empty and for a model or tokenizer that the form cannot hold.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError("--out", str(out), "must be a new or empty folder")
     adapter = read_adapter(folder)
-    config = config or find_train_config(folder)
-    model = config.model if config else ModelConfig(path=adapter.base, revision=adapter.revision)
+    model, config = read_origin(folder, adapter, config=config, trust_remote_code=trust_remote_code)
     if form.startswith("gguf"):
         architecture(model_config(model))  # refuse an unknown architecture before any long work
     results: list[Measured | None] = []

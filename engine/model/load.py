@@ -48,14 +48,13 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str = a
         check_weights(Path(source), config.path)
 
     def load(folder: str | Path, **more: Any) -> tuple[Any, dict[str, Any]]:
-        return from_pretrained(AutoModelForCausalLM, config, str(folder), **options, **more)
+        model, loading = from_pretrained(AutoModelForCausalLM, config, str(folder), **options, **more)
+        # transformers fills missing tensors with random numbers; nothing may save or train such a model
+        if missing := loading["missing_keys"]:
+            raise InputError("model.path", config.path, f"lacks {len(missing)} tensors, such as {min(map(str, missing))}")
+        return model, loading
 
-    if config.quantization == "nf4":
-        model, loading = _load_nf4(config, source, device, dtype, load)
-    else:
-        model, loading = load(source)
-    if loading["missing_keys"]:  # transformers fills missing tensors with random numbers
-        raise InputError("model.path", config.path, f"lacks {len(loading['missing_keys'])} tensors, such as {_first(loading)}")
+    model, _ = _load_nf4(config, source, device, dtype, load) if config.quantization == "nf4" else load(source)
     model.requires_grad_(False).eval()
     names = freeze_linears(model, skip=[model.get_output_embeddings()])
     if not names:
@@ -94,7 +93,3 @@ def _local_folder(config: ModelConfig, source: str) -> Path | None:
     except Exception:  # missing or incomplete: the caller's load downloads it or reports the fault
         return None
     return folder
-
-
-def _first(loading: dict[str, Any]) -> str:
-    return min(map(str, loading["missing_keys"]))

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from engine.errors import InputError
+from engine.system.checksums import find_damage, write_checksums
 from engine.system.file_lock import FileLock
+from engine.system.files import sync
 
 CACHE_VARIABLE = "QLORA_SWEEP_CACHE"
 
@@ -27,16 +30,19 @@ def build_once(name: str, builder: Callable[[Path], None]) -> Path:
     """Return the cache's folder `name`, filled by `builder(empty_folder)` if it is not there yet.
 
     A second process waits for the first; the kernel frees the flock even after SIGKILL. The folder
-    gets its name only when it is whole. The next build removes the leftovers of a killed one.
-    InputError if the cache cannot be written.
+    gets its name only when it is whole, on the disk, and described by checksums. A folder that has
+    changed since then is named in a warning, removed and built again. The next build removes the
+    leftovers of a killed one. InputError if the cache cannot be written.
     """
     root = cache_root()
     final = root / name
-    if final.is_dir():
+    if final.is_dir() and find_damage(final) is None:
         return final
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{name}.lock").held():
+            if final.is_dir() or final.is_symlink():
+                _remove_damaged(final)
             if not final.is_dir():
                 _build(root, name, builder)
     except OSError as error:
@@ -46,6 +52,18 @@ def build_once(name: str, builder: Callable[[Path], None]) -> Path:
     return final
 
 
+def _remove_damaged(final: Path) -> None:
+    """Remove the folder if it is damaged; another process may have built it again meanwhile."""
+    damage = find_damage(final)
+    if damage is None:
+        return
+    print(f"WARNING: {final} is damaged ({damage}); it is removed and made again", file=sys.stderr)
+    if final.is_symlink():
+        final.unlink()
+    else:
+        shutil.rmtree(final)
+
+
 def _build(root: Path, name: str, builder: Callable[[Path], None]) -> None:
     for leftover in root.glob(f".{name}.building-*"):  # we hold the lock, so its builder is dead
         shutil.rmtree(leftover)
@@ -53,6 +71,8 @@ def _build(root: Path, name: str, builder: Callable[[Path], None]) -> None:
     building.mkdir()
     try:
         builder(building)
+        write_checksums(building)
         building.rename(root / name)
+        sync(root)
     finally:
         shutil.rmtree(building, ignore_errors=True)

@@ -12,9 +12,10 @@ from typing import TextIO
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from engine.trial_report import TrialReport
-from sweep.text import params_text
+from sweep.text import params_text, printable_lines
 from sweep.trials.record import Outcome, TrialRecord
 
 COLORS = {
@@ -41,7 +42,7 @@ class LineConsole:
         pass
 
     def note(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(printable_lines(text), file=self._stream, flush=True)
 
     def on_trial_updated(self, record: TrialRecord) -> None:
         """Print a line if the trial has started, reported or ended since the last call."""
@@ -76,7 +77,7 @@ class TableConsole:
         self._live.stop()
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable_lines(text), markup=False, highlight=False, soft_wrap=True)
 
     def on_trial_updated(self, record: TrialRecord) -> None:
         # the table shows only the best and the last report of an ended trial
@@ -111,18 +112,19 @@ class TableConsole:
                 table.add_row(*self._row(record, best))
         return table
 
-    def _row(self, record: TrialRecord, best: float | None) -> tuple[str, ...]:
+    def _row(self, record: TrialRecord, best: float | None) -> tuple[Text, ...]:
+        """Return the cells as Text: a string would be read as markup, and params may hold brackets."""
         last = record.reports[-1] if record.reports else None
         score = "" if record.score is None else f"{record.score:.4f}"
         winner = record.outcome is Outcome.COMPLETE and record.score == best
         return (
-            str(record.number),
-            params_text(record.params),
-            _rung_text(record, self._num_rungs),
-            f"{last.tokens_seen:,}" if last else "",
-            f"[bold green]{score}[/]" if winner else score,
-            f"{last.tokens_per_second:,.0f}" if last else "",
-            f"[{COLORS.get(record.outcome, 'red')}]{record.outcome}[/]",
+            Text(str(record.number)),
+            Text(params_text(record.params)),
+            Text(_rung_text(record, self._num_rungs)),
+            Text(f"{last.tokens_seen:,}" if last else ""),
+            Text(score, style="bold green" if winner else ""),
+            Text(f"{last.tokens_per_second:,.0f}" if last else ""),
+            Text(str(record.outcome), style=COLORS.get(record.outcome, "red")),
         )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config.trial import TrainConfig
+from engine.errors import printable
 from sweep.cluster.card_kinds import CardKind
 from sweep.cluster.slots import Hardware, Slots, local_hardware, plan_slots
 from sweep.config.sweep import ClusterConfig, SweepConfig, describe_budget
@@ -79,7 +80,7 @@ class SweepPlan:
         for dimension in self.space.dimensions:
             when = " and ".join(f"{path} in {', '.join(map(str, names))}" for path, names in dimension.when.items())
             lines.append(f"  {dimension.path:<{width}}  {dimension.describe()}" + (f"  when {when}" if when else ""))
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def make_sweep_plan(config: SweepConfig, find_hardware: Callable[[ClusterConfig], Hardware] = local_hardware) -> SweepPlan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import re
 import signal
 import socket
@@ -15,6 +17,7 @@ import pytest
 from sweep import ui
 from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
+from sweep.tracking import mlflow_page
 from sweep.tracking.tracker import Tracker, local_uri
 from sweep.trials.record import Outcome, TrialRecord
 
@@ -69,6 +72,13 @@ def test_a_taken_port_is_passed_over():
         assert ui.free_port() != taken.getsockname()[1]
 
 
+def asked(host: str, port: str, method: str, path: str, body: dict) -> tuple[int, dict]:
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
 @pytest.mark.faults  # MLflow's server needs ten seconds of processor time to start
 def test_table_and_charts_are_served_on_this_machine_alone_until_ctrl_c(tracked):
     process = subprocess.Popen(
@@ -83,8 +93,20 @@ def test_table_and_charts_are_served_on_this_machine_alone_until_ctrl_c(tracked)
     assert {(address.ip, address.port) for address in listening} == {("127.0.0.1", int(port))} and host == "127.0.0.1"
     with urllib.request.urlopen(f"http://{host}:{port}/", timeout=60) as page:
         assert b"MLflow" in page.read()
+    assert mlflow_page.answers_what_it_must_not(host, int(port)) is None
+    found = asked(host, port, "POST", "/ajax-api/2.0/mlflow/experiments/search", {"max_results": 10})
+    assert found[0] == 200 and [each["name"] for each in found[1]["experiments"] if each["name"] != "Default"] == ["demo"]
+    theft = {"name": "theft", "artifact_location": "file:///etc"}  # and then get-artifact?path=passwd
+    assert asked(host, port, "POST", "/ajax-api/2.0/mlflow/experiments/create", theft)[0] == 403
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
     _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
+
+
+@pytest.mark.faults  # as above
+def test_a_server_that_does_more_than_show_is_closed_again(tracked, monkeypatch, capfd):
+    monkeypatch.setattr(mlflow_page, "PROBES", (("GET", "/version"),))  # as if MLflow's own server had been started
+    assert ui.main([str(tracked.path)]) == 1
+    assert "does more than show the sweep (GET /version is answered with 200)" in capfd.readouterr().err

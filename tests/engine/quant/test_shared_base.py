@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import engine.model.load
 from engine.data.packing import collate
 from engine.data.views import load_data
+from engine.errors import InputError
 from engine.model.load import load_base
 from engine.quant.shared_base import PREFIX, QUOTA_VARIABLE, load_packed
 from tests.support.trials import CPU, build
@@ -107,7 +109,7 @@ def test_a_damaged_packed_base_is_made_anew(tiny_config, cache, num_quantised, c
     file = packed(cache)[0] / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert bits(load_base(config.model, CPU)) == whole and len(num_quantised) == 2
-    assert "is quantised again" in capsys.readouterr().err
+    assert "has changed since it was written" in capsys.readouterr().err
     assert bits(load_base(config.model, CPU)) == whole and len(num_quantised) == 2
 
 
@@ -144,3 +146,15 @@ def test_workers_of_a_node_that_begin_at_once_quantise_once(tmp_path, cache, mon
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(load, range(4))) == [("bits", {})] * 4
     assert (len(quantised), len(read)) == (1, 3)
+
+
+def test_a_model_that_lacks_a_tensor_is_refused_every_time_and_never_saved(tiny_config, cache, tmp_path, num_quantised):
+    folder = shutil.copytree(build(tiny_config).model.path, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = build(tiny_config, model={"path": str(folder)}).model
+    for _ in range(2):  # the second trial of a worker must not find what the first was refused
+        with pytest.raises(InputError, match=r"lacks 1 tensors, such as model\.layers\.1\.mlp\.up_proj\.weight"):
+            load_base(config, CPU)
+    assert packed(cache) == [] and len(num_quantised) == 2
