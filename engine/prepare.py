@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from engine.answers import Facts, PreparedFacts, VisibleCard
+from engine.command_answers import Facts, PreparedFacts, VisibleCard
 from engine.config.targets import resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.views import load_data

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.adapter.lora import attach, detach
 from engine.adapter.peft_files import load_adapter
-from engine.answers import AdapterEvaluation
+from engine.command_answers import AdapterEvaluation
 from engine.config.trial import TrainConfig
 from engine.data.views import load_data
 from engine.errors import first_line

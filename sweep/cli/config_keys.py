@@ -18,7 +18,7 @@ from engine.planning.cards import CARDS
 from sweep.config.pruner_options import PRUNERS
 from sweep.config.sampler_options import SAMPLERS
 from sweep.config.sweep import SweepConfig
-from sweep.space.comparable import UNSEARCHABLE
+from sweep.space.unsearchable import UNSEARCHABLE
 
 CHOSEN_BY_NAME = {"sampler": SAMPLERS, "pruner": PRUNERS}
 CARD = "cluster.card"

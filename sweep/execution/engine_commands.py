@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from engine.answers import AdapterEvaluation, Facts, PreparedFacts
+from engine.command_answers import AdapterEvaluation, Facts, PreparedFacts
 from engine.config.parsing import load_json
 from engine.config.trial import TrainConfig
 from engine.errors import EngineError

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from engine.answers import AdapterEvaluation
+from engine.command_answers import AdapterEvaluation
 from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import EngineError, first_line
 from sweep.cluster.card_kinds import Label

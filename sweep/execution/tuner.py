@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,15 +15,13 @@ from typing import Any
 
 from ray import tune
 from ray.tune import PlacementGroupFactory
-from ray.tune.stopper import Stopper
 
 from engine.config.trial import TrainConfig
-from engine.errors import StorageError
-from engine.system.signals import handled
 from sweep.cluster.card_kinds import Label
 from sweep.cluster.connect import cluster
 from sweep.cluster.slots import Slots
-from sweep.execution.interruption import STOP_SIGNALS, taken_signals
+from sweep.execution.interruption import STOP_SIGNALS
+from sweep.execution.safe_stop import GRACE_S, SafeStop
 from sweep.execution.scheduler import LedgerScheduler
 from sweep.execution.searcher import LedgerSearcher
 from sweep.execution.worker import TrialWorker
@@ -32,9 +29,6 @@ from sweep.execution.worker_config import EngineModules, worker_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.ledger import Ledger
 from sweep.trials.record import Proposal
-
-# managers leave 20 s or more between SIGTERM and SIGKILL, and Ray takes 2 to 3 s to end
-GRACE_S = 15.0
 
 
 def run_trials(
@@ -120,61 +114,3 @@ def _placement(slots: Slots) -> Callable[[dict[str, Any]], PlacementGroupFactory
         return PlacementGroupFactory([bundle], bundle_label_selector=[selector]) if selector else PlacementGroupFactory([bundle])
 
     return place
-
-
-class SafeStop(Stopper):
-    """Turn a signal or a full disk into an exception between two steps of Tune's loop.
-
-    So the exception never tears a journal write. After a signal it comes once the running trials
-    have ended, or the grace period is over. It is KeyboardInterrupt, because on an Exception Tune's
-    loop would wait for all trials to end.
-    """
-
-    def __init__(
-        self,
-        fault: Callable[[], str | None],
-        wind_down: Callable[[], None],
-        num_training: Callable[[], int],
-        grace_s: float = GRACE_S,
-        monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Take the callbacks to the ledger.
-
-        fault: returns why to stop at once, or None. wind_down: asks the running trials to end.
-        num_training: returns how many of them may still have something to save.
-        """
-        self._fault, self._wind_down, self._num_training = fault, wind_down, num_training
-        self._grace_s, self._monotonic = grace_s, monotonic
-        self._signalled, self._deadline_s = False, None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles this object into its snapshots, which no one reads
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        if self._fault():
-            raise KeyboardInterrupt
-        if self._signalled and self._deadline_s is None:
-            self._deadline_s = self._monotonic() + self._grace_s
-            self._wind_down()
-        if self._signalled and (not self._num_training() or self._monotonic() >= self._deadline_s):
-            raise KeyboardInterrupt
-        return False
-
-    @contextmanager
-    def catching(self) -> Iterator[None]:
-        """Hold the first signal until the next safe point. A second signal acts at once."""
-
-        def catch(number: int, frame: Any) -> None:
-            self._signalled = True
-            give_back()
-
-        with handled(taken_signals(), catch) as give_back:
-            try:
-                yield
-            except KeyboardInterrupt:
-                if self._signalled or not self._fault():
-                    raise
-                raise StorageError(self._fault()) from None

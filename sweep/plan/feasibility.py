@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from engine.answers import Facts, VisibleCard
+from engine.command_answers import Facts, VisibleCard
 from engine.config.trial import TrainConfig
 from engine.errors import OutOfMemory
 from engine.planning.cards import CARDS, Card, found_card, match_card

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.answers import AdapterEvaluation
+from engine.command_answers import AdapterEvaluation
 from engine.errors import EngineError
 from engine.units import perplexity
 from sweep.execution.engine_commands import evaluate as evaluate_here

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from engine.answers import AdapterEvaluation
+from engine.command_answers import AdapterEvaluation
 from engine.config.parsing import parse_dataclass
 
 # float32 repeats itself; bfloat16 kernels may sum in another order

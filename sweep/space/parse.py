@@ -16,8 +16,8 @@ from typing import Any
 
 from engine.config.trial import TrainConfig
 from engine.errors import InputError, did_you_mean
-from sweep.space.comparable import UNSEARCHABLE
 from sweep.space.space import Choice, Dimension, Range, Scalar, Space
+from sweep.space.unsearchable import UNSEARCHABLE
 
 LEAF_KEYS = ("choices", "low", "high", "log", "step", "when")
 

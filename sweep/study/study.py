@@ -30,8 +30,8 @@ from sweep.plan.feasibility import UNPREDICTED, Fit
 from sweep.space.space import Space
 from sweep.study.journal import STUDY_NAME, earlier_entry, mend_journal, new_entry, open_journal, record_of, told_state
 from sweep.study.proposals import Proposer
+from sweep.study.pruner_verdicts import Pruning
 from sweep.study.pruners import make_optuna_pruner, make_pruner
-from sweep.study.pruning import Pruning
 from sweep.study.samplers import MEMORY, make_sampler, proposal_seed
 from sweep.study.warm_start import EarlierTrial
 from sweep.trials.objectives import objective_values

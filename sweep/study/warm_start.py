@@ -2,7 +2,7 @@
 
 A trial enters if it is a point of this sweep's space. Its params, put into this sweep's base, must
 give the config that was trained, field by field. It may therefore come from a smaller, larger or
-different space. The fields in sweep/space/comparable.py must be equal, because they decide whether
+different space. The fields in sweep/space/unsearchable.py must be equal, because they decide whether
 losses compare.
 """
 
@@ -17,8 +17,8 @@ from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from sweep.config.sweep import SweepConfig
-from sweep.space.comparable import INCOMPARABLE
 from sweep.space.space import Choice, Dimension, Space, is_active
+from sweep.space.unsearchable import INCOMPARABLE
 from sweep.trials.objectives import objective_values
 from sweep.trials.record import Outcome, TrialRecord
 

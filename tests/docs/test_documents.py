@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.answers import Facts
+from engine.command_answers import Facts
 from sweep import driver
 from sweep.__main__ import compose
 from sweep.cluster.slots import Hardware

@@ -20,7 +20,7 @@ import time
 import types
 from pathlib import Path
 
-from engine.answers import AdapterEvaluation, PreparedFacts, VisibleCard
+from engine.command_answers import AdapterEvaluation, PreparedFacts, VisibleCard
 from engine.config.parsing import load_json, parse
 from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import DivergedError, InputError, Interrupted, OutOfMemory

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.answers import Facts, VisibleCard
+from engine.command_answers import Facts, VisibleCard
 from engine.errors import InputError
 from sweep.cluster.card_kinds import card_kinds, selector
 from sweep.cluster.slots import Slots

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from engine.answers import Facts
+from engine.command_answers import Facts
 from engine.planning.cards import CARDS
 from engine.planning.model_shape import ModelShape
 from sweep import driver

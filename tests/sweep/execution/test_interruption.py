@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from sweep.execution.interruption import Interruption, taken_signals
-from sweep.execution.tuner import SafeStop
+from sweep.execution.safe_stop import SafeStop
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.answers import Facts, VisibleCard
+from engine.command_answers import Facts, VisibleCard
 from engine.errors import InputError
 from sweep.plan.feasibility import UNPREDICTED, Feasibility, make_feasibility
 from sweep.plan.forecast import check_any_fits, corners

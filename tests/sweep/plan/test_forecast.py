@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from engine.answers import Facts
+from engine.command_answers import Facts
 from engine.planning.cards import CARDS
 from sweep import driver
 from sweep.__main__ import main

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.answers import AdapterEvaluation
+from engine.command_answers import AdapterEvaluation
 from engine.errors import InputError
 from sweep.results.reevaluation import Reevaluation, compare
 

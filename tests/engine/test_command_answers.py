@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from engine.answers import AdapterEvaluation, Facts, PreparedFacts, VisibleCard
+from engine.command_answers import AdapterEvaluation, Facts, PreparedFacts, VisibleCard
 from engine.errors import InputError
 from engine.planning.model_shape import ModelShape
 

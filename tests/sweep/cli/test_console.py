@@ -1,0 +1,46 @@
+"""Text from a config reaches the terminal as text: no markup, no control characters."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from sweep.cli.console import LineConsole, TableConsole
+from sweep.trials.record import Outcome
+from tests.support.tracked import trial
+
+NAMES = [
+    "[/attn]", "[all]", "[bold red]", "[link=https://x]y[/link]", "a\x1b[2Jb", "new\nline", "\x07", "re\u202edrow", "плюс [x]",
+]  # fmt: skip
+
+
+def shown(name: str) -> str:
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in name)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.RUNNING, Outcome.PRUNED, Outcome.INFEASIBLE])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_choice_is_shown_as_it_is_called_in_the_table(name, outcome):
+    stream = io.StringIO()
+    console = TableConsole(stream, 4, 8)
+    console._console.width = 200
+    console.on_trial_updated(trial(0, outcome, 2.0, params={"lora.target_modules": name}))
+    console._console.print(console._table())
+    assert f"target_modules={shown(name)}" in stream.getvalue()
+    assert "\x1b[2J" not in stream.getvalue() and "\x07" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_choice_is_shown_as_it_is_called_in_a_line(name):
+    stream = io.StringIO()
+    console = LineConsole(stream, 4)
+    console.on_trial_updated(trial(0, Outcome.RUNNING, params={"lora.target_modules": name}))
+    assert stream.getvalue() == f"trial   0  started   target_modules={shown(name)}\n"
+
+
+@pytest.mark.parametrize("make", [lambda stream: LineConsole(stream, 4), lambda stream: TableConsole(stream, 4, 8)])
+def test_a_note_keeps_its_own_lines_and_nothing_that_steers_a_terminal(make):
+    stream = io.StringIO()
+    make(stream).note("two\nlines of [bold]text\x1b[2J")
+    assert stream.getvalue() == "two\nlines of [bold]text\\x1b[2J\n"
