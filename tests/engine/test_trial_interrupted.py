@@ -118,7 +118,7 @@ def test_a_checkpoint_between_reports_whose_sums_do_not_fit_is_refused(trial, tm
     text = state.read_text()
     assert '"num_steps": 1' in text
     state.write_text(text.replace('"num_steps": 1', '"num_steps": 2'))
-    with pytest.raises(CheckpointError, match="do not agree"):
+    with pytest.raises(CheckpointError, match="do not match"):
         next(train(trial[0], tmp_path, base=trial[1]))
 
 
