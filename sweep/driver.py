@@ -9,6 +9,7 @@ Tune's own state is not used.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -18,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import StorageError, first_line
-from engine.system.files import storage_fault
+from engine.system.files import home_folder, storage_fault
 from engine.system.provenance import provenance
 from engine.system.signals import handled
 from sweep.cli.console import make_console
 from sweep.cluster.ray_environment import set_ray_environment
 from sweep.cluster.slots import Hardware, local_hardware
 from sweep.config.absolute_paths import with_absolute_paths
+from sweep.config.confirmations import ADDRESS, CODE, credentials, refuse_unconfirmed
 from sweep.config.resume_changes import apply_resume_changes
 from sweep.config.sweep import ClusterConfig, parse_sweep_config
 from sweep.execution.engine_commands import inspect, prepare
@@ -58,6 +60,7 @@ def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engin
         with folder.lock():  # refuse a second driver before preparing model and data
             pass
     config = apply_resume_changes(folder.read_config(), overrides)
+    refuse_unconfirmed(config, overrides, os.environ, home_folder())
     return _launch(make_sweep_plan(config, _find_hardware), folder, dry_run, engine)
 
 
@@ -200,7 +203,12 @@ def _report_so_far(folder: SweepFolder) -> None:
 
 
 def _resume_command(folder: SweepFolder) -> str:
-    return f"python -m sweep resume={shlex.quote(str(folder.path))}"
+    """Return what to type to go on, with the confirmations that it will be asked for."""
+    words, config = [f"resume={folder.path}"], folder.read_config()
+    words += [f"{CODE}=true"] if config.model.trust_remote_code else []
+    if config.tracking.uri and credentials(os.environ, home_folder()):
+        words.append(f"{ADDRESS}={config.tracking.public_uri}")
+    return f"python -m sweep {' '.join(map(shlex.quote, words))}"
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from engine.errors import InputError
 from engine.system.command_line import run
+from engine.system.files import home_folder
+from sweep.config.confirmations import refuse_foreign_address
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.tracking.mlflow_page import answers_what_it_must_not
 from sweep.tracking.mlflow_runs import ENVIRONMENT, MlflowRuns
@@ -37,7 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    uri, pages = find_pages(SweepFolder.open(options.folder, "folder"))
+    folder = SweepFolder.open(options.folder, "folder")
+    if (config := folder.read_config()).tracking.uri != options.tracking_uri:
+        refuse_foreign_address(config, f"--tracking-uri {config.tracking.public_uri}", os.environ, home_folder())
+    uri, pages = find_pages(folder)
     if uri.startswith("http"):
         return _show(uri.rstrip("/"), pages, options.open)
     return _serve(uri, free_port() if options.port is None else options.port, pages, options.open)
@@ -49,6 +54,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--port", type=int, choices=range(1, 65536), metavar="PORT", help=f"default: {PORT}, or the next free one"
     )
+    parser.add_argument("--tracking-uri", metavar="URI", help="the sweep's MLflow server, if your credentials may be sent to it")
     parser.add_argument("--open", action="store_true", help="open the first page in a browser")
     return parser.parse_args(arguments)
 

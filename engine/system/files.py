@@ -105,6 +105,14 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
+def home_folder() -> Path | None:
+    """Return the user's home folder; None for a user without one, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
 def sync(path: Path) -> None:
     """Flush the file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.errors import InputError
+from sweep.config.confirmations import CONFIRMED
 from sweep.config.sweep import SweepConfig, parse_sweep_config
 
 NUM_TRIALS = "sweep.num_trials"
@@ -27,6 +28,8 @@ def apply_resume_changes(config: SweepConfig, overrides: dict[str, Any]) -> Swee
     """
     values = config.model_dump(mode="json")
     for key, value in overrides.items():
+        if key in CONFIRMED and value == _at(values, key):
+            continue
         if key not in AMENDABLE:
             raise InputError(key, value, f"cannot be changed on resume; only {', '.join(AMENDABLE)} can")
         *sections, name = key.split(".")
@@ -36,6 +39,11 @@ def apply_resume_changes(config: SweepConfig, overrides: dict[str, Any]) -> Swee
         _check_more(key, section[name], value)
         section[name] = value
     return parse_sweep_config(values)
+
+
+def _at(values: dict[str, Any], key: str) -> Any:
+    section, name = key.split(".")
+    return values[section][name]
 
 
 def _check_more(key: str, before: Any, wanted: Any) -> None:
