@@ -23,7 +23,8 @@ def config_with(uri: str | None = None, trust: bool = False, name: str = "mlflow
 
 @pytest.mark.parametrize("variable", CREDENTIALS)
 def test_credentials_go_to_no_server_that_the_folder_alone_names(variable, tmp_path):
-    secret, message = {variable: "secret"}, rf"tracking\.uri = '{SERVER}': only the sweep folder names this server, and {variable}"
+    secret = {variable: "secret"}
+    message = rf"tracking\.uri = '{SERVER}': only the sweep folder names this server, and {variable}"
     with pytest.raises(InputError, match=message) as refused:
         refuse_unconfirmed(config_with(SERVER), {}, secret, tmp_path)
     assert f"add tracking.uri={SERVER}" in str(refused.value) and "secret" not in str(refused.value)
