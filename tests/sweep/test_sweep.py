@@ -64,7 +64,7 @@ def test_a_sweep_with_half_its_space_infeasible_loses_no_trial(tmp_path, two_gpu
         rank = result["params"]["lora.rank"]
         assert result["predicted_peak_gib"] == rank
         if number in refused:
-            assert not launched and rank > 24 and f"needs {rank}.0 GiB" in result["error"]
+            assert not launched and rank > 24 and f"needs at least {rank}.0 GiB" in result["error"]
         else:
             assert launched and rank < 24 and result["outcome"] == "COMPLETE"
     assert "card       NVIDIA GeForce RTX 4090, 24.0 GiB" in out
@@ -83,7 +83,7 @@ def test_a_space_in_which_nothing_fits_is_one_line_before_anything_starts(tmp_pa
     process = start(tmp_path, two_gpus, space=space)
     _, err = process.communicate(timeout=100)
     assert (process.returncode, err.count("\n")) == (2, 1), err
-    assert "space = 'rank=32" in err and "needs 32.0 GiB" in err
+    assert "space = 'rank=32" in err and "needs at least 32.0 GiB" in err
     assert not (tmp_path / "sweeps").exists()
 
 
