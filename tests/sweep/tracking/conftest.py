@@ -6,9 +6,9 @@ from sweep.tracking.tracker import Tracker, local_uri
 from tests.support.tracked import CONFIG
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def store(tmp_path_factory):
-    """Create one database for the module, which takes 2 s; each test has a separate experiment."""
+    """Create one database for the room, which takes 2 s; each test has a separate experiment."""
     return tmp_path_factory.mktemp("store")
 
 
