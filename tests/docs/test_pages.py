@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 README = ROOT / "README.md"
 DOCUMENTS = [*PAGES, README, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "dashboards/README.md"))]
-TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
+TROUBLESHOOTING = "\n".join((ROOT / "docs" / page).read_text() for page in ("troubleshooting.md", "error-lines.md"))
 MAX_WORDS, MAX_README_WORDS = 1200, 700
 UNLIMITED = ("measured.md", "decisions/engine.md", "decisions/sweep.md")
 DECISIONS = {"engine": 37, "sweep": 53}
