@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.parsing import load_json, parse
+from engine.config.permission import FLAG, permitted_config
 from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import InputError, Interrupted
 from engine.planning.cards import find_card
@@ -51,7 +52,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
         prog=f"python -m engine {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", type=Path)
+    parser.add_argument(FLAG, action="store_true", help="let the model's own code run; the config alone cannot permit it")
     return parser
+
+
+def _load(options: argparse.Namespace) -> TrainConfig:
+    return permitted_config(load_train_config(options.config), options.trust_remote_code)
 
 
 def _train(arguments: list[str]) -> int:
@@ -60,7 +66,7 @@ def _train(arguments: list[str]) -> int:
         "--out", type=Path, help="trial folder to write and to continue from (default: replay/ next to the config)"
     )
     options = parser.parse_args(arguments)
-    config = load_train_config(options.config)
+    config = _load(options)
     out = options.out or options.config.resolve().parent / "replay"
     from engine.model.device import pick_device
     from engine.model.load import load_base
@@ -97,6 +103,7 @@ def _prepare(arguments: list[str]) -> int:
     if not isinstance(listed, list):
         raise InputError("configs", listed, "must be a JSON list of training configs")
     configs = [parse(TrainConfig, values, f"configs.{i}") for i, values in enumerate(listed)]
+    configs = [permitted_config(config, options.trust_remote_code) for config in configs]
     from engine.prepare import prepare
 
     return _answer(prepare(configs).to_dict(), options.answer)
@@ -106,7 +113,7 @@ def _inspect(arguments: list[str]) -> int:
     parser = _parser("inspect")
     parser.add_argument("--answer", type=Path)
     options = parser.parse_args(arguments)
-    config = load_train_config(options.config)
+    config = _load(options)
     from engine.prepare import inspect
 
     return _answer(inspect(config.model).to_dict(), options.answer)
@@ -116,7 +123,7 @@ def _plan(arguments: list[str]) -> int:
     parser = _parser("plan")
     parser.add_argument("--card", required=True, help="rtx3090, rtx4090, a10g, l4 ...")
     options = parser.parse_args(arguments)
-    config, card = load_train_config(options.config), find_card(options.card)
+    config, card = _load(options), find_card(options.card)
     from engine.model.inspect import model_config
 
     chosen = make_compute_plan(config, ModelShape.of(model_config(config.model), config.model.path), card)
@@ -132,14 +139,15 @@ def _evaluate(arguments: list[str]) -> int:
     parser = _parser("evaluate")
     parser.add_argument("--adapter", type=Path, required=True)
     parser.add_argument("--examples", type=int, default=0, help="evaluation samples for base model and adapter to answer")
+    parser.add_argument("--inputs", type=Path, help="JSON of digests (engine/sources/identity.py) that the inputs must have")
     parser.add_argument("--answer", type=Path)
     options = parser.parse_args(arguments)
     if options.examples < 0:
         raise InputError("--examples", options.examples, "must be 0 or more")
-    config = load_train_config(options.config)
+    config, inputs = _load(options), load_json(options.inputs) if options.inputs else None
     from engine.evaluation.reevaluate import evaluate_adapter
 
-    return _answer(evaluate_adapter(config, options.adapter, options.examples).to_dict(), options.answer)
+    return _answer(evaluate_adapter(config, options.adapter, options.examples, inputs).to_dict(), options.answer)
 
 
 def _answer(values: dict[str, Any], report: Path | None) -> int:

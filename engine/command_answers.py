@@ -47,7 +47,7 @@ class PreparedFacts(Facts):
     """Hold the answer of `engine prepare`: the facts, and the sizes of model and data.
 
     layers: one line on which decoder layers run fused. num_trainable: adapter parameters of each
-    config. data: digests of the samples by part, training and evaluation.
+    config. data: digests of samples, template and base model by part (engine/sources/identity.py).
     """
 
     model_path: str

@@ -14,7 +14,7 @@ import torch
 from engine.command_answers import Facts, PreparedFacts, VisibleCard
 from engine.config.targets import resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
-from engine.data.views import load_data
+from engine.data.views import identify, load_data
 from engine.errors import InputError
 from engine.model.device import host_share_gib
 from engine.model.inspect import ModelFacts, inspect_model, load_tokenizer, model_config
@@ -26,8 +26,8 @@ from engine.units import GIB
 def prepare(configs: list[TrainConfig]) -> PreparedFacts:
     """Check every config; raise InputError at the first fault.
 
-    Returns the facts that `inspect` returns for the first config, its sample counts and digests,
-    and the number of trainable parameters of every config.
+    Returns the facts that `inspect` returns for the first config, its sample counts and the digests
+    of its inputs, and the number of trainable parameters of every config.
     """
     if not configs:
         raise InputError("configs", configs, "must hold at least one training config")
@@ -46,7 +46,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         data_key = key + repr(config.data)
         if data_key not in samples:
             train_view, eval_view = load_data(config.data, tokenizer)
-            digests = digests or {"training": train_view.digest(), "evaluation": eval_view.digest()}
+            digests = digests or identify(config, tokenizer, (train_view, eval_view))
             samples[data_key] = (len(train_view), len(eval_view), train_view.num_dropped)
     num_train, num_eval, num_dropped = next(iter(samples.values()))
     found = inspect(configs[0].model)

@@ -12,13 +12,15 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from engine.errors import StorageError, first_line
+from engine.sources.identity import refuse_changed
 from engine.system.files import home_folder, storage_fault
 from engine.system.provenance import provenance
 from engine.system.signals import handled
@@ -59,15 +61,26 @@ def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engin
     if not dry_run:
         with folder.lock():  # refuse a second driver before preparing model and data
             pass
-    config = apply_resume_changes(folder.read_config(), overrides)
+    from sweep.study.begun_with import read_begun_with, read_unedited_config  # loads Optuna, which takes half a second
+
+    config = apply_resume_changes(read_unedited_config(folder), overrides)
     refuse_unconfirmed(config, overrides, os.environ, home_folder())
-    return _launch(make_sweep_plan(config, _find_hardware), folder, dry_run, engine)
+    recorded = read_begun_with(folder).inputs
+    recorded = folder.read_data() if recorded is None else recorded
+    return _launch(make_sweep_plan(config, _find_hardware), folder, dry_run, engine, recorded or {})
 
 
-def _launch(plan: SweepPlan, folder: SweepFolder | None, dry_run: bool, engine: EngineModules) -> int:
+def _launch(
+    plan: SweepPlan,
+    folder: SweepFolder | None,
+    dry_run: bool,
+    engine: EngineModules,
+    recorded: Mapping[str, str] = MappingProxyType({}),
+) -> int:
     """Print the plan, check everything, and run.
 
-    folder: None for a new sweep, whose folder is created once all checks have passed.
+    folder: None for a new sweep, whose folder is created once all checks have passed. recorded: the
+    digests of data and model that the sweep began with.
     """
     print(plan.describe(), flush=True)
     for warning in plan.warnings():
@@ -82,19 +95,20 @@ def _launch(plan: SweepPlan, folder: SweepFolder | None, dry_run: bool, engine: 
             feasibility, data = _prepare(plan, engine)
         except KeyboardInterrupt:
             return _interrupted(folder)
+        refuse_changed(plan.config.base(), recorded, data)
         if folder is None:
             if plan.config.sweep.warm_start:
                 _check_warm_start(plan, data)
             folder = SweepFolder.create(plan.config, datetime.now())
             folder.write_data(data)
         with _storage_errors(folder):
-            return _run(plan, folder, engine, feasibility, page)
+            return _run(plan, folder, engine, feasibility, page, {**data, **recorded})
 
 
 def _check_warm_start(plan: SweepPlan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
     """Raise InputError if the sampler cannot learn from the sweeps in sweep.warm_start.
 
-    data: digests of today's samples.
+    data: digests of today's samples and base model.
     """
     from sweep.study.earlier_sweeps import read_earlier  # loads Optuna, which takes half a second
 
@@ -119,7 +133,7 @@ def _forecast(plan: SweepPlan, engine: EngineModules) -> None:
 def _prepare(plan: SweepPlan, engine: EngineModules) -> tuple[Feasibility, dict[str, Any]]:
     """Check the whole sweep against model, data and card. Raises InputError if it cannot work.
 
-    Returns the fit check for its trials, and digests of the samples.
+    Returns the fit check for its trials, and digests of samples, template and base model.
     """
     print("preparing model and data ...", flush=True)
     facts = prepare(plan.probes(), engine.command)
@@ -133,7 +147,14 @@ def _prepare(plan: SweepPlan, engine: EngineModules) -> tuple[Feasibility, dict[
     return feasibility, facts.data
 
 
-def _run(plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, page: MetricsPage | None) -> int:
+def _run(
+    plan: SweepPlan,
+    folder: SweepFolder,
+    engine: EngineModules,
+    feasibility: Feasibility,
+    page: MetricsPage | None,
+    inputs: Mapping[str, str],
+) -> int:
     """Run everything from the folder's creation to the last line, with the folder's lock held."""
     with folder.lock():
         folder.write_config(plan.config)
@@ -144,7 +165,7 @@ def _run(plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibilit
             set_ray_environment(plan.config.cluster.address, plan.slots.num_slots if plan.has_mixed_cards else 1)
             from sweep.session import SweepSession  # loads ray, which reads that environment once
 
-            return SweepSession(plan, folder, engine, feasibility, screen, tracker, page).run()
+            return SweepSession(plan, folder, engine, feasibility, screen, tracker, page, inputs).run()
         except KeyboardInterrupt:
             screen.stop()
             code = _interrupted(folder)

@@ -18,6 +18,7 @@ import webbrowser
 from pathlib import Path
 
 from engine.errors import InputError
+from engine.system.child_python import ROOT, own_environment, python_module
 from engine.system.command_line import run
 from engine.system.files import home_folder
 from sweep.config.confirmations import refuse_foreign_address
@@ -96,9 +97,10 @@ def free_port() -> int:
 def _serve(uri: str, port: int, pages: dict[str, str], browser: bool) -> int:
     """Run MLflow's server until Ctrl-C or SIGTERM, then stop it together with its workers."""
     # the store may hold a password, and every user can read a command line
-    environment = {**ENVIRONMENT, **os.environ, "MLFLOW_BACKEND_STORE_URI": uri}
+    environment = own_environment({**ENVIRONMENT, **os.environ, "MLFLOW_BACKEND_STORE_URI": uri})
     serve = ["gunicorn", "--bind", f"{HOST}:{port}", "--workers", "1", "--threads", "4", "--log-level", "error"]
-    command = [sys.executable, "-m", *serve, "sweep.tracking.mlflow_page:make_app()"]
+    # gunicorn puts its working folder first on the module path
+    command = python_module(*serve, "--chdir", ROOT, "sweep.tracking.mlflow_page:make_app()")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     try:

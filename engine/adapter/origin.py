@@ -11,11 +11,10 @@ from pathlib import Path
 
 from engine.adapter.peft_files import find_train_config
 from engine.adapter.portable import Adapter
+from engine.config.permission import permitted
 from engine.config.trial import HUB_ID, ModelConfig, TrainConfig
 from engine.errors import InputError
 from engine.sources.builtin import PREFIX, published_name, resolve_model
-
-FLAG = "--trust-remote-code"
 
 
 def read_origin(
@@ -36,10 +35,7 @@ def read_origin(
         if config and not _same_base(model.path, adapter.base):
             allowed = f"must be the base model of adapter_config.json, {adapter.base!r}; if it was moved, export with --config"
             raise InputError("model.path", model.path, allowed)
-    if model.trust_remote_code and not trust_remote_code:
-        allowed = f"a file cannot permit that the model's own code runs; if you trust the code of {model.path!r}, add {FLAG}"
-        raise InputError("model.trust_remote_code", True, allowed)
-    model = model.model_copy(update={"trust_remote_code": trust_remote_code})
+    model = permitted(model, trust_remote_code)
     return model, config and config.model_copy(update={"model": model})
 
 

@@ -24,19 +24,26 @@ def open_samples(field: str, source: str, split: str) -> tuple[str, Iterator[tup
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise InputError(field, source, f"allowed file types: {', '.join(SUFFIXES)}")
-        with path.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        return digest, _read_file(field, path)
+        digest = _digest(path)
+        return digest, _read_file(field, path, digest)
     if path.suffix in SUFFIXES or path.is_dir() or not HUB_ID.fullmatch(source) or ".." in source:
         raise InputError(field, source, "no such file; allowed: a .jsonl, .json or .parquet file, a hub id, builtin:<name>")
     return _open_hub(field, source, split)
 
 
-def _read_file(field: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _digest(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _read_file(field: str, path: Path, digest: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the file's samples. InputError at the end if it is no longer the file of that digest."""
     try:
         yield from _read_parquet(field, path) if path.suffix == ".parquet" else _read_json(field, path)
     except UnicodeDecodeError as error:
         raise InputError(field, str(path), f"must be UTF-8 text ({error})") from None
+    if _digest(path) != digest:
+        raise InputError(field, str(path), "changed while it was read; start again once it is whole")
 
 
 def _read_parquet(field: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

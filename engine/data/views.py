@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.config.trial import ON_TRAINING_SAMPLES, DataConfig
+from engine.config.trial import ON_TRAINING_SAMPLES, DataConfig, TrainConfig
 from engine.data.packing import Sample
 from engine.data.readers import open_samples
 from engine.data.templates import chat_template
 from engine.data.tokens import VERSION, TokenSet, render_all, tokenise
-from engine.errors import InputError
+from engine.errors import InputError, InputsChanged
 from engine.sources.builtin import resolve_data
+from engine.sources.identity import identify_model, is_input_fault, refuse_changed, short_digest
 from engine.system.shared_cache import build_once
 
 
@@ -74,6 +76,34 @@ def load_data(config: DataConfig, tokenizer: Any) -> tuple[View, View]:
     _refuse_empty(train_view, "data.max_seq_length", config.max_seq_length)
     _refuse_empty(eval_view, "data.eval_max_seq_length", config.eval_max_seq_length)
     return train_view, eval_view
+
+
+def load_recorded(config: TrainConfig, tokenizer: Any, recorded: Mapping[str, str] | None) -> tuple[View, View]:
+    """Return the views of `load_data`; InputsChanged if they or the base model are not those recorded.
+
+    recorded: what `identify` found when the sweep began; None outside a sweep.
+    """
+    if not recorded:
+        return load_data(config.data, tokenizer)
+    try:
+        views = load_data(config.data, tokenizer)
+        found = identify(config, tokenizer, views)
+    except InputError as error:  # a file that is gone or half written has changed too
+        if is_input_fault(error, recorded):
+            raise InputsChanged(f"{error} (it was valid when the sweep began)") from error
+        raise
+    refuse_changed(config, recorded, found)
+    return views
+
+
+def identify(config: TrainConfig, tokenizer: Any, views: tuple[View, View]) -> dict[str, str]:
+    """Return the digests of all that the trials of a sweep share, by part (engine/sources/identity.py)."""
+    return {
+        **identify_model(config.model),
+        "template": short_digest(chat_template(tokenizer, config.data.chat_template) or ""),
+        "training": views[0].digest(),
+        "evaluation": views[1].digest(),
+    }
 
 
 def split_by_content(hashes: np.ndarray, eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:

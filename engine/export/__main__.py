@@ -16,6 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from engine.config.permission import FLAG
 from engine.config.trial import load_train_config
 from engine.export.model_card import TITLES
 from engine.system.command_line import run
@@ -34,7 +35,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", choices=tuple(TITLES), default="peft")
     parser.add_argument("--out", type=Path, required=True, help="new or empty folder")
     parser.add_argument("--config", type=Path, help="train_config.json, if it is neither in the adapter's folder nor above")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let the base model's own code run")
+    parser.add_argument(FLAG, action="store_true", help="let the base model's own code run")
     parser.add_argument("--no-losses", action="store_true", help="do not measure losses; the model card then says so")
     return parser.parse_args(arguments)
 

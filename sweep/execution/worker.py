@@ -28,6 +28,7 @@ from ray.tune import Trainable
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.errors import DivergedError, EngineError, InputError, Interrupted, OutOfMemory, StorageError
+from engine.sources.identity import is_input_fault
 from engine.system.file_lock import FileLock
 from engine.system.files import storage_fault
 from engine.trial_report import TrialReport, read_reports
@@ -49,8 +50,9 @@ class TrialWorker(Trainable):
     (may be empty), timing (see timeline.Span) and memory. If memory ran out, the last one has
     predicted_gib and measured_gib.
 
-    done with outcome RUNNING has two meanings. With an error, the disk is full, which is no trial's
-    fault: the trial continues from its last checkpoint when the user resumes the sweep. Without an
+    done with outcome RUNNING has two meanings. With an error, the disk is full or, if
+    has_changed_inputs is True, data or base model are not those of the sweep's start. That is no
+    trial's fault: it continues from its last checkpoint when the user resumes the sweep. Without an
     error, the driver asked the trial to end, and it is saved. After SIGTERM the trial is saved too,
     and the process ends.
     """
@@ -102,6 +104,7 @@ class TrialWorker(Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._spec, self._reports, self._lock, self._is_over = config, None, None, False
+        self._inputs: dict[str, str] = json.loads(config.get("inputs", "{}"))
         self._interruption.follow(Path(config["stop_file"]))
         self._began_s = self._newest_end_s = self._setup_s = None
 
@@ -169,10 +172,12 @@ class TrialWorker(Trainable):
             yield report
         if heard < self._num_rungs:
             train = importlib.import_module(self._spec["engine"]["train"]).train
-            base, interrupted = self._resident_base(config), self._interruption.is_asked
+            base, options = self._resident_base(config), {"interrupted": self._interruption.is_asked}
+            if self._inputs:
+                options["inputs"] = self._inputs
             with (
                 self._interruption.training(trial_folder),
-                closing(train(config, trial_folder, base=base, interrupted=interrupted)) as reports,
+                closing(train(config, trial_folder, base=base, **options)) as reports,
             ):
                 for report in reports:
                     yield from read_reports(trial_folder)[heard : report.rung - 1]
@@ -191,7 +196,8 @@ class TrialWorker(Trainable):
         return self._base
 
     def _failed(self, outcome: Outcome, error: Exception) -> dict[str, Any]:
-        if isinstance(error, StorageError) or storage_fault(error) in DISK_FAULTS:
+        has_changed_inputs = is_input_fault(error, self._inputs)
+        if isinstance(error, StorageError) or storage_fault(error) in DISK_FAULTS or has_changed_inputs:
             outcome = Outcome.RUNNING
         line = " ".join(str(error).split()) or type(error).__name__
         text = line if isinstance(error, EngineError) else f"{type(error).__name__}: {line}"
@@ -204,7 +210,7 @@ class TrialWorker(Trainable):
         if outcome is not Outcome.DIVERGED and not never_started:
             # the state of the model or of the allocator is in doubt: load the model again
             self._base, self._base_key = None, None
-        return _result(outcome, error=text[:500], memory=memory, done=True)
+        return {**_result(outcome, error=text[:500], memory=memory, done=True), "has_changed_inputs": has_changed_inputs}
 
     def _close(self) -> None:
         reports, lock = self._reports, self._lock

@@ -4,7 +4,7 @@ A kill leaves whole files only.
 
 <name>-<YYYYmmdd-HHMMSS>/
     sweep_config.json   the whole resolved config; resume reads it
-    data.json           digests of the samples, to check that losses of two sweeps compare
+    data.json           digests of samples and base model, to check that losses compare
     study.journal       Optuna's state, the record of truth
     trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's),
                         system.jsonl, result.json, error.txt
@@ -118,11 +118,11 @@ class SweepFolder:
         return parse_sweep_config(load_json(self.config_file))
 
     def write_data(self, data: dict[str, Any]) -> None:
-        """Write the digests of the samples that the sweep trains and evaluates on."""
+        """Write the digests of the samples and base model that all trials share."""
         write_text(self.data_file, json.dumps(data, indent=2, sort_keys=True) + "\n")
 
     def read_data(self) -> dict[str, Any] | None:
-        """Return the digests of the samples, or None if the folder has none yet."""
+        """Return these digests, or None if the folder has none yet."""
         return load_json(self.data_file) if self.data_file.is_file() else None
 
     def write_examples(self, examples: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from sweep.results.best_folder import EXAMPLE
 from sweep.results.leaderboard import HEADER, board_cells, board_rows
 from sweep.results.reevaluation import Reevaluation
 from sweep.space.parse import parse_space
+from sweep.study.begun_with import read_unedited_config
 from sweep.study.journal import read_records
 from sweep.text import number
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
@@ -47,7 +48,7 @@ def write_report(folder: SweepFolder) -> Path:
 
     InputError if the folder cannot be read.
     """
-    config = folder.read_config()
+    config = read_unedited_config(folder)
     try:
         page = _page(folder, config)
     except InputError:

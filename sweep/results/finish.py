@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.command_answers import AdapterEvaluation
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
 from engine.errors import EngineError
 from engine.units import perplexity
 from sweep.execution.engine_commands import evaluate as evaluate_here
@@ -20,7 +22,7 @@ from sweep.trials.record import Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
 DEFAULT_RULE = Rule()
-Evaluate = Callable[[Path, str, int], AdapterEvaluation]
+Evaluate = Callable[[TrainConfig, Path, str, int], AdapterEvaluation]
 
 
 def finish(
@@ -49,7 +51,8 @@ def finish(
         return None, summary
     note(f"evaluating the adapter of trial {best.number} again, from its files")
     try:
-        measured = evaluate(folder.trial(best.number), engine_command, num_examples)
+        config = parse(TrainConfig, best.config)
+        measured = evaluate(config, folder.trial(best.number) / "adapter", engine_command, num_examples)
     except EngineError as error:
         write_leaderboard(folder.path, records, sweep_name, None, rule)
         note(f"WARNING: the adapter of trial {best.number} could not be evaluated again, so best/ was not written: {error}")

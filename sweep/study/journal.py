@@ -23,6 +23,8 @@ STUDY_NAME = "sweep"
 JUDGED = "completed_rung_"
 # OUT_OF_MEMORY also violates the constraint, so that the sampler learns from it
 TOLD_PRUNED = (Outcome.PRUNED, Outcome.OUT_OF_MEMORY)
+# what Optuna raises for a file that is no journal of a sweep
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, AssertionError, optuna.exceptions.OptunaError)
 ConfigOf = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -40,6 +42,20 @@ def read_trials(folder: SweepFolder) -> list[FrozenTrial]:
         return []
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
     return optuna.load_study(study_name=STUDY_NAME, storage=storage).get_trials(deepcopy=False)
+
+
+def read_attributes(folder: SweepFolder) -> dict[str, Any]:
+    """Return the study's own attributes. Empty if the sweep has not begun, or its journal is damaged.
+
+    Who opens a damaged journal is told so by `mend_journal`.
+    """
+    if not folder.journal.is_file() or folder.journal.stat().st_size == 0:
+        return {}
+    try:
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
+        return optuna.load_study(study_name=STUDY_NAME, storage=storage).user_attrs
+    except DAMAGED:
+        return {}
 
 
 def read_records(folder: SweepFolder, config_of: ConfigOf) -> tuple[list[FrozenTrial], list[TrialRecord]]:
