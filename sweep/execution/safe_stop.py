@@ -24,9 +24,9 @@ GRACE_S = 15.0
 class SafeStop(Stopper):
     """Turn a signal or a full disk into an exception between two steps of Tune's loop.
 
-    So the exception never tears a journal write. After a signal it comes once the running trials
-    have ended, or the grace period is over. It is KeyboardInterrupt, because on an Exception Tune's
-    loop would wait for all trials to end.
+    So the exception never tears a journal write. After a signal, or once the inputs have changed, it
+    comes when the running trials have ended or the grace period is over. Inside it is
+    KeyboardInterrupt, because on an Exception Tune's loop would wait for all trials to end.
     """
 
     def __init__(
