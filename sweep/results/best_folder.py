@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.config.parsing import parse, to_json
+from engine.config.permission import FLAG
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.export.model_card import ModelCard, config_rows, peft_code
@@ -90,9 +91,14 @@ def best_card(
             *([("What it answers", _examples(examples))] if examples else []),
             ("Try it, and take it elsewhere", ["Run in this folder, with qlora-sweep installed:", "", *TOOLS]),
             ("Load it", ["Run in this folder:", "", *peft_code(base_model, config), *_builtin_note(config.model.path)]),
-            ("Train it again", ["```", "python -m engine train_config.json", "```"]),
+            ("Train it again", ["```", f"python -m engine train_config.json{_permission(config)}", "```"]),
         ],
     ).text()
+
+
+def _permission(config: TrainConfig) -> str:
+    """Return what the reader must add to let the model's own code run, if it has any."""
+    return f" {FLAG}" if config.model.trust_remote_code else ""
 
 
 def _examples(examples: Sequence[dict[str, str]]) -> list[str]:
