@@ -86,29 +86,15 @@ def load_adapter(folder: Path, layers: dict[str, LoraLinear]) -> None:
 
 
 TRAIN_CONFIG = "train_config.json"
-CHECKPOINT_STATE = "checkpoint/state.json"  # engine/training/checkpoint.py writes it
 
 
 def find_train_config(folder: Path) -> TrainConfig | None:
     """Return the config the adapter was trained with, or None if there is none.
 
     For the best adapter of a sweep, the file is in `folder`. For a trial's adapter, it is in the
-    parent; InputError if it was edited since the trial.
+    parent.
     """
     for place in (folder, folder.resolve().parent):
         if (place / TRAIN_CONFIG).is_file():
-            config = load_train_config(place / TRAIN_CONFIG)
-            _refuse_edited(place, config)
-            return config
+            return load_train_config(place / TRAIN_CONFIG)
     return None
-
-
-def _refuse_edited(trial_folder: Path, config: TrainConfig) -> None:
-    """Raise InputError if the trial's checkpoint belongs to another config. Without one, nothing is known."""
-    try:
-        trained = json.loads((trial_folder / CHECKPOINT_STATE).read_text())["fingerprint"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return
-    if trained != config.fingerprint():
-        allowed = f"was edited: the adapter was trained with config {trained}, and this is {config.fingerprint()}; put it back"
-        raise InputError(TRAIN_CONFIG, str(trial_folder / TRAIN_CONFIG), allowed)

@@ -1,15 +1,11 @@
 """An exported adapter gives the trained model again, in PEFT and in the engine."""
 
-import json
-
 import pytest
 import torch
 
 from engine.adapter.lora import attach
-from engine.adapter.peft_files import find_train_config
 from engine.data.packing import collate
 from engine.data.views import load_data
-from engine.errors import InputError
 from engine.evaluation.reevaluate import evaluate_adapter
 from engine.model import load as model
 from engine.model.load import load_base
@@ -61,19 +57,3 @@ def test_a_fresh_load_of_the_exported_adapter_has_the_reported_loss(tiny_config,
     measured = evaluate_adapter(config, tmp_path / "adapter")
     assert measured.eval_loss == pytest.approx(min(r.eval_loss for r in reports), rel=1e-6)
     assert measured.base_eval_loss > measured.eval_loss
-
-
-def test_a_config_that_was_edited_since_the_trial_is_refused(tiny_config, tmp_path):
-    config = build(tiny_config)
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "state.json").write_text(json.dumps({"fingerprint": config.fingerprint()}))
-    neutral = build(tiny_config, train={"micro_batch_size": 1, "tokens_per_step": 256})
-    for kept in (config, neutral):
-        (tmp_path / "train_config.json").write_text(kept.model_dump_json())
-        assert find_train_config(tmp_path / "adapter") == kept
-    (tmp_path / "train_config.json").write_text(build(tiny_config, data={"eval_max_samples": 1}).model_dump_json())
-    with pytest.raises(InputError, match=r"^train_config\.json = .* was edited: the adapter was trained with config"):
-        find_train_config(tmp_path / "adapter")
-    (tmp_path / "checkpoint" / "state.json").write_text("{")  # torn: nothing is known
-    assert find_train_config(tmp_path / "adapter").data.eval_max_samples == 1
