@@ -28,6 +28,7 @@ from engine.planning.model_shape import ModelShape
 from engine.planning.planner import make_compute_plan
 from engine.system.command_line import asked_to_end, run
 from engine.system.files import write_text
+from engine.system.user_path import user_path
 from engine.trial_report import read_reports
 
 STOPPED = "stopped; run the same command again to continue from the last save"
@@ -50,14 +51,14 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m engine {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=user_path)
     return parser
 
 
 def _train(arguments: list[str]) -> int:
     parser = _parser("train")
     parser.add_argument(
-        "--out", type=Path, help="trial folder to write and to continue from (default: replay/ next to the config)"
+        "--out", type=user_path, help="trial folder to write and to continue from (default: replay/ next to the config)"
     )
     options = parser.parse_args(arguments)
     config = load_train_config(options.config)
@@ -91,7 +92,7 @@ def _train(arguments: list[str]) -> int:
 
 def _prepare(arguments: list[str]) -> int:
     parser = _parser("prepare")
-    parser.add_argument("--answer", type=Path)
+    parser.add_argument("--answer", type=user_path)
     options = parser.parse_args(arguments)
     listed = load_json(options.config)
     if not isinstance(listed, list):
@@ -104,7 +105,7 @@ def _prepare(arguments: list[str]) -> int:
 
 def _inspect(arguments: list[str]) -> int:
     parser = _parser("inspect")
-    parser.add_argument("--answer", type=Path)
+    parser.add_argument("--answer", type=user_path)
     options = parser.parse_args(arguments)
     config = load_train_config(options.config)
     from engine.prepare import inspect
@@ -130,9 +131,9 @@ def _plan(arguments: list[str]) -> int:
 
 def _evaluate(arguments: list[str]) -> int:
     parser = _parser("evaluate")
-    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--adapter", type=user_path, required=True)
     parser.add_argument("--examples", type=int, default=0, help="evaluation samples for base model and adapter to answer")
-    parser.add_argument("--answer", type=Path)
+    parser.add_argument("--answer", type=user_path)
     options = parser.parse_args(arguments)
     if options.examples < 0:
         raise InputError("--examples", options.examples, "must be 0 or more")
