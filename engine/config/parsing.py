@@ -16,7 +16,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from engine.errors import InputError, did_you_mean
 
-PositiveInt = Annotated[int, Field(ge=1)]
+# Up to here a whole number is exact as a float, and fits 64 bits in torch, numpy and a database.
+MAX_COUNT = 10**15
+MAX_SECONDS = 10**8  # three years; the system's timers take a hundred times more
+PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 # JSON and YAML have no tuples.
 ListAsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config.trial import TrainConfig
-from engine.errors import printable
+from engine.errors import InputError, printable
 from sweep.cluster.card_kinds import CardKind
 from sweep.cluster.slots import Hardware, Slots, local_hardware, plan_slots
+from sweep.config.pruner_options import HyperbandConfig
 from sweep.config.sweep import ClusterConfig, SweepConfig, describe_budget
 from sweep.space.parse import parse_space
 from sweep.space.space import Space
@@ -93,9 +94,17 @@ def make_sweep_plan(config: SweepConfig, find_hardware: Callable[[ClusterConfig]
     if config.sampler.name == "grid":
         space.check_walkable()
     space.single_changes(config.base().model_dump(mode="json"))
+    _check_pruner(config)
     found = find_hardware(config.cluster)
     slots = plan_slots(config.cluster, config.train.device, found.num_gpus, found.num_cpus)
     return SweepPlan(config, space, slots, found.kinds if slots.device == "cuda" else ())
+
+
+def _check_pruner(config: SweepConfig) -> None:
+    """Raise InputError if Hyperband's first rung comes after the last one, so that it has no bracket."""
+    pruner, num_rungs = config.effective_pruner, len(config.train.report_grid())
+    if isinstance(pruner, HyperbandConfig) and pruner.min_rung > num_rungs:
+        raise InputError("pruner.min_rung", pruner.min_rung, f"must be at most {num_rungs}, the number of rungs")
 
 
 def _pruner(config: SweepConfig) -> str:

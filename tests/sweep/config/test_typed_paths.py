@@ -20,10 +20,11 @@ from sweep.config.typed_paths import AS_HYDRA_HAS_IT, PATHS, QUOTED
 
 GIVEN = ["model=local", "data=local", "space=none", "model.path=m", "data.train=t.jsonl"]
 TYPED = [
-    "~/x.jsonl", "データ/é.jsonl", "it's", 'say "hi"', "a#b", "a=b", "data(1)", "a&b", "two words", " leading", "trailing ", "a,b",
-    "$x", "100%", "wow!", r"C:\data\x", "\\", "a\\'", "{a}", "{a,b}", "[a]", "[a", "true", "1", "1e5", "null ", "-", "+x", "~", "@x",
-    "a:b", "a|b", "a;b", "a*?", "<a>", "`ls`", "😀", "👨‍👩‍👧", "wide　space", "a\xa0b", "str(5)", "'a'b'", "a'b\"c", "$", "$ {a}", "\\\\'",
-    "choice(a,b)", "x\\", "''x", "_", ".", "..", "None", "inf",
+    "~/x.jsonl", "データ/é.jsonl", "it's", "say \"hi\"", "a#b", "a=b", "data(1)", "a&b", "two words",
+    " leading", "trailing ", "a,b", "$x", "100%", "wow!", "C:\\data\\x", "\\", "a\\'", "{a}", "{a,b}",
+    "[a]", "[a", "true", "1", "1e5", "null ", "-", "+x", "~", "@x", "a:b", "a|b", "a;b", "a*?", "<a>",
+    "`ls`", "😀", "👨‍👩‍👧", "wide\u3000space", "a\xa0b", "str(5)", "'a'b'", "a'b\"c", "$", "$ {a}",
+    "\\\\'", "choice(a,b)", "x\\", "''x", "_", ".", "..", "None", "inf",
 ]  # fmt: skip
 NAMES = st.text(st.characters(exclude_categories=tuple(CONTROL)), min_size=1, max_size=12).filter(
     lambda text: "${" not in text and text not in AS_HYDRA_HAS_IT and not QUOTED.fullmatch(text)
