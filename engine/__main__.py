@@ -26,6 +26,7 @@ from engine.errors import InputError, Interrupted
 from engine.planning.cards import find_card
 from engine.planning.model_shape import ModelShape
 from engine.planning.planner import make_compute_plan
+from engine.sources.hub_ids import refuse_missing_files
 from engine.system.command_line import asked_to_end, run
 from engine.system.files import write_text
 from engine.system.user_path import user_path
@@ -98,6 +99,8 @@ def _prepare(arguments: list[str]) -> int:
     if not isinstance(listed, list):
         raise InputError("configs", listed, "must be a JSON list of training configs")
     configs = [parse(TrainConfig, values, f"configs.{i}") for i, values in enumerate(listed)]
+    for config in configs:
+        refuse_missing_files(config.data)
     from engine.prepare import prepare
 
     return _answer(prepare(configs).to_dict(), options.answer)

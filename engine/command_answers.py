@@ -47,7 +47,8 @@ class PreparedFacts(Facts):
     """Hold the answer of `engine prepare`: the facts, and the sizes of model and data.
 
     layers: one line on which decoder layers run fused. num_trainable: adapter parameters of each
-    config. data: digests of the samples by part, training and evaluation.
+    config. data: digests of the samples by part, training and evaluation. num_train_tokens: tokens of
+    one pass over the training samples, for the config that cuts them shortest; 0 if not known.
     """
 
     model_path: str
@@ -57,6 +58,7 @@ class PreparedFacts(Facts):
     num_dropped_samples: int
     num_trainable: list[int]
     data: dict[str, str]
+    num_train_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 ON_TRAINING_SAMPLES = "train"  # value of data.eval
 # Optimizer steps: the first ones compile kernels, record graphs and fill caches.
 PROFILE_AFTER = 2
-MAX_SEQ_LENGTH = 2**24  # the longest context of any model is a third below
+MAX_SEQ_LENGTH = 2**30  # positions in a row are 32-bit numbers
 MAX_REPORTS = 10_000
 MAX_BINS = 1_000_000  # in one optimizer step
 Auto = Literal["auto"]

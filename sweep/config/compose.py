@@ -91,17 +91,27 @@ def parsed(override: str) -> tuple[str, Any]:
 def given_keys(overrides: list[str]) -> dict[str, Any]:
     """Return dotted key -> value of all values on the command line, without groups and removals.
 
-    Raises InputError for a key that is given two different values.
+    Of a key that is given twice, the last value counts.
     """
+    return dict(_given(overrides))
+
+
+def repeated_keys(overrides: list[str]) -> list[str]:
+    """Return a warning for each value on the command line that a later one replaces."""
     given: dict[str, Any] = {}
+    lines = []
+    for name, value in _given(overrides):
+        if given.setdefault(name, value) != value:
+            lines.append(f"{name} = {given[name]} has no effect, because a later argument sets {name} = {value}")
+        given[name] = value
+    return lines
+
+
+def _given(overrides: list[str]) -> Iterator[tuple[str, Any]]:
     for override in overrides:
         key = _split(override)[0].lstrip("+")
-        if key.startswith("~") or key in conf_files.groups():
-            continue
-        for name, value in _flat(key, parsed(override)[1]):
-            if given.setdefault(name, value) != value:
-                raise InputError(name, given[name], f"has no effect, because a later argument sets {name}={value}; leave one out")
-    return given
+        if not key.startswith("~") and key not in conf_files.groups():
+            yield from _flat(key, parsed(override)[1])
 
 
 def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:

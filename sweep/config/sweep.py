@@ -79,6 +79,9 @@ class SweepSection(StrictModel):
         0.0, description="nats of eval_loss that the best adapter may lose in order to be better in the other objectives"
     )
 
+    only_most_demanding: bool = Field(
+        False, description="true: try nothing but the point of the space that is predicted to need most memory"
+    )
     num_examples: Annotated[int, Field(ge=0, le=32)] = Field(
         4, description="evaluation samples that base model and best adapter answer at the end, for people to read; 0: none"
     )

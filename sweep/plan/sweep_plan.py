@@ -6,7 +6,7 @@ The hardware is an argument: the caller joins a cluster, if there is one, and sa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.config.trial import TrainConfig
@@ -15,6 +15,7 @@ from sweep.cluster.card_kinds import CardKind
 from sweep.cluster.slots import Hardware, Slots, local_hardware, plan_slots
 from sweep.config.pruner_options import HyperbandConfig
 from sweep.config.sweep import ClusterConfig, SweepConfig, describe_budget
+from sweep.plan.rungs import least_way
 from sweep.space.parse import parse_space
 from sweep.space.space import Space
 
@@ -49,6 +50,18 @@ class SweepPlan:
         if "elapsed_s" in self.config.sweep.objectives and self.has_mixed_cards:
             return ["elapsed_s is compared over different cards: a trial on a faster card only seems faster"]
         return []
+
+    def pinned(self, params: dict[str, Any]) -> SweepPlan:
+        """Return the plan of a sweep that has this point of the space as its base, and no space.
+
+        Rungs are moved apart where a step of that point is longer than the way between them.
+        """
+        trial = self.space.apply(self.base(), params)
+        loop, step = trial.train, trial.longest_step
+        if step > min(least_way(loop), loop.max_tokens):
+            loop = loop.model_copy(update={"max_tokens": 2 * step, "report_at_tokens": (step, 2 * step)})
+        sections = {"model": trial.model, "data": trial.data, "lora": trial.lora, "optim": trial.optim, "train": loop}
+        return replace(self, config=self.config.model_copy(update={**sections, "space": {}}), space=Space(()))
 
     def describe(self) -> str:
         """Return the plan as text, one fact a line."""

@@ -14,7 +14,7 @@ from engine.config.parsing import CONTROL
 from engine.errors import InputError
 from sweep.__main__ import compose, main
 from sweep.config.absolute_paths import absolute_path, absolute_uri, sqlite_file, sqlite_uri, with_absolute_paths
-from sweep.config.compose import given_keys, parsed, run_keys
+from sweep.config.compose import given_keys, parsed, repeated_keys, run_keys
 from sweep.config.sweep import parse_sweep_config
 from sweep.config.typed_paths import AS_HYDRA_HAS_IT, PATHS, QUOTED
 
@@ -138,12 +138,13 @@ def test_the_address_of_a_database_leads_back_to_its_file(name):
     assert absolute_uri("sqlite:///x.db", file.parent) == sqlite_uri(file.parent / "x.db")
 
 
-def test_the_same_key_twice_is_refused_with_both_values():
+def test_the_same_key_twice_is_a_warning_with_both_values():
     assert given_keys(["lora.rank=8", "model=local", "~data.eval", "++optim={eps: 1, beta1: 0.5}"]) == {
         "lora.rank": 8, "optim.eps": 1, "optim.beta1": 0.5}  # fmt: skip
     assert given_keys(["lora.rank=8", "lora.rank=8"]) == {"lora.rank": 8}
-    with pytest.raises(InputError, match=r"lora\.rank = 8: has no effect.*lora\.rank=16"):
-        given_keys(["lora.rank=8", "lora={rank: 16}"])
+    assert given_keys(["lora.rank=8", "lora={rank: 16}"]) == {"lora.rank": 16}
+    (line,) = repeated_keys(["lora.rank=8", "lora={rank: 16}", "lora.rank=16"])
+    assert line == "lora.rank = 8 has no effect, because a later argument sets lora.rank = 16"
 
 
 def test_a_resume_takes_a_folder_by_its_name(tmp_path, capsys, monkeypatch):
