@@ -27,8 +27,10 @@ from engine.errors import InputError, Interrupted
 from engine.planning.cards import find_card
 from engine.planning.model_shape import ModelShape
 from engine.planning.planner import make_compute_plan
+from engine.sources.hub_ids import refuse_missing_files
 from engine.system.command_line import asked_to_end, run
 from engine.system.files import write_text
+from engine.system.user_path import user_path
 from engine.trial_report import read_reports
 
 STOPPED = "stopped; run the same command again to continue from the last save"
@@ -51,7 +53,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m engine {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=user_path)
     parser.add_argument(FLAG, action="store_true", help="let the model's own code run; the config alone cannot permit it")
     return parser
 
@@ -63,7 +65,7 @@ def _load(options: argparse.Namespace) -> TrainConfig:
 def _train(arguments: list[str]) -> int:
     parser = _parser("train")
     parser.add_argument(
-        "--out", type=Path, help="trial folder to write and to continue from (default: replay/ next to the config)"
+        "--out", type=user_path, help="trial folder to write and to continue from (default: replay/ next to the config)"
     )
     options = parser.parse_args(arguments)
     config = _load(options)
@@ -97,13 +99,15 @@ def _train(arguments: list[str]) -> int:
 
 def _prepare(arguments: list[str]) -> int:
     parser = _parser("prepare")
-    parser.add_argument("--answer", type=Path)
+    parser.add_argument("--answer", type=user_path)
     options = parser.parse_args(arguments)
     listed = load_json(options.config)
     if not isinstance(listed, list):
         raise InputError("configs", listed, "must be a JSON list of training configs")
     configs = [parse(TrainConfig, values, f"configs.{i}") for i, values in enumerate(listed)]
     configs = [permitted_config(config, options.trust_remote_code) for config in configs]
+    for config in configs:
+        refuse_missing_files(config.data)
     from engine.prepare import prepare
 
     return _answer(prepare(configs).to_dict(), options.answer)
@@ -111,7 +115,7 @@ def _prepare(arguments: list[str]) -> int:
 
 def _inspect(arguments: list[str]) -> int:
     parser = _parser("inspect")
-    parser.add_argument("--answer", type=Path)
+    parser.add_argument("--answer", type=user_path)
     options = parser.parse_args(arguments)
     config = _load(options)
     from engine.prepare import inspect
@@ -137,10 +141,10 @@ def _plan(arguments: list[str]) -> int:
 
 def _evaluate(arguments: list[str]) -> int:
     parser = _parser("evaluate")
-    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--adapter", type=user_path, required=True)
     parser.add_argument("--examples", type=int, default=0, help="evaluation samples for base model and adapter to answer")
-    parser.add_argument("--inputs", type=Path, help="JSON of digests (engine/sources/identity.py) that the inputs must have")
-    parser.add_argument("--answer", type=Path)
+    parser.add_argument("--inputs", type=user_path, help="JSON of digests (engine/sources/identity.py) that the inputs must have")
+    parser.add_argument("--answer", type=user_path)
     options = parser.parse_args(arguments)
     if options.examples < 0:
         raise InputError("--examples", options.examples, "must be 0 or more")

@@ -27,6 +27,7 @@ from engine.model.device import pick_device
 from engine.model.load import load_base
 from engine.system.command_line import run
 from engine.system.limited_child import Bounded, TooCostly
+from engine.system.user_path import user_path
 
 
 class Printer(TextStreamer):
@@ -133,7 +134,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m engine.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("adapter", type=Path, help="folder with adapter_config.json, such as best/ of a sweep")
+    parser.add_argument("adapter", type=user_path, help="folder with adapter_config.json, such as best/ of a sweep")
     parser.add_argument("--prompt", help="answer this prompt and exit")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")

@@ -48,6 +48,8 @@ class PreparedFacts(Facts):
 
     layers: one line on which decoder layers run fused. num_trainable: adapter parameters of each
     config. data: digests of samples, template and base model by part (engine/sources/identity.py).
+    num_train_tokens: tokens of one pass over the training samples, for the config that cuts them
+    shortest; 0 if not known.
     """
 
     model_path: str
@@ -57,6 +59,7 @@ class PreparedFacts(Facts):
     num_dropped_samples: int
     num_trainable: list[int]
     data: dict[str, str]
+    num_train_tokens: int = 0
 
 
 @dataclass(frozen=True)

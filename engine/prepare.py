@@ -33,6 +33,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         raise InputError("configs", configs, "must hold at least one training config")
     models: dict[str, tuple[ModelFacts, Any]] = {}  # facts and tokenizer
     samples: dict[str, tuple[int, int, int]] = {}
+    num_tokens: list[int] = []
     digests: dict[str, str] = {}
     num_trainable = []
     for config in configs:
@@ -48,6 +49,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
             train_view, eval_view = load_data(config.data, tokenizer)
             digests = digests or identify(config, tokenizer, (train_view, eval_view))
             samples[data_key] = (len(train_view), len(eval_view), train_view.num_dropped)
+            num_tokens.append(int(train_view.lengths.sum()))
     num_train, num_eval, num_dropped = next(iter(samples.values()))
     found = inspect(configs[0].model)
     return PreparedFacts(
@@ -61,6 +63,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         num_dropped_samples=num_dropped,
         num_trainable=num_trainable,
         data=digests,
+        num_train_tokens=min(num_tokens),
     )
 
 

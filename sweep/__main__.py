@@ -6,7 +6,7 @@ import sys
 
 from engine.system.command_line import run
 from sweep.cli.lasting_output import lasting_output
-from sweep.config.compose import compose, parsed, run_keys, to_yaml
+from sweep.config.compose import compose, given_keys, parsed, repeated_keys, run_keys, to_yaml
 from sweep.config.conf_files import groups
 
 __all__ = ["compose", "groups", "main"]
@@ -30,13 +30,15 @@ def _main(arguments: list[str]) -> int:
 
     overrides = [argument for argument in arguments if argument != "--cfg"]
     keys, rest = run_keys(overrides)
+    for warning in repeated_keys(rest):
+        print(f"WARNING: {warning}", file=sys.stderr)
     if keys["resume"] is not None:
         return driver.resume(str(keys["resume"]), dict(map(parsed, rest)), dry_run=keys["dry_run"])
-    raw = compose(rest)
+    raw, given = compose(rest), given_keys(rest)
     if "--cfg" in arguments:
         print(to_yaml(raw), end="")
         return 0
-    return driver.start(raw, dry_run=keys["dry_run"])
+    return driver.start(raw, given=given, dry_run=keys["dry_run"])
 
 
 def _complete(option: str, value: str = "", *rest: str) -> int:

@@ -15,12 +15,12 @@ import sys
 import time
 import urllib.request
 import webbrowser
-from pathlib import Path
 
 from engine.errors import InputError
 from engine.system.child_python import ROOT, own_environment, python_module
 from engine.system.command_line import run
 from engine.system.files import home_folder
+from sweep.config.absolute_paths import SQLITE, sqlite_file
 from sweep.config.confirmations import refuse_foreign_address
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.tracking.mlflow_page import answers_what_it_must_not
@@ -70,8 +70,7 @@ def find_pages(folder: SweepFolder) -> tuple[str, dict[str, str]]:
         raise InputError("tracking.name", "none", "this sweep wrote nothing to MLflow; for its report use python -m sweep.report")
     uri = config.tracking.uri or local_uri(folder.path.absolute().parent)
     store = config.tracking.public_uri or uri
-    database = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not database.is_file():
+    if uri.startswith(SQLITE) and not sqlite_file(uri).is_file():
         raise InputError("tracking.uri", store, "must be an existing database")
     runs = MlflowRuns(uri, config.sweep.name, folder.path.name, folder.path, config.model_dump(mode="json"))
     shared = runs.share_view()

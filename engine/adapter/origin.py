@@ -15,6 +15,7 @@ from engine.config.permission import permitted
 from engine.config.trial import HUB_ID, ModelConfig, TrainConfig
 from engine.errors import InputError
 from engine.sources.builtin import PREFIX, published_name, resolve_model
+from engine.system.user_path import user_path
 
 
 def read_origin(
@@ -41,7 +42,7 @@ def read_origin(
 
 def _refuse_relative(path: str) -> None:
     """Refuse a path that depends on the working directory. A hub id is none, unless a folder has its name."""
-    expanded = Path(path).expanduser()
+    expanded = user_path(path)
     if path.startswith(PREFIX) or expanded.is_absolute():
         return
     if not HUB_ID.fullmatch(path) or ".." in path or expanded.exists():
@@ -51,5 +52,5 @@ def _refuse_relative(path: str) -> None:
 
 def _same_base(path: str, base: str) -> bool:
     """Tell whether both name one model; a builtin is known by its published name or its folder in the cache."""
-    known = {path, str(Path(path).expanduser()), published_name(path)}
+    known = {path, str(user_path(path)), published_name(path)}
     return base in known or (path.startswith(PREFIX) and base == str(resolve_model(path)))

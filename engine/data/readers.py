@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.config.trial import HUB_ID
 from engine.errors import InputError, first_line
+from engine.system.user_path import user_path
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -20,7 +21,7 @@ def open_samples(field: str, source: str, split: str) -> tuple[str, Iterator[tup
     Reading starts only when the iterator is used. InputError for a source that is no data file and
     no hub id.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise InputError(field, source, f"allowed file types: {', '.join(SUFFIXES)}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
+from engine.system.user_path import user_path
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -76,7 +77,7 @@ def chat_template(tokenizer: Any, wanted: str | None) -> str | None:
     try:
         # Only Jinja files: a config from elsewhere must not turn any other file into training text.
         if Path(wanted).suffix in TEMPLATE_SUFFIXES:
-            return Path(wanted).read_text(encoding="utf-8")
+            return user_path(wanted).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         pass
     kinds = ", ".join(TEMPLATE_SUFFIXES)

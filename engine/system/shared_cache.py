@@ -16,6 +16,7 @@ from engine.errors import InputError
 from engine.system.checksums import find_damage, write_checksums
 from engine.system.file_lock import FileLock
 from engine.system.files import sync
+from engine.system.user_path import user_path
 
 CACHE_VARIABLE = "QLORA_SWEEP_CACHE"
 
@@ -23,7 +24,7 @@ CACHE_VARIABLE = "QLORA_SWEEP_CACHE"
 def cache_root() -> Path:
     """Return $QLORA_SWEEP_CACHE, or ~/.cache/qlora-sweep; the folder may not exist yet."""
     given = os.environ.get(CACHE_VARIABLE)
-    return Path(given).expanduser().absolute() if given else Path.home() / ".cache" / "qlora-sweep"
+    return user_path(given).absolute() if given else Path.home() / ".cache" / "qlora-sweep"
 
 
 def build_once(name: str, builder: Callable[[Path], None]) -> Path:

@@ -38,7 +38,7 @@ from engine.training.card_plan import plan_for_this_card
 from engine.training.checkpoint import Pace, Progress, Sums
 from engine.training.cuda_graphs import make_graphs
 from engine.training.divergence import check_loss
-from engine.training.optim import learning_rate, make_optimizer, set_learning_rate
+from engine.training.optim import learning_rate, make_optimizer, set_learning_rate, step_middle
 from engine.training.profiler import traced
 from engine.training.step_sums import StepSums
 from engine.trial_report import REPORTS, TrialReport
@@ -142,11 +142,11 @@ class _Run:
             yield report
 
     def _train_to(self, rung: int, tokens: int, after_step: Callable[[], None]) -> TrialReport:
-        """Run optimizer steps until `tokens` have been seen, then evaluate."""
+        """Run optimizer steps until `tokens` have been seen, at least one, then evaluate."""
         vocab_size = self.base.model.config.get_text_config().vocab_size
         progress = self.progress
         step_sums = StepSums(self.base.device, vocab_size, progress.since_report)
-        while progress.tokens_seen < tokens:
+        while progress.tokens_seen < tokens or progress.since_report.num_steps == 0:
             self._keep_safe(step_sums)
             loss, grad_norm, num_tokens, num_targets = self._step()
             step_sums.add(loss, grad_norm, num_tokens, num_targets)
@@ -191,7 +191,7 @@ class _Run:
             self._make_room()
         limit = self.config.optim.max_grad_norm
         grad_norm = nn.utils.clip_grad_norm_(self.adapter.parameter, math.inf if limit is None else limit)
-        middle = (self.progress.tokens_seen + num_tokens / 2) / self.config.train.max_tokens
+        middle = step_middle(self.progress.tokens_seen, num_tokens, self.config.train.max_tokens)
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, middle))
         self.optimizer.step()
         self.adapter.refresh()

@@ -30,6 +30,7 @@ from engine.config.trial import TrainConfig
 from engine.errors import InputError, StorageError
 from engine.system.file_lock import FileLock
 from engine.system.files import write_text
+from engine.system.user_path import user_path
 from engine.trial_report import REPORTS, TrialReport, read_reports
 from sweep.config.sweep import SweepConfig, parse_sweep_config
 from sweep.folder.flush import replace_text
@@ -88,7 +89,7 @@ class SweepFolder:
     @classmethod
     def open(cls, path: str | Path, field: str = "resume") -> SweepFolder:
         """Open an existing sweep folder. Raises InputError about `field` if the path is none."""
-        folder = cls(Path(path))
+        folder = cls(user_path(path))
         if not folder.config_file.is_file():
             raise InputError(field, str(path), "must be a sweep folder (one with a sweep_config.json)")
         folder._refuse_links_out()

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from sweep.config.absolute_paths import SQLITE, sqlite_file, sqlite_uri
 from sweep.tracking.mlflow_names import (
     STATUS,
     Point,
@@ -172,8 +173,8 @@ class MlflowRuns:
         for chatty in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
         location = None
-        if self._uri.startswith("sqlite:///"):
-            database = Path(self._uri.removeprefix("sqlite:///")).absolute()
+        if self._uri.startswith(SQLITE):
+            database = sqlite_file(self._uri).absolute()
             database.parent.mkdir(parents=True, exist_ok=True)
             if create and not database.exists():
                 _create(database)
@@ -238,7 +239,7 @@ def _create(database: Path) -> None:
 
     aside = database.with_name(f".{database.name}.{os.getpid()}.new")
     aside.unlink(missing_ok=True)
-    MlflowClient(f"sqlite:///{aside}").search_experiments()
+    MlflowClient(sqlite_uri(aside)).search_experiments()
     try:
         os.link(aside, database)
     except FileExistsError:

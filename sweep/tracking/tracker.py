@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sweep.config.absolute_paths import sqlite_uri
 from sweep.config.sweep import SweepConfig
 from sweep.tracking.background_writer import BackgroundWriter, Key
 from sweep.tracking.mlflow_runs import MlflowRuns
@@ -20,7 +21,7 @@ from sweep.trials.record import TrialRecord
 
 def local_uri(folder: Path) -> str:
     """Return the default store: `mlflow.db` in `folder`, with artifacts next to it."""
-    return f"sqlite:///{folder.absolute()}/mlflow.db"
+    return sqlite_uri(folder / "mlflow.db")
 
 
 class NullTracker:
