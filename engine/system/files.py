@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.errors import StorageError
+from engine.errors import InputError, StorageError
 
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
+
+NO_HOME = "this user has no home folder, where libraries keep their files; set HOME to a folder that only you can write"
 
 
 @contextmanager
@@ -111,6 +113,14 @@ def home_folder() -> Path | None:
         return Path.home()
     except RuntimeError:
         return None
+
+
+def require_home() -> Path:
+    """Return the user's home folder. Raises InputError if there is none: many libraries need one."""
+    home = home_folder()
+    if home is None:
+        raise InputError("HOME", None, NO_HOME)
+    return home
 
 
 def sync(path: Path) -> None:

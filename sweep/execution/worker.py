@@ -281,6 +281,6 @@ def _wait_for(trial_folder: Path) -> FileLock:
     lock = FileLock(trial_folder / ".lock")
     while not lock.acquire():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"another process has held {trial_folder} for {LOCK_PATIENCE_S:.0f} s")
+            raise RuntimeError(f"another process has held {lock.holder or trial_folder} for {LOCK_PATIENCE_S:.0f} s")
         time.sleep(0.2)
     return lock
