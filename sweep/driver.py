@@ -47,6 +47,7 @@ from sweep.plan.samples import data_warnings, unchecked_line
 from sweep.plan.sweep_plan import SweepPlan, make_sweep_plan
 from sweep.text import params_text
 from sweep.tracking.prometheus import MetricsPage, serve
+from sweep.tracking.store_check import check_store
 from sweep.tracking.tracker import make_tracker
 
 INTERRUPTED = 130
@@ -128,7 +129,7 @@ def _launch(
 
 
 def _check_places(plan: SweepPlan, folder: SweepFolder | None) -> None:
-    """Raise InputError if a folder cannot be used that the sweep needs later."""
+    """Raise InputError if a folder or the MLflow store cannot be used that the sweep needs later."""
     require_home()
     if folder is None:
         check_output_folder(Path(plan.config.sweep.output_dir))
@@ -136,6 +137,9 @@ def _check_places(plan: SweepPlan, folder: SweepFolder | None) -> None:
         line = settle_ray_folder(os.environ)
         if line is not None:
             print(f"note       {line}", flush=True)
+    parent = Path(plan.config.sweep.output_dir) if folder is None else folder.path.absolute().parent
+    for warning in check_store(plan.config, parent):
+        print(f"WARNING: {warning}", file=sys.stderr)
 
 
 def _check_warm_start(plan: SweepPlan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:

@@ -26,7 +26,7 @@ from sweep.folder.sweep_folder import SweepFolder
 from sweep.tracking.mlflow_page import answers_what_it_must_not
 from sweep.tracking.mlflow_runs import ENVIRONMENT, MlflowRuns
 from sweep.tracking.mlflow_view import page_queries
-from sweep.tracking.tracker import local_uri
+from sweep.tracking.sqlite_store import local_uri
 
 HOST = "127.0.0.1"  # the page has no password
 PORT = 5000

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sweep.config.absolute_paths import SQLITE, sqlite_file, sqlite_uri
+from sweep.config.absolute_paths import sqlite_uri
 from sweep.tracking.mlflow_names import (
     STATUS,
     Point,
@@ -30,6 +30,7 @@ from sweep.tracking.mlflow_names import (
 )
 from sweep.tracking.mlflow_registry import register
 from sweep.tracking.mlflow_view import view
+from sweep.tracking.sqlite_store import database_file
 from sweep.trials.record import Outcome, TrialRecord
 
 # By default MLflow waits up to 120 s, 7 times. Usage reports are off, because they would leave the
@@ -163,23 +164,13 @@ class MlflowRuns:
 
     def _connect(self, create: bool = True) -> None:
         """Connect to the store. create: make a missing database and experiment."""
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        # here, because loading mlflow takes 1.5 to 3 s and the driver must not wait for it
-        from mlflow import MlflowClient
-
-        # else 40 lines when a database is created, and one for each try of a dead server, which
-        # close() reports once
-        for chatty in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
-            logging.getLogger(chatty).setLevel(logging.ERROR)
-        location = None
-        if self._uri.startswith(SQLITE):
-            database = sqlite_file(self._uri).absolute()
+        location, database = None, database_file(self._uri)
+        if database is not None:
             database.parent.mkdir(parents=True, exist_ok=True)
             if create and not database.exists():
                 _create(database)
             location = (database.parent / "mlartifacts").as_uri()
-        self._client = MlflowClient(self._uri, self._uri)
+        self._client = connect(self._uri)
         experiment = self._client.get_experiment_by_name(self._experiment)
         if experiment is not None:
             self._experiment_id = experiment.experiment_id
@@ -230,16 +221,28 @@ class MlflowRuns:
             self._client.log_batch(run, points[start : start + BATCH], synchronous=True)
 
 
+def connect(uri: str) -> Any:
+    """Return a client of the store that tries once and prints nothing."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # here, because loading mlflow takes 1.5 to 3 s and the driver must not wait for it
+    from mlflow import MlflowClient
+
+    # else 40 lines when a database is created, and one for each try of a dead server, which
+    # close() reports once
+    for chatty in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    return MlflowClient(uri, uri)
+
+
 def _create(database: Path) -> None:
     """Create an empty store, whole or not at all.
 
     A kill while MLflow made its 40 tables used to leave a store that it never opened again.
     """
-    from mlflow import MlflowClient  # here, because loading takes seconds
-
     aside = database.with_name(f".{database.name}.{os.getpid()}.new")
     aside.unlink(missing_ok=True)
-    MlflowClient(sqlite_uri(aside)).search_experiments()
+    connect(sqlite_uri(aside)).search_experiments()
     try:
         os.link(aside, database)
     except FileExistsError:

@@ -18,7 +18,8 @@ from sweep import ui
 from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.tracking import mlflow_page
-from sweep.tracking.tracker import Tracker, local_uri
+from sweep.tracking.sqlite_store import local_uri
+from sweep.tracking.tracker import Tracker
 from sweep.trials.record import Outcome, TrialRecord
 
 

@@ -70,7 +70,7 @@ def test_a_closed_pipe_ends_a_command_without_a_word(arguments, code, unbuffered
 
 
 def test_a_path_below_a_home_folder_that_does_not_exist_is_one_line(monkeypatch, capsys):
-    def no_home(path):
+    def no_home(*path):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", no_home)
