@@ -86,7 +86,7 @@ class SweepSession:
         ledger = Ledger(study, self.folder, Limits.of(self.plan), listeners=listeners, note=self.screen.note)
         continued = ledger.recover()
         if metrics is not None:
-            metrics.begin(ledger.timeline)
+            metrics.begin(ledger.timeline, ledger.clock)
             self.page.register(metrics)
         if continued:
             trials = "trials" if len(continued) > 1 else "trial"

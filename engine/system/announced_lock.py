@@ -34,7 +34,7 @@ class AnnouncedLock:
         """Try to get the lock, and return True if it is now held."""
         for attempt in range(TRIES):
             if attempt:
-                time.sleep(random.uniform(PAUSE_S, 3 * PAUSE_S))  # noqa: S311 (no secret)
+                time.sleep(random.uniform(PAUSE_S, 3 * PAUSE_S))
             self._announce()
             self.holder = self._find_other()
             if self.holder is None:

@@ -15,9 +15,9 @@ from engine.errors import InputError
 
 SOCKET = "/ray/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store"
 MAX_BYTES = 107 - len(SOCKET)
-USUAL = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 (Ray's own place)
+USUAL = ("/tmp", "/var/tmp", "/dev/shm")
 PROBE_BYTES = 2**16
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+SHARED_MEMORY = Path("/dev/shm")
 NAMES = ("RAY_TMPDIR", "TMPDIR")
 
 

@@ -34,6 +34,7 @@ from engine.system.files import storage_fault
 from engine.trial_report import TrialReport, read_reports
 from sweep.execution.interruption import Interruption
 from sweep.folder.notes import note_terminated
+from sweep.folder.steady_clock import since_boot
 from sweep.tracking.system_metrics import SystemSampler, machine_reader, write_system
 from sweep.trials.record import Outcome
 
@@ -75,7 +76,7 @@ class TrialWorker(Trainable):
 
     def step(self) -> dict[str, Any]:
         if self._began_s is None:
-            self._began_s = time.time()
+            self._began_s, self._began_steady_s = time.time(), since_boot()
         timeout_s = self._spec["report_timeout_s"]
         if timeout_s is not None:
             # the driver kills a worker that hangs: before, write where it hangs into Ray's log
@@ -89,7 +90,7 @@ class TrialWorker(Trainable):
             self._note_terminated()
             raise SystemExit("its process was asked to end (SIGTERM)")
         self._is_over = result["done"]
-        self._newest_end_s = time.time()
+        self._newest_end_s = since_boot()
         return {**result, "timing": json.dumps(self._timing())}
 
     def cleanup(self) -> None:
@@ -117,7 +118,7 @@ class TrialWorker(Trainable):
         known = {"slot": self._slot, "began_s": self._began_s}
         if self._last_end_s is None or self._setup_s is None:
             return known
-        return {**known, "dead_time_s": self._began_s - self._last_end_s + self._setup_s}
+        return {**known, "dead_time_s": self._began_steady_s - self._last_end_s + self._setup_s}
 
     def _note_terminated(self) -> None:
         if not self._is_over:

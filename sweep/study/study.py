@@ -14,6 +14,7 @@ proposes what it would have proposed without the stop.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -204,12 +205,12 @@ class Study:
         self._pruning.on_ended(ended)
         return True
 
-    def stop(self, number: int, now_s: float) -> None:
+    def stop(self, number: int) -> None:
         """Note that the trial waits for a larger budget.
 
         To Optuna it stays running, because a trial that has ended can never continue.
         """
-        self._note_stop(number, Outcome.STOPPED, now_s)
+        self._note_stop(number, Outcome.STOPPED, time.time())  # the clock of Optuna's own times
 
     def undo_stop(self, number: int) -> None:
         """Take back a stop()."""

@@ -91,7 +91,8 @@ class MlflowRuns:
         status = STATUS.get(record.outcome, "FAILED")
         self._rename(run, trial_name(record, is_best=record.number == self._best), status)
         if record.outcome is not Outcome.RUNNING:
-            self._client.set_terminated(run, status, end_time=int(1000 * (record.ended_s or time.time())))
+            ended_s = max(record.ended_s or time.time(), record.started_s or 0.0)
+            self._client.set_terminated(run, status, end_time=int(1000 * ended_s))
         self._last_rung[record.number] = max((report.rung for report in record.reports), default=0)
         return run
 
@@ -106,7 +107,7 @@ class MlflowRuns:
         points = [(name, value, int(1000 * now_s), 0) for name, value in numbers if known.get(name) != value]
         note = {"mlflow.note.content": description(self._config, best, summary, self._folder)} if best else {}
         self._log(parent, points, tags={**sweep_tags(summary), **note})
-        self._client.set_terminated(parent, "FINISHED", end_time=int(1000 * now_s))
+        self._client.set_terminated(parent, "FINISHED", end_time=self._end_ms(now_s))
         self._ended = True
 
     def keep_best(self, summary: dict[str, Any], best: TrialRecord, folder: Path) -> None:
@@ -124,8 +125,12 @@ class MlflowRuns:
 
     def interrupt(self) -> None:
         if self._parent is not None:
-            self._client.set_terminated(self._parent, "KILLED")
+            self._client.set_terminated(self._parent, "KILLED", end_time=self._end_ms(time.time()))
             self._ended = True
+
+    def _end_ms(self, now_s: float) -> int:
+        """Return the end of the sweep's run, not before its start: someone may have set the clock back."""
+        return int(1000 * max(now_s, self.started_s or 0.0))
 
     def share_view(self) -> tuple[str, str] | None:
         """Store how MLflow's page shows this sweep's trials, as its Share button does.
