@@ -30,7 +30,7 @@ from sweep.tracking.mlflow_names import (
 )
 from sweep.tracking.mlflow_registry import register
 from sweep.tracking.mlflow_view import view
-from sweep.tracking.sqlite_store import database_file
+from sweep.tracking.sqlite_store import artifact_folder, database_file, follow_move
 from sweep.trials.record import Outcome, TrialRecord
 
 # By default MLflow waits up to 120 s, 7 times. Usage reports are off, because they would leave the
@@ -174,13 +174,29 @@ class MlflowRuns:
             database.parent.mkdir(parents=True, exist_ok=True)
             if create and not database.exists():
                 _create(database)
-            location = (database.parent / "mlartifacts").as_uri()
+            follow_move(database)
+            location = artifact_folder(database)
         self._client = connect(self._uri)
         experiment = self._client.get_experiment_by_name(self._experiment)
         if experiment is not None:
             self._experiment_id = experiment.experiment_id
+            self._find_moved(database, create)
         elif create:
             self._experiment_id = self._client.create_experiment(self._experiment, location)
+
+    def _find_moved(self, database: Path | None, write: bool) -> None:
+        """Take the identity that a moved or copied sweep has in the store, which is that of its former path.
+
+        write: only where the store lies next to the folder, because it then came with it. Another
+        store may know a sweep of the same name on another machine.
+        """
+        is_own = database is not None and database.parent == Path(self._folder).parent
+        if (write and not is_own) or self._search():
+            return
+        sweeps = self._client.search_runs([self._experiment_id], "tags.`sweep.kind` = 'sweep'")
+        former = [run for run in sweeps if run.info.run_name == self._name and "sweep.id" in run.data.tags]
+        if len(former) == 1:
+            self._id = former[0].data.tags["sweep.id"]
 
     def _child(self, record: TrialRecord) -> str:
         parent = self._open()

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import re
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from sweep.config.absolute_paths import SQLITE, sqlite_file, sqlite_uri
@@ -14,6 +14,10 @@ from sweep.config.absolute_paths import SQLITE, sqlite_file, sqlite_uri
 PATIENCE_S = 5.0
 OLD = "has the tables of an older MLflow; make a copy of it, then run `mlflow db upgrade` with this address"
 NEW = "has the tables of a newer MLflow; install that version"
+ADDRESSES = (
+    ("experiments", "artifact_location"), ("runs", "artifact_uri"), ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)  # fmt: skip
 REVISION = re.compile(r"^(down_)?revision\s*=\s*[\"'](\w+)[\"']", re.MULTILINE)
 
 
@@ -25,6 +29,28 @@ def local_uri(folder: Path) -> str:
 def database_file(uri: str) -> Path | None:
     """Return the file of an SQLite store, or None for any other store."""
     return sqlite_file(uri).absolute() if uri.startswith(SQLITE) else None
+
+
+def artifact_folder(file: Path) -> str:
+    """Return where artifacts lie: next to the database."""
+    return (file.parent / "mlartifacts").as_uri()
+
+
+def follow_move(file: Path) -> None:
+    """Have a database that was moved or copied name the artifacts that lie next to it.
+
+    MLflow stores absolute addresses. Without this, a resume of a copy would write into the original.
+    """
+    if not file.is_file() or not os.access(file, os.W_OK):
+        return
+    new = artifact_folder(file)
+    with suppress(sqlite3.Error), closing(sqlite3.connect(file, timeout=PATIENCE_S)) as database, database:
+        found = database.execute("select distinct artifact_location from experiments where artifact_location like 'file:///%'")
+        for old in [old for (old,) in found if old.endswith("/mlartifacts") and old != new]:
+            for table, column in ADDRESSES:
+                is_below = f"{column} = ? or substr({column}, 1, ?) = ?"
+                changed = f"update {table} set {column} = ? || substr({column}, ?) where {is_below}"
+                database.execute(changed, [new, len(old) + 1, old, len(old) + 1, f"{old}/"])
 
 
 def find_fault(file: Path, experiment: str) -> str | None:

@@ -54,7 +54,8 @@ def _ask(uri: str, config: SweepConfig) -> tuple[str | None, list[str]]:
         return answer, []
     if answer is not None:
         fault, line = _fault(answer), first_line(answer)
-        return (fault, []) if fault else (None, [f"mlflow at {uri} does not answer now ({line}); what it misses is written later"])
+        warning = f"mlflow at {uri} does not answer now ({line}); what it misses is written later"
+        return (fault, []) if fault else (None, [warning])
     wanted = config.tracking.registered_model
     name = config.sweep.name if wanted == "auto" else wanted
     refused = None if name is None else _answer_of(lambda: _try_registry(connect(uri), name))

@@ -104,7 +104,8 @@ class Tracker:
 
     def _warning(self, cause: str, keys: list[Key]) -> str:
         some = ", ".join(" ".join(map(str, key)) for key in keys[:5]) + (", ..." if len(keys) > 5 else "")
-        warning = f"mlflow at {self._uri}: {len(keys)} updates not written ({some}): {cause}; a resume writes them once that is mended"
+        warning = f"mlflow at {self._uri}: {len(keys)} updates not written ({some}): {cause}; "
+        warning += "a resume writes them once that is mended"
         # errors quote the URI, which may hold a password
         return re.sub(r"//[^/\s]*@", "//", warning)
 
