@@ -22,12 +22,11 @@ from typing import Any
 from engine.command_answers import Facts, PreparedFacts
 from engine.errors import StorageError, first_line
 from engine.sources.identity import refuse_changed
-from engine.system.files import home_folder, require_home, storage_fault
+from engine.system.files import home_folder, storage_fault
 from engine.system.provenance import provenance
 from engine.system.signals import handled
 from sweep.cli.console import make_console
 from sweep.cluster.ray_environment import set_ray_environment
-from sweep.cluster.ray_folder import settle_ray_folder
 from sweep.cluster.slots import Hardware, local_hardware
 from sweep.config.absolute_paths import absolute_uri, with_absolute_paths
 from sweep.config.confirmations import ADDRESS, CODE, credentials, refuse_unconfirmed
@@ -37,8 +36,8 @@ from sweep.execution.engine_commands import CommandFailed, inspect, prepare
 from sweep.execution.interruption import taken_signals
 from sweep.execution.worker_config import REAL_ENGINE, EngineModules
 from sweep.folder.flush import wait_until_flushed
-from sweep.folder.output_folder import check_output_folder
 from sweep.folder.sweep_folder import SweepFolder
+from sweep.places import check_places
 from sweep.plan.feasibility import Feasibility, make_feasibility
 from sweep.plan.forecast import card_line, check_any_fits, describe_forecast, most_demanding, no_forecast_line
 from sweep.plan.idle_settings import idle_settings, refuse_idle_overrides
@@ -47,7 +46,6 @@ from sweep.plan.samples import data_warnings, unchecked_line
 from sweep.plan.sweep_plan import SweepPlan, make_sweep_plan
 from sweep.text import params_text
 from sweep.tracking.prometheus import MetricsPage, serve
-from sweep.tracking.store_check import check_store
 from sweep.tracking.tracker import make_tracker
 
 INTERRUPTED = 130
@@ -110,7 +108,7 @@ def _launch(
         _check_warm_start(plan, {}, print)
     if dry_run:
         return _dry_run(plan, engine, given)
-    _check_places(plan, folder)
+    check_places(plan.config, None if folder is None else folder.path)
     with handled(taken_signals(), _interrupt), _metrics_page(plan) as page:
         try:
             feasibility, facts = _prepare(plan, engine, given)
@@ -126,20 +124,6 @@ def _launch(
             folder.write_data(data)
         with _storage_errors(folder):
             return _run(plan, folder, engine, feasibility, page, {**data, **recorded})
-
-
-def _check_places(plan: SweepPlan, folder: SweepFolder | None) -> None:
-    """Raise InputError if a folder or the MLflow store cannot be used that the sweep needs later."""
-    require_home()
-    if folder is None:
-        check_output_folder(Path(plan.config.sweep.output_dir))
-    if plan.config.cluster.address is None:
-        line = settle_ray_folder(os.environ)
-        if line is not None:
-            print(f"note       {line}", flush=True)
-    parent = Path(plan.config.sweep.output_dir) if folder is None else folder.path.absolute().parent
-    for warning in check_store(plan.config, parent):
-        print(f"WARNING: {warning}", file=sys.stderr)
 
 
 def _check_warm_start(plan: SweepPlan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
