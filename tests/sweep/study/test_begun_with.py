@@ -174,8 +174,8 @@ def test_an_older_folder_compares_the_samples_that_it_knows_and_records_the_rest
 
 def test_a_resume_takes_the_edited_budget_and_refuses_an_edited_trial(folder, monkeypatch):
     edited(folder, NUM_TRIALS, 9)
-    config: SweepConfig = resumed(folder, INPUTS, monkeypatch, {"cluster.wait_s": 1.0})["config"]
-    assert (config.sweep.num_trials, config.cluster.wait_s) == (9, 1.0)
+    config: SweepConfig = resumed(folder, INPUTS, monkeypatch, {"sweep.budget.gpu_hours": 2.0})["config"]
+    assert (config.sweep.num_trials, config.sweep.budget.gpu_hours) == (9, 2.0)
     edited(folder, "optim.weight_decay", 0.5)
     with pytest.raises(InputError, match=r"optim\.weight_decay = 0\.5: edited in sweep_config\.json: the sweep began with 0\.0"):
         resumed(folder, INPUTS, monkeypatch)
