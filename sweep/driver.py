@@ -46,6 +46,7 @@ from sweep.plan.sweep_plan import SweepPlan, make_sweep_plan
 from sweep.text import params_text
 from sweep.tracking.prometheus import MetricsPage, serve
 from sweep.tracking.tracker import make_tracker
+from sweep.trials.selection import Rule
 
 INTERRUPTED = 130
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -227,7 +228,8 @@ def _run(
     """Run everything from the folder's creation to the last line, with the folder's lock held."""
     with folder.lock():
         folder.write_config(plan.config)
-        screen = make_console(sys.stdout, plan.num_rungs, plan.config.sweep.num_trials)
+        section = plan.config.sweep
+        screen = make_console(sys.stdout, plan.num_rungs, section.num_trials, Rule(section.objectives, section.choose_within))
         tracker = make_tracker(plan.config, folder.path)
         tracker.on_sweep_started({"sweep.folder": str(folder.path), **provenance()}, folder.started_s)
         try:

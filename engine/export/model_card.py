@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from engine.config.trial import TrainConfig
+from engine.errors import printable
 from engine.units import perplexity
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank accepts
@@ -47,7 +48,7 @@ class ModelCard:
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     """Return the lines of a Markdown table. Cells are escaped, so no text can break it."""
-    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    escaped = [[printable(" ".join(cell.split())).replace("|", "\\|") for cell in row] for row in rows]
     return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in escaped)]
 
 

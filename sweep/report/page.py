@@ -49,7 +49,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and its content. body: a str in place of a figure says why there is none."""
+    """A heading and its content.
+
+    body: a str in place of a figure says why there is none. height: of a figure that names none.
+    """
 
     title: str
     body: Table | go.Figure | str
@@ -81,7 +84,7 @@ def _section(section: Section) -> str:
     elif isinstance(section.body, Table):
         body = _table(section.body)
     else:
-        section.body.update_layout(**LAYOUT, height=section.height)
+        section.body.update_layout(**LAYOUT, height=section.body.layout.height or section.height)
         body = section.body.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
     return f"<h2>{escape(section.title)}</h2>\n{caption}{body}"
 
