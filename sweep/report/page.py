@@ -18,7 +18,8 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 1280px; padding: 0 24px 48px; }
 h1 { font-size: 26px; margin: 28px 0 4px; }
 h2 { font-size: 19px; margin: 36px 0 6px; border-top: 1px solid #ddd; padding-top: 14px; }
-p { margin: 4px 0; max-width: 110ch; overflow-wrap: anywhere; } .none { color: #777; font-style: italic; } .wide { overflow: auto; max-height: 620px; }
+p { margin: 4px 0; max-width: 110ch; overflow-wrap: anywhere; }
+.none { color: #777; font-style: italic; } .wide { overflow: auto; max-height: 620px; }
 table { border-collapse: collapse; font-size: 13px; } th { position: sticky; top: 0; background: #fff; }
 th { text-align: left; color: #555; font-weight: 600; white-space: nowrap; }
 td, th { padding: 3px 10px 3px 0; border-bottom: 1px solid #eee; vertical-align: top; font-variant-numeric: tabular-nums; }

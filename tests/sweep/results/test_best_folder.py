@@ -1,6 +1,7 @@
 """`best/` holds the adapter, its config and a card that says how it was made."""
 
 import importlib
+import json
 import re
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import InputError
-from engine.export.model_card import ExportFacts, Measured, export_card
+from engine.export.model_card import TITLES, ExportFacts, Measured, export_card
 from sweep.results.best_folder import write_best
 from sweep.trials.selection import Rule
 from tests.support.records import REEVALUATION, judged, trial
@@ -98,3 +99,20 @@ def test_the_card_of_best_and_of_an_export_have_one_shape(tmp_path, winner):
         assert "\n\n| setting | value |\n|---|---|\n" in card
     code = [card.split("```python\n")[1].split("```")[0] for card in (best, exported)]
     assert code[0] == code[1]
+
+
+@pytest.mark.parametrize("base", ["/home/me/models/mine", "org/base"])
+def test_no_card_names_a_path_of_this_machine(tmp_path, winner, base):
+    local = base.startswith("/")
+    (tmp_path / "trial" / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    winner.config["model"]["path"], winner.config["data"]["train"] = base, "/home/me/data/mine.jsonl"
+    write_best(tmp_path / "best", judged(winner), "demo")
+    config, measured = parse(TrainConfig, winner.config), Measured(2.0, 1.2, None, 9, "a", "b")
+    facts = {form: ExportFacts(form, base, 16, 32.0, 7, "bfloat16", config, measured, {}) for form in TITLES}
+    for card in [(tmp_path / "best" / "README.md").read_text(), *map(export_card, facts.values())]:
+        assert "/home" not in card and "`mine.jsonl`" in card
+        assert ("base_model:" in card) is not local and ("mine`" in card or "of mine;" in card) is local
+        for block in card.split("```python\n")[1:]:
+            compile(block.split("```")[0], "card", "exec")
+    code = (tmp_path / "best" / "README.md").read_text().split("```python\n")[1]
+    assert ('folder = PeftConfig.from_pretrained(".").base_model_name_or_path' in code) is local
