@@ -188,12 +188,12 @@ def _settings(facts: ExportFacts) -> list[tuple[str, str]]:
 
 
 def _peft(facts: ExportFacts) -> list[str]:
-    rank = next((r for r in VLLM_RANKS if r >= facts.rank), facts.rank)
+    rank, base = next((r for r in VLLM_RANKS if r >= facts.rank), facts.rank), "BASE" if is_local(facts.base) else facts.base
     return [
         *peft_code(facts.base, facts.config),
         "vLLM:",
         "```",
-        f"vllm serve {'BASE' if is_local(facts.base) else facts.base} --enable-lora --max-lora-rank {rank} --lora-modules adapter=.",
+        f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter=.",
         "```",
         *([f"BASE: the folder of `{public_name(facts.base)}`."] if is_local(facts.base) else []),
         "llama.cpp takes the form `gguf-adapter`: `python -m engine.export . --to gguf-adapter --out DIR`.",
