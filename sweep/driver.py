@@ -32,7 +32,7 @@ from sweep.config.absolute_paths import absolute_uri, with_absolute_paths
 from sweep.config.confirmations import ADDRESS, CODE, credentials, refuse_unconfirmed
 from sweep.config.resume_changes import apply_resume_changes
 from sweep.config.sweep import ClusterConfig, parse_sweep_config
-from sweep.execution.engine_commands import CommandFailed, inspect, prepare
+from sweep.execution.engine_commands import CommandFailed, inspect, prepare, print_sample
 from sweep.execution.interruption import taken_signals
 from sweep.execution.worker_config import REAL_ENGINE, EngineModules
 from sweep.folder.flush import wait_until_flushed
@@ -86,6 +86,13 @@ def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engin
     recorded = read_begun_with(folder).inputs
     recorded = folder.read_data() if recorded is None else recorded
     return _launch(plan, folder, dry_run, engine, overrides, recorded or {})
+
+
+def show_sample(raw: dict[str, Any], options: list[str], *, engine: EngineModules = REAL_ENGINE) -> int:
+    """Have the engine print a sample of this sweep's data. Returns the exit code. Raises InputError."""
+    config = with_absolute_paths(parse_sweep_config(raw), Path.cwd())
+    allowed = ["--trust-remote-code"] if config.model.trust_remote_code else []  # this command line says so
+    return print_sample(config.base(), engine.command, [*options, *allowed])
 
 
 def _launch(

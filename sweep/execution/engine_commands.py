@@ -57,6 +57,14 @@ def inspect(config: TrainConfig, module: str) -> Facts:
         return Facts.from_dict(load_json(answer))
 
 
+def print_sample(config: TrainConfig, module: str, options: list[str]) -> int:
+    """Let `python -m engine show-sample` write to this process's output. Returns its exit code."""
+    with tempfile.TemporaryDirectory(prefix="sweep-sample-") as folder:
+        request = Path(folder, "config.json")
+        request.write_text(json.dumps(config.model_dump(mode="json")))
+        return subprocess.run([sys.executable, "-m", module, "show-sample", str(request), *options]).returncode
+
+
 def evaluate(
     config: TrainConfig, adapter: Path, module: str, num_examples: int = 0, inputs: Mapping[str, str] | None = None
 ) -> AdapterEvaluation:
