@@ -16,7 +16,7 @@ from engine.errors import InputError, printable
 from engine.units import perplexity
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.results.reevaluation import Reevaluation
-from sweep.text import number
+from sweep.text import number, value_text
 from sweep.trials.record import Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
@@ -42,7 +42,7 @@ class Verdict:
     def best_line(self) -> str:
         if self.best is None:
             return NONE
-        params = ", ".join(f"{path} = {value}" for path, value in self.best.params.items())
+        params = ", ".join(f"{path} = {value_text(value)}" for path, value in self.best.params.items())
         loss = f"eval loss {number(self.best.score, '.4f')} (perplexity {perplexity(self.best.score):.3f})"
         so_far = "" if self.reevaluation else " so far"
         return printable(f"Best{so_far}: trial {self.best.number}, {loss}, {params or 'nothing varied'}.")
