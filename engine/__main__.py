@@ -186,7 +186,7 @@ def _show_sample(arguments: list[str]) -> int:
 
 
 def _train_config(path: Path) -> Path:
-    """Return the config file that a path names: itself, or the one in a trial's or adapter's folder."""
+    """Return the config file that a path names: itself, or the one in the folder."""
     if path.is_dir() and not (path / TRAIN_CONFIG).is_file():
         raise InputError("config", str(path), f"must be a {TRAIN_CONFIG} or hold one, as best/ and trials/0000/ of a sweep do")
     return path / TRAIN_CONFIG if path.is_dir() else path

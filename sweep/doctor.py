@@ -39,7 +39,7 @@ ANSWERS = {401: "needs a licence and a login", 403: "needs a licence and a login
 
 
 def diagnose(overrides: list[str], engine_command: str = REAL_ENGINE.command) -> int:
-    """Print the findings. Returns the exit code: 0 unless a sweep certainly cannot run. Raises InputError."""
+    """Print the findings. Returns the exit code: 0, or 1 if a sweep certainly cannot run."""
     raw = compose(run_keys(overrides)[1]) if overrides else {}
     asked = {
         "torch": _start([engine_command, "cards"]),
@@ -95,7 +95,7 @@ def _torch_facts(child: subprocess.Popen) -> TorchFacts | str:
 
 
 def _nvidia_smi() -> list[str]:
-    """Return a line of name and driver for each card that NVIDIA's driver knows; empty without one."""
+    """Return a line of name and driver for each card of NVIDIA's driver; empty without one."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_S, check=True)

@@ -54,7 +54,7 @@ def is_local(name: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """Return a hub id or relative path unchanged, and of a path of this machine only the last part."""
+    """Return a name unchanged, but of a path of this machine only the last part."""
     return Path(name).name if is_local(name) else name
 
 

@@ -1,4 +1,4 @@
-"""Show what `python -m sweep doctor` found: one line each, and what to do where something is wrong."""
+"""Show what `python -m sweep doctor` found: one line each, and what to do about it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STYLES: dict[str, str] = {"ok": "green", "warning": "yellow", "fault": "bold red
 
 @dataclass(frozen=True)
 class Finding:
-    """Say how one thing stands. level: a sweep certainly cannot run with a fault. todo: the way out."""
+    """Say how one thing stands. With a fault, no sweep can run. todo: the way out."""
 
     level: Level
     subject: str

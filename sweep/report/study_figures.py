@@ -175,7 +175,7 @@ def _named(varied: list[Dimension]) -> list[tuple[Dimension, str]]:
 
 
 def _names(varied: list[Dimension]) -> dict[str, str]:
-    """Return an escaped name for each path: its last part if that is unique, else the whole path."""
+    """Return an escaped name for each path: its last part if unique, else the whole path."""
     last = Counter(dimension.path.rsplit(".", 1)[-1] for dimension in varied)
     ends = {dimension.path: dimension.path.rsplit(".", 1)[-1] for dimension in varied}
     return {path: escape(end if last[end] == 1 else path) for path, end in ends.items()}
@@ -215,7 +215,7 @@ _LACKS = object()
 
 
 def _limits(complete: Iterable[TrialRecord]) -> tuple[float, float]:
-    """Return the losses of both ends of the colours. A few trials far above the others share one end."""
+    """Return the losses at both ends of the colours. A few trials far above share one end."""
     losses = [record.score for record in complete]
     usual = usual_range(losses, margin=0.0)
     return (min(losses), max(losses)) if usual is None else (usual[0], usual[1])

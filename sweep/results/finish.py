@@ -65,7 +65,7 @@ def finish(
 def _measure(
     folder: SweepFolder, verdict: Verdict, engine_command: str, num_examples: int, evaluate: Evaluate, note: Callable[[str], None]
 ) -> AdapterEvaluation | None:
-    """Measure the winner again from its files; None if there is no winner or it cannot be measured."""
+    """Measure the winner again from its files; None if there is none, or it fails."""
     best = verdict.best
     if best is None:
         note(NO_ADAPTER)
@@ -90,7 +90,7 @@ def _times(folder: SweepFolder) -> dict[str, float]:
 
 
 def _remarks(records: list[TrialRecord], verdict: Verdict) -> list[str]:
-    """Add what the table of losses does not say: the Pareto front, and how best/ or an earlier sweep differs."""
+    """Add what the table of losses does not say: Pareto front, best/, an earlier sweep."""
     rule = verdict.rule
     front = [str(record.number) for record in rule.front(records)]
     lines = [f"pareto front of {', '.join(rule.objectives)}: trials {', '.join(front)}"] if front else []

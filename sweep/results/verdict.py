@@ -49,7 +49,7 @@ class Verdict:
 
     @property
     def measured_line(self) -> str | None:
-        """Say what the winner's files came to when measured again; None if that is still to come."""
+        """Say what the winner's files came to when measured again; None before that."""
         again = self.reevaluation
         if self.best is None or again is None:
             return None
@@ -134,7 +134,7 @@ def read_verdict(folder: SweepFolder, records: list[TrialRecord], rule: Rule) ->
 
 
 def held_trial(board: Any) -> int | None:
-    """Return the trial whose adapter `best/` holds, as a leaderboard.json of any version says it."""
+    """Return the trial whose adapter `best/` holds, from a leaderboard.json of any version."""
     if not isinstance(board, dict):
         return None
     held = board.get("best_folder")

@@ -23,5 +23,5 @@ def trial(number, *losses, outcome=Outcome.COMPLETE, num_trainable=100, folder="
 
 
 def judged(*records, reevaluation=REEVALUATION) -> Verdict:
-    """Return the verdict on these records. reevaluation: that of the winner, None before the end."""
+    """Return the verdict on these records. reevaluation: None before the end."""
     return judge(list(records), Rule(), reevaluation)

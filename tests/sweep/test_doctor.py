@@ -1,4 +1,4 @@
-"""The doctor names what is wrong with a machine and what to do, ends with one code, and never with a traceback."""
+"""The doctor names what is wrong with a machine and what to do, and ends without a traceback."""
 
 from __future__ import annotations
 

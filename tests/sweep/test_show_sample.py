@@ -1,4 +1,4 @@
-"""`python -m sweep show-sample` lets the engine print a sample of the sweep that the words describe."""
+"""`python -m sweep show-sample` lets the engine print a sample of the sweep described."""
 
 from __future__ import annotations
 

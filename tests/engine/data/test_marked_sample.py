@@ -28,7 +28,7 @@ def by_bytes() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def by_words() -> PreTrainedTokenizerFast:
-    """Return a tokenizer that writes the first token of a text without its space, as SentencePiece does."""
+    """Return a tokenizer that drops the space of a text's first token, as SentencePiece does."""
     tokenizer = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "▁c": 2}, unk_token="▁a"))
     tokenizer.decoder = decoders.Metaspace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

@@ -29,7 +29,7 @@ SPACE = parse_space({
 
 
 def drawn(losses: list[float], seed: int = 0) -> list[TrialRecord]:
-    """Make COMPLETE trials with these losses at points of SPACE, and others that must not be shown."""
+    """Make COMPLETE trials with these losses in SPACE, and others that must not be shown."""
     rng, records = random.Random(seed), []
     for number, loss in enumerate(losses):
         params = {d.path: rng.choice(list(d.points() or (d.low, d.high, (d.low + d.high) / 2))) for d in SPACE.dimensions}
