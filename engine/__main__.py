@@ -163,12 +163,8 @@ def _show_sample(arguments: list[str]) -> int:
     parser = _parser("show-sample")
     parser.add_argument("--sample", type=int, default=1, metavar="N", help="which sample, from 1")
     parser.add_argument("--eval", action="store_true", help="of the evaluation set instead of the training samples")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let the model's own code run")
     options = parser.parse_args(arguments)
-    config = load_train_config(_train_config(options.config))
-    if config.model.trust_remote_code and not options.trust_remote_code:
-        allowed = "a file cannot permit that the model's own code runs; if you trust it, add --trust-remote-code"
-        raise InputError("model.trust_remote_code", True, allowed)
+    config = permitted_config(load_train_config(_train_config(options.config)), options.trust_remote_code)
     from engine.data.marked_sample import legend, marked, marks_for
     from engine.data.views import load_data
     from engine.model.inspect import load_tokenizer

@@ -24,8 +24,10 @@ from engine.command_answers import TorchFacts
 from engine.config.trial import HUB_ID
 from engine.errors import first_line
 from engine.sources.builtin import PREFIX
+from engine.system.child_python import own_environment, python_module
 from engine.system.files import home_folder
 from engine.system.shared_cache import CACHE_VARIABLE, cache_root
+from engine.system.user_path import user_path
 from sweep.cluster import machine
 from sweep.cluster.findings import Finding, examined, show
 from sweep.config.compose import compose, run_keys
@@ -55,7 +57,7 @@ def diagnose(overrides: list[str], engine_command: str = REAL_ENGINE.command) ->
 
 
 def _findings(raw: dict[str, Any], asked: dict[str, subprocess.Popen]) -> Iterator[Finding]:
-    output = Path(raw.get("sweep", {}).get("output_dir", "sweeps")).expanduser()
+    output = user_path(raw.get("sweep", {}).get("output_dir", "sweeps"))
     device = raw.get("train", {}).get("device", "auto")
     yield from examined("Python", machine.check_python)
     yield from examined("card", lambda: check_cards(_nvidia_smi(), _torch_facts(asked["torch"]), device))
@@ -72,10 +74,8 @@ def _findings(raw: dict[str, Any], asked: dict[str, subprocess.Popen]) -> Iterat
 
 
 def _start(module: list[str]) -> subprocess.Popen:
-    root = str(Path(__file__).resolve().parents[1])  # the modules must be found wherever this was started
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    command, options = [sys.executable, "-m", *module], {"text": True, "start_new_session": True}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    return subprocess.Popen(python_module(*module), env=own_environment(), **options)
 
 
 def _ended(child: subprocess.Popen) -> tuple[str, str | None]:
@@ -175,8 +175,8 @@ def check_model(path: str | None) -> Iterator[Finding]:
     """Look for the model that the command line names: a folder, a download, or on the hub."""
     if path is None or path.startswith(PREFIX):
         return
-    if Path(path).expanduser().is_dir() or not HUB_ID.fullmatch(path):
-        there = (Path(path).expanduser() / "config.json").is_file()
+    if user_path(path).is_dir() or not HUB_ID.fullmatch(path):
+        there = (user_path(path) / "config.json").is_file()
         todo = "" if there else "model.path must be a folder with config.json, or a hub id"
         yield Finding("ok" if there else "fault", "model", f"{path}{'' if there else ' holds no model'}", todo)
         return

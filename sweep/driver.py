@@ -91,8 +91,7 @@ def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engin
 def show_sample(raw: dict[str, Any], options: list[str], *, engine: EngineModules = REAL_ENGINE) -> int:
     """Have the engine print a sample of this sweep's data. Returns the exit code."""
     config = with_absolute_paths(parse_sweep_config(raw), Path.cwd())
-    allowed = ["--trust-remote-code"] if config.model.trust_remote_code else []  # this command line says so
-    return print_sample(config.base(), engine.command, [*options, *allowed])
+    return print_sample(config.base(), engine.command, options)
 
 
 def _launch(

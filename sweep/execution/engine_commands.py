@@ -62,7 +62,8 @@ def print_sample(config: TrainConfig, module: str, options: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="sweep-sample-") as folder:
         request = Path(folder, "config.json")
         request.write_text(json.dumps(config.model_dump(mode="json")))
-        return subprocess.run([sys.executable, "-m", module, "show-sample", str(request), *options]).returncode
+        command = python_module(module, "show-sample", str(request), *options)
+        return subprocess.run([*command, *([FLAG] if config.model.trust_remote_code else [])], env=own_environment()).returncode
 
 
 def evaluate(

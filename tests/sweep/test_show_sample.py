@@ -17,8 +17,9 @@ def asked(monkeypatch):
     """Collect what the engine is asked, in place of running it."""
     calls = []
 
-    def run(command: list[str]) -> subprocess.CompletedProcess:
-        calls.append((command[2:4], json.loads(Path(command[4]).read_text()), command[5:]))
+    def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
+        place = command.index("-m")
+        calls.append((command[place + 1 : place + 3], json.loads(Path(command[place + 3]).read_text()), command[place + 4 :]))
         return subprocess.CompletedProcess(command, 7)
 
     monkeypatch.setattr(engine_commands.subprocess, "run", run)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine.command_answers import AdapterEvaluation
+from engine.config.trial import TrainConfig
 from engine.errors import EngineError
 from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
@@ -52,10 +53,10 @@ class Ends:
             (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
             (adapter / "adapter_model.safetensors").write_text(str(record.number))
 
-        def evaluate(trial_folder: Path, command: str, num_examples: int) -> AdapterEvaluation:
+        def evaluate(config: TrainConfig, adapter: Path, command: str, num_examples: int) -> AdapterEvaluation:
             if not works:
                 raise EngineError("out of luck")
-            score = next(record.score for record in records if Path(record.folder) == trial_folder)
+            score = next(record.score for record in records if Path(record.folder) == adapter.parent)
             return AdapterEvaluation(3.0, score, 100)
 
         options = {"sweep_name": "s", "device": "cpu", "engine_command": "x", "note": self.said.append, "evaluate": evaluate}
