@@ -2,6 +2,9 @@
 
 python -m engine <train_config.json>              train, or replay and compare with its reports
 python -m engine prepare <configs.json>           check configs and fill the caches, without GPU
+python -m engine show-sample <train_config.json or folder>
+                                                  print a sample as the model sees it, its targets marked
+python -m engine cards                            print torch, CUDA and the visible GPUs as JSON
 python -m engine inspect <train_config.json>      print model shape and GPU as JSON
 python -m engine plan <train_config.json> --card rtx4090
                                                   predict peak memory and speed on that card
@@ -33,6 +36,7 @@ from engine.system.files import write_text
 from engine.system.user_path import user_path
 from engine.trial_report import read_reports
 
+TRAIN_CONFIG = "train_config.json"
 STOPPED = "stopped; run the same command again to continue from the last save"
 ENDING = "ending after this step and saving it; press Ctrl-C again to stop at once"
 
@@ -44,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"train": _train, "prepare": _prepare, "inspect": _inspect, "plan": _plan, "evaluate": _evaluate}
+    commands |= {"show-sample": _show_sample, "cards": _cards}
     command = arguments[0] if arguments[:1] and arguments[0] in commands else "train"
     rest = arguments[1:] if arguments[:1] == [command] else arguments
     return run(lambda: commands[command](rest), stopped=STOPPED if command == "train" else "stopped")
@@ -152,6 +157,44 @@ def _evaluate(arguments: list[str]) -> int:
     from engine.evaluation.reevaluate import evaluate_adapter
 
     return _answer(evaluate_adapter(config, options.adapter, options.examples, inputs).to_dict(), options.answer)
+
+
+def _show_sample(arguments: list[str]) -> int:
+    parser = _parser("show-sample")
+    parser.add_argument("--sample", type=int, default=1, metavar="N", help="which sample, from 1")
+    parser.add_argument("--eval", action="store_true", help="of the evaluation set instead of the training samples")
+    options = parser.parse_args(arguments)
+    config = permitted_config(load_train_config(_train_config(options.config)), options.trust_remote_code)
+    from engine.data.marked_sample import legend, marked, marks_for
+    from engine.data.views import load_data
+    from engine.model.inspect import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    view = load_data(config.data, tokenizer)[1 if options.eval else 0]
+    if not 1 <= options.sample <= len(view):
+        raise InputError("--sample", options.sample, f"must be from 1 to {len(view)}, the number of samples")
+    sample, marks = view[options.sample - 1], marks_for(sys.stdout)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    print(f"sample {options.sample:,} of {len(view):,} {'for evaluation' if options.eval else 'for training'}: ", end="")
+    print(f"{len(sample.input_ids):,} tokens, loss falls on {int(sample.is_target.sum()):,} ({legend(marks)})\n")
+    print(marked(sample, tokenizer, marks))
+    return 0
+
+
+def _train_config(path: Path) -> Path:
+    """Return the config file that a path names: itself, or the one in the folder."""
+    if path.is_dir() and not (path / TRAIN_CONFIG).is_file():
+        raise InputError("config", str(path), f"must be a {TRAIN_CONFIG} or hold one, as best/ and trials/0000/ of a sweep do")
+    return path / TRAIN_CONFIG if path.is_dir() else path
+
+
+def _cards(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m engine cards", description="Print torch, CUDA and the visible GPUs as JSON.")
+    parser.add_argument("--answer", type=Path)
+    options = parser.parse_args(arguments)
+    from engine.model.device import find_cards
+
+    return _answer(find_cards().to_dict(), options.answer)
 
 
 def _answer(values: dict[str, Any], report: Path | None) -> int:

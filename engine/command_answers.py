@@ -5,7 +5,7 @@ Importing this module loads no torch.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from engine.config.parsing import parse_dataclass
@@ -60,6 +60,29 @@ class PreparedFacts(Facts):
     num_trainable: list[int]
     data: dict[str, str]
     num_train_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class TorchFacts:
+    """Hold the answer of `engine cards`: what torch sees of this machine.
+
+    cuda: the CUDA version that torch was built for, None for a CPU build. error: one line if CUDA
+    cannot be used. cards: name, memory_gib, free_gib, capability and bfloat16 of each visible GPU.
+    """
+
+    torch: str
+    cuda: str | None = None
+    error: str | None = None
+    cards: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> TorchFacts:
+        """Read plain data from JSON. Raises InputError if a key or a type is wrong."""
+        return parse_dataclass(cls, values, "cards")
 
 
 @dataclass(frozen=True)

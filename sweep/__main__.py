@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from typing import Any
 
 from engine.system.command_line import run
 from sweep.cli.lasting_output import lasting_output
@@ -26,8 +28,14 @@ def _main(arguments: list[str]) -> int:
         return 0
     if arguments[:1] == ["--completion"] or arguments[:1] == ["--complete"]:
         return _complete(*arguments)
+    if arguments[:1] == ["doctor"]:
+        from sweep.doctor import diagnose  # loads what only it needs
+
+        return diagnose(arguments[1:])
     from sweep import driver  # loads most of the program, help does not need it
 
+    if arguments[:1] == ["show-sample"]:
+        return driver.show_sample(*_sample_options(arguments[1:]))
     overrides = [argument for argument in arguments if argument != "--cfg"]
     keys, rest = run_keys(overrides)
     for warning in repeated_keys(rest):
@@ -39,6 +47,15 @@ def _main(arguments: list[str]) -> int:
         print(to_yaml(raw), end="")
         return 0
     return driver.start(raw, given=given, dry_run=keys["dry_run"])
+
+
+def _sample_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the composed config, and the options that the engine's command gets."""
+    parser = argparse.ArgumentParser(prog="python -m sweep show-sample", add_help=False)
+    parser.add_argument("--sample", type=int, default=1)
+    parser.add_argument("--eval", action="store_true")
+    options, overrides = parser.parse_known_args(arguments)
+    return compose(run_keys(overrides)[1]), ["--sample", str(options.sample), *(["--eval"] if options.eval else [])]
 
 
 def _complete(option: str, value: str = "", *rest: str) -> int:

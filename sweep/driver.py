@@ -32,7 +32,7 @@ from sweep.config.absolute_paths import absolute_uri, with_absolute_paths
 from sweep.config.confirmations import ADDRESS, CODE, credentials, refuse_unconfirmed
 from sweep.config.resume_changes import apply_resume_changes
 from sweep.config.sweep import ClusterConfig, parse_sweep_config
-from sweep.execution.engine_commands import CommandFailed, inspect, prepare
+from sweep.execution.engine_commands import CommandFailed, inspect, prepare, print_sample
 from sweep.execution.interruption import taken_signals
 from sweep.execution.worker_config import REAL_ENGINE, EngineModules
 from sweep.folder.flush import wait_until_flushed
@@ -47,6 +47,7 @@ from sweep.plan.sweep_plan import SweepPlan, make_sweep_plan
 from sweep.text import params_text
 from sweep.tracking.prometheus import MetricsPage, serve
 from sweep.tracking.tracker import make_tracker
+from sweep.trials.selection import Rule
 
 INTERRUPTED = 130
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -86,6 +87,12 @@ def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engin
     recorded = read_begun_with(folder).inputs
     recorded = folder.read_data() if recorded is None else recorded
     return _launch(plan, folder, dry_run, engine, overrides, recorded or {})
+
+
+def show_sample(raw: dict[str, Any], options: list[str], *, engine: EngineModules = REAL_ENGINE) -> int:
+    """Have the engine print a sample of this sweep's data. Returns the exit code."""
+    config = with_absolute_paths(parse_sweep_config(raw), Path.cwd())
+    return print_sample(config.base(), engine.command, options)
 
 
 def _launch(
@@ -229,7 +236,8 @@ def _run(
     """Run everything from the folder's creation to the last line, with the folder's lock held."""
     with folder.lock():
         folder.write_config(plan.config)
-        screen = make_console(sys.stdout, plan.num_rungs, plan.config.sweep.num_trials)
+        section = plan.config.sweep
+        screen = make_console(sys.stdout, plan.num_rungs, section.num_trials, Rule(section.objectives, section.choose_within))
         tracker = make_tracker(plan.config, folder.path)
         tracker.on_sweep_started({"sweep.folder": str(folder.path), **provenance()}, folder.started_s)
         try:

@@ -110,7 +110,7 @@ class SweepSession:
     def _finish(self, ledger: Ledger) -> int:
         """Choose the best adapter, write best/, leaderboard and report, and tell the tracker."""
         config, records = self.plan.config, ledger.records
-        best, summary = finish(
+        verdict, summary = finish(
             self.folder,
             records,
             sweep_name=config.sweep.name,
@@ -122,9 +122,10 @@ class SweepSession:
             evaluate=self._evaluation(),
         )
         ended_s = max((record.ended_s or 0.0 for record in records), default=self.folder.started_s)
-        self.tracker.on_sweep_finished(summary, best, self.folder.best if best else None, ended_s)
+        is_measured = verdict.reevaluation is not None
+        self.tracker.on_sweep_finished(summary, verdict.best, self.folder.best if is_measured else None, ended_s)
         try_write_report(self.folder, self.screen.note)
-        return 0 if best else 1
+        return 0 if is_measured else 1
 
     def _evaluation(self) -> Evaluate:
         """Return what measures the winner again: here, or on a slot of the existing cluster."""

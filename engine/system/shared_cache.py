@@ -15,7 +15,7 @@ from pathlib import Path
 from engine.errors import InputError
 from engine.system.checksums import find_damage, write_checksums
 from engine.system.file_lock import FileLock
-from engine.system.files import require_home, sync
+from engine.system.files import follow_umask, require_home, sync
 from engine.system.user_path import user_path
 
 CACHE_VARIABLE = "QLORA_SWEEP_CACHE"
@@ -79,6 +79,7 @@ def _build(root: Path, name: str, builder: Callable[[Path], None]) -> None:
     building.mkdir()
     try:
         builder(building)
+        follow_umask(building)
         write_checksums(building)
         building.rename(root / name)
         sync(root)

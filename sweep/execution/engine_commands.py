@@ -57,6 +57,15 @@ def inspect(config: TrainConfig, module: str) -> Facts:
         return Facts.from_dict(load_json(answer))
 
 
+def print_sample(config: TrainConfig, module: str, options: list[str]) -> int:
+    """Let `python -m engine show-sample` write to this process's output. Returns its exit code."""
+    with tempfile.TemporaryDirectory(prefix="sweep-sample-") as folder:
+        request = Path(folder, "config.json")
+        request.write_text(json.dumps(config.model_dump(mode="json")))
+        command = python_module(module, "show-sample", str(request), *options)
+        return subprocess.run([*command, *([FLAG] if config.model.trust_remote_code else [])], env=own_environment()).returncode
+
+
 def evaluate(
     config: TrainConfig, adapter: Path, module: str, num_examples: int = 0, inputs: Mapping[str, str] | None = None
 ) -> AdapterEvaluation:

@@ -98,15 +98,14 @@ class MlflowRuns:
 
     def finish(self, summary: dict[str, Any], best: TrialRecord | None, now_s: float) -> None:
         parent = self._open()
-        if best is not None:
-            self._best = best.number
-            self._mark_best(self.trial(best), best)
+        self._best = None if best is None else best.number
+        self._mark_best(None if best is None else self.trial(best))
         # an unchanged number would add a second point
         known = self._client.get_run(parent).data.metrics
         numbers = sweep_points(summary).items()
         points = [(name, value, int(1000 * now_s), 0) for name, value in numbers if known.get(name) != value]
-        note = {"mlflow.note.content": description(self._config, best, summary, self._folder)} if best else {}
-        self._log(parent, points, tags={**sweep_tags(summary), **note})
+        note = description(self._config, best, summary, self._folder)
+        self._log(parent, points, tags={**sweep_tags(summary), "mlflow.note.content": note})
         self._client.set_terminated(parent, "FINISHED", end_time=self._end_ms(now_s))
         self._ended = True
 
@@ -147,12 +146,14 @@ class MlflowRuns:
         self._client.set_experiment_tag(self._experiment_id, f"mlflow.sharedViewState.{self._id}", value)
         return f"/#/experiments/{self._experiment_id}/runs", self._id
 
-    def _mark_best(self, run: str, best: TrialRecord) -> None:
+    def _mark_best(self, run: str | None) -> None:
+        """Mark this trial's run as the best, and no other. None: no trial is the best."""
         for former in self._search("tags.`sweep.best` = 'true'"):
             if former.info.run_id != run:
                 self._client.set_tag(former.info.run_id, "sweep.best", "false")
                 self._rename(former.info.run_id, former.info.run_name.removesuffix(" (best)"), former.info.status)
-        self._client.set_tag(run, "sweep.best", "true")
+        if run is not None:
+            self._client.set_tag(run, "sweep.best", "true")
 
     def _rename(self, run: str, name: str, status: str) -> None:
         """Set the run's name, together with a status that may be RUNNING."""
