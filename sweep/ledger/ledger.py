@@ -243,7 +243,8 @@ class Ledger:
         """End a trial because the budget is spent. A resume with a larger one can continue it."""
         self._leave_slot(number)
         self._study.stop(number)
-        self._close(self._timed(replace(self._records[number], outcome=Outcome.STOPPED, ended_s=self._study.record(number).ended_s)))
+        ended_s = self._study.record(number).ended_s
+        self._close(self._timed(replace(self._records[number], outcome=Outcome.STOPPED, ended_s=ended_s)))
 
     def _stop_waiting_where_spent(self) -> None:
         if self._waiting and self._budget.spent():
