@@ -36,7 +36,7 @@ class StrictModel(BaseModel):
 
         They fail deep inside a system call, or break the lines of a file.
         """
-        texts = value if isinstance(value, tuple | list) else (value,)
+        texts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else (value,)
         if any(isinstance(text, str) and not text.isprintable() for text in texts):
             raise ValueError("must be printable text, without control characters")
         return value

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 
+class SampleError(Exception):
+    """Say in one line what is wrong with one sample; the caller adds the sample's name."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """One dialogue: messages as a template reads them, and which of them the model learns."""

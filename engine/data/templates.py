@@ -1,43 +1,20 @@
-"""Turn a sample of any supported format into text, and mark the spans the model learns to write.
-
-- messages: `{"messages": [{"role", "content"}, ...]}`, or `conversations` with from/value. The chat
-  template renders it, and assistant turns carry loss.
-- prompt_completion: `{"prompt", "completion"}`; the completion carries loss.
-- alpaca: `{"instruction", "input", "output"}`, rendered as a chat if there is a template, else with
-  Stanford's prompt. The output carries loss.
-- text: `{"text"}`; everything carries loss.
-"""
+"""Turn a conversation into text, and mark the spans the model learns to write."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.data.conversation import Conversation, Document, SampleError
 from engine.errors import InputError
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FORMATS = {  # format -> columns that identify it, most specific first
-    "messages": (("messages",), ("conversations",)),
-    "prompt_completion": (("prompt", "completion"),),
-    "alpaca": (("instruction", "output"),),
-    "text": (("text",),),
-}
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
 MAX_CHARACTERS = 10_000_000  # per sample: about two million tokens, more than any card holds
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
-ALPACA_HEAD = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 
 
 @dataclass(frozen=True)
@@ -46,22 +23,6 @@ class TargetText:
 
     text: str
     spans: tuple[tuple[int, int], ...]
-
-
-class SampleError(Exception):
-    """Say what is wrong with one sample; the reader adds the sample's name."""
-
-
-def detect_format(columns: Mapping[str, Any], wanted: str, where: str) -> str:
-    """Return the format that fits these columns, or `wanted` if it is not `auto` and fits.
-
-    InputError, naming the sample as `where`, if none fits.
-    """
-    for name, alternatives in FORMATS.items():
-        if wanted in ("auto", name) and any(all(c in columns for c in needed) for needed in alternatives):
-            return name
-    known = "; ".join(f"{n}: {' or '.join('+'.join(c) for c in alts)}" for n, alts in FORMATS.items())
-    raise InputError(where, sorted(columns), f"columns fit no format (format: {wanted}); known: {known}")
 
 
 def chat_template(tokenizer: Any, wanted: str | None) -> str | None:
@@ -84,50 +45,20 @@ def chat_template(tokenizer: Any, wanted: str | None) -> str | None:
 
 
 class Renderer:
-    """Turn samples of one format into TargetTexts, with one tokenizer's special tokens.
+    """Turn samples into TargetTexts, with one tokenizer's special tokens."""
 
-    `render` is the method for the format; it raises SampleError for a bad sample.
-    """
-
-    def __init__(self, tokenizer: Any, format_name: str, template: str | None) -> None:
+    def __init__(self, tokenizer: Any, template: str | None) -> None:
         self._tokenizer, self._template = tokenizer, template
         self._bos = tokenizer.bos_token if _adds_bos(tokenizer) else ""
         self._eos = tokenizer.eos_token or ""
-        methods: dict[str, Callable[[Mapping[str, Any]], list[TargetText]]] = {
-            "messages": self._messages,
-            "prompt_completion": self._prompt_completion,
-            "alpaca": self._alpaca,
-            "text": self._text,
-        }
-        self.render = methods[format_name]
 
-    def _text(self, sample: Mapping[str, Any]) -> list[TargetText]:
-        text = _string(sample, "text")
-        return [self._plain("", text)]
-
-    def _prompt_completion(self, sample: Mapping[str, Any]) -> list[TargetText]:
-        if isinstance(sample["prompt"], list) and isinstance(sample["completion"], list):
-            return self._messages({**sample, "messages": [*sample["prompt"], *sample["completion"]]})
-        return [self._plain(_string(sample, "prompt"), _string(sample, "completion"))]
-
-    def _alpaca(self, sample: Mapping[str, Any]) -> list[TargetText]:
-        instruction, output = _string(sample, "instruction"), _string(sample, "output")
-        extra = sample.get("input") or ""
-        if self._template is not None:
-            user = f"{instruction}\n\n{extra}" if extra else instruction
-            turns = [{"role": "user", "content": user}, {"role": "assistant", "content": output}]
-            return self._messages({"messages": turns})
-        head = ALPACA_HEAD.format(", paired with an input that provides further context" if extra else "")
-        middle = f"### Input:\n{extra}\n\n" if extra else ""
-        return [self._plain(f"{head}### Instruction:\n{instruction}\n\n{middle}### Response:\n", output)]
-
-    def _messages(self, sample: Mapping[str, Any]) -> list[TargetText]:
-        messages = _normalised(sample)
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        if not turns:
-            raise SampleError("has no assistant message, so there is nothing to learn")
-        extra = {"tools": sample["tools"]} if sample.get("tools") else {}
-        pieces = [self._turn(messages, i, extra) for i in turns]
+    def render(self, sample: Conversation | Document) -> list[TargetText]:
+        """Return the sample's texts; SampleError if the template refuses it."""
+        if isinstance(sample, Document):
+            return [self._plain(sample.prompt, sample.completion)]
+        messages = [dict(message) for message in sample.messages]
+        extra = {"tools": list(sample.tools)} if sample.tools else {}
+        pieces = [self._turn(messages, i, extra) for i, learned in enumerate(sample.learned) if learned]
         whole = self._apply(messages, False, extra)
         if all(whole.startswith(text) for text, _ in pieces):
             return [TargetText(whole, tuple((start, len(text)) for text, start in pieces))]
@@ -161,28 +92,6 @@ class Renderer:
         start = len(self._bos) + len(prompt)
         text = f"{self._bos}{prompt}{completion}{self._eos}"
         return TargetText(text, ((start, len(text)),))
-
-
-def _normalised(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
-    raw = sample.get("messages", sample.get("conversations"))
-    if not isinstance(raw, (list, tuple)) or not raw or not all(isinstance(m, Mapping) for m in raw):
-        raise SampleError("messages must be a non-empty list of {role, content}")
-    messages = []
-    for message in raw:
-        if "from" in message and "value" in message:
-            message = {"role": SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message["value"]}
-        content = message.get("content")
-        if not isinstance(message.get("role"), str) or not (isinstance(content, (str, list)) or message.get("tool_calls")):
-            raise SampleError("every message needs a role and a content (text, or a list of parts)")
-        messages.append({key: value for key, value in message.items() if value is not None})
-    return messages
-
-
-def _string(sample: Mapping[str, Any], column: str) -> str:
-    value = sample.get(column)
-    if not isinstance(value, str):
-        raise SampleError(f"{column} must be a string, not {type(value).__name__}")
-    return value
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -129,10 +129,13 @@ def test_a_builtin_can_be_the_evaluation_set_of_other_data(monkeypatch):
     from engine.data import views as data
 
     monkeypatch.setattr(data, "resolve_data", lambda p: (Path("a/train"), Path("a/eval")) if p.startswith("builtin:") else None)
-    assert data._sources(DataConfig(train="builtin:x")) == ("a/train", "a/eval")
-    assert data._sources(DataConfig(train="my.jsonl", eval="builtin:x")) == ("my.jsonl", "a/eval")
-    assert data._sources(DataConfig(train="builtin:x", eval="my.jsonl")) == ("a/train", "my.jsonl")
-    assert data._sources(DataConfig(train="my.jsonl")) == ("my.jsonl", None)
+    def paths(config):
+        return tuple(source and str(source) for source in data._sources(config))
+
+    assert paths(DataConfig(train="builtin:x")) == ("a/train", "a/eval")
+    assert paths(DataConfig(train="my.jsonl", eval="builtin:x")) == ("my.jsonl", "a/eval")
+    assert paths(DataConfig(train="builtin:x", eval="my.jsonl")) == ("a/train", "my.jsonl")
+    assert paths(DataConfig(train="my.jsonl")) == ("my.jsonl", None)
 
 
 def test_train_max_samples_takes_the_same_samples_wherever_they_stand(load, tokenizer):
