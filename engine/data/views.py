@@ -42,10 +42,10 @@ class View:
         self._tokens, self.rows, self.max_seq_length = tokens, rows, max_seq_length
         self._given = tokens.samples_of(rows)
         full = tokens.offsets[self._given + 1] - tokens.offsets[self._given]
-        self.num_given_tokens, self.num_overlong = int(full.sum()), int((full > max_seq_length).sum())
-        if overlong == "error" and self.num_overlong:
-            line = f"{self.num_overlong} of {len(full)} samples are longer, up to {full.max()} tokens; or data.overlong=cut"
-            raise InputError("data.max_seq_length", max_seq_length, line)
+        self.num_given_tokens = int(full.sum())
+        if overlong == "error" and (full > max_seq_length).any():
+            longer = f"{(full > max_seq_length).sum()} of {len(full)} samples are longer than {max_seq_length} tokens"
+            raise InputError("data.overlong", overlong, f"{longer}, the longest has {full.max()}; or cut, drop, split")
         if overlong == "drop":
             kept = full <= max_seq_length
         else:
@@ -56,9 +56,20 @@ class View:
             self._chosen = self._given[kept]
             self._starts, self.lengths = tokens.offsets[self._chosen], np.minimum(full[kept], max_seq_length)
         self.num_dropped = len(full) - len(np.unique(self._chosen))
+        self.num_cut = int((tokens.offsets[self._chosen + 1] - self._starts > self.lengths).sum()) if overlong == "cut" else 0
 
     def __len__(self) -> int:
         return len(self._chosen)
+
+    @property
+    def row_hashes(self) -> np.ndarray:
+        """Return the content hash of each row that was selected."""
+        return self._tokens.row_hashes[self.rows]
+
+    @property
+    def num_equal_rows(self) -> int:
+        """Return the number of rows that repeat an earlier one."""
+        return len(self.rows) - len(np.unique(self.row_hashes))
 
     @property
     def num_rows(self) -> int:
