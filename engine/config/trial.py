@@ -11,10 +11,11 @@ import itertools
 import json
 import math
 import re
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from engine.config.parsing import Fraction, ListAsTuple, PositiveInt, StrictModel, load_json, parse
 from engine.errors import InputError
@@ -76,8 +77,23 @@ class DataConfig(StrictModel):
         "cut", description="samples beyond the length: cut them, drop them, split them into pieces, or refuse them"
     )
     chat_template: str | None = Field(None, description="none: the tokenizer's own; chatml; or a .jinja file")
+    template_kwargs: dict[NonEmpty, str | bool | int | float] | None = Field(
+        None, description="variables of the chat template, such as {enable_thinking: false}"
+    )
+    date: str | None = Field(None, description="the day that a chat template prints, YYYY-MM-DD; none: the day of the sweep")
+    turns: Literal["all", "last"] = Field("all", description="last: only the last answer of a dialogue carries loss")
     max_seq_length: Annotated[int, Field(ge=8)] = 2048
     packing: bool = True
+
+    @field_validator("date")
+    @classmethod
+    def _is_a_day(cls, value: str | None) -> str | None:
+        try:
+            if value is None or str(date.fromisoformat(value)) == value:
+                return value
+        except ValueError:
+            pass
+        raise ValueError("must be a day, such as 2026-11-26")
 
 
 class LoraConfig(StrictModel):
@@ -192,6 +208,7 @@ LATER: dict[str, dict[str, Any]] = {
     "data": {
         "train_max_samples": None, "train_name": None, "train_revision": None, "train_files": None, "eval_name": None,
         "eval_revision": None, "eval_files": None, "columns": {}, "bad_rows": "error", "overlong": "cut",
+        "template_kwargs": None, "date": None, "turns": "all",
     },
 }  # fmt: skip
 """Fields that older sweeps do not have. At these values the fingerprint leaves them out."""

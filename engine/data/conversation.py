@@ -8,7 +8,7 @@ from typing import Any
 
 
 class SampleError(Exception):
-    """Say in one line what is wrong with one sample; the caller adds the sample's name."""
+    """Say what is wrong with one sample; the reader adds the sample's name."""
 
 
 @dataclass(frozen=True)
@@ -34,3 +34,26 @@ class Encoded:
 
     input_ids: list[int]
     is_target: list[bool]
+    notes: tuple[str, ...] = ()  # what was done about this sample that its author may not expect
+
+
+@dataclass(frozen=True)
+class TargetText:
+    """Hold a text and the character ranges [start, end) that carry loss.
+
+    Special tokens between the marks of engine/data/templates.py are text. notes: what the author of the data may not expect.
+    is_chat: a template wrote the text, with the tokens before it that the tokenizer would add.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    notes: tuple[str, ...] = ()
+    is_chat: bool = True
+
+    @property
+    def start(self) -> int:
+        return self.spans[0][0]
+
+    @property
+    def end(self) -> int:
+        return self.spans[-1][1]
