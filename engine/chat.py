@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from engine.system.command_line import run
 from engine.system.limited_child import Bounded, TooCostly
 
 
+EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
 class Printer(TextStreamer):
     """Print text word by word and keep it: an interrupted answer stays in the conversation."""
 
@@ -43,13 +47,15 @@ class Printer(TextStreamer):
 class Chat:
     """Hold a loaded base model with its adapter, and the turns so far."""
 
-    def __init__(self, base: Base, template: str | None, max_new_tokens: int, temperature: float) -> None:
+    def __init__(
+        self, base: Base, template: str | None, max_new_tokens: int, temperature: float, variables: Mapping[str, Any] = EMPTY
+    ) -> None:
         """Set how the model answers.
 
         template: None passes each prompt to the model as it is, without earlier turns. temperature:
-        0 always takes the likeliest token.
+        0 always takes the likeliest token. variables: what the template reads besides messages.
         """
-        self._base, self._template, self._messages = base, template, []
+        self._base, self._template, self._messages, self._variables = base, template, [], dict(variables)
         self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "use_cache": True}
         if temperature > 0:
             self._options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -76,7 +82,7 @@ class Chat:
             encoded = tokenizer(prompt, return_tensors="pt")
         else:
             self._messages.append({"role": "user", "content": prompt})
-            options = {"chat_template": self._template, "add_generation_prompt": True, "tokenize": False}
+            options = {**self._variables, "chat_template": self._template, "add_generation_prompt": True, "tokenize": False}
             try:
                 with Bounded(lambda messages: tokenizer.apply_chat_template(messages, **options)) as render:
                     text = render(self._messages)
@@ -106,7 +112,8 @@ def load_chat(
     base.model.eval()
     wanted = config.data.chat_template if config else None
     template = chat_template(base.tokenizer, wanted) if wanted or base.tokenizer.chat_template else None
-    return Chat(base, template, max_new_tokens, temperature)
+    variables = (config.data.template_kwargs if config else None) or {}
+    return Chat(base, template, max_new_tokens, temperature, variables)
 
 
 def _prompts() -> Iterator[str]:

@@ -30,7 +30,9 @@ BOOL_POLICIES = {"keep": False, "recompute": True}
 """Policies that config files write as true or false, in train.activation_checkpointing."""
 NonEmpty = Annotated[str, Field(min_length=1)]
 DataSource = Annotated[NonEmpty | Annotated[tuple[NonEmpty, ...], Field(min_length=1)], ListAsTuple]
-Column = Literal["messages", "prompt", "completion", "instruction", "input", "output", "text", "system", "history", "tools", "label"]
+Column = Literal[
+    "messages", "prompt", "completion", "instruction", "input", "output", "text", "system", "history", "tools", "label"
+]
 PolicyAsBool = BeforeValidator(lambda value: BOOL_POLICIES.get(value, value) if isinstance(value, str) else value)
 
 

@@ -37,7 +37,7 @@ class Encoder:
         self._tokenizer, self._eos = tokenizer, tokenizer.eos_token
         ends = end_texts(tokenizer)
         self.identity = [
-            template, variables, str(day or date.today()) if prints_date(template) else None, config.turns, ends,
+            template, variables, printed_day(tokenizer, config), config.turns, ends,
             tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token, tokenizer.eos_token,
         ]  # fmt: skip
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -96,12 +96,15 @@ class Encoder:
     def _row(self, text: TargetText, pieces: list[list[int]]) -> Encoded:
         bounds, ids, is_target = self._bounds(text), [], []
         ends = dict(text.spans)
-        prefix = [] if text.is_chat or pieces[0][:1] == self._prefix[:1] else self._prefix
         for start, piece in zip(bounds, pieces):
             count = self._count(text.text[start : ends[start]], piece) if start in ends else 0
             is_target += [True] * count + [False] * (len(piece) - count)
             ids += piece
-        return Encoded([*prefix, *ids], [False] * len(prefix) + is_target, text.notes)
+        if text.is_chat or not self._prefix:
+            return Encoded(ids, is_target, text.notes)
+        held = len(self._prefix) if ids[: len(self._prefix)] == self._prefix else int(ids[:1] == self._prefix[:1])
+        before = [] if held else self._prefix
+        return Encoded([*before, *ids], [False] * len(before or ids[:held]) + is_target[held:], text.notes)
 
     def _count(self, answer: str, ids: list[int]) -> int:
         """Return how many of the ids that begin with `answer` are its own."""
@@ -164,6 +167,11 @@ class Encoder:
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def printed_day(tokenizer: Any, config: DataConfig) -> str | None:
+    """Return the day that the chat template prints, or None if it prints none."""
+    return (config.date or str(date.today())) if prints_date(chat_template(tokenizer, config.chat_template)) else None
 
 
 def end_texts(tokenizer: Any) -> list[str]:

@@ -24,6 +24,8 @@ INCOMPARABLE = {
     "data.eval_max_seq_length": "trials would be scored at different lengths",
     "data.format": "trials would be scored on different target tokens",
     "data.chat_template": "trials would be scored on different target tokens",
+    "data.date": "trials would be scored on different prompts",
+    "data.turns": "trials would be scored on different target tokens",
     "train.max_tokens": "trials would have different budgets",
     "train.report_at_tokens": "trials would be judged at different rungs",
     "train.num_reports": "trials would be judged at different rungs",
