@@ -115,7 +115,7 @@ def _messages(row: Mapping[str, Any]) -> Conversation:
 
 def _prompt_completion(row: Mapping[str, Any]) -> Conversation | Document:
     prompt, completion = (_decoded(row[name], name) for name in ("prompt", "completion"))
-    if isinstance(prompt, str) and isinstance(completion, str):
+    if not any(isinstance(value, (list, tuple, Mapping)) for value in (prompt, completion)):
         if _system(row):
             raise SampleError("system needs messages: plain prompts have no place for it")
         return _document(prompt, completion, "prompt", "completion")
