@@ -5,6 +5,7 @@ Importing this module loads no torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from engine.planning.model_shape import ModelShape
 
 MUCH_LOST = 0.1  # share of a data set's rows or tokens that are not used
 FEW_ROWS = 32  # evaluation rows
+MANY_PASSES = 20
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,11 @@ class DataAccount:
         parts += [f"added {', '.join(added)}"] if added else []
         return f"{self.part} at {self.max_seq_length:,} tokens: {'; '.join(parts)}"
 
-    def warnings(self) -> list[str]:
-        """Return a line for each loss that a user should know of before training."""
+    def warnings(self, max_tokens: int) -> list[str]:
+        """Return a line for each loss that a user should know of before training.
+
+        max_tokens: that a trial reads.
+        """
         found = []
         before = self.num_chosen + self.num_bad
         gone = self.num_bad + self.num_chosen - self.num_used
@@ -81,7 +86,15 @@ class DataAccount:
             found.append(f"{self.num_leaked:,} of {self.num_chosen:,} evaluation rows are training rows too")
         if self.part == "evaluation" and self.num_used < FEW_ROWS:
             found.append(f"only {self.num_used} evaluation rows decide which trial is best; {FEW_ROWS} or more are safer")
+        if self.part == "training" and max_tokens > MANY_PASSES * self.num_tokens:
+            passes = max_tokens / max(1, self.num_tokens)
+            found.append(f"train.max_tokens = {max_tokens:,} are {passes:,.0f} passes over the training data: fewer, or more data")
         return found
+
+
+def data_warnings(accounts: Iterable[DataAccount], max_tokens: int) -> list[str]:
+    """Return the warnings about all data sets, each once."""
+    return list(dict.fromkeys(line for account in accounts for line in account.warnings(max_tokens)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from engine.command_answers import DataAccount, data_warnings
 from engine.errors import StorageError, first_line
 from engine.system.files import home_folder, storage_fault
 from engine.system.provenance import provenance
@@ -79,14 +80,14 @@ def _launch(plan: SweepPlan, folder: SweepFolder | None, dry_run: bool, engine: 
         return 0
     with handled(taken_signals(), _interrupt), _metrics_page(plan) as page:
         try:
-            feasibility, data = _prepare(plan, engine)
+            feasibility, data, accounts = _prepare(plan, engine)
         except KeyboardInterrupt:
             return _interrupted(folder)
         if folder is None:
             if plan.config.sweep.warm_start:
                 _check_warm_start(plan, data)
             folder = SweepFolder.create(plan.config, datetime.now())
-            folder.write_data(data)
+            folder.write_data(data, accounts)
         with _storage_errors(folder):
             return _run(plan, folder, engine, feasibility, page)
 
@@ -116,21 +117,25 @@ def _forecast(plan: SweepPlan, engine: EngineModules) -> None:
     check_any_fits(plan.space, plan.base(), feasibility)
 
 
-def _prepare(plan: SweepPlan, engine: EngineModules) -> tuple[Feasibility, dict[str, Any]]:
+def _prepare(plan: SweepPlan, engine: EngineModules) -> tuple[Feasibility, dict[str, Any], list[DataAccount]]:
     """Check the whole sweep against model, data and card. Raises InputError if it cannot work.
 
-    Returns the fit check for its trials, and digests of the samples.
+    Returns the fit check for its trials, digests of the samples, and what became of the data.
     """
     print("preparing model and data ...", flush=True)
     facts = prepare(plan.probes(), engine.command)
     print(f"model: {facts.layers}", flush=True)
     print(f"data: {facts.num_train_samples:,} training and {facts.num_eval_samples:,} evaluation samples", flush=True)
+    for account in facts.accounts:
+        print(f"data: {account.line()}", flush=True)
+    for warning in data_warnings(facts.accounts, plan.config.train.max_tokens):
+        print(f"WARNING: {warning}", file=sys.stderr)
     on_gpu = plan.slots.device == "cuda"
     feasibility = make_feasibility(plan.config.cluster.card, facts, plan.kinds) if on_gpu else Feasibility(None, None)
     if feasibility.predicts:
         print(f"{card_line(feasibility)}; trials that are predicted not to fit are not started", flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
-    return feasibility, facts.data
+    return feasibility, facts.data, facts.accounts
 
 
 def _run(plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, page: MetricsPage | None) -> int:
@@ -139,7 +144,7 @@ def _run(plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibilit
         folder.write_config(plan.config)
         screen = make_console(sys.stdout, plan.num_rungs, plan.config.sweep.num_trials)
         tracker = make_tracker(plan.config, folder.path)
-        tracker.on_sweep_started({"sweep.folder": str(folder.path), **provenance()}, folder.started_s)
+        tracker.on_sweep_started({"sweep.folder": str(folder.path), **provenance(), **_data_tags(folder)}, folder.started_s)
         try:
             set_ray_environment(plan.config.cluster.address, plan.slots.num_slots if plan.has_mixed_cards else 1)
             from sweep.session import SweepSession  # loads ray, which reads that environment once
@@ -155,6 +160,11 @@ def _run(plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibilit
             wait_until_flushed()
             for warning in tracker.close(30.0):
                 print(f"WARNING: {warning}", file=sys.stderr)
+
+
+def _data_tags(folder: SweepFolder) -> dict[str, str]:
+    """Return one tag for each data set and length, such as data.training.2048."""
+    return {f"data.{account.part}.{account.max_seq_length}": account.line() for account in folder.read_accounts()}
 
 
 def _find_hardware(cluster: ClusterConfig) -> Hardware:

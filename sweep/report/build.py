@@ -96,6 +96,7 @@ def _facts(folder: SweepFolder, config: SweepConfig, records: list[TrialRecord],
         f"Model {config.model.path} ({config.model.quantization}), data {config.data.train}, folder {folder.path}.",
         f"{sum(counts.values())} trials of {config.sweep.num_trials} asked for: {ended or 'none has started'}.",
     ]
+    lines += [f"Data, {account.line()}." for account in folder.read_accounts()]
     lines.append(_best_line(best) if best else "No trial has gone far enough to be chosen.")
     again = _reevaluation(folder)
     if again is not None:
