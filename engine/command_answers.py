@@ -88,7 +88,7 @@ class DataAccount:
             found.append(f"only {self.num_used} evaluation rows decide which trial is best; {FEW_ROWS} or more are safer")
         if self.part == "training" and max_tokens > MANY_PASSES * self.num_tokens:
             passes = max_tokens / max(1, self.num_tokens)
-            found.append(f"train.max_tokens = {max_tokens:,} are {passes:,.0f} passes over the training data: fewer, or more data")
+            found.append(f"train.max_tokens = {max_tokens:,} are {passes:,.0f} passes over the training data")
         return found
 
 

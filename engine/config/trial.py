@@ -97,6 +97,11 @@ class DataConfig(StrictModel):
             pass
         raise ValueError("must be a day, such as 2026-11-26")
 
+    def describe_train(self, most: int = 3) -> str:
+        """Return the training source as text, with the first files of a list."""
+        names = (self.train,) if isinstance(self.train, str) else self.train
+        return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
 
 class LoraConfig(StrictModel):
     """The adapter on each target module (Hu et al., arXiv:2106.09685).

@@ -61,7 +61,7 @@ def config_rows(config: TrainConfig, *names: str) -> list[tuple[str, str]]:
         "max_seq_length": str(config.data.max_seq_length),
         "max_tokens": f"{config.train.max_tokens:,}",
         "seed": str(config.train.seed),
-        "training data": f"`{config.data.train}`",
+        "training data": f"`{config.data.describe_train()}`",
     }
     return [(name, texts[name]) for name in names]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from engine.config.trial import ON_TRAINING_SAMPLES
@@ -17,17 +18,25 @@ def with_absolute_paths(config: SweepConfig, folder: Path) -> SweepConfig:
     folder: relative paths start here. A name that is no file or folder there stays as it is, since
     it may be a hub id.
     """
-    changes: dict[str, dict[str, str]] = {}
+    changes: dict[str, dict[str, str | tuple[str, ...]]] = {}
     for section, field in FIELDS:
         value = getattr(getattr(config, section), field)
         if field == "chat_template" and not str(value).endswith(".jinja"):
             continue  # the name of a template, not a file
         if field == "eval" and value == ON_TRAINING_SAMPLES:
             continue
-        if value is not None and (folder / Path(value).expanduser()).exists():
-            changes.setdefault(section, {})[field] = str(folder / Path(value).expanduser())
+        if value is not None:
+            names = (value,) if isinstance(value, str) else value
+            found = tuple(_absolute(name, folder) for name in names)
+            changes.setdefault(section, {})[field] = found[0] if isinstance(value, str) else found
     uri = config.tracking.uri
     if uri is not None and uri.startswith(SQLITE) and not uri.startswith(SQLITE + "/"):
         changes["tracking"] = {"uri": f"{SQLITE}{folder / uri.removeprefix(SQLITE)}"}
     updated = {section: getattr(config, section).model_copy(update=fields) for section, fields in changes.items()}
     return config.model_copy(update=updated)
+
+
+def _absolute(name: str, folder: Path) -> str:
+    """Return the path of what is there, or of a pattern that fits something; else the name itself."""
+    path = folder / Path(name).expanduser()
+    return str(path) if path.exists() or (glob.has_magic(name) and next(glob.iglob(str(path), recursive=True), None)) else name

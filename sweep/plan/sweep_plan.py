@@ -59,7 +59,7 @@ class SweepPlan:
             f"output in {config.sweep.output_dir}/{config.sweep.name}-<date>-<time>/",
             f"model      {config.model.path} ({config.model.quantization})"
             + (", and its own code is run: model.trust_remote_code" if config.model.trust_remote_code else ""),
-            f"data       {config.data.train}",
+            f"data       {config.data.describe_train()}",
             f"budget     {budget:,} tokens a trial, at most {config.sweep.num_trials * budget:,} in all"
             + (f"; ends early at {limits}" if (limits := describe_budget(config.sweep.budget)) else ""),
             f"rungs      {self.num_rungs}, at tokens seen: {grid}",

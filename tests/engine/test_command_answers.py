@@ -7,16 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from engine.command_answers import AdapterEvaluation, DataAccount, Facts, PreparedFacts, VisibleCard
+from engine.command_answers import AdapterEvaluation, Facts, PreparedFacts, VisibleCard
 from engine.errors import InputError
 from engine.planning.model_shape import ModelShape
+from tests.support.reports import make_account
 
 SHAPE = ModelShape(2, 64, 128, 4, 2, 16, 256, sliding_window=32)
 CARD = VisibleCard("NVIDIA L4", 22.5)
-ACCOUNT = DataAccount(
-    part="training", max_seq_length=512, num_read=60, num_bad=6, num_equal=1, num_chosen=50, num_used=44, num_samples=50,
-    num_cut=3, num_dropped=6, num_lost_tokens=500, num_tokens=2000, num_targets=500, num_leaked=0, num_bos=0, num_eos=44,
-)  # fmt: skip
+ACCOUNT = make_account()
 PREPARED = PreparedFacts(
     shape=SHAPE, card=CARD, host_gib=3.5, model_path="m", layers="2 of 2", num_train_samples=8, num_eval_samples=2,
     num_dropped_samples=0, num_trainable=[64, 128], data={"training": "ab", "evaluation": "cd"},

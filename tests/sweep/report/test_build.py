@@ -24,7 +24,7 @@ from sweep.space.parse import parse_space
 from sweep.study.journal import read_trials
 from sweep.study.study import Study
 from sweep.trials.record import Outcome
-from tests.support.reports import make_report
+from tests.support.reports import make_account, make_report
 
 TAG = "<script>alert(1)</script>"
 SPACE = {
@@ -169,6 +169,14 @@ def test_optunas_figures_keep_the_numbers_of_trials_and_judge_the_complete_ones(
     assert {number for trace in slices for number in trace["marker"]["color"]} == {1, 3, 5}
     axes = figures["Parallel coordinates"].to_dict()["layout"]["xaxis"]["ticktext"]
     assert list(axes) == ["eval loss (nats)", "learning_rate", "rank", "target_modules"]
+
+
+def test_the_page_says_what_became_of_the_data(tmp_path):
+    folder = swept(tmp_path)
+    assert "rows read" not in page_of(folder)
+    folder.write_data({"training": "ab"}, [make_account(), make_account("evaluation")])
+    page = page_of(folder)
+    assert "Data, training at 512 tokens: 60 rows read" in page and "Data, evaluation at 512 tokens" in page
 
 
 def test_no_report_fails_a_sweep_and_an_older_one_stays(tmp_path, monkeypatch):
