@@ -67,10 +67,10 @@ class DataAccount:
         parts += [f"added {', '.join(added)}"] if added else []
         return f"{self.part} at {self.max_seq_length:,} tokens: {'; '.join(parts)}"
 
-    def warnings(self, max_tokens: int) -> list[str]:
+    def warnings(self, max_tokens: int, eval_max_samples: int) -> list[str]:
         """Return a line for each loss that a user should know of before training.
 
-        max_tokens: that a trial reads.
+        max_tokens: that a trial reads. eval_max_samples: a user who sets few wants few.
         """
         found = []
         before = self.num_chosen + self.num_bad
@@ -84,7 +84,7 @@ class DataAccount:
                 )
         if self.num_leaked:
             found.append(f"{self.num_leaked:,} of {self.num_chosen:,} evaluation rows are training rows too")
-        if self.part == "evaluation" and self.num_used < FEW_ROWS:
+        if self.part == "evaluation" and self.num_used < min(FEW_ROWS, eval_max_samples):
             found.append(f"only {self.num_used} evaluation rows decide which trial is best; {FEW_ROWS} or more are safer")
         if self.part == "training" and max_tokens > MANY_PASSES * self.num_tokens:
             passes = max_tokens / max(1, self.num_tokens)
@@ -92,9 +92,9 @@ class DataAccount:
         return found
 
 
-def data_warnings(accounts: Iterable[DataAccount], max_tokens: int) -> list[str]:
+def data_warnings(accounts: Iterable[DataAccount], max_tokens: int, eval_max_samples: int) -> list[str]:
     """Return the warnings about all data sets, each once."""
-    return list(dict.fromkeys(line for account in accounts for line in account.warnings(max_tokens)))
+    return list(dict.fromkeys(line for account in accounts for line in account.warnings(max_tokens, eval_max_samples)))
 
 
 @dataclass(frozen=True, kw_only=True)

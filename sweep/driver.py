@@ -128,7 +128,7 @@ def _prepare(plan: SweepPlan, engine: EngineModules) -> tuple[Feasibility, dict[
     print(f"data: {facts.num_train_samples:,} training and {facts.num_eval_samples:,} evaluation samples", flush=True)
     for account in facts.accounts:
         print(f"data: {account.line()}", flush=True)
-    for warning in data_warnings(facts.accounts, plan.config.train.max_tokens):
+    for warning in data_warnings(facts.accounts, plan.config.train.max_tokens, plan.config.data.eval_max_samples):
         print(f"WARNING: {warning}", file=sys.stderr)
     on_gpu = plan.slots.device == "cuda"
     feasibility = make_feasibility(plan.config.cluster.card, facts, plan.kinds) if on_gpu else Feasibility(None, None)
