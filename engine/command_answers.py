@@ -34,7 +34,8 @@ class DataAccount:
     have no target within the length, or are longer under data.overlong=drop. num_lost_tokens: of
     the chosen rows, read in no pass. num_tokens and num_targets: of one pass. num_leaked: rows of
     an evaluation set of its own that are training rows too. num_bos, num_eos: documents of the
-    whole set to which these were added.
+    whole set to which these were added. bad_rows: lines about the first ones. notes: what the
+    author of the data may not expect, with the number of rows of the whole set.
     """
 
     part: str
@@ -53,6 +54,8 @@ class DataAccount:
     num_leaked: int
     num_bos: int
     num_eos: int
+    bad_rows: list[str] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
 
     def line(self) -> str:
         """Return everything in one line."""
@@ -65,6 +68,7 @@ class DataAccount:
         parts = [read, used, f"{self.num_tokens:,} tokens a pass, {share:.1%} of them targets", lost]
         added = [f"{name} to {count:,}" for name, count in (("BOS", self.num_bos), ("EOS", self.num_eos)) if count]
         parts += [f"added {', '.join(added)}"] if added else []
+        parts += [f"{note} ({count:,} rows)" for note, count in self.notes.items()]
         return f"{self.part} at {self.max_seq_length:,} tokens: {'; '.join(parts)}"
 
     def warnings(self, max_tokens: int, eval_max_samples: int) -> list[str]:
@@ -82,6 +86,7 @@ class DataAccount:
                     f"{self.part} data lose {lost / whole:.0%} of their {what} at {self.max_seq_length:,} tokens "
                     "(bad rows, or beyond the length: data.overlong)"
                 )
+        found += [f"a bad row was skipped: {line}" for line in self.bad_rows]
         if self.num_leaked:
             found.append(f"{self.num_leaked:,} of {self.num_chosen:,} evaluation rows are training rows too")
         if self.part == "evaluation" and self.num_used < min(FEW_ROWS, eval_max_samples):

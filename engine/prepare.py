@@ -7,6 +7,7 @@ machine would all fill them at the same time.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -60,8 +61,17 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         num_dropped_samples=training.num_dropped,
         num_trainable=num_trainable,
         data=digests,
-        accounts=list(dict.fromkeys(account for both in accounts.values() for account in both)),
+        accounts=_distinct(account for both in accounts.values() for account in both),
     )
+
+
+def _distinct(accounts: Iterable[DataAccount]) -> list[DataAccount]:
+    """Return the accounts without repeats; all configs share one evaluation set."""
+    found: list[DataAccount] = []
+    for account in accounts:
+        if account not in found:
+            found.append(account)
+    return found
 
 
 def inspect(config: ModelConfig) -> Facts:

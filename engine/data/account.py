@@ -39,6 +39,8 @@ def make_account(part: str, view: View, counts: RowCounts, num_leaked: int) -> D
         num_leaked=num_leaked,
         num_bos=counts.num_bos,
         num_eos=counts.num_eos,
+        bad_rows=counts.reasons,
+        notes=counts.notes,
     )
 
 

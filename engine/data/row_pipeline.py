@@ -28,7 +28,8 @@ MAX_REASONS = 3  # lines about bad rows that are kept
 class RowCounts:
     """Count the rows of a source: read, and bad, with the lines about the first bad ones.
 
-    num_bos and num_eos: documents to which BOS or EOS was added.
+    num_bos and num_eos: documents to which BOS or EOS was added. notes: what the author of the data
+    may not expect, with the number of rows.
     """
 
     num_read: int = 0
@@ -36,6 +37,7 @@ class RowCounts:
     num_bos: int = 0
     num_eos: int = 0
     reasons: list[str] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ class RowPipeline:
                 self._bad(sample.fault(encoded))
                 continue
             self._count_ends(sample.content, encoded)
+            for note in {note for one in encoded for note in one.notes}:
+                self.counts.notes[note] = self.counts.notes.get(note, 0) + 1
             yield encoded, sample.is_masked
 
     def _count_ends(self, content: Conversation | Document, encoded: list[Encoded]) -> None:
