@@ -28,7 +28,6 @@ from engine.model.load import load_base
 from engine.system.command_line import run
 from engine.system.limited_child import Bounded, TooCostly
 
-
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 

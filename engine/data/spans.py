@@ -257,10 +257,14 @@ class Spans:
             read["tool_calls"] = [_with_json(call) for call in message["tool_calls"]]
         return read
 
-    def _form(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the message in the form that this template takes."""
+    def _form(self, message: Mapping[str, Any], is_new: bool) -> dict[str, Any]:
+        """Return the message in the form that this template takes.
+
+        is_new: it is the answer to learn. Earlier ones are passed as the data have them.
+        """
         thought, content = thought_of(message) if message["role"] == "assistant" else None, message.get("content")
-        if thought is not None and self._tags_thoughts and not self._reads_thoughts:
+        joins = self._tags_thoughts and not self._reads_thoughts and (is_new or templates.WAS_INLINE in message)
+        if thought is not None and joins:
             content = f"<think>\n{thought}\n</think>\n\n{content or ''}"
         if self._wants_parts and isinstance(content, str):
             content = [{"type": "text", "text": content}]
@@ -269,7 +273,8 @@ class Spans:
         return {**message, "content": content} if "content" in message else dict(message)
 
     def _render(self, messages: Messages, generate: bool, tools: Any) -> Rendered:
-        return self._template.render([self._form(message) for message in messages], generate, tools)
+        new = -1 if generate else len(messages) - 1
+        return self._template.render([self._form(message, i == new) for i, message in enumerate(messages)], generate, tools)
 
     def _try(self, messages: Messages, generate: bool, tools: Any) -> Rendered | None:
         try:

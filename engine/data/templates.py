@@ -33,6 +33,7 @@ MARKS = ("\ufdd0", "\ufdd1")  # noncharacters: Unicode keeps them for use inside
 REASONING = ("reasoning_content", "thinking", "reasoning", "reasoning_text", "thinking_content", "thought", "thoughts")
 RESERVED = ("messages", "tools", "add_generation_prompt")
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+WAS_INLINE = "thought_in_content"  # key of a message whose thought stood in its content
 TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -79,8 +80,9 @@ def with_thought_apart(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return the message with a thought that begins its content put beside the content."""
     content, is_answer = message.get("content"), message["role"] == "assistant" and thought_of(message) is None
     found = THOUGHT.fullmatch(content) if is_answer and isinstance(content, str) else None
-    apart = {"reasoning_content": found[1].strip("\n"), "content": found[2].lstrip("\n")} if found else {}
-    return {**message, **apart}
+    if not found:
+        return dict(message)
+    return {**message, "reasoning_content": found[1].strip("\n"), "content": found[2].lstrip("\n"), WAS_INLINE: True}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 Each keeps what is particular about its family, and leaves out the rest.
 """
 
+# ruff: noqa: E501 - a template's line is one text
+
 from __future__ import annotations
 
 import re

@@ -19,7 +19,8 @@ ENDS = {
 }  # fmt: skip
 THOUGHTS = ("r1-distill", "qwq", "minimax-m2", "qwen-3", "qwen-3.5", "glm-4", "harmony")
 MUST_THINK = ("r1-distill", "qwq", "minimax-m2")
-TEXT = st.text(st.sampled_from("ahit \n:.#1é"), min_size=1, max_size=8).filter(str.strip)
+WORDS = st.text(st.sampled_from("ahit \n:.#1é"), min_size=1, max_size=8).filter(str.strip)
+TEXT = st.builds(str.__add__, st.sampled_from(["", "\n", " ", "\n\n"]), WORDS)
 
 
 @st.composite
@@ -42,7 +43,7 @@ def test_each_answer_follows_the_prompt_that_asks_for_it_and_ends_generation(nam
     ends = [*ENDS.get(name, []), tokenizer.eos_token]
     refused = []
 
-    @settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(dialogues(name))
     def check(messages):
         try:

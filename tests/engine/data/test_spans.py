@@ -17,7 +17,8 @@ OFF = {"template_kwargs": {"enable_thinking": False}}
 @pytest.mark.parametrize(
     ("name", "end"),
     [("chatml", "<|im_end|>"), ("phi-3", "<|end|>"), ("gemma-2", "<end_of_turn>"), ("apertus", "<|assistant_end|>"),
-     ("harmony", "<|return|>"), ("command-r7b", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"), ("llama-2", " </s>"), ("no-end", "</s>"),
+     ("harmony", "<|return|>"), ("command-r7b", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"), ("llama-2", " </s>"),
+     ("no-end", "</s>"),
      ("glm-4", "<|endoftext|>"), ("tagged", "<|im_end|>"), ("olmo", "<|endoftext|>")],
 )  # fmt: skip
 def test_targets_end_with_the_token_that_ends_generation(name, end):
@@ -113,12 +114,12 @@ def test_generation_tags_decide_what_is_learnt():
     [("chatml", [user("ask"), assistant("", tool_calls=call())], None, r"message 2 \(assistant\).*function\.name"),
      ("llama-3", [user("ask"), assistant("let me look", tool_calls=call())], TOOLS, r"message 2 \(assistant\).*content"),
      ("mistral", [user("ask"), assistant("one"), RESULT, assistant("two")], None, r"message 3 \(tool\).*content"),
-     ("first-system-only", [user("ask"), assistant("one"), SYSTEM, user("more"), assistant("two")], None, r"message 3 \(system\).*content"),
+     ("first-system-only", [user("ask"), assistant("one"), SYSTEM, user("more"), assistant("two")], None, r"3 \(system\)"),
      ("chatml", [user("ask"), assistant("one", reasoning_content="hm")], None, r"message 2 \(assistant\).*reasoning_content"),
      ("chatml", [user("ask"), assistant("one")], TOOLS, "tools: .*look_up"),
      ("glm-4", [user("ask"), assistant("one", tool_calls=call())], None, r"message 2 \(assistant\).*function\.name"),
      ("qwen-3", [user("ask"), assistant("close with </think> please")], None, r"message 2 \(assistant\).*content"),
-     ("gemma-2", [SYSTEM, user("ask"), assistant("one")], None, "message 3 .assistant.: the chat template refused it: roles must"),
+     ("gemma-2", [SYSTEM, user("ask"), assistant("one")], None, "message 3 .assistant.: the chat template refused it: roles"),
      ("chatml", [assistant("hello")], None, "no answer behind a question")],
 )  # fmt: skip
 def test_what_a_template_leaves_out_is_refused_by_name(name, messages, tools, expected):
