@@ -20,7 +20,7 @@ BOM = "\ufeff"
 OPENERS = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-class Row(NamedTuple):
+class SourceRow(NamedTuple):
     """One row of a source: its name for messages, and its columns.
 
     fault: why this row alone cannot be read, or None. A fault of a whole file is raised.
@@ -31,11 +31,11 @@ class Row(NamedTuple):
     fault: InputError | None = None
 
 
-def read_rows(source: NamedSource, found: FoundSource) -> Iterator[Row]:
+def read_rows(source: NamedSource, found: FoundSource) -> Iterator[SourceRow]:
     """Yield the rows in order. InputError if a file is damaged."""
     if found.dataset is not None:
         for i, row in enumerate(found.dataset, 1):
-            yield Row(f"{source.field} row {i}", _without_invented_nulls(row))
+            yield SourceRow(f"{source.field} row {i}", _without_invented_nulls(row))
     for path in found.files:
         try:
             yield from _read_file(source.field, path)
@@ -45,7 +45,7 @@ def read_rows(source: NamedSource, found: FoundSource) -> Iterator[Row]:
             raise InputError(source.field, str(path), f"cannot be read ({first_line(error)})") from None
 
 
-def _read_file(field: str, path: Path) -> Iterator[Row]:
+def _read_file(field: str, path: Path) -> Iterator[SourceRow]:
     kind, compression = kind_of(path)
     if kind == ".parquet":
         yield from _read_parquet(field, path)
@@ -67,19 +67,19 @@ def _open(path: Path, compression: str) -> BinaryIO:
     return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
 
 
-def _read_parquet(field: str, path: Path) -> Iterator[Row]:
+def _read_parquet(field: str, path: Path) -> Iterator[SourceRow]:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     try:
         rows = (row for batch in parquet.ParquetFile(path).iter_batches(1024) for row in batch.to_pylist())
         for i, row in enumerate(rows, 1):
-            yield Row(f"{field} row {i} of {path.name}", _without_invented_nulls(row))
+            yield SourceRow(f"{field} row {i} of {path.name}", _without_invented_nulls(row))
     except (OSError, pa.ArrowException) as error:
         raise InputError(field, str(path), f"must be a whole Parquet file ({first_line(error)})") from None
 
 
-def _read_table(field: str, path: Path, handle: BinaryIO, delimiter: str) -> Iterator[Row]:
+def _read_table(field: str, path: Path, handle: BinaryIO, delimiter: str) -> Iterator[SourceRow]:
     """Read CSV or TSV; every cell is text, whatever it looks like."""
     csv.field_size_limit(sys.maxsize)
     lines = csv.reader(io.TextIOWrapper(handle, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
@@ -94,16 +94,16 @@ def _read_table(field: str, path: Path, handle: BinaryIO, delimiter: str) -> Ite
                 continue
             if len(cells) != len(header):
                 fault = InputError(name, cells, f"has {len(cells)} cells; the first line names {len(header)} columns")
-                yield Row(name, None, fault)
+                yield SourceRow(name, None, fault)
             else:
-                yield Row(name, dict(zip(header, cells)))
+                yield SourceRow(name, dict(zip(header, cells)))
     except UnicodeDecodeError as error:
         raise InputError(field, str(path), f"must be UTF-8 text ({error})") from None
     except csv.Error as error:
         raise InputError(where.format(lines.line_num), str(path), f"must be CSV ({error})") from None
 
 
-def _read_json(field: str, path: Path, handle: BinaryIO) -> Iterator[Row]:
+def _read_json(field: str, path: Path, handle: BinaryIO) -> Iterator[SourceRow]:
     """Read one JSON list. A file that has one object in each line is read as JSON Lines."""
     first = handle.readline()
     if first.removeprefix(BOM.encode()).lstrip().startswith(b"{"):
@@ -121,10 +121,10 @@ def _read_json(field: str, path: Path, handle: BinaryIO) -> Iterator[Row]:
     if not isinstance(rows, list):
         raise InputError(field, str(path), f"must hold a list of samples, not a {type(rows).__name__}")
     for i, row in enumerate(rows, 1):
-        yield Row(f"{field} item {i} of {path.name}", row)
+        yield SourceRow(f"{field} item {i} of {path.name}", row)
 
 
-def _read_lines(field: str, path: Path, handle: BinaryIO, first: bytes = b"") -> Iterator[Row]:
+def _read_lines(field: str, path: Path, handle: BinaryIO, first: bytes = b"") -> Iterator[SourceRow]:
     """Read JSON Lines; empty lines are passed over."""
     for i, line in enumerate(([first] if first else []), 1):
         yield _row_of_line(f"{field} line {i} of {path.name}", line)
@@ -133,14 +133,14 @@ def _read_lines(field: str, path: Path, handle: BinaryIO, first: bytes = b"") ->
             yield _row_of_line(f"{field} line {i} of {path.name}", line)
 
 
-def _row_of_line(name: str, line: bytes) -> Row:
+def _row_of_line(name: str, line: bytes) -> SourceRow:
     try:
-        return Row(name, _parse(name, line.decode("utf-8-sig")))
+        return SourceRow(name, _parse(name, line.decode("utf-8-sig")))
     except UnicodeDecodeError as error:
         fault = InputError(name, line[:60], f"must be UTF-8 text ({error.reason} at byte {error.start + 1} of the line)")
     except InputError as error:
         fault = error
-    return Row(name, None, fault)
+    return SourceRow(name, None, fault)
 
 
 def _parse(where: str, text: str) -> Any:

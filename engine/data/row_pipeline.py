@@ -16,7 +16,7 @@ from engine.config.trial import DataConfig
 from engine.data.conversation import Conversation, Document, Encoded, SampleError
 from engine.data.encoding import Encoder
 from engine.data.formats import RowFormat
-from engine.data.readers import Row
+from engine.data.readers import SourceRow
 from engine.errors import InputError
 from engine.system.limited_child import Bounded, TooCostly
 
@@ -71,7 +71,7 @@ class RowPipeline:
         self._first: InputError | None = None
         self.counts = RowCounts()
 
-    def encoded(self, rows: Iterable[Row]) -> Iterator[tuple[list[Encoded], bool]]:
+    def encoded(self, rows: Iterable[SourceRow]) -> Iterator[tuple[list[Encoded], bool]]:
         """Yield the samples of each good row, and whether the data mask some of its answers.
 
         InputError at the first bad row, unless data.bad_rows=skip; then only if all are bad.
@@ -86,7 +86,7 @@ class RowPipeline:
         if self._first is not None and self.counts.num_bad == self.counts.num_read:
             raise self._first
 
-    def _batches(self, rows: Iterable[Row]) -> Iterator[list[_Sample]]:
+    def _batches(self, rows: Iterable[SourceRow]) -> Iterator[list[_Sample]]:
         batch: list[_Sample] = []
         size = 0
         for row in rows:
