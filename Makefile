@@ -4,13 +4,18 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/installed
 
-.PHONY: help quickstart test faults lint clean
+.PHONY: help quickstart shell test faults lint clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 quickstart: $(STAMP) ## Install, then run a whole sweep on a small model (about 5 minutes on two CPU cores)
 	@echo "== quickstart: a sweep over SmolLM2-135M on the standard library's documentation"
 	$(VENV)/bin/python -m sweep +experiment=quickstart
+
+shell: $(STAMP) ## Open a shell in which `python` is .venv/bin/python, and Tab completes a sweep's settings
+	@printf '%s\n' '[ -f ~/.bashrc ] && . ~/.bashrc' '. "$(CURDIR)/$(VENV)/bin/activate"' 'source <(python -m sweep --completion bash)' > $(VENV)/shellrc
+	@echo "== python is $(VENV)/bin/python in this shell; leave it with: exit"
+	@exec bash --rcfile $(VENV)/shellrc -i
 
 test: $(STAMP) lint ## Install, then lint and test (CPU, under 8 minutes)
 	@echo "== tests"

@@ -2,6 +2,9 @@
 
 python -m engine <train_config.json>              train, or replay and compare with its reports
 python -m engine prepare <configs.json>           check configs and fill the caches, without GPU
+python -m engine show-sample <train_config.json or folder>
+                                                  print a sample as the model sees it, its targets marked
+python -m engine cards                            print torch, CUDA and the visible GPUs as JSON
 python -m engine inspect <train_config.json>      print model shape and GPU as JSON
 python -m engine plan <train_config.json> --card rtx4090
                                                   predict peak memory and speed on that card
@@ -21,15 +24,19 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.parsing import load_json, parse
+from engine.config.permission import FLAG, permitted_config
 from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import InputError, Interrupted
 from engine.planning.cards import find_card
 from engine.planning.model_shape import ModelShape
 from engine.planning.planner import make_compute_plan
+from engine.sources.hub_ids import refuse_missing_files
 from engine.system.command_line import asked_to_end, run
 from engine.system.files import write_text
+from engine.system.user_path import user_path
 from engine.trial_report import read_reports
 
+TRAIN_CONFIG = "train_config.json"
 STOPPED = "stopped; run the same command again to continue from the last save"
 ENDING = "ending after this step and saving it; press Ctrl-C again to stop at once"
 
@@ -41,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"train": _train, "prepare": _prepare, "inspect": _inspect, "plan": _plan, "evaluate": _evaluate}
+    commands |= {"show-sample": _show_sample, "cards": _cards}
     command = arguments[0] if arguments[:1] and arguments[0] in commands else "train"
     rest = arguments[1:] if arguments[:1] == [command] else arguments
     return run(lambda: commands[command](rest), stopped=STOPPED if command == "train" else "stopped")
@@ -50,17 +58,22 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m engine {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=user_path)
+    parser.add_argument(FLAG, action="store_true", help="let the model's own code run; the config alone cannot permit it")
     return parser
+
+
+def _load(options: argparse.Namespace) -> TrainConfig:
+    return permitted_config(load_train_config(options.config), options.trust_remote_code)
 
 
 def _train(arguments: list[str]) -> int:
     parser = _parser("train")
     parser.add_argument(
-        "--out", type=Path, help="trial folder to write and to continue from (default: replay/ next to the config)"
+        "--out", type=user_path, help="trial folder to write and to continue from (default: replay/ next to the config)"
     )
     options = parser.parse_args(arguments)
-    config = load_train_config(options.config)
+    config = _load(options)
     out = options.out or options.config.resolve().parent / "replay"
     from engine.data.encoding import printed_day
     from engine.model.device import pick_device
@@ -94,12 +107,15 @@ def _train(arguments: list[str]) -> int:
 
 def _prepare(arguments: list[str]) -> int:
     parser = _parser("prepare")
-    parser.add_argument("--answer", type=Path)
+    parser.add_argument("--answer", type=user_path)
     options = parser.parse_args(arguments)
     listed = load_json(options.config)
     if not isinstance(listed, list):
         raise InputError("configs", listed, "must be a JSON list of training configs")
     configs = [parse(TrainConfig, values, f"configs.{i}") for i, values in enumerate(listed)]
+    configs = [permitted_config(config, options.trust_remote_code) for config in configs]
+    for config in configs:
+        refuse_missing_files(config.data)
     from engine.prepare import prepare
 
     return _answer(prepare(configs).to_dict(), options.answer)
@@ -107,9 +123,9 @@ def _prepare(arguments: list[str]) -> int:
 
 def _inspect(arguments: list[str]) -> int:
     parser = _parser("inspect")
-    parser.add_argument("--answer", type=Path)
+    parser.add_argument("--answer", type=user_path)
     options = parser.parse_args(arguments)
-    config = load_train_config(options.config)
+    config = _load(options)
     from engine.prepare import inspect
 
     return _answer(inspect(config.model).to_dict(), options.answer)
@@ -119,7 +135,7 @@ def _plan(arguments: list[str]) -> int:
     parser = _parser("plan")
     parser.add_argument("--card", required=True, help="rtx3090, rtx4090, a10g, l4 ...")
     options = parser.parse_args(arguments)
-    config, card = load_train_config(options.config), find_card(options.card)
+    config, card = _load(options), find_card(options.card)
     from engine.model.inspect import model_config
 
     chosen = make_compute_plan(config, ModelShape.of(model_config(config.model), config.model.path), card)
@@ -133,16 +149,55 @@ def _plan(arguments: list[str]) -> int:
 
 def _evaluate(arguments: list[str]) -> int:
     parser = _parser("evaluate")
-    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--adapter", type=user_path, required=True)
     parser.add_argument("--examples", type=int, default=0, help="evaluation samples for base model and adapter to answer")
-    parser.add_argument("--answer", type=Path)
+    parser.add_argument("--inputs", type=user_path, help="JSON of digests (engine/sources/identity.py) that the inputs must have")
+    parser.add_argument("--answer", type=user_path)
     options = parser.parse_args(arguments)
     if options.examples < 0:
         raise InputError("--examples", options.examples, "must be 0 or more")
-    config = load_train_config(options.config)
+    config, inputs = _load(options), load_json(options.inputs) if options.inputs else None
     from engine.evaluation.reevaluate import evaluate_adapter
 
-    return _answer(evaluate_adapter(config, options.adapter, options.examples).to_dict(), options.answer)
+    return _answer(evaluate_adapter(config, options.adapter, options.examples, inputs).to_dict(), options.answer)
+
+
+def _show_sample(arguments: list[str]) -> int:
+    parser = _parser("show-sample")
+    parser.add_argument("--sample", type=int, default=1, metavar="N", help="which sample, from 1")
+    parser.add_argument("--eval", action="store_true", help="of the evaluation set instead of the training samples")
+    options = parser.parse_args(arguments)
+    config = permitted_config(load_train_config(_train_config(options.config)), options.trust_remote_code)
+    from engine.data.marked_sample import legend, marked, marks_for
+    from engine.data.views import load_data
+    from engine.model.inspect import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    view = load_data(config.data, tokenizer)[1 if options.eval else 0]
+    if not 1 <= options.sample <= len(view):
+        raise InputError("--sample", options.sample, f"must be from 1 to {len(view)}, the number of samples")
+    sample, marks = view[options.sample - 1], marks_for(sys.stdout)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    print(f"sample {options.sample:,} of {len(view):,} {'for evaluation' if options.eval else 'for training'}: ", end="")
+    print(f"{len(sample.input_ids):,} tokens, loss falls on {int(sample.is_target.sum()):,} ({legend(marks)})\n")
+    print(marked(sample, tokenizer, marks))
+    return 0
+
+
+def _train_config(path: Path) -> Path:
+    """Return the config file that a path names: itself, or the one in the folder."""
+    if path.is_dir() and not (path / TRAIN_CONFIG).is_file():
+        raise InputError("config", str(path), f"must be a {TRAIN_CONFIG} or hold one, as best/ and trials/0000/ of a sweep do")
+    return path / TRAIN_CONFIG if path.is_dir() else path
+
+
+def _cards(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m engine cards", description="Print torch, CUDA and the visible GPUs as JSON.")
+    parser.add_argument("--answer", type=Path)
+    options = parser.parse_args(arguments)
+    from engine.model.device import find_cards
+
+    return _answer(find_cards().to_dict(), options.answer)
 
 
 def _answer(values: dict[str, Any], report: Path | None) -> int:

@@ -18,8 +18,9 @@ import torch
 from transformers import TextStreamer
 
 from engine.adapter.lora import attach, load_adapter_state
-from engine.adapter.origin import FLAG, read_origin
+from engine.adapter.origin import read_origin
 from engine.adapter.portable import read_adapter
+from engine.config.permission import FLAG
 from engine.data.templates import chat_template
 from engine.errors import InputError
 from engine.model.base import Base, end_tokens
@@ -27,6 +28,7 @@ from engine.model.device import pick_device
 from engine.model.load import load_base
 from engine.system.command_line import run
 from engine.system.limited_child import Bounded, TooCostly
+from engine.system.user_path import user_path
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -138,7 +140,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m engine.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("adapter", type=Path, help="folder with adapter_config.json, such as best/ of a sweep")
+    parser.add_argument("adapter", type=user_path, help="folder with adapter_config.json, such as best/ of a sweep")
     parser.add_argument("--prompt", help="answer this prompt and exit")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")

@@ -5,7 +5,6 @@ Importing this module loads no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,8 +12,6 @@ from engine.config.parsing import parse_dataclass
 from engine.planning.model_shape import ModelShape
 
 MUCH_LOST = 0.1  # share of a data set's rows or tokens that are not used
-FEW_ROWS = 32  # evaluation rows
-MANY_PASSES = 20
 
 
 @dataclass(frozen=True)
@@ -71,11 +68,8 @@ class DataAccount:
         parts += [f"{note} ({count:,} rows)" for note, count in self.notes.items()]
         return f"{self.part} at {self.max_seq_length:,} tokens: {'; '.join(parts)}"
 
-    def warnings(self, max_tokens: int, eval_max_samples: int) -> list[str]:
-        """Return a line for each loss that a user should know of before training.
-
-        max_tokens: that a trial reads. eval_max_samples: a user who sets few wants few.
-        """
+    def warnings(self) -> list[str]:
+        """Return a line for each loss that a user should know of before training."""
         found = []
         before = self.num_chosen + self.num_bad
         gone = self.num_bad + self.num_chosen - self.num_used
@@ -89,17 +83,7 @@ class DataAccount:
         found += [f"a bad row was skipped: {line}" for line in self.bad_rows]
         if self.num_leaked:
             found.append(f"{self.num_leaked:,} of {self.num_chosen:,} evaluation rows are training rows too")
-        if self.part == "evaluation" and self.num_used < min(FEW_ROWS, eval_max_samples):
-            found.append(f"only {self.num_used} evaluation rows decide which trial is best; {FEW_ROWS} or more are safer")
-        if self.part == "training" and max_tokens > MANY_PASSES * self.num_tokens:
-            passes = max_tokens / max(1, self.num_tokens)
-            found.append(f"train.max_tokens = {max_tokens:,} are {passes:,.0f} passes over the training data")
         return found
-
-
-def data_warnings(accounts: Iterable[DataAccount], max_tokens: int, eval_max_samples: int) -> list[str]:
-    """Return the warnings about all data sets, each once."""
-    return list(dict.fromkeys(line for account in accounts for line in account.warnings(max_tokens, eval_max_samples)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +113,10 @@ class PreparedFacts(Facts):
     """Hold the answer of `engine prepare`: the facts, and the sizes of model and data.
 
     layers: one line on which decoder layers run fused. num_trainable: adapter parameters of each
-    config. data: digests of the samples by part, training and evaluation. Numbers of samples are
-    rows of the source. accounts: of both parts, at each length among the configs.
+    config. data: digests of samples, template and base model by part (engine/sources/identity.py).
+    num_train_tokens: tokens of one pass over the training samples, for the config that cuts them
+    shortest; 0 if not known. Numbers of samples are rows of the source. accounts: of both parts, at
+    each length among the configs.
     """
 
     model_path: str
@@ -140,7 +126,31 @@ class PreparedFacts(Facts):
     num_dropped_samples: int
     num_trainable: list[int]
     data: dict[str, str]
+    num_train_tokens: int = 0
     accounts: list[DataAccount] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TorchFacts:
+    """Hold the answer of `engine cards`: what torch sees of this machine.
+
+    cuda: the CUDA version that torch was built for, None for a CPU build. error: one line if CUDA
+    cannot be used. cards: name, memory_gib, free_gib, capability and bfloat16 of each visible GPU.
+    """
+
+    torch: str
+    cuda: str | None = None
+    error: str | None = None
+    cards: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> TorchFacts:
+        """Read plain data from JSON. Raises InputError if a key or a type is wrong."""
+        return parse_dataclass(cls, values, "cards")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,13 @@ class InputError(EngineError):
         return (type(self), (self.field, self.value, self.allowed))
 
 
+class InputsChanged(EngineError):
+    """Report that data, template or base model are not what the sweep began with.
+
+    That is no trial's fault: the sweep stops, and the trial can continue once they are back.
+    """
+
+
 class DivergedError(EngineError):
     """Report a loss or gradient that is not finite, has exploded or has vanished.
 

@@ -16,6 +16,7 @@ from engine.command_answers import DataAccount, Facts, PreparedFacts, VisibleCar
 from engine.config.targets import resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.account import account_data
+from engine.data.views import identify
 from engine.errors import InputError
 from engine.model.device import host_share_gib
 from engine.model.inspect import ModelFacts, inspect_model, load_tokenizer, model_config
@@ -27,8 +28,8 @@ from engine.units import GIB
 def prepare(configs: list[TrainConfig]) -> PreparedFacts:
     """Check every config; raise InputError at the first fault.
 
-    Returns the facts that `inspect` returns for the first config, its sample counts and digests,
-    and the number of trainable parameters of every config.
+    Returns the facts that `inspect` returns for the first config, its sample counts and the digests
+    of its inputs, and the number of trainable parameters of every config.
     """
     if not configs:
         raise InputError("configs", configs, "must hold at least one training config")
@@ -47,7 +48,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         data_key = key + repr(config.data)
         if data_key not in accounts:
             train_view, eval_view, accounts[data_key] = account_data(config.data, tokenizer)
-            digests = digests or {"training": train_view.digest(), "evaluation": eval_view.digest()}
+            digests = digests or identify(config, tokenizer, (train_view, eval_view))
     training, evaluation = next(iter(accounts.values()))
     found = inspect(configs[0].model)
     return PreparedFacts(
@@ -62,6 +63,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         num_trainable=num_trainable,
         data=digests,
         accounts=_distinct(account for both in accounts.values() for account in both),
+        num_train_tokens=min(both[0].num_tokens for both in accounts.values()),
     )
 
 

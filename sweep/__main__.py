@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from typing import Any
 
 from engine.system.command_line import run
 from sweep.cli.lasting_output import lasting_output
-from sweep.config.compose import compose, parsed, run_keys, to_yaml
+from sweep.config.compose import compose, given_keys, parsed, repeated_keys, run_keys, to_yaml
 from sweep.config.conf_files import groups
 
 __all__ = ["compose", "groups", "main"]
@@ -26,17 +28,34 @@ def _main(arguments: list[str]) -> int:
         return 0
     if arguments[:1] == ["--completion"] or arguments[:1] == ["--complete"]:
         return _complete(*arguments)
+    if arguments[:1] == ["doctor"]:
+        from sweep.doctor import diagnose  # loads what only it needs
+
+        return diagnose(arguments[1:])
     from sweep import driver  # loads most of the program, help does not need it
 
+    if arguments[:1] == ["show-sample"]:
+        return driver.show_sample(*_sample_options(arguments[1:]))
     overrides = [argument for argument in arguments if argument != "--cfg"]
     keys, rest = run_keys(overrides)
+    for warning in repeated_keys(rest):
+        print(f"WARNING: {warning}", file=sys.stderr)
     if keys["resume"] is not None:
         return driver.resume(str(keys["resume"]), dict(map(parsed, rest)), dry_run=keys["dry_run"])
-    raw = compose(rest)
+    raw, given = compose(rest), given_keys(rest)
     if "--cfg" in arguments:
         print(to_yaml(raw), end="")
         return 0
-    return driver.start(raw, dry_run=keys["dry_run"])
+    return driver.start(raw, given=given, dry_run=keys["dry_run"])
+
+
+def _sample_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the composed config, and the options that the engine's command gets."""
+    parser = argparse.ArgumentParser(prog="python -m sweep show-sample", add_help=False)
+    parser.add_argument("--sample", type=int, default=1)
+    parser.add_argument("--eval", action="store_true")
+    options, overrides = parser.parse_known_args(arguments)
+    return compose(run_keys(overrides)[1]), ["--sample", str(options.sample), *(["--eval"] if options.eval else [])]
 
 
 def _complete(option: str, value: str = "", *rest: str) -> int:

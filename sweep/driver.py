@@ -12,42 +12,58 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from engine.command_answers import DataAccount, data_warnings
+from engine.command_answers import Facts, PreparedFacts
 from engine.errors import StorageError, first_line
+from engine.sources.identity import refuse_changed
 from engine.system.files import home_folder, storage_fault
 from engine.system.provenance import provenance
 from engine.system.signals import handled
 from sweep.cli.console import make_console
 from sweep.cluster.ray_environment import set_ray_environment
 from sweep.cluster.slots import Hardware, local_hardware
-from sweep.config.absolute_paths import with_absolute_paths
+from sweep.config.absolute_paths import absolute_uri, with_absolute_paths
 from sweep.config.confirmations import ADDRESS, CODE, credentials, refuse_unconfirmed
 from sweep.config.resume_changes import apply_resume_changes
 from sweep.config.sweep import ClusterConfig, parse_sweep_config
-from sweep.execution.engine_commands import inspect, prepare
+from sweep.execution.engine_commands import CommandFailed, inspect, prepare, print_sample
 from sweep.execution.interruption import taken_signals
 from sweep.execution.worker_config import REAL_ENGINE, EngineModules
 from sweep.folder.flush import wait_until_flushed
 from sweep.folder.sweep_folder import SweepFolder
+from sweep.places import check_places
 from sweep.plan.feasibility import Feasibility, make_feasibility
-from sweep.plan.forecast import card_line, check_any_fits, describe_forecast, no_forecast_line
+from sweep.plan.forecast import card_line, check_any_fits, describe_forecast, most_demanding, no_forecast_line
+from sweep.plan.idle_settings import idle_settings, refuse_idle_overrides
+from sweep.plan.rungs import check_rungs
+from sweep.plan.samples import data_warnings, unchecked_line
 from sweep.plan.sweep_plan import SweepPlan, make_sweep_plan
+from sweep.text import params_text
 from sweep.tracking.prometheus import MetricsPage, serve
 from sweep.tracking.tracker import make_tracker
+from sweep.trials.selection import Rule
 
 INTERRUPTED = 130
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def start(raw: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
-    """Run a new sweep. Returns the exit code. Raises InputError before anything is written."""
+def start(
+    raw: dict[str, Any], *, given: Mapping[str, Any] = NOTHING, dry_run: bool = False, engine: EngineModules = REAL_ENGINE
+) -> int:
+    """Run a new sweep. Returns the exit code. Raises InputError before anything is written.
+
+    given: dotted path -> value of the command line, which `raw` has been composed from.
+    """
     config = with_absolute_paths(parse_sweep_config(raw), Path.cwd())
-    return _launch(make_sweep_plan(config, _find_hardware), None, dry_run, engine)
+    plan = make_sweep_plan(config, _find_hardware)
+    refuse_idle_overrides(config, plan.space, given)
+    return _launch(plan, None, dry_run, engine, given)
 
 
 def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
@@ -60,42 +76,67 @@ def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engin
     if not dry_run:
         with folder.lock():  # refuse a second driver before preparing model and data
             pass
-    config = apply_resume_changes(folder.read_config(), overrides)
+    from sweep.study.begun_with import read_begun_with, read_unedited_config  # loads Optuna, which takes half a second
+
+    if isinstance(uri := overrides.get(ADDRESS), str):
+        overrides = {**overrides, ADDRESS: absolute_uri(uri, Path.cwd())}
+    config = apply_resume_changes(read_unedited_config(folder), overrides)
     refuse_unconfirmed(config, overrides, os.environ, home_folder())
-    return _launch(make_sweep_plan(config, _find_hardware), folder, dry_run, engine)
+    plan = make_sweep_plan(config, _find_hardware)
+    refuse_idle_overrides(config, plan.space, overrides)
+    recorded = read_begun_with(folder).inputs
+    recorded = folder.read_data() if recorded is None else recorded
+    return _launch(plan, folder, dry_run, engine, overrides, recorded or {})
 
 
-def _launch(plan: SweepPlan, folder: SweepFolder | None, dry_run: bool, engine: EngineModules) -> int:
+def show_sample(raw: dict[str, Any], options: list[str], *, engine: EngineModules = REAL_ENGINE) -> int:
+    """Have the engine print a sample of this sweep's data. Returns the exit code."""
+    config = with_absolute_paths(parse_sweep_config(raw), Path.cwd())
+    return print_sample(config.base(), engine.command, options)
+
+
+def _launch(
+    plan: SweepPlan,
+    folder: SweepFolder | None,
+    dry_run: bool,
+    engine: EngineModules,
+    given: Mapping[str, Any] = NOTHING,
+    recorded: Mapping[str, str] = NOTHING,
+) -> int:
     """Print the plan, check everything, and run.
 
-    folder: None for a new sweep, whose folder is created once all checks have passed.
+    folder: None for a new sweep, whose folder is created once all checks have passed. recorded: the
+    digests of data and model that the sweep began with.
     """
+    warnings = [*plan.warnings(), *_setting_warnings(plan, folder is None, given)]
     print(plan.describe(), flush=True)
-    for warning in plan.warnings():
-        print(f"WARNING: {warning}", file=sys.stderr)
+    _warn(warnings)
     if folder is None and plan.config.sweep.warm_start:
         _check_warm_start(plan, {}, print)
     if dry_run:
-        _forecast(plan, engine)
-        return 0
+        return _dry_run(plan, engine, given)
+    check_places(plan.config, None if folder is None else folder.path)
     with handled(taken_signals(), _interrupt), _metrics_page(plan) as page:
         try:
-            feasibility, data, accounts = _prepare(plan, engine)
+            feasibility, facts = _prepare(plan, engine, given)
+            data = facts.data
         except KeyboardInterrupt:
             return _interrupted(folder)
+        refuse_changed(plan.config.base(), recorded, data)
         if folder is None:
             if plan.config.sweep.warm_start:
                 _check_warm_start(plan, data)
+            plan = _pinned(plan, feasibility)
             folder = SweepFolder.create(plan.config, datetime.now())
-            folder.write_data(data, accounts)
+            folder.write_data(data, facts.accounts)
         with _storage_errors(folder):
-            return _run(plan, folder, engine, feasibility, page)
+            return _run(plan, folder, engine, feasibility, page, {**data, **recorded})
 
 
 def _check_warm_start(plan: SweepPlan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
     """Raise InputError if the sampler cannot learn from the sweeps in sweep.warm_start.
 
-    data: digests of today's samples.
+    data: digests of today's samples and base model.
     """
     from sweep.study.earlier_sweeps import read_earlier  # loads Optuna, which takes half a second
 
@@ -103,53 +144,110 @@ def _check_warm_start(plan: SweepPlan, data: dict[str, Any], say: Callable[[str]
     say(f"warm start {len(earlier)} trials from {', '.join(plan.config.sweep.warm_start)}")
 
 
-def _forecast(plan: SweepPlan, engine: EngineModules) -> None:
-    """Print what a dry run adds to the plan.
+def _setting_warnings(plan: SweepPlan, is_new: bool, given: Mapping[str, Any]) -> list[str]:
+    """Return the warnings about settings. Raises InputError for rungs that a new sweep cannot have."""
+    if not is_new:
+        return []
+    rungs = None if plan.config.sweep.only_most_demanding else check_rungs(plan.config, plan.space)
+    return [*idle_settings(plan.config, plan.space, given), *([] if rungs is None else [rungs])]
 
-    It needs the model's config.json, but no weights, no data and no GPU.
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        print(f"WARNING: {warning}", file=sys.stderr, flush=True)
+
+
+def _pinned(plan: SweepPlan, feasibility: Feasibility) -> SweepPlan:
+    """Return the plan of the one point to try, if sweep.only_most_demanding asks for that."""
+    if not plan.config.sweep.only_most_demanding or not plan.space.dimensions:
+        return plan
+    params = most_demanding(plan.space, plan.base(), feasibility)
+    print(f"trial of the most demanding point: {params_text(params)}", flush=True)
+    return plan.pinned(params)
+
+
+def _dry_run(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -> int:
+    """Check model and data as a start does, and print the forecast. Returns the exit code.
+
+    What only the hub has, and does not deliver now, is left unchecked, and a line says so. A fault
+    is raised after the forecast, which needs no more than the model's config.json.
     """
+    faults: list[CommandFailed] = []
+    try:
+        _forecast(plan, engine, _checked(plan, engine, given))
+    except CommandFailed as error:
+        faults.append(error)
+        try:
+            _forecast(plan, engine, None)
+        except CommandFailed as error:
+            faults.append(error)
+    lines = {unchecked_line(plan.config, fault.line): fault for fault in reversed(faults)}
+    if None in lines:
+        raise lines[None]
+    for line in lines:
+        print(line, flush=True)
+    return 0
+
+
+def _forecast(plan: SweepPlan, engine: EngineModules, facts: Facts | None) -> None:
+    """Print the predictions, which need neither weights nor a GPU. facts: None if still to be found."""
     config, cpu = plan.config, plan.slots.device == "cpu"
     if config.train.device == "cpu" or (config.cluster.card == "auto" and cpu):
         print(no_forecast_line(config.train.device), flush=True)
         return
-    feasibility = make_feasibility(config.cluster.card, inspect(config.base(), engine.command), plan.kinds)
+    facts = inspect(config.base(), engine.command) if facts is None else facts
+    feasibility = make_feasibility(config.cluster.card, facts, plan.kinds)
     print(describe_forecast(plan.space, plan.base(), feasibility, config.sweep.num_trials), flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
 
 
-def _prepare(plan: SweepPlan, engine: EngineModules) -> tuple[Feasibility, dict[str, Any], list[DataAccount]]:
-    """Check the whole sweep against model, data and card. Raises InputError if it cannot work.
-
-    Returns the fit check for its trials, digests of the samples, and what became of the data.
-    """
+def _checked(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -> PreparedFacts:
+    """Return what the engine finds in model and data. Raises CommandFailed if they cannot work."""
     print("preparing model and data ...", flush=True)
     facts = prepare(plan.probes(), engine.command)
     print(f"model: {facts.layers}", flush=True)
     print(f"data: {facts.num_train_samples:,} training and {facts.num_eval_samples:,} evaluation samples", flush=True)
     for account in facts.accounts:
         print(f"data: {account.line()}", flush=True)
-    for warning in data_warnings(facts.accounts, plan.config.train.max_tokens, plan.config.data.eval_max_samples):
-        print(f"WARNING: {warning}", file=sys.stderr)
+    _warn(dict.fromkeys(line for account in facts.accounts for line in account.warnings()))
+    _warn(data_warnings(plan.config, facts, given))
+    return facts
+
+
+def _prepare(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -> tuple[Feasibility, PreparedFacts]:
+    """Check the whole sweep against model, data and card. Raises InputError if it cannot work.
+
+    Returns the fit check for its trials, and what was found.
+    """
+    facts = _checked(plan, engine, given)
     on_gpu = plan.slots.device == "cuda"
     feasibility = make_feasibility(plan.config.cluster.card, facts, plan.kinds) if on_gpu else Feasibility(None, None)
     if feasibility.predicts:
         print(f"{card_line(feasibility)}; trials that are predicted not to fit are not started", flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
-    return feasibility, facts.data, facts.accounts
+    return feasibility, facts
 
 
-def _run(plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, page: MetricsPage | None) -> int:
+def _run(
+    plan: SweepPlan,
+    folder: SweepFolder,
+    engine: EngineModules,
+    feasibility: Feasibility,
+    page: MetricsPage | None,
+    inputs: Mapping[str, str],
+) -> int:
     """Run everything from the folder's creation to the last line, with the folder's lock held."""
     with folder.lock():
         folder.write_config(plan.config)
-        screen = make_console(sys.stdout, plan.num_rungs, plan.config.sweep.num_trials)
+        section = plan.config.sweep
+        screen = make_console(sys.stdout, plan.num_rungs, section.num_trials, Rule(section.objectives, section.choose_within))
         tracker = make_tracker(plan.config, folder.path)
         tracker.on_sweep_started({"sweep.folder": str(folder.path), **provenance(), **_data_tags(folder)}, folder.started_s)
         try:
             set_ray_environment(plan.config.cluster.address, plan.slots.num_slots if plan.has_mixed_cards else 1)
             from sweep.session import SweepSession  # loads ray, which reads that environment once
 
-            return SweepSession(plan, folder, engine, feasibility, screen, tracker, page).run()
+            return SweepSession(plan, folder, engine, feasibility, screen, tracker, page, inputs).run()
         except KeyboardInterrupt:
             screen.stop()
             code = _interrupted(folder)

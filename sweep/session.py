@@ -6,8 +6,9 @@ A session lasts from the driver's start to its end. This module loads ray, so ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 
 from engine.config.trial import TrainConfig
 from sweep.cli.console import Screen
@@ -29,13 +30,16 @@ from sweep.tracking.prometheus import MetricsPage, SweepMetrics
 from sweep.tracking.tracker import NullTracker, Tracker
 from sweep.trials.selection import Rule
 
+NOTHING_KEPT = "an earlier version kept no digests of config, data and model; they are kept from now on, and changes refused"
+
 
 @dataclass(frozen=True)
 class SweepSession:
     """Run the trials that are left, and end the sweep.
 
     The caller holds the folder's lock, and closes screen and tracker. page: the page that
-    Prometheus reads, None if the config asks for none.
+    Prometheus reads, None if the config asks for none. inputs: the digests of what all trials share,
+    as the sweep began.
     """
 
     plan: SweepPlan
@@ -45,6 +49,7 @@ class SweepSession:
     screen: Screen
     tracker: Tracker | NullTracker
     page: MetricsPage | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     def run(self) -> int:
         """Run the session. Returns the exit code: 0 if there is an adapter to use, else 1."""
@@ -54,7 +59,7 @@ class SweepSession:
             self.screen.start()
             run_trials(
                 ledger, self.plan.slots, self.plan.config.cluster.address, self.folder, self.engine,
-                note=self.screen.note, avoid=self._avoid,
+                note=self.screen.note, avoid=self._avoid, inputs=self.inputs,
             )  # fmt: skip
             self.screen.stop()
         if ledger.shortfall:
@@ -68,6 +73,8 @@ class SweepSession:
         """
         config, space = self.plan.config, self.plan.space
         study = Study(self.folder, config, space, self.feasibility.check_fit)
+        if not study.keep_begun_with(config, self.inputs):
+            self.screen.note(NOTHING_KEPT)
         if config.sweep.warm_start and not study.has_earlier_trials:
             study.add_earlier_trials(read_earlier(config, space, self.folder.read_data() or {}))
         return study
@@ -79,7 +86,7 @@ class SweepSession:
         ledger = Ledger(study, self.folder, Limits.of(self.plan), listeners=listeners, note=self.screen.note)
         continued = ledger.recover()
         if metrics is not None:
-            metrics.begin(ledger.timeline)
+            metrics.begin(ledger.timeline, ledger.clock)
             self.page.register(metrics)
         if continued:
             trials = "trials" if len(continued) > 1 else "trial"
@@ -103,7 +110,7 @@ class SweepSession:
     def _finish(self, ledger: Ledger) -> int:
         """Choose the best adapter, write best/, leaderboard and report, and tell the tracker."""
         config, records = self.plan.config, ledger.records
-        best, summary = finish(
+        verdict, summary = finish(
             self.folder,
             records,
             sweep_name=config.sweep.name,
@@ -115,13 +122,14 @@ class SweepSession:
             evaluate=self._evaluation(),
         )
         ended_s = max((record.ended_s or 0.0 for record in records), default=self.folder.started_s)
-        self.tracker.on_sweep_finished(summary, best, self.folder.best if best else None, ended_s)
+        is_measured = verdict.reevaluation is not None
+        self.tracker.on_sweep_finished(summary, verdict.best, self.folder.best if is_measured else None, ended_s)
         try_write_report(self.folder, self.screen.note)
-        return 0 if best else 1
+        return 0 if is_measured else 1
 
     def _evaluation(self) -> Evaluate:
         """Return what measures the winner again: here, or on a slot of the existing cluster."""
         address = self.plan.config.cluster.address
         if address is None:
-            return evaluate
-        return evaluate_on_a_slot(self.plan.slots, address, self.folder.log, self._avoid)
+            return partial(evaluate, inputs=self.inputs)
+        return evaluate_on_a_slot(self.plan.slots, address, self.folder.log, self._avoid, self.inputs)

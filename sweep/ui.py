@@ -15,9 +15,9 @@ import sys
 import time
 import urllib.request
 import webbrowser
-from pathlib import Path
 
 from engine.errors import InputError
+from engine.system.child_python import ROOT, own_environment, python_module
 from engine.system.command_line import run
 from engine.system.files import home_folder
 from sweep.config.confirmations import refuse_foreign_address
@@ -25,12 +25,13 @@ from sweep.folder.sweep_folder import SweepFolder
 from sweep.tracking.mlflow_page import answers_what_it_must_not
 from sweep.tracking.mlflow_runs import ENVIRONMENT, MlflowRuns
 from sweep.tracking.mlflow_view import page_queries
-from sweep.tracking.tracker import local_uri
+from sweep.tracking.sqlite_store import database_file, find_fault, local_uri
 
 HOST = "127.0.0.1"  # the page has no password
 PORT = 5000
 TRIES = 20  # ports to try if the usual one is taken
 START_S = 60.0
+REPORT = "its report needs no store: python -m sweep.report <sweep folder>"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,17 +68,27 @@ def find_pages(folder: SweepFolder) -> tuple[str, dict[str, str]]:
     config = folder.read_config()
     if config.tracking.name == "none":
         raise InputError("tracking.name", "none", "this sweep wrote nothing to MLflow; for its report use python -m sweep.report")
-    uri = config.tracking.uri or local_uri(folder.path.absolute().parent)
-    store = config.tracking.public_uri or uri
-    database = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not database.is_file():
-        raise InputError("tracking.uri", store, "must be an existing database")
+    uri = _store(config.tracking.uri, folder)
+    store = uri if uri != config.tracking.uri else config.tracking.public_uri
+    database = database_file(uri)
+    if database is not None:
+        fault = find_fault(database, config.sweep.name) if database.is_file() else "must be an existing database"
+        if fault is not None:
+            raise InputError("tracking.uri", store, f"{fault}; {REPORT}")
     runs = MlflowRuns(uri, config.sweep.name, folder.path.name, folder.path, config.model_dump(mode="json"))
     shared = runs.share_view()
     if shared is None:
-        raise InputError("folder", str(folder.path.absolute()), f"holds a sweep that {store} does not know under this path")
+        raise InputError("folder", str(folder.path.absolute()), f"holds a sweep that {store} does not know; {REPORT}")
     path, key = shared
     return uri, {name: f"{path}?{query}" for name, query in page_queries(key).items()}
+
+
+def _store(uri: str | None, folder: SweepFolder) -> str:
+    """Return the sweep's store. A folder copied from another machine has it next to it, if at all."""
+    local = local_uri(folder.path.absolute().parent)
+    named = None if uri is None else database_file(uri)
+    is_gone = named is not None and not named.is_file() and database_file(local).is_file()
+    return local if uri is None or is_gone else uri
 
 
 def free_port() -> int:
@@ -96,9 +107,10 @@ def free_port() -> int:
 def _serve(uri: str, port: int, pages: dict[str, str], browser: bool) -> int:
     """Run MLflow's server until Ctrl-C or SIGTERM, then stop it together with its workers."""
     # the store may hold a password, and every user can read a command line
-    environment = {**ENVIRONMENT, **os.environ, "MLFLOW_BACKEND_STORE_URI": uri}
+    environment = own_environment({**ENVIRONMENT, **os.environ, "MLFLOW_BACKEND_STORE_URI": uri})
     serve = ["gunicorn", "--bind", f"{HOST}:{port}", "--workers", "1", "--threads", "4", "--log-level", "error"]
-    command = [sys.executable, "-m", *serve, "sweep.tracking.mlflow_page:make_app()"]
+    # gunicorn puts its working folder first on the module path
+    command = python_module(*serve, "--chdir", ROOT, "sweep.tracking.mlflow_page:make_app()")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     try:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from engine.adapter.peft_files import find_train_config
 from engine.adapter.portable import Adapter
+from engine.config.permission import permitted
 from engine.config.trial import HUB_ID, ModelConfig, TrainConfig
 from engine.errors import InputError
 from engine.sources.builtin import PREFIX, published_name, resolve_model
-
-FLAG = "--trust-remote-code"
+from engine.system.user_path import user_path
 
 
 def read_origin(
@@ -36,16 +36,13 @@ def read_origin(
         if config and not _same_base(model.path, adapter.base):
             allowed = f"must be the base model of adapter_config.json, {adapter.base!r}; if it was moved, export with --config"
             raise InputError("model.path", model.path, allowed)
-    if model.trust_remote_code and not trust_remote_code:
-        allowed = f"a file cannot permit that the model's own code runs; if you trust the code of {model.path!r}, add {FLAG}"
-        raise InputError("model.trust_remote_code", True, allowed)
-    model = model.model_copy(update={"trust_remote_code": trust_remote_code})
+    model = permitted(model, trust_remote_code)
     return model, config and config.model_copy(update={"model": model})
 
 
 def _refuse_relative(path: str) -> None:
     """Refuse a path that depends on the working directory. A hub id is none, unless a folder has its name."""
-    expanded = Path(path).expanduser()
+    expanded = user_path(path)
     if path.startswith(PREFIX) or expanded.is_absolute():
         return
     if not HUB_ID.fullmatch(path) or ".." in path or expanded.exists():
@@ -55,5 +52,5 @@ def _refuse_relative(path: str) -> None:
 
 def _same_base(path: str, base: str) -> bool:
     """Tell whether both name one model; a builtin is known by its published name or its folder in the cache."""
-    known = {path, str(Path(path).expanduser()), published_name(path)}
+    known = {path, str(user_path(path)), published_name(path)}
     return base in known or (path.startswith(PREFIX) and base == str(resolve_model(path)))

@@ -46,9 +46,11 @@ def peft_config(config: TrainConfig, targets: list[str], linear_names: list[str]
     """Return the content of adapter_config.json. `r` is PEFT's key for the rank."""
     lora = config.lora
     alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
+    source = locate(config.model)
+    base = str(Path(source).absolute()) if Path(source).is_dir() else source
     return {
         # A builtin model has its published name here, because other machines lack this one's cache.
-        "base_model_name_or_path": published_name(config.model.path) or locate(config.model),
+        "base_model_name_or_path": published_name(config.model.path) or base,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import unicodedata
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -15,10 +16,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from engine.errors import InputError, did_you_mean
 
-PositiveInt = Annotated[int, Field(ge=1)]
+# Up to here a whole number is exact as a float, and fits 64 bits in torch, numpy and a database.
+MAX_COUNT = 10**15
+MAX_SECONDS = 10**8  # three years; the system's timers take a hundred times more
+PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 # JSON and YAML have no tuples.
 ListAsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control, surrogate, line and paragraph separator
 
 
 class StrictModel(BaseModel):
@@ -34,10 +39,11 @@ class StrictModel(BaseModel):
     def _printable(cls, value: Any) -> Any:
         """Refuse control characters in names, paths and hub ids.
 
-        They fail deep inside a system call, or break the lines of a file.
+        They fail deep inside a system call, or break the lines of a file. Other invisible
+        characters, such as a wide space or the joiner in an emoji, are common in file names.
         """
         texts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else (value,)
-        if any(isinstance(text, str) and not text.isprintable() for text in texts):
+        if any(isinstance(text, str) and not CONTROL.isdisjoint(map(unicodedata.category, text)) for text in texts):
             raise ValueError("must be printable text, without control characters")
         return value
 

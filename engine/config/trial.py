@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +26,15 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 ON_TRAINING_SAMPLES = "train"  # value of data.eval
 # Optimizer steps: the first ones compile kernels, record graphs and fill caches.
 PROFILE_AFTER = 2
+MAX_SEQ_LENGTH = 2**30  # positions in a row are 32-bit numbers
+MAX_REPORTS = 10_000
+MAX_BINS = 1_000_000  # in one optimizer step
 Auto = Literal["auto"]
+SeqLength = Annotated[int, Field(ge=8, le=MAX_SEQ_LENGTH)]
+NumLayers = Annotated[int, Field(ge=0, le=10_000)]
+Gib = Annotated[float, Field(le=1e6)]
+# fp32 holds no value nearer to 1, and the 8-bit optimizer computes 1 - beta in fp32
+Beta = Annotated[float, Field(ge=0.0, le=0.9999999)]
 BOOL_POLICIES = {"keep": False, "recompute": True}
 """Policies that config files write as true or false, in train.activation_checkpointing."""
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -71,7 +80,7 @@ class DataConfig(StrictModel):
     eval_files: Annotated[tuple[NonEmpty, ...] | None, ListAsTuple] = None
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     eval_max_samples: PositiveInt = Field(256, description="number of rows, chosen by content")
-    eval_max_seq_length: Annotated[int, Field(ge=8)] = 2048
+    eval_max_seq_length: SeqLength = 2048
     format: Literal["auto", "messages", "prompt_completion", "text", "alpaca"] = "auto"
     columns: dict[Column, NonEmpty] = Field({}, description="your names of columns, such as {messages: dialog}")
     bad_rows: Literal["error", "skip"] = Field("error", description="skip: leave out and count rows that cannot be read")
@@ -84,7 +93,7 @@ class DataConfig(StrictModel):
     )
     date: str | None = Field(None, description="the day that a chat template prints, YYYY-MM-DD; none: the day of the sweep")
     turns: Literal["all", "last"] = Field("all", description="last: only the last answer of a dialogue carries loss")
-    max_seq_length: Annotated[int, Field(ge=8)] = 2048
+    max_seq_length: SeqLength = 2048
     packing: bool = True
 
     @field_validator("date")
@@ -97,10 +106,10 @@ class DataConfig(StrictModel):
             pass
         raise ValueError("must be a day, such as 2026-11-26")
 
-    def describe_train(self, most: int = 3) -> str:
-        """Return the training source as text, with the first files of a list."""
+    def describe_train(self, shown: Callable[[str], str] = str, most: int = 3) -> str:
+        """Return the training source as text, with the first files of a list, each as `shown`."""
         names = (self.train,) if isinstance(self.train, str) else self.train
-        return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+        return ", ".join(map(shown, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class LoraConfig(StrictModel):
@@ -109,8 +118,8 @@ class LoraConfig(StrictModel):
     y = W x + scaling * B A dropout(x).
     """
 
-    rank: PositiveInt = 16
-    lora_alpha: Annotated[float, Field(gt=0.0)] | None = Field(None, description="none: 2 * rank")
+    rank: Annotated[int, Field(ge=1, le=65_536)] = 16
+    lora_alpha: Annotated[float, Field(ge=1e-6, le=1e6)] | None = Field(None, description="none: 2 * rank")
     lora_dropout: Fraction = 0.0
     target_modules: Annotated[str | tuple[str, ...], ListAsTuple] = ALL_LINEAR
     use_rslora: bool = False
@@ -136,15 +145,15 @@ class OptimConfig(StrictModel):
     """AdamW and the learning-rate schedule, which runs over tokens seen, not over steps."""
 
     name: Literal["auto", "adamw", "adamw_8bit"] = Field("auto", description="auto: adamw_8bit on CUDA, adamw on CPU")
-    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
+    learning_rate: Annotated[float, Field(ge=1e-12, le=1e30)] = 2e-4
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_ratio: Fraction = 0.03
     min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    weight_decay: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
+    eps: Annotated[float, Field(ge=1e-30, le=1e6)] = 1e-8
+    max_grad_norm: Annotated[float, Field(ge=1e-12, le=1e12)] | None = 1.0
 
 
 class LoopConfig(StrictModel):
@@ -154,33 +163,39 @@ class LoopConfig(StrictModel):
     """
 
     max_tokens: PositiveInt
-    report_at_tokens: Annotated[tuple[PositiveInt, ...] | None, ListAsTuple] = Field(
+    report_at_tokens: Annotated[Annotated[tuple[PositiveInt, ...], Field(max_length=MAX_REPORTS)] | None, ListAsTuple] = Field(
         None, description="tokens seen at each report, ascending, up to max_tokens"
     )
-    num_reports: PositiveInt = Field(8, description="evenly spaced reports, if report_at_tokens is not given")
-    micro_batch_size: PositiveInt | Auto = Field("auto", description="bins computed at once; changes speed and memory only")
-    gradient_accumulation_steps: PositiveInt = Field(1, description="micro-batches in a step, if tokens_per_step is not given")
+    num_reports: Annotated[int, Field(ge=1, le=MAX_REPORTS)] = Field(
+        8, description="evenly spaced reports, if report_at_tokens is not given"
+    )
+    micro_batch_size: Annotated[int, Field(ge=1, le=MAX_BINS)] | Auto = Field(
+        "auto", description="bins computed at once; changes speed and memory only"
+    )
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=MAX_BINS)] = Field(
+        1, description="micro-batches in a step, if tokens_per_step is not given"
+    )
     tokens_per_step: PositiveInt | None = Field(None, description="tokens in one optimizer step, at every sequence length")
     activation_checkpointing: Annotated[bool | Literal["auto", "selective", "offload"], PolicyAsBool] = Field(
         "auto",
         description="true: compute each layer again in the backward pass; offload: the same, from inputs in host memory; "
         "selective: compute only its MLP again; false: keep activations; auto: the fastest that fits",
     )
-    keep_layers: Annotated[int, Field(ge=0)] | Auto = Field(
+    keep_layers: NumLayers | Auto = Field(
         "auto", description="number of last layers that keep activations, whatever activation_checkpointing says"
     )
-    host_layers: Annotated[int, Field(ge=0)] | Auto = Field(
+    host_layers: NumLayers | Auto = Field(
         "auto", description="number of other layers, spread evenly, that keep activations in pinned host memory"
     )
-    weight_cache_gib: Annotated[float, Field(ge=0.0)] | Auto = Field("auto", description="device memory for dequantised weights")
+    weight_cache_gib: Annotated[Gib, Field(ge=0.0)] | Auto = Field("auto", description="device memory for dequantised weights")
     cuda_graphs: bool | Auto = Field(
         "auto", description="replay recorded launches; not with dropout or host memory. auto: if the host would be too slow"
     )
-    memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = Field(None, description="device memory to use; none: all of it")
-    profile_steps: Annotated[int, Field(ge=0)] = Field(
+    memory_budget_gib: Annotated[Gib, Field(gt=0.0)] | None = Field(None, description="device memory to use; none: all of it")
+    profile_steps: Annotated[int, Field(ge=0, le=10_000)] = Field(
         0, description="number of optimizer steps, after the first two, to trace into profile/ of the trial's folder"
     )
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # torch and numpy take no more
     device: Literal["auto", "cuda", "cpu"] = "auto"
 
     @model_validator(mode="after")
@@ -240,8 +255,16 @@ class TrainConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _step_is_possible(self) -> TrainConfig:
+        if self.bins_per_step > MAX_BINS:
+            field = "gradient_accumulation_steps" if self.train.tokens_per_step is None else "tokens_per_step"
+            allowed = f"must give at most {MAX_BINS:,} rows in one step, not {self.bins_per_step:,}"
+            raise InputError(f"train.{field}", getattr(self.train, field), allowed)
+        return self
+
+    @model_validator(mode="after")
     def _profile_is_possible(self) -> TrainConfig:
-        loop, longest = self.train, self.bins_per_step * self.data.max_seq_length
+        loop, longest = self.train, self.longest_step
         certain = max(0, math.ceil(loop.max_tokens / longest) - PROFILE_AFTER)
         if loop.profile_steps > certain:
             steps = f"{loop.max_tokens} tokens in steps of up to {longest}, not counting the first {PROFILE_AFTER} steps"
@@ -256,9 +279,14 @@ class TrainConfig(StrictModel):
         A bin is a row of max_seq_length tokens, or one sample without packing.
         """
         loop = self.train
-        if loop.tokens_per_step is not None:
-            return max(1, round(loop.tokens_per_step / self.data.max_seq_length))
-        return loop.gradient_accumulation_steps * (1 if loop.micro_batch_size == "auto" else loop.micro_batch_size)
+        return bins_in_step(
+            self.data.max_seq_length, loop.tokens_per_step, loop.gradient_accumulation_steps, loop.micro_batch_size
+        )
+
+    @property
+    def longest_step(self) -> int:
+        """Return the most tokens that one optimizer step can take."""
+        return self.bins_per_step * self.data.max_seq_length
 
     def fingerprint(self) -> str:
         """Return 16 hex digits, equal for configs that train the same adapter up to rounding."""
@@ -272,6 +300,15 @@ class TrainConfig(StrictModel):
                     del values[section][field]
         values["bins_per_step"] = self.bins_per_step
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def bins_in_step(
+    max_seq_length: int, tokens_per_step: int | None, gradient_accumulation_steps: int, micro_batch_size: int | str
+) -> int:
+    """Return the bins in one optimizer step, from the four fields that decide it."""
+    if tokens_per_step is not None:
+        return max(1, round(tokens_per_step / max_seq_length))
+    return gradient_accumulation_steps * (1 if micro_batch_size == "auto" else int(micro_batch_size))
 
 
 def load_train_config(path: str | Path) -> TrainConfig:

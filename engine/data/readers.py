@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from engine.data.source_files import FoundSource, NamedSource, kind_of
+from engine.data.source_files import FoundSource, NamedSource, file_digest, kind_of
 from engine.errors import InputError, first_line
 
 BOM = "\ufeff"
@@ -32,13 +32,15 @@ class SourceRow(NamedTuple):
 
 
 def read_rows(source: NamedSource, found: FoundSource) -> Iterator[SourceRow]:
-    """Yield the rows in order. InputError if a file is damaged."""
+    """Yield the rows in order. InputError if a file is damaged, or at its end if it has changed."""
     if found.dataset is not None:
         for i, row in enumerate(found.dataset, 1):
             yield SourceRow(f"{source.field} row {i}", _without_invented_nulls(row))
-    for path in found.files:
+    for path, digest in zip(found.files, found.digests):
         try:
             yield from _read_file(source.field, path)
+            if file_digest(path) != digest:
+                raise InputError(source.field, str(path), "changed while it was read; start again once it is whole")
         except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
             raise InputError(source.field, str(path), f"is damaged or cut off ({first_line(error)})") from None
         except OSError as error:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import glob
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.config.trial import HUB_ID
 from engine.errors import InputError, first_line
+from engine.system.user_path import user_path
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -37,24 +39,25 @@ class NamedSource:
 
 @dataclass(frozen=True)
 class FoundSource:
-    """Hold local files in their order, or one opened data set of `datasets`."""
+    """Hold local files in their order with their digests, or one opened data set of `datasets`."""
 
     identity: str
     files: tuple[Path, ...] = ()
+    digests: tuple[str, ...] = ()
     dataset: Any = None
 
 
 def find_source(source: NamedSource) -> FoundSource:
     """Return what the source names. InputError if nothing is there, or not all of it can be read."""
     if len(source.paths) == 1:
-        path = Path(source.paths[0]).expanduser()
+        path = user_path(source.paths[0])
         if path.is_dir():
             return _folder(source, path)
         if not path.is_file() and not _has_magic(path):
             return _hub(source)
     files = tuple(file for text in source.paths for file in _named_files(source, text))
     _refuse_options(source, "a file", "split", "name", "revision", "files")
-    return FoundSource(_digest(list(files)), files)
+    return _found(files)
 
 
 def kind_of(path: Path) -> tuple[str, str] | None:
@@ -67,7 +70,7 @@ def kind_of(path: Path) -> tuple[str, str] | None:
 
 def _named_files(source: NamedSource, text: str) -> list[Path]:
     """Return the file, or the pattern's files by name."""
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.is_file():
         found = [path]
     elif path.is_dir():
@@ -92,8 +95,7 @@ def _folder(source: NamedSource, path: Path) -> FoundSource:
     _refuse_options(source, "a folder", "revision", "files")
     if (path / SAVED).is_file() or (path / SAVED_SPLITS).is_file():
         return _saved(source, path)
-    files = _files_of_split(source, path)
-    return FoundSource(_digest(files), tuple(files))
+    return _found(_files_of_split(source, path))
 
 
 def _files_of_split(source: NamedSource, path: Path) -> list[Path]:
@@ -137,7 +139,7 @@ def _saved(source: NamedSource, path: Path) -> FoundSource:
         dataset = load_from_disk(str(folder))
     except Exception as error:  # many kinds: a lost file, another version, no Arrow
         raise InputError(source.field, str(folder), f"must be a whole saved data set ({first_line(error)})") from None
-    return FoundSource(_digest(sorted(file for file in folder.iterdir() if file.is_file())), dataset=dataset)
+    return FoundSource(_found(sorted(file for file in folder.iterdir() if file.is_file())).identity, dataset=dataset)
 
 
 def _hub(source: NamedSource) -> FoundSource:
@@ -164,9 +166,13 @@ def _refuse_options(source: NamedSource, what: str, *options: str) -> None:
             raise InputError(f"{source.field}_{option}", value, f"has no effect on {what}, {source}; leave it out")
 
 
-def _digest(files: list[Path]) -> str:
-    digests = []
-    for file in files:
-        with file.open("rb") as handle:
-            digests.append(hashlib.file_digest(handle, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+def _found(files: Sequence[Path]) -> FoundSource:
+    digests = tuple(map(file_digest, files))
+    identity = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return FoundSource(identity, tuple(files), digests)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of the file's content, in hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

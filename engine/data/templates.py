@@ -22,6 +22,7 @@ from typing import Any
 
 from engine.data.conversation import SampleError
 from engine.errors import InputError, first_line
+from engine.system.user_path import user_path
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -49,7 +50,7 @@ def chat_template(tokenizer: Any, wanted: str | None) -> str | None:
     try:
         # Only Jinja files: a config from elsewhere must not turn any other file into training text.
         if Path(wanted).suffix in TEMPLATE_SUFFIXES:
-            return Path(wanted).read_text(encoding="utf-8")
+            return user_path(wanted).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         pass
     kinds = ", ".join(TEMPLATE_SUFFIXES)

@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.config.trial import ON_TRAINING_SAMPLES, DataConfig
+from engine.config.trial import ON_TRAINING_SAMPLES, DataConfig, TrainConfig
 from engine.data.encoding import Encoder
 from engine.data.packing import Sample
 from engine.data.readers import read_rows
 from engine.data.row_pipeline import RowCounts, RowPipeline
 from engine.data.source_files import NamedSource, find_source
+from engine.data.templates import chat_template
 from engine.data.tokens import VERSION, TokenSet, tokenise
-from engine.errors import InputError
+from engine.errors import InputError, InputsChanged
 from engine.sources.builtin import PREFIX, resolve_data
+from engine.sources.identity import identify_model, is_input_fault, refuse_changed, short_digest
 from engine.system.shared_cache import build_once
 
 COUNTS = "counts.json"
@@ -137,6 +140,34 @@ def load_counted_data(config: DataConfig, tokenizer: Any) -> tuple[View, View, t
     _refuse_empty(train_view, "data.max_seq_length", config.max_seq_length)
     _refuse_empty(eval_view, "data.eval_max_seq_length", config.eval_max_seq_length)
     return train_view, eval_view, (train_counts, eval_counts)
+
+
+def load_recorded(config: TrainConfig, tokenizer: Any, recorded: Mapping[str, str] | None) -> tuple[View, View]:
+    """Return the views of `load_data`; InputsChanged if they or the base model are not those recorded.
+
+    recorded: what `identify` found when the sweep began; None outside a sweep.
+    """
+    if not recorded:
+        return load_data(config.data, tokenizer)
+    try:
+        views = load_data(config.data, tokenizer)
+        found = identify(config, tokenizer, views)
+    except InputError as error:  # a file that is gone or half written has changed too
+        if is_input_fault(error, recorded):
+            raise InputsChanged(f"{error} (it was valid when the sweep began)") from error
+        raise
+    refuse_changed(config, recorded, found)
+    return views
+
+
+def identify(config: TrainConfig, tokenizer: Any, views: tuple[View, View]) -> dict[str, str]:
+    """Return the digests of all that the trials of a sweep share, by part (engine/sources/identity.py)."""
+    return {
+        **identify_model(config.model),
+        "template": short_digest(chat_template(tokenizer, config.data.chat_template) or ""),
+        "training": views[0].digest(),
+        "evaluation": views[1].digest(),
+    }
 
 
 def split_by_content(hashes: np.ndarray, eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from engine.adapter.lora import attach, detach
 from engine.adapter.peft_files import load_adapter
 from engine.command_answers import AdapterEvaluation
 from engine.config.trial import TrainConfig
-from engine.data.views import load_data
+from engine.data.views import load_recorded
 from engine.errors import first_line
 from engine.evaluation.eval_loss import evaluate, evaluation_batches
 from engine.evaluation.examples import choose_questions, write_examples
@@ -18,14 +19,17 @@ from engine.model.device import pick_device
 from engine.model.load import load_base
 
 
-def evaluate_adapter(config: TrainConfig, adapter: Path, num_examples: int = 0) -> AdapterEvaluation:
+def evaluate_adapter(
+    config: TrainConfig, adapter: Path, num_examples: int = 0, inputs: Mapping[str, str] | None = None
+) -> AdapterEvaluation:
     """Load base model and exported adapter from disk, and measure both on the evaluation set.
 
     Losses are in nats per target token. num_examples: how many evaluation samples both answer. If
     generating fails, the result has `examples_error` instead: the losses are measured by then.
+    inputs: the digests that the sweep recorded; InputsChanged if the inputs are others now.
     """
     base = load_base(config.model, pick_device(config.train.device))
-    _, view = load_data(config.data, base.tokenizer)
+    _, view = load_recorded(config, base.tokenizer, inputs)
     batches = evaluation_batches(view, config.data.eval_max_seq_length)
     base_loss = evaluate(base, batches)
     layers = attach(base.model, base.linear_names, config.lora, config.train.seed)

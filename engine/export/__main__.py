@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+from engine.config.permission import FLAG
 from engine.config.trial import load_train_config
 from engine.export.model_card import TITLES
 from engine.system.command_line import run
+from engine.system.user_path import user_path
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,11 +31,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m engine.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("adapter", type=Path, help="folder with adapter_config.json, such as best/ of a sweep")
+    parser.add_argument("adapter", type=user_path, help="folder with adapter_config.json, such as best/ of a sweep")
     parser.add_argument("--to", choices=tuple(TITLES), default="peft")
-    parser.add_argument("--out", type=Path, required=True, help="new or empty folder")
-    parser.add_argument("--config", type=Path, help="train_config.json, if it is neither in the adapter's folder nor above")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let the base model's own code run")
+    parser.add_argument("--out", type=user_path, required=True, help="new or empty folder")
+    parser.add_argument("--config", type=user_path, help="train_config.json, if it is neither in the adapter's folder nor above")
+    parser.add_argument(FLAG, action="store_true", help="let the base model's own code run")
     parser.add_argument("--no-losses", action="store_true", help="do not measure losses; the model card then says so")
     return parser.parse_args(arguments)
 

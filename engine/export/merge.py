@@ -25,6 +25,7 @@ from engine.config.parsing import load_json
 from engine.config.trial import HUB_ID
 from engine.errors import InputError, first_line
 from engine.sources.weight_files import INDEX, SINGLE, check_weights
+from engine.system.user_path import user_path
 
 HALF = (torch.float16, torch.bfloat16)
 COPIED = ("generation_config.json", "LICENSE*", "NOTICE*")
@@ -36,7 +37,7 @@ def base_folder(adapter: Adapter, source: str) -> Path:
     A hub model is downloaded if the hub's cache lacks it. InputError if there is no such folder or
     hub model, or if its weights are not whole safetensors.
     """
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     if not folder.is_dir():
         if not HUB_ID.fullmatch(source):
             raise InputError("base_model_name_or_path", source, "no such folder; allowed: a model folder or a hub id")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from engine.config.trial import TrainConfig
+from engine.errors import printable
 from engine.units import perplexity
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank accepts
@@ -32,7 +34,8 @@ class ModelCard:
 
     def text(self) -> str:
         """Return the card: front matter for the Hugging Face hub, losses, settings, sections."""
-        lines = ["---", f"base_model: {json.dumps(self.base)}", f"library_name: {self.library}"]
+        published = [] if is_local(self.base) else [f"base_model: {json.dumps(self.base)}"]  # the hub takes ids only
+        lines = ["---", *published, f"library_name: {self.library}"]
         lines += ["pipeline_tag: text-generation", f"tags: {json.dumps(self.tags)}", "---", "", f"# {self.title}", ""]
         lines += [*self.introduction, ""] if self.introduction else []
         if self.losses:
@@ -45,9 +48,19 @@ class ModelCard:
         return "\n".join(lines)
 
 
+def is_local(name: str) -> bool:
+    """Return whether the name of a model or data set is a path of this machine."""
+    return Path(name).expanduser().is_absolute()
+
+
+def public_name(name: str) -> str:
+    """Return a name unchanged, but of a path of this machine only the last part."""
+    return Path(name).name if is_local(name) else name
+
+
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     """Return the lines of a Markdown table. Cells are escaped, so no text can break it."""
-    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    escaped = [[printable(" ".join(cell.split())).replace("|", "\\|") for cell in row] for row in rows]
     return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in escaped)]
 
 
@@ -61,7 +74,7 @@ def config_rows(config: TrainConfig, *names: str) -> list[tuple[str, str]]:
         "max_seq_length": str(config.data.max_seq_length),
         "max_tokens": f"{config.train.max_tokens:,}",
         "seed": str(config.train.seed),
-        "training data": f"`{config.data.describe_train()}`",
+        "training data": f"`{config.data.describe_train(public_name)}`",
     }
     return [(name, texts[name]) for name in names]
 
@@ -157,13 +170,13 @@ def _held(facts: ExportFacts) -> str:
 
 
 def _settings(facts: ExportFacts) -> list[tuple[str, str]]:
-    rows = [("base model", f"`{facts.base}`"), ("rank", str(facts.rank)), ("lora_alpha", f"{facts.lora_alpha:g}")]
+    rows = [("base model", f"`{public_name(facts.base)}`"), ("rank", str(facts.rank)), ("lora_alpha", f"{facts.lora_alpha:g}")]
     rows.append(("adapted layers", str(facts.num_layers)))
     if facts.config is not None:
         config = facts.config
         names = ("target_modules", "lora_dropout", "learning_rate", "max_seq_length", "max_tokens", "seed", "training data")
         rows += [
-            ("trained on", f"`{config.model.path}`, {config.model.quantization}"),
+            ("trained on", f"`{public_name(config.model.path)}`, {config.model.quantization}"),
             ("trained with", "rsLoRA, folded in here" if config.lora.use_rslora else "plain LoRA"),
             *config_rows(config, *names),
             ("config fingerprint", f"`{config.fingerprint()}`"),
@@ -175,13 +188,14 @@ def _settings(facts: ExportFacts) -> list[tuple[str, str]]:
 
 
 def _peft(facts: ExportFacts) -> list[str]:
-    rank = next((r for r in VLLM_RANKS if r >= facts.rank), facts.rank)
+    rank, base = next((r for r in VLLM_RANKS if r >= facts.rank), facts.rank), "BASE" if is_local(facts.base) else facts.base
     return [
         *peft_code(facts.base, facts.config),
         "vLLM:",
         "```",
-        f"vllm serve {facts.base} --enable-lora --max-lora-rank {rank} --lora-modules adapter=.",
+        f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter=.",
         "```",
+        *([f"BASE: the folder of `{public_name(facts.base)}`."] if is_local(facts.base) else []),
         "llama.cpp takes the form `gguf-adapter`: `python -m engine.export . --to gguf-adapter --out DIR`.",
     ]
 
@@ -191,17 +205,21 @@ def peft_code(base: str, config: TrainConfig | None) -> list[str]:
 
     The base is 4-bit if it was in training: an adapter fits the weights it learned on.
     """
-    quantized = config is not None and config.model.quantization == "nf4"
+    quantized, local = config is not None and config.model.quantization == "nf4", is_local(base)
     imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantized else "")
-    lines = ["```python", "import torch", "from peft import PeftModel", f"from transformers import {imports}", ""]
+    peft = "PeftConfig, PeftModel" if local else "PeftModel"
+    lines = ["```python", "import torch", f"from peft import {peft}", f"from transformers import {imports}", ""]
     if quantized:
         double = config.model.double_quantization
         lines.append('four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",')
         lines.append(f"                              bnb_4bit_use_double_quant={double}, bnb_4bit_compute_dtype=torch.bfloat16)")
     option = "quantization_config=four_bit" if quantized else "dtype=torch.bfloat16"
+    if local:
+        lines.append(f"# the folder of {' '.join(public_name(base).split())}; on another machine, put its place there in quotes")
+        lines.append('folder = PeftConfig.from_pretrained(".").base_model_name_or_path')
     return [
         *lines,
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}, {option})",
+        f"base = AutoModelForCausalLM.from_pretrained({'folder' if local else json.dumps(base)}, {option})",
         'model = PeftModel.from_pretrained(base, ".")',
         'tokenizer = AutoTokenizer.from_pretrained(".")',
         "```",
@@ -225,7 +243,7 @@ def _gguf_adapter(facts: ExportFacts) -> list[str]:
         "```",
         "llama-cli -m BASE.gguf --lora adapter.gguf",
         "```",
-        f"BASE.gguf: the base model `{facts.base}` as GGUF, in any quantisation. The losses above were",
+        f"BASE.gguf: the base model `{public_name(facts.base)}` as GGUF, in any quantisation. The losses above were",
         "measured on the base model as in training.",
     ]
 

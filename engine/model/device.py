@@ -6,11 +6,13 @@ import gc
 import math
 import re
 import resource
+import warnings
 from pathlib import Path
 
 import torch
 
-from engine.errors import InputError
+from engine.command_answers import TorchFacts
+from engine.errors import InputError, first_line
 from engine.units import GIB
 
 # Share of the host memory available when a trial starts. The rest is for data, page cache and the
@@ -44,6 +46,23 @@ def host_share_gib(meminfo: Path = Path("/proc/meminfo"), devices: Path = Path("
         return math.inf
     num_gpus = len([d for d in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", d.name)])
     return HOST_SHARE * int(available.split()[1]) / 2**20 / max(1, num_gpus)
+
+
+def find_cards() -> TorchFacts:
+    """Return what torch sees of this machine's GPUs. Never raises: an error becomes its line."""
+    cards, fault = [], None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")  # torch says in a warning why CUDA cannot be used
+        try:
+            for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+                (free, total), known = torch.cuda.mem_get_info(i), torch.cuda.get_device_properties(i)
+                capability = f"{known.major}.{known.minor}"
+                gib = {"memory_gib": total / GIB, "free_gib": free / GIB}
+                cards.append({"name": known.name, **gib, "capability": capability, "bfloat16": known.major >= 8})
+        except Exception as error:
+            fault = first_line(error)
+    fault = fault or next((first_line(warning.message) for warning in said if not cards), None)
+    return TorchFacts(torch.__version__, torch.version.cuda, fault, cards)
 
 
 def pick_device(wanted: str) -> torch.device:

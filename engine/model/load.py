@@ -23,7 +23,7 @@ from engine.layers.swap import fuse_layers
 from engine.model.base import Base
 from engine.model.device import pick_dtype
 from engine.model.inspect import NO_LINEAR, from_pretrained, load_tokenizer, swaps_of
-from engine.quant.bnb import nf4_load_config
+from engine.quant.bnb import load_library, nf4_load_config
 from engine.quant.frozen_linear import freeze_linears
 from engine.quant.shared_base import load_packed
 from engine.sources.locate import locate
@@ -41,6 +41,7 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str = a
 
     logging.disable_progress_bar()  # in a log file it writes hundreds of lines per trial
     attention.register()
+    load_library()  # before transformers does
     source, dtype = locate(config), pick_dtype(config.dtype, device)
     options: dict[str, Any] = {"device_map": {"": device.type}, "dtype": dtype, "attn_implementation": attention_name}
     options |= {"use_safetensors": True, "output_loading_info": True}

@@ -8,6 +8,8 @@ Shape letters: D input features, O output features.
 from __future__ import annotations
 
 import functools
+import logging
+import sys
 import warnings
 from typing import Any
 
@@ -15,8 +17,33 @@ import torch
 from torch import Tensor, nn
 
 
+def load_library() -> None:
+    """Import bitsandbytes, without a kernel from the hub and without its advice to install more.
+
+    On a CPU with avx512_bf16 the import downloads code and runs it if the package `kernels` is
+    there, and prints a warning if it is not. That kernel multiplies by packed weights, and here a
+    layer unpacks them first. Call this before anything else imports bitsandbytes.
+    """
+    if "bitsandbytes" in sys.modules:
+        return
+    log, kernels = logging.getLogger("bitsandbytes.backends.cpu.ops"), sys.modules.get("kernels")
+    level = log.level
+    try:
+        log.setLevel(logging.ERROR)
+        sys.modules["kernels"] = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import bitsandbytes  # noqa: F401
+    finally:
+        log.setLevel(level)
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
+
+
 def quantize_nf4(weight_OD: Tensor, double_quantization: bool) -> nn.Parameter:
     """Return the packed parameter that `FrozenLinear` dequantises, on the weight's device."""
+    load_library()
     from bitsandbytes.nn import Params4bit
 
     packed = Params4bit(weight_OD, requires_grad=False, quant_type="nf4", compress_statistics=double_quantization)
@@ -28,6 +55,7 @@ def library_linear(weight_OD: Tensor, compute_dtype: torch.dtype) -> nn.Linear:
 
     PEFT trains on this layer, so benchmarks use it for comparison.
     """
+    load_library()
     from bitsandbytes.nn import Linear4bit
 
     features = {"input_features": weight_OD.shape[1], "output_features": weight_OD.shape[0]}
@@ -58,9 +86,8 @@ def adamw_8bit(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Op
 
 @functools.cache
 def _adamw_8bit_class() -> type[torch.optim.Optimizer]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from bitsandbytes.optim import AdamW8bit
+    load_library()
+    from bitsandbytes.optim import AdamW8bit
 
     class AdamW8bitWithoutWaiting(AdamW8bit):
         """Take the same step without waiting for the device.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from engine.config.trial import HUB_ID, ModelConfig
 from engine.errors import InputError
 from engine.sources.builtin import resolve_model
+from engine.system.user_path import user_path
 
 
 def locate(config: ModelConfig) -> str:
@@ -15,7 +14,7 @@ def locate(config: ModelConfig) -> str:
     InputError for a folder without config.json, or a path that is neither.
     """
     source = str(resolve_model(config.path))
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError("model.path", config.path, "must be a Hugging Face model folder; config.json is not in it")

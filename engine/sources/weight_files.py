@@ -27,16 +27,24 @@ def check_weights(folder: Path, given: str) -> None:
 
     It reads headers only. given: the value of model.path, for the message.
     """
+    for name in weight_files(folder, given):
+        if name != INDEX:
+            _check_header(folder / name, given)
+
+
+def weight_files(folder: Path, given: str) -> list[str]:
+    """Return the names of the files that hold the weights, with the index if there is one.
+
+    Raises InputError if there are none. given: as in `check_weights`.
+    """
+    single = [SINGLE] if (folder / SINGLE).is_file() else []
     if (folder / INDEX).is_file():
-        names = _indexed(load_json(folder / INDEX), given)
-    elif (folder / SINGLE).is_file():
-        names = [SINGLE]
-    else:
-        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf") for path in folder.glob(pattern))
-        found = f"; {others[0]} is never read: a pickle can run code" if others and not others[0].endswith("gguf") else ""
-        raise InputError(FIELD, given, f"must hold its weights as safetensors ({SINGLE} or {INDEX}){found}")
-    for name in names:
-        _check_header(folder / name, given)
+        return [*_indexed(load_json(folder / INDEX), given), INDEX, *single]  # transformers prefers the single file
+    if single:
+        return single
+    others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf") for path in folder.glob(pattern))
+    found = f"; {others[0]} is never read: a pickle can run code" if others and not others[0].endswith("gguf") else ""
+    raise InputError(FIELD, given, f"must hold its weights as safetensors ({SINGLE} or {INDEX}){found}")
 
 
 def _indexed(index: Any, given: str) -> list[str]:

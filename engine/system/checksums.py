@@ -23,7 +23,7 @@ _verified: dict[str, tuple[tuple[int, ...], ...]] = {}  # folder -> stamps of it
 def write_checksums(folder: Path) -> None:
     """Write checksums.json for the files that `folder` holds, and have all of them on the disk."""
     files = _files(folder)
-    (folder / CHECKSUMS).write_text(json.dumps(_digests(folder, files), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / CHECKSUMS).write_text(json.dumps(content_digests(folder, files), indent=1, sort_keys=True) + "\n", encoding="utf-8")
     for path in (*(folder / name for name in files), folder / CHECKSUMS, folder):
         sync(path)
 
@@ -36,14 +36,14 @@ def find_damage(folder: Path) -> str | None:
     for name, path in found.items():
         if path.is_symlink():
             return f"{name} is a link"
-    stamps = tuple(_stamp(path) for path in found.values() if path.is_file())
+    stamps = tuple(stamp(path) for path in found.values() if path.is_file())
     if _verified.get(str(folder)) == stamps:
         return None
     if CHECKSUMS not in found:
         return f"it has no {CHECKSUMS}, so an older version made it"
     try:
         wanted = json.loads(found[CHECKSUMS].read_text(encoding="utf-8"))
-        actual = _digests(folder, _files(folder))
+        actual = content_digests(folder, _files(folder))
     except (OSError, ValueError, RecursionError):
         return f"{CHECKSUMS} cannot be read"
     if not isinstance(wanted, dict) or wanted.keys() != actual.keys():
@@ -61,8 +61,8 @@ def _files(folder: Path) -> list[str]:
     return sorted(name for name in names if name != CHECKSUMS)
 
 
-def _digests(folder: Path, names: list[str]) -> dict[str, list[str]]:
-    """Return file -> the digests of its chunks; a file without content has one."""
+def content_digests(folder: Path, names: list[str]) -> dict[str, list[str]]:
+    """Return file -> the digests of its chunks, found on several threads; a file without content has one."""
     chunks = [(name, i) for name in names for i in range(max(1, -(-(folder / name).stat().st_size // CHUNK_BYTES)))]
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(lambda chunk: _digest(folder / chunk[0], chunk[1]), chunks))
@@ -82,7 +82,7 @@ def _digest(path: Path, chunk: int) -> str:
     return state.hexdigest()
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
+def stamp(path: Path) -> tuple[int, ...]:
     """Return what changes with every write: no program can set the ctime back."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino

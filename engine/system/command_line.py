@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from engine.errors import EngineError, first_line
+from engine.errors import EngineError, InputError, first_line
+from engine.system.files import NO_HOME, home_folder
 from engine.system.signals import handled
 
 CLOSED_PIPE = 128 + signal.SIGPIPE  # a shell's exit code for a command whose reader is gone
@@ -35,15 +36,28 @@ def run(
     """
     with output():
         try:
+            _refuse_removed_folder()
             return _flushed(command)
         except KeyboardInterrupt:
             return _ended(f"\n{stopped}", 130)
         except EngineError as error:
             return _ended(f"error: {error}", getattr(error, "exit_code", 2))
+        except RuntimeError as error:
+            if home_folder() is None and "home directory" in str(error):  # from Path.expanduser, in any library
+                return _ended(f"error: {InputError('HOME', None, NO_HOME)}", 2)
+            raise
         except OSError as error:  # files that cannot be written are StorageErrors
             if isinstance(error, BrokenPipeError) and _is_stdout_gone():
                 return CLOSED_PIPE
             return _ended(f"error: {error.filename or 'file'}: {error.strerror or first_line(error)}", 2)
+
+
+def _refuse_removed_folder() -> None:
+    """Raise InputError if the folder that the command was started in is gone: libraries ask for it."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise InputError("current folder", os.environ.get("PWD"), "was removed; change to another one") from None
 
 
 def _flushed(command: Callable[[], int]) -> int:

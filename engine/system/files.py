@@ -10,13 +10,16 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from engine.errors import StorageError
+from engine.errors import InputError, StorageError
 
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
+
+NO_HOME = "this user has no home folder, where libraries keep their files; set HOME to a folder that only you can write"
 
 
 @contextmanager
@@ -71,6 +74,7 @@ def write_folder(path: Path, fill: Callable[[Path], None], *, previous: Path | N
         temporary.mkdir()
         try:
             fill(temporary)
+            follow_umask(temporary)
             for file in temporary.rglob("*"):
                 sync(file)
             if path.exists():
@@ -87,6 +91,20 @@ def write_folder(path: Path, fill: Callable[[Path], None], *, previous: Path | N
             shutil.rmtree(previous, ignore_errors=True)
             aside.rename(previous)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give everything in a new folder the rights that the umask gives to the folder itself.
+
+    Libraries write through temporary files of their own, which only their owner may read. Copies
+    keep the rights of their source. A file system without rights is left as it is.
+    """
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o777
+    for path in folder.rglob("*"):
+        wanted = mode if path.is_dir() else mode & 0o666
+        if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) & 0o777 != wanted:
+            with suppress(OSError):
+                path.chmod(wanted)
 
 
 def settle(path: Path) -> None:
@@ -111,6 +129,14 @@ def home_folder() -> Path | None:
         return Path.home()
     except RuntimeError:
         return None
+
+
+def require_home() -> Path:
+    """Return the user's home folder. Raises InputError if there is none: many libraries need one."""
+    home = home_folder()
+    if home is None:
+        raise InputError("HOME", None, NO_HOME)
+    return home
 
 
 def sync(path: Path) -> None:

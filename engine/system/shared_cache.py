@@ -15,7 +15,8 @@ from pathlib import Path
 from engine.errors import InputError
 from engine.system.checksums import find_damage, write_checksums
 from engine.system.file_lock import FileLock
-from engine.system.files import sync
+from engine.system.files import follow_umask, require_home, sync
+from engine.system.user_path import user_path
 
 CACHE_VARIABLE = "QLORA_SWEEP_CACHE"
 
@@ -23,7 +24,7 @@ CACHE_VARIABLE = "QLORA_SWEEP_CACHE"
 def cache_root() -> Path:
     """Return $QLORA_SWEEP_CACHE, or ~/.cache/qlora-sweep; the folder may not exist yet."""
     given = os.environ.get(CACHE_VARIABLE)
-    return Path(given).expanduser().absolute() if given else Path.home() / ".cache" / "qlora-sweep"
+    return user_path(given).absolute() if given else require_home() / ".cache" / "qlora-sweep"
 
 
 def build_once(name: str, builder: Callable[[Path], None]) -> Path:
@@ -40,6 +41,9 @@ def build_once(name: str, builder: Callable[[Path], None]) -> Path:
         return final
     try:
         root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # it may name a folder above the root
+        raise _unusable(root, error) from None
+    try:
         with FileLock(root / f".{name}.lock").held():
             if final.is_dir() or final.is_symlink():
                 _remove_damaged(final)
@@ -48,8 +52,12 @@ def build_once(name: str, builder: Callable[[Path], None]) -> Path:
     except OSError as error:
         if error.filename is None or not str(error.filename).startswith(str(root)):
             raise
-        raise InputError(CACHE_VARIABLE, str(root), f"must be a writable folder with free space ({error})") from None
+        raise _unusable(root, error) from None
     return final
+
+
+def _unusable(root: Path, error: OSError) -> InputError:
+    return InputError(CACHE_VARIABLE, str(root), f"must be a writable folder with free space ({error})")
 
 
 def _remove_damaged(final: Path) -> None:
@@ -71,6 +79,7 @@ def _build(root: Path, name: str, builder: Callable[[Path], None]) -> None:
     building.mkdir()
     try:
         builder(building)
+        follow_umask(building)
         write_checksums(building)
         building.rename(root / name)
         sync(root)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from engine.adapter.lora import LoraLinear, attach, detach
 from engine.adapter.peft_files import export_adapter
 from engine.config.trial import TrainConfig
 from engine.data.packing import Cursor, collate
-from engine.data.views import load_data
+from engine.data.views import load_recorded
 from engine.errors import Interrupted, OutOfMemory
 from engine.evaluation.eval_loss import evaluate, evaluation_batches
 from engine.model.base import Base
@@ -38,7 +38,7 @@ from engine.training.card_plan import plan_for_this_card
 from engine.training.checkpoint import Pace, Progress, Sums
 from engine.training.cuda_graphs import make_graphs
 from engine.training.divergence import check_loss
-from engine.training.optim import learning_rate, make_optimizer, set_learning_rate
+from engine.training.optim import learning_rate, make_optimizer, set_learning_rate, step_middle
 from engine.training.profiler import traced
 from engine.training.step_sums import StepSums
 from engine.trial_report import REPORTS, TrialReport
@@ -51,6 +51,7 @@ def train(
     base: Base | None = None,
     interrupted: Callable[[], bool] = lambda: False,
     pace: Pace | None = None,
+    inputs: Mapping[str, str] | None = None,
 ) -> Iterator[TrialReport]:
     """Train one adapter and yield a TrialReport at each point of `config.train.report_grid()`.
 
@@ -61,7 +62,8 @@ def train(
     base: a loaded base model that matches `config.model`; it is returned without the adapter. If
     None, `train` loads the model and frees it at the end. interrupted: called before each step and
     each evaluation row. Once True, the last step is saved and Interrupted raised. pace: decides
-    when to save between reports. Raises InputError, DivergedError, CheckpointError, OutOfMemory,
+    when to save between reports. inputs: the digests that the sweep recorded, compared before the
+    first step. Raises InputError, InputsChanged, DivergedError, CheckpointError, OutOfMemory,
     Interrupted.
     """
     called_s = time.perf_counter()
@@ -78,7 +80,7 @@ def train(
             torch.cuda.reset_peak_memory_stats(device)  # else an earlier trial's peak would count
         torch.manual_seed(config.train.seed)
         layers = attach(resident.model, resident.linear_names, config.lora, config.train.seed)
-        run = _Run(config, trial_folder, resident, layers, interrupted, pace, called_s)
+        run = _Run(config, trial_folder, resident, layers, interrupted, pace, called_s, inputs)
         with traced(config.train.profile_steps, trial_folder / "profile", device) as after_step:
             yield from run.reports(after_step)
     finally:
@@ -103,12 +105,13 @@ class _Run:
         interrupted: Callable[[], bool],
         pace: Pace | None,
         called_s: float,
+        inputs: Mapping[str, str] | None,
     ) -> None:
         plan, shape = plan_for_this_card(config, base)
         self.config, self.trial_folder, self.base, self.layers = config, trial_folder, base, layers
         self.adapter, self.graphs = FlatAdapter(layers, base.dtype), None
         self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
-        self.train_view, eval_view = load_data(config.data, base.tokenizer)
+        self.train_view, eval_view = load_recorded(config, base.tokenizer, inputs)
         self.eval_batches = evaluation_batches(eval_view, config.data.eval_max_seq_length)
         self.cursor = Cursor(self.train_view.lengths, config.data.max_seq_length, config.data.packing, config.train.seed)
         fingerprint = config.fingerprint()
@@ -139,11 +142,11 @@ class _Run:
             yield report
 
     def _train_to(self, rung: int, tokens: int, after_step: Callable[[], None]) -> TrialReport:
-        """Run optimizer steps until `tokens` have been seen, then evaluate."""
+        """Run optimizer steps until `tokens` have been seen, at least one, then evaluate."""
         vocab_size = self.base.model.config.get_text_config().vocab_size
         progress = self.progress
         step_sums = StepSums(self.base.device, vocab_size, progress.since_report)
-        while progress.tokens_seen < tokens:
+        while progress.tokens_seen < tokens or progress.since_report.num_steps == 0:
             self._keep_safe(step_sums)
             loss, grad_norm, num_tokens, num_targets = self._step()
             step_sums.add(loss, grad_norm, num_tokens, num_targets)
@@ -188,7 +191,7 @@ class _Run:
             self._make_room()
         limit = self.config.optim.max_grad_norm
         grad_norm = nn.utils.clip_grad_norm_(self.adapter.parameter, math.inf if limit is None else limit)
-        middle = (self.progress.tokens_seen + num_tokens / 2) / self.config.train.max_tokens
+        middle = step_middle(self.progress.tokens_seen, num_tokens, self.config.train.max_tokens)
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, middle))
         self.optimizer.step()
         self.adapter.refresh()

@@ -36,6 +36,16 @@ def learning_rate(config: OptimConfig, progress: float) -> float:
     return config.learning_rate * (floor + (1.0 - floor) * shape)
 
 
+def step_middle(tokens_seen: int, num_tokens: int, max_tokens: int) -> float:
+    """Return the progress at the middle of a step, in (0, 1). The step's learning rate is that one.
+
+    A step that would run past max_tokens counts as one that ends there. At or beyond the end the
+    schedule may be 0, and the step would change nothing.
+    """
+    start = min(tokens_seen, max(0, max_tokens - num_tokens))
+    return (start + min(num_tokens, max_tokens) / 2) / max_tokens
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Set the rate of every parameter group."""
     for group in optimizer.param_groups:

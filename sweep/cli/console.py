@@ -17,6 +17,7 @@ from rich.text import Text
 from engine.trial_report import TrialReport
 from sweep.text import params_text, printable_lines
 from sweep.trials.record import Outcome, TrialRecord
+from sweep.trials.selection import Rule
 
 COLORS = {
     Outcome.RUNNING: "cyan",
@@ -25,6 +26,7 @@ COLORS = {
     Outcome.PRUNED: "yellow",
     Outcome.INFEASIBLE: "dim",
 }
+DEFAULT_RULE = Rule()
 NUM_ENDED_SHOWN = 20  # a table longer than the screen cannot be redrawn in place
 
 
@@ -62,8 +64,9 @@ class LineConsole:
 class TableConsole:
     """Redraw one table in place, four times a second, for a terminal."""
 
-    def __init__(self, stream: TextIO, num_rungs: int, num_trials: int) -> None:
-        self._num_rungs, self._num_trials, self._started = num_rungs, num_trials, time.monotonic()
+    def __init__(self, stream: TextIO, num_rungs: int, num_trials: int, rule: Rule = DEFAULT_RULE) -> None:
+        """Show the trials. rule: which one is marked as the winner so far."""
+        self._num_rungs, self._num_trials, self._started, self._rule = num_rungs, num_trials, time.monotonic(), rule
         self._records: dict[int, TrialRecord] = {}
         self._console = Console(file=stream)
         self._live = Live(
@@ -89,8 +92,7 @@ class TableConsole:
     def _table(self) -> Table:
         records = list(self._records.values())
         ended = [record for record in records if record.outcome is not Outcome.RUNNING]
-        scores = [r.score for r in records if r.outcome is Outcome.COMPLETE and r.score is not None]
-        best = min(scores, default=None)
+        best = self._rule.best(records)
         seconds = int(time.monotonic() - self._started)
         refused = sum(record.outcome is Outcome.INFEASIBLE for record in ended)
         title = f"{len(ended) - refused} of {self._num_trials} trials ended, {seconds // 60}:{seconds % 60:02d}"
@@ -106,23 +108,22 @@ class TableConsole:
             ("outcome", "left"),
         ):
             table.add_column(name, justify=justify)
-        hidden = {record.number for record in ended[:-NUM_ENDED_SHOWN] if record.score != best}
+        hidden = {record.number for record in ended[:-NUM_ENDED_SHOWN] if record is not best}
         for record in records:
             if record.number not in hidden:
                 table.add_row(*self._row(record, best))
         return table
 
-    def _row(self, record: TrialRecord, best: float | None) -> tuple[Text, ...]:
+    def _row(self, record: TrialRecord, best: TrialRecord | None) -> tuple[Text, ...]:
         """Return the cells as Text: a string would be read as markup, and params may hold brackets."""
         last = record.reports[-1] if record.reports else None
         score = "" if record.score is None else f"{record.score:.4f}"
-        winner = record.outcome is Outcome.COMPLETE and record.score == best
         return (
             Text(str(record.number)),
             Text(params_text(record.params)),
             Text(_rung_text(record, self._num_rungs)),
             Text(f"{last.tokens_seen:,}" if last else ""),
-            Text(score, style="bold green" if winner else ""),
+            Text(score, style="bold green" if record is best else ""),
             Text(f"{last.tokens_per_second:,.0f}" if last else ""),
             Text(str(record.outcome), style=COLORS.get(record.outcome, "red")),
         )
@@ -131,9 +132,9 @@ class TableConsole:
 Screen = LineConsole | TableConsole
 
 
-def make_console(stream: TextIO, num_rungs: int, num_trials: int) -> Screen:
+def make_console(stream: TextIO, num_rungs: int, num_trials: int, rule: Rule = DEFAULT_RULE) -> Screen:
     """Return a table console if the stream is a terminal, else a line console."""
-    return TableConsole(stream, num_rungs, num_trials) if stream.isatty() else LineConsole(stream, num_rungs)
+    return TableConsole(stream, num_rungs, num_trials, rule) if stream.isatty() else LineConsole(stream, num_rungs)
 
 
 def _rung_text(record: TrialRecord, num_rungs: int) -> str:

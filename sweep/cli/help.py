@@ -18,9 +18,11 @@ USAGE = """usage: python -m sweep [group=option ...] [section.key=value ...]
   python -m sweep +experiment=llama-3.1-8b-24gb data.train=my.jsonl    a whole sweep on 24 GB cards, on your data
   python -m sweep model=llama-3.1-8b data=local data.train=my.jsonl space=rank-targets-long sweep.num_trials=32
   python -m sweep ... +debug=one-trial                         first: does everything work? (overfit-one-batch: does it learn?)
-  python -m sweep ... dry_run=true                             print the plan, start nothing
+  python -m sweep ... dry_run=true                             print the plan, check model and data, start nothing
   python -m sweep ... cluster.card=rtx4090 dry_run=true        also predict memory, speed and GPU hours there; needs no GPU
   python -m sweep ... --cfg                                    print the composed config, start nothing
+  python -m sweep doctor                                       can a sweep run on this machine? what to do where not
+  python -m sweep show-sample +experiment=... data.train=my.jsonl      a sample as the model sees it, its targets marked
   python -m sweep resume=sweeps/quickstart-20250101-120000     continue after a kill; num_trials and budget may be raised
   source <(python -m sweep --completion bash)                  Tab completes groups, options, keys and values in this shell
 """

@@ -16,14 +16,26 @@ from pathlib import Path
 
 import ray
 from ray.exceptions import AuthenticationError
+from ray.job_config import JobConfig
 
 from engine.errors import InputError, first_line
+from engine.system.child_python import module_path, own_environment
 from sweep.cluster.card_kinds import card_kinds
 from sweep.cluster.slots import Hardware, Slots
 
 LOOPBACK = "127.0.0.1"
 NEEDS_TOKEN = "needs the cluster's RAY_AUTH_TOKEN, or RAY_AUTH_MODE=disabled if it has none"
 REACH_S = 10.0
+
+
+class _OwnModules(JobConfig):
+    """Keep the driver's working folder off the workers' module path.
+
+    Ray would put it first, and a folder named `engine` there would take our place.
+    """
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        return True
 
 
 @contextmanager
@@ -92,8 +104,7 @@ def _connect(slots: Slots, address: str | None) -> None:
         _join(address)
         return
     # the workers must be able to import this package, wherever the driver was started
-    root = str(Path(__file__).resolve().parents[2])
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    os.environ.update(own_environment())
     ray.init(
         address="local",  # ignores RAY_ADDRESS, files in /tmp and any other Ray on this machine
         num_cpus=slots.num_slots * slots.cpus_per_trial,
@@ -101,6 +112,7 @@ def _connect(slots: Slots, address: str | None) -> None:
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,
+        job_config=_OwnModules(_py_driver_sys_path=module_path()),
         _node_ip_address=LOOPBACK,
     )
     _refuse_open_ports()
@@ -125,7 +137,8 @@ def _join(address: str) -> None:
     try:
         with _native_stderr() as printed:
             try:
-                ray.init(address=address, log_to_driver=False, configure_logging=False)
+                job = _OwnModules(_py_driver_sys_path=module_path())
+                ray.init(address=address, log_to_driver=False, configure_logging=False, job_config=job)
             finally:
                 said = printed()
     except AuthenticationError as error:

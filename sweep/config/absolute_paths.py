@@ -3,40 +3,66 @@
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from engine.config.trial import ON_TRAINING_SAMPLES
+from engine.system.user_path import user_path
 from sweep.config.sweep import SweepConfig
 
 FIELDS = (("model", "path"), ("data", "train"), ("data", "eval"), ("data", "chat_template"))
 SQLITE = "sqlite:///"
+NAMES = {("data", "chat_template"): ("chatml",), ("data", "eval"): (ON_TRAINING_SAMPLES,)}
+"""Values that are no path, even if there is a file of that name: for the file, write ./chatml."""
 
 
 def with_absolute_paths(config: SweepConfig, folder: Path) -> SweepConfig:
-    """Return the config with the paths of existing files and folders made absolute.
+    """Return the config with `~` expanded, and the paths of existing files and folders absolute.
 
     folder: relative paths start here. A name that is no file or folder there stays as it is, since
     it may be a hub id.
     """
-    changes: dict[str, dict[str, str | tuple[str, ...]]] = {}
+    changes: dict[str, dict[str, object]] = {"sweep": {"output_dir": os.path.expanduser(config.sweep.output_dir)}}
     for section, field in FIELDS:
         value = getattr(getattr(config, section), field)
-        if field == "chat_template" and not str(value).endswith(".jinja"):
-            continue  # the name of a template, not a file
-        if field == "eval" and value == ON_TRAINING_SAMPLES:
-            continue
-        if value is not None:
+        if value is not None and value not in NAMES.get((section, field), ()):
             names = (value,) if isinstance(value, str) else value
-            found = tuple(_absolute(name, folder) for name in names)
+            found = tuple(absolute_path(name, folder) for name in names)
             changes.setdefault(section, {})[field] = found[0] if isinstance(value, str) else found
-    uri = config.tracking.uri
-    if uri is not None and uri.startswith(SQLITE) and not uri.startswith(SQLITE + "/"):
-        changes["tracking"] = {"uri": f"{SQLITE}{folder / uri.removeprefix(SQLITE)}"}
+    changes["sweep"]["warm_start"] = tuple(absolute_path(path, folder) for path in config.sweep.warm_start)
+    if config.tracking.uri is not None:
+        changes["tracking"] = {"uri": absolute_uri(config.tracking.uri, folder)}
     updated = {section: getattr(config, section).model_copy(update=fields) for section, fields in changes.items()}
     return config.model_copy(update=updated)
 
 
-def _absolute(name: str, folder: Path) -> str:
-    """Return the path of what is there, or of a pattern that fits something; else the name itself."""
-    path = folder / Path(name).expanduser()
-    return str(path) if path.exists() or (glob.has_magic(name) and next(glob.iglob(str(path), recursive=True), None)) else name
+def absolute_path(text: str, folder: Path) -> str:
+    """Return what the text names, seen from the folder; the text itself if nothing there fits it."""
+    expanded = user_path(text)
+    pattern = str(folder / expanded)
+    if (folder / expanded).exists() or (glob.has_magic(text) and next(glob.iglob(pattern, recursive=True), None)):
+        return str(folder / expanded)
+    return str(expanded) if text.startswith("~") else text
+
+
+def absolute_uri(uri: str, folder: Path) -> str:
+    """Return the address of an SQLite file with its path absolute, and any other as it is."""
+    path = user_path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or (path.is_absolute() and str(path) == uri.removeprefix(SQLITE)):
+        return uri
+    return f"{SQLITE}{path if path.is_absolute() else f'{quoted_path(folder)}/{path}'}"
+
+
+def sqlite_uri(file: Path) -> str:
+    """Return the address of an SQLite file. In an address, `%` and `?` have a meaning of their own."""
+    return f"{SQLITE}{quoted_path(file.absolute())}"
+
+
+def sqlite_file(uri: str) -> Path:
+    """Return the file that an SQLite address names."""
+    return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0]))
+
+
+def quoted_path(path: Path) -> str:
+    return str(path).translate({ord(char): quote(char) for char in "%?"})

@@ -10,6 +10,7 @@ before it is expanded.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -24,6 +25,8 @@ from engine.errors import InputError, did_you_mean, first_line
 from sweep.config import conf_files
 from sweep.config.interpolation import Interpolations
 from sweep.config.sweep import SweepConfig
+from sweep.config.typed_paths import in_hydras_grammar
+from sweep.space.unsearchable import UNSEARCHABLE
 
 RUN_KEYS = {"resume": None, "dry_run": False}
 
@@ -42,10 +45,10 @@ def compose(overrides: list[str]) -> dict[str, Any]:
         except MissingMandatoryValue as error:
             raise InputError(str(error.full_key), "???", f"required; give it as {error.full_key}=...") from None
         except (HydraException, OmegaConfBaseException) as error:
-            line = " ".join(str(error).split("\n\n")[0].split())
+            line = " ".join(str(error if str(error) else error.__cause__).split("\n\n")[0].split())
             raise InputError("overrides", " ".join(overrides), line) from None
-        except (yaml.YAMLError, RecursionError, UnicodeError) as error:
-            raise InputError("config", " ".join(overrides), f"must be plain YAML ({first_line(error)})") from None
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            raise conf_files.fault_of(error) from None
 
 
 def to_yaml(raw: dict[str, Any]) -> str:
@@ -75,12 +78,48 @@ def parsed(override: str) -> tuple[str, Any]:
 
     Raises InputError if it is malformed.
     """
-    _split(override)
+    key, value = _split(override)
+    bare = key.lstrip("+")
     try:
-        found = OverridesParser.create().parse_override(override)
+        found = OverridesParser.create().parse_override(f"{key}={in_hydras_grammar(bare, value)}" if value else override)
         return found.key_or_group, found.value()
-    except HydraException as error:
-        raise InputError("argument", override, " ".join(str(error).split())) from None
+    except (HydraException, ValueError) as error:  # ValueError: a number of more than 4,300 digits
+        allowed = f"must be in Hydra's grammar ({first_line(error)}); text with other characters is quoted: '{bare}=\"...\"'"
+        raise InputError("argument", override, allowed) from None
+
+
+def given_keys(overrides: list[str]) -> dict[str, Any]:
+    """Return dotted key -> value of all values on the command line, without groups and removals.
+
+    Of a key that is given twice, the last value counts.
+    """
+    return dict(_given(overrides))
+
+
+def repeated_keys(overrides: list[str]) -> list[str]:
+    """Return a warning for each value on the command line that a later one replaces."""
+    given: dict[str, Any] = {}
+    lines = []
+    for name, value in _given(overrides):
+        if given.setdefault(name, value) != value:
+            lines.append(f"{name} = {given[name]} has no effect, because a later argument sets {name} = {value}")
+        given[name] = value
+    return lines
+
+
+def _given(overrides: list[str]) -> Iterator[tuple[str, Any]]:
+    for override in overrides:
+        key = _split(override)[0].lstrip("+")
+        if not key.startswith("~") and key not in conf_files.groups():
+            yield from _flat(key, parsed(override)[1])
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, inner in value.items():
+        yield from _flat(f"{key}.{name}", inner)
 
 
 def _for_hydra(override: str) -> str:
@@ -93,9 +132,13 @@ def _for_hydra(override: str) -> str:
     known = conf_files.groups()
     if bare not in known:
         _check_section(bare, value)
-        return override if key.startswith("~") else f"++{bare}={value}"
+        if key.startswith("~"):
+            return override
+        parsed(override)
+        return f"++{bare}={in_hydras_grammar(bare, value)}"
     if value not in known[bare]:
         raise InputError(bare, value, f"must be one of {', '.join(known[bare])}")
+    conf_files.refuse_faults(conf_files.option_file(bare, value))
     # Hydra appends a group that no defaults list names only with a plus; users may leave it out
     return f"+{bare}={value}" if bare in conf_files.APPENDED else f"{bare}={value}"
 
@@ -118,6 +161,9 @@ def _check_section(key: str, value: str) -> None:
     if key.split(".")[0] not in sections:
         hint = did_you_mean(key.split(".")[0], sections)
         raise InputError(key, value, f"unknown key; known: {', '.join(sections)}{hint}")
+    for path, why in UNSEARCHABLE.items():
+        if f"{key}.".startswith(f"space.{path}."):
+            raise InputError(key, value, f"cannot be searched over: {why}")
 
 
 def _split(override: str) -> tuple[str, str]:

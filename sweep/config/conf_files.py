@@ -27,7 +27,7 @@ def groups() -> dict[str, list[str]]:
 
 def about(group: str, option: str) -> str:
     """Return an option's help text, the first comment of its file. Empty if there is none."""
-    lines = (conf_folder() / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines()
+    lines = option_file(group, option).read_text(encoding="utf-8", errors="replace").splitlines()
     comments = []
     for line in lines:
         if not line.startswith("# ") or line.startswith("# @package"):
@@ -36,6 +36,48 @@ def about(group: str, option: str) -> str:
             continue
         comments.append(line.removeprefix("# "))
     return " ".join(comments)
+
+
+def option_file(group: str, option: str) -> Path:
+    return conf_folder() / group / f"{option}.yaml"
+
+
+def refuse_faults(file: Path) -> None:
+    """Raise InputError, with line and column, if the file is not a YAML mapping or empty.
+
+    A file that holds text alone (`rank:8`, without a space) would be ignored.
+    """
+    try:
+        root = yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise fault_of(error, file) from None
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise InputError("config", _place(file, root.start_mark), "must hold keys with values, as `section: {key: value}`")
+
+
+def fault_of(error: Exception, file: Path | None = None) -> InputError:
+    """Return the InputError for a file that YAML cannot read: with its name, line and column.
+
+    file: known if the error itself names none.
+    """
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or first_line(error)
+    hint = "; indent with spaces, not tabs" if "'\\t'" in problem else ""
+    where = _place(file, mark)
+    if isinstance(error, yaml.reader.ReaderError) and file is not None:
+        where, problem = _place(file, _mark_at(file, error.position)), f"{problem}: character {error.character!r}"
+    return InputError("config", where, f"must be plain YAML ({problem}){hint}")
+
+
+def _mark_at(file: Path, position: int) -> yaml.Mark:
+    """Return line and column of a position that YAML gives in bytes or characters."""
+    before = file.read_bytes()[:position].decode("utf-8", "replace").split("\n")
+    return yaml.Mark(str(file), position, len(before) - 1, len(before[-1]), None, None)
+
+
+def _place(file: Path | None, mark: yaml.Mark | None) -> str:
+    name = str(file) if file is not None else (mark.name if mark is not None else "a file of conf/")
+    return name if mark is None else f"{name}, line {mark.line + 1}, column {mark.column + 1}"
 
 
 def refuse_alias_bombs() -> None:
@@ -52,7 +94,7 @@ def refuse_alias_bombs() -> None:
             root = yaml.compose(text, Loader=yaml.SafeLoader)
             size = 0 if root is None else _unfolded(root, {})
         except (yaml.YAMLError, RecursionError) as error:
-            raise InputError("config", str(file), f"must be plain YAML ({first_line(error)})") from None
+            raise fault_of(error, file) from None
         if size > MAX_NODES:
             raise InputError("config", str(file), f"must hold at most {MAX_NODES:,} values once its aliases are expanded")
 

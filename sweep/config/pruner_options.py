@@ -6,7 +6,12 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from engine.config.parsing import PositiveInt, StrictModel
+from engine.config.parsing import StrictModel
+from engine.config.trial import MAX_REPORTS
+
+Rung = Annotated[int, Field(ge=1, le=MAX_REPORTS)]
+Rungs = Annotated[int, Field(ge=0, le=MAX_REPORTS)]
+Factor = Annotated[int, Field(ge=2, le=MAX_REPORTS)]
 
 
 class SuccessiveHalvingConfig(StrictModel):
@@ -17,9 +22,9 @@ class SuccessiveHalvingConfig(StrictModel):
     """
 
     name: Literal["successive_halving"] = "successive_halving"
-    min_rung: PositiveInt = 1
-    reduction_factor: Annotated[int, Field(ge=2)] = 2
-    min_early_stopping_rate: Annotated[int, Field(ge=0)] = 0
+    min_rung: Rung = 1
+    reduction_factor: Factor = 2
+    min_early_stopping_rate: Annotated[int, Field(ge=0, le=64)] = 0
 
 
 class HyperbandConfig(StrictModel):
@@ -29,16 +34,16 @@ class HyperbandConfig(StrictModel):
     """
 
     name: Literal["hyperband"] = "hyperband"
-    min_rung: PositiveInt = 1
-    reduction_factor: Annotated[int, Field(ge=2)] = 2
+    min_rung: Rung = 1
+    reduction_factor: Factor = 2
 
 
 class MedianConfig(StrictModel):
     """Stop a trial that is worse than the median of complete trials at the same rung."""
 
     name: Literal["median"] = "median"
-    num_startup_trials: Annotated[int, Field(ge=0)] = 4
-    num_warmup_rungs: Annotated[int, Field(ge=0)] = 0
+    num_startup_trials: Annotated[int, Field(ge=0, le=1_000_000)] = 4
+    num_warmup_rungs: Rungs = 0
 
 
 class PatientConfig(StrictModel):
@@ -48,7 +53,7 @@ class PatientConfig(StrictModel):
     """
 
     name: Literal["patient"] = "patient"
-    patience: Annotated[int, Field(ge=0)] = 2
+    patience: Rungs = 2
     min_delta: Annotated[float, Field(ge=0.0)] = 0.0
     inner: Literal["none", "median", "successive_halving"] = Field("none", description="none: patience alone decides")
 

@@ -6,6 +6,7 @@ may not change the trials themselves, because their losses would no longer compa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from engine.errors import InputError
@@ -16,7 +17,8 @@ NUM_TRIALS = "sweep.num_trials"
 # 1: a larger value allows more; -1: a smaller one does
 BUDGETS = {"sweep.budget.gpu_hours": 1, "sweep.budget.wall_clock_hours": 1, "sweep.budget.target_loss": -1}
 PLACE = (
-    "cluster.address", "cluster.num_gpus", "cluster.wait_s", "cluster.card", "tracking.metrics_port", "tracking.metrics_host",
+    "cluster.address", "cluster.num_gpus", "cluster.wait_s", "cluster.card", "tracking.name", "tracking.metrics_port",
+    "tracking.metrics_host",
 )  # fmt: skip
 AMENDABLE = (NUM_TRIALS, *BUDGETS, *PLACE)
 
@@ -39,6 +41,27 @@ def apply_resume_changes(config: SweepConfig, overrides: dict[str, Any]) -> Swee
         _check_more(key, section[name], value)
         section[name] = value
     return parse_sweep_config(values)
+
+
+def refuse_edits(config: SweepConfig, recorded: SweepConfig) -> None:
+    """Raise InputError for a field of sweep_config.json that someone edited and no resume may change.
+
+    recorded: the config in the journal.
+    """
+    for key, value, before in _differences("", config.model_dump(mode="json"), recorded.model_dump(mode="json")):
+        if key not in AMENDABLE:
+            allowed = f"edited in sweep_config.json: the sweep began with {before!r}; put that back, or start a new sweep"
+            raise InputError(key, value, allowed)
+        _check_more(key, before, value)
+
+
+def _differences(key: str, now: Any, before: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield dotted path and both values of each leaf that differs. The order of keys counts."""
+    if isinstance(now, dict) and isinstance(before, dict) and list(now) == list(before):
+        for name in now:
+            yield from _differences(f"{key}.{name}" if key else name, now[name], before[name])
+    elif now != before or isinstance(now, dict):
+        yield key, now, before
 
 
 def _at(values: dict[str, Any], key: str) -> Any:

@@ -6,15 +6,19 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from engine.config.parsing import PositiveInt, StrictModel
+from engine.config.parsing import StrictModel
+
+SmallCount = Annotated[int, Field(ge=1, le=100_000)]
+"""A number of trials or candidates: Optuna holds them all in memory, and more would not end."""
+Population = Annotated[int, Field(ge=2, le=100_000)]
 
 
 class TpeConfig(StrictModel):
     """Propose trials with the tree-structured Parzen estimator (Bergstra et al., 2011)."""
 
     name: Literal["tpe"] = "tpe"
-    num_startup_trials: PositiveInt = Field(5, description="random trials before the model proposes")
-    num_ei_candidates: PositiveInt = 24
+    num_startup_trials: SmallCount = Field(5, description="random trials before the model proposes")
+    num_ei_candidates: SmallCount = 24
     multivariate: bool = Field(True, description="model the parameters jointly")
 
 
@@ -34,8 +38,8 @@ class CmaEsConfig(StrictModel):
     """Propose numeric parameters with CMA-ES (Hansen, 2001), and draw choices at random."""
 
     name: Literal["cmaes"] = "cmaes"
-    num_startup_trials: PositiveInt = 5
-    population_size: Annotated[int, Field(ge=2)] | None = None
+    num_startup_trials: SmallCount = 5
+    population_size: Population | None = None
 
 
 class GpConfig(StrictModel):
@@ -45,7 +49,7 @@ class GpConfig(StrictModel):
     """
 
     name: Literal["gp"] = "gp"
-    num_startup_trials: PositiveInt = 5
+    num_startup_trials: SmallCount = 5
 
 
 class Nsga2Config(StrictModel):
@@ -55,7 +59,7 @@ class Nsga2Config(StrictModel):
     """
 
     name: Literal["nsga2"] = "nsga2"
-    population_size: Annotated[int, Field(ge=2)] = 16
+    population_size: Population = 16
 
 
 SamplerConfig = TpeConfig | RandomConfig | GridConfig | CmaEsConfig | GpConfig | Nsga2Config

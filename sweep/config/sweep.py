@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, field_validator
 
-from engine.config.parsing import ListAsTuple, PositiveInt, StrictModel, parse
+from engine.config.parsing import MAX_SECONDS, ListAsTuple, StrictModel, parse
 from engine.config.trial import DataConfig, LoopConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
 from engine.errors import InputError
 from engine.planning.cards import find_card
@@ -21,11 +21,13 @@ from sweep.config.pruner_options import PRUNERS, NoPrunerConfig, PrunerConfig, S
 from sweep.config.sampler_options import SAMPLERS, SamplerConfig, TpeConfig
 from sweep.trials.objectives import EVAL_LOSS, MEASURES
 
+MAX_SLOTS = 100_000
+
 
 def _auto_or_at_least(minimum: int) -> PlainValidator:
     def check(value: Any) -> Any:
-        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
-            raise ValueError(f"must be auto, or a whole number from {minimum}")
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= MAX_SLOTS):
+            raise ValueError(f"must be auto, or a whole number from {minimum} to {MAX_SLOTS:,}")
         return value
 
     return PlainValidator(check)
@@ -44,6 +46,8 @@ AutoInt = Annotated[int | Literal["auto"], _auto_or_at_least(0)]
 AutoPositive = Annotated[int | Literal["auto"], _auto_or_at_least(1)]
 AutoCard = Annotated[str, PlainValidator(_auto_or_card)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Hours = Annotated[float, Field(gt=0.0, le=1e6)]
+MAX_TRIALS = 1_000_000
 
 
 class BudgetConfig(StrictModel):
@@ -52,10 +56,10 @@ class BudgetConfig(StrictModel):
     Once a limit is reached, no trial starts, and running trials stop at their next report.
     """
 
-    gpu_hours: PositiveFloat | None = Field(
+    gpu_hours: Annotated[float, Field(gt=0.0, le=1e9)] | None = Field(
         None, description="hours for which trials hold slots, summed over slots; null: no limit"
     )
-    wall_clock_hours: PositiveFloat | None = Field(None, description="hours for which the sweep runs; null: no limit")
+    wall_clock_hours: Hours | None = Field(None, description="hours for which the sweep runs; null: no limit")
     target_loss: PositiveFloat | None = Field(None, description="an eval_loss that is good enough to end the sweep; null: none")
 
 
@@ -65,8 +69,8 @@ class SweepSection(StrictModel):
     name: str = Field(
         "sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="letters, digits, dot, dash, underscore"
     )
-    num_trials: PositiveInt = 16
-    seed: Annotated[int, Field(ge=0)] = 0
+    num_trials: Annotated[int, Field(ge=1, le=MAX_TRIALS)] = 16
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     output_dir: str = Field("sweeps", min_length=1, description="folder in which the sweep folder is created")
     budget: BudgetConfig = BudgetConfig()
     warm_start: Annotated[tuple[str, ...], ListAsTuple] = Field((), description="folders of earlier sweeps to learn from")
@@ -75,6 +79,9 @@ class SweepSection(StrictModel):
         0.0, description="nats of eval_loss that the best adapter may lose in order to be better in the other objectives"
     )
 
+    only_most_demanding: bool = Field(
+        False, description="true: try nothing but the point of the space that is predicted to need most memory"
+    )
     num_examples: Annotated[int, Field(ge=0, le=32)] = Field(
         4, description="evaluation samples that base model and best adapter answer at the end, for people to read; 0: none"
     )
@@ -95,15 +102,17 @@ class ClusterConfig(StrictModel):
 
     num_gpus: AutoInt = Field("auto", description="GPUs to use; auto: all that are visible")
     num_cpu_slots: AutoPositive = Field("auto", description="number of slots without GPUs; auto: cores / cpus_per_trial")
-    cpus_per_trial: PositiveInt = 1
+    cpus_per_trial: Annotated[int, Field(ge=1, le=MAX_SLOTS)] = 1
     card: AutoCard = Field("auto", description="card whose memory and speed are predicted; auto: the card found")
     max_concurrent: AutoPositive = Field("auto", description="most trials at once; auto: one per slot")
     address: str | None = Field(None, description="existing Ray cluster to join; null: start Ray on this machine")
-    wait_s: Annotated[float, Field(ge=0.0)] = Field(0.0, description="seconds to wait until an existing cluster has num_gpus")
-    max_retries: Annotated[int, Field(ge=0)] = Field(
+    wait_s: Annotated[float, Field(ge=0.0, le=MAX_SECONDS)] = Field(
+        0.0, description="seconds to wait until an existing cluster has num_gpus"
+    )
+    max_retries: Annotated[int, Field(ge=0, le=MAX_TRIALS)] = Field(
         2, description="times a trial continues after its worker died without a new report"
     )
-    report_timeout_s: Annotated[float, Field(gt=0.0)] | None = Field(
+    report_timeout_s: Annotated[float, Field(gt=0.0, le=MAX_SECONDS)] | None = Field(
         21_600.0,
         description="seconds without a report, after which the driver kills a trial's worker as hung; null: no limit",
     )

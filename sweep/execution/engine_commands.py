@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from engine.command_answers import AdapterEvaluation, Facts, PreparedFacts
 from engine.config.parsing import load_json
+from engine.config.permission import FLAG
 from engine.config.trial import TrainConfig
 from engine.errors import EngineError
+from engine.system.child_python import own_environment, python_module
 
 
 class CommandFailed(EngineError):
@@ -39,7 +41,7 @@ def prepare(configs: list[TrainConfig], module: str) -> PreparedFacts:
     with tempfile.TemporaryDirectory(prefix="sweep-prepare-") as folder:
         request, answer = Path(folder, "configs.json"), Path(folder, "answer.json")
         request.write_text(json.dumps([config.model_dump(mode="json") for config in configs]))
-        _run([module, "prepare", str(request), "--answer", str(answer)])
+        _run([module, "prepare", str(request), "--answer", str(answer)], configs)
         return PreparedFacts.from_dict(load_json(answer))
 
 
@@ -51,26 +53,45 @@ def inspect(config: TrainConfig, module: str) -> Facts:
     with tempfile.TemporaryDirectory(prefix="sweep-inspect-") as folder:
         request, answer = Path(folder, "config.json"), Path(folder, "answer.json")
         request.write_text(json.dumps(config.model_dump(mode="json")))
-        _run([module, "inspect", str(request), "--answer", str(answer)])
+        _run([module, "inspect", str(request), "--answer", str(answer)], [config])
         return Facts.from_dict(load_json(answer))
 
 
-def evaluate(trial_folder: Path, module: str, num_examples: int = 0) -> AdapterEvaluation:
+def print_sample(config: TrainConfig, module: str, options: list[str]) -> int:
+    """Let `python -m engine show-sample` write to this process's output. Returns its exit code."""
+    with tempfile.TemporaryDirectory(prefix="sweep-sample-") as folder:
+        request = Path(folder, "config.json")
+        request.write_text(json.dumps(config.model_dump(mode="json")))
+        command = python_module(module, "show-sample", str(request), *options)
+        return subprocess.run([*command, *([FLAG] if config.model.trust_remote_code else [])], env=own_environment()).returncode
+
+
+def evaluate(
+    config: TrainConfig, adapter: Path, module: str, num_examples: int = 0, inputs: Mapping[str, str] | None = None
+) -> AdapterEvaluation:
     """Return the losses of base model and exported adapter, from a fresh load of the files on disk.
 
-    num_examples: how many evaluation samples both answer. Raises CommandFailed. See
-    `engine.evaluation.reevaluate.evaluate_adapter`.
+    config: the trial's, as the driver knows it; the file in the trial's folder may have been edited.
+    num_examples: how many evaluation samples both answer. inputs: the digests that the sweep
+    recorded. Raises CommandFailed. See `engine.evaluation.reevaluate.evaluate_adapter`.
     """
     with tempfile.TemporaryDirectory(prefix="sweep-evaluate-") as folder:
-        answer = Path(folder, "answer.json")
-        config, adapter = trial_folder / "train_config.json", trial_folder / "adapter"
+        request, answer = Path(folder, "config.json"), Path(folder, "answer.json")
+        request.write_text(json.dumps(config.model_dump(mode="json")))
         options = ["--adapter", str(adapter), "--examples", str(num_examples), "--answer", str(answer)]
-        _run([module, "evaluate", str(config), *options])
+        if inputs:
+            known = Path(folder, "inputs.json")
+            known.write_text(json.dumps(dict(inputs)))
+            options += ["--inputs", str(known)]
+        _run([module, "evaluate", str(request), *options], [config])
         return AdapterEvaluation.from_dict(load_json(answer))
 
 
-def _run(arguments: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True)
+def _run(arguments: list[str], configs: list[TrainConfig]) -> None:
+    """Run the command. It may run a model's own code if the driver's own config says so."""
+    if any(config.model.trust_remote_code for config in configs):
+        arguments = [*arguments, FLAG]
+    done = subprocess.run(python_module(*arguments), env=own_environment(), capture_output=True, text=True)
     if done.returncode == 0:
         return
     lines = [line for line in done.stderr.splitlines() if line.strip()]

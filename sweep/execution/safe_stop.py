@@ -1,4 +1,8 @@
-"""End Tune's loop between two of its steps: after a signal, once the running trials have saved, or at a full disk."""
+"""End Tune's loop between two of its steps.
+
+After a signal or a change of the inputs that happens once the running trials have saved; at a full
+disk it happens at once.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any
 
 from ray.tune.stopper import Stopper
 
-from engine.errors import StorageError
+from engine.errors import InputsChanged, StorageError
 from engine.system.signals import handled
 from sweep.execution.interruption import taken_signals
 
@@ -20,9 +24,9 @@ GRACE_S = 15.0
 class SafeStop(Stopper):
     """Turn a signal or a full disk into an exception between two steps of Tune's loop.
 
-    So the exception never tears a journal write. After a signal it comes once the running trials
-    have ended, or the grace period is over. It is KeyboardInterrupt, because on an Exception Tune's
-    loop would wait for all trials to end.
+    So the exception never tears a journal write. After a signal, or once the inputs have changed, it
+    comes when the running trials have ended or the grace period is over. Inside it is
+    KeyboardInterrupt, because on an Exception Tune's loop would wait for all trials to end.
     """
 
     def __init__(
@@ -32,14 +36,17 @@ class SafeStop(Stopper):
         num_training: Callable[[], int],
         grace_s: float = GRACE_S,
         monotonic: Callable[[], float] = time.monotonic,
+        *,
+        changed_inputs: Callable[[], str | None] = lambda: None,
     ) -> None:
         """Take the callbacks to the ledger.
 
         fault: returns why to stop at once, or None. wind_down: asks the running trials to end.
-        num_training: returns how many of them may still have something to save.
+        num_training: returns how many of them may still have something to save. changed_inputs:
+        returns why no more trials may start, or None.
         """
         self._fault, self._wind_down, self._num_training = fault, wind_down, num_training
-        self._grace_s, self._monotonic = grace_s, monotonic
+        self._changed_inputs, self._grace_s, self._monotonic = changed_inputs, grace_s, monotonic
         self._signalled, self._deadline_s = False, None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -51,10 +58,11 @@ class SafeStop(Stopper):
     def stop_all(self) -> bool:
         if self._fault():
             raise KeyboardInterrupt
-        if self._signalled and self._deadline_s is None:
+        is_ending = self._signalled or self._changed_inputs() is not None
+        if is_ending and self._deadline_s is None:
             self._deadline_s = self._monotonic() + self._grace_s
             self._wind_down()
-        if self._signalled and (not self._num_training() or self._monotonic() >= self._deadline_s):
+        if is_ending and (not self._num_training() or self._monotonic() >= self._deadline_s):
             raise KeyboardInterrupt
         return False
 
@@ -70,6 +78,10 @@ class SafeStop(Stopper):
             try:
                 yield
             except KeyboardInterrupt:
-                if self._signalled or not self._fault():
+                if self._signalled:
                     raise
-                raise StorageError(self._fault()) from None
+                if self._fault():
+                    raise StorageError(self._fault()) from None
+                if self._changed_inputs():
+                    raise InputsChanged(self._changed_inputs()) from None
+                raise

@@ -44,6 +44,9 @@ class LedgerSearcher(Searcher):
     def _ended(self, number: int, result: dict[str, Any] | None) -> None:
         if result is None or "outcome" not in result:
             self._ledger.lost(number)
+        elif result["outcome"] == Outcome.RUNNING and result.get("has_changed_inputs"):
+            self._ledger.released(number)
+            self._ledger.wind_down(f"trial {number}: {result['error']}")
         elif result["outcome"] == Outcome.RUNNING and result["error"]:
             self._ledger.suspend(f"trial {number}: {result['error']}")
         elif result["outcome"] == Outcome.RUNNING and not result["report"]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from ray import tune
@@ -40,19 +41,21 @@ def run_trials(
     *,
     note: Callable[[str], None] = lambda line: None,
     avoid: Callable[[TrainConfig], tuple[Label, ...]] | None = None,
+    inputs: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Run trials until the ledger has no work.
 
     After SIGINT or SIGTERM running trials save and end, then this raises KeyboardInterrupt. Raises
-    StorageError if the disk is full.
+    StorageError if the disk is full, and InputsChanged if data or base model changed meanwhile.
 
     note: shows a line to the user. avoid: returns the labels of the nodes whose cards a config does
     not fit; None if all cards are alike. set_ray_environment says how many trials may then wait.
+    inputs: the digests that the sweep recorded, which each trial compares.
     """
 
     def config_of(proposal: Proposal) -> dict[str, Any]:
         labels = avoid(proposal.config) if avoid else ()
-        return worker_config(proposal, folder, slots, engine, ledger.live.report_timeout_s, labels)
+        return worker_config(proposal, folder, slots, engine, ledger.live.report_timeout_s, labels, inputs)
 
     def wind_down() -> None:
         ledger.wind_down()
@@ -61,7 +64,7 @@ def run_trials(
             note(f"stopping: running trials finish their step and save, at most {GRACE_S:.0f} s; Ctrl-C stops at once")
 
     folder.stop_file.unlink(missing_ok=True)
-    stop = SafeStop(lambda: ledger.storage_fault, wind_down, ledger.num_training)
+    stop = SafeStop(lambda: ledger.storage_fault, wind_down, ledger.num_training, changed_inputs=lambda: ledger.changed_inputs)
     with stop.catching(), ExitStack() as stack:
         with _stop_signals_blocked():
             stack.enter_context(cluster(slots, address, folder.log))

@@ -28,11 +28,13 @@ from ray.tune import Trainable
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.errors import DivergedError, EngineError, InputError, Interrupted, OutOfMemory, StorageError
+from engine.sources.identity import is_input_fault
 from engine.system.file_lock import FileLock
 from engine.system.files import storage_fault
 from engine.trial_report import TrialReport, read_reports
 from sweep.execution.interruption import Interruption
 from sweep.folder.notes import note_terminated
+from sweep.folder.steady_clock import since_boot
 from sweep.tracking.system_metrics import SystemSampler, machine_reader, write_system
 from sweep.trials.record import Outcome
 
@@ -49,8 +51,9 @@ class TrialWorker(Trainable):
     (may be empty), timing (see timeline.Span) and memory. If memory ran out, the last one has
     predicted_gib and measured_gib.
 
-    done with outcome RUNNING has two meanings. With an error, the disk is full, which is no trial's
-    fault: the trial continues from its last checkpoint when the user resumes the sweep. Without an
+    done with outcome RUNNING has two meanings. With an error, the disk is full or, if
+    has_changed_inputs is True, data or base model are not those of the sweep's start. That is no
+    trial's fault: it continues from its last checkpoint when the user resumes the sweep. Without an
     error, the driver asked the trial to end, and it is saved. After SIGTERM the trial is saved too,
     and the process ends.
     """
@@ -73,7 +76,7 @@ class TrialWorker(Trainable):
 
     def step(self) -> dict[str, Any]:
         if self._began_s is None:
-            self._began_s = time.time()
+            self._began_s, self._began_steady_s = time.time(), since_boot()
         timeout_s = self._spec["report_timeout_s"]
         if timeout_s is not None:
             # the driver kills a worker that hangs: before, write where it hangs into Ray's log
@@ -87,7 +90,7 @@ class TrialWorker(Trainable):
             self._note_terminated()
             raise SystemExit("its process was asked to end (SIGTERM)")
         self._is_over = result["done"]
-        self._newest_end_s = time.time()
+        self._newest_end_s = since_boot()
         return {**result, "timing": json.dumps(self._timing())}
 
     def cleanup(self) -> None:
@@ -102,6 +105,7 @@ class TrialWorker(Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._spec, self._reports, self._lock, self._is_over = config, None, None, False
+        self._inputs: dict[str, str] = json.loads(config.get("inputs", "{}"))
         self._interruption.follow(Path(config["stop_file"]))
         self._began_s = self._newest_end_s = self._setup_s = None
 
@@ -114,7 +118,7 @@ class TrialWorker(Trainable):
         known = {"slot": self._slot, "began_s": self._began_s}
         if self._last_end_s is None or self._setup_s is None:
             return known
-        return {**known, "dead_time_s": self._began_s - self._last_end_s + self._setup_s}
+        return {**known, "dead_time_s": self._began_steady_s - self._last_end_s + self._setup_s}
 
     def _note_terminated(self) -> None:
         if not self._is_over:
@@ -169,10 +173,12 @@ class TrialWorker(Trainable):
             yield report
         if heard < self._num_rungs:
             train = importlib.import_module(self._spec["engine"]["train"]).train
-            base, interrupted = self._resident_base(config), self._interruption.is_asked
+            base, options = self._resident_base(config), {"interrupted": self._interruption.is_asked}
+            if self._inputs:
+                options["inputs"] = self._inputs
             with (
                 self._interruption.training(trial_folder),
-                closing(train(config, trial_folder, base=base, interrupted=interrupted)) as reports,
+                closing(train(config, trial_folder, base=base, **options)) as reports,
             ):
                 for report in reports:
                     yield from read_reports(trial_folder)[heard : report.rung - 1]
@@ -191,7 +197,8 @@ class TrialWorker(Trainable):
         return self._base
 
     def _failed(self, outcome: Outcome, error: Exception) -> dict[str, Any]:
-        if isinstance(error, StorageError) or storage_fault(error) in DISK_FAULTS:
+        has_changed_inputs = is_input_fault(error, self._inputs)
+        if isinstance(error, StorageError) or storage_fault(error) in DISK_FAULTS or has_changed_inputs:
             outcome = Outcome.RUNNING
         line = " ".join(str(error).split()) or type(error).__name__
         text = line if isinstance(error, EngineError) else f"{type(error).__name__}: {line}"
@@ -204,7 +211,7 @@ class TrialWorker(Trainable):
         if outcome is not Outcome.DIVERGED and not never_started:
             # the state of the model or of the allocator is in doubt: load the model again
             self._base, self._base_key = None, None
-        return _result(outcome, error=text[:500], memory=memory, done=True)
+        return {**_result(outcome, error=text[:500], memory=memory, done=True), "has_changed_inputs": has_changed_inputs}
 
     def _close(self) -> None:
         reports, lock = self._reports, self._lock
@@ -275,6 +282,6 @@ def _wait_for(trial_folder: Path) -> FileLock:
     lock = FileLock(trial_folder / ".lock")
     while not lock.acquire():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"another process has held {trial_folder} for {LOCK_PATIENCE_S:.0f} s")
+            raise RuntimeError(f"another process has held {lock.holder or trial_folder} for {LOCK_PATIENCE_S:.0f} s")
         time.sleep(0.2)
     return lock

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from sweep.cluster.card_kinds import Label
@@ -31,10 +33,12 @@ def worker_config(
     engine: EngineModules,
     report_timeout_s: float | None = None,
     avoid: tuple[Label, ...] = (),
+    inputs: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return the plain data that the driver sends to the worker for one trial.
 
-    avoid: labels of the nodes whose cards the trial does not fit.
+    avoid: labels of the nodes whose cards the trial does not fit. inputs: the digests that the
+    sweep recorded.
     """
     return {
         "number": proposal.number,
@@ -46,6 +50,7 @@ def worker_config(
         "num_threads": slots.cpus_per_trial,
         "engine": asdict(engine),
         "avoid": json.dumps(avoid),
-        # Tune resolves and merges nested dicts in a config, so this is text
+        # Tune resolves and merges nested dicts in a config, so these are texts
+        "inputs": json.dumps(dict(inputs)),
         "train_config": json.dumps(proposal.config.model_dump(mode="json")),
     }

@@ -4,8 +4,8 @@ A kill leaves whole files only.
 
 <name>-<YYYYmmdd-HHMMSS>/
     sweep_config.json   the whole resolved config; resume reads it
-    data.json           digests of the samples, to check that losses of two sweeps compare, and
-                        what became of the data's rows
+    data.json           digests of samples and base model, to check that losses compare, and what
+                        became of the data's rows
     study.journal       Optuna's state, the record of truth
     trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's),
                         system.jsonl, result.json, error.txt
@@ -33,6 +33,7 @@ from engine.config.trial import TrainConfig
 from engine.errors import InputError, StorageError
 from engine.system.file_lock import FileLock
 from engine.system.files import write_text
+from engine.system.user_path import user_path
 from engine.trial_report import REPORTS, TrialReport, read_reports
 from sweep.config.sweep import SweepConfig, parse_sweep_config
 from sweep.folder.flush import replace_text
@@ -93,7 +94,7 @@ class SweepFolder:
     @classmethod
     def open(cls, path: str | Path, field: str = "resume") -> SweepFolder:
         """Open an existing sweep folder. Raises InputError about `field` if the path is none."""
-        folder = cls(Path(path))
+        folder = cls(user_path(path))
         if not folder.config_file.is_file():
             raise InputError(field, str(path), "must be a sweep folder (one with a sweep_config.json)")
         folder._refuse_links_out()
@@ -123,7 +124,7 @@ class SweepFolder:
         return parse_sweep_config(load_json(self.config_file))
 
     def write_data(self, data: dict[str, Any], accounts: Iterable[DataAccount] = ()) -> None:
-        """Write the digests of the samples that the sweep trains and evaluates on.
+        """Write the digests of the samples and base model that all trials share.
 
         accounts: what became of the rows of both data sets at each length.
         """
@@ -131,7 +132,7 @@ class SweepFolder:
         write_text(self.data_file, text + "\n")
 
     def read_data(self) -> dict[str, Any] | None:
-        """Return the digests of the samples, or None if the folder has none yet."""
+        """Return these digests, or None if the folder has none yet."""
         found = load_json(self.data_file) if self.data_file.is_file() else None
         return {name: value for name, value in found.items() if name != ACCOUNTS} if isinstance(found, dict) else found
 
@@ -192,9 +193,10 @@ class SweepFolder:
         """Hold the folder for this process. Raises InputError if another driver has it."""
         lock = FileLock(self.lock_file)
         if not lock.acquire():
-            raise InputError(
-                "resume", str(self.path), "another driver works in this sweep folder; wait until it ends, or stop it"
-            )
+            allowed = "another driver works in this sweep folder; wait until it ends, or stop it"
+            if lock.holder is not None:  # it may be of another machine, which no one can ask
+                allowed += f"; if it has died on another machine, remove {lock.holder}"
+            raise InputError("resume", str(self.path), allowed)
         try:
             yield
         finally:

@@ -55,14 +55,14 @@ class Usage:
 
     def occupied_until_s(self, now_s: float) -> float:
         """Return the seconds for which trials held slots, over all slots."""
-        return self.occupied_s + sum(now_s - assigned_s for assigned_s in self.assigned_s)
+        return self.occupied_s + sum(max(now_s - assigned_s, 0.0) for assigned_s in self.assigned_s)
 
     def elapsed_until_s(self, now_s: float) -> float:
         """Return the seconds for which the sweep ran.
 
         The time between a stop and a resume does not count.
         """
-        return self.elapsed_s + (0.0 if self.session_s is None else now_s - self.session_s)
+        return self.elapsed_s + (0.0 if self.session_s is None else max(now_s - self.session_s, 0.0))
 
 
 class Timeline:
@@ -124,15 +124,18 @@ class Timeline:
         kind, at_s, trial = event["event"], event["at_s"], event.get("trial")
         if kind == "session":
             self._end_session()
-            self.usage = replace(self.usage, session_s=at_s)
-        elif kind == "assigned":
+            # someone may have set the clock back since the session before
+            self.usage = replace(self.usage, session_s=at_s, newest_s=at_s)
+        else:  # an older version took the time within a session from that clock, too
+            at_s = max(at_s, self.usage.newest_s)
+        if kind == "assigned":
             self._open[trial] = Span(trial, at_s)
         elif trial in self._open:
-            self._learn(trial, event)
+            self._learn(trial, {**event, "at_s": at_s})
             if kind == "ended":
                 self._close(trial, at_s)
         assigned_s = tuple(span.assigned_s for span in self._open.values())
-        self.usage = replace(self.usage, assigned_s=assigned_s, newest_s=max(self.usage.newest_s, at_s))
+        self.usage = replace(self.usage, assigned_s=assigned_s, newest_s=at_s)
 
     def _learn(self, trial: int, event: dict[str, Any]) -> None:
         """Add to the stay what the worker knows of it.
@@ -141,6 +144,10 @@ class Timeline:
         """
         span = self._open[trial]
         known = {name: event[name] for name in ("slot", "began_s", "dead_time_s") if name in event}
+        if known.get("began_s") is not None:  # by the clock of the worker's machine
+            known["began_s"] = min(max(known["began_s"], span.assigned_s), event["at_s"])
+        if known.get("dead_time_s") is not None:
+            known["dead_time_s"] = max(known["dead_time_s"], 0.0)
         self._open[trial] = replace(span, **known)
         if span.dead_time_s is None and known.get("dead_time_s") is not None:
             sum_s = self.usage.dead_time_s + known["dead_time_s"]

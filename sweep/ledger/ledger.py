@@ -17,6 +17,7 @@ from engine.errors import StorageError, first_line
 from engine.system.files import storage_fault
 from engine.trial_report import TrialReport
 from sweep.folder.notes import is_training, was_terminated
+from sweep.folder.steady_clock import SteadyClock
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
 from sweep.ledger.budget import Budget
@@ -56,15 +57,15 @@ class Ledger:
         *,
         listeners: tuple[Listener, ...] = (),
         note: Callable[[str], None] = lambda text: None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """note: shows the user a line. clock: Unix seconds. monotonic: seconds, for silence."""
-        self._study, self._folder, self._clock, self._listeners, self._note = study, folder, clock, listeners, note
-        self._limits, self._timeline = limits, Timeline(folder.timeline)
+        self._study, self._folder, self._listeners, self._note = study, folder, listeners, note
+        self.clock, self._limits, self.timeline = clock or SteadyClock(), limits, Timeline(folder.timeline)
         records = self.records
         self._records = {record.number: record for record in records if record.outcome in GOING_ON}
-        self._budget = Budget(limits.budget, self._timeline, clock)
+        self._budget = Budget(limits.budget, self.timeline, self.clock)
         for record in records:
             if record.score is not None and record.source is None and record.outcome in (*CONTENDERS, Outcome.RUNNING):
                 self._budget.take_loss(record.score)
@@ -73,16 +74,13 @@ class Ledger:
         self._quota = Quota(limits.num_trials, self._budget, len(own) - num_refused, num_refused)
         self._waiting: list[int] = []
         self.live, self._is_winding_down = LiveTrials(limits.report_timeout_s, monotonic), False
-        self.storage_fault: str | None = None  # one line: why the sweep must stop
+        # one line each: why the sweep must stop at once, and why no more trials may start
+        self.storage_fault, self.changed_inputs = None, None
 
     @property
     def records(self) -> list[TrialRecord]:
         """Read all trials by number, from journal and folder: memory holds unfinished ones only."""
         return [self._timed(record) for record in self._study.records()]
-
-    @property
-    def timeline(self) -> Timeline:
-        return self._timeline
 
     @property
     def shortfall(self) -> str | None:
@@ -103,9 +101,12 @@ class Ledger:
         """Start and end no trial now that the disk is full. A resume continues running trials."""
         self.storage_fault = self.storage_fault or reason
 
-    def wind_down(self) -> None:
-        """Start no trial from now on: the driver will end. A resume continues running trials."""
-        self._is_winding_down = True
+    def wind_down(self, changed_inputs: str | None = None) -> None:
+        """Start no trial from now on: the driver will end. A resume continues running trials.
+
+        changed_inputs: in one line, what a trial found that the sweep did not begin with.
+        """
+        self._is_winding_down, self.changed_inputs = True, self.changed_inputs or changed_inputs
 
     def num_training(self) -> int:
         """Count the live trials that may have something to save. A stop waits for them."""
@@ -117,7 +118,7 @@ class Ledger:
         The study gets reports that only a trial's folder has, and the ends of trials with all of
         theirs. The pruner decides again, as the kill may have lost its decision.
         """
-        self._timeline.start_session(self._clock())
+        self.timeline.start_session(self.clock())
         for number in self._study.running():
             record = self._records[number]
             self._folder.write_train_config(number, self._study.config(number))
@@ -161,7 +162,7 @@ class Ledger:
         if proposal is None:
             return Next.WAIT if self.live or self._quota.may_ask else Next.FINISHED
         self.live.heard_of(proposal.number)
-        self._timeline.on_assigned(proposal.number, self._clock())
+        self.timeline.on_assigned(proposal.number, self.clock())
         self._update(self._study.record(proposal.number))
         return proposal
 
@@ -173,7 +174,7 @@ class Ledger:
         if number not in self.live or self.storage_fault:
             return True
         self.live.heard_of(number)
-        self._timeline.on_reported(number, self._clock(), dict(timing))
+        self.timeline.on_reported(number, self.clock(), dict(timing))
         if self._take(number, report):
             self._update(self._records[number])
         if self._budget.spent():
@@ -196,7 +197,7 @@ class Ledger:
         """Take the end of a trial, with its last report if there is one. memory: see Study.tell."""
         if number not in self.live or self.storage_fault:
             return
-        self._timeline.on_reported(number, self._clock(), dict(timing))
+        self.timeline.on_reported(number, self.clock(), dict(timing))
         if report is not None:
             self._take(number, report)
         self._end(number, outcome, error, memory)
@@ -240,10 +241,10 @@ class Ledger:
 
     def _stop(self, number: int) -> None:
         """End a trial because the budget is spent. A resume with a larger one can continue it."""
-        now_s = self._clock()
         self._leave_slot(number)
-        self._study.stop(number, now_s)
-        self._close(self._timed(replace(self._records[number], outcome=Outcome.STOPPED, ended_s=now_s)))
+        self._study.stop(number)
+        ended_s = self._study.record(number).ended_s
+        self._close(self._timed(replace(self._records[number], outcome=Outcome.STOPPED, ended_s=ended_s)))
 
     def _stop_waiting_where_spent(self) -> None:
         if self._waiting and self._budget.spent():
@@ -254,10 +255,10 @@ class Ledger:
 
     def _leave_slot(self, number: int) -> None:
         if self.live.remove(number):
-            self._timeline.on_ended(number, self._clock(), {})
+            self.timeline.on_ended(number, self.clock(), {})
 
     def _timed(self, record: TrialRecord) -> TrialRecord:
-        span = self._timeline.span(record.number)
+        span = self.timeline.span(record.number)
         return record if span is None else replace(record, slot=span.slot, dead_time_s=span.dead_time_s)
 
     def _ask(self) -> Proposal | None:
@@ -280,7 +281,7 @@ class Ledger:
         if outcome is Outcome.COMPLETE and values is None:
             outcome, error = Outcome.FAILED, f"not measured: one of {', '.join(self._limits.objectives)}"
         self._study.tell(number, outcome, error, memory, values)
-        ended_s = self._study.record(number).ended_s or self._clock()  # as a resume reads it
+        ended_s = self._study.record(number).ended_s or self.clock()  # as a resume reads it
         changes = {"outcome": outcome, "ended_s": ended_s, "error": error, **(memory or {})}
         self._close(self._timed(replace(self._records[number], **changes)))
 

@@ -19,6 +19,10 @@ from sweep.text import params_text, value_text
 
 MAX_POINTS = 24  # the table fits a screen, and planning takes seconds
 Params = dict[str, Any]
+LEANEST = {
+    "micro_batch_size": 1, "activation_checkpointing": True, "keep_layers": 0, "host_layers": 0, "weight_cache_gib": 0.0,
+}  # fmt: skip
+"""One way to compute every config, so that predictions of different configs compare."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,26 @@ def check_any_fits(space: Space, base: Mapping[str, Any], feasibility: Feasibili
         card = feasibility.card
         allowed = f"must hold a point that fits {card.name} ({card.memory_gib:.1f} GiB); even its least demanding one"
         raise InputError("space", params_text(params), f"{allowed} {fit.reason}")
+
+
+def most_demanding(space: Space, base: Mapping[str, Any], feasibility: Feasibility) -> Params:
+    """Return the point that needs most memory where each is computed as leanly as can be.
+
+    A point that does not fit is never started, so it counts only if none fits. Where nothing is
+    predicted, this is the point of the highest values.
+    """
+    size, highest = space.size(), _completed(space, {}, -1)
+    if not feasibility.predicts or not space.dimensions:
+        return highest
+    points = list(space.points()) if size is not None and size <= MAX_POINTS else corners(space)
+    fitting = [point for point in points if feasibility.check_fit(space.apply(base, point)).fits]
+    lean = {**base, "train": {**base["train"], **LEANEST}}
+
+    def need(point: Params) -> tuple[float, int, int]:
+        config = space.apply(lean, point)
+        return feasibility.check_fit(config).predicted_peak_gib or 0.0, config.data.max_seq_length, config.lora.rank
+
+    return max(reversed(fitting or points), key=need, default=highest)
 
 
 def corners(space: Space) -> list[Params]:

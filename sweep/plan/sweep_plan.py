@@ -6,14 +6,16 @@ The hardware is an argument: the caller joins a cluster, if there is one, and sa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.config.trial import TrainConfig
-from engine.errors import printable
+from engine.errors import InputError, printable
 from sweep.cluster.card_kinds import CardKind
 from sweep.cluster.slots import Hardware, Slots, local_hardware, plan_slots
+from sweep.config.pruner_options import HyperbandConfig
 from sweep.config.sweep import ClusterConfig, SweepConfig, describe_budget
+from sweep.plan.rungs import least_way
 from sweep.space.parse import parse_space
 from sweep.space.space import Space
 
@@ -48,6 +50,18 @@ class SweepPlan:
         if "elapsed_s" in self.config.sweep.objectives and self.has_mixed_cards:
             return ["elapsed_s is compared over different cards: a trial on a faster card only seems faster"]
         return []
+
+    def pinned(self, params: dict[str, Any]) -> SweepPlan:
+        """Return the plan of a sweep that has this point of the space as its base, and no space.
+
+        Rungs are moved apart where a step of that point is longer than the way between them.
+        """
+        trial = self.space.apply(self.base(), params)
+        loop, step = trial.train, trial.longest_step
+        if step > min(least_way(loop), loop.max_tokens):
+            loop = loop.model_copy(update={"max_tokens": 2 * step, "report_at_tokens": (step, 2 * step)})
+        sections = {"model": trial.model, "data": trial.data, "lora": trial.lora, "optim": trial.optim, "train": loop}
+        return replace(self, config=self.config.model_copy(update={**sections, "space": {}}), space=Space(()))
 
     def describe(self) -> str:
         """Return the plan as text, one fact a line."""
@@ -93,9 +107,17 @@ def make_sweep_plan(config: SweepConfig, find_hardware: Callable[[ClusterConfig]
     if config.sampler.name == "grid":
         space.check_walkable()
     space.single_changes(config.base().model_dump(mode="json"))
+    _check_pruner(config)
     found = find_hardware(config.cluster)
     slots = plan_slots(config.cluster, config.train.device, found.num_gpus, found.num_cpus)
     return SweepPlan(config, space, slots, found.kinds if slots.device == "cuda" else ())
+
+
+def _check_pruner(config: SweepConfig) -> None:
+    """Raise InputError if Hyperband's first rung comes after the last one, so that it has no bracket."""
+    pruner, num_rungs = config.effective_pruner, len(config.train.report_grid())
+    if isinstance(pruner, HyperbandConfig) and pruner.min_rung > num_rungs:
+        raise InputError("pruner.min_rung", pruner.min_rung, f"must be at most {num_rungs}, the number of rungs")
 
 
 def _pruner(config: SweepConfig) -> str:

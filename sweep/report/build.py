@@ -14,7 +14,6 @@ from typing import Any
 
 from engine.errors import InputError, first_line
 from engine.system.files import write_text
-from engine.units import perplexity
 from sweep.config.sweep import SweepConfig
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
@@ -23,10 +22,10 @@ from sweep.report.page import Section, Table, render
 from sweep.report.study_figures import study_figures
 from sweep.results.best_folder import EXAMPLE
 from sweep.results.leaderboard import HEADER, board_cells, board_rows
-from sweep.results.reevaluation import Reevaluation
+from sweep.results.verdict import Verdict, read_verdict
 from sweep.space.parse import parse_space
+from sweep.study.begun_with import read_unedited_config
 from sweep.study.journal import read_records
-from sweep.text import number
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
@@ -47,7 +46,7 @@ def write_report(folder: SweepFolder) -> Path:
 
     InputError if the folder cannot be read.
     """
-    config = folder.read_config()
+    config = read_unedited_config(folder)
     try:
         page = _page(folder, config)
     except InputError:
@@ -64,7 +63,8 @@ def _page(folder: SweepFolder, config: SweepConfig) -> str:
     trials, records = read_records(folder, lambda params: space.apply(base, params).model_dump(mode="json"))
     spans = Timeline(folder.timeline, mend=False).spans
     rule = Rule(config.sweep.objectives, config.sweep.choose_within)
-    best = rule.best(records)
+    verdict = read_verdict(folder, records, rule)
+    best = verdict.best
     sections = [
         Section("Leaderboard", _leaderboard(records, rule), f"Rule: {rule.text}."),
         Section(
@@ -73,7 +73,7 @@ def _page(folder: SweepFolder, config: SweepConfig) -> str:
             "On one evaluation set, against the tokens a trial has trained on. Pruned trials are faded; a click on a name hides "
             "its lines. Losses far above the usual range are cut off; a double click shows all.",
         ),
-        *(Section(title, figure, height=500) for title, figure in study_figures(trials).items()),
+        *(Section(title, figure, height=500) for title, figure in study_figures(trials, records, space).items()),
         Section(
             "Loss, memory and time",
             report_figures.pareto(records),
@@ -86,39 +86,18 @@ def _page(folder: SweepFolder, config: SweepConfig) -> str:
     ]
     tracking = config.tracking.model_copy(update={"uri": config.tracking.public_uri})
     shown = config.model_copy(update={"tracking": tracking}).model_dump(mode="json")
-    return render(f"Sweep {config.sweep.name}", _facts(folder, config, records, best), sections, json.dumps(shown, indent=2))
+    return render(f"Sweep {config.sweep.name}", _facts(folder, config, records, verdict), sections, json.dumps(shown, indent=2))
 
 
-def _facts(folder: SweepFolder, config: SweepConfig, records: list[TrialRecord], best: TrialRecord | None) -> list[str]:
+def _facts(folder: SweepFolder, config: SweepConfig, records: list[TrialRecord], verdict: Verdict) -> list[str]:
     counts = Counter(record.outcome for record in records if record.source is None)
     ended = ", ".join(f"{counts[outcome]} {outcome}" for outcome in Outcome if counts[outcome])
-    lines = [
+    return [
         f"Model {config.model.path} ({config.model.quantization}), data {config.data.describe_train()}, folder {folder.path}.",
         f"{sum(counts.values())} trials of {config.sweep.num_trials} asked for: {ended or 'none has started'}.",
+        *(f"Data, {account.line()}." for account in folder.read_accounts()),
+        *verdict.lines,
     ]
-    lines += [f"Data, {account.line()}." for account in folder.read_accounts()]
-    lines.append(_best_line(best) if best else "No trial has gone far enough to be chosen.")
-    again = _reevaluation(folder)
-    if again is not None:
-        agrees = "agrees" if again.agrees else "does NOT agree"
-        lines.append(
-            f"Evaluated again after the sweep: base model {number(again.base_eval_loss, '.4f')}, best adapter "
-            f"{number(again.eval_loss, '.4f')} nats per target token ({agrees} with the trial's own report)."
-        )
-    return lines
-
-
-def _best_line(best: TrialRecord) -> str:
-    params = ", ".join(f"{path} = {value}" for path, value in best.params.items())
-    loss = f"eval loss {best.score:.4f} (perplexity {perplexity(best.score):.3f})"
-    return f"Best: trial {best.number}, {loss}, {params or 'nothing varied'}."
-
-
-def _reevaluation(folder: SweepFolder) -> Reevaluation | None:
-    """Read what finish() wrote into leaderboard.json; None before the sweep's end."""
-    file = folder.path / "leaderboard.json"
-    known = json.loads(file.read_text(encoding="utf-8")).get("reevaluation") if file.is_file() else None
-    return known and Reevaluation.from_dict(known)
 
 
 def _leaderboard(records: list[TrialRecord], rule: Rule) -> Table | str:

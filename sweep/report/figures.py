@@ -59,7 +59,7 @@ def learning_curves(records: list[TrialRecord], best: TrialRecord | None) -> Dra
     if best is not None:
         figure.add_trace(_curves([best], f"best: trial {best.number}", BEST, 3.5, 1.0))
     figure.update_layout(xaxis_title="tokens seen", yaxis_title="eval loss (nats per target token)")
-    figure.update_yaxes(range=_usual_range([report.eval_loss for record in records for report in record.reports]))
+    figure.update_yaxes(range=usual_range([report.eval_loss for record in records for report in record.reports]))
     return figure
 
 
@@ -78,7 +78,7 @@ def _curves(records: list[TrialRecord], name: str, colour: str, width: float, op
     )  # fmt: skip
 
 
-def _usual_range(losses: list[float]) -> list[float] | None:
+def usual_range(losses: list[float], margin: float = 0.05) -> list[float] | None:
     """Return an axis range without the losses of a few diverged trials.
 
     Those would press all other lines flat; a double click shows everything.
@@ -88,8 +88,8 @@ def _usual_range(losses: list[float]) -> list[float] | None:
         return None
     low, usual = finite[0], finite[int(0.9 * (len(finite) - 1))]
     top = min(finite[-1], usual + (usual - low))
-    margin = 0.05 * (top - low) or 0.01
-    return [low - margin, top + margin]
+    room = margin * (top - low) or (0.01 if margin else 0.0)
+    return [low - room, top + room]
 
 
 def pareto(records: list[TrialRecord]) -> Drawn:
@@ -117,7 +117,7 @@ def pareto(records: list[TrialRecord]) -> Drawn:
     figure.update_xaxes(title="peak allocated GiB", row=1, col=1)
     figure.update_xaxes(title="seconds in optimizer steps", row=1, col=2)
     figure.update_yaxes(title="eval loss (nats)", row=1, col=1)
-    figure.update_yaxes(range=_usual_range([record.score or 0.0 for record in measured]))
+    figure.update_yaxes(range=usual_range([record.score or 0.0 for record in measured]))
     return figure
 
 

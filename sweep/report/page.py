@@ -18,7 +18,8 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 1280px; padding: 0 24px 48px; }
 h1 { font-size: 26px; margin: 28px 0 4px; }
 h2 { font-size: 19px; margin: 36px 0 6px; border-top: 1px solid #ddd; padding-top: 14px; }
-p { margin: 4px 0; max-width: 110ch; } .none { color: #777; font-style: italic; } .wide { overflow: auto; max-height: 620px; }
+p { margin: 4px 0; max-width: 110ch; overflow-wrap: anywhere; }
+.none { color: #777; font-style: italic; } .wide { overflow: auto; max-height: 620px; }
 table { border-collapse: collapse; font-size: 13px; } th { position: sticky; top: 0; background: #fff; }
 th { text-align: left; color: #555; font-weight: 600; white-space: nowrap; }
 td, th { padding: 3px 10px 3px 0; border-bottom: 1px solid #eee; vertical-align: top; font-variant-numeric: tabular-nums; }
@@ -49,7 +50,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and its content. body: a str in place of a figure says why there is none."""
+    """A heading and its content.
+
+    body: a str in place of a figure says why there is none. height: of a figure that names none.
+    """
 
     title: str
     body: Table | go.Figure | str
@@ -81,7 +85,7 @@ def _section(section: Section) -> str:
     elif isinstance(section.body, Table):
         body = _table(section.body)
     else:
-        section.body.update_layout(**LAYOUT, height=section.height)
+        section.body.update_layout(**LAYOUT, height=section.body.layout.height or section.height)
         body = section.body.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
     return f"<h2>{escape(section.title)}</h2>\n{caption}{body}"
 

@@ -1,101 +1,231 @@
-"""Draw Optuna's figures for the report: importance, parallel coordinates, slices.
+"""Draw what the COMPLETE trials say of the parameters: importance, parallel coordinates, slices.
 
-They are drawn from a copy in memory, so nothing in the study changes. The copy has short names and
-escapes its text, so that nothing can be taken for a tag.
+The figures are drawn from the sweep's own records, so that no version of Optuna changes what they
+show. Optuna only computes the importances. Names and values are escaped, so a tag in them stays
+text.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import optuna
 import plotly.graph_objects as go
-from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
+from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
 
 from engine.errors import first_line
+from sweep.report.figures import Drawn, hover, usual_range
+from sweep.space.space import Choice, Dimension, Space
+from sweep.trials.record import Outcome, TrialRecord
 
 LOSS = "eval loss (nats)"
 MIN_COMPLETE = 2
-COLOURS = "Viridis"
-FIGURES = {
-    "Parameter importance": (2, optuna.visualization.plot_param_importances),
-    "Parallel coordinates": (1, optuna.visualization.plot_parallel_coordinate),
-    "Slices": (1, optuna.visualization.plot_slice),
-}
-"""Map of title -> (least number of parameters, Optuna's function that draws it)."""
+NUM_COLUMNS = 5  # slices side by side
+MANY = 8  # from so many axes on, their names are written aslant
+NUM_COLOURS = 64  # one trace for each, so that thousands of trials stay fast
+NOT_SET = "not set"
+# low is dark, and the other end is cut off before it gets too pale to see on white
+SCALE = [[i / 20, colour] for i, colour in enumerate(sample_colorscale("Plasma", [0.72 * i / 20 for i in range(21)]))]
 
 
-def study_figures(trials: list[FrozenTrial]) -> dict[str, go.Figure | str]:
-    """Return the figures by title; a str says why Optuna cannot draw a figure."""
-    study = _copy(trials)
-    return {title: _draw(study, *how) for title, how in FIGURES.items()}
+@dataclass(frozen=True)
+class Axis:
+    """Place the values of one parameter between 0 and 1. ticks: places and their escaped texts."""
+
+    name: str
+    places: dict[int, float]
+    ticks: list[tuple[float, str]]
 
 
-def _draw(study: optuna.Study, min_params: int, plot: Callable[..., go.Figure]) -> go.Figure | str:
-    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    values = {name: {str(trial.params.get(name)) for trial in complete} for trial in complete for name in trial.params}
-    varied = sorted(name for name, seen in values.items() if len(seen) > 1)
+def study_figures(trials: Sequence[FrozenTrial], records: Sequence[TrialRecord], space: Space) -> dict[str, Drawn]:
+    """Return the figures by title; a str says why a figure is not drawn."""
+    complete = [r for r in records if r.outcome is Outcome.COMPLETE and r.score is not None and math.isfinite(r.score)]
+    varied = [d for d in space.dimensions if len({str(record.params.get(d.path)) for record in complete}) > 1]
+    makers = {
+        "Parameter importance": (2, lambda: _importance(trials, complete, varied)),
+        "Parallel coordinates": (1, lambda: _parallel(complete, varied)),
+        "Slices": (1, lambda: _slices(complete, varied)),
+    }
+    return {title: _lacking(complete, varied, least) or make() for title, (least, make) in makers.items()}
+
+
+def _lacking(complete: list[TrialRecord], varied: list[Dimension], least: int) -> str | None:
     if len(complete) < MIN_COMPLETE:
         return f"needs {MIN_COMPLETE} COMPLETE trials, there {'is' if len(complete) == 1 else 'are'} {len(complete)}"
-    if len(varied) < min_params:
+    if len(varied) < least:
         many = "1 parameter differs" if len(varied) == 1 else f"{len(varied)} parameters differ"
-        return f"needs {min_params} parameters that differ between COMPLETE trials; {many}"
+        return f"needs {least} parameters that differ between COMPLETE trials; {many}"
+    return None
+
+
+def _importance(trials: Sequence[FrozenTrial], complete: list[TrialRecord], varied: list[Dimension]) -> Drawn:
+    """Draw each parameter's share of the differences in loss, as Optuna estimates it."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    scores = {record.number: record.score for record in complete}
+    study = optuna.create_study()
+    for trial in trials:
+        if trial.number in scores:
+            study.add_trial(
+                optuna.trial.create_trial(
+                    state=TrialState.COMPLETE, value=scores[trial.number], params=trial.params, distributions=trial.distributions
+                )
+            )
+    always = [d.path for d in varied if all(d.path in record.params for record in complete)]
+    if len(always) < 2:
+        return "needs 2 parameters that every COMPLETE trial has"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Optuna warns about experimental features
-            figure = plot(study, params=varied, target=lambda trial: trial.user_attrs["eval_loss"], target_name=LOSS)
-        # Optuna's blues end in white, which would hide the worst line and the first trial's point
-        figure.update_traces(line={"colorscale": COLOURS}, selector={"type": "parcoords"})
-        return figure.update_traces(marker={"colorscale": COLOURS, "size": 9}, selector={"type": "scatter"})
+            found = optuna.importance.get_param_importances(study, params=always)
     except Exception as error:  # a missing figure must not cost the whole report
-        return f"Optuna could not draw it ({first_line(error)})"
-
-
-def _copy(trials: list[FrozenTrial]) -> optuna.Study:
-    """Return a study with the COMPLETE trials.
-
-    A parameter is named by the last part of its path if that is unique. The other trials are kept
-    without their params, so that trial numbers do not change.
-    """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    paths = {path for trial in trials for path in trial.params}
-    last = Counter(path.rsplit(".", 1)[-1] for path in paths)
-    names = {path: escape(path if last[path.rsplit(".", 1)[-1]] > 1 else path.rsplit(".", 1)[-1]) for path in paths}
-    study = optuna.create_study()
-    for trial in trials:
-        if trial.state is not TrialState.COMPLETE:
-            study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
-            continue
-        distributions = {path: _as_text(distribution) for path, distribution in trial.distributions.items()}
-        # with several objectives, it need not be the first value
-        loss = min(trial.intermediate_values.values())
-        study.add_trial(
-            optuna.trial.create_trial(
-                state=TrialState.COMPLETE,
-                value=loss,
-                params={names[path]: _label(distributions[path], value) for path, value in trial.params.items()},
-                distributions={names[path]: distribution for path, distribution in distributions.items()},
-                user_attrs={"eval_loss": loss},
-            )
+        return f"Optuna could not compute it ({first_line(error)})"
+    names = _names(varied)
+    shares = sorted(((share, names[path]) for path, share in found.items()), reverse=True)
+    figure = go.Figure(
+        go.Bar(
+            x=[share for share, _ in shares], y=[name for _, name in shares], orientation="h", marker={"color": "#2166ac"},
+            text=[f"{share:.2f}" for share, _ in shares], hovertemplate="%{y}: %{x:.3f}<extra></extra>",
         )
-    return study
+    )  # fmt: skip
+    figure.update_layout(xaxis_title="share of the differences in eval loss", xaxis_rangemode="tozero")
+    return figure.update_yaxes(autorange="reversed", type="category", automargin=True)
 
 
-def _as_text(distribution: BaseDistribution) -> BaseDistribution:
-    if not isinstance(distribution, CategoricalDistribution):
-        return distribution
-    choices = [_escaped(choice) for choice in distribution.choices]
-    return CategoricalDistribution(choices)
+def _parallel(complete: list[TrialRecord], varied: list[Dimension]) -> go.Figure:
+    """Draw one line per trial through all axes, the loss first. The lower the loss, the darker."""
+    axes = [_loss_axis(complete), *(_axis(dimension, name, complete) for dimension, name in _named(varied))]
+    low, high = _limits(complete)
+    groups: dict[int, list[TrialRecord]] = {}
+    for record in sorted(complete, key=lambda record: record.score, reverse=True):  # the best on top
+        groups.setdefault(round(NUM_COLOURS * _share(record.score, low, high)), []).append(record)
+    figure = go.Figure()
+    for step, ours in groups.items():
+        colour = sample_colorscale(SCALE, [step / NUM_COLOURS])[0]
+        x, y, texts = [], [], []
+        for record in ours:
+            x += [*range(len(axes)), None]
+            y += [*(axis.places[record.number] for axis in axes), None]
+            texts += [f"{hover(record)}<br>eval loss {record.score:.4f}"] * (len(axes) + 1)
+        figure.add_trace(
+            go.Scatter(
+                x=x, y=y, text=texts, mode="lines+markers", line={"color": colour, "width": 2}, marker={"size": 6},
+                showlegend=False, hovertemplate="%{text}<extra></extra>", meta=[record.score for record in ours],
+            )
+        )  # fmt: skip
+    figure.add_trace(_colour_bar(low, high))
+    _draw_axes(figure, axes)
+    return figure
 
 
-def _label(distribution: BaseDistribution, value: Any) -> Any:
-    return _escaped(value) if isinstance(distribution, CategoricalDistribution) else value
+def _colour_bar(low: float, high: float) -> go.Scatter:
+    """Return an empty trace that carries the colour bar of the lines."""
+    marker = {"color": [low], "cmin": low, "cmax": high, "colorscale": SCALE, "showscale": True, "colorbar": {"title": LOSS}}
+    return go.Scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
 
 
-def _escaped(value: Any) -> Any:
-    return escape(value) if isinstance(value, str) else value
+def _draw_axes(figure: go.Figure, axes: list[Axis]) -> None:
+    for place, axis in enumerate(axes):
+        figure.add_shape(type="line", x0=place, x1=place, y0=0, y1=1, line={"color": "#999999", "width": 1}, layer="below")
+        for at, text in axis.ticks:
+            figure.add_annotation(
+                x=place, y=at, text=text, showarrow=False, xanchor="right", xshift=-6, font={"size": 11},
+                bgcolor="rgba(255,255,255,0.75)",
+            )  # fmt: skip
+    ticks = {"tickvals": list(range(len(axes))), "ticktext": [axis.name for axis in axes]}
+    ticks |= {"tickangle": -20} if len(axes) >= MANY else {}
+    figure.update_xaxes(**ticks, range=[-0.35, len(axes) - 0.8], side="top", showgrid=False, zeroline=False, fixedrange=True)
+    figure.update_yaxes(visible=False, range=[-0.06, 1.06], fixedrange=True)
+    figure.update_layout(hovermode="closest")
+
+
+def _slices(complete: list[TrialRecord], varied: list[Dimension]) -> go.Figure:
+    """Draw the loss against each parameter alone. The later the trial, the paler."""
+    rows, columns = math.ceil(len(varied) / NUM_COLUMNS), min(NUM_COLUMNS, len(varied))
+    figure = make_subplots(rows, columns, shared_yaxes=True, horizontal_spacing=0.15 / columns, vertical_spacing=0.25 / rows)
+    numbers = [record.number for record in complete]
+    for i, (dimension, name) in enumerate(_named(varied)):
+        row, column = i // NUM_COLUMNS + 1, i % NUM_COLUMNS + 1
+        axis = _axis(dimension, name, complete)
+        marker = {"color": numbers, "cmin": min(numbers), "cmax": max(numbers), "colorscale": SCALE, "size": 9}
+        marker |= {"line": {"color": "white", "width": 1}, "showscale": i == 0, "colorbar": {"title": "trial"}}
+        figure.add_trace(
+            go.Scatter(
+                x=[axis.places[record.number] for record in complete], y=[record.score for record in complete], mode="markers",
+                text=[hover(record) for record in complete], marker=marker, showlegend=False,
+                hovertemplate="%{text}<br>eval loss %{y:.4f}<extra></extra>",
+            ), row, column,
+        )  # fmt: skip
+        ticks = {"tickvals": [at for at, _ in axis.ticks], "ticktext": [text for _, text in axis.ticks]}
+        figure.update_xaxes(title=name, **ticks, range=[-0.1, 1.1], row=row, col=column)
+    figure.update_yaxes(title=LOSS, col=1).update_layout(height=150 + 350 * rows)
+    return figure.update_yaxes(range=usual_range([record.score for record in complete]))
+
+
+def _named(varied: list[Dimension]) -> list[tuple[Dimension, str]]:
+    names = _names(varied)
+    return [(dimension, names[dimension.path]) for dimension in varied]
+
+
+def _names(varied: list[Dimension]) -> dict[str, str]:
+    """Return an escaped name for each path: its last part if unique, else the whole path."""
+    last = Counter(dimension.path.rsplit(".", 1)[-1] for dimension in varied)
+    ends = {dimension.path: dimension.path.rsplit(".", 1)[-1] for dimension in varied}
+    return {path: escape(end if last[end] == 1 else path) for path, end in ends.items()}
+
+
+def _loss_axis(complete: list[TrialRecord]) -> Axis:
+    low, high = _limits(complete)
+    places = {record.number: _share(record.score, low, high) for record in complete}
+    above = " and above" if any(record.score > high for record in complete) else ""
+    ticks = [(share, f"{low + share * (high - low):.4f}{above if share == 1.0 else ''}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    return Axis(LOSS, places, ticks if high > low else [(0.0, f"{low:.4f}")])
+
+
+def _axis(dimension: Dimension, name: str, complete: list[TrialRecord]) -> Axis:
+    """Return the axis of a parameter. A trial that does not have it lies at a tick of its own."""
+    values = {record.number: record.params.get(dimension.path, _LACKS) for record in complete}
+    lacks = any(value is _LACKS for value in values.values())
+    known = [value for value in values.values() if value is not _LACKS]
+    bottom = 0.12 if lacks else 0.0
+    if isinstance(dimension, Choice):
+        order = [value for value in dimension.values if value in known]
+        share = {value: i / max(1, len(order) - 1) for i, value in enumerate(order)}
+        ticks = [(share[value], _text(value)) for value in order]
+        places = {number: share.get(value, 0.0) for number, value in values.items()}
+    else:
+        scale = math.log if dimension.log else float
+        low, high = scale(min(known)), scale(max(known))
+        places = {n: 0.0 if value is _LACKS else _share(scale(value), low, high) for n, value in values.items()}
+        ticks = [(i / 4, low + i / 4 * (high - low)) for i in range(5)] if high > low else [(0.0, low)]
+        ticks = [(at, f"{math.exp(value) if dimension.log else value:.3g}") for at, value in ticks]
+    placed = {n: 0.0 if values[n] is _LACKS else bottom + (1.0 - bottom) * place for n, place in places.items()}
+    moved = [(bottom + (1.0 - bottom) * at, text) for at, text in ticks]
+    return Axis(name, placed, [*([(0.0, NOT_SET)] if lacks else []), *moved])
+
+
+_LACKS = object()
+
+
+def _limits(complete: Iterable[TrialRecord]) -> tuple[float, float]:
+    """Return the losses at both ends of the colours. A few trials far above share one end."""
+    losses = [record.score for record in complete]
+    usual = usual_range(losses, margin=0.0)
+    return (min(losses), max(losses)) if usual is None else (usual[0], usual[1])
+
+
+def _share(value: float, low: float, high: float) -> float:
+    return min(1.0, (value - low) / (high - low)) if high > low else 0.0
+
+
+def _text(value: Any, limit: int = 24) -> str:
+    """Return a choice as an escaped label: an axis has little room for a long name."""
+    text = str(value)
+    return escape(text if len(text) <= limit else f"{text[: limit - 1]}…")

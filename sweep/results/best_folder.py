@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.config.parsing import parse, to_json
+from engine.config.permission import FLAG
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.export.model_card import ModelCard, config_rows, peft_code
 from engine.system.files import write_folder
-from sweep.results.reevaluation import Reevaluation
+from sweep.results.verdict import Verdict
 from sweep.text import number
 from sweep.trials.record import TrialRecord
-from sweep.trials.selection import Rule, median_speed, num_parameters
+from sweep.trials.selection import median_speed, num_parameters
 
-DEFAULT_RULE = Rule()
 BUILTIN = "builtin:"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CARD_EXAMPLES, CARD_CHARS = 2, 200
@@ -32,19 +32,13 @@ TOOLS = (
 )
 
 
-def write_best(
-    best_dir: Path,
-    record: TrialRecord,
-    reevaluation: Reevaluation,
-    sweep_name: str,
-    rule: Rule = DEFAULT_RULE,
-    examples: Sequence[dict[str, str]] = (),
-) -> None:
-    """Assemble `best/`: the trial's adapter and tokenizer, train_config.json and a model card.
+def write_best(best_dir: Path, verdict: Verdict, sweep_name: str, examples: Sequence[dict[str, str]] = ()) -> None:
+    """Assemble `best/`: the winner's adapter and tokenizer, train_config.json and a model card.
 
-    Replaces an older `best/`. examples: see SweepFolder.write_examples. InputError if the trial
-    folder holds no adapter.
+    Replaces an older `best/`. verdict: with a winner and its reevaluation. examples: see
+    SweepFolder.write_examples. InputError if the trial folder holds no adapter.
     """
+    record = verdict.best
     adapter = Path(record.folder) / "adapter"
     missing = [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
     if missing:
@@ -53,24 +47,18 @@ def write_best(
     def fill(folder: Path) -> None:
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
         (folder / "train_config.json").write_text(to_json(parse(TrainConfig, record.config)) + "\n")
-        card = best_card(record, reevaluation, sweep_name, _base_model(adapter), rule, examples)
+        card = best_card(verdict, sweep_name, _base_model(adapter), examples)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     write_folder(best_dir, fill)
 
 
-def best_card(
-    record: TrialRecord,
-    reevaluation: Reevaluation,
-    sweep_name: str,
-    base_model: str,
-    rule: Rule,
-    examples: Sequence[dict[str, str]] = (),
-) -> str:
+def best_card(verdict: Verdict, sweep_name: str, base_model: str, examples: Sequence[dict[str, str]] = ()) -> str:
     """Return the README.md of `best/`, with front matter for the Hugging Face hub.
 
     It tells what was measured, how to load the adapter and how to train it again.
     """
+    record, reevaluation, rule = verdict.best, verdict.reevaluation, verdict.rule
     config = parse(TrainConfig, record.config)
     agreement = "agrees with" if reevaluation.agrees else "**does NOT agree with**"
     measured = (
@@ -84,15 +72,27 @@ def best_card(
         tags=["lora", "qlora" if config.model.quantization == "nf4" else "peft", "qlora-sweep"],
         introduction=[f"Trial {record.number}. Chosen by: {rule.text}."],
         losses=[("base model", reevaluation.base_eval_loss), ("with this adapter", reevaluation.eval_loss)],
-        notes=[measured],
+        notes=[measured, *_earlier_note(verdict)],
         settings=_settings(record, config),
         sections=[
             *([("What it answers", _examples(examples))] if examples else []),
             ("Try it, and take it elsewhere", ["Run in this folder, with qlora-sweep installed:", "", *TOOLS]),
             ("Load it", ["Run in this folder:", "", *peft_code(base_model, config), *_builtin_note(config.model.path)]),
-            ("Train it again", ["```", "python -m engine train_config.json", "```"]),
+            ("Train it again", ["```", f"python -m engine train_config.json{_permission(config)}", "```"]),
         ],
     ).text()
+
+
+def _permission(config: TrainConfig) -> str:
+    """Return what the reader must add to let the model's own code run, if it has any."""
+    return f" {FLAG}" if config.model.trust_remote_code else ""
+
+
+def _earlier_note(verdict: Verdict) -> list[str]:
+    """Say that an earlier sweep has a better adapter, without its path on this machine."""
+    if verdict.earlier is None:
+        return []
+    return [f"A trial of an earlier sweep did better on the same evaluation set: {number(verdict.earlier.score, '.4f')}."]
 
 
 def _examples(examples: Sequence[dict[str, str]]) -> list[str]:

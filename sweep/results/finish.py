@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.command_answers import AdapterEvaluation
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
 from engine.errors import EngineError
 from engine.units import perplexity
 from sweep.execution.engine_commands import evaluate as evaluate_here
@@ -16,11 +18,13 @@ from sweep.folder.timeline import Timeline
 from sweep.results.best_folder import write_best
 from sweep.results.leaderboard import write_leaderboard
 from sweep.results.reevaluation import Reevaluation, compare
-from sweep.trials.record import Outcome, TrialRecord
+from sweep.results.verdict import Verdict, judge, last_held
+from sweep.trials.record import TrialRecord
 from sweep.trials.selection import Rule
 
 DEFAULT_RULE = Rule()
-Evaluate = Callable[[Path, str, int], AdapterEvaluation]
+NO_ADAPTER = "no trial got far enough, so there is no adapter to choose; the leaderboard shows how each trial ended"
+Evaluate = Callable[[TrainConfig, Path, str, int], AdapterEvaluation]
 
 
 def finish(
@@ -34,39 +38,45 @@ def finish(
     rule: Rule = DEFAULT_RULE,
     num_examples: int = 0,
     evaluate: Evaluate = evaluate_here,
-) -> tuple[TrialRecord | None, dict[str, Any]]:
-    """Return the winner, or None if no adapter can be chosen, and the summary.
+) -> tuple[Verdict, dict[str, Any]]:
+    """Return the verdict on the sweep, and the summary for the tracker.
 
-    Writes the leaderboard in any case. num_examples: see SweepSection; evaluate: measures the
-    winner again, by default `sweep.execution.engine_commands.evaluate`.
+    Only a verdict with a reevaluation has an adapter in `best/`. Writes the leaderboard in any
+    case. num_examples: see SweepSection; evaluate: measures the winner again, by default
+    `sweep.execution.engine_commands.evaluate`.
     """
-    best = rule.best(records)
+    verdict = judge(records, rule, held=last_held(folder))
+    measured = _measure(folder, verdict, engine_command, num_examples, evaluate, note)
+    if measured is not None:
+        reevaluation = compare(measured, verdict.best.score, device)
+        verdict = judge(records, rule, reevaluation)
+        _keep_examples(folder, verdict.best, measured, note)
+        write_best(folder.best, verdict, sweep_name, measured.examples or [])
+    write_leaderboard(folder.path, records, sweep_name, verdict)
+    if measured is not None:
+        note(_result_text(folder, verdict.best, verdict.reevaluation))
+    for line in _remarks(records, verdict):
+        note(line)
     ours = Counter(record.outcome for record in records if record.source is None)
-    summary: dict[str, Any] = {f"num_{outcome.lower()}": count for outcome, count in ours.items()} | _times(folder)
+    counts = {f"num_{outcome.lower()}": count for outcome, count in ours.items()}
+    return verdict, {**counts, **_times(folder), **verdict.summary()}
+
+
+def _measure(
+    folder: SweepFolder, verdict: Verdict, engine_command: str, num_examples: int, evaluate: Evaluate, note: Callable[[str], None]
+) -> AdapterEvaluation | None:
+    """Measure the winner again from its files; None if there is none, or it fails."""
+    best = verdict.best
     if best is None:
-        write_leaderboard(folder.path, records, sweep_name, None, rule)
-        note("no trial got far enough, so there is no adapter to choose; the leaderboard shows how each trial ended")
-        return None, summary
+        note(NO_ADAPTER)
+        return None
     note(f"evaluating the adapter of trial {best.number} again, from its files")
     try:
-        measured = evaluate(folder.trial(best.number), engine_command, num_examples)
+        config = parse(TrainConfig, best.config)
+        return evaluate(config, folder.trial(best.number) / "adapter", engine_command, num_examples)
     except EngineError as error:
-        write_leaderboard(folder.path, records, sweep_name, None, rule)
         note(f"WARNING: the adapter of trial {best.number} could not be evaluated again, so best/ was not written: {error}")
-        return None, summary
-    reevaluation = compare(measured, best.score, device)
-    _keep_examples(folder, best, measured, note)
-    write_best(folder.best, best, reevaluation, sweep_name, rule, measured.examples or [])
-    write_leaderboard(folder.path, records, sweep_name, reevaluation, rule)
-    note(_result_text(folder, best, reevaluation))
-    for line in _remarks(records, best, rule):
-        note(line)
-    summary |= {
-        "best_eval_loss": reevaluation.eval_loss,
-        "base_eval_loss": reevaluation.base_eval_loss,
-        "reevaluation_agrees": str(reevaluation.agrees),
-    }
-    return best, summary
+        return None
 
 
 def _times(folder: SweepFolder) -> dict[str, float]:
@@ -79,15 +89,12 @@ def _times(folder: SweepFolder) -> dict[str, float]:
     return {"slot_hours": held_s / 3600.0, "dead_time_s": sum(span.dead_time_s or 0.0 for span in spans)}
 
 
-def _remarks(records: list[TrialRecord], best: TrialRecord, rule: Rule) -> list[str]:
-    """Add what the table of losses does not say: the Pareto front, and a better earlier sweep."""
+def _remarks(records: list[TrialRecord], verdict: Verdict) -> list[str]:
+    """Add what the table of losses does not say: Pareto front, best/, an earlier sweep."""
+    rule = verdict.rule
     front = [str(record.number) for record in rule.front(records)]
     lines = [f"pareto front of {', '.join(rule.objectives)}: trials {', '.join(front)}"] if front else []
-    earlier = [r for r in records if r.source is not None and r.outcome is Outcome.COMPLETE and r.score is not None]
-    leader = min(earlier, key=lambda record: record.score, default=None)
-    if leader is not None and leader.score < best.score:
-        lines.append(f"an earlier trial did better: eval loss {leader.score:.4f}, {leader.source}; its adapter is there")
-    return lines
+    return [*lines, *filter(None, [verdict.held_line, verdict.earlier_line])]
 
 
 def _keep_examples(folder: SweepFolder, best: TrialRecord, measured: AdapterEvaluation, note: Callable[[str], None]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.export.model_card import table
 from engine.system.files import write_text
-from sweep.results.reevaluation import Reevaluation
+from sweep.results.verdict import Verdict
 from sweep.text import number
 from sweep.trials.objectives import objective_values
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
@@ -23,15 +23,13 @@ DEFAULT_RULE = Rule()
 LAST_REPORT = ("tokens_seen", "num_trainable", "num_out_of_memory", "micro_batch_size", "activation_checkpointing")
 
 
-def write_leaderboard(
-    folder: Path, records: list[TrialRecord], sweep_name: str, reevaluation: Reevaluation | None, rule: Rule = DEFAULT_RULE
-) -> None:
+def write_leaderboard(folder: Path, records: list[TrialRecord], sweep_name: str, verdict: Verdict) -> None:
     """Write leaderboard.json and leaderboard.md, each replaced in one rename.
 
     Both list every trial with its outcome. Only trials that could be chosen have a rank: pruned
     trials, for example, have none.
     """
-    best = rule.best(records)
+    best, rule, reevaluation = verdict.best, verdict.rule, verdict.reevaluation
     rows = board_rows(records, rule)
     front = [_front_row(record, rule.objectives) for record in rule.front(records)]
     board = {
@@ -42,11 +40,13 @@ def write_leaderboard(
         "best_trial": best.number if best else None,
         "outcomes": _outcomes([record for record in records if record.source is None]),
         "reevaluation": reevaluation and reevaluation.to_dict(),
+        "best_folder": verdict.held_dict(),
+        "better_earlier_trial": verdict.earlier and verdict.earlier.source,
         "trials": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "leaderboard.json", json.dumps(_finite(board), indent=2, allow_nan=False) + "\n")
-    write_text(folder / "leaderboard.md", _markdown(sweep_name, best, board, reevaluation))
+    write_text(folder / "leaderboard.md", _markdown(sweep_name, verdict, board))
 
 
 def board_rows(records: list[TrialRecord], rule: Rule = DEFAULT_RULE) -> list[dict[str, Any]]:
@@ -86,9 +86,10 @@ def _front_row(record: TrialRecord, names: tuple[str, ...]) -> dict[str, Any]:
     return {"number": record.number, **dict(zip(names, values, strict=True)), "params": record.params, "adapter": adapter}
 
 
-def _markdown(name: str, best: TrialRecord | None, board: dict[str, Any], reevaluation: Reevaluation | None) -> str:
+def _markdown(name: str, verdict: Verdict, board: dict[str, Any]) -> str:
     rows, outcomes = board["trials"], board["outcomes"]
-    lines = [f"# Leaderboard of `{name}`", "", f"Best: {f'trial {best.number}' if best else 'none'}. Rule: {board['rule']}.", ""]
+    lines = [f"# Leaderboard of `{name}`", ""]
+    lines += [part for line in [*verdict.lines, f"Rule: {board['rule']}."] for part in (line, "")]
     lines += [f"Outcomes: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.items()) or 'none'}.", ""]
     if any(row["source"] for row in rows):
         lines += ["Trials of earlier sweeps are listed for comparison: they were not trained again and cannot win.", ""]
@@ -96,13 +97,6 @@ def _markdown(name: str, best: TrialRecord | None, board: dict[str, Any], reeval
         lines += ["STOPPED: ended at a report because the budget was spent; a resume with a larger budget continues it.", ""]
     if Outcome.INFEASIBLE in outcomes:
         lines += ["INFEASIBLE: predicted not to fit the card, so never started; not counted as a trial, no GPU time spent.", ""]
-    if reevaluation:
-        again = (
-            f"Evaluated again after the sweep: base {number(reevaluation.base_eval_loss, '.4f')}, "
-            f"best adapter {number(reevaluation.eval_loss, '.4f')} nats per target token "
-            f"({'agrees' if reevaluation.agrees else 'DOES NOT agree'} with the trial's own report)."
-        )
-        lines += [again, ""]
     lines += _front_table(board)
     return "\n".join([*lines, *table(HEADER, [board_cells(row) for row in rows]), ""])
 

@@ -10,15 +10,16 @@ field keeps its base value. Keys may be nested or dotted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from engine.config.parsing import MAX_COUNT
 from engine.config.trial import TrainConfig
 from engine.errors import InputError, did_you_mean
 from sweep.space.space import Choice, Dimension, Range, Scalar, Space
 from sweep.space.unsearchable import UNSEARCHABLE
 
+MAX_STEPS = 1_000_000
 LEAF_KEYS = ("choices", "low", "high", "log", "step", "when")
 
 
@@ -88,8 +89,8 @@ def _range(path: str, leaf: Mapping[str, Any], when: dict[str, tuple[Scalar, ...
     where = f"space.{path}"
     for key in ("low", "high"):
         value = leaf.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise InputError(f"{where}.{key}", value, "must be a finite number")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= MAX_COUNT:
+            raise InputError(f"{where}.{key}", value, f"must be a finite number, up to {MAX_COUNT:g}")
     low, high, log, step = leaf["low"], leaf["high"], leaf.get("log", False), leaf.get("step")
     if low > high:
         raise InputError(where, dict(leaf), "low must not be above high")
@@ -100,6 +101,8 @@ def _range(path: str, leaf: Mapping[str, Any], when: dict[str, tuple[Scalar, ...
     whole = isinstance(low, int) and isinstance(high, int)
     if step is not None and (isinstance(step, bool) or not isinstance(step, int if whole else int | float) or step <= 0):
         raise InputError(f"{where}.step", step, f"must be a positive {'whole ' if whole else ''}number")
+    if step is not None and (step > MAX_COUNT or (not whole and (high - low) / step > MAX_STEPS)):
+        raise InputError(f"{where}.step", step, f"must divide the range into at most {MAX_STEPS:,} steps")
     return Range(path, low, high, log, step, when)
 
 

@@ -13,6 +13,7 @@ from sweep.config.sweep import SweepConfig
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.space.parse import parse_space
 from sweep.space.space import Space
+from sweep.study.begun_with import read_unedited_config
 from sweep.study.journal import read_trials, record_of, rungs_judged
 from sweep.study.warm_start import EarlierTrial, check_comparable, check_same_data, entering
 
@@ -35,9 +36,9 @@ def read_earlier(config: SweepConfig, space: Space, data: Mapping[str, Any]) -> 
 def _of_folder(name: str, config: SweepConfig, space: Space, data: Mapping[str, Any]) -> list[EarlierTrial]:
     folder = SweepFolder.open(name, "sweep.warm_start")
     try:
-        there = folder.read_config()
+        there = read_unedited_config(folder)
     except InputError as error:
-        raise InputError("sweep.warm_start", name, f"its sweep_config.json is not valid in this version: {error}") from None
+        raise InputError("sweep.warm_start", name, f"its sweep_config.json cannot be used: {error}") from None
     check_comparable(name, config, there)
     check_same_data(name, data, folder.read_data())
     base, space_there = there.base().model_dump(mode="json"), parse_space(there.space)

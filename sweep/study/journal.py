@@ -11,6 +11,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from engine.errors import InputError
+from engine.trial_report import TrialReport
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.plan.feasibility import Fit
 from sweep.study.journal_file import JournalFile
@@ -23,6 +24,8 @@ STUDY_NAME = "sweep"
 JUDGED = "completed_rung_"
 # OUT_OF_MEMORY also violates the constraint, so that the sampler learns from it
 TOLD_PRUNED = (Outcome.PRUNED, Outcome.OUT_OF_MEMORY)
+# what Optuna raises for a file that is no journal of a sweep
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, AssertionError, optuna.exceptions.OptunaError)
 ConfigOf = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -40,6 +43,20 @@ def read_trials(folder: SweepFolder) -> list[FrozenTrial]:
         return []
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
     return optuna.load_study(study_name=STUDY_NAME, storage=storage).get_trials(deepcopy=False)
+
+
+def read_attributes(folder: SweepFolder) -> dict[str, Any]:
+    """Return the study's own attributes. Empty if the sweep has not begun, or its journal is damaged.
+
+    Who opens a damaged journal is told so by `mend_journal`.
+    """
+    if not folder.journal.is_file() or folder.journal.stat().st_size == 0:
+        return {}
+    try:
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
+        return optuna.load_study(study_name=STUDY_NAME, storage=storage).user_attrs
+    except DAMAGED:
+        return {}
 
 
 def read_records(folder: SweepFolder, config_of: ConfigOf) -> tuple[list[FrozenTrial], list[TrialRecord]]:
@@ -136,20 +153,34 @@ def record_of(trial: FrozenTrial, folder: SweepFolder, config_of: ConfigOf) -> T
     finished, known = trial.state.is_finished(), trial.user_attrs
     # a kill within Study.tell leaves a running trial that already has another outcome
     unfinished = Outcome.STOPPED if known.get("outcome") == Outcome.STOPPED else Outcome.RUNNING
+    reports = folder.reports(trial.number)
+    started_s = trial.datetime_start.timestamp() if trial.datetime_start else None
+    ended_s = trial.datetime_complete.timestamp() if trial.datetime_complete else known.get("stopped_s")
     return TrialRecord(
         number=trial.number,
         params=dict(trial.params),
         config=config_of(trial.params),
         outcome=Outcome(known["outcome"]) if finished else unfinished,
         folder=str(folder.trial(trial.number)),
-        reports=folder.reports(trial.number),
-        started_s=trial.datetime_start.timestamp() if trial.datetime_start else None,
-        ended_s=trial.datetime_complete.timestamp() if trial.datetime_complete else known.get("stopped_s"),
+        reports=reports,
+        started_s=started_s,
+        ended_s=_not_before(started_s, reports, ended_s),
         error=known.get("error") if finished else None,
         predicted_gib=known.get("predicted_gib"),
         measured_gib=known.get("measured_gib"),
         source=known.get("source"),
     )
+
+
+def _not_before(started_s: float | None, reports: list[TrialReport], ended_s: float | None) -> float | None:
+    """Return when a trial ended, not before its start and training allow.
+
+    Someone may have set the clock back meanwhile. So does the end of summer time, because Optuna
+    writes local times.
+    """
+    if started_s is None or ended_s is None:
+        return ended_s
+    return max(ended_s, started_s + (reports[-1].elapsed_s if reports and ended_s < started_s else 0.0))
 
 
 def rungs_judged(trial: FrozenTrial) -> dict[str, Any]:

@@ -14,6 +14,7 @@ proposes what it would have proposed without the stop.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,8 @@ from sweep.config.sweep import SweepConfig
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.plan.feasibility import UNPREDICTED, Fit
 from sweep.space.space import Space
-from sweep.study.journal import STUDY_NAME, earlier_entry, mend_journal, new_entry, open_journal, record_of, told_state
+from sweep.study.begun_with import CONFIG, as_attributes
+from sweep.study.journal import DAMAGED, STUDY_NAME, earlier_entry, mend_journal, new_entry, open_journal, record_of, told_state
 from sweep.study.proposals import Proposer
 from sweep.study.pruner_verdicts import Pruning
 from sweep.study.pruners import make_optuna_pruner, make_pruner
@@ -88,7 +90,7 @@ class Study:
                 directions=["minimize"] * len(self._objectives),
                 load_if_exists=True,
             )
-        except (ValueError, LookupError, TypeError, AttributeError, AssertionError, optuna.exceptions.OptunaError) as error:
+        except DAMAGED as error:
             raise InputError(
                 "resume", str(self._folder.journal), f"must be the journal of a sweep ({first_line(error)})"
             ) from None
@@ -109,6 +111,17 @@ class Study:
         self._tried.add(_key(config, not fit.fits))
         self._folder.write_train_config(number, config)
         return Proposal(number, dict(draft.params), config, fit.reason)
+
+    def keep_begun_with(self, config: SweepConfig, inputs: Mapping[str, str]) -> bool:
+        """Keep in the journal what the sweep began with, and what a resume changed.
+
+        Returns False if trials are there from a version that kept nothing.
+        """
+        known = self._study.user_attrs
+        for name, text in as_attributes(config, inputs).items():
+            if known.get(name) != text:
+                self._study.set_user_attr(name, text)
+        return CONFIG in known or not self._num_trials
 
     @property
     def has_earlier_trials(self) -> bool:
@@ -192,12 +205,12 @@ class Study:
         self._pruning.on_ended(ended)
         return True
 
-    def stop(self, number: int, now_s: float) -> None:
+    def stop(self, number: int) -> None:
         """Note that the trial waits for a larger budget.
 
         To Optuna it stays running, because a trial that has ended can never continue.
         """
-        self._note_stop(number, Outcome.STOPPED, now_s)
+        self._note_stop(number, Outcome.STOPPED, time.time())  # the clock of Optuna's own times
 
     def undo_stop(self, number: int) -> None:
         """Take back a stop()."""

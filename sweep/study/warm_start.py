@@ -51,13 +51,15 @@ def check_comparable(name: str, here: SweepConfig, there: SweepConfig) -> None:
 
 
 def check_same_data(name: str, here: Mapping[str, Any], there: Mapping[str, Any] | None) -> None:
-    """Raise InputError if the samples have changed since the earlier sweep.
+    """Raise InputError if samples or base model have changed since the earlier sweep.
 
-    here, there: digests of the tokenised samples; `there` is None for a sweep that wrote none.
+    here, there: digests by part (engine/sources/identity.py); `there` is None for a sweep that
+    wrote none.
     """
     for part, digest in (there or {}).items():
         if part in here and here[part] != digest:
-            raise InputError("sweep.warm_start", name, f"cannot be learnt from: its {part} samples differ from today's")
+            what = f"{part} samples" if part in ("training", "evaluation") else part
+            raise InputError("sweep.warm_start", name, f"cannot be learnt from: its {what} differ from today's")
 
 
 def entering(

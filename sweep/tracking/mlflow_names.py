@@ -129,8 +129,10 @@ def sweep_params(config: Mapping[str, Any]) -> dict[str, Any]:
     return {path: section[path.split(".")[1]] for path, section in found.items() if path.split(".")[1] in section}
 
 
-def description(config: Mapping[str, Any], best: TrialRecord, summary: Mapping[str, Any], folder: str) -> str:
+def description(config: Mapping[str, Any], best: TrialRecord | None, summary: Mapping[str, Any], folder: str) -> str:
     """Describe the best adapter in Markdown: base model, losses, folder of the sweep."""
+    if best is None:
+        return f"No trial of the sweep in `{folder}` has gone far enough to be chosen."
     model = best.config.get("model", {})
     lines = [f"Trial {best.number} of the sweep in `{folder}`, an adapter for `{model.get('path', 'unknown')}`."]
     losses = [("base model", summary.get("base_eval_loss")), ("with this adapter", summary.get("best_eval_loss"))]

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from sweep.config.absolute_paths import sqlite_uri
 from sweep.tracking.mlflow_names import (
     STATUS,
     Point,
@@ -29,6 +30,7 @@ from sweep.tracking.mlflow_names import (
 )
 from sweep.tracking.mlflow_registry import register
 from sweep.tracking.mlflow_view import view
+from sweep.tracking.sqlite_store import artifact_folder, database_file, follow_move
 from sweep.trials.record import Outcome, TrialRecord
 
 # By default MLflow waits up to 120 s, 7 times. Usage reports are off, because they would leave the
@@ -89,22 +91,22 @@ class MlflowRuns:
         status = STATUS.get(record.outcome, "FAILED")
         self._rename(run, trial_name(record, is_best=record.number == self._best), status)
         if record.outcome is not Outcome.RUNNING:
-            self._client.set_terminated(run, status, end_time=int(1000 * (record.ended_s or time.time())))
+            ended_s = max(record.ended_s or time.time(), record.started_s or 0.0)
+            self._client.set_terminated(run, status, end_time=int(1000 * ended_s))
         self._last_rung[record.number] = max((report.rung for report in record.reports), default=0)
         return run
 
     def finish(self, summary: dict[str, Any], best: TrialRecord | None, now_s: float) -> None:
         parent = self._open()
-        if best is not None:
-            self._best = best.number
-            self._mark_best(self.trial(best), best)
+        self._best = None if best is None else best.number
+        self._mark_best(None if best is None else self.trial(best))
         # an unchanged number would add a second point
         known = self._client.get_run(parent).data.metrics
         numbers = sweep_points(summary).items()
         points = [(name, value, int(1000 * now_s), 0) for name, value in numbers if known.get(name) != value]
-        note = {"mlflow.note.content": description(self._config, best, summary, self._folder)} if best else {}
-        self._log(parent, points, tags={**sweep_tags(summary), **note})
-        self._client.set_terminated(parent, "FINISHED", end_time=int(1000 * now_s))
+        note = description(self._config, best, summary, self._folder)
+        self._log(parent, points, tags={**sweep_tags(summary), "mlflow.note.content": note})
+        self._client.set_terminated(parent, "FINISHED", end_time=self._end_ms(now_s))
         self._ended = True
 
     def keep_best(self, summary: dict[str, Any], best: TrialRecord, folder: Path) -> None:
@@ -122,8 +124,12 @@ class MlflowRuns:
 
     def interrupt(self) -> None:
         if self._parent is not None:
-            self._client.set_terminated(self._parent, "KILLED")
+            self._client.set_terminated(self._parent, "KILLED", end_time=self._end_ms(time.time()))
             self._ended = True
+
+    def _end_ms(self, now_s: float) -> int:
+        """Return the end of the sweep's run, not before its start: someone may have set the clock back."""
+        return int(1000 * max(now_s, self.started_s or 0.0))
 
     def share_view(self) -> tuple[str, str] | None:
         """Store how MLflow's page shows this sweep's trials, as its Share button does.
@@ -140,12 +146,14 @@ class MlflowRuns:
         self._client.set_experiment_tag(self._experiment_id, f"mlflow.sharedViewState.{self._id}", value)
         return f"/#/experiments/{self._experiment_id}/runs", self._id
 
-    def _mark_best(self, run: str, best: TrialRecord) -> None:
+    def _mark_best(self, run: str | None) -> None:
+        """Mark this trial's run as the best, and no other. None: no trial is the best."""
         for former in self._search("tags.`sweep.best` = 'true'"):
             if former.info.run_id != run:
                 self._client.set_tag(former.info.run_id, "sweep.best", "false")
                 self._rename(former.info.run_id, former.info.run_name.removesuffix(" (best)"), former.info.status)
-        self._client.set_tag(run, "sweep.best", "true")
+        if run is not None:
+            self._client.set_tag(run, "sweep.best", "true")
 
     def _rename(self, run: str, name: str, status: str) -> None:
         """Set the run's name, together with a status that may be RUNNING."""
@@ -162,28 +170,34 @@ class MlflowRuns:
 
     def _connect(self, create: bool = True) -> None:
         """Connect to the store. create: make a missing database and experiment."""
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        # here, because loading mlflow takes 1.5 to 3 s and the driver must not wait for it
-        from mlflow import MlflowClient
-
-        # else 40 lines when a database is created, and one for each try of a dead server, which
-        # close() reports once
-        for chatty in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
-            logging.getLogger(chatty).setLevel(logging.ERROR)
-        location = None
-        if self._uri.startswith("sqlite:///"):
-            database = Path(self._uri.removeprefix("sqlite:///")).absolute()
+        location, database = None, database_file(self._uri)
+        if database is not None:
             database.parent.mkdir(parents=True, exist_ok=True)
             if create and not database.exists():
                 _create(database)
-            location = (database.parent / "mlartifacts").as_uri()
-        self._client = MlflowClient(self._uri, self._uri)
+            follow_move(database)
+            location = artifact_folder(database)
+        self._client = connect(self._uri)
         experiment = self._client.get_experiment_by_name(self._experiment)
         if experiment is not None:
             self._experiment_id = experiment.experiment_id
+            self._find_moved(database, create)
         elif create:
             self._experiment_id = self._client.create_experiment(self._experiment, location)
+
+    def _find_moved(self, database: Path | None, write: bool) -> None:
+        """Take the identity that a moved or copied sweep has in the store, which is that of its former path.
+
+        write: only where the store lies next to the folder, because it then came with it. Another
+        store may know a sweep of the same name on another machine.
+        """
+        is_own = database is not None and database.parent == Path(self._folder).parent
+        if (write and not is_own) or self._search():
+            return
+        sweeps = self._client.search_runs([self._experiment_id], "tags.`sweep.kind` = 'sweep'")
+        former = [run for run in sweeps if run.info.run_name == self._name and "sweep.id" in run.data.tags]
+        if len(former) == 1:
+            self._id = former[0].data.tags["sweep.id"]
 
     def _child(self, record: TrialRecord) -> str:
         parent = self._open()
@@ -229,16 +243,28 @@ class MlflowRuns:
             self._client.log_batch(run, points[start : start + BATCH], synchronous=True)
 
 
+def connect(uri: str) -> Any:
+    """Return a client of the store that tries once and prints nothing."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # here, because loading mlflow takes 1.5 to 3 s and the driver must not wait for it
+    from mlflow import MlflowClient
+
+    # else 40 lines when a database is created, and one for each try of a dead server, which
+    # close() reports once
+    for chatty in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    return MlflowClient(uri, uri)
+
+
 def _create(database: Path) -> None:
     """Create an empty store, whole or not at all.
 
     A kill while MLflow made its 40 tables used to leave a store that it never opened again.
     """
-    from mlflow import MlflowClient  # here, because loading takes seconds
-
     aside = database.with_name(f".{database.name}.{os.getpid()}.new")
     aside.unlink(missing_ok=True)
-    MlflowClient(f"sqlite:///{aside}").search_experiments()
+    connect(sqlite_uri(aside)).search_experiments()
     try:
         os.link(aside, database)
     except FileExistsError:

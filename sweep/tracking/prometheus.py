@@ -44,7 +44,7 @@ class SweepMetrics(Collector):
 
     def __init__(self, sweep: str, num_trials: int, num_slots: int, clock: Callable[[], float] = time.time) -> None:
         """sweep: name of the sweep folder, which the label `sweep` of every metric holds."""
-        self._sweep, self._num_trials, self._num_slots, self._clock = sweep, num_trials, num_slots, clock
+        self._sweep, self._num_trials, self._num_slots, self._wall = sweep, num_trials, num_slots, clock
         self._records: dict[int, TrialRecord] = {}
         self._lock = threading.Lock()
         self._timeline: Timeline | None = None
@@ -53,8 +53,9 @@ class SweepMetrics(Collector):
         with self._lock:
             self._records[record.number] = record
 
-    def begin(self, timeline: Timeline) -> None:
-        """Start the counters: the driver is about to hand out trials."""
+    def begin(self, timeline: Timeline, clock: Callable[[], float] | None = None) -> None:
+        """Start the counters: the driver is about to hand out trials. clock: that of the timeline's events."""
+        self._clock = clock or self._wall
         self._timeline, self._before, self._began_s = timeline, timeline.usage, self._clock()
         self._tokens_before = _tokens(self._own())
 
@@ -97,7 +98,8 @@ class SweepMetrics(Collector):
         yield busy
         yield self._value("occupied_seconds", "seconds for which slots were held, over all sessions: GPU hours", occupied_s)
         yield self._value("elapsed_seconds", "seconds for which the sweep ran, over all sessions", usage.elapsed_until_s(now_s))
-        newest_s = max(usage.newest_s, self._began_s)
+        # as the readers' clock has it, which may have been set since
+        newest_s = max(usage.newest_s, self._began_s) + self._wall() - now_s
         yield self._value("last_event_timestamp_seconds", "when a trial last started, reported or ended, Unix time", newest_s)
         dead = SummaryMetricFamily(
             PREFIX + "dead_time_seconds", "from the end of a trial to the first step of the next in the same worker",

@@ -15,12 +15,8 @@ from typing import Any
 from sweep.config.sweep import SweepConfig
 from sweep.tracking.background_writer import BackgroundWriter, Key
 from sweep.tracking.mlflow_runs import MlflowRuns
+from sweep.tracking.sqlite_store import local_uri
 from sweep.trials.record import TrialRecord
-
-
-def local_uri(folder: Path) -> str:
-    """Return the default store: `mlflow.db` in `folder`, with artifacts next to it."""
-    return f"sqlite:///{folder.absolute()}/mlflow.db"
 
 
 class NullTracker:
@@ -108,7 +104,8 @@ class Tracker:
 
     def _warning(self, cause: str, keys: list[Key]) -> str:
         some = ", ".join(" ".join(map(str, key)) for key in keys[:5]) + (", ..." if len(keys) > 5 else "")
-        warning = f"mlflow at {self._uri}: {len(keys)} updates not written ({some}): {cause}; a resume writes them"
+        warning = f"mlflow at {self._uri}: {len(keys)} updates not written ({some}): {cause}; "
+        warning += "a resume writes them once that is mended"
         # errors quote the URI, which may hold a password
         return re.sub(r"//[^/\s]*@", "//", warning)
 

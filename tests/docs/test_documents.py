@@ -18,6 +18,7 @@ from sweep.report import build as report
 from tests.support.documented import Checker, Wrong, read
 from tests.support.fake_engine import SHAPE
 from tests.support.paths import ROOT
+from tests.support.prepared import prepared
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 DOCUMENTS = {name: read((ROOT / name).read_text()) for name in ("README.md", "CONTRIBUTING.md", "dashboards/README.md", *PAGES)}
@@ -46,6 +47,7 @@ def sweep_folder(place) -> Path:
 def checker(place, sweep_folder, monkeypatch) -> Checker:
     monkeypatch.chdir(place)
     monkeypatch.setattr(driver, "inspect", lambda config, module: Facts(shape=SHAPE))
+    monkeypatch.setattr(driver, "prepare", lambda configs, module: prepared())
     monkeypatch.setattr(report, "write_report", lambda folder: folder.path / "report.html")
     # a document's cluster does not exist, so both functions that look for it are replaced
     for module in (driver, sweep_plan):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -28,6 +29,23 @@ def test_the_command_line_replays_a_trial_and_shows_the_recorded_loss(tiny_confi
     last = done.stdout.splitlines()[-2].split()
     assert last[3] == last[4] == f"{recorded[-1].eval_loss:.5f}"
     assert "UserWarning" not in done.stderr
+
+
+def test_the_cards_command_prints_what_torch_sees_and_an_error_is_its_line(monkeypatch, capsys):
+    card = {"name": "RTX 4090", "major": 8, "minor": 9}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: types.SimpleNamespace(**card))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (6 * 2**30, 24 * 2**30))
+    assert main(["cards"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["torch"] == torch.__version__ and found["error"] is None
+    assert found["cards"] == [
+        {"name": "RTX 4090", "memory_gib": 24.0, "free_gib": 6.0, "capability": "8.9", "bfloat16": True}
+    ]  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: 1 / 0)
+    assert main(["cards"]) == 0
+    assert json.loads(capsys.readouterr().out)["error"] == "division by zero"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -72,6 +72,16 @@ def test_recomputed_activations_change_no_number(tiny_config, tmp_path):
     assert [r.eval_loss for r in kept] == [r.eval_loss for r in again]
 
 
+def test_every_rung_has_a_step_and_no_step_has_rate_0_where_steps_pass_rungs(tiny_config, tmp_path):
+    config = build(tiny_config, train={"max_tokens": 300, "report_at_tokens": None, "num_reports": 4, "tokens_per_step": 256})
+    assert config.longest_step > 300 // 4
+    reports = run(config, tmp_path)
+    assert [report.rung for report in reports] == [1, 2, 3, 4]
+    assert [report.step for report in reports] == sorted({report.step for report in reports})
+    assert min(report.learning_rate for report in reports) > 0.0
+    assert len({report.eval_loss for report in reports}) == 4
+
+
 def test_a_diverging_trial_ends_with_its_own_error(tiny_config, tmp_path):
     config = build(tiny_config, optim={"learning_rate": 1e30, "max_grad_norm": None})
     with pytest.raises(DivergedError, match="is (nan|inf)"):

@@ -27,7 +27,7 @@ def config(output: Path, **sections: Any) -> dict[str, Any]:
     """Return a sweep over the recorded curves: 10 trials of 4 rungs, 10 ms a rung."""
     whole = {
         "model": {"path": "m"},
-        "data": {"train": CURVES},
+        "data": {"train": CURVES, "max_seq_length": 8},
         "train": {"max_tokens": 400, "num_reports": NUM_RUNGS},
         "optim": {"eps": 0.01},
         "space": SPACE,

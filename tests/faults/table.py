@@ -11,9 +11,15 @@ import signal
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from . import kills, measure, stock_runs
+from . import kills, measure, places, stock_runs
+
+PLACES = {
+    "TMPDIR of 89 characters": places.long_tmpdir, "no flock": places.no_flock, "no home folder": places.no_home,
+    "deleted experiment": places.deleted_experiment, "clock set back by two days": places.clock_set_back,
+}  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:
@@ -45,6 +51,7 @@ def print_rows(num_kills: int, num_stock_kills: int, wanted: list[str]) -> None:
             "disk full": (lambda: _ours(measure.disk_full(ours / "disk")), lambda: stock_runs.disk_full(stock)),
             "MLflow there, slow (2 s a call), down": (lambda: _tracked(ours), lambda: stock_runs.tracked(stock)),
             "second driver": (lambda: _ours(measure.second_driver(ours / "two")[0]), lambda: stock_runs.second_driver(stock)),
+            **{name: _place(ours / "places" / name, fault) for name, fault in PLACES.items()},
             f"driver SIGKILL x {num_kills} and {num_stock_kills}": (
                 lambda: _killed(num_kills),
                 lambda: stock_runs.drivers_killed(stock, num_stock_kills),
@@ -54,6 +61,10 @@ def print_rows(num_kills: int, num_stock_kills: int, wanted: list[str]) -> None:
         for name, measures in rows.items():
             if not wanted or any(name.startswith(prefix) for prefix in wanted):
                 print(f"| {name} | {' | '.join(measured() for measured in measures)} |", flush=True)
+
+
+def _place(where: Path, fault: Callable[[Path], places.Run]):
+    return lambda: fault(where).row(), lambda: "not tried"
 
 
 def _node(ours: Path, stock: Path, number: signal.Signals):

@@ -73,7 +73,8 @@ def test_a_trial_that_fits_one_kind_of_card_goes_there_and_the_others_go_anywher
             nodes.add(1, card)
         space = {"lora.rank": {"choices": [4, 23, 64]}, "optim.learning_rate": {"choices": [1e-4, 1e-3]}}
         whole = config(
-            tmp_path / "sweeps", optim={"eps": RUNG_S}, cluster={"address": nodes.address}, data={"train": "t"}, space=space,
+            tmp_path / "sweeps", optim={"eps": RUNG_S}, cluster={"address": nodes.address}, 
+            data={"train": "t", "max_seq_length": 8}, space=space,
             sampler={"name": "grid"}, pruner={"name": "none"}, sweep={"num_trials": 4, "objectives": ["eval_loss", "elapsed_s"]},
         )  # fmt: skip
         driver = Driver.start(whole, tmp_path)

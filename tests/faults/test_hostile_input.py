@@ -19,7 +19,7 @@ from sweep.space.parse import known_paths, parse_space
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 SECRET = "hunter2-is-not-to-be-seen"
-BASE = {"model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400}}
+BASE = {"model": {"path": "m"}, "data": {"train": "t", "max_seq_length": 8}, "train": {"max_tokens": 400}}
 TRICKS = st.sampled_from(["a\nb", "\x1b[2J", "${oc.env:SECRET_TOKEN}", "../../x", "!!python/object:os.system", "a\0b", "_target_",
                           "", "~", "${model.path}",
                           "\\${oc.env:SECRET_TOKEN}", "builtin:../x", "all-linear", "${", "}", ".inf", "1e999"])  # fmt: skip

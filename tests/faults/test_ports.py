@@ -18,7 +18,8 @@ from tests.support.paths import ENV
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 CONFIG = {
-    "model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400, "num_reports": 4}, "optim": {"eps": 2.0},
+    "model": {"path": "m"}, "data": {"train": "t", "max_seq_length": 8},
+    "train": {"max_tokens": 400, "num_reports": 4}, "optim": {"eps": 2.0},
     "cluster": {"num_cpu_slots": 2}, "space": {"lora.rank": {"choices": [2, 4]}}, "pruner": {"name": "none"},
 }  # fmt: skip
 DRIVER = ("-m", "tests.support.fake_driver")

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from sweep.tracking.tracker import Tracker, local_uri
+from sweep.tracking.sqlite_store import local_uri
+from sweep.tracking.tracker import Tracker
 from sweep.trials.record import Outcome, TrialRecord
 from tests.support.reports import make_report
 

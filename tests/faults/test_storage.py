@@ -18,7 +18,8 @@ from .disk import Disk
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(500)]
 CONFIG = {
-    "model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400, "num_reports": 4}, "optim": {"eps": 0.3},
+    "model": {"path": "m"}, "data": {"train": "t", "max_seq_length": 8},
+    "train": {"max_tokens": 400, "num_reports": 4}, "optim": {"eps": 0.3},
     "tracking": {"name": "none"}, "cluster": {"num_cpu_slots": 2}, "pruner": {"name": "none"}, "sampler": {"name": "grid"},
     "space": {"lora.rank": {"choices": [2, 4, 8, 16]}},
 }  # fmt: skip

@@ -33,6 +33,7 @@ from tests.support.paths import ROOT
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
 OVERRIDE = re.compile(r"[~+]*[a-z_]+(\.[a-z_0-9]+)*=\S")
 KEY = re.compile(rf"({'|'.join([*sections(), 'space'])})(\.[a-z_]+)+")
+PLACES = ("doctor", "show-sample")  # words of `python -m sweep` that start no sweep
 BASE = "+experiment=quickstart"
 ELSEWHERE = ("pip", "pytest", "mlflow")  # modules of other packages
 _SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
@@ -128,6 +129,8 @@ class Checker:
                 runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
     def _sweep(self, line: str, words: list[str]) -> None:
+        if words[0] in PLACES:  # the rest describes a sweep
+            words = [word for word in words[1:] if not word.startswith("--") and not word.isdigit()] or [BASE]
         harmless = {"--help", "-h", "--cfg", "--completion"} & set(words)
         words = [BASE if word == "..." else word for word in words]
         code = main(words if harmless else [*(word for word in words if word != "dry_run=true"), "dry_run=true"])

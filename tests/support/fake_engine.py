@@ -201,6 +201,8 @@ def main() -> int:
     parser.add_argument("config")
     parser.add_argument("--adapter")
     parser.add_argument("--examples", type=int)
+    parser.add_argument("--inputs", type=Path)
+    parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--answer", type=Path)
     options = parser.parse_args()
     if options.command == "prepare":
@@ -213,8 +215,8 @@ def main() -> int:
             card=CARD,
             model_path="m",
             layers="-",
-            num_train_samples=10,
-            num_eval_samples=2,
+            num_train_samples=100,
+            num_eval_samples=40,
             num_dropped_samples=0,
             num_trainable=[1] * len(configs),
             data={},
@@ -222,7 +224,7 @@ def main() -> int:
     else:
         config = load_train_config(options.config)
         loss = eval_loss(config, len(config.train.report_grid()))
-        Path(options.config).with_name(EVALUATED_IN).write_text(os.environ.get("FAULTS_PLACE", "driver"))
+        (Path(options.adapter).parent / EVALUATED_IN).write_text(os.environ.get("FAULTS_PLACE", "driver"))
         examples = [{name: f"{name} {i}" for name in EXAMPLE} for i in range(options.examples)]
         answer = AdapterEvaluation(5.0, loss, 7, examples or None)
     options.answer.write_text(json.dumps(answer.to_dict()))

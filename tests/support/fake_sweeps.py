@@ -12,7 +12,8 @@ from tests.support.paths import ENV
 
 FAKE_ENV = {**ENV, "FAKE_TORCH": "1"}  # the fake engine's, which computes nothing
 BASE = {
-    "model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400, "num_reports": 4}, "tracking": {"name": "none"},
+    "model": {"path": "m"}, "data": {"train": "t", "max_seq_length": 8},
+    "train": {"max_tokens": 400, "num_reports": 4}, "tracking": {"name": "none"},
     "cluster": {"num_cpu_slots": 2},
 }  # fmt: skip
 

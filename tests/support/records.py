@@ -1,7 +1,9 @@
 """Build trials that have ended, for the leaderboard and the choice of the best."""
 
 from sweep.results.reevaluation import Reevaluation
+from sweep.results.verdict import Verdict, judge
 from sweep.trials.record import Outcome, TrialRecord
+from sweep.trials.selection import Rule
 from tests.support.reports import make_report
 
 REEVALUATION = Reevaluation(
@@ -18,3 +20,8 @@ def trial(number, *losses, outcome=Outcome.COMPLETE, num_trainable=100, folder="
     config = {"model": {"path": "org/base"}, "data": {"train": "train.jsonl"}, "train": {"max_tokens": 1000}}
     params = {"lora.rank": 8, "optim.learning_rate": 0.00012345}
     return TrialRecord(number, params, config, outcome, str(folder), reports, **changes)
+
+
+def judged(*records, reevaluation=REEVALUATION) -> Verdict:
+    """Return the verdict on these records. reevaluation: None before the end."""
+    return judge(list(records), Rule(), reevaluation)

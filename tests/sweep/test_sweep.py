@@ -132,7 +132,7 @@ def test_workers_are_reused_and_pruned_trials_stop(tmp_path):
 
 
 def test_input_that_prepare_refuses_is_one_line_and_leaves_no_folder(tmp_path):
-    process = start(tmp_path, data={"train": "missing.jsonl"})
+    process = start(tmp_path, data={"train": "missing.jsonl", "max_seq_length": 8})
     _, err = process.communicate(timeout=100)
     assert (process.returncode, err) == (2, "error: data.train = 'missing.jsonl': no such file\n")
     assert not (tmp_path / "sweeps").exists()

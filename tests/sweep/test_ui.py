@@ -5,11 +5,14 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import urllib.request
+from contextlib import closing
 
 import psutil
 import pytest
@@ -18,7 +21,8 @@ from sweep import ui
 from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.tracking import mlflow_page
-from sweep.tracking.tracker import Tracker, local_uri
+from sweep.tracking.sqlite_store import local_uri
+from sweep.tracking.tracker import Tracker
 from sweep.trials.record import Outcome, TrialRecord
 
 
@@ -58,10 +62,39 @@ def test_a_folder_that_has_no_page_is_one_line(tmp_path, sections, message, caps
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_a_sweep_that_was_moved_is_one_line(tracked, capsys):
-    moved = made(tracked.path.parent / "moved", tracking={"uri": local_uri(tracked.path.parent)})
-    assert ui.main([str(moved.path)]) == 2
-    assert "does not know under this path" in capsys.readouterr().err
+def test_a_sweep_that_its_store_does_not_know_is_one_line(tracked, capsys):
+    other = SweepFolder(tracked.path.parent / "other-20260101-000000")
+    shutil.copytree(tracked.path, other.path)
+    assert ui.main([str(other.path)]) == 2
+    error = capsys.readouterr().err
+    assert "does not know; its report needs no store" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("tracking", [{}, {"uri": "sqlite:////another/machine/sweeps/mlflow.db"}])
+def test_a_copied_sweeps_folder_opens_as_the_first_one_does(tracked, tmp_path, tracking):
+    copied = tmp_path / "copy"
+    shutil.copytree(tracked.path.parent, copied)
+    folder = SweepFolder(copied / tracked.path.name)
+    folder.write_config(parse_sweep_config({**folder.read_config().model_dump(mode="json"), "tracking": tracking}))
+    uri, pages = ui.find_pages(folder)
+    assert uri == local_uri(copied) and pages == ui.find_pages(tracked)[1]
+
+
+def test_a_copy_that_goes_on_keeps_its_runs_and_leaves_the_original_alone(tracked, tmp_path):
+    copied = tmp_path / "copy"
+    shutil.copytree(tracked.path.parent, copied)
+    before = sorted(str(path) for path in tracked.path.parent.rglob("*"))
+    tracker = Tracker(local_uri(copied), "demo", tracked.path.name, copied / tracked.path.name, {})
+    tracker.on_sweep_started({})
+    tracker.on_trial_updated(TrialRecord(0, {"lora.rank": 8}, {}, Outcome.PRUNED, "trial", started_s=1e9, ended_s=1e9 + 1))
+    tracker.on_trial_updated(TrialRecord(1, {"lora.rank": 4}, {}, Outcome.PRUNED, "trial", started_s=1e9, ended_s=1e9 + 1))
+    assert tracker.close(60) == []
+    assert sorted(str(path) for path in tracked.path.parent.rglob("*")) == before
+    with closing(sqlite3.connect(copied / "mlflow.db")) as store:
+        addresses = store.execute("select artifact_uri from runs").fetchall()
+        folders = store.execute("select value from tags where key = 'sweep.folder'").fetchall()
+    assert len(addresses) == 3 and all(uri.startswith((copied / "mlartifacts").as_uri()) for (uri,) in addresses)
+    assert folders == [(str(copied / tracked.path.name),)]  # the parent run, once
 
 
 def test_a_taken_port_is_passed_over():

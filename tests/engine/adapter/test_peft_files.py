@@ -1,9 +1,12 @@
 """An exported adapter gives the trained model again, in PEFT and in the engine."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from engine.adapter.lora import attach
+from engine.adapter.peft_files import peft_config
 from engine.data.packing import collate
 from engine.data.views import load_data
 from engine.evaluation.reevaluate import evaluate_adapter
@@ -57,3 +60,14 @@ def test_a_fresh_load_of_the_exported_adapter_has_the_reported_loss(tiny_config,
     measured = evaluate_adapter(config, tmp_path / "adapter")
     assert measured.eval_loss == pytest.approx(min(r.eval_loss for r in reports), rel=1e-6)
     assert measured.base_eval_loss > measured.eval_loss
+
+
+def test_the_base_is_named_so_that_it_is_found_again_from_any_folder(tiny_config, tmp_path, monkeypatch):
+    def base_of(path):
+        return peft_config(build(tiny_config, model={"path": path}), ["a"], ["a"])["base_model_name_or_path"]
+
+    folder = tiny_config["model"]["path"]
+    monkeypatch.chdir(Path(folder).parent)
+    assert base_of(Path(folder).name) == base_of(folder) == folder  # relative to where training ran
+    assert base_of("org/model") == "org/model"
+    assert base_of("builtin:smollm2-135m-instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"  # not the cache of this machine

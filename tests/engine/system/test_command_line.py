@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ COMMANDS = [
 ]  # fmt: skip
 PRINTS = """
 import sys
+from pathlib import Path
 from engine.system.command_line import run
 sys.exit(run(lambda: print("x" * int(sys.argv[1])) or 0))
 """
@@ -65,3 +67,29 @@ def test_a_closed_pipe_ends_a_command_without_a_word(arguments, code, unbuffered
     done = subprocess.run([sys.executable, *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(writer)
     assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_a_path_below_a_home_folder_that_does_not_exist_is_one_line(monkeypatch, capsys):
+    def no_home(*path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    assert run(lambda: Path("~/x").expanduser()) == 2
+    assert capsys.readouterr().err.startswith("error: HOME = None: this user has no home folder")
+
+
+def test_another_runtime_error_keeps_its_traceback(monkeypatch):
+    def bug():
+        raise RuntimeError("a bug about the home directory")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(bug)
+
+
+def test_a_removed_current_folder_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run(lambda: 0) == 2
+    assert "was removed; change to another one" in capsys.readouterr().err

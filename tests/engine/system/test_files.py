@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from engine.errors import StorageError
 from engine.system.files import storage_fault, write_folder, write_text
+from engine.system.shared_cache import build_once
 
 
 class FullDisk:
@@ -68,3 +73,28 @@ def test_what_libraries_say_of_a_full_disk_is_understood_and_other_errors_are_no
     assert storage_fault(OSError("4096 requested and 0 written")) == errno.ENOSPC
     assert storage_fault(FileNotFoundError(errno.ENOENT, "x")) is None
     assert storage_fault(ValueError("no space left")) is None
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_every_file_of_a_folder_follows_the_umask_however_a_library_wrote_it(tmp_path, monkeypatch, umask):
+    monkeypatch.setenv("QLORA_SWEEP_CACHE", str(tmp_path / "cache"))
+    file_mode, folder_mode, source = 0o666 & ~umask, 0o777 & ~umask, tmp_path / "open to all"
+    source.write_text("")
+    source.chmod(0o666)
+
+    def fill(folder):
+        save_file({"a": np.zeros(2)}, folder / "weights.safetensors")  # through a temporary file of its own
+        (folder / "deeper").mkdir(mode=0o700)
+        shutil.copy(source, folder / "deeper" / "copy")
+        (folder / "plain").write_text("")
+
+    before = os.umask(umask)
+    try:
+        write_folder(tmp_path / "written", fill)
+        built = build_once("built", fill)
+        write_text(tmp_path / "text", "")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "text").stat().st_mode) == file_mode
+    for path in (entry for folder in (tmp_path / "written", built) for entry in [folder, *folder.rglob("*")]):
+        assert stat.S_IMODE(path.stat().st_mode) == (folder_mode if path.is_dir() else file_mode), path

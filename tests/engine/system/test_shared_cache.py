@@ -59,3 +59,16 @@ def test_a_cache_that_cannot_be_written_is_one_clear_line(tmp_path, monkeypatch)
     monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"QLORA_SWEEP_CACHE .* must be a writable folder"):
         cache.build_once("thing-v1", lambda folder: None)
+
+
+def test_a_cache_whose_parent_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.CACHE_VARIABLE, "/proc/none/deeper/cache")
+    with pytest.raises(InputError, match=r"QLORA_SWEEP_CACHE .* must be a writable folder"):
+        cache.build_once("thing-v1", lambda folder: None)
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
+    monkeypatch.delenv(cache.CACHE_VARIABLE, raising=False)
+    monkeypatch.setattr("engine.system.files.home_folder", lambda: None)
+    with pytest.raises(InputError, match=r"^HOME = None: .*set HOME"):
+        cache.cache_root()

@@ -39,6 +39,14 @@ def test_a_choice_is_shown_as_it_is_called_in_a_line(name):
     assert stream.getvalue() == f"trial   0  started   target_modules={shown(name)}\n"
 
 
+def test_the_table_marks_the_trial_that_the_rule_chooses():
+    console = TableConsole(io.StringIO(), 4, 8)
+    for number, loss, outcome in ((0, 2.5, Outcome.COMPLETE), (1, 2.4, Outcome.STOPPED), (2, 2.3, Outcome.PRUNED)):
+        console.on_trial_updated(trial(number, outcome, loss))
+    losses = console._table().columns[4]._cells
+    assert [bool(cell.style) for cell in losses] == [False, True, False]
+
+
 @pytest.mark.parametrize("make", [lambda stream: LineConsole(stream, 4), lambda stream: TableConsole(stream, 4, 8)])
 def test_a_note_keeps_its_own_lines_and_nothing_that_steers_a_terminal(make):
     stream = io.StringIO()

@@ -17,6 +17,7 @@ from sweep.config.sweep import parse_sweep_config
 from sweep.plan.feasibility import Feasibility
 from sweep.plan.forecast import describe_forecast
 from sweep.space.parse import parse_space
+from tests.support.prepared import prepared
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8}
 SHAPES = {  # from their config.json
@@ -71,6 +72,7 @@ def test_a_committed_sweep_is_forecast_from_a_folder_with_nothing_but_config_jso
         return Facts(shape=ModelShape.of(json.loads((tmp_path / "config.json").read_text()), "m"))
 
     monkeypatch.setattr(driver, "inspect", inspect)
+    monkeypatch.setattr(driver, "prepare", lambda configs, module: prepared(inspect(configs[0], module)))
     monkeypatch.setattr("sweep.cluster.slots.count_gpus", lambda: 0)
     arguments = ["+experiment=llama-3.2-1b-24gb", f"model.path={tmp_path}", "cluster.card=rtx4090", "dry_run=true"]
     assert main(arguments) == 0
@@ -107,7 +109,8 @@ def test_a_debug_option_makes_one_trial_of_any_experiment_wherever_it_stands(deb
         given = [f"+experiment={experiment}", f"+debug={debug}"]
         config = parse_sweep_config(compose(given))
         assert config == parse_sweep_config(compose(given[::-1]))
-        assert (config.sweep.num_trials, config.space, config.pruner.name, config.tracking.name) == (1, {}, "none", "none")
+        assert (config.sweep.num_trials, config.pruner.name, config.tracking.name) == (1, "none", "none")
+        assert config.sweep.only_most_demanding == (debug == "one-trial") == (config.space != {})
         assert config.sweep.name == f"debug-{debug}"
         assert config.train.max_tokens < 30_000
     # the experiment's model and data stay

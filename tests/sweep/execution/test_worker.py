@@ -257,6 +257,7 @@ def test_a_trial_leaves_no_tensor_behind(tmp_path, tiny_config):
 
 def test_dead_time_is_from_the_end_of_one_trial_to_the_first_step_of_the_next(tmp_path, tiny_config, monkeypatch):
     slot, clock = Slot(), [1000.0]
+    monkeypatch.setattr("sweep.execution.worker.since_boot", lambda: clock[0])
     monkeypatch.setattr("sweep.execution.worker.time.time", lambda: clock[0])
     first = slot.run(variant(tiny_config, VARIANTS[1]), tmp_path / "first", num_rungs=2)
     assert "dead_time_s" not in json.loads(first[-1]["timing"])

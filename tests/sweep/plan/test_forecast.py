@@ -13,6 +13,7 @@ from engine.planning.cards import CARDS
 from sweep import driver
 from sweep.__main__ import main
 from tests.support.fake_engine import SHAPE
+from tests.support.prepared import prepared
 
 LLAMA_8B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
@@ -20,7 +21,8 @@ LLAMA_8B = {
 }  # fmt: skip
 CARD_NAMES = ", ".join(CARDS)
 NEVER = 100_000_000  # a sequence length that fits no card
-SWEEP = ["model=local", "model.path=m", "data=local", "data.train=t.jsonl", "space=none", "dry_run=true"]
+SWEEP = ["model=local", "data=local", "data.train=t.jsonl", "space=none", "dry_run=true",
+         f"train.max_tokens={20 * NEVER}"]  # fmt: skip
 
 
 @pytest.fixture
@@ -28,6 +30,7 @@ def seen(monkeypatch, tmp_path) -> list[Facts]:
     """Return what inspecting model and machine finds."""
     answer = [Facts(shape=SHAPE)]
     monkeypatch.setattr(driver, "inspect", lambda config, module: answer[0])
+    monkeypatch.setattr(driver, "prepare", lambda configs, module: prepared(answer[0]))
     monkeypatch.setattr("sweep.cluster.slots.count_gpus", lambda: 0)
     monkeypatch.chdir(tmp_path)
     return answer
@@ -41,9 +44,10 @@ def test_a_laptop_is_told_what_a_sweep_of_an_8b_model_needs_on_a_named_card(tmp_
     ]  # fmt: skip
     code = f"import sys; from sweep.__main__ import main; print(main({arguments}), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stderr == ""
+    # the forecast needs no tokenizer, weights or data, but a sweep does
+    assert done.stderr.startswith("error: data.train = 't.jsonl': no such file; allowed: ") and done.stderr.count("\n") == 1
     lines = done.stdout.splitlines()
-    assert lines[-1] == "0 False"
+    assert lines[-1] == "2 False"
     table = lines[lines.index("forecast   every point of the space") :]
     assert "card       rtx4090, 23.6 GiB" in lines
     assert table[1].split() == ["max_seq_length", "rank", "peak", "GiB", "tok/s", "hours", "plan"]
@@ -59,7 +63,7 @@ def test_a_laptop_is_told_what_a_sweep_of_an_8b_model_needs_on_a_named_card(tmp_
 
 def test_a_large_space_is_shown_by_its_corners_without_what_changes_nothing(seen, capsys):
     lengths = ["space.data.max_seq_length.choices=[256,512,1024]", "space.lora.rank.choices=[4,8,16]"]
-    assert main([*SWEEP, "space=rank-targets-rate", *lengths, "cluster.card=a10g"]) == 0
+    assert main([*SWEEP, "model.path=m", "space=rank-targets-rate", *lengths, "cluster.card=a10g"]) == 0
     text = capsys.readouterr().out
     assert "corners of the space" in text
     header = next(line for line in text.splitlines() if "peak GiB" in line)
@@ -68,7 +72,7 @@ def test_a_large_space_is_shown_by_its_corners_without_what_changes_nothing(seen
 
 
 def test_a_space_in_which_nothing_fits_is_shown_and_is_one_error(seen, capsys):
-    assert main([*SWEEP, f"space.data.max_seq_length.choices=[{NEVER},{2 * NEVER}]", "cluster.card=l4"]) == 2
+    assert main([*SWEEP, "model.path=m", f"space.data.max_seq_length.choices=[{NEVER},{2 * NEVER}]", "cluster.card=l4"]) == 2
     shown = capsys.readouterr()
     assert "none of these points fits the card" in shown.out
     assert shown.err.startswith(f"error: space = 'max_seq_length={NEVER}': ") and shown.err.count("\n") == 1
@@ -84,5 +88,5 @@ def test_a_space_in_which_nothing_fits_is_shown_and_is_one_error(seen, capsys):
 )
 def test_where_nothing_is_predicted_one_line_says_why(seen, capsys, arguments, shape, line):
     seen[0] = Facts(shape=shape)
-    assert main([*SWEEP, *arguments]) == 0
+    assert main([*SWEEP, "model.path=m", *arguments]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == line

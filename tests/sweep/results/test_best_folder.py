@@ -1,6 +1,7 @@
 """`best/` holds the adapter, its config and a card that says how it was made."""
 
 import importlib
+import json
 import re
 from dataclasses import replace
 
@@ -9,10 +10,10 @@ import pytest
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import InputError
-from engine.export.model_card import ExportFacts, Measured, export_card
+from engine.export.model_card import TITLES, ExportFacts, Measured, export_card
 from sweep.results.best_folder import write_best
 from sweep.trials.selection import Rule
-from tests.support.records import REEVALUATION, trial
+from tests.support.records import REEVALUATION, judged, trial
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def winner(tmp_path):
 
 
 def test_best_holds_the_adapter_its_config_and_a_card(tmp_path, winner):
-    write_best(tmp_path / "best", winner, REEVALUATION, "demo")
+    write_best(tmp_path / "best", judged(winner), "demo")
     assert sorted(path.name for path in (tmp_path / "best").iterdir()) == [
         "README.md",
         "adapter_config.json",
@@ -48,17 +49,17 @@ def test_best_holds_the_adapter_its_config_and_a_card(tmp_path, winner):
 
 
 def test_the_code_in_the_card_compiles_and_loads_four_bit_where_training_did(tmp_path, winner):
-    write_best(tmp_path / "best", winner, REEVALUATION, "demo")
+    write_best(tmp_path / "best", judged(winner), "demo")
     code = (tmp_path / "best" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert "load_in_4bit=True" in code
 
 
 def test_the_card_of_a_builtin_model_says_where_its_base_is(tmp_path, winner):
-    write_best(tmp_path / "best", winner, REEVALUATION, "demo")
+    write_best(tmp_path / "best", judged(winner), "demo")
     assert "builtin:" not in (tmp_path / "best" / "README.md").read_text()  # twin
     winner.config["model"]["path"] = "builtin:smollm2-135m-instruct"
-    write_best(tmp_path / "best", winner, REEVALUATION, "demo")
+    write_best(tmp_path / "best", judged(winner), "demo")
     card = (tmp_path / "best" / "README.md").read_text()
     assert "resolve_model('builtin:smollm2-135m-instruct')" in card
     module = card.split("from ")[-1].split(" import resolve_model")[0]
@@ -66,7 +67,7 @@ def test_the_card_of_a_builtin_model_says_where_its_base_is(tmp_path, winner):
 
 
 def test_a_disagreeing_second_evaluation_is_said_aloud(tmp_path, winner):
-    write_best(tmp_path / "best", winner, replace(REEVALUATION, agrees=False), "demo")
+    write_best(tmp_path / "best", judged(winner, reevaluation=replace(REEVALUATION, agrees=False)), "demo")
     assert "**does NOT agree with**" in (tmp_path / "best" / "README.md").read_text()
 
 
@@ -74,20 +75,20 @@ def test_best_replaces_an_older_one_and_leaves_nothing_beside_it(tmp_path, winne
     for stale in ("best", ".best.new", ".best.old"):
         (tmp_path / stale).mkdir()
         (tmp_path / stale / "stale").write_text("")
-    write_best(tmp_path / "best", winner, REEVALUATION, "demo")
+    write_best(tmp_path / "best", judged(winner), "demo")
     assert not (tmp_path / "best" / "stale").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "trial"]
 
 
 def test_a_trial_without_an_adapter_is_refused_and_the_older_best_stays(tmp_path, winner):
-    write_best(tmp_path / "best", winner, REEVALUATION, "demo")
+    write_best(tmp_path / "best", judged(winner), "demo")
     with pytest.raises(InputError, match=r"must hold adapter_config.json and adapter_model.safetensors of trial 8"):
-        write_best(tmp_path / "best", trial(8, 1.0, folder=tmp_path / "gone"), REEVALUATION, "demo")
+        write_best(tmp_path / "best", judged(trial(8, 1.0, folder=tmp_path / "gone")), "demo")
     assert (tmp_path / "best" / "tokenizer.json").exists()
 
 
 def test_the_card_of_best_and_of_an_export_have_one_shape(tmp_path, winner):
-    write_best(tmp_path / "best", winner, REEVALUATION, "demo")
+    write_best(tmp_path / "best", judged(winner), "demo")
     best = (tmp_path / "best" / "README.md").read_text()
     config, measured = parse(TrainConfig, winner.config), Measured(2.0, 1.2, None, 9, "a", "b")
     exported = export_card(ExportFacts("peft", "org/base", 16, 32.0, 7, None, config, measured, {}))
@@ -98,3 +99,20 @@ def test_the_card_of_best_and_of_an_export_have_one_shape(tmp_path, winner):
         assert "\n\n| setting | value |\n|---|---|\n" in card
     code = [card.split("```python\n")[1].split("```")[0] for card in (best, exported)]
     assert code[0] == code[1]
+
+
+@pytest.mark.parametrize("base", ["/home/me/models/mine", "org/base"])
+def test_no_card_names_a_path_of_this_machine(tmp_path, winner, base):
+    local = base.startswith("/")
+    (tmp_path / "trial" / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    winner.config["model"]["path"], winner.config["data"]["train"] = base, "/home/me/data/mine.jsonl"
+    write_best(tmp_path / "best", judged(winner), "demo")
+    config, measured = parse(TrainConfig, winner.config), Measured(2.0, 1.2, None, 9, "a", "b")
+    facts = {form: ExportFacts(form, base, 16, 32.0, 7, "bfloat16", config, measured, {}) for form in TITLES}
+    for card in [(tmp_path / "best" / "README.md").read_text(), *map(export_card, facts.values())]:
+        assert "/home" not in card and "`mine.jsonl`" in card
+        assert ("base_model:" in card) is not local and ("mine`" in card or "of mine;" in card) is local
+        for block in card.split("```python\n")[1:]:
+            compile(block.split("```")[0], "card", "exec")
+    code = (tmp_path / "best" / "README.md").read_text().split("```python\n")[1]
+    assert ('folder = PeftConfig.from_pretrained(".").base_model_name_or_path' in code) is local

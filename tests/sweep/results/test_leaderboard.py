@@ -6,13 +6,14 @@ import math
 from sweep.results.leaderboard import write_leaderboard
 from sweep.trials.record import Outcome
 from sweep.trials.selection import Rule
-from tests.support.records import REEVALUATION, trial
+from tests.support.records import judged, trial
 
 
 def test_the_leaderboard_lists_every_trial_and_states_the_rule(tmp_path):
     failed = trial(2, outcome=Outcome.FAILED, error="a | b\nsecond line")
     diverged = trial(3, math.nan, outcome=Outcome.DIVERGED)
-    write_leaderboard(tmp_path, [failed, trial(0, 1.2), trial(1, 3.0, outcome=Outcome.PRUNED), diverged], "demo", REEVALUATION)
+    records = [failed, trial(0, 1.2), trial(1, 3.0, outcome=Outcome.PRUNED), diverged]
+    write_leaderboard(tmp_path, records, "demo", judged(*records))
     board = json.loads((tmp_path / "leaderboard.json").read_text())
     assert [(row["rank"], row["number"], row["outcome"]) for row in board["trials"]] == [
         (1, 0, "COMPLETE"),
@@ -33,7 +34,8 @@ def test_the_leaderboard_shows_peaks_beside_what_was_predicted_and_how_each_tria
     measured, unpredicted = trial(0, 1.2, reported={**plan, "predicted_peak_gib": 1.4}), trial(1, 1.3)
     refused = trial(2, outcome=Outcome.INFEASIBLE, error="needs 30.0 GiB", predicted_gib=28.0)
     spent = trial(3, outcome=Outcome.OUT_OF_MEMORY, error="out of memory", predicted_gib=20.0, measured_gib=23.5)
-    write_leaderboard(tmp_path, [refused, measured, unpredicted, spent], "demo", None)
+    records = [refused, measured, unpredicted, spent]
+    write_leaderboard(tmp_path, records, "demo", judged(*records, reevaluation=None))
     board = json.loads((tmp_path / "leaderboard.json").read_text())
     assert board["outcomes"] == {"COMPLETE": 2, "INFEASIBLE": 1, "OUT_OF_MEMORY": 1}
     rows = board["trials"]
@@ -49,6 +51,7 @@ def test_the_leaderboard_shows_peaks_beside_what_was_predicted_and_how_each_tria
 
 
 def test_a_leaderboard_without_a_winner_or_a_second_evaluation_is_written_too(tmp_path):
-    write_leaderboard(tmp_path, [trial(0, outcome=Outcome.LOST)], "demo", None)
+    lost = trial(0, outcome=Outcome.LOST)
+    write_leaderboard(tmp_path, [lost], "demo", judged(lost, reevaluation=None))
     assert json.loads((tmp_path / "leaderboard.json").read_text())["best_trial"] is None
-    assert "Best: none." in (tmp_path / "leaderboard.md").read_text()
+    assert "No trial has gone far enough to be chosen." in (tmp_path / "leaderboard.md").read_text()

@@ -15,7 +15,7 @@ from sweep.study.warm_start import check_same_data
 from sweep.trials.record import Outcome
 from sweep.trials.selection import Rule
 from tests.support.fake_sweeps import start, sweep_folder
-from tests.support.records import trial
+from tests.support.records import judged, trial
 from tests.support.studies import WIDE, config_for, ledger_in, report, study_in, write_reports
 
 RANKS = {"lora.rank": {"choices": [2, 4, 8]}}
@@ -115,7 +115,7 @@ def test_an_earlier_trial_cannot_win_and_has_no_rank(tmp_path):
     earlier, ours = trial(0, 0.5, source="old trial 7"), trial(1, 1.0)
     assert Rule().best([earlier, ours]) is ours
     assert Rule().best([earlier]) is None
-    write_leaderboard(tmp_path, [earlier, ours], "demo", None)
+    write_leaderboard(tmp_path, [earlier, ours], "demo", judged(earlier, ours, reevaluation=None))
     board = json.loads((tmp_path / "leaderboard.json").read_text())
     assert [(row["number"], row["rank"], row["source"]) for row in board["trials"]] == [(1, 1, None), (0, None, "old trial 7")]
     assert board["outcomes"] == {"COMPLETE": 1}

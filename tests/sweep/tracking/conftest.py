@@ -2,7 +2,8 @@
 
 import pytest
 
-from sweep.tracking.tracker import Tracker, local_uri
+from sweep.tracking.sqlite_store import local_uri
+from sweep.tracking.tracker import Tracker
 from tests.support.tracked import CONFIG
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from sweep.tracking import background_writer as background
-from sweep.tracking.tracker import Tracker, local_uri
+from sweep.tracking.sqlite_store import local_uri
+from sweep.tracking.tracker import Tracker
 from sweep.trials.record import Outcome
 from tests.support.tracked import CONFIG, trial
 

@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 
 from sweep.tracking.mlflow_view import view
+from sweep.tracking.sqlite_store import local_uri
 from sweep.tracking.system_metrics import write_system
-from sweep.tracking.tracker import NullTracker, Tracker, local_uri
+from sweep.tracking.tracker import NullTracker, Tracker
 from sweep.trials.record import Outcome
 from tests.support.tracked import CONFIG, trial
 

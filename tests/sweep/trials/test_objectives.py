@@ -21,6 +21,7 @@ from sweep.ledger.ledger import Next
 from sweep.plan.feasibility import Fit
 from sweep.plan.sweep_plan import make_sweep_plan
 from sweep.results.leaderboard import write_leaderboard
+from sweep.results.verdict import judge
 from sweep.space.parse import parse_space
 from sweep.study.study import Study
 from sweep.trials.objectives import objective_values, pareto_front
@@ -131,7 +132,7 @@ def test_the_leaderboard_shows_the_front_with_every_members_adapter(tmp_path):
         measured(1, 1.2, 10.0, 9.0, folder="f/0001"),
         measured(2, 1.3, 30.0, 9.0),
     ]
-    write_leaderboard(tmp_path, records, "demo", None, Rule(THREE))
+    write_leaderboard(tmp_path, records, "demo", judge(records, Rule(THREE)))
     board = json.loads((tmp_path / "leaderboard.json").read_text())
     assert [(row["number"], row["peak_allocated_gib"], row["adapter"]) for row in board["pareto_front"]] == [
         (0, 20.0, "f/0000/adapter"),
@@ -139,7 +140,7 @@ def test_the_leaderboard_shows_the_front_with_every_members_adapter(tmp_path):
     ]
     text = (tmp_path / "leaderboard.md").read_text()
     assert "## Pareto front of eval_loss, peak_allocated_gib, elapsed_s" in text and "`f/0001/adapter`" in text
-    write_leaderboard(tmp_path, records, "demo", None)
+    write_leaderboard(tmp_path, records, "demo", judge(records, Rule()))
     assert "Pareto" not in (tmp_path / "leaderboard.md").read_text()
 
 

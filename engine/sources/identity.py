@@ -1,0 +1,121 @@
+"""Identify what all trials of a sweep share, and refuse to go on with something else. No torch.
+
+Losses compare only if every trial had the same samples, template, tokenizer and base model. The
+sweep records their digests at its start. Each trial, each resume and the evaluation of the winner
+find them again and compare.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from engine.config.trial import ModelConfig, TrainConfig
+from engine.errors import InputError, InputsChanged
+from engine.sources.locate import locate
+from engine.sources.weight_files import weight_files
+from engine.system.checksums import content_digests, stamp
+from engine.system.shared_cache import build_once
+
+CONFIG_FILES = ("config.json", "generation_config.json", "*.py")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
+PARTS = {
+    "commit": ("model.path", "its commit on the hub"),
+    "config": ("model.path", "its config or code"),
+    "weights": ("model.path", "its weights"),
+    "tokenizer": ("model.path", "its tokenizer"),
+    "template": ("data.chat_template", "the chat template"),
+    "training": ("data.train", "the training samples"),
+    "evaluation": ("data.eval", "the evaluation samples"),
+}
+"""Part -> the config's field that names it, and its name in messages. The cause comes before its effects."""
+FIELDS = frozenset(field for field, _ in PARTS.values())
+VERSION = 1  # of the remembered digest of weights
+WEIGHTS_DIGEST = "digest"
+
+
+def refuse_changed(config: TrainConfig, recorded: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raise InputsChanged for the first part that is not what the sweep recorded at its start.
+
+    Parts that were not recorded are not compared: older versions recorded fewer.
+    """
+    for part, (field, name) in PARTS.items():
+        before, now = recorded.get(part), found.get(part)
+        if before is not None and before != now:
+            section, key = field.split(".")
+            value = getattr(getattr(config, section), key)
+            if field == "data.eval" and value is None:
+                field, value = "data.train", config.data.train
+            allowed = (
+                f"{name} changed since the sweep began (digest then {before}, now {now or 'none'}), so losses would not compare; "
+                "put the former back and resume, or start a new sweep"
+            )
+            raise InputsChanged(str(InputError(field, value, allowed)))
+
+
+def is_input_fault(error: Exception, recorded: Mapping[str, str]) -> bool:
+    """Tell whether the error means that a recorded input is no longer what it was.
+
+    All inputs were readable when the sweep began. A hub that does not answer is no such fault.
+    """
+    if isinstance(error, InputsChanged):
+        return True
+    field = str(error.field).split(" ")[0] if isinstance(error, InputError) and error.field else ""
+    return bool(recorded) and field in {*FIELDS, "file"} and not (field == "model.path" and "weights" not in recorded)
+
+
+def identify_model(config: ModelConfig) -> dict[str, str]:
+    """Return the digests of a model's files by part; of a model on the hub its commit alone.
+
+    Weights are read once for each state of the files, and the cache remembers their digest. Their
+    content counts, so a copy on another machine is the same model.
+    """
+    source = locate(config)
+    if not Path(source).is_dir():
+        commit = _commit(source, config.revision)
+        return {} if commit is None else {"commit": commit}
+    folder = Path(source)
+    return {
+        "config": _digest_of(folder, CONFIG_FILES),
+        "tokenizer": _digest_of(folder, TOKENIZER_FILES),
+        "weights": _weights_digest(folder, config.path),
+    }
+
+
+def short_digest(content: str) -> str:
+    """Return 16 hex digits of a text."""
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _digest_of(folder: Path, patterns: tuple[str, ...]) -> str:
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    return short_digest(json.dumps([(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]))
+
+
+def _weights_digest(folder: Path, given: str) -> str:
+    """Return the digest of the weights' content, remembered for the files' present stamps."""
+    names = weight_files(folder, given)
+    before = _stamps(folder, names)
+
+    def build(target: Path) -> None:
+        digest = short_digest(json.dumps(content_digests(folder, names), sort_keys=True))
+        if _stamps(folder, names) != before:
+            raise InputError("model.path", given, "its weights changed while they were read; wait until they are whole")
+        (target / WEIGHTS_DIGEST).write_text(digest, encoding="utf-8")
+
+    key = short_digest(json.dumps([VERSION, before]))
+    return (build_once(f"weights-{key}", build) / WEIGHTS_DIGEST).read_text(encoding="utf-8")
+
+
+def _stamps(folder: Path, names: list[str]) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(name, str((folder / name).resolve()), stamp(folder / name)) for name in names]
+
+
+def _commit(repository: str, revision: str | None) -> str | None:
+    """Return the commit that this machine's hub cache has for the revision, or None if it has none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, "config.json", revision=revision or "main")
+    return Path(found).parent.name if isinstance(found, str) else None

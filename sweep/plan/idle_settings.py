@@ -1,0 +1,158 @@
+"""Find settings that change nothing because of another setting, so that nobody believes in them.
+
+A setting of the command line is refused with both names. One from a file of conf/ is a warning,
+because the file may serve other sweeps too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from engine.config.trial import ON_TRAINING_SAMPLES
+from engine.errors import InputError
+from engine.sources.builtin import PREFIX
+from engine.sources.hub_ids import is_only_on_hub
+from sweep.config.sweep import SweepConfig
+from sweep.space.space import Choice, Space
+
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hold a config and its space, and say which values a field can have in a trial."""
+
+    config: SweepConfig
+    space: Space
+
+    def base(self, path: str) -> Any:
+        """Return the config's own value, MISSING if this kind of sampler or pruner has no such key."""
+        value: Any = self.config
+        for part in path.split("."):
+            value = getattr(value, part, MISSING)
+        return value
+
+    def always(self, path: str, holds: Callable[[Any], bool]) -> bool:
+        """Return whether this holds for every value that the field has in some trial."""
+        varied = next((dimension for dimension in self.space.dimensions if dimension.path == path), None)
+        values = [] if varied is not None and not varied.when else [self.base(path)]
+        if varied is not None:
+            values += list(varied.values.values()) if isinstance(varied, Choice) else varied.corners()
+        return all(map(holds, values))
+
+
+Rule = Callable[[Settings], str | None]
+"""Returns why the field changes nothing, or None if it does change something."""
+
+
+def _if_equal(path: str, value: Any) -> Rule:
+    return lambda given: f"{path} = {value}" if given.always(path, lambda found: found == value) else None
+
+
+def _if_set(path: str) -> Rule:
+    return lambda given: f"{path} is given" if given.always(path, lambda found: found is not None) else None
+
+
+def _if_unset(path: str) -> Rule:
+    return lambda given: f"{path} is not given" if given.base(path) is None else None
+
+
+def _if_here(path: str) -> Rule:
+    """The source is a file, a folder or built in, so nothing is asked of the hub."""
+    return lambda given: f"{path} is not on the hub" if _is_here(given.base(path)) else None
+
+
+def _first(*rules: Rule) -> Rule:
+    return lambda given: next(filter(None, (rule(given) for rule in rules)), None)
+
+
+def _own_evaluation(given: Settings) -> str | None:
+    builtin = given.config.data.train.startswith(PREFIX)
+    return f"data.train = {given.config.data.train} brings its own evaluation samples" if builtin else None
+
+
+def _several_objectives(given: Settings) -> str | None:
+    return "sweep.objectives has several" if len(given.config.sweep.objectives) > 1 else None
+
+
+def _is_here(source: str | None) -> bool:
+    return source is not None and source != ON_TRAINING_SAMPLES and not is_only_on_hub(source)
+
+
+RULES: dict[str, Rule] = {
+    "model.revision": _if_here("model.path"),
+    "model.double_quantization": _if_equal("model.quantization", "none"),
+    "data.train_split": _if_here("data.train"),
+    "data.eval_fraction": _first(_if_set("data.eval"), _own_evaluation),
+    "data.eval_split": _first(_if_unset("data.eval"), _if_equal("data.eval", ON_TRAINING_SAMPLES), _if_here("data.eval")),
+    "data.chat_template": _if_equal("data.format", "text"),
+    "optim.min_lr_ratio": _if_equal("optim.lr_schedule", "constant"),
+    "train.num_reports": _if_set("train.report_at_tokens"),
+    "train.gradient_accumulation_steps": _if_set("train.tokens_per_step"),
+    "train.memory_budget_gib": _if_equal("train.device", "cpu"),
+    "cluster.num_gpus": _if_equal("train.device", "cpu"),
+    "cluster.num_cpu_slots": _if_equal("train.device", "cuda"),
+    "cluster.wait_s": _first(_if_unset("cluster.address"), _if_equal("cluster.num_gpus", "auto")),
+    "tracking.uri": _if_equal("tracking.name", "none"),
+    "tracking.registered_model": _if_equal("tracking.name", "none"),
+    "tracking.metrics_host": _if_unset("tracking.metrics_port"),
+    "pruner.min_rung": _several_objectives,
+    "pruner.reduction_factor": _several_objectives,
+    "pruner.min_early_stopping_rate": _several_objectives,
+    "pruner.num_startup_trials": _several_objectives,
+    "pruner.num_warmup_rungs": _several_objectives,
+    "pruner.patience": _several_objectives,
+    "pruner.min_delta": _several_objectives,
+    "pruner.inner": _several_objectives,
+}
+"""RULES maps a field to what makes it idle. Add a field here when another one can switch it off."""
+
+
+def refuse_idle_overrides(config: SweepConfig, space: Space, given: Mapping[str, Any]) -> None:
+    """Raise InputError for a value of the command line that changes nothing.
+
+    given: dotted key -> value of the command line. null asks for nothing, so it is taken.
+    """
+    settings, varied = Settings(config, space), {dimension.path: dimension for dimension in space.dimensions}
+    for path, value in given.items():
+        dimension = varied.get(path)
+        if dimension is not None and not dimension.when:
+            allowed = f"has no effect, because space.{path} varies it ({dimension.describe()}); to fix it, add '~space.{path}'"
+            raise InputError(path, value, allowed)
+        rule = next((rule for field, rule in RULES.items() if _is_of(path, field)), None)
+        reason = rule(settings) if rule is not None and value is not None else None
+        if reason:
+            raise InputError(path, value, f"has no effect, because {reason}; leave one of the two out")
+
+
+def idle_settings(config: SweepConfig, space: Space, given: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a warning for each setting of the config that is not the default and changes nothing."""
+    settings = Settings(config, space)
+    for dimension in space.dimensions:
+        base = settings.base(dimension.path)
+        values = list(dimension.values.values()) if isinstance(dimension, Choice) else dimension.corners()
+        is_number = not isinstance(dimension, Choice) and isinstance(base, int | float)
+        inside = base in values or (is_number and dimension.low <= base <= dimension.high)
+        if not dimension.when and not inside and base != _default(config, dimension.path):
+            yield f"{dimension.path} = {base} has no effect, because space.{dimension.path} varies it ({dimension.describe()})"
+        if dimension.path in RULES and (reason := RULES[dimension.path](settings)):
+            yield f"space.{dimension.path} has no effect, because {reason}: trials that differ in nothing else are equal"
+    for path, rule in RULES.items():
+        value, reason = settings.base(path), rule(settings)
+        if reason and path not in given and value is not MISSING and value != _default(config, path):
+            yield f"{path} = {value} has no effect, because {reason}"
+
+
+def _is_of(path: str, field: str) -> bool:
+    """Return whether the key is this field, or a part of its leaf in the space."""
+    return path == field or f"{path}.".startswith(f"space.{field}.")
+
+
+def _default(config: SweepConfig, path: str) -> Any:
+    section, field = path.split(".")
+    model: type[BaseModel] = type(getattr(config, section))
+    return model.model_fields[field].default

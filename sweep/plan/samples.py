@@ -1,0 +1,46 @@
+"""Warn of data too small for what a sweep makes of it, from the numbers that `prepare` found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from engine.command_answers import PreparedFacts
+from engine.sources.hub_ids import is_only_on_hub
+from sweep.config.sweep import SweepConfig
+
+MAX_PASSES = 20  # beyond, an adapter learns the samples by heart
+MIN_EVAL_SAMPLES = 32  # below, chance decides between trials
+
+
+def data_warnings(config: SweepConfig, facts: PreparedFacts, given: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one line for each doubt about the data.
+
+    given: keys of the command line. An experiment of conf/ may choose few evaluation samples to be
+    quick; it says so in its own file.
+    """
+    passes = config.train.max_tokens / facts.num_train_tokens if facts.num_train_tokens else 0.0
+    if passes > MAX_PASSES:
+        yield (
+            f"each trial reads the {facts.num_train_samples:,} training samples ({facts.num_train_tokens:,} tokens) "
+            f"{passes:,.0f} times: more than {MAX_PASSES} passes mostly learn them by heart; lower train.max_tokens"
+        )
+    is_chosen = facts.num_eval_samples >= config.data.eval_max_samples and "data.eval_max_samples" not in given
+    if facts.num_eval_samples < MIN_EVAL_SAMPLES and not is_chosen:
+        yield (
+            f"{facts.num_eval_samples} evaluation samples decide which trial is best; with fewer than {MIN_EVAL_SAMPLES}, "
+            "chance decides much of it: raise data.eval_fraction or data.eval_max_samples, or give data.eval"
+        )
+
+
+def unchecked_line(config: SweepConfig, fault: str) -> str | None:
+    """Return the line for what the hub did not deliver; None if the fault is of another kind.
+
+    fault: the engine's line, `field = value: what is allowed`.
+    """
+    field = fault.partition(" = ")[0]
+    source = {"model.path": config.model.path, "data.train": config.data.train, "data.eval": config.data.eval}.get(field)
+    if source is None or not is_only_on_hub(source):
+        return None
+    rest = "model, template and samples" if field == "model.path" else "template and samples"
+    return f"unchecked  {rest}: the hub did not deliver {field} = {source} now ({fault.partition(': ')[2]})"

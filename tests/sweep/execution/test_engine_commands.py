@@ -1,0 +1,70 @@
+"""The driver starts its own engine, and tells it what the driver's config says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from engine.command_answers import AdapterEvaluation
+from engine.system.child_python import ROOT, own_environment, python_module
+from sweep.execution import engine_commands
+from tests.support.trials import build
+
+
+def test_a_folder_named_engine_where_the_user_stands_does_not_take_our_place(tmp_path, monkeypatch):
+    theirs = tmp_path / "ran"
+    for name in ("engine", "sweep"):
+        (tmp_path / name).mkdir()
+        for file in ("__init__.py", "__main__.py"):
+            (tmp_path / name / file).write_text(f"open({str(theirs)!r}, 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with pytest.raises(engine_commands.CommandFailed, match=r"^file = 'none\.json'"):  # ours answers
+        engine_commands._run(["engine", "plan", "none.json", "--card", "rtx4090"], [])
+    assert not theirs.exists()
+    subprocess.run([sys.executable, "-m", "engine"], check=True)  # twin: without our care theirs runs
+    assert theirs.exists()
+
+
+def test_an_empty_entry_of_the_module_path_would_be_the_users_folder():
+    given = {"PYTHONPATH": os.pathsep.join(["", "/theirs", "", ROOT]), "HOME": "/h"}
+    assert own_environment(given) == {"PYTHONPATH": os.pathsep.join([ROOT, "/theirs"]), "HOME": "/h"}
+    assert python_module("engine", "plan")[1:] == ["-P", "-m", "engine", "plan"]
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[SimpleNamespace]:
+    """Start nothing; keep each command with the config that it was given, and answer an evaluation."""
+    kept: list[SimpleNamespace] = []
+
+    def start(command, **_):
+        given = command[command.index("-m") + 2 :]
+        kept.append(SimpleNamespace(command=command, config=json.loads(Path(given[1]).read_text())))
+        if "--inputs" in given:
+            kept[-1].inputs = json.loads(Path(given[given.index("--inputs") + 1]).read_text())
+        Path(given[given.index("--answer") + 1]).write_text(json.dumps(AdapterEvaluation(1.0, 2.0, 3).to_dict()))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(engine_commands.subprocess, "run", start)
+    return kept
+
+
+@pytest.mark.parametrize("is_trusted", [True, False])
+def test_permission_comes_from_the_drivers_config_and_not_from_the_trials_folder(tmp_path, tiny_config, started, is_trusted):
+    config = build(tiny_config, model={"trust_remote_code": is_trusted})
+    adapter = tmp_path / "trial" / "adapter"
+    adapter.mkdir(parents=True)
+    edited = build(tiny_config, model={"trust_remote_code": not is_trusted}, data={"train": "theirs.jsonl"})
+    (tmp_path / "trial" / "train_config.json").write_text(edited.model_dump_json())
+    measured = engine_commands.evaluate(config, adapter, "engine", 2, {"weights": "then"})
+    assert measured == AdapterEvaluation(1.0, 2.0, 3)
+    assert started[0].config == config.model_dump(mode="json") and started[0].inputs == {"weights": "then"}
+    assert ("--trust-remote-code" in started[0].command) is is_trusted
+    engine_commands.evaluate(config, adapter, "engine")
+    assert not hasattr(started[1], "inputs")

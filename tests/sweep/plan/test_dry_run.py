@@ -1,0 +1,142 @@
+"""A dry run checks model, data and template as a start does, and says what the hub kept from it."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.command_answers import Facts
+from engine.planning.cards import CARDS
+from sweep import driver
+from sweep.__main__ import compose, main
+from sweep.config.sweep import parse_sweep_config
+from sweep.execution.engine_commands import CommandFailed
+from sweep.plan.feasibility import Feasibility
+from sweep.plan.forecast import most_demanding
+from sweep.plan.samples import data_warnings
+from sweep.plan.sweep_plan import make_sweep_plan
+from sweep.space.parse import parse_space
+from tests.support.fake_engine import SHAPE
+from tests.support.prepared import prepared
+
+SWEEP = ["model=local", "model.path=org/model", "data=local", "dry_run=true"]
+DATA = ["data.train=t.jsonl"]
+
+
+@pytest.fixture(autouse=True)
+def place(monkeypatch, tmp_path):
+    monkeypatch.setattr("sweep.cluster.slots.count_gpus", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    return tmp_path
+
+
+def fails(line, code=2):
+    def command(*_):
+        raise CommandFailed(line, code)
+
+    return command
+
+
+@pytest.mark.parametrize(
+    "line", ["data.train = 't.jsonl': no such file", "data.chat_template = 'x': allowed: none",
+             "data.train line 3 = '{': must be JSON", "lora.target_modules = 'x': matches no linear layer"]
+)  # fmt: skip
+def test_what_prepare_refuses_a_dry_run_refuses(monkeypatch, capsys, line):
+    monkeypatch.setattr(driver, "prepare", fails(line))
+    assert main([*SWEEP, *DATA]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == f"error: {line}\n" and shown.out.startswith("sweep ")
+
+
+@pytest.mark.parametrize(
+    ("given", "line", "part"),
+    [
+        (DATA, "model.path = 'org/model': offline", "template and samples: the hub did not deliver model.path = org/model"),
+        (["data.train=org/data"], "data.train = 'org/data': gated", "deliver data.train = org/data now (gated)"),
+    ],
+)  # fmt: skip
+def test_what_the_hub_does_not_deliver_is_named_and_the_plan_stays(monkeypatch, capsys, given, line, part):
+    monkeypatch.setattr(driver, "prepare", fails(line))
+    monkeypatch.setattr(driver, "inspect", fails(line) if "model" in line else lambda *_: Facts(shape=SHAPE))
+    assert main([*SWEEP, *given, "cluster.card=l4"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("unchecked  ") == 1 and part in shown.out and shown.err == ""
+
+
+def test_a_folder_that_is_here_is_no_hub_id(monkeypatch, place):
+    (place / "org" / "model").mkdir(parents=True)
+    monkeypatch.setattr(driver, "prepare", fails("model.path = 'org/model': config.json is not in it"))
+    assert main([*SWEEP, *DATA]) == 2
+
+
+def test_any_other_failure_of_prepare_is_no_excuse(monkeypatch):
+    monkeypatch.setattr(driver, "prepare", fails("python -m engine prepare failed with exit code 1: killed", 1))
+    assert main([*SWEEP, *DATA]) == 1
+
+
+# --- too little data ---
+
+CONFIG = parse_sweep_config({"model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 60_000}})
+
+
+@pytest.mark.parametrize(
+    ("found", "given", "parts"),
+    [
+        ({"num_train_tokens": 2_999, "num_train_samples": 60}, {}, ["60 training samples (2,999 tokens) 20 times"]),
+        ({"num_train_tokens": 54, "num_train_samples": 60}, {}, ["1,111 times"]),
+        ({"num_train_tokens": 3_000}, {}, []),
+        ({"num_train_tokens": 0}, {}, []),
+        ({"num_eval_samples": 3}, {}, ["3 evaluation samples decide"]),
+        ({"num_eval_samples": 32}, {}, []),
+        ({"num_eval_samples": 3, "num_train_tokens": 1}, {}, ["60,000 times", "3 evaluation samples"]),
+    ],
+)
+def test_too_many_passes_and_too_few_evaluation_samples_are_warnings(found, given, parts):
+    lines = list(data_warnings(CONFIG, prepared(**found), given))
+    assert len(lines) == len(parts) and all(part in line for part, line in zip(parts, lines))
+
+
+def test_few_evaluation_samples_by_choice_of_an_experiment_are_none_but_by_choice_of_the_user_are():
+    config = parse_sweep_config(compose(["+experiment=quickstart"]))
+    assert list(data_warnings(config, prepared(num_eval_samples=16), {})) == []
+    assert len(list(data_warnings(config, prepared(num_eval_samples=16), {"data.eval_max_samples": 16}))) == 1
+
+
+def test_warnings_are_shown_in_the_plan(monkeypatch, capsys):
+    monkeypatch.setattr(driver, "prepare", lambda *_: prepared(num_eval_samples=3, num_train_tokens=5000))
+    assert main([*SWEEP, *DATA]) == 0
+    shown = capsys.readouterr()
+    assert "WARNING: 3 evaluation samples" in shown.err and "WARNING: each trial reads the 1,000" in shown.err
+
+
+# --- the most demanding point ---
+
+
+def pinned(*words, predicts=True):
+    plan = make_sweep_plan(parse_sweep_config(compose(["+experiment=quickstart", "+debug=one-trial", *words])))
+    feasibility = Feasibility(SHAPE if predicts else None, CARDS["l4"] if predicts else None)
+    return plan.pinned(most_demanding(plan.space, plan.base(), feasibility)).config
+
+
+@pytest.mark.parametrize("predicts", [True, False])
+def test_the_debug_trial_is_the_point_that_needs_most_memory(predicts):
+    config = pinned(predicts=predicts)
+    assert (config.lora.rank, config.lora.target_modules, config.data.max_seq_length) == (16, "all-linear", 256)
+    assert config.space == {} and config.train.report_grid() == (2048, 4096)
+
+
+def test_order_in_the_space_does_not_decide():
+    config = pinned("space=none", "space.lora.rank.choices=[64,8]", "space.data.max_seq_length.choices=[512,128]")
+    assert (config.lora.rank, config.data.max_seq_length) == (64, 512)
+
+
+def test_rungs_of_the_debug_trial_move_apart_for_long_steps():
+    config = pinned("space=none", "space.data.max_seq_length.choices=[512,8192]")
+    assert config.data.max_seq_length == 8192 and config.train.report_grid() == (8192, 16_384)
+
+
+def test_a_point_that_does_not_fit_is_not_the_one_to_try():
+    space = parse_space({"data.max_seq_length": {"choices": [1024, 100_000_000]}})
+    base = parse_sweep_config({"model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 10**10}}).base()
+    params = most_demanding(space, base.model_dump(mode="json"), Feasibility(SHAPE, CARDS["l4"]))
+    assert params == {"data.max_seq_length": 1024}
