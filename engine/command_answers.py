@@ -130,7 +130,8 @@ class PreparedFacts(Facts):
 
     layers: one line on which decoder layers run fused. num_trainable: adapter parameters of each
     config. data: digests of the samples by part, training and evaluation. Numbers of samples are
-    rows of the source. accounts: of both parts, at each length among the configs.
+    rows of the source. accounts: of both parts, at each length among the configs. day: the one that
+    the chat template printed, None if it prints none.
     """
 
     model_path: str
@@ -141,6 +142,7 @@ class PreparedFacts(Facts):
     num_trainable: list[int]
     data: dict[str, str]
     accounts: list[DataAccount] = field(default_factory=list)
+    day: str | None = None
 
 
 @dataclass(frozen=True)

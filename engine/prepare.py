@@ -16,6 +16,7 @@ from engine.command_answers import DataAccount, Facts, PreparedFacts, VisibleCar
 from engine.config.targets import resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.account import account_data
+from engine.data.encoding import printed_day
 from engine.errors import InputError
 from engine.model.device import host_share_gib
 from engine.model.inspect import ModelFacts, inspect_model, load_tokenizer, model_config
@@ -61,6 +62,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         num_dropped_samples=training.num_dropped,
         num_trainable=num_trainable,
         data=digests,
+        day=printed_day(tokenizer, configs[0].data),
         accounts=_distinct(account for both in accounts.values() for account in both),
     )
 

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from engine.command_answers import DataAccount, data_warnings
+from engine.command_answers import PreparedFacts, data_warnings
 from engine.errors import StorageError, first_line
 from engine.system.files import home_folder, storage_fault
 from engine.system.provenance import provenance
@@ -29,7 +29,7 @@ from sweep.cluster.slots import Hardware, local_hardware
 from sweep.config.absolute_paths import with_absolute_paths
 from sweep.config.confirmations import ADDRESS, CODE, credentials, refuse_unconfirmed
 from sweep.config.resume_changes import apply_resume_changes
-from sweep.config.sweep import ClusterConfig, parse_sweep_config
+from sweep.config.sweep import ClusterConfig, SweepConfig, parse_sweep_config
 from sweep.execution.engine_commands import inspect, prepare
 from sweep.execution.interruption import taken_signals
 from sweep.execution.worker_config import REAL_ENGINE, EngineModules
@@ -47,7 +47,8 @@ INTERRUPTED = 130
 def start(raw: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
     """Run a new sweep. Returns the exit code. Raises InputError before anything is written."""
     config = with_absolute_paths(parse_sweep_config(raw), Path.cwd())
-    return _launch(make_sweep_plan(config, _find_hardware), None, dry_run, engine)
+    plan = make_sweep_plan(config, _find_hardware)
+    return _launch(plan.on_day(config.data.date or _earlier_day(config)), None, dry_run, engine)
 
 
 def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
@@ -80,16 +81,24 @@ def _launch(plan: SweepPlan, folder: SweepFolder | None, dry_run: bool, engine: 
         return 0
     with handled(taken_signals(), _interrupt), _metrics_page(plan) as page:
         try:
-            feasibility, data, accounts = _prepare(plan, engine)
+            feasibility, facts = _prepare(plan, engine)
         except KeyboardInterrupt:
             return _interrupted(folder)
+        data, accounts = facts.data, facts.accounts
         if folder is None:
+            plan = plan.on_day(plan.config.data.date or facts.day)
             if plan.config.sweep.warm_start:
                 _check_warm_start(plan, data)
             folder = SweepFolder.create(plan.config, datetime.now())
             folder.write_data(data, accounts)
         with _storage_errors(folder):
             return _run(plan, folder, engine, feasibility, page)
+
+
+def _earlier_day(config: SweepConfig) -> str | None:
+    """Return the day of the first sweep in sweep.warm_start that has one: its losses are of that day."""
+    days = (SweepFolder.open(name, "sweep.warm_start").read_config().data.date for name in config.sweep.warm_start)
+    return next(filter(None, days), None)
 
 
 def _check_warm_start(plan: SweepPlan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
@@ -117,15 +126,17 @@ def _forecast(plan: SweepPlan, engine: EngineModules) -> None:
     check_any_fits(plan.space, plan.base(), feasibility)
 
 
-def _prepare(plan: SweepPlan, engine: EngineModules) -> tuple[Feasibility, dict[str, Any], list[DataAccount]]:
+def _prepare(plan: SweepPlan, engine: EngineModules) -> tuple[Feasibility, PreparedFacts]:
     """Check the whole sweep against model, data and card. Raises InputError if it cannot work.
 
-    Returns the fit check for its trials, digests of the samples, and what became of the data.
+    Returns the fit check for its trials, and the facts about model and data.
     """
     print("preparing model and data ...", flush=True)
     facts = prepare(plan.probes(), engine.command)
     print(f"model: {facts.layers}", flush=True)
     print(f"data: {facts.num_train_samples:,} training and {facts.num_eval_samples:,} evaluation samples", flush=True)
+    if facts.day is not None:
+        print(f"data: the chat template prints a day; this sweep's is {facts.day} (data.date)", flush=True)
     for account in facts.accounts:
         print(f"data: {account.line()}", flush=True)
     for warning in data_warnings(facts.accounts, plan.config.train.max_tokens, plan.config.data.eval_max_samples):
@@ -135,7 +146,7 @@ def _prepare(plan: SweepPlan, engine: EngineModules) -> tuple[Feasibility, dict[
     if feasibility.predicts:
         print(f"{card_line(feasibility)}; trials that are predicted not to fit are not started", flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
-    return feasibility, facts.data, facts.accounts
+    return feasibility, facts
 
 
 def _run(plan: SweepPlan, folder: SweepFolder, engine: EngineModules, feasibility: Feasibility, page: MetricsPage | None) -> int:

@@ -6,7 +6,7 @@ The hardware is an argument: the caller joins a cluster, if there is one, and sa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.config.trial import TrainConfig
@@ -42,6 +42,11 @@ class SweepPlan:
     def probes(self) -> list[TrainConfig]:
         """Return the configs that prepare checks: the base, and one per choice and end of range."""
         return self.space.single_changes(self.base())
+
+    def on_day(self, day: str | None) -> SweepPlan:
+        """Return the plan with the day that chat templates print, on every trial and every resume."""
+        data = self.config.data.model_copy(update={"date": day})
+        return replace(self, config=self.config.model_copy(update={"data": data}))
 
     def warnings(self) -> list[str]:
         """Return one line for each setting that is allowed but may mislead."""
