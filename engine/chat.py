@@ -20,7 +20,7 @@ from transformers import TextStreamer
 from engine.adapter.lora import attach, load_adapter_state
 from engine.adapter.origin import FLAG, read_origin
 from engine.adapter.portable import read_adapter
-from engine.data.templates import chat_template
+from engine.dialogue.templates import chat_template
 from engine.errors import InputError
 from engine.model.base import Base, end_tokens
 from engine.model.device import pick_device

@@ -16,7 +16,7 @@ from engine.command_answers import DataAccount, Facts, PreparedFacts, VisibleCar
 from engine.config.targets import resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.account import account_data
-from engine.data.encoding import printed_day
+from engine.dialogue.encoding import printed_day
 from engine.errors import InputError
 from engine.model.device import host_share_gib
 from engine.model.inspect import ModelFacts, inspect_model, load_tokenizer, model_config

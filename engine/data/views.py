@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from engine.config.trial import ON_TRAINING_SAMPLES, DataConfig
-from engine.data.encoding import Encoder
 from engine.data.packing import Sample
 from engine.data.readers import read_rows
 from engine.data.row_pipeline import RowCounts, RowPipeline
 from engine.data.source_files import NamedSource, find_source
 from engine.data.tokens import VERSION, TokenSet, tokenise
+from engine.dialogue.encoding import Encoder
 from engine.errors import InputError
 from engine.sources.builtin import PREFIX, resolve_data
 from engine.system.shared_cache import build_once

@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.data import templates
-from engine.data.conversation import Conversation, SampleError, TargetText
-from engine.data.templates import MARKS, ChatTemplate, Rendered, common_prefix, reads, thought_of, with_thought_apart
+from engine.dialogue import templates
+from engine.dialogue.conversation import Conversation, SampleError, TargetText
+from engine.dialogue.templates import MARKS, ChatTemplate, Rendered, common_prefix, reads, thought_of, with_thought_apart
 
 Messages = list[dict[str, Any]]
 OPENED = re.compile(r"\s*(?:<think>|<\|START_THINKING\|>|\[THINK\]|<seed:think>)(\s*)")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.trial import DataConfig
-from engine.data.conversation import Conversation, Document, Encoded, SampleError, TargetText
-from engine.data.spans import Spans, any_of
-from engine.data.templates import MARKS, RESERVED, ChatTemplate, chat_template, prints_date, reads
+from engine.dialogue.conversation import Conversation, Document, Encoded, SampleError, TargetText
+from engine.dialogue.spans import Spans, any_of
+from engine.dialogue.templates import MARKS, RESERVED, ChatTemplate, chat_template, prints_date, reads
 from engine.errors import InputError
 
 PIECES = re.compile(f"{MARKS[0]}(.*?){MARKS[1]}", re.DOTALL)

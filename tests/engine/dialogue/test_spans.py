@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from engine.data.conversation import SampleError
-from engine.data.spans import MARKED, NO_END, NO_THOUGHT, UNASKED
+from engine.dialogue.conversation import SampleError
+from engine.dialogue.spans import MARKED, NO_END, NO_THOUGHT, UNASKED
 from tests.support.chat_templates import TEMPLATES
 from tests.support.dialogues import TOOLS, assistant, call, encode, encoder_for, learnt, user
 
@@ -30,8 +30,8 @@ def test_targets_end_with_the_token_that_ends_generation(name, end):
 
 def test_an_end_that_only_generation_config_names_is_learnt(tmp_path, monkeypatch):
     """GLM's answers end where the next header begins."""
-    from engine.data import encoding
-    from engine.data.conversation import Conversation
+    from engine.dialogue import encoding
+    from engine.dialogue.conversation import Conversation
     from tests.support.chat_templates import tokenizer_for
 
     tokenizer = tokenizer_for("glm-4")

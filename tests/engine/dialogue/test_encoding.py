@@ -4,8 +4,8 @@ import pytest
 
 from engine.config.parsing import parse
 from engine.config.trial import DataConfig, TrainConfig
-from engine.data.conversation import Conversation, Document, Encoded
-from engine.data.encoding import Encoder, printed_day
+from engine.dialogue.conversation import Conversation, Document, Encoded
+from engine.dialogue.encoding import Encoder, printed_day
 from engine.errors import InputError
 from tests.support.chat_templates import tokenizer_for
 from tests.support.dialogues import assistant, user
