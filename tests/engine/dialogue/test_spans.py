@@ -73,7 +73,7 @@ def test_an_opened_thought_is_written_closed_on_request_or_refused_with_both_tex
     thought = {"reasoning_content": "let me see"}
     assert learnt(name, user("ask"), assistant("one", **thought)) == [[f"let me see\n</think>\n\none{end}"]]
     assert learnt(name, user("ask"), assistant("<think>\nlet me see\n</think>\n\none")) == [[f"let me see\n</think>\n\none{end}"]]
-    with pytest.raises(SampleError, match=r"message 2 \(assistant\).*<think>.*one.*enable_thinking: false.*reasoning_content"):
+    with pytest.raises(SampleError, match=r"message 2 \(assistant\).*<think>.*one.*enable_thinking=false.*reasoning_content"):
         learnt(name, user("ask"), assistant("one"))
     _, (row,) = encode(name, user("ask"), assistant("one"), **OFF)
     assert learnt(name, user("ask"), assistant("one"), **OFF) == [[f"\n</think>\n\none{end}"]] and row.notes == (NO_THOUGHT,)
