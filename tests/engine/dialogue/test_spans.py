@@ -45,6 +45,21 @@ def test_an_end_that_only_generation_config_names_is_learnt(tmp_path, monkeypatc
     assert texts == "\n<think></think>\none<|user|>\n<think></think>\ntwo<|user|>" and not row.notes
 
 
+def test_a_model_of_the_hub_has_its_generation_config_looked_up(tmp_path, monkeypatch):
+    import transformers.utils
+
+    from engine.dialogue.encoding import end_texts
+    from tests.support.chat_templates import tokenizer_for
+
+    tokenizer = tokenizer_for("glm-4")
+    tokenizer.name_or_path = "org/model"
+    assert end_texts(tokenizer) == ["<|endoftext|>"]  # offline, and not in the cache
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": tokenizer.convert_tokens_to_ids("<|user|>")}))
+    monkeypatch.setattr(transformers.utils, "cached_file", lambda name, *rest, **options: str(file))
+    assert end_texts(tokenizer) == ["<|endoftext|>", "<|user|>"]
+
+
 def test_an_end_token_that_no_template_writes_is_added_and_noted():
     _, rows = encode("no-end", user("ask"), assistant("one"), user("more"), assistant("two"))
     assert len(rows) == 2 and all(row.notes == (NO_END,) for row in rows)
