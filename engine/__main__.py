@@ -75,7 +75,7 @@ def _train(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     config = _load(options)
     out = options.out or options.config.resolve().parent / "replay"
-    from engine.data.encoding import printed_day
+    from engine.dialogue.encoding import printed_day
     from engine.model.device import pick_device
     from engine.model.load import load_base
     from engine.training.loop import train

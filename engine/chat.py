@@ -21,7 +21,7 @@ from engine.adapter.lora import attach, load_adapter_state
 from engine.adapter.origin import read_origin
 from engine.adapter.portable import read_adapter
 from engine.config.permission import FLAG
-from engine.data.templates import chat_template
+from engine.dialogue.templates import chat_template
 from engine.errors import InputError
 from engine.model.base import Base, end_tokens
 from engine.model.device import pick_device

@@ -17,6 +17,7 @@ from engine.config.targets import resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.account import account_data
 from engine.data.views import identify
+from engine.dialogue.encoding import printed_day
 from engine.errors import InputError
 from engine.model.device import host_share_gib
 from engine.model.inspect import ModelFacts, inspect_model, load_tokenizer, model_config
@@ -62,6 +63,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         num_dropped_samples=training.num_dropped,
         num_trainable=num_trainable,
         data=digests,
+        day=printed_day(tokenizer, configs[0].data),
         accounts=_distinct(account for both in accounts.values() for account in both),
         num_train_tokens=min(both[0].num_tokens for both in accounts.values()),
     )

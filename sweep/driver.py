@@ -31,7 +31,7 @@ from sweep.cluster.slots import Hardware, local_hardware
 from sweep.config.absolute_paths import absolute_uri, with_absolute_paths
 from sweep.config.confirmations import ADDRESS, CODE, credentials, refuse_unconfirmed
 from sweep.config.resume_changes import apply_resume_changes
-from sweep.config.sweep import ClusterConfig, parse_sweep_config
+from sweep.config.sweep import ClusterConfig, SweepConfig, parse_sweep_config
 from sweep.execution.engine_commands import CommandFailed, inspect, prepare, print_sample
 from sweep.execution.interruption import taken_signals
 from sweep.execution.worker_config import REAL_ENGINE, EngineModules
@@ -63,7 +63,7 @@ def start(
     config = with_absolute_paths(parse_sweep_config(raw), Path.cwd())
     plan = make_sweep_plan(config, _find_hardware)
     refuse_idle_overrides(config, plan.space, given)
-    return _launch(plan, None, dry_run, engine, given)
+    return _launch(plan.on_day(config.data.date or _earlier_day(config)), None, dry_run, engine, given)
 
 
 def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
@@ -124,6 +124,7 @@ def _launch(
             return _interrupted(folder)
         refuse_changed(plan.config.base(), recorded, data)
         if folder is None:
+            plan = plan.on_day(plan.config.data.date or facts.day)
             if plan.config.sweep.warm_start:
                 _check_warm_start(plan, data)
             plan = _pinned(plan, feasibility)
@@ -131,6 +132,12 @@ def _launch(
             folder.write_data(data, facts.accounts)
         with _storage_errors(folder):
             return _run(plan, folder, engine, feasibility, page, {**data, **recorded})
+
+
+def _earlier_day(config: SweepConfig) -> str | None:
+    """Return the day of the first sweep in sweep.warm_start that has one: its losses are of that day."""
+    days = (SweepFolder.open(name, "sweep.warm_start").read_config().data.date for name in config.sweep.warm_start)
+    return next(filter(None, days), None)
 
 
 def _check_warm_start(plan: SweepPlan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
@@ -207,6 +214,8 @@ def _checked(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -
     facts = prepare(plan.probes(), engine.command)
     print(f"model: {facts.layers}", flush=True)
     print(f"data: {facts.num_train_samples:,} training and {facts.num_eval_samples:,} evaluation samples", flush=True)
+    if facts.day is not None:
+        print(f"data: the chat template prints a day; this sweep's is {facts.day} (data.date)", flush=True)
     for account in facts.accounts:
         print(f"data: {account.line()}", flush=True)
     _warn(dict.fromkeys(line for account in facts.accounts for line in account.warnings()))

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.data.conversation import Conversation, Document, SampleError
 from engine.data.messages import MEDIA, check_text, flag, parse_json, read_message
+from engine.dialogue.conversation import Conversation, Document, SampleError
 from engine.errors import InputError
 
 FORMATS = {  # format -> columns that identify it, most specific first

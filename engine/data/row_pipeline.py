@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.config.trial import DataConfig
-from engine.data.conversation import Conversation, Document, Encoded, SampleError
-from engine.data.encoding import Encoder
 from engine.data.formats import RowFormat
 from engine.data.readers import SourceRow
+from engine.dialogue.conversation import Conversation, Document, Encoded, SampleError
+from engine.dialogue.encoding import Encoder
 from engine.errors import InputError
 from engine.system.limited_child import Bounded, TooCostly
 

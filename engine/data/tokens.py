@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data.conversation import Encoded
+from engine.dialogue.conversation import Encoded
 
 VERSION = 2  # of the token cache's content
 BUFFER = 1 << 16  # values that a column holds in memory before it writes them

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from engine.config.trial import ON_TRAINING_SAMPLES, DataConfig, TrainConfig
-from engine.data.encoding import Encoder
 from engine.data.packing import Sample
 from engine.data.readers import read_rows
 from engine.data.row_pipeline import RowCounts, RowPipeline
 from engine.data.source_files import NamedSource, find_source
-from engine.data.templates import chat_template
 from engine.data.tokens import VERSION, TokenSet, tokenise
+from engine.dialogue.encoding import Encoder
+from engine.dialogue.templates import chat_template
 from engine.errors import InputError, InputsChanged
 from engine.sources.builtin import PREFIX, resolve_data
 from engine.sources.identity import identify_model, is_input_fault, refuse_changed, short_digest

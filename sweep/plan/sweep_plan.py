@@ -45,6 +45,11 @@ class SweepPlan:
         """Return the configs that prepare checks: the base, and one per choice and end of range."""
         return self.space.single_changes(self.base())
 
+    def on_day(self, day: str | None) -> SweepPlan:
+        """Return the plan with the day that chat templates print, on every trial and every resume."""
+        data = self.config.data.model_copy(update={"date": day})
+        return replace(self, config=self.config.model_copy(update={"data": data}))
+
     def warnings(self) -> list[str]:
         """Return one line for each setting that is allowed but may mislead."""
         if "elapsed_s" in self.config.sweep.objectives and self.has_mixed_cards:

@@ -18,7 +18,7 @@ ACCOUNT = make_account()
 PREPARED = PreparedFacts(
     shape=SHAPE, card=CARD, host_gib=3.5, model_path="m", layers="2 of 2", num_train_samples=8, num_eval_samples=2,
     num_dropped_samples=0, num_trainable=[64, 128], data={"training": "ab", "evaluation": "cd"},
-    accounts=[ACCOUNT],
+    accounts=[ACCOUNT], day="2026-11-26",
 )  # fmt: skip
 EXAMPLE = {"prompt": "p", "expected": "e", "base": "b", "adapter": "a"}
 EVALUATED = AdapterEvaluation(2.5, 1.25, 7, [EXAMPLE], 0.5)
@@ -35,7 +35,7 @@ def test_the_commands_json_has_the_keys_it_always_had():
     assert set(Facts().to_dict()) == {"shape", "card", "host_gib"}
     assert set(PREPARED.to_dict()) == {
         "shape", "card", "host_gib", "model_path", "layers", "num_train_samples", "num_eval_samples", "num_dropped_samples",
-        "num_trainable", "data", "accounts"}  # fmt: skip
+        "num_trainable", "data", "accounts", "day"}  # fmt: skip
     assert PREPARED.to_dict()["card"] == {"name": "NVIDIA L4", "memory_gib": 22.5}
     losses = {"base_eval_loss", "eval_loss", "num_eval_target_tokens"}
     assert set(AdapterEvaluation(2.5, 1.25, 7).to_dict()) == losses

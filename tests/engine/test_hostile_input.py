@@ -19,7 +19,7 @@ import torch
 from engine.__main__ import main
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
-from engine.data.templates import SampleError
+from engine.dialogue.templates import SampleError
 from engine.errors import CheckpointError
 from engine.training.loop import train
 
@@ -160,8 +160,8 @@ def test_a_chat_template_that_would_take_all_time_or_memory_is_stopped(refused, 
 
 def test_an_ordinary_template_is_rendered_in_a_child_as_it_would_be_here(tiny_model_dir):
     from engine.config.trial import DataConfig, ModelConfig
-    from engine.data.conversation import Conversation
-    from engine.data.encoding import Encoder
+    from engine.dialogue.conversation import Conversation
+    from engine.dialogue.encoding import Encoder
     from engine.model.inspect import load_tokenizer
     from engine.system.limited_child import Bounded
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from engine.config.parsing import parse
 from engine.config.trial import DataConfig
-from engine.data.conversation import Conversation
-from engine.data.encoding import Encoder
+from engine.dialogue.conversation import Conversation
+from engine.dialogue.encoding import Encoder
 from tests.support.chat_templates import tokenizer_for
 
 TOOLS = ({"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}},)

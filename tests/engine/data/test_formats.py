@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from engine.data.conversation import Conversation, Document
 from engine.data.formats import RowFormat
+from engine.dialogue.conversation import Conversation, Document
 from engine.errors import InputError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

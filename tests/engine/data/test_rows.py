@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from engine.config.parsing import parse
 from engine.config.trial import DataConfig, ModelConfig
 from engine.data.account import account_data
-from engine.data.conversation import Encoded
 from engine.data.tokens import TokenSet, tokenise
 from engine.data.views import View, load_data
+from engine.dialogue.conversation import Encoded
 from engine.errors import InputError
 from engine.model.inspect import load_tokenizer
 

@@ -7,9 +7,9 @@ import pytest
 
 from engine.config.parsing import parse
 from engine.config.trial import DataConfig, ModelConfig
-from engine.data.templates import CHATML
 from engine.data.tokens import TokenSet
 from engine.data.views import load_data, split_by_content
+from engine.dialogue.templates import CHATML
 from engine.errors import InputError
 from engine.model.inspect import load_tokenizer
 
@@ -116,7 +116,7 @@ def test_equal_samples_never_fall_on_both_sides():
 
 
 def test_chatml_can_be_named_where_a_tokenizer_has_no_template(tokenizer):
-    from engine.data.templates import chat_template
+    from engine.dialogue.templates import chat_template
 
     assert chat_template(tokenizer, "chatml") == CHATML
     with pytest.raises(InputError, match=r"data\.chat_template.*chatml"):

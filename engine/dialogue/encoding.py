@@ -14,10 +14,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from engine.config.trial import DataConfig
-from engine.data.conversation import Conversation, Document, Encoded, SampleError, TargetText
-from engine.data.spans import Spans, any_of
-from engine.data.templates import MARKS, RESERVED, ChatTemplate, chat_template, prints_date, reads
+from engine.config.trial import HUB_ID, DataConfig
+from engine.dialogue.conversation import Conversation, Document, Encoded, SampleError, TargetText
+from engine.dialogue.spans import Spans, any_of
+from engine.dialogue.templates import MARKS, RESERVED, ChatTemplate, chat_template, prints_date, reads
 from engine.errors import InputError
 
 PIECES = re.compile(f"{MARKS[0]}(.*?){MARKS[1]}", re.DOTALL)
@@ -176,14 +176,28 @@ def printed_day(tokenizer: Any, config: DataConfig) -> str | None:
 
 def end_texts(tokenizer: Any) -> list[str]:
     """Return the tokens that end generation: the tokenizer's, and those of generation_config.json."""
-    ids, file = [tokenizer.eos_token_id], Path(str(tokenizer.name_or_path)) / "generation_config.json"
+    ids, file = [tokenizer.eos_token_id], _generation_config(str(tokenizer.name_or_path))
     try:
-        named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file else None
         ids += named if isinstance(named, list) else [named]
     except (OSError, ValueError, AttributeError):
-        pass  # a model may come without the file
+        pass  # transformers, too, does without it
     texts = [tokenizer.convert_ids_to_tokens(i) for i in ids if isinstance(i, int) and 0 <= i < len(tokenizer)]
     return list(dict.fromkeys(text for text in texts if text))
+
+
+def _generation_config(model: str) -> Path | None:
+    """Return the file of a model folder or hub id, or None: a model may come without it."""
+    if Path(model).is_dir() or not HUB_ID.fullmatch(model):
+        return Path(model) / "generation_config.json"
+    from transformers.utils import cached_file
+
+    try:
+        missing = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+        found = cached_file(model, "generation_config.json", **missing)
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None
 
 
 def _refuse_unread(template: str | None, variables: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ class Encoded:
 class TargetText:
     """Hold a text and the character ranges [start, end) that carry loss.
 
-    Special tokens between the marks of engine/data/templates.py are text. notes: what the author of the data may not expect.
+    Special tokens between the marks of engine/dialogue/templates.py are text. notes: what the author of the data may not expect.
     is_chat: a template wrote the text, with the tokens before it that the tokenizer would add.
     """
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.data.conversation import SampleError
+from engine.dialogue.conversation import SampleError
 from tests.support.chat_templates import TEMPLATES
 from tests.support.dialogues import assistant, encode, encoder_for, spans, user
 

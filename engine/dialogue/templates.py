@@ -20,7 +20,7 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
-from engine.data.conversation import SampleError
+from engine.dialogue.conversation import SampleError
 from engine.errors import InputError, first_line
 from engine.system.user_path import user_path
 

@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.data import templates
-from engine.data.conversation import Conversation, SampleError, TargetText
-from engine.data.templates import MARKS, ChatTemplate, Rendered, common_prefix, reads, thought_of, with_thought_apart
+from engine.dialogue import templates
+from engine.dialogue.conversation import Conversation, SampleError, TargetText
+from engine.dialogue.templates import MARKS, ChatTemplate, Rendered, common_prefix, reads, thought_of, with_thought_apart
 
 Messages = list[dict[str, Any]]
 OPENED = re.compile(r"\s*(?:<think>|<\|START_THINKING\|>|\[THINK\]|<seed:think>)(\s*)")
@@ -170,7 +170,7 @@ class Spans:
         shown = [json.dumps(text[at : at + 60], ensure_ascii=False) for text in (prompt, whole)]
         opens = thought is None and "think" in prompt[at:].lower()
         switches = reads(self._template.text, SWITCHES)[:1] or SWITCHES[:opens]
-        ways = [f"data.template_kwargs={{{switch}: {'true' if thought else 'false'}}}" for switch in switches]
+        ways = [f"data.template_kwargs.{switch}={'true' if thought else 'false'}" for switch in switches]
         end = ", or give the answer its thought (reasoning_content)" if opens else ""
         ways = " or ".join([*ways, "data.chat_template"])
         return f"the generation prompt has {shown[0]} where the chat template writes {shown[1]}; set {ways}{end}"

@@ -2,9 +2,10 @@
 
 import pytest
 
-from engine.config.trial import DataConfig
-from engine.data.conversation import Conversation, Document, Encoded
-from engine.data.encoding import Encoder
+from engine.config.parsing import parse
+from engine.config.trial import DataConfig, TrainConfig
+from engine.dialogue.conversation import Conversation, Document, Encoded
+from engine.dialogue.encoding import Encoder, printed_day
 from engine.errors import InputError
 from tests.support.chat_templates import tokenizer_for
 from tests.support.dialogues import assistant, user
@@ -103,3 +104,27 @@ def test_everything_that_decides_the_ids_is_part_of_the_identity():
     options = [{}, {"turns": "last"}, {"template_kwargs": {"enable_thinking": False}}, {"chat_template": "chatml"}]
     identities = [encoder(tokenizer, **option).identity for option in options]
     assert all(identities.count(identity) == 1 for identity in identities)
+
+
+def test_only_a_template_that_prints_the_day_makes_the_day_matter():
+    from datetime import date
+
+    assert printed_day(tokenizer_for("llama-3"), DataConfig(train="x")) == str(date.today())
+    assert printed_day(tokenizer_for("llama-3"), DataConfig(train="x", date="2025-03-07")) == "2025-03-07"
+    assert printed_day(tokenizer_for("chatml"), DataConfig(train="x", date="2025-03-07")) is None
+
+
+@pytest.mark.parametrize("day", ["yesterday", "2025-3-7", "2025-02-30", "20250307"])
+def test_a_day_is_written_one_way(day):
+    with pytest.raises(InputError, match=r"date = .*2026-11-26"):
+        parse(DataConfig, {"train": "x", "date": day})
+
+
+def test_new_fields_leave_old_fingerprints_as_they_are():
+    config = {"model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 100}}
+    plain = parse(TrainConfig, config).fingerprint()
+    for field, value, default in (
+        ("template_kwargs", {"enable_thinking": False}, None), ("date", "2025-03-07", None), ("turns", "last", "all"),
+    ):  # fmt: skip
+        assert parse(TrainConfig, {**config, "data": {"train": "t", field: default}}).fingerprint() == plain
+        assert parse(TrainConfig, {**config, "data": {"train": "t", field: value}}).fingerprint() != plain

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from engine.data.conversation import SampleError
-from engine.data.spans import MARKED, NO_END, NO_THOUGHT, UNASKED
+from engine.dialogue.conversation import SampleError
+from engine.dialogue.spans import MARKED, NO_END, NO_THOUGHT, UNASKED
 from tests.support.chat_templates import TEMPLATES
 from tests.support.dialogues import TOOLS, assistant, call, encode, encoder_for, learnt, user
 
@@ -30,8 +30,8 @@ def test_targets_end_with_the_token_that_ends_generation(name, end):
 
 def test_an_end_that_only_generation_config_names_is_learnt(tmp_path, monkeypatch):
     """GLM's answers end where the next header begins."""
-    from engine.data import encoding
-    from engine.data.conversation import Conversation
+    from engine.dialogue import encoding
+    from engine.dialogue.conversation import Conversation
     from tests.support.chat_templates import tokenizer_for
 
     tokenizer = tokenizer_for("glm-4")
@@ -43,6 +43,21 @@ def test_an_end_that_only_generation_config_names_is_learnt(tmp_path, monkeypatc
     (row,) = encoder.encode([encoder.render(Conversation(messages, (False, True, False, True)))])[0]
     texts = tokenizer.decode([i for i, wanted in zip(row.input_ids, row.is_target) if wanted])
     assert texts == "\n<think></think>\none<|user|>\n<think></think>\ntwo<|user|>" and not row.notes
+
+
+def test_a_model_of_the_hub_has_its_generation_config_looked_up(tmp_path, monkeypatch):
+    import transformers.utils
+
+    from engine.dialogue.encoding import end_texts
+    from tests.support.chat_templates import tokenizer_for
+
+    tokenizer = tokenizer_for("glm-4")
+    tokenizer.name_or_path = "org/model"
+    assert end_texts(tokenizer) == ["<|endoftext|>"]  # offline, and not in the cache
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": tokenizer.convert_tokens_to_ids("<|user|>")}))
+    monkeypatch.setattr(transformers.utils, "cached_file", lambda name, *rest, **options: str(file))
+    assert end_texts(tokenizer) == ["<|endoftext|>", "<|user|>"]
 
 
 def test_an_end_token_that_no_template_writes_is_added_and_noted():
@@ -73,7 +88,7 @@ def test_an_opened_thought_is_written_closed_on_request_or_refused_with_both_tex
     thought = {"reasoning_content": "let me see"}
     assert learnt(name, user("ask"), assistant("one", **thought)) == [[f"let me see\n</think>\n\none{end}"]]
     assert learnt(name, user("ask"), assistant("<think>\nlet me see\n</think>\n\none")) == [[f"let me see\n</think>\n\none{end}"]]
-    with pytest.raises(SampleError, match=r"message 2 \(assistant\).*<think>.*one.*enable_thinking: false.*reasoning_content"):
+    with pytest.raises(SampleError, match=r"message 2 \(assistant\).*<think>.*one.*enable_thinking=false.*reasoning_content"):
         learnt(name, user("ask"), assistant("one"))
     _, (row,) = encode(name, user("ask"), assistant("one"), **OFF)
     assert learnt(name, user("ask"), assistant("one"), **OFF) == [[f"\n</think>\n\none{end}"]] and row.notes == (NO_THOUGHT,)
