@@ -75,6 +75,7 @@ def _train(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     config = _load(options)
     out = options.out or options.config.resolve().parent / "replay"
+    from engine.dialogue.encoding import printed_day
     from engine.model.device import pick_device
     from engine.model.load import load_base
     from engine.training.loop import train
@@ -86,6 +87,8 @@ def _train(arguments: list[str]) -> int:
         flush=True,
     )
     base = load_base(config.model, pick_device(config.train.device))
+    if config.data.date is None and (day := printed_day(base.tokenizer, config.data)):
+        print(f"note: the chat template prints the day; data.date={day} gives the same samples later", flush=True)
     with asked_to_end(ENDING) as interrupted:
         try:
             for report in train(config, out, base=base, interrupted=interrupted):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from engine.adapter.lora import attach, load_adapter_state
 from engine.adapter.origin import read_origin
 from engine.adapter.portable import read_adapter
 from engine.config.permission import FLAG
-from engine.data.templates import chat_template
+from engine.dialogue.templates import chat_template
 from engine.errors import InputError
 from engine.model.base import Base, end_tokens
 from engine.model.device import pick_device
@@ -28,6 +29,8 @@ from engine.model.load import load_base
 from engine.system.command_line import run
 from engine.system.limited_child import Bounded, TooCostly
 from engine.system.user_path import user_path
+
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class Printer(TextStreamer):
@@ -45,13 +48,15 @@ class Printer(TextStreamer):
 class Chat:
     """Hold a loaded base model with its adapter, and the turns so far."""
 
-    def __init__(self, base: Base, template: str | None, max_new_tokens: int, temperature: float) -> None:
+    def __init__(
+        self, base: Base, template: str | None, max_new_tokens: int, temperature: float, variables: Mapping[str, Any] = EMPTY
+    ) -> None:
         """Set how the model answers.
 
         template: None passes each prompt to the model as it is, without earlier turns. temperature:
-        0 always takes the likeliest token.
+        0 always takes the likeliest token. variables: what the template reads besides messages.
         """
-        self._base, self._template, self._messages = base, template, []
+        self._base, self._template, self._messages, self._variables = base, template, [], dict(variables)
         self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "use_cache": True}
         if temperature > 0:
             self._options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -78,7 +83,7 @@ class Chat:
             encoded = tokenizer(prompt, return_tensors="pt")
         else:
             self._messages.append({"role": "user", "content": prompt})
-            options = {"chat_template": self._template, "add_generation_prompt": True, "tokenize": False}
+            options = {**self._variables, "chat_template": self._template, "add_generation_prompt": True, "tokenize": False}
             try:
                 with Bounded(lambda messages: tokenizer.apply_chat_template(messages, **options)) as render:
                     text = render(self._messages)
@@ -108,7 +113,8 @@ def load_chat(
     base.model.eval()
     wanted = config.data.chat_template if config else None
     template = chat_template(base.tokenizer, wanted) if wanted or base.tokenizer.chat_template else None
-    return Chat(base, template, max_new_tokens, temperature)
+    variables = (config.data.template_kwargs if config else None) or {}
+    return Chat(base, template, max_new_tokens, temperature, variables)
 
 
 def _prompts() -> Iterator[str]:

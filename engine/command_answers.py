@@ -11,6 +11,8 @@ from typing import Any
 from engine.config.parsing import parse_dataclass
 from engine.planning.model_shape import ModelShape
 
+MUCH_LOST = 0.1  # share of a data set's rows or tokens that are not used
+
 
 @dataclass(frozen=True)
 class VisibleCard:
@@ -18,6 +20,70 @@ class VisibleCard:
 
     name: str
     memory_gib: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataAccount:
+    """Say what became of the rows of one data set at one length.
+
+    part: training or evaluation. num_equal: rows with the tokens of an earlier row. num_chosen: rows
+    after hold-out and caps; num_used: those of them with something to learn. num_dropped samples
+    have no target within the length, or are longer under data.overlong=drop. num_lost_tokens: of
+    the chosen rows, read in no pass. num_tokens and num_targets: of one pass. num_leaked: rows of
+    an evaluation set of its own that are training rows too. num_bos, num_eos: documents of the
+    whole set to which these were added. bad_rows: lines about the first ones. notes: what the
+    author of the data may not expect, with the number of rows of the whole set.
+    """
+
+    part: str
+    max_seq_length: int
+    num_read: int
+    num_bad: int
+    num_equal: int
+    num_chosen: int
+    num_used: int
+    num_samples: int
+    num_cut: int
+    num_dropped: int
+    num_lost_tokens: int
+    num_tokens: int
+    num_targets: int
+    num_leaked: int
+    num_bos: int
+    num_eos: int
+    bad_rows: list[str] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """Return everything in one line."""
+        read = _listed(f"{self.num_read:,} rows read", bad=self.num_bad, equal_to_others=self.num_equal)
+        used = f"{self.num_used:,} used"
+        if self.num_samples != self.num_used:
+            used += f" as {self.num_samples:,} samples"
+        lost = _listed(f"{self.num_lost_tokens:,} tokens lost", samples_cut=self.num_cut, dropped=self.num_dropped)
+        share = self.num_targets / max(1, self.num_tokens)
+        parts = [read, used, f"{self.num_tokens:,} tokens a pass, {share:.1%} of them targets", lost]
+        added = [f"{name} to {count:,}" for name, count in (("BOS", self.num_bos), ("EOS", self.num_eos)) if count]
+        parts += [f"added {', '.join(added)}"] if added else []
+        parts += [f"{note} ({count:,} rows)" for note, count in self.notes.items()]
+        return f"{self.part} at {self.max_seq_length:,} tokens: {'; '.join(parts)}"
+
+    def warnings(self) -> list[str]:
+        """Return a line for each loss that a user should know of before training."""
+        found = []
+        before = self.num_chosen + self.num_bad
+        gone = self.num_bad + self.num_chosen - self.num_used
+        tokens = self.num_tokens + self.num_lost_tokens
+        for what, lost, whole in (("rows", gone, before), ("tokens", self.num_lost_tokens, tokens)):
+            if lost > MUCH_LOST * whole:
+                found.append(
+                    f"{self.part} data lose {lost / whole:.0%} of their {what} at {self.max_seq_length:,} tokens "
+                    "(bad rows, or beyond the length: data.overlong)"
+                )
+        found += [f"a bad row was skipped: {line}" for line in self.bad_rows]
+        if self.num_leaked:
+            found.append(f"{self.num_leaked:,} of {self.num_chosen:,} evaluation rows are training rows too")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +105,7 @@ class Facts:
     @classmethod
     def from_dict(cls, values: Any) -> Facts:
         """Read plain data from JSON. Raises InputError if a key or a type is wrong."""
-        return parse_dataclass(cls, _with_parts(values, shape=ModelShape, card=VisibleCard), "facts")
+        return parse_dataclass(cls, _with_parts(values, shape=ModelShape, card=VisibleCard, accounts=DataAccount), "facts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +115,9 @@ class PreparedFacts(Facts):
     layers: one line on which decoder layers run fused. num_trainable: adapter parameters of each
     config. data: digests of samples, template and base model by part (engine/sources/identity.py).
     num_train_tokens: tokens of one pass over the training samples, for the config that cuts them
-    shortest; 0 if not known.
+    shortest; 0 if not known. Numbers of samples are rows of the source. accounts: of both parts, at
+    each length among the configs. day: the one that the chat template
+    printed, None if it prints none.
     """
 
     model_path: str
@@ -60,6 +128,8 @@ class PreparedFacts(Facts):
     num_trainable: list[int]
     data: dict[str, str]
     num_train_tokens: int = 0
+    accounts: list[DataAccount] = field(default_factory=list)
+    day: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,8 +184,20 @@ class AdapterEvaluation:
 
 
 def _with_parts(values: Any, **kinds: type) -> Any:
-    """Return the values with their nested objects read into dataclasses."""
+    """Return the values with their nested objects, or lists of them, read into dataclasses."""
     if not isinstance(values, dict):
         return values
-    parts = {name: parse_dataclass(kind, values[name], name) for name, kind in kinds.items() if values.get(name) is not None}
-    return {**values, **parts}
+    read = {name: _part(kind, values[name], name) for name, kind in kinds.items() if values.get(name) is not None}
+    return {**values, **read}
+
+
+def _part(kind: type, value: Any, name: str) -> Any:
+    if isinstance(value, list):
+        return [parse_dataclass(kind, one, f"{name}.{i}") for i, one in enumerate(value)]
+    return parse_dataclass(kind, value, name)
+
+
+def _listed(first: str, **counts: int) -> str:
+    """Return the text, and in brackets the counts that are not 0."""
+    shown = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count)
+    return f"{first} ({shown})" if shown else first

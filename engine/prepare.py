@@ -7,14 +7,17 @@ machine would all fill them at the same time.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from engine.command_answers import Facts, PreparedFacts, VisibleCard
+from engine.command_answers import DataAccount, Facts, PreparedFacts, VisibleCard
 from engine.config.targets import resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
-from engine.data.views import identify, load_data
+from engine.data.account import account_data
+from engine.data.views import identify
+from engine.dialogue.encoding import printed_day
 from engine.errors import InputError
 from engine.model.device import host_share_gib
 from engine.model.inspect import ModelFacts, inspect_model, load_tokenizer, model_config
@@ -32,8 +35,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
     if not configs:
         raise InputError("configs", configs, "must hold at least one training config")
     models: dict[str, tuple[ModelFacts, Any]] = {}  # facts and tokenizer
-    samples: dict[str, tuple[int, int, int]] = {}
-    num_tokens: list[int] = []
+    accounts: dict[str, list[DataAccount]] = {}
     digests: dict[str, str] = {}
     num_trainable = []
     for config in configs:
@@ -45,12 +47,10 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         targets = resolve_targets(list(features), config.lora.target_modules)
         num_trainable.append(sum(config.lora.rank * sum(features[name]) for name in targets))
         data_key = key + repr(config.data)
-        if data_key not in samples:
-            train_view, eval_view = load_data(config.data, tokenizer)
+        if data_key not in accounts:
+            train_view, eval_view, accounts[data_key] = account_data(config.data, tokenizer)
             digests = digests or identify(config, tokenizer, (train_view, eval_view))
-            samples[data_key] = (len(train_view), len(eval_view), train_view.num_dropped)
-            num_tokens.append(int(train_view.lengths.sum()))
-    num_train, num_eval, num_dropped = next(iter(samples.values()))
+    training, evaluation = next(iter(accounts.values()))
     found = inspect(configs[0].model)
     return PreparedFacts(
         shape=found.shape,
@@ -58,13 +58,24 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         host_gib=found.host_gib,
         model_path=locate(configs[0].model),
         layers=next(iter(models.values()))[0].swaps.describe(),
-        num_train_samples=num_train,
-        num_eval_samples=num_eval,
-        num_dropped_samples=num_dropped,
+        num_train_samples=training.num_used,
+        num_eval_samples=evaluation.num_used,
+        num_dropped_samples=training.num_dropped,
         num_trainable=num_trainable,
         data=digests,
-        num_train_tokens=min(num_tokens),
+        day=printed_day(tokenizer, configs[0].data),
+        accounts=_distinct(account for both in accounts.values() for account in both),
+        num_train_tokens=min(both[0].num_tokens for both in accounts.values()),
     )
+
+
+def _distinct(accounts: Iterable[DataAccount]) -> list[DataAccount]:
+    """Return the accounts without repeats; all configs share one evaluation set."""
+    found: list[DataAccount] = []
+    for account in accounts:
+        if account not in found:
+            found.append(account)
+    return found
 
 
 def inspect(config: ModelConfig) -> Facts:

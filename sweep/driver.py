@@ -31,7 +31,7 @@ from sweep.cluster.slots import Hardware, local_hardware
 from sweep.config.absolute_paths import absolute_uri, with_absolute_paths
 from sweep.config.confirmations import ADDRESS, CODE, credentials, refuse_unconfirmed
 from sweep.config.resume_changes import apply_resume_changes
-from sweep.config.sweep import ClusterConfig, parse_sweep_config
+from sweep.config.sweep import ClusterConfig, SweepConfig, parse_sweep_config
 from sweep.execution.engine_commands import CommandFailed, inspect, prepare, print_sample
 from sweep.execution.interruption import taken_signals
 from sweep.execution.worker_config import REAL_ENGINE, EngineModules
@@ -63,7 +63,7 @@ def start(
     config = with_absolute_paths(parse_sweep_config(raw), Path.cwd())
     plan = make_sweep_plan(config, _find_hardware)
     refuse_idle_overrides(config, plan.space, given)
-    return _launch(plan, None, dry_run, engine, given)
+    return _launch(plan.on_day(config.data.date or _earlier_day(config)), None, dry_run, engine, given)
 
 
 def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engine: EngineModules = REAL_ENGINE) -> int:
@@ -124,13 +124,20 @@ def _launch(
             return _interrupted(folder)
         refuse_changed(plan.config.base(), recorded, data)
         if folder is None:
+            plan = plan.on_day(plan.config.data.date or facts.day)
             if plan.config.sweep.warm_start:
                 _check_warm_start(plan, data)
             plan = _pinned(plan, feasibility)
             folder = SweepFolder.create(plan.config, datetime.now())
-            folder.write_data(data)
+            folder.write_data(data, facts.accounts)
         with _storage_errors(folder):
             return _run(plan, folder, engine, feasibility, page, {**data, **recorded})
+
+
+def _earlier_day(config: SweepConfig) -> str | None:
+    """Return the day of the first sweep in sweep.warm_start that has one: its losses are of that day."""
+    days = (SweepFolder.open(name, "sweep.warm_start").read_config().data.date for name in config.sweep.warm_start)
+    return next(filter(None, days), None)
 
 
 def _check_warm_start(plan: SweepPlan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
@@ -207,6 +214,11 @@ def _checked(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -
     facts = prepare(plan.probes(), engine.command)
     print(f"model: {facts.layers}", flush=True)
     print(f"data: {facts.num_train_samples:,} training and {facts.num_eval_samples:,} evaluation samples", flush=True)
+    if facts.day is not None:
+        print(f"data: the chat template prints a day; this sweep's is {facts.day} (data.date)", flush=True)
+    for account in facts.accounts:
+        print(f"data: {account.line()}", flush=True)
+    _warn(dict.fromkeys(line for account in facts.accounts for line in account.warnings()))
     _warn(data_warnings(plan.config, facts, given))
     return facts
 
@@ -239,7 +251,7 @@ def _run(
         section = plan.config.sweep
         screen = make_console(sys.stdout, plan.num_rungs, section.num_trials, Rule(section.objectives, section.choose_within))
         tracker = make_tracker(plan.config, folder.path)
-        tracker.on_sweep_started({"sweep.folder": str(folder.path), **provenance()}, folder.started_s)
+        tracker.on_sweep_started({"sweep.folder": str(folder.path), **provenance(), **_data_tags(folder)}, folder.started_s)
         try:
             set_ray_environment(plan.config.cluster.address, plan.slots.num_slots if plan.has_mixed_cards else 1)
             from sweep.session import SweepSession  # loads ray, which reads that environment once
@@ -255,6 +267,11 @@ def _run(
             wait_until_flushed()
             for warning in tracker.close(30.0):
                 print(f"WARNING: {warning}", file=sys.stderr)
+
+
+def _data_tags(folder: SweepFolder) -> dict[str, str]:
+    """Return one tag for each data set and length, such as data.training.2048."""
+    return {f"data.{account.part}.{account.max_seq_length}": account.line() for account in folder.read_accounts()}
 
 
 def _find_hardware(cluster: ClusterConfig) -> Hardware:

@@ -42,7 +42,7 @@ class StrictModel(BaseModel):
         They fail deep inside a system call, or break the lines of a file. Other invisible
         characters, such as a wide space or the joiner in an emoji, are common in file names.
         """
-        texts = value if isinstance(value, tuple | list) else (value,)
+        texts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else (value,)
         if any(isinstance(text, str) and not CONTROL.isdisjoint(map(unicodedata.category, text)) for text in texts):
             raise ValueError("must be printable text, without control characters")
         return value

@@ -11,10 +11,12 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from engine.config.parsing import Fraction, ListAsTuple, PositiveInt, StrictModel, load_json, parse
 from engine.errors import InputError
@@ -35,6 +37,11 @@ Gib = Annotated[float, Field(le=1e6)]
 Beta = Annotated[float, Field(ge=0.0, le=0.9999999)]
 BOOL_POLICIES = {"keep": False, "recompute": True}
 """Policies that config files write as true or false, in train.activation_checkpointing."""
+NonEmpty = Annotated[str, Field(min_length=1)]
+DataSource = Annotated[NonEmpty | Annotated[tuple[NonEmpty, ...], Field(min_length=1)], ListAsTuple]
+Column = Literal[
+    "messages", "prompt", "completion", "instruction", "input", "output", "text", "system", "history", "tools", "label"
+]
 PolicyAsBool = BeforeValidator(lambda value: BOOL_POLICIES.get(value, value) if isinstance(value, str) else value)
 
 
@@ -58,20 +65,51 @@ class ModelConfig(StrictModel):
 class DataConfig(StrictModel):
     """The training samples, and the one fixed evaluation set that all trials share."""
 
-    train: str = Field(min_length=1, description="JSONL/JSON/Parquet file, hub id, or builtin:<name>")
-    train_split: str = "train"
-    train_max_samples: PositiveInt | None = Field(None, description="number of samples, chosen by content; none: all")
-    eval: str | None = Field(
+    train: DataSource = Field(description="file, folder, pattern (*.jsonl) or list of them; hub id; or builtin:<name>")
+    train_split: NonEmpty = Field("train", description="of a hub data set or a folder")
+    train_name: NonEmpty | None = Field(None, description="configuration of a hub data set or a folder")
+    train_revision: NonEmpty | None = Field(None, description="revision of a hub data set")
+    train_files: Annotated[tuple[NonEmpty, ...] | None, ListAsTuple] = Field(None, description="files of a hub data set")
+    train_max_samples: PositiveInt | None = Field(None, description="number of rows, chosen by content; none: all")
+    eval: DataSource | None = Field(
         None, description="a source as for train; none: hold out eval_fraction of train; train: the training samples themselves"
     )
-    eval_split: str = "train"
+    eval_split: NonEmpty = "train"
+    eval_name: NonEmpty | None = Field(None, description="as train_name; none: train's, if both have one source")
+    eval_revision: NonEmpty | None = Field(None, description="as train_revision; none: train's, if both have one source")
+    eval_files: Annotated[tuple[NonEmpty, ...] | None, ListAsTuple] = None
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    eval_max_samples: PositiveInt = 256
+    eval_max_samples: PositiveInt = Field(256, description="number of rows, chosen by content")
     eval_max_seq_length: SeqLength = 2048
     format: Literal["auto", "messages", "prompt_completion", "text", "alpaca"] = "auto"
+    columns: dict[Column, NonEmpty] = Field({}, description="your names of columns, such as {messages: dialog}")
+    bad_rows: Literal["error", "skip"] = Field("error", description="skip: leave out and count rows that cannot be read")
+    overlong: Literal["cut", "drop", "split", "error"] = Field(
+        "cut", description="samples beyond the length: cut them, drop them, split them into pieces, or refuse them"
+    )
     chat_template: str | None = Field(None, description="none: the tokenizer's own; chatml; or a .jinja file")
+    template_kwargs: dict[NonEmpty, str | bool | int | float] | None = Field(
+        None, description="variables of the chat template, such as {enable_thinking: false}"
+    )
+    date: str | None = Field(None, description="the day that a chat template prints, YYYY-MM-DD; none: the day of the sweep")
+    turns: Literal["all", "last"] = Field("all", description="last: only the last answer of a dialogue carries loss")
     max_seq_length: SeqLength = 2048
     packing: bool = True
+
+    @field_validator("date")
+    @classmethod
+    def _is_a_day(cls, value: str | None) -> str | None:
+        try:
+            if value is None or str(date.fromisoformat(value)) == value:
+                return value
+        except ValueError:
+            pass
+        raise ValueError("must be a day, such as 2026-11-26")
+
+    def describe_train(self, shown: Callable[[str], str] = str, most: int = 3) -> str:
+        """Return the training source as text, with the first files of a list, each as `shown`."""
+        names = (self.train,) if isinstance(self.train, str) else self.train
+        return ", ".join(map(shown, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class LoraConfig(StrictModel):
@@ -188,6 +226,14 @@ NUMERICALLY_NEUTRAL = {
 
 The fingerprint leaves them out; `bins_per_step` stands for the size of a step.
 """
+LATER: dict[str, dict[str, Any]] = {
+    "data": {
+        "train_max_samples": None, "train_name": None, "train_revision": None, "train_files": None, "eval_name": None,
+        "eval_revision": None, "eval_files": None, "columns": {}, "bad_rows": "error", "overlong": "cut",
+        "template_kwargs": None, "date": None, "turns": "all",
+    },
+}  # fmt: skip
+"""Fields that older sweeps do not have. At these values the fingerprint leaves them out."""
 
 
 class TrainConfig(StrictModel):
@@ -248,8 +294,10 @@ class TrainConfig(StrictModel):
         for section, fields in NUMERICALLY_NEUTRAL.items():
             for field in fields:
                 del values[section][field]
-        if self.data.train_max_samples is None:  # older sweeps do not have this key
-            del values["data"]["train_max_samples"]
+        for section, defaults in LATER.items():
+            for field, default in defaults.items():
+                if values[section][field] == default:
+                    del values[section][field]
         values["bins_per_step"] = self.bins_per_step
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

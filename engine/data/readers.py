@@ -1,91 +1,178 @@
-"""Read samples from JSONL, JSON, Parquet or the hub, and give each a name for messages."""
+"""Read rows from files and data sets one after the other, and give each a name for messages."""
 
 from __future__ import annotations
 
-import hashlib
+import bz2
+import csv
+import gzip
+import io
 import json
-from collections.abc import Iterator, Mapping
+import lzma
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
-from engine.config.trial import HUB_ID
+from engine.data.source_files import FoundSource, NamedSource, file_digest, kind_of
 from engine.errors import InputError, first_line
-from engine.system.user_path import user_path
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+BOM = "\ufeff"
+OPENERS = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-def open_samples(field: str, source: str, split: str) -> tuple[str, Iterator[tuple[str, Mapping[str, Any]]]]:
-    """Return the identity of the content and an iterator over (name for messages, sample).
+class SourceRow(NamedTuple):
+    """One row of a source: its name for messages, and its columns.
 
-    Reading starts only when the iterator is used. InputError for a source that is no data file and
-    no hub id.
+    fault: why this row alone cannot be read, or None. A fault of a whole file is raised.
     """
-    path = user_path(source)
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise InputError(field, source, f"allowed file types: {', '.join(SUFFIXES)}")
-        digest = _digest(path)
-        return digest, _read_file(field, path, digest)
-    if path.suffix in SUFFIXES or path.is_dir() or not HUB_ID.fullmatch(source) or ".." in source:
-        raise InputError(field, source, "no such file; allowed: a .jsonl, .json or .parquet file, a hub id, builtin:<name>")
-    return _open_hub(field, source, split)
+
+    name: str
+    columns: Any
+    fault: InputError | None = None
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def read_rows(source: NamedSource, found: FoundSource) -> Iterator[SourceRow]:
+    """Yield the rows in order. InputError if a file is damaged, or at its end if it has changed."""
+    if found.dataset is not None:
+        for i, row in enumerate(found.dataset, 1):
+            yield SourceRow(f"{source.field} row {i}", _without_invented_nulls(row))
+    for path, digest in zip(found.files, found.digests):
+        try:
+            yield from _read_file(source.field, path)
+            if file_digest(path) != digest:
+                raise InputError(source.field, str(path), "changed while it was read; start again once it is whole")
+        except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+            raise InputError(source.field, str(path), f"is damaged or cut off ({first_line(error)})") from None
+        except OSError as error:
+            raise InputError(source.field, str(path), f"cannot be read ({first_line(error)})") from None
 
 
-def _read_file(field: str, path: Path, digest: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the file's samples. InputError at the end if it is no longer the file of that digest."""
-    try:
-        yield from _read_parquet(field, path) if path.suffix == ".parquet" else _read_json(field, path)
-    except UnicodeDecodeError as error:
-        raise InputError(field, str(path), f"must be UTF-8 text ({error})") from None
-    if _digest(path) != digest:
-        raise InputError(field, str(path), "changed while it was read; start again once it is whole")
+def _read_file(field: str, path: Path) -> Iterator[SourceRow]:
+    kind, compression = kind_of(path)
+    if kind == ".parquet":
+        yield from _read_parquet(field, path)
+        return
+    with _open(path, compression) as handle:
+        if kind in (".csv", ".tsv"):
+            yield from _read_table(field, path, handle, "\t" if kind == ".tsv" else ",")
+        elif kind == ".json":
+            yield from _read_json(field, path, handle)
+        else:
+            yield from _read_lines(field, path, handle)
 
 
-def _read_parquet(field: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _open(path: Path, compression: str) -> BinaryIO:
+    if compression != ".zst":
+        return OPENERS[compression](path, "rb")
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+
+
+def _read_parquet(field: str, path: Path) -> Iterator[SourceRow]:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     try:
-        rows = (row for batch in parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
-        yield from ((f"{field} row {i}", row) for i, row in enumerate(rows, 1))
+        rows = (row for batch in parquet.ParquetFile(path).iter_batches(1024) for row in batch.to_pylist())
+        for i, row in enumerate(rows, 1):
+            yield SourceRow(f"{field} row {i} of {path.name}", _without_invented_nulls(row))
     except (OSError, pa.ArrowException) as error:
         raise InputError(field, str(path), f"must be a whole Parquet file ({first_line(error)})") from None
 
 
-def _read_json(field: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as handle:
-        if path.suffix == ".json":
-            rows = _parse(field, handle.read())
-            if not isinstance(rows, list):
-                raise InputError(field, str(path), f"must hold a list of samples, not a {type(rows).__name__}")
-            yield from ((f"{field} item {i}", row) for i, row in enumerate(rows, 1))
-            return
-        for i, line in enumerate(handle, 1):
-            if line.strip():
-                yield f"{field} line {i}", _parse(f"{field} line {i}", line)
+def _read_table(field: str, path: Path, handle: BinaryIO, delimiter: str) -> Iterator[SourceRow]:
+    """Read CSV or TSV; every cell is text, whatever it looks like."""
+    csv.field_size_limit(sys.maxsize)
+    lines = csv.reader(io.TextIOWrapper(handle, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    where = f"{field} line {{}} of {path.name}"
+    try:
+        header = next(lines, [])
+        if len(set(header)) != len(header):
+            raise InputError(where.format(1), header, "must name each column once")
+        for cells in lines:
+            name = where.format(lines.line_num)
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                fault = InputError(name, cells, f"has {len(cells)} cells; the first line names {len(header)} columns")
+                yield SourceRow(name, None, fault)
+            else:
+                yield SourceRow(name, dict(zip(header, cells)))
+    except UnicodeDecodeError as error:
+        raise InputError(field, str(path), f"must be UTF-8 text ({error})") from None
+    except csv.Error as error:
+        raise InputError(where.format(lines.line_num), str(path), f"must be CSV ({error})") from None
+
+
+def _read_json(field: str, path: Path, handle: BinaryIO) -> Iterator[SourceRow]:
+    """Read one JSON list. A file that has one object in each line is read as JSON Lines."""
+    first = handle.readline()
+    if first.removeprefix(BOM.encode()).lstrip().startswith(b"{"):
+        try:
+            _parse("", first.decode("utf-8-sig"))
+        except (InputError, UnicodeDecodeError):
+            raise InputError(field, str(path), "must hold a list of samples, or one in each line") from None
+        yield from _read_lines(field, path, handle, first)
+        return
+    where = f"{field} file {path.name}"
+    try:
+        rows = _parse(where, (first + handle.read()).decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(field, str(path), f"must be UTF-8 text ({error})") from None
+    if not isinstance(rows, list):
+        raise InputError(field, str(path), f"must hold a list of samples, not a {type(rows).__name__}")
+    for i, row in enumerate(rows, 1):
+        yield SourceRow(f"{field} item {i} of {path.name}", row)
+
+
+def _read_lines(field: str, path: Path, handle: BinaryIO, first: bytes = b"") -> Iterator[SourceRow]:
+    """Read JSON Lines; empty lines are passed over."""
+    for i, line in enumerate(([first] if first else []), 1):
+        yield _row_of_line(f"{field} line {i} of {path.name}", line)
+    for i, line in enumerate(handle, 2 if first else 1):
+        if line.strip() not in (b"", BOM.encode()):
+            yield _row_of_line(f"{field} line {i} of {path.name}", line)
+
+
+def _row_of_line(name: str, line: bytes) -> SourceRow:
+    try:
+        return SourceRow(name, _parse(name, line.decode("utf-8-sig")))
+    except UnicodeDecodeError as error:
+        fault = InputError(name, line[:60], f"must be UTF-8 text ({error.reason} at byte {error.start + 1} of the line)")
+    except InputError as error:
+        fault = error
+    return SourceRow(name, None, fault)
 
 
 def _parse(where: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except ValueError as error:
         raise InputError(where, text.strip()[:60], f"must be JSON ({error})") from None
     except RecursionError:
         raise InputError(where, text.strip()[:60], "must be JSON that is less deeply nested") from None
 
 
-def _open_hub(field: str, source: str, split: str) -> tuple[str, Iterator[tuple[str, Mapping[str, Any]]]]:
-    from datasets import load_dataset
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object. Python would keep the last of two equal keys and drop the first unsaid."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return found
 
-    try:
-        data = load_dataset(source, split=split)
-    except Exception as error:  # many kinds: offline, missing, gated, no such split
-        allowed = f"no such file, and the hub did not deliver it (split {split!r}): {first_line(error)}"
-        raise InputError(field, source, allowed) from error
-    return f"{source}@{data._fingerprint}", ((f"{field} row {i}", row) for i, row in enumerate(data, 1))
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _without_invented_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Drop empty keys inside the columns: a table gives every object the keys of all others."""
+    return {name: _compact(value) for name, value in row.items()}
+
+
+def _compact(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _compact(part) for key, part in value.items() if part is not None}
+    return [_compact(part) for part in value] if isinstance(value, list) else value

@@ -1,22 +1,19 @@
-"""Tokenise rendered samples into arrays of tokens and targets on disk."""
+"""Hold encoded samples as arrays of tokens and targets on disk, and write them piece by piece."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from engine.data.templates import Renderer, SampleError, TargetText, detect_format
-from engine.errors import InputError
-from engine.system.limited_child import Bounded, TooCostly
+from engine.dialogue.conversation import Encoded
 
-VERSION = 1  # of the token cache's content
-CHUNK = 512  # texts per call of the tokenizer
+VERSION = 2  # of the token cache's content
+BUFFER = 1 << 16  # values that a column holds in memory before it writes them
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,10 @@ class TokenSet:
     """Hold all samples of one source, joined into long arrays.
 
     Sample i is offsets[i]:offsets[i + 1] of input_ids (int32) and is_target (bool). first_target[i]
-    is the position of its first target token, and hashes[i] has 64 bits of its content's hash.
+    is the position of its first target token, and hashes[i] has 64 bits of its tokens' hash.
+    masks[i] is 0, or a hash of its targets if the data themselves leave answers without loss.
+    Row r of the source gave the samples row_offsets[r]:row_offsets[r + 1], at least one.
+    row_hashes[r] is the hash of its only sample, or of all its samples' tokens.
     """
 
     input_ids: np.ndarray
@@ -32,6 +32,9 @@ class TokenSet:
     offsets: np.ndarray
     first_target: np.ndarray
     hashes: np.ndarray
+    masks: np.ndarray
+    row_offsets: np.ndarray
+    row_hashes: np.ndarray
 
     @classmethod
     def load(cls, folder: Path) -> TokenSet:
@@ -40,60 +43,99 @@ class TokenSet:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_hashes)
 
-def tokenise(texts: list[tuple[str, TargetText]], tokenizer: Any, folder: Path) -> None:
-    """Write the arrays of a TokenSet into `folder`.
+    def samples_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the indices of the rows' samples, in the order of `rows`."""
+        first, count = self.row_offsets[rows], self.row_offsets[rows + 1] - self.row_offsets[rows]
+        before = np.repeat(np.cumsum(count) - count, count)
+        return np.repeat(first, count) + np.arange(count.sum()) - before
 
-    texts: pairs of a sample's name for messages and its text. InputError for a sample without a
-    target token.
+    def count_targets(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Return the number of targets in each range start:end of positions; ranges are not empty."""
+        if len(starts) == 0:
+            return np.zeros(0, dtype=np.int64)
+        borders = np.stack([starts, ends], axis=1).reshape(-1)
+        borders[borders == len(self.is_target)] -= 1  # reduceat takes no index behind the end
+        sums = np.add.reduceat(self.is_target, borders, dtype=np.int64)[::2]
+        return sums + np.where(ends == len(self.is_target), self._last_targets(starts, ends), 0)
+
+    def _last_targets(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Return what reduceat left out of ranges up to the end: the last position, if not alone."""
+        return (ends - starts > 1) * np.int64(self.is_target[-1])
+
+
+class _Column:
+    """Write a one-dimensional .npy file of a length that only the end knows."""
+
+    def __init__(self, folder: Path, name: str, dtype: type) -> None:
+        self._file, self._dtype, self._length = (folder / f"{name}.npy").open("wb"), np.dtype(dtype), 0
+        self._waiting: list[np.ndarray] = []
+        self._num_waiting = 0
+        self._header()
+
+    def extend(self, values: object) -> None:
+        part = np.asarray(values, dtype=self._dtype)
+        self._waiting.append(part)
+        self._num_waiting += len(part)
+        if self._num_waiting >= BUFFER:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._file.seek(0)
+        self._header()
+        self._file.close()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._file.write(np.concatenate(self._waiting).tobytes())
+        self._length, self._num_waiting, self._waiting = self._length + self._num_waiting, 0, []
+
+    def _header(self) -> None:
+        """Write the header; numpy leaves room in it for any length of the first axis."""
+        described = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._length,)}
+        np.lib.format.write_array_header_1_0(self._file, described)
+
+
+DTYPES = {
+    "input_ids": np.int32, "is_target": np.bool_, "offsets": np.int64, "first_target": np.int64, "hashes": np.uint64,
+    "masks": np.uint64, "row_offsets": np.int64, "row_hashes": np.uint64,
+}  # fmt: skip
+
+
+def tokenise(rows: Iterable[tuple[list[Encoded], bool]], folder: Path) -> None:
+    """Write the arrays of a TokenSet into `folder`, row by row, and hold none of them.
+
+    rows: the samples of each row, each with a target token behind its first; and whether the data
+    leave some of its answers without loss.
     """
-    ids, targets, lengths, first, hashes = [], [], [], [], []
-    for start in range(0, len(texts), CHUNK):
-        chunk = texts[start : start + CHUNK]
-        encoded = tokenizer([t.text for _, t in chunk], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        for (name, text), id_list, offsets in zip(chunk, encoded["input_ids"], encoded["offset_mapping"]):
-            sample_ids = np.asarray(id_list, dtype=np.int32)
-            is_target = _targets(np.asarray(offsets, dtype=np.int64).reshape(-1, 2), text.spans)
-            where = np.flatnonzero(is_target[1:])  # no position predicts a sample's first token
-            if len(where) == 0:
-                raise InputError(name, text.text, "has no target token, so there is nothing to learn")
-            ids.append(sample_ids)
-            targets.append(is_target)
-            lengths.append(len(sample_ids))
-            first.append(int(where[0]) + 1)
-            hashes.append(int.from_bytes(hashlib.sha256(sample_ids.tobytes()).digest()[:8], "little"))
-    np.save(folder / "input_ids.npy", np.concatenate(ids))
-    np.save(folder / "is_target.npy", np.concatenate(targets))
-    np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    np.save(folder / "first_target.npy", np.asarray(first, dtype=np.int64))
-    np.save(folder / "hashes.npy", np.asarray(hashes, dtype=np.uint64))
+    with ExitStack() as stack:
+        columns = {name: _Column(folder, name, dtype) for name, dtype in DTYPES.items()}
+        for column in columns.values():
+            stack.callback(column.close)
+        num_tokens = num_samples = 0
+        columns["offsets"].extend([0])
+        columns["row_offsets"].extend([0])
+        for samples, is_masked in rows:
+            row = hashlib.sha256()
+            for sample in samples:
+                ids, is_target = np.asarray(sample.input_ids, np.int32), np.asarray(sample.is_target, np.bool_)
+                num_tokens += len(ids)
+                columns["input_ids"].extend(ids)
+                columns["is_target"].extend(is_target)
+                columns["offsets"].extend([num_tokens])
+                columns["first_target"].extend([int(np.argmax(is_target[1:])) + 1])
+                hashed = hashlib.sha256(ids.tobytes()).digest()
+                columns["hashes"].extend([_number(hashed)])
+                columns["masks"].extend([_number(hashlib.sha256(is_target.tobytes()).digest()) if is_masked else 0])
+                row.update(hashed)
+            num_samples += len(samples)
+            columns["row_offsets"].extend([num_samples])
+            columns["row_hashes"].extend([_number(hashed if len(samples) == 1 else row.digest())])
 
 
-def render_all(
-    field: str, samples: Any, format_name: str, template: str | None, tokenizer: Any
-) -> Iterator[tuple[str, TargetText]]:
-    render = None
-    with ExitStack() as child:
-        for name, sample in samples:
-            if not isinstance(sample, Mapping):
-                raise InputError(name, sample, "must be an object with named columns")
-            if render is None:
-                render = Renderer(tokenizer, detect_format(sample, format_name, name), template).render
-                if template is not None:
-                    render = child.enter_context(Bounded(render))
-            try:
-                yield from ((name, text) for text in render(sample))
-            except TooCostly as error:
-                raise InputError("data.chat_template", template, f"{error} for {name}") from None
-            except SampleError as error:
-                raise InputError(name, dict(sample), str(error)) from error
-            except KeyError as error:
-                raise InputError(name, sorted(sample), f"column {error} is missing, but the first sample has it") from None
-
-
-def _targets(offsets_L2: np.ndarray, spans: tuple[tuple[int, int], ...]) -> np.ndarray:
-    start, end = offsets_L2[:, 0], offsets_L2[:, 1]
-    hit = np.zeros(len(offsets_L2), dtype=bool)
-    for low, high in spans:
-        hit |= (end > low) & (start < high) & (end > start)
-    return hit
+def _number(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "little")

@@ -1,8 +1,9 @@
 """Load the training and evaluation samples, tokenised once per data set and tokenizer.
 
 Every trial on the machine memory-maps the same arrays. They hold samples at full length, so trials
-of any max_seq_length share one cache. The content of a sample decides whether it is for evaluation:
-samples with equal tokens fall on the same side, so none leaks from training into evaluation.
+of any max_seq_length share one cache. The content of a row decides whether it is for evaluation:
+all samples of a row, and rows with equal tokens, fall on the same side. So none leaks from training
+into evaluation.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,65 +19,127 @@ import numpy as np
 
 from engine.config.trial import ON_TRAINING_SAMPLES, DataConfig, TrainConfig
 from engine.data.packing import Sample
-from engine.data.readers import open_samples
-from engine.data.templates import chat_template
-from engine.data.tokens import VERSION, TokenSet, render_all, tokenise
+from engine.data.readers import read_rows
+from engine.data.row_pipeline import RowCounts, RowPipeline
+from engine.data.source_files import NamedSource, find_source
+from engine.data.tokens import VERSION, TokenSet, tokenise
+from engine.dialogue.encoding import Encoder
+from engine.dialogue.templates import chat_template
 from engine.errors import InputError, InputsChanged
-from engine.sources.builtin import resolve_data
+from engine.sources.builtin import PREFIX, resolve_data
 from engine.sources.identity import identify_model, is_input_fault, refuse_changed, short_digest
 from engine.system.shared_cache import build_once
 
+COUNTS = "counts.json"
+
 
 class View:
-    """Select samples of a TokenSet and cut them to a length.
+    """Select rows of a TokenSet and fit their samples into a length.
 
-    Samples that lose every target by the cut are left out; `num_dropped` counts them.
+    overlong: what happens to longer samples: `cut`, `drop`, `split` into pieces, or `error`. Samples
+    without a target within the length are left out; `num_dropped` counts them. Pieces overlap by
+    one token, which the second does not predict, so that each target is learnt once.
     """
 
-    def __init__(self, tokens: TokenSet, chosen: np.ndarray, max_seq_length: int) -> None:
-        self._given = chosen
-        kept = chosen[tokens.first_target[chosen] < max_seq_length]
-        self._tokens, self._chosen, self._max_seq_length = tokens, kept, max_seq_length
-        self.num_dropped = len(chosen) - len(kept)
-        self.lengths = np.minimum(tokens.offsets[kept + 1] - tokens.offsets[kept], max_seq_length)
+    def __init__(self, tokens: TokenSet, rows: np.ndarray, max_seq_length: int, overlong: str = "cut") -> None:
+        self._tokens, self.rows, self.max_seq_length = tokens, rows, max_seq_length
+        self._given = tokens.samples_of(rows)
+        full = tokens.offsets[self._given + 1] - tokens.offsets[self._given]
+        self.num_given_tokens = int(full.sum())
+        if overlong == "error" and (full > max_seq_length).any():
+            longer = f"{(full > max_seq_length).sum()} of {len(full)} samples are longer than {max_seq_length} tokens"
+            raise InputError("data.overlong", overlong, f"{longer}, the longest has {full.max()}; or cut, drop, split")
+        if overlong == "drop":
+            kept = full <= max_seq_length
+        else:
+            kept = tokens.first_target[self._given] < max_seq_length
+        if overlong == "split":
+            self._chosen, self._starts, self.lengths = _pieces(tokens, self._given, full, max_seq_length)
+        else:
+            self._chosen = self._given[kept]
+            self._starts, self.lengths = tokens.offsets[self._chosen], np.minimum(full[kept], max_seq_length)
+        self.num_dropped = len(full) - len(np.unique(self._chosen))
+        self.num_cut = int((tokens.offsets[self._chosen + 1] - self._starts > self.lengths).sum()) if overlong == "cut" else 0
 
     def __len__(self) -> int:
         return len(self._chosen)
 
+    @property
+    def row_hashes(self) -> np.ndarray:
+        """Return the content hash of each row that was selected."""
+        return self._tokens.row_hashes[self.rows]
+
+    @property
+    def num_equal_rows(self) -> int:
+        """Return the number of rows that repeat an earlier one."""
+        return len(self.rows) - len(np.unique(self.row_hashes))
+
+    @property
+    def num_rows(self) -> int:
+        """Return the number of rows with at least one sample that is used."""
+        return len(np.unique(np.searchsorted(self._tokens.row_offsets, self._chosen, side="right")))
+
+    @property
+    def num_used_tokens(self) -> int:
+        """Return the tokens of the data that are read at least once in a pass."""
+        repeated = len(self._chosen) - len(np.unique(self._chosen))
+        return int(self.lengths.sum()) - repeated
+
+    def num_targets(self) -> int:
+        """Return the number of tokens that carry loss in one pass."""
+        return int(self._tokens.count_targets(self._starts + 1, self._starts + self.lengths).sum())
+
     def digest(self) -> str:
         """Return 16 hex digits of the samples, at full length and in order.
 
-        They are equal for the same tokens with the same first targets.
+        They are equal for the same tokens with the same first targets. The data's own loss masks
+        count where there are any.
         """
-        content = np.stack([self._tokens.hashes[self._given], self._tokens.first_target[self._given].astype(np.uint64)])
+        parts = [self._tokens.hashes[self._given], self._tokens.first_target[self._given].astype(np.uint64)]
+        masks = self._tokens.masks[self._given]
+        content = np.stack([*parts, masks] if masks.any() else parts)
         return hashlib.sha256(content.tobytes()).hexdigest()[:16]
 
     def __getitem__(self, i: int) -> Sample:
-        start = self._tokens.offsets[self._chosen[i]]
-        part = slice(start, start + self.lengths[i])
+        part = slice(self._starts[i], self._starts[i] + self.lengths[i])
         return Sample(np.asarray(self._tokens.input_ids[part]), np.asarray(self._tokens.is_target[part]))
+
+
+def _pieces(tokens: TokenSet, given: np.ndarray, full: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (sample, start, length) of the pieces that have a target."""
+    counts = np.maximum(1, -(-(full - 1) // (length - 1)))
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    samples, before = np.repeat(given, counts), number * (length - 1)
+    starts, lengths = tokens.offsets[samples] + before, np.minimum(length, np.repeat(full, counts) - before)
+    kept = tokens.count_targets(starts + 1, starts + lengths) > 0
+    return samples[kept], starts[kept], lengths[kept]
 
 
 def load_data(config: DataConfig, tokenizer: Any) -> tuple[View, View]:
     """Return the (train, eval) views, tokenised on first use; InputError if either is empty."""
+    train_view, eval_view, _ = load_counted_data(config, tokenizer)
+    return train_view, eval_view
+
+
+def load_counted_data(config: DataConfig, tokenizer: Any) -> tuple[View, View, tuple[RowCounts, RowCounts]]:
+    """Return what load_data returns, and the counts of both sources."""
     train_source, eval_source = _sources(config)
-    train = _token_set("data.train", train_source, config.train_split, config, tokenizer)
+    train, train_counts = _token_set(train_source, config, tokenizer)
+    evaluation, eval_counts, all_rows = train, train_counts, np.arange(train.num_rows)
     if config.eval == ON_TRAINING_SAMPLES:
-        evaluation, train_index = train, np.arange(len(train))
-        eval_index = _by_content(train, train_index)
+        train_rows, eval_rows = all_rows, _by_content(train, all_rows)
     elif eval_source is None:
-        train_index, eval_index = split_by_content(train.hashes, config.eval_fraction)
-        evaluation = train
+        train_rows, eval_rows = split_by_content(train.row_hashes, config.eval_fraction)
     else:
-        evaluation = _token_set("data.eval", eval_source, config.eval_split, config, tokenizer)
-        train_index, eval_index = np.arange(len(train)), _by_content(evaluation, np.arange(len(evaluation)))
+        evaluation, eval_counts = _token_set(eval_source, config, tokenizer)
+        train_rows, eval_rows = all_rows, _by_content(evaluation, np.arange(evaluation.num_rows))
     if config.train_max_samples is not None:
-        train_index = np.sort(_by_content(train, train_index)[: config.train_max_samples])
-    train_view = View(train, train_index, config.max_seq_length)
-    eval_view = View(evaluation, eval_index[: config.eval_max_samples], config.eval_max_seq_length)
+        train_rows = np.sort(_by_content(train, train_rows)[: config.train_max_samples])
+    train_view = View(train, train_rows, config.max_seq_length, config.overlong)
+    eval_view = View(evaluation, eval_rows[: config.eval_max_samples], config.eval_max_seq_length, config.overlong)
     _refuse_empty(train_view, "data.max_seq_length", config.max_seq_length)
     _refuse_empty(eval_view, "data.eval_max_seq_length", config.eval_max_seq_length)
-    return train_view, eval_view
+    return train_view, eval_view, (train_counts, eval_counts)
 
 
 def load_recorded(config: TrainConfig, tokenizer: Any, recorded: Mapping[str, str] | None) -> tuple[View, View]:
@@ -107,9 +171,9 @@ def identify(config: TrainConfig, tokenizer: Any, views: tuple[View, View]) -> d
 
 
 def split_by_content(hashes: np.ndarray, eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return (train, eval) indices: the samples with the lowest content hashes are for evaluation.
+    """Return (train, eval) indices: the rows with the lowest content hashes are for evaluation.
 
-    Samples with equal hashes stay together. InputError if no sample is left for training.
+    Rows with equal hashes stay together. InputError if no row is left for training.
     """
     order = np.argsort(hashes, kind="stable")
     border = hashes[order[max(1, round(len(order) * eval_fraction)) - 1]]
@@ -119,25 +183,50 @@ def split_by_content(hashes: np.ndarray, eval_fraction: float) -> tuple[np.ndarr
     return np.sort(train), evaluation
 
 
-def _by_content(tokens: TokenSet, index: np.ndarray) -> np.ndarray:
-    """Return `index` in the order of content hashes.
+def _by_content(tokens: TokenSet, rows: np.ndarray) -> np.ndarray:
+    """Return `rows` in the order of content hashes.
 
-    The first n samples are then the same ones for any order of the file.
+    The first n are then the same ones for any order of the file.
     """
-    return index[np.argsort(tokens.hashes[index], kind="stable")]
+    return rows[np.argsort(tokens.row_hashes[rows], kind="stable")]
 
 
-def _sources(config: DataConfig) -> tuple[str, str | None]:
-    """Return the (train, eval) paths; None as the second if evaluation has no separate source.
+def _sources(config: DataConfig) -> tuple[NamedSource, NamedSource | None]:
+    """Return the (train, eval) sources; None as the second if evaluation has no separate source.
 
     A builtin brings its own evaluation part, and `data.eval` alone may name one.
     """
-    train = resolve_data(config.train)
+    paths, other = _paths(config.train), _paths(config.eval or "")
+    train = _builtin_parts(paths)
+    source = NamedSource(
+        "data.train", (str(train[0]),) if train else paths, config.train_split, config.train_name, config.train_revision,
+        config.train_files,
+    )  # fmt: skip
     if config.eval == ON_TRAINING_SAMPLES:
-        return (str(train[0]) if train else config.train), None
-    evaluation = resolve_data(config.eval) if config.eval else train
-    train_path = str(train[0]) if train else config.train
-    return train_path, str(evaluation[1]) if evaluation else config.eval
+        return source, None
+    evaluation = _builtin_parts(other) if config.eval else train
+    if evaluation:
+        return source, NamedSource("data.eval", (str(evaluation[1]),), config.eval_split)
+    if not config.eval:
+        return source, None
+    name, revision, files = config.eval_name, config.eval_revision, config.eval_files
+    if other == paths:
+        name, revision = name or config.train_name, revision or config.train_revision
+        same = (config.train_split, config.train_name, config.train_revision, config.train_files)
+        if (config.eval_split, name, revision, files) == same:
+            way_out = "are the training samples; data.eval_split names others, data.eval=train means these"
+            raise InputError("data.eval", config.eval, way_out)
+    return source, NamedSource("data.eval", other, config.eval_split, name, revision, files)
+
+
+def _paths(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else given
+
+
+def _builtin_parts(paths: tuple[str, ...]) -> tuple[Path, Path] | None:
+    if len(paths) > 1 and any(path.startswith(PREFIX) for path in paths):
+        raise InputError("data.train", paths, "a builtin stands alone, not in a list")
+    return resolve_data(paths[0])
 
 
 def _refuse_empty(view: View, field: str, value: int) -> None:
@@ -145,26 +234,17 @@ def _refuse_empty(view: View, field: str, value: int) -> None:
         raise InputError(field, value, f"raise it: none of the {view.num_dropped} samples keeps a target token at this length")
 
 
-def _token_set(field: str, source: str, split: str, config: DataConfig, tokenizer: Any) -> TokenSet:
-    template = chat_template(tokenizer, config.chat_template)
-    if not tokenizer.is_fast:
-        raise InputError("model.path", type(tokenizer).__name__, "must have a fast tokenizer (tokenizer.json), to locate targets")
-    content, samples = open_samples(field, source, split)
-    identity = [
-        VERSION,
-        content,
-        config.format,
-        template,
-        tokenizer.backend_tokenizer.to_str(),
-        tokenizer.bos_token,
-        tokenizer.eos_token,
-    ]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+def _token_set(source: NamedSource, config: DataConfig, tokenizer: Any) -> tuple[TokenSet, RowCounts]:
+    encoder, found = Encoder(tokenizer, config), find_source(source)
+    identity = [VERSION, found.identity, config.format, config.columns, config.bad_rows, encoder.identity]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
 
     def build(folder: Path) -> None:
-        texts = list(render_all(field, samples, config.format, template, tokenizer))
-        if not texts:
-            raise InputError(field, source, "is empty; it must hold at least one sample")
-        tokenise(texts, tokenizer, folder)
+        pipeline = RowPipeline(config, encoder, tokenizer)
+        tokenise(pipeline.encoded(read_rows(source, found)), folder)
+        if not pipeline.counts.num_read:
+            raise InputError(source.field, str(source), "is empty; it must hold at least one sample")
+        (folder / COUNTS).write_text(json.dumps(asdict(pipeline.counts)))
 
-    return TokenSet.load(build_once(f"tokens-{key}", build))
+    folder = build_once(f"tokens-{key}", build)
+    return TokenSet.load(folder), RowCounts(**json.loads((folder / COUNTS).read_text()))

@@ -74,7 +74,7 @@ def config_rows(config: TrainConfig, *names: str) -> list[tuple[str, str]]:
         "max_seq_length": str(config.data.max_seq_length),
         "max_tokens": f"{config.train.max_tokens:,}",
         "seed": str(config.train.seed),
-        "training data": f"`{public_name(config.data.train)}`",
+        "training data": f"`{config.data.describe_train(public_name)}`",
     }
     return [(name, texts[name]) for name in names]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -26,7 +27,9 @@ def with_absolute_paths(config: SweepConfig, folder: Path) -> SweepConfig:
     for section, field in FIELDS:
         value = getattr(getattr(config, section), field)
         if value is not None and value not in NAMES.get((section, field), ()):
-            changes.setdefault(section, {})[field] = absolute_path(value, folder)
+            names = (value,) if isinstance(value, str) else value
+            found = tuple(absolute_path(name, folder) for name in names)
+            changes.setdefault(section, {})[field] = found[0] if isinstance(value, str) else found
     changes["sweep"]["warm_start"] = tuple(absolute_path(path, folder) for path in config.sweep.warm_start)
     if config.tracking.uri is not None:
         changes["tracking"] = {"uri": absolute_uri(config.tracking.uri, folder)}
@@ -35,9 +38,10 @@ def with_absolute_paths(config: SweepConfig, folder: Path) -> SweepConfig:
 
 
 def absolute_path(text: str, folder: Path) -> str:
-    """Return what the text names, seen from the folder; the text itself if that is no file there."""
+    """Return what the text names, seen from the folder; the text itself if nothing there fits it."""
     expanded = user_path(text)
-    if (folder / expanded).exists():
+    pattern = str(folder / expanded)
+    if (folder / expanded).exists() or (glob.has_magic(text) and next(glob.iglob(pattern, recursive=True), None)):
         return str(folder / expanded)
     return str(expanded) if text.startswith("~") else text
 

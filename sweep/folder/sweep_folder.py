@@ -4,7 +4,8 @@ A kill leaves whole files only.
 
 <name>-<YYYYmmdd-HHMMSS>/
     sweep_config.json   the whole resolved config; resume reads it
-    data.json           digests of samples and base model, to check that losses compare
+    data.json           digests of samples and base model, to check that losses compare, and what
+                        became of the data's rows
     study.journal       Optuna's state, the record of truth
     trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's),
                         system.jsonl, result.json, error.txt
@@ -19,13 +20,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from engine.config.parsing import load_json, to_json
+from engine.command_answers import DataAccount
+from engine.config.parsing import load_json, parse_dataclass, to_json
 from engine.config.trial import TrainConfig
 from engine.errors import InputError, StorageError
 from engine.system.file_lock import FileLock
@@ -34,6 +37,8 @@ from engine.system.user_path import user_path
 from engine.trial_report import REPORTS, TrialReport, read_reports
 from sweep.config.sweep import SweepConfig, parse_sweep_config
 from sweep.folder.flush import replace_text
+
+ACCOUNTS = "accounts"  # key in data.json
 
 
 class SweepFolder:
@@ -118,13 +123,24 @@ class SweepFolder:
     def read_config(self) -> SweepConfig:
         return parse_sweep_config(load_json(self.config_file))
 
-    def write_data(self, data: dict[str, Any]) -> None:
-        """Write the digests of the samples and base model that all trials share."""
-        write_text(self.data_file, json.dumps(data, indent=2, sort_keys=True) + "\n")
+    def write_data(self, data: dict[str, Any], accounts: Iterable[DataAccount] = ()) -> None:
+        """Write the digests of the samples and base model that all trials share.
+
+        accounts: what became of the rows of both data sets at each length.
+        """
+        text = json.dumps({**data, ACCOUNTS: [asdict(account) for account in accounts]}, indent=2, sort_keys=True)
+        write_text(self.data_file, text + "\n")
 
     def read_data(self) -> dict[str, Any] | None:
         """Return these digests, or None if the folder has none yet."""
-        return load_json(self.data_file) if self.data_file.is_file() else None
+        found = load_json(self.data_file) if self.data_file.is_file() else None
+        return {name: value for name, value in found.items() if name != ACCOUNTS} if isinstance(found, dict) else found
+
+    def read_accounts(self) -> list[DataAccount]:
+        """Return what became of the data; empty for a sweep that wrote nothing about it."""
+        found = load_json(self.data_file) if self.data_file.is_file() else None
+        known = found.get(ACCOUNTS, []) if isinstance(found, dict) else []
+        return [parse_dataclass(DataAccount, values, f"data.json.{ACCOUNTS}.{i}") for i, values in enumerate(known)]
 
     def write_examples(self, examples: dict[str, Any]) -> None:
         """Write the example answers.

@@ -45,6 +45,11 @@ class SweepPlan:
         """Return the configs that prepare checks: the base, and one per choice and end of range."""
         return self.space.single_changes(self.base())
 
+    def on_day(self, day: str | None) -> SweepPlan:
+        """Return the plan with the day that chat templates print, on every trial and every resume."""
+        data = self.config.data.model_copy(update={"date": day})
+        return replace(self, config=self.config.model_copy(update={"data": data}))
+
     def warnings(self) -> list[str]:
         """Return one line for each setting that is allowed but may mislead."""
         if "elapsed_s" in self.config.sweep.objectives and self.has_mixed_cards:
@@ -73,7 +78,7 @@ class SweepPlan:
             f"output in {config.sweep.output_dir}/{config.sweep.name}-<date>-<time>/",
             f"model      {config.model.path} ({config.model.quantization})"
             + (", and its own code is run: model.trust_remote_code" if config.model.trust_remote_code else ""),
-            f"data       {config.data.train}",
+            f"data       {config.data.describe_train()}",
             f"budget     {budget:,} tokens a trial, at most {config.sweep.num_trials * budget:,} in all"
             + (f"; ends early at {limits}" if (limits := describe_budget(config.sweep.budget)) else ""),
             f"rungs      {self.num_rungs}, at tokens seen: {grid}",

@@ -93,8 +93,9 @@ def _facts(folder: SweepFolder, config: SweepConfig, records: list[TrialRecord],
     counts = Counter(record.outcome for record in records if record.source is None)
     ended = ", ".join(f"{counts[outcome]} {outcome}" for outcome in Outcome if counts[outcome])
     return [
-        f"Model {config.model.path} ({config.model.quantization}), data {config.data.train}, folder {folder.path}.",
+        f"Model {config.model.path} ({config.model.quantization}), data {config.data.describe_train()}, folder {folder.path}.",
         f"{sum(counts.values())} trials of {config.sweep.num_trials} asked for: {ended or 'none has started'}.",
+        *(f"Data, {account.line()}." for account in folder.read_accounts()),
         *verdict.lines,
     ]
 

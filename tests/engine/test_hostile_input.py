@@ -19,7 +19,7 @@ import torch
 from engine.__main__ import main
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
-from engine.data.templates import SampleError
+from engine.dialogue.templates import SampleError
 from engine.errors import CheckpointError
 from engine.training.loop import train
 
@@ -159,19 +159,20 @@ def test_a_chat_template_that_would_take_all_time_or_memory_is_stopped(refused, 
 
 
 def test_an_ordinary_template_is_rendered_in_a_child_as_it_would_be_here(tiny_model_dir):
-    from engine.config.trial import ModelConfig
-    from engine.data.templates import Renderer
+    from engine.config.trial import DataConfig, ModelConfig
+    from engine.dialogue.conversation import Conversation
+    from engine.dialogue.encoding import Encoder
     from engine.model.inspect import load_tokenizer
     from engine.system.limited_child import Bounded
-    from tests.support.tiny_models import TEMPLATE
 
-    renderer = Renderer(load_tokenizer(ModelConfig(path=str(tiny_model_dir))), "messages", TEMPLATE)
-    sample = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-    with Bounded(renderer.render) as render:
-        assert [render(sample), render(sample)] == [renderer.render(sample)] * 2
-        with pytest.raises(SampleError, match="no assistant message"):
-            render({"messages": sample["messages"][:1]})
-        assert render(sample) == renderer.render(sample)
+    encoder = Encoder(load_tokenizer(ModelConfig(path=str(tiny_model_dir))), DataConfig(train="x"))
+    messages = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+    sample = Conversation(messages, (False, True))
+    with Bounded(encoder.render) as render:
+        assert [render(sample), render(sample)] == [encoder.render(sample)] * 2
+        with pytest.raises(SampleError, match="no answer"):
+            render(Conversation(messages[1:], (True,)))
+        assert render(sample) == encoder.render(sample)
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "nope.jinja", "../.ssh/id_rsa", "a\0b"])

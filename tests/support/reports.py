@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.command_answers import DataAccount
 from engine.trial_report import TrialReport
 
 
@@ -15,3 +16,13 @@ def make_report(rung: int = 1, eval_loss: float = 1.0, **changes: Any) -> TrialR
         "tokens_per_second": 50.0, "step_time_ms": 9.0, "peak_allocated_gib": 1.5, "elapsed_s": 1.0 * rung, "num_trainable": 100,
     }  # fmt: skip
     return TrialReport(**{**values, **changes})
+
+
+def make_account(part: str = "training", **changes: Any) -> DataAccount:
+    """Return the account of 60 rows at 512 tokens, of which 16 are lost."""
+    values = {
+        "max_seq_length": 512, "num_read": 60, "num_bad": 6, "num_equal": 1, "num_chosen": 50, "num_used": 44, "num_samples": 50,
+        "num_cut": 3, "num_dropped": 6, "num_lost_tokens": 500, "num_tokens": 2000, "num_targets": 500, "num_leaked": 0,
+        "num_bos": 0, "num_eos": 44,
+    }  # fmt: skip
+    return DataAccount(part=part, **{**values, **changes})

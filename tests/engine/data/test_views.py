@@ -7,9 +7,9 @@ import pytest
 
 from engine.config.parsing import parse
 from engine.config.trial import DataConfig, ModelConfig
-from engine.data.templates import CHATML
 from engine.data.tokens import TokenSet
 from engine.data.views import load_data, split_by_content
+from engine.dialogue.templates import CHATML
 from engine.errors import InputError
 from engine.model.inspect import load_tokenizer
 
@@ -116,7 +116,7 @@ def test_equal_samples_never_fall_on_both_sides():
 
 
 def test_chatml_can_be_named_where_a_tokenizer_has_no_template(tokenizer):
-    from engine.data.templates import chat_template
+    from engine.dialogue.templates import chat_template
 
     assert chat_template(tokenizer, "chatml") == CHATML
     with pytest.raises(InputError, match=r"data\.chat_template.*chatml"):
@@ -129,10 +129,14 @@ def test_a_builtin_can_be_the_evaluation_set_of_other_data(monkeypatch):
     from engine.data import views as data
 
     monkeypatch.setattr(data, "resolve_data", lambda p: (Path("a/train"), Path("a/eval")) if p.startswith("builtin:") else None)
-    assert data._sources(DataConfig(train="builtin:x")) == ("a/train", "a/eval")
-    assert data._sources(DataConfig(train="my.jsonl", eval="builtin:x")) == ("my.jsonl", "a/eval")
-    assert data._sources(DataConfig(train="builtin:x", eval="my.jsonl")) == ("a/train", "my.jsonl")
-    assert data._sources(DataConfig(train="my.jsonl")) == ("my.jsonl", None)
+
+    def paths(config):
+        return tuple(source and str(source) for source in data._sources(config))
+
+    assert paths(DataConfig(train="builtin:x")) == ("a/train", "a/eval")
+    assert paths(DataConfig(train="my.jsonl", eval="builtin:x")) == ("my.jsonl", "a/eval")
+    assert paths(DataConfig(train="builtin:x", eval="my.jsonl")) == ("a/train", "my.jsonl")
+    assert paths(DataConfig(train="my.jsonl")) == ("my.jsonl", None)
 
 
 def test_train_max_samples_takes_the_same_samples_wherever_they_stand(load, tokenizer):

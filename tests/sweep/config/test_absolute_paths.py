@@ -23,3 +23,13 @@ def test_paths_that_exist_become_absolute_and_names_stay_names(tmp_path):
     assert (found.data.eval, found.data.chat_template) == ("org/name", "chatml")
     assert found.tracking.uri == f"sqlite:///{tmp_path / 'runs.db'}"
     assert with_absolute_paths(found, Path("/")) == found
+
+
+def test_lists_and_patterns_of_files_become_absolute(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).touch()
+    config = config_for(WIDE)
+    data = config.data.model_copy(update={"train": ("a.jsonl", "*.jsonl", "none*.jsonl", "org/set"), "eval": "?.jsonl"})
+    found = with_absolute_paths(config.model_copy(update={"data": data}), tmp_path).data
+    assert found.train == (f"{tmp_path}/a.jsonl", f"{tmp_path}/*.jsonl", "none*.jsonl", "org/set")
+    assert found.eval == f"{tmp_path}/?.jsonl"

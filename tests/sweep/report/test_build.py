@@ -22,7 +22,7 @@ from sweep.report.figures import dead_time_line
 from sweep.space.parse import parse_space
 from sweep.study.study import Study
 from sweep.trials.record import Outcome
-from tests.support.reports import make_report
+from tests.support.reports import make_account, make_report
 
 TAG = "<script>alert(1)</script>"
 SPACE = {
@@ -159,6 +159,14 @@ def test_a_figure_that_cannot_be_drawn_says_why(tmp_path, outcomes, space, why):
     page = page_of(folder).replace(get_plotlyjs(), "")
     assert f"Not shown: {why}" in page
     assert "Optuna could not compute it" not in page
+
+
+def test_the_page_says_what_became_of_the_data(tmp_path):
+    folder = swept(tmp_path)
+    assert "rows read" not in page_of(folder)
+    folder.write_data({"training": "ab"}, [make_account(), make_account("evaluation")])
+    page = page_of(folder)
+    assert "Data, training at 512 tokens: 60 rows read" in page and "Data, evaluation at 512 tokens" in page
 
 
 def test_no_report_fails_a_sweep_and_an_older_one_stays(tmp_path, monkeypatch):

@@ -89,3 +89,12 @@ def test_conditions_in_a_circle_are_refused():
         "lora.target_modules": {**TARGETS, "when": {"lora.rank": 4}},
     }
     assert "circle" in error_of(circle)
+
+
+def test_variables_of_the_chat_template_can_be_searched():
+    choices = {"off": {"enable_thinking": False}, "on": {"enable_thinking": True}}
+    space = parse_space({"data.template_kwargs": {"choices": choices}})
+    base = {"model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 100}}
+    found = [space.apply(base, {"data.template_kwargs": name}) for name in choices]
+    assert [config.data.template_kwargs for config in found] == list(choices.values())
+    assert found[0].fingerprint() != found[1].fingerprint()
