@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.command_answers import Facts
-from sweep import driver
+from sweep import driver, preflight
 from sweep.__main__ import compose
 from sweep.cluster.slots import Hardware
 from sweep.config.sweep import parse_sweep_config
@@ -46,8 +46,8 @@ def sweep_folder(place) -> Path:
 @pytest.fixture
 def checker(place, sweep_folder, monkeypatch) -> Checker:
     monkeypatch.chdir(place)
-    monkeypatch.setattr(driver, "inspect", lambda config, module: Facts(shape=SHAPE))
-    monkeypatch.setattr(driver, "prepare", lambda configs, module: prepared())
+    monkeypatch.setattr(preflight, "inspect", lambda config, module: Facts(shape=SHAPE))
+    monkeypatch.setattr(preflight, "prepare", lambda configs, module: prepared())
     monkeypatch.setattr(report, "write_report", lambda folder: folder.path / "report.html")
     # a document's cluster does not exist, so both functions that look for it are replaced
     for module in (driver, sweep_plan):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -26,4 +26,6 @@ def numeric_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
 def takes_numbers(kind: Any) -> bool:
     if isinstance(kind, type) and not isinstance(kind, types.GenericAlias):
         return issubclass(kind, int | float) and kind is not bool
+    if get_origin(kind) is dict:  # variables of a template: any number is right
+        return False
     return any(takes_numbers(part) for part in get_args(kind) if not isinstance(part, str))

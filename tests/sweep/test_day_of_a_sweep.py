@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from engine.command_answers import PreparedFacts
-from sweep import driver
+from sweep import driver, preflight
 from sweep.folder.sweep_folder import SweepFolder
 from tests.support.fake_sweeps import BASE
 
@@ -20,7 +20,7 @@ def launch(monkeypatch, tmp_path):
 
     def _launch(day, resumed=None, **sections):
         ran = []
-        monkeypatch.setattr(driver, "prepare", lambda probes, module: replace(FACTS, day=probes[0].data.date or day))
+        monkeypatch.setattr(preflight, "prepare", lambda probes, module: replace(FACTS, day=probes[0].data.date or day))
 
         def run(plan, folder, *rest):
             folder.write_config(plan.config)
@@ -57,6 +57,6 @@ def test_a_sweep_whose_template_prints_no_day_has_none(launch):
 
 def test_a_sweep_that_learns_from_an_earlier_one_has_its_day(launch, monkeypatch):
     _, earlier = launch("2026-11-26")
-    monkeypatch.setattr(driver, "_check_warm_start", lambda *rest: None)
+    monkeypatch.setattr(driver, "check_warm_start", lambda *rest: None)
     plan, _ = launch("2026-12-24", sweep={"warm_start": [str(earlier)]})
     assert plan.config.data.date == "2026-11-26"

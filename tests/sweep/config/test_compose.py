@@ -9,7 +9,7 @@ from datetime import datetime
 import pytest
 
 from engine.errors import InputError
-from sweep import driver
+from sweep import preflight
 from sweep.__main__ import compose, groups, main
 from sweep.cluster.slots import Slots, plan_slots
 from sweep.config.sweep import ClusterConfig, parse_sweep_config
@@ -79,7 +79,7 @@ def test_a_leaf_of_the_space_can_be_replaced_by_another_kind():
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(driver, "prepare", lambda configs, module: prepared())
+    monkeypatch.setattr(preflight, "prepare", lambda configs, module: prepared())
     assert main(["+experiment=quickstart", "dry_run=true"]) == 0
     text = capsys.readouterr().out
     for part in ("8 trials", "1,024, 2,048, 4,096", "successive_halving", "lora.rank", "4, 8, 16"):

@@ -10,7 +10,7 @@ import pytest
 from engine.command_answers import Facts
 from engine.planning.cards import CARDS
 from engine.planning.model_shape import ModelShape
-from sweep import driver
+from sweep import preflight
 from sweep.__main__ import compose, groups, main
 from sweep.config.conf_files import conf_folder
 from sweep.config.sweep import parse_sweep_config
@@ -71,8 +71,8 @@ def test_a_committed_sweep_is_forecast_from_a_folder_with_nothing_but_config_jso
         assert config.model.path == str(tmp_path)
         return Facts(shape=ModelShape.of(json.loads((tmp_path / "config.json").read_text()), "m"))
 
-    monkeypatch.setattr(driver, "inspect", inspect)
-    monkeypatch.setattr(driver, "prepare", lambda configs, module: prepared(inspect(configs[0], module)))
+    monkeypatch.setattr(preflight, "inspect", inspect)
+    monkeypatch.setattr(preflight, "prepare", lambda configs, module: prepared(inspect(configs[0], module)))
     monkeypatch.setattr("sweep.cluster.slots.count_gpus", lambda: 0)
     arguments = ["+experiment=llama-3.2-1b-24gb", f"model.path={tmp_path}", "cluster.card=rtx4090", "dry_run=true"]
     assert main(arguments) == 0

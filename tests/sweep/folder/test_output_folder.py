@@ -8,7 +8,7 @@ import os
 import pytest
 
 from engine.errors import InputError
-from sweep import driver
+from sweep import driver, preflight
 from sweep.folder.output_folder import check_output_folder
 from tests.support.fake_driver import ENGINE
 
@@ -45,7 +45,7 @@ def test_a_full_disk_is_one_line_and_no_folder_stays(tmp_path, monkeypatch):
 @pytest.fixture
 def unprepared(monkeypatch):
     """Fail if the driver gets as far as model and data."""
-    monkeypatch.setattr(driver, "prepare", lambda *arguments: pytest.fail("prepared before the check"))
+    monkeypatch.setattr(preflight, "prepare", lambda *arguments: pytest.fail("prepared before the check"))
     monkeypatch.chdir("/")
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from engine.command_answers import Facts
 from engine.planning.cards import CARDS
-from sweep import driver
+from sweep import preflight
 from sweep.__main__ import compose, main
 from sweep.config.sweep import parse_sweep_config
 from sweep.execution.engine_commands import CommandFailed
@@ -42,7 +42,7 @@ def fails(line, code=2):
              "data.train line 3 = '{': must be JSON", "lora.target_modules = 'x': matches no linear layer"]
 )  # fmt: skip
 def test_what_prepare_refuses_a_dry_run_refuses(monkeypatch, capsys, line):
-    monkeypatch.setattr(driver, "prepare", fails(line))
+    monkeypatch.setattr(preflight, "prepare", fails(line))
     assert main([*SWEEP, *DATA]) == 2
     shown = capsys.readouterr()
     assert shown.err == f"error: {line}\n" and shown.out.startswith("sweep ")
@@ -56,8 +56,8 @@ def test_what_prepare_refuses_a_dry_run_refuses(monkeypatch, capsys, line):
     ],
 )  # fmt: skip
 def test_what_the_hub_does_not_deliver_is_named_and_the_plan_stays(monkeypatch, capsys, given, line, part):
-    monkeypatch.setattr(driver, "prepare", fails(line))
-    monkeypatch.setattr(driver, "inspect", fails(line) if "model" in line else lambda *_: Facts(shape=SHAPE))
+    monkeypatch.setattr(preflight, "prepare", fails(line))
+    monkeypatch.setattr(preflight, "inspect", fails(line) if "model" in line else lambda *_: Facts(shape=SHAPE))
     assert main([*SWEEP, *given, "cluster.card=l4"]) == 0
     shown = capsys.readouterr()
     assert shown.out.count("unchecked  ") == 1 and part in shown.out and shown.err == ""
@@ -65,12 +65,12 @@ def test_what_the_hub_does_not_deliver_is_named_and_the_plan_stays(monkeypatch, 
 
 def test_a_folder_that_is_here_is_no_hub_id(monkeypatch, place):
     (place / "org" / "model").mkdir(parents=True)
-    monkeypatch.setattr(driver, "prepare", fails("model.path = 'org/model': config.json is not in it"))
+    monkeypatch.setattr(preflight, "prepare", fails("model.path = 'org/model': config.json is not in it"))
     assert main([*SWEEP, *DATA]) == 2
 
 
 def test_any_other_failure_of_prepare_is_no_excuse(monkeypatch):
-    monkeypatch.setattr(driver, "prepare", fails("python -m engine prepare failed with exit code 1: killed", 1))
+    monkeypatch.setattr(preflight, "prepare", fails("python -m engine prepare failed with exit code 1: killed", 1))
     assert main([*SWEEP, *DATA]) == 1
 
 
@@ -103,7 +103,7 @@ def test_few_evaluation_samples_by_choice_of_an_experiment_are_none_but_by_choic
 
 
 def test_warnings_are_shown_in_the_plan(monkeypatch, capsys):
-    monkeypatch.setattr(driver, "prepare", lambda *_: prepared(num_eval_samples=3, num_train_tokens=5000))
+    monkeypatch.setattr(preflight, "prepare", lambda *_: prepared(num_eval_samples=3, num_train_tokens=5000))
     assert main([*SWEEP, *DATA]) == 0
     shown = capsys.readouterr()
     assert "WARNING: 3 evaluation samples" in shown.err and "WARNING: each trial reads the 1,000" in shown.err

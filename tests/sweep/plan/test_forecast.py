@@ -10,7 +10,7 @@ import pytest
 
 from engine.command_answers import Facts
 from engine.planning.cards import CARDS
-from sweep import driver
+from sweep import preflight
 from sweep.__main__ import main
 from tests.support.fake_engine import SHAPE
 from tests.support.prepared import prepared
@@ -29,8 +29,8 @@ SWEEP = ["model=local", "data=local", "data.train=t.jsonl", "space=none", "dry_r
 def seen(monkeypatch, tmp_path) -> list[Facts]:
     """Return what inspecting model and machine finds."""
     answer = [Facts(shape=SHAPE)]
-    monkeypatch.setattr(driver, "inspect", lambda config, module: answer[0])
-    monkeypatch.setattr(driver, "prepare", lambda configs, module: prepared(answer[0]))
+    monkeypatch.setattr(preflight, "inspect", lambda config, module: answer[0])
+    monkeypatch.setattr(preflight, "prepare", lambda configs, module: prepared(answer[0]))
     monkeypatch.setattr("sweep.cluster.slots.count_gpus", lambda: 0)
     monkeypatch.chdir(tmp_path)
     return answer

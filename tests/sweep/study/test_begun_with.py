@@ -10,7 +10,7 @@ import pytest
 
 from engine.command_answers import PreparedFacts
 from engine.errors import InputError, InputsChanged
-from sweep import driver
+from sweep import driver, preflight
 from sweep.config.resume_changes import AMENDABLE, BUDGETS, NUM_TRIALS
 from sweep.config.sweep import SweepConfig, parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
@@ -146,7 +146,7 @@ def resumed(folder: SweepFolder, data: dict[str, str], monkeypatch, overrides: d
     facts = PreparedFacts(
         model_path="m", layers="-", num_train_samples=1, num_eval_samples=1, num_dropped_samples=0, num_trainable=[1], data=data
     )
-    monkeypatch.setattr(driver, "prepare", lambda *_: facts)
+    monkeypatch.setattr(preflight, "prepare", lambda *_: facts)
     monkeypatch.setattr(driver, "_run", lambda plan, *rest: given.update(config=plan.config, inputs=rest[-1]) or 0)
     assert driver.resume(str(folder.path), overrides or {}) == 0
     return given
