@@ -61,8 +61,8 @@ class Ledger:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """note: shows the user a line. clock: Unix seconds. monotonic: seconds, for silence."""
-        self._study, self._folder, self._listeners, self._note = study, folder, listeners, note
-        self.clock, self._limits, self.timeline = clock or SteadyClock(), limits, Timeline(folder.timeline)
+        self._study, self._folder, self._listeners, self._note, self._limits = study, folder, listeners, note, limits
+        self.clock, self.timeline = clock or SteadyClock(), Timeline(folder.timeline)
         records = self.records
         self._records = {record.number: record for record in records if record.outcome in GOING_ON}
         self._budget = Budget(limits.budget, self.timeline, self.clock)
@@ -242,8 +242,7 @@ class Ledger:
     def _stop(self, number: int) -> None:
         """End a trial because the budget is spent. A resume with a larger one can continue it."""
         self._leave_slot(number)
-        self._study.stop(number)
-        ended_s = self._study.record(number).ended_s
+        ended_s = self._study.stop(number)
         self._close(self._timed(replace(self._records[number], outcome=Outcome.STOPPED, ended_s=ended_s)))
 
     def _stop_waiting_where_spent(self) -> None:

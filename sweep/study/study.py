@@ -205,12 +205,13 @@ class Study:
         self._pruning.on_ended(ended)
         return True
 
-    def stop(self, number: int) -> None:
-        """Note that the trial waits for a larger budget.
+    def stop(self, number: int) -> float | None:
+        """Note that the trial waits for a larger budget. Returns when it stopped, as a resume reads it.
 
         To Optuna it stays running, because a trial that has ended can never continue.
         """
         self._note_stop(number, Outcome.STOPPED, time.time())  # the clock of Optuna's own times
+        return self.record(number).ended_s
 
     def undo_stop(self, number: int) -> None:
         """Take back a stop()."""

@@ -11,8 +11,7 @@ from engine.errors import InputError
 from sweep import driver, preflight
 from sweep.folder.output_folder import check_output_folder
 from tests.support.fake_driver import ENGINE
-
-CONFIG = {"model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400}, "tracking": {"name": "none"}}
+from tests.support.fake_sweeps import BASE
 
 
 @pytest.mark.parametrize("name", ["new", "new/deeper/still", "there", "ä #%1?&'x/ y"])
@@ -52,11 +51,11 @@ def unprepared(monkeypatch):
 def test_the_driver_tries_it_before_it_prepares_model_and_data(tmp_path, unprepared):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"sweep.output_dir"):
-        driver.start({**CONFIG, "sweep": {"output_dir": str(tmp_path / "file")}}, engine=ENGINE)
+        driver.start({**BASE, "sweep": {"output_dir": str(tmp_path / "file")}}, engine=ENGINE)
 
 
 def test_without_a_home_folder_the_driver_stops_before_it_prepares(tmp_path, unprepared, monkeypatch):
     monkeypatch.setattr("engine.system.files.home_folder", lambda: None)
     with pytest.raises(InputError, match=r"^HOME = None: .* set HOME to a folder"):
-        driver.start({**CONFIG, "sweep": {"output_dir": str(tmp_path / "sweeps")}}, engine=ENGINE)
+        driver.start({**BASE, "sweep": {"output_dir": str(tmp_path / "sweeps")}}, engine=ENGINE)
     assert list(tmp_path.iterdir()) == []
