@@ -35,7 +35,7 @@ def test_the_commands_json_has_the_keys_it_always_had():
     assert set(Facts().to_dict()) == {"shape", "card", "host_gib"}
     assert set(PREPARED.to_dict()) == {
         "shape", "card", "host_gib", "model_path", "layers", "num_train_samples", "num_eval_samples", "num_dropped_samples",
-        "num_trainable", "data", "accounts", "day"}  # fmt: skip
+        "num_trainable", "data", "accounts", "day", "num_train_tokens"}  # fmt: skip
     assert PREPARED.to_dict()["card"] == {"name": "NVIDIA L4", "memory_gib": 22.5}
     losses = {"base_eval_loss", "eval_loss", "num_eval_target_tokens"}
     assert set(AdapterEvaluation(2.5, 1.25, 7).to_dict()) == losses
@@ -63,12 +63,11 @@ def test_an_account_is_one_line_with_everything_and_warns_of_losses():
         "training at 512 tokens: 60 rows read (6 bad, 1 equal to others); 44 used as 50 samples; 2,000 tokens a pass, "
         "25.0% of them targets; 500 tokens lost (3 samples cut, 6 dropped); added EOS to 44"
     )
-    rows, tokens, passes = ACCOUNT.warnings(50_000, 256)
-    assert "lose 21% of their rows at 512 tokens" in rows and "lose 20% of their tokens" in tokens and "25 passes" in passes
-    assert replace(ACCOUNT, num_bad=0, num_used=50, num_lost_tokens=9).warnings(40_000, 256) == []
+    rows, tokens = ACCOUNT.warnings()
+    assert "lose 21% of their rows at 512 tokens" in rows and "lose 20% of their tokens" in tokens
+    assert replace(ACCOUNT, num_bad=0, num_used=50, num_lost_tokens=9).warnings() == []
     told = replace(ACCOUNT, notes={"thoughts left out": 2}, bad_rows=["data.train line 3 = 'x': no"])
     assert told.line().endswith("; thoughts left out (2 rows)")
-    assert "a bad row was skipped: data.train line 3 = 'x': no" in told.warnings(1, 256)
-    few = replace(ACCOUNT, part="evaluation", num_bad=0, num_chosen=3, num_used=3, num_lost_tokens=0, num_leaked=2)
-    assert [line.split(" ")[0] for line in few.warnings(10**9, 256)] == ["2", "only"]
-    assert len(few.warnings(10**9, eval_max_samples=3)) == 1, "who sets few wants few"
+    assert "a bad row was skipped: data.train line 3 = 'x': no" in told.warnings()
+    leaked = replace(ACCOUNT, part="evaluation", num_bad=0, num_chosen=3, num_used=3, num_lost_tokens=0, num_leaked=2)
+    assert leaked.warnings() == ["2 of 3 evaluation rows are training rows too"]
