@@ -12,14 +12,13 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from engine.command_answers import Facts, PreparedFacts
 from engine.errors import StorageError, first_line
 from engine.sources.identity import refuse_changed
 from engine.system.files import home_folder, storage_fault
@@ -32,19 +31,23 @@ from sweep.config.absolute_paths import absolute_uri, with_absolute_paths
 from sweep.config.confirmations import ADDRESS, CODE, credentials, refuse_unconfirmed
 from sweep.config.resume_changes import apply_resume_changes
 from sweep.config.sweep import ClusterConfig, SweepConfig, parse_sweep_config
-from sweep.execution.engine_commands import CommandFailed, inspect, prepare, print_sample
+from sweep.execution.engine_commands import print_sample
 from sweep.execution.interruption import taken_signals
 from sweep.execution.worker_config import REAL_ENGINE, EngineModules
 from sweep.folder.flush import wait_until_flushed
 from sweep.folder.sweep_folder import SweepFolder
-from sweep.places import check_places
-from sweep.plan.feasibility import Feasibility, make_feasibility
-from sweep.plan.forecast import card_line, check_any_fits, describe_forecast, most_demanding, no_forecast_line
-from sweep.plan.idle_settings import idle_settings, refuse_idle_overrides
-from sweep.plan.rungs import check_rungs
-from sweep.plan.samples import data_warnings, unchecked_line
+from sweep.plan.feasibility import Feasibility
+from sweep.plan.idle_settings import refuse_idle_overrides
 from sweep.plan.sweep_plan import SweepPlan, make_sweep_plan
-from sweep.text import params_text
+from sweep.preflight import (
+    check_and_forecast,
+    check_places,
+    check_sweep,
+    check_warm_start,
+    pinned_to_most_demanding,
+    setting_warnings,
+    warn,
+)
 from sweep.tracking.prometheus import MetricsPage, serve
 from sweep.tracking.tracker import make_tracker
 from sweep.trials.selection import Rule
@@ -108,17 +111,17 @@ def _launch(
     folder: None for a new sweep, whose folder is created once all checks have passed. recorded: the
     digests of data and model that the sweep began with.
     """
-    warnings = [*plan.warnings(), *_setting_warnings(plan, folder is None, given)]
+    warnings = [*plan.warnings(), *setting_warnings(plan, folder is None, given)]
     print(plan.describe(), flush=True)
-    _warn(warnings)
+    warn(warnings)
     if folder is None and plan.config.sweep.warm_start:
-        _check_warm_start(plan, {}, print)
+        check_warm_start(plan, {}, print)
     if dry_run:
-        return _dry_run(plan, engine, given)
+        return check_and_forecast(plan, engine, given)
     check_places(plan.config, None if folder is None else folder.path)
     with handled(taken_signals(), _interrupt), _metrics_page(plan) as page:
         try:
-            feasibility, facts = _prepare(plan, engine, given)
+            feasibility, facts = check_sweep(plan, engine, given)
             data = facts.data
         except KeyboardInterrupt:
             return _interrupted(folder)
@@ -126,8 +129,8 @@ def _launch(
         if folder is None:
             plan = plan.on_day(plan.config.data.date or facts.day)
             if plan.config.sweep.warm_start:
-                _check_warm_start(plan, data)
-            plan = _pinned(plan, feasibility)
+                check_warm_start(plan, data)
+            plan = pinned_to_most_demanding(plan, feasibility)
             folder = SweepFolder.create(plan.config, datetime.now())
             folder.write_data(data, facts.accounts)
         with _storage_errors(folder):
@@ -138,103 +141,6 @@ def _earlier_day(config: SweepConfig) -> str | None:
     """Return the day of the first sweep in sweep.warm_start that has one: its losses are of that day."""
     days = (SweepFolder.open(name, "sweep.warm_start").read_config().data.date for name in config.sweep.warm_start)
     return next(filter(None, days), None)
-
-
-def _check_warm_start(plan: SweepPlan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
-    """Raise InputError if the sampler cannot learn from the sweeps in sweep.warm_start.
-
-    data: digests of today's samples and base model.
-    """
-    from sweep.study.earlier_sweeps import read_earlier  # loads Optuna, which takes half a second
-
-    earlier = read_earlier(plan.config, plan.space, data)
-    say(f"warm start {len(earlier)} trials from {', '.join(plan.config.sweep.warm_start)}")
-
-
-def _setting_warnings(plan: SweepPlan, is_new: bool, given: Mapping[str, Any]) -> list[str]:
-    """Return the warnings about settings. Raises InputError for rungs that a new sweep cannot have."""
-    if not is_new:
-        return []
-    rungs = None if plan.config.sweep.only_most_demanding else check_rungs(plan.config, plan.space)
-    return [*idle_settings(plan.config, plan.space, given), *([] if rungs is None else [rungs])]
-
-
-def _warn(warnings: Iterable[str]) -> None:
-    for warning in warnings:
-        print(f"WARNING: {warning}", file=sys.stderr, flush=True)
-
-
-def _pinned(plan: SweepPlan, feasibility: Feasibility) -> SweepPlan:
-    """Return the plan of the one point to try, if sweep.only_most_demanding asks for that."""
-    if not plan.config.sweep.only_most_demanding or not plan.space.dimensions:
-        return plan
-    params = most_demanding(plan.space, plan.base(), feasibility)
-    print(f"trial of the most demanding point: {params_text(params)}", flush=True)
-    return plan.pinned(params)
-
-
-def _dry_run(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -> int:
-    """Check model and data as a start does, and print the forecast. Returns the exit code.
-
-    What only the hub has, and does not deliver now, is left unchecked, and a line says so. A fault
-    is raised after the forecast, which needs no more than the model's config.json.
-    """
-    faults: list[CommandFailed] = []
-    try:
-        _forecast(plan, engine, _checked(plan, engine, given))
-    except CommandFailed as error:
-        faults.append(error)
-        try:
-            _forecast(plan, engine, None)
-        except CommandFailed as error:
-            faults.append(error)
-    lines = {unchecked_line(plan.config, fault.line): fault for fault in reversed(faults)}
-    if None in lines:
-        raise lines[None]
-    for line in lines:
-        print(line, flush=True)
-    return 0
-
-
-def _forecast(plan: SweepPlan, engine: EngineModules, facts: Facts | None) -> None:
-    """Print the predictions, which need neither weights nor a GPU. facts: None if still to be found."""
-    config, cpu = plan.config, plan.slots.device == "cpu"
-    if config.train.device == "cpu" or (config.cluster.card == "auto" and cpu):
-        print(no_forecast_line(config.train.device), flush=True)
-        return
-    facts = inspect(config.base(), engine.command) if facts is None else facts
-    feasibility = make_feasibility(config.cluster.card, facts, plan.kinds)
-    print(describe_forecast(plan.space, plan.base(), feasibility, config.sweep.num_trials), flush=True)
-    check_any_fits(plan.space, plan.base(), feasibility)
-
-
-def _checked(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -> PreparedFacts:
-    """Return what the engine finds in model and data. Raises CommandFailed if they cannot work."""
-    print("preparing model and data ...", flush=True)
-    facts = prepare(plan.probes(), engine.command)
-    print(f"model: {facts.layers}", flush=True)
-    print(f"data: {facts.num_train_samples:,} training and {facts.num_eval_samples:,} evaluation samples", flush=True)
-    if facts.day is not None:
-        print(f"data: the chat template prints a day; this sweep's is {facts.day} (data.date)", flush=True)
-    for account in facts.accounts:
-        print(f"data: {account.line()}", flush=True)
-    _warn(dict.fromkeys(line for account in facts.accounts for line in account.warnings()))
-    _warn(data_warnings(plan.config, facts, given))
-    return facts
-
-
-def _prepare(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -> tuple[Feasibility, PreparedFacts]:
-    """Check the whole sweep against model, data and card. Raises InputError if it cannot work.
-
-    Returns the fit check for its trials, and what was found.
-    """
-    facts = _checked(plan, engine, given)
-    on_gpu = plan.slots.device == "cuda"
-    feasibility = make_feasibility(plan.config.cluster.card, facts, plan.kinds) if on_gpu else Feasibility(None, None)
-    if feasibility.predicts:
-        print(f"{card_line(feasibility)}; trials that are predicted not to fit are not started", flush=True)
-    check_any_fits(plan.space, plan.base(), feasibility)
-    return feasibility, facts
 
 
 def _run(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from engine.command_answers import DataAccount
-from engine.config.trial import DataConfig
+from engine.config.data_section import DataConfig
 from engine.data.row_pipeline import RowCounts
 from engine.data.views import View, load_counted_data
 

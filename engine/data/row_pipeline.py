@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.config.trial import DataConfig
+from engine.config.data_section import DataConfig
 from engine.data.formats import RowFormat
 from engine.data.readers import SourceRow
 from engine.dialogue.conversation import Conversation, Document, Encoded, SampleError

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.config.trial import ON_TRAINING_SAMPLES, DataConfig, TrainConfig
+from engine.config.data_section import ON_TRAINING_SAMPLES, DataConfig
+from engine.config.trial import TrainConfig
 from engine.data.packing import Sample
 from engine.data.readers import read_rows
 from engine.data.row_pipeline import RowCounts, RowPipeline

@@ -14,7 +14,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from engine.config.trial import HUB_ID, DataConfig
+from engine.config.data_section import DataConfig
+from engine.config.trial import HUB_ID
 from engine.dialogue.conversation import Conversation, Document, Encoded, SampleError, TargetText
 from engine.dialogue.spans import Spans, any_of
 from engine.dialogue.templates import MARKS, RESERVED, ChatTemplate, chat_template, prints_date, reads

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from engine.config.trial import HUB_ID, ON_TRAINING_SAMPLES, DataConfig
+from engine.config.data_section import ON_TRAINING_SAMPLES, DataConfig
+from engine.config.trial import HUB_ID
 from engine.errors import InputError
 from engine.sources.builtin import PREFIX
 from engine.system.user_path import user_path

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from engine.config.trial import ON_TRAINING_SAMPLES
+from engine.config.data_section import ON_TRAINING_SAMPLES
 from engine.system.user_path import user_path
 from sweep.config.sweep import SweepConfig
 

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, field_validator
 
+from engine.config.data_section import DataConfig
 from engine.config.parsing import MAX_SECONDS, ListAsTuple, StrictModel, parse
-from engine.config.trial import DataConfig, LoopConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
+from engine.config.trial import LoopConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
 from engine.errors import InputError
 from engine.planning.cards import find_card
 from sweep.config.pruner_options import PRUNERS, NoPrunerConfig, PrunerConfig, SuccessiveHalvingConfig

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from engine.config.trial import ON_TRAINING_SAMPLES
+from engine.config.data_section import ON_TRAINING_SAMPLES
 from engine.errors import InputError
 from engine.sources.builtin import PREFIX
 from engine.sources.hub_ids import is_only_on_hub

@@ -51,7 +51,7 @@ def test_a_console_command_calls_a_function_without_arguments(name):
 def test_a_dry_run_from_another_folder_reads_the_installed_conf(installed, tmp_path):
     # the check of model and data would load torch and build the model
     code = (
-        "import sys; from sweep import driver; from sweep.__main__ import main; driver._dry_run = lambda *_: 0;"
+        "import sys; from sweep import driver; from sweep.__main__ import main; driver.check_and_forecast = lambda *_: 0;"
         "sys.exit(main(['+experiment=quickstart', 'dry_run=true']))"
     )
     environment = {**os.environ, "PYTHONPATH": str(installed)}

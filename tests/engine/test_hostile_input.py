@@ -159,7 +159,8 @@ def test_a_chat_template_that_would_take_all_time_or_memory_is_stopped(refused, 
 
 
 def test_an_ordinary_template_is_rendered_in_a_child_as_it_would_be_here(tiny_model_dir):
-    from engine.config.trial import DataConfig, ModelConfig
+    from engine.config.data_section import DataConfig
+    from engine.config.trial import ModelConfig
     from engine.dialogue.conversation import Conversation
     from engine.dialogue.encoding import Encoder
     from engine.model.inspect import load_tokenizer

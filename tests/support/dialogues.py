@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from engine.config.data_section import DataConfig
 from engine.config.parsing import parse
-from engine.config.trial import DataConfig
 from engine.dialogue.conversation import Conversation
 from engine.dialogue.encoding import Encoder
 from tests.support.chat_templates import tokenizer_for

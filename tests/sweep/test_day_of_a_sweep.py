@@ -45,7 +45,7 @@ def test_a_sweep_keeps_the_day_on_which_its_data_were_prepared(launch):
 
 
 def test_a_day_that_is_given_stays(launch):
-    plan, _ = launch("2026-11-26", data={"train": "t", "date": "2025-01-31"})
+    plan, _ = launch("2026-11-26", data={**BASE["data"], "date": "2025-01-31"})
     assert plan.config.data.date == "2025-01-31"
 
 

@@ -28,8 +28,9 @@ def ran(tmp_path, monkeypatch) -> Path:
     model.mkdir()
     auto = {"AutoConfig": "own.OwnConfig"}
     (model / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto}))
+    (tmp_path / "data.jsonl").write_text('{"text": "one"}\n')
     (model / "own.py").write_text(MODELING.format(ran=str(ran)))
-    values = {"model": {"path": str(model), "trust_remote_code": True}, "data": {"train": "none.jsonl"}}
+    values = {"model": {"path": str(model), "trust_remote_code": True}, "data": {"train": str(tmp_path / "data.jsonl")}}
     values["train"] = {"max_tokens": 9}
     (tmp_path / "train_config.json").write_text(json.dumps(values))
     (tmp_path / "configs.json").write_text(json.dumps([values]))
@@ -45,6 +46,7 @@ def test_a_config_file_permits_nothing_and_the_command_line_does(ran, command, c
     assert "model.trust_remote_code = True: a file cannot permit" in error and "add --trust-remote-code" in error
     assert error.count("\n") == 1 and not ran.exists()
     assert main([*given, "--trust-remote-code"]) == (0 if command == "inspect" else 2)  # twin: it runs, and is no model
-    assert "cannot permit" not in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "cannot permit" not in error
     if command not in ("train", "evaluate"):  # these look for the weights first, and there are none
-        assert ran.exists()
+        assert ran.exists(), error

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.config.data_section import DataConfig
 from engine.config.parsing import parse
-from engine.config.trial import DataConfig, ModelConfig
+from engine.config.trial import ModelConfig
 from engine.data.account import account_data
 from engine.data.tokens import TokenSet, tokenise
 from engine.data.views import View, load_data

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.config.trial import DataConfig, ModelConfig
+from engine.config.data_section import DataConfig
+from engine.config.trial import ModelConfig
 from engine.data.views import load_data
 from engine.model.inspect import load_tokenizer
 

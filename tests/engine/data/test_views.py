@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from engine.config.data_section import DataConfig
 from engine.config.parsing import parse
-from engine.config.trial import DataConfig, ModelConfig
+from engine.config.trial import ModelConfig
 from engine.data.tokens import TokenSet
 from engine.data.views import load_data, split_by_content
 from engine.dialogue.templates import CHATML

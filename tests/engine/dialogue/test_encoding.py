@@ -2,8 +2,9 @@
 
 import pytest
 
+from engine.config.data_section import DataConfig
 from engine.config.parsing import parse
-from engine.config.trial import DataConfig, TrainConfig
+from engine.config.trial import TrainConfig
 from engine.dialogue.conversation import Conversation, Document, Encoded
 from engine.dialogue.encoding import Encoder, printed_day
 from engine.errors import InputError

@@ -1,0 +1,138 @@
+"""Check a sweep before anything is written or paid for: settings, places, model, data and card."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.command_answers import Facts, PreparedFacts
+from engine.system.files import require_home
+from sweep.cluster.ray_folder import settle_ray_folder
+from sweep.config.sweep import SweepConfig
+from sweep.execution.engine_commands import CommandFailed, inspect, prepare
+from sweep.execution.worker_config import EngineModules
+from sweep.folder.output_folder import check_output_folder
+from sweep.plan.feasibility import Feasibility, make_feasibility
+from sweep.plan.forecast import card_line, check_any_fits, describe_forecast, most_demanding, no_forecast_line
+from sweep.plan.idle_settings import idle_settings
+from sweep.plan.rungs import check_rungs
+from sweep.plan.samples import data_warnings, unchecked_line
+from sweep.plan.sweep_plan import SweepPlan
+from sweep.text import params_text
+from sweep.tracking.store_check import check_store
+
+
+def check_places(config: SweepConfig, sweep_folder: Path | None) -> None:
+    """Raise InputError if a folder or the MLflow store cannot work; print what may work later.
+
+    sweep_folder: None for a new sweep.
+    """
+    require_home()
+    output = Path(config.sweep.output_dir) if sweep_folder is None else sweep_folder.absolute().parent
+    if sweep_folder is None:
+        check_output_folder(output)
+    if config.cluster.address is None:
+        line = settle_ray_folder(os.environ)
+        if line is not None:
+            print(f"note       {line}", flush=True)
+    warn(check_store(config, output))
+
+
+def setting_warnings(plan: SweepPlan, is_new: bool, given: Mapping[str, Any]) -> list[str]:
+    """Return the warnings about settings. Raises InputError for rungs that a new sweep cannot have."""
+    if not is_new:
+        return []
+    rungs = None if plan.config.sweep.only_most_demanding else check_rungs(plan.config, plan.space)
+    return [*idle_settings(plan.config, plan.space, given), *([] if rungs is None else [rungs])]
+
+
+def check_warm_start(plan: SweepPlan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
+    """Raise InputError if the sampler cannot learn from the sweeps in sweep.warm_start.
+
+    data: digests of today's samples and base model.
+    """
+    from sweep.study.earlier_sweeps import read_earlier  # loads Optuna, which takes half a second
+
+    earlier = read_earlier(plan.config, plan.space, data)
+    say(f"warm start {len(earlier)} trials from {', '.join(plan.config.sweep.warm_start)}")
+
+
+def check_and_forecast(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -> int:
+    """Check model and data as a start does, and print the forecast. Returns the exit code.
+
+    What only the hub has, and does not deliver now, is left unchecked, and a line says so. A fault
+    is raised after the forecast, which needs no more than the model's config.json.
+    """
+    faults: list[CommandFailed] = []
+    try:
+        _forecast(plan, engine, _checked(plan, engine, given))
+    except CommandFailed as error:
+        faults.append(error)
+        try:
+            _forecast(plan, engine, None)
+        except CommandFailed as error:
+            faults.append(error)
+    lines = {unchecked_line(plan.config, fault.line): fault for fault in reversed(faults)}
+    if None in lines:
+        raise lines[None]
+    for line in lines:
+        print(line, flush=True)
+    return 0
+
+
+def _forecast(plan: SweepPlan, engine: EngineModules, facts: Facts | None) -> None:
+    """Print the predictions, which need neither weights nor a GPU. facts: None if still to be found."""
+    config, cpu = plan.config, plan.slots.device == "cpu"
+    if config.train.device == "cpu" or (config.cluster.card == "auto" and cpu):
+        print(no_forecast_line(config.train.device), flush=True)
+        return
+    facts = inspect(config.base(), engine.command) if facts is None else facts
+    feasibility = make_feasibility(config.cluster.card, facts, plan.kinds)
+    print(describe_forecast(plan.space, plan.base(), feasibility, config.sweep.num_trials), flush=True)
+    check_any_fits(plan.space, plan.base(), feasibility)
+
+
+def check_sweep(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -> tuple[Feasibility, PreparedFacts]:
+    """Check the whole sweep against model, data and card. Raises InputError if it cannot work.
+
+    Returns the fit check for its trials, and what was found.
+    """
+    facts = _checked(plan, engine, given)
+    on_gpu = plan.slots.device == "cuda"
+    feasibility = make_feasibility(plan.config.cluster.card, facts, plan.kinds) if on_gpu else Feasibility(None, None)
+    if feasibility.predicts:
+        print(f"{card_line(feasibility)}; trials that are predicted not to fit are not started", flush=True)
+    check_any_fits(plan.space, plan.base(), feasibility)
+    return feasibility, facts
+
+
+def _checked(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -> PreparedFacts:
+    """Return what the engine finds in model and data. Raises CommandFailed if they cannot work."""
+    print("preparing model and data ...", flush=True)
+    facts = prepare(plan.probes(), engine.command)
+    print(f"model: {facts.layers}", flush=True)
+    print(f"data: {facts.num_train_samples:,} training and {facts.num_eval_samples:,} evaluation samples", flush=True)
+    if facts.day is not None:
+        print(f"data: the chat template prints a day; this sweep's is {facts.day} (data.date)", flush=True)
+    for account in facts.accounts:
+        print(f"data: {account.line()}", flush=True)
+    warn(dict.fromkeys(line for account in facts.accounts for line in account.warnings()))
+    warn(data_warnings(plan.config, facts, given))
+    return facts
+
+
+def pinned_to_most_demanding(plan: SweepPlan, feasibility: Feasibility) -> SweepPlan:
+    """Return the plan of the one point to try, if sweep.only_most_demanding asks for that."""
+    if not plan.config.sweep.only_most_demanding or not plan.space.dimensions:
+        return plan
+    params = most_demanding(plan.space, plan.base(), feasibility)
+    print(f"trial of the most demanding point: {params_text(params)}", flush=True)
+    return plan.pinned(params)
+
+
+def warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        print(f"WARNING: {warning}", file=sys.stderr, flush=True)
