@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,9 @@ def find_source(source: NamedSource) -> FoundSource:
     """Return what the source names. InputError if nothing is there, or not all of it can be read."""
     if len(source.paths) == 1:
         path = user_path(source.paths[0])
-        if path.is_dir():
+        if os.path.isdir(path):
             return _folder(source, path)
-        if not path.is_file() and not _has_magic(path):
+        if not os.path.isfile(path) and not _has_magic(path):
             return _hub(source)
     files = tuple(file for text in source.paths for file in _named_files(source, text))
     _refuse_options(source, "a file", "split", "name", "revision", "files")
@@ -71,9 +72,9 @@ def kind_of(path: Path) -> tuple[str, str] | None:
 def _named_files(source: NamedSource, text: str) -> list[Path]:
     """Return the file, or the pattern's files by name."""
     path = user_path(text)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, it takes names of any length
         found = [path]
-    elif path.is_dir():
+    elif os.path.isdir(path):
         raise InputError(source.field, text, "a list holds files and patterns; name a folder alone, or its files as a pattern")
     elif _has_magic(path):
         found = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())

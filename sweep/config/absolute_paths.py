@@ -41,7 +41,7 @@ def absolute_path(text: str, folder: Path) -> str:
     """Return what the text names, seen from the folder; the text itself if nothing there fits it."""
     expanded = user_path(text)
     pattern = str(folder / expanded)
-    if (folder / expanded).exists() or (glob.has_magic(text) and next(glob.iglob(pattern, recursive=True), None)):
+    if os.path.exists(pattern) or (glob.has_magic(text) and next(glob.iglob(pattern, recursive=True), None)):
         return str(folder / expanded)
     return str(expanded) if text.startswith("~") else text
 

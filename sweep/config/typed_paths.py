@@ -6,14 +6,18 @@ other characters outside of ASCII. File names hold any of them.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from engine.system.user_path import user_path
+
 PATHS = ("model.path", "data.train", "data.eval", "data.chat_template", "sweep.output_dir", "tracking.uri", "resume")
 LISTS = ("sweep.warm_start",)
+PATH_OR_LIST = ("data.train", "data.eval")  # [a.jsonl,b.jsonl] is a list, unless a file has that very name
 AS_HYDRA_HAS_IT = ("null", "???")  # no value, and a value that is still missing
 QUOTED = re.compile(r"'(\\.|[^'\\])*'|\"(\\.|[^\"\\])*\"", re.DOTALL)
 ITEM = re.compile(rf"\s*({QUOTED.pattern})\s*|(\\.|\$\{{[^}}]*\}}|[^,\\])*", re.DOTALL)
@@ -25,10 +29,13 @@ def in_hydras_grammar(key: str, value: str) -> str:
     key: without `+`. A value that the user has quoted stays as it is, and so does one of any other
     key. In a list, Hydra reads the items that it can read. OmegaConf still replaces `${section.key}`.
     """
+    is_list = value.startswith("[") and value.endswith("]")
+    if key in PATH_OR_LIST and is_list and not os.path.exists(user_path(value)):
+        return f"[{','.join(_items(value[1:-1]))}]"
     if key in PATHS:
         return _quoted(value)
     if key in LISTS:
-        if value.startswith("[") and value.endswith("]"):
+        if is_list:
             return f"[{','.join(_items(value[1:-1]))}]"
         return value if value in AS_HYDRA_HAS_IT or value.startswith("${") else f"[{_quoted(value)}]"
     return value

@@ -69,5 +69,5 @@ def test_an_account_is_one_line_with_everything_and_warns_of_losses():
     told = replace(ACCOUNT, notes={"thoughts left out": 2}, bad_rows=["data.train line 3 = 'x': no"])
     assert told.line().endswith("; thoughts left out (2 rows)")
     assert "a bad row was skipped: data.train line 3 = 'x': no" in told.warnings()
-    few = replace(ACCOUNT, part="evaluation", num_bad=0, num_chosen=3, num_used=3, num_lost_tokens=0, num_leaked=2)
-    assert few.warnings() == ["2 of 3 evaluation rows are training rows too"]
+    leaked = replace(ACCOUNT, part="evaluation", num_bad=0, num_chosen=3, num_used=3, num_lost_tokens=0, num_leaked=2)
+    assert leaked.warnings() == ["2 of 3 evaluation rows are training rows too"]

@@ -211,7 +211,9 @@ def test_an_option_without_effect_on_a_file_is_refused(tmp_path, options):
     ("names", "said"),
     [
         (["none.jsonl"], "no such file"), (["none*.jsonl"], "no file matches"), (["a.jsonl", "none.jsonl"], "no such file"),
-        (["a.jsonl", "."], "a list holds files"), (["no such folder/"], "no such file"), (["*"], "allowed file types"),
+        (["a.jsonl", "."], "a list holds files"), (["no such folder/"], "no such file"), (["x" * 300], "no such file"),
+        (["a.jsonl", "x" * 300], "no such file"),
+        (["*"], "allowed file types"),
     ],
 )  # fmt: skip
 def test_a_source_that_is_not_there_is_one_line(tmp_path, names, said):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.data.readers import open_samples
+from engine.data.readers import read_rows
+from engine.data.source_files import NamedSource, find_source
 from engine.data.views import identify, load_data, load_recorded
 from engine.errors import InputError, InputsChanged
 from engine.model.inspect import load_tokenizer
@@ -109,8 +110,9 @@ def test_the_evaluation_of_the_winner_compares_too(own, tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(own):
-    _, samples = open_samples("data.train", own["data"]["train"], "train")
-    next(samples)
+    source = NamedSource("data.train", (own["data"]["train"],))
+    rows = read_rows(source, find_source(source))
+    next(rows)
     append(own, json.dumps(ROW) + "\n")
     with pytest.raises(InputError, match="changed while it was read"):
-        list(samples)
+        list(rows)

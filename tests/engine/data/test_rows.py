@@ -146,15 +146,14 @@ def test_the_account_says_what_became_of_every_row(config, tokenizer):
     assert training.num_cut + evaluation.num_cut == 4 and training.num_used == training.num_samples
     line = training.line()
     assert line.startswith("training at 64 tokens: 50 rows read (10 bad") and "tokens lost" in line and "EOS to 40" in line
-    assert any("lose 2" in text and "rows" in text for text in training.warnings(1000, 256))
-    assert any("evaluation rows decide" in text for text in evaluation.warnings(1000, 256))
+    assert any("lose 2" in text and "rows" in text for text in training.warnings())
 
 
 def test_evaluation_rows_that_are_trained_are_counted(config, tokenizer, tmp_path):
     (tmp_path / "eval.jsonl").write_text('{"text": "t1"}\n{"text": "new"}\n')
     given = config([{"text": f"t{i}"} for i in range(4)], eval=str(tmp_path / "eval.jsonl"))
     _, _, (_, evaluation) = account_data(given, tokenizer)
-    assert evaluation.num_leaked == 1 and "1 of 2 evaluation rows are training rows too" in evaluation.warnings(1000, 256)
+    assert evaluation.num_leaked == 1 and "1 of 2 evaluation rows are training rows too" in evaluation.warnings()
     with pytest.raises(InputError, match=r"data.eval = .*data.eval=train means these"):
         load_data(given.model_copy(update={"eval": given.train}), tokenizer)
 

@@ -16,7 +16,7 @@ from sweep.__main__ import compose, main
 from sweep.config.absolute_paths import absolute_path, absolute_uri, sqlite_file, sqlite_uri, with_absolute_paths
 from sweep.config.compose import given_keys, parsed, repeated_keys, run_keys
 from sweep.config.sweep import parse_sweep_config
-from sweep.config.typed_paths import AS_HYDRA_HAS_IT, PATHS, QUOTED
+from sweep.config.typed_paths import AS_HYDRA_HAS_IT, PATH_OR_LIST, PATHS, QUOTED
 
 GIVEN = ["model=local", "data=local", "space=none", "model.path=m", "data.train=t.jsonl"]
 TYPED = [
@@ -40,14 +40,19 @@ def flat(config, key):
     return getattr(getattr(config, section), field)
 
 
+def is_list(key, name):
+    """Return whether brackets make a list of the name. For a file of that name, see the test of lists."""
+    return key in PATH_OR_LIST and name.startswith("[") and name.endswith("]")
+
+
 KEYS = [key for key in PATHS if key != "resume"]
 
 
 @pytest.mark.parametrize("start", range(0, len(TYPED), len(KEYS)))
 def test_every_path_key_takes_what_was_typed(start):
-    wanted = dict(zip(KEYS, TYPED[start:] + TYPED))
+    wanted = {key: name for key, name in zip(KEYS, TYPED[start:] + TYPED) if not is_list(key, name)}
     config = composed(*(f"{key}={typed}" for key, typed in wanted.items()))
-    assert {key: flat(config, key) for key in KEYS} == wanted
+    assert {key: flat(config, key) for key in wanted} == wanted
 
 
 def resolved(override):
@@ -60,7 +65,7 @@ def resolved(override):
 @example("'\\", "data.train")
 @example("\\\\'\\", "resume")
 def test_a_typed_name_comes_back_as_it_is(name, key):
-    assert resolved(f"{key}={name}") == name
+    assert is_list(key, name) or resolved(f"{key}={name}") == name
     assert run_keys([f"resume={name}"])[0]["resume"] == name
     if not name.startswith("["):  # that is a list
         assert resolved(f"sweep.warm_start={name}") == [name]
@@ -70,6 +75,15 @@ def test_a_typed_name_comes_back_as_it_is(name, key):
 @given(st.lists(NAMES.map(str.strip).filter(lambda name: name and not set(name) & set(",[]{}\\'\"$")), max_size=3))
 def test_a_list_of_names_comes_back_as_it_is(names):
     assert resolved(f"sweep.warm_start=[{', '.join(names)}]") == names
+
+
+def test_data_may_be_a_list_of_files_unless_a_file_has_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolved("data.train=[~/it's.jsonl, parts/*.jsonl,2024]") == ["~/it's.jsonl", "parts/*.jsonl", "2024"]
+    assert composed("data.eval=[a(1).jsonl,b.csv]").data.eval == ("a(1).jsonl", "b.csv")
+    assert composed(f"data.eval=[{'x' * 300}]").data.eval == ("x" * 300,)
+    (tmp_path / "[1].jsonl]").touch()
+    assert composed("data.train=[1].jsonl]").data.train == "[1].jsonl]"
 
 
 @pytest.mark.parametrize(
