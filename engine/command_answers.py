@@ -5,7 +5,7 @@ Importing this module loads no torch.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from engine.config.parsing import parse_dataclass
@@ -47,7 +47,8 @@ class PreparedFacts(Facts):
     """Hold the answer of `engine prepare`: the facts, and the sizes of model and data.
 
     layers: one line on which decoder layers run fused. num_trainable: adapter parameters of each
-    config. data: digests of the samples by part, training and evaluation.
+    config. data: digests of the samples by part, training and evaluation. model_notes: what the
+    user should know about the model, one line each.
     """
 
     model_path: str
@@ -57,6 +58,7 @@ class PreparedFacts(Facts):
     num_dropped_samples: int
     num_trainable: list[int]
     data: dict[str, str]
+    model_notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def _prepare(plan: SweepPlan, engine: EngineModules) -> tuple[Feasibility, dict[
     """
     print("preparing model and data ...", flush=True)
     facts = prepare(plan.probes(), engine.command)
-    print(f"model: {facts.layers}", flush=True)
+    print("\n".join([f"model: {facts.layers}", *(f"model: {note}" for note in facts.model_notes)]), flush=True)
     print(f"data: {facts.num_train_samples:,} training and {facts.num_eval_samples:,} evaluation samples", flush=True)
     on_gpu = plan.slots.device == "cuda"
     feasibility = make_feasibility(plan.config.cluster.card, facts, plan.kinds) if on_gpu else Feasibility(None, None)

@@ -48,6 +48,10 @@ class View:
         content = np.stack([self._tokens.hashes[self._given], self._tokens.first_target[self._given].astype(np.uint64)])
         return hashlib.sha256(content.tobytes()).hexdigest()[:16]
 
+    def largest_id(self) -> int:
+        """Return the largest token id in the arrays that these samples come from."""
+        return int(np.max(self._tokens.input_ids)) if len(self._tokens.input_ids) else 0
+
     def __getitem__(self, i: int) -> Sample:
         start = self._tokens.offsets[self._chosen[i]]
         part = slice(start, start + self.lengths[i])

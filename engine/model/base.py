@@ -14,7 +14,7 @@ from engine.data.packing import Batch
 from engine.layers.host_stash import HostStash
 from engine.layers.loss import Head, linear_cross_entropy, token_cross_entropy
 from engine.layers.swap import SwapReport, cache_weights, set_policy
-from engine.model.route import Route
+from engine.model.route import FASTEST, Route
 from engine.planning.policies import Policy
 from engine.units import GIB
 
@@ -34,7 +34,7 @@ class Base:
     dtype: torch.dtype
     linear_names: list[str]
     swaps: SwapReport
-    route: Route = Route()
+    route: Route = FASTEST
     stash: HostStash = field(default_factory=HostStash)
 
     def matches(self, config: ModelConfig, device: torch.device) -> bool:

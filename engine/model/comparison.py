@@ -6,6 +6,7 @@ Shape letters: L tokens of one sample, D hidden, V vocabulary.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,11 @@ from engine.data.packing import Sample, collate
 from engine.model.base import Base
 
 LENGTHS = (41, 22)
+TEXT = (
+    "The water of a river is never the same for two moments, and yet people call it by one name for a thousand years. "
+    "In the morning the boats go down with flour and stone; in the evening they come back with salt, cloth and letters. "
+    "A child who grew up beside it can tell the hour by the sound that it makes under the second bridge."
+)
 
 
 def random_samples(vocab_size: int, seed: int = 0) -> list[Sample]:
@@ -50,3 +56,17 @@ def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return float(gap.abs().max()) if bool(torch.isfinite(gap).all()) else math.inf
 
 
+
+
+def mean_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Return the mean absolute difference of the losses in nats; infinity if one is not finite."""
+    gap = torch.cat(ours).float() - torch.cat(theirs).float()
+    return float(gap.abs().mean()) if bool(torch.isfinite(gap).all()) else math.inf
+
+
+def text_samples(tokenizer: Any, vocab_size: int) -> list[Sample]:
+    """Return two samples of plain text, or random ones if the tokenizer makes too few tokens of it."""
+    ids = np.array(tokenizer(TEXT, add_special_tokens=False)["input_ids"])
+    if len(ids) < sum(LENGTHS) or ids.max() >= vocab_size:
+        return random_samples(vocab_size)
+    return [as_sample(ids[: LENGTHS[0]]), as_sample(ids[LENGTHS[0] : sum(LENGTHS)])]

@@ -23,14 +23,16 @@ from engine.errors import InputError, first_line
 from engine.layers import attention
 from engine.layers.swap import SwapReport, fuse_layers, survey
 from engine.model.base import Base
-from engine.model.comparison import difference, library_losses, our_losses, random_samples
+from engine.model.comparison import difference, library_losses, mean_difference, our_losses, random_samples
 from engine.model.route import Route, Verdict, pattern_of, routes
 from engine.model.skeleton import VOCABULARY, build
 from engine.quant.bnb import quantize_nf4
-from engine.quant.frozen_linear import freeze_linears
+from engine.quant.frozen_linear import FrozenLinear, freeze_linears, is_known_linear
 
 ALLOWED = 2e-3  # nats, in fp32; what is wrong differs by much more
+LOADED_ALLOWED = {torch.float32: 0.01, torch.bfloat16: 0.25}  # nats, mean of two samples; rounding makes 0.06 (135M, bf16)
 GRADIENT_ALLOWED = 2e-2  # of the largest value in the gradient
+NO_LINEAR = "must have at least one plain linear layer for the adapter"
 LORA = LoraConfig(rank=2, lora_alpha=2.0)
 Make = Callable[[Any, str], nn.Module]
 """Makes a new model from a config and the name of an attention in transformers' registry."""
@@ -46,13 +48,52 @@ def choose_route(config: Any, given: ModelConfig, make: Make) -> Verdict:
     return _Trial(library, given, samples).verdict()
 
 
+def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the layers that can be quantised and adapted, by name, without the output head."""
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if is_known_linear(m) and m is not head}
+
+
+def loaded_losses(model: nn.Module, samples: list[Sample]) -> list[Tensor]:
+    """Return the losses by the library alone on the real weights, with the library's own attention."""
+    attention_name = model.config._attn_implementation
+    model.set_attn_implementation(own_attentions(model)[0])
+    try:
+        with torch.no_grad():
+            return [library_losses(model, sample) for sample in samples]
+    finally:
+        model.set_attn_implementation(attention_name)
+
+
+def check_loaded(base: Base, samples: list[Sample], theirs: list[Tensor]) -> Base:
+    """Return the base with the rows that its real weights allow.
+
+    theirs: what `loaded_losses` returned before any layer was replaced. Raises InputError if the
+    losses of single samples differ by more than rounding explains.
+    """
+    allowed = LOADED_ALLOWED[base.dtype]
+    if base.route.shares_rows and mean_difference(our_losses(base, samples), theirs) <= allowed:
+        return base
+    alone = [our_losses(base, [sample])[0] for sample in samples]
+    if (gap := mean_difference(alone, theirs)) > allowed:
+        text = f"its losses differ from those of transformers by {gap:.2g} nats on average; allowed: {allowed:g}"
+        raise InputError("model.path", base.config.path, f"{text}; try model.layers=original")
+    return replace(base, route=replace(base.route, shares_rows=False))
+
+
+def own_attentions(model: nn.Module) -> list[str]:
+    """Return the library's attentions that the model supports, the faster one first."""
+    return ["sdpa", "eager"] if getattr(model, "_supports_sdpa", False) else ["eager"]
+
+
 class _Trial:
     """Try the routes on a tiny model, whose own losses and gradients are the measure."""
 
     def __init__(self, library: nn.Module, given: ModelConfig, samples: list[Sample]) -> None:
         self.library, self.given, self.samples = library, given, samples
-        head = library.get_output_embeddings()
-        self.linears = {n: m for n, m in library.named_modules() if type(m) is nn.Linear and m is not head}
+        self.linears = plain_linears(library)
+        if not self.linears:
+            raise InputError("model.path", given.path, NO_LINEAR)
         self.read_directly = _read_directly(library, self.linears, samples[0])
         self.linears = {n: m for n, m in self.linears.items() if pattern_of(n) not in self.read_directly}
         self.packed = _quantise(self.linears) if given.quantization == "nf4" else {}
@@ -83,8 +124,7 @@ class _Trial:
     def _routes(self) -> list[Route]:
         report = survey(self.library)
         can_fuse = self.given.layers != "original" and bool(report.fused)
-        own = ["sdpa", "eager"] if getattr(self.library, "_supports_sdpa", False) else ["eager"]
-        found = routes(can_fuse, own)
+        found = routes(can_fuse, own_attentions(self.library))
         return found[:1] if self.given.layers == "strict" and can_fuse else found
 
     def _base(self, route: Route) -> Base:
@@ -152,18 +192,17 @@ def _require_causal(library: nn.Module, sample: Sample, losses: Tensor, path: st
     with torch.no_grad():
         gap = difference([losses[: half - 1]], [library_losses(library, start)])
     if gap > ALLOWED:
-        raise InputError("model.path", path, f"must be a causal language model; later tokens change earlier losses by {gap:.2g} nats")
+        allowed = f"must be a causal language model; later tokens change earlier losses by {gap:.2g} nats"
+        raise InputError("model.path", path, allowed)
 
 
 @torch.no_grad()
 def _quantise(linears: dict[str, nn.Linear]) -> dict[str, nn.Parameter]:
     """Give the layers the values of NF4 weights; return the packed weights by layer name."""
-    from bitsandbytes.functional import dequantize_4bit
-
     packed = {}
     for name, module in linears.items():
-        packed[name] = quantize_nf4(module.weight.data.clone(), double_quantization=False)
-        module.weight.data = dequantize_4bit(packed[name].data, packed[name].quant_state).to(module.weight.dtype)
+        packed[name] = module.weight = quantize_nf4(module.weight.data.clone(), double_quantization=False)
+        module.weight = nn.Parameter(FrozenLinear(module).dequantized(torch.float32), requires_grad=False)
     return packed
 
 

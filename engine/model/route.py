@@ -37,9 +37,12 @@ class Route:
         return ", ".join(text for text, applies in slower.items() if applies)
 
 
+FASTEST = Route()
+
+
 def routes(can_fuse: bool, own_attentions: list[str]) -> list[Route]:
     """Return the routes to try, fastest first. Without packed attention no row is shared."""
-    found = [Route()] if can_fuse else []
+    found = [FASTEST] if can_fuse else []
     found += [Route(False), Route(False, head_loss=False)]
     own = [Route(False, name, head_loss, False) for name in own_attentions for head_loss in (True, False)]
     return found + own
