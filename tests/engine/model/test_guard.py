@@ -44,7 +44,9 @@ def test_each_family_is_computed_in_a_way_that_gives_the_library_s_losses(model_
     assert kind(judge(model_type)) == expected
 
 
-@pytest.mark.parametrize(("model_type", "line"), [("roberta", "later tokens change earlier losses"), ("gpt2", "plain linear layer")])
+@pytest.mark.parametrize(
+    ("model_type", "line"), [("roberta", "later tokens change earlier losses"), ("gpt2", "plain linear layer")]
+)
 def test_a_model_that_cannot_be_trained_is_refused_in_one_line(model_type, line):
     found = judge(model_type)
     assert isinstance(found, InputError)
