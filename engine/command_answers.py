@@ -116,8 +116,8 @@ class PreparedFacts(Facts):
     config. data: digests of samples, template and base model by part (engine/sources/identity.py).
     num_train_tokens: tokens of one pass over the training samples, for the config that cuts them
     shortest; 0 if not known. Numbers of samples are rows of the source. accounts: of both parts, at
-    each length among the configs. day: the one that the chat template
-    printed, None if it prints none.
+    each length among the configs. day: the one that the chat template printed, None if it prints
+    none. model_notes: what the user should know about the model, one line each.
     """
 
     model_path: str
@@ -130,6 +130,7 @@ class PreparedFacts(Facts):
     num_train_tokens: int = 0
     accounts: list[DataAccount] = field(default_factory=list)
     day: str | None = None
+    model_notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

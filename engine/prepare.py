@@ -16,7 +16,7 @@ from engine.command_answers import DataAccount, Facts, PreparedFacts, VisibleCar
 from engine.config.targets import resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.account import account_data
-from engine.data.views import identify
+from engine.data.views import View, identify
 from engine.dialogue.encoding import printed_day
 from engine.errors import InputError
 from engine.model.device import host_share_gib
@@ -37,7 +37,8 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
     models: dict[str, tuple[ModelFacts, Any]] = {}  # facts and tokenizer
     accounts: dict[str, list[DataAccount]] = {}
     digests: dict[str, str] = {}
-    num_trainable = []
+    num_trainable: list[int] = []
+    notes: list[str] = []
     for config in configs:
         key = repr(config.model)
         if key not in models:
@@ -50,14 +51,16 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         if data_key not in accounts:
             train_view, eval_view, accounts[data_key] = account_data(config.data, tokenizer)
             digests = digests or identify(config, tokenizer, (train_view, eval_view))
+            notes += _check_tokens(config, facts, tokenizer, (train_view, eval_view))
     training, evaluation = next(iter(accounts.values()))
-    found = inspect(configs[0].model)
+    found, first = inspect(configs[0].model), next(iter(models.values()))[0]
     return PreparedFacts(
         shape=found.shape,
         card=found.card,
         host_gib=found.host_gib,
         model_path=locate(configs[0].model),
-        layers=next(iter(models.values()))[0].swaps.describe(),
+        layers=first.describe(),
+        model_notes=list(dict.fromkeys([*first.notes, *notes])),
         num_train_samples=training.num_used,
         num_eval_samples=evaluation.num_used,
         num_dropped_samples=training.num_dropped,
@@ -76,6 +79,26 @@ def _distinct(accounts: Iterable[DataAccount]) -> list[DataAccount]:
         if account not in found:
             found.append(account)
     return found
+
+
+def _check_tokens(config: TrainConfig, facts: ModelFacts, tokenizer: Any, views: tuple[View, View]) -> list[str]:
+    """Check token ids and lengths of the samples against the model; return what to tell the user."""
+    largest = max(view.largest_id() for view in views)
+    if largest >= facts.num_rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        allowed = f"its tokenizer makes token {largest} ({token!r}) of the data, but its embedding has {facts.num_rows} rows"
+        raise InputError("model.path", config.model.path, f"{allowed}: take the tokenizer that belongs to these weights")
+    notes = []
+    if len(tokenizer) > facts.num_rows:
+        known = f"its tokenizer knows {len(tokenizer):,} tokens, its embedding {facts.num_rows:,}"
+        notes.append(f"{known}; the data uses none of the others")
+    longest = max(int(view.lengths.max()) for view in views)
+    if facts.num_positions is not None and longest > facts.num_positions:
+        if not facts.rotary:
+            allowed = f"must be at most {facts.num_positions}: the model has no more positions, and a sample has {longest} tokens"
+            raise InputError("data.max_seq_length", config.data.max_seq_length, allowed)
+        notes.append(f"it was made for {facts.num_positions:,} positions, and samples have up to {longest:,} tokens")
+    return notes
 
 
 def inspect(config: ModelConfig) -> Facts:

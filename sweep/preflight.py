@@ -113,7 +113,7 @@ def _checked(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -
     """Return what the engine finds in model and data. Raises CommandFailed if they cannot work."""
     print("preparing model and data ...", flush=True)
     facts = prepare(plan.probes(), engine.command)
-    print(f"model: {facts.layers}", flush=True)
+    print("\n".join(["model: " + line for line in (facts.layers, *facts.model_notes)]), flush=True)
     print(f"data: {facts.num_train_samples:,} training and {facts.num_eval_samples:,} evaluation samples", flush=True)
     if facts.day is not None:
         print(f"data: the chat template prints a day; this sweep's is {facts.day} (data.date)", flush=True)

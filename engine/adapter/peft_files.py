@@ -28,21 +28,21 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def export_adapter(
-    folder: Path, config: TrainConfig, layers: dict[str, LoraLinear], linear_names: list[str], tokenizer: Any
+    folder: Path, config: TrainConfig, layers: dict[str, LoraLinear], module_names: list[str], tokenizer: Any
 ) -> None:
     """Write adapter and tokenizer to `folder` atomically, replacing an earlier export."""
 
     def fill(target: Path) -> None:
         state = {PREFIX + name: tensor.contiguous().cpu() for name, tensor in adapter_state(layers).items()}
         save_file(state, target / WEIGHTS, metadata={"format": "pt"})
-        values = peft_config(config, list(layers), linear_names)
+        values = peft_config(config, list(layers), module_names)
         (target / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
         tokenizer.save_pretrained(target)
 
     write_folder(folder, fill)
 
 
-def peft_config(config: TrainConfig, targets: list[str], linear_names: list[str]) -> dict[str, Any]:
+def peft_config(config: TrainConfig, targets: list[str], module_names: list[str]) -> dict[str, Any]:
     """Return the content of adapter_config.json. `r` is PEFT's key for the rank."""
     lora = config.lora
     alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
@@ -61,17 +61,17 @@ def peft_config(config: TrainConfig, targets: list[str], linear_names: list[str]
         "peft_type": "LORA",
         "r": lora.rank,
         "revision": config.model.revision,
-        "target_modules": shortest_names(targets, linear_names),
+        "target_modules": shortest_names(targets, module_names),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": lora.use_rslora,
     }
 
 
-def shortest_names(targets: list[str], linear_names: list[str]) -> list[str]:
+def shortest_names(targets: list[str], module_names: list[str]) -> list[str]:
     """Return last name parts (`q_proj`) if they select exactly the targets, else full names."""
     ends = {name.rpartition(".")[2] for name in targets}
-    exact = {name for name in linear_names if name.rpartition(".")[2] in ends} == set(targets)
+    exact = {name for name in module_names if name.rpartition(".")[2] in ends} == set(targets)
     return sorted(ends) if exact else sorted(targets)
 
 

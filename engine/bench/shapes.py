@@ -15,6 +15,7 @@ from engine.layers import attention
 from engine.layers.host_embedding import place_embedding
 from engine.layers.swap import SwapReport, fuse_layers
 from engine.model.base import Base
+from engine.model.route import Route
 from engine.quant.bnb import library_linear
 from engine.quant.frozen_linear import freeze_linears
 
@@ -72,4 +73,4 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype, fused: bool
     swaps = fuse_layers(model) if fused else SwapReport((), {"all": "asked for unfused"})
     config = ModelConfig(path=name, embeddings="auto" if fused else "device")
     place_embedding(model, config)
-    return Base(model, None, config, device, dtype, names, swaps)
+    return Base(model, None, config, device, dtype, names, swaps, Route(fused))

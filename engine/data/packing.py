@@ -87,6 +87,13 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
+def rows_of(bins: list[list[int]], size: int, shares_rows: bool) -> list[list[int]]:
+    """Return the rows that compute these bins: `size` bins in each, or one sample in each."""
+    if not shares_rows:
+        return [[i] for one_bin in bins for i in one_bin]
+    return [[i for one_bin in bins[start : start + size] for i in one_bin] for start in range(0, len(bins), size)]
+
+
 def padded(batch: Batch, num_tokens: int, num_targets: int, num_documents: int, longest: int) -> Batch:
     """Return the batch with filler up to these sizes; the filler adds nothing to loss or gradients.
 

@@ -101,6 +101,10 @@ class View:
         content = np.stack([*parts, masks] if masks.any() else parts)
         return hashlib.sha256(content.tobytes()).hexdigest()[:16]
 
+    def largest_id(self) -> int:
+        """Return the largest token id in the arrays that these samples come from."""
+        return int(np.max(self._tokens.input_ids)) if len(self._tokens.input_ids) else 0
+
     def __getitem__(self, i: int) -> Sample:
         part = slice(self._starts[i], self._starts[i] + self.lengths[i])
         return Sample(np.asarray(self._tokens.input_ids[part]), np.asarray(self._tokens.is_target[part]))

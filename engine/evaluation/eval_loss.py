@@ -10,16 +10,17 @@ from collections.abc import Callable
 
 import torch
 
-from engine.data.packing import Batch, collate, plan_once
+from engine.data.packing import Batch, collate, plan_once, rows_of
 from engine.data.views import View
 from engine.model.base import Base
 from engine.planning.compute_limits import EVALUATION_ROW_TOKENS
 
 
-def evaluation_batches(view: View, eval_max_seq_length: int) -> list[Batch]:
-    """Return the packed rows of the evaluation set, on the host."""
+def evaluation_batches(base: Base, view: View, eval_max_seq_length: int) -> list[Batch]:
+    """Return the rows of the evaluation set, on the host, packed if the model allows it."""
     capacity = max(eval_max_seq_length, EVALUATION_ROW_TOKENS)
-    return [collate([view[i] for i in row]) for row in plan_once(view.lengths, capacity)]
+    rows = rows_of(plan_once(view.lengths, capacity), 1, base.shares_rows(eval_max_seq_length))
+    return [collate([view[i] for i in row]) for row in rows]
 
 
 @torch.no_grad()

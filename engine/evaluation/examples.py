@@ -20,6 +20,7 @@ from engine.data.views import View
 from engine.layers.swap import restore_layers
 from engine.model.base import Base, end_tokens
 from engine.model.device import host_share_gib
+from engine.model.guard import own_attentions
 from engine.quant.frozen_linear import FrozenLinear
 from engine.units import GIB
 
@@ -68,7 +69,7 @@ def write_examples(base: Base, questions: list[Question], take_off_adapter: Call
     """
     restore_layers(base.model)
     _unpack_weights(base)
-    base.model.set_attn_implementation("sdpa")
+    base.model.set_attn_implementation(own_attentions(base.model)[0])
     base.model.eval()
     with _one_thread():
         with_adapter = _answers(base, questions)

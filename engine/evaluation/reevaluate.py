@@ -30,7 +30,7 @@ def evaluate_adapter(
     """
     base = load_base(config.model, pick_device(config.train.device))
     _, view = load_recorded(config, base.tokenizer, inputs)
-    batches = evaluation_batches(view, config.data.eval_max_seq_length)
+    batches = evaluation_batches(base, view, config.data.eval_max_seq_length)
     base_loss = evaluate(base, batches)
     layers = attach(base.model, base.linear_names, config.lora, config.train.seed)
     load_adapter(adapter, layers)

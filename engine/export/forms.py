@@ -129,7 +129,7 @@ def _measure(config: TrainConfig, adapter: Adapter, merged: Path | None) -> Meas
     device = pick_device("cpu" if config.train.device == "cpu" else "auto")
     base = load_base(config.model, device)
     training, evaluation = load_data(config.data, base.tokenizer)
-    batches = evaluation_batches(evaluation, config.data.eval_max_seq_length)
+    batches = evaluation_batches(base, evaluation, config.data.eval_max_seq_length)
     base_loss, adapter_loss = evaluate(base, batches), _adapter_loss(base, adapter, batches)
     del base
     free(device)

@@ -29,6 +29,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 NAME = "packed"
 LENGTH_STEP = 256
+HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
+            "logits_to_keep", "output_router_logits"}  # fmt: skip
+"""Keywords that reach attention in some families and do not change what it computes."""
 HALF = (torch.bfloat16, torch.float16)
 
 try:
@@ -102,17 +105,23 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """Call `attend` by transformers' calling convention; return [1, T, H, K].
+    """Call `attend` by transformers' calling convention; return [1, T, H, K], contiguous.
 
-    Raises ValueError on attention sinks and attention dropout, which it cannot compute.
+    Raises ValueError on whatever else a model asks of its attention: dropout, sinks, a bias, a mask
+    of its own, attention that is not causal.
     """
-    if dropout or _.get("s_aux") is not None:
-        raise ValueError("packed attention supports neither attention dropout nor attention sinks")
+    asked = {name for name, value in others.items() if value is not None and name not in HARMLESS}
+    asked |= {"dropout"} if dropout else set()
+    asked |= {"attention_mask"} if attention_mask is not None else set()
+    asked |= {"is_causal = False"} if is_causal is False or getattr(module, "is_causal", True) is False else set()
+    if asked:
+        raise ValueError(f"packed attention cannot compute {', '.join(sorted(asked))}")
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q_1HTK, k_1GTK, v_1GTK))
     documents = Documents(document_lengths, document_offsets)
-    return attend(q, k, v, documents, AttentionOptions(scaling, sliding_window, softcap)).unsqueeze(0), None
+    return attend(q, k, v, documents, AttentionOptions(scaling, sliding_window, softcap)).unsqueeze(0).contiguous(), None
 
 
 def reads_offsets_only(dtype: torch.dtype, softcap: float | None) -> bool:

@@ -47,6 +47,11 @@ def linear_cross_entropy(h_ND: Tensor, labels_N: Tensor, head: Head, rows: Tenso
     return _LinearCrossEntropy.apply(h_ND, labels_N, head, rows)
 
 
+def token_cross_entropy(h_ND: Tensor, labels_N: Tensor, head: Head) -> Tensor:
+    """Return -log softmax(logits)[label] of each row [N], computed as `linear_cross_entropy` does."""
+    return _chunk(h_ND.detach(), labels_N, head, needs_grad=False)[0]
+
+
 def linear_cross_entropy_reference(h_ND: Tensor, labels_N: Tensor, head: Head) -> Tensor:
     """Return the same loss by definition, with all logits in fp32."""
     logits_NV = _logits(h_ND.float(), head).float() * head.scale

@@ -103,7 +103,10 @@ class FusedNorm(nn.Module):
 
 def survey(model: nn.Module) -> SwapReport:
     """Report which decoder layers can run fused; swap none. The model needs no weights."""
-    reasons = {f"layers.{i}": _obstacle(layer) for i, layer in enumerate(model.get_decoder().layers)}
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:  # older families have other names for them
+        return SwapReport((), {"all": f"{type(model).__name__} is not of a known family"})
+    reasons = {f"layers.{i}": _obstacle(layer) for i, layer in enumerate(layers)}
     fused = tuple(name for name, reason in reasons.items() if reason is None)
     return SwapReport(fused, {name: reason for name, reason in reasons.items() if reason is not None})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from engine.config.trial import ModelConfig
 from engine.data.packing import Batch
 from engine.layers.host_stash import HostStash
-from engine.layers.loss import Head, linear_cross_entropy
+from engine.layers.loss import Head, linear_cross_entropy, token_cross_entropy
 from engine.layers.swap import SwapReport, cache_weights, set_policy
+from engine.model.route import FASTEST, Route
 from engine.planning.policies import Policy
 from engine.units import GIB
 
@@ -22,7 +24,7 @@ class Base:
     """Hold a loaded base model.
 
     linear_names: the layers that an adapter may target, without the output head. swaps: the layers
-    that run fused. stash: activations kept in host memory.
+    that run fused. route: how losses are computed. stash: activations kept in host memory.
     """
 
     model: nn.Module
@@ -32,23 +34,25 @@ class Base:
     dtype: torch.dtype
     linear_names: list[str]
     swaps: SwapReport
+    route: Route = FASTEST
     stash: HostStash = field(default_factory=HostStash)
 
     def matches(self, config: ModelConfig, device: torch.device) -> bool:
         """Return True if a trial with this model section and device can use this base."""
         return self.config == config and self.device == device
 
+    def shares_rows(self, longest: int) -> bool:
+        """Return True if samples of up to `longest` tokens may share a row without changing a loss."""
+        return self.route.shares_rows and not _rotates_by_row(self.model.config.get_text_config(), longest)
+
+    def module_names(self) -> list[str]:
+        """Return the names of all modules, which PEFT searches for those to adapt."""
+        return [name for name, _ in self.model.named_modules()]
+
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the final hidden states [T, D] of a packed row; `batch` must be on the device."""
         self.stash.clear()
-        decoder = self.model.get_decoder()
-        output = decoder(
-            input_ids=batch.input_ids_T.unsqueeze(0),
-            position_ids=batch.position_ids_T.unsqueeze(0),
-            use_cache=False,
-            document_lengths=batch.document_lengths,
-            document_offsets=batch.document_offsets,
-        )
+        output = self._call(self.model.get_decoder(), batch)
         self.stash.flush()
         return output.last_hidden_state.squeeze(0)
 
@@ -57,7 +61,39 @@ class Base:
 
         `batch` must be on the device.
         """
+        if not self.route.head_loss:
+            return self._token_losses_of_logits(batch).sum()
         return linear_cross_entropy(self.hidden_states(batch), batch.labels_T, self.head(), batch.target_rows)
+
+    @torch.no_grad()
+    def token_losses(self, batch: Batch) -> Tensor:
+        """Return -log p(target) at each position of the row, in fp32; 0 where there is no target."""
+        losses = torch.zeros(batch.num_tokens, device=self.device)
+        if not self.route.head_loss:
+            losses[batch.target_rows] = self._token_losses_of_logits(batch)
+            return losses
+        hidden, rows = self.hidden_states(batch), batch.target_rows
+        losses[rows] = token_cross_entropy(hidden[rows], batch.labels_T[rows], self.head())
+        return losses
+
+    def _token_losses_of_logits(self, batch: Batch) -> Tensor:
+        logits_TV = self._call(self.model, batch).logits.squeeze(0)
+        rows = batch.target_rows
+        return nn.functional.cross_entropy(logits_TV[rows].float(), batch.labels_T[rows], reduction="none")
+
+    def _call(self, module: nn.Module, batch: Batch) -> Any:
+        """Call the decoder or the whole model on a row, with all that its forward method takes."""
+        given: dict[str, Any] = {"input_ids": batch.input_ids_T.unsqueeze(0), "use_cache": False}
+        if self.route.packed_attention:
+            given["position_ids"] = batch.position_ids_T.unsqueeze(0)
+            given |= {"document_lengths": batch.document_lengths, "document_offsets": batch.document_offsets}
+        elif len(batch.document_lengths) > 1:
+            raise ValueError("this model takes one sample a row")
+        else:
+            known = inspect.signature(module.forward).parameters
+            if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+                given = {name: value for name, value in given.items() if name in known}
+        return module(**given)
 
     def checkpoint_activations(self, policy: Policy, keep_layers: int = 0, host_layers: int = 0) -> None:
         """Set which activations the decoder layers keep for the backward pass.
@@ -74,6 +110,8 @@ class Base:
             switch = "enable" if recomputes else "disable"
             methods = [getattr(self.model, f"{word}_checkpointing_{switch}", None) for word in ("activation", "gradient")]
             method = next(filter(None, methods))
+            if not getattr(self.model, "supports_gradient_checkpointing", True):
+                return  # such a family always keeps its activations
             method({"use_reentrant": False}) if recomputes else method()
 
     def cache_weights(self, gib: float) -> float:
@@ -85,6 +123,17 @@ class Base:
         layer, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def _rotates_by_row(config: Any, longest: int) -> bool:
+    """Return True if the longest sample of a row decides how all of them are rotated."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope.values() if rope and all(isinstance(part, dict) for part in rope.values()) else [rope]
+    for kind in kinds:
+        original = kind.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
+        if kind.get("rope_type") in ("dynamic", "longrope") and longest > original:
+            return True
+    return False
 
 
 def end_tokens(base: Base) -> list[int]:

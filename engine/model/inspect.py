@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,14 @@ from torch import nn
 from engine.config.trial import ModelConfig
 from engine.errors import InputError, first_line
 from engine.layers.swap import SwapReport, require_fused, survey
+from engine.model.guard import NO_LINEAR, plain_linears
+from engine.model.pretrained import from_pretrained
+from engine.model.route import Route, Verdict, pattern_of
+from engine.model.verdicts import verdict_of
+from engine.quant.frozen_linear import is_known_linear
 from engine.sources.locate import locate
-from engine.sources.weight_files import check_weights
-
-NO_LINEAR = "must have at least one linear layer for the adapter"
+from engine.sources.quantized_folders import check_quantization
+from engine.sources.weight_files import check_rows, check_weights
 
 
 def model_config(config: ModelConfig) -> dict[str, Any]:
@@ -38,61 +42,114 @@ class ModelFacts:
     """Hold what is known about a model without its weights.
 
     features: layer name -> (out, in) of each layer that an adapter may target. swaps: which layers
-    run fused.
+    run fused. num_rows: rows of the input embedding. num_positions: the longest sample that the
+    model was made for, if it says so. rotary: True if it can compute longer ones. notes: what the
+    user should know, one line each.
     """
 
     features: dict[str, tuple[int, int]]
     swaps: SwapReport
+    route: Route
+    num_rows: int
+    num_positions: int | None = None
+    rotary: bool = True
+    notes: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """Return one line on how the model is computed."""
+        slower = self.route.describe()
+        return f"{self.swaps.describe()}; {slower}" if slower else self.swaps.describe()
 
 
 def inspect_model(config: ModelConfig) -> ModelFacts:
     """Build the model without weights and return its facts.
 
-    Raises InputError if it is not a causal language model, or if `layers` is `strict` and some
-    layer cannot run fused.
+    Raises InputError if it is not a causal language model, if its weights cannot be read or trained
+    rightly, or if `layers` is `strict` and some layer cannot run fused.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = locate(config)
-    model_config = from_pretrained(AutoConfig, config, source)
+    content = model_config(config)
+    check_quantization(content, config)
     if Path(source).is_dir():
         check_weights(Path(source), config.path)
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+            found = from_pretrained(AutoConfig, config, source)
+            model = AutoModelForCausalLM.from_config(found, trust_remote_code=config.trust_remote_code)
+        except InputError:
+            raise
         except Exception as error:  # wrong types in config.json can raise any error in model code
             raise InputError("model.path", config.path, f"must be a causal language model ({first_line(error)})") from None
-    head = model.get_output_embeddings()
-    features = {
-        n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head
-    }
-    if not features:
+    linears = plain_linears(model)
+    if not linears:
         raise InputError("model.path", config.path, NO_LINEAR)
-    return ModelFacts(features, swaps_of(model, config, survey))
+    embedding = model.get_input_embeddings()
+    num_rows = embedding.weight.shape[0]
+    if Path(source).is_dir():
+        check_rows(Path(source), num_rows, config.path)
+    verdict = verdict_of(config)
+    features = {n: (m.out_features, m.in_features) for n, m in linears.items() if verdict.adapts(n)}
+    swaps = swaps_of(model, config, survey, verdict)
+    text = model.config.get_text_config()
+    positions, rotary = getattr(text, "max_position_embeddings", None), bool(getattr(text, "rope_parameters", None))
+    notes = tuple(_notes(model, linears, verdict))
+    return ModelFacts(features, swaps, verdict.route, num_rows, positions, rotary, notes)
 
 
-def swaps_of(model: nn.Module, config: ModelConfig, method: Callable[[nn.Module], SwapReport]) -> SwapReport:
+def unquantised_names(config: ModelConfig, verdict: Verdict) -> list[str] | None:
+    """Return the layers that transformers must leave unquantised, or None for its own choice."""
+    if not verdict.read_directly:
+        return None
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            from_pretrained(AutoConfig, config, locate(config)), trust_remote_code=config.trust_remote_code
+        )
+    kept = [name for name in plain_linears(model) if pattern_of(name) in verdict.read_directly]
+    return sorted({*kept, *get_keys_to_not_convert(model)})
+
+
+def _notes(model: nn.Module, linears: dict[str, nn.Linear], verdict: Verdict) -> Iterator[str]:
+    """Yield what the user should know about the layers of this model, one line each."""
+    dead = [name for name in linears if not verdict.adapts(name)]
+    if dead:
+        why = "text never reaches them, or the model's code reads their weight itself"
+        yield f"{len(dead)} linear layers get no adapter, because {why}: {_some(dead)}"
+    others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_known_linear(m)]
+    if others:
+        yield f"{len(others)} layers stay as they are, in 16 bits and without adapters: {_some(others)}"
+    stacked = sum(p.numel() for p in model.parameters() if p.dim() >= 3)
+    if stacked:
+        share = stacked / sum(p.numel() for p in model.parameters())
+        yield f"{share:.0%} of the weights are experts or others of 3 dimensions: they stay in 16 bits, without adapters"
+    if not verdict.checked:
+        yield f"it was not checked on a tiny model ({verdict.faults[0]}); each worker checks it on the real weights"
+
+
+def _some(names: list[str]) -> str:
+    """Return up to three kinds of these names."""
+    kinds = list(dict.fromkeys(map(pattern_of, names)))
+    return ", ".join(kinds[:3]) + (", ..." if len(kinds) > 3 else "")
+
+
+def swaps_of(
+    model: nn.Module, config: ModelConfig, method: Callable[[nn.Module], SwapReport], verdict: Verdict
+) -> SwapReport:
     """Return the report of `method` (survey or fuse_layers) under the rule in `config.layers`.
+
+    A model whose fused layers would compute something else keeps its own.
 
     Raises InputError under `strict` if some layer cannot run fused.
     """
     if config.layers == "original":
         return SwapReport((), {"all": "model.layers = original"})
+    if not verdict.route.fused and survey(model).fused:
+        return SwapReport((), {"all": verdict.faults[0]})
     report = method(model)
     if config.layers == "strict":
         require_fused(report, config.path)
     return report
-
-
-def from_pretrained(factory: Any, config: ModelConfig, source: str, **options: Any) -> Any:
-    try:
-        return factory.from_pretrained(
-            source, revision=config.revision or "main", trust_remote_code=config.trust_remote_code, **options
-        )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # files with wrong types or sizes can raise any error in the library
-        if "DefaultCPUAllocator" in str(error):  # torch's only sign that CPU memory ran out
-            raise
-        allowed = "must be a folder or hub id that transformers can load; its error: "
-        raise InputError("model.path", config.path, allowed + first_line(error)) from error

@@ -21,20 +21,27 @@ from engine.layers import attention
 from engine.layers.host_embedding import place_embedding
 from engine.layers.swap import fuse_layers
 from engine.model.base import Base
+from engine.model.comparison import text_samples
 from engine.model.device import pick_dtype
-from engine.model.inspect import NO_LINEAR, from_pretrained, load_tokenizer, swaps_of
+from engine.model.guard import NO_LINEAR, check_loaded, loaded_losses
+from engine.model.inspect import load_tokenizer, model_config, swaps_of, unquantised_names
+from engine.model.pretrained import from_pretrained
+from engine.model.route import Verdict, pattern_of
+from engine.model.verdicts import verdict_of
 from engine.quant.bnb import load_library, nf4_load_config
 from engine.quant.frozen_linear import freeze_linears
 from engine.quant.shared_base import load_packed
 from engine.sources.locate import locate
+from engine.sources.quantized_folders import check_quantization
 from engine.sources.weight_files import check_weights
 
 
-def load_base(config: ModelConfig, device: torch.device, attention_name: str = attention.NAME) -> Base:
+def load_base(config: ModelConfig, device: torch.device, attention_name: str | None = None) -> Base:
     """Load, quantise and freeze the base model on `device`.
 
-    attention_name: an entry of transformers' registry. Training uses the one for packed rows;
-    generation needs one that knows transformers' key-value cache. Raises InputError.
+    attention_name: an entry of transformers' registry. Generation needs one that knows
+    transformers' key-value cache. If it is None, the model is loaded for training: with the
+    attention of its verdict, and its losses are compared with the library's own. Raises InputError.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -43,10 +50,15 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str = a
     attention.register()
     load_library()  # before transformers does
     source, dtype = locate(config), pick_dtype(config.dtype, device)
-    options: dict[str, Any] = {"device_map": {"": device.type}, "dtype": dtype, "attn_implementation": attention_name}
-    options |= {"use_safetensors": True, "output_loading_info": True}
+    check_quantization(model_config(config), config)
     if Path(source).is_dir():
         check_weights(Path(source), config.path)
+    verdict, tokenizer = verdict_of(config), load_tokenizer(config)
+    if attention_name is not None and not verdict.route.packed_attention:
+        attention_name = verdict.route.attention  # the only one that is known to be right for this model
+    options: dict[str, Any] = {"device_map": {"": device.type}, "dtype": dtype}
+    options |= {"attn_implementation": attention_name or verdict.route.attention}
+    options |= {"use_safetensors": True, "output_loading_info": True}
 
     def load(folder: str | Path, **more: Any) -> tuple[Any, dict[str, Any]]:
         model, loading = from_pretrained(AutoModelForCausalLM, config, str(folder), **options, **more)
@@ -55,30 +67,42 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str = a
             raise InputError("model.path", config.path, f"lacks {len(missing)} tensors, such as {min(map(str, missing))}")
         return model, loading
 
-    model, _ = _load_nf4(config, source, device, dtype, load) if config.quantization == "nf4" else load(source)
+    model, _ = _load_nf4(config, source, device, dtype, load, verdict) if config.quantization == "nf4" else load(source)
     model.requires_grad_(False).eval()
-    names = freeze_linears(model, skip=[model.get_output_embeddings()])
+    samples = text_samples(tokenizer, model.get_input_embeddings().weight.shape[0])
+    theirs = loaded_losses(model, samples) if attention_name is None else []
+    kept = [module for name, module in model.named_modules() if pattern_of(name) in verdict.read_directly]
+    names = [n for n in freeze_linears(model, skip=[model.get_output_embeddings(), *kept]) if verdict.adapts(n)]
     if not names:
         raise InputError("model.path", config.path, NO_LINEAR)
-    swaps = swaps_of(model, config, fuse_layers)
+    swaps = swaps_of(model, config, fuse_layers, verdict)
     if place_embedding(model, config):
         swaps = replace(swaps, others=(*swaps.others, "embed_tokens"))
-    return Base(model, load_tokenizer(config), config, device, dtype, names, swaps)
+    base = Base(model, tokenizer, config, device, dtype, names, swaps, verdict.route)
+    return check_loaded(base, samples, theirs) if attention_name is None else base
 
 
 def _load_nf4(
-    config: ModelConfig, source: str, device: torch.device, dtype: torch.dtype, load: Callable[..., tuple[Any, dict[str, Any]]]
+    config: ModelConfig,
+    source: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    load: Callable[..., tuple[Any, dict[str, Any]]],
+    verdict: Verdict,
 ) -> tuple[Any, dict[str, Any]]:
     """Load the model in NF4, from this node's shared cache if another process has quantised it."""
 
     def quantise() -> tuple[Any, dict[str, Any]]:
-        return load(source, quantization_config=nf4_load_config(config.double_quantization, dtype))
+        keep = unquantised_names(config, verdict)
+        return load(source, quantization_config=nf4_load_config(config.double_quantization, dtype, keep))
 
     folder = _local_folder(config, source)
     if folder is None or config.trust_remote_code or "quantization_config" in load_json(folder / "config.json"):
         # The cache cannot hold custom model code, and an already quantised model gains nothing.
         return quantise()
-    settings = {"double": config.double_quantization, "dtype": str(dtype), "device": device.type}
+    settings: dict[str, Any] = {"double": config.double_quantization, "dtype": str(dtype), "device": device.type}
+    if verdict.read_directly:
+        settings["kept"] = verdict.read_directly
     return load_packed(folder, settings, quantise, load)
 
 

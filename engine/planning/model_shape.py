@@ -16,6 +16,8 @@ FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "
 """model_type -> family whose decoder layers run fused. The names of its classes begin with it."""
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """Activation -> the kernels' name for it. A layer with another activation runs unfused."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+"""Keys of config.json that say how many experts a layer has."""
 # Values that transformers (5.17) uses if a config.json leaves a key out, as those of Gemma 3 do.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 256, "tie_word_embeddings": True, "attn_logit_softcapping": 50.0},
@@ -69,6 +71,9 @@ class ModelShape:
         outer, config = config, config.get("text_config") or config
         if not isinstance(config, dict):
             raise InputError(f"{where}: text_config", config, "must be an object")
+        for key in EXPERTS:
+            if isinstance(config.get(key), int) and config[key] > 1:
+                raise InputError(f"{where}: {key}", config[key], "nothing is predicted for a model with experts")
         kind = str(config.get("model_type") or outer.get("model_type") or "")
         activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
         family = FAMILIES.get(kind, "other").lower() if activation in ACTIVATIONS else "other"

@@ -64,8 +64,11 @@ def library_linear(weight_OD: Tensor, compute_dtype: torch.dtype) -> nn.Linear:
     return layer
 
 
-def nf4_load_config(double_quantization: bool, compute_dtype: torch.dtype) -> Any:
-    """Return the quantization_config for `from_pretrained`."""
+def nf4_load_config(double_quantization: bool, compute_dtype: torch.dtype, keep: list[str] | None = None) -> Any:
+    """Return the quantization_config for `from_pretrained`.
+
+    keep: names of all layers to leave unquantised; None: the library's own choice.
+    """
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -73,6 +76,7 @@ def nf4_load_config(double_quantization: bool, compute_dtype: torch.dtype) -> An
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quantization,
         bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=keep,  # despite its name, for 4 bits too
     )
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.errors import InputError
 from engine.kernels import ops
 
 
@@ -83,13 +84,33 @@ class _FrozenMatmul(torch.autograd.Function):
         return grad @ ctx.module.dequantized(grad.dtype), None
 
 
-def freeze_linears(model: nn.Module, skip: Iterable[nn.Module] = ()) -> list[str]:
-    """Replace every linear layer of `model` by a FrozenLinear and return their names.
+def is_known_linear(module: nn.Module) -> bool:
+    """Return True for the layers that FrozenLinear can stand for: plain ones, and bitsandbytes' NF4.
 
-    skip: layers to leave as they are, such as the head.
+    A subclass may compute anything: a router returns scores, an 8-bit layer needs its scales.
+    """
+    if type(module) is not nn.Linear and type(module).__name__ != "Linear4bit":
+        return False
+    is_packed = getattr(module.weight, "quant_type", None) == "nf4"
+    return is_packed or (module.weight.is_floating_point() and module.weight.dtype.itemsize >= 2)
+
+
+def freeze_linears(model: nn.Module, skip: Iterable[nn.Module] = ()) -> list[str]:
+    """Replace every known linear layer of `model` by a FrozenLinear and return their names.
+
+    skip: layers to leave as they are, such as the head. A subclass of nn.Linear stays as it is if
+    its weight is an ordinary one. Raises InputError if it is quantised in a way that is not known.
     """
     skipped = {id(module) for module in skip}
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in skipped]
+    names = []
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or id(module) in skipped:
+            continue
+        if is_known_linear(module):
+            names.append(name)
+        elif not module.weight.is_floating_point() or module.weight.dtype.itemsize < 2:
+            kind = f"{name} is a {type(module).__name__} of {str(module.weight.dtype).removeprefix('torch.')}"
+            raise InputError("model.path", kind, "must hold its weights in 16 or 32 bits, or as bitsandbytes NF4")
     for name in names:
         model.set_submodule(name, FrozenLinear(model.get_submodule(name)))
     return names

@@ -47,6 +47,27 @@ def weight_files(folder: Path, given: str) -> list[str]:
     raise InputError(FIELD, given, f"must hold its weights as safetensors ({SINGLE} or {INDEX}){found}")
 
 
+def check_rows(folder: Path, num_rows: int, given: str) -> None:
+    """Raise InputError if the input embedding's file has another number of rows than config.json says."""
+    for name, file in _tensor_files(folder).items():
+        if name.removesuffix(".weight").rpartition(".")[2] in ("embed_tokens", "wte", "word_embeddings", "embed_in"):
+            if "vision" in name or "audio" in name or "per_layer" in name or name.startswith("mtp"):
+                continue
+            with safe_open(folder / file, framework="numpy") as opened:
+                shape = opened.get_slice(name).get_shape()
+            if len(shape) == 2 and shape[0] != num_rows:
+                rows = f"config.json says {num_rows:,} rows of the embedding, its weights hold {shape[0]:,}"
+                allowed = f"{rows}: correct vocab_size"
+                raise InputError(FIELD, given, allowed)
+
+
+def _tensor_files(folder: Path) -> dict[str, str]:
+    if (folder / INDEX).is_file():
+        return load_json(folder / INDEX)["weight_map"]
+    with safe_open(folder / SINGLE, framework="numpy") as opened:
+        return dict.fromkeys(opened.keys(), SINGLE)
+
+
 def _indexed(index: Any, given: str) -> list[str]:
     """Return the files that an index names: plain names ending in .safetensors."""
     weights = index.get("weight_map") if isinstance(index, dict) else None

@@ -128,10 +128,11 @@ class Graphs:
 
 
 def make_graphs(base: Base, capacity: int, longest: int) -> Graphs | None:
-    """Return graphs for `base`, or None if its attention or an unfused layer cannot be recorded."""
+    """Return graphs for `base`, or None if its attention, rows or an unfused layer rule them out."""
     softcap = getattr(base.model.config.get_text_config(), "attn_logit_softcapping", None)
     recordable = base.device.type == "cpu" or attention.reads_offsets_only(base.dtype, softcap)
-    return Graphs(base, capacity, longest) if recordable and not base.swaps.unfused else None
+    recordable = recordable and not base.swaps.unfused and base.shares_rows(longest)
+    return Graphs(base, capacity, longest) if recordable else None
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from engine.adapter.flat import FlatAdapter
 from engine.adapter.lora import LoraLinear, attach, detach
 from engine.adapter.peft_files import export_adapter
 from engine.config.trial import TrainConfig
-from engine.data.packing import Cursor, collate
+from engine.data.packing import Cursor, collate, rows_of
 from engine.data.views import load_recorded
 from engine.errors import Interrupted, OutOfMemory
 from engine.evaluation.eval_loss import evaluate, evaluation_batches
@@ -112,7 +112,7 @@ class _Run:
         self.adapter, self.graphs = FlatAdapter(layers, base.dtype), None
         self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
         self.train_view, eval_view = load_recorded(config, base.tokenizer, inputs)
-        self.eval_batches = evaluation_batches(eval_view, config.data.eval_max_seq_length)
+        self.eval_batches = evaluation_batches(base, eval_view, config.data.eval_max_seq_length)
         self.cursor = Cursor(self.train_view.lengths, config.data.max_seq_length, config.data.packing, config.train.seed)
         fingerprint = config.fingerprint()
         loaded = checkpoint.load(trial_folder, fingerprint, layers, self.optimizer)
@@ -201,10 +201,8 @@ class _Run:
     def _gradients(self, bins: list[list[int]]) -> tuple[Tensor, int, int]:
         """Add the gradients of the step's bins; return summed loss, tokens and target tokens."""
         size = self.plan.micro_batch_size
-        batches = [
-            collate([self.train_view[i] for one_bin in bins[start : start + size] for i in one_bin])
-            for start in range(0, len(bins), size)
-        ]
+        rows = rows_of(bins, size, self.base.shares_rows(self.config.data.max_seq_length))
+        batches = [collate([self.train_view[i] for i in row]) for row in rows]
         num_targets = sum(b.num_targets for b in batches)
         total = torch.zeros((), device=self.base.device)
         for batch in batches:
@@ -281,7 +279,7 @@ class _Run:
 
     def _save(self, report: TrialReport) -> None:
         if report.eval_loss == report.best_eval_loss:
-            export_adapter(self.trial_folder / "adapter", self.config, self.layers, self.base.linear_names, self.base.tokenizer)
+            export_adapter(self.trial_folder / "adapter", self.config, self.layers, self.base.module_names(), self.base.tokenizer)
         self._save_checkpoint()
         self._write_reports()
 

@@ -1,0 +1,72 @@
+"""Compute the losses of short samples by the library alone and by a Base, token by token.
+
+Shape letters: L tokens of one sample, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.data.packing import Sample, collate
+from engine.model.base import Base
+
+LENGTHS = (41, 22)
+TEXT = (
+    "The water of a river is never the same for two moments, and yet people call it by one name for a thousand years. "
+    "In the morning the boats go down with flour and stone; in the evening they come back with salt, cloth and letters. "
+    "A child who grew up beside it can tell the hour by the sound that it makes under the second bridge."
+)
+
+
+def random_samples(vocab_size: int, seed: int = 0) -> list[Sample]:
+    """Return two samples of random tokens; every token but the first is a target."""
+    random = np.random.default_rng(seed)
+    lowest = min(8, vocab_size // 2)  # the first ids are often special
+    return [as_sample(random.integers(lowest, vocab_size - 2, size=length)) for length in LENGTHS]
+
+
+def as_sample(input_ids: np.ndarray) -> Sample:
+    """Return a sample whose every token is a target."""
+    return Sample(input_ids.astype(np.int32), np.ones(len(input_ids), dtype=bool))
+
+
+def library_losses(model: nn.Module, sample: Sample) -> Tensor:
+    """Return the losses [L - 1] that the model's own forward pass gives for the sample alone."""
+    ids_1L = torch.from_numpy(sample.input_ids.astype(np.int64)).unsqueeze(0).to(next(model.parameters()).device)
+    logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0, :-1].float()
+    return nn.functional.cross_entropy(logits_LV, ids_1L[0, 1:], reduction="none")
+
+
+def our_losses(base: Base, samples: list[Sample]) -> list[Tensor]:
+    """Return each sample's losses [L - 1] if all of them stand in one row."""
+    batch = collate(samples).to(base.device)
+    losses = base.token_losses(batch)
+    ends = np.cumsum([len(s.input_ids) for s in samples])
+    return [losses[end - len(s.input_ids) : end - 1] for s, end in zip(samples, ends)]
+
+
+def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Return the largest difference of a loss in nats; infinity if one is not finite."""
+    gap = torch.cat(ours).float() - torch.cat(theirs).float()
+    return float(gap.abs().max()) if bool(torch.isfinite(gap).all()) else math.inf
+
+
+
+
+def mean_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Return the mean absolute difference of the losses in nats; infinity if one is not finite."""
+    gap = torch.cat(ours).float() - torch.cat(theirs).float()
+    return float(gap.abs().mean()) if bool(torch.isfinite(gap).all()) else math.inf
+
+
+def text_samples(tokenizer: Any, vocab_size: int) -> list[Sample]:
+    """Return two samples of plain text, or random ones if the tokenizer makes too few tokens of it."""
+    ids = np.array(tokenizer(TEXT, add_special_tokens=False)["input_ids"])
+    if len(ids) < sum(LENGTHS) or ids.max() >= vocab_size:
+        return random_samples(vocab_size)
+    return [as_sample(ids[: LENGTHS[0]]), as_sample(ids[LENGTHS[0] : sum(LENGTHS)])]

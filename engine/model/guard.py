@@ -1,0 +1,246 @@
+"""Compare a model's losses and gradients with the library's own, and choose how it is computed.
+
+`choose_route` works on a tiny model made from the checkpoint's own config, before anything is paid
+for. It takes the fastest route whose losses and gradients are the library's own, sample by sample.
+Samples share a row only if that changes no loss. `check_loaded` compares the losses again on the
+real weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.adapter.lora import LoraLinear, attach
+from engine.config.trial import LoraConfig, ModelConfig
+from engine.data.packing import Sample, collate
+from engine.errors import InputError, first_line
+from engine.layers import attention
+from engine.layers.swap import SwapReport, fuse_layers, survey
+from engine.model.base import Base
+from engine.model.comparison import difference, library_losses, mean_difference, our_losses, random_samples
+from engine.model.route import Route, Verdict, pattern_of, routes
+from engine.model.skeleton import VOCABULARY, build
+from engine.quant.bnb import quantize_nf4
+from engine.quant.frozen_linear import FrozenLinear, freeze_linears, is_known_linear
+
+ALLOWED = 2e-3  # nats, in fp32; what is wrong differs by much more
+LOADED_ALLOWED = {torch.float32: 0.01, torch.bfloat16: 0.25}  # nats, mean of two samples; rounding makes 0.06 (135M, bf16)
+GRADIENT_ALLOWED = 2e-2  # of the largest value in the gradient
+NO_LINEAR = "must have at least one plain linear layer for the adapter"
+LORA = LoraConfig(rank=2, lora_alpha=2.0)
+Make = Callable[[Any, str], nn.Module]
+"""Makes a new model from a config and the name of an attention in transformers' registry."""
+
+
+def choose_route(config: Any, given: ModelConfig, make: Make) -> Verdict:
+    """Return the verdict for a transformers config. Raises InputError if every route is wrong."""
+    samples = random_samples(VOCABULARY)
+    try:
+        library = build(config, lambda small: make(small, "eager"), lambda model: library_losses(model, samples[0]))
+    except Exception as error:  # what cannot be made small is checked on the real weights only
+        return Verdict(Route(), faults=(f"no tiny model: {type(error).__name__}: {first_line(error)}",), checked=False)
+    return _Trial(library, given, samples).verdict()
+
+
+def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the layers that can be quantised and adapted, by name, without the output head."""
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if is_known_linear(m) and m is not head}
+
+
+def loaded_losses(model: nn.Module, samples: list[Sample]) -> list[Tensor]:
+    """Return the losses by the library alone on the real weights, with the library's own attention."""
+    attention_name = model.config._attn_implementation
+    model.set_attn_implementation(own_attentions(model)[0])
+    try:
+        with torch.no_grad():
+            return [library_losses(model, sample) for sample in samples]
+    finally:
+        model.set_attn_implementation(attention_name)
+
+
+def check_loaded(base: Base, samples: list[Sample], theirs: list[Tensor]) -> Base:
+    """Return the base with the rows that its real weights allow.
+
+    theirs: what `loaded_losses` returned before any layer was replaced. Raises InputError if the
+    losses of single samples differ by more than rounding explains.
+    """
+    allowed = LOADED_ALLOWED[base.dtype]
+    if base.route.shares_rows and mean_difference(our_losses(base, samples), theirs) <= allowed:
+        return base
+    alone = [our_losses(base, [sample])[0] for sample in samples]
+    if (gap := mean_difference(alone, theirs)) > allowed:
+        text = f"its losses differ from those of transformers by {gap:.2g} nats on average; allowed: {allowed:g}"
+        raise InputError("model.path", base.config.path, f"{text}; try model.layers=original")
+    return replace(base, route=replace(base.route, shares_rows=False))
+
+
+def own_attentions(model: nn.Module) -> list[str]:
+    """Return the library's attentions that the model supports, the faster one first."""
+    return ["sdpa", "eager"] if getattr(model, "_supports_sdpa", False) else ["eager"]
+
+
+class _Trial:
+    """Try the routes on a tiny model, whose own losses and gradients are the measure."""
+
+    def __init__(self, library: nn.Module, given: ModelConfig, samples: list[Sample]) -> None:
+        self.library, self.given, self.samples = library, given, samples
+        self.linears = plain_linears(library)
+        if not self.linears:
+            raise InputError("model.path", given.path, NO_LINEAR)
+        self.read_directly = _read_directly(library, self.linears, samples[0])
+        self.linears = {n: m for n, m in self.linears.items() if pattern_of(n) not in self.read_directly}
+        self.packed = _quantise(self.linears) if given.quantization == "nf4" else {}
+        with torch.no_grad():
+            self.theirs = [library_losses(library, sample) for sample in samples]
+        _require_causal(library, samples[0], self.theirs[0], given.path)
+
+    def verdict(self) -> Verdict:
+        faults: list[str] = []
+        for route in self._routes():
+            try:
+                base = self._base(route)
+                alone = [our_losses(base, [sample])[0] for sample in self.samples]
+                if (gap := difference(alone, self.theirs)) > ALLOWED:
+                    raise _Differs(f"a loss differs by {gap:.2g} nats")
+                row_fault = self._row_fault(base)
+                dead = self._train_a_step(base)
+            except Exception as error:  # model code may raise anything
+                faults.append(f"{_name(route)}: {_fault(error)}")
+                continue
+            if row_fault and route.shares_rows:
+                route = replace(route, shares_rows=False)
+                faults.append(row_fault)
+            return Verdict(route, dead, self.read_directly, tuple(faults))
+        allowed = "is a model that cannot be trained here with the losses that transformers gives it"
+        raise InputError("model.path", self.given.path, f"{allowed} ({'; '.join(dict.fromkeys(faults))})")
+
+    def _routes(self) -> list[Route]:
+        report = survey(self.library)
+        can_fuse = self.given.layers != "original" and bool(report.fused)
+        found = routes(can_fuse, own_attentions(self.library))
+        return found[:1] if self.given.layers == "strict" and can_fuse else found
+
+    def _base(self, route: Route) -> Base:
+        model = copy.deepcopy(self.library)
+        attention.register()
+        model.set_attn_implementation(route.attention)
+        for name, weight in self.packed.items():
+            model.get_submodule(name).weight = copy.copy(weight)
+        kept = [m for n, m in model.named_modules() if pattern_of(n) in self.read_directly]
+        names = freeze_linears(model, skip=[model.get_output_embeddings(), *kept])
+        report = fuse_layers(model) if route.fused else SwapReport((), {"all": "not tried"})
+        return Base(model, None, self.given, torch.device("cpu"), torch.float32, names, report, route)
+
+    def _row_fault(self, base: Base) -> str | None:
+        """Return what is wrong if the samples share a row, in either order, or None."""
+        if not base.route.shares_rows:
+            return None
+        gap = 0.0
+        try:
+            for order in ((0, 1), (1, 0)):
+                row = our_losses(base, [self.samples[i] for i in order])
+                gap = max(gap, difference(row, [self.theirs[i] for i in order]))
+        except Exception as error:
+            return f"a shared row: {_fault(error)}"
+        return f"a shared row changes a loss by {gap:.2g} nats" if gap > ALLOWED else None
+
+    def _train_a_step(self, base: Base) -> tuple[str, ...]:
+        """Compare adapter gradients with the library's; return the layers whose adapter gets none."""
+        batch = collate(self.samples[:1])
+        layers = attach(base.model, base.linear_names, LORA, seed=0)
+        base.model.train()
+        base.loss(batch).backward()  # dropout and its like are asked for in training only
+        for layer in layers.values():
+            layer.lora_b.grad = None
+        base.model.eval()
+        base.loss(batch).backward()
+        wanted = _library_gradients(self.library, layers, self.samples[0])
+        alive = {name for name, layer in layers.items() if _has_values(layer.lora_b.grad)}
+        if not alive:
+            raise _Differs("no adapter gets a gradient")
+        for name in layers:
+            if name not in alive and _has_values(wanted[name]):
+                raise _Differs(f"{name} is computed without its adapter")
+        worst = max(alive, key=lambda name: _gap(layers[name].lora_b.grad, wanted[name]))
+        if (gap := _gap(layers[worst].lora_b.grad, wanted[worst])) > GRADIENT_ALLOWED:
+            raise _Differs(f"the gradient of {worst} differs by {gap:.0%}")
+        return tuple(sorted({pattern_of(name) for name in layers} - {pattern_of(name) for name in alive}))
+
+
+class _Differs(Exception):
+    """Say in one line what is wrong on a route."""
+
+
+def _fault(error: Exception) -> str:
+    return str(error) if isinstance(error, _Differs | ValueError) else f"{type(error).__name__}: {first_line(error)}"
+
+
+def _name(route: Route) -> str:
+    return "fused" if route.fused else replace(route, shares_rows=True).describe() or "the model's own layers"
+
+
+def _require_causal(library: nn.Module, sample: Sample, losses: Tensor, path: str) -> None:
+    half = len(sample.input_ids) // 2
+    start = Sample(sample.input_ids[:half], sample.is_target[:half])
+    with torch.no_grad():
+        gap = difference([losses[: half - 1]], [library_losses(library, start)])
+    if gap > ALLOWED:
+        allowed = f"must be a causal language model; later tokens change earlier losses by {gap:.2g} nats"
+        raise InputError("model.path", path, allowed)
+
+
+@torch.no_grad()
+def _quantise(linears: dict[str, nn.Linear]) -> dict[str, nn.Parameter]:
+    """Give the layers the values of NF4 weights; return the packed weights by layer name."""
+    packed = {}
+    for name, module in linears.items():
+        packed[name] = module.weight = quantize_nf4(module.weight.data.clone(), double_quantization=False)
+        module.weight = nn.Parameter(FrozenLinear(module).dequantized(torch.float32), requires_grad=False)
+    return packed
+
+
+def _read_directly(library: nn.Module, linears: dict[str, nn.Linear], sample: Sample) -> tuple[str, ...]:
+    """Return the layers that are never called, though their weight decides the loss."""
+    called: set[str] = set()
+    hooks = [m.register_forward_hook(lambda *_, name=n: called.add(name)) for n, m in linears.items()]
+    try:
+        gradients = _weight_gradients(library, list(linears), sample)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(sorted({pattern_of(n) for n, grad in gradients.items() if n not in called and _has_values(grad)}))
+
+
+def _library_gradients(library: nn.Module, layers: dict[str, LoraLinear], sample: Sample) -> dict[str, Tensor | None]:
+    """Return d loss / d B of each adapter from the weight gradients of the library's own model."""
+    found = _weight_gradients(library, list(layers), sample)
+    return {n: None if g is None else layers[n].scaling * g @ layers[n].lora_a.detach().T for n, g in found.items()}
+
+
+def _weight_gradients(library: nn.Module, names: list[str], sample: Sample) -> dict[str, Tensor | None]:
+    weights = {name: library.get_submodule(name).weight.requires_grad_(True) for name in names}
+    try:
+        loss = library_losses(library, sample).sum()
+        if loss.requires_grad:
+            loss.backward()
+        return {name: weight.grad for name, weight in weights.items()}
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False).grad = None
+
+
+def _has_values(grad: Tensor | None) -> bool:
+    return grad is not None and bool(grad.any())
+
+
+def _gap(ours: Tensor, theirs: Tensor | None) -> float:
+    if theirs is None:
+        return 1.0
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))

@@ -1,0 +1,25 @@
+"""Call transformers' from_pretrained, and turn each of its errors into one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from engine.config.trial import ModelConfig
+from engine.errors import InputError, first_line
+
+
+def from_pretrained(factory: Any, config: ModelConfig, source: str, **options: Any) -> Any:
+    """Return what `factory` loads from a folder or hub id. Raises InputError for any fault in it."""
+    try:
+        return factory.from_pretrained(
+            source, revision=config.revision or "main", trust_remote_code=config.trust_remote_code, **options
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # files with wrong types or sizes can raise any error in the library
+        if "DefaultCPUAllocator" in str(error):  # torch's only sign that CPU memory ran out
+            raise
+        allowed = "must be a folder or hub id that transformers can load; its error: "
+        raise InputError("model.path", config.path, allowed + first_line(error)) from error

@@ -1,0 +1,74 @@
+"""Say how a base model is computed: which layers, which attention, which loss, which rows."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from engine.layers.attention import NAME as PACKED
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to compute a model.
+
+    - fused: known decoder layers are swapped for ours.
+    - attention: an entry of transformers' registry. `packed` is ours, cut at the document offsets.
+    - head_loss: the loss comes from hidden states and head, in chunks; else from the model's logits.
+    - shares_rows: several samples may share a row; else each has a row of its own.
+    """
+
+    fused: bool = True
+    attention: str = PACKED
+    head_loss: bool = True
+    shares_rows: bool = True
+
+    @property
+    def packed_attention(self) -> bool:
+        return self.attention == PACKED
+
+    def describe(self) -> str:
+        """Return what is slower than on the fastest route, as the end of a line; '' if nothing is."""
+        slower = {
+            f"the model's own attention ({self.attention})": not self.packed_attention,
+            "the model's own logits": not self.head_loss,
+            "one sample a row": not self.shares_rows,
+        }
+        return ", ".join(text for text, applies in slower.items() if applies)
+
+
+FASTEST = Route()
+
+
+def routes(can_fuse: bool, own_attentions: list[str]) -> list[Route]:
+    """Return the routes to try, fastest first. Without packed attention no row is shared."""
+    found = [FASTEST] if can_fuse else []
+    found += [Route(False), Route(False, head_loss=False)]
+    own = [Route(False, name, head_loss, False) for name in own_attentions for head_loss in (True, False)]
+    return found + own
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Say how to compute a model, and which layers get no adapter.
+
+    without_gradient: layers whose adapter would never learn. read_directly: layers whose weight the
+    model's code reads itself, so that they stay as they are. Both are names with `*` for numbers.
+    faults: what was wrong on the faster routes. checked: False if no tiny model could be built, so
+    that only the real weights can show whether the route is right.
+    """
+
+    route: Route
+    without_gradient: tuple[str, ...] = ()
+    read_directly: tuple[str, ...] = ()
+    faults: tuple[str, ...] = field(default=(), compare=False)
+    checked: bool = True
+
+    def adapts(self, name: str) -> bool:
+        """Return True if the layer of this name may get an adapter."""
+        return pattern_of(name) not in {*self.without_gradient, *self.read_directly}
+
+
+def pattern_of(name: str) -> str:
+    """Return a layer's name with `*` for each number in it."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

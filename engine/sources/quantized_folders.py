@@ -1,0 +1,49 @@
+"""Refuse model folders whose weights are quantised in a way that is not trained here. No torch.
+
+bitsandbytes' NF4 is read as it is. All other methods keep scales that an adapter trained here would
+not see, so the way out is the 16-bit folder that they were made from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.config.trial import ModelConfig
+from engine.errors import InputError
+
+KEYS = ("quantization_config", "compression_config")
+
+
+def check_quantization(content: dict[str, Any], config: ModelConfig) -> None:
+    """Raise InputError if config.json names another quantisation than bitsandbytes' NF4."""
+    parts = [content, content.get("text_config")]
+    found = [part[key] for part in parts if isinstance(part, dict) for key in KEYS if part.get(key)]
+    for settings in found:
+        if not isinstance(settings, dict) or not _is_nf4(settings):
+            allowed = f"holds {_describe(settings)} weights; allowed: 16 or 32 bits, or bitsandbytes NF4: take the 16-bit model"
+            raise InputError("model.path", config.path, allowed)
+        if config.quantization != "nf4":
+            allowed = f"the weights of {config.path} are NF4; allowed here: nf4"
+            raise InputError("model.quantization", config.quantization, allowed)
+
+
+def _is_nf4(settings: dict[str, Any]) -> bool:
+    return (
+        settings.get("quant_method", "bitsandbytes") == "bitsandbytes"
+        and bool(settings.get("load_in_4bit"))
+        and not settings.get("load_in_8bit")
+        and settings.get("bnb_4bit_quant_type") == "nf4"
+        and settings.get("bnb_4bit_quant_storage", "uint8") in ("uint8", None)
+    )
+
+
+def _describe(settings: Any) -> str:
+    if not isinstance(settings, dict):
+        return "quantised"
+    method = str(settings.get("quant_method") or "bitsandbytes")
+    if method != "bitsandbytes":
+        return f"{method} quantised"
+    if settings.get("load_in_4bit"):
+        storage = settings.get("bnb_4bit_quant_storage", "uint8")
+        return f"bitsandbytes {settings.get('bnb_4bit_quant_type', 'fp4')} (stored as {storage})"
+    return "bitsandbytes 8-bit"

@@ -1,0 +1,161 @@
+"""What a model folder shows without its weights being read: it can be trained, or is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.config.trial import ModelConfig
+from engine.data.packing import collate
+from engine.data.views import load_data
+from engine.errors import InputError
+from engine.evaluation.eval_loss import evaluate, evaluation_batches
+from engine.model.guard import loaded_losses
+from engine.model.inspect import inspect_model
+from engine.model.load import load_base
+from engine.planning.model_shape import ModelShape
+from engine.prepare import prepare
+from engine.quant.frozen_linear import freeze_linears
+from tests.support.model_families import LFM2_LAYERS
+from tests.support.trials import CPU, build, run
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+@pytest.fixture
+def folder(tiny_config, tmp_path):
+    return shutil.copytree(tiny_config["model"]["path"], tmp_path / "model")
+
+
+def change(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ({"quant_method": "made-up"}, "made-up"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes 8-bit"),
+        ({"load_in_8bit": True}, "bitsandbytes 8-bit"),
+        ({**NF4, "bnb_4bit_quant_type": "fp4"}, "bitsandbytes fp4"),
+        ({**NF4, "bnb_4bit_quant_storage": "bfloat16"}, "stored as bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("place", ["quantization_config", "compression_config"])
+def test_quantised_folders_are_refused_before_their_weights_are_read(folder, settings, named, place):
+    change(folder, **{place: settings})
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    for read in (inspect_model, lambda config: load_base(config, CPU)):
+        with pytest.raises(InputError, match=rf"^model\.path = .*{named}.*16-bit model$"):
+            read(ModelConfig(path=str(folder)))
+
+
+def test_a_folder_in_nf4_is_trained_as_it_is_and_not_as_something_else(tiny_config, tmp_path):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    path = tiny_config["model"]["path"]
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(path, quantization_config=settings).save_pretrained(tmp_path / "nf4")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{path}/{file}", tmp_path / "nf4")
+    base = load_base(ModelConfig(path=str(tmp_path / "nf4")), CPU)
+    assert all(base.model.get_submodule(name).is_packed for name in base.linear_names)
+    with pytest.raises(InputError, match=r"model\.quantization = 'none'.*allowed here: nf4"):
+        load_base(ModelConfig(path=str(tmp_path / "nf4"), quantization="none"), CPU)
+
+
+def test_a_token_of_the_data_beyond_the_embedding_is_refused_by_name(tiny_config, folder):
+    with pytest.raises(InputError, match=r"model\.path = .*token 4?\d+ \('<\|\w+\|>'\).*embedding has 2\d\d rows"):
+        prepare([build(tiny_config, model={"path": str(shrink_rows(folder))})])
+
+
+def shrink_rows(folder):
+    """Cut the last two rows off the embedding, so that the tokenizer has more tokens than it."""
+    weights = load_file(folder / "model.safetensors")
+    rows = weights["model.embed_tokens.weight"]
+    weights["model.embed_tokens.weight"] = rows[:-2].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    change(folder, vocab_size=len(rows) - 2)
+    return folder
+
+
+def test_an_embedding_of_another_size_than_config_says_is_refused(folder):
+    change(folder, vocab_size=300)
+    with pytest.raises(InputError, match=r"model\.path.*300 rows.*weights hold 2\d\d"):
+        inspect_model(ModelConfig(path=str(folder)))
+
+
+def test_samples_beyond_the_model_s_positions_are_said(tiny_config, folder):
+    assert prepare([build(tiny_config)]).model_notes == []
+    change(folder, max_position_embeddings=16)
+    notes = prepare([build(tiny_config, model={"path": str(folder)})]).model_notes
+    assert any("made for 16 positions" in note for note in notes)
+
+
+def test_experts_are_said_and_nothing_is_predicted_for_them(folder):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 260}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2)
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    facts = inspect_model(ModelConfig(path=str(folder)))
+    assert any("experts" in note and "16 bits, without adapters" in note for note in facts.notes)
+    assert ModelShape.known(config.to_dict(), str(folder)) is None
+
+
+def test_only_layers_that_are_known_are_replaced():
+    class Router(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x).softmax(-1), x
+
+    model = torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4), "router": Router(4, 4)})
+    assert freeze_linears(model) == ["q"] and type(model["router"]) is Router
+
+    class Int8(torch.nn.Linear):
+        pass
+
+    odd = torch.nn.ModuleDict({"q": Int8(4, 4)})
+    odd["q"].weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(InputError, match=r"q is a Int8 of int8"):
+        freeze_linears(odd)
+
+
+@pytest.fixture
+def hybrid(tiny_config, folder):
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 260}
+    config = Lfm2Config(**sizes, num_key_value_heads=2, layer_types=LFM2_LAYERS[:3], eos_token_id=0, initializer_range=0.3)
+    Lfm2ForCausalLM(config).save_pretrained(folder)
+    return build(tiny_config, model={"path": str(folder)})
+
+
+def test_a_hybrid_model_trains_and_is_evaluated_one_sample_a_row(hybrid, tmp_path):
+    assert "one sample a row" in prepare([hybrid]).layers
+    base = load_base(hybrid.model, CPU)
+    _, view = load_data(hybrid.data, base.tokenizer)
+    batches = evaluation_batches(base, view, hybrid.data.eval_max_seq_length)
+    assert [len(batch.document_lengths) for batch in batches] == [1] * len(view)
+    # the same model by the library, sample by sample
+    samples = [view[i] for i in range(len(view))]
+    losses = loaded_losses(base.model.eval(), samples)
+    wanted = torch.cat([loss[torch.tensor(s.is_target[1:])] for loss, s in zip(losses, samples)]).mean().item()
+    assert evaluate(base, batches) == pytest.approx(wanted, abs=1e-4)
+    # and a shared row would have another loss
+    assert abs(evaluate(base, [collate(samples)]) - wanted) > 1e-3
+    reports = run(hybrid, tmp_path / "trial", base)
+    assert np.isfinite(reports[-1].eval_loss)
