@@ -24,7 +24,7 @@ from engine.layers import attention
 from engine.layers.swap import SwapReport, fuse_layers, survey
 from engine.model.base import Base
 from engine.model.comparison import difference, library_losses, mean_difference, our_losses, random_samples
-from engine.model.route import Route, Verdict, pattern_of, routes
+from engine.model.route import ModelVerdict, Route, pattern_of, routes
 from engine.model.skeleton import VOCABULARY, build
 from engine.quant.bnb import quantize_nf4
 from engine.quant.frozen_linear import FrozenLinear, freeze_linears, is_known_linear
@@ -38,13 +38,13 @@ Make = Callable[[Any, str], nn.Module]
 """Makes a new model from a config and the name of an attention in transformers' registry."""
 
 
-def choose_route(config: Any, given: ModelConfig, make: Make) -> Verdict:
+def choose_route(config: Any, given: ModelConfig, make: Make) -> ModelVerdict:
     """Return the verdict for a transformers config. Raises InputError if every route is wrong."""
     samples = random_samples(VOCABULARY)
     try:
         library = build(config, lambda small: make(small, "eager"), lambda model: library_losses(model, samples[0]))
     except Exception as error:  # what cannot be made small is checked on the real weights only
-        return Verdict(Route(), faults=(f"no tiny model: {type(error).__name__}: {first_line(error)}",), checked=False)
+        return ModelVerdict(Route(), faults=(f"no tiny model: {type(error).__name__}: {first_line(error)}",), checked=False)
     return _Trial(library, given, samples).verdict()
 
 
@@ -101,7 +101,7 @@ class _Trial:
             self.theirs = [library_losses(library, sample) for sample in samples]
         _require_causal(library, samples[0], self.theirs[0], given.path)
 
-    def verdict(self) -> Verdict:
+    def verdict(self) -> ModelVerdict:
         faults: list[str] = []
         for route in self._routes():
             try:
@@ -117,7 +117,7 @@ class _Trial:
             if row_fault and route.shares_rows:
                 route = replace(route, shares_rows=False)
                 faults.append(row_fault)
-            return Verdict(route, dead, self.read_directly, tuple(faults))
+            return ModelVerdict(route, dead, self.read_directly, tuple(faults))
         allowed = "is a model that cannot be trained here with the losses that transformers gives it"
         raise InputError("model.path", self.given.path, f"{allowed} ({'; '.join(dict.fromkeys(faults))})")
 

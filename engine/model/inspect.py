@@ -15,7 +15,7 @@ from engine.errors import InputError, first_line
 from engine.layers.swap import SwapReport, require_fused, survey
 from engine.model.guard import NO_LINEAR, plain_linears
 from engine.model.pretrained import from_pretrained
-from engine.model.route import Route, Verdict, pattern_of
+from engine.model.route import ModelVerdict, Route, pattern_of
 from engine.model.verdicts import verdict_of
 from engine.quant.frozen_linear import is_known_linear
 from engine.sources.locate import locate
@@ -98,7 +98,7 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     return ModelFacts(features, swaps, verdict.route, num_rows, positions, rotary, notes)
 
 
-def unquantised_names(config: ModelConfig, verdict: Verdict) -> list[str] | None:
+def unquantised_names(config: ModelConfig, verdict: ModelVerdict) -> list[str] | None:
     """Return the layers that transformers must leave unquantised, or None for its own choice."""
     if not verdict.read_directly:
         return None
@@ -113,7 +113,7 @@ def unquantised_names(config: ModelConfig, verdict: Verdict) -> list[str] | None
     return sorted({*kept, *get_keys_to_not_convert(model)})
 
 
-def _notes(model: nn.Module, linears: dict[str, nn.Linear], verdict: Verdict) -> Iterator[str]:
+def _notes(model: nn.Module, linears: dict[str, nn.Linear], verdict: ModelVerdict) -> Iterator[str]:
     """Yield what the user should know about the layers of this model, one line each."""
     dead = [name for name in linears if not verdict.adapts(name)]
     if dead:
@@ -137,7 +137,7 @@ def _some(names: list[str]) -> str:
 
 
 def swaps_of(
-    model: nn.Module, config: ModelConfig, method: Callable[[nn.Module], SwapReport], verdict: Verdict
+    model: nn.Module, config: ModelConfig, method: Callable[[nn.Module], SwapReport], verdict: ModelVerdict
 ) -> SwapReport:
     """Return the report of `method` (survey or fuse_layers) under the rule in `config.layers`.
 

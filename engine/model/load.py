@@ -26,7 +26,7 @@ from engine.model.device import pick_dtype
 from engine.model.guard import NO_LINEAR, check_loaded, loaded_losses
 from engine.model.inspect import load_tokenizer, model_config, swaps_of, unquantised_names
 from engine.model.pretrained import from_pretrained
-from engine.model.route import Verdict, pattern_of
+from engine.model.route import ModelVerdict, pattern_of
 from engine.model.verdicts import verdict_of
 from engine.quant.bnb import load_library, nf4_load_config
 from engine.quant.frozen_linear import freeze_linears
@@ -88,7 +88,7 @@ def _load_nf4(
     device: torch.device,
     dtype: torch.dtype,
     load: Callable[..., tuple[Any, dict[str, Any]]],
-    verdict: Verdict,
+    verdict: ModelVerdict,
 ) -> tuple[Any, dict[str, Any]]:
     """Load the model in NF4, from this node's shared cache if another process has quantised it."""
 

@@ -49,7 +49,7 @@ def routes(can_fuse: bool, own_attentions: list[str]) -> list[Route]:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ModelVerdict:
     """Say how to compute a model, and which layers get no adapter.
 
     without_gradient: layers whose adapter would never learn. read_directly: layers whose weight the

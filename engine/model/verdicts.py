@@ -10,11 +10,11 @@ from torch import nn
 from engine.config.trial import ModelConfig
 from engine.model.guard import choose_route
 from engine.model.pretrained import from_pretrained
-from engine.model.route import Verdict
+from engine.model.route import ModelVerdict
 from engine.sources.locate import locate
 
 
-def verdict_of(config: ModelConfig) -> Verdict:
+def verdict_of(config: ModelConfig) -> ModelVerdict:
     """Return how to compute the model. It reads config.json only. Raises InputError."""
     from transformers import AutoConfig
 
@@ -23,7 +23,7 @@ def verdict_of(config: ModelConfig) -> Verdict:
 
 
 @functools.lru_cache(maxsize=32)
-def _verdict(config: ModelConfig, content: str) -> Verdict:
+def _verdict(config: ModelConfig, content: str) -> ModelVerdict:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def make(small: Any, attention_name: str) -> nn.Module:

@@ -22,7 +22,7 @@ from sweep.report.page import Section, Table, render
 from sweep.report.study_figures import study_figures
 from sweep.results.best_folder import EXAMPLE
 from sweep.results.leaderboard import HEADER, board_cells, board_rows
-from sweep.results.verdict import Verdict, read_verdict
+from sweep.results.verdict import SweepVerdict, read_verdict
 from sweep.space.parse import parse_space
 from sweep.study.begun_with import read_unedited_config
 from sweep.study.journal import read_records
@@ -89,7 +89,7 @@ def _page(folder: SweepFolder, config: SweepConfig) -> str:
     return render(f"Sweep {config.sweep.name}", _facts(folder, config, records, verdict), sections, json.dumps(shown, indent=2))
 
 
-def _facts(folder: SweepFolder, config: SweepConfig, records: list[TrialRecord], verdict: Verdict) -> list[str]:
+def _facts(folder: SweepFolder, config: SweepConfig, records: list[TrialRecord], verdict: SweepVerdict) -> list[str]:
     counts = Counter(record.outcome for record in records if record.source is None)
     ended = ", ".join(f"{counts[outcome]} {outcome}" for outcome in Outcome if counts[outcome])
     return [

@@ -13,7 +13,7 @@ from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.export.model_card import ModelCard, config_rows, peft_code
 from engine.system.files import write_folder
-from sweep.results.verdict import Verdict
+from sweep.results.verdict import SweepVerdict
 from sweep.text import number
 from sweep.trials.record import TrialRecord
 from sweep.trials.selection import median_speed, num_parameters
@@ -32,7 +32,7 @@ TOOLS = (
 )
 
 
-def write_best(best_dir: Path, verdict: Verdict, sweep_name: str, examples: Sequence[dict[str, str]] = ()) -> None:
+def write_best(best_dir: Path, verdict: SweepVerdict, sweep_name: str, examples: Sequence[dict[str, str]] = ()) -> None:
     """Assemble `best/`: the winner's adapter and tokenizer, train_config.json and a model card.
 
     Replaces an older `best/`. verdict: with a winner and its reevaluation. examples: see
@@ -53,7 +53,7 @@ def write_best(best_dir: Path, verdict: Verdict, sweep_name: str, examples: Sequ
     write_folder(best_dir, fill)
 
 
-def best_card(verdict: Verdict, sweep_name: str, base_model: str, examples: Sequence[dict[str, str]] = ()) -> str:
+def best_card(verdict: SweepVerdict, sweep_name: str, base_model: str, examples: Sequence[dict[str, str]] = ()) -> str:
     """Return the README.md of `best/`, with front matter for the Hugging Face hub.
 
     It tells what was measured, how to load the adapter and how to train it again.
@@ -88,7 +88,7 @@ def _permission(config: TrainConfig) -> str:
     return f" {FLAG}" if config.model.trust_remote_code else ""
 
 
-def _earlier_note(verdict: Verdict) -> list[str]:
+def _earlier_note(verdict: SweepVerdict) -> list[str]:
     """Say that an earlier sweep has a better adapter, without its path on this machine."""
     if verdict.earlier is None:
         return []

@@ -18,7 +18,7 @@ from sweep.folder.timeline import Timeline
 from sweep.results.best_folder import write_best
 from sweep.results.leaderboard import write_leaderboard
 from sweep.results.reevaluation import Reevaluation, compare
-from sweep.results.verdict import Verdict, judge, last_held
+from sweep.results.verdict import SweepVerdict, judge, last_held
 from sweep.trials.record import TrialRecord
 from sweep.trials.selection import Rule
 
@@ -38,7 +38,7 @@ def finish(
     rule: Rule = DEFAULT_RULE,
     num_examples: int = 0,
     evaluate: Evaluate = evaluate_here,
-) -> tuple[Verdict, dict[str, Any]]:
+) -> tuple[SweepVerdict, dict[str, Any]]:
     """Return the verdict on the sweep, and the summary for the tracker.
 
     Only a verdict with a reevaluation has an adapter in `best/`. Writes the leaderboard in any
@@ -63,7 +63,12 @@ def finish(
 
 
 def _measure(
-    folder: SweepFolder, verdict: Verdict, engine_command: str, num_examples: int, evaluate: Evaluate, note: Callable[[str], None]
+    folder: SweepFolder,
+    verdict: SweepVerdict,
+    engine_command: str,
+    num_examples: int,
+    evaluate: Evaluate,
+    note: Callable[[str], None],
 ) -> AdapterEvaluation | None:
     """Measure the winner again from its files; None if there is none, or it fails."""
     best = verdict.best
@@ -89,7 +94,7 @@ def _times(folder: SweepFolder) -> dict[str, float]:
     return {"slot_hours": held_s / 3600.0, "dead_time_s": sum(span.dead_time_s or 0.0 for span in spans)}
 
 
-def _remarks(records: list[TrialRecord], verdict: Verdict) -> list[str]:
+def _remarks(records: list[TrialRecord], verdict: SweepVerdict) -> list[str]:
     """Add what the table of losses does not say: Pareto front, best/, an earlier sweep."""
     rule = verdict.rule
     front = [str(record.number) for record in rule.front(records)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.export.model_card import table
 from engine.system.files import write_text
-from sweep.results.verdict import Verdict
+from sweep.results.verdict import SweepVerdict
 from sweep.text import number
 from sweep.trials.objectives import objective_values
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
@@ -23,7 +23,7 @@ DEFAULT_RULE = Rule()
 LAST_REPORT = ("tokens_seen", "num_trainable", "num_out_of_memory", "micro_batch_size", "activation_checkpointing")
 
 
-def write_leaderboard(folder: Path, records: list[TrialRecord], sweep_name: str, verdict: Verdict) -> None:
+def write_leaderboard(folder: Path, records: list[TrialRecord], sweep_name: str, verdict: SweepVerdict) -> None:
     """Write leaderboard.json and leaderboard.md, each replaced in one rename.
 
     Both list every trial with its outcome. Only trials that could be chosen have a rank: pruned
@@ -86,7 +86,7 @@ def _front_row(record: TrialRecord, names: tuple[str, ...]) -> dict[str, Any]:
     return {"number": record.number, **dict(zip(names, values, strict=True)), "params": record.params, "adapter": adapter}
 
 
-def _markdown(name: str, verdict: Verdict, board: dict[str, Any]) -> str:
+def _markdown(name: str, verdict: SweepVerdict, board: dict[str, Any]) -> str:
     rows, outcomes = board["trials"], board["outcomes"]
     lines = [f"# Leaderboard of `{name}`", ""]
     lines += [part for line in [*verdict.lines, f"Rule: {board['rule']}."] for part in (line, "")]

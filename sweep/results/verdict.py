@@ -24,7 +24,7 @@ NONE = "No trial has gone far enough to be chosen."
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SweepVerdict:
     """Hold what is true of a sweep's trials under its rule.
 
     best: the winner, or None. reevaluation: the second measurement of exactly this winner, None
@@ -99,7 +99,9 @@ class Verdict:
         return None if self.held is None else {"trial": self.held}
 
 
-def judge(records: list[TrialRecord], rule: Rule, reevaluation: Reevaluation | None = None, held: int | None = None) -> Verdict:
+def judge(
+    records: list[TrialRecord], rule: Rule, reevaluation: Reevaluation | None = None, held: int | None = None
+) -> SweepVerdict:
     """Return the verdict on these records.
 
     reevaluation: that of the winner, if it was just measured and written to `best/`. held: the
@@ -111,10 +113,10 @@ def judge(records: list[TrialRecord], rule: Rule, reevaluation: Reevaluation | N
     if leader is not None and best is not None and leader.score >= best.score:
         leader = None
     held = best.number if best is not None and reevaluation is not None else held
-    return Verdict(rule, best, reevaluation, held, leader)
+    return SweepVerdict(rule, best, reevaluation, held, leader)
 
 
-def read_verdict(folder: SweepFolder, records: list[TrialRecord], rule: Rule) -> Verdict:
+def read_verdict(folder: SweepFolder, records: list[TrialRecord], rule: Rule) -> SweepVerdict:
     """Return the verdict on the records, with what the last end of the sweep measured.
 
     That counts only for the trial that was measured, at the loss that it has now: a resume may have

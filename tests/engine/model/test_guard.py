@@ -14,7 +14,7 @@ from engine.layers import attention
 from engine.model import guard
 from engine.model.comparison import library_losses, our_losses, random_samples
 from engine.model.guard import check_loaded
-from engine.model.route import Verdict
+from engine.model.route import ModelVerdict
 from tests.support.model_families import judge, kind
 
 PACKED = "its own layers"
@@ -55,14 +55,14 @@ def test_a_model_that_cannot_be_trained_is_refused_in_one_line(model_type, line)
 
 def test_layers_that_text_never_reaches_get_no_adapter():
     verdict = judge("whisper")
-    assert isinstance(verdict, Verdict)
+    assert isinstance(verdict, ModelVerdict)
     assert not verdict.adapts("model.decoder.layers.3.encoder_attn.q_proj")
     assert verdict.adapts("model.decoder.layers.3.self_attn.q_proj")
 
 
 def test_layers_whose_weight_the_model_reads_itself_stay_as_they_are():
     verdict = judge("mamba")
-    assert isinstance(verdict, Verdict)
+    assert isinstance(verdict, ModelVerdict)
     assert verdict.read_directly == ("backbone.layers.*.mixer.dt_proj",)
     assert not verdict.adapts("backbone.layers.0.mixer.dt_proj") and verdict.adapts("backbone.layers.0.mixer.in_proj")
 

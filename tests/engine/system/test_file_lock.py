@@ -106,14 +106,15 @@ def test_another_fault_of_flock_is_raised(tmp_path, monkeypatch):
     [
         ("other", "0123456789abcdef.1", 1, False),  # another machine: nobody here knows whether it lives
         ("own", "0123456789abcdef.1", 1, True),  # this machine has booted since
-        ("own", "own boot.1", os.getpid(), False),  # another container of this machine
-        ("own", "own", os.getpid(), True),  # this process id, but of an earlier process
+        ("own", "own boot.1", "own", False),  # another container of this machine
+        ("own", "own", "own", True),  # this process id, but of an earlier process
     ],
 )
 def test_whose_announcement_counts(tmp_path, monkeypatch, machine, boot, pid, is_free):
     take_flock_away(monkeypatch, errno.ENOSYS)
     own_machine, own_boot = announced_lock._machine(), announced_lock._boot()
     boot = {"own": own_boot, "own boot.1": f"{own_boot.split('.')[0]}.1"}.get(boot, boot)
+    pid = os.getpid() if pid == "own" else pid
     other = tmp_path / f"lock.held-{own_machine if machine == 'own' else 'fedcba987654'}-{boot}-{pid}-12-abcd0123"
     other.touch()
     lock = FileLock(tmp_path / "lock")
