@@ -68,7 +68,7 @@ def read(text: str) -> Document:
     return Document(
         [line for line in [*lines, *typed] if _words(line)[:1] in (["python"], ["make"])],
         [span for span in spans if OVERRIDE.match(span.lstrip("'"))],
-        [span for span in spans if KEY.fullmatch(span)],
+        [span for span in spans if KEY.fullmatch(span) and not span.endswith(".json")],  # data.json is a file
         [block for kind, block in blocks if kind == "yaml"],
     )
 
