@@ -20,6 +20,7 @@ from engine.errors import InputError, first_line
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FIELD = "model.path"
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")  # last names of an input embedding
 
 
 def check_weights(folder: Path, given: str) -> None:
@@ -48,17 +49,15 @@ def weight_files(folder: Path, given: str) -> list[str]:
 
 
 def check_rows(folder: Path, num_rows: int, given: str) -> None:
-    """Raise InputError if the input embedding's file has another number of rows than config.json says."""
+    """Raise InputError if no input embedding in the weights has the rows that config.json says."""
+    found = []
     for name, file in _tensor_files(folder).items():
-        if name.removesuffix(".weight").rpartition(".")[2] in ("embed_tokens", "wte", "word_embeddings", "embed_in"):
-            if "vision" in name or "audio" in name or "per_layer" in name or name.startswith("mtp"):
-                continue
+        if name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS:
             with safe_open(folder / file, framework="numpy") as opened:
-                shape = opened.get_slice(name).get_shape()
-            if len(shape) == 2 and shape[0] != num_rows:
-                rows = f"config.json says {num_rows:,} rows of the embedding, its weights hold {shape[0]:,}"
-                allowed = f"{rows}: correct vocab_size"
-                raise InputError(FIELD, given, allowed)
+                found.append(opened.get_slice(name).get_shape()[0])
+    if found and num_rows not in found:
+        rows = f"config.json says {num_rows:,} rows of the embedding, its weights hold {found[0]:,}"
+        raise InputError(FIELD, given, f"{rows}: correct vocab_size")
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 from engine.config.trial import ModelConfig
 from engine.errors import InputError
 from engine.model.guard import choose_route
-from engine.model.route import Verdict
+from engine.model.route import ModelVerdict
 
 LFM2_LAYERS = (["conv", "conv", "full_attention"] * 11)[:32]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -33,7 +33,7 @@ def families() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def judge(model_type: str, **given: Any) -> Verdict | InputError:
+def judge(model_type: str, **given: Any) -> ModelVerdict | InputError:
     """Return the guard's verdict, or the line that refuses the family."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -50,7 +50,7 @@ def judge(model_type: str, **given: Any) -> Verdict | InputError:
             return error
 
 
-def kind(verdict: Verdict | InputError) -> str:
+def kind(verdict: ModelVerdict | InputError) -> str:
     """Return how a family is trained, in a few words."""
     if isinstance(verdict, InputError):
         return "refused"
