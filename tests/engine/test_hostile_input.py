@@ -43,11 +43,11 @@ def model(tmp_path, tiny_model_dir) -> Path:
 def refused(tmp_path, tiny_config, capsys):
     """Return a function that runs a command on a bad config and returns its error line."""
 
-    def run(command="prepare", **sections):
+    def run(command="prepare", *flags, **sections):
         config = {name: {**tiny_config.get(name, {}), **values} for name, values in {**tiny_config, **sections}.items()}
         file = tmp_path / "config.json"
         file.write_text(json.dumps([config] if command == "prepare" else config))
-        code = main([command, str(file)])
+        code = main([command, str(file), *flags])
         err = capsys.readouterr().err
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert code == 2 and len(lines) == 1, err
@@ -81,7 +81,10 @@ def test_code_in_a_model_folder_runs_only_where_it_is_asked_for(model, refused, 
     (model / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'mark')!r})\n")
     assert "custom code" in refused(model={"path": str(model)})
     assert not (tmp_path / "mark").exists()
-    refused(model={"path": str(model), "trust_remote_code": True})  # twin: allowed, the code runs
+    asks = {"path": str(model), "trust_remote_code": True}
+    assert "add --trust-remote-code" in refused(model=asks)  # a file cannot permit it
+    assert not (tmp_path / "mark").exists()
+    refused("prepare", "--trust-remote-code", model=asks)  # twin: allowed, the code runs
     assert (tmp_path / "mark").exists()
 
 
