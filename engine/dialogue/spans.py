@@ -44,7 +44,7 @@ class Spans:
         self._template, self._eos, self._turns = template, eos, turns
         self._given, self._special = tuple(ends), any_of([*ends, *added])
         self._ends: re.Pattern[str] | None = None
-        self._prompt = ""
+        self._prompt = self._opening = ""  # a question, and the generation prompt behind it
         self._wants_parts = self._wants_json = self._wants_none = False
         self._reads_thoughts, self._tags_thoughts = template.reads_thoughts, "</think>" in template.text
         self._seen: set[Any] = set()
@@ -115,7 +115,8 @@ class Spans:
         if self._template.has_tags:
             return self._tagged(messages[:i], tools, prompt, whole)
         if whole.text.startswith(prompt):
-            return self._ended(messages, i, tools, whole.text, len(prompt))
+            unasked = messages[i - 1]["role"] == "assistant" and whole.text.startswith(prompt + self._opening)
+            return self._ended(messages, i, tools, whole.text, len(prompt + self._opening * unasked))
         answer, notes = self._continued(messages, i, tools, prompt, whole.text)
         return self._ended(messages, i, tools, prompt + answer, len(prompt), notes)
 
@@ -131,11 +132,11 @@ class Spans:
         first = len(prompt) if common == len(prompt) else tags[0][0]
         if tags[0][0] < common < len(prompt):
             first = len(self._header(before, tools))
-        spans = [(max(start, first), end) for start, end in tags if end > first]
-        start, end = spans[-1]
-        if (found := self._ends.search(text, start)) and not text[min(end, found.end()) : max(end, found.start())].strip():
-            end = found.end()
-        return TargetText(text, (*spans[:-1], (start, end)))
+        *spans, (start, end) = [(max(start, first), end) for start, end in tags if end > first]
+        if found := self._ends.search(text, start):
+            between = text[min(end, found.end()) : max(end, found.start())]
+            end = end if self._ends.sub("", between).strip() else found.end()
+        return TargetText(text, (*spans, (start, end)))
 
     def _continued(self, messages: Messages, i: int, tools: Any, prompt: str, whole: str) -> tuple[str, tuple[str, ...]]:
         """Return the answer behind a generation prompt that the template does not write in a dialogue.
@@ -241,6 +242,7 @@ class Spans:
         empty, none = (self._try([user, {**call, "content": content}], False, None) for content in ("", None))
         self._wants_none = bool(empty and none) and empty.text != none.text and empty.text.startswith(none.text)
         self._prompt = prompt.text if prompt else ""
+        self._opening = asked.text.removeprefix(self._prompt) if (asked := self._try([user], True, None)) else ""
         one, two = self._try([user, answer], False, None), self._try([user, answer, user], False, None)
         if one is None:
             return

@@ -94,6 +94,17 @@ class Rendered:
     tags: tuple[tuple[int, int], ...] = ()
 
 
+def _joined(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return the ranges that are not empty; those that touch are one."""
+    found: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], end)
+        elif end > start:
+            found.append((start, end))
+    return tuple(found)
+
+
 class ChatTemplate:
     """Render messages with one template, which is compiled at the first call."""
 
@@ -132,7 +143,7 @@ class ChatTemplate:
             raise SampleError(f"the chat template refused it: {first_line(error)}") from error
         if len(text) > MAX_CHARACTERS:
             raise SampleError(f"the chat template makes {len(text):,} characters of it; at most {MAX_CHARACTERS:,} are allowed")
-        return Rendered(text, tuple(tags))
+        return Rendered(text, _joined(tags))
 
     def prepared(self, value: Any) -> Any:
         """Return plain data in which special tokens are marked and thoughts have every known name."""

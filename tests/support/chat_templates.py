@@ -105,6 +105,12 @@ TAGGED_WIDE = (
     "<|im_end|>\n{% endgeneration %}{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     + CHATML_PROMPT
 )
+TAGGED_PARTS = (
+    TOOLS + "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.tool_calls[0].function | tojson "
+    "if m.tool_calls else '' }}{% endgeneration %}{% generation %}{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>\n"
+    "{% endgeneration %}{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}"
+)
 PHI = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
 TEMPLATES = {  # name -> (template, end token of the tokenizer)
     "chatml": (CHATML_LOOP + CHATML_PROMPT, "<|im_end|>"),
@@ -149,6 +155,9 @@ TEMPLATES = {  # name -> (template, end token of the tokenizer)
                  "<think>\n\n</think>\n{% endif %}{% endif %}", "<|im_end|>"),
     "tagged": (TAGGED, "<|im_end|>"),
     "tagged-wide": (TAGGED_WIDE, "<|im_end|>"),
+    "tagged-parts": (TAGGED_PARTS, "<|endoftext|>"),
+    "asks-after-questions": (CHATML_LOOP + CHATML_PROMPT.replace("prompt %}", "prompt and messages[-1].role != 'assistant' %}", 1),
+                             "<|im_end|>"),
     "content-parts": ("{% for m in messages %}{{ m.role | capitalize }}:{% for p in m.content %}{% if p.type == 'text' %} {{ p.text }}{% endif %}"
                       "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}", "<end_of_utterance>"),
     "first-system-only": ("{% for m in messages %}{% if m.role != 'system' or loop.first %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"

@@ -15,7 +15,7 @@ from tests.support.chat_templates import TEMPLATES
 from tests.support.dialogues import assistant, encode, encoder_for, spans, user
 
 ENDS = {
-    "gemma-2": ["<end_of_turn>"], "phi-3": ["<|end|>"], "llama-2": ["</s>"],
+    "gemma-2": ["<end_of_turn>"], "phi-3": ["<|end|>"], "llama-2": ["</s>"], "tagged-parts": ["<|im_end|>"],
 }  # fmt: skip
 THOUGHTS = ("r1-distill", "qwq", "minimax-m2", "qwen-3", "qwen-3.5", "glm-4", "harmony")
 MUST_THINK = ("r1-distill", "qwq", "minimax-m2")

@@ -124,6 +124,20 @@ def test_generation_tags_decide_what_is_learnt():
     assert learnt("tagged", user("ask"), assistant("one"), user("more"), assistant("two"), turns="last") == [["two<|im_end|>"]]
 
 
+def test_blocks_of_generation_that_are_empty_or_touch_are_one_answer():
+    """Phi's training template tags the end of a text too; Gemma's has a block for content that may be empty."""
+    turns = user("ask"), assistant("", tool_calls=call()), RESULT, assistant("\ntwo")
+    ((first, last),) = learnt("tagged-parts", *turns, tools=TOOLS)
+    assert first.startswith('{"name": "look_up"') and first.endswith("}<|im_end|>")
+    assert last == "\ntwo<|im_end|>"
+
+
+def test_a_header_that_the_generation_prompt_lacks_is_not_learnt():
+    """Some templates ask for no further answer behind an answer."""
+    turns = user("ask"), assistant("one"), assistant("two")
+    assert learnt("asks-after-questions", *turns) == [["one<|im_end|>", "two<|im_end|>"]]
+
+
 @pytest.mark.parametrize(
     ("name", "messages", "tools", "expected"),
     [("chatml", [user("ask"), assistant("", tool_calls=call())], None, r"message 2 \(assistant\).*function\.name"),
