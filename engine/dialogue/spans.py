@@ -18,9 +18,9 @@ from engine.dialogue.conversation import Conversation, SampleError, TargetText
 from engine.dialogue.templates import MARKS, ChatTemplate, Rendered, common_prefix, reads, thought_of, with_thought_apart
 
 Messages = list[dict[str, Any]]
+OPENER = re.compile(r"<think>|<\|START_THINKING\|>|\[THINK\]|<seed:think>|<\|channel>thought")
 OPENED = re.compile(r"\s*(?:<think>|<\|START_THINKING\|>|\[THINK\]|<seed:think>)(\s*)")
-CLOSED = re.compile(r"\s*(?:<think>|<\|START_THINKING\|>|\[THINK\]|<seed:think>|<\|channel>thought).*"
-                    r"(?:</think>|<\|END_THINKING\|>|\[/THINK\]|</seed:think>|<channel\|>)\s*", re.DOTALL)  # fmt: skip
+CLOSED = re.compile(rf"\s*(?:{OPENER.pattern}).*(?:</think>|<\|END_THINKING\|>|\[/THINK\]|</seed:think>|<channel\|>)\s*", re.S)
 SWITCHES = ("enable_thinking", "thinking", "thinking_mode", "enable_reasoning")
 PROBES = ("qxquestionzw", "qxanswerzw")
 SPEAKERS = tuple({"role": role, "content": PROBES[0]} for role in ("user", "system", "tool"))
@@ -61,7 +61,6 @@ class Spans:
         except SampleError as error:
             if not any(message.get("tool_calls") for message in conversation.messages):
                 raise
-            # Some templates take a call's arguments as an object, others as JSON text.
             self._wants_json = not self._wants_json
             try:
                 return self._texts(conversation)
@@ -150,13 +149,14 @@ class Spans:
         if not prompt.startswith(header) and own != prompt and own.strip() and own in header[-MAX_HEADER:]:
             # The new message changed how earlier ones are written, as it does not when it is asked for.
             return whole[header.rindex(own) + len(own) :], ()
-        extra, rest = prompt[len(header) :], whole[len(header) :]
+        base = len(header) if prompt.startswith(header) else max((tag.start() for tag in OPENER.finditer(prompt)), default=0)
+        extra, rest = prompt[base:], whole[base:]
         opened = OPENED.fullmatch(extra)
         is_known = opened or not extra.strip() or CLOSED.fullmatch(extra)
-        if not (is_known and prompt.startswith(header) and whole.startswith(header)):
+        if not (base and is_known and header.startswith(prompt[:base]) and whole.startswith(prompt[:base])):
             raise SampleError(self._differs(prompt, whole, thought))
-        if not opened:
-            return rest, ()
+        if not opened:  # a header that closes a thought is in the prompt already
+            return rest.removeprefix(header[base:]) if prompt.endswith(header[base:]) else rest, ()
         if thought is None and not any(self._template.variables.get(name) is False for name in SWITCHES):
             raise SampleError(self._differs(prompt, whole, thought))
         tag, line = extra.strip(), "\n" if opened[1] else ""
@@ -170,7 +170,7 @@ class Spans:
         at = max(0, len(common_prefix(prompt, whole)) - 20)
         shown = [json.dumps(text[at : at + 60], ensure_ascii=False) for text in (prompt, whole)]
         opens = thought is None and "think" in prompt[at:].lower()
-        switches = reads(self._template.text, SWITCHES)[:1] or SWITCHES[:opens]
+        switches = (reads(self._template.text, SWITCHES)[:1] or SWITCHES[:opens]) if OPENER.search("".join(shown)) else ()
         ways = [f"data.template_kwargs.{switch}={'true' if thought else 'false'}" for switch in switches]
         end = ", or give the answer its thought (reasoning_content)" if opens else ""
         ways = " or ".join([*ways, "data.chat_template"])

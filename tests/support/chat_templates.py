@@ -106,7 +106,8 @@ TAGGED_WIDE = (
     + CHATML_PROMPT
 )
 TAGGED_PARTS = (
-    TOOLS + "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.tool_calls[0].function | tojson "
+    TOOLS
+    + "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.tool_calls[0].function | tojson "
     "if m.tool_calls else '' }}{% endgeneration %}{% generation %}{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>\n"
     "{% endgeneration %}{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}"
@@ -158,6 +159,14 @@ TEMPLATES = {  # name -> (template, end token of the tokenizer)
     "tagged-parts": (TAGGED_PARTS, "<|endoftext|>"),
     "asks-after-questions": (CHATML_LOOP + CHATML_PROMPT.replace("prompt %}", "prompt and messages[-1].role != 'assistant' %}", 1),
                              "<|im_end|>"),
+    "closed-before-header": (  # Command R7B with tools: the prompt closes a thought that no dialogue has
+        "{{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>{% if m.role == 'assistant' %}<|CHATBOT_TOKEN|><|START_RESPONSE|>"
+        "{{ m.content }}<|END_RESPONSE|>{% else %}<|{{ m.role | upper }}_TOKEN|>{{ m.content }}{% endif %}<|END_OF_TURN_TOKEN|>{% endfor %}"
+        "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_THINKING|><|END_THINKING|>{% endif %}",
+        "<|END_OF_TURN_TOKEN|>"),
+    "closed-by-header": (  # DeepSeek-V3.2: a header closes a thought that the prompt opens and closes
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}<|Assistant|></think>{{ m.content }}<|eos|>{% else %}"
+        "<|User|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|><think></think>{% endif %}", "<|eos|>"),
     "content-parts": ("{% for m in messages %}{{ m.role | capitalize }}:{% for p in m.content %}{% if p.type == 'text' %} {{ p.text }}{% endif %}"
                       "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}", "<end_of_utterance>"),
     "first-system-only": ("{% for m in messages %}{% if m.role != 'system' or loop.first %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"

@@ -132,6 +132,13 @@ def test_blocks_of_generation_that_are_empty_or_touch_are_one_answer():
     assert last == "\ntwo<|im_end|>"
 
 
+def test_a_thought_that_only_the_generation_prompt_has_is_not_learnt():
+    turns = user("ask"), assistant("one"), user("more"), assistant("two")
+    assert learnt("closed-by-header", *turns) == [["one<|eos|>"], ["two<|eos|>"]]
+    end = "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+    assert learnt("closed-before-header", *turns) == [[f"<|START_RESPONSE|>one{end}"], [f"<|START_RESPONSE|>two{end}"]]
+
+
 def test_a_header_that_the_generation_prompt_lacks_is_not_learnt():
     """Some templates ask for no further answer behind an answer."""
     turns = user("ask"), assistant("one"), assistant("two")
