@@ -123,8 +123,13 @@ def _prompt_completion(row: Mapping[str, Any]) -> Conversation | Document:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    context = _read_list(prompt, "prompt", False)
-    return _made(row, [*((message, False) for message, _ in context), *_read_list(completion, "completion", False)])
+    context, answers = (
+        [message for message, _ in _read_list(prompt, "prompt", False)],
+        _read_list(completion, "completion", False),
+    )
+    if context and [message for message, _ in answers[: len(context)]] == context:
+        raise SampleError("completion repeats the prompt; to learn such whole dialogues: data.columns={messages: <its column>}")
+    return _made(row, [*((message, False) for message in context), *answers])
 
 
 def _decoded(value: Any, name: str) -> Any:

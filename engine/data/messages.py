@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.dialogue.conversation import SampleError
+from engine.dialogue.templates import MARKS
 
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "bot": "assistant",
@@ -82,6 +83,8 @@ def check_text(value: Any, where: str, depth: int = 0) -> None:
         if "\0" in value:
             raise SampleError(f"{where} holds a NUL character")
         if not value.isascii():
+            if any(mark in value for mark in MARKS):
+                raise SampleError(f"{where} holds U+FDD0 or U+FDD1, which Unicode keeps for use inside programs")
             try:
                 value.encode()
             except UnicodeEncodeError as error:
