@@ -21,6 +21,7 @@ from engine.dialogue.spans import Spans, any_of
 from engine.dialogue.templates import MARKS, RESERVED, ChatTemplate, chat_template, prints_date, reads
 from engine.errors import InputError
 
+NEAR = 200  # characters around a border
 PIECES = re.compile(f"{MARKS[0]}(.*?){MARKS[1]}", re.DOTALL)
 
 
@@ -49,6 +50,7 @@ class Encoder:
             chat = ChatTemplate(template, variables, day, tokenizer.special_tokens_map, [*ends, *special, *thoughts])
             self._spans = Spans(chat, ends, tokenizer.eos_token, special, config.turns)
         self._added = any_of(added)
+        self._takes_spaces = any(t.lstrip or t.rstrip or t.single_word for t in tokenizer.added_tokens_decoder.values())
         self._prefix = _prefix_ids(tokenizer)
         self._newline = self._ids("\n") if self._ids("\na") != [*self._ids("\n"), *self._ids("a")] else None
 
@@ -69,6 +71,7 @@ class Encoder:
         texts = [text for sample in rendered for text in sample]
         pieces = [self._pieces(text) for text in texts]
         wholes = [text for text in texts if len(text.spans) > 1]
+        wholes = [text for text in wholes if not all(self._is_split(text.text, at) for at in self._bounds(text)[1:])]
         ids = iter(self._encode([*(piece for cut in pieces for piece in cut), *((text.text, True) for text in wholes)]))
         apart = [[next(ids) for _ in cut] for cut in pieces]
         whole = dict(zip(map(id, wholes), ids))
@@ -128,6 +131,21 @@ class Encoder:
     def _pieces(self, text: TargetText) -> list[tuple[str, bool]]:
         bounds = [*self._bounds(text), len(text.text)]
         return [(text.text[a:b], a == 0) for a, b in itertools.pairwise(bounds)]
+
+    def _is_split(self, text: str, at: int) -> bool:
+        """Return True if the tokenizer is sure to split the text there, whatever stands around it.
+
+        Its words are found between the last token that no text joins and some characters further.
+        """
+        backend, after = self._tokenizer.backend_tokenizer, text[at : at + NEAR]
+        tokens = [found.end() for found in self._added.finditer(text, max(0, at - NEAR), at)]
+        if self._takes_spaces or self._newline is not None or not (tokens and after.strip() and backend.pre_tokenizer):
+            return False
+        before, whole = text[tokens[-1] : at], text[tokens[-1] : at] + after
+        if backend.normalizer:
+            before, after, whole = map(backend.normalizer.normalize_str, (before, after, whole))
+        ends = {end for _, (_, end) in backend.pre_tokenizer.pre_tokenize_str(whole)}
+        return before + after == whole and (not before or len(before) in ends)
 
     def _document(self, sample: Document) -> TargetText:
         """Return prompt and completion, with an end token unless there is one."""

@@ -9,7 +9,7 @@ from engine.dialogue.conversation import Conversation, Document, Encoded
 from engine.dialogue.encoding import Encoder, printed_day
 from engine.errors import InputError
 from tests.support.chat_templates import tokenizer_for
-from tests.support.dialogues import assistant, user
+from tests.support.dialogues import assistant, encode, user
 
 
 def encoder(tokenizer, **options):
@@ -129,3 +129,19 @@ def test_new_fields_leave_old_fingerprints_as_they_are():
     ):  # fmt: skip
         assert parse(TrainConfig, {**config, "data": {"train": "t", field: default}}).fingerprint() == plain
         assert parse(TrainConfig, {**config, "data": {"train": "t", field: value}}).fingerprint() != plain
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama-3", "phi-4", "tagged", "vicuna", "granite"])
+def test_a_border_that_no_token_can_cross_spares_the_second_encoding_and_changes_nothing(name, monkeypatch):
+    """Answers may begin with characters that join the end of a prompt, or with none of them."""
+    starts, seen, is_split = ("hi", "\n", " a", "\n\nhi", "1", ":\n", "é"), [], Encoder._is_split
+    dialogues = [[user("ask" + a), assistant(a + "one"), user("b" + b), assistant(b + "two")] for a in starts for b in starts]
+
+    def never(*border):
+        seen.append(is_split(*border))
+        return False
+
+    found = [encode(name, *dialogue)[1] for dialogue in dialogues]
+    monkeypatch.setattr(Encoder, "_is_split", never)
+    assert [encode(name, *dialogue)[1] for dialogue in dialogues] == found
+    assert any(seen) == (name != "vicuna")  # its generation prompt has no token of its own
