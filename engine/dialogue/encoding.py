@@ -18,9 +18,10 @@ from engine.config.data_section import DataConfig
 from engine.config.trial import HUB_ID
 from engine.dialogue.conversation import Conversation, Document, Encoded, SampleError, TargetText
 from engine.dialogue.spans import Spans, any_of
-from engine.dialogue.templates import MARKS, RESERVED, ChatTemplate, chat_template, prints_date, reads
+from engine.dialogue.templates import MARKS, RESERVED, ChatTemplate, chat_template, prints_date, reads, tool_template
 from engine.errors import InputError
 
+REVISION = "source_revision"  # attribute of a tokenizer: the hub revision it was loaded from, if one is pinned
 NEAR = 200  # characters around a border
 PIECES = re.compile(f"{MARKS[0]}(.*?){MARKS[1]}", re.DOTALL)
 
@@ -30,25 +31,28 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, config: DataConfig) -> None:
         """Raise InputError for a template, a variable of it or a tokenizer that cannot be used."""
-        template = chat_template(tokenizer, config.chat_template)
+        template, for_tools = (find(tokenizer, config.chat_template) for find in (chat_template, tool_template))
         if not tokenizer.is_fast:
             raise InputError("model.path", type(tokenizer).__name__, "must have a fast tokenizer (tokenizer.json)")
         self.template, self.has_template = template, template is not None
         variables, day = dict(config.template_kwargs or {}), date.fromisoformat(config.date) if config.date else None
-        _refuse_unread(template, variables)
+        _refuse_unread((template or "") + (for_tools or ""), variables)
         self._tokenizer, self._eos = tokenizer, tokenizer.eos_token
         ends = end_texts(tokenizer)
         self.identity = [
             template, variables, printed_day(tokenizer, config), config.turns, ends,
-            tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token, tokenizer.eos_token,
+            tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token, tokenizer.eos_token, *([for_tools] if for_tools else []),
         ]  # fmt: skip
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-        thoughts = [tag for tag in ("<think>", "</think>") if tag in added and tag in (template or "")]
-        self._ends, self._spans = ends, None
-        if template is not None:
-            chat = ChatTemplate(template, variables, day, tokenizer.special_tokens_map, [*ends, *special, *thoughts])
-            self._spans = Spans(chat, ends, tokenizer.eos_token, special, config.turns)
+        thoughts = [tag for tag in ("<think>", "</think>") if tag in added and tag in f"{template}{for_tools}"]
+
+        def spans(text: str) -> Spans:
+            chat = ChatTemplate(text, variables, day, tokenizer.special_tokens_map, [*ends, *special, *thoughts])
+            return Spans(chat, ends, tokenizer.eos_token, special, config.turns)
+
+        self._ends, self._spans = ends, None if template is None else spans(template)
+        self._spans_of_tools = spans(for_tools) if for_tools else self._spans
         self._added = any_of(added)
         self._takes_spaces = any(t.lstrip or t.rstrip or t.single_word for t in tokenizer.added_tokens_decoder.values())
         self._prefix = _prefix_ids(tokenizer)
@@ -58,9 +62,10 @@ class Encoder:
         """Return the texts of one sample. SampleError if they cannot be right."""
         if isinstance(sample, Document):
             return [self._document(sample)]
-        if self._spans is None:
+        spans = self._spans_of_tools if sample.tools else self._spans
+        if spans is None:
             raise InputError("data.chat_template", None, "the tokenizer has no chat template; set chatml or a Jinja file")
-        texts = shared(self._spans.answers(sample))
+        texts = shared(spans.answers(sample))
         for token in {token for text in texts if MARKS[0] in text.text for token in PIECES.findall(text.text)}:
             if self._tokenizer.convert_tokens_to_ids(token) in self._as_text(token):
                 raise SampleError(f"the tokenizer cannot write {token!r} as text; take it out of the messages")
@@ -190,12 +195,14 @@ class Encoder:
 
 def printed_day(tokenizer: Any, config: DataConfig) -> str | None:
     """Return the day that the chat template prints, or None if it prints none."""
-    return (config.date or str(date.today())) if prints_date(chat_template(tokenizer, config.chat_template)) else None
+    templates = [find(tokenizer, config.chat_template) for find in (chat_template, tool_template)]
+    return (config.date or str(date.today())) if any(map(prints_date, templates)) else None
 
 
 def end_texts(tokenizer: Any) -> list[str]:
     """Return the tokens that end generation: the tokenizer's, and those of generation_config.json."""
-    ids, file = [tokenizer.eos_token_id], _generation_config(str(tokenizer.name_or_path))
+    file = _generation_config(str(tokenizer.name_or_path), getattr(tokenizer, REVISION, None))
+    ids = [tokenizer.eos_token_id]
     try:
         named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file else None
         ids += named if isinstance(named, list) else [named]
@@ -205,7 +212,7 @@ def end_texts(tokenizer: Any) -> list[str]:
     return list(dict.fromkeys(text for text in texts if text))
 
 
-def _generation_config(model: str) -> Path | None:
+def _generation_config(model: str, revision: str | None) -> Path | None:
     """Return the file of a model folder or hub id, or None: a model may come without it."""
     if Path(model).is_dir() or not HUB_ID.fullmatch(model):
         return Path(model) / "generation_config.json"
@@ -213,20 +220,19 @@ def _generation_config(model: str) -> Path | None:
 
     try:
         missing = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
-        found = cached_file(model, "generation_config.json", **missing)
+        found = cached_file(model, "generation_config.json", revision=revision or "main", **missing)
     except (OSError, ValueError):
         return None
     return Path(found) if found else None
 
 
-def _refuse_unread(template: str | None, variables: dict[str, Any]) -> None:
+def _refuse_unread(template: str, variables: dict[str, Any]) -> None:
     """Raise InputError for a variable that has no effect."""
     for name, value in variables.items():
-        text = template or ""
-        closes = name == "enable_thinking" and value is False and "<think>" in text
+        closes = name == "enable_thinking" and value is False and "<think>" in template
         if name in RESERVED:
             raise InputError("data.template_kwargs", variables, f"{name!r} comes from the data; take it out")
-        if not (closes or reads(text, [name])):
+        if not (closes or reads(template, [name])):
             raise InputError("data.template_kwargs", variables, f"the chat template does not read {name!r}; take it out")
 
 

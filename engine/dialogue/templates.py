@@ -44,7 +44,8 @@ def chat_template(tokenizer: Any, wanted: str | None) -> str | None:
     InputError for a name that is none of these.
     """
     if wanted is None:
-        return tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else tokenizer.get_chat_template()
+        named = tokenizer.chat_template
+        return named.get("default") if isinstance(named, dict) else named
     if wanted == "chatml":
         return CHATML
     try:
@@ -55,6 +56,12 @@ def chat_template(tokenizer: Any, wanted: str | None) -> str | None:
         pass
     kinds = ", ".join(TEMPLATE_SUFFIXES)
     raise InputError("data.chat_template", wanted, f"allowed: none (the tokenizer's own), chatml, or a Jinja file ({kinds})")
+
+
+def tool_template(tokenizer: Any, wanted: str | None) -> str | None:
+    """Return the template that transformers takes for dialogues with tools, if it is another one."""
+    named = tokenizer.chat_template
+    return named.get("tool_use") if wanted is None and isinstance(named, dict) else None
 
 
 def prints_date(template: str | None) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from engine.config.trial import ModelConfig
+from engine.dialogue.encoding import REVISION
 from engine.errors import InputError, first_line
 from engine.layers.swap import SwapReport, require_fused, survey
 from engine.model.guard import NO_LINEAR, plain_linears
@@ -34,7 +35,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """Load the model's tokenizer. Raises InputError if transformers cannot."""
     from transformers import AutoTokenizer
 
-    return from_pretrained(AutoTokenizer, config, locate(config))
+    tokenizer = from_pretrained(AutoTokenizer, config, locate(config))
+    setattr(tokenizer, REVISION, config.revision)
+    return tokenizer
 
 
 @dataclass(frozen=True)

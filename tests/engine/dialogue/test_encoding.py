@@ -9,7 +9,7 @@ from engine.dialogue.conversation import Conversation, Document, Encoded
 from engine.dialogue.encoding import Encoder, printed_day
 from engine.errors import InputError
 from tests.support.chat_templates import tokenizer_for
-from tests.support.dialogues import assistant, encode, user
+from tests.support.dialogues import TOOLS, assistant, encode, user
 
 
 def encoder(tokenizer, **options):
@@ -145,3 +145,22 @@ def test_a_border_that_no_token_can_cross_spares_the_second_encoding_and_changes
     monkeypatch.setattr(Encoder, "_is_split", never)
     assert [encode(name, *dialogue)[1] for dialogue in dialogues] == found
     assert any(seen) == (name != "vicuna")  # its generation prompt has no token of its own
+
+
+def test_a_tokenizer_may_have_no_template_or_several():
+    """Dialogues with tools take the template of that name, as in transformers; the others the default."""
+    tokenizer = tokenizer_for("qwen-2.5")
+    turns = user("ask"), assistant("one")
+    with_tools = Conversation((*turns,), (False, True), TOOLS)
+    default = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    default += "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+    tokenizer.chat_template = {"default": default, "tool_use": tokenizer.chat_template}
+    plain, called = rows(tokenizer, Conversation(turns, (False, True)), with_tools)
+    for row, tools in ((plain, None), (called, [*TOOLS])):
+        prompt = tokenizer.apply_chat_template([turns[0]], tools=tools, add_generation_prompt=True, tokenize=False)
+        assert tokenizer.decode(row.input_ids).startswith(prompt + "one<|im_end|>")
+    tokenizer.chat_template = None
+    assert not encoder(tokenizer).has_template
+    assert len(rows(tokenizer, Document("", "free text"))) == 1
+    with pytest.raises(InputError, match="no chat template"):
+        rows(tokenizer, with_tools)

@@ -48,7 +48,7 @@ def test_an_end_that_only_generation_config_names_is_learnt(tmp_path, monkeypatc
 def test_a_model_of_the_hub_has_its_generation_config_looked_up(tmp_path, monkeypatch):
     import transformers.utils
 
-    from engine.dialogue.encoding import end_texts
+    from engine.dialogue.encoding import REVISION, end_texts
     from tests.support.chat_templates import tokenizer_for
 
     tokenizer = tokenizer_for("glm-4")
@@ -56,8 +56,11 @@ def test_a_model_of_the_hub_has_its_generation_config_looked_up(tmp_path, monkey
     assert end_texts(tokenizer) == ["<|endoftext|>"]  # offline, and not in the cache
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": tokenizer.convert_tokens_to_ids("<|user|>")}))
-    monkeypatch.setattr(transformers.utils, "cached_file", lambda name, *rest, **options: str(file))
+    asked = []
+    monkeypatch.setattr(transformers.utils, "cached_file", lambda name, *_, revision, **__: asked.append(revision) or str(file))
     assert end_texts(tokenizer) == ["<|endoftext|>", "<|user|>"]
+    setattr(tokenizer, REVISION, "v1.1")
+    assert end_texts(tokenizer) == ["<|endoftext|>", "<|user|>"] and asked == ["main", "v1.1"]
 
 
 def test_an_end_token_that_no_template_writes_is_added_and_noted():
