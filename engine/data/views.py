@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.config.data_section import ON_TRAINING_SAMPLES, DataConfig
+from engine.config.data_section import ON_TRAINING_SAMPLES, DataConfig, as_list
 from engine.config.trial import TrainConfig
 from engine.data.packing import Sample
 from engine.data.readers import read_rows
@@ -201,15 +201,15 @@ def _sources(config: DataConfig) -> tuple[NamedSource, NamedSource | None]:
 
     A builtin brings its own evaluation part, and `data.eval` alone may name one.
     """
-    paths, other = _paths(config.train), _paths(config.eval or "")
-    train = _builtin_parts(paths)
+    paths, other = as_list(config.train), as_list(config.eval)
+    train = _builtin_parts("data.train", paths)
     source = NamedSource(
         "data.train", (str(train[0]),) if train else paths, config.train_split, config.train_name, config.train_revision,
         config.train_files,
     )  # fmt: skip
     if config.eval == ON_TRAINING_SAMPLES:
         return source, None
-    evaluation = _builtin_parts(other) if config.eval else train
+    evaluation = _builtin_parts("data.eval", other) if config.eval else train
     if evaluation:
         return source, NamedSource("data.eval", (str(evaluation[1]),), config.eval_split)
     if not config.eval:
@@ -224,14 +224,10 @@ def _sources(config: DataConfig) -> tuple[NamedSource, NamedSource | None]:
     return source, NamedSource("data.eval", other, config.eval_split, name, revision, files)
 
 
-def _paths(given: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else given
-
-
-def _builtin_parts(paths: tuple[str, ...]) -> tuple[Path, Path] | None:
+def _builtin_parts(field: str, paths: tuple[str, ...]) -> tuple[Path, Path] | None:
     if len(paths) > 1 and any(path.startswith(PREFIX) for path in paths):
-        raise InputError("data.train", paths, "a builtin stands alone, not in a list")
-    return resolve_data(paths[0])
+        raise InputError(field, paths, "a builtin stands alone, not in a list")
+    return resolve_data(paths[0], field)
 
 
 def _refuse_empty(view: View, field: str, value: int) -> None:
