@@ -101,6 +101,14 @@ class View:
         content = np.stack([*parts, masks] if masks.any() else parts)
         return hashlib.sha256(content.tobytes()).hexdigest()[:16]
 
+    def targets_digest(self) -> str:
+        """Return a digest of the tokens that carry loss within the length, in order."""
+        found = hashlib.sha256()
+        for i in range(len(self)):
+            sample = self[i]
+            found.update(sample.input_ids[1:][sample.is_target[1:]].tobytes())
+        return found.hexdigest()[:16]
+
     def largest_id(self) -> int:
         """Return the largest token id in the arrays that these samples come from."""
         return int(np.max(self._tokens.input_ids)) if len(self._tokens.input_ids) else 0
@@ -170,9 +178,13 @@ def identify(config: TrainConfig, tokenizer: Any, views: tuple[View, View]) -> d
     return {
         **identify_model(config.model),
         "template": short_digest(chat_template(tokenizer, config.data.chat_template) or ""),
-        "training": views[0].digest(),
-        "evaluation": views[1].digest(),
+        **identify_samples(views),
     }
+
+
+def identify_samples(views: tuple[View, View]) -> dict[str, str]:
+    """Return the digests of the training and the evaluation samples."""
+    return {"training": views[0].digest(), "evaluation": views[1].digest()}
 
 
 def split_by_content(hashes: np.ndarray, eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -238,6 +250,8 @@ def _refuse_empty(view: View, field: str, value: int) -> None:
 def _token_set(source: NamedSource, config: DataConfig, tokenizer: Any) -> tuple[TokenSet, RowCounts]:
     encoder, found = Encoder(tokenizer, config), find_source(source)
     identity = [VERSION, found.identity, config.format, config.columns, config.bad_rows, encoder.identity]
+    if config.template_kwargs is not None:  # rows are known by their content then
+        identity.append("content")
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
 
     def build(folder: Path) -> None:
