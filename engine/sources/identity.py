@@ -52,6 +52,8 @@ def refuse_changed(config: TrainConfig, recorded: Mapping[str, str], found: Mapp
                 f"{name} changed since the sweep began (digest then {before}, now {now or 'none'}), so losses would not compare; "
                 "put the former back and resume, or start a new sweep"
             )
+            if part in ("training", "evaluation"):
+                allowed += ". If the file is the same, this version reads it in another way: resume with the version of the start"
             raise InputsChanged(str(InputError(field, value, allowed)))
 
 
