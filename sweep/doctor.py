@@ -231,7 +231,7 @@ def check_mlflow(tracking: dict[str, Any], output: Path) -> Finding:
             return Finding("warning", "MLflow", f"{shown} does not answer ({first_line(error)})", todo)
     file = database_file(uri)
     if file is None:
-        return Finding("ok", "MLflow", f"the database at {uri.partition(':')[0]}://... is not asked here; a sweep's start asks it")
+        return Finding("ok", "MLflow", f"a {uri.partition(':')[0]} database is not asked here; a sweep's start asks it")
     if not file.exists():
         return Finding("ok", "MLflow", f"{file} (will be made)")
     try:
