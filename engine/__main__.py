@@ -17,6 +17,9 @@ python -m engine.chat <adapter folder>            chat with the adapter
 
 from __future__ import annotations
 
+import engine.system.no_working_folder  # noqa: F401 (must be the first)
+
+# isort: split
 import argparse
 import json
 import sys

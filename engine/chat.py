@@ -7,6 +7,9 @@ to try an adapter out, not to serve it.
 
 from __future__ import annotations
 
+import engine.system.no_working_folder  # noqa: F401 (must be the first)
+
+# isort: split
 import argparse
 import sys
 from collections.abc import Iterator, Mapping

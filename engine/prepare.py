@@ -16,12 +16,13 @@ from engine.command_answers import DataAccount, Facts, PreparedFacts, VisibleCar
 from engine.config.targets import resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.account import account_data
-from engine.data.views import View, identify
+from engine.data.views import View, identify, identify_samples
 from engine.dialogue.encoding import printed_day
 from engine.errors import InputError
 from engine.model.device import host_share_gib
 from engine.model.inspect import ModelFacts, inspect_model, load_tokenizer, model_config
 from engine.planning.model_shape import ModelShape
+from engine.sources.identity import variant
 from engine.sources.locate import locate
 from engine.units import GIB
 
@@ -37,6 +38,8 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
     models: dict[str, tuple[ModelFacts, Any]] = {}  # facts and tokenizer
     accounts: dict[str, list[DataAccount]] = {}
     digests: dict[str, str] = {}
+    days: list[str | None] = []
+    first_views: tuple[View, View] | None = None
     num_trainable: list[int] = []
     notes: list[str] = []
     for config in configs:
@@ -49,9 +52,12 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         num_trainable.append(sum(config.lora.rank * sum(features[name]) for name in targets))
         data_key = key + repr(config.data)
         if data_key not in accounts:
-            train_view, eval_view, accounts[data_key] = account_data(config.data, tokenizer)
-            digests = digests or identify(config, tokenizer, (train_view, eval_view))
-            notes += _check_tokens(config, facts, tokenizer, (train_view, eval_view))
+            *both, accounts[data_key] = account_data(config.data, tokenizer)
+            views = both[0], both[1]
+            first_views = first_views or views
+            digests |= _identify(config, configs[0], tokenizer, views, first_views)
+            days.append(printed_day(tokenizer, config.data))
+            notes += _check_tokens(config, facts, tokenizer, views)
     training, evaluation = next(iter(accounts.values()))
     found, first = inspect(configs[0].model), next(iter(models.values()))[0]
     return PreparedFacts(
@@ -66,10 +72,31 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         num_dropped_samples=training.num_dropped,
         num_trainable=num_trainable,
         data=digests,
-        day=printed_day(tokenizer, configs[0].data),
+        day=next(filter(None, days), None),
         accounts=_distinct(account for both in accounts.values() for account in both),
         num_train_tokens=min(both[0].num_tokens for both in accounts.values()),
     )
+
+
+def _identify(
+    config: TrainConfig, first: TrainConfig, tokenizer: Any, views: tuple[View, View], first_views: tuple[View, View]
+) -> dict[str, str]:
+    """Return the digests of the first config, or those of the samples that other variables of the template give.
+
+    Raises InputError if the variables change what the trials are scored on.
+    """
+    if views is first_views:
+        return identify(config, tokenizer, views)
+    variables, others = config.data.template_kwargs, first.data.template_kwargs
+    if variables == others:
+        return {}
+    if views[1].targets_digest() != first_views[1].targets_digest():
+        allowed = f"trials would be scored on other target tokens than with {others}, so their losses would not compare"
+        way_out = "take values that leave the answers as they are, and {} instead of null" if None in (variables, others) else (
+            "take values that leave the answers as they are, or sweep with each value on its own"
+        )
+        raise InputError("data.template_kwargs", variables, f"{allowed}; {way_out}")
+    return {variant(part, config): digest for part, digest in identify_samples(views).items()}
 
 
 def _distinct(accounts: Iterable[DataAccount]) -> list[DataAccount]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sweep.cli.no_foreign_modules  # noqa: F401 (must be the first)
+
+# isort: split
 import argparse
 import sys
 from typing import Any

@@ -30,8 +30,10 @@ from engine.system.shared_cache import CACHE_VARIABLE, cache_root
 from engine.system.user_path import user_path
 from sweep.cluster import machine
 from sweep.cluster.findings import Finding, examined, show
+from sweep.config.absolute_paths import absolute_uri
 from sweep.config.compose import compose, run_keys
 from sweep.execution.worker_config import REAL_ENGINE
+from sweep.tracking.sqlite_store import database_file
 from sweep.tracking.tracker import local_uri
 
 CHILD_S, HUB_S, SMI_S = 60.0, 3.0, 20.0  # seconds to wait for a child process, for the hub, for nvidia-smi
@@ -218,7 +220,7 @@ def check_mlflow(tracking: dict[str, Any], output: Path) -> Finding:
     """Open the database that the sweep writes to, or ask its server. Creates neither."""
     if tracking.get("name") == "none":
         return Finding("ok", "MLflow", "off (tracking=none)")
-    uri = str(tracking.get("uri") or local_uri(output))
+    uri = absolute_uri(str(tracking.get("uri") or local_uri(output)), Path.cwd())
     if uri.startswith("http"):
         shown = uri.rpartition("@")[2]
         try:
@@ -227,7 +229,9 @@ def check_mlflow(tracking: dict[str, Any], output: Path) -> Finding:
         except (OSError, ValueError) as error:
             todo = "start the server; a sweep runs without it, and a resume writes what is missing"
             return Finding("warning", "MLflow", f"{shown} does not answer ({first_line(error)})", todo)
-    file = Path(uri.removeprefix("sqlite:///"))
+    file = database_file(uri)
+    if file is None:
+        return Finding("ok", "MLflow", f"a {uri.partition(':')[0]} database is not asked here; a sweep's start asks it")
     if not file.exists():
         return Finding("ok", "MLflow", f"{file} (will be made)")
     try:

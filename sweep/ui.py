@@ -6,6 +6,9 @@ sweep.
 
 from __future__ import annotations
 
+import sweep.cli.no_foreign_modules  # noqa: F401 (must be the first)
+
+# isort: split
 import argparse
 import os
 import signal

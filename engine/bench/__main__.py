@@ -13,6 +13,9 @@ soon as a row is done, with card, versions and commit.
 
 from __future__ import annotations
 
+import engine.system.no_working_folder  # noqa: F401 (must be the first)
+
+# isort: split
 import argparse
 import json
 import sys

@@ -66,5 +66,10 @@ class DataConfig(StrictModel):
 
     def describe_train(self, shown: Callable[[str], str] = str, most: int = 3) -> str:
         """Return the training source as text, with the first files of a list, each as `shown`."""
-        names = (self.train,) if isinstance(self.train, str) else self.train
+        names = as_list(self.train)
         return ", ".join(map(shown, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def as_list(source: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the names of a data source, which may be one name or a list; none for None."""
+    return (source,) if isinstance(source, str) else source or ()

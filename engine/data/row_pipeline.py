@@ -6,10 +6,12 @@ process with limits (engine/system/limited_child.py), which renders a whole batc
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from engine.config.data_section import DataConfig
@@ -60,6 +62,10 @@ class _Sample:
             return False
         return any(m["role"] == "assistant" and not learned for m, learned in zip(content.messages, content.learned))
 
+    def digest(self) -> bytes:
+        """Return a digest of the row's content, which is the same for all variables of a template."""
+        return hashlib.sha256(json.dumps(asdict(self.content), sort_keys=True, default=str).encode()).digest()
+
 
 class RowPipeline:
     """Encode the rows of one source; `counts` is complete once all have been taken."""
@@ -67,13 +73,15 @@ class RowPipeline:
     def __init__(self, config: DataConfig, encoder: Encoder, tokenizer: Any) -> None:
         self._skips, self._encoder, self._tokenizer = config.bad_rows == "skip", encoder, tokenizer
         self._format = RowFormat(config.format, config.columns, encoder.has_template)
-        self._template = config.chat_template
+        self._template, self._has_variables = config.chat_template, config.template_kwargs is not None
         self._first: InputError | None = None
         self.counts = RowCounts()
 
-    def encoded(self, rows: Iterable[SourceRow]) -> Iterator[tuple[list[Encoded], bool]]:
+    def encoded(self, rows: Iterable[SourceRow]) -> Iterator[tuple[list[Encoded], bool, bytes | None]]:
         """Yield the samples of each good row, and whether the data mask some of its answers.
 
+        With data.template_kwargs a row is known by its content: a space may vary them, and all
+        trials must hold out the same rows. So it yields a digest of the content then.
         InputError at the first bad row, unless data.bad_rows=skip; then only if all are bad.
         """
         with ExitStack() as stack:
@@ -127,7 +135,7 @@ class RowPipeline:
                 found.append(error)
         return found
 
-    def _encode(self, samples: list[_Sample], rendered: list[Any]) -> Iterator[tuple[list[Encoded], bool]]:
+    def _encode(self, samples: list[_Sample], rendered: list[Any]) -> Iterator[tuple[list[Encoded], bool, bytes | None]]:
         good = iter(self._encoder.encode([r for r in rendered if not isinstance(r, SampleError)]))
         for sample, one in zip(samples, rendered, strict=True):
             encoded = one if isinstance(one, SampleError) else next(good)
@@ -139,7 +147,7 @@ class RowPipeline:
             self._count_ends(sample.content, encoded)
             for note in {note for one in encoded for note in one.notes}:
                 self.counts.notes[note] = self.counts.notes.get(note, 0) + 1
-            yield encoded, sample.is_masked
+            yield encoded, sample.is_masked, sample.digest() if self._has_variables else None
 
     def _count_ends(self, content: Conversation | Document, encoded: list[Encoded]) -> None:
         """Count BOS and EOS around a document that its text does not hold itself."""

@@ -24,7 +24,7 @@ class TokenSet:
     is the position of its first target token, and hashes[i] has 64 bits of its tokens' hash.
     masks[i] is 0, or a hash of its targets if the data themselves leave answers without loss.
     Row r of the source gave the samples row_offsets[r]:row_offsets[r + 1], at least one.
-    row_hashes[r] is the hash of its only sample, or of all its samples' tokens.
+    row_hashes[r] is the hash of its only sample, or of all its samples' tokens, or of its content.
     """
 
     input_ids: np.ndarray
@@ -106,11 +106,11 @@ DTYPES = {
 }  # fmt: skip
 
 
-def tokenise(rows: Iterable[tuple[list[Encoded], bool]], folder: Path) -> None:
+def tokenise(rows: Iterable[tuple[list[Encoded], bool, bytes | None]], folder: Path) -> None:
     """Write the arrays of a TokenSet into `folder`, row by row, and hold none of them.
 
-    rows: the samples of each row, each with a target token behind its first; and whether the data
-    leave some of its answers without loss.
+    rows: the samples of each row, each with a target token behind its first; whether the data leave
+    some of its answers without loss; and a digest to know the row by instead of by its tokens.
     """
     with ExitStack() as stack:
         columns = {name: _Column(folder, name, dtype) for name, dtype in DTYPES.items()}
@@ -119,7 +119,7 @@ def tokenise(rows: Iterable[tuple[list[Encoded], bool]], folder: Path) -> None:
         num_tokens = num_samples = 0
         columns["offsets"].extend([0])
         columns["row_offsets"].extend([0])
-        for samples, is_masked in rows:
+        for samples, is_masked, identity in rows:
             row = hashlib.sha256()
             for sample in samples:
                 ids, is_target = np.asarray(sample.input_ids, np.int32), np.asarray(sample.is_target, np.bool_)
@@ -134,7 +134,7 @@ def tokenise(rows: Iterable[tuple[list[Encoded], bool]], folder: Path) -> None:
                 row.update(hashed)
             num_samples += len(samples)
             columns["row_offsets"].extend([num_samples])
-            columns["row_hashes"].extend([_number(hashed if len(samples) == 1 else row.digest())])
+            columns["row_hashes"].extend([_number(identity or (hashed if len(samples) == 1 else row.digest()))])
 
 
 def _number(digest: bytes) -> int:

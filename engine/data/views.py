@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.config.data_section import ON_TRAINING_SAMPLES, DataConfig
+from engine.config.data_section import ON_TRAINING_SAMPLES, DataConfig, as_list
 from engine.config.trial import TrainConfig
 from engine.data.packing import Sample
 from engine.data.readers import read_rows
@@ -101,6 +101,14 @@ class View:
         content = np.stack([*parts, masks] if masks.any() else parts)
         return hashlib.sha256(content.tobytes()).hexdigest()[:16]
 
+    def targets_digest(self) -> str:
+        """Return a digest of the tokens that carry loss within the length, in order."""
+        found = hashlib.sha256()
+        for i in range(len(self)):
+            sample = self[i]
+            found.update(sample.input_ids[1:][sample.is_target[1:]].tobytes())
+        return found.hexdigest()[:16]
+
     def largest_id(self) -> int:
         """Return the largest token id in the arrays that these samples come from."""
         return int(np.max(self._tokens.input_ids)) if len(self._tokens.input_ids) else 0
@@ -170,9 +178,13 @@ def identify(config: TrainConfig, tokenizer: Any, views: tuple[View, View]) -> d
     return {
         **identify_model(config.model),
         "template": short_digest(chat_template(tokenizer, config.data.chat_template) or ""),
-        "training": views[0].digest(),
-        "evaluation": views[1].digest(),
+        **identify_samples(views),
     }
+
+
+def identify_samples(views: tuple[View, View]) -> dict[str, str]:
+    """Return the digests of the training and the evaluation samples."""
+    return {"training": views[0].digest(), "evaluation": views[1].digest()}
 
 
 def split_by_content(hashes: np.ndarray, eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -201,15 +213,15 @@ def _sources(config: DataConfig) -> tuple[NamedSource, NamedSource | None]:
 
     A builtin brings its own evaluation part, and `data.eval` alone may name one.
     """
-    paths, other = _paths(config.train), _paths(config.eval or "")
-    train = _builtin_parts(paths)
+    paths, other = as_list(config.train), as_list(config.eval)
+    train = _builtin_parts("data.train", paths)
     source = NamedSource(
         "data.train", (str(train[0]),) if train else paths, config.train_split, config.train_name, config.train_revision,
         config.train_files,
     )  # fmt: skip
     if config.eval == ON_TRAINING_SAMPLES:
         return source, None
-    evaluation = _builtin_parts(other) if config.eval else train
+    evaluation = _builtin_parts("data.eval", other) if config.eval else train
     if evaluation:
         return source, NamedSource("data.eval", (str(evaluation[1]),), config.eval_split)
     if not config.eval:
@@ -224,14 +236,10 @@ def _sources(config: DataConfig) -> tuple[NamedSource, NamedSource | None]:
     return source, NamedSource("data.eval", other, config.eval_split, name, revision, files)
 
 
-def _paths(given: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else given
-
-
-def _builtin_parts(paths: tuple[str, ...]) -> tuple[Path, Path] | None:
+def _builtin_parts(field: str, paths: tuple[str, ...]) -> tuple[Path, Path] | None:
     if len(paths) > 1 and any(path.startswith(PREFIX) for path in paths):
-        raise InputError("data.train", paths, "a builtin stands alone, not in a list")
-    return resolve_data(paths[0])
+        raise InputError(field, paths, "a builtin stands alone, not in a list")
+    return resolve_data(paths[0], field)
 
 
 def _refuse_empty(view: View, field: str, value: int) -> None:
@@ -242,6 +250,8 @@ def _refuse_empty(view: View, field: str, value: int) -> None:
 def _token_set(source: NamedSource, config: DataConfig, tokenizer: Any) -> tuple[TokenSet, RowCounts]:
     encoder, found = Encoder(tokenizer, config), find_source(source)
     identity = [VERSION, found.identity, config.format, config.columns, config.bad_rows, encoder.identity]
+    if config.template_kwargs is not None:  # rows are known by their content then
+        identity.append("content")
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
 
     def build(folder: Path) -> None:

@@ -12,6 +12,9 @@ measured during the export.
 
 from __future__ import annotations
 
+import engine.system.no_working_folder  # noqa: F401 (must be the first)
+
+# isort: split
 import argparse
 import sys
 

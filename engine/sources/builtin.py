@@ -33,12 +33,12 @@ def published_name(path: str) -> str | None:
     return PUBLISHED.get(path.removeprefix(PREFIX)) if path.startswith(PREFIX) else None
 
 
-def resolve_data(path: str) -> tuple[Path, Path] | None:
+def resolve_data(path: str, field: str = "data.train") -> tuple[Path, Path] | None:
     """Return the (train, eval) JSONL files of a `builtin:` data set; None for any other path.
 
     The first use builds them in about 5 s.
     """
-    return _builtin("data.train", path, DATA_SETS)() if path.startswith(PREFIX) else None
+    return _builtin(field, path, DATA_SETS)() if path.startswith(PREFIX) else None
 
 
 def _builtin(field: str, path: str, known: dict[str, T]) -> T:

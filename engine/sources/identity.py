@@ -42,7 +42,7 @@ def refuse_changed(config: TrainConfig, recorded: Mapping[str, str], found: Mapp
     Parts that were not recorded are not compared: older versions recorded fewer.
     """
     for part, (field, name) in PARTS.items():
-        before, now = recorded.get(part), found.get(part)
+        before, now = recorded.get(variant(part, config), recorded.get(part)), found.get(part)
         if before is not None and before != now:
             section, key = field.split(".")
             value = getattr(getattr(config, section), key)
@@ -52,7 +52,15 @@ def refuse_changed(config: TrainConfig, recorded: Mapping[str, str], found: Mapp
                 f"{name} changed since the sweep began (digest then {before}, now {now or 'none'}), so losses would not compare; "
                 "put the former back and resume, or start a new sweep"
             )
+            if part in ("training", "evaluation"):
+                allowed += ". If the file is the same, this version reads it in another way: resume with the version of the start"
             raise InputsChanged(str(InputError(field, value, allowed)))
+
+
+def variant(part: str, config: TrainConfig) -> str:
+    """Return the key of a part that data.template_kwargs changes: a space may vary them."""
+    variables = config.data.template_kwargs
+    return part if variables is None else f"{part} {short_digest(json.dumps(variables, sort_keys=True))}"
 
 
 def is_input_fault(error: Exception, recorded: Mapping[str, str]) -> bool:

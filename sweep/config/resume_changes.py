@@ -6,6 +6,7 @@ may not change the trials themselves, because their losses would no longer compa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,7 +61,7 @@ def _differences(key: str, now: Any, before: Any) -> Iterator[tuple[str, Any, An
     if isinstance(now, dict) and isinstance(before, dict) and list(now) == list(before):
         for name in now:
             yield from _differences(f"{key}.{name}" if key else name, now[name], before[name])
-    elif now != before or isinstance(now, dict):
+    elif json.dumps(now) != json.dumps(before):  # 4.0 makes another range than 4, and true is not 1
         yield key, now, before
 
 

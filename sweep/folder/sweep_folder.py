@@ -97,11 +97,11 @@ class SweepFolder:
         folder = cls(user_path(path))
         if not folder.config_file.is_file():
             raise InputError(field, str(path), "must be a sweep folder (one with a sweep_config.json)")
-        folder._refuse_links_out()
+        folder._refuse_links_out(field)
         return folder
 
-    def _refuse_links_out(self) -> None:
-        """Raise InputError if a link leads out of the folder.
+    def _refuse_links_out(self, field: str) -> None:
+        """Raise InputError about `field` if a link leads out of the folder.
 
         A folder from someone else may hold links, and the sweep must not write or remove through
         them.
@@ -111,7 +111,7 @@ class SweepFolder:
             for name in (*folders, *files):
                 entry = Path(parent, name)
                 if entry.is_symlink() and not entry.resolve().is_relative_to(inside):
-                    raise InputError("resume", str(entry), f"must not link out of the sweep folder, to {os.readlink(entry)}")
+                    raise InputError(field, str(entry), f"must not link out of the sweep folder, to {os.readlink(entry)}")
 
     def write_config(self, config: SweepConfig) -> None:
         """Write the config with its keys in order.
@@ -140,6 +140,8 @@ class SweepFolder:
         """Return what became of the data; empty for a sweep that wrote nothing about it."""
         found = load_json(self.data_file) if self.data_file.is_file() else None
         known = found.get(ACCOUNTS, []) if isinstance(found, dict) else []
+        if not isinstance(known, list):
+            raise InputError(f"data.json.{ACCOUNTS}", known, "must be a list")
         return [parse_dataclass(DataAccount, values, f"data.json.{ACCOUNTS}.{i}") for i, values in enumerate(known)]
 
     def write_examples(self, examples: dict[str, Any]) -> None:

@@ -6,16 +6,18 @@ because the file may serve other sweeps too.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
-from engine.config.data_section import ON_TRAINING_SAMPLES
+from engine.config.data_section import ON_TRAINING_SAMPLES, as_list
 from engine.errors import InputError
 from engine.sources.builtin import PREFIX
 from engine.sources.hub_ids import is_only_on_hub
+from engine.system.user_path import user_path
 from sweep.config.sweep import SweepConfig
 from sweep.space.space import Choice, Space
 
@@ -71,25 +73,48 @@ def _first(*rules: Rule) -> Rule:
 
 
 def _own_evaluation(given: Settings) -> str | None:
-    builtin = given.config.data.train.startswith(PREFIX)
-    return f"data.train = {given.config.data.train} brings its own evaluation samples" if builtin else None
+    source = given.config.data.train
+    return f"data.train = {source} brings its own evaluation samples" if as_list(source)[0].startswith(PREFIX) else None
 
 
 def _several_objectives(given: Settings) -> str | None:
     return "sweep.objectives has several" if len(given.config.sweep.objectives) > 1 else None
 
 
-def _is_here(source: str | None) -> bool:
+def _if_no_folder(path: str) -> Rule:
+    """The source is no folder and not on the hub; only those two have splits and configurations."""
+
+    def reason(given: Settings) -> str | None:
+        source = given.base(path)
+        is_folder = isinstance(source, str) and os.path.isdir(user_path(source))
+        return f"{path} is no folder and not on the hub" if _is_here(source) and not is_folder else None
+
+    return reason
+
+
+def _is_here(source: str | tuple[str, ...] | None) -> bool:
     return source is not None and source != ON_TRAINING_SAMPLES and not is_only_on_hub(source)
+
+
+_NO_EVAL = (_if_unset("data.eval"), _if_equal("data.eval", ON_TRAINING_SAMPLES))
 
 
 RULES: dict[str, Rule] = {
     "model.revision": _if_here("model.path"),
     "model.double_quantization": _if_equal("model.quantization", "none"),
-    "data.train_split": _if_here("data.train"),
+    "data.train_split": _if_no_folder("data.train"),
+    "data.train_name": _if_no_folder("data.train"),
+    "data.train_revision": _if_here("data.train"),
+    "data.train_files": _if_here("data.train"),
     "data.eval_fraction": _first(_if_set("data.eval"), _own_evaluation),
-    "data.eval_split": _first(_if_unset("data.eval"), _if_equal("data.eval", ON_TRAINING_SAMPLES), _if_here("data.eval")),
+    "data.eval_split": _first(*_NO_EVAL, _if_no_folder("data.eval")),
+    "data.eval_name": _first(*_NO_EVAL, _if_no_folder("data.eval")),
+    "data.eval_revision": _first(*_NO_EVAL, _if_here("data.eval")),
+    "data.eval_files": _first(*_NO_EVAL, _if_here("data.eval")),
     "data.chat_template": _if_equal("data.format", "text"),
+    "data.template_kwargs": _if_equal("data.format", "text"),
+    "data.turns": _if_equal("data.format", "text"),
+    "data.date": _if_equal("data.format", "text"),
     "optim.min_lr_ratio": _if_equal("optim.lr_schedule", "constant"),
     "train.num_reports": _if_set("train.report_at_tokens"),
     "train.gradient_accumulation_steps": _if_set("train.tokens_per_step"),
@@ -149,7 +174,7 @@ def idle_settings(config: SweepConfig, space: Space, given: Mapping[str, Any]) -
 
 def _is_of(path: str, field: str) -> bool:
     """Return whether the key is this field, or a part of its leaf in the space."""
-    return path == field or f"{path}.".startswith(f"space.{field}.")
+    return path == field or path.startswith(f"{field}.") or f"{path}.".startswith(f"space.{field}.")
 
 
 def _default(config: SweepConfig, path: str) -> Any:

@@ -47,6 +47,10 @@ class Choice:
 
     corners = points
 
+    def holds(self, value: Any) -> bool:
+        """Return whether some trial can have this value."""
+        return value in self.values.values()
+
     def describe(self) -> str:
         return ", ".join(str(name) for name in self.values)
 
@@ -79,6 +83,10 @@ class Range:
             return None
         count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
         return [round(self.low + i * self.step, 12) for i in range(count)]
+
+    def holds(self, value: Any) -> bool:
+        """Return whether the value is a number in the range."""
+        return isinstance(value, int | float) and self.low <= value <= self.high
 
     def corners(self) -> list[float]:
         return [self.low, self.high]
@@ -155,13 +163,16 @@ class Space:
     def single_changes(self, base: Mapping[str, Any]) -> list[TrainConfig]:
         """Return the base config, and one config for each choice and each end of a range.
 
-        All other fields are as in base, except those that the changed field's condition needs.
-        Raises InputError at the first config that is not valid.
+        All other fields are as in base, except those that the changed field's condition needs. A
+        field that every trial varies has its first value where no trial has the base's. Raises
+        InputError at the first config that is not valid.
         """
-        configs = [self.apply(base, {})]
+        always = [dimension for dimension in self.dimensions if not dimension.when]
+        reached = {d.path: d.corners()[0] for d in always if not d.holds(_value_at(base, d.path))}
+        configs = [self.apply(base, reached)]
         for dimension in self.dimensions:
             for value in dimension.corners():
-                params = {**_parents(dimension, {d.path: d for d in self.dimensions}), dimension.path: value}
+                params = {**reached, **_parents(dimension, {d.path: d for d in self.dimensions}), dimension.path: value}
                 try:
                     configs.append(self.apply(base, params))
                 except InputError as error:
@@ -172,6 +183,11 @@ class Space:
 def is_active(dimension: Dimension, params: Mapping[str, Any]) -> bool:
     """Return whether the dimension's condition holds for the values sampled so far."""
     return all(path in params and params[path] in names for path, names in dimension.when.items())
+
+
+def _value_at(base: Mapping[str, Any], path: str) -> Any:
+    section, key = path.split(".")
+    return base.get(section, {}).get(key)
 
 
 def _parents(dimension: Dimension, dimensions: Mapping[str, Dimension]) -> dict[str, Any]:

@@ -19,6 +19,10 @@ from engine.sources.hub_ids import refuse_missing_files
     [
         ({"train": "nope.jsonl"}, "data.train"),
         ({"train": "t.jsonl", "eval": "a/b/c"}, "data.eval"),
+        ({"train": "nope.csv.zst"}, "data.train"),
+        ({"train": ["t.jsonl", "nope.jsonl"]}, "data.train"),
+        ({"train": ["t.jsonl", "org/data"]}, "data.train"),
+        ({"train": "t.jsonl", "eval": "nope/*.jsonl"}, "data.eval"),
         ({"train": "t.jsonl", "chat_template": "none.jinja"}, "data.chat_template"),
     ],
 )
@@ -34,7 +38,8 @@ def test_missing_data_is_refused_before_the_hub_is_asked_for_a_model(data, field
     assert main(["prepare", "configs.json"]) == 2
 
 
-@pytest.mark.parametrize("data", [{"train": "t.jsonl", "eval": "train"}, {"train": "org/data"}, {"train": "builtin:stdlib-docs"},
+@pytest.mark.parametrize("data", [{"train": "t.jsonl", "eval": "train"}, {"train": "org/data"}, {"train": ["t.jsonl", "*l"]},
+                                  {"train": "*.jsonl"}, {"train": "."}, {"train": "builtin:stdlib-docs"},
                                   {"train": "name", "chat_template": "chatml"}])  # fmt: skip
 def test_what_is_here_or_may_be_on_the_hub_is_left_to_prepare(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

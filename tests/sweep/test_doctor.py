@@ -190,6 +190,15 @@ def test_a_database_is_read_and_never_made(tmp_path):
     assert doctor.check_mlflow({}, tmp_path).text.endswith("mlflow.db: 0 runs")
     found = doctor.check_mlflow({"uri": "http://me:secret@127.0.0.1:9"}, tmp_path)
     assert found.level == "warning" and "secret" not in found.text
+    found = doctor.check_mlflow({"uri": "postgresql://me:secret@host/db"}, tmp_path)
+    assert "postgresql" in found.text and "secret" not in found.text and "will be made" not in found.text
+
+
+def test_the_database_of_the_command_line_is_found_as_a_sweep_finds_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with sqlite3.connect(tmp_path / "a b%.db") as database:
+        database.execute("create table runs (id text)")
+    assert doctor.check_mlflow({"uri": "sqlite:///~/a b%25.db"}, tmp_path).text.endswith("a b%.db: 0 runs")
 
 
 def test_a_check_that_breaks_is_a_finding_and_its_text_steers_no_terminal(capsys):

@@ -116,3 +116,41 @@ def test_a_file_that_changes_while_it_is_read_is_refused(own):
     append(own, json.dumps(ROW) + "\n")
     with pytest.raises(InputError, match="changed while it was read"):
         list(rows)
+
+
+STYLED = "{% if style is defined %}<|system|>{{ style }}<|end|>{% endif %}" + TEMPLATE
+
+
+def styled(own, **data):
+    """Return configs as a space over the template's variables gives them, with many rows held out."""
+    Path(own["data"]["chat_template"]).write_text(STYLED + "{# {{ thinking }} #}")
+    return build(own, data={"eval": None, "eval_fraction": 0.5, **data})
+
+
+def test_trials_with_other_variables_of_the_template_hold_out_the_same_rows_and_pass_the_check(own):
+    from engine.prepare import prepare
+
+    configs = [styled(own, template_kwargs=given) for given in ({}, {"style": "short"}, {"style": "a long one"})]
+    facts = prepare(configs)
+    tokenizer, learnt = load_tokenizer(configs[0].model), set()
+    for config in configs:
+        train, evaluation = load_recorded(config, tokenizer, facts.data)
+        learnt.add((train.targets_digest(), evaluation.targets_digest()))
+        assert load_recorded(config.model_copy(), tokenizer, facts.data)[0].digest() == train.digest()
+    assert len(facts.data) == 6 + 2 * 2 and len(learnt) == 1
+    append(own, json.dumps(ROW) + "\n")
+    for config in configs:
+        with pytest.raises(InputsChanged, match="samples changed"):
+            load_recorded(config, tokenizer, facts.data)
+
+
+def test_variables_that_change_what_is_scored_are_refused(own):
+    from engine.prepare import prepare
+
+    Path(own["data"]["chat_template"]).write_text(TEMPLATE.replace("<|end|>", "{{ tail }}<|end|>"))
+    configs = [build(own, data={"template_kwargs": given}) for given in ({}, {"tail": "!"})]
+    with pytest.raises(InputError, match="scored on other target tokens") as error:
+        prepare(configs)
+    assert error.value.field == "data.template_kwargs"
+    with pytest.raises(InputError, match="{} instead of null"):
+        prepare([styled(own), styled(own, template_kwargs={"style": "short"})])

@@ -89,7 +89,7 @@ def sample(length, first=1):
 
 def token_set(folder, *rows):
     folder.mkdir(exist_ok=True)
-    tokenise(((list(row), False) for row in rows), folder)
+    tokenise(((list(row), False, None) for row in rows), folder)
     return TokenSet.load(folder)
 
 
@@ -186,7 +186,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         for i in range(4000):
             if i == 2000:
                 half.append((tmp_path / "input_ids.npy").stat().st_size)
-            yield [sample(100)], False
+            yield [sample(100)], False, None
 
     tokenise(rows(), tmp_path)
     assert half[0] > 2000 * 100 * 4 * 0.6

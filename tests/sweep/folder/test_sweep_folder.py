@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+
+from engine.errors import InputError
 from sweep.folder.sweep_folder import SweepFolder
 from tests.support.reports import make_account
 
@@ -16,3 +19,22 @@ def test_digests_and_accounts_are_kept_apart(tmp_path):
 def test_a_sweep_without_accounts_is_read(tmp_path):
     (tmp_path / "data.json").write_text(json.dumps({"training": "ab"}))
     assert SweepFolder(tmp_path).read_data() == {"training": "ab"} and SweepFolder(tmp_path).read_accounts() == []
+
+
+@pytest.mark.parametrize("accounts", ["5", "null", '{"a": 1}', "[5]", '[{"part": "x"}]'])
+def test_accounts_that_someone_edited_are_one_line(tmp_path, accounts):
+    folder = SweepFolder(tmp_path)
+    folder.data_file.write_text(f'{{"training": "ab", "accounts": {accounts}}}')
+    assert folder.read_data() == {"training": "ab"}
+    with pytest.raises(InputError, match=r"data\.json\.accounts") as error:
+        folder.read_accounts()
+    assert "\n" not in str(error.value)
+
+
+def test_a_link_out_of_an_earlier_sweep_is_said_of_the_field_that_named_it(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep_config.json").write_text("{}")
+    (tmp_path / "sweep" / "best").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="link out") as error:
+        SweepFolder.open(tmp_path / "sweep", "sweep.warm_start")
+    assert error.value.field == "sweep.warm_start"

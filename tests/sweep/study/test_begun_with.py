@@ -11,7 +11,7 @@ import pytest
 from engine.command_answers import PreparedFacts
 from engine.errors import InputError, InputsChanged
 from sweep import driver, preflight
-from sweep.config.resume_changes import AMENDABLE, BUDGETS, NUM_TRIALS
+from sweep.config.resume_changes import AMENDABLE, BUDGETS, NUM_TRIALS, refuse_edits
 from sweep.config.sweep import SweepConfig, parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.study.begun_with import read_begun_with, read_unedited_config
@@ -116,6 +116,14 @@ def test_the_order_of_the_space_counts_and_so_does_each_bound(folder):
     edited(folder, "space", space)
     with pytest.raises(InputError, match=r"space\.optim\.learning_rate\.high = 0\.1: edited in sweep_config\.json"):
         read_unedited_config(folder)
+
+
+@pytest.mark.parametrize(("before", "now"), [(4, 4.0), (1, True), (0.0, False)])
+def test_a_number_of_another_kind_is_another_space(before, now):
+    config = config_for(WIDE)
+    spaces = [{"lora.rank": {"low": value, "high": 64}} for value in (before, now)]
+    with pytest.raises(InputError, match="edited in sweep_config.json"):
+        refuse_edits(config.model_copy(update={"space": spaces[1]}), config.model_copy(update={"space": spaces[0]}))
 
 
 def test_an_amended_config_is_kept_and_the_inputs_of_the_start_stay(folder):
