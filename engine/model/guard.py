@@ -26,7 +26,7 @@ from engine.model.base import Base
 from engine.model.comparison import difference, library_losses, mean_difference, our_losses, random_samples
 from engine.model.route import ModelVerdict, Route, pattern_of, routes
 from engine.model.skeleton import VOCABULARY, build
-from engine.quant.bnb import quantize_nf4
+from engine.quant.bnb import keep_as_stored, quantize_nf4
 from engine.quant.frozen_linear import FrozenLinear, freeze_linears, is_known_linear
 
 ALLOWED = 2e-3  # nats, in fp32; what is wrong differs by much more
@@ -56,6 +56,7 @@ def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 def loaded_losses(model: nn.Module, samples: list[Sample]) -> list[Tensor]:
     """Return the losses by the library alone on the real weights, with the library's own attention."""
+    keep_as_stored(model)
     attention_name = model.config._attn_implementation
     model.set_attn_implementation(own_attentions(model)[0])
     try:

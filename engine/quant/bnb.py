@@ -64,6 +64,17 @@ def library_linear(weight_OD: Tensor, compute_dtype: torch.dtype) -> nn.Linear:
     return layer
 
 
+def keep_as_stored(model: nn.Module) -> None:
+    """Have the library's own layers leave their weights as they are in a forward pass.
+
+    In evaluation on a CPU with avx512_bf16 they would repack them for good, into a form that
+    `FrozenLinear` cannot read, and multiply in bfloat16.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def nf4_load_config(double_quantization: bool, compute_dtype: torch.dtype, keep: list[str] | None = None) -> Any:
     """Return the quantization_config for `from_pretrained`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from engine.model import guard
 from engine.model.comparison import library_losses, our_losses, random_samples
 from engine.model.guard import check_loaded
 from engine.model.route import ModelVerdict
+from engine.quant.bnb import library_linear
+from engine.quant.frozen_linear import FrozenLinear
 from tests.support.model_families import judge, kind
 
 PACKED = "its own layers"
@@ -123,3 +126,27 @@ def test_losses_of_a_loaded_model_are_those_of_transformers(base, tiny_config):
     for ours, their in zip(our_losses(base, samples), theirs):
         np.testing.assert_allclose(ours.numpy(), their.numpy(), atol=1e-4)
     assert not np.allclose(our_losses(copy.copy(base), samples[::-1])[0], theirs[0][: len(theirs[1])], atol=1e-2)
+
+
+def test_the_library_leaves_packed_weights_as_they_are_on_cpus_where_it_would_repack_them(monkeypatch):
+    from bitsandbytes.nn import modules
+
+    class Model(torch.nn.Module):
+        config = SimpleNamespace(_attn_implementation="sdpa")
+        set_attn_implementation = staticmethod(lambda name: None)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(32, 64)
+            self.head = library_linear(torch.randn(32, 64), torch.float32)
+
+        def forward(self, input_ids, use_cache):
+            return SimpleNamespace(logits=self.head(self.embedding(input_ids)))
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    model = Model().requires_grad_(False).eval()
+    assert model.head.support_avx512bf16_for_cpu  # else bitsandbytes decides it in another way now
+    stored = model.head.weight.data.clone()
+    guard.loaded_losses(model, random_samples(32))
+    assert torch.equal(model.head.weight.data, stored)
+    FrozenLinear(model.head).dequantized(torch.float32)
