@@ -18,19 +18,17 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from engine.errors import first_line
+from engine.errors import InputError, first_line
 from engine.system.file_lock import FileLock
 from engine.system.files import write_text
 from engine.units import GIB
 from sweep.cluster.findings import Finding
+from sweep.cluster.ray_folder import settle_ray_folder
 
 PACKAGE = "qlora-sweep"
 # what an 8B model takes: 15 GiB downloaded, 5 GiB packed
 MODEL_GIB, LEAST_DISK_GIB = 20.0, 0.5
 LEAST_MEMORY_GIB, LEAST_SHM_GIB = 6.0, 0.5
-# Ray's sockets: the longest path of AF_UNIX, and what Ray puts behind the temporary folder
-LONGEST_SOCKET = 107
-SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
 
 
 def check_python() -> Iterator[Finding]:
@@ -139,11 +137,11 @@ def check_folder(subject: str, folder: Path, setting: str) -> Finding:
 
 
 def check_temporary_folder() -> Finding:
-    """Compare the temporary folder's path with the longest path that a socket may have."""
+    """Say whether Ray can put its files into the temporary folder, or where a sweep puts them instead."""
     folder = tempfile.gettempdir()
-    length = len(os.fsencode(folder + SOCKET))
-    if length > LONGEST_SOCKET:
-        most = LONGEST_SOCKET - len(SOCKET)
-        todo = f"if Ray does not start below: export TMPDIR=/tmp, or a folder of at most {most} characters"
-        return Finding("warning", "TMPDIR", f"{folder} is {len(folder)} characters long, too long for Ray's sockets", todo)
-    return Finding("ok", "TMPDIR", f"{folder}: {shutil.disk_usage(folder).free / GIB:,.1f} GiB free")
+    try:
+        line = settle_ray_folder(dict(os.environ))
+    except InputError as error:
+        return Finding("fault", "TMPDIR", f"{error.field} = {error.value}", error.allowed)
+    free = f"{shutil.disk_usage(folder).free / GIB:,.1f} GiB free"
+    return Finding("ok", "TMPDIR", f"{folder}: {free}" if line is None else f"{line}; {folder}: {free}")

@@ -6,12 +6,14 @@ no one with it.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
 
 from engine.system.command_line import run
 from sweep.cluster.ray_environment import set_ray_environment
+from sweep.cluster.ray_folder import settle_ray_folder
 from sweep.cluster.slots import Slots
 
 
@@ -21,6 +23,7 @@ def main() -> int:
 
 
 def _main() -> int:
+    settle_ray_folder(os.environ)
     set_ray_environment(None)
     from sweep.cluster.connect import cluster  # loads ray, which reads that environment
 

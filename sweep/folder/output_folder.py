@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,13 +18,10 @@ def check_output_folder(path: Path) -> None:
     missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".room-{os.getpid()}"
-        try:
-            with open(probe, "xb") as file:
-                file.write(bytes(ROOM_BYTES))
-                os.fsync(file.fileno())
-        finally:
-            probe.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(ROOM_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise InputError(FIELD, str(path), f"must be a writable folder with free space ({_reason(error)})") from None
     finally:

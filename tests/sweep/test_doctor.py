@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from engine.command_answers import TorchFacts
 from sweep import doctor
 from sweep.__main__ import main
-from sweep.cluster import machine
+from sweep.cluster import machine, ray_folder
 from sweep.cluster.findings import Finding, examined, show
 from tests.support.paths import ENV
 
@@ -176,8 +177,18 @@ def test_a_full_or_closed_folder_and_a_long_temporary_one_are_named(tmp_path, mo
     usage.free = 1000
     assert machine.check_folder("output", tmp_path, "x=...").level == "fault"
     assert machine.check_shared_memory(tmp_path).level == machine.check_shared_memory(tmp_path / "no").level == "warning"
-    monkeypatch.setattr(machine.tempfile, "gettempdir", lambda: f"/tmp/{'x' * 84}")
-    assert machine.check_temporary_folder().level == "warning"
+
+
+def test_a_temporary_folder_too_long_for_ray_is_no_fault_as_a_sweep_takes_another(monkeypatch):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    assert "so Ray's files are in" not in machine.check_temporary_folder().text
+    monkeypatch.setenv("TMPDIR", f"/tmp/{'x' * 84}")
+    found = machine.check_temporary_folder()
+    assert found.level == "ok" and "too long for Ray's sockets" in found.text and "so Ray's files are in" in found.text
+    assert "RAY_TMPDIR" not in os.environ  # only the sweep's own process may have it
+    monkeypatch.setattr(ray_folder, "USUAL", ("/nowhere",))
+    assert machine.check_temporary_folder().level == "fault"
 
 
 def test_a_database_is_read_and_never_made(tmp_path):
