@@ -56,8 +56,6 @@ def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return float(gap.abs().max()) if bool(torch.isfinite(gap).all()) else math.inf
 
 
-
-
 def mean_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """Return the mean absolute difference of the losses in nats; infinity if one is not finite."""
     gap = torch.cat(ours).float() - torch.cat(theirs).float()
