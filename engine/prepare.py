@@ -61,7 +61,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
     training, evaluation = next(iter(accounts.values()))
     found, first = inspect(configs[0].model), next(iter(models.values()))[0]
     return PreparedFacts(
-        shape=found.shape,
+        shape=found.shape if first.route.is_predicted else None,
         card=found.card,
         host_gib=found.host_gib,
         model_path=locate(configs[0].model),

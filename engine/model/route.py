@@ -27,6 +27,11 @@ class Route:
     def packed_attention(self) -> bool:
         return self.attention == PACKED
 
+    @property
+    def is_predicted(self) -> bool:
+        """Return whether engine/planning counts what it takes: attention and logits that are never whole."""
+        return self.packed_attention and self.head_loss
+
     def describe(self) -> str:
         """Return what is slower than on the fastest route, as the end of a line; '' if nothing is."""
         slower = {

@@ -22,5 +22,5 @@ def plan_for_this_card(config: TrainConfig, base: Base) -> tuple[ComputePlan, Mo
     # Another process may hold a part of the card, so the plan counts only what this one can have.
     ours = free_bytes + torch.cuda.memory_reserved(base.device) + CONTEXT_GIB * GIB
     card = found_card(torch.cuda.get_device_name(base.device), min(ours, total_bytes) / GIB)
-    shape = ModelShape.known(base.model.config.to_dict(), config.model.path)
+    shape = ModelShape.known(base.model.config.to_dict(), config.model.path) if base.route.is_predicted else None
     return make_compute_plan(config, shape, card, host_share_gib()), shape

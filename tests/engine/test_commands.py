@@ -1,5 +1,6 @@
 """Test the engine's commands and the checks before training: replay, bad input, fused layers."""
 
+import importlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from engine.__main__ import main
 from engine.errors import InputError
 from engine.model.device import pick_device
 from engine.model.load import load_base
+from engine.model.route import Route
 from tests.support.trials import CPU, build, run
 
 
@@ -107,6 +110,15 @@ def test_prepare_says_which_layers_run_fused_and_strict_refuses_the_rest(tiny_co
         prepare([build(tiny_config, model={"path": str(path), "layers": "strict"})])
     # and it trains, on its own layers
     assert run(build(tiny_config, **odd), tmp_path / "generic")[-1].eval_loss > 0
+
+
+def test_no_memory_is_predicted_for_a_model_that_makes_all_logits_at_once(tiny_config, monkeypatch):
+    prepare = importlib.import_module("engine.prepare")
+    config = build(tiny_config)
+    assert prepare.prepare([config]).shape is not None
+    slower = replace(prepare.inspect_model(config.model), route=Route(False, head_loss=False))
+    monkeypatch.setattr(prepare, "inspect_model", lambda model: slower)
+    assert prepare.prepare([config]).shape is None
 
 
 def test_a_model_folder_without_config_is_refused(tiny_config, tmp_path):

@@ -176,12 +176,14 @@ def test_a_plan_is_made_for_the_card_that_is_here_and_for_what_others_leave_of_i
     from types import SimpleNamespace
 
     from engine.config.parsing import to_json
+    from engine.model.route import FASTEST, Route
     from engine.training.card_plan import plan_for_this_card
 
     gib = 2**30
     shape = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
              "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
-    base = SimpleNamespace(device=torch.device("cuda"), model=SimpleNamespace(config=SimpleNamespace(to_dict=lambda: shape)))
+    model = SimpleNamespace(config=SimpleNamespace(to_dict=lambda: shape))
+    base = SimpleNamespace(device=torch.device("cuda"), model=model, route=FASTEST)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * gib)
     values = json.loads(to_json(build(tiny_config, data={"max_seq_length": 2048}, train={"tokens_per_step": 16384})))
@@ -193,3 +195,7 @@ def test_a_plan_is_made_for_the_card_that_is_here_and_for_what_others_leave_of_i
         plans[free_gib], known = plan_for_this_card(wanted, base)
         assert known.num_layers == 32 and plans[free_gib].memory.peak_gib < free_gib + 6.0
     assert plans[6.0].speed.tokens_per_second < plans[17.0].speed.tokens_per_second
+    for slower in (Route(False, head_loss=False), Route(False, "eager", shares_rows=False)):  # whole logits, whole scores
+        base.route = slower
+        plan, known = plan_for_this_card(wanted, base)
+        assert known is None and plan.memory is None and plan.micro_batch_size == 1
