@@ -38,8 +38,12 @@ Make = Callable[[Any, str], nn.Module]
 """Makes a new model from a config and the name of an attention in transformers' registry."""
 
 
+@torch.enable_grad()
 def choose_route(config: Any, given: ModelConfig, make: Make) -> ModelVerdict:
-    """Return the verdict for a transformers config. Raises InputError if every route is wrong."""
+    """Return the verdict for a transformers config. Raises InputError if every route is wrong.
+
+    It computes gradients, also for a caller that does not.
+    """
     samples = random_samples(VOCABULARY)
     try:
         library = build(config, lambda small: make(small, "eager"), lambda model: library_losses(model, samples[0]))

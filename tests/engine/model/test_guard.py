@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from engine.config.trial import ModelConfig
 from engine.errors import InputError
 from engine.layers import attention
-from engine.model import guard
+from engine.model import guard, verdicts
 from engine.model.comparison import library_losses, our_losses, random_samples
 from engine.model.guard import check_loaded
-from engine.model.route import ModelVerdict
+from engine.model.route import ModelVerdict, Route
 from engine.quant.bnb import library_linear
 from engine.quant.frozen_linear import FrozenLinear
 from tests.support.model_families import judge, kind
@@ -150,3 +151,10 @@ def test_the_library_leaves_packed_weights_as_they_are_on_cpus_where_it_would_re
     guard.loaded_losses(model, random_samples(32))
     assert torch.equal(model.head.weight.data, stored)
     FrozenLinear(model.head).dequantized(torch.float32)
+
+
+def test_a_caller_without_gradients_gets_the_same_verdict(tiny_model_dir):
+    given = ModelConfig(path=str(tiny_model_dir))
+    verdicts._verdict.cache_clear()
+    with torch.no_grad():
+        assert verdicts.verdict_of(given).route == Route()
