@@ -9,6 +9,7 @@ import argparse
 import sys
 from typing import Any
 
+from engine.errors import InputError
 from engine.system.command_line import run
 from sweep.cli.lasting_output import lasting_output
 from sweep.config.compose import compose, given_keys, parsed, repeated_keys, run_keys, to_yaml
@@ -44,6 +45,9 @@ def _main(arguments: list[str]) -> int:
     for warning in repeated_keys(rest):
         print(f"WARNING: {warning}", file=sys.stderr)
     if keys["resume"] is not None:
+        if "--cfg" in arguments:
+            allowed = "prints the config of a new sweep; sweep_config.json in the folder is this one's"
+            raise InputError("--cfg", f"resume={keys['resume']}", allowed)
         return driver.resume(str(keys["resume"]), dict(map(parsed, rest)), dry_run=keys["dry_run"])
     raw, given = compose(rest), given_keys(rest)
     if "--cfg" in arguments:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import urllib.error
@@ -33,7 +32,7 @@ from sweep.cluster.findings import Finding, examined, show
 from sweep.config.absolute_paths import absolute_uri
 from sweep.config.compose import compose, run_keys
 from sweep.execution.worker_config import REAL_ENGINE
-from sweep.tracking.sqlite_store import database_file
+from sweep.tracking.sqlite_store import database_file, find_fault
 from sweep.tracking.tracker import local_uri
 
 CHILD_S, HUB_S, SMI_S = 60.0, 3.0, 20.0  # seconds to wait for a child process, for the hub, for nvidia-smi
@@ -72,7 +71,8 @@ def _findings(raw: dict[str, Any], asked: dict[str, subprocess.Popen]) -> Iterat
     yield from examined("Ray", lambda: _ray(asked["Ray"]))
     yield from examined("hub", check_hub)
     yield from examined("model", lambda: check_model(raw.get("model", {}).get("path")))
-    yield from examined("MLflow", lambda: check_mlflow(raw.get("tracking", {}), output))
+    experiment = str(raw.get("sweep", {}).get("name", ""))
+    yield from examined("MLflow", lambda: check_mlflow(raw.get("tracking", {}), output, experiment))
 
 
 def _start(module: list[str]) -> subprocess.Popen:
@@ -216,8 +216,11 @@ def _ask(path: str, token: str | None) -> bytes:
         return answer.read(1 << 20)
 
 
-def check_mlflow(tracking: dict[str, Any], output: Path) -> Finding:
-    """Open the database that the sweep writes to, or ask its server. Creates neither."""
+def check_mlflow(tracking: dict[str, Any], output: Path, experiment: str = "") -> Finding:
+    """Open the database that the sweep writes to, or ask its server. Creates neither.
+
+    experiment: the name of the sweep that the command line names.
+    """
     if tracking.get("name") == "none":
         return Finding("ok", "MLflow", "off (tracking=none)")
     uri = absolute_uri(str(tracking.get("uri") or local_uri(output)), Path.cwd())
@@ -232,11 +235,6 @@ def check_mlflow(tracking: dict[str, Any], output: Path) -> Finding:
     file = database_file(uri)
     if file is None:
         return Finding("ok", "MLflow", f"a {uri.partition(':')[0]} database is not asked here; a sweep's start asks it")
-    if not file.exists():
-        return Finding("ok", "MLflow", f"{file} (will be made)")
-    try:
-        with sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=HUB_S) as database:
-            number = database.execute("select count(*) from runs").fetchone()[0]
-        return Finding("ok", "MLflow", f"{file}: {number:,} runs")
-    except sqlite3.Error as error:
-        return Finding("warning", "MLflow", f"{file} cannot be read ({first_line(error)})", "move it away, or tracking=none")
+    if (fault := find_fault(file, experiment)) is not None:
+        return Finding("fault", "MLflow", f"{file} {fault}", "move it away, or tracking=none")
+    return Finding("ok", "MLflow", f"{file}{'' if file.exists() else ' (will be made)'}")

@@ -194,11 +194,11 @@ def test_a_temporary_folder_too_long_for_ray_is_no_fault_as_a_sweep_takes_anothe
 def test_a_database_is_read_and_never_made(tmp_path):
     assert "will be made" in doctor.check_mlflow({}, tmp_path).text and list(tmp_path.iterdir()) == []
     (tmp_path / "mlflow.db").write_text("no database at all, but text of some length")
-    assert doctor.check_mlflow({}, tmp_path).level == "warning"
+    assert doctor.check_mlflow({}, tmp_path).level == "fault"  # a start refuses it, too
     (tmp_path / "mlflow.db").unlink()
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         database.execute("create table runs (id text)")
-    assert doctor.check_mlflow({}, tmp_path).text.endswith("mlflow.db: 0 runs")
+    assert doctor.check_mlflow({}, tmp_path).text.endswith("mlflow.db is the database of another program")
     found = doctor.check_mlflow({"uri": "http://me:secret@127.0.0.1:9"}, tmp_path)
     assert found.level == "warning" and "secret" not in found.text
     found = doctor.check_mlflow({"uri": "postgresql://me:secret@host/db"}, tmp_path)
@@ -207,9 +207,8 @@ def test_a_database_is_read_and_never_made(tmp_path):
 
 def test_the_database_of_the_command_line_is_found_as_a_sweep_finds_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with sqlite3.connect(tmp_path / "a b%.db") as database:
-        database.execute("create table runs (id text)")
-    assert doctor.check_mlflow({"uri": "sqlite:///~/a b%25.db"}, tmp_path).text.endswith("a b%.db: 0 runs")
+    (tmp_path / "a b%.db").touch()
+    assert doctor.check_mlflow({"uri": "sqlite:///~/a b%25.db"}, tmp_path).text == f"{tmp_path / 'a b%.db'}"
 
 
 def test_a_check_that_breaks_is_a_finding_and_its_text_steers_no_terminal(capsys):

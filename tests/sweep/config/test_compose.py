@@ -51,6 +51,7 @@ def test_every_option_composes_into_a_plan(group, option):
         ([*NEEDED, "train.report_at_tokens=[200,100]"], ["train", "ascend"]),
         (["quickstart"], ["argument", "group=option"]),
         (["resume=nowhere"], ["resume", "sweep folder"]),
+        (["resume=nowhere", "--cfg"], ["--cfg", "sweep_config.json"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, parts, capsys, tmp_path, monkeypatch):
