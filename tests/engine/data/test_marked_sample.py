@@ -81,11 +81,11 @@ def test_colours_are_for_terminals(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(tmp_path_factory, tiny_model_dir):
     folder = tmp_path_factory.mktemp("show")
     lines = [json.dumps({"prompt": f"Question {i}? ", "completion": f"Answer {i}."}) for i in range(40)]
     (folder / "data.jsonl").write_text("\n".join(lines))
-    values = {"model": {"path": "builtin:smollm2-135m-instruct"}, "data": {"train": str(folder / "data.jsonl")},
+    values = {"model": {"path": str(tiny_model_dir)}, "data": {"train": str(folder / "data.jsonl")},
               "train": {"max_tokens": 100}}  # fmt: skip
     (folder / "train_config.json").write_text(json.dumps(values))
     return folder
