@@ -46,11 +46,8 @@ def peft_config(config: TrainConfig, targets: list[str], module_names: list[str]
     """Return the content of adapter_config.json. `r` is PEFT's key for the rank."""
     lora = config.lora
     alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
-    source = locate(config.model)
-    base = str(Path(source).absolute()) if Path(source).is_dir() else source
     return {
-        # A builtin model has its published name here, because other machines lack this one's cache.
-        "base_model_name_or_path": published_name(config.model.path) or base,
+        "base_model_name_or_path": _base_name(config),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -88,6 +85,17 @@ def load_adapter(folder: Path, layers: dict[str, LoraLinear]) -> None:
 
 
 TRAIN_CONFIG = "train_config.json"
+
+
+def _base_name(config: TrainConfig) -> str:
+    """Return a folder's absolute path or a hub id.
+
+    A builtin model has its published name, because other machines lack this one's cache.
+    """
+    if published := published_name(config.model.path):
+        return published
+    source = locate(config.model)
+    return str(Path(source).absolute()) if Path(source).is_dir() else source
 
 
 def find_train_config(folder: Path) -> TrainConfig | None:
