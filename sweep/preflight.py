@@ -50,14 +50,16 @@ def setting_warnings(plan: SweepPlan, is_new: bool, given: Mapping[str, Any]) ->
 
 
 def check_warm_start(plan: SweepPlan, data: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
-    """Raise InputError if the sampler cannot learn from the sweeps in sweep.warm_start.
+    """Raise InputError if a sweep in sweep.warm_start is of no use; name those of other data.
 
     data: digests of today's samples and base model.
     """
     from sweep.study.earlier_sweeps import read_earlier  # loads Optuna, which takes half a second
 
     earlier = read_earlier(plan.config, plan.space, data)
-    say(f"warm start {len(earlier)} trials from {', '.join(plan.config.sweep.warm_start)}")
+    say(f"warm start {len(earlier.trials)} trials from {', '.join(plan.config.sweep.warm_start)}")
+    for note in earlier.notes:
+        print(f"warm start {note}", flush=True)
 
 
 def check_and_forecast(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -> int:

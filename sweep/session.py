@@ -76,7 +76,7 @@ class SweepSession:
         if not study.keep_begun_with(config, self.inputs):
             self.screen.note(NOTHING_KEPT)
         if config.sweep.warm_start and not study.has_earlier_trials:
-            study.add_earlier_trials(read_earlier(config, space, self.folder.read_data() or {}))
+            study.take_over(read_earlier(config, space, self.folder.read_data() or {}))
         return study
 
     def _open_ledger(self) -> Ledger:

@@ -50,7 +50,7 @@ def refuse_changed(config: TrainConfig, recorded: Mapping[str, str], found: Mapp
                 field, value = "data.train", config.data.train
             allowed = (
                 f"{name} changed since the sweep began (digest then {before}, now {now or 'none'}), so losses would not compare; "
-                "put the former back and resume, or start a new sweep"
+                "put the former back and resume, or start a new sweep, warm-started from this one (sweep.warm_start)"
             )
             if part in ("training", "evaluation"):
                 allowed += ". If the file is the same, this version reads it in another way: resume with the version of the start"

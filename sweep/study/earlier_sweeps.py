@@ -6,6 +6,7 @@ Nothing in their folders is changed. An InputError says in one line what is wron
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import InputError
@@ -15,37 +16,61 @@ from sweep.space.parse import parse_space
 from sweep.space.space import Space
 from sweep.study.begun_with import read_unedited_config
 from sweep.study.journal import read_trials, record_of, rungs_judged
-from sweep.study.warm_start import EarlierTrial, check_comparable, check_same_data, entering
+from sweep.study.warm_start import EarlierTrial, best_points, changed_part, check_comparable, entering
 
 
-def read_earlier(config: SweepConfig, space: Space, data: Mapping[str, Any]) -> list[EarlierTrial]:
-    """Return the trials that enter, in the order of sweep.warm_start, each config once.
+@dataclass
+class EarlierSweeps:
+    """Hold what a new sweep takes over from earlier ones.
+
+    trials: enter as ended, each config once. first_points: params to try first, from sweeps whose
+    losses do not compare. notes: a line on each of those.
+    """
+
+    trials: list[EarlierTrial] = field(default_factory=list)
+    first_points: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_earlier(config: SweepConfig, space: Space, data: Mapping[str, Any]) -> EarlierSweeps:
+    """Return what is taken over, in the order of sweep.warm_start.
 
     data: digests of the samples, as far as known. With several objectives, pruned trials stay out,
     because Optuna can rank them by one value only. Raises InputError for a sweep that cannot be
     used.
     """
-    found: dict[str, EarlierTrial] = {}
+    found, known = EarlierSweeps(), set()
     for name in config.sweep.warm_start:
-        for earlier in _of_folder(name, config, space, data):
+        for earlier in _of_folder(name, config, space, data, found):
             fingerprint = space.apply(config.base().model_dump(mode="json"), earlier.params).fingerprint()
-            found.setdefault(fingerprint, earlier)
-    return list(found.values())
+            if fingerprint not in known:
+                found.trials.append(earlier)
+            known.add(fingerprint)
+    return found
 
 
-def _of_folder(name: str, config: SweepConfig, space: Space, data: Mapping[str, Any]) -> list[EarlierTrial]:
+def _of_folder(
+    name: str, config: SweepConfig, space: Space, data: Mapping[str, Any], found: EarlierSweeps
+) -> list[EarlierTrial]:
+    """Return the trials of a sweep that enter. Where none can, its best points are added to `found`."""
     folder = SweepFolder.open(name, "sweep.warm_start")
     try:
         there = read_unedited_config(folder)
     except InputError as error:
         raise InputError("sweep.warm_start", name, f"its sweep_config.json cannot be used: {error}") from None
     check_comparable(name, config, there)
-    check_same_data(name, data, folder.read_data())
     base, space_there = there.base().model_dump(mode="json"), parse_space(there.space)
     trials = read_trials(folder)
     records = [record_of(t, folder, lambda params: space_there.apply(base, params).model_dump(mode="json")) for t in trials]
+    enter = entering(name, records, space, config)
+    if changed := changed_part(data, folder.read_data()):
+        points = best_points(enter)
+        found.first_points += points
+        come = f"its best {len(points)} points come first"
+        found.notes.append(f"{name}: its {changed} differ from today's, so its losses are left out; {come}")
+        return []
     same_pruner = there.effective_pruner == config.effective_pruner
     return [
         EarlierTrial(source, params, record, rungs_judged(trials[record.number]) if same_pruner else {})
-        for source, params, record in entering(name, records, space, config)
+        for source, params, record in enter
     ]

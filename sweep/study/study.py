@@ -22,7 +22,6 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from engine.config.parsing import to_json
 from engine.config.trial import TrainConfig
 from engine.errors import InputError, first_line
 from sweep.config.sweep import SweepConfig
@@ -30,16 +29,17 @@ from sweep.folder.sweep_folder import SweepFolder
 from sweep.plan.feasibility import UNPREDICTED, Fit
 from sweep.space.space import Space
 from sweep.study.begun_with import CONFIG, as_attributes
+from sweep.study.earlier_sweeps import EarlierSweeps
 from sweep.study.journal import DAMAGED, STUDY_NAME, earlier_entry, mend_journal, new_entry, open_journal, record_of, told_state
+from sweep.study.known_configs import config_key, is_refused
 from sweep.study.proposals import Proposer
 from sweep.study.pruner_verdicts import Pruning
 from sweep.study.pruners import make_optuna_pruner, make_pruner
 from sweep.study.samplers import MEMORY, make_sampler, proposal_seed
-from sweep.study.warm_start import EarlierTrial
 from sweep.trials.objectives import objective_values
 from sweep.trials.record import Outcome, Proposal, TrialRecord
 
-TAKEN_OVER = "num_taken_over"
+TAKEN_OVER, FIRST_POINTS = "num_taken_over", "first_points"
 MET_EXCESS_GIB = 1.0  # assumed: a trial that ran out of memory does not tell how much it lacked
 DEATHS = "deaths"  # user attribute: {"rung", "count"}
 RANDOM_STREAM = 1  # seeds random draws, made once the sampler only repeats itself
@@ -78,7 +78,7 @@ class Study:
         self._distributions: dict[tuple[str, Any], Any] = {}
         for trial in self._trials():
             self._share_distributions(trial)
-        self._tried = {_key(self._config(trial.params), _is_refused(trial)) for trial in self._trials()}
+        self._tried = {config_key(self._config(trial.params), is_refused(trial)) for trial in self._trials()}
 
     def _open(self) -> optuna.Study:
         try:
@@ -100,7 +100,9 @@ class Study:
 
         It enters as RUNNING, or as ended if it does not fit. Returns None if the space is used up.
         """
-        draft = None if self._is_grid else self._proposer.propose(self._num_trials, self._trials, self._is_new)
+        draft = self._first_point()
+        if draft is None and not self._is_grid:
+            draft = self._proposer.propose(self._num_trials, self._trials, self._is_new)
         if draft is None:
             draft = self._unseen_point()
         if draft is None:
@@ -108,7 +110,7 @@ class Study:
         config = self._config(draft.params)
         fit = self._fit_check(config)
         number = self._enter(new_entry(draft, fit))
-        self._tried.add(_key(config, not fit.fits))
+        self._tried.add(config_key(config, not fit.fits))
         self._folder.write_train_config(number, config)
         return Proposal(number, dict(draft.params), config, fit.reason)
 
@@ -125,26 +127,27 @@ class Study:
 
     @property
     def has_earlier_trials(self) -> bool:
-        """Return whether add_earlier_trials() has finished, in this session or an earlier one."""
+        """Return whether take_over() has finished, in this session or an earlier one."""
         return TAKEN_OVER in self._study.user_attrs
 
-    def add_earlier_trials(self, trials: Sequence[EarlierTrial]) -> None:
-        """Enter trials of earlier sweeps in the journal as ended, each once.
+    def take_over(self, found: EarlierSweeps) -> None:
+        """Enter trials of earlier sweeps in the journal as ended, each once, and the points to try first.
 
-        The sampler learns from them, and no trial is trained again.
+        The sampler learns from the trials, and none is trained again.
         """
+        self._study.set_user_attr(FIRST_POINTS, found.first_points)
         known = {trial.user_attrs.get("source") for trial in self._trials()}
-        for earlier in trials:
+        for earlier in found.trials:
             if earlier.source in known:
                 continue
             config, record = self._config(earlier.params), earlier.record
             values = objective_values(record, self._objectives) if record.outcome is Outcome.COMPLETE else None
             draft, excess_gib = self._proposer.fixed(earlier.params), self._fit_check(config).excess_gib
             number = self._enter(earlier_entry(draft, earlier, values, excess_gib))
-            self._tried.add(_key(config, False))
+            self._tried.add(config_key(config, False))
             self._folder.write_train_config(number, config)
             self._folder.write_reports(number, record.reports)
-        self._study.set_user_attr(TAKEN_OVER, len(trials))
+        self._study.set_user_attr(TAKEN_OVER, len(found.trials))
 
     def report(self, number: int, rung: int, eval_loss: float) -> bool:
         """Record a rung once. Returns whether it was new; a repeated report changes nothing."""
@@ -270,6 +273,11 @@ class Study:
         known = self._distributions
         trial.distributions = {name: known.setdefault((name, one), one) for name, one in trial.distributions.items()}
 
+    def _first_point(self) -> FrozenTrial | None:
+        """Return the next untried of the earlier sweeps' best points."""
+        points = self._study.user_attrs.get(FIRST_POINTS, [])
+        return next((self._proposer.fixed(point) for point in points if self._is_new(point)), None)
+
     def _unseen_point(self) -> FrozenTrial | None:
         """Return an untried point: the next one of an enumerable space, else a random draw."""
         if self._points is None:
@@ -285,16 +293,4 @@ class Study:
 
     def _is_new(self, params: dict[str, Any]) -> bool:
         config = self._config(params)
-        return self._tried.isdisjoint({_key(config, False), _key(config, True)})
-
-
-def _key(config: TrainConfig, refused: bool) -> str:
-    """Return the key by which a config counts as known.
-
-    A config that did not fit stands for itself alone, because it may fit with another micro-batch.
-    """
-    return to_json(config) if refused else config.fingerprint()
-
-
-def _is_refused(trial: FrozenTrial) -> bool:
-    return trial.user_attrs.get("outcome") == Outcome.INFEASIBLE
+        return self._tried.isdisjoint({config_key(config, False), config_key(config, True)})

@@ -4,6 +4,9 @@ A trial enters if it is a point of this sweep's space. Its params, put into this
 give the config that was trained, field by field. It may therefore come from a smaller, larger or
 different space. The fields in sweep/space/unsearchable.py must be equal, because they decide whether
 losses compare.
+
+Of a sweep whose samples or base model differ from today's, losses do not compare. Only its best
+points are taken, to be tried first.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from sweep.space.space import Choice, Dimension, Space, is_active
 from sweep.space.unsearchable import INCOMPARABLE
 from sweep.trials.objectives import objective_values
 from sweep.trials.record import Outcome, TrialRecord
+
+NUM_FIRST_POINTS = 4
 
 
 @dataclass(frozen=True)
@@ -50,16 +55,23 @@ def check_comparable(name: str, here: SweepConfig, there: SweepConfig) -> None:
     _check_equal(name, "train.report_at_tokens", here.train.report_grid(), there.train.report_grid(), reason)
 
 
-def check_same_data(name: str, here: Mapping[str, Any], there: Mapping[str, Any] | None) -> None:
-    """Raise InputError if samples or base model have changed since the earlier sweep.
+def changed_part(here: Mapping[str, Any], there: Mapping[str, Any] | None) -> str | None:
+    """Return the name of what has changed since the earlier sweep, samples or base model, or None.
 
     here, there: digests by part (engine/sources/identity.py); `there` is None for a sweep that
     wrote none.
     """
     for part, digest in (there or {}).items():
         if part in here and here[part] != digest:
-            what = f"{part} samples" if part in ("training", "evaluation") else part
-            raise InputError("sweep.warm_start", name, f"cannot be learnt from: its {what} differ from today's")
+            return f"{part} samples" if part in ("training", "evaluation") else part
+    return None
+
+
+def best_points(found: Iterable[tuple[str, dict[str, Any], TrialRecord]]) -> list[dict[str, Any]]:
+    """Return the params of the trials with the lowest losses, at most NUM_FIRST_POINTS."""
+    complete = [(record.score, params) for _, params, record in found if record.outcome is Outcome.COMPLETE]
+    known = sorted((one for one in complete if one[0] is not None), key=lambda one: one[0])
+    return [params for _, params in known[:NUM_FIRST_POINTS]]
 
 
 def entering(

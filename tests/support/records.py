@@ -1,7 +1,7 @@
 """Build trials that have ended, for the leaderboard and the choice of the best."""
 
 from sweep.results.reevaluation import Reevaluation
-from sweep.results.verdict import Verdict, judge
+from sweep.results.verdict import SweepVerdict, judge
 from sweep.trials.record import Outcome, TrialRecord
 from sweep.trials.selection import Rule
 from tests.support.reports import make_report
@@ -22,6 +22,6 @@ def trial(number, *losses, outcome=Outcome.COMPLETE, num_trainable=100, folder="
     return TrialRecord(number, params, config, outcome, str(folder), reports, **changes)
 
 
-def judged(*records, reevaluation=REEVALUATION) -> Verdict:
+def judged(*records, reevaluation=REEVALUATION) -> SweepVerdict:
     """Return the verdict on these records. reevaluation: None before the end."""
     return judge(list(records), Rule(), reevaluation)

@@ -10,8 +10,8 @@ from engine.errors import InputError
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.results.leaderboard import write_leaderboard
 from sweep.space.parse import parse_space
-from sweep.study.earlier_sweeps import read_earlier
-from sweep.study.warm_start import check_same_data
+from sweep.study.earlier_sweeps import EarlierSweeps, read_earlier
+from sweep.study.warm_start import NUM_FIRST_POINTS, changed_part
 from sweep.trials.record import Outcome
 from sweep.trials.selection import Rule
 from tests.support.fake_sweeps import start, sweep_folder
@@ -44,13 +44,13 @@ def warm_config(earlier: SweepFolder, space=WIDE, **options):
 
 
 def read(config, data=None):
-    return read_earlier(config, parse_space(config.space), data or {})
+    return read_earlier(config, parse_space(config.space), data or {}).trials
 
 
-def warm_study(path, config):
+def warm_study(path, config, data=None):
     path.mkdir(exist_ok=True)
     study = study_in(path, config)
-    study.add_earlier_trials(read(config))
+    study.take_over(read_earlier(config, parse_space(config.space), data or {}))
     return study
 
 
@@ -126,9 +126,9 @@ def test_taking_over_again_after_a_kill_doubles_nothing(tmp_path):
     old = finished_sweep(tmp_path / "old", config_for(WIDE))
     config = warm_config(old)
     study = study_in(_made(tmp_path / "new"), config)
-    study.add_earlier_trials(read(config)[:2])
+    study.take_over(EarlierSweeps(read(config)[:2]))
     again = study_in(tmp_path / "new", config)
-    again.add_earlier_trials(read(config))
+    again.take_over(EarlierSweeps(read(config)))
     assert [record.source for record in again.records()] == [f"{old.path} trial {number}" for number in range(4)]
     assert study_in(tmp_path / "new", config).has_earlier_trials
 
@@ -186,13 +186,25 @@ def test_a_folder_that_is_none_and_a_sweep_without_results_are_one_line(tmp_path
         read(warm_config(empty))
 
 
-def test_other_samples_under_the_same_path_are_refused(tmp_path):
-    old = finished_sweep(tmp_path / "old", config_for(WIDE))
+@pytest.mark.parametrize("sampler", ["random", "grid"])
+def test_of_a_sweep_over_other_samples_the_best_points_come_first_and_no_loss_enters(tmp_path, sampler):
+    old = finished_sweep(tmp_path / "old", config_for(RANKS, "grid", pruner="none"), [Outcome.COMPLETE] * 3)
     old.write_data({"training": "a", "evaluation": "b"})
-    assert len(read(warm_config(old), {"training": "a", "evaluation": "b"})) == 4
-    with pytest.raises(InputError, match="its evaluation samples differ from today's"):
-        read(warm_config(old), {"training": "a", "evaluation": "c"})
-    check_same_data("old", {"training": "a"}, None)
+    config = config_for(RANKS, sampler, warm_start=[str(old.path)])
+    assert len(read(config, {"training": "a", "evaluation": "b"})) == 3
+    found = read_earlier(config, parse_space(config.space), {"training": "a", "evaluation": "c"})
+    assert found.trials == [] and found.first_points == [{"lora.rank": rank} for rank in (2, 4, 8)]  # by their losses
+    assert "its evaluation samples differ from today's" in found.notes[0] and NUM_FIRST_POINTS >= 3
+    study = warm_study(tmp_path / "new", config, {"evaluation": "c"})
+    assert study.has_earlier_trials and study.records() == []
+    assert study.ask().params == {"lora.rank": 2}
+    again = study_in(tmp_path / "new", config)  # a resume goes on with the next
+    assert [again.ask().params["lora.rank"] for _ in range(2)] == [4, 8] and again.ask() is None
+
+
+def test_what_is_not_known_of_either_sweep_has_not_changed():
+    assert changed_part({"training": "a"}, None) is changed_part({}, {"training": "a"}) is None
+    assert changed_part({"model": "a"}, {"model": "b", "training": "c"}) == "model"
 
 
 @pytest.mark.faults
