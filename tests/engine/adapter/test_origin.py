@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.adapter.origin import read_origin
-from engine.adapter.portable import Adapter
+from engine.adapter.portable import Adapter, read_adapter
 from engine.chat import main as chat
 from engine.config.parsing import parse, to_json
 from engine.config.trial import TrainConfig
@@ -77,3 +80,40 @@ def test_a_relative_path_in_a_file_of_the_folder_is_not_followed(tmp_path, monke
         with pytest.raises(InputError, match="must name an absolute path or a hub id that is no folder here"):
             read_origin(folder, adapter(path))
     assert read_origin(tmp_path / "without", adapter("org/elsewhere"))[0].path == "org/elsewhere"  # a hub id
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["/etc", "..", "builtin:x"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
+    """Make a valid adapter folder; return it with the content of its two files."""
+    place = tmp_path_factory.mktemp("foreign")
+    base = save_model(place / "base")
+    folder = folder_with(save_adapter(place / "adapter", base), path=str(base))
+    return folder, {name: json.loads((folder / name).read_text()) for name in ("adapter_config.json", "train_config.json")}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_folder_with_any_value_anywhere_is_one_line_or_the_adapter_that_it_names(foreign, data):
+    folder, files = foreign
+    name = data.draw(st.sampled_from(sorted(files)))
+    values = copy.deepcopy(files[name])
+    place = values
+    while isinstance(place[key := data.draw(st.sampled_from(sorted(place)))], dict) and place[key]:
+        place = place[key]
+    place[key] = data.draw(JSON)
+    (folder / name).write_text(json.dumps(values))
+    try:
+        found = read_adapter(folder)
+        model, _ = read_origin(folder, found)
+        assert not model.trust_remote_code and Path(model.path).is_absolute() == Path(found.base).is_absolute()
+    except InputError as error:
+        assert "\n" not in str(error)
+    finally:
+        (folder / name).write_text(json.dumps(files[name]))
