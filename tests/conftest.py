@@ -20,7 +20,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+# Tests of up to a minute. They begin first, so that at the end no process waits for one of them.
+LONGEST = ("tests/sweep/test_sweep", "tests/engine/kernels/")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     marked = [item for item in items if "gpu" in item.keywords]
     if marked:
         import torch
