@@ -28,7 +28,7 @@ from typing import Any
 
 from engine.config.parsing import load_json, parse
 from engine.config.permission import FLAG, permitted_config
-from engine.config.trial import TrainConfig, load_train_config
+from engine.config.trial import TRAIN_CONFIG, TrainConfig, load_train_config
 from engine.errors import InputError, Interrupted
 from engine.planning.cards import find_card
 from engine.planning.model_shape import ModelShape
@@ -39,7 +39,6 @@ from engine.system.files import write_text
 from engine.system.user_path import user_path
 from engine.trial_report import read_reports
 
-TRAIN_CONFIG = "train_config.json"
 STOPPED = "stopped; run the same command again to continue from the last save"
 ENDING = "ending after this step and saving it; press Ctrl-C again to stop at once"
 
@@ -196,7 +195,7 @@ def _train_config(path: Path) -> Path:
 
 def _cards(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m engine cards", description="Print torch, CUDA and the visible GPUs as JSON.")
-    parser.add_argument("--answer", type=Path)
+    parser.add_argument("--answer", type=user_path)
     options = parser.parse_args(arguments)
     from engine.model.device import find_cards
 

@@ -37,13 +37,13 @@ def _main(arguments: list[str]) -> int:
 
         return diagnose(arguments[1:])
     from sweep import driver  # loads most of the program, help does not need it
+    from sweep.cli.console import warn
 
     if arguments[:1] == ["show-sample"]:
         return driver.show_sample(*_sample_options(arguments[1:]))
     overrides = [argument for argument in arguments if argument != "--cfg"]
     keys, rest = run_keys(overrides)
-    for warning in repeated_keys(rest):
-        print(f"WARNING: {warning}", file=sys.stderr)
+    warn(repeated_keys(rest))
     if keys["resume"] is not None:
         if "--cfg" in arguments:
             allowed = "prints the config of a new sweep; sweep_config.json in the folder is this one's"

@@ -24,7 +24,7 @@ from engine.sources.identity import refuse_changed
 from engine.system.files import home_folder, storage_fault
 from engine.system.provenance import provenance
 from engine.system.signals import handled
-from sweep.cli.console import make_console
+from sweep.cli.console import make_console, warn
 from sweep.cluster.ray_environment import set_ray_environment
 from sweep.cluster.slots import Hardware, local_hardware
 from sweep.config.absolute_paths import absolute_uri, with_absolute_paths
@@ -46,7 +46,6 @@ from sweep.preflight import (
     check_warm_start,
     pinned_to_most_demanding,
     setting_warnings,
-    warn,
 )
 from sweep.tracking.prometheus import MetricsPage, serve
 from sweep.tracking.tracker import make_tracker
@@ -171,8 +170,7 @@ def _run(
         finally:
             screen.stop()
             wait_until_flushed()
-            for warning in tracker.close(30.0):
-                print(f"WARNING: {warning}", file=sys.stderr)
+            warn(tracker.close(30.0))
 
 
 def _data_tags(folder: SweepFolder) -> dict[str, str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.command_answers import Facts, PreparedFacts
 from engine.system.files import require_home
+from sweep.cli.console import warn
 from sweep.cluster.ray_folder import settle_ray_folder
 from sweep.config.sweep import SweepConfig
 from sweep.execution.engine_commands import CommandFailed, inspect, prepare
@@ -45,7 +45,7 @@ def setting_warnings(plan: SweepPlan, is_new: bool, given: Mapping[str, Any]) ->
     """Return the warnings about settings. Raises InputError for rungs that a new sweep cannot have."""
     if not is_new:
         return []
-    rungs = None if plan.config.sweep.only_most_demanding else check_rungs(plan.config, plan.space)
+    rungs = check_rungs(plan.config, plan.space)
     return [*idle_settings(plan.config, plan.space, given), *([] if rungs is None else [rungs])]
 
 
@@ -133,8 +133,3 @@ def pinned_to_most_demanding(plan: SweepPlan, feasibility: Feasibility) -> Sweep
     params = most_demanding(plan.space, plan.base(), feasibility)
     print(f"trial of the most demanding point: {params_text(params)}", flush=True)
     return plan.pinned(params)
-
-
-def warn(warnings: Iterable[str]) -> None:
-    for warning in warnings:
-        print(f"WARNING: {warning}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from engine.errors import printable
@@ -26,3 +27,8 @@ def value_text(value: Any) -> str:
 def printable_lines(text: str) -> str:
     """Escape what would steer a terminal, but keep the line ends of our own text."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def without_password(text: str) -> str:
+    """Return the text without user and password of the addresses in it."""
+    return re.sub(r"//[^/\s]*@", "//", text)

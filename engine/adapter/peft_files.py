@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.adapter.lora import LoraLinear, adapter_state, load_adapter_state
-from engine.config.trial import TrainConfig, load_train_config
+from engine.config.trial import TRAIN_CONFIG, TrainConfig, load_train_config
 from engine.errors import InputError, first_line
 from engine.sources.builtin import published_name
 from engine.sources.locate import locate
@@ -82,9 +82,6 @@ def load_adapter(folder: Path, layers: dict[str, LoraLinear]) -> None:
     except (OSError, SafetensorError) as error:
         raise InputError("adapter", str(path), f"must be a complete safetensors file ({first_line(error)})") from None
     load_adapter_state(layers, {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}, str(path))
-
-
-TRAIN_CONFIG = "train_config.json"
 
 
 def _base_name(config: TrainConfig) -> str:

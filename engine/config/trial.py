@@ -21,6 +21,7 @@ from engine.config.parsing import Fraction, ListAsTuple, PositiveInt, StrictMode
 from engine.errors import InputError
 
 ALL_LINEAR = "all-linear"
+TRAIN_CONFIG = "train_config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 # Optimizer steps: the first ones compile kernels, record graphs and fill caches.
 PROFILE_AFTER = 2

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from engine.command_answers import DataAccount
-from engine.config.data_section import DataConfig
+from engine.config.data_section import ON_TRAINING_SAMPLES, DataConfig
 from engine.data.row_pipeline import RowCounts
 from engine.data.views import View, load_counted_data
 
@@ -15,7 +15,7 @@ from engine.data.views import View, load_counted_data
 def account_data(config: DataConfig, tokenizer: Any) -> tuple[View, View, list[DataAccount]]:
     """Load the data as load_data does; return (train, eval, the accounts of both)."""
     train, evaluation, (train_counts, eval_counts) = load_counted_data(config, tokenizer)
-    leaked = 0 if config.eval is None or config.eval == "train" else num_common_rows(train, evaluation)
+    leaked = 0 if config.eval in (None, ON_TRAINING_SAMPLES) else num_common_rows(train, evaluation)
     training = make_account("training", train, train_counts, 0)
     return train, evaluation, [training, make_account("evaluation", evaluation, eval_counts, leaked)]
 

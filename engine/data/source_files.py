@@ -15,10 +15,9 @@ from typing import Any
 
 from engine.config.trial import HUB_ID
 from engine.errors import InputError, first_line
+from engine.sources.hub_ids import COMPRESSIONS, KINDS
 from engine.system.user_path import user_path
 
-KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 ALLOWED = f"{', '.join(KINDS)}, and text files with {', '.join(COMPRESSIONS)} behind it"
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # of datasets.save_to_disk
 

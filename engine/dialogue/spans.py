@@ -76,7 +76,7 @@ class Spans:
             raise SampleError("has no answer behind a question, so there is nothing to learn")
         learned = learned[-1:] if self._turns == "last" else learned
         answers = self._answers(messages, learned, tools)
-        templates.check_written(messages, learned, tools, [(t.text[: t.start], t.text[t.start : t.end]) for t in answers])
+        templates.check_written(messages, learned, tools, answers)
         known = templates.shape([messages, tools, learned])
         if known not in self._seen:
             self._check_words(messages, learned, tools)
@@ -227,7 +227,7 @@ class Spans:
             answers = self._answers(messages, learned, tools)
         except SampleError:  # the template wants certain words
             return
-        templates.check_written(messages, learned, tools, [(t.text[: t.start], t.text[t.start : t.end]) for t in answers])
+        templates.check_written(messages, learned, tools, answers)
 
     def _learn_ends(self) -> None:
         """Find the template's own end token, and the form in which it takes content."""

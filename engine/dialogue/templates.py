@@ -20,7 +20,7 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
-from engine.dialogue.conversation import SampleError
+from engine.dialogue.conversation import SampleError, TargetText
 from engine.errors import InputError, first_line
 from engine.system.user_path import user_path
 
@@ -178,13 +178,15 @@ class LeftOutError(SampleError):
     """Name what the template leaves out of a message."""
 
 
-def check_written(messages: Sequence[Mapping[str, Any]], learned: Sequence[int], tools: Any, texts: Any) -> None:
+def check_written(
+    messages: Sequence[Mapping[str, Any]], learned: Sequence[int], tools: Any, answers: Sequence[TargetText]
+) -> None:
     """Raise LeftOutError if an answer, or something in its context, was not written.
 
-    texts: (prompt, answer) of each learned message. Thoughts of other messages may be left out:
-    many templates do that by design, and the model then answers without them.
+    answers: one for each learned message. Thoughts of other messages may be left out: many templates
+    do that by design, and the model then answers without them.
     """
-    done = 0
+    done, texts = 0, [(found.text[: found.start], found.text[found.start : found.end]) for found in answers]
     for i, (prompt, answer) in zip(learned, texts):
         for j in range(done, i + 1):
             text, where = answer if j == i else prompt, f"message {j + 1} ({messages[j]['role']}):"

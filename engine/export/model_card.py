@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engine.config.trial import TrainConfig
 from engine.errors import printable
+from engine.system.user_path import user_path
 from engine.units import perplexity
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank accepts
@@ -50,7 +51,7 @@ class ModelCard:
 
 def is_local(name: str) -> bool:
     """Return whether the name of a model or data set is a path of this machine."""
-    return Path(name).expanduser().is_absolute()
+    return user_path(name).is_absolute()
 
 
 def public_name(name: str) -> str:

@@ -52,14 +52,18 @@ def our_losses(base: Base, samples: list[Sample]) -> list[Tensor]:
 
 def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """Return the largest difference of a loss in nats; infinity if one is not finite."""
-    gap = torch.cat(ours).float() - torch.cat(theirs).float()
-    return float(gap.abs().max()) if bool(torch.isfinite(gap).all()) else math.inf
+    return float(_gaps(ours, theirs).max())
 
 
 def mean_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """Return the mean absolute difference of the losses in nats; infinity if one is not finite."""
-    gap = torch.cat(ours).float() - torch.cat(theirs).float()
-    return float(gap.abs().mean()) if bool(torch.isfinite(gap).all()) else math.inf
+    return float(_gaps(ours, theirs).mean())
+
+
+def _gaps(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+    """Return |ours - theirs| token by token, infinity where one is not finite."""
+    gaps = (torch.cat(ours).float() - torch.cat(theirs).float()).abs()
+    return gaps.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def text_samples(tokenizer: Any, vocab_size: int) -> list[Sample]:

@@ -70,21 +70,12 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     Raises InputError if it is not a causal language model, if its weights cannot be read or trained
     rightly, or if `layers` is `strict` and some layer cannot run fused.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     source = locate(config)
     content = model_config(config)
     check_quantization(content, config)
     if Path(source).is_dir():
         check_weights(Path(source), config.path)
-    with torch.device("meta"):
-        try:
-            found = from_pretrained(AutoConfig, config, source)
-            model = AutoModelForCausalLM.from_config(found, trust_remote_code=config.trust_remote_code)
-        except InputError:
-            raise
-        except Exception as error:  # wrong types in config.json can raise any error in model code
-            raise InputError("model.path", config.path, f"must be a causal language model ({first_line(error)})") from None
+    model = _without_weights(config)
     linears = plain_linears(model)
     if not linears:
         raise InputError("model.path", config.path, NO_LINEAR)
@@ -105,15 +96,23 @@ def unquantised_names(config: ModelConfig, verdict: ModelVerdict) -> list[str] |
     """Return the layers that transformers must leave unquantised, or None for its own choice."""
     if not verdict.read_directly:
         return None
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            from_pretrained(AutoConfig, config, locate(config)), trust_remote_code=config.trust_remote_code
-        )
+    model = _without_weights(config)
     kept = [name for name in plain_linears(model) if pattern_of(name) in verdict.read_directly]
     return sorted({*kept, *get_keys_to_not_convert(model)})
+
+
+def _without_weights(config: ModelConfig) -> nn.Module:
+    """Return the model on the meta device. Raises InputError if it is no causal language model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    found = from_pretrained(AutoConfig, config, locate(config))
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(found, trust_remote_code=config.trust_remote_code)
+        except Exception as error:  # wrong types in config.json can raise any error in model code
+            raise InputError("model.path", config.path, f"must be a causal language model ({first_line(error)})") from None
 
 
 def _notes(model: nn.Module, linears: dict[str, nn.Linear], verdict: ModelVerdict) -> Iterator[str]:

@@ -9,9 +9,16 @@ import os
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-try:
-    _here = os.getcwd()
-except OSError:  # it was removed
-    _here = ""
-if not sys.flags.safe_path and sys.path[:1] in ([""], [_here]) and _here != os.path.realpath(ROOT):
-    del sys.path[0]
+
+
+def drop_working_folder() -> None:
+    """Take the working folder off the module path, unless it holds this program."""
+    try:
+        here = os.getcwd()
+    except OSError:  # it was removed
+        here = ""
+    if not sys.flags.safe_path and sys.path[:1] in ([""], [here]) and here != os.path.realpath(ROOT):
+        del sys.path[0]
+
+
+drop_working_folder()

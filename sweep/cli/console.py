@@ -5,7 +5,9 @@ A console listens to the ledger and decides nothing.
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TextIO
 
@@ -150,3 +152,9 @@ def _end_text(record: TrialRecord) -> str:
     if record.outcome is Outcome.INFEASIBLE:  # it never started, so no line has shown its params
         tail = params_text(record.params)
     return "  ".join(filter(None, [f"{record.outcome:<13}", tail, record.error]))
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Print warnings, which go to stderr."""
+    for warning in warnings:
+        print(f"WARNING: {warning}", file=sys.stderr, flush=True)

@@ -1,17 +1,15 @@
 """Take the working folder off the module path. Commands import this first, before any other module.
 
-`python -m` puts the working folder there. It may hold other people's files, and one named yaml.py
-or a folder named engine would run in place of the module. Only a folder that holds this program
-stays.
+`engine` itself may lie in the working folder, as someone else's. So it is looked for next to this
+package.
 """
 
 import os
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-try:
-    _here = os.getcwd()
-except OSError:  # it was removed
-    _here = ""
-if not sys.flags.safe_path and sys.path[:1] in ([""], [_here]) and _here != os.path.realpath(ROOT):
-    del sys.path[0]
+sys.path.insert(0, ROOT)
+from engine.system.no_working_folder import drop_working_folder  # noqa: E402
+
+del sys.path[0]
+drop_working_folder()

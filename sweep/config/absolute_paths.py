@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 from engine.config.data_section import ON_TRAINING_SAMPLES
-from engine.system.user_path import user_path
+from engine.system.user_path import names_something, user_path
 from sweep.config.sweep import SweepConfig
 
 FIELDS = (("model", "path"), ("data", "train"), ("data", "eval"), ("data", "chat_template"))
@@ -39,11 +38,9 @@ def with_absolute_paths(config: SweepConfig, folder: Path) -> SweepConfig:
 
 def absolute_path(text: str, folder: Path) -> str:
     """Return what the text names, seen from the folder; the text itself if nothing there fits it."""
-    expanded = user_path(text)
-    pattern = str(folder / expanded)
-    if os.path.exists(pattern) or (glob.has_magic(text) and next(glob.iglob(pattern, recursive=True), None)):
-        return str(folder / expanded)
-    return str(expanded) if text.startswith("~") else text
+    if names_something(text, folder):
+        return str(folder / user_path(text))
+    return str(user_path(text)) if text.startswith("~") else text
 
 
 def absolute_uri(uri: str, folder: Path) -> str:

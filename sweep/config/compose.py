@@ -26,6 +26,7 @@ from sweep.config import conf_files
 from sweep.config.interpolation import Interpolations
 from sweep.config.sweep import SweepConfig
 from sweep.config.typed_paths import in_hydras_grammar
+from sweep.space.parse import flattened
 from sweep.space.unsearchable import UNSEARCHABLE
 
 RUN_KEYS = {"resume": None, "dry_run": False}
@@ -111,15 +112,7 @@ def _given(overrides: list[str]) -> Iterator[tuple[str, Any]]:
     for override in overrides:
         key = _split(override)[0].lstrip("+")
         if not key.startswith("~") and key not in conf_files.groups():
-            yield from _flat(key, parsed(override)[1])
-
-
-def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        yield key, value
-        return
-    for name, inner in value.items():
-        yield from _flat(f"{key}.{name}", inner)
+            yield from flattened(key, parsed(override)[1])
 
 
 def _for_hydra(override: str) -> str:

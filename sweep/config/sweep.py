@@ -20,6 +20,7 @@ from engine.errors import InputError
 from engine.planning.cards import find_card
 from sweep.config.pruner_options import PRUNERS, NoPrunerConfig, PrunerConfig, SuccessiveHalvingConfig
 from sweep.config.sampler_options import SAMPLERS, SamplerConfig, TpeConfig
+from sweep.text import without_password
 from sweep.trials.objectives import EVAL_LOSS, MEASURES
 
 MAX_SLOTS = 100_000
@@ -151,7 +152,7 @@ class TrackingConfig(StrictModel):
     @property
     def public_uri(self) -> str | None:
         """Return the URI without the user and password that it may contain."""
-        return None if self.uri is None else re.sub(r"//[^/\s]*@", "//", self.uri)
+        return None if self.uri is None else without_password(self.uri)
 
 
 class SweepConfig(StrictModel):

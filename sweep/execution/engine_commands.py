@@ -62,8 +62,8 @@ def print_sample(config: TrainConfig, module: str, options: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="sweep-sample-") as folder:
         request = Path(folder, "config.json")
         request.write_text(json.dumps(config.model_dump(mode="json")))
-        command = python_module(module, "show-sample", str(request), *options)
-        return subprocess.run([*command, *([FLAG] if config.model.trust_remote_code else [])], env=own_environment()).returncode
+        command = _command([module, "show-sample", str(request), *options], [config])
+        return subprocess.run(command, env=own_environment()).returncode
 
 
 def evaluate(
@@ -87,11 +87,14 @@ def evaluate(
         return AdapterEvaluation.from_dict(load_json(answer))
 
 
+def _command(arguments: list[str], configs: list[TrainConfig]) -> list[str]:
+    """Return the command. It may run a model's own code if the driver's own config says so."""
+    permission = [FLAG] if any(config.model.trust_remote_code for config in configs) else []
+    return python_module(*arguments, *permission)
+
+
 def _run(arguments: list[str], configs: list[TrainConfig]) -> None:
-    """Run the command. It may run a model's own code if the driver's own config says so."""
-    if any(config.model.trust_remote_code for config in configs):
-        arguments = [*arguments, FLAG]
-    done = subprocess.run(python_module(*arguments), env=own_environment(), capture_output=True, text=True)
+    done = subprocess.run(_command(arguments, configs), env=own_environment(), capture_output=True, text=True)
     if done.returncode == 0:
         return
     lines = [line for line in done.stderr.splitlines() if line.strip()]

@@ -29,7 +29,7 @@ from typing import Any
 
 from engine.command_answers import DataAccount
 from engine.config.parsing import load_json, parse_dataclass, to_json
-from engine.config.trial import TrainConfig
+from engine.config.trial import TRAIN_CONFIG, TrainConfig
 from engine.errors import InputError, StorageError
 from engine.system.file_lock import FileLock
 from engine.system.files import write_text
@@ -168,7 +168,7 @@ class SweepFolder:
 
     def write_train_config(self, number: int, config: TrainConfig) -> None:
         self.trial(number).mkdir(parents=True, exist_ok=True)
-        replace_text(self.trial(number) / "train_config.json", to_json(config) + "\n")
+        replace_text(self.trial(number) / TRAIN_CONFIG, to_json(config) + "\n")
 
     def write_result(self, number: int, result: dict[str, Any]) -> None:
         replace_text(self.trial(number) / "result.json", json.dumps(result, indent=2, sort_keys=True) + "\n")

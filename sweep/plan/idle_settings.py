@@ -159,10 +159,7 @@ def idle_settings(config: SweepConfig, space: Space, given: Mapping[str, Any]) -
     settings = Settings(config, space)
     for dimension in space.dimensions:
         base = settings.base(dimension.path)
-        values = list(dimension.values.values()) if isinstance(dimension, Choice) else dimension.corners()
-        is_number = not isinstance(dimension, Choice) and isinstance(base, int | float)
-        inside = base in values or (is_number and dimension.low <= base <= dimension.high)
-        if not dimension.when and not inside and base != _default(config, dimension.path):
+        if not dimension.when and not dimension.holds(base) and base != _default(config, dimension.path):
             yield f"{dimension.path} = {base} has no effect, because space.{dimension.path} varies it ({dimension.describe()})"
         if dimension.path in RULES and (reason := RULES[dimension.path](settings)):
             yield f"space.{dimension.path} has no effect, because {reason}: trials that differ in nothing else are equal"

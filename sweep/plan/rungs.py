@@ -81,7 +81,7 @@ def _points(base: Mapping[str, Any], space: Space) -> Iterator[tuple[dict[str, A
         corners = [[(d.path, value) for value in d.corners()] for d in part.dimensions]
         points = map(dict, itertools.product(*corners))
     for params in points:
-        chosen = {path: _value(dimensions[path], name) for path, name in params.items() if path in STEP_FIELDS}
+        chosen = {path: dimensions[path].value(name) for path, name in params.items() if path in STEP_FIELDS}
         yield params, {**fixed, **chosen}
 
 
@@ -94,7 +94,3 @@ def _needed(dimensions: Mapping[str, Dimension]) -> set[str]:
         needed |= parents
         waiting += parents
     return needed
-
-
-def _value(dimension: Dimension, name: Any) -> Any:
-    return dimension.values[name] if isinstance(dimension, Choice) else name

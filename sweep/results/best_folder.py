@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.config.parsing import parse, to_json
 from engine.config.permission import FLAG
-from engine.config.trial import TrainConfig
+from engine.config.trial import TRAIN_CONFIG, TrainConfig
 from engine.errors import InputError
 from engine.export.model_card import ModelCard, config_rows, peft_code
 from engine.system.files import write_folder
@@ -46,7 +46,7 @@ def write_best(best_dir: Path, verdict: SweepVerdict, sweep_name: str, examples:
 
     def fill(folder: Path) -> None:
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
-        (folder / "train_config.json").write_text(to_json(parse(TrainConfig, record.config)) + "\n")
+        (folder / TRAIN_CONFIG).write_text(to_json(parse(TrainConfig, record.config)) + "\n")
         card = best_card(verdict, sweep_name, _base_model(adapter), examples)
         (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -109,16 +109,17 @@ def _range(path: str, leaf: Mapping[str, Any], when: dict[str, tuple[Scalar, ...
 def _condition(where: str, when: Any) -> dict[str, tuple[Scalar, ...]]:
     if not isinstance(when, Mapping):
         raise InputError(f"{where}.when", when, "must be a mapping other.path -> choice name, or list of names")
-    flat = {path: names for key, value in when.items() for path, names in _flat(str(key), value)}
+    flat = {path: names for key, value in when.items() for path, names in flattened(str(key), value)}
     return {path: tuple(names) if isinstance(names, list | tuple) else (names,) for path, names in flat.items()}
 
 
-def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+def flattened(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of each leaf of nested mappings."""
     if not isinstance(value, Mapping):
         yield path, value
         return
     for key, inner in value.items():
-        yield from _flat(f"{path}.{key}", inner)
+        yield from flattened(f"{path}.{key}", inner)
 
 
 def _check_condition(dimension: Dimension, dimensions: Mapping[str, Dimension]) -> None:

@@ -47,6 +47,10 @@ class Choice:
 
     corners = points
 
+    def value(self, name: Any) -> Any:
+        """Return the config's value for a choice's name."""
+        return self.values[name]
+
     def holds(self, value: Any) -> bool:
         """Return whether some trial can have this value."""
         return value in self.values.values()
@@ -83,6 +87,10 @@ class Range:
             return None
         count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
         return [round(self.low + i * self.step, 12) for i in range(count)]
+
+    def value(self, number: Any) -> Any:
+        """Return the config's value for a number of the range, which is that number."""
+        return number
 
     def holds(self, value: Any) -> bool:
         """Return whether the value is a number in the range."""
@@ -125,8 +133,7 @@ class Space:
         for dimension in self.dimensions:
             if dimension.path in params:
                 section, key = dimension.path.split(".")
-                value = params[dimension.path]
-                config[section][key] = dimension.values[value] if isinstance(dimension, Choice) else value
+                config[section][key] = dimension.value(params[dimension.path])
         return parse(TrainConfig, config)
 
     def size(self) -> int | None:

@@ -68,6 +68,7 @@ class Study:
         self._pruner = make_optuna_pruner(config.effective_pruner, num_rungs)
         self._objectives = config.sweep.objectives
         self._study = self._open()
+        self._first_points: list[dict[str, Any]] = self._study.user_attrs.get(FIRST_POINTS, [])
         make_sampler(config.sampler, 0)  # fails now if its package is missing
         self._pruning = Pruning(make_pruner(config.effective_pruner, num_rungs, STUDY_NAME), num_rungs, self._trials())
         self._proposer = Proposer(STUDY_NAME, config.sampler, config.sweep.seed, self._pruner, space, len(self._objectives))
@@ -135,6 +136,7 @@ class Study:
 
         The sampler learns from the trials, and none is trained again.
         """
+        self._first_points = found.first_points
         self._study.set_user_attr(FIRST_POINTS, found.first_points)
         known = {trial.user_attrs.get("source") for trial in self._trials()}
         for earlier in found.trials:
@@ -275,8 +277,7 @@ class Study:
 
     def _first_point(self) -> FrozenTrial | None:
         """Return the next untried of the earlier sweeps' best points."""
-        points = self._study.user_attrs.get(FIRST_POINTS, [])
-        return next((self._proposer.fixed(point) for point in points if self._is_new(point)), None)
+        return next((self._proposer.fixed(point) for point in self._first_points if self._is_new(point)), None)
 
     def _unseen_point(self) -> FrozenTrial | None:
         """Return an untried point: the next one of an enumerable space, else a random draw."""

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from engine.errors import InputError, first_line
 from sweep.config.sweep import SweepConfig
+from sweep.text import without_password
 from sweep.tracking.mlflow_runs import connect
 from sweep.tracking.sqlite_store import database_file, deleted_fault, find_fault, local_uri
 
@@ -41,8 +42,8 @@ def check_store(config: SweepConfig, folder: Path) -> list[str]:
     else:
         fault, warnings = _ask(uri, config)
     if fault is not None:
-        raise InputError("tracking.uri", _public(uri), f"{_public(fault)}; {WAY_OUT}")
-    return [_public(warning) for warning in warnings]
+        raise InputError("tracking.uri", without_password(uri), f"{without_password(fault)}; {WAY_OUT}")
+    return [without_password(warning) for warning in warnings]
 
 
 def _ask(uri: str, config: SweepConfig) -> tuple[str | None, list[str]]:
@@ -110,8 +111,3 @@ def _fault(error: Exception) -> str | None:
     if code == "ENDPOINT_NOT_FOUND" or CERTAIN.search(str(error)):
         return f"must be an MLflow server or database ({line})"
     return None
-
-
-def _public(text: str) -> str:
-    """Return the text without user and password of an address."""
-    return re.sub(r"//[^/\s]*@", "//", text)

@@ -6,13 +6,13 @@ a write with 16 writers. Unwritten updates stay pending, the newest state of eac
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sweep.config.sweep import SweepConfig
+from sweep.text import without_password
 from sweep.tracking.background_writer import BackgroundWriter, Key
 from sweep.tracking.mlflow_runs import MlflowRuns
 from sweep.tracking.sqlite_store import local_uri
@@ -107,7 +107,7 @@ class Tracker:
         warning = f"mlflow at {self._uri}: {len(keys)} updates not written ({some}): {cause}; "
         warning += "a resume writes them once that is mended"
         # errors quote the URI, which may hold a password
-        return re.sub(r"//[^/\s]*@", "//", warning)
+        return without_password(warning)
 
 
 def make_tracker(config: SweepConfig, folder: Path) -> Tracker | NullTracker:
