@@ -15,10 +15,10 @@ from torch import Tensor
 
 @triton.jit
 def _forward_kernel(
-    x, delta, weight, total, y, rstd, x_stride, delta_stride, eps, offset, D,
+    x, delta, weight, total, y, rstd, x_stride, delta_stride, eps, offset, scale, D,
     BLOCK_D: tl.constexpr, ADD: tl.constexpr, ROUND_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Write total = x + delta if ADD, rstd, and y = total * rstd * (offset + weight).
+    """Write total = x + scale * delta if ADD, rstd, and y = total * rstd * (offset + weight).
 
     With ROUND_FIRST, total * rstd is rounded before it is multiplied by the weight.
     """
@@ -28,7 +28,7 @@ def _forward_kernel(
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        v += tl.load(delta + row * delta_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        v += scale * tl.load(delta + row * delta_stride + columns, mask=inside, other=0.0).to(tl.float32)
         rounded = v.to(total.dtype.element_ty)
         tl.store(total + row * D + columns, rounded, mask=inside)
         v = rounded.to(tl.float32)  # the norm sees the rounded sum, as later layers do
@@ -68,9 +68,9 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) ->
 
 
 def add_rms_norm(
-    x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0
+    x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(x_TD, delta_TD, weight_D, eps, offset)
+    return _forward(x_TD, delta_TD, weight_D, eps, offset, scale)
 
 
 def rms_norm_backward(
@@ -90,7 +90,7 @@ def rms_norm_backward(
 
 
 def _forward(
-    x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float, offset: float
+    x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float, offset: float, scale: float = 1.0
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     num_tokens, width = x_TD.shape
     y_TD = torch.empty((num_tokens, width), dtype=x_TD.dtype, device=x_TD.device)
@@ -101,7 +101,7 @@ def _forward(
         block, warps = _launch(width)
         _forward_kernel[(num_tokens,)](
             x_TD, delta_TD, weight_D, total_TD, y_TD, rstd_T,
-            x_TD.stride(0), delta_TD.stride(0) if add else 0, float(eps), float(offset), width,
+            x_TD.stride(0), delta_TD.stride(0) if add else 0, float(eps), float(offset), float(scale), width,
             BLOCK_D=block, ADD=add, ROUND_FIRST=offset == 0.0, num_warps=warps,
         )  # fmt: skip
     return total_TD, y_TD, rstd_T

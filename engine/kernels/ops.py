@@ -52,14 +52,14 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) ->
 
 
 def add_rms_norm(
-    x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0
+    x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sum = x + delta, rounded to x's dtype, and y, rstd = rms_norm(sum).
+    """Return sum = x + scale * delta, rounded to x's dtype, and y, rstd = rms_norm(sum).
 
     Shapes: sum [T, D], y [T, D], rstd [T] fp32.
     """
     _check_rows("add_rms_norm", x_TD, weight_D, delta_TD)
-    return _family("norm", x_TD).add_rms_norm(x_TD, delta_TD, weight_D, eps, offset)
+    return _family("norm", x_TD).add_rms_norm(x_TD, delta_TD, weight_D, eps, offset, scale)
 
 
 def rms_norm_backward(
@@ -75,22 +75,26 @@ def rms_norm_backward(
     return _family("norm", x_TD).rms_norm_backward(dy_TD, x_TD, weight_D, rstd_T, offset, residual_TD)
 
 
-def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse: bool = False) -> None:
-    """Rotate q [T, H, K] and k [T, G, K] in place: x * cos + rotate_half(x) * sin.
+def rope_(
+    q_THK: Tensor, k_TGK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool = False, pairs: bool = False
+) -> None:
+    """Rotate the first R features of each head of q [T, H, K] and k [T, G, K] in place.
 
-    `inverse` rotates back, which is also the gradient. Both cos and sin [T, K] hold the same K / 2
-    angles in both halves; only the first half is read.
+    They become x * cos + rotate_half(x) * sin: feature i turns with feature i + R / 2, or 2i with
+    2i + 1 if `pairs`. `inverse` rotates back, which is also the gradient. Both cos and sin [T, R]
+    hold the R / 2 angles in their first half; only that is read.
     """
     num_tokens, _, head_dim = q_THK.shape
     for name, x in (("q", q_THK), ("k", k_TGK)):
         if x.shape[0] != num_tokens or x.shape[2] != head_dim or x.stride()[1:] != (head_dim, 1):
             raise EngineError(f"rope_: {name} {_layout(x)}: expected [T, heads, K] with dense heads, T and K as in q")
-    for name, x in (("cos", cos_TK), ("sin", sin_TK)):
-        if x.shape != (num_tokens, head_dim) or x.stride(1) != 1:
-            raise EngineError(f"rope_: {name} {_layout(x)}: expected contiguous rows [{num_tokens}, {head_dim}]")
-    if head_dim % 2:
-        raise EngineError(f"rope_: head dim {head_dim}: must be even")
-    _family("rope", q_THK).rope_(q_THK, k_TGK, cos_TK, sin_TK, inverse)
+    rotated = cos_TR.shape[-1]
+    for name, x in (("cos", cos_TR), ("sin", sin_TR)):
+        if x.shape != (num_tokens, rotated) or x.stride(1) != 1 or rotated > head_dim:
+            raise EngineError(f"rope_: {name} {_layout(x)}: expected contiguous rows [{num_tokens}, at most {head_dim}]")
+    if rotated % 2:
+        raise EngineError(f"rope_: {rotated} features that rotate: must be even")
+    _family("rope", q_THK).rope_(q_THK, k_TGK, cos_TR, sin_TR, inverse, pairs)
 
 
 def glu(

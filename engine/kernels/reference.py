@@ -29,9 +29,9 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) ->
 
 
 def add_rms_norm(
-    x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0
+    x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sum_TD = x_TD + delta_TD
+    sum_TD = torch.add(x_TD, delta_TD, alpha=scale)
     return sum_TD, *rms_norm(sum_TD, weight_D, eps, offset)
 
 
@@ -46,15 +46,19 @@ def rms_norm_backward(
     return dx_TD.to(x_TD.dtype)
 
 
-def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse: bool = False) -> None:
-    half = q_THK.shape[2] // 2
-    cos = cos_TK[:, None, :half].float()
-    sin = sin_TK[:, None, :half].float() * (-1.0 if inverse else 1.0)
+def rope_(
+    q_THK: Tensor, k_TGK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool = False, pairs: bool = False
+) -> None:
+    rotated = cos_TR.shape[1]
+    half = rotated // 2
+    cos = cos_TR[:, None, :half].float()
+    sin = sin_TR[:, None, :half].float() * (-1.0 if inverse else 1.0)
+    one, other = (slice(0, rotated, 2), slice(1, rotated, 2)) if pairs else (slice(0, half), slice(half, rotated))
     for x in (q_THK, k_TGK):
         # clone: for fp32, float() is a view of the memory written below.
-        first, second = x[..., :half].float().clone(), x[..., half:].float().clone()
-        x[..., :half] = first * cos - second * sin
-        x[..., half:] = second * cos + first * sin
+        first, second = x[..., one].float().clone(), x[..., other].float().clone()
+        x[..., one] = first * cos - second * sin
+        x[..., other] = second * cos + first * sin
 
 
 def glu(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from engine.kernels import ops
@@ -16,10 +17,11 @@ from engine.planning import compute_limits
 
 
 def mlp(normed: Tensor, call: Call, saved: Saved) -> Tensor:
-    """Return x_mid plus the MLP's output, [T, D]."""
+    """Return x_mid plus what the MLP adds to it, [T, D]."""
     saved.gate_up = call.groups["gate_up"].bare(normed)
     low_rank_hidden("gate_up", normed, call, saved)
-    return _down(call, saved).add_(saved.x_mid)
+    delta, factor = _down(call, saved), call.spec.mlp.multiplier
+    return torch.add(saved.x_mid, delta, alpha=1.0 if factor is None else factor, out=delta)
 
 
 def tiles(call: Call, num_tokens: int) -> Iterator[tuple[slice, Call]]:
@@ -34,9 +36,9 @@ def tiles(call: Call, num_tokens: int) -> Iterator[tuple[slice, Call]]:
 
 
 def _down(call: Call, saved: Saved) -> Tensor:
-    """Return what the MLP adds to the residual stream, as a new tensor."""
-    norm = call.spec.after_mlp_norm
-    down = project("down", ops.glu(*_halves(saved.gate_up), call.spec.activation, *_gate_up_terms(call, saved)), call, saved)
+    """Return what the MLP adds to the residual stream before its multiplier, as a new tensor."""
+    norm, activation = call.spec.mlp.after, call.spec.mlp.activation
+    down = project("down", ops.glu(*_halves(saved.gate_up), activation, *_gate_up_terms(call, saved)), call, saved)
     if norm is not None:
         saved.down_out = down
         down, saved.rstd["after_mlp"] = norm.forward(down)
@@ -49,24 +51,26 @@ def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gate_up_terms(call: Call, saved: Saved) -> list[ops.LowRank | None]:
     """Return the adapters' part of gate and up, which the activation kernels add."""
-    return call.groups["gate_up"].terms(saved.low["gate_up"])
+    terms = call.groups["gate_up"].terms(saved.low["gate_up"])
+    if len(terms) == 2:
+        return terms
+    (merged,) = terms  # one layer makes both
+    return [None, None] if merged is None else [ops.LowRank(merged.low_TR, b_FR) for b_FR in merged.b_FR.chunk(2)]
 
 
 def mlp_gradient(dy: Tensor, normed: Tensor, call: Call, saved: Saved, grads: Gradients) -> Tensor:
-    spec, group = call.spec, call.groups["gate_up"]
+    spec, group = call.spec.mlp, call.groups["gate_up"]
     weights = group.weights()
     if saved.gate_up is None:
         saved.gate_up = group.bare(normed, weights)
         low_rank_hidden("gate_up", normed, call, saved)
-        if spec.after_mlp_norm is not None:
+        if spec.after is not None:
             _down(call, saved)
-    ddown = dy
-    if spec.after_mlp_norm is not None:
-        ddown = spec.after_mlp_norm.backward(dy, saved.down_out, saved.rstd["after_mlp"])
-        saved.down_out = None
+    ddown = spec.inner_gradient(dy, saved.down_out, saved.rstd.get("after_mlp"))
+    saved.down_out = None
     dgate_up = _activation_backward(ddown, call, saved, grads)
     dnormed = group_backward("gate_up", dgate_up, normed, call, saved, grads, weights)
-    return spec.mlp_norm.backward(dnormed, saved.x_mid, saved.rstd["mlp"], residual=dy)
+    return spec.input_gradient(dnormed, saved.x_mid, saved.rstd["mlp"], dy)
 
 
 def _activation_backward(ddown: Tensor, call: Call, saved: Saved, grads: Gradients) -> Tensor:
@@ -81,7 +85,7 @@ def _activation_backward(ddown: Tensor, call: Call, saved: Saved, grads: Gradien
     else:
         dhidden, term = group.bare_input_gradient(ddown), group.input_term(dlow)
     gate_up, saved.gate_up = saved.gate_up, None
-    ops.glu_backward_(dhidden, *_halves(gate_up), call.spec.activation, *_gate_up_terms(call, saved), term)
+    ops.glu_backward_(dhidden, *_halves(gate_up), call.spec.mlp.activation, *_gate_up_terms(call, saved), term)
     hidden = dhidden  # in place
     grads["down"] = group.adapter_gradients(ddown, dlow, hidden, low_rank_hidden("down", hidden, call, saved))
     return gate_up

@@ -1,12 +1,12 @@
-"""Define the parts of a fused decoder layer: norms, spec, call, saved tensors, projection groups.
+"""Define the parts of a fused decoder layer: norms, specs of its halves, call, saved tensors.
 
-Shape letters: T tokens, D hidden, K head dim.
+Shape letters: T tokens, D hidden, H heads, K head dim, R features of a head that rotate.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,16 +15,19 @@ from engine.kernels import ops
 from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.host_stash import HostStash
 from engine.layers.projection_group import ProjectionGroup, Weights
-from engine.planning.policies import GROUPS, Policy
+from engine.planning.policies import Policy
 
-PROJECTIONS = tuple(name for names in GROUPS.values() for name in names)
 Gradients = dict[str, tuple[Tensor, ...]]
 """Gradients of the adapters, by group."""
 
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm: x / rms(x) * (offset + weight). The offset is 1 in Gemma, else 0."""
+    """RMSNorm: x / rms(x) * (offset + weight). The offset is 1 in Gemma, else 0.
+
+    A row is as wide as the weight. Heads [T, H, K] are one row each with a weight of K values, and
+    one row together with a weight of H * K.
+    """
 
     weight: Tensor
     eps: float
@@ -32,13 +35,16 @@ class Norm:
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the normalised x and the reciprocal root mean square of each row, [rows]."""
-        y, rstd = ops.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps, self.offset)
+        y, rstd = ops.rms_norm(self._rows(x), self.weight, self.eps, self.offset)
         return y.view(x.shape), rstd
 
     def backward(self, dy: Tensor, x: Tensor, rstd: Tensor, residual: Tensor | None = None) -> Tensor:
-        rows = (t.reshape(-1, t.shape[-1]) for t in (dy, x))
-        extra = None if residual is None else residual.reshape(-1, residual.shape[-1])
+        rows = (self._rows(t) for t in (dy, x))
+        extra = None if residual is None else self._rows(residual)
         return ops.rms_norm_backward(*rows, self.weight, rstd, self.offset, extra).view(x.shape)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.weight.shape[0])
 
 
 def normalize(x: Tensor, norm: Norm) -> Tensor:
@@ -60,36 +66,101 @@ class _Normalize(torch.autograd.Function):
         return ctx.norm.backward(dy, x, rstd), None
 
 
-@dataclass(frozen=True)
-class LayerSpec:
-    """The part of a layer that calls do not change. Norms that a family lacks are None."""
+@dataclass(frozen=True, kw_only=True)
+class HalfSpec:
+    """The frame of a half: x + multiplier * after(half(before(x))). Missing parts are None."""
+
+    before: Norm | None = None
+    after: Norm | None = None
+    multiplier: float | None = None
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the input of the half and the norm's rstd."""
+        return (x, None) if self.before is None else self.before.forward(x)
+
+    def inner_gradient(self, dy: Tensor, out: Tensor | None, rstd: Tensor | None) -> Tensor:
+        """Return the gradient of the half's output before norm and multiplier; may be dy itself."""
+        if self.after is None:
+            return dy if self.multiplier is None else dy * self.multiplier
+        dout = self.after.backward(dy, out, rstd)
+        return dout if self.multiplier is None else dout.mul_(self.multiplier)
+
+    def input_gradient(self, dnormed: Tensor, x: Tensor, rstd: Tensor | None, dy: Tensor) -> Tensor:
+        """Return the gradient of x, with dy through the residual stream. It may overwrite dnormed."""
+        if self.before is None:
+            return dnormed.add_(dy)
+        return self.before.backward(dnormed, x, rstd, residual=dy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec(HalfSpec):
+    """The attention half.
+
+    - features: output features of the qkv group that are queries, keys and values.
+    - rotary: which features turn together; None without rotation.
+    - query_scale: how queries grow with their position in the sample.
+    """
 
     head_dim: int
-    activation: str
-    attention: AttentionOptions
-    input_norm: Norm
-    mlp_norm: Norm
+    features: tuple[int, int, int]
+    options: AttentionOptions
     q_norm: Norm | None = None
     k_norm: Norm | None = None
-    after_attention_norm: Norm | None = None
-    after_mlp_norm: Norm | None = None
+    rotary: Literal["halves", "pairs"] | None = "halves"
+    query_scale: QueryScale | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpSpec(HalfSpec):
+    """The MLP half: down(activation(gate) * up)."""
+
+    activation: str
+
+
+@dataclass(frozen=True)
+class QueryScale:
+    """Multiply queries by 1 + beta * log(1 + position // length), as Llama 4 does.
+
+    The position is that within the sample, so samples of up to `length` tokens stay as they are.
+    """
+
+    beta: float
+    length: int
+
+    def factors(self, position_ids: Tensor) -> Tensor:
+        """Return the factor of each position, in fp32."""
+        return 1 + self.beta * torch.log(1 + torch.floor(position_ids / self.length))
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The part of a layer that calls do not change: two halves, one after the other.
+
+    groups: the names of the projections of each group.
+    """
+
+    attention: AttentionSpec
+    mlp: MlpSpec
+    groups: dict[str, tuple[str, ...]]
 
 
 @dataclass
 class Call:
     """One pass through one layer.
 
-    `groups` are its projections. `cos_TK`, `sin_TK` and `documents` place the tokens. The policies
-    on the host store in `stash`.
+    `groups` are its projections. `cos_TR`, `sin_TR` and `documents` place the tokens; only the
+    first R features of a head rotate. `query_factors_T` scale the queries. The policies on the host
+    store in `stash`.
     """
 
     spec: LayerSpec
     policy: Policy
     groups: dict[str, ProjectionGroup]
-    cos_TK: Tensor
-    sin_TK: Tensor
+    cos_TR: Tensor
+    sin_TR: Tensor
     documents: Documents
     stash: HostStash
+    query_factors_T: Tensor | None = None
 
 
 @dataclass

@@ -1,12 +1,13 @@
 """Swap the decoder layers of a loaded model for fused ones, and list every swap.
 
 Only modules of that instance change; nothing is patched. The class of a decoder layer tells its
-family. A model of another family keeps its own layers, and the report says so.
+family (layer_spec.py). A model of another family keeps its own layers, and the report says so.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,15 +15,14 @@ from torch import Tensor, nn
 
 from engine.adapter.lora import LoraLinear
 from engine.errors import InputError
-from engine.layers.attention import AttentionOptions, Documents
+from engine.layers.attention import Documents
 from engine.layers.decoder_layer import decoder_layer
 from engine.layers.host_stash import HostStash
+from engine.layers.layer_spec import final_norm, layer_spec, obstacle, projection_path
 from engine.layers.projection_group import ProjectionGroup, merged_weight
-from engine.layers.structure import PROJECTIONS, Call, LayerSpec, Norm, normalize
-from engine.planning.model_shape import ACTIVATIONS, FAMILIES
-from engine.planning.policies import ATTENTION_PROJECTIONS, GROUPS, Policy, layer_policies
-
-KNOWN = tuple(dict.fromkeys(FAMILIES.values()))
+from engine.layers.structure import Call, LayerSpec, Norm, normalize
+from engine.planning.families import FAMILIES
+from engine.planning.policies import Policy, layer_policies
 
 
 @dataclass(frozen=True)
@@ -70,30 +70,47 @@ class FusedLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         document_lengths: tuple[int, ...],
         document_offsets: Tensor,
+        position_ids: Tensor | None = None,
         **__: Any,
     ) -> Tensor:
         """Return the layer's output [1, T, D] for hidden_states [1, T, D]."""
-        layers, dtype = self.projections(), hidden_states.dtype
-        groups = {
-            group: ProjectionGroup.of([layers[name] for name in names], dtype, self.weight_cache.get(group))
-            for group, names in GROUPS.items()
-        }
-        cos_TK, sin_TK = (t.squeeze(0) for t in position_embeddings)
-        call = Call(self.spec, self.policy, groups, cos_TK, sin_TK, Documents(document_lengths, document_offsets), self.stash)
-        adapters = [p for layer in layers.values() if isinstance(layer, LoraLinear) for p in (layer.lora_a, layer.lora_b)]
+        groups, dtype = self.projections(), hidden_states.dtype
+        cos_TR, sin_TR = (t.squeeze(0) for t in position_embeddings)
+        call = Call(
+            self.spec,
+            self.policy,
+            {name: ProjectionGroup.of(layers, dtype, self.weight_cache.get(name)) for name, layers in groups.items()},
+            cos_TR,
+            sin_TR,
+            Documents(document_lengths, document_offsets),
+            self.stash,
+            self._query_factors(position_ids, document_lengths),
+        )
+        adapted = [layer for layers in groups.values() for layer in layers if isinstance(layer, LoraLinear)]
+        adapters = [parameter for layer in adapted for parameter in (layer.lora_a, layer.lora_b)]
         return decoder_layer(hidden_states.squeeze(0), call, adapters).unsqueeze(0)
 
-    def projections(self) -> dict[str, nn.Module]:
-        """Return each projection by its name, with its adapter if it has one."""
-        return {name: getattr(self.self_attn if name in ATTENTION_PROJECTIONS else self.mlp, name) for name in PROJECTIONS}
+    def projections(self) -> dict[str, list[nn.Module]]:
+        """Return the projections of each group, with their adapters if they have one."""
+        return {
+            group: [attrgetter(projection_path(group, name))(self) for name in names]
+            for group, names in self.spec.groups.items()
+        }
+
+    def _query_factors(self, position_ids: Tensor | None, lengths: tuple[int, ...]) -> Tensor | None:
+        """Return the factor of each token's queries [T]; None if all are 1."""
+        scale = self.spec.attention.query_scale
+        if scale is None or max(lengths) <= scale.length:
+            return None
+        return scale.factors(position_ids.squeeze(0))
 
 
 class FusedNorm(nn.Module):
     """Replace the decoder's final norm, with its weight under the same name."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, spec: Norm) -> None:
         super().__init__()
-        self.weight, self.spec = norm.weight, _norm(norm)
+        self.weight, self.spec = norm.weight, spec
         self.replaced = (norm,)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -106,7 +123,7 @@ def survey(model: nn.Module) -> SwapReport:
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None:  # older families have other names for them
         return SwapReport((), {"all": f"{type(model).__name__} is not of a known family"})
-    reasons = {f"layers.{i}": _obstacle(layer) for i, layer in enumerate(layers)}
+    reasons = {f"layers.{i}": obstacle(layer) for i, layer in enumerate(layers)}
     fused = tuple(name for name, reason in reasons.items() if reason is None)
     return SwapReport(fused, {name: reason for name, reason in reasons.items() if reason is not None})
 
@@ -117,10 +134,10 @@ def fuse_layers(model: nn.Module) -> SwapReport:
     decoder = model.get_decoder()
     for name in report.fused:
         layer = decoder.get_submodule(name)
-        decoder.set_submodule(name, FusedLayer(layer, _spec(layer)))
+        decoder.set_submodule(name, FusedLayer(layer, layer_spec(layer)))
     if not report.fused:
         return report
-    decoder.norm = FusedNorm(decoder.norm)
+    decoder.norm = FusedNorm(decoder.norm, final_norm(decoder.norm, layer))
     return replace(report, others=("norm",))
 
 
@@ -148,9 +165,8 @@ def cache_weights(model: nn.Module, dtype: torch.dtype, num_bytes: int) -> int:
     """
     used = 0
     for layer in _fused_layers(model):
-        projections = layer.projections()
-        for group, names in GROUPS.items():
-            bases = [b.base if isinstance(b, LoraLinear) else b for b in (projections[name] for name in names)]
+        for group, members in layer.projections().items():
+            bases = [member.base if isinstance(member, LoraLinear) else member for member in members]
             size = dtype.itemsize * sum(base.in_features * base.out_features for base in bases)
             if used + size > num_bytes or not all(base.is_packed for base in bases):
                 layer.weight_cache.pop(group, None)
@@ -168,48 +184,5 @@ def _fused_layers(model: nn.Module) -> list[FusedLayer]:
 def require_fused(report: SwapReport, model_path: str) -> None:
     """Raise InputError if a layer runs unfused."""
     if report.unfused:
-        allowed = f"use model.layers=auto for this model; strict needs a known family ({', '.join(KNOWN)})"
+        allowed = f"use model.layers=auto for this model; strict needs a known family ({', '.join(family.name for family in FAMILIES.values())})"
         raise InputError("model.layers", f"strict, {model_path}", f"{report.describe()}; {allowed}")
-
-
-def _obstacle(layer: nn.Module) -> str | None:
-    kind = type(layer).__name__
-    if kind not in {f"{family}DecoderLayer" for family in KNOWN}:
-        return f"{kind} is not of a known family"
-    missing = [n for n in PROJECTIONS if not hasattr(layer.self_attn if n in ATTENTION_PROJECTIONS else layer.mlp, n)]
-    if missing:
-        return f"{kind} has no {', '.join(missing)}"
-    activation = _activation(layer)
-    return None if activation in ACTIVATIONS else f"activation {activation} has no kernel"
-
-
-def _activation(layer: nn.Module) -> str:
-    config = layer.self_attn.config
-    return getattr(config, "hidden_activation", None) or config.hidden_act
-
-
-def _spec(layer: nn.Module) -> LayerSpec:
-    attention = layer.self_attn
-    window = getattr(attention, "sliding_window", None)
-    if type(layer).__name__.startswith("Mistral"):
-        window = getattr(attention.config, "sliding_window", None)
-    four_norms = hasattr(layer, "pre_feedforward_layernorm")  # Gemma: norms before and after each half
-    return LayerSpec(
-        head_dim=attention.head_dim,
-        activation=ACTIVATIONS[_activation(layer)],
-        attention=AttentionOptions(attention.scaling, window, getattr(attention, "attn_logit_softcapping", None)),
-        input_norm=_norm(layer.input_layernorm),
-        mlp_norm=_norm(layer.pre_feedforward_layernorm if four_norms else layer.post_attention_layernorm),
-        q_norm=_norm(getattr(attention, "q_norm", None)),
-        k_norm=_norm(getattr(attention, "k_norm", None)),
-        after_attention_norm=_norm(layer.post_attention_layernorm) if four_norms else None,
-        after_mlp_norm=_norm(layer.post_feedforward_layernorm) if four_norms else None,
-    )
-
-
-def _norm(module: nn.Module | None) -> Norm | None:
-    if module is None:
-        return None
-    offset = 1.0 if type(module).__name__.startswith("Gemma") else 0.0
-    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
-    return Norm(module.weight, eps, offset)

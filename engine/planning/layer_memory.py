@@ -4,9 +4,6 @@ Each method of `Pass` stands for the function of that name in engine/layers (dec
 structure), and allocates and frees in the same order. If you change a tensor's life there, change
 it here too: a test compares both. Vectors of one value a token (rstd) and the allocator's rounding
 are left out.
-
-Shape letters: T tokens, D hidden, F MLP hidden, H query heads, G key/value heads, K head dim, L
-tokens of one sample, R rank.
 """
 
 from __future__ import annotations
@@ -16,59 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from engine.planning.compute_limits import MLP_TILE_TOKENS
-from engine.planning.layer_plan import LayerPlan, group_parameters
-from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, LOW, TRANSIENT, WEIGHTS, HostStack, LiveBytes
+from engine.planning.families import HalfNorms
+from engine.planning.layer_plan import LayerPlan
+from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, LOW, TRANSIENT, WEIGHTS, HostStack, LiveBytes, Sizes
 from engine.planning.model_shape import ModelShape
 from engine.planning.policies import Policy
 
 AttentionName = Literal["flash", "cudnn", "eager"]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The bytes of one layer's tensors: x [T, D], q [T, H, K], k [T, G, K], f [T, F], low [T, 1].
-
-    heads [T, H] is fp32. scores [H, T, L] and one sample's [H, L, L] count one byte a value.
-    weights maps each group to its dequantised weights, 0 if not packed. tile is for one tile of the
-    MLP.
-    """
-
-    x: int
-    q: int
-    k: int
-    f: int
-    low: int
-    heads: int
-    scores: int
-    sample_scores: int
-    weights: dict[str, int]
-    packed: bool
-    element: int
-    tile: Sizes | None = None
-
-    @classmethod
-    def of(cls, shape: ModelShape, tokens: int, sample_tokens: int, element: int, packed: bool) -> Sizes:
-        """Return the sizes for `tokens` in samples of `sample_tokens`, `element` bytes a value."""
-        length = min(tokens, sample_tokens)
-        return cls(
-            x=element * tokens * shape.hidden_size,
-            q=element * tokens * shape.num_heads * shape.head_dim,
-            k=element * tokens * shape.num_kv_heads * shape.head_dim,
-            f=element * tokens * shape.intermediate_size,
-            low=element * tokens,
-            heads=4 * tokens * shape.num_heads,
-            scores=shape.num_heads * tokens * length,
-            sample_scores=shape.num_heads * length * length,
-            weights={group: packed * element * number for group, number in group_parameters(shape).items()},
-            packed=packed,
-            element=element,
-            tile=cls.of(shape, MLP_TILE_TOKENS, sample_tokens, element, packed) if tokens > MLP_TILE_TOKENS else None,
-        )
-
-    @property
-    def qkv(self) -> int:
-        return self.q + 2 * self.k
+HalfName = Literal["attention", "mlp"]
 
 
 @dataclass(frozen=True)
@@ -126,8 +78,27 @@ class Pass:
         """Make x_mid, and normed_mlp, which is x_mid normalised."""
         self._attention_half(graph)
         self.live.hold(self._own("x_mid"), self.sizes.x, self._component(graph))
-        self.live.hold("normed_mlp", self.sizes.x)
+        self.live.hold("normed_mlp", self._normed("mlp"))
         self.live.drop("delta")
+
+    def _normed(self, half: HalfName) -> int:
+        """Return the bytes of a half's normalised input: 0 if no norm stands before the half."""
+        return self.sizes.x if self._norms(half).before else 0
+
+    def _norms(self, half: HalfName) -> HalfNorms:
+        return self.shape.layer.attention if half == "attention" else self.shape.layer.mlp
+
+    def _hold_branch_gradient(self, name: str, half: HalfName) -> None:
+        """Make the gradient of what norm and multiplier after a half received, if there is one."""
+        if self._norms(half).after or self.shape.layer.multiplier:
+            self.live.hold(name, self.sizes.x)
+
+    def _hold_input_gradient(self, name: str, half: HalfName) -> None:
+        """Make the gradient of a half's input; without a norm before it, in place of `dnormed`."""
+        if self._norms(half).before:
+            self.live.hold(name, self.sizes.x)
+        else:
+            self.live.rename("dnormed", name)
 
     @contextmanager
     def _tile(self) -> Iterator[Pass]:
@@ -151,17 +122,18 @@ class Pass:
     def _attention_half(self, graph: bool) -> None:
         live, s = self.live, self.sizes
         component = self._component(graph)
-        live.hold("normed", s.x)
+        live.hold("normed", self._normed("attention"))
         self._project("qkv", s.x, self._own("qkv"), s.qkv, component)
-        if self.shape.qk_norm:
-            live.hold(self._own("rotated"), s.q + s.k + s.heads + s.heads * s.k // s.q, component)  # with rstd of each head
+        if self.shape.layer.qk_norm != "none":
+            rstd = s.heads + s.heads * s.k // s.q if self.shape.layer.qk_norm == "head" else 0
+            live.hold(self._own("rotated"), s.q + s.k + rstd, component)
         if self.attention == "eager":
             live.briefly(12 * s.sample_scores, ATTENTION)  # scores, masked scores and weights, fp32
         live.hold(self._own("attention"), s.q + s.heads + (self._eager_graph() if graph else 0), component)
         self._project("o", s.q, "delta", s.x)
         if not graph:
             live.drop(self._own("attention"), self._own("rotated"))
-        if self.shape.four_norms:
+        if self._norms("attention").after:
             live.drop("delta")
             live.hold(self._own("o_out"), s.x, component)
             live.hold("delta", s.x)
@@ -177,7 +149,7 @@ class Pass:
         return (8 + s.element) * s.scores + repeated if self.attention == "eager" else 0
 
     def _mlp(self, output: str, kept: str) -> None:
-        """Walk the MLP; `kept` is the component of gate, up and, in Gemma, down's output."""
+        """Walk the MLP; `kept` is the component of gate, up and, with a norm after, down's output."""
         self._gate_up(kept, self._weights("gate_up"))
         self._down(output, kept)
 
@@ -192,7 +164,7 @@ class Pass:
         s = self.sizes
         with self.live.holding(s.f):  # act(gate) * up
             self._project("down", s.f, output, s.x, BOUNDARY)
-        if self.shape.four_norms:
+        if self._norms("mlp").after:
             self.live.drop(output)
             self.live.hold(self._own("down_out"), s.x, kept)
             self.live.hold(output, s.x, BOUNDARY)
@@ -221,7 +193,7 @@ class Pass:
         if self._own("x_mid") not in live.alive:
             self._to_mlp(graph=True)
         else:
-            live.hold("normed_mlp", s.x)
+            live.hold("normed_mlp", self._normed("mlp"))
         if s.tile is None or self._own("gate_up") in live.alive:
             self._mlp_gradient("dx_mid")
         else:
@@ -235,15 +207,14 @@ class Pass:
         with live.holding(self._weights("gate_up"), WEIGHTS):
             if self._own("gate_up") not in live.alive:
                 self._gate_up(TRANSIENT, weights=0)
-                if self.shape.four_norms:
+                if self._norms("mlp").after:
                     self._down("unused", TRANSIENT)
                     live.drop("unused")
-            if self.shape.four_norms:
-                live.hold("ddown", s.x)
-                live.drop(self._own("down_out"))
+            self._hold_branch_gradient("ddown", "mlp")
+            live.drop(self._own("down_out"))
             self._activation_backward()
             self._group_backward("gate_up", s.x, "dnormed", weights_are_there=True)
-            live.hold(output, s.x)
+            self._hold_input_gradient(output, "mlp")
         live.drop("dnormed", "ddown", self._own("gate_up"))
 
     def _activation_backward(self) -> None:
@@ -266,21 +237,20 @@ class Pass:
 
     def _attention_backward(self) -> None:
         live, s, plan = self.live, self.sizes, self.plan
-        if self.shape.four_norms:
-            live.hold("ddelta", s.x)
+        self._hold_branch_gradient("ddelta", "attention")
         if not plan.needs_dx and not plan.ranks["qkv"]:
             return live.drop("ddelta")
         self._group_backward("o", s.q, "dout")
         live.hold("dqkv", s.qkv)
         live.briefly(self._attention_workspace(), ATTENTION)
-        if self.shape.qk_norm:
+        if self.shape.layer.qk_norm != "none":
             live.briefly(s.q)
         if "normed" not in live.alive:
-            live.hold("normed", s.x)
+            live.hold("normed", self._normed("attention"))
         live.hold("dqkv_cat", s.qkv)
         if plan.needs_dx:
             self._group_backward("qkv", s.x, "dnormed")
-            live.hold("dx", s.x)
+            self._hold_input_gradient("dx", "attention")
         live.drop("ddelta", "dout", "dqkv", "dqkv_cat", "dnormed")
 
     def _attention_workspace(self) -> int:

@@ -13,7 +13,7 @@ from engine.config.targets import target_rule
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.planning.model_shape import ModelShape
-from engine.planning.policies import ATTENTION_PROJECTIONS, GROUPS, Policy, layer_policies
+from engine.planning.policies import ATTENTION_GROUPS, Policy, layer_policies
 from engine.units import GIB
 
 
@@ -44,12 +44,13 @@ def is_fused(config: TrainConfig, shape: ModelShape) -> bool:
 def can_record(config: TrainConfig, shape: ModelShape) -> bool:
     """Return True if a micro-batch can be a CUDA graph (engine/training/cuda_graphs.py).
 
-    It must run fused, on the device alone, without dropout and without attention sample by sample.
+    It must run fused, on the device alone, without dropout, attention sample by sample or rotary
+    frequencies that the library chooses on the host.
     """
     loop = config.train
     on_device = loop.activation_checkpointing != Policy.OFFLOAD and loop.host_layers == 0
     flash = not shape.attention_softcap and config.model.dtype != "float32"
-    return is_fused(config, shape) and flash and on_device and not config.lora.lora_dropout
+    return is_fused(config, shape) and flash and on_device and not config.lora.lora_dropout and not shape.rotates_by_row
 
 
 def element_bytes(config: TrainConfig) -> int:
@@ -64,7 +65,8 @@ def adapted_projections(config: TrainConfig, shape: ModelShape) -> list[tuple[st
     """
     targets = config.lora.target_modules
     is_target = target_rule(targets)
-    names = [[f"model.layers.{i}.{_part(p)}.{p}" for p in shape.projections()] for i in range(shape.num_layers)]
+    parts = [f"{'self_attn' if g in ATTENTION_GROUPS else 'mlp'}.{name}" for g, members in shape.groups.items() for name in members]
+    names = [[f"model.layers.{i}.{part}" for part in parts] for i in range(shape.num_layers)]
     chosen = [tuple(n.rpartition(".")[2] for n in layer if is_target(n)) for layer in names]
     if any(chosen):
         return chosen
@@ -96,8 +98,8 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
     plans, counts = [], (loop.keep_layers, loop.host_layers) if is_fused(config, shape) else (0, 0)
     policies = layer_policies(shape.num_layers, Policy.of(loop.activation_checkpointing), *counts)
     for i, names in enumerate(adapted):
-        ranks = {group: config.lora.rank * sum(n in names for n in members) for group, members in GROUPS.items()}
-        adapter = {group: sum(sizes[n] for n in members if n in names) for group, members in GROUPS.items()}
+        ranks = {group: config.lora.rank * sum(n in names for n in members) for group, members in shape.groups.items()}
+        adapter = {group: sum(sizes[n] for n in members if n in names) for group, members in shape.groups.items()}
         plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, i > first))
     return plans
 
@@ -105,7 +107,7 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
 def group_parameters(shape: ModelShape) -> dict[str, int]:
     """Return the number of frozen weights in each group of one layer."""
     features = shape.projections()
-    return {group: sum(math.prod(features[name]) for name in names) for group, names in GROUPS.items()}
+    return {group: sum(math.prod(features[name]) for name in names) for group, names in shape.groups.items()}
 
 
 def _cached_groups(config: TrainConfig, shape: ModelShape) -> list[frozenset[str]]:
@@ -125,7 +127,3 @@ def _cached_groups(config: TrainConfig, shape: ModelShape) -> list[frozenset[str
                 chosen.append(group)
         cached.append(frozenset(chosen))
     return cached
-
-
-def _part(projection: str) -> str:
-    return "self_attn" if projection in ATTENTION_PROJECTIONS else "mlp"

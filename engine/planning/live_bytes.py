@@ -1,6 +1,10 @@
 """Count the bytes that are alive during a computation, by component, and their peak. No torch.
 
-`HostStack` does to them what `HostStash` (engine/layers/host_stash.py) does to tensors.
+`HostStack` does to them what `HostStash` (engine/layers/host_stash.py) does to tensors. `Sizes` are
+the bytes of one layer's tensors.
+
+Shape letters: T tokens, D hidden, F MLP hidden, H query heads, G key/value heads, K head dim, L
+tokens of one sample.
 """
 
 from __future__ import annotations
@@ -10,11 +14,59 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from engine.planning.compute_limits import HOST_IN_FLIGHT, HOST_LAG
+from engine.planning.compute_limits import HOST_IN_FLIGHT, HOST_LAG, MLP_TILE_TOKENS
+from engine.planning.layer_plan import group_parameters
+from engine.planning.model_shape import ModelShape
 
 KEPT, TRANSIENT, WEIGHTS, ATTENTION, BOUNDARY, LOW = (
     "kept activations", "transients", "dequantised weights", "attention workspace", "layer boundaries", "low-rank hidden",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The bytes of one layer's tensors: x [T, D], q [T, H, K], k [T, G, K], f [T, F], low [T, 1].
+
+    heads [T, H] is fp32. scores [H, T, L] and one sample's [H, L, L] count one byte a value.
+    weights maps each group to its dequantised weights, 0 if not packed. tile is for one tile of the
+    MLP.
+    """
+
+    x: int
+    q: int
+    k: int
+    f: int
+    low: int
+    heads: int
+    scores: int
+    sample_scores: int
+    weights: dict[str, int]
+    packed: bool
+    element: int
+    tile: Sizes | None = None
+
+    @classmethod
+    def of(cls, shape: ModelShape, tokens: int, sample_tokens: int, element: int, packed: bool) -> Sizes:
+        """Return the sizes for `tokens` in samples of `sample_tokens`, `element` bytes a value."""
+        length = min(tokens, sample_tokens)
+        return cls(
+            x=element * tokens * shape.hidden_size,
+            q=element * tokens * shape.num_heads * shape.head_dim,
+            k=element * tokens * shape.num_kv_heads * shape.head_dim,
+            f=element * tokens * shape.intermediate_size,
+            low=element * tokens,
+            heads=4 * tokens * shape.num_heads,
+            scores=shape.num_heads * tokens * length,
+            sample_scores=shape.num_heads * length * length,
+            weights={group: packed * element * number for group, number in group_parameters(shape).items()},
+            packed=packed,
+            element=element,
+            tile=cls.of(shape, MLP_TILE_TOKENS, sample_tokens, element, packed) if tokens > MLP_TILE_TOKENS else None,
+        )
+
+    @property
+    def qkv(self) -> int:
+        return self.q + 2 * self.k
 
 
 @dataclass

@@ -18,9 +18,9 @@ from typing import Literal
 
 from engine.config.trial import TrainConfig
 from engine.planning.compute_limits import EVALUATION_ROW_TOKENS, HOST_EMBEDDING_MIN_BYTES, LOSS_CHUNK_BYTES
-from engine.planning.layer_memory import AttentionName, Pass, Sizes
+from engine.planning.layer_memory import AttentionName, Pass
 from engine.planning.layer_plan import element_bytes, group_parameters, is_fused, plan_layers
-from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, HostStack, LiveBytes
+from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, HostStack, LiveBytes, Sizes
 from engine.planning.model_shape import ModelShape
 from engine.planning.policies import Policy
 from engine.units import GIB
@@ -194,13 +194,14 @@ class _Walk:
     def _begin(self, phase: str, tokens: int, sample_tokens: int) -> Sizes:
         """Enter a phase with a batch on the device.
 
-        The batch is at most five int64 tensors, rotary tables (two pairs in Gemma 3) and the
-        embedded tokens.
+        The batch is at most five int64 tensors, cos and sin of each kind of layer, and the embedded
+        tokens.
         """
-        tables = 4 if self.shape.family == "gemma3" else 2
+        layer = self.shape.layer
+        rotary = 2 * layer.rotary_tables * (4 if layer.rotary_fp32 else self.element) * tokens * self.shape.head_dim
         sizes = Sizes.of(self.shape, tokens, sample_tokens, self.element, self.config.model.quantization == "nf4")
         self.live.enter(phase)
-        self.live.hold("batch", 40 * tokens + tables * self.element * tokens * self.shape.head_dim, "batch and rotary")
+        self.live.hold("batch", 40 * tokens + rotary, "batch and rotary")
         self.live.hold("0.x", sizes.x, BOUNDARY)
         return sizes
 
@@ -259,7 +260,8 @@ class _Walk:
         adds each projection's masked input and mask.
         """
         s, shape = sizes, self.shape
-        norms = (4 if shape.four_norms else 2) * s.x + (s.q + s.k if shape.qk_norm else 0)
+        layer = shape.layer
+        norms = (layer.attention.number + layer.mlp.number) * s.x + (s.q + s.k if layer.qk_norm != "none" else 0)
         total = 4 * norms // s.element + 2 * s.x + s.qkv + s.q + s.heads + 4 * s.f + 10 * self._eager_scores(s)
         return total + (3 * (5 * s.x + s.q + s.f) // 2 if self.config.lora.lora_dropout else 0)
 

@@ -10,30 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import InputError
+from engine.planning.families import ACTIVATIONS, FAMILIES, OTHER, OTHER_TYPES, Family
 
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2",
-            "gemma3": "Gemma3", "gemma3_text": "Gemma3"}  # fmt: skip
-"""model_type -> family whose decoder layers run fused. The names of its classes begin with it."""
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""Activation -> the kernels' name for it. A layer with another activation runs unfused."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 """Keys of config.json that say how many experts a layer has."""
-# Values that transformers (5.17) uses if a config.json leaves a key out, as those of Gemma 3 do.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma2": {"head_dim": 256, "tie_word_embeddings": True, "attn_logit_softcapping": 50.0},
-    "gemma3": {"head_dim": 256, "tie_word_embeddings": True, "vocab_size": 262_208, "num_attention_heads": 8,
-               "num_key_value_heads": 4},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """The shape of a model's text decoder.
 
-    - four_norms: True if norms stand before and after each half of a layer, as in Gemma.
-    - family: one of FAMILIES' values in lower case, or "other".
+    - qkv_bias, o_bias, mlp_bias: True if these projections have a bias.
+    - family: a key of FAMILIES, or "other".
     - attention_softcap: True if scores pass through a tanh, which no fast attention supports.
     - sliding_window: number of keys that a query sees; None if it sees all.
+    - rotates_by_row: True if rotary frequencies depend on the longest sample of a row, which the
+      library looks for on the host.
     """
 
     num_layers: int
@@ -45,11 +37,12 @@ class ModelShape:
     vocab_size: int
     tied_embeddings: bool = False
     qkv_bias: bool = False
-    qk_norm: bool = False
-    four_norms: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
     family: str = "llama"
     attention_softcap: bool = False
     sliding_window: int | None = None
+    rotates_by_row: bool = False
 
     @classmethod
     def known(cls, config: dict[str, Any], where: str) -> ModelShape | None:
@@ -75,9 +68,9 @@ class ModelShape:
             if isinstance(config.get(key), int) and config[key] > 1:
                 raise InputError(f"{where}: {key}", config[key], "nothing is predicted for a model with experts")
         kind = str(config.get("model_type") or outer.get("model_type") or "")
-        activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
-        family = FAMILIES.get(kind, "other").lower() if activation in ACTIVATIONS else "other"
-        known = {"tie_word_embeddings": outer.get("tie_word_embeddings"), **DEFAULTS.get(family, {})}
+        family = _family(OTHER_TYPES.get(kind, kind), config)
+        layer = FAMILIES.get(family, OTHER)
+        known = {"tie_word_embeddings": outer.get("tie_word_embeddings"), **layer.defaults}
         values = {**{k: v for k, v in known.items() if v is not None}, **{k: v for k, v in config.items() if v is not None}}
 
         def number(key: str, default: int | None = None) -> int:
@@ -100,22 +93,36 @@ class ModelShape:
             head_dim=number("head_dim", hidden_size // num_heads),
             vocab_size=number("vocab_size"),
             tied_embeddings=bool(values.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2" or bool(values.get("attention_bias", False)),
-            qk_norm=family in ("qwen3", "gemma3"),
-            four_norms=family in ("gemma2", "gemma3"),
+            qkv_bias=_has_bias(layer, "qkv", values),
+            o_bias=_has_bias(layer, "o", values),
+            mlp_bias=_has_bias(layer, "gate_up", values),
             family=family,
             attention_softcap=family == "gemma2" and bool(values.get("attn_logit_softcapping")),
             sliding_window=window if isinstance(window, int) and not isinstance(window, bool) else None,
+            rotates_by_row=_rotates_by_row(values),
         )
 
+    @property
+    def layer(self) -> Family:
+        """Return the description of the decoder layers."""
+        return FAMILIES.get(self.family, OTHER)
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Return the linear layers of a decoder layer, by group."""
+        return self.layer.groups
+
     def projections(self) -> dict[str, tuple[int, int]]:
-        """Return (output, input) features of a decoder layer's seven linear layers, by name."""
+        """Return (output, input) features of a decoder layer's linear layers, by name."""
         D, F = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
-            "q_proj": (q, D), "k_proj": (kv, D), "v_proj": (kv, D), "o_proj": (D, q),
-            "gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F),
-        }  # fmt: skip
+        sizes = {"qkv": ((q, kv, kv), D), "o": ((D,), q), "gate_up": ((F, F), D), "down": ((D,), F)}
+        found = {}
+        for group, members in self.groups.items():
+            outputs, inputs = sizes[group]
+            outputs = outputs if len(members) == len(outputs) else (sum(outputs),)  # one merged layer
+            found |= {name: (size, inputs) for name, size in zip(members, outputs)}
+        return found
 
     @property
     def linear_parameters(self) -> int:
@@ -125,13 +132,35 @@ class ModelShape:
     @property
     def vector_parameters(self) -> int:
         """Return the number of values in all norms and biases, the final norm included."""
-        D, K = self.hidden_size, self.head_dim
-        norms = (4 if self.four_norms else 2) * D + (2 * K if self.qk_norm else 0)
+        D, F, K, layer = self.hidden_size, self.intermediate_size, self.head_dim, self.layer
+        norms = (layer.attention.number + layer.mlp.number) * D
+        heads = {"none": 0, "head": 2, "whole": self.num_heads + self.num_kv_heads}[layer.qk_norm]
         bias = (self.num_heads + 2 * self.num_kv_heads) * K if self.qkv_bias else 0
-        return self.num_layers * (norms + bias) + D
+        bias += (D if self.o_bias else 0) + (2 * F + D if self.mlp_bias else 0)
+        return self.num_layers * (norms + heads * K + bias) + D
 
     @property
     def num_parameters(self) -> int:
         """Return the number of all parameters; tied embeddings count once."""
         embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
         return self.num_layers * self.linear_parameters + self.vector_parameters + embeddings
+
+
+def _family(kind: str, config: dict[str, Any]) -> str:
+    """Return the key of the family, or "other" if its layers run unfused with these values."""
+    activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+    if kind not in FAMILIES or activation not in ACTIVATIONS:
+        return "other"
+    values = {**FAMILIES[kind].defaults, **config}
+    return "other" if any(values.get(key) for key in FAMILIES[kind].no_dropout) else kind
+
+
+def _has_bias(layer: Family, group: str, values: dict[str, Any]) -> bool:
+    key = layer.biases.get(group, False)
+    return key if isinstance(key, bool) else bool(values.get(key, False))
+
+
+def _rotates_by_row(values: dict[str, Any]) -> bool:
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    kinds = [rope, *rope.values()] if isinstance(rope, dict) else []
+    return any((k.get("rope_type") or k.get("type")) in ("dynamic", "longrope") for k in kinds if isinstance(k, dict))

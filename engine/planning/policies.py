@@ -6,8 +6,9 @@ from enum import StrEnum
 
 from engine.config.trial import BOOL_POLICIES
 
-GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
-ATTENTION_PROJECTIONS = (*GROUPS["qkv"], *GROUPS["o"])
+GROUPS = ("qkv", "o", "gate_up", "down")
+"""The groups of linear layers in a decoder layer. Those of a group read the same input."""
+ATTENTION_GROUPS = ("qkv", "o")
 
 
 class Policy(StrEnum):

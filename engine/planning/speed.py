@@ -25,9 +25,9 @@ from typing import Literal
 from engine.config.trial import TrainConfig
 from engine.planning.cards import Card
 from engine.planning.copy_waits import LayerTimes, waiting_ms
-from engine.planning.layer_memory import Pass, Sizes
+from engine.planning.layer_memory import Pass
 from engine.planning.layer_plan import LayerPlan, group_parameters, is_fused, plan_layers
-from engine.planning.live_bytes import HostStack, LiveBytes
+from engine.planning.live_bytes import HostStack, LiveBytes, Sizes
 from engine.planning.model_shape import ModelShape
 from engine.planning.policies import GROUPS, Policy
 
@@ -155,7 +155,7 @@ def _forward(plan: LayerPlan, step: _Step) -> _Work:
     for group in GROUPS:
         _add_matmul(work, group, plan, step)
     s = step.sizes
-    work.plain_bytes = _attention_half_bytes(step) + 4 * s.x + 3 * s.x + (4 * s.x if step.shape.four_norms else 0)
+    work.plain_bytes = _attention_half_bytes(step) + 4 * s.x + 3 * s.x + 2 * s.x * _norms_after(step.shape)
     work.activation_bytes = 3 * s.f
     _add_attention(work, step, 1.0, EAGER_BYTES[0])
     return work
@@ -172,7 +172,8 @@ def _backward(plan: LayerPlan, step: _Step) -> _Work:
     for group in GROUPS:
         if group != "qkv" or plan.needs_dx:
             _add_matmul(work, group, plan, step, is_backward=True)
-    norms = 2 * s.x + 4 * s.x + 4 * s.x + (8 * s.x if shape.four_norms else 0) + (3 * (s.q + s.k) if shape.qk_norm else 0)
+    norms = 2 * s.x + 4 * s.x + 4 * s.x + 4 * s.x * _norms_after(shape) + (3 * (s.q + s.k) if _has_qk_norm(shape) else 0)
+    norms += 4 * s.x if shape.layer.multiplier else 0
     work.plain_bytes = norms + 2 * (s.q + s.k) + 2 * s.qkv
     work.activation_bytes = 6 * s.f
     _add_attention(work, step, 2.5, EAGER_BYTES[1])
@@ -183,7 +184,7 @@ def _backward(plan: LayerPlan, step: _Step) -> _Work:
         _add_attention(work, step, ATTENTION_BACKWARD, EAGER_BYTES[0])  # at the speed of a forward pass
     if plan.policy is not Policy.KEEP and (plan.policy is not Policy.HOST or s.tile is not None):
         work.matmul += 2 * step.tokens * step.parameters["gate_up"]
-        if not step.is_fused or shape.four_norms:
+        if not step.is_fused or shape.layer.mlp.after:
             _add_matmul(work, "down", plan, step)
             work.activation_bytes += 3 * s.f
     return work
@@ -213,7 +214,16 @@ def _add_matmul(work: _Work, group: str, plan: LayerPlan, step: _Step, is_backwa
 def _attention_half_bytes(step: _Step) -> int:
     """Return the bytes that norm and rotation move."""
     s = step.sizes
-    return 2 * s.x + 2 * (s.q + s.k) * (2 if step.shape.qk_norm else 1)
+    return 2 * s.x + 2 * (s.q + s.k) * (2 if _has_qk_norm(step.shape) else 1)
+
+
+def _norms_after(shape: ModelShape) -> int:
+    """Return how many of the two halves have a norm after them."""
+    return sum(half.after is not None for half in (shape.layer.attention, shape.layer.mlp))
+
+
+def _has_qk_norm(shape: ModelShape) -> bool:
+    return shape.layer.qk_norm != "none"
 
 
 def _add_attention(work: _Work, step: _Step, factor: float, eager_bytes: int) -> None:

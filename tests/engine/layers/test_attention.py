@@ -5,8 +5,7 @@ import torch
 
 from engine.data.packing import collate
 from engine.data.views import load_data
-from engine.layers import attention
-from engine.layers import decoder_layer as fused
+from engine.layers import attention, attention_half
 from engine.layers.loss import linear_cross_entropy
 from tests.support.trials import build
 
@@ -38,7 +37,7 @@ def test_that_comparison_fails_when_attention_crosses_samples(tiny_config, base,
 
     with torch.no_grad():
         alone = torch.cat([token_losses(base, [sample]) for sample in samples])
-        monkeypatch.setattr(fused, "attend", leaky)
+        monkeypatch.setattr(attention_half, "attend", leaky)
         packed = token_losses(base, samples)
     assert not torch.allclose(packed, alone, rtol=1e-5, atol=1e-5)
 

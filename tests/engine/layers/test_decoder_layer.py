@@ -8,7 +8,6 @@ import transformers
 
 from engine.adapter.lora import attach, trainable_parameters
 from engine.config.trial import LoraConfig
-from engine.data.packing import Sample, collate
 from engine.errors import InputError
 from engine.layers import attention
 from engine.layers import decoder_layer as fused
@@ -16,68 +15,9 @@ from engine.layers.swap import FusedLayer, cache_weights, fuse_layers, require_f
 from engine.planning import compute_limits
 from engine.planning.policies import Policy, layer_policies
 from engine.quant.frozen_linear import freeze_linears
+from tests.support.fused_layers import FAMILIES, SMALL, batch, build, hidden_states, run, worst
 
-SMALL = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2,
-}  # fmt: skip
-FAMILIES = {
-    "Llama": {},
-    "Mistral": {"sliding_window": 5},
-    "Qwen2": {},
-    "Qwen3": {},
-    "Gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 3.0},
-    "Gemma3Text": {"sliding_window": 5, "query_pre_attn_scalar": 16},
-}
 TARGETS = ["all-linear", ("q_proj", "v_proj"), ("down_proj",), ("layers.1.mlp.gate_proj",), ("k_proj", "o_proj", "up_proj")]
-
-
-def build(family, layers="original"):
-    """Build a tiny random fp32 model of the family, with norm weights and biases not neutral."""
-    attention.register()
-    name = "Gemma3" if family == "Gemma3Text" else family
-    config = getattr(transformers, f"{family}Config")(**{**SMALL, **FAMILIES[family]}, attn_implementation=attention.NAME)
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).float()
-    for parameter_name, parameter in model.named_parameters():
-        if "norm" in parameter_name or parameter_name.endswith("bias"):
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    model.requires_grad_(False)
-    names = freeze_linears(model, skip=[model.get_output_embeddings()])
-    report = fuse_layers(model) if layers == "fused" else None
-    return model, names, report
-
-
-def batch():
-    random = torch.Generator().manual_seed(1)
-    ids = [torch.randint(3, 97, (n,), generator=random).numpy() for n in (11, 1, 18)]
-    return collate([Sample(i, i > 0) for i in ids])
-
-
-def run(model, names, lora, policy=Policy.KEEP, seed=0, cached=0):
-    """Return (hidden states, gradients by name) of one pass with a random cotangent."""
-    layers = attach(model, names, lora, 3)
-    random = torch.Generator().manual_seed(2)
-    for layer in layers.values():
-        layer.lora_b.data.normal_(0, 0.2, generator=random)
-    set_policy(model, policy)
-    cache_weights(model, torch.float32, cached)
-    model.train()
-    torch.manual_seed(seed)
-    row = batch()
-    hidden = model.get_decoder()(
-        input_ids=row.input_ids_T[None], position_ids=row.position_ids_T[None], use_cache=False,
-        document_lengths=row.document_lengths, document_offsets=row.document_offsets,
-    ).last_hidden_state  # fmt: skip
-    cotangent = torch.randn(hidden.shape, generator=random)
-    gradients = torch.autograd.grad((hidden * cotangent).sum(), trainable_parameters(layers))
-    return [hidden.detach(), *gradients]
-
-
-def worst(ours, theirs):
-    assert len(ours) == len(theirs)
-    return max(float((a - b).norm() / b.norm().clamp_min(1e-6)) for a, b in zip(ours, theirs))
 
 
 @pytest.mark.parametrize("policy", Policy)
@@ -101,16 +41,19 @@ def test_any_subset_of_targets_has_the_same_gradients(targets):
 def test_that_comparison_fails_for_a_wrong_layer(change):
     import dataclasses
 
+    def with_options(half, **changes):
+        return dataclasses.replace(half, options=dataclasses.replace(half.options, **changes))
+
     lora = LoraConfig(rank=3)
     theirs = run(*build("Mistral")[:2], lora)
     model, names, _ = build("Mistral", "fused")
     for module in model.modules():
         if isinstance(module, FusedLayer):
-            options = module.spec.attention
+            mlp, half = module.spec.mlp, module.spec.attention
             wrong = {
-                "norm": {"mlp_norm": dataclasses.replace(module.spec.mlp_norm, eps=1e-2)},
-                "window": {"attention": dataclasses.replace(options, sliding_window=6)},
-                "scaling": {"attention": dataclasses.replace(options, scaling=0.26)},
+                "norm": {"mlp": dataclasses.replace(mlp, before=dataclasses.replace(mlp.before, eps=1e-2))},
+                "window": {"attention": with_options(half, sliding_window=6)},
+                "scaling": {"attention": with_options(half, scaling=0.26)},
             }[change]
             module.spec = dataclasses.replace(module.spec, **wrong)
     assert worst(run(model, names, lora), theirs) > 2e-4
@@ -140,10 +83,7 @@ def test_dropout_gradients_are_those_of_the_function_that_was_computed():
 
     def loss():
         torch.manual_seed(5)
-        return model.get_decoder()(
-            input_ids=row.input_ids_T[None], position_ids=row.position_ids_T[None], use_cache=False,
-            document_lengths=row.document_lengths, document_offsets=row.document_offsets,
-        ).last_hidden_state.sin().sum()  # fmt: skip
+        return hidden_states(model, row).sin().sum()
 
     gradients = torch.autograd.grad(loss(), parameters)
     step = 1e-6

@@ -31,9 +31,10 @@ SINGLE = "its own layers; one sample a row"
         ("llama", "fused layers"),
         ("qwen3", "fused layers"),
         ("gemma3_text", "fused layers"),
-        ("olmo2", PACKED),
-        ("phi3", PACKED),
-        ("granite", PACKED),
+        ("olmo2", "fused layers"),
+        ("granite", "fused layers"),
+        ("apertus", PACKED),
+        ("starcoder2", PACKED),
         ("deepseek_v3", PACKED),
         ("qwen3_moe", PACKED),
         ("qwen3_5_text", SINGLE),
@@ -74,10 +75,13 @@ def test_layers_whose_weight_the_model_reads_itself_stay_as_they_are():
 def test_wrong_fused_layers_give_way_to_the_model_s_own(monkeypatch):
     right = guard.fuse_layers
 
+    def wrongly_scaled(half):
+        return replace(half, options=replace(half.options, scaling=0.1))
+
     def wrong(model):
         report = right(model)
         for layer in model.model.layers:
-            layer.spec = replace(layer.spec, attention=replace(layer.spec.attention, scaling=0.1))
+            layer.spec = replace(layer.spec, attention=wrongly_scaled(layer.spec.attention))
         return report
 
     monkeypatch.setattr(guard, "fuse_layers", wrong)
@@ -90,7 +94,7 @@ def test_wrong_fused_layers_give_way_to_the_model_s_own(monkeypatch):
 def test_wrong_attention_gives_way_to_the_library_s(monkeypatch):
     right = attention.attend
     monkeypatch.setattr(attention, "attend", lambda q, k, v, documents, options: right(q, k, 1.1 * v, documents, options))
-    assert kind(judge("phi3")) == "its own layers; the model's own attention (sdpa), one sample a row"
+    assert kind(judge("apertus")) == "its own layers; the model's own attention (sdpa), one sample a row"
 
 
 def test_a_wrong_gradient_is_found_though_the_losses_are_right(monkeypatch):
@@ -98,7 +102,7 @@ def test_a_wrong_gradient_is_found_though_the_losses_are_right(monkeypatch):
 
     right = _FrozenMatmul.backward
     monkeypatch.setattr(_FrozenMatmul, "backward", staticmethod(lambda ctx, grad: (1.1 * right(ctx, grad)[0], None)))
-    assert "gradient" in str(judge("olmo2"))
+    assert "gradient" in str(judge("apertus"))
 
 
 def test_a_loaded_model_whose_losses_differ_is_refused_and_a_leak_means_one_sample_a_row(base, monkeypatch):

@@ -19,17 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.adapter.lora import LoraLinear
 from engine.config.trial import LoraConfig, TrainConfig
 from engine.kernels import ops
+from engine.layers import attention_half
 from engine.layers import decoder_layer as fused
 from engine.layers import projection_group as projection
 from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.host_stash import HostStash
 from engine.layers.projection_group import ProjectionGroup
-from engine.layers.structure import Call, LayerSpec, Norm
-from engine.planning.layer_memory import Pass, Sizes
+from engine.layers.structure import AttentionSpec, Call, LayerSpec, MlpSpec, Norm
+from engine.planning.families import HalfNorms
+from engine.planning.layer_memory import Pass
 from engine.planning.layer_plan import plan_layers
-from engine.planning.live_bytes import HostStack, LiveBytes
+from engine.planning.live_bytes import HostStack, LiveBytes, Sizes
 from engine.planning.model_shape import ModelShape
-from engine.planning.policies import GROUPS, LADDER
+from engine.planning.policies import LADDER
 from engine.quant.frozen_linear import FrozenLinear
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 3, "hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8,
@@ -39,6 +41,9 @@ FAMILIES = {
     "qwen2": {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 8},
     "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 128},
     "gemma3": {**LLAMA, "model_type": "gemma3_text", "head_dim": 128},
+    "granite": {**LLAMA, "model_type": "granite"},
+    "olmo3": {**LLAMA, "model_type": "olmo3"},
+    "phi3": {**LLAMA, "model_type": "phi3"},
 }
 POLICIES = tuple(policy.value for policy in LADDER)
 LENGTH = 1024
@@ -151,7 +156,7 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "rope_", lambda *_, **__: None)
     monkeypatch.setattr(ops, "glu", lambda gate, *_: like(gate))
     monkeypatch.setattr(ops, "glu_backward_", lambda *_: None)
-    monkeypatch.setattr(fused, "attend", lambda q, k, v, *_: Attention.apply(q, k, v))
+    monkeypatch.setattr(attention_half, "attend", lambda q, k, v, *_: Attention.apply(q, k, v))
     monkeypatch.setattr(FrozenLinear, "is_packed", property(lambda self: True))
     monkeypatch.setattr(FrozenLinear, "dequantized", dequantized)
     monkeypatch.setattr(ProjectionGroup, "_mask", mask)
@@ -168,22 +173,39 @@ class Layer:
 
 def build(config: TrainConfig, shape: ModelShape, tokens: int) -> list[Layer]:
     layers, stash = [], Stash()
-    norm = Norm(torch.empty(shape.hidden_size, device="meta"), 1e-5, 0.0)
-    head_norm = Norm(torch.empty(shape.head_dim, device="meta"), 1e-5, 0.0) if shape.qk_norm else None
-    extra = norm if shape.four_norms else None
-    spec = LayerSpec(shape.head_dim, "silu", AttentionOptions(), norm, norm, head_norm, head_norm, extra, extra)
+    spec = spec_of(shape)
     table = torch.empty(tokens, shape.head_dim, dtype=torch.bfloat16, device="meta")
     documents = Documents((LENGTH,) * (tokens // LENGTH), torch.empty(1))
     for plan in plan_layers(config, shape):
         modules = {name: _linear(*features, config.lora) for name, features in shape.projections().items()}
         groups = {}
-        for group, names in GROUPS.items():
+        for group, names in shape.groups.items():
             size = (sum(shape.projections()[n][0] for n in names), shape.projections()[names[0]][1])
             cached = torch.empty(size, dtype=torch.bfloat16, device="meta") if group in plan.cached else None
             groups[group] = ProjectionGroup.of([modules[name] for name in names], torch.bfloat16, cached)
         adapters = [p for module in modules.values() for p in (module.lora_a, module.lora_b)]
         layers.append(Layer(Call(spec, plan.policy, groups, table, table, documents, stash), adapters))
     return layers
+
+
+def spec_of(shape: ModelShape) -> LayerSpec:
+    """Return the spec of a layer, as engine/layers/layer_spec.py reads it from a loaded one."""
+    family, heads = shape.layer, (shape.num_heads, shape.num_kv_heads)
+
+    def norm(width: int) -> Norm:
+        return Norm(torch.empty(width, device="meta"), 1e-5, 0.0)
+
+    def frame(half: HalfNorms) -> dict[str, Any]:
+        norms = {place: norm(shape.hidden_size) if getattr(half, place) else None for place in ("before", "after")}
+        return {**norms, "multiplier": 0.5 if family.multiplier else None}
+
+    widths = {"none": None, "head": (1, 1), "whole": heads}[family.qk_norm]
+    q_norm, k_norm = (None, None) if widths is None else (norm(n * shape.head_dim) for n in widths)
+    q, k = (number * shape.head_dim for number in heads)
+    attention = AttentionSpec(
+        **frame(family.attention), head_dim=shape.head_dim, features=(q, k, k), options=AttentionOptions(), q_norm=q_norm, k_norm=k_norm
+    )
+    return LayerSpec(attention, MlpSpec(**frame(family.mlp), activation="silu"), family.groups)
 
 
 def _linear(out_features: int, in_features: int, config: LoraConfig) -> LoraLinear:
@@ -201,7 +223,7 @@ def counted(layers: list[Layer], shape: ModelShape, tokens: int) -> int:
     """Return the peak bytes of forward and backward through the layers."""
     with Storages() as storages:
         for one in layers:
-            storages.ignore(*one.adapters, *(p.grad for p in one.adapters), one.call.cos_TK)
+            storages.ignore(*one.adapters, *(p.grad for p in one.adapters), one.call.cos_TR)
             groups = one.call.groups.values()
             storages.ignore(*(t for g in groups for pair in g.adapters for t in pair))
             storages.ignore(*(g.cached for g in groups if g.cached is not None))

@@ -224,7 +224,7 @@ def test_a_config_with_something_left_auto_is_refused() -> None:
 
 @pytest.mark.parametrize("changes", [{"model": {"layers": "original"}}, {}], ids=["original", "other family"])
 def test_unfused_layers_need_more_and_say_that_it_is_rough(changes: dict[str, Any]) -> None:
-    shape = SHAPES["llama-3.1-8b"] if changes else ModelShape.of({**LLAMA_8B, "model_type": "olmo2"}, "x")
+    shape = SHAPES["llama-3.1-8b"] if changes else ModelShape.of({**LLAMA_8B, "model_type": "olmo"}, "x")
     for policy in ("recompute", "keep"):
         unfused = predict_memory(config_of(policy=policy, **changes), shape)
         assert unfused.rough and "about" in unfused.describe()

@@ -1,0 +1,139 @@
+"""Describe the decoder layer of each family of models whose layers run fused, as data. No torch.
+
+A layer has two halves, attention and MLP. Each adds to the residual stream
+
+    x + multiplier * after(half(before(x)))
+
+where `before` and `after` are norms, and any of the three may be missing. A `Family` says which are
+there and under which attribute of the library's layer. `engine/layers/layer_spec.py` reads a loaded
+layer by it, and `engine/planning/model_shape.py` a config.json. A new family is a new entry.
+
+A path is attributes from the library's decoder layer on, joined by dots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""Activation -> the kernels' name for it. A layer with another activation runs unfused."""
+
+WINDOWED = "windowed"
+
+
+@dataclass(frozen=True)
+class HalfNorms:
+    """The attributes of the norms before and after a half; None for one that is not there."""
+
+    before: str | None
+    after: str | None = None
+
+    @property
+    def number(self) -> int:
+        return (self.before is not None) + (self.after is not None)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The decoder layer of one family.
+
+    - name: the names of its classes begin with it.
+    - attention, mlp: the norms around each half.
+    - qkv, gate_up: the linear layers that make queries, keys and values, and gate and up. One
+      merged layer has their features in this order.
+    - qk_norm: queries and keys are normalised, each `head` alone or all heads as one `whole`.
+    - norm_offset: what a norm adds to its weight.
+    - window: path of the number of keys that a query sees, for layers where the flag `slides` is
+      true.
+    - rotary: which features turn together, those of two `halves` or neighbours (`pairs`).
+    - rotates: path of a flag that is true where queries and keys rotate. WINDOWED: they rotate in
+      layers with a window, and in all layers if the model has no window.
+    - multiplier: path of the factor of both halves.
+    - query_scale: True if queries grow with their position in the sample, as in Llama 4.
+    - no_dropout: config keys of dropouts that must be 0.
+    - biases: config keys that say whether projections have a bias, by group; True for always.
+    - defaults: what a config.json means that leaves these keys out (transformers 5.23).
+    - rotary_tables: how many kinds of layers have cos and sin of their own.
+    - rotary_fp32: True if cos and sin are fp32 whatever the activations are.
+    """
+
+    name: str
+    attention: HalfNorms = HalfNorms("input_layernorm")
+    mlp: HalfNorms = HalfNorms("post_attention_layernorm")
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    qk_norm: Literal["none", "head", "whole"] = "none"
+    norm_offset: float = 0.0
+    window: str | None = None
+    slides: str | None = None
+    rotary: Literal["halves", "pairs"] = "halves"
+    rotates: str | None = None
+    multiplier: str | None = None
+    query_scale: bool = False
+    no_dropout: tuple[str, ...] = ("attention_dropout",)
+    biases: dict[str, str | bool] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    rotary_tables: int = 1
+    rotary_fp32: bool = False
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Return the members of each group of projections: linear layers with one input."""
+        return {"qkv": self.qkv, "o": ("o_proj",), "gate_up": self.gate_up, "down": ("down_proj",)}
+
+
+_GEMMA = {
+    "attention": HalfNorms("input_layernorm", "post_attention_layernorm"),
+    "mlp": HalfNorms("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    "norm_offset": 1.0,
+    "biases": {"qkv": "attention_bias", "o": "attention_bias"},
+}
+_NORMS_AFTER = {
+    "attention": HalfNorms(None, "post_attention_layernorm"), "mlp": HalfNorms(None, "post_feedforward_layernorm"),
+}  # fmt: skip
+_GLM = {"gate_up": ("gate_up_proj",), "rotary": "pairs", "biases": {"qkv": "attention_bias"}}
+_ATTENTION_BIAS = {"qkv": "attention_bias", "o": "attention_bias"}
+_ALL_BIASES = {**_ATTENTION_BIAS, "gate_up": "mlp_bias", "down": "mlp_bias"}
+_OWN_WINDOW, _CONFIG_WINDOW = "self_attn.sliding_window", "self_attn.config.sliding_window"
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama", biases=_ALL_BIASES),
+    "mistral": Family("Mistral", window=_CONFIG_WINDOW),
+    "qwen2": Family("Qwen2", window=_OWN_WINDOW, biases={"qkv": True}),
+    "qwen3": Family("Qwen3", window=_OWN_WINDOW, qk_norm="head", biases=_ATTENTION_BIAS, defaults={"head_dim": 128}),
+    "gemma2": Family("Gemma2", window=_OWN_WINDOW, **_GEMMA, defaults={
+        "head_dim": 256, "tie_word_embeddings": True, "attn_logit_softcapping": 50.0}),
+    "gemma3": Family("Gemma3", window=_OWN_WINDOW, qk_norm="head", rotary_tables=2, **_GEMMA, defaults={
+        "head_dim": 256, "tie_word_embeddings": True, "vocab_size": 262_208, "num_attention_heads": 8,
+        "num_key_value_heads": 4}),
+    "smollm3": Family("SmolLM3", window=_OWN_WINDOW, rotates="self_attn.use_rope", biases=_ALL_BIASES, defaults={
+        "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "granite": Family("Granite", multiplier="residual_multiplier", biases=_ALL_BIASES),
+    "olmo2": Family("Olmo2", **_NORMS_AFTER, qk_norm="whole", biases=_ATTENTION_BIAS, rotary_fp32=True),
+    "olmo3": Family("Olmo3", **_NORMS_AFTER, qk_norm="whole", biases=_ATTENTION_BIAS, window=_OWN_WINDOW, rotary_tables=2,
+                    rotary_fp32=True, defaults={"sliding_window": 4096}),
+    "phi3": Family("Phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), window=_CONFIG_WINDOW,
+                   no_dropout=("attention_dropout", "resid_pdrop")),
+    "ministral": Family("Ministral", window=_OWN_WINDOW, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+    "ministral3": Family("Ministral3", window=_CONFIG_WINDOW, query_scale=True, defaults={
+        "num_key_value_heads": 8, "head_dim": 128}),
+    "glm": Family("Glm", **_GLM, defaults={"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}),
+    "glm4": Family("Glm4", **_GLM, attention=HalfNorms("input_layernorm", "post_self_attn_layernorm"),
+                   mlp=HalfNorms("post_attention_layernorm", "post_mlp_layernorm"), defaults={
+                       "num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}),
+    "seed_oss": Family("SeedOss", no_dropout=("attention_dropout", "residual_dropout"), biases={
+        "qkv": "attention_bias", "o": "attention_out_bias", "gate_up": "mlp_bias", "down": "mlp_bias"}, defaults={
+        "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_dropout": 0.1, "residual_dropout": 0.1}),
+    "ernie4_5": Family("Ernie4_5", rotary="pairs", rotary_fp32=True, biases=dict.fromkeys(("qkv", "o", "gate_up", "down"), "use_bias"),
+                       defaults={"num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True}),
+    "exaone4": Family("Exaone4", **_NORMS_AFTER, qk_norm="head", window=_OWN_WINDOW, slides="self_attn.is_sliding",
+                      rotates=WINDOWED, defaults={"num_key_value_heads": 32, "sliding_window": 4096}),
+    "helium": Family("Helium", rotary="pairs", biases={"qkv": "attention_bias", "gate_up": "mlp_bias", "down": "mlp_bias"},
+                     defaults={"num_key_value_heads": 20, "head_dim": 128}),
+}  # fmt: skip
+"""Key -> family. The key is the family's model_type."""
+OTHER_TYPES = {"gemma3_text": "gemma3"}
+"""Further model types -> the key of their family."""
+OTHER = Family("")
+"""Stands for a family whose layers run unfused: the usual names of parts, two norms, no biases."""

@@ -1,0 +1,91 @@
+"""Build tiny models of each family with and without fused layers, and compare what they compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from engine.adapter.lora import attach, trainable_parameters
+from engine.config.trial import LoraConfig
+from engine.data.packing import Batch, Sample, collate
+from engine.layers import attention
+from engine.layers.swap import SwapReport, cache_weights, fuse_layers, set_policy
+from engine.planning.policies import Policy
+from engine.quant.frozen_linear import freeze_linears
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+NO_HEAD_DIM = {"hidden_size": 64}  # these families derive it from the hidden size
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 5},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 3.0},
+    "Gemma3Text": {"sliding_window": 5, "query_pre_attn_scalar": 16},
+    "SmolLM3": {"no_rope_layers": [1, 0, 1]},
+    "Granite": {"residual_multiplier": 0.22, "attention_multiplier": 0.1, "embedding_multiplier": 12.0, "logits_scaling": 8.0,
+                "attention_bias": True, "mlp_bias": True},
+    "Olmo2": {},
+    "Olmo3": {"sliding_window": 5, "layer_types": MIXED},
+}  # fmt: skip
+
+
+def build(family: str, layers: str = "original") -> tuple[nn.Module, list[str], SwapReport | None]:
+    """Build a tiny random fp32 model of the family, with norm weights and biases not neutral."""
+    attention.register()
+    name = "Gemma3" if family == "Gemma3Text" else family
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **FAMILIES[family]}, attn_implementation=attention.NAME)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).float()
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name or parameter_name.endswith("bias"):
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.requires_grad_(False)
+    names = freeze_linears(model, skip=[model.get_output_embeddings()])
+    report = fuse_layers(model) if layers == "fused" else None
+    return model, names, report
+
+
+def batch(lengths: tuple[int, ...] = (11, 1, 18)) -> Batch:
+    random = torch.Generator().manual_seed(1)
+    ids = [torch.randint(3, 97, (n,), generator=random).numpy() for n in lengths]
+    return collate([Sample(i, i > 0) for i in ids])
+
+
+def hidden_states(model: nn.Module, row: Batch) -> Tensor:
+    return model.get_decoder()(
+        input_ids=row.input_ids_T[None], position_ids=row.position_ids_T[None], use_cache=False,
+        document_lengths=row.document_lengths, document_offsets=row.document_offsets,
+    ).last_hidden_state  # fmt: skip
+
+
+def run(
+    model: nn.Module, names: list[str], lora: LoraConfig, policy: Policy = Policy.KEEP, seed: int = 0, cached: int = 0,
+) -> list[Tensor]:  # fmt: skip
+    """Return (hidden states, gradients by name) of one pass with a random cotangent."""
+    layers = attach(model, names, lora, 3)
+    random = torch.Generator().manual_seed(2)
+    for layer in layers.values():
+        layer.lora_b.data.normal_(0, 0.2, generator=random)
+    set_policy(model, policy)
+    cache_weights(model, torch.float32, cached)
+    model.train()
+    torch.manual_seed(seed)
+    hidden = hidden_states(model, batch())
+    cotangent = torch.randn(hidden.shape, generator=random)
+    gradients = torch.autograd.grad((hidden * cotangent).sum(), trainable_parameters(layers))
+    return [hidden.detach(), *gradients]
+
+
+def worst(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Return the largest difference of two tensors relative to the second one."""
+    assert len(ours) == len(theirs)
+    return max(float((a - b).norm() / b.norm().clamp_min(1e-6)) for a, b in zip(ours, theirs))
