@@ -75,9 +75,7 @@ def rms_norm_backward(
     return _family("norm", x_TD).rms_norm_backward(dy_TD, x_TD, weight_D, rstd_T, offset, residual_TD)
 
 
-def rope_(
-    q_THK: Tensor, k_TGK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool = False, pairs: bool = False
-) -> None:
+def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool = False, pairs: bool = False) -> None:
     """Rotate the first R features of each head of q [T, H, K] and k [T, G, K] in place.
 
     They become x * cos + rotate_half(x) * sin: feature i turns with feature i + R / 2, or 2i with

@@ -46,9 +46,7 @@ def rms_norm_backward(
     return dx_TD.to(x_TD.dtype)
 
 
-def rope_(
-    q_THK: Tensor, k_TGK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool = False, pairs: bool = False
-) -> None:
+def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool = False, pairs: bool = False) -> None:
     rotated = cos_TR.shape[1]
     half = rotated // 2
     cos = cos_TR[:, None, :half].float()

@@ -59,9 +59,7 @@ def _rope_kernel(
     tl.store(k_at + AWAY, k_second, mask=k_inside)
 
 
-def rope_(
-    q_THK: Tensor, k_TGK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool = False, pairs: bool = False
-) -> None:
+def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool = False, pairs: bool = False) -> None:
     num_tokens, num_q, head_dim = q_THK.shape
     num_k, half = k_TGK.shape[1], cos_TR.shape[1] // 2
     if not num_tokens or not half:

@@ -16,7 +16,6 @@ from torch import nn
 from engine.layers.attention import AttentionOptions
 from engine.layers.structure import AttentionSpec, LayerSpec, MlpSpec, Norm, QueryScale
 from engine.planning.families import ACTIVATIONS, FAMILIES, WINDOWED, Family, HalfNorms
-from engine.planning.policies import ATTENTION_GROUPS
 
 
 def family_of(layer: nn.Module) -> Family | None:
@@ -68,13 +67,8 @@ def layer_spec(layer: nn.Module) -> LayerSpec:
             multiplier=factor,
             activation=ACTIVATIONS[_activation(attention.config)],
         ),
-        family.groups,
+        family.paths,
     )
-
-
-def projection_path(group: str, name: str) -> str:
-    """Return the path of a projection from the decoder layer on."""
-    return f"{'self_attn' if group in ATTENTION_GROUPS else 'mlp'}.{name}"
 
 
 def final_norm(norm: nn.Module, layer: nn.Module) -> Norm:
@@ -87,8 +81,8 @@ def _paths(family: Family) -> Iterator[str]:
     yield from ("self_attn.config", "self_attn.head_dim", "self_attn.scaling")
     for half in (family.attention, family.mlp):
         yield from (name for name in (half.before, half.after) if name is not None)
-    for group, members in family.groups.items():
-        yield from (projection_path(group, name) for name in members)
+    for members in family.paths.values():
+        yield from members
     if family.qk_norm != "none":
         yield from ("self_attn.q_norm", "self_attn.k_norm")
     others = (family.window, family.slides, family.multiplier, family.rotates)

@@ -136,7 +136,7 @@ class QueryScale:
 class LayerSpec:
     """The part of a layer that calls do not change: two halves, one after the other.
 
-    groups: the names of the projections of each group.
+    groups: the paths of each group's projections, from the decoder layer on.
     """
 
     attention: AttentionSpec

@@ -18,7 +18,7 @@ from engine.errors import InputError
 from engine.layers.attention import Documents
 from engine.layers.decoder_layer import decoder_layer
 from engine.layers.host_stash import HostStash
-from engine.layers.layer_spec import final_norm, layer_spec, obstacle, projection_path
+from engine.layers.layer_spec import final_norm, layer_spec, obstacle
 from engine.layers.projection_group import ProjectionGroup, merged_weight
 from engine.layers.structure import Call, LayerSpec, Norm, normalize
 from engine.planning.families import FAMILIES
@@ -92,10 +92,7 @@ class FusedLayer(nn.Module):
 
     def projections(self) -> dict[str, list[nn.Module]]:
         """Return the projections of each group, with their adapters if they have one."""
-        return {
-            group: [attrgetter(projection_path(group, name))(self) for name in names]
-            for group, names in self.spec.groups.items()
-        }
+        return {group: [attrgetter(path)(self) for path in paths] for group, paths in self.spec.groups.items()}
 
     def _query_factors(self, position_ids: Tensor | None, lengths: tuple[int, ...]) -> Tensor | None:
         """Return the factor of each token's queries [T]; None if all are 1."""
@@ -184,5 +181,6 @@ def _fused_layers(model: nn.Module) -> list[FusedLayer]:
 def require_fused(report: SwapReport, model_path: str) -> None:
     """Raise InputError if a layer runs unfused."""
     if report.unfused:
-        allowed = f"use model.layers=auto for this model; strict needs a known family ({', '.join(family.name for family in FAMILIES.values())})"
+        known = ", ".join(family.name for family in FAMILIES.values())
+        allowed = f"use model.layers=auto for this model; strict needs a known family ({known})"
         raise InputError("model.layers", f"strict, {model_path}", f"{report.describe()}; {allowed}")

@@ -82,6 +82,12 @@ class Family:
         """Return the members of each group of projections: linear layers with one input."""
         return {"qkv": self.qkv, "o": ("o_proj",), "gate_up": self.gate_up, "down": ("down_proj",)}
 
+    @property
+    def paths(self) -> dict[str, tuple[str, ...]]:
+        """Return the path of each member, by group."""
+        parts = {"qkv": "self_attn", "o": "self_attn", "gate_up": "mlp", "down": "mlp"}
+        return {group: tuple(f"{parts[group]}.{name}" for name in members) for group, members in self.groups.items()}
+
 
 _GEMMA = {
     "attention": HalfNorms("input_layernorm", "post_attention_layernorm"),
@@ -124,9 +130,10 @@ FAMILIES: dict[str, Family] = {
                        "num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}),
     "seed_oss": Family("SeedOss", no_dropout=("attention_dropout", "residual_dropout"), biases={
         "qkv": "attention_bias", "o": "attention_out_bias", "gate_up": "mlp_bias", "down": "mlp_bias"}, defaults={
-        "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_dropout": 0.1, "residual_dropout": 0.1}),
-    "ernie4_5": Family("Ernie4_5", rotary="pairs", rotary_fp32=True, biases=dict.fromkeys(("qkv", "o", "gate_up", "down"), "use_bias"),
-                       defaults={"num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True}),
+        "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_dropout": 0.1,
+        "residual_dropout": 0.1}),
+    "ernie4_5": Family("Ernie4_5", rotary="pairs", rotary_fp32=True, biases=dict.fromkeys(_ALL_BIASES, "use_bias"), defaults={
+        "num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True}),
     "exaone4": Family("Exaone4", **_NORMS_AFTER, qk_norm="head", window=_OWN_WINDOW, slides="self_attn.is_sliding",
                       rotates=WINDOWED, defaults={"num_key_value_heads": 32, "sliding_window": 4096}),
     "helium": Family("Helium", rotary="pairs", biases={"qkv": "attention_bias", "gate_up": "mlp_bias", "down": "mlp_bias"},

@@ -13,7 +13,7 @@ from engine.config.targets import target_rule
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.planning.model_shape import ModelShape
-from engine.planning.policies import ATTENTION_GROUPS, Policy, layer_policies
+from engine.planning.policies import Policy, layer_policies
 from engine.units import GIB
 
 
@@ -65,8 +65,8 @@ def adapted_projections(config: TrainConfig, shape: ModelShape) -> list[tuple[st
     """
     targets = config.lora.target_modules
     is_target = target_rule(targets)
-    parts = [f"{'self_attn' if g in ATTENTION_GROUPS else 'mlp'}.{name}" for g, members in shape.groups.items() for name in members]
-    names = [[f"model.layers.{i}.{part}" for part in parts] for i in range(shape.num_layers)]
+    paths = [path for members in shape.layer.paths.values() for path in members]
+    names = [[f"model.layers.{i}.{path}" for path in paths] for i in range(shape.num_layers)]
     chosen = [tuple(n.rpartition(".")[2] for n in layer if is_target(n)) for layer in names]
     if any(chosen):
         return chosen

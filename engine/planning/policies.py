@@ -8,7 +8,6 @@ from engine.config.trial import BOOL_POLICIES
 
 GROUPS = ("qkv", "o", "gate_up", "down")
 """The groups of linear layers in a decoder layer. Those of a group read the same input."""
-ATTENTION_GROUPS = ("qkv", "o")
 
 
 class Policy(StrEnum):

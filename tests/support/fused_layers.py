@@ -22,7 +22,7 @@ SMALL = {
     "eos_token_id": 2,
 }  # fmt: skip
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
-NO_HEAD_DIM = {"hidden_size": 64}  # these families derive it from the hidden size
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Mistral": {"sliding_window": 5},
@@ -35,6 +35,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
                 "attention_bias": True, "mlp_bias": True},
     "Olmo2": {},
     "Olmo3": {"sliding_window": 5, "layer_types": MIXED},
+    "Phi3": {"sliding_window": 5, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.75}},
+    "Ministral": {"sliding_window": 5, "layer_types": MIXED},
+    "Ministral3": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0,
+                                       "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3,
+                                       "original_max_position_embeddings": 4}},
+    "Glm": {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}},
+    "Glm4": {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}},
+    "SeedOss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+    "Ernie4_5": {"use_bias": True},
+    "Exaone4": {"sliding_window": 5, "layer_types": MIXED},
+    "Helium": {"hidden_size": 64},
 }  # fmt: skip
 
 

@@ -203,9 +203,14 @@ def spec_of(shape: ModelShape) -> LayerSpec:
     q_norm, k_norm = (None, None) if widths is None else (norm(n * shape.head_dim) for n in widths)
     q, k = (number * shape.head_dim for number in heads)
     attention = AttentionSpec(
-        **frame(family.attention), head_dim=shape.head_dim, features=(q, k, k), options=AttentionOptions(), q_norm=q_norm, k_norm=k_norm
+        **frame(family.attention),
+        head_dim=shape.head_dim,
+        features=(q, k, k),
+        options=AttentionOptions(),
+        q_norm=q_norm,
+        k_norm=k_norm,
     )
-    return LayerSpec(attention, MlpSpec(**frame(family.mlp), activation="silu"), family.groups)
+    return LayerSpec(attention, MlpSpec(**frame(family.mlp), activation="silu"), family.paths)
 
 
 def _linear(out_features: int, in_features: int, config: LoraConfig) -> LoraLinear:
