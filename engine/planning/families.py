@@ -105,14 +105,16 @@ _OWN_WINDOW, _CONFIG_WINDOW = "self_attn.sliding_window", "self_attn.config.slid
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", biases=_ALL_BIASES),
-    "mistral": Family("Mistral", window=_CONFIG_WINDOW),
-    "qwen2": Family("Qwen2", window=_OWN_WINDOW, biases={"qkv": True}),
-    "qwen3": Family("Qwen3", window=_OWN_WINDOW, qk_norm="head", biases=_ATTENTION_BIAS, defaults={"head_dim": 128}),
+    "mistral": Family("Mistral", window=_CONFIG_WINDOW, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+    "qwen2": Family("Qwen2", window=_OWN_WINDOW, biases={"qkv": True}, defaults={"num_key_value_heads": 32}),
+    "qwen3": Family("Qwen3", window=_OWN_WINDOW, qk_norm="head", biases=_ATTENTION_BIAS, defaults={
+        "num_key_value_heads": 32, "head_dim": 128}),
     "gemma2": Family("Gemma2", window=_OWN_WINDOW, **_GEMMA, defaults={
-        "head_dim": 256, "tie_word_embeddings": True, "attn_logit_softcapping": 50.0}),
+        "head_dim": 256, "tie_word_embeddings": True, "attn_logit_softcapping": 50.0, "vocab_size": 256_000,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "sliding_window": 4096}),
     "gemma3": Family("Gemma3", window=_OWN_WINDOW, qk_norm="head", rotary_tables=2, **_GEMMA, defaults={
         "head_dim": 256, "tie_word_embeddings": True, "vocab_size": 262_208, "num_attention_heads": 8,
-        "num_key_value_heads": 4}),
+        "num_key_value_heads": 4, "sliding_window": 4096}),
     "smollm3": Family("SmolLM3", window=_OWN_WINDOW, rotates="self_attn.use_rope", biases=_ALL_BIASES, defaults={
         "num_key_value_heads": 4, "tie_word_embeddings": True}),
     "granite": Family("Granite", multiplier="residual_multiplier", biases=_ALL_BIASES),
@@ -132,7 +134,8 @@ FAMILIES: dict[str, Family] = {
         "qkv": "attention_bias", "o": "attention_out_bias", "gate_up": "mlp_bias", "down": "mlp_bias"}, defaults={
         "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_dropout": 0.1,
         "residual_dropout": 0.1}),
-    "ernie4_5": Family("Ernie4_5", rotary="pairs", rotary_fp32=True, biases=dict.fromkeys(_ALL_BIASES, "use_bias"), defaults={
+    "ernie4_5": Family("Ernie4_5", rotary="pairs", rotary_fp32=True, no_dropout=(), biases=dict.fromkeys(_ALL_BIASES, "use_bias"),
+                       defaults={
         "num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True}),
     "exaone4": Family("Exaone4", **_NORMS_AFTER, qk_norm="head", window=_OWN_WINDOW, slides="self_attn.is_sliding",
                       rotates=WINDOWED, defaults={"num_key_value_heads": 32, "sliding_window": 4096}),

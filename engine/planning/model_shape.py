@@ -68,8 +68,8 @@ class ModelShape:
             if isinstance(config.get(key), int) and config[key] > 1:
                 raise InputError(f"{where}: {key}", config[key], "nothing is predicted for a model with experts")
         kind = str(config.get("model_type") or outer.get("model_type") or "")
-        family = _family(OTHER_TYPES.get(kind, kind), config)
-        layer = FAMILIES.get(family, OTHER)
+        kind = OTHER_TYPES.get(kind, kind)
+        family, layer = _family(kind, config), FAMILIES.get(kind, OTHER)
         known = {"tie_word_embeddings": outer.get("tie_word_embeddings"), **layer.defaults}
         values = {**{k: v for k, v in known.items() if v is not None}, **{k: v for k, v in config.items() if v is not None}}
 
@@ -81,7 +81,7 @@ class ModelShape:
 
         num_heads = number("num_attention_heads")
         hidden_size = number("hidden_size")
-        window = values.get("sliding_window")
+        window, softcap = (config.get(key, layer.defaults.get(key)) for key in ("sliding_window", "attn_logit_softcapping"))
         if family in ("qwen2", "qwen3") and not values.get("use_sliding_window", False):
             window = None
         return cls(
@@ -97,7 +97,7 @@ class ModelShape:
             o_bias=_has_bias(layer, "o", values),
             mlp_bias=_has_bias(layer, "gate_up", values),
             family=family,
-            attention_softcap=family == "gemma2" and bool(values.get("attn_logit_softcapping")),
+            attention_softcap=family == "gemma2" and bool(softcap),
             sliding_window=window if isinstance(window, int) and not isinstance(window, bool) else None,
             rotates_by_row=_rotates_by_row(values),
         )

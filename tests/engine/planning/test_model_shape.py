@@ -38,6 +38,11 @@ def test_any_other_model_is_read_by_the_usual_names() -> None:
     assert ModelShape.of({**LLAMA_8B, "hidden_act": "gelu"}, "x").family == "other"
 
 
+def test_null_is_no_window_and_no_softcap() -> None:
+    assert ModelShape.of({**MISTRAL_7B, "sliding_window": None}, "x").sliding_window is None
+    assert not ModelShape.of({**GEMMA2_9B, "attn_logit_softcapping": None}, "x").attention_softcap
+
+
 @pytest.mark.parametrize("value", [None, 0, "32", True])
 def test_a_config_without_a_number_is_an_input_error(value: Any) -> None:
     config = {**LLAMA_8B, "num_hidden_layers": value}
