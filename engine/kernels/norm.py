@@ -62,15 +62,16 @@ def _backward_kernel(
     tl.store(dx + row * D + columns, v.to(dx.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    _, y_TD, rstd_T = _forward(x_TD, None, weight_D, eps, offset)
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, round_once: bool = False) -> tuple[Tensor, Tensor]:
+    _, y_TD, rstd_T = _forward(x_TD, None, weight_D, eps, offset, round_once)
     return y_TD, rstd_T
 
 
 def add_rms_norm(
-    x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(x_TD, delta_TD, weight_D, eps, offset, scale)
+    x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, round_once: bool = False,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _forward(x_TD, delta_TD, weight_D, eps, offset, round_once, scale)
 
 
 def rms_norm_backward(
@@ -90,8 +91,9 @@ def rms_norm_backward(
 
 
 def _forward(
-    x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float, offset: float, scale: float = 1.0
-) -> tuple[Tensor | None, Tensor, Tensor]:
+    x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float, offset: float, round_once: bool,
+    scale: float = 1.0,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     num_tokens, width = x_TD.shape
     y_TD = torch.empty((num_tokens, width), dtype=x_TD.dtype, device=x_TD.device)
     rstd_T = torch.empty((num_tokens,), dtype=torch.float32, device=x_TD.device)
@@ -102,7 +104,7 @@ def _forward(
         _forward_kernel[(num_tokens,)](
             x_TD, delta_TD, weight_D, total_TD, y_TD, rstd_T,
             x_TD.stride(0), delta_TD.stride(0) if add else 0, float(eps), float(offset), float(scale), width,
-            BLOCK_D=block, ADD=add, ROUND_FIRST=offset == 0.0, num_warps=warps,
+            BLOCK_D=block, ADD=add, ROUND_FIRST=offset == 0.0 and not round_once, num_warps=warps,
         )  # fmt: skip
     return total_TD, y_TD, rstd_T
 

@@ -41,25 +41,27 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 MAX_WIDTH = 65_536  # the norm kernels hold a whole row in registers
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, round_once: bool = False) -> tuple[Tensor, Tensor]:
     """Return y = x * rstd * (offset + weight), [T, D] like x, and rstd, [T] fp32.
 
     Here rstd = (mean(x^2) + eps)^-1/2. Offset 0 (Llama) rounds the normalised row to x's dtype
-    before it multiplies by the weight. Offset 1 (Gemma) rounds once, at the end.
+    before it multiplies by the weight. Offset 1 (Gemma) and `round_once` (OLMo) round only at the
+    end.
     """
     _check_rows("rms_norm", x_TD, weight_D)
-    return _family("norm", x_TD).rms_norm(x_TD, weight_D, eps, offset)
+    return _family("norm", x_TD).rms_norm(x_TD, weight_D, eps, offset, round_once)
 
 
 def add_rms_norm(
-    x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+    x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, round_once: bool = False,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return sum = x + scale * delta, rounded to x's dtype, and y, rstd = rms_norm(sum).
 
     Shapes: sum [T, D], y [T, D], rstd [T] fp32.
     """
     _check_rows("add_rms_norm", x_TD, weight_D, delta_TD)
-    return _family("norm", x_TD).add_rms_norm(x_TD, delta_TD, weight_D, eps, offset, scale)
+    return _family("norm", x_TD).add_rms_norm(x_TD, delta_TD, weight_D, eps, offset, round_once, scale)
 
 
 def rms_norm_backward(

@@ -19,20 +19,21 @@ IGNORE = -100  # label of a row that does not count; torch's ignore_index
 SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, round_once: bool = False) -> tuple[Tensor, Tensor]:
     x32_TD = x_TD.float()
     rstd_T = torch.rsqrt(x32_TD.square().mean(1) + eps)
     n_TD = x32_TD * rstd_T[:, None]
-    if offset == 0.0:
+    if offset == 0.0 and not round_once:
         n_TD = n_TD.to(x_TD.dtype).float()
     return (n_TD * (offset + weight_D.float())).to(x_TD.dtype), rstd_T
 
 
 def add_rms_norm(
-    x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+    x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, round_once: bool = False,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     sum_TD = torch.add(x_TD, delta_TD, alpha=scale)
-    return sum_TD, *rms_norm(sum_TD, weight_D, eps, offset)
+    return sum_TD, *rms_norm(sum_TD, weight_D, eps, offset, round_once)
 
 
 def rms_norm_backward(

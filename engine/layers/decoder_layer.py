@@ -100,7 +100,8 @@ def _to_mlp(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
         saved.x_mid = torch.add(x, delta, alpha=scale)
         saved.rstd["mlp"] = None
         return saved.x_mid
-    saved.x_mid, normed, saved.rstd["mlp"] = ops.add_rms_norm(x, delta, norm.weight, norm.eps, norm.offset, scale)
+    how = (norm.weight, norm.eps, norm.offset, norm.round_once, scale)
+    saved.x_mid, normed, saved.rstd["mlp"] = ops.add_rms_norm(x, delta, *how)
     return normed
 
 

@@ -52,18 +52,18 @@ def layer_spec(layer: nn.Module) -> LayerSpec:
     normalises = family.qk_norm != "none"
     return LayerSpec(
         AttentionSpec(
-            **_norms(layer, family.attention, family.norm_offset),
+            **_norms(layer, family.attention, family),
             multiplier=factor,
             head_dim=attention.head_dim,
             features=(attention.config.num_attention_heads * attention.head_dim, keys, keys),
             options=AttentionOptions(attention.scaling, window, getattr(attention, "attn_logit_softcapping", None)),
-            q_norm=_norm(attention.q_norm, family.norm_offset) if normalises else None,
-            k_norm=_norm(attention.k_norm, family.norm_offset) if normalises else None,
+            q_norm=_norm(attention.q_norm, family) if normalises else None,
+            k_norm=_norm(attention.k_norm, family) if normalises else None,
             rotary=family.rotary if _rotates(layer, family, window) else None,
             query_scale=scale,
         ),
         MlpSpec(
-            **_norms(layer, family.mlp, family.norm_offset),
+            **_norms(layer, family.mlp, family),
             multiplier=factor,
             activation=ACTIVATIONS[_activation(attention.config)],
         ),
@@ -73,7 +73,7 @@ def layer_spec(layer: nn.Module) -> LayerSpec:
 
 def final_norm(norm: nn.Module, layer: nn.Module) -> Norm:
     """Return the decoder's final norm, which is of the same kind as those of its layers."""
-    return _norm(norm, family_of(layer).norm_offset)
+    return _norm(norm, family_of(layer))
 
 
 def _paths(family: Family) -> Iterator[str]:
@@ -115,13 +115,13 @@ def _rotates(layer: nn.Module, family: Family, window: int | None) -> bool:
     return bool(attrgetter(family.rotates)(layer))
 
 
-def _norms(layer: nn.Module, half: HalfNorms, offset: float) -> dict[str, Norm | None]:
+def _norms(layer: nn.Module, half: HalfNorms, family: Family) -> dict[str, Norm | None]:
     return {
-        place: None if name is None else _norm(getattr(layer, name), offset)
+        place: None if name is None else _norm(getattr(layer, name), family)
         for place, name in (("before", half.before), ("after", half.after))
     }
 
 
-def _norm(module: nn.Module, offset: float) -> Norm:
+def _norm(module: nn.Module, family: Family) -> Norm:
     eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
-    return Norm(module.weight, eps, offset)
+    return Norm(module.weight, eps, family.norm_offset, family.norm_rounds_once)

@@ -23,7 +23,7 @@ Gradients = dict[str, tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm: x / rms(x) * (offset + weight). The offset is 1 in Gemma, else 0.
+    """RMSNorm: x / rms(x) * (offset + weight), as `ops.rms_norm` defines it.
 
     A row is as wide as the weight. Heads [T, H, K] are one row each with a weight of K values, and
     one row together with a weight of H * K.
@@ -32,10 +32,11 @@ class Norm:
     weight: Tensor
     eps: float
     offset: float
+    round_once: bool = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the normalised x and the reciprocal root mean square of each row, [rows]."""
-        y, rstd = ops.rms_norm(self._rows(x), self.weight, self.eps, self.offset)
+        y, rstd = ops.rms_norm(self._rows(x), self.weight, self.eps, self.offset, self.round_once)
         return y.view(x.shape), rstd
 
     def backward(self, dy: Tensor, x: Tensor, rstd: Tensor, residual: Tensor | None = None) -> Tensor:

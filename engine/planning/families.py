@@ -43,7 +43,7 @@ class Family:
     - qkv, gate_up: the linear layers that make queries, keys and values, and gate and up. One
       merged layer has their features in this order.
     - qk_norm: queries and keys are normalised, each `head` alone or all heads as one `whole`.
-    - norm_offset: what a norm adds to its weight.
+    - norm_offset: what a norm adds to its weight. norm_rounds_once: it rounds only its result.
     - window: path of the number of keys that a query sees, for layers where the flag `slides` is
       true.
     - rotary: which features turn together, those of two `halves` or neighbours (`pairs`).
@@ -65,6 +65,7 @@ class Family:
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     qk_norm: Literal["none", "head", "whole"] = "none"
     norm_offset: float = 0.0
+    norm_rounds_once: bool = False
     window: str | None = None
     slides: str | None = None
     rotary: Literal["halves", "pairs"] = "halves"
@@ -89,17 +90,20 @@ class Family:
         return {group: tuple(f"{parts[group]}.{name}" for name in members) for group, members in self.groups.items()}
 
 
-_GEMMA = {
+_ATTENTION_BIAS = {"qkv": "attention_bias", "o": "attention_bias"}
+_GEMMA: dict[str, Any] = {
     "attention": HalfNorms("input_layernorm", "post_attention_layernorm"),
     "mlp": HalfNorms("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     "norm_offset": 1.0,
-    "biases": {"qkv": "attention_bias", "o": "attention_bias"},
+    "biases": _ATTENTION_BIAS,
 }
-_NORMS_AFTER = {
+_NORMS_AFTER: dict[str, Any] = {
     "attention": HalfNorms(None, "post_attention_layernorm"), "mlp": HalfNorms(None, "post_feedforward_layernorm"),
 }  # fmt: skip
-_GLM = {"gate_up": ("gate_up_proj",), "rotary": "pairs", "biases": {"qkv": "attention_bias"}}
-_ATTENTION_BIAS = {"qkv": "attention_bias", "o": "attention_bias"}
+_OLMO: dict[str, Any] = {
+    **_NORMS_AFTER, "qk_norm": "whole", "norm_rounds_once": True, "rotary_fp32": True, "biases": _ATTENTION_BIAS,
+}  # fmt: skip
+_GLM: dict[str, Any] = {"gate_up": ("gate_up_proj",), "rotary": "pairs", "biases": {"qkv": "attention_bias"}}
 _ALL_BIASES = {**_ATTENTION_BIAS, "gate_up": "mlp_bias", "down": "mlp_bias"}
 _OWN_WINDOW, _CONFIG_WINDOW = "self_attn.sliding_window", "self_attn.config.sliding_window"
 
@@ -118,9 +122,8 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family("SmolLM3", window=_OWN_WINDOW, rotates="self_attn.use_rope", biases=_ALL_BIASES, defaults={
         "num_key_value_heads": 4, "tie_word_embeddings": True}),
     "granite": Family("Granite", multiplier="residual_multiplier", biases=_ALL_BIASES),
-    "olmo2": Family("Olmo2", **_NORMS_AFTER, qk_norm="whole", biases=_ATTENTION_BIAS, rotary_fp32=True),
-    "olmo3": Family("Olmo3", **_NORMS_AFTER, qk_norm="whole", biases=_ATTENTION_BIAS, window=_OWN_WINDOW, rotary_tables=2,
-                    rotary_fp32=True, defaults={"sliding_window": 4096}),
+    "olmo2": Family("Olmo2", **_OLMO),
+    "olmo3": Family("Olmo3", **_OLMO, window=_OWN_WINDOW, rotary_tables=2, defaults={"sliding_window": 4096}),
     "phi3": Family("Phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), window=_CONFIG_WINDOW,
                    no_dropout=("attention_dropout", "resid_pdrop")),
     "ministral": Family("Ministral", window=_OWN_WINDOW, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
@@ -134,13 +137,13 @@ FAMILIES: dict[str, Family] = {
         "qkv": "attention_bias", "o": "attention_out_bias", "gate_up": "mlp_bias", "down": "mlp_bias"}, defaults={
         "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_dropout": 0.1,
         "residual_dropout": 0.1}),
-    "ernie4_5": Family("Ernie4_5", rotary="pairs", rotary_fp32=True, no_dropout=(), biases=dict.fromkeys(_ALL_BIASES, "use_bias"),
-                       defaults={
-        "num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True}),
+    "ernie4_5": Family("Ernie4_5", rotary="pairs", rotary_fp32=True, no_dropout=(),
+                       biases=dict.fromkeys(_ALL_BIASES, "use_bias"), defaults={
+                           "num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True}),
     "exaone4": Family("Exaone4", **_NORMS_AFTER, qk_norm="head", window=_OWN_WINDOW, slides="self_attn.is_sliding",
                       rotates=WINDOWED, defaults={"num_key_value_heads": 32, "sliding_window": 4096}),
-    "helium": Family("Helium", rotary="pairs", biases={"qkv": "attention_bias", "gate_up": "mlp_bias", "down": "mlp_bias"},
-                     defaults={"num_key_value_heads": 20, "head_dim": 128}),
+    "helium": Family("Helium", norm_rounds_once=True, rotary="pairs", defaults={"num_key_value_heads": 20, "head_dim": 128},
+                     biases={"qkv": "attention_bias", "gate_up": "mlp_bias", "down": "mlp_bias"}),
 }  # fmt: skip
 """Key -> family. The key is the family's model_type."""
 OTHER_TYPES = {"gemma3_text": "gemma3"}

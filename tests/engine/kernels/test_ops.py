@@ -79,6 +79,24 @@ def test_add_rms_norm_adds_rounds_and_normalises_the_rounded_sum(shape, dtype):
     assert not torch.equal(rstd, ops.rms_norm(x, weight, EPS)[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm_scales_what_it_adds(dtype):
+    x, delta, weight = draw(4, 48, dtype=dtype), draw(4, 48, dtype=dtype, seed=2), draw(48, dtype=dtype, seed=1)
+    total, y, _ = ops.add_rms_norm(x, delta, weight, EPS, scale=0.22)
+    assert as_good_as_torch(total, x + 0.22 * delta, x.double() + 0.22 * delta.double())
+    assert torch.equal(y, ops.rms_norm(total, weight, EPS)[0])
+    assert not torch.equal(total, ops.add_rms_norm(x, delta, weight, EPS)[0])
+
+
+def test_a_norm_that_rounds_once_rounds_only_its_result():
+    x, weight = draw(6, 512, dtype=torch.bfloat16), draw(512, dtype=torch.bfloat16, seed=1)
+    truth = plain_norm(x, weight, EPS, 0.0, torch.float64).bfloat16()
+    once = ops.rms_norm(x, weight, EPS, round_once=True)[0]
+    assert (once != truth).float().mean() < 5e-3 and (ops.rms_norm(x, weight, EPS)[0] != truth).float().mean() > 0.1
+    _, added, _ = ops.add_rms_norm(x, torch.zeros_like(x), weight, EPS, round_once=True)
+    assert torch.equal(added, once)
+
+
 def norm_gradient(x, weight, dy, offset, residual, dtype):
     x = x.detach().to(dtype).requires_grad_()
     plain_norm(x, weight, EPS, offset, dtype).backward(dy.to(dtype))
@@ -178,6 +196,39 @@ def test_rope_turns_slices_of_a_fused_buffer_and_touches_nothing_else(implementa
     assert not torch.equal(fused, before)
     ops.rope_(q, k, cos, sin, inverse=True)
     assert torch.allclose(fused, before, atol=1e-5)
+
+
+def plain_part_of_rope(x, cos, sin, pairs, dtype):
+    """Rotate the first features of x as cos and sin are wide, neighbours with each other if `pairs`."""
+    width = cos.shape[1]
+    part, rest = x[..., :width], x[..., width:]
+    if not pairs:
+        return torch.cat((plain_rope(part, cos, sin, dtype), rest.to(dtype)), dim=-1)
+    apart = torch.cat((part[..., 0::2], part[..., 1::2]), dim=-1)
+    turned = plain_rope(apart, cos, sin, dtype)
+    return torch.cat((torch.stack(turned.chunk(2, dim=-1), dim=-1).flatten(-2), rest.to(dtype)), dim=-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "pairs"), [(12, False), (16, True), (12, True), (2, True)])
+def test_rope_turns_the_first_features_alone_or_in_pairs(width, pairs, dtype):
+    cos, sin = angles(5, width, dtype)
+    inputs = [draw(5, heads, 16, dtype=dtype, seed=heads) for heads in (3, 2)]
+
+    def all_good(outputs, pairs, sign=1.0):
+        plains, truths = (
+            [plain_part_of_rope(x, cos, sign * sin, pairs, kind) for x in inputs] for kind in (dtype, torch.float64)
+        )
+        return [as_good_as_torch(*triple) for triple in zip(outputs, plains, truths)]
+
+    for inverse in (False, True):
+        outputs = [x.clone() for x in inputs]
+        ops.rope_(*outputs, cos, sin, inverse, pairs)
+        assert all(all_good(outputs, pairs, -1.0 if inverse else 1.0)) and not any(
+            all_good(outputs, pairs, 1.0 if inverse else -1.0)
+        )
+        assert width == 2 or not any(all_good(outputs, not pairs, -1.0 if inverse else 1.0))
+        assert all(torch.equal(ours[..., width:], x[..., width:]) for ours, x in zip(outputs, inputs))
 
 
 # --- gated linear unit
