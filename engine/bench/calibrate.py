@@ -40,9 +40,9 @@ from engine.units import GIB
 
 TARGETS: dict[str, Any] = {
     "all-linear": "all-linear",
-    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "qv": ["q_proj", "v_proj"],
-    "mlp": ["gate_proj", "up_proj", "down_proj"],
+    "attention": r".*\.self_attn\.\w+_proj",
+    "qv": r".*\.(q|v|qkv)_proj",
+    "mlp": r".*\.mlp\.\w+_proj",
 }
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 RANKS = (4, 8, 16, 32, 64, 128)
@@ -50,6 +50,7 @@ MICRO_BATCHES = (1, 2, 4, 8)
 COLUMNS = ("model", "batch", "length", "rank", "targets", "policy", "keep_layers", "host_layers", "dropout")
 # Limits of a micro-batch: longer ones of the larger models are slow, and the suite `long` has them.
 MAX_TOKENS = {"smollm2-135m": 65536, "llama-3.2-1b": 65536, "llama-3.2-3b": 32768, "llama-3.1-8b": 16384}
+OTHER_MAX_TOKENS = 16384
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,13 +94,13 @@ def draw(model: str, seed: int, count: int) -> list[dict[str, Any]]:
         "keep_layers": (0, 1, 4), "host_layers": (0, 0, 8), "dropout": (0.0, 0.0, 0.1),
     }  # fmt: skip
     cycles = {name: itertools.cycle(generator.sample(values, len(values))) for name, values in columns.items()}
-    settings = []
-    lengths = [length for length in LENGTHS if length <= MAX_TOKENS[model]]
+    settings, longest = [], MAX_TOKENS.get(model, OTHER_MAX_TOKENS)
+    lengths = [length for length in LENGTHS if length <= longest]
     for length in itertools.islice(itertools.cycle(lengths), count):
         values = {name: next(cycle) for name, cycle in cycles.items()}
         if generator.random() < 0.3:  # otherwise cycles of equal length would move in step
             next(cycles[generator.choice(list(cycles))])
-        values["batch"] = max(1, min(values["batch"], MAX_TOKENS[model] // length))
+        values["batch"] = max(1, min(values["batch"], longest // length))
         settings.append({"model": model, "length": length, **values})
     return settings
 

@@ -1,6 +1,8 @@
 """Build random models of real shapes.
 
-Speed and memory do not depend on the weights, so none has to be downloaded.
+Speed and memory do not depend on the weights, so none has to be downloaded. A shape is what a
+published config.json says, as far as it decides speed and memory. `model_type` is llama if it is
+left out.
 """
 
 from __future__ import annotations
@@ -16,9 +18,26 @@ from engine.layers.host_embedding import place_embedding
 from engine.layers.swap import SwapReport, fuse_layers
 from engine.model.base import Base
 from engine.model.route import Route
+from engine.planning.families import FAMILIES
 from engine.quant.bnb import library_linear
 from engine.quant.frozen_linear import freeze_linears
 
+LONGEST = 131072
+GRANITE: dict[str, Any] = {
+    "model_type": "granite", "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 49159,
+    "rope_theta": 10000000.0, "tie_word_embeddings": True, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+}  # fmt: skip
+MINISTRAL3: dict[str, Any] = {
+    "model_type": "ministral3", "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072,
+    "max_position_embeddings": 262144,
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                        "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+                        "original_max_position_embeddings": 16384},
+}  # fmt: skip
+QWEN3: dict[str, Any] = {
+    "model_type": "qwen3", "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "vocab_size": 151936, "rope_theta": 1000000.0,
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
@@ -30,19 +49,81 @@ SHAPES: dict[str, dict[str, Any]] = {
                      "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "tie_word_embeddings": True},
     "llama-3.2-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
                      "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "tie_word_embeddings": True},
+    "qwen3-4b": {**QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
+    "qwen3-8b": {**QWEN3, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
+    "smollm3-3b": {"model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+                   "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 128256, "rope_theta": 5000000.0,
+                   "no_rope_layer_interval": 4, "tie_word_embeddings": True},
+    "granite-3.3-2b": {**GRANITE, "hidden_size": 2048, "intermediate_size": 8192, "attention_multiplier": 0.015625,
+                       "logits_scaling": 8.0},
+    "granite-3.3-8b": {**GRANITE, "hidden_size": 4096, "intermediate_size": 12800, "attention_multiplier": 0.0078125,
+                       "logits_scaling": 16.0},
+    "olmo-2-7b": {"model_type": "olmo2", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+                  "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 100352, "rope_theta": 500000.0,
+                  "max_position_embeddings": 4096},
+    "olmo-3-7b": {"model_type": "olmo3", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+                  "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 100278, "rope_theta": 500000.0,
+                  "max_position_embeddings": 65536, "sliding_window": 4096,
+                  "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.2079441541679836,
+                                   "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 8192}},
+    "phi-3-mini": {"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+                   "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "rope_theta": 10000.0,
+                   "max_position_embeddings": 4096, "sliding_window": 2047},
+    "phi-4-mini": {"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+                   "num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 200064, "tie_word_embeddings": True,
+                   "sliding_window": 262144, "original_max_position_embeddings": 4096,
+                   "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+                                       "short_factor": [1.0] * 48, "long_factor": [1.0 + 0.5 * i for i in range(48)],
+                                       "original_max_position_embeddings": 4096}},
+    "phi-4": {"model_type": "phi3", "hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40,
+              "num_attention_heads": 40, "num_key_value_heads": 10, "vocab_size": 100352, "rope_theta": 250000.0,
+              "max_position_embeddings": 16384},
+    "ministral-8b": {"model_type": "ministral", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+                     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072,
+                     "rope_theta": 100000000.0, "max_position_embeddings": 32768, "sliding_window": 32768,
+                     "layer_types": ["full_attention", *["sliding_attention"] * 3] * 9},
+    "ministral-3-3b": {**MINISTRAL3, "hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26,
+                       "tie_word_embeddings": True},
+    "ministral-3-8b": {**MINISTRAL3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 34},
+    "glm-4-9b": {"model_type": "glm4", "hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 40,
+                 "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 151552,
+                 "max_position_embeddings": 32768, "attention_bias": True,
+                 "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    "exaone-4-1.2b": {"model_type": "exaone4", "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 30,
+                      "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 102400,
+                      "tie_word_embeddings": True, "sliding_window": None, "max_position_embeddings": 65536,
+                      "layer_types": ["full_attention"] * 30,
+                      "rope_parameters": {"rope_type": "llama3", "rope_theta": 1000000.0, "factor": 16.0,
+                                          "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                                          "original_max_position_embeddings": 8192}},
 }  # fmt: skip
 
 
+def random_config(name: str) -> Any:
+    """Return the shape as a transformers config."""
+    from transformers import CONFIG_MAPPING
+
+    special = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+    values = {"model_type": "llama", "max_position_embeddings": LONGEST, **special, **SHAPES[name]}
+    return CONFIG_MAPPING[values.pop("model_type")](**values)
+
+
+def linear_names(name: str) -> list[str]:
+    """Return the last parts of the names of a decoder layer's linear layers."""
+    groups = FAMILIES[SHAPES[name].get("model_type", "llama")].groups
+    return [member for members in groups.values() for member in members]
+
+
 def random_model(name: str, device: torch.device, dtype: torch.dtype, attention_name: str) -> tuple[nn.Module, list[str]]:
-    """Return an NF4 Llama (double quantisation) on bitsandbytes' layers, and the layers' names.
+    """Return an NF4 model (double quantisation) on bitsandbytes' layers, and the layers' names.
 
     It is built layer by layer on the device, so no unquantised copy of the whole model exists.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = LlamaConfig(**SHAPES[name], max_position_embeddings=131072, attn_implementation=attention_name)
+    config = random_config(name)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_name).to(dtype)
     head = model.get_output_embeddings()
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     generator = torch.Generator(device).manual_seed(0)
@@ -51,8 +132,11 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype, attention_
         return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
 
     for layer_name in names:
-        shape = model.get_submodule(layer_name).weight.shape
-        model.set_submodule(layer_name, library_linear(values(shape), dtype))
+        old = model.get_submodule(layer_name)
+        new = library_linear(values(old.weight.shape), dtype)
+        if old.bias is not None:
+            new.bias = nn.Parameter(torch.zeros(old.bias.shape, dtype=dtype, device=device), requires_grad=False)
+        model.set_submodule(layer_name, new)
     for module in list(model.modules()):
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -61,7 +145,7 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype, attention_
     if config.tie_word_embeddings:
         head.weight = model.get_input_embeddings().weight
     with torch.device(device):  # the rotary buffers are computed, not loaded
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     return model.requires_grad_(False), names
 
 

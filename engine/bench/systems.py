@@ -1,6 +1,6 @@
 """Define the systems to measure: each builds its model and steps by its own documented interface.
 
-All train r 16 (or `--rank`) on the seven linear layers of every decoder layer, on the same random
+All train r 16 (or `--rank`) on all linear layers of every decoder layer, on the same random
 NF4 weights. A builder loads the model once. `prepare` sets it up for one setting. It returns the
 step (host batch -> loss), the trainable parameters and a function to call after the optimizer's
 step. `undo` reverts the setup.
@@ -19,14 +19,13 @@ from torch import nn
 from engine.adapter.flat import FlatAdapter
 from engine.adapter.lora import LoraLinear, attach, detach
 from engine.bench.rows import Setting
-from engine.bench.shapes import random_base, random_model
+from engine.bench.shapes import linear_names, random_base, random_model
 from engine.config.trial import LoraConfig
 from engine.data.packing import Batch
 from engine.model.device import pick_dtype
 from engine.planning.policies import Policy
 from engine.training.cuda_graphs import make_graphs
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Prepared = tuple[Callable[[Batch], torch.Tensor], list[nn.Parameter], Callable[[], None]]
 
 
@@ -98,7 +97,9 @@ class _Peft:
             use_gradient_checkpointing=_recomputes(setting),
             gradient_checkpointing_kwargs={"use_reentrant": False},
         )
-        lora = PeftConfig(r=setting.rank, lora_alpha=2 * setting.rank, lora_dropout=setting.dropout, target_modules=TARGETS)
+        lora = PeftConfig(
+            r=setting.rank, lora_alpha=2 * setting.rank, lora_dropout=setting.dropout, target_modules=linear_names(setting.model)
+        )
         self._peft = get_peft_model(model, lora).train()
         return _library_step(self._peft, setting, self._device)
 
@@ -128,7 +129,7 @@ class _Unsloth:
         model = FastLanguageModel.get_peft_model(
             self._model,
             r=setting.rank,
-            target_modules=TARGETS,
+            target_modules=linear_names(setting.model),
             lora_alpha=2 * setting.rank,
             lora_dropout=setting.dropout,
             bias="none",

@@ -15,10 +15,11 @@ from engine.bench.measure import measure, tokens
 from engine.bench.model_folder import write_checkpoint
 from engine.bench.process import run_python
 from engine.bench.rows import LADDER, OURS_ONLY, POLICIES, SUITES, Row, Setting, plain_rows, suite_rows
-from engine.bench.shapes import SHAPES, random_model
+from engine.bench.shapes import SHAPES, linear_names, random_config, random_model
 from engine.bench.systems import SYSTEMS, System
 from engine.bench.table import report
 from engine.kernels.ops import IGNORE
+from engine.planning.model_shape import ModelShape
 
 TINY = Setting(model="tiny", batch=2, length=32, rank=4, steps=2)
 FLAGS = ["--model", "tiny", "--batch", "2", "--length", "32", "--rank", "4", "--steps", "2"]
@@ -40,6 +41,39 @@ def test_all_systems_compute_the_same_loss(policy):
         assert other["last_loss"] == pytest.approx(ours["last_loss"], rel=1e-2)
     # other tokens give another loss
     assert ours["first_loss"] != pytest.approx(ours["last_loss"], abs=1e-3)
+
+
+SHRUNK = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "head_dim": 16, "vocab_size": 128}  # fmt: skip
+RELEASED = ("smollm3-3b", "granite-3.3-2b", "olmo-3-7b", "ministral-3-8b", "glm-4-9b", "exaone-4-1.2b")
+
+
+@pytest.mark.parametrize("model", ["phi-4-mini", *(pytest.param(model, marks=pytest.mark.faults) for model in RELEASED)])
+def test_systems_agree_on_a_small_model_of_each_released_family(model, monkeypatch):
+    """All else is as released: multipliers, kinds of layers, rotary settings."""
+    small = {**SHAPES[model], **SHRUNK}
+    if "layer_types" in small:
+        small["layer_types"] = small["layer_types"][:4]
+    rope = small.get("rope_parameters", {})
+    small |= {"rope_parameters": {k: v[:6] if isinstance(v, list) else v for k, v in rope.items()}} if rope else {}
+    monkeypatch.setitem(SHAPES, model, small)
+    ours, *others = (one(system, replace(TINY, model=model)) for system in HERE)
+    for other in others:
+        assert other["first_loss"] == pytest.approx(ours["first_loss"], abs=1e-3)
+        assert other["last_loss"] == pytest.approx(ours["last_loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("model", [model for model in SHAPES if model != "tiny"])
+def test_a_shape_has_the_parameters_of_the_library_s_model(model):
+    from transformers import AutoModelForCausalLM
+
+    config = random_config(model)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config)
+    shape = ModelShape.of(config.to_dict(), model)
+    assert shape.num_parameters == sum(p.numel() for p in built.parameters())
+    names = {n.rpartition(".")[2] for n, m in built.model.layers.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert names == set(linear_names(model))
 
 
 @pytest.mark.parametrize("system", [HERE[0], *(pytest.param(system, marks=pytest.mark.faults) for system in HERE[1:])])
