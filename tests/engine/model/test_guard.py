@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.bench.shapes import random_config
 from engine.config.trial import ModelConfig
 from engine.errors import InputError
 from engine.layers import attention
@@ -47,6 +48,19 @@ SINGLE = "its own layers; one sample a row"
 )
 def test_each_family_is_computed_in_a_way_that_gives_the_library_s_losses(model_type, expected):
     assert kind(judge(model_type)) == expected
+
+
+@pytest.mark.parametrize("model", ["smollm3-3b", "granite-3.3-8b", "olmo-3-7b", "phi-3-mini", "phi-4-mini", "ministral-8b",
+                                   "ministral-3-8b", "glm-4-9b", "exaone-4-1.2b"])  # fmt: skip
+def test_released_models_run_fused_with_their_own_multipliers_layer_kinds_and_rotary_settings(model):
+    from transformers import AutoModelForCausalLM
+
+    verdict = guard.choose_route(
+        random_config(model),
+        ModelConfig(path=model),
+        lambda small, name: AutoModelForCausalLM.from_config(small, attn_implementation=name),
+    )
+    assert kind(verdict) == "fused layers" and verdict.checked and not verdict.without_gradient
 
 
 @pytest.mark.parametrize(
