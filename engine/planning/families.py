@@ -113,6 +113,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2", window=_OWN_WINDOW, biases={"qkv": True}, defaults={"num_key_value_heads": 32}),
     "qwen3": Family("Qwen3", window=_OWN_WINDOW, qk_norm="head", biases=_ATTENTION_BIAS, defaults={
         "num_key_value_heads": 32, "head_dim": 128}),
+    "gemma": Family("Gemma", norm_offset=1.0, biases=_ATTENTION_BIAS, defaults={
+        "head_dim": 256, "tie_word_embeddings": True, "num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh"}),
     "gemma2": Family("Gemma2", window=_OWN_WINDOW, **_GEMMA, defaults={
         "head_dim": 256, "tie_word_embeddings": True, "attn_logit_softcapping": 50.0, "vocab_size": 256_000,
         "num_attention_heads": 8, "num_key_value_heads": 4, "sliding_window": 4096}),
@@ -144,9 +146,11 @@ FAMILIES: dict[str, Family] = {
                       rotates=WINDOWED, defaults={"num_key_value_heads": 32, "sliding_window": 4096}),
     "helium": Family("Helium", norm_rounds_once=True, rotary="pairs", defaults={"num_key_value_heads": 20, "head_dim": 128},
                      biases={"qkv": "attention_bias", "gate_up": "mlp_bias", "down": "mlp_bias"}),
+    "cwm": Family("Cwm", window=_OWN_WINDOW, biases={"gate_up": "mlp_bias", "down": "mlp_bias"}, defaults={
+        "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192}),
 }  # fmt: skip
 """Key -> family. The key is the family's model_type."""
-OTHER_TYPES = {"gemma3_text": "gemma3"}
-"""Further model types -> the key of their family."""
+OTHER_TYPES = {"gemma3_text": "gemma3", "internlm3": "llama", "iquestcoder": "llama"}
+"""Further model types -> the key of the family whose layers they have."""
 OTHER = Family("")
 """Stands for a family whose layers run unfused: the usual names of parts, two norms, no biases."""

@@ -46,11 +46,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Ernie4_5": {"use_bias": True},
     "Exaone4": {"sliding_window": 5, "layer_types": MIXED},
     "Helium": {"hidden_size": 64},
+    "Gemma": {},
+    "Cwm": {"sliding_window": 5, "layer_types": MIXED, "rope_parameters": ROPE},
 }  # fmt: skip
 
 
-def build(family: str, layers: str = "original") -> tuple[nn.Module, list[str], SwapReport | None]:
-    """Build a tiny random fp32 model of the family, with norm weights and biases not neutral."""
+def build(
+    family: str, layers: str = "original", dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, list[str], SwapReport | None]:
+    """Build a tiny random model of the family, with norm weights and biases not neutral."""
     attention.register()
     name = "Gemma3" if family == "Gemma3Text" else family
     config = getattr(transformers, f"{family}Config")(**{**SMALL, **FAMILIES[family]}, attn_implementation=attention.NAME)
@@ -59,7 +63,7 @@ def build(family: str, layers: str = "original") -> tuple[nn.Module, list[str], 
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name or parameter_name.endswith("bias"):
             parameter.data += 0.3 * torch.randn_like(parameter)
-    model.requires_grad_(False)
+    model.to(dtype).requires_grad_(False)
     names = freeze_linears(model, skip=[model.get_output_embeddings()])
     report = fuse_layers(model) if layers == "fused" else None
     return model, names, report
@@ -91,7 +95,7 @@ def run(
     model.train()
     torch.manual_seed(seed)
     hidden = hidden_states(model, batch())
-    cotangent = torch.randn(hidden.shape, generator=random)
+    cotangent = torch.randn(hidden.shape, generator=random).to(hidden.dtype)
     gradients = torch.autograd.grad((hidden * cotangent).sum(), trainable_parameters(layers))
     return [hidden.detach(), *gradients]
 

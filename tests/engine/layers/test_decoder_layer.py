@@ -59,24 +59,27 @@ def test_that_comparison_fails_for_a_wrong_layer(change):
     assert worst(run(model, names, lora), theirs) > 2e-4
 
 
-def test_dropout_is_the_same_under_every_policy_and_another_in_the_next_step():
+@pytest.mark.parametrize("family", ["Llama", "Phi3", "Olmo3", "Ministral3"])
+def test_dropout_is_the_same_under_every_policy_and_another_in_the_next_step(family):
     lora = LoraConfig(rank=3, lora_dropout=0.3)
-    model, names, _ = build("Llama", "fused")
+    model, names, _ = build(family, "fused")
     kept = run(model, names, lora)
-    again, names, _ = build("Llama", "fused")
-    assert worst(run(again, names, lora, policy=Policy.RECOMPUTE), kept) < 1e-6
-    other, names, _ = build("Llama", "fused")
+    for policy in set(Policy) - {Policy.KEEP}:
+        again, names, _ = build(family, "fused")
+        assert worst(run(again, names, lora, policy=policy), kept) < 1e-6
+    other, names, _ = build(family, "fused")
     assert worst(run(other, names, lora, seed=1), kept) > 1e-2
 
 
-def test_dropout_gradients_are_those_of_the_function_that_was_computed():
+@pytest.mark.parametrize("family", ["Llama", "Phi3", "Granite", "Olmo3", "Glm4"])
+def test_dropout_gradients_are_those_of_the_function_that_was_computed(family):
     """Compare with central differences along the gradient, through the same mask."""
-    model, names, _ = build("Llama", "fused")
-    lora = LoraConfig(rank=2, lora_dropout=0.4, target_modules=("up_proj", "down_proj", "q_proj"))
+    model, names, _ = build(family, "fused")
+    lora = LoraConfig(rank=2, lora_dropout=0.4, target_modules=r".*(up|down|q|qkv|gate_up)_proj")
     layers = attach(model.double(), names, lora, 3)
     for layer in layers.values():
         layer.lora_a.data = layer.lora_a.data.double()
-        layer.lora_b.data = torch.randn_like(layer.lora_b, dtype=torch.float64) * 0.2
+        layer.lora_b.data = torch.randn_like(layer.lora_b, dtype=torch.float64) * 0.02
     parameters = trainable_parameters(layers)
     model.train()
     row = batch()
@@ -86,7 +89,8 @@ def test_dropout_gradients_are_those_of_the_function_that_was_computed():
         return hidden_states(model, row).sin().sum()
 
     gradients = torch.autograd.grad(loss(), parameters)
-    step = 1e-6
+    expected = sum((gradient**2).sum() for gradient in gradients)
+    step = 3e-4 / expected.sqrt()  # shorter and fp32 norms show, longer and curvature does
     with torch.no_grad():
         values = []
         for sign in (1, -2):
@@ -94,7 +98,6 @@ def test_dropout_gradients_are_those_of_the_function_that_was_computed():
                 parameter += sign * step * gradient
             values.append(loss())
     measured = (values[0] - values[1]) / (2 * step)
-    expected = sum((gradient**2).sum() for gradient in gradients)
     torch.testing.assert_close(measured, expected, rtol=1e-4, atol=0)
 
 
@@ -147,15 +150,16 @@ def test_the_last_layers_keep_their_activations_whatever_the_policy_and_some_oth
 
 
 @pytest.mark.parametrize("policy", [Policy.HOST, Policy.SELECTIVE, Policy.RECOMPUTE, Policy.OFFLOAD])
-@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Granite", "Olmo3", "Phi3"])
 def test_an_mlp_in_tiles_has_the_same_numbers(family, policy, monkeypatch):
+    """In fp64 matmuls, because fp32 rounds by the number of rows on some CPUs."""
     lora = LoraConfig(rank=3)
-    whole = run(*build(family, "fused")[:2], lora, policy)
+    whole = run(*build(family, "fused", torch.float64)[:2], lora, policy)
     monkeypatch.setattr(compute_limits, "MLP_TILE_TOKENS", 8)  # 30 tokens: three tiles and a part
     tiles = []
     gradient = fused.mlp_gradient
     monkeypatch.setattr(fused, "mlp_gradient", lambda dy, *rest: tiles.append(len(dy)) or gradient(dy, *rest))
-    assert worst(run(*build(family, "fused")[:2], lora, policy), whole) < 1e-6
+    assert worst(run(*build(family, "fused", torch.float64)[:2], lora, policy), whole) < 1e-6
     assert tiles == [8, 8, 8, 6] * 3
 
 
