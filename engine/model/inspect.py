@@ -15,7 +15,7 @@ from engine.dialogue.encoding import REVISION
 from engine.errors import InputError, first_line
 from engine.layers.swap import SwapReport, require_fused, survey
 from engine.model.guard import NO_LINEAR, plain_linears
-from engine.model.pretrained import from_pretrained
+from engine.model.pretrained import from_pretrained, model_factory
 from engine.model.route import ModelVerdict, Route, pattern_of
 from engine.model.verdicts import verdict_of
 from engine.quant.frozen_linear import is_known_linear
@@ -105,12 +105,12 @@ def unquantised_names(config: ModelConfig, verdict: ModelVerdict) -> list[str] |
 
 def _without_weights(config: ModelConfig) -> nn.Module:
     """Return the model on the meta device. Raises InputError if it is no causal language model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     found = from_pretrained(AutoConfig, config, locate(config))
     with torch.device("meta"):
         try:
-            return AutoModelForCausalLM.from_config(found, trust_remote_code=config.trust_remote_code)
+            return model_factory(found).from_config(found, trust_remote_code=config.trust_remote_code)
         except Exception as error:  # wrong types in config.json can raise any error in model code
             raise InputError("model.path", config.path, f"must be a causal language model ({first_line(error)})") from None
 

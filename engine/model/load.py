@@ -25,7 +25,7 @@ from engine.model.comparison import text_samples
 from engine.model.device import pick_dtype
 from engine.model.guard import NO_LINEAR, check_loaded, loaded_losses
 from engine.model.inspect import load_tokenizer, model_config, swaps_of, unquantised_names
-from engine.model.pretrained import from_pretrained
+from engine.model.pretrained import from_pretrained, model_factory
 from engine.model.route import ModelVerdict, pattern_of
 from engine.model.verdicts import verdict_of
 from engine.quant.bnb import load_library, nf4_load_config
@@ -43,7 +43,7 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     transformers' key-value cache. If it is None, the model is loaded for training: with the
     attention of its verdict, and its losses are compared with the library's own. Raises InputError.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # in a log file it writes hundreds of lines per trial
@@ -54,6 +54,7 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     if Path(source).is_dir():
         check_weights(Path(source), config.path)
     verdict, tokenizer = verdict_of(config), load_tokenizer(config)
+    factory = model_factory(from_pretrained(AutoConfig, config, source))
     if attention_name is not None and not verdict.route.packed_attention:
         attention_name = verdict.route.attention  # the only one that is known to be right for this model
     options: dict[str, Any] = {"device_map": {"": device.type}, "dtype": dtype}
@@ -61,7 +62,7 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     options |= {"use_safetensors": True, "output_loading_info": True}
 
     def load(folder: str | Path, **more: Any) -> tuple[Any, dict[str, Any]]:
-        model, loading = from_pretrained(AutoModelForCausalLM, config, str(folder), **options, **more)
+        model, loading = from_pretrained(factory, config, str(folder), **options, **more)
         # transformers fills missing tensors with random numbers; nothing may save or train such a model
         if missing := loading["missing_keys"]:
             raise InputError("model.path", config.path, f"lacks {len(missing)} tensors, such as {min(map(str, missing))}")

@@ -9,7 +9,7 @@ from torch import nn
 
 from engine.config.trial import ModelConfig
 from engine.model.guard import choose_route
-from engine.model.pretrained import from_pretrained
+from engine.model.pretrained import from_pretrained, model_factory
 from engine.model.route import ModelVerdict
 from engine.sources.locate import locate
 
@@ -24,11 +24,11 @@ def verdict_of(config: ModelConfig) -> ModelVerdict:
 
 @functools.lru_cache(maxsize=32)
 def _verdict(config: ModelConfig, content: str) -> ModelVerdict:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     def make(small: Any, attention_name: str) -> nn.Module:
         options = {"trust_remote_code": config.trust_remote_code, "attn_implementation": attention_name}
-        return AutoModelForCausalLM.from_config(small, **options)
+        return model_factory(small).from_config(small, **options)
 
     found = from_pretrained(AutoConfig, config, locate(config))
     if hasattr(found, "quantization_config"):
