@@ -67,15 +67,18 @@ def attention_gradient(dx_mid: Tensor, call: Call, saved: Saved, grads: Gradient
 def _rotated(call: Call, saved: Saved) -> tuple[Tensor, Tensor]:
     """Return queries and keys for attention: normalised, rotated and scaled as the spec says.
 
-    Without norms this changes `saved` in place: the gradient needs only the inverse.
+    What comes before the norms, or all if there are none, changes `saved` in place: the gradient
+    needs only its inverse.
     """
     spec = call.spec.attention
     q, k = saved.q, saved.k
+    if spec.norms_rotated:
+        _rotate_(q, k, call)
     if spec.q_norm is not None:
         q, saved.rstd["q"] = spec.q_norm.forward(q)
         k, saved.rstd["k"] = spec.k_norm.forward(k)
-    if spec.rotary is not None:
-        ops.rope_(q, k, call.cos_TR, call.sin_TR, pairs=spec.rotary == "pairs")
+    if not spec.norms_rotated:
+        _rotate_(q, k, call)
     if call.query_factors_T is not None:
         q.mul_(call.query_factors_T.to(q.dtype)[:, None, None])
     return q, k
@@ -86,12 +89,20 @@ def _unrotated(dq: Tensor, dk: Tensor, call: Call, saved: Saved) -> tuple[Tensor
     spec = call.spec.attention
     if call.query_factors_T is not None:
         dq.mul_(call.query_factors_T.to(dq.dtype)[:, None, None])
-    if spec.rotary is not None:
-        ops.rope_(dq, dk, call.cos_TR, call.sin_TR, inverse=True, pairs=spec.rotary == "pairs")
+    if not spec.norms_rotated:
+        _rotate_(dq, dk, call, inverse=True)
     if spec.q_norm is not None:
         dq = spec.q_norm.backward(dq, saved.q, saved.rstd["q"])
         dk = spec.k_norm.backward(dk, saved.k, saved.rstd["k"])
+    if spec.norms_rotated:
+        _rotate_(dq, dk, call, inverse=True)
     return dq, dk
+
+
+def _rotate_(q: Tensor, k: Tensor, call: Call, inverse: bool = False) -> None:
+    kind = call.spec.attention.rotary
+    if kind is not None:
+        ops.rope_(q, k, call.cos_TR, call.sin_TR, inverse=inverse, pairs=kind == "pairs")
 
 
 def _noted(graph: list[Tensor], saved: Tensor) -> Tensor:

@@ -37,7 +37,11 @@ def obstacle(layer: nn.Module) -> str | None:
         if getattr(config, key, 0):
             return f"{key} = {getattr(config, key)} is not computed"
     activation = _activation(config)
-    return None if activation in ACTIVATIONS else f"activation {activation} has no kernel"
+    if activation not in ACTIVATIONS:
+        return f"activation {activation} has no kernel"
+    features = sum(_features(layer.self_attn))
+    made = sum(attrgetter(path)(layer).out_features for path in family.paths["qkv"])
+    return None if made == features else f"{kind} makes {made} features of queries, keys and values instead of {features}"
 
 
 def layer_spec(layer: nn.Module) -> LayerSpec:
@@ -48,17 +52,17 @@ def layer_spec(layer: nn.Module) -> LayerSpec:
         rope = attention.config.rope_parameters
         scale = QueryScale(rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"])
     factor = None if family.multiplier is None else float(attrgetter(family.multiplier)(layer))
-    keys = attention.config.num_key_value_heads * attention.head_dim
-    normalises = family.qk_norm != "none"
+    q_norm, k_norm = (None, None) if family.qk_norm == "none" else (getattr(attention, name) for name in family.qk_norms)
     return LayerSpec(
         AttentionSpec(
             **_norms(layer, family.attention, family),
             multiplier=factor,
             head_dim=attention.head_dim,
-            features=(attention.config.num_attention_heads * attention.head_dim, keys, keys),
+            features=_features(attention),
             options=AttentionOptions(attention.scaling, window, getattr(attention, "attn_logit_softcapping", None)),
-            q_norm=_norm(attention.q_norm, family) if normalises else None,
-            k_norm=_norm(attention.k_norm, family) if normalises else None,
+            q_norm=_norm(q_norm, family),
+            k_norm=_norm(k_norm, family),
+            norms_rotated=family.norms_rotated,
             rotary=family.rotary if _rotates(layer, family, window) else None,
             query_scale=scale,
         ),
@@ -84,7 +88,7 @@ def _paths(family: Family) -> Iterator[str]:
     for members in family.paths.values():
         yield from members
     if family.qk_norm != "none":
-        yield from ("self_attn.q_norm", "self_attn.k_norm")
+        yield from (f"self_attn.{name}" for name in family.qk_norms)
     others = (family.window, family.slides, family.multiplier, family.rotates)
     yield from (path for path in others if path not in (None, WINDOWED))
 
@@ -99,6 +103,12 @@ def _has(layer: nn.Module, path: str) -> bool:
 
 def _activation(config: Any) -> str:
     return getattr(config, "hidden_activation", None) or config.hidden_act
+
+
+def _features(attention: nn.Module) -> tuple[int, int, int]:
+    """Return how many features are queries, keys and values."""
+    config, width = attention.config, attention.head_dim
+    return config.num_attention_heads * width, config.num_key_value_heads * width, config.num_key_value_heads * width
 
 
 def _window(layer: nn.Module, family: Family) -> int | None:
@@ -117,11 +127,13 @@ def _rotates(layer: nn.Module, family: Family, window: int | None) -> bool:
 
 def _norms(layer: nn.Module, half: HalfNorms, family: Family) -> dict[str, Norm | None]:
     return {
-        place: None if name is None else _norm(getattr(layer, name), family)
+        place: None if name is None else _norm(attrgetter(name)(layer), family)
         for place, name in (("before", half.before), ("after", half.after))
     }
 
 
-def _norm(module: nn.Module, family: Family) -> Norm:
+def _norm(module: nn.Module | None, family: Family) -> Norm | None:
+    if module is None:
+        return None
     eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
     return Norm(module.weight, eps, family.norm_offset, family.norm_rounds_once)

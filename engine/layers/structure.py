@@ -98,6 +98,7 @@ class AttentionSpec(HalfSpec):
     """The attention half.
 
     - features: output features of the qkv group that are queries, keys and values.
+    - norms_rotated: q_norm and k_norm follow the rotation instead of preceding it.
     - rotary: which features turn together; None without rotation.
     - query_scale: how queries grow with their position in the sample.
     """
@@ -107,6 +108,7 @@ class AttentionSpec(HalfSpec):
     options: AttentionOptions
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    norms_rotated: bool = False
     rotary: Literal["halves", "pairs"] | None = "halves"
     query_scale: QueryScale | None = None
 

@@ -42,7 +42,8 @@ class Family:
     - attention, mlp: the norms around each half.
     - qkv, gate_up: the linear layers that make queries, keys and values, and gate and up. One
       merged layer has their features in this order.
-    - qk_norm: queries and keys are normalised, each `head` alone or all heads as one `whole`.
+    - qk_norm: queries and keys are normalised, each `head` alone or all heads as one `whole`, by
+      the norms `qk_norms`. norms_rotated: after their rotation instead of before.
     - norm_offset: what a norm adds to its weight. norm_rounds_once: it rounds only its result.
     - window: path of the number of keys that a query sees, for layers where the flag `slides` is
       true.
@@ -64,6 +65,8 @@ class Family:
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     qk_norm: Literal["none", "head", "whole"] = "none"
+    qk_norms: tuple[str, str] = ("q_norm", "k_norm")
+    norms_rotated: bool = False
     norm_offset: float = 0.0
     norm_rounds_once: bool = False
     window: str | None = None
@@ -146,6 +149,8 @@ FAMILIES: dict[str, Family] = {
                       rotates=WINDOWED, defaults={"num_key_value_heads": 32, "sliding_window": 4096}),
     "helium": Family("Helium", norm_rounds_once=True, rotary="pairs", defaults={"num_key_value_heads": 20, "head_dim": 128},
                      biases={"qkv": "attention_bias", "gate_up": "mlp_bias", "down": "mlp_bias"}),
+    "hunyuan_v1_dense": Family("HunYuanDenseV1", qk_norm="head", qk_norms=("query_layernorm", "key_layernorm"),
+                               norms_rotated=True, biases=_ATTENTION_BIAS),
     "cwm": Family("Cwm", window=_OWN_WINDOW, biases={"gate_up": "mlp_bias", "down": "mlp_bias"}, defaults={
         "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192}),
 }  # fmt: skip

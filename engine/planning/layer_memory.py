@@ -157,7 +157,8 @@ class Pass:
         s = self.sizes
         with self.live.holding(weights, WEIGHTS):
             self.live.hold(self._own("gate_up"), 2 * s.f, kept)
-            self.live.briefly(0 if s.packed else s.f)  # plain weights take two matmuls
+            two = not s.packed and len(self.shape.groups["gate_up"]) == 2  # plain weights take a matmul each
+            self.live.briefly(s.f if two else 0)
         self._low("gate_up", s.x)
 
     def _down(self, output: str, kept: str) -> None:

@@ -47,6 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Exaone4": {"sliding_window": 5, "layer_types": MIXED},
     "Helium": {"hidden_size": 64},
     "Gemma": {},
+    "HunYuanDenseV1": {},
     "Cwm": {"sliding_window": 5, "layer_types": MIXED, "rope_parameters": ROPE},
 }  # fmt: skip
 

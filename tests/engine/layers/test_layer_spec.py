@@ -47,6 +47,7 @@ WRONG = {
     "Ministral3": lambda half: {"query_scale": None},
     "Glm4": lambda half: {"rotary": "halves"},
     "Exaone4": lambda half: {"rotary": "halves"},
+    "HunYuanDenseV1": lambda half: {"norms_rotated": False},
 }
 """What the description of a family says that others do not -> the same, wrong."""
 
@@ -78,6 +79,9 @@ def test_a_layer_that_lacks_what_its_description_names_runs_unfused():
     layer = first_layer("Phi3")
     del layer.mlp.gate_up_proj
     assert "mlp.gate_up_proj" in obstacle(layer)
+    gated = first_layer("Llama")  # as if half of what the layer makes were an output gate
+    gated.self_attn.q_proj = torch.nn.Linear(48, 128)
+    assert "makes 192 features of queries, keys and values instead of 128" in obstacle(gated)
 
 
 def test_queries_are_scaled_by_their_place_in_the_sample_not_in_the_row():

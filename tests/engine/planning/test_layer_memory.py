@@ -44,6 +44,8 @@ FAMILIES = {
     "granite": {**LLAMA, "model_type": "granite"},
     "olmo3": {**LLAMA, "model_type": "olmo3"},
     "phi3": {**LLAMA, "model_type": "phi3"},
+    "glm4": {**LLAMA, "model_type": "glm4", "head_dim": 64},
+    "exaone4": {**LLAMA, "model_type": "exaone4", "head_dim": 64},
 }
 POLICIES = tuple(policy.value for policy in LADDER)
 LENGTH = 1024
