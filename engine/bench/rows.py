@@ -42,7 +42,7 @@ OURS_ONLY: dict[str, Any] = {"keep_layers": 0, "host_layers": 0, "weight_cache_g
 
 @dataclass(frozen=True)
 class Row:
-    """Hold one system in one setting. suite: `table`, `long`, `ladder`, or empty."""
+    """Hold one system in one setting. suite: its name, or empty."""
 
     label: str
     system: str
@@ -58,6 +58,7 @@ LONG: dict[str, Any] = {
     "model": "llama-3.1-8b", "batch": 1, "rank": 32, "policy": "offload", "keep_layers": 0, "cap_gib": 23.5, "steps": 3,
     "warmup": 1,
 }  # fmt: skip
+FAMILIES = ("smollm3-3b", "granite-3.3-2b", "phi-4-mini", "olmo-3-7b", "granite-3.3-8b", "ministral-3-8b")
 SUITES: dict[str, tuple[dict[str, Any], ...]] = {
     "table": (
         {"model": "llama-3.1-8b", "batch": 2, "length": 2048, "policy": "offload", "keep_layers": 3, "host_layers": 12},
@@ -71,6 +72,7 @@ SUITES: dict[str, tuple[dict[str, Any], ...]] = {
         {"length": 65536, "host_layers": 32, **LONG, "steps": 1},
         {"length": 131072, "host_layers": 0, **LONG, "steps": 1, "warmup": 0, "systems": ("ours", "peft")},
     ),
+    "families": tuple({"model": name, "batch": 2, "length": 2048, "policy": "recompute", "cap_gib": 23.5} for name in FAMILIES),
 }
 """systems: the only ones measured in this setting; without it, all that the command names."""
 
