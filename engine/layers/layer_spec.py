@@ -84,7 +84,7 @@ def _paths(family: Family) -> Iterator[str]:
     """Yield every path that the description names."""
     yield from ("self_attn.config", "self_attn.head_dim", "self_attn.scaling")
     for half in (family.attention, family.mlp):
-        yield from (name for name in (half.before, half.after) if name is not None)
+        yield from (f"{name}.weight" for name in (half.before, half.after) if name is not None)
     for members in family.paths.values():
         yield from members
     if family.qk_norm != "none":

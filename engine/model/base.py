@@ -121,7 +121,9 @@ class Base:
     def head(self) -> Head:
         """Return the output embedding with the logit transforms from the model's config."""
         layer, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        scaling = getattr(config, "logits_scaling", None) or 1.0
+        divided = scaling if config.model_type == "hyperclovax" else 1.0 / scaling  # Granite and others divide by it
+        scale = getattr(config, "logit_scale", None) or divided
         return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
 
 

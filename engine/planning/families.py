@@ -52,7 +52,7 @@ class Family:
       layers with a window, and in all layers if the model has no window.
     - multiplier: path of the factor of both halves.
     - query_scale: True if queries grow with their position in the sample, as in Llama 4.
-    - no_dropout: config keys of dropouts that must be 0.
+    - no_dropout: config keys of dropouts that must be 0. needs: config keys that must be true.
     - biases: config keys that say whether projections have a bias, by group; True for always.
     - defaults: what a config.json means that leaves these keys out (transformers 5.23).
     - rotary_tables: how many kinds of layers have cos and sin of their own.
@@ -76,6 +76,7 @@ class Family:
     multiplier: str | None = None
     query_scale: bool = False
     no_dropout: tuple[str, ...] = ("attention_dropout",)
+    needs: tuple[str, ...] = ()
     biases: dict[str, str | bool] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     rotary_tables: int = 1
@@ -151,6 +152,9 @@ FAMILIES: dict[str, Family] = {
                      biases={"qkv": "attention_bias", "gate_up": "mlp_bias", "down": "mlp_bias"}),
     "hunyuan_v1_dense": Family("HunYuanDenseV1", qk_norm="head", qk_norms=("query_layernorm", "key_layernorm"),
                                norms_rotated=True, biases=_ATTENTION_BIAS),
+    "hyperclovax": Family("HyperCLOVAX", attention=HalfNorms("input_layernorm", "post_norm1"),
+                          mlp=HalfNorms("post_attention_layernorm", "post_norm2"), multiplier="residual_multiplier",
+                          needs=("use_post_norm",), biases=_ALL_BIASES, defaults={"use_post_norm": True}),
     "cwm": Family("Cwm", window=_OWN_WINDOW, biases={"gate_up": "mlp_bias", "down": "mlp_bias"}, defaults={
         "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192}),
 }  # fmt: skip

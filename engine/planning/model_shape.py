@@ -152,7 +152,8 @@ def _family(kind: str, config: dict[str, Any]) -> str:
     if kind not in FAMILIES or activation not in ACTIVATIONS:
         return "other"
     values = {**FAMILIES[kind].defaults, **config}
-    return "other" if any(values.get(key) for key in FAMILIES[kind].no_dropout) else kind
+    fits = all(values.get(key) for key in FAMILIES[kind].needs) and not any(values.get(key) for key in FAMILIES[kind].no_dropout)
+    return kind if fits else "other"
 
 
 def _has_bias(layer: Family, group: str, values: dict[str, Any]) -> bool:

@@ -48,6 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Helium": {"hidden_size": 64},
     "Gemma": {},
     "HunYuanDenseV1": {},
+    "HyperCLOVAX": {"residual_multiplier": 0.3, "attention_multiplier": 0.1},
     "Cwm": {"sliding_window": 5, "layer_types": MIXED, "rope_parameters": ROPE},
 }  # fmt: skip
 

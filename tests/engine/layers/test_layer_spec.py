@@ -47,6 +47,7 @@ WRONG = {
     "Ministral3": lambda half: {"query_scale": None},
     "Glm4": lambda half: {"rotary": "halves"},
     "Exaone4": lambda half: {"rotary": "halves"},
+    "HyperCLOVAX": lambda half: {"multiplier": None},
     "HunYuanDenseV1": lambda half: {"norms_rotated": False},
 }
 """What the description of a family says that others do not -> the same, wrong."""

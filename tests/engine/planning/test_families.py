@@ -66,6 +66,13 @@ def test_a_shape_and_a_survey_agree_on_what_runs_fused(family):
     assert survey(model).fused and ModelShape.of(config.to_dict(), family).family != "other"
 
 
+def test_a_layer_without_the_norms_that_its_description_needs_runs_unfused(monkeypatch):
+    monkeypatch.setitem(fused_layers.FAMILIES, "HyperCLOVAX", {"use_post_norm": False})
+    model, _, _ = build("HyperCLOVAX")
+    assert "has no post_norm1.weight, post_norm2.weight" in survey(model).describe()
+    assert ModelShape.of(model.config.to_dict(), "x").family == "other"
+
+
 def plan_config(cache_gib: float = 0.0, **changes: Any) -> TrainConfig:
     train = {"max_tokens": 8, "micro_batch_size": 1, "keep_layers": 0, "host_layers": 0, "weight_cache_gib": cache_gib,
              "activation_checkpointing": "keep"}  # fmt: skip

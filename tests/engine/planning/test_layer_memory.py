@@ -45,6 +45,7 @@ FAMILIES = {
     "olmo3": {**LLAMA, "model_type": "olmo3"},
     "phi3": {**LLAMA, "model_type": "phi3"},
     "glm4": {**LLAMA, "model_type": "glm4", "head_dim": 64},
+    "hyperclovax": {**LLAMA, "model_type": "hyperclovax"},
     "exaone4": {**LLAMA, "model_type": "exaone4", "head_dim": 64},
 }
 POLICIES = tuple(policy.value for policy in LADDER)
