@@ -51,8 +51,10 @@ def test_each_family_is_computed_in_a_way_that_gives_the_library_s_losses(model_
     assert kind(judge(model_type)) == expected
 
 
-@pytest.mark.parametrize("model", ["smollm3-3b", "granite-3.3-8b", "olmo-3-7b", "phi-3-mini", "phi-4-mini", "ministral-8b",
-                                   "ministral-3-8b", "glm-4-9b", "exaone-4-1.2b"])  # fmt: skip
+LATER = [pytest.param(name, marks=pytest.mark.faults) for name in ("phi-3-mini", "ministral-8b", "glm-4-9b", "exaone-4-1.2b")]
+
+
+@pytest.mark.parametrize("model", ["smollm3-3b", "granite-3.3-8b", "olmo-3-7b", "phi-4-mini", "ministral-3-8b", *LATER])
 def test_released_models_run_fused_with_their_own_multipliers_layer_kinds_and_rotary_settings(model):
     from transformers import AutoModelForCausalLM
 
