@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 
 class SampleError(Exception):
     """Say what is wrong with one sample; the reader adds the sample's name."""
+
+    def at(self, where: str) -> Self:
+        """Return the same error with the place before its text."""
+        found = copy(self)
+        found.args = (f"{where}{self}",)
+        return found
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import Any
 from engine.config.data_section import DataConfig
 from engine.config.trial import HUB_ID
 from engine.dialogue.conversation import Conversation, Document, Encoded, SampleError, TargetText
-from engine.dialogue.spans import Spans, any_of
+from engine.dialogue.dialect import any_of
+from engine.dialogue.spans import Spans
 from engine.dialogue.templates import MARKS, RESERVED, ChatTemplate, chat_template, prints_date, reads, tool_template
 from engine.errors import InputError
 
@@ -47,12 +48,12 @@ class Encoder:
         added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         thoughts = [tag for tag in ("<think>", "</think>") if tag in added and tag in f"{template}{for_tools}"]
 
-        def spans(text: str) -> Spans:
+        def spans(text: str, variables: dict[str, Any]) -> Spans:
             chat = ChatTemplate(text, variables, day, tokenizer.special_tokens_map, [*ends, *special, *thoughts])
-            return Spans(chat, ends, tokenizer.eos_token, special, config.turns)
+            return Spans(chat, ends, tokenizer.eos_token, special, config.turns, spans)
 
-        self._ends, self._spans = ends, None if template is None else spans(template)
-        self._spans_of_tools = spans(for_tools) if for_tools else self._spans
+        self._ends, self._spans = ends, None if template is None else spans(template, variables)
+        self._spans_of_tools = spans(for_tools, variables) if for_tools else self._spans
         self._added = any_of(added)
         self._takes_spaces = any(t.lstrip or t.rstrip or t.single_word for t in tokenizer.added_tokens_decoder.values())
         self._prefix = _prefix_ids(tokenizer)
