@@ -81,7 +81,8 @@ class Dialect:
         self._wants_none = bool(empty and none) and empty.text != none.text and empty.text.startswith(none.text)
         inline = {"role": "assistant", "content": f"<think>\n{PROBES[2]}\n</think>\n\n{PROBES[1]}"}
         apart, kept = (self.attempt([QUESTION, *self.template.prepared([m])], False, None) for m in (self._read(inline), inline))
-        self._keeps_inline = bool(kept) and PROBES[2] in kept.text and not (apart and PROBES[2] in apart.text)
+        is_text = bool(kept) and PROBES[2] in kept.text and not (apart and PROBES[2] in apart.text)
+        self._keeps_inline = is_text and not self._tags_thoughts
         one, two = self.attempt([QUESTION, ANSWER], False, None), self.attempt([QUESTION, ANSWER, QUESTION], False, None)
         if one is None:
             return

@@ -128,6 +128,8 @@ class Spans:
             opening = self._dialect.opening
             unasked = messages[i - 1]["role"] == "assistant" and whole.text.startswith(prompt + opening)
             return self._ended(messages, i, tools, whole.text, len(prompt + opening * unasked))
+        if found := self._behind_a_question(messages[i], tools, prompt, whole.text):
+            return found
         answer, notes = self._continued(messages, i, tools, prompt, whole.text)
         return self._ended(messages, i, tools, prompt + answer, len(prompt), notes)
 
@@ -147,7 +149,7 @@ class Spans:
         if found := self._dialect.ends.search(text, start):
             between = text[min(end, found.end()) : max(end, found.start())]
             end = end if self._dialect.ends.sub("", between).strip() else found.end()
-        elif self._eos and not self._dialect.special.search(text, start):
+        elif self._eos and not text[end:].strip() and not self._dialect.special.search(text, start):
             text = text[:start] + text[start:].rstrip() + self._eos
             return TargetText(text, (*spans, (start, len(text))), (NO_END,))
         return TargetText(text, (*spans, (start, end)))
@@ -159,12 +161,16 @@ class Spans:
         space. A thought that it opens is closed before the answer.
         """
         header, thought = self._dialect.header(messages[:i], tools), thought_of(messages[i])
-        if (answer := self._behind_a_question(messages[i], prompt, whole)) is not None:
-            return answer, ()
-        if header.split() == prompt.split():
+        if "".join(header.split()) == "".join(prompt.split()) and whole.startswith(header):
             return whole[len(header) if prompt[-1:].isspace() else len(header.rstrip()) :], ()
+        before = self._dialect.attempt(messages[:i], False, tools)
+        own = header.removeprefix(before.text) if before else header
+        if own != header and own.strip() and prompt.endswith(own) and whole.startswith(header):
+            return whole[len(header) :], ()  # the generation prompt says more before the same header
         base = len(header) if prompt.startswith(header) else max((tag.start() for tag in OPENER.finditer(prompt)), default=0)
         extra, rest = prompt[base:], whole[base:]
+        if thought and thought.strip() and prompt.startswith(header) and rest.startswith(thought.strip()):
+            return rest, ()  # the generation prompt opens the thought with words
         opened = OPENED.fullmatch(extra)
         is_known = opened or not extra.strip() or CLOSED.fullmatch(extra)
         if not (base and is_known and header.startswith(prompt[:base]) and whole.startswith(prompt[:base])):
@@ -178,18 +184,24 @@ class Spans:
         answer = rest.lstrip("\n") if thought is not None and not self._template.reads_thoughts else rest
         return f"{thought or ''}{line}{close}{2 * line}{answer}", () if thought else (NO_THOUGHT,)
 
-    def _behind_a_question(self, message: dict[str, Any], prompt: str, whole: str) -> str | None:
+    def _behind_a_question(self, message: dict[str, Any], tools: Any, prompt: str, whole: str) -> TargetText | None:
         """Return the answer as the template writes it behind a plain question, or None.
 
         A new message may change how earlier ones are written, or go on with an earlier answer. The
         model reads the same generation prompt nonetheless, so it writes the same behind it.
         """
-        dialect = self._dialect
-        asked, written = dialect.attempt([QUESTION], True, None), dialect.attempt([QUESTION, message], False, None)
-        if not (asked and written and written.text.startswith(asked.text) and prompt.endswith(dialect.opening)):
+        renders = (([QUESTION], False), ([QUESTION], True), ([QUESTION, message], False))
+        found = [self._dialect.attempt(messages, generate, tools) for messages, generate in renders]
+        if None in found:
             return None
-        answer = written.text[len(asked.text) :]
-        return answer if answer.strip() and whole.rstrip().endswith(answer.rstrip()) else None
+        plain, asked, written = (rendered.text for rendered in found)
+        opening, answer = asked.removeprefix(plain), written[len(asked) :]
+        is_same = written.startswith(asked) and answer.strip() and whole.rstrip().endswith(answer.rstrip())
+        if opening == asked or not is_same or not prompt.endswith(opening):
+            return None
+        ended = self._ended([QUESTION, message], 1, tools, written, len(asked))
+        text = prompt + ended.text[ended.start : ended.end]
+        return TargetText(text, ((len(prompt), len(text)),), ended.notes)
 
     def _ended(self, messages: Messages, i: int, tools: Any, text: str, start: int, notes: tuple[str, ...] = ()) -> TargetText:
         """Return the answer from `start` up to the token that ends generation.

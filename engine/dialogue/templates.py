@@ -166,6 +166,6 @@ class ChatTemplate:
 
         # All templates share one environment. A template with a global of its own needs no patch.
         environment = chat_template_utils._compile_jinja_template("").environment
-        moment = datetime.combine(self._day, time()) if self._day else None
-        now = {"strftime_now": lambda form: (moment or datetime.now()).strftime(form)}
+        moment = datetime.combine(self._day, time()) if self._day else datetime.now()  # one for all texts of a dialogue
+        now = {"strftime_now": moment.strftime}
         return environment.from_string(self.text, globals=now)
