@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.dialogue.conversation import SampleError
-from engine.dialogue.templates import MARKS
+from engine.dialogue.templates import MARKS, REASONING
 
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "bot": "assistant",
     "model": "assistant", "function_call": "assistant", "observation": "tool",
     **{role: role for role in ("system", "developer", "user", "assistant", "tool", "function", "ipython")},
 }  # fmt: skip
-REASONING = ("reasoning_content", "thinking", "reasoning")
 LEARNED, MASKED = ("weight", "train", "training", "trainable", "loss", "loss_mask"), ("mask", "masked")
 PARTLY_LEARNED = ("train_detail", "training_detail")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")

@@ -128,9 +128,12 @@ class Spans:
             opening = self._dialect.opening
             unasked = messages[i - 1]["role"] == "assistant" and whole.text.startswith(prompt + opening)
             return self._ended(messages, i, tools, whole.text, len(prompt + opening * unasked))
-        if found := self._behind_a_question(messages[i], tools, prompt, whole.text):
-            return found
-        answer, notes = self._continued(messages, i, tools, prompt, whole.text)
+        try:
+            answer, notes = self._continued(messages, i, tools, prompt, whole.text)
+        except OtherPromptError:
+            if messages[0] is not QUESTION and (found := self._behind_a_question(messages[i], tools, prompt, whole.text)):
+                return found
+            raise
         return self._ended(messages, i, tools, prompt + answer, len(prompt), notes)
 
     def _tagged(self, before: Messages, tools: Any, prompt: str, whole: Rendered) -> TargetText:
@@ -190,18 +193,17 @@ class Spans:
         A new message may change how earlier ones are written, or go on with an earlier answer. The
         model reads the same generation prompt nonetheless, so it writes the same behind it.
         """
-        renders = (([QUESTION], False), ([QUESTION], True), ([QUESTION, message], False))
-        found = [self._dialect.attempt(messages, generate, tools) for messages, generate in renders]
-        if None in found:
+        plain, asked = (self._dialect.attempt([QUESTION], generate, tools) for generate in (False, True))
+        try:
+            answer = self._answer([QUESTION, message], 1, tools)
+        except SampleError:
             return None
-        plain, asked, written = (rendered.text for rendered in found)
-        opening, answer = asked.removeprefix(plain), written[len(asked) :]
-        is_same = written.startswith(asked) and answer.strip() and whole.rstrip().endswith(answer.rstrip())
-        if opening == asked or not is_same or not prompt.endswith(opening):
+        opening, written = asked.text.removeprefix(plain.text if plain else ""), answer.text[answer.start : answer.end]
+        last = next((found.start() for found in self._dialect.special.finditer(written) if found.end() == len(written)), None)
+        is_same = whole.rstrip().endswith((written, written[:last].rstrip())) and written[:last].strip()
+        if opening == asked.text or not is_same or not prompt.endswith(opening):
             return None
-        ended = self._ended([QUESTION, message], 1, tools, written, len(asked))
-        text = prompt + ended.text[ended.start : ended.end]
-        return TargetText(text, ((len(prompt), len(text)),), ended.notes)
+        return TargetText(prompt + written, ((len(prompt), len(prompt + written)),), answer.notes)
 
     def _ended(self, messages: Messages, i: int, tools: Any, text: str, start: int, notes: tuple[str, ...] = ()) -> TargetText:
         """Return the answer from `start` up to the token that ends generation.
@@ -260,5 +262,6 @@ def _differs(prompt: str, whole: str) -> OtherPromptError:
     prompt, whole = (text.replace(MARKS[0], "").replace(MARKS[1], "") for text in (prompt, whole))
     at = max(0, len(common_prefix(prompt, whole)) - 20)
     shown = [json.dumps(text[at : at + 60], ensure_ascii=False) for text in (prompt, whole)]
+    is_of_thoughts = OPENER.search("".join(shown)) or re.search("think|reason", prompt[at:], re.I)
     text = f"the generation prompt has {shown[0]} where the chat template writes {shown[1]}"
-    return OtherPromptError(text, is_of_thoughts=bool(OPENER.search("".join(shown)) or "think" in prompt[at:].lower()))
+    return OtherPromptError(text, bool(is_of_thoughts))
