@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from engine.dialogue.templates import MARKS, RESERVED, ChatTemplate, chat_templa
 from engine.errors import InputError
 
 REVISION = "source_revision"  # attribute of a tokenizer: the hub revision it was loaded from, if one is pinned
+ONE_EACH = "the chat template writes earlier turns otherwise, so answers became samples of their own; data.turns=last learns one"
 NEAR = 200  # characters around a border
 PIECES = re.compile(f"{MARKS[0]}(.*?){MARKS[1]}", re.DOTALL)
 
@@ -67,6 +69,8 @@ class Encoder:
         if spans is None:
             raise InputError("data.chat_template", None, "the tokenizer has no chat template; set chatml or a Jinja file")
         texts = shared(spans.answers(sample))
+        if len(texts) > 1:
+            texts = [replace(text, notes=(*text.notes, ONE_EACH)) for text in texts]
         for token in {token for text in texts if MARKS[0] in text.text for token in PIECES.findall(text.text)}:
             if self._tokenizer.convert_tokens_to_ids(token) in self._as_text(token):
                 raise SampleError(f"the tokenizer cannot write {token!r} as text; take it out of the messages")

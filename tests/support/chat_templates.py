@@ -167,6 +167,16 @@ TEMPLATES = {  # name -> (template, end token of the tokenizer)
     "closed-by-header": (  # DeepSeek-V3.2: a header closes a thought that the prompt opens and closes
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}<|Assistant|></think>{{ m.content }}<|eos|>{% else %}"
         "<|User|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|><think></think>{% endif %}", "<|eos|>"),
+    "continues": ("{{ bos_token }}{% set ns = namespace(last='') %}{% for m in messages %}{% if m.role == 'assistant' %}{% if ns.last != 'assistant' %}"
+                  "<|turn>model\n{% endif %}{{ m.content | trim }}{% if loop.last or messages[loop.index].role != 'assistant' %}<turn|>{% endif %}\n"
+                  "{% else %}<|turn>{{ m.role }}\n{{ m.content | trim }}<turn|>\n{% endif %}{% set ns.last = m.role %}{% endfor %}"
+                  "{% if add_generation_prompt %}<|turn>model\n{% if not enable_thinking %}<|channel>thought\n<channel|>{% endif %}{% endif %}",
+                  "<turn|>"),
+    "system-before-last": ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last and messages[0].role == 'system' %}"
+                           "{{ messages[0].content }} {% endif %}{{ m.content }}[/INST]{% elif m.role == 'assistant' %}{{ m.content }}{{ eos_token }}"
+                           "{% endif %}{% endfor %}", "</s>"),
+    "tagged-no-end": ("{% for m in messages %}{% if m.role == 'assistant' %}ASSISTANT: {% generation %}{{ m.content }} {% endgeneration %}{% else %}"
+                      "USER: {{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}", "</s>"),
     "content-parts": ("{% for m in messages %}{{ m.role | capitalize }}:{% for p in m.content %}{% if p.type == 'text' %} {{ p.text }}{% endif %}"
                       "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}", "<end_of_utterance>"),
     "first-system-only": ("{% for m in messages %}{% if m.role != 'system' or loop.first %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
