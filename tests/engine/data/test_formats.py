@@ -6,6 +6,7 @@ import pytest
 
 from engine.data.formats import RowFormat
 from engine.dialogue.conversation import Conversation, Document
+from engine.dialogue.templates import REASONING
 from engine.errors import InputError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -56,7 +57,7 @@ SAME = [
                         {"from": "observation", "value": "r"}, {"from": "gpt", "value": "a"}]},
      chat(USER, call(), {"role": "tool", "content": "r"}, ANSWER)),
     *(({"messages": [USER, {**ANSWER, key: "t"}]}, chat(USER, {**ANSWER, "reasoning_content": "t"}))
-      for key in ("reasoning_content", "thinking", "reasoning")),
+      for key in REASONING),
     *(({"messages": [USER, {**ANSWER, **mark}, USER, ANSWER]}, chat(USER, ANSWER, USER, ANSWER, learned=(False,) * 3 + (True,)))
       for mark in ({"weight": 0}, {"train": False}, {"training": "false"}, {"loss": 0.0}, {"mask": True}, {"masked": 1})),
     ({"messages": [{**USER, "weight": 0}, {**ANSWER, "weight": 1}]}, chat(USER, ANSWER)),
