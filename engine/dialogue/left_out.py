@@ -34,17 +34,24 @@ def check_written(
     done, lacks_thought, texts = 0, False, [(found.text[: found.start], found.text[found.start : found.end]) for found in answers]
     for i, (prompt, answer) in zip(learned, texts):
         for j in range(done, i + 1):
-            text, where = answer if j == i else prompt, f"message {j + 1} ({messages[j]['role']}): the chat template"
             is_all = j == i and not any(form for _, forms in _parts(messages[j], thought=False) for form in forms)
-            if name := first_absent(messages[j], text, thought=is_all):
-                raise LeftOutError(f"{where} does not write its {name}", j, name)
-            if name := python_in(messages[j], text):
-                raise LeftOutError(f"{where} writes its {name} as Python source", j, name)
+            if found := fault(messages, j, answer if j == i else prompt, thought=is_all):
+                raise found
         lacks_thought |= first_absent(messages[i], answer, thought=True) is not None
         done = i + 1
     if missing := [name for name in _tool_names(tools) if name not in texts[0][0]]:
         raise LeftOutError(f"tools: the chat template does not write {missing[0]!r}")
     return lacks_thought
+
+
+def fault(messages: Sequence[Mapping[str, Any]], j: int, text: str, thought: bool = False) -> LeftOutError | None:
+    """Return what is wrong with `text` as the place of message j, or None. thought: it must hold the thought."""
+    where = f"message {j + 1} ({messages[j]['role']}): the chat template"
+    if name := first_absent(messages[j], text, thought):
+        return LeftOutError(f"{where} does not write its {name}", j, name)
+    if name := python_in(messages[j], text):
+        return LeftOutError(f"{where} writes its {name} as Python source", j, name)
+    return None
 
 
 def first_absent(message: Mapping[str, Any], text: str, thought: bool) -> str | None:

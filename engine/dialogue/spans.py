@@ -115,6 +115,8 @@ class Spans:
         for i in learned:
             try:
                 found.append(self._answer(messages, i, tools))
+            except left_out.LeftOutError:
+                raise
             except SampleError as error:
                 raise error.at(f"message {i + 1} (assistant): ") from error
         return found
@@ -133,6 +135,9 @@ class Spans:
         except OtherPromptError:
             if messages[0] is not QUESTION and (found := self._behind_a_question(messages[i], tools, prompt, whole.text)):
                 return found
+            for j in range(i + 1):  # what is not written is worth more than where two texts part
+                if lacks := left_out.fault(messages, j, whole.text if j == i else prompt):
+                    raise lacks from None
             raise
         return self._ended(messages, i, tools, prompt + answer, len(prompt), notes)
 

@@ -130,3 +130,9 @@ def test_several_samples_of_one_dialogue_are_said():
     turns = user("ask"), assistant("one", **THOUGHT), user("more"), assistant("two", **THOUGHT)
     assert all(row.notes == (ONE_EACH,) for row in encode("qwen-3", *turns)[1])
     assert not encode("qwen-3", *turns, turns="last")[1][0].notes
+
+
+def test_what_is_left_out_is_named_before_a_prompt_that_differs():
+    """The call is lost and the prompt opens a thought: another switch would only lead to the next refusal."""
+    line = refusal("r1-distill", user("ask"), assistant("", tool_calls=call()), RESULT, assistant("two", **THOUGHT))
+    assert "does not write its tool_calls[0].function.name; " in line and line.endswith("take calls and their results out")
