@@ -33,7 +33,9 @@ def with_way_out(
     error: SampleError, conversation: Conversation, template: ChatTemplate, remake: Remake, known: dict[Any, str]
 ) -> SampleError:
     """Return the error with the ways out that work. known: those of earlier conversations."""
-    kind = (type(error), getattr(error, "part", None), shape([conversation.messages, conversation.tools, conversation.learned]))
+    tagged = tuple("think>" in str(message.get("content")) for message in conversation.messages)
+    dialogue = shape([conversation.messages, conversation.tools]), conversation.learned
+    kind = (type(error), getattr(error, "part", None), tagged, dialogue)
     if kind not in known and len(known) < MAX_KNOWN:
         found = [name for name, trial in _ways(error, conversation, template, remake) if _works(trial)]
         known[kind] = ", or ".join(found) or SKIP
