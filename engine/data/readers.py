@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from engine.data.json_items import CHUNK, DamagedJson, JsonItems, NoListError
 from engine.data.source_files import FoundSource, NamedSource, file_digest, kind_of
 from engine.errors import InputError, first_line
 
@@ -53,6 +55,10 @@ def _read_file(field: str, path: Path) -> Iterator[SourceRow]:
         yield from _read_parquet(field, path)
         return
     with _open(path, compression) as handle:
+        begin = handle.peek(4)[:4]
+        if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in begin:
+            way_out = "save it as UTF-8: iconv -f UTF-16 -t UTF-8"
+            raise InputError(field, str(path), f"must be UTF-8 text, and begins like UTF-16; {way_out}")
         if kind in (".csv", ".tsv"):
             yield from _read_table(field, path, handle, "\t" if kind == ".tsv" else ",")
         elif kind == ".json":
@@ -107,23 +113,27 @@ def _read_table(field: str, path: Path, handle: BinaryIO, delimiter: str) -> Ite
 
 def _read_json(field: str, path: Path, handle: BinaryIO) -> Iterator[SourceRow]:
     """Read one JSON list. A file that has one object in each line is read as JSON Lines."""
-    first = handle.readline()
+    first = handle.readline(CHUNK)
     if first.removeprefix(BOM.encode()).lstrip().startswith(b"{"):
+        first += handle.readline() if not first.endswith(b"\n") else b""
         try:
             _parse("", first.decode("utf-8-sig"))
         except (InputError, UnicodeDecodeError):
             raise InputError(field, str(path), "must hold a list of samples, or one in each line") from None
         yield from _read_lines(field, path, handle, first)
         return
-    where = f"{field} file {path.name}"
+    name = f"{field} item {{}} of {path.name}"
+    number = 0
     try:
-        rows = _parse(where, (first + handle.read()).decode("utf-8-sig"))
+        for number, (row, error) in enumerate(JsonItems(first, handle, STRICT), 1):
+            fault = None if error is None else InputError(name.format(number), "an item", f"must be JSON ({first_line(error)})")
+            yield SourceRow(name.format(number), row, fault)
     except UnicodeDecodeError as error:
-        raise InputError(field, str(path), f"must be UTF-8 text ({error})") from None
-    if not isinstance(rows, list):
-        raise InputError(field, str(path), f"must hold a list of samples, not a {type(rows).__name__}")
-    for i, row in enumerate(rows, 1):
-        yield SourceRow(f"{field} item {i} of {path.name}", row)
+        raise InputError(field, str(path), f"must be UTF-8 text ({error.reason} behind item {number})") from None
+    except NoListError as error:
+        raise InputError(field, str(path), f"must hold a list of samples, not a {error}") from None
+    except DamagedJson as error:
+        raise InputError(field, str(path), f"must be JSON ({error}, in item {number + 1} or behind it)") from None
 
 
 def _read_lines(field: str, path: Path, handle: BinaryIO, first: bytes = b"") -> Iterator[SourceRow]:
@@ -147,7 +157,7 @@ def _row_of_line(name: str, line: bytes) -> SourceRow:
 
 def _parse(where: str, text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        return STRICT.decode(text)
     except ValueError as error:
         raise InputError(where, text.strip()[:60], f"must be JSON ({error})") from None
     except RecursionError:
@@ -165,6 +175,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
 
 
 def _without_invented_nulls(row: dict[str, Any]) -> dict[str, Any]:

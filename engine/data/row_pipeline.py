@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 from engine.config.data_section import DataConfig
@@ -23,6 +24,7 @@ from engine.errors import InputError
 from engine.system.limited_child import Bounded, TooCostly
 
 BATCH_ROWS, BATCH_CHARACTERS = 256, 1_000_000
+FIRST_ROWS = 100  # those that settle the format
 MAX_REASONS = 3  # lines about bad rows that are kept
 
 
@@ -64,7 +66,8 @@ class _Sample:
 
     def digest(self) -> bytes:
         """Return a digest of the row's content, which is the same for all variables of a template."""
-        return hashlib.sha256(json.dumps(asdict(self.content), sort_keys=True, default=str).encode()).digest()
+        content = {name: value for name, value in asdict(self.content).items() if name != "notes"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
 
 
 class RowPipeline:
@@ -96,8 +99,10 @@ class RowPipeline:
 
     def _batches(self, rows: Iterable[SourceRow]) -> Iterator[list[_Sample]]:
         batch: list[_Sample] = []
-        size = 0
-        for row in rows:
+        size, rows = 0, iter(rows)
+        first = list(islice(rows, FIRST_ROWS))
+        self._format.decide((row.name, row.columns) for row in first if row.fault is None)
+        for row in chain(first, rows):
             self.counts.num_read += 1
             try:
                 if row.fault is not None:
@@ -112,6 +117,8 @@ class RowPipeline:
                 batch, size = [], 0
         if batch:
             yield batch
+        if self.counts.num_read > self.counts.num_bad:
+            self._format.refuse_unseen()
 
     def _render_batch(self, call: Callable[[list[Any]], list[Any]], batch: list[_Sample]) -> list[Any]:
         """Return what was rendered of each sample, or its SampleError."""

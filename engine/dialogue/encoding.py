@@ -18,8 +18,8 @@ from engine.config.data_section import DataConfig
 from engine.config.trial import HUB_ID
 from engine.dialogue.conversation import Conversation, Document, Encoded, SampleError, TargetText
 from engine.dialogue.spans import Spans, any_of
-from engine.dialogue.text_ids import TextIds
 from engine.dialogue.templates import MARKS, RESERVED, ChatTemplate, chat_template, prints_date, reads, tool_template
+from engine.dialogue.text_ids import TextIds
 from engine.errors import InputError
 
 REVISION = "source_revision"  # attribute of a tokenizer: the hub revision it was loaded from, if one is pinned
@@ -161,7 +161,7 @@ class Encoder:
         if not text[start:end].endswith(tuple(self._ends) or "\0"):
             text += self._eos or ""
             end = len(text)
-        return TargetText(text, ((start, end),), is_chat=False)
+        return TargetText(text, ((start, end),), sample.notes, is_chat=False)
 
     def _encode(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
         """Return the ids of each text.
