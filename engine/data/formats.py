@@ -72,7 +72,8 @@ class RowFormat:
     def read(self, name: str, row: Any) -> Conversation | Document:
         """Return what a template or the tokenizer takes. InputError, which names the row, if it is bad."""
         if not isinstance(row, Mapping):
-            raise InputError(name, row, "must be an object with named columns")
+            hint = "; a list of rows belongs in a .json file" if isinstance(row, list) else ""
+            raise InputError(name, row, f"must be an object with named columns{hint}")
         try:
             renamed = self._renamed(row)
             if self._format is None:

@@ -37,6 +37,8 @@ class JsonItems:
         self._line, self._column = 1, 1  # of the first character of _text
 
     def __iter__(self) -> Iterator[tuple[Any, ValueError | None]]:
+        if not self._next():  # an empty file
+            return
         if self._next() != "[":
             raise NoListError(self._kind())
         self._at += 1

@@ -12,7 +12,7 @@ from engine.dialogue.templates import MARKS
 
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "bot": "assistant",
-    "model": "assistant", "function_call": "assistant", "observation": "tool",
+    "model": "assistant", "ai": "assistant", "function_call": "assistant", "observation": "tool",
     **{role: role for role in ("system", "developer", "user", "assistant", "tool", "function", "ipython")},
 }  # fmt: skip
 REASONING = ("reasoning_content", "thinking", "reasoning")

@@ -203,7 +203,7 @@ def split_by_content(hashes: np.ndarray, eval_fraction: float) -> tuple[np.ndarr
     border = hashes[order[max(1, round(len(order) * eval_fraction)) - 1]]
     train, evaluation = order[hashes[order] > border], order[hashes[order] <= border]
     if len(train) == 0:
-        raise InputError("data.train", f"{len(order)} samples", "needs at least 2 different samples, or data.eval")
+        raise InputError("data.train", counted(len(order), "sample"), "needs at least 2 different samples, or data.eval")
     return np.sort(train), evaluation
 
 
