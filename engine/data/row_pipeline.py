@@ -23,7 +23,8 @@ from engine.dialogue.encoding import Encoder
 from engine.errors import InputError
 from engine.system.limited_child import Bounded, TooCostly
 
-BATCH_ROWS, BATCH_CHARACTERS = 256, 1_000_000
+BATCH_ROWS, BATCH_CHARACTERS = 256, 400_000
+RENDERED_CHARACTERS = 2 * BATCH_CHARACTERS  # that are tokenised at once
 FIRST_ROWS = 100  # those that settle the format
 MAX_REASONS = 3  # lines about bad rows that are kept
 
@@ -143,8 +144,12 @@ class RowPipeline:
         return found
 
     def _encode(self, samples: list[_Sample], rendered: list[Any]) -> Iterator[tuple[list[Encoded], bool, bytes | None]]:
-        good = iter(self._encoder.encode([r for r in rendered if not isinstance(r, SampleError)]))
-        for sample, one in zip(samples, rendered, strict=True):
+        for group in _groups(zip(samples, rendered, strict=True)):
+            yield from self._encode_group(group)
+
+    def _encode_group(self, group: list[tuple[_Sample, Any]]) -> Iterator[tuple[list[Encoded], bool, bytes | None]]:
+        good = iter(self._encoder.encode([one for _, one in group if not isinstance(one, SampleError)]))
+        for sample, one in group:
             encoded = one if isinstance(one, SampleError) else next(good)
             if not isinstance(encoded, SampleError) and not (encoded and all(any(e.is_target[1:]) for e in encoded)):
                 encoded = SampleError("has no target token, so there is nothing to learn")
@@ -173,6 +178,22 @@ class RowPipeline:
             self.counts.reasons.append(str(error))
 
 
+def _groups(pairs: Iterable[tuple[_Sample, Any]]) -> Iterator[list[tuple[_Sample, Any]]]:
+    """Yield the pairs in groups of few characters.
+
+    A template that writes earlier turns differently makes many times the text of a long dialogue.
+    """
+    group: list[tuple[_Sample, Any]] = []
+    size = 0
+    for pair in pairs:
+        group.append(pair)
+        size += 0 if isinstance(pair[1], SampleError) else sum(len(text.text) for text in pair[1])
+        if size > RENDERED_CHARACTERS:
+            yield group
+            group, size = [], 0
+    yield group
+
+
 def _ahead(batches: Iterator[Any], work: Callable[[Any], Any], pool: ThreadPoolExecutor) -> Iterator[tuple[Any, Any]]:
     """Yield (batch, work(batch)), and work on the next batch meanwhile in the pool's one thread.
 
@@ -194,4 +215,6 @@ def _ahead(batches: Iterator[Any], work: Callable[[Any], Any], pool: ThreadPoolE
 def _size(content: Conversation | Document) -> int:
     if isinstance(content, Document):
         return len(content.prompt) + len(content.completion)
-    return sum(len(message["content"]) for message in content.messages)
+    texts = sum(len(value) for message in content.messages for value in message.values() if isinstance(value, str))
+    calls = [message["tool_calls"] for message in content.messages if "tool_calls" in message]
+    return texts + len(str(calls)) * bool(calls) + len(str(content.tools)) * bool(content.tools)

@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 from engine.config.data_section import DataConfig
 from engine.config.parsing import parse
 from engine.config.trial import ModelConfig
+from engine.data import row_pipeline
 from engine.data.account import account_data
+from engine.data.readers import read_rows
+from engine.data.row_pipeline import RowPipeline
+from engine.data.source_files import NamedSource, find_source
 from engine.data.tokens import TokenSet, tokenise
 from engine.data.views import View, load_data
 from engine.dialogue.conversation import Encoded
+from engine.dialogue.encoding import Encoder
 from engine.errors import InputError
 from engine.model.inspect import load_tokenizer
 
@@ -226,6 +231,26 @@ def test_a_loss_mask_of_the_data_changes_their_digest(config, tokenizer):
     after = load_data(config(rows, eval="train"), tokenizer)[0]
     assert texts(before, tokenizer) == texts(after, tokenizer) and before.digest() != after.digest()
     assert before.num_targets() > after.num_targets()
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_how_many_rows_are_worked_on_at_once_changes_no_token(config, tokenizer, monkeypatch, template):
+    rows = [dialogue(i) for i in range(12)] + [{"messages": [{"role": "user", "content": "no answer"}]}]
+    given = config(rows, chat_template=template, eval="train", bad_rows="skip")
+    encoder, sizes, found = Encoder(tokenizer, given), [], []
+    for limit in (10**6, 300, 1):
+        monkeypatch.setattr(row_pipeline, "BATCH_CHARACTERS", limit)
+        monkeypatch.setattr(row_pipeline, "RENDERED_CHARACTERS", limit)
+        encode = encoder.encode
+        asked = []
+        counting = lambda texts, encode=encode, asked=asked: asked.append(len(texts)) or encode(texts)  # noqa: E731
+        monkeypatch.setattr(encoder, "encode", counting)
+        source = NamedSource("data.train", (given.train,))
+        found.append(list(RowPipeline(given, encoder, tokenizer).encoded(read_rows(source, find_source(source)))))
+        monkeypatch.setattr(encoder, "encode", encode)
+        sizes.append(max(asked))
+    assert found[0] == found[1] == found[2] and len(found[0]) == 12
+    assert sizes[0] == 12 and sizes[1] < 8 and sizes[2] == 1
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):
