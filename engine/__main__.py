@@ -38,6 +38,7 @@ from engine.system.command_line import asked_to_end, run
 from engine.system.files import write_text
 from engine.system.user_path import user_path
 from engine.trial_report import read_reports
+from engine.units import counted
 
 STOPPED = "stopped; run the same command again to continue from the last save"
 ENDING = "ending after this step and saving it; press Ctrl-C again to stop at once"
@@ -181,7 +182,7 @@ def _show_sample(arguments: list[str]) -> int:
     sample, marks = view[options.sample - 1], marks_for(sys.stdout)
     sys.stdout.reconfigure(errors="backslashreplace")
     print(f"sample {options.sample:,} of {len(view):,} {'for evaluation' if options.eval else 'for training'}: ", end="")
-    print(f"{len(sample.input_ids):,} tokens, loss falls on {int(sample.is_target.sum()):,} ({legend(marks)})\n")
+    print(f"{counted(len(sample.input_ids), 'token')}, loss falls on {int(sample.is_target.sum()):,} ({legend(marks)})\n")
     print(marked(sample, tokenizer, marks))
     return 0
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from engine.config.parsing import parse_dataclass
 from engine.planning.model_shape import ModelShape
+from engine.units import counted
 
+TRAINING, EVALUATION = "training", "evaluation"  # parts of an account
 MUCH_LOST = 0.1  # share of a data set's rows or tokens that are not used
 
 
@@ -56,17 +58,30 @@ class DataAccount:
 
     def line(self) -> str:
         """Return everything in one line."""
-        read = _listed(f"{self.num_read:,} rows read", bad=self.num_bad, equal_to_others=self.num_equal)
+        read = _listed(f"{counted(self.num_read, 'row')} read", bad=self.num_bad, equal_to_others=self.num_equal)
         used = f"{self.num_used:,} used"
         if self.num_samples != self.num_used:
-            used += f" as {self.num_samples:,} samples"
-        lost = _listed(f"{self.num_lost_tokens:,} tokens lost", samples_cut=self.num_cut, dropped=self.num_dropped)
-        share = self.num_targets / max(1, self.num_tokens)
-        parts = [read, used, f"{self.num_tokens:,} tokens a pass, {share:.1%} of them targets", lost]
+            used += f" as {counted(self.num_samples, 'sample')}"
+        cut = {"samples_cut" if self.num_cut != 1 else "sample_cut": self.num_cut}
+        lost = _listed(f"{counted(self.num_lost_tokens, 'token')} lost", **cut, dropped=self.num_dropped)
+        parts = [read, used, f"{counted(self.num_tokens, 'token')} a pass, {self._targets_share():.1%} of them targets", lost]
         added = [f"{name} to {count:,}" for name, count in (("BOS", self.num_bos), ("EOS", self.num_eos)) if count]
         parts += [f"added {', '.join(added)}"] if added else []
-        parts += [f"{note} ({count:,} rows)" for note, count in self.notes.items()]
+        parts += [f"{note} ({counted(count, 'row')})" for note, count in self.notes.items()]
         return f"{self.part} at {self.max_seq_length:,} tokens: {'; '.join(parts)}"
+
+    def numbers(self) -> dict[str, float]:
+        """Return its counts and shares by short names, to sort sweeps by."""
+        return {
+            "rows_read": self.num_read, "rows_bad": self.num_bad, "rows_equal": self.num_equal, "rows_used": self.num_used,
+            "rows_leaked": self.num_leaked, "samples": self.num_samples, "samples_cut": self.num_cut,
+            "samples_dropped": self.num_dropped, "tokens": self.num_tokens, "tokens_lost": self.num_lost_tokens,
+            "tokens_lost_share": self.num_lost_tokens / max(1, self.num_tokens + self.num_lost_tokens),
+            "targets_share": self._targets_share(),
+        }  # fmt: skip
+
+    def _targets_share(self) -> float:
+        return self.num_targets / max(1, self.num_tokens)
 
     def warnings(self) -> list[str]:
         """Return a line for each loss that a user should know of before training."""
@@ -77,12 +92,13 @@ class DataAccount:
         for what, lost, whole in (("rows", gone, before), ("tokens", self.num_lost_tokens, tokens)):
             if lost > MUCH_LOST * whole:
                 found.append(
-                    f"{self.part} data lose {lost / whole:.0%} of their {what} at {self.max_seq_length:,} tokens "
+                    f"{self.part} data lose {lost / whole:.0%} of their {what} at {counted(self.max_seq_length, 'token')} "
                     "(bad rows, or beyond the length: data.overlong)"
                 )
         found += [f"a bad row was skipped: {line}" for line in self.bad_rows]
         if self.num_leaked:
-            found.append(f"{self.num_leaked:,} of {self.num_chosen:,} evaluation rows are training rows too")
+            are = "is a training row" if self.num_leaked == 1 else "are training rows"
+            found.append(f"{self.num_leaked:,} of {counted(self.num_chosen, 'evaluation row')} {are} too")
         return found
 
 
@@ -114,9 +130,8 @@ class PreparedFacts(Facts):
 
     layers: one line on which decoder layers run fused. num_trainable: adapter parameters of each
     config. data: digests of samples, template and base model by part (engine/sources/identity.py).
-    num_train_tokens: tokens of one pass over the training samples, for the config that cuts them
-    shortest; 0 if not known. Numbers of samples are rows of the source. accounts: of both parts, at
-    each length among the configs. day: the one that the chat template printed, None if it prints
+    Numbers of samples are rows of the source. accounts: of both parts, at each length among the
+    configs. day: the one that the chat template printed, None if it prints
     none. model_notes: what the user should know about the model, one line each.
     """
 
@@ -127,10 +142,14 @@ class PreparedFacts(Facts):
     num_dropped_samples: int
     num_trainable: list[int]
     data: dict[str, str]
-    num_train_tokens: int = 0
     accounts: list[DataAccount] = field(default_factory=list)
     day: str | None = None
     model_notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_train_tokens(self) -> int:
+        """Return the tokens of one pass over the training samples, at the length that leaves fewest; 0 if not known."""
+        return min((account.num_tokens for account in self.accounts if account.part == TRAINING), default=0)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from engine.command_answers import DataAccount, Facts, PreparedFacts, VisibleCard
+from engine.command_answers import TRAINING, DataAccount, Facts, PreparedFacts, VisibleCard
 from engine.config.targets import resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.account import account_data
@@ -74,7 +74,6 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         data=digests,
         day=next(filter(None, days), None),
         accounts=_distinct(account for both in accounts.values() for account in both),
-        num_train_tokens=min(both[0].num_tokens for both in accounts.values()),
     )
 
 
@@ -100,12 +99,12 @@ def _identify(
 
 
 def _distinct(accounts: Iterable[DataAccount]) -> list[DataAccount]:
-    """Return the accounts without repeats; all configs share one evaluation set."""
+    """Return the accounts without repeats, training first, by length; all configs share one evaluation set."""
     found: list[DataAccount] = []
     for account in accounts:
         if account not in found:
             found.append(account)
-    return found
+    return sorted(found, key=lambda account: (account.part != TRAINING, account.max_seq_length))
 
 
 def _check_tokens(config: TrainConfig, facts: ModelFacts, tokenizer: Any, views: tuple[View, View]) -> list[str]:

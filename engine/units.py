@@ -11,3 +11,8 @@ MAX_EXPONENT = 700.0  # exp() of more overflows float64
 def perplexity(loss: float) -> float:
     """Return exp(loss) for a loss in nats per token, capped at exp(700) to stay a float."""
     return math.exp(min(loss, MAX_EXPONENT))
+
+
+def counted(number: int, thing: str) -> str:
+    """Return the number with its thing in the singular or the plural, such as `1 row` and `1,024 rows`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

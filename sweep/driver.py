@@ -47,6 +47,7 @@ from sweep.preflight import (
     pinned_to_most_demanding,
     setting_warnings,
 )
+from sweep.tracking.mlflow_names import data_points, data_tags
 from sweep.tracking.prometheus import MetricsPage, serve
 from sweep.tracking.tracker import make_tracker
 from sweep.trials.selection import Rule
@@ -156,7 +157,9 @@ def _run(
         section = plan.config.sweep
         screen = make_console(sys.stdout, plan.num_rungs, section.num_trials, Rule(section.objectives, section.choose_within))
         tracker = make_tracker(plan.config, folder.path)
-        tracker.on_sweep_started({"sweep.folder": str(folder.path), **provenance(), **_data_tags(folder)}, folder.started_s)
+        accounts = folder.read_accounts()
+        tags = {"sweep.folder": str(folder.path), **provenance(), **data_tags(accounts)}
+        tracker.on_sweep_started(tags, folder.started_s, data_points(accounts))
         try:
             set_ray_environment(plan.config.cluster.address, plan.slots.num_slots if plan.has_mixed_cards else 1)
             from sweep.session import SweepSession  # loads ray, which reads that environment once
@@ -171,11 +174,6 @@ def _run(
             screen.stop()
             wait_until_flushed()
             warn(tracker.close(30.0))
-
-
-def _data_tags(folder: SweepFolder) -> dict[str, str]:
-    """Return one tag for each data set and length, such as data.training.2048."""
-    return {f"data.{account.part}.{account.max_seq_length}": account.line() for account in folder.read_accounts()}
 
 
 def _find_hardware(cluster: ClusterConfig) -> Hardware:

@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.command_answers import Facts, PreparedFacts
 from engine.system.files import require_home
+from engine.units import counted
 from sweep.cli.console import warn
 from sweep.cluster.ray_folder import settle_ray_folder
 from sweep.config.sweep import SweepConfig
@@ -57,7 +58,7 @@ def check_warm_start(plan: SweepPlan, data: dict[str, Any], say: Callable[[str],
     from sweep.study.earlier_sweeps import read_earlier  # loads Optuna, which takes half a second
 
     earlier = read_earlier(plan.config, plan.space, data)
-    say(f"warm start {len(earlier.trials)} trials from {', '.join(plan.config.sweep.warm_start)}")
+    say(f"warm start {counted(len(earlier.trials), 'trial')} from {', '.join(plan.config.sweep.warm_start)}")
     for note in earlier.notes:
         print(f"warm start {note}", flush=True)
 
@@ -116,7 +117,8 @@ def _checked(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -
     print("preparing model and data ...", flush=True)
     facts = prepare(plan.probes(), engine.command)
     print("\n".join(["model: " + line for line in (facts.layers, *facts.model_notes)]), flush=True)
-    print(f"data: {facts.num_train_samples:,} training and {facts.num_eval_samples:,} evaluation samples", flush=True)
+    samples = counted(facts.num_eval_samples, "evaluation sample")
+    print(f"data: {facts.num_train_samples:,} training and {samples}", flush=True)
     if facts.day is not None:
         print(f"data: the chat template prints a day; this sweep's is {facts.day} (data.date)", flush=True)
     for account in facts.accounts:

@@ -54,6 +54,14 @@ class DataConfig(StrictModel):
     max_seq_length: SeqLength = 2048
     packing: bool = True
 
+    @field_validator("columns")
+    @classmethod
+    def _names_each_once(cls, value: dict[str, str]) -> dict[str, str]:
+        twice = next((theirs for theirs in value.values() if list(value.values()).count(theirs) > 1), None)
+        if twice is not None:
+            raise ValueError(f"must name {twice!r} for one of ours alone")
+        return value
+
     @field_validator("date")
     @classmethod
     def _is_a_day(cls, value: str | None) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.command_answers import DataAccount
+from engine.command_answers import EVALUATION, TRAINING, DataAccount
 from engine.config.data_section import ON_TRAINING_SAMPLES, DataConfig
 from engine.data.row_pipeline import RowCounts
 from engine.data.views import View, load_counted_data
@@ -16,8 +16,8 @@ def account_data(config: DataConfig, tokenizer: Any) -> tuple[View, View, list[D
     """Load the data as load_data does; return (train, eval, the accounts of both)."""
     train, evaluation, (train_counts, eval_counts) = load_counted_data(config, tokenizer)
     leaked = 0 if config.eval in (None, ON_TRAINING_SAMPLES) else num_common_rows(train, evaluation)
-    training = make_account("training", train, train_counts, 0)
-    return train, evaluation, [training, make_account("evaluation", evaluation, eval_counts, leaked)]
+    training = make_account(TRAINING, train, train_counts, 0)
+    return train, evaluation, [training, make_account(EVALUATION, evaluation, eval_counts, leaked)]
 
 
 def make_account(part: str, view: View, counts: RowCounts, num_leaked: int) -> DataAccount:

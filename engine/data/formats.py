@@ -1,5 +1,8 @@
 """Turn a raw row of any supported format into a Conversation or a Document.
 
+One format holds for all rows of a source: most of its first rows decide, so that an odd one among
+them does not.
+
 - messages: `{"messages": [{"role", "content"}, ...]}`, or `conversations` with from/value.
 - prompt_completion: `{"prompt", "completion"}`, both text or lists of messages.
 - alpaca: `{"instruction", "input", "output"}`: a chat if there is a template, else Stanford's
@@ -9,10 +12,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from engine.data.messages import MEDIA, check_text, flag, parse_json, read_message
+from engine.data.messages import MEDIA, check_text, flag, is_flag, parse_json, read_message, read_tools
 from engine.dialogue.conversation import Conversation, Document, SampleError
 from engine.errors import InputError
 
@@ -22,56 +27,128 @@ FORMATS = {  # format -> columns that identify it, most specific first
     "alpaca": (("instruction", "output"),),
     "text": (("text",),),
 }
+OPTIONAL = {  # format -> further columns that it reads
+    "messages": ("system", "tools", "label"), "prompt_completion": ("system", "tools", "label"),
+    "alpaca": ("input", "system", "history", "tools", "label"), "text": (),
+}  # fmt: skip
+ALIASES = {"conversations": "messages", "system_prompt": "system", "kto_tag": "label"}
 ALPACA_HEAD = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 SYSTEM = ("system", "system_prompt")
 GOOD = ("label", "kto_tag")  # KTO's verdict on an answer
+LONG = 20  # characters of a prompt that no completion repeats by chance
+REPEATED = "a completion that repeats its prompt is learnt from behind it"
 Messages = list[tuple[dict[str, Any], bool]]
 
 
 class RowFormat:
-    """Read rows of one format, which the first readable row reveals unless the config names it."""
+    """Read rows of one format: the config's, or the one that most of the first rows have."""
 
     def __init__(self, wanted: str, columns: Mapping[str, str], has_template: bool) -> None:
         """columns: the user's names of our columns. has_template: alpaca becomes a chat."""
         self._wanted, self._columns, self._has_template = wanted, columns, has_template
         self._format: str | None = None
+        self._numbers_judge = self._repeats = False
+        self._unseen = {ours: theirs for ours, theirs in columns.items() if not _is_mark(ours)}
+
+    def decide(self, rows: Iterable[tuple[str, Any]]) -> None:
+        """Settle what rows tell only together, from the names and columns of the first ones.
+
+        That is their format, whether a number under `label` is a verdict, and whether completions
+        repeat their prompts. InputError for data.columns that cannot be meant.
+        """
+        found = [pair for name, row in rows if (pair := self._vote(name, row))]
+        if not found:
+            return
+        format = Counter(format for format, _ in found).most_common(1)[0][0]
+        self._refuse_columns(format)
+        fitting = [row for vote, row in found if vote == format]
+        labels = [row["label"] for row in fitting if row.get("label") is not None]
+        self._numbers_judge = format == "prompt_completion" and all(is_flag(value) for value in labels)
+        pairs = [(row["prompt"], row["completion"]) for row in fitting] if format == "prompt_completion" else []
+        pairs = [pair for pair in pairs if all(isinstance(text, str) for text in pair)]
+        self._repeats = all(_repeats(*pair) for pair in pairs) and any(len(prompt.strip()) >= LONG for prompt, _ in pairs)
+        self._format = format
 
     def read(self, name: str, row: Any) -> Conversation | Document:
         """Return what a template or the tokenizer takes. InputError, which names the row, if it is bad."""
         if not isinstance(row, Mapping):
-            raise InputError(name, row, "must be an object with named columns")
+            hint = "; a list of rows belongs in a .json file" if isinstance(row, list) else ""
+            raise InputError(name, row, f"must be an object with named columns{hint}")
         try:
             renamed = self._renamed(row)
             if self._format is None:
-                self._format = detect_format(renamed, self._wanted, self._columns, name)
+                detect_format(renamed, self._wanted, self._columns, name)
+                self.decide([(name, row)])
             return self._read(renamed)
         except KeyError as error:
-            raise InputError(name, sorted(map(str, row)), f"column {error} is missing, but the first sample has it") from None
+            why = f"column {error} is missing, but most of the first rows are of the format {self._format}"
+            raise InputError(name, sorted(map(str, row)), why) from None
         except SampleError as error:
             raise InputError(name, dict(row), str(error)) from None
         except RecursionError:
             raise InputError(name, type(row).__name__, "is nested too deeply") from None
 
+    def refuse_unseen(self) -> None:
+        """Raise InputError if no row that was read has a column that the config names."""
+        for ours, theirs in self._unseen.items():
+            raise InputError("data.columns", dict(self._columns), f"no row has a column {theirs!r}, so {ours} is never there")
+
+    def _vote(self, name: str, row: Any) -> tuple[str, Mapping[str, Any]] | None:
+        """Return the row's format and its columns under our names; None for a bad row."""
+        if not isinstance(row, Mapping):
+            return None
+        try:
+            renamed = self._renamed(row)
+            return detect_format(renamed, self._wanted, self._columns, name), renamed
+        except (SampleError, InputError):
+            return None
+
+    def _refuse_columns(self, format: str) -> None:
+        """Raise InputError for a name without effect, and for a column that would be read twice."""
+        read = {column for needed in FORMATS[format] for column in needed} | set(OPTIONAL[format])
+        for ours, theirs in self._columns.items():
+            other = ALIASES.get(theirs, theirs)
+            if ours not in read:
+                raise InputError("data.columns", dict(self._columns), f"the format {format} reads no {ours}; leave it out")
+            if other in read and other != ours and other not in self._columns:
+                twice = f"{theirs!r} would be read as {ours} and as {other}; say which column is the {other}"
+                raise InputError("data.columns", dict(self._columns), twice)
+
     def _renamed(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         if not self._columns:
             return row
-        missing = [theirs for theirs in self._columns.values() if theirs not in row]
+        missing = [theirs for ours, theirs in self._columns.items() if theirs not in row and _is_mark(ours)]
         if missing:
             raise SampleError(f"has no column {missing[0]!r}, which data.columns names")
-        return {**row, **{ours: row[theirs] for ours, theirs in self._columns.items()}}
+        self._unseen = {ours: theirs for ours, theirs in self._unseen.items() if theirs not in row}
+        others = {name: value for name, value in row.items() if name not in self._columns}
+        return {**others, **{ours: row[theirs] for ours, theirs in self._columns.items() if theirs in row}}
 
     def _read(self, row: Mapping[str, Any]) -> Conversation | Document:
         if self._format == "text":
             return _document("", row["text"], "prompt", "text")
         for column in GOOD:
             value = row.get(column)
-            if isinstance(value, (bool, str)) and str(value).lower() in ("true", "false") and not flag(value, column):
-                raise SampleError(f"{column} is false, so its answer is a bad one (KTO); data.bad_rows=skip leaves such rows out")
+            is_word = isinstance(value, bool) or str(value).strip().lower() in ("true", "false")
+            judges = value is not None and (is_word or column == "kto_tag" or self._numbers_judge)
+            if judges and is_flag(value) and not flag(value, column):
+                why = f"{column} is {str(value).lower()}, so its answer is a bad one (KTO)"
+                raise SampleError(f"{why}; data.bad_rows=skip leaves such rows out; rename the column if it is no verdict")
         for column in MEDIA:
             if row.get(column):
                 raise SampleError(f"{column} is not text; only text can be learnt")
-        read = {"messages": _messages, "prompt_completion": _prompt_completion, "alpaca": self._alpaca}
+        read = {"messages": _messages, "prompt_completion": self._prompt_completion, "alpaca": self._alpaca}
         return read[self._format](row)
+
+    def _prompt_completion(self, row: Mapping[str, Any]) -> Conversation | Document:
+        prompt, completion = (_decoded(row[name], name) for name in ("prompt", "completion"))
+        if any(isinstance(value, (list, tuple, Mapping)) for value in (prompt, completion)):
+            return _dialogue(row, prompt, completion)
+        if _system(row):
+            raise SampleError("system needs messages: plain prompts have no place for it")
+        if self._repeats and _repeats(prompt, completion):
+            return replace(_document(prompt, completion[len(prompt) :], "prompt", "completion"), notes=(REPEATED,))
+        return _document(prompt, completion, "prompt", "completion")
 
     def _alpaca(self, row: Mapping[str, Any]) -> Conversation | Document:
         instruction, output = _string(row["instruction"], "instruction"), row["output"]
@@ -113,12 +190,7 @@ def _messages(row: Mapping[str, Any]) -> Conversation:
     return _conversation(row, row[name], name)
 
 
-def _prompt_completion(row: Mapping[str, Any]) -> Conversation | Document:
-    prompt, completion = (_decoded(row[name], name) for name in ("prompt", "completion"))
-    if not any(isinstance(value, (list, tuple, Mapping)) for value in (prompt, completion)):
-        if _system(row):
-            raise SampleError("system needs messages: plain prompts have no place for it")
-        return _document(prompt, completion, "prompt", "completion")
+def _dialogue(row: Mapping[str, Any], prompt: Any, completion: Any) -> Conversation:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
@@ -177,7 +249,7 @@ def _made(row: Mapping[str, Any], messages: Messages) -> Conversation:
         raise SampleError("has no assistant message, so there is nothing to learn")
     if not any(learned for _, learned in messages):
         raise SampleError("has no assistant message that is to be learnt: all carry weight 0, or belong to the prompt")
-    conversation = Conversation(tuple(m for m, _ in messages), tuple(learned for _, learned in messages), _tools(row))
+    conversation = Conversation(tuple(m for m, _ in messages), tuple(learned for _, learned in messages), read_tools(row))
     check_text(conversation.messages, "messages")
     check_text(conversation.tools, "tools")
     return conversation
@@ -208,22 +280,18 @@ def _history(history: Any) -> list[tuple[str, str]]:
     return turns
 
 
-def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
-    raw = row.get("tools")
-    if isinstance(raw, str) and not raw.strip():
-        return None
-    found = parse_json(raw, "tools") or []
-    found = [found] if isinstance(found, Mapping) else found
-    if not isinstance(found, (list, tuple)):
-        raise SampleError("tools must be a list of functions")
-    tools = tuple(parse_json(tool, f"tools[{i}]") for i, tool in enumerate(found))
-    for i, tool in enumerate(tools):
-        if not isinstance(tool, Mapping):
-            raise SampleError(f"tools[{i}] must be an object that describes a function")
-    return tools or None
-
-
 def _string(value: Any, column: str) -> str:
     if not isinstance(value, str):
         raise SampleError(f"{column} must be a string, not {'nothing' if value is None else type(value).__name__}")
     return value
+
+
+def _is_mark(column: str) -> bool:
+    """Return whether rows of some format must have the column."""
+    return any(column in needed for alternatives in FORMATS.values() for needed in alternatives)
+
+
+def _repeats(prompt: Any, completion: Any) -> bool:
+    """Return whether the completion begins with its prompt, and goes on behind it."""
+    texts = isinstance(prompt, str) and isinstance(completion, str) and prompt.strip()
+    return bool(texts) and completion.startswith(prompt) and bool(completion[len(prompt) :].strip())

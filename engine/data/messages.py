@@ -12,7 +12,7 @@ from engine.dialogue.templates import MARKS, REASONING
 
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "bot": "assistant",
-    "model": "assistant", "function_call": "assistant", "observation": "tool",
+    "model": "assistant", "ai": "assistant", "function_call": "assistant", "observation": "tool",
     **{role: role for role in ("system", "developer", "user", "assistant", "tool", "function", "ipython")},
 }  # fmt: skip
 LEARNED, MASKED = ("weight", "train", "training", "trainable", "loss", "loss_mask"), ("mask", "masked")
@@ -60,10 +60,19 @@ def read_message(raw: Any, where: str) -> tuple[dict[str, Any], bool]:
 
 def flag(value: Any, where: str) -> bool:
     """Return a yes or no that data files write as true, 1 or "true"."""
-    found = value if isinstance(value, bool) else FLAGS.get(str(int(value) if value in (0.0, 1.0) else value).strip().lower())
+    found = _flag(value)
     if found is None:
         raise SampleError(f"{where} = {value!r} must be 0 or 1, true or false")
     return found
+
+
+def is_flag(value: Any) -> bool:
+    """Return whether `flag` reads the value."""
+    return _flag(value) is not None
+
+
+def _flag(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else FLAGS.get(str(int(value) if value in (0.0, 1.0) else value).strip().lower())
 
 
 def parse_json(value: Any, where: str) -> Any:
@@ -74,6 +83,22 @@ def parse_json(value: Any, where: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise SampleError(f"{where} must be JSON ({error})") from None
+
+
+def read_tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
+    """Return the functions that a row describes, or None."""
+    raw = row.get("tools")
+    if isinstance(raw, str) and not raw.strip():
+        return None
+    found = parse_json(raw, "tools") or []
+    found = [found] if isinstance(found, Mapping) else found
+    if not isinstance(found, (list, tuple)):
+        raise SampleError("tools must be a list of functions")
+    tools = tuple(parse_json(tool, f"tools[{i}]") for i, tool in enumerate(found))
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, Mapping):
+            raise SampleError(f"tools[{i}] must be an object that describes a function")
+    return tools or None
 
 
 def check_text(value: Any, where: str, depth: int = 0) -> None:

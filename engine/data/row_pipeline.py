@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 from engine.config.data_section import DataConfig
@@ -22,7 +23,9 @@ from engine.dialogue.encoding import Encoder
 from engine.errors import InputError
 from engine.system.limited_child import Bounded, TooCostly
 
-BATCH_ROWS, BATCH_CHARACTERS = 256, 1_000_000
+BATCH_ROWS, BATCH_CHARACTERS = 256, 400_000
+RENDERED_CHARACTERS = 2 * BATCH_CHARACTERS  # that are tokenised at once
+FIRST_ROWS = 100  # those that settle the format
 MAX_REASONS = 3  # lines about bad rows that are kept
 
 
@@ -64,7 +67,8 @@ class _Sample:
 
     def digest(self) -> bytes:
         """Return a digest of the row's content, which is the same for all variables of a template."""
-        return hashlib.sha256(json.dumps(asdict(self.content), sort_keys=True, default=str).encode()).digest()
+        content = {name: value for name, value in asdict(self.content).items() if name != "notes"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
 
 
 class RowPipeline:
@@ -96,8 +100,10 @@ class RowPipeline:
 
     def _batches(self, rows: Iterable[SourceRow]) -> Iterator[list[_Sample]]:
         batch: list[_Sample] = []
-        size = 0
-        for row in rows:
+        size, rows = 0, iter(rows)
+        first = list(islice(rows, FIRST_ROWS))
+        self._format.decide((row.name, row.columns) for row in first if row.fault is None)
+        for row in chain(first, rows):
             self.counts.num_read += 1
             try:
                 if row.fault is not None:
@@ -112,6 +118,8 @@ class RowPipeline:
                 batch, size = [], 0
         if batch:
             yield batch
+        if self.counts.num_read > self.counts.num_bad:
+            self._format.refuse_unseen()
 
     def _render_batch(self, call: Callable[[list[Any]], list[Any]], batch: list[_Sample]) -> list[Any]:
         """Return what was rendered of each sample, or its SampleError."""
@@ -136,8 +144,12 @@ class RowPipeline:
         return found
 
     def _encode(self, samples: list[_Sample], rendered: list[Any]) -> Iterator[tuple[list[Encoded], bool, bytes | None]]:
-        good = iter(self._encoder.encode([r for r in rendered if not isinstance(r, SampleError)]))
-        for sample, one in zip(samples, rendered, strict=True):
+        for group in _groups(zip(samples, rendered, strict=True)):
+            yield from self._encode_group(group)
+
+    def _encode_group(self, group: list[tuple[_Sample, Any]]) -> Iterator[tuple[list[Encoded], bool, bytes | None]]:
+        good = iter(self._encoder.encode([one for _, one in group if not isinstance(one, SampleError)]))
+        for sample, one in group:
             encoded = one if isinstance(one, SampleError) else next(good)
             if not isinstance(encoded, SampleError) and not (encoded and all(any(e.is_target[1:]) for e in encoded)):
                 encoded = SampleError("has no target token, so there is nothing to learn")
@@ -166,6 +178,22 @@ class RowPipeline:
             self.counts.reasons.append(str(error))
 
 
+def _groups(pairs: Iterable[tuple[_Sample, Any]]) -> Iterator[list[tuple[_Sample, Any]]]:
+    """Yield the pairs in groups of few characters.
+
+    A template that writes earlier turns differently makes many times the text of a long dialogue.
+    """
+    group: list[tuple[_Sample, Any]] = []
+    size = 0
+    for pair in pairs:
+        group.append(pair)
+        size += 0 if isinstance(pair[1], SampleError) else sum(len(text.text) for text in pair[1])
+        if size > RENDERED_CHARACTERS:
+            yield group
+            group, size = [], 0
+    yield group
+
+
 def _ahead(batches: Iterator[Any], work: Callable[[Any], Any], pool: ThreadPoolExecutor) -> Iterator[tuple[Any, Any]]:
     """Yield (batch, work(batch)), and work on the next batch meanwhile in the pool's one thread.
 
@@ -187,4 +215,6 @@ def _ahead(batches: Iterator[Any], work: Callable[[Any], Any], pool: ThreadPoolE
 def _size(content: Conversation | Document) -> int:
     if isinstance(content, Document):
         return len(content.prompt) + len(content.completion)
-    return sum(len(message["content"]) for message in content.messages)
+    texts = sum(len(value) for message in content.messages for value in message.values() if isinstance(value, str))
+    calls = [message["tool_calls"] for message in content.messages if "tool_calls" in message]
+    return texts + len(str(calls)) * bool(calls) + len(str(content.tools)) * bool(content.tools)

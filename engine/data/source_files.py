@@ -19,6 +19,7 @@ from engine.sources.hub_ids import COMPRESSIONS, KINDS
 from engine.system.user_path import user_path
 
 ALLOWED = f"{', '.join(KINDS)}, and text files with {', '.join(COMPRESSIONS)} behind it"
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # of the hub and of `datasets`, beside the data
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # of datasets.save_to_disk
 
 
@@ -113,7 +114,7 @@ def _files_of_split(source: NamedSource, path: Path) -> list[Path]:
         known = {file.resolve() for files in splits.values() for file in files}
         present = (file for file in sorted(path.rglob("*")) if file.is_file() and kind_of(file))
         hidden = (file for file in present if not any(part.startswith(".") for part in file.relative_to(path).parts))
-        extra = [file.relative_to(path) for file in hidden if file.resolve() not in known]
+        extra = [file.relative_to(path) for file in hidden if file.resolve() not in known and file.name not in DESCRIPTIONS]
         if extra:
             why = "which its split names or file types leave out; name the files as a list or a pattern"
             raise InputError(source.field, str(path), f"also holds {', '.join(map(str, extra[:3]))}, {why}")
@@ -168,7 +169,8 @@ def _refuse_options(source: NamedSource, what: str, *options: str) -> None:
 
 def _found(files: Sequence[Path]) -> FoundSource:
     digests = tuple(map(file_digest, files))
-    identity = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    parts = [f"{digest} {''.join(kind_of(file) or ())}" for digest, file in zip(digests, files)]  # a kind says how it is read
+    identity = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     return FoundSource(identity, tuple(files), digests)
 
 

@@ -30,6 +30,7 @@ from engine.errors import InputError, InputsChanged
 from engine.sources.builtin import PREFIX, resolve_data
 from engine.sources.identity import identify_model, is_input_fault, refuse_changed, short_digest
 from engine.system.shared_cache import build_once
+from engine.units import counted
 
 COUNTS = "counts.json"
 
@@ -39,17 +40,22 @@ class View:
 
     overlong: what happens to longer samples: `cut`, `drop`, `split` into pieces, or `error`. Samples
     without a target within the length are left out; `num_dropped` counts them. Pieces overlap by
-    one token, which the second does not predict, so that each target is learnt once.
+    one token, which the second does not predict, so that each target is learnt once. part: training
+    or evaluation, for messages.
     """
 
-    def __init__(self, tokens: TokenSet, rows: np.ndarray, max_seq_length: int, overlong: str = "cut") -> None:
+    def __init__(
+        self, tokens: TokenSet, rows: np.ndarray, max_seq_length: int, overlong: str = "cut", part: str = "training"
+    ) -> None:
         self._tokens, self.rows, self.max_seq_length = tokens, rows, max_seq_length
         self._given = tokens.samples_of(rows)
         full = tokens.offsets[self._given + 1] - tokens.offsets[self._given]
         self.num_given_tokens = int(full.sum())
         if overlong == "error" and (full > max_seq_length).any():
-            longer = f"{(full > max_seq_length).sum()} of {len(full)} samples are longer than {max_seq_length} tokens"
-            raise InputError("data.overlong", overlong, f"{longer}, the longest has {full.max()}; or cut, drop, split")
+            count = int((full > max_seq_length).sum())
+            longer = f"{count:,} of {counted(len(full), f'{part} sample')} {'is' if count == 1 else 'are'} longer"
+            longer += f" than {counted(max_seq_length, 'token')}"
+            raise InputError("data.overlong", overlong, f"{longer}, the longest has {full.max():,}; or cut, drop, split")
         if overlong == "drop":
             kept = full <= max_seq_length
         else:
@@ -149,9 +155,10 @@ def load_counted_data(config: DataConfig, tokenizer: Any) -> tuple[View, View, t
     if config.train_max_samples is not None:
         train_rows = np.sort(_by_content(train, train_rows)[: config.train_max_samples])
     train_view = View(train, train_rows, config.max_seq_length, config.overlong)
-    eval_view = View(evaluation, eval_rows[: config.eval_max_samples], config.eval_max_seq_length, config.overlong)
-    _refuse_empty(train_view, "data.max_seq_length", config.max_seq_length)
-    _refuse_empty(eval_view, "data.eval_max_seq_length", config.eval_max_seq_length)
+    chosen = eval_rows[: config.eval_max_samples]
+    eval_view = View(evaluation, chosen, config.eval_max_seq_length, config.overlong, "evaluation")
+    _refuse_empty(train_view, "training", "data.max_seq_length", config)
+    _refuse_empty(eval_view, "evaluation", "data.eval_max_seq_length", config)
     return train_view, eval_view, (train_counts, eval_counts)
 
 
@@ -196,7 +203,7 @@ def split_by_content(hashes: np.ndarray, eval_fraction: float) -> tuple[np.ndarr
     border = hashes[order[max(1, round(len(order) * eval_fraction)) - 1]]
     train, evaluation = order[hashes[order] > border], order[hashes[order] <= border]
     if len(train) == 0:
-        raise InputError("data.train", f"{len(order)} samples", "needs at least 2 different samples, or data.eval")
+        raise InputError("data.train", counted(len(order), "sample"), "needs at least 2 different samples, or data.eval")
     return np.sort(train), evaluation
 
 
@@ -242,9 +249,11 @@ def _builtin_parts(field: str, paths: tuple[str, ...]) -> tuple[Path, Path] | No
     return resolve_data(paths[0], field)
 
 
-def _refuse_empty(view: View, field: str, value: int) -> None:
+def _refuse_empty(view: View, part: str, field: str, config: DataConfig) -> None:
     if len(view) == 0:
-        raise InputError(field, value, f"raise it: none of the {view.num_dropped} samples keeps a target token at this length")
+        lost = f"none of the {counted(view.num_dropped, f'{part} sample')} keeps a target token at this length"
+        way_out = "raise it, or data.overlong=cut or split" if config.overlong == "drop" else "raise it, or data.overlong=split"
+        raise InputError(field, view.max_seq_length, lost if config.overlong == "split" else f"{way_out}: {lost}")
 
 
 def _token_set(source: NamedSource, config: DataConfig, tokenizer: Any) -> tuple[TokenSet, RowCounts]:

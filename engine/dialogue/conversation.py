@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 
@@ -33,6 +33,7 @@ class Document:
 
     prompt: str
     completion: str
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what was done about it that its author may not expect
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ from engine.dialogue.conversation import Conversation, Document, Encoded, Sample
 from engine.dialogue.dialect import any_of
 from engine.dialogue.spans import Spans
 from engine.dialogue.templates import MARKS, RESERVED, ChatTemplate, chat_template, prints_date, reads, tool_template
+from engine.dialogue.text_ids import TextIds
 from engine.errors import InputError
 
 REVISION = "source_revision"  # attribute of a tokenizer: the hub revision it was loaded from, if one is pinned
 ONE_EACH = "the chat template writes earlier turns otherwise, so answers became samples of their own; data.turns=last learns one"
-NEAR = 200  # characters around a border
+BEFORE, BEHIND = 200, 32  # characters around a border
 PIECES = re.compile(f"{MARKS[0]}(.*?){MARKS[1]}", re.DOTALL)
 
 
@@ -60,6 +61,7 @@ class Encoder:
         self._takes_spaces = any(t.lstrip or t.rstrip or t.single_word for t in tokenizer.added_tokens_decoder.values())
         self._prefix = _prefix_ids(tokenizer)
         self._newline = self._ids("\n") if self._ids("\na") != [*self._ids("\n"), *self._ids("a")] else None
+        self._ids_of = TextIds(tokenizer, context_free=self._newline is None)
 
     def render(self, sample: Conversation | Document) -> list[TargetText]:
         """Return the texts of one sample. SampleError if they cannot be right."""
@@ -79,36 +81,37 @@ class Encoder:
     def encode(self, rendered: Sequence[Sequence[TargetText]]) -> list[list[Encoded]]:
         """Return the ids of each sample's texts. Some texts become several rows, see `_rows`."""
         texts = [text for sample in rendered for text in sample]
-        pieces = [self._pieces(text) for text in texts]
-        wholes = [text for text in texts if len(text.spans) > 1]
-        wholes = [text for text in wholes if not all(self._is_split(text.text, at) for at in self._bounds(text)[1:])]
+        bounds = [self._bounds(text) for text in texts]
+        pieces = [_pieces(text.text, cut) for text, cut in zip(texts, bounds)]
+        several = [(text, cut) for text, cut in zip(texts, bounds) if len(text.spans) > 1]
+        wholes = [text for text, cut in several if not all(self._is_split(text.text, at) for at in cut[1:])]
         ids = iter(self._encode([*(piece for cut in pieces for piece in cut), *((text.text, True) for text in wholes)]))
         apart = [[next(ids) for _ in cut] for cut in pieces]
         whole = dict(zip(map(id, wholes), ids))
-        rows = iter([self._rows(text, found, whole.get(id(text))) for text, found in zip(texts, apart)])
+        rows = iter([self._rows(text, cut, found, whole.get(id(text))) for text, cut, found in zip(texts, bounds, apart)])
         return [[row for _ in sample for row in next(rows)] for sample in rendered]
 
-    def _rows(self, text: TargetText, pieces: list[list[int]], whole: list[int] | None) -> list[Encoded]:
+    def _rows(self, text: TargetText, bounds: list[int], pieces: list[list[int]], whole: list[int] | None) -> list[Encoded]:
         """Return one row, or more where an answer's context would be tokenised otherwise on its own.
 
         That is so where the end of an earlier context and the begin of its answer join into one
         token as soon as they are both context.
         """
-        ids = [i for piece in pieces for i in piece]
         starts = range(len(text.spans))
+        ids = [] if whole is None else [i for piece in pieces for i in piece]
         if whole is not None and whole != ids:
-            bounds = self._bounds(text)
             contexts = self._encode([(text.text[: text.spans[k][0]], True) for k in starts])
             lengths = [sum(map(len, pieces[: bounds.index(text.spans[k][0])])) for k in starts]
             starts = [k for k in starts if contexts[k] == ids[: lengths[k]]]
         if len(starts) == len(text.spans):
-            return [self._row(text, pieces)]
+            return [self._row(text, bounds, pieces)]
         first = TargetText(text.text[: text.spans[starts[-1]][1]], tuple(text.spans[k] for k in starts), text.notes, text.is_chat)
         others = TargetText(text.text, tuple(s for k, s in enumerate(text.spans) if k not in starts), text.notes, text.is_chat)
         return [row for part in (first, others) for row in self.encode([[part]])[0]]
 
-    def _row(self, text: TargetText, pieces: list[list[int]]) -> Encoded:
-        bounds, ids, is_target = self._bounds(text), [], []
+    def _row(self, text: TargetText, bounds: list[int], pieces: list[list[int]]) -> Encoded:
+        ids: list[int] = []
+        is_target: list[bool] = []
         ends = dict(text.spans)
         for start, piece in zip(bounds, pieces):
             count = self._count(text.text[start : ends[start]], piece) if start in ends else 0
@@ -122,11 +125,13 @@ class Encoder:
 
     def _count(self, answer: str, ids: list[int]) -> int:
         """Return how many of the ids that begin with `answer` are its own."""
-        tokens = [found[0] for found in self._added.finditer(answer)]
-        if not self._ends_whole(answer):
+        found = list(self._added.finditer(answer))
+        if not found or found[-1].end() != len(answer):
             return len(ids)
-        end, seen = self._tokenizer.convert_tokens_to_ids(tokens[-1]), tokens.count(tokens[-1])
-        return [i for i, token in enumerate(ids) if token == end][seen - 1] + 1
+        end, at = self._tokenizer.convert_tokens_to_ids(found[-1][0]), -1
+        for _ in range(sum(one[0] == found[-1][0] for one in found)):
+            at = ids.index(end, at + 1)
+        return at + 1
 
     def _ends_whole(self, answer: str) -> bool:
         """Return whether the answer ends with a token that no text joins."""
@@ -138,17 +143,14 @@ class Encoder:
         ends = [end for start, end in text.spans if not self._ends_whole(text.text[start:end])]
         return sorted({0, *(start for start, _ in text.spans), *ends} - {len(text.text)})
 
-    def _pieces(self, text: TargetText) -> list[tuple[str, bool]]:
-        bounds = [*self._bounds(text), len(text.text)]
-        return [(text.text[a:b], a == 0) for a, b in itertools.pairwise(bounds)]
-
     def _is_split(self, text: str, at: int) -> bool:
         """Return True if the tokenizer is sure to split the text there, whatever stands around it.
 
         Its words are found between the last token that no text joins and some characters further.
+        White space alone says nothing there: a word may go on behind it.
         """
-        backend, after = self._tokenizer.backend_tokenizer, text[at : at + NEAR]
-        tokens = [found.end() for found in self._added.finditer(text, max(0, at - NEAR), at)]
+        backend, after = self._tokenizer.backend_tokenizer, text[at : at + BEHIND]
+        tokens = [found.end() for found in self._added.finditer(text, max(0, at - BEFORE), at)]
         if self._takes_spaces or self._newline is not None or not (tokens and after.strip() and backend.pre_tokenizer):
             return False
         before, whole = text[tokens[-1] : at], text[tokens[-1] : at] + after
@@ -164,7 +166,7 @@ class Encoder:
         if not text[start:end].endswith(tuple(self._ends) or "\0"):
             text += self._eos or ""
             end = len(text)
-        return TargetText(text, ((start, end),), is_chat=False)
+        return TargetText(text, ((start, end),), sample.notes, is_chat=False)
 
     def _encode(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
         """Return the ids of each text.
@@ -175,10 +177,10 @@ class Encoder:
         parts = [(PIECES.split(text), first) for text, first in texts]
         plain = [(part, k == 0 and first) for split, first in parts for k, part in enumerate(split[::2])]
         asked = [part if first or self._newline is None else "\n" + part for part, first in plain]
-        ids = self._tokenizer(asked, add_special_tokens=False, verbose=False)["input_ids"] if asked else []
+        ids = self._ids_of(asked)
         found = (self._behind(*each) for each in zip(ids, plain))
         pieces = [[self._as_text(part) if k % 2 else next(found) for k, part in enumerate(split)] for split, _ in parts]
-        return [[i for piece in split for i in piece] for split in pieces]
+        return [split[0] if len(split) == 1 else [i for piece in split for i in piece] for split in pieces]
 
     def _behind(self, ids: list[int], asked: tuple[str, bool]) -> list[int]:
         part, first = asked
@@ -196,6 +198,11 @@ class Encoder:
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _pieces(text: str, bounds: list[int]) -> list[tuple[str, bool]]:
+    """Return the text cut at the bounds, each piece with whether it is the beginning."""
+    return [(text[a:b], a == 0) for a, b in itertools.pairwise([*bounds, len(text)])]
 
 
 def printed_day(tokenizer: Any, config: DataConfig) -> str | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import resource
@@ -26,6 +27,7 @@ from engine.units import GIB
 
 LIMIT_S, LIMIT_GIB = 30.0, 1.0  # per call; a chat of 100,000 words needs milliseconds and megabytes
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+NEW_OBJECTS = 50_000  # between two looks for garbage in circles; a call makes little of it
 
 
 class TooCostly(Exception):
@@ -97,6 +99,8 @@ def _serve(connection: Connection, other_end: Connection, function: Callable[[An
     with contextlib.suppress(OSError, AttributeError):
         # So that a killed caller leaves no endless loop behind (Linux).
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    gc.freeze()  # what the caller made stays shared with it, and is not searched again and again
+    gc.set_threshold(NEW_OBJECTS)
     _limit_memory(limit_gib)
     too_large = TooCostly(f"needs more than {limit_gib:g} GiB of memory")
     while True:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.trial_report import TrialReport
+from engine.units import counted
 from sweep.text import params_text, printable_lines
 from sweep.trials.record import Outcome, TrialRecord
 from sweep.trials.selection import Rule
@@ -97,7 +98,7 @@ class TableConsole:
         best = self._rule.best(records)
         seconds = int(time.monotonic() - self._started)
         refused = sum(record.outcome is Outcome.INFEASIBLE for record in ended)
-        title = f"{len(ended) - refused} of {self._num_trials} trials ended, {seconds // 60}:{seconds % 60:02d}"
+        title = f"{len(ended) - refused} of {counted(self._num_trials, 'trial')} ended, {seconds // 60}:{seconds % 60:02d}"
         title += f"; {refused} did not fit the card and were not started" if refused else ""
         table = Table(title=title, title_justify="left")
         for name, justify in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.units import counted
 from sweep.ledger.budget import Budget
 
 # for each trial asked for, so many proposals may not fit the card; then the sweep asks no more
@@ -37,15 +38,17 @@ class Quota:
         budget was spent.
         """
         started, refused = self.num_started, self.num_refused
+        do_not = f"{'does' if refused == 1 else 'do'} not fit the card"
+        trials = f"{counted(self.num_trials, 'trial')} {'was' if self.num_trials == 1 else 'were'}"
         if self.budget.spent():
-            line = f"{self.budget.spent()}: {started} of {self.num_trials} trials were started"
+            line = f"{self.budget.spent()}: {started} of {trials} started"
             return line + (f", {num_stopped} stopped at a report; a larger budget continues them" if num_stopped else "")
         if started >= self.num_trials or not (self.is_used_up or self._has_given_up):
             return None
         if self.is_used_up:
-            line = f"the space is used up: {started} of {self.num_trials} trials were possible"
-            return line + (f", {refused} points do not fit the card" if refused else "")
-        line = f"{started} of {self.num_trials} trials were started: after {refused} proposals that do not fit the card"
+            line = f"the space is used up: {started} of {trials} possible"
+            return line + (f", {counted(refused, 'point')} {do_not}" if refused else "")
+        line = f"{started} of {trials} started: after {counted(refused, 'proposal')} that {do_not}"
         return line + " the sweep asks for no more; the leaderboard says what each needs"
 
     @property

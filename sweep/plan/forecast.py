@@ -13,6 +13,7 @@ from typing import Any
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.planning.cards import CARDS, match_card
+from engine.units import counted
 from sweep.plan.feasibility import Feasibility, Fit, has_no_effect
 from sweep.space.space import Choice, Dimension, Space, is_active
 from sweep.text import params_text, value_text
@@ -218,8 +219,9 @@ def _cost(fitting: list[Point], num_trials: int) -> str:
     if not fitting:
         return "cost       none of these points fits the card"
     hours = mean(point.hours for point in fitting)
+    trials = counted(num_trials, "trial")
     return (
-        f"cost       {_hours(hours * num_trials)} GPU hours if no trial is pruned: {num_trials} trials of {_hours(hours)} hours, "
+        f"cost       {_hours(hours * num_trials)} GPU hours if no trial is pruned: {trials} of {_hours(hours)} hours, "
         "the mean of the lines that fit; evaluation left out"
     )
 

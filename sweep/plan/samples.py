@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.command_answers import PreparedFacts
 from engine.sources.hub_ids import is_only_on_hub
+from engine.units import counted
 from sweep.config.sweep import SweepConfig
 
 MAX_PASSES = 20  # beyond, an adapter learns the samples by heart
@@ -21,15 +22,17 @@ def data_warnings(config: SweepConfig, facts: PreparedFacts, given: Mapping[str,
     """
     passes = config.train.max_tokens / facts.num_train_tokens if facts.num_train_tokens else 0.0
     if passes > MAX_PASSES:
+        samples, tokens = counted(facts.num_train_samples, "training sample"), counted(facts.num_train_tokens, "token")
         yield (
-            f"each trial reads the {facts.num_train_samples:,} training samples ({facts.num_train_tokens:,} tokens) "
-            f"{passes:,.0f} times: more than {MAX_PASSES} passes mostly learn them by heart; lower train.max_tokens"
+            f"each trial reads the {samples} ({tokens}) {passes:,.0f} times: more than {MAX_PASSES} passes mostly learn them "
+            "by heart; lower train.max_tokens"
         )
     is_chosen = facts.num_eval_samples >= config.data.eval_max_samples and "data.eval_max_samples" not in given
     if facts.num_eval_samples < MIN_EVAL_SAMPLES and not is_chosen:
+        samples, decide = counted(facts.num_eval_samples, "evaluation sample"), "decide" + "s" * (facts.num_eval_samples == 1)
         yield (
-            f"{facts.num_eval_samples} evaluation samples decide which trial is best; with fewer than {MIN_EVAL_SAMPLES}, "
-            "chance decides much of it: raise data.eval_fraction or data.eval_max_samples, or give data.eval"
+            f"{samples} {decide} which trial is best; with fewer than {MIN_EVAL_SAMPLES}, chance decides much of it: "
+            "raise data.eval_fraction or data.eval_max_samples, or give data.eval"
         )
 
 

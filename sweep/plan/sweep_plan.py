@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.config.trial import TrainConfig
 from engine.errors import InputError, printable
+from engine.units import counted
 from sweep.cluster.card_kinds import CardKind
 from sweep.cluster.slots import Hardware, Slots, local_hardware, plan_slots
 from sweep.config.pruner_options import HyperbandConfig
@@ -72,9 +73,9 @@ class SweepPlan:
         """Return the plan as text, one fact a line."""
         config, size, budget = self.config, self.space.size(), self.config.train.max_tokens
         grid = ", ".join(f"{tokens:,}" for tokens in config.train.report_grid())
-        points = "continuous" if size is None else f"{size:,} points"
+        points = "continuous" if size is None else counted(size, "point")
         lines = [
-            f"sweep      {config.sweep.name}: {config.sweep.num_trials} trials, seed {config.sweep.seed}, "
+            f"sweep      {config.sweep.name}: {counted(config.sweep.num_trials, 'trial')}, seed {config.sweep.seed}, "
             f"output in {config.sweep.output_dir}/{config.sweep.name}-<date>-<time>/",
             f"model      {config.model.path} ({config.model.quantization})"
             + (", and its own code is run: model.trust_remote_code" if config.model.trust_remote_code else ""),

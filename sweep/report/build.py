@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.errors import InputError, first_line
 from engine.system.files import write_text
+from engine.units import counted
 from sweep.config.sweep import SweepConfig
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
@@ -94,7 +95,7 @@ def _facts(folder: SweepFolder, config: SweepConfig, records: list[TrialRecord],
     ended = ", ".join(f"{counts[outcome]} {outcome}" for outcome in Outcome if counts[outcome])
     return [
         f"Model {config.model.path} ({config.model.quantization}), data {config.data.describe_train()}, folder {folder.path}.",
-        f"{sum(counts.values())} trials of {config.sweep.num_trials} asked for: {ended or 'none has started'}.",
+        f"{counted(sum(counts.values()), 'trial')} of {config.sweep.num_trials} asked for: {ended or 'none has started'}.",
         *(f"Data, {account.line()}." for account in folder.read_accounts()),
         *verdict.lines,
     ]

@@ -66,7 +66,7 @@ def _of_folder(
     if changed := changed_part(data, folder.read_data()):
         points = best_points(enter)
         found.first_points += points
-        come = f"its best {len(points)} points come first"
+        come = "its best point comes first" if len(points) == 1 else f"its best {len(points)} points come first"
         found.notes.append(f"{name}: its {changed} differ from today's, so its losses are left out; {come}")
         return []
     same_pruner = there.effective_pruner == config.effective_pruner

@@ -7,10 +7,11 @@ number of tokens it has seen, so that trials of different sequence length share 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.command_answers import DataAccount
 from engine.trial_report import TrialReport
 from engine.units import perplexity
 from sweep.tracking.system_metrics import read_system
@@ -113,6 +114,33 @@ def sweep_points(summary: Mapping[str, Any]) -> dict[str, float]:
     Counts of outcomes become trials/num_*.
     """
     return {_sweep_name(name): float(value) for name, value in summary.items() if _is_number(value)}
+
+
+def data_tags(accounts: Iterable[DataAccount]) -> dict[str, str]:
+    """Return one tag for each data set and length, such as data.training.2048."""
+    lines: dict[str, list[str]] = {}
+    for account in accounts:  # variables of a template may give several at one length
+        lines.setdefault(f"data.{account.part}.{account.max_seq_length}", []).append(account.line())
+    return {name: " | ".join(found) for name, found in lines.items()}
+
+
+def data_points(accounts: Iterable[DataAccount]) -> dict[str, float]:
+    """Return what became of the data as numbers, such as data/training/tokens_lost_share.
+
+    Each part of the data has one set of numbers, so that sweeps can be sorted by them: of the length
+    at which most tokens are lost. Where there are several lengths, each has a set of its own too.
+    """
+    points: dict[str, float] = {}
+    by_part: dict[str, list[DataAccount]] = {}
+    for account in accounts:
+        by_part.setdefault(account.part, []).append(account)
+    for part, found in by_part.items():
+        found.sort(key=lambda account: (account.num_lost_tokens, -account.max_seq_length))
+        named = [(part, found[-1])]
+        if len(found) > 1:
+            named += [(f"{part}_at_{account.max_seq_length}", account) for account in found]
+        points |= {f"data/{name}/{key}": float(value) for name, account in named for key, value in account.numbers().items()}
+    return points
 
 
 def sweep_tags(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,11 +74,13 @@ class MlflowRuns:
         # a trial after it was marked the best.
         self._ended, self._best = False, None
 
-    def start(self, tags: dict[str, str]) -> None:
+    def start(self, tags: dict[str, str], numbers: Mapping[str, float] = NONE) -> None:
         parent = self._open()
         if not self._ended:
             self._client.update_run(parent, status="RUNNING")
-        self._log(parent, params=sweep_params(self._config), tags={**tags, "sweep.folder": self._folder})
+        # at a time that a resume has too: MLflow merges equal points
+        points = [(name, value, int(1000 * (self.started_s or 0.0)), 0) for name, value in numbers.items()]
+        self._log(parent, points, sweep_params(self._config), {**tags, "sweep.folder": self._folder})
         self._write_config(parent, self._config, "sweep_config.json")
 
     def trial(self, record: TrialRecord) -> str:

@@ -7,14 +7,16 @@ a write with 16 writers. Unwritten updates stay pending, the newest state of eac
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engine.units import counted
 from sweep.config.sweep import SweepConfig
 from sweep.text import without_password
 from sweep.tracking.background_writer import BackgroundWriter, Key
-from sweep.tracking.mlflow_runs import MlflowRuns
+from sweep.tracking.mlflow_runs import NONE, MlflowRuns
 from sweep.tracking.sqlite_store import local_uri
 from sweep.trials.record import TrialRecord
 
@@ -22,7 +24,9 @@ from sweep.trials.record import TrialRecord
 class NullTracker:
     """Has a tracker's methods and writes nothing, for tracking switched off."""
 
-    def on_sweep_started(self, tags: dict[str, str], started_s: float | None = None) -> None:
+    def on_sweep_started(
+        self, tags: dict[str, str], started_s: float | None = None, numbers: Mapping[str, float] = NONE
+    ) -> None:
         """Do nothing."""
 
     def on_trial_updated(self, record: TrialRecord) -> None:
@@ -64,14 +68,17 @@ class Tracker:
         self._finished = False
         self._writer = BackgroundWriter("mlflow-writer", _is_permanent)
 
-    def on_sweep_started(self, tags: dict[str, str], started_s: float | None = None) -> None:
+    def on_sweep_started(
+        self, tags: dict[str, str], started_s: float | None = None, numbers: Mapping[str, float] = NONE
+    ) -> None:
         """Create the parent run, or find it again and mark it running.
 
         tags: git commit, package versions and the like. started_s: when the sweep began, even if
-        the server hears of it later; None means now.
+        the server hears of it later; None means now. numbers: what is known before
+        the first trial, as metrics of the parent run.
         """
         tags, self._runs.started_s = dict(tags), time.time() if started_s is None else started_s
-        self._writer.put(("sweep",), lambda: self._runs.start(tags))
+        self._writer.put(("sweep",), lambda: self._runs.start(tags, numbers))
 
     def on_trial_updated(self, record: TrialRecord) -> None:
         """Write this state of a trial; of several unwritten states only the last is written."""
@@ -104,7 +111,7 @@ class Tracker:
 
     def _warning(self, cause: str, keys: list[Key]) -> str:
         some = ", ".join(" ".join(map(str, key)) for key in keys[:5]) + (", ..." if len(keys) > 5 else "")
-        warning = f"mlflow at {self._uri}: {len(keys)} updates not written ({some}): {cause}; "
+        warning = f"mlflow at {self._uri}: {counted(len(keys), 'update')} not written ({some}): {cause}; "
         warning += "a resume writes them once that is mended"
         # errors quote the URI, which may hold a password
         return without_password(warning)

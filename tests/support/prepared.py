@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engine.command_answers import Facts, PreparedFacts
 from tests.support.fake_engine import SHAPE
+from tests.support.reports import make_account
 
 
 def prepared(facts: Facts | None = None, **changes) -> PreparedFacts:
@@ -12,6 +13,8 @@ def prepared(facts: Facts | None = None, **changes) -> PreparedFacts:
     values = {
         "shape": facts.shape, "card": facts.card, "host_gib": facts.host_gib, "model_path": "m", "layers": "-",
         "num_train_samples": 1000, "num_eval_samples": 100, "num_dropped_samples": 0, "num_trainable": [1], "data": {},
-        "num_train_tokens": 10**9,
     }  # fmt: skip
-    return PreparedFacts(**{**values, **changes})
+    num_tokens = changes.pop("num_train_tokens", 10**9)
+    lost = {"num_bad": 0, "num_cut": 0, "num_dropped": 0, "num_lost_tokens": 0}
+    clean = make_account(num_used=50, num_tokens=num_tokens, **lost)
+    return PreparedFacts(**{**values, "accounts": [clean], **changes})

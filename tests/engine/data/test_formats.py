@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from engine.config.data_section import DataConfig
+from engine.config.parsing import parse
 from engine.data.formats import RowFormat
 from engine.dialogue.conversation import Conversation, Document
 from engine.dialogue.templates import REASONING
@@ -65,7 +67,11 @@ SAME = [
      chat(USER, ANSWER, USER, ANSWER, learned=(False, True, False, False))),
     ({"prompt": "p", "completion": "c"}, Document("p", "c")),
     ({"prompt": "p", "completion": "c", "label": True}, Document("p", "c")),
-    ({"prompt": "p", "completion": "c", "label": 0}, Document("p", "c")),
+    ({"prompt": "p", "completion": "c", "label": 3}, Document("p", "c")),
+    ({"prompt": "p", "completion": "c", "label": 1}, Document("p", "c")),
+    ({"messages": [USER, ANSWER], "label": 0}, chat(USER, ANSWER)),
+    ({"instruction": "q", "output": "a", "label": 0}, chat(USER, ANSWER)),
+    ({"text": "t", "label": 0}, Document("", "t")),
     ({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}, chat(USER, ANSWER, USER, ANSWER, learned=(False,) * 3 + (True,))),
     ({"prompt": [USER], "completion": "a"}, chat(USER, ANSWER)),
     ({"prompt": "q", "completion": [ANSWER]}, chat(USER, ANSWER)),
@@ -127,7 +133,9 @@ REFUSED = [
     ({"prompt": "p", "completion": 5}, "completion must be a string, not int"),
     ({"prompt": "p", "completion": "c", "label": False}, "label is false.*KTO.*data.bad_rows=skip"),
     ({"prompt": "p", "completion": "c", "label": "False"}, "label is false"),
-    ({"messages": [USER, ANSWER], "kto_tag": False}, "kto_tag is false"),
+    *(({"prompt": "p", "completion": "c", "label": no}, "label is .*KTO.*rename the column") for no in (0, 0.0, "0", " false ")),
+    ({"prompt": [USER], "completion": [ANSWER], "label": 0}, "label is 0.*KTO"),
+    *(({"messages": [USER, ANSWER], "kto_tag": no}, "kto_tag is (false|0)") for no in (False, 0, "0", "FALSE")),
     ({"prompt": "p", "completion": "c", "system": "s"}, "system needs messages"),
     ({"instruction": "i", "output": "o", "input": 5}, "input must be a string"),
     ({"instruction": "i", "output": "o", "history": [["q"]]}, r"history\[0\] must be a pair"),
@@ -168,8 +176,85 @@ def test_columns_of_other_names_are_read_under_ours():
     assert "no column 'dialog'" in said({"messages": [USER, ANSWER]}, messages="dialog")
 
 
-def test_the_first_row_decides_the_format_of_all():
-    rows = RowFormat("auto", {}, True)
-    rows.read("row 1", {"text": "t"})
-    with pytest.raises(InputError, match=r"row 2 = .*column 'text' is missing"):
-        rows.read("row 2", {"prompt": "p", "completion": "c"})
+TEXT, PAIR = {"text": "t"}, {"prompt": "p", "completion": "c"}
+
+
+def decided(*rows, **columns):
+    found = RowFormat("auto", columns, True)
+    found.decide([(f"row {i}", row) for i, row in enumerate(rows, 1)])
+    return found
+
+
+@pytest.mark.parametrize("rows", [[TEXT, PAIR, PAIR], [PAIR, PAIR, TEXT], [None, {}, {"prompt": 5}, PAIR], [PAIR, TEXT]])
+def test_most_of_the_first_rows_decide_the_format_of_all(rows):
+    found = decided(*rows)
+    assert found.read("row 9", PAIR) == Document("p", "c")
+    with pytest.raises(InputError, match=r"row 1 = .*column 'prompt' is missing, but most .* prompt_completion"):
+        found.read("row 1", TEXT)
+
+
+def test_numbers_under_label_are_classes_where_one_is_no_verdict():
+    rows = [{**PAIR, "label": label} for label in (0, 1, 2)]
+    assert decided(*rows).read("row 1", rows[0]) == Document("p", "c")
+    with pytest.raises(InputError, match="label is 0"):
+        decided(*rows[:2]).read("row 1", rows[0])
+    with pytest.raises(InputError, match="label is false"):
+        decided(*rows).read("row 4", {**PAIR, "label": False})
+
+
+LONG = "What is the capital of France? "
+
+
+def test_a_completion_that_repeats_its_prompt_is_learnt_from_behind_it():
+    pairs = [{"prompt": text, "chosen": text + "Paris", "rejected": "b"} for text in (LONG, "2 + 2 = ")]
+    found = decided(*pairs, completion="chosen")
+    learnt = [found.read("row", pair) for pair in pairs]
+    assert learnt == [Document(LONG, "Paris"), Document("2 + 2 = ", "Paris")] and all(one.notes for one in learnt)
+    other = found.read("row", {"prompt": LONG, "chosen": "Paris"})
+    assert other == Document(LONG, "Paris") and not other.notes
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(LONG, LONG + "Paris"), (LONG, "Paris")],  # not all do
+        [("appl", "apple"), ("ban", "banana")],  # words begun
+        [(LONG, LONG), (LONG + "?", LONG + "?")],  # copies
+        [(" ", " a")],
+    ],
+)
+def test_a_completion_that_begins_like_its_prompt_by_chance_stays_whole(rows):
+    pairs = [dict(zip(("prompt", "completion"), row)) for row in rows]
+    found = decided(*pairs)
+    assert [found.read("row", pair) for pair in pairs] == [Document(*row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "why"),
+    [
+        (PAIR, {"prompt": "completion"}, "'completion' would be read as prompt and as completion"),
+        ({**PAIR, "tools": "[]"}, {"system": "prompt"}, "'prompt' would be read as system and as prompt"),
+        ({"instruction": "i", "output": "o"}, {"input": "instruction"}, "as input and as instruction"),
+        ({"messages": [USER, ANSWER], "system_prompt": "s"}, {"tools": "system_prompt"}, "as tools and as system"),
+        ({"messages": [USER, ANSWER], "h": []}, {"history": "h"}, "messages reads no history"),
+        ({"body": "t", "s": "s"}, {"text": "body", "system": "s"}, "text reads no system"),
+    ],
+)
+def test_a_column_that_would_be_read_twice_or_not_at_all_is_one_line(row, columns, why):
+    with pytest.raises(InputError, match=f"data.columns = .*{why}"):
+        decided(row, **columns)
+
+
+def test_columns_may_change_places_and_may_be_absent_from_some_rows():
+    assert decided(PAIR, prompt="completion", completion="prompt").read("row", PAIR) == Document("c", "p")
+    assert decided({"conversations": [USER, ANSWER], "system_prompt": "s"}, messages="conversations", system="system_prompt")
+    rows = [{"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER], "persona": "s"}]
+    found = decided(*rows, system="persona", tools="functions")
+    assert [found.read("row", row) for row in rows] == [chat(USER, ANSWER), chat(SYSTEM, USER, ANSWER)]
+    with pytest.raises(InputError, match="data.columns = .*no row has a column 'functions'"):
+        found.refuse_unseen()
+
+
+def test_one_column_of_theirs_is_one_of_ours():
+    with pytest.raises(InputError, match="columns = .*'q' for one of ours alone"):
+        parse(DataConfig, {"train": "x", "columns": {"prompt": "q", "completion": "q"}})

@@ -40,6 +40,13 @@ def parquet_file(rows):
     return sink.getvalue().to_pybytes()
 
 
+def twice_named():
+    sink = pa.BufferOutputStream()
+    parquet.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), sink)
+    return sink.getvalue().to_pybytes()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n"
 FILES = {
     "a.jsonl": LINES,
     "a.ndjson": LINES,
@@ -98,6 +105,9 @@ def test_nulls_that_a_table_invents_are_dropped_and_nulls_that_json_says_stay(tm
         (b'{"n": ' + b"9" * 5000 + b"}\n", "must be JSON"),
         (b"\xff\xfe\n", "must be UTF-8 text.*byte 1"),
         (b"[" * 100_000 + b"\n", "must be JSON"),
+        (b'{"text": "b"},\n', "take the comma off"),
+        (b'[{"text": "b"}\n', "belongs in a .json file"),
+        (b"{'text': 'b'}\n", "json.dumps"),
     ],
 )
 def test_a_line_that_is_no_json_is_a_fault_of_this_row_alone(tmp_path, line, said):
@@ -119,8 +129,28 @@ def test_a_line_that_is_no_json_is_a_fault_of_this_row_alone(tmp_path, line, sai
         ("a.parquet", parquet_file(ROWS)[:-30], "whole Parquet file"),
         ("a.json", b'{"text":\n "a"}', "list of samples"),
         ("a.json", b'"a"', "list of samples"),
-        ("a.json", b'[{"text": 1}', "must be JSON"),
+        ("a.json", b'[{"text": 1}', "must be JSON .*item 2"),
+        ("a.json", b'[{"text": 1},]', "must be JSON .*line 1, character 14.*item 2"),
+        ("a.json", b'[{"text": 1}]\n{}', "must be JSON .Extra data: line 2, character 1"),
+        ("a.json", b'[{"text": "\xff"}]', "UTF-8"),
+        ("a.json", b"[[" + b"[" * 100_000, "nested too deeply"),
+        ("a.json", json.dumps(ROWS).encode("utf-16"), "iconv"),
+        ("a.jsonl", LINES.decode().encode("utf-16-le"), "iconv"),
+        ("a.jsonl.gz", gzip.compress(LINES.decode().encode("utf-16")), "iconv"),
+        ("a.csv", "text\na\n".encode("utf-16"), "iconv"),
         ("a.csv", b"a,a\n1,2\n", "name each column once"),
+        ("a.csv", b"prompt;completion\np;c\n", "is one cell with ';' in it.*commas"),
+        ("a.csv", b"prompt\tcompletion\np\tc\n", "tsv"),
+        ("a.tsv", b"prompt,completion\np,c\n", "is one cell with ',' in it"),
+        ("a.jsonl", b"PK\x03\x04\x14\0\0\0", "ZIP"),
+        ("a.jsonl", gzip.compress(LINES), "is no text but gzip"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(LINES)), "is no text but gzip"),
+        ("a.json", parquet_file(ROWS), "is no text but Parquet"),
+        ("a.csv", POINTER, "git lfs pull"),
+        ("a.jsonl", POINTER, "git lfs pull"),
+        ("a.parquet", POINTER, "git lfs pull"),
+        ("a.parquet", twice_named(), "name each column once, and has text, text"),
+        ("a.jsonl", LINES.decode().encode("utf-32"), "iconv -f UTF-32"),
         ("a.csv", b'a,b\n"1,2\n', "must be CSV"),
         ("a.csv", b"a\n\xff\n", "UTF-8"),
         ("a.txt", b"hello", "allowed file types"),
@@ -198,6 +228,20 @@ def test_a_saved_data_set_is_read_by_its_splits(tmp_path):
     next((tmp_path / "one").glob("*.arrow")).write_bytes(b"x")
     with pytest.raises(InputError, match="whole saved data set"):
         columns(tmp_path / "one")
+
+
+def test_the_identity_says_how_the_bytes_are_read(tmp_path):
+    names = ["a.csv", "a.tsv", "a.jsonl"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"text\na\n")
+    assert len({find_source(NamedSource("data.train", (str(tmp_path / name),))).identity for name in names}) == 3
+
+
+def test_a_folder_may_hold_the_hub_s_descriptions(tmp_path):
+    folder_of(tmp_path, "train.jsonl", "README.md")
+    for name in ("dataset_infos.json", "dataset_info.json"):
+        (tmp_path / name).write_text("{}")
+    assert columns(tmp_path) == [{"text": "0"}]
 
 
 @pytest.mark.parametrize("options", [{"split": "test"}, {"name": "en"}, {"revision": "main"}, {"files": ("a",)}])

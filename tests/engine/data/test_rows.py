@@ -1,6 +1,7 @@
 """Split, caps and counts go by row of the source, whatever the template and the length make of it."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,10 +11,15 @@ from hypothesis import strategies as st
 from engine.config.data_section import DataConfig
 from engine.config.parsing import parse
 from engine.config.trial import ModelConfig
+from engine.data import row_pipeline
 from engine.data.account import account_data
+from engine.data.readers import read_rows
+from engine.data.row_pipeline import RowPipeline
+from engine.data.source_files import NamedSource, find_source
 from engine.data.tokens import TokenSet, tokenise
 from engine.data.views import View, load_data
 from engine.dialogue.conversation import Encoded
+from engine.dialogue.encoding import Encoder
 from engine.errors import InputError
 from engine.model.inspect import load_tokenizer
 
@@ -110,7 +116,8 @@ def test_what_is_longer_is_cut_dropped_split_or_refused(tmp_path):
         list(range(10)), list(range(10)), list(range(9, 19)), list(range(18, 25)), list(range(18, 28)), list(range(27, 30)),
     ]  # fmt: skip
     assert (split.num_cut, split.num_dropped, split.num_rows) == (0, 0, 3)
-    with pytest.raises(InputError, match="data.overlong = 'error': 2 of 3 samples are longer than 10 tokens, the longest has 30"):
+    said = "data.overlong = 'error': 2 of 3 training samples are longer than 10 tokens, the longest has 30"
+    with pytest.raises(InputError, match=said):
         View(tokens, rows, 10, "error")
     assert len(View(tokens, rows, 30, "error")) == 3
 
@@ -149,11 +156,59 @@ def test_the_account_says_what_became_of_every_row(config, tokenizer):
     assert any("lose 2" in text and "rows" in text for text in training.warnings())
 
 
+def test_one_of_each_is_singular(config, tokenizer, tmp_path):
+    (tmp_path / "eval.jsonl").write_text('{"text": "t1"}\n')
+    given = config([{"text": "t1"}], eval=str(tmp_path / "eval.jsonl"), max_seq_length=8, eval_max_seq_length=8)
+    _, _, both = account_data(given, tokenizer)
+    lines = [line for account in both for line in (account.line(), *account.warnings())]
+    assert all("1 row read" in account.line() for account in both) and "1 of 1 evaluation row is a training row too" in lines
+    plural = r"(?<![\d,.])1 \w*(rows|samples|tokens)"
+    assert not [line for line in lines if re.search(plural, line)] and re.search(plural, "of 1 rows")
+    cut = config([{"text": "t" * 9}], eval=str(tmp_path / "eval.jsonl"), max_seq_length=8, eval_max_seq_length=8)
+    assert "(1 sample cut)" in account_data(cut, tokenizer)[2][0].line()
+
+
+@pytest.mark.parametrize("overlong", ["error", "drop", "cut"])
+@pytest.mark.parametrize("part", ["training", "evaluation"])
+def test_what_is_too_long_is_said_of_its_part(config, tokenizer, tmp_path, part, overlong):
+    (tmp_path / "eval.jsonl").write_text('{"prompt": "pppppppppppp", "completion": "c"}\n')
+    lengths = {"max_seq_length": 8 if part == "training" else 64, "eval_max_seq_length": 8 if part == "evaluation" else 64}
+    row = {"prompt": "p" * 12, "completion": "c"}
+    given = config([row], eval=str(tmp_path / "eval.jsonl"), overlong=overlong, **lengths)
+    with pytest.raises(InputError, match=f"1 {part} sample") as caught:
+        load_data(given, tokenizer)
+    assert str(caught.value).startswith("data.overlong = 'error'" if overlong == "error" else "data.")
+
+
+def test_an_odd_first_row_does_not_decide_the_format(config, tokenizer):
+    rows = [{"text": "odd"}, *({"prompt": f"p{i}", "completion": "c"} for i in range(20))]
+    train, evaluation, (training, _) = account_data(config(rows, bad_rows="skip"), tokenizer)
+    assert training.num_bad == 1 and train.num_rows + evaluation.num_rows == 20
+    assert "line 1 of train.jsonl" in training.bad_rows[0] and "column 'prompt' is missing" in training.bad_rows[0]
+    with pytest.raises(InputError, match="line 1 of train.jsonl = .*'prompt' is missing"):
+        load_data(config(rows), tokenizer)
+
+
+def test_columns_that_cannot_be_meant_end_the_set_even_where_bad_rows_are_skipped(config, tokenizer):
+    rows = [{"prompt": "p", "completion": "c"}] * 3
+    for columns in ({"prompt": "completion"}, {"history": "prompt"}, {"tools": "functions"}):
+        with pytest.raises(InputError, match="^data.columns = "):
+            load_data(config(rows, columns=columns, bad_rows="skip"), tokenizer)
+
+
+def test_a_repeated_prompt_is_learnt_once_and_said(config, tokenizer):
+    prompt = "What is the capital of France? "
+    rows = [{"prompt": prompt, "chosen": f"{prompt}Paris {i}", "rejected": "b"} for i in range(4)]
+    train, _, (training, _) = account_data(config(rows, columns={"completion": "chosen"}), tokenizer)
+    assert all(text.count("capital") == 1 for text in texts(train, tokenizer))
+    assert "repeats its prompt is learnt from behind it (4 rows)" in training.line()
+
+
 def test_evaluation_rows_that_are_trained_are_counted(config, tokenizer, tmp_path):
     (tmp_path / "eval.jsonl").write_text('{"text": "t1"}\n{"text": "new"}\n')
     given = config([{"text": f"t{i}"} for i in range(4)], eval=str(tmp_path / "eval.jsonl"))
     _, _, (_, evaluation) = account_data(given, tokenizer)
-    assert evaluation.num_leaked == 1 and "1 of 2 evaluation rows are training rows too" in evaluation.warnings()
+    assert evaluation.num_leaked == 1 and "1 of 2 evaluation rows is a training row too" in evaluation.warnings()
     with pytest.raises(InputError, match=r"data.eval = .*data.eval=train means these"):
         load_data(given.model_copy(update={"eval": given.train}), tokenizer)
 
@@ -176,6 +231,26 @@ def test_a_loss_mask_of_the_data_changes_their_digest(config, tokenizer):
     after = load_data(config(rows, eval="train"), tokenizer)[0]
     assert texts(before, tokenizer) == texts(after, tokenizer) and before.digest() != after.digest()
     assert before.num_targets() > after.num_targets()
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_how_many_rows_are_worked_on_at_once_changes_no_token(config, tokenizer, monkeypatch, template):
+    rows = [dialogue(i) for i in range(12)] + [{"messages": [{"role": "user", "content": "no answer"}]}]
+    given = config(rows, chat_template=template, eval="train", bad_rows="skip")
+    encoder, sizes, found = Encoder(tokenizer, given), [], []
+    for limit in (10**6, 300, 1):
+        monkeypatch.setattr(row_pipeline, "BATCH_CHARACTERS", limit)
+        monkeypatch.setattr(row_pipeline, "RENDERED_CHARACTERS", limit)
+        encode = encoder.encode
+        asked = []
+        counting = lambda texts, encode=encode, asked=asked: asked.append(len(texts)) or encode(texts)  # noqa: E731
+        monkeypatch.setattr(encoder, "encode", counting)
+        source = NamedSource("data.train", (given.train,))
+        found.append(list(RowPipeline(given, encoder, tokenizer).encoded(read_rows(source, find_source(source)))))
+        monkeypatch.setattr(encoder, "encode", encode)
+        sizes.append(max(asked))
+    assert found[0] == found[1] == found[2] and len(found[0]) == 12
+    assert sizes[0] == 12 and sizes[1] < 8 and sizes[2] == 1
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):

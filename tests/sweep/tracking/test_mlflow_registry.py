@@ -81,6 +81,6 @@ def test_a_registry_that_fails_is_a_warning_and_the_sweep_is_finished_all_the_sa
         broken.setattr(background, "FIRST_RETRY_S", 0.001)
         broken.setattr("mlflow.MlflowClient.create_model_version", lambda *_, **__: 1 / 0)
         (warning,) = register(best_folder)
-    assert "1 updates not written (best adapter): ZeroDivisionError" in warning
+    assert "1 update not written (best adapter): ZeroDivisionError" in warning
     assert runs()["my sweep"].info.status == "FINISHED"
     assert register(best_folder) == []  # a resume writes it

@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import pytest
 
+from sweep.tracking.mlflow_names import data_points, data_tags
 from sweep.tracking.mlflow_view import view
 from sweep.tracking.sqlite_store import local_uri
 from sweep.tracking.system_metrics import write_system
 from sweep.tracking.tracker import NullTracker, Tracker
 from sweep.trials.record import Outcome
+from tests.support.reports import make_account
 from tests.support.tracked import CONFIG, trial
 
 LOSS = "eval/loss_nats_per_token"
@@ -38,6 +40,29 @@ def test_trials_are_child_runs_of_the_sweep_with_metrics_by_tokens_seen(tracker,
     assert (child.info.status, child.info.end_time) == ("FINISHED", 1_000_000_060_000)
     assert [file.path for file in client.list_artifacts(child.info.run_id)] == ["train_config.json"]
     assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["sweep_config.json"]
+
+
+def test_what_became_of_the_data_are_numbers_that_sort_sweeps(tracker, runs, client):
+    accounts = [make_account(max_seq_length=128), make_account(num_lost_tokens=0), make_account("evaluation")]
+    for _ in range(2):  # a resume writes the same points
+        one = tracker()
+        one.on_sweep_started(data_tags(accounts), 1e9, data_points(accounts))
+        assert one.close(60) == []
+    run = runs()["my sweep"]
+    assert {name for name in run.data.tags if name.startswith("data.")} == {
+        "data.training.128", "data.training.512", "data.evaluation.512",
+    }  # fmt: skip
+    metrics = run.data.metrics
+    assert metrics["data/training/tokens_lost_share"] == 0.2 == metrics["data/training_at_128/tokens_lost_share"]
+    assert metrics["data/training_at_512/tokens_lost_share"] == 0.0
+    assert (metrics["data/evaluation/rows_read"], metrics["data/training/targets_share"]) == (60, 0.25)
+    assert not any(name.startswith("data/evaluation_at") for name in metrics)
+    assert len(client.get_metric_history(run.info.run_id, "data/training/rows_used")) == 1
+
+
+def test_two_accounts_of_one_length_are_in_one_tag():
+    tag = data_tags([make_account(), make_account(num_used=43)])["data.training.512"]
+    assert "44 used" in tag and "43 used" in tag
 
 
 @pytest.mark.parametrize(
@@ -183,7 +208,7 @@ def test_a_value_that_mlflow_refuses_is_a_warning_and_holds_up_nothing(tracker, 
     one.on_trial_updated(trial(0, Outcome.COMPLETE, 2.0, params={"not a valid name!": 1}))
     one.on_trial_updated(trial(1, Outcome.COMPLETE, 2.0))
     (warning,) = one.close(60)
-    assert "1 updates not written (trial 0): refused" in warning
+    assert "1 update not written (trial 0): refused" in warning
     assert runs()["0001 COMPLETE"].info.status == "FINISHED"
 
 
