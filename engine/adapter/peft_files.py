@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.adapter.lora import LoraLinear, adapter_state, load_adapter_state
 from engine.config.trial import TRAIN_CONFIG, TrainConfig, load_train_config
@@ -28,14 +28,15 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def export_adapter(
-    folder: Path, config: TrainConfig, layers: dict[str, LoraLinear], module_names: list[str], tokenizer: Any
+    folder: Path, config: TrainConfig, layers: dict[str, LoraLinear], model: nn.Module, tokenizer: Any
 ) -> None:
     """Write adapter and tokenizer to `folder` atomically, replacing an earlier export."""
 
     def fill(target: Path) -> None:
         state = {PREFIX + name: tensor.contiguous().cpu() for name, tensor in adapter_state(layers).items()}
         save_file(state, target / WEIGHTS, metadata={"format": "pt"})
-        values = peft_config(config, list(layers), module_names)
+        values = peft_config(config, list(layers), [name for name, _ in model.named_modules()])
+        values |= _class_of(model)
         (target / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
         tokenizer.save_pretrained(target)
 
@@ -63,6 +64,13 @@ def peft_config(config: TrainConfig, targets: list[str], module_names: list[str]
         "use_dora": False,
         "use_rslora": lora.use_rslora,
     }
+
+
+def _class_of(model: nn.Module) -> dict[str, Any]:
+    """Return PEFT's key that names the base model's class, for a model that reads more than text."""
+    if model.config.get_text_config() is model.config or not type(model).__module__.startswith("transformers."):
+        return {}
+    return {"auto_mapping": {"base_model_class": type(model).__name__, "parent_library": "transformers"}}
 
 
 def shortest_names(targets: list[str], module_names: list[str]) -> list[str]:

@@ -21,6 +21,7 @@ from engine.layers.swap import restore_layers
 from engine.model.base import Base, end_tokens
 from engine.model.device import host_share_gib
 from engine.model.guard import own_attentions
+from engine.model.pretrained import text_attention
 from engine.quant.frozen_linear import FrozenLinear
 from engine.units import GIB
 
@@ -69,7 +70,7 @@ def write_examples(base: Base, questions: list[Question], take_off_adapter: Call
     """
     restore_layers(base.model)
     _unpack_weights(base)
-    base.model.set_attn_implementation(own_attentions(base.model)[0])
+    base.model.set_attn_implementation(text_attention(base.model.config, own_attentions(base.model)[0]))
     base.model.eval()
     with _one_thread():
         with_adapter = _answers(base, questions)

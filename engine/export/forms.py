@@ -26,7 +26,7 @@ from engine.errors import InputError
 from engine.evaluation.eval_loss import evaluate, evaluation_batches
 from engine.export.gguf_model import architecture, write_adapter, write_model
 from engine.export.merge import base_folder, write_merged
-from engine.export.model_card import ExportFacts, Measured, export_card
+from engine.export.model_card import ExportFacts, Measured, class_named_in, export_card
 from engine.model.base import Base
 from engine.model.device import free, pick_device
 from engine.model.inspect import load_tokenizer, model_config
@@ -69,8 +69,9 @@ def export(
         if form == "gguf-merged":
             shutil.rmtree(target / "merged")
         facts = ExportFacts(
-            form, adapter.base, adapter.rank, adapter.lora_alpha, len(adapter.layers), dtype, config, measured, provenance()
-        )
+            form, adapter.base, adapter.rank, adapter.lora_alpha, len(adapter.layers), dtype, config, measured, provenance(),
+            class_named_in(adapter.peft_config),
+        )  # fmt: skip
         (target / "README.md").write_text(export_card(facts), encoding="utf-8")
         if config:
             (target / TRAIN_CONFIG).write_text(to_json(config) + "\n")
@@ -87,7 +88,7 @@ def _write_peft(adapter: Adapter, model: ModelConfig, folder: Path, target: Path
 
 
 def _write_merged(adapter: Adapter, model: ModelConfig, folder: Path, target: Path) -> str:
-    write_merged(adapter, base_folder(adapter, locate(model)), target)
+    write_merged(adapter, base_folder(adapter, locate(model)), target, model)
     _write_tokenizer(model, folder, target)
     return json.loads((target / "config.json").read_text())["dtype"]
 

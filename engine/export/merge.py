@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from engine.adapter.portable import Adapter
 from engine.config.parsing import load_json
-from engine.config.trial import HUB_ID
+from engine.config.trial import HUB_ID, ModelConfig
 from engine.errors import InputError, first_line
+from engine.export.stored_names import stored_names
 from engine.sources.weight_files import INDEX, SINGLE, check_weights
 from engine.system.user_path import user_path
 
@@ -60,16 +61,21 @@ def weight_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(opened.keys(), folder / SINGLE)
 
 
-def check_targets(adapter: Adapter, files: dict[str, Path]) -> None:
-    """Raise InputError if an adapted layer has no weight in the base, or one of another shape."""
+def find_targets(adapter: Adapter, files: dict[str, Path], model: ModelConfig) -> dict[str, str]:
+    """Return the tensor that holds each adapted layer's weight, as tensor name -> layer.
+
+    Raises InputError if a layer has no weight in the base, or one of another shape.
+    """
+    stored = stored_names(adapter.layers, files, model)
     for name, (a_RD, b_OR) in adapter.layers.items():
-        key = f"{name}.weight"
-        if key not in files:
-            raise InputError("adapter", name, f"the base model has no tensor {key}")
+        key = stored.get(name)
+        if key is None:
+            raise InputError("adapter", name, f"the base model has no tensor {name}.weight")
         with safe_open(files[key], framework="pt") as opened:
             shape = list(opened.get_slice(key).get_shape())
         if shape != [b_OR.shape[0], a_RD.shape[1]]:
             raise InputError("adapter", name, f"fits a weight {[b_OR.shape[0], a_RD.shape[1]]}, the base model's is {shape}")
+    return {key: name for name, key in stored.items()}
 
 
 def merged_dtype(files: dict[str, Path]) -> torch.dtype:
@@ -82,15 +88,17 @@ def merged_dtype(files: dict[str, Path]) -> torch.dtype:
     raise InputError("base_model_name_or_path", str(next(iter(files.values()))), "holds no floating-point weight")
 
 
-def merged_tensors(adapter: Adapter, file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def merged_tensors(
+    adapter: Adapter, file: Path, dtype: torch.dtype, targets: Mapping[str, str]
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of one weight file, merged where the adapter has a layer.
 
-    InputError if a merged weight is out of the dtype's range.
+    targets: what `find_targets` returned. InputError if a merged weight is out of the dtype's range.
     """
     with safe_open(file, framework="pt") as opened:
         for key in opened.keys():  # noqa: SIM118
             tensor = opened.get_tensor(key)
-            pair = adapter.layers.get(key.removesuffix(".weight"))
+            pair = adapter.layers.get(targets.get(key, ""))
             if pair is not None:
                 tensor = tensor.float() + adapter.scaling * (pair[1] @ pair[0])
                 if not torch.isfinite(tensor).all() or tensor.abs().max() > torch.finfo(dtype).max:
@@ -98,17 +106,17 @@ def merged_tensors(adapter: Adapter, file: Path, dtype: torch.dtype) -> Iterator
             yield key, tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def write_merged(adapter: Adapter, base: Path, target: Path) -> None:
+def write_merged(adapter: Adapter, base: Path, target: Path, model: ModelConfig) -> None:
     """Write config.json and the weights to `target`, in the same files as the base has.
 
-    The caller adds the tokenizer.
+    model: names `base` in another way. The caller adds the tokenizer.
     """
     files = weight_files(base)
-    check_targets(adapter, files)
+    targets = find_targets(adapter, files, model)
     dtype = merged_dtype(files)
     total = 0
     for file in sorted(set(files.values())):
-        tensors = dict(merged_tensors(adapter, file, dtype))
+        tensors = dict(merged_tensors(adapter, file, dtype, targets))
         total += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, target / file.name, metadata={"format": "pt"})
     if (base / INDEX).is_file():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.config.trial import TrainConfig
 from engine.errors import printable
@@ -13,6 +15,7 @@ from engine.system.user_path import user_path
 from engine.units import perplexity
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank accepts
+CAUSAL = "AutoModelForCausalLM"
 SHOWN = ("git.commit", "version.torch", "version.transformers")
 
 
@@ -47,6 +50,14 @@ class ModelCard:
         for heading, content in self.sections:
             lines += [f"## {heading}", "", *content, ""]
         return "\n".join(lines)
+
+
+def class_named_in(values: Mapping[str, Any]) -> str:
+    """Return the class on which an adapter_config.json is to be loaded: the one it names, or AutoModelForCausalLM."""
+    named = values.get("auto_mapping")
+    name = named.get("base_model_class") if isinstance(named, dict) else None
+    known = isinstance(name, str) and name.isidentifier() and named.get("parent_library") == "transformers"
+    return name if known else CAUSAL
 
 
 def is_local(name: str) -> bool:
@@ -104,7 +115,7 @@ class ExportFacts:
     """Hold the facts that the card of an export states.
 
     form: peft, merged, gguf-adapter or gguf-merged. base: folder or hub id. dtype: of merged
-    weights.
+    weights. loader: the class of transformers that loads the base.
     """
 
     form: str
@@ -116,6 +127,7 @@ class ExportFacts:
     config: TrainConfig | None
     measured: Measured | None
     tags: dict[str, str]
+    loader: str = CAUSAL
 
 
 TITLES = {
@@ -191,7 +203,7 @@ def _settings(facts: ExportFacts) -> list[tuple[str, str]]:
 def _peft(facts: ExportFacts) -> list[str]:
     rank, base = next((r for r in VLLM_RANKS if r >= facts.rank), facts.rank), "BASE" if is_local(facts.base) else facts.base
     return [
-        *peft_code(facts.base, facts.config),
+        *peft_code(facts.base, facts.config, facts.loader),
         "vLLM:",
         "```",
         f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter=.",
@@ -201,13 +213,13 @@ def _peft(facts: ExportFacts) -> list[str]:
     ]
 
 
-def peft_code(base: str, config: TrainConfig | None) -> list[str]:
+def peft_code(base: str, config: TrainConfig | None, loader: str = CAUSAL) -> list[str]:
     """Return code that loads the adapter of this folder on the base as in training.
 
-    The base is 4-bit if it was in training: an adapter fits the weights it learned on.
+    loader: as in ExportFacts. The base is 4-bit if it was in training: an adapter fits the weights it learned on.
     """
     quantized, local = config is not None and config.model.quantization == "nf4", is_local(base)
-    imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantized else "")
+    imports = ", ".join(sorted([loader, "AutoTokenizer", *(["BitsAndBytesConfig"] if quantized else [])]))
     peft = "PeftConfig, PeftModel" if local else "PeftModel"
     lines = ["```python", "import torch", f"from peft import {peft}", f"from transformers import {imports}", ""]
     if quantized:
@@ -220,7 +232,7 @@ def peft_code(base: str, config: TrainConfig | None) -> list[str]:
         lines.append('folder = PeftConfig.from_pretrained(".").base_model_name_or_path')
     return [
         *lines,
-        f"base = AutoModelForCausalLM.from_pretrained({'folder' if local else json.dumps(base)}, {option})",
+        f"base = {loader}.from_pretrained({'folder' if local else json.dumps(base)}, {option})",
         'model = PeftModel.from_pretrained(base, ".")',
         'tokenizer = AutoTokenizer.from_pretrained(".")',
         "```",
@@ -230,9 +242,9 @@ def peft_code(base: str, config: TrainConfig | None) -> list[str]:
 def _merged(facts: ExportFacts) -> list[str]:
     return [
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {', '.join(sorted([facts.loader, 'AutoTokenizer']))}",
         "",
-        'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")',
+        f'model = {facts.loader}.from_pretrained(".", dtype="auto")',
         'tokenizer = AutoTokenizer.from_pretrained(".")',
         "```",
         "vLLM: `vllm serve .`. PEFT is not needed any more.",

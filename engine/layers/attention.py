@@ -9,6 +9,9 @@
   than a second, so it gets only lengths that recur: multiples of LENGTH_STEP.
 - Elsewhere (CPU, fp32, logit softcap) it calls scaled-dot-product attention for each sequence.
 
+A head may have a sink: one more column of the softmax, which belongs to no token. Its share of the
+sum is all that it changes, so flash attention's log-sum-exp is enough to compute it.
+
 `register` adds it to transformers' attention registry under NAME, for layers that run unfused. The
 model passes `document_lengths` through.
 
@@ -30,16 +33,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 NAME = "packed"
 LENGTH_STEP = 256
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
-            "logits_to_keep", "output_router_logits"}  # fmt: skip
-"""Keywords that reach attention in some families and do not change what it computes."""
+            "logits_to_keep", "output_router_logits",
+            "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # fmt: skip
+"""Keywords that reach attention in some families and do not change what it computes. The last line's say where samples begin."""
 HALF = (torch.bfloat16, torch.float16)
 
 try:
-    from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn  # torch >= 2.10
 
     _VARLEN_OPTIONS = set(inspect.signature(varlen_attn).parameters)
 except ImportError:
-    varlen_attn, _VARLEN_OPTIONS = None, set()
+    AuxRequest, varlen_attn, _VARLEN_OPTIONS = None, None, set()
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,18 @@ class AttentionOptions:
     softcap: float | None = None
 
 
-def attend(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
+def attend(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGK: Tensor,
+    documents: Documents,
+    options: AttentionOptions,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     """Return causal attention within each document, [T, H, K]. Differentiable in q, k and v."""
-    if _flash_fits(q_THK, options.softcap):
+    if sinks_H is not None and _flash_fits(q_THK, options.softcap) and _has_sink_backward():
+        return _FlashWithSinks.apply(q_THK, k_TGK, v_TGK, sinks_H.detach().float(), documents, options)
+    if sinks_H is None and _flash_fits(q_THK, options.softcap):
         if _is_plain_batch(documents, options) and _cudnn_fits(q_THK):
             return _batched(q_THK, k_TGK, v_TGK, documents, options)
         return _varlen(q_THK, k_TGK, v_TGK, documents, options)
@@ -78,7 +91,7 @@ def attend(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, op
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THK, k_TGK, v_TGK))
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
     parts = zip(*(x.split(documents.lengths, dim=2) for x in (q, k, v)))
-    out = [_one_document(q, k, v, options) for q, k, v in parts]
+    out = [_one_document(q, k, v, options, sinks_H) for q, k, v in parts]
     return torch.cat(out, dim=2).squeeze(0).transpose(0, 1)
 
 
@@ -106,12 +119,13 @@ def packed_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Call `attend` by transformers' calling convention; return [1, T, H, K], contiguous.
 
-    Raises ValueError on whatever else a model asks of its attention: dropout, sinks, a bias, a mask
-    of its own, attention that is not causal.
+    s_aux: the heads' sinks. Raises ValueError on whatever else a model asks of its attention:
+    dropout, a bias, a mask of its own, attention that is not causal.
     """
     asked = {name for name, value in others.items() if value is not None and name not in HARMLESS}
     asked |= {"dropout"} if dropout else set()
@@ -121,7 +135,8 @@ def packed_attention(
         raise ValueError(f"packed attention cannot compute {', '.join(sorted(asked))}")
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q_1HTK, k_1GTK, v_1GTK))
     documents = Documents(document_lengths, document_offsets)
-    return attend(q, k, v, documents, AttentionOptions(scaling, sliding_window, softcap)).unsqueeze(0).contiguous(), None
+    options = AttentionOptions(scaling, sliding_window, softcap)
+    return attend(q, k, v, documents, options, s_aux).unsqueeze(0).contiguous(), None
 
 
 def reads_offsets_only(dtype: torch.dtype, softcap: float | None) -> bool:
@@ -153,25 +168,73 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, documents: Documents, options: Att
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
-    window = -1 if options.sliding_window is None else options.sliding_window - 1
-    keywords: dict[str, Any] = {"scale": options.scaling, "window_size": (window, 0)}
+def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, options: AttentionOptions, **more: Any) -> Any:
+    keywords: dict[str, Any] = {"scale": options.scaling, "window_size": _window(options), **more}
     if "enable_gqa" in _VARLEN_OPTIONS:
         keywords["enable_gqa"] = q.shape[1] != k.shape[1]
     longest = max(documents.lengths)
     return varlen_attn(q, k, v, documents.offsets, documents.offsets, longest, longest, **keywords)
 
 
-def _one_document(q_1HLK: Tensor, k_1HLK: Tensor, v_1HLK: Tensor, options: AttentionOptions) -> Tensor:
+def _window(options: AttentionOptions) -> tuple[int, int]:
+    return (-1 if options.sliding_window is None else options.sliding_window - 1), 0
+
+
+def _has_sink_backward() -> bool:
+    """Return True if torch gives the log-sum-exp, and has the operator that takes another one in the backward pass."""
+    return AuxRequest is not None and "return_aux" in _VARLEN_OPTIONS and hasattr(torch.ops.torch_attn, "_varlen_attn_backward")
+
+
+class _FlashWithSinks(torch.autograd.Function):
+    """Compute attention with sinks by flash attention: out * sigmoid(lse - sink).
+
+    With that output, and log(exp(lse) + exp(sink)) as its log-sum-exp, flash attention's own
+    backward pass gives the gradients: the sink's value is zero, so it adds nothing to them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor, documents: Documents, options: AttentionOptions
+    ) -> Tensor:
+        out_THK, lse_HT = _varlen(q, k, v, documents, options, return_aux=AuxRequest(lse=True))
+        out_THK, lse_HT = with_sinks(out_THK, lse_HT, sinks_H)
+        ctx.save_for_backward(q, k, v, out_THK, lse_HT, documents.offsets)
+        ctx.longest, ctx.options = max(documents.lengths), options
+        return out_THK
+
+    @staticmethod
+    def backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, offsets = ctx.saved_tensors
+        window, scale = _window(ctx.options), ctx.options.scaling
+        state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
+        given = (grad_THK.contiguous(), q, k, v, out, lse, offsets, offsets, ctx.longest, ctx.longest, window == (-1, 0), state)
+        grads = torch.ops.torch_attn._varlen_attn_backward(*given, scale, list(window))
+        return (*grads, None, None, None)
+
+
+def with_sinks(out_THK: Tensor, lse_HT: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
+    """Return attention's output and log-sum-exp after the sinks have joined the softmax."""
+    share_TH1 = torch.sigmoid(lse_HT - sinks_H[:, None]).T.unsqueeze(-1)
+    return (out_THK * share_TH1).to(out_THK.dtype), torch.logaddexp(lse_HT, sinks_H[:, None].expand_as(lse_HT)).contiguous()
+
+
+def _one_document(
+    q_1HLK: Tensor, k_1HLK: Tensor, v_1HLK: Tensor, options: AttentionOptions, sinks_H: Tensor | None = None
+) -> Tensor:
     length, window, softcap = q_1HLK.shape[2], options.sliding_window, options.softcap
     windowed = window is not None and window < length
-    if softcap is None and not windowed:
+    if softcap is None and not windowed and sinks_H is None:
         return F.scaled_dot_product_attention(q_1HLK, k_1HLK, v_1HLK, is_causal=True, scale=options.scaling)
     age_LL = torch.arange(length, device=q_1HLK.device)[:, None] - torch.arange(length, device=q_1HLK.device)
     seen_LL = (age_LL >= 0) & (age_LL < window) if windowed else age_LL >= 0
-    if softcap is None:
+    if softcap is None and sinks_H is None:
         return F.scaled_dot_product_attention(q_1HLK, k_1HLK, v_1HLK, attn_mask=seen_LL, scale=options.scaling)
     scale = options.scaling if options.scaling is not None else q_1HLK.shape[-1] ** -0.5
-    scores = softcap * torch.tanh((q_1HLK @ k_1HLK.transpose(2, 3)).float() * scale / softcap)
-    weights = torch.softmax(scores.masked_fill(~seen_LL, float("-inf")), dim=-1)
+    scores = (q_1HLK @ k_1HLK.transpose(2, 3)).float() * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen_LL, float("-inf"))
+    if sinks_H is not None:
+        sinks_1HL1 = sinks_H.detach().float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks_1HL1], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., :length]
     return weights.to(v_1HLK.dtype) @ v_1HLK

@@ -45,10 +45,6 @@ class Base:
         """Return True if samples of up to `longest` tokens may share a row without changing a loss."""
         return self.route.shares_rows and not _rotates_by_row(self.model.config.get_text_config(), longest)
 
-    def module_names(self) -> list[str]:
-        """Return the names of all modules, which PEFT searches for those to adapt."""
-        return [name for name, _ in self.model.named_modules()]
-
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the final hidden states [T, D] of a packed row; `batch` must be on the device."""
         self.stash.clear()
@@ -87,6 +83,7 @@ class Base:
         if self.route.packed_attention:
             given["position_ids"] = batch.position_ids_T.unsqueeze(0)
             given |= {"document_lengths": batch.document_lengths, "document_offsets": batch.document_offsets}
+            given |= _boundaries(batch) if self.route.boundaries else {}
         elif len(batch.document_lengths) > 1:
             raise ValueError("this model takes one sample a row")
         else:
@@ -125,6 +122,15 @@ class Base:
         divided = scaling if config.model_type == "hyperclovax" else 1.0 / scaling  # Granite and others divide by it
         scale = getattr(config, "logit_scale", None) or divided
         return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def _boundaries(batch: Batch) -> dict[str, Any]:
+    """Return where samples begin, in transformers' keywords for attention, convolutions and recurrences."""
+    offsets, longest = batch.document_offsets, max(batch.document_lengths)
+    positions_T = torch.arange(batch.num_tokens, device=offsets.device)
+    sample_T = torch.bucketize(positions_T, offsets[1:-1], right=True).to(torch.int32)
+    cuts = {f"cu_seq_lens_{side}": offsets for side in "qk"} | {f"max_length_{side}": longest for side in "qk"}
+    return cuts | {"seq_idx": sample_T.unsqueeze(0)}
 
 
 def _rotates_by_row(config: Any, longest: int) -> bool:

@@ -2,14 +2,15 @@
 
 `choose_route` works on a tiny model made from the checkpoint's own config, before anything is paid
 for. It takes the fastest route whose losses and gradients are the library's own, sample by sample.
-Samples share a row only if that changes no loss. `check_loaded` compares the losses again on the
+Samples share a row only if that changes no loss. `loaded_check.py` compares the losses again on the
 real weights.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -23,67 +24,55 @@ from engine.errors import InputError, first_line
 from engine.layers import attention
 from engine.layers.swap import SwapReport, fuse_layers, survey
 from engine.model.base import Base
-from engine.model.comparison import difference, library_losses, mean_difference, our_losses, random_samples
+from engine.model.comparison import difference, library_losses, our_losses, random_samples
+from engine.model.pretrained import text_attention
 from engine.model.route import ModelVerdict, Route, pattern_of, routes
-from engine.model.skeleton import VOCABULARY, build
-from engine.quant.bnb import keep_as_stored, quantize_nf4
+from engine.model.skeleton import VOCABULARY, build, layers_alike
+from engine.quant.bnb import quantize_nf4
 from engine.quant.frozen_linear import FrozenLinear, freeze_linears, is_known_linear
 
 ALLOWED = 2e-3  # nats, in fp32; what is wrong differs by much more
-LOADED_ALLOWED = {torch.float32: 0.01, torch.bfloat16: 0.25}  # nats, mean of two samples; rounding makes 0.06 (135M, bf16)
 GRADIENT_ALLOWED = 2e-2  # of the largest value in the gradient
 NO_LINEAR = "must have at least one plain linear layer for the adapter"
 LORA = LoraConfig(rank=2, lora_alpha=2.0)
+CPU = torch.device("cpu")
+UNTRIED = Route(False, "eager", head_loss=False, shares_rows=False)  # as near to the library as it goes
+Alike = dict[int, list[int]]
+"""Layer of the tiny model -> those of the large one that it stands for."""
 Make = Callable[[Any, str], nn.Module]
 """Makes a new model from a config and the name of an attention in transformers' registry."""
 
 
 @torch.enable_grad()
-def choose_route(config: Any, given: ModelConfig, make: Make) -> ModelVerdict:
+def choose_route(config: Any, given: ModelConfig, make: Make, device: torch.device = CPU) -> ModelVerdict:
     """Return the verdict for a transformers config. Raises InputError if every route is wrong.
 
-    It computes gradients, also for a caller that does not.
+    It computes gradients, also for a caller that does not. device: where the tiny model computes.
     """
     samples = random_samples(VOCABULARY)
     try:
         library = build(config, lambda small: make(small, "eager"), lambda model: library_losses(model, samples[0]))
     except Exception as error:  # what cannot be made small is checked on the real weights only
-        return ModelVerdict(Route(), faults=(f"no tiny model: {type(error).__name__}: {first_line(error)}",), checked=False)
-    return _Trial(library, given, samples).verdict()
+        if given.layers != "original":
+            allowed = "cannot be tried on a tiny model, so nothing shows that its losses would be right"
+            way_out = "model.layers=original trains it if its real weights have the losses of transformers"
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError("model.path", given.path, f"{allowed} ({why}); {way_out}") from None
+        return ModelVerdict(UNTRIED, faults=(f"{type(error).__name__}: {first_line(error)}",), checked=False)
+    tried = library.to(device), given, samples, layers_alike(config)
+    try:
+        return _Trial(*tried).verdict()
+    except InputError:
+        read = _read_weights(library, samples[0]) if given.quantization == "nf4" else ()
+        if not read:
+            raise
+        return _Trial(*tried, *read).verdict()  # packed weights are no use to code that reads them
 
 
 def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the layers that can be quantised and adapted, by name, without the output head."""
     head = model.get_output_embeddings()
     return {n: m for n, m in model.named_modules() if is_known_linear(m) and m is not head}
-
-
-def loaded_losses(model: nn.Module, samples: list[Sample]) -> list[Tensor]:
-    """Return the losses by the library alone on the real weights, with the library's own attention."""
-    keep_as_stored(model)
-    attention_name = model.config._attn_implementation
-    model.set_attn_implementation(own_attentions(model)[0])
-    try:
-        with torch.no_grad():
-            return [library_losses(model, sample) for sample in samples]
-    finally:
-        model.set_attn_implementation(attention_name)
-
-
-def check_loaded(base: Base, samples: list[Sample], theirs: list[Tensor]) -> Base:
-    """Return the base with the rows that its real weights allow.
-
-    theirs: what `loaded_losses` returned before any layer was replaced. Raises InputError if the
-    losses of single samples differ by more than rounding explains.
-    """
-    allowed = LOADED_ALLOWED[base.dtype]
-    if base.route.shares_rows and mean_difference(our_losses(base, samples), theirs) <= allowed:
-        return base
-    alone = [our_losses(base, [sample])[0] for sample in samples]
-    if (gap := mean_difference(alone, theirs)) > allowed:
-        text = f"its losses differ from those of transformers by {gap:.2g} nats on average; allowed: {allowed:g}"
-        raise InputError("model.path", base.config.path, f"{text}; try model.layers=original")
-    return replace(base, route=replace(base.route, shares_rows=False))
 
 
 def own_attentions(model: nn.Module) -> list[str]:
@@ -94,12 +83,12 @@ def own_attentions(model: nn.Module) -> list[str]:
 class _Trial:
     """Try the routes on a tiny model, whose own losses and gradients are the measure."""
 
-    def __init__(self, library: nn.Module, given: ModelConfig, samples: list[Sample]) -> None:
-        self.library, self.given, self.samples = library, given, samples
+    def __init__(self, library: nn.Module, given: ModelConfig, samples: list[Sample], alike: Alike, *kept: str) -> None:
+        self.library, self.given, self.samples, self.alike = library, given, samples, alike
         self.linears = plain_linears(library)
         if not self.linears:
             raise InputError("model.path", given.path, NO_LINEAR)
-        self.read_directly = _read_directly(library, self.linears, samples[0])
+        self.read_directly = tuple(sorted({*_read_directly(library, self.linears, samples[0]), *kept}))
         self.linears = {n: m for n, m in self.linears.items() if pattern_of(n) not in self.read_directly}
         self.packed = _quantise(self.linears) if given.quantization == "nf4" else {}
         with torch.no_grad():
@@ -114,15 +103,12 @@ class _Trial:
                 alone = [our_losses(base, [sample])[0] for sample in self.samples]
                 if (gap := difference(alone, self.theirs)) > ALLOWED:
                     raise _Differs(f"a loss differs by {gap:.2g} nats")
-                row_fault = self._row_fault(base)
+                base, row_faults = self._with_rows(base)
                 dead = self._train_a_step(base)
             except Exception as error:  # model code may raise anything
                 faults.append(f"{_name(route)}: {_fault(error)}")
                 continue
-            if row_fault and route.shares_rows:
-                route = replace(route, shares_rows=False)
-                faults.append(row_fault)
-            return ModelVerdict(route, dead, self.read_directly, tuple(faults))
+            return ModelVerdict(base.route, dead, self.read_directly, faults=(*faults, *row_faults))
         allowed = "is a model that cannot be trained here with the losses that transformers gives it"
         raise InputError("model.path", self.given.path, f"{allowed} ({'; '.join(dict.fromkeys(faults))})")
 
@@ -135,21 +121,31 @@ class _Trial:
     def _base(self, route: Route) -> Base:
         model = copy.deepcopy(self.library)
         attention.register()
-        model.set_attn_implementation(route.attention)
+        model.set_attn_implementation(text_attention(model.config, route.attention))
         for name, weight in self.packed.items():
             model.get_submodule(name).weight = copy.copy(weight)
         kept = [m for n, m in model.named_modules() if pattern_of(n) in self.read_directly]
         names = freeze_linears(model, skip=[model.get_output_embeddings(), *kept])
         report = fuse_layers(model) if route.fused else SwapReport((), {"all": "not tried"})
-        return Base(model, None, self.given, torch.device("cpu"), torch.float32, names, report, route)
+        return Base(model, None, self.given, next(model.parameters()).device, torch.float32, names, report, route)
+
+    def _with_rows(self, base: Base) -> tuple[Base, list[str]]:
+        """Return the base with the rows that samples may share without changing a loss, and what was wrong with others."""
+        if not base.route.shares_rows:
+            return base, []
+        faults: list[str] = []
+        for route in (base.route, replace(base.route, boundaries=True)):
+            fault = self._row_fault(replace(base, route=route))
+            if fault is None:
+                return replace(base, route=route), faults
+            faults.append(f"told where samples begin: {fault}" if route.boundaries else fault)
+        return replace(base, route=replace(base.route, shares_rows=False)), faults
 
     def _row_fault(self, base: Base) -> str | None:
         """Return what is wrong if the samples share a row, in either order, or None."""
-        if not base.route.shares_rows:
-            return None
         gap = 0.0
         try:
-            for order in ((0, 1), (1, 0)):
+            for order in ((0, 1), (1, 0), (0,)):
                 row = our_losses(base, [self.samples[i] for i in order])
                 gap = max(gap, difference(row, [self.theirs[i] for i in order]))
         except Exception as error:
@@ -158,7 +154,8 @@ class _Trial:
 
     def _train_a_step(self, base: Base) -> tuple[str, ...]:
         """Compare adapter gradients with the library's; return the layers whose adapter gets none."""
-        batch = collate(self.samples[:1])
+        samples = self.samples if base.route.shares_rows else self.samples[:1]
+        batch = collate(samples).to(base.device)
         layers = attach(base.model, base.linear_names, LORA, seed=0)
         base.model.train()
         base.loss(batch).backward()  # dropout and its like are asked for in training only
@@ -166,7 +163,7 @@ class _Trial:
             layer.lora_b.grad = None
         base.model.eval()
         base.loss(batch).backward()
-        wanted = _library_gradients(self.library, layers, self.samples[0])
+        wanted = _library_gradients(self.library, layers, samples)
         alive = {name for name, layer in layers.items() if _has_values(layer.lora_b.grad)}
         if not alive:
             raise _Differs("no adapter gets a gradient")
@@ -176,7 +173,7 @@ class _Trial:
         worst = max(alive, key=lambda name: _gap(layers[name].lora_b.grad, wanted[name]))
         if (gap := _gap(layers[worst].lora_b.grad, wanted[worst])) > GRADIENT_ALLOWED:
             raise _Differs(f"the gradient of {worst} differs by {gap:.0%}")
-        return tuple(sorted({pattern_of(name) for name in layers} - {pattern_of(name) for name in alive}))
+        return _kinds_of_dead(layers, alive, self.alike)
 
 
 class _Differs(Exception):
@@ -216,29 +213,76 @@ def _read_directly(library: nn.Module, linears: dict[str, nn.Linear], sample: Sa
     called: set[str] = set()
     hooks = [m.register_forward_hook(lambda *_, name=n: called.add(name)) for n, m in linears.items()]
     try:
-        gradients = _weight_gradients(library, list(linears), sample)
+        gradients = _weight_gradients(library, list(linears), [sample])
     finally:
         for hook in hooks:
             hook.remove()
     return tuple(sorted({pattern_of(n) for n, grad in gradients.items() if n not in called and _has_values(grad)}))
 
 
-def _library_gradients(library: nn.Module, layers: dict[str, LoraLinear], sample: Sample) -> dict[str, Tensor | None]:
+class _Watched(nn.Linear):
+    """Note when other code than its own reads a layer's weight."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and not self.__dict__.get("is_computing"):
+            self.__dict__["was_read"] = True
+        return super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.__dict__["is_computing"] = True
+        try:
+            return super().forward(x)
+        finally:
+            self.__dict__["is_computing"] = False
+
+
+def _read_weights(library: nn.Module, sample: Sample) -> tuple[str, ...]:
+    """Return the layers whose weight the model's code reads, though it calls them too."""
+    linears = plain_linears(library)
+    for module in linears.values():
+        module.__class__ = _Watched
+    try:
+        library.train()
+        with torch.no_grad():
+            library_losses(library, sample)
+        return tuple(sorted({pattern_of(name) for name, module in linears.items() if module.__dict__.get("was_read")}))
+    except Exception:  # training may ask for what only a real batch has
+        return ()
+    finally:
+        library.eval()
+        for module in linears.values():
+            module.__class__ = nn.Linear
+
+
+def _library_gradients(library: nn.Module, layers: dict[str, LoraLinear], samples: list[Sample]) -> dict[str, Tensor | None]:
     """Return d loss / d B of each adapter from the weight gradients of the library's own model."""
-    found = _weight_gradients(library, list(layers), sample)
+    found = _weight_gradients(library, list(layers), samples)
     return {n: None if g is None else layers[n].scaling * g @ layers[n].lora_a.detach().T for n, g in found.items()}
 
 
-def _weight_gradients(library: nn.Module, names: list[str], sample: Sample) -> dict[str, Tensor | None]:
+def _weight_gradients(library: nn.Module, names: list[str], samples: list[Sample]) -> dict[str, Tensor | None]:
     weights = {name: library.get_submodule(name).weight.requires_grad_(True) for name in names}
     try:
-        loss = library_losses(library, sample).sum()
+        loss = torch.stack([library_losses(library, sample).sum() for sample in samples]).sum()
         if loss.requires_grad:
             loss.backward()
         return {name: weight.grad for name, weight in weights.items()}
     finally:
         for weight in weights.values():
             weight.requires_grad_(False).grad = None
+
+
+def _kinds_of_dead(names: Iterable[str], alive: set[str], alike: Alike) -> tuple[str, ...]:
+    """Return the layers without a gradient: with `*` if all of their name are so, else each of the large model."""
+    living = {pattern_of(name) for name in alive}
+    found: set[str] = set()
+    for name in set(names) - alive:
+        if pattern_of(name) not in living:
+            found.add(pattern_of(name))
+        elif number := re.search(r"\.(\d+)\.", name):
+            before, after = name[: number.start(1)], name[number.end(1) :]
+            found |= {f"{before}{layer}{after}" for layer in alike.get(int(number[1]), [])}
+    return tuple(sorted(found))
 
 
 def _has_values(grad: Tensor | None) -> bool:

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from engine.config.trial import ModelConfig
 from engine.dialogue.encoding import REVISION
-from engine.errors import InputError, first_line
+from engine.errors import InputError
 from engine.layers.swap import SwapReport, require_fused, survey
 from engine.model.guard import NO_LINEAR, plain_linears
-from engine.model.pretrained import from_pretrained, model_factory
+from engine.model.pretrained import from_pretrained, read_config, without_weights
 from engine.model.route import ModelVerdict, Route, pattern_of
 from engine.model.verdicts import verdict_of
 from engine.quant.frozen_linear import is_known_linear
@@ -26,9 +25,7 @@ from engine.sources.weight_files import check_rows, check_weights
 
 def model_config(config: ModelConfig) -> dict[str, Any]:
     """Return the model's config.json as transformers reads it, as plain data."""
-    from transformers import AutoConfig
-
-    return from_pretrained(AutoConfig, config, locate(config)).to_dict()
+    return read_config(config).to_dict()
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -75,7 +72,7 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     check_quantization(content, config)
     if Path(source).is_dir():
         check_weights(Path(source), config.path)
-    model = _without_weights(config)
+    model = without_weights(read_config(config), config)
     linears = plain_linears(model)
     if not linears:
         raise InputError("model.path", config.path, NO_LINEAR)
@@ -85,6 +82,8 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
         check_rows(Path(source), num_rows, config.path)
     verdict = verdict_of(config)
     features = {n: (m.out_features, m.in_features) for n, m in linears.items() if verdict.adapts(n)}
+    if not features:
+        raise InputError("model.path", config.path, "; ".join([NO_LINEAR, *_notes(model, linears, verdict)]))
     swaps = swaps_of(model, config, survey, verdict)
     text = model.config.get_text_config()
     positions, rotary = getattr(text, "max_position_embeddings", None), bool(getattr(text, "rope_parameters", None))
@@ -98,29 +97,20 @@ def unquantised_names(config: ModelConfig, verdict: ModelVerdict) -> list[str] |
         return None
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    model = _without_weights(config)
+    model = without_weights(read_config(config), config)
     kept = [name for name in plain_linears(model) if pattern_of(name) in verdict.read_directly]
     return sorted({*kept, *get_keys_to_not_convert(model)})
 
 
-def _without_weights(config: ModelConfig) -> nn.Module:
-    """Return the model on the meta device. Raises InputError if it is no causal language model."""
-    from transformers import AutoConfig
-
-    found = from_pretrained(AutoConfig, config, locate(config))
-    with torch.device("meta"):
-        try:
-            return model_factory(found).from_config(found, trust_remote_code=config.trust_remote_code)
-        except Exception as error:  # wrong types in config.json can raise any error in model code
-            raise InputError("model.path", config.path, f"must be a causal language model ({first_line(error)})") from None
-
-
 def _notes(model: nn.Module, linears: dict[str, nn.Linear], verdict: ModelVerdict) -> Iterator[str]:
     """Yield what the user should know about the layers of this model, one line each."""
-    dead = [name for name in linears if not verdict.adapts(name)]
-    if dead:
-        why = "text never reaches them, or the model's code reads their weight itself"
-        yield f"{len(dead)} linear layers get no adapter, because {why}: {_some(dead)}"
+    dead = (*verdict.without_gradient, *verdict.read_directly)
+    for kinds, why in (
+        (dead, "text never reaches them, or the model's code reads their weight itself"),
+        (verdict.not_exported, "PEFT would not put their tensors back in their place"),
+    ):
+        if left := [name for name in linears if name in kinds or pattern_of(name) in kinds]:
+            yield f"{len(left)} linear layers get no adapter, because {why}: {_some(left)}"
     others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_known_linear(m)]
     if others:
         yield f"{len(others)} layers stay as they are, in 16 bits and without adapters: {_some(others)}"
@@ -128,6 +118,8 @@ def _notes(model: nn.Module, linears: dict[str, nn.Linear], verdict: ModelVerdic
     if stacked:
         share = stacked / sum(p.numel() for p in model.parameters())
         yield f"{share:.0%} of the weights are experts or others of 3 dimensions: they stay in 16 bits, without adapters"
+    if needs := next((fault for fault in verdict.faults if "told where samples begin" in fault and "Install" in fault), None):
+        yield f"samples could share rows on a card with more packages: {needs.rpartition(': ')[2]}"
     if not verdict.checked:
         yield f"it was not checked on a tiny model ({verdict.faults[0]}); each worker checks it on the real weights"
 

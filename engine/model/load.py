@@ -8,7 +8,7 @@ returns hidden states, from which the loss is computed with the head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from engine.layers.swap import fuse_layers
 from engine.model.base import Base
 from engine.model.comparison import text_samples
 from engine.model.device import pick_dtype
-from engine.model.guard import NO_LINEAR, check_loaded, loaded_losses
-from engine.model.inspect import load_tokenizer, model_config, swaps_of, unquantised_names
-from engine.model.pretrained import from_pretrained, model_factory
-from engine.model.route import ModelVerdict, pattern_of
-from engine.model.verdicts import verdict_of
+from engine.model.guard import NO_LINEAR
+from engine.model.inspect import load_tokenizer, swaps_of, unquantised_names
+from engine.model.loaded_check import KnownChecks, check_loaded, loaded_losses
+from engine.model.pretrained import from_pretrained, model_factory, read_config, release_towers, text_attention
+from engine.model.route import ModelVerdict, Route, pattern_of
+from engine.model.verdicts import verdict_of, with_rows_of
 from engine.quant.bnb import load_library, nf4_load_config
 from engine.quant.frozen_linear import freeze_linears
 from engine.quant.shared_base import load_packed
@@ -43,22 +44,25 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     transformers' key-value cache. If it is None, the model is loaded for training: with the
     attention of its verdict, and its losses are compared with the library's own. Raises InputError.
     """
-    from transformers import AutoConfig
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # in a log file it writes hundreds of lines per trial
     attention.register()
     load_library()  # before transformers does
     source, dtype = locate(config), pick_dtype(config.dtype, device)
-    check_quantization(model_config(config), config)
+    found = read_config(config)
+    check_quantization(found.to_dict(), config)
     if Path(source).is_dir():
         check_weights(Path(source), config.path)
     verdict, tokenizer = verdict_of(config), load_tokenizer(config)
-    factory = model_factory(from_pretrained(AutoConfig, config, source))
+    if attention_name is None and device.type == "cuda":
+        verdict = with_rows_of(config, verdict, device)
     if attention_name is not None and not verdict.route.packed_attention:
         attention_name = verdict.route.attention  # the only one that is known to be right for this model
     options: dict[str, Any] = {"device_map": {"": device.type}, "dtype": dtype}
-    options |= {"attn_implementation": attention_name or verdict.route.attention}
+    wanted, factory = attention_name or verdict.route.attention, model_factory(found)
+    options |= {"attn_implementation": wanted if factory is AutoModelForCausalLM else text_attention(found, wanted)}
     options |= {"use_safetensors": True, "output_loading_info": True}
 
     def load(folder: str | Path, **more: Any) -> tuple[Any, dict[str, Any]]:
@@ -70,17 +74,31 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
 
     model, _ = _load_nf4(config, source, device, dtype, load, verdict) if config.quantization == "nf4" else load(source)
     model.requires_grad_(False).eval()
-    samples = text_samples(tokenizer, model.get_input_embeddings().weight.shape[0])
-    theirs = loaded_losses(model, samples) if attention_name is None else []
+    checks = None if attention_name else _checks(config, source, dtype, device, verdict)
+    known = checks.known() if checks else None
+    theirs = None
+    if checks and known is None:
+        theirs = loaded_losses(model, text_samples(tokenizer, model.get_input_embeddings().weight.shape[0]))
     kept = [module for name, module in model.named_modules() if pattern_of(name) in verdict.read_directly]
     names = [n for n in freeze_linears(model, skip=[model.get_output_embeddings(), *kept]) if verdict.adapts(n)]
     if not names:
         raise InputError("model.path", config.path, NO_LINEAR)
+    if attention_name is None and verdict.route.head_loss:  # else the whole model is called
+        release_towers(model)
     swaps = swaps_of(model, config, fuse_layers, verdict)
     if place_embedding(model, config):
         swaps = replace(swaps, others=(*swaps.others, "embed_tokens"))
-    base = Base(model, tokenizer, config, device, dtype, names, swaps, verdict.route)
-    return check_loaded(base, samples, theirs) if attention_name is None else base
+    base = Base(model, tokenizer, config, device, dtype, names, swaps, Route(**known) if known else verdict.route)
+    if checks and theirs:
+        base = check_loaded(base, theirs)
+        checks.passed(base)
+    return base
+
+
+def _checks(config: ModelConfig, source: str, dtype: torch.dtype, device: torch.device, verdict: ModelVerdict) -> KnownChecks:
+    folder = None if config.trust_remote_code else _local_folder(config, source)
+    settings = config.model_dump(exclude={"path", "revision"}) | {"dtype": str(dtype), "verdict": asdict(verdict)}
+    return KnownChecks(folder, settings, device)
 
 
 def _load_nf4(

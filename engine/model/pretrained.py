@@ -1,27 +1,15 @@
-"""Choose the class that transformers loads a model with, and turn each of its errors into one line."""
+"""Choose the class that a checkpoint names, and turn each error of from_pretrained into one line."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 
 from engine.config.trial import ModelConfig
 from engine.errors import InputError, first_line
-
-
-def model_factory(config: Any) -> Any:
-    """Return transformers' factory for a model with this config: that of causal language models.
-
-    Mistral 3 and others are language models with a part for images, and known to the factory for
-    images and text alone. Their text decoder is trained as any other.
-    """
-    import transformers
-
-    kind, text = type(config), type(config.get_text_config())
-    causal, images = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    with_images = kind not in causal and kind in images and text in causal
-    return transformers.AutoModelForImageTextToText if with_images else transformers.AutoModelForCausalLM
+from engine.sources.locate import locate
 
 
 def from_pretrained(factory: Any, config: ModelConfig, source: str, **options: Any) -> Any:
@@ -37,3 +25,74 @@ def from_pretrained(factory: Any, config: ModelConfig, source: str, **options: A
             raise
         allowed = "must be a folder or hub id that transformers can load; its error: "
         raise InputError("model.path", config.path, allowed + first_line(error)) from error
+
+
+def read_config(config: ModelConfig) -> Any:
+    """Return the model's config.json as transformers reads it. Raises InputError."""
+    from transformers import AutoConfig
+
+    return from_pretrained(AutoConfig, config, locate(config))
+
+
+def model_factory(found: Any) -> Any:
+    """Return transformers' auto class for a config.
+
+    It is AutoModelForCausalLM, or for a model that reads more than text the one that gives the class
+    of `architectures`. The names of layers follow from that class, in PEFT and in vLLM too.
+    """
+    import transformers
+
+    causal = transformers.AutoModelForCausalLM
+    names = ("AutoModelForMultimodalLM", "AutoModelForImageTextToText")  # the first is newer and knows more
+    several = next(filter(None, (getattr(transformers, name, None) for name in names)), causal)
+    if type(found) not in several._model_mapping or "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {}):
+        return causal
+    if type(found) not in causal._model_mapping:
+        return several
+    own = several._model_mapping[type(found)].__name__
+    return several if own in (getattr(found, "architectures", None) or []) else causal
+
+
+def without_weights(found: Any, config: ModelConfig) -> nn.Module:
+    """Return the model of a config on the meta device. Raises InputError if it is no causal language model."""
+    with torch.device("meta"):
+        try:
+            return model_factory(found).from_config(found, trust_remote_code=config.trust_remote_code)
+        except Exception as error:  # wrong types in config.json can raise any error in model code
+            raise InputError("model.path", config.path, f"must be a causal language model ({first_line(error)})") from None
+
+
+def text_attention(config: Any, name: str) -> str | dict[str, str]:
+    """Return what to ask transformers for, so that the text decoder gets this attention and towers keep theirs.
+
+    config: that of the model which is made, or that a model has.
+    """
+    try:
+        text = config.get_text_config()
+    except ValueError:  # several could be meant
+        return name
+    keys = [key for key in getattr(config, "sub_configs", {}) if getattr(config, key, None) is text]
+    return {keys[0]: name} if keys else name
+
+
+def release_towers(model: nn.Module) -> None:
+    """Free the weights of whatever stands beside the text decoder, in a model that reads more than text.
+
+    The modules stay, because PEFT tells layers apart by the names of all. To call one is an error.
+    """
+    if isinstance(text_attention(model.config, ""), str):
+        return
+    kept = {id(part) for part in (model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings())}
+
+    def release(module: nn.Module) -> None:
+        if id(module) in kept:
+            return
+        if any(id(part) in kept for part in module.modules()):
+            for child in module.children():
+                release(child)
+            return
+        for part in module.modules():
+            for name, value in part.named_parameters(recurse=False):
+                part.register_parameter(name, nn.Parameter(torch.empty_like(value.data, device="meta"), requires_grad=False))
+
+    release(model)

@@ -16,12 +16,15 @@ class Route:
     - attention: an entry of transformers' registry. `packed` is ours, cut at the document offsets.
     - head_loss: the loss comes from hidden states and head, in chunks; else from the model's logits.
     - shares_rows: several samples may share a row; else each has a row of its own.
+    - boundaries: layers that carry a state are told where samples begin, by the keywords that
+      transformers has for rows without padding.
     """
 
     fused: bool = True
     attention: str = PACKED
     head_loss: bool = True
     shares_rows: bool = True
+    boundaries: bool = False
 
     @property
     def packed_attention(self) -> bool:
@@ -58,7 +61,8 @@ class ModelVerdict:
     """Say how to compute a model, and which layers get no adapter.
 
     without_gradient: layers whose adapter would never learn. read_directly: layers whose weight the
-    model's code reads itself, so that they stay as they are. Both are names with `*` for numbers.
+    model's code reads itself, so that they stay as they are. not_exported: layers whose adapter PEFT
+    would not load again. All are names, with `*` for numbers where all of a kind are meant.
     faults: what was wrong on the faster routes. checked: False if no tiny model could be built, so
     that only the real weights can show whether the route is right.
     """
@@ -66,12 +70,14 @@ class ModelVerdict:
     route: Route
     without_gradient: tuple[str, ...] = ()
     read_directly: tuple[str, ...] = ()
+    not_exported: tuple[str, ...] = ()
     faults: tuple[str, ...] = field(default=(), compare=False)
     checked: bool = True
 
     def adapts(self, name: str) -> bool:
         """Return True if the layer of this name may get an adapter."""
-        return pattern_of(name) not in {*self.without_gradient, *self.read_directly}
+        left_out = {*self.without_gradient, *self.read_directly, *self.not_exported}
+        return name not in left_out and pattern_of(name) not in left_out
 
 
 def pattern_of(name: str) -> str:

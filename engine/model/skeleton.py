@@ -11,6 +11,7 @@ together; then nothing is known.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +21,14 @@ from torch import nn
 VOCABULARY = 160
 HIDDEN, HEADS, HEAD = 64, 4, 16
 MAX_LAYERS = 8
-MAX_KEPT_WIDTH = 1024
+MAX_PARAMETERS = 100_000_000
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth")
-KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "num_global_key_value_heads", "swa_num_key_value_heads")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "num_global_key_value_heads", "swa_num_key_value_heads",
+            "kv_n_heads")  # fmt: skip
 # Names of widths in config.json -> their value in the tiny model.
 WIDTHS: dict[int, tuple[str, ...]] = {
     VOCABULARY: ("vocab_size", "vocab_size_per_layer_input", "codebook_size"),
-    HIDDEN: ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim", "attention_hidden_size",
+    HIDDEN: ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim",
              "lru_width", "dim_model", "input_hidden_size", "embedding_dim"),
     2 * HIDDEN: ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "d_ff", "ffn_hidden_size",
                  "intermediate_size_mlp", "mlp_hidden_dim", "block_ff_dim", "mamba_d_ssm", "dim_ff", "d_inner",
@@ -43,13 +45,21 @@ WIDTHS: dict[int, tuple[str, ...]] = {
            "head_size", "index_topk"),
     HEADS // 2: ("linear_num_key_heads", "num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k_experts",
                  "moe_top_k", "num_selected_experts"),
-    1: ("n_group", "topk_group", "first_k_dense_replace", "num_dense_layers", "n_shared_experts", "num_nextn_predict_layers"),
+    1: ("n_group", "num_expert_group", "topk_group", "first_k_dense_replace", "num_dense_layers", "n_shared_experts",
+        "num_nextn_predict_layers"),
 }  # fmt: skip
-STATE_HEADS = {"mamba_n_heads": 8, "mamba_num_heads": 8, "mamba_d_head": HEAD, "mamba_head_dim": HEAD}
+STATE_HEADS = {"mamba_n_heads": 8, "mamba_num_heads": 8, "n_mamba_heads": 8,
+               "mamba_d_head": HEAD, "mamba_head_dim": HEAD, "mamba_headdim": HEAD}  # fmt: skip
 """Their product must be the width of the state, whatever it was."""
 SMALL = {name: value for value, names in WIDTHS.items() for name in names}
+# The heads keep their widths, for configs in which another number depends on them.
+WIDE_HIDDEN, WIDE_HEADS = 256, 2
+WIDE = {name: {HIDDEN: WIDE_HIDDEN, HEADS: WIDE_HEADS}.get(value, value) for name, value in SMALL.items() if value != HEAD}
+WIDE |= {name: HEADS for name in WIDTHS[HEADS] if "expert" in name}
 WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention", "attention_window_size", "window_size")
 WINDOW = 12
+SHARED = "num_kv_shared_layers"  # the last layers, which take keys and values from earlier ones
+INDICES = re.compile(r"(layer|attn|attention)\w*(_ids|_idxs?|_indices|_layers)$")  # names of lists of layer numbers
 
 
 def build(config: Any, make: Callable[[Any], nn.Module], works: Callable[[nn.Module], object], seed: int = 0) -> nn.Module:
@@ -59,12 +69,15 @@ def build(config: Any, make: Callable[[Any], nn.Module], works: Callable[[nn.Mod
     errors if no way to shrink the config works.
     """
     first: Exception | None = None
-    for shrunk in (_with_small_widths, _derived_again, _with_few_layers):
+    for shrunk in (shrink, _derived_again, _with_wide_heads, _with_few_layers):
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = make(shrunk(config))
-                _make_loud(model)
+                small = shrunk(config)
+                if shrunk is _with_few_layers:
+                    _require_small(small, make)
+                model = make(small)
+                make_loud(model)
             model = model.float().eval().requires_grad_(False)
             with torch.no_grad():
                 works(model)
@@ -74,7 +87,14 @@ def build(config: Any, make: Callable[[Any], nn.Module], works: Callable[[nn.Mod
     raise first
 
 
-def _with_small_widths(config: Any) -> Any:
+def _require_small(config: Any, make: Callable[[Any], nn.Module]) -> None:
+    with torch.device("meta"):
+        number = sum(p.numel() for p in make(copy.deepcopy(config)).parameters())
+    if number > MAX_PARAMETERS:
+        raise ValueError(f"{number:,} parameters")
+
+
+def shrink(config: Any) -> Any:
     small = copy.deepcopy(config)
     _shrink(small)
     return small
@@ -82,64 +102,127 @@ def _with_small_widths(config: Any) -> Any:
 
 def _derived_again(config: Any) -> Any:
     """Return small widths, from which the config's own class derives the others."""
-    return type(config).from_dict(_with_small_widths(config).to_dict())
+    return type(config).from_dict(shrink(config).to_dict())
 
 
-def _with_few_layers(config: Any) -> Any:
-    """Return a copy that keeps its widths, if that is no large model."""
+def _with_wide_heads(config: Any) -> Any:
+    """Return small widths with heads as wide as they are."""
     small = copy.deepcopy(config)
-    _shrink(small, widths=False)
-    text = small.get_text_config()
-    if (text.hidden_size or 0) > MAX_KEPT_WIDTH:
-        raise ValueError(f"hidden_size above {MAX_KEPT_WIDTH}")
+    _shrink(small, WIDE)
     return small
 
 
-def _shrink(config: Any, widths: bool = True) -> None:
+def _with_few_layers(config: Any) -> Any:
+    """Return a copy that keeps its widths."""
+    small = copy.deepcopy(config)
+    _shrink(small, {})
+    return small
+
+
+def _shrink(config: Any, sizes: dict[str, int] = SMALL) -> None:
+    """Give the config a few layers, a small vocabulary, and the widths in `sizes`."""
     chosen, total = _chosen_layers(config)
-    given = dict(vars(config))
+    given, overrides = dict(vars(config)), _overrides(config)
+    if overrides:
+        config.per_layer_config = None
+    heads = sizes.get("num_attention_heads")
     for name, value in given.items():
         if hasattr(value, "to_dict"):
-            _shrink(value, widths)
-        elif isinstance(value, list | tuple | str) and total > MAX_LAYERS // 2 and len(value) == total:
-            picked = [value[i] for i in chosen]
+            _shrink(value, sizes)
+        elif len(chosen) < total and _is_by_layer(name, value, total):
+            picked = [sizes.get(name, value[i]) if type(value[i]) is int and value[i] > 1 else value[i] for i in chosen]
             setattr(config, name, "".join(picked) if isinstance(value, str) else type(value)(picked))
-        elif isinstance(value, dict) and "rope" in name and widths:
+        elif _are_layer_numbers(name, value, total):
+            setattr(config, name, type(value)(chosen.index(i) for i in value if i in chosen))
+        elif isinstance(value, dict) and "rope" in name and "head_dim" in sizes:
             setattr(config, name, _rope(value))
         elif isinstance(value, bool) or not isinstance(value, int):
             continue
         elif name in LAYER_COUNTS:
             setattr(config, name, len(chosen))
+        elif name == SHARED:
+            setattr(config, name, len([i for i in chosen if i >= total - value]))
         elif name in WINDOWS and value > 0:
             setattr(config, name, min(value, WINDOW))
         elif name.endswith("token_id"):
             setattr(config, name, min(value, VOCABULARY - 1))
-        elif not widths and SMALL.get(name) != VOCABULARY:
+        elif SMALL.get(name) == VOCABULARY:
+            setattr(config, name, min(value, VOCABULARY))
+        elif not sizes:
             continue
         elif name in KV_HEADS:
             as_many = value == given.get("num_attention_heads")
-            setattr(config, name, value if value == 1 else HEADS if as_many else HEADS // 2)
+            setattr(config, name, value if value == 1 else heads if as_many else heads // 2)
         elif name in STATE_HEADS and value > 0:
             setattr(config, name, STATE_HEADS[name])
         elif name == "num_heads" and "expand" in given:
-            setattr(config, name, given["expand"] * HIDDEN // HEAD)
-        elif name in SMALL and value > 0:
-            setattr(config, name, min(value, SMALL[name]))
+            setattr(config, name, given["expand"] * sizes["hidden_size"] // HEAD)
+        elif name == "attention_hidden_size" or (name == "attention_head_dim" and "attention_hidden_size" in given):
+            ratio = given["attention_hidden_size"] // given["hidden_size"]  # Zamba's attention reads two states side by side
+            setattr(config, name, ratio * sizes["hidden_size"] // (1 if name == "attention_hidden_size" else heads))
+        elif name in sizes and value > 0:
+            setattr(config, name, min(value, sizes[name]))
+    if overrides:
+        config.per_layer_config = {n: _scaled(overrides.get(i, {}), given, config) for n, i in enumerate(chosen)}
+
+
+def _overrides(config: Any) -> dict[int, dict[str, Any]]:
+    """Return layer number -> the settings in which that layer differs, in a heterogeneous config."""
+    if not getattr(config, "is_heterogeneous", False):
+        return {}
+    return {int(layer): values for layer, values in (config.to_dict().get("per_layer_config") or {}).items()}
+
+
+def _scaled(override: dict[str, Any], given: dict[str, Any], small: Any) -> dict[str, Any]:
+    """Return a layer's own settings, in the same ratio to the small config as before."""
+    scaled = {}
+    for name, value in override.items():
+        before, after = given.get(name), getattr(small, name, None)
+        ints = all(type(number) is int and number > 0 for number in (value, before, after))
+        scaled[name] = max(1, value * after // before) if ints else value
+    return scaled
+
+
+def layers_alike(config: Any) -> dict[int, list[int]]:
+    """Return, for each layer of the tiny model, the layers of the large one that it stands for."""
+    text = config.get_text_config()
+    kinds = _layer_kinds(text)
+    return {small: [i for i, kind in enumerate(kinds) if kind == kinds[large]] for small, large in enumerate(_chosen(kinds))}
 
 
 def _chosen_layers(config: Any) -> tuple[list[int], int]:
-    """Return the layers to keep, two of each kind and at most MAX_LAYERS, and their number before."""
+    """Return the layers to keep, two of each kind if there is room, and their number before."""
+    kinds = _layer_kinds(config)
+    return _chosen(kinds), len(kinds)
+
+
+def _chosen(kinds: list[str]) -> list[int]:
+    firsts = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]]
+    seconds = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) == 1]
+    return sorted([*firsts, *seconds[: max(0, MAX_LAYERS - len(firsts))]])
+
+
+def _layer_kinds(config: Any) -> list[str]:
+    """Return a text for each layer that is equal for layers with equal settings."""
     counts = [getattr(config, name) for name in LAYER_COUNTS if isinstance(getattr(config, name, None), int)]
     total = counts[0] if counts else 0
-    kinds = [value for value in vars(config).values() if isinstance(value, list | tuple | str) and len(value) == total]
-    seen: dict[str, int] = {}
-    chosen = []
-    for i in range(total):
-        kind = repr([value[i] for value in kinds])
-        seen[kind] = seen.get(kind, 0) + 1
-        if seen[kind] <= 2 and len(chosen) < MAX_LAYERS:
-            chosen.append(i)
-    return chosen, total
+    given = vars(config)
+    by_layer = [value for name, value in given.items() if _is_by_layer(name, value, total)]
+    numbers = [value for name, value in given.items() if _are_layer_numbers(name, value, total)]
+    shared, own = total - (given.get(SHARED) or 0), _overrides(config)
+    return [repr([[v[i] for v in by_layer], [i in v for v in numbers], i >= shared, own.get(i)]) for i in range(total)]
+
+
+def _is_by_layer(name: str, value: Any, total: int) -> bool:
+    """Return True for a list with an entry for each layer, or a text such as `M-M*`."""
+    sized = isinstance(value, list | tuple) or (isinstance(value, str) and "pattern" in name)
+    return sized and len(value) == total
+
+
+def _are_layer_numbers(name: str, value: Any, total: int) -> bool:
+    if not isinstance(value, list | tuple) or not value or len(value) == total or not INDICES.search(name):
+        return False
+    return all(type(i) is int and 0 <= i < total for i in value) and len(set(value)) == len(value)
 
 
 def _rope(value: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +239,7 @@ def _rope(value: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _make_loud(model: nn.Module) -> None:
+def make_loud(model: nn.Module) -> None:
     """Draw weights so large that each part of the model shows in the loss.
 
     A fresh model predicts nearly the same for every input, whatever its attention does.

@@ -6,19 +6,23 @@ whose output changes must use another name, so names include a version.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from engine.errors import InputError
+from engine.errors import InputError, StorageError
 from engine.system.checksums import find_damage, write_checksums
 from engine.system.file_lock import FileLock
 from engine.system.files import follow_umask, require_home, sync
 from engine.system.user_path import user_path
 
 CACHE_VARIABLE = "QLORA_SWEEP_CACHE"
+REMEMBERED, MOST = "value.json", 256
 
 
 def cache_root() -> Path:
@@ -54,6 +58,40 @@ def build_once(name: str, builder: Callable[[Path], None]) -> Path:
             raise
         raise _unusable(root, error) from None
     return final
+
+
+def recall(name: str) -> dict[str, Any] | None:
+    """Return what `remembered` keeps under this name, or None."""
+    folder = cache_root() / name
+    try:
+        known = json.loads((folder / REMEMBERED).read_text(encoding="utf-8")) if find_damage(folder) is None else None
+    except (OSError, ValueError):
+        return None
+    return known if isinstance(known, dict) else None
+
+
+def remembered(name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what `find` returned, as JSON keeps it, when it was first called for this name on this machine.
+
+    Names are `<kind>-<digest>`, and the newest MOST of a kind are kept. A cache that cannot be written costs only time.
+    """
+    if (known := recall(name)) is not None:
+        return known
+    found = find()
+    with contextlib.suppress(InputError, StorageError, OSError):
+        build_once(name, lambda folder: _write(folder, found))
+        _forget_old(name.partition("-")[0])
+    return json.loads(json.dumps(found))
+
+
+def _forget_old(kind: str) -> None:
+    kept = sorted(cache_root().glob(f"{kind}-*"), key=lambda path: path.stat().st_mtime)
+    for path in kept[:-MOST]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(folder: Path, value: dict[str, Any]) -> None:
+    (folder / REMEMBERED).write_text(json.dumps(value), encoding="utf-8")
 
 
 def _unusable(root: Path, error: OSError) -> InputError:

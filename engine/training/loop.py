@@ -279,7 +279,7 @@ class _Run:
 
     def _save(self, report: TrialReport) -> None:
         if report.eval_loss == report.best_eval_loss:
-            export_adapter(self.trial_folder / "adapter", self.config, self.layers, self.base.module_names(), self.base.tokenizer)
+            export_adapter(self.trial_folder / "adapter", self.config, self.layers, self.base.model, self.base.tokenizer)
         self._save_checkpoint()
         self._write_reports()
 

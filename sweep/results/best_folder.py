@@ -11,7 +11,7 @@ from engine.config.parsing import parse, to_json
 from engine.config.permission import FLAG
 from engine.config.trial import TRAIN_CONFIG, TrainConfig
 from engine.errors import InputError
-from engine.export.model_card import ModelCard, config_rows, peft_code
+from engine.export.model_card import CAUSAL, ModelCard, class_named_in, config_rows, peft_code
 from engine.system.files import write_folder
 from sweep.results.verdict import SweepVerdict
 from sweep.text import number
@@ -47,16 +47,20 @@ def write_best(best_dir: Path, verdict: SweepVerdict, sweep_name: str, examples:
     def fill(folder: Path) -> None:
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
         (folder / TRAIN_CONFIG).write_text(to_json(parse(TrainConfig, record.config)) + "\n")
-        card = best_card(verdict, sweep_name, _base_model(adapter), examples)
+        loader = class_named_in(json.loads((adapter / "adapter_config.json").read_text()))
+        card = best_card(verdict, sweep_name, _base_model(adapter), examples, loader)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     write_folder(best_dir, fill)
 
 
-def best_card(verdict: SweepVerdict, sweep_name: str, base_model: str, examples: Sequence[dict[str, str]] = ()) -> str:
+def best_card(
+    verdict: SweepVerdict, sweep_name: str, base_model: str, examples: Sequence[dict[str, str]] = (), loader: str = CAUSAL
+) -> str:
     """Return the README.md of `best/`, with front matter for the Hugging Face hub.
 
-    It tells what was measured, how to load the adapter and how to train it again.
+    It tells what was measured, how to load the adapter and how to train it again. loader: the class
+    of transformers that loads the base.
     """
     record, reevaluation, rule = verdict.best, verdict.reevaluation, verdict.rule
     config = parse(TrainConfig, record.config)
@@ -77,7 +81,7 @@ def best_card(verdict: SweepVerdict, sweep_name: str, base_model: str, examples:
         sections=[
             *([("What it answers", _examples(examples))] if examples else []),
             ("Try it, and take it elsewhere", ["Run in this folder, with qlora-sweep installed:", "", *TOOLS]),
-            ("Load it", ["Run in this folder:", "", *peft_code(base_model, config), *_builtin_note(config.model.path)]),
+            ("Load it", ["Run in this folder:", "", *peft_code(base_model, config, loader), *_builtin_note(config.model.path)]),
             ("Train it again", ["```", f"python -m engine train_config.json{_permission(config)}", "```"]),
         ],
     ).text()

@@ -42,6 +42,28 @@ def test_flash_and_reference_attention_agree_within_bf16(window, groups):
         assert (ours - other).norm() / other.norm() > 1e-2
 
 
+@pytest.mark.parametrize("window", [None, 37])
+def test_flash_attention_with_sinks_agrees_with_the_reference_within_bf16(window):
+    torch.manual_seed(0)
+    lengths, offsets = (130, 1, 400, 64), torch.tensor([0, 130, 131, 531, 595], dtype=torch.int32, device="cuda")
+    q, weights = torch.randn(2, 595, 8, 64, device="cuda").requires_grad_()
+    k, v = torch.randn(2, 595, 2, 64, device="cuda").requires_grad_()
+    sinks = torch.randn(8, device="cuda") * 2
+    documents, options = attention.Documents(lengths, offsets), attention.AttentionOptions(0.125, window)
+
+    def run(dtype, sinks):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        out = attention.attend(*leaves, documents, options, sinks)
+        return [out.float(), *(g.float() for g in torch.autograd.grad((out.float() * weights.detach()).sum(), leaves))]
+
+    assert attention._has_sink_backward()
+    for ours, truth in zip(run(torch.bfloat16, sinks), run(torch.float32, sinks)):
+        assert (ours - truth).norm() / truth.norm() < 1e-2
+    # twin: other sinks
+    for ours, other in zip(run(torch.bfloat16, sinks), run(torch.float32, sinks + 1.0)):
+        assert (ours - other).norm() / other.norm() > 1e-2
+
+
 @pytest.fixture
 def config(tiny_config):
     values = copy.deepcopy(tiny_config)

@@ -1,17 +1,24 @@
-"""Judge the families of transformers' causal-LM mapping as the guard does, on tiny models."""
+"""Judge the families of transformers as the guard does, on tiny models."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
 from engine.config.trial import ModelConfig
 from engine.errors import InputError
+from engine.model import skeleton
 from engine.model.guard import choose_route
+from engine.model.pretrained import model_factory, without_weights
 from engine.model.route import ModelVerdict
+from engine.model.verdicts import with_export
 
 LFM2_LAYERS = (["conv", "conv", "full_attention"] * 11)[:32]
 SETTINGS: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 500000.0}},
+    "deepseek_v2": {"num_experts_per_tok": 6},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {"lm_head_multiplier": 0.04, "embedding_multiplier": 5.0},
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1},
@@ -23,31 +30,49 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": LFM2_LAYERS},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
+    "xmod": {"default_language": "en_XX"},
 }
 """Values that released checkpoints have and the defaults of the config class lack."""
 
 
 def families() -> list[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """Return the model types that transformers can load to write text, those that read more than text included."""
+    from transformers.models.auto import modeling_auto as auto
 
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return sorted({*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES})
+
+
+def config_of(model_type: str) -> Any:
+    """Return a config with the defaults of its class, and the numbers and the class that checkpoints name."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto as auto
+
+    config = CONFIG_MAPPING[model_type](**SETTINGS.get(model_type, {}))
+    if name := auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(model_type):
+        config.architectures = [name]
+    return config
 
 
 def judge(model_type: str, **given: Any) -> ModelVerdict | InputError:
     """Return the guard's verdict, or the line that refuses the family."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = CONFIG_MAPPING[model_type](**SETTINGS.get(model_type, {}))
+        config = config_of(model_type)
+        factory = model_factory(config)
         try:
             return choose_route(
                 config,
                 ModelConfig(path=model_type, **given),
-                lambda small, name: AutoModelForCausalLM.from_config(small, attn_implementation=name),
+                lambda small, name: factory.from_config(small, attn_implementation=name),
             )
         except InputError as error:
             return error
+
+
+def judge_export(model_type: str, verdict: ModelVerdict) -> ModelVerdict:
+    """Return the verdict with the layers that PEFT would not load again, on a model of few and small layers."""
+    config = skeleton.shrink(config_of(model_type))
+    return with_export(verdict, lambda: without_weights(copy.deepcopy(config), ModelConfig(path=model_type)))
 
 
 def kind(verdict: ModelVerdict | InputError) -> str:

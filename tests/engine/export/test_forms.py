@@ -118,9 +118,10 @@ def test_a_merged_weight_beyond_float16_is_refused(base, adapter):
     found = read_adapter(adapter)
     object.__setattr__(found, "layers", layers)
     file = next(iter(weight_files(base).values()))
-    dict(merged_tensors(found, file, torch.bfloat16))  # twin: bfloat16 holds it
+    targets = {f"{name}.weight": name for name in layers}
+    dict(merged_tensors(found, file, torch.bfloat16, targets))  # twin: bfloat16 holds it
     with pytest.raises(InputError, match="beyond what torch.float16 can hold"):
-        dict(merged_tensors(found, file, torch.float16))
+        dict(merged_tensors(found, file, torch.float16, targets))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

@@ -9,6 +9,8 @@ from engine.layers import attention, attention_half
 from engine.layers.loss import linear_cross_entropy
 from tests.support.trials import build
 
+SINKS = torch.tensor([0.5, -2.0, 3.0, 0.0])
+
 
 def token_losses(base, samples):
     """Return the loss of every position of a packed row, one at a time."""
@@ -42,15 +44,18 @@ def test_that_comparison_fails_when_attention_crosses_samples(tiny_config, base,
     assert not torch.allclose(packed, alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 4.0), (5, 4.0)])
-def test_packed_attention_equals_masked_softmax_document_by_document(window, softcap):
+@pytest.mark.parametrize(
+    ("window", "softcap", "sunk"),
+    [(None, None, False), (5, None, False), (None, 4.0, False), (5, 4.0, False), (None, None, True), (5, None, True)],
+)
+def test_packed_attention_equals_masked_softmax_document_by_document(window, softcap, sunk):
     generator = torch.Generator().manual_seed(0)
     lengths = (7, 1, 12)
     q = torch.randn(1, 4, 20, 8, generator=generator)
     k, v = torch.randn(2, 1, 2, 20, 8, generator=generator)
     out, _ = attention.packed_attention(
         None, q, k, v, None, document_lengths=lengths, document_offsets=torch.tensor([0, 7, 8, 20]),
-        scaling=0.3, sliding_window=window, softcap=softcap,
+        scaling=0.3, sliding_window=window, softcap=softcap, s_aux=SINKS if sunk else None,
     )  # fmt: skip
     document = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     age = torch.arange(20)[:, None] - torch.arange(20)
@@ -59,5 +64,34 @@ def test_packed_attention_equals_masked_softmax_document_by_document(window, sof
     scores = q @ k.transpose(2, 3) * 0.3
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    expected = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1) @ v
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sunk:
+        scores = torch.cat([scores, SINKS.view(1, 4, 1, 1).expand(1, 4, 20, 1)], dim=-1)
+    expected = torch.softmax(scores, -1)[..., :20] @ v
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_flash_attention_s_backward_pass_takes_the_sinks_in_the_output_and_the_log_sum_exp(window):
+    """Repeat in plain torch what `_FlashWithSinks` asks of flash attention on CUDA."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weights = torch.randn(4, 12, 4, 8, generator=generator, dtype=torch.float64)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    options = attention.AttentionOptions(0.3, window)
+    documents = attention.Documents((12,), torch.tensor([0, 12]))
+    out = attention.attend(q, k, v, documents, options, SINKS)
+    wanted = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    with torch.no_grad():
+        age = torch.arange(12)[:, None] - torch.arange(12)
+        seen = (age >= 0) & (age < (window or 99))
+        scores = torch.einsum("thk,shk->hts", q, k).mul(0.3).masked_fill(~seen, float("-inf"))
+        plain = torch.einsum("hts,shk->thk", scores.softmax(-1), v)
+        ours, lse_HT = attention.with_sinks(plain, scores.logsumexp(-1), SINKS.double())
+        torch.testing.assert_close(ours, out.detach(), rtol=1e-5, atol=1e-6)
+        for share, matches in ((lse_HT, True), (scores.logsumexp(-1), False)):  # twin: the plain log-sum-exp
+            p_HTS = (scores - share.unsqueeze(-1)).exp()
+            delta_HT1 = (weights * ours).sum(-1).T.unsqueeze(-1)
+            ds = p_HTS * (torch.einsum("thk,shk->hts", weights, v) - delta_HT1) * 0.3
+            dk, dv = (torch.einsum("hts,thk->shk", rows, by) for rows, by in ((ds, q), (p_HTS, weights)))
+            found = torch.einsum("hts,shk->thk", ds, k), dk, dv
+            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, wanted)) == matches

@@ -15,9 +15,9 @@ from engine.data.packing import collate
 from engine.data.views import load_data
 from engine.errors import InputError
 from engine.evaluation.eval_loss import evaluate, evaluation_batches
-from engine.model.guard import loaded_losses
 from engine.model.inspect import inspect_model
 from engine.model.load import load_base
+from engine.model.loaded_check import loaded_losses
 from engine.planning.model_shape import ModelShape
 from engine.prepare import prepare
 from engine.quant.frozen_linear import freeze_linears
@@ -152,7 +152,7 @@ def test_a_hybrid_model_trains_and_is_evaluated_one_sample_a_row(hybrid, tmp_pat
     assert [len(batch.document_lengths) for batch in batches] == [1] * len(view)
     # the same model by the library, sample by sample
     samples = [view[i] for i in range(len(view))]
-    losses = loaded_losses(base.model.eval(), samples)
+    losses = loaded_losses(base.model.eval(), samples).losses
     wanted = torch.cat([loss[torch.tensor(s.is_target[1:])] for loss, s in zip(losses, samples)]).mean().item()
     assert evaluate(base, batches) == pytest.approx(wanted, abs=1e-4)
     # and a shared row would have another loss

@@ -72,3 +72,16 @@ def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
     monkeypatch.setattr("engine.system.files.home_folder", lambda: None)
     with pytest.raises(InputError, match=r"^HOME = None: .*set HOME"):
         cache.cache_root()
+
+
+def test_a_value_is_found_once_and_the_newest_values_of_a_kind_are_kept(own_cache, monkeypatch):
+    found = []
+    for _ in range(2):
+        assert cache.remembered("kind-a", lambda: found.append(1) or {"rows": (1, 2)}) == {"rows": [1, 2]}
+    assert found == [1] and cache.recall("kind-b") is None
+    (cache.cache_root() / "kind-a" / "value.json").write_text("{")  # damaged
+    assert cache.recall("kind-a") is None
+    assert cache.remembered("kind-a", lambda: {"rows": 3}) == {"rows": 3} == cache.recall("kind-a")
+    monkeypatch.setattr(cache, "MOST", 1)
+    cache.remembered("kind-b", lambda: {})
+    assert cache.recall("kind-a") is None and cache.recall("kind-b") == {}

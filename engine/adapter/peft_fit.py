@@ -1,0 +1,81 @@
+"""Find the layers whose exported tensors PEFT would not put back where they were trained.
+
+PEFT picks layers by their last names, and for some families it renames tensors or turns names into
+stacked experts (`transformers_weight_conversion.py`). So PEFT itself is asked, on a model without
+weights of the class that a user loads. Which tensors find their place depends on names alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from engine.adapter.peft_files import PREFIX, shortest_names
+
+ADAPTER = "default"
+
+
+def misplaced_layers(
+    make: Callable[[], nn.Module], features: Mapping[str, tuple[int, int]], kind_of: Callable[[str], str]
+) -> set[str]:
+    """Return the kinds of layers that PEFT cannot load; the others it loads, all of them together.
+
+    make: returns a new model on the meta device. features: layer name -> (out, in). kind_of: layer
+    name -> the kind that it stays or goes with.
+    """
+    lost: set[str] = set()
+    while kept := {name: shape for name, shape in features.items() if kind_of(name) not in lost}:
+        odd = _odd_layers(make(), kept)
+        if odd is not None and not odd:
+            break
+        found = {kind_of(name) for name in odd or ()}
+        if not found:  # PEFT refuses the whole, or changes something else
+            found = _refused_kinds(make, kept, kind_of)
+        lost |= found
+    return lost
+
+
+def _refused_kinds(
+    make: Callable[[], nn.Module], features: Mapping[str, tuple[int, int]], kind_of: Callable[[str], str]
+) -> set[str]:
+    """Return the kinds that fail alone, by last name; all kinds if each last name alone is right."""
+    ends: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, shape in features.items():
+        ends.setdefault(name.rpartition(".")[2], {})[name] = shape
+    failing = [part for part in ends.values() if _odd_layers(make(), part) != set()]
+    return {kind_of(name) for part in failing or list(ends.values()) for name in part}
+
+
+def _odd_layers(model: nn.Module, features: Mapping[str, tuple[int, int]]) -> set[str] | None:
+    """Return the layers whose tensors are lost or put elsewhere, or None if other layers change or PEFT raises."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    state = _state(features)
+    targets = shortest_names(list(features), [name for name, _ in model.named_modules()])
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=targets, task_type="CAUSAL_LM")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+            places = {_plain(name) for name, _ in adapted.named_parameters() if ".lora_" in name}
+            result = set_peft_model_state_dict(adapted, dict(state), low_cpu_mem_usage=True)
+    except Exception:  # PEFT refuses some layers of some families
+        return None
+    unfilled = {_plain(name) for name in result.missing_keys if ".lora_" in name}
+    odd = (state.keys() - places) | (unfilled & state.keys())
+    if not odd and (places - state.keys() or result.unexpected_keys):
+        return None
+    return {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in odd}
+
+
+def _state(features: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        state = {f"{PREFIX}{name}.lora_A.weight": torch.empty(1, width) for name, (_, width) in features.items()}
+        return state | {f"{PREFIX}{name}.lora_B.weight": torch.empty(height, 1) for name, (height, _) in features.items()}
+
+
+def _plain(name: str) -> str:
+    return name.replace(f".{ADAPTER}.", ".")
