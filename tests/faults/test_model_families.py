@@ -134,12 +134,13 @@ def test_every_family_is_right_or_refused():
     assert sum(row.kind == NO_CONFIG for row in rows) <= 12, [row for row in rows if row.kind == NO_CONFIG]
 
 
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+def main(arguments: list[str] | None = None) -> None:
+    """Scan the families that are named, or all; print a line for each."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.test_model_families", description=__doc__)
     parser.add_argument("families", nargs="*")
     parser.add_argument("--table", type=Path, help="write the rows as a page")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     found = scan(options.families)
     for row in sorted(found, key=lambda row: (row.kind, row.family)):
         print(f"{row.family:<28} {row.kind:<70} {' '.join(_short(row.left_out))[:100]:<100} {row.detail[:200]}")
@@ -147,3 +148,7 @@ if __name__ == "__main__":
         print(f"{number:>4}  {what}")
     if options.table:
         options.table.write_text(page(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
