@@ -50,6 +50,31 @@ def our_losses(base: Base, samples: list[Sample]) -> list[Tensor]:
     return [losses[end - len(s.input_ids) : end - 1] for s, end in zip(samples, ends)]
 
 
+def leaked_gradient(base: Base, samples: list[Sample]) -> float:
+    """Return how much the last sample's loss depends on the samples before it in one row.
+
+    It is the largest gradient in the embeddings of the others, as a share of the largest in its own.
+    A state that decays fast leaks less loss than gradient.
+    """
+    found: list[Tensor] = []
+    embeddings = base.model.get_input_embeddings()
+
+    def leaf(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        found.append(out.detach().requires_grad_())
+        return found[-1].clone()
+
+    hook = embeddings.register_forward_hook(leaf)
+    others = [Sample(s.input_ids, np.zeros_like(s.is_target)) for s in samples[:-1]]
+    try:
+        with torch.enable_grad():
+            loss = base.loss(collate([*others, samples[-1]]).to(base.device))
+    finally:
+        hook.remove()
+    grad_TD = torch.autograd.grad(loss, found[0])[0].squeeze(0).abs().flatten(1)
+    own = len(samples[-1].input_ids)
+    return float(grad_TD[:-own].max() / grad_TD[-own:].max().clamp_min(1e-30))
+
+
 def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """Return the largest difference of a loss in nats; infinity if one is not finite."""
     return float(_gaps(ours, theirs).max())

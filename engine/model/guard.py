@@ -24,7 +24,7 @@ from engine.errors import InputError, first_line
 from engine.layers import attention
 from engine.layers.swap import SwapReport, fuse_layers, survey
 from engine.model.base import Base
-from engine.model.comparison import difference, library_losses, our_losses, random_samples
+from engine.model.comparison import difference, leaked_gradient, library_losses, our_losses, random_samples
 from engine.model.pretrained import text_attention
 from engine.model.route import ModelVerdict, Route, pattern_of, routes
 from engine.model.skeleton import VOCABULARY, build, layers_alike
@@ -33,6 +33,7 @@ from engine.quant.frozen_linear import FrozenLinear, freeze_linears, is_known_li
 
 ALLOWED = 2e-3  # nats, in fp32; what is wrong differs by much more
 GRADIENT_ALLOWED = 2e-2  # of the largest value in the gradient
+LEAK_ALLOWED = 1e-6  # of the largest gradient in a sample's own tokens
 NO_LINEAR = "must have at least one plain linear layer for the adapter"
 LORA = LoraConfig(rank=2, lora_alpha=2.0)
 CPU = torch.device("cpu")
@@ -148,9 +149,12 @@ class _Trial:
             for order in ((0, 1), (1, 0), (0,)):
                 row = our_losses(base, [self.samples[i] for i in order])
                 gap = max(gap, difference(row, [self.theirs[i] for i in order]))
+            leak = leaked_gradient(base, self.samples)
         except Exception as error:
             return f"a shared row: {_fault(error)}"
-        return f"a shared row changes a loss by {gap:.2g} nats" if gap > ALLOWED else None
+        if gap > ALLOWED:
+            return f"a shared row changes a loss by {gap:.2g} nats"
+        return f"in a shared row a loss has a gradient in the sample before it ({leak:.2g})" if leak > LEAK_ALLOWED else None
 
     def _train_a_step(self, base: Base) -> tuple[str, ...]:
         """Compare adapter gradients with the library's; return the layers whose adapter gets none."""

@@ -277,6 +277,14 @@ def test_layers_that_can_be_told_where_samples_begin_share_rows_if_that_keeps_th
     assert kind(verdict) == SINGLE and "told where samples begin: a shared row changes a loss" in verdict.faults[1]
 
 
+def test_a_leak_too_small_for_the_losses_is_found_in_the_gradients(monkeypatch):
+    right = attention.attend
+    leak = lambda v: 1e-4 * v.cumsum(0).mean(1, keepdim=True)  # noqa: E731
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, *rest: right(q, k, v, *rest) + leak(v) - leak(v).detach())
+    verdict = judge("apertus")
+    assert not verdict.route.shares_rows and "a loss has a gradient in the sample before it" in str(verdict.faults)
+
+
 def test_a_card_whose_kernels_keep_samples_apart_shares_rows(monkeypatch, tmp_path):
     from transformers import Lfm2Config
     from transformers.models.lfm2 import modeling_lfm2
