@@ -24,7 +24,7 @@ def transformers_config(family: str, **given: Any) -> dict[str, Any]:
     """Return what transformers makes of a config.json with these values alone."""
     from transformers import CONFIG_MAPPING
 
-    kind = next((name for name, key in OTHER_TYPES.items() if key == family), family)
+    kind = f"{family}_text" if OTHER_TYPES.get(f"{family}_text") == family else family
     return CONFIG_MAPPING[kind](**given).to_dict()
 
 
