@@ -16,7 +16,8 @@ from engine.layers.swap import SwapReport, cache_weights, set_policy
 from engine.model.route import FASTEST, Route
 from engine.planning.policies import Policy
 from engine.units import GIB
-from engine.vocabulary.loss import Head, linear_cross_entropy, token_cross_entropy
+from engine.vocabulary.head import Head
+from engine.vocabulary.loss import linear_cross_entropy, token_cross_entropy
 
 
 @dataclass

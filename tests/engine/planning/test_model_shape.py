@@ -52,7 +52,8 @@ def test_a_config_without_a_number_is_an_input_error(value: Any) -> None:
 
 
 GEMMA4 = {"model_type": "gemma4_text", "num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 96,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["sliding_attention", "full_attention"] * 3}  # fmt: skip
+          "num_attention_heads": 4, "num_key_value_heads": 2,
+          "layer_types": ["sliding_attention", "full_attention"] * 3}  # fmt: skip
 
 
 def test_layers_that_differ_have_shapes_of_their_own():
