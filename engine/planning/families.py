@@ -125,6 +125,14 @@ _GEMMA: dict[str, Any] = {
     "norm_offset": 1.0,
     "biases": _ATTENTION_BIAS,
 }
+_GEMMA4: dict[str, Any] = _GEMMA | {
+    "norm_offset": 0.0, "norm_rounds_once": True, "qk_norm": "head", "window": "self_attn.sliding_window", "rotary_tables": 2,
+    "reads": "self_attn.is_kv_shared_layer", "stores": "self_attn.store_full_length_kv",
+    "keys_are_values": "self_attn.use_alternative_attention", "normalises_values": True, "scalar": "layer_scalar",
+}  # fmt: skip
+_GEMMA4_DEFAULTS = {
+    "head_dim": 256, "tie_word_embeddings": True, "vocab_size": 262_144, "num_attention_heads": 8, "num_key_value_heads": 4,
+}  # fmt: skip
 _NORMS_AFTER: dict[str, Any] = {
     "attention": HalfNorms(None, "post_attention_layernorm"), "mlp": HalfNorms(None, "post_feedforward_layernorm"),
 }  # fmt: skip
@@ -149,15 +157,12 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Family("Gemma3", window=_OWN_WINDOW, qk_norm="head", rotary_tables=2, **_GEMMA, defaults={
         "head_dim": 256, "tie_word_embeddings": True, "vocab_size": 262_208, "num_attention_heads": 8,
         "num_key_value_heads": 4, "sliding_window": 4096}),
-    "gemma4": Family("Gemma4Text", **_GEMMA | {"norm_offset": 0.0, "norm_rounds_once": True}, window=_OWN_WINDOW,
-                     qk_norm="head", rotary_tables=2, reads="self_attn.is_kv_shared_layer",
-                     stores="self_attn.store_full_length_kv", keys_are_values="self_attn.use_alternative_attention",
-                     normalises_values=True, tail_norm="post_per_layer_input_norm", tail_width="hidden_size_per_layer_input",
+    "gemma4": Family("Gemma4Text", **_GEMMA4, lacks=("enable_moe_block",), tail_norm="post_per_layer_input_norm",
                      tail={INPUT_GATE: ("per_layer_input_gate",), INPUT_PROJECTION: ("per_layer_projection",)},
-                     outside=("per_layer_model_projection",), scalar="layer_scalar", lacks=("enable_moe_block",), defaults={
-                         "head_dim": 256, "tie_word_embeddings": True, "vocab_size": 262_144, "num_attention_heads": 8,
-                         "num_key_value_heads": 4, "sliding_window": 512, "hidden_size_per_layer_input": 256,
+                     tail_width="hidden_size_per_layer_input", outside=("per_layer_model_projection",), defaults={
+                         **_GEMMA4_DEFAULTS, "sliding_window": 512, "hidden_size_per_layer_input": 256,
                          "vocab_size_per_layer_input": 262_144}),
+    "gemma4_unified": Family("Gemma4UnifiedText", **_GEMMA4, defaults={**_GEMMA4_DEFAULTS, "sliding_window": 1024}),
     "smollm3": Family("SmolLM3", window=_OWN_WINDOW, rotates="self_attn.use_rope", biases=_ALL_BIASES, defaults={
         "num_key_value_heads": 4, "tie_word_embeddings": True}),
     "granite": Family("Granite", multiplier="residual_multiplier", biases=_ALL_BIASES),
@@ -192,7 +197,10 @@ FAMILIES: dict[str, Family] = {
         "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192}),
 }  # fmt: skip
 """Key -> family. The key is the family's model_type."""
-OTHER_TYPES = {"gemma3_text": "gemma3", "gemma4_text": "gemma4", "internlm3": "llama", "iquestcoder": "llama"}
+OTHER_TYPES = {
+    "gemma3_text": "gemma3", "gemma4_text": "gemma4", "gemma4_unified_text": "gemma4_unified", "internlm3": "llama",
+    "iquestcoder": "llama",
+}  # fmt: skip
 """Further model types -> the key of the family whose layers they have."""
 OTHER = Family("")
 """Stands for a family whose layers run unfused: the usual names of parts, two norms, no biases."""

@@ -35,6 +35,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
                    "hidden_size_per_layer_input": 24, "vocab_size_per_layer_input": 97},
     "Gemma4Text with k = v": {"sliding_window": 5, "layer_types": MIXED[:2] + MIXED[1:2], "global_head_dim": 32,
                               "attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
+    "Gemma4UnifiedText": {"sliding_window": 5, "layer_types": MIXED[:2] + MIXED[1:2], "global_head_dim": 32,
+                          "attention_k_eq_v": True, "num_global_key_value_heads": 1},
     "SmolLM3": {"no_rope_layers": [1, 0, 1]},
     "Granite": {"residual_multiplier": 0.22, "attention_multiplier": 0.1, "embedding_multiplier": 12.0, "logits_scaling": 8.0,
                 "attention_bias": True, "mlp_bias": True},
@@ -71,7 +73,7 @@ def build(
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name or parameter_name.endswith("bias"):
             parameter.data += 0.3 * torch.randn_like(parameter)
-        if name == "Gemma4" and parameter_name.endswith("q_norm.weight"):
+        if name.startswith("Gemma4") and parameter_name.endswith("q_norm.weight"):
             parameter.data *= 0.15  # the scores are not scaled, so sharp attention would amplify fp32 rounding
     for buffer_name, buffer in model.named_buffers():
         if buffer_name.endswith("layer_scalar"):
