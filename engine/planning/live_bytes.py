@@ -260,7 +260,8 @@ class LayerWalk:
 
     def _names(self) -> list[str]:
         """Return the names of the layer's tensors that are alive."""
-        return [name for name in self.live.alive if name.startswith(self._own(""))]
+        prefix = self._own("")
+        return [name for name in self.live.alive if name.startswith(prefix)]
 
     def _own(self, tensor: str) -> str:
         return f"{self.i}.{tensor}"

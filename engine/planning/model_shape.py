@@ -148,7 +148,7 @@ class ModelShape:
         """Return the description of the decoder layers."""
         return FAMILIES.get(self.family, OTHER)
 
-    @property
+    @cached_property
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Return the linear layers of a decoder layer, by group."""
         groups = self.layer.groups
@@ -180,6 +180,10 @@ class ModelShape:
 
     def projections(self) -> dict[str, tuple[int, int]]:
         """Return (output, input) features of a decoder layer's linear layers, by name."""
+        return self._projections
+
+    @cached_property
+    def _projections(self) -> dict[str, tuple[int, int]]:
         D, F = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         P = self.input_width
