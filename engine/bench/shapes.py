@@ -14,13 +14,13 @@ from torch import nn
 
 from engine.config.trial import ModelConfig
 from engine.layers import attention
-from engine.layers.host_embedding import place_embedding
 from engine.layers.swap import SwapReport, fuse_layers
 from engine.model.base import Base
 from engine.model.route import Route
-from engine.planning.families import FAMILIES
+from engine.planning.families import FAMILIES, OTHER_TYPES
 from engine.quant.bnb import library_linear
 from engine.quant.frozen_linear import freeze_linears
+from engine.vocabulary.host_embedding import place_embeddings
 
 LONGEST = 131072
 GRANITE: dict[str, Any] = {
@@ -37,6 +37,11 @@ MINISTRAL3: dict[str, Any] = {
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3", "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
     "vocab_size": 151936, "rope_theta": 1000000.0,
+}  # fmt: skip
+SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA4: dict[str, Any] = {
+    "model_type": "gemma4_text", "head_dim": 256, "global_head_dim": 512, "vocab_size": 262144, "sliding_window": 512,
+    "final_logit_softcapping": 30.0, "tie_word_embeddings": True,
 }  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -96,6 +101,17 @@ SHAPES: dict[str, dict[str, Any]] = {
                       "rope_parameters": {"rope_type": "llama3", "rope_theta": 1000000.0, "factor": 16.0,
                                           "high_freq_factor": 4.0, "low_freq_factor": 1.0,
                                           "original_max_position_embeddings": 8192}},
+    # as well as known: the widths are from the released cards, the rest from transformers' defaults
+    "gemma-4-e2b": {**GEMMA4, "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35, "num_attention_heads": 8,
+                    "num_key_value_heads": 1, "num_kv_shared_layers": 20, "use_double_wide_mlp": True,
+                    "layer_types": [*[SLIDING] * 4, FULL] * 7},
+    "gemma-4-e4b": {**GEMMA4, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42,
+                    "num_attention_heads": 8, "num_key_value_heads": 2, "num_kv_shared_layers": 18,
+                    "layer_types": [*[SLIDING] * 5, FULL] * 7},
+    "gemma-4-31b": {**GEMMA4, "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 60,
+                    "num_attention_heads": 32, "num_key_value_heads": 16, "num_global_key_value_heads": 4,
+                    "attention_k_eq_v": True, "sliding_window": 1024, "hidden_size_per_layer_input": 0,
+                    "layer_types": [*[SLIDING] * 5, FULL] * 10},
 }  # fmt: skip
 
 
@@ -109,9 +125,12 @@ def random_config(name: str) -> Any:
 
 
 def linear_names(name: str) -> list[str]:
-    """Return the last parts of the names of a decoder layer's linear layers."""
-    groups = FAMILIES[SHAPES[name].get("model_type", "llama")].groups
-    return [member for members in groups.values() for member in members]
+    """Return the last parts of the names of all linear layers but the head."""
+    kind, shape = SHAPES[name].get("model_type", "llama"), random_config(name).to_dict()
+    family = FAMILIES[OTHER_TYPES.get(kind, kind)]
+    has_tail = family.tail_width is not None and shape[family.tail_width] > 0
+    groups = [*family.groups.values(), *(family.tail.values() if has_tail else ()), family.outside if has_tail else ()]
+    return [member for members in groups for member in members]
 
 
 def random_model(name: str, device: torch.device, dtype: torch.dtype, attention_name: str) -> tuple[nn.Module, list[str]]:
@@ -142,6 +161,10 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype, attention_
             if parameter.is_meta:
                 new = torch.ones(parameter.shape, dtype=dtype, device=device) if parameter.dim() == 1 else values(parameter.shape)
                 setattr(module, key, nn.Parameter(new, requires_grad=False))
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:  # factors: of an embedding its own, of a layer 1
+                number = getattr(module, f"scalar_{key}", 1.0)
+                setattr(module, key, torch.full(buffer.shape, number, dtype=buffer.dtype, device=device))
     if config.tie_word_embeddings:
         head.weight = model.get_input_embeddings().weight
     with torch.device(device):  # the rotary buffers are computed, not loaded
@@ -156,5 +179,5 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype, fused: bool
     freeze_linears(model, skip=[model.get_output_embeddings()])
     swaps = fuse_layers(model) if fused else SwapReport((), {"all": "asked for unfused"})
     config = ModelConfig(path=name, embeddings="auto" if fused else "device")
-    place_embedding(model, config)
+    place_embeddings(model, config)
     return Base(model, None, config, device, dtype, names, swaps, Route(fused))

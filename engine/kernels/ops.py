@@ -86,7 +86,8 @@ def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse:
     """
     num_tokens, _, head_dim = q_THK.shape
     for name, x in (("q", q_THK), ("k", k_TGK)):
-        if x.shape[0] != num_tokens or x.shape[2] != head_dim or x.stride()[1:] != (head_dim, 1):
+        is_dense = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == head_dim)  # torch leaves a single head any stride
+        if x.shape[0] != num_tokens or x.shape[2] != head_dim or not is_dense:
             raise EngineError(f"rope_: {name} {_layout(x)}: expected [T, heads, K] with dense heads, T and K as in q")
     rotated = cos_TR.shape[-1]
     for name, x in (("cos", cos_TR), ("sin", sin_TR)):

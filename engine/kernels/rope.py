@@ -64,7 +64,7 @@ def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse:
     num_k, half = k_TGK.shape[1], cos_TR.shape[1] // 2
     if not num_tokens or not half:
         return
-    block_h, block_g, block_half = (triton.next_power_of_2(n) for n in (num_q, num_k, half))
+    block_h, block_g, block_half = (triton.next_power_of_2(max(1, n)) for n in (num_q, num_k, half))
     _rope_kernel[(num_tokens,)](
         q_THK, k_TGK, cos_TR, sin_TR, q_THK.stride(0), k_TGK.stride(0), cos_TR.stride(0), sin_TR.stride(0),
         H=num_q, G=num_k, K=head_dim, HALF=half, STEP=2 if pairs else 1, AWAY=1 if pairs else half,

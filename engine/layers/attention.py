@@ -1,12 +1,15 @@
 """Compute attention over packed samples: one row holds several sequences, and none sees another.
 
-`attend` picks one of three ways:
+`attend` picks one of four ways:
 
 - On CUDA with a 16-bit dtype it calls torch's variable-length flash attention, one launch for all
   sequences.
 - If all sequences have the same length, the row is a plain batch. On Hopper and later, cuDNN's
   attention computes it 1.9 times as fast (H100, 8,192 tokens). cuDNN plans each new shape for more
   than a second, so it gets only lengths that recur: multiples of LENGTH_STEP.
+- Flash attention takes heads of up to FLASH_HEAD features. Wider ones (Gemma 4's global layers have
+  512) go to torch's memory-efficient attention, in one launch as well. It knows no window, and no
+  grouped heads: keys and values are repeated, unless one head serves all queries.
 - Elsewhere (CPU, fp32, logit softcap) it calls scaled-dot-product attention for each sequence.
 
 A head may have a sink: one more column of the softmax, which belongs to no token. Its share of the
@@ -30,8 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from engine.planning.compute_limits import FLASH_HEAD
+
 NAME = "packed"
 LENGTH_STEP = 256
+CAUSAL = 1  # torch's number for a mask that begins at the first query and the first key
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
             "logits_to_keep", "output_router_logits",
             "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # fmt: skip
@@ -81,9 +87,12 @@ def attend(
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Return causal attention within each document, [T, H, K]. Differentiable in q, k and v."""
-    if sinks_H is not None and _flash_fits(q_THK, options.softcap) and _has_sink_backward():
+    fits, is_wide = _flash_fits(q_THK, options.softcap), q_THK.shape[-1] > FLASH_HEAD
+    if sinks_H is not None and fits and not is_wide and _has_sink_backward():
         return _FlashWithSinks.apply(q_THK, k_TGK, v_TGK, sinks_H.detach().float(), documents, options)
-    if sinks_H is None and _flash_fits(q_THK, options.softcap):
+    if sinks_H is None and fits and is_wide and not _is_windowed(documents, options):
+        return _wide(q_THK, k_TGK, v_TGK, documents, options)
+    if sinks_H is None and fits and not is_wide:
         if _is_plain_batch(documents, options) and _cudnn_fits(q_THK):
             return _batched(q_THK, k_TGK, v_TGK, documents, options)
         return _varlen(q_THK, k_TGK, v_TGK, documents, options)
@@ -155,6 +164,10 @@ def _is_plain_batch(documents: Documents, options: AttentionOptions) -> bool:
     return whole and length % LENGTH_STEP == 0 and set(documents.lengths) == {length}
 
 
+def _is_windowed(documents: Documents, options: AttentionOptions) -> bool:
+    return options.sliding_window is not None and options.sliding_window < max(documents.lengths)
+
+
 def _cudnn_fits(q: Tensor) -> bool:
     return q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (9, 0)
 
@@ -216,6 +229,19 @@ def with_sinks(out_THK: Tensor, lse_HT: Tensor, sinks_H: Tensor) -> tuple[Tensor
     """Return attention's output and log-sum-exp after the sinks have joined the softmax."""
     share_TH1 = torch.sigmoid(lse_HT - sinks_H[:, None]).T.unsqueeze(-1)
     return (out_THK * share_TH1).to(out_THK.dtype), torch.logaddexp(lse_HT, sinks_H[:, None].expand_as(lse_HT)).contiguous()
+
+
+def _wide(q: Tensor, k: Tensor, v: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
+    """Call torch's memory-efficient attention, as torch itself does for nested tensors."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.unsqueeze(2).expand(-1, -1, groups, -1).flatten(1, 2) for x in (k, v))  # a view of a single head
+    longest, scale = max(documents.lengths), q.shape[-1] ** -0.5 if options.scaling is None else options.scaling
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    out, *_ = torch.ops.aten._efficient_attention_forward(
+        *(x.unsqueeze(0) for x in (q, k, v)), None, documents.offsets, documents.offsets, longest, longest, 0.0, CAUSAL,
+        needs_grad, scale=scale,
+    )  # fmt: skip
+    return out.squeeze(0)
 
 
 def _one_document(

@@ -26,17 +26,19 @@ def attention_half(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
     spec = call.spec.attention
     normed, saved.rstd["attention"] = spec.enter(x)
     qkv, saved.normed = project("qkv", normed, call, saved), normed
-    saved.q, saved.k, saved.v = (part.unflatten(1, (-1, spec.head_dim)) for part in qkv.split(spec.features, dim=1))
-    q, k = _rotated(call, saved)
+    parts = qkv.split([size for size in spec.features if size], dim=1)
+    saved.q, *own = (part.unflatten(1, (-1, spec.head_dim)) for part in parts)
+    saved.k, saved.v = (own[0], own[-1]) if own else (None, None)
+    q, k, v = _prepared(call, saved)
     if graph:
-        leaves = [t.detach().requires_grad_() for t in (q, k, saved.v)]
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         noted = saved_tensors_hooks(partial(_noted, saved.graph), _same) if call.policy is Policy.HOST else nullcontext()
         with torch.enable_grad(), noted:
             out = attend(*leaves, call.documents, spec.options)
         saved.attention = (*leaves, out)
         out = out.detach()
     else:
-        out = attend(q, k, saved.v, call.documents, spec.options)
+        out = attend(q, k, v, call.documents, spec.options)
     delta = project("o", out.reshape(x.shape[0], -1), call, saved)
     if spec.after is not None:
         saved.o_out = delta
@@ -44,65 +46,89 @@ def attention_half(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
     return delta
 
 
-def attention_gradient(dx_mid: Tensor, call: Call, saved: Saved, grads: Gradients, wants_dx: bool) -> Tensor | None:
-    """Return the gradient of x, or None if nothing below the layer is trained."""
+def attention_gradient(
+    dx_mid: Tensor, call: Call, saved: Saved, grads: Gradients, wants_dx: bool, dstored: tuple[Tensor, ...] = ()
+) -> Tensor | None:
+    """Return the gradient of x, or None if nothing below the layer is trained.
+
+    `dstored` are the gradients of the keys and values that later layers have read. Those of keys
+    and values that this layer reads become `grads["shared"]`.
+    """
     spec = call.spec.attention
     ddelta = spec.inner_gradient(dx_mid, saved.o_out, saved.rstd.get("after_attention"))
     *leaves, out = saved.attention
     flat_out = out.detach().reshape(ddelta.shape[0], -1)
-    goes_on = wants_dx or call.groups["qkv"].is_adapted
+    goes_on = wants_dx or call.groups["qkv"].is_adapted or any(t.requires_grad for t in call.shared)
     dout = group_backward("o", ddelta, flat_out, call, saved, grads, wants_dx=goes_on)
     if not goes_on:
         grads["qkv"] = ()
         return None
-    dq, dk, dv = torch.autograd.grad(out, leaves, dout.view(out.shape))
+    gradients = list(torch.autograd.grad(out, leaves, dout.view(out.shape)))
     saved.attention = ()
-    dq, dk = _unrotated(dq.contiguous(), dk.contiguous(), call, saved)
+    if spec.reads:
+        grads["shared"] = tuple(gradients[1:])
+        del gradients[1:]
+    for i, more in enumerate(dstored, start=1):
+        gradients[i] = gradients[i] + more
+    _undo_preparation(gradients, call, saved)
     normed = saved.normed if saved.normed is not None else spec.enter(saved.x)[0]
-    dqkv = torch.cat([gradient.reshape(gradient.shape[0], -1) for gradient in (dq, dk, dv)], dim=1)
+    dqkv = torch.cat([gradient.reshape(gradient.shape[0], -1) for gradient in gradients], dim=1)
     dnormed = group_backward("qkv", dqkv, normed, call, saved, grads, wants_dx=wants_dx)
     return spec.input_gradient(dnormed, saved.x, saved.rstd["attention"], dx_mid) if wants_dx else None
 
 
-def _rotated(call: Call, saved: Saved) -> tuple[Tensor, Tensor]:
-    """Return queries and keys for attention: normalised, rotated and scaled as the spec says.
+def _prepared(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values for attention: normalised, rotated and scaled as the spec says.
 
     What comes before the norms, or all if there are none, changes `saved` in place: the gradient
     needs only its inverse.
     """
     spec = call.spec.attention
-    q, k = saved.q, saved.k
+    q, k, v = saved.q, saved.k, saved.v
     if spec.norms_rotated:
         _rotate_(q, k, call)
     if spec.q_norm is not None:
         q, saved.rstd["q"] = spec.q_norm.forward(q)
+    if spec.k_norm is not None:
         k, saved.rstd["k"] = spec.k_norm.forward(k)
+    if spec.v_norm is not None:
+        v, saved.rstd["v"] = spec.v_norm.forward(v)
     if not spec.norms_rotated:
         _rotate_(q, k, call)
     if call.query_factors_T is not None:
         q.mul_(call.query_factors_T.to(q.dtype)[:, None, None])
-    return q, k
+    if spec.reads:
+        return q, *call.shared
+    saved.stored = (k, v) if spec.stores else ()
+    return q, k, v
 
 
-def _unrotated(dq: Tensor, dk: Tensor, call: Call, saved: Saved) -> tuple[Tensor, Tensor]:
-    """Return the gradients of queries and keys as projected; overwrite those given."""
+def _undo_preparation(gradients: list[Tensor], call: Call, saved: Saved) -> None:
+    """Replace the gradients of queries, keys and values by those of what the qkv group projects.
+
+    Each is freed as soon as the next is there. A layer that reads has those of queries only.
+    """
     spec = call.spec.attention
+    gradients[:2] = [gradient.contiguous() for gradient in gradients[:2]]
     if call.query_factors_T is not None:
-        dq.mul_(call.query_factors_T.to(dq.dtype)[:, None, None])
+        gradients[0].mul_(call.query_factors_T.to(gradients[0].dtype)[:, None, None])
     if not spec.norms_rotated:
-        _rotate_(dq, dk, call, inverse=True)
-    if spec.q_norm is not None:
-        dq = spec.q_norm.backward(dq, saved.q, saved.rstd["q"])
-        dk = spec.k_norm.backward(dk, saved.k, saved.rstd["k"])
+        _rotate_(gradients[0], None if spec.reads else gradients[1], call, inverse=True)
+    projected = ("q", spec.q_norm, saved.q), ("k", spec.k_norm, saved.k), ("v", spec.v_norm, saved.v)
+    for i, (name, norm, x) in enumerate(projected):
+        if norm is not None:
+            gradients[i] = norm.backward(gradients[i], x, saved.rstd[name])
     if spec.norms_rotated:
-        _rotate_(dq, dk, call, inverse=True)
-    return dq, dk
+        _rotate_(gradients[0], None if spec.reads else gradients[1], call, inverse=True)
+    if not spec.reads and not spec.features[2]:
+        gradients[1].add_(gradients.pop())
 
 
-def _rotate_(q: Tensor, k: Tensor, call: Call, inverse: bool = False) -> None:
+def _rotate_(q: Tensor, k: Tensor | None, call: Call, inverse: bool = False) -> None:
+    """Rotate queries, and keys if there are some, in place, if the spec says so."""
     kind = call.spec.attention.rotary
     if kind is not None:
-        ops.rope_(q, k, call.cos_TR, call.sin_TR, inverse=inverse, pairs=kind == "pairs")
+        ops.rope_(q, q[:, :0] if k is None else k, call.cos_TR, call.sin_TR, inverse=inverse, pairs=kind == "pairs")
 
 
 def _noted(graph: list[Tensor], saved: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Compute a whole decoder layer as one autograd function.
 
-A layer is an attention half (attention_half.py) and an MLP half (mlp.py). Its spec says what each is
+A layer is an attention half (attention_half.py), an MLP half with a tail (mlp.py). Its spec says what each is
 made of, so the families in engine/planning/families.py share this code.
 
 Autograd would save every intermediate of a layer and run hundreds of small operations. Here the
@@ -24,41 +24,50 @@ from engine.layers.attention_half import attention_gradient, attention_half
 from engine.layers.mlp import mlp, mlp_gradient, tiles
 from engine.layers.structure import Call, Gradients, Saved
 from engine.planning import compute_limits
-from engine.planning.policies import GROUPS, Policy
+from engine.planning.policies import Policy
 
 
-def decoder_layer(x_TD: Tensor, call: Call, adapters: list[Tensor]) -> Tensor:
-    """Return the layer's output [T, D].
+def decoder_layer(x_TD: Tensor, call: Call, adapters: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return the layer's output [T, D], then keys and values [T, G, K] if later layers read them.
 
-    `adapters` are lora_a, lora_b of each adapted projection, in the order of the groups.
+    `adapters` are lora_a, lora_b of each adapted projection, in the order of the call's groups.
     """
-    if not (torch.is_grad_enabled() and (x_TD.requires_grad or adapters)):
-        return _forward(x_TD, call, Saved(x_TD), graph=False)
-    return _DecoderLayer.apply(x_TD, call, *adapters)
+    inputs = (*(call.shared or (None, None)), call.input_TP)
+    differentiable = adapters or any(t is not None and t.requires_grad for t in (x_TD, *inputs))
+    if not (torch.is_grad_enabled() and differentiable):
+        saved = Saved(x_TD)
+        return _forward(x_TD, call, saved, graph=False), *saved.stored
+    return _DecoderLayer.apply(x_TD, call, *inputs, *adapters)
 
 
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, call: Call, *adapters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_TD: Tensor, call: Call, k: Tensor | None, v: Tensor | None, input_TP: Tensor | None, *adapters: Tensor
+    ) -> tuple[Tensor, ...]:
         saved = Saved(x_TD)
         y_TD = _forward(x_TD, call, saved, graph=call.policy.keeps_attention)
+        stored = tuple(t.detach() for t in saved.stored)  # what the node returns would hold the node itself
         call.stash.advance()
         ctx.call, ctx.saved = call, _kept(saved, call)
         ctx.dtypes = [a.dtype for a in adapters]
-        return y_TD
+        return y_TD, *stored
 
     @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_TD: Tensor, *dstored: Tensor) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, ctx.saved
         ctx.call = ctx.saved = None  # frees memory now: the node lives until the caller drops the loss
         if call.policy.is_on_host:
             saved.x = call.stash.pop(saved.x)
+        if ctx.needs_input_grad[4]:
+            saved.dinput = torch.empty_like(call.input_TP)
         grads: Gradients = {}
         dx_mid_TD = _mlp_backward(dy_TD.contiguous(), call, saved, grads)
         saved.x_mid = None
-        dx_TD = attention_gradient(dx_mid_TD, call, saved, grads, ctx.needs_input_grad[0])
-        ordered = [gradient for name in GROUPS for gradient in grads[name]]
-        return dx_TD, None, *(g.to(dtype) for g, dtype in zip(ordered, ctx.dtypes))
+        dx_TD = attention_gradient(dx_mid_TD, call, saved, grads, ctx.needs_input_grad[0], dstored)
+        inputs = *grads.get("shared", (None, None)), saved.dinput
+        ordered = [gradient for name in call.groups for gradient in grads[name]]
+        return dx_TD, None, *inputs, *(g.to(dtype) for g, dtype in zip(ordered, ctx.dtypes))
 
 
 def _kept(saved: Saved, call: Call) -> Saved:
@@ -70,9 +79,10 @@ def _kept(saved: Saved, call: Call) -> Saved:
         return Saved(call.stash.push(saved.x))
     saved.normed = None
     if not _keeps_mlp(call, saved.x.shape[0]):
-        saved.gate_up = saved.down_out = None
+        saved.gate_up = saved.tail_gate = saved.down_out = None
     if policy is Policy.HOST:
-        saved.x = call.stash.push(saved.x, saved.kept())
+        saved.x = call.stash.push(saved.x, saved.kept(), stays=(*saved.stored, *call.shared))
+    saved.stored = ()
     saved.graph.clear()
     return saved
 
@@ -115,6 +125,7 @@ def _mlp_backward(dy: Tensor, call: Call, saved: Saved, grads: Gradients) -> Ten
     for rows, part in tiles(call, dy.shape[0]):
         rstd = saved.rstd["mlp"]
         tile, tile_grads = Saved(0, x_mid=saved.x_mid[rows], rstd={"mlp": None if rstd is None else rstd[rows]}), {}
+        tile.dinput = None if saved.dinput is None else saved.dinput[rows]
         dx_mid[rows] = mlp_gradient(dy[rows], normed[rows], part, tile, tile_grads)
         for name, more in tile_grads.items():
             grads[name] = tuple(a.add_(b) for a, b in zip(grads[name], more)) if name in grads else more

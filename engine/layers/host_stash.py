@@ -72,17 +72,17 @@ class HostStash:
         self._entries.clear()
         self._top = 0
 
-    def push(self, x: Tensor, kept: Iterable[Tensor] = ()) -> int:
+    def push(self, x: Tensor, kept: Iterable[Tensor] = (), stays: Iterable[Tensor] = ()) -> int:
         """Store x and the floating-point tensors of `kept`; return the number that `pop` takes.
 
         The caller must drop x. Tensors of `kept`, and all that share their memory, lose it some
         time after this call. `pop` gives it back with the same content, so an autograd graph may
-        hold them.
+        hold them. The memory of `stays` is left alone, because other layers read it.
         """
         if x.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(x.device)
         x = x.contiguous()
-        entry = _Entry(x, x.shape, x.dtype, x.device, _storages(kept, x), self._top)
+        entry = _Entry(x, x.shape, x.dtype, x.device, _storages(kept, (x, *stays)), self._top)
         self._entries.append(entry)
         self._copy(entry, out=True)
         return len(self._entries) - 1
@@ -185,9 +185,9 @@ class HostStash:
             done += size
 
 
-def _storages(kept: Iterable[Tensor], x: Tensor) -> list[tuple[torch.UntypedStorage, int]]:
-    """Return each floating-point storage once, without that of x."""
-    found = {x.untyped_storage()._cdata: None}
+def _storages(kept: Iterable[Tensor], others: Iterable[Tensor]) -> list[tuple[torch.UntypedStorage, int]]:
+    """Return each floating-point storage of `kept` once, without those of `others`."""
+    found = {tensor.untyped_storage()._cdata: None for tensor in others}
     for tensor in kept:
         storage = tensor.untyped_storage()
         if tensor.is_floating_point() and storage._cdata not in found:

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import nn
 
 from engine.layers.attention import AttentionOptions
-from engine.layers.structure import AttentionSpec, LayerSpec, MlpSpec, Norm, QueryScale
+from engine.layers.structure import AttentionSpec, LayerSpec, MlpSpec, Norm, QueryScale, TailSpec
+from engine.planning.compute_limits import FLASH_HEAD
 from engine.planning.families import ACTIVATIONS, FAMILIES, WINDOWED, Family, HalfNorms
 
 
@@ -29,18 +31,24 @@ def obstacle(layer: nn.Module) -> str | None:
     kind, family = type(layer).__name__, family_of(layer)
     if family is None:
         return f"{kind} is not of a known family"
-    missing = [path for path in _paths(family) if not _has(layer, path)]
-    if missing:
-        return f"{kind} has no {', '.join(missing)}"
+    for paths in (_flags(family), _paths(layer, family)):  # the flags say which of the others there are
+        if missing := [path for path in paths if not _has(layer, path)]:
+            return f"{kind} has no {', '.join(missing)}"
+    if present := [path for path in family.lacks if attrgetter(path)(layer)]:
+        return f"{kind} with {', '.join(present)} is not computed"
+    if getattr(layer.self_attn, "is_causal", True) is False:
+        return "attention that is not causal is not computed"
     config = layer.self_attn.config
     for key in family.no_dropout:
         if getattr(config, key, 0):
             return f"{key} = {getattr(config, key)} is not computed"
+    if _window(layer, family) and layer.self_attn.head_dim > FLASH_HEAD:
+        return f"a window over heads of more than {FLASH_HEAD} features has no kernel"
     activation = _activation(config)
     if activation not in ACTIVATIONS:
         return f"activation {activation} has no kernel"
-    features = sum(_features(layer.self_attn))
-    made = sum(attrgetter(path)(layer).out_features for path in family.paths["qkv"])
+    features = sum(_features(layer, family))
+    made = sum(attrgetter(path)(layer).out_features for path in _groups(layer, family)["qkv"])
     return None if made == features else f"{kind} makes {made} features of queries, keys and values instead of {features}"
 
 
@@ -52,17 +60,20 @@ def layer_spec(layer: nn.Module) -> LayerSpec:
         rope = attention.config.rope_parameters
         scale = QueryScale(rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"])
     factor = None if family.multiplier is None else float(attrgetter(family.multiplier)(layer))
-    q_norm, k_norm = (None, None) if family.qk_norm == "none" else (getattr(attention, name) for name in family.qk_norms)
+    q_norm, k_norm = (None, None) if family.qk_norm == "none" else (getattr(attention, name, None) for name in family.qk_norms)
+    features = _features(layer, family)
     return LayerSpec(
         AttentionSpec(
             **_norms(layer, family.attention, family),
             multiplier=factor,
             head_dim=attention.head_dim,
-            features=_features(attention),
+            features=features,
             options=AttentionOptions(attention.scaling, window, getattr(attention, "attn_logit_softcapping", None)),
             q_norm=_norm(q_norm, family),
             k_norm=_norm(k_norm, family),
             norms_rotated=family.norms_rotated,
+            v_norm=_unweighted(attention.v_norm, attention.q_norm) if family.normalises_values and features[1] else None,
+            stores=_is_set(layer, family.stores),
             rotary=family.rotary if _rotates(layer, family, window) else None,
             query_scale=scale,
         ),
@@ -71,26 +82,71 @@ def layer_spec(layer: nn.Module) -> LayerSpec:
             multiplier=factor,
             activation=ACTIVATIONS[_activation(attention.config)],
         ),
-        family.paths,
+        _groups(layer, family),
+        _tail(layer, family),
     )
 
 
-def final_norm(norm: nn.Module, layer: nn.Module) -> Norm:
-    """Return the decoder's final norm, which is of the same kind as those of its layers."""
+def decoder_norm(norm: nn.Module, layer: nn.Module) -> Norm:
+    """Return a norm of the decoder outside its layers, which is of the same kind as theirs."""
     return _norm(norm, family_of(layer))
 
 
-def _paths(family: Family) -> Iterator[str]:
-    """Yield every path that the description names."""
+def _flags(family: Family) -> Iterator[str]:
+    """Yield the paths of numbers and flags that the description names."""
     yield from ("self_attn.config", "self_attn.head_dim", "self_attn.scaling")
+    others = (family.window, family.slides, family.multiplier, family.rotates, family.reads, family.stores)
+    others += (family.keys_are_values, family.tail_width, family.scalar, *family.lacks)
+    yield from (path for path in others if path not in (None, WINDOWED))
+
+
+def _paths(layer: nn.Module, family: Family) -> Iterator[str]:
+    """Yield the paths of the modules that the description names for this layer."""
     for half in (family.attention, family.mlp):
         yield from (f"{name}.weight" for name in (half.before, half.after) if name is not None)
-    for members in family.paths.values():
+    for members in _groups(layer, family).values():
         yield from members
+    own = not _is_set(layer, family.reads)
     if family.qk_norm != "none":
-        yield from (f"self_attn.{name}" for name in family.qk_norms)
-    others = (family.window, family.slides, family.multiplier, family.rotates)
-    yield from (path for path in others if path not in (None, WINDOWED))
+        yield from (f"self_attn.{name}" for name in family.qk_norms[: 2 if own else 1])
+    if family.normalises_values and own:
+        yield "self_attn.v_norm"
+    if _is_set(layer, family.tail_width):
+        yield family.tail_norm
+
+
+def _groups(layer: nn.Module, family: Family) -> dict[str, tuple[str, ...]]:
+    """Return the paths of this layer's projections, by group."""
+    queries, *others = family.paths["qkv"]
+    if _is_set(layer, family.reads):
+        others = []
+    elif _is_set(layer, family.keys_are_values):
+        others = others[:1]
+    tail = family.tail if _is_set(layer, family.tail_width) else {}
+    return {**family.paths, "qkv": (queries, *others), **tail}
+
+
+def _features(layer: nn.Module, family: Family) -> tuple[int, int, int]:
+    """Return how many features of the projections are queries, keys and values."""
+    config, width = layer.self_attn.config, layer.self_attn.head_dim
+    queries = config.num_attention_heads * width
+    if _is_set(layer, family.reads):
+        return queries, 0, 0
+    heads = getattr(layer.self_attn, "num_key_value_groups", None)  # it may differ from layer to layer
+    keys = queries // heads if heads else config.num_key_value_heads * width
+    return queries, keys, 0 if _is_set(layer, family.keys_are_values) else keys
+
+
+def _tail(layer: nn.Module, family: Family) -> TailSpec | None:
+    scalar = None if family.scalar is None else attrgetter(family.scalar)(layer)
+    if not _is_set(layer, family.tail_width):
+        return None if scalar is None else TailSpec(scalar=scalar)
+    activation = ACTIVATIONS[_activation(layer.self_attn.config)]
+    return TailSpec(_norm(getattr(layer, family.tail_norm), family), activation, scalar)
+
+
+def _is_set(layer: nn.Module, path: str | None) -> bool:
+    return path is not None and bool(attrgetter(path)(layer))
 
 
 def _has(layer: nn.Module, path: str) -> bool:
@@ -103,12 +159,6 @@ def _has(layer: nn.Module, path: str) -> bool:
 
 def _activation(config: Any) -> str:
     return getattr(config, "hidden_activation", None) or config.hidden_act
-
-
-def _features(attention: nn.Module) -> tuple[int, int, int]:
-    """Return how many features are queries, keys and values."""
-    config, width = attention.config, attention.head_dim
-    return config.num_attention_heads * width, config.num_key_value_heads * width, config.num_key_value_heads * width
 
 
 def _window(layer: nn.Module, family: Family) -> int | None:
@@ -137,3 +187,8 @@ def _norm(module: nn.Module | None, family: Family) -> Norm | None:
         return None
     eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
     return Norm(module.weight, eps, family.norm_offset, family.norm_rounds_once)
+
+
+def _unweighted(module: nn.Module, like: nn.Module) -> Norm:
+    """Return a norm without weights, as wide as another one."""
+    return Norm(torch.ones_like(like.weight), module.eps, 0.0, round_once=True)

@@ -1,6 +1,15 @@
-"""Compute the MLP half of a fused decoder layer, forward and backward, whole or in tiles of tokens.
+"""Compute the MLP half of a fused decoder layer and its tail, forward and backward.
 
-Shape letters: T tokens, D hidden, F MLP hidden.
+Both run whole or in tiles of tokens. The tail is what some families do to the residual stream h
+after the halves:
+
+    y = scalar * (h + norm(projection(activation(gate(h)) * input)))
+
+`input` is an embedding of the token that this layer alone reads. The forward pass keeps the gate
+[T, P] alone: the rest is cheap to compute again, because P is small. There must be a norm after the
+MLP, because h is made again from what that norm keeps.
+
+Shape letters: T tokens, D hidden, F MLP hidden, P features of the per-layer input.
 """
 
 from __future__ import annotations
@@ -14,13 +23,20 @@ from torch import Tensor
 from engine.kernels import ops
 from engine.layers.structure import Call, Gradients, Saved, group_backward, low_rank_hidden, project
 from engine.planning import compute_limits
+from engine.planning.families import INPUT_GATE, INPUT_PROJECTION
 
 
 def mlp(normed: Tensor, call: Call, saved: Saved) -> Tensor:
-    """Return x_mid plus what the MLP adds to it, [T, D]."""
+    """Return x_mid plus what the MLP adds to it, after the layer's tail, [T, D]."""
     saved.gate_up = call.groups["gate_up"].bare(normed)
     low_rank_hidden("gate_up", normed, call, saved)
-    delta, factor = _down(call, saved), call.spec.mlp.multiplier
+    h = _added(_down(call, saved), call, saved)
+    return h if call.spec.tail is None else _tail(h, call, saved)
+
+
+def _added(delta: Tensor, call: Call, saved: Saved) -> Tensor:
+    """Return x_mid + multiplier * delta, in place of delta."""
+    factor = call.spec.mlp.multiplier
     return torch.add(saved.x_mid, delta, alpha=1.0 if factor is None else factor, out=delta)
 
 
@@ -29,10 +45,12 @@ def tiles(call: Call, num_tokens: int) -> Iterator[tuple[slice, Call]]:
 
     All tiles share weights that are dequantised once; each has its own dropout mask.
     """
-    groups = {name: call.groups[name].with_weights() for name in ("gate_up", "down")}
+    mine = ("gate_up", "down", INPUT_GATE, INPUT_PROJECTION)
+    groups = {name: group.with_weights() for name, group in call.groups.items() if name in mine}
     for i, start in enumerate(range(0, num_tokens, compute_limits.MLP_TILE_TOKENS)):
         tile = {name: replace(group, seed=group.seed + i) for name, group in groups.items()}
-        yield slice(start, start + compute_limits.MLP_TILE_TOKENS), replace(call, groups=tile)
+        rows = slice(start, start + compute_limits.MLP_TILE_TOKENS)
+        yield rows, replace(call, groups=tile, input_TP=None if call.input_TP is None else call.input_TP[rows])
 
 
 def _down(call: Call, saved: Saved) -> Tensor:
@@ -60,12 +78,17 @@ def _gate_up_terms(call: Call, saved: Saved) -> list[ops.LowRank | None]:
 
 def mlp_gradient(dy: Tensor, normed: Tensor, call: Call, saved: Saved, grads: Gradients) -> Tensor:
     spec, group = call.spec.mlp, call.groups["gate_up"]
-    weights = group.weights()
+    weights, h = group.weights(), None
     if saved.gate_up is None:
         saved.gate_up = group.bare(normed, weights)
         low_rank_hidden("gate_up", normed, call, saved)
         if spec.after is not None:
             _down(call, saved)
+    if call.spec.tail is not None:
+        if _needs_h(call, saved):
+            h = _added(spec.after.forward(saved.down_out)[0], call, saved)
+        dy = _tail_gradient(dy, h, call, saved, grads)
+        h = None
     ddown = spec.inner_gradient(dy, saved.down_out, saved.rstd.get("after_mlp"))
     saved.down_out = None
     dgate_up = _activation_backward(ddown, call, saved, grads)
@@ -89,3 +112,44 @@ def _activation_backward(ddown: Tensor, call: Call, saved: Saved, grads: Gradien
     hidden = dhidden  # in place
     grads["down"] = group.adapter_gradients(ddown, dlow, hidden, low_rank_hidden("down", hidden, call, saved))
     return gate_up
+
+
+def _tail(h_TD: Tensor, call: Call, saved: Saved) -> Tensor:
+    """Return the layer's output [T, D], in place of h."""
+    spec = call.spec.tail
+    if spec.norm is not None:
+        saved.tail_gate = project(INPUT_GATE, h_TD, call, saved)
+        out_TD = project(INPUT_PROJECTION, _tail_hidden(call, saved), call, saved)
+        delta_TD, saved.rstd["tail"] = spec.norm.forward(out_TD)
+        h_TD.add_(delta_TD)
+    return h_TD if spec.scalar is None else h_TD.mul_(spec.scalar)
+
+
+def _needs_h(call: Call, saved: Saved) -> bool:
+    """Return True if the gradient reads h: for an adapter of the gate, or for a gate not kept."""
+    return call.spec.tail.norm is not None and (saved.tail_gate is None or call.groups[INPUT_GATE].is_adapted)
+
+
+def _tail_gradient(dy_TD: Tensor, h_TD: Tensor | None, call: Call, saved: Saved, grads: Gradients) -> Tensor:
+    """Return the gradient of h [T, D]; h is None if `_needs_h` says so. Fill `saved.dinput` if it is there."""
+    spec = call.spec.tail
+    if spec.scalar is not None:
+        dy_TD = dy_TD * spec.scalar
+    if spec.norm is None:
+        return dy_TD
+    if saved.tail_gate is None:
+        saved.tail_gate = project(INPUT_GATE, h_TD, call, saved)
+    hidden_TP = _tail_hidden(call, saved)
+    out_TD = project(INPUT_PROJECTION, hidden_TP, call, saved)
+    rstd_T = saved.rstd["tail"] if "tail" in saved.rstd else spec.norm.forward(out_TD)[1]
+    dout_TD = spec.norm.backward(dy_TD, out_TD, rstd_T)
+    dhidden_TP = group_backward(INPUT_PROJECTION, dout_TD, hidden_TP, call, saved, grads)
+    dgate_TP, dinput_TP, saved.tail_gate = saved.tail_gate, call.input_TP.clone(), None
+    ops.glu_backward_(dhidden_TP, dgate_TP, dinput_TP, spec.activation)
+    if saved.dinput is not None:
+        saved.dinput.copy_(dinput_TP)
+    return group_backward(INPUT_GATE, dgate_TP, h_TD, call, saved, grads).add_(dy_TD)
+
+
+def _tail_hidden(call: Call, saved: Saved) -> Tensor:
+    return ops.glu(saved.tail_gate, call.input_TP, call.spec.tail.activation)

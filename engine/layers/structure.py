@@ -97,7 +97,10 @@ class HalfSpec:
 class AttentionSpec(HalfSpec):
     """The attention half.
 
-    - features: output features of the qkv group that are queries, keys and values.
+    - features: output features of the qkv group that are queries, keys and values. Without some
+      for values, they are the keys as projected. Without some for keys, keys and values come from
+      an earlier layer, normalised and rotated.
+    - stores: True if later layers read its keys and values.
     - norms_rotated: q_norm and k_norm follow the rotation instead of preceding it.
     - rotary: which features turn together; None without rotation.
     - query_scale: how queries grow with their position in the sample.
@@ -109,8 +112,15 @@ class AttentionSpec(HalfSpec):
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     norms_rotated: bool = False
+    v_norm: Norm | None = None
+    stores: bool = False
     rotary: Literal["halves", "pairs"] | None = "halves"
     query_scale: QueryScale | None = None
+
+    @property
+    def reads(self) -> bool:
+        """Return True if keys and values come from an earlier layer."""
+        return self.features[1] == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +146,20 @@ class QueryScale:
 
 
 @dataclass(frozen=True)
+class TailSpec:
+    """What follows the MLP half: scalar * (h + norm(projection(activation(gate(h)) * input))).
+
+    `input` is the layer's own embedding of each token. Without a norm there is only the scalar.
+    """
+
+    norm: Norm | None = None
+    activation: str = ""
+    scalar: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class LayerSpec:
-    """The part of a layer that calls do not change: two halves, one after the other.
+    """The part of a layer that calls do not change: two halves, one after the other, and a tail.
 
     groups: the paths of each group's projections, from the decoder layer on.
     """
@@ -145,6 +167,7 @@ class LayerSpec:
     attention: AttentionSpec
     mlp: MlpSpec
     groups: dict[str, tuple[str, ...]]
+    tail: TailSpec | None = None
 
 
 @dataclass
@@ -153,7 +176,8 @@ class Call:
 
     `groups` are its projections. `cos_TR`, `sin_TR` and `documents` place the tokens; only the
     first R features of a head rotate. `query_factors_T` scale the queries. The policies on the host
-    store in `stash`.
+    store in `stash`. `shared` are keys and values [T, G, K] of an earlier layer. `input_TP` is the
+    layer's own embedding of each token.
     """
 
     spec: LayerSpec
@@ -164,6 +188,8 @@ class Call:
     documents: Documents
     stash: HostStash
     query_factors_T: Tensor | None = None
+    shared: tuple[Tensor, ...] = ()
+    input_TP: Tensor | None = None
 
 
 @dataclass
@@ -175,6 +201,8 @@ class Saved:
     - `attention` is the small autograd graph of attention: its leaves and its output. `graph` holds
       what that graph saved.
     - `low` holds each group's low-rank hidden, which all policies but OFFLOAD keep.
+    - `stored` are the keys and values that later layers read.
+    - `dinput` receives the gradient of the layer's own embedding, if it is wanted.
     """
 
     x: Tensor | int
@@ -187,13 +215,16 @@ class Saved:
     o_out: Tensor | None = None
     x_mid: Tensor | None = None
     gate_up: Tensor | None = None
+    tail_gate: Tensor | None = None
+    stored: tuple[Tensor, ...] = ()
+    dinput: Tensor | None = None
     down_out: Tensor | None = None
     rstd: dict[str, Tensor] = field(default_factory=dict)
     normed: Tensor | None = None  # normalised x, within one pass only
 
     def kept(self) -> list[Tensor]:
         """Return all tensors but x and the vectors of one value a token."""
-        single = (self.q, self.k, self.v, self.o_out, self.x_mid, self.gate_up, self.down_out)
+        single = (self.q, self.k, self.v, self.o_out, self.x_mid, self.gate_up, self.tail_gate, self.down_out)
         return [t for t in (*single, *self.attention, *self.graph, *self.low.values()) if t is not None]
 
 

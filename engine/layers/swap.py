@@ -6,6 +6,7 @@ family (layer_spec.py). A model of another family keeps its own layers, and the 
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -18,11 +19,14 @@ from engine.errors import InputError
 from engine.layers.attention import Documents
 from engine.layers.decoder_layer import decoder_layer
 from engine.layers.host_stash import HostStash
-from engine.layers.layer_spec import final_norm, layer_spec, obstacle
+from engine.layers.layer_spec import decoder_norm, layer_spec, obstacle
 from engine.layers.projection_group import ProjectionGroup, merged_weight
 from engine.layers.structure import Call, LayerSpec, Norm, normalize
 from engine.planning.families import FAMILIES
 from engine.planning.policies import Policy, layer_policies
+
+PER_LAYER_NORM = "per_layer_projection_norm"
+"""The norm of the inputs that each layer has of its own. By itself it would keep them four times, in fp32."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class FusedLayer(nn.Module):
         self.weight_cache: dict[str, Tensor] = {}  # group -> its weights, dequantised
         for name, child in layer.named_children():
             self.add_module(name, child)
+        for name, buffer in layer.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
         for name in ("attention_type", "layer_type", "is_sliding", "layer_idx", "hidden_size"):  # some models' loops read them
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
@@ -66,14 +72,20 @@ class FusedLayer(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
+        per_layer_input: Tensor | None = None,
         *_: Any,
         position_embeddings: tuple[Tensor, Tensor],
         document_lengths: tuple[int, ...],
         document_offsets: Tensor,
         position_ids: Tensor | None = None,
+        shared_kv_states: MutableMapping[str, tuple[Tensor, Tensor]] | None = None,
         **__: Any,
     ) -> Tensor:
-        """Return the layer's output [1, T, D] for hidden_states [1, T, D]."""
+        """Return the layer's output [1, T, D] for hidden_states [1, T, D].
+
+        `per_layer_input` is [1, T, P]. `shared_kv_states` maps a kind of layers to keys and values
+        [1, G, T, K], which some layers store and others read.
+        """
         groups, dtype = self.projections(), hidden_states.dtype
         cos_TR, sin_TR = (t.squeeze(0) for t in position_embeddings)
         call = Call(
@@ -86,9 +98,17 @@ class FusedLayer(nn.Module):
             self.stash,
             self._query_factors(position_ids, document_lengths),
         )
+        half, tail = self.spec.attention, self.spec.tail
+        if half.reads:
+            call.shared = tuple(t.squeeze(0).transpose(0, 1) for t in shared_kv_states[self.self_attn.layer_type])
+        if tail is not None and tail.norm is not None:
+            call.input_TP = per_layer_input.squeeze(0)
         adapted = [layer for layers in groups.values() for layer in layers if isinstance(layer, LoraLinear)]
         adapters = [parameter for layer in adapted for parameter in (layer.lora_a, layer.lora_b)]
-        return decoder_layer(hidden_states.squeeze(0), call, adapters).unsqueeze(0)
+        y_TD, *stored = decoder_layer(hidden_states.squeeze(0), call, adapters)
+        if half.stores and shared_kv_states is not None:
+            shared_kv_states[self.self_attn.layer_type] = tuple(t.transpose(0, 1).unsqueeze(0) for t in stored)
+        return y_TD.unsqueeze(0)
 
     def projections(self) -> dict[str, list[nn.Module]]:
         """Return the projections of each group, with their adapters if they have one."""
@@ -103,7 +123,7 @@ class FusedLayer(nn.Module):
 
 
 class FusedNorm(nn.Module):
-    """Replace the decoder's final norm, with its weight under the same name."""
+    """Replace a norm of the decoder outside its layers, with its weight under the same name."""
 
     def __init__(self, norm: nn.Module, spec: Norm) -> None:
         super().__init__()
@@ -134,8 +154,10 @@ def fuse_layers(model: nn.Module) -> SwapReport:
         decoder.set_submodule(name, FusedLayer(layer, layer_spec(layer)))
     if not report.fused:
         return report
-    decoder.norm = FusedNorm(decoder.norm, final_norm(decoder.norm, layer))
-    return replace(report, others=("norm",))
+    names = [name for name in ("norm", PER_LAYER_NORM) if hasattr(decoder, name)]
+    for name in names:
+        setattr(decoder, name, FusedNorm(getattr(decoder, name), decoder_norm(getattr(decoder, name), layer)))
+    return replace(report, others=tuple(names))
 
 
 def restore_layers(model: nn.Module) -> None:

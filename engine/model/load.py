@@ -18,7 +18,6 @@ from engine.config.parsing import load_json
 from engine.config.trial import ModelConfig
 from engine.errors import InputError
 from engine.layers import attention
-from engine.layers.host_embedding import place_embedding
 from engine.layers.swap import fuse_layers
 from engine.model.base import Base
 from engine.model.comparison import text_samples
@@ -35,6 +34,7 @@ from engine.quant.shared_base import load_packed
 from engine.sources.locate import locate
 from engine.sources.quantized_folders import check_quantization
 from engine.sources.weight_files import check_weights
+from engine.vocabulary.host_embedding import place_embeddings
 
 
 def load_base(config: ModelConfig, device: torch.device, attention_name: str | None = None) -> Base:
@@ -86,8 +86,7 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     if attention_name is None and verdict.route.head_loss:  # else the whole model is called
         release_towers(model)
     swaps = swaps_of(model, config, fuse_layers, verdict)
-    if place_embedding(model, config):
-        swaps = replace(swaps, others=(*swaps.others, "embed_tokens"))
+    swaps = replace(swaps, others=(*swaps.others, *place_embeddings(model, config)))
     base = Base(model, tokenizer, config, device, dtype, names, swaps, Route(**known) if known else verdict.route)
     if checks and theirs:
         base = check_loaded(base, theirs)

@@ -32,3 +32,6 @@ HOST_LAG, HOST_IN_FLIGHT = 3, GIB
 leaves time for the copy out. While more than HOST_IN_FLIGHT bytes wait, the oldest are released
 sooner, but at least one layer later. Layers of long rows are large, and slow enough for their
 copies."""
+
+FLASH_HEAD = 256
+"""Flash attention takes heads of up to this many features; wider ones go to memory-efficient attention."""

@@ -20,6 +20,7 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 """Activation -> the kernels' name for it. A layer with another activation runs unfused."""
 
 WINDOWED = "windowed"
+INPUT_GATE, INPUT_PROJECTION = "input_gate", "input_projection"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,15 @@ class Family:
     - rotates: path of a flag that is true where queries and keys rotate. WINDOWED: they rotate in
       layers with a window, and in all layers if the model has no window.
     - multiplier: path of the factor of both halves.
+    - reads, stores: paths of the flags of layers that take keys and values from an earlier layer, and
+      of those that leave them to later ones. A layer that reads makes queries only.
+    - keys_are_values: path of the flag of layers whose values are the keys as projected.
+    - normalises_values: True if values pass a norm without weights.
+    - tail: the linear layers of a per-layer input, by group; `tail_norm` is the norm after them and
+      `tail_width` the path of the input's features, 0 for none.
+    - outside: linear layers of the decoder that make the per-layer inputs, outside its layers.
+    - scalar: path of a factor of the layer's output.
+    - lacks: paths of flags of what is not computed; they must be false.
     - query_scale: True if queries grow with their position in the sample, as in Llama 4.
     - no_dropout: config keys of dropouts that must be 0. needs: config keys that must be true.
     - biases: config keys that say whether projections have a bias, by group; True for always.
@@ -74,6 +84,16 @@ class Family:
     rotary: Literal["halves", "pairs"] = "halves"
     rotates: str | None = None
     multiplier: str | None = None
+    reads: str | None = None
+    stores: str | None = None
+    keys_are_values: str | None = None
+    normalises_values: bool = False
+    tail: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    tail_norm: str | None = None
+    tail_width: str | None = None
+    outside: tuple[str, ...] = ()
+    scalar: str | None = None
+    lacks: tuple[str, ...] = ()
     query_scale: bool = False
     no_dropout: tuple[str, ...] = ("attention_dropout",)
     needs: tuple[str, ...] = ()
@@ -90,8 +110,12 @@ class Family:
     @property
     def paths(self) -> dict[str, tuple[str, ...]]:
         """Return the path of each member, by group."""
-        parts = {"qkv": "self_attn", "o": "self_attn", "gate_up": "mlp", "down": "mlp"}
-        return {group: tuple(f"{parts[group]}.{name}" for name in members) for group, members in self.groups.items()}
+        return {group: tuple(self.path(group, name) for name in members) for group, members in self.groups.items()}
+
+    def path(self, group: str, name: str) -> str:
+        """Return the path of a member. Those of a per-layer input belong to the decoder layer itself."""
+        parts = {"qkv": "self_attn.", "o": "self_attn.", "gate_up": "mlp.", "down": "mlp."}
+        return parts.get(group, "") + name
 
 
 _ATTENTION_BIAS = {"qkv": "attention_bias", "o": "attention_bias"}
@@ -101,6 +125,14 @@ _GEMMA: dict[str, Any] = {
     "norm_offset": 1.0,
     "biases": _ATTENTION_BIAS,
 }
+_GEMMA4: dict[str, Any] = _GEMMA | {
+    "norm_offset": 0.0, "norm_rounds_once": True, "qk_norm": "head", "window": "self_attn.sliding_window", "rotary_tables": 2,
+    "reads": "self_attn.is_kv_shared_layer", "stores": "self_attn.store_full_length_kv",
+    "keys_are_values": "self_attn.use_alternative_attention", "normalises_values": True, "scalar": "layer_scalar",
+}  # fmt: skip
+_GEMMA4_DEFAULTS = {
+    "head_dim": 256, "tie_word_embeddings": True, "vocab_size": 262_144, "num_attention_heads": 8, "num_key_value_heads": 4,
+}  # fmt: skip
 _NORMS_AFTER: dict[str, Any] = {
     "attention": HalfNorms(None, "post_attention_layernorm"), "mlp": HalfNorms(None, "post_feedforward_layernorm"),
 }  # fmt: skip
@@ -125,6 +157,12 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Family("Gemma3", window=_OWN_WINDOW, qk_norm="head", rotary_tables=2, **_GEMMA, defaults={
         "head_dim": 256, "tie_word_embeddings": True, "vocab_size": 262_208, "num_attention_heads": 8,
         "num_key_value_heads": 4, "sliding_window": 4096}),
+    "gemma4": Family("Gemma4Text", **_GEMMA4, lacks=("enable_moe_block",), tail_norm="post_per_layer_input_norm",
+                     tail={INPUT_GATE: ("per_layer_input_gate",), INPUT_PROJECTION: ("per_layer_projection",)},
+                     tail_width="hidden_size_per_layer_input", outside=("per_layer_model_projection",), defaults={
+                         **_GEMMA4_DEFAULTS, "sliding_window": 512, "hidden_size_per_layer_input": 256,
+                         "vocab_size_per_layer_input": 262_144}),
+    "gemma4_unified": Family("Gemma4UnifiedText", **_GEMMA4, defaults={**_GEMMA4_DEFAULTS, "sliding_window": 1024}),
     "smollm3": Family("SmolLM3", window=_OWN_WINDOW, rotates="self_attn.use_rope", biases=_ALL_BIASES, defaults={
         "num_key_value_heads": 4, "tie_word_embeddings": True}),
     "granite": Family("Granite", multiplier="residual_multiplier", biases=_ALL_BIASES),
@@ -159,7 +197,10 @@ FAMILIES: dict[str, Family] = {
         "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192}),
 }  # fmt: skip
 """Key -> family. The key is the family's model_type."""
-OTHER_TYPES = {"gemma3_text": "gemma3", "internlm3": "llama", "iquestcoder": "llama"}
+OTHER_TYPES = {
+    "gemma3_text": "gemma3", "gemma4_text": "gemma4", "gemma4_unified_text": "gemma4_unified", "internlm3": "llama",
+    "iquestcoder": "llama",
+}  # fmt: skip
 """Further model types -> the key of the family whose layers they have."""
 OTHER = Family("")
 """Stands for a family whose layers run unfused: the usual names of parts, two norms, no biases."""

@@ -10,31 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
-from engine.planning.families import HalfNorms
-from engine.planning.layer_plan import LayerPlan
-from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, LOW, TRANSIENT, WEIGHTS, HostStack, LiveBytes, Sizes
-from engine.planning.model_shape import ModelShape
+from engine.planning.compute_limits import FLASH_HEAD
+from engine.planning.families import INPUT_GATE, INPUT_PROJECTION, HalfNorms
+from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, TRANSIENT, WEIGHTS, LayerWalk
 from engine.planning.policies import Policy
 
-AttentionName = Literal["flash", "cudnn", "eager"]
 HalfName = Literal["attention", "mlp"]
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One pass through layer `i` of a model of this shape."""
-
-    i: int
-    plan: LayerPlan
-    shape: ModelShape
-    sizes: Sizes
-    attention: AttentionName
-    dropout: bool
-    live: LiveBytes
-    host_stack: HostStack
+class Pass(LayerWalk):
+    """One pass through a layer."""
 
     def forward(self, trains: bool) -> None:
         """Walk from x to y, the next layer's x; `trains` says that a backward pass follows."""
@@ -51,28 +39,34 @@ class Pass:
                 tile._mlp("tile", TRANSIENT)
         live.drop("normed", "normed_mlp")
         if not graph:
-            live.drop(*map(self._own, ("qkv", "o_out", "x_mid")))
+            live.drop(*map(self._own, ("qkv", "o_out", "x_mid", "rstd")))
         if not keeps_mlp:
-            live.drop(*map(self._own, ("gate_up", "down_out")))
+            live.drop(*map(self._own, ("gate_up", "tail_gate", "down_out")))
         if not trains or policy is Policy.OFFLOAD:
             live.drop(*(self._own(f"low.{group}") for group in self.plan.ranks))
         if not trains:
             return live.drop(self._own("x"))
         self.host_stack.advance()
         if policy.is_on_host:
-            self.host_stack.push(self._names())
+            self.host_stack.push([name for name in self._names() if name != self._own("rstd")])
 
     def backward(self) -> None:
         """Walk from dy to dx, which is renamed dy; no tensor of the layer is left."""
         live = self.live
         if self.plan.policy.is_on_host:
             self.host_stack.pop()
+        if self.plan.needs_dinput:
+            live.hold("dinput", self.sizes.p)
         self._mlp_backward()
         live.drop(self._own("x_mid"))
         self._attention_backward()
         grads = [name for name in live.alive if name.startswith("grads.")]
         live.drop(*self._names(), *grads, "normed", "dx_mid")
         live.rename("dx", "dy")
+        if self.plan.needs_dinput:  # selecting a layer's part makes a gradient of all parts
+            live.hold("dinputs", self.sizes.inputs)
+            live.briefly(self.sizes.inputs)
+            live.drop("dinput")
 
     def _to_mlp(self, graph: bool) -> None:
         """Make x_mid, and normed_mlp, which is x_mid normalised."""
@@ -103,21 +97,14 @@ class Pass:
     @contextmanager
     def _tile(self) -> Iterator[Pass]:
         """Yield the pass through one tile of the MLP; the weights live through all tiles."""
-        mine = ("gate_up", "down")
+        mine = [group for group in self.shape.groups if group not in ("qkv", "o")]
         with self.live.holding(sum(map(self._weights, mine)), WEIGHTS):
             yield replace(self, sizes=self.sizes.tile, plan=replace(self.plan, cached=self.plan.cached.union(mine)))
-            self.live.drop("tile", *map(self._own, ("gate_up", "down_out", "low.gate_up", "low.down")))
+            self.live.drop("tile", *map(self._own, ("gate_up", "tail_gate", "down_out", *(f"low.{group}" for group in mine))))
 
     def _component(self, graph: bool) -> str:
         """Return the component of what backward passes read: kept, or made again for one pass."""
         return KEPT if graph and self.plan.policy.keeps_attention else TRANSIENT
-
-    def _names(self) -> list[str]:
-        """Return the names of the layer's tensors that are alive."""
-        return [name for name in self.live.alive if name.startswith(self._own(""))]
-
-    def _own(self, tensor: str) -> str:
-        return f"{self.i}.{tensor}"
 
     def _attention_half(self, graph: bool) -> None:
         live, s = self.live, self.sizes
@@ -125,33 +112,49 @@ class Pass:
         live.hold("normed", self._normed("attention"))
         self._project("qkv", s.x, self._own("qkv"), s.qkv, component)
         if self.shape.layer.qk_norm != "none":
-            rstd = s.heads + s.heads * s.k // s.q if self.shape.layer.qk_norm == "head" else 0
-            live.hold(self._own("rotated"), s.q + s.k + rstd, component)
+            rstd = s.heads if self.shape.layer.qk_norm == "head" else 0
+            live.hold(self._own("rotated"), s.q, component)
+            live.hold(self._own("rstd"), rstd, component)
+            self._keys(rstd, component, graph)
         if self.attention == "eager":
             live.briefly(12 * s.sample_scores, ATTENTION)  # scores, masked scores and weights, fp32
-        live.hold(self._own("attention"), s.q + s.heads + (self._eager_graph() if graph else 0), component)
+        repeated = 2 * s.q if self._repeats_keys() else 0
+        live.hold(self._own("repeated"), repeated, component)
+        kept = s.eager_graph if graph and self.attention == "eager" else 0
+        live.hold(self._own("attention"), s.q + s.heads + kept, component)
+        if not graph:
+            live.drop(self._own("repeated"))
         self._project("o", s.q, "delta", s.x)
         if not graph:
-            live.drop(self._own("attention"), self._own("rotated"))
+            live.drop(*map(self._own, ("attention", "rotated", "keys")))
         if self._norms("attention").after:
             live.drop("delta")
             live.hold(self._own("o_out"), s.x, component)
             live.hold("delta", s.x)
 
-    def _eager_graph(self) -> int:
-        """Return the bytes that autograd keeps of eager attention.
+    def _keys(self, rstd: int, component: str, graph: bool) -> None:
+        """Make normalised keys, and values if their norm makes new ones; others may read them.
 
-        They are tanh and softmax in fp32, the rounded weights, and keys and values repeated for all
-        heads.
+        Those of a layer that keeps none for itself are lent: they go with the backward pass of the
+        first layer that reads them.
         """
-        s = self.sizes
-        repeated = 2 * s.q if s.q != s.k else 0
-        return (8 + s.element) * s.scores + repeated if self.attention == "eager" else 0
+        s, shape = self.sizes, self.shape
+        if shape.keys == "shared":
+            return
+        number = 2 if shape.layer.normalises_values else 1
+        self.live.hold(self._own("rstd"), rstd + number * rstd * s.k // s.q, component)
+        own = self._own("keys") if shape.source is None else f"{'' if graph else 'lent '}keys of {self.i}"
+        self.live.hold(own, number * s.k, component if shape.source is None else BOUNDARY)
+
+    def _repeats_keys(self) -> bool:
+        """Return True if attention over wide heads copies keys and values for all heads."""
+        return self.shape.head_dim > FLASH_HEAD and 1 < self.shape.num_kv_heads < self.shape.num_heads
 
     def _mlp(self, output: str, kept: str) -> None:
         """Walk the MLP; `kept` is the component of gate, up and, with a norm after, down's output."""
         self._gate_up(kept, self._weights("gate_up"))
         self._down(output, kept)
+        self._tail(kept)
 
     def _gate_up(self, kept: str, weights: int) -> None:
         s = self.sizes
@@ -161,6 +164,38 @@ class Pass:
             self.live.briefly(s.f if two else 0)
         self._low("gate_up", s.x)
 
+    def _tail(self, kept: str) -> None:
+        """Walk the per-layer input; the layer's output is changed in place."""
+        s = self.sizes
+        if s.p:
+            self._project(INPUT_GATE, s.x, self._own("tail_gate"), s.p, kept)
+            with self.live.holding(s.p):
+                self._project(INPUT_PROJECTION, s.p, "tail_out", s.x)
+            self.live.briefly(s.x)
+            self.live.drop("tail_out")
+
+    def _tail_gradient(self) -> None:
+        """Walk from dy to dh, the gradient of the residual stream before the tail."""
+        live, s, group = self.live, self.sizes, INPUT_GATE
+        live.hold("dh", s.x)  # dy times the scalar
+        if not s.p:
+            return
+        if self._own("tail_gate") not in live.alive or self.plan.ranks[group]:
+            live.hold("h", s.x)
+        again = self._own("tail_gate") not in live.alive
+        if again:
+            self._project(group, s.x, self._own("tail_gate"), s.p)
+        live.hold("tail_hidden", s.p)
+        self._project(INPUT_PROJECTION, s.p, "tail_out", s.x)
+        live.briefly(s.x if again else 0)
+        live.hold("tail_dout", s.x)
+        self._group_backward(INPUT_PROJECTION, s.p, "tail_dhidden")
+        live.hold("tail_dinput", s.p)
+        self._group_backward(group, s.x, "dh of the tail")
+        live.drop(self._own("tail_gate"), *(f"tail_{name}" for name in ("hidden", "out", "dout", "dhidden", "dinput")))
+        live.rename("dh of the tail", "dh")
+        live.drop("h")
+
     def _down(self, output: str, kept: str) -> None:
         s = self.sizes
         with self.live.holding(s.f):  # act(gate) * up
@@ -169,25 +204,6 @@ class Pass:
             self.live.drop(output)
             self.live.hold(self._own("down_out"), s.x, kept)
             self.live.hold(output, s.x, BOUNDARY)
-
-    def _project(self, group: str, input_size: int, output: str, output_size: int, component: str = TRANSIENT) -> None:
-        self._low(group, input_size)
-        with self.live.holding(self._weights(group), WEIGHTS):
-            self.live.hold(output, output_size, component)
-
-    def _low(self, group: str, input_size: int) -> None:
-        name, rank = self._own(f"low.{group}"), self.plan.ranks[group]
-        if rank and name not in self.live.alive:
-            self._dropped(group, input_size)
-            self.live.hold(name, rank * self.sizes.low, LOW)
-
-    def _dropped(self, group: str, input_size: int) -> None:
-        """Make the dropout mask and the masked input for a moment."""
-        if self.dropout and self.plan.ranks[group]:
-            self.live.briefly(2 * input_size)
-
-    def _weights(self, group: str) -> int:
-        return 0 if group in self.plan.cached else self.sizes.weights[group]
 
     def _mlp_backward(self) -> None:
         live, s = self.live, self.sizes
@@ -211,12 +227,14 @@ class Pass:
                 if self._norms("mlp").after:
                     self._down("unused", TRANSIENT)
                     live.drop("unused")
+            if self.shape.layer.scalar:
+                self._tail_gradient()
             self._hold_branch_gradient("ddown", "mlp")
             live.drop(self._own("down_out"))
             self._activation_backward()
             self._group_backward("gate_up", s.x, "dnormed", weights_are_there=True)
             self._hold_input_gradient(output, "mlp")
-        live.drop("dnormed", "ddown", self._own("gate_up"))
+        live.drop("dnormed", "ddown", "dh", self._own("gate_up"))
 
     def _activation_backward(self) -> None:
         live, s = self.live, self.sizes
@@ -228,24 +246,17 @@ class Pass:
             live.hold("grads.down", 4 * self.plan.adapter["down"])
             live.drop("dhidden")
 
-    def _group_backward(self, group: str, input_size: int, dx: str, weights_are_there: bool = False) -> None:
-        with self.live.holding(self.plan.ranks[group] * self.sizes.low):
-            self._dropped(group, input_size)
-            self.live.hold(f"grads.{group}", 4 * self.plan.adapter[group])
-            with self.live.holding(0 if weights_are_there else self._weights(group), WEIGHTS):
-                self.live.hold(dx, input_size)
-            self._dropped(group, input_size)
-
     def _attention_backward(self) -> None:
         live, s, plan = self.live, self.sizes, self.plan
         self._hold_branch_gradient("ddelta", "attention")
         if not plan.needs_dx and not plan.ranks["qkv"]:
             return live.drop("ddelta")
         self._group_backward("o", s.q, "dout")
-        live.hold("dqkv", s.qkv)
-        live.briefly(self._attention_workspace(), ATTENTION)
+        live.hold("dqkv", s.q + 2 * s.k)
+        live.briefly(s.eager_workspace if self.attention == "eager" else s.flash_workspace, ATTENTION)
         if self.shape.layer.qk_norm != "none":
             live.briefly(s.q)
+        self._shared_gradients()
         if "normed" not in live.alive:
             live.hold("normed", self._normed("attention"))
         live.hold("dqkv_cat", s.qkv)
@@ -253,16 +264,17 @@ class Pass:
             self._group_backward("qkv", s.x, "dnormed")
             self._hold_input_gradient("dx", "attention")
         live.drop("ddelta", "dout", "dqkv", "dqkv_cat", "dnormed")
+        if self.shape.source == self.i:
+            live.drop(f"keys of {self.i}", f"dkeys of {self.i}")
 
-    def _attention_workspace(self) -> int:
-        """Return the workspace of attention's backward pass.
-
-        Flash attention and cuDNN need dq in fp32, dk and dv of each query head, and dout * out
-        summed over K. Eager attention needs a sample's gradients of scores, and those of q and the
-        repeated k and v, whole and in parts.
-        """
-        s = self.sizes
-        if self.attention == "eager":
-            return 12 * s.sample_scores + 6 * s.q
-        expanded = 2 * s.q if s.q != s.k else 0
-        return 4 * s.q // s.element + expanded + s.heads
+    def _shared_gradients(self) -> None:
+        """Hand on, or take up, the gradients of keys and values that layers share."""
+        live, s, source = self.live, self.sizes, self.shape.source
+        if source == self.i:
+            live.briefly(s.k)
+        elif source is not None:
+            live.hold("dqkv", s.q)
+            live.hold(f"dkeys of {source}", 2 * s.k)
+            live.briefly(2 * s.k)
+            if self.shape.reads_first:
+                live.drop(f"lent keys of {source}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from engine.config.targets import target_rule
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
+from engine.planning.compute_limits import HOST_EMBEDDING_MIN_BYTES
 from engine.planning.model_shape import ModelShape
 from engine.planning.policies import Policy, layer_policies
 from engine.units import GIB
@@ -26,6 +27,7 @@ class LayerPlan:
     - cached: groups whose weights stay dequantised.
     - trained: True if it has a backward pass, because this layer or one below is trained.
     - needs_dx: True if a layer below is trained.
+    - needs_dinput: True if what makes the layer's own embedding of a token is trained.
     """
 
     policy: Policy
@@ -34,6 +36,7 @@ class LayerPlan:
     cached: frozenset[str]
     trained: bool
     needs_dx: bool
+    needs_dinput: bool = False
 
 
 def is_fused(config: TrainConfig, shape: ModelShape) -> bool:
@@ -65,14 +68,17 @@ def adapted_projections(config: TrainConfig, shape: ModelShape) -> list[tuple[st
     """
     targets = config.lora.target_modules
     is_target = target_rule(targets)
-    paths = [path for members in shape.layer.paths.values() for path in members]
-    names = [[f"model.layers.{i}.{path}" for path in paths] for i in range(shape.num_layers)]
+    names = []
+    for i, one in enumerate(shape.each):
+        paths = [shape.layer.path(group, name) for group, members in one.groups.items() for name in members]
+        names.append([f"model.layers.{i}.{path}" for path in paths])
     chosen = [tuple(n.rpartition(".")[2] for n in layer if is_target(n)) for layer in names]
-    if any(chosen):
+    if any(chosen) or adapted_outside(config, shape):
         return chosen
     if shape.family == "other":  # its layers may have other names, so count all to be safe
         return [tuple(shape.projections())] * shape.num_layers
-    allowed = f"all-linear, {', '.join(shape.projections())}"
+    known = dict.fromkeys(name for one in shape.each for name in one.projections())
+    allowed = f"all-linear, {', '.join([*known, *shape.outside])}"
     raise InputError("lora.target_modules", targets, f"matches no linear layer; allowed: {allowed}")
 
 
@@ -91,23 +97,55 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
         loop.weight_cache_gib,
     ):
         raise ValueError("predictions need a config with nothing left auto: call make_compute_plan first")
-    adapted = adapted_projections(config, shape)
-    first = next(i for i, names in enumerate(adapted) if names)
+    adapted, outside = adapted_projections(config, shape), bool(adapted_outside(config, shape))
+    first = 0 if outside else next(i for i, names in enumerate(adapted) if names)
     cached = _cached_groups(config, shape)
-    sizes = {name: config.lora.rank * sum(features) for name, features in shape.projections().items()}
     plans, counts = [], (loop.keep_layers, loop.host_layers) if is_fused(config, shape) else (0, 0)
     policies = layer_policies(shape.num_layers, Policy.of(loop.activation_checkpointing), *counts)
-    for i, names in enumerate(adapted):
-        ranks = {group: config.lora.rank * sum(n in names for n in members) for group, members in shape.groups.items()}
-        adapter = {group: sum(sizes[n] for n in members if n in names) for group, members in shape.groups.items()}
-        plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, i > first))
+    for i, (names, one) in enumerate(zip(adapted, shape.each)):
+        sizes = {name: config.lora.rank * sum(features) for name, features in one.projections().items()}
+        ranks = {group: config.lora.rank * sum(n in names for n in members) for group, members in one.groups.items()}
+        adapter = {group: sum(sizes[n] for n in members if n in names) for group, members in one.groups.items()}
+        plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, i > first, outside))
     return plans
+
+
+def adapted_outside(config: TrainConfig, shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Return (output, input) features of the adapted linear layers outside the decoder layers."""
+    is_target = target_rule(config.lora.target_modules)
+    return {name: features for name, features in shape.outside.items() if is_target(f"model.{name}")}
+
+
+def num_trained(config: TrainConfig, shape: ModelShape, plans: list[LayerPlan]) -> int:
+    """Return the number of trained values."""
+    outside = config.lora.rank * sum(map(sum, adapted_outside(config, shape).values()))
+    return outside + sum(sum(plan.adapter.values()) for plan in plans)
 
 
 def group_parameters(shape: ModelShape) -> dict[str, int]:
     """Return the number of frozen weights in each group of one layer."""
     features = shape.projections()
     return {group: sum(math.prod(features[name]) for name in names) for group, names in shape.groups.items()}
+
+
+def base_bytes(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
+    """Return the bytes of the frozen linear layers, and of norms and biases.
+
+    NF4 takes half a byte a value, a scale for each 64 values, and two code tables a weight. A scale
+    is fp32, or, quantised again, one byte plus an fp32 for each 256 scales.
+    """
+    element, linear = element_bytes(config), 0
+    for features in linear_layers(shape):
+        number = math.prod(features)
+        blocks = math.ceil(number / 64)
+        scales = blocks + 4 * math.ceil(blocks / 256) + 1536 if config.model.double_quantization else 4 * blocks + 512
+        linear += number // 2 + scales if config.model.quantization == "nf4" else element * number
+    return {"base weights": linear, "norms and biases": element * shape.vector_parameters}
+
+
+def linear_layers(shape: ModelShape) -> list[tuple[int, int]]:
+    """Return (output, input) features of every linear layer but the head."""
+    return [*shape.outside.values(), *(features for one in shape.each for features in one.projections().values())]
 
 
 def _cached_groups(config: TrainConfig, shape: ModelShape) -> list[frozenset[str]]:
@@ -118,8 +156,8 @@ def _cached_groups(config: TrainConfig, shape: ModelShape) -> list[frozenset[str
     if config.model.quantization != "nf4" or not is_fused(config, shape):
         return [frozenset()] * shape.num_layers
     room, cached = int(config.train.weight_cache_gib * GIB), []
-    sizes = {group: element_bytes(config) * number for group, number in group_parameters(shape).items()}
-    for _ in range(shape.num_layers):
+    for one in shape.each:
+        sizes = {group: element_bytes(config) * number for group, number in group_parameters(one).items()}
         chosen = []
         for group, size in sizes.items():
             if size <= room:
@@ -127,3 +165,12 @@ def _cached_groups(config: TrainConfig, shape: ModelShape) -> list[frozenset[str
                 chosen.append(group)
         cached.append(frozenset(chosen))
     return cached
+
+
+def is_on_host(config: TrainConfig, table_bytes: int) -> bool:
+    """Return True if engine/vocabulary/host_embedding.py stores the input embedding on the host.
+
+    The embedding must not be tied to the head.
+    """
+    wanted = config.model.embeddings
+    return wanted == "host" or (wanted == "auto" and table_bytes >= HOST_EMBEDDING_MIN_BYTES)

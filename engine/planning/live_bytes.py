@@ -13,9 +13,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from engine.planning.compute_limits import HOST_IN_FLIGHT, HOST_LAG, MLP_TILE_TOKENS
-from engine.planning.layer_plan import group_parameters
+from engine.planning.families import Family
+from engine.planning.layer_plan import LayerPlan, group_parameters
 from engine.planning.model_shape import ModelShape
 
 KEPT, TRANSIENT, WEIGHTS, ATTENTION, BOUNDARY, LOW = (
@@ -25,7 +27,9 @@ KEPT, TRANSIENT, WEIGHTS, ATTENTION, BOUNDARY, LOW = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """The bytes of one layer's tensors: x [T, D], q [T, H, K], k [T, G, K], f [T, F], low [T, 1].
+    """The bytes of one layer's tensors: x [T, D], q [T, H, K], k [T, G, K], f [T, F], low [T, 1], p [T, P].
+
+    qkv is what the layer projects of queries, keys and values. inputs are the p of all layers.
 
     heads [T, H] is fp32. scores [H, T, L] and one sample's [H, L, L] count one byte a value.
     weights maps each group to its dequantised weights, 0 if not packed. tile is for one tile of the
@@ -35,7 +39,10 @@ class Sizes:
     x: int
     q: int
     k: int
+    qkv: int
     f: int
+    p: int
+    inputs: int
     low: int
     heads: int
     scores: int
@@ -53,7 +60,10 @@ class Sizes:
             x=element * tokens * shape.hidden_size,
             q=element * tokens * shape.num_heads * shape.head_dim,
             k=element * tokens * shape.num_kv_heads * shape.head_dim,
+            qkv=element * tokens * sum(shape.projections()[name][0] for name in shape.groups["qkv"]),
             f=element * tokens * shape.intermediate_size,
+            p=element * tokens * shape.input_width,
+            inputs=element * tokens * shape.input_width * shape.num_layers,
             low=element * tokens,
             heads=4 * tokens * shape.num_heads,
             scores=shape.num_heads * tokens * length,
@@ -65,8 +75,41 @@ class Sizes:
         )
 
     @property
-    def qkv(self) -> int:
-        return self.q + 2 * self.k
+    def eager_graph(self) -> int:
+        """Return the bytes that autograd keeps of eager attention.
+
+        They are tanh and softmax in fp32, the rounded weights, and keys and values repeated for all
+        heads.
+        """
+        return (8 + self.element) * self.scores + self._repeated
+
+    @property
+    def eager_workspace(self) -> int:
+        """Return the bytes of a sample's gradients of scores, and of those of q and the repeated k and v."""
+        return 12 * self.sample_scores + 6 * self.q
+
+    @property
+    def flash_workspace(self) -> int:
+        """Return the workspace of attention's backward pass: flash, cuDNN or memory-efficient.
+
+        It is dq in fp32, dk and dv of each query head, and dout * out summed over K.
+        """
+        return 4 * self.q // self.element + self._repeated + self.heads
+
+    def unfused_graph(self, layer: Family, eager_scores: int, dropout: bool) -> int:
+        """Return the bytes that autograd keeps of one of transformers' own layers, without its input.
+
+        They are fp32 copies in the norms and inputs of adapted matmuls. Attention adds its queries,
+        keys, values and output; the MLP adds gate, its activation, up and their product. Dropout
+        adds each projection's masked input and mask.
+        """
+        norms = (layer.attention.number + layer.mlp.number) * self.x + (self.q + self.k if layer.qk_norm != "none" else 0)
+        kept = 4 * norms // self.element + 2 * self.x + self.qkv + self.q + self.heads + 4 * self.f + 10 * eager_scores
+        return kept + (3 * (5 * self.x + self.q + self.f) // 2 if dropout else 0)
+
+    @property
+    def _repeated(self) -> int:
+        return 2 * self.q if self.q != self.k else 0
 
 
 @dataclass
@@ -197,3 +240,55 @@ class HostStack:
 
 def _bytes(entry: _Held) -> int:
     return sum(size for _, size in entry.sizes.values())
+
+
+AttentionName = Literal["flash", "cudnn", "eager"]
+
+
+@dataclass(frozen=True)
+class LayerWalk:
+    """What all parts of a walk through layer `i` need: its tensors' names, and its projections."""
+
+    i: int
+    plan: LayerPlan
+    shape: ModelShape
+    sizes: Sizes
+    attention: AttentionName
+    dropout: bool
+    live: LiveBytes
+    host_stack: HostStack
+
+    def _names(self) -> list[str]:
+        """Return the names of the layer's tensors that are alive."""
+        prefix = self._own("")
+        return [name for name in self.live.alive if name.startswith(prefix)]
+
+    def _own(self, tensor: str) -> str:
+        return f"{self.i}.{tensor}"
+
+    def _project(self, group: str, input_size: int, output: str, output_size: int, component: str = TRANSIENT) -> None:
+        self._low(group, input_size)
+        with self.live.holding(self._weights(group), WEIGHTS):
+            self.live.hold(output, output_size, component)
+
+    def _low(self, group: str, input_size: int) -> None:
+        name, rank = self._own(f"low.{group}"), self.plan.ranks[group]
+        if rank and name not in self.live.alive:
+            self._dropped(group, input_size)
+            self.live.hold(name, rank * self.sizes.low, LOW)
+
+    def _dropped(self, group: str, input_size: int) -> None:
+        """Make the dropout mask and the masked input for a moment."""
+        if self.dropout and self.plan.ranks[group]:
+            self.live.briefly(2 * input_size)
+
+    def _weights(self, group: str) -> int:
+        return 0 if group in self.plan.cached else self.sizes.weights[group]
+
+    def _group_backward(self, group: str, input_size: int, dx: str, weights_are_there: bool = False) -> None:
+        with self.live.holding(self.plan.ranks[group] * self.sizes.low):
+            self._dropped(group, input_size)
+            self.live.hold(f"grads.{group}", 4 * self.plan.adapter[group])
+            with self.live.holding(0 if weights_are_there else self._weights(group), WEIGHTS):
+                self.live.hold(dx, input_size)
+            self._dropped(group, input_size)

@@ -17,10 +17,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.config.trial import TrainConfig
-from engine.planning.compute_limits import EVALUATION_ROW_TOKENS, HOST_EMBEDDING_MIN_BYTES, LOSS_CHUNK_BYTES
-from engine.planning.layer_memory import AttentionName, Pass
-from engine.planning.layer_plan import element_bytes, group_parameters, is_fused, plan_layers
-from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, HostStack, LiveBytes, Sizes
+from engine.planning.compute_limits import EVALUATION_ROW_TOKENS, LOSS_CHUNK_BYTES
+from engine.planning.layer_memory import Pass
+from engine.planning.layer_plan import (
+    adapted_outside,
+    base_bytes,
+    element_bytes,
+    group_parameters,
+    is_fused,
+    is_on_host,
+    linear_layers,
+    num_trained,
+    plan_layers,
+)
+from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, AttentionName, HostStack, LiveBytes, Sizes
 from engine.planning.model_shape import ModelShape
 from engine.planning.policies import Policy
 from engine.units import GIB
@@ -42,8 +52,8 @@ class MemoryPrediction:
 
     - components: bytes at the moment of the peak, by what holds them.
     - phases: the peak of each phase; phase is the highest one.
-    - rough: True for an estimate instead of a count: layers run unfused, or attention is eager, or
-      the working dtype is not 16-bit.
+    - rough: True for an estimate instead of a count: layers run unfused, or attention is eager or over
+      heads too wide for flash attention, or the working dtype is not 16-bit.
     - host_bytes: pinned host memory for the tensors that layers store there.
     - recorded_bytes: memory that CUDA graphs keep beyond the peak while the trial evaluates.
     """
@@ -115,10 +125,11 @@ class _Walk:
     def __init__(self, config: TrainConfig, shape: ModelShape, attention: AttentionName) -> None:
         self.config, self.shape, self.live = config, shape, LiveBytes()
         self.host_stack = HostStack(self.live)
+        self.layer_sizes: list[Sizes] = []
         self.attention: AttentionName = "eager" if shape.attention_softcap else attention
         self.plans, self.element = plan_layers(config, shape), element_bytes(config)
         self.is_fused = is_fused(config, shape)
-        self.is_rough = not self.is_fused or self.attention == "eager" or self.element != 2
+        self.is_rough = not self.is_fused or self.attention == "eager" or self.element != 2 or shape.has_wide_heads
 
     def load(self) -> None:
         """Load the base model from its 16-bit weights; then hold all that stays during training."""
@@ -126,18 +137,23 @@ class _Walk:
         live.enter("load")
         streams = 2 if self.config.train.cuda_graphs is True else 1  # graphs are recorded on a second stream
         live.hold("workspaces", streams * MATMUL_WORKSPACES, "matmul workspaces")
-        for name, size in _base_bytes(self.config, self.shape).items():
+        for name, size in base_bytes(self.config, self.shape).items():
             live.hold(name, size, name)
         table = self.element * self.shape.vocab_size * self.shape.hidden_size
         live.hold("head", table, "head")
         with live.holding(0 if self.shape.tied_embeddings else table, "input embedding"):
             live.briefly(self._largest_weight())
-        if not self.shape.tied_embeddings and not _is_on_host(self.config, table):
+        if not self.shape.tied_embeddings and not is_on_host(self.config, table):
             live.hold("input embedding", table, "input embedding")
+        per_layer = self.element * self.shape.input_table
+        live.briefly(per_layer, "input embedding")  # it is loaded to the device before it moves
+        if per_layer and not is_on_host(self.config, per_layer):
+            live.hold("input embedding of layers", per_layer, "input embedding")
         live.enter("at rest")
-        cached = self.element * sum(group_parameters(self.shape)[group] for plan in plans for group in plan.cached)
+        parameters = [group_parameters(one) for one in self.shape.each]
+        cached = self.element * sum(sizes[group] for sizes, plan in zip(parameters, plans) for group in plan.cached)
         live.hold("weight cache", cached, "weight cache")
-        number = sum(sum(plan.adapter.values()) for plan in plans)
+        number = num_trained(self.config, self.shape, plans)
         live.hold("adapter", (4 + 4 + self.element) * number, "adapter")  # parameter, gradient, copy for the matmuls
         states = 2 * number + 8 * math.ceil(number / 256) if self._has_8bit_optimizer() else 8 * number
         live.hold("optimizer", states, "optimizer")
@@ -148,7 +164,7 @@ class _Walk:
         sizes = self._begin("forward", tokens, self.config.data.max_seq_length)
         live, last = self.live, self.shape.num_layers
         if self.is_fused:
-            passes = [self._pass(i, sizes, self.config.lora.lora_dropout > 0.0) for i in range(last)]
+            passes = [self._pass(i, self.config.lora.lora_dropout > 0.0) for i in range(last)]
             for layer in passes:
                 layer.forward(trains=layer.plan.trained)
                 if "0.x" not in live.alive and "inputs" not in live.alive:  # the decoder holds on to them
@@ -164,7 +180,9 @@ class _Walk:
             self._backward(passes)
         else:
             self._backward_unfused(sizes)
-        live.drop("dy", "batch")
+        if self._trains_inputs():  # the gradient of all layers' inputs, through mean, norm and projection
+            live.briefly(3 * sizes.inputs)
+        live.drop("dy", "dinputs", "batch", "layer inputs")
 
     def step_optimizer(self) -> None:
         """Walk the optimizer step.
@@ -172,7 +190,7 @@ class _Walk:
         torch's AdamW makes one temporary of the parameters' size; the 8-bit one makes none.
         """
         self.live.enter("optimizer step")
-        number = sum(sum(plan.adapter.values()) for plan in self.plans)
+        number = num_trained(self.config, self.shape, self.plans)
         self.live.briefly(0 if self._has_8bit_optimizer() else 4 * number)
 
     def evaluate(self) -> None:
@@ -183,13 +201,15 @@ class _Walk:
         last = self.shape.num_layers - 1
         self.live.rename("0.x", f"{last}.x")
         self.live.hold("inputs", sizes.x if last else 0, BOUNDARY)
-        if self.is_fused:  # layers differ only in cached weights, and the last has the fewest
-            self._pass(last, sizes, dropout=False).forward(trains=False)
+        stores = [size.k for i, size in enumerate(self.layer_sizes) if self.shape.each[i].source == i != last]
+        self.live.hold("shared keys", 2 * sum(stores), BOUNDARY)
+        if self.is_fused:  # the last layer has the fewest cached weights, and the widest MLP if layers differ
+            self._pass(last, dropout=False).forward(trains=False)
         else:
             self.live.briefly(3 * sizes.f + 6 * sizes.x + self._largest_weight() + 12 * self._eager_scores(sizes))
-        self.live.drop("inputs")
+        self.live.drop("inputs", "shared keys", f"keys of {last}")
         self._loss(sizes, tokens, trains=False)
-        self.live.drop(f"{last}.x", f"{last + 1}.x", "batch")
+        self.live.drop(f"{last}.x", f"{last + 1}.x", "batch", "layer inputs")
 
     def _begin(self, phase: str, tokens: int, sample_tokens: int) -> Sizes:
         """Enter a phase with a batch on the device.
@@ -197,19 +217,32 @@ class _Walk:
         The batch is at most five int64 tensors, cos and sin of each kind of layer, and the embedded
         tokens.
         """
-        layer = self.shape.layer
-        rotary = 2 * layer.rotary_tables * (4 if layer.rotary_fp32 else self.element) * tokens * self.shape.head_dim
-        sizes = Sizes.of(self.shape, tokens, sample_tokens, self.element, self.config.model.quantization == "nf4")
+        layer, shape = self.shape.layer, self.shape
+        heads = {one.head_dim for one in shape.layers} or {shape.head_dim}
+        tables = sum(heads) if len(heads) > 1 else layer.rotary_tables * max(heads)
+        rotary = 2 * (4 if layer.rotary_fp32 else self.element) * tokens * tables
+        packed = self.config.model.quantization == "nf4"
+        known = {one: Sizes.of(one, tokens, sample_tokens, self.element, packed) for one in set(shape.each)}
+        self.layer_sizes = [known[one] for one in shape.each]
+        sizes = self.layer_sizes[-1]
         self.live.enter(phase)
         self.live.hold("batch", 40 * tokens + rotary, "batch and rotary")
         self.live.hold("0.x", sizes.x, BOUNDARY)
+        if sizes.inputs:  # rows of the table, projection, their sum and its mean
+            keeps = self._trains_inputs() and phase == "forward"
+            self.live.briefly((5 if keeps else 4) * sizes.inputs)
+            self.live.hold("layer inputs", (2 if keeps else 1) * sizes.inputs, "per-layer inputs")
         return sizes
 
-    def _pass(self, i: int, sizes: Sizes, dropout: bool) -> Pass:
-        return Pass(i, self.plans[i], self.shape, sizes, self.attention, dropout, self.live, self.host_stack)
+    def _trains_inputs(self) -> bool:
+        return bool(adapted_outside(self.config, self.shape))
+
+    def _pass(self, i: int, dropout: bool) -> Pass:
+        of_layer = i, self.plans[i], self.shape.each[i], self.layer_sizes[i]
+        return Pass(*of_layer, self.attention, dropout, self.live, self.host_stack)
 
     def _loss(self, sizes: Sizes, tokens: int, trains: bool) -> None:
-        """Walk through engine/layers/loss.py, with every token a target.
+        """Walk through engine/vocabulary/loss.py, with every token a target.
 
         If it trains, it ends with `dh`, the gradient of the normalised hidden states.
         """
@@ -253,48 +286,15 @@ class _Walk:
         self.live.drop("graph", *(f"{i}.x" for i in range(self.shape.num_layers)))
 
     def _unfused_graph(self, sizes: Sizes) -> int:
-        """Return the bytes that autograd keeps of one layer, without its input.
-
-        They are fp32 copies in the norms and inputs of adapted matmuls. Attention adds its queries,
-        keys, values and output; the MLP adds gate, its activation, up and their product. Dropout
-        adds each projection's masked input and mask.
-        """
-        s, shape = sizes, self.shape
-        layer = shape.layer
-        norms = (layer.attention.number + layer.mlp.number) * s.x + (s.q + s.k if layer.qk_norm != "none" else 0)
-        total = 4 * norms // s.element + 2 * s.x + s.qkv + s.q + s.heads + 4 * s.f + 10 * self._eager_scores(s)
-        return total + (3 * (5 * s.x + s.q + s.f) // 2 if self.config.lora.lora_dropout else 0)
+        dropout = self.config.lora.lora_dropout > 0
+        return sizes.unfused_graph(self.shape.layer, self._eager_scores(sizes), dropout)
 
     def _eager_scores(self, sizes: Sizes) -> int:
         return sizes.scores if self.attention == "eager" else 0
 
     def _largest_weight(self) -> int:
         """Return the bytes of the largest single projection in the working dtype."""
-        return self.element * max(math.prod(features) for features in self.shape.projections().values())
+        return self.element * max(map(math.prod, linear_layers(self.shape)))
 
     def _has_8bit_optimizer(self) -> bool:
         return self.config.optim.name in ("auto", "adamw_8bit")
-
-
-def _base_bytes(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
-    """Return the bytes of the frozen linear layers, and of norms and biases.
-
-    NF4 takes half a byte a value, a scale for each 64 values, and two code tables a weight. A scale
-    is fp32, or, quantised again, one byte plus an fp32 for each 256 scales.
-    """
-    element, linear = element_bytes(config), 0
-    for features in shape.projections().values():
-        number = math.prod(features)
-        blocks = math.ceil(number / 64)
-        scales = blocks + 4 * math.ceil(blocks / 256) + 1536 if config.model.double_quantization else 4 * blocks + 512
-        linear += number // 2 + scales if config.model.quantization == "nf4" else element * number
-    return {"base weights": shape.num_layers * linear, "norms and biases": element * shape.vector_parameters}
-
-
-def _is_on_host(config: TrainConfig, table_bytes: int) -> bool:
-    """Return True if engine/layers/host_embedding.py stores the input embedding on the host.
-
-    The embedding must not be tied to the head.
-    """
-    wanted = config.model.embeddings
-    return wanted == "host" or (wanted == "auto" and table_bytes >= HOST_EMBEDDING_MIN_BYTES)

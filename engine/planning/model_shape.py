@@ -6,14 +6,39 @@ Shape letters: D hidden, F MLP hidden, H query heads, G key/value heads, K head 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
 
 from engine.errors import InputError
-from engine.planning.families import ACTIVATIONS, FAMILIES, OTHER, OTHER_TYPES, Family
+from engine.planning.compute_limits import FLASH_HEAD
+from engine.planning.families import ACTIVATIONS, FAMILIES, INPUT_GATE, INPUT_PROJECTION, OTHER, OTHER_TYPES, Family
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 """Keys of config.json that say how many experts a layer has."""
+
+
+GLOBAL = "full_attention"
+Keys = Literal["own", "values", "shared"]
+"""What a layer does for keys: makes keys and values, makes keys that are its values too, or reads those of
+an earlier layer."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer has of its own in a model whose layers differ.
+
+    source: the layer whose keys and values it reads, itself if it stores them for others, or None.
+    reads_first: True if no earlier layer reads the same.
+    """
+
+    head_dim: int
+    num_kv_heads: int
+    intermediate_size: int
+    keys: Keys
+    source: int | None
+    reads_first: bool
 
 
 @dataclass(frozen=True)
@@ -26,6 +51,11 @@ class ModelShape:
     - sliding_window: number of keys that a query sees; None if it sees all.
     - rotates_by_row: True if rotary frequencies depend on the longest sample of a row, which the
       library looks for on the host.
+    - keys, source, reads_first: as in LayerShape.
+    - input_width: features of each layer's own embedding of a token, 0 for none. input_rows: tokens
+      in that table.
+    - layers: what each layer has of its own; empty if all are alike. Then `each` gives their shapes,
+      and the numbers above are those of the config alone.
     """
 
     num_layers: int
@@ -43,6 +73,12 @@ class ModelShape:
     attention_softcap: bool = False
     sliding_window: int | None = None
     rotates_by_row: bool = False
+    keys: Keys = "own"
+    source: int | None = None
+    reads_first: bool = False
+    input_width: int = 0
+    input_rows: int = 0
+    layers: tuple[LayerShape, ...] = ()
 
     @classmethod
     def known(cls, config: dict[str, Any], where: str) -> ModelShape | None:
@@ -84,8 +120,10 @@ class ModelShape:
         window, softcap = (config.get(key, layer.defaults.get(key)) for key in ("sliding_window", "attn_logit_softcapping"))
         if family in ("qwen2", "qwen3") and not values.get("use_sliding_window", False):
             window = None
-        return cls(
-            num_layers=number("num_hidden_layers"),
+        num_layers = number("num_hidden_layers")
+        width = number(layer.tail_width) if layer.tail_width and values.get(layer.tail_width) else 0
+        shape = cls(
+            num_layers=num_layers,
             hidden_size=hidden_size,
             intermediate_size=number("intermediate_size"),
             num_heads=num_heads,
@@ -100,23 +138,58 @@ class ModelShape:
             attention_softcap=family == "gemma2" and bool(softcap),
             sliding_window=window if isinstance(window, int) and not isinstance(window, bool) else None,
             rotates_by_row=_rotates_by_row(values),
+            input_width=width,
+            input_rows=number("vocab_size_per_layer_input") if width else 0,
         )
+        return replace(shape, layers=_gemma4_layers(shape, values, number)) if layer.reads else shape
 
     @property
     def layer(self) -> Family:
         """Return the description of the decoder layers."""
         return FAMILIES.get(self.family, OTHER)
 
-    @property
+    @cached_property
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Return the linear layers of a decoder layer, by group."""
-        return self.layer.groups
+        groups = self.layer.groups
+        made = {"own": groups["qkv"], "values": groups["qkv"][:2], "shared": groups["qkv"][:1]}[self.keys]
+        return {**groups, "qkv": made, **(self.layer.tail if self.input_width else {})}
+
+    @cached_property
+    def each(self) -> tuple[ModelShape, ...]:
+        """Return the shape of each decoder layer, as that of a model whose layers are all like it."""
+        if not self.layers:
+            return (self,) * self.num_layers
+        return tuple(replace(self, layers=(), **vars(layer)) for layer in self.layers)
+
+    @property
+    def has_wide_heads(self) -> bool:
+        """Return True if some heads are too wide for flash attention."""
+        return any(one.head_dim > FLASH_HEAD for one in self.each)
+
+    @property
+    def outside(self) -> dict[str, tuple[int, int]]:
+        """Return (output, input) features of the linear layers outside the decoder layers, by name."""
+        size = (self.num_layers * self.input_width, self.hidden_size)
+        return dict.fromkeys(self.layer.outside, size) if self.input_width else {}
+
+    @property
+    def input_table(self) -> int:
+        """Return the number of values in the table of all layers' own embeddings."""
+        return self.input_rows * self.num_layers * self.input_width
 
     def projections(self) -> dict[str, tuple[int, int]]:
         """Return (output, input) features of a decoder layer's linear layers, by name."""
+        return self._projections
+
+    @cached_property
+    def _projections(self) -> dict[str, tuple[int, int]]:
         D, F = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        sizes = {"qkv": ((q, kv, kv), D), "o": ((D,), q), "gate_up": ((F, F), D), "down": ((D,), F)}
+        P = self.input_width
+        sizes = {INPUT_GATE: ((P,), D), INPUT_PROJECTION: ((D,), P)} if P else {}
+        made = (q, kv, kv) if self.keys == "own" else (q, kv)[: len(self.groups["qkv"])]
+        sizes |= {"qkv": (made, D), "o": ((D,), q), "gate_up": ((F, F), D), "down": ((D,), F)}
         found = {}
         for group, members in self.groups.items():
             outputs, inputs = sizes[group]
@@ -130,20 +203,29 @@ class ModelShape:
         return sum(math.prod(features) for features in self.projections().values())
 
     @property
+    def all_linear_parameters(self) -> int:
+        """Return the number of weights in all linear layers but the head."""
+        return sum(one.linear_parameters for one in self.each) + sum(math.prod(size) for size in self.outside.values())
+
+    @property
     def vector_parameters(self) -> int:
-        """Return the number of values in all norms and biases, the final norm included."""
+        """Return the number of values in all norms and biases, those outside the layers included."""
+        return sum(one._vectors_of_a_layer for one in self.each) + self.hidden_size + self.input_width
+
+    @property
+    def _vectors_of_a_layer(self) -> int:
         D, F, K, layer = self.hidden_size, self.intermediate_size, self.head_dim, self.layer
-        norms = (layer.attention.number + layer.mlp.number) * D
-        heads = {"none": 0, "head": 2, "whole": self.num_heads + self.num_kv_heads}[layer.qk_norm]
+        norms = (layer.attention.number + layer.mlp.number + (self.input_width > 0)) * D
+        heads = {"none": 0, "head": 1 if self.keys == "shared" else 2, "whole": self.num_heads + self.num_kv_heads}[layer.qk_norm]
         bias = (self.num_heads + 2 * self.num_kv_heads) * K if self.qkv_bias else 0
         bias += (D if self.o_bias else 0) + (2 * F + D if self.mlp_bias else 0)
-        return self.num_layers * (norms + heads * K + bias) + D
+        return norms + heads * K + bias
 
     @property
     def num_parameters(self) -> int:
         """Return the number of all parameters; tied embeddings count once."""
         embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
-        return self.num_layers * self.linear_parameters + self.vector_parameters + embeddings
+        return self.all_linear_parameters + self.vector_parameters + embeddings + self.input_table
 
 
 def _family(kind: str, config: dict[str, Any]) -> str:
@@ -165,3 +247,32 @@ def _rotates_by_row(values: dict[str, Any]) -> bool:
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     kinds = [rope, *rope.values()] if isinstance(rope, dict) else []
     return any((k.get("rope_type") or k.get("type")) in ("dynamic", "longrope") for k in kinds if isinstance(k, dict))
+
+
+def _gemma4_layers(shape: ModelShape, values: dict[str, Any], number: Callable[..., int]) -> tuple[LayerShape, ...]:
+    """Return what each layer of a Gemma 4 has of its own, as transformers' config class derives it.
+
+    Global layers have wider heads. The last `num_kv_shared_layers` read keys and values of the last
+    layer of their kind before them.
+    """
+    total, shared = shape.num_layers, values.get("num_kv_shared_layers") or 0
+    kinds = list(values.get("layer_types") or [GLOBAL if (i + 1) % 6 == 0 else "sliding" for i in range(total)])[:total]
+    kinds[-1:] = [GLOBAL]
+    equal = bool(values.get("attention_k_eq_v"))
+    overrides = {int(layer): own for layer, own in (values.get("per_layer_config") or {}).items()}
+    head = number("global_head_dim", 512)
+    heads = number("num_global_key_value_heads", shape.num_kv_heads) if equal else shape.num_kv_heads
+    derived = {i: {"head_dim": head, "num_key_value_heads": heads} for i, kind in enumerate(kinds) if kind == GLOBAL}
+    own = overrides or derived
+    first, wide = total - shared, 2 if values.get("use_double_wide_mlp") else 1
+    last = {kind: i for i, kind in enumerate(kinds[:first])}
+    layers = []
+    for i, kind in enumerate(kinds):
+        reads = i >= first
+        keys: Keys = "shared" if reads else "values" if equal and kind == GLOBAL else "own"
+        source = last.get(kind) if reads or (shared and last.get(kind) == i) else None
+        sizes = {"head_dim": shape.head_dim, "num_key_value_heads": shape.num_kv_heads, **own.get(i, {})}
+        width = shape.intermediate_size * (wide if reads else 1)
+        starts = reads and kind not in kinds[first:i]
+        layers.append(LayerShape(sizes["head_dim"], sizes["num_key_value_heads"], width, keys, source, starts))
+    return tuple(layers)

@@ -216,7 +216,7 @@ def _filled(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: floa
         full = _predicted(replace(lean, keep_layers=most), config, shape, card)
         yield full
     if config.train.weight_cache_gib == "auto":
-        weights = 2 * shape.num_layers * shape.linear_parameters
+        weights = 2 * shape.all_linear_parameters
         steps = math.ceil(min(memory_gib, weights / GIB) / CACHE_STEP_GIB)
         room = _largest(0, steps, lambda n: _fits(replace(full, weight_cache_gib=n * CACHE_STEP_GIB), config, shape, memory_gib))
         yield _predicted(replace(full, weight_cache_gib=room * CACHE_STEP_GIB), config, shape, card)

@@ -18,18 +18,21 @@ R rank, N trained values.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from engine.config.trial import TrainConfig
 from engine.planning.cards import Card
+from engine.planning.compute_limits import FLASH_HEAD
 from engine.planning.copy_waits import LayerTimes, waiting_ms
+from engine.planning.families import INPUT_GATE, INPUT_PROJECTION
 from engine.planning.layer_memory import Pass
-from engine.planning.layer_plan import LayerPlan, group_parameters, is_fused, plan_layers
+from engine.planning.layer_plan import LayerPlan, adapted_outside, group_parameters, is_fused, num_trained, plan_layers
 from engine.planning.live_bytes import HostStack, LiveBytes, Sizes
 from engine.planning.model_shape import ModelShape
-from engine.planning.policies import GROUPS, Policy
+from engine.planning.policies import Policy
 
 # Shares of the data sheet's 989 TFLOP/s (H100): 785 in a layer's matmuls and 730 in the head's. An
 # adapter's thin matmuls are bound by bytes up to a rank of about 100; beyond it, their share (an
@@ -44,6 +47,9 @@ GAPS = 1.10
 # L / (L + 1000) of it, and the backward pass 0.89. cuDNN's attention (plain batches on Hopper and
 # later) is 1.8 times as fast.
 ATTENTION, HALF_LENGTH, ATTENTION_BACKWARD, CUDNN_GAIN = 0.6, 1000, 0.89, 1.8
+# Time of attention over heads wider than flash attention takes, in units of flash attention's. An
+# estimate, not measured.
+WIDE_HEADS = 3.0
 # Attention with a softcap is plain matrix operations: bytes a score, forward and backward. An
 # estimate.
 EAGER_BYTES = (60, 110)
@@ -113,12 +119,15 @@ def predict_speed(
     plans, fused, packed = plan_layers(config, shape), is_fused(config, shape), config.model.quantization == "nf4"
     length = config.data.max_seq_length
     tokens = config.train.micro_batch_size * length
-    sizes = Sizes.of(shape, tokens, length, 2, packed)
-    step = _Step(shape, card, sizes, tokens, length, fused, packed, attention, group_parameters(shape))
+    steps = {}
+    for one in set(shape.each):
+        sizes = Sizes.of(one, tokens, length, 2, packed)
+        steps[one] = _Step(one, card, sizes, tokens, length, fused, packed, attention, group_parameters(one))
     parts: Counter[str] = Counter()
     layers, known = [], {}
-    for plan in plans:
-        key = (plan.policy, plan.cached, plan.trained, plan.needs_dx, *plan.ranks.values())
+    for plan, one in zip(plans, shape.each):
+        step = steps[one]
+        key = (one, plan.policy, plan.cached, plan.trained, plan.needs_dx, *plan.ranks.values())
         if key not in known:
             forward, backward = _times(_forward(plan, step), step, False), _times(_backward(plan, step), step, True)
             copy_ms = _put_away(plan, step) / (card.pcie_gb_s * 1e6) if fused else 0.0
@@ -126,8 +135,8 @@ def predict_speed(
         parts.update(known[key][0])
         layers.append(known[key][1])
     parts["waiting for copies"] = waiting_ms(layers, card.pcie_gb_s)
-    parts.update(_head_and_embedding(config, step))
-    number = sum(sum(plan.adapter.values()) for plan in plans)
+    parts.update(_head_and_embedding(config, replace(step, shape=shape)))
+    number = num_trained(config, shape, plans)
     steps_share = config.train.micro_batch_size / config.bins_per_step
     adapter_bytes = number * (ACCUMULATE_BYTES + OPTIMIZER_BYTES * steps_share)
     parts["optimizer"] = GAPS * adapter_bytes / (card.bandwidth_gb_s * 1e6 * BANDWIDTH)
@@ -152,7 +161,7 @@ def _put_away(plan: LayerPlan, step: _Step) -> int:
 
 def _forward(plan: LayerPlan, step: _Step) -> _Work:
     work = _Work()
-    for group in GROUPS:
+    for group in step.shape.groups:
         _add_matmul(work, group, plan, step)
     s = step.sizes
     work.plain_bytes = _attention_half_bytes(step) + 4 * s.x + 3 * s.x + 2 * s.x * _norms_after(step.shape)
@@ -169,7 +178,7 @@ def _backward(plan: LayerPlan, step: _Step) -> _Work:
     work, s, shape = _Work(), step.sizes, step.shape
     if not plan.trained:
         return work
-    for group in GROUPS:
+    for group in shape.groups:
         if group != "qkv" or plan.needs_dx:
             _add_matmul(work, group, plan, step, is_backward=True)
     norms = 2 * s.x + 4 * s.x + 4 * s.x + 4 * s.x * _norms_after(shape) + (3 * (s.q + s.k) if _has_qk_norm(shape) else 0)
@@ -201,8 +210,8 @@ def _add_matmul(work: _Work, group: str, plan: LayerPlan, step: _Step, is_backwa
         work.nf4_bytes += (2 + NF4_BYTES) * number
     if not plan.ranks[group]:
         return
-    inputs = {"qkv": s.x, "o": s.q, "gate_up": s.x, "down": s.f}[group]
-    outputs = {"qkv": s.qkv, "o": s.x, "gate_up": 2 * s.f, "down": s.x}[group]
+    inputs = {"qkv": s.x, "o": s.q, "gate_up": s.x, "down": s.f, INPUT_GATE: s.x, INPUT_PROJECTION: s.p}[group]
+    outputs = {"qkv": s.qkv, "o": s.x, "gate_up": 2 * s.f, "down": s.x, INPUT_GATE: s.p, INPUT_PROJECTION: s.x}[group]
     passes = 2 if is_backward else 1
     work.thin += 2 * passes * step.tokens * plan.adapter[group]
     if is_backward:
@@ -234,6 +243,7 @@ def _add_attention(work: _Work, step: _Step, factor: float, eager_bytes: int) ->
     if step.shape.attention_softcap:
         work.eager_bytes += eager_bytes * step.sizes.scores
         return
+    factor *= WIDE_HEADS if step.shape.head_dim > FLASH_HEAD else 1.0
     work.attention += factor * 2 * step.tokens * step.length * step.shape.num_heads * step.shape.head_dim
 
 
@@ -269,9 +279,20 @@ def _head_and_embedding(config: TrainConfig, step: _Step) -> dict[str, float]:
     flops, logits = 4 * tokens * shape.vocab_size * shape.hidden_size, 2 * tokens * shape.vocab_size
     head = flops / (card.bf16_tflops * 1e9 * HEAD_MATMUL)
     loss = (4 * logits + 8 * step.sizes.x) / (card.bandwidth_gb_s * 1e6 * BANDWIDTH)
+    inputs = 2 * tokens * shape.num_layers * shape.input_width
+    table_ms = inputs / (card.pcie_gb_s * 1e6) if config.model.embeddings != "device" else 0.0
     on_host = config.model.embeddings != "device" and not shape.tied_embeddings
     return {
         "head": GAPS * head,
         "loss": GAPS * loss,
-        "embedding": step.sizes.x / (card.pcie_gb_s * 1e6) if on_host else 0.0,
+        "embedding": table_ms + (step.sizes.x / (card.pcie_gb_s * 1e6) if on_host else 0.0),
+        "per-layer inputs": GAPS * _inputs_ms(config, shape, card, tokens),
     }
+
+
+def _inputs_ms(config: TrainConfig, shape: ModelShape, card: Card, tokens: int) -> float:
+    """Return the ms of making the layers' own embeddings, and of adding each layer's gradient to that of all."""
+    flops = 2 * tokens * sum(math.prod(features) for features in shape.outside.values())
+    passes = 8 + (3 * shape.num_layers if adapted_outside(config, shape) else 0)
+    moved = 2 * tokens * shape.num_layers * shape.input_width * passes
+    return flops / (card.bf16_tflops * 1e9 * MATMUL) + moved / (card.bandwidth_gb_s * 1e6 * BANDWIDTH)

@@ -17,19 +17,20 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("window", [None, 37])
-@pytest.mark.parametrize("groups", [1, 4])
-def test_flash_and_reference_attention_agree_within_bf16(window, groups):
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize("head", [64, 256, 512])
+def test_fast_and_reference_attention_agree_within_bf16(window, groups, head):
     torch.manual_seed(0)
     lengths = (130, 1, 400, 64)
     offsets = torch.tensor([0, 130, 131, 531, 595], dtype=torch.int32, device="cuda")
-    q = torch.randn(1, 8, 595, 64, device="cuda", requires_grad=True)
-    k, v = (torch.randn(1, 8 // groups, 595, 64, device="cuda", requires_grad=True) for _ in range(2))
-    weights = torch.randn(1, 595, 8, 64, device="cuda")
+    q = torch.randn(1, 8, 595, head, device="cuda", requires_grad=True)
+    k, v = (torch.randn(1, 8 // groups, 595, head, device="cuda", requires_grad=True) for _ in range(2))
+    weights = torch.randn(1, 595, 8, head, device="cuda")
 
     def run(dtype, softcap=None):
         out, _ = attention.packed_attention(
             None, q.to(dtype), k.to(dtype), v.to(dtype), None, document_lengths=lengths, document_offsets=offsets,
-            scaling=0.125, sliding_window=window, softcap=softcap,
+            scaling=head**-0.5, sliding_window=window, softcap=softcap,
         )  # fmt: skip
         grads = torch.autograd.grad((out.float() * weights).sum(), (q, k, v))
         return [out.float(), *grads]

@@ -30,6 +30,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3": {},
     "Gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 3.0},
     "Gemma3Text": {"sliding_window": 5, "query_pre_attn_scalar": 16},
+    "Gemma4Text": {"sliding_window": 5, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+                   "layer_types": MIXED[:2] * 2, "global_head_dim": 32, "num_key_value_heads": 1,
+                   "hidden_size_per_layer_input": 24, "vocab_size_per_layer_input": 97},
+    "Gemma4Text with k = v": {"sliding_window": 5, "layer_types": MIXED[:2] + MIXED[1:2], "global_head_dim": 32,
+                              "attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
+    "Gemma4UnifiedText": {"sliding_window": 5, "layer_types": MIXED[:2] + MIXED[1:2], "global_head_dim": 32,
+                          "attention_k_eq_v": True, "num_global_key_value_heads": 1},
     "SmolLM3": {"no_rope_layers": [1, 0, 1]},
     "Granite": {"residual_multiplier": 0.22, "attention_multiplier": 0.1, "embedding_multiplier": 12.0, "logits_scaling": 8.0,
                 "attention_bias": True, "mlp_bias": True},
@@ -58,13 +65,19 @@ def build(
 ) -> tuple[nn.Module, list[str], SwapReport | None]:
     """Build a tiny random model of the family, with norm weights and biases not neutral."""
     attention.register()
-    name = "Gemma3" if family == "Gemma3Text" else family
-    config = getattr(transformers, f"{family}Config")(**{**SMALL, **FAMILIES[family]}, attn_implementation=attention.NAME)
+    kind = family.partition(" ")[0]
+    name = kind.removesuffix("Text")
+    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **FAMILIES[family]}, attn_implementation=attention.NAME)
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).float()
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name or parameter_name.endswith("bias"):
             parameter.data += 0.3 * torch.randn_like(parameter)
+        if name.startswith("Gemma4") and parameter_name.endswith("q_norm.weight"):
+            parameter.data *= 0.15  # the scores are not scaled, so sharp attention would amplify fp32 rounding
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("layer_scalar"):
+            buffer += 0.3 * torch.randn_like(buffer)
     model.to(dtype).requires_grad_(False)
     names = freeze_linears(model, skip=[model.get_output_embeddings()])
     report = fuse_layers(model) if layers == "fused" else None

@@ -45,7 +45,10 @@ def test_all_systems_compute_the_same_loss(policy):
 
 SHRUNK = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
           "head_dim": 16, "vocab_size": 128}  # fmt: skip
-RELEASED = ("smollm3-3b", "granite-3.3-2b", "olmo-3-7b", "phi-4-mini", "ministral-3-8b", "glm-4-9b", "exaone-4-1.2b")
+GEMMA4 = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2, "global_head_dim": 32,
+          "num_global_key_value_heads": None, "vocab_size_per_layer_input": 128}  # fmt: skip
+RELEASED = ("gemma-4-e2b", "gemma-4-e4b", "smollm3-3b", "granite-3.3-2b", "olmo-3-7b", "phi-4-mini", "ministral-3-8b", "glm-4-9b",
+            "exaone-4-1.2b")  # fmt: skip
 
 
 @pytest.mark.faults
@@ -53,6 +56,8 @@ RELEASED = ("smollm3-3b", "granite-3.3-2b", "olmo-3-7b", "phi-4-mini", "ministra
 def test_systems_agree_on_a_small_model_of_each_released_family(model, monkeypatch):
     """All else is as released: multipliers, kinds of layers, rotary settings."""
     small = {**SHAPES[model], **SHRUNK}
+    if model.startswith("gemma-4"):
+        small |= GEMMA4
     if "layer_types" in small:
         small["layer_types"] = small["layer_types"][:4]
     rope = small.get("rope_parameters", {})
@@ -73,7 +78,7 @@ def test_a_shape_has_the_parameters_of_the_library_s_model(model):
         built = AutoModelForCausalLM.from_config(config)
     shape = ModelShape.of(config.to_dict(), model)
     assert shape.num_parameters == sum(p.numel() for p in built.parameters())
-    names = {n.rpartition(".")[2] for n, m in built.model.layers.named_modules() if isinstance(m, torch.nn.Linear)}
+    names = {n.rpartition(".")[2] for n, m in built.model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert names == set(linear_names(model))
 
 

@@ -6,7 +6,7 @@ import torch
 from engine.data.packing import collate
 from engine.data.views import load_data
 from engine.layers import attention, attention_half
-from engine.layers.loss import linear_cross_entropy
+from engine.vocabulary.loss import linear_cross_entropy
 from tests.support.trials import build
 
 SINKS = torch.tensor([0.5, -2.0, 3.0, 0.0])

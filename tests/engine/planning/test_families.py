@@ -9,8 +9,8 @@ import torch
 
 from engine.config.trial import TrainConfig
 from engine.layers.swap import cache_weights, fuse_layers, survey
-from engine.planning.families import FAMILIES
-from engine.planning.layer_plan import adapted_projections, can_record, plan_layers
+from engine.planning.families import FAMILIES, OTHER_TYPES
+from engine.planning.layer_plan import adapted_outside, adapted_projections, can_record, num_trained, plan_layers
 from engine.planning.model_shape import ModelShape
 from engine.quant.bnb import quantize_nf4
 from tests.support import fused_layers
@@ -24,7 +24,7 @@ def transformers_config(family: str, **given: Any) -> dict[str, Any]:
     """Return what transformers makes of a config.json with these values alone."""
     from transformers import CONFIG_MAPPING
 
-    kind = "gemma3_text" if family == "gemma3" else family
+    kind = f"{family}_text" if OTHER_TYPES.get(f"{family}_text") == family else family
     return CONFIG_MAPPING[kind](**given).to_dict()
 
 
@@ -33,13 +33,13 @@ def test_a_shape_counts_every_layer_and_parameter_of_the_library_s_model(family)
     model, _, _ = build(family)
     shape = ModelShape.of(model.config.to_dict(), family)
     assert shape.family != "other"
-    for layer in model.model.layers:
+    for layer, one in zip(model.model.layers, shape.each, strict=True):
         linears = {
             n.rpartition(".")[2]: (m.out_features, m.in_features) for n, m in layer.named_modules() if hasattr(m, "in_features")
         }
-        assert linears == shape.projections()
-    linear = sum(m.weight.numel() for m in model.model.layers.modules() if hasattr(m, "in_features"))
-    assert linear == shape.num_layers * shape.linear_parameters
+        assert linears == one.projections()
+    linear = sum(m.weight.numel() for m in model.model.modules() if hasattr(m, "in_features"))
+    assert linear == shape.all_linear_parameters
     vectors = sum(p.numel() for n, p in model.model.named_parameters() if p.dim() == 1)
     assert vectors == shape.vector_parameters
 
@@ -82,7 +82,7 @@ def plan_config(cache_gib: float = 0.0, **changes: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*(qkv|down|q)_proj", ["self_attn.o_proj"]])
-@pytest.mark.parametrize("family", ["Llama", "Phi3", "Glm4", "Olmo2"])
+@pytest.mark.parametrize("family", ["Llama", "Phi3", "Glm4", "Olmo2", "Gemma4Text", "Gemma4Text with k = v"])
 def test_a_plan_adapts_the_layers_that_the_adapter_adapts(family, targets):
     from engine.adapter.lora import attach
 
@@ -91,14 +91,15 @@ def test_a_plan_adapts_the_layers_that_the_adapter_adapts(family, targets):
     shape = ModelShape.of(model.config.to_dict(), family)
     layers = attach(model, names, config.lora, 0)
     planned = {(i, name) for i, members in enumerate(adapted_projections(config, shape)) for name in members}
-    assert planned == {(int(name.split(".")[2]), name.rpartition(".")[2]) for name in layers}
-    number = sum(sum(plan.adapter.values()) for plan in plan_layers(config, shape))
-    assert number == sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in layers.values())
-    ranks = [sum(plan.ranks.values()) for plan in plan_layers(config, shape)]
-    assert sum(ranks) == 4 * len(layers)
+    inside = {name for name in layers if ".layers." in name}
+    assert planned == {(int(name.split(".")[2]), name.rpartition(".")[2]) for name in inside}
+    assert {f"model.{name}" for name in adapted_outside(config, shape)} == layers.keys() - inside
+    plans = plan_layers(config, shape)
+    assert num_trained(config, shape, plans) == sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in layers.values())
+    assert sum(sum(plan.ranks.values()) for plan in plans) == 4 * len(inside)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Phi3", "Glm4"])
+@pytest.mark.parametrize("family", ["Llama", "Phi3", "Glm4", "Gemma4Text"])
 def test_a_plan_caches_the_groups_that_the_layers_cache(family):
     model, names, _ = build(family)
     for name in names:

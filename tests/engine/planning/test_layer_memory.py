@@ -25,10 +25,10 @@ from engine.layers import projection_group as projection
 from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.host_stash import HostStash
 from engine.layers.projection_group import ProjectionGroup
-from engine.layers.structure import AttentionSpec, Call, LayerSpec, MlpSpec, Norm
+from engine.layers.structure import AttentionSpec, Call, LayerSpec, MlpSpec, Norm, TailSpec
 from engine.planning.families import HalfNorms
 from engine.planning.layer_memory import Pass
-from engine.planning.layer_plan import plan_layers
+from engine.planning.layer_plan import adapted_outside, plan_layers
 from engine.planning.live_bytes import HostStack, LiveBytes, Sizes
 from engine.planning.model_shape import ModelShape
 from engine.planning.policies import LADDER
@@ -36,6 +36,8 @@ from engine.quant.frozen_linear import FrozenLinear
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 3, "hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8,
          "num_key_value_heads": 2, "vocab_size": 1024}  # fmt: skip
+GEMMA4 = {"model_type": "gemma4_text", "num_hidden_layers": 6, "head_dim": 64, "global_head_dim": 128,
+          "layer_types": ["sliding_attention", "full_attention"] * 3}  # fmt: skip
 FAMILIES = {
     "llama": LLAMA,
     "qwen2": {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 8},
@@ -47,7 +49,10 @@ FAMILIES = {
     "glm4": {**LLAMA, "model_type": "glm4", "head_dim": 64},
     "hyperclovax": {**LLAMA, "model_type": "hyperclovax"},
     "exaone4": {**LLAMA, "model_type": "exaone4", "head_dim": 64},
-}
+    "gemma4": {**LLAMA, **GEMMA4, "num_kv_shared_layers": 3, "hidden_size_per_layer_input": 128, "use_double_wide_mlp": True},
+    "gemma4 with k = v": {
+        **LLAMA, **GEMMA4, "num_attention_heads": 4, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0},
+}  # fmt: skip
 POLICIES = tuple(policy.value for policy in LADDER)
 LENGTH = 1024
 
@@ -172,26 +177,30 @@ class Layer:
 
     call: Call
     adapters: list[Tensor]
+    source: int | None
+    inputs: Tensor
 
 
 def build(config: TrainConfig, shape: ModelShape, tokens: int) -> list[Layer]:
     layers, stash = [], Stash()
-    spec = spec_of(shape)
-    table = torch.empty(tokens, shape.head_dim, dtype=torch.bfloat16, device="meta")
+    inputs = torch.empty(tokens, shape.num_layers, shape.input_width, dtype=torch.bfloat16, device="meta")
+    inputs.requires_grad_(bool(adapted_outside(config, shape)))
     documents = Documents((LENGTH,) * (tokens // LENGTH), torch.empty(1))
-    for plan in plan_layers(config, shape):
-        modules = {name: _linear(*features, config.lora) for name, features in shape.projections().items()}
+    for i, (plan, one) in enumerate(zip(plan_layers(config, shape), shape.each)):
+        spec, table = spec_of(one, one.source == i), torch.empty(tokens, one.head_dim, dtype=torch.bfloat16, device="meta")
+        modules = {name: _linear(*features, config.lora) for name, features in one.projections().items()}
         groups = {}
-        for group, names in shape.groups.items():
-            size = (sum(shape.projections()[n][0] for n in names), shape.projections()[names[0]][1])
+        for group, names in one.groups.items():
+            size = (sum(one.projections()[n][0] for n in names), one.projections()[names[0]][1])
             cached = torch.empty(size, dtype=torch.bfloat16, device="meta") if group in plan.cached else None
             groups[group] = ProjectionGroup.of([modules[name] for name in names], torch.bfloat16, cached)
         adapters = [p for module in modules.values() for p in (module.lora_a, module.lora_b)]
-        layers.append(Layer(Call(spec, plan.policy, groups, table, table, documents, stash), adapters))
+        call = Call(spec, plan.policy, groups, table, table, documents, stash)
+        layers.append(Layer(call, adapters, one.source, inputs))
     return layers
 
 
-def spec_of(shape: ModelShape) -> LayerSpec:
+def spec_of(shape: ModelShape, stores: bool) -> LayerSpec:
     """Return the spec of a layer, as engine/layers/layer_spec.py reads it from a loaded one."""
     family, heads = shape.layer, (shape.num_heads, shape.num_kv_heads)
 
@@ -205,15 +214,21 @@ def spec_of(shape: ModelShape) -> LayerSpec:
     widths = {"none": None, "head": (1, 1), "whole": heads}[family.qk_norm]
     q_norm, k_norm = (None, None) if widths is None else (norm(n * shape.head_dim) for n in widths)
     q, k = (number * shape.head_dim for number in heads)
+    made = {"own": (q, k, k), "values": (q, k, 0), "shared": (q, 0, 0)}[shape.keys]
+    v_norm = norm(shape.head_dim) if family.normalises_values and made[1] else None
+    scalar = torch.empty(1, device="meta", dtype=torch.bfloat16)
+    tail = TailSpec(norm(shape.hidden_size) if shape.input_width else None, "silu", scalar)
     attention = AttentionSpec(
         **frame(family.attention),
         head_dim=shape.head_dim,
-        features=(q, k, k),
+        features=made,
         options=AttentionOptions(),
         q_norm=q_norm,
-        k_norm=k_norm,
+        k_norm=k_norm if made[1] else None,
+        v_norm=v_norm,
+        stores=stores,
     )
-    return LayerSpec(attention, MlpSpec(**frame(family.mlp), activation="silu"), family.paths)
+    return LayerSpec(attention, MlpSpec(**frame(family.mlp), activation="silu"), family.paths, tail if family.scalar else None)
 
 
 def _linear(out_features: int, in_features: int, config: LoraConfig) -> LoraLinear:
@@ -232,32 +247,42 @@ def counted(layers: list[Layer], shape: ModelShape, tokens: int) -> int:
     with Storages() as storages:
         for one in layers:
             storages.ignore(*one.adapters, *(p.grad for p in one.adapters), one.call.cos_TR)
+            storages.ignore(one.inputs)
             groups = one.call.groups.values()
             storages.ignore(*(t for g in groups for pair in g.adapters for t in pair))
             storages.ignore(*(g.cached for g in groups if g.cached is not None))
         stash = layers[0].call.stash
         stash.storages = storages
         x = torch.empty(tokens, shape.hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=False)
-        for one in layers:
-            x = fused.decoder_layer(x, one.call, one.adapters)
+        stored: dict[int, tuple[Tensor, ...]] = {}
+        for i, one in enumerate(layers):
+            one.call.shared = stored[one.source] if one.call.spec.attention.reads else ()
+            one.call.input_TP = one.inputs[:, i] if shape.input_width else None
+            x, *stored[i] = fused.decoder_layer(x, one.call, one.adapters)
         stash.flush()
         loss = Loss.apply(x)
         del x
+        stored.clear()
+        ignored = [(one.call.groups, one.call.cos_TR) for one in layers]
+        for one in layers:
+            one.call = None  # the graph alone holds the call now, as in training
         loss.backward()
+        del ignored  # until here, because a storage at the place of one that is left out would not count
         return storages.highest
 
 
 def walked(config: TrainConfig, shape: ModelShape, tokens: int) -> int:
     live, plans = LiveBytes(), plan_layers(config, shape)
-    sizes = Sizes.of(shape, tokens, LENGTH, 2, packed=True)
+    sizes = [Sizes.of(one, tokens, LENGTH, 2, packed=True) for one in shape.each]
     host_stack, dropout = HostStack(live), config.lora.lora_dropout > 0
-    passes = [Pass(i, plan, shape, sizes, "flash", dropout, live, host_stack) for i, plan in enumerate(plans)]
-    live.hold("0.x", sizes.x)
+    parts = zip(range(len(plans)), plans, shape.each, sizes)
+    passes = [Pass(i, plan, one, size, "flash", dropout, live, host_stack) for i, plan, one, size in parts]
+    live.hold("0.x", sizes[0].x)
     for one in passes:
         one.forward(trains=True)
     host_stack.flush()
     live.drop(f"{len(passes)}.x")
-    live.hold("dy", sizes.x)
+    live.hold("dy", sizes[0].x)
     for one in reversed(passes):
         one.backward()
     return live.highest

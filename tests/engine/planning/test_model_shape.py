@@ -49,3 +49,29 @@ def test_a_config_without_a_number_is_an_input_error(value: Any) -> None:
     with pytest.raises(InputError, match=r"^my/config\.json: num_hidden_layers = .*: must be a positive whole number") as error:
         ModelShape.of(config, "my/config.json")
     assert "\n" not in str(error.value)
+
+
+GEMMA4 = {"model_type": "gemma4_text", "num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 96,
+          "num_attention_heads": 4, "num_key_value_heads": 2,
+          "layer_types": ["sliding_attention", "full_attention"] * 3}  # fmt: skip
+
+
+def test_layers_that_differ_have_shapes_of_their_own():
+    shape = ModelShape.of({**GEMMA4, "num_kv_shared_layers": 3, "use_double_wide_mlp": True}, "x")
+    assert [one.head_dim for one in shape.each] == [256, 512] * 3
+    assert [one.keys for one in shape.each] == ["own"] * 3 + ["shared"] * 3
+    assert [one.source for one in shape.each] == [None, 1, 2, 1, 2, 1]
+    assert [one.reads_first for one in shape.each] == [False] * 3 + [True, True, False]
+    assert [one.intermediate_size for one in shape.each] == [96] * 3 + [192] * 3
+    assert "v_proj" not in shape.each[4].projections() and shape.outside == {"per_layer_model_projection": (6 * 256, 64)}
+
+
+def test_values_that_are_keys_need_no_projection():
+    own = {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0}
+    shape = ModelShape.of({**GEMMA4, **own}, "x")
+    assert [one.keys for one in shape.each] == ["own", "values"] * 3 and shape.outside == {}
+    assert shape.each[1].projections()["k_proj"] == (512, 64) and "v_proj" not in shape.each[1].projections()
+
+
+def test_a_gemma_4_with_experts_is_not_predicted():
+    assert ModelShape.known({**GEMMA4, "enable_moe_block": True, "num_experts": 8}, "x") is None

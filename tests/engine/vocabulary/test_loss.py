@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from engine.kernels.ops import IGNORE
-from engine.layers import loss
-from engine.layers.loss import Head, linear_cross_entropy, linear_cross_entropy_reference
+from engine.vocabulary import loss
+from engine.vocabulary.head import Head
+from engine.vocabulary.loss import linear_cross_entropy, linear_cross_entropy_reference
 
 
 def inputs(n=37, d=24, v=101, ignored=0.4, seed=0):

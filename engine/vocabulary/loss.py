@@ -13,7 +13,6 @@ chunk.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,19 +21,7 @@ from torch import Tensor
 from engine.kernels import ops
 from engine.kernels.ops import IGNORE
 from engine.planning.compute_limits import LOSS_CHUNK_BYTES
-
-
-@dataclass(frozen=True)
-class Head:
-    """The frozen output embedding, and what the model applies to its logits.
-
-    The logits are multiplied by `scale`; then they become softcap * tanh(logits / softcap).
-    """
-
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
+from engine.vocabulary.head import Head
 
 
 def linear_cross_entropy(h_ND: Tensor, labels_N: Tensor, head: Head, rows: Tensor | None = None) -> Tensor:
@@ -54,7 +41,7 @@ def token_cross_entropy(h_ND: Tensor, labels_N: Tensor, head: Head) -> Tensor:
 
 def linear_cross_entropy_reference(h_ND: Tensor, labels_N: Tensor, head: Head) -> Tensor:
     """Return the same loss by definition, with all logits in fp32."""
-    logits_NV = _logits(h_ND.float(), head).float() * head.scale
+    logits_NV = head.logits(h_ND.float()).float() * head.scale
     if head.softcap is not None:
         logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
     return torch.nn.functional.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum")
@@ -88,16 +75,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_ND * grad.to(grad_ND.dtype), None, None, None
 
 
-def _logits(h_CD: Tensor, head: Head) -> Tensor:
-    bias = None if head.bias_V is None else head.bias_V.to(h_CD.dtype)
-    return torch.nn.functional.linear(h_CD, head.weight_VD.to(h_CD.dtype), bias)
-
-
 def _chunk(h_CD: Tensor, labels_C: Tensor, head: Head, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Return the losses of a chunk and, if asked, d loss / d h = d loss / d logits @ W.
 
     The chunk's logits are free when this returns.
     """
-    logits_CV = _logits(h_CD, head)
+    logits_CV = head.logits(h_CD)
     loss_C = ops.cross_entropy_(logits_CV, labels_C, head.scale, head.softcap, needs_grad)
     return loss_C, logits_CV @ head.weight_VD.to(h_CD.dtype) if needs_grad else None
