@@ -29,6 +29,8 @@ def attention_half(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
     parts = qkv.split([size for size in spec.features if size], dim=1)
     saved.q, *own = (part.unflatten(1, (-1, spec.head_dim)) for part in parts)
     saved.k, saved.v = (own[0], own[-1]) if own else (None, None)
+    if spec.output_gate:
+        saved.q, saved.gate = saved.q[:, 0::2], saved.q[:, 1::2]
     q, k, v = _prepared(call, saved)
     if graph:
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
@@ -39,7 +41,7 @@ def attention_half(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
         out = out.detach()
     else:
         out = attend(q, k, v, call.documents, spec.options)
-    delta = project("o", out.reshape(x.shape[0], -1), call, saved)
+    delta = project("o", _gated(out, saved).reshape(x.shape[0], -1), call, saved)
     if spec.after is not None:
         saved.o_out = delta
         delta, saved.rstd["after_attention"] = spec.after.forward(delta)
@@ -57,13 +59,14 @@ def attention_gradient(
     spec = call.spec.attention
     ddelta = spec.inner_gradient(dx_mid, saved.o_out, saved.rstd.get("after_attention"))
     *leaves, out = saved.attention
-    flat_out = out.detach().reshape(ddelta.shape[0], -1)
+    flat_out = _gated(out.detach(), saved).reshape(ddelta.shape[0], -1)
     goes_on = wants_dx or call.groups["qkv"].is_adapted or any(t.requires_grad for t in call.shared)
     dout = group_backward("o", ddelta, flat_out, call, saved, grads, wants_dx=goes_on)
     if not goes_on:
         grads["qkv"] = ()
         return None
-    gradients = list(torch.autograd.grad(out, leaves, dout.view(out.shape)))
+    dout, dgate = _ungated(dout.view(out.shape), out.detach(), saved)
+    gradients = list(torch.autograd.grad(out, leaves, dout))
     saved.attention = ()
     if spec.reads:
         grads["shared"] = tuple(gradients[1:])
@@ -71,6 +74,8 @@ def attention_gradient(
     for i, more in enumerate(dstored, start=1):
         gradients[i] = gradients[i] + more
     _undo_preparation(gradients, call, saved)
+    if dgate is not None:
+        gradients[0] = torch.stack((gradients[0], dgate), dim=2)
     normed = saved.normed if saved.normed is not None else spec.enter(saved.x)[0]
     dqkv = torch.cat([gradient.reshape(gradient.shape[0], -1) for gradient in gradients], dim=1)
     dnormed = group_backward("qkv", dqkv, normed, call, saved, grads, wants_dx=wants_dx)
@@ -127,8 +132,21 @@ def _undo_preparation(gradients: list[Tensor], call: Call, saved: Saved) -> None
 def _rotate_(q: Tensor, k: Tensor | None, call: Call, inverse: bool = False) -> None:
     """Rotate queries, and keys if there are some, in place, if the spec says so."""
     kind = call.spec.attention.rotary
-    if kind is not None:
+    if kind is not None and call.cos_TR is not None:  # some models have no rotation at all
         ops.rope_(q, q[:, :0] if k is None else k, call.cos_TR, call.sin_TR, inverse=inverse, pairs=kind == "pairs")
+
+
+def _gated(out: Tensor, saved: Saved) -> Tensor:
+    """Return attention's output [T, H, K] times the sigmoid of its gate, if there is one."""
+    return out if saved.gate is None else out * torch.sigmoid(saved.gate)
+
+
+def _ungated(dout: Tensor, out: Tensor, saved: Saved) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of attention's output and of its gate, from that of the gated output."""
+    if saved.gate is None:
+        return dout, None
+    gate = torch.sigmoid(saved.gate)
+    return dout * gate, torch.ops.aten.sigmoid_backward(dout * out, gate)
 
 
 def _noted(graph: list[Tensor], saved: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Compute a whole decoder layer as one autograd function.
 
-A layer is an attention half (attention_half.py), an MLP half with a tail (mlp.py). Its spec says what each is
-made of, so the families in engine/planning/families.py share this code.
+A layer is an attention half (attention_half.py), or one with the library's own mixer
+(mixer_half.py), and an MLP half with a tail (mlp.py). Its spec says what each is made of, so the
+families in engine/planning/families.py share this code.
 
 Autograd would save every intermediate of a layer and run hundreds of small operations. Here the
 forward pass saves what the policy says, and the backward pass is written by hand.
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from engine.kernels import ops
 from engine.layers.attention_half import attention_gradient, attention_half
+from engine.layers.mixer_half import mixer_gradient, mixer_half
 from engine.layers.mlp import mlp, mlp_gradient, tiles
 from engine.layers.structure import Call, Gradients, Saved
 from engine.planning import compute_limits
@@ -30,7 +32,8 @@ from engine.planning.policies import Policy
 def decoder_layer(x_TD: Tensor, call: Call, adapters: list[Tensor]) -> tuple[Tensor, ...]:
     """Return the layer's output [T, D], then keys and values [T, G, K] if later layers read them.
 
-    `adapters` are lora_a, lora_b of each adapted projection, in the order of the call's groups.
+    `adapters` are lora_a, lora_b of each adapted projection: the mixer's, then in the order of the
+    call's groups.
     """
     inputs = (*(call.shared or (None, None)), call.input_TP)
     differentiable = adapters or any(t is not None and t.requires_grad for t in (x_TD, *inputs))
@@ -64,9 +67,12 @@ class _DecoderLayer(torch.autograd.Function):
         grads: Gradients = {}
         dx_mid_TD = _mlp_backward(dy_TD.contiguous(), call, saved, grads)
         saved.x_mid = None
-        dx_TD = attention_gradient(dx_mid_TD, call, saved, grads, ctx.needs_input_grad[0], dstored)
+        if call.mixer is None:
+            dx_TD = attention_gradient(dx_mid_TD, call, saved, grads, ctx.needs_input_grad[0], dstored)
+        else:
+            dx_TD = mixer_gradient(dx_mid_TD, call, saved, grads, ctx.needs_input_grad[0])
         inputs = *grads.get("shared", (None, None)), saved.dinput
-        ordered = [gradient for name in call.groups for gradient in grads[name]]
+        ordered = [gradient for name in call.ordered for gradient in grads[name]]
         return dx_TD, None, *inputs, *(g.to(dtype) for g, dtype in zip(ordered, ctx.dtypes))
 
 
@@ -103,7 +109,8 @@ def _forward(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
 
 def _to_mlp(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
     """Return the MLP's input, and set `saved.x_mid`, the residual stream between the halves."""
-    delta = attention_half(x, call, saved, graph)
+    half = attention_half if call.mixer is None else mixer_half
+    delta = half(x, call, saved, graph)
     norm, factor = call.spec.mlp.before, call.spec.attention.multiplier
     scale = 1.0 if factor is None else factor
     if norm is None:

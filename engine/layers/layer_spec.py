@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from engine.layers.attention import AttentionOptions
-from engine.layers.structure import AttentionSpec, LayerSpec, MlpSpec, Norm, QueryScale, TailSpec
+from engine.layers.structure import AttentionSpec, LayerSpec, MixerSpec, MlpSpec, Norm, QueryScale, TailSpec
 from engine.planning.compute_limits import FLASH_HEAD
 from engine.planning.families import ACTIVATIONS, FAMILIES, WINDOWED, Family, HalfNorms
 
@@ -31,14 +31,14 @@ def obstacle(layer: nn.Module) -> str | None:
     kind, family = type(layer).__name__, family_of(layer)
     if family is None:
         return f"{kind} is not of a known family"
-    for paths in (_flags(family), _paths(layer, family)):  # the flags say which of the others there are
+    for paths in (_flags(layer, family), _paths(layer, family)):  # the flags say which of the others there are
         if missing := [path for path in paths if not _has(layer, path)]:
             return f"{kind} has no {', '.join(missing)}"
     if present := [path for path in family.lacks if attrgetter(path)(layer)]:
         return f"{kind} with {', '.join(present)} is not computed"
-    if getattr(layer.self_attn, "is_causal", True) is False:
+    if not has_mixer(layer) and getattr(layer.self_attn, "is_causal", True) is False:
         return "attention that is not causal is not computed"
-    config = layer.self_attn.config
+    config = _config(layer)
     for key in family.no_dropout:
         if getattr(config, key, 0):
             return f"{key} = {getattr(config, key)} is not computed"
@@ -47,6 +47,8 @@ def obstacle(layer: nn.Module) -> str | None:
     activation = _activation(config)
     if activation not in ACTIVATIONS:
         return f"activation {activation} has no kernel"
+    if has_mixer(layer):
+        return None
     features = sum(_features(layer, family))
     made = sum(attrgetter(path)(layer).out_features for path in _groups(layer, family)["qkv"])
     return None if made == features else f"{kind} makes {made} features of queries, keys and values instead of {features}"
@@ -54,36 +56,47 @@ def obstacle(layer: nn.Module) -> str | None:
 
 def layer_spec(layer: nn.Module) -> LayerSpec:
     """Return the spec of a decoder layer that has no obstacle."""
-    family, attention = family_of(layer), layer.self_attn
-    window, scale = _window(layer, family), None
-    if family.query_scale:
-        rope = attention.config.rope_parameters
-        scale = QueryScale(rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"])
+    family = family_of(layer)
     factor = None if family.multiplier is None else float(attrgetter(family.multiplier)(layer))
-    q_norm, k_norm = (None, None) if family.qk_norm == "none" else (getattr(attention, name, None) for name in family.qk_norms)
-    features = _features(layer, family)
+    frame = {**_norms(layer, family.attention, family), "multiplier": factor}
     return LayerSpec(
-        AttentionSpec(
-            **_norms(layer, family.attention, family),
-            multiplier=factor,
-            head_dim=attention.head_dim,
-            features=features,
-            options=AttentionOptions(attention.scaling, window, getattr(attention, "attn_logit_softcapping", None)),
-            q_norm=_norm(q_norm, family),
-            k_norm=_norm(k_norm, family),
-            norms_rotated=family.norms_rotated,
-            v_norm=_unweighted(attention.v_norm, attention.q_norm) if family.normalises_values and features[1] else None,
-            stores=_is_set(layer, family.stores),
-            rotary=family.rotary if _rotates(layer, family, window) else None,
-            query_scale=scale,
-        ),
+        MixerSpec(**frame, name=family.mixer) if has_mixer(layer) else _attention_spec(layer, family, frame),
         MlpSpec(
             **_norms(layer, family.mlp, family),
             multiplier=factor,
-            activation=ACTIVATIONS[_activation(attention.config)],
+            activation=ACTIVATIONS[_activation(_config(layer))],
         ),
         _groups(layer, family),
         _tail(layer, family),
+    )
+
+
+def has_mixer(layer: nn.Module) -> bool:
+    """Return True if the library's own token mixer stands in attention's place in this layer."""
+    family = family_of(layer)
+    return family is not None and family.mixer is not None and hasattr(layer, family.mixer)
+
+
+def _attention_spec(layer: nn.Module, family: Family, frame: dict[str, Any]) -> AttentionSpec:
+    attention, window, scale = layer.self_attn, _window(layer, family), None
+    if family.query_scale:
+        rope = attention.config.rope_parameters
+        scale = QueryScale(rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"])
+    q_norm, k_norm = (None, None) if family.qk_norm == "none" else (getattr(attention, name, None) for name in family.qk_norms)
+    features = _features(layer, family)
+    return AttentionSpec(
+        **frame,
+        head_dim=attention.head_dim,
+        features=features,
+        options=AttentionOptions(attention.scaling, window, getattr(attention, "attn_logit_softcapping", None)),
+        q_norm=_norm(q_norm, family),
+        k_norm=_norm(k_norm, family),
+        norms_rotated=family.norms_rotated,
+        v_norm=_unweighted(attention.v_norm, attention.q_norm) if family.normalises_values and features[1] else None,
+        stores=_is_set(layer, family.stores),
+        rotary=family.rotary if _rotates(layer, family, window) else None,
+        query_scale=scale,
+        output_gate=family.output_gate,
     )
 
 
@@ -92,8 +105,13 @@ def decoder_norm(norm: nn.Module, layer: nn.Module) -> Norm:
     return _norm(norm, family_of(layer))
 
 
-def _flags(family: Family) -> Iterator[str]:
-    """Yield the paths of numbers and flags that the description names."""
+def _flags(layer: nn.Module, family: Family) -> Iterator[str]:
+    """Yield the paths of numbers and flags that the description names for this layer."""
+    if has_mixer(layer):
+        yield "mlp.config"
+        others = (family.multiplier, *family.lacks)
+        yield from (path for path in others if path is not None)
+        return
     yield from ("self_attn.config", "self_attn.head_dim", "self_attn.scaling")
     others = (family.window, family.slides, family.multiplier, family.rotates, family.reads, family.stores)
     others += (family.keys_are_values, family.tail_width, family.scalar, *family.lacks)
@@ -106,6 +124,8 @@ def _paths(layer: nn.Module, family: Family) -> Iterator[str]:
         yield from (f"{name}.weight" for name in (half.before, half.after) if name is not None)
     for members in _groups(layer, family).values():
         yield from members
+    if has_mixer(layer):
+        return
     own = not _is_set(layer, family.reads)
     if family.qk_norm != "none":
         yield from (f"self_attn.{name}" for name in family.qk_norms[: 2 if own else 1])
@@ -117,6 +137,8 @@ def _paths(layer: nn.Module, family: Family) -> Iterator[str]:
 
 def _groups(layer: nn.Module, family: Family) -> dict[str, tuple[str, ...]]:
     """Return the paths of this layer's projections, by group."""
+    if has_mixer(layer):
+        return {group: family.paths[group] for group in ("gate_up", "down")}
     queries, *others = family.paths["qkv"]
     if _is_set(layer, family.reads):
         others = []
@@ -129,7 +151,7 @@ def _groups(layer: nn.Module, family: Family) -> dict[str, tuple[str, ...]]:
 def _features(layer: nn.Module, family: Family) -> tuple[int, int, int]:
     """Return how many features of the projections are queries, keys and values."""
     config, width = layer.self_attn.config, layer.self_attn.head_dim
-    queries = config.num_attention_heads * width
+    queries = config.num_attention_heads * width * (2 if family.output_gate else 1)
     if _is_set(layer, family.reads):
         return queries, 0, 0
     heads = getattr(layer.self_attn, "num_key_value_groups", None)  # it may differ from layer to layer
@@ -155,6 +177,14 @@ def _has(layer: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _config(layer: nn.Module) -> Any:
+    return layer.mlp.config if has_mixer(layer) else layer.self_attn.config
+
+
+def _config(layer: nn.Module) -> Any:
+    return layer.mlp.config if has_mixer(layer) else layer.self_attn.config
 
 
 def _activation(config: Any) -> str:

@@ -6,7 +6,7 @@ Shape letters: T tokens, D hidden, H heads, K head dim, R features of a head tha
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,11 +14,14 @@ from torch import Tensor
 from engine.kernels import ops
 from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.host_stash import HostStash
+from engine.layers.library_mixer import LibraryMixer
 from engine.layers.projection_group import ProjectionGroup, Weights
 from engine.planning.policies import Policy
 
 Gradients = dict[str, tuple[Tensor, ...]]
 """Gradients of the adapters, by group."""
+MIXER = "mixer"
+"""Stands for all projections of a library's mixer among the groups."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class AttentionSpec(HalfSpec):
     - norms_rotated: q_norm and k_norm follow the rotation instead of preceding it.
     - rotary: which features turn together; None without rotation.
     - query_scale: how queries grow with their position in the sample.
+    - output_gate: True if each head's queries are followed by a gate, whose sigmoid scales its output.
     """
 
     head_dim: int
@@ -116,11 +120,21 @@ class AttentionSpec(HalfSpec):
     stores: bool = False
     rotary: Literal["halves", "pairs"] | None = "halves"
     query_scale: QueryScale | None = None
+    output_gate: bool = False
 
     @property
     def reads(self) -> bool:
         """Return True if keys and values come from an earlier layer."""
         return self.features[1] == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerSpec(HalfSpec):
+    """The half whose token mixer is the library's own module, under this name in the layer."""
+
+    name: str
+    reads: ClassVar[bool] = False
+    stores: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +178,7 @@ class LayerSpec:
     groups: the paths of each group's projections, from the decoder layer on.
     """
 
-    attention: AttentionSpec
+    attention: AttentionSpec | MixerSpec
     mlp: MlpSpec
     groups: dict[str, tuple[str, ...]]
     tail: TailSpec | None = None
@@ -177,19 +191,27 @@ class Call:
     `groups` are its projections. `cos_TR`, `sin_TR` and `documents` place the tokens; only the
     first R features of a head rotate. `query_factors_T` scale the queries. The policies on the host
     store in `stash`. `shared` are keys and values [T, G, K] of an earlier layer. `input_TP` is the
-    layer's own embedding of each token.
+    layer's own embedding of each token. `mixer` is the library's, if the spec asks for one, and
+    `mixer_seed` decides its dropout.
     """
 
     spec: LayerSpec
     policy: Policy
     groups: dict[str, ProjectionGroup]
-    cos_TR: Tensor
-    sin_TR: Tensor
+    cos_TR: Tensor | None
+    sin_TR: Tensor | None
     documents: Documents
     stash: HostStash
     query_factors_T: Tensor | None = None
     shared: tuple[Tensor, ...] = ()
     input_TP: Tensor | None = None
+    mixer: LibraryMixer | None = None
+    mixer_seed: int | None = None
+
+    @property
+    def ordered(self) -> list[str]:
+        """Return the names of what is adapted, in the order of the adapters."""
+        return [*self.groups] if self.mixer is None else [MIXER, *self.groups]
 
 
 @dataclass
@@ -198,7 +220,7 @@ class Saved:
 
     - `x` is the layer's input; under OFFLOAD and HOST it becomes its number in the stash.
     - `q`, `k`, `v` are as projected, but rotated in place if the family has no q and k norms.
-    - `attention` is the small autograd graph of attention: its leaves and its output. `graph` holds
+    - `attention` is the small autograd graph of attention or mixer: its leaves and its output. `graph` holds
       what that graph saved.
     - `low` holds each group's low-rank hidden, which all policies but OFFLOAD keep.
     - `stored` are the keys and values that later layers read.
@@ -210,6 +232,7 @@ class Saved:
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
+    gate: Tensor | None = None
     attention: tuple[Tensor, ...] = ()
     graph: list[Tensor] = field(default_factory=list)
     o_out: Tensor | None = None
@@ -224,7 +247,7 @@ class Saved:
 
     def kept(self) -> list[Tensor]:
         """Return all tensors but x and the vectors of one value a token."""
-        single = (self.q, self.k, self.v, self.o_out, self.x_mid, self.gate_up, self.tail_gate, self.down_out)
+        single = (self.q, self.k, self.v, self.gate, self.o_out, self.x_mid, self.gate_up, self.tail_gate, self.down_out)
         return [t for t in (*single, *self.attention, *self.graph, *self.low.values()) if t is not None]
 
 

@@ -20,8 +20,9 @@ from engine.layers.attention import Documents
 from engine.layers.decoder_layer import decoder_layer
 from engine.layers.host_stash import HostStash
 from engine.layers.layer_spec import decoder_norm, layer_spec, obstacle
+from engine.layers.library_mixer import LibraryMixer
 from engine.layers.projection_group import ProjectionGroup, merged_weight
-from engine.layers.structure import Call, LayerSpec, Norm, normalize
+from engine.layers.structure import Call, LayerSpec, MixerSpec, Norm, normalize
 from engine.planning.families import FAMILIES
 from engine.planning.policies import Policy, layer_policies
 
@@ -65,7 +66,10 @@ class FusedLayer(nn.Module):
             self.add_module(name, child)
         for name, buffer in layer.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
-        for name in ("attention_type", "layer_type", "is_sliding", "layer_idx", "hidden_size"):  # some models' loops read them
+        has_mixer = isinstance(spec.attention, MixerSpec)
+        self.mixer = LibraryMixer(getattr(self, spec.attention.name)) if has_mixer else None
+        # some models' loops read these
+        for name in ("attention_type", "layer_type", "block_type", "is_sliding", "layer_idx", "hidden_size"):
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
 
@@ -74,7 +78,7 @@ class FusedLayer(nn.Module):
         hidden_states: Tensor,
         per_layer_input: Tensor | None = None,
         *_: Any,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         document_lengths: tuple[int, ...],
         document_offsets: Tensor,
         position_ids: Tensor | None = None,
@@ -87,7 +91,7 @@ class FusedLayer(nn.Module):
         [1, G, T, K], which some layers store and others read.
         """
         groups, dtype = self.projections(), hidden_states.dtype
-        cos_TR, sin_TR = (t.squeeze(0) for t in position_embeddings)
+        cos_TR, sin_TR = (None, None) if position_embeddings is None else (t.squeeze(0) for t in position_embeddings)
         call = Call(
             self.spec,
             self.policy,
@@ -99,12 +103,15 @@ class FusedLayer(nn.Module):
             self._query_factors(position_ids, document_lengths),
         )
         half, tail = self.spec.attention, self.spec.tail
+        if self.mixer is not None:
+            call.mixer, call.mixer_seed = self.mixer, self.mixer.new_seed()
         if half.reads:
             call.shared = tuple(t.squeeze(0).transpose(0, 1) for t in shared_kv_states[self.self_attn.layer_type])
         if tail is not None and tail.norm is not None:
             call.input_TP = per_layer_input.squeeze(0)
         adapted = [layer for layers in groups.values() for layer in layers if isinstance(layer, LoraLinear)]
-        adapters = [parameter for layer in adapted for parameter in (layer.lora_a, layer.lora_b)]
+        adapters = [] if self.mixer is None else self.mixer.adapters
+        adapters += [parameter for layer in adapted for parameter in (layer.lora_a, layer.lora_b)]
         y_TD, *stored = decoder_layer(hidden_states.squeeze(0), call, adapters)
         if half.stores and shared_kv_states is not None:
             shared_kv_states[self.self_attn.layer_type] = tuple(t.transpose(0, 1).unsqueeze(0) for t in stored)
@@ -116,7 +123,7 @@ class FusedLayer(nn.Module):
 
     def _query_factors(self, position_ids: Tensor | None, lengths: tuple[int, ...]) -> Tensor | None:
         """Return the factor of each token's queries [T]; None if all are 1."""
-        scale = self.spec.attention.query_scale
+        scale = getattr(self.spec.attention, "query_scale", None)
         if scale is None or max(lengths) <= scale.length:
             return None
         return scale.factors(position_ids.squeeze(0))

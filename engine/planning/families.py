@@ -62,6 +62,8 @@ class Family:
     - scalar: path of a factor of the layer's output.
     - lacks: paths of flags of what is not computed; they must be false.
     - query_scale: True if queries grow with their position in the sample, as in Llama 4.
+    - output_gate: True if the layer that makes queries also makes a gate behind each head's query.
+    - mixer: attribute of the library's token mixer, in layers that have one in attention's place.
     - no_dropout: config keys of dropouts that must be 0. needs: config keys that must be true.
     - biases: config keys that say whether projections have a bias, by group; True for always.
     - defaults: what a config.json means that leaves these keys out (transformers 5.23).
@@ -95,6 +97,8 @@ class Family:
     scalar: str | None = None
     lacks: tuple[str, ...] = ()
     query_scale: bool = False
+    output_gate: bool = False
+    mixer: str | None = None
     no_dropout: tuple[str, ...] = ("attention_dropout",)
     needs: tuple[str, ...] = ()
     biases: dict[str, str | bool] = field(default_factory=dict)
@@ -195,11 +199,13 @@ FAMILIES: dict[str, Family] = {
                           needs=("use_post_norm",), biases=_ALL_BIASES, defaults={"use_post_norm": True}),
     "cwm": Family("Cwm", window=_OWN_WINDOW, biases={"gate_up": "mlp_bias", "down": "mlp_bias"}, defaults={
         "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192}),
+    "qwen3_5": Family("Qwen3_5", qk_norm="head", norm_offset=1.0, output_gate=True, mixer="linear_attn", biases=_ATTENTION_BIAS,
+                      defaults={"num_key_value_heads": 4, "head_dim": 256, "vocab_size": 248_320}),
 }  # fmt: skip
 """Key -> family. The key is the family's model_type."""
 OTHER_TYPES = {
     "gemma3_text": "gemma3", "gemma4_text": "gemma4", "gemma4_unified_text": "gemma4_unified", "internlm3": "llama",
-    "iquestcoder": "llama",
+    "iquestcoder": "llama", "qwen3_5_text": "qwen3_5",
 }  # fmt: skip
 """Further model types -> the key of the family whose layers they have."""
 OTHER = Family("")

@@ -57,7 +57,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "HunYuanDenseV1": {},
     "HyperCLOVAX": {"residual_multiplier": 0.3, "attention_multiplier": 0.1},
     "Cwm": {"sliding_window": 5, "layer_types": MIXED, "rope_parameters": ROPE},
+    "Qwen3_5Text": {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 2,
+                    "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 8,
+                    "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
 }  # fmt: skip
+HYBRIDS = ("Qwen3_5Text",)
+"""Families with layers whose token mixer is the library's own."""
 
 
 def build(
@@ -90,7 +95,11 @@ def batch(lengths: tuple[int, ...] = (11, 1, 18)) -> Batch:
     return collate([Sample(i, i > 0) for i in ids])
 
 
-def hidden_states(model: nn.Module, row: Batch) -> Tensor:
+def hidden_states(model: nn.Module, row: Batch, alone: bool = False) -> Tensor:
+    """Return the decoder's hidden states [1, T, D]; `alone` computes each sample by itself."""
+    if alone:
+        parts = (collate([Sample(ids.numpy(), ids.numpy() > 0)]) for ids in row.input_ids_T.split(row.document_lengths))
+        return torch.cat([hidden_states(model, part) for part in parts], dim=1)
     return model.get_decoder()(
         input_ids=row.input_ids_T[None], position_ids=row.position_ids_T[None], use_cache=False,
         document_lengths=row.document_lengths, document_offsets=row.document_offsets,
@@ -99,8 +108,9 @@ def hidden_states(model: nn.Module, row: Batch) -> Tensor:
 
 def run(
     model: nn.Module, names: list[str], lora: LoraConfig, policy: Policy = Policy.KEEP, seed: int = 0, cached: int = 0,
+    alone: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """Return (hidden states, gradients by name) of one pass with a random cotangent."""
+    """Return (hidden states, gradients) of one pass with a random cotangent, each sample `alone` or in one row."""
     layers = attach(model, names, lora, 3)
     random = torch.Generator().manual_seed(2)
     for layer in layers.values():
@@ -109,7 +119,7 @@ def run(
     cache_weights(model, torch.float32, cached)
     model.train()
     torch.manual_seed(seed)
-    hidden = hidden_states(model, batch())
+    hidden = hidden_states(model, batch(), alone)
     cotangent = torch.randn(hidden.shape, generator=random).to(hidden.dtype)
     gradients = torch.autograd.grad((hidden * cotangent).sum(), trainable_parameters(layers))
     return [hidden.detach(), *gradients]

@@ -1,0 +1,136 @@
+"""Call a library's own token mixer on a packed row, so that no sample sees another.
+
+A mixer is what stands in attention's place: linear attention with a state, or a short convolution.
+The library's modules have three ways to keep samples apart, and `LibraryMixer` takes the first that
+gives the numbers of one call a sample:
+
+- OFFSETS: the module gets the offsets and the number of each token's sample. Its kernels read them
+  (flash-linear-attention and causal-conv1d).
+- GAPS: the same offsets, but zeros between the samples keep the convolution apart. It needs
+  flash-linear-attention alone.
+- ALONE: one call a sample, on any machine. The library's torch operations know no offsets: one
+  version refuses them, another runs on across samples.
+
+No version is asked and no package looked for: the first row with several samples is computed each
+way. So a kernel that ignores what it is told is never used.
+
+Shape letters: T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.adapter.lora import LoraLinear
+from engine.layers.attention import Documents
+
+PROBED_TOKENS = 4  # of each sample's start: what runs on from the sample before shows there most
+ALLOWED = {torch.float32: 1e-3}  # relative, of these tokens; in 16 bits OTHER_ALLOWED
+OTHER_ALLOWED = 0.05
+
+
+class Way(StrEnum):
+    """How a mixer keeps the samples of a row apart."""
+
+    OFFSETS = "offsets"
+    GAPS = "gaps"
+    ALONE = "alone"
+
+
+@dataclass
+class LibraryMixer:
+    """Hold a mixer and its way, which is None until a row with several samples has shown it."""
+
+    module: nn.Module
+    way: Way | None = None
+
+    @property
+    def adapters(self) -> list[nn.Parameter]:
+        """Return lora_a and lora_b of each of its linear layers that is adapted."""
+        adapted = [layer for layer in self.module.modules() if isinstance(layer, LoraLinear)]
+        return [parameter for layer in adapted for parameter in (layer.lora_a, layer.lora_b)]
+
+    def new_seed(self) -> int | None:
+        """Return a seed for the dropout of one pass and its recomputation; None without dropout."""
+        layers = (layer for layer in self.module.modules() if isinstance(layer, LoraLinear))
+        draws = any(layer.dropout and layer.training for layer in layers)
+        return int(torch.randint(2**62, ())) if draws else None  # from the CPU generator, so the host does not wait
+
+    def mix(self, x_TD: Tensor, documents: Documents, seed: int | None = None) -> Tensor:
+        """Return the mixer's output [T, D]. Differentiable in x and the adapters.
+
+        The same seed gives the same dropout masks.
+        """
+        with nullcontext() if seed is None else _seeded(seed, x_TD.device):
+            if len(documents.lengths) == 1:
+                return self._call(x_TD)
+            if self.way is None:
+                self.way = self._choose(x_TD, documents)
+            return self._ways()[self.way](x_TD, documents)
+
+    def _ways(self) -> dict[Way, Callable[[Tensor, Documents], Tensor]]:
+        return {Way.OFFSETS: self._with_offsets, Way.GAPS: self._with_gaps, Way.ALONE: self._alone}
+
+    @torch.no_grad()
+    def _choose(self, x_TD: Tensor, documents: Documents) -> Way:
+        """Return the first way whose outputs are those of each sample alone."""
+        training = self.module.training
+        self.module.eval()  # no dropout, whose masks differ from way to way
+        try:
+            right = self._alone(x_TD, documents)
+            return next(way for way, method in self._ways().items() if _agrees(method, x_TD, documents, right))
+        finally:
+            self.module.train(training)
+
+    def _alone(self, x_TD: Tensor, documents: Documents) -> Tensor:
+        return torch.cat([self._call(part) for part in x_TD.split(documents.lengths) if part.shape[0]])
+
+    def _with_offsets(self, x_TD: Tensor, documents: Documents) -> Tensor:
+        samples_T = _samples(x_TD.shape[0], documents.offsets)
+        return self._call(x_TD, cu_seq_lens_q=documents.offsets, seq_idx=samples_T[None])
+
+    def _with_gaps(self, x_TD: Tensor, documents: Documents) -> Tensor:
+        """Put as many zeros behind each sample as the convolution looks back, and drop their outputs."""
+        gap, offsets = self.module.conv_kernel_size - 1, documents.offsets
+        moved = offsets + gap * torch.arange(offsets.numel(), dtype=offsets.dtype, device=offsets.device)
+        rows_T = torch.arange(x_TD.shape[0], device=x_TD.device) + gap * _samples(x_TD.shape[0], offsets)
+        wide = x_TD.new_zeros(x_TD.shape[0] + gap * (offsets.numel() - 1), x_TD.shape[1])
+        return self._call(wide.index_copy(0, rows_T, x_TD), cu_seq_lens_q=moved)[rows_T]
+
+    def _call(self, x_TD: Tensor, **keywords: Any) -> Tensor:
+        return self.module(x_TD[None], **keywords).squeeze(0)
+
+
+def _samples(num_tokens: int, offsets: Tensor) -> Tensor:
+    """Return the number of each token's sample, int32 [T]; the host does not wait for the device."""
+    numbers = torch.arange(offsets.numel() - 1, dtype=torch.int32, device=offsets.device)
+    return numbers.repeat_interleave(offsets.diff(), output_size=num_tokens)
+
+
+def _agrees(method: Callable[[Tensor, Documents], Tensor], x: Tensor, documents: Documents, right: Tensor) -> bool:
+    """Return True if a way computes the right output where samples begin."""
+    try:
+        found = method(x, documents)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the library refuses offsets in its own words, and a module may lack what GAPS reads
+        return False
+    starts = documents.offsets[1:-1, None] + torch.arange(PROBED_TOKENS, device=x.device)
+    rows = starts.flatten().clamp_max(x.shape[0] - 1)
+    theirs = right[rows].float()
+    return bool((found[rows].float() - theirs).norm() <= ALLOWED.get(x.dtype, OTHER_ALLOWED) * theirs.norm())
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Any:
+    """Draw random numbers from `seed`, and leave the generators as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
