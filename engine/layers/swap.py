@@ -203,6 +203,11 @@ def cache_weights(model: nn.Module, dtype: torch.dtype, num_bytes: int) -> int:
     return used
 
 
+def has_mixers(model: nn.Module) -> bool:
+    """Return True if a fused layer calls the library's token mixer, which may wait for the device."""
+    return any(layer.mixer is not None for layer in _fused_layers(model))
+
+
 def _fused_layers(model: nn.Module) -> list[FusedLayer]:
     return [module for module in model.modules() if isinstance(module, FusedLayer)]
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from engine.data.packing import Batch, padded
 from engine.errors import first_line
 from engine.layers import attention
+from engine.layers.swap import has_mixers
 from engine.model.base import Base
 
 # Recording a graph takes some tenths of a second, and each graph has its own nodes in memory. Rows
@@ -128,10 +129,10 @@ class Graphs:
 
 
 def make_graphs(base: Base, capacity: int, longest: int) -> Graphs | None:
-    """Return graphs for `base`, or None if its attention, rows or an unfused layer rule them out."""
+    """Return graphs for `base`, or None if its attention, mixers, rows or an unfused layer rule them out."""
     softcap = getattr(base.model.config.get_text_config(), "attn_logit_softcapping", None)
     recordable = base.device.type == "cpu" or attention.reads_offsets_only(base.dtype, softcap)
-    recordable = recordable and not base.swaps.unfused and base.shares_rows(longest)
+    recordable = recordable and not base.swaps.unfused and not has_mixers(base.model) and base.shares_rows(longest)
     return Graphs(base, capacity, longest) if recordable else None
 
 

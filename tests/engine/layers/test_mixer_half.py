@@ -1,0 +1,187 @@
+"""A layer with the library's own token mixer: same numbers, samples apart, nothing of it kept in host memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.qwen3_5 import modeling_qwen3_5 as library
+
+from engine.config.trial import LoraConfig
+from engine.layers.attention import Documents
+from engine.layers.layer_spec import layer_spec, obstacle
+from engine.layers.library_mixer import LibraryMixer, Way, compute_on_cpu
+from engine.layers.structure import MixerSpec
+from engine.planning import compute_limits
+from engine.planning.policies import Policy
+from engine.quant.bnb import quantize_nf4
+from tests.support.fused_layers import batch, build, hidden_states, run, worst
+
+HYBRID = "Qwen3_5Text"
+ORIGINAL_RULE, ORIGINAL_CONV = library.torch_chunk_gated_delta_rule.__wrapped__, library.causal_conv1d_fn.__wrapped__
+MIXERS = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
+TARGETS = [
+    ("in_proj_qkv",), ("in_proj_z", "out_proj"), ("in_proj_a", "in_proj_b"), ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("gate_proj", "up_proj", "down_proj"), ("layers.2.linear_attn.out_proj",), ("layers.1.self_attn.o_proj",), MIXERS,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=lambda names: names[0])
+def test_any_subset_of_targets_has_the_library_s_gradients(targets):
+    lora = LoraConfig(rank=3, target_modules=targets)
+    theirs = run(*build(HYBRID)[:2], lora, alone=True)
+    for policy in (Policy.HOST, Policy.RECOMPUTE):
+        assert worst(run(*build(HYBRID, "fused")[:2], lora, policy), theirs) < 2e-5, policy
+
+
+def quantised(layers: str):
+    model, names, _ = build(HYBRID, layers)
+    for name in names:
+        layer = model.get_submodule(name)
+        layer.weight = quantize_nf4(layer.weight.data, True)
+    return model, names
+
+
+def test_packed_weights_have_the_library_s_gradients_cached_or_not():
+    lora = LoraConfig(rank=3)
+    theirs = run(*quantised("original"), lora, alone=True)
+    for cached in (0, 2**20):
+        assert worst(run(*quantised("fused"), lora, Policy.OFFLOAD, cached=cached), theirs) < 2e-5
+
+
+def test_dropout_is_the_same_under_every_policy_and_another_in_the_next_step():
+    lora = LoraConfig(rank=3, lora_dropout=0.3)
+    kept = run(*build(HYBRID, "fused")[:2], lora)
+    for policy in (Policy.RECOMPUTE, Policy.HOST):
+        assert worst(run(*build(HYBRID, "fused")[:2], lora, policy), kept) < 2e-5
+    assert worst(run(*build(HYBRID, "fused")[:2], lora, seed=1), kept) > 1e-2
+
+
+@pytest.mark.parametrize("policy", [Policy.KEEP, Policy.HOST, Policy.OFFLOAD])
+def test_the_mlp_of_such_a_layer_runs_in_tiles(policy, monkeypatch):
+    lora = LoraConfig(rank=3)
+    whole = run(*build(HYBRID, "fused")[:2], lora, policy)
+    monkeypatch.setattr(compute_limits, "MLP_TILE_TOKENS", 8)
+    assert worst(run(*build(HYBRID, "fused")[:2], lora, policy), whole) < 2e-5
+
+
+def test_the_comparison_fails_for_norms_without_their_offset():
+    lora = LoraConfig(rank=3)
+    theirs = run(*build(HYBRID)[:2], lora, alone=True)
+    model, names, _ = build(HYBRID, "fused")
+    layer = model.model.layers[1]
+    half = layer.spec.attention
+    norm = dataclasses.replace(half.q_norm, offset=0.0)
+    layer.spec = dataclasses.replace(layer.spec, attention=dataclasses.replace(half, q_norm=norm))
+    assert worst(run(model, names, lora), theirs) > 2e-4
+
+
+def test_layers_are_read_by_their_kind():
+    model, _, _ = build(HYBRID)
+    halves = [layer_spec(layer).attention for layer in model.model.layers]
+    assert [isinstance(half, MixerSpec) for half in halves] == [True, False, True]
+    assert halves[1].output_gate and halves[1].features == (128, 32, 32) and halves[1].q_norm.offset == 1.0
+    groups = [set(layer_spec(layer).groups) for layer in model.model.layers[:2]]
+    assert groups == [{"gate_up", "down"}, {"qkv", "o", "gate_up", "down"}]
+    del model.model.layers[0].mlp.gate_proj
+    assert obstacle(model.model.layers[0]) == "Qwen3_5DecoderLayer has no mlp.gate_proj"
+
+
+# --- samples apart ----------------------------------------------------------------------------------------------------
+
+
+def told_conv(x: Tensor, weight: Tensor, bias=None, activation=None, seq_idx: Tensor | None = None, **_) -> Tensor:
+    """Stand for causal-conv1d, which reads the number of each token's sample."""
+    lengths = [x.shape[2]] if seq_idx is None else seq_idx[0].bincount().tolist()
+    return torch.cat([ORIGINAL_CONV(part, weight, bias, activation) for part in x.split(lengths, 2)], 2)
+
+
+def told_rule(*tensors: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None = None, **others):
+    """Stand for flash-linear-attention, which reads offsets."""
+    lengths = [g.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
+    parts = zip(*(t.split(lengths, dim=1) for t in (*tensors, g, beta)))
+    return torch.cat([ORIGINAL_RULE(q, k, v, g=g, beta=beta, **others)[0] for q, k, v, g, beta in parts], dim=1), None
+
+
+def deaf(function):
+    """Stand for a library that takes offsets and runs on across samples."""
+    return lambda *tensors, cu_seqlens=None, seq_idx=None, **others: function(*tensors, **others)
+
+
+INSTALLED = {
+    "both packages": (told_rule, told_conv, Way.OFFSETS),
+    "flash-linear-attention": (told_rule, None, Way.GAPS),
+    "neither": (None, None, Way.ALONE),
+    "a library that runs on": (deaf(ORIGINAL_RULE), deaf(ORIGINAL_CONV), Way.ALONE),
+    "a state that runs on": (deaf(ORIGINAL_RULE), told_conv, Way.ALONE),
+}
+
+
+@pytest.mark.parametrize("packages", INSTALLED)
+def test_samples_are_kept_apart_by_what_the_library_can_do(packages, monkeypatch):
+    lora = LoraConfig(rank=3)
+    theirs = run(*build(HYBRID)[:2], lora, alone=True)
+    rule, conv, way = INSTALLED[packages]
+    if rule is not None:
+        monkeypatch.setattr(library, "torch_chunk_gated_delta_rule", rule)
+    if conv is not None:
+        monkeypatch.setattr(library, "causal_conv1d_fn", conv)
+    for policy in (Policy.KEEP, Policy.RECOMPUTE):
+        model, names, _ = build(HYBRID, "fused")
+        assert worst(run(model, names, lora, policy), theirs) < 2e-5
+        assert {layer.mixer.way for layer in model.model.layers if layer.mixer} == {way}
+
+
+def test_a_row_of_one_sample_says_nothing_about_the_way():
+    model, _, _ = build(HYBRID, "fused")
+    with torch.no_grad():
+        hidden_states(model, batch((9,)))
+        assert model.model.layers[0].mixer.way is None
+        hidden_states(model, batch((9, 1)))
+        assert model.model.layers[0].mixer.way is Way.ALONE
+
+
+def test_a_state_that_decays_fast_does_not_pass_for_one_that_is_cut():
+    model, _, _ = build(HYBRID)
+    module = model.model.layers[0].linear_attn
+    module.A_log.fill_(2.0)  # 1e-5 of the state is left after one token
+    mixer = LibraryMixer(module)
+    x, documents = torch.randn(20, 48), Documents((10, 10), torch.tensor([0, 10, 20], dtype=torch.int32))
+    mixer._with_offsets = lambda x, two: mixer._call(x)
+    mixer._with_gaps = lambda x, two: mixer._call(x)
+    assert mixer._choose(x, documents) is Way.ALONE
+
+
+def test_the_tiny_model_is_computed_on_the_cpu_whatever_is_installed(monkeypatch):
+    """With its packages installed, transformers calls their CUDA kernels for tensors on the CPU, too."""
+    model, _, _ = build(HYBRID)
+    right = hidden_states(model, batch((9,)))
+
+    def decorate(function):
+        is_new_implementation = True
+
+        def kernel(*_, **__):
+            raise RuntimeError(f"no CUDA device: {is_new_implementation}")
+
+        kernel.__wrapped__ = function
+        return kernel
+
+    monkeypatch.setattr(library, "torch_chunk_gated_delta_rule", decorate(ORIGINAL_RULE))
+    other, _, _ = build(HYBRID)
+    torch.testing.assert_close(hidden_states(other, batch((9,))), right)
+    for module in other.modules():
+        module.__dict__.pop("forward", None)
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        hidden_states(other, batch((9,)))
+    compute_on_cpu(other)
+    torch.testing.assert_close(hidden_states(other, batch((9,))), right)
+
+
+def test_under_the_host_policy_the_mixer_s_graph_stays_out_of_the_stash():
+    """It may hold the library's own tensors, which would be lost while they are on the host."""
+    model, names, _ = build(HYBRID, "fused")
+    weights = [p.clone() for p in model.parameters()]
+    run(model, names, LoraConfig(rank=3), Policy.HOST)
+    assert all(torch.equal(a, b) for a, b in zip(weights, (p for n, p in model.named_parameters() if "lora" not in n)))
