@@ -14,6 +14,7 @@ from torch import nn
 
 from engine.config.trial import ModelConfig
 from engine.layers import attention
+from engine.layers.library_mixer import compute_on_cpu
 from engine.layers.swap import SwapReport, fuse_layers
 from engine.model.base import Base
 from engine.model.route import Route
@@ -42,6 +43,11 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 GEMMA4: dict[str, Any] = {
     "model_type": "gemma4_text", "head_dim": 256, "global_head_dim": 512, "vocab_size": 262144, "sliding_window": 512,
     "final_logit_softcapping": 30.0, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3_5: dict[str, Any] = {
+    "model_type": "qwen3_5_text", "head_dim": 256, "vocab_size": 248320, "max_position_embeddings": 262144,
+    "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+    "tie_word_embeddings": True,
 }  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -101,6 +107,14 @@ SHAPES: dict[str, dict[str, Any]] = {
                       "rope_parameters": {"rope_type": "llama3", "rope_theta": 1000000.0, "factor": 16.0,
                                           "high_freq_factor": 4.0, "low_freq_factor": 1.0,
                                           "original_max_position_embeddings": 8192}},
+    "qwen3.5-0.8b": {**QWEN3_5, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 24, "num_attention_heads": 8,
+                     "num_key_value_heads": 2, "linear_num_value_heads": 16},
+    "qwen3.5-2b": {**QWEN3_5, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_attention_heads": 8,
+                   "num_key_value_heads": 2, "linear_num_value_heads": 16},
+    "qwen3.5-4b": {**QWEN3_5, "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32, "num_attention_heads": 16,
+                   "num_key_value_heads": 4, "linear_num_value_heads": 32},
+    "qwen3.5-9b": {**QWEN3_5, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "num_attention_heads": 16,
+                   "num_key_value_heads": 4, "linear_num_value_heads": 32, "tie_word_embeddings": False},
     # as well as known: the widths are from the released cards, the rest from transformers' defaults
     "gemma-4-e2b": {**GEMMA4, "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35, "num_attention_heads": 8,
                     "num_key_value_heads": 1, "num_kv_shared_layers": 20, "use_double_wide_mlp": True,
@@ -130,7 +144,7 @@ def linear_names(name: str) -> list[str]:
     family = FAMILIES[OTHER_TYPES.get(kind, kind)]
     has_tail = family.tail_width is not None and shape[family.tail_width] > 0
     groups = [*family.groups.values(), *(family.tail.values() if has_tail else ()), family.outside if has_tail else ()]
-    return [member for members in groups for member in members]
+    return [member for members in [*groups, family.mixing] for member in members]
 
 
 def random_model(name: str, device: torch.device, dtype: torch.dtype, attention_name: str) -> tuple[nn.Module, list[str]]:
@@ -169,6 +183,8 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype, attention_
         head.weight = model.get_input_embeddings().weight
     with torch.device(device):  # the rotary buffers are computed, not loaded
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    if device.type == "cpu":
+        compute_on_cpu(model)
     return model.requires_grad_(False), names
 
 
@@ -180,4 +196,10 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype, fused: bool
     swaps = fuse_layers(model) if fused else SwapReport((), {"all": "asked for unfused"})
     config = ModelConfig(path=name, embeddings="auto" if fused else "device")
     place_embeddings(model, config)
-    return Base(model, None, config, device, dtype, names, swaps, Route(fused))
+    return Base(model, None, config, device, dtype, names, swaps, Route(fused, shares_rows=fused or not _has_state(name)))
+
+
+def _has_state(name: str) -> bool:
+    """Return True if layers of the library carry a state, which runs on across the samples of a row."""
+    kind = SHAPES[name].get("model_type", "llama")
+    return FAMILIES[OTHER_TYPES.get(kind, kind)].mixer is not None

@@ -43,6 +43,8 @@ class _Ours:
 
     def prepare(self, setting: Setting) -> Prepared:
         base, device = self._base, self._device
+        if setting.batch > 1 and not base.route.shares_rows:
+            raise ValueError("these layers take one sample a row: --batch 1")
         lora = LoraConfig(rank=setting.rank, lora_dropout=setting.dropout)
         self._layers = attach(base.model, base.linear_names, lora, 0)
         adapter = FlatAdapter(self._layers, base.dtype)

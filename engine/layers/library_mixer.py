@@ -11,6 +11,8 @@ gives the numbers of one call a sample:
 - ALONE: one call a sample, on any machine. The library's torch operations know no offsets: one
   version refuses them, another runs on across samples.
 
+Samples of one length need none of them: they are a plain batch.
+
 No version is asked and no package looked for: two samples of the first row that has several are
 computed each way. So a kernel that ignores what it is told is never used.
 
@@ -72,8 +74,9 @@ class LibraryMixer:
         The same seed gives the same dropout masks.
         """
         with nullcontext() if seed is None else _seeded(seed, x_TD.device):
-            if sum(map(bool, documents.lengths)) == 1:
-                return self._call(x_TD)
+            lengths = [length for length in documents.lengths if length]
+            if len(set(lengths)) == 1:  # one sample, or a plain batch
+                return self.module(x_TD.view(len(lengths), lengths[0], -1)).flatten(0, 1)
             if self.way is None:
                 self.way = self._choose(x_TD, documents)
             return self._ways()[self.way](x_TD, documents)

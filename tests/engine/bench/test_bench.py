@@ -47,8 +47,9 @@ SHRUNK = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "n
           "head_dim": 16, "vocab_size": 128}  # fmt: skip
 GEMMA4 = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2, "global_head_dim": 32,
           "num_global_key_value_heads": None, "vocab_size_per_layer_input": 128}  # fmt: skip
+QWEN3_5 = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
 RELEASED = ("gemma-4-e2b", "gemma-4-e4b", "smollm3-3b", "granite-3.3-2b", "olmo-3-7b", "phi-4-mini", "ministral-3-8b", "glm-4-9b",
-            "exaone-4-1.2b")  # fmt: skip
+            "exaone-4-1.2b", "qwen3.5-4b")  # fmt: skip
 
 
 @pytest.mark.faults
@@ -58,12 +59,15 @@ def test_systems_agree_on_a_small_model_of_each_released_family(model, monkeypat
     small = {**SHAPES[model], **SHRUNK}
     if model.startswith("gemma-4"):
         small |= GEMMA4
+    if model.startswith("qwen3.5"):
+        small |= QWEN3_5
     if "layer_types" in small:
         small["layer_types"] = small["layer_types"][:4]
     rope = small.get("rope_parameters", {})
     small |= {"rope_parameters": {k: v[:6] if isinstance(v, list) else v for k, v in rope.items()}} if rope else {}
     monkeypatch.setitem(SHAPES, model, small)
-    ours, *others = (one(system, replace(TINY, model=model)) for system in HERE)
+    systems = [system for system in HERE if system != "ours-unfused" or not model.startswith("qwen3.5")]  # it takes one sample
+    ours, *others = (one(system, replace(TINY, model=model)) for system in systems)
     for other in others:
         assert other["first_loss"] == pytest.approx(ours["first_loss"], abs=1e-3)
         assert other["last_loss"] == pytest.approx(ours["last_loss"], rel=1e-2)

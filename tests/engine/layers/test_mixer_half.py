@@ -143,6 +143,17 @@ def test_a_row_of_one_sample_says_nothing_about_the_way():
         assert model.model.layers[0].mixer.way is Way.ALONE
 
 
+def test_samples_of_one_length_are_a_batch():
+    model, _, _ = build(HYBRID, "fused")
+    row, calls = batch((7, 7, 7)), []
+    for layer in model.model.layers[::2]:
+        layer.mixer.module.register_forward_pre_hook(lambda _, given: calls.append(given[0].shape))
+    with torch.no_grad():
+        ours = hidden_states(model, row)
+        assert calls == [(3, 7, 48)] * 2 and model.model.layers[0].mixer.way is None
+        torch.testing.assert_close(ours, hidden_states(build(HYBRID)[0], row, alone=True), rtol=1e-4, atol=1e-5)
+
+
 def test_a_state_that_decays_fast_does_not_pass_for_one_that_is_cut():
     model, _, _ = build(HYBRID)
     module = model.model.layers[0].linear_attn
