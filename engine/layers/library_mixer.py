@@ -169,8 +169,21 @@ def compute_on_cpu(model: nn.Module) -> None:
             module.forward = MethodType(own, module)
 
 
+def lacks_kernels(model: nn.Module, package: str) -> bool:
+    """Return True if the library calls torch operations because a package is not installed."""
+    forwards = {inspect.unwrap(type(module).forward) for module in model.modules()}
+    used = (forward.__globals__.get(name) for forward in forwards for name in forward.__code__.co_names)
+    return any(_choice(function) == (False, package) for function in used)
+
+
 def _is_replaced(function: Any) -> bool:
     """Return True for a function of transformers in whose place it calls another package's."""
+    return _choice(function)[0] is True
+
+
+def _choice(function: Any) -> tuple[bool | None, str | None]:
+    """Return if transformers calls another package's function in this one's place, and the package."""
     if not inspect.isfunction(function) or not hasattr(function, "__wrapped__"):
-        return False
-    return inspect.getclosurevars(function).nonlocals.get("is_new_implementation") is True
+        return None, None
+    names = inspect.getclosurevars(function).nonlocals
+    return names.get("is_new_implementation"), names.get("package")

@@ -12,6 +12,7 @@ from torch import nn
 from engine.config.trial import ModelConfig
 from engine.dialogue.encoding import REVISION
 from engine.errors import InputError
+from engine.layers.library_mixer import lacks_kernels
 from engine.layers.swap import SwapReport, require_fused, survey
 from engine.model.guard import NO_LINEAR, plain_linears
 from engine.model.pretrained import from_pretrained, read_config, without_weights
@@ -21,6 +22,8 @@ from engine.quant.frozen_linear import is_known_linear
 from engine.sources.locate import locate
 from engine.sources.quantized_folders import check_quantization
 from engine.sources.weight_files import check_rows, check_weights
+
+LINEAR_ATTENTION = "pip install flash-linear-attention"
 
 
 def model_config(config: ModelConfig) -> dict[str, Any]:
@@ -115,11 +118,13 @@ def _notes(model: nn.Module, linears: dict[str, nn.Linear], verdict: ModelVerdic
     if others:
         yield f"{len(others)} layers stay as they are, in 16 bits and without adapters: {_some(others)}"
     stacked = sum(p.numel() for p in model.parameters() if p.dim() >= 3)
-    if stacked:
-        share = stacked / sum(p.numel() for p in model.parameters())
+    share = stacked / sum(p.numel() for p in model.parameters())
+    if share >= 0.005:  # a convolution has three dimensions, too
         yield f"{share:.0%} of the weights are experts or others of 3 dimensions: they stay in 16 bits, without adapters"
     if needs := next((fault for fault in verdict.faults if "told where samples begin" in fault and "Install" in fault), None):
         yield f"samples could share rows on a card with more packages: {needs.rpartition(': ')[2]}"
+    if lacks_kernels(model, "fla"):
+        yield f"its linear attention runs on torch operations, several times slower: {LINEAR_ATTENTION}"
     if not verdict.checked:
         yield f"it was not checked on a tiny model ({verdict.faults[0]}); each worker checks it on the real weights"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 
@@ -159,3 +160,25 @@ def test_a_hybrid_model_trains_and_is_evaluated_one_sample_a_row(hybrid, tmp_pat
     assert abs(evaluate(base, [collate(samples)]) - wanted) > 1e-3
     reports = run(hybrid, tmp_path / "trial", base)
     assert np.isfinite(reports[-1].eval_loss)
+
+
+def test_a_mixed_model_trains_fused_in_shared_rows_and_names_the_package_that_it_lacks(tiny_config, folder, tmp_path):
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 260, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    text = Qwen3_5TextConfig(**sizes, linear_key_head_dim=16, linear_value_head_dim=16, eos_token_id=0, initializer_range=0.3)
+    Qwen3_5ForCausalLM(text).save_pretrained(folder)
+    config = build(tiny_config, model={"path": str(folder)})
+    facts = inspect_model(config.model)
+    assert facts.describe() == "4 of 4 decoder layers run fused"
+    lacks = importlib.util.find_spec("fla") is None
+    line = "its linear attention runs on torch operations, several times slower: pip install flash-linear-attention"
+    assert [note for note in facts.notes if "flash-linear-attention" in note] == [line][:lacks]
+    assert not any("dimensions" in note for note in facts.notes)  # its convolution is no expert
+    base = load_base(config.model, CPU)
+    _, view = load_data(config.data, base.tokenizer)
+    samples = [view[i] for i in range(len(view))]
+    alone, shared = (evaluate(base, [collate(part) for part in parts]) for parts in ([[s] for s in samples], [samples]))
+    assert base.shares_rows(512) and shared == pytest.approx(alone, abs=1e-5)
+    assert np.isfinite(run(config, tmp_path / "trial", base)[-1].eval_loss)
