@@ -117,9 +117,10 @@ def _notes(model: nn.Module, linears: dict[str, nn.Linear], verdict: ModelVerdic
     others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_known_linear(m)]
     if others:
         yield f"{len(others)} layers stay as they are, in 16 bits and without adapters: {_some(others)}"
-    stacked = sum(p.numel() for p in model.parameters() if p.dim() >= 3)
-    share = stacked / sum(p.numel() for p in model.parameters())
-    if share >= 0.005:  # a convolution has three dimensions, too
+    plain = (module for module in model.modules() if not isinstance(module, nn.Conv1d))
+    stacked = sum(p.numel() for module in plain for p in module.parameters(recurse=False) if p.dim() >= 3)
+    if stacked:
+        share = stacked / sum(p.numel() for p in model.parameters())
         yield f"{share:.0%} of the weights are experts or others of 3 dimensions: they stay in 16 bits, without adapters"
     if needs := next((fault for fault in verdict.faults if "told where samples begin" in fault and "Install" in fault), None):
         yield f"samples could share rows on a card with more packages: {needs.rpartition(': ')[2]}"

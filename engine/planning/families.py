@@ -64,7 +64,7 @@ class Family:
     - query_scale: True if queries grow with their position in the sample, as in Llama 4.
     - output_gate: True if the layer that makes queries also makes a gate behind each head's query.
     - mixer: attribute of the library's token mixer, in layers that have one in attention's place.
-      `mixing` are its linear layers; their sizes are known for a gated delta net alone.
+      `mixing` are its linear layers. Nothing is predicted for such a model.
     - no_dropout: config keys of dropouts that must be 0. needs: config keys that must be true.
     - biases: config keys that say whether projections have a bias, by group; True for always.
     - defaults: what a config.json means that leaves these keys out (transformers 5.23).
@@ -203,9 +203,7 @@ FAMILIES: dict[str, Family] = {
         "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192}),
     "qwen3_5": Family("Qwen3_5", qk_norm="head", norm_offset=1.0, output_gate=True, mixer="linear_attn", biases=_ATTENTION_BIAS,
                       mixing=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"), defaults={
-                          "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 248_320, "linear_num_key_heads": 16,
-                          "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
-                          "linear_conv_kernel_dim": 4}),
+                          "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 248_320}),
 }  # fmt: skip
 """Key -> family. The key is the family's model_type."""
 OTHER_TYPES = {

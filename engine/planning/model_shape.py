@@ -19,7 +19,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 """Keys of config.json that say how many experts a layer has."""
 
 
-GLOBAL = "full_attention"
+GLOBAL, LINEAR = "full_attention", "linear_attention"
 Keys = Literal["own", "values", "shared"]
 """What a layer does for keys: makes keys and values, makes keys that are its values too, or reads those of
 an earlier layer."""
@@ -115,6 +115,8 @@ class ModelShape:
                 raise InputError(f"{where}: {key}", value, "must be a positive whole number in config.json")
             return value
 
+        if others := _not_attention(layer, config):
+            raise InputError(f"{where}: layer_types", ", ".join(others), "nothing is predicted for layers without attention")
         num_heads = number("num_attention_heads")
         hidden_size = number("hidden_size")
         window, softcap = (config.get(key, layer.defaults.get(key)) for key in ("sliding_window", "attn_logit_softcapping"))
@@ -236,6 +238,13 @@ def _family(kind: str, config: dict[str, Any]) -> str:
     values = {**FAMILIES[kind].defaults, **config}
     fits = all(values.get(key) for key in FAMILIES[kind].needs) and not any(values.get(key) for key in FAMILIES[kind].no_dropout)
     return kind if fits else "other"
+
+
+def _not_attention(layer: Family, config: dict[str, Any]) -> list[str]:
+    """Return the kinds of layers that have something else in attention's place."""
+    given = config.get("layer_types")
+    kinds = {str(name) for name in given} if isinstance(given, list) else {LINEAR} if layer.mixer else set()
+    return sorted(name for name in kinds if name == LINEAR or not name.endswith("attention"))
 
 
 def _has_bias(layer: Family, group: str, values: dict[str, Any]) -> bool:

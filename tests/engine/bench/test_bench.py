@@ -80,8 +80,11 @@ def test_a_shape_has_the_parameters_of_the_library_s_model(model):
     config = random_config(model)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config)
-    shape = ModelShape.of(config.to_dict(), model)
-    assert shape.num_parameters == sum(p.numel() for p in built.parameters())
+    shape = ModelShape.known(config.to_dict(), model)
+    if shape is None:  # nothing is predicted for it
+        assert model.startswith("qwen3.5")
+    else:
+        assert shape.num_parameters == sum(p.numel() for p in built.parameters())
     names = {n.rpartition(".")[2] for n, m in built.model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert names == set(linear_names(model))
 

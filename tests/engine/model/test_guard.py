@@ -42,7 +42,7 @@ SINGLE = "its own layers; one sample a row"
         ("starcoder2", PACKED),
         ("deepseek_v3", PACKED),
         ("qwen3_moe", PACKED),
-        ("qwen3_5_text", SINGLE),
+        ("qwen3_5_text", "fused layers"),
         ("lfm2", SINGLE),
         ("granitemoehybrid", SINGLE),
         ("hyperclovax", "fused layers"),

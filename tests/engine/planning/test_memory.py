@@ -76,7 +76,7 @@ def test_predicted_memory_is_what_was_measured(row: dict[str, Any]) -> None:
 
 def peaks_beside_predictions() -> list[tuple[float, MemoryPrediction]]:
     """Return measured peak (GiB) and prediction of each calibration setting."""
-    shapes = {name: ModelShape.of({"model_type": "llama", **values}, name) for name, values in calibrate.SHAPES.items()}
+    shapes = {name: ModelShape.known({"model_type": "llama", **values}, name) for name, values in calibrate.SHAPES.items()}
     rows = [json.loads(line) for line in PEAKS.read_text().splitlines()]
     return [
         (r["peak_allocated_gib"], predict_memory(calibrate.train_config(r), shapes[r["model"]], evaluation=False)) for r in rows
