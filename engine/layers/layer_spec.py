@@ -151,12 +151,13 @@ def _groups(layer: nn.Module, family: Family) -> dict[str, tuple[str, ...]]:
 def _features(layer: nn.Module, family: Family) -> tuple[int, int, int]:
     """Return how many features of the projections are queries, keys and values."""
     config, width = layer.self_attn.config, layer.self_attn.head_dim
-    queries = config.num_attention_heads * width * (2 if family.output_gate else 1)
+    queries = config.num_attention_heads * width
+    made = 2 * queries if family.output_gate else queries
     if _is_set(layer, family.reads):
-        return queries, 0, 0
+        return made, 0, 0
     heads = getattr(layer.self_attn, "num_key_value_groups", None)  # it may differ from layer to layer
     keys = queries // heads if heads else config.num_key_value_heads * width
-    return queries, keys, 0 if _is_set(layer, family.keys_are_values) else keys
+    return made, keys, 0 if _is_set(layer, family.keys_are_values) else keys
 
 
 def _tail(layer: nn.Module, family: Family) -> TailSpec | None:
