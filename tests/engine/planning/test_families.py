@@ -114,9 +114,6 @@ def test_a_plan_adapts_the_layers_that_the_adapter_adapts(family, targets):
 
 
 @pytest.mark.parametrize("family", ["Llama", "Phi3", "Glm4", "Gemma4Text"])
-
-
-@pytest.mark.parametrize("family", ["Llama", "Phi3", "Glm4"])
 def test_a_plan_caches_the_groups_that_the_layers_cache(family):
     model, names, _ = build(family)
     for name in names:
