@@ -115,7 +115,7 @@ SHAPES: dict[str, dict[str, Any]] = {
                    "num_key_value_heads": 4, "linear_num_value_heads": 32},
     "qwen3.5-9b": {**QWEN3_5, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "num_attention_heads": 16,
                    "num_key_value_heads": 4, "linear_num_value_heads": 32, "tie_word_embeddings": False},
-    # as well as known: the widths are from the released cards, the rest from transformers' defaults
+    # widths as known without the released files; the rest is transformers' defaults
     "gemma-4-e2b": {**GEMMA4, "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35, "num_attention_heads": 8,
                     "num_key_value_heads": 1, "num_kv_shared_layers": 20, "use_double_wide_mlp": True,
                     "layer_types": [*[SLIDING] * 4, FULL] * 7},
