@@ -14,7 +14,7 @@ from torch import nn
 
 from engine.config.trial import ModelConfig
 from engine.layers import attention
-from engine.layers.library_mixer import compute_on_cpu
+from engine.layers.library_kernels import replace_failing_kernels, use_torch_functions
 from engine.layers.swap import SwapReport, fuse_layers
 from engine.model.base import Base
 from engine.model.route import Route
@@ -184,7 +184,7 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype, attention_
     with torch.device(device):  # the rotary buffers are computed, not loaded
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     if device.type == "cpu":
-        compute_on_cpu(model)
+        use_torch_functions(model)
     return model.requires_grad_(False), names
 
 
@@ -196,6 +196,8 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype, fused: bool
     swaps = fuse_layers(model) if fused else SwapReport((), {"all": "asked for unfused"})
     config = ModelConfig(path=name, embeddings="auto" if fused else "device")
     place_embeddings(model, config)
+    if device.type == "cuda":
+        replace_failing_kernels(model, dtype, device)
     return Base(model, None, config, device, dtype, names, swaps, Route(fused, shares_rows=fused or not _has_state(name)))
 
 

@@ -21,13 +21,11 @@ Shape letters: T tokens, D hidden.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -150,40 +148,3 @@ def _seeded(seed: int, device: torch.device) -> Any:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def compute_on_cpu(model: nn.Module) -> None:
-    """Make a model on the CPU call the library's torch functions where it would call CUDA kernels.
-
-    transformers chooses once, when it is imported: with flash-linear-attention installed, it calls
-    its kernels for tensors on the CPU, too. Only the modules of this model change.
-    """
-    for module in model.modules():
-        forward = inspect.unwrap(type(module).forward)
-        used = {name: forward.__globals__.get(name) for name in forward.__code__.co_names}
-        plain = {name: function.__wrapped__ for name, function in used.items() if _is_replaced(function)}
-        if plain:
-            names = {**forward.__globals__, **plain}
-            own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-            own.__kwdefaults__ = forward.__kwdefaults__
-            module.forward = MethodType(own, module)
-
-
-def lacks_kernels(model: nn.Module, package: str) -> bool:
-    """Return True if the library calls torch operations because a package is not installed."""
-    forwards = {inspect.unwrap(type(module).forward) for module in model.modules()}
-    used = (forward.__globals__.get(name) for forward in forwards for name in forward.__code__.co_names)
-    return any(_choice(function) == (False, package) for function in used)
-
-
-def _is_replaced(function: Any) -> bool:
-    """Return True for a function of transformers in whose place it calls another package's."""
-    return _choice(function)[0] is True
-
-
-def _choice(function: Any) -> tuple[bool | None, str | None]:
-    """Return if transformers calls another package's function in this one's place, and the package."""
-    if not inspect.isfunction(function) or not hasattr(function, "__wrapped__"):
-        return None, None
-    names = inspect.getclosurevars(function).nonlocals
-    return names.get("is_new_implementation"), names.get("package")

@@ -12,7 +12,7 @@ from torch import nn
 from engine.config.trial import ModelConfig
 from engine.dialogue.encoding import REVISION
 from engine.errors import InputError
-from engine.layers.library_mixer import lacks_kernels
+from engine.layers.library_kernels import lacks_kernels
 from engine.layers.swap import SwapReport, require_fused, survey
 from engine.model.guard import NO_LINEAR, plain_linears
 from engine.model.pretrained import from_pretrained, read_config, without_weights

@@ -18,7 +18,7 @@ from engine.config.parsing import load_json
 from engine.config.trial import ModelConfig
 from engine.errors import InputError
 from engine.layers import attention
-from engine.layers.library_mixer import compute_on_cpu
+from engine.layers.library_kernels import replace_failing_kernels, use_torch_functions
 from engine.layers.swap import fuse_layers
 from engine.model.base import Base
 from engine.model.comparison import text_samples
@@ -76,7 +76,7 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     model, _ = _load_nf4(config, source, device, dtype, load, verdict) if config.quantization == "nf4" else load(source)
     model.requires_grad_(False).eval()
     if device.type == "cpu":
-        compute_on_cpu(model)
+        use_torch_functions(model)
     checks = None if attention_name else _checks(config, source, dtype, device, verdict)
     known = checks.known() if checks else None
     theirs = None
@@ -90,6 +90,8 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
         release_towers(model)
     swaps = swaps_of(model, config, fuse_layers, verdict)
     swaps = replace(swaps, others=(*swaps.others, *place_embeddings(model, config)))
+    if device.type == "cuda":
+        replace_failing_kernels(model, dtype, device)
     base = Base(model, tokenizer, config, device, dtype, names, swaps, Route(**known) if known else verdict.route)
     if checks and theirs:
         base = check_loaded(base, theirs)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.layers.library_mixer import compute_on_cpu
+from engine.layers.library_kernels import use_torch_functions
 
 VOCABULARY = 160
 HIDDEN, HEADS, HEAD = 64, 4, 16
@@ -81,7 +81,7 @@ def build(config: Any, make: Callable[[Any], nn.Module], works: Callable[[nn.Mod
                 model = make(small)
                 make_loud(model)
             model = model.float().eval().requires_grad_(False)
-            compute_on_cpu(model)
+            use_torch_functions(model)
             with torch.no_grad():
                 works(model)
             return model

@@ -12,7 +12,7 @@ from engine.adapter.lora import attach, trainable_parameters
 from engine.config.trial import LoraConfig
 from engine.data.packing import Batch, Sample, collate
 from engine.layers import attention
-from engine.layers.library_mixer import compute_on_cpu
+from engine.layers.library_kernels import use_torch_functions
 from engine.layers.swap import SwapReport, cache_weights, fuse_layers, set_policy
 from engine.planning.policies import Policy
 from engine.quant.frozen_linear import freeze_linears
@@ -85,7 +85,7 @@ def build(
         if buffer_name.endswith("layer_scalar"):
             buffer += 0.3 * torch.randn_like(buffer)
     model.to(dtype).requires_grad_(False)
-    compute_on_cpu(model)
+    use_torch_functions(model)
     names = freeze_linears(model, skip=[model.get_output_embeddings()])
     report = fuse_layers(model) if layers == "fused" else None
     return model, names, report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as library
 from engine.config.trial import LoraConfig
 from engine.layers.attention import Documents
 from engine.layers.layer_spec import layer_spec, obstacle
-from engine.layers.library_mixer import LibraryMixer, Way, compute_on_cpu
+from engine.layers.library_kernels import replace_failing_kernels, use_torch_functions
+from engine.layers.library_mixer import LibraryMixer, Way
 from engine.layers.structure import MixerSpec
 from engine.planning import compute_limits
 from engine.planning.policies import Policy
@@ -186,8 +188,49 @@ def test_the_tiny_model_is_computed_on_the_cpu_whatever_is_installed(monkeypatch
         module.__dict__.pop("forward", None)
     with pytest.raises(RuntimeError, match="no CUDA device"):
         hidden_states(other, batch((9,)))
-    compute_on_cpu(other)
+    use_torch_functions(other)
     torch.testing.assert_close(hidden_states(other, batch((9,))), right)
+
+
+class RefusedInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("this card is not supported")
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_kernels_that_raise_in_the_backward_pass_give_way_with_a_warning(refuses, monkeypatch):
+    def decorate(function):
+        is_new_implementation = True
+
+        def kernel(query, *others, **named):
+            assert is_new_implementation
+            return function(RefusedInBackward.apply(query) if refuses else query, *others, **named)
+
+        kernel.__wrapped__ = function
+        return kernel
+
+    monkeypatch.setattr(library, "torch_chunk_gated_delta_rule", decorate(ORIGINAL_RULE))
+    model, names, _ = build(HYBRID, "fused")
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    if not refuses:  # twin: kernels that work stay
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            replace_failing_kernels(model, torch.float32, torch.device("cpu"))
+        return
+    with pytest.raises(RuntimeError, match="not supported"):
+        run(model, names, LoraConfig(rank=3))
+    model, names, _ = build(HYBRID, "fused")
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    with pytest.warns(UserWarning, match="GatedDeltaNet is computed by torch operations.*this card is not supported"):
+        replace_failing_kernels(model, torch.float32, torch.device("cpu"))
+    run(model, names, LoraConfig(rank=3))
 
 
 def test_under_the_host_policy_the_mixer_s_graph_stays_out_of_the_stash():
