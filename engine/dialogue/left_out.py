@@ -7,11 +7,15 @@ shape of conversation is rendered once more with words that stand nowhere else.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 from engine.dialogue.conversation import SampleError, TargetText
-from engine.dialogue.templates import REASONING, thought_of
+from engine.dialogue.templates import MARKS, REASONING, thought_of
+
+MARKED = re.compile(f"{MARKS[0]}(.*?){MARKS[1]}", re.DOTALL)
 
 
 class LeftOutError(SampleError):
@@ -84,6 +88,28 @@ def with_unique_words(value: Any) -> Any:
         return words.setdefault(value, f"qx{len(words)}zw") if inside or key == "name" or key in REASONING else value
 
     return unique(value, "", False)
+
+
+def with_plain_tokens(messages: Sequence[Mapping[str, Any]]) -> tuple[Any, dict[str, str]]:
+    """Return the messages with a plain word for each marked token, and the token of each word."""
+    words: dict[str, str] = {}
+
+    def plain(found: re.Match[str]) -> str:
+        word = f"qxtoken{len(words)}zw"
+        words[word] = found[1]
+        return f"{MARKS[0]}{word}{MARKS[1]}"
+
+    written = MARKED.sub(plain, json.dumps(messages, ensure_ascii=False))
+    return json.loads(written), {word: json.loads(f'"{token}"') for word, token in words.items()}
+
+
+def renumbered(error: SampleError, kept: Sequence[int]) -> SampleError:
+    """Return the error with the index that its message has in the data. kept: the indices of those rendered."""
+    found = copy(error)
+    found.args = (re.sub(r"^message (\d+)", lambda number: f"message {kept[int(number[1]) - 1] + 1}", str(error)),)
+    if isinstance(found, LeftOutError) and found.index is not None:
+        found.index = kept[found.index]
+    return found
 
 
 def shape(value: Any) -> Any:

@@ -9,25 +9,21 @@ their own: exactly what the model sees when it has to answer.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from engine.dialogue import left_out
+from engine.dialogue.continuation import continued
 from engine.dialogue.conversation import Conversation, SampleError, TargetText
 from engine.dialogue.dialect import PROBES, QUESTION, Dialect, Messages
-from engine.dialogue.templates import MARKS, SWITCHES, ChatTemplate, Rendered, common_prefix, thought_of
+from engine.dialogue.templates import MARKS, ChatTemplate, Rendered, common_prefix
 from engine.dialogue.ways_out import OtherPromptError, with_way_out
 
-OPENER = re.compile(r"<think>|<\|START_THINKING\|>|\[THINK\]|<seed:think>|<\|channel>thought")
-OPENED = re.compile(r"\s*(?:<think>|<\|START_THINKING\|>|\[THINK\]|<seed:think>)(\s*)")
-CLOSED = re.compile(rf"\s*(?:{OPENER.pattern}).*(?:</think>|<\|END_THINKING\|>|\[/THINK\]|</seed:think>|<channel\|>)\s*", re.S)
 SPEAKERS = tuple({"role": role, "content": PROBES[0]} for role in ("user", "system", "tool"))
 MAX_SHAPES = 10_000
 MARKED = "special tokens in messages are learnt as the text they are"
 UNASKED = "answers before the first question are not learnt"
 NO_END = "the chat template ends answers with no token; the tokenizer's end token was added"
-NO_THOUGHT = "answers without a thought close the one that the generation prompt opens"
 THOUGHT_LEFT_OUT = "the chat template does not write the thoughts of some answers, so these are not learnt"
 Remake = Callable[[str, dict[str, Any]], "Spans"]  # template, variables -> spans
 
@@ -83,32 +79,39 @@ class Spans:
 
     def _texts(self, conversation: Conversation) -> list[TargetText]:
         messages, tools = self._dialect.prepared(conversation.messages), self._template.prepared(conversation.tools) or None
-        messages, learned, notes = self._asked(messages, [i for i, wanted in enumerate(conversation.learned) if wanted], tools)
+        kept, learned, notes = self._asked(messages, [i for i, wanted in enumerate(conversation.learned) if wanted], tools)
         if not learned:
             raise SampleError("has no answer behind a question, so there is nothing to learn")
         learned = learned[-1:] if self._turns == "last" else learned
+        try:
+            return self._learnt([messages[i] for i in kept], [kept.index(i) for i in learned], tools, notes)
+        except SampleError as error:
+            raise left_out.renumbered(error, kept) from error
+
+    def _learnt(self, messages: Messages, learned: list[int], tools: Any, notes: list[str]) -> list[TargetText]:
         answers = self._answers(messages, learned, tools)
         lacks_thought = left_out.check_written(messages, learned, tools, answers)
+        is_marked = MARKS[0] in json.dumps([messages, tools], ensure_ascii=False)
+        if is_marked:
+            self._check_tokens(messages, learned, tools, answers)
         known = left_out.shape([messages, tools, learned])
         if known not in self._seen and len(self._seen) < MAX_SHAPES:
             self._seen[known] = self._check_words(messages, learned, tools)
         notes = [*notes, *([THOUGHT_LEFT_OUT] if lacks_thought else self._seen.get(known, []))]
         answers[-1] = self._with_rest(messages, learned[-1], tools, answers[-1])
-        if MARKS[0] in json.dumps([messages, tools], ensure_ascii=False):
-            notes = [*notes, MARKED]
+        notes = [*notes, *([MARKED] if is_marked else [])]
         return [TargetText(t.text, t.spans, (*notes, *t.notes)) for t in answers]
 
-    def _asked(self, messages: Messages, learned: list[int], tools: Any) -> tuple[Messages, list[int], list[str]]:
-        """Return the conversation without what no one asked for, if the template cannot write it."""
+    def _asked(self, messages: Messages, learned: list[int], tools: Any) -> tuple[list[int], list[int], list[str]]:
+        """Return which messages to keep and to learn, without what no one asked for and no template can write."""
         others = ("assistant", "system", "developer")
         question = next((i for i, message in enumerate(messages) if message["role"] not in others), len(messages))
         unasked = [i for i in learned if i < question and (i == 0 or not self._renders(messages[:i], tools))]
         learned = [i for i in learned if i not in unasked]
         before = [i for i in range(question) if messages[i]["role"] == "assistant"]
-        if before and learned and learned[0] > question and not self._renders(messages[: learned[0]], tools):
-            messages = [m for i, m in enumerate(messages) if i not in before]
-            learned = [i - len(before) for i in learned]
-        return messages, learned, [UNASKED] if unasked else []
+        drops = before and learned and learned[0] > question and not self._renders(messages[: learned[0]], tools)
+        kept = [i for i in range(len(messages)) if not (drops and i in before)]
+        return kept, learned, [UNASKED] if unasked else []
 
     def _answers(self, messages: Messages, learned: list[int], tools: Any) -> list[TargetText]:
         found = []
@@ -127,19 +130,29 @@ class Spans:
         if self._template.has_tags:
             return self._tagged(messages[:i], tools, prompt, whole)
         if whole.text.startswith(prompt):
-            opening = self._dialect.opening
-            unasked = messages[i - 1]["role"] == "assistant" and whole.text.startswith(prompt + opening)
-            return self._ended(messages, i, tools, whole.text, len(prompt + opening * unasked))
+            start = self._header_end(whole.text, len(prompt)) if messages[i - 1]["role"] == "assistant" else len(prompt)
+            return self._ended(messages, i, tools, whole.text, start)
         try:
-            answer, notes = self._continued(messages, i, tools, prompt, whole.text)
+            answer, notes = continued(self._dialect, messages, i, tools, prompt, whole.text)
         except OtherPromptError:
-            if messages[0] is not QUESTION and (found := self._behind_a_question(messages[i], tools, prompt, whole.text)):
-                return found
+            for offered in (tools, None)[: 1 + bool(tools)] if messages[0] is not QUESTION else ():
+                if found := self._behind_a_question(messages[i], offered, prompt, whole.text):
+                    return found
             for j in range(i + 1):  # what is not written is worth more than where two texts part
                 if lacks := left_out.fault(messages, j, whole.text if j == i else prompt):
                     raise lacks from None
             raise
         return self._ended(messages, i, tools, prompt + answer, len(prompt), notes)
+
+    def _header_end(self, text: str, start: int) -> int:
+        """Return where an answer behind an answer begins.
+
+        A template may write the header there, and before it the earlier answer's end token.
+        """
+        opening, end = self._dialect.opening, self._dialect.ends.match(text, start)
+        behind = end.end() if end else start
+        starts = (start, behind, len(text) - len(text[behind:].lstrip()))
+        return next((at + len(opening) for at in starts if opening and text.startswith(opening, at)), start)
 
     def _tagged(self, before: Messages, tools: Any, prompt: str, whole: Rendered) -> TargetText:
         """Return what the template's own `{% generation %}` tags mark of the last message.
@@ -161,36 +174,6 @@ class Spans:
             text = text[:start] + text[start:].rstrip() + self._eos
             return TargetText(text, (*spans, (start, len(text))), (NO_END,))
         return TargetText(text, (*spans, (start, end)))
-
-    def _continued(self, messages: Messages, i: int, tools: Any, prompt: str, whole: str) -> tuple[str, tuple[str, ...]]:
-        """Return the answer behind a generation prompt that the template does not write in a dialogue.
-
-        It is known where the generation prompt is the message's header and a thought, or white
-        space. A thought that it opens is closed before the answer.
-        """
-        header, thought = self._dialect.header(messages[:i], tools), thought_of(messages[i])
-        if "".join(header.split()) == "".join(prompt.split()) and whole.startswith(header):
-            return whole[len(header) if prompt[-1:].isspace() else len(header.rstrip()) :], ()
-        before = self._dialect.attempt(messages[:i], False, tools)
-        own = header.removeprefix(before.text) if before else header
-        if own != header and own.strip() and prompt.endswith(own) and whole.startswith(header):
-            return whole[len(header) :], ()  # the generation prompt says more before the same header
-        base = len(header) if prompt.startswith(header) else max((tag.start() for tag in OPENER.finditer(prompt)), default=0)
-        extra, rest = prompt[base:], whole[base:]
-        if thought and thought.strip() and prompt.startswith(header) and rest.startswith(thought.strip()):
-            return rest, ()  # the generation prompt opens the thought with words
-        opened = OPENED.fullmatch(extra)
-        is_known = opened or not extra.strip() or CLOSED.fullmatch(extra)
-        if not (base and is_known and header.startswith(prompt[:base]) and whole.startswith(prompt[:base])):
-            raise _differs(prompt, whole)
-        if not opened:  # a header that closes a thought is in the prompt already
-            return rest.removeprefix(header[base:]) if prompt.endswith(header[base:]) else rest, ()
-        if thought is None and not any(self._template.variables.get(name) is False for name in SWITCHES):
-            raise _differs(prompt, whole)
-        tag, line = extra.strip(), "\n" if opened[1] else ""
-        close = tag.replace("START", "END") if "START" in tag else f"{tag[0]}/{tag[1:]}"
-        answer = rest.lstrip("\n") if thought is not None and not self._template.reads_thoughts else rest
-        return f"{thought or ''}{line}{close}{2 * line}{answer}", () if thought else (NO_THOUGHT,)
 
     def _behind_a_question(self, message: dict[str, Any], tools: Any, prompt: str, whole: str) -> TargetText | None:
         """Return the answer as the template writes it behind a plain question, or None.
@@ -258,15 +241,20 @@ class Spans:
             return []
         return [THOUGHT_LEFT_OUT] if left_out.check_written(messages, learned, tools, answers) else []
 
+    def _check_tokens(self, messages: Messages, learned: list[int], tools: Any, answers: list[TargetText]) -> None:
+        """Raise SampleError if the template acts on a special token in the text of an answer."""
+        plain, words = left_out.with_plain_tokens(messages)
+        for i, answer in zip(learned, answers):
+            written = answer.text[answer.start : answer.end]
+            try:
+                other = self._answer(plain, i, tools)
+                text = other.text[other.start : other.end]
+            except SampleError:
+                text = ""
+            for word, token in words.items():
+                text = text.replace(word, token)
+            if MARKS[0] in written and text != written:
+                raise SampleError(f"message {i + 1} (assistant): the chat template acts on a special token in its content")
+
     def _renders(self, messages: Messages, tools: Any) -> bool:
         return self._dialect.attempt(messages, True, tools) is not None
-
-
-def _differs(prompt: str, whole: str) -> OtherPromptError:
-    """Return the error that shows both texts where they part."""
-    prompt, whole = (text.replace(MARKS[0], "").replace(MARKS[1], "") for text in (prompt, whole))
-    at = max(0, len(common_prefix(prompt, whole)) - 20)
-    shown = [json.dumps(text[at : at + 60], ensure_ascii=False) for text in (prompt, whole)]
-    is_of_thoughts = OPENER.search("".join(shown)) or re.search("think|reason", prompt[at:], re.I)
-    text = f"the generation prompt has {shown[0]} where the chat template writes {shown[1]}"
-    return OtherPromptError(text, bool(is_of_thoughts))

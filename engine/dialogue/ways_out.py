@@ -18,6 +18,7 @@ from engine.dialogue.templates import CHATML, REASONING, SWITCHES, ChatTemplate,
 Remake = Callable[[str, dict[str, Any]], Any]  # template, variables -> Spans
 Way = tuple[str, Callable[[], Any]]  # what to do, and a trial of it, which raises SampleError
 MAX_TAKEN, MAX_KNOWN = 20, 50  # parts taken out of one conversation, kinds of refusals that are tried
+EFFORTS = ("high", "low")
 SKIP = "data.bad_rows=skip leaves such rows out"
 
 
@@ -52,6 +53,9 @@ def _ways(error: SampleError, conversation: Conversation, template: ChatTemplate
                 if template.variables.get(name) is not value:
                     made = remake(template.text, other)
                     yield f"set data.template_kwargs.{name}={str(value).lower()}", lambda made=made: made.tried(conversation)
+        for effort in EFFORTS if reads(template.text, ["reasoning_effort"]) else ():
+            made = remake(template.text, {**template.variables, "reasoning_effort": effort})
+            yield f"set data.template_kwargs.reasoning_effort={effort}", lambda made=made: made.tried(conversation)
         if (thinking := _thinking(conversation)) != conversation:
             yield "give each answer its thought (reasoning_content)", lambda: same.tried(thinking)
     if isinstance(error, LeftOutError):

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from engine.dialogue.continuation import NO_THOUGHT
 from engine.dialogue.conversation import SampleError
-from engine.dialogue.spans import MARKED, NO_END, NO_THOUGHT, UNASKED
+from engine.dialogue.spans import MARKED, NO_END, UNASKED
 from tests.support.chat_templates import TEMPLATES
 from tests.support.dialogues import TOOLS, assistant, call, encode, encoder_for, learnt, user
 
