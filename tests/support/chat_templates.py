@@ -177,6 +177,24 @@ TEMPLATES = {  # name -> (template, end token of the tokenizer)
                            "{% endif %}{% endfor %}", "</s>"),
     "tagged-no-end": ("{% for m in messages %}{% if m.role == 'assistant' %}ASSISTANT: {% generation %}{{ m.content }} {% endgeneration %}{% else %}"
                       "USER: {{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}", "</s>"),
+    "reminder-last": (  # Command R+ with tools: what to write stands behind the last message
+        "{{ bos_token }}{% for m in messages %}<|TURN|><|{{ m.role | upper }}|>{{ m.content }}{% if m.tool_calls %}"
+        "Action: {{ m.tool_calls | tojson }}{% else %}<|END|>{% endif %}{% endfor %}<|TURN|><|SYSTEM|>Write 'Action:' first<|END|>"
+        "{% if add_generation_prompt %}<|TURN|><|ASSISTANT|>{% endif %}", "<|END|>"),
+    "no-header": ("{% for m in messages %}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}Answer: {% endif %}", "</s>"),
+    "ends-before-next": (  # Hunyuan 3: the last answer has no end token, and none is asked for behind an answer
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|><think></think>{{ m.content }}"
+        "{% if not loop.last %}{{ eos_token }}{% endif %}{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role != 'assistant' %}<|assistant|><think></think>{% endif %}", "<|eos|>"),
+    "system-before-last-tools": (  # Mistral with tools: it says how to call them in the last question
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[TOOLS]{{ tools | tojson }}[/TOOLS][INST] "
+        "{% if loop.last and tools %}Call in one array. {% endif %}{{ m.content }}[/INST]{% elif m.tool_calls %}[CALLS]"
+        "{{ m.tool_calls | tojson }}{{ eos_token }}{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}", "</s>"),
+    "cuts-at-think": (  # GLM-4.7: what stands before </think> is a thought, and both are written side by side
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and '</think>' in m.content %}<think>"
+        "{{ m.content.split('</think>')[0] }}</think>{{ m.content.split('</think>')[1] }}{% elif m.role == 'assistant' %}<think></think>"
+        "{{ m.content }}{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}",
+        "<|user|>"),
     "content-parts": ("{% for m in messages %}{{ m.role | capitalize }}:{% for p in m.content %}{% if p.type == 'text' %} {{ p.text }}{% endif %}"
                       "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}", "<end_of_utterance>"),
     "first-system-only": ("{% for m in messages %}{% if m.role != 'system' or loop.first %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"

@@ -1,0 +1,87 @@
+"""An answer is learnt behind the prompt that asks for it, also where a dialogue is written otherwise."""
+
+import pytest
+
+from engine.dialogue.continuation import answer_between
+from engine.dialogue.conversation import SampleError
+from tests.support.dialogues import TOOLS, assistant, call, encode, learnt, user
+
+SYSTEM = {"role": "system", "content": "be brief"}
+RESULT = {"role": "tool", "content": "21 degrees"}
+ROUND = user("ask"), assistant("", tool_calls=call()), RESULT, assistant("warm"), user("more"), assistant("two")
+CALLED = '[{"type": "function", "function": {"name": "look_up", "arguments": {"city": "Paris", "days": 3}}}]'
+
+
+def contexts(name, *messages, tools=None):
+    """Return what stands before each answer, and what transformers asks with."""
+    tokenizer, rows = encode(name, *messages, tools=tools)
+    found = [tokenizer.decode(row.input_ids[: row.is_target.index(True)]) for row in rows]
+    asked = [
+        tokenizer.apply_chat_template(list(messages[:i]), tools=tools, add_generation_prompt=True, tokenize=False)
+        for i, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    return found, asked
+
+
+def test_a_reminder_behind_the_last_message_is_context_and_never_learnt():
+    """It stands behind a call too, whose text has no end token: none of it may be learnt."""
+    expected = [[f"Action: {CALLED}<|END|>"], ["warm<|END|>"], ["two<|END|>"]]
+    assert learnt("reminder-last", *ROUND) == expected
+    found, asked = contexts("reminder-last", *ROUND)
+    assert found == asked and all("Write 'Action:' first" in text for text in asked)
+
+
+def test_an_answer_without_a_header_is_what_follows_the_messages_before_it():
+    assert learnt("no-header", user("ask"), assistant("one"), user("more"), assistant("two")) == [["one</s>"], ["two</s>"]]
+    found, asked = contexts("no-header", user("ask"), assistant("one"), user("more"), assistant("two"))
+    assert found == asked == ["ask\nAnswer: ", "ask\none\nmore\nAnswer: "]
+
+
+def test_an_answer_behind_an_answer_is_found_behind_the_earlier_ones_end_token():
+    turns = user("ask"), assistant("one"), assistant("two"), assistant("three")
+    assert learnt("ends-before-next", *turns) == [["one<|eos|>", "two<|eos|>", "three<|eos|>"]]
+    tokenizer, (row,) = encode("ends-before-next", *turns)
+    header = "<|assistant|><think></think>"
+    assert tokenizer.decode(row.input_ids) == f"<s><|user|>ask{header}one<|eos|>{header}two<|eos|>{header}three<|eos|>"
+
+
+def test_an_answer_is_known_where_tools_change_the_last_question():
+    rows = learnt("system-before-last-tools", *ROUND, tools=TOOLS)
+    assert rows == [[f"[CALLS]{CALLED}</s>"], ["warm</s>", "two</s>"]]
+    found, asked = contexts("system-before-last-tools", *ROUND, tools=list(TOOLS))
+    assert found == asked[:2] and "Call in one array. ask" in asked[0] and "Call in one array." not in asked[1]
+    tokenizer, rows = encode("system-before-last-tools", *ROUND, tools=TOOLS)
+    assert tokenizer.decode(rows[1].input_ids) == f"{asked[2]}two</s>"
+
+
+@pytest.mark.parametrize(
+    ("before", "prompt", "header", "whole", "answer"),
+    [("q", "q<a>", "q<a>", "q<a>one", None),  # no reminder: the plain rules hold
+     ("qR", "qR<a>", "q<a>", "q<a>oneR", "one"), ("qR", "qR<a>", "q<a>", "q<a>one", None),
+     ("qR", "qR<a>", "q<b>", "q<b>oneR", None),
+     ("q", "qA:", "q", "qone", "one"), ("q", "q\n", "q", "qone", None), ("q", "q<think>\n", "q", "qone", None),
+     ("q", "q", "q", "qone", None), ("q", "qA:", "q", "zone", None)],
+)  # fmt: skip
+def test_only_a_known_difference_is_taken(before, prompt, header, whole, answer):
+    assert answer_between(before, prompt, header, whole) == answer
+
+
+def test_a_token_in_an_answer_that_the_template_acts_on_is_refused():
+    """Side by side both halves look like the answer, but the token between them is the template's own."""
+    with pytest.raises(
+        SampleError, match=r"^message 2 \(assistant\): the chat template acts on a special token in its content; "
+    ):
+        learnt("cuts-at-think", user("ask"), assistant("close with </think> please"))
+    for turns in ((user("what is </think>?"), assistant("one")), (user("ask"), assistant("no <|user|> here"))):
+        (row,) = encode("cuts-at-think", *turns)[1]
+        assert row.is_target.count(True)
+
+
+@pytest.mark.parametrize("start", [(), (assistant("welcome"),), (assistant("welcome"), assistant("hello"))])
+def test_messages_have_the_numbers_that_they_have_in_the_row(start):
+    """Gemma 2 cannot write an answer before the first question, so it is dropped; its call is lost anyway."""
+    turns = *start, user("ask"), assistant("one"), user("more"), assistant("", tool_calls=call())
+    with pytest.raises(SampleError, match=rf"^message {len(turns)} \(assistant\): .*tool_calls.*; take") as caught:
+        learnt("gemma-2", *turns)
+    assert "take it out" in str(caught.value) and learnt("gemma-2", *turns[:-1])
