@@ -171,7 +171,7 @@ def _show_sample(arguments: list[str]) -> int:
     parser.add_argument("--eval", action="store_true", help="of the evaluation set instead of the training samples")
     options = parser.parse_args(arguments)
     config = permitted_config(load_train_config(_train_config(options.config)), options.trust_remote_code)
-    from engine.data.marked_sample import legend, marked, marks_for
+    from engine.data.marked_sample import carries_loss, legend, marked, marks_for
     from engine.data.views import load_data
     from engine.model.inspect import load_tokenizer
 
@@ -182,7 +182,7 @@ def _show_sample(arguments: list[str]) -> int:
     sample, marks = view[options.sample - 1], marks_for(sys.stdout)
     sys.stdout.reconfigure(errors="backslashreplace")
     print(f"sample {options.sample:,} of {len(view):,} {'for evaluation' if options.eval else 'for training'}: ", end="")
-    print(f"{counted(len(sample.input_ids), 'token')}, loss falls on {int(sample.is_target.sum()):,} ({legend(marks)})\n")
+    print(f"{counted(len(sample.input_ids), 'token')}, loss falls on {sum(carries_loss(sample)):,} ({legend(marks)})\n")
     print(marked(sample, tokenizer, marks))
     return 0
 

@@ -86,13 +86,13 @@ class DataAccount:
     def warnings(self) -> list[str]:
         """Return a line for each loss that a user should know of before training."""
         found = []
-        before = self.num_chosen + self.num_bad
-        gone = self.num_bad + self.num_chosen - self.num_used
-        tokens = self.num_tokens + self.num_lost_tokens
-        for what, lost, whole in (("rows", gone, before), ("tokens", self.num_lost_tokens, tokens)):
-            if lost > MUCH_LOST * whole:
+        # Bad rows are counted before hold-out and caps, the others after them.
+        kept = (1 - self.num_bad / max(1, self.num_read)) * self.num_used / max(1, self.num_chosen)
+        tokens = self.num_lost_tokens / max(1, self.num_tokens + self.num_lost_tokens)
+        for what, lost in (("rows", 1 - kept), ("tokens", tokens)):
+            if lost > MUCH_LOST:
                 found.append(
-                    f"{self.part} data lose {lost / whole:.0%} of their {what} at {counted(self.max_seq_length, 'token')} "
+                    f"{self.part} data lose {lost:.0%} of their {what} at {counted(self.max_seq_length, 'token')} "
                     "(bad rows, or beyond the length: data.overlong)"
                 )
         found += [f"a bad row was skipped: {line}" for line in self.bad_rows]

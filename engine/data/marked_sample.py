@@ -21,12 +21,17 @@ COLOUR, PLAIN = ("\x1b[1;32m", "\x1b[0m"), ("⟦", "⟧")
 def marked(sample: Sample, tokenizer: Any, marks: tuple[str, str]) -> str:
     """Return the sample's text with every run of target tokens between the marks."""
     text = ""
-    for part, is_target in runs(sample.input_ids.tolist(), sample.is_target.tolist(), tokenizer):
+    for part, is_target in runs(sample.input_ids.tolist(), carries_loss(sample), tokenizer):
         shown = "\n".join(printable(line) for line in part.split("\n"))
         for mark in PLAIN if marks == PLAIN else ():
             shown = shown.replace(mark, f"\\u{ord(mark):04x}")
         text += f"{marks[0]}{shown}{marks[1]}" if is_target else shown
     return text
+
+
+def carries_loss(sample: Sample) -> list[bool]:
+    """Return for each token whether it carries loss. The first does not: nothing stands before it to predict it."""
+    return [False, *sample.is_target[1:].tolist()][: len(sample.is_target)]
 
 
 def runs(ids: Sequence[int], is_target: Sequence[bool], tokenizer: Any) -> list[tuple[str, bool]]:

@@ -43,6 +43,8 @@ def continued(dialect: Dialect, messages: Messages, i: int, tools: Any, prompt: 
     is_known = opened or not extra.strip() or CLOSED.fullmatch(extra)
     if not (base and is_known and header.startswith(prompt[:base]) and whole.startswith(prompt[:base])):
         raise _differs(prompt, whole)
+    if CLOSED.fullmatch(extra) and thought and thought.strip() and thought.strip() in rest:
+        raise _differs(prompt, whole)  # no thought follows one that the prompt has closed
     if not opened:  # a header that closes a thought is in the prompt already
         return rest.removeprefix(header[base:]) if prompt.endswith(header[base:]) else rest, ()
     if thought is None and not any(dialect.template.variables.get(name) is False for name in SWITCHES):

@@ -6,8 +6,10 @@ import json
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engine.command_answers import AdapterEvaluation, Facts, PreparedFacts, VisibleCard
+from engine.command_answers import MUCH_LOST, AdapterEvaluation, Facts, PreparedFacts, VisibleCard
 from engine.errors import InputError
 from engine.planning.model_shape import ModelShape
 from tests.support.reports import make_account
@@ -71,3 +73,18 @@ def test_an_account_is_one_line_with_everything_and_warns_of_losses():
     assert "a bad row was skipped: data.train line 3 = 'x': no" in told.warnings()
     leaked = replace(ACCOUNT, part="evaluation", num_bad=0, num_chosen=3, num_used=3, num_lost_tokens=0, num_leaked=2)
     assert leaked.warnings() == ["2 of 3 evaluation rows are training rows too"]
+
+
+@given(st.integers(1, 10**6), st.floats(0, 1), st.floats(0.001, 1), st.floats(0, 1))
+def test_the_share_of_lost_rows_is_that_of_the_source_however_few_are_held_out(num_read, bad, part, used):
+    """Bad rows are counted over the whole source, so two held-out rows do not lose 83 % to ten bad ones."""
+    num_bad = int(bad * num_read)
+    num_chosen = int(part * (num_read - num_bad))
+    num_used = int(used * num_chosen)
+    account = replace(ACCOUNT, num_read=num_read, num_bad=num_bad, num_chosen=num_chosen, num_used=num_used, num_lost_tokens=0)
+    said = [line for line in account.warnings() if "of their rows" in line]
+    lost = 1 - (1 - num_bad / num_read) * (num_used / num_chosen if num_chosen else 0)
+    assert said == ([f"training data lose {lost:.0%} of their rows at 512 tokens (bad rows, or beyond the length: data.overlong)"]
+                    if lost > MUCH_LOST else [])  # fmt: skip
+    fewer = replace(account, num_chosen=num_used).warnings()  # the same share of bad rows, whatever is held out
+    assert not num_used or bool([line for line in fewer if "of their rows" in line]) == (num_bad / num_read > MUCH_LOST)

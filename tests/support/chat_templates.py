@@ -195,6 +195,10 @@ TEMPLATES = {  # name -> (template, end token of the tokenizer)
         "{{ m.content.split('</think>')[0] }}</think>{{ m.content.split('</think>')[1] }}{% elif m.role == 'assistant' %}<think></think>"
         "{{ m.content }}{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}",
         "<|user|>"),
+    "gemma-4-thoughts": ("{{ bos_token }}{% for m in messages %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{% if m.reasoning_content %}"
+                         "<|channel>thought\n{{ m.reasoning_content }}\n<channel|>{% endif %}{{ m.content | trim }}<turn|>\n{% endfor %}"
+                         "{% if add_generation_prompt %}<|turn>model\n{% if not enable_thinking %}<|channel>thought\n<channel|>{% endif %}{% endif %}",
+                         "<turn|>"),
     "content-parts": ("{% for m in messages %}{{ m.role | capitalize }}:{% for p in m.content %}{% if p.type == 'text' %} {{ p.text }}{% endif %}"
                       "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}", "<end_of_utterance>"),
     "first-system-only": ("{% for m in messages %}{% if m.role != 'system' or loop.first %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from engine.__main__ import main
-from engine.data.marked_sample import COLOUR, PLAIN, marked, marks_for, runs
+from engine.data.marked_sample import COLOUR, PLAIN, carries_loss, marked, marks_for, runs
 from engine.data.packing import Sample
 from tests.support.paths import ROOT
 
@@ -67,6 +67,13 @@ def test_text_of_the_data_is_text_and_the_marks_are_ours_alone(by_bytes):
     assert shown.count("⟦") == shown.count("⟧") == 1 and "\\u27e6x\\u27e7" in shown
     assert "\x1b" not in shown and "\\x1b[2J" in shown and "\n" in shown and "café 漢" in shown
     assert marked(sample, by_bytes, COLOUR).replace(COLOUR[0], "").replace(COLOUR[1], "").count("\x1b") == 0
+
+
+def test_the_first_token_carries_no_loss_whatever_the_data_say(by_bytes):
+    """No token stands before it. The account's targets leave it out, too."""
+    sample = sample_of(by_bytes, "plain text", slice(0, None))
+    assert marked(sample, by_bytes, PLAIN) == "p⟦lain text⟧" and sum(carries_loss(sample)) == 9
+    assert carries_loss(sample_of(by_bytes, "ab", slice(1, 2))) == [False, True] and carries_loss(sample_of(by_bytes, "")) == []
 
 
 def test_colours_are_for_terminals(monkeypatch):

@@ -18,7 +18,16 @@ ENDS = {
     "gemma-2": ["<end_of_turn>"], "phi-3": ["<|end|>"], "llama-2": ["</s>"], "tagged-parts": ["<|im_end|>"],
 }  # fmt: skip
 THOUGHTS = ("r1-distill", "qwq", "minimax-m2", "qwen-3", "qwen-3.5", "glm-4", "harmony")
-CLOSES = ("gemma-4", "closed-before-header", "closed-by-header", "continues", "system-before-last", "no-header", "reminder-last")
+CLOSES = (
+    "gemma-4",
+    "closed-before-header",
+    "closed-by-header",
+    "continues",
+    "system-before-last",
+    "no-header",
+    "reminder-last",
+    "gemma-4-thoughts",
+)
 MUST_THINK = ("r1-distill", "qwq", "minimax-m2")
 WORDS = st.text(st.sampled_from("ahit \n:.#1é"), min_size=1, max_size=8).filter(str.strip)
 TEXT = st.builds(str.__add__, st.sampled_from(["", "\n", " ", "\n\n"]), WORDS)

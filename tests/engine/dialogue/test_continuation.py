@@ -67,6 +67,19 @@ def test_only_a_known_difference_is_taken(before, prompt, header, whole, answer)
     assert answer_between(before, prompt, header, whole) == answer
 
 
+def test_no_thought_is_learnt_behind_one_that_the_prompt_has_closed():
+    """The prompt says that the model is not to think: an answer with a thought needs the other prompt."""
+    thinking = user("ask"), assistant("one", reasoning_content="let me see")
+    with pytest.raises(SampleError, match="; set data.template_kwargs.enable_thinking=true, or set data.chat_template=chatml$"):
+        learnt("gemma-4-thoughts", *thinking)
+    for turns, text in (
+        (thinking, "<|channel>thought\nlet me see\n<channel|>one<turn|>"),
+        ((user("ask"), assistant("one")), "one<turn|>"),
+    ):
+        assert learnt("gemma-4-thoughts", *turns, template_kwargs={"enable_thinking": True}) == [[text]]
+    assert learnt("gemma-4-thoughts", user("ask"), assistant("one")) == [["one<turn|>"]]
+
+
 def test_a_token_in_an_answer_that_the_template_acts_on_is_refused():
     """Side by side both halves look like the answer, but the token between them is the template's own."""
     with pytest.raises(
