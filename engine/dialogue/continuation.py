@@ -6,6 +6,7 @@ meaning is known are taken: a header, white space, a thought that is opened or c
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import Any
@@ -17,6 +18,8 @@ from engine.dialogue.ways_out import OtherPromptError
 OPENER = re.compile(r"<think>|<\|START_THINKING\|>|\[THINK\]|<seed:think>|<\|channel>thought")
 OPENED = re.compile(r"\s*(?:<think>|<\|START_THINKING\|>|\[THINK\]|<seed:think>)(\s*)")
 CLOSED = re.compile(rf"\s*(?:{OPENER.pattern}).*(?:</think>|<\|END_THINKING\|>|\[/THINK\]|</seed:think>|<channel\|>)\s*", re.S)
+CLOSER = re.compile(r"(?:</think>|<\|END_THINKING\|>|\[/THINK\]|</seed:think>|<channel\|>)\s*$")
+OPENED_LAST = re.compile(rf"(?:{OPENER.pattern})\s*$")
 NO_THOUGHT = "answers without a thought close the one that the generation prompt opens"
 
 
@@ -30,8 +33,9 @@ def continued(dialect: Dialect, messages: Messages, i: int, tools: Any, prompt: 
     if "".join(header.split()) == "".join(prompt.split()) and whole.startswith(header):
         return whole[len(header) if prompt[-1:].isspace() else len(header.rstrip()) :], ()
     before = dialect.attempt(messages[:i], False, tools)
-    if before and (answer := answer_between(before.text, prompt, header, whole)):
-        return answer, ()
+    found = before and (answer_between(before.text, prompt, header, whole) or behind_more(before.text, prompt, whole))
+    if found:
+        return found, ()
     own = header.removeprefix(before.text) if before else header
     if own != header and own.strip() and prompt.endswith(own) and whole.startswith(header):
         return whole[len(header) :], ()  # the generation prompt says more before the same header
@@ -41,10 +45,12 @@ def continued(dialect: Dialect, messages: Messages, i: int, tools: Any, prompt: 
         return rest, ()  # the generation prompt opens the thought with words
     opened = OPENED.fullmatch(extra)
     is_known = opened or not extra.strip() or CLOSED.fullmatch(extra)
-    if not (base and is_known and header.startswith(prompt[:base]) and whole.startswith(prompt[:base])):
-        raise _differs(prompt, whole)
-    if CLOSED.fullmatch(extra) and thought and thought.strip() and thought.strip() in rest:
+    if CLOSER.search(prompt) and thought and thought.strip() and thought.strip() in rest:
         raise _differs(prompt, whole)  # no thought follows one that the prompt has closed
+    if not (base and is_known and header.startswith(prompt[:base]) and whole.startswith(prompt[:base])):
+        if (found := behind_same_words(prompt, whole)) and not OPENED_LAST.search(prompt):
+            return found, ()
+        raise _differs(prompt, whole)
     if not opened:  # a header that closes a thought is in the prompt already
         return rest.removeprefix(header[base:]) if prompt.endswith(header[base:]) else rest, ()
     if thought is None and not any(dialect.template.variables.get(name) is False for name in SWITCHES):
@@ -71,6 +77,27 @@ def answer_between(before: str, prompt: str, header: str, whole: str) -> str | N
     reminder = before.removeprefix(base)
     fits = base != header and reminder not in ("", before) and whole.endswith(reminder)
     return whole[len(header) : len(whole) - len(reminder)] if fits else None
+
+
+def behind_more(before: str, prompt: str, whole: str) -> str | None:
+    """Return the answer where the prompt says more in front of the last message than a dialogue does.
+
+    Such is a system text that is written only where an answer is asked for. Arguments: see `answer_between`.
+    """
+    tail = before[len(common_prefix(before, prompt)) :]
+    at = prompt.rfind(tail)
+    opening, written = prompt[at + len(tail) :], whole[len(before) :]
+    fits = tail.strip() and at >= 0 and opening.strip() and not OPENER.search(opening)
+    return written[len(opening) :] if fits and whole.startswith(before) and written.startswith(opening) else None
+
+
+def behind_same_words(prompt: str, whole: str) -> str | None:
+    """Return the answer where prompt and dialogue differ in white space alone."""
+    words = "".join(prompt.split())
+    if not words or not "".join(whole.split()).startswith(words):
+        return None
+    at = next(itertools.islice((k for k, letter in enumerate(whole, 1) if not letter.isspace()), len(words) - 1, None))
+    return whole[at:].lstrip() if prompt[-1:].isspace() else whole[at:]
 
 
 def _differs(prompt: str, whole: str) -> OtherPromptError:

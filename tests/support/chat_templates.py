@@ -199,6 +199,15 @@ TEMPLATES = {  # name -> (template, end token of the tokenizer)
                          "<|channel>thought\n{{ m.reasoning_content }}\n<channel|>{% endif %}{{ m.content | trim }}<turn|>\n{% endfor %}"
                          "{% if add_generation_prompt %}<|turn>model\n{% if not enable_thinking %}<|channel>thought\n<channel|>{% endif %}{% endif %}",
                          "<turn|>"),
+    "system-when-asked": (  # Muse: a system text stands there where an answer is asked for, and an answer says to whom it goes
+        "{{ bos_token }}{% if add_generation_prompt and messages[0].role != 'system' %}<|start|>system<|message|>Be helpful.<|eot|>{% endif %}"
+        "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %} to={% if m.tool_calls %}tool<|message|>"
+        "{{ m.tool_calls | tojson }}{% else %}user<|message|>{% endif %}{% else %}<|message|>{% endif %}{{ m.content }}<|eot|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant{% endif %}", "<|eot|>"),
+    "spaces-differ": (  # Granite 20B: a header has a space that the one of calls has not
+        "{% for m in messages %}{% if m.tool_calls %}ASSISTANT:\n<function_call> {{ m.tool_calls | tojson }}{{ eos_token }}\n"
+        "{% elif m.role == 'assistant' %}ASSISTANT: \n{{ m.content }}{{ eos_token }}\n{% else %}{{ m.role | upper }}: {{ m.content }}\n"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT: \n{% endif %}", "<|endoftext|>"),
     "content-parts": ("{% for m in messages %}{{ m.role | capitalize }}:{% for p in m.content %}{% if p.type == 'text' %} {{ p.text }}{% endif %}"
                       "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}", "<end_of_utterance>"),
     "first-system-only": ("{% for m in messages %}{% if m.role != 'system' or loop.first %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"

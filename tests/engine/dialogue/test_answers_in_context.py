@@ -27,6 +27,8 @@ CLOSES = (
     "no-header",
     "reminder-last",
     "gemma-4-thoughts",
+    "system-when-asked",
+    "spaces-differ",
 )
 MUST_THINK = ("r1-distill", "qwq", "minimax-m2")
 WORDS = st.text(st.sampled_from("ahit \n:.#1é"), min_size=1, max_size=8).filter(str.strip)

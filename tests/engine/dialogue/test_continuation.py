@@ -1,8 +1,10 @@
 """An answer is learnt behind the prompt that asks for it, also where a dialogue is written otherwise."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engine.dialogue.continuation import answer_between
+from engine.dialogue.continuation import answer_between, behind_more, behind_same_words
 from engine.dialogue.conversation import SampleError
 from tests.support.dialogues import TOOLS, assistant, call, encode, learnt, user
 
@@ -65,6 +67,46 @@ def test_an_answer_is_known_where_tools_change_the_last_question():
 )  # fmt: skip
 def test_only_a_known_difference_is_taken(before, prompt, header, whole, answer):
     assert answer_between(before, prompt, header, whole) == answer
+
+
+def test_a_text_that_only_the_prompt_has_is_context():
+    """The header of an answer may go on behind the prompt: the model writes that part."""
+    turns = user("ask"), assistant("one"), user("more"), assistant("two")
+    for messages in (turns, (SYSTEM, *turns)):
+        assert learnt("system-when-asked", *messages) == [[" to=user<|message|>one<|eot|>", " to=user<|message|>two<|eot|>"]]
+        found, asked = contexts("system-when-asked", *messages)
+        assert found == asked[:1] and ("Be helpful." in asked[0]) == (messages is turns)
+    (row,) = learnt("system-when-asked", *ROUND)
+    assert row == [f" to=tool<|message|>{CALLED}<|eot|>", " to=user<|message|>warm<|eot|>", " to=user<|message|>two<|eot|>"]
+
+
+def test_white_space_that_only_the_prompt_has_is_context():
+    first, *others = learnt("spaces-differ", *ROUND)
+    assert first == [f"<function_call> {CALLED}<|endoftext|>"] and others == [["warm<|endoftext|>", "two<|endoftext|>"]]
+    found, asked = contexts("spaces-differ", *ROUND)
+    assert found[0] == asked[0] == "USER: ask\nASSISTANT: \n" and asked[1].endswith("TOOL: 21 degrees\nASSISTANT: \n")
+
+
+@pytest.mark.parametrize(
+    ("before", "prompt", "whole", "answer"),
+    [("<s>ask", "<s>Sask<a>", "<s>ask<a>one", "one"), ("<s>ask", "<s>Sask<a>", "<s>ask<a to=b>one", None),
+     ("<s>ask", "<s>Sask<a", "<s>ask<a to=b>one", " to=b>one"), ("<s>ask", "<s>Sask", "<s>askone", None),
+     ("<s>ask", "<s>Sasked<a>", "<s>ask<a>one", None), ("<s>ask", "<s>ask<a>", "<s>ask<a>one", None),
+     ("<s>ask", "<s>Sask<think>", "<s>ask<think>one", None), ("<s>ask", "<s>Sask<a>", "<s>asks<a>one", None)],
+)  # fmt: skip
+def test_more_before_the_last_message_is_known_by_what_stands_behind_it(before, prompt, whole, answer):
+    assert behind_more(before, prompt, whole) == answer
+
+
+@given(st.text("ab \n", max_size=8), st.text("ab \n", max_size=8), st.text("ab \n", max_size=4))
+def test_prompts_that_differ_in_white_space_have_the_same_words_before_the_answer(prompt, spaced, answer):
+    whole, squashed = spaced + answer, "".join
+    found = behind_same_words(prompt, whole)
+    words = squashed(prompt.split())
+    assert (found is None) == (not words or not squashed(whole.split()).startswith(words))
+    if found is not None:
+        assert whole.endswith(found) and words + squashed(found.split()) == squashed(whole.split())
+        assert not (prompt[-1].isspace() and found[:1].isspace())
 
 
 def test_no_thought_is_learnt_behind_one_that_the_prompt_has_closed():
