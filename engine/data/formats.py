@@ -37,6 +37,7 @@ SYSTEM = ("system", "system_prompt")
 GOOD = ("label", "kto_tag")  # KTO's verdict on an answer
 LONG = 20  # characters of a prompt that no completion repeats by chance
 REPEATED = "a completion that repeats its prompt is learnt from behind it"
+UNRENDERED = "prompts and completions are plain text, for which the chat template is not used"
 Messages = list[tuple[dict[str, Any], bool]]
 
 
@@ -146,9 +147,10 @@ class RowFormat:
             return _dialogue(row, prompt, completion)
         if _system(row):
             raise SampleError("system needs messages: plain prompts have no place for it")
+        notes = (UNRENDERED,) if self._has_template else ()
         if self._repeats and _repeats(prompt, completion):
-            return replace(_document(prompt, completion[len(prompt) :], "prompt", "completion"), notes=(REPEATED,))
-        return _document(prompt, completion, "prompt", "completion")
+            return replace(_document(prompt, completion[len(prompt) :], "prompt", "completion"), notes=(REPEATED, *notes))
+        return replace(_document(prompt, completion, "prompt", "completion"), notes=notes)
 
     def _alpaca(self, row: Mapping[str, Any]) -> Conversation | Document:
         instruction, output = _string(row["instruction"], "instruction"), row["output"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.dialogue.conversation import Encoded
 
-VERSION = 4  # of the token cache's content
+VERSION = 5  # of the token cache's content
 BUFFER = 1 << 16  # values that a column holds in memory before it writes them
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from engine.config.data_section import DataConfig
 from engine.config.parsing import parse
-from engine.data.formats import RowFormat
+from engine.data.formats import REPEATED, UNRENDERED, RowFormat
 from engine.dialogue.conversation import Conversation, Document
 from engine.dialogue.templates import REASONING
 from engine.errors import InputError
@@ -209,9 +209,16 @@ def test_a_completion_that_repeats_its_prompt_is_learnt_from_behind_it():
     pairs = [{"prompt": text, "chosen": text + "Paris", "rejected": "b"} for text in (LONG, "2 + 2 = ")]
     found = decided(*pairs, completion="chosen")
     learnt = [found.read("row", pair) for pair in pairs]
-    assert learnt == [Document(LONG, "Paris"), Document("2 + 2 = ", "Paris")] and all(one.notes for one in learnt)
+    assert learnt == [Document(LONG, "Paris"), Document("2 + 2 = ", "Paris")] and all(REPEATED in one.notes for one in learnt)
     other = found.read("row", {"prompt": LONG, "chosen": "Paris"})
-    assert other == Document(LONG, "Paris") and not other.notes
+    assert other == Document(LONG, "Paris") and other.notes == (UNRENDERED,)
+
+
+def test_that_plain_prompts_are_not_rendered_is_said_where_there_is_a_template():
+    row = {"prompt": "2 + 2 = ", "completion": "4"}
+    for has_template, notes in ((True, (UNRENDERED,)), (False, ())):
+        assert RowFormat("auto", {}, has_template).read("row", row).notes == notes
+    assert RowFormat("auto", {}, True).read("row", {"text": "4"}).notes == ()
 
 
 @pytest.mark.parametrize(
