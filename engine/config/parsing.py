@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import json
 import unicodedata
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator
 
@@ -79,8 +79,22 @@ def _model_of(kind: type) -> type[BaseModel]:
     """The same fields as a model. Its defaults are never used: the dataclass has its own."""
     hints = get_type_hints(kind)
     required = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(kind)}
-    given = {name: (hints[name], ... if needed else None) for name, needed in required.items()}
+    given = {name: (_from_json(name, hints[name]), ... if needed else None) for name, needed in required.items()}
     return create_model(kind.__name__, __config__=ConfigDict(strict=True, protected_namespaces=()), **given)
+
+
+def _from_json(name: str, hint: Any) -> Any:
+    """Return the type, with a validator that reads the list that JSON has for a tuple of dataclasses."""
+    kind = get_args(hint)[0] if get_origin(hint) is tuple else None
+    if not is_dataclass(kind):
+        return hint
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return tuple(parse_dataclass(kind, one, f"{name}.{i}") if isinstance(one, dict) else one for i, one in enumerate(value))
+
+    return Annotated[hint, BeforeValidator(read)]
 
 
 def to_json(config: BaseModel) -> str:

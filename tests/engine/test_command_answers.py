@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.command_answers import MUCH_LOST, AdapterEvaluation, Facts, PreparedFacts, VisibleCard
 from engine.errors import InputError
-from engine.planning.model_shape import ModelShape
+from engine.planning.model_shape import LayerShape, ModelShape
 from tests.support.reports import make_account
 
 SHAPE = ModelShape(2, 64, 128, 4, 2, 16, 256, sliding_window=32)
@@ -58,6 +58,16 @@ def test_an_answer_that_is_none_is_one_line(kind, values, said):
     with pytest.raises(InputError, match=said) as error:
         kind.from_dict(values)
     assert "\n" not in str(error.value)
+
+
+def test_a_shape_whose_layers_differ_is_itself_again_and_a_wrong_layer_is_one_line():
+    layers = (LayerShape(16, 2, 128, "own", None, True), LayerShape(32, 1, 256, "shared", 0, False))
+    told = json.loads(json.dumps(replace(PREPARED, shape=replace(SHAPE, layers=layers)).to_dict()))
+    assert PreparedFacts.from_dict(told).shape == replace(SHAPE, layers=layers)
+    for wrong, said in (({**told["shape"]["layers"][0], "head_dim": "16"}, "layers.1.head_dim = '16'"), (7, "layers.1 = 7")):
+        with pytest.raises(InputError, match=said) as error:
+            PreparedFacts.from_dict({**told, "shape": {**told["shape"], "layers": [told["shape"]["layers"][0], wrong]}})
+        assert "\n" not in str(error.value)
 
 
 def test_an_account_is_one_line_with_everything_and_warns_of_losses():
