@@ -48,7 +48,7 @@ def continued(dialect: Dialect, messages: Messages, i: int, tools: Any, prompt: 
     if CLOSER.search(prompt) and thought and thought.strip() and thought.strip() in rest:
         raise _differs(prompt, whole)  # no thought follows one that the prompt has closed
     if not (base and is_known and header.startswith(prompt[:base]) and whole.startswith(prompt[:base])):
-        if (found := behind_same_words(prompt, whole)) and not OPENED_LAST.search(prompt):
+        if (found := behind_same_words(prompt, whole)) and ((thought and thought.strip()) or not OPENED_LAST.search(prompt)):
             return found, ()
         raise _differs(prompt, whole)
     if not opened:  # a header that closes a thought is in the prompt already

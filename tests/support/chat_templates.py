@@ -208,6 +208,9 @@ TEMPLATES = {  # name -> (template, end token of the tokenizer)
         "{% for m in messages %}{% if m.tool_calls %}ASSISTANT:\n<function_call> {{ m.tool_calls | tojson }}{{ eos_token }}\n"
         "{% elif m.role == 'assistant' %}ASSISTANT: \n{{ m.content }}{{ eos_token }}\n{% else %}{{ m.role | upper }}: {{ m.content }}\n"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT: \n{% endif %}", "<|endoftext|>"),
+    "opens-after-a-line": ("{% for m in messages %}<|turn>{{ m.role }}\n{% if m.reasoning_content %}\n<think>\n{{ m.reasoning_content }}\n</think>\n\n"
+                           "{% endif %}{{ m.content }}<turn|>\n{% endfor %}{% if add_generation_prompt %}<|turn>assistant\n<think>\n{% endif %}",
+                           "<turn|>"),
     "content-parts": ("{% for m in messages %}{{ m.role | capitalize }}:{% for p in m.content %}{% if p.type == 'text' %} {{ p.text }}{% endif %}"
                       "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}", "<end_of_utterance>"),
     "first-system-only": ("{% for m in messages %}{% if m.role != 'system' or loop.first %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"

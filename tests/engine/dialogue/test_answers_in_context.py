@@ -30,7 +30,7 @@ CLOSES = (
     "system-when-asked",
     "spaces-differ",
 )
-MUST_THINK = ("r1-distill", "qwq", "minimax-m2")
+MUST_THINK = ("r1-distill", "qwq", "minimax-m2", "opens-after-a-line")
 WORDS = st.text(st.sampled_from("ahit \n:.#1é"), min_size=1, max_size=8).filter(str.strip)
 TEXT = st.builds(str.__add__, st.sampled_from(["", "\n", " ", "\n\n"]), WORDS)
 

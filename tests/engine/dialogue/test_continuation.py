@@ -87,6 +87,13 @@ def test_white_space_that_only_the_prompt_has_is_context():
     assert found[0] == asked[0] == "USER: ask\nASSISTANT: \n" and asked[1].endswith("TOOL: 21 degrees\nASSISTANT: \n")
 
 
+def test_a_thought_is_found_behind_a_prompt_that_opens_it_with_other_white_space():
+    thinking = assistant("one", reasoning_content="let me see")
+    assert learnt("opens-after-a-line", user("ask"), thinking) == [["let me see\n</think>\n\none<turn|>"]]
+    with pytest.raises(SampleError, match="give each answer its thought"):
+        learnt("opens-after-a-line", user("ask"), assistant("one"))
+
+
 @pytest.mark.parametrize(
     ("before", "prompt", "whole", "answer"),
     [("<s>ask", "<s>Sask<a>", "<s>ask<a>one", "one"), ("<s>ask", "<s>Sask<a>", "<s>ask<a to=b>one", None),

@@ -16,7 +16,7 @@ NAMES = (
     "chatml", "llama-3", "mistral", "qwen-2.5", "qwen-3", "qwen-3.5", "r1-distill", "gemma-2", "glm-4", "apertus", "harmony",
     "phi-3", "tagged", "continues", "system-before-last", "asks-after-questions", "first-system-only", "closed-by-header",
     "no-end", "reminder-last", "no-header", "ends-before-next", "system-before-last-tools",
-    "gemma-4-thoughts", "system-when-asked", "spaces-differ",
+    "gemma-4-thoughts", "system-when-asked", "spaces-differ", "opens-after-a-line",
 )  # fmt: skip
 HEALTH = list(HealthCheck)
 SETTINGS = settings(
