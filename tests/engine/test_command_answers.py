@@ -93,7 +93,7 @@ def test_the_share_of_lost_rows_is_that_of_the_source_however_few_are_held_out(n
     num_used = int(used * num_chosen)
     account = replace(ACCOUNT, num_read=num_read, num_bad=num_bad, num_chosen=num_chosen, num_used=num_used, num_lost_tokens=0)
     said = [line for line in account.warnings() if "of their rows" in line]
-    lost = 1 - (1 - num_bad / num_read) * (num_used / num_chosen if num_chosen else 0)
+    lost = 1 - (1 - num_bad / num_read) * num_used / max(1, num_chosen)
     assert said == ([f"training data lose {lost:.0%} of their rows at 512 tokens (bad rows, or beyond the length: data.overlong)"]
                     if lost > MUCH_LOST else [])  # fmt: skip
     fewer = replace(account, num_chosen=num_used).warnings()  # the same share of bad rows, whatever is held out
