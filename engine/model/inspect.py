@@ -15,13 +15,13 @@ from engine.errors import InputError
 from engine.layers.library_kernels import lacks_kernels
 from engine.layers.swap import SwapReport, require_fused, survey
 from engine.model.guard import NO_LINEAR, plain_linears
-from engine.model.pretrained import from_pretrained, read_config, without_weights
+from engine.model.pretrained import from_pretrained, read_config, unused_tensors, without_weights
 from engine.model.route import ModelVerdict, Route, pattern_of
 from engine.model.verdicts import verdict_of
 from engine.quant.frozen_linear import is_known_linear
 from engine.sources.locate import locate
-from engine.sources.quantized_folders import check_quantization
-from engine.sources.weight_files import check_rows, check_weights
+from engine.sources.quantized_folders import check_quantization, is_quantized
+from engine.sources.weight_files import check_rows, check_unused, check_weights, tensor_shapes
 
 LINEAR_ATTENTION = "pip install flash-linear-attention"
 
@@ -70,19 +70,11 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     Raises InputError if it is not a causal language model, if its weights cannot be read or trained
     rightly, or if `layers` is `strict` and some layer cannot run fused.
     """
-    source = locate(config)
-    content = model_config(config)
-    check_quantization(content, config)
-    if Path(source).is_dir():
-        check_weights(Path(source), config.path)
-    model = without_weights(read_config(config), config)
+    model, unused = checked_skeleton(config)
     linears = plain_linears(model)
     if not linears:
         raise InputError("model.path", config.path, NO_LINEAR)
-    embedding = model.get_input_embeddings()
-    num_rows = embedding.weight.shape[0]
-    if Path(source).is_dir():
-        check_rows(Path(source), num_rows, config.path)
+    num_rows = model.get_input_embeddings().weight.shape[0]
     verdict = verdict_of(config)
     features = {n: (m.out_features, m.in_features) for n, m in linears.items() if verdict.adapts(n)}
     if not features:
@@ -91,7 +83,29 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     text = model.config.get_text_config()
     positions, rotary = getattr(text, "max_position_embeddings", None), bool(getattr(text, "rope_parameters", None))
     notes = tuple(_notes(model, linears, verdict))
+    if unused:
+        notes += (f"{len(unused)} tensors of the folder are not part of this model, as transformers loads it: {_some(unused)}",)
     return ModelFacts(features, swaps, verdict.route, num_rows, positions, rotary, notes)
+
+
+def checked_skeleton(config: ModelConfig) -> tuple[nn.Module, list[str]]:
+    """Return the model without weights, and the tensors of its folder that it has no place for.
+
+    Of the weights it reads headers only. Raises InputError if they cannot be read, are quantised in
+    another way than NF4, or are not those that config.json asks for.
+    """
+    found, folder = read_config(config), Path(locate(config))
+    check_quantization(found.to_dict(), config)
+    if folder.is_dir():
+        check_weights(folder, config.path)
+    model = without_weights(found, config)
+    if not folder.is_dir():
+        return model, []
+    check_rows(folder, model.get_input_embeddings().weight.shape[0], config.path)
+    shapes = tensor_shapes(folder, config.path, is_quantized(found.to_dict()))
+    unused = unused_tensors(model, shapes, config)
+    check_unused(unused, config.path)
+    return model, unused
 
 
 def unquantised_names(config: ModelConfig, verdict: ModelVerdict) -> list[str] | None:

@@ -24,16 +24,15 @@ from engine.model.base import Base
 from engine.model.comparison import text_samples
 from engine.model.device import pick_dtype
 from engine.model.guard import NO_LINEAR
-from engine.model.inspect import load_tokenizer, swaps_of, unquantised_names
+from engine.model.inspect import checked_skeleton, load_tokenizer, swaps_of, unquantised_names
 from engine.model.loaded_check import KnownChecks, check_loaded, loaded_losses
-from engine.model.pretrained import from_pretrained, model_factory, read_config, release_towers, text_attention
+from engine.model.pretrained import from_pretrained, model_factory, read_config, release_towers, require_tensors, text_attention
 from engine.model.route import ModelVerdict, Route, pattern_of
 from engine.model.verdicts import verdict_of, with_rows_of
 from engine.quant.bnb import load_library, nf4_load_config
 from engine.quant.frozen_linear import freeze_linears
 from engine.quant.shared_base import load_packed
 from engine.sources.locate import locate
-from engine.sources.quantized_folders import check_quantization
 from engine.sources.weight_files import check_weights
 from engine.vocabulary.host_embedding import place_embeddings
 
@@ -53,9 +52,7 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     load_library()  # before transformers does
     source, dtype = locate(config), pick_dtype(config.dtype, device)
     found = read_config(config)
-    check_quantization(found.to_dict(), config)
-    if Path(source).is_dir():
-        check_weights(Path(source), config.path)
+    checked_skeleton(config)
     verdict, tokenizer = verdict_of(config), load_tokenizer(config)
     if attention_name is None and device.type == "cuda":
         verdict = with_rows_of(config, verdict, device)
@@ -68,9 +65,7 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
 
     def load(folder: str | Path, **more: Any) -> tuple[Any, dict[str, Any]]:
         model, loading = from_pretrained(factory, config, str(folder), **options, **more)
-        # transformers fills missing tensors with random numbers; nothing may save or train such a model
-        if missing := loading["missing_keys"]:
-            raise InputError("model.path", config.path, f"lacks {len(missing)} tensors, such as {min(map(str, missing))}")
+        require_tensors(loading, config)
         return model, loading
 
     model, _ = _load_nf4(config, source, device, dtype, load, verdict) if config.quantization == "nf4" else load(source)

@@ -57,11 +57,14 @@ def loaded_losses(model: nn.Module, samples: list[Sample]) -> LibraryLosses:
                 found.append([library_losses(model, sample) for sample in samples])
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
         allowed = f"transformers itself cannot compute its losses ({type(error).__name__}: {first_line(error)})"
         raise InputError("model.path", getattr(model, "name_or_path", None), allowed) from error
     finally:
         model.set_attn_implementation(text_attention(model.config, before))
+    if not all(bool(losses.isfinite().all()) for losses in found[0]):
+        allowed = "has losses that are not finite, in transformers too: its weights hold NaN or infinity, or are too large"
+        raise InputError("model.path", getattr(model, "name_or_path", None), allowed)
     return LibraryLosses(samples, found[0], mean_difference(*found) if len(found) == 2 else None)
 
 

@@ -1,7 +1,10 @@
-"""Choose the class that a checkpoint names, and turn each error of from_pretrained into one line."""
+"""Choose the class that a checkpoint names, fit its tensors in, and turn each error of from_pretrained into one line."""
 
 from __future__ import annotations
 
+import copy
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,6 +63,42 @@ def without_weights(found: Any, config: ModelConfig) -> nn.Module:
             return model_factory(found).from_config(found, trust_remote_code=config.trust_remote_code)
         except Exception as error:  # wrong types in config.json can raise any error in model code
             raise InputError("model.path", config.path, f"must be a causal language model ({first_line(error)})") from None
+
+
+def unused_tensors(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> list[str]:
+    """Return the tensors of a folder that the model has no place for, after transformers' own renaming.
+
+    model: one without weights. shapes: of each tensor in the folder. transformers fits tensors
+    without values into a second such model. InputError if one is missing or has another shape.
+    Nothing is known of a class that cannot be filled in this way; then the worker's load refuses it.
+    """
+    found = copy.deepcopy(model.config)
+    if hasattr(found, "quantization_config"):
+        del found.quantization_config
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    options = {"device_map": {"": "meta"}, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+    try:
+        logging.disable(logging.WARNING)  # its table of all differences
+        _, report = type(model).from_pretrained(None, config=found, state_dict=state, output_loading_info=True, **options)
+    except Exception:  # code of a model's own, or a conversion that needs values
+        return []
+    finally:
+        logging.disable(logging.NOTSET)
+    require_tensors(report, config)
+    if differing := sorted(report["mismatched_keys"]):
+        name, stored, wanted = differing[0]
+        text = f"{name} is {list(stored)} in its weights and {list(wanted)} by config.json ({len(differing)} such tensors)"
+        raise InputError("model.path", config.path, f"{text}: take config.json and weights of one model")
+    return sorted(report["unexpected_keys"])
+
+
+def require_tensors(report: Mapping[str, Any], config: ModelConfig) -> None:
+    """Raise InputError if transformers would fill missing tensors with random numbers.
+
+    report: its loading report. Nothing may save or train such a model.
+    """
+    if missing := report["missing_keys"]:
+        raise InputError("model.path", config.path, f"lacks {len(missing)} tensors, such as {min(map(str, missing))}")
 
 
 def text_attention(config: Any, name: str) -> str | dict[str, str]:

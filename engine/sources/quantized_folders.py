@@ -16,15 +16,23 @@ KEYS = ("quantization_config", "compression_config")
 
 def check_quantization(content: dict[str, Any], config: ModelConfig) -> None:
     """Raise InputError if config.json names another quantisation than bitsandbytes' NF4."""
-    parts = [content, content.get("text_config")]
-    found = [part[key] for part in parts if isinstance(part, dict) for key in KEYS if part.get(key)]
-    for settings in found:
+    for settings in _settings(content):
         if not isinstance(settings, dict) or not _is_nf4(settings):
             allowed = f"holds {_describe(settings)} weights; allowed: 16 or 32 bits, or bitsandbytes NF4: take the 16-bit model"
             raise InputError("model.path", config.path, allowed)
         if config.quantization != "nf4":
             allowed = f"the weights of {config.path} are NF4; allowed here: nf4"
             raise InputError("model.quantization", config.quantization, allowed)
+
+
+def is_quantized(content: dict[str, Any]) -> bool:
+    """Return True if config.json names a quantisation."""
+    return bool(_settings(content))
+
+
+def _settings(content: dict[str, Any]) -> list[Any]:
+    parts = [content, content.get("text_config")]
+    return [part[key] for part in parts if isinstance(part, dict) for key in KEYS if part.get(key)]
 
 
 def _is_nf4(settings: dict[str, Any]) -> bool:

@@ -10,6 +10,8 @@ folder.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from engine.errors import InputError, first_line
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FIELD = "model.path"
+NF4_STATE = ".quant_state.bitsandbytes__nf4"  # behind a packed weight's name: JSON with the shape it had
+SCALES = ("weight_scale", "weight_scale_inv", "SCB", "scales", "qzeros", "absmax")  # last names of scales of packed weights
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")  # last names of an input embedding
 
 
@@ -58,6 +62,40 @@ def check_rows(folder: Path, num_rows: int, given: str) -> None:
     if found and num_rows not in found:
         rows = f"config.json says {num_rows:,} rows of the embedding, its weights hold {found[0]:,}"
         raise InputError(FIELD, given, f"{rows}: correct vocab_size")
+
+
+def tensor_shapes(folder: Path, given: str, packed: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor in the weights, by name. It reads headers only.
+
+    packed: the weights are bitsandbytes' NF4. Then each packed weight has the shape that it had
+    before, and its scales are left out. Raises InputError if none is packed.
+    """
+    shapes, states = {}, {}
+    names = [name for name in weight_files(folder, given) if name != INDEX]
+    for file in [SINGLE] if SINGLE in names else names:  # transformers prefers the single file
+        with safe_open(folder / file, framework="numpy") as opened:
+            for name in list(opened.keys()):
+                shapes[name] = tuple(opened.get_slice(name).get_shape())
+                if packed and name.endswith(NF4_STATE):
+                    states[name.removesuffix(NF4_STATE)] = _shape_before(opened.get_tensor(name).tobytes(), name, given)
+    if packed and not states:
+        raise InputError(FIELD, given, "holds no packed weight, though config.json says NF4: remove its quantization_config")
+    scales = tuple(f"{name}." for name in states)
+    return {n: states.get(n, shape) for n, shape in shapes.items() if not (scales and n.startswith(scales))}
+
+
+def check_unused(names: Iterable[str], given: str) -> None:
+    """Raise InputError if tensors that a model has no place for are scales, without which its weights are other numbers."""
+    if found := [name for name in names if name.rpartition(".")[2] in SCALES]:
+        allowed = f"holds quantised weights that its config.json does not name, with scales such as {found[0]}"
+        raise InputError(FIELD, given, f"{allowed}; allowed: 16 or 32 bits, or bitsandbytes NF4: take the 16-bit model")
+
+
+def _shape_before(state: bytes, name: str, given: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(width) for width in json.loads(state)["shape"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(FIELD, given, f"{name} must be JSON with the weight's shape") from None
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:

@@ -77,6 +77,72 @@ def test_a_folder_in_nf4_is_trained_as_it_is_and_not_as_something_else(tiny_conf
         load_base(ModelConfig(path=str(tmp_path / "nf4"), quantization="none"), CPU)
 
 
+@pytest.mark.parametrize("layers", ["auto", "original"])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"intermediate_size": 192}, r"is \[64, 128\] in its weights and \[64, 192\] by config.json \(6 such tensors\)"),
+        ({"num_key_value_heads": 4}, r"k_proj.weight is \[32, 64\] in its weights and \[64, 64\]"),
+        ({"hidden_size": 128, "head_dim": 16}, "in its weights and"),
+        ({"num_hidden_layers": 3}, "lacks 9 tensors, such as model.layers.2.input_layernorm.weight"),
+        ({"attention_bias": True}, "lacks 8 tensors, such as model.layers.0.self_attn.k_proj.bias"),
+        ({"tie_word_embeddings": False}, "lacks 1 tensors, such as lm_head.weight"),
+        ({"model_type": "qwen3", "head_dim": 16}, "lacks 4 tensors, such as model.layers.0.self_attn.k_norm.weight"),
+        ({"quantization_config": NF4}, "holds no packed weight"),
+    ],
+)
+def test_weights_of_another_model_than_config_says_are_refused_before_any_value_is_read(
+    folder, monkeypatch, values, line, quantization, layers
+):
+    if "quantization_config" in values and quantization == "none":
+        line = "the weights of .* are NF4"
+    change(folder, **values)
+    config = ModelConfig(path=str(folder), quantization=quantization, layers=layers)
+    monkeypatch.setattr("engine.model.inspect.verdict_of", lambda _: pytest.fail("a tiny model was tried"))
+    with pytest.raises(InputError, match=line) as caught:
+        inspect_model(config)
+    monkeypatch.setattr("engine.model.load.from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(InputError, match=line):
+        load_base(config, CPU)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dropped", range(1, 19, 3))  # not the embedding: the head is tied to it
+def test_each_tensor_that_is_missing_is_named(folder, dropped):
+    weights = load_file(folder / "model.safetensors")
+    name = sorted(weights)[dropped]
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"lacks 1 tensors, such as {name}"):
+        inspect_model(ModelConfig(path=str(folder)))
+
+
+def test_tensors_that_are_not_part_of_the_model_are_said_and_scales_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    extra = {f"model.layers.{i}.self_attn.q_proj.bias": torch.ones(64) for i in range(2)}
+    save_file(weights | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    notes = inspect_model(ModelConfig(path=str(folder))).notes
+    (note,) = [note for note in notes if "2 tensors of the folder are not part of this model" in note]
+    assert note.endswith(": model.layers.*.self_attn.q_proj.bias")
+    for name in ("weight_scale_inv", "weight_scale", "SCB"):
+        scale = {f"model.layers.0.mlp.up_proj.{name}": torch.ones(1)}
+        save_file(weights | scale, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(InputError, match=f"scales such as model.layers.0.mlp.up_proj.{name}"):
+            inspect_model(ModelConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_weights_whose_losses_are_not_finite_are_refused_by_the_worker(folder, value, quantization):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= value
+    weights["model.layers.1.mlp.down_proj.weight"] *= value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="losses that are not finite, in transformers too"):
+        load_base(ModelConfig(path=str(folder), quantization=quantization), CPU)
+
+
 def test_a_token_of_the_data_beyond_the_embedding_is_refused_by_name(tiny_config, folder):
     with pytest.raises(InputError, match=r"model\.path = .*token 4?\d+ \('<\|\w+\|>'\).*embedding has 2\d\d rows"):
         prepare([build(tiny_config, model={"path": str(shrink_rows(folder))})])

@@ -157,4 +157,4 @@ def test_a_model_that_lacks_a_tensor_is_refused_every_time_and_never_saved(tiny_
     for _ in range(2):  # the second trial of a worker must not find what the first was refused
         with pytest.raises(InputError, match=r"lacks 1 tensors, such as model\.layers\.1\.mlp\.up_proj\.weight"):
             load_base(config, CPU)
-    assert packed(cache) == [] and len(num_quantised) == 2
+    assert packed(cache) == [] and num_quantised == []
