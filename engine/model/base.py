@@ -80,6 +80,8 @@ class Base:
 
     def _call(self, module: nn.Module, batch: Batch) -> Any:
         """Call the decoder or the whole model on a row, with all that its forward method takes."""
+        if any("dynamic" in kind.get("rope_type", "") for kind in _rotations(self.model.config.get_text_config())):
+            _forget_longer_rows(module)
         given: dict[str, Any] = {"input_ids": batch.input_ids_T.unsqueeze(0), "use_cache": False}
         if self.route.packed_attention:
             given["position_ids"] = batch.position_ids_T.unsqueeze(0)
@@ -136,13 +138,31 @@ def _boundaries(batch: Batch) -> dict[str, Any]:
 
 def _rotates_by_row(config: Any, longest: int) -> bool:
     """Return True if the longest sample of a row decides how all of them are rotated."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = rope.values() if rope and all(isinstance(part, dict) for part in rope.values()) else [rope]
-    for kind in kinds:
+    for kind in _rotations(config):
         original = kind.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
         if kind.get("rope_type") in ("dynamic", "longrope") and longest > original:
             return True
     return False
+
+
+def _rotations(config: Any) -> list[dict[str, Any]]:
+    """Return the settings of the rotary embeddings, of each kind of layers if they differ."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return list(rope.values()) if rope and all(isinstance(part, dict) for part in rope.values()) else [rope]
+
+
+def _forget_longer_rows(model: nn.Module) -> None:
+    """Give rotary embeddings back the frequencies that they grow from.
+
+    The library keeps those of the longest row so far. Then a loss would depend on the rows before.
+    """
+    for module in model.modules():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            prefix = name.removesuffix("max_seq_len_cached")
+            grown, first = (getattr(module, f"{prefix}{kept}inv_freq", None) for kept in ("", "original_"))
+            if first is not None:
+                module.register_buffer(f"{prefix}inv_freq", first.to(grown.device), persistent=False)
+                setattr(module, name, module.original_max_seq_len)
 
 
 def end_tokens(base: Base) -> list[int]:

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from engine.config.trial import ModelConfig
 from engine.data.packing import collate
 from engine.data.views import load_data
 from engine.errors import InputError
 from engine.evaluation.eval_loss import evaluate, evaluation_batches
+from engine.model.comparison import as_sample, difference, library_losses, our_losses
 from engine.model.inspect import inspect_model
 from engine.model.load import load_base
 from engine.model.loaded_check import loaded_losses
+from engine.model.skeleton import make_loud
 from engine.planning.model_shape import ModelShape
 from engine.prepare import prepare
 from engine.quant.frozen_linear import freeze_linears
@@ -248,3 +251,23 @@ def test_a_mixed_model_trains_fused_in_shared_rows_and_names_the_package_that_it
     alone, shared = (evaluate(base, [collate(part) for part in parts]) for parts in ([[s] for s in samples], [samples]))
     assert base.shares_rows(512) and shared == pytest.approx(alone, abs=1e-5)
     assert np.isfinite(run(config, tmp_path / "trial", base)[-1].eval_loss)
+
+
+@pytest.mark.parametrize("layers", ["auto", "original"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_loss_does_not_depend_on_the_rows_before(folder, kind, layers):
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0 + i for i in range(8)], "original_max_position_embeddings": 48}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0} | (factors if kind == "longrope" else {})
+    change(folder, rope_parameters=rope, max_position_embeddings=48)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    make_loud(model)
+    model.save_pretrained(folder)
+    base = load_base(ModelConfig(path=str(folder), quantization="none", layers=layers), CPU)
+    random = np.random.default_rng(0)
+    samples = [as_sample(random.integers(8, 250, size)) for size in (100, 70, 48, 20, 60)]
+    with torch.no_grad():
+        alone = [library_losses(AutoModelForCausalLM.from_pretrained(folder), sample) for sample in samples]
+    assert not base.shares_rows(100) and base.shares_rows(48)
+    for order in ((0, 1, 2, 3, 4), (4, 3, 2, 1, 0)):
+        for i in order:
+            assert difference(our_losses(base, [samples[i]]), [alone[i]]) < 1e-3
