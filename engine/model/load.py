@@ -76,7 +76,8 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     known = checks.known() if checks else None
     theirs = None
     if checks and known is None:
-        theirs = loaded_losses(model, text_samples(tokenizer, model.get_input_embeddings().weight.shape[0]))
+        samples = text_samples(tokenizer, model.get_input_embeddings().weight.shape[0])
+        theirs = loaded_losses(model, samples, config.path)
     kept = [module for name, module in model.named_modules() if pattern_of(name) in verdict.read_directly]
     names = [n for n in freeze_linears(model, skip=[model.get_output_embeddings(), *kept]) if verdict.adapts(n)]
     if not names:

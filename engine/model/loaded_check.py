@@ -45,8 +45,11 @@ class LibraryLosses:
         return WITHOUT_MEASURE[dtype] if self.rounding is None else max(LEAST, ROUNDINGS * self.rounding)
 
 
-def loaded_losses(model: nn.Module, samples: list[Sample]) -> LibraryLosses:
-    """Return the losses by the library alone on the real weights, with the library's own attention."""
+def loaded_losses(model: nn.Module, samples: list[Sample], given: str | None = None) -> LibraryLosses:
+    """Return the losses by the library alone on the real weights, with the library's own attention.
+
+    given: the value of model.path, for the message.
+    """
     keep_as_stored(model)
     before = model.config.get_text_config()._attn_implementation
     try:
@@ -59,12 +62,12 @@ def loaded_losses(model: nn.Module, samples: list[Sample]) -> LibraryLosses:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
         allowed = f"transformers itself cannot compute its losses ({type(error).__name__}: {first_line(error)})"
-        raise InputError("model.path", getattr(model, "name_or_path", None), allowed) from error
+        raise InputError("model.path", given, allowed) from error
     finally:
         model.set_attn_implementation(text_attention(model.config, before))
     if not all(bool(losses.isfinite().all()) for losses in found[0]):
         allowed = "has losses that are not finite, in transformers too: its weights hold NaN or infinity, or are too large"
-        raise InputError("model.path", getattr(model, "name_or_path", None), allowed)
+        raise InputError("model.path", given, allowed)
     return LibraryLosses(samples, found[0], mean_difference(*found) if len(found) == 2 else None)
 
 

@@ -142,7 +142,7 @@ def test_weights_whose_losses_are_not_finite_are_refused_by_the_worker(folder, v
     weights["model.layers.1.mlp.up_proj.weight"] *= value
     weights["model.layers.1.mlp.down_proj.weight"] *= value
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="losses that are not finite, in transformers too"):
+    with pytest.raises(InputError, match=f"'{folder}': has losses that are not finite, in transformers too"):
         load_base(ModelConfig(path=str(folder), quantization=quantization), CPU)
 
 
