@@ -43,14 +43,21 @@ def replace_failing_kernels(model: nn.Module, dtype: torch.dtype, device: torch.
     if not mixers:
         return
     x_1TD = torch.randn(1, PROBED_TOKENS, model.config.get_text_config().hidden_size, dtype=dtype, device=device)
-    faults = {kind: fault for kind, module in mixers.items() if (fault := _fault(module, x_1TD))}
-    if not faults:
-        return
-    use_torch_functions(model)
-    for kind, fault in faults.items():
-        if _fault(mixers[kind], x_1TD) is None:  # else the probe does not suit the module
-            text = f"{kind.__name__} is computed by torch operations, several times slower: {fault}"
-            warnings.warn(text, stacklevel=2)
+    for kind, module in mixers.items():
+        fault, before = _fault(module, x_1TD), [(part, part.__dict__.get("forward")) for part in module.modules()]
+        if fault is None:
+            continue
+        use_torch_functions(module)
+        if _fault(module, x_1TD) is None:
+            for other in model.modules():
+                if type(other) is kind:
+                    use_torch_functions(other)
+            warnings.warn(f"{kind.__name__} is computed by torch operations, several times slower: {fault}", stacklevel=2)
+            continue
+        for part, forward in before:  # the probe does not suit this module, so it says nothing of the kernels
+            part.__dict__.pop("forward", None)
+            if forward is not None:
+                part.forward = forward
 
 
 def lacks_kernels(model: nn.Module, package: str) -> bool:

@@ -233,6 +233,23 @@ def test_kernels_that_raise_in_the_backward_pass_give_way_with_a_warning(refuses
     run(model, names, LoraConfig(rank=3))
 
 
+def test_kernels_stay_where_the_probe_does_not_suit_the_module(monkeypatch):
+    def decorate(function):
+        is_new_implementation = True
+        kernel = lambda *args, **named: function(*args, **named) if is_new_implementation else None  # noqa: E731
+        kernel.__wrapped__ = lambda *_, **__: 1 / 0
+        return kernel
+
+    monkeypatch.setattr(library, "torch_chunk_gated_delta_rule", decorate(ORIGINAL_RULE))
+    model, names, _ = build(HYBRID, "fused")
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(library.Qwen3_5RMSNormGated, "forward", lambda *_: 1 / 0)
+        replace_failing_kernels(model, torch.float32, torch.device("cpu"))
+    run(model, names, LoraConfig(rank=3))  # with torch's functions it would divide by zero
+
+
 def test_under_the_host_policy_the_mixer_s_graph_stays_out_of_the_stash():
     """It may hold the library's own tensors, which would be lost while they are on the host."""
     model, names, _ = build(HYBRID, "fused")
