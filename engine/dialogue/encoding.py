@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
@@ -20,14 +19,13 @@ from engine.config.trial import HUB_ID
 from engine.dialogue.conversation import Conversation, Document, Encoded, SampleError, TargetText
 from engine.dialogue.dialect import any_of
 from engine.dialogue.spans import Spans
-from engine.dialogue.templates import MARKS, RESERVED, ChatTemplate, chat_template, prints_date, reads, tool_template
+from engine.dialogue.templates import MARKED, MARKS, RESERVED, ChatTemplate, chat_template, prints_date, reads, tool_template
 from engine.dialogue.text_ids import TextIds
 from engine.errors import InputError
 
 REVISION = "source_revision"  # attribute of a tokenizer: the hub revision it was loaded from, if one is pinned
 ONE_EACH = "the chat template writes earlier turns otherwise, so answers became samples of their own; data.turns=last learns one"
 BEFORE, BEHIND = 200, 32  # characters around a border
-PIECES = re.compile(f"{MARKS[0]}(.*?){MARKS[1]}", re.DOTALL)
 
 
 class Encoder:
@@ -73,7 +71,7 @@ class Encoder:
         texts = shared(spans.answers(sample))
         if len(texts) > 1:
             texts = [replace(text, notes=(*text.notes, ONE_EACH)) for text in texts]
-        for token in {token for text in texts if MARKS[0] in text.text for token in PIECES.findall(text.text)}:
+        for token in {token for text in texts if MARKS[0] in text.text for token in MARKED.findall(text.text)}:
             if self._tokenizer.convert_tokens_to_ids(token) in self._as_text(token):
                 raise SampleError(f"the tokenizer cannot write {token!r} as text; take it out of the messages")
         return texts
@@ -174,7 +172,7 @@ class Encoder:
         texts: with whether the text is a beginning. Elsewhere no tokenizer may put a space before
         it, so it is tokenised behind a line end. Marked pieces are encoded as text.
         """
-        parts = [(PIECES.split(text), first) for text, first in texts]
+        parts = [(MARKED.split(text), first) for text, first in texts]
         plain = [(part, k == 0 and first) for split, first in parts for k, part in enumerate(split[::2])]
         asked = [part if first or self._newline is None else "\n" + part for part, first in plain]
         ids = self._ids_of(asked)

@@ -13,9 +13,7 @@ from copy import copy
 from typing import Any
 
 from engine.dialogue.conversation import SampleError, TargetText
-from engine.dialogue.templates import MARKS, REASONING, thought_of
-
-MARKED = re.compile(f"{MARKS[0]}(.*?){MARKS[1]}", re.DOTALL)
+from engine.dialogue.templates import MARKED, MARKS, REASONING, thought_of
 
 
 class LeftOutError(SampleError):

@@ -27,6 +27,7 @@ CHATML = (
 MAX_CHARACTERS = 10_000_000  # per sample: about two million tokens, more than any card holds
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 MARKS = ("\ufdd0", "\ufdd1")  # noncharacters: Unicode keeps them for use inside a program
+MARKED = re.compile(f"{MARKS[0]}(.*?){MARKS[1]}", re.DOTALL)
 REASONING = ("reasoning_content", "thinking", "reasoning", "reasoning_text", "thinking_content", "thought", "thoughts")
 SWITCHES = ("enable_thinking", "thinking", "thinking_mode", "enable_reasoning")  # variables that turn thoughts on or off
 RESERVED = ("messages", "tools", "add_generation_prompt")
