@@ -31,8 +31,8 @@ from engine.config.permission import FLAG, permitted_config
 from engine.config.trial import TRAIN_CONFIG, TrainConfig, load_train_config
 from engine.errors import InputError, Interrupted
 from engine.planning.cards import find_card
-from engine.planning.model_shape import ModelShape
 from engine.planning.planner import make_compute_plan
+from engine.shape.model_shape import ModelShape
 from engine.sources.hub_ids import refuse_missing_files
 from engine.system.command_line import asked_to_end, run
 from engine.system.files import write_text

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from engine.config.parsing import parse_dataclass
-from engine.planning.model_shape import ModelShape
+from engine.shape.model_shape import ModelShape
 from engine.units import counted
 
 TRAINING, EVALUATION = "training", "evaluation"  # parts of an account

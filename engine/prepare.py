@@ -21,7 +21,7 @@ from engine.dialogue.encoding import printed_day
 from engine.errors import InputError
 from engine.model.device import host_share_gib
 from engine.model.inspect import ModelFacts, inspect_model, load_tokenizer, model_config
-from engine.planning.model_shape import ModelShape
+from engine.shape.model_shape import ModelShape
 from engine.sources.identity import variant
 from engine.sources.locate import locate
 from engine.units import GIB

@@ -29,12 +29,12 @@ from engine.bench.rows import Setting
 from engine.bench.shapes import SHAPES, random_base
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
+from engine.memory.prediction import predict_memory
 from engine.model.base import Base
 from engine.model.device import free, pick_dtype
-from engine.planning.memory import predict_memory
-from engine.planning.model_shape import ModelShape
-from engine.planning.policies import LADDER, Policy
 from engine.quant.bnb import adamw_8bit
+from engine.shape.model_shape import ModelShape
+from engine.shape.policies import LADDER, Policy
 from engine.system.provenance import provenance
 from engine.units import GIB
 

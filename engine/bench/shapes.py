@@ -18,9 +18,9 @@ from engine.layers.library_kernels import replace_failing_kernels, use_torch_fun
 from engine.layers.swap import SwapReport, fuse_layers
 from engine.model.base import Base
 from engine.model.route import Route
-from engine.planning.families import FAMILIES, OTHER_TYPES
 from engine.quant.bnb import library_linear
 from engine.quant.frozen_linear import freeze_linears
+from engine.shape.families import FAMILIES, OTHER_TYPES
 from engine.vocabulary.host_embedding import place_embeddings
 
 LONGEST = 131072

@@ -23,7 +23,7 @@ from engine.bench.shapes import linear_names, random_base, random_model
 from engine.config.trial import LoraConfig
 from engine.data.packing import Batch
 from engine.model.device import pick_dtype
-from engine.planning.policies import Policy
+from engine.shape.policies import Policy
 from engine.training.cuda_graphs import make_graphs
 
 Prepared = tuple[Callable[[Batch], torch.Tensor], list[nn.Parameter], Callable[[], None]]

@@ -13,7 +13,7 @@ import torch
 from engine.data.packing import Batch, collate, plan_once, rows_of
 from engine.data.views import View
 from engine.model.base import Base
-from engine.planning.compute_limits import EVALUATION_ROW_TOKENS
+from engine.shape.compute_limits import EVALUATION_ROW_TOKENS
 
 
 def evaluation_batches(base: Base, view: View, eval_max_seq_length: int) -> list[Batch]:

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.planning.compute_limits import FLASH_HEAD
+from engine.shape.compute_limits import FLASH_HEAD
 
 NAME = "packed"
 LENGTH_STEP = 256

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from engine.kernels import ops
 from engine.layers.attention import attend
 from engine.layers.structure import Call, Gradients, Saved, group_backward, project
-from engine.planning.policies import Policy
+from engine.shape.policies import Policy
 
 
 def attention_half(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:

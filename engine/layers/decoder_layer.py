@@ -2,7 +2,7 @@
 
 A layer is an attention half (attention_half.py), or one with the library's own mixer
 (mixer_half.py), and an MLP half with a tail (mlp.py). Its spec says what each is made of, so the
-families in engine/planning/families.py share this code.
+families in engine/shape/families.py share this code.
 
 Autograd would save every intermediate of a layer and run hundreds of small operations. Here the
 forward pass saves what the policy says, and the backward pass is written by hand.
@@ -25,8 +25,8 @@ from engine.layers.attention_half import attention_gradient, attention_half
 from engine.layers.mixer_half import mixer_gradient, mixer_half
 from engine.layers.mlp import mlp, mlp_gradient, tiles
 from engine.layers.structure import Call, Gradients, Saved
-from engine.planning import compute_limits
-from engine.planning.policies import Policy
+from engine.shape import compute_limits
+from engine.shape.policies import Policy
 
 
 def decoder_layer(x_TD: Tensor, call: Call, adapters: list[Tensor]) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.planning.compute_limits import HOST_IN_FLIGHT, HOST_LAG
+from engine.shape.compute_limits import HOST_IN_FLIGHT, HOST_LAG
 
 CHUNK_BYTES = 64 * 2**20
 ALIGNMENT = 512  # bytes: each tensor begins at a multiple of this on the host

@@ -16,8 +16,8 @@ from torch import nn
 
 from engine.layers.attention import AttentionOptions
 from engine.layers.structure import AttentionSpec, LayerSpec, MixerSpec, MlpSpec, Norm, QueryScale, TailSpec
-from engine.planning.compute_limits import FLASH_HEAD
-from engine.planning.families import ACTIVATIONS, FAMILIES, WINDOWED, Family, HalfNorms
+from engine.shape.compute_limits import FLASH_HEAD
+from engine.shape.families import ACTIVATIONS, FAMILIES, WINDOWED, Family, HalfNorms
 
 
 def family_of(layer: nn.Module) -> Family | None:

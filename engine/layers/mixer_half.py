@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.layers.structure import MIXER, Call, Gradients, Saved
-from engine.planning.policies import Policy
+from engine.shape.policies import Policy
 
 
 def mixer_half(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from engine.kernels import ops
 from engine.layers.structure import Call, Gradients, Saved, group_backward, low_rank_hidden, project
-from engine.planning import compute_limits
-from engine.planning.families import INPUT_GATE, INPUT_PROJECTION
+from engine.shape import compute_limits
+from engine.shape.families import INPUT_GATE, INPUT_PROJECTION
 
 
 def mlp(normed: Tensor, call: Call, saved: Saved) -> Tensor:

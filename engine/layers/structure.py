@@ -16,7 +16,7 @@ from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.host_stash import HostStash
 from engine.layers.library_mixer import LibraryMixer
 from engine.layers.projection_group import ProjectionGroup, Weights
-from engine.planning.policies import Policy
+from engine.shape.policies import Policy
 
 Gradients = dict[str, tuple[Tensor, ...]]
 """Gradients of the adapters, by group."""

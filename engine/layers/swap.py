@@ -23,8 +23,8 @@ from engine.layers.layer_spec import decoder_norm, layer_spec, obstacle
 from engine.layers.library_mixer import LibraryMixer
 from engine.layers.projection_group import ProjectionGroup, merged_weight
 from engine.layers.structure import Call, LayerSpec, MixerSpec, Norm, normalize
-from engine.planning.families import FAMILIES
-from engine.planning.policies import Policy, layer_policies
+from engine.shape.families import FAMILIES
+from engine.shape.policies import Policy, layer_policies
 
 PER_LAYER_NORM = "per_layer_projection_norm"
 """The norm of the inputs that each layer has of its own. By itself it would keep them four times, in fp32."""

@@ -14,7 +14,7 @@ from engine.data.packing import Batch
 from engine.layers.host_stash import HostStash
 from engine.layers.swap import SwapReport, cache_weights, set_policy
 from engine.model.route import FASTEST, Route
-from engine.planning.policies import Policy
+from engine.shape.policies import Policy
 from engine.units import GIB
 from engine.vocabulary.head import Head
 from engine.vocabulary.loss import linear_cross_entropy, token_cross_entropy

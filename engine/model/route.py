@@ -32,7 +32,7 @@ class Route:
 
     @property
     def is_predicted(self) -> bool:
-        """Return whether engine/planning counts what it takes: attention and logits that are never whole."""
+        """Return whether engine/memory counts what it takes: attention and logits that are never whole."""
         return self.packed_attention and self.head_loss
 
     def describe(self) -> str:

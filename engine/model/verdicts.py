@@ -30,7 +30,7 @@ from engine.model.route import ModelVerdict, Route, pattern_of
 from engine.system.shared_cache import remembered
 
 ENGINE = Path(__file__).resolve().parents[1]
-ROOMS = ("adapter", "data", "kernels", "layers", "model", "planning", "quant", "vocabulary")
+ROOMS = ("adapter", "data", "kernels", "layers", "model", "quant", "shape", "vocabulary")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "numpy")
 # Kernels of other packages that transformers takes if they are there.
 KERNELS = ("flash-linear-attention", "causal-conv1d", "mamba-ssm", "kernels")

@@ -1,1 +1,1 @@
-"""Choose how a card computes a config and predict the memory and time it takes, without torch."""
+"""Choose how a card computes a config, and predict the time it takes, without torch."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.planning.compute_limits import HOST_IN_FLIGHT, HOST_LAG
+from engine.shape.compute_limits import HOST_IN_FLIGHT, HOST_LAG
 
 
 @dataclass(frozen=True)

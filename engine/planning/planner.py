@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from engine.config.trial import TrainConfig
 from engine.errors import OutOfMemory
+from engine.memory.prediction import MemoryPrediction, fits, predict_memory
 from engine.planning.cards import Card
-from engine.planning.layer_plan import can_record
-from engine.planning.memory import MemoryPrediction, fits, predict_memory
-from engine.planning.model_shape import ModelShape
-from engine.planning.policies import LADDER, Policy
-from engine.planning.speed import SpeedPrediction, predict_speed
+from engine.planning.compute_plan import ComputePlan
+from engine.planning.speed import predict_speed
+from engine.shape.layer_plan import can_record
+from engine.shape.model_shape import ModelShape
+from engine.shape.policies import LADDER, Policy
 from engine.units import GIB
 
 CACHE_STEP_GIB = 1.0
@@ -29,55 +30,9 @@ HOST_STEP = 2  # layers
 WORTH_RECORDING = 0.1  # share of a step that the device would wait for the host
 # Plans whose speed differs by less than this share are equal: other criteria decide (`_best`).
 NEGLIGIBLE = 0.01
-DESCRIPTIONS = {
-    Policy.KEEP: "activations kept", Policy.SELECTIVE: "MLP recomputed", Policy.RECOMPUTE: "recomputed",
-    Policy.OFFLOAD: "recomputed, offloaded",
-}  # fmt: skip
 # Tokens. In longer rows, the time of launches no longer matters. The predicted speed of small
 # models leaves it out.
 LONG_ROW = 8192
-
-
-@dataclass(frozen=True)
-class ComputePlan:
-    """Values for the fields of `train` that may be `auto`.
-
-    `memory` and `speed` are predictions. They are None if the card or the model's shape is not
-    known.
-    """
-
-    micro_batch_size: int
-    policy: Policy
-    keep_layers: int
-    host_layers: int
-    weight_cache_gib: float
-    cuda_graphs: bool = False
-    memory: MemoryPrediction | None = None
-    speed: SpeedPrediction | None = None
-
-    def settings(self) -> dict[str, Any]:
-        """Return the six fields of `train` as plain data."""
-        names = ("micro_batch_size", "keep_layers", "host_layers", "weight_cache_gib", "cuda_graphs")
-        return {"activation_checkpointing": self.policy.setting, **{name: getattr(self, name) for name in names}}
-
-    def apply(self, config: TrainConfig) -> TrainConfig:
-        """Return the config with nothing left `auto`, and the same number of bins in a step."""
-        bins = config.bins_per_step
-        step = {"tokens_per_step": bins * config.data.max_seq_length}
-        return config.model_copy(update={"train": config.train.model_copy(update={**step, **self.settings()})})
-
-    def describe(self) -> str:
-        """Return one line for the user."""
-        parts = [f"micro-batch {self.micro_batch_size}", DESCRIPTIONS[self.policy]]
-        if self.policy is not Policy.KEEP and self.keep_layers:
-            parts.append(f"{self.keep_layers} layers kept")
-        if self.host_layers:
-            parts.append(f"{self.host_layers} layers kept on the host")
-        if self.weight_cache_gib:
-            parts.append(f"{self.weight_cache_gib:g} GiB of weights dequantised")
-        if self.cuda_graphs:
-            parts.append("CUDA graphs")
-        return ", ".join(parts)
 
 
 def make_compute_plan(

@@ -20,19 +20,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from engine.config.trial import TrainConfig
+from engine.memory.layer_memory import Pass
+from engine.memory.live_bytes import HostStack, LiveBytes
+from engine.memory.tensor_sizes import Sizes
 from engine.planning.cards import Card
-from engine.planning.compute_limits import FLASH_HEAD
 from engine.planning.copy_waits import LayerTimes, waiting_ms
-from engine.planning.families import INPUT_GATE, INPUT_PROJECTION
-from engine.planning.layer_memory import Pass
-from engine.planning.layer_plan import LayerPlan, adapted_outside, group_parameters, is_fused, num_trained, plan_layers
-from engine.planning.live_bytes import HostStack, LiveBytes, Sizes
-from engine.planning.model_shape import ModelShape
-from engine.planning.policies import Policy
+from engine.planning.layer_work import ATTENTION_BACKWARD, LayerWork, StepShape, backward_work, forward_work
+from engine.shape.layer_plan import LayerPlan, adapted_outside, group_parameters, is_fused, num_trained, plan_layers
+from engine.shape.model_shape import ModelShape
 
 # Shares of the data sheet's 989 TFLOP/s (H100): 785 in a layer's matmuls and 730 in the head's. An
 # adapter's thin matmuls are bound by bytes up to a rank of about 100; beyond it, their share (an
@@ -44,22 +43,14 @@ BANDWIDTH, ACTIVATION_BANDWIDTH, NF4_BANDWIDTH = 0.85, 0.58, 0.72
 # Time of a step relative to its kernels: 1.10, 1.10 and 1.11 in three steps (H100).
 GAPS = 1.10
 # Share of flash attention, if the card's own figure is not known. Samples of L tokens reach
-# L / (L + 1000) of it, and the backward pass 0.89. cuDNN's attention (plain batches on Hopper and
-# later) is 1.8 times as fast.
-ATTENTION, HALF_LENGTH, ATTENTION_BACKWARD, CUDNN_GAIN = 0.6, 1000, 0.89, 1.8
-# Time of attention over heads wider than flash attention takes, in units of flash attention's. An
-# estimate, not measured.
-WIDE_HEADS = 3.0
-# Attention with a softcap is plain matrix operations: bytes a score, forward and backward. An
-# estimate.
-EAGER_BYTES = (60, 110)
+# L / (L + 1000) of it. cuDNN's attention (plain batches on Hopper and later) is 1.8 times as fast.
+ATTENTION, HALF_LENGTH, CUDNN_GAIN = 0.6, 1000, 1.8
 # Python and launches of one layer, forward and backward, on an H100's host. 30 layers took 160 to
 # 183 ms fused, 364 ms unfused and 1.4 ms as a CUDA graph. Other hosts are up to three times as
 # fast.
 HOST_MS, UNFUSED_HOST_MS, RECORDED_HOST_MS = 5.5, 12.0, 0.05
 # Passes over memory of transformers' own layers for one pass of a fused layer. An estimate.
 UNFUSED_PASSES = 5
-NF4_BYTES = 0.516  # a packed weight, scales included
 # Bytes moved a trained value: norm, clipping, 8-bit AdamW, cast and zeroing; adding a gradient.
 OPTIMIZER_BYTES, ACCUMULATE_BYTES = 38, 12
 
@@ -77,38 +68,6 @@ class SpeedPrediction:
     parts: dict[str, float]
 
 
-@dataclass
-class _Work:
-    """The work of one layer's pass.
-
-    `matmul`, `thin` (adapters) and `attention` are flops; the others are bytes, by what moves them.
-    """
-
-    matmul: float = 0.0
-    thin: float = 0.0
-    attention: float = 0.0
-    adapter_bytes: float = 0.0
-    plain_bytes: float = 0.0
-    activation_bytes: float = 0.0
-    nf4_bytes: float = 0.0
-    eager_bytes: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The values that all passes of one micro-batch share."""
-
-    shape: ModelShape
-    card: Card
-    sizes: Sizes
-    tokens: int
-    length: int
-    is_fused: bool
-    is_packed: bool
-    attention: Literal["flash", "cudnn"]
-    parameters: dict[str, int] = field(default_factory=dict)
-
-
 def predict_speed(
     config: TrainConfig, shape: ModelShape, card: Card, *, attention: Literal["flash", "cudnn"] = "flash"
 ) -> SpeedPrediction:
@@ -122,14 +81,14 @@ def predict_speed(
     steps = {}
     for one in set(shape.each):
         sizes = Sizes.of(one, tokens, length, 2, packed)
-        steps[one] = _Step(one, card, sizes, tokens, length, fused, packed, attention, group_parameters(one))
+        steps[one] = StepShape(one, card, sizes, tokens, length, fused, packed, attention, group_parameters(one))
     parts: Counter[str] = Counter()
     layers, known = [], {}
     for plan, one in zip(plans, shape.each):
         step = steps[one]
         key = (one, plan.policy, plan.cached, plan.trained, plan.needs_dx, *plan.ranks.values())
         if key not in known:
-            forward, backward = _times(_forward(plan, step), step, False), _times(_backward(plan, step), step, True)
+            forward, backward = _times(forward_work(plan, step), step, False), _times(backward_work(plan, step), step, True)
             copy_ms = _put_away(plan, step) / (card.pcie_gb_s * 1e6) if fused else 0.0
             known[key] = Counter(forward) + Counter(backward), LayerTimes(sum(forward.values()), sum(backward.values()), copy_ms)
         parts.update(known[key][0])
@@ -147,7 +106,7 @@ def predict_speed(
     return SpeedPrediction(total, 1e3 * tokens / total, dict(parts))
 
 
-def _put_away(plan: LayerPlan, step: _Step) -> int:
+def _put_away(plan: LayerPlan, step: StepShape) -> int:
     """Return the bytes of one layer that the host stores."""
     if not plan.policy.is_on_host or not plan.trained:
         return 0
@@ -159,95 +118,7 @@ def _put_away(plan: LayerPlan, step: _Step) -> int:
     return host_stack.num_bytes
 
 
-def _forward(plan: LayerPlan, step: _Step) -> _Work:
-    work = _Work()
-    for group in step.shape.groups:
-        _add_matmul(work, group, plan, step)
-    s = step.sizes
-    work.plain_bytes = _attention_half_bytes(step) + 4 * s.x + 3 * s.x + 2 * s.x * _norms_after(step.shape)
-    work.activation_bytes = 3 * s.f
-    _add_attention(work, step, 1.0, EAGER_BYTES[0])
-    return work
-
-
-def _backward(plan: LayerPlan, step: _Step) -> _Work:
-    """Return the work of a backward pass, with the recomputation before it.
-
-    Recomputation stops before the down projection, and dequantises gate and up only once.
-    """
-    work, s, shape = _Work(), step.sizes, step.shape
-    if not plan.trained:
-        return work
-    for group in shape.groups:
-        if group != "qkv" or plan.needs_dx:
-            _add_matmul(work, group, plan, step, is_backward=True)
-    norms = 2 * s.x + 4 * s.x + 4 * s.x + 4 * s.x * _norms_after(shape) + (3 * (s.q + s.k) if _has_qk_norm(shape) else 0)
-    norms += 4 * s.x if shape.layer.multiplier else 0
-    work.plain_bytes = norms + 2 * (s.q + s.k) + 2 * s.qkv
-    work.activation_bytes = 6 * s.f
-    _add_attention(work, step, 2.5, EAGER_BYTES[1])
-    if not plan.policy.keeps_attention:
-        for group in ("qkv", "o"):
-            _add_matmul(work, group, plan, step)
-        work.plain_bytes += _attention_half_bytes(step) + 4 * s.x
-        _add_attention(work, step, ATTENTION_BACKWARD, EAGER_BYTES[0])  # at the speed of a forward pass
-    if plan.policy is not Policy.KEEP and (plan.policy is not Policy.HOST or s.tile is not None):
-        work.matmul += 2 * step.tokens * step.parameters["gate_up"]
-        if not step.is_fused or shape.layer.mlp.after:
-            _add_matmul(work, "down", plan, step)
-            work.activation_bytes += 3 * s.f
-    return work
-
-
-def _add_matmul(work: _Work, group: str, plan: LayerPlan, step: _Step, is_backward: bool = False) -> None:
-    """Add the matmuls of one group with its adapters.
-
-    The activation kernels add the low-rank terms of gate, up and the down projection's gradient.
-    """
-    number, s = step.parameters[group], step.sizes
-    work.matmul += 2 * step.tokens * number
-    if step.is_packed and group not in plan.cached:
-        work.nf4_bytes += (2 + NF4_BYTES) * number
-    if not plan.ranks[group]:
-        return
-    inputs = {"qkv": s.x, "o": s.q, "gate_up": s.x, "down": s.f, INPUT_GATE: s.x, INPUT_PROJECTION: s.p}[group]
-    outputs = {"qkv": s.qkv, "o": s.x, "gate_up": 2 * s.f, "down": s.x, INPUT_GATE: s.p, INPUT_PROJECTION: s.x}[group]
-    passes = 2 if is_backward else 1
-    work.thin += 2 * passes * step.tokens * plan.adapter[group]
-    if is_backward:
-        work.adapter_bytes += 2 * outputs + inputs + (0 if group == "down" else 2 * inputs)
-    else:
-        work.adapter_bytes += inputs + (0 if group == "gate_up" else 2 * outputs)
-
-
-def _attention_half_bytes(step: _Step) -> int:
-    """Return the bytes that norm and rotation move."""
-    s = step.sizes
-    return 2 * s.x + 2 * (s.q + s.k) * (2 if _has_qk_norm(step.shape) else 1)
-
-
-def _norms_after(shape: ModelShape) -> int:
-    """Return how many of the two halves have a norm after them."""
-    return sum(half.after is not None for half in (shape.layer.attention, shape.layer.mlp))
-
-
-def _has_qk_norm(shape: ModelShape) -> bool:
-    return shape.layer.qk_norm != "none"
-
-
-def _add_attention(work: _Work, step: _Step, factor: float, eager_bytes: int) -> None:
-    """Add attention: 4 T L H K operations, half of them masked.
-
-    `factor` is in units of a forward pass.
-    """
-    if step.shape.attention_softcap:
-        work.eager_bytes += eager_bytes * step.sizes.scores
-        return
-    factor *= WIDE_HEADS if step.shape.head_dim > FLASH_HEAD else 1.0
-    work.attention += factor * 2 * step.tokens * step.length * step.shape.num_heads * step.shape.head_dim
-
-
-def _times(work: _Work, step: _Step, is_backward: bool) -> dict[str, float]:
+def _times(work: LayerWork, step: StepShape, is_backward: bool) -> dict[str, float]:
     """Return the ms of a pass, by what takes them."""
     card, passes = step.card, 1 if step.is_fused else UNFUSED_PASSES
     flops_a_ms, bytes_a_ms = card.bf16_tflops * 1e9, card.bandwidth_gb_s * 1e6
@@ -265,11 +136,11 @@ def _times(work: _Work, step: _Step, is_backward: bool) -> dict[str, float]:
     return {name: GAPS * ms for name, ms in times.items()}
 
 
-def _has_cudnn(step: _Step) -> bool:
+def _has_cudnn(step: StepShape) -> bool:
     return step.attention == "cudnn" and step.shape.head_dim <= 128
 
 
-def _head_and_embedding(config: TrainConfig, step: _Step) -> dict[str, float]:
+def _head_and_embedding(config: TrainConfig, step: StepShape) -> dict[str, float]:
     """Return the ms of head, loss and embedding.
 
     The head runs forward and backward over every token. Logits are written, read and overwritten.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from engine.config.trial import TrainConfig
+from engine.memory.prediction import CONTEXT_GIB
 from engine.model.base import Base
 from engine.model.device import host_share_gib
 from engine.planning.cards import found_card
-from engine.planning.memory import CONTEXT_GIB
-from engine.planning.model_shape import ModelShape
-from engine.planning.planner import ComputePlan, make_compute_plan
+from engine.planning.compute_plan import ComputePlan
+from engine.planning.planner import make_compute_plan
+from engine.shape.model_shape import ModelShape
 from engine.units import GIB
 
 

@@ -31,7 +31,7 @@ from engine.model.base import Base
 from engine.model.device import free, limit_memory, peak_gib, pick_device
 from engine.model.load import load_base
 from engine.planning.planner import changed, leaner
-from engine.planning.policies import Policy
+from engine.shape.policies import Policy
 from engine.system.files import write_text
 from engine.training import checkpoint
 from engine.training.card_plan import plan_for_this_card

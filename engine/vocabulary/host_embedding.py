@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine.config.trial import ModelConfig
 from engine.errors import InputError
 from engine.kernels import ops
-from engine.planning.compute_limits import HOST_EMBEDDING_MIN_BYTES
+from engine.shape.compute_limits import HOST_EMBEDDING_MIN_BYTES
 
 PER_LAYER = "embed_tokens_per_layer"
 """The decoder's table of one vector a token for each layer."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.kernels import ops
 from engine.kernels.ops import IGNORE
-from engine.planning.compute_limits import LOSS_CHUNK_BYTES
+from engine.shape.compute_limits import LOSS_CHUNK_BYTES
 from engine.vocabulary.head import Head
 
 

@@ -16,8 +16,9 @@ from engine.command_answers import Facts, VisibleCard
 from engine.config.trial import TrainConfig
 from engine.errors import OutOfMemory
 from engine.planning.cards import CARDS, Card, found_card, match_card
-from engine.planning.model_shape import ModelShape
-from engine.planning.planner import ComputePlan, make_compute_plan
+from engine.planning.compute_plan import ComputePlan
+from engine.planning.planner import make_compute_plan
+from engine.shape.model_shape import ModelShape
 from sweep.cluster.card_kinds import CardKind, Label
 
 LEAST_EXCESS_GIB = 0.01  # a config that misses only its reserve counts as infeasible too

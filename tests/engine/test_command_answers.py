@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.command_answers import MUCH_LOST, AdapterEvaluation, Facts, PreparedFacts, VisibleCard
 from engine.errors import InputError
-from engine.planning.model_shape import LayerShape, ModelShape
+from engine.shape.model_shape import LayerShape, ModelShape
 from tests.support.reports import make_account
 
 SHAPE = ModelShape(2, 64, 128, 4, 2, 16, 256, sliding_window=32)

@@ -12,7 +12,7 @@ from engine.config.trial import TrainConfig
 from engine.data.packing import collate
 from engine.data.views import load_data
 from engine.model.load import load_base, nf4_load_config
-from engine.planning.policies import Policy
+from engine.shape.policies import Policy
 
 STEPS = 32
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from engine.errors import OutOfMemory
-from engine.planning.planner import ComputePlan
-from engine.planning.policies import Policy
+from engine.planning.compute_plan import ComputePlan
+from engine.shape.policies import Policy
 from engine.system.command_line import run
 from sweep import driver
 from sweep.cli.lasting_output import lasting_output

@@ -24,7 +24,7 @@ from engine.command_answers import AdapterEvaluation, PreparedFacts, VisibleCard
 from engine.config.parsing import load_json, parse
 from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import DivergedError, InputError, Interrupted, OutOfMemory
-from engine.planning.model_shape import ModelShape
+from engine.shape.model_shape import ModelShape
 from engine.system.files import write_text
 from engine.trial_report import TrialReport, read_reports
 

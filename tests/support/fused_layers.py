@@ -14,8 +14,8 @@ from engine.data.packing import Batch, Sample, collate
 from engine.layers import attention
 from engine.layers.library_kernels import use_torch_functions
 from engine.layers.swap import SwapReport, cache_weights, fuse_layers, set_policy
-from engine.planning.policies import Policy
 from engine.quant.frozen_linear import freeze_linears
+from engine.shape.policies import Policy
 
 SMALL = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -6,8 +6,8 @@ import pytest
 
 from engine.config.trial import TrainConfig
 from engine.errors import OutOfMemory
-from engine.planning.planner import ComputePlan
-from engine.planning.policies import Policy
+from engine.planning.compute_plan import ComputePlan
+from engine.shape.policies import Policy
 from sweep.plan import feasibility
 
 

@@ -19,7 +19,7 @@ from engine.bench.shapes import SHAPES, linear_names, random_config, random_mode
 from engine.bench.systems import SYSTEMS, System
 from engine.bench.table import report
 from engine.kernels.ops import IGNORE
-from engine.planning.model_shape import ModelShape
+from engine.shape.model_shape import ModelShape
 
 TINY = Setting(model="tiny", batch=2, length=32, rank=4, steps=2)
 FLAGS = ["--model", "tiny", "--batch", "2", "--length", "32", "--rank", "4", "--steps", "2"]

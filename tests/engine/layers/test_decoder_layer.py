@@ -12,9 +12,9 @@ from engine.errors import InputError
 from engine.layers import attention
 from engine.layers import decoder_layer as fused
 from engine.layers.swap import FusedLayer, cache_weights, fuse_layers, require_fused, set_policy
-from engine.planning import compute_limits
-from engine.planning.policies import Policy, layer_policies
 from engine.quant.frozen_linear import freeze_linears
+from engine.shape import compute_limits
+from engine.shape.policies import Policy, layer_policies
 from tests.support.fused_layers import FAMILIES, HYBRIDS, SMALL, batch, build, hidden_states, run, worst
 
 TARGETS = ["all-linear", ("q_proj", "v_proj"), ("down_proj",), ("layers.1.mlp.gate_proj",), ("k_proj", "o_proj", "up_proj")]

@@ -14,9 +14,9 @@ from engine.layers import decoder_layer as fused
 from engine.layers.layer_spec import decoder_norm, layer_spec, obstacle
 from engine.layers.structure import TailSpec
 from engine.layers.swap import FusedLayer, FusedNorm, fuse_layers
-from engine.planning import compute_limits
-from engine.planning.policies import Policy
 from engine.quant.bnb import quantize_nf4
+from engine.shape import compute_limits
+from engine.shape.policies import Policy
 from tests.support import fused_layers
 from tests.support.fused_layers import batch, build, hidden_states, run, worst
 

@@ -12,8 +12,8 @@ from engine.config.trial import LoraConfig
 from engine.layers import attention
 from engine.layers.layer_spec import family_of, layer_spec, obstacle
 from engine.layers.swap import FusedLayer, survey
-from engine.planning.families import FAMILIES as DESCRIPTIONS
-from engine.planning.policies import Policy
+from engine.shape.families import FAMILIES as DESCRIPTIONS
+from engine.shape.policies import Policy
 from tests.support.fused_layers import FAMILIES, batch, build, hidden_states, run, worst
 
 MERGED = [("qkv_proj",), ("gate_up_proj",), ("o_proj", "down_proj"), ("layers.1.mlp.gate_up_proj", "layers.2.self_attn.qkv_proj")]

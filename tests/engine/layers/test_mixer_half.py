@@ -16,9 +16,9 @@ from engine.layers.layer_spec import layer_spec, obstacle
 from engine.layers.library_kernels import replace_failing_kernels, use_torch_functions
 from engine.layers.library_mixer import LibraryMixer, Way
 from engine.layers.structure import MixerSpec
-from engine.planning import compute_limits
-from engine.planning.policies import Policy
 from engine.quant.bnb import quantize_nf4
+from engine.shape import compute_limits
+from engine.shape.policies import Policy
 from tests.support.fused_layers import batch, build, hidden_states, run, worst
 
 HYBRID = "Qwen3_5Text"

@@ -22,9 +22,9 @@ from engine.model.inspect import inspect_model
 from engine.model.load import load_base
 from engine.model.loaded_check import loaded_losses
 from engine.model.skeleton import make_loud
-from engine.planning.model_shape import ModelShape
 from engine.prepare import prepare
 from engine.quant.frozen_linear import freeze_linears
+from engine.shape.model_shape import ModelShape
 from tests.support.model_families import LFM2_LAYERS
 from tests.support.trials import CPU, build, run
 

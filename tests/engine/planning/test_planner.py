@@ -11,11 +11,12 @@ import pytest
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.errors import OutOfMemory
+from engine.memory.prediction import fits, predict_memory
 from engine.planning.cards import find_card
-from engine.planning.memory import fits, predict_memory
-from engine.planning.model_shape import ModelShape
-from engine.planning.planner import ComputePlan, changed, leaner, make_compute_plan
-from engine.planning.policies import LADDER, Policy
+from engine.planning.compute_plan import ComputePlan
+from engine.planning.planner import changed, leaner, make_compute_plan
+from engine.shape.model_shape import ModelShape
+from engine.shape.policies import LADDER, Policy
 
 LLAMA_8B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,

@@ -9,7 +9,7 @@ import pytest
 
 from engine.command_answers import Facts
 from engine.planning.cards import CARDS
-from engine.planning.model_shape import ModelShape
+from engine.shape.model_shape import ModelShape
 from sweep import preflight
 from sweep.__main__ import compose, groups, main
 from sweep.config.conf_files import conf_folder

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from engine.config.targets import target_rule
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
-from engine.planning.compute_limits import HOST_EMBEDDING_MIN_BYTES
-from engine.planning.model_shape import ModelShape
-from engine.planning.policies import Policy, layer_policies
+from engine.shape.compute_limits import HOST_EMBEDDING_MIN_BYTES
+from engine.shape.model_shape import ModelShape
+from engine.shape.policies import Policy, layer_policies
 from engine.units import GIB
 
 

@@ -10,10 +10,10 @@ import torch
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.layers.swap import cache_weights, fuse_layers, survey
-from engine.planning.families import FAMILIES, OTHER_TYPES
-from engine.planning.layer_plan import adapted_outside, adapted_projections, can_record, num_trained, plan_layers
-from engine.planning.model_shape import ModelShape
 from engine.quant.bnb import quantize_nf4
+from engine.shape.families import FAMILIES, OTHER_TYPES
+from engine.shape.layer_plan import adapted_outside, adapted_projections, can_record, num_trained, plan_layers
+from engine.shape.model_shape import ModelShape
 from tests.support import fused_layers
 from tests.support.fused_layers import build
 from tests.support.published_models import LLAMA_8B

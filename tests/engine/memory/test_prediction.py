@@ -1,4 +1,4 @@
-"""Check predicted memory and speed against measured rows, in their order, and without torch."""
+"""Check predicted memory against measured rows, in its order, and without torch."""
 
 from __future__ import annotations
 
@@ -11,58 +11,23 @@ from typing import Any
 import pytest
 
 from engine.bench import calibrate
-from engine.config.parsing import parse
-from engine.config.trial import TrainConfig
 from engine.errors import InputError
-from engine.planning.cards import CARDS, Card
-from engine.planning.layer_plan import adapted_projections, plan_layers
-from engine.planning.memory import CONTEXT_GIB, MemoryPrediction, fits, predict_memory
-from engine.planning.model_shape import ModelShape
-from engine.planning.policies import LADDER
-from engine.planning.speed import predict_speed
+from engine.memory.prediction import CONTEXT_GIB, MemoryPrediction, fits, predict_memory
+from engine.shape.layer_plan import adapted_projections, plan_layers
+from engine.shape.model_shape import ModelShape
+from engine.shape.policies import LADDER
 from engine.units import GIB
-from tests.support.paths import ROOT
+from tests.support.calibrated import PEAKS, ROWS, SHAPES, config_of, config_of_row, row_name
 from tests.support.published_models import GEMMA2_9B, LLAMA_1B, LLAMA_8B
 
-CALIBRATION = ROOT / "engine" / "bench" / "calibration" / "h100-2026-11-24.jsonl"
-PEAKS = CALIBRATION.with_name("h100-2026-11-24-peaks.jsonl")
-ROWS = [json.loads(line) for line in CALIBRATION.read_text().splitlines()]
 POLICIES = tuple(policy.value for policy in reversed(LADDER))
-
-SHAPES = {"llama-3.1-8b": ModelShape.of(LLAMA_8B, "8B"), "llama-3.2-1b": ModelShape.of(LLAMA_1B, "1B")}
-
-
-def config_of(
-    batch: int = 2, length: int = 2048, rank: int = 16, policy: str = "recompute", keep_layers: int = 0,
-    weight_cache_gib: float = 0.0, **sections: dict[str, Any],
-) -> TrainConfig:  # fmt: skip
-    train = {
-        "max_tokens": 10**6, "micro_batch_size": batch, "keep_layers": keep_layers, "host_layers": 0,
-        "weight_cache_gib": weight_cache_gib,
-        "activation_checkpointing": policy,
-    }  # fmt: skip
-    data = {"train": "x", "max_seq_length": length, **sections.get("data", {})}
-    return parse(TrainConfig, {
-        "model": {"path": "x", **sections.get("model", {})}, "data": data, "lora": {"rank": rank, **sections.get("lora", {})},
-        "optim": sections.get("optim", {}), "train": {**train, **sections.get("train", {})},
-    })  # fmt: skip
-
-
-def config_of_row(row: dict[str, Any]) -> TrainConfig:
-    numbers = (row[k] for k in ("batch", "length", "rank", "policy", "keep_layers", "weight_cache_gib"))
-    return config_of(*numbers, train={"host_layers": row.get("host_layers", 0)})
 
 
 def peak(model: str = "llama-3.1-8b", **changes: Any) -> int:
     return predict_memory(config_of(**changes), SHAPES[model]).peak_bytes
 
 
-def _name(row: dict[str, Any]) -> str:
-    names = ("model", "batch", "length", "policy", "keep_layers", "host_layers", "weight_cache_gib")
-    return "-".join(str(row.get(k, 0)) for k in names)
-
-
-@pytest.mark.parametrize("row", ROWS, ids=_name)
+@pytest.mark.parametrize("row", ROWS, ids=row_name)
 def test_predicted_memory_is_what_was_measured(row: dict[str, Any]) -> None:
     """Predictions are at most 1 % above and 0.2 % below the measured peak.
 
@@ -90,13 +55,6 @@ def test_of_64_settings_predictions_are_off_by_less_than_5_percent_in_95_and_non
     assert all(prediction.peak_gib + prediction.reserve_gib > peak + CONTEXT_GIB for peak, prediction in pairs)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row["tokens_per_second"]], ids=_name)
-def test_predicted_speed_is_near_what_was_measured(row: dict[str, Any]) -> None:
-    predicted = predict_speed(config_of_row(row), SHAPES[row["model"]], CARDS["h100"], attention="cudnn")
-    assert predicted.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=0.05)
-    assert sum(predicted.parts.values()) == pytest.approx(predicted.step_time_ms)
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("model", SHAPES)
 def test_more_tokens_and_more_rank_need_more_memory(model: str, policy: str) -> None:
@@ -122,13 +80,12 @@ def test_policies_rank_by_what_they_keep(model: str, length: int) -> None:
     assert series == sorted(series)
 
 
-def test_cached_weights_take_their_memory_and_save_time() -> None:
+def test_cached_weights_take_their_memory() -> None:
     row = next(row for row in ROWS if row["weight_cache_gib"] == 4.0)
     config, shape = config_of_row(row), SHAPES[row["model"]]
     without = config.model_copy(update={"train": config.train.model_copy(update={"weight_cache_gib": 0.0})})
     grown = predict_memory(config, shape, evaluation=False).peak_gib - predict_memory(without, shape, evaluation=False).peak_gib
     assert 3.9 < grown <= 4.0
-    assert predict_speed(config, shape, CARDS["h100"]).step_time_ms < predict_speed(without, shape, CARDS["h100"]).step_time_ms
     everything = plan_layers(config_of(weight_cache_gib=40.0), shape)
     assert all(plan.cached == {"qkv", "o", "gate_up", "down"} for plan in everything)
 
@@ -230,8 +187,6 @@ def test_unfused_layers_need_more_and_say_that_it_is_rough(changes: dict[str, An
         assert unfused.rough and "about" in unfused.describe()
         assert unfused.peak_bytes > peak(policy=policy)
         assert unfused.reserve_gib > 0.12 * unfused.peak_gib
-    fused = predict_speed(config_of(), SHAPES["llama-3.1-8b"], CARDS["rtx4090"])
-    assert predict_speed(config_of(**changes), shape, CARDS["rtx4090"]).tokens_per_second < fused.tokens_per_second
 
 
 def test_attention_with_a_softcap_keeps_its_scores_and_is_rough() -> None:
@@ -256,33 +211,8 @@ def test_the_row_that_ran_under_a_cap_of_23_5_gib_fits_there() -> None:
     assert fits(prediction, 23.5 + 0.6)
 
 
-def test_offload_waits_for_a_slow_bus_and_only_then() -> None:
-    slow = Card("slow", 80.0, 3350.0, 989.0, pcie_gb_s=1.0)
-    config, shape = config_of(policy="offload"), SHAPES["llama-3.1-8b"]
-    assert predict_speed(config, shape, slow).parts["waiting for copies"] > 100.0
-    fast = predict_speed(config, shape, CARDS["rtx3090"])
-    # Nothing overlaps with the first and the last copy.
-    assert fast.parts["waiting for copies"] < 0.002 * fast.step_time_ms
-
-
-def test_small_steps_wait_for_the_host() -> None:
-    small = predict_speed(config_of(batch=1, length=64), SHAPES["llama-3.2-1b"], CARDS["h100"])
-    assert small.parts["waiting for the host"] > 0.0
-    assert predict_speed(config_of(), SHAPES["llama-3.1-8b"], CARDS["h100"]).parts["waiting for the host"] == 0.0
-
-
-def test_keeping_is_faster_than_recomputing_and_a_better_card_is_faster() -> None:
-    shape = SHAPES["llama-3.1-8b"]
-    speeds = [predict_speed(config_of(policy=p), shape, CARDS["rtx4090"]).tokens_per_second for p in POLICIES]
-    assert speeds == sorted(speeds) and speeds[0] < speeds[-1]
-    ascending = ("a10g", "rtx3090ti", "rtx4090", "a100-80", "h100")
-    cards = [predict_speed(config_of(), shape, CARDS[name]).tokens_per_second for name in ascending]
-    assert cards == sorted(cards)
-
-
 def test_predictions_do_without_torch() -> None:
-    names = ("cards", "layer_plan", "live_bytes", "layer_memory", "memory", "model_shape", "speed")
-    imports = "; ".join(f"import engine.planning.{name}" for name in names)
+    imports = "import engine.memory.prediction, engine.shape.model_shape"
     code = f"import sys; {imports}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -26,13 +26,14 @@ from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.host_stash import HostStash
 from engine.layers.projection_group import ProjectionGroup
 from engine.layers.structure import AttentionSpec, Call, LayerSpec, MlpSpec, Norm, TailSpec
-from engine.planning.families import HalfNorms
-from engine.planning.layer_memory import Pass
-from engine.planning.layer_plan import adapted_outside, plan_layers
-from engine.planning.live_bytes import HostStack, LiveBytes, Sizes
-from engine.planning.model_shape import ModelShape
-from engine.planning.policies import LADDER
+from engine.memory.layer_memory import Pass
+from engine.memory.live_bytes import HostStack, LiveBytes
+from engine.memory.tensor_sizes import Sizes
 from engine.quant.frozen_linear import FrozenLinear
+from engine.shape.families import HalfNorms
+from engine.shape.layer_plan import adapted_outside, plan_layers
+from engine.shape.model_shape import ModelShape
+from engine.shape.policies import LADDER
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 3, "hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8,
          "num_key_value_heads": 2, "vocab_size": 1024}  # fmt: skip

@@ -8,20 +8,13 @@ are left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Literal
-
-from engine.planning.compute_limits import FLASH_HEAD
-from engine.planning.families import INPUT_GATE, INPUT_PROJECTION, HalfNorms
-from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, TRANSIENT, WEIGHTS, LayerWalk
-from engine.planning.policies import Policy
-
-HalfName = Literal["attention", "mlp"]
+from engine.memory.live_bytes import ATTENTION, BOUNDARY, KEPT, TRANSIENT
+from engine.memory.mlp_walk import MlpWalk
+from engine.shape.compute_limits import FLASH_HEAD
+from engine.shape.policies import Policy
 
 
-class Pass(LayerWalk):
+class Pass(MlpWalk):
     """One pass through a layer."""
 
     def forward(self, trains: bool) -> None:
@@ -75,33 +68,6 @@ class Pass(LayerWalk):
         self.live.hold("normed_mlp", self._normed("mlp"))
         self.live.drop("delta")
 
-    def _normed(self, half: HalfName) -> int:
-        """Return the bytes of a half's normalised input: 0 if no norm stands before the half."""
-        return self.sizes.x if self._norms(half).before else 0
-
-    def _norms(self, half: HalfName) -> HalfNorms:
-        return self.shape.layer.attention if half == "attention" else self.shape.layer.mlp
-
-    def _hold_branch_gradient(self, name: str, half: HalfName) -> None:
-        """Make the gradient of what norm and multiplier after a half received, if there is one."""
-        if self._norms(half).after or self.shape.layer.multiplier:
-            self.live.hold(name, self.sizes.x)
-
-    def _hold_input_gradient(self, name: str, half: HalfName) -> None:
-        """Make the gradient of a half's input; without a norm before it, in place of `dnormed`."""
-        if self._norms(half).before:
-            self.live.hold(name, self.sizes.x)
-        else:
-            self.live.rename("dnormed", name)
-
-    @contextmanager
-    def _tile(self) -> Iterator[Pass]:
-        """Yield the pass through one tile of the MLP; the weights live through all tiles."""
-        mine = [group for group in self.shape.groups if group not in ("qkv", "o")]
-        with self.live.holding(sum(map(self._weights, mine)), WEIGHTS):
-            yield replace(self, sizes=self.sizes.tile, plan=replace(self.plan, cached=self.plan.cached.union(mine)))
-            self.live.drop("tile", *map(self._own, ("gate_up", "tail_gate", "down_out", *(f"low.{group}" for group in mine))))
-
     def _component(self, graph: bool) -> str:
         """Return the component of what backward passes read: kept, or made again for one pass."""
         return KEPT if graph and self.plan.policy.keeps_attention else TRANSIENT
@@ -150,61 +116,6 @@ class Pass(LayerWalk):
         """Return True if attention over wide heads copies keys and values for all heads."""
         return self.shape.head_dim > FLASH_HEAD and 1 < self.shape.num_kv_heads < self.shape.num_heads
 
-    def _mlp(self, output: str, kept: str) -> None:
-        """Walk the MLP; `kept` is the component of gate, up and, with a norm after, down's output."""
-        self._gate_up(kept, self._weights("gate_up"))
-        self._down(output, kept)
-        self._tail(kept)
-
-    def _gate_up(self, kept: str, weights: int) -> None:
-        s = self.sizes
-        with self.live.holding(weights, WEIGHTS):
-            self.live.hold(self._own("gate_up"), 2 * s.f, kept)
-            two = not s.packed and len(self.shape.groups["gate_up"]) == 2  # plain weights take a matmul each
-            self.live.briefly(s.f if two else 0)
-        self._low("gate_up", s.x)
-
-    def _tail(self, kept: str) -> None:
-        """Walk the per-layer input; the layer's output is changed in place."""
-        s = self.sizes
-        if s.p:
-            self._project(INPUT_GATE, s.x, self._own("tail_gate"), s.p, kept)
-            with self.live.holding(s.p):
-                self._project(INPUT_PROJECTION, s.p, "tail_out", s.x)
-            self.live.briefly(s.x)
-            self.live.drop("tail_out")
-
-    def _tail_gradient(self) -> None:
-        """Walk from dy to dh, the gradient of the residual stream before the tail."""
-        live, s, group = self.live, self.sizes, INPUT_GATE
-        live.hold("dh", s.x)  # dy times the scalar
-        if not s.p:
-            return
-        if self._own("tail_gate") not in live.alive or self.plan.ranks[group]:
-            live.hold("h", s.x)
-        again = self._own("tail_gate") not in live.alive
-        if again:
-            self._project(group, s.x, self._own("tail_gate"), s.p)
-        live.hold("tail_hidden", s.p)
-        self._project(INPUT_PROJECTION, s.p, "tail_out", s.x)
-        live.briefly(s.x if again else 0)
-        live.hold("tail_dout", s.x)
-        self._group_backward(INPUT_PROJECTION, s.p, "tail_dhidden")
-        live.hold("tail_dinput", s.p)
-        self._group_backward(group, s.x, "dh of the tail")
-        live.drop(self._own("tail_gate"), *(f"tail_{name}" for name in ("hidden", "out", "dout", "dhidden", "dinput")))
-        live.rename("dh of the tail", "dh")
-        live.drop("h")
-
-    def _down(self, output: str, kept: str) -> None:
-        s = self.sizes
-        with self.live.holding(s.f):  # act(gate) * up
-            self._project("down", s.f, output, s.x, BOUNDARY)
-        if self._norms("mlp").after:
-            self.live.drop(output)
-            self.live.hold(self._own("down_out"), s.x, kept)
-            self.live.hold(output, s.x, BOUNDARY)
-
     def _mlp_backward(self) -> None:
         live, s = self.live, self.sizes
         if self._own("x_mid") not in live.alive:
@@ -218,33 +129,6 @@ class Pass(LayerWalk):
             with self._tile() as tile:
                 tile._mlp_gradient("tile")
         live.drop("normed_mlp")
-
-    def _mlp_gradient(self, output: str) -> None:
-        live, s = self.live, self.sizes
-        with live.holding(self._weights("gate_up"), WEIGHTS):
-            if self._own("gate_up") not in live.alive:
-                self._gate_up(TRANSIENT, weights=0)
-                if self._norms("mlp").after:
-                    self._down("unused", TRANSIENT)
-                    live.drop("unused")
-            if self.shape.layer.scalar:
-                self._tail_gradient()
-            self._hold_branch_gradient("ddown", "mlp")
-            live.drop(self._own("down_out"))
-            self._activation_backward()
-            self._group_backward("gate_up", s.x, "dnormed", weights_are_there=True)
-            self._hold_input_gradient(output, "mlp")
-        live.drop("dnormed", "ddown", "dh", self._own("gate_up"))
-
-    def _activation_backward(self) -> None:
-        live, s = self.live, self.sizes
-        with live.holding(self.plan.ranks["down"] * s.low):
-            with live.holding(self._weights("down"), WEIGHTS):
-                live.hold("dhidden", s.f)
-            self._dropped("down", s.f)
-            self._low("down", s.f)
-            live.hold("grads.down", 4 * self.plan.adapter["down"])
-            live.drop("dhidden")
 
     def _attention_backward(self) -> None:
         live, s, plan = self.live, self.sizes, self.plan

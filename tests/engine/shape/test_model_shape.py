@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.errors import InputError
-from engine.planning.model_shape import ModelShape
+from engine.shape.model_shape import ModelShape
 from tests.support.published_models import GEMMA2_9B, GEMMA3_4B, LLAMA_1B, LLAMA_8B, MISTRAL_7B, QWEN2_7B, QWEN3_8B
 
 

@@ -6,7 +6,7 @@ A layer has two halves, attention and MLP. Each adds to the residual stream
 
 where `before` and `after` are norms, and any of the three may be missing. A `Family` says which are
 there and under which attribute of the library's layer. `engine/layers/layer_spec.py` reads a loaded
-layer by it, and `engine/planning/model_shape.py` a config.json. A new family is a new entry.
+layer by it, and `engine/shape/model_shape.py` a config.json. A new family is a new entry.
 
 A path is attributes from the library's decoder layer on, joined by dots.
 """

@@ -1,25 +1,16 @@
-"""Predict the peak of allocated CUDA bytes of training one adapter. No torch, no GPU.
-
-The peak is `torch.cuda.max_memory_allocated`. Tensors that stay are added up from the model's
-shape; those that come and go are walked through one by one (engine/planning/layer_memory.py). No
-number is fitted.
-
-Measured on one H100 (engine/bench/calibration/): within 0.8 % in 95 % of 64 settings of Llama
-shapes, up to 65,536 tokens. Not measured on a GPU: other families, evaluation and CUDA graphs. A
-test without a GPU compares the walk with the layers' code. Only the text decoder of a model is
-counted.
-"""
+"""Walk through what training one adapter allocates on a CUDA card, in order. No torch."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 from engine.config.trial import TrainConfig
-from engine.planning.compute_limits import EVALUATION_ROW_TOKENS, LOSS_CHUNK_BYTES
-from engine.planning.layer_memory import Pass
-from engine.planning.layer_plan import (
+from engine.memory.layer_memory import Pass
+from engine.memory.layer_walk import AttentionName
+from engine.memory.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, HostStack, LiveBytes
+from engine.memory.tensor_sizes import Sizes
+from engine.shape.compute_limits import EVALUATION_ROW_TOKENS, LOSS_CHUNK_BYTES
+from engine.shape.layer_plan import (
     adapted_outside,
     base_bytes,
     element_bytes,
@@ -30,96 +21,16 @@ from engine.planning.layer_plan import (
     num_trained,
     plan_layers,
 )
-from engine.planning.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, AttentionName, HostStack, LiveBytes, Sizes
-from engine.planning.model_shape import ModelShape
-from engine.planning.policies import Policy
-from engine.units import GIB
+from engine.shape.model_shape import ModelShape
+from engine.shape.policies import Policy
 
 # torch gives cuBLAS a workspace for each stream and calling thread: the caller's and autograd's.
 # Each is 32 MiB on Hopper and 8.1 MiB on other cards, where this is 48 MiB too much. There are two:
 # the measured peaks (H100) match 64 MiB, not 32.
 MATMUL_WORKSPACES = 2 * 32 * 2**20
-# CUDA context and loaded kernels, which torch does not allocate. An estimate, not measured.
-CONTEXT_GIB = 0.6
-# Shares of the peak that the caching allocator holds and cannot use. Both are estimates. A run with
-# a peak of 21.91 GiB under a cap of 23.5 shows that the first is at most 7 %.
-FRAGMENTATION, ROUGH_FRAGMENTATION = 0.05, 0.12
 
 
-@dataclass(frozen=True)
-class MemoryPrediction:
-    """The predicted memory of a config.
-
-    - components: bytes at the moment of the peak, by what holds them.
-    - phases: the peak of each phase; phase is the highest one.
-    - rough: True for an estimate instead of a count: layers run unfused, or attention is eager or over
-      heads too wide for flash attention, or the working dtype is not 16-bit.
-    - host_bytes: pinned host memory for the tensors that layers store there.
-    - recorded_bytes: memory that CUDA graphs keep beyond the peak while the trial evaluates.
-    """
-
-    components: dict[str, int]
-    phases: dict[str, int]
-    phase: str
-    rough: bool = False
-    host_bytes: int = 0
-    recorded_bytes: int = 0
-
-    @property
-    def peak_bytes(self) -> int:
-        """Return the peak of the bytes that torch allocates."""
-        return sum(self.components.values())
-
-    @property
-    def peak_gib(self) -> float:
-        return self.peak_bytes / GIB
-
-    @property
-    def host_gib(self) -> float:
-        return self.host_bytes / GIB
-
-    @property
-    def reserve_gib(self) -> float:
-        """Return the GiB that a card needs beyond the peak.
-
-        They are the CUDA context and the memory that the allocator holds but cannot use.
-        """
-        return CONTEXT_GIB + (ROUGH_FRAGMENTATION if self.rough else FRAGMENTATION) * self.peak_gib + self.recorded_bytes / GIB
-
-    def describe(self) -> str:
-        """Return a short table: the bytes alive at the peak, and the peak of each phase."""
-        rows = [(name, size) for name, size in sorted(self.components.items(), key=lambda item: -item[1]) if size]
-        lines = [f"  {name:<22}{size / GIB:8.3f}" for name, size in rows]
-        phases = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.phases.items())
-        about = "about " if self.rough else ""
-        head = f"peak {about}{self.peak_gib:.2f} GiB, in: {self.phase}; a card needs {self.reserve_gib:.2f} GiB more"
-        return "\n".join([head, *lines, f"  phases: {phases}"])
-
-
-def predict_memory(
-    config: TrainConfig, shape: ModelShape, *, evaluation: bool = True, attention: Literal["flash", "cudnn"] = "flash"
-) -> MemoryPrediction:
-    """Predict the most bytes that torch allocates on a CUDA card while this config trains.
-
-    Nothing in the config may be `auto`, or it raises ValueError. `evaluation` includes evaluation,
-    which a benchmark does not run. `attention` names the kernel; both need the same workspace.
-    """
-    walk = _Walk(config, shape, attention)
-    walk.load()
-    walk.train()
-    walk.step_optimizer()
-    if evaluation:
-        walk.evaluate()
-    live = walk.live
-    return MemoryPrediction(live.highest_components, live.peaks, live.highest_phase, walk.is_rough, walk.host_stack.highest)
-
-
-def fits(prediction: MemoryPrediction, memory_gib: float) -> bool:
-    """Return True if peak and reserve fit in `memory_gib`, the total that a card reports."""
-    return prediction.peak_gib + prediction.reserve_gib <= memory_gib
-
-
-class _Walk:
+class TrialWalk:
     """A walk through load, one micro-batch, one optimizer step and one evaluation row, in turn."""
 
     def __init__(self, config: TrainConfig, shape: ModelShape, attention: AttentionName) -> None:

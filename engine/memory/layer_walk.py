@@ -1,0 +1,83 @@
+"""Hold what all parts of a walk through one fused decoder layer need: names and projections. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.memory.live_bytes import LOW, TRANSIENT, WEIGHTS, HostStack, LiveBytes
+from engine.memory.tensor_sizes import Sizes
+from engine.shape.families import HalfNorms
+from engine.shape.layer_plan import LayerPlan
+from engine.shape.model_shape import ModelShape
+
+HalfName = Literal["attention", "mlp"]
+AttentionName = Literal["flash", "cudnn", "eager"]
+
+
+@dataclass(frozen=True)
+class LayerWalk:
+    """What all parts of a walk through layer `i` need: its tensors' names, and its projections."""
+
+    i: int
+    plan: LayerPlan
+    shape: ModelShape
+    sizes: Sizes
+    attention: AttentionName
+    dropout: bool
+    live: LiveBytes
+    host_stack: HostStack
+
+    def _names(self) -> list[str]:
+        """Return the names of the layer's tensors that are alive."""
+        prefix = self._own("")
+        return [name for name in self.live.alive if name.startswith(prefix)]
+
+    def _own(self, tensor: str) -> str:
+        return f"{self.i}.{tensor}"
+
+    def _project(self, group: str, input_size: int, output: str, output_size: int, component: str = TRANSIENT) -> None:
+        self._low(group, input_size)
+        with self.live.holding(self._weights(group), WEIGHTS):
+            self.live.hold(output, output_size, component)
+
+    def _low(self, group: str, input_size: int) -> None:
+        name, rank = self._own(f"low.{group}"), self.plan.ranks[group]
+        if rank and name not in self.live.alive:
+            self._dropped(group, input_size)
+            self.live.hold(name, rank * self.sizes.low, LOW)
+
+    def _dropped(self, group: str, input_size: int) -> None:
+        """Make the dropout mask and the masked input for a moment."""
+        if self.dropout and self.plan.ranks[group]:
+            self.live.briefly(2 * input_size)
+
+    def _weights(self, group: str) -> int:
+        return 0 if group in self.plan.cached else self.sizes.weights[group]
+
+    def _group_backward(self, group: str, input_size: int, dx: str, weights_are_there: bool = False) -> None:
+        with self.live.holding(self.plan.ranks[group] * self.sizes.low):
+            self._dropped(group, input_size)
+            self.live.hold(f"grads.{group}", 4 * self.plan.adapter[group])
+            with self.live.holding(0 if weights_are_there else self._weights(group), WEIGHTS):
+                self.live.hold(dx, input_size)
+            self._dropped(group, input_size)
+
+    def _normed(self, half: HalfName) -> int:
+        """Return the bytes of a half's normalised input: 0 if no norm stands before the half."""
+        return self.sizes.x if self._norms(half).before else 0
+
+    def _norms(self, half: HalfName) -> HalfNorms:
+        return self.shape.layer.attention if half == "attention" else self.shape.layer.mlp
+
+    def _hold_branch_gradient(self, name: str, half: HalfName) -> None:
+        """Make the gradient of what norm and multiplier after a half received, if there is one."""
+        if self._norms(half).after or self.shape.layer.multiplier:
+            self.live.hold(name, self.sizes.x)
+
+    def _hold_input_gradient(self, name: str, half: HalfName) -> None:
+        """Make the gradient of a half's input; without a norm before it, in place of `dnormed`."""
+        if self._norms(half).before:
+            self.live.hold(name, self.sizes.x)
+        else:
+            self.live.rename("dnormed", name)

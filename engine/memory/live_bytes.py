@@ -1,0 +1,147 @@
+"""Count the bytes that are alive during a computation, by component, and their peak. No torch.
+
+`HostStack` does to them what `HostStash` (engine/layers/host_stash.py) does to tensors.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from engine.shape.compute_limits import HOST_IN_FLIGHT, HOST_LAG
+
+KEPT, TRANSIENT, WEIGHTS, ATTENTION, BOUNDARY, LOW = (
+    "kept activations", "transients", "dequantised weights", "attention workspace", "layer boundaries", "low-rank hidden",
+)  # fmt: skip
+
+
+@dataclass
+class LiveBytes:
+    """The tensors that are alive, their sum by component, and the peaks.
+
+    `peaks` holds the highest sum of each phase. `highest`, `highest_phase` and `highest_components`
+    describe the highest of all.
+    """
+
+    alive: dict[str, tuple[str, int]] = field(default_factory=dict)
+    components: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    total: int = 0
+    phase: str = ""
+    peaks: dict[str, int] = field(default_factory=dict)
+    highest: int = -1
+    highest_phase: str = ""
+    highest_components: dict[str, int] = field(default_factory=dict)
+
+    def enter(self, phase: str) -> None:
+        self.phase = phase
+        self._note()
+
+    def hold(self, name: str, size: int, component: str = TRANSIENT) -> None:
+        """Make a tensor; free one of the same name only after that."""
+        self._add(component, size)
+        self.drop(name)
+        self.alive[name] = (component, size)
+
+    def drop(self, *names: str) -> None:
+        """Free tensors; ignore names that are not alive."""
+        for name in names:
+            component, size = self.alive.pop(name, ("", 0))
+            self.components[component] -= size
+            self.total -= size
+
+    def rename(self, old: str, new: str) -> None:
+        """Free the tensor `new`, and give its name to `old`."""
+        self.drop(new)
+        if old in self.alive:
+            self.alive[new] = self.alive.pop(old)
+
+    @contextmanager
+    def holding(self, size: int, component: str = TRANSIENT) -> Iterator[None]:
+        """Keep an unnamed tensor alive for the length of the block."""
+        self._add(component, size)
+        yield
+        self.components[component] -= size
+        self.total -= size
+
+    def briefly(self, size: int, component: str = TRANSIENT) -> None:
+        with self.holding(size, component):
+            pass
+
+    def _add(self, component: str, size: int) -> None:
+        self.components[component] += size
+        self.total += size
+        self._note()
+
+    def _note(self) -> None:
+        if self.total > self.peaks.get(self.phase, -1):
+            self.peaks[self.phase] = self.total
+            if self.total > self.highest:
+                self.highest, self.highest_phase = self.total, self.phase
+                self.highest_components = dict(self.components)
+
+
+@dataclass
+class _Held:
+    names: list[str]
+    sizes: dict[str, tuple[str, int]] = field(default_factory=dict)
+    age: int = 0
+    is_here: bool = True
+
+
+@dataclass
+class HostStack:
+    """The tensors that layers store on the host, as a stack.
+
+    `num_bytes` are on the host now; `highest` is the most so far.
+    """
+
+    live: LiveBytes
+    entries: list[_Held] = field(default_factory=list)
+    num_bytes: int = 0
+    highest: int = 0
+
+    def push(self, names: list[str]) -> None:
+        entry = _Held(names, {name: self.live.alive[name] for name in names})
+        self.entries.append(entry)
+        self.num_bytes += _bytes(entry)
+        self.highest = max(self.highest, self.num_bytes)
+
+    def advance(self) -> None:
+        """Note that a layer has run, and release device memory as `HostStash.advance` does."""
+        leaving = [entry for entry in self.entries if entry.is_here]
+        in_flight = sum(map(_bytes, leaving))
+        for entry in leaving:
+            entry.age += 1
+            if entry.age >= HOST_LAG or in_flight > HOST_IN_FLIGHT:
+                self._let_go(entry)
+                in_flight -= _bytes(entry)
+
+    def flush(self) -> None:
+        """Release the device memory of all entries: the forward pass is over."""
+        for entry in self.entries:
+            if entry.is_here:
+                self._let_go(entry)
+
+    def pop(self) -> None:
+        """Bring back the last entry, and start to fetch the one before it."""
+        entry = self.entries.pop()
+        self._fetch(entry)
+        self.num_bytes -= _bytes(entry)
+        if self.entries:
+            self._fetch(self.entries[-1])
+
+    def _let_go(self, entry: _Held) -> None:
+        self.live.drop(*entry.names)
+        entry.is_here = False
+
+    def _fetch(self, entry: _Held) -> None:
+        if not entry.is_here:
+            entry.is_here = True
+            for name, (component, size) in entry.sizes.items():
+                self.live.hold(name, size, component)
+
+
+def _bytes(entry: _Held) -> int:
+    return sum(size for _, size in entry.sizes.values())

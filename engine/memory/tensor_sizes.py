@@ -1,0 +1,101 @@
+"""Count the bytes of each tensor of one decoder layer. No torch.
+
+Shape letters: T tokens, D hidden, F MLP hidden, H query heads, G key/value heads, K head dim, L
+tokens of one sample, P features of a per-layer input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.shape.compute_limits import MLP_TILE_TOKENS
+from engine.shape.families import Family
+from engine.shape.layer_plan import group_parameters
+from engine.shape.model_shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The bytes of one layer's tensors: x [T, D], q [T, H, K], k [T, G, K], f [T, F], low [T, 1], p [T, P].
+
+    qkv is what the layer projects of queries, keys and values. inputs are the p of all layers.
+
+    heads [T, H] is fp32. scores [H, T, L] and one sample's [H, L, L] count one byte a value.
+    weights maps each group to its dequantised weights, 0 if not packed. tile is for one tile of the
+    MLP.
+    """
+
+    x: int
+    q: int
+    k: int
+    qkv: int
+    f: int
+    p: int
+    inputs: int
+    low: int
+    heads: int
+    scores: int
+    sample_scores: int
+    weights: dict[str, int]
+    packed: bool
+    element: int
+    tile: Sizes | None = None
+
+    @classmethod
+    def of(cls, shape: ModelShape, tokens: int, sample_tokens: int, element: int, packed: bool) -> Sizes:
+        """Return the sizes for `tokens` in samples of `sample_tokens`, `element` bytes a value."""
+        length = min(tokens, sample_tokens)
+        return cls(
+            x=element * tokens * shape.hidden_size,
+            q=element * tokens * shape.num_heads * shape.head_dim,
+            k=element * tokens * shape.num_kv_heads * shape.head_dim,
+            qkv=element * tokens * sum(shape.projections()[name][0] for name in shape.groups["qkv"]),
+            f=element * tokens * shape.intermediate_size,
+            p=element * tokens * shape.input_width,
+            inputs=element * tokens * shape.input_width * shape.num_layers,
+            low=element * tokens,
+            heads=4 * tokens * shape.num_heads,
+            scores=shape.num_heads * tokens * length,
+            sample_scores=shape.num_heads * length * length,
+            weights={group: packed * element * number for group, number in group_parameters(shape).items()},
+            packed=packed,
+            element=element,
+            tile=cls.of(shape, MLP_TILE_TOKENS, sample_tokens, element, packed) if tokens > MLP_TILE_TOKENS else None,
+        )
+
+    @property
+    def eager_graph(self) -> int:
+        """Return the bytes that autograd keeps of eager attention.
+
+        They are tanh and softmax in fp32, the rounded weights, and keys and values repeated for all
+        heads.
+        """
+        return (8 + self.element) * self.scores + self._repeated
+
+    @property
+    def eager_workspace(self) -> int:
+        """Return the bytes of a sample's gradients of scores, and of those of q and the repeated k and v."""
+        return 12 * self.sample_scores + 6 * self.q
+
+    @property
+    def flash_workspace(self) -> int:
+        """Return the workspace of attention's backward pass: flash, cuDNN or memory-efficient.
+
+        It is dq in fp32, dk and dv of each query head, and dout * out summed over K.
+        """
+        return 4 * self.q // self.element + self._repeated + self.heads
+
+    def unfused_graph(self, layer: Family, eager_scores: int, dropout: bool) -> int:
+        """Return the bytes that autograd keeps of one of transformers' own layers, without its input.
+
+        They are fp32 copies in the norms and inputs of adapted matmuls. Attention adds its queries,
+        keys, values and output; the MLP adds gate, its activation, up and their product. Dropout
+        adds each projection's masked input and mask.
+        """
+        norms = (layer.attention.number + layer.mlp.number) * self.x + (self.q + self.k if layer.qk_norm != "none" else 0)
+        kept = 4 * norms // self.element + 2 * self.x + self.qkv + self.q + self.heads + 4 * self.f + 10 * eager_scores
+        return kept + (3 * (5 * self.x + self.q + self.f) // 2 if dropout else 0)
+
+    @property
+    def _repeated(self) -> int:
+        return 2 * self.q if self.q != self.k else 0

@@ -1,0 +1,58 @@
+"""Hold the decisions by which a card computes a config, with what is predicted of them. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from engine.config.trial import TrainConfig
+from engine.memory.prediction import MemoryPrediction
+from engine.planning.speed import SpeedPrediction
+from engine.shape.policies import Policy
+
+DESCRIPTIONS = {
+    Policy.KEEP: "activations kept", Policy.SELECTIVE: "MLP recomputed", Policy.RECOMPUTE: "recomputed",
+    Policy.OFFLOAD: "recomputed, offloaded",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ComputePlan:
+    """Values for the fields of `train` that may be `auto`.
+
+    `memory` and `speed` are predictions. They are None if the card or the model's shape is not
+    known.
+    """
+
+    micro_batch_size: int
+    policy: Policy
+    keep_layers: int
+    host_layers: int
+    weight_cache_gib: float
+    cuda_graphs: bool = False
+    memory: MemoryPrediction | None = None
+    speed: SpeedPrediction | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the six fields of `train` as plain data."""
+        names = ("micro_batch_size", "keep_layers", "host_layers", "weight_cache_gib", "cuda_graphs")
+        return {"activation_checkpointing": self.policy.setting, **{name: getattr(self, name) for name in names}}
+
+    def apply(self, config: TrainConfig) -> TrainConfig:
+        """Return the config with nothing left `auto`, and the same number of bins in a step."""
+        bins = config.bins_per_step
+        step = {"tokens_per_step": bins * config.data.max_seq_length}
+        return config.model_copy(update={"train": config.train.model_copy(update={**step, **self.settings()})})
+
+    def describe(self) -> str:
+        """Return one line for the user."""
+        parts = [f"micro-batch {self.micro_batch_size}", DESCRIPTIONS[self.policy]]
+        if self.policy is not Policy.KEEP and self.keep_layers:
+            parts.append(f"{self.keep_layers} layers kept")
+        if self.host_layers:
+            parts.append(f"{self.host_layers} layers kept on the host")
+        if self.weight_cache_gib:
+            parts.append(f"{self.weight_cache_gib:g} GiB of weights dequantised")
+        if self.cuda_graphs:
+            parts.append("CUDA graphs")
+        return ", ".join(parts)

@@ -1,0 +1,44 @@
+"""The rows measured on a card, and their configs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
+from engine.shape.model_shape import ModelShape
+from tests.support.paths import ROOT
+from tests.support.published_models import LLAMA_1B, LLAMA_8B
+
+CALIBRATION = ROOT / "engine" / "bench" / "calibration" / "h100-2026-11-24.jsonl"
+PEAKS = CALIBRATION.with_name("h100-2026-11-24-peaks.jsonl")
+ROWS = [json.loads(line) for line in CALIBRATION.read_text().splitlines()]
+
+SHAPES = {"llama-3.1-8b": ModelShape.of(LLAMA_8B, "8B"), "llama-3.2-1b": ModelShape.of(LLAMA_1B, "1B")}
+
+
+def config_of(
+    batch: int = 2, length: int = 2048, rank: int = 16, policy: str = "recompute", keep_layers: int = 0,
+    weight_cache_gib: float = 0.0, **sections: dict[str, Any],
+) -> TrainConfig:  # fmt: skip
+    train = {
+        "max_tokens": 10**6, "micro_batch_size": batch, "keep_layers": keep_layers, "host_layers": 0,
+        "weight_cache_gib": weight_cache_gib,
+        "activation_checkpointing": policy,
+    }  # fmt: skip
+    data = {"train": "x", "max_seq_length": length, **sections.get("data", {})}
+    return parse(TrainConfig, {
+        "model": {"path": "x", **sections.get("model", {})}, "data": data, "lora": {"rank": rank, **sections.get("lora", {})},
+        "optim": sections.get("optim", {}), "train": {**train, **sections.get("train", {})},
+    })  # fmt: skip
+
+
+def config_of_row(row: dict[str, Any]) -> TrainConfig:
+    numbers = (row[k] for k in ("batch", "length", "rank", "policy", "keep_layers", "weight_cache_gib"))
+    return config_of(*numbers, train={"host_layers": row.get("host_layers", 0)})
+
+
+def row_name(row: dict[str, Any]) -> str:
+    names = ("model", "batch", "length", "policy", "keep_layers", "host_layers", "weight_cache_gib")
+    return "-".join(str(row.get(k, 0)) for k in names)
