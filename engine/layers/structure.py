@@ -16,12 +16,11 @@ from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.host_stash import HostStash
 from engine.layers.library_mixer import LibraryMixer
 from engine.layers.projection_group import ProjectionGroup, Weights
+from engine.shape.mixer_shape import MIXER
 from engine.shape.policies import Policy
 
 Gradients = dict[str, tuple[Tensor, ...]]
 """Gradients of the adapters, by group."""
-MIXER = "mixer"
-"""Stands for all projections of a library's mixer among the groups."""
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ are left out.
 from __future__ import annotations
 
 from engine.memory.live_bytes import ATTENTION, BOUNDARY, KEPT, TRANSIENT
+from engine.memory.mixer_walk import MixerWalk
 from engine.memory.mlp_walk import MlpWalk
 from engine.shape.compute_limits import FLASH_HEAD
 from engine.shape.policies import Policy
 
 
-class Pass(MlpWalk):
+class Pass(MlpWalk, MixerWalk):
     """One pass through a layer."""
 
     def forward(self, trains: bool) -> None:
@@ -52,7 +53,8 @@ class Pass(MlpWalk):
             live.hold("dinput", self.sizes.p)
         self._mlp_backward()
         live.drop(self._own("x_mid"))
-        self._attention_backward()
+        gradient = self._attention_backward if self.shape.mixer is None else self._mixer_gradient
+        gradient()
         grads = [name for name in live.alive if name.startswith("grads.")]
         live.drop(*self._names(), *grads, "normed", "dx_mid")
         live.rename("dx", "dy")
@@ -63,7 +65,8 @@ class Pass(MlpWalk):
 
     def _to_mlp(self, graph: bool) -> None:
         """Make x_mid, and normed_mlp, which is x_mid normalised."""
-        self._attention_half(graph)
+        half = self._attention_half if self.shape.mixer is None else self._mixer_half
+        half(graph)
         self.live.hold(self._own("x_mid"), self.sizes.x, self._component(graph))
         self.live.hold("normed_mlp", self._normed("mlp"))
         self.live.drop("delta")
@@ -90,7 +93,10 @@ class Pass(MlpWalk):
         live.hold(self._own("attention"), s.q + s.heads + kept, component)
         if not graph:
             live.drop(self._own("repeated"))
-        self._project("o", s.q, "delta", s.x)
+        gated = s.q if self.shape.layer.output_gate else 0
+        live.briefly(2 * gated)
+        with live.holding(gated):
+            self._project("o", s.q, "delta", s.x)
         if not graph:
             live.drop(*map(self._own, ("attention", "rotated", "keys")))
         if self._norms("attention").after:
@@ -135,21 +141,34 @@ class Pass(MlpWalk):
         self._hold_branch_gradient("ddelta", "attention")
         if not plan.needs_dx and not plan.ranks["qkv"]:
             return live.drop("ddelta")
-        self._group_backward("o", s.q, "dout")
+        self._gate_backward()
         live.hold("dqkv", s.q + 2 * s.k)
         live.briefly(s.eager_workspace if self.attention == "eager" else s.flash_workspace, ATTENTION)
         if self.shape.layer.qk_norm != "none":
             live.briefly(s.q)
         self._shared_gradients()
+        if self.shape.layer.output_gate:  # gradients of queries and gates are laid head by head
+            live.hold("dq and dgate", 2 * s.q)
+            live.drop("dqkv")
+            live.hold("dqkv", 2 * s.k)
         if "normed" not in live.alive:
             live.hold("normed", self._normed("attention"))
         live.hold("dqkv_cat", s.qkv)
         if plan.needs_dx:
             self._group_backward("qkv", s.x, "dnormed")
             self._hold_input_gradient("dx", "attention")
-        live.drop("ddelta", "dout", "dqkv", "dqkv_cat", "dnormed")
+        live.drop("ddelta", "dout", "dqkv", "dqkv_cat", "dnormed", "gated", "dgate", "dq and dgate")
         if self.shape.source == self.i:
             live.drop(f"keys of {self.i}", f"dkeys of {self.i}")
+
+    def _gate_backward(self) -> None:
+        """Walk from the gradient of the half's output to those of attention's output and its gate."""
+        live, gated = self.live, self.sizes.q if self.shape.layer.output_gate else 0
+        live.hold("gated", gated)
+        live.briefly(gated)
+        self._group_backward("o", self.sizes.q, "dout")
+        live.hold("dgate", gated)
+        live.briefly(3 * gated)
 
     def _shared_gradients(self) -> None:
         """Hand on, or take up, the gradients of keys and values that layers share."""

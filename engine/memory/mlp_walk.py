@@ -14,6 +14,7 @@ from typing import Self
 from engine.memory.layer_walk import LayerWalk
 from engine.memory.live_bytes import BOUNDARY, TRANSIENT, WEIGHTS
 from engine.shape.families import INPUT_GATE, INPUT_PROJECTION
+from engine.shape.mixer_shape import MIXER
 
 
 class MlpWalk(LayerWalk):
@@ -22,7 +23,7 @@ class MlpWalk(LayerWalk):
     @contextmanager
     def _tile(self) -> Iterator[Self]:
         """Yield the pass through one tile of the MLP; the weights live through all tiles."""
-        mine = [group for group in self.shape.groups if group not in ("qkv", "o")]
+        mine = [group for group in self.shape.groups if group not in ("qkv", "o", MIXER)]
         with self.live.holding(sum(map(self._weights, mine)), WEIGHTS):
             yield replace(self, sizes=self.sizes.tile, plan=replace(self.plan, cached=self.plan.cached.union(mine)))
             self.live.drop("tile", *map(self._own, ("gate_up", "tail_gate", "down_out", *(f"low.{group}" for group in mine))))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.memory.mixer_bytes import MixerBytes
 from engine.shape.compute_limits import MLP_TILE_TOKENS
 from engine.shape.families import Family
 from engine.shape.layer_plan import group_parameters
@@ -18,7 +19,8 @@ from engine.shape.model_shape import ModelShape
 class Sizes:
     """The bytes of one layer's tensors: x [T, D], q [T, H, K], k [T, G, K], f [T, F], low [T, 1], p [T, P].
 
-    qkv is what the layer projects of queries, keys and values. inputs are the p of all layers.
+    qkv is what the layer projects of queries, keys and values. inputs are the p of all layers. mixer
+    is None in a layer with attention.
 
     heads [T, H] is fp32. scores [H, T, L] and one sample's [H, L, L] count one byte a value.
     weights maps each group to its dequantised weights, 0 if not packed. tile is for one tile of the
@@ -39,6 +41,8 @@ class Sizes:
     weights: dict[str, int]
     packed: bool
     element: int
+    tokens: int
+    mixer: MixerBytes | None = None
     tile: Sizes | None = None
 
     @classmethod
@@ -49,7 +53,7 @@ class Sizes:
             x=element * tokens * shape.hidden_size,
             q=element * tokens * shape.num_heads * shape.head_dim,
             k=element * tokens * shape.num_kv_heads * shape.head_dim,
-            qkv=element * tokens * sum(shape.projections()[name][0] for name in shape.groups["qkv"]),
+            qkv=element * tokens * sum(shape.projections()[name][0] for name in shape.groups.get("qkv", ())),
             f=element * tokens * shape.intermediate_size,
             p=element * tokens * shape.input_width,
             inputs=element * tokens * shape.input_width * shape.num_layers,
@@ -60,6 +64,8 @@ class Sizes:
             weights={group: packed * element * number for group, number in group_parameters(shape).items()},
             packed=packed,
             element=element,
+            tokens=tokens,
+            mixer=shape.mixer and MixerBytes.of(shape.mixer, shape.hidden_size, tokens, sample_tokens, element),
             tile=cls.of(shape, MLP_TILE_TOKENS, sample_tokens, element, packed) if tokens > MLP_TILE_TOKENS else None,
         )
 
@@ -93,8 +99,13 @@ class Sizes:
         adds each projection's masked input and mask.
         """
         norms = (layer.attention.number + layer.mlp.number) * self.x + (self.q + self.k if layer.qk_norm != "none" else 0)
-        kept = 4 * norms // self.element + 2 * self.x + self.qkv + self.q + self.heads + 4 * self.f + 10 * eager_scores
+        kept = 4 * norms // self.element + 2 * self.x + self.unfused_attention + 4 * self.f + 10 * eager_scores
         return kept + (3 * (5 * self.x + self.q + self.f) // 2 if dropout else 0)
+
+    @property
+    def unfused_attention(self) -> int:
+        """Return the bytes of queries, keys, values, output and log-sum-exp."""
+        return self.qkv + self.q + self.heads
 
     @property
     def _repeated(self) -> int:

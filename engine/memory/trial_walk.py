@@ -7,6 +7,7 @@ import math
 from engine.config.trial import TrainConfig
 from engine.memory.layer_memory import Pass
 from engine.memory.layer_walk import AttentionName
+from engine.memory.mixer_walk import MIXERS
 from engine.memory.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, HostStack, LiveBytes
 from engine.memory.tensor_sizes import Sizes
 from engine.shape.compute_limits import EVALUATION_ROW_TOKENS, LOSS_CHUNK_BYTES
@@ -40,7 +41,8 @@ class TrialWalk:
         self.attention: AttentionName = "eager" if shape.attention_softcap else attention
         self.plans, self.element = plan_layers(config, shape), element_bytes(config)
         self.is_fused = is_fused(config, shape)
-        self.is_rough = not self.is_fused or self.attention == "eager" or self.element != 2 or shape.has_wide_heads
+        by_others = shape.has_wide_heads or shape.has_mixers
+        self.is_rough = not self.is_fused or self.attention == "eager" or self.element != 2 or by_others
 
     def load(self) -> None:
         """Load the base model from its 16-bit weights; then hold all that stays during training."""
@@ -114,6 +116,8 @@ class TrialWalk:
         self.live.hold("inputs", sizes.x if last else 0, BOUNDARY)
         stores = [size.k for i, size in enumerate(self.layer_sizes) if self.shape.each[i].source == i != last]
         self.live.hold("shared keys", 2 * sum(stores), BOUNDARY)
+        others = [size.mixer.alone for size in self.layer_sizes if size.mixer is not None]
+        self.live.briefly(max(others, default=0) + 2 * sizes.x + self._largest_weight() * bool(others), MIXERS)
         if self.is_fused:  # the last layer has the fewest cached weights, and the widest MLP if layers differ
             self._pass(last, dropout=False).forward(trains=False)
         else:
@@ -185,19 +189,24 @@ class TrialWalk:
         number, recomputes = self.shape.num_layers, Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
         for i in range(1, number + 1):
             self.live.hold(f"{i}.x", sizes.x, BOUNDARY)
-        self.live.hold("graph", self._unfused_graph(sizes) * (0 if recomputes else number), KEPT)
+        self.live.hold("graph", 0 if recomputes else sum(map(self._unfused_graph, self.layer_sizes)), KEPT)
         self.live.briefly(3 * sizes.f + 6 * sizes.x + self._largest_weight())
 
     def _backward_unfused(self, sizes: Sizes) -> None:
         recomputes = Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
         self.live.enter("backward, recomputed layers" if recomputes else "backward, kept layers")
-        again = self._unfused_graph(sizes) if recomputes else 0
+        again = max(map(self._unfused_graph, self.layer_sizes)) if recomputes else 0
+        mixers = [size.mixer.extra for size in self.layer_sizes if size.mixer is not None]
+        self.live.briefly(again + max(mixers, default=0), MIXERS)
         with self.live.holding(again + 4 * sizes.f + 6 * sizes.x), self.live.holding(self._largest_weight(), WEIGHTS):
             self.live.briefly(2 * sizes.q + 12 * self._eager_scores(sizes), ATTENTION)
         self.live.drop("graph", *(f"{i}.x" for i in range(self.shape.num_layers)))
 
     def _unfused_graph(self, sizes: Sizes) -> int:
         dropout = self.config.lora.lora_dropout > 0
+        if sizes.mixer is not None:
+            mlp = sizes.unfused_graph(self.shape.layer, 0, dropout) - sizes.unfused_attention
+            return mlp + sizes.mixer.graph
         return sizes.unfused_graph(self.shape.layer, self._eager_scores(sizes), dropout)
 
     def _eager_scores(self, sizes: Sizes) -> int:

@@ -16,6 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from engine.shape.mixer_shape import MIXER
+
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """Activation -> the kernels' name for it. A layer with another activation runs unfused."""
 
@@ -64,7 +66,7 @@ class Family:
     - query_scale: True if queries grow with their position in the sample, as in Llama 4.
     - output_gate: True if the layer that makes queries also makes a gate behind each head's query.
     - mixer: attribute of the library's token mixer, in layers that have one in attention's place.
-      `mixing` are its linear layers. Nothing is predicted for such a model.
+      `mixing` are its linear layers.
     - no_dropout: config keys of dropouts that must be 0. needs: config keys that must be true.
     - biases: config keys that say whether projections have a bias, by group; True for always.
     - defaults: what a config.json means that leaves these keys out (transformers 5.23).
@@ -120,7 +122,7 @@ class Family:
 
     def path(self, group: str, name: str) -> str:
         """Return the path of a member. Those of a per-layer input belong to the decoder layer itself."""
-        parts = {"qkv": "self_attn.", "o": "self_attn.", "gate_up": "mlp.", "down": "mlp."}
+        parts = {"qkv": "self_attn.", "o": "self_attn.", "gate_up": "mlp.", "down": "mlp.", MIXER: f"{self.mixer}."}
         return parts.get(group, "") + name
 
 

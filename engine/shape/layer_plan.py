@@ -13,6 +13,7 @@ from engine.config.targets import target_rule
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.shape.compute_limits import HOST_EMBEDDING_MIN_BYTES
+from engine.shape.mixer_shape import MIXER
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import Policy, layer_policies
 from engine.units import GIB
@@ -47,13 +48,14 @@ def is_fused(config: TrainConfig, shape: ModelShape) -> bool:
 def can_record(config: TrainConfig, shape: ModelShape) -> bool:
     """Return True if a micro-batch can be a CUDA graph (engine/training/cuda_graphs.py).
 
-    It must run fused, on the device alone, without dropout, attention sample by sample or rotary
-    frequencies that the library chooses on the host.
+    It must run fused, on the device alone, without dropout, attention sample by sample, a library's
+    mixers or rotary frequencies that the library chooses on the host.
     """
     loop = config.train
     on_device = loop.activation_checkpointing != Policy.OFFLOAD and loop.host_layers == 0
     flash = not shape.attention_softcap and config.model.dtype != "float32"
-    return is_fused(config, shape) and flash and on_device and not config.lora.lora_dropout and not shape.rotates_by_row
+    by_library = shape.rotates_by_row or shape.has_mixers
+    return is_fused(config, shape) and flash and on_device and not config.lora.lora_dropout and not by_library
 
 
 def element_bytes(config: TrainConfig) -> int:
@@ -151,13 +153,15 @@ def linear_layers(shape: ModelShape) -> list[tuple[int, int]]:
 def _cached_groups(config: TrainConfig, shape: ModelShape) -> list[frozenset[str]]:
     """Return the groups of each layer that stay dequantised.
 
-    Whole groups of packed weights are taken in the model's order, each that still fits.
+    Whole groups of packed weights are taken in the model's order, each that still fits. A library's
+    mixer dequantises its own.
     """
     if config.model.quantization != "nf4" or not is_fused(config, shape):
         return [frozenset()] * shape.num_layers
     room, cached = int(config.train.weight_cache_gib * GIB), []
     for one in shape.each:
-        sizes = {group: element_bytes(config) * number for group, number in group_parameters(one).items()}
+        parameters = group_parameters(one)
+        sizes = {group: element_bytes(config) * number for group, number in parameters.items() if group != MIXER}
         chosen = []
         for group, size in sizes.items():
             if size <= room:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-GLOBAL = "full_attention"
+from engine.shape.mixer_shape import MixerShape
+
+GLOBAL, LINEAR = "full_attention", "linear_attention"
 Keys = Literal["own", "values", "shared"]
 """What a layer does for keys: makes keys and values, makes keys that are its values too, or reads those of
 an earlier layer."""
@@ -18,6 +20,7 @@ class LayerShape:
 
     source: the layer whose keys and values it reads, itself if it stores them for others, or None.
     reads_first: True if no earlier layer reads the same.
+    mixer: what it has in attention's place, or None.
     """
 
     head_dim: int
@@ -26,6 +29,7 @@ class LayerShape:
     keys: Keys
     source: int | None
     reads_first: bool
+    mixer: MixerShape | None = None
 
 
 class LayerSizes(Protocol):
@@ -64,3 +68,14 @@ def gemma4_layers(values: dict[str, Any], shape: LayerSizes, number: Callable[..
         starts = reads and kind not in kinds[first:i]
         layers.append(LayerShape(sizes["head_dim"], sizes["num_key_value_heads"], width, keys, source, starts))
     return tuple(layers)
+
+
+def hybrid_layers(values: dict[str, Any], shape: LayerSizes, number: Callable[..., int]) -> tuple[LayerShape, ...]:
+    """Return the layers of a Qwen3.5: three with a mixer for each one with attention, unless listed."""
+    interval = number("full_attention_interval", 4)
+    kinds = values.get("layer_types") or [LINEAR if (i + 1) % interval else GLOBAL for i in range(shape.num_layers)]
+    mixer = MixerShape.of(number)
+    sizes = shape.head_dim, shape.num_kv_heads, shape.intermediate_size
+    return tuple(
+        LayerShape(*sizes, "own", None, False, mixer if kind == LINEAR else None) for kind in list(kinds)[: shape.num_layers]
+    )

@@ -13,13 +13,15 @@ from typing import Any
 from engine.errors import InputError
 from engine.shape.compute_limits import FLASH_HEAD
 from engine.shape.families import ACTIVATIONS, FAMILIES, INPUT_GATE, INPUT_PROJECTION, OTHER, OTHER_TYPES, Family
-from engine.shape.layer_shapes import Keys, LayerShape, gemma4_layers
+from engine.shape.layer_shapes import LINEAR, Keys, LayerShape, gemma4_layers, hybrid_layers
+from engine.shape.mixer_shape import MIXER, MixerShape
 
+STATES = ("mamba_", "ssm_", "lru_", "conv_L_", "state_size", "time_step_", "attn_layer_", "layers_block_type", "block_types")
+"""Beginnings of keys of config.json that only models have whose layers carry a state, whatever else they hold."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 """Keys of config.json that say how many experts a layer has."""
 
 
-LINEAR = "linear_attention"
 @dataclass(frozen=True)
 class ModelShape:
     """The shape of a model's text decoder.
@@ -30,7 +32,7 @@ class ModelShape:
     - sliding_window: number of keys that a query sees; None if it sees all.
     - rotates_by_row: True if rotary frequencies depend on the longest sample of a row, which the
       library looks for on the host.
-    - keys, source, reads_first: as in LayerShape.
+    - keys, source, reads_first, mixer: as in LayerShape.
     - input_width: features of each layer's own embedding of a token, 0 for none. input_rows: tokens
       in that table.
     - layers: what each layer has of its own; empty if all are alike. Then `each` gives their shapes,
@@ -55,6 +57,7 @@ class ModelShape:
     keys: Keys = "own"
     source: int | None = None
     reads_first: bool = False
+    mixer: MixerShape | None = None
     input_width: int = 0
     input_rows: int = 0
     layers: tuple[LayerShape, ...] = ()
@@ -94,7 +97,9 @@ class ModelShape:
                 raise InputError(f"{where}: {key}", value, "must be a positive whole number in config.json")
             return value
 
-        if others := _not_attention(layer, config):
+        if family == "other" and (stateful := [key for key in config if key.startswith(STATES) and config[key] is not None]):
+            raise InputError(f"{where}: {stateful[0]}", config[stateful[0]], "nothing is predicted for layers that carry a state")
+        if others := _not_attention(layer, config, is_fused=family == kind):
             raise InputError(f"{where}: layer_types", ", ".join(others), "nothing is predicted for layers without attention")
         num_heads = number("num_attention_heads")
         hidden_size = number("hidden_size")
@@ -122,7 +127,8 @@ class ModelShape:
             input_width=width,
             input_rows=number("vocab_size_per_layer_input") if width else 0,
         )
-        return replace(shape, layers=gemma4_layers(values, shape, number)) if layer.reads else shape
+        layers = gemma4_layers if layer.reads else hybrid_layers if layer.mixer else None
+        return shape if layers is None else replace(shape, layers=layers(values, shape, number))
 
     @property
     def layer(self) -> Family:
@@ -133,6 +139,8 @@ class ModelShape:
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Return the linear layers of a decoder layer, by group."""
         groups = self.layer.groups
+        if self.mixer is not None:
+            return {MIXER: self.layer.mixing, "gate_up": groups["gate_up"], "down": groups["down"]}
         made = {"own": groups["qkv"], "values": groups["qkv"][:2], "shared": groups["qkv"][:1]}[self.keys]
         return {**groups, "qkv": made, **(self.layer.tail if self.input_width else {})}
 
@@ -142,6 +150,16 @@ class ModelShape:
         if not self.layers:
             return (self,) * self.num_layers
         return tuple(replace(self, layers=(), **vars(layer)) for layer in self.layers)
+
+    @property
+    def has_mixers(self) -> bool:
+        """Return True if some layers have a library's token mixer in attention's place."""
+        return any(one.mixer is not None for one in self.each)
+
+    def with_kernels(self) -> ModelShape:
+        """Return the same model with mixers that flash-linear-attention computes."""
+        mixers = [one.mixer and replace(one.mixer, has_kernels=True) for one in self.layers]
+        return replace(self, layers=tuple(replace(one, mixer=mixer) for one, mixer in zip(self.layers, mixers)))
 
     @property
     def has_wide_heads(self) -> bool:
@@ -169,10 +187,14 @@ class ModelShape:
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         P = self.input_width
         sizes = {INPUT_GATE: ((P,), D), INPUT_PROJECTION: ((D,), P)} if P else {}
-        made = (q, kv, kv) if self.keys == "own" else (q, kv)[: len(self.groups["qkv"])]
+        q_made = 2 * q if self.layer.output_gate else q
+        made = (q_made, kv, kv) if self.keys == "own" else (q_made, kv)[: len(self.groups.get("qkv", ()))]
         sizes |= {"qkv": (made, D), "o": ((D,), q), "gate_up": ((F, F), D), "down": ((D,), F)}
         found = {}
         for group, members in self.groups.items():
+            if group == MIXER:
+                found |= self.mixer.projections(D)
+                continue
             outputs, inputs = sizes[group]
             outputs = outputs if len(members) == len(outputs) else (sum(outputs),)  # one merged layer
             found |= {name: (size, inputs) for name, size in zip(members, outputs)}
@@ -197,8 +219,11 @@ class ModelShape:
     def _vectors_of_a_layer(self) -> int:
         D, F, K, layer = self.hidden_size, self.intermediate_size, self.head_dim, self.layer
         norms = (layer.attention.number + layer.mlp.number + (self.input_width > 0)) * D
+        if self.mixer is not None:
+            return norms + self.mixer.vector_parameters + (2 * F + D if self.mlp_bias else 0)
         heads = {"none": 0, "head": 1 if self.keys == "shared" else 2, "whole": self.num_heads + self.num_kv_heads}[layer.qk_norm]
-        bias = (self.num_heads + 2 * self.num_kv_heads) * K if self.qkv_bias else 0
+        queries = 2 * self.num_heads if layer.output_gate else self.num_heads
+        bias = (queries + 2 * self.num_kv_heads) * K if self.qkv_bias else 0
         bias += (D if self.o_bias else 0) + (2 * F + D if self.mlp_bias else 0)
         return norms + heads * K + bias
 
@@ -219,11 +244,12 @@ def _family(kind: str, config: dict[str, Any]) -> str:
     return kind if fits else "other"
 
 
-def _not_attention(layer: Family, config: dict[str, Any]) -> list[str]:
-    """Return the kinds of layers that have something else in attention's place."""
+def _not_attention(layer: Family, config: dict[str, Any], is_fused: bool) -> list[str]:
+    """Return the kinds of layers that have something else in attention's place, which nobody counts."""
     given = config.get("layer_types")
     kinds = {str(name) for name in given} if isinstance(given, list) else {LINEAR} if layer.mixer else set()
-    return sorted(name for name in kinds if name == LINEAR or not name.endswith("attention"))
+    known = LINEAR if layer.mixer and is_fused else None
+    return sorted(name for name in kinds if name != known and (name == LINEAR or not name.endswith("attention")))
 
 
 def _has_bias(layer: Family, group: str, values: dict[str, Any]) -> bool:

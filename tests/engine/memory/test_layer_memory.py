@@ -7,14 +7,12 @@ storage from creation to release.
 from __future__ import annotations
 
 import math
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.adapter.lora import LoraLinear
 from engine.config.trial import LoraConfig, TrainConfig
@@ -25,15 +23,18 @@ from engine.layers import projection_group as projection
 from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.host_stash import HostStash
 from engine.layers.projection_group import ProjectionGroup
-from engine.layers.structure import AttentionSpec, Call, LayerSpec, MlpSpec, Norm, TailSpec
+from engine.layers.structure import AttentionSpec, Call, LayerSpec, MixerSpec, MlpSpec, Norm, TailSpec
 from engine.memory.layer_memory import Pass
 from engine.memory.live_bytes import HostStack, LiveBytes
 from engine.memory.tensor_sizes import Sizes
 from engine.quant.frozen_linear import FrozenLinear
 from engine.shape.families import HalfNorms
 from engine.shape.layer_plan import adapted_outside, plan_layers
+from engine.shape.mixer_shape import MIXER
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import LADDER
+from tests.support.mixers import mixer_on
+from tests.support.storages import Storages
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 3, "hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8,
          "num_key_value_heads": 2, "vocab_size": 1024}  # fmt: skip
@@ -50,51 +51,13 @@ FAMILIES = {
     "glm4": {**LLAMA, "model_type": "glm4", "head_dim": 64},
     "hyperclovax": {**LLAMA, "model_type": "hyperclovax"},
     "exaone4": {**LLAMA, "model_type": "exaone4", "head_dim": 64},
+    "qwen3_5": {**LLAMA, "model_type": "qwen3_5_text", "head_dim": 128, "layer_types": ["full_attention"] * 3},
     "gemma4": {**LLAMA, **GEMMA4, "num_kv_shared_layers": 3, "hidden_size_per_layer_input": 128, "use_double_wide_mlp": True},
     "gemma4 with k = v": {
         **LLAMA, **GEMMA4, "num_attention_heads": 4, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0},
 }  # fmt: skip
 POLICIES = tuple(policy.value for policy in LADDER)
 LENGTH = 1024
-
-
-class Storages(TorchDispatchMode):
-    """Count the bytes of living storages made while this mode is on, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.highest = 0
-        self._seen: dict[int, weakref.ref] = {}
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        torch.utils._pytree.tree_map_only(Tensor, self._count, out)
-        return out
-
-    def resize(self, storage: torch.UntypedStorage, size: int) -> None:
-        """Count `storage` as if it had been resized."""
-        self.alive += size - self._sizes[storage._cdata]
-        self._sizes[storage._cdata] = size
-        self.highest = max(self.highest, self.alive)
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen or tensor.device.type != "meta":
-            return
-        self._seen[key], self._sizes[key] = weakref.ref(storage, lambda _: self._free(key)), 0
-        self.resize(storage, size)
-
-    def _free(self, key: int) -> None:
-        del self._seen[key]
-        self.alive -= self._sizes.pop(key)
-
-    def ignore(self, *tensors: Tensor) -> None:
-        """Leave out storages made earlier."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._seen[storage._cdata] = weakref.ref(storage)
 
 
 class Stash(HostStash):
@@ -188,15 +151,20 @@ def build(config: TrainConfig, shape: ModelShape, tokens: int) -> list[Layer]:
     inputs.requires_grad_(bool(adapted_outside(config, shape)))
     documents = Documents((LENGTH,) * (tokens // LENGTH), torch.empty(1))
     for i, (plan, one) in enumerate(zip(plan_layers(config, shape), shape.each)):
+        mixer = one.mixer and mixer_on("meta", one.hidden_size, one.mixer, config.lora)
         spec, table = spec_of(one, one.source == i), torch.empty(tokens, one.head_dim, dtype=torch.bfloat16, device="meta")
-        modules = {name: _linear(*features, config.lora) for name, features in one.projections().items()}
+        ours = [name for group, names in one.groups.items() if group != MIXER for name in names]
+        modules = {name: _linear(*one.projections()[name], config.lora) for name in ours}
         groups = {}
         for group, names in one.groups.items():
+            if group == MIXER:
+                continue
             size = (sum(one.projections()[n][0] for n in names), one.projections()[names[0]][1])
             cached = torch.empty(size, dtype=torch.bfloat16, device="meta") if group in plan.cached else None
             groups[group] = ProjectionGroup.of([modules[name] for name in names], torch.bfloat16, cached)
-        adapters = [p for module in modules.values() for p in (module.lora_a, module.lora_b)]
-        call = Call(spec, plan.policy, groups, table, table, documents, stash)
+        adapters = [] if mixer is None else mixer.adapters
+        adapters += [p for module in modules.values() for p in (module.lora_a, module.lora_b)]
+        call = Call(spec, plan.policy, groups, table, table, documents, stash, mixer=mixer)
         layers.append(Layer(call, adapters, one.source, inputs))
     return layers
 
@@ -212,9 +180,13 @@ def spec_of(shape: ModelShape, stores: bool) -> LayerSpec:
         norms = {place: norm(shape.hidden_size) if getattr(half, place) else None for place in ("before", "after")}
         return {**norms, "multiplier": 0.5 if family.multiplier else None}
 
+    if shape.mixer is not None:
+        half = MixerSpec(**frame(family.attention), name=family.mixer)
+        return LayerSpec(half, MlpSpec(**frame(family.mlp), activation="silu"), {})
     widths = {"none": None, "head": (1, 1), "whole": heads}[family.qk_norm]
     q_norm, k_norm = (None, None) if widths is None else (norm(n * shape.head_dim) for n in widths)
     q, k = (number * shape.head_dim for number in heads)
+    q *= 2 if family.output_gate else 1
     made = {"own": (q, k, k), "values": (q, k, 0), "shared": (q, 0, 0)}[shape.keys]
     v_norm = norm(shape.head_dim) if family.normalises_values and made[1] else None
     scalar = torch.empty(1, device="meta", dtype=torch.bfloat16)
@@ -228,6 +200,7 @@ def spec_of(shape: ModelShape, stores: bool) -> LayerSpec:
         k_norm=k_norm if made[1] else None,
         v_norm=v_norm,
         stores=stores,
+        output_gate=family.output_gate,
     )
     return LayerSpec(attention, MlpSpec(**frame(family.mlp), activation="silu"), family.paths, tail if family.scalar else None)
 
@@ -247,7 +220,8 @@ def counted(layers: list[Layer], shape: ModelShape, tokens: int) -> int:
     """Return the peak bytes of forward and backward through the layers."""
     with Storages() as storages:
         for one in layers:
-            storages.ignore(*one.adapters, *(p.grad for p in one.adapters), one.call.cos_TR)
+            storages.ignore(*one.adapters, *(p.grad for p in one.adapters if p.grad is not None), one.call.cos_TR)
+            storages.ignore(*([] if one.call.mixer is None else one.call.mixer.module.parameters()))
             storages.ignore(one.inputs)
             groups = one.call.groups.values()
             storages.ignore(*(t for g in groups for pair in g.adapters for t in pair))
@@ -319,6 +293,23 @@ def test_the_walk_counts_what_the_fused_layers_allocate(family: str, policy: str
     measured = counted(build(config, shape, tokens), shape, tokens)
     predicted = walked(config, shape, tokens)
     assert math.isclose(predicted, measured, rel_tol=0.003), (predicted / 2**20, measured / 2**20)
+
+
+HYBRID = {**LLAMA, "model_type": "qwen3_5_text", "head_dim": 128, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+          "linear_key_head_dim": 64, "linear_value_head_dim": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy", "changes"), [
+    *[(policy, {}) for policy in POLICIES], ("keep", {"lora_dropout": 0.1}), ("recompute", {"train": {"host_layers": 2}}),
+    ("recompute", {"train": {"keep_layers": 2}}), ("recompute", {"target_modules": ["down_proj"]}),
+    ("recompute", {"target_modules": r".*layers\.2\..*"}),
+])  # fmt: skip
+@pytest.mark.usefixtures("device_kernels")
+def test_the_walk_around_a_library_s_mixer_is_an_upper_estimate(policy: str, changes: dict[str, Any]) -> None:
+    shape = ModelShape.of({**HYBRID, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}, "hybrid")
+    config = config_of(policy, **changes)
+    measured = counted(build(config, shape, 4096), shape, 4096)
+    assert 0.997 * measured <= walked(config, shape, 4096) <= 1.15 * measured
 
 
 @pytest.mark.usefixtures("device_kernels")
