@@ -20,6 +20,8 @@ from torch import nn
 from engine.errors import first_line
 
 PROBED_TOKENS = 64
+LINEAR_ATTENTION = "fla"
+"""The module of flash-linear-attention."""
 
 
 def use_torch_functions(model: nn.Module) -> None:
@@ -65,6 +67,11 @@ def lacks_kernels(model: nn.Module, package: str) -> bool:
     return any(_choice(function) == (False, package) for module in model.modules() for function in _called(module).values())
 
 
+def calls_kernels(model: nn.Module, package: str) -> bool:
+    """Return True if a module calls functions of another package, and torch's have not been put in their place."""
+    return any(_choice(function) == (True, package) for module in model.modules() for function in _called_now(module).values())
+
+
 def _fault(module: nn.Module, x_1TD: torch.Tensor) -> str | None:
     """Return why a pass through the module fails, or None."""
     leaf_1TD = x_1TD.detach().requires_grad_()
@@ -83,6 +90,14 @@ def _called(module: nn.Module) -> dict[str, Any]:
     """Return what the names in a module's forward method stand for."""
     forward = inspect.unwrap(type(module).forward)
     return {name: forward.__globals__.get(name) for name in forward.__code__.co_names}
+
+
+def _called_now(module: nn.Module) -> dict[str, Any]:
+    """Return the same, for the forward method that this module has of its own, if any."""
+    own = module.__dict__.get("forward")
+    if not isinstance(own, MethodType):
+        return _called(module)
+    return {name: own.__func__.__globals__.get(name) for name in own.__func__.__code__.co_names}
 
 
 def _plain_functions(module: nn.Module) -> dict[str, Any]:

@@ -142,8 +142,13 @@ class Pass(MlpWalk, MixerWalk):
         if not plan.needs_dx and not plan.ranks["qkv"]:
             return live.drop("ddelta")
         self._gate_backward()
-        live.hold("dqkv", s.q + 2 * s.k)
+        is_wide = self.shape.head_dim > FLASH_HEAD
+        live.hold("dqkv", s.q + (0 if is_wide else 2 * s.k))
         live.briefly(s.eager_workspace if self.attention == "eager" else s.flash_workspace, ATTENTION)
+        if is_wide:  # only then those of repeated keys and values are added up
+            live.drop(self._own("repeated"))
+            live.drop("dqkv")
+            live.hold("dqkv", s.q + 2 * s.k)
         if self.shape.layer.qk_norm != "none":
             live.briefly(s.q)
         self._shared_gradients()

@@ -36,6 +36,7 @@ class MemoryPrediction:
     - rough: True for an estimate instead of a count: layers run unfused or have a library's mixers, or
       attention is eager or over heads too wide for flash attention, or the working dtype is not 16-bit.
     - host_bytes: pinned host memory for the tensors that layers store there.
+    - table_bytes: pinned host memory for input embeddings.
     - recorded_bytes: memory that CUDA graphs keep beyond the peak while the trial evaluates.
     """
 
@@ -44,6 +45,7 @@ class MemoryPrediction:
     phase: str
     rough: bool = False
     host_bytes: int = 0
+    table_bytes: int = 0
     recorded_bytes: int = 0
 
     @property
@@ -57,7 +59,8 @@ class MemoryPrediction:
 
     @property
     def host_gib(self) -> float:
-        return self.host_bytes / GIB
+        """Return the pinned host memory."""
+        return (self.host_bytes + self.table_bytes) / GIB
 
     @property
     def reserve_gib(self) -> float:
@@ -92,7 +95,8 @@ def predict_memory(
     if evaluation:
         walk.evaluate()
     live = walk.live
-    return MemoryPrediction(live.highest_components, live.peaks, live.highest_phase, walk.is_rough, walk.host_stack.highest)
+    host = {"host_bytes": walk.host_stack.highest, "table_bytes": walk.table_bytes}
+    return MemoryPrediction(live.highest_components, live.peaks, live.highest_phase, walk.is_rough, **host)
 
 
 def fits(prediction: MemoryPrediction, memory_gib: float) -> bool:

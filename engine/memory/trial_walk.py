@@ -7,8 +7,8 @@ import math
 from engine.config.trial import TrainConfig
 from engine.memory.layer_memory import Pass
 from engine.memory.layer_walk import AttentionName
-from engine.memory.mixer_walk import MIXERS
 from engine.memory.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, HostStack, LiveBytes
+from engine.memory.mixer_walk import MIXERS
 from engine.memory.tensor_sizes import Sizes
 from engine.shape.compute_limits import EVALUATION_ROW_TOKENS, LOSS_CHUNK_BYTES
 from engine.shape.layer_plan import (
@@ -38,6 +38,7 @@ class TrialWalk:
         self.config, self.shape, self.live = config, shape, LiveBytes()
         self.host_stack = HostStack(self.live)
         self.layer_sizes: list[Sizes] = []
+        self.table_bytes = 0
         self.attention: AttentionName = "eager" if shape.attention_softcap else attention
         self.plans, self.element = plan_layers(config, shape), element_bytes(config)
         self.is_fused = is_fused(config, shape)
@@ -56,12 +57,12 @@ class TrialWalk:
         live.hold("head", table, "head")
         with live.holding(0 if self.shape.tied_embeddings else table, "input embedding"):
             live.briefly(self._largest_weight())
-        if not self.shape.tied_embeddings and not is_on_host(self.config, table):
-            live.hold("input embedding", table, "input embedding")
+        if not self.shape.tied_embeddings:
+            self._place("input embedding", table)
         per_layer = self.element * self.shape.input_table
         live.briefly(per_layer, "input embedding")  # it is loaded to the device before it moves
-        if per_layer and not is_on_host(self.config, per_layer):
-            live.hold("input embedding of layers", per_layer, "input embedding")
+        if per_layer:
+            self._place("input embedding of layers", per_layer)
         live.enter("at rest")
         parameters = [group_parameters(one) for one in self.shape.each]
         cached = self.element * sum(sizes[group] for sizes, plan in zip(parameters, plans) for group in plan.cached)
@@ -70,6 +71,13 @@ class TrialWalk:
         live.hold("adapter", (4 + 4 + self.element) * number, "adapter")  # parameter, gradient, copy for the matmuls
         states = 2 * number + 8 * math.ceil(number / 256) if self._has_8bit_optimizer() else 8 * number
         live.hold("optimizer", states, "optimizer")
+
+    def _place(self, name: str, size: int) -> None:
+        """Put an input embedding where engine/vocabulary/host_embedding.py does."""
+        if is_on_host(self.config, size):
+            self.table_bytes += size
+        else:
+            self.live.hold(name, size, "input embedding")
 
     def train(self) -> None:
         """Walk forward pass, loss and backward pass of one micro-batch."""

@@ -22,6 +22,7 @@ from engine.quant.frozen_linear import is_known_linear
 from engine.sources.locate import locate
 from engine.sources.quantized_folders import check_quantization, is_quantized
 from engine.sources.weight_files import check_rows, check_unused, check_weights, tensor_shapes
+from engine.units import counted
 
 LINEAR_ATTENTION = "pip install flash-linear-attention"
 
@@ -84,7 +85,9 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     positions, rotary = getattr(text, "max_position_embeddings", None), bool(getattr(text, "rope_parameters", None))
     notes = tuple(_notes(model, linears, verdict))
     if unused:
-        notes += (f"{len(unused)} tensors of the folder are not part of this model, as transformers loads it: {_some(unused)}",)
+        are = "is" if len(unused) == 1 else "are"
+        what = f"{counted(len(unused), 'tensor')} of the folder {are} not part of this model"
+        notes += (f"{what}, as transformers loads it: {_some(unused)}",)
     return ModelFacts(features, swaps, verdict.route, num_rows, positions, rotary, notes)
 
 
@@ -127,10 +130,12 @@ def _notes(model: nn.Module, linears: dict[str, nn.Linear], verdict: ModelVerdic
         (verdict.not_exported, "PEFT would not put their tensors back in their place"),
     ):
         if left := [name for name in linears if name in kinds or pattern_of(name) in kinds]:
-            yield f"{len(left)} linear layers get no adapter, because {why}: {_some(left)}"
+            get = "gets" if len(left) == 1 else "get"
+            yield f"{counted(len(left), 'linear layer')} {get} no adapter, because {why}: {_some(left)}"
     others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_known_linear(m)]
     if others:
-        yield f"{len(others)} layers stay as they are, in 16 bits and without adapters: {_some(others)}"
+        stay = "stays as it is" if len(others) == 1 else "stay as they are"
+        yield f"{counted(len(others), 'layer')} {stay}, in 16 bits and without adapters: {_some(others)}"
     plain = (module for module in model.modules() if not isinstance(module, nn.Conv1d))
     stacked = sum(p.numel() for module in plain for p in module.parameters(recurse=False) if p.dim() >= 3)
     if stacked:

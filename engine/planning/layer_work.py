@@ -5,6 +5,7 @@ engine/planning/speed.py makes times of them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +14,7 @@ from engine.planning.cards import Card
 from engine.shape.compute_limits import FLASH_HEAD
 from engine.shape.families import INPUT_GATE, INPUT_PROJECTION
 from engine.shape.layer_plan import LayerPlan
+from engine.shape.mixer_shape import CHUNK, MIXER
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import Policy
 
@@ -24,6 +26,10 @@ WIDE_HEADS = 3.0
 # Attention with a softcap is plain matrix operations: bytes a score, forward and backward. An
 # estimate.
 EAGER_BYTES = (60, 110)
+# A library's mixer moves what its graph holds this many times, forward and backward. Its torch
+# operations walk over chunks: a backward pass launches this many times what a forward pass does. An
+# estimate.
+MIXER_PASSES, MIXER_BACKWARD = (2.0, 4.0), 2.5
 NF4_BYTES = 0.516  # a packed weight, scales included
 
 
@@ -32,6 +38,7 @@ class LayerWork:
     """The work of one layer's pass.
 
     `matmul`, `thin` (adapters) and `attention` are flops; the others are bytes, by what moves them.
+    `mixer_chunks` are passes over a chunk that a library's mixer launches one by one.
     """
 
     matmul: float = 0.0
@@ -42,6 +49,8 @@ class LayerWork:
     activation_bytes: float = 0.0
     nf4_bytes: float = 0.0
     eager_bytes: float = 0.0
+    mixer_bytes: float = 0.0
+    mixer_chunks: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,10 +73,19 @@ def forward_work(plan: LayerPlan, step: StepShape) -> LayerWork:
     for group in step.shape.groups:
         _add_matmul(work, group, plan, step)
     s = step.sizes
-    work.plain_bytes = _attention_half_bytes(step) + 4 * s.x + 3 * s.x + 2 * s.x * _norms_after(step.shape)
+    work.plain_bytes = 4 * s.x + 3 * s.x + 2 * s.x * _norms_after(step.shape)
     work.activation_bytes = 3 * s.f
-    _add_attention(work, step, 1.0, EAGER_BYTES[0])
+    _add_first_half(work, step)
     return work
+
+
+def _add_first_half(work: LayerWork, step: StepShape) -> None:
+    """Add a forward pass of attention or mixer, without its matmuls."""
+    work.plain_bytes += _attention_half_bytes(step)
+    if step.shape.mixer is None:
+        _add_attention(work, step, 1.0, EAGER_BYTES[0])
+    else:
+        _add_mixer(work, step, MIXER_PASSES[0], 1.0)
 
 
 def backward_work(plan: LayerPlan, step: StepShape) -> LayerWork:
@@ -79,21 +97,34 @@ def backward_work(plan: LayerPlan, step: StepShape) -> LayerWork:
     if not plan.trained:
         return work
     for group in shape.groups:
-        if group != "qkv" or plan.needs_dx:
+        if group not in ("qkv", MIXER) or plan.needs_dx:
             _add_matmul(work, group, plan, step, is_backward=True)
-    norms = 2 * s.x + 4 * s.x + 4 * s.x + 4 * s.x * _norms_after(shape) + (3 * (s.q + s.k) if _has_qk_norm(shape) else 0)
+    norms = 2 * s.x + 4 * s.x + 4 * s.x + 4 * s.x * _norms_after(shape)
     norms += 4 * s.x if shape.layer.multiplier else 0
-    work.plain_bytes = norms + 2 * (s.q + s.k) + 2 * s.qkv
+    work.plain_bytes = norms
     work.activation_bytes = 6 * s.f
+    if shape.mixer is not None:
+        _add_mixer(work, step, MIXER_PASSES[1], MIXER_BACKWARD)
+        if plan.policy not in (Policy.KEEP, Policy.SELECTIVE):
+            _add_matmul(work, MIXER, plan, step)
+            _add_first_half(work, step)
+        return _with_mlp_again(work, plan, step)
+    work.plain_bytes += 2 * (s.q + s.k) + 2 * s.qkv + (3 * (s.q + s.k) if _has_qk_norm(shape) else 0)
     _add_attention(work, step, 2.5, EAGER_BYTES[1])
     if not plan.policy.keeps_attention:
         for group in ("qkv", "o"):
             _add_matmul(work, group, plan, step)
         work.plain_bytes += _attention_half_bytes(step) + 4 * s.x
         _add_attention(work, step, ATTENTION_BACKWARD, EAGER_BYTES[0])  # at the speed of a forward pass
+    return _with_mlp_again(work, plan, step)
+
+
+def _with_mlp_again(work: LayerWork, plan: LayerPlan, step: StepShape) -> LayerWork:
+    """Add what the policy computes again of the MLP."""
+    s = step.sizes
     if plan.policy is not Policy.KEEP and (plan.policy is not Policy.HOST or s.tile is not None):
         work.matmul += 2 * step.tokens * step.parameters["gate_up"]
-        if not step.is_fused or shape.layer.mlp.after:
+        if not step.is_fused or step.shape.layer.mlp.after:
             _add_matmul(work, "down", plan, step)
             work.activation_bytes += 3 * s.f
     return work
@@ -110,8 +141,10 @@ def _add_matmul(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, i
         work.nf4_bytes += (2 + NF4_BYTES) * number
     if not plan.ranks[group]:
         return
-    inputs = {"qkv": s.x, "o": s.q, "gate_up": s.x, "down": s.f, INPUT_GATE: s.x, INPUT_PROJECTION: s.p}[group]
-    outputs = {"qkv": s.qkv, "o": s.x, "gate_up": 2 * s.f, "down": s.x, INPUT_GATE: s.p, INPUT_PROJECTION: s.x}[group]
+    inputs, outputs = _mixer_io(step) if group == MIXER else {
+        "qkv": (s.x, s.qkv), "o": (s.q, s.x), "gate_up": (s.x, 2 * s.f), "down": (s.f, s.x),
+        INPUT_GATE: (s.x, s.p), INPUT_PROJECTION: (s.p, s.x),
+    }[group]  # fmt: skip
     passes = 2 if is_backward else 1
     work.thin += 2 * passes * step.tokens * plan.adapter[group]
     if is_backward:
@@ -120,9 +153,18 @@ def _add_matmul(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, i
         work.adapter_bytes += inputs + (0 if group == "gate_up" else 2 * outputs)
 
 
+def _mixer_io(step: StepShape) -> tuple[int, int]:
+    """Return the bytes of the inputs and the outputs of the mixer's linear layers, each of which reads its own."""
+    features = step.shape.mixer.projections(step.shape.hidden_size).values()
+    row = step.sizes.element * step.tokens
+    return row * sum(inputs for _, inputs in features), row * sum(outputs for outputs, _ in features)
+
+
 def _attention_half_bytes(step: StepShape) -> int:
     """Return the bytes that norm and rotation move."""
     s = step.sizes
+    if step.shape.mixer is not None:
+        return 2 * s.x
     return 2 * s.x + 2 * (s.q + s.k) * (2 if _has_qk_norm(step.shape) else 1)
 
 
@@ -133,6 +175,13 @@ def _norms_after(shape: ModelShape) -> int:
 
 def _has_qk_norm(shape: ModelShape) -> bool:
     return shape.layer.qk_norm != "none"
+
+
+def _add_mixer(work: LayerWork, step: StepShape, passes: float, launches: float) -> None:
+    """Add `passes` over what the mixer's graph holds; torch operations launch each chunk by itself."""
+    work.mixer_bytes += passes * step.sizes.mixer.graph
+    if not step.shape.mixer.has_kernels:
+        work.mixer_chunks += launches * math.ceil(step.tokens / CHUNK)
 
 
 def _add_attention(work: LayerWork, step: StepShape, factor: float, eager_bytes: int) -> None:

@@ -33,6 +33,7 @@ NEGLIGIBLE = 0.01
 # Tokens. In longer rows, the time of launches no longer matters. The predicted speed of small
 # models leaves it out.
 LONG_ROW = 8192
+HOST_USES = "input embeddings and activations in host memory (offload, host_layers)"
 
 
 def make_compute_plan(
@@ -49,7 +50,7 @@ def make_compute_plan(
     memory_gib = min(card.memory_gib, config.train.memory_budget_gib or card.memory_gib)
     candidates = [c for c in _candidates(config, shape, card, memory_gib, host_gib) if c.memory.host_gib <= host_gib]
     if not candidates:
-        raise OutOfMemory(f"activations in host memory (offload, host_layers) need more than the {host_gib:.1f} GiB allowed")
+        raise OutOfMemory(f"{HOST_USES} need more than the {host_gib:.1f} GiB allowed")
     fitting = [candidate for candidate in candidates if fits(candidate.memory, memory_gib)]
     if not fitting:
         raise does_not_fit(min((c.memory for c in candidates), key=lambda memory: memory.peak_bytes), memory_gib)

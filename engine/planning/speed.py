@@ -49,6 +49,8 @@ ATTENTION, HALF_LENGTH, CUDNN_GAIN = 0.6, 1000, 1.8
 # 183 ms fused, 364 ms unfused and 1.4 ms as a CUDA graph. Other hosts are up to three times as
 # fast.
 HOST_MS, UNFUSED_HOST_MS, RECORDED_HOST_MS = 5.5, 12.0, 0.05
+# Python and launches of one chunk in the forward pass of a library's mixer on torch operations.
+MIXER_HOST_MS = 0.3
 # Passes over memory of transformers' own layers for one pass of a fused layer. An estimate.
 UNFUSED_PASSES = 5
 # Bytes moved a trained value: norm, clipping, 8-bit AdamW, cast and zeroing; adding a gradient.
@@ -83,15 +85,19 @@ def predict_speed(
         sizes = Sizes.of(one, tokens, length, 2, packed)
         steps[one] = StepShape(one, card, sizes, tokens, length, fused, packed, attention, group_parameters(one))
     parts: Counter[str] = Counter()
-    layers, known = [], {}
+    layers, known, mixers_ms = [], {}, 0.0
     for plan, one in zip(plans, shape.each):
         step = steps[one]
         key = (one, plan.policy, plan.cached, plan.trained, plan.needs_dx, *plan.ranks.values())
         if key not in known:
-            forward, backward = _times(forward_work(plan, step), step, False), _times(backward_work(plan, step), step, True)
+            works = forward_work(plan, step), backward_work(plan, step)
+            forward, backward = (_times(work, step, i == 1) for i, work in enumerate(works))
+            chunks = sum(work.mixer_chunks for work in works)
             copy_ms = _put_away(plan, step) / (card.pcie_gb_s * 1e6) if fused else 0.0
-            known[key] = Counter(forward) + Counter(backward), LayerTimes(sum(forward.values()), sum(backward.values()), copy_ms)
+            times = LayerTimes(sum(forward.values()), sum(backward.values()), copy_ms)
+            known[key] = Counter(forward) + Counter(backward), times, MIXER_HOST_MS * chunks
         parts.update(known[key][0])
+        mixers_ms += known[key][2]
         layers.append(known[key][1])
     parts["waiting for copies"] = waiting_ms(layers, card.pcie_gb_s)
     parts.update(_head_and_embedding(config, replace(step, shape=shape)))
@@ -100,7 +106,7 @@ def predict_speed(
     adapter_bytes = number * (ACCUMULATE_BYTES + OPTIMIZER_BYTES * steps_share)
     parts["optimizer"] = GAPS * adapter_bytes / (card.bandwidth_gb_s * 1e6 * BANDWIDTH)
     layer_ms = (RECORDED_HOST_MS if config.train.cuda_graphs is True else HOST_MS) if fused else UNFUSED_HOST_MS
-    host_ms = layer_ms * shape.num_layers
+    host_ms = layer_ms * shape.num_layers + mixers_ms
     parts["waiting for the host"] = max(0.0, host_ms - parts.total())
     total = parts.total()
     return SpeedPrediction(total, 1e3 * tokens / total, dict(parts))
@@ -131,6 +137,7 @@ def _times(work: LayerWork, step: StepShape, is_backward: bool) -> dict[str, flo
         "attention": work.attention / attention + work.eager_bytes / (bytes_a_ms * BANDWIDTH),
         "dequantisation": work.nf4_bytes / (bytes_a_ms * NF4_BANDWIDTH),
         "adapters": adapters,
+        "linear attention": work.mixer_bytes / (bytes_a_ms * BANDWIDTH),
         "norms, rotation, activation": passes * plain / bytes_a_ms,
     }
     return {name: GAPS * ms for name, ms in times.items()}

@@ -13,6 +13,7 @@ from typing import Any
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.planning.cards import CARDS, match_card
+from engine.shape.model_shape import ModelShape
 from engine.units import counted
 from sweep.plan.feasibility import Feasibility, Fit, has_no_effect
 from sweep.space.space import Choice, Dimension, Space, is_active
@@ -68,9 +69,8 @@ def describe_forecast(space: Space, base: Mapping[str, Any], feasibility: Feasib
     what = "every point of the space" if whole else f"{len(shown)} corners of the space, equal predictions shown once"
     fitting = [point for point in shown if point.fit.fits]
     possible = sum(point.fit.fits for point in points) if whole else size or num_trials
-    return "\n".join(
-        [card_line(feasibility), f"forecast   {what}", *_table(paths, shown), _cost(fitting, min(num_trials, possible))]
-    )
+    head = [card_line(feasibility), *_estimate(feasibility.shape), f"forecast   {what}"]
+    return "\n".join([*head, *_table(paths, shown), _cost(fitting, min(num_trials, possible))])
 
 
 def card_line(feasibility: Feasibility) -> str:
@@ -81,6 +81,16 @@ def card_line(feasibility: Feasibility) -> str:
         return f"card       {names}; for each trial the smallest that it fits"
     guessed = "" if card.name in CARDS or match_card(card.name) else "; not a known card, so its speed is a guess"
     return f"card       {card.name}, {card.memory_gib:.1f} GiB{guessed}"
+
+
+def _estimate(shape: ModelShape) -> list[str]:
+    """Return a line that says which layers are estimated, if some are."""
+    mixers = [one.mixer for one in shape.each if one.mixer is not None]
+    if not mixers:
+        return []
+    how = "flash-linear-attention" if mixers[0].has_kernels else "torch operations (no flash-linear-attention here)"
+    layers = f"{len(mixers)} of {counted(shape.num_layers, 'layer')}"
+    return [f"estimate   linear attention, {layers}: its memory is estimated from above and its speed roughly, on {how}"]
 
 
 def no_forecast_line(device: str) -> str:

@@ -28,6 +28,7 @@ from engine.memory.layer_memory import Pass
 from engine.memory.live_bytes import HostStack, LiveBytes
 from engine.memory.tensor_sizes import Sizes
 from engine.quant.frozen_linear import FrozenLinear
+from engine.shape.compute_limits import FLASH_HEAD
 from engine.shape.families import HalfNorms
 from engine.shape.layer_plan import adapted_outside, plan_layers
 from engine.shape.mixer_shape import MIXER
@@ -53,6 +54,11 @@ FAMILIES = {
     "exaone4": {**LLAMA, "model_type": "exaone4", "head_dim": 64},
     "qwen3_5": {**LLAMA, "model_type": "qwen3_5_text", "head_dim": 128, "layer_types": ["full_attention"] * 3},
     "gemma4": {**LLAMA, **GEMMA4, "num_kv_shared_layers": 3, "hidden_size_per_layer_input": 128, "use_double_wide_mlp": True},
+    "gemma4 with wide heads": {
+        **LLAMA, **GEMMA4, "global_head_dim": 512, "num_kv_shared_layers": 3, "hidden_size_per_layer_input": 128},
+    "gemma4 with one wide head of keys": {
+        **LLAMA, **GEMMA4, "global_head_dim": 512, "num_key_value_heads": 1, "num_kv_shared_layers": 3,
+        "hidden_size_per_layer_input": 128},
     "gemma4 with k = v": {
         **LLAMA, **GEMMA4, "num_attention_heads": 4, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0},
 }  # fmt: skip
@@ -93,6 +99,14 @@ class Attention(torch.autograd.Function):
         return grads
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    """Repeat keys and values over wide heads as engine/layers/attention.py does, without computing."""
+    if q.shape[-1] > FLASH_HEAD:
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.unsqueeze(2).expand(-1, -1, groups, -1).flatten(1, 2) for x in (k, v))
+    return Attention.apply(q, k, v)
+
+
 class Loss(torch.autograd.Function):
     """Keep nothing for the backward pass, and return a new tensor as gradient."""
 
@@ -128,7 +142,7 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "rope_", lambda *_, **__: None)
     monkeypatch.setattr(ops, "glu", lambda gate, *_: like(gate))
     monkeypatch.setattr(ops, "glu_backward_", lambda *_: None)
-    monkeypatch.setattr(attention_half, "attend", lambda q, k, v, *_: Attention.apply(q, k, v))
+    monkeypatch.setattr(attention_half, "attend", attend)
     monkeypatch.setattr(FrozenLinear, "is_packed", property(lambda self: True))
     monkeypatch.setattr(FrozenLinear, "dequantized", dequantized)
     monkeypatch.setattr(ProjectionGroup, "_mask", mask)

@@ -113,6 +113,8 @@ def test_a_large_embedding_of_its_own_stays_on_the_host_and_a_tied_one_on_the_de
         for where in ("auto", "host", "device")
     ]
     assert at_rest[0] == at_rest[1] == at_rest[2] - table
+    hosted = [predict_memory(config_of(model={"embeddings": where}), SHAPES["llama-3.1-8b"]) for where in ("auto", "device")]
+    assert [one.host_gib for one in hosted] == [table / GIB, 0.0]
     tied = [
         predict_memory(config_of(model={"embeddings": w}), SHAPES["llama-3.2-1b"]).phases["at rest"] for w in ("auto", "device")
     ]

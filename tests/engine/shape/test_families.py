@@ -126,7 +126,8 @@ def plan_config(cache_gib: float = 0.0, **changes: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*(qkv|down|q)_proj", ["self_attn.o_proj"]])
-@pytest.mark.parametrize("family", ["Llama", "Phi3", "Glm4", "Olmo2", "Gemma4Text", "Gemma4Text with k = v", *fused_layers.HYBRIDS])
+@pytest.mark.parametrize("family", [
+    "Llama", "Phi3", "Glm4", "Olmo2", "Gemma4Text", "Gemma4Text with k = v", *fused_layers.HYBRIDS])  # fmt: skip
 def test_a_plan_adapts_the_layers_that_the_adapter_adapts(family, targets):
     from engine.adapter.lora import attach
 

@@ -10,6 +10,7 @@ import pytest
 
 from engine.command_answers import Facts
 from engine.planning.cards import CARDS
+from engine.shape.model_shape import ModelShape
 from sweep import preflight
 from sweep.__main__ import main
 from tests.support.fake_engine import SHAPE
@@ -90,3 +91,27 @@ def test_where_nothing_is_predicted_one_line_says_why(seen, capsys, arguments, s
     seen[0] = Facts(shape=shape)
     assert main([*SWEEP, "model.path=m", *arguments]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == line
+
+
+QWEN3_5 = {**LLAMA_8B, "model_type": "qwen3_5_text", "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 24,
+           "num_attention_heads": 8, "num_key_value_heads": 2, "linear_num_value_heads": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
+def test_a_forecast_says_that_linear_attention_is_an_estimate(seen, capsys, kernels):
+    shape = ModelShape.of(QWEN3_5, "x")
+    seen[0] = Facts(shape=shape.with_kernels() if kernels else shape)
+    lengths = ["space.data.max_seq_length.choices=[512]", "cluster.card=rtx4090", "train.max_tokens=1000000"]
+    assert main([*SWEEP, "model.path=m", *lengths]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("estimate ")]
+    assert "18 of 24 layers" in line and ("no flash-linear-attention here" in line) is not kernels
+    assert any("micro-batch" in line for line in lines)
+
+
+def test_a_model_that_cannot_be_forecast_is_one_line(seen, capsys):
+    seen[0] = Facts(shape=None)
+    assert main([*SWEEP, "model.path=m", "cluster.card=rtx4090"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "forecast" in line] == [
+        "forecast   none: nothing is predicted for a model of this architecture"]  # fmt: skip
