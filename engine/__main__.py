@@ -32,7 +32,6 @@ from engine.config.trial import TRAIN_CONFIG, TrainConfig, load_train_config
 from engine.errors import InputError, Interrupted
 from engine.planning.cards import find_card
 from engine.planning.planner import make_compute_plan
-from engine.shape.model_shape import ModelShape
 from engine.sources.hub_ids import refuse_missing_files
 from engine.system.command_line import asked_to_end, run
 from engine.system.files import write_text
@@ -139,9 +138,9 @@ def _plan(arguments: list[str]) -> int:
     parser.add_argument("--card", required=True, help="rtx3090, rtx4090, a10g, l4 ...")
     options = parser.parse_args(arguments)
     config, card = _load(options), find_card(options.card)
-    from engine.model.inspect import model_config
+    from engine.model.inspect import model_shape
 
-    chosen = make_compute_plan(config, ModelShape.of(model_config(config.model), config.model.path), card)
+    chosen = make_compute_plan(config, model_shape(config.model), card)
     print(f"plan: {chosen.describe()}")
     print(f"predicted memory in GiB, of {card.memory_gib:g} on {card.name}: {chosen.memory.describe()}")
     print(f"predicted speed: {chosen.speed.tokens_per_second:,.0f} tok/s; milliseconds per micro-batch:")

@@ -6,7 +6,6 @@ machine would all fill them at the same time.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -20,10 +19,8 @@ from engine.data.account import account_data
 from engine.data.views import View, identify, identify_samples
 from engine.dialogue.encoding import printed_day
 from engine.errors import InputError
-from engine.layers.library_kernels import LINEAR_ATTENTION
 from engine.model.device import host_share_gib
-from engine.model.inspect import ModelFacts, inspect_model, load_tokenizer, model_config
-from engine.shape.model_shape import ModelShape
+from engine.model.inspect import ModelFacts, inspect_model, load_tokenizer, model_shape
 from engine.sources.identity import variant
 from engine.sources.locate import locate
 from engine.units import GIB
@@ -132,14 +129,15 @@ def _check_tokens(config: TrainConfig, facts: ModelFacts, tokenizer: Any, views:
 def inspect(config: ModelConfig) -> Facts:
     """Return the facts that decide memory and speed. Reads only config.json from the model folder.
 
-    shape: the fields of ModelShape, or None for a model it does not describe. It has kernels for linear
-    attention if they are installed here; whether they suit the card shows when the model is loaded. card: name and memory
+    shape: the fields of ModelShape, or None for a model it does not describe. card: name and memory
     of the visible card with the least memory, or None without CUDA. host_gib: host memory that a
     trial may pin, or None if not known.
     """
-    host_gib, shape = host_share_gib(), ModelShape.known(model_config(config), config.path)
-    if shape is not None and importlib.util.find_spec(LINEAR_ATTENTION) is not None:
-        shape = shape.with_kernels()
+    host_gib = host_share_gib()
+    try:
+        shape = model_shape(config)
+    except InputError:
+        shape = None
     return Facts(shape=shape, card=_card(), host_gib=host_gib if math.isfinite(host_gib) else None)
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from engine.errors import first_line
 
 PROBED_TOKENS = 64
-LINEAR_ATTENTION = "fla"
+FLASH_LINEAR_ATTENTION = "fla"
 """The module of flash-linear-attention."""
 
 

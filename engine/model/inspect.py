@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,24 +13,35 @@ from torch import nn
 from engine.config.trial import ModelConfig
 from engine.dialogue.encoding import REVISION
 from engine.errors import InputError
-from engine.layers.library_kernels import lacks_kernels
+from engine.layers.library_kernels import FLASH_LINEAR_ATTENTION, lacks_kernels
 from engine.layers.swap import SwapReport, require_fused, survey
 from engine.model.guard import NO_LINEAR, plain_linears
 from engine.model.pretrained import from_pretrained, read_config, unused_tensors, without_weights
 from engine.model.route import ModelVerdict, Route, pattern_of
 from engine.model.verdicts import verdict_of
 from engine.quant.frozen_linear import is_known_linear
+from engine.shape.model_shape import ModelShape
 from engine.sources.locate import locate
 from engine.sources.quantized_folders import check_quantization, is_quantized
 from engine.sources.weight_files import check_rows, check_unused, check_weights, tensor_shapes
 from engine.units import counted
 
-LINEAR_ATTENTION = "pip install flash-linear-attention"
+INSTALL_LINEAR_ATTENTION = "pip install flash-linear-attention"
 
 
 def model_config(config: ModelConfig) -> dict[str, Any]:
     """Return the model's config.json as transformers reads it, as plain data."""
     return read_config(config).to_dict()
+
+
+def model_shape(config: ModelConfig) -> ModelShape:
+    """Return the model's shape. Raises InputError if nothing is predicted for such a model.
+
+    It has kernels for linear attention if they are installed here. Whether they suit the card shows
+    only when the model is loaded.
+    """
+    shape = ModelShape.of(model_config(config), config.path)
+    return shape if importlib.util.find_spec(FLASH_LINEAR_ATTENTION) is None else shape.with_kernels()
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -143,8 +155,8 @@ def _notes(model: nn.Module, linears: dict[str, nn.Linear], verdict: ModelVerdic
         yield f"{share:.0%} of the weights are experts or others of 3 dimensions: they stay in 16 bits, without adapters"
     if needs := next((fault for fault in verdict.faults if "told where samples begin" in fault and "Install" in fault), None):
         yield f"samples could share rows on a card with more packages: {needs.rpartition(': ')[2]}"
-    if lacks_kernels(model, "fla"):
-        yield f"its linear attention runs on torch operations, several times slower: {LINEAR_ATTENTION}"
+    if lacks_kernels(model, FLASH_LINEAR_ATTENTION):
+        yield f"its linear attention runs on torch operations, several times slower: {INSTALL_LINEAR_ATTENTION}"
     if not verdict.checked:
         yield f"it was not checked on a tiny model ({verdict.faults[0]}); each worker checks it on the real weights"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.config.trial import TrainConfig
-from engine.layers.library_kernels import LINEAR_ATTENTION, calls_kernels
+from engine.layers.library_kernels import FLASH_LINEAR_ATTENTION, calls_kernels
 from engine.memory.prediction import CONTEXT_GIB
 from engine.model.base import Base
 from engine.model.device import host_share_gib
@@ -25,6 +25,6 @@ def plan_for_this_card(config: TrainConfig, base: Base) -> tuple[ComputePlan, Mo
     ours = free_bytes + torch.cuda.memory_reserved(base.device) + CONTEXT_GIB * GIB
     card = found_card(torch.cuda.get_device_name(base.device), min(ours, total_bytes) / GIB)
     shape = ModelShape.known(base.model.config.to_dict(), config.model.path) if base.route.is_predicted else None
-    if shape is not None and calls_kernels(base.model, LINEAR_ATTENTION):
+    if shape is not None and calls_kernels(base.model, FLASH_LINEAR_ATTENTION):
         shape = shape.with_kernels()
     return make_compute_plan(config, shape, card, host_share_gib()), shape

@@ -13,7 +13,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as library
 from engine.config.trial import LoraConfig
 from engine.layers.attention import Documents
 from engine.layers.layer_spec import layer_spec, obstacle
-from engine.layers.library_kernels import replace_failing_kernels, use_torch_functions
+from engine.layers.library_kernels import calls_kernels, replace_failing_kernels, use_torch_functions
 from engine.layers.library_mixer import LibraryMixer, Way
 from engine.layers.structure import MixerSpec
 from engine.quant.bnb import quantize_nf4
@@ -248,6 +248,19 @@ def test_kernels_stay_where_the_probe_does_not_suit_the_module(monkeypatch):
         patch.setattr(library.Qwen3_5RMSNormGated, "forward", lambda *_: 1 / 0)
         replace_failing_kernels(model, torch.float32, torch.device("cpu"))
     run(model, names, LoraConfig(rank=3))  # with torch's functions it would divide by zero
+
+
+@pytest.mark.parametrize("is_new_implementation", [True, False])
+def test_whether_kernels_compute_a_mixer_is_known(is_new_implementation, monkeypatch):
+    package = "fla"
+    kernel = lambda *_, **__: (is_new_implementation, package)  # noqa: E731
+    kernel.__wrapped__ = ORIGINAL_RULE
+    monkeypatch.setattr(library, "torch_chunk_gated_delta_rule", kernel)
+    model, _, _ = build(HYBRID, "fused")
+    assert not calls_kernels(model, package)  # `build` takes torch's functions
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    assert calls_kernels(model, package) is is_new_implementation and not calls_kernels(model, "causal_conv1d")
 
 
 def test_under_the_host_policy_the_mixer_s_graph_stays_out_of_the_stash():
