@@ -14,6 +14,7 @@ from engine.planning.compute_plan import ComputePlan
 from engine.planning.planner import make_compute_plan
 from engine.shape.model_shape import ModelShape
 from engine.units import GIB
+from engine.vocabulary.host_embedding import pinned_bytes
 
 
 def plan_for_this_card(config: TrainConfig, base: Base) -> tuple[ComputePlan, ModelShape | None]:
@@ -27,4 +28,4 @@ def plan_for_this_card(config: TrainConfig, base: Base) -> tuple[ComputePlan, Mo
     shape = ModelShape.known(base.model.config.to_dict(), config.model.path) if base.route.is_predicted else None
     if shape is not None and calls_kernels(base.model, FLASH_LINEAR_ATTENTION):
         shape = shape.with_kernels()
-    return make_compute_plan(config, shape, card, host_share_gib()), shape
+    return make_compute_plan(config, shape, card, host_share_gib() + pinned_bytes(base.model) / GIB), shape

@@ -60,5 +60,10 @@ def place_embeddings(model: nn.Module, config: ModelConfig) -> list[str]:
     return moved
 
 
+def pinned_bytes(model: nn.Module) -> int:
+    """Return the bytes of the model's tables in host memory."""
+    return sum(module.weight.nbytes for module in model.modules() if isinstance(module, HostEmbedding))
+
+
 def _is_wanted(embedding: nn.Module, config: ModelConfig) -> bool:
     return config.embeddings == "host" or embedding.weight.nbytes >= HOST_EMBEDDING_MIN_BYTES

@@ -218,3 +218,14 @@ def test_predictions_do_without_torch() -> None:
     code = f"import sys; {imports}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_table_of_gemma_4_s_per_layer_inputs_is_pinned_on_the_host() -> None:
+    shape = ModelShape.of({
+        "model_type": "gemma4_text", "num_hidden_layers": 35, "hidden_size": 1536, "intermediate_size": 6144,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "num_kv_shared_layers": 20, "use_double_wide_mlp": True,
+        "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 7}, "E2B")  # fmt: skip
+    table = 2 * 262_144 * 35 * 256
+    hosted, on_device = (predict_memory(config_of(model={"embeddings": where}), shape) for where in ("auto", "device"))
+    assert hosted.host_gib == table / GIB and hosted.host_bytes == 0 and on_device.host_gib == 0
+    assert on_device.phases["at rest"] - hosted.phases["at rest"] == table

@@ -84,6 +84,13 @@ def test_layer_inputs_go_to_the_host_only_as_far_as_it_has_memory():
         make_compute_plan(config(65536, activation_checkpointing="offload"), SHAPE, find_card("rtx4090"), host_gib=8.0)
 
 
+def test_embeddings_on_the_host_need_its_memory_but_are_no_reason_to_prefer_another_plan():
+    hosted = make_compute_plan(config(2048), SHAPE, find_card("a100-80"), host_gib=2.0)
+    assert hosted.memory.host_gib == pytest.approx(2 * 128256 * 4096 / 2**30) and not hosted.memory.host_bytes
+    with pytest.raises(OutOfMemory, match="input embeddings and activations in host memory"):
+        make_compute_plan(config(2048), SHAPE, find_card("a100-80"), host_gib=0.5)
+
+
 def test_what_does_not_fit_says_what_it_needs_and_what_there_is():
     with pytest.raises(OutOfMemory, match=r"needs at least \d+\.\d GiB \(predicted\), 5\.0 GiB are allowed") as caught:
         make_compute_plan(config(memory_budget_gib=5.0), SHAPE, find_card("rtx4090"))
