@@ -59,13 +59,14 @@ def _by_torch(mixer: MixerShape, hidden_size: int, element: int) -> tuple[int, i
 def _with_kernels(mixer: MixerShape, hidden_size: int, element: int) -> tuple[int, int, int]:
     """Return graph, extra and alone, in bytes a token, with flash-linear-attention's rule.
 
-    The convolution and the gated norm are the library's torch operations.
+    The convolution and the gated norm are the library's torch operations. A backward pass makes w, u,
+    new values and states again, and then the gradients of all.
     """
     C, V, N, H = mixer.convolved, mixer.values, mixer.repeated_keys, mixer.value_heads
     states, chunks = element * N * mixer.value_dim // CHUNK, 4 * H * CHUNK
     graph = 2 * element * C + element * (2 * N + V + H * CHUNK) + _gated_norm(mixer, hidden_size, element)
     forward = element * (N + 3 * V) + states + chunks
-    extra = max(forward, 8 * (V + N) + 2 * states) + element * (C + hidden_size)
+    extra = max(forward, element * (5 * N + 6 * V) + 2 * states) + element * (C + hidden_size)
     alone = element * (2 * C + 2 * V + 2 * N + hidden_size) + forward + SMALL * H
     return graph, extra, alone
 

@@ -80,3 +80,21 @@ def test_kernels_keep_less() -> None:
     by_torch = MixerBytes.of(shape, hidden_size, 4096, 2048, 2)
     by_kernels = MixerBytes.of(MixerShape(16, 32, 128, 128, 4, has_kernels=True), hidden_size, 4096, 2048, 2)
     assert by_kernels.graph < by_torch.graph / 2 and by_kernels.alone < by_torch.alone
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen3.5-4b", "qwen3.5-0.8b"])
+def test_on_a_card_passes_allocate_no_more_than_estimated(name: str) -> None:
+    """The allocator counts what the library's operations allocate inside, which the meta device does not see."""
+    hidden_size, shape = SHAPES[name]
+    mixer, (x, documents) = mixer_on("cuda", hidden_size, shape, LORA), row("cuda", hidden_size, 1024, 1)
+    estimate, dy = MixerBytes.of(shape, hidden_size, 1024, 1024, 2), torch.empty_like(x)
+    mixer.mix(x, documents).backward(dy)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y = mixer.mix(x, documents)
+    kept = torch.cuda.memory_allocated() - before
+    torch.autograd.grad(y, x, dy)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert 0.9 * estimate.graph < kept - ADAPTER <= estimate.graph
+    assert peak - ADAPTER <= estimate.graph + estimate.extra
