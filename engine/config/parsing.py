@@ -84,15 +84,19 @@ def _model_of(kind: type) -> type[BaseModel]:
 
 
 def _from_json(name: str, hint: Any) -> Any:
-    """Return the type, with a validator that reads the list that JSON has for a tuple of dataclasses."""
-    kind = get_args(hint)[0] if get_origin(hint) is tuple else None
-    if not is_dataclass(kind):
+    """Return the type, with a validator that reads what JSON has for a dataclass or a tuple of them."""
+    is_tuple = get_origin(hint) is tuple
+    kind = next((one for one in get_args(hint)[: 1 if is_tuple else None] if is_dataclass(one)), None)
+    if kind is None:
         return hint
 
     def read(value: Any) -> Any:
-        if not isinstance(value, list):
-            return value
-        return tuple(parse_dataclass(kind, one, f"{name}.{i}") if isinstance(one, dict) else one for i, one in enumerate(value))
+        if is_tuple and isinstance(value, list):
+            return tuple(part(one, f"{name}.{i}") for i, one in enumerate(value))
+        return value if is_tuple else part(value, name)
+
+    def part(value: Any, where: str) -> Any:
+        return parse_dataclass(kind, value, where) if isinstance(value, dict) else value
 
     return Annotated[hint, BeforeValidator(read)]
 

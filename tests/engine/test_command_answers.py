@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from engine.command_answers import MUCH_LOST, AdapterEvaluation, Facts, PreparedFacts, VisibleCard
 from engine.errors import InputError
-from engine.shape.model_shape import LayerShape, ModelShape
+from engine.shape.layer_shapes import LayerShape
+from engine.shape.mixer_shape import MixerShape
+from engine.shape.model_shape import ModelShape
 from tests.support.reports import make_account
 
 SHAPE = ModelShape(2, 64, 128, 4, 2, 16, 256, sliding_window=32)
@@ -61,10 +63,16 @@ def test_an_answer_that_is_none_is_one_line(kind, values, said):
 
 
 def test_a_shape_whose_layers_differ_is_itself_again_and_a_wrong_layer_is_one_line():
-    layers = (LayerShape(16, 2, 128, "own", None, True), LayerShape(32, 1, 256, "shared", 0, False))
+    mixer = MixerShape(2, 4, 16, 16, 4, has_kernels=True)
+    layers = (
+        LayerShape(16, 2, 128, "own", None, True), LayerShape(32, 1, 256, "shared", 0, False),
+        LayerShape(16, 2, 128, "own", None, False, mixer))  # fmt: skip
     told = json.loads(json.dumps(replace(PREPARED, shape=replace(SHAPE, layers=layers)).to_dict()))
     assert PreparedFacts.from_dict(told).shape == replace(SHAPE, layers=layers)
-    for wrong, said in (({**told["shape"]["layers"][0], "head_dim": "16"}, "layers.1.head_dim = '16'"), (7, "layers.1 = 7")):
+    last = told["shape"]["layers"][2]
+    for wrong, said in (({**told["shape"]["layers"][0], "head_dim": "16"}, "layers.1.head_dim = '16'"), (7, "layers.1 = 7"),
+                        ({**last, "mixer": {**last["mixer"], "key_dim": "16"}}, "mixer.key_dim = '16'"),
+                        ({**last, "mixer": 7}, "layers.1.mixer = 7")):  # fmt: skip
         with pytest.raises(InputError, match=said) as error:
             PreparedFacts.from_dict({**told, "shape": {**told["shape"], "layers": [told["shape"]["layers"][0], wrong]}})
         assert "\n" not in str(error.value)
