@@ -49,10 +49,11 @@ ATTENTION, HALF_LENGTH, CUDNN_GAIN = 0.6, 1000, 1.8
 # 183 ms fused, 364 ms unfused and 1.4 ms as a CUDA graph. Other hosts are up to three times as
 # fast.
 HOST_MS, UNFUSED_HOST_MS, RECORDED_HOST_MS = 5.5, 12.0, 0.05
-# Python and launches of one chunk in the forward pass of a library's mixer on torch operations: a step
-# of PEFT on Qwen3.5-4B, 2 x 2048, took 3.26 s on an H100's host, in 32 chunks of 24 layers. Samples of
+# The same for a layer with a library's mixer, and for one chunk in the forward pass of its torch
+# operations. From two steps of Qwen3.5-4B, 2 x 2048, on a host 1.55 times as slow: 455 ms with
+# flash-linear-attention, and 3.26 s of PEFT on torch operations, in 32 chunks of 24 layers. Samples of
 # different lengths go one by one, which is assumed.
-MIXER_HOST_MS = 0.8
+MIXER_HOST_MS, CHUNK_HOST_MS = 10.5, 0.5
 # Passes over memory of transformers' own layers for one pass of a fused layer. An estimate.
 UNFUSED_PASSES = 5
 # Bytes moved a trained value: norm, clipping, 8-bit AdamW, cast and zeroing; adding a gradient.
@@ -87,19 +88,18 @@ def predict_speed(
         sizes = Sizes.of(one, tokens, length, 2, packed)
         steps[one] = StepShape(one, card, sizes, tokens, length, fused, packed, attention, group_parameters(one))
     parts: Counter[str] = Counter()
-    layers, known, mixers_ms = [], {}, 0.0
+    layers, known, chunks = [], {}, 0.0
     for plan, one in zip(plans, shape.each):
         step = steps[one]
         key = (one, plan.policy, plan.cached, plan.trained, plan.needs_dx, *plan.ranks.values())
         if key not in known:
             works = forward_work(plan, step), backward_work(plan, step)
             forward, backward = (_times(work, step, i == 1) for i, work in enumerate(works))
-            chunks = sum(work.mixer_chunks for work in works)
             copy_ms = _put_away(plan, step) / (card.pcie_gb_s * 1e6) if fused else 0.0
             times = LayerTimes(sum(forward.values()), sum(backward.values()), copy_ms)
-            known[key] = Counter(forward) + Counter(backward), times, MIXER_HOST_MS * chunks
+            known[key] = Counter(forward) + Counter(backward), times, sum(work.mixer_chunks for work in works)
         parts.update(known[key][0])
-        mixers_ms += known[key][2]
+        chunks += known[key][2]
         layers.append(known[key][1])
     parts["waiting for copies"] = waiting_ms(layers, card.pcie_gb_s)
     parts.update(_head_and_embedding(config, replace(step, shape=shape)))
@@ -108,7 +108,8 @@ def predict_speed(
     adapter_bytes = number * (ACCUMULATE_BYTES + OPTIMIZER_BYTES * steps_share)
     parts["optimizer"] = GAPS * adapter_bytes / (card.bandwidth_gb_s * 1e6 * BANDWIDTH)
     layer_ms = (RECORDED_HOST_MS if config.train.cuda_graphs is True else HOST_MS) if fused else UNFUSED_HOST_MS
-    host_ms = layer_ms * shape.num_layers + mixers_ms
+    mixers = sum(one.mixer is not None for one in shape.each) if fused else 0
+    host_ms = layer_ms * (shape.num_layers - mixers) + MIXER_HOST_MS * mixers + CHUNK_HOST_MS * chunks
     parts["waiting for the host"] = max(0.0, host_ms - parts.total())
     total = parts.total()
     return SpeedPrediction(total, 1e3 * tokens / total, dict(parts))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engine.bench import calibrate
+from engine.bench.shapes import random_config
 from engine.errors import InputError
 from engine.memory.prediction import CONTEXT_GIB, MemoryPrediction, fits, predict_memory
 from engine.shape.layer_plan import adapted_projections, plan_layers
@@ -18,8 +19,12 @@ from engine.shape.model_shape import ModelShape
 from engine.shape.policies import LADDER
 from engine.units import GIB
 from tests.support.calibrated import PEAKS, ROWS, SHAPES, config_of, config_of_row, row_name
+from tests.support.paths import ROOT
 from tests.support.published_models import GEMMA2_9B, LLAMA_1B, LLAMA_8B
 
+FAMILIES = ROOT / "engine" / "bench" / "results" / "2026-11-27-h100-families.jsonl"
+MEASURED = [row for row in map(json.loads, FAMILIES.read_text().splitlines()) if row["system"] == "ours"]
+FAMILY_ROWS = list({row["model"]: row for row in MEASURED if row.get("peak_allocated_gib")}.values())
 POLICIES = tuple(policy.value for policy in reversed(LADDER))
 
 
@@ -37,6 +42,17 @@ def test_predicted_memory_is_what_was_measured(row: dict[str, Any]) -> None:
     predicted = predict_memory(config_of_row(row), SHAPES[row["model"]], evaluation=False, attention="cudnn")
     assert 0.998 <= predicted.peak_gib / row["peak_allocated_gib"] <= 1.01, predicted.describe()
     assert not predicted.rough
+
+
+@pytest.mark.parametrize("row", FAMILY_ROWS, ids=lambda row: row["model"])
+def test_families_are_predicted_as_measured(row: dict[str, Any]) -> None:
+    """Within 1 %, or with linear attention at most 5 % too much. The benchmark leaves the load out."""
+    shape = ModelShape.of(random_config(row["model"]).to_dict(), row["model"])
+    shape = shape.with_kernels() if shape.has_mixers else shape
+    config = config_of(*(row[k] for k in ("batch", "length", "rank", "policy", "keep_layers")))
+    phases = predict_memory(config, shape, evaluation=False, attention="cudnn").phases
+    ratio = max(size for phase, size in phases.items() if phase != "load") / GIB / row["peak_allocated_gib"]
+    assert 1.0 <= ratio < 1.05 if shape.has_mixers else abs(ratio - 1.0) < 0.01, ratio
 
 
 def peaks_beside_predictions() -> list[tuple[float, MemoryPrediction]]:
