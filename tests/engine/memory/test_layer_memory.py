@@ -314,8 +314,8 @@ HYBRID = {**LLAMA, "model_type": "qwen3_5_text", "head_dim": 128, "linear_num_ke
 
 
 @pytest.mark.parametrize(("policy", "changes"), [
-    *[(policy, {}) for policy in POLICIES], ("keep", {"lora_dropout": 0.1}), ("recompute", {"train": {"host_layers": 2}}),
-    ("recompute", {"train": {"keep_layers": 2}}), ("recompute", {"target_modules": ["down_proj"]}),
+    *[(policy, {}) for policy in POLICIES if policy != "selective"], ("keep", {"lora_dropout": 0.1}),
+    ("recompute", {"train": {"host_layers": 2}}), ("recompute", {"target_modules": ["down_proj"]}),
     ("recompute", {"target_modules": r".*layers\.2\..*"}),
 ])  # fmt: skip
 @pytest.mark.usefixtures("device_kernels")
