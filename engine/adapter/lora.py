@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from engine.config.targets import resolve_targets
 from engine.config.trial import LoraConfig
 from engine.errors import InputError
+from engine.kernels.ops import noise_of
 from engine.quant.frozen_linear import FrozenLinear
 
 
@@ -27,15 +28,19 @@ class LoraLinear(nn.Module):
     A starts Kaiming-uniform and B zero, so an untrained adapter does not change the model.
     """
 
-    def __init__(self, base: FrozenLinear, config: LoraConfig, generator: torch.Generator) -> None:
+    def __init__(self, base: FrozenLinear, config: LoraConfig, generator: torch.Generator, number: int = 0) -> None:
+        """Draw A from `generator`. number: the layer's place in its adapter, for its own dropout masks."""
         super().__init__()
-        self.base, self.scaling, self.dropout = base, config.scaling, config.lora_dropout
+        self.base, self.scaling, self.dropout, self.number = base, config.scaling, config.lora_dropout, number
         device = base.weight.device
         bound = 1.0 / math.sqrt(base.in_features)  # kaiming_uniform_(a=sqrt(5)), as PEFT does
         a_RD = torch.empty(config.rank, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_a = nn.Parameter(a_RD.to(device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
+        # views of FlatAdapter's memory: A and scaling * B, the scaling, and the dropout's seed and rate
         self.casts: tuple[Tensor, Tensor] | None = None
+        self.scale: Tensor | None = None
+        self.noise: Tensor | None = None
 
     @property
     def in_features(self) -> int:
@@ -59,6 +64,19 @@ class LoraLinear(nn.Module):
         low_rank = F.linear(F.linear(u, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
         return self.base(x) + self.scaling * low_rank
 
+    def noise_of_pass(self) -> Tensor:
+        """Return seed and rate of the pass, int64 [2] for `ops.dropout`.
+
+        They are FlatAdapter's, which its owner draws anew before each pass. Without it the seed is
+        from torch's CPU generator, so the host does not wait for a device.
+        """
+        if self.noise is not None:
+            return self.noise
+        seed, threshold = noise_of(int(torch.randint(2**62, ())), self.dropout)
+        noise = torch.full((2,), threshold, device=self.base.weight.device)
+        noise[0].fill_(seed)
+        return noise
+
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return A [R, D] and scaling * B [O, R] in `dtype`, without autograd.
 
@@ -76,9 +94,9 @@ def attach(model: nn.Module, linear_names: list[str], config: LoraConfig, seed: 
     device and with any other target layers.
     """
     layers: dict[str, LoraLinear] = {}
-    for name in resolve_targets(linear_names, config.target_modules):
+    for number, name in enumerate(resolve_targets(linear_names, config.target_modules)):
         generator = torch.Generator().manual_seed(_stream_seed(seed, name))
-        layers[name] = LoraLinear(_frozen(model, name), config, generator)
+        layers[name] = LoraLinear(_frozen(model, name), config, generator, number)
     for name, layer in layers.items():
         _replace(model, name, layer)
     return layers

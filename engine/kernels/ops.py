@@ -32,8 +32,8 @@ from engine.kernels.reference import IGNORE
 
 __all__ = [
     "IGNORE",
-    "LowRank", "Nf4State", "add_rms_norm", "cross_entropy_", "dequantize_nf4", "gather_rows", "glu", "glu_backward_",
-    "nf4_state", "rms_norm", "rms_norm_backward", "rope_",
+    "LowRank", "Nf4State", "add_rms_norm", "cross_entropy_", "dequantize_nf4", "dropout", "gather_rows", "glu",
+    "glu_backward_", "nf4_state", "noise_of", "rms_norm", "rms_norm_backward", "rope_",
 ]  # fmt: skip
 
 FORCE_TRITON = False
@@ -159,6 +159,25 @@ def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:
         where = f"table on {table_VD.device}, ids on {ids_T.device}"
         raise EngineError(f"gather_rows: {where}: expected one device, or a table in pinned host memory")
     return _family("gather", ids_T).gather_rows(table_VD, ids_T)
+
+
+def noise_of(seed: int, rate: float) -> tuple[int, int]:
+    """Return the two int64 of `dropout`: the seed, in [0, 2^63), and the share `rate` < 1 of 2^32."""
+    return seed, min(round(rate * 2**32), 2**32 - 1)
+
+
+def dropout(x_TD: Tensor, noise: Tensor, stream: int, in_place: bool = False) -> Tensor:
+    """Return x / (1 - rate) where it is kept and 0 elsewhere, [T, D] in x's dtype.
+
+    noise: int64 [2] on x's device, as `noise_of` makes them. An element is dropped if a hash of
+    seed, `stream`, row and column is below the second. The same arguments always drop the same
+    elements, on every device. stream: a number in [0, 2^31). `in_place` overwrites x.
+    """
+    if x_TD.dim() != 2 or x_TD.stride(1) != 1:
+        raise EngineError(f"dropout: x {_layout(x_TD)}: expected [T, D] with contiguous rows")
+    if noise.shape != (2,) or noise.dtype != torch.int64 or not noise.is_contiguous() or noise.device != x_TD.device:
+        raise EngineError(f"dropout: noise {_layout(noise)} on {noise.device}: expected contiguous int64 [2] on {x_TD.device}")
+    return _family("dropout", x_TD).dropout(x_TD, noise, stream, in_place)
 
 
 def dequantize_nf4(state: Nf4State, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from engine.kernels.nf4_state import Nf4State
 
 IGNORE = -100  # label of a row that does not count; torch's ignore_index
 SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
+WORD = 0xFFFFFFFF
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, round_once: bool = False) -> tuple[Tensor, Tensor]:
@@ -136,3 +137,23 @@ def dequantize_nf4_(state: Nf4State, out: Tensor) -> None:
     flat[:whole] = (blocks * absmax_M[:num_whole, None]).view(-1)
     if rest:
         flat[whole:] = values[whole:] * absmax_M[num_whole]
+
+
+def dropout(x_TD: Tensor, noise: Tensor, stream: int, in_place: bool = False) -> Tensor:
+    seed, threshold = noise[0], noise[1]
+    key = _mix(_mix(_mix(seed & WORD) + (seed >> 32)) + stream)
+    row_keys = _mix(key + torch.arange(x_TD.shape[0], device=x_TD.device))[:, None]
+    columns = torch.arange(x_TD.shape[1], device=x_TD.device)
+    hashes_TD = _mix(_mix(columns + row_keys) ^ _mix(key ^ 0x9E3779B9))
+    wide_TD = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
+    scale = 2.0**32 / (2.0**32 - threshold.to(wide_TD.dtype))
+    kept_TD = torch.where(hashes_TD >= threshold, wide_TD * scale, 0.0).to(x_TD.dtype)
+    return x_TD.copy_(kept_TD) if in_place else kept_TD
+
+
+def _mix(h: Tensor) -> Tensor:
+    """Return a hash of the low 32 bits of each number, in int64: Wellons' lowbias32, a bijection."""
+    h = h & WORD
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & WORD
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & WORD  # the product wraps, and its low 32 bits are right
+    return h ^ (h >> 16)

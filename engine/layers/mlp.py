@@ -48,7 +48,7 @@ def tiles(call: Call, num_tokens: int) -> Iterator[tuple[slice, Call]]:
     mine = ("gate_up", "down", INPUT_GATE, INPUT_PROJECTION)
     groups = {name: group.with_weights() for name, group in call.groups.items() if name in mine}
     for i, start in enumerate(range(0, num_tokens, compute_limits.MLP_TILE_TOKENS)):
-        tile = {name: replace(group, seed=group.seed + i) for name, group in groups.items()}
+        tile = {name: group.of_tile(i) for name, group in groups.items()}
         rows = slice(start, start + compute_limits.MLP_TILE_TOKENS)
         yield rows, replace(call, groups=tile, input_TP=None if call.input_TP is None else call.input_TP[rows])
 
@@ -103,7 +103,7 @@ def _activation_backward(ddown: Tensor, call: Call, saved: Saved, grads: Gradien
     """
     group = call.groups["down"]
     dlow = group.low_gradient(ddown)
-    if group.dropout and dlow is not None:
+    if group.noise is not None and dlow is not None:
         dhidden, term = group.input_gradient(ddown, dlow), None
     else:
         dhidden, term = group.bare_input_gradient(ddown), group.input_term(dlow)

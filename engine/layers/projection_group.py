@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.adapter.lora import LoraLinear
+from engine.kernels import ops
 from engine.kernels.ops import LowRank
 from engine.quant.frozen_linear import FrozenLinear
 
+TILES = 4096  # more tiles of a row than there can be: streams of one layer's masks
 Weights = list[tuple[slice, Tensor]]  # blocks of consecutive output features, each with its weight [O, D]
 
 
@@ -36,16 +38,19 @@ class ProjectionGroup:
     """The parts of a group of projections, for one call.
 
     `dtype` is that of activations and adapters. `adapters` holds A [R, D] and scaling * B [O, R] of
-    each member, or None. `seed` sets the dropout mask. It is drawn once a call, so recomputation
-    and backward use the mask of the forward pass.
+    each member, or None. `scaling` is a number, or a tensor of one value.
+
+    With dropout, `noise` holds seed and rate (`ops.dropout`), and `stream` numbers the group's mask
+    among those of one seed. The seed changes between passes only, so recomputation and backward use
+    the mask of the forward pass.
     """
 
     dtype: torch.dtype
     bases: list[FrozenLinear]
     adapters: list[tuple[Tensor, Tensor] | None]
-    scaling: float = 0.0
-    dropout: float = 0.0
-    seed: int = 0
+    scaling: float | Tensor = 0.0
+    noise: Tensor | None = None
+    stream: int = 0
     cached: Tensor | None = None
 
     @classmethod
@@ -56,6 +61,7 @@ class ProjectionGroup:
         another kind of layer.
         """
         group = cls(dtype, [], [], cached=cached)
+        dropping = []
         for layer in layers:
             if not isinstance(layer, FrozenLinear | LoraLinear):
                 raise TypeError(f"a fused layer needs FrozenLinear or LoraLinear, not {type(layer).__name__}")
@@ -63,10 +69,15 @@ class ProjectionGroup:
             group.bases.append(layer.base if adapted else layer)
             group.adapters.append(layer.cast(dtype) if adapted else None)
             if adapted:
-                group.scaling, group.dropout = layer.scaling, layer.dropout if layer.training else 0.0
-        if group.dropout:
-            group.seed = int(torch.randint(2**62, ()))  # from the CPU generator, so the host does not wait for a device
+                group.scaling = layer.scaling if layer.scale is None else layer.scale
+                dropping += [layer] if layer.dropout and layer.training else []
+        if dropping:
+            group.noise, group.stream = dropping[0].noise_of_pass(), TILES * dropping[0].number
         return group
+
+    def of_tile(self, i: int) -> ProjectionGroup:
+        """Return the same group for tile `i` of a row, with its own dropout mask."""
+        return replace(self, stream=self.stream + i)
 
     @property
     def is_adapted(self) -> bool:
@@ -147,8 +158,8 @@ class ProjectionGroup:
         dx_TD = self.bare_input_gradient(dy_TO, weights)
         if dlow_TR is None:
             return dx_TD
-        if self.dropout:
-            return dx_TD.add_((dlow_TR @ self._stacked_a()).mul_(self._mask(dx_TD)))
+        if self.noise is not None:
+            return dx_TD.add_(ops.dropout(dlow_TR @ self._stacked_a(), self.noise, self.stream, in_place=True))
         return dx_TD.addmm_(dlow_TR, self._stacked_a())
 
     def bare_input_gradient(self, dy_TO: Tensor, weights: Weights | None = None) -> Tensor:
@@ -181,13 +192,7 @@ class ProjectionGroup:
         return _stacked([adapter[0] for adapter in self.adapters if adapter is not None])
 
     def _dropped(self, x_TD: Tensor) -> Tensor:
-        return x_TD * self._mask(x_TD) if self.dropout else x_TD
-
-    def _mask(self, x_TD: Tensor) -> Tensor:
-        """Return a mask of x's shape: 0 with probability `dropout`, else 1 / (1 - dropout)."""
-        generator = torch.Generator(x_TD.device).manual_seed(self.seed)
-        keep = torch.empty_like(x_TD).bernoulli_(1.0 - self.dropout, generator=generator)
-        return keep.div_(1.0 - self.dropout)
+        return x_TD if self.noise is None else ops.dropout(x_TD, self.noise, self.stream)
 
 
 def merged_weight(bases: list[FrozenLinear], dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,81 @@
+"""Dropout by a hash of the place: kernel and definition agree, and the masks look random.
+
+Shape letters: T tokens, D features.
+"""
+
+import pytest
+import torch
+
+from engine.errors import EngineError
+from engine.kernels import ops, reference
+from tests.support.kernel_checks import DEVICE, DTYPES, draw, leave_to_a_child
+from tests.support.kernel_checks import implementation as implementation  # runs on kernel and reference
+
+SEED = 0x123456789ABCDEF
+
+
+def noise(rate, seed=SEED):
+    return torch.tensor(ops.noise_of(seed, rate), device=DEVICE)
+
+
+def mask(rate, stream=0, seed=SEED, shape=(64, 2100)):
+    return reference.dropout(torch.ones(shape, device=DEVICE), noise(rate, seed), stream) != 0
+
+
+@pytest.fixture
+def definition(implementation):
+    if implementation == "kernel":
+        pytest.skip("the kernel drops the same elements, as the first test shows")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1500)])
+def test_kernel_and_definition_drop_the_same_elements(shape, dtype):
+    x, state = draw(shape[0], shape[1] + 3, dtype=dtype)[:, : shape[1]], noise(0.3)
+    ours, truth = ops.dropout(x, state, 7), reference.dropout(x, state, 7)
+    assert torch.equal(ours, truth) and ours.dtype == dtype and ours.is_contiguous()
+    kept = truth != 0
+    torch.testing.assert_close(ours[kept].double(), x[kept].double() / 0.7, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    place = x.clone()
+    assert ops.dropout(place, state, 7, in_place=True) is place and torch.equal(place, ours)
+    # twins: another stream, another seed, another rate
+    if x.numel() > 100:
+        for other in (ops.dropout(x, state, 8), ops.dropout(x, noise(0.3, SEED + 1), 7), ops.dropout(x, noise(0.31), 7)):
+            assert not torch.equal(other, truth)
+
+
+def test_the_rate_of_dropped_elements_is_the_one_asked_for(definition):
+    for rate in (0.0, 0.05, 0.5, 0.9):
+        drop = ~mask(rate)
+        number, allowed = drop.numel(), 4.0
+        deviation = (drop.sum().item() - rate * number) / max(1e-9, (number * rate * (1 - rate)) ** 0.5)
+        assert abs(deviation) < allowed, rate
+        if rate:  # the variance between rows, and between columns, is chance's: 1 within 4 deviations
+            for means, count in ((drop.float().mean(1), drop.shape[1]), (drop.float().mean(0), drop.shape[0])):
+                ratio = ((means - rate).square() * count / (rate * (1 - rate))).mean().item()
+                assert abs(ratio - 1.0) < 4 * (2 / len(means)) ** 0.5, rate
+
+
+def test_masks_of_other_places_streams_and_seeds_are_independent(definition):
+    """Two fair masks agree in half of their elements, within what chance allows."""
+    one = mask(0.5)
+    others = [mask(0.5, stream) for stream in (1, 2, 4096)] + [mask(0.5, seed=SEED ^ bit) for bit in (1, 2, 1 << 31, 1 << 40)]
+    others += [one.roll(1, 0), one.roll(1, 1), one.roll(16, 1), one.roll((1, 1), (0, 1))]
+    for i, other in enumerate(others):
+        share = (one == other).float().mean().item()
+        assert abs(share - 0.5) < 4 * 0.5 / one.numel() ** 0.5, i
+    pairs = torch.bincount((2 * one[:, ::2][:, :1050] + one[:, 1::2]).flatten().long(), minlength=4).double()
+    expected = pairs.sum() / 4
+    assert ((pairs - expected) ** 2 / expected).sum() < 16.3  # chi square, 3 degrees: 0.1 %
+
+
+def test_what_dropout_cannot_read_is_refused():
+    x = draw(4, 8)
+    for bad in (torch.zeros(3, dtype=torch.int64), torch.zeros(2)):
+        with pytest.raises(EngineError, match="dropout: noise"):
+            ops.dropout(x, bad.to(DEVICE), 0)
+    with pytest.raises(EngineError, match="dropout: x"):
+        ops.dropout(x.t(), noise(0.1), 0)
+
+
+leave_to_a_child(globals(), "test_dropout_in_triton_s_interpreter")
