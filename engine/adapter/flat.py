@@ -1,11 +1,43 @@
-"""Keep all LoRA matrices of a model in one flat parameter."""
+"""Keep all LoRA matrices of a model in one flat parameter, at addresses that trials can share."""
 
 from __future__ import annotations
+
+import hashlib
 
 import torch
 from torch import nn
 
 from engine.adapter.lora import LoraLinear
+from engine.kernels.ops import noise_of
+
+
+class AdapterMemory:
+    """Hold the tensors of an adapter that a pass through the model reads or adds to.
+
+    A recorded pass (engine/training/recordings.py) reads their addresses. The next adapter of the
+    same `key` moves into the same memory, with other values, another scaling and another dropout
+    rate, and the recording serves it too.
+    """
+
+    def __init__(self, layers: dict[str, LoraLinear], dtype: torch.dtype) -> None:
+        """Allocate memory for `layers`. dtype: the activations' dtype."""
+        first = next(iter(layers.values()))
+        device, size = first.lora_a.device, sum(p.numel() for layer in layers.values() for p in (layer.lora_a, layer.lora_b))
+        self.key = self.key_of(layers, dtype)
+        self.values, self.gradient = (torch.zeros(size, device=device) for _ in range(2))
+        self.cast = torch.zeros(size, dtype=dtype, device=device)
+        self.scaling = torch.ones((), device=device)
+        self.noise = torch.zeros(2, dtype=torch.int64, device=device)
+
+    @staticmethod
+    def key_of(layers: dict[str, LoraLinear], dtype: torch.dtype) -> tuple[object, ...]:
+        """Return what two adapters must share to fit into the same memory: layers, ranks, dtype, dropout or none."""
+        shapes = [(name, layer.lora_a.shape, layer.lora_b.shape, layer.dropout > 0.0) for name, layer in layers.items()]
+        return dtype, next(iter(layers.values())).lora_a.device, *shapes
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.values, self.gradient, self.cast))
 
 
 class FlatAdapter:
@@ -20,14 +52,25 @@ class FlatAdapter:
     memory, and one matmul reads them as one matrix.
     """
 
-    def __init__(self, layers: dict[str, LoraLinear], dtype: torch.dtype) -> None:
-        """Move the parameters of `layers` into the flat one. dtype: the activations' dtype."""
+    def __init__(self, layers: dict[str, LoraLinear], dtype: torch.dtype, memory: AdapterMemory | None = None) -> None:
+        """Move the parameters of `layers` into the flat one.
+
+        dtype: the activations' dtype. memory: that of an earlier adapter of the same key, which
+        nothing else uses; new memory if None.
+        """
+        self.memory = memory or AdapterMemory(layers, dtype)
+        if self.memory.key != AdapterMemory.key_of(layers, dtype):
+            raise ValueError("an adapter of another shape, dtype or device does not fit into this memory")
         parts = [layer.lora_a for layer in layers.values()] + [layer.lora_b for layer in layers.values()]
-        self.parameter = nn.Parameter(torch.cat([p.detach().flatten() for p in parts]))
-        self.parameter.grad = torch.zeros_like(self.parameter)
-        self._cast = torch.empty_like(self.parameter, dtype=dtype, requires_grad=False)
+        torch.cat([p.detach().flatten() for p in parts], out=self.memory.values)
+        self.parameter = nn.Parameter(self.memory.values)
+        self.parameter.grad = self.memory.gradient
+        self.zero_grad()
+        self._cast = self.memory.cast
         self._num_a = sum(layer.lora_a.numel() for layer in layers.values())
-        self._scaling = next(iter(layers.values())).scaling  # one config, one scaling
+        first = next(iter(layers.values()))  # one config, one scaling and one rate
+        self.memory.scaling.fill_(first.scaling)
+        self.memory.noise.copy_(torch.tensor(noise_of(0, first.dropout)))
         views, start = [], 0
         for p in parts:
             part = slice(start, start + p.numel())
@@ -36,13 +79,22 @@ class FlatAdapter:
             start = part.stop
         for i, layer in enumerate(layers.values()):
             layer.casts = (views[i], views[len(layers) + i])
+            layer.scale, layer.noise = self.memory.scaling, self.memory.noise
         self.refresh()
 
     def refresh(self) -> None:
         """Update the copy of A and scaling * B after the parameter has changed."""
         values = self.parameter.detach()
         self._cast[: self._num_a].copy_(values[: self._num_a])
-        torch.mul(values[self._num_a :], self._scaling, out=self._cast[self._num_a :])
+        torch.mul(values[self._num_a :], self.memory.scaling, out=self._cast[self._num_a :])
 
     def zero_grad(self) -> None:
         self.parameter.grad.zero_()
+
+    def draw_masks(self, *place: int) -> None:
+        """Set the dropout masks of the next pass.
+
+        place: seed of the trial, step and micro-batch, say. The masks are a function of it alone.
+        """
+        digest = hashlib.sha256(":".join(map(str, place)).encode()).digest()
+        self.memory.noise[0].fill_(int.from_bytes(digest[:8], "little") >> 1)

@@ -25,6 +25,7 @@ from engine.data.packing import Batch
 from engine.model.device import pick_dtype
 from engine.shape.policies import Policy
 from engine.training.cuda_graphs import make_graphs
+from engine.training.recordings import Recordings
 
 Prepared = tuple[Callable[[Batch], torch.Tensor], list[nn.Parameter], Callable[[], None]]
 
@@ -51,9 +52,11 @@ class _Ours:
         base.checkpoint_activations(Policy(setting.policy), setting.keep_layers, setting.host_layers)
         base.cache_weights(setting.weight_cache_gib)
         base.model.train()
-        graphs = make_graphs(base, setting.batch * setting.length, setting.length) if setting.cuda_graphs else None
+        capacity, passes = setting.batch * setting.length, itertools.count()
+        graphs = make_graphs(base, adapter.memory, setting, capacity, setting.length) if setting.cuda_graphs else None
 
         def step(batch: Batch) -> torch.Tensor:
+            adapter.draw_masks(0, next(passes))
             if graphs is not None:
                 return graphs.backward(batch, batch.num_targets) / batch.num_targets
             loss = base.loss(batch.to(device)) / batch.num_targets
@@ -69,6 +72,7 @@ class _Ours:
     def undo(self) -> None:
         detach(self._base.model, self._layers)
         self._layers = {}
+        Recordings.of(self._base).clear()
         self._base.checkpoint_activations(Policy.KEEP)
         self._base.cache_weights(0.0)
 

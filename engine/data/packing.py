@@ -58,15 +58,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`; copies to CUDA are asynchronous, from pinned memory."""
-        if device.type == "cpu":
+        if self.input_ids_T.device.type == device.type:
             return self
         return replace(self, **{n: getattr(self, n).pin_memory().to(device, non_blocking=True) for n in TENSORS})
 
     def copy_(self, other: Batch) -> None:
-        """Copy in the values of a host batch of equal sizes; to CUDA asynchronously, as in `to`."""
+        """Copy in the values of a batch of equal sizes; from host to CUDA asynchronously, as in `to`."""
         for name in TENSORS:
             target, source = getattr(self, name), getattr(other, name)
-            target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
+            target.copy_(source.pin_memory() if target.is_cuda and not source.is_cuda else source, non_blocking=True)
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -170,6 +170,10 @@ class Cursor:
         if epoch != self.epoch:
             self._bins = plan_epoch(self._lengths, self._capacity, self._packing, self._seed, epoch)
         self.epoch, self.position = epoch, position
+
+    def coming(self, count: int) -> list[list[int]]:
+        """Return up to `count` next bins of this epoch, without taking them."""
+        return self._bins[self.position : self.position + count]
 
     def take(self, count: int) -> list[list[int]]:
         """Return the next `count` bins of sample indices; they may run into the next epoch."""

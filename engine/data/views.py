@@ -94,7 +94,12 @@ class View:
 
     def num_targets(self) -> int:
         """Return the number of tokens that carry loss in one pass."""
-        return int(self._tokens.count_targets(self._starts + 1, self._starts + self.lengths).sum())
+        return int(self.targets_of(np.arange(len(self))).sum())
+
+    def targets_of(self, samples: np.ndarray) -> np.ndarray:
+        """Return the number of tokens that carry loss in each of these samples."""
+        starts = self._starts[samples]
+        return self._tokens.count_targets(starts + 1, starts + self.lengths[samples])
 
     def digest(self) -> str:
         """Return 16 hex digits of the samples, at full length and in order.

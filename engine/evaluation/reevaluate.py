@@ -30,12 +30,12 @@ def evaluate_adapter(
     """
     base = load_base(config.model, pick_device(config.train.device))
     _, view = load_recorded(config, base.tokenizer, inputs)
-    batches = evaluation_batches(base, view, config.data.eval_max_seq_length)
-    base_loss = evaluate(base, batches)
+    samples = evaluation_batches(base, view, config.data.eval_max_seq_length)
+    base_loss = evaluate(base, samples)
     layers = attach(base.model, base.linear_names, config.lora, config.train.seed)
     load_adapter(adapter, layers)
-    adapter_loss = evaluate(base, batches)
-    targets = sum(batch.num_targets for batch in batches)
+    adapter_loss = evaluate(base, samples)
+    targets = samples.num_targets
     answered: dict[str, Any] = {}
     if num_examples:
         try:

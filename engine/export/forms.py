@@ -23,7 +23,7 @@ from engine.config.parsing import to_json
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.views import load_data
 from engine.errors import InputError
-from engine.evaluation.eval_loss import evaluate, evaluation_batches
+from engine.evaluation.eval_loss import EvaluationSet, evaluate, evaluation_batches
 from engine.export.gguf_model import architecture, write_adapter, write_model
 from engine.export.merge import base_folder, write_merged
 from engine.export.model_card import ExportFacts, Measured, class_named_in, export_card
@@ -130,24 +130,24 @@ def _measure(config: TrainConfig, adapter: Adapter, merged: Path | None) -> Meas
     device = pick_device("cpu" if config.train.device == "cpu" else "auto")
     base = load_base(config.model, device)
     training, evaluation = load_data(config.data, base.tokenizer)
-    batches = evaluation_batches(base, evaluation, config.data.eval_max_seq_length)
-    base_loss, adapter_loss = evaluate(base, batches), _adapter_loss(base, adapter, batches)
+    samples = evaluation_batches(base, evaluation, config.data.eval_max_seq_length)
+    base_loss, adapter_loss = evaluate(base, samples), _adapter_loss(base, adapter, samples)
     del base
     free(device)
     merged_loss = None
     if merged is not None:
         plain = config.model.model_copy(update={"path": str(merged), "revision": None, "quantization": "none"})
-        merged_loss = evaluate(load_base(plain, device), batches)
+        merged_loss = evaluate(load_base(plain, device), samples)
         free(device)
-    targets = sum(batch.num_targets for batch in batches)
+    targets = samples.num_targets
     return Measured(base_loss, adapter_loss, merged_loss, targets, training.digest(), evaluation.digest())
 
 
 @torch.no_grad()
-def _adapter_loss(base: Base, adapter: Adapter, batches: list[Any]) -> float:
+def _adapter_loss(base: Base, adapter: Adapter, samples: EvaluationSet) -> float:
     layers = attach(base.model, base.linear_names, adapter.lora_config(), seed=0)
     try:
         load_adapter_state(layers, adapter.state(), "adapter")
-        return evaluate(base, batches)
+        return evaluate(base, samples)
     finally:
         detach(base.model, layers)

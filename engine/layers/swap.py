@@ -203,6 +203,17 @@ def cache_weights(model: nn.Module, dtype: torch.dtype, num_bytes: int) -> int:
     return used
 
 
+def cached_weights(model: nn.Module) -> dict[tuple[int, str], int]:
+    """Return the address of each group's weights that `cache_weights` keeps, by layer and group."""
+    layers = enumerate(_fused_layers(model))
+    return {(i, group): weight.data_ptr() for i, layer in layers for group, weight in layer.weight_cache.items()}
+
+
+def fused_projections(model: nn.Module) -> set[nn.Module]:
+    """Return the linear layers, adapted or not, that fused layers compute."""
+    return {one for layer in _fused_layers(model) for group in layer.projections().values() for one in group}
+
+
 def has_mixers(model: nn.Module) -> bool:
     """Return True if a fused layer calls the library's token mixer, which may wait for the device."""
     return any(layer.mixer is not None for layer in _fused_layers(model))

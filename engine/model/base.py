@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from engine.config.trial import ModelConfig
 from engine.data.packing import Batch
+from engine.layers import attention
 from engine.layers.host_stash import HostStash
-from engine.layers.swap import SwapReport, cache_weights, set_policy
+from engine.layers.swap import SwapReport, cache_weights, cached_weights, fused_projections, has_mixers, set_policy
 from engine.model.route import FASTEST, Route
 from engine.shape.policies import Policy
 from engine.units import GIB
@@ -25,7 +26,8 @@ class Base:
     """Hold a loaded base model.
 
     linear_names: the layers that an adapter may target, without the output head. swaps: the layers
-    that run fused. route: how losses are computed. stash: activations kept in host memory.
+    that run fused. route: how losses are computed. stash: activations kept in host memory. lasting:
+    what its users keep from trial to trial, by their name for it; it goes with the model.
     """
 
     model: nn.Module
@@ -37,6 +39,7 @@ class Base:
     swaps: SwapReport
     route: Route = FASTEST
     stash: HostStash = field(default_factory=HostStash)
+    lasting: dict[str, Any] = field(default_factory=dict)
 
     def matches(self, config: ModelConfig, device: torch.device) -> bool:
         """Return True if a trial with this model section and device can use this base."""
@@ -45,6 +48,15 @@ class Base:
     def shares_rows(self, longest: int) -> bool:
         """Return True if samples of up to `longest` tokens may share a row without changing a loss."""
         return self.route.shares_rows and not _rotates_by_row(self.model.config.get_text_config(), longest)
+
+    def pads_rows(self, longest: int) -> bool:
+        """Return True if filler may follow the samples of a row, and the device alone knows where samples begin.
+
+        Such a row can be recorded as a CUDA graph. On the CPU only the first half counts.
+        """
+        softcap = getattr(self.model.config.get_text_config(), "attn_logit_softcapping", None)
+        on_device = self.device.type == "cpu" or attention.reads_offsets_only(self.dtype, softcap)
+        return on_device and not self.swaps.unfused and not has_mixers(self.model) and self.shares_rows(longest)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the final hidden states [T, D] of a packed row; `batch` must be on the device."""
@@ -117,6 +129,15 @@ class Base:
     def cache_weights(self, gib: float) -> float:
         """Keep up to `gib` GiB of the fused layers' weights dequantised; return the GiB kept."""
         return cache_weights(self.model, self.dtype, int(gib * GIB)) / GIB
+
+    def runs_outside_layers(self, linears: list[nn.Module]) -> bool:
+        """Return True if one of these linear layers is not computed by a fused decoder layer."""
+        inside = fused_projections(self.model)
+        return any(linear not in inside for linear in linears)
+
+    def cached_weights(self) -> dict[tuple[int, str], int]:
+        """Return the address of the dequantised weights that each fused layer keeps, by layer and group."""
+        return cached_weights(self.model)
 
     def head(self) -> Head:
         """Return the output embedding with the logit transforms from the model's config."""

@@ -1,139 +1,180 @@
-"""Record forward and backward of a micro-batch as CUDA graphs, one for each row size.
+"""Record passes over a micro-batch as CUDA graphs, one for each row size, and replay them.
 
 A graph replays in one launch. A fused layer takes about 60 launches forward and backward (counted:
 1,859 for 30 layers, without copies). With short rows and small models the host needs longer for the
 launches than the device for the work. On one host, SmolLM2-135M at 512 tokens spent 160 ms on
 launches for 9 ms of work.
 
-Rows are padded so that few sizes occur: tokens and targets to multiples of an eighth of the largest
-row, documents to a power of two. The first row of a size is computed normally and then recorded.
-Graphs read what changes between rows from fixed tensors: inputs, offsets, the number of targets and
-the adapter. They add to the adapter's gradient in place.
+Rows are padded so that few sizes occur (engine/data/row_sizes.py). A trial's sizes are recorded
+before its first step, the largest first, so that the smaller ones find room in the same memory.
+Recordings outlive the trial (recordings.py). Graphs read what changes between rows from fixed
+tensors: inputs, offsets, the number of targets, the adapter and the dropout's seed. They add to the
+adapter's gradient in place.
 
-The plan uses no graphs with dropout, whose masks the host seeds, or with copies to host memory. The
-fp32 loss of a padded row equals that of the row up to rounding.
+A plan with copies to host memory uses none. The fp32 loss of a padded row equals that of the row up
+to rounding.
 """
 
 from __future__ import annotations
 
 import functools
+import time
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from engine.data.packing import Batch, padded
+from engine.adapter.flat import AdapterMemory
+from engine.data.packing import Batch
+from engine.data.row_sizes import Size
 from engine.errors import first_line
-from engine.layers import attention
-from engine.layers.swap import has_mixers
 from engine.model.base import Base
-
-# Recording a graph takes some tenths of a second, and each graph has its own nodes in memory. Rows
-# of further sizes are computed without graphs.
-MAX_GRAPHS = 16
-PARTS = 8
-MIN_TOKENS, MIN_DOCUMENTS = 128, 8
-
-
-@dataclass(frozen=True)
-class Size:
-    """Hold the size of a padded row."""
-
-    num_tokens: int
-    num_targets: int
-    num_documents: int
-
-    @classmethod
-    def of(cls, batch: Batch, capacity: int, longest: int) -> Size:
-        """Return the padded size of `batch`.
-
-        capacity: the most tokens in a row. longest: the most tokens in a sample.
-        """
-        step = max(MIN_TOKENS, capacity // PARTS)
-        num_tokens = _up(batch.num_tokens, step)
-        filler = _up(num_tokens - batch.num_tokens, longest) // longest
-        num_documents = max(MIN_DOCUMENTS, 1 << (len(batch.document_lengths) + filler - 1).bit_length())
-        return cls(num_tokens, min(num_tokens, _up(max(1, batch.num_targets), step)), num_documents)
-
-    def pad(self, batch: Batch, longest: int) -> Batch:
-        return padded(batch, self.num_tokens, self.num_targets, self.num_documents, longest)
-
-
-@dataclass
-class _Recorded:
-    batch: Batch
-    divisor: Tensor
-    loss: Tensor | None = None
-    graph: torch.cuda.CUDAGraph | None = None
+from engine.training import recordings as recorder
+from engine.training.recordings import MAX_OF_A_KIND, RecordedKind, RecordedRow, Recordings
 
 
 class Graphs:
-    """Hold the recorded graphs of one trial under one plan."""
+    """Compute rows of one kind of pass by recordings, which are made on first use.
 
-    def __init__(self, base: Base, capacity: int, longest: int) -> None:
-        """Start without graphs. capacity, longest: most tokens in a row and in a sample."""
-        self._base, self._capacity, self._longest = base, capacity, longest
-        self._recorded: dict[Size, _Recorded] = {}
-        self._pool = torch.cuda.graph_pool_handle() if base.device.type == "cuda" else None
+    With `trains`, a pass is forward and backward. Otherwise it is the forward pass of an evaluation,
+    with the model in the mode in which the caller leaves it.
+    """
+
+    def __init__(self, base: Base, memory: AdapterMemory, key: Hashable, capacity: int, longest: int, trains: bool) -> None:
+        """Take the recordings of `base` for this kind of pass.
+
+        key: what decides the pass besides the adapter's memory and the row, such as the plan.
+        capacity, longest: most tokens in a row and in a sample.
+        """
+        self._base, self._memory, self._capacity, self._longest, self._trains = base, memory, capacity, longest, trains
+        self._recordings = Recordings.of(base)
+        self._began_s, self._earlier_peak = self._recordings.recording_s, 0
+        self._kind: RecordedKind = self._recordings.kind(key, memory, base.cached_weights())
+
+    @property
+    def recording_s(self) -> float:
+        """Return the seconds that the base's passes have been recorded for since this object was made."""
+        return self._recordings.recording_s - self._began_s
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return the peak that this pass had, or would have had now if it were not recorded, in torch's bytes."""
+        if self._base.device.type != "cuda":
+            return 0
+        now = torch.cuda.memory_allocated() - self._recordings.idle_bytes(self._memory)
+        return max(self._earlier_peak, now + self._kind.activation_bytes)
+
+    def record(self, sizes: Iterable[Size]) -> None:
+        """Record these sizes if they are not yet, the largest first. Changes no gradient."""
+        missing = sorted(set(sizes) - self._kind.rows.keys(), reverse=True)[: MAX_OF_A_KIND - len(self._kind.rows)]
+        for i, size in enumerate(missing):
+            if self._recordings.can_record:
+                self._record(size, missing[-1] if i == 0 else size)
 
     def backward(self, batch: Batch, num_targets: int) -> Tensor:
         """Add the gradient of loss / num_targets to the adapter's gradient, and return the loss.
 
         `batch` must be on the host. The loss is an fp32 scalar in nats, valid until the next call.
         """
-        size = Size.of(batch, self._capacity, self._longest)
-        row, known = size.pad(batch, self._longest), self._recorded.get(size)
-        if self._pool is not None:
-            # Attention asks only for the longest document, so an upper bound serves all rows.
-            row = replace(row, document_lengths=(self._longest, 0))
+        return self._run(Size.of(batch, self._capacity, self._longest), batch, num_targets)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the loss of a row that has been padded, on any device; valid until the next call."""
+        return self._run(Size.padded(batch), batch, 1)
+
+    def _run(self, size: Size, batch: Batch, num_targets: int) -> Tensor:
+        known = self._kind.rows.get(size)
+        if known is None and self._recordings.can_record and len(self._kind.rows) < MAX_OF_A_KIND:
+            known = self._record(size, size)
+        row = size.pad(batch, self._longest) if self._trains else batch
         if known is None:
-            known = _Recorded(row.to(self._base.device), torch.zeros((), device=self._base.device))
-        else:
-            known.batch.copy_(row)
+            row = for_any_row(row, self._longest, self._base.device).to(self._base.device)
+            return self._compute(row, torch.full((), num_targets, dtype=torch.float32, device=self._base.device))
+        known.batch.copy_(row)
         known.divisor.fill_(num_targets)
-        if known.graph is not None:
-            known.graph.replay()
-        elif self._pool is None or len(self._recorded) >= MAX_GRAPHS:
-            known.loss = self._compute(known)
-        else:
-            self._first(known)
-            if known.graph is not None:
-                self._recorded[size] = known
+        known.replay()
         return known.loss
 
-    def _compute(self, row: _Recorded) -> Tensor:
-        loss = self._base.loss(row.batch)
-        (loss / row.divisor).backward()
+    def _compute(self, row: Batch, divisor: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self._trains):
+            loss = self._base.loss(row)
+            if self._trains:
+                (loss / divisor).backward()
         return loss.detach()
 
-    def _first(self, known: _Recorded) -> None:
-        """Compute a row, then record its graph: recording alone computes nothing."""
-        side = _side_stream(self._base.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            first = self._compute(known)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+    def _record(self, size: Size, warm_up: Size) -> RecordedRow | None:
+        """Record a row size. If it is the first of its kind, an empty row of size `warm_up` is computed before."""
+        began_s, device = time.perf_counter(), self._base.device
+        batch = for_any_row(size.empty_row(self._longest), self._longest, device).to(device)
+        divisor = torch.ones((), device=device)
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                known.loss = self._compute(known)
+            if not self._kind.is_warm:
+                self._warm_up(warm_up)
+            before = self._note_peak()
+            try:
+                loss, replay = recorder.capture(lambda: self._compute(batch, divisor), self._recordings.pool)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # a library may have to load what it needs for this size
+                self._warm_up(size)
+                loss, replay = recorder.capture(lambda: self._compute(batch, divisor), self._recordings.pool)
+            used = max(0, self._peak() - before)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # model code waits for the device: no graphs, same numbers
             warnings.warn(f"no CUDA graphs for this model: {first_line(error)}", stacklevel=2)
-            self._pool, known.loss = None, first
+            self._recordings.can_record = False
+            return None
+        finally:
+            self._recordings.recording_s += time.perf_counter() - began_s
+        self._kind.activation_bytes = max(self._kind.activation_bytes, used)
+        self._kind.rows[size] = RecordedRow(batch, divisor, loss, replay)
+        self._recordings.trim(self._memory)
+        return self._kind.rows[size]
+
+    def _warm_up(self, size: Size) -> None:
+        """Compute an empty row, so that kernels are compiled and libraries loaded. It adds zeros to the gradient."""
+        if self._base.device.type != "cuda":
             return
-        known.loss.copy_(first)
-        known.graph = graph
+        device = self._base.device
+        row = for_any_row(size.empty_row(self._longest), self._longest, device).to(device)
+        side, random = _side_stream(device), torch.cuda.get_rng_state(device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._compute(row, torch.ones((), device=device))
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.set_rng_state(random, device)
+        self._kind.is_warm = True
+
+    def _note_peak(self) -> int:
+        """Begin a new peak in torch's statistics, and return the bytes allocated now."""
+        if self._base.device.type != "cuda":
+            return 0
+        idle = self._recordings.idle_bytes(self._memory)
+        self._earlier_peak = max(self._earlier_peak, torch.cuda.max_memory_allocated() - idle)
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self._base.device.type == "cuda" else 0
 
 
-def make_graphs(base: Base, capacity: int, longest: int) -> Graphs | None:
+def make_graphs(
+    base: Base, memory: AdapterMemory, key: Hashable, capacity: int, longest: int, trains: bool = True
+) -> Graphs | None:
     """Return graphs for `base`, or None if its attention, mixers, rows or an unfused layer rule them out."""
-    softcap = getattr(base.model.config.get_text_config(), "attn_logit_softcapping", None)
-    recordable = base.device.type == "cpu" or attention.reads_offsets_only(base.dtype, softcap)
-    recordable = recordable and not base.swaps.unfused and not has_mixers(base.model) and base.shares_rows(longest)
-    return Graphs(base, capacity, longest) if recordable else None
+    return Graphs(base, memory, key, capacity, longest, trains) if base.pads_rows(longest) else None
+
+
+def for_any_row(row: Batch, longest: int, device: torch.device) -> Batch:
+    """Return a padded row whose lengths on the host hold for every row of its size.
+
+    Attention on CUDA asks only for the longest sample, so an upper bound serves all rows. The CPU
+    needs the lengths themselves.
+    """
+    return row if device.type == "cpu" else replace(row, document_lengths=(longest, 0))
 
 
 @functools.cache
@@ -144,7 +185,3 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     one stream for each recording, 50 trials left 2 GiB behind.
     """
     return torch.cuda.Stream(device)
-
-
-def _up(number: int, step: int) -> int:
-    return -(-number // step) * step

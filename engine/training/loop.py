@@ -15,33 +15,36 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from engine.adapter.flat import FlatAdapter
 from engine.adapter.lora import LoraLinear, attach, detach
 from engine.adapter.peft_files import export_adapter
 from engine.config.trial import TrainConfig
-from engine.data.packing import Cursor, collate, rows_of
+from engine.data.packing import Cursor
 from engine.data.views import load_recorded
 from engine.errors import Interrupted, OutOfMemory
-from engine.evaluation.eval_loss import evaluate, evaluation_batches
+from engine.evaluation.eval_loss import evaluation_batches
 from engine.model.base import Base
-from engine.model.device import free, limit_memory, peak_gib, pick_device
+from engine.model.device import free, limit_memory, pick_device
 from engine.model.load import load_base
 from engine.planning.planner import changed, leaner
 from engine.shape.policies import Policy
 from engine.system.files import write_text
 from engine.training import checkpoint
-from engine.training.card_plan import plan_for_this_card
+from engine.training.card_plan import memory_limit_gib, plan_for_this_card
 from engine.training.checkpoint import Pace, Progress, Sums
-from engine.training.cuda_graphs import make_graphs
 from engine.training.divergence import check_loss
 from engine.training.optim import learning_rate, make_optimizer, set_learning_rate, step_middle
+from engine.training.passes import Passes
 from engine.training.profiler import traced
 from engine.training.step_sums import StepSums
 from engine.trial_report import REPORTS, TrialReport
+
+
+T = TypeVar("T")
 
 
 def train(
@@ -109,10 +112,11 @@ class _Run:
     ) -> None:
         plan, shape = plan_for_this_card(config, base)
         self.config, self.trial_folder, self.base, self.layers = config, trial_folder, base, layers
-        self.adapter, self.graphs = FlatAdapter(layers, base.dtype), None
-        self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
         self.train_view, eval_view = load_recorded(config, base.tokenizer, inputs)
-        self.eval_batches = evaluation_batches(base, eval_view, config.data.eval_max_seq_length)
+        samples = evaluation_batches(base, eval_view, config.data.eval_max_seq_length)
+        self.passes = Passes(config, base, layers, self.train_view, samples)
+        self.adapter = self.passes.adapter
+        self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
         self.cursor = Cursor(self.train_view.lengths, config.data.max_seq_length, config.data.packing, config.train.seed)
         fingerprint = config.fingerprint()
         loaded = checkpoint.load(trial_folder, fingerprint, layers, self.optimizer)
@@ -121,10 +125,11 @@ class _Run:
         self.adapter.refresh()
         self.cursor.seek(self.progress.epoch, self.progress.position)
         self.plan, self.shape = changed(plan, self.progress.plan, config, shape) if self.progress.plan else plan, shape
-        self._follow_plan()
+        self._limit_gib = memory_limit_gib(config, base.device)
+        self.passes.follow(self.plan, self._limit_gib)
         base.model.train()
         self._interrupted, self._pace = interrupted, pace or Pace()
-        self._setup_s = time.perf_counter() - called_s
+        self._called_s, self._setup_s = called_s, 0.0
 
     def reports(self, after_step: Callable[[], None]) -> Iterator[TrialReport]:
         """Train to each report that is due, and yield it. after_step: called after each step."""
@@ -134,6 +139,9 @@ class _Run:
             self._write_reports()
             if len(self.progress.reports) > num_passed_on:  # a crash withheld the last one
                 yield self.progress.reports[-1]
+        if len(self.progress.reports) < len(grid):
+            self._with_room(lambda: self.passes.record(self.cursor))
+        self._setup_s = time.perf_counter() - self._called_s
         for rung in range(len(self.progress.reports) + 1, len(grid) + 1):
             report = self._train_to(rung, grid[rung - 1], after_step)
             self._save(report)
@@ -155,7 +163,7 @@ class _Run:
             progress.tokens_seen += num_tokens
             progress.target_tokens_seen += num_targets
         step_sums.close()
-        eval_loss = self._evaluate(lambda: self._keep_safe(step_sums))
+        eval_loss = self.passes.evaluate(lambda: self._keep_safe(step_sums))
         check_loss("eval_loss", eval_loss, vocab_size)
         self._note_where()
         progress.elapsed_s += step_sums.sums.seconds
@@ -174,7 +182,7 @@ class _Run:
     def _note_where(self) -> None:
         progress = self.progress
         progress.epoch, progress.position = self.cursor.epoch, self.cursor.position
-        progress.peak_allocated_gib = max(progress.peak_allocated_gib, peak_gib(self.base.device))
+        progress.peak_allocated_gib = max(progress.peak_allocated_gib, self.passes.peak_gib())
 
     def _step(self) -> tuple[Tensor, Tensor, int, int]:
         """Take one optimizer step; return summed loss, gradient norm, tokens and target tokens.
@@ -182,13 +190,7 @@ class _Run:
         Loss and gradient norm stay on the device, so the host does not wait for them.
         """
         bins = self.cursor.take(self.config.bins_per_step)
-        while True:
-            try:
-                total, num_tokens, num_targets = self._gradients(bins)
-                break
-            except torch.OutOfMemoryError:
-                pass  # the traceback keeps the failed pass's tensors alive until this block ends
-            self._make_room()
+        total, num_tokens, num_targets = self._with_room(lambda: self.passes.gradients(bins, self.progress.step))
         limit = self.config.optim.max_grad_norm
         grad_norm = nn.utils.clip_grad_norm_(self.adapter.parameter, math.inf if limit is None else limit)
         middle = step_middle(self.progress.tokens_seen, num_tokens, self.config.train.max_tokens)
@@ -198,55 +200,32 @@ class _Run:
         self.adapter.zero_grad()
         return total, grad_norm, num_tokens, num_targets
 
-    def _gradients(self, bins: list[list[int]]) -> tuple[Tensor, int, int]:
-        """Add the gradients of the step's bins; return summed loss, tokens and target tokens."""
-        size = self.plan.micro_batch_size
-        rows = rows_of(bins, size, self.base.shares_rows(self.config.data.max_seq_length))
-        batches = [collate([self.train_view[i] for i in row]) for row in rows]
-        num_targets = sum(b.num_targets for b in batches)
-        total = torch.zeros((), device=self.base.device)
-        for batch in batches:
-            if self.graphs is not None:
-                total += self.graphs.backward(batch, num_targets)
-                continue
-            loss = self.base.loss(batch.to(self.base.device))
-            (loss / num_targets).backward()
-            total += loss.detach()
-        return total, sum(b.num_tokens for b in batches), num_targets
+    def _with_room(self, compute: Callable[[], T]) -> T:
+        """Return what `compute` returns, under a plan with which the memory suffices."""
+        while True:
+            try:
+                return compute()
+            except torch.OutOfMemoryError:
+                pass  # the traceback keeps the failed pass's tensors alive until this block ends
+            self._make_room()
 
     def _make_room(self) -> None:
-        """Change to the next leaner plan and drop the step's gradients, or raise OutOfMemory."""
-        measured, plan = peak_gib(self.base.device), leaner(self.plan, self.config, self.shape)
+        """Drop the step's gradients, and earlier trials' recordings or else a part of the plan, or raise OutOfMemory."""
+        self.adapter.zero_grad()
+        if self.passes.drop_earlier():
+            free(self.base.device)
+            self.passes.follow(self.plan, self._limit_gib)
+            return
+        measured, plan = self.passes.peak_gib(), leaner(self.plan, self.config, self.shape)
         predicted = None if self.plan.memory is None else self.plan.memory.peak_gib
         if plan is None:
             known = "" if predicted is None else f"predicted peak {predicted:.2f} GiB, "
             raise OutOfMemory(f"out of memory at {self.plan.describe()}: {known}measured {measured:.2f} GiB", predicted, measured)
         self.plan = plan
         self.progress.plan, self.progress.num_out_of_memory = plan.settings(), self.progress.num_out_of_memory + 1
-        self.adapter.zero_grad()
-        self._follow_plan()
+        self.passes.drop_all()
+        self.passes.follow(plan, self._limit_gib)
         free(self.base.device)
-
-    def _follow_plan(self) -> None:
-        self.base.checkpoint_activations(self.plan.policy, self.plan.keep_layers, self.plan.host_layers)
-        self.base.cache_weights(self.plan.weight_cache_gib)
-        self.graphs = None  # frees the graphs of the earlier plan, and their memory
-        if self.plan.cuda_graphs:
-            longest = self.config.data.max_seq_length
-            self.graphs = make_graphs(self.base, self.plan.micro_batch_size * longest, longest)
-
-    def _evaluate(self, before_each: Callable[[], None]) -> float:
-        """Return the eval loss. If memory runs out, try again without the weight cache."""
-        try:
-            return evaluate(self.base, self.eval_batches, before_each)
-        except torch.OutOfMemoryError:
-            if not self.plan.weight_cache_gib:
-                raise
-        self.base.cache_weights(0.0)
-        free(self.base.device)
-        eval_loss = evaluate(self.base, self.eval_batches, before_each)
-        self.base.cache_weights(self.plan.weight_cache_gib)
-        return eval_loss
 
     def _report(self, rung: int, step_sums: StepSums, eval_loss: float) -> TrialReport:
         progress, sums = self.progress, step_sums.sums

@@ -1,0 +1,65 @@
+"""Round the sizes of rows up, so that few occur and each can be recorded as a CUDA graph.
+
+The size of a padded row is a function of the row, its capacity and its longest sample alone. A
+trial that goes on in another process therefore computes the same rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.data.packing import Batch, Sample, collate, padded
+
+PARTS = 8  # of the most tokens in a row
+TARGET_PARTS = 8  # of the row's tokens: a row of targets costs the head's matmul only
+MIN_TOKENS, MIN_DOCUMENTS = 128, 8
+DOCUMENTS_STEP = 4  # attention leaves an empty document at once
+
+
+@dataclass(frozen=True, order=True)
+class Size:
+    """Hold the size of a padded row."""
+
+    num_tokens: int
+    num_targets: int
+    num_documents: int
+
+    @classmethod
+    def of(cls, batch: Batch, capacity: int, longest: int) -> Size:
+        """Return the padded size of `batch`.
+
+        capacity: the most tokens in a row. longest: the most tokens in a sample.
+        """
+        return cls.around(batch.num_tokens, batch.num_targets, len(batch.document_lengths), capacity, longest)
+
+    @classmethod
+    def around(cls, num_tokens: int, num_targets: int, num_documents: int, capacity: int, longest: int) -> Size:
+        """Return the padded size of a row with these numbers."""
+        tokens = _up(num_tokens, max(MIN_TOKENS, capacity // PARTS))
+        parts = TARGET_PARTS_FULL if tokens >= capacity else TARGET_PARTS
+        targets = min(tokens, _up(max(1, num_targets), max(MIN_TOKENS, tokens // parts)))
+        documents, needed = MIN_DOCUMENTS, num_documents + _up(tokens - num_tokens, longest) // longest
+        while documents < needed:
+            documents *= DOCUMENTS_STEP
+        return cls(tokens, targets, documents)
+
+    @classmethod
+    def padded(cls, batch: Batch) -> Size:
+        """Return the size of a row that has been padded."""
+        return cls(batch.num_tokens, batch.num_targets, batch.document_offsets.numel() - 1)
+
+    def empty_row(self, longest: int) -> Batch:
+        """Return a row of this size without targets, on the host: its loss and all gradients are 0."""
+        first = min(longest, self.num_tokens)
+        ids, none = np.zeros(first, dtype=np.int32), np.zeros(first, dtype=bool)
+        return self.pad(collate([Sample(ids, none)]), longest)
+
+    def pad(self, batch: Batch, longest: int) -> Batch:
+        """Return the row with filler up to this size."""
+        return padded(batch, self.num_tokens, self.num_targets, self.num_documents, longest)
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step

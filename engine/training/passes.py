@@ -1,0 +1,189 @@
+"""Compute a trial's rows under its plan: the gradients of a step, and the loss of an evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.adapter.flat import FlatAdapter
+from engine.adapter.lora import LoraLinear
+from engine.config.trial import TrainConfig
+from engine.data.packing import Cursor, collate, rows_of
+from engine.data.row_sizes import Size
+from engine.data.views import View
+from engine.evaluation.eval_loss import EvaluationSet, evaluate, row_capacity
+from engine.model.base import Base
+from engine.model.device import free, peak_gib
+from engine.planning.planner import ComputePlan
+from engine.training.cuda_graphs import Graphs, make_graphs
+from engine.training.recordings import MAX_OF_A_KIND, Recordings
+from engine.units import GIB
+
+# Bins whose rows tell which sizes to record before the first step.
+FORESEEN_BINS = 4096
+# A forward pass whose launches take this share of its time waits for the host.
+WORTH_RECORDING = 0.5
+
+
+class Passes:
+    """Compute rows with and without recordings. `train_view` and `samples` are the trial's data."""
+
+    def __init__(
+        self, config: TrainConfig, base: Base, layers: dict[str, LoraLinear], train_view: View, samples: EvaluationSet
+    ) -> None:
+        self._config, self._base, self._view, self._samples = config, base, train_view, samples
+        self._recordings = Recordings.of(base)
+        self._has_earlier = len(self._recordings) > 0
+        self._layers = layers
+        self.adapter = FlatAdapter(layers, base.dtype, self._recordings.adapter_memory(layers, base.dtype))
+        self._began_s = self._recordings.recording_s
+        self._training: Graphs | None = None
+        self._evaluation: Graphs | None = None
+        self._may_record_evaluation = True
+
+    @property
+    def recording_s(self) -> float:
+        """Return the seconds that this trial has spent on recording."""
+        return self._recordings.recording_s - self._began_s
+
+    def peak_gib(self) -> float:
+        """Return the peak of memory in GiB, recorded passes included (see `model.device.peak_gib`)."""
+        recorded = [graphs.peak_bytes for graphs in (self._training, self._evaluation) if graphs is not None]
+        if not recorded or self._base.device.type != "cuda":
+            return peak_gib(self._base.device)
+        kept = self._recordings.idle_bytes(self.adapter.memory) / GIB
+        return max(peak_gib(self._base.device) - kept, max(recorded) / GIB)
+
+    def follow(self, plan: ComputePlan, limit_gib: float) -> None:
+        """Compute by this plan from now on. limit_gib: device memory that the trial may have."""
+        base, data, memory = self._base, self._config.data, self.adapter.memory
+        self._plan, self._limit_gib, self._training, self._evaluation = plan, limit_gib, None, None
+        longest, longest_evaluated = data.max_seq_length, data.eval_max_seq_length
+        key = (*plan.settings().items(), longest, self._baked())
+        need_gib = None if plan.memory is None else plan.memory.peak_gib + plan.memory.reserve_gib
+        self._recordings.drop_if_short(key, memory, need_gib, limit_gib)
+        base.checkpoint_activations(plan.policy, plan.keep_layers, plan.host_layers)
+        base.cache_weights(plan.weight_cache_gib)
+        if plan.cuda_graphs:
+            self._training = make_graphs(base, memory, key, plan.micro_batch_size * longest, longest)
+        has_room = plan.cuda_graphs or (need_gib is not None and need_gib + _evaluation_gib(plan) <= limit_gib)
+        if has_room and self._may_record_evaluation:
+            capacity, key = row_capacity(longest_evaluated), ("evaluation", longest_evaluated, self._baked())
+            self._evaluation = make_graphs(base, memory, key, capacity, longest_evaluated, trains=False)
+
+    def record(self, cursor: Cursor) -> None:
+        """Record the rows that the trial will have, as far as recordings are planned and missing.
+
+        Raises OutOfMemoryError if there is no room for those of training.
+        """
+        if self._training is not None:
+            self._training.record(self._foreseen(cursor))
+        if self._evaluation is None:
+            return
+        training = self._base.model.training
+        self._base.model.eval()
+        try:
+            if self._plan.cuda_graphs or self._evaluation_waits():
+                self._evaluation.record(Size.padded(batch) for batch in self._samples.batches)
+            else:
+                self._evaluation = None
+        except torch.OutOfMemoryError:
+            self._evaluation, self._may_record_evaluation = None, False  # rows are computed one launch after the other, with the same numbers
+        finally:
+            self._base.model.train(training)
+
+    def drop_earlier(self) -> bool:
+        """Drop all recordings, once, if some are an earlier trial's. Return True if there is more room now."""
+        if not self._has_earlier:
+            return False
+        self._has_earlier = False
+        self._training = self._evaluation = None
+        return self._recordings.clear()
+
+    def drop_all(self) -> None:
+        """Drop all recordings; those of a plan that ran out of memory leave a pool in pieces."""
+        self._training = self._evaluation = None
+        self._has_earlier = False
+        self._recordings.clear()
+
+    def gradients(self, bins: list[list[int]], step: int) -> tuple[Tensor, int, int]:
+        """Add the gradients of the step's bins; return summed loss, tokens and target tokens."""
+        rows = rows_of(bins, self._plan.micro_batch_size, self._base.shares_rows(self._config.data.max_seq_length))
+        batches = [collate([self._view[i] for i in row]) for row in rows]
+        num_targets = sum(b.num_targets for b in batches)
+        total = torch.zeros((), device=self._base.device)
+        for number, batch in enumerate(batches):
+            if self._config.lora.lora_dropout:
+                self.adapter.draw_masks(self._config.train.seed, step, number)
+            if self._training is not None:
+                total += self._training.backward(batch, num_targets)
+                continue
+            loss = self._base.loss(batch.to(self._base.device))
+            (loss / num_targets).backward()
+            total += loss.detach()
+        return total, sum(b.num_tokens for b in batches), num_targets
+
+    def evaluate(self, before_each: Callable[[], None]) -> float:
+        """Return the eval loss. If memory runs out, try again without recordings and weight cache."""
+        try:
+            return evaluate(self._base, self._samples, before_each, self._evaluation and self._evaluation.loss)
+        except torch.OutOfMemoryError:
+            if not self._plan.weight_cache_gib and self._evaluation is None:
+                raise
+        self._training = self._evaluation = None
+        self._may_record_evaluation = False
+        self._recordings.clear()
+        self._base.cache_weights(0.0)
+        free(self._base.device)
+        eval_loss = evaluate(self._base, self._samples, before_each)
+        self.follow(self._plan, self._limit_gib)
+        return eval_loss
+
+    def _foreseen(self, cursor: Cursor) -> list[Size]:
+        """Return the sizes of most rows that come in this epoch."""
+        size, longest = self._plan.micro_batch_size, self._config.data.max_seq_length
+        per_step, left = self._config.bins_per_step, self._config.train.max_tokens
+        bins, sizes = cursor.coming(FORESEEN_BINS), Counter()
+        for start in range(0, len(bins), per_step):
+            for row in rows_of(bins[start : start + per_step], size, shares_rows=True):
+                tokens = int(self._view.lengths[row].sum())
+                targets = int(self._view.targets_of(np.array(row)).sum())
+                sizes[Size.around(tokens, targets, len(row), size * longest, longest)] += 1
+                left -= tokens
+            if left <= 0:
+                break
+        return [size for size, _ in sizes.most_common(MAX_OF_A_KIND)]
+
+    def _baked(self) -> Hashable:
+        """Return what a recording holds as numbers: nothing, unless adapted layers run unfused."""
+        if not self._base.runs_outside_layers(list(self._layers.values())):
+            return ()
+        return self._config.lora.scaling, self._config.lora.lora_dropout
+
+    def _evaluation_waits(self) -> bool:
+        """Return True if the device waits for the host in an evaluation; measured once for each base."""
+        if self._base.device.type != "cuda":
+            return False
+        known = self._recordings.evaluation_waits
+        if known is None:
+            with torch.no_grad():
+                for _ in range(2):  # the first compiles
+                    torch.cuda.synchronize()
+                    began_s = time.perf_counter()
+                    self._base.loss(self._samples.batches[0].to(self._base.device))
+                    launched_s = time.perf_counter() - began_s
+                    torch.cuda.synchronize()
+                    known = launched_s > WORTH_RECORDING * (time.perf_counter() - began_s)
+            self._recordings.evaluation_waits = known
+        return known
+
+
+def _evaluation_gib(plan: ComputePlan) -> float:
+    """Return the memory of an evaluation's row beyond what stays, as the plan predicts it."""
+    phases = plan.memory.phases
+    return max(0, phases["evaluation"] - phases["at rest"]) / GIB

@@ -1,0 +1,170 @@
+"""Keep recorded passes from trial to trial: they belong to the resident base model.
+
+A CUDA graph holds addresses. What it reads or adds to therefore stays where it is: the base's
+weights, the adapter's memory (engine/adapter/flat.py), the rows' tensors, and the dequantised
+weights that the plan keeps. A trial whose adapter has the same shape moves into the same memory and
+finds the recordings made. Values, learning rate, scaling, dropout rate and seeds are read from
+there, so these may differ.
+
+All recordings allocate from one pool, because only one runs at a time. What lies in it between two
+passes is free for the next, so the pool holds as much as the largest of them needs.
+
+Kept recordings must not take memory that the next trial's plan counts on. They are dropped before
+such a trial, when memory runs out, and when the dequantised weights they read are dropped.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.adapter.flat import AdapterMemory
+from engine.adapter.lora import LoraLinear
+from engine.data.packing import Batch
+from engine.data.row_sizes import Size
+from engine.model.base import Base
+from engine.units import GIB
+
+# Recordings of one kind of pass, and of all kinds. Each takes some tenths of a second to make, and
+# has its own nodes in memory outside torch's pools.
+MAX_OF_A_KIND, MAX_OF_ALL = 16, 64
+KINDS_OF_A_TRIAL = 2  # training and evaluation
+# Memory of adapters that no trial uses, kept for recordings.
+MAX_IDLE_GIB = 0.5
+NAME = "recordings"
+
+
+@dataclass
+class RecordedRow:
+    """Hold the fixed tensors of a recorded pass, and what replays it.
+
+    batch, divisor: filled before each replay. loss: fp32 scalar, valid until the next replay.
+    """
+
+    batch: Batch
+    divisor: Tensor
+    loss: Tensor
+    replay: Callable[[], None]
+
+
+@dataclass
+class RecordedKind:
+    """Hold the recordings of one kind of pass, by row size.
+
+    memory: the adapter's. weights: addresses of the dequantised weights that they read.
+    activation_bytes: the most that a pass allocated beyond what was there before.
+    """
+
+    memory: AdapterMemory
+    weights: dict[tuple[int, str], int] = field(default_factory=dict)
+    rows: dict[Size, RecordedRow] = field(default_factory=dict)
+    activation_bytes: int = 0
+    is_warm: bool = False
+
+
+class Recordings:
+    """Keep the recordings of one base model, the least recently used first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.can_record = device.type == "cuda"
+        self.recording_s = 0.0
+        self.evaluation_waits: bool | None = None  # for the host, if an evaluation is not recorded
+        self._device = device
+        self._kinds: OrderedDict[Hashable, RecordedKind] = OrderedDict()
+        self._pool: Any = None
+
+    @classmethod
+    def of(cls, base: Base) -> Recordings:
+        """Return the recordings of `base`, none at first."""
+        return base.lasting.setdefault(NAME, cls(base.device))
+
+    @property
+    def pool(self) -> Any:
+        """Return the pool that all recordings share."""
+        if self._pool is None and self._device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+    def __len__(self) -> int:
+        return sum(len(kind.rows) for kind in self._kinds.values())
+
+    def adapter_memory(self, layers: dict[str, LoraLinear], dtype: torch.dtype) -> AdapterMemory:
+        """Return the memory that recordings of such an adapter read, or new memory."""
+        key = AdapterMemory.key_of(layers, dtype)
+        return next((kind.memory for kind in self._kinds.values() if kind.memory.key == key), None) or AdapterMemory(layers, dtype)
+
+    def kind(self, key: Hashable, memory: AdapterMemory, weights: dict[tuple[int, str], int]) -> RecordedKind:
+        """Return the recordings of a kind of pass, empty at first.
+
+        weights: the addresses of the dequantised weights kept now. Recordings that read others,
+        which may be gone, are dropped.
+        """
+        for other, kind in list(self._kinds.items()):
+            if any(weights.get(place) != address for place, address in kind.weights.items()):
+                del self._kinds[other]
+        full = (key, memory.key)
+        kind = self._kinds.setdefault(full, RecordedKind(memory))
+        kind.weights = weights  # all that it has read, and what it may read from now on
+        self._kinds.move_to_end(full)
+        return kind
+
+    def trim(self, memory: AdapterMemory) -> None:
+        """Drop the least recently used kinds beyond the limits, but not those of a trial on `memory`."""
+        while len(self) > MAX_OF_ALL and len(self._kinds) > KINDS_OF_A_TRIAL:
+            self._kinds.popitem(last=False)
+        idle = [key for key, kind in self._kinds.items() if kind.memory is not memory]
+        while idle and self.idle_bytes(memory) > MAX_IDLE_GIB * GIB:
+            del self._kinds[idle.pop(0)]
+
+    def idle_bytes(self, memory: AdapterMemory) -> int:
+        """Return the bytes of adapters' memory kept beside `memory`."""
+        kept = {id(kind.memory): kind.memory.num_bytes for kind in self._kinds.values() if kind.memory is not memory}
+        return sum(kept.values())
+
+    def drop_if_short(self, key: Hashable, memory: AdapterMemory, need_gib: float | None, limit_gib: float) -> None:
+        """Drop all recordings if a trial may need their room.
+
+        key: the trial's kind of training pass, whose activations lie in the pool if it is known.
+        need_gib: what the trial's plan takes, None if that is not known. limit_gib: what it may have.
+        """
+        if not self.can_record or not self._kinds:
+            return
+        own = self._kinds.get((key, memory.key))
+        held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() + self.idle_bytes(memory)
+        extra = held - (0 if own is None else own.activation_bytes)
+        if need_gib is None or need_gib + max(0, extra) / GIB > limit_gib:
+            self.clear()
+
+    def clear(self) -> bool:
+        """Drop all recordings, and return True if there were some. Their pool's memory becomes free."""
+        had_some = len(self) > 0
+        self._kinds.clear()
+        self._pool = None  # a pool that once ran full stays in pieces
+        return had_some
+
+
+def capture(compute: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
+    """Record `compute` as a CUDA graph, without computing. Return its result's tensor and what replays it.
+
+    Raises OutOfMemoryError, and RuntimeError if the code waits for the device.
+    """
+    graph, result, fault = torch.cuda.CUDAGraph(), None, None
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            try:
+                result = compute()
+            except Exception as error:  # the end of a broken recording raises an error of its own
+                fault = error
+    except RuntimeError as error:
+        fault = fault or error
+    try:
+        if fault is not None:
+            raise fault
+        return result, graph.replay
+    finally:
+        fault = None  # its traceback holds this frame, and the frame would hold it
