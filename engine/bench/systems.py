@@ -8,6 +8,7 @@ step. `undo` reverts the setup.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -131,7 +131,7 @@ class LoopConfig(StrictModel):
     )
     weight_cache_gib: Annotated[Gib, Field(ge=0.0)] | Auto = Field("auto", description="device memory for dequantised weights")
     cuda_graphs: bool | Auto = Field(
-        "auto", description="replay recorded launches; not with dropout or host memory. auto: if the host would be too slow"
+        "auto", description="replay recorded launches; not with host memory. auto: if the host would be too slow"
     )
     memory_budget_gib: Annotated[Gib, Field(gt=0.0)] | None = Field(None, description="device memory to use; none: all of it")
     profile_steps: Annotated[int, Field(ge=0, le=10_000)] = Field(
@@ -190,10 +190,8 @@ class TrainConfig(StrictModel):
     @model_validator(mode="after")
     def _graphs_are_possible(self) -> TrainConfig:
         loop = self.train
-        if loop.cuda_graphs is True and (
-            self.lora.lora_dropout or loop.activation_checkpointing == "offload" or loop.host_layers not in (0, "auto")
-        ):
-            raise ValueError("train.cuda_graphs = true needs lora_dropout = 0, host_layers = 0 and no offloaded activations")
+        if loop.cuda_graphs is True and (loop.activation_checkpointing == "offload" or loop.host_layers not in (0, "auto")):
+            raise ValueError("train.cuda_graphs = true needs host_layers = 0 and no offloaded activations")
         return self
 
     @model_validator(mode="after")

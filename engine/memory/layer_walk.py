@@ -48,9 +48,9 @@ class LayerWalk:
             self.live.hold(name, rank * self.sizes.low, LOW)
 
     def _dropped(self, group: str, input_size: int) -> None:
-        """Make the dropout mask and the masked input for a moment."""
+        """Make the masked input for a moment."""
         if self.dropout and self.plan.ranks[group]:
-            self.live.briefly(2 * input_size)
+            self.live.briefly(input_size)
 
     def _weights(self, group: str) -> int:
         return 0 if group in self.plan.cached else self.sizes.weights[group]

@@ -88,39 +88,29 @@ class Graphs:
         known = self._kind.rows.get(size)
         if known is None and self._recordings.can_record and len(self._kind.rows) < MAX_OF_A_KIND:
             known = self._record(size, size)
-        row = size.pad(batch, self._longest) if self._trains else batch
+        row = for_any_row(size.pad(batch, self._longest), self._longest, self._base.device) if self._trains else batch
         if known is None:
-            row = for_any_row(row, self._longest, self._base.device).to(self._base.device)
-            return self._compute(row, torch.full((), num_targets, dtype=torch.float32, device=self._base.device))
-        known.batch.copy_(row)
-        known.divisor.fill_(num_targets)
+            return self._compute(self._fixed(row, num_targets))
+        known.fill(row, num_targets)
         known.replay()
         return known.loss
 
-    def _compute(self, row: Batch, divisor: Tensor) -> Tensor:
+    def _fixed(self, row: Batch, num_targets: int) -> RecordedRow:
+        device = self._base.device
+        return RecordedRow(row.to(device), torch.full((), num_targets, dtype=torch.float32, device=device))
+
+    def _compute(self, row: RecordedRow) -> Tensor:
         with torch.set_grad_enabled(self._trains):
-            loss = self._base.loss(row)
+            loss = self._base.loss(row.batch)
             if self._trains:
-                (loss / divisor).backward()
+                (loss / row.divisor).backward()
         return loss.detach()
 
     def _record(self, size: Size, warm_up: Size) -> RecordedRow | None:
         """Record a row size. If it is the first of its kind, an empty row of size `warm_up` is computed before."""
-        began_s, device = time.perf_counter(), self._base.device
-        batch = for_any_row(size.empty_row(self._longest), self._longest, device).to(device)
-        divisor = torch.ones((), device=device)
+        began_s = time.perf_counter()
         try:
-            if not self._kind.is_warm:
-                self._warm_up(warm_up)
-            before = self._note_peak()
-            try:
-                loss, replay = recorder.capture(lambda: self._compute(batch, divisor), self._recordings.pool)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # a library may have to load what it needs for this size
-                self._warm_up(size)
-                loss, replay = recorder.capture(lambda: self._compute(batch, divisor), self._recordings.pool)
-            used = max(0, self._peak() - before)
+            row, used = self._captured(size, warm_up)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # model code waits for the device: no graphs, same numbers
@@ -130,20 +120,38 @@ class Graphs:
         finally:
             self._recordings.recording_s += time.perf_counter() - began_s
         self._kind.activation_bytes = max(self._kind.activation_bytes, used)
-        self._kind.rows[size] = RecordedRow(batch, divisor, loss, replay)
+        self._kind.rows[size] = row
         self._recordings.trim(self._memory)
-        return self._kind.rows[size]
+        return row
+
+    def _captured(self, size: Size, warm_up: Size) -> tuple[RecordedRow, int]:
+        """Return the recorded row, and the bytes that its pass allocated beyond what was there before."""
+        row = self._fixed(self._empty(size), 1)
+        if not self._kind.is_warm:
+            self._warm_up(warm_up)
+        before = self._note_peak()
+        try:
+            row.loss, row.replay = recorder.capture(lambda: self._compute(row), self._recordings.pool)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # a library may have to load what it needs for this size
+            self._warm_up(size)
+            row.loss, row.replay = recorder.capture(lambda: self._compute(row), self._recordings.pool)
+        return row, max(0, self._peak() - before)
+
+    def _empty(self, size: Size) -> Batch:
+        return for_any_row(size.empty_row(self._longest), self._longest, self._base.device)
 
     def _warm_up(self, size: Size) -> None:
         """Compute an empty row, so that kernels are compiled and libraries loaded. It adds zeros to the gradient."""
         if self._base.device.type != "cuda":
             return
         device = self._base.device
-        row = for_any_row(size.empty_row(self._longest), self._longest, device).to(device)
         side, random = _side_stream(device), torch.cuda.get_rng_state(device)
+        row = self._fixed(self._empty(size), 1)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._compute(row, torch.ones((), device=device))
+            self._compute(row)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.set_rng_state(random, device)
         self._kind.is_warm = True

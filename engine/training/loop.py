@@ -43,7 +43,6 @@ from engine.training.profiler import traced
 from engine.training.step_sums import StepSums
 from engine.trial_report import REPORTS, TrialReport
 
-
 T = TypeVar("T")
 
 

@@ -19,7 +19,7 @@ from engine.data.views import View
 from engine.evaluation.eval_loss import EvaluationSet, evaluate, row_capacity
 from engine.model.base import Base
 from engine.model.device import free, peak_gib
-from engine.planning.planner import ComputePlan
+from engine.planning.compute_plan import ComputePlan
 from engine.training.cuda_graphs import Graphs, make_graphs
 from engine.training.recordings import MAX_OF_A_KIND, Recordings
 from engine.units import GIB
@@ -93,7 +93,8 @@ class Passes:
             else:
                 self._evaluation = None
         except torch.OutOfMemoryError:
-            self._evaluation, self._may_record_evaluation = None, False  # rows are computed one launch after the other, with the same numbers
+            # rows are computed launch by launch, with the same numbers
+            self._evaluation, self._may_record_evaluation = None, False
         finally:
             self._base.model.train(training)
 

@@ -15,9 +15,10 @@ such a trial, when memory runs out, and when the dequantised weights they read a
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,13 +44,20 @@ NAME = "recordings"
 class RecordedRow:
     """Hold the fixed tensors of a recorded pass, and what replays it.
 
-    batch, divisor: filled before each replay. loss: fp32 scalar, valid until the next replay.
+    batch, divisor: filled before each replay. loss: fp32 scalar, valid until the next replay; None
+    until the pass is recorded.
     """
 
     batch: Batch
     divisor: Tensor
-    loss: Tensor
-    replay: Callable[[], None]
+    loss: Tensor | None = None
+    replay: Callable[[], None] | None = None
+
+    def fill(self, row: Batch, num_targets: int) -> None:
+        """Put the values of a row of the same size in place."""
+        self.batch.copy_(row)
+        self.batch = replace(self.batch, document_lengths=row.document_lengths)
+        self.divisor.fill_(num_targets)
 
 
 @dataclass
@@ -96,7 +104,8 @@ class Recordings:
     def adapter_memory(self, layers: dict[str, LoraLinear], dtype: torch.dtype) -> AdapterMemory:
         """Return the memory that recordings of such an adapter read, or new memory."""
         key = AdapterMemory.key_of(layers, dtype)
-        return next((kind.memory for kind in self._kinds.values() if kind.memory.key == key), None) or AdapterMemory(layers, dtype)
+        known = (kind.memory for kind in self._kinds.values() if kind.memory.key == key)
+        return next(known, None) or AdapterMemory(layers, dtype)
 
     def kind(self, key: Hashable, memory: AdapterMemory, weights: dict[tuple[int, str], int]) -> RecordedKind:
         """Return the recordings of a kind of pass, empty at first.
@@ -132,7 +141,7 @@ class Recordings:
         key: the trial's kind of training pass, whose activations lie in the pool if it is known.
         need_gib: what the trial's plan takes, None if that is not known. limit_gib: what it may have.
         """
-        if not self.can_record or not self._kinds:
+        if not self.can_record or not self._kinds or math.isinf(limit_gib):
             return
         own = self._kinds.get((key, memory.key))
         held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() + self.idle_bytes(memory)

@@ -133,8 +133,8 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def dequantized(self: FrozenLinear, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta") if out is None else out
 
-    def mask(self: ProjectionGroup, x: Tensor) -> Tensor:
-        return like(x)
+    def dropout(x: Tensor, noise: Tensor, stream: int, in_place: bool = False) -> Tensor:
+        return x if in_place else like(x)
 
     monkeypatch.setattr(ops, "rms_norm", lambda x, *_: (like(x), rows(x)))
     monkeypatch.setattr(ops, "add_rms_norm", lambda x, *_: (like(x), like(x), rows(x)))
@@ -145,7 +145,7 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_half, "attend", attend)
     monkeypatch.setattr(FrozenLinear, "is_packed", property(lambda self: True))
     monkeypatch.setattr(FrozenLinear, "dequantized", dequantized)
-    monkeypatch.setattr(ProjectionGroup, "_mask", mask)
+    monkeypatch.setattr(ops, "dropout", dropout)
     monkeypatch.setattr(projection, "_product", lambda a, b: torch.empty(a.shape[0], b.shape[1], device="meta"))
 
 
@@ -225,6 +225,7 @@ def _linear(out_features: int, in_features: int, config: LoraConfig) -> LoraLine
         lora = LoraLinear(base, config, torch.Generator().manual_seed(0))
     # FlatAdapter keeps such a copy
     lora.casts = tuple(p.detach().to(torch.bfloat16) for p in (lora.lora_a, lora.lora_b))
+    lora.noise = torch.zeros(2, dtype=torch.int64)
     for p in (lora.lora_a, lora.lora_b):
         p.grad = torch.empty_like(p)
     return lora.train()

@@ -11,10 +11,13 @@ from engine.adapter.lora import attach, detach
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.data.packing import Sample, collate
+from engine.data.row_sizes import Size
 from engine.errors import InputError
 from engine.model.load import load_base
-from engine.training.cuda_graphs import MAX_GRAPHS, Size, make_graphs
+from engine.training import recordings
+from engine.training.cuda_graphs import make_graphs
 from engine.training.loop import train
+from engine.training.recordings import Recordings
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def test_padded_rows_have_the_loss_and_gradient_of_the_rows(config):
         adapter.parameter += 0.01 * torch.randn(adapter.parameter.shape, generator=torch.Generator().manual_seed(1))
     adapter.refresh()
     base.model.train()
-    graphs, sizes = make_graphs(base, 256, 60), set()
+    graphs, sizes = make_graphs(base, adapter.memory, 0, 256, 60), set()
     for row in rows(4):
         loss = base.loss(row)
         (loss / row.num_targets).backward()
@@ -57,29 +60,30 @@ def test_padded_rows_have_the_loss_and_gradient_of_the_rows(config):
 
 
 def test_few_sizes_occur():
-    assert len({Size.of(row, 256, 60) for row in rows(400)}) <= MAX_GRAPHS / 2
+    assert len({Size.of(row, 256, 60) for row in rows(400)}) <= 8
     for row in rows(50):
         Size.of(row, 256, 60).pad(row, 60)  # raises if too small
 
 
-@pytest.mark.parametrize("changes", [{"lora": {"lora_dropout": 0.1}}, {"train": {"activation_checkpointing": "offload"}}])
+@pytest.mark.parametrize("changes", [{"train": {"host_layers": 1}}, {"train": {"activation_checkpointing": "offload"}}])
 def test_what_cannot_be_recorded_is_refused_where_it_is_demanded(tiny_config, changes):
     values = copy.deepcopy(tiny_config)
     values["train"]["cuda_graphs"] = True
     parse(TrainConfig, values)
     for section, fields in changes.items():
         values.setdefault(section, {}).update(fields)
-    with pytest.raises(InputError, match="cuda_graphs = true needs lora_dropout = 0"):
+    with pytest.raises(InputError, match="cuda_graphs = true needs host_layers = 0"):
         parse(TrainConfig, values)
 
 
-def trial(tiny_config, folder, device, **changes):
+def trial(tiny_config, folder, device, base=None, lora=None, **changes):
     values = copy.deepcopy(tiny_config)
     del values["train"]["tokens_per_step"]
     one_by_one = {"micro_batch_size": 1, "gradient_accumulation_steps": 2}
     values["train"].update({"device": device, "activation_checkpointing": False, **one_by_one, **changes})
+    values["lora"].update(lora or {})
     folder.mkdir()
-    return [r.eval_loss for r in train(parse(TrainConfig, values), folder)]
+    return [r.eval_loss for r in train(parse(TrainConfig, values), folder, base=base)]
 
 
 def test_a_trial_over_padded_rows_is_the_trial(tiny_config, tmp_path):
@@ -98,22 +102,22 @@ def test_a_model_that_cannot_be_recorded_is_computed_without(config, monkeypatch
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {
-        "current_stream": lambda: stream, "stream": lambda s: nullcontext(), "CUDAGraph": object,
+        "current_stream": lambda: stream, "stream": lambda s: nullcontext(), "CUDAGraph": SimpleNamespace,
         "graph": graph,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr("engine.training.cuda_graphs._side_stream", lambda device: stream)
     base = load_base(config.model, torch.device("cpu"))
     layers = attach(base.model, base.linear_names, config.lora, 0)
-    FlatAdapter(layers, base.dtype)
-    graphs = make_graphs(base, 256, 60)
-    graphs._pool = object()
-    # the CPU needs real lengths
-    monkeypatch.setattr("engine.training.cuda_graphs.replace", lambda row, **_: row)
+    adapter = FlatAdapter(layers, base.dtype)
+    graphs = make_graphs(base, adapter.memory, 0, 256, 60)
+    kept = Recordings.of(base)
+    kept.can_record = True
     row = collate([Sample(np.arange(60), np.arange(60) > 3)])
     with pytest.warns(UserWarning, match="no CUDA graphs for this model: operation not permitted when stream is capturing$"):
         graphs.backward(row, row.num_targets)
-    assert torch.equal(graphs.backward(row, row.num_targets), graphs.backward(row, row.num_targets)) and not graphs._recorded
+    adapter.zero_grad()
+    assert torch.equal(graphs.backward(row, row.num_targets), base.loss(row).detach()) and not len(kept) and not kept.can_record
     detach(base.model, layers)
 
 
@@ -127,3 +131,21 @@ def test_a_replayed_trial_has_the_losses_of_one_without_graphs(tiny_config, tmp_
     recorded = trial(tiny_config, tmp_path / "recorded", "cuda", cuda_graphs=True)
     assert len(replays) > 4 and recorded == pytest.approx(plain, rel=1e-3) and plain[-1] < plain[0]
     assert trial(tiny_config, tmp_path / "auto", "cuda") == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_trials_on_cuda_share_recordings_and_have_the_losses_of_trials_alone(tiny_config, tmp_path, monkeypatch, dropout):
+    made, capture = [], recordings.capture
+    monkeypatch.setattr(recordings, "capture", lambda *arguments: made.append(1) or capture(*arguments))
+    base = load_base(parse(TrainConfig, tiny_config).model, torch.device("cuda"))
+    variants = [{"lora_alpha": 8}, {"lora_alpha": 24}, {"rank": 8}, {"lora_alpha": 2}]
+    counts = []
+    for number, lora in enumerate(variants):
+        lora, before = {"lora_dropout": dropout, **lora}, len(made)
+        shared = trial(tiny_config, tmp_path / f"shared{number}", "cuda", base, lora, cuda_graphs=True)
+        counts.append(len(made) - before)
+        assert shared == trial(tiny_config, tmp_path / f"alone{number}", "cuda", None, lora, cuda_graphs=True)
+        plain = trial(tiny_config, tmp_path / f"plain{number}", "cuda", None, lora, cuda_graphs=False)
+        assert shared == pytest.approx(plain, rel=2e-3)
+    assert counts[0] > 1 and counts[2] > 1 and counts[1] == counts[3] == 0

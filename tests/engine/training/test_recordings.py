@@ -1,0 +1,184 @@
+"""Recordings serve trial after trial, change no number, and make way when memory is short."""
+
+import numpy as np
+import pytest
+import torch
+
+from engine.adapter.flat import AdapterMemory, FlatAdapter
+from engine.adapter.lora import attach, detach
+from engine.config.trial import LoraConfig
+from engine.data.packing import Sample, collate
+from engine.layers.swap import FusedLayer
+from engine.model.load import load_base
+from engine.training import passes, recordings
+from engine.training.loop import train
+from engine.training.recordings import MAX_OF_ALL, RecordedRow, Recordings
+from tests.support.fake_recorder import FakeRecorder
+from tests.support.trials import CPU, build, run, same_numbers
+
+
+def small(tiny_config, rank=4, rate=1e-2, **lora):
+    return build(
+        tiny_config, lora={"rank": rank, **lora}, optim={"learning_rate": rate},
+        train={"cuda_graphs": True, "micro_batch_size": 1, "max_tokens": 1024, "num_reports": 2},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def recorder(base, monkeypatch):
+    return FakeRecorder(base, monkeypatch)
+
+
+def test_trials_share_recordings_and_have_the_numbers_of_trials_alone(tiny_config, tmp_path, base, recorder):
+    trials = [
+        small(tiny_config, lora_alpha=8),
+        small(tiny_config, lora_alpha=32, rate=3e-3),
+        small(tiny_config, lora_alpha=8, use_rslora=True, target_modules=["q_proj"]),
+        small(tiny_config, lora_alpha=3, rate=2e-2),
+        small(tiny_config, rank=8, lora_dropout=0.1),
+        small(tiny_config, rank=8, lora_dropout=0.4),
+    ]
+    made, alone = [], load_base(trials[0].model, CPU)
+    for number, config in enumerate(trials):
+        before = recorder.num_recorded
+        shared = run(config, tmp_path / f"shared{number}", base)
+        made.append(recorder.num_recorded - before)
+        assert same_numbers(shared, run(config, tmp_path / f"alone{number}", alone)) and not len(Recordings.of(alone))
+    # other values, scaling, rate and dropout rate find recordings; other targets or ranks do not
+    assert made[0] > 0 and made[2] > 0 and made[4] > 0 and made[1] == made[3] == made[5] == 0
+    assert recorder.num_replayed > 3 * recorder.num_recorded
+
+
+def test_nothing_is_recorded_after_the_first_step(tiny_config, tmp_path, base, recorder):
+    reports = train(small(tiny_config), tmp_path, base=base)
+    next(reports)
+    before = recorder.num_recorded
+    list(reports)
+    assert recorder.num_recorded == before > 1
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_trial_with_dropout_goes_on_with_the_same_numbers(tiny_config, tmp_path, base, recorder, graphs):
+    config = small(tiny_config, lora_dropout=0.2)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"cuda_graphs": graphs})})
+    whole = run(config, tmp_path / "whole", base)
+    first = train(config, tmp_path / "parts", base=base)
+    (tmp_path / "parts").mkdir()
+    parts = [next(first)]
+    first.close()
+    if graphs:
+        Recordings.of(base).clear()
+    parts += train(config, tmp_path / "parts", base=base)
+    assert same_numbers(whole, parts)
+    other = run(small(tiny_config, lora_dropout=0.0), tmp_path / "other", base)
+    assert not same_numbers(whole[:1], other[:1])
+
+
+def test_masks_depend_on_seed_step_and_micro_batch_alone(base):
+    layers = attach(base.model, base.linear_names, LoraConfig(rank=4, lora_dropout=0.5), 0)
+    adapter = FlatAdapter(layers, base.dtype)
+    with torch.no_grad():
+        adapter.parameter += 0.1
+    adapter.refresh()
+    base.model.train()
+    row = collate([Sample(np.arange(60), np.arange(60) > 3)])
+
+    def loss(*place):
+        adapter.draw_masks(*place)
+        return base.loss(row).item()
+
+    one = loss(0, 0, 0)
+    assert len({one, loss(1, 0, 0), loss(0, 1, 0), loss(0, 0, 1)}) == 4
+    torch.manual_seed(7)
+    assert loss(0, 0, 0) == one
+    detach(base.model, layers)
+
+
+def test_what_a_recording_must_read_from_the_device_is_there(base):
+    layers = attach(base.model, base.linear_names, LoraConfig(rank=4, lora_dropout=0.5), 0)
+    adapter = FlatAdapter(layers, base.dtype)
+    base.model.train()
+    groups = []
+    from engine.layers.projection_group import ProjectionGroup
+
+    for layer in (module for module in base.model.modules() if isinstance(module, FusedLayer)):
+        groups += [ProjectionGroup.of(members, base.dtype) for members in layer.projections().values()]
+    adapted = [group for group in groups if group.is_adapted]
+    assert adapted and all(g.scaling is adapter.memory.scaling and g.noise is adapter.memory.noise for g in adapted)
+    assert len({g.stream for g in adapted}) == len(adapted)
+    detach(base.model, layers)
+
+
+def test_memory_of_one_adapter_is_refused_for_another(base):
+    layers = attach(base.model, base.linear_names, LoraConfig(rank=4), 0)
+    memory = AdapterMemory(layers, base.dtype)
+    detach(base.model, layers)
+    layers = attach(base.model, base.linear_names, LoraConfig(rank=8), 0)
+    with pytest.raises(ValueError, match="does not fit"):
+        FlatAdapter(layers, base.dtype, memory)
+    detach(base.model, layers)
+
+
+def test_out_of_memory_drops_the_recordings_of_earlier_trials_first(tiny_config, tmp_path, base, recorder):
+    config, other = small(tiny_config), small(tiny_config, rank=8)
+    run(other, tmp_path / "other", base)
+    recorder.fault = torch.OutOfMemoryError("full")
+    reports = run(config, tmp_path / "short", base)
+    assert reports[-1].num_out_of_memory == 0
+    assert {kind.memory.key for kind in Recordings.of(base)._kinds.values()} == {
+        kind.memory.key for kind in list(Recordings.of(base)._kinds.values())[:1]
+    }
+    assert same_numbers(reports, run(config, tmp_path / "alone"))
+
+
+def test_out_of_memory_without_earlier_recordings_changes_the_plan(tiny_config, tmp_path, base, recorder):
+    recorder.fault = torch.OutOfMemoryError("full")
+    reports = run(small(tiny_config), tmp_path / "short", base)
+    assert reports[-1].num_out_of_memory == 1 and len(Recordings.of(base)) == 0
+    without = run(build(tiny_config, train={"max_tokens": 1024, "num_reports": 2, "micro_batch_size": 1}), tmp_path / "without")
+    assert [r.eval_loss for r in reports] == pytest.approx([r.eval_loss for r in without], rel=1e-5)
+
+
+def test_an_evaluation_that_runs_out_of_memory_is_computed_without_recordings(tiny_config, tmp_path, base, recorder, monkeypatch):
+    config, evaluate, calls = small(tiny_config), passes.evaluate, []
+
+    def short_once(base, samples, before_each, loss_of=None):
+        calls.append(loss_of)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("full")
+        return evaluate(base, samples, before_each, loss_of)
+
+    monkeypatch.setattr(passes, "evaluate", short_once)
+    reports = run(config, tmp_path / "short", base)
+    assert calls[0] is not None and calls[1:] == [None] * 2  # twice: the first rung again, and the second
+    assert same_numbers(reports, run(config, tmp_path / "alone"))
+
+
+def test_recordings_that_read_dropped_weights_are_dropped(base):
+    layers = attach(base.model, base.linear_names, LoraConfig(rank=4), 0)
+    memory, kept = AdapterMemory(layers, base.dtype), Recordings(CPU)
+    detach(base.model, layers)
+    row = RecordedRow(None, torch.zeros(()))
+    kept.kind("a", memory, {(0, "qkv"): 16}).rows[1] = row
+    assert kept.kind("a", memory, {(0, "qkv"): 16, (1, "qkv"): 32}).rows == {1: row}  # more weights are no harm
+    assert kept.kind("a", memory, {(0, "qkv"): 16}).rows == {}  # it may have read those of layer 1
+    kept.kind("a", memory, {(0, "qkv"): 16}).rows[1] = row
+    assert kept.kind("b", memory, {(0, "qkv"): 48}).rows == {} and len(kept) == 0
+
+
+def test_only_so_many_recordings_and_so_much_idle_memory_are_kept(base, monkeypatch):
+    kept, memories = Recordings(CPU), []
+    for rank in (4, 8):
+        layers = attach(base.model, base.linear_names, LoraConfig(rank=rank), 0)
+        memories.append(AdapterMemory(layers, base.dtype))
+        detach(base.model, layers)
+    for number in range(9):
+        kind = kept.kind(number, memories[number < 2], {})
+        kind.rows.update({size: RecordedRow(None, torch.zeros(())) for size in range(10)})
+        kept.trim(memories[0])
+    assert len(kept) <= MAX_OF_ALL and len(kept.kind(8, memories[0], {}).rows) == 10 and not kept.kind(0, memories[1], {}).rows
+    assert kept.idle_bytes(memories[0]) == memories[1].num_bytes
+    monkeypatch.setattr(recordings, "MAX_IDLE_GIB", 0.0)
+    kept.trim(memories[0])
+    assert kept.idle_bytes(memories[0]) == 0 and len(kept) > 0
+    assert kept.clear() and len(kept) == 0 and not kept.clear()
