@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,7 +24,7 @@ from engine.sources.locate import locate
 from engine.system.files import write_folder
 
 PREFIX = "base_model.model."
-
+_TOKENIZER_FILES: WeakKeyDictionary[Any, tuple[Any, dict[Path, bytes]]] = WeakKeyDictionary()
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -38,9 +40,22 @@ def export_adapter(
         values = peft_config(config, list(layers), [name for name, _ in model.named_modules()])
         values |= _class_of(model)
         (target / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-        tokenizer.save_pretrained(target)
+        for name, content in _tokenizer_files(tokenizer).items():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes(content)
 
     write_folder(folder, fill)
+
+
+def _tokenizer_files(tokenizer: Any) -> dict[Path, bytes]:
+    """Return the files of `save_pretrained`, made once: a large vocabulary takes it up to a second."""
+    state, known = (tokenizer.chat_template, len(tokenizer)), _TOKENIZER_FILES.get(tokenizer)
+    if known is None or known[0] != state:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            files = {p.relative_to(folder): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+        known = _TOKENIZER_FILES[tokenizer] = (state, files)
+    return known[1]
 
 
 def peft_config(config: TrainConfig, targets: list[str], module_names: list[str]) -> dict[str, Any]:
