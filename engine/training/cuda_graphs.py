@@ -34,6 +34,8 @@ from engine.model.base import Base
 from engine.training import recordings as recorder
 from engine.training.recordings import MAX_OF_A_KIND, RecordedKind, RecordedRow, Recordings
 
+MEASURES = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
+
 
 class Graphs:
     """Compute rows of one kind of pass by recordings, which are made on first use.
@@ -50,7 +52,7 @@ class Graphs:
         """
         self._base, self._memory, self._capacity, self._longest, self._trains = base, memory, capacity, longest, trains
         self._recordings = Recordings.of(base)
-        self._began_s, self._earlier_peak = self._recordings.recording_s, 0
+        self._began_s = self._recordings.recording_s
         self._kind: RecordedKind = self._recordings.kind(key, memory, base.cached_weights())
 
     @property
@@ -60,11 +62,8 @@ class Graphs:
 
     @property
     def peak_bytes(self) -> int:
-        """Return the peak that this pass had, or would have had now if it were not recorded, in torch's bytes."""
-        if self._base.device.type != "cuda":
-            return 0
-        now = torch.cuda.memory_allocated() - self._recordings.idle_bytes(self._memory)
-        return max(self._earlier_peak, now + self._kind.activation_bytes)
+        """Return the bytes that torch would have allocated at the peak of this pass now, if it were not recorded."""
+        return 0 if self._base.device.type != "cuda" else torch.cuda.memory_allocated() + self._kind.activation_bytes
 
     def record(self, sizes: Iterable[Size]) -> None:
         """Record these sizes if they are not yet, the largest first. Changes no gradient."""
@@ -125,11 +124,11 @@ class Graphs:
         return row
 
     def _captured(self, size: Size, warm_up: Size) -> tuple[RecordedRow, int]:
-        """Return the recorded row, and the bytes that its pass allocated beyond what was there before."""
+        """Return the recorded row, and what its pass allocated beyond what was there before, if that is a new peak."""
         row = self._fixed(self._empty(size), 1)
         if not self._kind.is_warm:
             self._warm_up(warm_up)
-        before = self._note_peak()
+        now, peak = (measure() if self._base.device.type == "cuda" else 0 for measure in MEASURES)
         try:
             row.loss, row.replay = recorder.capture(lambda: self._compute(row), self._recordings.pool)
         except torch.OutOfMemoryError:
@@ -137,7 +136,8 @@ class Graphs:
         except RuntimeError:  # a library may have to load what it needs for this size
             self._warm_up(size)
             row.loss, row.replay = recorder.capture(lambda: self._compute(row), self._recordings.pool)
-        return row, max(0, self._peak() - before)
+        highest = MEASURES[1]() if self._base.device.type == "cuda" else 0
+        return row, highest - now if highest > peak else 0
 
     def _empty(self, size: Size) -> Batch:
         return for_any_row(size.empty_row(self._longest), self._longest, self._base.device)
@@ -155,18 +155,6 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.set_rng_state(random, device)
         self._kind.is_warm = True
-
-    def _note_peak(self) -> int:
-        """Begin a new peak in torch's statistics, and return the bytes allocated now."""
-        if self._base.device.type != "cuda":
-            return 0
-        idle = self._recordings.idle_bytes(self._memory)
-        self._earlier_peak = max(self._earlier_peak, torch.cuda.max_memory_allocated() - idle)
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-
-    def _peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self._base.device.type == "cuda" else 0
 
 
 def make_graphs(

@@ -57,7 +57,7 @@ class Passes:
         if not recorded or self._base.device.type != "cuda":
             return peak_gib(self._base.device)
         kept = self._recordings.idle_bytes(self.adapter.memory) / GIB
-        return max(peak_gib(self._base.device) - kept, max(recorded) / GIB)
+        return max(peak_gib(self._base.device), max(recorded) / GIB) - kept
 
     def follow(self, plan: ComputePlan, limit_gib: float) -> None:
         """Compute by this plan from now on. limit_gib: device memory that the trial may have."""

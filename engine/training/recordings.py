@@ -65,7 +65,8 @@ class RecordedKind:
     """Hold the recordings of one kind of pass, by row size.
 
     memory: the adapter's. weights: addresses of the dequantised weights that they read.
-    activation_bytes: the most that a pass allocated beyond what was there before.
+    activation_bytes: the most that a pass allocated beyond what was there before, if it was the
+    trial's peak when it was recorded.
     """
 
     memory: AdapterMemory
