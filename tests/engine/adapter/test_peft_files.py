@@ -71,3 +71,19 @@ def test_the_base_is_named_so_that_it_is_found_again_from_any_folder(tiny_config
     assert base_of(Path(folder).name) == base_of(folder) == folder  # relative to where training ran
     assert base_of("org/model") == "org/model"
     assert base_of("builtin:smollm2-135m-instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"  # not the cache of this machine
+
+
+def test_the_tokenizer_s_files_are_made_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    from engine.adapter import peft_files
+    from tests.support.tiny_models import byte_tokenizer
+
+    tokenizer, made = byte_tokenizer(), []
+    save = type(tokenizer).save_pretrained
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda self, *a, **k: made.append(1) or save(self, *a, **k))
+    files = peft_files._tokenizer_files(tokenizer)
+    assert peft_files._tokenizer_files(tokenizer) is files and len(made) == 1
+    save(tokenizer, tmp_path)
+    assert {str(name) for name in files} == {file.name for file in tmp_path.iterdir()}
+    assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
+    tokenizer.chat_template = "other"
+    assert peft_files._tokenizer_files(tokenizer) != files and len(made) == 2

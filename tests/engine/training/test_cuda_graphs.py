@@ -12,7 +12,9 @@ from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.data.packing import Sample, collate
 from engine.data.row_sizes import Size
+from engine.data.views import load_data
 from engine.errors import InputError
+from engine.evaluation.eval_loss import evaluate, evaluation_batches, row_capacity
 from engine.model.load import load_base
 from engine.training import recordings
 from engine.training.cuda_graphs import make_graphs
@@ -150,3 +152,36 @@ def test_trials_on_cuda_share_recordings_and_have_the_losses_of_trials_alone(tin
         plain = trial(tiny_config, tmp_path / f"plain{number}", "cuda", None, lora, cuda_graphs=False)
         assert shared == pytest.approx(plain, rel=2e-3)
     assert counts[0] > 1 and counts[2] > 1 and counts[1] == counts[3] == 0
+
+
+@pytest.mark.gpu
+def test_a_recorded_evaluation_is_the_unrecorded_one_to_the_bit(tiny_config):
+    config = parse(TrainConfig, tiny_config)
+    base = load_base(config.model, torch.device("cuda"))
+    samples = evaluation_batches(base, load_data(config.data, base.tokenizer)[0], 128)
+    layers = attach(base.model, base.linear_names, config.lora, 0)
+    adapter = FlatAdapter(layers, base.dtype)
+    with torch.no_grad():
+        adapter.parameter += 0.01
+    adapter.refresh()
+    graphs = make_graphs(base, adapter.memory, 0, row_capacity(128), 128, trains=False)
+    plain = evaluate(base, samples)
+    recorded = [evaluate(base, samples, loss_of=graphs.loss) for _ in range(2)]
+    assert recorded == [plain] * 2 and len(Recordings.of(base)) > 0 and samples.batches[0].input_ids_T.is_cuda
+    # twin: another adapter has another loss, read from the same memory
+    with torch.no_grad():
+        adapter.parameter += 0.1
+    adapter.refresh()
+    assert evaluate(base, samples, loss_of=graphs.loss) == evaluate(base, samples) != plain
+    detach(base.model, layers)
+
+
+def test_an_evaluation_over_padded_rows_is_the_evaluation(config):
+    base = load_base(config.model, torch.device("cpu"))
+    layers = attach(base.model, base.linear_names, config.lora, 0)
+    graphs = make_graphs(base, FlatAdapter(layers, base.dtype).memory, 0, 256, 60, trains=False)
+    base.model.eval()
+    for row in rows(4):
+        padded = Size.of(row, 256, 60).pad(row, 60)
+        assert Size.padded(padded) == Size.of(row, 256, 60) and torch.equal(graphs.loss(padded), base.loss(padded).detach())
+        torch.testing.assert_close(graphs.loss(padded), base.loss(row).detach(), rtol=1e-5, atol=1e-5)
