@@ -186,6 +186,11 @@ def _loss_cases() -> list[Case]:
     return [case(None), case(30.0)]
 
 
+def _dropout_cases() -> list[Case]:
+    x, noise = _draw(T, D), torch.tensor(ops.noise_of(1, 0.1), device="cuda")
+    return [_case(f"dropout {T}x{D}", 2 * x.nbytes, "dropout", (x, noise, 3))]
+
+
 def _gather_cases() -> list[Case]:
     """Return the case of a table in pinned host memory.
 
@@ -206,7 +211,7 @@ def _gather_cases() -> list[Case]:
 
 
 # Built one family at a time, so that memory is freed in between.
-CASES = (_norm_cases, _rope_cases, _glu_cases, _glu_low_rank_cases, _nf4_cases, _loss_cases, _gather_cases)
+CASES = (_norm_cases, _rope_cases, _glu_cases, _glu_low_rank_cases, _nf4_cases, _loss_cases, _dropout_cases, _gather_cases)
 
 
 def _case(name: str, num_bytes: int, op: str, arguments: tuple[object, ...]) -> Case:
