@@ -13,6 +13,7 @@ from engine.errors import DivergedError
 from engine.training import loop as training
 from engine.training.divergence import check_loss, check_step
 from engine.training.loop import train
+from engine.training.passes import Passes
 
 VOCABULARY = 256
 
@@ -54,13 +55,13 @@ def test_a_learning_rate_that_leaves_no_gradient_ends_the_trial_and_gives_the_ba
 
 
 def test_training_whose_loss_explodes_ends_within_a_step(tiny_config, tmp_path, monkeypatch):
-    original = training._Run._gradients
+    original = Passes.gradients
 
-    def exploded(self, bins):
-        total, num_tokens, num_targets = original(self, bins)
+    def exploded(self, bins, step):
+        total, num_tokens, num_targets = original(self, bins, step)
         return 10.0 * total, num_tokens, num_targets
 
-    monkeypatch.setattr(training._Run, "_gradients", exploded)
+    monkeypatch.setattr(Passes, "gradients", exploded)
     with pytest.raises(DivergedError, match="has exploded: the limit is"):
         next(train(parse(TrainConfig, tiny_config), tmp_path))
 
@@ -68,14 +69,14 @@ def test_training_whose_loss_explodes_ends_within_a_step(tiny_config, tmp_path, 
 def test_training_without_a_gradient_ends_within_a_step_and_with_one_does_not(tiny_config, tmp_path, monkeypatch):
     config = parse(TrainConfig, tiny_config)
     assert len(list(train(config, tmp_path / "as it is"))) == 3
-    original = training._Run._gradients
+    original = Passes.gradients
 
-    def nothing(self, bins):
-        found = original(self, bins)
+    def nothing(self, bins, step):
+        found = original(self, bins, step)
         self.adapter.zero_grad()
         self.adapter.parameter.grad = torch.zeros_like(self.adapter.parameter)
         return found
 
-    monkeypatch.setattr(training._Run, "_gradients", nothing)
+    monkeypatch.setattr(Passes, "gradients", nothing)
     with pytest.raises(DivergedError, match="gradient norm is 0"):
         next(train(config, tmp_path / "without"))
