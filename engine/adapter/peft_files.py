@@ -13,10 +13,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from engine.adapter.lora import LoraLinear, adapter_state, load_adapter_state
+from engine.adapter.lora import LoraLinear, host_arrays, load_adapter_state
 from engine.config.trial import TRAIN_CONFIG, TrainConfig, load_train_config
 from engine.errors import InputError, first_line
 from engine.sources.builtin import published_name
@@ -35,7 +36,7 @@ def export_adapter(
     """Write adapter and tokenizer to `folder` atomically, replacing an earlier export."""
 
     def fill(target: Path) -> None:
-        state = {PREFIX + name: tensor.contiguous().cpu() for name, tensor in adapter_state(layers).items()}
+        state = {PREFIX + name: array for name, array in host_arrays(layers).items()}
         save_file(state, target / WEIGHTS, metadata={"format": "pt"})
         values = peft_config(config, list(layers), [name for name, _ in model.named_modules()])
         values |= _class_of(model)

@@ -17,7 +17,9 @@ PARTS = 8  # of the most tokens in a row
 # full, and other rows come in more sizes than it pays to record.
 TARGET_PARTS_FULL, TARGET_PARTS = 8, 4
 MIN_TOKENS, MIN_DOCUMENTS = 128, 8
-DOCUMENTS_STEP = 4  # attention leaves an empty document at once
+# Attention leaves an empty document at once, so most rows get this share of their capacity as
+# documents. Rows of shorter samples get the next power of two.
+TOKENS_A_DOCUMENT = 128
 
 
 @dataclass(frozen=True, order=True)
@@ -29,23 +31,25 @@ class Size:
     num_documents: int
 
     @classmethod
-    def of(cls, batch: Batch, capacity: int, longest: int) -> Size:
+    def of(cls, batch: Batch, capacity: int, longest: int, coarse: bool = False) -> Size:
         """Return the padded size of `batch`.
 
-        capacity: the most tokens in a row. longest: the most tokens in a sample.
+        capacity: the most tokens in a row. longest: the most tokens in a sample. coarse: fewer sizes,
+        for rows that are computed a few times only.
         """
-        return cls.around(batch.num_tokens, batch.num_targets, len(batch.document_lengths), capacity, longest)
+        return cls.around(batch.num_tokens, batch.num_targets, len(batch.document_lengths), capacity, longest, coarse)
 
     @classmethod
-    def around(cls, num_tokens: int, num_targets: int, num_documents: int, capacity: int, longest: int) -> Size:
+    def around(
+        cls, num_tokens: int, num_targets: int, num_documents: int, capacity: int, longest: int, coarse: bool = False
+    ) -> Size:
         """Return the padded size of a row with these numbers."""
         tokens = _up(num_tokens, max(MIN_TOKENS, capacity // PARTS))
-        parts = TARGET_PARTS_FULL if tokens >= capacity else TARGET_PARTS
+        parts = TARGET_PARTS_FULL if tokens >= capacity and not coarse else TARGET_PARTS
         targets = min(tokens, _up(max(1, num_targets), max(MIN_TOKENS, tokens // parts)))
-        documents, needed = MIN_DOCUMENTS, num_documents + _up(tokens - num_tokens, longest) // longest
-        while documents < needed:
-            documents *= DOCUMENTS_STEP
-        return cls(tokens, targets, documents)
+        needed = num_documents + _up(tokens - num_tokens, longest) // longest
+        documents = max(MIN_DOCUMENTS, capacity // TOKENS_A_DOCUMENT, needed)
+        return cls(tokens, targets, 1 << (documents - 1).bit_length())
 
     @classmethod
     def padded(cls, batch: Batch) -> Size:

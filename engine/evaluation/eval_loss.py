@@ -41,7 +41,7 @@ def evaluation_batches(base: Base, view: View, eval_max_seq_length: int) -> Eval
     batches = [collate([view[i] for i in row]) for row in rows]
     num_targets = sum(batch.num_targets for batch in batches)
     if base.device.type == "cuda" and base.pads_rows(eval_max_seq_length):
-        padded = [Size.of(batch, capacity, eval_max_seq_length).pad(batch, eval_max_seq_length) for batch in batches]
+        padded = [Size.of(batch, capacity, eval_max_seq_length, coarse=True).pad(batch, eval_max_seq_length) for batch in batches]
         batches = [replace(batch, document_lengths=(eval_max_seq_length, 0)) for batch in padded]
     if sum(batch.num_tokens for batch in batches) <= MAX_TOKENS_ON_DEVICE:
         batches = [batch.to(base.device) for batch in batches]
@@ -63,13 +63,16 @@ def evaluate(
     """Return the mean loss over `samples` in nats per target token.
 
     The model keeps its training or evaluation mode. before_each: called before each batch; an
-    exception from it ends the evaluation. loss_of: computes a row in the place of `base.loss`.
+    exception from it ends the evaluation. loss_of: computes a row in the place of `base.loss`, and
+    takes care of the mode.
     """
     was_training = base.model.training
-    base.model.eval()
+    if loss_of is None:
+        base.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=base.device)
     for batch in samples.batches:
         before_each()
         total += base.loss(batch.to(base.device)) if loss_of is None else loss_of(batch)
-    base.model.train(was_training)
+    if loss_of is None:
+        base.model.train(was_training)
     return total.item() / samples.num_targets

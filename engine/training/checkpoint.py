@@ -25,10 +25,10 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
+from safetensors.numpy import save as array_bytes
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as tensor_bytes
 
-from engine.adapter.lora import LoraLinear, adapter_state, load_adapter_state
+from engine.adapter.lora import LoraLinear, host_arrays, load_adapter_state
 from engine.errors import CheckpointError, InputError, first_line
 from engine.system.files import settle, write_folder
 from engine.trial_report import TrialReport
@@ -118,7 +118,7 @@ def save(trial_folder: Path, progress: Progress, layers: dict[str, LoraLinear], 
         # the checksums describe the intended content.
         buffer = io.BytesIO()
         torch.save({"optimizer": optimizer.state_dict(), "random": _random_state()}, buffer)
-        adapter = tensor_bytes({k: v.contiguous() for k, v in adapter_state(layers).items()})
+        adapter = array_bytes(host_arrays(layers))
         files = {ADAPTER: adapter, OPTIMIZER: buffer.getvalue()}
         for name, content in files.items():
             (folder / name).write_bytes(content)

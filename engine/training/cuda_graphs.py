@@ -40,8 +40,9 @@ MEASURES = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
 class Graphs:
     """Compute rows of one kind of pass by recordings, which are made on first use.
 
-    With `trains`, a pass is forward and backward. Otherwise it is the forward pass of an evaluation,
-    with the model in the mode in which the caller leaves it.
+    With `trains`, a pass is forward and backward, in the mode in which the model is. Otherwise it is
+    the forward pass of an evaluation, in evaluation mode. A replay does not change the mode: that
+    takes 10 ms for 400 modules.
     """
 
     def __init__(self, base: Base, memory: AdapterMemory, key: Hashable, capacity: int, longest: int, trains: bool) -> None:
@@ -99,11 +100,16 @@ class Graphs:
         return RecordedRow(row.to(device), torch.full((), num_targets, dtype=torch.float32, device=device))
 
     def _compute(self, row: RecordedRow) -> Tensor:
-        with torch.set_grad_enabled(self._trains):
+        if self._trains:
             loss = self._base.loss(row.batch)
-            if self._trains:
-                (loss / row.divisor).backward()
-        return loss.detach()
+            (loss / row.divisor).backward()
+            return loss.detach()
+        was_training = self._base.model.training
+        self._base.model.eval()
+        with torch.no_grad():
+            loss = self._base.loss(row.batch)
+        self._base.model.train(was_training)
+        return loss
 
     def _record(self, size: Size, warm_up: Size) -> RecordedRow | None:
         """Record a row size. If it is the first of its kind, an empty row of size `warm_up` is computed before."""

@@ -85,8 +85,6 @@ class Passes:
             self._training.record(self._foreseen(cursor))
         if self._evaluation is None:
             return
-        training = self._base.model.training
-        self._base.model.eval()
         try:
             if self._plan.cuda_graphs or self._evaluation_waits():
                 self._evaluation.record(Size.padded(batch) for batch in self._samples.batches)
@@ -95,8 +93,6 @@ class Passes:
         except torch.OutOfMemoryError:
             # rows are computed launch by launch, with the same numbers
             self._evaluation, self._may_record_evaluation = None, False
-        finally:
-            self._base.model.train(training)
 
     def drop_earlier(self) -> bool:
         """Drop all recordings, once, if some are an earlier trial's. Return True if there is more room now."""

@@ -148,7 +148,8 @@ def test_trials_on_cuda_share_recordings_and_have_the_losses_of_trials_alone(tin
         lora, before = {"lora_dropout": dropout, **lora}, len(made)
         shared = trial(tiny_config, tmp_path / f"shared{number}", "cuda", base, lora, cuda_graphs=True)
         counts.append(len(made) - before)
-        assert shared == trial(tiny_config, tmp_path / f"alone{number}", "cuda", None, lora, cuda_graphs=True)
+        alone = trial(tiny_config, tmp_path / f"alone{number}", "cuda", None, lora, cuda_graphs=True)
+        assert shared == pytest.approx(alone, rel=2e-4)  # flash attention's backward pass adds in any order
         plain = trial(tiny_config, tmp_path / f"plain{number}", "cuda", None, lora, cuda_graphs=False)
         assert shared == pytest.approx(plain, rel=2e-3)
     assert counts[0] > 1 and counts[2] > 1 and counts[1] == counts[3] == 0

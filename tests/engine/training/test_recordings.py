@@ -172,11 +172,11 @@ def test_only_so_many_recordings_and_so_much_idle_memory_are_kept(base, monkeypa
         layers = attach(base.model, base.linear_names, LoraConfig(rank=rank), 0)
         memories.append(AdapterMemory(layers, base.dtype))
         detach(base.model, layers)
-    for number in range(9):
+    for number in range(5):
         kind = kept.kind(number, memories[number < 2], {})
         kind.rows.update({size: RecordedRow(None, torch.zeros(())) for size in range(10)})
         kept.trim(memories[0])
-    assert len(kept) <= MAX_OF_ALL and len(kept.kind(8, memories[0], {}).rows) == 10 and not kept.kind(0, memories[1], {}).rows
+    assert len(kept) <= MAX_OF_ALL and len(kept.kind(4, memories[0], {}).rows) == 10 and not kept.kind(0, memories[1], {}).rows
     assert kept.idle_bytes(memories[0]) == memories[1].num_bytes
     monkeypatch.setattr(recordings, "MAX_IDLE_GIB", 0.0)
     kept.trim(memories[0])
