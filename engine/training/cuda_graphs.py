@@ -69,9 +69,9 @@ class Graphs:
     def record(self, sizes: Iterable[Size]) -> None:
         """Record these sizes if they are not yet, the largest first. Changes no gradient."""
         missing = sorted(set(sizes) - self._kind.rows.keys(), reverse=True)[: MAX_OF_A_KIND - len(self._kind.rows)]
-        for i, size in enumerate(missing):
+        for size in missing:
             if self._recordings.can_record:
-                self._record(size, missing[-1] if i == 0 else size)
+                self._record(size)
 
     def backward(self, batch: Batch, num_targets: int) -> Tensor:
         """Add the gradient of loss / num_targets to the adapter's gradient, and return the loss.
@@ -87,7 +87,7 @@ class Graphs:
     def _run(self, size: Size, batch: Batch, num_targets: int) -> Tensor:
         known = self._kind.rows.get(size)
         if known is None and self._recordings.can_record and len(self._kind.rows) < MAX_OF_A_KIND:
-            known = self._record(size, size)
+            known = self._record(size)
         row = for_any_row(size.pad(batch, self._longest), self._longest, self._base.device) if self._trains else batch
         if known is None:
             return self._compute(self._fixed(row, num_targets))
@@ -111,11 +111,11 @@ class Graphs:
         self._base.model.train(was_training)
         return loss
 
-    def _record(self, size: Size, warm_up: Size) -> RecordedRow | None:
-        """Record a row size. If it is the first of its kind, an empty row of size `warm_up` is computed before."""
+    def _record(self, size: Size) -> RecordedRow | None:
+        """Record a row size. If it is the first of its kind, a small row is computed before."""
         began_s = time.perf_counter()
         try:
-            row, used = self._captured(size, warm_up)
+            row, used = self._captured(size)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # model code waits for the device: no graphs, same numbers
@@ -129,11 +129,11 @@ class Graphs:
         self._recordings.trim(self._memory)
         return row
 
-    def _captured(self, size: Size, warm_up: Size) -> tuple[RecordedRow, int]:
+    def _captured(self, size: Size) -> tuple[RecordedRow, int]:
         """Return the recorded row, and what its pass allocated beyond what was there before, if that is a new peak."""
         row = self._fixed(self._empty(size), 1)
         if not self._kind.is_warm:
-            self._warm_up(warm_up)
+            self._warm_up(Size.around(1, 1, 1, self._capacity, self._longest))
         now, peak = (measure() if self._base.device.type == "cuda" else 0 for measure in MEASURES)
         try:
             row.loss, row.replay = recorder.capture(lambda: self._compute(row), self._recordings.pool)
