@@ -16,7 +16,7 @@ from engine.config.trial import ModelConfig
 from engine.data.packing import collate
 from engine.data.views import load_data
 from engine.errors import InputError
-from engine.evaluation.eval_loss import evaluate, evaluation_batches
+from engine.evaluation.eval_loss import EvaluationSet, evaluate, evaluation_batches
 from engine.model.comparison import as_sample, difference, library_losses, our_losses
 from engine.model.inspect import inspect_model
 from engine.model.load import load_base
@@ -203,6 +203,11 @@ def test_only_layers_that_are_known_are_replaced():
         freeze_linears(odd)
 
 
+def in_rows(parts):
+    rows = [collate(part) for part in parts]
+    return EvaluationSet(rows, sum(row.num_targets for row in rows))
+
+
 @pytest.fixture
 def hybrid(tiny_config, folder):
     from transformers import Lfm2Config, Lfm2ForCausalLM
@@ -219,14 +224,14 @@ def test_a_hybrid_model_trains_and_is_evaluated_one_sample_a_row(hybrid, tmp_pat
     base = load_base(hybrid.model, CPU)
     _, view = load_data(hybrid.data, base.tokenizer)
     batches = evaluation_batches(base, view, hybrid.data.eval_max_seq_length)
-    assert [len(batch.document_lengths) for batch in batches] == [1] * len(view)
+    assert [len(batch.document_lengths) for batch in batches.batches] == [1] * len(view)
     # the same model by the library, sample by sample
     samples = [view[i] for i in range(len(view))]
     losses = loaded_losses(base.model.eval(), samples).losses
     wanted = torch.cat([loss[torch.tensor(s.is_target[1:])] for loss, s in zip(losses, samples)]).mean().item()
     assert evaluate(base, batches) == pytest.approx(wanted, abs=1e-4)
     # and a shared row would have another loss
-    assert abs(evaluate(base, [collate(samples)]) - wanted) > 1e-3
+    assert abs(evaluate(base, in_rows([samples])) - wanted) > 1e-3
     reports = run(hybrid, tmp_path / "trial", base)
     assert np.isfinite(reports[-1].eval_loss)
 
@@ -248,7 +253,7 @@ def test_a_mixed_model_trains_fused_in_shared_rows_and_names_the_package_that_it
     base = load_base(config.model, CPU)
     _, view = load_data(config.data, base.tokenizer)
     samples = [view[i] for i in range(len(view))]
-    alone, shared = (evaluate(base, [collate(part) for part in parts]) for parts in ([[s] for s in samples], [samples]))
+    alone, shared = (evaluate(base, in_rows(parts)) for parts in ([[s] for s in samples], [samples]))
     assert base.shares_rows(512) and shared == pytest.approx(alone, abs=1e-5)
     assert np.isfinite(run(config, tmp_path / "trial", base)[-1].eval_loss)
 
