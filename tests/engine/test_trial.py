@@ -1,5 +1,6 @@
 """Test whole trials: accumulation, packing, exact resume, PEFT round trip and replay."""
 
+import dataclasses
 import json
 import math
 
@@ -199,3 +200,28 @@ def test_a_plan_is_made_for_the_card_that_is_here_and_for_what_others_leave_of_i
         base.route = slower
         plan, known = plan_for_this_card(wanted, base)
         assert known is None and plan.memory is None and plan.micro_batch_size == 1
+
+
+def test_trials_that_differ_in_rates_and_seed_share_their_plan_and_others_do_not(tiny_config, monkeypatch):
+    from engine.planning.cards import find_card
+    from engine.shape.model_shape import ModelShape
+    from engine.training import card_plan
+
+    shape = ModelShape.of({"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                           "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}, "llama")  # fmt: skip
+    made, make = [], card_plan.make_compute_plan
+    monkeypatch.setattr(card_plan, "make_compute_plan", lambda *given: made.append(1) or make(*given))
+    card_plan._plan_once.cache_clear()
+
+    def plan(gib=23.6, host_gib=90.0, **sections):
+        card = dataclasses.replace(find_card("rtx4090"), memory_gib=gib)
+        return card_plan._planned(build(tiny_config, **sections), shape, card, host_gib)
+
+    one = plan()
+    assert plan(optim={"learning_rate": 3e-4}) is one and plan(train={"seed": 5}, lora={"lora_alpha": 3}, gib=23.59) is one
+    assert len(made) == 1
+    others = [{"lora": {"rank": 8}}, {"data": {"max_seq_length": 64}}, {"gib": 12.0}, {"host_gib": 3.0}]
+    for number, other in enumerate(others, 2):
+        plan(**other)
+        assert len(made) == number
+    card_plan._plan_once.cache_clear()
