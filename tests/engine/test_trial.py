@@ -183,7 +183,7 @@ def test_a_plan_is_made_for_the_card_that_is_here_and_for_what_others_leave_of_i
     gib = 2**30
     shape = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
              "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
-    model = SimpleNamespace(config=SimpleNamespace(to_dict=lambda: shape))
+    model = SimpleNamespace(config=SimpleNamespace(to_dict=lambda: shape), modules=lambda: [])
     base = SimpleNamespace(device=torch.device("cuda"), model=model, route=FASTEST)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * gib)
