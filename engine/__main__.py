@@ -5,6 +5,7 @@ python -m engine prepare <configs.json>           check configs and fill the cac
 python -m engine show-sample <train_config.json or folder>
                                                   print a sample as the model sees it, its targets marked
 python -m engine cards                            print torch, CUDA and the visible GPUs as JSON
+python -m engine calibrate                        measure this card and host, for predictions
 python -m engine inspect <train_config.json>      print model shape and GPU as JSON
 python -m engine plan <train_config.json> --card rtx4090
                                                   predict peak memory and speed on that card
@@ -31,6 +32,7 @@ from engine.config.permission import FLAG, permitted_config
 from engine.config.trial import TRAIN_CONFIG, TrainConfig, load_train_config
 from engine.errors import InputError, Interrupted
 from engine.planning.cards import find_card
+from engine.planning.known_cards import speed_basis, with_known_rates
 from engine.planning.planner import make_compute_plan
 from engine.sources.hub_ids import refuse_missing_files
 from engine.system.command_line import asked_to_end, run
@@ -50,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"train": _train, "prepare": _prepare, "inspect": _inspect, "plan": _plan, "evaluate": _evaluate}
-    commands |= {"show-sample": _show_sample, "cards": _cards}
+    commands |= {"show-sample": _show_sample, "cards": _cards, "calibrate": _calibrate}
     command = arguments[0] if arguments[:1] and arguments[0] in commands else "train"
     rest = arguments[1:] if arguments[:1] == [command] else arguments
     return run(lambda: commands[command](rest), stopped=STOPPED if command == "train" else "stopped")
@@ -137,13 +139,13 @@ def _plan(arguments: list[str]) -> int:
     parser = _parser("plan")
     parser.add_argument("--card", required=True, help="rtx3090, rtx4090, a10g, l4 ...")
     options = parser.parse_args(arguments)
-    config, card = _load(options), find_card(options.card)
+    config, card = _load(options), with_known_rates(find_card(options.card))
     from engine.model.inspect import model_shape
 
     chosen = make_compute_plan(config, model_shape(config.model), card)
     print(f"plan: {chosen.describe()}")
     print(f"predicted memory in GiB, of {card.memory_gib:g} on {card.name}: {chosen.memory.describe()}")
-    print(f"predicted speed: {chosen.speed.tokens_per_second:,.0f} tok/s; milliseconds per micro-batch:")
+    print(f"predicted speed: {chosen.speed.tokens_per_second:,.0f} tok/s, {speed_basis(card)}; ms per micro-batch:")
     for name, ms in sorted(chosen.speed.parts.items(), key=lambda item: -item[1]):
         print(f"  {name:<22}{ms:8.1f}")
     return 0
@@ -200,6 +202,12 @@ def _cards(arguments: list[str]) -> int:
     from engine.model.device import find_cards
 
     return _answer(find_cards().to_dict(), options.answer)
+
+
+def _calibrate(arguments: list[str]) -> int:
+    from engine.rates.rates_command import calibrate
+
+    return calibrate(arguments)
 
 
 def _answer(values: dict[str, Any], report: Path | None) -> int:

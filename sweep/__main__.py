@@ -15,6 +15,8 @@ from sweep.cli.lasting_output import lasting_output
 from sweep.config.compose import compose, given_keys, parsed, repeated_keys, run_keys, to_yaml
 from sweep.config.conf_files import groups
 
+SKIP = {"--no-calibrate": "cluster.calibrate=false"}
+
 __all__ = ["compose", "groups", "main"]
 
 
@@ -42,6 +44,7 @@ def _main(arguments: list[str]) -> int:
     if arguments[:1] == ["show-sample"]:
         return driver.show_sample(*_sample_options(arguments[1:]))
     overrides = [argument for argument in arguments if argument != "--cfg"]
+    overrides = [SKIP.get(argument, argument) for argument in overrides]
     keys, rest = run_keys(overrides)
     warn(repeated_keys(rest))
     if keys["resume"] is not None:

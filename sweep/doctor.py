@@ -22,6 +22,8 @@ from typing import Any
 from engine.command_answers import TorchFacts
 from engine.config.trial import HUB_ID
 from engine.errors import first_line
+from engine.planning.cards import found_card
+from engine.planning.known_cards import speed_basis, with_known_rates
 from engine.sources.builtin import PREFIX
 from engine.system.child_python import own_environment, python_module
 from engine.system.files import home_folder
@@ -135,7 +137,8 @@ def _card(number: int, name: str, memory_gib: float, free_gib: float, capability
     if free_gib < 0.9 * memory_gib:
         todo = "`nvidia-smi` shows who holds the rest; end it, or set train.memory_budget_gib to what may be used"
         return Finding("warning", "card", text, todo)
-    return Finding("ok", "card", text)
+    speed = speed_basis(with_known_rates(found_card(name, memory_gib), here=True))
+    return Finding("ok", "card", f"{text}, speed {speed}")
 
 
 def _ray(child: subprocess.Popen) -> Finding:

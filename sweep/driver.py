@@ -37,6 +37,7 @@ from sweep.execution.worker_config import REAL_ENGINE, EngineModules
 from sweep.folder.flush import wait_until_flushed
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.plan.feasibility import Feasibility
+from sweep.plan.forecast import describe_cards
 from sweep.plan.idle_settings import refuse_idle_overrides
 from sweep.plan.sweep_plan import SweepPlan, make_sweep_plan
 from sweep.preflight import (
@@ -154,6 +155,8 @@ def _run(
     """Run everything from the folder's creation to the last line, with the folder's lock held."""
     with folder.lock():
         folder.write_config(plan.config)
+        if feasibility.predicts:
+            folder.write_card(describe_cards(feasibility))
         section = plan.config.sweep
         screen = make_console(sys.stdout, plan.num_rungs, section.num_trials, Rule(section.objectives, section.choose_within))
         tracker = make_tracker(plan.config, folder.path)

@@ -12,8 +12,9 @@ from engine.system.files import require_home
 from engine.units import counted
 from sweep.cli.console import warn
 from sweep.cluster.ray_folder import settle_ray_folder
-from sweep.config.sweep import SweepConfig
+from sweep.config.sweep import ClusterConfig, SweepConfig
 from sweep.execution.engine_commands import CommandFailed, inspect, prepare
+from sweep.execution.new_card import measure_new_card
 from sweep.execution.worker_config import EngineModules
 from sweep.folder.output_folder import check_output_folder
 from sweep.plan.feasibility import Feasibility, make_feasibility
@@ -105,11 +106,20 @@ def check_sweep(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]
     """
     facts = _checked(plan, engine, given)
     on_gpu = plan.slots.device == "cuda"
+    if on_gpu:
+        _calibrate(plan.config.cluster, facts, engine)
     feasibility = make_feasibility(plan.config.cluster.card, facts, plan.kinds) if on_gpu else Feasibility(None, None)
     if feasibility.predicts:
         print(f"{card_line(feasibility)}; trials that are predicted not to fit are not started", flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
     return feasibility, facts
+
+
+def _calibrate(cluster: ClusterConfig, facts: Facts, engine: EngineModules) -> None:
+    """Have this machine's card measured, if nobody has. A cluster's workers do it on their nodes."""
+    if cluster.calibrate and cluster.address is None and facts.card is not None:
+        fault = measure_new_card(facts.card.name, engine.command, lambda line: print(line, flush=True))
+        warn([] if fault is None else [fault])
 
 
 def _checked(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -> PreparedFacts:

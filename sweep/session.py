@@ -59,7 +59,7 @@ class SweepSession:
             self.screen.start()
             run_trials(
                 ledger, self.plan.slots, self.plan.config.cluster.address, self.folder, self.engine,
-                note=self.screen.note, avoid=self._avoid, inputs=self.inputs,
+                note=self.screen.note, avoid=self._avoid, inputs=self.inputs, calibrate=self.plan.config.cluster.calibrate,
             )  # fmt: skip
             self.screen.stop()
         if ledger.shortfall:

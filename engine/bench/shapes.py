@@ -129,12 +129,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def random_config(name: str) -> Any:
-    """Return the shape as a transformers config."""
+def random_config(name: str, num_layers: int | None = None) -> Any:
+    """Return the shape as a transformers config. num_layers: instead of the shape's own number."""
     from transformers import CONFIG_MAPPING
 
     special = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
     values = {"model_type": "llama", "max_position_embeddings": LONGEST, **special, **SHAPES[name]}
+    values["num_hidden_layers"] = num_layers or values["num_hidden_layers"]
     return CONFIG_MAPPING[values.pop("model_type")](**values)
 
 
@@ -147,14 +148,16 @@ def linear_names(name: str) -> list[str]:
     return [member for members in [*groups, family.mixing] for member in members]
 
 
-def random_model(name: str, device: torch.device, dtype: torch.dtype, attention_name: str) -> tuple[nn.Module, list[str]]:
+def random_model(
+    name: str, device: torch.device, dtype: torch.dtype, attention_name: str, num_layers: int | None = None
+) -> tuple[nn.Module, list[str]]:
     """Return an NF4 model (double quantisation) on bitsandbytes' layers, and the layers' names.
 
     It is built layer by layer on the device, so no unquantised copy of the whole model exists.
     """
     from transformers import AutoModelForCausalLM
 
-    config = random_config(name)
+    config = random_config(name, num_layers)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_name).to(dtype)
     head = model.get_output_embeddings()
@@ -188,10 +191,13 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype, attention_
     return model.requires_grad_(False), names
 
 
-def random_base(name: str, device: torch.device, dtype: torch.dtype, fused: bool) -> Base:
-    """Return the same model as a Base, as `load_base` would, but without a tokenizer."""
+def random_base(name: str, device: torch.device, dtype: torch.dtype, fused: bool, num_layers: int | None = None) -> Base:
+    """Return the same model as a Base, as `load_base` would, but without a tokenizer.
+
+    num_layers: instead of the shape's own number.
+    """
     attention.register()
-    model, names = random_model(name, device, dtype, attention.NAME)
+    model, names = random_model(name, device, dtype, attention.NAME, num_layers)
     freeze_linears(model, skip=[model.get_output_embeddings()])
     swaps = fuse_layers(model) if fused else SwapReport((), {"all": "asked for unfused"})
     config = ModelConfig(path=name, embeddings="auto" if fused else "device")

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, replace
 
 from engine.errors import InputError, did_you_mean
+from engine.planning.rates import Rates
 
 # GB/s of a pinned copy one way over 16 lanes. PCIe 5 is measured on an H100. PCIe 4
 # reaches less than half of that.
@@ -27,7 +28,8 @@ class Card:
     """The numbers of one card, with units in the names.
 
     `attention_tflops` is the speed of flash attention on long samples, if known. Without it,
-    engine/planning/speed.py takes a share of bf16_tflops.
+    engine/planning/sheet_rates.py takes a share of bf16_tflops. `rates` are what such a card was measured
+    at, and `measured` says where.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Card:
     bf16_tflops: float
     pcie_gb_s: float
     attention_tflops: float | None = None
+    rates: Rates | None = None
+    measured: str | None = None
 
 
 CARDS: dict[str, Card] = {

@@ -1,13 +1,9 @@
 """Predict the speed of training one adapter on a CUDA card. No torch, no GPU.
 
-The time is arithmetic over the card's tensor throughput plus bytes over its bandwidth. Each is
-divided by a share of the data sheet's number that kernels reached. The shares come from kernel
-times of whole steps on ONE card, an H100 SXM (torch 2.11, triton 3.6; Llama 8B and 1B). On it, the
-sum is within 5 % of the measured time in thirteen settings (engine/bench/calibration/).
-
-Every other card is EXTRAPOLATED from its data sheet and not measured. Power limits (an L4's 72 W),
-clocks, and kernels chosen for Hopper will change the result. Trust the order of two plans on one
-card more than the number.
+The time is arithmetic and bytes over the card's rates (engine/planning/rates.py): measured ones, or
+what its data sheet lets expect. With those of the data sheet, the sum is within 5 % of the measured
+time in thirteen settings on an H100 (engine/bench/calibration/). Other cards without a measurement
+are EXTRAPOLATED: trust the order of two plans on one card more than the number.
 
 The slowest case is assumed: samples of max_seq_length, every token a target, no sliding windows.
 Copies to and from the host run at the same time (engine/planning/copy_waits.py).
@@ -29,30 +25,20 @@ from engine.memory.live_bytes import HostStack, LiveBytes
 from engine.memory.tensor_sizes import Sizes
 from engine.planning.cards import Card
 from engine.planning.copy_waits import LayerTimes, waiting_ms
-from engine.planning.layer_work import ATTENTION_BACKWARD, LayerWork, StepShape, backward_work, forward_work
+from engine.planning.layer_work import LayerWork, StepShape, backward_work, forward_work
+from engine.planning.rates import Rates
+from engine.planning.sheet_rates import UNFUSED_HOST_MS, rates_of
 from engine.shape.layer_plan import LayerPlan, adapted_outside, group_parameters, is_fused, num_trained, plan_layers
 from engine.shape.model_shape import ModelShape
 
-# Shares of the data sheet's 989 TFLOP/s (H100): 785 in a layer's matmuls and 730 in the head's. An
-# adapter's thin matmuls are bound by bytes up to a rank of about 100; beyond it, their share (an
-# estimate) counts.
-MATMUL, HEAD_MATMUL, THIN_MATMUL = 0.79, 0.74, 0.4
-# Shares of 3,350 GB/s (H100): 2,850 in norms and the adapters' matmuls, 1,940 in the activation
-# with low-rank terms, 2,400 in NF4.
-BANDWIDTH, ACTIVATION_BANDWIDTH, NF4_BANDWIDTH = 0.85, 0.58, 0.72
-# Time of a step relative to its kernels: 1.10, 1.10 and 1.11 in three steps (H100).
-GAPS = 1.10
-# Share of flash attention, if the card's own figure is not known. Samples of L tokens reach
-# L / (L + 1000) of it. cuDNN's attention (plain batches on Hopper and later) is 1.8 times as fast.
-ATTENTION, HALF_LENGTH, CUDNN_GAIN = 0.6, 1000, 1.8
-# Python and launches of one layer, forward and backward, on an H100's host. 30 layers took 160 to
-# 183 ms fused, 364 ms unfused and 1.4 ms as a CUDA graph. Other hosts are up to three times as
-# fast.
-HOST_MS, UNFUSED_HOST_MS, RECORDED_HOST_MS = 5.5, 12.0, 0.05
-# The same for a layer with a library's mixer, and for one chunk in the forward pass of its torch
+# cuDNN's attention (plain batches on Hopper and later) is so much faster than flash attention (H100).
+CUDNN_GAIN = 1.8
+# Launching one layer's CUDA graph. 30 layers took 1.4 ms (H100's host).
+RECORDED_HOST_MS = 0.05
+# Python and launches of a layer with a library's mixer, and of one chunk in the forward pass of its torch
 # operations. From two steps of Qwen3.5-4B, 2 x 2048, on a host 1.55 times as slow: 455 ms with
 # flash-linear-attention, and 3.26 s of PEFT on torch operations, in 32 chunks of 24 layers. Samples of
-# different lengths go one by one, which is assumed.
+# different lengths go one by one, which is assumed. Other hosts: in proportion to an unfused layer.
 MIXER_HOST_MS, CHUNK_HOST_MS = 10.5, 0.5
 # Passes over memory of transformers' own layers for one pass of a fused layer. An estimate.
 UNFUSED_PASSES = 5
@@ -81,7 +67,7 @@ def predict_speed(
     Nothing in the config may be `auto`, or it raises ValueError.
     """
     plans, fused, packed = plan_layers(config, shape), is_fused(config, shape), config.model.quantization == "nf4"
-    length = config.data.max_seq_length
+    rates, length = rates_of(card), config.data.max_seq_length
     tokens = config.train.micro_batch_size * length
     steps = {}
     for one in set(shape.each):
@@ -95,21 +81,23 @@ def predict_speed(
         if key not in known:
             works = forward_work(plan, step), backward_work(plan, step)
             forward, backward = (_times(work, step, i == 1) for i, work in enumerate(works))
-            copy_ms = _put_away(plan, step) / (card.pcie_gb_s * 1e6) if fused else 0.0
+            copy_ms = _put_away(plan, step) / (rates.link_gb_s * 1e6) if fused else 0.0
             times = LayerTimes(sum(forward.values()), sum(backward.values()), copy_ms)
             known[key] = Counter(forward) + Counter(backward), times, sum(work.mixer_chunks for work in works)
         parts.update(known[key][0])
         chunks += known[key][2]
         layers.append(known[key][1])
-    parts["waiting for copies"] = waiting_ms(layers, card.pcie_gb_s)
+    parts["waiting for copies"] = waiting_ms(layers, rates.link_gb_s)
     parts.update(_head_and_embedding(config, replace(step, shape=shape)))
     number = num_trained(config, shape, plans)
     steps_share = config.train.micro_batch_size / config.bins_per_step
     adapter_bytes = number * (ACCUMULATE_BYTES + OPTIMIZER_BYTES * steps_share)
-    parts["optimizer"] = GAPS * adapter_bytes / (card.bandwidth_gb_s * 1e6 * BANDWIDTH)
-    layer_ms = (RECORDED_HOST_MS if config.train.cuda_graphs is True else HOST_MS) if fused else UNFUSED_HOST_MS
+    width = shape.hidden_size
+    parts["optimizer"] = rates.gaps.at(width) * adapter_bytes / (rates.norm_gb_s.at(width) * 1e6)
+    layer_ms = (RECORDED_HOST_MS if config.train.cuda_graphs is True else rates.host_ms) if fused else rates.unfused_host_ms
     mixers = sum(one.mixer is not None for one in shape.each) if fused else 0
-    host_ms = layer_ms * (shape.num_layers - mixers) + MIXER_HOST_MS * mixers + CHUNK_HOST_MS * chunks
+    mixers_ms = (MIXER_HOST_MS * mixers + CHUNK_HOST_MS * chunks) * rates.unfused_host_ms / UNFUSED_HOST_MS
+    host_ms = layer_ms * (shape.num_layers - mixers) + mixers_ms
     parts["waiting for the host"] = max(0.0, host_ms - parts.total())
     total = parts.total()
     return SpeedPrediction(total, 1e3 * tokens / total, dict(parts))
@@ -129,21 +117,22 @@ def _put_away(plan: LayerPlan, step: StepShape) -> int:
 
 def _times(work: LayerWork, step: StepShape, is_backward: bool) -> dict[str, float]:
     """Return the ms of a pass, by what takes them."""
-    card, passes = step.card, 1 if step.is_fused else UNFUSED_PASSES
-    flops_a_ms, bytes_a_ms = card.bf16_tflops * 1e9, card.bandwidth_gb_s * 1e6
-    attention = (card.attention_tflops or ATTENTION * card.bf16_tflops) * 1e9 * step.length / (step.length + HALF_LENGTH)
-    attention *= (ATTENTION_BACKWARD if is_backward else 1.0) * (CUDNN_GAIN if _has_cudnn(step) else 1.0)
-    adapters = max(work.adapter_bytes / (bytes_a_ms * BANDWIDTH), work.thin / (flops_a_ms * THIN_MATMUL))
-    plain = work.plain_bytes / BANDWIDTH + work.activation_bytes / ACTIVATION_BANDWIDTH
+    rates, passes = rates_of(step.card), 1 if step.is_fused else UNFUSED_PASSES
+    width, head_dim = step.shape.hidden_size, step.shape.head_dim
+    attention = rates.attention_tflops.at(head_dim) * 1e9 * step.length / (step.length + rates.half_length.at(head_dim))
+    attention *= (rates.attention_backward.at(head_dim) if is_backward else 1.0) * (CUDNN_GAIN if _has_cudnn(step) else 1.0)
+    adapters = max(work.adapter_bytes / (rates.adapter_gb_s.at(width) * 1e6), work.thin / (rates.thin_tflops * 1e9))
+    norms_gb_s = rates.norm_gb_s.at(width)
+    plain = work.plain_bytes / norms_gb_s + work.activation_bytes / rates.activation_gb_s.at(width)
     times = {
-        "matmuls": work.matmul / (flops_a_ms * MATMUL),
-        "attention": work.attention / attention + work.eager_bytes / (bytes_a_ms * BANDWIDTH),
-        "dequantisation": work.nf4_bytes / (bytes_a_ms * NF4_BANDWIDTH),
+        "matmuls": work.matmul / (rates.matmul_tflops.at(width) * 1e9),
+        "attention": work.attention / attention + work.eager_bytes / (norms_gb_s * 1e6),
+        "dequantisation": work.nf4_bytes / (rates.nf4_gb_s.at(width) * 1e6),
         "adapters": adapters,
-        "linear attention": work.mixer_bytes / (bytes_a_ms * BANDWIDTH),
-        "norms, rotation, activation": passes * plain / bytes_a_ms,
+        "linear attention": work.mixer_bytes / (norms_gb_s * 1e6),
+        "norms, rotation, activation": passes * plain / 1e6,
     }
-    return {name: GAPS * ms for name, ms in times.items()}
+    return {name: rates.gaps.at(width) * ms for name, ms in times.items()}
 
 
 def _has_cudnn(step: StepShape) -> bool:
@@ -156,24 +145,26 @@ def _head_and_embedding(config: TrainConfig, step: StepShape) -> dict[str, float
     The head runs forward and backward over every token. Logits are written, read and overwritten.
     The embedding takes time only if its rows come from the host.
     """
-    shape, card, tokens = step.shape, step.card, step.tokens
+    shape, rates, tokens = step.shape, rates_of(step.card), step.tokens
     flops, logits = 4 * tokens * shape.vocab_size * shape.hidden_size, 2 * tokens * shape.vocab_size
-    head = flops / (card.bf16_tflops * 1e9 * HEAD_MATMUL)
-    loss = (4 * logits + 8 * step.sizes.x) / (card.bandwidth_gb_s * 1e6 * BANDWIDTH)
+    head = flops / (rates.head_tflops.at(shape.hidden_size) * 1e9)
+    loss = (4 * logits + 8 * step.sizes.x) / (rates.loss_gb_s * 1e6)
     inputs = 2 * tokens * shape.num_layers * shape.input_width
-    table_ms = inputs / (card.pcie_gb_s * 1e6) if config.model.embeddings != "device" else 0.0
+    table_ms = inputs / (rates.link_gb_s * 1e6) if config.model.embeddings != "device" else 0.0
     on_host = config.model.embeddings != "device" and not shape.tied_embeddings
+    gaps = rates.gaps.at(shape.hidden_size)
     return {
-        "head": GAPS * head,
-        "loss": GAPS * loss,
-        "embedding": table_ms + (step.sizes.x / (card.pcie_gb_s * 1e6) if on_host else 0.0),
-        "per-layer inputs": GAPS * _inputs_ms(config, shape, card, tokens),
+        "head": gaps * head,
+        "loss": gaps * loss,
+        "embedding": table_ms + (step.sizes.x / (rates.link_gb_s * 1e6) if on_host else 0.0),
+        "per-layer inputs": gaps * _inputs_ms(config, shape, rates, tokens),
     }
 
 
-def _inputs_ms(config: TrainConfig, shape: ModelShape, card: Card, tokens: int) -> float:
+def _inputs_ms(config: TrainConfig, shape: ModelShape, rates: Rates, tokens: int) -> float:
     """Return the ms of making the layers' own embeddings, and of adding each layer's gradient to that of all."""
     flops = 2 * tokens * sum(math.prod(features) for features in shape.outside.values())
     passes = 8 + (3 * shape.num_layers if adapted_outside(config, shape) else 0)
     moved = 2 * tokens * shape.num_layers * shape.input_width * passes
-    return flops / (card.bf16_tflops * 1e9 * MATMUL) + moved / (card.bandwidth_gb_s * 1e6 * BANDWIDTH)
+    width = shape.hidden_size
+    return flops / (rates.matmul_tflops.at(width) * 1e9) + moved / (rates.norm_gb_s.at(width) * 1e6)

@@ -1,16 +1,15 @@
-"""Collect commit and package versions as tags: they tell what a result was measured with.
-
-No torch.
-"""
+"""Collect commit, versions and host: they tell what a result was measured with. No torch."""
 
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "accelerate", "ray", "optuna", "mlflow", "datasets", "peft")
+DRIVER, PROCESSOR = Path("/proc/driver/nvidia/version"), Path("/proc/cpuinfo")
 
 
 def provenance() -> dict[str, str]:
@@ -28,6 +27,41 @@ def provenance() -> dict[str, str]:
     if commit:
         tags["git.commit"] = commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
     return tags
+
+
+def package_version(name: str) -> str:
+    """Return the version of an installed package; `none` if it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def nvidia_driver() -> str:
+    """Return the version of NVIDIA's driver; `none` without one."""
+    try:
+        found = re.search(r"\b\d{3}(\.\d+)+\b", DRIVER.read_text())
+    except OSError:
+        found = None
+    if found:
+        return found[0]
+    try:  # in WSL the driver has no file there
+        import pynvml
+
+        pynvml.nvmlInit()
+        said = pynvml.nvmlSystemGetDriverVersion()
+    except Exception:  # without a driver, NVML raises errors of its own
+        return "none"
+    return said.decode() if isinstance(said, bytes) else str(said)
+
+
+def host_name() -> str:
+    """Return the processor's name, which decides how fast launches are; the machine's kind if it has none."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", PROCESSOR.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.machine()
 
 
 def _git(*arguments: str) -> str:

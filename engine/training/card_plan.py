@@ -17,6 +17,7 @@ from engine.model.base import Base
 from engine.model.device import host_share_gib
 from engine.planning.cards import Card, found_card
 from engine.planning.compute_plan import ComputePlan
+from engine.planning.known_cards import with_known_rates
 from engine.planning.planner import make_compute_plan
 from engine.shape.model_shape import ModelShape
 from engine.units import GIB
@@ -34,7 +35,7 @@ def plan_for_this_card(config: TrainConfig, base: Base) -> tuple[ComputePlan, Mo
     """Return the plan for this card, and the model shape it was predicted from, if any."""
     if base.device.type != "cuda":
         return make_compute_plan(config, None, None), None
-    card = found_card(torch.cuda.get_device_name(base.device), _own_gib(base.device))
+    card = with_known_rates(found_card(torch.cuda.get_device_name(base.device), _own_gib(base.device)), here=True)
     shape = ModelShape.known(base.model.config.to_dict(), config.model.path) if base.route.is_predicted else None
     if shape is not None and calls_kernels(base.model, FLASH_LINEAR_ATTENTION):
         shape = shape.with_kernels()

@@ -18,8 +18,8 @@ NUM_TRIALS = "sweep.num_trials"
 # 1: a larger value allows more; -1: a smaller one does
 BUDGETS = {"sweep.budget.gpu_hours": 1, "sweep.budget.wall_clock_hours": 1, "sweep.budget.target_loss": -1}
 PLACE = (
-    "cluster.address", "cluster.num_gpus", "cluster.wait_s", "cluster.card", "tracking.name", "tracking.metrics_port",
-    "tracking.metrics_host",
+    "cluster.address", "cluster.num_gpus", "cluster.wait_s", "cluster.card", "cluster.calibrate", "tracking.name",
+    "tracking.metrics_port", "tracking.metrics_host",
 )  # fmt: skip
 AMENDABLE = (NUM_TRIALS, *BUDGETS, *PLACE)
 

@@ -106,6 +106,9 @@ class ClusterConfig(StrictModel):
     num_cpu_slots: AutoPositive = Field("auto", description="number of slots without GPUs; auto: cores / cpus_per_trial")
     cpus_per_trial: Annotated[int, Field(ge=1, le=MAX_SLOTS)] = 1
     card: AutoCard = Field("auto", description="card whose memory and speed are predicted; auto: the card found")
+    calibrate: bool = Field(
+        True, description="measure a card that is new to a node, in about a minute before its first trial, for predictions"
+    )
     max_concurrent: AutoPositive = Field("auto", description="most trials at once; auto: one per slot")
     address: str | None = Field(None, description="existing Ray cluster to join; null: start Ray on this machine")
     wait_s: Annotated[float, Field(ge=0.0, le=MAX_SECONDS)] = Field(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from engine.command_answers import AdapterEvaluation, Facts, PreparedFacts
@@ -66,6 +66,28 @@ def print_sample(config: TrainConfig, module: str, options: list[str]) -> int:
         return subprocess.run(command, env=own_environment()).returncode
 
 
+def calibrate(module: str, say: Callable[[str], None]) -> None:
+    """Have `python -m engine calibrate` measure this machine's card, if nobody has; pass on its lines.
+
+    Another process that measures it is waited for. Raises CommandFailed if it cannot be measured.
+    """
+    command = python_module(module, "calibrate", "--if-missing")
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, env=own_environment(), stdout=subprocess.PIPE, stderr=errors, text=True) as child,
+    ):
+        try:
+            for line in child.stdout:
+                say(line.rstrip("\n"))
+            code = child.wait()
+        except BaseException:  # Ctrl-C
+            child.kill()
+            raise
+        if code:
+            errors.seek(0)
+            raise _failure(code, errors.read(), [module, "calibrate"])
+
+
 def evaluate(
     config: TrainConfig, adapter: Path, module: str, num_examples: int = 0, inputs: Mapping[str, str] | None = None
 ) -> AdapterEvaluation:
@@ -95,10 +117,13 @@ def _command(arguments: list[str], configs: list[TrainConfig]) -> list[str]:
 
 def _run(arguments: list[str], configs: list[TrainConfig]) -> None:
     done = subprocess.run(_command(arguments, configs), env=own_environment(), capture_output=True, text=True)
-    if done.returncode == 0:
-        return
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    if done.returncode:
+        raise _failure(done.returncode, done.stderr, arguments[:2])
+
+
+def _failure(code: int, errors: str, command: list[str]) -> CommandFailed:
+    lines = [line for line in errors.splitlines() if line.strip()]
     text = lines[-1].removeprefix("error: ") if lines else "no message"
-    if done.returncode != 2:
-        text = f"python -m {' '.join(arguments[:2])} failed with exit code {done.returncode}: {text}"
-    raise CommandFailed(text, 2 if done.returncode == 2 else 1)
+    if code != 2:
+        text = f"python -m {' '.join(command)} failed with exit code {code}: {text}"
+    return CommandFailed(text, 2 if code == 2 else 1)

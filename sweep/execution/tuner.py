@@ -42,6 +42,7 @@ def run_trials(
     note: Callable[[str], None] = lambda line: None,
     avoid: Callable[[TrainConfig], tuple[Label, ...]] | None = None,
     inputs: Mapping[str, str] = MappingProxyType({}),
+    calibrate: bool = False,
 ) -> None:
     """Run trials until the ledger has no work.
 
@@ -50,12 +51,13 @@ def run_trials(
 
     note: shows a line to the user. avoid: returns the labels of the nodes whose cards a config does
     not fit; None if all cards are alike. set_ray_environment says how many trials may then wait.
-    inputs: the digests that the sweep recorded, which each trial compares.
+    inputs: the digests that the sweep recorded, which each trial compares. calibrate: whether a
+    worker measures its card before its first trial, if nobody has.
     """
 
     def config_of(proposal: Proposal) -> dict[str, Any]:
         labels = avoid(proposal.config) if avoid else ()
-        return worker_config(proposal, folder, slots, engine, ledger.live.report_timeout_s, labels, inputs)
+        return worker_config(proposal, folder, slots, engine, ledger.live.report_timeout_s, labels, inputs, calibrate)
 
     def wind_down() -> None:
         ledger.wind_down()

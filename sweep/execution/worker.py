@@ -33,6 +33,7 @@ from engine.system.file_lock import FileLock
 from engine.system.files import storage_fault
 from engine.trial_report import TrialReport, read_reports
 from sweep.execution.interruption import Interruption
+from sweep.execution.new_card import measure_workers_card
 from sweep.folder.notes import note_terminated
 from sweep.folder.steady_clock import since_boot
 from sweep.tracking.system_metrics import SystemSampler, machine_reader, write_system
@@ -261,6 +262,7 @@ def _load_base(config: TrainConfig, spec: dict[str, Any]) -> Any:
     import torch  # the driver imports this module and must not load torch
 
     torch.set_num_threads(spec["num_threads"])
+    measure_workers_card(spec)
     gc.unfreeze()
     # a failed trial's traceback held its tensors: free them now
     gc.collect()

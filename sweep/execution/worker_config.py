@@ -34,11 +34,12 @@ def worker_config(
     report_timeout_s: float | None = None,
     avoid: tuple[Label, ...] = (),
     inputs: Mapping[str, str] = MappingProxyType({}),
+    calibrate: bool = False,
 ) -> dict[str, Any]:
     """Return the plain data that the driver sends to the worker for one trial.
 
     avoid: labels of the nodes whose cards the trial does not fit. inputs: the digests that the
-    sweep recorded.
+    sweep recorded. calibrate: whether the worker measures its card first, if nobody has.
     """
     return {
         "number": proposal.number,
@@ -49,6 +50,7 @@ def worker_config(
         "device": slots.device,
         "num_threads": slots.cpus_per_trial,
         "engine": asdict(engine),
+        "calibrate": calibrate,
         "avoid": json.dumps(avoid),
         # Tune resolves and merges nested dicts in a config, so these are texts
         "inputs": json.dumps(dict(inputs)),

@@ -6,6 +6,7 @@ A kill leaves whole files only.
     sweep_config.json   the whole resolved config; resume reads it
     data.json           digests of samples and base model, to check that losses compare, and what
                         became of the data's rows
+    card.txt            the card that predictions are for, and what its speed rests on
     study.journal       Optuna's state, the record of truth
     trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's),
                         system.jsonl, result.json, error.txt
@@ -48,6 +49,7 @@ class SweepFolder:
         self.path = path
         self.config_file = path / "sweep_config.json"
         self.data_file = path / "data.json"
+        self.card_file = path / "card.txt"
         self.journal = path / "study.journal"
         self.timeline = path / "timeline.jsonl"
         self.best = path / "best"
@@ -143,6 +145,14 @@ class SweepFolder:
         if not isinstance(known, list):
             raise InputError(f"data.json.{ACCOUNTS}", known, "must be a list")
         return [parse_dataclass(DataAccount, values, f"data.json.{ACCOUNTS}.{i}") for i, values in enumerate(known)]
+
+    def write_card(self, line: str) -> None:
+        """Write the line about the card that predictions are for."""
+        write_text(self.card_file, line + "\n")
+
+    def read_card(self) -> str | None:
+        """Return this line, or None for a sweep that predicted nothing."""
+        return self.card_file.read_text(encoding="utf-8").strip() if self.card_file.is_file() else None
 
     def write_examples(self, examples: dict[str, Any]) -> None:
         """Write the example answers.

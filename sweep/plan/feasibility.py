@@ -17,6 +17,7 @@ from engine.config.trial import TrainConfig
 from engine.errors import OutOfMemory
 from engine.planning.cards import CARDS, Card, found_card, match_card
 from engine.planning.compute_plan import ComputePlan
+from engine.planning.known_cards import with_known_rates
 from engine.planning.planner import make_compute_plan
 from engine.shape.model_shape import ModelShape
 from sweep.cluster.card_kinds import CardKind, Label
@@ -147,9 +148,15 @@ def make_feasibility(card_name: str, facts: Facts, kinds: Sequence[CardKind] = (
     here = math.inf if found is None or facts.host_gib is None else facts.host_gib
     card = _card(card_name, found)
     if card_name != "auto" or not any(kind.card for kind in kinds):
-        return Feasibility(model, card, here)
-    cards = {kind.label: _as_found(kind.card, card, found) for kind in kinds}
+        return Feasibility(model, card and _with_rates(card, card_name, found), here)
+    cards = {kind.label: _with_rates(_as_found(kind.card, card, found), card_name, found) for kind in kinds}
     return Feasibility(model, max(filter(None, cards.values()), key=lambda each: each.memory_gib), here, cards)
+
+
+def _with_rates(card: Card | None, card_name: str, found: VisibleCard | None) -> Card | None:
+    """Return the card with the rates that are known of it; a card of this machine has its own."""
+    is_here = card is not None and found is not None and card_name == "auto" and card.name == found.name
+    return card and with_known_rates(card, is_here)
 
 
 def _as_found(card: Card | None, found: Card | None, visible: VisibleCard | None) -> Card | None:

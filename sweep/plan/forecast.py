@@ -12,7 +12,8 @@ from typing import Any
 
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
-from engine.planning.cards import CARDS, match_card
+from engine.planning.cards import CARDS
+from engine.planning.known_cards import speed_basis
 from engine.shape.model_shape import ModelShape
 from engine.units import counted
 from sweep.plan.feasibility import Feasibility, Fit, has_no_effect
@@ -74,13 +75,20 @@ def describe_forecast(space: Space, base: Mapping[str, Any], feasibility: Feasib
 
 
 def card_line(feasibility: Feasibility) -> str:
-    """Return the line that names the card or cards of the prediction."""
+    """Return the line that names the card or cards of the prediction, and what their speed rests on."""
+    return f"card       {describe_cards(feasibility)}"
+
+
+def describe_cards(feasibility: Feasibility) -> str:
+    """Return the card or cards of the prediction, and what their speed rests on."""
     card = feasibility.card
     if len(feasibility.cards) > 1:
         names = ", ".join(f"{each.name} ({each.memory_gib:.1f} GiB)" for each in feasibility.cards)
-        return f"card       {names}; for each trial the smallest that it fits"
-    guessed = "" if card.name in CARDS or match_card(card.name) else "; not a known card, so its speed is a guess"
-    return f"card       {card.name}, {card.memory_gib:.1f} GiB{guessed}"
+        bases = {each.name: speed_basis(each) for each in feasibility.cards}
+        alike = len(set(bases.values())) == 1
+        speeds = next(iter(bases.values())) if alike else ", ".join(f"{name} {basis}" for name, basis in bases.items())
+        return f"{names}; for each trial the smallest that it fits; speeds {speeds}"
+    return f"{card.name}, {card.memory_gib:.1f} GiB; speed {speed_basis(card)}"
 
 
 def _estimate(shape: ModelShape) -> list[str]:

@@ -97,6 +97,7 @@ def _facts(folder: SweepFolder, config: SweepConfig, records: list[TrialRecord],
         f"Model {config.model.path} ({config.model.quantization}), data {config.data.describe_train()}, folder {folder.path}.",
         f"{counted(sum(counts.values()), 'trial')} of {config.sweep.num_trials} asked for: {ended or 'none has started'}.",
         *(f"Data, {account.line()}." for account in folder.read_accounts()),
+        *([f"Predicted for {card}."] if (card := folder.read_card()) else []),
         *verdict.lines,
     ]
 

@@ -57,6 +57,7 @@ FAULTS = {
     12.0: "eval_loss is nan",
     13.0: "hangs always",
 }
+CALIBRATED = "[####] 1/1 a fake card"
 EXAMPLE = ("prompt", "expected", "base", "adapter")
 # in the winner's folder: where it was evaluated again (FAULTS_PLACE of that process)
 EVALUATED_IN = "evaluated_in.txt"
@@ -204,6 +205,9 @@ def main() -> int:
     parser.add_argument("--inputs", type=Path)
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--answer", type=Path)
+    if sys.argv[1:2] == ["calibrate"]:
+        print(CALIBRATED)
+        return 0
     options = parser.parse_args()
     if options.command == "prepare":
         configs = [parse(TrainConfig, values) for values in load_json(options.config)]

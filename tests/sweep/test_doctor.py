@@ -82,7 +82,7 @@ def test_the_words_of_a_sweep_are_looked_at_too(healthy, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("listed", "torch", "device", "level", "said"),
     [
-        (LISTED, CUDA, "auto", "ok", "23.0 of 24.0 GiB free, compute capability 8.9"),
+        (LISTED, CUDA, "auto", "ok", "23.0 of 24.0 GiB free, compute capability 8.9, speed guessed"),
         ([], TorchFacts("2.13.0"), "auto", "warning", "no NVIDIA GPU"),
         ([], TorchFacts("2.13.0"), "cuda", "fault", "no NVIDIA GPU"),
         (LISTED, TorchFacts("2.13.0"), "auto", "fault", "torch is a build for the CPU"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fake_engine import EVALUATED_IN
+from tests.support.fake_engine import CALIBRATED, EVALUATED_IN
 from tests.support.fake_sweeps import fake_driver, results, rungs, start, sweep_folder
 from tests.support.paths import ENV
 
@@ -67,7 +67,9 @@ def test_a_sweep_with_half_its_space_infeasible_loses_no_trial(tmp_path, two_gpu
             assert not launched and rank > 24 and f"needs at least {rank}.0 GiB" in result["error"]
         else:
             assert launched and rank < 24 and result["outcome"] == "COMPLETE"
-    assert "card       NVIDIA GeForce RTX 4090, 24.0 GiB" in out
+    assert "card       NVIDIA GeForce RTX 4090, 24.0 GiB; speed extrapolated from the data sheet" in out
+    assert "NVIDIA GeForce RTX 4090 is new here and gets measured" in out and CALIBRATED in out
+    assert (folder / "card.txt").read_text().startswith("NVIDIA GeForce RTX 4090, 24.0 GiB; speed extrapolated")
     board = json.loads((folder / "leaderboard.json").read_text())
     assert board["outcomes"] == {"COMPLETE": 6, "INFEASIBLE": len(refused)}
 

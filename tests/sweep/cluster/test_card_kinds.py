@@ -61,7 +61,10 @@ def test_a_trial_fits_if_it_fits_one_kind_and_avoids_the_others(planned):
     # what it lacks on the largest card
     assert cards.check_fit(none).excess_gib == pytest.approx(64.0 - 23.6)
     assert (cards.avoid(small), cards.avoid(large), cards.avoid(none)) == ((), (L4,), ())
-    assert card_line(cards) == "card       l4 (22.0 GiB), rtx3090 (23.6 GiB); for each trial the smallest that it fits"
+    assert card_line(cards) == (
+        "card       l4 (22.0 GiB), rtx3090 (23.6 GiB); for each trial the smallest that it fits; "
+        "speeds extrapolated from the data sheet"
+    )
     # the twin: a user who names a card means that one
     named = make_feasibility("l4", Facts(shape=SHAPE), kinds)
     assert not named.check_fit(large).fits and named.avoid(large) == ()

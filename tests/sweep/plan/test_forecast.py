@@ -50,7 +50,7 @@ def test_a_laptop_is_told_what_a_sweep_of_an_8b_model_needs_on_a_named_card(tmp_
     lines = done.stdout.splitlines()
     assert lines[-1] == "2 False"
     table = lines[lines.index("forecast   every point of the space") :]
-    assert "card       rtx4090, 23.6 GiB" in lines
+    assert "card       rtx4090, 23.6 GiB; speed extrapolated from the data sheet" in lines
     assert table[1].split() == ["max_seq_length", "rank", "peak", "GiB", "tok/s", "hours", "plan"]
     rows = [line.split() for line in table[2:6]]
     assert [row[:2] for row in rows] == [["1024", "8"], ["1024", "64"], [str(NEVER), "8"], [str(NEVER), "64"]]

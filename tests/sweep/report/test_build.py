@@ -169,6 +169,13 @@ def test_the_page_says_what_became_of_the_data(tmp_path):
     assert "Data, training at 512 tokens: 60 rows read" in page and "Data, evaluation at 512 tokens" in page
 
 
+def test_the_page_says_what_predicted_speeds_rest_on(tmp_path):
+    folder = swept(tmp_path)
+    assert "Predicted for" not in page_of(folder)
+    folder.write_card("rtx4090, 23.6 GiB; speed measured here")
+    assert "Predicted for rtx4090, 23.6 GiB; speed measured here." in page_of(folder)
+
+
 def test_no_report_fails_a_sweep_and_an_older_one_stays(tmp_path, monkeypatch):
     folder = swept(tmp_path)
     older = page_of(folder)

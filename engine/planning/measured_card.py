@@ -1,0 +1,125 @@
+"""Keep the measurement of a card in a host as one file, which carries its own checksum. No torch.
+
+The file is meant to be read and sent: `rates` is what predictions use, `raw` holds every number in
+the unit of its name, and `steps` the whole steps, predicted next to measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.config.parsing import load_json
+from engine.errors import InputError
+from engine.planning.rates import Rates
+from engine.system.files import write_text
+from engine.system.provenance import host_name, nvidia_driver, package_version
+
+FORMAT = 1
+WAY_OUT = "take a file as `python -m engine calibrate --out FILE` wrote it"
+TEXTS = ("card", "driver", "torch", "triton", "host", "commit", "day")
+
+
+@dataclass(frozen=True)
+class CardStack:
+    """Say what a measurement holds for: card, driver, host and the versions of what launches kernels.
+
+    card: as torch.cuda.get_device_name() says it.
+    """
+
+    card: str
+    driver: str
+    torch: str
+    triton: str
+    host: str
+
+    @classmethod
+    def here(cls, card: str) -> CardStack:
+        """Return the stack of a card in this machine, for this Python."""
+        return cls(card, nvidia_driver(), package_version("torch"), package_version("triton"), host_name())
+
+    @property
+    def digest(self) -> str:
+        """Return 10 characters that name the stack in a file's name."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:10]
+
+
+@dataclass(frozen=True)
+class MeasuredCard:
+    """A measurement.
+
+    memory_gib: of the card. commit: of this program, empty outside a checkout. day: such as
+    2026-11-27. seconds: how long it took. raw: name with unit -> number. steps: name -> measured_ms
+    and predicted_ms of a whole step.
+    """
+
+    stack: CardStack
+    memory_gib: float
+    commit: str
+    day: str
+    seconds: float
+    rates: Rates
+    raw: Mapping[str, float]
+    steps: Mapping[str, Mapping[str, float]]
+
+    def text(self) -> str:
+        """Return the content of the file."""
+        values = {
+            "format": FORMAT, **asdict(self.stack), "memory_gib": self.memory_gib, "commit": self.commit, "day": self.day,
+            "seconds": self.seconds, "rates": self.rates.to_dict(), "raw": dict(self.raw),
+            "steps": {name: dict(step) for name, step in self.steps.items()},
+        }  # fmt: skip
+        return json.dumps({**values, "digest": _digest(values)}, indent=1) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Write the file, whole or not at all. StorageError if the disk does not take it."""
+        write_text(path, self.text())
+
+    @classmethod
+    def read(cls, path: Path, field: str = "file") -> MeasuredCard:
+        """Read the file. Raises InputError about `field` if it is damaged or another kind of file."""
+        values = load_json(path)
+        if not isinstance(values, dict) or "digest" not in values:
+            raise InputError(field, str(path), f"is no measurement of a card; {WAY_OUT}")
+        if values.get("format") != FORMAT:
+            allowed = f"must have format {FORMAT}, not {values.get('format')!r}; measure again with this version"
+            raise InputError(field, str(path), allowed)
+        content = {name: value for name, value in values.items() if name != "digest"}
+        if values["digest"] != _digest(content):
+            raise InputError(field, str(path), f"has changed since it was written; {WAY_OUT}")
+        try:
+            return cls._of(content)
+        except (KeyError, TypeError, InputError) as error:
+            said = error.allowed if isinstance(error, InputError) else f"lacks {error}"
+            raise InputError(field, str(path), f"is no whole measurement ({said}); {WAY_OUT}") from None
+
+    @classmethod
+    def _of(cls, values: dict[str, Any]) -> MeasuredCard:
+        texts = {name: values[name] for name in TEXTS}
+        if not all(isinstance(text, str) for text in texts.values()) or not texts["card"]:
+            raise InputError("file", texts, f"{', '.join(TEXTS)} must be texts")
+        stack = CardStack(*(texts[name] for name in ("card", "driver", "torch", "triton", "host")))
+        steps = {name: _numbers(step) for name, step in values["steps"].items()}
+        memory_gib, seconds = _numbers({"memory_gib": values["memory_gib"], "seconds": values["seconds"]}).values()
+        rates = Rates.from_dict(values["rates"])
+        return cls(stack, memory_gib, texts["commit"], texts["day"], seconds, rates, _numbers(values["raw"]), steps)
+
+    def described(self) -> str:
+        """Return card, versions and day in a few words."""
+        return f"{self.stack.card.removeprefix('NVIDIA ')}, torch {self.stack.torch}, {self.day}"
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise InputError(name, value, f"{name} must be a number")
+    return {name: float(value) for name, value in values.items()}
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,112 @@
+"""Define the speeds that predictions divide by: of one card in one host. No torch.
+
+engine/planning/sheet_rates.py assumes them from a data sheet, and `python -m engine calibrate`
+measures them (engine/rates/).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from engine.errors import InputError
+
+LARGEST = 1e7  # of any rate; a number beyond it is a damaged file
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A rate that depends on a size: straight lines over log(size) between points, flat beyond them.
+
+    `points` are (size, rate), sizes ascending.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def flat(cls, rate: float) -> Curve:
+        return cls(((1.0, rate),))
+
+    def at(self, size: float) -> float:
+        """Return the rate at a size above 0."""
+        (low, low_rate), (high, high_rate) = self.points[0], self.points[-1]
+        if size <= low or size >= high:
+            return low_rate if size <= low else high_rate
+        for (low, low_rate), (high, high_rate) in zip(self.points, self.points[1:]):
+            if size <= high:
+                share = math.log(size / low) / math.log(high / low)
+                return low_rate + share * (high_rate - low_rate)
+        raise AssertionError("sizes must ascend")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The speeds of one card in one host; each curve names its size.
+
+    Over hidden size: `matmul_tflops` of a layer's matmuls, `head_tflops` of the head's;
+    `norm_gb_s` of norms and other passes over activations, `adapter_gb_s` of an adapter's matmuls
+    while bytes bind them, `activation_gb_s` of the gated activation with low-rank terms, `nf4_gb_s`
+    of dequantisation, and `gaps`, the time of a step relative to the sum of its kernels.
+
+    Over head dim: `attention_tflops` of flash attention on endless samples. A sample of L tokens
+    reaches L / (L + `half_length`) of it, and the backward pass `attention_backward`.
+
+    `thin_tflops` bounds adapters of high rank, `loss_gb_s` the loss over logits. `link_gb_s` is a
+    pinned copy one way. `host_ms` and `unfused_host_ms` are Python and launches of one layer,
+    forward and backward.
+    """
+
+    matmul_tflops: Curve
+    head_tflops: Curve
+    norm_gb_s: Curve
+    adapter_gb_s: Curve
+    activation_gb_s: Curve
+    nf4_gb_s: Curve
+    gaps: Curve
+    attention_tflops: Curve
+    half_length: Curve
+    attention_backward: Curve
+    thin_tflops: float
+    loss_gb_s: float
+    link_gb_s: float
+    host_ms: float
+    unfused_host_ms: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON: a number, or the points of a curve."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: [list(p) for p in v.points] if isinstance(v, Curve) else v for name, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str = "rates") -> Rates:
+        """Read plain data. Raises InputError for a missing, unknown or impossible value."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, Mapping) or set(values) != set(names):
+            raise InputError(where, values, f"must hold exactly {', '.join(names)}")
+        curves = {field.name for field in fields(cls) if field.type == "Curve"}
+        return cls(**{n: (_curve if n in curves else _rate)(values[n], f"{where}.{n}") for n in names})
+
+
+def _curve(value: Any, where: str) -> Curve:
+    is_list = isinstance(value, list) and value and all(isinstance(p, list) and len(p) == 2 for p in value)
+    if not is_list:
+        raise InputError(where, value, "must be a list of points [size, rate]")
+    points = tuple((_rate(size, where), _rate(rate, where)) for size, rate in value)
+    sizes = [size for size, _ in points]
+    if sizes != sorted(set(sizes)):
+        raise InputError(where, value, "must have its sizes in ascending order, each once")
+    return Curve(points)
+
+
+def _rate(value: Any, where: str) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0.0 < value <= LARGEST:  # NaN is neither
+        raise InputError(where, value, f"must be a number above 0, and at most {LARGEST:g}")
+    return float(value)
+
+
+def curve_of(points: Iterable[tuple[float, float]]) -> Curve:
+    """Return a curve through these points, given in any order."""
+    return Curve(tuple(sorted((float(size), float(rate)) for size, rate in points)))

@@ -1,0 +1,1 @@
+"""What this card and host reach, measured for the speed predictions."""
