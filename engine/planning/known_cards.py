@@ -30,7 +30,7 @@ def stored_folder() -> Path:
 
 def stored_file(stack: CardStack) -> Path:
     """Return the file of a stack's measurement, which may not exist yet."""
-    name = re.sub(r"[^a-z0-9]+", "-", stack.card.lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", stack.card.lower()).strip("-")[:60]
     return stored_folder() / f"{name}-{stack.digest}.json"
 
 

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.config.parsing import load_json
-from engine.errors import InputError
+from engine.errors import InputError, printable
 from engine.planning.rates import Rates
 from engine.system.files import write_text
 from engine.system.provenance import host_name, nvidia_driver, package_version
 
-FORMAT = 1
+FORMAT, LARGEST_NUMBER = 1, 1e12
 WAY_OUT = "take a file as `python -m engine calibrate --out FILE` wrote it"
 TEXTS = ("card", "driver", "torch", "triton", "host", "commit", "day")
 
@@ -94,7 +93,7 @@ class MeasuredCard:
             raise InputError(field, str(path), f"has changed since it was written; {WAY_OUT}")
         try:
             return cls._of(content)
-        except (KeyError, TypeError, InputError) as error:
+        except (KeyError, TypeError, AttributeError, InputError) as error:
             said = error.allowed if isinstance(error, InputError) else f"lacks {error}"
             raise InputError(field, str(path), f"is no whole measurement ({said}); {WAY_OUT}") from None
 
@@ -111,12 +110,12 @@ class MeasuredCard:
 
     def described(self) -> str:
         """Return card, versions and day in a few words."""
-        return f"{self.stack.card.removeprefix('NVIDIA ')}, torch {self.stack.torch}, {self.day}"
+        return printable(f"{self.stack.card.removeprefix('NVIDIA ')}, torch {self.stack.torch}, {self.day}")
 
 
 def _numbers(values: Any) -> dict[str, float]:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_NUMBER:  # nor NaN
             raise InputError(name, value, f"{name} must be a number")
     return {name: float(value) for name, value in values.items()}
 

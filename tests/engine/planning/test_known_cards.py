@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from engine.errors import InputError
 from engine.planning import known_cards
 from engine.planning.cards import CARDS, found_card
 from engine.planning.known_cards import GUESS, HERE, KIND, SHEET, measured_here, speed_basis, stored_file, with_known_rates
-from engine.planning.measured_card import MeasuredCard
+from engine.planning.measured_card import MeasuredCard, _digest
 from engine.system import provenance
 from tests.support.measured import RTX_4090, keep, measured
 
@@ -51,10 +52,26 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line(tmp_path, damage, said
     assert str(error.value).startswith("--from = ") and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("change", [
+    {"steps": []}, {"steps": {"a": 1}}, {"raw": {"a": 10**400}}, {"raw": {"a": math.nan}}, {"raw": None}, {"memory_gib": "24"},
+    {"card": ""}, {"day": 7}, {"rates": {}},
+])  # fmt: skip
+def test_a_file_with_a_right_checksum_and_an_impossible_part_is_refused(tmp_path, change):
+    content = {name: value for name, value in json.loads(measured().text()).items() if name != "digest"} | change
+    (tmp_path / "card.json").write_text(json.dumps({**content, "digest": _digest(content)}))
+    with pytest.raises(InputError, match="no whole measurement"):
+        MeasuredCard.read(tmp_path / "card.json")
+
+
+def test_names_from_a_file_cannot_steer_the_terminal_or_the_disk():
+    found = measured("NVIDIA \x1b[2J/../x" + "y" * 500)
+    assert "\x1b" not in found.described()
+    keep(found)
+    assert stored_file(found.stack).parent == known_cards.stored_folder()
+
+
 @pytest.mark.parametrize("lost", ["card", "rates", "raw", "steps", "day", "seconds"])
 def test_a_file_with_a_right_checksum_and_a_part_missing_is_refused(tmp_path, lost):
-    from engine.planning.measured_card import _digest
-
     values = json.loads(measured().text())
     content = {name: value for name, value in values.items() if name not in ("digest", lost)}
     (tmp_path / "card.json").write_text(json.dumps({**content, "digest": _digest(content)}))

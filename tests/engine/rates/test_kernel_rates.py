@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.rates import kernel_rates, link_rates
-from engine.rates.timing import WARM_UP, HostTimer
+from engine.rates.timing import WARM_UP, HostTimer, LoadTimer
 from engine.rates.widths import Widths
 
 TINY = Widths("tiny", "tiny", 64, 128, 4, 2, 16, 512, 32)
@@ -79,6 +79,13 @@ def test_links_and_launches_are_bytes_and_calls_over_seconds():
     assert link_rates.launch_us(timer, lambda: calls.append(1), launches=500) == pytest.approx(4.0)
     assert len(calls) == 500
     assert kernel_rates.copy_gb_s(timer, draw, 1000) == pytest.approx(2 * 4000 / 2e-3 / 1e9)
+
+
+def test_steps_are_timed_after_as_long_under_load_as_asked_for(monkeypatch):
+    counts = []
+    monkeypatch.setattr(LoadTimer, "_mean", lambda self, call, count: counts.append(count) or 0.01)
+    assert LoadTimer(CPU, load_s=0.7, measured_s=0.3)(lambda: None) == 0.01
+    assert counts == [2, 70, 30]
 
 
 def test_the_hosts_timer_takes_the_median_and_waits_for_the_device():
