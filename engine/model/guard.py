@@ -62,12 +62,12 @@ def choose_route(config: Any, given: ModelConfig, make: Make, device: torch.devi
         return ModelVerdict(UNTRIED, faults=(f"{type(error).__name__}: {first_line(error)}",), checked=False)
     tried = library.to(device), given, samples, layers_alike(config)
     try:
-        return _Trial(*tried).verdict()
+        return TinyModel(*tried).verdict()
     except InputError:
         read = _read_weights(library, samples[0]) if given.quantization == "nf4" else ()
         if not read:
             raise
-        return _Trial(*tried, *read).verdict()  # packed weights are no use to code that reads them
+        return TinyModel(*tried, *read).verdict()  # packed weights are no use to code that reads them
 
 
 def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -81,10 +81,11 @@ def own_attentions(model: nn.Module) -> list[str]:
     return ["sdpa", "eager"] if getattr(model, "_supports_sdpa", False) else ["eager"]
 
 
-class _Trial:
+class TinyModel:
     """Try the routes on a tiny model, whose own losses and gradients are the measure."""
 
     def __init__(self, library: nn.Module, given: ModelConfig, samples: list[Sample], alike: Alike, *kept: str) -> None:
+        """Compute what the routes are measured by. kept: layers to leave as they are, by pattern. Raises InputError."""
         self.library, self.given, self.samples, self.alike = library, given, samples, alike
         self.linears = plain_linears(library)
         if not self.linears:
@@ -97,10 +98,11 @@ class _Trial:
         _require_causal(library, samples[0], self.theirs[0], given.path)
 
     def verdict(self) -> ModelVerdict:
+        """Return the verdict on the fastest route that is right. Raises InputError if none is."""
         faults: list[str] = []
         for route in self._routes():
             try:
-                base = self._base(route)
+                base = self.base(route)
                 alone = [our_losses(base, [sample])[0] for sample in self.samples]
                 if (gap := difference(alone, self.theirs)) > ALLOWED:
                     raise _Differs(f"a loss differs by {gap:.2g} nats")
@@ -119,7 +121,8 @@ class _Trial:
         found = routes(can_fuse, own_attentions(self.library))
         return found[:1] if self.given.layers == "strict" and can_fuse else found
 
-    def _base(self, route: Route) -> Base:
+    def base(self, route: Route) -> Base:
+        """Return the tiny model as this route computes it."""
         model = copy.deepcopy(self.library)
         attention.register()
         model.set_attn_implementation(text_attention(model.config, route.attention))

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from engine.config.trial import ModelConfig
+import torch
+
+from engine.adapter.lora import attach
+from engine.adapter.peft_files import export_adapter
+from engine.config.trial import DataConfig, LoopConfig, ModelConfig, TrainConfig
 from engine.errors import InputError
 from engine.model import skeleton
-from engine.model.guard import choose_route
+from engine.model.comparison import difference, library_losses, our_losses, random_samples
+from engine.model.guard import LORA, TinyModel, choose_route
 from engine.model.pretrained import model_factory, without_weights
 from engine.model.route import ModelVerdict
 from engine.model.verdicts import with_export
@@ -73,6 +80,31 @@ def judge_export(model_type: str, verdict: ModelVerdict) -> ModelVerdict:
     """Return the verdict with the layers that PEFT would not load again, on a model of few and small layers."""
     config = skeleton.shrink(config_of(model_type))
     return with_export(verdict, lambda: without_weights(copy.deepcopy(config), ModelConfig(path=model_type)))
+
+
+def peft_difference(model_type: str, verdict: ModelVerdict, folder: Path) -> float:
+    """Return by how many nats PEFT's losses differ from ours, with one exported adapter on one tiny model.
+
+    folder: where the adapter is written. The adapter's B is as large as its A.
+    """
+    from peft import PeftModel
+
+    config, samples = config_of(model_type), random_samples(skeleton.VOCABULARY)
+    factory, given = model_factory(config), ModelConfig(path=model_type)
+    library = skeleton.build(
+        config, lambda small: factory.from_config(small, attn_implementation="eager"), lambda made: library_losses(made, samples[0])
+    )
+    base = TinyModel(library, given, samples, {}, *verdict.read_directly).base(verdict.route)
+    layers = attach(base.model, [name for name in base.linear_names if verdict.adapts(name)], LORA, seed=0)
+    torch.manual_seed(1)
+    for layer in layers.values():
+        layer.lora_b.data.normal_(std=0.2)
+    trained = TrainConfig(model=given, data=DataConfig(train="none"), lora=LORA, train=LoopConfig(max_tokens=100))
+    export_adapter(folder, trained, layers, base.model, SimpleNamespace(save_pretrained=lambda _: None))
+    ours = [our_losses(base, [sample])[0] for sample in samples]
+    read = PeftModel.from_pretrained(library, folder).eval()
+    with torch.no_grad():
+        return difference(ours, [library_losses(read, sample) for sample in samples])
 
 
 def kind(verdict: ModelVerdict | InputError) -> str:
