@@ -37,6 +37,8 @@ LEAK_ALLOWED = 1e-6  # of the largest gradient in a sample's own tokens
 NO_LINEAR = "must have at least one plain linear layer for the adapter"
 LORA = LoraConfig(rank=2, lora_alpha=2.0)
 CPU = torch.device("cpu")
+MADE_WITH = "eager"
+"""The attention that every model is made with. Some families choose a class by it, and keep that class whatever is set later."""
 UNTRIED = Route(False, "eager", head_loss=False, shares_rows=False)  # as near to the library as it goes
 Alike = dict[int, list[int]]
 """Layer of the tiny model -> those of the large one that it stands for."""
@@ -52,7 +54,7 @@ def choose_route(config: Any, given: ModelConfig, make: Make, device: torch.devi
     """
     samples = random_samples(VOCABULARY)
     try:
-        library = build(config, lambda small: make(small, "eager"), lambda model: library_losses(model, samples[0]))
+        library = build(config, lambda small: make(small, MADE_WITH), lambda model: library_losses(model, samples[0]))
     except Exception as error:  # what cannot be made small is checked on the real weights only
         if given.layers != "original":
             allowed = "cannot be tried on a tiny model, so nothing shows that its losses would be right"
@@ -62,12 +64,12 @@ def choose_route(config: Any, given: ModelConfig, make: Make, device: torch.devi
         return ModelVerdict(UNTRIED, faults=(f"{type(error).__name__}: {first_line(error)}",), checked=False)
     tried = library.to(device), given, samples, layers_alike(config)
     try:
-        return TinyModel(*tried).verdict()
+        return _Trial(*tried).verdict()
     except InputError:
         read = _read_weights(library, samples[0]) if given.quantization == "nf4" else ()
         if not read:
             raise
-        return TinyModel(*tried, *read).verdict()  # packed weights are no use to code that reads them
+        return _Trial(*tried, *read).verdict()  # packed weights are no use to code that reads them
 
 
 def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -81,11 +83,10 @@ def own_attentions(model: nn.Module) -> list[str]:
     return ["sdpa", "eager"] if getattr(model, "_supports_sdpa", False) else ["eager"]
 
 
-class TinyModel:
+class _Trial:
     """Try the routes on a tiny model, whose own losses and gradients are the measure."""
 
     def __init__(self, library: nn.Module, given: ModelConfig, samples: list[Sample], alike: Alike, *kept: str) -> None:
-        """Compute what the routes are measured by. kept: layers to leave as they are, by pattern. Raises InputError."""
         self.library, self.given, self.samples, self.alike = library, given, samples, alike
         self.linears = plain_linears(library)
         if not self.linears:
@@ -98,11 +99,10 @@ class TinyModel:
         _require_causal(library, samples[0], self.theirs[0], given.path)
 
     def verdict(self) -> ModelVerdict:
-        """Return the verdict on the fastest route that is right. Raises InputError if none is."""
         faults: list[str] = []
         for route in self._routes():
             try:
-                base = self.base(route)
+                base = self._base(route)
                 alone = [our_losses(base, [sample])[0] for sample in self.samples]
                 if (gap := difference(alone, self.theirs)) > ALLOWED:
                     raise _Differs(f"a loss differs by {gap:.2g} nats")
@@ -121,8 +121,7 @@ class TinyModel:
         found = routes(can_fuse, own_attentions(self.library))
         return found[:1] if self.given.layers == "strict" and can_fuse else found
 
-    def base(self, route: Route) -> Base:
-        """Return the tiny model as this route computes it."""
+    def _base(self, route: Route) -> Base:
         model = copy.deepcopy(self.library)
         attention.register()
         model.set_attn_implementation(text_attention(model.config, route.attention))

@@ -23,7 +23,7 @@ from engine.layers.swap import fuse_layers
 from engine.model.base import Base
 from engine.model.comparison import text_samples
 from engine.model.device import pick_dtype
-from engine.model.guard import NO_LINEAR
+from engine.model.guard import MADE_WITH, NO_LINEAR
 from engine.model.inspect import checked_skeleton, load_tokenizer, swaps_of, unquantised_names
 from engine.model.loaded_check import KnownChecks, check_loaded, loaded_losses
 from engine.model.pretrained import from_pretrained, model_factory, read_config, release_towers, require_tensors, text_attention
@@ -60,7 +60,7 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
         attention_name = verdict.route.attention  # the only one that is known to be right for this model
     options: dict[str, Any] = {"device_map": {"": device.type}, "dtype": dtype}
     wanted, factory = attention_name or verdict.route.attention, model_factory(found)
-    options |= {"attn_implementation": wanted if factory is AutoModelForCausalLM else text_attention(found, wanted)}
+    options |= {"attn_implementation": MADE_WITH if factory is AutoModelForCausalLM else text_attention(found, MADE_WITH)}
     options |= {"use_safetensors": True, "output_loading_info": True}
 
     def load(folder: str | Path, **more: Any) -> tuple[Any, dict[str, Any]]:
@@ -69,6 +69,7 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
         return model, loading
 
     model, _ = _load_nf4(config, source, device, dtype, load, verdict) if config.quantization == "nf4" else load(source)
+    model.set_attn_implementation(text_attention(model.config, wanted))
     model.requires_grad_(False).eval()
     if device.type == "cpu":
         use_torch_functions(model)

@@ -29,7 +29,8 @@ KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "num_global_key_
             "kv_n_heads")  # fmt: skip
 # Names of widths in config.json -> their value in the tiny model.
 WIDTHS: dict[int, tuple[str, ...]] = {
-    VOCABULARY: ("vocab_size", "vocab_size_per_layer_input", "codebook_size"),
+    VOCABULARY: ("vocab_size", "vocab_size_per_layer_input", "codebook_size",
+                 "encoder_hash_byte_group_vocab"),
     HIDDEN: ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim",
              "lru_width", "dim_model", "input_hidden_size", "embedding_dim"),
     2 * HIDDEN: ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "d_ff", "ffn_hidden_size",
@@ -37,14 +38,15 @@ WIDTHS: dict[int, tuple[str, ...]] = {
                  "dense_intermediate_size"),
     HIDDEN // 2: ("moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
                   "shared_intermediate_size", "q_lora_rank", "kv_lora_rank", "expert_ffn_hidden_size", "index_head_dim",
-                  "hidden_size_per_layer_input", "laurel_rank", "expert_intermediate_size", "o_lora_rank"),
+                  "hidden_size_per_layer_input", "laurel_rank", "expert_intermediate_size", "o_lora_rank",
+                  "shared_experts_intermediate_size"),
     HEADS: ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads",
             "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "linear_num_value_heads",
-            "index_n_heads", "swa_num_attention_heads", "num_linear_heads", "num_query_heads"),
+            "index_n_heads", "swa_num_attention_heads", "num_linear_heads", "num_query_heads", "linear_num_heads"),
     HEAD: ("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_channels", "global_head_dim", "d_kv",
            "swa_head_dim", "linear_key_head_dim", "linear_value_head_dim", "mamba_d_state", "ssm_state_size",
            "state_size", "mamba_dt_rank", "time_step_rank", "attention_head_dim", "rotary_dim", "swa_v_head_dim", "dim_head",
-           "head_size", "index_topk"),
+           "head_size", "index_topk", "linear_head_dim"),
     HEADS // 2: ("linear_num_key_heads", "num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k_experts",
                  "moe_top_k", "num_selected_experts"),
     1: ("n_group", "num_expert_group", "topk_group", "first_k_dense_replace", "num_dense_layers", "n_shared_experts",
@@ -58,7 +60,10 @@ SMALL = {name: value for value, names in WIDTHS.items() for name in names}
 WIDE_HIDDEN, WIDE_HEADS = 256, 2
 WIDE = {name: {HIDDEN: WIDE_HIDDEN, HEADS: WIDE_HEADS}.get(value, value) for name, value in SMALL.items() if value != HEAD}
 WIDE |= {name: HEADS for name in WIDTHS[HEADS] if "expert" in name}
-WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention", "attention_window_size", "window_size")
+WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention", "attention_window_size", "window_size",
+           "sliding_window_size", "keep_window_size", "local_attention_window_len", "rel_extent", "floor_scale",
+           "log_scaling_n_floor", "chunk_size", "mamba_chunk_size", "block_size", "index_block_size")  # fmt: skip
+"""Numbers of tokens beyond which a model computes something else. The samples must be longer."""
 WINDOW = 12
 SHARED = "num_kv_shared_layers"  # the last layers, which take keys and values from earlier ones
 INDICES = re.compile(r"(layer|attn|attention)\w*(_ids|_idxs?|_indices|_layers)$")  # names of lists of layer numbers
@@ -76,8 +81,7 @@ def build(config: Any, make: Callable[[Any], nn.Module], works: Callable[[nn.Mod
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 small = shrunk(config)
-                if shrunk is _with_few_layers:
-                    _require_small(small, make)
+                _require_small(small, make)
                 model = make(small)
                 make_loud(model)
             model = model.float().eval().requires_grad_(False)

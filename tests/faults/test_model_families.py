@@ -72,9 +72,12 @@ def _judged(family: str) -> Row:
         return Row(family, NO_CONFIG, detail=f"no export checked: {type(error).__name__}: {first_line(error)}")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            gap = peft_difference(family, verdict, Path(folder) / "adapter")
+            os.environ["QLORA_SWEEP_CACHE"] = str(Path(folder) / "cache")
+            gap = peft_difference(family, Path(folder))
+    except InputError as error:
+        return Row(family, "refused", detail=error.allowed)
     except Exception as error:  # whatever PEFT or model code raises
-        return Row(family, WRONG, detail=f"PEFT cannot read its adapter: {type(error).__name__}: {first_line(error)}")
+        return Row(family, WRONG, detail=f"{type(error).__name__}: {first_line(error)}")
     if not gap <= ALLOWED:
         return Row(family, WRONG, detail=f"its losses in PEFT differ by {gap:.2g} nats")
     left_out = (*verdict.without_gradient, *verdict.read_directly, *verdict.not_exported)

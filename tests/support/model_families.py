@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,10 +15,15 @@ from engine.config.trial import DataConfig, LoopConfig, ModelConfig, TrainConfig
 from engine.errors import InputError
 from engine.model import skeleton
 from engine.model.comparison import difference, library_losses, our_losses, random_samples
-from engine.model.guard import LORA, TinyModel, choose_route
+from engine.model.guard import LORA, choose_route
+from engine.model.inspect import inspect_model
+from engine.model.load import load_base
 from engine.model.pretrained import model_factory, without_weights
 from engine.model.route import ModelVerdict
 from engine.model.verdicts import with_export
+from engine.quant.frozen_linear import FrozenLinear
+from tests.support.tiny_models import byte_tokenizer
+from tests.support.trials import CPU
 
 LFM2_LAYERS = (["conv", "conv", "full_attention"] * 11)[:32]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -82,27 +86,41 @@ def judge_export(model_type: str, verdict: ModelVerdict) -> ModelVerdict:
     return with_export(verdict, lambda: without_weights(copy.deepcopy(config), ModelConfig(path=model_type)))
 
 
-def peft_difference(model_type: str, verdict: ModelVerdict, folder: Path) -> float:
-    """Return by how many nats PEFT's losses differ from ours, with one exported adapter on one tiny model.
+def peft_difference(model_type: str, folder: Path) -> float:
+    """Return by how many nats PEFT's losses differ from ours, with an adapter that a trial would export.
 
-    folder: where the adapter is written. The adapter's B is as large as its A.
+    A small model is saved to the folder, prepared and loaded in NF4 as for a trial. PEFT reads the
+    adapter on the library's own model with the same weights. Raises InputError where `prepare`
+    refuses the folder, and AssertionError where a worker would.
     """
     from peft import PeftModel
 
     config, samples = config_of(model_type), random_samples(skeleton.VOCABULARY)
-    factory, given = model_factory(config), ModelConfig(path=model_type)
-    library = skeleton.build(
+    factory = model_factory(config)
+    skeleton.build(
         config, lambda small: factory.from_config(small, attn_implementation="eager"), lambda made: library_losses(made, samples[0])
-    )
-    base = TinyModel(library, given, samples, {}, *verdict.read_directly).base(verdict.route)
-    layers = attach(base.model, [name for name in base.linear_names if verdict.adapts(name)], LORA, seed=0)
+    ).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    given = ModelConfig(path=str(folder / "model"), dtype="float32")
+    names = list(inspect_model(given).features)
+    try:
+        base = load_base(given, CPU)
+    except InputError as error:
+        raise AssertionError(f"a worker refuses it: {error.allowed}") from error
+    frozen = {n: m for n, m in base.model.named_modules() if isinstance(m, FrozenLinear) and not m.weight.is_meta}
+    weights = {name: module.dequantized(torch.float32) for name, module in frozen.items()}
+    layers = attach(base.model, names, LORA, seed=0)
     torch.manual_seed(1)
     for layer in layers.values():
         layer.lora_b.data.normal_(std=0.2)
     trained = TrainConfig(model=given, data=DataConfig(train="none"), lora=LORA, train=LoopConfig(max_tokens=100))
-    export_adapter(folder, trained, layers, base.model, SimpleNamespace(save_pretrained=lambda _: None))
-    ours = [our_losses(base, [sample])[0] for sample in samples]
-    read = PeftModel.from_pretrained(library, folder).eval()
+    export_adapter(folder / "adapter", trained, layers, base.model, base.tokenizer)
+    rows = [samples] if base.shares_rows(len(samples[0].input_ids)) else [[sample] for sample in samples]
+    ours = [losses for row in rows for losses in our_losses(base, row)]
+    plain = factory.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="eager")
+    for name, weight in weights.items():
+        plain.get_submodule(name).weight.data = weight
+    read = PeftModel.from_pretrained(plain, folder / "adapter").eval()
     with torch.no_grad():
         return difference(ours, [library_losses(read, sample) for sample in samples])
 
