@@ -18,12 +18,13 @@ from engine.layers.swap import SwapReport, require_fused, survey
 from engine.model.guard import NO_LINEAR, plain_linears
 from engine.model.pretrained import from_pretrained, read_config, unused_tensors, without_weights
 from engine.model.route import ModelVerdict, Route, pattern_of
+from engine.model.skeleton import POSITIONS
 from engine.model.verdicts import verdict_of
 from engine.quant.frozen_linear import is_known_linear
 from engine.shape.model_shape import ModelShape
 from engine.sources.locate import locate
 from engine.sources.quantized_folders import check_quantization, is_quantized
-from engine.sources.weight_files import check_rows, check_unused, check_weights, tensor_shapes
+from engine.sources.weight_files import check_generation_config, check_rows, check_unused, check_weights, tensor_shapes
 from engine.units import counted
 
 INSTALL_LINEAR_ATTENTION = "pip install flash-linear-attention"
@@ -94,7 +95,8 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
         raise InputError("model.path", config.path, "; ".join([NO_LINEAR, *_notes(model, linears, verdict)]))
     swaps = swaps_of(model, config, survey, verdict)
     text = model.config.get_text_config()
-    positions, rotary = getattr(text, "max_position_embeddings", None), bool(getattr(text, "rope_parameters", None))
+    positions = next((value for name in POSITIONS if (value := getattr(text, name, None))), None)
+    rotary = bool(getattr(text, "rope_parameters", None))
     notes = tuple(_notes(model, linears, verdict))
     if unused:
         are = "is" if len(unused) == 1 else "are"
@@ -117,6 +119,7 @@ def checked_skeleton(config: ModelConfig) -> tuple[nn.Module, list[str]]:
     if not folder.is_dir():
         return model, []
     check_rows(folder, model.get_input_embeddings().weight.shape[0], config.path)
+    check_generation_config(folder, config.path)
     shapes = tensor_shapes(folder, config.path, is_quantized(found.to_dict()))
     unused = unused_tensors(model, shapes, config)
     check_unused(unused, config.path)

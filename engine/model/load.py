@@ -64,7 +64,8 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     options |= {"use_safetensors": True, "output_loading_info": True}
 
     def load(folder: str | Path, **more: Any) -> tuple[Any, dict[str, Any]]:
-        model, loading = from_pretrained(factory, config, str(folder), **options, **more)
+        own = {"config": found} if str(folder) == source else {}  # a cached base has a config.json of its own
+        model, loading = from_pretrained(factory, config, str(folder), **options, **own, **more)
         require_tensors(loading, config)
         return model, loading
 

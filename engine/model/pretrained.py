@@ -15,11 +15,11 @@ from engine.errors import InputError, first_line
 from engine.sources.locate import locate
 
 
-def from_pretrained(factory: Any, config: ModelConfig, source: str, **options: Any) -> Any:
+def from_pretrained(factory: Any, given: ModelConfig, source: str, **options: Any) -> Any:
     """Return what `factory` loads from a folder or hub id. Raises InputError for any fault in it."""
     try:
         return factory.from_pretrained(
-            source, revision=config.revision or "main", trust_remote_code=config.trust_remote_code, **options
+            source, revision=given.revision or "main", trust_remote_code=given.trust_remote_code, **options
         )
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -27,14 +27,24 @@ def from_pretrained(factory: Any, config: ModelConfig, source: str, **options: A
         if "DefaultCPUAllocator" in str(error):  # torch's only sign that CPU memory ran out
             raise
         allowed = "must be a folder or hub id that transformers can load; its error: "
-        raise InputError("model.path", config.path, allowed + first_line(error)) from error
+        raise InputError("model.path", given.path, allowed + first_line(error)) from error
 
 
 def read_config(config: ModelConfig) -> Any:
     """Return the model's config.json as transformers reads it. Raises InputError."""
     from transformers import AutoConfig
 
-    return from_pretrained(AutoConfig, config, locate(config))
+    found = from_pretrained(AutoConfig, config, locate(config))
+    _forget_attention(found)
+    return found
+
+
+def _forget_attention(config: Any) -> None:
+    """Remove the attention that some folders name, which may need a package. Here the model's verdict names it."""
+    config._attn_implementation_internal = None
+    for key in getattr(config, "sub_configs", {}):
+        if (part := getattr(config, key, None)) is not None:
+            _forget_attention(part)
 
 
 def model_factory(found: Any) -> Any:

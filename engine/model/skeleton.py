@@ -65,6 +65,9 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention", "attenti
            "log_scaling_n_floor", "chunk_size", "mamba_chunk_size", "block_size", "index_block_size")  # fmt: skip
 """Numbers of tokens beyond which a model computes something else. The samples must be longer."""
 WINDOW = 12
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+POSITION = 48  # a sample is shorter, and a row of two is longer
+ORIGINAL = "original_max_position_embeddings"  # a rotation with it also depends on how the two numbers compare
 SHARED = "num_kv_shared_layers"  # the last layers, which take keys and values from earlier ones
 INDICES = re.compile(r"(layer|attn|attention)\w*(_ids|_idxs?|_indices|_layers)$")  # names of lists of layer numbers
 
@@ -132,7 +135,7 @@ def _shrink(config: Any, sizes: dict[str, int] = SMALL) -> None:
     given, overrides = dict(vars(config)), _overrides(config)
     if overrides:
         config.per_layer_config = None
-    heads = sizes.get("num_attention_heads")
+    heads, can_shorten = sizes.get("num_attention_heads"), ORIGINAL not in str(given.get("rope_parameters"))
     for name, value in given.items():
         if hasattr(value, "to_dict"):
             _shrink(value, sizes)
@@ -151,6 +154,8 @@ def _shrink(config: Any, sizes: dict[str, int] = SMALL) -> None:
             setattr(config, name, len([i for i in chosen if i >= total - value]))
         elif name in WINDOWS and value > 0:
             setattr(config, name, min(value, WINDOW))
+        elif name in POSITIONS and can_shorten:
+            setattr(config, name, min(value, POSITION))
         elif name.endswith("token_id"):
             setattr(config, name, min(value, VOCABULARY - 1))
         elif SMALL.get(name) == VOCABULARY:

@@ -17,6 +17,8 @@ KEYS = ("quantization_config", "compression_config")
 def check_quantization(content: dict[str, Any], config: ModelConfig) -> None:
     """Raise InputError if config.json names another quantisation than bitsandbytes' NF4."""
     for settings in _settings(content):
+        if settings == {}:  # transformers takes it for a quantisation without a method
+            raise InputError("model.path", config.path, "has an empty quantization_config in its config.json: remove it")
         if not isinstance(settings, dict) or not _is_nf4(settings):
             allowed = f"holds {_describe(settings)} weights; allowed: 16 or 32 bits, or bitsandbytes NF4: take the 16-bit model"
             raise InputError("model.path", config.path, allowed)
@@ -32,7 +34,7 @@ def is_quantized(content: dict[str, Any]) -> bool:
 
 def _settings(content: dict[str, Any]) -> list[Any]:
     parts = [content, content.get("text_config")]
-    return [part[key] for part in parts if isinstance(part, dict) for key in KEYS if part.get(key)]
+    return [part[key] for part in parts if isinstance(part, dict) for key in KEYS if part.get(key) is not None]
 
 
 def _is_nf4(settings: dict[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from engine.config.parsing import load_json
 from engine.errors import InputError, first_line
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 FIELD = "model.path"
 NF4_STATE = ".quant_state.bitsandbytes__nf4"  # behind a packed weight's name: JSON with the shape it had
 SCALES = ("weight_scale", "weight_scale_inv", "SCB", "scales", "qzeros", "absmax")  # last names of scales of packed weights
@@ -62,6 +63,16 @@ def check_rows(folder: Path, num_rows: int, given: str) -> None:
     if found and num_rows not in found:
         rows = f"config.json says {num_rows:,} rows of the embedding, its weights hold {found[0]:,}"
         raise InputError(FIELD, given, f"{rows}: correct vocab_size")
+
+
+def check_generation_config(folder: Path, given: str) -> None:
+    """Raise InputError if generation_config.json is JSON, but no object. What is no JSON, transformers leaves out."""
+    try:
+        content = json.loads((folder / GENERATION).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return
+    if not isinstance(content, dict):
+        raise InputError(FIELD, given, f"{GENERATION} must hold a JSON object: correct or remove it")
 
 
 def tensor_shapes(folder: Path, given: str, packed: bool) -> dict[str, tuple[int, ...]]:

@@ -70,6 +70,18 @@ def test_released_models_run_fused_with_their_own_multipliers_layer_kinds_and_ro
     assert kind(verdict) == "fused layers" and verdict.checked and not verdict.without_gradient
 
 
+def test_what_depends_on_the_place_in_a_long_row_means_one_sample_a_row():
+    from transformers import AutoModelForCausalLM, Llama4TextConfig
+
+    assert kind(judge("gpt_neo")) == SINGLE  # its mask is as large as its positions, and a row may be longer
+    given = ModelConfig(path="llama4")
+    config = Llama4TextConfig(layer_types=["full_attention"] * 48, no_rope_layers=[0] * 48, attn_temperature_tuning=True)
+    make = lambda small, name: AutoModelForCausalLM.from_config(small, attn_implementation=name)  # noqa: E731
+    assert config.floor_scale > 1000 and not guard.choose_route(config, given, make).route.shares_rows
+    config.attn_temperature_tuning = False  # twin: queries that do not grow with their place
+    assert guard.choose_route(config, given, make).route.shares_rows
+
+
 @pytest.mark.parametrize(
     ("model_type", "line"), [("roberta", "later tokens change earlier losses"), ("gpt2", "plain linear layer")]
 )

@@ -21,6 +21,7 @@ from engine.model.comparison import as_sample, difference, library_losses, our_l
 from engine.model.inspect import inspect_model
 from engine.model.load import load_base
 from engine.model.loaded_check import loaded_losses
+from engine.model.route import Route
 from engine.model.skeleton import make_loud
 from engine.prepare import prepare
 from engine.quant.frozen_linear import freeze_linears
@@ -109,6 +110,28 @@ def test_weights_of_another_model_than_config_says_are_refused_before_any_value_
     with pytest.raises(InputError, match=line):
         load_base(config, CPU)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_an_attention_that_a_folder_names_is_not_asked_for(folder, quantization):
+    change(folder, _attn_implementation="flash_attention_2")  # its package is not installed
+    config = ModelConfig(path=str(folder), quantization=quantization)
+    assert inspect_model(config).route == load_base(config, CPU).route == Route()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "line"),
+    [
+        ("generation_config.json", "[1]", "generation_config.json must hold a JSON object"),
+        ("config.json", '{"quantization_config": {}}', "has an empty quantization_config in its config.json: remove it"),
+    ],
+)
+def test_files_that_only_a_worker_s_load_would_stumble_over_are_refused_before(folder, file, text, line):
+    given = json.loads(text)
+    content = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+    (folder / file).write_text(json.dumps(content | given if isinstance(given, dict) else given))
+    with pytest.raises(InputError, match=line):
+        inspect_model(ModelConfig(path=str(folder)))
 
 
 @pytest.mark.parametrize("dropped", range(1, 19, 3))  # not the embedding: the head is tied to it
