@@ -133,6 +133,10 @@ _GEMMA: dict[str, Any] = {
     "norm_offset": 1.0,
     "biases": _ATTENTION_BIAS,
 }
+_GEMMA2_DEFAULTS = {
+    "head_dim": 256, "tie_word_embeddings": True, "attn_logit_softcapping": 50.0, "vocab_size": 256_000,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "sliding_window": 4096,
+}  # fmt: skip
 _GEMMA4: dict[str, Any] = _GEMMA | {
     "norm_offset": 0.0, "norm_rounds_once": True, "qk_norm": "head", "window": "self_attn.sliding_window", "rotary_tables": 2,
     "reads": "self_attn.is_kv_shared_layer", "stores": "self_attn.store_full_length_kv",
@@ -157,11 +161,15 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2", window=_OWN_WINDOW, biases={"qkv": True}, defaults={"num_key_value_heads": 32}),
     "qwen3": Family("Qwen3", window=_OWN_WINDOW, qk_norm="head", biases=_ATTENTION_BIAS, defaults={
         "num_key_value_heads": 32, "head_dim": 128}),
+    "qwen2_vl": Family("Qwen2VL", window=_OWN_WINDOW, biases={"qkv": True}, defaults={"num_key_value_heads": 8}),
+    "qwen2_5_vl": Family("Qwen2_5_VL", window=_OWN_WINDOW, biases={"qkv": True}, defaults={"num_key_value_heads": 8}),
+    "qwen3_vl": Family("Qwen3VLText", qk_norm="head", biases=_ATTENTION_BIAS, defaults={
+        "num_key_value_heads": 32, "head_dim": 128}),
     "gemma": Family("Gemma", norm_offset=1.0, biases=_ATTENTION_BIAS, defaults={
         "head_dim": 256, "tie_word_embeddings": True, "num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh"}),
-    "gemma2": Family("Gemma2", window=_OWN_WINDOW, **_GEMMA, defaults={
-        "head_dim": 256, "tie_word_embeddings": True, "attn_logit_softcapping": 50.0, "vocab_size": 256_000,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "sliding_window": 4096}),
+    "gemma2": Family("Gemma2", window=_OWN_WINDOW, **_GEMMA, defaults=_GEMMA2_DEFAULTS),
+    "vaultgemma": Family("VaultGemma", mlp=HalfNorms("pre_feedforward_layernorm"), norm_offset=1.0, window=_OWN_WINDOW,
+                         biases=_ATTENTION_BIAS, defaults=_GEMMA2_DEFAULTS),
     "gemma3": Family("Gemma3", window=_OWN_WINDOW, qk_norm="head", rotary_tables=2, **_GEMMA, defaults={
         "head_dim": 256, "tie_word_embeddings": True, "vocab_size": 262_208, "num_attention_heads": 8,
         "num_key_value_heads": 4, "sliding_window": 4096}),
@@ -210,7 +218,8 @@ FAMILIES: dict[str, Family] = {
 """Key -> family. The key is the family's model_type."""
 OTHER_TYPES = {
     "gemma3_text": "gemma3", "gemma4_text": "gemma4", "gemma4_unified_text": "gemma4_unified", "internlm3": "llama",
-    "iquestcoder": "llama", "qwen3_5_text": "qwen3_5",
+    "iquestcoder": "llama", "qwen3_5_text": "qwen3_5", "qwen2_vl_text": "qwen2_vl", "qwen2_5_vl_text": "qwen2_5_vl",
+    "qwen3_vl_text": "qwen3_vl",
 }  # fmt: skip
 """Further model types -> the key of the family whose layers they have."""
 OTHER = Family("")

@@ -21,6 +21,8 @@ STATES = ("mamba_", "ssm_", "lru_", "conv_L_", "state_size", "time_step_", "attn
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 """Keys of config.json that say how many experts a layer has."""
 
+MAY_SLIDE = ("qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl")
+"""Families whose window counts only if `use_sliding_window` is true."""
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -104,7 +106,7 @@ class ModelShape:
         num_heads = number("num_attention_heads")
         hidden_size = number("hidden_size")
         window, softcap = (config.get(key, layer.defaults.get(key)) for key in ("sliding_window", "attn_logit_softcapping"))
-        if family in ("qwen2", "qwen3") and not values.get("use_sliding_window", False):
+        if family in MAY_SLIDE and not values.get("use_sliding_window", False):
             window = None
         num_layers = number("num_hidden_layers")
         width = number(layer.tail_width) if layer.tail_width and values.get(layer.tail_width) else 0
@@ -121,7 +123,7 @@ class ModelShape:
             o_bias=_has_bias(layer, "o", values),
             mlp_bias=_has_bias(layer, "gate_up", values),
             family=family,
-            attention_softcap=family == "gemma2" and bool(softcap),
+            attention_softcap=family in ("gemma2", "vaultgemma") and bool(softcap),
             sliding_window=window if isinstance(window, int) and not isinstance(window, bool) else None,
             rotates_by_row=_rotates_by_row(values),
             input_width=width,

@@ -29,6 +29,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": 5},
     "Qwen2": {},
     "Qwen3": {},
+    "Qwen2VLText": {"hidden_size": 64, "rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}},
+    "Qwen2_5_VLText": {"hidden_size": 64, "rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}, "use_sliding_window": True,
+                       "sliding_window": 5, "max_window_layers": 1},
+    "Qwen3VLText": {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}},
+    "VaultGemma": {"sliding_window": 5, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 3.0},
     "Gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 3.0},
     "Gemma3Text": {"sliding_window": 5, "query_pre_attn_scalar": 16},
     "Gemma4Text": {"sliding_window": 5, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
@@ -66,6 +71,22 @@ HYBRIDS = ("Qwen3_5Text",)
 """Families with layers whose token mixer is the library's own."""
 
 
+class TextPart(nn.Module):
+    """Hold the text decoder of a model that exists for images only, with a head."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.model = getattr(transformers, type(config).__name__.replace("Config", "Model"))(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def get_decoder(self) -> nn.Module:
+        return self.model
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
 def build(
     family: str, layers: str = "original", dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, list[str], SwapReport | None]:
@@ -75,7 +96,7 @@ def build(
     name = kind.removesuffix("Text")
     config = getattr(transformers, f"{kind}Config")(**{**SMALL, **FAMILIES[family]}, attn_implementation=attention.NAME)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).float()
+    model = getattr(transformers, f"{name}ForCausalLM", TextPart)(config).float()
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name or parameter_name.endswith("bias"):
             parameter.data += 0.3 * torch.randn_like(parameter)
