@@ -32,7 +32,7 @@ WIDTHS: dict[int, tuple[str, ...]] = {
     VOCABULARY: ("vocab_size", "vocab_size_per_layer_input", "codebook_size",
                  "encoder_hash_byte_group_vocab"),
     HIDDEN: ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim",
-             "lru_width", "dim_model", "input_hidden_size", "embedding_dim"),
+             "lru_width", "dim_model", "input_hidden_size", "embedding_dim", "out_hidden_size", "text_hidden_size"),
     2 * HIDDEN: ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "d_ff", "ffn_hidden_size",
                  "intermediate_size_mlp", "mlp_hidden_dim", "block_ff_dim", "mamba_d_ssm", "dim_ff", "d_inner",
                  "dense_intermediate_size"),

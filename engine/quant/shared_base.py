@@ -21,12 +21,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from engine.errors import InputError, StorageError
-from engine.system.files import writing
+from engine.errors import InputError, StorageError, first_line
+from engine.system.files import storage_fault, writing
 from engine.system.shared_cache import CACHE_VARIABLE, build_once, cache_root
 from engine.units import GIB
 
-VERSION = 1  # of the saved folder's content
+VERSION = 2  # of the saved folder's content
 QUOTA_VARIABLE, QUOTA_GIB = "QLORA_SWEEP_CACHE_GIB", 64.0
 MIN_FREE = 1.1  # free disk space needed, as a multiple of the bytes to save
 PREFIX = "nf4-"
@@ -86,7 +86,12 @@ def _save(model: Any, folder: Path) -> None:
     num_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     _make_room(num_bytes)
     with writing(folder):
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder, save_original_format=False)
+        except Exception as error:  # some families store weights in another form, into which packed ones cannot be brought
+            if storage_fault(error) is not None:
+                raise
+            raise StorageError(f"transformers cannot write it ({type(error).__name__}: {first_line(error)})") from error
 
 
 def _make_room(num_bytes: int) -> None:

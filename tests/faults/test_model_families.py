@@ -78,7 +78,7 @@ def _judged(family: str) -> Row:
         return Row(family, "refused", detail=error.allowed)
     except Exception as error:  # whatever PEFT or model code raises
         return Row(family, WRONG, detail=f"{type(error).__name__}: {first_line(error)}")
-    if not gap <= ALLOWED:
+    if gap is not None and not gap <= ALLOWED:
         return Row(family, WRONG, detail=f"its losses in PEFT differ by {gap:.2g} nats")
     left_out = (*verdict.without_gradient, *verdict.read_directly, *verdict.not_exported)
     return Row(family, kind(verdict), left_out, "; ".join(verdict.faults))

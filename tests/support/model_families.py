@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from engine.adapter.lora import attach
 from engine.adapter.peft_files import export_adapter
@@ -86,8 +87,10 @@ def judge_export(model_type: str, verdict: ModelVerdict) -> ModelVerdict:
     return with_export(verdict, lambda: without_weights(copy.deepcopy(config), ModelConfig(path=model_type)))
 
 
-def peft_difference(model_type: str, folder: Path) -> float:
+def peft_difference(model_type: str, folder: Path) -> float | None:
     """Return by how many nats PEFT's losses differ from ours, with an adapter that a trial would export.
+
+    None if the small model cannot be saved, because its class wants widths that are not so small.
 
     A small model is saved to the folder, prepared and loaded in NF4 as for a trial. PEFT reads the
     adapter on the library's own model with the same weights. Raises InputError where `prepare`
@@ -97,16 +100,22 @@ def peft_difference(model_type: str, folder: Path) -> float:
 
     config, samples = config_of(model_type), random_samples(skeleton.VOCABULARY)
     factory = model_factory(config)
-    skeleton.build(
+    library = skeleton.build(
         config, lambda small: factory.from_config(small, attn_implementation="eager"), lambda made: library_losses(made, samples[0])
-    ).save_pretrained(folder / "model")
+    )
+    try:
+        library.save_pretrained(folder / "model")
+    except StrictDataclassClassValidationError:
+        return None
     byte_tokenizer().save_pretrained(folder / "model")
     given = ModelConfig(path=str(folder / "model"), dtype="float32")
     names = list(inspect_model(given).features)
     try:
-        base = load_base(given, CPU)
+        base, later = load_base(given, CPU), load_base(given, CPU)  # the second from the shared cache
     except InputError as error:
         raise AssertionError(f"a worker refuses it: {error.allowed}") from error
+    if (gap := difference(*(our_losses(each, samples[:1]) for each in (base, later)))) > 1e-4:
+        raise AssertionError(f"the shared copy of its base has losses that differ by {gap:.2g} nats")
     frozen = {n: m for n, m in base.model.named_modules() if isinstance(m, FrozenLinear) and not m.weight.is_meta}
     weights = {name: module.dequantized(torch.float32) for name, module in frozen.items()}
     layers = attach(base.model, names, LORA, seed=0)
