@@ -63,7 +63,10 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     options |= {"attn_implementation": MADE_WITH if factory is AutoModelForCausalLM else text_attention(found, MADE_WITH)}
     options |= {"use_safetensors": True, "output_loading_info": True}
 
+    read: list[str] = []
+
     def load(folder: str | Path, **more: Any) -> tuple[Any, dict[str, Any]]:
+        read.append(str(folder))
         own = {"config": found} if str(folder) == source else {}  # a cached base has a config.json of its own
         model, loading = from_pretrained(factory, config, str(folder), **options, **own, **more)
         require_tensors(loading, config)
@@ -74,7 +77,8 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     model.requires_grad_(False).eval()
     if device.type == "cpu":
         use_torch_functions(model)
-    checks = None if attention_name else _checks(config, source, dtype, device, verdict)
+    is_copy = read[-1] != source  # of the packed weights: they are checked too
+    checks = None if attention_name else _checks(config, source, dtype, device, {**asdict(verdict), "is_copy": is_copy})
     known = checks.known() if checks else None
     theirs = None
     if checks and known is None:
@@ -97,9 +101,9 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     return base
 
 
-def _checks(config: ModelConfig, source: str, dtype: torch.dtype, device: torch.device, verdict: ModelVerdict) -> KnownChecks:
+def _checks(config: ModelConfig, source: str, dtype: torch.dtype, device: torch.device, made: dict[str, Any]) -> KnownChecks:
     folder = None if config.trust_remote_code else _local_folder(config, source)
-    settings = config.model_dump(exclude={"path", "revision"}) | {"dtype": str(dtype), "verdict": asdict(verdict)}
+    settings = config.model_dump(exclude={"path", "revision"}) | {"dtype": str(dtype), "verdict": made}
     return KnownChecks(folder, settings, device)
 
 

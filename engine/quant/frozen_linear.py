@@ -9,7 +9,7 @@ Shape letters: D input features, O output features; ... any leading shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -95,6 +95,13 @@ def is_known_linear(module: nn.Module) -> bool:
     return is_packed or (module.weight.is_floating_point() and module.weight.dtype.itemsize >= 2)
 
 
+def odd_linears(model: nn.Module, skipped: Container[int] = ()) -> dict[str, nn.Linear]:
+    """Return the linear layers whose weights are quantised in a way that is not known, by name. skipped: ids of modules."""
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in skipped}
+    unknown = {n: m for n, m in linears.items() if not is_known_linear(m)}
+    return {n: m for n, m in unknown.items() if not m.weight.is_floating_point() or m.weight.dtype.itemsize < 2}
+
+
 def freeze_linears(model: nn.Module, skip: Iterable[nn.Module] = ()) -> list[str]:
     """Replace every known linear layer of `model` by a FrozenLinear and return their names.
 
@@ -102,15 +109,10 @@ def freeze_linears(model: nn.Module, skip: Iterable[nn.Module] = ()) -> list[str
     its weight is an ordinary one. Raises InputError if it is quantised in a way that is not known.
     """
     skipped = {id(module) for module in skip}
-    names = []
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or id(module) in skipped:
-            continue
-        if is_known_linear(module):
-            names.append(name)
-        elif not module.weight.is_floating_point() or module.weight.dtype.itemsize < 2:
-            kind = f"{name} is a {type(module).__name__} of {str(module.weight.dtype).removeprefix('torch.')}"
-            raise InputError("model.path", kind, "must hold its weights in 16 or 32 bits, or as bitsandbytes NF4")
+    for name, module in odd_linears(model, skipped).items():
+        kind = f"{name} is a {type(module).__name__} of {str(module.weight.dtype).removeprefix('torch.')}"
+        raise InputError("model.path", kind, "must hold its weights in 16 or 32 bits, or as bitsandbytes NF4")
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in skipped and is_known_linear(m)]
     for name in names:
         model.set_submodule(name, FrozenLinear(model.get_submodule(name)))
     return names

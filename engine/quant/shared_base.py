@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError, StorageError, first_line
+from engine.quant.frozen_linear import odd_linears
 from engine.system.files import storage_fault, writing
 from engine.system.shared_cache import CACHE_VARIABLE, build_once, cache_root
 from engine.units import GIB
@@ -57,11 +58,12 @@ def load_packed(folder: Path, settings: dict[str, Any], quantise: Callable[[], L
         return made[0]
     try:
         os.utime(packed)  # `_make_room` removes the folder that was used longest ago first
-        return read(packed)
+        found = read(packed)
     except (InputError, FileNotFoundError) as error:
         print(f"WARNING: cannot read {packed}, so it is quantised again ({error})", file=sys.stderr)
         shutil.rmtree(packed, ignore_errors=True)
         return load_packed(folder, settings, quantise, read) if not packed.exists() else quantise()
+    return found if not odd_linears(found[0]) else quantise()  # reading may rename, as it would an old checkpoint's weights
 
 
 def key(folder: Path, settings: dict[str, Any]) -> str:

@@ -98,8 +98,9 @@ HEAD = """# Models
 
 What becomes of each family of transformers {version} that writes text, {number} in all. A family is
 the `model_type` of config.json. Each was tried as `prepare` tries a model: on a tiny one with the
-defaults of its config class. PEFT then read its exported adapter, with equal losses. Your checkpoint's own config decides: `python -m sweep ... dry_run=true`
-says it before anything is paid for.
+defaults of its config class. PEFT then read its exported adapter, with equal losses. Your
+checkpoint's own config decides: `python -m sweep ... dry_run=true` says it before anything is paid
+for.
 
 - Fused layers are the fast path, and all that is predicted for a card rests on it. Own layers are
   those of transformers, with our quantised matmuls; `own attention` and `own logits` say what else

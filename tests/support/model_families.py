@@ -101,7 +101,9 @@ def peft_difference(model_type: str, folder: Path) -> float | None:
     config, samples = config_of(model_type), random_samples(skeleton.VOCABULARY)
     factory = model_factory(config)
     library = skeleton.build(
-        config, lambda small: factory.from_config(small, attn_implementation="eager"), lambda made: library_losses(made, samples[0])
+        config,
+        lambda small: factory.from_config(small, attn_implementation="eager"),
+        lambda made: library_losses(made, samples[0]),
     )
     try:
         library.save_pretrained(folder / "model")

@@ -103,6 +103,42 @@ def test_where_it_cannot_be_kept_the_model_is_quantised_all_the_same_and_one_lin
     assert packed(cache) == [] and not list(cache.glob(".nf4*building*"))
 
 
+@pytest.mark.parametrize("can_write", [True, False])
+def test_packed_weights_keep_the_model_s_own_names(cache, tmp_path, capsys, can_write):
+    """Some families store weights merged or turned, into which transformers would bring packed ones too."""
+
+    class Merged(torch.nn.Linear):
+        def save_pretrained(self, folder, save_original_format=True):
+            if save_original_format or not can_write:
+                raise ValueError("these cannot be merged")
+            save_file(self.state_dict(), folder / "model.safetensors")
+
+    (tmp_path / "config.json").write_text("{}")
+    made = []
+
+    def quantise():
+        made.append(Merged(2, 2))
+        return made[-1], {}
+
+    def read(folder):
+        found = torch.nn.Linear(2, 2)
+        found.load_state_dict(load_file(folder / "model.safetensors"))
+        return found, {}
+
+    def broken(folder):
+        found, _ = read(folder)
+        found.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+        return found, {}
+
+    for _ in range(2):
+        found, _ = load_packed(tmp_path, {}, quantise, read)
+    if can_write:
+        assert len(made) == 1 and torch.equal(found.weight, made[0].weight)
+        assert load_packed(tmp_path, {}, quantise, broken)[0] is made[1]  # reading may rename too
+    else:
+        assert found is made[1] and "cannot be merged" in capsys.readouterr().err
+
+
 def test_a_damaged_packed_base_is_made_anew(tiny_config, cache, num_quantised, capsys):
     config = build(tiny_config)
     whole = bits(load_base(config.model, CPU))
@@ -128,6 +164,13 @@ def test_beyond_the_quota_the_base_used_longest_ago_is_removed(tiny_config, cach
     assert len(packed(cache)) == 2 and first in packed(cache)
 
 
+class Bits(str):
+    """Stand for a model without layers."""
+
+    def named_modules(self):
+        return iter(())
+
+
 def test_workers_of_a_node_that_begin_at_once_quantise_once(tmp_path, cache, monkeypatch):
     """One worker quantises; the others wait and read its result."""
     folder, quantised, read = tmp_path / "model", [], []
@@ -141,7 +184,7 @@ def test_workers_of_a_node_that_begin_at_once_quantise_once(tmp_path, cache, mon
         return "bits", {}
 
     def load(_):
-        return load_packed(folder, {}, quantise, lambda packed: (read.append(1), ((packed / "weights").read_text(), {}))[1])
+        return load_packed(folder, {}, quantise, lambda packed: (read.append(1), (Bits((packed / "weights").read_text()), {}))[1])
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(load, range(4))) == [("bits", {})] * 4
