@@ -23,7 +23,7 @@ from engine.layers.library_kernels import use_torch_functions
 VOCABULARY = 160
 HIDDEN, HEADS, HEAD = 64, 4, 16
 MAX_LAYERS = 8
-MAX_PARAMETERS = 100_000_000
+MAX_PARAMETERS, MAX_WIDE = 300_000_000, 100_000_000  # the second where widths are kept; parts for images may stay large
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "num_global_key_value_heads", "swa_num_key_value_heads",
             "kv_n_heads")  # fmt: skip
@@ -84,7 +84,7 @@ def build(config: Any, make: Callable[[Any], nn.Module], works: Callable[[nn.Mod
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 small = shrunk(config)
-                _require_small(small, make)
+                _require_small(small, make, MAX_WIDE if shrunk is _with_few_layers else MAX_PARAMETERS)
                 model = make(small)
                 make_loud(model)
             model = model.float().eval().requires_grad_(False)
@@ -97,10 +97,10 @@ def build(config: Any, make: Callable[[Any], nn.Module], works: Callable[[nn.Mod
     raise first
 
 
-def _require_small(config: Any, make: Callable[[Any], nn.Module]) -> None:
+def _require_small(config: Any, make: Callable[[Any], nn.Module], most: int) -> None:
     with torch.device("meta"):
         number = sum(p.numel() for p in make(copy.deepcopy(config)).parameters())
-    if number > MAX_PARAMETERS:
+    if number > most:
         raise ValueError(f"{number:,} parameters")
 
 
