@@ -91,6 +91,12 @@ def _gaps(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
     return gaps.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
+def num_tokens(model: nn.Module) -> int:
+    """Return how many tokens have a row in the input embedding and in the head. Some models read images' tokens only."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(table.weight.shape[0] for table in tables if table is not None)
+
+
 def text_samples(tokenizer: Any, vocab_size: int) -> list[Sample]:
     """Return two samples of plain text, or random ones if the tokenizer makes too few tokens of it."""
     ids = np.array(tokenizer(TEXT, add_special_tokens=False)["input_ids"])

@@ -37,9 +37,7 @@ LEAK_ALLOWED = 1e-6  # of the largest gradient in a sample's own tokens
 NO_LINEAR = "must have at least one plain linear layer for the adapter"
 LORA = LoraConfig(rank=2, lora_alpha=2.0)
 CPU = torch.device("cpu")
-CACHE_GIB = 1.0  # more than any tiny model has
-MADE_WITH = "eager"
-"""The attention that every model is made with. Some families choose a class by it, and keep that class whatever is set later."""
+MADE_WITH = "eager"  # every model. Some families choose a class by their attention, and keep it whatever is set later
 UNTRIED = Route(False, "eager", head_loss=False, shares_rows=False)  # as near to the library as it goes
 Alike = dict[int, list[int]]
 """Layer of the tiny model -> those of the large one that it stands for."""
@@ -131,9 +129,7 @@ class _Trial:
         kept = [m for n, m in model.named_modules() if pattern_of(n) in self.read_directly]
         names = freeze_linears(model, skip=[model.get_output_embeddings(), *kept])
         report = fuse_layers(model) if route.fused else SwapReport((), {"all": "not tried"})
-        base = Base(model, None, self.given, next(model.parameters()).device, torch.float32, names, report, route)
-        base.cache_weights(CACHE_GIB)  # else the CPU dequantises each layer in each of a dozen passes
-        return base
+        return Base(model, None, self.given, next(model.parameters()).device, torch.float32, names, report, route)
 
     def _with_rows(self, base: Base) -> tuple[Base, list[str]]:
         """Return the base with the rows that samples may share without changing a loss, and what was wrong with others."""

@@ -15,6 +15,7 @@ from engine.dialogue.encoding import REVISION
 from engine.errors import InputError
 from engine.layers.library_kernels import FLASH_LINEAR_ATTENTION, lacks_kernels
 from engine.layers.swap import SwapReport, require_fused, survey
+from engine.model.comparison import num_tokens
 from engine.model.guard import NO_LINEAR, plain_linears
 from engine.model.pretrained import from_pretrained, read_config, unused_tensors, without_weights
 from engine.model.route import ModelVerdict, Route, pattern_of
@@ -59,7 +60,7 @@ class ModelFacts:
     """Hold what is known about a model without its weights.
 
     features: layer name -> (out, in) of each layer that an adapter may target. swaps: which layers
-    run fused. num_rows: rows of the input embedding. num_positions: the longest sample that the
+    run fused. num_rows: tokens with a row in the embedding and in the head. num_positions: the longest sample that the
     model was made for, if it says so. rotary: True if it can compute longer ones. notes: what the
     user should know, one line each.
     """
@@ -88,7 +89,7 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     linears = plain_linears(model)
     if not linears:
         raise InputError("model.path", config.path, NO_LINEAR)
-    num_rows = model.get_input_embeddings().weight.shape[0]
+    num_rows = num_tokens(model)
     verdict = verdict_of(config)
     features = {n: (m.out_features, m.in_features) for n, m in linears.items() if verdict.adapts(n)}
     if not features:
