@@ -112,6 +112,14 @@ def test_weights_of_another_model_than_config_says_are_refused_before_any_value_
     assert "\n" not in str(caught.value)
 
 
+def test_a_family_that_chooses_a_class_by_its_attention_is_loaded_as_it_was_tried(folder):
+    from transformers import GPTJConfig
+
+    config = GPTJConfig(n_embd=64, n_head=4, n_layer=2, rotary_dim=8, vocab_size=320, bos_token_id=0, eos_token_id=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    assert load_base(ModelConfig(path=str(folder)), CPU).route == inspect_model(ModelConfig(path=str(folder))).route
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_an_attention_that_a_folder_names_is_not_asked_for(folder, quantization):
     change(folder, _attn_implementation="flash_attention_2")  # its package is not installed
