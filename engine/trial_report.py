@@ -1,4 +1,4 @@
-"""Define a trial's report at a rung, and read the file that holds a trial's reports.
+"""Define a trial's report at a rung, the clock of its times, and read a trial's reports.
 
 Importing this module loads no torch, because the driver reads reports too.
 """
@@ -6,6 +6,9 @@ Importing this module loads no torch, because the driver reads reports too.
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,56 @@ from engine.config.parsing import parse_dataclass
 from engine.errors import InputError
 
 REPORTS = "reports.jsonl"
+TRAIN, RECORDING, EVALUATION, SAVING = "train", "recording", "eval", "save"
+START, MODEL, DATA, ATTACH, WAITING = "start", "model", "data", "attach", "idle"
+
+
+class PartClock:
+    """Split the time of one trial in one process into named parts.
+
+    Exactly one part runs at any moment, so the parts add up to the time since the start.
+    """
+
+    def __init__(self, part: str = START, clock: Callable[[], float] = time.perf_counter) -> None:
+        """part: the one that runs first. clock: returns seconds."""
+        self._part, self._clock = part, clock
+        self._since_s = clock()
+        self._sums: dict[str, float] = {}
+        self._taken: dict[str, float] = {}
+
+    def enter(self, part: str) -> str:
+        """Begin another part, and return the one that ran until now."""
+        now_s, before = self._clock(), self._part
+        self._sums[before] = self._sums.get(before, 0.0) + now_s - self._since_s
+        self._part, self._since_s = part, now_s
+        return before
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Run a part inside this context, then the one before it again. Do not yield inside it."""
+        before = self.enter(name)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def seconds(self, *parts: str) -> float:
+        """Return the seconds that these parts took so far, together."""
+        self.enter(self._part)
+        return sum(self._sums.get(part, 0.0) for part in parts)
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Count seconds of one part for another, which turned out to be what was done."""
+        self.enter(self._part)
+        self._sums[source] = self._sums.get(source, 0.0) - seconds
+        self._sums[target] = self._sums.get(target, 0.0) + seconds
+
+    def take(self) -> dict[str, float]:
+        """Return each part's seconds since the last call, or since the start."""
+        self.enter(self._part)
+        new = {part: sum_s - self._taken.get(part, 0.0) for part, sum_s in self._sums.items()}
+        self._taken = dict(self._sums)
+        return {part: round(seconds, 6) for part, seconds in new.items() if seconds}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +80,14 @@ class TrialReport:
 
     elapsed_s: seconds inside optimizer steps, without evaluation, over all resumed parts.
     step_time_ms: mean over the steps since the previous report. setup_s: seconds from the call of
-    train() to its first step, in this process.
+    train() to its first step, in this process. model_s, data_s, attach_s: what set-up spent on the
+    base model (0 if it was resident), on the data, and on adapter, plan and checkpoint. The rest of
+    setup_s went to recordings before the first step.
+
+    train_s: seconds of steady steps since the previous report. recording_s: seconds of recordings
+    in steps and evaluations, and what first steps took beyond steady ones. eval_s, save_s: seconds
+    of evaluation and of saves since the previous report, in this process. So save_s counts the save
+    of the previous report. These and the parts of set-up are None in reports of older versions.
 
     predicted_peak_gib: the current plan's prediction, None if there is none. peak_allocated_gib:
     the measured peak. num_out_of_memory: how often the engine made the plan leaner because memory
@@ -54,6 +114,13 @@ class TrialReport:
     micro_batch_size: int = 1
     activation_checkpointing: str = "false"
     setup_s: float = 0.0
+    model_s: float | None = None
+    data_s: float | None = None
+    attach_s: float | None = None
+    train_s: float | None = None
+    recording_s: float | None = None
+    eval_s: float | None = None
+    save_s: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

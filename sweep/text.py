@@ -14,6 +14,13 @@ def number(value: float | None, spec: str) -> str:
     return "-" if value is None or not math.isfinite(value) else format(value, spec)
 
 
+def duration_text(seconds: float) -> str:
+    """Format a duration in the unit that shows it in two or three digits: 40 s, 12 min, 3.4 h."""
+    if seconds < 90.0:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60.0:.0f} min" if seconds < 5400.0 else f"{seconds / 3600.0:.1f} h"
+
+
 def params_text(params: dict[str, Any]) -> str:
     """Format sampled values by the last part of their path: rank=8 learning_rate=0.00042."""
     parts = (f"{printable(path.rsplit('.', 1)[-1])}={value_text(value)}" for path, value in params.items())

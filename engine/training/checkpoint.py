@@ -49,7 +49,8 @@ class TornCheckpoint(CheckpointError):
 class Sums:
     """Hold the sums over the steps since the last report.
 
-    loss: nats, summed over all targets. grad_norm: norm at the last step, not a sum.
+    loss: nats, summed over all targets. grad_norm: norm at the last step, not a sum. seconds: in
+    steps. recording_s: those of them in which graphs were recorded or kernels compiled.
     """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
@@ -59,6 +60,7 @@ class Sums:
     num_targets: Count = 0
     num_steps: Count = 0
     seconds: Amount = 0.0
+    recording_s: Amount = 0.0
     grad_norm: Amount = 0.0
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -40,8 +39,9 @@ from engine.training.divergence import check_loss
 from engine.training.optim import learning_rate, make_optimizer, set_learning_rate, step_middle
 from engine.training.passes import Passes
 from engine.training.profiler import traced
+from engine.training.rung_report import RungTimes, make_report
 from engine.training.step_sums import StepSums
-from engine.trial_report import REPORTS, TrialReport
+from engine.trial_report import ATTACH, DATA, EVALUATION, MODEL, RECORDING, REPORTS, SAVING, TRAIN, PartClock, TrialReport
 
 T = TypeVar("T")
 
@@ -54,6 +54,7 @@ def train(
     interrupted: Callable[[], bool] = lambda: False,
     pace: Pace | None = None,
     inputs: Mapping[str, str] | None = None,
+    parts: PartClock | None = None,
 ) -> Iterator[TrialReport]:
     """Train one adapter and yield a TrialReport at each point of `config.train.report_grid()`.
 
@@ -65,12 +66,13 @@ def train(
     None, `train` loads the model and frees it at the end. interrupted: called before each step and
     each evaluation row. Once True, the last step is saved and Interrupted raised. pace: decides
     when to save between reports. inputs: the digests that the sweep recorded, compared before the
-    first step. Raises InputError, InputsChanged, DivergedError, CheckpointError, OutOfMemory,
+    first step. parts: the caller's clock of this trial. Raises InputError, InputsChanged, DivergedError, CheckpointError, OutOfMemory,
     Interrupted.
     """
-    called_s = time.perf_counter()
+    times = RungTimes(parts or PartClock())
     device = pick_device(config.train.device)
-    resident = base or load_base(config.model, device)
+    with times.parts.part(MODEL):
+        resident = base or load_base(config.model, device)
     if not resident.matches(config.model, device):
         raise ValueError("base must match config.model and the device of config.train")
     layers: dict[str, LoraLinear] = {}
@@ -81,8 +83,9 @@ def train(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # else an earlier trial's peak would count
         torch.manual_seed(config.train.seed)
-        layers = attach(resident.model, resident.linear_names, config.lora, config.train.seed)
-        run = _Run(config, trial_folder, resident, layers, interrupted, pace, called_s, inputs)
+        with times.parts.part(ATTACH):
+            layers = attach(resident.model, resident.linear_names, config.lora, config.train.seed)
+            run = _Run(config, trial_folder, resident, layers, interrupted, pace, times, inputs)
         with traced(config.train.profile_steps, trial_folder / "profile", device) as after_step:
             yield from run.reports(after_step)
     finally:
@@ -96,7 +99,7 @@ def train(
 
 
 class _Run:
-    """Hold the state of one trial, with its checkpoint loaded. called_s: start time of `train`."""
+    """Hold the state of one trial, with its checkpoint loaded. times: begun when `train` was called."""
 
     def __init__(
         self,
@@ -106,17 +109,19 @@ class _Run:
         layers: dict[str, LoraLinear],
         interrupted: Callable[[], bool],
         pace: Pace | None,
-        called_s: float,
+        times: RungTimes,
         inputs: Mapping[str, str] | None,
     ) -> None:
         plan, shape = plan_for_this_card(config, base)
         self.config, self.trial_folder, self.base, self.layers = config, trial_folder, base, layers
-        self.train_view, eval_view = load_recorded(config, base.tokenizer, inputs)
-        samples = evaluation_batches(base, eval_view, config.data.eval_max_seq_length)
+        self.times, self.parts = times, times.parts
+        with self.parts.part(DATA):
+            self.train_view, eval_view = load_recorded(config, base.tokenizer, inputs)
+            samples = evaluation_batches(base, eval_view, config.data.eval_max_seq_length)
+            self.cursor = Cursor(self.train_view.lengths, config.data.max_seq_length, config.data.packing, config.train.seed)
         self.passes = Passes(config, base, layers, self.train_view, samples)
         self.adapter = self.passes.adapter
         self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
-        self.cursor = Cursor(self.train_view.lengths, config.data.max_seq_length, config.data.packing, config.train.seed)
         fingerprint = config.fingerprint()
         loaded = checkpoint.load(trial_folder, fingerprint, layers, self.optimizer)
         self.progress = loaded or Progress(fingerprint)
@@ -125,10 +130,9 @@ class _Run:
         self.cursor.seek(self.progress.epoch, self.progress.position)
         self.plan, self.shape = changed(plan, self.progress.plan, config, shape) if self.progress.plan else plan, shape
         self._limit_gib = memory_limit_gib(config, base.device)
-        self.passes.follow(self.plan, self._limit_gib)
+        self._follow_plan()
         base.model.train()
         self._interrupted, self._pace = interrupted, pace or Pace()
-        self._called_s, self._setup_s = called_s, 0.0
 
     def reports(self, after_step: Callable[[], None]) -> Iterator[TrialReport]:
         """Train to each report that is due, and yield it. after_step: called after each step."""
@@ -139,11 +143,14 @@ class _Run:
             if len(self.progress.reports) > num_passed_on:  # a crash withheld the last one
                 yield self.progress.reports[-1]
         if len(self.progress.reports) < len(grid):
-            self._with_room(lambda: self.passes.record(self.cursor))
-        self._setup_s = time.perf_counter() - self._called_s
+            with self.parts.part(RECORDING):
+                self._with_room(lambda: self.passes.record(self.cursor))
+            self._recorded_s = self.passes.recording_s
+        self.times.end_setup()
         for rung in range(len(self.progress.reports) + 1, len(grid) + 1):
             report = self._train_to(rung, grid[rung - 1], after_step)
-            self._save(report)
+            with self.parts.part(SAVING):
+                self._save(report)
             if rung == len(grid):
                 checkpoint.drop_previous(self.trial_folder)
             yield report
@@ -152,17 +159,22 @@ class _Run:
         """Run optimizer steps until `tokens` have been seen, at least one, then evaluate."""
         vocab_size = self.base.model.config.get_text_config().vocab_size
         progress = self.progress
-        step_sums = StepSums(self.base.device, vocab_size, progress.since_report)
-        while progress.tokens_seen < tokens or progress.since_report.num_steps == 0:
-            self._keep_safe(step_sums)
-            loss, grad_norm, num_tokens, num_targets = self._step()
-            step_sums.add(loss, grad_norm, num_tokens, num_targets)
-            after_step()
-            progress.step += 1
-            progress.tokens_seen += num_tokens
-            progress.target_tokens_seen += num_targets
-        step_sums.close()
-        eval_loss = self.passes.evaluate(lambda: self._keep_safe(step_sums))
+        step_sums = StepSums(self.base.device, vocab_size, progress.since_report, self.parts)
+        with self.parts.part(TRAIN):
+            while progress.tokens_seen < tokens or progress.since_report.num_steps == 0:
+                self._keep_safe(step_sums)
+                loss, grad_norm, num_tokens, num_targets = self._step()
+                self._count_recordings(TRAIN)
+                step_sums.add(loss, grad_norm, num_tokens, num_targets, is_first=self._plan_is_new)
+                self._plan_is_new = False
+                after_step()
+                progress.step += 1
+                progress.tokens_seen += num_tokens
+                progress.target_tokens_seen += num_targets
+            step_sums.close()
+        with self.parts.part(EVALUATION):
+            eval_loss = self.passes.evaluate(lambda: self._keep_safe(step_sums))
+            self._count_recordings(EVALUATION)
         check_loss("eval_loss", eval_loss, vocab_size)
         self._note_where()
         progress.elapsed_s += step_sums.sums.seconds
@@ -213,7 +225,7 @@ class _Run:
         self.adapter.zero_grad()
         if self.passes.drop_earlier():
             free(self.base.device)
-            self.passes.follow(self.plan, self._limit_gib)
+            self._follow_plan()
             return
         measured, plan = self.passes.peak_gib(), leaner(self.plan, self.config, self.shape)
         predicted = None if self.plan.memory is None else self.plan.memory.peak_gib
@@ -223,36 +235,25 @@ class _Run:
         self.plan = plan
         self.progress.plan, self.progress.num_out_of_memory = plan.settings(), self.progress.num_out_of_memory + 1
         self.passes.drop_all()
-        self.passes.follow(plan, self._limit_gib)
+        self._follow_plan()
         free(self.base.device)
 
+    def _follow_plan(self) -> None:
+        self.passes.follow(self.plan, self._limit_gib)
+        self._plan_is_new = True
+
+    def _count_recordings(self, part: str) -> None:
+        """Count as RECORDING what recordings took of the part, since the last call."""
+        recorded_s = self.passes.recording_s
+        self.parts.move(part, RECORDING, recorded_s - self._recorded_s)
+        self._recorded_s = recorded_s
+
     def _report(self, rung: int, step_sums: StepSums, eval_loss: float) -> TrialReport:
-        progress, sums = self.progress, step_sums.sums
-        earlier = [report.eval_loss for report in progress.reports]
-        report = TrialReport(
-            rung=rung,
-            tokens_seen=progress.tokens_seen,
-            target_tokens_seen=progress.target_tokens_seen,
-            step=progress.step,
-            epoch=self.cursor.epochs,
-            train_loss=step_sums.train_loss,
-            eval_loss=eval_loss,
-            best_eval_loss=min([*earlier, eval_loss]),
-            learning_rate=self.optimizer.param_groups[0]["lr"],
-            grad_norm=sums.grad_norm,
-            tokens_per_second=sums.num_tokens / sums.seconds,
-            step_time_ms=1000.0 * sums.seconds / sums.num_steps,
-            peak_allocated_gib=progress.peak_allocated_gib,
-            elapsed_s=progress.elapsed_s,
-            num_trainable=self.adapter.parameter.numel(),
-            predicted_peak_gib=None if self.plan.memory is None else self.plan.memory.peak_gib,
-            num_out_of_memory=progress.num_out_of_memory,
-            micro_batch_size=self.plan.micro_batch_size,
-            activation_checkpointing=str(self.plan.policy.setting).lower(),
-            setup_s=self._setup_s,
-        )
-        progress.reports.append(report)
-        progress.since_report = Sums()
+        rate, num_trainable = self.optimizer.param_groups[0]["lr"], self.adapter.parameter.numel()
+        at = {"rung": rung, "epoch": self.cursor.epochs, "learning_rate": rate, "num_trainable": num_trainable}
+        report = make_report(self.progress, step_sums, eval_loss, self.plan, self.times, **at)
+        self.progress.reports.append(report)
+        self.progress.since_report = Sums()
         return report
 
     def _save(self, report: TrialReport) -> None:
@@ -262,7 +263,7 @@ class _Run:
         self._write_reports()
 
     def _save_checkpoint(self) -> None:
-        with self._pace.saving():
+        with self.parts.part(SAVING), self._pace.saving():
             checkpoint.save(self.trial_folder, self.progress, self.layers, self.optimizer)
         self._saved_step = self.progress.step
 

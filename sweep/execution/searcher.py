@@ -45,12 +45,12 @@ class LedgerSearcher(Searcher):
         if result is None or "outcome" not in result:
             self._ledger.lost(number)
         elif result["outcome"] == Outcome.RUNNING and result.get("has_changed_inputs"):
-            self._ledger.released(number)
+            self._ledger.released(number, json.loads(result["timing"]))
             self._ledger.wind_down(f"trial {number}: {result['error']}")
         elif result["outcome"] == Outcome.RUNNING and result["error"]:
             self._ledger.suspend(f"trial {number}: {result['error']}")
         elif result["outcome"] == Outcome.RUNNING and not result["report"]:
-            self._ledger.released(number)
+            self._ledger.released(number, json.loads(result["timing"]))
         else:
             report = TrialReport.from_dict(json.loads(result["report"])) if result["report"] else None
             memory, timing = json.loads(result["memory"]), json.loads(result["timing"])

@@ -31,7 +31,7 @@ from engine.errors import DivergedError, EngineError, InputError, Interrupted, O
 from engine.sources.identity import is_input_fault
 from engine.system.file_lock import FileLock
 from engine.system.files import storage_fault
-from engine.trial_report import TrialReport, read_reports
+from engine.trial_report import MODEL, START, WAITING, PartClock, TrialReport, read_reports
 from sweep.execution.interruption import Interruption
 from sweep.execution.new_card import measure_workers_card
 from sweep.folder.notes import note_terminated
@@ -78,6 +78,8 @@ class TrialWorker(Trainable):
     def step(self) -> dict[str, Any]:
         if self._began_s is None:
             self._began_s, self._began_steady_s = time.time(), since_boot()
+            self._parts = PartClock(clock=since_boot)
+        self._parts.enter(START)  # the engine enters the parts that it knows
         timeout_s = self._spec["report_timeout_s"]
         if timeout_s is not None:
             # the driver kills a worker that hangs: before, write where it hangs into Ray's log
@@ -92,6 +94,7 @@ class TrialWorker(Trainable):
             raise SystemExit("its process was asked to end (SIGTERM)")
         self._is_over = result["done"]
         self._newest_end_s = since_boot()
+        self._parts.enter(WAITING)
         return {**result, "timing": json.dumps(self._timing())}
 
     def cleanup(self) -> None:
@@ -111,12 +114,12 @@ class TrialWorker(Trainable):
         self._began_s = self._newest_end_s = self._setup_s = None
 
     def _timing(self) -> dict[str, Any]:
-        """Return slot, began_s and, if known, dead_time_s.
+        """Return slot, began_s, parts and, if known, dead_time_s.
 
-        dead_time_s: seconds that the slot lost between two trials, including the engine's setup
-        before the first step.
+        parts: what the seconds since the last call were spent on. dead_time_s: seconds that the
+        slot lost between two trials, including the engine's setup before the first step.
         """
-        known = {"slot": self._slot, "began_s": self._began_s}
+        known = {"slot": self._slot, "began_s": self._began_s, "parts": self._parts.take()}
         if self._last_end_s is None or self._setup_s is None:
             return known
         return {**known, "dead_time_s": self._began_steady_s - self._last_end_s + self._setup_s}
@@ -174,7 +177,7 @@ class TrialWorker(Trainable):
             yield report
         if heard < self._num_rungs:
             train = importlib.import_module(self._spec["engine"]["train"]).train
-            base, options = self._resident_base(config), {"interrupted": self._interruption.is_asked}
+            base, options = self._resident_base(config), {"interrupted": self._interruption.is_asked, "parts": self._parts}
             if self._inputs:
                 options["inputs"] = self._inputs
             with (
@@ -193,7 +196,8 @@ class TrialWorker(Trainable):
         key = (config.model, self._spec["device"])
         if self._base_key != key:
             self._base, self._base_key = None, None
-            self._base = _load_base(config, self._spec)
+            with self._parts.part(MODEL):
+                self._base = _load_base(config, self._spec)
             self._base_key = key
         return self._base
 

@@ -1,4 +1,4 @@
-"""Record when each trial held which slot: one line per event in `timeline.jsonl`, read on resume.
+"""Record when each trial held which slot, and what it did there: events in `timeline.jsonl`.
 
 The file records time only, and the journal records results. If the file were lost, a resumed sweep
 would only count its budget from zero. Lines are appended without waiting for the disk. They survive
@@ -8,10 +8,14 @@ a kill, and cost a decision some microseconds.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from engine.trial_report import START, WAITING
+
+UNREPORTED = "unreported"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,11 @@ class Span:
 
     dead_time_s: from the end of the previous trial in the same worker to this trial's first step.
     It is None for a worker's first trial, which loads the base model.
+
+    parts: seconds by what was done, as the worker measured it (see PartClock). From assigned_s to
+    began_s it is START. What no worker told is UNREPORTED: the last moments of a process that died,
+    or all of a stay that an older version recorded. The parts of an ended stay add up to it.
+    session: index in Timeline.sessions. split_s: until when parts are known.
     """
 
     trial: int
@@ -31,6 +40,44 @@ class Span:
     began_s: float | None = None
     dead_time_s: float | None = None
     ended_s: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    session: int = 0
+    split_s: float = 0.0
+
+    def split_until(self, at_s: float, measured: Mapping[str, float] | None) -> Span:
+        """Return the stay with its parts up to at_s.
+
+        measured: the parts since the event before, None if no one measured. A worker's seconds are
+        those of another clock, so they are fitted into the time that passed here. The rest passed
+        between worker and driver: the slot waited.
+        """
+        parts, since_s = dict(self.parts), max(self.split_s, self.assigned_s)
+        if self.split_s < (self.began_s or 0.0):
+            parts[START] = parts.get(START, 0.0) + max(self.began_s - since_s, 0.0)
+            since_s = max(self.began_s, since_s)
+        left_s, measured = max(at_s - since_s, 0.0), {k: v for k, v in (measured or {}).items() if v > 0.0} or None
+        if measured is not None:
+            scale = min(1.0, left_s / sum(measured.values()))
+            for part, seconds in measured.items():
+                parts[part] = parts.get(part, 0.0) + scale * seconds
+            left_s = max(left_s - scale * sum(measured.values()), 0.0)
+        if left_s:
+            rest = UNREPORTED if measured is None else WAITING
+            parts[rest] = parts.get(rest, 0.0) + left_s
+        return replace(self, parts=parts, split_s=at_s)
+
+
+@dataclass(frozen=True)
+class Session:
+    """Record one run of the driver, in Unix seconds of its own clock.
+
+    num_slots: trials that could run at once, None if an older version recorded it. ended_s: the
+    newest event.
+    """
+
+    began_s: float
+    ended_s: float
+    num_slots: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +89,7 @@ class Usage:
     occupied_s: seconds of the stays that have ended, over all slots. assigned_s: when the open
     stays began, in Unix seconds. elapsed_s: seconds of the sessions that have ended. session_s:
     when this session began, None if none runs. dead_time_s: the sum over num_dead_times stays.
-    newest_s: the time of the newest event.
+    newest_s: the time of the newest event. parts: sums of the stays' parts, see Span.
     """
 
     occupied_s: float = 0.0
@@ -52,6 +99,7 @@ class Usage:
     dead_time_s: float = 0.0
     num_dead_times: int = 0
     newest_s: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     def occupied_until_s(self, now_s: float) -> float:
         """Return the seconds for which trials held slots, over all slots."""
@@ -78,6 +126,7 @@ class Timeline:
             _mend(file)
         self._file = file
         self.spans: list[Span] = []  # ended stays, in the order of their ends
+        self.sessions: list[Session] = []
         self._open: dict[int, Span] = {}
         self._last: dict[int, Span] = {}
         self.usage = Usage()
@@ -85,15 +134,15 @@ class Timeline:
             self._apply(event)
         self._end_session()
 
-    def start_session(self, now_s: float) -> None:
+    def start_session(self, now_s: float, num_slots: int | None = None) -> None:
         """Record that the driver begins to hand out trials, at first or after a resume."""
-        self._add({"event": "session", "at_s": now_s})
+        self._add({"event": "session", "at_s": now_s, "num_slots": num_slots})
 
     def on_assigned(self, trial: int, now_s: float) -> None:
         self._add({"event": "assigned", "at_s": now_s, "trial": trial})
 
     def on_reported(self, trial: int, now_s: float, timing: dict[str, Any]) -> None:
-        """Record a report. timing: slot, began_s and dead_time_s, as the worker knows them."""
+        """Record a report. timing: slot, began_s, dead_time_s and parts, as the worker knows them."""
         self._add({"event": "reported", "at_s": now_s, "trial": trial, **timing})
 
     def on_ended(self, trial: int, now_s: float, timing: dict[str, Any]) -> None:
@@ -126,10 +175,14 @@ class Timeline:
             self._end_session()
             # someone may have set the clock back since the session before
             self.usage = replace(self.usage, session_s=at_s, newest_s=at_s)
+            self.sessions.append(Session(at_s, at_s, event.get("num_slots")))
         else:  # an older version took the time within a session from that clock, too
             at_s = max(at_s, self.usage.newest_s)
+            if not self.sessions:
+                self.sessions.append(Session(at_s, at_s))
+            self.sessions[-1] = replace(self.sessions[-1], ended_s=at_s)
         if kind == "assigned":
-            self._open[trial] = Span(trial, at_s)
+            self._open[trial] = Span(trial, at_s, session=len(self.sessions) - 1, split_s=at_s)
         elif trial in self._open:
             self._learn(trial, {**event, "at_s": at_s})
             if kind == "ended":
@@ -148,7 +201,9 @@ class Timeline:
             known["began_s"] = min(max(known["began_s"], span.assigned_s), event["at_s"])
         if known.get("dead_time_s") is not None:
             known["dead_time_s"] = max(known["dead_time_s"], 0.0)
-        self._open[trial] = replace(span, **known)
+        split = replace(span, **known).split_until(event["at_s"], event.get("parts"))
+        self._add_parts(span, split)
+        self._open[trial] = split
         if span.dead_time_s is None and known.get("dead_time_s") is not None:
             sum_s = self.usage.dead_time_s + known["dead_time_s"]
             self.usage = replace(self.usage, dead_time_s=sum_s, num_dead_times=self.usage.num_dead_times + 1)
@@ -167,11 +222,19 @@ class Timeline:
         A reader between two steps would see time run backwards.
         """
         span = self._open.pop(trial)
-        self._last[trial] = replace(span, ended_s=at_s)
+        split = span.split_until(at_s, None)
+        self._add_parts(span, split)
+        self._last[trial] = replace(split, ended_s=at_s)
         self.spans.append(self._last[trial])
         assigned_s = tuple(other.assigned_s for other in self._open.values())
         occupied_s = self.usage.occupied_s + at_s - span.assigned_s
         self.usage = replace(self.usage, occupied_s=occupied_s, assigned_s=assigned_s)
+
+    def _add_parts(self, before: Span, after: Span) -> None:
+        sums = dict(self.usage.parts)
+        for part, seconds in after.parts.items():
+            sums[part] = sums.get(part, 0.0) + seconds - before.parts.get(part, 0.0)
+        self.usage = replace(self.usage, parts=sums)
 
 
 def _mend(file: Path) -> None:

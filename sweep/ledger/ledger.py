@@ -118,7 +118,7 @@ class Ledger:
         The study gets reports that only a trial's folder has, and the ends of trials with all of
         theirs. The pruner decides again, as the kill may have lost its decision.
         """
-        self.timeline.start_session(self.clock())
+        self.timeline.start_session(self.clock(), self._limits.num_slots)
         for number in self._study.running():
             record = self._records[number]
             self._folder.write_train_config(number, self._study.config(number))
@@ -169,7 +169,7 @@ class Ledger:
     def reported(self, number: int, report: TrialReport, timing: Mapping[str, Any] = NO_TIMING) -> bool:
         """Take a report. Returns True if the trial must stop: it is PRUNED or STOPPED by then.
 
-        timing: slot, began_s and dead_time_s, see timeline.Span.
+        timing: slot, began_s, dead_time_s and parts, see timeline.Span.
         """
         if number not in self.live or self.storage_fault:
             return True
@@ -223,9 +223,10 @@ class Ledger:
             self._note(f"trial {number:3d}  {reason}; it continues from its checkpoint (see driver.log)")
             self._waiting.append(number)
 
-    def released(self, number: int) -> None:
+    def released(self, number: int, timing: Mapping[str, Any] = NO_TIMING) -> None:
         """Queue again a trial that was asked to end and has saved. This counts as no death."""
         if number in self.live:
+            self.timeline.on_reported(number, self.clock(), dict(timing))
             self._leave_slot(number)
             self._waiting.append(number)
 

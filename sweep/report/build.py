@@ -16,9 +16,11 @@ from engine.errors import InputError, first_line
 from engine.system.files import write_text
 from engine.units import counted
 from sweep.config.sweep import SweepConfig
+from sweep.folder.slot_times import slot_times
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
 from sweep.report import figures as report_figures
+from sweep.report.hours_figure import HOURS, hours_height, hours_line, where_hours_went
 from sweep.report.page import Section, Table, render
 from sweep.report.study_figures import study_figures
 from sweep.results.best_folder import EXAMPLE
@@ -62,7 +64,8 @@ def write_report(folder: SweepFolder) -> Path:
 def _page(folder: SweepFolder, config: SweepConfig) -> str:
     space, base = parse_space(config.space), config.base().model_dump(mode="json")
     trials, records = read_records(folder, lambda params: space.apply(base, params).model_dump(mode="json"))
-    spans = Timeline(folder.timeline, mend=False).spans
+    timeline = Timeline(folder.timeline, mend=False)
+    spans, times = timeline.spans, slot_times(timeline)
     rule = Rule(config.sweep.objectives, config.sweep.choose_within)
     verdict = read_verdict(folder, records, rule)
     best = verdict.best
@@ -82,6 +85,7 @@ def _page(folder: SweepFolder, config: SweepConfig) -> str:
             "because it was stopped.",
         ),
         Section("Predicted and measured memory", report_figures.memory(records)),
+        Section(HOURS, where_hours_went(times), hours_line(times), hours_height(times)),
         Section("Slots", report_figures.slots(records, spans), report_figures.dead_time_line(spans), _slots_height(spans)),
         _examples(folder, best),
     ]

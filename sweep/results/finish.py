@@ -13,12 +13,14 @@ from engine.config.trial import TrainConfig
 from engine.errors import EngineError
 from engine.units import perplexity
 from sweep.execution.engine_commands import evaluate as evaluate_here
+from sweep.folder.slot_times import PARTS, shares_text, slot_times, steady_share, totals
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
 from sweep.results.best_folder import write_best
 from sweep.results.leaderboard import write_leaderboard
 from sweep.results.reevaluation import Reevaluation, compare
 from sweep.results.verdict import SweepVerdict, judge, last_held
+from sweep.text import duration_text
 from sweep.trials.record import TrialRecord
 from sweep.trials.selection import Rule
 
@@ -55,11 +57,12 @@ def finish(
     write_leaderboard(folder.path, records, sweep_name, verdict)
     if measured is not None:
         note(_result_text(folder, verdict.best, verdict.reevaluation))
-    for line in _remarks(records, verdict):
+    times = _times(folder)
+    for line in [*_remarks(records, verdict), *_time_line(times)]:
         note(line)
     ours = Counter(record.outcome for record in records if record.source is None)
     counts = {f"num_{outcome.lower()}": count for outcome, count in ours.items()}
-    return verdict, {**counts, **_times(folder), **verdict.summary()}
+    return verdict, {**counts, **times, **verdict.summary()}
 
 
 def _measure(
@@ -87,11 +90,24 @@ def _measure(
 def _times(folder: SweepFolder) -> dict[str, float]:
     """Return what the sweep has spent over all sessions.
 
-    slot_hours: hours for which slots were held; dead_time_s: seconds lost between trials.
+    slot_hours: hours for which slots were held; dead_time_s: seconds lost between trials. train_s
+    and so on: the seconds of all slots by part (see PARTS); steady_share: train_s as their share.
     """
-    spans = Timeline(folder.timeline, mend=False).spans
-    held_s = sum(span.ended_s - span.assigned_s for span in spans if span.ended_s is not None)
-    return {"slot_hours": held_s / 3600.0, "dead_time_s": sum(span.dead_time_s or 0.0 for span in spans)}
+    timeline = Timeline(folder.timeline, mend=False)
+    held_s = sum(span.ended_s - span.assigned_s for span in timeline.spans if span.ended_s is not None)
+    parts = totals(slot_times(timeline))
+    share = steady_share(parts)
+    known = {"slot_hours": held_s / 3600.0, "dead_time_s": sum(span.dead_time_s or 0.0 for span in timeline.spans)}
+    split = {} if share is None else {"steady_share": share, **{f"{part}_s": seconds for part, seconds in parts.items()}}
+    return known | split
+
+
+def _time_line(times: dict[str, float]) -> list[str]:
+    """Say in a line what the slots' hours went to. Empty where an older version split nothing."""
+    if "steady_share" not in times:
+        return []
+    parts = {part: times[f"{part}_s"] for part in PARTS}
+    return [f"time         {duration_text(sum(parts.values()))} of all slots: {shares_text(parts)}"]
 
 
 def _remarks(records: list[TrialRecord], verdict: SweepVerdict) -> list[str]:

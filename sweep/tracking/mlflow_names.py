@@ -14,6 +14,7 @@ from typing import Any
 from engine.command_answers import DataAccount
 from engine.trial_report import TrialReport
 from engine.units import perplexity
+from sweep.folder.slot_times import PARTS
 from sweep.tracking.system_metrics import read_system
 from sweep.trials.record import Outcome, TrialRecord
 
@@ -29,6 +30,14 @@ METRICS = {
     "elapsed_s": "speed/elapsed_s",
     "tokens_per_second": "speed/tokens_per_second",
     "step_time_ms": "speed/step_time_ms",
+    "train_s": "time/train_s",
+    "recording_s": "time/recording_s",
+    "eval_s": "time/eval_s",
+    "save_s": "time/save_s",
+    "setup_s": "time/setup_s",
+    "model_s": "time/setup_model_s",
+    "data_s": "time/setup_data_s",
+    "attach_s": "time/setup_attach_s",
     "peak_allocated_gib": "memory/peak_allocated_gib",
     "predicted_peak_gib": "memory/predicted_peak_gib",
     "num_out_of_memory": "memory/num_out_of_memory",
@@ -41,6 +50,8 @@ SUMMARY = {
     "base_eval_loss": "eval/base_loss_nats_per_token",
     "slot_hours": "time/slot_hours",
     "dead_time_s": "time/dead_s",
+    "steady_share": "time/steady_share",
+    **{f"{part}_s": f"time/{part}_s" for part in PARTS},
 }
 # tags, because they may change while a trial runs
 PLAN = ("micro_batch_size", "activation_checkpointing")

@@ -26,7 +26,7 @@ from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import DivergedError, InputError, Interrupted, OutOfMemory
 from engine.shape.model_shape import ModelShape
 from engine.system.files import write_text
-from engine.trial_report import TrialReport, read_reports
+from engine.trial_report import TRAIN, PartClock, TrialReport, read_reports
 
 # A stub of torch for a process that computes nothing: the real one takes seconds to load, after
 # each kill.
@@ -91,7 +91,8 @@ def _curves(path: str) -> dict:
     return json.loads(Path(path).read_text())
 
 
-def train(config: TrainConfig, trial_folder: Path, *, base=None, interrupted=lambda: False):
+def train(config: TrainConfig, trial_folder: Path, *, base=None, interrupted=lambda: False, parts=None):
+    parts = parts or PartClock()
     assert base["path"] == config.model.path
     checkpoint, fault = trial_folder / "checkpoint.json", FAULTS.get(config.optim.weight_decay)
     reports = json.loads(checkpoint.read_text()) if checkpoint.exists() else []
@@ -101,7 +102,8 @@ def train(config: TrainConfig, trial_folder: Path, *, base=None, interrupted=lam
         _write_reports(trial_folder, reports)
         yield TrialReport.from_dict(reports[-1])
     for rung in range(len(reports) + 1, len(config.train.report_grid()) + 1):
-        _compute(config.optim.eps, rung, trial_folder, interrupted)
+        with parts.part(TRAIN):
+            _compute(config.optim.eps, rung, trial_folder, interrupted)
         _fail(fault, rung, trial_folder)
         if fault == "eval_loss is nan" and rung == 2:
             yield _report(config, rung, math.nan)

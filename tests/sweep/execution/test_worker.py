@@ -24,6 +24,7 @@ from engine.training.loop import train
 from engine.trial_report import read_reports
 from sweep.execution.worker import TrialWorker
 from sweep.folder.notes import is_training, was_terminated
+from tests.support.reports import PART_SECONDS
 
 MIB = 2**20
 VARIANTS = [
@@ -86,7 +87,7 @@ def live_tensors() -> int:
 
 
 def numbers(trial_folder: Path) -> list[dict]:
-    timed = {"tokens_per_second", "step_time_ms", "elapsed_s", "peak_allocated_gib", "setup_s"}
+    timed = {"tokens_per_second", "step_time_ms", "elapsed_s", "peak_allocated_gib", "setup_s", *PART_SECONDS}
     lines = (trial_folder / "reports.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in timed} for line in lines]
 
