@@ -20,6 +20,7 @@ from sweep.execution.worker_config import EngineModules
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.ledger import Ledger
 from sweep.ledger.limits import Limits
+from sweep.ledger.time_left import TimeLeft
 from sweep.plan.feasibility import Feasibility
 from sweep.plan.sweep_plan import SweepPlan
 from sweep.report.build import try_write_report
@@ -82,11 +83,16 @@ class SweepSession:
     def _open_ledger(self) -> Ledger:
         """Open the ledger, and catch up with what the previous driver may not have heard."""
         study, metrics = self._open_study(), self._make_metrics()
-        listeners = (self.screen, self.tracker, *([] if metrics is None else [metrics]))
-        ledger = Ledger(study, self.folder, Limits.of(self.plan), listeners=listeners, note=self.screen.note)
+        limits = Limits.of(self.plan)
+        time_left = TimeLeft(limits, self.plan.config.train.report_grid(), self.plan.space.size())
+        # the first one, so that a line about an event already counts it
+        listeners = (time_left, self.screen, self.tracker, *([] if metrics is None else [metrics]))
+        ledger = Ledger(study, self.folder, limits, listeners=listeners, note=self.screen.note)
+        time_left.begin(ledger.timeline, ledger.clock)
         continued = ledger.recover()
+        self.screen.expect(time_left.text)
         if metrics is not None:
-            metrics.begin(ledger.timeline, ledger.clock)
+            metrics.begin(ledger.timeline, ledger.clock, time_left.seconds)
             self.page.register(metrics)
         if continued:
             trials = "trials" if len(continued) > 1 else "trial"

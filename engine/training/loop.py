@@ -66,8 +66,8 @@ def train(
     None, `train` loads the model and frees it at the end. interrupted: called before each step and
     each evaluation row. Once True, the last step is saved and Interrupted raised. pace: decides
     when to save between reports. inputs: the digests that the sweep recorded, compared before the
-    first step. parts: the caller's clock of this trial. Raises InputError, InputsChanged, DivergedError, CheckpointError, OutOfMemory,
-    Interrupted.
+    first step. parts: the caller's clock of this trial. Raises InputError, InputsChanged,
+    DivergedError, CheckpointError, OutOfMemory, Interrupted.
     """
     times = RungTimes(parts or PartClock())
     device = pick_device(config.train.device)

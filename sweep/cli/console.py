@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TextIO
 
@@ -37,7 +37,7 @@ class LineConsole:
     """Print one line per event, for a pipe, a log file or a CI job."""
 
     def __init__(self, stream: TextIO, num_rungs: int) -> None:
-        self._stream, self._num_rungs = stream, num_rungs
+        self._stream, self._num_rungs, self._time_left = stream, num_rungs, _no_time_left
         self._seen: dict[int, tuple[int, Outcome]] = {}
 
     def start(self) -> None:
@@ -45,6 +45,10 @@ class LineConsole:
 
     def stop(self) -> None:
         pass
+
+    def expect(self, time_left: Callable[[], str]) -> None:
+        """Show in each line from now on how far the sweep is, and how long it still needs."""
+        self._time_left = lambda: f"  | {time_left()}"
 
     def note(self, text: str) -> None:
         print(printable_lines(text), file=self._stream, flush=True)
@@ -59,9 +63,10 @@ class LineConsole:
         if before is None and not record.reports and record.outcome is Outcome.RUNNING:
             self.note(f"trial {record.number:3d}  started   {params_text(record.params)}")
         elif record.reports and (before is None or before[0] != len(record.reports)):
-            self.note(f"trial {record.number:3d}  rung {_rung_text(record, self._num_rungs)}  {_report_text(record.reports[-1])}")
+            text = f"rung {_rung_text(record, self._num_rungs)}  {_report_text(record.reports[-1])}"
+            self.note(f"trial {record.number:3d}  {text}{self._time_left()}")
         if record.outcome is not Outcome.RUNNING:
-            self.note(f"trial {record.number:3d}  {_end_text(record)}")
+            self.note(f"trial {record.number:3d}  {_end_text(record)}{self._time_left()}")
 
 
 class TableConsole:
@@ -71,6 +76,7 @@ class TableConsole:
         """Show the trials. rule: which one is marked as the winner so far."""
         self._num_rungs, self._num_trials, self._started, self._rule = num_rungs, num_trials, time.monotonic(), rule
         self._records: dict[int, TrialRecord] = {}
+        self._time_left = _no_time_left
         self._console = Console(file=stream)
         self._live = Live(
             console=self._console, get_renderable=self._table, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False
@@ -81,6 +87,10 @@ class TableConsole:
 
     def stop(self) -> None:
         self._live.stop()
+
+    def expect(self, time_left: Callable[[], str]) -> None:
+        """Show over the table from now on how far the sweep is, and how long it still needs."""
+        self._time_left = time_left
 
     def note(self, text: str) -> None:
         self._console.print(printable_lines(text), markup=False, highlight=False, soft_wrap=True)
@@ -98,7 +108,8 @@ class TableConsole:
         best = self._rule.best(records)
         seconds = int(time.monotonic() - self._started)
         refused = sum(record.outcome is Outcome.INFEASIBLE for record in ended)
-        title = f"{len(ended) - refused} of {counted(self._num_trials, 'trial')} ended, {seconds // 60}:{seconds % 60:02d}"
+        title = self._time_left() or f"{len(ended) - refused} of {counted(self._num_trials, 'trial')} ended"
+        title = f"{seconds // 60}:{seconds % 60:02d}  {title}"
         title += f"; {refused} did not fit the card and were not started" if refused else ""
         table = Table(title=title, title_justify="left")
         for name, justify in (
@@ -138,6 +149,11 @@ Screen = LineConsole | TableConsole
 def make_console(stream: TextIO, num_rungs: int, num_trials: int, rule: Rule = DEFAULT_RULE) -> Screen:
     """Return a table console if the stream is a terminal, else a line console."""
     return TableConsole(stream, num_rungs, num_trials, rule) if stream.isatty() else LineConsole(stream, num_rungs)
+
+
+def _no_time_left() -> str:
+    """Say nothing, as before a sweep's first trial."""
+    return ""
 
 
 def _rung_text(record: TrialRecord, num_rungs: int) -> str:

@@ -73,6 +73,14 @@ def slot_times(timeline: Timeline) -> list[SlotTime]:
     return [SlotTime(tuple(lane.names), {part: max(seconds, 0.0) for part, seconds in lane.parts.items()}) for lane in lanes]
 
 
+def shown_parts(measured: Mapping[str, float]) -> dict[str, float]:
+    """Return the seconds by part of PARTS from those that workers measured."""
+    sums = dict.fromkeys(PARTS, 0.0)
+    for part, seconds in measured.items():
+        sums[SHOWN.get(part, UNREPORTED)] += seconds
+    return sums
+
+
 def totals(times: Iterable[SlotTime]) -> dict[str, float]:
     """Return the seconds by part of PARTS, over all slots."""
     sums = dict.fromkeys(PARTS, 0.0)

@@ -226,8 +226,7 @@ class Ledger:
     def released(self, number: int, timing: Mapping[str, Any] = NO_TIMING) -> None:
         """Queue again a trial that was asked to end and has saved. This counts as no death."""
         if number in self.live:
-            self.timeline.on_reported(number, self.clock(), dict(timing))
-            self._leave_slot(number)
+            self._leave_slot(number, timing)
             self._waiting.append(number)
 
     def _take(self, number: int, report: TrialReport) -> bool:
@@ -253,9 +252,9 @@ class Ledger:
                     self._stop(number)
             self._waiting.clear()
 
-    def _leave_slot(self, number: int) -> None:
+    def _leave_slot(self, number: int, timing: Mapping[str, Any] = NO_TIMING) -> None:
         if self.live.remove(number):
-            self.timeline.on_ended(number, self.clock(), {})
+            self.timeline.on_ended(number, self.clock(), dict(timing))
 
     def _timed(self, record: TrialRecord) -> TrialRecord:
         span = self.timeline.span(record.number)

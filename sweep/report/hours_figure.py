@@ -45,8 +45,8 @@ def where_hours_went(times: Sequence[SlotTime]) -> Drawn:
                     hovertemplate=f"{words}: %{{x:.3g}} {unit}<extra>%{{y}}</extra>",
                 )
             )  # fmt: skip
-    figure.update_layout(barmode="stack", bargap=0.3, xaxis_title=f"{unit} of the slot", uniformtext={"minsize": 10, "mode": "hide"})
-    figure.update_layout(legend_traceorder="normal")
+    figure.update_layout(barmode="stack", bargap=0.3, xaxis_title=f"{unit} of the slot", legend_traceorder="normal")
+    figure.update_layout(uniformtext={"minsize": 10, "mode": "hide"})
     figure.update_yaxes(autorange="reversed", type="category", automargin=True)
     return figure
 

@@ -28,6 +28,7 @@ from prometheus_client.registry import Collector
 from engine.errors import InputError, first_line
 from engine.units import GIB
 from sweep.config.sweep import TrackingConfig
+from sweep.folder.slot_times import shown_parts
 from sweep.folder.timeline import Timeline
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 
@@ -53,9 +54,17 @@ class SweepMetrics(Collector):
         with self._lock:
             self._records[record.number] = record
 
-    def begin(self, timeline: Timeline, clock: Callable[[], float] | None = None) -> None:
-        """Start the counters: the driver is about to hand out trials. clock: that of the timeline's events."""
-        self._clock = clock or self._wall
+    def begin(
+        self,
+        timeline: Timeline,
+        clock: Callable[[], float] | None = None,
+        time_left: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        """Start the counters: the driver is about to hand out trials.
+
+        clock: that of the timeline's events. time_left: expects the seconds until the sweep's end.
+        """
+        self._clock, self._time_left = clock or self._wall, time_left
         self._timeline, self._before, self._began_s = timeline, timeline.usage, self._clock()
         self._tokens_before = _tokens(self._own())
 
@@ -105,6 +114,14 @@ class SweepMetrics(Collector):
             PREFIX + "dead_time_seconds", "from the end of a trial to the first step of the next in the same worker",
             labels=["sweep"],
         )  # fmt: skip
+        parts = self._gauge("part_seconds", "seconds of held slots by what was done up to the newest report", "part")
+        for part, seconds in shown_parts(usage.parts).items():
+            parts.add_metric([self._sweep, part], seconds)
+        yield parts
+        left = self._gauge("expected_seconds_left", "seconds until the last trial ends, as trials went so far")
+        if (left_s := self._time_left()) is not None:
+            left.add_metric([self._sweep], left_s)
+        yield left
         num_dead_times = usage.num_dead_times - before.num_dead_times
         dead.add_metric([self._sweep], count_value=num_dead_times, sum_value=usage.dead_time_s - before.dead_time_s)
         yield dead

@@ -64,17 +64,17 @@ def test_saves_between_two_reports_are_no_steps_and_a_continued_trial_adds_up():
 
 
 def test_the_parts_of_a_trial_add_up_to_its_time_and_its_reports_say_them(tmp_path, tiny_config):
-    config, parts, began_s = build(tiny_config), PartClock(), time.perf_counter()
-    reports = list(train(config, tmp_path, parts=parts))
-    taken, whole_s = parts.take(), time.perf_counter() - began_s
-    assert sum(taken.values()) == pytest.approx(whole_s, abs=0.05)
+    read: list[float] = []
+    parts = PartClock(clock=lambda: read.append(time.perf_counter()) or read[-1])
+    reports = list(train(build(tiny_config), tmp_path, parts=parts))
+    taken = parts.take()
+    assert sum(taken.values()) == pytest.approx(read[-1] - read[0], abs=1e-4)
     last, elapsed_s = reports[-1], [0.0, *(report.elapsed_s for report in reports)]
     for report, (before, after) in zip(reports, itertools.pairwise(elapsed_s)):
         assert report.train_s + report.recording_s == pytest.approx(after - before)
         assert report.eval_s > 0.0
     assert [report.save_s > 0.0 for report in reports] == [False] + [True] * (len(reports) - 1)
-    assert last.model_s + last.data_s + last.attach_s == pytest.approx(last.setup_s, abs=0.05)
-    assert 0.0 < last.data_s < last.setup_s
+    assert 0.5 * last.setup_s < last.model_s + last.data_s + last.attach_s <= last.setup_s and last.data_s > 0.0
     assert sum(report.train_s for report in reports) == pytest.approx(taken[TRAIN], abs=1e-3)
     assert sum(report.eval_s for report in reports) == pytest.approx(taken["eval"], abs=1e-3)
 
