@@ -82,7 +82,8 @@ class TrialReport:
     step_time_ms: mean over the steps since the previous report. setup_s: seconds from the call of
     train() to its first step, in this process. model_s, data_s, attach_s: what set-up spent on the
     base model (0 if it was resident), on the data, and on adapter, plan and checkpoint. The rest of
-    setup_s went to recordings before the first step.
+    setup_s went to recordings before the first step. If the caller loads the model on the trial's
+    clock, before the call, model_s is that.
 
     train_s: seconds of steady steps since the previous report. recording_s: seconds of recordings
     in steps and evaluations, and what first steps took beyond steady ones. eval_s, save_s: seconds

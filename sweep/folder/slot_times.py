@@ -70,7 +70,8 @@ def slot_times(timeline: Timeline) -> list[SlotTime]:
         )
         for own, lane in _matched(_apart(spans, max(session.num_slots or 1, _most_at_once(spans))), lanes):
             _account(own, lane, session)
-    return [SlotTime(tuple(lane.names), {part: max(seconds, 0.0) for part, seconds in lane.parts.items()}) for lane in lanes]
+    times = [SlotTime(tuple(lane.names), {part: max(seconds, 0.0) for part, seconds in lane.parts.items()}) for lane in lanes]
+    return sorted(times, key=lambda time: (not time.names, time.names[-1:]))
 
 
 def shown_parts(measured: Mapping[str, float]) -> dict[str, float]:
@@ -97,9 +98,10 @@ def steady_share(parts: Mapping[str, float]) -> float | None:
 
 
 def shares_text(parts: Mapping[str, float]) -> str:
-    """Return the parts in words: 61.2 % steady training, 9.0 % evaluation. Parts of 0 are left out."""
+    """Return the parts in words: 61.2 % steady training, 9.0 % evaluation. What rounds to 0 is left out."""
     whole = sum(parts.values())
-    return ", ".join(f"{100.0 * parts[part] / whole:.1f} % {words}" for part, words in PARTS.items() if parts[part] > 0.0)
+    shares = {words: f"{100.0 * parts[part] / whole:.1f}" for part, words in PARTS.items()}
+    return ", ".join(f"{share} % {words}" for words, share in shares.items() if float(share) > 0.0)
 
 
 def _apart(spans: Sequence[Span], num_slots: int) -> list[_Lane]:

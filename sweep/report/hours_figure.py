@@ -23,6 +23,7 @@ COLOURS = {
     WAITING: "#c9c9c9",
     UNREPORTED: "#b2182b",
 }
+LEAST_SHARE = 0.0005  # less is 0.0 %, and no bar shows it
 FEWEST_PERCENT = 3.0  # less is too narrow for its number
 
 
@@ -31,12 +32,13 @@ def where_hours_went(times: Sequence[SlotTime]) -> Drawn:
     longest_s = max((time.seconds for time in times), default=0.0)
     if not longest_s:
         return "no slot has been held yet"
+    whole_s = sum(time.seconds for time in times)
     scale, unit = next((scale, unit) for limit, scale, unit in UNITS if longest_s < limit)
     names = [f"{_name(number, time)}<br>{_steady(time)}" for number, time in enumerate(times, 1)]
     figure = go.Figure()
     for part, words in PARTS.items():
         seconds = [time.parts[part] for time in times]
-        if any(seconds):
+        if sum(seconds) > LEAST_SHARE * whole_s:
             figure.add_trace(
                 go.Bar(
                     y=names, x=[each / scale for each in seconds], name=words, orientation="h",
@@ -47,7 +49,7 @@ def where_hours_went(times: Sequence[SlotTime]) -> Drawn:
             )  # fmt: skip
     figure.update_layout(barmode="stack", bargap=0.3, xaxis_title=f"{unit} of the slot", legend_traceorder="normal")
     figure.update_layout(uniformtext={"minsize": 10, "mode": "hide"})
-    figure.update_yaxes(autorange="reversed", type="category", automargin=True)
+    figure.update_yaxes(autorange="reversed", type="category", automargin=True, ticks="outside", ticklen=6, tickcolor="white")
     return figure
 
 

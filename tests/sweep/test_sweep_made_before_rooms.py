@@ -19,7 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from sweep.folder.slot_times import UNREPORTED, slot_times, totals
+from sweep.folder.timeline import Timeline
 from tests.support.paths import ENV
+from tests.support.reports import PART_SECONDS
 
 PLACE = Path("/tmp/qlora-sweep-made-before-rooms")
 ARCHIVE = Path(__file__).with_name("sweep_made_before_rooms.tar.xz")
@@ -37,9 +40,10 @@ def folder() -> Iterator[Path]:
 
 
 def reports(folder: Path, number: int) -> list[dict]:
-    """Return the lines, but with null for "no prediction", which older files store as 0."""
+    """Return the lines, but with null for what the version before did not measure or predict."""
     lines = (folder / "trials" / f"{number:04d}" / "reports.jsonl").read_text().splitlines()
-    return [{**line, "predicted_peak_gib": line["predicted_peak_gib"] or None} for line in map(json.loads, lines)]
+    unknown = dict.fromkeys(PART_SECONDS)
+    return [{**unknown, **line, "predicted_peak_gib": line["predicted_peak_gib"] or None} for line in map(json.loads, lines)]
 
 
 def test_it_goes_on_from_the_checkpoint_and_keeps_what_was_there(folder):
@@ -57,4 +61,9 @@ def test_it_goes_on_from_the_checkpoint_and_keeps_what_was_there(folder):
     outcomes = [json.loads((folder / "trials" / f"{n:04d}" / "result.json").read_text())["outcome"] for n in (0, 1, 2)]
     assert outcomes[0] == "COMPLETE" and set(outcomes) <= {"COMPLETE", "PRUNED"}
     assert len(after[1]) > 1 and (folder / "best" / "adapter_model.safetensors").is_file()
+    timeline = Timeline(folder / "timeline.jsonl", mend=False)
+    parts, was_measured = totals(slot_times(timeline)), [bool(span.parts.get("train")) for span in timeline.spans]
+    assert len(timeline.sessions) == 2 and was_measured[0] is False and was_measured[-1] is True
+    assert parts[UNREPORTED] > 0.0 and "% steady training" in done.stdout and "% not reported" in done.stdout
+    assert "Where the hours went" in (folder / "report.html").read_text() and after[1][1]["train_s"] > 0.0
     assert after[1][1]["step"] > step and after[1][1]["elapsed_s"] > before[1][0]["elapsed_s"]

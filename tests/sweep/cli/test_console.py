@@ -39,6 +39,20 @@ def test_a_choice_is_shown_as_it_is_called_in_a_line(name):
     assert stream.getvalue() == f"trial   0  started   target_modules={shown(name)}\n"
 
 
+def test_the_time_left_is_over_the_table_and_in_each_line_of_a_report_or_an_end():
+    table, stream = TableConsole(io.StringIO(), 4, 8), io.StringIO()
+    assert "0 of 8 trials ended" in table._table().title
+    table.expect(lambda: "3 of 8 trials ended, time left: about 2.1 h")
+    assert table._table().title.endswith("3 of 8 trials ended, time left: about 2.1 h")
+    console = LineConsole(stream, 4)
+    console.on_trial_updated(trial(0, Outcome.RUNNING, 2.0))  # of an earlier session
+    console.expect(lambda: "0 of 8 trials ended, time left: -")
+    console.on_trial_updated(trial(1, Outcome.RUNNING))
+    console.on_trial_updated(trial(1, Outcome.PRUNED, 2.0))
+    said = [line.endswith("  | 0 of 8 trials ended, time left: -") for line in stream.getvalue().splitlines()]
+    assert said == [False, False, True, True]
+
+
 def test_the_table_marks_the_trial_that_the_rule_chooses():
     console = TableConsole(io.StringIO(), 4, 8)
     for number, loss, outcome in ((0, 2.5, Outcome.COMPLETE), (1, 2.4, Outcome.STOPPED), (2, 2.3, Outcome.PRUNED)):

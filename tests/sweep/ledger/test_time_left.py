@@ -28,7 +28,8 @@ class Sweep:
         if number not in self.left._seen:
             self.timeline.on_assigned(number, self.now_s)
         values = {"train_s": 10.0, "recording_s": 0.0, "eval_s": 0.0, "save_s": 0.0, **changes}
-        reports = [make_report(rung, tokens_seen=GRID[rung - 1], **self._scaled(values, rung)) for rung in range(1, num_reports + 1)]
+        rungs = range(1, num_reports + 1)
+        reports = [make_report(rung, tokens_seen=GRID[rung - 1], **self._scaled(values, rung)) for rung in rungs]
         self.left.on_trial_updated(TrialRecord(number, {}, {}, outcome, "", reports))
 
     @staticmethod

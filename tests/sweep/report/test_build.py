@@ -13,12 +13,14 @@ from plotly.offline import get_plotlyjs
 from engine.errors import InputError
 from engine.trial_report import TrialReport
 from sweep.config.sweep import parse_sweep_config
+from sweep.folder.slot_times import slot_times
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
 from sweep.report import build as report
 from sweep.report import page as report_page
 from sweep.report.__main__ import main
 from sweep.report.figures import dead_time_line
+from sweep.report.hours_figure import hours_line, where_hours_went
 from sweep.space.parse import parse_space
 from sweep.study.study import Study
 from sweep.trials.record import Outcome
@@ -61,7 +63,8 @@ def swept(path: Path, outcomes=OUTCOMES, space=SPACE) -> SweepFolder:
         folder.write_reports(number, reports)
         begin_s = 1000.0 + 10.0 * number
         timeline.on_assigned(number, begin_s)
-        timing = {"slot": "gpu 0", "began_s": begin_s, **({"dead_time_s": 0.5} if number else {})}
+        timing = {"slot": "gpu 0", "began_s": begin_s, "parts": {"train": 0.2, "eval": 0.1}}
+        timing |= {"dead_time_s": 0.5} if number else {}
         for line in reports:
             study.report(number, line.rung, line.eval_loss)
             timeline.on_reported(number, begin_s + 1.0, timing)
@@ -95,8 +98,8 @@ def test_a_sweep_is_one_page_with_every_figure_and_plotly_once_and_nothing_to_lo
     elements = Elements(page)
     assert elements.loads == [] and "default-src 'none'" in page
     shown = page.replace(get_plotlyjs(), "")
-    # all figures: curves, three of the parameters, Pareto, memory, slots
-    assert shown.count("Plotly.newPlot(") == 7
+    # all figures: curves, three of the parameters, Pareto, memory, where the hours went, slots
+    assert shown.count("Plotly.newPlot(") == 8
     assert shown.count("Not shown: ") == 1 and "Not shown: the end of a sweep generates them" in shown
     assert "7 trials of 16 asked for: 1 RUNNING, 3 COMPLETE, 1 PRUNED, 1 DIVERGED, 1 FAILED." in shown
     assert "median 0.50 s, at most 0.50 s, in all 3.0 s" in shown
@@ -203,6 +206,36 @@ def test_the_command_writes_it_without_torch_and_refuses_another_folder(tmp_path
     assert done.stdout.split("\n")[:3] == [str(tmp_path / "report.html"), "0", "[]"]
     assert main([str(tmp_path / "trials")]) == 2
     assert "must be a sweep folder" in capsys.readouterr().err
+
+
+def test_each_slot_is_a_bar_whose_parts_add_up_with_legend_and_numbers(tmp_path):
+    timeline = Timeline(tmp_path / "timeline.jsonl")
+    timeline.start_session(0.0, 2)
+    timeline.on_assigned(0, 0.0)
+    timeline.on_reported(0, 60.0, {"slot": f"gpu {TAG}", "began_s": 20.0, "parts": {"train": 30.0, "eval": 10.0}})
+    timeline.on_ended(0, 100.0, {})  # killed
+    times = slot_times(Timeline(tmp_path / "timeline.jsonl", mend=False))
+    figure = where_hours_went(times)
+    bars = {bar.name: (list(bar.x), list(bar.text)) for bar in figure.data}
+    assert bars == {
+        "steady training": ([30.0, 0.0], ["30 %", ""]), "evaluation": ([10.0, 0.0], ["10 %", ""]),
+        "starting and loading": ([20.0, 0.0], ["20 %", ""]), "idle": ([0.0, 100.0], ["", "100 %"]),
+        "not reported": ([40.0, 0.0], ["40 %", ""]),
+    }  # fmt: skip
+    assert figure.layout.barmode == "stack" and figure.layout.xaxis.title.text == "seconds of the slot"
+    assert TAG not in figure.data[0].y[0] and [name.split("<br>")[1] for name in figure.data[0].y] == ["30 % steady", "not split"]
+    assert hours_line(times).startswith("2 slots, 3 min together: 15.0 % steady training, 5.0 % evaluation, 10.0 % starting")
+    assert where_hours_went([]) == "no slot has been held yet" and hours_line([]) == ""
+
+
+def test_a_sweep_of_an_older_version_is_not_split(tmp_path):
+    timeline = Timeline(tmp_path / "timeline.jsonl")
+    timeline.start_session(0.0)
+    timeline.on_assigned(0, 0.0)
+    timeline.on_ended(0, 100.0, {"slot": "gpu 0", "began_s": 0.0})
+    times = slot_times(timeline)
+    assert [bar.name for bar in where_hours_went(times).data] == ["not reported"]
+    assert "An older version did not record what was done." in hours_line(times)
 
 
 def test_no_slot_lost_time_where_each_held_one_trial(tmp_path):

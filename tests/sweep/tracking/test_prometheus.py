@@ -84,7 +84,7 @@ def test_counters_count_from_this_driver_on_and_gauges_over_all_sessions(tmp_pat
     timeline.on_assigned(0, 1000.0)
     timeline.on_assigned(1, 1010.0)
     for at_s in (1020.0, 1030.0):
-        timeline.on_reported(1, at_s, {"slot": "b", "dead_time_s": 0.5})
+        timeline.on_reported(1, at_s, {"slot": "b", "dead_time_s": 0.5, "parts": {"train": 6.0}})
     timeline.on_ended(1, 1030.0, {})
     metrics.on_trial_updated(record(0, Outcome.RUNNING, "a", 100, 250))
     metrics.on_trial_updated(record(1, Outcome.PRUNED, "b", 100))
@@ -93,6 +93,8 @@ def test_counters_count_from_this_driver_on_and_gauges_over_all_sessions(tmp_pat
     assert (page["tokens_total"], page["slot_busy_seconds_total"]) == (250.0, 40.0 + 20.0)
     assert (page["dead_time_seconds_count"], page["dead_time_seconds_sum"]) == (1.0, 0.5)
     assert (page["occupied_seconds"], page["elapsed_seconds"]) == (100.0 + 60.0, 100.0 + 40.0)
+    assert (page['part_seconds{part="train"}'], page['part_seconds{part="idle"}']) == (12.0, 8.0)
+    assert "expected_seconds_left" not in page  # before the first report of a trial
     assert (page["slots"], page["slots_busy"], page["last_event_timestamp_seconds"]) == (2.0, 1.0, 1030.0)
 
 
