@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,22 +87,30 @@ def _measure(
         return None
 
 
-def _times(folder: SweepFolder) -> dict[str, float]:
+def _times(folder: SweepFolder) -> dict[str, Any]:
     """Return what the sweep has spent over all sessions.
 
     slot_hours: hours for which slots were held; dead_time_s: seconds lost between trials. train_s
     and so on: the seconds of all slots by part (see PARTS); steady_share: train_s as their share.
+    slots: the same of each slot.
     """
     timeline = Timeline(folder.timeline, mend=False)
     held_s = sum(span.ended_s - span.assigned_s for span in timeline.spans if span.ended_s is not None)
-    parts = totals(slot_times(timeline))
+    times = slot_times(timeline)
+    parts = totals(times)
     share = steady_share(parts)
     known = {"slot_hours": held_s / 3600.0, "dead_time_s": sum(span.dead_time_s or 0.0 for span in timeline.spans)}
-    split = {} if share is None else {"steady_share": share, **{f"{part}_s": seconds for part, seconds in parts.items()}}
-    return known | split
+    if share is None:
+        return known
+    slots = [{"slot": ", ".join(time.names), **_named(time.parts), "steady_share": steady_share(time.parts)} for time in times]
+    return {**known, "steady_share": share, **_named(parts), "slots": slots}
 
 
-def _time_line(times: dict[str, float]) -> list[str]:
+def _named(parts: Mapping[str, float]) -> dict[str, float]:
+    return {f"{part}_s": seconds for part, seconds in parts.items()}
+
+
+def _time_line(times: dict[str, Any]) -> list[str]:
     """Say in a line what the slots' hours went to. Empty where an older version split nothing."""
     if "steady_share" not in times:
         return []

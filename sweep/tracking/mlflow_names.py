@@ -6,8 +6,10 @@ number of tokens it has seen, so that trials of different sequence length share 
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,10 @@ METRICS = {
     "predicted_peak_gib": "memory/predicted_peak_gib",
     "num_out_of_memory": "memory/num_out_of_memory",
 }
+SINCE_REPORT = ("train_s", "recording_s", "eval_s", "save_s")
+"""Seconds since the previous report. MLflow gets their sums, as it shows a run's last value in its table."""
 NUM_TRAINABLE = "adapter/num_trainable_parameters"
+SLOT_TIMES = "slot_times.csv"  # an artifact of the sweep's run: what each slot's time went to
 SYSTEM = "system/"  # MLflow's page shows these in a separate tab
 SUMMARY = {
     # the same name as the trials' metric: MLflow sorts sweeps by it too
@@ -79,10 +84,14 @@ def trial_points(record: TrialRecord, written: int) -> list[Point]:
     """Return the points of the reports after rung `written`, and the values outside reports."""
     system = read_system(Path(record.folder))
     points: list[Point] = []
+    sums = dict.fromkeys(SINCE_REPORT, 0.0)
     for report in record.reports:
+        new = {name: getattr(report, name) for name in SINCE_REPORT if getattr(report, name) is not None}
+        sums |= {name: sums[name] + seconds for name, seconds in new.items()}
         if report.rung > written:
             at = (_milliseconds(record, report), report.tokens_seen)
             values = {metric: getattr(report, name) for name, metric in METRICS.items()}
+            values |= {METRICS[name]: sums[name] for name in new}
             values |= {SYSTEM + name: value for name, value in system.get(report.rung, {}).items()}
             points += [(name, value, *at) for name, value in values.items() if value is not None]
     return points + _beside(record)
@@ -155,8 +164,17 @@ def data_points(accounts: Iterable[DataAccount]) -> dict[str, float]:
 
 
 def sweep_tags(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of a summary that are not numbers."""
-    return {name: value for name, value in summary.items() if not _is_number(value)}
+    """Return the entries of a summary that are neither numbers nor tables."""
+    return {name: value for name, value in summary.items() if not _is_number(value) and not isinstance(value, list)}
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of one shape as CSV, which MLflow's page shows as a table. None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: round(value, 3) if _is_number(value) else value for name, value in row.items()} for row in rows)
+    return text.getvalue()
 
 
 def sweep_params(config: Mapping[str, Any]) -> dict[str, Any]:

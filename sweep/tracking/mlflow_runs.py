@@ -18,8 +18,10 @@ from typing import Any
 
 from sweep.config.absolute_paths import sqlite_uri
 from sweep.tracking.mlflow_names import (
+    SLOT_TIMES,
     STATUS,
     Point,
+    as_csv,
     description,
     plan_tags,
     sweep_params,
@@ -108,6 +110,8 @@ class MlflowRuns:
         points = [(name, value, int(1000 * now_s), 0) for name, value in numbers if known.get(name) != value]
         note = description(self._config, best, summary, self._folder)
         self._log(parent, points, tags={**sweep_tags(summary), "mlflow.note.content": note})
+        if summary.get("slots"):
+            self._client.log_text(parent, as_csv(summary["slots"]), SLOT_TIMES)
         self._client.set_terminated(parent, "FINISHED", end_time=self._end_ms(now_s))
         self._ended = True
 

@@ -117,7 +117,9 @@ def test_a_sweep_that_winds_down_starts_nothing_and_a_resume_goes_on_with_what_r
     ledger.wind_down()
     assert not ledger.reported(numbers[0], report(1, 2.0))  # a late report still counts
     for number in numbers:
-        ledger.released(number)
+        ledger.released(number, {"slot": f"gpu{number}", "parts": {"train": 1e-9}})
+    assert [span.slot for span in ledger.timeline.spans] == [f"gpu{number}" for number in numbers]
+    assert all(span.parts["train"] > 0.0 for span in ledger.timeline.spans)  # what they did since their reports is known
     assert not ledger.live and ledger.next_trial() is Next.WAIT
     assert ledger_in(tmp_path, config).recover() == numbers
 

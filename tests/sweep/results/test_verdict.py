@@ -17,6 +17,7 @@ from engine.config.trial import TrainConfig
 from engine.errors import EngineError
 from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
+from sweep.folder.timeline import Timeline
 from sweep.report import build
 from sweep.results.finish import finish
 from sweep.results.verdict import read_verdict
@@ -97,6 +98,19 @@ def test_at_the_end_every_place_names_the_same_winner_and_the_same_second_measur
     assert "best adapter (trial 1)     1.2000" in ends.terminal
     assert (summary["best_trial"], summary["best_eval_loss"], summary["reevaluation_agrees"]) == ("1", 1.2, "True")
     assert "Trial 1." in (ends.folder.best / "README.md").read_text()
+
+
+def test_the_end_says_what_the_slots_hours_went_to_if_a_worker_measured_it(ends):
+    assert "steady_share" not in ends.end(ends.trial(0, 1.5)) and "steady training" not in ends.terminal
+    timeline = Timeline(ends.folder.timeline)
+    timeline.start_session(0.0, 1)
+    timeline.on_assigned(0, 0.0)
+    timeline.on_reported(0, 100.0, {"slot": "gpu0", "began_s": 0.0, "parts": {"train": 60.0, "recording": 20.0, "eval": 20.0}})
+    summary = ends.end(ends.trial(0, 1.5))
+    said = "time         2 min of all slots: 60.0 % steady training, 20.0 % recording and compiling, 20.0 % evaluation"
+    assert said in ends.terminal
+    assert (summary["steady_share"], summary["train_s"], summary["unreported_s"]) == (0.6, 60.0, 0.0)
+    assert [(slot["slot"], slot["eval_s"], slot["steady_share"]) for slot in summary["slots"]] == [("gpu0", 20.0, 0.6)]
 
 
 def test_a_better_trial_after_a_resume_does_not_wear_the_former_winners_measurement(ends):

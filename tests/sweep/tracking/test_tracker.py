@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ from sweep.tracking.sqlite_store import local_uri
 from sweep.tracking.system_metrics import write_system
 from sweep.tracking.tracker import NullTracker, Tracker
 from sweep.trials.record import Outcome
-from tests.support.reports import make_account
+from tests.support.reports import make_account, make_report
 from tests.support.tracked import CONFIG, trial
 
 LOSS = "eval/loss_nats_per_token"
@@ -136,6 +137,26 @@ def test_a_finished_sweep_has_its_summary_and_the_best_adapter(tracker, runs, cl
     assert [file.path for file in client.list_artifacts(former.info.run_id, "adapter")] == ["adapter/adapter_config.json"]
     assert (former.data.tags["sweep.best"], best.data.tags["sweep.best"]) == ("false", "true")
     assert len(client.get_metric_history(parent.info.run_id, "trials/num_complete")) == 1
+
+
+def test_what_the_hours_went_to_are_metrics_and_a_table_of_the_slots(tracker, runs, client, tmp_path):
+    one = tracker()
+    reports = [
+        make_report(1, train_s=3.0, recording_s=2.0, eval_s=0.5, save_s=0.0, setup_s=1.0, model_s=0.25),
+        make_report(2), make_report(3, train_s=4.0, recording_s=0.0, eval_s=0.5, save_s=0.1),
+    ]  # fmt: skip
+    one.on_trial_updated(replace(trial(0, Outcome.COMPLETE), reports=reports))
+    rows = [{"slot": "gpu0", "train_s": 7.00001, "steady_share": 0.7}, {"slot": "", "train_s": 0.0, "steady_share": None}]
+    one.on_sweep_finished({"steady_share": 0.7, "train_s": 7.0, "load_s": 1.0, "slots": rows}, None, None)
+    assert one.close(60) == []
+    parent, child = runs()["my sweep"], runs()["0000 COMPLETE"]
+    assert parent.data.metrics == {"time/steady_share": 0.7, "time/train_s": 7.0, "time/load_s": 1.0}
+    assert "slots" not in parent.data.tags
+    file = client.download_artifacts(parent.info.run_id, "slot_times.csv", str(tmp_path))
+    assert Path(file).read_text() == "slot,train_s,steady_share\ngpu0,7.0,0.7\n,0.0,\n"
+    seen = {point.step: point.value for point in client.get_metric_history(child.info.run_id, "time/train_s")}
+    assert seen == {1000: 3.0, 3000: 7.0}  # sums; a report of an older version has none
+    assert child.data.metrics["time/setup_model_s"] == 0.25 and child.data.metrics["time/recording_s"] == 2.0
 
 
 def test_a_trial_that_is_written_after_the_end_stays_marked_as_the_best(tracker, runs):
