@@ -71,6 +71,18 @@ def test_what_was_pruned_so_far_is_expected_of_the_trials_to_come(tmp_path):
     assert sweep.left.seconds() == 0.0 and sweep.left.text() == "5 of 5 trials ended"
 
 
+def test_who_still_runs_has_gone_on_and_who_was_stopped_says_nothing_of_its_rung(tmp_path):
+    sweep = Sweep(tmp_path, num_trials=5)
+    for number in range(3):
+        sweep.trial(number, 1, Outcome.PRUNED)
+    sweep.trial(3, 1)
+    assert sweep.left.seconds() == pytest.approx(30.0 + 10.0 + 0.25 * 30.0)
+    stopped = Sweep(tmp_path, num_trials=3)
+    stopped.trial(0, 3, Outcome.COMPLETE)
+    stopped.trial(1, 1, Outcome.STOPPED)  # it goes on, too
+    assert stopped.left.seconds() == pytest.approx(30.0 + 40.0)
+
+
 def test_trials_that_fail_before_they_report_take_no_time(tmp_path):
     sweep = Sweep(tmp_path, num_trials=6)
     sweep.trial(0, 3, Outcome.COMPLETE)
