@@ -129,6 +129,7 @@ class Timeline:
         self.sessions: list[Session] = []
         self._open: dict[int, Span] = {}
         self._last: dict[int, Span] = {}
+        self._parts: dict[str, float] = {}
         self.usage = Usage()
         for event in _read(file):
             self._apply(event)
@@ -188,7 +189,7 @@ class Timeline:
             if kind == "ended":
                 self._close(trial, at_s)
         assigned_s = tuple(span.assigned_s for span in self._open.values())
-        self.usage = replace(self.usage, assigned_s=assigned_s, newest_s=at_s)
+        self.usage = replace(self.usage, assigned_s=assigned_s, newest_s=at_s, parts=dict(self._parts))
 
     def _learn(self, trial: int, event: dict[str, Any]) -> None:
         """Add to the stay what the worker knows of it.
@@ -228,13 +229,11 @@ class Timeline:
         self.spans.append(self._last[trial])
         assigned_s = tuple(other.assigned_s for other in self._open.values())
         occupied_s = self.usage.occupied_s + at_s - span.assigned_s
-        self.usage = replace(self.usage, occupied_s=occupied_s, assigned_s=assigned_s)
+        self.usage = replace(self.usage, occupied_s=occupied_s, assigned_s=assigned_s, parts=dict(self._parts))
 
     def _add_parts(self, before: Span, after: Span) -> None:
-        sums = dict(self.usage.parts)
         for part, seconds in after.parts.items():
-            sums[part] = sums.get(part, 0.0) + seconds - before.parts.get(part, 0.0)
-        self.usage = replace(self.usage, parts=sums)
+            self._parts[part] = self._parts.get(part, 0.0) + seconds - before.parts.get(part, 0.0)
 
 
 def _mend(file: Path) -> None:
