@@ -82,10 +82,8 @@ def test_the_parts_of_a_trial_add_up_to_its_time_and_its_reports_say_them(tmp_pa
 class Recorded:
     """Passes that take some time to record: before the first step, for a row, and in an evaluation."""
 
-    seconds = {"record": 0.2, "gradients": 0.005, "evaluate": 0.1}
-
     def __init__(self, monkeypatch) -> None:
-        self.recorded_s = 0.0
+        self.recorded_s, self.seconds = 0.0, {"record": 0.2, "gradients": 0.005, "evaluate": 0.1}
         monkeypatch.setattr(Passes, "recording_s", property(lambda passes: self.recorded_s))
         for name in self.seconds:
             monkeypatch.setattr(Passes, name, self._slower(name, getattr(Passes, name)))

@@ -18,70 +18,13 @@ import torch
 import engine.data.views
 import engine.model.load
 import engine.training.loop
-from engine.config.parsing import parse
-from engine.config.trial import TrainConfig
 from engine.training.loop import train
-from engine.trial_report import PartClock, read_reports
-from sweep.execution.worker import TrialWorker
+from engine.trial_report import read_reports
 from sweep.folder.notes import is_training, was_terminated
-from sweep.folder.steady_clock import since_boot
 from tests.support.reports import PART_SECONDS
+from tests.support.slots import VARIANTS, Slot, variant
 
 MIB = 2**20
-VARIANTS = [
-    {"lora": {"rank": 8, "target_modules": "all-linear", "lora_dropout": 0.1}},
-    {"lora": {"rank": 2, "target_modules": ["q_proj"]}, "optim": {"learning_rate": 3e-2}},
-    {"lora": {"rank": 4}, "data": {"max_seq_length": 64}, "train": {"seed": 3}},
-    {"lora": {"rank": 16, "use_rslora": True}, "train": {"activation_checkpointing": True}},
-]
-
-
-def variant(base: dict, changes: dict) -> TrainConfig:
-    merged = {section: {**values, **changes.get(section, {})} for section, values in base.items()}
-    return parse(TrainConfig, {**merged, "train": {**merged["train"], "device": "cpu"}})
-
-
-def spec(config: TrainConfig, trial_folder: Path, number: int = 0) -> dict:
-    engine_modules = {"train": "engine.training.loop", "model": "engine.model.load", "command": "engine"}
-    return {
-        "number": number, "trial_folder": str(trial_folder), "device": "cpu", "num_threads": 1, "engine": engine_modules,
-        "report_timeout_s": None, "num_heard": len(read_reports(trial_folder)), "stop_file": str(trial_folder.parent / ".stop"),
-        "train_config": config.model_dump_json(),
-    }  # fmt: skip
-
-
-class Slot:
-    """Replaces a worker of Ray. Tune calls these three methods and no others."""
-
-    def __init__(self) -> None:
-        self.worker: TrialWorker | None = None
-
-    def run(self, config: TrainConfig, trial_folder: Path, num_rungs: int = 99) -> list[dict]:
-        """Train to the end, or to `num_rungs` as if pruned; return what Tune hears."""
-        if self.worker is None:
-            self.worker = object.__new__(TrialWorker)
-            self.worker.setup(spec(config, trial_folder))
-        else:
-            self.worker.reset_config(spec(config, trial_folder))
-        heard = []
-        while len(heard) < num_rungs and not (heard and heard[-1]["done"]):
-            heard.append(self.worker.step())
-        return heard
-
-
-@pytest.fixture(autouse=True)
-def _thaw():
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _keep_signals():
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 def live_tensors() -> int:
     gc.collect()
     return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
@@ -255,44 +198,6 @@ def test_a_trial_leaves_no_tensor_behind(tmp_path, tiny_config):
     assert live_tensors() == before
     kept = torch.zeros(3)  # the twin: the test notices one more
     assert live_tensors() == before + 1 and kept is not None
-
-
-def test_dead_time_is_from_the_end_of_one_trial_to_the_first_step_of_the_next(tmp_path, tiny_config, monkeypatch):
-    slot, clock = Slot(), [1000.0]
-    monkeypatch.setattr("sweep.execution.worker.since_boot", lambda: clock[0])
-    monkeypatch.setattr("sweep.execution.worker.time.time", lambda: clock[0])
-    monkeypatch.setattr("sweep.execution.worker.PartClock", lambda clock: PartClock())  # steps take time
-    first = slot.run(variant(tiny_config, VARIANTS[1]), tmp_path / "first", num_rungs=2)
-    assert "dead_time_s" not in json.loads(first[-1]["timing"])
-    clock[0] += 5.0
-    second = json.loads(slot.run(variant(tiny_config, VARIANTS[2]), tmp_path / "second", num_rungs=1)[0]["timing"])
-    setup_s = json.loads((tmp_path / "second" / "reports.jsonl").read_text())["setup_s"]
-    assert setup_s > 0.0 and second["dead_time_s"] == 5.0 + setup_s
-    assert second["began_s"] == 1005.0
-
-
-def test_a_worker_says_what_each_second_of_a_trial_went_to_also_of_one_that_ends_between_reports(
-    tmp_path, tiny_config, monkeypatch
-):
-    slot, read, begun = Slot(), [], []
-
-    def now() -> float:
-        read.append(since_boot())
-        return read[-1]
-
-    monkeypatch.setattr("sweep.execution.worker.PartClock", lambda clock: begun.append(None) or PartClock(clock=now))
-    reported = slot.run(variant(tiny_config, VARIANTS[1]), tmp_path / "first", num_rungs=2)
-    parts = [json.loads(result["timing"])["parts"] for result in reported]
-    assert {"start", "model", "data", "attach", "train", "eval", "save"} <= set(parts[0]) and "model" not in parts[1]
-    assert parts[1]["train"] > 0.0 and parts[1]["idle"] > 0.0
-    (tmp_path / ".stop").touch()
-    (ended,) = slot.run(variant(tiny_config, VARIANTS[1]), tmp_path / "first", num_rungs=1)
-    assert (ended["outcome"], ended["report"]) == ("RUNNING", "") and "start" in json.loads(ended["timing"])["parts"]
-    assert len(begun) == 2  # a clock for each stay
-    (tmp_path / ".stop").unlink()
-    read.clear()
-    last = [json.loads(result["timing"])["parts"] for result in slot.run(variant(tiny_config, VARIANTS[2]), tmp_path / "third")]
-    assert sum(sum(each.values()) for each in last) == pytest.approx(read[-1] - read[0], abs=1e-3)
 
 
 @pytest.mark.faults
