@@ -150,7 +150,8 @@ class Pass(MlpWalk, MixerWalk):
             live.drop("dqkv")
             live.hold("dqkv", s.q + 2 * s.k)
         if self.shape.layer.qk_norm != "none":
-            live.briefly(s.q)
+            copies = self.shape.layer.qk_norm == "head" and self.shape.keys != "shared"  # rows beside those of keys
+            live.briefly(2 * s.q if copies else s.q)
         self._shared_gradients()
         if self.shape.layer.output_gate:  # gradients of queries and gates are laid head by head
             live.hold("dq and dgate", 2 * s.q)
