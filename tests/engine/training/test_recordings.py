@@ -20,7 +20,7 @@ from tests.support.trials import CPU, build, run, same_numbers
 def small(tiny_config, rank=4, rate=1e-2, **lora):
     return build(
         tiny_config, lora={"rank": rank, **lora}, optim={"learning_rate": rate},
-        train={"cuda_graphs": True, "micro_batch_size": 1, "max_tokens": 1024, "num_reports": 2},
+        train={"cuda_graphs": True, "micro_batch_size": 1, "max_tokens": 512, "num_reports": 2},
     )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def test_trials_share_recordings_and_have_the_numbers_of_trials_alone(tiny_confi
         assert same_numbers(shared, run(config, tmp_path / f"alone{number}", alone)) and not len(Recordings.of(alone))
     # other values, scaling, rate and dropout rate find recordings; other targets or ranks do not
     assert made[0] > 0 and made[2] > 0 and made[4] > 0 and made[1] == made[3] == made[5] == 0
-    assert recorder.num_replayed > 3 * recorder.num_recorded
+    assert recorder.num_replayed > recorder.num_recorded
 
 
 def test_nothing_is_recorded_after_the_first_step(tiny_config, tmp_path, base, recorder):
@@ -135,7 +135,7 @@ def test_out_of_memory_without_earlier_recordings_changes_the_plan(tiny_config, 
     recorder.fault = torch.OutOfMemoryError("full")
     reports = run(small(tiny_config), tmp_path / "short", base)
     assert reports[-1].num_out_of_memory == 1 and len(Recordings.of(base)) == 0
-    without = run(build(tiny_config, train={"max_tokens": 1024, "num_reports": 2, "micro_batch_size": 1}), tmp_path / "without")
+    without = run(build(tiny_config, train={"max_tokens": 512, "num_reports": 2, "micro_batch_size": 1}), tmp_path / "without")
     assert [r.eval_loss for r in reports] == pytest.approx([r.eval_loss for r in without], rel=1e-5)
 
 
