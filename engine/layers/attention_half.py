@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,26 +22,17 @@ from engine.shape.policies import Policy
 def attention_half(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
     """Return what attention adds to the residual stream, before its multiplier.
 
-    `graph` keeps the autograd graph of attention, for the backward pass.
+    `graph` keeps the autograd graph of attention, for the backward pass. If there is one already,
+    its output is taken.
     """
     spec = call.spec.attention
-    normed, saved.rstd["attention"] = spec.enter(x)
-    qkv, saved.normed = project("qkv", normed, call, saved), normed
-    parts = qkv.split([size for size in spec.features if size], dim=1)
-    saved.q, *own = (part.unflatten(1, (-1, spec.head_dim)) for part in parts)
-    saved.k, saved.v = (own[0], own[-1]) if own else (None, None)
-    if spec.output_gate:
-        saved.q, saved.gate = saved.q[:, 0::2], saved.q[:, 1::2]
-    q, k, v = _prepared(call, saved)
-    if graph:
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        noted = saved_tensors_hooks(partial(_noted, saved.graph), _same) if call.policy is Policy.HOST else nullcontext()
-        with torch.enable_grad(), noted:
-            out = attend(*leaves, call.documents, spec.options)
-        saved.attention = (*leaves, out)
-        out = out.detach()
+    if saved.attention:  # kept since the forward pass
+        if spec.output_gate:  # the projection of queries makes it
+            saved.inputs += _queries_keys_values(x, call, saved)
+        out = saved.attention[-1].detach()
     else:
-        out = attend(q, k, v, call.documents, spec.options)
+        qkv = _queries_keys_values(x, call, saved)
+        out = _graph(qkv, call, saved).detach() if graph else attend(*qkv, call.documents, spec.options)
     delta = project("o", _gated(out, saved).reshape(x.shape[0], -1), call, saved)
     if spec.after is not None:
         saved.o_out = delta
@@ -66,8 +58,11 @@ def attention_gradient(
         grads["qkv"] = ()
         return None
     dout, dgate = _ungated(dout.view(out.shape), out.detach(), saved)
+    if saved.q is None:
+        saved.inputs += _queries_keys_values(saved.x, call, saved)
     gradients = list(torch.autograd.grad(out, leaves, dout))
     saved.attention = ()
+    saved.inputs.clear()
     if spec.reads:
         grads["shared"] = tuple(gradients[1:])
         del gradients[1:]
@@ -80,6 +75,47 @@ def attention_gradient(
     dqkv = torch.cat([gradient.reshape(gradient.shape[0], -1) for gradient in gradients], dim=1)
     dnormed = group_backward("qkv", dqkv, normed, call, saved, grads, wants_dx=wants_dx)
     return spec.input_gradient(dnormed, saved.x, saved.rstd["attention"], dx_mid) if wants_dx else None
+
+
+def without_inputs(saved: Saved) -> Saved:
+    """Return what of attention its gradient needs if the layer's input is kept too.
+
+    That is the autograd graph without its inputs, which `attention_gradient` makes again.
+    """
+    for leaf in saved.attention[:-1]:
+        leaf.data = leaf.new_empty(0)  # the graph asks for its gradient, and not for its values
+    saved.inputs.clear()
+    return Saved(saved.x, attention=saved.attention, graph=saved.graph, inputs=saved.inputs)
+
+
+def _queries_keys_values(x: Tensor, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    """Return attention's inputs, and save what their gradients need."""
+    spec = call.spec.attention
+    normed, saved.rstd["attention"] = spec.enter(x)
+    qkv, saved.normed = project("qkv", normed, call, saved), normed
+    parts = qkv.split([size for size in spec.features if size], dim=1)
+    saved.q, *own = (part.unflatten(1, (-1, spec.head_dim)) for part in parts)
+    saved.k, saved.v = (own[0], own[-1]) if own else (None, None)
+    if spec.output_gate:
+        saved.q, saved.gate = saved.q[:, 0::2], saved.q[:, 1::2]
+    return _prepared(call, saved)
+
+
+def _graph(qkv: tuple[Tensor, ...], call: Call, saved: Saved) -> Tensor:
+    """Return attention's output with its autograd graph, and save both.
+
+    Under HOST, the graph reads its inputs where `saved.inputs` has them at the time, so they may be
+    made again. What else it saves is noted in `saved.graph`.
+    """
+    leaves = [t.detach().requires_grad_() for t in qkv]
+    places = nullcontext()
+    if call.policy is Policy.HOST:
+        saved.inputs += [t.detach() for t in qkv]
+        places = saved_tensors_hooks(partial(_noted, saved.graph, saved.inputs), partial(_found, saved.inputs))
+    with torch.enable_grad(), places:
+        out = attend(*leaves, call.documents, call.spec.attention.options)
+    saved.attention = (*leaves, out)
+    return out
 
 
 def _prepared(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,14 +185,22 @@ def _ungated(dout: Tensor, out: Tensor, saved: Saved) -> tuple[Tensor, Tensor | 
     return dout * gate, torch.ops.aten.sigmoid_backward(dout * out, gate)
 
 
-def _noted(graph: list[Tensor], saved: Tensor) -> Tensor:
-    """Note a tensor that autograd saves, and save it detached.
+def _noted(graph: list[Tensor], inputs: list[Tensor], saved: Tensor) -> Tensor | tuple[Any, ...]:
+    """Return what stands for a tensor that autograd saves: an input's number and layout, or the tensor.
 
-    A graph that holds its own output keeps it alive until a backward pass, which may never run.
+    The tensor is noted, and detached: a graph that holds its own output keeps it alive until a
+    backward pass, which may never run.
     """
+    for i, part in enumerate(inputs):
+        if part.untyped_storage()._cdata == saved.untyped_storage()._cdata:
+            return i, saved.shape, saved.stride(), saved.storage_offset()
     graph.append(saved.detach())
     return graph[-1]
 
 
-def _same(saved: Tensor) -> Tensor:
-    return saved
+def _found(inputs: list[Tensor], noted: Tensor | tuple[Any, ...]) -> Tensor:
+    """Return the tensor that `_noted` stood for."""
+    if isinstance(noted, Tensor):
+        return noted
+    i, *layout = noted
+    return inputs[i].as_strided(*layout)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import ops
-from engine.layers.attention_half import attention_gradient, attention_half
+from engine.layers.attention_half import attention_gradient, attention_half, without_inputs
 from engine.layers.mixer_half import mixer_gradient, mixer_half
 from engine.layers.mlp import mlp, mlp_gradient, tiles
 from engine.layers.structure import Call, Gradients, Saved
@@ -83,6 +83,11 @@ def _kept(saved: Saved, call: Call) -> Saved:
         return Saved(saved.x, saved.low)
     if policy is Policy.OFFLOAD:
         return Saved(call.stash.push(saved.x))
+    if policy is Policy.HOST and call.mixer is None and not _keeps_mlp(call, saved.x.shape[0]):
+        lean = without_inputs(saved)
+        lean.x = call.stash.push(lean.x, lean.kept())
+        lean.graph.clear()
+        return lean
     saved.normed = None
     if not _keeps_mlp(call, saved.x.shape[0]):
         saved.gate_up = saved.tail_gate = saved.down_out = None

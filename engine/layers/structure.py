@@ -219,8 +219,8 @@ class Saved:
 
     - `x` is the layer's input; under OFFLOAD and HOST it becomes its number in the stash.
     - `q`, `k`, `v` are as projected, but rotated in place if the family has no q and k norms.
-    - `attention` is the small autograd graph of attention or mixer: its leaves and its output. `graph` holds
-      what that graph saved.
+    - `attention` is the small autograd graph of attention or mixer: its leaves and its output. Under HOST
+      `graph` holds what that graph saved, and `inputs` the queries, keys and values that it reads.
     - `low` holds each group's low-rank hidden, which all policies but OFFLOAD keep.
     - `stored` are the keys and values that later layers read.
     - `dinput` receives the gradient of the layer's own embedding, if it is wanted.
@@ -234,6 +234,7 @@ class Saved:
     gate: Tensor | None = None
     attention: tuple[Tensor, ...] = ()
     graph: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
     o_out: Tensor | None = None
     x_mid: Tensor | None = None
     gate_up: Tensor | None = None
