@@ -32,11 +32,12 @@ class Pass(MlpWalk, MixerWalk):
             with self._tile() as tile:
                 tile._mlp("tile", TRANSIENT)
         live.drop("normed", "normed_mlp")
-        if not graph:
-            live.drop(*map(self._own, ("qkv", "o_out", "x_mid", "rstd")))
+        output_alone = trains and policy is Policy.HOST and not keeps_mlp and self.shape.mixer is None
+        if not graph or output_alone:
+            live.drop(*map(self._own, ("qkv", "rotated", "keys", "o_out", "x_mid", "rstd")))
         if not keeps_mlp:
             live.drop(*map(self._own, ("gate_up", "tail_gate", "down_out")))
-        if not trains or policy is Policy.OFFLOAD:
+        if not trains or policy is Policy.OFFLOAD or output_alone:
             live.drop(*(self._own(f"low.{group}") for group in self.plan.ranks))
         if not trains:
             return live.drop(self._own("x"))
@@ -78,22 +79,11 @@ class Pass(MlpWalk, MixerWalk):
     def _attention_half(self, graph: bool) -> None:
         live, s = self.live, self.sizes
         component = self._component(graph)
-        live.hold("normed", self._normed("attention"))
-        self._project("qkv", s.x, self._own("qkv"), s.qkv, component)
-        if self.shape.layer.qk_norm != "none":
-            rstd = s.heads if self.shape.layer.qk_norm == "head" else 0
-            live.hold(self._own("rotated"), s.q, component)
-            live.hold(self._own("rstd"), rstd, component)
-            self._keys(rstd, component, graph)
-        if self.attention == "eager":
-            live.briefly(12 * s.sample_scores, ATTENTION)  # scores, masked scores and weights, fp32
-        repeated = 2 * s.q if self._repeats_keys() else 0
-        live.hold(self._own("repeated"), repeated, component)
-        kept = s.eager_graph if graph and self.attention == "eager" else 0
-        live.hold(self._own("attention"), s.q + s.heads + kept, component)
-        if not graph:
-            live.drop(self._own("repeated"))
         gated = s.q if self.shape.layer.output_gate else 0
+        if self._own("attention") not in live.alive:
+            self._attend(component, graph)
+        elif gated:
+            self._queries_keys_values(component, graph)
         live.briefly(2 * gated)
         with live.holding(gated):
             self._project("o", s.q, "delta", s.x)
@@ -103,6 +93,28 @@ class Pass(MlpWalk, MixerWalk):
             live.drop("delta")
             live.hold(self._own("o_out"), s.x, component)
             live.hold("delta", s.x)
+
+    def _attend(self, component: str, graph: bool) -> None:
+        live, s = self.live, self.sizes
+        self._queries_keys_values(component, graph)
+        if self.attention == "eager":
+            live.briefly(12 * s.sample_scores, ATTENTION)  # scores, masked scores and weights, fp32
+        repeated = 2 * s.q if self._repeats_keys() else 0
+        live.hold(self._own("repeated"), repeated, component)
+        kept = s.eager_graph if graph and self.attention == "eager" else 0
+        live.hold(self._own("attention"), s.q + s.heads + kept, component)
+        if not graph:
+            live.drop(self._own("repeated"))
+
+    def _queries_keys_values(self, component: str, graph: bool) -> None:
+        live, s = self.live, self.sizes
+        live.hold("normed", self._normed("attention"))
+        self._project("qkv", s.x, self._own("qkv"), s.qkv, component)
+        if self.shape.layer.qk_norm != "none":
+            rstd = s.heads if self.shape.layer.qk_norm == "head" else 0
+            live.hold(self._own("rotated"), s.q, component)
+            live.hold(self._own("rstd"), rstd, component)
+            self._keys(rstd, component, graph)
 
     def _keys(self, rstd: int, component: str, graph: bool) -> None:
         """Make normalised keys, and values if their norm makes new ones; others may read them.
@@ -142,6 +154,8 @@ class Pass(MlpWalk, MixerWalk):
         if not plan.needs_dx and not plan.ranks["qkv"]:
             return live.drop("ddelta")
         self._gate_backward()
+        if self._own("qkv") not in live.alive:
+            self._queries_keys_values(TRANSIENT, graph=True)
         is_wide = self.shape.head_dim > FLASH_HEAD
         live.hold("dqkv", s.q + (0 if is_wide else 2 * s.k))
         live.briefly(s.eager_workspace if self.attention == "eager" else s.flash_workspace, ATTENTION)

@@ -111,10 +111,12 @@ def backward_work(plan: LayerPlan, step: StepShape) -> LayerWork:
         return _with_mlp_again(work, plan, step)
     work.plain_bytes += 2 * (s.q + s.k) + 2 * s.qkv + (3 * (s.q + s.k) if _has_qk_norm(shape) else 0)
     _add_attention(work, step, 2.5, EAGER_BYTES[1])
-    if not plan.policy.keeps_attention:
+    output_alone = plan.policy is Policy.HOST and s.tile is not None
+    if not plan.policy.keeps_attention or output_alone:
         for group in ("qkv", "o"):
             _add_matmul(work, group, plan, step)
         work.plain_bytes += _attention_half_bytes(step) + 4 * s.x
+    if not plan.policy.keeps_attention:
         _add_attention(work, step, ATTENTION_BACKWARD, EAGER_BYTES[0])  # at the speed of a forward pass
     return _with_mlp_again(work, plan, step)
 

@@ -16,7 +16,8 @@ class Policy(StrEnum):
     KEEP = "keep"
     """Keep all matmul outputs; recompute norms, rotation and activation."""
     HOST = "host"
-    """Keep the same in host memory, but in a row longer than an MLP tile not the MLP's outputs."""
+    """Keep the same in host memory. In a row longer than an MLP tile keep only the input, attention's
+    output and its log-sum-exp there, and compute all but attention again."""
     SELECTIVE = "selective"
     """Keep the input and all of attention; recompute the MLP."""
     RECOMPUTE = "recompute"
