@@ -137,9 +137,12 @@ def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: 
             if policy is Policy.KEEP and fits(plans[0].memory, memory_gib):
                 break  # a policy that keeps less is slower
             if loop.host_layers == "auto" and policy is not Policy.KEEP and loop.cuda_graphs is not True:
-                chosen = _on_host(config, shape, card, host_gib, lean)
-                if chosen.host_layers:
-                    yield from _filled(config, shape, card, memory_gib, chosen)
+                for keep_layers in (lean.keep_layers, 0) if loop.keep_layers == "auto" else (lean.keep_layers,):
+                    chosen = _on_host(config, shape, card, host_gib, replace(lean, keep_layers=keep_layers))
+                    filled = list(_filled(config, shape, card, memory_gib, chosen)) if chosen.host_layers else []
+                    yield from filled
+                    if filled and fits(filled[0].memory, memory_gib):
+                        break  # without the kept layers, the host has room for fewer others
 
 
 def _on_host(config: TrainConfig, shape: ModelShape, card: Card, host_gib: float, lean: ComputePlan) -> ComputePlan:
