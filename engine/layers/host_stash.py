@@ -12,15 +12,19 @@ of PCIe 5. The forward pass takes 3.1 ms and the backward pass 6 to 9 ms. A 24 G
 several times longer, and its link is half as fast. The CPU runs the same code, so tests need no
 GPU.
 
-Host memory is a stack of bytes in equal chunks, for two reasons: torch rounds pinned memory up to a
-power of two, and shapes may change from one pass to the next.
+Host memory is a stack of bytes in equal chunks, because shapes may change from one pass to the next.
+Pinning takes longer than computing: cudaHostAlloc gives 2 to 3 GiB a second. So threads make the
+chunks of the next layers while a layer computes, in huge pages (`PinnedMemory`).
 """
 
 from __future__ import annotations
 
 import math
+import mmap
+import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +34,9 @@ from engine.shape.compute_limits import HOST_IN_FLIGHT, HOST_LAG
 
 CHUNK_BYTES = 64 * 2**20
 ALIGNMENT = 512  # bytes: each tensor begins at a multiple of this on the host
+AHEAD = 2  # layers: so much memory is made before it is needed
+PINNING_THREADS = 8
+PAGE, HUGE_PAGE = 4096, 2**21
 
 
 @dataclass
@@ -52,16 +59,28 @@ class _Entry:
 
     @property
     def num_bytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize + sum(size for _, size in self.storages)
+        return sum(self.parts)
+
+    @property
+    def parts(self) -> list[int]:
+        """Return the bytes of x and of each storage."""
+        return [self.shape.numel() * self.dtype.itemsize, *(size for _, size in self.storages)]
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(map(_aligned, self.parts))
 
 
 class HostStash:
-    """A stack of what layers keep. The next pass uses its host memory again."""
+    """A stack of what layers keep. The next pass uses its host memory again.
+
+    `num_layers` is how many layers store in it: memory is made ahead for no more than these.
+    """
 
     def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
-        self._chunk_bytes = chunk_bytes
+        self.memory = PinnedMemory(chunk_bytes)
+        self.num_layers = 0
         self._entries: list[_Entry] = []
-        self._chunks: list[Tensor] = []
         self._top = 0
         self._stream: torch.cuda.Stream | None = None
 
@@ -84,6 +103,8 @@ class HostStash:
         x = x.contiguous()
         entry = _Entry(x, x.shape, x.dtype, x.device, _storages(kept, (x, *stays)), self._top)
         self._entries.append(entry)
+        ahead = max(0, min(AHEAD, self.num_layers - len(self._entries)))
+        self.memory.expect(self._top + (1 + ahead) * entry.host_bytes, x.device)
         self._copy(entry, out=True)
         return len(self._entries) - 1
 
@@ -162,7 +183,7 @@ class HostStash:
             for part in parts:
                 for here, there in self._pieces(part, place):
                     there.copy_(here, non_blocking=True) if out else here.copy_(there, non_blocking=True)
-                place += ALIGNMENT * math.ceil(part.numel() / ALIGNMENT)
+                place += _aligned(part.numel())
             if self._stream is not None:
                 entry.moved = self._stream.record_event()
         if out:
@@ -175,14 +196,78 @@ class HostStash:
 
     def _pieces(self, part: Tensor, place: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pieces of `part` on the device, each with its place in a chunk on the host."""
-        done = 0
+        done, chunk_bytes = 0, self.memory.chunk_bytes
         while done < part.numel():
-            chunk, start = divmod(place + done, self._chunk_bytes)
-            if chunk == len(self._chunks):
-                self._chunks.append(torch.empty(self._chunk_bytes, dtype=torch.uint8, pin_memory=part.is_cuda))
-            size = min(part.numel() - done, self._chunk_bytes - start)
-            yield part[done : done + size], self._chunks[chunk][start : start + size]
+            chunk, start = divmod(place + done, chunk_bytes)
+            size = min(part.numel() - done, chunk_bytes - start)
+            yield part[done : done + size], self.memory.chunk(chunk)[start : start + size]
             done += size
+
+
+class PinnedMemory:
+    """Host memory in equal chunks, pinned for copies to and from a CUDA device.
+
+    Threads make them. The memory is given back with this object.
+    """
+
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self.chunk_bytes = chunk_bytes
+        self._chunks: list[Future[Tensor]] = []
+        self._registered: list[int] = []
+        self._threads: ThreadPoolExecutor | None = None
+        weakref.finalize(self, _unpin, self._chunks, self._registered).atexit = False
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self._chunks) * self.chunk_bytes
+
+    def expect(self, num_bytes: int, device: torch.device) -> None:
+        """Begin to make chunks for `num_bytes` in all. Wait for none."""
+        if self.num_bytes < num_bytes and self._threads is None:
+            self._threads = ThreadPoolExecutor(PINNING_THREADS, "pinning")
+        while self.num_bytes < num_bytes:
+            self._chunks.append(self._threads.submit(_new_chunk, self.chunk_bytes, device, self._registered))
+
+    def chunk(self, number: int) -> Tensor:
+        """Return a chunk that was expected, as bytes; wait until it is made."""
+        return self._chunks[number].result()
+
+
+def _new_chunk(num_bytes: int, device: torch.device, registered: list[int]) -> Tensor:
+    """Return host memory, pinned if the device is CUDA. Add its address to what must be given back.
+
+    The kernel clears a page when it is written first, which several threads can do at a time. In
+    huge pages, pinning then finds few pages to pin. Where that fails, torch's own allocator pins.
+    """
+    if device.type != "cuda":
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    area = mmap.mmap(-1, num_bytes + HUGE_PAGE)
+    with suppress(AttributeError, OSError):  # not on every system
+        area.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(area, dtype=torch.uint8)
+    chunk = whole.narrow(0, -whole.data_ptr() % HUGE_PAGE, num_bytes)
+    chunk[::PAGE].fill_(0)
+    with torch.cuda.device(device):
+        failed = int(torch.cuda.cudart().cudaHostRegister(chunk.data_ptr(), num_bytes, 1))  # 1: for every device
+    if failed:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    registered.append(chunk.data_ptr())
+    return chunk
+
+
+def _unpin(chunks: list[Future[Tensor]], registered: list[int]) -> None:
+    """Give pinned memory back, after all copies."""
+    for chunk in chunks:
+        if not chunk.cancel():
+            chunk.exception()  # waits until it is made
+    if registered:
+        torch.cuda.synchronize()
+    for address in registered:
+        torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def _aligned(num_bytes: int) -> int:
+    return ALIGNMENT * math.ceil(num_bytes / ALIGNMENT)
 
 
 def _storages(kept: Iterable[Tensor], others: Iterable[Tensor]) -> list[tuple[torch.UntypedStorage, int]]:

@@ -175,10 +175,18 @@ def restore_layers(model: nn.Module) -> None:
             decoder.set_submodule(name, module.replaced[0])
 
 
-def set_policy(model: nn.Module, policy: Policy, keep_layers: int = 0, host_layers: int = 0) -> HostStash:
-    """Set the policy of each fused layer by `layer_policies`. Return the empty stash they share."""
-    stash, layers = HostStash(), _fused_layers(model)
-    for layer, own in zip(layers, layer_policies(len(layers), policy, keep_layers, host_layers)):
+def set_policy(
+    model: nn.Module, policy: Policy, keep_layers: int = 0, host_layers: int = 0, stash: HostStash | None = None
+) -> HostStash:
+    """Set the policy of each fused layer by `layer_policies`. Return the empty stash they share.
+
+    A stash that is given lends them the host memory that it has.
+    """
+    stash, layers = HostStash() if stash is None else stash, _fused_layers(model)
+    policies = layer_policies(len(layers), policy, keep_layers, host_layers)
+    stash.clear()
+    stash.num_layers = sum(own.is_on_host for own in policies)
+    for layer, own in zip(layers, policies):
         layer.policy, layer.stash = own, stash
     return stash
 

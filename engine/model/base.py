@@ -111,11 +111,10 @@ class Base:
         """Set which activations the decoder layers keep for the backward pass.
 
         Layers follow `policy`, with two exceptions. The last `keep_layers` keep all activations,
-        and `host_layers` of the others keep all of them on the host. Unfused layers keep all
-        activations under KEEP and recompute the whole layer under any other policy.
+        and `host_layers` of the others keep theirs on the host. Unfused layers keep all activations
+        under KEEP and recompute the whole layer under any other policy.
         """
-        self.stash.clear()
-        self.stash = set_policy(self.model, policy, keep_layers, host_layers)
+        set_policy(self.model, policy, keep_layers, host_layers, self.stash)
         if self.swaps.unfused:
             # transformers 5.23 is renaming the methods, so both names are tried
             recomputes = policy is not Policy.KEEP

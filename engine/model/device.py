@@ -35,17 +35,18 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-def host_share_gib(meminfo: Path = Path("/proc/meminfo"), devices: Path = Path("/dev")) -> float:
+def host_share_gib(held_gib: float = 0.0, meminfo: Path = Path("/proc/meminfo"), devices: Path = Path("/dev")) -> float:
     """Return the host memory in GiB that one process may pin: an equal share for each GPU.
 
-    Without /proc the amount is not known, and the answer is infinity.
+    `held_gib` is what this process has pinned already. Without /proc the amount is not known, and
+    the answer is infinity.
     """
     try:
         available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return math.inf
     num_gpus = len([d for d in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", d.name)])
-    return HOST_SHARE * int(available.split()[1]) / 2**20 / max(1, num_gpus)
+    return HOST_SHARE * (held_gib + int(available.split()[1]) / 2**20) / max(1, num_gpus)
 
 
 def find_cards() -> TorchFacts:

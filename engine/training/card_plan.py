@@ -39,7 +39,8 @@ def plan_for_this_card(config: TrainConfig, base: Base) -> tuple[ComputePlan, Mo
     shape = ModelShape.known(base.model.config.to_dict(), config.model.path) if base.route.is_predicted else None
     if shape is not None and calls_kernels(base.model, FLASH_LINEAR_ATTENTION):
         shape = shape.with_kernels()
-    return _planned(config, shape, card, host_share_gib() + pinned_bytes(base.model) / GIB), shape
+    host_gib = host_share_gib(base.stash.memory.num_bytes / GIB) + pinned_bytes(base.model) / GIB
+    return _planned(config, shape, card, host_gib), shape
 
 
 def _planned(config: TrainConfig, shape: ModelShape | None, card: Card, host_gib: float) -> ComputePlan:

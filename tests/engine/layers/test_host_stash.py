@@ -13,13 +13,13 @@ def test_what_is_put_away_comes_back_in_reverse_and_host_memory_is_used_again():
     tensors = [torch.randn(n, 31) for n in (4, 70, 2)]  # the second takes ten chunks
     numbers = [stash.push(x.clone()) for x in tensors]
     stash.flush()
-    chunks = [c.data_ptr() for c in stash._chunks]
+    chunks = [stash.memory.chunk(i).data_ptr() for i in range(stash.memory.num_bytes // 1024)]
     for number, x in reversed(list(zip(numbers, tensors))):
         assert torch.equal(stash.pop(number), x)
     again = [x.half() + 1 for x in reversed(tensors)]
     numbers = [stash.push(x) for x in again]
     stash.flush()
-    assert [c.data_ptr() for c in stash._chunks] == chunks
+    assert [stash.memory.chunk(i).data_ptr() for i in range(stash.memory.num_bytes // 1024)] == chunks
     for number, x in reversed(list(zip(numbers, again))):
         assert torch.equal(stash.pop(number), x)
 
@@ -66,11 +66,11 @@ def test_out_of_order_is_an_error_and_a_cleared_stack_starts_anew():
 
 def test_host_memory_is_shared_by_the_gpus_of_a_machine(tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 200000000 kB\nMemAvailable: 104857600 kB\n")
-    assert host_share_gib(tmp_path / "meminfo", tmp_path) == pytest.approx(70.0)
+    assert host_share_gib(0.0, tmp_path / "meminfo", tmp_path) == pytest.approx(70.0)
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    assert host_share_gib(tmp_path / "meminfo", tmp_path) == pytest.approx(35.0)
-    assert host_share_gib(tmp_path / "none", tmp_path) == float("inf")
+    assert host_share_gib(0.0, tmp_path / "meminfo", tmp_path) == pytest.approx(35.0)
+    assert host_share_gib(0.0, tmp_path / "none", tmp_path) == float("inf")
 
 
 @pytest.mark.gpu

@@ -6,12 +6,13 @@ import weakref
 import pytest
 import torch
 
+from engine.adapter.lora import attach
 from engine.config.trial import LoraConfig
 from engine.layers import attention_half
-from engine.layers.swap import FusedLayer
-from engine.planning import compute_limits
-from engine.planning.policies import Policy
-from tests.support.fused_layers import attach, batch, build, hidden_states, run, set_policy, worst
+from engine.layers.swap import set_policy
+from engine.shape import compute_limits
+from engine.shape.policies import Policy
+from tests.support.fused_layers import batch, build, hidden_states, run, worst
 
 SEVERAL = ["Llama", "Qwen3", "Gemma2", "Gemma4Text", "Gemma4Text with k = v", "SmolLM3", "Granite", "Olmo3", "Phi3", "Ministral3",
            "Glm4", "Qwen3_5Text"]  # fmt: skip
@@ -49,7 +50,7 @@ def test_inputs_of_another_row_would_show(monkeypatch):
 def test_nothing_but_output_and_log_sum_waits_for_the_backward_pass(family, policy, monkeypatch):
     model, names, _ = build(family, "fused")
     layers = attach(model.train(), names, LoraConfig(rank=3), 3)
-    set_policy(model, policy)
+    stash = set_policy(model, policy)
     given, attend = [], attention_half.attend
 
     def noting(*arguments):
@@ -61,7 +62,6 @@ def test_nothing_but_output_and_log_sum_waits_for_the_backward_pass(family, poli
     gc.collect()
     alive = [ref for ref in given if ref() is not None]
     assert layers and len(given) == 9 and (not alive) == (policy is Policy.HOST)
-    stash = next(module.stash for module in model.modules() if isinstance(module, FusedLayer))
     hidden.square().sum().backward()
     assert not stash._entries
 
