@@ -63,6 +63,7 @@ def _measured(builder: Builder, setting: Setting, device: torch.device) -> dict[
         "tokens_per_second": setting.batch * setting.length / median,
         "step_time_ms": 1000 * median,
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0,
+        "host_gib": builder.host_gib(),
         "first_step_s": seconds[0],
         "first_loss": losses[0].item(),
         "last_loss": losses[-1].item(),

@@ -69,8 +69,8 @@ SUITES: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "long": (
         {"length": 6144, "host_layers": 14, **LONG, "systems": ("ours", "peft")},
-        {"length": 65536, "host_layers": 32, **LONG, "steps": 1},
-        {"length": 131072, "host_layers": 0, **LONG, "steps": 1, "warmup": 0, "systems": ("ours", "peft")},
+        {"length": 65536, "host_layers": 31, **LONG, "keep_layers": 1, "steps": 1},
+        {"length": 131072, "host_layers": 32, **LONG, "steps": 1, "systems": ("ours", "peft")},
     ),
     "families": tuple({"model": name, "batch": 2, "length": 2048, "policy": "recompute", "cap_gib": 23.5} for name in FAMILIES),
 }

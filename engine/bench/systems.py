@@ -23,10 +23,12 @@ from engine.bench.rows import Setting
 from engine.bench.shapes import linear_names, random_base, random_model
 from engine.config.trial import LoraConfig
 from engine.data.packing import Batch
+from engine.layers.host_stash import HostStash
 from engine.model.device import pick_dtype
 from engine.shape.policies import Policy
 from engine.training.cuda_graphs import make_graphs
 from engine.training.recordings import Recordings
+from engine.units import GIB
 
 Prepared = tuple[Callable[[Batch], torch.Tensor], list[nn.Parameter], Callable[[], None]]
 
@@ -35,6 +37,10 @@ class Builder(Protocol):
     def prepare(self, setting: Setting) -> Prepared: ...
 
     def undo(self) -> None: ...
+
+    def host_gib(self) -> float:
+        """Return the GiB of host memory that hold activations, as far as the system tells."""
+        return 0.0
 
 
 class _Ours:
@@ -70,15 +76,18 @@ class _Ours:
 
         return step, [adapter.parameter], after_step
 
+    def host_gib(self) -> float:
+        return self._base.stash.memory.num_bytes / GIB
+
     def undo(self) -> None:
         detach(self._base.model, self._layers)
-        self._layers = {}
+        self._layers, self._base.stash = {}, HostStash()  # the next setting pins its own memory
         Recordings.of(self._base).clear()
         self._base.checkpoint_activations(Policy.KEEP)
         self._base.cache_weights(0.0)
 
 
-class _Peft:
+class _Peft(Builder):
     """Train Hugging Face's model with PEFT's adapter and bitsandbytes' matmul, combined as in TRL.
 
     liger: adds Liger's RMSNorm, RoPE, SwiGLU and fused linear cross-entropy. Liger replaces RoPE in
@@ -116,7 +125,7 @@ class _Peft:
         self._model.gradient_checkpointing_disable()
 
 
-class _Unsloth:
+class _Unsloth(Builder):
     """Train with Unsloth as its documentation does, one setting per process.
 
     Unsloth must be imported before transformers and peft.

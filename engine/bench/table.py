@@ -64,7 +64,7 @@ def describe(record: Record) -> str:
 
 def headings(width: int) -> str:
     """Return the headings to print over `line`s in a terminal."""
-    names = f"{'tok/s':>9}{'ms/step':>9}{'peak GiB':>10}{'first step s':>14}{'first loss':>12}{'last loss':>11}"
+    names = f"{'tok/s':>9}{'ms/step':>9}{'peak GiB':>10}{'host GiB':>10}{'first step s':>14}{'first loss':>12}{'last loss':>11}"
     return f"{'system':<{width}}{names}"
 
 
@@ -75,7 +75,8 @@ def line(record: Record, width: int) -> str:
         return label + record["error"]
     return (
         f"{label}{record['tokens_per_second']:>9,.0f}{record['step_time_ms']:>9.1f}{record['peak_allocated_gib']:>10.2f}"
-        f"{record['first_step_s']:>14.1f}{record['first_loss']:>12.4f}{record['last_loss']:>11.4f}"
+        f"{record.get('host_gib', 0.0):>10.1f}{record['first_step_s']:>14.1f}"
+        f"{record['first_loss']:>12.4f}{record['last_loss']:>11.4f}"
     )
 
 
@@ -107,7 +108,7 @@ def _table(title: str, ratios: list[str], rows: list[tuple[str, Record, list[str
     """Return a Markdown table; letters mark rows measured with different versions or commits."""
     places = list(dict.fromkeys(_place(record) for _, record, _ in rows))
     letters = [f"({letter}) " for letter in string.ascii_lowercase[: len(places)]] if len(places) > 1 else [""]
-    columns = ["system", "tok/s", "ms/step", "peak GiB", "first step s", *ratios]
+    columns = ["system", "tok/s", "ms/step", "peak GiB", "host GiB", "first step s", *ratios]
     lines = [f"**{title}**", "", f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     for name, record, values in rows:
         mark = letters[places.index(_place(record))].strip()
@@ -117,11 +118,12 @@ def _table(title: str, ratios: list[str], rows: list[tuple[str, Record, list[str
 
 def _cells(record: Record) -> list[str]:
     if "error" in record:
-        return [record["error"].replace("|", "\\|"), "", "", ""]
+        return [record["error"].replace("|", "\\|"), "", "", "", ""]
     return [
         f"{record['tokens_per_second']:,.0f}",
         f"{record['step_time_ms']:.1f}",
         f"{record['peak_allocated_gib']:.2f}",
+        f"{record.get('host_gib', 0.0):.1f}",
         f"{record['first_step_s']:.1f}",
     ]
 
