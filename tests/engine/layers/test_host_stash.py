@@ -54,6 +54,24 @@ def test_device_memory_is_let_go_some_layers_later_and_sooner_where_it_is_much(m
     assert lives(640) == [1, 1, 1, 1, 1, 1]
 
 
+def test_memory_is_made_for_the_next_layers_and_for_no_more_than_there_are():
+    stash, seen = HostStash(chunk_bytes=1024), []
+    stash.num_layers = 5
+    for _ in range(5):
+        stash.push(torch.zeros(100), [torch.zeros(100)])
+        seen.append(stash.memory.num_bytes // 1024)
+    assert seen == [3, 4, 5, 5, 5]
+
+
+def test_memory_that_the_machine_does_not_have_is_an_error_of_the_step(monkeypatch):
+    def fails(*_):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(offload, "_new_chunk", fails)
+    with pytest.raises(MemoryError):
+        HostStash().push(torch.zeros(1))
+
+
 def test_out_of_order_is_an_error_and_a_cleared_stack_starts_anew():
     stash = HostStash()
     stash.push(torch.zeros(1))
@@ -90,3 +108,13 @@ def test_copies_beside_computation_are_right():
     for number, truth, more in reversed(list(zip(numbers, reference, kept))):
         assert torch.equal(stash.pop(number), truth) and torch.equal(more, truth * 3)
         x = (x @ x).clamp(-2, 2)
+
+
+@pytest.mark.gpu
+def test_memory_is_pinned_until_the_stash_goes():
+    stash = HostStash(chunk_bytes=4 * 2**20)
+    stash.push(torch.zeros(3 * 2**20, device="cuda"))
+    chunks = [stash.memory.chunk(i) for i in range(3)]
+    assert all(chunk.is_pinned() for chunk in chunks) and len(stash.memory._registered) == 3
+    del stash
+    assert not any(chunk.is_pinned() for chunk in chunks)

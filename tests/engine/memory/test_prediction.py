@@ -73,6 +73,13 @@ def test_of_64_settings_predictions_are_off_by_less_than_5_percent_in_95_and_non
     assert all(prediction.peak_gib + prediction.reserve_gib > peak + CONTEXT_GIB for peak, prediction in pairs + older)
 
 
+@pytest.mark.parametrize("length", [16384, 65536])
+def test_a_layer_of_a_long_row_stores_its_input_and_the_output_and_log_sum_of_attention_on_the_host(length: int) -> None:
+    config = config_of(batch=1, length=length, rank=32, policy="offload", keep_layers=1, train={"host_layers": 31})
+    values_a_token = 2 * (4096 + 32 * 128) + 4 * 32  # bf16, and fp32 for each head
+    assert predict_memory(config, SHAPES["llama-3.1-8b"]).host_bytes == 31 * length * values_a_token
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("model", SHAPES)
 def test_more_tokens_and_more_rank_need_more_memory(model: str, policy: str) -> None:

@@ -91,6 +91,14 @@ def test_embeddings_on_the_host_need_its_memory_but_are_no_reason_to_prefer_anot
         make_compute_plan(config(2048), SHAPE, find_card("a100-80"), host_gib=0.5)
 
 
+def test_a_desktop_of_64_gb_keeps_attention_of_all_layers_at_65536_tokens_and_of_some_at_131072():
+    """It has 40 GiB to lend. Inputs alone take 32 of them at 131,072 tokens."""
+    plans = [make_compute_plan(config(length), SHAPE, find_card("rtx4090"), host_gib=40.0) for length in (65536, 131072)]
+    assert (plans[0].keep_layers, plans[0].host_layers) == (1, 32) and plans[0].memory.host_bytes < 32 * 2**30
+    assert (plans[1].keep_layers, plans[1].policy) == (0, Policy.OFFLOAD) and 4 <= plans[1].host_layers <= 8
+    assert 32 < plans[1].memory.host_gib <= 40
+
+
 def test_what_does_not_fit_says_what_it_needs_and_what_there_is():
     with pytest.raises(OutOfMemory, match=r"needs at least \d+\.\d GiB \(predicted\), 5\.0 GiB are allowed") as caught:
         make_compute_plan(config(memory_budget_gib=5.0), SHAPE, find_card("rtx4090"))
