@@ -127,7 +127,9 @@ class LoopConfig(StrictModel):
         "auto", description="number of last layers that keep activations, whatever activation_checkpointing says"
     )
     host_layers: NumLayers | Auto = Field(
-        "auto", description="number of other layers, spread evenly, that keep activations in pinned host memory"
+        "auto",
+        description="number of other layers, spread evenly, that keep activations in pinned host memory; "
+        "of rows above 8,192 tokens their inputs and attention's outputs",
     )
     weight_cache_gib: Annotated[Gib, Field(ge=0.0)] | Auto = Field("auto", description="device memory for dequantised weights")
     cuda_graphs: bool | Auto = Field(
