@@ -241,9 +241,10 @@ def _new_chunk(num_bytes: int, device: torch.device, registered: list[int]) -> T
     """
     if device.type != "cuda":
         return torch.empty(num_bytes, dtype=torch.uint8)
-    area = mmap.mmap(-1, num_bytes + HUGE_PAGE)
-    with suppress(AttributeError, OSError):  # not on every system
-        area.madvise(mmap.MADV_HUGEPAGE)
+    area = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared has no huge pages
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # a fork would copy pinned pages at once
+        with suppress(AttributeError, OSError):  # not on every system
+            area.madvise(getattr(mmap, advice))
     whole = torch.frombuffer(area, dtype=torch.uint8)
     chunk = whole.narrow(0, -whole.data_ptr() % HUGE_PAGE, num_bytes)
     chunk[::PAGE].fill_(0)

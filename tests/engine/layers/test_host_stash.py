@@ -1,10 +1,13 @@
 """Test the stack of layer inputs in host memory."""
 
+import gc
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from engine.layers import host_stash as offload
-from engine.layers.host_stash import HostStash
+from engine.layers.host_stash import HostStash, PinnedMemory
 from engine.model.device import host_share_gib
 
 
@@ -70,6 +73,49 @@ def test_memory_that_the_machine_does_not_have_is_an_error_of_the_step(monkeypat
     monkeypatch.setattr(offload, "_new_chunk", fails)
     with pytest.raises(MemoryError):
         HostStash().push(torch.zeros(1))
+
+
+class Driver:
+    """Stand for the CUDA runtime: note what is pinned."""
+
+    def __init__(self, answer):
+        self.answer, self.pinned = answer, {}
+
+    def cudaHostRegister(self, address, size, flags):
+        if self.answer == 0:
+            self.pinned[address] = size
+        return self.answer
+
+    def cudaHostUnregister(self, address):
+        del self.pinned[address]
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    made = Driver(0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return made
+
+
+def test_chunks_are_whole_huge_pages_and_pinned_until_their_owner_goes(driver):
+    memory = PinnedMemory(2**21)
+    memory.expect(3 * 2**21, torch.device("cuda"))
+    chunks = [memory.chunk(i).fill_(i) for i in range(3)]
+    assert [int(chunk.sum()) for chunk in chunks] == [0, 2**21, 2**22]
+    assert driver.pinned == {chunk.data_ptr(): 2**21 for chunk in chunks} and not any(a % 2**21 for a in driver.pinned)
+    del memory
+    gc.collect()
+    assert not driver.pinned
+
+
+def test_torch_pins_what_the_driver_does_not(driver, monkeypatch):
+    driver.answer, asked, empty = 1, [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, pin_memory=False, **more: asked.append(pin_memory) or empty(size, **more))
+    memory = PinnedMemory(2**21)
+    memory.expect(1, torch.device("cuda"))
+    assert memory.chunk(0).numel() == 2**21 and asked == [True]
 
 
 def test_out_of_order_is_an_error_and_a_cleared_stack_starts_anew():
