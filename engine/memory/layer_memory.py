@@ -32,7 +32,7 @@ class Pass(MlpWalk, MixerWalk):
             with self._tile() as tile:
                 tile._mlp("tile", TRANSIENT)
         live.drop("normed", "normed_mlp")
-        output_alone = trains and policy is Policy.HOST and not keeps_mlp and self.shape.mixer is None
+        output_alone = trains and self._keeps_output_alone()
         if not graph or output_alone:
             live.drop(*map(self._own, ("qkv", "rotated", "keys", "o_out", "x_mid", "rstd")))
         if not keeps_mlp:
@@ -71,6 +71,10 @@ class Pass(MlpWalk, MixerWalk):
         self.live.hold(self._own("x_mid"), self.sizes.x, self._component(graph))
         self.live.hold("normed_mlp", self._normed("mlp"))
         self.live.drop("delta")
+
+    def _keeps_output_alone(self) -> bool:
+        """Return True if the layer keeps its input and attention's output, and makes the rest again."""
+        return self.plan.policy is Policy.HOST and self.sizes.tile is not None and self.shape.mixer is None
 
     def _component(self, graph: bool) -> str:
         """Return the component of what backward passes read: kept, or made again for one pass."""
@@ -159,6 +163,8 @@ class Pass(MlpWalk, MixerWalk):
         is_wide = self.shape.head_dim > FLASH_HEAD
         live.hold("dqkv", s.q + (0 if is_wide else 2 * s.k))
         live.briefly(s.eager_workspace if self.attention == "eager" else s.flash_workspace, ATTENTION)
+        if self._keeps_output_alone():
+            live.drop(*map(self._own, ("rotated", "keys")))
         if is_wide:  # only then those of repeated keys and values are added up
             live.drop(self._own("repeated"))
             live.drop("dqkv")
