@@ -38,9 +38,9 @@ class Builder(Protocol):
 
     def undo(self) -> None: ...
 
-    def host_gib(self) -> float:
-        """Return the GiB of host memory that hold activations, as far as the system tells."""
-        return 0.0
+    def host_gib(self) -> float | None:
+        """Return the GiB of host memory for activations, or None if the system does not tell."""
+        return None
 
 
 class _Ours:

@@ -75,7 +75,7 @@ def line(record: Record, width: int) -> str:
         return label + record["error"]
     return (
         f"{label}{record['tokens_per_second']:>9,.0f}{record['step_time_ms']:>9.1f}{record['peak_allocated_gib']:>10.2f}"
-        f"{record.get('host_gib', 0.0):>10.1f}{record['first_step_s']:>14.1f}"
+        f"{_host(record):>10}{record['first_step_s']:>14.1f}"
         f"{record['first_loss']:>12.4f}{record['last_loss']:>11.4f}"
     )
 
@@ -123,9 +123,15 @@ def _cells(record: Record) -> list[str]:
         f"{record['tokens_per_second']:,.0f}",
         f"{record['step_time_ms']:.1f}",
         f"{record['peak_allocated_gib']:.2f}",
-        f"{record.get('host_gib', 0.0):.1f}",
+        _host(record),
         f"{record['first_step_s']:.1f}",
     ]
+
+
+def _host(record: Record) -> str:
+    """Return the GiB of host memory for activations, or nothing if the system does not tell."""
+    gib = record.get("host_gib")
+    return "" if gib is None else f"{gib:.1f}"
 
 
 def _name(record: Record) -> str:

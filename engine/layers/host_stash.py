@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,7 +36,7 @@ from engine.shape.compute_limits import HOST_IN_FLIGHT, HOST_LAG
 CHUNK_BYTES = 64 * 2**20
 ALIGNMENT = 512  # bytes: each tensor begins at a multiple of this on the host
 AHEAD = 2  # layers: so much memory is made before it is needed
-PINNING_THREADS = 8
+PINNING_THREADS = min(8, os.cpu_count() or 1)
 PAGE, HUGE_PAGE = 4096, 2**21
 
 

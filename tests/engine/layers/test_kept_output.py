@@ -66,6 +66,18 @@ def test_nothing_but_output_and_log_sum_waits_for_the_backward_pass(family, poli
     assert not stash._entries
 
 
+def test_another_policy_uses_the_host_memory_that_is_there():
+    model, names, _ = build("Llama", "fused")
+    layers = attach(model.train(), names, LoraConfig(rank=3), 3)
+    stash = set_policy(model, Policy.OFFLOAD, host_layers=2)
+    hidden_states(model, batch()).square().sum().backward()
+    memory, size = stash.memory, stash.memory.num_bytes
+    assert layers and size > 0 and stash.num_layers == 3
+    assert set_policy(model, Policy.KEEP, host_layers=1, stash=stash) is stash and stash.num_layers == 1
+    hidden_states(model, batch()).square().sum().backward()
+    assert stash.memory is memory and memory.num_bytes == size
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [(512, 512), (700, 1, 323)])
 def test_on_the_device_they_are_as_near_to_fp32_as_layers_that_keep_all_of_attention(lengths, monkeypatch):
