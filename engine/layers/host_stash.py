@@ -13,7 +13,7 @@ several times longer, and its link is half as fast. The CPU runs the same code, 
 GPU.
 
 Host memory is a stack of bytes in equal chunks, because shapes may change from one pass to the next.
-Pinning takes longer than computing: cudaHostAlloc gives 2 to 3 GiB a second. So threads make the
+Pinning takes longer than computing: cudaHostAlloc gave 1.5 to 3 GiB a second. So threads make the
 chunks of the next layers while a layer computes, in huge pages (`PinnedMemory`).
 """
 
