@@ -1,4 +1,4 @@
-"""Compute the operations around the matmuls of QLoRA training, forward and backward.
+"""Compute the operations around the matmuls of QLoRA training, and attention, forward and backward.
 
 Weights are frozen, so no operation returns a weight gradient. Tensors are bf16, fp16 or fp32, and
 arithmetic is in fp32. The functions have no autograd: the caller writes the
@@ -32,13 +32,15 @@ from engine.kernels.reference import IGNORE
 
 __all__ = [
     "IGNORE",
-    "LowRank", "Nf4State", "add_rms_norm", "cross_entropy_", "dequantize_nf4", "dropout", "gather_rows", "glu",
-    "glu_backward_", "nf4_state", "noise_of", "rms_norm", "rms_norm_backward", "rope_",
+    "LowRank", "Nf4State", "add_rms_norm", "attention", "attention_backward", "cross_entropy_", "dequantize_nf4",
+    "document_spans", "dropout", "gather_rows", "glu", "glu_backward_", "nf4_state", "noise_of", "rms_norm",
+    "rms_norm_backward", "rope_",
 ]  # fmt: skip
 
 FORCE_TRITON = False
 ACTIVATIONS = ("silu", "gelu_tanh")
 MAX_WIDTH = 65_536  # the norm kernels hold a whole row in registers
+MAX_HEAD = 512  # features of a head that the attention kernels have tiles for
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, round_once: bool = False) -> tuple[Tensor, Tensor]:
@@ -145,6 +147,47 @@ def cross_entropy_(
     return _family("cross_entropy", logits_CV).cross_entropy_(logits_CV, labels_C, scale, softcap, with_gradient)
 
 
+def document_spans(offsets_N: Tensor, num_tokens: int, window: int | None = None) -> Tensor:
+    """Return the first key that each token sees, and the last token that sees it as a key, int32 [2, T].
+
+    Document i has the tokens from offsets[i] to before offsets[i + 1], and a token sees at most
+    `window` keys, its own included. The offsets rise from 0 and are read on the device; what lies
+    beyond the last one is a document too.
+    """
+    if offsets_N.dim() != 1 or not offsets_N.shape[0] or offsets_N.is_floating_point() or not offsets_N.is_contiguous():
+        raise EngineError(f"document_spans: offsets {_layout(offsets_N)}: expected contiguous integers [documents + 1]")
+    if window is not None and window < 1:
+        raise EngineError(f"document_spans: window = {window}: expected a positive number or None")
+    return _family("document_attention", offsets_N).document_spans(offsets_N, num_tokens, window)
+
+
+def attention(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, spans_2T: Tensor, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return out = softmax(z) @ v, [T, H, K] like q, and lse = logsumexp(z), [H, T] fp32.
+
+    z = scale * q @ k, or softcap * tanh(scale * q @ k / softcap), over the keys from spans[0, t] to
+    t. Query head h reads the key/value head h // (H / G). Dao, FlashAttention-2 (arXiv:2307.08691).
+    """
+    _check_attention("attention", q_THK, k_TGK, v_TGK, spans_2T, softcap)
+    return _family("document_attention", q_THK).attention(q_THK, k_TGK, v_TGK, spans_2T, scale, softcap)
+
+
+def attention_backward(
+    dout_THK: Tensor, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, out_THK: Tensor, lse_HT: Tensor, spans_2T: Tensor,
+    scale: float, softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return dq, dk and dv, contiguous and like q, k and v, from what `attention` returned."""
+    _check_attention("attention_backward", q_THK, k_TGK, v_TGK, spans_2T, softcap)
+    for name, x in (("dout", dout_THK), ("out", out_THK)):
+        if x.shape != q_THK.shape or x.dtype != q_THK.dtype or not x.is_contiguous():
+            raise EngineError(f"attention_backward: {name} {_layout(x)}: expected contiguous, like q {_layout(q_THK)}")
+    if lse_HT.shape != q_THK.shape[1::-1] or lse_HT.dtype != torch.float32 or not lse_HT.is_contiguous():
+        raise EngineError(f"attention_backward: lse {_layout(lse_HT)}: expected contiguous fp32 {list(q_THK.shape[1::-1])}")
+    given = (dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, spans_2T)
+    return _family("document_attention", q_THK).attention_backward(*given, scale, softcap)
+
+
 def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:
     """Return table[ids], [T, D] on the device of the ids.
 
@@ -228,6 +271,19 @@ def _check_glu(op: str, activation: str, gate_TF: Tensor, *others: Tensor) -> No
     if gate_TF.dim() != 2 or gate_TF.stride(1) != 1:
         raise EngineError(f"{op}: gate {_layout(gate_TF)}: expected [T, F] with contiguous rows")
     _check_like(op, gate_TF, others)
+
+
+def _check_attention(op: str, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, spans_2T: Tensor, softcap: float | None) -> None:
+    (num_tokens, num_heads, head_dim), groups = q_THK.shape, k_TGK.shape[1]
+    if head_dim > MAX_HEAD or not groups or num_heads % groups:
+        raise EngineError(f"{op}: q {_layout(q_THK)}: expected K of at most {MAX_HEAD} and a multiple of k's {groups} heads")
+    for name, x, heads in (("q", q_THK, num_heads), ("k", k_TGK, groups), ("v", v_TGK, groups)):
+        if x.shape != (num_tokens, heads, head_dim) or x.dtype != q_THK.dtype or x.stride(2) != 1:
+            raise EngineError(f"{op}: {name} {_layout(x)}: expected {[num_tokens, heads, head_dim]} {q_THK.dtype} with dense K")
+    if spans_2T.shape != (2, num_tokens) or spans_2T.dtype != torch.int32 or not spans_2T.is_contiguous():
+        raise EngineError(f"{op}: spans {_layout(spans_2T)}: expected contiguous int32 [2, {num_tokens}]")
+    if softcap is not None and not softcap > 0.0:
+        raise EngineError(f"{op}: softcap = {softcap}: expected a positive number or None")
 
 
 def _check_terms(op: str, x_TF: Tensor, **terms: LowRank | None) -> None:

@@ -118,6 +118,56 @@ def cross_entropy_(
     return loss_C
 
 
+def document_spans(offsets_N: Tensor, num_tokens: int, window: int | None = None) -> Tensor:
+    t = torch.arange(num_tokens, device=offsets_N.device)
+    edges_N = torch.cat((offsets_N.long(), offsets_N.new_tensor([num_tokens], dtype=torch.int64)))
+    document_T = torch.searchsorted(offsets_N.long(), t, right=True)
+    first, last = edges_N[document_T - 1], edges_N[document_T] - 1
+    if window is not None:
+        first, last = torch.maximum(first, t - window + 1), torch.minimum(last, t + window - 1)
+    return torch.stack((first, last)).int()
+
+
+def attention(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, spans_2T: Tensor, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    z_HTT, _, v_THK = _attention_scores(q_THK, k_TGK, v_TGK, spans_2T, scale, softcap)
+    out_THK = torch.einsum("hts,shk->thk", torch.softmax(z_HTT, -1), v_THK)
+    return out_THK.to(q_THK.dtype).contiguous(), torch.logsumexp(z_HTT, -1)
+
+
+def attention_backward(
+    dout_THK: Tensor, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, out_THK: Tensor, lse_HT: Tensor, spans_2T: Tensor,
+    scale: float, softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    z_HTT, slope_HTT, v_THK = _attention_scores(q_THK, k_TGK, v_TGK, spans_2T, scale, softcap)
+    p_HTT, dout = torch.exp(z_HTT - lse_HT[:, :, None]), dout_THK.float()
+    delta_HT1 = (dout * out_THK.float()).sum(-1).t()[:, :, None]
+    ds_HTT = p_HTT * (torch.einsum("thk,shk->hts", dout, v_THK) - delta_HT1) * slope_HTT
+    group = q_THK.shape[1] // k_TGK.shape[1]
+    dq_THK = torch.einsum("hts,shk->thk", ds_HTT, k_TGK.float().repeat_interleave(group, 1))
+    dk_THK, dv_THK = (torch.einsum("hts,thk->shk", *pair) for pair in ((ds_HTT, q_THK.float()), (p_HTT, dout)))
+    dk_TGK, dv_TGK = (x.unflatten(1, (-1, group)).sum(2) for x in (dk_THK, dv_THK))
+    dq, dk, dv = (x.to(q_THK.dtype).contiguous() for x in (dq_THK, dk_TGK, dv_TGK))
+    return dq, dk, dv
+
+
+def _attention_scores(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, spans_2T: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return z, -inf where unseen, its slope in q @ k, and v for each query head, all fp32."""
+    group = q_THK.shape[1] // k_TGK.shape[1]
+    k_THK, v_THK = (x.float().repeat_interleave(group, 1) for x in (k_TGK, v_TGK))
+    z_HTT = scale * torch.einsum("thk,shk->hts", q_THK.float(), k_THK)
+    slope_HTT = torch.full_like(z_HTT, scale)
+    if softcap is not None:
+        tanh_HTT = torch.tanh(z_HTT / softcap)
+        z_HTT, slope_HTT = softcap * tanh_HTT, scale * (1.0 - tanh_HTT.square())
+    s = torch.arange(q_THK.shape[0], device=q_THK.device)
+    seen_TT = (s[None, :] >= spans_2T[0, :, None]) & (s[None, :] <= s[:, None])
+    return z_HTT.masked_fill(~seen_TT, float("-inf")), slope_HTT, v_THK
+
+
 def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:
     return table_VD.index_select(0, ids_T)
 
