@@ -115,6 +115,10 @@ SHAPES: dict[str, dict[str, Any]] = {
                    "num_key_value_heads": 4, "linear_num_value_heads": 32},
     "qwen3.5-9b": {**QWEN3_5, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "num_attention_heads": 16,
                    "num_key_value_heads": 4, "linear_num_value_heads": 32, "tie_word_embeddings": False},
+    "gemma-2-2b": {"model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+                   "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000,
+                   "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
+                   "final_logit_softcapping": 30.0, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192},
     # widths as known without the released files; the rest is transformers' defaults
     "gemma-4-e2b": {**GEMMA4, "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35, "num_attention_heads": 8,
                     "num_key_value_heads": 1, "num_kv_shared_layers": 20, "use_double_wide_mlp": True,

@@ -7,10 +7,10 @@
 - If all sequences have the same length, the row is a plain batch. On Hopper and later, cuDNN's
   attention computes it 1.9 times as fast (H100, 8,192 tokens). cuDNN plans each new shape for more
   than a second, so it gets only lengths that recur: multiples of LENGTH_STEP.
-- Flash attention takes heads of up to FLASH_HEAD features. Wider ones (Gemma 4's global layers have
-  512) go to torch's memory-efficient attention, in one launch as well. It knows no window, and no
-  grouped heads: keys and values are repeated, unless one head serves all queries.
-- Elsewhere (CPU, fp32, logit softcap) it calls scaled-dot-product attention for each sequence.
+- What flash attention lacks, our own kernels compute, on CUDA with a 16-bit dtype: a logit softcap,
+  heads of more than FLASH_HEAD features (Gemma 4's global layers have 512), and, in older versions
+  of torch, windows and sinks.
+- Elsewhere (CPU, fp32) it calls scaled-dot-product attention for each sequence.
 
 A head may have a sink: one more column of the softmax, which belongs to no token. Its share of the
 sum is all that it changes, so flash attention's log-sum-exp is enough to compute it.
@@ -33,11 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from engine.kernels import ops
 from engine.shape.compute_limits import FLASH_HEAD
 
 NAME = "packed"
 LENGTH_STEP = 256
-CAUSAL = 1  # torch's number for a mask that begins at the first query and the first key
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
             "logits_to_keep", "output_router_logits",
             "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # fmt: skip
@@ -87,15 +87,15 @@ def attend(
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Return causal attention within each document, [T, H, K]. Differentiable in q, k and v."""
-    fits, is_wide = _flash_fits(q_THK, options.softcap), q_THK.shape[-1] > FLASH_HEAD
-    if sinks_H is not None and fits and not is_wide and _has_sink_backward():
+    fits = _flash_fits(q_THK, options.softcap)
+    if sinks_H is not None and fits and _has_sink_backward():
         return _FlashWithSinks.apply(q_THK, k_TGK, v_TGK, sinks_H.detach().float(), documents, options)
-    if sinks_H is None and fits and is_wide and not _is_windowed(documents, options):
-        return _wide(q_THK, k_TGK, v_TGK, documents, options)
-    if sinks_H is None and fits and not is_wide:
+    if sinks_H is None and fits:
         if _is_plain_batch(documents, options) and _cudnn_fits(q_THK):
             return _batched(q_THK, k_TGK, v_TGK, documents, options)
         return _varlen(q_THK, k_TGK, v_TGK, documents, options)
+    if q_THK.is_cuda and q_THK.dtype in HALF and q_THK.shape[-1] <= ops.MAX_HEAD:
+        return _Tiled.apply(q_THK, k_TGK, v_TGK, sinks_H, documents, options)
     groups = q_THK.shape[1] // k_TGK.shape[1]
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THK, k_TGK, v_TGK))
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
@@ -148,13 +148,14 @@ def packed_attention(
     return attend(q, k, v, documents, options, s_aux).unsqueeze(0).contiguous(), None
 
 
-def reads_offsets_only(dtype: torch.dtype, softcap: float | None) -> bool:
-    """Return True if attention on CUDA is one launch that reads the offsets on the device."""
-    return varlen_attn is not None and "window_size" in _VARLEN_OPTIONS and dtype in HALF and softcap is None
+def reads_offsets_only(dtype: torch.dtype) -> bool:
+    """Return True if attention on CUDA reads the offsets on the device, whatever its options."""
+    return dtype in HALF
 
 
 def _flash_fits(q: Tensor, softcap: float | None) -> bool:
-    return q.is_cuda and reads_offsets_only(q.dtype, softcap)
+    has_all = "window_size" in _VARLEN_OPTIONS and softcap is None and q.shape[-1] <= FLASH_HEAD
+    return q.is_cuda and q.dtype in HALF and has_all
 
 
 def _is_plain_batch(documents: Documents, options: AttentionOptions) -> bool:
@@ -162,10 +163,6 @@ def _is_plain_batch(documents: Documents, options: AttentionOptions) -> bool:
     length = documents.lengths[0]
     whole = options.sliding_window is None or options.sliding_window >= length
     return whole and length % LENGTH_STEP == 0 and set(documents.lengths) == {length}
-
-
-def _is_windowed(documents: Documents, options: AttentionOptions) -> bool:
-    return options.sliding_window is not None and options.sliding_window < max(documents.lengths)
 
 
 def _cudnn_fits(q: Tensor) -> bool:
@@ -231,17 +228,25 @@ def with_sinks(out_THK: Tensor, lse_HT: Tensor, sinks_H: Tensor) -> tuple[Tensor
     return (out_THK * share_TH1).to(out_THK.dtype), torch.logaddexp(lse_HT, sinks_H[:, None].expand_as(lse_HT)).contiguous()
 
 
-def _wide(q: Tensor, k: Tensor, v: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
-    """Call torch's memory-efficient attention, as torch itself does for nested tensors."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.unsqueeze(2).expand(-1, -1, groups, -1).flatten(1, 2) for x in (k, v))  # a view of a single head
-    longest, scale = max(documents.lengths), q.shape[-1] ** -0.5 if options.scaling is None else options.scaling
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    out, *_ = torch.ops.aten._efficient_attention_forward(
-        *(x.unsqueeze(0) for x in (q, k, v)), None, documents.offsets, documents.offsets, longest, longest, 0.0, CAUSAL,
-        needs_grad, scale=scale,
-    )  # fmt: skip
-    return out.squeeze(0)
+class _Tiled(torch.autograd.Function):
+    """Compute attention by our own kernels, with sinks as `_FlashWithSinks` does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor | None, documents: Documents, options: AttentionOptions
+    ) -> Tensor:
+        how = q.shape[-1] ** -0.5 if options.scaling is None else options.scaling, options.softcap
+        spans_2T = ops.document_spans(documents.offsets, q.shape[0], options.sliding_window)
+        out_THK, lse_HT = ops.attention(q, k, v, spans_2T, *how)
+        if sinks_H is not None:
+            out_THK, lse_HT = with_sinks(out_THK, lse_HT, sinks_H.detach().float())
+        ctx.save_for_backward(q, k, v, out_THK, lse_HT, spans_2T)
+        ctx.how = how
+        return out_THK
+
+    @staticmethod
+    def backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor | None, ...]:
+        return *ops.attention_backward(grad_THK.contiguous(), *ctx.saved_tensors, *ctx.how), None, None, None
 
 
 def _one_document(

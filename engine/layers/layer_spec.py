@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.kernels.ops import MAX_HEAD
 from engine.layers.attention import AttentionOptions
 from engine.layers.structure import AttentionSpec, LayerSpec, MixerSpec, MlpSpec, Norm, QueryScale, TailSpec
-from engine.shape.compute_limits import FLASH_HEAD
 from engine.shape.families import ACTIVATIONS, FAMILIES, WINDOWED, Family, HalfNorms
 
 
@@ -42,8 +42,8 @@ def obstacle(layer: nn.Module) -> str | None:
     for key in family.no_dropout:
         if getattr(config, key, 0):
             return f"{key} = {getattr(config, key)} is not computed"
-    if _window(layer, family) and layer.self_attn.head_dim > FLASH_HEAD:
-        return f"a window over heads of more than {FLASH_HEAD} features has no kernel"
+    if not has_mixer(layer) and layer.self_attn.head_dim > MAX_HEAD:
+        return f"attention over heads of more than {MAX_HEAD} features has no kernel"
     activation = _activation(config)
     if activation not in ACTIVATIONS:
         return f"activation {activation} has no kernel"

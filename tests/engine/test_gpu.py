@@ -35,12 +35,59 @@ def test_fast_and_reference_attention_agree_within_bf16(window, groups, head):
         grads = torch.autograd.grad((out.float() * weights).sum(), (q, k, v))
         return [out.float(), *grads]
 
-    assert attention._flash_fits(q.bfloat16(), None)
+    assert attention._flash_fits(q.bfloat16(), None) == (head <= 256)
     for ours, truth in zip(run(torch.bfloat16), run(torch.float32)):
         assert (ours - truth).norm() / truth.norm() < 1e-2
     # twin: the bound can fail
     for ours, other in zip(run(torch.bfloat16), run(torch.float32, softcap=1.0)):
         assert (ours - other).norm() / other.norm() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("head", "groups", "window", "softcap"),
+    [(64, 1, None, 5.0), (80, 4, 37, 5.0), (96, 2, None, 5.0), (128, 8, 200, 5.0), (160, 2, 37, 5.0), (256, 2, None, 5.0),
+     (256, 2, 37, 5.0), (512, 4, 37, None), (512, 8, None, None)],
+)  # fmt: skip
+def test_attention_by_our_kernels_agrees_with_the_reference_within_bf16(head, groups, window, softcap):
+    torch.manual_seed(0)
+    lengths, offsets = (130, 1, 400, 64), torch.tensor([0, 130, 131, 531, 595], dtype=torch.int32, device="cuda")
+    q, weights = torch.randn(2, 595, 8, head, device="cuda").requires_grad_()
+    k, v = torch.randn(2, 595, 8 // groups, head, device="cuda").requires_grad_()
+    documents = attention.Documents(lengths, offsets)
+
+    def run(dtype, scale):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        out = attention.attend(*leaves, documents, attention.AttentionOptions(scale, window, softcap))
+        assert (type(out.grad_fn).__name__ == "_TiledBackward") == (dtype != torch.float32)
+        return [out.float(), *(g.float() for g in torch.autograd.grad((out.float() * weights.detach()).sum(), leaves))]
+
+    truths = run(torch.float32, 0.2)
+    for ours, truth in zip(run(torch.bfloat16, 0.2), truths):
+        assert (ours - truth).norm() / truth.norm() < 1e-2
+    # twin: another scale
+    for ours, other in zip(run(torch.bfloat16, 0.21), truths):
+        assert (ours - other).norm() / other.norm() > 1e-2
+
+
+def test_a_recorded_softcap_attention_replays_with_other_borders():
+    torch.manual_seed(0)
+    q, k, v = (x.bfloat16().requires_grad_() for x in torch.randn(3, 600, 4, 256, device="cuda"))
+    borders = [torch.tensor(b, dtype=torch.int32, device="cuda") for b in ([0, 600, 600, 600], [0, 100, 333, 600])]
+    fixed, options = borders[0].clone(), attention.AttentionOptions(None, None, 5.0)
+
+    def run(offsets):
+        out = attention.attend(q, k, v, attention.Documents((600, 0), offsets), options)
+        return out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))
+
+    wanted = [run(b) for b in borders]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = run(fixed)
+    for i in (1, 0):
+        fixed.copy_(borders[i])
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(recorded, wanted[i]))
+        assert not any(torch.equal(a, b) for a, b in zip(recorded, wanted[1 - i]))
 
 
 @pytest.mark.parametrize("window", [None, 37])

@@ -95,3 +95,27 @@ def test_flash_attention_s_backward_pass_takes_the_sinks_in_the_output_and_the_l
             dk, dv = (torch.einsum("hts,thk->shk", rows, by) for rows, by in ((ds, q), (p_HTS, weights)))
             found = torch.einsum("hts,shk->thk", ds, k), dk, dv
             assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, wanted)) == matches
+
+
+@pytest.mark.parametrize("sunk", [False, True])
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_by_our_own_operation_equals_the_path_for_the_cpu_with_all_gradients(window, sunk):
+    """`_Tiled` is what CUDA takes; here its operations run as their definition."""
+    generator = torch.Generator().manual_seed(0)
+    q, weights = torch.randn(2, 20, 4, 8, generator=generator)
+    k, v = torch.randn(2, 20, 2, 8, generator=generator)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    documents = attention.Documents((7, 1, 12), torch.tensor([0, 7, 8, 20], dtype=torch.int32))
+    sinks = SINKS if sunk else None
+
+    def run(attend, softcap):
+        out = attend(*leaves, sinks, documents, attention.AttentionOptions(0.3, window, softcap))
+        return out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)
+
+    def by_document(q, k, v, sinks, documents, options):
+        return attention.attend(q, k, v, documents, options, sinks)
+
+    wanted = run(by_document, 4.0)
+    torch.testing.assert_close(run(attention._Tiled.apply, 4.0), wanted, rtol=1e-4, atol=1e-5)
+    for found, other in zip(run(attention._Tiled.apply, 4.4), wanted):
+        assert not torch.allclose(found, other, rtol=1e-4, atol=1e-5)

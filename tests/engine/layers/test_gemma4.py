@@ -166,8 +166,8 @@ def test_experts_and_attention_that_is_not_causal_run_unfused():
     assert obstacle(layer) == "attention that is not causal is not computed"
 
 
-def test_a_wide_head_with_a_window_runs_unfused():
+def test_a_head_wider_than_the_kernels_take_runs_unfused():
     model, _, _ = build(LARGE)
-    model.model.layers[0].self_attn.head_dim = 512
-    assert "window" in obstacle(model.model.layers[0])
+    model.model.layers[0].self_attn.head_dim = 513
+    assert obstacle(model.model.layers[0]) == "attention over heads of more than 512 features has no kernel"
     assert len(fuse_layers(model).unfused) == 1
