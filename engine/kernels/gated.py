@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.low_rank import LowRank
+from engine.kernels.reference import LowRank
 
 BLOCK_F = 2048  # divides 8,192 and 14,336; two 16-byte loads of bf16 per thread and tensor
 NUM_WARPS = 4

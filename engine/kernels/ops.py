@@ -26,9 +26,8 @@ from torch import Tensor
 
 from engine.errors import EngineError
 from engine.kernels import reference
-from engine.kernels.low_rank import LowRank
 from engine.kernels.nf4_state import Nf4State, nf4_state
-from engine.kernels.reference import IGNORE
+from engine.kernels.reference import IGNORE, LowRank
 
 __all__ = [
     "IGNORE",
@@ -150,14 +149,13 @@ def cross_entropy_(
 def document_spans(offsets_N: Tensor, num_tokens: int, window: int | None = None) -> Tensor:
     """Return the first key that each token sees, and the last token that sees it as a key, int32 [2, T].
 
-    Document i has the tokens from offsets[i] to before offsets[i + 1], and a token sees at most
-    `window` keys, its own included. The offsets rise from 0 and are read on the device; what lies
-    beyond the last one is a document too.
+    Document i begins at offsets[i], the first at 0; what lies behind the last offset is one too. A
+    token sees at most `window` keys, its own included. Offsets are read on the device.
     """
-    if offsets_N.dim() != 1 or not offsets_N.shape[0] or offsets_N.is_floating_point() or not offsets_N.is_contiguous():
-        raise EngineError(f"document_spans: offsets {_layout(offsets_N)}: expected contiguous integers [documents + 1]")
-    if window is not None and window < 1:
-        raise EngineError(f"document_spans: window = {window}: expected a positive number or None")
+    is_list = offsets_N.dim() == 1 and offsets_N.shape[0] and not offsets_N.is_floating_point() and offsets_N.is_contiguous()
+    if not is_list or (window is not None and window < 1):
+        where = f"offsets {_layout(offsets_N)}, window = {window}"
+        raise EngineError(f"document_spans: {where}: expected contiguous integers [documents + 1], a positive window or None")
     return _family("document_attention", offsets_N).document_spans(offsets_N, num_tokens, window)
 
 
@@ -166,8 +164,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Return out = softmax(z) @ v, [T, H, K] like q, and lse = logsumexp(z), [H, T] fp32.
 
-    z = scale * q @ k, or softcap * tanh(scale * q @ k / softcap), over the keys from spans[0, t] to
-    t. Query head h reads the key/value head h // (H / G). Dao, FlashAttention-2 (arXiv:2307.08691).
+    z = scale * q @ k, with a softcap as in `cross_entropy_`, over the keys from spans[0, t] to t.
     """
     _check_attention("attention", q_THK, k_TGK, v_TGK, spans_2T, softcap)
     return _family("document_attention", q_THK).attention(q_THK, k_TGK, v_TGK, spans_2T, scale, softcap)
@@ -179,13 +176,12 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dq, dk and dv, contiguous and like q, k and v, from what `attention` returned."""
     _check_attention("attention_backward", q_THK, k_TGK, v_TGK, spans_2T, softcap)
-    for name, x in (("dout", dout_THK), ("out", out_THK)):
-        if x.shape != q_THK.shape or x.dtype != q_THK.dtype or not x.is_contiguous():
-            raise EngineError(f"attention_backward: {name} {_layout(x)}: expected contiguous, like q {_layout(q_THK)}")
-    if lse_HT.shape != q_THK.shape[1::-1] or lse_HT.dtype != torch.float32 or not lse_HT.is_contiguous():
-        raise EngineError(f"attention_backward: lse {_layout(lse_HT)}: expected contiguous fp32 {list(q_THK.shape[1::-1])}")
-    given = (dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, spans_2T)
-    return _family("document_attention", q_THK).attention_backward(*given, scale, softcap)
+    like_q, of_lse = (q_THK.shape, q_THK.dtype), (q_THK.shape[1::-1], torch.float32)
+    for name, x, (shape, dtype) in (("dout", dout_THK, like_q), ("out", out_THK, like_q), ("lse", lse_HT, of_lse)):
+        if x.shape != shape or x.dtype != dtype or not x.is_contiguous():
+            raise EngineError(f"attention_backward: {name} {_layout(x)}: expected contiguous {list(shape)} {dtype}")
+    kernels = _family("document_attention", q_THK)
+    return kernels.attention_backward(dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, spans_2T, scale, softcap)
 
 
 def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:

@@ -8,16 +8,27 @@ rounds where the formula says so.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.kernels.low_rank import LowRank
 from engine.kernels.nf4_state import Nf4State
 
 IGNORE = -100  # label of a row that does not count; torch's ignore_index
 SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 WORD = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Hold the term low @ b^T, with the scale already in b.
+
+    Both tensors have the dtype of the operand they are added to, and any strides.
+    """
+
+    low_TR: Tensor
+    b_FR: Tensor
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, round_once: bool = False) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from engine.memory.live_bytes import ATTENTION, BOUNDARY, KEPT, TRANSIENT
 from engine.memory.mixer_walk import MixerWalk
 from engine.memory.mlp_walk import MlpWalk
-from engine.shape.compute_limits import FLASH_HEAD
 from engine.shape.policies import Policy
 
 
@@ -103,12 +102,8 @@ class Pass(MlpWalk, MixerWalk):
         self._queries_keys_values(component, graph)
         if self.attention == "eager":
             live.briefly(12 * s.sample_scores, ATTENTION)  # scores, masked scores and weights, fp32
-        repeated = 2 * s.q if self._repeats_keys() else 0
-        live.hold(self._own("repeated"), repeated, component)
         kept = s.eager_graph if graph and self.attention == "eager" else 0
         live.hold(self._own("attention"), s.q + s.heads + kept, component)
-        if not graph:
-            live.drop(self._own("repeated"))
 
     def _queries_keys_values(self, component: str, graph: bool) -> None:
         live, s = self.live, self.sizes
@@ -134,10 +129,6 @@ class Pass(MlpWalk, MixerWalk):
         own = self._own("keys") if shape.source is None else f"{'' if graph else 'lent '}keys of {self.i}"
         self.live.hold(own, number * s.k, component if shape.source is None else BOUNDARY)
 
-    def _repeats_keys(self) -> bool:
-        """Return True if attention over wide heads copies keys and values for all heads."""
-        return self.shape.head_dim > FLASH_HEAD and 1 < self.shape.num_kv_heads < self.shape.num_heads
-
     def _mlp_backward(self) -> None:
         live, s = self.live, self.sizes
         if self._own("x_mid") not in live.alive:
@@ -160,15 +151,10 @@ class Pass(MlpWalk, MixerWalk):
         self._gate_backward()
         if self._own("qkv") not in live.alive:
             self._queries_keys_values(TRANSIENT, graph=True)
-        is_wide = self.shape.head_dim > FLASH_HEAD
-        live.hold("dqkv", s.q + (0 if is_wide else 2 * s.k))
-        live.briefly(s.eager_workspace if self.attention == "eager" else s.flash_workspace, ATTENTION)
+        live.hold("dqkv", s.q + 2 * s.k)
+        live.briefly({"eager": s.eager_workspace, "tiled": s.heads}.get(self.attention, s.flash_workspace), ATTENTION)
         if self._keeps_output_alone():
             live.drop(*map(self._own, ("rotated", "keys")))
-        if is_wide:  # only then those of repeated keys and values are added up
-            live.drop(self._own("repeated"))
-            live.drop("dqkv")
-            live.hold("dqkv", s.q + 2 * s.k)
         if self.shape.layer.qk_norm != "none":
             copies = self.shape.layer.qk_norm == "head" and self.shape.keys != "shared"  # rows beside those of keys
             live.briefly(2 * s.q if copies else s.q)

@@ -7,12 +7,21 @@ from typing import Literal
 
 from engine.memory.live_bytes import LOW, TRANSIENT, WEIGHTS, HostStack, LiveBytes
 from engine.memory.tensor_sizes import Sizes
+from engine.shape.compute_limits import FLASH_HEAD
 from engine.shape.families import HalfNorms
 from engine.shape.layer_plan import LayerPlan
 from engine.shape.model_shape import ModelShape
 
 HalfName = Literal["attention", "mlp"]
-AttentionName = Literal["flash", "cudnn", "eager"]
+AttentionName = Literal["flash", "cudnn", "tiled", "eager"]
+"""flash and cudnn are torch's; tiled are our kernels, and eager is plain matrix operations."""
+
+
+def attention_name(shape: ModelShape, element: int, preferred: AttentionName) -> AttentionName:
+    """Return what computes a layer's attention; `element` are the bytes of a value."""
+    if element == 2 and (shape.attention_softcap or shape.head_dim > FLASH_HEAD):
+        return "tiled"
+    return "eager" if shape.attention_softcap else preferred
 
 
 @dataclass(frozen=True)

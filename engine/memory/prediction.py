@@ -35,7 +35,7 @@ class MemoryPrediction:
     - components: bytes at the moment of the peak, by what holds them.
     - phases: the peak of each phase; phase is the highest one.
     - rough: True for an estimate instead of a count: layers run unfused or have a library's mixers, or
-      attention is eager or over heads too wide for flash attention, or the working dtype is not 16-bit.
+      attention is eager, or the working dtype is not 16-bit.
     - host_bytes: pinned host memory for the tensors that layers store there.
     - table_bytes: pinned host memory for input embeddings.
     - recorded_bytes: memory that CUDA graphs keep beyond the peak while the trial evaluates.

@@ -6,7 +6,7 @@ import math
 
 from engine.config.trial import TrainConfig
 from engine.memory.layer_memory import Pass
-from engine.memory.layer_walk import AttentionName
+from engine.memory.layer_walk import AttentionName, attention_name
 from engine.memory.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, HostStack, LiveBytes
 from engine.memory.mixer_walk import MIXERS
 from engine.memory.tensor_sizes import Sizes
@@ -39,11 +39,10 @@ class TrialWalk:
         self.host_stack = HostStack(self.live)
         self.layer_sizes: list[Sizes] = []
         self.table_bytes = 0
-        self.attention: AttentionName = "eager" if shape.attention_softcap else attention
         self.plans, self.element = plan_layers(config, shape), element_bytes(config)
+        self.attention, self.is_eager = attention, attention_name(shape, self.element, attention) == "eager"
         self.is_fused = is_fused(config, shape)
-        by_others = shape.has_wide_heads or shape.has_mixers
-        self.is_rough = not self.is_fused or self.attention == "eager" or self.element != 2 or by_others
+        self.is_rough = not self.is_fused or self.is_eager or self.element != 2 or shape.has_mixers
 
     def load(self) -> None:
         """Load the base model from its 16-bit weights; then hold all that stays during training."""
@@ -162,7 +161,8 @@ class TrialWalk:
 
     def _pass(self, i: int, dropout: bool) -> Pass:
         of_layer = i, self.plans[i], self.shape.each[i], self.layer_sizes[i]
-        return Pass(*of_layer, self.attention, dropout, self.live, self.host_stack)
+        kernel = attention_name(self.shape.each[i], self.element, self.attention)
+        return Pass(*of_layer, kernel, dropout, self.live, self.host_stack)
 
     def _loss(self, sizes: Sizes, tokens: int, trains: bool) -> None:
         """Walk through engine/vocabulary/loss.py, with every token a target.
@@ -218,7 +218,7 @@ class TrialWalk:
         return sizes.unfused_graph(self.shape.layer, self._eager_scores(sizes), dropout)
 
     def _eager_scores(self, sizes: Sizes) -> int:
-        return sizes.scores if self.attention == "eager" else 0
+        return sizes.scores if self.is_eager else 0
 
     def _largest_weight(self) -> int:
         """Return the bytes of the largest single projection in the working dtype."""

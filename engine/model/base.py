@@ -54,8 +54,7 @@ class Base:
 
         Such a row can be recorded as a CUDA graph. On the CPU only the first half counts.
         """
-        softcap = getattr(self.model.config.get_text_config(), "attn_logit_softcapping", None)
-        on_device = self.device.type == "cpu" or attention.reads_offsets_only(self.dtype, softcap)
+        on_device = self.device.type == "cpu" or attention.reads_offsets_only(self.dtype)
         return on_device and not self.swaps.unfused and not has_mixers(self.model) and self.shares_rows(longest)
 
     def hidden_states(self, batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.memory.layer_walk import attention_name
 from engine.memory.tensor_sizes import Sizes
 from engine.planning.cards import Card
 from engine.shape.compute_limits import FLASH_HEAD
@@ -20,11 +21,12 @@ from engine.shape.policies import Policy
 
 # Flash attention's backward pass reaches this share of its forward pass's speed (H100).
 ATTENTION_BACKWARD = 0.89
-# Time of attention over heads wider than flash attention takes, in units of flash attention's. An
-# estimate, not measured.
-WIDE_HEADS = 3.0
-# Attention with a softcap is plain matrix operations: bytes a score, forward and backward. An
-# estimate.
+# Time of our own attention in units of what the rates in speed.py say, forward and backward: with a
+# softcap, and over heads wider than flash attention takes (H100, heads of 256 and 512, samples of
+# 1,024 and 4,096 tokens).
+TILED, WIDE_TILED = (1.0, 1.7), (1.5, 3.7)
+# In fp32, attention with a softcap is plain matrix operations: bytes a score, forward and backward.
+# An estimate.
 EAGER_BYTES = (60, 110)
 # A library's mixer moves what its graph holds this many times, forward and backward. Its torch
 # operations walk over chunks: a backward pass launches this many times what a forward pass does. An
@@ -83,7 +85,7 @@ def _add_first_half(work: LayerWork, step: StepShape) -> None:
     """Add a forward pass of attention or mixer, without its matmuls."""
     work.plain_bytes += _attention_half_bytes(step)
     if step.shape.mixer is None:
-        _add_attention(work, step, 1.0, EAGER_BYTES[0])
+        _add_attention(work, step, 1.0, 0)
     else:
         _add_mixer(work, step, MIXER_PASSES[0], 1.0)
 
@@ -110,14 +112,14 @@ def backward_work(plan: LayerPlan, step: StepShape) -> LayerWork:
             _add_first_half(work, step)
         return _with_mlp_again(work, plan, step)
     work.plain_bytes += 2 * (s.q + s.k) + 2 * s.qkv + (3 * (s.q + s.k) if _has_qk_norm(shape) else 0)
-    _add_attention(work, step, 2.5, EAGER_BYTES[1])
+    _add_attention(work, step, 2.5, 1)
     output_alone = plan.policy is Policy.HOST and s.tile is not None
     if not plan.policy.keeps_attention or output_alone:
         for group in ("qkv", "o"):
             _add_matmul(work, group, plan, step)
         work.plain_bytes += _attention_half_bytes(step) + 4 * s.x
     if not plan.policy.keeps_attention:
-        _add_attention(work, step, ATTENTION_BACKWARD, EAGER_BYTES[0])  # at the speed of a forward pass
+        _add_attention(work, step, ATTENTION_BACKWARD, 0)  # at the speed of a forward pass
     return _with_mlp_again(work, plan, step)
 
 
@@ -186,13 +188,15 @@ def _add_mixer(work: LayerWork, step: StepShape, passes: float, launches: float)
         work.mixer_chunks += launches * math.ceil(step.tokens / CHUNK)
 
 
-def _add_attention(work: LayerWork, step: StepShape, factor: float, eager_bytes: int) -> None:
+def _add_attention(work: LayerWork, step: StepShape, factor: float, which: Literal[0, 1]) -> None:
     """Add attention: 4 T L H K operations, half of them masked.
 
-    `factor` is in units of a forward pass.
+    `factor` is in units of a forward pass. which: 0 for a forward pass, 1 for a backward pass.
     """
-    if step.shape.attention_softcap:
-        work.eager_bytes += eager_bytes * step.sizes.scores
+    name = attention_name(step.shape, step.sizes.element, "flash")
+    if name == "eager":
+        work.eager_bytes += EAGER_BYTES[which] * step.sizes.scores
         return
-    factor *= WIDE_HEADS if step.shape.head_dim > FLASH_HEAD else 1.0
+    if name == "tiled":
+        factor *= (WIDE_TILED if step.shape.head_dim > FLASH_HEAD else TILED)[which]
     work.attention += factor * 2 * step.tokens * step.length * step.shape.num_heads * step.shape.head_dim

@@ -21,6 +21,7 @@ from typing import Literal
 
 from engine.config.trial import TrainConfig
 from engine.memory.layer_memory import Pass
+from engine.memory.layer_walk import attention_name
 from engine.memory.live_bytes import HostStack, LiveBytes
 from engine.memory.tensor_sizes import Sizes
 from engine.planning.cards import Card
@@ -110,7 +111,7 @@ def _put_away(plan: LayerPlan, step: StepShape) -> int:
     live = LiveBytes()
     host_stack = HostStack(live)
     live.hold("0.x", step.sizes.x)
-    kernel = "eager" if step.shape.attention_softcap else "flash"
+    kernel = attention_name(step.shape, step.sizes.element, "flash")
     Pass(0, plan, step.shape, step.sizes, kernel, False, live, host_stack).forward(trains=True)
     return host_stack.num_bytes
 

@@ -34,4 +34,4 @@ sooner, but at least one layer later. Layers of long rows are large, and slow en
 copies."""
 
 FLASH_HEAD = 256
-"""Flash attention takes heads of up to this many features; wider ones go to memory-efficient attention."""
+"""Flash attention takes heads of up to this many features; wider ones go to our own kernels."""

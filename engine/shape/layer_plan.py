@@ -53,9 +53,9 @@ def can_record(config: TrainConfig, shape: ModelShape) -> bool:
     """
     loop = config.train
     on_device = loop.activation_checkpointing != Policy.OFFLOAD and loop.host_layers == 0
-    flash = not shape.attention_softcap and config.model.dtype != "float32"
+    is_16_bit = config.model.dtype != "float32"
     by_library = shape.rotates_by_row or shape.has_mixers
-    return is_fused(config, shape) and flash and on_device and not by_library
+    return is_fused(config, shape) and is_16_bit and on_device and not by_library
 
 
 def element_bytes(config: TrainConfig) -> int:

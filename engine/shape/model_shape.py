@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 from engine.errors import InputError
-from engine.shape.compute_limits import FLASH_HEAD
 from engine.shape.families import ACTIVATIONS, FAMILIES, INPUT_GATE, INPUT_PROJECTION, OTHER, OTHER_TYPES, Family
 from engine.shape.layer_shapes import LINEAR, Keys, LayerShape, gemma4_layers, hybrid_layers
 from engine.shape.mixer_shape import MIXER, MixerShape
@@ -30,7 +29,7 @@ class ModelShape:
 
     - qkv_bias, o_bias, mlp_bias: True if these projections have a bias.
     - family: a key of FAMILIES, or "other".
-    - attention_softcap: True if scores pass through a tanh, which no fast attention supports.
+    - attention_softcap: True if scores pass through a tanh, which torch's fast attention lacks.
     - sliding_window: number of keys that a query sees; None if it sees all.
     - rotates_by_row: True if rotary frequencies depend on the longest sample of a row, which the
       library looks for on the host.
@@ -162,11 +161,6 @@ class ModelShape:
         """Return the same model with mixers that flash-linear-attention computes."""
         mixers = [one.mixer and replace(one.mixer, has_kernels=True) for one in self.layers]
         return replace(self, layers=tuple(replace(one, mixer=mixer) for one, mixer in zip(self.layers, mixers)))
-
-    @property
-    def has_wide_heads(self) -> bool:
-        """Return True if some heads are too wide for flash attention."""
-        return any(one.head_dim > FLASH_HEAD for one in self.each)
 
     @property
     def outside(self) -> dict[str, tuple[int, int]]:

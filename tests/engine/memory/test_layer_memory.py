@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from engine.adapter.lora import LoraLinear
 from engine.config.trial import LoraConfig, TrainConfig
 from engine.kernels import ops
-from engine.layers import attention_half
+from engine.layers import attention, attention_half
 from engine.layers import decoder_layer as fused
 from engine.layers import projection_group as projection
 from engine.layers.attention import AttentionOptions, Documents
@@ -25,6 +25,7 @@ from engine.layers.host_stash import HostStash
 from engine.layers.projection_group import ProjectionGroup
 from engine.layers.structure import AttentionSpec, Call, LayerSpec, MixerSpec, MlpSpec, Norm, TailSpec
 from engine.memory.layer_memory import Pass
+from engine.memory.layer_walk import attention_name
 from engine.memory.live_bytes import HostStack, LiveBytes
 from engine.memory.tensor_sizes import Sizes
 from engine.quant.frozen_linear import FrozenLinear
@@ -45,6 +46,7 @@ FAMILIES = {
     "llama": LLAMA,
     "qwen2": {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 8},
     "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 128},
+    "gemma2": {**LLAMA, "model_type": "gemma2", "head_dim": 128},
     "gemma3": {**LLAMA, "model_type": "gemma3_text", "head_dim": 128},
     "granite": {**LLAMA, "model_type": "granite"},
     "olmo3": {**LLAMA, "model_type": "olmo3"},
@@ -104,12 +106,18 @@ class Attention(torch.autograd.Function):
         return grads
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    """Repeat keys and values over wide heads as engine/layers/attention.py does, without computing."""
-    if q.shape[-1] > FLASH_HEAD:
-        groups = q.shape[1] // k.shape[1]
-        k, v = (x.unsqueeze(2).expand(-1, -1, groups, -1).flatten(1, 2) for x in (k, v))
-    return Attention.apply(q, k, v)
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
+    """Choose as engine/layers/attention.py does on CUDA."""
+    if options.softcap is None and q.shape[-1] <= FLASH_HEAD:
+        return Attention.apply(q, k, v)
+    return attention._Tiled.apply(q, k, v, None, documents, options)
+
+
+def attention_backward(dout: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    """Allocate like engine/kernels/document_attention.py: the gradients, and a value a token and head."""
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device="meta") for x in given[:3])
+    _delta = torch.empty(dout.shape[:2], device="meta")
+    return grads
 
 
 class Loss(torch.autograd.Function):
@@ -147,6 +155,9 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "rope_", lambda *_, **__: None)
     monkeypatch.setattr(ops, "glu", lambda gate, *_: like(gate))
     monkeypatch.setattr(ops, "glu_backward_", lambda *_: None)
+    monkeypatch.setattr(ops, "document_spans", lambda _, tokens, *__: torch.empty(2, tokens, dtype=torch.int32, device="meta"))
+    monkeypatch.setattr(ops, "attention", lambda q, *_: (like(q), torch.empty(q.shape[1::-1], device="meta")))
+    monkeypatch.setattr(ops, "attention_backward", attention_backward)
     monkeypatch.setattr(attention_half, "attend", attend)
     monkeypatch.setattr(FrozenLinear, "is_packed", property(lambda self: True))
     monkeypatch.setattr(FrozenLinear, "dequantized", dequantized)
@@ -210,18 +221,18 @@ def spec_of(shape: ModelShape, stores: bool) -> LayerSpec:
     v_norm = norm(shape.head_dim) if family.normalises_values and made[1] else None
     scalar = torch.empty(1, device="meta", dtype=torch.bfloat16)
     tail = TailSpec(norm(shape.hidden_size) if shape.input_width else None, "silu", scalar)
-    attention = AttentionSpec(
+    spec = AttentionSpec(
         **frame(family.attention),
         head_dim=shape.head_dim,
         features=made,
-        options=AttentionOptions(),
+        options=AttentionOptions(softcap=50.0 if shape.attention_softcap else None),
         q_norm=q_norm,
         k_norm=k_norm if made[1] else None,
         v_norm=v_norm,
         stores=stores,
         output_gate=family.output_gate,
     )
-    return LayerSpec(attention, MlpSpec(**frame(family.mlp), activation="silu"), family.paths, tail if family.scalar else None)
+    return LayerSpec(spec, MlpSpec(**frame(family.mlp), activation="silu"), family.paths, tail if family.scalar else None)
 
 
 def _linear(out_features: int, in_features: int, config: LoraConfig) -> LoraLinear:
@@ -272,7 +283,7 @@ def walked(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, in
     sizes = [Sizes.of(one, tokens, LENGTH, 2, packed=True) for one in shape.each]
     host_stack, dropout = HostStack(live), config.lora.lora_dropout > 0
     parts = zip(range(len(plans)), plans, shape.each, sizes)
-    passes = [Pass(i, plan, one, size, "flash", dropout, live, host_stack) for i, plan, one, size in parts]
+    passes = [Pass(*part, attention_name(part[2], 2, "flash"), dropout, live, host_stack) for part in parts]
     live.hold("0.x", sizes[0].x)
     for one in passes:
         one.forward(trains=True)

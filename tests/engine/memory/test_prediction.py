@@ -217,12 +217,15 @@ def test_unfused_layers_need_more_and_say_that_it_is_rough(changes: dict[str, An
         assert unfused.reserve_gib > 0.12 * unfused.peak_gib
 
 
-def test_attention_with_a_softcap_keeps_its_scores_and_is_rough() -> None:
-    shape = ModelShape.of(GEMMA2_9B, "x")
+def test_attention_with_a_softcap_keeps_its_scores_in_fp32_alone_and_is_rough_there() -> None:
+    shape, without = (ModelShape.of({**GEMMA2_9B, "attn_logit_softcapping": cap}, "x") for cap in (50.0, None))
     config = config_of(batch=1, policy="keep")
-    predicted = predict_memory(config, shape)
+    wide = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
+    predicted, plain, capped = (predict_memory(*case) for case in ((wide, shape), (config, without), (config, shape)))
     scores = 10 * shape.num_heads * 2048 * 2048
     assert predicted.rough and predicted.components["kept activations"] > shape.num_layers * scores
+    assert not capped.rough and capped.components["kept activations"] == plain.components["kept activations"]
+    assert capped.peak_bytes <= plain.peak_bytes
 
 
 def test_fitting_counts_the_reserve() -> None:
