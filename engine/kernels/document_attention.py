@@ -318,7 +318,11 @@ class AttentionTiles:
     dv: Tile | None = None
 
 
-# P -> tiles for cards with as much shared memory as an H100, and for those with 99 KiB
+# P -> tiles for cards with as much shared memory as an H100, and for those with 99 KiB. Microseconds
+# on an H100 (torch 2.11, triton 3.6; 8 + 4 heads, P = 256, softcap; 4 x 1,024 and 1 x 4,096 tokens):
+# forward 105 and 229, dq 149 and 315, dk and dv at once 308 and 813. Without a softcap torch's flash
+# attention takes 103 and 336 forward, 482 and 936 backward. A forward tile of 128 x 64 takes 113 and
+# 241; 64 x 32 in 4 warps 116 and 268. The small tiles are compiled for sm_86 and not measured.
 LARGE = {
     64: AttentionTiles((128, 64, 8, 3), (64, 64, 4, 2), both=(64, 64, 4, 2)),
     128: AttentionTiles((64, 64, 4, 3), (64, 64, 4, 2), both=(32, 64, 4, 2)),
