@@ -154,18 +154,15 @@ def document_spans(offsets_N: Tensor, num_tokens: int, window: int | None = None
     """
     is_list = offsets_N.dim() == 1 and offsets_N.shape[0] and not offsets_N.is_floating_point() and offsets_N.is_contiguous()
     if not is_list or (window is not None and window < 1):
-        where = f"offsets {_layout(offsets_N)}, window = {window}"
-        raise EngineError(f"document_spans: {where}: expected contiguous integers [documents + 1], a positive window or None")
+        raise EngineError(f"document_spans: {_layout(offsets_N)}, window {window}: expected dense integers, and at least 1 or None")
     return _family("document_attention", offsets_N).document_spans(offsets_N, num_tokens, window)
 
 
 def attention(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, spans_2T: Tensor, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return out = softmax(z) @ v, [T, H, K] like q, and lse = logsumexp(z), [H, T] fp32.
-
-    z = scale * q @ k, with a softcap as in `cross_entropy_`, over the keys from spans[0, t] to t.
-    """
+    """Return out = softmax(z) @ v, [T, H, K] like q, and lse = logsumexp(z), [H, T] fp32; z = scale * q @ k, with a
+    softcap as in `cross_entropy_`, over the keys from spans[0, t] to t."""
     _check_attention("attention", q_THK, k_TGK, v_TGK, spans_2T, softcap)
     return _family("document_attention", q_THK).attention(q_THK, k_TGK, v_TGK, spans_2T, scale, softcap)
 
@@ -180,8 +177,8 @@ def attention_backward(
     for name, x, (shape, dtype) in (("dout", dout_THK, like_q), ("out", out_THK, like_q), ("lse", lse_HT, of_lse)):
         if x.shape != shape or x.dtype != dtype or not x.is_contiguous():
             raise EngineError(f"attention_backward: {name} {_layout(x)}: expected contiguous {list(shape)} {dtype}")
-    kernels = _family("document_attention", q_THK)
-    return kernels.attention_backward(dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, spans_2T, scale, softcap)
+    given = (dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, spans_2T, scale, softcap)
+    return _family("document_attention", q_THK).attention_backward(*given)
 
 
 def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:
