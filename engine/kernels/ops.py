@@ -154,7 +154,7 @@ def document_spans(offsets_N: Tensor, num_tokens: int, window: int | None = None
     """
     is_list = offsets_N.dim() == 1 and offsets_N.shape[0] and not offsets_N.is_floating_point() and offsets_N.is_contiguous()
     if not is_list or (window is not None and window < 1):
-        raise EngineError(f"document_spans: {_layout(offsets_N)}, window {window}: expected dense integers, and at least 1 or None")
+        raise EngineError(f"document_spans: {_layout(offsets_N)}, window {window}: expected dense integers, at least 1 or None")
     return _family("document_attention", offsets_N).document_spans(offsets_N, num_tokens, window)
 
 
