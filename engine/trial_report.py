@@ -91,8 +91,10 @@ class TrialReport:
     of the previous report. These and the parts of set-up are None in reports of older versions.
 
     predicted_peak_gib: the current plan's prediction, None if there is none. peak_allocated_gib:
-    the measured peak. num_out_of_memory: how often the engine made the plan leaner because memory
-    ran out. micro_batch_size, activation_checkpointing: those of the current plan.
+    the measured peak of tensors. peak_reserved_gib: that of what the allocator held for them, which
+    decides whether memory runs out; None in older reports. num_out_of_memory: how often the engine
+    made the plan leaner because memory ran out. micro_batch_size, activation_checkpointing: those
+    of the current plan.
     """
 
     rung: int
@@ -111,6 +113,7 @@ class TrialReport:
     elapsed_s: float
     num_trainable: int
     predicted_peak_gib: float | None = None
+    peak_reserved_gib: float | None = None
     num_out_of_memory: int = 0
     micro_batch_size: int = 1
     activation_checkpointing: str = "false"

@@ -130,6 +130,38 @@ SHAPES: dict[str, dict[str, Any]] = {
                     "num_attention_heads": 32, "num_key_value_heads": 16, "num_global_key_value_heads": 4,
                     "attention_k_eq_v": True, "sliding_window": 1024, "hidden_size_per_layer_input": 0,
                     "layer_types": [*[SLIDING] * 5, FULL] * 10},
+    "gemma-2b": {"model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
+                 "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000},
+    "gemma-3-1b": {"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
+                   "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144,
+                   "sliding_window": 512},
+    "qwen2.5-0.5b": {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+                     "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "qwen2.5-7b": {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+                   "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "rope_theta": 1000000.0,
+                   "tie_word_embeddings": False},
+    "qwen3-0.6b": {**QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+                   "tie_word_embeddings": True},
+    "mistral-7b": {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                   "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32768, "sliding_window": None},
+    "olmo-2-1b": {"model_type": "olmo2", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                  "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 100352},
+    "glm-edge-1.5b": {"model_type": "glm", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
+                      "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 59264},
+    "ernie-4.5-0.3b": {"model_type": "ernie4_5", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 18,
+                       "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 103424},
+    "helium-2b": {"model_type": "helium", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 28,
+                  "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 64000},
+    "hunyuan-1.8b": {"model_type": "hunyuan_v1_dense", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 32,
+                     "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 120832,
+                     "tie_word_embeddings": True},
+    # their layers run unfused
+    "olmo-1b": {"model_type": "olmo", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 50304, "tie_word_embeddings": True},
+    "starcoder2-3b": {"model_type": "starcoder2", "hidden_size": 3072, "intermediate_size": 12288, "num_hidden_layers": 30,
+                      "num_attention_heads": 24, "num_key_value_heads": 2, "vocab_size": 49152, "sliding_window": None},
+    "aya-expanse-8b": {"model_type": "cohere", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                       "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 256000, "logit_scale": 0.125},
 }  # fmt: skip
 
 
@@ -214,4 +246,5 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype, fused: bool
 def _has_state(name: str) -> bool:
     """Return True if layers of the library carry a state, which runs on across the samples of a row."""
     kind = SHAPES[name].get("model_type", "llama")
-    return FAMILIES[OTHER_TYPES.get(kind, kind)].mixer is not None
+    family = FAMILIES.get(OTHER_TYPES.get(kind, kind))
+    return family is not None and family.mixer is not None

@@ -21,10 +21,12 @@ from engine.memory.trial_walk import TrialWalk
 from engine.shape.model_shape import ModelShape
 from engine.units import GIB
 
-# CUDA context and loaded kernels, which torch does not allocate. An estimate, not measured.
-CONTEXT_GIB = 0.6
-# Shares of the peak that the caching allocator holds and cannot use. Both are estimates. A run with
-# a peak of 21.91 GiB under a cap of 23.5 shows that the first is at most 7 %.
+# CUDA context, loaded kernels and the nodes of recordings, which torch does not allocate: 0.81 to
+# 0.89 on an H100, more than a card with fewer multiprocessors needs.
+CONTEXT_GIB = 0.9
+# Shares of the peak that the caching allocator holds and cannot use. On packed rows of unequal
+# samples (4B and 7B, H100) the first was 2.7 to 4.2 % with segments that grow
+# (engine/model/device.py), 3.0 to 5.3 % without. The second is an estimate.
 FRAGMENTATION, ROUGH_FRAGMENTATION = 0.05, 0.12
 
 
@@ -38,7 +40,7 @@ class MemoryPrediction:
       attention is eager, or the working dtype is not 16-bit.
     - host_bytes: pinned host memory for the tensors that layers store there.
     - table_bytes: pinned host memory for input embeddings.
-    - recorded_bytes: memory that CUDA graphs keep beyond the peak while the trial evaluates.
+    - recorded_bytes: memory beyond the peak for what recordings hold, this trial's or earlier ones'.
     """
 
     components: dict[str, int]
@@ -71,6 +73,16 @@ class MemoryPrediction:
         """
         return CONTEXT_GIB + (ROUGH_FRAGMENTATION if self.rough else FRAGMENTATION) * self.peak_gib + self.recorded_bytes / GIB
 
+    @property
+    def reserved_gib(self) -> float:
+        """Return the GiB that torch's allocator holds at its peak: tensors and what it cannot use."""
+        return self.need_gib - CONTEXT_GIB
+
+    @property
+    def need_gib(self) -> float:
+        """Return the GiB that a card must have, out of the total that it reports."""
+        return self.peak_gib + self.reserve_gib
+
     def describe(self) -> str:
         """Return a short table: the bytes alive at the peak, and the peak of each phase."""
         rows = [(name, size) for name, size in sorted(self.components.items(), key=lambda item: -item[1]) if size]
@@ -96,10 +108,10 @@ def predict_memory(
     if evaluation:
         walk.evaluate()
     live = walk.live
-    host = {"host_bytes": walk.host_stack.highest, "table_bytes": walk.table_bytes}
-    return MemoryPrediction(live.highest_components, live.peaks, live.highest_phase, walk.is_rough, **host)
+    held = {"host_bytes": walk.host_stack.highest, "table_bytes": walk.table_bytes, "recorded_bytes": walk.beside_recordings()}
+    return MemoryPrediction(live.highest_components, live.peaks, live.highest_phase, walk.is_rough, **held)
 
 
 def fits(prediction: MemoryPrediction, memory_gib: float) -> bool:
     """Return True if peak and reserve fit in `memory_gib`, the total that a card reports."""
-    return prediction.peak_gib + prediction.reserve_gib <= memory_gib
+    return prediction.need_gib <= memory_gib

@@ -29,6 +29,8 @@ from engine.shape.policies import Policy
 # Each is 32 MiB on Hopper and 8.1 MiB on other cards, where this is 48 MiB too much. There are two:
 # the measured peaks (H100) match 64 MiB, not 32.
 MATMUL_WORKSPACES = 2 * 32 * 2**20
+# A pass before recording and recordings have a stream each, and a process keeps their workspaces.
+STREAMS = 3
 
 
 class TrialWalk:
@@ -48,7 +50,7 @@ class TrialWalk:
         """Load the base model from its 16-bit weights; then hold all that stays during training."""
         live, plans = self.live, self.plans
         live.enter("load")
-        streams = 2 if self.config.train.cuda_graphs is True else 1  # graphs are recorded on a second stream
+        streams = STREAMS if self.config.train.cuda_graphs is True else 1
         live.hold("workspaces", streams * MATMUL_WORKSPACES, "matmul workspaces")
         for name, size in base_bytes(self.config, self.shape).items():
             live.hold(name, size, name)
@@ -112,6 +114,16 @@ class TrialWalk:
         self.live.enter("optimizer step")
         number = num_trained(self.config, self.shape, self.plans)
         self.live.briefly(0 if self._has_8bit_optimizer() else 4 * number)
+
+    def beside_recordings(self) -> int:
+        """Return the bytes that come on top of the peak because recordings keep theirs to themselves.
+
+        Recordings use a pool of their own, so the optimizer step finds no room in it. A plan without
+        them may follow an earlier trial's, or record its evaluation: their streams' workspaces stay.
+        """
+        if self.config.train.cuda_graphs is True:
+            return self.live.peaks["optimizer step"] - self.live.peaks["at rest"]
+        return (STREAMS - 1) * MATMUL_WORKSPACES if self.is_fused else 0
 
     def evaluate(self) -> None:
         """Walk one row without gradients; each layer leaves only its output."""

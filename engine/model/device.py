@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import re
 import resource
 import warnings
@@ -18,6 +19,8 @@ from engine.units import GIB
 # Share of the host memory available when a trial starts. The rest is for data, page cache and the
 # driver.
 HOST_SHARE = 0.7
+# Environment variables for torch's allocator, the old name and the new one.
+ALLOCATOR_SETTINGS, GROWING = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "expandable_segments:True"
 
 
 def limit_memory(gib: float, device: torch.device) -> None:
@@ -33,6 +36,11 @@ def peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def peak_reserved_gib(device: torch.device) -> float:
+    """Return the peak in GiB of what torch holds of a CUDA device, with blocks that no tensor uses."""
+    return torch.cuda.max_memory_reserved() / GIB if device.type == "cuda" else peak_gib(device)
 
 
 def host_share_gib(held_gib: float = 0.0, meminfo: Path = Path("/proc/meminfo"), devices: Path = Path("/dev")) -> float:
@@ -70,7 +78,24 @@ def pick_device(wanted: str) -> torch.device:
     """Return the device; `auto` is CUDA if present. Raises InputError for `cuda` without a GPU."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("train.device", wanted, "no CUDA device is visible; allowed here: auto, cpu")
-    return torch.device("cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    _let_segments_grow()
+    return torch.device("cuda")
+
+
+def _let_segments_grow() -> None:
+    """Let torch's allocator grow and shrink its segments, unless the user chose its settings.
+
+    Blocks of one row size then serve rows of any other. Without it, Qwen3-4B on packed rows reserved
+    3 % more (H100), at the same speed. Too late once CUDA has started.
+    """
+    if torch.cuda.is_initialized() or any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        return
+    os.environ[ALLOCATOR_SETTINGS[0]] = GROWING  # for torch, which reads it when CUDA starts, and for child processes
+    set_now = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if set_now is not None:  # should torch have read it already
+        set_now(GROWING)
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:

@@ -33,6 +33,11 @@ class ComputePlan:
     memory: MemoryPrediction | None = None
     speed: SpeedPrediction | None = None
 
+    @property
+    def need_gib(self) -> float:
+        """Return the predicted GiB that a card must have, or 0 if nothing is predicted."""
+        return 0.0 if self.memory is None else self.memory.need_gib
+
     def settings(self) -> dict[str, Any]:
         """Return the six fields of `train` as plain data."""
         names = ("micro_batch_size", "keep_layers", "host_layers", "weight_cache_gib", "cuda_graphs")

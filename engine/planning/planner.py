@@ -1,8 +1,8 @@
 """Plan how a card computes a config: micro-batch, kept activations, dequantised weights, graphs.
 
 `make_compute_plan` tries values for the fields that the config leaves `auto`. It drops plans that
-are predicted not to fit, and takes the fastest of the rest. `leaner` returns the next smaller plan
-after a run has run out of memory. A plan changes the results only by rounding.
+are predicted not to fit, and takes the fastest of the rest. engine/planning/ladder.py makes the
+plan after a run has run out of memory. A plan changes the results only by rounding.
 
 It needs no torch, so a laptop can plan for any card.
 """
@@ -16,9 +16,10 @@ from typing import Any
 
 from engine.config.trial import TrainConfig
 from engine.errors import OutOfMemory
-from engine.memory.prediction import MemoryPrediction, fits, predict_memory
+from engine.memory.prediction import MemoryPrediction, predict_memory
 from engine.planning.cards import Card
 from engine.planning.compute_plan import ComputePlan
+from engine.planning.memory_limit import Lessons, MemoryLimit
 from engine.planning.speed import predict_speed
 from engine.shape.layer_plan import can_record
 from engine.shape.model_shape import ModelShape
@@ -37,39 +38,42 @@ HOST_USES = "input embeddings and activations in host memory (offload, host_laye
 
 
 def make_compute_plan(
-    config: TrainConfig, shape: ModelShape | None, card: Card | None, host_gib: float = math.inf
+    config: TrainConfig,
+    shape: ModelShape | None,
+    card: Card | None,
+    host_gib: float = math.inf,
+    *,
+    lessons: Lessons | None = None,
+    predicted_gib: float = math.inf,
 ) -> ComputePlan:
     """Return the fastest plan for `config` that fits the card, or `train.memory_budget_gib` of it.
 
     Without shape or card (an unknown model, a CPU) nothing is predicted, and `auto` means one bin
     at a time. `host_gib` is the host memory in which the layers of this process may store
-    activations. Raises OutOfMemory if the leanest plan does not fit.
+    activations. `lessons` are what earlier trials in this process showed, and `predicted_gib` is the
+    most that a plan may be predicted to need. Raises OutOfMemory if the leanest plan does not fit.
     """
     if shape is None or card is None:
         return _unpredicted(config, on_cpu=card is None)
-    memory_gib = min(card.memory_gib, config.train.memory_budget_gib or card.memory_gib)
-    candidates = [c for c in _candidates(config, shape, card, memory_gib, host_gib) if c.memory.host_gib <= host_gib]
+    limit = MemoryLimit(allowed_gib(config, card), lessons or Lessons(), predicted_gib)
+    candidates = [c for c in _candidates(config, shape, card, limit, host_gib) if c.memory.host_gib <= host_gib]
     if not candidates:
         raise OutOfMemory(f"{HOST_USES} need more than the {host_gib:.1f} GiB allowed")
-    fitting = [candidate for candidate in candidates if fits(candidate.memory, memory_gib)]
+    fitting = [candidate for candidate in candidates if limit.fits(candidate)]
     if not fitting:
-        raise does_not_fit(min((c.memory for c in candidates), key=lambda memory: memory.peak_bytes), memory_gib)
+        raise does_not_fit(min((c.memory for c in candidates), key=lambda memory: memory.peak_bytes), limit.memory_gib)
     return _best(fitting, config.data.max_seq_length)
+
+
+def allowed_gib(config: TrainConfig, card: Card) -> float:
+    """Return the GiB of the card that a trial may use."""
+    return min(card.memory_gib, config.train.memory_budget_gib or card.memory_gib)
 
 
 def does_not_fit(memory: MemoryPrediction, memory_gib: float) -> OutOfMemory:
     """Return the error for a config whose leanest plan needs more memory than there is."""
-    need = memory.peak_gib + memory.reserve_gib
+    need = memory.need_gib
     return OutOfMemory(f"needs at least {need:.1f} GiB (predicted), {memory_gib:.1f} GiB are allowed", memory.peak_gib, None)
-
-
-def leaner(current: ComputePlan, config: TrainConfig, shape: ModelShape | None) -> ComputePlan | None:
-    """Return the plan to try after running out of memory, or None if there is no leaner one.
-
-    It drops CUDA graphs first, then halves the micro-batch, then keeps fewer tensors.
-    """
-    changes = _less(current)
-    return None if changes is None else changed(current, changes, config, shape)
 
 
 def changed(current: ComputePlan, settings: dict[str, Any], config: TrainConfig, shape: ModelShape | None) -> ComputePlan:
@@ -84,21 +88,6 @@ def changed(current: ComputePlan, settings: dict[str, Any], config: TrainConfig,
     return other if shape is None else replace(other, memory=predict_memory(other.apply(config), shape))
 
 
-def _less(current: ComputePlan) -> dict[str, Any] | None:
-    if current.cuda_graphs:  # they keep their memory between two rows
-        return {"cuda_graphs": False}
-    if current.micro_batch_size > 1:
-        return {"micro_batch_size": current.micro_batch_size // 2}
-    if current.weight_cache_gib:
-        return {"weight_cache_gib": 0.0}
-    place = LADDER.index(current.policy)
-    if current.keep_layers and place > 0:
-        return {"keep_layers": 0}
-    if current.host_layers:
-        return {"host_layers": 0}
-    return {"activation_checkpointing": LADDER[place + 1].setting, "keep_layers": 0} if place + 1 < len(LADDER) else None
-
-
 def _unpredicted(config: TrainConfig, on_cpu: bool) -> ComputePlan:
     loop, unknown = config.train, Policy.KEEP if on_cpu else Policy.RECOMPUTE
     return ComputePlan(
@@ -111,7 +100,7 @@ def _unpredicted(config: TrainConfig, on_cpu: bool) -> ComputePlan:
     )
 
 
-def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: float, host_gib: float) -> Iterator[ComputePlan]:
+def _candidates(config: TrainConfig, shape: ModelShape, card: Card, limit: MemoryLimit, host_gib: float) -> Iterator[ComputePlan]:
     """Yield plans for every micro-batch and policy that the config leaves open.
 
     Each gets as many kept layers, layers on the host and cached weights as fit and help.
@@ -132,17 +121,23 @@ def _candidates(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: 
                 0.0 if loop.weight_cache_gib == "auto" else loop.weight_cache_gib,
                 loop.cuda_graphs is True,
             )
-            plans = list(_filled(config, shape, card, memory_gib, lean))
+            plans = list(_filled(config, shape, card, limit, lean))
             yield from plans
-            if policy is Policy.KEEP and fits(plans[0].memory, memory_gib):
+            if plans[0].cuda_graphs and loop.cuda_graphs == "auto" and (limit.lessons.factors or not limit.fits(plans[0])):
+                yield from _filled(_unrecorded(config), shape, card, limit, lean)
+            if policy is Policy.KEEP and limit.fits(plans[0]):
                 break  # a policy that keeps less is slower
             if loop.host_layers == "auto" and policy is not Policy.KEEP and loop.cuda_graphs is not True:
                 for keep_layers in (lean.keep_layers, 0) if loop.keep_layers == "auto" else (lean.keep_layers,):
                     chosen = _on_host(config, shape, card, host_gib, replace(lean, keep_layers=keep_layers))
-                    filled = list(_filled(config, shape, card, memory_gib, chosen)) if chosen.host_layers else []
+                    filled = list(_filled(config, shape, card, limit, chosen)) if chosen.host_layers else []
                     yield from filled
-                    if filled and fits(filled[0].memory, memory_gib):
+                    if filled and limit.fits(filled[0]):
                         break  # without the kept layers, the host has room for fewer others
+
+
+def _unrecorded(config: TrainConfig) -> TrainConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"cuda_graphs": False})})
 
 
 def _on_host(config: TrainConfig, shape: ModelShape, card: Card, host_gib: float, lean: ComputePlan) -> ComputePlan:
@@ -161,23 +156,27 @@ def _on_host(config: TrainConfig, shape: ModelShape, card: Card, host_gib: float
     return with_layers(_largest(0, most, lambda n: _memory(with_layers(n), config, shape).host_gib <= host_gib))
 
 
-def _filled(config: TrainConfig, shape: ModelShape, card: Card, memory_gib: float, lean: ComputePlan) -> Iterator[ComputePlan]:
+def _filled(config: TrainConfig, shape: ModelShape, card: Card, limit: MemoryLimit, lean: ComputePlan) -> Iterator[ComputePlan]:
     """Yield a lean plan, then the same with kept layers and cached weights that fill the memory."""
+
+    def fits(plan: ComputePlan) -> bool:
+        return limit.fits(replace(plan, memory=_memory(plan, config, shape)))
+
     first = _predicted(lean, config, shape, card)
     yield first
-    if not fits(first.memory, memory_gib):
+    if not limit.fits(first):
         if config.train.keep_layers == "auto" and lean.keep_layers:
             yield _predicted(replace(lean, keep_layers=0), config, shape, card)
         return
     full = first
     if config.train.keep_layers == "auto" and lean.policy is not Policy.KEEP:
-        most = _largest(1, shape.num_layers, lambda n: _fits(replace(lean, keep_layers=n), config, shape, memory_gib))
-        full = _predicted(replace(lean, keep_layers=most), config, shape, card)
+        most = _largest(1, shape.num_layers, lambda n: fits(replace(first, keep_layers=n)))
+        full = _predicted(replace(first, keep_layers=most), config, shape, card)
         yield full
     if config.train.weight_cache_gib == "auto":
         weights = 2 * shape.all_linear_parameters
-        steps = math.ceil(min(memory_gib, weights / GIB) / CACHE_STEP_GIB)
-        room = _largest(0, steps, lambda n: _fits(replace(full, weight_cache_gib=n * CACHE_STEP_GIB), config, shape, memory_gib))
+        steps = math.ceil(min(limit.memory_gib, weights / GIB) / CACHE_STEP_GIB)
+        room = _largest(0, steps, lambda n: fits(replace(full, weight_cache_gib=n * CACHE_STEP_GIB)))
         yield _predicted(replace(full, weight_cache_gib=room * CACHE_STEP_GIB), config, shape, card)
 
 
@@ -201,10 +200,6 @@ def _speed(candidate: ComputePlan, config: TrainConfig, shape: ModelShape, card:
 
 def _memory(candidate: ComputePlan, config: TrainConfig, shape: ModelShape) -> MemoryPrediction:
     return predict_memory(candidate.apply(config), shape)
-
-
-def _fits(candidate: ComputePlan, config: TrainConfig, shape: ModelShape, memory_gib: float) -> bool:
-    return fits(_memory(candidate, config, shape), memory_gib)
 
 
 def _best(fitting: list[ComputePlan], max_seq_length: int) -> ComputePlan:

@@ -31,11 +31,18 @@ from engine.planning.rates import Rates
 from engine.planning.sheet_rates import UNFUSED_HOST_MS, rates_of
 from engine.shape.layer_plan import LayerPlan, adapted_outside, group_parameters, is_fused, num_trained, plan_layers
 from engine.shape.model_shape import ModelShape
+from engine.shape.policies import Policy
 
 # cuDNN's attention (plain batches on Hopper and later) is so much faster than flash attention (H100).
 CUDNN_GAIN = 1.8
 # Launching one layer's CUDA graph. 30 layers took 1.4 ms (H100's host).
 RECORDED_HOST_MS = 0.05
+# The host's time for a fused layer is that of a small model's (5.5 to 6.1 ms on H100 hosts) with packed
+# weights that keeps all. Layers wider than that took 7.1 (4B), 8.5 (7B) and 9.3 ms (8B); with all weights
+# dequantised, 7 and 17 % less (4B, 7B); recomputed, 1.38 times as long (135M; the MLP's share of that is
+# an estimate). A plan that waits unseen loses more than a recording costs.
+WIDER_THAN, WIDE_HOST, DEQUANTISED_HOST = 2048, 1.28, 0.88
+HOST_AGAIN = {Policy.KEEP: 1.0, Policy.HOST: 1.0, Policy.SELECTIVE: 1.15, Policy.RECOMPUTE: 1.38, Policy.OFFLOAD: 1.38}
 # Python and launches of a layer with a library's mixer, and of one chunk in the forward pass of its torch
 # operations. From two steps of Qwen3.5-4B, 2 x 2048, on a host 1.55 times as slow: 455 ms with
 # flash-linear-attention, and 3.26 s of PEFT on torch operations, in 32 chunks of 24 layers. Samples of
@@ -95,13 +102,25 @@ def predict_speed(
     adapter_bytes = number * (ACCUMULATE_BYTES + OPTIMIZER_BYTES * steps_share)
     width = shape.hidden_size
     parts["optimizer"] = rates.gaps.at(width) * adapter_bytes / (rates.norm_gb_s.at(width) * 1e6)
-    layer_ms = (RECORDED_HOST_MS if config.train.cuda_graphs is True else rates.host_ms) if fused else rates.unfused_host_ms
-    mixers = sum(one.mixer is not None for one in shape.each) if fused else 0
-    mixers_ms = (MIXER_HOST_MS * mixers + CHUNK_HOST_MS * chunks) * rates.unfused_host_ms / UNFUSED_HOST_MS
-    host_ms = layer_ms * (shape.num_layers - mixers) + mixers_ms
+    host_ms = sum(_host_ms(plan, one, config, rates, fused) for plan, one in zip(plans, shape.each))
+    host_ms += CHUNK_HOST_MS * chunks * rates.unfused_host_ms / UNFUSED_HOST_MS
     parts["waiting for the host"] = max(0.0, host_ms - parts.total())
     total = parts.total()
     return SpeedPrediction(total, 1e3 * tokens / total, dict(parts))
+
+
+def _host_ms(plan: LayerPlan, shape: ModelShape, config: TrainConfig, rates: Rates, fused: bool) -> float:
+    """Return the ms that the host takes to launch one layer, forward and backward."""
+    if config.train.cuda_graphs is True and fused:
+        return RECORDED_HOST_MS
+    again = HOST_AGAIN[plan.policy]
+    if not fused:
+        return rates.unfused_host_ms * again
+    if shape.mixer is not None:
+        return MIXER_HOST_MS * again * rates.unfused_host_ms / UNFUSED_HOST_MS
+    wide = WIDE_HOST if shape.hidden_size > WIDER_THAN else 1.0
+    saved = (1.0 - DEQUANTISED_HOST) * len(plan.cached) / len(shape.groups)
+    return rates.host_ms * wide * (1.0 - saved) * again
 
 
 def _put_away(plan: LayerPlan, step: StepShape) -> int:

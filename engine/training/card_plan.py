@@ -1,11 +1,12 @@
-"""Make the compute plan of a trial for this machine's card."""
+"""Make the compute plans of a trial for this machine's card."""
 
 from __future__ import annotations
 
 import functools
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -18,7 +19,9 @@ from engine.model.device import host_share_gib
 from engine.planning.cards import Card, found_card
 from engine.planning.compute_plan import ComputePlan
 from engine.planning.known_cards import with_known_rates
-from engine.planning.planner import make_compute_plan
+from engine.planning.ladder import leaner
+from engine.planning.memory_limit import Lessons
+from engine.planning.planner import changed, make_compute_plan
 from engine.shape.model_shape import ModelShape
 from engine.units import GIB
 from engine.vocabulary.host_embedding import pinned_bytes
@@ -31,32 +34,59 @@ def memory_limit_gib(config: TrainConfig, device: torch.device) -> float:
     return min(_own_gib(device), config.train.memory_budget_gib or math.inf) if device.type == "cuda" else math.inf
 
 
-def plan_for_this_card(config: TrainConfig, base: Base) -> tuple[ComputePlan, ModelShape | None]:
-    """Return the plan for this card, and the model shape it was predicted from, if any."""
-    if base.device.type != "cuda":
-        return make_compute_plan(config, None, None), None
-    card = with_known_rates(found_card(torch.cuda.get_device_name(base.device), _own_gib(base.device)), here=True)
-    shape = ModelShape.known(base.model.config.to_dict(), config.model.path) if base.route.is_predicted else None
-    if shape is not None and calls_kernels(base.model, FLASH_LINEAR_ATTENTION):
-        shape = shape.with_kernels()
-    host_gib = host_share_gib(base.stash.memory.num_bytes / GIB) + pinned_bytes(base.model) / GIB
-    return _planned(config, shape, card, host_gib), shape
+@dataclass(frozen=True)
+class CardPlanner:
+    """Make the plans of one trial; shape and card are None if nothing can be predicted.
 
-
-def _planned(config: TrainConfig, shape: ModelShape | None, card: Card, host_gib: float) -> ComputePlan:
-    """Return the plan; trials that differ in nothing it depends on share it. It takes 0.1 s, for 8B up to 1 s.
-
-    Memory is rounded down, because it varies a little from trial to trial.
+    card: with the memory that this process may have of it. lessons: the base model's, because a
+    worker lends it to trial after trial.
     """
-    card = replace(card, memory_gib=_floor(card.memory_gib, CARD_STEP_GIB))
-    values = config.model_dump(mode="json")
-    values["optim"], values["train"]["seed"], values["lora"]["lora_alpha"] = {"name": config.optim.name}, 0, None
-    return _plan_once(json.dumps(values), shape, card, _floor(host_gib, HOST_STEP_GIB))
+
+    config: TrainConfig
+    shape: ModelShape | None = None
+    card: Card | None = None
+    host_gib: float = math.inf
+    lessons: Lessons = field(default_factory=Lessons)
+
+    @classmethod
+    def here(cls, config: TrainConfig, base: Base) -> CardPlanner:
+        """Return the planner for the card that `base` is on."""
+        if base.device.type != "cuda":
+            return cls(config)
+        card = with_known_rates(found_card(torch.cuda.get_device_name(base.device), _own_gib(base.device)), here=True)
+        shape = ModelShape.known(base.model.config.to_dict(), config.model.path) if base.route.is_predicted else None
+        if shape is not None and calls_kernels(base.model, FLASH_LINEAR_ATTENTION):
+            shape = shape.with_kernels()
+        host_gib = host_share_gib(base.stash.memory.num_bytes / GIB) + pinned_bytes(base.model) / GIB
+        return cls(config, shape, card, host_gib, base.lasting.setdefault("lessons", Lessons()))
+
+    def fastest(self) -> ComputePlan:
+        """Return the fastest plan that fits; raise OutOfMemory if none does.
+
+        Trials that differ in nothing a plan depends on share it, because it takes 0.1 s, for 8B up to
+        1 s. Memory is rounded down, because it varies a little from trial to trial.
+        """
+        if self.card is None:
+            return make_compute_plan(self.config, self.shape, None)
+        card = replace(self.card, memory_gib=_floor(self.card.memory_gib, CARD_STEP_GIB))
+        values = self.config.model_dump(mode="json")
+        values["optim"], values["train"]["seed"], values["lora"]["lora_alpha"] = {"name": self.config.optim.name}, 0, None
+        learnt = tuple(self.lessons.factors.items())
+        return _plan_once(json.dumps(values), self.shape, card, _floor(self.host_gib, HOST_STEP_GIB), learnt)
+
+    def changed(self, plan: ComputePlan, settings: dict[str, Any]) -> ComputePlan:
+        """Return the plan with other settings of `train`."""
+        return changed(plan, settings, self.config, self.shape)
+
+    def leaner(self, failed: ComputePlan, reserved_gib: float) -> ComputePlan | None:
+        """Return the plan to try after one ran out of memory. reserved_gib: the most that torch held."""
+        had_gib = reserved_gib + CONTEXT_GIB
+        return leaner(failed, self.config, self.shape, self.card, self.host_gib, lessons=self.lessons, had_gib=had_gib)
 
 
 @functools.lru_cache(maxsize=64)
-def _plan_once(values: str, shape: ModelShape | None, card: Card, host_gib: float) -> ComputePlan:
-    return make_compute_plan(parse(TrainConfig, json.loads(values)), shape, card, host_gib)
+def _plan_once(values: str, shape: ModelShape | None, card: Card, host_gib: float, learnt: tuple[Any, ...]) -> ComputePlan:
+    return make_compute_plan(parse(TrainConfig, json.loads(values)), shape, card, host_gib, lessons=Lessons(dict(learnt)))
 
 
 def _floor(gib: float, step: float) -> float:

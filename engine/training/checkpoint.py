@@ -83,6 +83,7 @@ class Progress:
     epoch: Count = 0
     position: Count = 0
     peak_allocated_gib: Amount = 0.0
+    peak_reserved_gib: Amount = 0.0
     num_out_of_memory: Count = 0
     plan: dict[str, Any] = field(default_factory=dict)
     reports: list[Annotated[TrialReport, PlainValidator(TrialReport.from_dict)]] = field(default_factory=list)

@@ -86,7 +86,8 @@ class Graphs:
 
     def _run(self, size: Size, batch: Batch, num_targets: int) -> Tensor:
         known = self._kind.rows.get(size)
-        if known is None and self._recordings.can_record and len(self._kind.rows) < MAX_OF_A_KIND:
+        if known is None and self._recordings.can_record:
+            self._make_place()
             known = self._record(size)
         row = for_any_row(size.pad(batch, self._longest), self._longest, self._base.device) if self._trains else batch
         if known is None:
@@ -94,6 +95,17 @@ class Graphs:
         known.fill(row, num_targets)
         known.replay()
         return known.loss
+
+    def _make_place(self) -> None:
+        """Drop the recording made last if there is no place for one more: that of a rare size.
+
+        A row that is not recorded would need its activations beside those of the pool. Recording it
+        takes the host about as long as launching it.
+        """
+        while len(self._kind.rows) >= MAX_OF_A_KIND:
+            if self._base.device.type == "cuda":
+                torch.cuda.synchronize(self._base.device)  # it may still run
+            self._kind.rows.popitem()
 
     def _fixed(self, row: Batch, num_targets: int) -> RecordedRow:
         device = self._base.device

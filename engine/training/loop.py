@@ -27,13 +27,12 @@ from engine.data.views import load_recorded
 from engine.errors import Interrupted, OutOfMemory
 from engine.evaluation.eval_loss import evaluation_batches
 from engine.model.base import Base
-from engine.model.device import free, limit_memory, pick_device
+from engine.model.device import free, limit_memory, peak_reserved_gib, pick_device
 from engine.model.load import load_base
-from engine.planning.planner import changed, leaner
 from engine.shape.policies import Policy
 from engine.system.files import write_text
 from engine.training import checkpoint
-from engine.training.card_plan import memory_limit_gib, plan_for_this_card
+from engine.training.card_plan import CardPlanner, memory_limit_gib
 from engine.training.checkpoint import Pace, Progress, Sums
 from engine.training.divergence import check_loss
 from engine.training.optim import learning_rate, make_optimizer, set_learning_rate, step_middle
@@ -112,7 +111,8 @@ class _Run:
         times: RungTimes,
         inputs: Mapping[str, str] | None,
     ) -> None:
-        plan, shape = plan_for_this_card(config, base)
+        self.planner = CardPlanner.here(config, base)
+        self.plan = self.planner.fastest()
         self.config, self.trial_folder, self.base, self.layers = config, trial_folder, base, layers
         self.times, self.parts = times, times.parts
         with self.parts.part(DATA):
@@ -128,7 +128,7 @@ class _Run:
         self._saved_step = self.progress.step
         self.adapter.refresh()
         self.cursor.seek(self.progress.epoch, self.progress.position)
-        self.plan, self.shape = changed(plan, self.progress.plan, config, shape) if self.progress.plan else plan, shape
+        self.plan = self.planner.changed(self.plan, self.progress.plan) if self.progress.plan else self.plan
         self._limit_gib = memory_limit_gib(config, base.device)
         self._follow_plan()
         base.model.train()
@@ -194,6 +194,7 @@ class _Run:
         progress = self.progress
         progress.epoch, progress.position = self.cursor.epoch, self.cursor.position
         progress.peak_allocated_gib = max(progress.peak_allocated_gib, self.passes.peak_gib())
+        progress.peak_reserved_gib = max(progress.peak_reserved_gib, peak_reserved_gib(self.base.device))
 
     def _step(self) -> tuple[Tensor, Tensor, int, int]:
         """Take one optimizer step; return summed loss, gradient norm, tokens and target tokens.
@@ -227,7 +228,7 @@ class _Run:
             free(self.base.device)
             self._follow_plan()
             return
-        measured, plan = self.passes.peak_gib(), leaner(self.plan, self.config, self.shape)
+        measured, plan = self.passes.peak_gib(), self.planner.leaner(self.plan, peak_reserved_gib(self.base.device))
         predicted = None if self.plan.memory is None else self.plan.memory.peak_gib
         if plan is None:
             known = "" if predicted is None else f"predicted peak {predicted:.2f} GiB, "

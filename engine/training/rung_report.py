@@ -50,6 +50,7 @@ def make_report(
         tokens_per_second=sums.num_tokens / sums.seconds,
         step_time_ms=1000.0 * sums.seconds / sums.num_steps,
         peak_allocated_gib=progress.peak_allocated_gib,
+        peak_reserved_gib=progress.peak_reserved_gib,
         elapsed_s=progress.elapsed_s,
         predicted_peak_gib=None if plan.memory is None else plan.memory.peak_gib,
         num_out_of_memory=progress.num_out_of_memory,

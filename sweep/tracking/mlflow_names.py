@@ -41,6 +41,7 @@ METRICS = {
     "data_s": "time/setup_data_s",
     "attach_s": "time/setup_attach_s",
     "peak_allocated_gib": "memory/peak_allocated_gib",
+    "peak_reserved_gib": "memory/peak_reserved_gib",
     "predicted_peak_gib": "memory/predicted_peak_gib",
     "num_out_of_memory": "memory/num_out_of_memory",
 }

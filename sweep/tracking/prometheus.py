@@ -153,13 +153,14 @@ class SweepMetrics(Collector):
         trial = self._gauge("slot_trial", "number of the trial in the slot", "slot")
         speed = self._gauge("slot_tokens_per_second", "speed of the trial in the slot, since its previous report", "slot")
         loss = self._gauge("slot_eval_loss", "newest loss of the trial in the slot, nats per token", "slot")
-        peak = self._gauge("slot_peak_memory_bytes", "predicted and measured peak of the trial in the slot", "slot", "kind")
+        peak = self._gauge("slot_peak_memory_bytes", "predicted, measured and reserved peak of the slot's trial", "slot", "kind")
         for slot, record in running.items():
             newest = record.reports[-1]
             trial.add_metric([self._sweep, slot], record.number)
             speed.add_metric([self._sweep, slot], newest.tokens_per_second)
             loss.add_metric([self._sweep, slot], newest.eval_loss)
-            for kind, gib in (("predicted", record.predicted_peak_gib), ("measured", record.peak_allocated_gib)):
+            peaks = {"predicted": record.predicted_peak_gib, "measured": record.peak_allocated_gib}
+            for kind, gib in {**peaks, "reserved": newest.peak_reserved_gib}.items():
                 if gib is not None:
                     peak.add_metric([self._sweep, slot, kind], gib * GIB)
         yield from (trial, speed, loss, peak)

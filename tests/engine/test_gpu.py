@@ -183,7 +183,9 @@ def test_a_trial_that_meets_the_end_of_memory_has_the_losses_of_one_with_room(wi
         tight += list(generator)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert with_room[-1].num_out_of_memory == 0 and tight[-1].num_out_of_memory > 0 and tight[-1].micro_batch_size < 16
+    assert with_room[-1].num_out_of_memory == 0 and tight[-1].num_out_of_memory > 0
+    plans = [(reports[-1].micro_batch_size, reports[-1].activation_checkpointing) for reports in (with_room, tight)]
+    assert plans[0] == (16, "false") != plans[1]
     assert [r.step for r in tight] == [r.step for r in with_room]
     assert [r.eval_loss for r in tight] == pytest.approx([r.eval_loss for r in with_room], rel=2e-3)
     assert with_room[-1].eval_loss < with_room[0].eval_loss

@@ -133,7 +133,7 @@ def memory_ends_at(monkeypatch, num_tokens):
     monkeypatch.setattr(Base, "loss", loss)
 
 
-def test_a_step_without_room_is_computed_again_in_halves_and_the_trial_ends_as_without(tiny_config, tmp_path, monkeypatch):
+def test_a_step_without_room_is_computed_again_leaner_and_the_trial_ends_as_without(tiny_config, tmp_path, monkeypatch):
     options = {"tokens_per_step": 512, "micro_batch_size": 4, "activation_checkpointing": False, "keep_layers": 0}
     config = build(tiny_config, train=options)
     expected = run(config, tmp_path / "room")
@@ -144,7 +144,8 @@ def test_a_step_without_room_is_computed_again_in_halves_and_the_trial_ends_as_w
     tight = [next(generator)]
     generator.close()
     tight += list(train(config, tmp_path / "tight", base=base))  # resumed, it keeps the leaner plan
-    assert [r.num_out_of_memory for r in tight] == [2, 2, 2] and {r.micro_batch_size for r in tight} == {1}
+    # twice to keep less, twice to halve
+    assert [r.num_out_of_memory for r in tight] == [4, 4, 4] and {r.micro_batch_size for r in tight} == {1}
     assert [(r.tokens_seen, r.step) for r in tight] == [(r.tokens_seen, r.step) for r in expected]
     assert [r.eval_loss for r in tight] == pytest.approx([r.eval_loss for r in expected], rel=1e-5)
 
@@ -178,13 +179,14 @@ def test_a_plan_is_made_for_the_card_that_is_here_and_for_what_others_leave_of_i
 
     from engine.config.parsing import to_json
     from engine.model.route import FASTEST, Route
-    from engine.training.card_plan import plan_for_this_card
+    from engine.training.card_plan import CardPlanner
 
     gib = 2**30
     shape = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
              "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
     model = SimpleNamespace(config=SimpleNamespace(to_dict=lambda: shape), modules=lambda: [])
-    base = SimpleNamespace(device=torch.device("cuda"), model=model, route=FASTEST)
+    stash = SimpleNamespace(memory=SimpleNamespace(num_bytes=0))
+    base = SimpleNamespace(device=torch.device("cuda"), model=model, route=FASTEST, lasting={}, stash=stash)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * gib)
     values = json.loads(to_json(build(tiny_config, data={"max_seq_length": 2048}, train={"tokens_per_step": 16384})))
@@ -193,30 +195,34 @@ def test_a_plan_is_made_for_the_card_that_is_here_and_for_what_others_leave_of_i
     plans = {}
     for free_gib in (17.0, 6.0):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free_gib=free_gib: (int(free_gib * gib), int(23.6 * gib)))
-        plans[free_gib], known = plan_for_this_card(wanted, base)
+        planner = CardPlanner.here(wanted, base)
+        plans[free_gib], known = planner.fastest(), planner.shape
         assert known.num_layers == 32 and plans[free_gib].memory.peak_gib < free_gib + 6.0
     assert plans[6.0].speed.tokens_per_second < plans[17.0].speed.tokens_per_second
     for slower in (Route(False, head_loss=False), Route(False, "eager", shares_rows=False)):  # whole logits, whole scores
         base.route = slower
-        plan, known = plan_for_this_card(wanted, base)
+        planner = CardPlanner.here(wanted, base)
+        plan, known = planner.fastest(), planner.shape
         assert known is None and plan.memory is None and plan.micro_batch_size == 1
 
 
 def test_trials_that_differ_in_rates_and_seed_share_their_plan_and_others_do_not(tiny_config, monkeypatch):
     from engine.planning.cards import find_card
+    from engine.planning.memory_limit import Lessons
     from engine.shape.model_shape import ModelShape
     from engine.training import card_plan
 
     shape = ModelShape.of({"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
                            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}, "llama")  # fmt: skip
     made, make = [], card_plan.make_compute_plan
-    monkeypatch.setattr(card_plan, "make_compute_plan", lambda *given: made.append(1) or make(*given))
+    monkeypatch.setattr(card_plan, "make_compute_plan", lambda *given, **named: made.append(1) or make(*given, **named))
     card_plan._plan_once.cache_clear()
 
     def plan(gib=23.6, host_gib=90.0, **sections):
         card = dataclasses.replace(find_card("rtx4090"), memory_gib=gib)
-        return card_plan._planned(build(tiny_config, **sections), shape, card, host_gib)
+        return card_plan.CardPlanner(build(tiny_config, **sections), shape, card, host_gib, lessons).fastest()
 
+    lessons = Lessons()
     one = plan()
     assert plan(optim={"learning_rate": 3e-4}) is one and plan(train={"seed": 5}, lora={"lora_alpha": 3}, gib=23.59) is one
     assert len(made) == 1
@@ -224,4 +230,6 @@ def test_trials_that_differ_in_rates_and_seed_share_their_plan_and_others_do_not
     for number, other in enumerate(others, 2):
         plan(**other)
         assert len(made) == number
+    lessons.factors[False, False] = 1.1  # what a failure showed changes plans
+    assert plan() is not one and len(made) == number + 1
     card_plan._plan_once.cache_clear()

@@ -15,6 +15,7 @@ from tests.support.published_models import LLAMA_1B, LLAMA_8B
 
 CALIBRATION = ROOT / "engine" / "bench" / "calibration" / "h100-2026-11-24.jsonl"
 PEAKS = CALIBRATION.with_name("h100-2026-11-24-peaks.jsonl")
+RESERVED = CALIBRATION.with_name("h100-2026-11-27-reserved.jsonl")
 
 
 def todays(file: Path) -> list[dict[str, Any]]:

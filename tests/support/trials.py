@@ -29,7 +29,7 @@ def run(config, folder, base=None):
 
 
 def same_numbers(one, two):
-    drop = {"tokens_per_second", "step_time_ms", "elapsed_s", "peak_allocated_gib", "setup_s", *PART_SECONDS}
+    drop = {"tokens_per_second", "step_time_ms", "elapsed_s", "peak_allocated_gib", "peak_reserved_gib", "setup_s", *PART_SECONDS}
     return [{k: v for k, v in r.to_dict().items() if k not in drop} for r in one] == [
         {k: v for k, v in r.to_dict().items() if k not in drop} for r in two
     ]

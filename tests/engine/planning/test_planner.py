@@ -1,20 +1,18 @@
-"""Plans suit the card, compute the same result, and become leaner when memory runs out."""
+"""Plans suit the card and compute the same result."""
 
-import itertools
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.errors import OutOfMemory
-from engine.memory.prediction import fits, predict_memory
+from engine.memory.prediction import fits
 from engine.planning.cards import find_card
 from engine.planning.compute_plan import ComputePlan
-from engine.planning.planner import changed, leaner, make_compute_plan
+from engine.planning.planner import changed, make_compute_plan
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import LADDER, Policy
 
@@ -60,7 +58,6 @@ def test_launches_are_recorded_where_the_host_is_too_slow_and_nothing_forbids_it
     chosen = make_compute_plan(config(512, **short), small, find_card("rtx4090"))
     without = make_compute_plan(config(512, **short, cuda_graphs=False), small, find_card("rtx4090"))
     assert chosen.cuda_graphs and chosen.speed.tokens_per_second > 3 * without.speed.tokens_per_second
-    assert leaner(chosen, config(512, **short), small).settings() == {**chosen.settings(), "cuda_graphs": False}
     # 8B: the device is slower than the host
     assert not make_compute_plan(config(2048), SHAPE, find_card("rtx4090")).cuda_graphs
     dropout = parse(TrainConfig, {**config(512, **short).model_dump(mode="json"), "lora": {"lora_dropout": 0.1}})
@@ -110,22 +107,6 @@ def test_without_a_card_nothing_is_predicted():
     assert (chosen.micro_batch_size, chosen.policy, chosen.memory) == (1, Policy.KEEP, None)
     # no more than the step has
     assert make_compute_plan(config(micro_batch_size=64), SHAPE, None).micro_batch_size == 8
-
-
-def test_each_leaner_plan_needs_less_until_there_is_none():
-    wanted = config()
-    steps = [ComputePlan(8, Policy.KEEP, 4, 0, 2.0)]
-    while (following := leaner(steps[-1], wanted, SHAPE)) is not None:
-        steps.append(following)
-    assert [(p.micro_batch_size, p.weight_cache_gib, p.keep_layers, p.policy.setting) for p in steps] == [
-        (8, 2.0, 4, False), (4, 2.0, 4, False), (2, 2.0, 4, False), (1, 2.0, 4, False), (1, 0.0, 4, False),
-        (1, 0.0, 0, "selective"), (1, 0.0, 0, True), (1, 0.0, 0, "offload"),
-    ]  # fmt: skip
-    peaks = [predict_memory(steps[0].apply(wanted), SHAPE).peak_bytes, *(p.memory.peak_bytes for p in steps[1:])]
-    assert all(a > b for a, b in itertools.pairwise(peaks))
-    kept = leaner(replace(steps[-1], keep_layers=3, host_layers=4), wanted, None)
-    assert (kept.keep_layers, kept.host_layers, kept.policy) == (0, 4, Policy.OFFLOAD)
-    assert leaner(kept, wanted, None).host_layers == 0
 
 
 def test_policies_are_named_in_files_as_they_always_were():

@@ -10,7 +10,7 @@ from engine.config.trial import LoraConfig
 from engine.data.packing import Sample, collate
 from engine.layers.swap import FusedLayer
 from engine.model.load import load_base
-from engine.training import passes, recordings
+from engine.training import cuda_graphs, passes, recordings
 from engine.training.loop import train
 from engine.training.recordings import MAX_OF_ALL, RecordedRow, Recordings
 from tests.support.fake_recorder import FakeRecorder
@@ -47,6 +47,22 @@ def test_trials_share_recordings_and_have_the_numbers_of_trials_alone(tiny_confi
     # other values, scaling, rate and dropout rate find recordings; other targets or ranks do not
     assert made[0] > 0 and made[2] > 0 and made[4] > 0 and made[1] == made[3] == made[5] == 0
     assert recorder.num_replayed > recorder.num_recorded
+
+
+def test_a_rare_size_is_recorded_in_the_place_of_another_and_changes_no_number(tiny_config, base, recorder, monkeypatch):
+    """Beside the recordings' pool, a row that is not recorded would take its activations again."""
+    monkeypatch.setattr(cuda_graphs, "MAX_OF_A_KIND", 2)
+    config = small(tiny_config)
+    layers = attach(base.model, base.linear_names, config.lora, 0)
+    adapter = FlatAdapter(layers, base.dtype)
+    base.model.train()
+    graphs = cuda_graphs.make_graphs(base, adapter.memory, "kind", 512, 128)
+    random = np.random.default_rng(0)
+    rows = [collate([Sample(random.integers(1, 100, 60), np.ones(60, bool)) for _ in range(n)]) for n in (8, 1, 4, 8, 4, 1)]
+    losses = [graphs.backward(row, 1).item() for row in rows]
+    assert recorder.num_replayed == len(rows) and len(Recordings.of(base)) == 2
+    assert losses == pytest.approx([base.loss(row).item() for row in rows], rel=1e-5)
+    detach(base.model, layers)
 
 
 def test_nothing_is_recorded_after_the_first_step(tiny_config, tmp_path, base, recorder):
@@ -134,7 +150,7 @@ def test_out_of_memory_drops_the_recordings_of_earlier_trials_first(tiny_config,
 def test_out_of_memory_without_earlier_recordings_changes_the_plan(tiny_config, tmp_path, base, recorder):
     recorder.fault = torch.OutOfMemoryError("full")
     reports = run(small(tiny_config), tmp_path / "short", base)
-    assert reports[-1].num_out_of_memory == 1 and len(Recordings.of(base)) == 0
+    assert reports[-1].num_out_of_memory == 1 and reports[-1].activation_checkpointing == "selective"
     without = run(build(tiny_config, train={"max_tokens": 512, "num_reports": 2, "micro_batch_size": 1}), tmp_path / "without")
     assert [r.eval_loss for r in reports] == pytest.approx([r.eval_loss for r in without], rel=1e-5)
 

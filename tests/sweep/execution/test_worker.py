@@ -31,7 +31,8 @@ def live_tensors() -> int:
 
 
 def numbers(trial_folder: Path) -> list[dict]:
-    timed = {"tokens_per_second", "step_time_ms", "elapsed_s", "peak_allocated_gib", "setup_s", *PART_SECONDS}
+    peaks = {"peak_allocated_gib", "peak_reserved_gib"}
+    timed = {"tokens_per_second", "step_time_ms", "elapsed_s", "setup_s", *peaks, *PART_SECONDS}
     lines = (trial_folder / "reports.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in timed} for line in lines]
 

@@ -1,0 +1,57 @@
+"""Say whether a plan fits, by its prediction and by what failed attempts in this process showed. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from engine.planning.compute_plan import ComputePlan
+
+MARGIN = 0.05
+"""A plan that ran out of memory lacked an unknown amount. The next one needs this share less."""
+
+
+@dataclass
+class Lessons:
+    """How many times the predicted memory the plans of each kind need, as out-of-memory errors showed.
+
+    They belong to one base model in one process. `factors` has no entry for a kind that has not
+    failed.
+    """
+
+    factors: dict[tuple[bool, bool], float] = field(default_factory=dict)
+
+    def learn(self, failed: ComputePlan, available_gib: float) -> None:
+        """Note that a plan ran out of memory though this process could have `available_gib`.
+
+        A plan that was predicted to need more than that teaches nothing: others took the memory.
+        """
+        need = failed.need_gib
+        if 0.0 < need <= available_gib:
+            seen = available_gib / (need * (1.0 - MARGIN))
+            self.factors[_kind(failed)] = max(seen, self.factors.get(_kind(failed), 1.0))
+
+    def need_gib(self, plan: ComputePlan) -> float:
+        """Return the memory in GiB that a card must have for a plan with a prediction."""
+        return plan.need_gib * self.factors.get(_kind(plan), 1.0)
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """The device memory that plans must fit in, in GiB.
+
+    predicted_gib: the most that a plan may be predicted to need, whatever was learnt.
+    """
+
+    memory_gib: float
+    lessons: Lessons = field(default_factory=Lessons)
+    predicted_gib: float = math.inf
+
+    def fits(self, plan: ComputePlan) -> bool:
+        """Return True if a plan with predicted memory fits."""
+        return self.lessons.need_gib(plan) <= self.memory_gib and plan.need_gib <= self.predicted_gib
+
+
+def _kind(plan: ComputePlan) -> tuple[bool, bool]:
+    """Return what decides how the allocator's blocks are used: recordings, and copies to the host."""
+    return plan.cuda_graphs, plan.host_layers > 0 or plan.policy.is_on_host
