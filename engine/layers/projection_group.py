@@ -8,9 +8,9 @@ Frozen weights get no gradient. Each use dequantises them side by side into one 
 is one matmul. The A_i are side by side too, so x is read once for all of them. The members share
 one dropout mask.
 
-`low` is dropout(x) A^T of all members, [T, R_1 + R_2 ...]. It is a few bytes a token, and all
-policies but OFFLOAD keep it from forward to backward. If the caller's next kernel reads y anyway,
-it can add low B^T itself (`terms`), which saves a pass over y.
+`low` is dropout(x) A^T of all members, [T, R_1 + R_2 ...]. It is a few bytes a token, and kept from
+forward to backward, except under OFFLOAD and in host layers of rows above one MLP tile. If the
+caller's next kernel reads y anyway, it can add low B^T itself (`terms`), which saves a pass over y.
 
 Shape letters: T tokens, D input features, O output features of all members, R rank of all members.
 """

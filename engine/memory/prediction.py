@@ -4,11 +4,12 @@ The peak is `torch.cuda.max_memory_allocated`. Tensors that stay are added up fr
 shape; those that come and go are walked through one by one (engine/memory/layer_memory.py). No
 number is fitted.
 
-Measured on one H100 (engine/bench/calibration/): within 1.1 % in 95 % of 54 settings of Llama
+Measured on one H100 (engine/bench/calibration/): within 1.1 % in 95 % of 33 settings of Llama
 shapes, up to 65,536 tokens, and of six other families in a setting each. A library's mixers are
-estimated (engine/memory/mixer_bytes.py): 4 % too much in one step of Qwen3.5-4B. Not measured on a
-GPU: evaluation, CUDA graphs, and host layers in rows above one MLP tile. A test without a GPU compares
-the walk with the layers' code. Only the text decoder of a model is counted.
+estimated (engine/memory/mixer_bytes.py): 4 % too much in one step of Qwen3.5-4B. Packed rows,
+recorded and with an evaluation, were measured for two models. Not measured on a GPU: host layers in
+rows above one MLP tile. A test without a GPU compares the walk with the layers' code.
+Only the text decoder of a model is counted.
 """
 
 from __future__ import annotations
