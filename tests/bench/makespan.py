@@ -1,0 +1,163 @@
+"""Measure how long whole sweeps take: the same trials through us, and through a process per trial.
+
+    python -m tests.bench.makespan --model smollm2-135m --trials 16 --json FILE --scratch DIR
+    python -m tests.bench.makespan --json FILE --scratch DIR --long --peer-path SITE --budget-s 540
+    python -m tests.bench.makespan --json FILE --table
+
+`ours` is `python -m sweep`. `unsloth` is Unsloth with TRL's SFTTrainer (packing on, 4-bit, their
+gradient checkpointing, 8-bit AdamW), a new process for each trial, under Optuna with ASHA.
+`peft-trl` is PEFT with TRL in the same way; it runs where Unsloth fails, or if --systems names it.
+
+All get one folder of random NF4 weights, the same samples, trials, rungs and halving, and loss on
+every token. The clock runs from the start of the first process to the end of the last. Caches of
+compiled kernels begin empty. Ours measures its best adapter again on the clock; our calibration of
+a new card, once a machine, is off. Rows that FILE holds are not run again, except those that a
+budget cut. Nothing is extrapolated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from tests.bench.makespan_job import Job, model_folder, write_samples
+from tests.bench.makespan_table import table
+
+SYSTEMS = ("ours", "unsloth", "peft-trl")
+PLAIN, LONG = ("smollm2-135m", "llama-3.2-1b"), ("qwen2.5-7b",)
+Record = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _arguments(arguments)
+    records = read(options.json)
+    if not options.table:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        jobs = [_job(options, model) for model in [*options.model, *(LONG if options.long else ())]]
+        with _scratch(options.scratch) as scratch:
+            for record in measure(jobs, records, options, Path(scratch).resolve()):
+                with options.json.open("a") as file:
+                    file.write(json.dumps(record, sort_keys=True) + "\n")
+                records.append(record)
+    print(table(records))
+    return 0
+
+
+def read(file: Path) -> list[Record]:
+    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
+
+
+def is_done(record: Record) -> bool:
+    """Return False for a row that a budget cut; a failure is a result."""
+    return "error" in record or record["trials_ended"] >= record["trials"]
+
+
+def wanted(jobs: list[Job], records: list[Record], systems: list[str] | None) -> list[tuple[Job, str]]:
+    """Return the rows to run now, in order. peft-trl waits until Unsloth has failed, unless systems names it."""
+    done = {(json.dumps(record["job"], sort_keys=True), record["system"]): record for record in records if is_done(record)}
+    rows = []
+    for job in jobs:
+        key = json.dumps(job.key(), sort_keys=True)
+        failed = "error" in done.get((key, "unsloth"), {})
+        chosen = systems or [name for name in SYSTEMS if name != "peft-trl" or failed]
+        rows += [(job, name) for name in chosen if (key, name) not in done]
+    return rows
+
+
+def measure(jobs: list[Job], records: list[Record], options: argparse.Namespace, scratch: Path) -> Any:
+    """Yield a record for each row, until the budget is used up. What is left of it is shared by the rows to come."""
+    began_s, tried, facts = time.monotonic(), set(), _facts(scratch, options)
+    known = list(records)
+    while rows := [row for row in wanted(jobs, known, options.systems) if row not in tried]:
+        left_s = None if options.budget_s is None else options.budget_s - (time.monotonic() - began_s)
+        if left_s is not None and left_s <= 0.0:
+            print(f"--budget-s {options.budget_s:g} is used up; rows not run:")
+            print("\n".join(f"  {job.model}, {system}" for job, system in rows))
+            return
+        job, system = rows[0]
+        print(f"{job.model}: {job.trials} trials through {system}", flush=True)
+        tried.add(rows[0])
+        found = _run(job, system, options, scratch, None if left_s is None else left_s / len(rows), facts["card"] != "CPU")
+        record = whole_record(job, system, found, facts, None if left_s is None else left_s / len(rows))
+        known.append(record)
+        yield record
+
+
+def whole_record(job: Job, system: str, found: Record, facts: Record, budget_s: float | None) -> Record:
+    """Return the row: what ran, what it took, and where."""
+    ended = sum(found.get("outcomes", {}).values()) - found.get("outcomes", {}).get("STOPPED", 0)
+    speed = found["tokens"] / found["wall_s"] if found.get("tokens") and found.get("wall_s") else None
+    what = {"job": job.key(), "model": job.model, "trials": job.trials, "system": system, "budget_s": budget_s}
+    return {**what, **facts, **found, "trials_ended": ended, "tokens_per_second": speed}
+
+
+def _run(job: Job, system: str, options: argparse.Namespace, scratch: Path, budget_s: float | None, on_card: bool) -> Record:
+    from tests.bench.makespan_ours import run_ours
+    from tests.bench.makespan_peers import Peers
+
+    try:
+        model, samples = model_folder(job, scratch, options.child_timeout_s), write_samples(job, scratch)
+        where = Path(tempfile.mkdtemp(prefix=f"{system}-{job.model}-", dir=scratch))
+        if system == "ours":
+            return run_ours(job, model, samples, where, options.child_timeout_s * job.trials, budget_s, on_card)
+        path = options.peer_path.resolve() if options.peer_path else None
+        return Peers(system, job, model, samples, where, path, options.child_timeout_s, on_card).run(budget_s)
+    except (OSError, RuntimeError, ValueError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _facts(scratch: Path, options: argparse.Namespace) -> Record:
+    from engine.bench.children import card_name
+    from engine.system.provenance import provenance
+
+    facts = {"card": card_name(scratch), "git.commit": "", **provenance()}
+    return {**facts, **({"git.commit": options.commit} if options.commit else {})}
+
+
+def _job(options: argparse.Namespace, model: str) -> Job:
+    given = {name: getattr(options, name) for name in (field.name for field in fields(Job)) if name != "model"}
+    return Job(model=model, **{**given, "report_at": tuple(given["report_at"]), "cap_gib": given["cap_gib"] or None})
+
+
+def _scratch(wanted_folder: Path | None) -> AbstractContextManager[Any]:
+    if wanted_folder is None:
+        return tempfile.TemporaryDirectory(prefix="makespan-")
+    wanted_folder.mkdir(parents=True, exist_ok=True)
+    return nullcontext(wanted_folder)
+
+
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.makespan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    job = Job()
+    parser.add_argument("--model", nargs="+", default=list(PLAIN), help="shapes that engine.bench knows")
+    parser.add_argument("--long", action="store_true", help=f"the shapes {', '.join(LONG)} too")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: ours and unsloth; peft-trl where unsloth fails")
+    parser.add_argument("--trials", type=int, default=job.trials)
+    parser.add_argument("--seed", type=int, default=job.seed, help="of samples, learning rates and the order of trials")
+    parser.add_argument("--report-at", type=int, nargs="+", default=job.report_at, help="tokens at each rung; the last is the budget")
+    parser.add_argument("--length", type=int, default=job.length, help="tokens in a packed row")
+    parser.add_argument("--rows-at-once", type=int, default=job.rows_at_once, help="of peers; ours chooses by itself")
+    parser.add_argument("--rows-per-step", type=int, default=job.rows_per_step)
+    parser.add_argument("--eval-samples", type=int, default=job.eval_samples)
+    parser.add_argument("--cap-gib", type=float, default=job.cap_gib, help="emulate a smaller card for all systems; 0: do not")
+    parser.add_argument("--json", type=Path, required=True, help="file that gets a line as soon as a row is done")
+    parser.add_argument("--scratch", type=Path, help="folder for models, samples and trials; default: temporary")
+    parser.add_argument("--peer-path", type=Path, help="folder of packages that comes first in PYTHONPATH of the peers' processes")
+    parser.add_argument("--child-timeout-s", type=float, default=900.0, help="time limit per trial; for ours, times the trials")
+    parser.add_argument("--budget-s", type=float, help="start no trial after this time; running ones end at their next rung")
+    parser.add_argument("--commit", help="commit to record if the code is not in a git checkout")
+    parser.add_argument("--table", action="store_true", help="only print what the file holds")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Write the makespan's rows as Markdown. No torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+COLUMNS = ("system", "trials done", "wall s", "GPU s", "tokens trained", "tok/s, everything counted", "outcomes")
+PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "trl", "unsloth", "ray", "optuna")
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return a table for each job and card, with its rows' versions and commits under it. The last row of a system counts."""
+    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for record in records:
+        key = (json.dumps(record["job"], sort_keys=True), record["card"])
+        groups.setdefault(key, {})[record["system"]] = record
+    return "\n\n".join(_group(list(group.values())) for group in groups.values())
+
+
+def _group(rows: list[dict[str, Any]]) -> str:
+    job = rows[0]["job"]
+    cap = f", capped at {job['cap_gib']} GiB" if job["cap_gib"] else ""
+    budget = f"{job['trials']} trials of {job['report_at'][-1]:,} tokens, {len(job['report_at'])} rungs"
+    title = f"**{job['model']}, {budget}, rows of {job['length']:,}, seed {job['seed']}, {rows[0]['card']}{cap}**"
+    lines = [title, "", f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 2)}---|"]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    return "\n".join([*lines, "", *(f"{row['system']}: {_place(row)}" for row in rows)])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    said = ", ".join(f"{count} {name}" for name, count in row.get("outcomes", {}).items())
+    if "error" in row:
+        reason = " ".join(row["error"].split()).replace("|", "\\|")
+        return [row["system"], f"{row.get('trials_done', 0)} of {row['trials']}", "", "", "", "", f"failed: {reason}"]
+    cut = "" if row["trials_ended"] >= row["trials"] else " (cut by the budget)"
+    return [
+        row["system"],
+        f"{row['trials_done']} of {row['trials']}{cut}",
+        f"{row['wall_s']:,.1f}",
+        f"{row['gpu_s']:,.1f}",
+        f"{row['tokens']:,}",
+        "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
+        said + (f"; first failure: {row['first_failure']}" if "first_failure" in row else ""),
+    ]
+
+
+def _place(row: dict[str, Any]) -> str:
+    versions = [f"{name} {row[f'version.{name}']}" for name in PACKAGES if f"version.{name}" in row]
+    changed = "+changes" * row["git.commit"].endswith("+changes")
+    return ", ".join([*versions, *([f"commit {row['git.commit'][:9]}{changed}"] if row["git.commit"] else [])])
