@@ -12,12 +12,13 @@ All get one folder of random NF4 weights, the same samples, trials, rungs and ha
 every token. The clock runs from the start of the first process to the end of the last. Caches of
 compiled kernels begin empty. Ours measures its best adapter again on the clock; our calibration of
 a new card, once a machine, is off. Rows that FILE holds are not run again, except those that a
-budget cut. Nothing is extrapolated.
+budget cut: the peers' trials that had ended in the same --scratch are kept. Nothing is extrapolated.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -84,7 +85,7 @@ def measure(jobs: list[Job], records: list[Record], options: argparse.Namespace,
         job, system = rows[0]
         print(f"{job.model}: {job.trials} trials through {system}", flush=True)
         tried.add(rows[0])
-        found = _run(job, system, options, scratch, None if left_s is None else left_s / len(rows), facts["card"] != "CPU")
+        found = _run(job, system, options, scratch, None if left_s is None else left_s / len(rows), facts)
         record = whole_record(job, system, found, facts, None if left_s is None else left_s / len(rows))
         known.append(record)
         yield record
@@ -98,16 +99,19 @@ def whole_record(job: Job, system: str, found: Record, facts: Record, budget_s: 
     return {**what, **facts, **found, "trials_ended": ended, "tokens_per_second": speed}
 
 
-def _run(job: Job, system: str, options: argparse.Namespace, scratch: Path, budget_s: float | None, on_card: bool) -> Record:
+def _run(job: Job, system: str, options: argparse.Namespace, scratch: Path, budget_s: float | None, facts: Record) -> Record:
     from tests.bench.makespan_ours import run_ours
     from tests.bench.makespan_peers import Peers
 
+    on_card = facts["card"] != "CPU"
     try:
         model, samples = model_folder(job, scratch, options.child_timeout_s), write_samples(job, scratch)
-        where = Path(tempfile.mkdtemp(prefix=f"{system}-{job.model}-", dir=scratch))
         if system == "ours":
+            where = Path(tempfile.mkdtemp(prefix=f"{system}-{job.model}-", dir=scratch))
             return run_ours(job, model, samples, where, options.child_timeout_s * job.trials, budget_s, on_card)
         path = options.peer_path.resolve() if options.peer_path else None
+        what = json.dumps([job.key(), str(path), facts["card"], facts["git.commit"]], sort_keys=True)
+        where = scratch / f"{system}-{job.model}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
         return Peers(system, job, model, samples, where, path, options.child_timeout_s, on_card).run(budget_s)
     except (OSError, RuntimeError, ValueError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
@@ -143,7 +147,9 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: ours and unsloth; peft-trl where unsloth fails")
     parser.add_argument("--trials", type=int, default=job.trials)
     parser.add_argument("--seed", type=int, default=job.seed, help="of samples, learning rates and the order of trials")
-    parser.add_argument("--report-at", type=int, nargs="+", default=job.report_at, help="tokens at each rung; the last is the budget")
+    parser.add_argument(
+        "--report-at", type=int, nargs="+", default=job.report_at, help="tokens at each rung; the last is the budget"
+    )
     parser.add_argument("--length", type=int, default=job.length, help="tokens in a packed row")
     parser.add_argument("--rows-at-once", type=int, default=job.rows_at_once, help="of peers; ours chooses by itself")
     parser.add_argument("--rows-per-step", type=int, default=job.rows_per_step)
@@ -151,7 +157,9 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cap-gib", type=float, default=job.cap_gib, help="emulate a smaller card for all systems; 0: do not")
     parser.add_argument("--json", type=Path, required=True, help="file that gets a line as soon as a row is done")
     parser.add_argument("--scratch", type=Path, help="folder for models, samples and trials; default: temporary")
-    parser.add_argument("--peer-path", type=Path, help="folder of packages that comes first in PYTHONPATH of the peers' processes")
+    parser.add_argument(
+        "--peer-path", type=Path, help="folder of packages that comes first in PYTHONPATH of the peers' processes"
+    )
     parser.add_argument("--child-timeout-s", type=float, default=900.0, help="time limit per trial; for ours, times the trials")
     parser.add_argument("--budget-s", type=float, help="start no trial after this time; running ones end at their next rung")
     parser.add_argument("--commit", help="commit to record if the code is not in a git checkout")

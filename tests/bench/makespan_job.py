@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.bench.model_folder import folder_name
 from engine.bench.process import run_python
 from sweep.space.parse import parse_space
 
@@ -108,6 +107,8 @@ def model_folder(job: Job, scratch: Path, timeout_s: float) -> Path:
 
     It is kept for later runs, and its making is on no system's clock. Raises RuntimeError.
     """
+    from engine.bench.model_folder import folder_name  # loads torch, which tells the device
+
     folder = scratch / folder_name(job.model)
     if not folder.exists():
         done = run_python(["-m", "engine.bench.model_folder", job.model, str(folder)], scratch, timeout_s)

@@ -23,7 +23,8 @@ def options(job: Job, model: Path, samples: tuple[Path, Path], output: Path, bud
     """Return the overrides of the sweep's config."""
     slots = ["cluster.num_gpus=1"] if on_card else ["cluster.num_gpus=0", "cluster.num_cpu_slots=1"]
     loop = {
-        "max_tokens": job.report_at[-1], "report_at_tokens": list(job.report_at), "tokens_per_step": job.rows_per_step * job.length,
+        "max_tokens": job.report_at[-1], "report_at_tokens": list(job.report_at),
+        "tokens_per_step": job.rows_per_step * job.length,
     }  # fmt: skip
     return [
         "model=local", f"model.path={model}", "data=local", f"data.train={samples[0]}", f"data.eval={samples[1]}",
@@ -102,7 +103,9 @@ def _read(job: Job, output: Path) -> dict[str, Any]:
 def _space(section: dict[str, Any]) -> list[str]:
     """Return the leaves of the section as overrides."""
     return [
-        f"+space.{part}.{name}.choices={_text(leaf['choices'])}" for part, leaves in section.items() for name, leaf in leaves.items()
+        f"+space.{part}.{name}.choices={_text(leaf['choices'])}"
+        for part, leaves in section.items()
+        for name, leaf in leaves.items()
     ]
 
 

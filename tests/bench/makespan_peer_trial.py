@@ -91,7 +91,10 @@ def make_trainer(task: dict[str, Any], model: Any, tokenizer: Any, more: dict[st
         "bf16": task["on_card"], "use_cpu": not task["on_card"],
     }  # fmt: skip
     known = inspect.signature(SFTConfig).parameters
-    values["max_length" if "max_length" in known else "max_seq_length"] = task["length"]
+    values |= {name: task["length"] for name in ("max_length", "max_seq_length") if name in known}  # Unsloth's has both
+    left_out = [] if any(one.kind == one.VAR_KEYWORD for one in known.values()) else sorted(set(values) - set(known))
+    _report(task, {"settings_left_out": left_out})  # of another version of TRL
+    values = {name: value for name, value in values.items() if name not in left_out}
     files = {"train": task["train"], "held_out": task["held_out"]}
     data = load_dataset("json", data_files=files, cache_dir=task["cache"])
     return SFTTrainer(
@@ -105,13 +108,17 @@ def watch(trainer: Any, task: dict[str, Any], began_s: float) -> Any:
     from transformers import TrainerCallback
 
     class Rungs(TrainerCallback):
-        next, ended = 0, False
+        next, ended, mean_row = 0, False, None
 
         def tokens(self) -> int:
-            counted = trainer.state.num_input_tokens_seen
-            if not counted:
-                raise RuntimeError("the trainer counts no tokens (include_num_input_tokens_seen)")
-            return int(counted)
+            """Return the tokens seen; from the rows' mean length if the trainer, as another library patched it, counts none."""
+            return int(trainer.state.num_input_tokens_seen or trainer.state.global_step * task["rows_per_step"] * self.row())
+
+        def row(self) -> float:
+            if self.mean_row is None:
+                self.mean_row = sum(map(len, trainer.train_dataset["input_ids"])) / len(trainer.train_dataset)
+                _report(task, {"tokens_counted": "rows times their mean length"})
+            return self.mean_row
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_evaluate = not self.ended and self.tokens() >= task["report_at"][self.next]

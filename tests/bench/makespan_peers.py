@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,17 @@ from engine.bench.process import ENVIRONMENT, ERROR_LINE, ROOT
 from tests.bench.makespan_job import Job, modules
 
 CHILD = ROOT / "tests" / "bench" / "makespan_peer_trial.py"
-POLL_S = 0.05
+POLL_S = 0.02
+ENDED = "ended.json"
+NOTES = ("settings_left_out", "tokens_counted")
 
 
 @dataclass
 class Peers:
     """Hold what every trial of a system needs.
 
-    where: a new folder, in which the trials' processes run and keep their caches. path: a folder of
+    where: the folder in which the trials' processes run and keep their caches. Trials that ended
+    there are not run again, so that a row can be measured in parts. path: a folder of
     packages that comes first for these processes alone. timeout_s: for each trial. on_card: False
     on a machine without one. child: the program of a trial.
     """
@@ -43,25 +48,36 @@ class Peers:
     timeout_s: float
     on_card: bool
     child: Path = CHILD
-    versions: dict[str, str] = field(default_factory=dict)
 
     def run(self, budget_s: float | None) -> dict[str, Any]:
         """Return what the trials took together, or `error` if the first one fails.
 
-        budget_s: no trial starts after it, and the running one ends at its next rung.
+        budget_s: no trial starts after it. The running one ends at its next rung, and the next part runs it again.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        began_s = time.monotonic()
-        deadline = None if budget_s is None else began_s + budget_s
         study = optuna.create_study(direction="minimize", pruner=optuna.pruners.SuccessiveHalvingPruner(1, 2, 0))
-        ended: list[dict[str, Any]] = []
+        began_s, earlier_s, cut_s = time.monotonic(), 0.0, 0.0
+        deadline, ended = None if budget_s is None else began_s + budget_s, []
         for number, point in enumerate(self.job.points()):
+            kept = self.where / f"{number:04d}" / ENDED
+            if kept.is_file():
+                ended.append(json.loads(kept.read_text()))
+                earlier_s += ended[-1]["wall_s"]
+                _enter(study, ended[-1])
+                continue
             if deadline is not None and time.monotonic() >= deadline:
                 break
-            ended.append(self._trial(study, number, point, deadline))
-            if number == 0 and "error" in ended[0]:
+            started_s = time.monotonic()
+            found = self._trial(study, number, point, deadline)
+            found["wall_s"] = time.monotonic() - started_s
+            if found["outcome"] == "STOPPED":
+                cut_s = found["wall_s"]
                 break
-        return {"wall_s": time.monotonic() - began_s, **self._sums(ended)}
+            ended.append(found)
+            if number == 0 and "error" in found:
+                break
+            kept.write_text(json.dumps(found))
+        return {"wall_s": time.monotonic() - began_s + earlier_s - cut_s, "cut_s": cut_s, **self._sums(ended)}
 
     def _sums(self, ended: list[dict[str, Any]]) -> dict[str, Any]:
         outcomes = [trial["outcome"] for trial in ended]
@@ -75,7 +91,8 @@ class Peers:
             "gpu_s": sum(trial["seconds"] for trial in ended),
             "best_eval_loss": min(losses, default=None),
             "peak_gib": max(peaks, default=None),
-            **{f"version.{name}": version for name, version in self.versions.items()},
+            **{f"version.{name}": version for trial in ended for name, version in trial["versions"].items()},
+            **{name: value for trial in ended for name, value in trial["notes"].items()},
         }
         if failed and "error" in ended[0]:
             return {**whole, "error": failed[0]}
@@ -84,6 +101,7 @@ class Peers:
     def _trial(self, study: optuna.Study, number: int, point: dict[str, Any], deadline: float | None) -> dict[str, Any]:
         """Run one trial in a process of its own; return its outcome, tokens, seconds and losses."""
         trial, folder = study.ask(), self.where / f"{number:04d}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a trial that did not end
         folder.mkdir(parents=True)
         began_s, outcome = time.monotonic(), "FAILED"
         reports: list[dict[str, Any]] = []
@@ -91,21 +109,20 @@ class Peers:
             process = self._start(folder, point, log)
             try:
                 for line in _lines(folder / "reports", process, began_s + self.timeout_s):
-                    self.versions.update(line.get("versions", {}))
                     reports.append(line)
                     if "eval_loss" in line:
                         outcome = self._verdict(trial, line, deadline)
-                        process.stdin.write(b"go\n" if outcome == "RUNNING" else b"stop\n")
-                        process.stdin.flush()
+                        with suppress(BrokenPipeError):  # it has died, which its exit code tells
+                            process.stdin.write(b"go\n" if outcome == "RUNNING" else b"stop\n")
+                            process.stdin.flush()
                 code = process.poll()
             finally:
                 _kill(process)
         found = _of(reports, time.monotonic() - began_s)
         if code == 0 and any("ended" in line for line in reports):
-            state = optuna.trial.TrialState.COMPLETE if outcome == "COMPLETE" else optuna.trial.TrialState.PRUNED
-            study.tell(trial, found["losses"][-1] if outcome == "COMPLETE" else None, state=state)
+            _tell(study, trial, outcome, found["losses"])
             return {**found, "outcome": outcome}
-        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        _tell(study, trial, "FAILED", [])
         reason = f"timed out after {self.timeout_s:g} s" if code is None else _reason((folder / "log").read_text(), code)
         return {**found, "outcome": "FAILED", "error": reason}
 
@@ -136,13 +153,31 @@ class Peers:
         )  # fmt: skip
 
 
+def _enter(study: optuna.Study, ended: dict[str, Any]) -> None:
+    """Enter a trial of an earlier part, so that the pruner judges later ones as if it had just ended."""
+    trial = study.ask()
+    for rung, loss in zip(ended["rungs"], ended["losses"]):
+        trial.report(loss, rung)
+        trial.should_prune()  # notes the level that the trial has reached
+    _tell(study, trial, ended["outcome"], ended["losses"])
+
+
+def _tell(study: optuna.Study, trial: optuna.Trial, outcome: str, losses: list[float]) -> None:
+    states = {"COMPLETE": optuna.trial.TrialState.COMPLETE, "FAILED": optuna.trial.TrialState.FAIL}
+    state = states.get(outcome, optuna.trial.TrialState.PRUNED)
+    study.tell(trial, losses[-1] if outcome == "COMPLETE" else None, state=state)
+
+
 def _of(reports: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     rungs = [line for line in reports if "eval_loss" in line]
     return {
         "tokens": rungs[-1]["tokens"] if rungs else 0,
+        "rungs": [line["rung"] for line in rungs],
         "losses": [line["eval_loss"] for line in rungs],
         "seconds": seconds,
         "peak_gib": next((line["peak_gib"] for line in reports if "ended" in line), None),
+        "notes": {name: line[name] for line in reports for name in NOTES if line.get(name)},
+        "versions": next((line["versions"] for line in reports if "versions" in line), {}),
     }
 
 
@@ -166,7 +201,8 @@ def _kill(process: subprocess.Popen) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    process.stdin.close()
+    with suppress(BrokenPipeError):
+        process.stdin.close()
 
 
 def _reason(log: str, code: int) -> str:

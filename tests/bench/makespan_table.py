@@ -20,7 +20,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def _group(rows: list[dict[str, Any]]) -> str:
     job = rows[0]["job"]
-    cap = f", capped at {job['cap_gib']} GiB" if job["cap_gib"] else ""
+    cap = f", capped at {job['cap_gib']} GiB" if job["cap_gib"] and rows[0]["card"] != "CPU" else ""
     budget = f"{job['trials']} trials of {job['report_at'][-1]:,} tokens, {len(job['report_at'])} rungs"
     title = f"**{job['model']}, {budget}, rows of {job['length']:,}, seed {job['seed']}, {rows[0]['card']}{cap}**"
     lines = [title, "", f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 2)}---|"]
