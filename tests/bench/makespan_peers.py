@@ -34,9 +34,9 @@ class Peers:
     """Hold what every trial of a system needs.
 
     where: the folder in which the trials' processes run and keep their caches. Trials that ended
-    there are not run again, so that a row can be measured in parts. path: a folder of
-    packages that comes first for these processes alone. timeout_s: for each trial. on_card: False
-    on a machine without one. child: the program of a trial.
+    there are not run again, so that a row can be measured in parts. path: a folder of packages that
+    comes first for these processes alone. timeout_s: for each trial. on_card: False on a machine
+    without one. child: the program of a trial.
     """
 
     system: str
@@ -55,7 +55,8 @@ class Peers:
         budget_s: no trial starts after it. The running one ends at its next rung, and the next part runs it again.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(direction="minimize", pruner=optuna.pruners.SuccessiveHalvingPruner(1, 2, 0))
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2, min_early_stopping_rate=0)
+        study = optuna.create_study(direction="minimize", pruner=pruner)
         began_s, earlier_s, cut_s = time.monotonic(), 0.0, 0.0
         deadline, ended = None if budget_s is None else began_s + budget_s, []
         for number, point in enumerate(self.job.points()):
