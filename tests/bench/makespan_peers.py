@@ -7,6 +7,7 @@ trial, as one card needs. No torch.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ from tests.bench.makespan_job import Job, modules
 CHILD = ROOT / "tests" / "bench" / "makespan_peer_trial.py"
 POLL_S = 0.02
 ENDED = "ended.json"
+ENDS = ("COMPLETE", "PRUNED", "DIVERGED")
 NOTES = ("settings_left_out", "tokens_counted")
 
 
@@ -82,11 +84,11 @@ class Peers:
 
     def _sums(self, ended: list[dict[str, Any]]) -> dict[str, Any]:
         outcomes = [trial["outcome"] for trial in ended]
-        losses = [loss for trial in ended for loss in trial["losses"]]
+        losses = [loss for trial in ended for loss in trial["losses"] if math.isfinite(loss)]
         failed = [trial["error"] for trial in ended if "error" in trial]
         peaks = [trial["peak_gib"] for trial in ended if trial["peak_gib"] is not None]
         whole = {
-            "trials_done": sum(outcome in ("COMPLETE", "PRUNED") for outcome in outcomes),
+            "trials_done": sum(outcome in ENDS for outcome in outcomes),
             "outcomes": {name: outcomes.count(name) for name in sorted(set(outcomes))},
             "tokens": sum(trial["tokens"] for trial in ended),
             "gpu_s": sum(trial["seconds"] for trial in ended),
@@ -128,6 +130,8 @@ class Peers:
         return {**found, "outcome": "FAILED", "error": reason}
 
     def _verdict(self, trial: optuna.Trial, line: dict[str, Any], deadline: float | None) -> str:
+        if not math.isfinite(line["eval_loss"]):
+            return "DIVERGED"
         trial.report(line["eval_loss"], line["rung"])
         if line["rung"] >= len(self.job.report_at):
             return "COMPLETE"
@@ -158,7 +162,8 @@ def _enter(study: optuna.Study, ended: dict[str, Any]) -> None:
     """Enter a trial of an earlier part, so that the pruner judges later ones as if it had just ended."""
     trial = study.ask()
     for rung, loss in zip(ended["rungs"], ended["losses"]):
-        trial.report(loss, rung)
+        if math.isfinite(loss):
+            trial.report(loss, rung)
         trial.should_prune()  # notes the level that the trial has reached
     _tell(study, trial, ended["outcome"], ended["losses"])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import optuna
@@ -39,7 +40,7 @@ report({"ended": True, "peak_gib": 1.0 + number})
 
 def peers(where: Path, losses: list[float], lost: tuple[int, ...] = (), timeout_s: float = 20.0, trial: str = TRIAL) -> Peers:
     child = where / "trial.py"
-    child.write_text(f"LOSSES, LOST = {losses}, {lost}\n{trial}")
+    child.write_text(f"nan = float('nan')\nLOSSES, LOST = {losses}, {lost}\n{trial}")
     return Peers("unsloth", JOB, where / "model", (where / "a", where / "b"), where, None, timeout_s, False, child)
 
 
@@ -72,6 +73,12 @@ def test_the_better_half_goes_on_and_everything_is_counted(tmp_path):
     assert 0.0 < found["gpu_s"] <= found["wall_s"] and found["peak_gib"] == 4.0 and found["version.trl"] == "9"
 
 
+def test_a_trial_that_diverges_ends_and_is_counted(tmp_path):
+    found = peers(tmp_path, [2.0, math.nan, 1.0, 2.5]).run(None)
+    assert found["outcomes"] == {"COMPLETE": 2, "DIVERGED": 1, "PRUNED": 1} and found["best_eval_loss"] == 1.0
+    assert found["trials_done"] == 4 and found["tokens"] == 201 + 101 + 201 + 101
+
+
 def test_a_failing_first_trial_is_the_rows_reason_and_a_later_one_is_counted(tmp_path):
     (tmp_path / "first").mkdir()
     (tmp_path / "later").mkdir()
@@ -87,14 +94,14 @@ def test_a_trial_that_hangs_is_killed(tmp_path):
 
 
 def test_a_cut_row_keeps_its_ended_trials_and_judges_the_rest_as_if_it_had_not_been_cut(tmp_path):
-    whole = peers(tmp_path, [2.0, 3.0, 1.0, 2.5]).run(None)
+    whole = peers(tmp_path, [2.0, 3.0, 2.5, 1.0]).run(None)
     for number in (2, 3):
         (tmp_path / f"{number:04d}" / "ended.json").unlink()
-    cut = peers(tmp_path, [9.0, 9.0, 1.0, 2.5]).run(0.0)  # these losses show if trials 0 and 1 run again
+    cut = peers(tmp_path, [9.0, 9.0, 2.5, 1.0]).run(0.0)  # these losses show if trials 0 and 1 run again
     assert cut["trials_done"] == 2 and cut["tokens"] == 302 and cut["wall_s"] >= cut["gpu_s"]
     record = makespan.whole_record(JOB, "unsloth", cut, FACTS, 0.0)
     assert not makespan.is_done(record) and "| unsloth | 2 of 4 (cut by the budget) |" in table([record])
-    again = peers(tmp_path, [9.0, 9.0, 1.0, 2.5]).run(None)
+    again = peers(tmp_path, [9.0, 9.0, 2.5, 1.0]).run(None)
     assert {**again, "wall_s": 0, "gpu_s": 0} == {**whole, "wall_s": 0, "gpu_s": 0} and again["gpu_s"] > cut["gpu_s"]
 
 
@@ -139,6 +146,9 @@ def test_a_sweep_with_other_trials_is_refused(tmp_path):
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps({"number": 0, "params": {"lora.rank": 3}, "outcome": "COMPLETE"}))
     with pytest.raises(RuntimeError, match="trial 0 of the sweep is"):
+        makespan_ours._read(JOB, tmp_path)
+    (folder / "result.json").write_text(json.dumps({"number": 4, "params": {"lora.rank": 3}, "outcome": "COMPLETE"}))
+    with pytest.raises(RuntimeError, match="trial 4 of the sweep is .* but the job's is none"):
         makespan_ours._read(JOB, tmp_path)
 
 
