@@ -20,7 +20,7 @@ from engine.data.views import View, identify, identify_samples
 from engine.dialogue.encoding import printed_day
 from engine.errors import InputError
 from engine.model.device import host_share_gib
-from engine.model.inspect import ModelFacts, inspect_model, load_tokenizer, model_shape
+from engine.model.inspect import ModelFacts, inspect_model, known_shape, load_tokenizer
 from engine.sources.identity import variant
 from engine.sources.locate import locate
 from engine.units import GIB
@@ -133,11 +133,7 @@ def inspect(config: ModelConfig) -> Facts:
     of the visible card with the least memory, or None without CUDA. host_gib: host memory that a
     trial may pin, or None if not known.
     """
-    host_gib = host_share_gib()
-    try:
-        shape = model_shape(config)
-    except InputError:
-        shape = None
+    host_gib, shape = host_share_gib(), known_shape(config)
     return Facts(shape=shape, card=_card(), host_gib=host_gib if math.isfinite(host_gib) else None)
 
 

@@ -178,10 +178,22 @@ def random_config(name: str, num_layers: int | None = None) -> Any:
 def linear_names(name: str) -> list[str]:
     """Return the last parts of the names of all linear layers but the head."""
     kind, shape = SHAPES[name].get("model_type", "llama"), random_config(name).to_dict()
-    family = FAMILIES[OTHER_TYPES.get(kind, kind)]
+    family = FAMILIES.get(OTHER_TYPES.get(kind, kind))
+    if family is None:  # it runs unfused, so no description has the names
+        return _names_in_library(name)
     has_tail = family.tail_width is not None and shape[family.tail_width] > 0
     groups = [*family.groups.values(), *(family.tail.values() if has_tail else ()), family.outside if has_tail else ()]
     return [member for members in [*groups, family.mixing] for member in members]
+
+
+def _names_in_library(name: str) -> list[str]:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(random_config(name))
+    head = model.get_output_embeddings()
+    linears = (path for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head)
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in linears))
 
 
 def random_model(

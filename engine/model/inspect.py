@@ -37,12 +37,21 @@ def model_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_shape(config: ModelConfig) -> ModelShape:
-    """Return the model's shape. Raises InputError if nothing is predicted for such a model.
+    """Return the model's shape. Raises InputError if nothing is predicted for such a model."""
+    return _as_installed(ModelShape.of(model_config(config), config.path))
 
-    It has kernels for linear attention if they are installed here. Whether they suit the card shows
-    only when the model is loaded.
+
+def known_shape(config: ModelConfig) -> ModelShape | None:
+    """Return the model's shape, or None if nothing is predicted for it. Raises InputError if there is no such model."""
+    shape = ModelShape.known(model_config(config), config.path)
+    return None if shape is None else _as_installed(shape)
+
+
+def _as_installed(shape: ModelShape) -> ModelShape:
+    """Return the shape with kernels for linear attention if they are installed here.
+
+    Whether they suit the card shows only when the model is loaded.
     """
-    shape = ModelShape.of(model_config(config), config.path)
     return shape if importlib.util.find_spec(FLASH_LINEAR_ATTENTION) is None else shape.with_kernels()
 
 
