@@ -70,9 +70,11 @@ def evaluate(
     if loss_of is None:
         base.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=base.device)
-    for batch in samples.batches:
-        before_each()
-        total += base.loss(batch.to(base.device)) if loss_of is None else loss_of(batch)
-    if loss_of is None:
-        base.model.train(was_training)
+    try:
+        for batch in samples.batches:
+            before_each()
+            total += base.loss(batch.to(base.device)) if loss_of is None else loss_of(batch)
+    finally:  # who computes again after an error still trains: with dropout
+        if loss_of is None:
+            base.model.train(was_training)
     return total.item() / samples.num_targets

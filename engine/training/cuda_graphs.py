@@ -118,10 +118,11 @@ class Graphs:
             return loss.detach()
         was_training = self._base.model.training
         self._base.model.eval()
-        with torch.no_grad():
-            loss = self._base.loss(row.batch)
-        self._base.model.train(was_training)
-        return loss
+        try:
+            with torch.no_grad():
+                return self._base.loss(row.batch)
+        finally:  # after an error too: the trial goes on, and its next steps are recorded in this mode
+            self._base.model.train(was_training)
 
     def _record(self, size: Size) -> RecordedRow | None:
         """Record a row size. If it is the first of its kind, a small row is computed before."""

@@ -9,6 +9,7 @@ from engine.adapter.lora import attach, detach
 from engine.config.trial import LoraConfig
 from engine.data.packing import Sample, collate
 from engine.layers.swap import FusedLayer
+from engine.model.base import Base
 from engine.model.load import load_base
 from engine.training import cuda_graphs, passes, recordings
 from engine.training.loop import train
@@ -168,6 +169,20 @@ def test_an_evaluation_that_runs_out_of_memory_is_computed_without_recordings(ti
     reports = run(config, tmp_path / "short", base)
     assert calls[0] is not None and calls[1:] == [None] * 2  # twice: the first rung again, and the second
     assert same_numbers(reports, run(config, tmp_path / "alone"))
+
+
+def test_a_trial_still_has_dropout_after_an_evaluation_ran_out_of_memory(tiny_config, tmp_path, base, recorder, monkeypatch):
+    config, whole, left = small(tiny_config, lora_dropout=0.3), Base.loss, [1]
+
+    def short_once(self, batch):
+        if not torch.is_grad_enabled() and left:
+            left.pop()
+            raise torch.OutOfMemoryError("full")
+        return whole(self, batch)
+
+    monkeypatch.setattr(Base, "loss", short_once)
+    reports = run(config, tmp_path / "short", base)
+    assert not left and same_numbers(reports, run(config, tmp_path / "alone"))
 
 
 def test_recordings_that_read_dropped_weights_are_dropped(base):
