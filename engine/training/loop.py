@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from engine.training.divergence import check_loss
 from engine.training.optim import learning_rate, make_optimizer, set_learning_rate, step_middle
 from engine.training.passes import Passes
 from engine.training.profiler import traced
+from engine.training.recordings import Recordings
 from engine.training.rung_report import RungTimes, make_report
 from engine.training.step_sums import StepSums
 from engine.trial_report import ATTACH, DATA, EVALUATION, MODEL, RECORDING, REPORTS, SAVING, TRAIN, PartClock, TrialReport
@@ -83,8 +84,7 @@ def train(
             torch.cuda.reset_peak_memory_stats(device)  # else an earlier trial's peak would count
         torch.manual_seed(config.train.seed)
         with times.parts.part(ATTACH):
-            layers = attach(resident.model, resident.linear_names, config.lora, config.train.seed)
-            run = _Run(config, trial_folder, resident, layers, interrupted, pace, times, inputs)
+            run = _begun(config, trial_folder, resident, layers, interrupted, pace, times, inputs)
         with traced(config.train.profile_steps, trial_folder / "profile", device) as after_step:
             yield from run.reports(after_step)
     finally:
@@ -95,6 +95,24 @@ def train(
         free(device)
         if budget is not None:
             limit_memory(math.inf, device)
+
+
+def _begun(config: TrainConfig, trial_folder: Path, base: Base, layers: dict[str, LoraLinear], *others: Any) -> _Run:
+    """Attach the adapter, and return the trial. If there is no room, earlier trials' recordings make way."""
+
+    def begin() -> _Run:
+        layers.update(attach(base.model, base.linear_names, config.lora, config.train.seed))
+        return _Run(config, trial_folder, base, layers, *others)
+
+    try:
+        return begin()
+    except torch.OutOfMemoryError:
+        if not Recordings.of(base).clear():
+            raise
+    detach(base.model, layers)  # only here, because the traceback keeps the failed adapter's tensors alive
+    layers.clear()
+    free(base.device)
+    return begin()
 
 
 class _Run:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engine.adapter.flat import AdapterMemory, FlatAdapter
-from engine.adapter.lora import attach, detach
+from engine.adapter.lora import LoraLinear, attach, detach
 from engine.config.trial import LoraConfig
 from engine.data.packing import Sample, collate
 from engine.layers.swap import FusedLayer
@@ -146,6 +146,29 @@ def test_out_of_memory_drops_the_recordings_of_earlier_trials_first(tiny_config,
         kind.memory.key for kind in list(Recordings.of(base)._kinds.values())[:1]
     }
     assert same_numbers(reports, run(config, tmp_path / "alone"))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_an_adapter_that_finds_no_room_beside_earlier_recordings_takes_theirs(
+    tiny_config, tmp_path, base, recorder, monkeypatch, recorded
+):
+    if recorded:
+        run(small(tiny_config), tmp_path / "earlier", base)
+    whole = AdapterMemory.__init__
+
+    def short(self, *given):
+        if not recorded or len(Recordings.of(base)):
+            raise torch.OutOfMemoryError("full")
+        whole(self, *given)
+
+    monkeypatch.setattr(AdapterMemory, "__init__", short)
+    if recorded:
+        reports = run(small(tiny_config, rank=8), tmp_path / "larger", base)
+        assert reports[-1].num_out_of_memory == 0 and len(Recordings.of(base))
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            run(small(tiny_config, rank=8), tmp_path / "larger", base)
+        assert not any(isinstance(module, LoraLinear) for module in base.model.modules())
 
 
 def test_out_of_memory_without_earlier_recordings_changes_the_plan(tiny_config, tmp_path, base, recorder):
