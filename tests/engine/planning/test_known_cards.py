@@ -54,7 +54,8 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line(tmp_path, damage, said
 
 @pytest.mark.parametrize("change", [
     {"steps": []}, {"steps": {"a": 1}}, {"raw": {"a": 10**400}}, {"raw": {"a": math.nan}}, {"raw": None}, {"memory_gib": "24"},
-    {"card": ""}, {"day": 7}, {"rates": {}},
+    {"card": ""}, {"day": 7}, {"day": "tomorrow"}, {"rates": {}}, {"steps": {"a": {"measured_ms": 1.0}}},
+    {"steps": {"a": {"measured_ms": 0, "predicted_ms": 1.0}}},
 ])  # fmt: skip
 def test_a_file_with_a_right_checksum_and_an_impossible_part_is_refused(tmp_path, change):
     content = {name: value for name, value in json.loads(measured().text()).items() if name != "digest"} | change
