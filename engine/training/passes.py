@@ -166,17 +166,25 @@ class Passes:
         """Return True if the device waits for the host in an evaluation; measured once for each base."""
         if self._base.device.type != "cuda":
             return False
-        known = self._recordings.evaluation_waits
-        if known is None:
-            with torch.no_grad():
-                for _ in range(2):  # the first compiles
-                    torch.cuda.synchronize()
-                    began_s = time.perf_counter()
-                    self._base.loss(self._samples.batches[0].to(self._base.device))
-                    launched_s = time.perf_counter() - began_s
-                    torch.cuda.synchronize()
-                    known = launched_s > WORTH_RECORDING * (time.perf_counter() - began_s)
-            self._recordings.evaluation_waits = known
+        if self._recordings.evaluation_waits is None:
+            was_training = self._base.model.training
+            self._base.model.eval()  # dropout outside fused layers would take from the trial's random numbers
+            try:
+                self._recordings.evaluation_waits = self._times_launches()
+            finally:
+                self._base.model.train(was_training)
+        return self._recordings.evaluation_waits
+
+    @torch.no_grad()
+    def _times_launches(self) -> bool:
+        known = False
+        for _ in range(2):  # the first compiles
+            torch.cuda.synchronize()
+            began_s = time.perf_counter()
+            self._base.loss(self._samples.batches[0].to(self._base.device))
+            launched_s = time.perf_counter() - began_s
+            torch.cuda.synchronize()
+            known = launched_s > WORTH_RECORDING * (time.perf_counter() - began_s)
         return known
 
 

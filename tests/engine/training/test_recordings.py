@@ -1,5 +1,7 @@
 """Recordings serve trial after trial, change no number, and make way when memory is short."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -206,6 +208,19 @@ def test_a_trial_still_has_dropout_after_an_evaluation_ran_out_of_memory(tiny_co
     monkeypatch.setattr(Base, "loss", short_once)
     reports = run(config, tmp_path / "short", base)
     assert not left and same_numbers(reports, run(config, tmp_path / "alone"))
+
+
+def test_whether_an_evaluation_waits_is_tried_once_and_takes_no_random_number_of_the_trial(monkeypatch):
+    model, modes = torch.nn.Dropout(), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    of_trial = passes.Passes.__new__(passes.Passes)
+    of_trial._recordings, of_trial._samples = Recordings(CPU), SimpleNamespace(batches=[torch.ones(4)])
+    loss = lambda row: modes.append(model.training) or model(row)  # noqa: E731
+    of_trial._base = SimpleNamespace(model=model, device=SimpleNamespace(type="cuda"), loss=loss)
+    of_trial._samples.batches[0].to = lambda device: torch.ones(4)
+    before = torch.get_rng_state()
+    assert of_trial._evaluation_waits() is of_trial._evaluation_waits() is True
+    assert modes == [False, False] and model.training and torch.equal(before, torch.get_rng_state())
 
 
 def test_recordings_that_read_dropped_weights_are_dropped(base):
