@@ -41,18 +41,21 @@ def export_adapter(
         values = peft_config(config, list(layers), [name for name, _ in model.named_modules()])
         values |= _class_of(model)
         (target / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-        for name, content in _tokenizer_files(tokenizer).items():
+        for name, content in _tokenizer_files(tokenizer, target).items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes(content)
 
     write_folder(folder, fill)
 
 
-def _tokenizer_files(tokenizer: Any) -> dict[Path, bytes]:
-    """Return the files of `save_pretrained`, made once: a large vocabulary takes it up to a second."""
+def _tokenizer_files(tokenizer: Any, on_disk: Path) -> dict[Path, bytes]:
+    """Return the files of `save_pretrained`, made once: a large vocabulary takes it up to a second.
+
+    on_disk: a folder on the disk that gets them. The place for temporary files may be full or small.
+    """
     state, known = (tokenizer.chat_template, len(tokenizer)), _TOKENIZER_FILES.get(tokenizer)
     if known is None or known[0] != state:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=on_disk) as folder:
             tokenizer.save_pretrained(folder)
             files = {p.relative_to(folder): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
         known = _TOKENIZER_FILES[tokenizer] = (state, files)

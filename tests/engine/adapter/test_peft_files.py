@@ -80,10 +80,11 @@ def test_the_tokenizer_s_files_are_made_once_and_again_when_it_changes(tmp_path,
     tokenizer, made = byte_tokenizer(), []
     save = type(tokenizer).save_pretrained
     monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda self, *a, **k: made.append(1) or save(self, *a, **k))
-    files = peft_files._tokenizer_files(tokenizer)
-    assert peft_files._tokenizer_files(tokenizer) is files and len(made) == 1
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "full"))  # nothing is written to the place for temporary files
+    files = peft_files._tokenizer_files(tokenizer, tmp_path)
+    assert peft_files._tokenizer_files(tokenizer, tmp_path) is files and len(made) == 1
     save(tokenizer, tmp_path)
     assert {str(name) for name in files} == {file.name for file in tmp_path.iterdir()}
     assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
     tokenizer.chat_template = "other"
-    assert peft_files._tokenizer_files(tokenizer) != files and len(made) == 2
+    assert peft_files._tokenizer_files(tokenizer, tmp_path) != files and len(made) == 2
