@@ -33,6 +33,7 @@ from engine.errors import CheckpointError, InputError, first_line
 from engine.system.files import settle, write_folder
 from engine.trial_report import TrialReport
 
+MASKS = "hash"  # engine/adapter/flat.py: a function of seed, step and place
 FOLDER, PREVIOUS = "checkpoint", "checkpoint.previous"
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.pt", "state.json"
 # States of torch's and of bitsandbytes' AdamW that have the parameter's shape.
@@ -70,7 +71,8 @@ class Progress:
 
     epoch and position: the data cursor. reports: all reports so far. since_report:
     sums over the steps after the last report. plan: settings chosen after memory ran out, kept so
-    that a resumed trial does not run out again. num_out_of_memory: times that memory ran out.
+    that a resumed trial does not run out again. num_out_of_memory: times that memory ran out. masks:
+    how dropout's masks were drawn from the first step on; empty if an older version drew them.
     """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
@@ -85,6 +87,7 @@ class Progress:
     peak_allocated_gib: Amount = 0.0
     peak_reserved_gib: Amount = 0.0
     num_out_of_memory: Count = 0
+    masks: str = ""
     plan: dict[str, Any] = field(default_factory=dict)
     reports: list[Annotated[TrialReport, PlainValidator(TrialReport.from_dict)]] = field(default_factory=list)
     since_report: Sums = field(default_factory=Sums)
@@ -129,6 +132,13 @@ def save(trial_folder: Path, progress: Progress, layers: dict[str, LoraLinear], 
         (folder / STATE).write_text(json.dumps(state, sort_keys=True))
 
     write_folder(trial_folder / FOLDER, fill, previous=trial_folder / PREVIOUS)
+
+
+def warn_of_masks(trial_folder: Path, progress: Progress) -> None:
+    """Say that a trial with dropout does not go on as it would have without a stop."""
+    if progress.masks != MASKS:
+        told = "began in an older version, which drew dropout's masks another way; its losses differ from those without a stop"
+        print(f"WARNING: {trial_folder / FOLDER} {told}", file=sys.stderr)
 
 
 def drop_previous(trial_folder: Path) -> None:

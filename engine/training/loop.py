@@ -142,7 +142,9 @@ class _Run:
         self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
         fingerprint = config.fingerprint()
         loaded = checkpoint.load(trial_folder, fingerprint, layers, self.optimizer)
-        self.progress = loaded or Progress(fingerprint)
+        self.progress = loaded or Progress(fingerprint, masks=checkpoint.MASKS)
+        if config.lora.lora_dropout:
+            checkpoint.warn_of_masks(trial_folder, self.progress)
         self._saved_step = self.progress.step
         self.adapter.refresh()
         self.cursor.seek(self.progress.epoch, self.progress.position)

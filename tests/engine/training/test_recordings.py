@@ -1,5 +1,6 @@
 """Recordings serve trial after trial, change no number, and make way when memory is short."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,6 +92,22 @@ def test_a_trial_with_dropout_goes_on_with_the_same_numbers(tiny_config, tmp_pat
     assert same_numbers(whole, parts)
     other = run(small(tiny_config, lora_dropout=0.0), tmp_path / "other", base)
     assert not same_numbers(whole[:1], other[:1])
+
+
+@pytest.mark.parametrize(("dropout", "is_older", "is_told"), [(0.2, True, True), (0.2, False, False), (0.0, True, False)])
+def test_a_trial_goes_on_with_masks_other_than_an_older_version_s_and_says_so(
+    tiny_config, tmp_path, base, capsys, dropout, is_older, is_told
+):
+    reports = train(small(tiny_config, lora_dropout=dropout), tmp_path, base=base)
+    next(reports)
+    reports.close()
+    state = tmp_path / "checkpoint" / "state.json"
+    values = json.loads(state.read_text())
+    assert values.pop("masks")
+    if is_older:
+        state.write_text(json.dumps(values))
+    assert len(list(train(small(tiny_config, lora_dropout=dropout), tmp_path, base=base))) == 1
+    assert ("older version" in capsys.readouterr().err) == is_told
 
 
 def test_masks_depend_on_seed_step_and_micro_batch_alone(base):
