@@ -105,11 +105,11 @@ class MeasuredCard:
         if not all(isinstance(text, str) for text in texts.values()) or not texts["card"]:
             raise InputError("file", texts, f"{', '.join(TEXTS)} must be texts")
         if not re.fullmatch(r"\d{4}-\d\d-\d\d", texts["day"]):  # the newest file of a kind of card counts
-            raise InputError("day", texts["day"], "day must be such as 2026-11-27")
+            raise InputError("file", texts["day"], "day must be such as 2026-11-27")
         stack = CardStack(*(texts[name] for name in ("card", "driver", "torch", "triton", "host")))
         steps = {name: _numbers(step) for name, step in values["steps"].items()}
         if not all(set(step) >= STEP_TIMES and min(step.values()) > 0.0 for step in steps.values()):
-            raise InputError("steps", values["steps"], f"steps must have {' and '.join(sorted(STEP_TIMES))} above 0")
+            raise InputError("file", values["steps"], f"steps must have {' and '.join(sorted(STEP_TIMES))} above 0")
         memory_gib, seconds = _numbers({"memory_gib": values["memory_gib"], "seconds": values["seconds"]}).values()
         rates = Rates.from_dict(values["rates"])
         return cls(stack, memory_gib, texts["commit"], texts["day"], seconds, rates, _numbers(values["raw"]), steps)
