@@ -24,7 +24,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from engine.bench.shapes import SHAPES
 from engine.bench.systems import SYSTEMS
 from engine.bench.table import describe, headings, line, report
 from engine.system.command_line import run
-from engine.system.provenance import provenance
+from engine.system.provenance import package_tags, provenance
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,12 +116,8 @@ def _scratch(wanted: Path | None) -> Iterator[Path]:
 
 
 def _provenance(commit: str | None) -> dict[str, str]:
-    facts = {"git.commit": "", **provenance()}
-    for package in ("liger-kernel", "unsloth"):  # other systems, which the engine does not use
-        try:
-            facts[f"version.{package}"] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    others = package_tags(("liger-kernel", "unsloth"))  # other systems, which the engine does not use
+    facts = {"git.commit": "", **provenance(), **others}
     return {**facts, **({"git.commit": commit} if commit else {})}
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from engine.adapter.lora import LoraLinear, attach, detach
-from engine.bench.shapes import SHAPES, random_base, random_config
+from engine.bench.shapes import family_kind, random_base, random_config
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.data.packing import Cursor, Sample
@@ -41,7 +41,7 @@ from engine.planning.cards import found_card
 from engine.planning.compute_plan import ComputePlan
 from engine.planning.planner import make_compute_plan
 from engine.quant.bnb import adamw_8bit
-from engine.shape.families import FAMILIES, OTHER_TYPES
+from engine.shape.families import FAMILIES
 from engine.shape.layer_plan import can_record
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import Policy
@@ -92,7 +92,7 @@ def measure_all(options: argparse.Namespace, done: set[tuple[Any, ...]], deadlin
         settings = [values for values in draw(model, options.per_model) if _key(values) not in done]
         if not settings or time.monotonic() > deadline:
             continue
-        started, fused = time.monotonic(), _kind(model) in FAMILIES
+        started, fused = time.monotonic(), family_kind(model) in FAMILIES
         base = random_base(model, device, pick_dtype("auto", device), fused)
         facts["load_s"] = round(time.monotonic() - started, 2)
         for values in settings:
@@ -250,11 +250,6 @@ def _line(record: dict[str, Any]) -> str:
 
 def _read(*files: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
-
-
-def _kind(model: str) -> str:
-    kind = SHAPES[model].get("model_type", "llama")
-    return OTHER_TYPES.get(kind, kind)
 
 
 def _shape(model: str) -> ModelShape:

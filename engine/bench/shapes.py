@@ -175,10 +175,15 @@ def random_config(name: str, num_layers: int | None = None) -> Any:
     return CONFIG_MAPPING[values.pop("model_type")](**values)
 
 
+def family_kind(name: str) -> str:
+    """Return the shape's key in FAMILIES; its layers run unfused if that has no such key."""
+    kind = SHAPES[name].get("model_type", "llama")
+    return OTHER_TYPES.get(kind, kind)
+
+
 def linear_names(name: str) -> list[str]:
     """Return the last parts of the names of all linear layers but the head."""
-    kind, shape = SHAPES[name].get("model_type", "llama"), random_config(name).to_dict()
-    family = FAMILIES.get(OTHER_TYPES.get(kind, kind))
+    family, shape = FAMILIES.get(family_kind(name)), random_config(name).to_dict()
     if family is None:  # it runs unfused, so no description has the names
         return _names_in_library(name)
     has_tail = family.tail_width is not None and shape[family.tail_width] > 0
@@ -257,6 +262,5 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype, fused: bool
 
 def _has_state(name: str) -> bool:
     """Return True if layers of the library carry a state, which runs on across the samples of a row."""
-    kind = SHAPES[name].get("model_type", "llama")
-    family = FAMILIES.get(OTHER_TYPES.get(kind, kind))
+    family = FAMILIES.get(family_kind(name))
     return family is not None and family.mixer is not None

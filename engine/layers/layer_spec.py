@@ -184,10 +184,6 @@ def _config(layer: nn.Module) -> Any:
     return layer.mlp.config if has_mixer(layer) else layer.self_attn.config
 
 
-def _config(layer: nn.Module) -> Any:
-    return layer.mlp.config if has_mixer(layer) else layer.self_attn.config
-
-
 def _activation(config: Any) -> str:
     return getattr(config, "hidden_activation", None) or config.hidden_act
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "accelerate", "ray", "optuna", "mlflow", "datasets", "peft")
+MISSING = "none"
 DRIVER, PROCESSOR = Path("/proc/driver/nvidia/version"), Path("/proc/cpuinfo")
 
 
@@ -18,15 +20,17 @@ def provenance() -> dict[str, str]:
     The commit ends in `+changes` if files differ from it.
     """
     tags = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in PACKAGES:
-        try:
-            tags[f"version.{package}"] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue  # peft is optional, and triton is missing without CUDA
+    tags |= package_tags(PACKAGES)
     commit = _git("rev-parse", "HEAD")
     if commit:
         tags["git.commit"] = commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
     return tags
+
+
+def package_tags(names: Iterable[str]) -> dict[str, str]:
+    """Return `version.<package>` of each package that is installed: peft is optional, and triton is missing without CUDA."""
+    versions = {f"version.{name}": package_version(name) for name in names}
+    return {tag: version for tag, version in versions.items() if version != MISSING}
 
 
 def package_version(name: str) -> str:
@@ -34,7 +38,7 @@ def package_version(name: str) -> str:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "none"
+        return MISSING
 
 
 def nvidia_driver() -> str:
@@ -51,7 +55,7 @@ def nvidia_driver() -> str:
         pynvml.nvmlInit()
         said = pynvml.nvmlSystemGetDriverVersion()
     except Exception:  # without a driver, NVML raises errors of its own
-        return "none"
+        return MISSING
     return said.decode() if isinstance(said, bytes) else str(said)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from engine.adapter.lora import adapter_state
 from engine.bench import ragged_rows
-from engine.bench.shapes import random_base
+from engine.bench.shapes import family_kind, random_base
 from engine.planning.compute_plan import ComputePlan
 from engine.shape.families import FAMILIES, OTHER_TYPES
 from engine.shape.policies import Policy
@@ -26,7 +26,7 @@ def test_the_settings_are_enough_and_cover_every_value_and_nearly_every_family()
     assert len(settings) >= 120 and len({ragged_rows._key(values) for values in settings}) == len(settings)
     for name, values in (("length", ragged_rows.LENGTHS), ("rank", ragged_rows.RANKS), ("kind", ragged_rows.KINDS)):
         assert {s[name] for s in settings} == set(values)
-    kinds = {ragged_rows._kind(model) for model in ragged_rows.MODELS}
+    kinds = {family_kind(model) for model in ragged_rows.MODELS}
     missed = {kind for kind in FAMILIES if kind not in kinds and kind not in OTHER_TYPES}
     like_others = {"gemma4_unified", "vaultgemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
     assert missed - like_others == {"seed_oss", "hyperclovax", "cwm", "qwen3_5"}
