@@ -34,7 +34,10 @@ WITHOUT_MEASURE = {torch.float32: LEAST, torch.bfloat16: 0.25}  # nats, for a mo
 
 @dataclass(frozen=True)
 class LibraryLosses:
-    """Hold the losses by the library alone. rounding: the mean difference of its own two attentions, None if it has one."""
+    """Hold the losses by the library alone.
+
+    rounding: the mean difference of its own two attentions on the shortest sample, None if it has one.
+    """
 
     samples: list[Sample]
     losses: list[Tensor]
@@ -53,11 +56,11 @@ def loaded_losses(model: nn.Module, samples: list[Sample], given: str | None = N
     keep_as_stored(model)
     before = model.config.get_text_config()._attn_implementation
     try:
-        found = []
-        for name in own_attentions(model):
-            model.set_attn_implementation(text_attention(model.config, name))
-            with torch.no_grad():
-                found.append([library_losses(model, sample) for sample in samples])
+        name, *others = own_attentions(model)
+        losses, rounding = _losses(model, name, samples), None
+        if others:  # one sample measures rounding, because the losses take most of the check's time
+            shortest = min(range(len(samples)), key=lambda i: len(samples[i].input_ids))
+            rounding = mean_difference(_losses(model, others[0], [samples[shortest]]), [losses[shortest]])
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
@@ -65,10 +68,17 @@ def loaded_losses(model: nn.Module, samples: list[Sample], given: str | None = N
         raise InputError("model.path", given, allowed) from error
     finally:
         model.set_attn_implementation(text_attention(model.config, before))
-    if not all(bool(losses.isfinite().all()) for losses in found[0]):
+    if not all(bool(of_sample.isfinite().all()) for of_sample in losses):
         allowed = "has losses that are not finite, in transformers too: its weights hold NaN or infinity, or are too large"
         raise InputError("model.path", given, allowed)
-    return LibraryLosses(samples, found[0], mean_difference(*found) if len(found) == 2 else None)
+    return LibraryLosses(samples, losses, rounding)
+
+
+@torch.no_grad()
+def _losses(model: nn.Module, attention: str, samples: list[Sample]) -> list[Tensor]:
+    """Return the losses of each sample alone, with one of the library's attentions."""
+    model.set_attn_implementation(text_attention(model.config, attention))
+    return [library_losses(model, sample) for sample in samples]
 
 
 def check_loaded(base: Base, theirs: LibraryLosses) -> Base:
