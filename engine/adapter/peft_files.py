@@ -13,7 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from safetensors.numpy import save as array_bytes
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from engine.config.trial import TRAIN_CONFIG, TrainConfig, load_train_config
 from engine.errors import InputError, first_line
 from engine.sources.builtin import published_name
 from engine.sources.locate import locate
-from engine.system.files import write_folder
+from engine.system.files import link_or_copy, write_folder
 
 PREFIX = "base_model.model."
 _TOKENIZER_FILES: WeakKeyDictionary[Any, tuple[Any, dict[Path, bytes]]] = WeakKeyDictionary()
@@ -31,13 +31,23 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def export_adapter(
-    folder: Path, config: TrainConfig, layers: dict[str, LoraLinear], model: nn.Module, tokenizer: Any
+    folder: Path,
+    config: TrainConfig,
+    layers: dict[str, LoraLinear],
+    model: nn.Module,
+    tokenizer: Any,
+    weights: Path | None = None,
 ) -> None:
-    """Write adapter and tokenizer to `folder` atomically, replacing an earlier export."""
+    """Write adapter and tokenizer to `folder` atomically, replacing an earlier export.
+
+    weights: a flushed file of `adapter_bytes(layers)`, which then becomes the export's too.
+    """
 
     def fill(target: Path) -> None:
-        state = {PREFIX + name: array for name, array in host_arrays(layers).items()}
-        save_file(state, target / WEIGHTS, metadata={"format": "pt"})
+        if weights is None:
+            (target / WEIGHTS).write_bytes(adapter_bytes(layers))
+        else:
+            link_or_copy(weights, target / WEIGHTS)
         values = peft_config(config, list(layers), [name for name, _ in model.named_modules()])
         values |= _class_of(model)
         (target / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
@@ -46,6 +56,12 @@ def export_adapter(
             (target / name).write_bytes(content)
 
     write_folder(folder, fill)
+
+
+def adapter_bytes(layers: dict[str, LoraLinear]) -> bytes:
+    """Return the content of adapter_model.safetensors."""
+    state = {PREFIX + name: array for name, array in host_arrays(layers).items()}
+    return array_bytes(state, metadata={"format": "pt"})
 
 
 def _tokenizer_files(tokenizer: Any, on_disk: Path) -> dict[Path, bytes]:

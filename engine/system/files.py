@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -62,35 +62,105 @@ def write_text(path: Path, text: str) -> None:
 def write_folder(path: Path, fill: Callable[[Path], None], *, previous: Path | None = None) -> None:
     """Replace the folder `path` by the files that `fill(empty_folder)` writes.
 
-    previous: a path to keep the old folder at; None removes it. A rename cannot replace a non-empty
-    folder, so the old one is renamed first. After a crash between the two renames, `settle` brings
-    it back.
+    previous: a path to keep the old folder at; None removes it.
+    """
+    stage_folder(path, fill)
+    place_folder(path, previous=previous)
+    drop_outdated(path)
+
+
+def stage_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Write the files of `fill(empty_folder)` beside the folder `path`, flushed, for `place_folder`.
+
+    May run in a thread, as long as no other one writes the same folder.
     """
     with writing(path):
         settle(path)
+        drop_outdated(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary, aside = _temporary(path), _aside(path)
+        temporary = staged(path)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        try:
+        with _dropped_on_fault(temporary):
             fill(temporary)
             follow_umask(temporary)
             for file in temporary.rglob("*"):
                 sync(file)
-            if path.exists():
-                path.rename(aside)
-            temporary.rename(path)
-            sync(path.parent)
-        except BaseException:
-            if aside.exists() and not path.exists():
-                aside.rename(path)
-            raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def place_folder(path: Path, texts: Mapping[str, str] | None = None, *, previous: Path | None = None) -> None:
+    """Replace the folder `path` by the staged one.
+
+    texts: further files, by name. previous: a path to keep the old folder at; None removes it. A
+    rename cannot replace a non-empty folder, so the old one is renamed first. After a crash between
+    the two renames, `settle` brings it back. The one kept before waits for `drop_outdated`.
+    """
+    temporary, aside = staged(path), _aside(path)
+    with writing(path):
+        with _dropped_on_fault(temporary):
+            for name, text in (texts or {}).items():
+                (temporary / name).write_text(text, encoding="utf-8")
+                sync(temporary / name)
+            try:
+                if path.exists():
+                    path.rename(aside)
+                temporary.rename(path)
+                sync(path.parent)
+            except BaseException:
+                if aside.exists() and not path.exists():
+                    aside.rename(path)
+                raise
         if previous is not None and aside.exists():
-            shutil.rmtree(previous, ignore_errors=True)
+            if previous.exists():
+                drop_outdated(path)
+                previous.rename(_outdated(path))
             aside.rename(previous)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def drop_staged(path: Path) -> None:
+    """Remove what `stage_folder` wrote for the folder `path`, if it was not placed."""
+    shutil.rmtree(staged(path), ignore_errors=True)
+
+
+def drop_outdated(path: Path) -> None:
+    """Remove the folder that was `previous` before the last `place_folder`: unlinking tens of MB takes a while."""
+    shutil.rmtree(_outdated(path), ignore_errors=True)
+
+
+@contextmanager
+def _dropped_on_fault(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def share_file(source: Path, path: Path) -> None:
+    """Make the file `path` the same as the flushed file `source`, atomically and flushed to disk.
+
+    Both are one file on the disk, so no byte is written twice. A file system without links gets a
+    copy.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            temporary.unlink(missing_ok=True)
+            link_or_copy(source, temporary)
+            temporary.replace(path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """Make the new file `path` a link to the flushed file `source`, or else a flushed copy."""
+    try:
+        path.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, path)
+        sync(path)
 
 
 def follow_umask(folder: Path) -> None:
@@ -115,12 +185,17 @@ def settle(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _temporary(path: Path) -> Path:
+def staged(path: Path) -> Path:
+    """Return the folder that `stage_folder` fills."""
     return path.with_name(f".{path.name}.new")
 
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
+
+
+def _outdated(path: Path) -> Path:
+    return path.with_name(f".{path.name}.outdated")
 
 
 def home_folder() -> Path | None:

@@ -2,10 +2,11 @@
 
 The adapter is a safetensors file and the state is JSON. Optimizer and random state are a torch file
 that is read with `weights_only`, so loading never runs code from a file. The adapter for users is a
-separate folder, which `engine/adapter/peft_files.py` writes.
+folder of its own (engine/adapter/peft_files.py); its weights are the same file on the disk.
 
-Each save replaces `checkpoint/` atomically and keeps the one before as `checkpoint.previous/`.
-Checksums in `state.json` reveal a torn checkpoint; the trial then continues from the previous one.
+Tensors are staged first, which may happen beside an evaluation. `place` adds the state and replaces
+`checkpoint/` atomically; the one before stays as `checkpoint.previous/`. Checksums in `state.json`
+reveal a torn checkpoint; the trial then continues from the previous one.
 """
 
 from __future__ import annotations
@@ -17,20 +18,19 @@ import pickle
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
-from safetensors.numpy import save as array_bytes
 from safetensors.torch import load as load_tensors
 
-from engine.adapter.lora import LoraLinear, host_arrays, load_adapter_state
+from engine.adapter.lora import LoraLinear, load_adapter_state
+from engine.adapter.peft_files import PREFIX, adapter_bytes
 from engine.errors import CheckpointError, InputError, first_line
-from engine.system.files import settle, write_folder
+from engine.system.files import drop_outdated, drop_staged, place_folder, settle, stage_folder, staged
 from engine.trial_report import TrialReport
 
 MASKS = "hash"  # engine/adapter/flat.py: a function of seed, step and place
@@ -107,31 +107,50 @@ class Pace:
     def is_due(self) -> bool:
         return self._clock() - self._saved_s >= self._wait_s
 
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Time the save inside this context; its duration decides when the next one is due."""
-        began_s = self._clock()
-        yield
+    def saved(self, seconds: float) -> None:
+        """Note that a save ended now; its duration decides when the next one is due."""
         self._saved_s = self._clock()
-        self._wait_s = max(self._at_least_s, (self._saved_s - began_s) / self._share)
+        self._wait_s = max(self._at_least_s, seconds / self._share)
 
 
-def save(trial_folder: Path, progress: Progress, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> None:
-    """Write `trial_folder/checkpoint`; an existing one becomes `checkpoint.previous`."""
+def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return what the checkpoint keeps beside the adapter. The tensors are the optimizer's own, not copies."""
+    return {"optimizer": optimizer.state_dict(), "random": _random_state()}
+
+
+def stage(trial_folder: Path, layers: dict[str, LoraLinear], state: dict[str, Any]) -> dict[str, str]:
+    """Write a checkpoint's tensors, flushed, where `place` finds them; return their digests.
+
+    May run in a thread, on a stream of its own, while nothing changes adapter and optimizer. state:
+    what `state_of` returned.
+    """
+    digests: dict[str, str] = {}
 
     def fill(folder: Path) -> None:
         # Files are made in memory first. A full disk then raises an OSError with its number, and
         # the checksums describe the intended content.
         buffer = io.BytesIO()
-        torch.save({"optimizer": optimizer.state_dict(), "random": _random_state()}, buffer)
-        adapter = array_bytes(host_arrays(layers))
-        files = {ADAPTER: adapter, OPTIMIZER: buffer.getvalue()}
-        for name, content in files.items():
+        torch.save(state, buffer)
+        for name, content in {ADAPTER: adapter_bytes(layers), OPTIMIZER: buffer.getbuffer()}.items():
             (folder / name).write_bytes(content)
-        state = asdict(progress) | {"sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}}
-        (folder / STATE).write_text(json.dumps(state, sort_keys=True))
+            digests[name] = hashlib.sha256(content).hexdigest()
 
-    write_folder(trial_folder / FOLDER, fill, previous=trial_folder / PREVIOUS)
+    stage_folder(trial_folder / FOLDER, fill)
+    return digests
+
+
+def place(trial_folder: Path, progress: Progress, digests: dict[str, str]) -> None:
+    """Complete the staged tensors by the progress, as `trial_folder/checkpoint`; an existing one becomes the previous one.
+
+    digests: what `stage` returned. They tie the state to its tensors.
+    """
+    text = json.dumps(asdict(progress) | {"sha256": digests}, sort_keys=True)
+    place_folder(trial_folder / FOLDER, {STATE: text}, previous=trial_folder / PREVIOUS)
+
+
+def staged_adapter(trial_folder: Path) -> Path:
+    """Return the flushed file of the staged adapter, in PEFT's format."""
+    return staged(trial_folder / FOLDER) / ADAPTER
 
 
 def warn_of_masks(trial_folder: Path, progress: Progress) -> None:
@@ -144,6 +163,12 @@ def warn_of_masks(trial_folder: Path, progress: Progress) -> None:
 def drop_previous(trial_folder: Path) -> None:
     """Delete `checkpoint.previous`: a finished trial needs only its last checkpoint."""
     shutil.rmtree(trial_folder / PREVIOUS, ignore_errors=True)
+    drop_outdated(trial_folder / FOLDER)
+
+
+def drop_unplaced(trial_folder: Path) -> None:
+    """Delete the tensors of a checkpoint that was not completed."""
+    drop_staged(trial_folder / FOLDER)
 
 
 def load(
@@ -181,7 +206,8 @@ def _load(folder: Path, fingerprint: str, layers: dict[str, LoraLinear], optimiz
         raise CheckpointError(f"{folder} belongs to config {state.get('fingerprint')}, not to {fingerprint}")
     progress = _progress(folder, state)
     try:
-        tensors = load_tensors(files[ADAPTER])
+        # older versions wrote the names without PEFT's prefix
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_tensors(files[ADAPTER]).items()}
         saved = torch.load(io.BytesIO(files[OPTIMIZER]), weights_only=True, map_location="cpu")
         _check_shapes(saved["optimizer"], optimizer)
         load_adapter_state(layers, tensors, str(folder))

@@ -10,7 +10,6 @@ numbers are then the same as without a stop (bit for bit on the CPU).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.adapter.lora import LoraLinear, attach, detach
-from engine.adapter.peft_files import export_adapter
 from engine.config.trial import TrainConfig
 from engine.data.packing import Cursor
 from engine.data.views import load_recorded
@@ -30,7 +28,6 @@ from engine.model.base import Base
 from engine.model.device import free, limit_memory, peak_reserved_gib, pick_device
 from engine.model.load import load_base
 from engine.shape.policies import Policy
-from engine.system.files import write_text
 from engine.training import checkpoint
 from engine.training.card_plan import CardPlanner, memory_limit_gib
 from engine.training.checkpoint import Pace, Progress, Sums
@@ -40,8 +37,9 @@ from engine.training.passes import Passes
 from engine.training.profiler import traced
 from engine.training.recordings import Recordings
 from engine.training.rung_report import RungTimes, make_report
+from engine.training.saving import TrialFiles
 from engine.training.step_sums import StepSums
-from engine.trial_report import ATTACH, DATA, EVALUATION, MODEL, RECORDING, REPORTS, SAVING, TRAIN, PartClock, TrialReport
+from engine.trial_report import ATTACH, DATA, EVALUATION, MODEL, RECORDING, SAVING, TRAIN, PartClock, TrialReport
 
 T = TypeVar("T")
 
@@ -131,7 +129,7 @@ class _Run:
     ) -> None:
         self.planner = CardPlanner.here(config, base)
         self.plan = self.planner.fastest()
-        self.config, self.trial_folder, self.base, self.layers = config, trial_folder, base, layers
+        self.config, self.base = config, base
         self.times, self.parts = times, times.parts
         with self.parts.part(DATA):
             self.train_view, eval_view = load_recorded(config, base.tokenizer, inputs)
@@ -145,21 +143,29 @@ class _Run:
         self.progress = loaded or Progress(fingerprint, masks=checkpoint.MASKS)
         if config.lora.lora_dropout:
             checkpoint.warn_of_masks(trial_folder, self.progress)
-        self._saved_step = self.progress.step
+        self.files = TrialFiles(trial_folder, config, base, layers, self.optimizer, pace or Pace(), self.parts)
+        self.files.saved_step = self.progress.step
         self.adapter.refresh()
         self.cursor.seek(self.progress.epoch, self.progress.position)
         self.plan = self.planner.changed(self.plan, self.progress.plan) if self.progress.plan else self.plan
         self._limit_gib = memory_limit_gib(config, base.device)
         self._follow_plan()
         base.model.train()
-        self._interrupted, self._pace = interrupted, pace or Pace()
+        self._interrupted = interrupted
 
     def reports(self, after_step: Callable[[], None]) -> Iterator[TrialReport]:
         """Train to each report that is due, and yield it. after_step: called after each step."""
+        try:
+            yield from self._reports(after_step)
+        finally:
+            with self.parts.part(SAVING):
+                self.files.close()
+
+    def _reports(self, after_step: Callable[[], None]) -> Iterator[TrialReport]:
         grid = self.config.train.report_grid()
         if self.progress.reports:
-            num_passed_on = self._num_written()
-            self._write_reports()
+            num_passed_on = self.files.num_reported()
+            self.files.write_reports(self.progress)
             if len(self.progress.reports) > num_passed_on:  # a crash withheld the last one
                 yield self.progress.reports[-1]
         if len(self.progress.reports) < len(grid):
@@ -169,10 +175,9 @@ class _Run:
         self.times.end_setup()
         for rung in range(len(self.progress.reports) + 1, len(grid) + 1):
             report = self._train_to(rung, grid[rung - 1], after_step)
-            with self.parts.part(SAVING):
-                self._save(report)
+            self.files.report(self.progress, report)
             if rung == len(grid):
-                checkpoint.drop_previous(self.trial_folder)
+                self.files.finish()
             yield report
 
     def _train_to(self, rung: int, tokens: int, after_step: Callable[[], None]) -> TrialReport:
@@ -193,6 +198,7 @@ class _Run:
                 progress.target_tokens_seen += num_targets
             step_sums.close()
         with self.parts.part(EVALUATION):
+            self.files.begin()
             eval_loss = self.passes.evaluate(lambda: self._keep_safe(step_sums))
             self._count_recordings(EVALUATION)
         check_loss("eval_loss", eval_loss, vocab_size)
@@ -203,10 +209,10 @@ class _Run:
     def _keep_safe(self, step_sums: StepSums) -> None:
         """Save if a save is due. If the caller asked to stop, save and raise Interrupted."""
         must_end = self._interrupted()
-        if self.progress.step > self._saved_step and (must_end or self._pace.is_due()):
+        if self.progress.step > self.files.saved_step and (must_end or self.files.is_due()):
             step_sums.settle()
             self._note_where()
-            self._save_checkpoint()
+            self.files.save(self.progress)
         if must_end:
             raise Interrupted(f"stopped on request after step {self.progress.step}")
 
@@ -276,22 +282,3 @@ class _Run:
         self.progress.reports.append(report)
         self.progress.since_report = Sums()
         return report
-
-    def _save(self, report: TrialReport) -> None:
-        if report.eval_loss == report.best_eval_loss:
-            export_adapter(self.trial_folder / "adapter", self.config, self.layers, self.base.model, self.base.tokenizer)
-        self._save_checkpoint()
-        self._write_reports()
-
-    def _save_checkpoint(self) -> None:
-        with self.parts.part(SAVING), self._pace.saving():
-            checkpoint.save(self.trial_folder, self.progress, self.layers, self.optimizer)
-        self._saved_step = self.progress.step
-
-    def _num_written(self) -> int:
-        file = self.trial_folder / REPORTS
-        return file.read_bytes().count(b"\n") if file.is_file() else 0
-
-    def _write_reports(self) -> None:
-        lines = [json.dumps(report.to_dict(), sort_keys=True) + "\n" for report in self.progress.reports]
-        write_text(self.trial_folder / REPORTS, "".join(lines))
