@@ -188,14 +188,16 @@ class Cursor:
 
 
 def _first_fit_decreasing(indices: np.ndarray, lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Put each sample, the longest first, into the first bin with room for it."""
+    sizes = lengths[indices]
+    order = np.lexsort((indices, -sizes))
     bins: list[list[int]] = []
-    room = np.empty(len(indices), dtype=np.int64)
-    for i in sorted(indices, key=lambda i: (-lengths[i], i)):
-        fits = np.flatnonzero(room[: len(bins)] >= lengths[i])
-        if len(fits) == 0:
-            room[len(bins)] = capacity
+    room = np.full(len(indices) + 1, np.iinfo(np.int64).max)  # a bin that is not open yet takes any sample
+    for i, size in zip(indices[order].tolist(), sizes[order].tolist()):
+        slot = int((room[: len(bins) + 1] >= size).argmax())
+        if slot == len(bins):
             bins.append([])
-        slot = int(fits[0]) if len(fits) else len(bins) - 1
-        bins[slot].append(int(i))
-        room[slot] -= lengths[i]
+            room[slot] = capacity
+        bins[slot].append(i)
+        room[slot] -= size
     return bins

@@ -14,6 +14,7 @@ Gemma-2-2B, is bound by its products: it shows TFLOP/s, of the products that any
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import time
 from collections.abc import Callable
@@ -228,10 +229,56 @@ def _attention_cases() -> list[Case]:
     return [replace(case, parity=1e-2, flops=flops * factor) for case, factor in zip(cases, (1.0, 2.5))]
 
 
+def _ragged_attention_cases() -> list[Case]:
+    """Return attention over a ragged row, next to torch's flash attention: who is faster decides the route.
+
+    `tiles_are_faster` in engine/layers/attention.py holds what came out. Heads are SmolLM2-135M's,
+    Llama-3.2-1B's and Llama-3.1-8B's; the row is two of 4,096 tokens, of samples as chats have them.
+    """
+    return [case for heads in ((9, 3, 64), (32, 8, 64), (32, 8, 128)) for case in _beside_flash(*heads)]
+
+
+def _beside_flash(heads: int, groups: int, features: int) -> list[Case]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    lengths = torch.tensor([311, 1024, 96, 547, 208, 743, 181, 402, 584] * 2)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to("cuda", torch.int32)
+    tokens, longest, scale = int(lengths.sum()), int(lengths.max()), features**-0.5
+    q, dout = (_draw(tokens, heads, features).requires_grad_(i == 0) for i in range(2))
+    k, v = (_draw(tokens, groups, features).requires_grad_() for _ in range(2))
+    saved = ops.attention(q.detach(), k.detach(), v.detach(), ops.document_spans(offsets, tokens), scale)
+    options = {"window_size": (-1, 0), "enable_gqa": True}
+    options = {name: value for name, value in options.items() if name in inspect.signature(varlen_attn).parameters}
+
+    def flash() -> Tensor:
+        return varlen_attn(q, k, v, offsets, offsets, longest, longest, **options)
+
+    def ours() -> Tensor:
+        return ops.attention(q.detach(), k.detach(), v.detach(), ops.document_spans(offsets, tokens), scale)[0]
+
+    def ours_backward() -> tuple[Tensor, ...]:
+        given = (q.detach(), k.detach(), v.detach(), *saved, ops.document_spans(offsets, tokens))
+        return ops.attention_backward(dout, *given, scale)
+
+    out, name = flash(), f"ragged {tokens}x{heads}+{groups}x{features}, plain is flash"
+    num_bytes, flops = 2 * q.nbytes + 2 * k.nbytes, 2 * heads * features * float((lengths**2).sum())
+    return [
+        Case(f"attention {name}", num_bytes, ours, lambda: flash().detach(), parity=1e-2, flops=flops),
+        Case(
+            f"attention_backward {name}",
+            num_bytes,
+            ours_backward,
+            lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True),
+            parity=1e-2,
+            flops=2.5 * flops,
+        ),
+    ]
+
+
 # Built one family at a time, so that memory is freed in between.
 CASES = (
     _norm_cases, _rope_cases, _glu_cases, _glu_low_rank_cases, _nf4_cases, _loss_cases, _dropout_cases, _gather_cases,
-    _attention_cases,
+    _attention_cases, _ragged_attention_cases,
 )  # fmt: skip
 
 

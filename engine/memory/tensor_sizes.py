@@ -19,7 +19,8 @@ from engine.shape.model_shape import ModelShape
 class Sizes:
     """The bytes of one layer's tensors: x [T, D], q [T, H, K], k [T, G, K], f [T, F], low [T, 1], p [T, P].
 
-    qkv is what the layer projects of queries, keys and values. inputs are the p of all layers. mixer
+    qkv is what the layer projects of queries, keys and values. gate_up is [T, 2 F], or [T, F] without
+    a gate. inputs are the p of all layers. mixer
     is None in a layer with attention.
 
     heads [T, H] is fp32. scores [H, T, L] and one sample's [H, L, L] count one byte a value.
@@ -32,6 +33,7 @@ class Sizes:
     k: int
     qkv: int
     f: int
+    gate_up: int
     p: int
     inputs: int
     low: int
@@ -55,6 +57,7 @@ class Sizes:
             k=element * tokens * shape.num_kv_heads * shape.head_dim,
             qkv=element * tokens * sum(shape.projections()[name][0] for name in shape.groups.get("qkv", ())),
             f=element * tokens * shape.intermediate_size,
+            gate_up=element * tokens * shape.intermediate_size * (2 if shape.has_gate else 1),
             p=element * tokens * shape.input_width,
             inputs=element * tokens * shape.input_width * shape.num_layers,
             low=element * tokens,
@@ -95,11 +98,11 @@ class Sizes:
         """Return the bytes that autograd keeps of one of transformers' own layers, without its input.
 
         They are fp32 copies in the norms and inputs of adapted matmuls. Attention adds its queries,
-        keys, values and output; the MLP adds gate, its activation, up and their product. Dropout
+        keys, values and output; the MLP adds gate, its activation, up and their product, or up and its activation. Dropout
         adds each projection's masked input and mask.
         """
         norms = (layer.attention.number + layer.mlp.number) * self.x + (self.q + self.k if layer.qk_norm != "none" else 0)
-        kept = 4 * norms // self.element + 2 * self.x + self.unfused_attention + 4 * self.f + 10 * eager_scores
+        kept = 4 * norms // self.element + 2 * self.x + self.unfused_attention + 2 * self.gate_up + 10 * eager_scores
         return kept + (3 * (5 * self.x + self.q + self.f) // 2 if dropout else 0)
 
     @property

@@ -140,7 +140,7 @@ class TrialWalk:
         if self.is_fused:  # the last layer has the fewest cached weights, and the widest MLP if layers differ
             self._pass(last, dropout=False).forward(trains=False)
         else:
-            self.live.briefly(3 * sizes.f + 6 * sizes.x + self._largest_weight() + 12 * self._eager_scores(sizes))
+            self.live.briefly(sizes.gate_up + sizes.f + 6 * sizes.x + self._largest_weight() + 12 * self._eager_scores(sizes))
         self.live.drop("inputs", "shared keys", f"keys of {last}")
         self._loss(sizes, tokens, trains=False)
         self.live.drop(f"{last}.x", f"{last + 1}.x", "batch", "layer inputs")
@@ -210,7 +210,7 @@ class TrialWalk:
         for i in range(1, number + 1):
             self.live.hold(f"{i}.x", sizes.x, BOUNDARY)
         self.live.hold("graph", 0 if recomputes else sum(map(self._unfused_graph, self.layer_sizes)), KEPT)
-        self.live.briefly(3 * sizes.f + 6 * sizes.x + self._largest_weight())
+        self.live.briefly(sizes.gate_up + sizes.f + 6 * sizes.x + self._largest_weight())
 
     def _backward_unfused(self, sizes: Sizes) -> None:
         recomputes = Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
@@ -218,7 +218,7 @@ class TrialWalk:
         again = max(map(self._unfused_graph, self.layer_sizes)) if recomputes else 0
         mixers = [size.mixer.extra for size in self.layer_sizes if size.mixer is not None]
         self.live.briefly(again + max(mixers, default=0), MIXERS)
-        with self.live.holding(again + 4 * sizes.f + 6 * sizes.x), self.live.holding(self._largest_weight(), WEIGHTS):
+        with self.live.holding(again + 2 * sizes.gate_up + 6 * sizes.x), self.live.holding(self._largest_weight(), WEIGHTS):
             self.live.briefly(2 * sizes.q + 12 * self._eager_scores(sizes), ATTENTION)
         self.live.drop("graph", *(f"{i}.x" for i in range(self.shape.num_layers)))
 

@@ -76,7 +76,7 @@ def forward_work(plan: LayerPlan, step: StepShape) -> LayerWork:
         _add_matmul(work, group, plan, step)
     s = step.sizes
     work.plain_bytes = 4 * s.x + 3 * s.x + 2 * s.x * _norms_after(step.shape)
-    work.activation_bytes = 3 * s.f
+    work.activation_bytes = s.gate_up + s.f
     _add_first_half(work, step)
     return work
 
@@ -104,7 +104,7 @@ def backward_work(plan: LayerPlan, step: StepShape) -> LayerWork:
     norms = 2 * s.x + 4 * s.x + 4 * s.x + 4 * s.x * _norms_after(shape)
     norms += 4 * s.x if shape.layer.multiplier else 0
     work.plain_bytes = norms
-    work.activation_bytes = 6 * s.f
+    work.activation_bytes = 2 * (s.gate_up + s.f)
     if shape.mixer is not None:
         _add_mixer(work, step, MIXER_PASSES[1], MIXER_BACKWARD)
         if plan.policy not in (Policy.KEEP, Policy.SELECTIVE):
@@ -130,7 +130,7 @@ def _with_mlp_again(work: LayerWork, plan: LayerPlan, step: StepShape) -> LayerW
         work.matmul += 2 * step.tokens * step.parameters["gate_up"]
         if not step.is_fused or step.shape.layer.mlp.after:
             _add_matmul(work, "down", plan, step)
-            work.activation_bytes += 3 * s.f
+            work.activation_bytes += s.gate_up + s.f
     return work
 
 
@@ -146,7 +146,7 @@ def _add_matmul(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, i
     if not plan.ranks[group]:
         return
     inputs, outputs = _mixer_io(step) if group == MIXER else {
-        "qkv": (s.x, s.qkv), "o": (s.q, s.x), "gate_up": (s.x, 2 * s.f), "down": (s.f, s.x),
+        "qkv": (s.x, s.qkv), "o": (s.q, s.x), "gate_up": (s.x, s.gate_up), "down": (s.f, s.x),
         INPUT_GATE: (s.x, s.p), INPUT_PROJECTION: (s.p, s.x),
     }[group]  # fmt: skip
     passes = 2 if is_backward else 1

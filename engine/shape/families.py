@@ -224,3 +224,7 @@ OTHER_TYPES = {
 """Further model types -> the key of the family whose layers they have."""
 OTHER = Family("")
 """Stands for a family whose layers run unfused: the usual names of parts, two norms, no biases."""
+WITHOUT_GATE = frozenset(
+    {"apertus", "arcee", "biogpt", "gpt_neox", "jais2", "nanochat", "nemotron", "persimmon", "phi", "starcoder2"}
+)
+"""Types of unfused models whose MLP is one layer up and one down; config.json does not say so."""

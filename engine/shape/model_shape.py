@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from engine.errors import InputError
-from engine.shape.families import ACTIVATIONS, FAMILIES, INPUT_GATE, INPUT_PROJECTION, OTHER, OTHER_TYPES, Family
+from engine.shape.families import ACTIVATIONS, FAMILIES, INPUT_GATE, INPUT_PROJECTION, OTHER, OTHER_TYPES, WITHOUT_GATE, Family
 from engine.shape.layer_shapes import LINEAR, Keys, LayerShape, gemma4_layers, hybrid_layers
 from engine.shape.mixer_shape import MIXER, MixerShape
 
@@ -29,6 +29,7 @@ class ModelShape:
 
     - qkv_bias, o_bias, mlp_bias: True if these projections have a bias.
     - family: a key of FAMILIES, or "other".
+    - has_gate: False if the MLP multiplies by no gate, so that it has one matrix less.
     - attention_softcap: True if scores pass through a tanh, which torch's fast attention lacks.
     - sliding_window: number of keys that a query sees; None if it sees all.
     - rotates_by_row: True if rotary frequencies depend on the longest sample of a row, which the
@@ -52,6 +53,7 @@ class ModelShape:
     o_bias: bool = False
     mlp_bias: bool = False
     family: str = "llama"
+    has_gate: bool = True
     attention_softcap: bool = False
     sliding_window: int | None = None
     rotates_by_row: bool = False
@@ -122,6 +124,7 @@ class ModelShape:
             o_bias=_has_bias(layer, "o", values),
             mlp_bias=_has_bias(layer, "gate_up", values),
             family=family,
+            has_gate=family != "other" or kind not in WITHOUT_GATE,
             attention_softcap=family in ("gemma2", "vaultgemma") and bool(softcap),
             sliding_window=window if isinstance(window, int) and not isinstance(window, bool) else None,
             rotates_by_row=_rotates_by_row(values),
@@ -143,7 +146,8 @@ class ModelShape:
         if self.mixer is not None:
             return {MIXER: self.layer.mixing, "gate_up": groups["gate_up"], "down": groups["down"]}
         made = {"own": groups["qkv"], "values": groups["qkv"][:2], "shared": groups["qkv"][:1]}[self.keys]
-        return {**groups, "qkv": made, **(self.layer.tail if self.input_width else {})}
+        up = groups["gate_up"] if self.has_gate else groups["gate_up"][-1:]
+        return {**groups, "qkv": made, "gate_up": up, **(self.layer.tail if self.input_width else {})}
 
     @cached_property
     def each(self) -> tuple[ModelShape, ...]:
@@ -185,7 +189,7 @@ class ModelShape:
         sizes = {INPUT_GATE: ((P,), D), INPUT_PROJECTION: ((D,), P)} if P else {}
         q_made = 2 * q if self.layer.output_gate else q
         made = (q_made, kv, kv) if self.keys == "own" else (q_made, kv)[: len(self.groups.get("qkv", ()))]
-        sizes |= {"qkv": (made, D), "o": ((D,), q), "gate_up": ((F, F), D), "down": ((D,), F)}
+        sizes |= {"qkv": (made, D), "o": ((D,), q), "gate_up": ((F, F) if self.has_gate else (F,), D), "down": ((D,), F)}
         found = {}
         for group, members in self.groups.items():
             if group == MIXER:

@@ -7,8 +7,13 @@ from typing import Any
 import pytest
 
 from engine.errors import InputError
+from engine.shape.families import WITHOUT_GATE
 from engine.shape.model_shape import ModelShape
 from tests.support.published_models import GEMMA2_9B, GEMMA3_4B, LLAMA_1B, LLAMA_8B, MISTRAL_7B, QWEN2_7B, QWEN3_8B
+
+STARCODER2_3B = {"model_type": "starcoder2", "num_hidden_layers": 30, "hidden_size": 3072, "intermediate_size": 12288,
+                 "num_attention_heads": 24, "num_key_value_heads": 2, "vocab_size": 49152, "tie_word_embeddings": True,
+                 "hidden_act": "gelu_pytorch_tanh"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -36,6 +41,28 @@ def test_any_other_model_is_read_by_the_usual_names() -> None:
     shape = ModelShape.of({**LLAMA_8B, "model_type": "olmo"}, "x")
     assert (shape.family, shape.num_layers, shape.head_dim) == ("other", 32, 128)
     assert ModelShape.of({**LLAMA_8B, "hidden_act": "gelu"}, "x").family == "other"
+
+
+def test_an_mlp_without_a_gate_has_one_matrix_less() -> None:
+    shape = ModelShape.of(STARCODER2_3B, "x")
+    assert (shape.family, shape.num_parameters) == ("other", pytest.approx(3.030e9, rel=1e-3))
+    assert ModelShape.of({**STARCODER2_3B, "model_type": "olmo"}, "x").num_parameters > 1.36 * shape.num_parameters
+    assert ModelShape.of({**LLAMA_8B, "hidden_act": "relu2"}, "x").has_gate  # unfused too, but with a gate
+
+
+@pytest.mark.parametrize("kind", sorted(WITHOUT_GATE))
+def test_the_types_without_a_gate_are_the_library_s(kind: str) -> None:
+    import torch
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    if kind not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers does not know it")
+    sizes = {"hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = AutoConfig.for_model(kind, **sizes, num_hidden_layers=1, vocab_size=99, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = [tuple(p.shape) for p in model.parameters() if p.dim() == 2]
+    assert (shapes.count((112, 64)), shapes.count((64, 112))) == (1, 1)
 
 
 def test_null_is_no_window_and_no_softcap() -> None:
