@@ -97,6 +97,15 @@ def test_flash_attention_s_backward_pass_takes_the_sinks_in_the_output_and_the_l
             assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, wanted)) == matches
 
 
+@pytest.mark.parametrize(
+    ("head", "window", "capability", "ours"),
+    [(64, None, (9, 0), True), (128, None, (9, 0), False), (64, 37, (9, 0), False), (64, None, (8, 9), False),
+     (64, None, (10, 0), False), (32, None, (9, 0), False)],
+)  # fmt: skip
+def test_our_kernels_take_ragged_rows_only_where_they_were_measured_faster(head, window, capability, ours):
+    assert attention.tiles_are_faster(head, attention.AttentionOptions(None, window), capability) == ours
+
+
 @pytest.mark.parametrize("sunk", [False, True])
 @pytest.mark.parametrize("window", [None, 5])
 def test_attention_by_our_own_operation_equals_the_path_for_the_cpu_with_all_gradients(window, sunk):

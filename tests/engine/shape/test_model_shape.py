@@ -58,7 +58,8 @@ def test_the_types_without_a_gate_are_the_library_s(kind: str) -> None:
     if kind not in CONFIG_MAPPING:
         pytest.skip("this version of transformers does not know it")
     sizes = {"hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 4}
-    config = AutoConfig.for_model(kind, **sizes, num_hidden_layers=1, vocab_size=99, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    config = AutoConfig.for_model(kind, **sizes, **ids, num_hidden_layers=1, vocab_size=99)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes = [tuple(p.shape) for p in model.parameters() if p.dim() == 2]

@@ -13,7 +13,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from engine.errors import StorageError
-from engine.system.files import storage_fault, write_folder, write_text
+from engine.system.files import (
+    drop_outdated,
+    place_folder,
+    settle,
+    share_file,
+    stage_folder,
+    storage_fault,
+    write_folder,
+    write_text,
+)
 from engine.system.shared_cache import build_once
 
 
@@ -23,7 +32,7 @@ class FullDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int, code: int = errno.ENOSPC) -> None:
         self.calls, self.number, self.code, self.failed = 0, number, code, False
         for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "mkdir"), (Path, "write_text"),
-                            (Path, "write_bytes")):  # fmt: skip
+                            (Path, "write_bytes"), (Path, "hardlink_to"), (shutil, "copyfile")):  # fmt: skip
             monkeypatch.setattr(owner, name, self._wrapped(getattr(owner, name)))
 
     def _wrapped(self, real):
@@ -31,10 +40,14 @@ class FullDisk:
             self.calls += 1
             if self.calls == self.number:
                 self.failed = True
-                raise OSError(self.code, os.strerror(self.code))
+                self.fail(self.code)
             return real(*arguments, **options)
 
         return call
+
+    @staticmethod
+    def fail(code: int) -> None:
+        raise OSError(code, os.strerror(code))
 
 
 def filled(text):
@@ -65,6 +78,44 @@ def test_a_fault_at_any_write_leaves_the_old_file_and_folder_whole(tmp_path, cod
         write_folder(folder, filled("old"))
     assert num_failed >= 7  # twin: the test did reach the write calls
     assert (file.read_text(), (folder / "a").read_text()) == ("new", "new")
+
+
+def write_in_parts(folder, previous, shared):
+    """Stage a folder, complete it by a second file, and let its first file take another one's place too."""
+    stage_folder(folder, filled("new"))
+    place_folder(folder, {"b": "new"}, previous=previous)
+    share_file(folder / "a", shared / "a")
+
+
+def test_a_process_killed_at_any_write_leaves_whole_folders_and_the_next_write_clears_up(tmp_path):
+    num_killed = 0
+    while True:
+        place = tmp_path / str(num_killed)
+        folder, previous, shared = place / "d", place / "previous", place / "shared"
+        for text in ("older", "old"):
+            write_folder(folder, filled(text), previous=previous)
+        write_folder(shared, filled("old"))
+        child = os.fork()
+        if not child:  # no code runs after a kill, so no clean-up either
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(FullDisk, "fail", staticmethod(lambda code: os._exit(9)))
+                FullDisk(patch, num_killed + 1)
+                write_in_parts(folder, previous, shared)
+                os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        settle(folder)
+        found = {path.name: path.read_text() for path in folder.iterdir()}
+        assert found in ({"a": "old"}, {"a": "new", "b": "new"})
+        assert not previous.exists() or (previous / "a").read_text() in ("older", "old")
+        assert (shared / "a").read_text() in ("old", "new")
+        write_in_parts(folder, previous, shared)
+        drop_outdated(folder)
+        assert sorted(path.name for path in place.iterdir()) == ["d", "previous", "shared"]
+        assert {path.read_text() for path in (folder / "a", folder / "b", shared / "a")} == {"new"}
+        if ended == 0:
+            break
+        num_killed += 1
+    assert num_killed >= 12 and os.path.samefile(folder / "a", shared / "a")
 
 
 def test_what_libraries_say_of_a_full_disk_is_understood_and_other_errors_are_not():
