@@ -26,6 +26,7 @@ from engine.model.base import Base
 from engine.rates.timing import Timer
 from engine.rates.widths import Widths
 from engine.shape.policies import Policy
+from engine.training import recordings
 
 NUM_LAYERS, RANK = 3, 16
 # A sample's tokens: no multiple of 256, so that attention runs as it does on ragged rows.
@@ -111,16 +112,15 @@ def _recorded(compute: Callable[[], object], device: torch.device) -> Callable[[
     """Return the replay of the call's launches; the call itself where they cannot be recorded."""
     if device.type != "cuda":
         return compute
-    side, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # what is computed first may wait for the device
         compute()
     torch.cuda.current_stream().wait_stream(side)
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            compute()
+        _, replay = recordings.capture(compute, torch.cuda.graph_pool_handle())
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # attention without a device-side list of samples, in older versions of torch
         return compute
-    return graph.replay
+    return replay

@@ -161,9 +161,10 @@ class Recordings:
 def capture(compute: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
     """Record `compute` as a CUDA graph, without computing. Return its result's tensor and what replays it.
 
-    Raises OutOfMemoryError, and RuntimeError if the code waits for the device.
+    Raises OutOfMemoryError, and RuntimeError if the code waits for the device. Then nothing is left
+    of the recording, and the next one may use the pool.
     """
-    graph, result, fault = torch.cuda.CUDAGraph(), None, None
+    graph, result, fault, stream = torch.cuda.CUDAGraph(), None, None, torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             try:
@@ -174,7 +175,26 @@ def capture(compute: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[
         fault = fault or error
     try:
         if fault is not None:
+            _leave_recording(stream, pool)
             raise fault
         return result, graph.replay
     finally:
         fault = None  # its traceback holds this frame, and the frame would hold it
+
+
+def _leave_recording(stream: torch.cuda.Stream, pool: Any) -> None:
+    """Undo what torch leaves behind if the end of a recording raises an error. stream: the one before it.
+
+    Torch stays on the recording's stream. Its allocator counts the pool as recording: it refuses the
+    pool's next recording, and frees no cached memory when memory runs out. Its random generator
+    stays in the recording's mode, which a recording that succeeds ends.
+    """
+    torch.cuda.set_stream(stream)
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        return  # the recording ended as usual, and only its content was at fault
+    torch._C._cuda_releasePool(device, pool)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        torch.zeros((), device="cuda")

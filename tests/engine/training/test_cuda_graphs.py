@@ -186,3 +186,30 @@ def test_an_evaluation_over_padded_rows_is_the_evaluation(config):
         padded = Size.of(row, 256, 60).pad(row, 60)
         assert Size.padded(padded) == Size.of(row, 256, 60) and torch.equal(graphs.loss(padded), base.loss(padded).detach())
         torch.testing.assert_close(graphs.loss(padded), base.loss(row).detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fault", ["waits for the device", "out of memory"])
+def test_a_failed_recording_leaves_nothing_behind(fault):
+    pool, stream, one = torch.cuda.graph_pool_handle(), torch.cuda.current_stream(), torch.ones((), device="cuda")
+    _, earlier = recordings.capture(lambda: one.mul_(2.0), pool)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+
+    def failing():
+        kept = torch.empty(2**28, device="cuda", dtype=torch.uint8)  # 256 MiB, in the pool
+        if fault == "out of memory":
+            return torch.empty(2**50, device="cuda", dtype=torch.uint8)
+        return kept.sum() if kept.sum().item() else one
+
+    with pytest.raises(torch.OutOfMemoryError if fault == "out of memory" else RuntimeError):
+        recordings.capture(failing, pool)
+    assert torch.cuda.current_stream() == stream
+    torch.rand(4, device="cuda")  # raises if the generator still records
+    loss, replay = recordings.capture(lambda: one + 1.0, pool)
+    earlier()
+    replay()
+    assert loss.item() == 3.0
+    torch.empty(2**28, device="cuda", dtype=torch.uint8)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + 2**26  # neither the failed recording's memory nor later memory stays
