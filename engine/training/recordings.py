@@ -197,4 +197,4 @@ def _leave_recording(stream: torch.cuda.Stream, pool: Any) -> None:
         return  # the recording ended as usual, and only its content was at fault
     torch._C._cuda_releasePool(device, pool)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-        torch.zeros((), device="cuda")
+        torch.zeros((), device=device)

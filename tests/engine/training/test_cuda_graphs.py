@@ -98,14 +98,18 @@ def test_a_model_that_cannot_be_recorded_is_computed_without(config, monkeypatch
     from types import SimpleNamespace
 
     @contextmanager
-    def graph(*_, **__):
+    def graph(*_, pool=None, **__):
         yield
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        if pool is not None:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream, undone = SimpleNamespace(wait_stream=lambda other: None), []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: undone.append("claim"))
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: undone.append("pool"))
+    monkeypatch.setattr(Recordings, "pool", (0, 1))
     for name, value in {
         "current_stream": lambda: stream, "stream": lambda s: nullcontext(), "CUDAGraph": SimpleNamespace,
-        "graph": graph,
+        "graph": graph, "set_stream": lambda s: undone.append(s), "current_device": lambda: "cpu",
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr("engine.training.cuda_graphs._side_stream", lambda device: stream)
@@ -121,6 +125,7 @@ def test_a_model_that_cannot_be_recorded_is_computed_without(config, monkeypatch
     adapter.zero_grad()
     torch.testing.assert_close(graphs.backward(row, row.num_targets), base.loss(row).detach())
     assert not len(kept) and not kept.can_record
+    assert undone == [stream, "claim", "pool"] * 2  # the second try too leaves nothing behind
     detach(base.model, layers)
 
 
