@@ -1,8 +1,9 @@
 """Save and load what exact resume needs: adapter, optimizer, random state, data cursor, reports.
 
-The adapter is a safetensors file and the state is JSON. Optimizer and random state are a torch file
-that is read with `weights_only`, so loading never runs code from a file. The adapter for users is a
-separate folder, which `engine/adapter/peft_files.py` writes.
+The adapter is a safetensors file and the state is JSON. Optimizer, random state and the running
+average, if there is one, are a torch file that is read with `weights_only`, so loading never runs
+code from a file. The adapter for users is a separate folder, which `engine/adapter/peft_files.py`
+writes.
 
 Each save replaces `checkpoint/` atomically and keeps the one before as `checkpoint.previous/`.
 Checksums in `state.json` reveal a torn checkpoint; the trial then continues from the previous one.
@@ -116,15 +117,25 @@ class Pace:
         self._wait_s = max(self._at_least_s, (self._saved_s - began_s) / self._share)
 
 
-def save(trial_folder: Path, progress: Progress, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> None:
+@dataclass(frozen=True)
+class Tensors:
+    """Hold what a checkpoint restores in place. average: fp32 of the adapter's flat shape, None if there is none."""
+
+    layers: dict[str, LoraLinear]
+    optimizer: torch.optim.Optimizer
+    average: torch.Tensor | None = None
+
+
+def save(trial_folder: Path, progress: Progress, tensors: Tensors) -> None:
     """Write `trial_folder/checkpoint`; an existing one becomes `checkpoint.previous`."""
 
     def fill(folder: Path) -> None:
         # Files are made in memory first. A full disk then raises an OSError with its number, and
         # the checksums describe the intended content.
         buffer = io.BytesIO()
-        torch.save({"optimizer": optimizer.state_dict(), "random": _random_state()}, buffer)
-        adapter = array_bytes(host_arrays(layers))
+        average = {} if tensors.average is None else {"average": tensors.average}
+        torch.save({"optimizer": tensors.optimizer.state_dict(), "random": _random_state(), **average}, buffer)
+        adapter = array_bytes(host_arrays(tensors.layers))
         files = {ADAPTER: adapter, OPTIMIZER: buffer.getvalue()}
         for name, content in files.items():
             (folder / name).write_bytes(content)
@@ -146,10 +157,8 @@ def drop_previous(trial_folder: Path) -> None:
     shutil.rmtree(trial_folder / PREVIOUS, ignore_errors=True)
 
 
-def load(
-    trial_folder: Path, fingerprint: str, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer
-) -> Progress | None:
-    """Restore layers, optimizer and random state, and return the progress; None if none was saved.
+def load(trial_folder: Path, fingerprint: str, tensors: Tensors) -> Progress | None:
+    """Restore the tensors and the random state, and return the progress; None if none was saved.
 
     A torn `checkpoint` falls back to `checkpoint.previous`. Raises CheckpointError if neither is
     complete, or if the checkpoint belongs to another config; nothing has been changed then.
@@ -159,18 +168,18 @@ def load(
     if not folder.is_dir() and not previous.is_dir():
         return None
     try:
-        return _load(folder, fingerprint, layers, optimizer)
+        return _load(folder, fingerprint, tensors)
     except TornCheckpoint as torn:
         if not previous.is_dir():
             raise TornCheckpoint(f"{torn}; remove the folder to start this trial again") from None
-        progress = _load(previous, fingerprint, layers, optimizer)
+        progress = _load(previous, fingerprint, tensors)
         print(f"WARNING: {torn}; continuing from {previous}, which has {len(progress.reports)} reports", file=sys.stderr)
         # Otherwise the next save would keep the torn one as the previous good one.
         shutil.rmtree(folder, ignore_errors=True)
         return progress
 
 
-def _load(folder: Path, fingerprint: str, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> Progress:
+def _load(folder: Path, fingerprint: str, tensors: Tensors) -> Progress:
     links = [path for path in (folder, *(folder / name for name in (ADAPTER, OPTIMIZER, STATE))) if path.is_symlink()]
     if links:
         raise CheckpointError(f"{links[0]} is a link; a checkpoint must be a folder of regular files")
@@ -181,11 +190,13 @@ def _load(folder: Path, fingerprint: str, layers: dict[str, LoraLinear], optimiz
         raise CheckpointError(f"{folder} belongs to config {state.get('fingerprint')}, not to {fingerprint}")
     progress = _progress(folder, state)
     try:
-        tensors = load_tensors(files[ADAPTER])
+        adapter = load_tensors(files[ADAPTER])
         saved = torch.load(io.BytesIO(files[OPTIMIZER]), weights_only=True, map_location="cpu")
-        _check_shapes(saved["optimizer"], optimizer)
-        load_adapter_state(layers, tensors, str(folder))
-        optimizer.load_state_dict(saved["optimizer"])
+        _check_shapes(saved, tensors)
+        load_adapter_state(tensors.layers, adapter, str(folder))
+        tensors.optimizer.load_state_dict(saved["optimizer"])
+        if tensors.average is not None:
+            tensors.average.copy_(saved["average"])
         _restore_random_state(saved["random"])
     except InputError as error:
         raise CheckpointError(str(error)) from None
@@ -214,10 +225,13 @@ def _progress(folder: Path, state: dict[str, Any]) -> Progress:
     return progress
 
 
-def _check_shapes(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+def _check_shapes(saved: dict[str, Any], tensors: Tensors) -> None:
     """Raise ValueError for wrong shapes: load_state_dict accepts them, but the first step fails."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, values in state["state"].items():
+    parameters = [p for group in tensors.optimizer.param_groups for p in group["params"]]
+    average = saved.get("average")
+    if getattr(average, "shape", None) != getattr(tensors.average, "shape", None):
+        raise ValueError("its running average has another shape")
+    for index, values in saved["optimizer"]["state"].items():
         for name in set(PER_PARAMETER) & set(values):
             if values[name].shape != parameters[index].shape:
                 raise ValueError(f"{name} has shape {tuple(values[name].shape)}, not {tuple(parameters[index].shape)}")

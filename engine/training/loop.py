@@ -1,8 +1,9 @@
 """Train one trial: `for report in train(config, trial_folder)`. The caller may stop at any report.
 
 Before each report, `train` writes three things to `trial_folder`: a checkpoint, all reports
-(`reports.jsonl`), and the adapter with the lowest eval_loss so far (`adapter/`, PEFT format).
-Between reports it saves the checkpoint from time to time, and when the caller asks it to stop.
+(`reports.jsonl`), and the adapter with the lowest eval_loss so far (`adapter/`, PEFT format) with
+its losses on each sample. With `optim.ema_horizon` that may be a running average. Between reports
+it saves the checkpoint from time to time, and when the caller asks it to stop.
 
 Called again on the same folder, `train` continues after the last step in the checkpoint. The
 numbers are then the same as without a stop (bit for bit on the CPU).
@@ -10,7 +11,6 @@ numbers are then the same as without a stop (bit for bit on the CPU).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,27 +21,29 @@ from torch import Tensor, nn
 
 from engine.adapter.lora import LoraLinear, attach, detach
 from engine.adapter.peft_files import export_adapter
+from engine.adapter.running_average import RunningAverage
 from engine.config.trial import TrainConfig
 from engine.data.packing import Cursor
 from engine.data.views import load_recorded
 from engine.errors import Interrupted, OutOfMemory
+from engine.evaluation.better_adapter import BetterAdapter, evaluate_both
 from engine.evaluation.eval_loss import evaluation_batches
 from engine.model.base import Base
 from engine.model.device import free, limit_memory, peak_reserved_gib, pick_device
 from engine.model.load import load_base
+from engine.sample_losses import write_sample_losses
 from engine.shape.policies import Policy
-from engine.system.files import write_text
 from engine.training import checkpoint
 from engine.training.card_plan import CardPlanner, memory_limit_gib
-from engine.training.checkpoint import Pace, Progress, Sums
+from engine.training.checkpoint import Pace, Progress, Sums, Tensors
 from engine.training.divergence import check_loss
 from engine.training.optim import learning_rate, make_optimizer, set_learning_rate, step_middle
 from engine.training.passes import Passes
 from engine.training.profiler import traced
 from engine.training.recordings import Recordings
-from engine.training.rung_report import RungTimes, make_report
+from engine.training.rung_report import RungTimes, make_report, num_written, write_reports
 from engine.training.step_sums import StepSums
-from engine.trial_report import ATTACH, DATA, EVALUATION, MODEL, RECORDING, REPORTS, SAVING, TRAIN, PartClock, TrialReport
+from engine.trial_report import ATTACH, DATA, EVALUATION, MODEL, RECORDING, SAVING, TRAIN, PartClock, TrialReport
 
 T = TypeVar("T")
 
@@ -141,7 +143,9 @@ class _Run:
         self.adapter = self.passes.adapter
         self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
         fingerprint = config.fingerprint()
-        loaded = checkpoint.load(trial_folder, fingerprint, layers, self.optimizer)
+        self.average = RunningAverage(self.adapter, config.optim.ema_horizon)
+        self._tensors = Tensors(layers, self.optimizer, self.average.values)
+        loaded = checkpoint.load(trial_folder, fingerprint, self._tensors)
         self.progress = loaded or Progress(fingerprint, masks=checkpoint.MASKS)
         if config.lora.lora_dropout:
             checkpoint.warn_of_masks(trial_folder, self.progress)
@@ -158,8 +162,8 @@ class _Run:
         """Train to each report that is due, and yield it. after_step: called after each step."""
         grid = self.config.train.report_grid()
         if self.progress.reports:
-            num_passed_on = self._num_written()
-            self._write_reports()
+            num_passed_on = num_written(self.trial_folder)
+            write_reports(self.trial_folder, self.progress.reports)
             if len(self.progress.reports) > num_passed_on:  # a crash withheld the last one
                 yield self.progress.reports[-1]
         if len(self.progress.reports) < len(grid):
@@ -168,14 +172,14 @@ class _Run:
             self._recorded_s = self.passes.recording_s
         self.times.end_setup()
         for rung in range(len(self.progress.reports) + 1, len(grid) + 1):
-            report = self._train_to(rung, grid[rung - 1], after_step)
+            report, found = self._train_to(rung, grid[rung - 1], after_step)
             with self.parts.part(SAVING):
-                self._save(report)
+                self._save(report, found)
             if rung == len(grid):
                 checkpoint.drop_previous(self.trial_folder)
             yield report
 
-    def _train_to(self, rung: int, tokens: int, after_step: Callable[[], None]) -> TrialReport:
+    def _train_to(self, rung: int, tokens: int, after_step: Callable[[], None]) -> tuple[TrialReport, BetterAdapter]:
         """Run optimizer steps until `tokens` have been seen, at least one, then evaluate."""
         vocab_size = self.base.model.config.get_text_config().vocab_size
         progress = self.progress
@@ -191,14 +195,16 @@ class _Run:
                 progress.step += 1
                 progress.tokens_seen += num_tokens
                 progress.target_tokens_seen += num_targets
+                self.average.update(num_tokens, progress.tokens_seen)
             step_sums.close()
         with self.parts.part(EVALUATION):
-            eval_loss = self.passes.evaluate(lambda: self._keep_safe(step_sums))
+            found = evaluate_both(lambda: self.passes.evaluate(lambda: self._keep_safe(step_sums)), self.average)
             self._count_recordings(EVALUATION)
-        check_loss("eval_loss", eval_loss, vocab_size)
+        for losses in filter(None, (found.last, found.average)):
+            check_loss("eval_loss", losses.mean, vocab_size)
         self._note_where()
         progress.elapsed_s += step_sums.sums.seconds
-        return self._report(rung, step_sums, eval_loss)
+        return self._report(rung, step_sums, found), found
 
     def _keep_safe(self, step_sums: StepSums) -> None:
         """Save if a save is due. If the caller asked to stop, save and raise Interrupted."""
@@ -269,29 +275,24 @@ class _Run:
         self.parts.move(part, RECORDING, recorded_s - self._recorded_s)
         self._recorded_s = recorded_s
 
-    def _report(self, rung: int, step_sums: StepSums, eval_loss: float) -> TrialReport:
+    def _report(self, rung: int, step_sums: StepSums, found: BetterAdapter) -> TrialReport:
         rate, num_trainable = self.optimizer.param_groups[0]["lr"], self.adapter.parameter.numel()
         at = {"rung": rung, "epoch": self.cursor.epochs, "learning_rate": rate, "num_trainable": num_trainable}
-        report = make_report(self.progress, step_sums, eval_loss, self.plan, self.times, **at)
+        report = make_report(self.progress, step_sums, found, self.plan, self.times, **at)
         self.progress.reports.append(report)
         self.progress.since_report = Sums()
         return report
 
-    def _save(self, report: TrialReport) -> None:
+    def _save(self, report: TrialReport, found: BetterAdapter) -> None:
         if report.eval_loss == report.best_eval_loss:
-            export_adapter(self.trial_folder / "adapter", self.config, self.layers, self.base.model, self.base.tokenizer)
+            with self.average.in_place(found.is_average):
+                export_adapter(self.trial_folder / "adapter", self.config, self.layers, self.base.model, self.base.tokenizer)
+            write_sample_losses(self.trial_folder, report.rung, found.kept)
         self._save_checkpoint()
-        self._write_reports()
+        write_reports(self.trial_folder, self.progress.reports)
 
     def _save_checkpoint(self) -> None:
-        with self.parts.part(SAVING), self._pace.saving():
-            checkpoint.save(self.trial_folder, self.progress, self.layers, self.optimizer)
+        # in the middle of the average's evaluation too, the last adapter is saved as such
+        with self.parts.part(SAVING), self._pace.saving(), self.average.in_place(False):
+            checkpoint.save(self.trial_folder, self.progress, self._tensors)
         self._saved_step = self.progress.step
-
-    def _num_written(self) -> int:
-        file = self.trial_folder / REPORTS
-        return file.read_bytes().count(b"\n") if file.is_file() else 0
-
-    def _write_reports(self) -> None:
-        lines = [json.dumps(report.to_dict(), sort_keys=True) + "\n" for report in self.progress.reports]
-        write_text(self.trial_folder / REPORTS, "".join(lines))

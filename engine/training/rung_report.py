@@ -1,14 +1,18 @@
-"""Make a trial's report at a rung from its progress, its plan and the times of its parts."""
+"""Make a trial's report at a rung from its progress, its plan and the times of its parts, and write it."""
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
+from engine.evaluation.better_adapter import BetterAdapter
 from engine.planning.compute_plan import ComputePlan
+from engine.system.files import write_text
 from engine.training.checkpoint import Progress
 from engine.training.step_sums import StepSums
-from engine.trial_report import ATTACH, DATA, EVALUATION, MODEL, SAVING, PartClock, TrialReport
+from engine.trial_report import ATTACH, DATA, EVALUATION, MODEL, REPORTS, SAVING, PartClock, TrialReport
 
 
 class RungTimes:
@@ -35,10 +39,10 @@ class RungTimes:
 
 
 def make_report(
-    progress: Progress, step_sums: StepSums, eval_loss: float, plan: ComputePlan, times: RungTimes, **at: Any
+    progress: Progress, step_sums: StepSums, found: BetterAdapter, plan: ComputePlan, times: RungTimes, **at: Any
 ) -> TrialReport:
-    """Return the report. at: rung, epoch, learning_rate and num_trainable."""
-    sums = step_sums.sums
+    """Return the report. found: the evaluation. at: rung, epoch, learning_rate and num_trainable."""
+    sums, eval_loss = step_sums.sums, found.kept.mean
     return TrialReport(
         tokens_seen=progress.tokens_seen,
         target_tokens_seen=progress.target_tokens_seen,
@@ -58,6 +62,19 @@ def make_report(
         activation_checkpointing=str(plan.policy.setting).lower(),
         train_s=sums.seconds - sums.recording_s,
         recording_s=sums.recording_s + step_sums.recorded_since_s,
+        raw_eval_loss=None if found.average is None else found.last.mean,
+        ema_eval_loss=None if found.average is None else found.average.mean,
         **times.take(),
         **at,
     )
+
+
+def write_reports(trial_folder: Path, reports: list[TrialReport]) -> None:
+    """Write the reports so far, in the place of those that were there."""
+    write_text(trial_folder / REPORTS, "".join(json.dumps(report.to_dict(), sort_keys=True) + "\n" for report in reports))
+
+
+def num_written(trial_folder: Path) -> int:
+    """Return the number of whole lines in the file of reports."""
+    file = trial_folder / REPORTS
+    return file.read_bytes().count(b"\n") if file.is_file() else 0

@@ -167,13 +167,13 @@ def test_a_recorded_evaluation_is_the_unrecorded_one_to_the_bit(tiny_config):
     adapter.refresh()
     graphs = make_graphs(base, adapter.memory, 0, row_capacity(128), 128, trains=False)
     plain = evaluate(base, samples)
-    recorded = [evaluate(base, samples, loss_of=graphs.loss) for _ in range(2)]
+    recorded = [evaluate(base, samples, losses_of=graphs.target_losses) for _ in range(2)]
     assert recorded == [plain] * 2 and len(Recordings.of(base)) > 0 and samples.batches[0].input_ids_T.is_cuda
     # twin: another adapter has another loss, read from the same memory
     with torch.no_grad():
         adapter.parameter += 0.1
     adapter.refresh()
-    assert evaluate(base, samples, loss_of=graphs.loss) == evaluate(base, samples) != plain
+    assert evaluate(base, samples, losses_of=graphs.target_losses) == evaluate(base, samples) != plain
     detach(base.model, layers)
 
 
@@ -184,5 +184,8 @@ def test_an_evaluation_over_padded_rows_is_the_evaluation(config):
     base.model.eval()
     for row in rows(4):
         padded = Size.of(row, 256, 60).pad(row, 60)
-        assert Size.padded(padded) == Size.of(row, 256, 60) and torch.equal(graphs.loss(padded), base.loss(padded).detach())
-        torch.testing.assert_close(graphs.loss(padded), base.loss(row).detach(), rtol=1e-5, atol=1e-5)
+        assert Size.padded(padded) == Size.of(row, 256, 60)
+        ours = graphs.target_losses(padded)
+        assert torch.equal(ours, base.target_losses(padded)) and not ours[row.num_targets :].any()
+        torch.testing.assert_close(ours[: row.num_targets], base.target_losses(row), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.sum(), base.loss(row).detach(), rtol=1e-5, atol=1e-5)
