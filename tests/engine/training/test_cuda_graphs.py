@@ -15,7 +15,9 @@ from engine.data.row_sizes import Size
 from engine.data.views import load_data
 from engine.errors import InputError
 from engine.evaluation.eval_loss import evaluate, evaluation_batches, row_capacity
+from engine.evaluation.reevaluate import evaluate_adapter
 from engine.model.load import load_base
+from engine.sample_losses import read_sample_losses
 from engine.training import recordings
 from engine.training.cuda_graphs import make_graphs
 from engine.training.loop import train
@@ -153,6 +155,29 @@ def test_trials_on_cuda_share_recordings_and_have_the_losses_of_trials_alone(tin
         plain = trial(tiny_config, tmp_path / f"plain{number}", "cuda", None, lora, cuda_graphs=False)
         assert shared == pytest.approx(plain, rel=2e-3)
     assert counts[0] > 1 and counts[2] > 1 and counts[1] == counts[3] == 0
+
+
+@pytest.mark.gpu
+def test_a_replayed_trial_evaluates_its_average_at_the_same_addresses(tiny_config, tmp_path):
+    """Recorded passes read the average where the adapter was, and training goes on as without it."""
+    values = copy.deepcopy(tiny_config)
+    values["train"] |= {"device": "cuda", "cuda_graphs": True, "activation_checkpointing": False}
+    values["optim"] |= {"ema_horizon": 0.5, "learning_rate": 0.1, "lr_schedule": "constant"}
+    reports = {}
+    for graphs in (True, False):
+        values["train"]["cuda_graphs"] = graphs
+        folder = tmp_path / str(graphs)
+        folder.mkdir()
+        config = parse(TrainConfig, values)
+        reports[graphs] = list(train(config, folder))
+        best = min(reports[graphs], key=lambda report: report.eval_loss)
+        again = evaluate_adapter(config, folder / "adapter")
+        assert again.eval_loss == pytest.approx(best.eval_loss, rel=1e-3)
+        assert read_sample_losses(folder, best).mean == best.eval_loss
+        assert all(report.ema_eval_loss != report.raw_eval_loss for report in reports[graphs])
+    for name in ("raw_eval_loss", "ema_eval_loss"):
+        one, two = ([getattr(report, name) for report in reports[graphs]] for graphs in (True, False))
+        assert one == pytest.approx(two, rel=5e-3)
 
 
 @pytest.mark.gpu
