@@ -76,7 +76,8 @@ class TrialReport:
     rung: index on the tokens-seen grid, from 1. tokens_seen: tokens fed forward so far, at or just
     above the grid point. train_loss: over all target tokens since the previous report. eval_loss:
     on the fixed evaluation set. best_eval_loss: lowest so far; `adapter/` in the trial folder is
-    the adapter of that rung.
+    the adapter of that rung. raw_eval_loss, ema_eval_loss: of the last step's adapter and of the
+    running average; eval_loss is the lower one. None without an average (optim.ema_horizon).
 
     elapsed_s: seconds inside optimizer steps, without evaluation, over all resumed parts.
     step_time_ms: mean over the steps since the previous report. setup_s: seconds from the call of
@@ -125,6 +126,13 @@ class TrialReport:
     recording_s: float | None = None
     eval_s: float | None = None
     save_s: float | None = None
+    raw_eval_loss: float | None = None
+    ema_eval_loss: float | None = None
+
+    @property
+    def is_average(self) -> bool:
+        """Return True if eval_loss is the running average's."""
+        return self.ema_eval_loss is not None and self.eval_loss == self.ema_eval_loss != self.raw_eval_loss
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

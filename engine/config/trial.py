@@ -96,6 +96,11 @@ class OptimConfig(StrictModel):
     beta2: Beta = 0.999
     eps: Annotated[float, Field(ge=1e-30, le=1e6)] = 1e-8
     max_grad_norm: Annotated[float, Field(ge=1e-12, le=1e12)] | None = 1.0
+    ema_horizon: Annotated[float, Field(ge=1e-6, le=1.0)] | None = Field(
+        None,
+        description="average the adapter over about the last tokens, this share of all seen; evaluate both and keep the better; "
+        "none: no average",
+    )
 
 
 class LoopConfig(StrictModel):
@@ -176,6 +181,7 @@ LATER: dict[str, dict[str, Any]] = {
         "eval_revision": None, "eval_files": None, "columns": {}, "bad_rows": "error", "overlong": "cut",
         "template_kwargs": None, "date": None, "turns": "all",
     },
+    "optim": {"ema_horizon": None},
 }  # fmt: skip
 """Fields that older sweeps do not have. At these values the fingerprint leaves them out."""
 

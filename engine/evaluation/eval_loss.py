@@ -1,15 +1,18 @@
-"""Compute the evaluation loss in mean nats per target token.
+"""Compute the losses of the evaluation samples, whose mean per target token is the eval loss.
 
 Every trial of a sweep uses the same set and sequence length. Rows have the same token limit at any
 batch size of the trial, and the same filler whether they are recorded or not. The arithmetic
-therefore does not depend on the trial.
+therefore does not depend on the trial. One forward pass gives all losses: those of single targets
+go to the host, 4 bytes each, and are added up there in fp64.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +20,7 @@ from engine.data.packing import Batch, collate, plan_once, rows_of
 from engine.data.row_sizes import Size
 from engine.data.views import View
 from engine.model.base import Base
+from engine.sample_losses import SampleLosses
 from engine.shape.compute_limits import EVALUATION_ROW_TOKENS
 
 # Rows of up to this many tokens in all stay on the device between evaluations: 33 bytes a token.
@@ -25,10 +29,39 @@ MAX_TOKENS_ON_DEVICE = 2**20
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Hold the rows of an evaluation, and the number of tokens that carry loss in them."""
+    """Hold the rows of an evaluation, with N samples in all.
+
+    targets_N: the number of tokens that carry loss in each sample, in order. row_targets: the same
+    in each row. digest: 16 hex digits of the samples, however they share rows.
+    """
 
     batches: list[Batch]
-    num_targets: int
+    targets_N: np.ndarray
+    row_targets: list[int]
+    digest: str
+
+    @classmethod
+    def of(cls, rows: list[Batch]) -> EvaluationSet:
+        """Return the set that these rows on the host make up, before they are padded."""
+        ids, labels, targets, lengths = hashlib.sha256(), hashlib.sha256(), [], []
+        for row in rows:
+            ids.update(row.input_ids_T.numpy().tobytes())
+            labels.update(row.labels_T.numpy().tobytes())
+            lengths += row.document_lengths
+            before = np.searchsorted(row.target_rows.numpy(), row.document_offsets.numpy())
+            targets.append(np.diff(before))
+        content = ids.digest() + labels.digest() + np.array(lengths, dtype=np.int64).tobytes()
+        return cls(rows, np.concatenate(targets), [int(one.sum()) for one in targets], hashlib.sha256(content).hexdigest()[:16])
+
+    @property
+    def num_targets(self) -> int:
+        return sum(self.row_targets)
+
+    def losses(self, loss_M: np.ndarray) -> SampleLosses:
+        """Return the losses of the samples from those of all their targets, in order."""
+        number = len(self.targets_N)
+        sums = np.bincount(np.repeat(np.arange(number), self.targets_N), weights=loss_M, minlength=number)
+        return SampleLosses(self.digest, tuple(sums.tolist()), tuple(self.targets_N.tolist()))
 
 
 def evaluation_batches(base: Base, view: View, eval_max_seq_length: int) -> EvaluationSet:
@@ -38,14 +71,14 @@ def evaluation_batches(base: Base, view: View, eval_max_seq_length: int) -> Eval
     """
     capacity = row_capacity(eval_max_seq_length)
     rows = rows_of(plan_once(view.lengths, capacity), 1, base.shares_rows(eval_max_seq_length))
-    batches = [collate([view[i] for i in row]) for row in rows]
-    num_targets = sum(batch.num_targets for batch in batches)
+    samples = EvaluationSet.of([collate([view[i] for i in row]) for row in rows])
+    batches = samples.batches
     if base.device.type == "cuda" and base.pads_rows(eval_max_seq_length):
         padded = [Size.of(batch, capacity, eval_max_seq_length, coarse=True).pad(batch, eval_max_seq_length) for batch in batches]
         batches = [replace(batch, document_lengths=(eval_max_seq_length, 0)) for batch in padded]
     if sum(batch.num_tokens for batch in batches) <= MAX_TOKENS_ON_DEVICE:
         batches = [batch.to(base.device) for batch in batches]
-    return EvaluationSet(batches, num_targets)
+    return replace(samples, batches=batches)
 
 
 def row_capacity(eval_max_seq_length: int) -> int:
@@ -58,23 +91,28 @@ def evaluate(
     base: Base,
     samples: EvaluationSet,
     before_each: Callable[[], None] = lambda: None,
-    loss_of: Callable[[Batch], Tensor] | None = None,
-) -> float:
-    """Return the mean loss over `samples` in nats per target token.
+    losses_of: Callable[[Batch], Tensor] | None = None,
+) -> SampleLosses:
+    """Return the loss of each of the `samples`; its `mean` is the eval loss in nats per target token.
 
     The model keeps its training or evaluation mode. before_each: called before each batch; an
-    exception from it ends the evaluation. loss_of: computes a row in the place of `base.loss`, and
-    takes care of the mode.
+    exception from it ends the evaluation. losses_of: computes a row in the place of
+    `base.target_losses`, and takes care of the mode.
     """
-    was_training = base.model.training
-    if loss_of is None:
+    was_training, is_cuda = base.model.training, base.device.type == "cuda"
+    if losses_of is None:
         base.model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=base.device)
+    # From pinned memory, the host waits for the device only once.
+    loss_M, start = torch.empty(samples.num_targets, dtype=torch.float32, pin_memory=is_cuda), 0
     try:
-        for batch in samples.batches:
+        for batch, count in zip(samples.batches, samples.row_targets, strict=True):
             before_each()
-            total += base.loss(batch.to(base.device)) if loss_of is None else loss_of(batch)
+            of_row = base.target_losses(batch.to(base.device)) if losses_of is None else losses_of(batch)
+            loss_M[start : start + count].copy_(of_row[:count], non_blocking=True)  # filler comes after the targets
+            start += count
     finally:  # who computes again after an error still trains: with dropout
-        if loss_of is None:
+        if losses_of is None:
             base.model.train(was_training)
-    return total.item() / samples.num_targets
+    if is_cuda:
+        torch.cuda.synchronize(base.device)
+    return samples.losses(loss_M.numpy())

@@ -31,10 +31,10 @@ def evaluate_adapter(
     base = load_base(config.model, pick_device(config.train.device))
     _, view = load_recorded(config, base.tokenizer, inputs)
     samples = evaluation_batches(base, view, config.data.eval_max_seq_length)
-    base_loss = evaluate(base, samples)
+    base_loss = evaluate(base, samples).mean
     layers = attach(base.model, base.linear_names, config.lora, config.train.seed)
     load_adapter(adapter, layers)
-    adapter_loss = evaluate(base, samples)
+    adapter_loss = evaluate(base, samples).mean
     targets = samples.num_targets
     answered: dict[str, Any] = {}
     if num_examples:

@@ -131,13 +131,13 @@ def _measure(config: TrainConfig, adapter: Adapter, merged: Path | None) -> Meas
     base = load_base(config.model, device)
     training, evaluation = load_data(config.data, base.tokenizer)
     samples = evaluation_batches(base, evaluation, config.data.eval_max_seq_length)
-    base_loss, adapter_loss = evaluate(base, samples), _adapter_loss(base, adapter, samples)
+    base_loss, adapter_loss = evaluate(base, samples).mean, _adapter_loss(base, adapter, samples)
     del base
     free(device)
     merged_loss = None
     if merged is not None:
         plain = config.model.model_copy(update={"path": str(merged), "revision": None, "quantization": "none"})
-        merged_loss = evaluate(load_base(plain, device), samples)
+        merged_loss = evaluate(load_base(plain, device), samples).mean
         free(device)
     targets = samples.num_targets
     return Measured(base_loss, adapter_loss, merged_loss, targets, training.digest(), evaluation.digest())
@@ -148,6 +148,6 @@ def _adapter_loss(base: Base, adapter: Adapter, samples: EvaluationSet) -> float
     layers = attach(base.model, base.linear_names, adapter.lora_config(), seed=0)
     try:
         load_adapter_state(layers, adapter.state(), "adapter")
-        return evaluate(base, samples)
+        return evaluate(base, samples).mean
     finally:
         detach(base.model, layers)

@@ -70,6 +70,7 @@ class TrialWalk:
         live.hold("weight cache", cached, "weight cache")
         number = num_trained(self.config, self.shape, plans)
         live.hold("adapter", (4 + 4 + self.element) * number, "adapter")  # parameter, gradient, copy for the matmuls
+        live.hold("average", 0 if self.config.optim.ema_horizon is None else 4 * number, "running average")
         states = 2 * number + 8 * math.ceil(number / 256) if self._has_8bit_optimizer() else 8 * number
         live.hold("optimizer", states, "optimizer")
 
@@ -142,8 +143,9 @@ class TrialWalk:
         else:
             self.live.briefly(sizes.gate_up + sizes.f + 6 * sizes.x + self._largest_weight() + 12 * self._eager_scores(sizes))
         self.live.drop("inputs", "shared keys", f"keys of {last}")
+        self.live.hold("target losses", 4 * tokens, "loss")
         self._loss(sizes, tokens, trains=False)
-        self.live.drop(f"{last}.x", f"{last + 1}.x", "batch", "layer inputs")
+        self.live.drop("target losses", f"{last}.x", f"{last + 1}.x", "batch", "layer inputs")
 
     def _begin(self, phase: str, tokens: int, sample_tokens: int) -> Sizes:
         """Enter a phase with a batch on the device.

@@ -74,14 +74,17 @@ class Base:
         return linear_cross_entropy(self.hidden_states(batch), batch.labels_T, self.head(), batch.target_rows)
 
     @torch.no_grad()
+    def target_losses(self, batch: Batch) -> Tensor:
+        """Return -log p(target) at each of the row's `target_rows` [M], in nats and fp32; their sum is `loss`."""
+        if not self.route.head_loss:
+            return self._token_losses_of_logits(batch)
+        return token_cross_entropy(self.hidden_states(batch), batch.labels_T, self.head(), batch.target_rows)
+
+    @torch.no_grad()
     def token_losses(self, batch: Batch) -> Tensor:
         """Return -log p(target) at each position of the row, in fp32; 0 where there is no target."""
         losses = torch.zeros(batch.num_tokens, device=self.device)
-        if not self.route.head_loss:
-            losses[batch.target_rows] = self._token_losses_of_logits(batch)
-            return losses
-        hidden, rows = self.hidden_states(batch), batch.target_rows
-        losses[rows] = token_cross_entropy(hidden[rows], batch.labels_T[rows], self.head())
+        losses[batch.target_rows] = self.target_losses(batch)
         return losses
 
     def _token_losses_of_logits(self, batch: Batch) -> Tensor:

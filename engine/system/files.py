@@ -143,11 +143,25 @@ def share_file(source: Path, path: Path) -> None:
     Both are one file on the disk, so no byte is written twice. A file system without links gets a
     copy.
     """
+    _replace_file(path, lambda temporary: link_or_copy(source, temporary))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Make `path` a file of this content, atomically and flushed to disk. Other names of the old file keep it."""
+
+    def fill(temporary: Path) -> None:
+        temporary.write_bytes(content)
+        sync(temporary)
+
+    _replace_file(path, fill)
+
+
+def _replace_file(path: Path, make: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
             temporary.unlink(missing_ok=True)
-            link_or_copy(source, temporary)
+            make(temporary)
             temporary.replace(path)
             sync(path.parent)
         finally:

@@ -70,7 +70,9 @@ class CardPlanner:
             return make_compute_plan(self.config, self.shape, None)
         card = replace(self.card, memory_gib=_floor(self.card.memory_gib, CARD_STEP_GIB))
         values = self.config.model_dump(mode="json")
-        values["optim"], values["train"]["seed"], values["lora"]["lora_alpha"] = {"name": self.config.optim.name}, 0, None
+        averaged = None if self.config.optim.ema_horizon is None else 1.0  # it takes memory, whatever its horizon
+        values["optim"] = {"name": self.config.optim.name, "ema_horizon": averaged}
+        values["train"]["seed"], values["lora"]["lora_alpha"] = 0, None
         learnt = tuple(self.lessons.factors.items())
         return _plan_once(json.dumps(values), self.shape, card, _floor(self.host_gib, HOST_STEP_GIB), learnt)
 

@@ -1,8 +1,8 @@
 """Save and load what exact resume needs: adapter, optimizer, random state, data cursor, reports.
 
-The adapter is a safetensors file and the state is JSON. Optimizer and random state are a torch file
-that is read with `weights_only`, so loading never runs code from a file. The adapter for users is a
-folder of its own (engine/adapter/peft_files.py); its weights are the same file on the disk.
+The adapter is a safetensors file and the state is JSON. Optimizer, random state and the running
+average, if there is one, are a torch file that is read with `weights_only`, so loading never runs
+code from a file. The adapter for users is a folder of its own (engine/adapter/peft_files.py).
 
 Tensors are staged first, which may happen beside an evaluation. `place` adds the state and replaces
 `checkpoint/` atomically; the one before stays as `checkpoint.previous/`. Checksums in `state.json`
@@ -113,16 +113,26 @@ class Pace:
         self._wait_s = max(self._at_least_s, seconds / self._share)
 
 
-def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return what the checkpoint keeps beside the adapter. The tensors are the optimizer's own, not copies."""
-    return {"optimizer": optimizer.state_dict(), "random": _random_state()}
+@dataclass(frozen=True)
+class Tensors:
+    """Hold what a checkpoint restores in place. average: fp32 of the adapter's flat shape, None if there is none."""
+
+    layers: dict[str, LoraLinear]
+    optimizer: torch.optim.Optimizer
+    average: torch.Tensor | None = None
+
+
+def state_of(tensors: Tensors) -> dict[str, Any]:
+    """Return what the checkpoint keeps beside the adapter. The tensors are the trial's own, not copies."""
+    average = {} if tensors.average is None else {"average": tensors.average}
+    return {"optimizer": tensors.optimizer.state_dict(), "random": _random_state(), **average}
 
 
 def stage(trial_folder: Path, layers: dict[str, LoraLinear], state: dict[str, Any]) -> dict[str, str]:
     """Write a checkpoint's tensors, flushed, where `place` finds them; return their digests.
 
-    May run in a thread, on a stream of its own, while nothing changes adapter and optimizer. state:
-    what `state_of` returned.
+    May run in a thread, on a stream of its own, while nothing changes these tensors. state: what
+    `state_of` returned.
     """
     digests: dict[str, str] = {}
 
@@ -171,10 +181,8 @@ def drop_unplaced(trial_folder: Path) -> None:
     drop_staged(trial_folder / FOLDER)
 
 
-def load(
-    trial_folder: Path, fingerprint: str, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer
-) -> Progress | None:
-    """Restore layers, optimizer and random state, and return the progress; None if none was saved.
+def load(trial_folder: Path, fingerprint: str, tensors: Tensors) -> Progress | None:
+    """Restore the tensors and the random state, and return the progress; None if none was saved.
 
     A torn `checkpoint` falls back to `checkpoint.previous`. Raises CheckpointError if neither is
     complete, or if the checkpoint belongs to another config; nothing has been changed then.
@@ -184,18 +192,18 @@ def load(
     if not folder.is_dir() and not previous.is_dir():
         return None
     try:
-        return _load(folder, fingerprint, layers, optimizer)
+        return _load(folder, fingerprint, tensors)
     except TornCheckpoint as torn:
         if not previous.is_dir():
             raise TornCheckpoint(f"{torn}; remove the folder to start this trial again") from None
-        progress = _load(previous, fingerprint, layers, optimizer)
+        progress = _load(previous, fingerprint, tensors)
         print(f"WARNING: {torn}; continuing from {previous}, which has {len(progress.reports)} reports", file=sys.stderr)
         # Otherwise the next save would keep the torn one as the previous good one.
         shutil.rmtree(folder, ignore_errors=True)
         return progress
 
 
-def _load(folder: Path, fingerprint: str, layers: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> Progress:
+def _load(folder: Path, fingerprint: str, tensors: Tensors) -> Progress:
     links = [path for path in (folder, *(folder / name for name in (ADAPTER, OPTIMIZER, STATE))) if path.is_symlink()]
     if links:
         raise CheckpointError(f"{links[0]} is a link; a checkpoint must be a folder of regular files")
@@ -207,11 +215,13 @@ def _load(folder: Path, fingerprint: str, layers: dict[str, LoraLinear], optimiz
     progress = _progress(folder, state)
     try:
         # older versions wrote the names without PEFT's prefix
-        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_tensors(files[ADAPTER]).items()}
+        adapter = {name.removeprefix(PREFIX): tensor for name, tensor in load_tensors(files[ADAPTER]).items()}
         saved = torch.load(io.BytesIO(files[OPTIMIZER]), weights_only=True, map_location="cpu")
-        _check_shapes(saved["optimizer"], optimizer)
-        load_adapter_state(layers, tensors, str(folder))
-        optimizer.load_state_dict(saved["optimizer"])
+        _check_shapes(saved, tensors)
+        load_adapter_state(tensors.layers, adapter, str(folder))
+        tensors.optimizer.load_state_dict(saved["optimizer"])
+        if tensors.average is not None:
+            tensors.average.copy_(saved["average"])
         _restore_random_state(saved["random"])
     except InputError as error:
         raise CheckpointError(str(error)) from None
@@ -240,10 +250,13 @@ def _progress(folder: Path, state: dict[str, Any]) -> Progress:
     return progress
 
 
-def _check_shapes(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+def _check_shapes(saved: dict[str, Any], tensors: Tensors) -> None:
     """Raise ValueError for wrong shapes: load_state_dict accepts them, but the first step fails."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, values in state["state"].items():
+    parameters = [p for group in tensors.optimizer.param_groups for p in group["params"]]
+    average = saved.get("average")
+    if getattr(average, "shape", None) != getattr(tensors.average, "shape", None):
+        raise ValueError("its running average has another shape")
+    for index, values in saved["optimizer"]["state"].items():
         for name in set(PER_PARAMETER) & set(values):
             if values[name].shape != parameters[index].shape:
                 raise ValueError(f"{name} has shape {tuple(values[name].shape)}, not {tuple(parameters[index].shape)}")

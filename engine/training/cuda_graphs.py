@@ -80,8 +80,8 @@ class Graphs:
         """
         return self._run(Size.of(batch, self._capacity, self._longest), batch, num_targets)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Return the loss of a row that has been padded, on any device; valid until the next call."""
+    def target_losses(self, batch: Batch) -> Tensor:
+        """Return the losses of a padded row's `target_rows` [M], on any device; valid until the next call."""
         return self._run(Size.padded(batch), batch, 1)
 
     def _run(self, size: Size, batch: Batch, num_targets: int) -> Tensor:
@@ -119,8 +119,7 @@ class Graphs:
         was_training = self._base.model.training
         self._base.model.eval()
         try:
-            with torch.no_grad():
-                return self._base.loss(row.batch)
+            return self._base.target_losses(row.batch)
         finally:  # after an error too: the trial goes on, and its next steps are recorded in this mode
             self._base.model.train(was_training)
 

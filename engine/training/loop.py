@@ -1,8 +1,9 @@
 """Train one trial: `for report in train(config, trial_folder)`. The caller may stop at any report.
 
 Before each report, `train` writes three things to `trial_folder`: a checkpoint, all reports
-(`reports.jsonl`), and the adapter with the lowest eval_loss so far (`adapter/`, PEFT format).
-Between reports it saves the checkpoint from time to time, and when the caller asks it to stop.
+(`reports.jsonl`), and the adapter with the lowest eval_loss so far (`adapter/`, PEFT format) with
+its losses on each sample. With `optim.ema_horizon` that may be a running average. Between reports
+it saves the checkpoint from time to time, and when the caller asks it to stop.
 
 Called again on the same folder, `train` continues after the last step in the checkpoint. The
 numbers are then the same as without a stop (bit for bit on the CPU).
@@ -19,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from engine.adapter.lora import LoraLinear, attach, detach
+from engine.adapter.running_average import RunningAverage
 from engine.config.trial import TrainConfig
 from engine.data.packing import Cursor
 from engine.data.views import load_recorded
 from engine.errors import Interrupted, OutOfMemory
+from engine.evaluation.better_adapter import BetterAdapter, evaluate_both
 from engine.evaluation.eval_loss import evaluation_batches
 from engine.model.base import Base
 from engine.model.device import free, limit_memory, peak_reserved_gib, pick_device
@@ -30,7 +33,7 @@ from engine.model.load import load_base
 from engine.shape.policies import Policy
 from engine.training import checkpoint
 from engine.training.card_plan import CardPlanner, memory_limit_gib
-from engine.training.checkpoint import Pace, Progress, Sums
+from engine.training.checkpoint import Pace, Progress, Sums, Tensors
 from engine.training.divergence import check_loss
 from engine.training.optim import learning_rate, make_optimizer, set_learning_rate, step_middle
 from engine.training.passes import Passes
@@ -139,11 +142,13 @@ class _Run:
         self.adapter = self.passes.adapter
         self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
         fingerprint = config.fingerprint()
-        loaded = checkpoint.load(trial_folder, fingerprint, layers, self.optimizer)
+        self.average = RunningAverage(self.adapter, config.optim.ema_horizon)
+        tensors = Tensors(layers, self.optimizer, self.average.values)
+        loaded = checkpoint.load(trial_folder, fingerprint, tensors)
         self.progress = loaded or Progress(fingerprint, masks=checkpoint.MASKS)
         if config.lora.lora_dropout:
             checkpoint.warn_of_masks(trial_folder, self.progress)
-        self.files = TrialFiles(trial_folder, config, base, layers, self.optimizer, pace or Pace(), self.parts)
+        self.files = TrialFiles(trial_folder, config, base, tensors, self.average, pace or Pace(), self.parts)
         self.files.saved_step = self.progress.step
         self.adapter.refresh()
         self.cursor.seek(self.progress.epoch, self.progress.position)
@@ -174,13 +179,13 @@ class _Run:
             self._recorded_s = self.passes.recording_s
         self.times.end_setup()
         for rung in range(len(self.progress.reports) + 1, len(grid) + 1):
-            report = self._train_to(rung, grid[rung - 1], after_step)
-            self.files.report(self.progress, report)
+            report, found = self._train_to(rung, grid[rung - 1], after_step)
+            self.files.report(self.progress, report, found)
             if rung == len(grid):
                 self.files.finish()
             yield report
 
-    def _train_to(self, rung: int, tokens: int, after_step: Callable[[], None]) -> TrialReport:
+    def _train_to(self, rung: int, tokens: int, after_step: Callable[[], None]) -> tuple[TrialReport, BetterAdapter]:
         """Run optimizer steps until `tokens` have been seen, at least one, then evaluate."""
         vocab_size = self.base.model.config.get_text_config().vocab_size
         progress = self.progress
@@ -196,15 +201,17 @@ class _Run:
                 progress.step += 1
                 progress.tokens_seen += num_tokens
                 progress.target_tokens_seen += num_targets
+                self.average.update(num_tokens, progress.tokens_seen)
             step_sums.close()
         with self.parts.part(EVALUATION):
             self.files.begin()
-            eval_loss = self.passes.evaluate(lambda: self._keep_safe(step_sums))
+            found = evaluate_both(lambda: self.passes.evaluate(lambda: self._keep_safe(step_sums)), self.average, self.files.wait)
             self._count_recordings(EVALUATION)
-        check_loss("eval_loss", eval_loss, vocab_size)
+        for losses in filter(None, (found.last, found.average)):
+            check_loss("eval_loss", losses.mean, vocab_size)
         self._note_where()
         progress.elapsed_s += step_sums.sums.seconds
-        return self._report(rung, step_sums, eval_loss)
+        return self._report(rung, step_sums, found), found
 
     def _keep_safe(self, step_sums: StepSums) -> None:
         """Save if a save is due. If the caller asked to stop, save and raise Interrupted."""
@@ -275,10 +282,10 @@ class _Run:
         self.parts.move(part, RECORDING, recorded_s - self._recorded_s)
         self._recorded_s = recorded_s
 
-    def _report(self, rung: int, step_sums: StepSums, eval_loss: float) -> TrialReport:
+    def _report(self, rung: int, step_sums: StepSums, found: BetterAdapter) -> TrialReport:
         rate, num_trainable = self.optimizer.param_groups[0]["lr"], self.adapter.parameter.numel()
         at = {"rung": rung, "epoch": self.cursor.epochs, "learning_rate": rate, "num_trainable": num_trainable}
-        report = make_report(self.progress, step_sums, eval_loss, self.plan, self.times, **at)
+        report = make_report(self.progress, step_sums, found, self.plan, self.times, **at)
         self.progress.reports.append(report)
         self.progress.since_report = Sums()
         return report

@@ -20,6 +20,7 @@ from engine.evaluation.eval_loss import EvaluationSet, evaluate, row_capacity
 from engine.model.base import Base
 from engine.model.device import free, peak_gib
 from engine.planning.compute_plan import ComputePlan
+from engine.sample_losses import SampleLosses
 from engine.training.cuda_graphs import Graphs, make_graphs
 from engine.training.recordings import MAX_OF_A_KIND, Recordings
 from engine.units import GIB
@@ -125,10 +126,10 @@ class Passes:
             total += loss.detach()
         return total, sum(b.num_tokens for b in batches), num_targets
 
-    def evaluate(self, before_each: Callable[[], None]) -> float:
-        """Return the eval loss. If memory runs out, try again without recordings and weight cache."""
+    def evaluate(self, before_each: Callable[[], None]) -> SampleLosses:
+        """Return each sample's loss. If memory runs out, try again without recordings and weight cache."""
         try:
-            return evaluate(self._base, self._samples, before_each, self._evaluation and self._evaluation.loss)
+            return evaluate(self._base, self._samples, before_each, self._evaluation and self._evaluation.target_losses)
         except torch.OutOfMemoryError:
             if not self._plan.weight_cache_gib and self._evaluation is None:
                 raise
@@ -137,9 +138,9 @@ class Passes:
         self._recordings.clear()
         self._base.cache_weights(0.0)
         free(self._base.device)
-        eval_loss = evaluate(self._base, self._samples, before_each)
+        losses = evaluate(self._base, self._samples, before_each)
         self.follow(self._plan, self._limit_gib)
-        return eval_loss
+        return losses
 
     def _foreseen(self, cursor: Cursor) -> list[Size]:
         """Return the sizes of most rows that come in this epoch."""

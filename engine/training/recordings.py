@@ -44,8 +44,8 @@ NAME = "recordings"
 class RecordedRow:
     """Hold the fixed tensors of a recorded pass, and what replays it.
 
-    batch, divisor: filled before each replay. loss: fp32 scalar, valid until the next replay; None
-    until the pass is recorded.
+    batch, divisor: filled before each replay. loss: fp32, a scalar in training and one for each
+    target in an evaluation. It is valid until the next replay, and None until the pass is recorded.
     """
 
     batch: Batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from engine.evaluation.better_adapter import BetterAdapter
 from engine.planning.compute_plan import ComputePlan
 from engine.training.checkpoint import Progress
 from engine.training.step_sums import StepSums
@@ -35,10 +36,10 @@ class RungTimes:
 
 
 def make_report(
-    progress: Progress, step_sums: StepSums, eval_loss: float, plan: ComputePlan, times: RungTimes, **at: Any
+    progress: Progress, step_sums: StepSums, found: BetterAdapter, plan: ComputePlan, times: RungTimes, **at: Any
 ) -> TrialReport:
-    """Return the report. at: rung, epoch, learning_rate and num_trainable."""
-    sums = step_sums.sums
+    """Return the report. found: the evaluation. at: rung, epoch, learning_rate and num_trainable."""
+    sums, eval_loss = step_sums.sums, found.kept.mean
     return TrialReport(
         tokens_seen=progress.tokens_seen,
         target_tokens_seen=progress.target_tokens_seen,
@@ -58,6 +59,8 @@ def make_report(
         activation_checkpointing=str(plan.policy.setting).lower(),
         train_s=sums.seconds - sums.recording_s,
         recording_s=sums.recording_s + step_sums.recorded_since_s,
+        raw_eval_loss=None if found.average is None else found.last.mean,
+        ema_eval_loss=None if found.average is None else found.average.mean,
         **times.take(),
         **at,
     )

@@ -1,10 +1,13 @@
 """Save a trial: its checkpoint, its reports, and the adapter of its best rung.
 
 Tensors are most of the work: copies from the device, digests and flushed files. A thread does it
-beside the evaluation, which changes neither adapter nor optimizer. What depends on the evaluation
-follows when both have ended: the adapter for users (the checkpoint's own file, linked), the state
-with the report, and the line in `reports.jsonl`. A report is therefore durable before anyone hears
-of it. A fault of the thread is raised where its files are asked for.
+beside the evaluation of the last adapter, which changes neither adapter nor optimizer. The
+evaluation of a running average does: it waits for the thread first. What depends on the evaluation
+follows when both have ended: the losses of samples, the adapter for users, the state with the
+report, and the line in `reports.jsonl`. A report is therefore durable before anyone hears of it. A
+fault of the thread is raised where its files are asked for.
+
+The adapter for users is the checkpoint's own file, linked, or the average in a file of its own.
 """
 
 from __future__ import annotations
@@ -19,12 +22,15 @@ from pathlib import Path
 import torch
 
 from engine.adapter.lora import LoraLinear
-from engine.adapter.peft_files import CONFIG, WEIGHTS, export_adapter
+from engine.adapter.peft_files import CONFIG, WEIGHTS, adapter_bytes, export_adapter
+from engine.adapter.running_average import RunningAverage
 from engine.config.trial import TrainConfig
+from engine.evaluation.better_adapter import BetterAdapter
 from engine.model.base import Base
-from engine.system.files import share_file, write_text
+from engine.sample_losses import write_sample_losses
+from engine.system.files import replace_file, share_file, write_text
 from engine.training import checkpoint
-from engine.training.checkpoint import Pace, Progress
+from engine.training.checkpoint import Pace, Progress, Tensors
 from engine.trial_report import REPORTS, SAVING, PartClock, TrialReport
 
 
@@ -36,13 +42,14 @@ class TrialFiles:
         trial_folder: Path,
         config: TrainConfig,
         base: Base,
-        layers: dict[str, LoraLinear],
-        optimizer: torch.optim.Optimizer,
+        tensors: Tensors,
+        average: RunningAverage,
         pace: Pace,
         parts: PartClock,
     ) -> None:
-        self.folder, self._config, self._base, self._layers = trial_folder, config, base, layers
-        self._optimizer, self._pace, self._parts = optimizer, pace, parts
+        """tensors: what checkpoints hold. average: the same as in `tensors`, if there is one."""
+        self.folder, self._config, self._base = trial_folder, config, base
+        self._tensors, self._average, self._pace, self._parts = tensors, average, pace, parts
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
         self._staged: Future[tuple[dict[str, str], float]] | None = None
         self._has_export = False
@@ -53,24 +60,38 @@ class TrialFiles:
         return self._pace.is_due()
 
     def begin(self) -> None:
-        """Begin to write the tensors as they are now. The device must have finished its steps.
+        """Begin to write the tensors as they are now, after all that the device still has to compute.
 
-        Until the next save they must not change.
+        They must not change until `wait` or the next save returns.
         """
-        state = checkpoint.state_of(self._optimizer)
-        self._staged = self._thread.submit(_stage, self.folder, self._layers, state, self._base.device)
+        state, device, stream = checkpoint.state_of(self._tensors), self._base.device, None
+        if device.type == "cuda":
+            stream = _copy_stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+        self._staged = self._thread.submit(_stage, self.folder, self._tensors.layers, state, stream)
+
+    def wait(self) -> None:
+        """Wait for the tensors that `begin` had written: the next save takes them, whatever changes from here on."""
+        if self._staged is not None:
+            with self._parts.part(SAVING):
+                self._staged.result()
 
     def save(self, progress: Progress) -> None:
         """Write the checkpoint of this moment, from the tensors that `begin` had written if it was called."""
         with self._parts.part(SAVING):
             self._place(progress, *self._written())
 
-    def report(self, progress: Progress, report: TrialReport) -> None:
-        """Write the adapter if its rung is the best, the checkpoint, and all reports: the last one is `report`."""
+    def report(self, progress: Progress, report: TrialReport, found: BetterAdapter) -> None:
+        """Write the better adapter if its rung is the best, the checkpoint, and all reports.
+
+        report: the last one of the progress. found: the evaluation that it tells of.
+        """
         with self._parts.part(SAVING):
             digests, staging_s = self._written()
             if report.eval_loss == report.best_eval_loss:
-                self._export(checkpoint.staged_adapter(self.folder))
+                write_sample_losses(self.folder, report.rung, found.kept)
+                with self._average.in_place(found.is_average):
+                    self._export(None if found.is_average else checkpoint.staged_adapter(self.folder))
             self._place(progress, digests, staging_s)
             self.write_reports(progress)
 
@@ -110,22 +131,27 @@ class TrialFiles:
         self._pace.saved(staging_s + time.perf_counter() - began_s)
         self.saved_step = progress.step
 
-    def _export(self, weights: Path) -> None:
-        """Write the adapter. In this trial only its weights change, so a later export replaces that file alone."""
-        folder = self.folder / "adapter"
-        if self._has_export and (folder / CONFIG).is_file():
+    def _export(self, weights: Path | None) -> None:
+        """Write the adapter that is in place. weights: the flushed file that has it, None if none does.
+
+        In this trial only the weights change, so a later export replaces that file alone.
+        """
+        folder, layers = self.folder / "adapter", self._tensors.layers
+        if not self._has_export or not (folder / CONFIG).is_file():
+            export_adapter(folder, self._config, layers, self._base.model, self._base.tokenizer, weights)
+            self._has_export = True
+        elif weights is None:
+            replace_file(folder / WEIGHTS, adapter_bytes(layers))
+        else:
             share_file(weights, folder / WEIGHTS)
-            return
-        export_adapter(folder, self._config, self._layers, self._base.model, self._base.tokenizer, weights)
-        self._has_export = True
 
 
 def _stage(
-    folder: Path, layers: dict[str, LoraLinear], state: dict[str, object], device: torch.device
+    folder: Path, layers: dict[str, LoraLinear], state: dict[str, object], stream: torch.cuda.Stream | None
 ) -> tuple[dict[str, str], float]:
     began_s = time.perf_counter()
     # the default stream would let copies wait for the evaluation's rows
-    with torch.cuda.stream(_copy_stream(device)) if device.type == "cuda" else nullcontext():
+    with torch.cuda.stream(stream) if stream is not None else nullcontext():
         digests = checkpoint.stage(folder, layers, state)
     return digests, time.perf_counter() - began_s
 

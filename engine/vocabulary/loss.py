@@ -13,6 +13,7 @@ chunk.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,9 +35,17 @@ def linear_cross_entropy(h_ND: Tensor, labels_N: Tensor, head: Head, rows: Tenso
     return _LinearCrossEntropy.apply(h_ND, labels_N, head, rows)
 
 
-def token_cross_entropy(h_ND: Tensor, labels_N: Tensor, head: Head) -> Tensor:
-    """Return -log softmax(logits)[label] of each row [N], computed as `linear_cross_entropy` does."""
-    return _chunk(h_ND.detach(), labels_N, head, needs_grad=False)[0]
+@torch.no_grad()
+def token_cross_entropy(h_ND: Tensor, labels_N: Tensor, head: Head, rows_M: Tensor) -> Tensor:
+    """Return -log softmax(logits)[label] of each of the `rows` [M], in nats and fp32.
+
+    It is 0 where the label is IGNORE. Their sum is `linear_cross_entropy`, chunk by chunk the same
+    numbers.
+    """
+    loss_M = torch.empty(rows_M.shape[0], dtype=torch.float32, device=h_ND.device)
+    for part, chunk in _chunks(h_ND, head, rows_M):
+        loss_M[part] = _chunk(h_ND[chunk], labels_N[chunk], head, needs_grad=False)[0]
+    return loss_M[rows_M] if rows_M.shape[0] == h_ND.shape[0] else loss_M  # chunks of all rows go by position
 
 
 def linear_cross_entropy_reference(h_ND: Tensor, labels_N: Tensor, head: Head) -> Tensor:
@@ -52,15 +61,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, h_ND: Tensor, labels_N: Tensor, head: Head, rows_M: Tensor | None) -> Tensor:
         if rows_M is None:
             rows_M = (labels_N != IGNORE).nonzero().squeeze(1)
-        num_rows, every_row = rows_M.shape[0], rows_M.shape[0] == h_ND.shape[0]
         grad_ND = None
         if h_ND.requires_grad:
-            grad_ND = torch.empty_like(h_ND) if every_row else torch.zeros_like(h_ND)
+            grad_ND = torch.empty_like(h_ND) if rows_M.shape[0] == h_ND.shape[0] else torch.zeros_like(h_ND)
         total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
-        rows_per_chunk = max(1, LOSS_CHUNK_BYTES // (h_ND.element_size() * head.weight_VD.shape[0]))
-        for start in range(0, num_rows, rows_per_chunk):
-            end = min(start + rows_per_chunk, num_rows)
-            chunk = slice(start, end) if every_row else rows_M[start:end]  # a slice is a view: nothing is gathered
+        for _, chunk in _chunks(h_ND, head, rows_M):
             loss_C, grad_CD = _chunk(h_ND[chunk], labels_N[chunk], head, grad_ND is not None)
             total += loss_C.sum()
             if grad_ND is not None:
@@ -73,6 +78,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (grad_ND,) = ctx.saved_tensors
         # Not in place, because this runs again with retain_graph.
         return grad_ND * grad.to(grad_ND.dtype), None, None, None
+
+
+def _chunks(h_ND: Tensor, head: Head, rows_M: Tensor) -> Iterator[tuple[slice, slice | Tensor]]:
+    """Yield the place of each chunk among the rows with a target, and what selects its rows."""
+    num_rows, every_row = rows_M.shape[0], rows_M.shape[0] == h_ND.shape[0]
+    rows_per_chunk = max(1, LOSS_CHUNK_BYTES // (h_ND.element_size() * head.weight_VD.shape[0]))
+    for start in range(0, num_rows, rows_per_chunk):
+        part = slice(start, min(start + rows_per_chunk, num_rows))
+        yield part, part if every_row else rows_M[part]  # a slice is a view: nothing is gathered
 
 
 def _chunk(h_CD: Tensor, labels_C: Tensor, head: Head, needs_grad: bool) -> tuple[Tensor, Tensor | None]:

@@ -13,6 +13,7 @@ from engine.config.trial import TRAIN_CONFIG, TrainConfig
 from engine.errors import InputError
 from engine.export.model_card import CAUSAL, ModelCard, class_named_in, config_rows, peft_code
 from engine.system.files import write_folder
+from engine.trial_report import TrialReport
 from sweep.results.verdict import SweepVerdict
 from sweep.text import number
 from sweep.trials.record import TrialRecord
@@ -122,6 +123,7 @@ def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]
     kept = min(record.reports, key=lambda report: report.eval_loss)
     return [
         *config_rows(config, "training data"),
+        *_averaged(kept, config),
         ("tokens seen by this adapter", f"{kept.tokens_seen:,} of {last.tokens_seen:,} trained"),
         ("rank", str(lora.rank)),
         ("lora_alpha", f"{lora.alpha:g}" + (" (rsLoRA)" if lora.use_rslora else "")),
@@ -134,6 +136,16 @@ def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]
         ("peak predicted GiB", number(record.predicted_peak_gib, ".2f")),
         *config_rows(config, "seed"),
     ]
+
+
+def _averaged(kept: TrialReport, config: TrainConfig) -> list[tuple[str, str]]:
+    """Say which adapter this is, if the trial had a running average."""
+    if kept.ema_eval_loss is None:
+        return []
+    average = f"running average (horizon {config.optim.ema_horizon:g})"
+    better, other = (average, "the last step's") if kept.is_average else ("the last step's", f"its {average}")
+    losses = sorted([kept.raw_eval_loss, kept.ema_eval_loss])
+    return [("adapter", f"{better}: {number(losses[0], '.4f')}; {other}: {number(losses[1], '.4f')}")]
 
 
 def _builtin_note(path: str) -> list[str]:

@@ -23,6 +23,8 @@ from sweep.trials.record import Outcome, TrialRecord
 METRICS = {
     "eval_loss": "eval/loss_nats_per_token",
     "best_eval_loss": "eval/best_loss_nats_per_token",
+    "raw_eval_loss": "eval/raw_loss_nats_per_token",
+    "ema_eval_loss": "eval/ema_loss_nats_per_token",
     "train_loss": "train/loss_nats_per_token",
     "learning_rate": "train/learning_rate",
     "grad_norm": "train/grad_norm",

@@ -226,10 +226,13 @@ def test_trials_that_differ_in_rates_and_seed_share_their_plan_and_others_do_not
     one = plan()
     assert plan(optim={"learning_rate": 3e-4}) is one and plan(train={"seed": 5}, lora={"lora_alpha": 3}, gib=23.59) is one
     assert len(made) == 1
-    others = [{"lora": {"rank": 8}}, {"data": {"max_seq_length": 64}}, {"gib": 12.0}, {"host_gib": 3.0}]
+    averaged = {"optim": {"ema_horizon": 0.1}}
+    others = [averaged, {"lora": {"rank": 8}}, {"data": {"max_seq_length": 64}}, {"gib": 12.0}, {"host_gib": 3.0}]
     for number, other in enumerate(others, 2):
         plan(**other)
         assert len(made) == number
+    plan(optim={"ema_horizon": 0.2})  # the average takes the same memory
+    assert len(made) == number
     lessons.factors[False, False] = 1.1  # what a failure showed changes plans
     assert plan() is not one and len(made) == number + 1
     card_plan._plan_once.cache_clear()

@@ -13,6 +13,7 @@ from engine.errors import CheckpointError, Interrupted
 from engine.model.load import load_base
 from engine.training.checkpoint import Pace
 from engine.training.loop import train
+from engine.training.saving import TrialFiles
 from tests.support.trials import CPU, build, run, same_numbers
 
 NUM_STEPS = 7  # of the uninterrupted trial
@@ -74,7 +75,8 @@ def same_files(one, two):
     for name in ("adapter/adapter_model.safetensors", "checkpoint/adapter.safetensors"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     saved = [torch.load(folder / "checkpoint/optimizer.pt", weights_only=True) for folder in (one, two)]
-    states = [[*file["optimizer"]["state"][0].values(), file["random"]["cpu"]] for file in saved]
+    averages = [[file["average"]] if "average" in file else [] for file in saved]
+    states = [[*file["optimizer"]["state"][0].values(), file["random"]["cpu"], *mean] for file, mean in zip(saved, averages)]
     assert all(torch.equal(*pair) for pair in zip(*states, strict=True))
     drop = {"elapsed_s", "peak_allocated_gib", "peak_reserved_gib", "sha256", "reports"}
     progress = [json.loads((folder / "checkpoint/state.json").read_text()) for folder in (one, two)]
@@ -103,6 +105,20 @@ def test_a_trial_killed_at_any_moment_is_the_undisturbed_one_and_loses_what_came
         assert same_numbers([whole[rung - 1] for rung in heard], list(heard.values()))
         same_files(tmp_path / "whole", tmp_path / f"parts-{number}")
         assert len(num_steps) <= NUM_STEPS + most_again * (num_pieces - 1)
+
+
+def test_a_trial_stopped_while_its_average_is_evaluated_goes_on_with_the_last_adapter(trial, tmp_path, monkeypatch):
+    optim = trial[0].optim.model_copy(update={"ema_horizon": 0.5})
+    trial = trial[0].model_copy(update={"optim": optim}), trial[1]
+    whole, saved, place = run(trial[0], tmp_path / "whole", trial[1]), [], TrialFiles._place
+    noted = lambda files, *args: (saved.append(files._average._is_in_place), place(files, *args))  # noqa: E731
+    monkeypatch.setattr(TrialFiles, "_place", noted)
+    # the first and the third end come in an average's evaluation with steps to save, the last in one without
+    ends = iter([*map(at_call, (5, 3, 4, 2)), at_call(0)])
+    parts, _ = train_in_pieces(trial, tmp_path / "parts", ends.__next__, Interrupted, pace=Pace(1e9))
+    assert same_numbers(whole, parts) and saved == [True, False, True, False, False]
+    same_files(tmp_path / "whole", tmp_path / "parts")
+    assert (tmp_path / "whole/sample_losses.json").read_bytes() == (tmp_path / "parts/sample_losses.json").read_bytes()
 
 
 def test_an_end_asked_for_before_the_first_step_writes_nothing(trial, tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
+from engine.sample_losses import SampleLosses
 from engine.training.loop import train
 from tests.support.reports import PART_SECONDS
 
@@ -26,6 +27,11 @@ def build(values, **sections):
 def run(config, folder, base=None):
     folder.mkdir(parents=True, exist_ok=True)
     return list(train(config, folder, base=base))
+
+
+def one_loss(value):
+    """Return what an evaluation of one target finds."""
+    return SampleLosses("0" * 16, (value,), (1,))
 
 
 def same_numbers(one, two):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from engine.adapter.running_average import step_weight
 from engine.config.parsing import MAX_COUNT, parse
 from engine.config.trial import MAX_BINS, TrainConfig
 from engine.data.packing import Cursor
@@ -22,7 +23,7 @@ FIELDS = numeric_fields(TrainConfig)
 
 
 def test_every_number_of_a_trial_is_tried_here():
-    assert len(FIELDS) == 28 and {"train.seed", "lora.lora_alpha", "train.keep_layers", "train.report_at_tokens"} <= set(FIELDS)
+    assert len(FIELDS) == 29 and {"train.seed", "lora.lora_alpha", "train.keep_layers", "train.report_at_tokens"} <= set(FIELDS)
 
 
 @settings(max_examples=300, deadline=None)
@@ -56,6 +57,7 @@ def use(config: TrainConfig) -> None:
     assert torch.tensor(rate, dtype=torch.float32) > 0
     optimizer.step()
     assert bool(torch.isfinite(weight).all())
+    assert 0.0 < step_weight(1, config.train.max_tokens, config.optim.ema_horizon or 1.0) <= 1.0
     assert 0 < torch.tensor(config.lora.scaling, dtype=torch.float32) < float("inf")
     assert len(range(100)[: config.data.train_max_samples]) >= 1
 

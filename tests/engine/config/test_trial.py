@@ -44,6 +44,12 @@ def test_a_bad_value_is_one_line_with_field_value_and_what_is_allowed(sections, 
     assert str(caught.value).isprintable()
 
 
+def test_a_trial_without_an_average_has_the_fingerprint_of_older_versions():
+    older = "11ad88c6ccd9f221"  # before optim.ema_horizon was there
+    assert config(train={"max_tokens": 1000}).fingerprint() == older
+    assert config(train={"max_tokens": 1000}, optim={"ema_horizon": 0.1}).fingerprint() != older
+
+
 def test_json_round_trips_and_the_fingerprint_tells_configs_apart():
     one = config(lora={"rank": 8, "target_modules": ["q_proj"]})
     assert parse(TrainConfig, json.loads(to_json(one))) == one

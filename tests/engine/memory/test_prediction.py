@@ -118,6 +118,16 @@ def test_cached_weights_take_their_memory() -> None:
     assert all(plan.cached == {"qkv", "o", "gate_up", "down"} for plan in everything)
 
 
+@pytest.mark.parametrize("policy", ["keep", "offload"])
+def test_a_running_average_takes_one_more_fp32_copy_of_the_adapter(policy: str) -> None:
+    shape, averaged = SHAPES["llama-3.1-8b"], config_of(policy=policy, rank=64, optim={"ema_horizon": 0.1})
+    one, two = predict_memory(config_of(policy=policy, rank=64), shape), predict_memory(averaged, shape)
+    number = num_trained(averaged, shape, plan_layers(averaged, shape))
+    assert two.components["running average"] == 4 * number > 4 * 160e6
+    assert {two.phases[phase] - size for phase, size in one.phases.items() if phase != "load"} == {4 * number}
+    assert two.phases["load"] == one.phases["load"] and two.recorded_bytes == one.recorded_bytes
+
+
 def test_components_add_up_to_the_peak_and_are_shown() -> None:
     predicted = predict_memory(config_of(policy="keep"), SHAPES["llama-3.1-8b"])
     assert sum(predicted.components.values()) == predicted.peak_bytes == max(predicted.phases.values())

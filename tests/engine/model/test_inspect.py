@@ -235,8 +235,7 @@ def test_only_layers_that_are_known_are_replaced():
 
 
 def in_rows(parts):
-    rows = [collate(part) for part in parts]
-    return EvaluationSet(rows, sum(row.num_targets for row in rows))
+    return EvaluationSet.of([collate(part) for part in parts])
 
 
 @pytest.fixture
@@ -260,9 +259,9 @@ def test_a_hybrid_model_trains_and_is_evaluated_one_sample_a_row(hybrid, tmp_pat
     samples = [view[i] for i in range(len(view))]
     losses = loaded_losses(base.model.eval(), samples).losses
     wanted = torch.cat([loss[torch.tensor(s.is_target[1:])] for loss, s in zip(losses, samples)]).mean().item()
-    assert evaluate(base, batches) == pytest.approx(wanted, abs=1e-4)
+    assert evaluate(base, batches).mean == pytest.approx(wanted, abs=1e-4)
     # and a shared row would have another loss
-    assert abs(evaluate(base, in_rows([samples])) - wanted) > 1e-3
+    assert abs(evaluate(base, in_rows([samples])).mean - wanted) > 1e-3
     reports = run(hybrid, tmp_path / "trial", base)
     assert np.isfinite(reports[-1].eval_loss)
 
@@ -284,7 +283,7 @@ def test_a_mixed_model_trains_fused_in_shared_rows_and_names_the_package_that_it
     base = load_base(config.model, CPU)
     _, view = load_data(config.data, base.tokenizer)
     samples = [view[i] for i in range(len(view))]
-    alone, shared = (evaluate(base, in_rows(parts)) for parts in ([[s] for s in samples], [samples]))
+    alone, shared = (evaluate(base, in_rows(parts)).mean for parts in ([[s] for s in samples], [samples]))
     assert base.shares_rows(512) and shared == pytest.approx(alone, abs=1e-5)
     assert np.isfinite(run(config, tmp_path / "trial", base)[-1].eval_loss)
 

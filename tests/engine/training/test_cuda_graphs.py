@@ -15,7 +15,9 @@ from engine.data.row_sizes import Size
 from engine.data.views import load_data
 from engine.errors import InputError
 from engine.evaluation.eval_loss import evaluate, evaluation_batches, row_capacity
+from engine.evaluation.reevaluate import evaluate_adapter
 from engine.model.load import load_base
+from engine.sample_losses import read_sample_losses
 from engine.training import recordings
 from engine.training.cuda_graphs import make_graphs
 from engine.training.loop import train
@@ -161,6 +163,29 @@ def test_trials_on_cuda_share_recordings_and_have_the_losses_of_trials_alone(tin
 
 
 @pytest.mark.gpu
+def test_a_replayed_trial_evaluates_its_average_at_the_same_addresses(tiny_config, tmp_path):
+    """Recorded passes read the average where the adapter was, and training goes on as without it."""
+    values = copy.deepcopy(tiny_config)
+    values["train"] |= {"device": "cuda", "cuda_graphs": True, "activation_checkpointing": False}
+    values["optim"] |= {"ema_horizon": 0.5, "learning_rate": 0.1, "lr_schedule": "constant"}
+    reports = {}
+    for graphs in (True, False):
+        values["train"]["cuda_graphs"] = graphs
+        folder = tmp_path / str(graphs)
+        folder.mkdir()
+        config = parse(TrainConfig, values)
+        reports[graphs] = list(train(config, folder))
+        best = min(reports[graphs], key=lambda report: report.eval_loss)
+        again = evaluate_adapter(config, folder / "adapter")
+        assert again.eval_loss == pytest.approx(best.eval_loss, rel=1e-3)
+        assert read_sample_losses(folder, best).mean == best.eval_loss
+        assert all(report.ema_eval_loss != report.raw_eval_loss for report in reports[graphs])
+    for name in ("raw_eval_loss", "ema_eval_loss"):
+        one, two = ([getattr(report, name) for report in reports[graphs]] for graphs in (True, False))
+        assert one == pytest.approx(two, rel=5e-3)
+
+
+@pytest.mark.gpu
 def test_a_recorded_evaluation_is_the_unrecorded_one_to_the_bit(tiny_config):
     config = parse(TrainConfig, tiny_config)
     base = load_base(config.model, torch.device("cuda"))
@@ -172,13 +197,13 @@ def test_a_recorded_evaluation_is_the_unrecorded_one_to_the_bit(tiny_config):
     adapter.refresh()
     graphs = make_graphs(base, adapter.memory, 0, row_capacity(128), 128, trains=False)
     plain = evaluate(base, samples)
-    recorded = [evaluate(base, samples, loss_of=graphs.loss) for _ in range(2)]
+    recorded = [evaluate(base, samples, losses_of=graphs.target_losses) for _ in range(2)]
     assert recorded == [plain] * 2 and len(Recordings.of(base)) > 0 and samples.batches[0].input_ids_T.is_cuda
     # twin: another adapter has another loss, read from the same memory
     with torch.no_grad():
         adapter.parameter += 0.1
     adapter.refresh()
-    assert evaluate(base, samples, loss_of=graphs.loss) == evaluate(base, samples) != plain
+    assert evaluate(base, samples, losses_of=graphs.target_losses) == evaluate(base, samples) != plain
     detach(base.model, layers)
 
 
@@ -189,8 +214,11 @@ def test_an_evaluation_over_padded_rows_is_the_evaluation(config):
     base.model.eval()
     for row in rows(4):
         padded = Size.of(row, 256, 60).pad(row, 60)
-        assert Size.padded(padded) == Size.of(row, 256, 60) and torch.equal(graphs.loss(padded), base.loss(padded).detach())
-        torch.testing.assert_close(graphs.loss(padded), base.loss(row).detach(), rtol=1e-5, atol=1e-5)
+        assert Size.padded(padded) == Size.of(row, 256, 60)
+        ours = graphs.target_losses(padded)
+        assert torch.equal(ours, base.target_losses(padded)) and not ours[row.num_targets :].any()
+        torch.testing.assert_close(ours[: row.num_targets], base.target_losses(row), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.sum(), base.loss(row).detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from engine.system import files
 from engine.training import checkpoint
 from engine.training.loop import train
 from engine.training.passes import Passes
-from tests.support.trials import build, same_numbers
+from tests.support.trials import build, one_loss, same_numbers
 
 STAGED = ".checkpoint.new"
 PATHS = ("adapter/adapter_model.safetensors", "checkpoint/adapter.safetensors")
@@ -60,12 +60,12 @@ def test_tensors_are_written_while_the_evaluation_runs_and_the_report_is_durable
             assert os.path.samefile(weights, tmp_path / "checkpoint" / "adapter.safetensors")
         assert not (tmp_path / STAGED).exists()
     assert len(stagings) == report.rung and not any(name == "MainThread" for name in stagings)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "checkpoint", "reports.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "checkpoint", "reports.jsonl", "sample_losses.json"]
 
 
 def test_the_adapter_stays_that_of_the_best_rung(tmp_path, tiny_config, base, monkeypatch):
     losses = iter([3.0, 2.0, 2.5])
-    monkeypatch.setattr(Passes, "evaluate", lambda passes, before_each: next(losses))
+    monkeypatch.setattr(Passes, "evaluate", lambda passes, before_each: one_loss(next(losses)))
     kept = []
     for _ in train(build(tiny_config), tmp_path, base=base):
         kept.append([(tmp_path / path).read_bytes() for path in PATHS])
@@ -111,7 +111,7 @@ def test_a_trial_that_ends_in_its_evaluation_leaves_no_thread_and_writes_its_ten
 
     def ends(passes, before_each):
         if end == "diverged":
-            return float("nan")
+            return one_loss(float("nan"))
         return evaluate(passes, before_each)
 
     steps = whole[0].step  # the first evaluation asks after them

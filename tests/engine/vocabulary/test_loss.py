@@ -147,3 +147,14 @@ def test_without_a_gradient_to_come_none_is_made(monkeypatch):
     value = linear_cross_entropy(h, labels, Head(weight))
     assert torch.equal(value, linear_cross_entropy(h.requires_grad_(), labels, Head(weight)).detach())
     assert wanted == [False, True]
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
+def test_losses_of_single_targets_are_the_reference_s_in_the_order_that_was_asked_for(rows_per_chunk, ignored):
+    h, labels, weight = inputs(ignored=ignored)
+    head, order = Head(weight, scale=0.5, softcap=4.0), torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
+    for rows in (target_rows(labels), target_rows(labels)[3:], order):  # all rows in any order, those without a target too
+        ours = loss.token_cross_entropy(h, labels, head, rows)
+        alone = [linear_cross_entropy_reference(h[i : i + 1], labels[i : i + 1], head) for i in rows]
+        torch.testing.assert_close(ours, torch.stack(alone), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.sum(), linear_cross_entropy(h, labels, head, rows), rtol=1e-6, atol=1e-6)

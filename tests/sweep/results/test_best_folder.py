@@ -48,6 +48,19 @@ def test_best_holds_the_adapter_its_config_and_a_card(tmp_path, winner):
         assert part in card
 
 
+def test_the_card_says_which_of_two_adapters_it_is(tmp_path, winner):
+    def card(**losses):
+        reports = [replace(report, **losses) if report.rung == 2 else report for report in winner.reports]
+        config = {**winner.config, "optim": {"ema_horizon": 0.1}}
+        write_best(tmp_path / "best", judged(replace(winner, reports=reports, config=config)), "demo")
+        return (tmp_path / "best" / "README.md").read_text()
+
+    average = "| adapter | running average (horizon 0.1): 1.2000; the last step's: 1.2500 |"
+    last = "| adapter | the last step's: 1.2000; its running average (horizon 0.1): 1.2500 |"
+    assert average in card(raw_eval_loss=1.25, ema_eval_loss=1.2) and last in card(raw_eval_loss=1.2, ema_eval_loss=1.25)
+    assert "| adapter |" not in card()
+
+
 def test_the_code_in_the_card_compiles_and_loads_four_bit_where_training_did(tmp_path, winner):
     write_best(tmp_path / "best", judged(winner), "demo")
     code = (tmp_path / "best" / "README.md").read_text().split("```python\n")[1].split("```")[0]

@@ -1,0 +1,109 @@
+"""Define an adapter's losses on each evaluation sample, and the file that keeps them. No torch.
+
+`sample_losses.json` in a trial's folder belongs to the adapter in `adapter/` beside it. A file and a
+folder cannot be replaced at once, so it holds the adapter before as well, and is written first: a
+crash at any moment leaves the losses of the adapter that is there. Two adapters compare sample by
+sample if the digests of their evaluation sets are equal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.config.parsing import parse_dataclass
+from engine.errors import InputError
+from engine.system.files import write_text
+from engine.trial_report import TrialReport
+
+SAMPLE_LOSSES = "sample_losses.json"
+
+
+@dataclass(frozen=True)
+class SampleLosses:
+    """Hold the losses of one adapter on the samples of one evaluation set, in the set's order.
+
+    evaluation_digest: 16 hex digits of the samples' tokens and targets at the evaluated length.
+    sums: nats, summed over the target tokens of each sample [N]. num_targets: the number of these
+    tokens [N].
+    """
+
+    evaluation_digest: str
+    sums: tuple[float, ...]
+    num_targets: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        """Return the eval loss: mean nats per target token over all samples."""
+        return math.fsum(self.sums) / sum(self.num_targets)
+
+
+@dataclass(frozen=True)
+class _OfRung:
+    rung: int
+    evaluation_digest: str
+    sums: tuple[float, ...]
+    num_targets: tuple[int, ...]
+
+
+def write_sample_losses(trial_folder: Path, rung: int, losses: SampleLosses) -> None:
+    """Write the losses of the adapter that comes into `adapter/` next, beside those of the one that is there.
+
+    The file is replaced as a whole or not at all. rung: that of the adapter.
+    """
+    try:
+        before = [one for one in _read(trial_folder / SAMPLE_LOSSES) if one.rung != rung][-1:]
+    except (InputError, OSError):
+        before = []  # the first one, or a damaged file, which this one replaces
+    new = _OfRung(rung, losses.evaluation_digest, losses.sums, losses.num_targets)
+    text = json.dumps({"adapters": [asdict(one) for one in (*before, new)]}, separators=(",", ":"))
+    write_text(trial_folder / SAMPLE_LOSSES, text + "\n")
+
+
+def read_sample_losses(trial_folder: Path, report: TrialReport) -> SampleLosses | None:
+    """Return the losses of the adapter that `report` tells of, or None if an older version wrote none.
+
+    Raises InputError if the file is damaged, or belongs to another report: its sums must give that
+    report's eval_loss to the last bit.
+    """
+    file, others = trial_folder / SAMPLE_LOSSES, []
+    if not file.is_file():
+        return None
+    for one in _read(file):
+        losses = SampleLosses(one.evaluation_digest, one.sums, one.num_targets)
+        if one.rung == report.rung and losses.mean == report.eval_loss:
+            return losses
+        others.append(f"of rung {one.rung} with loss {losses.mean:.6g}")
+    raise _damaged(file, f"it is {' and '.join(others)}")
+
+
+def _read(file: Path) -> list[_OfRung]:
+    """Return what the file has of one adapter or two. Raises InputError if it is damaged."""
+    try:
+        values = json.loads(file.read_bytes())
+        adapters = values.get("adapters") if isinstance(values, dict) else None
+        found = [parse_dataclass(_OfRung, _lists_as_tuples(one), "adapters") for one in adapters or ()]
+    except InputError as error:
+        raise _damaged(file, str(error)) from None
+    except (TypeError, ValueError, RecursionError):
+        raise _damaged(file, "it is not valid JSON of lists") from None
+    if not found:
+        raise _damaged(file, "it has no adapters")
+    for one in found:
+        if len(one.sums) != len(one.num_targets) or min(one.num_targets, default=0) < 0 or not any(one.num_targets):
+            raise _damaged(file, "its sums and counts do not match")
+    return found
+
+
+def _lists_as_tuples(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _damaged(file: Path, fault: str) -> InputError:
+    allowed = f"must hold the sample losses of the adapter beside it, but {fault}; remove the file"
+    return InputError(str(file), SAMPLE_LOSSES, allowed)
