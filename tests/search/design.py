@@ -75,7 +75,8 @@ class PlannedTrial:
 
 def alpha_of(convention: str, rank: int) -> tuple[float, bool]:
     """Return (lora_alpha, use_rslora) of a convention in ALPHAS."""
-    return {"rank": (float(rank), False), "2rank": (2.0 * rank, False), "fixed16": (16.0, False), "rslora8": (8.0, True)}[convention]
+    alphas = {"rank": float(rank), "2rank": 2.0 * rank, "fixed16": 16.0, "rslora8": 8.0}
+    return alphas[convention], convention == "rslora8"
 
 
 def points(count: int = NUM_CONFIGS, lengths: Sequence[int] = LENGTHS) -> list[dict[str, Any]]:
@@ -103,7 +104,8 @@ def planned(tasks: Mapping[str, Sequence[int]], later: Sequence[str] = ()) -> li
 
 def shard(order: Sequence[PlannedTrial], index: int, count: int) -> list[PlannedTrial]:
     """Return the trials of process `index` of `count`; trials of one group stay together."""
-    return [trial for trial in order if trial.group % count == index]
+    number = {group: place for place, group in enumerate(dict.fromkeys(trial.group for trial in order))}
+    return [trial for trial in order if number[trial.group] % count == index]
 
 
 def digest() -> str:

@@ -15,8 +15,8 @@ from typing import Any
 
 Row = dict[str, Any]
 NUM_TRAIN, NUM_EVAL = 7000, 400
-ONSETS, VOWELS = "b d f g h k l m n p r s t v z br dr gr kl st tr".split(), "a e i o u ai ea ou".split()
-ENDS = "n r s l nd rk m t".split() + [""] * 4
+ONSETS = ("b", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "gr", "kl", "st", "tr")
+VOWELS, ENDS = ("a", "e", "i", "o", "u", "ai", "ea", "ou"), ("n", "r", "s", "l", "nd", "rk", "m", "t", "", "", "", "")
 ITEMS = (
     "lamp", "desk", "kettle", "bicycle", "notebook", "camera", "blanket", "ladder", "drill", "mirror", "tent", "pump", "shelf",
     "radio", "hammer", "basket", "carpet", "helmet", "filter", "printer", "stool", "router", "fan", "tray", "cable",
@@ -103,9 +103,8 @@ def _calendar(draw: random.Random) -> tuple[str, str]:
     if draw.random() < 0.5:
         return f"Write this date as YYYY-MM-DD: {_written(draw, day)}", day.isoformat()
     if draw.random() < 0.5:
-        return f"Which weekday is {day.isoformat()}, if {(day - timedelta(3)).isoformat()} is a {_weekday(day - timedelta(3))}?", (
-            _weekday(day)
-        )
+        known = day - timedelta(3)
+        return f"Which weekday is {day.isoformat()}, if {known.isoformat()} is a {_weekday(known)}?", _weekday(day)
     moved = draw.randint(2, 40)
     return f"Which date is {moved} days after {_written(draw, day)}?", (day + timedelta(moved)).isoformat()
 
@@ -114,9 +113,9 @@ def _conversion(draw: random.Random) -> tuple[str, str]:
     """An amount is converted, with the working."""
     large, small, factor = draw.choice(UNITS)
     amount = draw.randint(2, 400)
-    if draw.random() < 0.5:
-        return f"Convert {amount} {large} to {small}.", f"{amount} {large} = {amount} * {factor} {small} = {amount * factor} {small}"
     given = amount * factor
+    if draw.random() < 0.5:
+        return f"Convert {amount} {large} to {small}.", f"{amount} {large} = {amount} * {factor} {small} = {given} {small}"
     return f"Convert {given} {small} to {large}.", f"{given} {small} = {given} / {factor} {large} = {amount} {large}"
 
 

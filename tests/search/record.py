@@ -2,6 +2,7 @@
 
     python -m tests.search.record --out shard0.jsonl --shard 0/12 --budget-s 500     # one process of 12
     python -m tests.search.record --dry-run --shard 0/12                             # what it would train
+    python -m tests.search.record --out more0.jsonl --shard 0/4 --done shard*.jsonl  # later, the trials that are left
     python -m tests.search.record --merge shard*.jsonl                               # into tests/search/curves/
     python -m tests.search.record --out tiny.jsonl --tiny --device cpu --limit 2     # the path, on a CPU
 
@@ -37,10 +38,11 @@ from engine.system.shared_cache import CACHE_VARIABLE
 from tests.search import design
 from tests.search.curve_files import CURVES, cut_torn_line, merge, read_lines, write_curves
 from tests.search.design import PlannedTrial, planned, shard
-from tests.search.recorded_trial import FULL, TINY, Failures, Setting, config_of, record_trial, task_facts
+from tests.search.recorded_trial import FAILED, FULL, TINY, Failures, Setting, config_of, record_trial, task_facts
 from tests.search.tasks import LATER, TASKS
 
 MEMORY_DISK, ROOM_GIB = Path("/dev/shm"), 24
+LEEWAY = 1.5  # a trial begins if one that takes so many times as long as the last would end in time
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,7 +75,13 @@ def _chosen(options: argparse.Namespace) -> list[PlannedTrial]:
     """Return this process' trials in order."""
     names = options.task or list(TASKS)
     order = planned({name: TASKS[name].lengths for name in TASKS if name in names}, LATER if len(names) > 1 else ())
-    return shard(order, *options.shard)[: options.limit]
+    done = {name for file in options.done for name in _done(read_lines(file))}
+    return shard([trial for trial in order if trial.id not in done], *options.shard)[: options.limit]
+
+
+def _done(lines: list[dict[str, Any]]) -> set[str]:
+    """Return the trials that need not be recorded again; one that failed may go well the next time."""
+    return {line["id"] for line in lines if line["kind"] == "trial" and line["outcome"] != FAILED}
 
 
 def _record_all(options: argparse.Namespace, trials: list[PlannedTrial]) -> int:
@@ -81,8 +89,7 @@ def _record_all(options: argparse.Namespace, trials: list[PlannedTrial]) -> int:
     deadline = time.monotonic() + options.budget_s
     cut_torn_line(options.out)
     known = read_lines(options.out)
-    done = {line["id"] for line in known if line["kind"] == "trial"}
-    left = [trial for trial in trials if trial.id not in done]
+    left = [trial for trial in trials if trial.id not in _done(known)]
     if not left:
         return 0
     with ExitStack() as stack:
@@ -106,15 +113,15 @@ def _lines(
     base: Base, setting: Setting, left: list[PlannedTrial], scratch: Path, deadline: float, told: set[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield a task's facts before its first trial, and each trial, as long as the next one will end in time."""
-    failures, longest_s = Failures(), 0.0
+    failures, last_s = Failures(), 0.0
     for trial in left:
-        if time.monotonic() + longest_s > deadline:
+        if time.monotonic() + LEEWAY * last_s > deadline:
             return
         if trial.task not in told:
             told.add(trial.task)
             yield {"kind": "task", **task_facts(base, setting, trial)}
         found = record_trial(base, setting, trial, scratch)
-        longest_s = max(longest_s, found["seconds"])
+        last_s = found["seconds"]
         yield {"kind": "trial", "task": trial.task, **found}
         loss = f"{found['loss'][-1]:.4f}" if found["loss"] else "-"
         print(f"{trial.id} {found['outcome']} {loss} {found['seconds']:.1f} s", flush=True)
@@ -159,6 +166,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="file to add lines to")
     parser.add_argument("--shard", type=_shard, default=(0, 1), help="i/n: every n-th group of trials, from i = 0")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds from now, the model's loading included")
+    parser.add_argument("--done", type=Path, nargs="+", default=[], help="files with trials that no process records again")
     parser.add_argument("--task", action="append", choices=list(TASKS), help="only this task; may be given again")
     parser.add_argument("--limit", type=int, help="at most so many trials")
     parser.add_argument("--model", default="builtin:smollm2-135m-instruct")

@@ -34,7 +34,9 @@ class Task:
 
 
 TASKS = {
-    "docs": Task("pages of the standard library's documentation as text; loss on all of it", doc_rows, LONGER, {"overlong": "split"}),
+    "docs": Task(
+        "pages of the standard library's documentation as text; loss on all of it", doc_rows, LONGER, {"overlong": "split"}
+    ),
     "code": Task("a function's head and documentation; loss on its body", code_rows, LENGTHS, {}),
     "requests": Task(
         "made requests: JSON, dates, units, tables, SQL, sorting; loss on the answer", request_rows, LENGTHS, {}
@@ -56,4 +58,5 @@ def write(folder: Path, name: str) -> None:
     train, held_out = TASKS[name].rows()
     evaluated = sorted(held_out, key=lambda row: key_of(json.dumps(row)))[:NUM_EVALUATED]
     for part, rows in (("train", train), ("eval", evaluated)):
-        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
