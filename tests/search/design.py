@@ -1,7 +1,10 @@
 """Lay out which trials are recorded, and in which order.
 
 The main design of each task is a scrambled Sobol sequence, so that its first points alone spread
-over the space too. The first of them are trained again with another seed and with a constant rate.
+over the space too. It was drawn once (`SobolEngine(6, scramble=True, seed=18)` of torch 2.13) and
+is kept, because another version may draw other points.
+
+The first points are trained again with another seed and with a constant rate.
 The order interleaves the tasks, so whatever is recorded when the time ends is of use.
 """
 
@@ -11,9 +14,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
-
-from torch.quasirandom import SobolEngine
 
 RANKS = (4, 8, 16, 32, 64, 128)
 TARGETS: dict[str, str | list[str]] = {
@@ -29,9 +32,7 @@ ALPHAS = ("rank", "2rank", "fixed16", "rslora8")
 """alpha = rank; 2 * rank; 16; and 8 with rsLoRA. At rank 16 the last is 2 * rank, the product's default."""
 NUM_CONFIGS, NUM_REPEATED = 112, 24
 """Of each task: points of the main design, and how many of them have a second seed and a constant rate."""
-SOBOL_SEED = 18
-DIGEST = "e2cbd3147ab8"
-"""Of the 112 points. Other versions of torch must not record another design under the same numbers."""
+COORDINATES = Path(__file__).with_name("design_points.json")
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,7 @@ def alpha_of(convention: str, rank: int) -> tuple[float, bool]:
 
 def points(count: int = NUM_CONFIGS, lengths: Sequence[int] = LENGTHS) -> list[dict[str, Any]]:
     """Return the first `count` points: the same ones for all tasks, but for the lengths to choose from."""
-    coordinates = SobolEngine(dimension=6, scramble=True, seed=SOBOL_SEED).draw(count).double().tolist()
-    return [_point(row, lengths) for row in coordinates]
+    return [_point(row, lengths) for row in _coordinates()[:count]]
 
 
 def planned(tasks: Mapping[str, Sequence[int]], later: Sequence[str] = ()) -> list[PlannedTrial]:
@@ -111,6 +111,12 @@ def shard(order: Sequence[PlannedTrial], index: int, count: int) -> list[Planned
 def digest() -> str:
     """Return 12 hex digits of the main design."""
     return hashlib.sha256(json.dumps(points(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@cache
+def _coordinates() -> list[list[float]]:
+    """Return rows of six coordinates in [0, 1): rank, targets, rate, alpha, dropout, length."""
+    return json.loads(COORDINATES.read_text())
 
 
 def _point(row: Sequence[float], lengths: Sequence[int]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ LENGTHS = {name: task.lengths for name, task in TASKS.items()}
 
 
 def test_the_design_is_the_one_that_was_recorded_and_its_beginning_spreads_too():
-    assert design.digest() == design.DIGEST
+    assert design.digest() == "fbd3194a3070"  # recorded trials are named by its points
     first = design.points(24)
     assert first == design.points()[:24]
     assert {point["lora.rank"] for point in first} == set(design.RANKS)
