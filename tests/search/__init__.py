@@ -1,0 +1,1 @@
+"""Searches compared: learning curves recorded from real trials, and replays of them."""
