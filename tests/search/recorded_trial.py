@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from dataclasses import dataclass
@@ -17,15 +16,16 @@ from engine.data.views import load_data
 from engine.errors import DivergedError, OutOfMemory, first_line
 from engine.evaluation.eval_loss import evaluate, evaluation_batches
 from engine.model.base import Base
+from engine.sample_losses import read_sample_losses
 from engine.training.loop import train
 from engine.trial_report import TrialReport
 from tests.search.curve_files import COMPLETE
 from tests.search.design import PlannedTrial
 from tests.search.tasks import TASKS, data_of
 
-SAMPLE_LOSSES = "sample_losses.json"  # in a trial's folder, of the adapter that is kept
 OUTCOMES = {DivergedError: "DIVERGED", OutOfMemory: "OUT_OF_MEMORY"}
 FAILED = "FAILED"
+NO_SAMPLES = {"sample_losses_e4": None, "sample_losses_of": None, "sample_rung": None, "sample_targets": None}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def record_trial(base: Base, setting: Setting, trial: PlannedTrial, scratch: Pat
     with tempfile.TemporaryDirectory(dir=scratch, prefix="trial-") as folder:
         try:
             reports.extend(train(config, Path(folder), base=base))
-            samples = _sample_losses(Path(folder))
+            samples = _sample_record(Path(folder), reports)
         except (DivergedError, OutOfMemory) as found:
             outcome, error = OUTCOMES[type(found)], first_line(found)
         except torch.OutOfMemoryError as found:
@@ -124,7 +124,7 @@ def record_trial(base: Base, setting: Setting, trial: PlannedTrial, scratch: Pat
         except Exception as found:  # recorded, because the other trials need not end with it
             outcome, error = FAILED, f"{type(found).__name__}: {first_line(found)}"
     seconds = time.perf_counter() - began_s
-    return {**_named(config, trial), "outcome": outcome, "error": error, **curve_of(reports), **(samples or _sample_record(None)),
+    return {**_named(config, trial), "outcome": outcome, "error": error, **curve_of(reports), **(samples or NO_SAMPLES),
             "seconds": round(seconds, 3)}  # fmt: skip
 
 
@@ -151,16 +151,10 @@ def _named(config: TrainConfig, trial: PlannedTrial) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _sample_losses(folder: Path) -> dict[str, Any] | None:
-    """Return the record of the samples' losses, or None where the engine writes none."""
-    file = folder / SAMPLE_LOSSES
-    return _sample_record(json.loads(file.read_bytes())) if file.is_file() else None
-
-
-def _sample_record(found: dict[str, Any] | None) -> dict[str, Any]:
-    """found: the file's content, losses summed over each sample's targets; samples without targets count 0."""
-    if found is None:
-        return {"sample_losses_e4": None, "sample_losses_of": None, "sample_rung": None, "sample_targets": None}
-    sums, targets = found.get("sums") or found["loss_sums"], found["num_targets"]
-    means = [round(1e4 * one / count) if count else 0 for one, count in zip(sums, targets)]
-    return {"sample_losses_e4": means, "sample_losses_of": "kept", "sample_rung": found["rung"], "sample_targets": targets}
+def _sample_record(folder: Path, reports: list[TrialReport]) -> dict[str, Any]:
+    """Return what is recorded of the kept adapter's loss on each sample; samples without targets count 0."""
+    kept = [report for report in reports if report.eval_loss == reports[-1].best_eval_loss][-1]  # as good and later: kept
+    found = read_sample_losses(folder, kept)
+    means = [round(1e4 * one / count) if count else 0 for one, count in zip(found.sums, found.num_targets)]
+    return {"sample_losses_e4": means, "sample_losses_of": "kept", "sample_rung": kept.rung,
+            "sample_targets": list(found.num_targets)}  # fmt: skip

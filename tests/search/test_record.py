@@ -140,6 +140,10 @@ def test_trials_are_recorded_again_only_where_they_are_missing_and_merge_into_a_
     for trial in curves.main():
         assert trial.outcome == "COMPLETE" and len(trial.loss) == len(trial.tokens) == len(trial.elapsed_s) == 4
         assert trial.tokens[-1] >= curves.task["max_tokens"] > trial.tokens[-2]
+        targets = curves.task["sample_targets"]
+        kept = min(loss[trial.sample_rung - 1] for loss in (trial.loss, trial.average))
+        sums = [mean * count for mean, count in zip(trial.sample_losses_e4, targets)]
+        assert 1e-4 * sum(sums) / sum(targets) == pytest.approx(kept, abs=1e-4) and kept == min(*trial.loss, *trial.average)
     assert {trial.loss[-1] for trial in curves.main()} != {curves.task["base_eval_loss"]}
 
 
