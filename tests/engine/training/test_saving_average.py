@@ -14,12 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.adapter.flat import FlatAdapter
+from engine.adapter.lora import attach, detach
 from engine.adapter.peft_files import WEIGHTS
+from engine.adapter.running_average import RunningAverage
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
+from engine.model.load import load_base
 from engine.sample_losses import read_sample_losses
 from engine.training import checkpoint
+from engine.training.checkpoint import Pace, Progress, Tensors
 from engine.training.loop import _Run, train
+from engine.training.optim import make_optimizer
 from engine.training.passes import Passes
-from engine.trial_report import read_reports
+from engine.training.saving import TrialFiles
+from engine.trial_report import PartClock, read_reports
 from tests.support.trials import build, one_loss, run, same_numbers
 
 AVERAGE, LAST = "average", "last"
@@ -159,3 +168,23 @@ def test_a_trial_killed_at_any_write_has_the_losses_of_its_adapter_and_ends_as_i
         for name in (f"adapter/{WEIGHTS}", f"checkpoint/{checkpoint.ADAPTER}"):
             assert (copy / name).read_bytes() == (folder / name).read_bytes()
         assert torch.equal(saved_average(copy), saved_average(folder))
+
+
+@pytest.mark.gpu
+def test_tensors_are_written_after_what_the_device_still_computes(tiny_config, tmp_path):
+    config = parse(TrainConfig, {**tiny_config, "optim": {"ema_horizon": 0.5}})
+    base = load_base(config.model, torch.device("cuda"))
+    layers = attach(base.model, base.linear_names, config.lora, 0)
+    adapter = FlatAdapter(layers, base.dtype)
+    average, optimizer = RunningAverage(adapter, 0.5), make_optimizer(adapter.parameter, config.optim)
+    files = TrialFiles(tmp_path, config, base, Tensors(layers, optimizer, average.values), average, Pace(), PartClock())
+    for number in (1.0, 2.0):
+        torch.cuda._sleep(10**9)  # half a second, in which the thread could read what is there now
+        adapter.parameter.detach().fill_(number)
+        average.values.fill_(-number)
+        files.begin()
+        files.save(Progress(config.fingerprint()))
+        assert values_in(adapter_file(tmp_path)).unique().tolist() == [number]
+        assert saved_average(tmp_path).unique().tolist() == [-number]
+    files.close()
+    detach(base.model, layers)
