@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config.trial import ALL_LINEAR
-from engine.errors import InputError
 from engine.shape.model_shape import ModelShape
 from engine.units import counted
 from sweep.config.sweep import SweepConfig
@@ -71,7 +70,7 @@ def make_beginning(config: SweepConfig, space: Space, shape: ModelShape | None) 
     rate = rate_prior(shape)
     own = tuple(_whole(space, base, point, rate) for point in given)
     known, notes = _known_points(space, base, rate)
-    return Beginning(own, known, rate, notes)
+    return Beginning(own, tuple(point for point in known if point not in own), rate, notes)
 
 
 def has_prior(config: SweepConfig) -> bool:
@@ -90,7 +89,7 @@ def _known_points(space: Space, base: Mapping[str, Any], rate: RatePrior | None)
         wanted += [_whole(space, base, {}, rate, sign) for sign in (1.0, -1.0)]
     if RANK in by_path and (largest := _ranks(by_path[RANK])[-1:]):
         wanted.append(_whole(space, base, {RANK: coordinate(by_path[RANK], largest[0])}, rate))
-    points = [point for place, point in enumerate(wanted) if point not in wanted[:place] and _is_valid(space, base, point)]
+    points = [point for place, point in enumerate(wanted) if point not in wanted[:place]]
     return tuple(points), _notes(space, base, by_path.get(RATE), rate, wanted[0])
 
 
@@ -102,12 +101,12 @@ def _notes(
         return (f"no learning rate: the space does not vary {RATE}",)
     if rate is None:
         return ("no learning rate: the model's hidden size is not known, so the base config's rate is tried",)
-    lora = space.apply(base, first).lora if _is_valid(space, base, first) else None
-    mean, width = (rate.log_rate, rate.width) if lora is None else rate.of(lora)
-    line = f"learning rate {math.exp(mean):.2g}, within a factor of {math.exp(width):.2g}: {rate.source}"
-    if lora is not None and abs(lora.scaling * lora.rank - RULE_ALPHA) > 1e-9:
+    lora = space.apply(base, first).lora
+    mean, width = rate.of(lora)
+    line = f"learning rate {math.exp(mean):.2g}, give or take a factor of {math.exp(width):.2g}: {rate.source}"
+    if abs(lora.scaling * lora.rank - RULE_ALPHA) > 1e-9:
         line += f", for rank {lora.rank} with alpha {lora.alpha:g}{' and rsLoRA' if lora.use_rslora else ''}"
-    if not dimension.corners() or not _reaches(dimension, math.exp(mean)):
+    if not _reaches(dimension, math.exp(mean)):
         line += f"; it is outside the space ({dimension.describe()}), so the nearest rate there is tried"
     return (line,)
 
@@ -120,16 +119,20 @@ def _reaches(dimension: Dimension, rate: float) -> bool:
 def _whole(space: Space, base: Mapping[str, Any], given: Params, rate: RatePrior | None, deviations: float = 0.0) -> Params:
     """Return the point with these params, completed by the prior.
 
-    deviations: standard deviations by which ln(rate) lies above its mean.
+    deviations: standard deviations of ln(rate) between its rate and the centre. If the space does
+    not reach the centre, they count from the nearest rate that it has.
     """
     point = completed(space, base, given, _preferred)
     dimension = next((one for one in space.dimensions if one.path == RATE), None)
-    if rate is None or RATE in given or RATE not in point or not _is_valid(space, base, point):
+    if rate is None or RATE in given or RATE not in point:
         return point
     mean, width = rate.of(space.apply(base, point).lora)
+    centre = nearest(dimension, math.exp(mean))
+    if centre is OUTSIDE:
+        return point
     # two digits are all that is known, and the same on every machine
-    found = nearest(dimension, float(f"{math.exp(mean + deviations * width):.1e}"))
-    return point if found is OUTSIDE else completed(space, base, {**given, RATE: found}, _preferred)
+    found = nearest(dimension, float(f"{dimension.value(centre) * math.exp(deviations * width):.1e}"))
+    return completed(space, base, {**given, RATE: found}, _preferred)
 
 
 def _preferred(dimension: Dimension) -> Any:
@@ -153,12 +156,3 @@ def _ranks(dimension: Dimension) -> list[float]:
         return sorted(numbers(dimension).values())
     middle = math.sqrt(dimension.low * dimension.high) if dimension.log else (dimension.low + dimension.high) / 2
     return sorted({dimension.low, nearest(dimension, middle), dimension.high})
-
-
-def _is_valid(space: Space, base: Mapping[str, Any], point: Params) -> bool:
-    """Return whether the point is a config: one that is not must not stop a sweep that nobody asked for it."""
-    try:
-        space.apply(base, point)
-    except InputError:
-        return False
-    return True

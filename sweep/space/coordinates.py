@@ -37,7 +37,7 @@ def nearest(dimension: Dimension, number: float) -> Any:
         points = points[max(0, math.floor(place)) : math.ceil(place) + 1]
     known = numbers(dimension) if isinstance(dimension, Choice) else {point: point for point in points}
     scale = _scale(dimension, (*known.values(), number))
-    return min(known, key=lambda name: abs(scale(known[name]) - scale(number)), default=OUTSIDE)
+    return min(known, key=lambda name: round(abs(scale(known[name]) - scale(number)), 9), default=OUTSIDE)
 
 
 def numbers(choice: Choice) -> dict[Any, float]:
