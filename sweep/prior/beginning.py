@@ -17,7 +17,7 @@ from engine.config.trial import ALL_LINEAR
 from engine.shape.model_shape import ModelShape
 from engine.units import counted
 from sweep.config.sweep import SweepConfig
-from sweep.prior.completion import Params, completed
+from sweep.prior.whole_points import Params, completed
 from sweep.prior.own_points import read_own_points
 from sweep.prior.rate_prior import RULE_ALPHA, RatePrior, rate_prior
 from sweep.space.coordinates import OUTSIDE, coordinate, nearest, numbers

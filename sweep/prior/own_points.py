@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.errors import InputError, did_you_mean
-from sweep.prior.completion import Params, completed
+from sweep.prior.whole_points import Params, completed
 from sweep.space.coordinates import OUTSIDE, coordinate
 from sweep.space.parse import flattened
 from sweep.space.space import Choice, Dimension, Space
