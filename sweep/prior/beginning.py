@@ -17,15 +17,16 @@ from engine.config.trial import ALL_LINEAR
 from engine.shape.model_shape import ModelShape
 from engine.units import counted
 from sweep.config.sweep import SweepConfig
-from sweep.prior.whole_points import Params, completed
 from sweep.prior.own_points import read_own_points
 from sweep.prior.rate_prior import RULE_ALPHA, RatePrior, rate_prior
+from sweep.prior.whole_points import Params, completed
 from sweep.space.coordinates import OUTSIDE, coordinate, nearest, numbers
 from sweep.space.space import Choice, Dimension, Space
 from sweep.text import params_text
 
 PRIOR_SAMPLERS = ("freeze_thaw",)
 """Samplers for which `sweep.prior=auto` means true."""
+MAX_SHOWN = 12  # points in the plan
 RATE, RANK = "optim.learning_rate", "lora.rank"
 
 
@@ -54,7 +55,9 @@ class Beginning:
         parts += [f"{len(self.known)} of the prior"] if self.known else []
         if parts:
             lines.append(f"first      {counted(len(self.points()), 'trial')}: {', '.join(parts)}")
-        return lines + [f"  {params_text(point)}" for point in self.points()]
+        points = self.points()
+        lines += [f"  {params_text(point)}" for point in points[:MAX_SHOWN]]
+        return lines + ([f"  and {len(points) - MAX_SHOWN} more"] if len(points) > MAX_SHOWN else [])
 
 
 def make_beginning(config: SweepConfig, space: Space, shape: ModelShape | None) -> Beginning:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from sweep.prior.whole_points import Params
 from sweep.prior.rate_prior import RatePrior
+from sweep.prior.whole_points import Params
 
 FIRST_POINTS, RATE_PRIOR = "first_points", "rate_prior"  # the study's attributes
 

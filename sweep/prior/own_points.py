@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,14 +21,15 @@ def read_own_points(first_trials: Sequence[Mapping[str, Any]], space: Space, bas
     no trial has; for fields that no trial has together; for a config that is not valid; and for a
     point that is given twice.
     """
-    points: list[Params] = []
+    points: dict[str, Params] = {}
     for number, given in enumerate(first_trials, 1):
         point = _read(number, given, space)
         _check_whole(number, given, point, space, base)
-        if point in points:
-            raise _error(number, given, f"is point {points.index(point) + 1} once more; leave one of them out")
-        points.append(point)
-    return points
+        key = json.dumps(point, sort_keys=True)
+        if key in points:
+            raise _error(number, given, f"is point {list(points).index(key) + 1} once more; leave one of them out")
+        points[key] = point
+    return list(points.values())
 
 
 def _read(number: int, given: Mapping[str, Any], space: Space) -> Params:

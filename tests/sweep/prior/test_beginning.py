@@ -55,6 +55,12 @@ def test_the_plan_says_the_rate_its_source_and_each_point():
     assert lines[2] == "  rank=8 target_modules=everything learning_rate=0.00048" and len(lines) == 7
 
 
+def test_the_plan_of_many_points_fits_a_screen():
+    rates = [f"{place + 1}e-5" for place in range(20)]
+    lines = begin(prior=False, first_trials=[{"optim.learning_rate": float(rate)} for rate in rates[1:]]).describe()
+    assert len(lines) == 14 and lines[-1] == "  and 7 more"
+
+
 def test_a_point_of_the_user_gets_the_prior_s_rate_for_its_own_rank_unless_it_names_one():
     own = begin(first_trials=[{"lora.rank": 8}, {"lora.rank": 128, "optim.learning_rate": 1e-3}]).own
     assert [point["optim.learning_rate"] for point in own] == [4.8e-4, 1e-3]
