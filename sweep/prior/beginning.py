@@ -158,4 +158,4 @@ def _ranks(dimension: Dimension) -> list[float]:
     if isinstance(dimension, Choice):
         return sorted(numbers(dimension).values())
     middle = math.sqrt(dimension.low * dimension.high) if dimension.log else (dimension.low + dimension.high) / 2
-    return sorted({dimension.low, nearest(dimension, middle), dimension.high})
+    return sorted({nearest(dimension, rank) for rank in (dimension.low, middle, dimension.high)})

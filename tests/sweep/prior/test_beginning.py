@@ -93,6 +93,8 @@ def test_an_enumerable_space_is_begun_at_its_nearest_points():
     assert [tuple(point.values()) for point in begun.known] == [(8, "mid"), (8, "high"), (8, "low")]
     space = {"lora.rank": {"low": 4, "high": 64, "log": True}}
     assert [point["lora.rank"] for point in begin(space).known] == [16, 64]
+    space = {"lora.rank": {"low": 8, "high": 70, "step": 8}}  # 70 is none of its points
+    assert [point["lora.rank"] for point in begin(space).known] == [40, 64]
 
 
 def test_a_searched_alpha_begins_at_32_without_rslora_and_then_the_rate_is_the_rule_s_at_every_rank():
