@@ -21,8 +21,9 @@ SPACE = {
 MODEL = ModelShape.of(LLAMA_8B, "config.json")
 
 
-def begin(space=SPACE, sampler="random", shape=MODEL, prior=True, **options):
+def begin(space=SPACE, sampler="random", shape=MODEL, prior=True, lora=None, **options):
     config = config_for(space, sampler, prior=prior, **options)
+    config = parse_sweep_config({**config.model_dump(mode="json"), "lora": lora or {}})
     return make_beginning(config, parse_space(config.space), shape)
 
 
@@ -99,6 +100,7 @@ def test_an_enumerable_space_is_begun_at_its_nearest_points():
 
 def test_a_searched_alpha_begins_at_32_without_rslora_and_then_the_rate_is_the_rule_s_at_every_rank():
     space = {**SPACE, "lora.lora_alpha": {"choices": [8, 16, 32, 64]}, "lora.use_rslora": {"choices": [True, False]}}
+    assert all(not point["lora.use_rslora"] for point in begin(space, lora={"use_rslora": True}).known)
     begun = begin(space)
     assert {(p["lora.lora_alpha"], p["lora.use_rslora"]) for p in begun.known} == {(32, False)}
     assert [p["optim.learning_rate"] for p in begun.known if p["lora.rank"] == 128] == [rates(begun)[0]] == [2.9e-4]

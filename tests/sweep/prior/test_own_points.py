@@ -46,6 +46,17 @@ def test_a_given_field_decides_the_choice_that_it_depends_on():
     assert point["lora.target_modules"] == "attention" and "lora.use_rslora" not in point
 
 
+def test_two_given_fields_decide_the_choice_with_which_both_vary():
+    parent = {"choices": {"q": ["q_proj"], "v": ["v_proj"], "everything": "all-linear"}}
+    space = {
+        "lora.target_modules": parent,
+        "lora.use_rslora": {"choices": [True, False], "when": {"lora.target_modules": ["everything", "v"]}},
+        "lora.lora_dropout": {"choices": [0.0, 0.1], "when": {"lora.target_modules": ["q", "v"]}},
+    }
+    point = {"lora.use_rslora": True, "lora.lora_dropout": 0.1}
+    assert own(point, space=space) == [{"lora.target_modules": "v", **point}]
+
+
 @pytest.mark.parametrize(
     ("points", "line"),
     [
