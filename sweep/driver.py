@@ -47,6 +47,7 @@ from sweep.preflight import (
     check_warm_start,
     pinned_to_most_demanding,
     setting_warnings,
+    with_beginning,
 )
 from sweep.tracking.mlflow_names import data_points, data_tags
 from sweep.tracking.prometheus import MetricsPage, serve
@@ -118,7 +119,7 @@ def _launch(
     if folder is None and plan.config.sweep.warm_start:
         check_warm_start(plan, {}, print)
     if dry_run:
-        return check_and_forecast(plan, engine, given)
+        return check_and_forecast(plan, engine, given, folder is None)
     check_places(plan.config, None if folder is None else folder.path)
     with handled(taken_signals(), _interrupt), _metrics_page(plan) as page:
         try:
@@ -132,6 +133,8 @@ def _launch(
             if plan.config.sweep.warm_start:
                 check_warm_start(plan, data)
             plan = pinned_to_most_demanding(plan, feasibility)
+        plan = with_beginning(plan, facts, folder is None)
+        if folder is None:
             folder = SweepFolder.create(plan.config, datetime.now())
             folder.write_data(data, facts.accounts)
         with _storage_errors(folder):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.command_answers import Facts, PreparedFacts
+from engine.errors import printable
 from engine.system.files import require_home
 from engine.units import counted
 from sweep.cli.console import warn
@@ -64,7 +65,15 @@ def check_warm_start(plan: SweepPlan, data: dict[str, Any], say: Callable[[str],
         print(f"warm start {note}", flush=True)
 
 
-def check_and_forecast(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -> int:
+def with_beginning(plan: SweepPlan, facts: Facts, is_new: bool) -> SweepPlan:
+    """Return the plan with the trials that it begins with. Those of a new sweep are printed."""
+    plan = plan.for_model(facts.shape)
+    if is_new and (lines := plan.beginning.describe()):
+        print("\n".join(map(printable, lines)), flush=True)
+    return plan
+
+
+def check_and_forecast(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any], is_new: bool = True) -> int:
     """Check model and data as a start does, and print the forecast. Returns the exit code.
 
     What only the hub has, and does not deliver now, is left unchecked, and a line says so. A fault
@@ -72,7 +81,9 @@ def check_and_forecast(plan: SweepPlan, engine: EngineModules, given: Mapping[st
     """
     faults: list[CommandFailed] = []
     try:
-        _forecast(plan, engine, _checked(plan, engine, given))
+        facts = _checked(plan, engine, given)
+        with_beginning(plan, facts, is_new and not plan.config.sweep.only_most_demanding)
+        _forecast(plan, engine, facts)
     except CommandFailed as error:
         faults.append(error)
         try:

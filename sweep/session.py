@@ -70,14 +70,20 @@ class SweepSession:
     def _open_study(self) -> Study:
         """Open the study in the journal.
 
-        Adds the trials of earlier sweeps if the config names some and they are not in yet.
+        Adds what the sweep begins with, and the trials of earlier sweeps if the config names some
+        and they are not in yet.
         """
         config, space = self.plan.config, self.plan.space
         study = Study(self.folder, config, space, self.feasibility.check_fit)
         if not study.keep_begun_with(config, self.inputs):
             self.screen.note(NOTHING_KEPT)
+        earlier = None
         if config.sweep.warm_start and not study.has_earlier_trials:
-            study.take_over(read_earlier(config, space, self.folder.read_data() or {}))
+            earlier = read_earlier(config, space, self.folder.read_data() or {})
+        beginning = self.plan.beginning
+        study.beginning.keep(beginning.points(earlier.first_points if earlier else ()), beginning.rate)
+        if earlier is not None:
+            study.take_over(earlier)
         return study
 
     def _open_ledger(self) -> Ledger:

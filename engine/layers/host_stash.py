@@ -86,8 +86,12 @@ class HostStash:
         self._stream: torch.cuda.Stream | None = None
 
     def clear(self) -> None:
-        """Drop what is left of a pass that failed or had no backward pass."""
-        if self._stream is not None:
+        """Drop what is left of a pass that failed or had no backward pass.
+
+        Nothing is left of a whole pass, and nothing is waited for: a recording allows no wait for
+        the copies of earlier passes.
+        """
+        if self._entries and self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         self._entries.clear()
         self._top = 0

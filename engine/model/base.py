@@ -116,6 +116,7 @@ class Base:
         and `host_layers` of the others keep theirs on the host. Unfused layers keep all activations
         under KEEP and recompute the whole layer under any other policy.
         """
+        self.stash.clear()  # a pass that failed under the former policy: a recording could not wait for its copies
         set_policy(self.model, policy, keep_layers, host_layers, self.stash)
         if self.swaps.unfused:
             # transformers 5.23 is renaming the methods, so both names are tried

@@ -53,7 +53,11 @@ class CardPlanner:
         """Return the planner for the card that `base` is on."""
         if base.device.type != "cuda":
             return cls(config)
-        card = with_known_rates(found_card(torch.cuda.get_device_name(base.device), _own_gib(base.device)), here=True)
+        card = base.lasting.get("card")  # its rates are looked up once for each base: versions and files are read for that
+        if card is None:
+            card = with_known_rates(found_card(torch.cuda.get_device_name(base.device), _own_gib(base.device)), here=True)
+            base.lasting["card"] = card
+        card = replace(card, memory_gib=_own_gib(base.device))
         shape = ModelShape.known(base.model.config.to_dict(), config.model.path) if base.route.is_predicted else None
         if shape is not None and calls_kernels(base.model, FLASH_LINEAR_ATTENTION):
             shape = shape.with_kernels()

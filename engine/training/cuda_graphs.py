@@ -132,6 +132,7 @@ class Graphs:
             raise
         except RuntimeError as error:  # model code waits for the device: no graphs, same numbers
             warnings.warn(f"no CUDA graphs for this model: {first_line(error)}", stacklevel=2)
+            self._recordings.start_over()
             self._recordings.can_record = False
             return None
         finally:
@@ -152,6 +153,7 @@ class Graphs:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # a library may have to load what it needs for this size
+            self._recordings.start_over()
             self._warm_up(size)
             row.loss, row.replay = recorder.capture(lambda: self._compute(row), self._recordings.pool)
         highest = MEASURES[1]() if self._base.device.type == "cuda" else 0

@@ -45,7 +45,7 @@ class Passes:
         self._began_s = self._recordings.recording_s
         self._training: Graphs | None = None
         self._evaluation: Graphs | None = None
-        self._may_record_evaluation = True
+        self._may_record_evaluation = config.train.cuda_graphs is not False
 
     @property
     def recording_s(self) -> float:

@@ -157,12 +157,18 @@ class Recordings:
         self._pool = None  # a pool that once ran full stays in pieces
         return had_some
 
+    def start_over(self) -> None:
+        """Forget what is recorded, in every kind, and take a new pool: torch lets no one record into a broken one."""
+        for kind in self._kinds.values():
+            kind.rows.clear()
+        self._pool = None
+
 
 def capture(compute: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
     """Record `compute` as a CUDA graph, without computing. Return its result's tensor and what replays it.
 
-    Raises OutOfMemoryError, and RuntimeError if the code waits for the device. Then nothing is left
-    of the recording, and the next one may use the pool.
+    Raises OutOfMemoryError, and RuntimeError if the code waits for the device. After the second, the
+    pool takes no more recordings: see `Recordings.start_over`.
     """
     graph, result, fault, stream = torch.cuda.CUDAGraph(), None, None, torch.cuda.current_stream()
     try:
@@ -185,9 +191,10 @@ def capture(compute: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[
 def _leave_recording(stream: torch.cuda.Stream, pool: Any) -> None:
     """Undo what torch leaves behind if the end of a recording raises an error. stream: the one before it.
 
-    Torch stays on the recording's stream. Its allocator counts the pool as recording: it refuses the
-    pool's next recording, and frees no cached memory when memory runs out. Its random generator
-    stays in the recording's mode, which a recording that succeeds ends.
+    Torch stays on the recording's stream. Its allocator counts the pool as recording, and therefore
+    frees no cached memory when memory runs out. Its random generator stays in the recording's mode,
+    which a recording that succeeds ends. Its allocator of pinned memory counts the pool as recording
+    too, and offers no way to end that, so the pool is lost.
     """
     torch.cuda.set_stream(stream)
     device = torch.cuda.current_device()

@@ -76,6 +76,12 @@ class SweepSection(StrictModel):
     output_dir: str = Field("sweeps", min_length=1, description="folder in which the sweep folder is created")
     budget: BudgetConfig = BudgetConfig()
     warm_start: Annotated[tuple[str, ...], ListAsTuple] = Field((), description="folders of earlier sweeps to learn from")
+    first_trials: Annotated[tuple[dict[str, Any], ...], ListAsTuple] = Field(
+        (), description="points of the space to try first; fields that a point lacks are completed"
+    )
+    prior: Literal["auto"] | bool = Field(
+        "auto", description="true: begin with points that are known to be good for such models; auto: if the sampler can use it"
+    )
     objectives: Annotated[tuple[str, ...], ListAsTuple] = Field((EVAL_LOSS,), description="measures that are minimised together")
     choose_within: Annotated[float, Field(ge=0.0)] = Field(
         0.0, description="nats of eval_loss that the best adapter may lose in order to be better in the other objectives"

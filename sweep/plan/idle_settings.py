@@ -119,6 +119,7 @@ RULES: dict[str, Rule] = {
     "train.num_reports": _if_set("train.report_at_tokens"),
     "train.gradient_accumulation_steps": _if_set("train.tokens_per_step"),
     "train.memory_budget_gib": _if_equal("train.device", "cpu"),
+    "sweep.prior": _if_equal("sampler.name", "grid"),
     "cluster.num_gpus": _if_equal("train.device", "cpu"),
     "cluster.num_cpu_slots": _if_equal("train.device", "cuda"),
     "cluster.wait_s": _first(_if_unset("cluster.address"), _if_equal("cluster.num_gpus", "auto")),

@@ -6,17 +6,20 @@ The hardware is an argument: the caller joins a cluster, if there is one, and sa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.config.trial import TrainConfig
 from engine.errors import InputError, printable
+from engine.shape.model_shape import ModelShape
 from engine.units import counted
 from sweep.cluster.card_kinds import CardKind
 from sweep.cluster.slots import Hardware, Slots, local_hardware, plan_slots
 from sweep.config.pruner_options import HyperbandConfig
 from sweep.config.sweep import ClusterConfig, SweepConfig, describe_budget
 from sweep.plan.rungs import least_way
+from sweep.prior.beginning import Beginning, make_beginning
+from sweep.prior.own_points import read_own_points
 from sweep.space.parse import parse_space
 from sweep.space.space import Space
 
@@ -29,6 +32,7 @@ class SweepPlan:
     space: Space
     slots: Slots
     kinds: tuple[CardKind, ...] = ()  # the kinds of an existing cluster's cards
+    beginning: Beginning = field(default_factory=Beginning)  # known once the model's shape is
 
     @property
     def has_mixed_cards(self) -> bool:
@@ -51,11 +55,19 @@ class SweepPlan:
         data = self.config.data.model_copy(update={"date": day})
         return replace(self, config=self.config.model_copy(update={"data": data}))
 
+    def for_model(self, shape: ModelShape | None) -> SweepPlan:
+        """Return the plan with the trials that it begins with. shape: None if it is not known."""
+        return replace(self, beginning=make_beginning(self.config, self.space, shape))
+
     def warnings(self) -> list[str]:
         """Return one line for each setting that is allowed but may mislead."""
-        if "elapsed_s" in self.config.sweep.objectives and self.has_mixed_cards:
-            return ["elapsed_s is compared over different cards: a trial on a faster card only seems faster"]
-        return []
+        lines, section = [], self.config.sweep
+        if "elapsed_s" in section.objectives and self.has_mixed_cards:
+            lines.append("elapsed_s is compared over different cards: a trial on a faster card only seems faster")
+        if len(section.first_trials) > section.num_trials and not section.only_most_demanding:
+            points = f"{len(section.first_trials)} points of sweep.first_trials"
+            lines.append(f"the sweep ends before all {points} are tried: sweep.num_trials = {section.num_trials}")
+        return lines
 
     def pinned(self, params: dict[str, Any]) -> SweepPlan:
         """Return the plan of a sweep that has this point of the space as its base, and no space.
@@ -67,6 +79,7 @@ class SweepPlan:
         if step > min(least_way(loop), loop.max_tokens):
             loop = loop.model_copy(update={"max_tokens": 2 * step, "report_at_tokens": (step, 2 * step)})
         sections = {"model": trial.model, "data": trial.data, "lora": trial.lora, "optim": trial.optim, "train": loop}
+        sections["sweep"] = self.config.sweep.model_copy(update={"first_trials": ()})
         return replace(self, config=self.config.model_copy(update={**sections, "space": {}}), space=Space(()))
 
     def describe(self) -> str:
@@ -112,7 +125,9 @@ def make_sweep_plan(config: SweepConfig, find_hardware: Callable[[ClusterConfig]
     space = parse_space(config.space)
     if config.sampler.name == "grid":
         space.check_walkable()
-    space.single_changes(config.base().model_dump(mode="json"))
+    base = config.base().model_dump(mode="json")
+    space.single_changes(base)
+    read_own_points(config.sweep.first_trials, space, base)
     _check_pruner(config)
     found = find_hardware(config.cluster)
     slots = plan_slots(config.cluster, config.train.device, found.num_gpus, found.num_cpus)

@@ -27,6 +27,7 @@ from engine.errors import InputError, first_line
 from sweep.config.sweep import SweepConfig
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.plan.feasibility import UNPREDICTED, Fit
+from sweep.prior.kept_beginning import KeptBeginning
 from sweep.space.space import Space
 from sweep.study.begun_with import CONFIG, as_attributes
 from sweep.study.earlier_sweeps import EarlierSweeps
@@ -39,7 +40,7 @@ from sweep.study.samplers import MEMORY, make_sampler, proposal_seed
 from sweep.trials.objectives import objective_values
 from sweep.trials.record import Outcome, Proposal, TrialRecord
 
-TAKEN_OVER, FIRST_POINTS = "num_taken_over", "first_points"
+TAKEN_OVER = "num_taken_over"
 MET_EXCESS_GIB = 1.0  # assumed: a trial that ran out of memory does not tell how much it lacked
 DEATHS = "deaths"  # user attribute: {"rung", "count"}
 RANDOM_STREAM = 1  # seeds random draws, made once the sampler only repeats itself
@@ -68,7 +69,7 @@ class Study:
         self._pruner = make_optuna_pruner(config.effective_pruner, num_rungs)
         self._objectives = config.sweep.objectives
         self._study = self._open()
-        self._first_points: list[dict[str, Any]] = self._study.user_attrs.get(FIRST_POINTS, [])
+        self.beginning = KeptBeginning(self._study)
         make_sampler(config.sampler, 0)  # fails now if its package is missing
         self._pruning = Pruning(make_pruner(config.effective_pruner, num_rungs, STUDY_NAME), num_rungs, self._trials())
         self._proposer = Proposer(STUDY_NAME, config.sampler, config.sweep.seed, self._pruner, space, len(self._objectives))
@@ -132,12 +133,10 @@ class Study:
         return TAKEN_OVER in self._study.user_attrs
 
     def take_over(self, found: EarlierSweeps) -> None:
-        """Enter trials of earlier sweeps in the journal as ended, each once, and the points to try first.
+        """Enter trials of earlier sweeps in the journal as ended, each once.
 
-        The sampler learns from the trials, and none is trained again.
+        The sampler learns from them, and none is trained again.
         """
-        self._first_points = found.first_points
-        self._study.set_user_attr(FIRST_POINTS, found.first_points)
         known = {trial.user_attrs.get("source") for trial in self._trials()}
         for earlier in found.trials:
             if earlier.source in known:
@@ -276,8 +275,9 @@ class Study:
         trial.distributions = {name: known.setdefault((name, one), one) for name, one in trial.distributions.items()}
 
     def _first_point(self) -> FrozenTrial | None:
-        """Return the next untried of the earlier sweeps' best points."""
-        return next((self._proposer.fixed(point) for point in self._first_points if self._is_new(point)), None)
+        """Return the next untried of the points to try first."""
+        point = self.beginning.next_point(self._is_new)
+        return None if point is None else self._proposer.fixed(point)
 
     def _unseen_point(self) -> FrozenTrial | None:
         """Return an untried point: the next one of an enumerable space, else a random draw."""

@@ -11,7 +11,6 @@ points are taken, to be tried first.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,8 @@ from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from sweep.config.sweep import SweepConfig
-from sweep.space.space import Choice, Dimension, Space, is_active
+from sweep.space.coordinates import OUTSIDE, coordinate, plain
+from sweep.space.space import Space, is_active
 from sweep.space.unsearchable import INCOMPARABLE
 from sweep.trials.objectives import objective_values
 from sweep.trials.record import Outcome, TrialRecord
@@ -105,8 +105,8 @@ def params_in(space: Space, base: Mapping[str, Any], config: Mapping[str, Any]) 
     params: dict[str, Any] = {}
     for dimension in space.dimensions:
         if is_active(dimension, params):
-            value = _coordinate(dimension, config)
-            if value is _OUTSIDE:
+            value = coordinate(dimension, _value_at(config, dimension.path))
+            if value is OUTSIDE:
                 return None
             params[dimension.path] = value
     try:
@@ -116,47 +116,30 @@ def params_in(space: Space, base: Mapping[str, Any], config: Mapping[str, Any]) 
     return params if same else None
 
 
-_OUTSIDE = object()
-
-
-def _coordinate(dimension: Dimension, config: Mapping[str, Any]) -> Any:
-    """Return the name or number that gives the config's value, or _OUTSIDE if none does."""
-    section, key = dimension.path.split(".")
-    value = config[section][key]
-    if isinstance(dimension, Choice):
-        return next((name for name, given in dimension.values.items() if _plain(given) == _plain(value)), _OUTSIDE)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not dimension.low <= value <= dimension.high:
-        return _OUTSIDE
-    points = dimension.points()
-    if points is None:
-        return float(value)
-    return next((point for point in points if abs(point - value) <= 1e-9 * max(1.0, abs(value))), _OUTSIDE)
-
-
 def _why(space: Space, base: Mapping[str, Any], record: TrialRecord) -> str:
     """Return a text that names the first field by which a trial is no point of the space."""
     free = {dimension.path: dimension for dimension in space.dimensions}
     for section, values in parse(TrainConfig, record.config).model_dump(mode="json").items():
         for key, value in values.items():
             path = f"{section}.{key}"
-            if path in free and _coordinate(free[path], record.config) is _OUTSIDE:
+            if path in free and coordinate(free[path], value) is OUTSIDE:
                 return f"{path} is {value!r} in trial {record.number}, and {free[path].describe()} here"
-            if path not in free and _plain(base[section][key]) != _plain(value):
+            if path not in free and plain(base[section][key]) != plain(value):
                 return f"{path} is {value!r} in trial {record.number}, and {base[section][key]!r} here"
     return f"trial {record.number} was trained in a different way"
 
 
 def _check_equal(name: str, path: str, here: Any, there: Any, reason: str) -> None:
-    if _plain(here) != _plain(there):
+    if plain(here) != plain(there):
         allowed = f"cannot be learnt from: {path} is {there!r} there and {here!r} here, and {reason}"
         raise InputError("sweep.warm_start", name, allowed)
+
+
+def _value_at(config: Mapping[str, Any], path: str) -> Any:
+    section, key = path.split(".")
+    return config[section][key]
 
 
 def _at(config: TrainConfig, path: str) -> Any:
     section, key = path.split(".")
     return getattr(getattr(config, section), key)
-
-
-def _plain(value: Any) -> str:
-    """Return text that is equal for a list and a tuple, and for 1 and 1.0."""
-    return json.dumps(float(value) if isinstance(value, int) and not isinstance(value, bool) else value, default=list)

@@ -71,13 +71,14 @@ def test_attention_by_our_kernels_agrees_with_the_reference_within_bf16(head, gr
 
 def test_a_recorded_softcap_attention_replays_with_other_borders():
     torch.manual_seed(0)
-    q, k, v = (x.bfloat16().requires_grad_() for x in torch.randn(3, 600, 4, 256, device="cuda"))
+    values = torch.randn(3, 600, 4, 256, device="cuda").bfloat16()
     borders = [torch.tensor(b, dtype=torch.int32, device="cuda") for b in ([0, 600, 600, 600], [0, 100, 333, 600])]
     fixed, options = borders[0].clone(), attention.AttentionOptions(None, None, 5.0)
 
     def run(offsets):
-        out = attention.attend(q, k, v, attention.Documents((600, 0), offsets), options)
-        return out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))
+        leaves = [x.detach().requires_grad_() for x in values]  # on the stream that records
+        out = attention.attend(*leaves, attention.Documents((600, 0), offsets), options)
+        return out, *torch.autograd.grad(out.float().square().sum(), leaves)
 
     wanted = [run(b) for b in borders]
     graph = torch.cuda.CUDAGraph()

@@ -16,6 +16,7 @@ from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.ledger import Ledger
 from sweep.ledger.limits import Limits
+from sweep.prior.beginning import make_beginning
 from sweep.space.parse import parse_space
 from sweep.study.journal_file import JournalFile
 from sweep.study.study import Study
@@ -41,8 +42,11 @@ def settings(sampler: str, pruner: str, num_slots: int, num_trials: int = 7) -> 
 def run(path: Path, values: dict[str, Any]) -> Trials:
     """Start the sweep in this folder, or continue it, and run it to its end."""
     config, folder = parse_sweep_config(values), SweepFolder(path)
+    space = parse_space(config.space)
+    study, beginning = Study(folder, config, space), make_beginning(config, space, engine.SHAPE)
+    study.beginning.keep(beginning.points(), beginning.rate)
     ledger = Ledger(
-        Study(folder, config, parse_space(config.space)), folder,
+        study, folder,
         Limits(
             num_trials=config.sweep.num_trials, num_rungs=NUM_RUNGS, num_slots=config.cluster.max_concurrent,
             max_retries=config.cluster.max_retries,

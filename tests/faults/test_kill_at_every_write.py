@@ -59,8 +59,9 @@ def _folders(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-def check(tmp_path, sampler: str, pruner: str, num_slots: int, step: int, num_trials: int = 7) -> int:
+def check(tmp_path, sampler: str, pruner: str, num_slots: int, step: int, num_trials: int = 7, **sweep) -> int:
     values = settings(sampler, pruner, num_slots, num_trials)
+    values["sweep"] |= sweep
     folder_of(tmp_path, values)
     undisturbed = run(tmp_path / "undisturbed", values)
     assert len(undisturbed) == num_trials
@@ -73,6 +74,20 @@ def check(tmp_path, sampler: str, pruner: str, num_slots: int, step: int, num_tr
 
 def test_a_kill_at_a_write_changes_nothing(tmp_path):
     assert check(tmp_path, "tpe", "successive_halving", 1, step=13, num_trials=5) > 9
+
+
+def test_a_kill_enters_each_first_trial_once(tmp_path):
+    """One point of the user's and four of the prior's, then one of the sampler's."""
+    own = {"lora.rank": 2, "optim.learning_rate": 0.05}
+    assert check(tmp_path, "random", "none", 1, step=37, num_trials=6, first_trials=[own], prior=True) > 5
+    found = [params for params, _, _ in run(tmp_path / "1-before", settings("random", "none", 1, 6)).values()]
+    rates = [params["optim.learning_rate"] for params in found]
+    assert found[0] == own and rates[1:5] == [0.012, 0.053, 0.0029, 0.0074] and len(set(rates)) == 6
+
+
+@pytest.mark.faults
+def test_a_kill_at_every_write_changes_no_first_trial(tmp_path):
+    assert check(tmp_path, "tpe", "successive_halving", 1, step=1, first_trials=[{"lora.rank": 2}], prior=True) > 150
 
 
 @pytest.mark.faults

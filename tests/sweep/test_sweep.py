@@ -93,7 +93,8 @@ def test_a_space_in_which_nothing_fits_is_one_line_before_anything_starts(tmp_pa
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_sweep_is_resumed_with_no_result_lost_or_doubled(tmp_path, number):
     space = {"lora.rank": {"choices": [2, 4, 8]}, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
-    process = start(tmp_path, optim={"eps": 0.2}, space=space, sweep={"num_trials": 8})
+    first = {"first_trials": [{"lora.rank": 2}], "prior": True}
+    process = start(tmp_path, optim={"eps": 0.2}, space=space, sweep={"num_trials": 8, **first})
     _wait_for(tmp_path, "trials/0003/reports.jsonl", process)
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
@@ -110,6 +111,8 @@ def test_a_stopped_sweep_is_resumed_with_no_result_lost_or_doubled(tmp_path, num
     after = {trial: (result["outcome"], rungs(folder, trial)) for trial, result in results(folder).items()}
     assert sorted(after) == list(range(8))
     assert before.items() <= after.items()
+    tried = [tuple(result["params"].values()) for _, result in sorted(results(folder).items())]
+    assert tried[:4] == [(2, 0.01), (4, 0.01), (4, 0.0022), (8, 0.01)] and len(set(tried)) == 8
     for outcome, seen in after.values():
         assert seen == list(range(1, len(seen) + 1))
         assert outcome == "COMPLETE" if len(seen) == 4 else outcome == "PRUNED"
@@ -145,13 +148,17 @@ def test_the_command_line_finds_an_adapter_with_the_real_engine(tmp_path, tiny_m
         "model=local", f"model.path={tiny_model_dir}", "data=local", f"data.train={tiny_data}",
         "data.max_seq_length=64", "data.eval_max_seq_length=128", "data.eval_fraction=0.2", "train.max_tokens=1200",
         "train.num_reports=3", "train.tokens_per_step=128", "train.activation_checkpointing=false", "space=rank-targets-rate",
-        "sweep.num_trials=4", f"sweep.output_dir={tmp_path / 'sweeps'}",
+        "sweep.num_trials=4", f"sweep.output_dir={tmp_path / 'sweeps'}", "sweep.prior=true",
+        "sweep.first_trials=[{lora.rank: 8}]",
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-m", "sweep", *arguments], env=ENV, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
     folder = sweep_folder(tmp_path)
     board = json.loads((folder / "leaderboard.json").read_text())
     assert len(board["trials"]) == 4
+    first, *others = (result["params"] for _, result in sorted(results(folder).items()))
+    assert first["lora.rank"] == 8 and [params["lora.rank"] for params in others] == [32, 32, 64]
+    assert "\nprior      learning rate " in done.stdout and "\nfirst      4 trials: 1 of sweep.first_trials, " in done.stdout
     assert board["reevaluation"]["agrees"], board["reevaluation"]
     assert board["reevaluation"]["eval_loss"] < board["reevaluation"]["base_eval_loss"]
     assert (folder / "best" / "adapter_model.safetensors").is_file()

@@ -2,6 +2,7 @@
 
 import gc
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,6 +127,22 @@ def test_out_of_order_is_an_error_and_a_cleared_stack_starts_anew():
         stash.pop(0)
     stash.clear()
     assert stash.push(torch.ones(2)) == 0 and torch.equal(stash.pop(0), torch.ones(2))
+
+
+def test_a_stack_with_nothing_left_waits_for_no_copies(monkeypatch):
+    """A recording that waits for the copies of earlier passes fails, and so do all after it."""
+    waits = []
+    current = SimpleNamespace(wait_stream=waits.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    stash = HostStash()
+    number = stash.push(torch.ones(3))
+    copies = stash._stream = SimpleNamespace(device="cuda")
+    stash.clear()
+    assert waits == [copies]
+    with pytest.raises(RuntimeError, match="on top of the stack"):
+        stash.pop(number)
+    stash.clear()
+    assert waits == [copies]
 
 
 def test_host_memory_is_shared_by_the_gpus_of_a_machine(tmp_path):

@@ -38,6 +38,7 @@ IDLE = {  # what is given -> both names
     "model.double_quantization=true model.quantization=none": ["model.double_quantization", "model.quantization = none"],
     "optim.min_lr_ratio=0.1 optim.lr_schedule=constant": ["optim.min_lr_ratio", "optim.lr_schedule = constant"],
     "space.optim.min_lr_ratio.choices=[0,0.1] optim.lr_schedule=constant": ["space.optim.min_lr_ratio", "constant"],
+    "sweep.prior=true sampler=grid": ["sweep.prior = True", "sampler.name = grid"],
     "cluster.wait_s=60": ["cluster.wait_s", "cluster.address is not given"],
     "cluster.wait_s=60 cluster.address=auto": ["cluster.wait_s", "cluster.num_gpus = auto"],
     "cluster.num_gpus=0 train.device=cpu": ["cluster.num_gpus", "train.device = cpu"],

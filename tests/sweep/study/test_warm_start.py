@@ -50,7 +50,9 @@ def read(config, data=None):
 def warm_study(path, config, data=None):
     path.mkdir(exist_ok=True)
     study = study_in(path, config)
-    study.take_over(read_earlier(config, parse_space(config.space), data or {}))
+    found = read_earlier(config, parse_space(config.space), data or {})
+    study.beginning.keep(found.first_points, None)
+    study.take_over(found)
     return study
 
 

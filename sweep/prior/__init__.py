@@ -1,0 +1,1 @@
+"""Say what is known of good settings before the first trial."""
