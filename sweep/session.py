@@ -18,6 +18,7 @@ from sweep.execution.remote_evaluation import evaluate_on_a_slot
 from sweep.execution.tuner import run_trials
 from sweep.execution.worker_config import EngineModules
 from sweep.folder.sweep_folder import SweepFolder
+from sweep.ledger.freezer import make_freezer
 from sweep.ledger.ledger import Ledger
 from sweep.ledger.limits import Limits
 from sweep.ledger.time_left import TimeLeft
@@ -93,7 +94,8 @@ class SweepSession:
         time_left = TimeLeft(limits, self.plan.config.train.report_grid(), self.plan.space.size())
         # the first one, so that a line about an event already counts it
         listeners = (time_left, self.screen, self.tracker, *([] if metrics is None else [metrics]))
-        ledger = Ledger(study, self.folder, limits, listeners=listeners, note=self.screen.note)
+        freezer = make_freezer(self.plan.config, self.plan.space, study, limits)
+        ledger = Ledger(study, self.folder, limits, freezer=freezer, listeners=listeners, note=self.screen.note)
         time_left.begin(ledger.timeline, ledger.clock)
         continued = ledger.recover()
         self.screen.expect(time_left.text)

@@ -16,7 +16,10 @@ from sweep.config.sweep import SweepConfig, parse_sweep_config
 
 NUM_TRIALS = "sweep.num_trials"
 # 1: a larger value allows more; -1: a smaller one does
-BUDGETS = {"sweep.budget.gpu_hours": 1, "sweep.budget.wall_clock_hours": 1, "sweep.budget.target_loss": -1}
+BUDGETS = {
+    "sweep.budget.gpu_hours": 1, "sweep.budget.wall_clock_hours": 1, "sweep.budget.full_trials": 1,
+    "sweep.budget.target_loss": -1,
+}  # fmt: skip
 PLACE = (
     "cluster.address", "cluster.num_gpus", "cluster.wait_s", "cluster.card", "cluster.calibrate", "tracking.name",
     "tracking.metrics_port", "tracking.metrics_host",

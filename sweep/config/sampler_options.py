@@ -62,5 +62,14 @@ class Nsga2Config(StrictModel):
     population_size: Population = 16
 
 
-SamplerConfig = TpeConfig | RandomConfig | GridConfig | CmaEsConfig | GpConfig | Nsga2Config
+class FreezeThawConfig(StrictModel):
+    """Pause trials at rungs, and continue those whose curves promise most (Swersky et al., arXiv:1406.3896).
+
+    It also decides which trial goes on, so it takes no pruner.
+    """
+
+    name: Literal["freeze_thaw"] = "freeze_thaw"
+
+
+SamplerConfig = TpeConfig | RandomConfig | GridConfig | CmaEsConfig | GpConfig | Nsga2Config | FreezeThawConfig
 SAMPLERS = {model.model_fields["name"].default: model for model in get_args(SamplerConfig)}

@@ -19,11 +19,12 @@ from engine.config.trial import LoopConfig, LoraConfig, ModelConfig, OptimConfig
 from engine.errors import InputError
 from engine.planning.cards import find_card
 from sweep.config.pruner_options import PRUNERS, NoPrunerConfig, PrunerConfig, SuccessiveHalvingConfig
-from sweep.config.sampler_options import SAMPLERS, SamplerConfig, TpeConfig
+from sweep.config.sampler_options import SAMPLERS, FreezeThawConfig, SamplerConfig, TpeConfig
 from sweep.text import without_password
 from sweep.trials.objectives import EVAL_LOSS, MEASURES
 
 MAX_SLOTS = 100_000
+ONE_OBJECTIVE = ("cmaes", "freeze_thaw")
 
 
 def _auto_or_at_least(minimum: int) -> PlainValidator:
@@ -47,9 +48,9 @@ def _auto_or_card(value: Any) -> Any:
 AutoInt = Annotated[int | Literal["auto"], _auto_or_at_least(0)]
 AutoPositive = Annotated[int | Literal["auto"], _auto_or_at_least(1)]
 AutoCard = Annotated[str, PlainValidator(_auto_or_card)]
+MAX_TRIALS = 1_000_000
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Hours = Annotated[float, Field(gt=0.0, le=1e6)]
-MAX_TRIALS = 1_000_000
 
 
 class BudgetConfig(StrictModel):
@@ -63,6 +64,11 @@ class BudgetConfig(StrictModel):
     )
     wall_clock_hours: Hours | None = Field(None, description="hours for which the sweep runs; null: no limit")
     target_loss: PositiveFloat | None = Field(None, description="an eval_loss that is good enough to end the sweep; null: none")
+    full_trials: Annotated[float, Field(gt=0.0, le=MAX_TRIALS)] | None = Field(
+        None,
+        description="tokens of all trials together, in units of train.max_tokens; null: no limit, "
+        "but for sampler=freeze_thaw a quarter of sweep.num_trials, at least 2",
+    )
 
 
 class SweepSection(StrictModel):
@@ -193,9 +199,23 @@ class SweepConfig(StrictModel):
     def effective_pruner(self) -> PrunerConfig:
         """Return the pruner that the sweep uses.
 
-        It is none with several objectives, because Optuna has no pruner for them.
+        It is none with several objectives, because Optuna has no pruner for them, and for a sampler
+        that pauses trials itself.
         """
-        return self.pruner if len(self.sweep.objectives) == 1 else NoPrunerConfig()
+        return NoPrunerConfig() if len(self.sweep.objectives) > 1 or self.pauses_trials else self.pruner
+
+    @property
+    def pauses_trials(self) -> bool:
+        """Return whether the sampler decides at each rung which trial goes on."""
+        return isinstance(self.sampler, FreezeThawConfig)
+
+    @property
+    def effective_budget(self) -> BudgetConfig:
+        """Return the limits that the sweep has. A sampler that pauses trials always has some tokens to plan with."""
+        budget = self.sweep.budget
+        if budget.full_trials is not None or not self.pauses_trials:
+            return budget
+        return budget.model_copy(update={"full_trials": max(self.sweep.num_trials / 4, 2.0)})
 
     def base(self) -> TrainConfig:
         """Return the config that every trial starts from, before its sampled values are applied."""
@@ -206,9 +226,9 @@ def parse_sweep_config(data: Any) -> SweepConfig:
     """Validate plain data. Raises InputError."""
     config = parse(SweepConfig, data)
     config.base()
-    if config.sampler.name == "cmaes" and len(config.sweep.objectives) > 1:
+    if config.sampler.name in ONE_OBJECTIVE and len(config.sweep.objectives) > 1:
         allowed = "takes one objective; with several in sweep.objectives use tpe, gp, nsga2, random or grid"
-        raise InputError("sampler.name", "cmaes", allowed)
+        raise InputError("sampler.name", config.sampler.name, allowed)
     if config.sweep.choose_within and len(config.sweep.objectives) == 1:
         raise InputError("sweep.choose_within", config.sweep.choose_within, "must be 0 if eval_loss is the only objective")
     return config
@@ -233,5 +253,6 @@ def describe_budget(limits: BudgetConfig) -> str:
         f"{limits.gpu_hours:g} GPU hours" if limits.gpu_hours is not None else "",
         f"{limits.wall_clock_hours:g} hours" if limits.wall_clock_hours is not None else "",
         f"an eval loss of {limits.target_loss:g}" if limits.target_loss is not None else "",
+        f"the tokens of {limits.full_trials:g} full trials" if limits.full_trials is not None else "",
     ]
     return ", ".join(filter(None, parts))

@@ -12,7 +12,8 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from engine.trial_report import TrialReport
-from sweep.ledger.ledger import Ledger, Next
+from sweep.ledger.answers import Next
+from sweep.ledger.ledger import Ledger
 from sweep.trials.record import Outcome, Proposal
 
 

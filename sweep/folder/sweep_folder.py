@@ -190,6 +190,10 @@ class SweepFolder:
     def has_result(self, number: int) -> bool:
         return (self.trial(number) / "result.json").is_file()
 
+    def drop_result(self, number: int) -> None:
+        """Remove the result of a trial that goes on."""
+        (self.trial(number) / "result.json").unlink(missing_ok=True)
+
     def reports(self, number: int) -> list[TrialReport]:
         """Return the trial's reports, ascending by rung. Empty if it has none yet."""
         return read_reports(self.trial(number))

@@ -1,12 +1,13 @@
-"""Decide when a sweep has spent its budget: target loss, GPU hours or wall-clock hours."""
+"""Decide when a sweep has spent its budget: target loss, tokens, GPU hours or wall-clock hours."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from sweep.config.sweep import BudgetConfig
 from sweep.folder.timeline import Timeline
+from sweep.ledger.limits import Limits
+from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 
 HOUR_S = 3600.0
 
@@ -14,13 +15,23 @@ HOUR_S = 3600.0
 class Budget:
     """Compare one sweep's limits with what it has spent."""
 
-    def __init__(self, limits: BudgetConfig, timeline: Timeline, clock: Callable[[], float]) -> None:
+    def __init__(self, limits: Limits, timeline: Timeline, clock: Callable[[], float]) -> None:
         self._limits, self._timeline, self._clock = limits, timeline, clock
         self._lowest_loss, self._spent = math.inf, None
+        self.num_tokens = 0  # up to the newest report of each trial
 
-    def take_loss(self, eval_loss: float) -> None:
-        """Note the eval_loss of one of the sweep's adapters."""
+    def take_earlier(self, records: Iterable[TrialRecord]) -> None:
+        """Take what the trials of this sweep's earlier sessions have cost and reached."""
+        for record in records:
+            if record.source is None and record.reports:
+                self.num_tokens += self._limits.tokens_at(record.reports[-1].rung)
+                if record.outcome in (*CONTENDERS, Outcome.RUNNING):
+                    self._lowest_loss = min(self._lowest_loss, record.score)
+
+    def take(self, eval_loss: float, rung: int, rung_before: int) -> None:
+        """Take a new report. rung_before: that of the trial's report before it, 0 if it is the first."""
         self._lowest_loss = min(self._lowest_loss, eval_loss)
+        self.num_tokens += self._limits.tokens_at(rung) - self._limits.tokens_at(rung_before)
 
     def spent(self) -> str | None:
         """Return in one line why the sweep ends now, or None while every limit holds.
@@ -32,9 +43,11 @@ class Budget:
         return self._spent
 
     def _reached(self) -> str | None:
-        limits, now_s = self._limits, self._clock()
+        limits, now_s, token_limit = self._limits.budget, self._clock(), self._limits.token_limit
         if limits.target_loss is not None and self._lowest_loss <= limits.target_loss:
             return f"sweep.budget.target_loss = {limits.target_loss:g} is reached (eval loss {self._lowest_loss:.4f})"
+        if token_limit is not None and self.num_tokens >= token_limit:
+            return f"sweep.budget.full_trials = {limits.full_trials:g} is spent ({self.num_tokens:,} tokens in all trials)"
         gpu_hours, wall_clock_hours = self._timeline.occupied_s(now_s) / HOUR_S, self._timeline.elapsed_s(now_s) / HOUR_S
         if limits.gpu_hours is not None and gpu_hours >= limits.gpu_hours:
             return f"sweep.budget.gpu_hours = {limits.gpu_hours:g} is spent ({gpu_hours:.4g} hours of slots used)"

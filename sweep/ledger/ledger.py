@@ -6,47 +6,35 @@ The journal gets each event first. Then the listeners (terminal, tracker) get th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from enum import Enum
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
-from engine.errors import StorageError, first_line
-from engine.system.files import storage_fault
 from engine.trial_report import TrialReport
+from sweep.curves.situation import GoOn
 from sweep.folder.notes import is_training, was_terminated
 from sweep.folder.steady_clock import SteadyClock
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
+from sweep.ledger.answers import Listener, Next
 from sweep.ledger.budget import Budget
+from sweep.ledger.freezer import Freezer
+from sweep.ledger.halt import Halt
 from sweep.ledger.limits import Limits
 from sweep.ledger.live_trials import LiveTrials
 from sweep.ledger.quota import Quota
 from sweep.study.study import Study
 from sweep.trials.objectives import objective_values
-from sweep.trials.record import CONTENDERS, Outcome, Proposal, TrialRecord
+from sweep.trials.record import Outcome, Proposal, TrialRecord
 
 MAX_INFEASIBLE_AT_ONCE = 20  # reports wait meanwhile: planning one config takes a tenth of a second
-GOING_ON = (Outcome.RUNNING, Outcome.STOPPED)
+GOING_ON = (Outcome.RUNNING, Outcome.STOPPED, Outcome.PAUSED)
 NO_TIMING: Mapping[str, Any] = MappingProxyType({})
 
 
-class Next(Enum):
-    """Say why next_trial() returns no trial."""
-
-    WAIT = "all slots are taken, or a running trial may have to start again, or the caller must ask again at once"
-    FINISHED = "nothing runs or may start: trials, budget or space are used up, or too many proposals did not fit"
-
-
-class Listener(Protocol):
-    """Receive a trial's record after the journal has it."""
-
-    def on_trial_updated(self, record: TrialRecord) -> None: ...
-
-
-class Ledger:
+class Ledger(Halt):
     """Hand out trials, take their reports and ends. Only one thread, the driver's, may call it."""
 
     def __init__(
@@ -55,27 +43,31 @@ class Ledger:
         folder: SweepFolder,
         limits: Limits,
         *,
+        freezer: Freezer | None = None,
         listeners: tuple[Listener, ...] = (),
         note: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """note: shows the user a line. clock: Unix seconds. monotonic: seconds, for silence."""
+        """freezer: pauses trials; None: a pruner judges. note: shows the user a line. clock: Unix seconds.
+
+        monotonic: seconds, for silence.
+        """
+        super().__init__(folder.path)
         self._study, self._folder, self._listeners, self._note, self._limits = study, folder, listeners, note, limits
+        self._freezer = freezer
         self.clock, self.timeline = clock or SteadyClock(), Timeline(folder.timeline)
         records = self.records
         self._records = {record.number: record for record in records if record.outcome in GOING_ON}
-        self._budget = Budget(limits.budget, self.timeline, self.clock)
-        for record in records:
-            if record.score is not None and record.source is None and record.outcome in (*CONTENDERS, Outcome.RUNNING):
-                self._budget.take_loss(record.score)
+        self._budget = Budget(limits, self.timeline, self.clock)
+        self._budget.take_earlier(records)
         own = [record for record in records if record.source is None]
         num_refused = sum(record.outcome is Outcome.INFEASIBLE for record in own)
         self._quota = Quota(limits.num_trials, self._budget, len(own) - num_refused, num_refused)
+        if freezer is not None:
+            freezer.begin(self._quota, records)
         self._waiting: list[int] = []
-        self.live, self._is_winding_down = LiveTrials(limits.report_timeout_s, monotonic), False
-        # one line each: why the sweep must stop at once, and why no more trials may start
-        self.storage_fault, self.changed_inputs = None, None
+        self.live = LiveTrials(limits.report_timeout_s, monotonic)
 
     @property
     def records(self) -> list[TrialRecord]:
@@ -85,28 +77,7 @@ class Ledger:
     @property
     def shortfall(self) -> str | None:
         """Return in one line why fewer trials ran than asked for, or None. See Quota.shortfall."""
-        return self._quota.shortfall(sum(record.outcome is Outcome.STOPPED for record in self._records.values()))
-
-    @contextmanager
-    def on_disk(self) -> Iterator[None]:
-        """Wrap every event: if the disk is full, suspend. The journal is valid to its last line."""
-        try:
-            yield
-        except Exception as error:
-            if not isinstance(error, StorageError) and storage_fault(error) is None:
-                raise
-            self.suspend(f"{self._folder.path} cannot be written ({first_line(error)})")
-
-    def suspend(self, reason: str) -> None:
-        """Start and end no trial now that the disk is full. A resume continues running trials."""
-        self.storage_fault = self.storage_fault or reason
-
-    def wind_down(self, changed_inputs: str | None = None) -> None:
-        """Start no trial from now on: the driver will end. A resume continues running trials.
-
-        changed_inputs: in one line, what a trial found that the sweep did not begin with.
-        """
-        self._is_winding_down, self.changed_inputs = True, self.changed_inputs or changed_inputs
+        return self._quota.shortfall(Counter(record.outcome for record in self._records.values()))
 
     def num_training(self) -> int:
         """Count the live trials that may have something to save. A stop waits for them."""
@@ -116,7 +87,7 @@ class Ledger:
         """Catch up after a kill. Returns the numbers of the trials that will continue.
 
         The study gets reports that only a trial's folder has, and the ends of trials with all of
-        theirs. The pruner decides again, as the kill may have lost its decision.
+        theirs. Pruner or freezer decide again, as the kill may have lost their decision.
         """
         self.timeline.start_session(self.clock(), self._limits.num_slots)
         for number in self._study.running():
@@ -126,9 +97,7 @@ class Ledger:
                 self._study.report(number, report.rung, report.eval_loss)
             if record.reports and record.reports[-1].rung >= self._limits.num_rungs:
                 self._end(number, Outcome.COMPLETE)
-            elif self._study.should_prune(number):
-                self._end(number, Outcome.PRUNED)
-            else:
+            elif record.outcome is not Outcome.PAUSED and self._keeps_slot(number):
                 self._waiting.append(number)
         self._stop_waiting_where_spent()
         for record in self.records:
@@ -142,32 +111,28 @@ class Ledger:
 
     def has_work(self) -> bool:
         """Return whether any trial is left to run or may still be asked for."""
-        return bool(self.live or self._waiting) or self._quota.may_ask
+        return bool(self.live or self._waiting) or self._may_find_more
 
     def next_trial(self) -> Proposal | Next:
         """Return the next trial to start: one to continue, else a new one."""
-        if self.storage_fault or self._is_winding_down:
+        if self.storage_fault or self.is_winding_down:
             return Next.WAIT
         self._stop_waiting_where_spent()
         if len(self.live) >= self._limits.num_slots:
             return Next.WAIT
         if self._waiting:
-            number = self._waiting.pop(0)
-            record = self._records[number]
-            if record.outcome is Outcome.STOPPED:
-                self._study.undo_stop(number)
-            proposal = Proposal(number, record.params, self._study.config(number), num_heard=len(record.reports))
+            proposal = self._continued(self._waiting.pop(0))
         else:
             proposal = self._ask()
         if proposal is None:
-            return Next.WAIT if self.live or self._quota.may_ask else Next.FINISHED
+            return Next.WAIT if self.live or self._may_find_more else Next.FINISHED
         self.live.heard_of(proposal.number)
         self.timeline.on_assigned(proposal.number, self.clock())
         self._update(self._study.record(proposal.number))
         return proposal
 
     def reported(self, number: int, report: TrialReport, timing: Mapping[str, Any] = NO_TIMING) -> bool:
-        """Take a report. Returns True if the trial must stop: it is PRUNED or STOPPED by then.
+        """Take a report. Returns True if the trial must stop: it is PRUNED, PAUSED or STOPPED by then.
 
         timing: slot, began_s, dead_time_s and parts, see timeline.Span.
         """
@@ -180,10 +145,7 @@ class Ledger:
         if self._budget.spent():
             self._stop(number)
             return True
-        if report.rung < self._limits.num_rungs and self._study.should_prune(number):
-            self._end(number, Outcome.PRUNED)
-            return True
-        return False
+        return report.rung < self._limits.num_rungs and not self._keeps_slot(number)
 
     def ended(
         self,
@@ -236,14 +198,25 @@ class Ledger:
             record = self._records[number]
             seen = [old for old in record.reports if old.rung < report.rung]
             self._records[number] = self._timed(replace(record, reports=[*seen, report]))
-            self._budget.take_loss(report.eval_loss)
+            self._budget.take(report.eval_loss, report.rung, seen[-1].rung if seen else 0)
         return is_new
 
-    def _stop(self, number: int) -> None:
-        """End a trial because the budget is spent. A resume with a larger one can continue it."""
+    def _keeps_slot(self, number: int) -> bool:
+        """Judge a trial at its newest rung. If it must give up its slot, it is PRUNED or PAUSED by then."""
+        if self._freezer is None:
+            if self._study.should_prune(number):
+                self._end(number, Outcome.PRUNED)
+                return False
+        elif not self._budget.spent() and self._records[number].reports and not self._freezer.goes_on(number):
+            self._stop(number, Outcome.PAUSED)
+            return False
+        return True
+
+    def _stop(self, number: int, outcome: Outcome = Outcome.STOPPED) -> None:
+        """End a trial's stay because the budget is spent, or PAUSED. It can be continued."""
         self._leave_slot(number)
-        ended_s = self._study.stop(number)
-        self._close(self._timed(replace(self._records[number], outcome=Outcome.STOPPED, ended_s=ended_s)))
+        ended_s = self._study.stop(number, outcome)
+        self._close(self._timed(replace(self._records[number], outcome=outcome, ended_s=ended_s)))
 
     def _stop_waiting_where_spent(self) -> None:
         if self._waiting and self._budget.spent():
@@ -261,11 +234,18 @@ class Ledger:
         return record if span is None else replace(record, slot=span.slot, dead_time_s=span.dead_time_s)
 
     def _ask(self) -> Proposal | None:
-        """Return the next proposal that fits. Those before it are recorded, and cost nothing."""
+        """Return the next proposal that fits, or the paused trial that the freezer prefers.
+
+        Proposals before it, which do not fit, are recorded and cost nothing.
+        """
         for _ in range(MAX_INFEASIBLE_AT_ONCE):
-            proposal = self._study.ask() if self._quota.may_ask else None
+            decision = None if self._freezer is None else self._freezer.decide()
+            if isinstance(decision, GoOn):
+                return self._continued(decision.number)
+            may_ask = self._quota.may_ask if self._freezer is None else decision is not None
+            proposal = self._study.ask(None if decision is None else decision.params) if may_ask else None
             if proposal is None:
-                self._quota.is_used_up |= self._quota.may_ask
+                self._quota.is_used_up |= may_ask
                 return None
             if proposal.refusal is None:
                 self._quota.num_started += 1
@@ -273,6 +253,18 @@ class Ledger:
             self._quota.num_refused += 1
             self._close(self._study.record(proposal.number))
         return None
+
+    @property
+    def _may_find_more(self) -> bool:
+        """Return whether next_trial() may return a trial though none waits."""
+        return self._quota.may_ask if self._freezer is None else self._freezer.decide() is not None
+
+    def _continued(self, number: int) -> Proposal:
+        """Return the trial as it goes on from its checkpoint."""
+        record = self._records[number]
+        if record.outcome is not Outcome.RUNNING:
+            self._study.undo_stop(number)
+        return Proposal(number, record.params, self._study.config(number), num_heard=len(record.reports))
 
     def _end(self, number: int, outcome: Outcome, error: str | None = None, memory: Mapping[str, float] | None = None) -> None:
         self._leave_slot(number)
@@ -293,6 +285,8 @@ class Ledger:
 
     def _update(self, record: TrialRecord) -> None:
         self._records[record.number] = record
+        if self._freezer is not None:
+            self._freezer.on_trial_updated(record)
         self._tell_listeners(record)
 
     def _tell_listeners(self, record: TrialRecord) -> None:

@@ -17,7 +17,8 @@ class Limits:
 
     num_rungs: reports of a complete trial. max_retries: deaths of a trial's process in a row
     without a new report. report_timeout_s: seconds that a trial may be silent, None for no limit.
-    objectives: what a complete trial must have measured.
+    objectives: what a complete trial must have measured. grid: tokens seen at each rung, for a
+    budget of tokens; empty if they are all the same.
     """
 
     num_trials: int
@@ -27,6 +28,19 @@ class Limits:
     report_timeout_s: float | None = None
     budget: BudgetConfig = NO_BUDGET
     objectives: tuple[str, ...] = (EVAL_LOSS,)
+    grid: tuple[int, ...] = ()
+
+    @property
+    def token_limit(self) -> int | None:
+        """Return how many tokens all trials together may see, or None for no limit."""
+        full_trials = self.budget.full_trials
+        return None if full_trials is None else round(full_trials * self.tokens_at(self.num_rungs))
+
+    def tokens_at(self, rung: int) -> int:
+        """Return the tokens that a trial has seen at a rung; 0 at rung 0."""
+        if rung == 0:
+            return 0
+        return self.grid[rung - 1] if self.grid else rung
 
     @classmethod
     def of(cls, plan: SweepPlan) -> Limits:
@@ -38,6 +52,7 @@ class Limits:
             num_slots=plan.slots.num_slots,
             max_retries=cluster.max_retries,
             report_timeout_s=cluster.report_timeout_s,
-            budget=sweep.budget,
+            budget=plan.config.effective_budget,
             objectives=sweep.objectives,
+            grid=tuple(plan.config.train.report_grid()),
         )

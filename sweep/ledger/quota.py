@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.units import counted
 from sweep.ledger.budget import Budget
+from sweep.trials.record import Outcome
 
 # for each trial asked for, so many proposals may not fit the card; then the sweep asks no more
 MAX_INFEASIBLE = 20
@@ -31,18 +33,20 @@ class Quota:
             return False
         return self.num_started < self.num_trials and not self.is_used_up and not self._has_given_up
 
-    def shortfall(self, num_stopped: int) -> str | None:
+    def shortfall(self, outcomes: Mapping[Outcome, int]) -> str | None:
         """Return in one line why fewer trials ran than asked for.
 
-        Returns None if that is not so, or not yet known. num_stopped: trials that ended because the
-        budget was spent.
+        Returns None if that is not so, or not yet known. outcomes: how many trials that have not
+        ended have each outcome.
         """
         started, refused = self.num_started, self.num_refused
         do_not = f"{'does' if refused == 1 else 'do'} not fit the card"
         trials = f"{counted(self.num_trials, 'trial')} {'was' if self.num_trials == 1 else 'were'}"
         if self.budget.spent():
             line = f"{self.budget.spent()}: {started} of {trials} started"
-            return line + (f", {num_stopped} stopped at a report; a larger budget continues them" if num_stopped else "")
+            left = {"stopped at a report": outcomes.get(Outcome.STOPPED), "paused": outcomes.get(Outcome.PAUSED)}
+            waiting = [f"{count} {how}" for how, count in left.items() if count]
+            return line + (f", {', '.join(waiting)}; a larger budget continues them" if waiting else "")
         if started >= self.num_trials or not (self.is_used_up or self._has_given_up):
             return None
         if self.is_used_up:

@@ -26,6 +26,8 @@ JUDGED = "completed_rung_"
 TOLD_PRUNED = (Outcome.PRUNED, Outcome.OUT_OF_MEMORY)
 # what Optuna raises for a file that is no journal of a sweep
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, AssertionError, optuna.exceptions.OptunaError)
+# noted of a trial that Optuna counts as running: it may go on
+WAITING = (Outcome.STOPPED, Outcome.PAUSED)
 ConfigOf = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -152,7 +154,7 @@ def record_of(trial: FrozenTrial, folder: SweepFolder, config_of: ConfigOf) -> T
     """
     finished, known = trial.state.is_finished(), trial.user_attrs
     # a kill within Study.tell leaves a running trial that already has another outcome
-    unfinished = Outcome.STOPPED if known.get("outcome") == Outcome.STOPPED else Outcome.RUNNING
+    unfinished = next((outcome for outcome in WAITING if known.get("outcome") == outcome), Outcome.RUNNING)
     reports = folder.reports(trial.number)
     started_s = trial.datetime_start.timestamp() if trial.datetime_start else None
     ended_s = trial.datetime_complete.timestamp() if trial.datetime_complete else known.get("stopped_s")

@@ -65,6 +65,7 @@ SAMPLER_MAKERS: dict[str, Callable[[Any, int], optuna.samplers.BaseSampler]] = {
     "cmaes": _cmaes,
     "gp": _gp,
     "nsga2": _nsga2,
+    "freeze_thaw": _random,  # sweep.curves chooses; the study enters what it chose
 }
 """SAMPLER_MAKERS maps the name in a config to its sampler. Add a new sampler here."""
 

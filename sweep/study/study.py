@@ -97,14 +97,16 @@ class Study:
                 "resume", str(self._folder.journal), f"must be the journal of a sweep ({first_line(error)})"
             ) from None
 
-    def ask(self) -> Proposal | None:
+    def ask(self, chosen: Mapping[str, Any] | None = None) -> Proposal | None:
         """Enter a new trial in the journal, which trains an adapter that no earlier trial did.
 
         It enters as RUNNING, or as ended if it does not fit. Returns None if the space is used up.
+        chosen: the untried point to enter; None: the earlier sweeps' points, then the sampler's.
         """
-        draft = self._first_point()
+        point = self.next_first_point() if chosen is None else dict(chosen)
+        draft = None if point is None else self._proposer.fixed(point)
         if draft is None and not self._is_grid:
-            draft = self._proposer.propose(self._num_trials, self._trials, self._is_new)
+            draft = self._proposer.propose(self._num_trials, self._trials, self.is_new)
         if draft is None:
             draft = self._unseen_point()
         if draft is None:
@@ -209,16 +211,17 @@ class Study:
         self._pruning.on_ended(ended)
         return True
 
-    def stop(self, number: int) -> float | None:
-        """Note that the trial waits for a larger budget. Returns when it stopped, as a resume reads it.
+    def stop(self, number: int, outcome: Outcome = Outcome.STOPPED) -> float | None:
+        """Note that the trial waits: STOPPED or PAUSED. Returns when it stopped, as a resume reads it.
 
         To Optuna it stays running, because a trial that has ended can never continue.
         """
-        self._note_stop(number, Outcome.STOPPED, time.time())  # the clock of Optuna's own times
+        self._note_stop(number, outcome, time.time())  # the clock of Optuna's own times
         return self.record(number).ended_s
 
     def undo_stop(self, number: int) -> None:
-        """Take back a stop()."""
+        """Take back a stop(). The trial's result goes first: after a kill only the journal says how it stands."""
+        self._folder.drop_result(number)
         self._note_stop(number, Outcome.RUNNING, None)
 
     def running(self) -> list[int]:
@@ -274,24 +277,23 @@ class Study:
         known = self._distributions
         trial.distributions = {name: known.setdefault((name, one), one) for name, one in trial.distributions.items()}
 
-    def _first_point(self) -> FrozenTrial | None:
+    def next_first_point(self) -> dict[str, Any] | None:
         """Return the next untried of the points to try first."""
-        point = self.beginning.next_point(self._is_new)
-        return None if point is None else self._proposer.fixed(point)
+        return self.beginning.next_point(self.is_new)
 
     def _unseen_point(self) -> FrozenTrial | None:
         """Return an untried point: the next one of an enumerable space, else a random draw."""
         if self._points is None:
-            return self._proposer.draw(proposal_seed(self._seed, self._num_trials, RANDOM_STREAM), self._is_new)
+            return self._proposer.draw(proposal_seed(self._seed, self._num_trials, RANDOM_STREAM), self.is_new)
         for number in range(self._next_point, len(self._points)):
             self._next_point = number + 1  # a known point stays known
-            if self._is_new(self._points[number]):
+            if self.is_new(self._points[number]):
                 return self._proposer.fixed(self._points[number])
         return None
 
     def _config(self, params: dict[str, Any]) -> TrainConfig:
         return self._space.apply(self._base, params)
 
-    def _is_new(self, params: dict[str, Any]) -> bool:
+    def is_new(self, params: dict[str, Any]) -> bool:
         config = self._config(params)
         return self._tried.isdisjoint({config_key(config, False), config_key(config, True)})

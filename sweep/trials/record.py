@@ -14,14 +14,17 @@ class Outcome(StrEnum):
     """Name the ways in which a trial ends. A RUNNING trial has not ended.
 
     STOPPED: the sweep's budget was spent, so the trial ended at a report. A resume with a larger
-    budget continues it. INFEASIBLE: the trial is predicted not to fit the card. It never started,
-    and does not count as one of the sweep's trials. OUT_OF_MEMORY: the trial started, and not even
-    the leanest plan fits. LOST: its process died too often.
+    budget continues it. PAUSED: the trial waits at a rung without a slot, and may go on later.
+
+    INFEASIBLE: the trial is predicted not to fit the card. It never started, and does not count as
+    one of the sweep's trials. OUT_OF_MEMORY: the trial started, and not even the leanest plan fits.
+    LOST: its process died too often.
     """
 
     RUNNING = "RUNNING"
     COMPLETE = "COMPLETE"
     STOPPED = "STOPPED"
+    PAUSED = "PAUSED"
     PRUNED = "PRUNED"
     INFEASIBLE = "INFEASIBLE"
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
@@ -30,8 +33,8 @@ class Outcome(StrEnum):
     FAILED = "FAILED"
 
 
-CONTENDERS = (Outcome.COMPLETE, Outcome.STOPPED)
-"""The outcomes whose adapter may win: the pruner has stopped neither.
+CONTENDERS = (Outcome.COMPLETE, Outcome.STOPPED, Outcome.PAUSED)
+"""The outcomes whose adapter may win: no pruner has judged them hopeless.
 
 All losses are on one evaluation set, so a trial that saw fewer tokens may win too.
 """

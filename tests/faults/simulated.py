@@ -14,6 +14,7 @@ from engine.system.files import write_text
 from engine.trial_report import read_reports
 from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
+from sweep.ledger.freezer import make_freezer
 from sweep.ledger.ledger import Ledger
 from sweep.ledger.limits import Limits
 from sweep.prior.beginning import make_beginning
@@ -45,13 +46,11 @@ def run(path: Path, values: dict[str, Any]) -> Trials:
     space = parse_space(config.space)
     study, beginning = Study(folder, config, space), make_beginning(config, space, engine.SHAPE)
     study.beginning.keep(beginning.points(), beginning.rate)
-    ledger = Ledger(
-        study, folder,
-        Limits(
-            num_trials=config.sweep.num_trials, num_rungs=NUM_RUNGS, num_slots=config.cluster.max_concurrent,
-            max_retries=config.cluster.max_retries,
-        ),
+    limits = Limits(
+        num_trials=config.sweep.num_trials, num_rungs=NUM_RUNGS, num_slots=config.cluster.max_concurrent,
+        max_retries=config.cluster.max_retries, budget=config.effective_budget, grid=config.train.report_grid(),
     )  # fmt: skip
+    ledger = Ledger(study, folder, limits, freezer=make_freezer(config, space, study, limits))
     ledger.recover()
     live: list[Proposal] = []
     while ledger.has_work():

@@ -7,6 +7,7 @@ import json
 from engine.trial_report import TrialReport
 from sweep.config.sweep import SweepConfig, parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
+from sweep.ledger.freezer import make_freezer
 from sweep.ledger.ledger import Ledger
 from sweep.ledger.limits import Limits
 from sweep.space.parse import parse_space
@@ -33,12 +34,13 @@ def study_in(path, config: SweepConfig) -> Study:
 def ledger_in(
     path, config: SweepConfig, num_slots: int = 2, max_retries: int = 1, study: Study | None = None, **options
 ) -> Ledger:
-    sweep = config.sweep
+    sweep, study = config.sweep, study or study_in(path, config)
     limits = Limits(
-        num_trials=sweep.num_trials, num_rungs=4, num_slots=num_slots, max_retries=max_retries, budget=sweep.budget,
-        objectives=sweep.objectives,
+        num_trials=sweep.num_trials, num_rungs=4, num_slots=num_slots, max_retries=max_retries, budget=config.effective_budget,
+        objectives=sweep.objectives, grid=config.train.report_grid(),
     )  # fmt: skip
-    return Ledger(study or study_in(path, config), SweepFolder(path), limits, **options)
+    freezer = make_freezer(config, parse_space(config.space), study, limits)
+    return Ledger(study, SweepFolder(path), limits, freezer=freezer, **options)
 
 
 def report(rung: int, loss: float, **changes) -> TrialReport:

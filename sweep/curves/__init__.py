@@ -1,0 +1,1 @@
+"""Model learning curves, and choose which trial trains next."""

@@ -1,0 +1,75 @@
+"""List the untried points of a space that a new trial may have.
+
+A space of up to MOST_LISTED points is listed whole. Of a larger one, points are drawn anew for each
+new trial. The draws depend on the seed and the number of trials only, so a resumed sweep sees the
+same ones.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from sweep.space.space import Space
+
+MOST_LISTED = 1000
+NUM_DRAWN = 256
+Params = dict[str, Any]
+
+
+class Candidates:
+    """Offer the points of a space that no trial has tried, in an order fixed by the seed."""
+
+    def __init__(self, space: Space, seed: int) -> None:
+        size = space.size()
+        points = space.shuffled_points(seed) if size is not None and size <= MOST_LISTED else None
+        self._space, self._seed = space, seed
+        self._listed = None if points is None else {_key(point): point for point in points}
+        self._tried: set[tuple] = set()
+        self._drawn: tuple[int, dict[tuple, Params]] = (-1, {})
+
+    def drop(self, params: Mapping[str, Any]) -> None:
+        """Offer this point no more: a trial has it, or it is equal to one that a trial has."""
+        key = _key(params)
+        self._tried.add(key)
+        for points in (self._listed, self._drawn[1]):
+            if points is not None:
+                points.pop(key, None)
+
+    def at(self, number: int) -> list[Params]:
+        """Return the points that trial `number` may have."""
+        if self._listed is not None:
+            return list(self._listed.values())
+        if self._drawn[0] != number:
+            trial = _Draw(random.Random(f"{self._seed} {number}"))
+            points = [self._space.suggest(trial) for _ in range(NUM_DRAWN)]
+            self._drawn = number, {_key(point): point for point in points if _key(point) not in self._tried}
+        return list(self._drawn[1].values())
+
+
+class _Draw:
+    """Draw values with equal chances, as Optuna's random sampler does, at a hundredth of its time."""
+
+    def __init__(self, random_numbers: random.Random) -> None:
+        self._random = random_numbers
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        return self._random.choice(choices)
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int:
+        if log:
+            return min(max(round(math.exp(self._random.uniform(math.log(low - 0.5), math.log(high + 0.5)))), low), high)
+        return low + step * self._random.randrange((high - low) // step + 1)
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None, log: bool) -> float:
+        if log:
+            return min(max(math.exp(self._random.uniform(math.log(low), math.log(high))), low), high)
+        if step is None:
+            return self._random.uniform(low, high)
+        return round(low + step * self._random.randrange(math.floor((high - low) / step + 1e-9) + 1), 12)
+
+
+def _key(params: Mapping[str, Any]) -> tuple:
+    return tuple(sorted((path, repr(value)) for path, value in params.items()))

@@ -1,0 +1,119 @@
+"""Decide at each rung which trial goes on, which waits, and whether a new one begins.
+
+The ledger tells the freezer of each trial's new state and asks it for each slot. The policy sees
+curves, untried points and the tokens that are left. It sees no time and no order of arrival, so with
+one slot a resumed sweep decides what the undisturbed one decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sweep.config.sweep import SweepConfig
+from sweep.curves.candidates import Candidates
+from sweep.curves.policies import make_policy
+from sweep.curves.situation import CurveState, Decision, GoOn, Policy, Situation, Stand, StartNew
+from sweep.ledger.limits import Limits
+from sweep.ledger.quota import Quota
+from sweep.space.space import Space
+from sweep.study.study import Study
+from sweep.trials.record import Outcome, TrialRecord
+
+Points = Sequence[Mapping[str, Any]]
+
+
+class Freezer:
+    """Keep every trial's curve, and ask the policy what a slot does next."""
+
+    def __init__(self, policy: Policy, candidates: Candidates, study: Study, limits: Limits) -> None:
+        """limits: with a token_limit and the grid of rungs."""
+        self._policy, self._candidates, self._study, self._limits = policy, candidates, study, limits
+        self._curves: dict[int, CurveState] = {}
+        self._num_known = 0  # trials with a point of the space, INFEASIBLE ones too
+        self._committed = 0  # tokens that RUNNING trials need to their next rungs
+        self._points: Points | None = None
+        self._decision: tuple[Decision] | None = None
+
+    def begin(self, quota: Quota, records: Iterable[TrialRecord]) -> None:
+        """Take the trials so far. quota: says whether new ones may begin, and what was spent."""
+        self._quota = quota
+        for record in records:
+            self.on_trial_updated(record)
+
+    def on_trial_updated(self, record: TrialRecord) -> None:
+        """Take a trial's new state, before any decision that follows from it."""
+        if record.number >= self._num_known:
+            self._num_known = record.number + 1
+            self._candidates.drop(record.params)
+            self._points = None
+        if record.outcome is Outcome.INFEASIBLE:
+            self._decision = None
+            return
+        curve = CurveState.of(record)
+        if curve != self._curves.get(record.number):
+            self._set(curve)
+            self._decision = None
+
+    def decide(self) -> Decision:
+        """Return what an empty slot does next; None: nothing, as long as no trial's state changes."""
+        if self._quota.budget.spent():
+            return None
+        if self._decision is None:
+            self._decision = (self._decided(),)
+        return self._decision[0]
+
+    def goes_on(self, number: int) -> bool:
+        """Return whether this trial keeps its slot after its report. If not, it is PAUSED next."""
+        running = self._curves[number]
+        self._set(replace(running, stand=Stand.FREE, outcome=Outcome.PAUSED))
+        self._decision = None
+        if self.decide() != GoOn(number):
+            return False
+        self._set(running)
+        self._decision = None
+        return True
+
+    def _decided(self) -> Decision:
+        while True:
+            decision = self._policy.decide(Situation(
+                trials=self._curves,
+                candidates=self._untried(),
+                tokens_left=max(self._limits.token_limit - self._quota.budget.num_tokens - self._committed, 0),
+                num_slots=self._limits.num_slots,
+                num_startable=max(self._quota.num_trials - self._quota.num_started, 0),
+            ))  # fmt: skip
+            if not isinstance(decision, StartNew) or self._study.is_new(decision.params):
+                return decision
+            self._candidates.drop(decision.params)  # another point gave the same config
+            self._points = None
+
+    def _untried(self) -> Points:
+        """Return the points of which a new trial takes one."""
+        if not self._quota.may_ask:
+            return ()
+        if self._points is None:
+            first = self._study.next_first_point()
+            self._points = self._candidates.at(self._num_known) if first is None else (first,)
+            self._quota.is_used_up = not self._points
+        return self._points
+
+    def _set(self, curve: CurveState) -> None:
+        self._committed += self._need(curve) - self._need(self._curves.get(curve.number))
+        self._curves[curve.number] = curve
+
+    def _need(self, curve: CurveState | None) -> int:
+        """Return the tokens that a RUNNING trial needs to its next rung."""
+        if curve is None or curve.stand is not Stand.RUNNING:
+            return 0
+        rung = len(curve.losses)
+        return self._limits.tokens_at(min(rung + 1, self._limits.num_rungs)) - self._limits.tokens_at(rung)
+
+
+def make_freezer(config: SweepConfig, space: Space, study: Study, limits: Limits) -> Freezer | None:
+    """Return the freezer of a sweep whose sampler pauses trials, None for any other sweep."""
+    if not config.pauses_trials:
+        return None
+    policy = make_policy(config.sampler, space, limits.grid, config.sweep.seed)
+    return Freezer(policy, Candidates(space, config.sweep.seed), study, limits)
