@@ -37,6 +37,7 @@ class Interruption:
         self.is_terminated = False
         self._when_idle, self._clock = when_idle, clock
         self._is_working = self._is_training = self._is_asked = False
+        self._note: Path | None = None  # of the trial that is in training
         self._file, self._looked_s = Path(), float("-inf")
 
     def listen(self) -> None:
@@ -58,12 +59,19 @@ class Interruption:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Mark a step of the worker: inside, SIGTERM waits for a training step to end."""
+        """Mark a step of the worker: inside, SIGTERM waits for a training step to end.
+
+        Between two steps a trial has nothing to save, and it may go on in another worker.
+        """
         self._is_working = True
+        if self._note is not None:
+            self._note.touch()
         try:
             yield
         finally:
             self._is_working = False
+            if self._note is not None:
+                self._note.unlink(missing_ok=True)
 
     @contextmanager
     def training(self, trial_folder: Path) -> Iterator[None]:
@@ -73,14 +81,15 @@ class Interruption:
         can outlast the notice that a machine gives before it shuts down. If the process is killed,
         its leftover note makes the next stop wait the full grace period once.
         """
-        note = trial_folder / TRAINING
+        note = self._note = trial_folder / TRAINING
         note.touch()
-        self._is_training = True
+        self._is_training, was_working = True, self._is_working
         try:
             yield
         finally:
-            self._is_training = False
-            note.unlink(missing_ok=True)
+            self._is_training, self._note = False, None
+            if self._is_working or not was_working:  # else the note, if there is one, is another worker's
+                note.unlink(missing_ok=True)
 
     def _terminate(self, number: int, frame: Any) -> None:
         self.is_terminated = True

@@ -89,6 +89,7 @@ class TrialWorker(Trainable):
                 result = self._advance_or_fail()
         finally:
             faulthandler.cancel_dump_traceback_later()
+            self._release()  # if the trial pauses now, another worker may go on with it
         if self._interruption.is_terminated:  # the trial's next process passes on its reports
             self._note_terminated()
             raise SystemExit("its process was asked to end (SIGTERM)")
@@ -143,6 +144,8 @@ class TrialWorker(Trainable):
     def _advance(self) -> dict[str, Any]:
         if self._interruption.is_asked():
             raise Interrupted("asked to end")
+        if self._lock is None:
+            self._lock = _wait_for(Path(self._spec["trial_folder"]))
         if self._reports is None:
             self._reports = self._start()
         report = next(self._reports, None)
@@ -159,11 +162,8 @@ class TrialWorker(Trainable):
     def _start(self) -> Iterator[TrialReport]:
         config = parse(TrainConfig, json.loads(self._spec["train_config"]))
         self._num_rungs = len(config.train.report_grid())
-        trial_folder = Path(self._spec["trial_folder"])
-        trial_folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _wait_for(trial_folder)
         self._sampler.take()  # drop the samples from before this trial
-        return self._unheard_and_new(config, trial_folder)
+        return self._unheard_and_new(config, Path(self._spec["trial_folder"]))
 
     def _unheard_and_new(self, config: TrainConfig, trial_folder: Path) -> Iterator[TrialReport]:
         """Yield all reports that the sweep does not have yet, then train on.
@@ -219,14 +219,18 @@ class TrialWorker(Trainable):
         return {**_result(outcome, error=text[:500], memory=memory, done=True), "has_changed_inputs": has_changed_inputs}
 
     def _close(self) -> None:
-        reports, lock = self._reports, self._lock
-        self._reports = self._lock = None
+        reports, self._reports = self._reports, None
         try:
             if reports is not None:
                 reports.close()
         finally:
-            if lock is not None:
-                lock.release()
+            self._release()
+
+    def _release(self) -> None:
+        """Release the trial's lock, which is held inside a step alone."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
 
 
 def _result(
@@ -284,6 +288,7 @@ def _wait_for(trial_folder: Path) -> FileLock:
 
     A killed driver's worker may live on for seconds, and two must not write one checkpoint.
     """
+    trial_folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + LOCK_PATIENCE_S
     lock = FileLock(trial_folder / ".lock")
     while not lock.acquire():

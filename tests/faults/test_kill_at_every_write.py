@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from sweep.folder.timeline import Timeline
 from sweep.ledger.ledger import Ledger
 from sweep.study import proposals as drafts
 from sweep.study import study
@@ -23,6 +24,7 @@ EQUAL = [
     ("cmaes", "median", 1),
     ("random", "patient", 2),
     ("grid", "none", 2),
+    ("freeze_thaw", "none", 1),
 ]
 
 
@@ -64,7 +66,12 @@ def check(tmp_path, sampler: str, pruner: str, num_slots: int, step: int, num_tr
     values["sweep"] |= sweep
     folder_of(tmp_path, values)
     undisturbed = run(tmp_path / "undisturbed", values)
-    assert len(undisturbed) == num_trials
+    outcomes = {outcome for _, outcome, _ in undisturbed.values()}
+    num_stays = len(Timeline(tmp_path / "undisturbed" / "timeline.jsonl", mend=False).spans)
+    if sampler == "freeze_thaw":  # some trials paused, and one of them went on
+        assert outcomes == {"PAUSED", "COMPLETE"} and num_stays > len(undisturbed)
+    else:
+        assert len(undisturbed) == num_trials == num_stays
     num_kills = 0
     for write, how, trials in disturbed(tmp_path, values, step):
         assert trials == undisturbed, f"killed {how} write {write}"
@@ -90,6 +97,10 @@ def test_a_kill_at_every_write_changes_no_first_trial(tmp_path):
     assert check(tmp_path, "tpe", "successive_halving", 1, step=1, first_trials=[{"lora.rank": 2}], prior=True) > 150
 
 
+def test_a_kill_at_a_write_changes_nothing_where_trials_pause_and_go_on(tmp_path):
+    assert check(tmp_path, "freeze_thaw", "none", 1, step=17) > 9
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(("sampler", "pruner", "num_slots"), EQUAL)
 def test_a_kill_at_every_write_changes_nothing(tmp_path, sampler, pruner, num_slots):
@@ -107,6 +118,19 @@ def test_the_check_bites_where_a_result_is_not_mended(tmp_path, monkeypatch):
     monkeypatch.setattr("sweep.folder.sweep_folder.SweepFolder.has_result", lambda self, number: True)
     with pytest.raises(AssertionError, match="killed"):
         check(tmp_path, "random", "none", 1, step=1, num_trials=2)
+
+
+def test_the_check_bites_where_the_freezer_is_not_asked_again(tmp_path, monkeypatch):
+    original = Ledger.recover
+
+    def recover(self):
+        with monkeypatch.context() as patch:
+            patch.setattr(self._freezer, "goes_on", lambda number: True)
+            return original(self)
+
+    monkeypatch.setattr(Ledger, "recover", recover)
+    with pytest.raises(AssertionError, match="killed"):
+        check(tmp_path, "freeze_thaw", "none", 1, step=3)
 
 
 @pytest.mark.faults
