@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sweep.config.sampler_options import FreezeThawConfig
 from sweep.curves.promotion import BestFirst
@@ -10,6 +11,6 @@ from sweep.curves.situation import Policy
 from sweep.space.space import Space
 
 
-def make_policy(config: FreezeThawConfig, space: Space, grid: Sequence[int], seed: int) -> Policy:
-    """Return the policy. grid: tokens seen at each rung, ascending. seed: sweep.seed."""
+def make_policy(config: FreezeThawConfig, space: Space, base: Mapping[str, Any], grid: Sequence[int], seed: int) -> Policy:
+    """Return the policy. base: of every trial. grid: tokens seen at each rung, ascending. seed: sweep.seed."""
     return BestFirst(grid)

@@ -45,7 +45,7 @@ class BestFirst:
         return next((GoOn(trial.number) for trial in fitting), None)
 
     def _has_complete(self, trials: Iterable[CurveState]) -> bool:
-        return any(len(trial.losses) == len(self._seen) - 1 for trial in trials)
+        return any(len(trial.losses) == len(self._seen) - 1 and not trial.is_earlier for trial in trials)
 
     def _to_finish(self, trial: CurveState) -> int:
         """Return the tokens to the trial's end. Those to a RUNNING trial's next rung are taken already."""

@@ -31,7 +31,8 @@ class CurveState:
     """Hold one trial's learning curve, and how the trial stands.
 
     number: the study's. params: dotted path -> sampled value or choice name. losses: eval_loss at
-    rungs 1, 2, ..., in nats per target token; empty before the first report.
+    rungs 1, 2, ..., in nats per target token; empty before the first report. is_earlier: the trial
+    is of an earlier sweep, so its tokens cost this one nothing.
     """
 
     number: int
@@ -39,13 +40,15 @@ class CurveState:
     losses: tuple[float, ...]
     stand: Stand
     outcome: Outcome
+    is_earlier: bool = False
 
     @classmethod
     def of(cls, record: TrialRecord) -> CurveState:
         """Return the state of a trial that its record describes."""
-        stand = Stand.OVER if record.source is not None else STANDS.get(record.outcome, Stand.OVER)
+        is_earlier = record.source is not None
+        stand = Stand.OVER if is_earlier else STANDS.get(record.outcome, Stand.OVER)
         losses = tuple(report.eval_loss for report in record.reports)
-        return cls(record.number, record.params, losses, stand, record.outcome)
+        return cls(record.number, record.params, losses, stand, record.outcome, is_earlier)
 
 
 @dataclass(frozen=True)
