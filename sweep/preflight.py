@@ -106,7 +106,8 @@ def _forecast(plan: SweepPlan, engine: EngineModules, facts: Facts | None) -> No
         return
     facts = inspect(config.base(), engine.command) if facts is None else facts
     feasibility = make_feasibility(config.cluster.card, facts, plan.kinds)
-    print(describe_forecast(plan.space, plan.base(), feasibility, config.sweep.num_trials), flush=True)
+    num_trials, full_trials = config.sweep.num_trials, config.effective_budget.full_trials
+    print(describe_forecast(plan.space, plan.base(), feasibility, num_trials, full_trials), flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
 
 

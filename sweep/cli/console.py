@@ -26,6 +26,7 @@ COLORS = {
     Outcome.RUNNING: "cyan",
     Outcome.COMPLETE: "green",
     Outcome.STOPPED: "blue",
+    Outcome.PAUSED: "magenta",
     Outcome.PRUNED: "yellow",
     Outcome.INFEASIBLE: "dim",
 }
@@ -65,6 +66,8 @@ class LineConsole:
         elif record.reports and (before is None or before[0] != len(record.reports)):
             text = f"rung {_rung_text(record, self._num_rungs)}  {_report_text(record.reports[-1])}"
             self.note(f"trial {record.number:3d}  {text}{self._time_left()}")
+        elif before is not None and record.outcome is Outcome.RUNNING:
+            self.note(f"trial {record.number:3d}  goes on after rung {_rung_text(record, self._num_rungs)}")
         if record.outcome is not Outcome.RUNNING:
             self.note(f"trial {record.number:3d}  {_end_text(record)}{self._time_left()}")
 

@@ -58,7 +58,7 @@ class Ledger(Halt):
         self._freezer = freezer
         self.clock, self.timeline = clock or SteadyClock(), Timeline(folder.timeline)
         records = self.records
-        self._records = {record.number: record for record in records if record.outcome in GOING_ON}
+        self._records = {record.number: record for record in records if record.outcome in GOING_ON and record.source is None}
         self._budget = Budget(limits, self.timeline, self.clock)
         self._budget.take_earlier(records)
         own = [record for record in records if record.source is None]

@@ -20,7 +20,7 @@ from sweep.trials.record import Outcome, TrialRecord
 
 UNKNOWN = "-"
 HOUR_S = 3600.0
-UNFINISHED = (Outcome.RUNNING, Outcome.STOPPED)
+UNFINISHED = (Outcome.RUNNING, Outcome.STOPPED, Outcome.PAUSED)
 
 
 @dataclass
@@ -43,6 +43,10 @@ class _Costs:
         self.num_reports += 1
 
     @property
+    def all_s(self) -> float:
+        return self.train_s + self.around_s + self.recording_s
+
+    @property
     def token_s(self) -> float | None:
         return self.train_s / self.num_tokens if self.num_tokens and self.train_s > 0.0 else None
 
@@ -62,7 +66,7 @@ class TimeLeft:
 
     def __init__(self, limits: Limits, grid: Sequence[int], num_points: int | None = None) -> None:
         """grid: tokens seen at each rung. num_points: of the space, None if it is continuous."""
-        self._limits, self._num_points = limits, num_points
+        self._limits, self._num_points, self._grid = limits, num_points, (0, *grid)
         self._lengths = [after - before for before, after in zip([0, *grid], grid)]
         self._seen: dict[int, _Seen] = {}
         self._refused: set[int] = set()
@@ -99,13 +103,17 @@ class TimeLeft:
             num_ended = sum(count for (_, outcome), count in self._stands.items() if outcome is not Outcome.RUNNING)
             has_work = num_ended < len(self._seen) or self._num_new() > 0
             seconds, bound = self._seconds()
+            num_tokens, full_trials = self._num_tokens(), self._limits.budget.full_trials
         ended = f"{num_ended} of {counted(self._limits.num_trials, 'trial')} ended"
+        if full_trials is not None:
+            spent = num_tokens / self._grid[-1]
+            ended, has_work = f"{spent:.4g} of {full_trials:g} full trials spent", has_work and spent < full_trials
         if not has_work:
             return ended
         if seconds is None:
             return f"{ended}, time left: {UNKNOWN}"
         about = "at most" if self._limits.budget.target_loss is not None else "about"
-        until = f" (sweep.budget.{bound})" if bound else ""
+        until = f" (sweep.budget.{bound})" if bound not in (None, "full_trials") else ""
         return f"{ended}, time left: {about} {duration_text(max(seconds, 1.0))}{until}"
 
     def seconds(self) -> float | None:
@@ -137,8 +145,8 @@ class TimeLeft:
     def _shares_going_on(self) -> list[float]:
         """Return for each rung from 0 the share of the trials that went on after their report there.
 
-        Trials that were stopped because the budget was spent say nothing of their last rung. A rung
-        that no trial has reached yet counts as one at which all go on.
+        Trials that wait, or were stopped because the budget was spent, say nothing of their last
+        rung. A rung that no trial has reached yet counts as one at which all go on.
         """
         shares = []
         for rung in range(len(self._lengths)):
@@ -148,7 +156,7 @@ class TimeLeft:
             over = sum(
                 count
                 for (reached, outcome), count in self._stands.items()
-                if reached == rung and outcome not in (Outcome.RUNNING, Outcome.STOPPED)
+                if reached == rung and outcome not in UNFINISHED
             )
             shares.append(on / (on + over) if on + over else 1.0)
         return shares
@@ -169,7 +177,7 @@ class TimeLeft:
     def _running(self, shares: Sequence[float], token_s: float) -> Iterator[float]:
         """Yield what each trial that has not ended is expected to need, less what it has done since its report.
 
-        A trial that a smaller budget stopped goes on, as long as there is a budget.
+        A trial that waits, or that a smaller budget stopped, goes on as long as there is a budget.
         """
         now_s = self._clock()
         for seen in self._seen.values():
@@ -178,6 +186,16 @@ class TimeLeft:
                 rest_s = self._rest(seen.num_reports, shares, own_s) + (0.0 if seen.num_reports else self._begin_s())
                 rung_s = self._lengths[seen.num_reports] * own_s if seen.outcome is Outcome.RUNNING else 0.0
                 yield max(rest_s - min(now_s - seen.heard_s, rung_s), 0.0)
+
+    def _num_tokens(self) -> int:
+        """Return the tokens that all trials have seen, up to their newest reports."""
+        return sum(self._grid[seen.num_reports] for seen in self._seen.values())
+
+    def _since_reports(self, now_s: float) -> float:
+        """Return how long the running trials have trained since they were last heard of."""
+        running = (seen for seen in self._seen.values() if seen.outcome is Outcome.RUNNING)
+        token_s = self._costs.token_s or 0.0
+        return sum(min(now_s - one.heard_s, self._lengths[min(one.num_reports, len(self._lengths) - 1)] * token_s) for one in running)
 
     def _begin_s(self) -> float:
         """Return what a trial takes besides its rungs: the slot's dead time, and recordings."""
@@ -188,6 +206,10 @@ class TimeLeft:
     def _budget_ends(self) -> Iterator[tuple[float, str]]:
         """Yield the seconds until each limit of the budget is reached. A target loss cannot be foreseen."""
         budget, usage, now_s = self._limits.budget, self._timeline.usage, self._clock()
+        if budget.full_trials is not None:
+            left = max(budget.full_trials * self._grid[-1] - self._num_tokens(), 0.0)
+            token_s = (self._costs.all_s + usage.dead_time_s) / self._costs.num_tokens
+            yield max(left * token_s - self._since_reports(now_s), 0.0) / self._limits.num_slots, "full_trials"
         if budget.wall_clock_hours is not None:
             yield max(budget.wall_clock_hours * HOUR_S - usage.elapsed_until_s(now_s), 0.0), "wall_clock_hours"
         if budget.gpu_hours is not None:

@@ -54,8 +54,13 @@ class Point:
         return self.fit.plan.describe(), peak_text, f"{self.tokens_per_second:,.0f}", _hours(self.hours)
 
 
-def describe_forecast(space: Space, base: Mapping[str, Any], feasibility: Feasibility, num_trials: int) -> str:
-    """Return the table of points and the sweep's cost, or one line if nothing can be predicted."""
+def describe_forecast(
+    space: Space, base: Mapping[str, Any], feasibility: Feasibility, num_trials: int, full_trials: float | None = None
+) -> str:
+    """Return the table of points and the sweep's cost, or one line if nothing can be predicted.
+
+    full_trials: the sweep's budget of tokens, in those of a whole trial; None: no limit.
+    """
     # an existing Ray cluster may have GPUs while this machine has none
     if feasibility.card is None:
         return no_forecast_line("auto")
@@ -71,7 +76,7 @@ def describe_forecast(space: Space, base: Mapping[str, Any], feasibility: Feasib
     fitting = [point for point in shown if point.fit.fits]
     possible = sum(point.fit.fits for point in points) if whole else size or num_trials
     head = [card_line(feasibility), *_estimate(feasibility.shape), f"forecast   {what}"]
-    return "\n".join([*head, *_table(paths, shown), _cost(fitting, min(num_trials, possible))])
+    return "\n".join([*head, *_table(paths, shown), _cost(fitting, min(num_trials, possible), full_trials)])
 
 
 def card_line(feasibility: Feasibility) -> str:
@@ -233,11 +238,16 @@ def _table(paths: list[str], points: list[Point]) -> list[str]:
     return ["  " + "".join(f"{cell:>{width}}  " for cell, width in zip(line, widths)) + line[-1] for line in lines]
 
 
-def _cost(fitting: list[Point], num_trials: int) -> str:
+def _cost(fitting: list[Point], num_trials: int, full_trials: float | None) -> str:
     if not fitting:
         return "cost       none of these points fits the card"
     hours = mean(point.hours for point in fitting)
     trials = counted(num_trials, "trial")
+    if full_trials is not None and full_trials < num_trials:
+        return (
+            f"cost       at most {_hours(hours * full_trials)} GPU hours: the tokens of {full_trials:g} full trials of "
+            f"{_hours(hours)} hours, the mean of the lines that fit; evaluation left out"
+        )
     return (
         f"cost       {_hours(hours * num_trials)} GPU hours if no trial is pruned: {trials} of {_hours(hours)} hours, "
         "the mean of the lines that fit; evaluation left out"

@@ -77,7 +77,9 @@ def _own_evaluation(given: Settings) -> str | None:
     return f"data.train = {source} brings its own evaluation samples" if as_list(source)[0].startswith(PREFIX) else None
 
 
-def _several_objectives(given: Settings) -> str | None:
+def _no_pruner(given: Settings) -> str | None:
+    if given.config.pauses_trials:
+        return f"sampler={given.config.sampler.name} pauses trials instead of pruning them"
     return "sweep.objectives has several" if len(given.config.sweep.objectives) > 1 else None
 
 
@@ -126,14 +128,14 @@ RULES: dict[str, Rule] = {
     "tracking.uri": _if_equal("tracking.name", "none"),
     "tracking.registered_model": _if_equal("tracking.name", "none"),
     "tracking.metrics_host": _if_unset("tracking.metrics_port"),
-    "pruner.min_rung": _several_objectives,
-    "pruner.reduction_factor": _several_objectives,
-    "pruner.min_early_stopping_rate": _several_objectives,
-    "pruner.num_startup_trials": _several_objectives,
-    "pruner.num_warmup_rungs": _several_objectives,
-    "pruner.patience": _several_objectives,
-    "pruner.min_delta": _several_objectives,
-    "pruner.inner": _several_objectives,
+    "pruner.min_rung": _no_pruner,
+    "pruner.reduction_factor": _no_pruner,
+    "pruner.min_early_stopping_rate": _no_pruner,
+    "pruner.num_startup_trials": _no_pruner,
+    "pruner.num_warmup_rungs": _no_pruner,
+    "pruner.patience": _no_pruner,
+    "pruner.min_delta": _no_pruner,
+    "pruner.inner": _no_pruner,
 }
 """RULES maps a field to what makes it idle. Add a field here when another one can switch it off."""
 

@@ -94,7 +94,7 @@ class SweepPlan:
             + (", and its own code is run: model.trust_remote_code" if config.model.trust_remote_code else ""),
             f"data       {config.data.describe_train()}",
             f"budget     {budget:,} tokens a trial, at most {config.sweep.num_trials * budget:,} in all"
-            + (f"; ends early at {limits}" if (limits := describe_budget(config.sweep.budget)) else ""),
+            + (f"; ends early at {limits}" if (limits := describe_budget(config.effective_budget)) else ""),
             f"rungs      {self.num_rungs}, at tokens seen: {grid}",
             f"slots      {self.slots.describe()}",
             *([f"cards      {', '.join(kind.describe() for kind in self.kinds)}"] if self.kinds else []),
@@ -143,11 +143,12 @@ def _check_pruner(config: SweepConfig) -> None:
 
 def _pruner(config: SweepConfig) -> str:
     off = config.effective_pruner is not config.pruner and config.pruner.name != "none"
-    return (
-        f"none: {config.pruner.name} is off, because Optuna cannot prune with several objectives"
-        if off
-        else _options(config.effective_pruner.model_dump())
+    reason = (
+        f"sampler={config.sampler.name} pauses trials instead"
+        if config.pauses_trials
+        else "Optuna cannot prune with several objectives"
     )
+    return f"none: {config.pruner.name} is off, because {reason}" if off else _options(config.effective_pruner.model_dump())
 
 
 def _options(values: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from sweep.trials.record import Outcome, TrialRecord
 COLOURS = {
     Outcome.COMPLETE: "#2166ac",
     Outcome.STOPPED: "#66a5cf",
+    Outcome.PAUSED: "#a6761d",
     Outcome.RUNNING: "#1b9e77",
     Outcome.PRUNED: "#8a8a8a",
     Outcome.INFEASIBLE: "#c9c9c9",

@@ -95,6 +95,8 @@ def _markdown(name: str, verdict: SweepVerdict, board: dict[str, Any]) -> str:
         lines += ["Trials of earlier sweeps are listed for comparison: they were not trained again and cannot win.", ""]
     if Outcome.STOPPED in outcomes:
         lines += ["STOPPED: ended at a report because the budget was spent; a resume with a larger budget continues it.", ""]
+    if Outcome.PAUSED in outcomes:
+        lines += ["PAUSED: waits at a rung, as others were worth more; a resume with a larger budget may continue it.", ""]
     if Outcome.INFEASIBLE in outcomes:
         lines += ["INFEASIBLE: predicted not to fit the card, so never started; not counted as a trial, no GPU time spent.", ""]
     lines += _front_table(board)

@@ -22,8 +22,9 @@ from sweep.trials.record import Outcome, TrialRecord
 STUDY_NAME = "sweep"
 # prefix of the notes that successive halving keeps of a trial and reads of the others
 JUDGED = "completed_rung_"
-# OUT_OF_MEMORY also violates the constraint, so that the sampler learns from it
-TOLD_PRUNED = (Outcome.PRUNED, Outcome.OUT_OF_MEMORY)
+# OUT_OF_MEMORY also violates the constraint, so that the sampler learns from it; a PAUSED trial ends
+# only where a later sweep takes it over
+TOLD_PRUNED = (Outcome.PRUNED, Outcome.OUT_OF_MEMORY, Outcome.PAUSED)
 # what Optuna raises for a file that is no journal of a sweep
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, AssertionError, optuna.exceptions.OptunaError)
 # noted of a trial that Optuna counts as running: it may go on

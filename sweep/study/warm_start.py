@@ -97,7 +97,8 @@ def _is_known(record: TrialRecord, objectives: tuple[str, ...]) -> bool:
     """
     if record.outcome is Outcome.COMPLETE:
         return objective_values(record, objectives) is not None
-    return record.outcome is Outcome.DIVERGED or (record.outcome is Outcome.PRUNED and len(objectives) == 1)
+    unfinished = record.outcome in (Outcome.PRUNED, Outcome.PAUSED)
+    return record.outcome is Outcome.DIVERGED or (unfinished and len(objectives) == 1)
 
 
 def params_in(space: Space, base: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:

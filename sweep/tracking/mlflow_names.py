@@ -67,6 +67,7 @@ STATUS = {
     Outcome.RUNNING: "RUNNING",
     Outcome.COMPLETE: "FINISHED",
     Outcome.STOPPED: "KILLED",
+    Outcome.PAUSED: "KILLED",
     Outcome.PRUNED: "KILLED",
     Outcome.INFEASIBLE: "KILLED",
 }  # the others: FAILED

@@ -31,7 +31,7 @@ class Rule:
     def text(self) -> str:
         order = [f"the lowest {name}" for name in self.others] + ["the fewest trainable parameters", "the lowest trial number"]
         return (
-            "lowest eval_loss over the reports of a trial that is COMPLETE, or STOPPED by the budget; "
+            "lowest eval_loss over the reports of a trial that is COMPLETE, STOPPED by the budget or PAUSED; "
             f"within {max(self.within, TIE):g} nats of it, {', then '.join(order)}"
         )
 
@@ -47,13 +47,13 @@ class Rule:
         return min((record for record in able if _score(record) <= limit), key=self._order)
 
     def rank(self, records: list[TrialRecord]) -> list[TrialRecord]:
-        """Return the records with the winner first, then COMPLETE and STOPPED trials by score.
+        """Return the records with the winner first, then COMPLETE, STOPPED and PAUSED trials by score.
 
         PRUNED trials by score follow, and then those of earlier sweeps by score. The rest come last
         in order of size and number, INFEASIBLE ones at the very end.
         """
         best = self.best(records)
-        group = {Outcome.COMPLETE: 1, Outcome.STOPPED: 1, Outcome.PRUNED: 2, Outcome.INFEASIBLE: 5}
+        group = {**dict.fromkeys(CONTENDERS, 1), Outcome.PRUNED: 2, Outcome.INFEASIBLE: 5}
 
         def key(record: TrialRecord) -> tuple:
             usual = 3 if record.source is not None else group.get(record.outcome, 4)

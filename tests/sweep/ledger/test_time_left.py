@@ -145,3 +145,19 @@ def test_a_trial_that_a_smaller_budget_stopped_goes_on(tmp_path):
     sweep = Sweep(tmp_path, num_trials=1)
     sweep.trial(0, 2, Outcome.STOPPED)
     assert sweep.left.seconds() == pytest.approx(20.0)
+
+
+def test_a_budget_of_tokens_is_shared_by_all_trials_paused_or_not(tmp_path):
+    sweep = Sweep(tmp_path, num_trials=100, num_slots=2, full_trials=3.0)  # 12,000 tokens, 10 ms each
+    sweep.trial(0, 2, Outcome.PAUSED)
+    sweep.trial(1, 1)
+    assert sweep.left.text() == "0.75 of 3 full trials spent, time left: about 45 s"
+    sweep.now_s = 4.0  # four seconds of the rung that runs
+    assert sweep.left.seconds() == pytest.approx((90.0 - 4.0) / 2)
+    sweep.trial(1, 3, Outcome.COMPLETE)
+    for number in range(2, 8):
+        sweep.trial(number, 1, Outcome.PAUSED)
+    assert sweep.left.text() == "3 of 3 full trials spent"
+    small = Sweep(tmp_path, num_trials=2, full_trials=100.0)  # the twin: all trials end before
+    small.trial(0, 2, Outcome.PAUSED)
+    assert small.left.seconds() == pytest.approx(20.0 + 40.0)

@@ -48,6 +48,7 @@ IDLE = {  # what is given -> both names
     "tracking.registered_model=x tracking=none": ["tracking.registered_model", "tracking.name = none"],
     "tracking.metrics_host=0.0.0.0": ["tracking.metrics_host", "tracking.metrics_port is not given"],
     "pruner.reduction_factor=3 sweep.objectives=[eval_loss,elapsed_s]": ["pruner.reduction_factor", "sweep.objectives"],
+    "pruner.reduction_factor=3 sampler=freeze_thaw": ["pruner.reduction_factor", "sampler=freeze_thaw"],
 }
 
 
