@@ -86,7 +86,7 @@ Decision = GoOn | StartNew | None
 """None: nothing is worth a slot now. If no trial runs, this ends the sweep."""
 
 
-class Policy(Protocol):
+class FreezePolicy(Protocol):
     """Decide what one slot does next.
 
     The decision depends on the policy's arguments and the situation alone. After a kill the policy

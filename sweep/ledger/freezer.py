@@ -13,8 +13,8 @@ from typing import Any
 
 from sweep.config.sweep import SweepConfig
 from sweep.curves.candidates import Candidates
-from sweep.curves.policies import make_policy
-from sweep.curves.situation import CurveState, Decision, GoOn, Policy, Situation, Stand, StartNew
+from sweep.curves.makers import make_policy
+from sweep.curves.situation import CurveState, Decision, FreezePolicy, GoOn, Situation, Stand, StartNew
 from sweep.ledger.limits import Limits
 from sweep.ledger.quota import Quota
 from sweep.space.space import Space
@@ -27,7 +27,7 @@ Points = Sequence[Mapping[str, Any]]
 class Freezer:
     """Keep every trial's curve, and ask the policy what a slot does next."""
 
-    def __init__(self, policy: Policy, candidates: Candidates, study: Study, limits: Limits) -> None:
+    def __init__(self, policy: FreezePolicy, candidates: Candidates, study: Study, limits: Limits) -> None:
         """limits: with a token_limit and the grid of rungs."""
         self._policy, self._candidates, self._study, self._limits = policy, candidates, study, limits
         self._curves: dict[int, CurveState] = {}

@@ -11,6 +11,7 @@ from sweep.trials.record import Outcome
 
 # for each trial asked for, so many proposals may not fit the card; then the sweep asks no more
 MAX_INFEASIBLE = 20
+UNUSED = "what is left of sweep.budget.full_trials is too little for another rung that is worth it"
 
 
 @dataclass
@@ -42,8 +43,9 @@ class Quota:
         started, refused = self.num_started, self.num_refused
         do_not = f"{'does' if refused == 1 else 'do'} not fit the card"
         trials = f"{counted(self.num_trials, 'trial')} {'was' if self.num_trials == 1 else 'were'}"
-        if self.budget.spent():
-            line = f"{self.budget.spent()}: {started} of {trials} started"
+        reason = self.budget.spent() or (UNUSED if outcomes.get(Outcome.PAUSED) else None)
+        if reason:
+            line = f"{reason}: {started} of {trials} started"
             left = {"stopped at a report": outcomes.get(Outcome.STOPPED), "paused": outcomes.get(Outcome.PAUSED)}
             waiting = [f"{count} {how}" for how, count in left.items() if count]
             return line + (f", {', '.join(waiting)}; a larger budget continues them" if waiting else "")

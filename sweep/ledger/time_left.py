@@ -195,7 +195,8 @@ class TimeLeft:
         """Return how long the running trials have trained since they were last heard of."""
         running = (seen for seen in self._seen.values() if seen.outcome is Outcome.RUNNING)
         token_s = self._costs.token_s or 0.0
-        return sum(min(now_s - one.heard_s, self._lengths[min(one.num_reports, len(self._lengths) - 1)] * token_s) for one in running)
+        steps = [*self._lengths, 0]  # a trial that has reported all its rungs trains no more
+        return sum(min(now_s - one.heard_s, steps[one.num_reports] * token_s) for one in running)
 
     def _begin_s(self) -> float:
         """Return what a trial takes besides its rungs: the slot's dead time, and recordings."""

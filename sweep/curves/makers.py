@@ -7,10 +7,10 @@ from typing import Any
 
 from sweep.config.sampler_options import FreezeThawConfig
 from sweep.curves.promotion import BestFirst
-from sweep.curves.situation import Policy
+from sweep.curves.situation import FreezePolicy
 from sweep.space.space import Space
 
 
-def make_policy(config: FreezeThawConfig, space: Space, base: Mapping[str, Any], grid: Sequence[int], seed: int) -> Policy:
+def make_policy(config: FreezeThawConfig, space: Space, base: Mapping[str, Any], grid: Sequence[int], seed: int) -> FreezePolicy:
     """Return the policy. base: of every trial. grid: tokens seen at each rung, ascending. seed: sweep.seed."""
     return BestFirst(grid)
