@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sweep.space.space import Space
@@ -17,6 +17,7 @@ from sweep.space.space import Space
 MOST_LISTED = 1000
 NUM_DRAWN = 256
 Params = dict[str, Any]
+_ABSENT = object()  # the value of a dimension whose condition does not hold
 
 
 class Candidates:
@@ -26,13 +27,14 @@ class Candidates:
         size = space.size()
         points = space.shuffled_points(seed) if size is not None and size <= MOST_LISTED else None
         self._space, self._seed = space, seed
-        self._listed = None if points is None else {_key(point): point for point in points}
+        self._paths = [dimension.path for dimension in space.dimensions]
+        self._listed = None if points is None else self._by_key(points)
         self._tried: set[tuple] = set()
         self._drawn: tuple[int, dict[tuple, Params]] = (-1, {})
 
     def drop(self, params: Mapping[str, Any]) -> None:
         """Offer this point no more: a trial has it, or it is equal to one that a trial has."""
-        key = _key(params)
+        key = self._key(params)
         self._tried.add(key)
         for points in (self._listed, self._drawn[1]):
             if points is not None:
@@ -44,9 +46,15 @@ class Candidates:
             return list(self._listed.values())
         if self._drawn[0] != number:
             trial = _Draw(random.Random(f"{self._seed} {number}"))
-            points = [self._space.suggest(trial) for _ in range(NUM_DRAWN)]
-            self._drawn = number, {_key(point): point for point in points if _key(point) not in self._tried}
+            drawn = self._by_key(self._space.suggest(trial) for _ in range(NUM_DRAWN))
+            self._drawn = number, {key: point for key, point in drawn.items() if key not in self._tried}
         return list(self._drawn[1].values())
+
+    def _by_key(self, points: Iterable[Params]) -> dict[tuple, Params]:
+        return {self._key(point): point for point in points}
+
+    def _key(self, params: Mapping[str, Any]) -> tuple:
+        return tuple([params.get(path, _ABSENT) for path in self._paths])
 
 
 class _Draw:
@@ -69,7 +77,3 @@ class _Draw:
         if step is None:
             return self._random.uniform(low, high)
         return round(low + step * self._random.randrange(math.floor((high - low) / step + 1e-9) + 1), 12)
-
-
-def _key(params: Mapping[str, Any]) -> tuple:
-    return tuple(sorted((path, repr(value)) for path, value in params.items()))

@@ -34,6 +34,7 @@ from sweep.config.sweep import SweepConfig, parse_sweep_config
 from sweep.execution.scheduler import LedgerScheduler
 from sweep.execution.searcher import LedgerSearcher
 from sweep.folder.sweep_folder import SweepFolder
+from sweep.ledger.freezer import make_freezer
 from sweep.ledger.ledger import Ledger
 from sweep.ledger.limits import Limits
 from sweep.space.parse import parse_space
@@ -96,11 +97,13 @@ class Ours:
     """This project's decisions, with their journal and files."""
 
     def __init__(self, path: Path, config: SweepConfig, num_slots: int, clock: Callable[[], float], watch: Stopwatch) -> None:
-        self._folder, self._watch = SweepFolder(path), watch
-        self._ledger = Ledger(
-            Study(self._folder, config, parse_space(config.space)), self._folder,
-            Limits(num_trials=config.sweep.num_trials, num_rungs=NUM_RUNGS, num_slots=num_slots, max_retries=2), clock=clock,
+        self._folder, self._watch, space = SweepFolder(path), watch, parse_space(config.space)
+        study, limits = Study(self._folder, config, space), Limits(
+            num_trials=config.sweep.num_trials, num_rungs=NUM_RUNGS, num_slots=num_slots, max_retries=2,
+            budget=config.effective_budget, grid=config.train.report_grid(),
         )  # fmt: skip
+        freezer = make_freezer(config, space, study, limits)
+        self._ledger = Ledger(study, self._folder, limits, freezer=freezer, clock=clock)
         self._ledger.recover()
         self._searcher = LedgerSearcher(self._ledger, lambda proposal: {"number": proposal.number, "params": proposal.params})
         self._scheduler = LedgerScheduler(self._ledger)
@@ -187,6 +190,7 @@ class Simulation:
 
     def run(self, side: Ours | Stock, progress: Callable[[Simulation], None]) -> None:
         events: list[tuple[float, int, str, list[float], list[dict[str, Any]]]] = []
+        known: dict[int, tuple[list[float], list[dict[str, Any]]]] = {}  # a paused trial goes on from its reports
         while True:
             while len(events) < self._num_slots:
                 trial_id = f"t{self.num_started}"
@@ -195,7 +199,8 @@ class Simulation:
                     break
                 self.num_started += 1
                 number, params = found
-                heapq.heappush(events, (self.now_s + self.rng.uniform(50, 100), number, trial_id, curve(params, self.rng), []))
+                losses, seen = known.get(number) or known.setdefault(number, (curve(params, self.rng), []))
+                heapq.heappush(events, (self.now_s + self.rng.uniform(50, 100), number, trial_id, losses, seen))
                 progress(self)
             if not events:
                 return
@@ -212,13 +217,15 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--sampler", default="tpe")
     parser.add_argument("--pruner", default="successive_halving")
+    parser.add_argument("--full-trials", type=float, help="sweep.budget.full_trials")
     parser.add_argument("--stock", action="store_true", help="stock Ray Tune's decisions instead of this project's")
     parser.add_argument("--every", type=int, default=1000, help="trials between two lines of progress")
     parser.add_argument("--folder", type=Path, help="where the sweep is written; default: a temporary folder")
     options = parser.parse_args()
     config = parse_sweep_config({
         "model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 8000, "num_reports": NUM_RUNGS}, "space": SPACE,
-        "sampler": {"name": options.sampler}, "pruner": {"name": options.pruner}, "sweep": {"num_trials": options.trials},
+        "sampler": {"name": options.sampler}, "pruner": {"name": options.pruner},
+        "sweep": {"num_trials": options.trials, "budget": {"full_trials": options.full_trials}},
     })  # fmt: skip
     begun = time.perf_counter()
     since: dict[str, int] = {}

@@ -6,11 +6,13 @@ The equality is bit for bit.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Iterator
 
 import pytest
 
+from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
 from sweep.ledger.ledger import Ledger
 from sweep.study import proposals as drafts
@@ -105,6 +107,24 @@ def test_a_kill_at_a_write_changes_nothing_where_trials_pause_and_go_on(tmp_path
 @pytest.mark.parametrize(("sampler", "pruner", "num_slots"), EQUAL)
 def test_a_kill_at_every_write_changes_nothing(tmp_path, sampler, pruner, num_slots):
     assert check(tmp_path, sampler, pruner, num_slots, step=1) > 150
+
+
+@pytest.mark.faults
+def test_with_several_slots_a_kill_loses_no_rung_of_a_trial_that_pauses(tmp_path):
+    values = settings("freeze_thaw", "none", 3, 12)
+    num_kills, num_rungs = 0, 3 * 4  # three full trials
+    for write, how, trials in disturbed(tmp_path, values, step=5):
+        folder = SweepFolder(tmp_path / f"{write}-{how}")
+        for number, (_, outcome, losses) in trials.items():
+            reports = folder.reports(number)
+            assert [report.rung for report in reports] == list(range(1, len(losses) + 1)), (write, how, number)
+            assert (len(losses) == 4) == (outcome == "COMPLETE") and outcome in ("COMPLETE", "PAUSED", "STOPPED")
+        # a budget may be overspent by the rungs that are in training: one a slot
+        assert num_rungs <= sum(len(losses) for _, _, losses in trials.values()) < num_rungs + 3
+        assert len({json.dumps(params) for params, _, _ in trials.values()}) == len(trials)
+        assert any(outcome == "COMPLETE" for _, outcome, _ in trials.values())
+        num_kills += 1
+    assert num_kills > 40
 
 
 def test_the_check_bites_where_a_resumed_sampler_draws_anew(tmp_path, monkeypatch):
