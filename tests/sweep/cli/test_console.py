@@ -53,6 +53,16 @@ def test_the_time_left_is_over_the_table_and_in_each_line_of_a_report_or_an_end(
     assert said == [False, False, True, True]
 
 
+def test_a_line_says_that_a_trial_pauses_and_another_that_it_goes_on():
+    stream = io.StringIO()
+    console = LineConsole(stream, 4)
+    console.on_trial_updated(trial(3, Outcome.RUNNING))
+    for outcome in (Outcome.RUNNING, Outcome.PAUSED, Outcome.RUNNING):
+        console.on_trial_updated(trial(3, outcome, 2.0))
+    *_, paused, goes_on = stream.getvalue().splitlines()
+    assert paused.startswith("trial   3  PAUSED         eval loss 2.0000") and goes_on == "trial   3  goes on after rung 1/4"
+
+
 def test_the_table_marks_the_trial_that_the_rule_chooses():
     console = TableConsole(io.StringIO(), 4, 8)
     for number, loss, outcome in ((0, 2.5, Outcome.COMPLETE), (1, 2.4, Outcome.STOPPED), (2, 2.3, Outcome.PRUNED)):

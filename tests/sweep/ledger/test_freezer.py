@@ -17,12 +17,14 @@ from sweep.ledger.freezer import make_freezer
 from sweep.ledger.ledger import Ledger
 from sweep.plan.feasibility import Fit
 from sweep.space.parse import parse_space
+from sweep.study.earlier_sweeps import read_earlier
 from sweep.study.journal import STUDY_NAME, open_journal
 from sweep.study.study import Study
 from sweep.trials.record import Outcome
 from sweep.trials.selection import Rule
+from tests.support.fake_sweeps import fake_driver, results, rungs, start, sweep_folder
 from tests.support.records import trial
-from tests.support.studies import SMALL, WIDE, config_for, ledger_in, report, write_reports
+from tests.support.studies import SMALL, WIDE, config_for, ledger_in, report, study_in, write_reports
 
 
 class Script:
@@ -46,6 +48,7 @@ def policy(monkeypatch):
 
 
 def open_ledger(path, num_slots: int = 1, space: dict = WIDE, num_trials: int = 8, **budget) -> Ledger:
+    path.mkdir(exist_ok=True)
     ledger = ledger_in(path, config_for(space, "freeze_thaw", num_trials=num_trials, budget=budget), num_slots)
     ledger.recover()
     return ledger
@@ -199,6 +202,21 @@ def test_equal_configs_and_points_that_do_not_fit_are_never_trained(tmp_path):
     assert "the space is used up" in ledger.shortfall
 
 
+def test_an_earlier_sweeps_paused_trial_tells_its_losses_and_costs_nothing(tmp_path, policy):
+    old = open_ledger(tmp_path / "old")
+    policy.left = ["new"]
+    assert say(old, tmp_path / "old", old.next_trial().number, 1)
+    (tmp_path / "new").mkdir()
+    config, folder = config_for(WIDE, "freeze_thaw", warm_start=[str(tmp_path / "old")]), SweepFolder(tmp_path / "old")
+    folder.write_config(config_for(WIDE, "freeze_thaw"))
+    study = study_in(tmp_path / "new", config)
+    study.take_over(read_earlier(config, parse_space(WIDE), {}))
+    ledger = ledger_in(tmp_path / "new", config, 1, study=study)
+    assert ledger.recover() == [] and outcomes(ledger) == ["PAUSED"]
+    assert ledger.next_trial().number == 1 and policy.seen[-1][:2] == ({0: Stand.OVER}, 800)
+    assert Rule().best(ledger.records) is None  # its adapter lies elsewhere
+
+
 def test_a_paused_trial_with_the_lowest_loss_wins():
     records = [trial(0, 1.2), trial(1, 1.0, outcome=Outcome.PAUSED), trial(2, 0.5, outcome=Outcome.PRUNED)]
     assert Rule().best(records) is records[1] and Rule().rank(records) == [records[1], records[0], records[2]]
@@ -210,6 +228,30 @@ def test_several_objectives_are_refused_in_one_line_and_a_pruner_is_off():
     assert config_for(WIDE, "freeze_thaw", "median").effective_pruner.name == "none"
     assert make_freezer(config_for(SMALL, "tpe"), parse_space(SMALL), None, None) is None
     assert parse_sweep_config(config_for(WIDE, "freeze_thaw").model_dump(mode="json")).sampler.name == "freeze_thaw"
+
+
+@pytest.mark.faults
+def test_a_whole_sweep_pauses_and_continues_trials_under_ray_and_a_resume_spends_more(tmp_path):
+    space = {"lora.rank": {"choices": [2, 4, 8, 16]}, "optim.learning_rate": {"low": 1e-4, "high": 1.1e-2, "log": True}}
+    process = start(
+        tmp_path, optim={"eps": 0.05}, space=space, sweep={"num_trials": 12}, sampler={"name": "freeze_thaw"}
+    )
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    folder = sweep_folder(tmp_path)
+    ended = {number: one["outcome"] for number, one in results(folder).items()}
+    assert set(ended.values()) <= {"COMPLETE", "PAUSED", "STOPPED"} and "PAUSED" in ended.values()
+    assert all(rungs(folder, number) == list(range(1, len(rungs(folder, number)) + 1)) for number in ended)
+    assert 12 <= sum(len(rungs(folder, number)) for number in ended) <= 13  # three full trials of four rungs, two slots
+    assert "goes on after rung" in out and (folder / "best" / "adapter_model.safetensors").is_file()
+    starts = [len((folder / "trials" / f"{n:04d}" / "starts.txt").read_text().splitlines()) for n in ended]
+    assert max(starts) > 1 and max(starts) <= 4  # a trial that went on was started from its checkpoint
+    assert "PAUSED" in (folder / "report.html").read_text()
+
+    resumed = fake_driver("resume", str(folder), json.dumps({"sweep.budget.full_trials": 5}))
+    out, err = resumed.communicate(timeout=200)
+    assert resumed.returncode == 0, err
+    assert 20 <= sum(len(rungs(folder, number)) for number in results(folder)) <= 21
 
 
 def test_a_whole_sweep_of_the_plain_policy_spends_its_tokens_and_finishes_a_trial(tmp_path, monkeypatch):

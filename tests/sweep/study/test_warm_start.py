@@ -35,7 +35,10 @@ def finished_sweep(path, config, outcomes=(Outcome.COMPLETE,) * 4) -> SweepFolde
             study.report(proposal.number, one.rung, one.eval_loss)
             study.should_prune(proposal.number)
         write_reports(path, proposal.number, reports if outcome is Outcome.COMPLETE else reports[:2])
-        study.tell(proposal.number, outcome)
+        if outcome is Outcome.PAUSED:
+            study.stop(proposal.number, outcome)
+        else:
+            study.tell(proposal.number, outcome)
     return folder
 
 
@@ -57,15 +60,16 @@ def warm_study(path, config, data=None):
 
 
 def test_what_is_known_for_good_enters_with_its_outcome_its_curve_and_its_source(tmp_path):
-    outcomes = [Outcome.COMPLETE, Outcome.PRUNED, Outcome.DIVERGED, Outcome.OUT_OF_MEMORY, Outcome.FAILED, Outcome.LOST]
+    known, unknown = [Outcome.COMPLETE, Outcome.PRUNED, Outcome.DIVERGED, Outcome.PAUSED], [Outcome.FAILED, Outcome.LOST]
+    outcomes = [*known, Outcome.OUT_OF_MEMORY, *unknown]
     old = finished_sweep(tmp_path / "old", config_for(WIDE, pruner="none"), outcomes)
     before = old.journal.read_bytes()
     study = warm_study(tmp_path / "new", warm_config(old))
     assert old.journal.read_bytes() == before
     records = study.records()
-    assert [record.outcome for record in records] == outcomes[:3]
-    assert [record.source for record in records] == [f"{old.path} trial {number}" for number in range(3)]
-    there = study_in(old.path, config_for(WIDE, pruner="none")).records()[:3]
+    assert [record.outcome for record in records] == known
+    assert [record.source for record in records] == [f"{old.path} trial {number}" for number in range(4)]
+    there = study_in(old.path, config_for(WIDE, pruner="none")).records()[:4]
     assert [(r.config, r.reports, r.params) for r in records] == [(r.config, r.reports, r.params) for r in there]
     assert study._trials()[0].value == there[0].score
 

@@ -68,14 +68,24 @@ def test_two_accounts_of_one_length_are_in_one_tag():
 
 @pytest.mark.parametrize(
     ("outcome", "status"),
-    [(Outcome.PRUNED, "KILLED"), (Outcome.FAILED, "FAILED"), (Outcome.OUT_OF_MEMORY, "FAILED"), (Outcome.RUNNING, "RUNNING")],
-)
+    [(Outcome.PRUNED, "KILLED"), (Outcome.FAILED, "FAILED"), (Outcome.OUT_OF_MEMORY, "FAILED"), (Outcome.RUNNING, "RUNNING"),
+     (Outcome.PAUSED, "KILLED")],
+)  # fmt: skip
 def test_the_outcome_is_a_tag_and_sets_the_status(tracker, runs, outcome, status):
     one = tracker()
     one.on_trial_updated(trial(0, outcome, 2.0, error="why"))
     assert one.close(60) == []
     child = runs()[f"0000 {outcome}"]
     assert (child.data.tags["outcome"], child.data.tags["error"], child.info.status) == (outcome.value, "why", status)
+
+
+def test_a_paused_trial_that_goes_on_keeps_its_run(tracker, runs, client):
+    one = tracker()
+    for outcome, losses in ((Outcome.PAUSED, (2.0,)), (Outcome.RUNNING, (2.0,)), (Outcome.COMPLETE, (2.0, 1.5))):
+        one.on_trial_updated(trial(0, outcome, *losses))
+    assert one.close(60) == []
+    assert set(runs()) == {"my sweep", "0000 COMPLETE"} and runs()["0000 COMPLETE"].info.status == "FINISHED"
+    assert [point[:2] for point in history(client, runs()["0000 COMPLETE"])] == [(1000, 2.0), (2000, 1.5)]
 
 
 def test_predicted_and_measured_peaks_are_metrics_and_how_it_was_computed_are_tags(tracker, runs):
