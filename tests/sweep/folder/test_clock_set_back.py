@@ -110,7 +110,8 @@ def test_a_worker_measures_dead_time_by_a_clock_that_no_one_sets(monkeypatch):
     monkeypatch.setattr("sweep.execution.worker.time", SimpleNamespace(time=lambda: now[0]))
     monkeypatch.setattr("sweep.execution.worker.since_boot", lambda: now[1])
     worker._slot, worker._began_s, worker._last_end_s, worker._setup_s = "a", None, 100.0, 0.5
-    worker._spec, worker._interruption = {"report_timeout_s": None}, SimpleNamespace(is_terminated=False, working=nullcontext)
+    worker._spec, worker._lock = {"report_timeout_s": None}, None
+    worker._interruption = SimpleNamespace(is_terminated=False, working=nullcontext)
     worker._advance_or_fail = lambda: now.__setitem__(slice(None), [1e9 - 2 * BACK_S, 105.0]) or {"done": True}
     now[:] = [1e9 - BACK_S, 102.0]
     timing = json.loads(worker.step()["timing"])
