@@ -8,9 +8,16 @@ from typing import Any
 from sweep.config.sampler_options import FreezeThawConfig
 from sweep.curves.promotion import BestFirst
 from sweep.curves.situation import FreezePolicy
+from sweep.prior.rate_prior import RatePrior
 from sweep.space.space import Space
 
 
-def make_policy(config: FreezeThawConfig, space: Space, base: Mapping[str, Any], grid: Sequence[int], seed: int) -> FreezePolicy:
-    """Return the policy. base: of every trial. grid: tokens seen at each rung, ascending. seed: sweep.seed."""
+def make_policy(
+    config: FreezeThawConfig, space: Space, base: Mapping[str, Any], grid: Sequence[int], seed: int, rate: RatePrior | None = None
+) -> FreezePolicy:
+    """Return the policy.
+
+    base: of every trial. grid: tokens seen at each rung, ascending. seed: sweep.seed. rate: what is
+    known of the learning rate before the first trial.
+    """
     return BestFirst(grid)

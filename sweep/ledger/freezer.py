@@ -115,5 +115,6 @@ def make_freezer(config: SweepConfig, space: Space, study: Study, limits: Limits
     """Return the freezer of a sweep whose sampler pauses trials, None for any other sweep."""
     if not config.pauses_trials:
         return None
-    policy = make_policy(config.sampler, space, config.base().model_dump(mode="json"), limits.grid, config.sweep.seed)
-    return Freezer(policy, Candidates(space, config.sweep.seed), study, limits)
+    base, seed = config.base().model_dump(mode="json"), config.sweep.seed
+    policy = make_policy(config.sampler, space, base, limits.grid, seed, study.beginning.rate)
+    return Freezer(policy, Candidates(space, seed), study, limits)

@@ -100,7 +100,7 @@ def test_a_kill_at_every_write_changes_no_first_trial(tmp_path):
 
 
 def test_a_kill_at_a_write_changes_nothing_where_trials_pause_and_go_on(tmp_path):
-    assert check(tmp_path, "freeze_thaw", "none", 1, step=17) > 9
+    assert check(tmp_path, "freeze_thaw", "none", 1, step=13) > 9
 
 
 @pytest.mark.faults

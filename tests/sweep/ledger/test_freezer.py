@@ -255,7 +255,7 @@ def test_a_whole_sweep_pauses_and_continues_trials_under_ray_and_a_resume_spends
 
 
 def test_a_whole_sweep_of_the_plain_policy_spends_its_tokens_and_finishes_a_trial(tmp_path, monkeypatch):
-    monkeypatch.setattr("sweep.ledger.freezer.make_policy", lambda config, space, base, grid, seed: BestFirst(grid))
+    monkeypatch.setattr("sweep.ledger.freezer.make_policy", lambda config, space, base, grid, *rest: BestFirst(grid))
     ledger = open_ledger(tmp_path, num_trials=16)
     while ledger.has_work():
         proposal = ledger.next_trial()
