@@ -47,6 +47,11 @@ def policy(monkeypatch):
     return script
 
 
+@pytest.fixture
+def plain(monkeypatch):
+    monkeypatch.setattr("sweep.ledger.freezer.make_policy", lambda config, space, base, grid, *rest: BestFirst(grid))
+
+
 def open_ledger(path, num_slots: int = 1, space: dict = WIDE, num_trials: int = 8, **budget) -> Ledger:
     path.mkdir(exist_ok=True)
     ledger = ledger_in(path, config_for(space, "freeze_thaw", num_trials=num_trials, budget=budget), num_slots)
@@ -182,7 +187,7 @@ def test_a_budget_of_full_trials_ends_a_sweep_with_any_sampler(tmp_path):
     assert resumed.next_trial() is Next.FINISHED and outcomes(resumed) == ["COMPLETE", "STOPPED"]
 
 
-def test_equal_configs_and_points_that_do_not_fit_are_never_trained(tmp_path):
+def test_equal_configs_and_points_that_do_not_fit_are_never_trained(tmp_path, plain):
     space = {"lora.rank": {"choices": [2, 4, 8]}, "train.activation_checkpointing": {"choices": [True, False]}}
     config = config_for(space, "freeze_thaw", num_trials=10, budget={"full_trials": 100.0})
     study = Study(
@@ -254,8 +259,7 @@ def test_a_whole_sweep_pauses_and_continues_trials_under_ray_and_a_resume_spends
     assert 20 <= sum(len(rungs(folder, number)) for number in results(folder)) <= 21
 
 
-def test_a_whole_sweep_of_the_plain_policy_spends_its_tokens_and_finishes_a_trial(tmp_path, monkeypatch):
-    monkeypatch.setattr("sweep.ledger.freezer.make_policy", lambda config, space, base, grid, *rest: BestFirst(grid))
+def test_a_whole_sweep_of_the_plain_policy_spends_its_tokens_and_finishes_a_trial(tmp_path, plain):
     ledger = open_ledger(tmp_path, num_trials=16)
     while ledger.has_work():
         proposal = ledger.next_trial()
