@@ -65,7 +65,7 @@ class Ledger:
         self.clock, self.timeline = clock or SteadyClock(), Timeline(folder.timeline)
         records = self.records
         self._records = {record.number: record for record in records if record.outcome in GOING_ON}
-        self._budget = Budget(limits.budget, self.timeline, self.clock)
+        self._budget = Budget(limits.budget, self.timeline, self.clock, limits.elsewhere_s)
         for record in records:
             if record.score is not None and record.source is None and record.outcome in (*CONTENDERS, Outcome.RUNNING):
                 self._budget.take_loss(record.score)
