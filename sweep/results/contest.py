@@ -58,7 +58,7 @@ def contest_text(contest: Contest | None, best: int) -> str | None:
     parts = []
     if contest.differences:
         tied, others = contest.tied, counted(len(contest.differences), "other trial")
-        what = f"{_trials(tied)} cannot be told apart from" if tied else f"each of {others} is worse than"
+        what = f"{_trials(tied)} cannot be told apart from" if tied else "every other trial is told apart from"
         chosen = f"; of these, the rule chose trial {best}" if best in tied else ""
         samples = counted(contest.num_samples, "evaluation sample")
         parts.append(f"On the same {samples}, {what} trial {first}, the lowest loss ({LEVEL_TEXT}, {others} compared){chosen}.")

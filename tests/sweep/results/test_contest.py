@@ -57,6 +57,8 @@ def test_what_is_told_apart_or_too_far_above_does_not_win_however_small(ends):
     tied_but_far = ends.sampled(2, by_sample(1.52, noise=100.0), num_trainable=100)
     summary = ends.end(lowest, told_apart, tied_but_far)
     assert (summary["best_trial"], summary["tied_with_lowest"]) == ("0", "2")
+    ends.end(lowest, told_apart)
+    assert "samples, every other trial is told apart from trial 0, the lowest loss (95 %, 1 other trial compared)." in ends.board
 
 
 def test_with_tie_within_0_the_lowest_loss_wins_and_ties_are_said_all_the_same(ends):
