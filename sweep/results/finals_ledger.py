@@ -19,7 +19,6 @@ from sweep.plan.sweep_plan import SweepPlan
 from sweep.results.contest import with_contest
 from sweep.results.final_seeds import NUM_FINALISTS, SEED, finalists, without_seed
 from sweep.space.parse import parse_space
-from sweep.study.earlier_sweeps import EarlierSweeps
 from sweep.study.study import FitCheck, Study
 from sweep.trials.record import Outcome, TrialRecord
 
@@ -59,7 +58,7 @@ class FinalsLedger:
         study.keep_begun_with(own, self.inputs)
         known = study.records()
         new = [point for point in points if all(record.params != point for record in known)]
-        study.take_over(EarlierSweeps(first_points=points))
+        study.beginning.replace_points(points)
         if not new and all(record.outcome not in (Outcome.RUNNING, Outcome.STOPPED) for record in known):
             return None
         now_s, timeline = search.clock(), search.timeline
@@ -127,4 +126,5 @@ def _own_config(config: SweepConfig) -> SweepConfig:
     values["space"][SEED] = {"low": ends[0], "high": ends[1]}
     values["sampler"], values["pruner"] = {"name": "random"}, {"name": "none"}
     values["sweep"] |= {"num_trials": NUM_FINALISTS * (MAX_FINAL_SEEDS - 1), "final_seeds": 0, "warm_start": []}
+    values["sweep"] |= {"first_trials": [], "prior": False}
     return parse_sweep_config(values)
