@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from engine.config.parsing import parse_dataclass
+from engine.sample_losses import SampleLosses
 from engine.shape.model_shape import ModelShape
 from engine.units import counted
 
@@ -181,6 +182,7 @@ class AdapterEvaluation:
 
     Losses are in nats per target token.
 
+    base_sample_losses, sample_losses: those of each evaluation sample, None from older versions.
     examples: prompt, expected, base and adapter texts of some evaluation samples. examples_s:
     seconds to generate them. examples_error: one line that says why there are none. All three are
     None if the caller asked for no examples.
@@ -192,6 +194,8 @@ class AdapterEvaluation:
     examples: list[dict[str, str]] | None = None
     examples_s: float | None = None
     examples_error: str | None = None
+    base_sample_losses: SampleLosses | None = None
+    sample_losses: SampleLosses | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, without values that are None."""

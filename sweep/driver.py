@@ -52,7 +52,6 @@ from sweep.preflight import (
 from sweep.tracking.mlflow_names import data_points, data_tags
 from sweep.tracking.prometheus import MetricsPage, serve
 from sweep.tracking.tracker import make_tracker
-from sweep.trials.selection import Rule
 
 INTERRUPTED = 130
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -161,7 +160,7 @@ def _run(
         if feasibility.predicts:
             folder.write_card(describe_cards(feasibility))
         section = plan.config.sweep
-        screen = make_console(sys.stdout, plan.num_rungs, section.num_trials, Rule(section.objectives, section.choose_within))
+        screen = make_console(sys.stdout, plan.num_rungs, section.num_trials, section.rule)
         tracker = make_tracker(plan.config, folder.path)
         accounts = folder.read_accounts()
         tags = {"sweep.folder": str(folder.path), **provenance(), **data_tags(accounts)}

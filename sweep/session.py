@@ -25,12 +25,12 @@ from sweep.ledger.time_left import TimeLeft
 from sweep.plan.feasibility import Feasibility
 from sweep.plan.sweep_plan import SweepPlan
 from sweep.report.build import try_write_report
+from sweep.results.finals_ledger import FinalsLedger, spent_on_finals
 from sweep.results.finish import Evaluate, finish
 from sweep.study.earlier_sweeps import read_earlier
 from sweep.study.study import Study
 from sweep.tracking.prometheus import MetricsPage, SweepMetrics
 from sweep.tracking.tracker import NullTracker, Tracker
-from sweep.trials.selection import Rule
 
 NOTHING_KEPT = "an earlier version kept no digests of config, data and model; they are kept from now on, and changes refused"
 
@@ -66,7 +66,22 @@ class SweepSession:
             self.screen.stop()
         if ledger.shortfall:
             self.screen.note(ledger.shortfall)
+        self._train_finalists_again(ledger)
         return self._finish(ledger)
+
+    def _train_finalists_again(self, search: Ledger) -> None:
+        """Train the best trials again with other seeds, if the config asks for it."""
+        finals = FinalsLedger(self.plan, self.folder, self.feasibility.check_fit, self.inputs, self.screen.note)
+        ledger = finals.open(search)
+        if ledger is None:
+            return
+        if ledger.has_work():
+            run_trials(
+                ledger, self.plan.slots, self.plan.config.cluster.address, finals.own_folder, self.engine,
+                note=self.screen.note, avoid=self._avoid, inputs=self.inputs,
+            )  # fmt: skip
+        if ledger.shortfall:
+            self.screen.note(f"final seeds  {ledger.shortfall}")
 
     def _open_study(self) -> Study:
         """Open the study in the journal.
@@ -90,7 +105,7 @@ class SweepSession:
     def _open_ledger(self) -> Ledger:
         """Open the ledger, and catch up with what the previous driver may not have heard."""
         study, metrics = self._open_study(), self._make_metrics()
-        limits = Limits.of(self.plan)
+        limits = Limits.of(self.plan, elsewhere_s=spent_on_finals(self.folder))
         time_left = TimeLeft(limits, self.plan.config.train.report_grid(), self.plan.space.size())
         # the first one, so that a line about an event already counts it
         listeners = (time_left, self.screen, self.tracker, *([] if metrics is None else [metrics]))
@@ -131,7 +146,7 @@ class SweepSession:
             device=self.plan.slots.device,
             engine_command=self.engine.command,
             note=self.screen.note,
-            rule=Rule(config.sweep.objectives, config.sweep.choose_within),
+            rule=config.sweep.rule,
             num_examples=config.sweep.num_examples,
             evaluate=self._evaluation(),
         )

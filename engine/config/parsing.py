@@ -88,7 +88,8 @@ def _from_json(name: str, hint: Any) -> Any:
     is_tuple = get_origin(hint) is tuple
     kind = next((one for one in get_args(hint)[: 1 if is_tuple else None] if is_dataclass(one)), None)
     if kind is None:
-        return hint
+        as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+        return Annotated[hint, as_tuple] if is_tuple else hint
 
     def read(value: Any) -> Any:
         if is_tuple and isinstance(value, list):

@@ -31,18 +31,17 @@ def evaluate_adapter(
     base = load_base(config.model, pick_device(config.train.device))
     _, view = load_recorded(config, base.tokenizer, inputs)
     samples = evaluation_batches(base, view, config.data.eval_max_seq_length)
-    base_loss = evaluate(base, samples).mean
+    base_losses = evaluate(base, samples)
     layers = attach(base.model, base.linear_names, config.lora, config.train.seed)
     load_adapter(adapter, layers)
-    adapter_loss = evaluate(base, samples).mean
-    targets = samples.num_targets
-    answered: dict[str, Any] = {}
+    adapter_losses = evaluate(base, samples)
+    answered: dict[str, Any] = {"base_sample_losses": base_losses, "sample_losses": adapter_losses}
     if num_examples:
         try:
             started_s = time.perf_counter()
             examples = write_examples(base, choose_questions(view, num_examples), lambda: detach(base.model, layers))
-            answered = {"examples": examples, "examples_s": time.perf_counter() - started_s}
+            answered |= {"examples": examples, "examples_s": time.perf_counter() - started_s}
         # a model with custom code may lack generate(), and memory may run out
         except Exception as error:
-            answered = {"examples_error": f"{type(error).__name__}: {first_line(error)}"}
-    return AdapterEvaluation(base_loss, adapter_loss, targets, **answered)
+            answered |= {"examples_error": f"{type(error).__name__}: {first_line(error)}"}
+    return AdapterEvaluation(base_losses.mean, adapter_losses.mean, samples.num_targets, **answered)

@@ -1,6 +1,6 @@
 """Apply the changes that a resume may make to a config.
 
-A resume may change how much the sweep may spend, where it runs and where its metrics are shown. It
+A resume may change how much the sweep may spend, how its winner is chosen, where it runs and where its metrics are shown. It
 may not change the trials themselves, because their losses would no longer compare.
 """
 
@@ -24,7 +24,8 @@ PLACE = (
     "cluster.address", "cluster.num_gpus", "cluster.wait_s", "cluster.card", "cluster.calibrate", "tracking.name",
     "tracking.metrics_port", "tracking.metrics_host",
 )  # fmt: skip
-AMENDABLE = (NUM_TRIALS, *BUDGETS, *PLACE)
+CHOICE = ("sweep.tie_within", "sweep.final_seeds")
+AMENDABLE = (NUM_TRIALS, *BUDGETS, *CHOICE, *PLACE)
 
 
 def apply_resume_changes(config: SweepConfig, overrides: dict[str, Any]) -> SweepConfig:

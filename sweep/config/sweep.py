@@ -20,8 +20,10 @@ from engine.errors import InputError
 from engine.planning.cards import find_card
 from sweep.config.pruner_options import PRUNERS, NoPrunerConfig, PrunerConfig, SuccessiveHalvingConfig
 from sweep.config.sampler_options import SAMPLERS, FreezeThawConfig, SamplerConfig, TpeConfig
+from sweep.space.parse import flattened
 from sweep.text import without_password
 from sweep.trials.objectives import EVAL_LOSS, MEASURES
+from sweep.trials.selection import Rule
 
 MAX_SLOTS = 100_000
 ONE_OBJECTIVE = ("cmaes", "freeze_thaw")
@@ -51,6 +53,7 @@ AutoCard = Annotated[str, PlainValidator(_auto_or_card)]
 MAX_TRIALS = 1_000_000
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Hours = Annotated[float, Field(gt=0.0, le=1e6)]
+MAX_FINAL_SEEDS = 8
 
 
 class BudgetConfig(StrictModel):
@@ -92,7 +95,14 @@ class SweepSection(StrictModel):
     choose_within: Annotated[float, Field(ge=0.0)] = Field(
         0.0, description="nats of eval_loss that the best adapter may lose in order to be better in the other objectives"
     )
-
+    tie_within: Annotated[float, Field(ge=0.0)] = Field(
+        0.005,
+        description="nats of eval_loss that the best adapter may lose to be smaller, if the evaluation samples cannot tell it "
+        "apart from the lowest; 0: the lowest loss wins",
+    )
+    final_seeds: Annotated[int, Field(ge=0, le=MAX_FINAL_SEEDS)] = Field(
+        0, description="seeds with which the best two trials are trained in all, to see what a seed changes; 0 or 1: no more"
+    )
     only_most_demanding: bool = Field(
         False, description="true: try nothing but the point of the space that is predicted to need most memory"
     )
@@ -106,6 +116,11 @@ class SweepSection(StrictModel):
         if EVAL_LOSS not in names or len(set(names)) < len(names) or not set(names) <= set(MEASURES):
             raise ValueError(f"must be eval_loss alone, or eval_loss and others of these, each once: {', '.join(MEASURES)}")
         return names
+
+    @property
+    def rule(self) -> Rule:
+        """Return the rule by which the best adapter is chosen."""
+        return Rule(self.objectives, self.choose_within, self.tie_within)
 
 
 class ClusterConfig(StrictModel):
@@ -231,6 +246,9 @@ def parse_sweep_config(data: Any) -> SweepConfig:
         raise InputError("sampler.name", config.sampler.name, allowed)
     if config.sweep.choose_within and len(config.sweep.objectives) == 1:
         raise InputError("sweep.choose_within", config.sweep.choose_within, "must be 0 if eval_loss is the only objective")
+    varied = {path for key, leaf in config.space.items() for path, _ in flattened(key, leaf)}
+    if config.sweep.final_seeds > 1 and any(path.startswith("train.seed.") for path in varied):
+        raise InputError("sweep.final_seeds", config.sweep.final_seeds, "must be 0 if the space varies train.seed")
     return config
 
 

@@ -12,6 +12,7 @@ A kill leaves whole files only.
                         system.jsonl, result.json, error.txt
     timeline.jsonl      when each trial held which slot
     best/               the winning adapter, ready to load
+    final-seeds/        the best trials trained again with other seeds: a sweep folder of its own
     examples.json       answers of base model and winner to a few evaluation samples
     leaderboard.md/.json, report.html, driver.log, ray/ (Tune's own files, never read again)
 """
@@ -53,6 +54,7 @@ class SweepFolder:
         self.journal = path / "study.journal"
         self.timeline = path / "timeline.jsonl"
         self.best = path / "best"
+        self.final_seeds = path / "final-seeds"
         self.examples_file = path / "examples.json"
         self.log = path / "driver.log"
         self.ray = path / "ray"

@@ -16,7 +16,7 @@ class Budget:
     """Compare one sweep's limits with what it has spent."""
 
     def __init__(self, limits: Limits, timeline: Timeline, clock: Callable[[], float]) -> None:
-        self._limits, self._timeline, self._clock = limits, timeline, clock
+        self._limits, self._timeline, self._clock, self._elsewhere_s = limits, timeline, clock, limits.elsewhere_s
         self._lowest_loss, self._spent = math.inf, None
         self.num_tokens = 0  # up to the newest report of each trial
 
@@ -48,7 +48,8 @@ class Budget:
             return f"sweep.budget.target_loss = {limits.target_loss:g} is reached (eval loss {self._lowest_loss:.4f})"
         if token_limit is not None and self.num_tokens >= token_limit:
             return f"sweep.budget.full_trials = {limits.full_trials:g} is spent ({self.num_tokens:,} tokens in all trials)"
-        gpu_hours, wall_clock_hours = self._timeline.occupied_s(now_s) / HOUR_S, self._timeline.elapsed_s(now_s) / HOUR_S
+        gpu_hours = (self._timeline.occupied_s(now_s) + self._elsewhere_s[0]) / HOUR_S
+        wall_clock_hours = (self._timeline.elapsed_s(now_s) + self._elsewhere_s[1]) / HOUR_S
         if limits.gpu_hours is not None and gpu_hours >= limits.gpu_hours:
             return f"sweep.budget.gpu_hours = {limits.gpu_hours:g} is spent ({gpu_hours:.4g} hours of slots used)"
         if limits.wall_clock_hours is not None and wall_clock_hours >= limits.wall_clock_hours:

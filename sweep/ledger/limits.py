@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from sweep.config.sweep import BudgetConfig
 from sweep.plan.sweep_plan import SweepPlan
@@ -18,7 +19,8 @@ class Limits:
     num_rungs: reports of a complete trial. max_retries: deaths of a trial's process in a row
     without a new report. report_timeout_s: seconds that a trial may be silent, None for no limit.
     objectives: what a complete trial must have measured. grid: tokens seen at each rung, for a
-    budget of tokens; empty if they are all the same.
+    budget of tokens; empty if they are all the same. elsewhere_s: slot seconds and seconds that the
+    sweep spent outside this ledger, which count against its budget.
     """
 
     num_trials: int
@@ -29,6 +31,7 @@ class Limits:
     budget: BudgetConfig = NO_BUDGET
     objectives: tuple[str, ...] = (EVAL_LOSS,)
     grid: tuple[int, ...] = ()
+    elsewhere_s: tuple[float, float] = (0.0, 0.0)
 
     @property
     def token_limit(self) -> int | None:
@@ -43,10 +46,10 @@ class Limits:
         return self.grid[rung - 1] if self.grid else rung
 
     @classmethod
-    def of(cls, plan: SweepPlan) -> Limits:
-        """Return the limits of a checked sweep."""
+    def of(cls, plan: SweepPlan, **changes: Any) -> Limits:
+        """Return the limits of a checked sweep. changes: fields with other values."""
         sweep, cluster = plan.config.sweep, plan.config.cluster
-        return cls(
+        limits = cls(
             num_trials=sweep.num_trials,
             num_rungs=plan.num_rungs,
             num_slots=plan.slots.num_slots,
@@ -56,3 +59,4 @@ class Limits:
             objectives=sweep.objectives,
             grid=tuple(plan.config.train.report_grid()),
         )
+        return replace(limits, **changes)

@@ -44,6 +44,11 @@ class KeptBeginning:
         self._study.set_user_attr(FIRST_POINTS, list(points))
         self._points, self.rate = list(points), rate
 
+    def replace_points(self, points: Sequence[Params]) -> None:
+        """Keep these points in the place of all before, for a study whose points are chosen on the way."""
+        self._study.set_user_attr(FIRST_POINTS, list(points))
+        self._points, self._next = list(points), 0
+
     def next_point(self, is_new: Callable[[Params], bool]) -> Params | None:
         """Return the first point that is new, None if all are tried. A known point stays known."""
         while self._next < len(self._points) and not is_new(self._points[self._next]):

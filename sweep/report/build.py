@@ -24,6 +24,7 @@ from sweep.report.hours_figure import HOURS, hours_height, hours_line, where_hou
 from sweep.report.page import Section, Table, render
 from sweep.report.study_figures import study_figures
 from sweep.results.best_folder import EXAMPLE
+from sweep.results.contest import with_contest
 from sweep.results.leaderboard import HEADER, board_cells, board_rows
 from sweep.results.verdict import SweepVerdict, read_verdict
 from sweep.space.parse import parse_space
@@ -66,7 +67,7 @@ def _page(folder: SweepFolder, config: SweepConfig) -> str:
     trials, records = read_records(folder, lambda params: space.apply(base, params).model_dump(mode="json"))
     timeline = Timeline(folder.timeline, mend=False)
     spans, times = timeline.spans, slot_times(timeline)
-    rule = Rule(config.sweep.objectives, config.sweep.choose_within)
+    rule = with_contest(config.sweep.rule, records)
     verdict = read_verdict(folder, records, rule)
     best = verdict.best
     sections = [

@@ -70,6 +70,7 @@ def best_card(
         f"Measured after the sweep on {reevaluation.num_eval_target_tokens:,} target tokens of the evaluation set; this "
         f"{agreement} what the trial reported ({number(reevaluation.trial_eval_loss, '.4f')})."
     )
+    said = (verdict.gain_line, verdict.contest_line, verdict.seeds_line)
     return ModelCard(
         title=f"Best adapter of the sweep `{sweep_name}`",
         base=base_model,
@@ -77,7 +78,7 @@ def best_card(
         tags=["lora", "qlora" if config.model.quantization == "nf4" else "peft", "qlora-sweep"],
         introduction=[f"Trial {record.number}. Chosen by: {rule.text}."],
         losses=[("base model", reevaluation.base_eval_loss), ("with this adapter", reevaluation.eval_loss)],
-        notes=[measured, *_earlier_note(verdict)],
+        notes=[" ".join([measured, *filter(None, said)]), *_earlier_note(verdict)],
         settings=_settings(record, config),
         sections=[
             *([("What it answers", _examples(examples))] if examples else []),

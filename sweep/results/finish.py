@@ -17,6 +17,9 @@ from sweep.folder.slot_times import PARTS, shares_text, slot_times, steady_share
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
 from sweep.results.best_folder import write_best
+from sweep.results.contest import with_contest
+from sweep.results.final_seeds import read_final_seeds
+from sweep.results.finals_ledger import spent_on_finals
 from sweep.results.leaderboard import write_leaderboard
 from sweep.results.reevaluation import Reevaluation, compare
 from sweep.results.verdict import SweepVerdict, judge, last_held
@@ -47,11 +50,13 @@ def finish(
     case. num_examples: see SweepSection; evaluate: measures the winner again, by default
     `sweep.execution.engine_commands.evaluate`.
     """
-    verdict = judge(records, rule, held=last_held(folder))
+    rule = with_contest(rule, records)
+    seeds = read_final_seeds(folder, records)
+    verdict = judge(records, rule, held=last_held(folder), final_seeds=seeds)
     measured = _measure(folder, verdict, engine_command, num_examples, evaluate, note)
     if measured is not None:
-        reevaluation = compare(measured, verdict.best.score, device)
-        verdict = judge(records, rule, reevaluation)
+        reevaluation = compare(measured, verdict.best.score, device, len(rule.contenders(records)))
+        verdict = judge(records, rule, reevaluation, final_seeds=seeds)
         _keep_examples(folder, verdict.best, measured, note)
         write_best(folder.best, verdict, sweep_name, measured.examples or [])
     write_leaderboard(folder.path, records, sweep_name, verdict)
@@ -90,7 +95,7 @@ def _measure(
 def _times(folder: SweepFolder) -> dict[str, Any]:
     """Return what the sweep has spent over all sessions.
 
-    slot_hours: hours for which slots were held; dead_time_s: seconds lost between trials. train_s
+    slot_hours: hours for which slots were held, final seeds included; dead_time_s: seconds lost between trials. train_s
     and so on: the seconds of all slots by part (see PARTS); steady_share: train_s as their share.
     slots: the same of each slot.
     """
@@ -99,6 +104,7 @@ def _times(folder: SweepFolder) -> dict[str, Any]:
     times = slot_times(timeline)
     parts = totals(times)
     share = steady_share(parts)
+    held_s += spent_on_finals(folder)[0]
     known = {"slot_hours": held_s / 3600.0, "dead_time_s": sum(span.dead_time_s or 0.0 for span in timeline.spans)}
     if share is None:
         return known
@@ -119,11 +125,11 @@ def _time_line(times: dict[str, Any]) -> list[str]:
 
 
 def _remarks(records: list[TrialRecord], verdict: SweepVerdict) -> list[str]:
-    """Add what the table of losses does not say: Pareto front, best/, an earlier sweep."""
+    """Add what the table of losses does not say: Pareto front, ties, best/, an earlier sweep."""
     rule = verdict.rule
     front = [str(record.number) for record in rule.front(records)]
     lines = [f"pareto front of {', '.join(rule.objectives)}: trials {', '.join(front)}"] if front else []
-    return [*lines, *filter(None, [verdict.held_line, verdict.earlier_line])]
+    return [*lines, *filter(None, [verdict.contest_line, verdict.seeds_line, verdict.held_line, verdict.earlier_line])]
 
 
 def _keep_examples(folder: SweepFolder, best: TrialRecord, measured: AdapterEvaluation, note: Callable[[str], None]) -> None:
@@ -148,6 +154,7 @@ def _result_text(folder: SweepFolder, best: TrialRecord, reevaluation: Reevaluat
         f"{'':24}eval loss  perplexity",
         _loss_line("base model", base),
         _loss_line(f"best adapter (trial {best.number})", tuned),
+        *([f"gain         {reevaluation.gain.text}"] if reevaluation.gain else []),
         "",
     ]
     if not reevaluation.agrees:

@@ -13,11 +13,13 @@ from engine.system.files import write_text
 from sweep.results.verdict import SweepVerdict
 from sweep.text import number
 from sweep.trials.objectives import objective_values
+from sweep.trials.paired import LEVEL, Contest
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 from sweep.trials.selection import Rule, median_speed
 
 HEADER = (
-    "rank", "trial", "outcome", "eval loss", "tokens seen", "parameters", "tokens/s", "peak GiB", "predicted", "sampled", "error"
+    "rank", "trial", "outcome", "eval loss", "above lowest", "tokens seen", "parameters", "tokens/s", "peak GiB", "predicted",
+    "sampled", "error",
 )  # fmt: skip
 DEFAULT_RULE = Rule()
 LAST_REPORT = ("tokens_seen", "num_trainable", "num_out_of_memory", "micro_batch_size", "activation_checkpointing")
@@ -40,6 +42,8 @@ def write_leaderboard(folder: Path, records: list[TrialRecord], sweep_name: str,
         "best_trial": best.number if best else None,
         "outcomes": _outcomes([record for record in records if record.source is None]),
         "reevaluation": reevaluation and reevaluation.to_dict(),
+        "contest": rule.contest and _contest(rule.contest),
+        "final_seeds": [found.to_dict() for found in verdict.final_seeds],
         "best_folder": verdict.held_dict(),
         "better_earlier_trial": verdict.earlier and verdict.earlier.source,
         "trials": rows,
@@ -51,16 +55,37 @@ def write_leaderboard(folder: Path, records: list[TrialRecord], sweep_name: str,
 
 def board_rows(records: list[TrialRecord], rule: Rule = DEFAULT_RULE) -> list[dict[str, Any]]:
     """Return one row for each trial, in the order of the leaderboard."""
-    return [_row(record, place) for place, record in enumerate(rule.rank(records), start=1)]
+    return [_row(record, place, rule.contest) for place, record in enumerate(rule.rank(records), start=1)]
 
 
-def _row(record: TrialRecord, place: int) -> dict[str, Any]:
+def _contest(contest: Contest) -> dict[str, Any]:
+    """Return who was compared with the lowest loss, and who cannot be told apart from it."""
+    return {
+        "lowest": contest.lowest,
+        "level": LEVEL,
+        "num_samples": contest.num_samples,
+        "num_compared": len(contest.differences),
+        "tied": list(contest.tied),
+        "left_out": [{"number": number, "reason": reason} for number, reason in sorted(contest.left_out.items())],
+    }
+
+
+def _above(contest: Contest | None, number: int) -> dict[str, float] | None:
+    """Return how far a trial is above the lowest loss: nats, standard error, and at least so much."""
+    if contest is None or number not in contest.differences:
+        return None
+    found = contest.differences[number]
+    return {"nats": found.nats, "standard_error": found.standard_error, "at_least": contest.at_least(number)}
+
+
+def _row(record: TrialRecord, place: int, contest: Contest | None) -> dict[str, Any]:
     last = record.reports[-1] if record.reports else None
     return {
         "rank": place if record.outcome in CONTENDERS and record.source is None else None,
         "number": record.number,
         "outcome": record.outcome.value,
         "eval_loss": record.score,
+        "above_lowest": _above(contest, record.number),
         **{name: last and getattr(last, name) for name in LAST_REPORT},
         "tokens_per_second": median_speed(record),
         "peak_allocated_gib": record.peak_allocated_gib,
@@ -136,6 +161,7 @@ def board_cells(row: dict[str, Any]) -> tuple[str, ...]:
         str(row["number"]),
         row["outcome"],
         number(row["eval_loss"], ".4f"),
+        _above_text(row["above_lowest"]),
         number(row["tokens_seen"], ",d"),
         number(row["num_trainable"], ",d"),
         number(row["tokens_per_second"], ",.0f"),
@@ -144,6 +170,13 @@ def board_cells(row: dict[str, Any]) -> tuple[str, ...]:
         _sampled(row),
         row["error"] or (f"from {row['source']}" if row["source"] else ""),
     )
+
+
+def _above_text(above: dict[str, float] | None) -> str:
+    """Format a difference; blank for the lowest itself and for trials that were not compared."""
+    if above is None:
+        return ""
+    return f"{above['nats']:.4f}, {'tied' if above['at_least'] <= 0.0 else 'at least ' + format(above['at_least'], '.4f')}"
 
 
 def _sampled(row: dict[str, Any]) -> str:

@@ -8,6 +8,9 @@ from typing import Any
 
 from engine.command_answers import AdapterEvaluation
 from engine.config.parsing import parse_dataclass
+from engine.sample_losses import SampleLosses
+from engine.units import counted
+from sweep.trials.paired import LEVEL, LEVEL_TEXT, are_comparable, paired_difference
 
 # float32 repeats itself; bfloat16 kernels may sum in another order
 RELATIVE_TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}
@@ -15,10 +18,32 @@ LOSSES = ("base_eval_loss", "eval_loss")
 
 
 @dataclass(frozen=True)
+class Gain:
+    """Hold what the winner gains over the base model, in nats per target token, with an interval.
+
+    low, high: of a level of 95 % that holds for the best of num_contenders, as they were compared on
+    these samples: Student's quantile at 0.05 / (2 num_contenders), times the paired standard error.
+    """
+
+    nats: float
+    low: float
+    high: float
+    num_samples: int
+    num_contenders: int
+
+    @property
+    def text(self) -> str:
+        samples = counted(self.num_samples, "evaluation sample")
+        chosen = f", chosen among {counted(self.num_contenders, 'trial')}" if self.num_contenders > 1 else ""
+        return f"{self.nats:.4f} nats per target token ({LEVEL_TEXT}: {self.low:.4f} to {self.high:.4f}, {samples}{chosen})"
+
+
+@dataclass(frozen=True)
 class Reevaluation:
     """Losses of base model and winner, in nats per target token; leaderboard.json keeps them.
 
-    agrees: eval_loss is trial_eval_loss within relative_tolerance.
+    agrees: eval_loss is trial_eval_loss within relative_tolerance. gain: None if the losses are not
+    known by sample, or there is one sample only.
     """
 
     base_eval_loss: float
@@ -27,10 +52,11 @@ class Reevaluation:
     trial_eval_loss: float
     agrees: bool
     relative_tolerance: float
+    gain: Gain | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "gain" or value is not None}
 
     @classmethod
     def from_dict(cls, values: Any) -> Reevaluation:
@@ -39,8 +65,11 @@ class Reevaluation:
         return parse_dataclass(cls, {**values, **lost} if lost else values, "reevaluation")
 
 
-def compare(measured: AdapterEvaluation, trial_eval_loss: float, device: str) -> Reevaluation:
-    """Compare the second measurement with the trial's own report. device: cpu or cuda."""
+def compare(measured: AdapterEvaluation, trial_eval_loss: float, device: str, num_contenders: int = 1) -> Reevaluation:
+    """Compare the second measurement with the trial's own report. device: cpu or cuda.
+
+    num_contenders: trials among which this one was chosen.
+    """
     tolerance = RELATIVE_TOLERANCE[device]
     return Reevaluation(
         base_eval_loss=measured.base_eval_loss,
@@ -49,4 +78,15 @@ def compare(measured: AdapterEvaluation, trial_eval_loss: float, device: str) ->
         trial_eval_loss=trial_eval_loss,
         agrees=math.isclose(measured.eval_loss, trial_eval_loss, rel_tol=tolerance),
         relative_tolerance=tolerance,
+        gain=_gain(measured.base_sample_losses, measured.sample_losses, num_contenders),
     )
+
+
+def _gain(base: SampleLosses | None, tuned: SampleLosses | None, num_contenders: int) -> Gain | None:
+    if base is None or tuned is None or not are_comparable(base, tuned):
+        return None
+    found = paired_difference(base, tuned)
+    margin = found.margin((1.0 - LEVEL) / (2.0 * max(1, num_contenders)))
+    if not math.isfinite(found.nats) or not math.isfinite(margin):
+        return None
+    return Gain(found.nats, found.nats - margin, found.nats + margin, found.num_samples, num_contenders)

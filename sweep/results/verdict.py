@@ -15,11 +15,14 @@ from engine.config.parsing import load_json
 from engine.errors import InputError, printable
 from engine.units import perplexity
 from sweep.folder.sweep_folder import SweepFolder
+from sweep.results.contest import contest_text
+from sweep.results.final_seeds import SeedLosses, pooled_deviation, read_final_seeds, seeds_text
 from sweep.results.reevaluation import Reevaluation
 from sweep.text import number, value_text
 from sweep.trials.record import Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
+LINES = ("best", "measured", "gain", "contest", "seeds", "held", "earlier")
 NONE = "No trial has gone far enough to be chosen."
 
 
@@ -30,6 +33,7 @@ class SweepVerdict:
     best: the winner, or None. reevaluation: the second measurement of exactly this winner, None
     until there is one. held: the trial whose adapter `best/` holds, None if there is no `best/`.
     earlier: the COMPLETE trial of an earlier sweep that did better than the winner, or than nothing.
+    final_seeds: losses of the best trials with other seeds.
     """
 
     rule: Rule
@@ -37,6 +41,7 @@ class SweepVerdict:
     reevaluation: Reevaluation | None = None
     held: int | None = None
     earlier: TrialRecord | None = None
+    final_seeds: tuple[SeedLosses, ...] = ()
 
     @property
     def best_line(self) -> str:
@@ -60,6 +65,22 @@ class SweepVerdict:
         )
 
     @property
+    def gain_line(self) -> str | None:
+        """Say what the adapter gains over the base model, with its interval; None if not known."""
+        gain = self.reevaluation and self.reevaluation.gain
+        return f"Gain over the base model: {gain.text}." if gain else None
+
+    @property
+    def contest_line(self) -> str | None:
+        """Say which trials cannot be told apart from the lowest loss; None if there are no others."""
+        return None if self.best is None else contest_text(self.rule.contest, self.best.number)
+
+    @property
+    def seeds_line(self) -> str | None:
+        """Say what another seed changes; None if nothing was trained again."""
+        return seeds_text(self.final_seeds)
+
+    @property
     def held_line(self) -> str | None:
         """Say what `best/` holds where that is not the winner as it was measured; else None."""
         if self.held is None or self.reevaluation is not None:
@@ -81,18 +102,32 @@ class SweepVerdict:
     @property
     def lines(self) -> list[str]:
         """Return all that can be said, for a page: winner, measurement, what differs from it."""
-        return list(filter(None, [self.best_line, self.measured_line, self.held_line, self.earlier_line]))
+        return list(filter(None, (getattr(self, f"{name}_line") for name in LINES)))
 
     def summary(self) -> dict[str, Any]:
         """Return what the tracker gets. Every key is there each time, so no former value stays."""
         again, best = self.reevaluation, self.best
         numbers = {"best_eval_loss": again.eval_loss if again else best and best.score}
-        numbers |= {"base_eval_loss": again and again.base_eval_loss}
+        numbers |= {"base_eval_loss": again and again.base_eval_loss, **self._contest_numbers()}
         return {name: value for name, value in numbers.items() if value is not None} | {
             "best_trial": "none" if best is None else str(best.number),
+            "tied_with_lowest": self._tied_text(),
             "reevaluation_agrees": str(again.agrees) if again else "not measured",
             "better_earlier_trial": "none" if self.earlier is None else str(self.earlier.source),
         }
+
+    def _contest_numbers(self) -> dict[str, float | None]:
+        gain, contest = self.reevaluation and self.reevaluation.gain, self.rule.contest
+        numbers = {} if gain is None else {"gain": gain.nats, "gain_low": gain.low, "gain_high": gain.high}
+        numbers |= {"seed_deviation": pooled_deviation(self.final_seeds)}
+        return numbers | ({"num_tied": len(contest.tied)} if contest and contest.differences else {})
+
+    def _tied_text(self) -> str:
+        """Return the numbers of the trials that cannot be told apart from the lowest, as a tag."""
+        contest = self.rule.contest
+        if contest is None or not contest.differences:
+            return "not compared"
+        return ", ".join(map(str, contest.tied)) or "none"
 
     def held_dict(self) -> dict[str, Any] | None:
         """Return the entry of leaderboard.json that says what `best/` holds."""
@@ -100,9 +135,13 @@ class SweepVerdict:
 
 
 def judge(
-    records: list[TrialRecord], rule: Rule, reevaluation: Reevaluation | None = None, held: int | None = None
+    records: list[TrialRecord],
+    rule: Rule,
+    reevaluation: Reevaluation | None = None,
+    held: int | None = None,
+    final_seeds: tuple[SeedLosses, ...] = (),
 ) -> SweepVerdict:
-    """Return the verdict on these records.
+    """Return the verdict on these records. final_seeds: see read_final_seeds.
 
     reevaluation: that of the winner, if it was just measured and written to `best/`. held: the
     trial in `best/` otherwise.
@@ -113,7 +152,7 @@ def judge(
     if leader is not None and best is not None and leader.score >= best.score:
         leader = None
     held = best.number if best is not None and reevaluation is not None else held
-    return SweepVerdict(rule, best, reevaluation, held, leader)
+    return SweepVerdict(rule, best, reevaluation, held, leader, final_seeds)
 
 
 def read_verdict(folder: SweepFolder, records: list[TrialRecord], rule: Rule) -> SweepVerdict:
@@ -132,7 +171,7 @@ def read_verdict(folder: SweepFolder, records: list[TrialRecord], rule: Rule) ->
     if not (folder.best.is_dir() or again):
         held = None
     is_of_best = again is not None and best is not None and held == best.number and again.trial_eval_loss == best.score
-    return judge(records, rule, again if is_of_best else None, held)
+    return judge(records, rule, again if is_of_best else None, held, read_final_seeds(folder, records))
 
 
 def held_trial(board: Any) -> int | None:

@@ -56,6 +56,7 @@ SUMMARY = {
     # the same name as the trials' metric: MLflow sorts sweeps by it too
     "best_eval_loss": METRICS["best_eval_loss"],
     "base_eval_loss": "eval/base_loss_nats_per_token",
+    **{name: f"eval/{name}_nats_per_token" for name in ("gain", "gain_low", "gain_high", "seed_deviation")},
     "slot_hours": "time/slot_hours",
     "dead_time_s": "time/dead_s",
     "steady_share": "time/steady_share",

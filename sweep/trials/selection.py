@@ -6,7 +6,9 @@ import math
 import statistics
 from dataclasses import dataclass
 
+from engine.units import counted
 from sweep.trials.objectives import EVAL_LOSS, MEASURES, pareto_front
+from sweep.trials.paired import LEVEL_TEXT, Contest
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 
 TIE = 1e-4  # nats; another seed or another GPU changes more
@@ -17,11 +19,14 @@ class Rule:
     """Choose the winner.
 
     objectives: those of the study. within: nats of eval_loss that the winner may give up for the
-    other objectives.
+    other objectives. tie_within: nats that it may give up for a smaller adapter, if the evaluation
+    samples cannot tell them apart. contest: who can be told apart; None: nobody was compared.
     """
 
     objectives: tuple[str, ...] = (EVAL_LOSS,)
     within: float = 0.0
+    tie_within: float = 0.0
+    contest: Contest | None = None
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -29,22 +34,43 @@ class Rule:
 
     @property
     def text(self) -> str:
-        order = [f"the lowest {name}" for name in self.others] + ["the fewest trainable parameters", "the lowest trial number"]
+        order = [*(f"the lowest {name}" for name in self.others), "the fewest trainable parameters", "the lowest eval_loss"]
         return (
             "lowest eval_loss over the reports of a trial that is COMPLETE, STOPPED by the budget or PAUSED; "
-            f"within {max(self.within, TIE):g} nats of it, {', then '.join(order)}"
+            f"within {max(self.within, TIE):g} nats of it{self._tie_text}, {', then '.join(order)}, "
+            f"where {TIE:g} nats count as equal and the lower trial number wins"
         )
 
-    def best(self, records: list[TrialRecord]) -> TrialRecord | None:
-        """Return the winner, or None if no trial that may win has a finite eval_loss.
+    @property
+    def _tie_text(self) -> str:
+        """Return the clause about ties, if some may decide."""
+        contest = self.contest
+        if contest is None or not contest.differences or self.tie_within <= max(self.within, TIE):
+            return ""
+        return (
+            f", or within {self.tie_within:g} nats and not told apart from it by the same "
+            f"{counted(contest.num_samples, 'evaluation sample')} (paired t test, {LEVEL_TEXT}, "
+            f"{counted(len(contest.differences), 'comparison')})"
+        )
 
-        Trials of earlier sweeps never win: their adapters are not in this sweep's folder.
+    def contenders(self, records: list[TrialRecord]) -> list[TrialRecord]:
+        """Return the trials that may win.
+
+        Trials of earlier sweeps never do: their adapters are not in this sweep's folder.
         """
-        able = [r for r in records if r.outcome in CONTENDERS and r.source is None and _score(r) < math.inf]
+        return [r for r in records if r.outcome in CONTENDERS and r.source is None and _score(r) < math.inf]
+
+    def best(self, records: list[TrialRecord]) -> TrialRecord | None:
+        """Return the winner, or None if no trial that may win has a finite eval_loss."""
+        able = self.contenders(records)
         if not able:
             return None
-        limit = min(map(_score, able)) + max(self.within, TIE)
-        return min((record for record in able if _score(record) <= limit), key=self._order)
+        near = self._near(able)
+        measured = {record.number: self._measured(record) for record in near}
+        least = min(measured.values())
+        alike = [record for record in near if measured[record.number] == least]
+        limit = min(map(_score, alike)) + TIE
+        return min((record for record in alike if _score(record) <= limit), key=lambda record: record.number)
 
     def rank(self, records: list[TrialRecord]) -> list[TrialRecord]:
         """Return the records with the winner first, then COMPLETE, STOPPED and PAUSED trials by score.
@@ -66,14 +92,31 @@ class Rule:
         """Return the Pareto front, empty for one objective: it would be the best trial alone."""
         return pareto_front(records, self.objectives) if len(self.objectives) > 1 else []
 
-    def _order(self, record: TrialRecord) -> tuple:
-        """Return the sort key among trials of nearly equal loss.
+    def _near(self, able: list[TrialRecord]) -> list[TrialRecord]:
+        """Return the contenders whose loss counts as good as the lowest.
+
+        A contest that was held against another trial than the lowest decides nothing.
+        """
+        first = lowest(able)
+        limit, tied = _score(first) + max(self.within, TIE), ()
+        if self.contest is not None and self.contest.lowest == first.number:
+            tied = self.contest.tied
+        wide = _score(first) + self.tie_within
+        return [record for record in able if _score(record) <= (wide if record.number in tied and wide > limit else limit)]
+
+    def _measured(self, record: TrialRecord) -> tuple:
+        """Return what decides among trials whose loss counts as equal.
 
         A stopped trial comes after the others: what it has spent says little.
         """
         measured = [MEASURES[name](record) for name in self.others]
         other = [math.inf if value is None or record.outcome is Outcome.STOPPED else value for value in measured]
-        return (*other, num_parameters(record), record.number)
+        return (*other, num_parameters(record))
+
+
+def lowest(able: list[TrialRecord]) -> TrialRecord:
+    """Return the contender with the lowest loss; of equal ones the first."""
+    return min(able, key=lambda record: (_score(record), record.number))
 
 
 def num_parameters(record: TrialRecord) -> int:

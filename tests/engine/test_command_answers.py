@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from engine.command_answers import MUCH_LOST, AdapterEvaluation, Facts, PreparedFacts, VisibleCard
 from engine.errors import InputError
+from engine.sample_losses import SampleLosses
 from engine.shape.layer_shapes import LayerShape
 from engine.shape.mixer_shape import MixerShape
 from engine.shape.model_shape import ModelShape
@@ -26,11 +27,13 @@ PREPARED = PreparedFacts(
 )  # fmt: skip
 EXAMPLE = {"prompt": "p", "expected": "e", "base": "b", "adapter": "a"}
 EVALUATED = AdapterEvaluation(2.5, 1.25, 7, [EXAMPLE], 0.5)
+BY_SAMPLE = SampleLosses("ab", (1.5, 2.0), (3, 4))
 
 
 @pytest.mark.parametrize("answer", [Facts(), Facts(shape=SHAPE, card=CARD, host_gib=1.0), PREPARED, EVALUATED,
                                     AdapterEvaluation(2.5, 1.25, 7),
-                                    AdapterEvaluation(2.5, 1.25, 7, examples_error="no")])  # fmt: skip
+                                    AdapterEvaluation(2.5, 1.25, 7, examples_error="no"),
+                                    AdapterEvaluation(2.5, 0.5, 7, None, None, None, BY_SAMPLE, BY_SAMPLE)])  # fmt: skip
 def test_an_answer_is_itself_again_after_json(answer):
     assert type(answer).from_dict(json.loads(json.dumps(answer.to_dict()))) == answer
 

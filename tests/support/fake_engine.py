@@ -24,6 +24,7 @@ from engine.command_answers import AdapterEvaluation, PreparedFacts, VisibleCard
 from engine.config.parsing import load_json, parse
 from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import DivergedError, InputError, Interrupted, OutOfMemory
+from engine.sample_losses import SampleLosses, write_sample_losses
 from engine.shape.model_shape import ModelShape
 from engine.system.files import write_text
 from engine.trial_report import TRAIN, PartClock, TrialReport, read_reports
@@ -110,6 +111,8 @@ def train(config: TrainConfig, trial_folder: Path, *, base=None, interrupted=lam
         report = _report(config, rung, eval_loss(config, rung))
         reports.append(report.to_dict())
         _export(trial_folder / "adapter", config.model.path)
+        if report.eval_loss == min(line["eval_loss"] for line in reports):
+            write_sample_losses(trial_folder, rung, _by_sample(report.eval_loss))
         write_text(checkpoint, json.dumps(reports))
         if fault == "dies once with a checkpoint and without its report":
             _die_once(rung, trial_folder)
@@ -117,6 +120,11 @@ def train(config: TrainConfig, trial_folder: Path, *, base=None, interrupted=lam
         if fault == "dies once with a report saved and not passed on":
             _die_once(rung, trial_folder)
         yield report
+
+
+def _by_sample(loss: float) -> SampleLosses:
+    """Return losses on samples that are all alike, so that any difference is told apart."""
+    return SampleLosses("fake", (loss,) * 8, (1,) * 8)
 
 
 def _compute(rung_s: float, rung: int, trial_folder: Path, interrupted) -> None:
@@ -232,7 +240,9 @@ def main() -> int:
         loss = eval_loss(config, len(config.train.report_grid()))
         (Path(options.adapter).parent / EVALUATED_IN).write_text(os.environ.get("FAULTS_PLACE", "driver"))
         examples = [{name: f"{name} {i}" for name in EXAMPLE} for i in range(options.examples)]
-        answer = AdapterEvaluation(5.0, loss, 7, examples or None)
+        answer = AdapterEvaluation(
+            5.0, loss, 7, examples or None, base_sample_losses=_by_sample(5.0), sample_losses=_by_sample(loss)
+        )
     options.answer.write_text(json.dumps(answer.to_dict()))
     return 0
 

@@ -1,5 +1,8 @@
 """Build trials that have ended, for the leaderboard and the choice of the best."""
 
+from pathlib import Path
+
+from engine.sample_losses import SampleLosses, write_sample_losses
 from sweep.results.reevaluation import Reevaluation
 from sweep.results.verdict import SweepVerdict, judge
 from sweep.trials.record import Outcome, TrialRecord
@@ -20,6 +23,13 @@ def trial(number, *losses, outcome=Outcome.COMPLETE, num_trainable=100, folder="
     config = {"model": {"path": "org/base"}, "data": {"train": "train.jsonl"}, "train": {"max_tokens": 1000}}
     params = {"lora.rank": 8, "optim.learning_rate": 0.00012345}
     return TrialRecord(number, params, config, outcome, str(folder), reports, **changes)
+
+
+def sampled(number: int, losses: SampleLosses, folder: Path, **changes) -> TrialRecord:
+    """Build a trial with these losses by sample, and write them into its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_sample_losses(folder, 1, losses)
+    return trial(number, losses.mean, folder=folder, **changes)
 
 
 def judged(*records, reevaluation=REEVALUATION) -> SweepVerdict:

@@ -161,6 +161,9 @@ def test_the_command_line_finds_an_adapter_with_the_real_engine(tmp_path, tiny_m
     assert "\nprior      learning rate " in done.stdout and "\nfirst      4 trials: 1 of sweep.first_trials, " in done.stdout
     assert board["reevaluation"]["agrees"], board["reevaluation"]
     assert board["reevaluation"]["eval_loss"] < board["reevaluation"]["base_eval_loss"]
+    gain = board["reevaluation"]["gain"]
+    assert 0.0 < gain["low"] < gain["nats"] < gain["high"]
+    assert board["contest"] is None or not board["contest"]["left_out"]
     assert (folder / "best" / "adapter_model.safetensors").is_file()
     examples = json.loads((folder / "examples.json").read_text())
     assert examples["trial"] == board["best_trial"] and len(examples["examples"]) == 4
@@ -169,10 +172,12 @@ def test_the_command_line_finds_an_adapter_with_the_real_engine(tmp_path, tiny_m
     assert "with adapter</th>" in (folder / "report.html").read_text()
     lines = [json.loads(line) for line in (folder / "trials" / "0000" / "system.jsonl").read_text().splitlines()]
     assert [line["rung"] for line in lines] == rungs(folder, 0) and all(line["process_resident_gib"] > 0.1 for line in lines)
-    assert "base model" in done.stdout and "best adapter" in done.stdout
+    assert "base model" in done.stdout and "best adapter" in done.stdout and "gain         " in done.stdout
     with sqlite3.connect(tmp_path / "sweeps" / "mlflow.db") as database:
         statuses = [row[0] for row in database.execute("select status from runs")]
         outcomes = [row[0] for row in database.execute("select value from tags where key = 'outcome'")]
+        lows = database.execute("select value from latest_metrics where key = 'eval/gain_low_nats_per_token'")
+        assert [row[0] for row in lows] == [gain["low"]]
         tags = {row[0] for row in database.execute("select key from tags")}
         versions = list(database.execute("select name, version, description from model_versions"))
     assert len(statuses) == 5 and set(statuses) <= {"FINISHED", "KILLED"}

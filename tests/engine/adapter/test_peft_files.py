@@ -12,6 +12,7 @@ from engine.data.views import load_data
 from engine.evaluation.reevaluate import evaluate_adapter
 from engine.model import load as model
 from engine.model.load import load_base
+from engine.sample_losses import read_sample_losses
 from tests.support.trials import CPU, build, run
 
 
@@ -60,6 +61,11 @@ def test_a_fresh_load_of_the_exported_adapter_has_the_reported_loss(tiny_config,
     measured = evaluate_adapter(config, tmp_path / "adapter")
     assert measured.eval_loss == pytest.approx(min(r.eval_loss for r in reports), rel=1e-6)
     assert measured.base_eval_loss > measured.eval_loss
+    kept = read_sample_losses(tmp_path, min(reports, key=lambda report: report.eval_loss))
+    again, base = measured.sample_losses, measured.base_sample_losses
+    assert again.sums == pytest.approx(kept.sums, rel=1e-5) and len(again.sums) > 1
+    assert again.evaluation_digest == base.evaluation_digest == kept.evaluation_digest
+    assert (base.mean, again.mean) == (measured.base_eval_loss, measured.eval_loss)
 
 
 def test_the_base_is_named_so_that_it_is_found_again_from_any_folder(tiny_config, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ def test_the_leaderboard_lists_every_trial_and_states_the_rule(tmp_path):
     assert (board["best_trial"], board["rule"], board["trials"][3]["eval_loss"]) == (0, Rule().text, None)
     text = (tmp_path / "leaderboard.md").read_text()
     assert Rule().text in text
-    assert "| 1 | 0 | COMPLETE | 1.2000 | 1,000 | 100 | 50 | 1.50 |  | rank=8, learning_rate=0.000123 |  |" in text
+    assert "| 1 | 0 | COMPLETE | 1.2000 |  | 1,000 | 100 | 50 | 1.50 |  | rank=8, learning_rate=0.000123 |  |" in text
     assert "| a \\| b second line |" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["leaderboard.json", "leaderboard.md"]
 
@@ -46,7 +46,7 @@ def test_the_leaderboard_shows_peaks_beside_what_was_predicted_and_how_each_tria
     text = (tmp_path / "leaderboard.md").read_text()
     assert "Outcomes: 2 COMPLETE, 1 INFEASIBLE, 1 OUT_OF_MEMORY." in text
     assert "| peak GiB | predicted |" in text
-    cells = {row.split(" | ")[1]: row.split(" | ")[7:9] for row in text.splitlines() if row.startswith(("| 1", "| 2", "| -"))}
+    cells = {row.split(" | ")[1]: row.split(" | ")[8:10] for row in text.splitlines() if row.startswith(("| 1", "| 2", "| -"))}
     assert cells == {"0": ["1.50", "1.40"], "1": ["1.50", ""], "3": ["23.50", "20.00"], "2": ["", "28.00"]}
 
 

@@ -1,0 +1,130 @@
+"""Open the ledger of the finalists, which are trained again with other seeds.
+
+It is a small sweep in a folder of its own, so its trials have journal, checkpoints and adapters as
+all others, and sampler and pruner of the search never see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sweep.config.sweep import MAX_FINAL_SEEDS, SweepConfig, parse_sweep_config
+from sweep.folder.sweep_folder import SweepFolder
+from sweep.folder.timeline import Timeline
+from sweep.ledger.ledger import Ledger
+from sweep.ledger.limits import Limits
+from sweep.plan.sweep_plan import SweepPlan
+from sweep.results.contest import with_contest
+from sweep.results.final_seeds import NUM_FINALISTS, SEED, finalists, without_seed
+from sweep.space.parse import parse_space
+from sweep.study.study import FitCheck, Study
+from sweep.trials.record import Outcome, TrialRecord
+
+LARGE_SEED = 2**31  # above, seeds count down: a range of the space ends at 2**53
+
+
+@dataclass(frozen=True)
+class FinalsLedger:
+    """Train a sweep's finalists again. note: shows a line to the user."""
+
+    plan: SweepPlan
+    folder: SweepFolder
+    fit_check: FitCheck
+    inputs: Mapping[str, str]
+    note: Callable[[str], None]
+
+    @property
+    def own_folder(self) -> SweepFolder:
+        return SweepFolder(self.folder.final_seeds)
+
+    def open(self, search: Ledger) -> Ledger | None:
+        """Return a ledger with the trials that are left to run, or None if there are none.
+
+        search: the sweep's own ledger, whose trials have ended. What both spend counts against one
+        budget of hours. A loss that is good enough does not end this, and `full_trials` is the search's alone.
+        """
+        config, records = self.plan.config, search.records
+        chosen = finalists(with_contest(config.sweep.rule, records), records) if config.sweep.final_seeds > 1 else []
+        if not chosen:
+            return None
+        points = _points(chosen, config.sweep.final_seeds)
+        own, folder = _own_config(config), self.own_folder
+        folder.path.mkdir(exist_ok=True)
+        folder.write_config(own)
+        folder.lock_file.touch()  # its time is that of the start; the sweep's own lock is held
+        study = Study(folder, own, parse_space(own.space), self.fit_check)
+        study.keep_begun_with(own, self.inputs)
+        known = study.records()
+        new = [point for point in points if all(record.params != point for record in known)]
+        study.beginning.replace_points(points)
+        if not new and all(record.outcome not in (Outcome.RUNNING, Outcome.STOPPED) for record in known):
+            return None
+        now_s, timeline = search.clock(), search.timeline
+        limits = Limits.of(
+            self.plan,
+            num_trials=len(known) + len(new),
+            budget=config.sweep.budget.model_copy(update={"target_loss": None, "full_trials": None}),
+            elsewhere_s=(timeline.occupied_s(now_s), timeline.elapsed_s(now_s)),
+        )
+        names = {record.number: record.params for record in chosen}
+        ledger = Ledger(study, folder, limits, listeners=(FinalsLines(names, self.note),), note=self.note, clock=search.clock)
+        ledger.recover()
+        if ledger.has_work():
+            names_text = " and ".join(f"trial {number}" for number in names)
+            self.note(f"final seeds  training {names_text} again with other seeds")
+        return ledger
+
+
+class FinalsLines:
+    """Print a line when a finalist starts or ends. trials: number in the sweep -> its params."""
+
+    def __init__(self, trials: Mapping[int, dict[str, Any]], note: Callable[[str], None]) -> None:
+        self._trials, self._note = trials, note
+        self._said: dict[int, Outcome] = {}
+
+    def on_trial_updated(self, record: TrialRecord) -> None:
+        if self._said.get(record.number) is record.outcome:
+            return
+        self._said[record.number] = record.outcome
+        params = without_seed(record.params)
+        number = next((number for number, known in self._trials.items() if known == params), None)
+        name = "an earlier finalist" if number is None else f"trial {number}"
+        loss = "" if record.score is None else f"  eval loss {record.score:.4f}"
+        error = "" if record.error is None else f"  {record.error}"
+        what = "started" if record.outcome is Outcome.RUNNING and not record.reports else str(record.outcome)
+        self._note(f"final seeds  {name} with seed {record.params[SEED]}  {what}{loss}{error}")
+
+
+def spent_on_finals(folder: SweepFolder) -> tuple[float, float]:
+    """Return the slot seconds and the seconds that earlier sessions spent on finalists."""
+    file = SweepFolder(folder.final_seeds).timeline
+    if not file.is_file():
+        return 0.0, 0.0
+    usage = Timeline(file, mend=False).usage
+    return usage.occupied_until_s(0.0), usage.elapsed_until_s(0.0)
+
+
+def _points(chosen: list[TrialRecord], num_seeds: int) -> list[dict[str, Any]]:
+    """Return the params to train, seed after seed, so that a spent budget leaves all finalists alike."""
+    return [
+        {**record.params, SEED: record.config["train"]["seed"] + step * _direction(record.config["train"]["seed"])}
+        for step in range(1, num_seeds)
+        for record in chosen
+    ]
+
+
+def _direction(seed: int) -> int:
+    return 1 if seed < LARGE_SEED else -1
+
+
+def _own_config(config: SweepConfig) -> SweepConfig:
+    """Return the config of the small sweep: the same space and the seed. It does not depend on the finalists."""
+    values, seed = config.model_dump(mode="json"), config.train.seed
+    ends = sorted((seed + _direction(seed), seed + (MAX_FINAL_SEEDS - 1) * _direction(seed)))
+    values["space"][SEED] = {"low": ends[0], "high": ends[1]}
+    values["sampler"], values["pruner"] = {"name": "random"}, {"name": "none"}
+    values["sweep"] |= {"num_trials": NUM_FINALISTS * (MAX_FINAL_SEEDS - 1), "final_seeds": 0, "warm_start": []}
+    values["sweep"] |= {"first_trials": [], "prior": False}
+    return parse_sweep_config(values)
