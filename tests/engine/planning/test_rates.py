@@ -11,13 +11,15 @@ import pytest
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
-from engine.planning.cards import CARDS
-from engine.planning.known_cards import with_known_rates
+from engine.planning.cards import CARDS, match_card
+from engine.planning.known_cards import KEPT, KIND, with_known_rates
+from engine.planning.measured_card import MeasuredCard
 from engine.planning.rates import Curve, Rates, curve_of
 from engine.planning.sheet_rates import rates_of, sheet_rates
 from engine.planning.speed import predict_speed
 from engine.shape.model_shape import ModelShape
 from tests.support.calibrated import ROWS, SHAPES, config_of_row, row_name
+from tests.support.paths import ROOT
 
 CARD = CARDS["rtx4090"]
 SHAPE = ModelShape(
@@ -85,6 +87,22 @@ def test_a_measurement_of_a_minute_predicts_whole_models(row):
     assert card.rates is not None
     predicted = predict_speed(config_of_row(row), SHAPES[row["model"]], card, attention="cudnn")
     assert predicted.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=0.07)
+
+
+def test_rates_of_an_h200_predict_its_longest_row():
+    """The row of 131,072 tokens ran on a card of the same kind, half an hour after the measurement."""
+    row = json.loads((ROOT / "engine/bench/results/2026-11-27-h200-long.jsonl").read_text())
+    card = with_known_rates(CARDS["h200"])
+    assert card.measured.startswith(KIND) and row["card"] == "NVIDIA H200"
+    predicted = predict_speed(config_of_row(row), SHAPES[row["model"]], card, attention="cudnn")
+    assert predicted.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=0.02)
+
+
+@pytest.mark.parametrize("file", sorted(KEPT.glob("*.json")), ids=lambda file: file.stem)
+def test_a_kept_card_is_whole_and_names_a_known_kind(file):
+    kept = MeasuredCard.read(file)
+    assert match_card(kept.stack.card) is not None
+    assert all(abs(step["predicted_ms"] / step["measured_ms"] - 1.0) < 0.025 for step in kept.steps.values())
 
 
 def test_rates_survive_json():
