@@ -1,0 +1,212 @@
+"""Predict where learning curves end: a Gaussian process over params and tokens.
+
+The loss of a trial with params x after a share s of its tokens is modelled as
+
+    loss(x, s) = mean(s) + final(x) + drop(x, s) + own(trial, s),    drop(x, 1) = own drop at 1 = 0.
+
+`mean` is the curve that all trials share; nothing is assumed of its height and length. `final` says
+how good the params are at the end. `drop` says how much more, or less, than the mean the loss still
+falls: under a decaying rate the trials with high rates look bad early and fall late. `own` is what
+params do not explain: a seed, and a part that is gone at the end. The idea to tie curves together by
+their asymptotes is that of freeze-thaw optimisation (Swersky et al., arXiv:1406.3896); the sum of
+kernels over axes is that of Duvenaud et al. (arXiv:1112.4394). Their exponential decay is not used,
+because cosine decay has no asymptote. All kernels have fixed sizes in units of the losses
+(`observations.py`); one common factor is fitted, in closed form.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import cholesky, solve_triangular
+
+from sweep.curves.observations import Observations
+
+VAGUE = 25.0  # variance of what nothing is assumed of, in squared units
+LEAST_NOISE = 0.0015  # nats; two seeds of one config differ by 0.002 to 0.004
+FACTOR_WEIGHT = 8.0  # the common factor is 1 with the weight of so many losses
+JITTER = 1e-6
+
+
+@dataclass(frozen=True)
+class CurvePrior:
+    """Set the sizes of the model's parts, as variances in squared units, and their lengths.
+
+    rate, other, joint: final(x) along the rate, along each other axis, and of all axes jointly.
+    drop_*: the same for drop(x, s) at the first rung. seed, own_drop: standard deviations of own.
+    *_length: distance over which values are alike, in the encoder's numbers. valley: mean slope of
+    the loss away from a rate that is known to be good, and valley_width its standard deviation.
+    """
+
+    rate: float = 0.8
+    other: float = 0.15
+    joint: float = 0.4
+    drop_rate: float = 0.3
+    drop_other: float = 0.03
+    drop_joint: float = 0.13
+    seed: float = 0.05
+    own_drop: float = 0.25
+    rate_length: float = 1.7
+    other_length: float = 2.0
+    name_length: float = 1.2
+    joint_stretch: float = 1.2
+    fading: float = 0.6
+    progress_length: float = 4.0
+    valley: float = 0.8
+    valley_width: float = 0.4
+    tilt: float = 0.5
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Hold how alike the rows of two lists of trials are. final, drop: float64 [N, Q]."""
+
+    final: np.ndarray
+    drop: np.ndarray
+
+
+class CurveModel:
+    """Hold the kernels for one space and one grid of rungs."""
+
+    def __init__(self, progress: np.ndarray, is_name: np.ndarray, knows_rate: bool, prior: CurvePrior | None = None) -> None:
+        """progress: float64 [R], 1 at the first rung and 0 at the last, see progress_of(). is_name: bool [D]."""
+        self.prior = prior or CurvePrior()
+        self.num_rungs = len(progress)
+        self._is_name, self._knows_rate = is_name, knows_rate
+        faded = progress**self.prior.fading
+        apart = np.abs(progress[:, None] - progress[None])
+        self.fall = np.outer(faded, faded) * np.exp(-apart / self.prior.progress_length)
+        self.shared_fall = VAGUE * np.outer(faded, faded) * np.exp(-apart / 3.0)
+
+    def alike(self, rows: np.ndarray, others: np.ndarray) -> Alike:
+        """Return how alike trials are. rows: float64 [N, D]; others: float64 [Q, D]; see TrialEncoder."""
+        prior = self.prior
+        final, drop = np.zeros((len(rows), len(others))), np.zeros((len(rows), len(others)))
+        away, drop_away = np.zeros_like(final), np.zeros_like(final)
+        for axis in range(rows.shape[1]):
+            left, right = rows[:, axis, None], others[None, :, axis]
+            size, drop_size = (prior.rate, prior.drop_rate) if axis == 0 else (prior.other, prior.drop_other)
+            if self._is_name[axis]:
+                differs = (left != right).astype(float)
+                near, squares = 1.0 - differs, differs / prior.name_length**2
+                away += squares
+            else:
+                squares = ((left - right) / (prior.rate_length if axis == 0 else prior.other_length)) ** 2
+                near = np.exp(-0.5 * squares)
+                away += squares / prior.joint_stretch**2
+            final += size * near
+            drop += drop_size * near
+            drop_away += 0.3 * squares
+        root = np.sqrt(5.0 * away)
+        final += prior.joint * (1.0 + root + root**2 / 3.0) * np.exp(-root)  # Matern 5/2
+        drop += prior.drop_joint * np.exp(-0.5 * drop_away)
+        for feature, deviation in ((_valley, prior.valley_width), (_tilt, prior.tilt)):
+            width = deviation if self._knows_rate else 1.0
+            final += width**2 * feature(rows[:, 0])[:, None] * feature(others[:, 0])[None]
+        return Alike(final, drop)
+
+    def prior_variances(self, rows: np.ndarray) -> tuple[np.ndarray, float]:
+        """Return the diagonals of alike(rows, rows): final float64 [Q], and drop, which is one number."""
+        prior, others = self.prior, rows.shape[1] - 1
+        widths = (prior.valley_width, prior.tilt) if self._knows_rate else (1.0, 1.0)
+        bowl = (widths[0] * _valley(rows[:, 0])) ** 2 + (widths[1] * _tilt(rows[:, 0])) ** 2
+        final = prior.rate + others * prior.other + prior.joint + bowl
+        return final, prior.drop_rate + others * prior.drop_other + prior.drop_joint
+
+    def expected(self, rows: np.ndarray) -> np.ndarray:
+        """Return what is known of final(x) before any trial, in units: float64 [Q]."""
+        return self.prior.valley * _valley(rows[:, 0]) if self._knows_rate else np.zeros(len(rows))
+
+
+class Posterior:
+    """Condition the model on losses, and predict ends of curves and what next losses would tell."""
+
+    def __init__(
+        self, model: CurveModel, rows: np.ndarray, seen: Observations, running: np.ndarray, next_rung: np.ndarray
+    ) -> None:
+        """rows: float64 [N, D], of the trials seen. running, next_rung: int64 [K], trials on their way to a rung.
+
+        What running trials will report is taken to be what the model expects, so that it knows
+        that they will tell something, and what not.
+        """
+        self._model, self._rows = model, rows
+        self._between = model.alike(rows, rows)
+        self._seed = max(model.prior.seed, LEAST_NOISE / seen.unit) ** 2
+        self._expected = model.expected(rows)
+        self._trial, self._rung = seen.trial, seen.rung
+        self._height = float(seen.value.mean())
+        excess = seen.value - self._height - self._expected[seen.trial]
+        self._factorise()
+        self._weights = self._solve(excess)
+        self.factor = (FACTOR_WEIGHT + float(self._weights @ self._weights)) / (FACTOR_WEIGHT + len(excess))
+        if len(running):
+            crossed = self._cross(self._between, running, next_rung, running)
+            excess = np.concatenate([excess, self._solve(crossed).T @ self._weights])
+            self._trial, self._rung = np.concatenate([seen.trial, running]), np.concatenate([seen.rung, next_rung])
+            self._factorise()
+            self._weights = self._solve(excess)
+
+    def ends(self, rows: np.ndarray, alike: Alike, own: np.ndarray) -> Ends:
+        """Predict the final losses of trials. own: int64 [Q], which trial seen each row is, or -1."""
+        last = np.full(len(rows), self._model.num_rungs - 1)
+        solved = self._solve(self._cross(alike, np.arange(len(rows)), last, own))
+        variance = self._model.prior_variances(rows)[0] + VAGUE + self._seed - (solved**2).sum(axis=0)
+        mean = solved.T @ self._weights + self._model.expected(rows) + self._height
+        return Ends(mean, np.maximum(variance, 1e-10), solved)
+
+    def covariance(self, ends: Ends, alike_to_one: np.ndarray, one: int) -> np.ndarray:
+        """Return the covariances of all ends with that of row `one`: float64 [Q].
+
+        alike_to_one: float64 [Q], how alike the rows are to it in their final losses.
+        """
+        covariance = alike_to_one + VAGUE - ends.solved.T @ ends.solved[:, one]
+        covariance[one] = ends.variance[one]
+        return covariance
+
+    def _factorise(self) -> None:
+        covariance = self._cross(self._between, self._trial, self._rung, self._trial)
+        covariance[np.diag_indices_from(covariance)] += 0.15 * self._seed + JITTER
+        self._lower = cholesky(covariance, lower=True, check_finite=False, overwrite_a=True)
+
+    def _solve(self, right: np.ndarray) -> np.ndarray:
+        return solve_triangular(self._lower, right, lower=True, check_finite=False)
+
+    def _cross(self, alike: Alike, columns: np.ndarray, rung: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """Return the covariances of the losses seen with losses of other trials: float64 [M, Q].
+
+        columns: int64 [Q], their places in `alike`. rung: int64 [Q]. own: int64 [Q], see ends().
+        """
+        model = self._model
+        at = np.ix_(self._trial, columns)
+        rungs = np.ix_(self._rung, rung)
+        fall = model.fall[rungs]
+        covariance = alike.final[at] + alike.drop[at] * fall + model.shared_fall[rungs] + VAGUE
+        same = self._trial[:, None] == own[None]
+        return covariance + same * (self._seed + model.prior.own_drop**2 * fall)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Hold predicted final losses in units: mean, variance float64 [Q]; solved float64 [M, Q]."""
+
+    mean: np.ndarray
+    variance: np.ndarray
+    solved: np.ndarray
+
+
+def progress_of(grid: tuple[int, ...]) -> np.ndarray:
+    """Return how far each rung is from the end in log(tokens): 1 at the first rung, 0 at the last."""
+    if len(grid) == 1:
+        return np.zeros(1)
+    return np.array([math.log(grid[-1] / tokens) / math.log(grid[-1] / grid[0]) for tokens in grid])
+
+
+def _valley(log_rate: np.ndarray) -> np.ndarray:
+    """Return a bowl over ln(rate / good rate): a square near 0, a line far away."""
+    return log_rate**2 / (1.0 + np.abs(log_rate))
+
+
+def _tilt(log_rate: np.ndarray) -> np.ndarray:
+    return log_rate / (1.0 + 0.3 * np.abs(log_rate))
