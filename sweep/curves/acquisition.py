@@ -1,33 +1,61 @@
 """Score what a slot can do next, and leave out what the tokens do not allow.
 
-The score is the expected improvement of the final loss over that of the trial that is expected to
-win (Mockus et al., 1978; Jones et al., 1998), for each token of the step to the next rung. The
-expected winner is no fixed number: what counts is the spread of the difference of both final losses,
-in which everything that they share falls out.
+What a trial can gain is the expected improvement of its final loss over that of the expected winner
+(Mockus et al., 1978). No trial needs to be trained to its end to see that it will not win, so the
+score looks ahead to a rung r at which the trial is given up if it is then expected to lose:
+
+    gain(r) = E[max(0, winner - end); the trial is expected to win at r]
+    cost(r) = tokens to r + P(it is expected to win at r) * tokens from r to the end
+    score   = max over r of gain(r) / cost(r).
+
+This is the index of Pandora's box (Weitzman, 1979; for Bayesian optimisation Xie et al.,
+arXiv:2406.20062) with one more decision inside the box, as a rate instead of at a fixed price. With
+r = the last rung it is expected improvement for its cost. The expected winner is to be finished in any
+case. Its own next rungs are scored by what they tell: the knowledge gradient (Frazier et al., 2009)
+against the trial that comes closest.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from scipy.special import ndtr
 
+NUM_NODES, FARTHEST = 29, 3.5  # of the integral over what rung r will tell, in standard deviations
+LEAST_SPREAD = 1e-6
+BATCH = 24
+
 
 @dataclass(frozen=True)
 class Options:
-    """Hold all that a slot may do: trials in the order of their numbers, then candidates. All arrays [Q].
+    """Hold all that a slot may do: the trials that the model sees, then candidates. All arrays [Q].
 
-    price: int64, tokens to the next rung. to_finish: int64, tokens to the last rung, without those that
+    rung: int64, how many rungs it has reached. seen: int64, the tokens to there. price: int64, tokens to
+    the next one. to_finish: int64, tokens to the last rung, without those that
     a running trial needs to its next rung. may_run: bool, waits for a slot, or is new. may_win: bool,
-    has begun, and can still have an adapter at the last rung. mean: float64, expected final loss.
+    has begun, and has or can get an adapter at the last rung. has_begun: bool.
     """
 
+    rung: np.ndarray
+    seen: np.ndarray
     price: np.ndarray
     to_finish: np.ndarray
     may_run: np.ndarray
     may_win: np.ndarray
+    has_begun: np.ndarray
+    num_rungs: int
+
+
+class Predictions(Protocol):
+    """Declare what the scores need of the model (curve_model.Ends)."""
+
+    mean: np.ndarray
+
+    def spread(self, one: int) -> np.ndarray: ...
+    def told(self, options: np.ndarray, rungs: np.ndarray, others: np.ndarray) -> np.ndarray: ...
 
 
 def expected_improvement(behind: np.ndarray, deviation: np.ndarray) -> np.ndarray:
@@ -45,24 +73,78 @@ def expected_winner(options: Options, mean: np.ndarray, tokens_left: int) -> int
 
 def affordable(options: Options, winner: int, tokens_left: int) -> np.ndarray:
     """Return which steps leave the tokens to finish the expected winner and that trial itself: bool [Q]."""
-    price, to_finish = options.price, options.to_finish
-    fits = options.may_run & (price <= tokens_left) & (to_finish <= tokens_left)
-    leaves_rest = tokens_left - price >= to_finish[winner]
+    leaves_rest = tokens_left - options.price >= options.to_finish[winner]
     leaves_rest[winner] = True
-    return fits & leaves_rest
+    return options.may_run & (options.price <= tokens_left) & (options.to_finish <= tokens_left) & leaves_rest
 
 
-def best_option(options: Options, improvement: np.ndarray, winner: int, tokens_left: int) -> int | None:
-    """Return the affordable step with the highest improvement for its price; None if there is none.
+def best_option(ends: Predictions, options: Options, grid: np.ndarray, winner: int, tokens_left: int) -> int | None:
+    """Return the affordable option with the highest score, None if none is affordable.
 
-    A step of the expected winner is worth as much as the best of the others: both tell whether it
-    wins.
+    grid: int64 [R], tokens seen at each rung. Options are scored in the order of a bound on their
+    scores, until no bound is higher than the best score. So no option's choice depends on how many
+    others there are.
     """
     allowed = affordable(options, winner, tokens_left)
     if not allowed.any():
         return None
-    worth = np.where(allowed, improvement, -1.0)
-    worth[winner] = -1.0
+    behind, spread = ends.mean - ends.mean[winner], ends.spread(winner)
+    improvement = np.where(allowed, expected_improvement(behind, spread), -1.0)
+    improvement[winner] = -1.0
+    best, best_score = None, -1.0
     if allowed[winner]:
-        worth[winner] = max(float(worth.max()), 0.0)
-    return int((worth / np.maximum(options.price, 1)).argmax())
+        best, best_score = winner, _winner_score(ends, options, grid, winner, improvement)
+    bound = improvement / np.maximum(options.price, 1)
+    order = np.argsort(-bound, kind="stable")[: int(allowed.sum()) - int(allowed[winner])]
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        if bound[batch[0]] <= best_score:
+            break
+        found = _scores(ends, options, grid, winner, batch, behind, spread)
+        if found.max() > best_score:
+            best, best_score = int(batch[found.argmax()]), float(found.max())
+    return best
+
+
+def _scores(
+    ends: Predictions, options: Options, grid: np.ndarray, winner: int, batch: np.ndarray, behind: np.ndarray, spread: np.ndarray
+) -> np.ndarray:
+    """Return the scores of some options that are not the winner: float64 [len(batch)]."""
+    entry, rung = _ahead(options, batch)
+    option = batch[entry]
+    told = np.clip(ends.told(option, rung, np.full(len(option), winner)), LEAST_SPREAD, None)
+    left = np.sqrt(np.maximum(spread[option] ** 2 - told**2, LEAST_SPREAD**2))
+    nodes = np.linspace(-FARTHEST, FARTHEST, NUM_NODES)
+    weights = np.exp(-0.5 * nodes**2)
+    later = behind[option, None] + told[:, None] * nodes
+    gain = (expected_improvement(later, left[:, None]) * (later < 0.0)) @ (weights / weights.sum())
+    goes_on = ndtr(-behind[option] / told)
+    rest = grid[-1] - grid[rung]
+    gain = np.where(rest == 0, expected_improvement(behind[option], spread[option]), gain)
+    cost = grid[rung] - options.seen[option] + goes_on * rest
+    best = np.zeros(len(batch))
+    np.maximum.at(best, entry, gain / np.maximum(cost, 1.0))
+    return best
+
+
+def _winner_score(ends: Predictions, options: Options, grid: np.ndarray, winner: int, improvement: np.ndarray) -> float:
+    """Return what the winner's next rungs tell, next to the begun trial that may overtake it."""
+    rivals = np.where(options.has_begun, improvement, -1.0)
+    rival = int(rivals.argmax())
+    if rivals[rival] < 0.0:
+        return 0.0
+    _, rung = _ahead(options, np.array([winner]))
+    told = ends.told(np.full(len(rung), winner), rung, np.full(len(rung), rival))
+    ahead = max(float(ends.mean[rival] - ends.mean[winner]), 0.0)
+    gain = expected_improvement(np.full(len(rung), ahead), np.maximum(told, LEAST_SPREAD))
+    return float((gain / np.maximum(grid[rung] - options.seen[winner], 1)).max())
+
+
+def _ahead(options: Options, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return entries: a place in the batch, and a rung that this option has not reached. Both int64 [K]."""
+    places, rungs = [], []
+    for place, option in enumerate(batch):
+        left = np.arange(options.rung[option], options.num_rungs)
+        places.append(np.full(len(left), place))
+        rungs.append(left)
+    return np.concatenate(places), np.concatenate(rungs)

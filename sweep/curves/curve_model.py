@@ -27,7 +27,8 @@ from sweep.curves.observations import Observations
 VAGUE = 25.0  # variance of what nothing is assumed of, in squared units
 LEAST_NOISE = 0.0015  # nats; two seeds of one config differ by 0.002 to 0.004
 FACTOR_WEIGHT = 8.0  # the common factor is 1 with the weight of so many losses
-JITTER = 1e-6
+REPORT_NOISE = 0.15  # variance of one report, as a share of the seed's
+JITTER, LEAST_VARIANCE = 1e-6, 1e-10
 
 
 @dataclass(frozen=True)
@@ -131,69 +132,90 @@ class Posterior:
         What running trials will report is taken to be what the model expects, so that it knows
         that they will tell something, and what not.
         """
-        self._model, self._rows = model, rows
+        self.model, self.rows, self.num_trials = model, rows, len(rows)
         self._between = model.alike(rows, rows)
-        self._seed = max(model.prior.seed, LEAST_NOISE / seen.unit) ** 2
+        self.seed = max(model.prior.seed, LEAST_NOISE / seen.unit) ** 2
+        self.noise = REPORT_NOISE * self.seed + JITTER
         self._expected = model.expected(rows)
         self._trial, self._rung = seen.trial, seen.rung
-        self._height = float(seen.value.mean())
-        excess = seen.value - self._height - self._expected[seen.trial]
+        self.height = float(seen.value.mean())
+        excess = seen.value - self.height - self._expected[seen.trial]
         self._factorise()
-        self._weights = self._solve(excess)
-        self.factor = (FACTOR_WEIGHT + float(self._weights @ self._weights)) / (FACTOR_WEIGHT + len(excess))
+        self.weights = self.solve(excess)
+        self.factor = (FACTOR_WEIGHT + float(self.weights @ self.weights)) / (FACTOR_WEIGHT + len(excess))
         if len(running):
-            crossed = self._cross(self._between, running, next_rung, running)
-            excess = np.concatenate([excess, self._solve(crossed).T @ self._weights])
+            crossed = self.cross(self._between, running, next_rung, running)
+            excess = np.concatenate([excess, self.solve(crossed).T @ self.weights])
             self._trial, self._rung = np.concatenate([seen.trial, running]), np.concatenate([seen.rung, next_rung])
             self._factorise()
-            self._weights = self._solve(excess)
+            self.weights = self.solve(excess)
 
-    def ends(self, rows: np.ndarray, alike: Alike, own: np.ndarray) -> Ends:
-        """Predict the final losses of trials. own: int64 [Q], which trial seen each row is, or -1."""
-        last = np.full(len(rows), self._model.num_rungs - 1)
-        solved = self._solve(self._cross(alike, np.arange(len(rows)), last, own))
-        variance = self._model.prior_variances(rows)[0] + VAGUE + self._seed - (solved**2).sum(axis=0)
-        mean = solved.T @ self._weights + self._model.expected(rows) + self._height
-        return Ends(mean, np.maximum(variance, 1e-10), solved)
-
-    def covariance(self, ends: Ends, alike_to_one: np.ndarray, one: int) -> np.ndarray:
-        """Return the covariances of all ends with that of row `one`: float64 [Q].
-
-        alike_to_one: float64 [Q], how alike the rows are to it in their final losses.
-        """
-        covariance = alike_to_one + VAGUE - ends.solved.T @ ends.solved[:, one]
-        covariance[one] = ends.variance[one]
-        return covariance
+    def ends(self, rows: np.ndarray) -> Ends:
+        """Predict the final losses of trials. rows: float64 [Q, D], those of all trials seen, then others."""
+        return Ends(self, rows)
 
     def _factorise(self) -> None:
-        covariance = self._cross(self._between, self._trial, self._rung, self._trial)
-        covariance[np.diag_indices_from(covariance)] += 0.15 * self._seed + JITTER
+        covariance = self.cross(self._between, self._trial, self._rung, self._trial)
+        covariance[np.diag_indices_from(covariance)] += self.noise
         self._lower = cholesky(covariance, lower=True, check_finite=False, overwrite_a=True)
 
-    def _solve(self, right: np.ndarray) -> np.ndarray:
+    def solve(self, right: np.ndarray) -> np.ndarray:
         return solve_triangular(self._lower, right, lower=True, check_finite=False)
 
-    def _cross(self, alike: Alike, columns: np.ndarray, rung: np.ndarray, own: np.ndarray) -> np.ndarray:
+    def cross(self, alike: Alike, columns: np.ndarray, rung: np.ndarray, own: np.ndarray) -> np.ndarray:
         """Return the covariances of the losses seen with losses of other trials: float64 [M, Q].
 
         columns: int64 [Q], their places in `alike`. rung: int64 [Q]. own: int64 [Q], see ends().
         """
-        model = self._model
+        model = self.model
         at = np.ix_(self._trial, columns)
         rungs = np.ix_(self._rung, rung)
         fall = model.fall[rungs]
         covariance = alike.final[at] + alike.drop[at] * fall + model.shared_fall[rungs] + VAGUE
         same = self._trial[:, None] == own[None]
-        return covariance + same * (self._seed + model.prior.own_drop**2 * fall)
+        return covariance + same * (self.seed + model.prior.own_drop**2 * fall)
 
 
-@dataclass(frozen=True)
 class Ends:
-    """Hold predicted final losses in units: mean, variance float64 [Q]; solved float64 [M, Q]."""
+    """Hold predicted final losses, and tell what later losses would change about them."""
 
-    mean: np.ndarray
-    variance: np.ndarray
-    solved: np.ndarray
+    def __init__(self, posterior: Posterior, rows: np.ndarray) -> None:
+        """rows: float64 [Q, D], see Posterior.ends(). Fills mean, variance: float64 [Q], in units."""
+        self._posterior, self._model = posterior, posterior.model
+        places = np.arange(len(rows))
+        self._own = np.where(places < posterior.num_trials, places, -1)
+        self._alike = self._model.alike(posterior.rows, rows)
+        self._final, self._drop = self._model.prior_variances(rows)
+        last = np.full(len(rows), self._model.num_rungs - 1)
+        self._solved = posterior.solve(posterior.cross(self._alike, places, last, self._own))
+        self.mean = self._solved.T @ posterior.weights + self._model.expected(rows) + posterior.height
+        variance = self._final + VAGUE + posterior.seed - (self._solved**2).sum(axis=0)
+        self.variance = np.maximum(variance, LEAST_VARIANCE)
+
+    def spread(self, one: int) -> np.ndarray:
+        """Return the standard deviations of all ends less that of trial `one`: float64 [Q].
+
+        What they share, such as the unknown mean curve, falls out.
+        """
+        shared = self._alike.final[one] + VAGUE - self._solved.T @ self._solved[:, one]
+        shared[one] = self.variance[one]
+        variance = self.variance + self.variance[one] - 2.0 * shared
+        return np.sqrt(np.maximum(variance, LEAST_VARIANCE) * self._posterior.factor)
+
+    def told(self, options: np.ndarray, rungs: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Return how far losses at later rungs would move expected ends, as standard deviations: float64 [K].
+
+        options, rungs, others: int64 [K]. Entry k is about the end of option k less that of the trial
+        others[k], if option k reported at rung rungs[k], counted from 0.
+        """
+        posterior, model = self._posterior, self._model
+        solved = posterior.solve(posterior.cross(self._alike, options, rungs, self._own[options]))
+        fall, final = model.fall[rungs, rungs], self._final[options]
+        loss = final + self._drop * fall + model.shared_fall[rungs, rungs] + VAGUE
+        loss += posterior.seed + posterior.noise + model.prior.own_drop**2 * fall - (solved**2).sum(axis=0)
+        with_own = final + VAGUE + posterior.seed - (self._solved[:, options] * solved).sum(axis=0)
+        with_other = self._alike.final[others, options] + VAGUE - (self._solved[:, others] * solved).sum(axis=0)
+        return np.abs(with_own - with_other) / np.sqrt(np.maximum(loss, LEAST_VARIANCE)) * math.sqrt(posterior.factor)
 
 
 def progress_of(grid: tuple[int, ...]) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sweep.curves.acquisition import Options, best_option, expected_improvement, expected_winner
+from sweep.curves.acquisition import Options, best_option, expected_winner
 from sweep.curves.curve_model import CurveModel, CurvePrior, Posterior, progress_of
 from sweep.curves.encoding import RateKnowledge, TrialEncoder
 from sweep.curves.observations import Curve, curve_of, may_go_on, observe, seen_curves
@@ -53,7 +53,9 @@ class FreezeThaw:
         curves = [curve_of(state) for state in situation.trials.values()]
         own = [curve for curve in curves if not curve.state.is_earlier]
         seen = seen_curves(curves)
-        if len(own) < FIRST_TRIALS or sum(bool(curve.losses) for curve in seen) < LEAST_CURVES:
+        known = sum(bool(curve.losses) for curve in curves)
+        begun = known + sum(not curve.losses for curve in own)
+        if begun < FIRST_TRIALS or known < LEAST_CURVES:
             return self._begin(situation, own)
         return self._predicted(situation, own, seen)
 
@@ -67,25 +69,21 @@ class FreezeThaw:
         return self._most_promising(own, left)
 
     def _predicted(self, situation: Situation, own: Sequence[Curve], seen: Sequence[Curve]) -> Decision:
-        """Take the step that the model's expected improvement speaks for."""
+        """Take the step that the model speaks for."""
         rows = np.array([self._row(curve) for curve in seen])
         running = np.array([i for i, curve in enumerate(seen) if curve.state.stand is Stand.RUNNING], dtype=np.int64)
         next_rung = np.array([min(seen[i].num_rungs, self._num_rungs - 1) for i in running], dtype=np.int64)
         posterior = Posterior(self._model, rows, observe(seen, self._progress), running, next_rung)
-        candidates = self._rows_of(situation.candidates)
-        everything = np.concatenate([rows, candidates])
-        places = np.arange(len(everything))
-        alike = self._model.alike(rows, everything)
-        ends = posterior.ends(everything, alike, np.where(places < len(rows), places, -1))
-        options = self._options(seen, len(candidates))
-        winner = expected_winner(options, ends.mean, situation.tokens_left)
+        everything = np.concatenate([rows, self._rows_of(situation.candidates)])
+        predicted = posterior.ends(everything)
+        options = self._options(seen, len(situation.candidates))
+        winner = expected_winner(options, predicted.mean, situation.tokens_left)
         if winner is None:
+            means = predicted.mean[len(seen) :]
+            if len(means) and situation.tokens_left >= self._seen_tokens[-1]:
+                return StartNew(situation.candidates[int(means.argmin())])
             return self._most_promising(own, situation.tokens_left)
-        shared = posterior.covariance(ends, alike.final[winner], winner)
-        variance = ends.variance + ends.variance[winner] - 2.0 * shared
-        deviation = np.sqrt(np.maximum(variance, 1e-12) * posterior.factor)
-        improvement = expected_improvement(ends.mean - ends.mean[winner], deviation)
-        chosen = best_option(options, improvement, winner, situation.tokens_left)
+        chosen = best_option(predicted, options, self._seen_tokens[1:], winner, situation.tokens_left)
         if chosen is None:
             return None
         if chosen < len(seen):
@@ -96,11 +94,16 @@ class FreezeThaw:
         """Return what trials and candidates cost, and what they may do."""
         full, first = int(self._seen_tokens[-1]), int(self._seen_tokens[1])
         new = np.full(num_candidates, 1)
+        rung = np.concatenate([[min(curve.num_rungs, self._num_rungs) for curve in seen], 0 * new])
         return Options(
+            rung=rung,
+            seen=self._seen_tokens[rung],
             price=np.concatenate([[self._price(curve) for curve in seen], first * new]),
             to_finish=np.concatenate([[self._to_finish(curve) for curve in seen], full * new]),
             may_run=np.concatenate([[may_go_on(curve, self._num_rungs) for curve in seen], new > 0]),
             may_win=np.concatenate([[self._may_win(curve) for curve in seen], new < 0]),
+            has_begun=np.concatenate([[True for _ in seen], new < 0]),
+            num_rungs=self._num_rungs,
         )
 
     def _most_promising(self, own: Sequence[Curve], tokens_left: int) -> Decision:
