@@ -46,7 +46,6 @@ class Options:
     may_run: np.ndarray
     may_win: np.ndarray
     has_begun: np.ndarray
-    num_rungs: int
 
 
 class Predictions(Protocol):
@@ -55,7 +54,7 @@ class Predictions(Protocol):
     mean: np.ndarray
 
     def spread(self, one: int) -> np.ndarray: ...
-    def told(self, options: np.ndarray, rungs: np.ndarray, others: np.ndarray) -> np.ndarray: ...
+    def told(self, options: np.ndarray, rungs: np.ndarray, other: int) -> np.ndarray: ...
 
 
 def expected_improvement(behind: np.ndarray, deviation: np.ndarray) -> np.ndarray:
@@ -110,9 +109,9 @@ def _scores(
     ends: Predictions, options: Options, grid: np.ndarray, winner: int, batch: np.ndarray, behind: np.ndarray, spread: np.ndarray
 ) -> np.ndarray:
     """Return the scores of some options that are not the winner: float64 [len(batch)]."""
-    entry, rung = _ahead(options, batch)
+    entry, rung = _ahead(options, grid, batch)
     option = batch[entry]
-    told = np.clip(ends.told(option, rung, np.full(len(option), winner)), LEAST_SPREAD, None)
+    told = np.clip(ends.told(option, rung, winner), LEAST_SPREAD, None)
     left = np.sqrt(np.maximum(spread[option] ** 2 - told**2, LEAST_SPREAD**2))
     nodes = np.linspace(-FARTHEST, FARTHEST, NUM_NODES)
     weights = np.exp(-0.5 * nodes**2)
@@ -133,18 +132,24 @@ def _winner_score(ends: Predictions, options: Options, grid: np.ndarray, winner:
     rival = int(rivals.argmax())
     if rivals[rival] < 0.0:
         return 0.0
-    _, rung = _ahead(options, np.array([winner]))
-    told = ends.told(np.full(len(rung), winner), rung, np.full(len(rung), rival))
+    _, rung = _ahead(options, grid, np.array([winner]))
+    told = ends.told(np.full(len(rung), winner), rung, rival)
     ahead = max(float(ends.mean[rival] - ends.mean[winner]), 0.0)
     gain = expected_improvement(np.full(len(rung), ahead), np.maximum(told, LEAST_SPREAD))
     return float((gain / np.maximum(grid[rung] - options.seen[winner], 1)).max())
 
 
-def _ahead(options: Options, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return entries: a place in the batch, and a rung that this option has not reached. Both int64 [K]."""
+def _ahead(options: Options, grid: np.ndarray, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return entries: a place in the batch, and a rung ahead of this option. Both int64 [K].
+
+    Rungs are the next one, those at which twice, four times ... as many tokens have been seen, and the
+    last.
+    """
     places, rungs = [], []
     for place, option in enumerate(batch):
-        left = np.arange(options.rung[option], options.num_rungs)
-        places.append(np.full(len(left), place))
-        rungs.append(left)
-    return np.concatenate(places), np.concatenate(rungs)
+        rung = int(options.rung[option])
+        while rung < len(grid):
+            places.append(place)
+            rungs.append(rung)
+            rung = len(grid) if rung == len(grid) - 1 else min(int(np.searchsorted(grid, 2 * grid[rung])), len(grid) - 1)
+    return np.array(places), np.array(rungs)

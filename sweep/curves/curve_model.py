@@ -20,7 +20,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import cholesky, solve_triangular
+from scipy.linalg import cholesky
+from scipy.linalg.lapack import dtrtri
 
 from sweep.curves.observations import Observations
 
@@ -28,6 +29,7 @@ VAGUE = 25.0  # variance of what nothing is assumed of, in squared units
 LEAST_NOISE = 0.0015  # nats; two seeds of one config differ by 0.002 to 0.004
 FACTOR_WEIGHT = 8.0  # the common factor is 1 with the weight of so many losses
 REPORT_NOISE = 0.15  # variance of one report, as a share of the seed's
+DROP_STRETCH = 0.3  # the drop varies more slowly over all axes jointly than the final loss
 JITTER, LEAST_VARIANCE = 1e-6, 1e-10
 
 
@@ -76,6 +78,9 @@ class CurveModel:
         self.prior = prior or CurvePrior()
         self.num_rungs = len(progress)
         self._is_name, self._knows_rate = is_name, knows_rate
+        self._lengths = [self.prior.rate_length, *[self.prior.other_length] * (len(is_name) - 1)]
+        deviations = (self.prior.valley_width, self.prior.tilt) if knows_rate else (1.0, 1.0)
+        self._bowl = tuple(zip((_valley, _tilt), deviations, strict=True))
         faded = progress**self.prior.fading
         apart = np.abs(progress[:, None] - progress[None])
         self.fall = np.outer(faded, faded) * np.exp(-apart / self.prior.progress_length)
@@ -83,36 +88,34 @@ class CurveModel:
 
     def alike(self, rows: np.ndarray, others: np.ndarray) -> Alike:
         """Return how alike trials are. rows: float64 [N, D]; others: float64 [Q, D]; see TrialEncoder."""
-        prior = self.prior
-        final, drop = np.zeros((len(rows), len(others))), np.zeros((len(rows), len(others)))
-        away, drop_away = np.zeros_like(final), np.zeros_like(final)
+        prior, shape = self.prior, (len(rows), len(others))
+        final, drop, away, drop_away = np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape)
         for axis in range(rows.shape[1]):
-            left, right = rows[:, axis, None], others[None, :, axis]
             size, drop_size = (prior.rate, prior.drop_rate) if axis == 0 else (prior.other, prior.drop_other)
+            squares = np.subtract.outer(rows[:, axis] / self._lengths[axis], others[:, axis] / self._lengths[axis])
             if self._is_name[axis]:
-                differs = (left != right).astype(float)
-                near, squares = 1.0 - differs, differs / prior.name_length**2
+                near = (squares == 0.0).astype(float)
+                squares = (1.0 - near) / prior.name_length**2
                 away += squares
             else:
-                squares = ((left - right) / (prior.rate_length if axis == 0 else prior.other_length)) ** 2
+                np.square(squares, out=squares)
                 near = np.exp(-0.5 * squares)
-                away += squares / prior.joint_stretch**2
+                away += squares * (1.0 / prior.joint_stretch**2)
+            drop_away += squares
             final += size * near
-            drop += drop_size * near
-            drop_away += 0.3 * squares
+            near *= drop_size
+            drop += near
         root = np.sqrt(5.0 * away)
-        final += prior.joint * (1.0 + root + root**2 / 3.0) * np.exp(-root)  # Matern 5/2
-        drop += prior.drop_joint * np.exp(-0.5 * drop_away)
-        for feature, deviation in ((_valley, prior.valley_width), (_tilt, prior.tilt)):
-            width = deviation if self._knows_rate else 1.0
-            final += width**2 * feature(rows[:, 0])[:, None] * feature(others[:, 0])[None]
+        final += prior.joint * (1.0 + root * (1.0 + root / 3.0)) * np.exp(-root)  # Matern 5/2
+        drop += prior.drop_joint * np.exp(-0.5 * DROP_STRETCH * drop_away)
+        for feature, deviation in self._bowl:
+            final += np.outer(deviation**2 * feature(rows[:, 0]), feature(others[:, 0]))
         return Alike(final, drop)
 
     def prior_variances(self, rows: np.ndarray) -> tuple[np.ndarray, float]:
         """Return the diagonals of alike(rows, rows): final float64 [Q], and drop, which is one number."""
         prior, others = self.prior, rows.shape[1] - 1
-        widths = (prior.valley_width, prior.tilt) if self._knows_rate else (1.0, 1.0)
-        bowl = (widths[0] * _valley(rows[:, 0])) ** 2 + (widths[1] * _tilt(rows[:, 0])) ** 2
+        bowl = sum((deviation * feature(rows[:, 0])) ** 2 for feature, deviation in self._bowl)
         final = prior.rate + others * prior.other + prior.joint + bowl
         return final, prior.drop_rate + others * prior.drop_other + prior.drop_joint
 
@@ -133,19 +136,17 @@ class Posterior:
         that they will tell something, and what not.
         """
         self.model, self.rows, self.num_trials = model, rows, len(rows)
-        self._between = model.alike(rows, rows)
+        self.alike = model.alike(rows, rows)
         self.seed = max(model.prior.seed, LEAST_NOISE / seen.unit) ** 2
         self.noise = REPORT_NOISE * self.seed + JITTER
-        self._expected = model.expected(rows)
         self._trial, self._rung = seen.trial, seen.rung
         self.height = float(seen.value.mean())
-        excess = seen.value - self.height - self._expected[seen.trial]
+        excess = seen.value - self.height - model.expected(rows)[seen.trial]
         self._factorise()
         self.weights = self.solve(excess)
         self.factor = (FACTOR_WEIGHT + float(self.weights @ self.weights)) / (FACTOR_WEIGHT + len(excess))
         if len(running):
-            crossed = self.cross(self._between, running, next_rung, running)
-            excess = np.concatenate([excess, self.solve(crossed).T @ self.weights])
+            excess = np.concatenate([excess, self._next_excess(running, next_rung)])
             self._trial, self._rung = np.concatenate([seen.trial, running]), np.concatenate([seen.rung, next_rung])
             self._factorise()
             self.weights = self.solve(excess)
@@ -154,26 +155,43 @@ class Posterior:
         """Predict the final losses of trials. rows: float64 [Q, D], those of all trials seen, then others."""
         return Ends(self, rows)
 
-    def _factorise(self) -> None:
-        covariance = self.cross(self._between, self._trial, self._rung, self._trial)
-        covariance[np.diag_indices_from(covariance)] += self.noise
-        self._lower = cholesky(covariance, lower=True, check_finite=False, overwrite_a=True)
-
     def solve(self, right: np.ndarray) -> np.ndarray:
-        return solve_triangular(self._lower, right, lower=True, check_finite=False)
+        """Return the inverse of the losses' Cholesky factor times this. right: float64 [M] or [M, Q]."""
+        return self._inverse @ right
 
-    def cross(self, alike: Alike, columns: np.ndarray, rung: np.ndarray, own: np.ndarray) -> np.ndarray:
-        """Return the covariances of the losses seen with losses of other trials: float64 [M, Q].
+    def cross(self, alike: Alike, columns: np.ndarray | slice, rung: int, own: np.ndarray) -> np.ndarray:
+        """Return the covariances of the losses seen with other losses at one rung: float64 [M, Q].
 
-        columns: int64 [Q], their places in `alike`. rung: int64 [Q]. own: int64 [Q], see ends().
+        columns: of `alike`, [Q]. own: int64 [Q], which of the trials seen each column is, or -1.
         """
-        model = self.model
-        at = np.ix_(self._trial, columns)
-        rungs = np.ix_(self._rung, rung)
-        fall = model.fall[rungs]
-        covariance = alike.final[at] + alike.drop[at] * fall + model.shared_fall[rungs] + VAGUE
-        same = self._trial[:, None] == own[None]
-        return covariance + same * (self.seed + model.prior.own_drop**2 * fall)
+        fall = self.model.fall[self._rung, rung]
+        covariance = alike.final[:, columns][self._trial]
+        covariance += (self.model.shared_fall[self._rung, rung] + VAGUE)[:, None]
+        if fall.any():
+            covariance += alike.drop[:, columns][self._trial] * fall[:, None]
+        known = np.flatnonzero(own >= 0)
+        same = self._trial[:, None] == own[None, known]
+        covariance[:, known] += same * (self.seed + self.model.prior.own_drop**2 * fall)[:, None]
+        return covariance
+
+    def _next_excess(self, running: np.ndarray, next_rung: np.ndarray) -> np.ndarray:
+        """Return the expected next losses of running trials, less height and what is known before: float64 [K]."""
+        excess = np.zeros(len(running))
+        for rung in np.unique(next_rung):
+            at = next_rung == rung
+            excess[at] = self.solve(self.cross(self.alike, running[at], rung, running[at])).T @ self.weights
+        return excess
+
+    def _factorise(self) -> None:
+        trials, rungs = np.ix_(self._trial, self._trial), np.ix_(self._rung, self._rung)
+        fall = self.model.fall[rungs]
+        covariance = self.alike.final[trials] + self.alike.drop[trials] * fall + self.model.shared_fall[rungs] + VAGUE
+        same = self._trial[:, None] == self._trial[None]
+        covariance += same * (self.seed + self.model.prior.own_drop**2 * fall)
+        covariance[np.diag_indices_from(covariance)] += self.noise
+        lower = cholesky(covariance, lower=True, check_finite=False, overwrite_a=True)
+        # products with the inverse take a third of the time of triangular solves here
+        self._inverse = np.ascontiguousarray(dtrtri(lower, lower=1)[0])
 
 
 class Ends:
@@ -184,12 +202,12 @@ class Ends:
         self._posterior, self._model = posterior, posterior.model
         places = np.arange(len(rows))
         self._own = np.where(places < posterior.num_trials, places, -1)
-        self._alike = self._model.alike(posterior.rows, rows)
+        new = self._model.alike(posterior.rows, rows[posterior.num_trials :])
+        self._alike = Alike(np.hstack([posterior.alike.final, new.final]), np.hstack([posterior.alike.drop, new.drop]))
         self._final, self._drop = self._model.prior_variances(rows)
-        last = np.full(len(rows), self._model.num_rungs - 1)
-        self._solved = posterior.solve(posterior.cross(self._alike, places, last, self._own))
-        self.mean = self._solved.T @ posterior.weights + self._model.expected(rows) + posterior.height
-        variance = self._final + VAGUE + posterior.seed - (self._solved**2).sum(axis=0)
+        self._solved = posterior.solve(posterior.cross(self._alike, slice(None), self._model.num_rungs - 1, self._own))
+        self.mean = posterior.weights @ self._solved + self._model.expected(rows) + posterior.height
+        variance = self._final + VAGUE + posterior.seed - _sums(self._solved, self._solved)
         self.variance = np.maximum(variance, LEAST_VARIANCE)
 
     def spread(self, one: int) -> np.ndarray:
@@ -197,25 +215,37 @@ class Ends:
 
         What they share, such as the unknown mean curve, falls out.
         """
-        shared = self._alike.final[one] + VAGUE - self._solved.T @ self._solved[:, one]
+        shared = self._alike.final[one] + VAGUE - self._solved[:, one] @ self._solved
         shared[one] = self.variance[one]
         variance = self.variance + self.variance[one] - 2.0 * shared
         return np.sqrt(np.maximum(variance, LEAST_VARIANCE) * self._posterior.factor)
 
-    def told(self, options: np.ndarray, rungs: np.ndarray, others: np.ndarray) -> np.ndarray:
+    def told(self, options: np.ndarray, rungs: np.ndarray, other: int) -> np.ndarray:
         """Return how far losses at later rungs would move expected ends, as standard deviations: float64 [K].
 
-        options, rungs, others: int64 [K]. Entry k is about the end of option k less that of the trial
-        others[k], if option k reported at rung rungs[k], counted from 0.
+        options, rungs: int64 [K]. Entry k is about the end of option k less that of trial `other`, if
+        option k reported at rung rungs[k], counted from 0.
         """
+        told = np.zeros(len(options))
+        for rung in np.unique(rungs):
+            at = np.flatnonzero(rungs == rung)
+            told[at] = self._told_at(rung, options[at], other)
+        return told
+
+    def _told_at(self, rung: int, options: np.ndarray, other: int) -> np.ndarray:
         posterior, model = self._posterior, self._model
-        solved = posterior.solve(posterior.cross(self._alike, options, rungs, self._own[options]))
-        fall, final = model.fall[rungs, rungs], self._final[options]
-        loss = final + self._drop * fall + model.shared_fall[rungs, rungs] + VAGUE
-        loss += posterior.seed + posterior.noise + model.prior.own_drop**2 * fall - (solved**2).sum(axis=0)
-        with_own = final + VAGUE + posterior.seed - (self._solved[:, options] * solved).sum(axis=0)
-        with_other = self._alike.final[others, options] + VAGUE - (self._solved[:, others] * solved).sum(axis=0)
+        solved = posterior.solve(posterior.cross(self._alike, options, rung, self._own[options]))
+        fall, final = model.fall[rung, rung], self._final[options]
+        loss = final + self._drop * fall + model.shared_fall[rung, rung] + VAGUE
+        loss += posterior.seed + posterior.noise + model.prior.own_drop**2 * fall - _sums(solved, solved)
+        with_own = final + VAGUE + posterior.seed - _sums(self._solved[:, options], solved)
+        with_other = self._alike.final[other, options] + VAGUE - self._solved[:, other] @ solved
         return np.abs(with_own - with_other) / np.sqrt(np.maximum(loss, LEAST_VARIANCE)) * math.sqrt(posterior.factor)
+
+
+def _sums(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return the sums over columns of the products of two arrays [M, Q]."""
+    return np.einsum("mq,mq->q", left, right)
 
 
 def progress_of(grid: tuple[int, ...]) -> np.ndarray:

@@ -48,19 +48,24 @@ class TrialEncoder:
         """Return whether 0 in the first column stands for a rate that is known to be good."""
         return self._prior is not None and self._varies_rate
 
-    def encode(self, params: Mapping[str, Any]) -> np.ndarray:
-        """Return the row of numbers, float64 [1 + number of axes]."""
-        return np.array([self._log_excess_rate(params), *(axis.code(params) for axis in self._axes)])
+    def encode(self, trials: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Return a row of numbers for each trial's params: float64 [N, 1 + number of axes]."""
+        rows = np.empty((len(trials), len(self.is_name)))
+        rows[:, 0] = [self._log_excess_rate(params) for params in trials]
+        for axis, column in enumerate(self._axes, 1):
+            rows[:, axis] = [column.code(params) for params in trials]
+        return rows
 
     def _log_excess_rate(self, params: Mapping[str, Any]) -> float:
         """Return ln(learning rate / good rate); without a prior, good is the middle of the range."""
         if not self._varies_rate:
             return 0.0
         rate = params.get(RATE, self._base["optim"]["learning_rate"])
-        key = tuple(params.get(path) for path in self._scaling_paths)
-        if key not in self._good_rates:
-            self._good_rates[key] = self._log_good_rate(params)
-        return math.log(max(float(rate), 1e-30)) - self._good_rates[key] - self._middle
+        key = tuple([params.get(path) for path in self._scaling_paths])
+        good = self._good_rates.get(key)
+        if good is None:
+            good = self._good_rates[key] = self._log_good_rate(params)
+        return math.log(max(rate, 1e-30)) - good - self._middle
 
     def _log_good_rate(self, params: Mapping[str, Any]) -> float:
         lora = self._space.apply(self._base, params).lora
@@ -92,20 +97,24 @@ class _Numbers:
     is_name = False
 
     def __init__(self, dimension: Dimension, ends: Sequence[float], is_log: bool, default: Any) -> None:
-        low, high = float(min(ends)), float(max(ends))
-        self._dimension, self._is_log = dimension, is_log
-        self._low = low
+        self._path, self._is_log = dimension.path, is_log
+        self._low, high = float(min(ends)), float(max(ends))
         if is_log:
-            octaves = max(math.log2(high / low), 1e-9)
-            self._scale = min(1.0 / OCTAVES, LOG_SPAN / octaves)
+            self._scale = min(1.0 / OCTAVES, LOG_SPAN / max(math.log2(high / self._low), 1e-9))
         else:
-            self._scale = LINEAR_SPAN / max(high - low, 1e-12)
+            self._scale = LINEAR_SPAN / max(high - self._low, 1e-12)
         is_number = isinstance(default, int | float) and not isinstance(default, bool) and (default > 0 or not is_log)
-        self._default = float(default) if is_number else (math.sqrt(low * high) if is_log else (low + high) / 2.0)
+        self._default = self._code(float(default) if is_number else math.sqrt(self._low * high) if is_log else high / 2)
+        choices = dimension.values.items() if isinstance(dimension, Choice) else ()
+        self._codes = {name: self._code(float(value)) for name, value in choices}
 
     def code(self, params: Mapping[str, Any]) -> float:
-        path = self._dimension.path
-        value = float(self._dimension.value(params[path])) if path in params else self._default
+        name = params.get(self._path)
+        if name is None:
+            return self._default
+        return self._codes[name] if self._codes else self._code(float(name))
+
+    def _code(self, value: float) -> float:
         return (math.log2(max(value, 1e-30) / self._low) if self._is_log else value - self._low) * self._scale
 
 
@@ -119,7 +128,7 @@ class _Names:
         self._codes = {name: float(code) for code, name in enumerate(dimension.values)}
 
     def code(self, params: Mapping[str, Any]) -> float:
-        return self._codes.get(params[self._path], -1.0) if self._path in params else -1.0
+        return self._codes.get(params.get(self._path), -1.0) if self._path in params else -1.0
 
 
 def _axis(dimension: Dimension, base: Mapping[str, Any]) -> _Numbers | _Names:

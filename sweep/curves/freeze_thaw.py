@@ -20,7 +20,7 @@ from sweep.curves.acquisition import Options, best_option, expected_winner
 from sweep.curves.curve_model import CurveModel, CurvePrior, Posterior, progress_of
 from sweep.curves.encoding import RateKnowledge, TrialEncoder
 from sweep.curves.observations import Curve, curve_of, may_go_on, observe, seen_curves
-from sweep.curves.situation import Decision, GoOn, Situation, Stand, StartNew
+from sweep.curves.situation import CurveState, Decision, GoOn, Situation, Stand, StartNew
 from sweep.space.space import Space
 
 FIRST_TRIALS = 4  # begun before the model decides
@@ -45,12 +45,13 @@ class FreezeThaw:
         self._num_rungs, self._progress = len(grid), progress_of(tuple(grid))
         self._encoder = TrialEncoder(space, base, rate_prior)
         self._model = CurveModel(self._progress, self._encoder.is_name, self._encoder.knows_rate, prior)
+        self._curves: dict[int, Curve] = {}
         self._trial_rows: dict[int, np.ndarray] = {}
         self._candidate_rows: tuple[tuple[Any, ...], np.ndarray] = ((), np.zeros((0, len(self._encoder.is_name))))
 
     def decide(self, situation: Situation) -> Decision:
         """Return what one slot does next, or None if no step is worth its tokens or fits into those that are left."""
-        curves = [curve_of(state) for state in situation.trials.values()]
+        curves = [self._curve(state) for state in situation.trials.values()]
         own = [curve for curve in curves if not curve.state.is_earlier]
         seen = seen_curves(curves)
         known = sum(bool(curve.losses) for curve in curves)
@@ -103,7 +104,6 @@ class FreezeThaw:
             may_run=np.concatenate([[may_go_on(curve, self._num_rungs) for curve in seen], new > 0]),
             may_win=np.concatenate([[self._may_win(curve) for curve in seen], new < 0]),
             has_begun=np.concatenate([[True for _ in seen], new < 0]),
-            num_rungs=self._num_rungs,
         )
 
     def _most_promising(self, own: Sequence[Curve], tokens_left: int) -> Decision:
@@ -135,20 +135,24 @@ class FreezeThaw:
         draw = np.random.Generator(np.random.PCG64(zlib.crc32(text.encode()))).standard_normal()
         if not self._encoder.knows_rate:
             return float(draw)
-        return abs(float(self._encoder.encode(params)[0]) + FIRST_SPREAD * float(draw))
+        return abs(float(self._encoder.encode([params])[0, 0]) + FIRST_SPREAD * float(draw))
+
+    def _curve(self, state: CurveState) -> Curve:
+        known = self._curves.get(state.number)
+        if known is None or known.state is not state:
+            known = self._curves[state.number] = curve_of(state)
+        return known
 
     def _row(self, curve: Curve) -> np.ndarray:
         number = curve.state.number
         if number not in self._trial_rows:
-            self._trial_rows[number] = self._encoder.encode(curve.state.params)
+            self._trial_rows[number] = self._encoder.encode([curve.state.params])[0]
         return self._trial_rows[number]
 
     def _rows_of(self, candidates: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """Return the rows of the candidates, those of the last call if they are the same objects."""
         known, rows = self._candidate_rows
         if len(known) != len(candidates) or not all(map(operator.is_, known, candidates)):
-            rows = np.array([self._encoder.encode(params) for params in candidates]).reshape(len(candidates), -1)
-            if not len(candidates):
-                rows = np.zeros((0, len(self._encoder.is_name)))
+            rows = self._encoder.encode(candidates)
             self._candidate_rows = (tuple(candidates), rows)
         return rows

@@ -98,7 +98,7 @@ def test_what_a_later_loss_tells_is_the_change_of_the_dense_formula(model):
         _, full = dense(model, known_losses(), seen().value, ahead)
         noise = 0.15 * posterior.seed + 1e-6
         told = abs(full[0, 2] - full[1, 2]) / math.sqrt(full[2, 2] + noise) * math.sqrt(posterior.factor)
-        assert ends.told(np.array([option]), np.array([rung]), np.array([other]))[0] == pytest.approx(told, rel=1e-4)
+        assert ends.told(np.array([option]), np.array([rung]), other)[0] == pytest.approx(told, rel=1e-4)
 
 
 def test_a_running_trial_counts_as_reported_at_its_expected_loss(model):
