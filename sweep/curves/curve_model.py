@@ -2,12 +2,14 @@
 
 The loss of a trial with params x after a share s of its tokens is modelled as
 
-    loss(x, s) = mean(s) + final(x) + drop(x, s) + own(trial, s),    drop(x, 1) = own drop at 1 = 0.
+    loss(x, s) = mean(s) + final(x) + drop(x, s) + heat(x) * rate(s) + own(trial, s).
 
 `mean` is the curve that all trials share; nothing is assumed of its height and length. `final` says
 how good the params are at the end. `drop` says how much more, or less, than the mean the loss still
-falls: under a decaying rate the trials with high rates look bad early and fall late. `own` is what
-params do not explain: a seed, and a part that is gone at the end. The idea to tie curves together by
+falls; it is 0 at the end. `heat` is the noise that a high rate keeps up and that goes as the rate
+decays: trials with high rates look bad early and fall late. It grows in proportion to the rate, and
+rate(s) is the schedule's share of the peak rate. `own` is what params do not explain: a seed, and a
+part that is gone at the end. The idea to tie curves together by
 their asymptotes is that of freeze-thaw optimisation (Swersky et al., arXiv:1406.3896); the sum of
 kernels over axes is that of Duvenaud et al. (arXiv:1112.4394). Their exponential decay is not used,
 because cosine decay has no asymptote. All kernels have fixed sizes in units of the losses
@@ -30,6 +32,7 @@ LEAST_NOISE = 0.0015  # nats; two seeds of one config differ by 0.002 to 0.004
 FACTOR_WEIGHT = 8.0  # the common factor is 1 with the weight of so many losses
 REPORT_NOISE = 0.15  # variance of one report, as a share of the seed's
 DROP_STRETCH = 0.3  # the drop varies more slowly over all axes jointly than the final loss
+HEAT_BOUNDS = (-3.0, 1.2)  # ln(rate / good rate); above, trials diverge rather than heat up
 JITTER, LEAST_VARIANCE = 1e-6, 1e-10
 
 
@@ -41,6 +44,7 @@ class CurvePrior:
     drop_*: the same for drop(x, s) at the first rung. seed, own_drop: standard deviations of own.
     *_length: distance over which values are alike, in the encoder's numbers. valley: mean slope of
     the loss away from a rate that is known to be good, and valley_width its standard deviation.
+    heat: mean of heat(x) at a good rate, and heat_width its standard deviation.
     """
 
     rate: float = 0.8
@@ -60,21 +64,34 @@ class CurvePrior:
     valley: float = 0.8
     valley_width: float = 0.4
     tilt: float = 0.5
+    heat: float = 0.3
+    heat_width: float = 0.5
 
 
 @dataclass(frozen=True)
 class Alike:
-    """Hold how alike the rows of two lists of trials are. final, drop: float64 [N, Q]."""
+    """Hold how alike the rows of two lists of trials are.
+
+    final, drop: float64 [N, Q]. heat, other_heat: float64 [N] and [Q], relative to a good rate's.
+    """
 
     final: np.ndarray
     drop: np.ndarray
+    heat: np.ndarray
+    other_heat: np.ndarray
 
 
 class CurveModel:
     """Hold the kernels for one space and one grid of rungs."""
 
-    def __init__(self, progress: np.ndarray, is_name: np.ndarray, knows_rate: bool, prior: CurvePrior | None = None) -> None:
-        """progress: float64 [R], 1 at the first rung and 0 at the last, see progress_of(). is_name: bool [D]."""
+    def __init__(
+        self, progress: np.ndarray, rate: np.ndarray, is_name: np.ndarray, knows_rate: bool, prior: CurvePrior | None = None
+    ) -> None:
+        """progress: float64 [R], 1 at the first rung and 0 at the last, see progress_of().
+
+        rate: float64 [R], share of the peak rate, less that at the last rung. is_name: bool [D].
+        """
+        self.rate = rate
         self.prior = prior or CurvePrior()
         self.num_rungs = len(progress)
         self._is_name, self._knows_rate = is_name, knows_rate
@@ -110,7 +127,7 @@ class CurveModel:
         drop += prior.drop_joint * np.exp(-0.5 * DROP_STRETCH * drop_away)
         for feature, deviation in self._bowl:
             final += np.outer(deviation**2 * feature(rows[:, 0]), feature(others[:, 0]))
-        return Alike(final, drop)
+        return Alike(final, drop, _heat(rows[:, 0]), _heat(others[:, 0]))
 
     def prior_variances(self, rows: np.ndarray) -> tuple[np.ndarray, float]:
         """Return the diagonals of alike(rows, rows): final float64 [Q], and drop, which is one number."""
@@ -118,6 +135,10 @@ class CurveModel:
         bowl = sum((deviation * feature(rows[:, 0])) ** 2 for feature, deviation in self._bowl)
         final = prior.rate + others * prior.other + prior.joint + bowl
         return final, prior.drop_rate + others * prior.drop_other + prior.drop_joint
+
+    def expected_heat(self, rows: np.ndarray, rungs: np.ndarray) -> np.ndarray:
+        """Return what is known of heat(x) * rate(s) before any trial, in units: float64 [K]."""
+        return self.prior.heat * _heat(rows[:, 0]) * self.rate[rungs]
 
     def expected(self, rows: np.ndarray) -> np.ndarray:
         """Return what is known of final(x) before any trial, in units: float64 [Q]."""
@@ -142,6 +163,7 @@ class Posterior:
         self._trial, self._rung = seen.trial, seen.rung
         self.height = float(seen.value.mean())
         excess = seen.value - self.height - model.expected(rows)[seen.trial]
+        excess -= model.expected_heat(rows[seen.trial], seen.rung)
         self._factorise()
         self.weights = self.solve(excess)
         self.factor = (FACTOR_WEIGHT + float(self.weights @ self.weights)) / (FACTOR_WEIGHT + len(excess))
@@ -169,10 +191,16 @@ class Posterior:
         covariance += (self.model.shared_fall[self._rung, rung] + VAGUE)[:, None]
         if fall.any():
             covariance += alike.drop[:, columns][self._trial] * fall[:, None]
+        if self.model.rate[rung]:
+            heat = self._rate_heat(alike)
+            covariance += np.outer(heat, self.model.rate[rung] * alike.other_heat[columns])
         known = np.flatnonzero(own >= 0)
         same = self._trial[:, None] == own[None, known]
         covariance[:, known] += same * (self.seed + self.model.prior.own_drop**2 * fall)[:, None]
         return covariance
+
+    def _rate_heat(self, alike: Alike) -> np.ndarray:
+        return self.model.prior.heat_width**2 * self.model.rate[self._rung] * alike.heat[self._trial]
 
     def _next_excess(self, running: np.ndarray, next_rung: np.ndarray) -> np.ndarray:
         """Return the expected next losses of running trials, less height and what is known before: float64 [K]."""
@@ -188,6 +216,7 @@ class Posterior:
         covariance = self.alike.final[trials] + self.alike.drop[trials] * fall + self.model.shared_fall[rungs] + VAGUE
         same = self._trial[:, None] == self._trial[None]
         covariance += same * (self.seed + self.model.prior.own_drop**2 * fall)
+        covariance += np.outer(self._rate_heat(self.alike), self.model.rate[self._rung] * self.alike.heat[self._trial])
         covariance[np.diag_indices_from(covariance)] += self.noise
         lower = cholesky(covariance, lower=True, check_finite=False, overwrite_a=True)
         # products with the inverse take a third of the time of triangular solves here
@@ -203,7 +232,7 @@ class Ends:
         places = np.arange(len(rows))
         self._own = np.where(places < posterior.num_trials, places, -1)
         new = self._model.alike(posterior.rows, rows[posterior.num_trials :])
-        self._alike = Alike(np.hstack([posterior.alike.final, new.final]), np.hstack([posterior.alike.drop, new.drop]))
+        self._alike = _joined(posterior.alike, new)
         self._final, self._drop = self._model.prior_variances(rows)
         self._solved = posterior.solve(posterior.cross(self._alike, slice(None), self._model.num_rungs - 1, self._own))
         self.mean = posterior.weights @ self._solved + self._model.expected(rows) + posterior.height
@@ -238,9 +267,16 @@ class Ends:
         fall, final = model.fall[rung, rung], self._final[options]
         loss = final + self._drop * fall + model.shared_fall[rung, rung] + VAGUE
         loss += posterior.seed + posterior.noise + model.prior.own_drop**2 * fall - _sums(solved, solved)
+        loss += (model.prior.heat_width * model.rate[rung] * self._alike.other_heat[options]) ** 2
         with_own = final + VAGUE + posterior.seed - _sums(self._solved[:, options], solved)
         with_other = self._alike.final[other, options] + VAGUE - self._solved[:, other] @ solved
         return np.abs(with_own - with_other) / np.sqrt(np.maximum(loss, LEAST_VARIANCE)) * math.sqrt(posterior.factor)
+
+
+def _joined(left: Alike, right: Alike) -> Alike:
+    """Return how alike the same rows are to the others of both."""
+    final, drop = np.hstack([left.final, right.final]), np.hstack([left.drop, right.drop])
+    return Alike(final, drop, left.heat, np.concatenate([left.other_heat, right.other_heat]))
 
 
 def _sums(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -255,6 +291,14 @@ def progress_of(grid: tuple[int, ...]) -> np.ndarray:
     return np.array([math.log(grid[-1] / tokens) / math.log(grid[-1] / grid[0]) for tokens in grid])
 
 
+def decay_of(schedule: str, grid: tuple[int, ...]) -> np.ndarray:
+    """Return by rung the share of the peak rate that is still to go, for a schedule's name: float64 [R]."""
+    share = np.array(grid) / grid[-1]
+    if schedule == "cosine":
+        return 0.5 * (1.0 + np.cos(np.pi * share))
+    return 1.0 - share if schedule == "linear" else np.zeros(len(grid))
+
+
 def _valley(log_rate: np.ndarray) -> np.ndarray:
     """Return a bowl over ln(rate / good rate): a square near 0, a line far away."""
     return log_rate**2 / (1.0 + np.abs(log_rate))
@@ -262,3 +306,8 @@ def _valley(log_rate: np.ndarray) -> np.ndarray:
 
 def _tilt(log_rate: np.ndarray) -> np.ndarray:
     return log_rate / (1.0 + 0.3 * np.abs(log_rate))
+
+
+def _heat(log_rate: np.ndarray) -> np.ndarray:
+    """Return rate / good rate, within bounds."""
+    return np.exp(np.clip(log_rate, *HEAT_BOUNDS))

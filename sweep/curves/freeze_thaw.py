@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sweep.curves.acquisition import Options, best_option, expected_winner
-from sweep.curves.curve_model import CurveModel, CurvePrior, Posterior, progress_of
+from sweep.curves.curve_model import CurveModel, CurvePrior, Posterior, decay_of, progress_of
 from sweep.curves.encoding import RateKnowledge, TrialEncoder
 from sweep.curves.observations import Curve, curve_of, may_go_on, observe, seen_curves
 from sweep.curves.situation import CurveState, Decision, GoOn, Situation, Stand, StartNew
@@ -44,7 +44,8 @@ class FreezeThaw:
         self._seen_tokens, self._seed = np.array((0, *grid)), seed
         self._num_rungs, self._progress = len(grid), progress_of(tuple(grid))
         self._encoder = TrialEncoder(space, base, rate_prior)
-        self._model = CurveModel(self._progress, self._encoder.is_name, self._encoder.knows_rate, prior)
+        decay = decay_of(base["optim"].get("lr_schedule", "cosine"), tuple(grid))
+        self._model = CurveModel(self._progress, decay, self._encoder.is_name, self._encoder.knows_rate, prior)
         self._curves: dict[int, Curve] = {}
         self._trial_rows: dict[int, np.ndarray] = {}
         self._candidate_rows: tuple[tuple[Any, ...], np.ndarray] = ((), np.zeros((0, len(self._encoder.is_name))))

@@ -5,17 +5,18 @@ import math
 import numpy as np
 import pytest
 
-from sweep.curves.curve_model import VAGUE, CurveModel, Posterior, progress_of
+from sweep.curves.curve_model import VAGUE, CurveModel, Posterior, decay_of, progress_of
 from sweep.curves.observations import Observations
 
 GRID = (100, 200, 400, 800, 1600)
+DECAY = decay_of("cosine", GRID)
 ROWS = np.array([[0.3, 0.0, 1.2], [-0.4, 1.0, 0.2], [1.5, 2.0, 0.7], [0.0, 0.0, 0.0]])
 NEW = np.array([[0.1, 1.0, 0.5], [-2.0, 2.0, 1.0]])
 
 
 @pytest.fixture(params=[True, False], ids=["rate known", "rate unknown"])
 def model(request):
-    return CurveModel(progress_of(GRID), np.array([False, True, False]), request.param)
+    return CurveModel(progress_of(GRID), DECAY, np.array([False, True, False]), request.param)
 
 
 def seen():
@@ -44,6 +45,8 @@ def covariance(model, left, right):
     widths = (prior.valley_width, prior.tilt) if model._knows_rate else (1.0, 1.0)
     final += widths[0] ** 2 * valley(x[0]) * valley(y[0])
     final += widths[1] ** 2 * (x[0] / (1 + 0.3 * abs(x[0]))) * (y[0] / (1 + 0.3 * abs(y[0])))
+    heat = [0.5 * (1 + math.cos(math.pi * GRID[k] / 1600)) * math.exp(min(max(z[0], -3), 1.2)) for z, k in ((x, r), (y, q))]
+    final += prior.heat_width**2 * heat[0] * heat[1]
     s, t = progress_of(GRID)[r], progress_of(GRID)[q]
     faded = s**prior.fading * t**prior.fading
     fall = faded * math.exp(-abs(s - t) / prior.progress_length)
@@ -62,7 +65,10 @@ def dense(model, known, values, wanted):
     cross = np.array([[covariance(model, a, b) for b in wanted] for a in known])
     prior = np.array([[covariance(model, a, b) for b in wanted] for a in wanted])
     slope = model.prior.valley if model._knows_rate else 0.0
-    expected = [np.array([slope * valley(x[0]) for x, _, _ in points]) for points in (known, wanted)]
+    expected = [
+        np.array([slope * valley(x[0]) + model.prior.heat * DECAY[r] * math.exp(min(max(x[0], -3), 1.2)) for x, r, _ in points])
+        for points in (known, wanted)
+    ]
     height = np.mean(values[:6])
     weights = np.linalg.inv(k)
     mean = height + expected[1] + cross.T @ weights @ (values - height - expected[0])
@@ -125,3 +131,9 @@ def test_a_finished_trial_keeps_its_loss(model):
 def test_progress_falls_from_1_to_0_in_log_tokens():
     np.testing.assert_allclose(progress_of(GRID), [1.0, 0.75, 0.5, 0.25, 0.0])
     assert progress_of((512,)).tolist() == [0.0]
+
+
+def test_the_decay_is_that_of_the_schedule():
+    np.testing.assert_allclose(decay_of("cosine", (1, 2, 4)), [0.5 + 0.5 / math.sqrt(2), 0.5, 0.0], atol=1e-12)
+    np.testing.assert_allclose(decay_of("linear", (1, 2, 4)), [0.75, 0.5, 0.0])
+    assert not decay_of("constant", (1, 2, 4)).any()
