@@ -27,6 +27,7 @@ from scipy.special import ndtr
 NUM_NODES, FARTHEST = 29, 3.5  # of the integral over what rung r will tell, in standard deviations
 LEAST_SPREAD = 1e-6
 BATCH = 24
+SPREADS = ((0.85, 1.0), (0.15, 2.5))
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def best_option(ends: Predictions, options: Options, grid: np.ndarray, winner: i
     if not allowed.any():
         return None
     behind, spread = ends.mean - ends.mean[winner], ends.spread(winner)
-    improvement = np.where(allowed, expected_improvement(behind, spread), -1.0)
+    improvement = sum(weight * expected_improvement(behind, factor * spread) for weight, factor in SPREADS)
+    improvement = np.where(allowed, improvement, -1.0)
     improvement[winner] = -1.0
     best, best_score = None, -1.0
     if allowed[winner]:
@@ -111,19 +113,27 @@ def _scores(
     """Return the scores of some options that are not the winner: float64 [len(batch)]."""
     entry, rung = _ahead(options, grid, batch)
     option = batch[entry]
-    told = np.clip(ends.told(option, rung, winner), LEAST_SPREAD, None)
-    left = np.sqrt(np.maximum(spread[option] ** 2 - told**2, LEAST_SPREAD**2))
+    told = ends.told(option, rung, winner)
+    left = np.sqrt(np.maximum(spread[option] ** 2 - told**2, 0.0))
+    tokens, rest = grid[rung] - options.seen[option], grid[-1] - grid[rung]
+    rate = np.zeros(len(option))
+    for weight, factor in SPREADS:
+        rate += weight * _gain_rate(behind[option], factor * told, factor * left, tokens, rest)
+    best = np.zeros(len(batch))
+    np.maximum.at(best, entry, rate)
+    return best
+
+
+def _gain_rate(behind: np.ndarray, told: np.ndarray, left: np.ndarray, tokens: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """Return gain / cost for each option and rung ahead: float64 [K]. All arguments [K]; see the module."""
+    told, left = np.maximum(told, LEAST_SPREAD), np.maximum(left, LEAST_SPREAD)
     nodes = np.linspace(-FARTHEST, FARTHEST, NUM_NODES)
     weights = np.exp(-0.5 * nodes**2)
-    later = behind[option, None] + told[:, None] * nodes
+    later = behind[:, None] + told[:, None] * nodes
     gain = (expected_improvement(later, left[:, None]) * (later < 0.0)) @ (weights / weights.sum())
-    goes_on = ndtr(-behind[option] / told)
-    rest = grid[-1] - grid[rung]
-    gain = np.where(rest == 0, expected_improvement(behind[option], spread[option]), gain)
-    cost = grid[rung] - options.seen[option] + goes_on * rest
-    best = np.zeros(len(batch))
-    np.maximum.at(best, entry, gain / np.maximum(cost, 1.0))
-    return best
+    gain = np.where(rest == 0, expected_improvement(behind, np.hypot(told, left)), gain)
+    cost = tokens + ndtr(-behind / told) * rest
+    return gain / np.maximum(cost, 1.0)
 
 
 def _winner_score(ends: Predictions, options: Options, grid: np.ndarray, winner: int, improvement: np.ndarray) -> float:
@@ -135,7 +145,9 @@ def _winner_score(ends: Predictions, options: Options, grid: np.ndarray, winner:
     _, rung = _ahead(options, grid, np.array([winner]))
     told = ends.told(np.full(len(rung), winner), rung, rival)
     ahead = max(float(ends.mean[rival] - ends.mean[winner]), 0.0)
-    gain = expected_improvement(np.full(len(rung), ahead), np.maximum(told, LEAST_SPREAD))
+    gain = np.zeros(len(rung))
+    for weight, factor in SPREADS:
+        gain += weight * expected_improvement(np.full(len(rung), ahead), np.maximum(factor * told, LEAST_SPREAD))
     return float((gain / np.maximum(grid[rung] - options.seen[winner], 1)).max())
 
 

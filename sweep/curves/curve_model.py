@@ -47,25 +47,25 @@ class CurvePrior:
     heat: mean of heat(x) at a good rate, and heat_width its standard deviation.
     """
 
-    rate: float = 0.8
-    other: float = 0.15
-    joint: float = 0.4
+    rate: float = 0.5
+    other: float = 0.1
+    joint: float = 0.25
     drop_rate: float = 0.3
-    drop_other: float = 0.03
-    drop_joint: float = 0.13
-    seed: float = 0.05
+    drop_other: float = 0.02
+    drop_joint: float = 0.14
+    seed: float = 0.09
     own_drop: float = 0.25
     rate_length: float = 1.7
-    other_length: float = 2.0
-    name_length: float = 1.2
-    joint_stretch: float = 1.2
-    fading: float = 0.6
-    progress_length: float = 4.0
-    valley: float = 0.8
-    valley_width: float = 0.4
-    tilt: float = 0.5
-    heat: float = 0.3
-    heat_width: float = 0.5
+    other_length: float = 3.7
+    name_length: float = 0.8
+    joint_stretch: float = 2.0
+    fading: float = 0.8
+    progress_length: float = 1.2
+    valley: float = 0.38
+    valley_width: float = 0.25
+    tilt: float = 0.7
+    heat: float = 0.22
+    heat_width: float = 0.3
 
 
 @dataclass(frozen=True)

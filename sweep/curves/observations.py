@@ -3,11 +3,13 @@
 A trial's curve is its lowest loss so far, because its adapter of that report is kept. What counts is
 how far a loss lies above the best of its rung, so losses enter as
 
-    best(rung) / c + log(1 + (loss - best(rung)) / c),
+    log(1 + (loss - best(rung)) / c(rung)),    c(rung) = c(1) * (best(rung) / best(1)) ** 2,
 
 which is linear near the best, where adapters are compared, and flattens where trials are hopeless.
-The unit c is a quantile of the excess at the first rung, within bounds in nats. A diverged trial
-enters at its next rung, with a loss that is far above all others.
+The unit c(1) is a quantile of the excess at the first rung, within bounds in nats. Where the loss
+itself falls to a part, differences fall faster: from 0.44 to 0.13 nats the spread of the better
+trials shrank to a tenth, from 2.5 to 2.3 nats hardly. A diverged trial enters at its next rung, with
+a loss that is far above all others.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ MOST_OBSERVATIONS = 224
 UNIT_QUANTILE, LEAST_UNIT, MOST_UNIT = 0.25, 0.01, 0.15  # nats
 LEVEL_STEP = 0.24  # rungs of one curve that the model sees are so far apart in log(tokens), 1 being first to last
 DIVERGED_EXCESS = 20.0  # units
+LEAST_SHARE = 0.05  # of the best first loss, for the unit
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Observations:
     """Hold the losses that the model sees.
 
     trial, rung: int64 [M], index into the trials seen, and rung from 0. value: float64 [M], in units.
-    unit: nats.
+    unit: the smallest unit, in nats.
     """
 
     trial: np.ndarray
@@ -84,6 +87,7 @@ def observe(curves: Sequence[Curve], progress: np.ndarray) -> Observations:
     best = _best_by_rung(curves)
     first = [curve.losses[0] - best[0] for curve in curves if curve.losses]
     unit = float(np.clip(np.quantile(first, UNIT_QUANTILE), LEAST_UNIT, MOST_UNIT)) if first else MOST_UNIT
+    units = {rung: unit * min(max(loss / best[0], LEAST_SHARE), 1.0) ** 2 if best[0] > 0 else unit for rung, loss in best.items()}
     levels = _levels(progress)
     if sum(len(levels[curve.num_rungs]) for curve in curves) > MOST_OBSERVATIONS:
         levels = [kept[:2] for kept in levels]
@@ -92,13 +96,13 @@ def observe(curves: Sequence[Curve], progress: np.ndarray) -> Observations:
         for at in levels[curve.num_rungs]:
             trial.append(index)
             rung.append(at)
-            value.append(best[at] / unit + math.log1p((curve.losses[at] - best[at]) / unit))
+            value.append(math.log1p((curve.losses[at] - best[at]) / units[at]))
         at = curve.num_rungs
         if curve.is_diverged and at in best:
             trial.append(index)
             rung.append(at)
-            value.append(best[at] / unit + math.log1p(DIVERGED_EXCESS))
-    return Observations(np.array(trial, dtype=np.int64), np.array(rung, dtype=np.int64), np.array(value), unit)
+            value.append(math.log1p(DIVERGED_EXCESS))
+    return Observations(np.array(trial, dtype=np.int64), np.array(rung, dtype=np.int64), np.array(value), min(units.values(), default=unit))
 
 
 def may_go_on(curve: Curve, num_rungs: int) -> bool:
