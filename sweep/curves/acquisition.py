@@ -27,7 +27,8 @@ from scipy.special import ndtr
 NUM_NODES, FARTHEST = 29, 3.5  # of the integral over what rung r will tell, in standard deviations
 LEAST_SPREAD = 1e-6
 BATCH = 24
-SPREADS = ((0.85, 1.0), (0.15, 2.5))
+RIVAL = 1.6  # standard deviations behind the winner: one in twenty overtakes it
+SPREADS = ((0.9, 1.0), (0.1, 2.5))
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Options:
     rung: int64, how many rungs it has reached. seen: int64, the tokens to there. price: int64, tokens to
     the next one. to_finish: int64, tokens to the last rung, without those that
     a running trial needs to its next rung. may_run: bool, waits for a slot, or is new. may_win: bool,
-    has begun, and has or can get an adapter at the last rung. has_begun: bool.
+    has begun, and has or can get an adapter at the last rung. has_begun, is_running: bool.
     """
 
     rung: np.ndarray
@@ -47,6 +48,7 @@ class Options:
     may_run: np.ndarray
     may_win: np.ndarray
     has_begun: np.ndarray
+    is_running: np.ndarray
 
 
 class Predictions(Protocol):
@@ -55,6 +57,7 @@ class Predictions(Protocol):
     mean: np.ndarray
 
     def spread(self, one: int) -> np.ndarray: ...
+    def open_spread(self, one: int) -> np.ndarray: ...
     def told(self, options: np.ndarray, rungs: np.ndarray, other: int) -> np.ndarray: ...
 
 
@@ -71,11 +74,19 @@ def expected_winner(options: Options, mean: np.ndarray, tokens_left: int) -> int
     return int(np.where(possible, mean, np.inf).argmin()) if possible.any() else None
 
 
-def affordable(options: Options, winner: int, tokens_left: int) -> np.ndarray:
-    """Return which steps leave the tokens to finish the expected winner and that trial itself: bool [Q]."""
-    leaves_rest = tokens_left - options.price >= options.to_finish[winner]
-    leaves_rest[winner] = True
-    return options.may_run & (options.price <= tokens_left) & (options.to_finish <= tokens_left) & leaves_rest
+def affordable(options: Options, winner: int, is_rival: np.ndarray, tokens_left: int) -> np.ndarray:
+    """Return which steps leave the tokens to finish the expected winner and that trial itself: bool [Q].
+
+    is_rival: bool [Q], begun, and likely enough to overtake the winner. While a trial is running, its
+    report may change who wins. Until then, the tokens to finish any rival stay as well: a slot that
+    waits costs less than a winner that was settled too early.
+    """
+    after = tokens_left - options.price
+    needed = np.where(np.arange(len(after)) == winner, 0, options.to_finish[winner])
+    rivals = is_rival & options.may_win & (options.to_finish <= tokens_left)
+    if options.is_running.any():
+        needed = np.maximum(needed, np.where(rivals, options.to_finish, 0).max())
+    return options.may_run & (options.price <= tokens_left) & (options.to_finish <= tokens_left) & (after >= needed)
 
 
 def best_option(ends: Predictions, options: Options, grid: np.ndarray, winner: int, tokens_left: int) -> int | None:
@@ -85,10 +96,10 @@ def best_option(ends: Predictions, options: Options, grid: np.ndarray, winner: i
     scores, until no bound is higher than the best score. So no option's choice depends on how many
     others there are.
     """
-    allowed = affordable(options, winner, tokens_left)
+    behind, spread = ends.mean - ends.mean[winner], ends.spread(winner)
+    allowed = affordable(options, winner, options.has_begun & (behind < RIVAL * ends.open_spread(winner)), tokens_left)
     if not allowed.any():
         return None
-    behind, spread = ends.mean - ends.mean[winner], ends.spread(winner)
     improvement = sum(weight * expected_improvement(behind, factor * spread) for weight, factor in SPREADS)
     improvement = np.where(allowed, improvement, -1.0)
     improvement[winner] = -1.0

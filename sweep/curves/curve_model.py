@@ -167,6 +167,7 @@ class Posterior:
         self._factorise()
         self.weights = self.solve(excess)
         self.factor = (FACTOR_WEIGHT + float(self.weights @ self.weights)) / (FACTOR_WEIGHT + len(excess))
+        self.running, self.open_variance = running, self._end_variance(running)
         if len(running):
             excess = np.concatenate([excess, self._next_excess(running, next_rung)])
             self._trial, self._rung = np.concatenate([seen.trial, running]), np.concatenate([seen.rung, next_rung])
@@ -198,6 +199,11 @@ class Posterior:
         same = self._trial[:, None] == own[None, known]
         covariance[:, known] += same * (self.seed + self.model.prior.own_drop**2 * fall)[:, None]
         return covariance
+
+    def _end_variance(self, trials: np.ndarray) -> np.ndarray:
+        """Return the variances of final losses, as far as what was seen tells: float64 [K]."""
+        solved = self.solve(self.cross(self.alike, trials, self.model.num_rungs - 1, trials))
+        return self.model.prior_variances(self.rows[trials])[0] + VAGUE + self.seed - _sums(solved, solved)
 
     def _rate_heat(self, alike: Alike) -> np.ndarray:
         return self.model.prior.heat_width**2 * self.model.rate[self._rung] * alike.heat[self._trial]
@@ -248,6 +254,12 @@ class Ends:
         shared[one] = self.variance[one]
         variance = self.variance + self.variance[one] - 2.0 * shared
         return np.sqrt(np.maximum(variance, LEAST_VARIANCE) * self._posterior.factor)
+
+    def open_spread(self, one: int) -> np.ndarray:
+        """Return spread(one) as it is before running trials report: float64 [Q]."""
+        posterior, told = self._posterior, np.zeros(len(self.mean))
+        told[posterior.running] = np.maximum(posterior.open_variance - self.variance[posterior.running], 0.0)
+        return np.sqrt(self.spread(one) ** 2 + (told + told[one]) * posterior.factor)
 
     def told(self, options: np.ndarray, rungs: np.ndarray, other: int) -> np.ndarray:
         """Return how far losses at later rungs would move expected ends, as standard deviations: float64 [K].

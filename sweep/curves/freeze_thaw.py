@@ -104,6 +104,7 @@ class FreezeThaw:
             to_finish=np.concatenate([[self._to_finish(curve) for curve in seen], full * new]),
             may_run=np.concatenate([[may_go_on(curve, self._num_rungs) for curve in seen], new > 0]),
             may_win=np.concatenate([[self._may_win(curve) for curve in seen], new < 0]),
+            is_running=np.concatenate([[curve.state.stand is Stand.RUNNING for curve in seen], new < 0]),
             has_begun=np.concatenate([[True for _ in seen], new < 0]),
         )
 

@@ -71,7 +71,7 @@ def curve_of(state: CurveState) -> Curve:
 
 def seen_curves(curves: Iterable[Curve]) -> list[Curve]:
     """Return the curves that the model sees, by number: all, or the most promising and a share of the others."""
-    told = [curve for curve in curves if curve.losses or curve.is_diverged]
+    told = [curve for curve in curves if curve.losses or curve.is_diverged or curve.state.stand is Stand.RUNNING]
     if len(told) <= MOST_TRIALS:
         return told
     best = _best_by_rung(told)
@@ -87,7 +87,7 @@ def observe(curves: Sequence[Curve], progress: np.ndarray) -> Observations:
     best = _best_by_rung(curves)
     first = [curve.losses[0] - best[0] for curve in curves if curve.losses]
     unit = float(np.clip(np.quantile(first, UNIT_QUANTILE), LEAST_UNIT, MOST_UNIT)) if first else MOST_UNIT
-    units = {rung: unit * min(max(loss / best[0], LEAST_SHARE), 1.0) ** 2 if best[0] > 0 else unit for rung, loss in best.items()}
+    units = {rung: unit * _share(loss, best[0]) ** 2 for rung, loss in best.items()}
     levels = _levels(progress)
     if sum(len(levels[curve.num_rungs]) for curve in curves) > MOST_OBSERVATIONS:
         levels = [kept[:2] for kept in levels]
@@ -102,7 +102,8 @@ def observe(curves: Sequence[Curve], progress: np.ndarray) -> Observations:
             trial.append(index)
             rung.append(at)
             value.append(math.log1p(DIVERGED_EXCESS))
-    return Observations(np.array(trial, dtype=np.int64), np.array(rung, dtype=np.int64), np.array(value), min(units.values(), default=unit))
+    places = (np.array(trial, dtype=np.int64), np.array(rung, dtype=np.int64))
+    return Observations(*places, np.array(value), min(units.values(), default=unit))
 
 
 def may_go_on(curve: Curve, num_rungs: int) -> bool:
@@ -116,6 +117,11 @@ def _best_by_rung(curves: Iterable[Curve]) -> dict[int, float]:
         for rung, loss in enumerate(curve.losses):
             best[rung] = min(loss, best.get(rung, math.inf))
     return best
+
+
+def _share(loss: float, first: float) -> float:
+    """Return which part of the first loss is left, within bounds."""
+    return min(max(loss / first, LEAST_SHARE), 1.0) if first > 0.0 else 1.0
 
 
 def _rank(curve: Curve, best: dict[int, float]) -> float:

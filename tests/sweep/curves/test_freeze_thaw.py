@@ -194,6 +194,23 @@ def test_a_trial_that_waited_for_others_goes_on_later():
     assert thawed
 
 
+def test_no_winner_is_settled_while_a_rival_s_report_is_awaited():
+    """16 slots and 16 steps: 9 looks, then the 7 steps that finish one trial, chosen when all have reported."""
+    play = Play(Table(3), 2, num_slots=16)
+    decide, waiting = play.policy.decide, []
+
+    def noted(now):
+        decision = decide(now)
+        if isinstance(decision, GoOn):
+            waiting.append(sum(trial.stand is Stand.RUNNING for trial in now.trials.values()))
+        return decision
+
+    play.policy.decide = noted
+    play.run()
+    assert len(play.trials) == 9
+    assert waiting == [0] * 7
+
+
 def test_nothing_is_decided_where_nothing_fits():
     now = halfway().situation()
     assert fresh_policy().decide(replace(now, tokens_left=999)) is None
