@@ -68,6 +68,8 @@ class FreezeThaw:
         first = int(self._seen_tokens[1])
         if situation.candidates and first <= left and (left - first >= kept or left < kept):
             return StartNew(min(situation.candidates, key=self._first_rank))
+        if any(curve.state.stand is Stand.RUNNING for curve in own):
+            return None  # their reports say more than the first one alone
         return self._most_promising(own, left)
 
     def _predicted(self, situation: Situation, own: Sequence[Curve], seen: Sequence[Curve]) -> Decision:
