@@ -18,9 +18,10 @@ import numpy as np
 
 from sweep.curves.acquisition import Options, best_option, expected_winner
 from sweep.curves.curve_model import CurveModel, CurvePrior, Posterior, decay_of, progress_of
-from sweep.curves.encoding import RateKnowledge, TrialEncoder
-from sweep.curves.observations import Curve, curve_of, may_go_on, observe, seen_curves
+from sweep.curves.observations import SeenCurve, curve_of, may_go_on, observe, seen_curves
 from sweep.curves.situation import CurveState, Decision, GoOn, Situation, Stand, StartNew
+from sweep.curves.trial_encoder import TrialEncoder
+from sweep.prior.rate_prior import RatePrior
 from sweep.space.space import Space
 
 FIRST_TRIALS = 4  # begun before the model decides
@@ -37,7 +38,7 @@ class FreezeThaw:
         base: Mapping[str, Any],
         grid: Sequence[int],
         seed: int,
-        rate_prior: RateKnowledge | None = None,
+        rate_prior: RatePrior | None = None,
         prior: CurvePrior | None = None,
     ) -> None:
         """base: the base config as plain data. grid: tokens seen at each rung, ascending."""
@@ -46,7 +47,7 @@ class FreezeThaw:
         self._encoder = TrialEncoder(space, base, rate_prior)
         decay = decay_of(base["optim"].get("lr_schedule", "cosine"), tuple(grid))
         self._model = CurveModel(self._progress, decay, self._encoder.is_name, self._encoder.knows_rate, prior)
-        self._curves: dict[int, Curve] = {}
+        self._curves: dict[int, SeenCurve] = {}
         self._trial_rows: dict[int, np.ndarray] = {}
         self._candidate_rows: tuple[tuple[Any, ...], np.ndarray] = ((), np.zeros((0, len(self._encoder.is_name))))
 
@@ -61,7 +62,7 @@ class FreezeThaw:
             return self._begin(situation, own)
         return self._predicted(situation, own, seen)
 
-    def _begin(self, situation: Situation, own: Sequence[Curve]) -> Decision:
+    def _begin(self, situation: Situation, own: Sequence[SeenCurve]) -> Decision:
         """Start a trial that nothing but the prior speaks for; if none may start, continue one."""
         left = situation.tokens_left
         kept = min((self._to_finish(curve) for curve in own if self._may_win(curve)), default=0)
@@ -72,7 +73,7 @@ class FreezeThaw:
             return None  # their reports say more than the first one alone
         return self._most_promising(own, left)
 
-    def _predicted(self, situation: Situation, own: Sequence[Curve], seen: Sequence[Curve]) -> Decision:
+    def _predicted(self, situation: Situation, own: Sequence[SeenCurve], seen: Sequence[SeenCurve]) -> Decision:
         """Take the step that the model speaks for."""
         rows = np.array([self._row(curve) for curve in seen])
         running = np.array([i for i, curve in enumerate(seen) if curve.state.stand is Stand.RUNNING], dtype=np.int64)
@@ -94,7 +95,7 @@ class FreezeThaw:
             return GoOn(seen[chosen].state.number)
         return StartNew(situation.candidates[chosen - len(seen)])
 
-    def _options(self, seen: Sequence[Curve], num_candidates: int) -> Options:
+    def _options(self, seen: Sequence[SeenCurve], num_candidates: int) -> Options:
         """Return what trials and candidates cost, and what they may do."""
         full, first = int(self._seen_tokens[-1]), int(self._seen_tokens[1])
         new = np.full(num_candidates, 1)
@@ -110,24 +111,24 @@ class FreezeThaw:
             has_begun=np.concatenate([[True for _ in seen], new < 0]),
         )
 
-    def _most_promising(self, own: Sequence[Curve], tokens_left: int) -> Decision:
+    def _most_promising(self, own: Sequence[SeenCurve], tokens_left: int) -> Decision:
         """Continue the waiting trial with the lowest loss whose step fits."""
         fitting = [c for c in own if may_go_on(c, self._num_rungs) and self._price(c) <= tokens_left]
         if not fitting:
             return None
         return GoOn(min(fitting, key=lambda curve: (curve.losses[-1], curve.state.number)).state.number)
 
-    def _price(self, curve: Curve) -> int:
+    def _price(self, curve: SeenCurve) -> int:
         """Return the tokens to the trial's next rung."""
         rung = min(curve.num_rungs, self._num_rungs - 1)
         return int(self._seen_tokens[rung + 1] - self._seen_tokens[rung])
 
-    def _to_finish(self, curve: Curve) -> int:
+    def _to_finish(self, curve: SeenCurve) -> int:
         """Return the tokens to the trial's end. Those to a running trial's next rung are taken already."""
         rung = min(curve.num_rungs + (curve.state.stand is Stand.RUNNING), self._num_rungs)
         return int(self._seen_tokens[-1] - self._seen_tokens[rung])
 
-    def _may_win(self, curve: Curve) -> bool:
+    def _may_win(self, curve: SeenCurve) -> bool:
         """Return whether the trial is of this sweep, and has or can get an adapter at its last rung."""
         if curve.state.is_earlier or curve.is_diverged:
             return False
@@ -141,13 +142,13 @@ class FreezeThaw:
             return float(draw)
         return abs(float(self._encoder.encode([params])[0, 0]) + FIRST_SPREAD * float(draw))
 
-    def _curve(self, state: CurveState) -> Curve:
+    def _curve(self, state: CurveState) -> SeenCurve:
         known = self._curves.get(state.number)
         if known is None or known.state is not state:
             known = self._curves[state.number] = curve_of(state)
         return known
 
-    def _row(self, curve: Curve) -> np.ndarray:
+    def _row(self, curve: SeenCurve) -> np.ndarray:
         number = curve.state.number
         if number not in self._trial_rows:
             self._trial_rows[number] = self._encoder.encode([curve.state.params])[0]

@@ -32,7 +32,7 @@ LEAST_SHARE = 0.05  # of the best first loss, for the unit
 
 
 @dataclass(frozen=True)
-class Curve:
+class SeenCurve:
     """Hold one trial's lowest losses so far by rung, all finite, and whether it diverged after them."""
 
     state: CurveState
@@ -58,7 +58,7 @@ class Observations:
     unit: float
 
 
-def curve_of(state: CurveState) -> Curve:
+def curve_of(state: CurveState) -> SeenCurve:
     """Return the trial's curve, cut before its first loss that is not finite."""
     losses: list[float] = []
     for loss in state.losses:
@@ -66,10 +66,10 @@ def curve_of(state: CurveState) -> Curve:
             break
         losses.append(min(loss, losses[-1]) if losses else loss)
     is_diverged = state.outcome is Outcome.DIVERGED or len(losses) < len(state.losses)
-    return Curve(state, tuple(losses), is_diverged)
+    return SeenCurve(state, tuple(losses), is_diverged)
 
 
-def seen_curves(curves: Iterable[Curve]) -> list[Curve]:
+def seen_curves(curves: Iterable[SeenCurve]) -> list[SeenCurve]:
     """Return the curves that the model sees, by number: all, or the most promising and a share of the others."""
     told = [curve for curve in curves if curve.losses or curve.is_diverged or curve.state.stand is Stand.RUNNING]
     if len(told) <= MOST_TRIALS:
@@ -82,7 +82,7 @@ def seen_curves(curves: Iterable[Curve]) -> list[Curve]:
     return sorted(kept, key=lambda curve: curve.state.number)
 
 
-def observe(curves: Sequence[Curve], progress: np.ndarray) -> Observations:
+def observe(curves: Sequence[SeenCurve], progress: np.ndarray) -> Observations:
     """Return the losses of these curves. progress: float64 [R], see CurveModel."""
     best = _best_by_rung(curves)
     first = [curve.losses[0] - best[0] for curve in curves if curve.losses]
@@ -106,12 +106,12 @@ def observe(curves: Sequence[Curve], progress: np.ndarray) -> Observations:
     return Observations(*places, np.array(value), min(units.values(), default=unit))
 
 
-def may_go_on(curve: Curve, num_rungs: int) -> bool:
+def may_go_on(curve: SeenCurve, num_rungs: int) -> bool:
     """Return whether the trial waits for a slot."""
     return curve.state.stand is Stand.FREE and 0 < curve.num_rungs < num_rungs and not curve.is_diverged
 
 
-def _best_by_rung(curves: Iterable[Curve]) -> dict[int, float]:
+def _best_by_rung(curves: Iterable[SeenCurve]) -> dict[int, float]:
     best: dict[int, float] = {}
     for curve in curves:
         for rung, loss in enumerate(curve.losses):
@@ -124,7 +124,7 @@ def _share(loss: float, first: float) -> float:
     return min(max(loss / first, LEAST_SHARE), 1.0) if first > 0.0 else 1.0
 
 
-def _rank(curve: Curve, best: dict[int, float]) -> float:
+def _rank(curve: SeenCurve, best: dict[int, float]) -> float:
     """Return how little the model needs this curve: its excess, less for trials that are running."""
     if curve.state.stand is Stand.RUNNING:
         return -1.0

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from sweep.curves.encoding import RATE_FALLS, TrialEncoder
 from sweep.curves.observations import curve_of, observe
 from sweep.curves.situation import CurveState, Stand
+from sweep.curves.trial_encoder import TrialEncoder
+from sweep.prior.rate_prior import KAPPA, RatePrior
 from sweep.space.space import Choice, Range, Space
 from sweep.trials.record import Outcome
 
@@ -20,9 +21,7 @@ RANK = Choice("lora.rank", {8: 8, 32: 32})
 ALPHA = Choice("lora.lora_alpha", {16.0: 16.0, 64.0: 64.0})
 
 
-class FixedPrior:
-    def of(self, lora):
-        return math.log(1e-4) - RATE_FALLS * math.log(lora.scaling * lora.rank / 32), 0.8
+PRIOR = RatePrior(math.log(1e-4), 0.8, "a test")
 
 
 def rows(dimensions, trials, prior=None):
@@ -35,16 +34,16 @@ def trial(rate=1e-4, **others):
 
 def test_a_rate_counts_relative_to_the_good_rate_of_its_scaling():
     trials = [trial(1e-4, lora__lora_alpha=16.0), trial(1e-4, lora__lora_alpha=64.0), trial(3e-4, lora__lora_alpha=16.0)]
-    known = rows([RATE, ALPHA], trials, FixedPrior())
-    assert known[0, 0] == pytest.approx(RATE_FALLS * math.log(16 / 32))
-    assert known[1, 0] - known[0, 0] == pytest.approx(RATE_FALLS * math.log(4))
+    known = rows([RATE, ALPHA], trials, PRIOR)
+    assert known[0, 0] == pytest.approx(KAPPA * math.log(16 / 32))
+    assert known[1, 0] - known[0, 0] == pytest.approx(KAPPA * math.log(4))
     assert known[2, 0] - known[0, 0] == pytest.approx(math.log(3))
     np.testing.assert_allclose(np.diff(rows([RATE, ALPHA], trials)[:, 0]), np.diff(known[:, 0]))
 
 
 def test_alpha_that_follows_the_rank_moves_the_good_rate_with_the_rank():
     trials = [trial(lora__rank=8), trial(lora__rank=32)]
-    assert np.diff(rows([RATE, RANK], trials)[:, 0])[0] == pytest.approx(RATE_FALLS * math.log(4))
+    assert np.diff(rows([RATE, RANK], trials)[:, 0])[0] == pytest.approx(KAPPA * math.log(4))
 
 
 def test_without_a_prior_the_middle_of_the_range_is_0():

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from sweep.prior.rate_prior import KAPPA, RatePrior
 from sweep.space.space import Choice, Dimension, Range, Space
 
 RATE = "optim.learning_rate"
@@ -23,16 +24,10 @@ LOG_SPAN, LINEAR_SPAN = 3.0, 1.5  # most distance between two values of one axis
 LOG_FACTOR = 3.9  # numbers whose largest is so many times the smallest act by factors
 
 
-class RateKnowledge(Protocol):
-    """Declare what the encoder asks of a prior over learning rates (`sweep/prior/rate_prior.py`)."""
-
-    def of(self, lora: Any) -> tuple[float, float]: ...
-
-
 class TrialEncoder:
     """Encode the params of one space as rows of numbers."""
 
-    def __init__(self, space: Space, base: Mapping[str, Any], rate_prior: RateKnowledge | None = None) -> None:
+    def __init__(self, space: Space, base: Mapping[str, Any], rate_prior: RatePrior | None = None) -> None:
         """base: the base config as plain data. rate_prior: None if nothing is known of good rates."""
         self._space, self._base, self._prior = space, base, rate_prior
         paths = {dimension.path for dimension in space.dimensions}
@@ -71,17 +66,14 @@ class TrialEncoder:
         lora = self._space.apply(self._base, params).lora
         if self._prior is not None:
             return self._prior.of(lora)[0]
-        return -RATE_FALLS * math.log(lora.scaling * lora.rank)
+        return -KAPPA * math.log(lora.scaling * lora.rank)
 
     def _middle_of_rates(self) -> float:
         """Return the middle of ln(rate), plus that of the scalings of the base's adapter."""
         rates = next((dimension for dimension in self._space.dimensions if dimension.path == RATE), None)
         ends = [self._base["optim"]["learning_rate"]] if rates is None else [rates.value(end) for end in rates.corners()]
         logs = [math.log(max(float(end), 1e-30)) for end in ends]
-        return (min(logs) + max(logs)) / 2.0 + RATE_FALLS * math.log(_base_force(self._base["lora"]))
-
-
-RATE_FALLS = 0.75  # as in the prior: the best rate goes with (scaling * rank) ** -0.75
+        return (min(logs) + max(logs)) / 2.0 + KAPPA * math.log(_base_force(self._base["lora"]))
 
 
 def _base_force(lora: Mapping[str, Any]) -> float:
