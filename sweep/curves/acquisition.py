@@ -24,11 +24,11 @@ from typing import Protocol
 import numpy as np
 from scipy.special import ndtr
 
-NUM_NODES, FARTHEST = 29, 3.5  # of the integral over what rung r will tell, in standard deviations
+NUM_NODES, FARTHEST = 21, 3.5  # of the integral over what rung r will tell, in standard deviations
 LEAST_SPREAD = 1e-6
-BATCH = 24
+BATCH = 48
+AHEAD = 4
 RIVAL = 1.6  # standard deviations behind the winner: one in twenty overtakes it
-SPREADS = ((0.9, 1.0), (0.1, 2.5))
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ def best_option(ends: Predictions, options: Options, grid: np.ndarray, winner: i
     allowed = affordable(options, winner, options.has_begun & (behind < RIVAL * ends.open_spread(winner)), tokens_left)
     if not allowed.any():
         return None
-    improvement = sum(weight * expected_improvement(behind, factor * spread) for weight, factor in SPREADS)
-    improvement = np.where(allowed, improvement, -1.0)
+    improvement = np.where(allowed, expected_improvement(behind, spread), -1.0)
     improvement[winner] = -1.0
     best, best_score = None, -1.0
     if allowed[winner]:
@@ -127,9 +126,7 @@ def _scores(
     told = ends.told(option, rung, winner)
     left = np.sqrt(np.maximum(spread[option] ** 2 - told**2, 0.0))
     tokens, rest = grid[rung] - options.seen[option], grid[-1] - grid[rung]
-    rate = np.zeros(len(option))
-    for weight, factor in SPREADS:
-        rate += weight * _gain_rate(behind[option], factor * told, factor * left, tokens, rest)
+    rate = _gain_rate(behind[option], told, left, tokens, rest)
     best = np.zeros(len(batch))
     np.maximum.at(best, entry, rate)
     return best
@@ -156,23 +153,21 @@ def _winner_score(ends: Predictions, options: Options, grid: np.ndarray, winner:
     _, rung = _ahead(options, grid, np.array([winner]))
     told = ends.told(np.full(len(rung), winner), rung, rival)
     ahead = max(float(ends.mean[rival] - ends.mean[winner]), 0.0)
-    gain = np.zeros(len(rung))
-    for weight, factor in SPREADS:
-        gain += weight * expected_improvement(np.full(len(rung), ahead), np.maximum(factor * told, LEAST_SPREAD))
+    gain = expected_improvement(np.full(len(rung), ahead), np.maximum(told, LEAST_SPREAD))
     return float((gain / np.maximum(grid[rung] - options.seen[winner], 1)).max())
 
 
 def _ahead(options: Options, grid: np.ndarray, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return entries: a place in the batch, and a rung ahead of this option. Both int64 [K].
 
-    Rungs are the next one, those at which twice, four times ... as many tokens have been seen, and the
-    last.
+    Rungs are the next one, those at which four times, 16 times ... as many tokens have been seen, and
+    the last.
     """
+    later = [min(int(np.searchsorted(grid, AHEAD * tokens)), len(grid) - 1) for tokens in grid]
     places, rungs = [], []
-    for place, option in enumerate(batch):
-        rung = int(options.rung[option])
+    for place, rung in enumerate(options.rung[batch].tolist()):
         while rung < len(grid):
             places.append(place)
             rungs.append(rung)
-            rung = len(grid) if rung == len(grid) - 1 else min(int(np.searchsorted(grid, 2 * grid[rung])), len(grid) - 1)
+            rung = len(grid) if rung == len(grid) - 1 else later[rung]
     return np.array(places), np.array(rungs)

@@ -164,15 +164,12 @@ class Posterior:
         self.height = float(seen.value.mean())
         excess = seen.value - self.height - model.expected(rows)[seen.trial]
         excess -= model.expected_heat(rows[seen.trial], seen.rung)
-        self._factorise()
+        self._inverse = _inverse_factor(self._covariance(self._trial, self._rung))
         self.weights = self.solve(excess)
         self.factor = (FACTOR_WEIGHT + float(self.weights @ self.weights)) / (FACTOR_WEIGHT + len(excess))
         self.running, self.open_variance = running, self._end_variance(running)
         if len(running):
-            excess = np.concatenate([excess, self._next_excess(running, next_rung)])
-            self._trial, self._rung = np.concatenate([seen.trial, running]), np.concatenate([seen.rung, next_rung])
-            self._factorise()
-            self.weights = self.solve(excess)
+            self._believe(running, next_rung)
 
     def ends(self, rows: np.ndarray) -> Ends:
         """Predict the final losses of trials. rows: float64 [Q, D], those of all trials seen, then others."""
@@ -208,25 +205,43 @@ class Posterior:
     def _rate_heat(self, alike: Alike) -> np.ndarray:
         return self.model.prior.heat_width**2 * self.model.rate[self._rung] * alike.heat[self._trial]
 
-    def _next_excess(self, running: np.ndarray, next_rung: np.ndarray) -> np.ndarray:
-        """Return the expected next losses of running trials, less height and what is known before: float64 [K]."""
-        excess = np.zeros(len(running))
-        for rung in np.unique(next_rung):
-            at = next_rung == rung
-            excess[at] = self.solve(self.cross(self.alike, running[at], rung, running[at])).T @ self.weights
-        return excess
+    def _believe(self, running: np.ndarray, next_rung: np.ndarray) -> None:
+        """Add the expected next losses of running trials, by a step of block elimination.
 
-    def _factorise(self) -> None:
-        trials, rungs = np.ix_(self._trial, self._trial), np.ix_(self._rung, self._rung)
+        An added loss that is as expected has weight 0 in the factor's coordinates.
+        """
+        cross = np.empty((len(self._trial), len(running)))
+        for rung in np.unique(next_rung):
+            at = np.flatnonzero(next_rung == rung)
+            cross[:, at] = self.cross(self.alike, running[at], int(rung), running[at])
+        solved = self.solve(cross)
+        inverse = _inverse_factor(self._covariance(running, next_rung) - solved.T @ solved)
+        old = len(self._trial)
+        grown = np.zeros((old + len(running), old + len(running)))
+        grown[:old, :old] = self._inverse
+        grown[old:, :old] = -inverse @ (solved.T @ self._inverse)
+        grown[old:, old:] = inverse
+        self._inverse = grown
+        self._trial, self._rung = np.concatenate([self._trial, running]), np.concatenate([self._rung, next_rung])
+        self.weights = np.concatenate([self.weights, np.zeros(len(running))])
+
+    def _covariance(self, trial: np.ndarray, rung: np.ndarray) -> np.ndarray:
+        """Return the covariances of losses of trials seen, each trial and rung once, with noise: float64 [K, K]."""
+        trials, rungs = np.ix_(trial, trial), np.ix_(rung, rung)
         fall = self.model.fall[rungs]
         covariance = self.alike.final[trials] + self.alike.drop[trials] * fall + self.model.shared_fall[rungs] + VAGUE
-        same = self._trial[:, None] == self._trial[None]
+        same = trial[:, None] == trial[None]
         covariance += same * (self.seed + self.model.prior.own_drop**2 * fall)
-        covariance += np.outer(self._rate_heat(self.alike), self.model.rate[self._rung] * self.alike.heat[self._trial])
+        heat = self.model.prior.heat_width * self.model.rate[rung] * self.alike.heat[trial]
+        covariance += np.outer(heat, heat)
         covariance[np.diag_indices_from(covariance)] += self.noise
-        lower = cholesky(covariance, lower=True, check_finite=False, overwrite_a=True)
-        # products with the inverse take a third of the time of triangular solves here
-        self._inverse = np.ascontiguousarray(dtrtri(lower, lower=1)[0])
+        return covariance
+
+
+def _inverse_factor(covariance: np.ndarray) -> np.ndarray:
+    """Return the inverse of the lower Cholesky factor. Products with it are faster than triangular solves here."""
+    lower = cholesky(covariance, lower=True, check_finite=False, overwrite_a=True)
+    return np.ascontiguousarray(dtrtri(lower, lower=1)[0])
 
 
 class Ends:

@@ -24,7 +24,7 @@ from sweep.curves.situation import CurveState, Stand
 from sweep.trials.record import Outcome
 
 MOST_TRIALS, BEST_TRIALS = 96, 72  # of more, the best and a share of the others count
-MOST_OBSERVATIONS = 224
+MOST_OBSERVATIONS = 160
 UNIT_QUANTILE, LEAST_UNIT, MOST_UNIT = 0.25, 0.01, 0.15  # nats
 LEVEL_STEP = 0.24  # rungs of one curve that the model sees are so far apart in log(tokens), 1 being first to last
 DIVERGED_EXCESS = 20.0  # units
