@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from sweep.curves.acquisition import Options, best_option, expected_winner
-from sweep.curves.curve_model import CurveModel, CurvePrior, Posterior, decay_of, progress_of
+from sweep.curves.curve_model import CurveModel, CurvePrior, decay_of, progress_of
+from sweep.curves.curve_posterior import Posterior
 from sweep.curves.observations import SeenCurve, curve_of, may_go_on, observe, seen_curves
 from sweep.curves.situation import CurveState, Decision, GoOn, Situation, Stand, StartNew
 from sweep.curves.trial_encoder import TrialEncoder

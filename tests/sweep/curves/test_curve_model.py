@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from sweep.curves.curve_model import VAGUE, CurveModel, Posterior, decay_of, progress_of
+from sweep.curves.curve_model import VAGUE, CurveModel, decay_of, progress_of
+from sweep.curves.curve_posterior import Posterior
 from sweep.curves.observations import Observations
 
 GRID = (100, 200, 400, 800, 1600)
