@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sweep.config.sampler_options import FreezeThawConfig
-from sweep.curves.promotion import BestFirst
+from sweep.curves.freeze_thaw import FreezeThaw
 from sweep.curves.situation import FreezePolicy
 from sweep.prior.rate_prior import RatePrior
 from sweep.space.space import Space
@@ -20,4 +20,4 @@ def make_policy(
     base: of every trial. grid: tokens seen at each rung, ascending. seed: sweep.seed. rate: what is
     known of the learning rate before the first trial.
     """
-    return BestFirst(grid)
+    return FreezeThaw(space, base, grid, seed, rate)

@@ -9,7 +9,6 @@ import pytest
 
 from engine.errors import InputError
 from sweep.config.sweep import parse_sweep_config
-from sweep.curves.promotion import BestFirst
 from sweep.curves.situation import GoOn, Situation, Stand, StartNew
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.answers import Next
@@ -22,6 +21,7 @@ from sweep.study.journal import STUDY_NAME, open_journal
 from sweep.study.study import Study
 from sweep.trials.record import Outcome
 from sweep.trials.selection import Rule
+from tests.support.best_first import BestFirst
 from tests.support.fake_sweeps import fake_driver, results, rungs, start, sweep_folder
 from tests.support.records import trial
 from tests.support.studies import SMALL, WIDE, config_for, ledger_in, report, study_in, write_reports

@@ -1,0 +1,164 @@
+"""Decide by predicted curves which trial gets the next rung: one that waits, or a new one.
+
+After each report the model predicts where all curves end, those of untried points too. The step
+with the highest expected improvement for its tokens is taken, as long as the tokens that finish the
+expected winner stay. So a sweep looks at many trials for one rung, follows the promising ones, goes
+back to one that it left where the model has changed its mind, and ends with a finished trial.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sweep.curves.acquisition import Options, best_option, expected_winner
+from sweep.curves.curve_model import CurveModel, CurvePrior, decay_of, progress_of
+from sweep.curves.curve_posterior import Posterior
+from sweep.curves.observations import SeenCurve, curve_of, may_go_on, observe, seen_curves
+from sweep.curves.situation import CurveState, Decision, GoOn, Situation, Stand, StartNew
+from sweep.curves.trial_encoder import TrialEncoder
+from sweep.prior.rate_prior import RatePrior
+from sweep.space.space import Space
+
+FIRST_TRIALS = 4  # begun before the model decides
+LEAST_CURVES = 2  # curves with a loss, before the model decides
+FIRST_SPREAD = 0.8  # standard deviation of ln(rate) around the known good rate, of the first trials
+
+
+class FreezeThaw:
+    """Give each slot the step that promises most."""
+
+    def __init__(
+        self,
+        space: Space,
+        base: Mapping[str, Any],
+        grid: Sequence[int],
+        seed: int,
+        rate_prior: RatePrior | None = None,
+        prior: CurvePrior | None = None,
+    ) -> None:
+        """base: the base config as plain data. grid: tokens seen at each rung, ascending."""
+        self._seen_tokens, self._seed = np.array((0, *grid)), seed
+        self._num_rungs, self._progress = len(grid), progress_of(tuple(grid))
+        self._encoder = TrialEncoder(space, base, rate_prior)
+        decay = decay_of(base["optim"].get("lr_schedule", "cosine"), tuple(grid))
+        self._model = CurveModel(self._progress, decay, self._encoder.is_name, self._encoder.knows_rate, prior)
+        self._curves: dict[int, SeenCurve] = {}
+        self._trial_rows: dict[int, np.ndarray] = {}
+        self._candidate_rows: tuple[tuple[Any, ...], np.ndarray] = ((), np.zeros((0, len(self._encoder.is_name))))
+
+    def decide(self, situation: Situation) -> Decision:
+        """Return what one slot does next, or None if no step is worth its tokens or fits into those that are left."""
+        curves = [self._curve(state) for state in situation.trials.values()]
+        own = [curve for curve in curves if not curve.state.is_earlier]
+        seen = seen_curves(curves)
+        known = sum(bool(curve.losses) for curve in curves)
+        begun = known + sum(not curve.losses for curve in own)
+        if begun < FIRST_TRIALS or known < LEAST_CURVES:
+            return self._begin(situation, own)
+        return self._predicted(situation, own, seen)
+
+    def _begin(self, situation: Situation, own: Sequence[SeenCurve]) -> Decision:
+        """Start a trial that nothing but the prior speaks for; if none may start, continue one."""
+        left = situation.tokens_left
+        kept = min((self._to_finish(curve) for curve in own if self._may_win(curve)), default=0)
+        first = int(self._seen_tokens[1])
+        if situation.candidates and first <= left and (left - first >= kept or left < kept):
+            return StartNew(min(situation.candidates, key=self._first_rank))
+        if any(curve.state.stand is Stand.RUNNING for curve in own):
+            return None  # their reports say more than the first one alone
+        return self._most_promising(own, left)
+
+    def _predicted(self, situation: Situation, own: Sequence[SeenCurve], seen: Sequence[SeenCurve]) -> Decision:
+        """Take the step that the model speaks for."""
+        rows = np.array([self._row(curve) for curve in seen])
+        running = np.array([i for i, curve in enumerate(seen) if curve.state.stand is Stand.RUNNING], dtype=np.int64)
+        next_rung = np.array([min(seen[i].num_rungs, self._num_rungs - 1) for i in running], dtype=np.int64)
+        posterior = Posterior(self._model, rows, observe(seen, self._progress), running, next_rung)
+        everything = np.concatenate([rows, self._rows_of(situation.candidates)])
+        predicted = posterior.ends(everything)
+        options = self._options(seen, len(situation.candidates))
+        winner = expected_winner(options, predicted.mean, situation.tokens_left)
+        if winner is None:
+            means = predicted.mean[len(seen) :]
+            if len(means) and situation.tokens_left >= self._seen_tokens[-1]:
+                return StartNew(situation.candidates[int(means.argmin())])
+            return self._most_promising(own, situation.tokens_left)
+        chosen = best_option(predicted, options, self._seen_tokens[1:], winner, situation.tokens_left)
+        if chosen is None:
+            return None
+        if chosen < len(seen):
+            return GoOn(seen[chosen].state.number)
+        return StartNew(situation.candidates[chosen - len(seen)])
+
+    def _options(self, seen: Sequence[SeenCurve], num_candidates: int) -> Options:
+        """Return what trials and candidates cost, and what they may do."""
+        full, first = int(self._seen_tokens[-1]), int(self._seen_tokens[1])
+        new = np.full(num_candidates, 1)
+        rung = np.concatenate([[min(curve.num_rungs, self._num_rungs) for curve in seen], 0 * new])
+        return Options(
+            rung=rung,
+            seen=self._seen_tokens[rung],
+            price=np.concatenate([[self._price(curve) for curve in seen], first * new]),
+            to_finish=np.concatenate([[self._to_finish(curve) for curve in seen], full * new]),
+            may_run=np.concatenate([[may_go_on(curve, self._num_rungs) for curve in seen], new > 0]),
+            may_win=np.concatenate([[self._may_win(curve) for curve in seen], new < 0]),
+            is_running=np.concatenate([[curve.state.stand is Stand.RUNNING for curve in seen], new < 0]),
+            has_begun=np.concatenate([[True for _ in seen], new < 0]),
+        )
+
+    def _most_promising(self, own: Sequence[SeenCurve], tokens_left: int) -> Decision:
+        """Continue the waiting trial with the lowest loss whose step fits."""
+        fitting = [c for c in own if may_go_on(c, self._num_rungs) and self._price(c) <= tokens_left]
+        if not fitting:
+            return None
+        return GoOn(min(fitting, key=lambda curve: (curve.losses[-1], curve.state.number)).state.number)
+
+    def _price(self, curve: SeenCurve) -> int:
+        """Return the tokens to the trial's next rung."""
+        rung = min(curve.num_rungs, self._num_rungs - 1)
+        return int(self._seen_tokens[rung + 1] - self._seen_tokens[rung])
+
+    def _to_finish(self, curve: SeenCurve) -> int:
+        """Return the tokens to the trial's end. Those to a running trial's next rung are taken already."""
+        rung = min(curve.num_rungs + (curve.state.stand is Stand.RUNNING), self._num_rungs)
+        return int(self._seen_tokens[-1] - self._seen_tokens[rung])
+
+    def _may_win(self, curve: SeenCurve) -> bool:
+        """Return whether the trial is of this sweep, and has or can get an adapter at its last rung."""
+        if curve.state.is_earlier or curve.is_diverged:
+            return False
+        return curve.state.stand is not Stand.OVER or curve.num_rungs == self._num_rungs
+
+    def _first_rank(self, params: Mapping[str, Any]) -> float:
+        """Return a number that is low for the points to begin with: near the good rate, else random."""
+        text = json.dumps([self._seed, sorted((path, repr(value)) for path, value in params.items())])
+        draw = np.random.Generator(np.random.PCG64(zlib.crc32(text.encode()))).standard_normal()
+        if not self._encoder.knows_rate:
+            return float(draw)
+        return abs(float(self._encoder.encode([params])[0, 0]) + FIRST_SPREAD * float(draw))
+
+    def _curve(self, state: CurveState) -> SeenCurve:
+        known = self._curves.get(state.number)
+        if known is None or known.state is not state:
+            known = self._curves[state.number] = curve_of(state)
+        return known
+
+    def _row(self, curve: SeenCurve) -> np.ndarray:
+        number = curve.state.number
+        if number not in self._trial_rows:
+            self._trial_rows[number] = self._encoder.encode([curve.state.params])[0]
+        return self._trial_rows[number]
+
+    def _rows_of(self, candidates: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Return the rows of the candidates, those of the last call if they are the same objects."""
+        known, rows = self._candidate_rows
+        if len(known) != len(candidates) or not all(map(operator.is_, known, candidates)):
+            rows = self._encoder.encode(candidates)
+            self._candidate_rows = (tuple(candidates), rows)
+        return rows
