@@ -10,8 +10,6 @@ end, and how far two seeds of one config are apart.
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 import numpy
 
 from .measures import interval, rank_correlations
-from .recorded_tasks import ADAPTERS, CURVE_FILES, losses_of
+from .recorded_tasks import ADAPTERS, CURVE_FILES, content_of, losses_of
 
 Trials = Sequence[Mapping[str, Any]]
 
@@ -84,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", type=Path, required=True, help="folder with recorded curves, one file a task")
     for file in sorted(parser.parse_args().curves.glob(CURVE_FILES)):
-        print("\n".join(figures(json.loads(gzip.decompress(file.read_bytes())))) + "\n")
+        print("\n".join(figures(content_of(file))) + "\n")
 
 
 if __name__ == "__main__":

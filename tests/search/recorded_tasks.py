@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .curve_files import read_curves
+from .design import TARGETS
 from .points import Point, Task
 
 CURVE_FILES = "*.json.gz"
 ADAPTERS = ("last", "average", "kept")
 ALPHA = "lora.lora_alpha"
-LINEAR = {"q_v": ("q_proj", "v_proj"), "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
-          "mlp": ("gate_proj", "up_proj", "down_proj"), "all-linear": "all-linear"}  # fmt: skip
 # a stand-in for each convention of alpha, which no single field of a trial's config can name
 CONVENTIONS = {"rank": 1.0, "2rank": 2.0, "rslora8": 8.0, "fixed16": 16.0}
-NAMES = {"lora.target_modules": LINEAR, ALPHA: CONVENTIONS}
+NAMES = {"lora.target_modules": TARGETS, ALPHA: CONVENTIONS}
 
 
 def read_tasks(folder: Path, schedule: str = "cosine", adapter: str = "last") -> list[Task]:
@@ -26,7 +24,13 @@ def read_tasks(folder: Path, schedule: str = "cosine", adapter: str = "last") ->
     files = sorted(folder.glob(CURVE_FILES))
     if not files:
         raise ValueError(f"{folder}: no {CURVE_FILES}")
-    return [make_task(json.loads(gzip.decompress(file.read_bytes())), schedule, adapter) for file in files]
+    return [make_task(content_of(file), schedule, adapter) for file in files]
+
+
+def content_of(file: Path) -> dict[str, Any]:
+    """Return a curve file's content as plain data."""
+    curves = read_curves(file)
+    return {"task": curves.task, "trials": [vars(trial) for trial in curves.trials]}
 
 
 def make_task(content: Mapping[str, Any], schedule: str = "cosine", adapter: str = "last") -> Task:

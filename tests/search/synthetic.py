@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .design import ALPHAS, DROPOUTS, LENGTHS, RANKS, alpha_of
+
 MAX_TOKENS, NUM_RUNGS = 393_216, 16
-RANKS, DROPOUTS, ALPHAS = (4, 8, 16, 32, 64, 128), (0.0, 0.05, 0.1), ("rank", "2rank", "fixed16", "rslora8")
-LENGTHS = (128, 256, 512, 1024)
-TARGETS = {"q_v": 0.030, "attention": 0.018, "mlp": 0.006, "all-linear": 0.0}  # nats above the best
+WORSE = {"q_v": 0.030, "attention": 0.018, "mlp": 0.006, "all-linear": 0.0}  # nats above the best
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def make_content(family: str = "usual", num_configs: int = 112, seed: int = 0, n
             trials.append({
                 "config": index, "lr_schedule": "cosine", "seed": twin, "params": params, "loss": losses, "average": None,
                 "outcome": "COMPLETE" if len(losses) == NUM_RUNGS else "DIVERGED",
-                "num_trainable": params["lora.rank"] * 30_000, "lora_alpha": alpha_of(params["alpha"], params["lora.rank"]),
+                "num_trainable": params["lora.rank"] * 30_000, "lora_alpha": alpha_of(params["alpha"], params["lora.rank"])[0],
                 "use_rslora": params["alpha"] == "rslora8",
             })  # fmt: skip
     return {"format": 1, "task": {"name": family, "max_tokens": MAX_TOKENS, "num_rungs": NUM_RUNGS}, "trials": trials}
@@ -74,13 +74,13 @@ def make_content(family: str = "usual", num_configs: int = 112, seed: int = 0, n
 def curve(family: Family, params: Mapping[str, Any], rng: random.Random) -> list[float]:
     """Return the losses of one trial by rung in nats, cut where it diverges."""
     rank, rate = params["lora.rank"], math.log10(params["optim.learning_rate"])
-    scaling = alpha_of(params["alpha"], rank) / (math.sqrt(rank) if params["alpha"] == "rslora8" else rank)
+    scaling = alpha_of(params["alpha"], rank)[0] / (math.sqrt(rank) if params["alpha"] == "rslora8" else rank)
     # a larger scaling acts like a larger rate, but less than in proportion
     away = rate + 0.5 * math.log10(scaling / 2.0) - family.best_rate + 0.15 * (params["lora.target_modules"] == "all-linear")
     if away > 1.3 + rng.gauss(0.0, 0.1):
         return [2.5 + rng.random() for _ in range(rng.randrange(4))]
     floor = 1.5 + family.curvature * away**2 * (family.steep if away > 0 else 1.0)
-    floor += family.targets_scale * TARGETS[params["lora.target_modules"]]
+    floor += family.targets_scale * WORSE[params["lora.target_modules"]]
     floor += family.rank_gain * abs(math.log2(64 / rank)) + 0.02 * params["lora.lora_dropout"]
     floor += family.length_gain * math.log2(1024 / params["data.max_seq_length"]) + rng.gauss(0.0, family.noise / 2)
     losses = []
@@ -93,14 +93,9 @@ def curve(family: Family, params: Mapping[str, Any], rng: random.Random) -> list
     return losses
 
 
-def alpha_of(convention: str, rank: int) -> float:
-    """Return lora_alpha by the name of a convention."""
-    return {"rank": float(rank), "2rank": 2.0 * rank, "fixed16": 16.0, "rslora8": 8.0}[convention]
-
-
 def _config(rng: random.Random) -> dict[str, Any]:
     return {
-        "lora.rank": rng.choice(RANKS), "lora.target_modules": rng.choice(list(TARGETS)),
+        "lora.rank": rng.choice(RANKS), "lora.target_modules": rng.choice(list(WORSE)),
         "optim.learning_rate": float(f"{10 ** rng.uniform(-5.0, -2.0):.3g}"), "alpha": rng.choice(ALPHAS),
         "lora.lora_dropout": rng.choice(DROPOUTS), "data.max_seq_length": rng.choice(LENGTHS),
     }  # fmt: skip

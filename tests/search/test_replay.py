@@ -14,12 +14,13 @@ from sweep.trials.record import Outcome
 
 from . import replay as command
 from .clock import Choice, Clock, Turn
-from .curve_figures import seed_spread
+from .curve_figures import figures, seed_spread
+from .curve_files import CURVES
 from .measures import Judge, interval, rank_correlations, ratio_interval
 from .peer_sides import OneLookSide, RandomSearcher, RayAshaSide, looks_and_finishers
 from .points import Point, Task
 from .product_side import ProductSide
-from .recorded_tasks import make_task
+from .recorded_tasks import content_of, make_task, read_tasks
 from .replay import replay, shown_seeds
 from .strategies import STRATEGIES, Setting
 from .synthetic import make_content
@@ -251,6 +252,15 @@ def test_the_comparison_says_where_ours_is_behind():
     }
     line = comparison([{**row, "strategy": name, "seen": seen} for name, seen in losses.items()], "seen")
     assert line == ["t, 1 slots, cost 4: 0.25 (0.25-0.25) of halving's, 100 % near; one_look -2.0 BEHIND, random_asha +0.5 level"]
+
+
+def test_the_recorded_tables_are_searched():
+    tasks = read_tasks(CURVES)
+    assert len(tasks) >= 3
+    for task in tasks:
+        assert len(task.points) > 100 and len(task.grid) == 16
+        assert 0.0 <= replay(task, "one_look_16", 4, (8,), 0)[0].seen < 0.1
+        assert len(figures(content_of(CURVES / f"{task.name}.json.gz"))) > 5
 
 
 def test_random_searchers_of_ray_and_of_the_product_draw_the_same_configs(made):
