@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engine.config.parsing import parse
-from engine.config.trial import TrainConfig
+from engine.config.trial import ModelConfig, TrainConfig
 from engine.layers.library_kernels import FLASH_LINEAR_ATTENTION, calls_kernels
 from engine.memory.prediction import CONTEXT_GIB
 from engine.model.base import Base
@@ -63,7 +63,7 @@ class CardPlanner:
         shape = ModelShape.known(base.model.config.to_dict(), config.model.path) if base.route.is_predicted else None
         if shape is not None and calls_kernels(base.model, FLASH_LINEAR_ATTENTION):
             shape = shape.with_kernels()
-        shape = shape and _with_library_bytes(shape, base)
+        shape = shape and _with_library_bytes(shape, config.model, base)
         host_gib = host_share_gib(base.stash.memory.num_bytes / GIB) + pinned_bytes(base.model) / GIB
         return cls(config, shape, card, host_gib, base.lasting.setdefault("lessons", Lessons()))
 
@@ -93,14 +93,14 @@ class CardPlanner:
         return leaner(failed, self.config, self.shape, self.card, self.host_gib, lessons=self.lessons, had_gib=had_gib)
 
 
-def _with_library_bytes(shape: ModelShape, base: Base) -> ModelShape:
+def _with_library_bytes(shape: ModelShape, config: ModelConfig, base: Base) -> ModelShape:
     """Return the shape with what the library's layers allocate, which is measured once for each base."""
     if "library" not in base.lasting:
 
-        def make(config: Any, attention_name: str) -> nn.Module:
-            return type(base.model)._from_config(config, attn_implementation=attention_name)
+        def make(small: Any, attention_name: str) -> nn.Module:
+            return type(base.model)._from_config(small, attn_implementation=attention_name)
 
-        base.lasting["library"] = with_library_bytes(shape, base.config, base.model.config, make).library
+        base.lasting["library"] = with_library_bytes(shape, config, base.model.config, make).library
     return replace(shape, library=base.lasting["library"])
 
 

@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from engine.adapter.lora import attach
+from engine.bench.shapes import random_base
 from engine.command_answers import Facts
 from engine.config.trial import LoraConfig, ModelConfig
 from engine.memory.prediction import predict_memory
@@ -21,6 +22,7 @@ from engine.model.inspect import known_shape
 from engine.quant.frozen_linear import freeze_linears
 from engine.shape.library_bytes import MEASURED_RANK
 from engine.shape.model_shape import ModelShape
+from engine.training.card_plan import _with_library_bytes
 from tests.support.calibrated import config_of
 
 SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64,
@@ -118,6 +120,15 @@ def test_what_cannot_run_without_values_is_estimated():
     shape = ModelShape.of(config.to_dict(), "x")
     assert library_layers.with_library_bytes(shape, ModelConfig(path="x"), config, broken) is shape
     assert predict_memory(config_of(), shape).rough
+
+
+def test_a_worker_measures_the_layers_of_its_base_once(monkeypatch):
+    base = random_base("tiny", torch.device("cpu"), torch.float32, fused=False)
+    shape, config = ModelShape.of(base.model.config.to_dict(), "tiny"), ModelConfig(path="tiny", layers="original")
+    found = _with_library_bytes(shape, config, base)
+    assert found.library is not None and base.model.config.num_hidden_layers == shape.num_layers
+    monkeypatch.setattr(library_layers, "measure", None)
+    assert _with_library_bytes(shape, config, base) == found
 
 
 def test_only_layers_of_the_library_are_measured_and_the_driver_gets_the_bytes(tiny_model_dir):
