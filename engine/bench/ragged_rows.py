@@ -147,7 +147,8 @@ def measure_one(base: Base, values: dict[str, Any]) -> dict[str, Any]:
     except OutOfMemory as error:
         return {"fits": False, "predicted_gib": error.predicted_gib}
     predicted = {"predicted_gib": plan.memory.peak_gib, "predicted_reserved_gib": plan.memory.reserved_gib}
-    speed = {"predicted_tokens_per_second": round(plan.speed.tokens_per_second), "plan": plan.describe(), "settings": plan.settings()}
+    predicted |= {"predicted_tokens_per_second": round(plan.speed.tokens_per_second)}
+    chosen = {"plan": plan.describe(), "settings": plan.settings()}
     layers = attach(base.model, base.linear_names, config.lora, 0)
     free(base.device)
     limit_memory(values["budget_gib"] - CONTEXT_GIB, base.device)
@@ -168,7 +169,7 @@ def measure_one(base: Base, values: dict[str, Any]) -> dict[str, Any]:
     base.checkpoint_activations(Policy.KEEP)
     base.cache_weights(0.0)
     limit_memory(math.inf, base.device)
-    return {"fits": True, **predicted, **speed, **measured}
+    return {"fits": True, **predicted, **chosen, **measured}
 
 
 def _steps(base: Base, layers: dict[str, LoraLinear], config: TrainConfig, plan: ComputePlan, vocab_size: int) -> float:

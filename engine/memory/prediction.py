@@ -7,10 +7,11 @@ number is fitted.
 Measured on one H100 (engine/bench/calibration/): within 1.1 % in 95 % of 33 settings of Llama
 shapes, up to 65,536 tokens, and of six other families in a setting each. A library's mixers are
 estimated (engine/memory/mixer_bytes.py): 4 % too much in one step of Qwen3.5-4B. Its decoder layers,
-where they run unfused, are measured without values (engine/model/library_layers.py). On an H200 packed
-rows of 24 models, 131 settings, took at most 2.3 % more and 3.1 % less than predicted, and reserved at
-most 5.5 % more and 5.1 % less. A test without a GPU compares the walk with the layers' code.
-Only the text decoder of a model is counted.
+if they run unfused, are measured without values (engine/model/library_layers.py). For packed rows of
+24 models on an H200 (131 settings) predictions are 2.3 % below to 3.1 % above the peak. For what was
+reserved they are 5.3 % below to 5.1 % above, and within 4.3 % in 95 %.
+
+A test without a GPU compares the walk with the layers' code. Only the text decoder of a model is counted.
 """
 
 from __future__ import annotations

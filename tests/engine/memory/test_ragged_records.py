@@ -10,6 +10,8 @@ import pytest
 
 from engine.bench.ragged_rows import _shape, train_config
 from engine.memory.prediction import MemoryPrediction, predict_memory
+from engine.planning.compute_plan import ComputePlan
+from engine.shape.policies import Policy
 from tests.support.calibrated import RAGGED, plan_of
 
 RECORDS = [record for file in RAGGED for record in map(json.loads, file.read_text().splitlines()) if record["fits"]]
@@ -31,6 +33,11 @@ def test_the_reserved_peak_is_predicted_within_5_percent_in_95_and_never_10_too_
     sizes = sorted(map(abs, errors))
     assert sizes[math.ceil(0.95 * len(sizes)) - 1] < 0.05
     assert errors[-1] < 0.06 and errors[0] > -0.06
+
+
+def test_a_plan_is_known_again_by_its_settings_or_by_its_description() -> None:
+    plan = ComputePlan(4, Policy.OFFLOAD, 3, 8, 1.5)
+    assert plan_of({"plan": plan.describe()}) == plan_of({"settings": plan.settings()}) == plan
 
 
 def test_no_setting_reserved_more_than_the_budget_that_it_was_told_to_fit(predictions: Any) -> None:

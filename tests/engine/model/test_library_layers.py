@@ -45,28 +45,34 @@ def saved_a_token(kind: str, dropout: bool) -> float:
     adapters = attach(model, names, LoraConfig(rank=MEASURED_RANK, lora_dropout=0.1 if dropout else 0.0), 0)
     for adapter in adapters.values():  # torch's CPU code keeps a mask of two bytes, CUDA's one
         adapter.drop = lambda x: torch.native_dropout(x, 0.1, True)[0]
-    layer, ours, sums = model.get_decoder().layers[1], {p.data_ptr() for p in model.parameters()}, []
-    for tokens in (256, 512):
-        saved: dict[int, torch.UntypedStorage] = {}
-
-        def keep(tensor, saved=saved):
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-            return tensor
-
-        def enter(module, given, named):
-            places = torch.utils._pytree.tree_leaves((given, named))
-            outside.update(t.untyped_storage().data_ptr() for t in places if isinstance(t, torch.Tensor))
-            hooks.__enter__()
-
-        outside, hooks = set(ours), saved_tensors_hooks(keep, lambda tensor: tensor)
-        handles = [layer.register_forward_pre_hook(enter, with_kwargs=True),
-                   layer.register_forward_hook(lambda *_: hooks.__exit__(None, None, None))]  # fmt: skip
-        hidden = model.get_decoder()(input_ids=torch.ones(1, tokens, dtype=torch.long), use_cache=False).last_hidden_state
-        sums.append(sum(storage.nbytes() for place, storage in saved.items() if place not in outside))
-        for handle in handles:
-            handle.remove()
-        del hidden
+    sums = [saved_bytes(model, tokens) for tokens in (256, 512)]
     return (sums[1] - sums[0]) / 256
+
+
+def saved_bytes(model, tokens: int) -> int:
+    """Return the bytes that the second layer saves of what is made in it."""
+    saved: dict[int, int] = {}
+    outside = {p.data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def enter(module, given, named):
+        places = torch.utils._pytree.tree_leaves((given, named))
+        outside.update(t.untyped_storage().data_ptr() for t in places if isinstance(t, torch.Tensor))
+        hooks.__enter__()
+
+    layer, hooks = model.get_decoder().layers[1], saved_tensors_hooks(keep, lambda tensor: tensor)
+    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True),
+               layer.register_forward_hook(lambda *_: hooks.__exit__(None, None, None))]  # fmt: skip
+    ids = torch.ones(1, tokens, dtype=torch.long)
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # the graph keeps what was saved
+    for handle in handles:
+        handle.remove()
+    assert hidden.requires_grad
+    return sum(size for place, size in saved.items() if place not in outside)
 
 
 @pytest.fixture(scope="module")
