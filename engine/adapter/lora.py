@@ -61,9 +61,12 @@ class LoraLinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        u = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        u = self.drop(x) if self.dropout else x
         low_rank = F.linear(F.linear(u, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
         return self.base(x) + self.scaling * low_rank
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
 
     def noise_of_pass(self) -> Tensor:
         """Return seed and rate of the pass, int64 [2] for `ops.dropout`.

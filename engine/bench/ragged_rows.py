@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import math
@@ -30,13 +31,14 @@ from torch import nn
 from engine.adapter.lora import LoraLinear, attach, detach
 from engine.bench.shapes import family_kind, random_base, random_config
 from engine.config.parsing import parse
-from engine.config.trial import TrainConfig
+from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.packing import Cursor, Sample
 from engine.errors import OutOfMemory
 from engine.evaluation.eval_loss import evaluation_batches
 from engine.memory.prediction import CONTEXT_GIB
 from engine.model.base import Base
 from engine.model.device import free, limit_memory, pick_device, pick_dtype
+from engine.model.library_layers import with_library_bytes
 from engine.planning.cards import found_card
 from engine.planning.compute_plan import ComputePlan
 from engine.planning.planner import make_compute_plan
@@ -145,7 +147,8 @@ def measure_one(base: Base, values: dict[str, Any]) -> dict[str, Any]:
     except OutOfMemory as error:
         return {"fits": False, "predicted_gib": error.predicted_gib}
     predicted = {"predicted_gib": plan.memory.peak_gib, "predicted_reserved_gib": plan.memory.reserved_gib}
-    speed = {"predicted_tokens_per_second": round(plan.speed.tokens_per_second), "plan": plan.describe()}
+    predicted |= {"predicted_tokens_per_second": round(plan.speed.tokens_per_second)}
+    chosen = {"plan": plan.describe(), "settings": plan.settings()}
     layers = attach(base.model, base.linear_names, config.lora, 0)
     free(base.device)
     limit_memory(values["budget_gib"] - CONTEXT_GIB, base.device)
@@ -166,7 +169,7 @@ def measure_one(base: Base, values: dict[str, Any]) -> dict[str, Any]:
     base.checkpoint_activations(Policy.KEEP)
     base.cache_weights(0.0)
     limit_memory(math.inf, base.device)
-    return {"fits": True, **predicted, **speed, **measured}
+    return {"fits": True, **predicted, **chosen, **measured}
 
 
 def _steps(base: Base, layers: dict[str, LoraLinear], config: TrainConfig, plan: ComputePlan, vocab_size: int) -> float:
@@ -252,8 +255,17 @@ def _read(*files: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
+@functools.cache
 def _shape(model: str) -> ModelShape:
-    return ModelShape.of(random_config(model).to_dict(), model)
+    found = random_config(model)
+    shape = ModelShape.of(found.to_dict(), model)
+    return with_library_bytes(shape, ModelConfig(path=model), found, _unmade)
+
+
+def _unmade(config: Any, attention_name: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention_name)
 
 
 def _key(values: dict[str, Any]) -> tuple[Any, ...]:

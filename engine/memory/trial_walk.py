@@ -22,6 +22,7 @@ from engine.shape.layer_plan import (
     num_trained,
     plan_layers,
 )
+from engine.shape.library_bytes import MEASURED_RANK, PassBytes
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import Policy
 
@@ -44,7 +45,9 @@ class TrialWalk:
         self.plans, self.element = plan_layers(config, shape), element_bytes(config)
         self.attention, self.is_eager = attention, attention_name(shape, self.element, attention) == "eager"
         self.is_fused = is_fused(config, shape)
-        self.is_rough = not self.is_fused or self.is_eager or self.element != 2 or shape.has_mixers
+        self.is_estimate = self.is_eager or self.element != 2 or shape.has_mixers
+        self.library = None if self.is_fused or self.is_estimate else shape.library
+        self.is_rough = self.is_estimate or (not self.is_fused and self.library is None)
 
     def load(self) -> None:
         """Load the base model from its 16-bit weights; then hold all that stays during training."""
@@ -94,6 +97,8 @@ class TrialWalk:
                     live.hold("inputs", sizes.x, BOUNDARY)
             live.drop("inputs")
             self.host_stack.flush()
+        elif self.library is not None:
+            self._forward_measured(tokens)
         else:
             self._forward_unfused(sizes)
         self._loss(sizes, tokens, trains=True)
@@ -101,6 +106,8 @@ class TrialWalk:
         live.drop("dh", f"{last}.x")
         if self.is_fused:
             self._backward(passes)
+        elif self.library is not None:
+            self._backward_measured(tokens)
         else:
             self._backward_unfused(sizes)
         if self._trains_inputs():  # the gradient of all layers' inputs, through mean, norm and projection
@@ -140,6 +147,8 @@ class TrialWalk:
         self.live.briefly(max(others, default=0) + 2 * sizes.x + self._largest_weight() * bool(others), MIXERS)
         if self.is_fused:  # the last layer has the fewest cached weights, and the widest MLP if layers differ
             self._pass(last, dropout=False).forward(trains=False)
+        elif self.library is not None:
+            self.live.briefly(self.library.alone * tokens + self._largest_weight())
         else:
             self.live.briefly(sizes.gate_up + sizes.f + 6 * sizes.x + self._largest_weight() + 12 * self._eager_scores(sizes))
         self.live.drop("inputs", "shared keys", f"keys of {last}")
@@ -205,6 +214,36 @@ class TrialWalk:
             kind = "kept" if layer.plan.policy in (Policy.KEEP, Policy.HOST) else "recomputed"
             self.live.enter(f"backward, {kind} layers")
             layer.backward()
+
+    def _forward_measured(self, tokens: int) -> None:
+        """Walk the library's layers by the bytes that they were seen to allocate."""
+        measured, live = self._measured(), self.live
+        kept = BOUNDARY if measured.recomputes else KEPT
+        live.hold("graph", self.shape.num_layers * self._in_layer(measured, tokens), kept)
+        live.briefly(measured.forward * tokens + self._largest_weight())
+        live.hold("tail", max(0, measured.tail * tokens - self.layer_sizes[-1].x))  # the loss has the hidden states
+
+    def _backward_measured(self, tokens: int) -> None:
+        measured, live = self._measured(), self.live
+        live.enter("backward, recomputed layers" if measured.recomputes else "backward, kept layers")
+        live.drop("tail", "dy")
+        again = self._of_adapters(tokens) if measured.recomputes else 0
+        with live.holding(measured.backward * tokens + again):
+            live.briefly(self._largest_weight(), WEIGHTS)
+        live.drop("graph", "0.x")
+
+    def _in_layer(self, measured: PassBytes, tokens: int) -> int:
+        return measured.layer * tokens + (0 if measured.recomputes else self._of_adapters(tokens))
+
+    def _of_adapters(self, tokens: int) -> int:
+        """Return what a layer's adapters keep: 16-bit copies, and the low-rank hidden beyond the measured rank."""
+        plan = self.plans[-1]
+        beyond = sum(plan.ranks.values()) - MEASURED_RANK * len(self.shape.projections())
+        return self.element * (sum(plan.adapter.values()) + tokens * max(0, beyond))
+
+    def _measured(self) -> PassBytes:
+        recomputes = Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
+        return self.library.of(recomputes, self.config.lora.lora_dropout > 0.0)
 
     def _forward_unfused(self, sizes: Sizes) -> None:
         """Walk transformers' own layers: hold what autograd keeps, or only the inputs."""

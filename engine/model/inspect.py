@@ -17,10 +17,11 @@ from engine.layers.library_kernels import FLASH_LINEAR_ATTENTION, lacks_kernels
 from engine.layers.swap import SwapReport, require_fused, survey
 from engine.model.comparison import num_tokens
 from engine.model.guard import NO_LINEAR, plain_linears
+from engine.model.library_layers import runs_unfused, with_library_bytes
 from engine.model.pretrained import from_pretrained, read_config, unused_tensors, without_weights
 from engine.model.route import ModelVerdict, Route, pattern_of
 from engine.model.skeleton import POSITIONS
-from engine.model.verdicts import verdict_of
+from engine.model.verdicts import model_parts, verdict_of
 from engine.quant.frozen_linear import is_known_linear
 from engine.shape.model_shape import ModelShape
 from engine.sources.locate import locate
@@ -38,21 +39,23 @@ def model_config(config: ModelConfig) -> dict[str, Any]:
 
 def model_shape(config: ModelConfig) -> ModelShape:
     """Return the model's shape. Raises InputError if nothing is predicted for such a model."""
-    return _as_installed(ModelShape.of(model_config(config), config.path))
+    return _as_installed(ModelShape.of(model_config(config), config.path), config)
 
 
 def known_shape(config: ModelConfig) -> ModelShape | None:
     """Return the model's shape, or None if nothing is predicted for it. Raises InputError if there is no such model."""
     shape = ModelShape.known(model_config(config), config.path)
-    return None if shape is None else _as_installed(shape)
+    return None if shape is None else _as_installed(shape, config)
 
 
-def _as_installed(shape: ModelShape) -> ModelShape:
-    """Return the shape with kernels for linear attention if they are installed here.
+def _as_installed(shape: ModelShape, config: ModelConfig) -> ModelShape:
+    """Return the shape with kernels for linear attention, and what the library's layers keep, as installed here.
 
-    Whether they suit the card shows only when the model is loaded.
+    Whether the kernels suit the card shows only when the model is loaded.
     """
-    return shape if importlib.util.find_spec(FLASH_LINEAR_ATTENTION) is None else shape.with_kernels()
+    if importlib.util.find_spec(FLASH_LINEAR_ATTENTION) is not None:
+        shape = shape.with_kernels()
+    return with_library_bytes(shape, config, *model_parts(config)) if runs_unfused(shape, config) else shape
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

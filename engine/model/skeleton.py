@@ -79,12 +79,12 @@ def build(config: Any, make: Callable[[Any], nn.Module], works: Callable[[nn.Mod
     errors if no way to shrink the config works.
     """
     first: Exception | None = None
-    for shrunk in (shrink, _derived_again, _with_wide_heads, _with_few_layers):
+    for shrunk in (shrink, _derived_again, _with_wide_heads, with_few_layers):
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 small = shrunk(config)
-                _require_small(small, make, MAX_WIDE if shrunk is _with_few_layers else MAX_PARAMETERS)
+                _require_small(small, make, MAX_WIDE if shrunk is with_few_layers else MAX_PARAMETERS)
                 model = make(small)
                 make_loud(model)
             model = model.float().eval().requires_grad_(False)
@@ -122,7 +122,7 @@ def _with_wide_heads(config: Any) -> Any:
     return small
 
 
-def _with_few_layers(config: Any) -> Any:
+def with_few_layers(config: Any) -> Any:
     """Return a copy that keeps its widths."""
     small = copy.deepcopy(config)
     _shrink(small, {})

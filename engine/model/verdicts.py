@@ -55,7 +55,7 @@ def _verdict(config: ModelConfig, content: str, kind: str) -> ModelVerdict:
 
 def _find(config: ModelConfig) -> ModelVerdict:
     """Return the verdict of a tiny model, and of PEFT on a model without weights."""
-    found, make = _parts(config)
+    found, make = model_parts(config)
     verdict = choose_route(found, config, make)
     return with_export(verdict, lambda: without_weights(copy.deepcopy(found), config))
 
@@ -68,7 +68,7 @@ def with_rows_of(config: ModelConfig, verdict: ModelVerdict, device: torch.devic
     route = verdict.route
     if route.shares_rows or not route.packed_attention or not any(map(_version, KERNELS)):
         return verdict
-    found, make = _parts(config)
+    found, make = model_parts(config)
     try:
         there = choose_route(found, config, make, device).route
     except InputError:
@@ -78,7 +78,7 @@ def with_rows_of(config: ModelConfig, verdict: ModelVerdict, device: torch.devic
     return replace(verdict, route=there)
 
 
-def _parts(config: ModelConfig) -> tuple[Any, Make]:
+def model_parts(config: ModelConfig) -> tuple[Any, Make]:
     """Return the config of the 16-bit model, and what makes a model from such a config."""
     found = read_config(config)
     if hasattr(found, "quantization_config"):

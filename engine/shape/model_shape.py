@@ -13,6 +13,7 @@ from typing import Any
 from engine.errors import InputError
 from engine.shape.families import ACTIVATIONS, FAMILIES, INPUT_GATE, INPUT_PROJECTION, OTHER, OTHER_TYPES, WITHOUT_GATE, Family
 from engine.shape.layer_shapes import LINEAR, Keys, LayerShape, gemma4_layers, hybrid_layers
+from engine.shape.library_bytes import LibraryBytes
 from engine.shape.mixer_shape import MIXER, MixerShape
 
 STATES = ("mamba_", "ssm_", "lru_", "conv_L_", "state_size", "time_step_", "attn_layer_", "layers_block_type", "block_types")
@@ -37,6 +38,7 @@ class ModelShape:
     - keys, source, reads_first, mixer: as in LayerShape.
     - input_width: features of each layer's own embedding of a token, 0 for none. input_rows: tokens
       in that table.
+    - library: the bytes that the library's own layers allocate, if they run unfused and were measured.
     - layers: what each layer has of its own; empty if all are alike. Then `each` gives their shapes,
       and the numbers above are those of the config alone.
     """
@@ -64,6 +66,7 @@ class ModelShape:
     input_width: int = 0
     input_rows: int = 0
     layers: tuple[LayerShape, ...] = ()
+    library: LibraryBytes | None = None
 
     @classmethod
     def known(cls, config: dict[str, Any], where: str) -> ModelShape | None:

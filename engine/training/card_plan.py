@@ -9,13 +9,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from engine.config.parsing import parse
-from engine.config.trial import TrainConfig
+from engine.config.trial import ModelConfig, TrainConfig
 from engine.layers.library_kernels import FLASH_LINEAR_ATTENTION, calls_kernels
 from engine.memory.prediction import CONTEXT_GIB
 from engine.model.base import Base
 from engine.model.device import host_share_gib
+from engine.model.library_layers import with_library_bytes
 from engine.planning.cards import Card, found_card
 from engine.planning.compute_plan import ComputePlan
 from engine.planning.known_cards import with_known_rates
@@ -61,6 +63,7 @@ class CardPlanner:
         shape = ModelShape.known(base.model.config.to_dict(), config.model.path) if base.route.is_predicted else None
         if shape is not None and calls_kernels(base.model, FLASH_LINEAR_ATTENTION):
             shape = shape.with_kernels()
+        shape = shape and _with_library_bytes(shape, config.model, base)
         host_gib = host_share_gib(base.stash.memory.num_bytes / GIB) + pinned_bytes(base.model) / GIB
         return cls(config, shape, card, host_gib, base.lasting.setdefault("lessons", Lessons()))
 
@@ -88,6 +91,17 @@ class CardPlanner:
         """Return the plan to try after one ran out of memory. reserved_gib: the most that torch held."""
         had_gib = reserved_gib + CONTEXT_GIB
         return leaner(failed, self.config, self.shape, self.card, self.host_gib, lessons=self.lessons, had_gib=had_gib)
+
+
+def _with_library_bytes(shape: ModelShape, config: ModelConfig, base: Base) -> ModelShape:
+    """Return the shape with what the library's layers allocate, which is measured once for each base."""
+    if "library" not in base.lasting:
+
+        def make(small: Any, attention_name: str) -> nn.Module:
+            return type(base.model)._from_config(small, attn_implementation=attention_name)
+
+        base.lasting["library"] = with_library_bytes(shape, config, base.model.config, make).library
+    return replace(shape, library=base.lasting["library"])
 
 
 @functools.lru_cache(maxsize=64)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
+from engine.planning.compute_plan import DESCRIPTIONS, ComputePlan
 from engine.shape.compute_limits import MLP_TILE_TOKENS
 from engine.shape.model_shape import ModelShape
+from engine.shape.policies import Policy
 from tests.support.paths import ROOT
 from tests.support.published_models import LLAMA_1B, LLAMA_8B
 
 CALIBRATION = ROOT / "engine" / "bench" / "calibration" / "h100-2026-11-24.jsonl"
 PEAKS = CALIBRATION.with_name("h100-2026-11-24-peaks.jsonl")
 RESERVED = CALIBRATION.with_name("h100-2026-11-27-reserved.jsonl")
+RAGGED = sorted(CALIBRATION.parent.glob("*-ragged.jsonl"))
 
 
 def todays(file: Path) -> list[dict[str, Any]]:
@@ -56,3 +60,22 @@ def config_of_row(row: dict[str, Any]) -> TrainConfig:
 def row_name(row: dict[str, Any]) -> str:
     names = ("model", "batch", "length", "policy", "keep_layers", "host_layers", "weight_cache_gib")
     return "-".join(str(row.get(k, 0)) for k in names)
+
+
+def plan_of(record: dict[str, Any]) -> ComputePlan:
+    """Return the plan that a ragged row was measured with. Older records hold only its description."""
+    if settings := record.get("settings"):
+        return ComputePlan(policy=Policy.of(settings["activation_checkpointing"]), **{
+            name: value for name, value in settings.items() if name != "activation_checkpointing"})  # fmt: skip
+    text = record["plan"]
+    policy = max((p for p in DESCRIPTIONS if f", {DESCRIPTIONS[p]}" in text), key=lambda p: len(DESCRIPTIONS[p]))
+
+    def number(pattern: str) -> float:
+        found = re.search(pattern, text)
+        return float(found[1]) if found else 0.0
+
+    counts = (int(number(p)) for p in (r"^micro-batch (\d+)", r"(\d+) layers kept(?! on)", r"(\d+) layers kept on the host"))
+    micro_batch, keep, host = counts
+    plan = ComputePlan(micro_batch, policy, keep, host, number(r"([\d.]+) GiB of weights"), text.endswith("CUDA graphs"))
+    assert plan.describe() == text
+    return plan

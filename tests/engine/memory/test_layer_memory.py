@@ -28,6 +28,7 @@ from engine.memory.layer_memory import Pass
 from engine.memory.layer_walk import attention_name
 from engine.memory.live_bytes import HostStack, LiveBytes
 from engine.memory.tensor_sizes import Sizes
+from engine.model.library_layers import Storages
 from engine.quant.frozen_linear import FrozenLinear
 from engine.shape.compute_limits import FLASH_HEAD
 from engine.shape.families import HalfNorms
@@ -36,7 +37,6 @@ from engine.shape.mixer_shape import MIXER
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import LADDER
 from tests.support.mixers import mixer_on
-from tests.support.storages import Storages
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 3, "hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8,
          "num_key_value_heads": 2, "vocab_size": 1024}  # fmt: skip

@@ -10,9 +10,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from engine.config.trial import LoraConfig
 from engine.layers.attention import Documents
 from engine.memory.mixer_bytes import MixerBytes
+from engine.model.library_layers import Storages
 from engine.shape.mixer_shape import MixerShape
 from tests.support.mixers import mixer_on
-from tests.support.storages import Storages
 
 SHAPES = {
     "qwen3.5-4b": (2560, MixerShape(16, 32, 128, 128, 4)),

@@ -8,11 +8,11 @@ import torch
 from engine.adapter.lora import attach
 from engine.kernels import ops
 from engine.memory.trial_walk import TrialWalk
+from engine.model.library_layers import Storages
 from engine.shape.layer_plan import adapted_outside
 from engine.shape.model_shape import ModelShape
 from tests.support import fused_layers
 from tests.support.calibrated import config_of
-from tests.support.storages import Storages
 
 TOKENS = 2048
 
