@@ -1,6 +1,7 @@
 """Files of every kind give the same rows, and a bad one is named with its file and line."""
 
 import bz2
+import functools
 import gzip
 import json
 import lzma
@@ -15,6 +16,7 @@ from engine.data.source_files import NamedSource, find_source
 from engine.errors import InputError
 
 ROWS = [{"text": f"text {i} é\u2028データ"} for i in range(5)]
+gz = functools.partial(gzip.compress, mtime=0)  # names of tests hold the bytes, which must not depend on the time
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
 
 
@@ -59,16 +61,16 @@ FILES = {
     "a.json": json.dumps(ROWS).encode(),
     "bom.json": b"\xef\xbb\xbf" + json.dumps(ROWS, indent=1).encode(),
     "lines.json": LINES,
-    "a.jsonl.gz": gzip.compress(LINES),
-    "two members.jsonl.gz": gzip.compress(LINES[: len(LINES) // 2]) + gzip.compress(LINES[len(LINES) // 2 :]),
+    "a.jsonl.gz": gz(LINES),
+    "two members.jsonl.gz": gz(LINES[: len(LINES) // 2]) + gz(LINES[len(LINES) // 2 :]),
     "a.jsonl.bz2": bz2.compress(LINES),
     "a.jsonl.xz": lzma.compress(LINES),
     "a.jsonl.zst": zstd(LINES),
-    "a.json.gz": gzip.compress(json.dumps(ROWS).encode()),
+    "a.json.gz": gz(json.dumps(ROWS).encode()),
     "a.parquet": parquet_file(ROWS),
     "a.csv": b"text\n" + "".join(row["text"] + "\n" for row in ROWS).encode(),
     "bom.csv": b"\xef\xbb\xbftext\r\n" + "".join(f'"{row["text"]}"\r\n' for row in ROWS).encode(),
-    "a.tsv.gz": gzip.compress(b"text\n" + "".join(row["text"] + "\n" for row in ROWS).encode()),
+    "a.tsv.gz": gz(b"text\n" + "".join(row["text"] + "\n" for row in ROWS).encode()),
 }
 
 
@@ -121,7 +123,7 @@ def test_a_line_that_is_no_json_is_a_fault_of_this_row_alone(tmp_path, line, sai
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl.gz", gzip.compress(LINES * 500)[:-200], "damaged or cut off"),
+        ("a.jsonl.gz", gz(LINES * 500)[:-200], "damaged or cut off"),
         ("a.jsonl.gz", LINES, "damaged or cut off"),
         ("a.jsonl.xz", lzma.compress(LINES * 500)[:-20], "damaged or cut off"),
         ("a.jsonl.bz2", bz2.compress(LINES * 500)[:-20], "damaged or cut off"),
@@ -136,15 +138,15 @@ def test_a_line_that_is_no_json_is_a_fault_of_this_row_alone(tmp_path, line, sai
         ("a.json", b"[[" + b"[" * 100_000, "nested too deeply"),
         ("a.json", json.dumps(ROWS).encode("utf-16"), "iconv"),
         ("a.jsonl", LINES.decode().encode("utf-16-le"), "iconv"),
-        ("a.jsonl.gz", gzip.compress(LINES.decode().encode("utf-16")), "iconv"),
+        ("a.jsonl.gz", gz(LINES.decode().encode("utf-16")), "iconv"),
         ("a.csv", "text\na\n".encode("utf-16"), "iconv"),
         ("a.csv", b"a,a\n1,2\n", "name each column once"),
         ("a.csv", b"prompt;completion\np;c\n", "is one cell with ';' in it.*commas"),
         ("a.csv", b"prompt\tcompletion\np\tc\n", "tsv"),
         ("a.tsv", b"prompt,completion\np,c\n", "is one cell with ',' in it"),
         ("a.jsonl", b"PK\x03\x04\x14\0\0\0", "ZIP"),
-        ("a.jsonl", gzip.compress(LINES), "is no text but gzip"),
-        ("a.jsonl.gz", gzip.compress(gzip.compress(LINES)), "is no text but gzip"),
+        ("a.jsonl", gz(LINES), "is no text but gzip"),
+        ("a.jsonl.gz", gz(gz(LINES)), "is no text but gzip"),
         ("a.json", parquet_file(ROWS), "is no text but Parquet"),
         ("a.csv", POINTER, "git lfs pull"),
         ("a.jsonl", POINTER, "git lfs pull"),
