@@ -102,7 +102,7 @@ def repeated_keys(overrides: list[str]) -> list[str]:
     given: dict[str, Any] = {}
     lines = []
     for name, value in _given(overrides):
-        if given.setdefault(name, value) != value:
+        if name in given and given[name] != value:
             lines.append(f"{name} = {given[name]} has no effect, because a later argument sets {name} = {value}")
         given[name] = value
     return lines

@@ -14,10 +14,10 @@ from engine.errors import InputError
 from sweep.config.confirmations import CONFIRMED
 from sweep.config.sweep import SweepConfig, parse_sweep_config
 
-NUM_TRIALS = "sweep.num_trials"
+NUM_TRIALS, FULL_TRIALS = "sweep.num_trials", "sweep.budget.full_trials"
 # 1: a larger value allows more; -1: a smaller one does
 BUDGETS = {
-    "sweep.budget.gpu_hours": 1, "sweep.budget.wall_clock_hours": 1, "sweep.budget.full_trials": 1,
+    "sweep.budget.gpu_hours": 1, "sweep.budget.wall_clock_hours": 1, FULL_TRIALS: 1,
     "sweep.budget.target_loss": -1,
 }  # fmt: skip
 PLACE = (
@@ -43,9 +43,12 @@ def apply_resume_changes(config: SweepConfig, overrides: dict[str, Any]) -> Swee
         section = values
         for part in sections:
             section = section[part]
-        _check_more(key, section[name], value)
+        if not _is_own_check(key, config):
+            _check_more(key, section[name], value)
         section[name] = value
-    return parse_sweep_config(values)
+    changed = parse_sweep_config(values)
+    _check_effective_tokens(changed, config)
+    return changed
 
 
 def refuse_edits(config: SweepConfig, recorded: SweepConfig) -> None:
@@ -57,7 +60,9 @@ def refuse_edits(config: SweepConfig, recorded: SweepConfig) -> None:
         if key not in AMENDABLE:
             allowed = f"edited in sweep_config.json: the sweep began with {before!r}; put that back, or start a new sweep"
             raise InputError(key, value, allowed)
-        _check_more(key, before, value)
+        if not _is_own_check(key, recorded):
+            _check_more(key, before, value)
+    _check_effective_tokens(config, recorded)
 
 
 def _differences(key: str, now: Any, before: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -81,3 +86,18 @@ def _check_more(key: str, before: Any, wanted: Any) -> None:
     elif key in BUDGETS and before is not None and isinstance(wanted, int | float) and BUDGETS[key] * (wanted - before) < 0:
         bound = "at least" if BUDGETS[key] > 0 else "at most"
         raise InputError(key, wanted, f"must be {bound} {before:g} on resume, or null for no limit")
+
+
+def _is_own_check(key: str, config: SweepConfig) -> bool:
+    """Return whether _check_effective_tokens judges this field: null is a limit too if the sampler pauses trials."""
+    return key == FULL_TRIALS and config.pauses_trials
+
+
+def _check_effective_tokens(config: SweepConfig, before: SweepConfig) -> None:
+    """Refuse fewer tokens than the sweep had. Without a limit of its own, a sampler that pauses trials has one too."""
+    least, wanted = before.effective_budget.full_trials, config.effective_budget.full_trials
+    if before.pauses_trials and wanted < least:
+        allowed = f"must be at least {least:g} on resume; null means a quarter of sweep.num_trials here, {wanted:g}"
+        if config.sweep.budget.full_trials is not None:
+            allowed = f"must be at least {least:g} on resume"
+        raise InputError(FULL_TRIALS, config.sweep.budget.full_trials, allowed)

@@ -7,6 +7,7 @@ sampler and pruner decide, and where the trials run.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -249,7 +250,17 @@ def parse_sweep_config(data: Any) -> SweepConfig:
     varied = {path for key, leaf in config.space.items() for path, _ in flattened(key, leaf)}
     if config.sweep.final_seeds > 1 and any(path.startswith("train.seed.") for path in varied):
         raise InputError("sweep.final_seeds", config.sweep.final_seeds, "must be 0 if the space varies train.seed")
+    _check_first_report(config)
     return config
+
+
+def _check_first_report(config: SweepConfig) -> None:
+    """Raise InputError for a budget of tokens that ends before any trial can report, so that none could win."""
+    grid, wanted = config.train.report_grid(), config.sweep.budget.full_trials
+    if wanted is not None and round(wanted * grid[-1]) < grid[0]:
+        least = math.ceil(grid[0] / grid[-1] * 1e4) / 1e4
+        allowed = f"must be at least {least:g}, because a trial's first report comes after {grid[0]:,} of its {grid[-1]:,} tokens"
+        raise InputError("sweep.budget.full_trials", wanted, allowed)
 
 
 def _pick(models: Mapping[str, type[StrictModel]], value: Any, where: str) -> Any:

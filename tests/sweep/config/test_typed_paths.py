@@ -159,6 +159,7 @@ def test_the_same_key_twice_is_a_warning_with_both_values():
     assert given_keys(["lora.rank=8", "lora={rank: 16}"]) == {"lora.rank": 16}
     (line,) = repeated_keys(["lora.rank=8", "lora={rank: 16}", "lora.rank=16"])
     assert line == "lora.rank = 8 has no effect, because a later argument sets lora.rank = 16"
+    assert repeated_keys(["lora.rank=nan"]) == []  # nan differs from itself
 
 
 def test_a_resume_takes_a_folder_by_its_name(tmp_path, capsys, monkeypatch):

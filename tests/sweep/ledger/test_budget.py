@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import pytest
 
 from engine.errors import InputError
-from sweep.config.resume_changes import apply_resume_changes
+from sweep.config.resume_changes import apply_resume_changes, refuse_edits
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
 from sweep.ledger.ledger import Ledger, Next
@@ -190,6 +191,34 @@ def test_a_resume_may_raise_every_limit_and_drop_it():
     raised = apply_resume_changes(config, more).sweep.budget.model_dump()
     assert raised == {"gpu_hours": 2.0, "wall_clock_hours": 3.0, "target_loss": 1.0, "full_trials": None}
     assert apply_resume_changes(config, {"sweep.budget.gpu_hours": None}).sweep.budget.gpu_hours is None
+
+
+@pytest.mark.parametrize(("begun", "given"), [(None, 1.5), (None, 1.0), (3.0, None), (3.0, 2.9)])
+def test_a_sweep_that_pauses_trials_gets_no_fewer_tokens_on_resume_and_null_is_no_way_around(begun, given):
+    config = config_for(WIDE, "freeze_thaw", num_trials=8, budget={"full_trials": begun})  # null means 2 here
+    part = f"full_trials = {given}: must be at least {2 if begun is None else 3} on resume"
+    with pytest.raises(InputError, match=re.escape(part)) as found:
+        apply_resume_changes(config, {"sweep.budget.full_trials": given})
+    assert "no limit" not in str(found.value)
+    edited = config_for(WIDE, "freeze_thaw", num_trials=8, budget={"full_trials": given})
+    with pytest.raises(InputError, match=re.escape(part)):
+        refuse_edits(edited, config)
+
+
+def test_a_sweep_that_pauses_trials_may_get_more_tokens():
+    config = config_for(WIDE, "freeze_thaw", num_trials=8)
+    assert apply_resume_changes(config, {"sweep.budget.full_trials": 2}).effective_budget.full_trials == 2
+    assert apply_resume_changes(config, {"sweep.num_trials": 40}).effective_budget.full_trials == 10
+    dropped = {"sweep.budget.full_trials": None, "sweep.num_trials": 40}
+    assert apply_resume_changes(config_for(WIDE, "freeze_thaw", budget={"full_trials": 3}), dropped).sweep.num_trials == 40
+
+
+@pytest.mark.parametrize("sampler", ["freeze_thaw", "tpe", "grid"])
+def test_tokens_that_end_before_the_first_report_are_refused(sampler):
+    for too_few in (1e-9, 0.01, 0.24):
+        with pytest.raises(InputError, match=r"full_trials = .*: must be at least 0\.25, because a trial's first report"):
+            config_for(WIDE, sampler, budget={"full_trials": too_few})
+    assert config_for(WIDE, sampler, budget={"full_trials": 0.25}).sweep.budget.full_trials == 0.25
 
 
 @pytest.mark.faults
