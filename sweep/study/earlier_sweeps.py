@@ -65,6 +65,9 @@ def _of_folder(
     enter = entering(name, records, space, config)
     if changed := changed_part(data, folder.read_data()):
         points = best_points(enter)
+        if not points:
+            allowed = f"gives nothing to begin with: its {changed} differ from today's, and none of its trials could win"
+            raise InputError("sweep.warm_start", name, allowed)
         found.first_points += points
         come = "its best point comes first" if len(points) == 1 else f"its best {len(points)} points come first"
         found.notes.append(f"{name}: its {changed} differ from today's, so its losses are left out; {come}")

@@ -23,7 +23,7 @@ from sweep.space.coordinates import OUTSIDE, coordinate, plain
 from sweep.space.space import Space, is_active
 from sweep.space.unsearchable import INCOMPARABLE
 from sweep.trials.objectives import objective_values
-from sweep.trials.record import Outcome, TrialRecord
+from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 
 NUM_FIRST_POINTS = 4
 
@@ -68,9 +68,9 @@ def changed_part(here: Mapping[str, Any], there: Mapping[str, Any] | None) -> st
 
 
 def best_points(found: Iterable[tuple[str, dict[str, Any], TrialRecord]]) -> list[dict[str, Any]]:
-    """Return the params of the trials with the lowest losses, at most NUM_FIRST_POINTS."""
-    complete = [(record.score, params) for _, params, record in found if record.outcome is Outcome.COMPLETE]
-    known = sorted((one for one in complete if one[0] is not None), key=lambda one: one[0])
+    """Return the params of the trials with the lowest losses, at most NUM_FIRST_POINTS. Only those that could win count."""
+    able = [(record.score, params) for _, params, record in found if record.outcome in CONTENDERS]
+    known = sorted((one for one in able if one[0] is not None), key=lambda one: one[0])
     return [params for _, params in known[:NUM_FIRST_POINTS]]
 
 

@@ -208,6 +208,22 @@ def test_of_a_sweep_over_other_samples_the_best_points_come_first_and_no_loss_en
     assert [again.ask().params["lora.rank"] for _ in range(2)] == [4, 8] and again.ask() is None
 
 
+def test_paused_trials_are_among_the_best_points_and_a_sweep_without_any_is_refused(tmp_path):
+    outcomes = [Outcome.COMPLETE, Outcome.PAUSED, Outcome.PRUNED]
+    old = finished_sweep(tmp_path / "old", config_for(RANKS, "grid", pruner="none"), outcomes)
+    scores = {r.params["lora.rank"]: (r.score, r.outcome) for r in study_in(old.path, config_for(RANKS, "grid")).records()}
+    able = sorted((score, rank) for rank, (score, outcome) in scores.items() if outcome is not Outcome.PRUNED)
+    hopeless = finished_sweep(tmp_path / "hopeless", config_for(RANKS, "grid", pruner="none"), [Outcome.PRUNED] * 2)
+    for folder in (old, hopeless):
+        folder.write_data({"evaluation": "b"})
+    space = parse_space(RANKS)
+    found = read_earlier(warm_config(old, RANKS), space, {"evaluation": "c"})
+    assert found.first_points == [{"lora.rank": rank} for _, rank in able]
+    assert found.notes[0].endswith("its best 2 points come first")
+    with pytest.raises(InputError, match="gives nothing to begin with: its evaluation samples differ"):
+        read_earlier(warm_config(hopeless, RANKS), space, {"evaluation": "c"})
+
+
 def test_what_is_not_known_of_either_sweep_has_not_changed():
     assert changed_part({"training": "a"}, None) is changed_part({}, {"training": "a"}) is None
     assert changed_part({"model": "a"}, {"model": "b", "training": "c"}) == "model"
