@@ -46,7 +46,11 @@ class FinalsLedger:
         budget of hours. A loss that is good enough does not end this, and `full_trials` is the search's alone.
         """
         config, records = self.plan.config, search.records
-        chosen = finalists(with_contest(config.sweep.rule, records), records) if config.sweep.final_seeds > 1 else []
+        if config.sweep.final_seeds < 2:
+            return None
+        rule = with_contest(config.sweep.rule, records)
+        chosen = finalists(rule, records)
+        self._say_who_is_left_out(rule.best(records), chosen)
         if not chosen:
             return None
         points = _points(chosen, config.sweep.final_seeds)
@@ -75,6 +79,13 @@ class FinalsLedger:
             names_text = " and ".join(f"trial {number}" for number in names)
             self.note(f"final seeds  training {names_text} again with other seeds")
         return ledger
+
+    def _say_who_is_left_out(self, best: TrialRecord | None, chosen: list[TrialRecord]) -> None:
+        """Tell the user if the winner is no finalist, because it has not run to its end."""
+        if best is None or best.outcome is Outcome.COMPLETE:
+            return
+        instead = "" if chosen else "; no trial is trained again"
+        self.note(f"final seeds  without trial {best.number}, the best: {best.outcome}, it has not run to its end{instead}")
 
 
 class FinalsLines:

@@ -150,6 +150,23 @@ def test_the_finalists_are_the_winner_and_the_lowest_other_that_ran_to_its_end()
     assert finalists(Rule(), records[:1]) == []
 
 
+@pytest.mark.parametrize("has_other", [True, False])
+def test_a_winner_that_waits_is_no_finalist_and_the_user_is_told(tmp_path, has_other):
+    sweep = Sweep(tmp_path / "s", num_trials=2, budget={"full_trials": 1.25 if has_other else 0.25})
+    search = sweep.search()
+    if has_other:
+        sweep.train(search, sweep.path, lambda proposal: 2.0, most=1)
+    number = search.next_trial().number
+    write_reports(sweep.path, number, [report(1, 1.5)])
+    assert search.reported(number, report(1, 1.5))
+    finals = sweep.finals(search)
+    line = f"final seeds  without trial {number}, the best: STOPPED, it has not run to its end"
+    if has_other:
+        assert sweep.said[0] == line and len(sweep.train(finals, sweep.own, lambda proposal: 2.1)) == 1
+    else:
+        assert finals is None and sweep.said == [f"{line}; no trial is trained again"]
+
+
 def test_the_deviations_of_configs_are_pooled_by_their_degrees_of_freedom():
     found = (SeedLosses(0, (0, 1), (1.0, 2.0), ("", "")), SeedLosses(1, (0, 1, 2), (1.0, 2.0, 3.0), ("", "", "")))
     assert pooled_deviation(found) == pytest.approx(((0.5 + 2 * 1.0) / 3) ** 0.5)
