@@ -100,6 +100,8 @@ class SweepSession:
         study.beginning.keep(beginning.points(earlier.first_points if earlier else ()), beginning.rate)
         if earlier is not None:
             study.take_over(earlier)
+            if line := study.beginning.known_line(study.is_new):
+                self.screen.note(line)
         return study
 
     def _open_ledger(self) -> Ledger:

@@ -49,6 +49,14 @@ class KeptBeginning:
         self._study.set_user_attr(FIRST_POINTS, list(points))
         self._points, self._next = list(points), 0
 
+    def known_line(self, is_new: Callable[[Params], bool]) -> str | None:
+        """Say how many points were trained before, by an earlier sweep, and so are not tried; None if all are new."""
+        num_known = sum(not is_new(point) for point in self._points)
+        if not num_known:
+            return None
+        are = "is" if num_known == 1 else "are"
+        return f"first trials: {num_known} of {len(self._points)} {are} known from an earlier sweep, and not trained again"
+
     def next_point(self, is_new: Callable[[Params], bool]) -> Params | None:
         """Return the first point that is new, None if all are tried. A known point stays known."""
         while self._next < len(self._points) and not is_new(self._points[self._next]):

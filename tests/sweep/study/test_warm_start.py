@@ -208,6 +208,19 @@ def test_of_a_sweep_over_other_samples_the_best_points_come_first_and_no_loss_en
     assert [again.ask().params["lora.rank"] for _ in range(2)] == [4, 8] and again.ask() is None
 
 
+def test_first_points_that_an_earlier_sweep_trained_are_told_and_not_tried(tmp_path):
+    old = finished_sweep(tmp_path / "old", config_for(RANKS, "grid", pruner="none"), [Outcome.PAUSED])
+    (known,) = [record.params for record in study_in(old.path, config_for(RANKS, "grid")).records()]
+    (tmp_path / "new").mkdir()
+    study = study_in(tmp_path / "new", warm_config(old, RANKS))
+    others = [{"lora.rank": rank} for rank in (2, 4, 8) if {"lora.rank": rank} != known]
+    study.beginning.keep([known, *others], None)
+    assert study.beginning.known_line(study.is_new) is None
+    study.take_over(read_earlier(warm_config(old, RANKS), parse_space(RANKS), {}))
+    line = "first trials: 1 of 3 is known from an earlier sweep, and not trained again"
+    assert study.beginning.known_line(study.is_new) == line and study.ask().params == others[0]
+
+
 def test_paused_trials_are_among_the_best_points_and_a_sweep_without_any_is_refused(tmp_path):
     outcomes = [Outcome.COMPLETE, Outcome.PAUSED, Outcome.PRUNED]
     old = finished_sweep(tmp_path / "old", config_for(RANKS, "grid", pruner="none"), outcomes)
@@ -235,6 +248,7 @@ def test_a_whole_sweep_learns_from_an_earlier_one_and_shows_the_front_of_its_own
     old = finished_sweep(tmp_path / "old", config_for(space, "grid", pruner="none"), [Outcome.COMPLETE] * 2)
     known = {record.params["lora.rank"] for record in study_in(old.path, config_for(space, "grid")).records()}
     sweep = {"num_trials": 4, "warm_start": [str(old.path)], "objectives": ["eval_loss", "peak_allocated_gib"]}
+    sweep["first_trials"] = [{"lora.rank": min(known)}]
     refused = start(tmp_path, space=space, sweep=sweep, optim={"eps": 0.05})
     _, err = refused.communicate(timeout=100)
     assert refused.returncode == 2 and err.count("\n") == 1 and "optim.eps is 1e-08 in trial 0, and 0.05 here" in err
@@ -243,6 +257,7 @@ def test_a_whole_sweep_learns_from_an_earlier_one_and_shows_the_front_of_its_own
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert f"warm start 2 trials from {old.path}" in out
+    assert "first trials: 1 of 1 is known from an earlier sweep, and not trained again" in out
     folder = sweep_folder(tmp_path)
     trained = {number for number in range(8) if (folder / "trials" / f"{number:04d}" / "starts.txt").exists()}
     assert trained == {2, 3}
