@@ -7,6 +7,7 @@ import json
 import pytest
 
 from engine.errors import InputError
+from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.results.leaderboard import write_leaderboard
 from sweep.space.parse import parse_space
@@ -14,7 +15,7 @@ from sweep.study.earlier_sweeps import EarlierSweeps, read_earlier
 from sweep.study.warm_start import NUM_FIRST_POINTS, changed_part
 from sweep.trials.record import Outcome
 from sweep.trials.selection import Rule
-from tests.support.fake_sweeps import start, sweep_folder
+from tests.support.fake_sweeps import BASE, start, sweep_folder
 from tests.support.records import judged, trial
 from tests.support.studies import WIDE, config_for, ledger_in, report, study_in, write_reports
 
@@ -245,7 +246,8 @@ def test_what_is_not_known_of_either_sweep_has_not_changed():
 @pytest.mark.faults
 def test_a_whole_sweep_learns_from_an_earlier_one_and_shows_the_front_of_its_own_trials(tmp_path):
     space = {"lora.rank": {"choices": [2, 4, 8, 16]}}
-    old = finished_sweep(tmp_path / "old", config_for(space, "grid", pruner="none"), [Outcome.COMPLETE] * 2)
+    values = config_for(space, "grid", "none").model_dump(mode="json") | {"data": BASE["data"]}
+    old = finished_sweep(tmp_path / "old", parse_sweep_config(values), [Outcome.COMPLETE] * 2)
     known = {record.params["lora.rank"] for record in study_in(old.path, config_for(space, "grid")).records()}
     sweep = {"num_trials": 4, "warm_start": [str(old.path)], "objectives": ["eval_loss", "peak_allocated_gib"]}
     sweep["first_trials"] = [{"lora.rank": min(known)}]
