@@ -19,7 +19,7 @@ from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MissingMandatoryValue, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigTypeError, OmegaConfBaseException
 
 from engine.errors import InputError, did_you_mean, first_line
 from sweep.config import conf_files
@@ -46,10 +46,21 @@ def compose(overrides: list[str]) -> dict[str, Any]:
         except MissingMandatoryValue as error:
             raise InputError(str(error.full_key), "???", f"required; give it as {error.full_key}=...") from None
         except (HydraException, OmegaConfBaseException) as error:
+            _refuse_other_kind(error.__cause__, overrides)
             line = " ".join(str(error if str(error) else error.__cause__).split("\n\n")[0].split())
             raise InputError("overrides", " ".join(overrides), line) from None
         except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise conf_files.fault_of(error) from None
+
+
+def _refuse_other_kind(cause: BaseException | None, overrides: list[str]) -> None:
+    """Raise InputError that names the key, if an override gives a section where a list stands, or a list for a section."""
+    if isinstance(cause, ConfigTypeError) and cause.full_key:
+        text = next((value for name, value in map(_split, reversed(overrides)) if name.lstrip("+") == cause.full_key), "")
+        if cause.object_type is list and text.startswith("{"):
+            raise InputError(cause.full_key, text, f"must be a list: [{text}]") from None
+        if cause.object_type is dict and text.startswith("["):
+            raise InputError(cause.full_key, text, "must be a section: {key: value}") from None
 
 
 def to_yaml(raw: dict[str, Any]) -> str:
