@@ -63,6 +63,18 @@ def _folders(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
+def _recovers_with(monkeypatch, part: str, method: str, answer) -> None:
+    """Let a ledger get this answer from one of its parts, as long as it recovers."""
+    original = Ledger.recover
+
+    def recover(self):
+        with monkeypatch.context() as patch:
+            patch.setattr(getattr(self, part), method, answer)
+            return original(self)
+
+    monkeypatch.setattr(Ledger, "recover", recover)
+
+
 def check(tmp_path, sampler: str, pruner: str, num_slots: int, step: int, num_trials: int = 7, **sweep) -> int:
     values = settings(sampler, pruner, num_slots, num_trials)
     values["sweep"] |= sweep
@@ -106,7 +118,8 @@ def test_a_kill_at_a_write_changes_nothing_where_trials_pause_and_go_on(tmp_path
 @pytest.mark.faults
 @pytest.mark.parametrize(("sampler", "pruner", "num_slots"), EQUAL)
 def test_a_kill_at_every_write_changes_nothing(tmp_path, sampler, pruner, num_slots):
-    assert check(tmp_path, sampler, pruner, num_slots, step=1) > 140
+    least = 140 if sampler == "freeze_thaw" else 150  # it trains fewer rungs, so it writes less
+    assert check(tmp_path, sampler, pruner, num_slots, step=1) > least
 
 
 @pytest.mark.faults
@@ -141,27 +154,13 @@ def test_the_check_bites_where_a_result_is_not_mended(tmp_path, monkeypatch):
 
 
 def test_the_check_bites_where_the_freezer_is_not_asked_again(tmp_path, monkeypatch):
-    original = Ledger.recover
-
-    def recover(self):
-        with monkeypatch.context() as patch:
-            patch.setattr(self._freezer, "goes_on", lambda number: True)
-            return original(self)
-
-    monkeypatch.setattr(Ledger, "recover", recover)
+    _recovers_with(monkeypatch, "_freezer", "goes_on", lambda number: True)
     with pytest.raises(AssertionError, match="killed"):
         check(tmp_path, "freeze_thaw", "none", 1, step=3)
 
 
 @pytest.mark.faults
 def test_the_check_bites_where_the_pruner_is_not_asked_again(tmp_path, monkeypatch):
-    original = Ledger.recover
-
-    def recover(self):
-        with monkeypatch.context() as patch:
-            patch.setattr(self._study, "should_prune", lambda number: False)
-            return original(self)
-
-    monkeypatch.setattr(Ledger, "recover", recover)
+    _recovers_with(monkeypatch, "_study", "should_prune", lambda number: False)
     with pytest.raises(AssertionError, match="killed"):
         check(tmp_path, "tpe", "successive_halving", 1, step=1, num_trials=3)
