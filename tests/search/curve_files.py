@@ -88,9 +88,19 @@ def write_curves(file: Path, curves: Curves) -> None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Read the lines that a process recorded; a torn last line is left out."""
+    """Read the lines that a process recorded, without a torn last one, or those that a task's file was made of."""
+    if file.suffix == ".gz":
+        return _lines_of(read_curves(file))
     lines = file.read_bytes().split(b"\n") if file.is_file() else [b""]
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _lines_of(curves: Curves) -> list[dict[str, Any]]:
+    """Return the lines that `merge` makes these curves of."""
+    facts = {key: value for key, value in curves.task.items() if key != "sample_targets"}
+    headers = [{"kind": "header", **one} for one in curves.recorded]
+    common = {"kind": "trial", "task": facts["name"], "sample_targets": curves.task["sample_targets"]}
+    return [*headers, {"kind": "task", **facts}, *({**common, **vars(trial)} for trial in curves.trials)]
 
 
 def cut_torn_line(file: Path) -> None:

@@ -3,7 +3,7 @@
     python -m tests.search.record --out shard0.jsonl --shard 0/12 --budget-s 500     # one process of 12
     python -m tests.search.record --dry-run --shard 0/12                             # what it would train
     python -m tests.search.record --out more0.jsonl --shard 0/4 --done shard*.jsonl  # later, the trials that are left
-    python -m tests.search.record --merge shard*.jsonl                               # into tests/search/curves/
+    python -m tests.search.record --merge tests/search/curves/*.gz shard*.jsonl      # into tests/search/curves/
     python -m tests.search.record --out tiny.jsonl --tiny --device cpu --limit 2     # the path, on a CPU
 
 Trials run through the engine's own loop around one resident base model. Each adds a line to the
@@ -164,7 +164,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="file to add lines to")
     parser.add_argument("--shard", type=_shard, default=(0, 1), help="i/n: every n-th group of trials, from i = 0")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds from now, the model's loading included")
-    parser.add_argument("--done", type=Path, nargs="+", default=[], help="files with trials that no process records again")
+    parser.add_argument("--done", type=Path, nargs="+", default=[], help="lines, or files of tasks, with trials that no process records again")
     parser.add_argument("--task", action="append", choices=list(TASKS), help="only this task; may be given again")
     parser.add_argument("--limit", type=int, help="at most so many trials")
     parser.add_argument("--model", default="builtin:smollm2-135m-instruct")
@@ -175,7 +175,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, help="folder for cache and trials; default: temporary")
     parser.add_argument("--commit", help="commit to record if the code is not in a git checkout")
     parser.add_argument("--dry-run", action="store_true", help="print the trials in their order, and train none")
-    parser.add_argument("--merge", type=Path, nargs="+", help="put these files together, one file a task")
+    parser.add_argument("--merge", type=Path, nargs="+", help="put lines and files of tasks together, one file a task")
     parser.add_argument("--curves", type=Path, default=CURVES, help="folder that --merge writes to")
     return parser.parse_args(arguments)
 

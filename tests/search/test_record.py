@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from tests.search import design, library_text, made_requests, record
-from tests.search.curve_files import merge, read_curves, read_lines
+from tests.search.curve_files import CURVES, merge, read_curves, read_lines, write_curves
 from tests.search.design import MAIN, REPEATED, planned, shard
 from tests.search.recorded_trial import Failures
 from tests.search.tasks import LATER, TASKS, write
@@ -31,9 +31,18 @@ def test_every_task_has_its_points_and_twins_and_any_beginning_has_all_early_tas
     assert len({trial.id for trial in order}) == len(order)
     count = Counter((trial.task, trial.variant) for trial in order)
     assert set(count) == {(task, variant) for task in TASKS for variant in (MAIN, *REPEATED)}
-    assert all(number == (112 if variant == MAIN else 24) for (_, variant), number in count.items())
+    assert all(number == (112 if variant == MAIN else 31) for (_, variant), number in count.items())
     early = Counter(trial.task for trial in order[:30])
     assert early == {name: 10 for name in TASKS if name not in LATER}
+
+
+def test_twins_come_before_the_later_task_and_what_was_recorded_before_the_design_grew_is_still_in_it():
+    ids = [trial.id for trial in planned(LENGTHS, LATER)]
+    first_later = ids.index("dialogue-000-cosine-0")
+    assert sum(name.endswith("cosine-1") for name in ids[:first_later]) == 3 * 21
+    assert ids.index("dialogue-063-cosine-0") == first_later + 63
+    for file in CURVES.glob("*.gz"):
+        assert {trial.id for trial in read_curves(file).trials} <= {*ids}
 
 
 def test_shards_share_the_trials_out_and_keep_twins_together():
@@ -55,7 +64,32 @@ def test_what_was_recorded_before_is_shared_out_no_more(tmp_path, capsys):
         record.main(["--dry-run", "--task", "docs", "--done", str(done), "--shard", index])
         shown.append([line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]])
     assert shown[0][0] == "docs-007-cosine-0"  # it failed
-    assert len(shown[0]) == 25 and len(shown[1]) == 24 and not {*shown[0]} & {*shown[1]}
+    assert len(shown[0]) == 31 and len(shown[1]) == 32 and not {*shown[0]} & {*shown[1]}
+
+
+def test_a_task_s_file_says_what_was_recorded_and_new_lines_join_it(tmp_path):
+    file = CURVES / "docs.json.gz"
+    before = read_curves(file)
+    again = merge([file])["docs"]
+    write_curves(tmp_path / "docs.json.gz", again)
+    assert (tmp_path / "docs.json.gz").read_bytes() == file.read_bytes()
+    facts = {key: value for key, value in before.task.items() if key != "sample_targets"}
+    twin = {**vars(before.trials[0]), "id": "docs-999-cosine-1", "config": 999, "seed": 1}
+    lines = [{"kind": "header", "shard": 3, "card": "another"}, {"kind": "task", **facts, "base_eval_loss": 3.3}]
+    lines += [{"kind": "trial", "task": "docs", "sample_targets": before.task["sample_targets"], **twin}]
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    both = merge([file, more])["docs"]
+    assert both.task == before.task and [one["card"] for one in both.recorded][-1] == "another"
+    assert len(both.trials) == len(before.trials) + 1 and len(both.of("cosine", 1)) == len(before.of("cosine", 1)) + 1
+    assert merge([file, more, file])["docs"] == both
+
+
+def test_no_trial_of_a_task_s_file_is_recorded_again(capsys):
+    record.main(["--dry-run", "--done", *map(str, sorted(CURVES.glob("*.gz")))])
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]]
+    known = {trial.id for file in CURVES.glob("*.gz") for trial in read_curves(file).trials}
+    assert known and {*shown} == {trial.id for trial in planned(LENGTHS, LATER)} - known
 
 
 def test_alphas_are_what_their_names_say():
