@@ -71,7 +71,9 @@ class SweepSession:
 
     def _train_finalists_again(self, search: Ledger) -> None:
         """Train the best trials again with other seeds, if the config asks for it."""
-        finals = FinalsLedger(self.plan, self.folder, self.feasibility.check_fit, self.inputs, self.screen.note)
+        finals = FinalsLedger(
+            self.plan, self.folder, self.feasibility.check_fit, self.inputs, self.screen.note, self.tracker.on_final_seed_updated
+        )
         ledger = finals.open(search)
         if ledger is None:
             return

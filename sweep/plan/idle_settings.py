@@ -1,7 +1,8 @@
 """Find settings that change nothing because of another setting, so that nobody believes in them.
 
 A setting of the command line is refused with both names. One from a file of conf/ is a warning,
-because the file may serve other sweeps too.
+because the file may serve other sweeps too. Options of a pruner that is off give none: the plan says
+that the whole pruner is off, and the user may have set none of them.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def idle_settings(config: SweepConfig, space: Space, given: Mapping[str, Any]) -
             yield f"space.{dimension.path} has no effect, because {reason}: trials that differ in nothing else are equal"
     for path, rule in RULES.items():
         value, reason = settings.base(path), rule(settings)
-        if reason and path not in given and value is not MISSING and value != _default(config, path):
+        if reason and path not in given and rule is not _no_pruner and value not in (MISSING, _default(config, path)):
             yield f"{path} = {value} has no effect, because {reason}"
 
 

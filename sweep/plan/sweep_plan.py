@@ -107,7 +107,7 @@ class SweepPlan:
                 if config.tracking.name != "none"
                 else ""
             ),
-            f"space      {len(self.space.dimensions)} dimensions, {points}",
+            f"space      {counted(len(self.space.dimensions), 'dimension')}, {points}",
         ]
         width = max((len(dimension.path) for dimension in self.space.dimensions), default=0)
         for dimension in self.space.dimensions:

@@ -27,13 +27,18 @@ LARGE_SEED = 2**31  # above, seeds count down: a range of the space ends at 2**5
 
 @dataclass(frozen=True)
 class FinalsLedger:
-    """Train a sweep's finalists again. note: shows a line to the user."""
+    """Train a sweep's finalists again.
+
+    note: shows a line to the user. track: hears of each state of such a trial, with the number that
+    the sweep knows it by.
+    """
 
     plan: SweepPlan
     folder: SweepFolder
     fit_check: FitCheck
     inputs: Mapping[str, str]
     note: Callable[[str], None]
+    track: Callable[[TrialRecord, int], None] = lambda record, number: None
 
     @property
     def own_folder(self) -> SweepFolder:
@@ -63,7 +68,10 @@ class FinalsLedger:
         known = study.records()
         new = [point for point in points if all(record.params != point for record in known)]
         study.beginning.replace_points(points)
+        tracking = FinalsTracking({record.number: record.params for record in records if record.source is None}, self.track)
         if not new and all(record.outcome not in (Outcome.RUNNING, Outcome.STOPPED) for record in known):
+            for record in known:  # the store may have missed them
+                tracking.on_trial_updated(record)
             return None
         now_s, timeline = search.clock(), search.timeline
         limits = Limits.of(
@@ -73,7 +81,8 @@ class FinalsLedger:
             elsewhere_s=(timeline.occupied_s(now_s), timeline.elapsed_s(now_s)),
         )
         names = {record.number: record.params for record in chosen}
-        ledger = Ledger(study, folder, limits, listeners=(FinalsLines(names, self.note),), note=self.note, clock=search.clock)
+        listeners = (FinalsLines(names, self.note), tracking)
+        ledger = Ledger(study, folder, limits, listeners=listeners, note=self.note, clock=search.clock)
         ledger.recover()
         if ledger.has_work():
             names_text = " and ".join(f"trial {number}" for number in names)
@@ -99,13 +108,31 @@ class FinalsLines:
         if self._said.get(record.number) is record.outcome:
             return
         self._said[record.number] = record.outcome
-        params = without_seed(record.params)
-        number = next((number for number, known in self._trials.items() if known == params), None)
+        number = _number_of(record, self._trials)
         name = "an earlier finalist" if number is None else f"trial {number}"
         loss = "" if record.score is None else f"  eval loss {record.score:.4f}"
         error = "" if record.error is None else f"  {record.error}"
         what = "started" if record.outcome is Outcome.RUNNING and not record.reports else str(record.outcome)
         self._note(f"final seeds  {name} with seed {record.params[SEED]}  {what}{loss}{error}")
+
+
+@dataclass(frozen=True)
+class FinalsTracking:
+    """Tell the tracker of the finalists' trials. trials: number in the sweep -> its params."""
+
+    trials: Mapping[int, dict[str, Any]]
+    track: Callable[[TrialRecord, int], None]
+
+    def on_trial_updated(self, record: TrialRecord) -> None:
+        number = _number_of(record, self.trials)
+        if number is not None:
+            self.track(record, number)
+
+
+def _number_of(repeat: TrialRecord, trials: Mapping[int, dict[str, Any]]) -> int | None:
+    """Return the number of the trial that this one repeats with another seed."""
+    params = without_seed(repeat.params)
+    return next((number for number, known in trials.items() if known == params), None)
 
 
 def spent_on_finals(folder: SweepFolder) -> tuple[float, float]:

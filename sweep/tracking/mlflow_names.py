@@ -77,12 +77,27 @@ SWEEP_PARAMS = ("model.path", "model.quantization", "data.train", "train.max_tok
 Point = tuple[str, float, int, int]  # name, value, milliseconds, tokens seen
 
 
+def trial_identity(record: TrialRecord) -> dict[str, str]:
+    """Return the tags that find a trial's run again."""
+    return {"sweep.kind": "trial", "sweep.trial_number": str(record.number)}
+
+
+def final_seed_identity(record: TrialRecord, trial: int) -> dict[str, str]:
+    """Return the tags that find the run of a finalist with another seed again. trial: its number in the sweep."""
+    return {"sweep.kind": "final seed", "sweep.trial_number": str(trial), "sweep.seed": str(record.config["train"]["seed"])}
+
+
 def trial_name(record: TrialRecord, is_best: bool = False) -> str:
     """Return the run's name, which MLflow shows in its table's first column and in its charts.
 
     The name includes the outcome, so the table needs no extra column for it.
     """
     return f"{record.number:04d} {record.outcome}{' (best)' if is_best else ''}"
+
+
+def final_seed_name(record: TrialRecord, trial: int) -> str:
+    """Return the name of a finalist's run with another seed. trial: its number in the sweep."""
+    return f"{trial:04d} with seed {record.config['train']['seed']} {record.outcome}"
 
 
 def trial_points(record: TrialRecord, written: int) -> list[Point]:

@@ -1,4 +1,4 @@
-"""Write a sweep to MLflow: a parent run for the sweep, a child run for each trial.
+"""Write a sweep to MLflow: a parent run for the sweep, a child run for each trial and each final seed.
 
 MLflow holds a projection, not the record: the study and the trial folders hold the truth. Writing
 the same state again doubles nothing.
@@ -23,10 +23,13 @@ from sweep.tracking.mlflow_names import (
     Point,
     as_csv,
     description,
+    final_seed_identity,
+    final_seed_name,
     plan_tags,
     sweep_params,
     sweep_points,
     sweep_tags,
+    trial_identity,
     trial_name,
     trial_points,
 )
@@ -67,8 +70,8 @@ class MlflowRuns:
         self._client: Any = None
         self._experiment_id: str | None = None
         self._parent: str | None = None
-        self._children: dict[int, str] = {}
-        self._last_rung: dict[int, int] = {}
+        self._children: dict[tuple[str, ...], str] = {}
+        self._last_rung: dict[str, int] = {}
         self._names: dict[str, str] = {}
         self._with_config: set[str] = set()
         self.started_s: float | None = None
@@ -87,17 +90,24 @@ class MlflowRuns:
 
     def trial(self, record: TrialRecord) -> str:
         """Bring a trial's run to this state; return its MLflow id."""
-        run = self._child(record)
-        points = trial_points(record, self._last_rung.get(record.number, 0))
+        return self._write(record, trial_identity(record), trial_name(record, is_best=record.number == self._best))
+
+    def final_seed(self, record: TrialRecord, trial: int) -> str:
+        """Bring the run of a finalist with another seed to this state; return its id. trial: its number in the sweep."""
+        return self._write(record, final_seed_identity(record, trial), final_seed_name(record, trial))
+
+    def _write(self, record: TrialRecord, identity: dict[str, str], name: str) -> str:
+        run = self._child(record, identity)
+        points = trial_points(record, self._last_rung.get(run, 0))
         tags = {"outcome": record.outcome.value, "error": record.error or "", **plan_tags(record)}
         self._log(run, points, record.params, tags)
         self._write_config(run, record.config, "train_config.json")
         status = STATUS.get(record.outcome, "FAILED")
-        self._rename(run, trial_name(record, is_best=record.number == self._best), status)
+        self._rename(run, name, status)
         if record.outcome is not Outcome.RUNNING:
             ended_s = max(record.ended_s or time.time(), record.started_s or 0.0)
             self._client.set_terminated(run, status, end_time=int(1000 * ended_s))
-        self._last_rung[record.number] = max((report.rung for report in record.reports), default=0)
+        self._last_rung[run] = max((report.rung for report in record.reports), default=0)
         return run
 
     def finish(self, summary: dict[str, Any], best: TrialRecord | None, now_s: float) -> None:
@@ -120,7 +130,7 @@ class MlflowRuns:
 
         If a model is to be registered, best/ becomes a version of that model instead.
         """
-        run = self._child(best)
+        run = self._child(best, trial_identity(best))
         if self._registered_model is None:
             self._client.log_artifacts(run, str(folder), folder.name)
             return
@@ -205,13 +215,13 @@ class MlflowRuns:
         if len(former) == 1:
             self._id = former[0].data.tags["sweep.id"]
 
-    def _child(self, record: TrialRecord) -> str:
-        parent = self._open()
-        if record.number not in self._children:
-            identity = {"sweep.kind": "trial", "sweep.trial_number": str(record.number), "mlflow.parentRunId": parent}
-            started_s = record.started_s or time.time()
-            self._children[record.number] = self._find_or_create(f"trial {record.number:04d}", identity, started_s)
-        return self._children[record.number]
+    def _child(self, record: TrialRecord, identity: dict[str, str]) -> str:
+        """Return the run of a trial. identity: the tags that find it again, its kind first."""
+        parent, key = self._open(), tuple(identity.values())
+        if key not in self._children:
+            identity, started_s = {**identity, "mlflow.parentRunId": parent}, record.started_s or time.time()
+            self._children[key] = self._find_or_create(" ".join(key), identity, started_s)
+        return self._children[key]
 
     def _find_or_create(self, name: str, identity: dict[str, str], started_s: float) -> str:
         """Return the run with this identity; create it if there is none.

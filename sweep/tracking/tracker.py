@@ -32,6 +32,9 @@ class NullTracker:
     def on_trial_updated(self, record: TrialRecord) -> None:
         """Do nothing."""
 
+    def on_final_seed_updated(self, record: TrialRecord, trial: int) -> None:
+        """Do nothing."""
+
     def on_sweep_finished(
         self, summary: dict[str, Any], best: TrialRecord | None, artifacts: Path | None, ended_s: float | None = None
     ) -> None:
@@ -84,6 +87,11 @@ class Tracker:
         """Write this state of a trial; of several unwritten states only the last is written."""
         record = replace(record, reports=list(record.reports))
         self._writer.put(("trial", record.number), lambda: self._runs.trial(record))
+
+    def on_final_seed_updated(self, record: TrialRecord, trial: int) -> None:
+        """Write this state of a finalist that is trained with another seed. trial: its number in the sweep."""
+        record = replace(record, reports=list(record.reports))
+        self._writer.put(("final seed", record.number), lambda: self._runs.final_seed(record, trial))
 
     def on_sweep_finished(
         self, summary: dict[str, Any], best: TrialRecord | None, artifacts: Path | None, ended_s: float | None = None

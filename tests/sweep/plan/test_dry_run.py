@@ -109,6 +109,13 @@ def test_warnings_are_shown_in_the_plan(monkeypatch, capsys):
     assert "WARNING: 3 evaluation samples" in shown.err and "WARNING: each trial reads the 1,000" in shown.err
 
 
+def test_the_plan_counts_dimensions_in_the_singular_too():
+    for space, shown in (([], "4 dimensions, continuous"), (["space=none"], "0 dimensions, 1 point"),
+                         (["space=none", "space.lora.rank.choices=[4,8]"], "1 dimension, 2 points")):  # fmt: skip
+        plan = make_sweep_plan(parse_sweep_config(compose(["+experiment=llama-3.2-1b-24gb", *space])))
+        assert f"space      {shown}\n" in plan.describe() + "\n"
+
+
 # --- the most demanding point ---
 
 

@@ -96,6 +96,13 @@ def test_committed_sweeps_warn_of_nothing(experiment):
     assert judged(["data.train=t.jsonl"]) == []
 
 
+@pytest.mark.parametrize("experiment", groups()["experiment"])
+def test_a_pruner_that_is_off_brings_no_warning_of_options_that_nobody_set(experiment):
+    """The plan says that it is off."""
+    for off in ("sampler=freeze_thaw", "sweep.objectives=[eval_loss,num_trainable]"):
+        assert judged([f"+experiment={experiment}", off]) == []
+
+
 def test_a_file_of_conf_gives_a_warning_that_names_both(monkeypatch):
     raw = compose(QUICK)
     for section, field, value, other in (

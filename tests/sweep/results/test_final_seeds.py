@@ -36,7 +36,7 @@ class Sweep:
             "train": {"max_tokens": 400, "num_reports": 4, "seed": seed}, "cluster": {"num_cpu_slots": 2},
             "sweep": {"num_trials": 4, "final_seeds": 2, **section},
         }  # fmt: skip
-        self.path, self.values, self.said, self.now_s = path, values, [], 1000.0
+        self.path, self.values, self.said, self.tracked, self.now_s = path, values, [], [], 1000.0
         path.mkdir(exist_ok=True)
 
     def search(self) -> Ledger:
@@ -49,7 +49,11 @@ class Sweep:
         return ledger
 
     def finals(self, search: Ledger) -> Ledger | None:
-        return FinalsLedger(self.plan, SweepFolder(self.path), lambda config: UNPREDICTED, {}, self.said.append).open(search)
+        fit_check, said = (lambda config: UNPREDICTED), self.said.append
+        return FinalsLedger(self.plan, SweepFolder(self.path), fit_check, {}, said, self._track).open(search)
+
+    def _track(self, record, number: int) -> None:
+        self.tracked.append((number, record.params["train.seed"], record.outcome))
 
     def train(self, ledger: Ledger, path, loss_of, most: int = 99) -> list[dict]:
         """Train up to so many trials to their ends; return their params."""
@@ -89,6 +93,16 @@ def test_the_best_two_are_trained_again_each_with_another_seed_and_the_spread_is
     assert verdict.summary()["seed_deviation"] == pytest.approx(0.1118, abs=1e-4) and verdict.best.number == 2
     assert sweep.said[0] == "final seeds  training trial 2 and trial 1 again with other seeds"
     assert sweep.said[-1] == "final seeds  trial 1 with seed 8  COMPLETE  eval loss 2.2000"
+
+
+def test_the_tracker_hears_of_each_and_of_all_again_in_a_resume(tmp_path):
+    sweep = Sweep(tmp_path / "s")
+    search = sweep.searched()
+    sweep.train(sweep.finals(search), sweep.own, lambda proposal: 2.2)
+    ends = [(2, 1, Outcome.COMPLETE), (1, 1, Outcome.COMPLETE)]
+    assert [one for one in sweep.tracked if one[2] is Outcome.COMPLETE] == ends
+    sweep.tracked.clear()
+    assert sweep.finals(search) is None and sweep.tracked == ends  # MLflow may have been away
 
 
 def test_their_config_differs_from_the_first_in_the_seed_alone(tmp_path):

@@ -121,6 +121,24 @@ def test_a_resumed_sweep_finds_its_runs_and_doubles_nothing(tracker, runs, clien
     assert runs()["0000 COMPLETE"].info.status == "FINISHED"
 
 
+def test_finalists_with_another_seed_are_child_runs_too_and_no_trials(tracker, runs, client):
+    of_seed = {"params": {"lora.rank": 8, "train.seed": 1}, "config": {"train": {"seed": 1}}}
+    for outcome, losses in ((Outcome.RUNNING, (2.0,)), (Outcome.COMPLETE, (2.0, 1.6))):  # the second as a resume
+        one = tracker()
+        one.on_sweep_started({})
+        one.on_trial_updated(trial(3, Outcome.COMPLETE, 2.0, 1.5))
+        one.on_final_seed_updated(trial(0, outcome, *losses, **of_seed), 3)
+        one.on_sweep_finished({"best_eval_loss": 1.5}, trial(3, Outcome.COMPLETE, 2.0, 1.5), None)
+        assert one.close(60) == []
+    assert set(runs()) == {"my sweep", "0003 COMPLETE (best)", "0003 with seed 1 COMPLETE"}
+    parent, again = runs()["my sweep"], runs()["0003 with seed 1 COMPLETE"]
+    assert again.data.tags["mlflow.parentRunId"] == parent.info.run_id and again.info.status == "FINISHED"
+    assert (again.data.tags["sweep.kind"], again.data.tags["sweep.trial_number"]) == ("final seed", "3")
+    assert again.data.params == {"lora.rank": "8", "train.seed": "1"} and "sweep.best" not in again.data.tags
+    assert [point[:2] for point in history(client, again)] == [(1000, 2.0), (2000, 1.6)]
+    assert [point[:2] for point in history(client, runs()["0003 COMPLETE (best)"])] == [(1000, 2.0), (2000, 1.5)]
+
+
 def test_another_sweep_of_the_same_experiment_keeps_its_own_runs(tracker, store, tmp_path, request, client):
     for one in (tracker(), Tracker(local_uri(store), request.node.name, "my sweep", tmp_path / "other", CONFIG)):
         one.on_trial_updated(trial(0, Outcome.COMPLETE, 2.0))
