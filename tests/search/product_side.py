@@ -1,7 +1,8 @@
-"""Drive the product's own study and ledger, with journal and folder in memory.
+"""Drive the product's own searcher, scheduler, ledger and study, with journal and folder in memory.
 
-The journal is Optuna's as in a sweep: each record passes through JSON. Left out are the disk, its
-flushes and Ray. A proposal is replaced by the nearest recorded config, and that is what the journal
+Searcher and scheduler are those that Ray Tune gets, called as Tune calls them. The journal is
+Optuna's as in a sweep: each record passes through JSON. Left out are the disk, its flushes, and
+Ray's processes. A proposal is replaced by the nearest recorded config, and that is what the journal
 and the sampler hold. A config that was trained is proposed no more, as in every sweep.
 """
 
@@ -32,11 +33,12 @@ from sweep.prior.beginning import make_beginning
 from sweep.space.space import Space
 from sweep.study.journal import STUDY_NAME
 from sweep.study.study import Study
-from sweep.trials.record import Outcome, Proposal, TrialRecord
+from sweep.trials.record import Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
 from .clock import Choice, Turn
 from .points import Task
+from .tune_hooks import TuneHooks
 
 HOUR_S = 3600.0  # one slot's time for a full trial
 SMOLLM2 = {
@@ -71,26 +73,27 @@ class ProductSide:
         )
         self._ledger.timeline._add = self._ledger.timeline._apply  # the sums that a budget needs, without the file
         self._ledger.recover()
+        self._hooks = TuneHooks(self._ledger, self._folder, num_slots)
 
     def on_trial_updated(self, record: TrialRecord) -> None:
         self._records[record.number] = record
 
     def next_trial(self) -> Turn | None:
-        proposal = self._ledger.next_trial()
-        if not isinstance(proposal, Proposal):
+        suggested = self._hooks.suggest()
+        if suggested is None:
             return None
-        record = self._records[proposal.number]
-        return Turn(proposal.number, self._task.nearest(record.params), proposal.num_heard + 1)
+        number, num_heard = suggested
+        return Turn(number, self._task.nearest(self._records[number].params), num_heard + 1)
 
     def reported(self, turn: Turn, eval_loss: float) -> bool:
         report = self._report(turn, eval_loss)
         if turn.rung == len(self._task.grid):
-            self._ledger.ended(turn.number, Outcome.COMPLETE, report)
+            self._hooks.ended(turn.number, Outcome.COMPLETE, report)
             return False
-        return not self._ledger.reported(turn.number, report)
+        return self._hooks.reported(turn.number, report)
 
     def diverged(self, turn: Turn) -> None:
-        self._ledger.ended(turn.number, Outcome.DIVERGED)
+        self._hooks.ended(turn.number, Outcome.DIVERGED)
 
     def chosen(self) -> Choice | None:
         """Return the winner by the product's rule, as if the budget ended now."""

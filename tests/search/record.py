@@ -164,7 +164,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="file to add lines to")
     parser.add_argument("--shard", type=_shard, default=(0, 1), help="i/n: every n-th group of trials, from i = 0")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds from now, the model's loading included")
-    parser.add_argument("--done", type=Path, nargs="+", default=[], help="lines, or files of tasks, with trials that no process records again")
+    parser.add_argument("--done", type=Path, nargs="+", default=[], help="lines or tasks' files: no process records these trials")
     parser.add_argument("--task", action="append", choices=list(TASKS), help="only this task; may be given again")
     parser.add_argument("--limit", type=int, help="at most so many trials")
     parser.add_argument("--model", default="builtin:smollm2-135m-instruct")
