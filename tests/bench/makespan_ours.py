@@ -52,7 +52,7 @@ def run_ours(
     log, began_s = where / "sweep.log", time.monotonic()
     with log.open("w") as out:
         process = subprocess.Popen(command, env=environment, cwd=where, stdout=out, stderr=subprocess.STDOUT)
-        code = _wait(process, timeout_s)
+        code = wait_or_end(process, timeout_s)
     wall_s = time.monotonic() - began_s
     found = _read(job, where / "sweeps")
     if code == 0:
@@ -61,7 +61,7 @@ def run_ours(
     return {"wall_s": wall_s, **found, "error": "timed out" if code is None else lines[-1]}
 
 
-def _wait(process: subprocess.Popen, timeout_s: float) -> int | None:
+def wait_or_end(process: subprocess.Popen, timeout_s: float) -> int | None:
     """Return the exit code; None if the time was over. The driver then ends its workers itself."""
     try:
         return process.wait(timeout_s)
