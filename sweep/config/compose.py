@@ -103,7 +103,8 @@ def parsed(override: str) -> tuple[str, Any]:
 def given_keys(overrides: list[str]) -> dict[str, Any]:
     """Return dotted key -> value of all values on the command line, without groups and removals.
 
-    Of a key that is given twice, the last value counts.
+    A chosen pruner is among them as `pruner.name`, because another group can switch it off. Of a key
+    that is given twice, the last value counts.
     """
     return dict(_given(overrides))
 
@@ -121,8 +122,11 @@ def repeated_keys(overrides: list[str]) -> list[str]:
 
 def _given(overrides: list[str]) -> Iterator[tuple[str, Any]]:
     for override in overrides:
-        key = _split(override)[0].lstrip("+")
-        if not key.startswith("~") and key not in conf_files.groups():
+        key, value = _split(override)
+        key = key.lstrip("+")
+        if key == "pruner":
+            yield "pruner.name", value
+        elif not key.startswith("~") and key not in conf_files.groups():
             yield from flattened(key, parsed(override)[1])
 
 

@@ -231,7 +231,14 @@ class SweepConfig(StrictModel):
         budget = self.sweep.budget
         if budget.full_trials is not None or not self.pauses_trials:
             return budget
-        return budget.model_copy(update={"full_trials": max(self.sweep.num_trials / 4, 2.0)})
+        least = min(2.0, self.sweep.num_trials)
+        return budget.model_copy(update={"full_trials": max(self.sweep.num_trials / 4, least)})
+
+    @property
+    def most_tokens(self) -> int:
+        """Return the tokens that all trials together see at most, prompts included."""
+        most, limit = self.sweep.num_trials, self.effective_budget.full_trials
+        return round((most if limit is None else min(limit, most)) * self.train.max_tokens)
 
     def base(self) -> TrainConfig:
         """Return the config that every trial starts from, before its sampled values are applied."""

@@ -80,8 +80,12 @@ def _own_evaluation(given: Settings) -> str | None:
 
 def _no_pruner(given: Settings) -> str | None:
     if given.config.pauses_trials:
-        return f"sampler={given.config.sampler.name} pauses trials instead of pruning them"
+        return f"sampler={given.config.sampler.name} pauses trials instead of pruning them (others, such as sampler=tpe, prune)"
     return "sweep.objectives has several" if len(given.config.sweep.objectives) > 1 else None
+
+
+def _chosen_pruner(given: Settings) -> str | None:
+    return None if given.config.pruner.name == "none" else _no_pruner(given)
 
 
 def _if_no_folder(path: str) -> Rule:
@@ -129,6 +133,7 @@ RULES: dict[str, Rule] = {
     "tracking.uri": _if_equal("tracking.name", "none"),
     "tracking.registered_model": _if_equal("tracking.name", "none"),
     "tracking.metrics_host": _if_unset("tracking.metrics_port"),
+    "pruner.name": _chosen_pruner,
     "pruner.min_rung": _no_pruner,
     "pruner.reduction_factor": _no_pruner,
     "pruner.min_early_stopping_rate": _no_pruner,
@@ -168,8 +173,8 @@ def idle_settings(config: SweepConfig, space: Space, given: Mapping[str, Any]) -
         if dimension.path in RULES and (reason := RULES[dimension.path](settings)):
             yield f"space.{dimension.path} has no effect, because {reason}: trials that differ in nothing else are equal"
     for path, rule in RULES.items():
-        value, reason = settings.base(path), rule(settings)
-        if reason and path not in given and rule is not _no_pruner and value not in (MISSING, _default(config, path)):
+        section, value, reason = path.split(".")[0], settings.base(path), rule(settings)
+        if reason and path not in given and section != "pruner" and value not in (MISSING, _default(config, path)):
             yield f"{path} = {value} has no effect, because {reason}"
 
 

@@ -84,7 +84,7 @@ class SweepPlan:
 
     def describe(self) -> str:
         """Return the plan as text, one fact a line."""
-        config, size, budget = self.config, self.space.size(), self.config.train.max_tokens
+        config, size = self.config, self.space.size()
         grid = ", ".join(f"{tokens:,}" for tokens in config.train.report_grid())
         points = "continuous" if size is None else counted(size, "point")
         lines = [
@@ -93,7 +93,7 @@ class SweepPlan:
             f"model      {config.model.path} ({config.model.quantization})"
             + (", and its own code is run: model.trust_remote_code" if config.model.trust_remote_code else ""),
             f"data       {config.data.describe_train()}",
-            f"budget     {budget:,} tokens a trial, at most {config.sweep.num_trials * budget:,} in all"
+            f"budget     {config.train.max_tokens:,} tokens a trial, at most {config.most_tokens:,} in all"
             + (f"; ends early at {limits}" if (limits := describe_budget(config.effective_budget)) else ""),
             f"rungs      {self.num_rungs}, at tokens seen: {grid}",
             f"slots      {self.slots.describe()}",

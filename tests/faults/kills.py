@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .nodes import Nodes
-from .sweeps import Driver, Sweep, config, only_folder
+from .sweeps import GOING_ON, Driver, Sweep, config, only_folder
 
 READY = "sweep folder "  # the driver says so once it holds the lock
 SHARE_AT_ANY_MOMENT = 0.2
@@ -34,7 +34,8 @@ class Setting:
     """Describes the sweeps to disturb.
 
     equal: a disturbed sweep must equal the undisturbed one bit for bit. Otherwise only its
-    proposals up to num_same_proposals must be equal, and no result may be lost.
+    proposals up to num_same_proposals must be equal, and no result may be lost. full_trials: the
+    tokens that end the sweep, in full trials.
     """
 
     name: str
@@ -42,10 +43,12 @@ class Setting:
     pruner: dict[str, Any]
     num_slots: int
     equal: bool
+    full_trials: float | None = None
 
     def config(self, output: Path, address: str, seed: int) -> dict[str, Any]:
         cluster = {"address": address, "max_concurrent": self.num_slots}
-        return config(output, sampler=self.sampler, pruner=self.pruner, cluster=cluster, sweep={"seed": seed})
+        sweep = {"seed": seed, "budget": {"full_trials": self.full_trials}}
+        return config(output, sampler=self.sampler, pruner=self.pruner, cluster=cluster, sweep=sweep)
 
 
 TPE = {"name": "tpe", "num_startup_trials": 4}
@@ -53,6 +56,10 @@ ONE_SLOT = Setting("one slot, tpe, successive halving", TPE, {"name": "successiv
 RANDOM = Setting("two slots, random, patient", {"name": "random"}, {"name": "patient"}, 2, True)
 TWO_SLOTS = Setting("two slots, tpe, successive halving", TPE, {"name": "successive_halving"}, 2, False)
 SETTINGS = (ONE_SLOT, RANDOM, ONE_SLOT, TWO_SLOTS)
+THAW, NO_PRUNER = {"name": "freeze_thaw"}, {"name": "none"}
+ONE_SLOT_THAW = Setting("one slot, freeze and thaw", THAW, NO_PRUNER, 1, True, full_trials=4.0)
+TWO_SLOTS_THAW = Setting("two slots, freeze and thaw", THAW, NO_PRUNER, 2, False, full_trials=4.0)
+THAW_SETTINGS = (ONE_SLOT_THAW, ONE_SLOT_THAW, TWO_SLOTS_THAW)
 
 
 @dataclass
@@ -133,7 +140,7 @@ def _disturbed(
         return Sweep({}, None, [f"exit code {driver.process.returncode}: {driver.text()[-600:]}"])
     found = Sweep.read(folder)
     after = _results(folder)
-    lost = [number for number, result in before.items() if after.get(number) != result]
+    lost = [number for number, result in before.items() if result["outcome"] not in GOING_ON and after.get(number) != result]
     return Sweep(found.trials, found.best, found.faults + [f"trial {number} changed after a kill" for number in lost])
 
 

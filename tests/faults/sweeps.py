@@ -21,6 +21,8 @@ from .nodes import ENV
 CURVES = str(Path(__file__).with_name("curves.json"))
 SPACE = {"lora.rank": {"choices": [2, 4, 8, 16]}, "optim.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
 NUM_RUNGS = 4
+MOST_SLOTS = 2  # of the sweeps with a budget of tokens
+GOING_ON = ("PAUSED", "STOPPED")  # outcomes of trials that a larger budget continues: the journal has no end of them
 
 
 def config(output: Path, **sections: Any) -> dict[str, Any]:
@@ -122,7 +124,7 @@ class Sweep:
             for number in sorted(results)
         }
         wanted = json.loads((folder / "sweep_config.json").read_text())
-        faults += _faults_of_trials(trials, curves, journal, wanted["sweep"]["num_trials"])
+        faults += _faults_of_trials(trials, curves, journal, wanted)
         if sorted(row["number"] for row in board["trials"]) != sorted(trials):
             faults.append("the leaderboard has other trials than the folder")
         if board["best_trial"] is not None and not board["reevaluation"]["agrees"]:
@@ -159,9 +161,14 @@ class _Journal:
                 self.ends[line["trial_id"]] += 1
 
 
-def _faults_of_trials(trials: dict, curves: dict, journal: _Journal, num_wanted: int) -> list[str]:
-    faults = []
+def _faults_of_trials(trials: dict, curves: dict, journal: _Journal, wanted: dict) -> list[str]:
+    """wanted: the sweep's config. With a budget of tokens a sweep starts as many trials as it likes, and spends it."""
+    faults, num_wanted, full_trials = [], wanted["sweep"]["num_trials"], wanted["sweep"]["budget"]["full_trials"]
     num_started = sum(outcome != "INFEASIBLE" for _, outcome, _ in trials.values())
+    if full_trials is not None:
+        num_wanted, num_rungs = num_started, sum(map(len, curves.values()))
+        if not full_trials * NUM_RUNGS <= num_rungs < full_trials * NUM_RUNGS + MOST_SLOTS:
+            faults.append(f"{num_rungs} rungs for the tokens of {full_trials} full trials")
     if num_started != num_wanted or sorted(trials) != list(range(journal.num_trials)):
         faults.append(f"{len(trials)} results for {num_wanted} trials wanted and {journal.num_trials} in the journal")
     for number, (_, outcome, losses) in trials.items():
@@ -171,7 +178,7 @@ def _faults_of_trials(trials: dict, curves: dict, journal: _Journal, num_wanted:
         heard = {rung: values for (trial, rung), values in journal.values.items() if trial == number}
         if heard != {rung: [loss] for rung, loss in zip(rungs, losses)}:
             faults.append(f"trial {number}: {heard} in the journal, {losses} in its folder")
-        if journal.ends[number] != 1:
+        if journal.ends[number] != (outcome not in GOING_ON):
             faults.append(f"trial {number}: ended {journal.ends[number]} times")
         if (outcome == "COMPLETE") != (len(rungs) == NUM_RUNGS):
             faults.append(f"trial {number}: {outcome} with {len(rungs)} rungs")

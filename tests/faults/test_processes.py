@@ -11,7 +11,7 @@ import signal
 import pytest
 
 from . import measure
-from .kills import kill_drivers
+from .kills import SETTINGS, THAW_SETTINGS, kill_drivers
 from .nodes import Nodes
 from .sweeps import NUM_RUNGS, Sweep
 
@@ -71,9 +71,10 @@ def test_a_second_driver_is_refused_and_the_first_goes_on(tmp_path):
     assert found.sweep.faults == []
 
 
-def test_killed_drivers_lose_nothing_and_end_as_if_undisturbed(tmp_path):
+@pytest.mark.parametrize("settings", [SETTINGS, THAW_SETTINGS])
+def test_killed_drivers_lose_nothing_and_end_as_if_undisturbed(tmp_path, settings):
     with Nodes(num_cpus=4) as nodes:
-        tally = kill_drivers(NUM_KILLS, 0, tmp_path, nodes.address)
+        tally = kill_drivers(NUM_KILLS, 0, tmp_path, nodes.address, settings)
     assert tally.faults == []
     assert tally.num_resumed == tally.num_kills == NUM_KILLS
     assert tally.num_equal == tally.num_must_be_equal

@@ -166,9 +166,12 @@ def test_a_spent_budget_stops_who_runs_and_a_larger_one_lets_the_policy_choose(t
     assert outcomes(more) == ["PAUSED", "PAUSED"] and more.next_trial().number == first
 
 
-def test_the_default_budget_is_a_quarter_of_the_trials_and_at_least_two():
-    budgets = [config_for(WIDE, "freeze_thaw", num_trials=count).effective_budget.full_trials for count in (1, 8, 30)]
-    assert budgets == [2.0, 2.0, 7.5]
+def test_the_default_budget_is_a_quarter_of_the_trials_and_at_least_two_if_there_are_two():
+    budgets = [config_for(WIDE, "freeze_thaw", num_trials=count).effective_budget.full_trials for count in (1, 2, 8, 30)]
+    assert budgets == [1.0, 2.0, 2.0, 7.5]
+    tokens = [config_for(WIDE, name, num_trials=30).most_tokens for name in ("freeze_thaw", "tpe")]
+    assert tokens == [7.5 * 400, 30 * 400]
+    assert config_for(WIDE, "tpe", num_trials=3, budget={"full_trials": 4.0}).most_tokens == 3 * 400
     assert config_for(WIDE, "freeze_thaw", budget={"full_trials": 0.5}).effective_budget.full_trials == 0.5
     assert config_for(WIDE, "tpe").effective_budget.full_trials is None
 

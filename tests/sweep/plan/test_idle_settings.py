@@ -48,7 +48,10 @@ IDLE = {  # what is given -> both names
     "tracking.registered_model=x tracking=none": ["tracking.registered_model", "tracking.name = none"],
     "tracking.metrics_host=0.0.0.0": ["tracking.metrics_host", "tracking.metrics_port is not given"],
     "pruner.reduction_factor=3 sweep.objectives=[eval_loss,elapsed_s]": ["pruner.reduction_factor", "sweep.objectives"],
-    "pruner.reduction_factor=3 sampler=freeze_thaw": ["pruner.reduction_factor", "sampler=freeze_thaw"],
+    "pruner.reduction_factor=3 sampler=freeze_thaw": ["pruner.reduction_factor", "sampler=freeze_thaw", "sampler=tpe"],
+    "pruner=median sampler=freeze_thaw": ["pruner.name = 'median'", "sampler=freeze_thaw", "sampler=tpe"],
+    "pruner=successive_halving_late sampler=freeze_thaw": ["pruner.name = 'successive_halving_late'", "sampler=freeze_thaw"],
+    "pruner=median sweep.objectives=[eval_loss,elapsed_s]": ["pruner.name = 'median'", "sweep.objectives"],
 }
 
 
@@ -77,7 +80,8 @@ def test_an_override_without_effect_is_refused_with_both_names(typed):
      "data.train_split=test data.train=org/name", "model.revision=abc model.path=org/name", "optim.min_lr_ratio=0.1",
      "optim.min_lr_ratio=0.1 space.optim.lr_schedule.choices=[constant,linear]", "optim.warmup_ratio=0.1",
      "cluster.wait_s=60 cluster.address=auto cluster.num_gpus=2", "tracking.metrics_host=0.0.0.0 tracking.metrics_port=0",
-     "space.lora.lora_alpha.choices=[8,16]", "model.double_quantization=false", "pruner.reduction_factor=3"],
+     "space.lora.lora_alpha.choices=[8,16]", "model.double_quantization=false", "pruner.reduction_factor=3",
+     "pruner=median sampler=tpe", "pruner=none sampler=freeze_thaw", "pruner=none sweep.objectives=[eval_loss,elapsed_s]"],
 )  # fmt: skip
 def test_the_same_setting_is_taken_where_it_has_an_effect(typed):
     assert judged([*QUICK, *typed.split(" ")]) == []
