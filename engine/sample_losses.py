@@ -12,7 +12,6 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from engine.config.parsing import parse_dataclass
 from engine.errors import InputError
@@ -42,11 +41,8 @@ class SampleLosses:
 
 
 @dataclass(frozen=True)
-class _OfRung:
+class _OfRung(SampleLosses):
     rung: int
-    evaluation_digest: str
-    sums: tuple[float, ...]
-    num_targets: tuple[int, ...]
 
 
 def write_sample_losses(trial_folder: Path, rung: int, losses: SampleLosses) -> None:
@@ -58,7 +54,7 @@ def write_sample_losses(trial_folder: Path, rung: int, losses: SampleLosses) -> 
         before = [one for one in _read(trial_folder / SAMPLE_LOSSES) if one.rung != rung][-1:]
     except (InputError, OSError):
         before = []  # the first one, or a damaged file, which this one replaces
-    new = _OfRung(rung, losses.evaluation_digest, losses.sums, losses.num_targets)
+    new = _OfRung(losses.evaluation_digest, losses.sums, losses.num_targets, rung)
     text = json.dumps({"adapters": [asdict(one) for one in (*before, new)]}, separators=(",", ":"))
     write_text(trial_folder / SAMPLE_LOSSES, text + "\n")
 
@@ -73,10 +69,9 @@ def read_sample_losses(trial_folder: Path, report: TrialReport) -> SampleLosses 
     if not file.is_file():
         return None
     for one in _read(file):
-        losses = SampleLosses(one.evaluation_digest, one.sums, one.num_targets)
-        if one.rung == report.rung and losses.mean == report.eval_loss:
-            return losses
-        others.append(f"of rung {one.rung} with loss {losses.mean:.6g}")
+        if one.rung == report.rung and one.mean == report.eval_loss:
+            return SampleLosses(one.evaluation_digest, one.sums, one.num_targets)
+        others.append(f"of rung {one.rung} with loss {one.mean:.6g}")
     raise _damaged(file, f"it is {' and '.join(others)}")
 
 
@@ -85,7 +80,7 @@ def _read(file: Path) -> list[_OfRung]:
     try:
         values = json.loads(file.read_bytes())
         adapters = values.get("adapters") if isinstance(values, dict) else None
-        found = [parse_dataclass(_OfRung, _lists_as_tuples(one), "adapters") for one in adapters or ()]
+        found = [parse_dataclass(_OfRung, one, "adapters") for one in adapters or ()]
     except InputError as error:
         raise _damaged(file, str(error)) from None
     except (TypeError, ValueError, RecursionError):
@@ -96,12 +91,6 @@ def _read(file: Path) -> list[_OfRung]:
         if len(one.sums) != len(one.num_targets) or min(one.num_targets, default=0) < 0 or not any(one.num_targets):
             raise _damaged(file, "its sums and counts do not match")
     return found
-
-
-def _lists_as_tuples(values: Any) -> Any:
-    if not isinstance(values, dict):
-        return values
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _damaged(file: Path, fault: str) -> InputError:

@@ -44,19 +44,16 @@ class RunningAverage:
             self.values.lerp_(self._adapter.parameter.detach(), step_weight(num_tokens, tokens_seen, self._horizon))
 
     @contextmanager
-    def in_place(self, is_wanted: bool = True) -> Iterator[None]:
-        """Have the average, or else the last adapter, in the adapter's memory inside this context.
+    def in_place(self) -> Iterator[None]:
+        """Have the average in the adapter's memory inside this context. There must be one.
 
-        Addresses stay, so recorded passes read what is there. Nothing happens if it is there already.
+        Addresses stay, so recorded passes read what is there.
         """
-        must_move = self.values is not None and is_wanted != self._is_in_place
-        if must_move:
-            self._exchange()
+        self._exchange()
         try:
             yield
         finally:
-            if must_move:
-                self._exchange()
+            self._exchange()
 
     def _exchange(self) -> None:
         for one, other in zip(self._adapter.parameter.detach().split(EXCHANGED), self.values.split(EXCHANGED)):

@@ -90,7 +90,7 @@ class TrialFiles:
             digests, staging_s = self._written()
             if report.eval_loss == report.best_eval_loss:
                 write_sample_losses(self.folder, report.rung, found.kept)
-                with self._average.in_place(found.is_average):
+                with self._average.in_place() if found.is_average else nullcontext():
                     self._export(None if found.is_average else checkpoint.staged_adapter(self.folder))
             self._place(progress, digests, staging_s)
             self.write_reports(progress)
