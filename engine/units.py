@@ -13,6 +13,7 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, MAX_EXPONENT))
 
 
-def counted(number: int, thing: str) -> str:
-    """Return the number with its thing in the singular or the plural, such as `1 row` and `1,024 rows`."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+def counted(number: int | float, thing: str) -> str:
+    """Return the number with its thing in the singular or the plural: `1 row`, `1,024 rows`, `2.5 rows`."""
+    shown = f"{int(number):,}" if float(number).is_integer() else f"{number:,.4g}"
+    return f"{shown} {thing}{'' if number == 1 else 's'}"

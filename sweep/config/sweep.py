@@ -19,6 +19,7 @@ from engine.config.parsing import MAX_SECONDS, ListAsTuple, StrictModel, parse
 from engine.config.trial import LoopConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
 from engine.errors import InputError
 from engine.planning.cards import find_card
+from engine.units import counted
 from sweep.config.pruner_options import PRUNERS, NoPrunerConfig, PrunerConfig, SuccessiveHalvingConfig
 from sweep.config.sampler_options import SAMPLERS, FreezeThawConfig, SamplerConfig, TpeConfig
 from sweep.space.parse import flattened
@@ -289,6 +290,6 @@ def describe_budget(limits: BudgetConfig) -> str:
         f"{limits.gpu_hours:g} GPU hours" if limits.gpu_hours is not None else "",
         f"{limits.wall_clock_hours:g} hours" if limits.wall_clock_hours is not None else "",
         f"an eval loss of {limits.target_loss:g}" if limits.target_loss is not None else "",
-        f"the tokens of {limits.full_trials:g} full trials" if limits.full_trials is not None else "",
+        f"the tokens of {counted(limits.full_trials, 'full trial')}" if limits.full_trials is not None else "",
     ]
     return ", ".join(filter(None, parts))

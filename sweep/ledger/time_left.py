@@ -107,7 +107,7 @@ class TimeLeft:
         ended = f"{num_ended} of {counted(self._limits.num_trials, 'trial')} ended"
         if full_trials is not None:
             spent = num_tokens / self._grid[-1]
-            ended, has_work = f"{spent:.4g} of {full_trials:g} full trials spent", has_work and spent < full_trials
+            ended, has_work = f"{spent:.4g} of {counted(full_trials, 'full trial')} spent", has_work and spent < full_trials
         if not has_work:
             return ended
         if seconds is None:

@@ -245,7 +245,7 @@ def _cost(fitting: list[Point], num_trials: int, full_trials: float | None) -> s
     trials = counted(num_trials, "trial")
     if full_trials is not None and full_trials < num_trials:
         return (
-            f"cost       at most {_hours(hours * full_trials)} GPU hours: the tokens of {full_trials:g} full trials of "
+            f"cost       at most {_hours(hours * full_trials)} GPU hours: the tokens of {counted(full_trials, 'full trial')} of "
             f"{_hours(hours)} hours, the mean of the lines that fit; evaluation left out"
         )
     return (

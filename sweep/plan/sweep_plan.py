@@ -67,6 +67,11 @@ class SweepPlan:
         if len(section.first_trials) > section.num_trials and not section.only_most_demanding:
             points = f"{len(section.first_trials)} points of sweep.first_trials"
             lines.append(f"the sweep ends before all {points} are tried: sweep.num_trials = {section.num_trials}")
+        full_trials, num_slots = self.config.effective_budget.full_trials, self.slots.num_slots
+        if self.config.pauses_trials and full_trials < num_slots and not section.only_most_demanding:
+            tokens = f"{num_slots} slots share the tokens of {counted(full_trials, 'full trial')}"
+            lines.append(f"{tokens}, and the best trial takes one slot to its end: some slots will be idle. To use them, raise "
+                         f"sweep.{'num_trials' if section.budget.full_trials is None else 'budget.full_trials'}")  # fmt: skip
         return lines
 
     def pinned(self, params: dict[str, Any]) -> SweepPlan:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from engine.command_answers import Facts
 from engine.planning.cards import CARDS
 from sweep import preflight
 from sweep.__main__ import compose, main
+from sweep.cluster.slots import Hardware
 from sweep.config.sweep import parse_sweep_config
 from sweep.execution.engine_commands import CommandFailed
 from sweep.plan.feasibility import Feasibility
@@ -114,6 +117,26 @@ def test_the_plan_counts_dimensions_in_the_singular_too():
                          (["space=none", "space.lora.rank.choices=[4,8]"], "1 dimension, 2 points")):  # fmt: skip
         plan = make_sweep_plan(parse_sweep_config(compose(["+experiment=llama-3.2-1b-24gb", *space])))
         assert f"space      {shown}\n" in plan.describe() + "\n"
+
+
+def test_the_plan_counts_the_tokens_that_a_budget_allows():
+    for full_trials, shown in ((1, "4,000,000 in all; ends early at 4 GPU hours, the tokens of 1 full trial"),
+                               (2.5, "10,000,000 in all; ends early at 4 GPU hours, the tokens of 2.5 full trials")):  # fmt: skip
+        words = ["+experiment=llama-3.2-1b-24gb", "sampler=freeze_thaw", f"sweep.budget.full_trials={full_trials}"]
+        text = make_sweep_plan(parse_sweep_config(compose(words))).describe()
+        assert f"budget     4,000,000 tokens a trial, at most {shown}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "num_gpus", "warned"),
+    [(["sampler=freeze_thaw"], 8, "8 slots share the tokens of 5.5 full trials, .* raise sweep.num_trials"),
+     (["sampler=freeze_thaw", "sweep.budget.full_trials=1"], 2, "tokens of 1 full trial, .* raise sweep.budget.full_trials"),
+     (["sampler=freeze_thaw"], 5, None), (["sampler=tpe"], 8, None)],
+)  # fmt: skip
+def test_slots_that_a_budget_of_tokens_leaves_idle_are_told(words, num_gpus, warned):
+    config = parse_sweep_config(compose(["+experiment=llama-3.2-1b-24gb", "sweep.num_trials=22", *words]))
+    lines = make_sweep_plan(config, lambda cluster: Hardware(num_gpus, 8)).warnings()
+    assert lines == [] if warned is None else re.search(warned, lines[0])
 
 
 # --- the most demanding point ---
