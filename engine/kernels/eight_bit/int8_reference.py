@@ -69,7 +69,8 @@ def unpack_columns_(states: Sequence[Nf4State], scales: WeightScales, codes_DO: 
 
 def quantize_rows(x_TK: Tensor, is_rotated: bool) -> Int8Rows:
     wide_TK = rotated(x_TK) if is_rotated else x_TK.float()
-    scale_T = _scale(wide_TK.abs().amax(1))  # a row with a NaN has the scale NaN, and one with an infinity infinity
+    limit_T = wide_TK.abs().nan_to_num(torch.inf, torch.inf).amax(1)
+    scale_T = _scale(limit_T)  # infinite for a row that is not finite: times a sum of zeros it gives NaN
     return Int8Rows(_codes(wide_TK.nan_to_num(0.0, 0.0, 0.0), scale_T), scale_T)
 
 
