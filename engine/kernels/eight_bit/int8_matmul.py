@@ -118,17 +118,15 @@ def _pointer_kernel(
 @triton.jit(do_not_specialize=["T"])
 def _descriptor_kernel(
     a, b, c, scale_a, scale_b, low, low_b, bias, T, N, K, low_t, low_r, low_b_n, low_b_r,
-    RANK: tl.constexpr, HAS_BIAS: tl.constexpr, HALVES: tl.constexpr, PROGRAMS: tl.constexpr, FLAT: tl.constexpr,
-    SPECIAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    HEIGHT: tl.constexpr,
+    RANK: tl.constexpr, HAS_BIAS: tl.constexpr, HALVES: tl.constexpr, FLAT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Compute every PROGRAMS-th tile. a and b are descriptors, which give zeros outside the operands.
+    """Compute the tiles whose number, modulo the number of programs, is this program's.
 
-    FLAT makes one loop of both, so that a tile's first loads overlap the previous tile's end.
-    SPECIAL gives the loads to warps of their own.
+    a and b are descriptors, which give zeros outside the operands. FLAT makes one loop of both, so that a tile's first loads overlap the previous tile's end.
     """
     tiles = tl.cdiv(T, BLOCK_T) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLAT, warp_specialize=SPECIAL):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
         row, column = _place(tile, T, N, BLOCK_T, BLOCK_N, HEIGHT)
         sums = tl.zeros((BLOCK_T, BLOCK_N), tl.int32)
         for start in range(0, K, BLOCK_K):
@@ -141,12 +139,15 @@ def _descriptor_kernel(
 
 
 def matmul(a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None, bias_N: Tensor | None) -> Tensor:
-    (num_tokens, reduced), num_columns = a.codes_NK.shape, b.codes_NK.shape[0]
-    tile = choose_tile(capability(a.codes_NK), num_tokens, num_columns, reduced, _can_describe(a.codes_NK, b.codes_NK))
+    num_tokens, num_columns = a.codes_NK.shape[0], b.codes_NK.shape[0]
+    capability, processors = _card(a.codes_NK)
+    tile = choose_tile(capability, processors, num_tokens, num_columns, _can_describe(a.codes_NK, b.codes_NK))
     return launch_matmul(a, b, dtype, term, bias_N, tile)
 
 
-def launch_matmul(a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None, bias_N: Tensor | None, tile: Tile) -> Tensor:
+def launch_matmul(
+    a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None, bias_N: Tensor | None, tile: Tile
+) -> Tensor:
     """Multiply with the caller's choice of tile (the benchmark's)."""
     (num_tokens, reduced), num_columns = a.codes_NK.shape, b.codes_NK.shape[0]
     c_TN = torch.empty((num_tokens, num_columns), dtype=dtype, device=a.codes_NK.device)
@@ -164,10 +165,8 @@ def launch_matmul(a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | 
     tiles = triton.cdiv(num_tokens, tile.t) * triton.cdiv(num_columns, tile.n)
     if tile.described:
         described = (_descriptor(a.codes_NK, tile.t, tile.k), _descriptor(b.codes_NK, tile.n, tile.k))
-        programs = min(tiles, tile.per_processor * multiprocessors(a.codes_NK))
-        _descriptor_kernel[(programs,)](
-            *described, *given, *steps, PROGRAMS=programs, FLAT=tile.flat, SPECIAL=tile.special, **options
-        )  # fmt: skip
+        programs = min(tiles, tile.per_processor * _card(a.codes_NK)[1])
+        _descriptor_kernel[(programs,)](*described, *given, *steps, FLAT=tile.flat, **options)
     else:
         strides = a.codes_NK.stride(0), b.codes_NK.stride(0)
         _pointer_kernel[(tiles,)](
@@ -186,20 +185,12 @@ def _can_describe(*operands: Tensor) -> bool:
     return all(codes.data_ptr() % ALIGNMENT == 0 and codes.stride(0) % ALIGNMENT == 0 for codes in operands)
 
 
-def capability(codes_NK: Tensor) -> int:
-    """Return the compute capability of the tensor's card as 10 * major + minor, 0 on the CPU."""
-    if not codes_NK.is_cuda:
-        return 0
-    major, minor = _properties(codes_NK.device.index)[:2]
-    return 10 * major + minor
-
-
-def multiprocessors(codes_NK: Tensor) -> int:
-    """Return the number of the card's multiprocessors, 1 on the CPU."""
-    return _properties(codes_NK.device.index)[2] if codes_NK.is_cuda else 1
+def _card(codes_NK: Tensor) -> tuple[int, int]:
+    """Return the card's compute capability, 10 * major + minor, and its multiprocessors; 0 and 1 on the CPU."""
+    return _properties(codes_NK.device.index) if codes_NK.is_cuda else (0, 1)
 
 
 @functools.cache
-def _properties(device: int) -> tuple[int, int, int]:
+def _properties(device: int) -> tuple[int, int]:
     found = torch.cuda.get_device_properties(device)
-    return found.major, found.minor, found.multi_processor_count
+    return 10 * found.major + found.minor, found.multi_processor_count

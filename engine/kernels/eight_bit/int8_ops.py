@@ -77,9 +77,7 @@ def quantize_rows(x_TK: Tensor, is_rotated: bool = False) -> Int8Rows:
     return _module("row_codes", x_TK).quantize_rows(x_TK, is_rotated)
 
 
-def matmul(
-    a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None = None, bias_N: Tensor | None = None
-) -> Tensor:
+def matmul(a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None = None, bias_N: Tensor | None = None) -> Tensor:
     """Return c = a b^T + low @ low_b^T + bias, [T, N] in `dtype`, rounded once.
 
     a: [T, K]; b: [N, K]. The sum over codes is exact; the rest is in fp32. `term` holds low [T, R]

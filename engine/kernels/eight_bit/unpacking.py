@@ -48,7 +48,7 @@ def hadamard_tile(dtype: tl.constexpr):
 
 @triton.jit
 def _values(
-    packed, code, absmax, nested_code, nested_absmax, nested_offset, row, column, O, D,
+    packed, code, absmax, nested_code, nested_absmax, nested_offset, row, column, num_rows, D,
     BLOCK_SIZE: tl.constexpr, NESTED_BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def _values(
     """
     start = row.to(tl.int64) * D + column
     o = tl.arange(0, BLOCK_O)[:, None]
-    exists = o < O - row
+    exists = o < num_rows - row
     if UNIT == 8:
         word = tl.arange(0, BLOCK_D // 8)[None, :]
         words = tl.load(packed + start // 8 + o * (D // 8) + word, mask=exists & (word * 8 < D - column), other=0)
@@ -92,7 +92,7 @@ def _rotate(values, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _unpack_kernel(
-    packed, code, absmax, nested_code, nested_absmax, nested_offset, scales, codes, codes_stride, O, D,
+    packed, code, absmax, nested_code, nested_absmax, nested_offset, scales, codes, codes_stride, num_rows, D,
     BLOCK_SIZE: tl.constexpr, NESTED_BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr,
     ROTATED: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def _unpack_kernel(
     across = tl.cdiv(D, BLOCK_D)
     row, column = tl.program_id(0) // across * BLOCK_O, tl.program_id(0) % across * BLOCK_D
     values = _values(
-        packed, code, absmax, nested_code, nested_absmax, nested_offset, row, column, O, D,
+        packed, code, absmax, nested_code, nested_absmax, nested_offset, row, column, num_rows, D,
         BLOCK_SIZE, NESTED_BLOCK_SIZE, NESTED, UNIT, SPAN, BLOCK_O, BLOCK_D,
     )  # fmt: skip
     o, d = row + tl.arange(0, BLOCK_O), column + tl.arange(0, BLOCK_D)
@@ -108,18 +108,18 @@ def _unpack_kernel(
         inverse = tl.div_rn(1.0, tl.load(scales + d, mask=d < D, other=1.0))
         kept = tl.trans(to_codes(values * inverse[None, :]))
         place = codes + d.to(tl.int64)[:, None] * codes_stride + o[None, :]
-        tl.store(place, kept, mask=(d < D)[:, None] & (o < O)[None, :])
+        tl.store(place, kept, mask=(d < D)[:, None] & (o < num_rows)[None, :])
     else:
         if ROTATED:
             values = _rotate(values, BLOCK_O, BLOCK_D)
-        inverse = tl.div_rn(1.0, tl.load(scales + o, mask=o < O, other=1.0))
+        inverse = tl.div_rn(1.0, tl.load(scales + o, mask=o < num_rows, other=1.0))
         place = codes + o.to(tl.int64)[:, None] * codes_stride + d[None, :]
-        tl.store(place, to_codes(values * inverse[:, None]), mask=(o < O)[:, None] & (d < D)[None, :])
+        tl.store(place, to_codes(values * inverse[:, None]), mask=(o < num_rows)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
 def _limits_kernel(
-    packed, code, absmax, nested_code, nested_absmax, nested_offset, row_limits, column_limits, O, D,
+    packed, code, absmax, nested_code, nested_absmax, nested_offset, row_limits, column_limits, num_rows, D,
     BLOCK_SIZE: tl.constexpr, NESTED_BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr,
     ROTATED: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +131,7 @@ def _limits_kernel(
     across = tl.cdiv(D, BLOCK_D)
     row, column = tl.program_id(0) // across * BLOCK_O, tl.program_id(0) % across * BLOCK_D
     values = _values(
-        packed, code, absmax, nested_code, nested_absmax, nested_offset, row, column, O, D,
+        packed, code, absmax, nested_code, nested_absmax, nested_offset, row, column, num_rows, D,
         BLOCK_SIZE, NESTED_BLOCK_SIZE, NESTED, UNIT, SPAN, BLOCK_O, BLOCK_D,
     )  # fmt: skip
     values = tl.where(values == values, values, float("inf"))
@@ -140,7 +140,7 @@ def _limits_kernel(
     if ROTATED:
         values = _rotate(values, BLOCK_O, BLOCK_D)
         values = tl.where(values == values, values, float("inf"))
-    tl.atomic_max(row_limits + o, tl.max(tl.abs(values), 1).to(tl.int32, bitcast=True), mask=o < O, sem="relaxed")
+    tl.atomic_max(row_limits + o, tl.max(tl.abs(values), 1).to(tl.int32, bitcast=True), mask=o < num_rows, sem="relaxed")
 
 
 def weight_scales(states: Sequence[Nf4State], is_rotated: bool) -> WeightScales:
