@@ -123,7 +123,8 @@ def _descriptor_kernel(
 ):  # fmt: skip
     """Compute the tiles whose number, modulo the number of programs, is this program's.
 
-    a and b are descriptors, which give zeros outside the operands. FLAT makes one loop of both, so that a tile's first loads overlap the previous tile's end.
+    a and b are descriptors, which give zeros outside the operands. FLAT makes one loop of both, so
+    that a tile's first loads overlap the previous tile's end.
     """
     tiles = tl.cdiv(T, BLOCK_T) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
