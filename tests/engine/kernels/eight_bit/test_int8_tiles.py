@@ -5,7 +5,7 @@ import torch
 
 from engine.kernels.eight_bit import int8_reference
 from engine.kernels.eight_bit.int8_ops import Int8Rows
-from engine.kernels.eight_bit.int8_tiles import Tile
+from engine.kernels.eight_bit.int8_tiles import CANDIDATES, Tile, choose_tile
 from engine.kernels.ops import LowRank
 from tests.support.kernel_checks import DEVICE, as_good_as_torch, draw, leave_to_a_child
 from tests.support.kernel_checks import implementation as implementation  # runs on kernel and reference
@@ -53,6 +53,35 @@ def test_every_way_gives_the_same_sums(tile, sizes, launch_matmul):
     plain = int8_reference.matmul(a, b, torch.bfloat16, term, None)
     assert as_good_as_torch(launch_matmul(a, b, torch.bfloat16, term, None, tile), plain, truth)
     assert not as_good_as_torch(launch_matmul(a, b, torch.bfloat16, None, None, tile), plain, truth)
+
+
+# compute capability, multiprocessors, KiB of shared memory that a program may take
+CARDS = [(80, 108, 163), (86, 82, 99), (89, 128, 99), (90, 132, 227), (100, 148, 227), (120, 170, 99)]
+
+
+def shared_kib(tile):
+    """Return what the stages of both operands take, and a tile of bf16 outputs if loads go on while it is written."""
+    outputs = 2 * tile.t * tile.n // (2 if tile.halves else 1) if tile.described and tile.flat else 0
+    return (tile.stages * (tile.t + tile.n) * tile.k + outputs) / 1024
+
+
+@pytest.mark.parametrize(("card", "processors", "limit"), CARDS)
+def test_a_tile_fits_the_card_and_gives_work_to_all_of_it(card, processors, limit, implementation):
+    for t, n in ((4096, 28672), (4096, 4096), (2048, 576), (64, 64)):
+        for can_describe in (False, True):
+            tile = choose_tile(card, processors, t, n, can_describe)
+            assert shared_kib(tile) <= limit
+            assert not tile.described or (can_describe and 90 <= card < 100)
+            tiles = -(-t // tile.t) * -(-n // tile.n)
+            assert tiles >= processors or tile.t == tile.n == 64
+    large = choose_tile(card, processors, 4096, 28672, True)
+    assert large.t * large.n > 64 * 64 and large.described == (card == 90)
+    assert choose_tile(card, processors, 64, 64, True).t == 64
+
+
+def test_candidates_are_distinct_and_fit_hopper(implementation):
+    assert len(set(CANDIDATES)) == len(CANDIDATES)
+    assert all(shared_kib(tile) <= 227 for tile in CANDIDATES)
 
 
 leave_to_a_child(globals(), "test_eight_bit_tiles_in_triton_s_interpreter")
