@@ -13,13 +13,12 @@ tiles differ only in the rounding of the low-rank term.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.eight_bit.card_facts import capability, multiprocessors
 from engine.kernels.eight_bit.int8_reference import Int8Rows
 from engine.kernels.eight_bit.int8_tiles import Tile, choose_tile
 from engine.kernels.reference import LowRank
@@ -140,9 +139,10 @@ def _descriptor_kernel(
 
 
 def matmul(a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None, bias_N: Tensor | None) -> Tensor:
-    num_tokens, num_columns = a.codes_NK.shape[0], b.codes_NK.shape[0]
-    capability, processors = _card(a.codes_NK)
-    tile = choose_tile(capability, processors, num_tokens, num_columns, _can_describe(a.codes_NK, b.codes_NK))
+    (num_tokens, reduced), num_columns = a.codes_NK.shape, b.codes_NK.shape[0]
+    card = capability(a.codes_NK), multiprocessors(a.codes_NK)
+    can_describe = _can_describe(a.codes_NK, b.codes_NK)
+    tile = choose_tile(*card, num_tokens, num_columns, reduced, can_describe, term is not None)
     return launch_matmul(a, b, dtype, term, bias_N, tile)
 
 
@@ -166,7 +166,7 @@ def launch_matmul(
     tiles = triton.cdiv(num_tokens, tile.t) * triton.cdiv(num_columns, tile.n)
     if tile.described:
         described = (_descriptor(a.codes_NK, tile.t, tile.k), _descriptor(b.codes_NK, tile.n, tile.k))
-        programs = min(tiles, tile.per_processor * _card(a.codes_NK)[1])
+        programs = min(tiles, tile.per_processor * multiprocessors(a.codes_NK))
         _descriptor_kernel[(programs,)](*described, *given, *steps, FLAT=tile.flat, **options)
     else:
         strides = a.codes_NK.stride(0), b.codes_NK.stride(0)
@@ -184,14 +184,3 @@ def _descriptor(codes_NK: Tensor, rows: int, k: int) -> object:
 
 def _can_describe(*operands: Tensor) -> bool:
     return all(codes.data_ptr() % ALIGNMENT == 0 and codes.stride(0) % ALIGNMENT == 0 for codes in operands)
-
-
-def _card(codes_NK: Tensor) -> tuple[int, int]:
-    """Return the card's compute capability, 10 * major + minor, and its multiprocessors; 0 and 1 on the CPU."""
-    return _properties(codes_NK.device.index) if codes_NK.is_cuda else (0, 1)
-
-
-@functools.cache
-def _properties(device: int) -> tuple[int, int]:
-    found = torch.cuda.get_device_properties(device)
-    return 10 * found.major + found.minor, found.multi_processor_count

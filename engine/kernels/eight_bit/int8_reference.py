@@ -18,6 +18,8 @@ from engine.kernels.reference import LowRank
 
 GROUP = 64  # elements that one rotation mixes
 LARGEST = 127  # of a code; -128 is never used, so that codes are symmetric
+# Scale over limit. Devices multiply alike; some replace a division by a product with this, others do not.
+INVERSE = 1.0 / LARGEST
 SMALLEST_LIMIT = 1e-30  # a row of zeros is scaled as if its largest value were this
 
 
@@ -94,7 +96,7 @@ def _rotated_weight(w_OD: Tensor) -> Tensor:
 
 
 def _scale(limit: Tensor) -> Tensor:
-    return limit.clamp_min(SMALLEST_LIMIT) / LARGEST
+    return limit.clamp_min(SMALLEST_LIMIT) * INVERSE
 
 
 def _codes(x_NK: Tensor, scale_N: Tensor) -> Tensor:

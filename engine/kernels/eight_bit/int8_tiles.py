@@ -22,47 +22,53 @@ class Tile:
 
 
 INTERPRETED = Tile(64, 64, 64, 4, 3)
-HOPPER = Tile(128, 256, 128, 8, 3, described=True, halves=True)
-HOPPER_POINTERS = Tile(128, 256, 128, 8, 3)
+# Hopper. Two small programs on a multiprocessor write one's outputs while the other multiplies. A long
+# reduction writes seldom, and large tiles read less. One loop for both has too few registers for a term.
+HOPPER = Tile(128, 128, 128, 4, 3, described=True, per_processor=2)
+HOPPER_TERM = replace(HOPPER, flat=False)
+HOPPER_LONG, LONG = Tile(128, 256, 128, 8, 4, described=True, flat=False), 8192
+HOPPER_POINTERS = Tile(128, 128, 128, 4, 3)
 AMPERE = Tile(128, 128, 128, 8, 3)  # 164 KiB of shared memory
 SMALL_SHARED = Tile(128, 128, 64, 4, 3)  # Ada and consumers' Ampere and Blackwell have 100 KiB
+SMALL = Tile(64, 64, 64, 4, 4)
 
-# What the benchmark times on Hopper. The first of each kind differs from the others in one thing.
-_DESCRIBED = replace(HOPPER, halves=False, flat=False)
+# What the benchmark times, on Hopper
 CANDIDATES = [
     HOPPER,
-    replace(HOPPER, stages=4),
-    replace(HOPPER, height=16),
-    _DESCRIBED,
-    replace(_DESCRIBED, stages=4),
-    replace(_DESCRIBED, stages=4, halves=True),
-    replace(_DESCRIBED, per_processor=1024),
-    replace(_DESCRIBED, n=128, warps=4, per_processor=2),
-    replace(_DESCRIBED, n=128, warps=4, per_processor=1024),
-    replace(_DESCRIBED, n=128, warps=4, per_processor=2, flat=True, halves=True),
-    replace(_DESCRIBED, t=256, n=128, stages=4, halves=True),
-    replace(HOPPER, t=256, n=128),
+    HOPPER_TERM,
+    replace(HOPPER, halves=True),
+    replace(HOPPER, flat=False, per_processor=1024),
+    HOPPER_LONG,
+    replace(HOPPER_LONG, stages=3),
+    replace(HOPPER_LONG, per_processor=1024),
+    replace(HOPPER_LONG, flat=True, halves=True),
+    replace(HOPPER_LONG, flat=True, halves=True, height=4),
+    replace(HOPPER_LONG, flat=True, halves=True, stages=3),
+    replace(HOPPER_LONG, t=256, n=128, flat=True, halves=True, stages=3),
     HOPPER_POINTERS,
-    replace(HOPPER_POINTERS, stages=4),
-    Tile(128, 128, 128, 4, 3),
     AMPERE,
-    replace(AMPERE, stages=4),
+    replace(AMPERE, n=256),
 ]
 
 
-def choose_tile(capability: int, processors: int, num_tokens: int, num_columns: int, can_describe: bool) -> Tile:
-    """Return the tile for a card and a shape.
+def choose_tile(
+    capability: int, processors: int, num_tokens: int, num_columns: int, reduced: int, can_describe: bool, has_term: bool
+) -> Tile:
+    """Return the tile for a card and a product of [num_tokens, reduced] by [num_columns, reduced].
 
     capability: 10 * major + minor, 0 for the interpreter. processors: the card's multiprocessors.
-    can_describe: the operands are aligned as descriptors need them.
+    can_describe: the operands are aligned as descriptors need them. has_term: a low-rank term is added.
     """
     if capability == 0:
         return INTERPRETED
-    if 90 <= capability < 100:
-        large = HOPPER if can_describe else HOPPER_POINTERS
+    if 90 <= capability < 100 and can_describe:
+        short = HOPPER_TERM if has_term else HOPPER
+        choices = [HOPPER_LONG, short] if reduced >= LONG else [short]
+    elif 90 <= capability < 100:
+        choices = [HOPPER_POINTERS]
     else:
-        large = AMPERE if capability == 80 else SMALL_SHARED
-    for tile in (large, Tile(128, 128, large.k, 4, 3)):
+        choices = [AMPERE if capability == 80 else SMALL_SHARED]
+    for tile in choices:
         if -(-num_tokens // tile.t) * -(-num_columns // tile.n) >= processors:
             return tile
-    return Tile(64, 64, 64, 4, 4)  # too few tiles for all multiprocessors: smaller ones
+    return SMALL  # the others are too few for all multiprocessors

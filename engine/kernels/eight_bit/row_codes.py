@@ -1,60 +1,98 @@
 """Quantise the rows of an activation or a gradient to int8 codes in Triton, with or without a rotation.
 
-One program holds a whole row in registers: it reads the row once, takes its largest value and
-writes the codes. The rotation is a product on tensor cores of the row's groups [K / 64, 64] with
-the Hadamard matrix, which bf16 and fp16 hold exactly.
+A program holds a short row in registers: it reads the row once, takes its largest value and writes
+the codes. It takes a long row in pieces, twice: the second time they are in a cache. The rotation
+is a product on tensor cores of the row's groups [K / 64, 64] with the Hadamard matrix, which bf16
+and fp16 hold exactly.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.eight_bit.card_facts import multiprocessors
 from engine.kernels.eight_bit.int8_reference import GROUP, Int8Rows
-from engine.kernels.eight_bit.unpacking import hadamard_tile, to_codes
+from engine.kernels.eight_bit.unpacking import code_bits, hadamard_tile
 
-PER_THREAD = 32  # elements of a row
+MOST_GROUPS = 64  # in one piece of a row
+INFINITE_BITS = tl.constexpr(0x7F800000)  # of fp32 infinity; those of NaN are greater
+
+
+@dataclass(frozen=True)
+class RowLaunch:
+    """Hold one way to launch: groups of 64 elements at a time, warps, and programs on one multiprocessor."""
+
+    groups: int
+    warps: int
+    per_processor: int
 
 
 @triton.jit
-def _rows_kernel(x, codes, scales, x_stride, K, ROTATED: tl.constexpr, GROUPS: tl.constexpr):
-    """Write one row's codes and its scale.
-
-    A row that is not finite gets zeros and an infinite scale, whose product is NaN.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, GROUPS)[:, None] * 64 + tl.arange(0, 64)[None, :]
-    values = tl.load(x + row * x_stride + k, mask=k < K, other=0.0)
+def _piece(x, k, K, h, ROTATED: tl.constexpr):
+    """Return elements k of a row in fp32, rotated if asked for, and 0 past its end."""
+    values = tl.load(x + k, mask=k < K, other=0.0)
     if ROTATED:
-        values = tl.dot(values, hadamard_tile(values.dtype), input_precision="ieee")
+        return tl.dot(values, h, input_precision="ieee")
     else:
-        values = values.to(tl.float32)
-    size = tl.abs(values)
-    is_finite = size < float("inf")
-    limit = tl.max(tl.max(tl.where(is_finite, size, float("inf")), 1), 0)
-    scale = tl.div_rn(tl.maximum(limit, 1e-30), 127.0)
-    tl.store(scales + row, scale)
-    kept = to_codes(tl.where(is_finite, values, 0.0) * tl.div_rn(1.0, scale))
-    tl.store(codes + row * K + k, kept, mask=k < K)
+        return values.to(tl.float32)
+
+
+@triton.jit
+def _size_bits(values):
+    """Return the bits of |values|: they have the order of the sizes, and those of NaN are above infinity's."""
+    return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit(do_not_specialize=["T"])  # T changes from batch to batch; its divisors gain nothing
+def _rows_kernel(x, codes, scales, x_stride, T, K, ROTATED: tl.constexpr, WHOLE: tl.constexpr, GROUPS: tl.constexpr):
+    """Write codes and scales of the rows whose number, modulo the number of programs, is this program's.
+
+    WHOLE: a row is one piece of GROUPS groups. A row that is not finite gets an infinite scale.
+    """
+    h = hadamard_tile(x.dtype.element_ty)
+    k = tl.arange(0, GROUPS)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    for number in range(tl.program_id(0), T, tl.num_programs(0)):
+        row = tl.full((), number, tl.int64)
+        if WHOLE:
+            values = _piece(x + row * x_stride, k, K, h, ROTATED)
+            sizes = _size_bits(values)
+        else:
+            sizes = tl.zeros((GROUPS, 64), tl.int32)
+            for start in range(0, K, GROUPS * 64):
+                sizes = tl.maximum(sizes, _size_bits(_piece(x + row * x_stride, start + k, K, h, ROTATED)))
+        limit = tl.minimum(tl.max(tl.max(sizes, 1), 0), INFINITE_BITS).to(tl.float32, bitcast=True)
+        scale = tl.maximum(limit, 1e-30) * 0.007874015748031496  # SMALLEST_LIMIT and INVERSE
+        tl.store(scales + row, scale)
+        inverse = tl.div_rn(1.0, scale)
+        if WHOLE:
+            tl.store(codes + row * K + k, code_bits(values * inverse).to(tl.int8), mask=k < K)
+        else:
+            for start in range(0, K, GROUPS * 64):
+                values = _piece(x + row * x_stride, start + k, K, h, ROTATED)
+                tl.store(codes + row * K + start + k, code_bits(values * inverse).to(tl.int8), mask=start + k < K)
 
 
 def quantize_rows(x_TK: Tensor, is_rotated: bool) -> Int8Rows:
-    width = x_TK.shape[1]
+    groups = triton.cdiv(x_TK.shape[1], GROUP)
     least = 16 if is_rotated else 1  # rows of a matrix instruction
-    groups = max(least, triton.next_power_of_2(triton.cdiv(width, GROUP)))
-    return launch_rows(x_TK, is_rotated, groups, min(16, max(1 if not is_rotated else 4, groups * GROUP // (32 * PER_THREAD))))
+    piece = min(MOST_GROUPS, max(least, triton.next_power_of_2(groups)))
+    return launch_rows(x_TK, is_rotated, RowLaunch(piece, max(4 if is_rotated else 1, piece // 8), 1 << 20))
 
 
-def launch_rows(x_TK: Tensor, is_rotated: bool, groups: int, num_warps: int) -> Int8Rows:
-    """Quantise with the caller's number of warps (the benchmark's)."""
+def launch_rows(x_TK: Tensor, is_rotated: bool, how: RowLaunch) -> Int8Rows:
+    """Quantise with the caller's choice of launch (the benchmark's)."""
     num_tokens, width = x_TK.shape
     codes_TK = torch.empty((num_tokens, width), dtype=torch.int8, device=x_TK.device)
     scale_T = torch.empty(num_tokens, dtype=torch.float32, device=x_TK.device)
     if num_tokens:
-        _rows_kernel[(num_tokens,)](
-            x_TK, codes_TK, scale_T, x_TK.stride(0), width, ROTATED=is_rotated, GROUPS=groups, num_warps=num_warps,
-            enable_fp_fusion=False,
+        programs = min(num_tokens, how.per_processor * multiprocessors(x_TK))
+        _rows_kernel[(programs,)](
+            x_TK, codes_TK, scale_T, x_TK.stride(0), num_tokens, width, ROTATED=is_rotated, WHOLE=width <= how.groups * GROUP,
+            GROUPS=how.groups, num_warps=how.warps, enable_fp_fusion=False,
         )  # fmt: skip
     return Int8Rows(codes_TK, scale_T)

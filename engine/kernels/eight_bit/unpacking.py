@@ -3,37 +3,55 @@
 One weight costs half a byte read and one byte written. A tile holds BLOCK_O rows and BLOCK_D
 columns of W. Its values are those of `engine.kernels.nf4` in fp32, so codes without a rotation are
 bit-equal to the reference. The rotation is a product on tensor cores: bf16 values times the
-Hadamard matrix, which is exact in bf16, summed in fp32.
+Hadamard matrix, which is exact in bf16, summed in fp32. A program takes many tiles, so it makes
+that matrix once.
 
-Columns are scaled over all rows of all members, so the scales need a pass of their own. It runs
-once for each weight.
+For W^T a thread packs the codes of four rows into one word, because shared memory turns words
+faster than bytes. Columns are scaled over all rows of all members, so the scales need a pass of
+their own. It runs once for each weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.eight_bit.int8_reference import GROUP, LARGEST, SMALLEST_LIMIT, WeightScales
+from engine.kernels.eight_bit.card_facts import multiprocessors
+from engine.kernels.eight_bit.int8_reference import GROUP, INVERSE, SMALLEST_LIMIT, WeightScales
 from engine.kernels.nf4_state import Nf4State
 
-TILE, NUM_WARPS = (32, 128), 4
-TILE_TRANSPOSED, NUM_WARPS_TRANSPOSED = (128, 64), 4
 WORD = 8  # elements in a loaded word of four bytes
+PER_WORD = 4  # codes in a stored word
+
+
+@dataclass(frozen=True)
+class UnpackTile:
+    """Hold one way to launch: a tile of rows by columns, warps, and programs on one multiprocessor."""
+
+    rows: int
+    columns: int
+    warps: int
+    per_processor: int
+
+
+PLAIN = UnpackTile(1, 1024, 2, 1 << 20)
+ROTATED = UnpackTile(64, 128, 8, 4)
+TRANSPOSED = UnpackTile(128, 64, 4, 1 << 20)
+LIMITS = UnpackTile(32, 128, 4, 1 << 20)
 
 
 @triton.jit
-def to_codes(x):
-    """Return x rounded to nearest even, int8; x is at most 127 in size after a clamp.
+def code_bits(x):
+    """Return x, at most 127 in size, rounded to nearest even, in the low byte of an int32.
 
     Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the float.
     """
-    shifted = tl.minimum(tl.maximum(x, -127.0), 127.0) + 12582912.0
-    return shifted.to(tl.int32, bitcast=True).to(tl.int8)
+    return (x + 12582912.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -50,14 +68,14 @@ def hadamard_tile(dtype: tl.constexpr):
 def _values(
     packed, code, absmax, nested_code, nested_absmax, nested_offset, row, column, num_rows, D,
     BLOCK_SIZE: tl.constexpr, NESTED_BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Return the values of one tile in fp32, and 0 outside the weight.
+    """Return the values of BLOCK_O rows, each STEP below the last, in fp32, and 0 outside the weight.
 
     UNIT elements come from one load, and SPAN neighbours share one block scale.
     """
     start = row.to(tl.int64) * D + column
-    o = tl.arange(0, BLOCK_O)[:, None]
+    o = tl.arange(0, BLOCK_O)[:, None] * STEP
     exists = o < num_rows - row
     if UNIT == 8:
         word = tl.arange(0, BLOCK_D // 8)[None, :]
@@ -85,43 +103,65 @@ def _values(
 
 
 @triton.jit
-def _rotate(values, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr):
+def _rotate(values, h, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr):
     groups = values.to(tl.bfloat16).reshape(BLOCK_O * BLOCK_D // 64, 64)
-    return tl.dot(groups, hadamard_tile(tl.bfloat16)).reshape(BLOCK_O, BLOCK_D)
+    return tl.dot(groups, h).reshape(BLOCK_O, BLOCK_D)
 
 
 @triton.jit
-def _unpack_kernel(
+def _rows_kernel(
     packed, code, absmax, nested_code, nested_absmax, nested_offset, scales, codes, codes_stride, num_rows, D,
     BLOCK_SIZE: tl.constexpr, NESTED_BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr,
-    ROTATED: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
-    """Write the codes of one tile: to [O, D] with scales of rows, or to [D, O] with scales of columns."""
+    """Write the codes of W [O, D], with scales of rows."""
     across = tl.cdiv(D, BLOCK_D)
-    row, column = tl.program_id(0) // across * BLOCK_O, tl.program_id(0) % across * BLOCK_D
-    values = _values(
-        packed, code, absmax, nested_code, nested_absmax, nested_offset, row, column, num_rows, D,
-        BLOCK_SIZE, NESTED_BLOCK_SIZE, NESTED, UNIT, SPAN, BLOCK_O, BLOCK_D,
-    )  # fmt: skip
-    o, d = row + tl.arange(0, BLOCK_O), column + tl.arange(0, BLOCK_D)
-    if TRANSPOSED:
-        inverse = tl.div_rn(1.0, tl.load(scales + d, mask=d < D, other=1.0))
-        kept = tl.trans(to_codes(values * inverse[None, :]))
-        place = codes + d.to(tl.int64)[:, None] * codes_stride + o[None, :]
-        tl.store(place, kept, mask=(d < D)[:, None] & (o < num_rows)[None, :])
-    else:
+    h = hadamard_tile(tl.bfloat16)
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_O) * across, tl.num_programs(0)):
+        row, column = tile // across * BLOCK_O, tile % across * BLOCK_D
+        values = _values(
+            packed, code, absmax, nested_code, nested_absmax, nested_offset, row, column, num_rows, D,
+            BLOCK_SIZE, NESTED_BLOCK_SIZE, NESTED, UNIT, SPAN, BLOCK_O, BLOCK_D, 1,
+        )  # fmt: skip
         if ROTATED:
-            values = _rotate(values, BLOCK_O, BLOCK_D)
+            values = _rotate(values, h, BLOCK_O, BLOCK_D)
+        o, d = row + tl.arange(0, BLOCK_O), column + tl.arange(0, BLOCK_D)
         inverse = tl.div_rn(1.0, tl.load(scales + o, mask=o < num_rows, other=1.0))
         place = codes + o.to(tl.int64)[:, None] * codes_stride + d[None, :]
-        tl.store(place, to_codes(values * inverse[:, None]), mask=(o < num_rows)[:, None] & (d < D)[None, :])
+        kept = code_bits(values * inverse[:, None]).to(tl.int8)
+        tl.store(place, kept, mask=(o < num_rows)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _columns_kernel(
+    packed, code, absmax, nested_code, nested_absmax, nested_offset, scales, codes, codes_stride, num_rows, D,
+    BLOCK_SIZE: tl.constexpr, NESTED_BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Write the codes of W^T [D, O], with scales of columns, in words of STEP codes."""
+    across = tl.cdiv(D, BLOCK_D)
+    ROWS: tl.constexpr = BLOCK_O // STEP
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_O) * across, tl.num_programs(0)):
+        row, column = tile // across * BLOCK_O, tile % across * BLOCK_D
+        d = column + tl.arange(0, BLOCK_D)
+        inverse = tl.div_rn(1.0, tl.load(scales + d, mask=d < D, other=1.0))
+        words = tl.zeros((ROWS, BLOCK_D), tl.int32)
+        for i in tl.static_range(STEP):
+            values = _values(
+                packed, code, absmax, nested_code, nested_absmax, nested_offset, row + i, column, num_rows, D,
+                BLOCK_SIZE, NESTED_BLOCK_SIZE, NESTED, UNIT, SPAN, ROWS, BLOCK_D, STEP,
+            )  # fmt: skip
+            words |= (code_bits(values * inverse[None, :]) & 255) << (8 * i)
+        o = row // STEP + tl.arange(0, ROWS)
+        place = codes + d.to(tl.int64)[:, None] * codes_stride + o[None, :]
+        tl.store(place, tl.trans(words).to(codes.dtype.element_ty), mask=(d < D)[:, None] & (o < num_rows // STEP)[None, :])
 
 
 @triton.jit
 def _limits_kernel(
     packed, code, absmax, nested_code, nested_absmax, nested_offset, row_limits, column_limits, num_rows, D,
     BLOCK_SIZE: tl.constexpr, NESTED_BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr,
-    ROTATED: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """Raise the limits of a tile's rows and columns to its largest |w|.
 
@@ -132,13 +172,13 @@ def _limits_kernel(
     row, column = tl.program_id(0) // across * BLOCK_O, tl.program_id(0) % across * BLOCK_D
     values = _values(
         packed, code, absmax, nested_code, nested_absmax, nested_offset, row, column, num_rows, D,
-        BLOCK_SIZE, NESTED_BLOCK_SIZE, NESTED, UNIT, SPAN, BLOCK_O, BLOCK_D,
+        BLOCK_SIZE, NESTED_BLOCK_SIZE, NESTED, UNIT, SPAN, BLOCK_O, BLOCK_D, 1,
     )  # fmt: skip
     values = tl.where(values == values, values, float("inf"))
     o, d = row + tl.arange(0, BLOCK_O), column + tl.arange(0, BLOCK_D)
     tl.atomic_max(column_limits + d, tl.max(tl.abs(values), 0).to(tl.int32, bitcast=True), mask=d < D, sem="relaxed")
     if ROTATED:
-        values = _rotate(values, BLOCK_O, BLOCK_D)
+        values = _rotate(values, hadamard_tile(tl.bfloat16), BLOCK_O, BLOCK_D)
         values = tl.where(values == values, values, float("inf"))
     tl.atomic_max(row_limits + o, tl.max(tl.abs(values), 1).to(tl.int32, bitcast=True), mask=o < num_rows, sem="relaxed")
 
@@ -146,33 +186,39 @@ def _limits_kernel(
 def weight_scales(states: Sequence[Nf4State], is_rotated: bool) -> WeightScales:
     device, width = states[0].packed.device, states[0].shape[1]
     rows_O = torch.zeros(sum(state.shape[0] for state in states), dtype=torch.int32, device=device)
-    columns_D, first = torch.zeros(width, dtype=torch.int32, device=device), 0
-    for state in states:
+    columns_D = torch.zeros(width, dtype=torch.int32, device=device)
+    for state, first in _members(states):
         part = rows_O[first : first + state.shape[0]]
-        _launch(_limits_kernel, state, (part, columns_D), TILE, ROTATED=is_rotated, num_warps=NUM_WARPS)
-        first += state.shape[0]
-    row_O, column_D = (limits.view(torch.float32).clamp_min(SMALLEST_LIMIT) / LARGEST for limits in (rows_O, columns_D))
+        _launch(_limits_kernel, state, (part, columns_D), LIMITS, ROTATED=is_rotated)
+    row_O, column_D = (limits.view(torch.float32).clamp_min(SMALLEST_LIMIT) * INVERSE for limits in (rows_O, columns_D))
     return WeightScales(row_O, column_D, is_rotated)
 
 
 def unpack_rows_(states: Sequence[Nf4State], scales: WeightScales, codes_OD: Tensor) -> None:
     for state, first in _members(states):
         part = slice(first, first + state.shape[0])
-        launch_unpack(state, scales.row_O[part], codes_OD[part], scales.is_rotated, False, TILE, NUM_WARPS)
+        launch_rows_of_weight(
+            state, scales.row_O[part], codes_OD[part], scales.is_rotated, ROTATED if scales.is_rotated else PLAIN
+        )
 
 
 def unpack_columns_(states: Sequence[Nf4State], scales: WeightScales, codes_DO: Tensor) -> None:
     for state, first in _members(states):
-        part = codes_DO[:, first : first + state.shape[0]]
-        launch_unpack(state, scales.column_D, part, False, True, TILE_TRANSPOSED, NUM_WARPS_TRANSPOSED)
+        launch_columns_of_weight(state, scales.column_D, codes_DO[:, first : first + state.shape[0]], TRANSPOSED)
 
 
-def launch_unpack(
-    state: Nf4State, scales: Tensor, codes: Tensor, is_rotated: bool, transposed: bool, tile: tuple[int, int], num_warps: int
-) -> None:
-    """Write the codes of one weight with the caller's choice of tile and warps (the benchmark's)."""
-    given = (scales, codes, codes.stride(0))
-    _launch(_unpack_kernel, state, given, tile, ROTATED=is_rotated, TRANSPOSED=transposed, num_warps=num_warps)
+def launch_rows_of_weight(state: Nf4State, scales_O: Tensor, codes_OD: Tensor, is_rotated: bool, tile: UnpackTile) -> None:
+    """Write the codes of W with the caller's choice of tile (the benchmark's)."""
+    _launch(_rows_kernel, state, (scales_O, codes_OD, codes_OD.stride(0)), tile, ROTATED=is_rotated)
+
+
+def launch_columns_of_weight(state: Nf4State, scales_D: Tensor, codes_DO: Tensor, tile: UnpackTile) -> None:
+    """Write the codes of W^T with the caller's choice of tile (the benchmark's)."""
+    sizes = codes_DO.shape[1], codes_DO.stride(0), codes_DO.storage_offset(), codes_DO.data_ptr()
+    step = 1 if any(size % PER_WORD for size in sizes) else PER_WORD
+    if step > 1:
+        codes_DO = codes_DO.view(torch.int32)
+    _launch(_columns_kernel, state, (scales_D, codes_DO, codes_DO.stride(0)), tile, STEP=step)
 
 
 def _members(states: Sequence[Nf4State]) -> list[tuple[Nf4State, int]]:
@@ -183,17 +229,19 @@ def _members(states: Sequence[Nf4State]) -> list[tuple[Nf4State, int]]:
     return list(zip(states, firsts))
 
 
-def _launch(kernel: object, state: Nf4State, given: tuple[object, ...], tile: tuple[int, int], **options: object) -> None:
+def _launch(kernel: object, state: Nf4State, given: tuple[object, ...], tile: UnpackTile, **options: object) -> None:
     (rows, width), packed = state.shape, state.packed
     if not rows * width:
         return
-    unit, block_d = 1, max(GROUP, min(tile[1], triton.next_power_of_2(width)))
+    # A tile is no wider than the row needs; it then holds more rows instead.
+    unit, block_d = 1, max(GROUP, min(tile.columns, triton.next_power_of_2(width)))
+    block_o = tile.rows * tile.columns // block_d
     if width % WORD == 0 and packed.numel() % 4 == 0 and packed.data_ptr() % 4 == 0 and packed.storage_offset() % 4 == 0:
         packed, unit = packed.view(torch.int32), WORD
     span = min(state.block_size, block_d) if width % state.block_size == 0 else unit
-    grid = (triton.cdiv(rows, tile[0]) * triton.cdiv(width, block_d),)
-    kernel[grid](
+    tiles = triton.cdiv(rows, block_o) * triton.cdiv(width, block_d)
+    kernel[(min(tiles, tile.per_processor * multiprocessors(packed)),)](
         packed, state.code, state.absmax_M, state.nested_code, state.nested_absmax_S, state.nested_offset, *given, rows, width,
         BLOCK_SIZE=state.block_size, NESTED_BLOCK_SIZE=state.nested_block_size, NESTED=state.nested_code is not None,
-        UNIT=unit, SPAN=span, BLOCK_O=tile[0], BLOCK_D=block_d, enable_fp_fusion=False, **options,
+        UNIT=unit, SPAN=span, BLOCK_O=block_o, BLOCK_D=block_d, num_warps=tile.warps, enable_fp_fusion=False, **options,
     )  # fmt: skip

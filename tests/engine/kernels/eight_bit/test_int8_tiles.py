@@ -1,5 +1,7 @@
 """Every way to launch the int8 matmul gives what its definition gives, and the choice suits card and shape."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -67,16 +69,16 @@ def shared_kib(tile):
 
 @pytest.mark.parametrize(("card", "processors", "limit"), CARDS)
 def test_a_tile_fits_the_card_and_gives_work_to_all_of_it(card, processors, limit, implementation):
-    for t, n in ((4096, 28672), (4096, 4096), (2048, 576), (64, 64)):
-        for can_describe in (False, True):
-            tile = choose_tile(card, processors, t, n, can_describe)
-            assert shared_kib(tile) <= limit
+    for t, n, k in ((4096, 28672, 4096), (4096, 4096, 28672), (2048, 576, 1536), (64, 64, 9000)):
+        for can_describe, has_term in itertools.product((False, True), repeat=2):
+            tile = choose_tile(card, processors, t, n, k, can_describe, has_term)
+            assert max(shared_kib(tile), tile.per_processor * tile.stages * (tile.t + tile.n) * tile.k / 1024) <= limit
             assert not tile.described or (can_describe and 90 <= card < 100)
             tiles = -(-t // tile.t) * -(-n // tile.n)
             assert tiles >= processors or tile.t == tile.n == 64
-    large = choose_tile(card, processors, 4096, 28672, True)
+    large = choose_tile(card, processors, 4096, 28672, 4096, True, False)
     assert large.t * large.n > 64 * 64 and large.described == (card == 90)
-    assert choose_tile(card, processors, 64, 64, True).t == 64
+    assert choose_tile(card, processors, 64, 64, 64, True, False).t == 64
 
 
 def test_candidates_are_distinct_and_fit_hopper(implementation):
