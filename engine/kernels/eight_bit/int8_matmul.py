@@ -13,6 +13,8 @@ tiles differ only in the rounding of the low-rank term.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -141,7 +143,7 @@ def _descriptor_kernel(
 def matmul(a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None, bias_N: Tensor | None) -> Tensor:
     (num_tokens, reduced), num_columns = a.codes_NK.shape, b.codes_NK.shape[0]
     card = capability(a.codes_NK), multiprocessors(a.codes_NK)
-    can_describe = _can_describe(a.codes_NK, b.codes_NK)
+    can_describe = _can_describe(a.codes_NK) and _can_describe(b.codes_NK)
     tile = choose_tile(*card, num_tokens, num_columns, reduced, can_describe, term is not None)
     return launch_matmul(a, b, dtype, term, bias_N, tile)
 
@@ -150,30 +152,38 @@ def launch_matmul(
     a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None, bias_N: Tensor | None, tile: Tile
 ) -> Tensor:
     """Multiply with the caller's choice of tile (the benchmark's)."""
-    (num_tokens, reduced), num_columns = a.codes_NK.shape, b.codes_NK.shape[0]
-    c_TN = torch.empty((num_tokens, num_columns), dtype=dtype, device=a.codes_NK.device)
-    if not c_TN.numel():
+    codes_a, codes_b = a.codes_NK, b.codes_NK
+    (num_tokens, reduced), num_columns = codes_a.shape, codes_b.shape[0]
+    c_TN = torch.empty((num_tokens, num_columns), dtype=dtype, device=codes_a.device)
+    if not num_tokens or not num_columns:
         return c_TN
-    unread, rank = c_TN, 0 if term is None else term.low_TR.shape[1]
-    low, low_b = (unread, unread) if term is None else (term.low_TR, term.b_FR)
+    rank = 0 if term is None else term.low_TR.shape[1]
+    grid, options = _launch(tile, multiprocessors(codes_a), num_tokens, num_columns, reduced, rank, bias_N is not None)
+    low, low_b = (c_TN, c_TN) if term is None else (term.low_TR, term.b_FR)
     steps = (0, 0, 0, 0) if term is None else (*low.stride(), *low_b.stride())
-    given = (c_TN, a.scale_N, b.scale_N, low, low_b, unread if bias_N is None else bias_N, num_tokens, num_columns, reduced)
+    given = (c_TN, a.scale_N, b.scale_N, low, low_b, c_TN if bias_N is None else bias_N, num_tokens, num_columns, reduced)
+    if tile.described:
+        described = _descriptor(codes_a, tile.t, tile.k), _descriptor(codes_b, tile.n, tile.k)
+        _descriptor_kernel[grid](*described, *given, *steps, **options)
+    else:
+        _pointer_kernel[grid](codes_a, codes_b, *given, codes_a.stride(0), codes_b.stride(0), *steps, **options)
+    return c_TN
+
+
+@functools.lru_cache(4096)
+def _launch(
+    tile: Tile, processors: int, num_tokens: int, num_columns: int, reduced: int, rank: int, has_bias: bool
+) -> tuple[tuple[int], dict[str, object]]:
+    """Return the grid and the launch options. Cached, because a step asks for the same few hundreds of times."""
     options = {
-        "RANK": rank, "HAS_BIAS": bias_N is not None, "HALVES": tile.halves, "BLOCK_T": tile.t, "BLOCK_N": tile.n,
-        "BLOCK_K": tile.k, "BLOCK_R": min(LONGEST_TERM_BLOCK, max(16, triton.next_power_of_2(rank))), "HEIGHT": tile.height,
+        "RANK": rank, "HAS_BIAS": has_bias, "HALVES": tile.halves, "BLOCK_T": tile.t, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+        "BLOCK_R": min(LONGEST_TERM_BLOCK, max(16, triton.next_power_of_2(rank))), "HEIGHT": tile.height,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     tiles = triton.cdiv(num_tokens, tile.t) * triton.cdiv(num_columns, tile.n)
     if tile.described:
-        described = (_descriptor(a.codes_NK, tile.t, tile.k), _descriptor(b.codes_NK, tile.n, tile.k))
-        programs = min(tiles, tile.per_processor * multiprocessors(a.codes_NK))
-        _descriptor_kernel[(programs,)](*described, *given, *steps, FLAT=tile.flat, **options)
-    else:
-        strides = a.codes_NK.stride(0), b.codes_NK.stride(0)
-        _pointer_kernel[(tiles,)](
-            a.codes_NK, b.codes_NK, *given, *strides, *steps, WHOLE_K=reduced % tile.k == 0, **options
-        )  # fmt: skip
-    return c_TN
+        return (min(tiles, tile.per_processor * processors),), options | {"FLAT": tile.flat}
+    return (tiles,), options | {"WHOLE_K": reduced % tile.k == 0}
 
 
 def _descriptor(codes_NK: Tensor, rows: int, k: int) -> object:
@@ -182,5 +192,5 @@ def _descriptor(codes_NK: Tensor, rows: int, k: int) -> object:
     return TensorDescriptor(codes_NK, list(codes_NK.shape), list(codes_NK.stride()), [rows, k])
 
 
-def _can_describe(*operands: Tensor) -> bool:
-    return all(codes.data_ptr() % ALIGNMENT == 0 and codes.stride(0) % ALIGNMENT == 0 for codes in operands)
+def _can_describe(codes_NK: Tensor) -> bool:
+    return codes_NK.data_ptr() % ALIGNMENT == 0 and codes_NK.stride(0) % ALIGNMENT == 0

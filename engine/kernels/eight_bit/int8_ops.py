@@ -84,19 +84,16 @@ def matmul(a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None = 
     and low_b [N, R] in `dtype`, any strides, R at most 256: the adapter's part. bias [N] is of any
     float dtype.
     """
-    (num_tokens, reduced), (num_columns, other) = a.codes_NK.shape, b.codes_NK.shape
-    for name, x in (("a", a), ("b", b)):
-        codes, scale = x.codes_NK, x.scale_N
-        if codes.dim() != 2 or codes.dtype != torch.int8 or codes.stride(1) != 1:
-            raise EngineError(f"matmul: codes of {name} {_layout(codes)}: expected int8 [N, K] with contiguous rows")
-        if scale.shape != codes.shape[:1] or scale.dtype != torch.float32 or not scale.is_contiguous():
-            raise EngineError(f"matmul: scale of {name} {_layout(scale)}: expected contiguous fp32 [{codes.shape[0]}]")
+    codes_a, codes_b = a.codes_NK, b.codes_NK
+    _check_codes("a", codes_a, a.scale_N)
+    _check_codes("b", codes_b, b.scale_N)
+    (num_tokens, reduced), (num_columns, other) = codes_a.shape, codes_b.shape
     if reduced != other or not 0 < reduced <= LONGEST:
         raise EngineError(f"matmul: K = {reduced} and {other}: expected the same, from 1 to {LONGEST}")
     if term is not None:
-        low, low_b = term.low_TR, term.b_FR
-        expected = ((num_tokens, low.shape[-1]), (num_columns, low.shape[-1]))
-        if (low.shape, low_b.shape) != expected or not 0 < low.shape[-1] <= HIGHEST_RANK or {low.dtype, low_b.dtype} != {dtype}:
+        low, low_b, rank = term.low_TR, term.b_FR, term.low_TR.shape[-1]
+        fits = low.shape == (num_tokens, rank) and low_b.shape == (num_columns, rank) and low.dtype == low_b.dtype == dtype
+        if not fits or not 0 < rank <= HIGHEST_RANK:
             wanted = f"[{num_tokens}, R] and [{num_columns}, R] {dtype}, R from 1 to {HIGHEST_RANK}"
             raise EngineError(f"matmul: term {_layout(low)}, {_layout(low_b)}: expected {wanted}")
     if bias_N is not None and (bias_N.shape != (num_columns,) or not bias_N.is_contiguous()):
@@ -107,6 +104,13 @@ def matmul(a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None = 
 def _module(name: str, tensor: Tensor) -> ModuleType:
     found = ops._family(f"eight_bit.{name}", tensor)
     return int8_reference if found is ops.reference else found
+
+
+def _check_codes(name: str, codes_NK: Tensor, scale_N: Tensor) -> None:
+    if codes_NK.dim() != 2 or codes_NK.dtype != torch.int8 or codes_NK.stride(1) != 1:
+        raise EngineError(f"matmul: codes of {name} {_layout(codes_NK)}: expected int8 [N, K] with contiguous rows")
+    if scale_N.shape != codes_NK.shape[:1] or scale_N.dtype != torch.float32 or not scale_N.is_contiguous():
+        raise EngineError(f"matmul: scale of {name} {_layout(scale_N)}: expected contiguous fp32 [{codes_NK.shape[0]}]")
 
 
 def _empty(states: Sequence[Nf4State], transposed: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 
@@ -51,6 +52,7 @@ CANDIDATES = [
 ]
 
 
+@functools.lru_cache(4096)
 def choose_tile(
     capability: int, processors: int, num_tokens: int, num_columns: int, reduced: int, can_describe: bool, has_term: bool
 ) -> Tile:

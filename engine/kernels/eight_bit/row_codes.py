@@ -8,6 +8,7 @@ and fp16 hold exactly.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -78,10 +79,14 @@ def _rows_kernel(x, codes, scales, x_stride, T, K, ROTATED: tl.constexpr, WHOLE:
 
 
 def quantize_rows(x_TK: Tensor, is_rotated: bool) -> Int8Rows:
-    groups = triton.cdiv(x_TK.shape[1], GROUP)
+    return launch_rows(x_TK, is_rotated, _choose(x_TK.shape[1], is_rotated))
+
+
+@functools.cache
+def _choose(width: int, is_rotated: bool) -> RowLaunch:
     least = 16 if is_rotated else 1  # rows of a matrix instruction
-    piece = min(MOST_GROUPS, max(least, triton.next_power_of_2(groups)))
-    return launch_rows(x_TK, is_rotated, RowLaunch(piece, max(4 if is_rotated else 1, piece // 8), 1 << 20))
+    piece = min(MOST_GROUPS, max(least, triton.next_power_of_2(triton.cdiv(width, GROUP))))
+    return RowLaunch(piece, max(4 if is_rotated else 1, piece // 8), 1 << 20)
 
 
 def launch_rows(x_TK: Tensor, is_rotated: bool, how: RowLaunch) -> Int8Rows:
@@ -91,8 +96,12 @@ def launch_rows(x_TK: Tensor, is_rotated: bool, how: RowLaunch) -> Int8Rows:
     scale_T = torch.empty(num_tokens, dtype=torch.float32, device=x_TK.device)
     if num_tokens:
         programs = min(num_tokens, how.per_processor * multiprocessors(x_TK))
-        _rows_kernel[(programs,)](
-            x_TK, codes_TK, scale_T, x_TK.stride(0), num_tokens, width, ROTATED=is_rotated, WHOLE=width <= how.groups * GROUP,
-            GROUPS=how.groups, num_warps=how.warps, enable_fp_fusion=False,
-        )  # fmt: skip
+        options = _options(how, width, is_rotated)
+        _rows_kernel[(programs,)](x_TK, codes_TK, scale_T, x_TK.stride(0), num_tokens, width, **options)
     return Int8Rows(codes_TK, scale_T)
+
+
+@functools.cache
+def _options(how: RowLaunch, width: int, is_rotated: bool) -> dict[str, object]:
+    options = {"ROTATED": is_rotated, "WHOLE": width <= how.groups * GROUP, "GROUPS": how.groups}
+    return {**options, "num_warps": how.warps, "enable_fp_fusion": False}

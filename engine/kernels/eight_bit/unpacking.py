@@ -13,6 +13,7 @@ their own. It runs once for each weight.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -229,19 +230,34 @@ def _members(states: Sequence[Nf4State]) -> list[tuple[Nf4State, int]]:
     return list(zip(states, firsts))
 
 
-def _launch(kernel: object, state: Nf4State, given: tuple[object, ...], tile: UnpackTile, **options: object) -> None:
-    (rows, width), packed = state.shape, state.packed
+def _launch(kernel: object, state: Nf4State, given: tuple[object, ...], tile: UnpackTile, **own: object) -> None:
+    (rows, width), packed, nested = state.shape, state.packed, state.nested_code is not None
     if not rows * width:
         return
-    # A tile is no wider than the row needs; it then holds more rows instead.
-    unit, block_d = 1, max(GROUP, min(tile.columns, triton.next_power_of_2(width)))
-    block_o = tile.rows * tile.columns // block_d
-    if width % WORD == 0 and packed.numel() % 4 == 0 and packed.data_ptr() % 4 == 0 and packed.storage_offset() % 4 == 0:
-        packed, unit = packed.view(torch.int32), WORD
-    span = min(state.block_size, block_d) if width % state.block_size == 0 else unit
-    tiles = triton.cdiv(rows, block_o) * triton.cdiv(width, block_d)
-    kernel[(min(tiles, tile.per_processor * multiprocessors(packed)),)](
-        packed, state.code, state.absmax_M, state.nested_code, state.nested_absmax_S, state.nested_offset, *given, rows, width,
-        BLOCK_SIZE=state.block_size, NESTED_BLOCK_SIZE=state.nested_block_size, NESTED=state.nested_code is not None,
-        UNIT=unit, SPAN=span, BLOCK_O=block_o, BLOCK_D=block_d, num_warps=tile.warps, enable_fp_fusion=False, **options,
+    in_words = width % WORD == 0 and packed.numel() % 4 == 0 and packed.data_ptr() % 4 == 0 and packed.storage_offset() % 4 == 0
+    sizes = state.block_size, state.nested_block_size, nested, in_words
+    programs, options = _options(tile, multiprocessors(packed), rows, width, *sizes)
+    kernel[(programs,)](
+        packed.view(torch.int32) if in_words else packed, state.code, state.absmax_M, state.nested_code,
+        state.nested_absmax_S, state.nested_offset, *given, rows, width, **options, **own,
     )  # fmt: skip
+
+
+@functools.lru_cache(4096)
+def _options(
+    tile: UnpackTile, processors: int, rows: int, width: int, block: int, nested_block: int, nested: bool, in_words: bool
+) -> tuple[int, dict[str, object]]:
+    """Return the number of programs and the launch options.
+
+    Cached, because a step asks for the same few hundreds of times. A tile is no wider than the row
+    needs; it then holds more rows instead.
+    """
+    block_d = max(GROUP, min(tile.columns, triton.next_power_of_2(width)))
+    block_o, unit = tile.rows * tile.columns // block_d, WORD if in_words else 1
+    options = {
+        "BLOCK_SIZE": block, "NESTED_BLOCK_SIZE": nested_block, "NESTED": nested, "UNIT": unit,
+        "SPAN": min(block, block_d) if width % block == 0 else unit, "BLOCK_O": block_o, "BLOCK_D": block_d,
+        "num_warps": tile.warps, "enable_fp_fusion": False,
+    }  # fmt: skip
+    tiles = triton.cdiv(rows, block_o) * triton.cdiv(width, block_d)
+    return min(tiles, tile.per_processor * processors), options
