@@ -21,6 +21,7 @@ from engine.kernels.eight_bit.int8_reference import GROUP, Int8Rows
 from engine.kernels.eight_bit.unpacking import code_bits, hadamard_tile
 
 MOST_GROUPS = 64  # in one piece of a row
+ALL = 1 << 20  # programs: one for each row
 INFINITE_BITS = tl.constexpr(0x7F800000)  # of fp32 infinity; those of NaN are greater
 
 
@@ -84,9 +85,16 @@ def quantize_rows(x_TK: Tensor, is_rotated: bool) -> Int8Rows:
 
 @functools.cache
 def _choose(width: int, is_rotated: bool) -> RowLaunch:
-    least = 16 if is_rotated else 1  # rows of a matrix instruction
-    piece = min(MOST_GROUPS, max(least, triton.next_power_of_2(triton.cdiv(width, GROUP))))
-    return RowLaunch(piece, max(4 if is_rotated else 1, piece // 8), 1 << 20)
+    """Return the launch for a width.
+
+    A rotated row stays whole up to 16,384 elements: to rotate it twice costs more than registers. A
+    program takes several, for it makes H once. Rows in pieces are few enough to stay in the L2 cache.
+    """
+    groups = triton.next_power_of_2(triton.cdiv(width, GROUP))
+    if is_rotated:
+        piece = min(4 * MOST_GROUPS, max(16, groups))  # 16 rows are the smallest matrix instruction's
+        return RowLaunch(piece, 4, 2 if piece > MOST_GROUPS else 6)
+    return RowLaunch(min(MOST_GROUPS, groups), max(1, min(MOST_GROUPS, groups) // 8), ALL if groups <= MOST_GROUPS else 4)
 
 
 def launch_rows(x_TK: Tensor, is_rotated: bool, how: RowLaunch) -> Int8Rows:
