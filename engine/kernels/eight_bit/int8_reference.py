@@ -7,7 +7,7 @@ formulas and checks the arguments. Every sum of codes is exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,13 +56,14 @@ def rotated(x_TK: Tensor) -> Tensor:
 
 def weight_scales(states: Sequence[Nf4State], is_rotated: bool) -> WeightScales:
     weights = [_dequantized(state) for state in states]
-    row_O = torch.cat([_scale((_rotated_weight(w) if is_rotated else w).abs().amax(1)) for w in weights])
+    rows = [_rotated_weight(state) for state in states] if is_rotated else weights
+    row_O = torch.cat([_scale(w.abs().amax(1)) for w in rows])
     return WeightScales(row_O, _scale(torch.stack([w.abs().amax(0) for w in weights]).amax(0)), is_rotated)
 
 
 def unpack_rows_(states: Sequence[Nf4State], scales: WeightScales, codes_OD: Tensor) -> None:
-    w_OD = torch.cat([_dequantized(state) for state in states])
-    codes_OD.copy_(_codes(_rotated_weight(w_OD) if scales.is_rotated else w_OD, scales.row_O))
+    values = _rotated_weight if scales.is_rotated else _dequantized
+    codes_OD.copy_(_codes(torch.cat([values(state) for state in states]), scales.row_O))
 
 
 def unpack_columns_(states: Sequence[Nf4State], scales: WeightScales, codes_DO: Tensor) -> None:
@@ -90,9 +91,19 @@ def _dequantized(state: Nf4State) -> Tensor:
     return w_OD
 
 
-def _rotated_weight(w_OD: Tensor) -> Tensor:
-    """Return the rotated weight; it is rounded to bf16 first, as tensor cores take it."""
-    return rotated(w_OD.bfloat16())
+def _rotated_weight(state: Nf4State) -> Tensor:
+    """Return the rotated weight in fp32, from values rounded as tensor cores take them.
+
+    If a group of 64 has one block scale, the values are those of NF4's table in fp16, and the scale
+    comes after. Else they are the weight's in bf16.
+    """
+    w_OD = _dequantized(state)
+    if state.block_size % GROUP:
+        return rotated(w_OD.bfloat16())
+    ones = torch.ones(-(-w_OD.numel() // state.block_size), device=w_OD.device)
+    table_OD = _dequantized(replace(state, absmax_M=ones, nested_code=None))
+    scale_OD = _dequantized(replace(state, code=torch.ones_like(state.code)))
+    return rotated(table_OD.half()) * scale_OD
 
 
 def _scale(limit: Tensor) -> Tensor:
@@ -100,5 +111,6 @@ def _scale(limit: Tensor) -> Tensor:
 
 
 def _codes(x_NK: Tensor, scale_N: Tensor) -> Tensor:
-    """Return x / scale, rounded to nearest even, int8 [N, K]."""
-    return (x_NK * (1.0 / scale_N)[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+    """Return x / scale, rounded once to nearest even, int8 [N, K]. The product is exact in fp64."""
+    inverse_N1 = (1.0 / scale_N)[:, None].double()
+    return (x_NK.double() * inverse_N1).round().clamp(-LARGEST, LARGEST).to(torch.int8)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.kernels.eight_bit.card_facts import multiprocessors
 from engine.kernels.eight_bit.int8_reference import GROUP, Int8Rows
-from engine.kernels.eight_bit.unpacking import code_bits, hadamard_tile
+from engine.kernels.eight_bit.unpacking_parts import code_bits, hadamard_tile
 
 MOST_GROUPS = 64  # in one piece of a row
 ALL = 1 << 20  # programs: one for each row
@@ -72,11 +72,11 @@ def _rows_kernel(x, codes, scales, x_stride, T, K, ROTATED: tl.constexpr, WHOLE:
         tl.store(scales + row, scale)
         inverse = tl.div_rn(1.0, scale)
         if WHOLE:
-            tl.store(codes + row * K + k, code_bits(values * inverse).to(tl.int8), mask=k < K)
+            tl.store(codes + row * K + k, code_bits(values, inverse).to(tl.int8), mask=k < K)
         else:
             for start in range(0, K, GROUPS * 64):
                 values = _piece(x + row * x_stride, start + k, K, h, ROTATED)
-                tl.store(codes + row * K + start + k, code_bits(values * inverse).to(tl.int8), mask=start + k < K)
+                tl.store(codes + row * K + start + k, code_bits(values, inverse).to(tl.int8), mask=start + k < K)
 
 
 def quantize_rows(x_TK: Tensor, is_rotated: bool) -> Int8Rows:

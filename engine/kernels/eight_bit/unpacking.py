@@ -2,9 +2,9 @@
 
 One weight costs half a byte read and one byte written. A tile holds BLOCK_O rows and BLOCK_D
 columns of W. Its values are those of `engine.kernels.nf4` in fp32, so codes without a rotation are
-bit-equal to the reference. The rotation is a product on tensor cores: bf16 values times the
-Hadamard matrix, which is exact in bf16, summed in fp32. A program takes many tiles, so it makes
-that matrix once.
+bit-equal to the reference. `rotated_weights` rotates most weights. The rest, whose groups of 64 do
+not have one block scale each, are rotated here: bf16 values times the Hadamard matrix, summed in
+fp32.
 
 For W^T a thread packs the codes of four rows into one word, because shared memory turns words
 faster than bytes. Columns are scaled over all rows of all members, so the scales need a pass of
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from engine.kernels.eight_bit.card_facts import multiprocessors
 from engine.kernels.eight_bit.int8_reference import GROUP, INVERSE, SMALLEST_LIMIT, WeightScales
+from engine.kernels.eight_bit.rotated_weights import rotated_codes_, rotated_limits_, takes
+from engine.kernels.eight_bit.unpacking_parts import code_bits, hadamard_tile, nibbles_of
 from engine.kernels.nf4_state import Nf4State
 
 WORD = 8  # elements in a loaded word of four bytes
@@ -40,29 +42,10 @@ class UnpackTile:
     per_processor: int
 
 
-PLAIN = UnpackTile(1, 1024, 2, 1 << 20)
+PLAIN = UnpackTile(4, 1024, 2, 1 << 20)
 ROTATED = UnpackTile(32, 128, 4, 4)
-TRANSPOSED = UnpackTile(128, 64, 4, 1 << 20)
+TRANSPOSED = UnpackTile(128, 64, 2, 1 << 20)
 LIMITS = UnpackTile(32, 128, 4, 1 << 20)
-
-
-@triton.jit
-def code_bits(x):
-    """Return x, at most 127 in size, rounded to nearest even, in the low byte of an int32.
-
-    Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the float.
-    """
-    return (x + 12582912.0).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def hadamard_tile(dtype: tl.constexpr):
-    """Return H [64, 64]: element i, j is 1/8, negative if i & j has an odd number of ones."""
-    both = tl.arange(0, 64)[:, None] & tl.arange(0, 64)[None, :]
-    both = both ^ (both >> 4)
-    both = both ^ (both >> 2)
-    both = both ^ (both >> 1)
-    return (0.125 - 0.25 * (both & 1).to(tl.float32)).to(dtype)
 
 
 @triton.jit
@@ -81,14 +64,12 @@ def _values(
     if UNIT == 8:
         word = tl.arange(0, BLOCK_D // 8)[None, :]
         words = tl.load(packed + start // 8 + o * (D // 8) + word, mask=exists & (word * 8 < D - column), other=0)
-        i = tl.arange(0, 8)
-        # Little-endian word, high nibble first: element i of a word starts at bit 4, 0, 12, 8, ...
-        nibbles = (words[:, :, None] >> ((i ^ 1) * 4)[None, None, :]) & 15
+        nibbles = nibbles_of(words, BLOCK_O * BLOCK_D)
     else:
         d = tl.arange(0, BLOCK_D)[None, :]
         element = start + o * D + d
         byte = tl.load(packed + element // 2, mask=exists & (d < D - column), other=0).to(tl.int32)
-        nibbles = (byte >> (((element & 1) ^ 1) * 4).to(tl.int32)) & 15
+        nibbles = ((byte >> (((element & 1) ^ 1) * 4).to(tl.int32)) & 15).reshape(BLOCK_O * BLOCK_D)
     span = tl.arange(0, BLOCK_D // SPAN)[None, :] * SPAN
     block = (start + o * D + span) // BLOCK_SIZE
     inside = exists & (span < D - column)
@@ -99,7 +80,7 @@ def _values(
         scale = scale + tl.load(nested_offset)
     scale = tl.where(inside, scale, 0.0)
     table = tl.load(code + tl.arange(0, 16))
-    values = tl.gather(table, nibbles.reshape(BLOCK_O * BLOCK_D), 0).reshape(BLOCK_O, BLOCK_D // SPAN, SPAN)
+    values = tl.gather(table, nibbles, 0).reshape(BLOCK_O, BLOCK_D // SPAN, SPAN)
     return (values * scale[:, :, None]).reshape(BLOCK_O, BLOCK_D)
 
 
@@ -129,7 +110,7 @@ def _rows_kernel(
         o, d = row + tl.arange(0, BLOCK_O), column + tl.arange(0, BLOCK_D)
         inverse = tl.div_rn(1.0, tl.load(scales + o, mask=o < num_rows, other=1.0))
         place = codes + o.to(tl.int64)[:, None] * codes_stride + d[None, :]
-        kept = code_bits(values * inverse[:, None]).to(tl.int8)
+        kept = code_bits(values, inverse[:, None]).to(tl.int8)
         tl.store(place, kept, mask=(o < num_rows)[:, None] & (d < D)[None, :])
 
 
@@ -152,7 +133,7 @@ def _columns_kernel(
                 packed, code, absmax, nested_code, nested_absmax, nested_offset, row + i, column, num_rows, D,
                 BLOCK_SIZE, NESTED_BLOCK_SIZE, NESTED, UNIT, SPAN, ROWS, BLOCK_D, STEP,
             )  # fmt: skip
-            words |= (code_bits(values * inverse[None, :]) & 255) << (8 * i)
+            words |= (code_bits(values, inverse[None, :]) & 255) << (8 * i)
         o = row // STEP + tl.arange(0, ROWS)
         place = codes + d.to(tl.int64)[:, None] * codes_stride + o[None, :]
         tl.store(place, tl.trans(words).to(codes.dtype.element_ty), mask=(d < D)[:, None] & (o < num_rows // STEP)[None, :])
@@ -162,9 +143,9 @@ def _columns_kernel(
 def _limits_kernel(
     packed, code, absmax, nested_code, nested_absmax, nested_offset, row_limits, column_limits, num_rows, D,
     BLOCK_SIZE: tl.constexpr, NESTED_BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, ROTATED: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, WITH_ROWS: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
-    """Raise the limits of a tile's rows and columns to its largest |w|.
+    """Raise the limits of a tile's columns, and WITH_ROWS of its rows, to its largest |w|.
 
     They are held as the bits of floats: those that are not negative have the order of their bits.
     A maximum is the same in any order, so the result is deterministic.
@@ -178,10 +159,11 @@ def _limits_kernel(
     values = tl.where(values == values, values, float("inf"))
     o, d = row + tl.arange(0, BLOCK_O), column + tl.arange(0, BLOCK_D)
     tl.atomic_max(column_limits + d, tl.max(tl.abs(values), 0).to(tl.int32, bitcast=True), mask=d < D, sem="relaxed")
-    if ROTATED:
-        values = _rotate(values, hadamard_tile(tl.bfloat16), BLOCK_O, BLOCK_D)
-        values = tl.where(values == values, values, float("inf"))
-    tl.atomic_max(row_limits + o, tl.max(tl.abs(values), 1).to(tl.int32, bitcast=True), mask=o < num_rows, sem="relaxed")
+    if WITH_ROWS:
+        if ROTATED:
+            values = _rotate(values, hadamard_tile(tl.bfloat16), BLOCK_O, BLOCK_D)
+            values = tl.where(values == values, values, float("inf"))
+        tl.atomic_max(row_limits + o, tl.max(tl.abs(values), 1).to(tl.int32, bitcast=True), mask=o < num_rows, sem="relaxed")
 
 
 def weight_scales(states: Sequence[Nf4State], is_rotated: bool) -> WeightScales:
@@ -190,7 +172,10 @@ def weight_scales(states: Sequence[Nf4State], is_rotated: bool) -> WeightScales:
     columns_D = torch.zeros(width, dtype=torch.int32, device=device)
     for state, first in _members(states):
         part = rows_O[first : first + state.shape[0]]
-        _launch(_limits_kernel, state, (part, columns_D), LIMITS, ROTATED=is_rotated)
+        in_groups = is_rotated and takes(state)
+        if in_groups:
+            rotated_limits_(state, part)
+        _launch(_limits_kernel, state, (part, columns_D), LIMITS, WITH_ROWS=not in_groups, ROTATED=is_rotated)
     row_O, column_D = (limits.view(torch.float32).clamp_min(SMALLEST_LIMIT) * INVERSE for limits in (rows_O, columns_D))
     return WeightScales(row_O, column_D, is_rotated)
 
@@ -198,9 +183,11 @@ def weight_scales(states: Sequence[Nf4State], is_rotated: bool) -> WeightScales:
 def unpack_rows_(states: Sequence[Nf4State], scales: WeightScales, codes_OD: Tensor) -> None:
     for state, first in _members(states):
         part = slice(first, first + state.shape[0])
-        launch_rows_of_weight(
-            state, scales.row_O[part], codes_OD[part], scales.is_rotated, ROTATED if scales.is_rotated else PLAIN
-        )
+        if scales.is_rotated and takes(state):
+            rotated_codes_(state, scales.row_O[part], codes_OD[part])
+        else:
+            tile = ROTATED if scales.is_rotated else PLAIN
+            launch_rows_of_weight(state, scales.row_O[part], codes_OD[part], scales.is_rotated, tile)
 
 
 def unpack_columns_(states: Sequence[Nf4State], scales: WeightScales, codes_DO: Tensor) -> None:
