@@ -67,7 +67,7 @@ def _rows_kernel(x, codes, scales, x_stride, T, K, ROTATED: tl.constexpr, WHOLE:
             sizes = tl.zeros((GROUPS, 64), tl.int32)
             for start in range(0, K, GROUPS * 64):
                 sizes = tl.maximum(sizes, _size_bits(_piece(x + row * x_stride, start + k, K, h, ROTATED)))
-        limit = tl.minimum(tl.max(tl.max(sizes, 1), 0), INFINITE_BITS).to(tl.float32, bitcast=True)
+        limit = tl.minimum(tl.max(sizes), INFINITE_BITS).to(tl.float32, bitcast=True)
         scale = tl.maximum(limit, 1e-30) * 0.007874015748031496  # SMALLEST_LIMIT and INVERSE
         tl.store(scales + row, scale)
         inverse = tl.div_rn(1.0, scale)
@@ -92,9 +92,10 @@ def _choose(width: int, is_rotated: bool) -> RowLaunch:
     """
     groups = triton.next_power_of_2(triton.cdiv(width, GROUP))
     if is_rotated:
-        piece = min(4 * MOST_GROUPS, max(16, groups))  # 16 rows are the smallest matrix instruction's
+        piece = max(16, groups) if groups <= 4 * MOST_GROUPS else MOST_GROUPS  # 16 rows are a matrix instruction's
         return RowLaunch(piece, 4, 2 if piece > MOST_GROUPS else 6)
-    return RowLaunch(min(MOST_GROUPS, groups), max(1, min(MOST_GROUPS, groups) // 8), ALL if groups <= MOST_GROUPS else 4)
+    piece = min(MOST_GROUPS, groups)
+    return RowLaunch(piece, max(1, piece // 8), ALL if groups <= MOST_GROUPS else 4)
 
 
 def launch_rows(x_TK: Tensor, is_rotated: bool, how: RowLaunch) -> Int8Rows:
