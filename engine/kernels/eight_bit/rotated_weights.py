@@ -10,6 +10,7 @@ BLOCK_G groups, because it makes the Hadamard matrix once.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -124,8 +125,14 @@ def _launch(kernel: object, state: Nf4State, given: tuple[Tensor, ...], tile: Gr
     programs = min(triton.cdiv(groups, tile.groups), tile.per_processor * multiprocessors(packed))
     kernel[(programs,)](
         packed[: groups * GROUP // 2].view(torch.int32), state.code, state.absmax_M, state.nested_code,
-        state.nested_absmax_S, state.nested_offset,
-        *given, groups, width // GROUP, PER_BLOCK=state.block_size // GROUP, NESTED_BLOCK_SIZE=state.nested_block_size,
-        NESTED=state.nested_code is not None, BLOCK_G=tile.groups, num_warps=tile.warps, num_stages=tile.stages,
-        enable_fp_fusion=False,
+        state.nested_absmax_S, state.nested_offset, *given, groups, width // GROUP,
+        **_options(tile, state.block_size, state.nested_block_size, state.nested_code is not None),
     )  # fmt: skip
+
+
+@functools.cache
+def _options(tile: GroupTile, block_size: int, nested_block_size: int, nested: bool) -> dict[str, object]:
+    return {
+        "PER_BLOCK": block_size // GROUP, "NESTED_BLOCK_SIZE": nested_block_size, "NESTED": nested, "BLOCK_G": tile.groups,
+        "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False,
+    }  # fmt: skip
