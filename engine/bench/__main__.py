@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from engine.bench.rows import POLICIES, SUITES, Row, Setting, plain_rows, suite_
 from engine.bench.shapes import SHAPES
 from engine.bench.systems import SYSTEMS
 from engine.bench.table import describe, headings, line, report
+from engine.config.matmul import Matmul
 from engine.system.command_line import run
 from engine.system.provenance import package_tags, provenance
 
@@ -94,15 +95,17 @@ def _run(rows: list[Row], options: argparse.Namespace, scratch: Path, facts: dic
 
 
 def _rows(options: argparse.Namespace) -> list[Row]:
-    base, systems = _setting(options), options.systems or list(SYSTEMS)
+    bases, systems = [replace(_setting(options), matmul=mode) for mode in options.matmul], options.systems or list(SYSTEMS)
     if not options.suite:
-        return plain_rows(systems, base)
-    rows = [row for name in options.suite for row in suite_rows(name, systems, base)]
+        return list(dict.fromkeys(row for base in bases for row in plain_rows(systems, base)))
+    found = (row for name in options.suite for base in bases for row in suite_rows(name, systems, base))
+    rows = dict.fromkeys(found)  # the modes do not concern other systems
     return [row for row in rows if options.only is None or row.setting.model in options.only]
 
 
 def _setting(options: argparse.Namespace) -> Setting:
-    return Setting(**{field.name: getattr(options, field.name) for field in fields(Setting)})
+    values = {field.name: getattr(options, field.name) for field in fields(Setting)}
+    return Setting(**{**values, "matmul": options.matmul[0]})
 
 
 @contextmanager
@@ -146,6 +149,8 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--weight-cache-gib", type=float, default=default.weight_cache_gib, help="ours only: for dequantised weights"
     )
     parser.add_argument("--cuda-graphs", action="store_true", help="ours only")
+    modes = [mode.value for mode in Matmul]
+    parser.add_argument("--matmul", nargs="+", choices=modes, default=modes[:1], help="ours only: a row in each of these modes")
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--warmup", type=int, default=default.warmup, help="first steps, left out of the times")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), help="default: all")

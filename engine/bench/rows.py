@@ -18,7 +18,7 @@ class Setting:
     cap_gib: emulates a smaller card. warmup: first steps, left out of the times.
 
     Only for `ours`: keep_layers last layers keep activations, and host_layers others keep them on
-    the host. weight_cache_gib (for dequantised weights) and cuda_graphs belong to it too.
+    the host. weight_cache_gib (for dequantised weights), cuda_graphs and matmul belong to it too.
     """
 
     model: str = "llama-3.1-8b"
@@ -32,11 +32,13 @@ class Setting:
     host_layers: int = 0
     weight_cache_gib: float = 0.0
     cuda_graphs: bool = False
+    matmul: str = "bf16"
     steps: int = 8
     warmup: int = 3
 
 
-OURS_ONLY: dict[str, Any] = {"keep_layers": 0, "host_layers": 0, "weight_cache_gib": 0.0, "cuda_graphs": False}
+OURS_ONLY: dict[str, Any] = {"keep_layers": 0, "host_layers": 0, "weight_cache_gib": 0.0, "cuda_graphs": False,
+                             "matmul": "bf16"}  # fmt: skip
 """The values of these fields for any other system."""
 
 
@@ -110,4 +112,6 @@ def suite_rows(name: str, systems: Iterable[str], base: Setting) -> list[Row]:
 
 
 def _row(label: str, system: str, setting: Setting, suite: str) -> Row:
-    return Row(label, system, setting if system == "ours" else replace(setting, **OURS_ONLY), suite)
+    if system != "ours":
+        return Row(label, system, replace(setting, **OURS_ONLY), suite)
+    return Row(label if setting.matmul == "bf16" else f"{label}, {setting.matmul}", system, setting, suite)

@@ -21,6 +21,7 @@ from engine.adapter.flat import FlatAdapter
 from engine.adapter.lora import LoraLinear, attach, detach
 from engine.bench.rows import Setting
 from engine.bench.shapes import linear_names, random_base, random_model
+from engine.config.matmul import Matmul
 from engine.config.trial import LoraConfig
 from engine.data.packing import Batch
 from engine.layers.host_stash import HostStash
@@ -57,6 +58,8 @@ class _Ours:
         self._layers = attach(base.model, base.linear_names, lora, 0)
         adapter = FlatAdapter(self._layers, base.dtype)
         base.checkpoint_activations(Policy(setting.policy), setting.keep_layers, setting.host_layers)
+        if stay := base.set_matmul(Matmul(setting.matmul)):
+            raise ValueError(f"{stay[0]} and {len(stay) - 1} other layers cannot multiply by INT8 codes")
         base.cache_weights(setting.weight_cache_gib)
         base.model.train()
         capacity, passes = setting.batch * setting.length, itertools.count()
@@ -84,6 +87,7 @@ class _Ours:
         self._layers, self._base.stash = {}, HostStash()  # the next setting pins its own memory
         Recordings.of(self._base).clear()
         self._base.checkpoint_activations(Policy.KEEP)
+        self._base.set_matmul(Matmul.BF16)
         self._base.cache_weights(0.0)
 
 

@@ -22,7 +22,7 @@ from engine.system.command_line import run
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "peft", "liger-kernel", "unsloth")
 # The rows of a table agree in SETTING and differ in OURS.
 SETTING = ("model", "batch", "length", "rank", "dropout", "policy", "cap_gib", "card")
-OURS = ("system", "keep_layers", "host_layers", "weight_cache_gib", "cuda_graphs")
+OURS = ("system", "keep_layers", "host_layers", "weight_cache_gib", "cuda_graphs", "matmul")
 LADDER = ("model", "batch", "length", "rank", "dropout", "cap_gib", "card")
 Record = dict[str, Any]
 
@@ -143,6 +143,7 @@ def _name(record: Record) -> str:
         *([f"{on_host} kept on the host"] if on_host else []),
         *([f"weight cache {cache:g} GiB"] if cache else []),
         *(["CUDA graphs"] if record.get("cuda_graphs") else []),
+        *([record["matmul"]] if record.get("matmul", "bf16") != "bf16" else []),
     ]
     return ", ".join(parts)
 

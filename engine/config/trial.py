@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from engine.config.data_section import DataConfig
+from engine.config.matmul import Matmul, MatmulSetting
 from engine.config.parsing import Fraction, ListAsTuple, PositiveInt, StrictModel, load_json, parse
 from engine.errors import InputError
 
@@ -137,6 +138,11 @@ class LoopConfig(StrictModel):
         "of rows above 8,192 tokens their inputs and attention's outputs",
     )
     weight_cache_gib: Annotated[Gib, Field(ge=0.0)] | Auto = Field("auto", description="device memory for dequantised weights")
+    matmul: MatmulSetting = Field(
+        "bf16",
+        description="products with the frozen base: bf16: in model.dtype; int8_backward: in INT8 in the input gradient; "
+        "int8: in INT8 in training's forward pass too; auto: bf16",
+    )
     cuda_graphs: bool | Auto = Field(
         "auto", description="replay recorded launches; not with host memory. auto: if the host would be too slow"
     )
@@ -182,6 +188,7 @@ LATER: dict[str, dict[str, Any]] = {
         "template_kwargs": None, "date": None, "turns": "all",
     },
     "optim": {"ema_horizon": None},
+    "train": {"matmul": Matmul.BF16.value},
 }  # fmt: skip
 """Fields that older sweeps do not have. At these values the fingerprint leaves them out."""
 
@@ -203,6 +210,14 @@ class TrainConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _matmul_is_possible(self) -> TrainConfig:
+        if self.matmul is not Matmul.BF16 and self.model.quantization != "nf4":
+            quantization = self.model.quantization
+            allowed = f"must be bf16 with model.quantization = {quantization}: INT8 codes are made of NF4 weights"
+            raise InputError("train.matmul", self.train.matmul, allowed)
+        return self
+
+    @model_validator(mode="after")
     def _step_is_possible(self) -> TrainConfig:
         if self.bins_per_step > MAX_BINS:
             field = "gradient_accumulation_steps" if self.train.tokens_per_step is None else "tokens_per_step"
@@ -219,6 +234,11 @@ class TrainConfig(StrictModel):
             allowed = f"must be at most {certain}: {steps}"
             raise InputError("train.profile_steps", loop.profile_steps, allowed)
         return self
+
+    @property
+    def matmul(self) -> Matmul:
+        """Return how the frozen base multiplies; `auto` is decided here, alike on every card."""
+        return Matmul.of(self.train.matmul)
 
     @property
     def bins_per_step(self) -> int:
@@ -239,6 +259,7 @@ class TrainConfig(StrictModel):
     def fingerprint(self) -> str:
         """Return 16 hex digits, equal for configs that train the same adapter up to rounding."""
         values = self.model_dump(mode="json")
+        values["train"]["matmul"] = self.matmul.value
         for section, fields in NUMERICALLY_NEUTRAL.items():
             for field in fields:
                 del values[section][field]

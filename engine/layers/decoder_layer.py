@@ -107,7 +107,7 @@ def _forward(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
     if (graph and _keeps_mlp(call, x.shape[0])) or x.shape[0] <= compute_limits.MLP_TILE_TOKENS:
         return mlp(normed, call, saved)
     y = torch.empty_like(x)
-    for rows, part in tiles(call, x.shape[0]):
+    for rows, part in tiles(call, x.shape[0], backward=False):
         y[rows] = mlp(normed[rows], part, Saved(0, x_mid=saved.x_mid[rows]))
     return y
 
@@ -134,7 +134,7 @@ def _mlp_backward(dy: Tensor, call: Call, saved: Saved, grads: Gradients) -> Ten
     if saved.gate_up is not None or dy.shape[0] <= compute_limits.MLP_TILE_TOKENS:
         return mlp_gradient(dy, normed, call, saved, grads)
     dx_mid = torch.empty_like(dy)
-    for rows, part in tiles(call, dy.shape[0]):
+    for rows, part in tiles(call, dy.shape[0], backward=True):
         rstd = saved.rstd["mlp"]
         tile, tile_grads = Saved(0, x_mid=saved.x_mid[rows], rstd={"mlp": None if rstd is None else rstd[rows]}), {}
         tile.dinput = None if saved.dinput is None else saved.dinput[rows]

@@ -40,13 +40,18 @@ def _added(delta: Tensor, call: Call, saved: Saved) -> Tensor:
     return torch.add(saved.x_mid, delta, alpha=1.0 if factor is None else factor, out=delta)
 
 
-def tiles(call: Call, num_tokens: int) -> Iterator[tuple[slice, Call]]:
-    """Yield the rows of each tile of a long MLP, and the call that computes them.
+def tiles(call: Call, num_tokens: int, *, backward: bool) -> Iterator[tuple[slice, Call]]:
+    """Yield the rows of each tile of a long MLP, and the call that computes them in a pass.
 
     All tiles share weights that are dequantised once; each has its own dropout mask.
     """
     mine = ("gate_up", "down", INPUT_GATE, INPUT_PROJECTION)
-    groups = {name: group.with_weights() for name, group in call.groups.items() if name in mine}
+    unread = () if not backward or call.spec.mlp.after is not None else ("down",)  # no gradient needs its output
+    groups = {
+        name: group.with_weights(forward=name not in unread, backward=backward)
+        for name, group in call.groups.items()
+        if name in mine
+    }
     for i, start in enumerate(range(0, num_tokens, compute_limits.MLP_TILE_TOKENS)):
         tile = {name: group.of_tile(i) for name, group in groups.items()}
         rows = slice(start, start + compute_limits.MLP_TILE_TOKENS)
@@ -78,12 +83,14 @@ def _gate_up_terms(call: Call, saved: Saved) -> list[ops.LowRank | None]:
 
 def mlp_gradient(dy: Tensor, normed: Tensor, call: Call, saved: Saved, grads: Gradients) -> Tensor:
     spec, group = call.spec.mlp, call.groups["gate_up"]
-    weights, h = group.weights(), None
-    if saved.gate_up is None:
+    again, h = saved.gate_up is None, None
+    weights = group.weights_for(forward=again, backward=True)
+    if again:
         saved.gate_up = group.bare(normed, weights)
         low_rank_hidden("gate_up", normed, call, saved)
         if spec.after is not None:
             _down(call, saved)
+    weights = None if group.is_int8_backward else weights  # else they would live on, beside their codes
     if call.spec.tail is not None:
         if _needs_h(call, saved):
             h = _added(spec.after.forward(saved.down_out)[0], call, saved)

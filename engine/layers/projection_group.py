@@ -28,6 +28,7 @@ from engine.adapter.lora import LoraLinear
 from engine.kernels import ops
 from engine.kernels.ops import LowRank
 from engine.quant.frozen_linear import FrozenLinear
+from engine.quant.int8_weight import Int8Group
 
 TILES = 4096  # more tiles of a row than there can be: streams of one layer's masks
 Weights = list[tuple[slice, Tensor]]  # blocks of consecutive output features, each with its weight [O, D]
@@ -52,15 +53,18 @@ class ProjectionGroup:
     noise: Tensor | None = None
     stream: int = 0
     cached: Tensor | None = None
+    int8: Int8Group | None = None
 
     @classmethod
-    def of(cls, layers: list[nn.Module], dtype: torch.dtype, cached: Tensor | None = None) -> ProjectionGroup:
+    def of(
+        cls, layers: list[nn.Module], dtype: torch.dtype, cached: Tensor | None = None, int8: Int8Group | None = None
+    ) -> ProjectionGroup:
         """Build a group from FrozenLinears or LoraLinears that read the same input.
 
-        `cached` holds their dequantised weights [O, D], if they are kept. Raises TypeError for
-        another kind of layer.
+        `cached` holds their dequantised weights [O, D], if they are kept. `int8` computes products
+        in INT8, if some are. Raises TypeError for another kind of layer.
         """
-        group = cls(dtype, [], [], cached=cached)
+        group = cls(dtype, [], [], cached=cached, int8=int8)
         dropping = []
         for layer in layers:
             if not isinstance(layer, FrozenLinear | LoraLinear):
@@ -92,6 +96,19 @@ class ProjectionGroup:
         """Return each member's output features, as a slice of y."""
         return _slices(*(base.out_features for base in self.bases))
 
+    @property
+    def is_int8_forward(self) -> bool:
+        return self.int8 is not None and self.int8.mode.is_int8_forward
+
+    @property
+    def is_int8_backward(self) -> bool:
+        return self.int8 is not None and self.int8.mode.is_int8_backward
+
+    def weights_for(self, *, forward: bool, backward: bool) -> Weights | None:
+        """Return `weights` if one of these products reads them; else None."""
+        is_read = (forward and not self.is_int8_forward) or (backward and not self.is_int8_backward)
+        return self.weights() if is_read else None
+
     def weights(self) -> Weights:
         """Return the weights: packed ones dequantised into one matrix, else one block a member."""
         whole = slice(0, self.outputs[-1].stop)
@@ -103,11 +120,12 @@ class ProjectionGroup:
             return [(whole, self.bases[0].dequantized(self.dtype))]
         return [(whole, merged_weight(self.bases, self.dtype))]
 
-    def with_weights(self) -> ProjectionGroup:
-        """Return the same group with its weights dequantised once, for several uses."""
-        if self.cached is not None or not self.is_packed:
-            return self
-        return replace(self, cached=merged_weight(self.bases, self.dtype))
+    def with_weights(self, *, forward: bool, backward: bool) -> ProjectionGroup:
+        """Return the same group with its weights dequantised once, for several uses in these products."""
+        held = self if self.int8 is None else replace(self, int8=self.int8.held())
+        is_read = self.cached is None and self.is_packed
+        weights = self.weights_for(forward=forward, backward=backward) if is_read else None
+        return held if weights is None else replace(held, cached=weights[0][1])
 
     def low(self, x_TD: Tensor) -> Tensor | None:
         """Return dropout(x) A^T [T, R] of all members, or None if none is adapted."""
@@ -117,6 +135,8 @@ class ProjectionGroup:
         """Return x W^T + b [T, O] without the adapters, as a new tensor."""
         biases = [base.bias for base in self.bases]
         outputs = self.outputs
+        if self.is_int8_forward:
+            return self.int8.product(x_TD, "forward", bias_N=_merged_bias(biases, outputs, x_TD))
         blocks = self.weights() if weights is None else weights
         y_TO = None
         if len(blocks) == 1:
@@ -132,6 +152,9 @@ class ProjectionGroup:
 
         One matmul a member adds its low-rank part, so the sum is rounded once.
         """
+        if self.is_int8_forward and len(self.bases) == 1:
+            bias_O = _merged_bias([self.bases[0].bias], self.outputs, x_TD)
+            return self.int8.product(x_TD, "forward", *self.terms(low_TR), bias_O)
         y_TO = self.bare(x_TD)
         for part, term in zip(self.outputs, self.terms(low_TR)):
             if term is not None:
@@ -155,6 +178,8 @@ class ProjectionGroup:
 
     def input_gradient(self, dy_TO: Tensor, dlow_TR: Tensor | None, weights: Weights | None = None) -> Tensor:
         """Return dL/dx [T, D]."""
+        if self.is_int8_backward and self.noise is None:
+            return self.int8.product(dy_TO, "backward", self.input_term(dlow_TR))
         dx_TD = self.bare_input_gradient(dy_TO, weights)
         if dlow_TR is None:
             return dx_TD
@@ -164,6 +189,8 @@ class ProjectionGroup:
 
     def bare_input_gradient(self, dy_TO: Tensor, weights: Weights | None = None) -> Tensor:
         """Return dy W [T, D], without the adapters' part."""
+        if self.is_int8_backward:
+            return self.int8.product(dy_TO, "backward")
         (part, weight_OD), *others = self.weights() if weights is None else weights
         dx_TD = dy_TO[:, part] @ weight_OD
         for part, weight_OD in others:

@@ -6,7 +6,7 @@ family (layer_spec.py). A model of another family keeps its own layers, and the 
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Container, MutableMapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.adapter.lora import LoraLinear
+from engine.config.matmul import FORMS, Matmul
 from engine.errors import InputError
 from engine.layers.attention import Documents
 from engine.layers.decoder_layer import decoder_layer
@@ -23,7 +24,10 @@ from engine.layers.layer_spec import decoder_norm, layer_spec, obstacle
 from engine.layers.library_mixer import LibraryMixer
 from engine.layers.projection_group import ProjectionGroup, merged_weight
 from engine.layers.structure import Call, LayerSpec, MixerSpec, Norm, normalize
+from engine.quant.frozen_linear import FrozenLinear
+from engine.quant.int8_weight import Int8Group
 from engine.shape.families import FAMILIES
+from engine.shape.layer_plan import form_bytes, kept_name
 from engine.shape.policies import Policy, layer_policies
 
 PER_LAYER_NORM = "per_layer_projection_norm"
@@ -62,6 +66,7 @@ class FusedLayer(nn.Module):
         self.replaced = (layer,)  # in a tuple, so that it is not a child: its children are already ours
         self.stash = HostStash()
         self.weight_cache: dict[str, Tensor] = {}  # group -> its weights, dequantised
+        self.int8: dict[str, Int8Group] = {}  # groups whose products are in INT8 in training
         for name, child in layer.named_children():
             self.add_module(name, child)
         for name, buffer in layer.named_buffers(recurse=False):
@@ -90,12 +95,12 @@ class FusedLayer(nn.Module):
         `per_layer_input` is [1, T, P]. `shared_kv_states` maps a kind of layers to keys and values
         [1, G, T, K], which some layers store and others read.
         """
-        groups, dtype = self.projections(), hidden_states.dtype
+        groups, dtype, int8 = self.projections(), hidden_states.dtype, self.int8 if self.training else {}
         cos_TR, sin_TR = (None, None) if position_embeddings is None else (t.squeeze(0) for t in position_embeddings)
         call = Call(
             self.spec,
             self.policy,
-            {name: ProjectionGroup.of(layers, dtype, self.weight_cache.get(name)) for name, layers in groups.items()},
+            {name: ProjectionGroup.of(ls, dtype, self.weight_cache.get(name), int8.get(name)) for name, ls in groups.items()},
             cos_TR,
             sin_TR,
             Documents(document_lengths, document_offsets),
@@ -191,30 +196,83 @@ def set_policy(
     return stash
 
 
-def cache_weights(model: nn.Module, dtype: torch.dtype, num_bytes: int) -> int:
-    """Keep dequantised weights of fused layers: whole groups, as many as fit in `num_bytes`.
+def set_matmul(model: nn.Module, mode: Matmul, exempt: Container[str] = (), kind: type[Int8Group] = Int8Group) -> list[str]:
+    """Set how frozen layers multiply in training. Return the names of those that stay in the working dtype.
 
-    Each use dequantises the rest. Returns the bytes kept. A second call adds and drops groups to
-    match its number.
+    exempt: names of layers that stay so. A group of a fused layer stays with each of its members.
+    Groups that have this mode and kind already keep their codes.
     """
-    used = 0
+    names = {one: name.removesuffix(".base") for name, one in model.named_modules() if isinstance(one, FrozenLinear)}
+    stay, fused = [], set()
+
+    def made(bases: list[FrozenLinear], known: Int8Group | None) -> Int8Group | None:
+        if any(names[base] in exempt for base in bases):
+            chosen = None
+        elif type(known) is kind and known.mode is mode:
+            chosen = known
+        else:
+            chosen = kind.of(bases, mode)
+        stay.extend(names[base] for base in bases if chosen is None and mode is not Matmul.BF16)
+        return chosen
+
     for layer in _fused_layers(model):
-        for group, members in layer.projections().items():
-            bases = [member.base if isinstance(member, LoraLinear) else member for member in members]
-            size = dtype.itemsize * sum(base.in_features * base.out_features for base in bases)
-            if used + size > num_bytes or not all(base.is_packed for base in bases):
-                layer.weight_cache.pop(group, None)
-                continue
-            used += size
-            if group not in layer.weight_cache:
-                layer.weight_cache[group] = merged_weight(bases, dtype)
+        groups = {group: _bases(members) for group, members in layer.projections().items()}
+        found = {group: made(bases, layer.int8.get(group)) for group, bases in groups.items()}
+        layer.int8 = {group: int8 for group, int8 in found.items() if int8 is not None}
+        fused.update(base for bases in groups.values() for base in bases)
+    for base in names.keys() - fused:
+        base.int8 = made([base], base.int8)
+    return sorted(stay)
+
+
+def int8_groups(model: nn.Module) -> list[tuple[list[str], Int8Group]]:
+    """Return the groups that multiply in INT8 in training, each with the names of its layers."""
+    names = {one: name.removesuffix(".base") for name, one in model.named_modules() if isinstance(one, FrozenLinear)}
+    inside = [int8 for layer in _fused_layers(model) for int8 in layer.int8.values()]
+    outside = [one.int8 for one in names if one.int8 is not None]
+    return [([names[base] for base in int8.bases], int8) for int8 in (*inside, *outside)]
+
+
+def cache_weights(model: nn.Module, dtype: torch.dtype, num_bytes: int) -> int:
+    """Keep what products of fused layers read: whole groups, as many as fit in `num_bytes`.
+
+    These are dequantised weights for products in `dtype`, and codes for those in INT8, in the order
+    of FORMS. Each use makes the rest. Returns the bytes kept. A second call adds and drops
+    groups to match its number.
+    """
+    groups = [
+        (layer, group, _bases(members)) for layer in _fused_layers(model) for group, members in layer.projections().items()
+    ]
+    used, kept = 0, [set() for _ in groups]
+    for form in FORMS:
+        for mine, (layer, group, bases) in zip(kept, groups):
+            mode = layer.int8[group].mode if group in layer.int8 else Matmul.BF16
+            size = form_bytes(form, dtype.itemsize) * sum(base.in_features * base.out_features for base in bases)
+            if form in mode.forms and used + size <= num_bytes and all(base.is_packed for base in bases):
+                used += size
+                mine.add(form)
+    for mine, (layer, group, bases) in zip(kept, groups):
+        if "weights" not in mine:
+            layer.weight_cache.pop(group, None)
+        elif group not in layer.weight_cache:
+            layer.weight_cache[group] = merged_weight(bases, dtype)
+        if group in layer.int8:
+            layer.int8[group].keep(*sorted(mine - {"weights"}))
     return used
 
 
 def cached_weights(model: nn.Module) -> dict[tuple[int, str], int]:
-    """Return the address of each group's weights that `cache_weights` keeps, by layer and group."""
-    layers = enumerate(_fused_layers(model))
-    return {(i, group): weight.data_ptr() for i, layer in layers for group, weight in layer.weight_cache.items()}
+    """Return the address of each group's weights and codes that `cache_weights` keeps, by layer and name."""
+    found: dict[tuple[int, str], int] = {}
+    for i, layer in enumerate(_fused_layers(model)):
+        found |= {(i, group): weight.data_ptr() for group, weight in layer.weight_cache.items()}
+        for group, int8 in layer.int8.items():
+            found |= {(i, kept_name(group, direction)): kept.codes_NK.data_ptr() for direction, kept in int8.kept.items()}
+    return found
+
+
+def _bases(members: list[nn.Module]) -> list[FrozenLinear]:
+    return [member.base if isinstance(member, LoraLinear) else member for member in members]
 
 
 def fused_projections(model: nn.Module) -> set[nn.Module]:

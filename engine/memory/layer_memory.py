@@ -28,7 +28,7 @@ class Pass(MlpWalk, MixerWalk):
             self._mlp(y, KEPT if keeps_mlp else TRANSIENT)
         else:
             live.hold(y, s.x, BOUNDARY)
-            with self._tile() as tile:
+            with self._tile(backward=False) as tile:
                 tile._mlp("tile", TRANSIENT)
         live.drop("normed", "normed_mlp")
         output_alone = trains and self._keeps_output_alone()
@@ -139,7 +139,7 @@ class Pass(MlpWalk, MixerWalk):
             self._mlp_gradient("dx_mid")
         else:
             live.hold("dx_mid", s.x)
-            with self._tile() as tile:
+            with self._tile(backward=True) as tile:
                 tile._mlp_gradient("tile")
         live.drop("normed_mlp")
 
@@ -167,7 +167,7 @@ class Pass(MlpWalk, MixerWalk):
             live.hold("normed", self._normed("attention"))
         live.hold("dqkv_cat", s.qkv)
         if plan.needs_dx:
-            self._group_backward("qkv", s.x, "dnormed")
+            self._group_backward("qkv", s.x, s.qkv, "dnormed")
             self._hold_input_gradient("dx", "attention")
         live.drop("ddelta", "dout", "dqkv", "dqkv_cat", "dnormed", "gated", "dgate", "dq and dgate")
         if self.shape.source == self.i:
@@ -178,7 +178,7 @@ class Pass(MlpWalk, MixerWalk):
         live, gated = self.live, self.sizes.q if self.shape.layer.output_gate else 0
         live.hold("gated", gated)
         live.briefly(gated)
-        self._group_backward("o", self.sizes.q, "dout")
+        self._group_backward("o", self.sizes.q, self.sizes.x, "dout")
         live.hold("dgate", gated)
         live.briefly(3 * gated)
 

@@ -9,7 +9,7 @@ from engine.memory.live_bytes import LOW, TRANSIENT, WEIGHTS, HostStack, LiveByt
 from engine.memory.tensor_sizes import Sizes
 from engine.shape.compute_limits import FLASH_HEAD
 from engine.shape.families import HalfNorms
-from engine.shape.layer_plan import LayerPlan
+from engine.shape.layer_plan import LayerPlan, kept_name
 from engine.shape.model_shape import ModelShape
 
 HalfName = Literal["attention", "mlp"]
@@ -47,7 +47,7 @@ class LayerWalk:
 
     def _project(self, group: str, input_size: int, output: str, output_size: int, component: str = TRANSIENT) -> None:
         self._low(group, input_size)
-        with self.live.holding(self._weights(group), WEIGHTS):
+        with self.live.holding(self._forward_needs(group, input_size), WEIGHTS):
             self.live.hold(output, output_size, component)
 
     def _low(self, group: str, input_size: int) -> None:
@@ -64,11 +64,28 @@ class LayerWalk:
     def _weights(self, group: str) -> int:
         return 0 if group in self.plan.cached else self.sizes.weights[group]
 
-    def _group_backward(self, group: str, input_size: int, dx: str, weights_are_there: bool = False) -> None:
+    def _forward_needs(self, group: str, input_size: int) -> int:
+        """Return the bytes that x W^T needs for a moment: dequantised weights, or the codes of both operands."""
+        is_int8 = self.plan.matmul.is_int8_forward
+        return self._codes(group, "forward", input_size) if is_int8 else self._weights(group)
+
+    def _backward_needs(self, group: str, output_size: int) -> int:
+        """Return the bytes that dy W needs for a moment."""
+        is_int8 = self.plan.matmul.is_int8_backward
+        return self._codes(group, "backward", output_size) if is_int8 else self._weights(group)
+
+    def _codes(self, group: str, direction: str, rows_size: int = 0) -> int:
+        """Return the bytes of INT8 codes: of the weights, unless they are kept, and of a tensor of `rows_size` bytes."""
+        weights = 0 if kept_name(group, direction) in self.plan.cached else self.sizes.weights[group]
+        return (weights + rows_size) // self.sizes.element
+
+    def _group_backward(
+        self, group: str, input_size: int, output_size: int, dx: str, weights_are_there: bool = False
+    ) -> None:
         with self.live.holding(self.plan.ranks[group] * self.sizes.low):
             self._dropped(group, input_size)
             self.live.hold(f"grads.{group}", 4 * self.plan.adapter[group])
-            with self.live.holding(0 if weights_are_there else self._weights(group), WEIGHTS):
+            with self.live.holding(0 if weights_are_there else self._backward_needs(group, output_size), WEIGHTS):
                 self.live.hold(dx, input_size)
             self._dropped(group, input_size)
 

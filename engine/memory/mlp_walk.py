@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Self
 
+from engine.config.matmul import FORMS, Matmul
 from engine.memory.layer_walk import LayerWalk
 from engine.memory.live_bytes import BOUNDARY, TRANSIENT, WEIGHTS
 from engine.shape.families import INPUT_GATE, INPUT_PROJECTION
+from engine.shape.layer_plan import kept_name
 from engine.shape.mixer_shape import MIXER
 
 
@@ -21,22 +23,27 @@ class MlpWalk(LayerWalk):
     """The MLP's part of a walk."""
 
     @contextmanager
-    def _tile(self) -> Iterator[Self]:
-        """Yield the pass through one tile of the MLP; the weights live through all tiles."""
-        mine = [group for group in self.shape.groups if group not in ("qkv", "o", MIXER)]
-        with self.live.holding(sum(map(self._weights, mine)), WEIGHTS):
-            yield replace(self, sizes=self.sizes.tile, plan=replace(self.plan, cached=self.plan.cached.union(mine)))
+    def _tile(self, backward: bool) -> Iterator[Self]:
+        """Yield the pass through one tile of the MLP; what its products read lives through all tiles."""
+        mine, mode = [group for group in self.shape.groups if group not in ("qkv", "o", MIXER)], self.plan.matmul
+        is_unread = backward and mode.is_int8_backward and not self._norms("mlp").after
+        forward = [group for group in mine if not (is_unread and group == "down")]
+        size = sum(self._codes(group, "forward") if mode.is_int8_forward else self._weights(group) for group in forward)
+        size += sum(self._codes(group, "backward") for group in mine) if backward and mode.is_int8_backward else 0
+        held = {kept_name(group, form) for group in mine for form in FORMS}
+        with self.live.holding(size, WEIGHTS):
+            yield replace(self, sizes=self.sizes.tile, plan=replace(self.plan, cached=self.plan.cached | held))
             self.live.drop("tile", *map(self._own, ("gate_up", "tail_gate", "down_out", *(f"low.{group}" for group in mine))))
 
     def _mlp(self, output: str, kept: str) -> None:
         """Walk the MLP; `kept` is the component of gate, up and, with a norm after, down's output."""
-        self._gate_up(kept, self._weights("gate_up"))
+        self._gate_up(kept, self._forward_needs("gate_up", self.sizes.x))
         self._down(output, kept)
         self._tail(kept)
 
-    def _gate_up(self, kept: str, weights: int) -> None:
+    def _gate_up(self, kept: str, needs: int) -> None:
         s = self.sizes
-        with self.live.holding(weights, WEIGHTS):
+        with self.live.holding(needs, WEIGHTS):
             self.live.hold(self._own("gate_up"), 2 * s.f, kept)
             two = not s.packed and len(self.shape.groups["gate_up"]) == 2  # plain weights take a matmul each
             self.live.briefly(s.f if two else 0)
@@ -62,19 +69,21 @@ class MlpWalk(LayerWalk):
             self.live.drop("tail_out")
 
     def _mlp_gradient(self, output: str) -> None:
-        live, s = self.live, self.sizes
-        with live.holding(self._weights("gate_up"), WEIGHTS):
+        live, s, mode = self.live, self.sizes, self.plan.matmul
+        weights = self._weights("gate_up")
+        with live.holding(0 if mode.is_int8_backward else weights, WEIGHTS):
             if self._own("gate_up") not in live.alive:
-                self._gate_up(TRANSIENT, weights=0)
-                if self._norms("mlp").after:
-                    self._down("unused", TRANSIENT)
-                    live.drop("unused")
+                with live.holding(weights if mode is Matmul.INT8_BACKWARD else 0, WEIGHTS):
+                    self._gate_up(TRANSIENT, self._forward_needs("gate_up", s.x) if mode.is_int8_forward else 0)
+                    if self._norms("mlp").after:
+                        self._down("unused", TRANSIENT)
+                        live.drop("unused")
             if self.shape.layer.scalar:
                 self._tail_gradient()
             self._hold_branch_gradient("ddown", "mlp")
             live.drop(self._own("down_out"))
             self._activation_backward()
-            self._group_backward("gate_up", s.x, "dnormed", weights_are_there=True)
+            self._group_backward("gate_up", s.x, s.gate_up, "dnormed", weights_are_there=not mode.is_int8_backward)
             self._hold_input_gradient(output, "mlp")
         live.drop("dnormed", "ddown", "dh", self._own("gate_up"))
 
@@ -93,9 +102,9 @@ class MlpWalk(LayerWalk):
         self._project(INPUT_PROJECTION, s.p, "tail_out", s.x)
         live.briefly(s.x if again else 0)
         live.hold("tail_dout", s.x)
-        self._group_backward(INPUT_PROJECTION, s.p, "tail_dhidden")
+        self._group_backward(INPUT_PROJECTION, s.p, s.x, "tail_dhidden")
         live.hold("tail_dinput", s.p)
-        self._group_backward(group, s.x, "dh of the tail")
+        self._group_backward(group, s.x, s.p, "dh of the tail")
         live.drop(self._own("tail_gate"), *(f"tail_{name}" for name in ("hidden", "out", "dout", "dhidden", "dinput")))
         live.rename("dh of the tail", "dh")
         live.drop("h")
@@ -103,7 +112,7 @@ class MlpWalk(LayerWalk):
     def _activation_backward(self) -> None:
         live, s = self.live, self.sizes
         with live.holding(self.plan.ranks["down"] * s.low):
-            with live.holding(self._weights("down"), WEIGHTS):
+            with live.holding(self._backward_needs("down", s.x), WEIGHTS):
                 live.hold("dhidden", s.f)
             self._dropped("down", s.f)
             self._low("down", s.f)

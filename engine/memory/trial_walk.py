@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+from engine.config.matmul import Matmul
 from engine.config.trial import TrainConfig
 from engine.memory.layer_memory import Pass
 from engine.memory.layer_walk import AttentionName, attention_name
@@ -14,13 +16,14 @@ from engine.shape.compute_limits import EVALUATION_ROW_TOKENS, LOSS_CHUNK_BYTES
 from engine.shape.layer_plan import (
     adapted_outside,
     base_bytes,
+    cached_bytes,
     element_bytes,
-    group_parameters,
     is_fused,
     is_on_host,
     linear_layers,
     num_trained,
     plan_layers,
+    scale_bytes,
 )
 from engine.shape.library_bytes import MEASURED_RANK, PassBytes
 from engine.shape.model_shape import ModelShape
@@ -68,9 +71,8 @@ class TrialWalk:
         if per_layer:
             self._place("input embedding of layers", per_layer)
         live.enter("at rest")
-        parameters = [group_parameters(one) for one in self.shape.each]
-        cached = self.element * sum(sizes[group] for sizes, plan in zip(parameters, plans) for group in plan.cached)
-        live.hold("weight cache", cached, "weight cache")
+        live.hold("weight cache", cached_bytes(self.config, self.shape, plans), "weight cache")
+        live.hold("INT8 scales", sum(map(scale_bytes, self.shape.each)) if self._is_int8() else 0, "base weights")
         number = num_trained(self.config, self.shape, plans)
         live.hold("adapter", (4 + 4 + self.element) * number, "adapter")  # parameter, gradient, copy for the matmuls
         live.hold("average", 0 if self.config.optim.ema_horizon is None else 4 * number, "running average")
@@ -146,7 +148,8 @@ class TrialWalk:
         others = [size.mixer.alone for size in self.layer_sizes if size.mixer is not None]
         self.live.briefly(max(others, default=0) + 2 * sizes.x + self._largest_weight() * bool(others), MIXERS)
         if self.is_fused:  # the last layer has the fewest cached weights, and the widest MLP if layers differ
-            self._pass(last, dropout=False).forward(trains=False)
+            evaluated = self._pass(last, dropout=False)
+            replace(evaluated, plan=replace(evaluated.plan, matmul=Matmul.BF16)).forward(trains=False)
         elif self.library is not None:
             self.live.briefly(self.library.alone * tokens + self._largest_weight())
         else:
@@ -220,7 +223,7 @@ class TrialWalk:
         measured, live = self._measured(), self.live
         kept = BOUNDARY if measured.recomputes else KEPT
         live.hold("graph", self.shape.num_layers * self._in_layer(measured, tokens), kept)
-        live.briefly(measured.forward * tokens + self._largest_weight())
+        live.briefly(measured.forward * tokens + self._largest_weight() + self._row_codes(tokens))
         live.hold("tail", max(0, measured.tail * tokens - self.layer_sizes[-1].x))  # the loss has the hidden states
 
     def _backward_measured(self, tokens: int) -> None:
@@ -228,7 +231,7 @@ class TrialWalk:
         live.enter("backward, recomputed layers" if measured.recomputes else "backward, kept layers")
         live.drop("tail", "dy")
         again = self._of_adapters(tokens) if measured.recomputes else 0
-        with live.holding(measured.backward * tokens + again):
+        with live.holding(measured.backward * tokens + again + self._row_codes(tokens)):
             live.briefly(self._largest_weight(), WEIGHTS)
         live.drop("graph", "0.x")
 
@@ -240,6 +243,10 @@ class TrialWalk:
         plan = self.plans[-1]
         beyond = sum(plan.ranks.values()) - MEASURED_RANK * len(self.shape.projections())
         return self.element * (sum(plan.adapter.values()) + tokens * max(0, beyond))
+
+    def _row_codes(self, tokens: int) -> int:
+        """Return the bytes of the largest activation in INT8; codes of weights take less room than dequantised ones."""
+        return tokens * max(map(max, linear_layers(self.shape))) if self._is_int8() else 0
 
     def _measured(self) -> PassBytes:
         recomputes = Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
@@ -272,6 +279,9 @@ class TrialWalk:
 
     def _eager_scores(self, sizes: Sizes) -> int:
         return sizes.scores if self.is_eager else 0
+
+    def _is_int8(self) -> bool:
+        return self.config.matmul is not Matmul.BF16
 
     def _largest_weight(self) -> int:
         """Return the bytes of the largest single projection in the working dtype."""

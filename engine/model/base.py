@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engine.config.matmul import Matmul
 from engine.config.trial import ModelConfig
 from engine.data.packing import Batch
 from engine.layers import attention
 from engine.layers.host_stash import HostStash
-from engine.layers.swap import SwapReport, cache_weights, cached_weights, fused_projections, has_mixers, set_policy
+from engine.layers.swap import (
+    SwapReport,
+    cache_weights,
+    cached_weights,
+    fused_projections,
+    has_mixers,
+    set_matmul,
+    set_policy,
+)
 from engine.model.route import FASTEST, Route
+from engine.quant.int8_weight import Int8Group
 from engine.shape.policies import Policy
 from engine.units import GIB
 from engine.vocabulary.head import Head
@@ -128,8 +139,15 @@ class Base:
                 return  # such a family always keeps its activations
             method({"use_reentrant": False}) if recomputes else method()
 
+    def set_matmul(self, mode: Matmul, exempt: Container[str] = (), kind: type[Int8Group] = Int8Group) -> list[str]:
+        """Set how frozen layers multiply in training, but for the `exempt`; return the names of those that stay as they are.
+
+        Call `cache_weights` after it: what is kept depends on the mode.
+        """
+        return set_matmul(self.model, mode, exempt, kind)
+
     def cache_weights(self, gib: float) -> float:
-        """Keep up to `gib` GiB of the fused layers' weights dequantised; return the GiB kept."""
+        """Keep up to `gib` GiB of what products of fused layers read; return the GiB kept."""
         return cache_weights(self.model, self.dtype, int(gib * GIB)) / GIB
 
     def runs_outside_layers(self, linears: list[nn.Module]) -> bool:

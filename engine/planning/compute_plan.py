@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from engine.config.matmul import Matmul
 from engine.config.trial import TrainConfig
 from engine.memory.prediction import MemoryPrediction
 from engine.planning.speed import SpeedPrediction
@@ -14,14 +15,15 @@ DESCRIPTIONS = {
     Policy.KEEP: "activations kept", Policy.SELECTIVE: "MLP recomputed", Policy.RECOMPUTE: "recomputed",
     Policy.OFFLOAD: "recomputed, offloaded",
 }  # fmt: skip
+MATMULS = {Matmul.INT8_BACKWARD: "input gradients in INT8", Matmul.INT8: "products in INT8"}
 
 
 @dataclass(frozen=True)
 class ComputePlan:
     """Values for the fields of `train` that may be `auto`.
 
-    `memory` and `speed` are predictions. They are None if the card or the model's shape is not
-    known.
+    `matmul` is what the config says; no plan changes it. `memory` and `speed` are predictions. They
+    are None if the card or the model's shape is not known.
     """
 
     micro_batch_size: int
@@ -30,6 +32,7 @@ class ComputePlan:
     host_layers: int
     weight_cache_gib: float
     cuda_graphs: bool = False
+    matmul: Matmul = Matmul.BF16
     memory: MemoryPrediction | None = None
     speed: SpeedPrediction | None = None
 
@@ -57,7 +60,10 @@ class ComputePlan:
         if self.host_layers:
             parts.append(f"{self.host_layers} layers kept on the host")
         if self.weight_cache_gib:
-            parts.append(f"{self.weight_cache_gib:g} GiB of weights dequantised")
+            form = "dequantised" if self.matmul is Matmul.BF16 else "kept for products"
+            parts.append(f"{self.weight_cache_gib:g} GiB of weights {form}")
         if self.cuda_graphs:
             parts.append("CUDA graphs")
+        if self.matmul in MATMULS:
+            parts.append(MATMULS[self.matmul])
         return ", ".join(parts)

@@ -9,12 +9,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.config.matmul import Matmul
 from engine.memory.layer_walk import attention_name
 from engine.memory.tensor_sizes import Sizes
 from engine.planning.cards import Card
 from engine.shape.compute_limits import FLASH_HEAD
 from engine.shape.families import INPUT_GATE, INPUT_PROJECTION
-from engine.shape.layer_plan import LayerPlan
+from engine.shape.layer_plan import LayerPlan, kept_name
 from engine.shape.mixer_shape import CHUNK, MIXER
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import Policy
@@ -33,23 +34,29 @@ EAGER_BYTES = (60, 110)
 # estimate.
 MIXER_PASSES, MIXER_BACKWARD = (2.0, 4.0), 2.5
 NF4_BYTES = 0.516  # a packed weight, scales included
+# Time of making a weight's INT8 codes in units of what `nf4_gb_s` says: forward, where it is rotated, and
+# backward, where it is transposed (H100: 177 and 70 us of 14336 x 4096, and 57 us for 2.516 bytes each).
+INT8_UNPACK_BYTES = (7.8, 3.1)
 
 
 @dataclass
 class LayerWork:
     """The work of one layer's pass.
 
-    `matmul`, `thin` (adapters) and `attention` are flops; the others are bytes, by what moves them.
+    `matmul`, `int8_matmul`, `thin` (adapters) and `attention` are operations; the others are bytes, by
+    what moves them. `row_bytes` are of activations that become INT8 codes.
     `mixer_chunks` are passes over a chunk that a library's mixer launches one by one.
     """
 
     matmul: float = 0.0
+    int8_matmul: float = 0.0
     thin: float = 0.0
     attention: float = 0.0
     adapter_bytes: float = 0.0
     plain_bytes: float = 0.0
     activation_bytes: float = 0.0
     nf4_bytes: float = 0.0
+    row_bytes: float = 0.0
     eager_bytes: float = 0.0
     mixer_bytes: float = 0.0
     mixer_chunks: float = 0.0
@@ -127,7 +134,9 @@ def _with_mlp_again(work: LayerWork, plan: LayerPlan, step: StepShape) -> LayerW
     """Add what the policy computes again of the MLP."""
     s = step.sizes
     if plan.policy is not Policy.KEEP and (plan.policy is not Policy.HOST or s.tile is not None):
-        work.matmul += 2 * step.tokens * step.parameters["gate_up"]
+        _add_product(work, "gate_up", plan, step)
+        is_extra = plan.matmul is Matmul.INT8_BACKWARD and step.is_packed and "gate_up" not in plan.cached
+        work.nf4_bytes += (2 + NF4_BYTES) * step.parameters["gate_up"] if is_extra else 0.0  # the gradient reads codes
         if not step.is_fused or step.shape.layer.mlp.after:
             _add_matmul(work, "down", plan, step)
             work.activation_bytes += s.gate_up + s.f
@@ -139,22 +148,43 @@ def _add_matmul(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, i
 
     The activation kernels add the low-rank terms of gate, up and the down projection's gradient.
     """
-    number, s = step.parameters[group], step.sizes
-    work.matmul += 2 * step.tokens * number
-    if step.is_packed and group not in plan.cached:
-        work.nf4_bytes += (2 + NF4_BYTES) * number
+    _add_product(work, group, plan, step, is_backward)
+    if step.is_packed and group not in plan.cached and not _is_int8(plan, is_backward):
+        work.nf4_bytes += (2 + NF4_BYTES) * step.parameters[group]
     if not plan.ranks[group]:
         return
-    inputs, outputs = _mixer_io(step) if group == MIXER else {
-        "qkv": (s.x, s.qkv), "o": (s.q, s.x), "gate_up": (s.x, s.gate_up), "down": (s.f, s.x),
-        INPUT_GATE: (s.x, s.p), INPUT_PROJECTION: (s.p, s.x),
-    }[group]  # fmt: skip
+    inputs, outputs = _io(group, step)
     passes = 2 if is_backward else 1
     work.thin += 2 * passes * step.tokens * plan.adapter[group]
     if is_backward:
         work.adapter_bytes += 2 * outputs + inputs + (0 if group == "down" else 2 * inputs)
     else:
         work.adapter_bytes += inputs + (0 if group == "gate_up" else 2 * outputs)
+
+
+def _add_product(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, is_backward: bool = False) -> None:
+    """Add the product with the frozen weights; in INT8 with the making of both operands' codes."""
+    number = step.parameters[group]
+    if not _is_int8(plan, is_backward):
+        work.matmul += 2 * step.tokens * number
+        return
+    work.int8_matmul += 2 * step.tokens * number
+    work.row_bytes += 1.5 * _io(group, step)[is_backward]
+    if kept_name(group, "backward" if is_backward else "forward") not in plan.cached:
+        work.nf4_bytes += INT8_UNPACK_BYTES[is_backward] * number
+
+
+def _is_int8(plan: LayerPlan, is_backward: bool) -> bool:
+    return plan.matmul.is_int8_backward if is_backward else plan.matmul.is_int8_forward
+
+
+def _io(group: str, step: StepShape) -> tuple[int, int]:
+    """Return the bytes of a group's inputs and outputs."""
+    s = step.sizes
+    return _mixer_io(step) if group == MIXER else {
+        "qkv": (s.x, s.qkv), "o": (s.q, s.x), "gate_up": (s.x, s.gate_up), "down": (s.f, s.x),
+        INPUT_GATE: (s.x, s.p), INPUT_PROJECTION: (s.p, s.x),
+    }[group]  # fmt: skip
 
 
 def _mixer_io(step: StepShape) -> tuple[int, int]:

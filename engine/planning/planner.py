@@ -21,7 +21,7 @@ from engine.planning.cards import Card
 from engine.planning.compute_plan import ComputePlan
 from engine.planning.memory_limit import Lessons, MemoryLimit
 from engine.planning.speed import predict_speed
-from engine.shape.layer_plan import can_record
+from engine.shape.layer_plan import can_record, kept_bytes
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import LADDER, Policy
 from engine.units import GIB
@@ -97,6 +97,7 @@ def _unpredicted(config: TrainConfig, on_cpu: bool) -> ComputePlan:
         0 if loop.host_layers == "auto" else loop.host_layers,
         0.0 if loop.weight_cache_gib == "auto" else loop.weight_cache_gib,
         loop.cuda_graphs is True,
+        config.matmul,
     )
 
 
@@ -120,6 +121,7 @@ def _candidates(config: TrainConfig, shape: ModelShape, card: Card, limit: Memor
                 0 if loop.host_layers == "auto" else min(loop.host_layers, shape.num_layers),
                 0.0 if loop.weight_cache_gib == "auto" else loop.weight_cache_gib,
                 loop.cuda_graphs is True,
+                config.matmul,
             )
             plans = list(_filled(config, shape, card, limit, lean))
             yield from plans
@@ -174,7 +176,7 @@ def _filled(config: TrainConfig, shape: ModelShape, card: Card, limit: MemoryLim
         full = _predicted(replace(first, keep_layers=most), config, shape, card)
         yield full
     if config.train.weight_cache_gib == "auto":
-        weights = 2 * shape.all_linear_parameters
+        weights = kept_bytes(config) * shape.all_linear_parameters
         steps = math.ceil(min(limit.memory_gib, weights / GIB) / CACHE_STEP_GIB)
         room = _largest(0, steps, lambda n: fits(replace(full, weight_cache_gib=n * CACHE_STEP_GIB)))
         yield _predicted(replace(full, weight_cache_gib=room * CACHE_STEP_GIB), config, shape, card)

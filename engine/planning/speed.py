@@ -19,6 +19,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from engine.config.matmul import Matmul
 from engine.config.trial import TrainConfig
 from engine.memory.layer_memory import Pass
 from engine.memory.layer_walk import attention_name
@@ -42,6 +43,8 @@ RECORDED_HOST_MS = 0.05
 # dequantised, 7 and 17 % less (4B, 7B); recomputed, 1.38 times as long (135M; the MLP's share of that is
 # an estimate). A plan that waits unseen loses more than a recording costs.
 WIDER_THAN, WIDE_HOST, DEQUANTISED_HOST = 2048, 1.28, 0.88
+# Layers with INT8 products launch more: a step of 8B that waits for the host took 347 ms, in bf16 262.
+INT8_HOST = 1.35
 HOST_AGAIN = {Policy.KEEP: 1.0, Policy.HOST: 1.0, Policy.SELECTIVE: 1.15, Policy.RECOMPUTE: 1.38, Policy.OFFLOAD: 1.38}
 # Python and launches of a layer with a library's mixer, and of one chunk in the forward pass of its torch
 # operations. From two steps of Qwen3.5-4B, 2 x 2048, on a host 1.55 times as slow: 455 ms with
@@ -119,8 +122,9 @@ def _host_ms(plan: LayerPlan, shape: ModelShape, config: TrainConfig, rates: Rat
     if shape.mixer is not None:
         return MIXER_HOST_MS * again * rates.unfused_host_ms / UNFUSED_HOST_MS
     wide = WIDE_HOST if shape.hidden_size > WIDER_THAN else 1.0
-    saved = (1.0 - DEQUANTISED_HOST) * len(plan.cached) / len(shape.groups)
-    return rates.host_ms * wide * (1.0 - saved) * again
+    saved = (1.0 - DEQUANTISED_HOST) * len(plan.cached) / (len(shape.groups) * len(plan.matmul.forms))
+    launches = 1.0 if plan.matmul is Matmul.BF16 else INT8_HOST
+    return rates.host_ms * wide * (1.0 - saved) * launches * again
 
 
 def _put_away(plan: LayerPlan, step: StepShape) -> int:
@@ -145,9 +149,9 @@ def _times(work: LayerWork, step: StepShape, is_backward: bool) -> dict[str, flo
     norms_gb_s = rates.norm_gb_s.at(width)
     plain = work.plain_bytes / norms_gb_s + work.activation_bytes / rates.activation_gb_s.at(width)
     times = {
-        "matmuls": work.matmul / (rates.matmul_tflops.at(width) * 1e9),
+        "matmuls": (work.matmul + work.int8_matmul / rates.int8_gain) / (rates.matmul_tflops.at(width) * 1e9),
         "attention": work.attention / attention + work.eager_bytes / (norms_gb_s * 1e6),
-        "dequantisation": work.nf4_bytes / (rates.nf4_gb_s.at(width) * 1e6),
+        "dequantisation": work.nf4_bytes / (rates.nf4_gb_s.at(width) * 1e6) + work.row_bytes / (norms_gb_s * 1e6),
         "adapters": adapters,
         "linear attention": work.mixer_bytes / (norms_gb_s * 1e6),
         "norms, rotation, activation": passes * plain / 1e6,

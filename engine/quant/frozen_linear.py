@@ -9,8 +9,8 @@ Shape letters: D input features, O output features; ... any leading shape.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
-from typing import Any
+from collections.abc import Callable, Container, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,15 @@ from torch import Tensor, nn
 from engine.errors import InputError
 from engine.kernels import ops
 
+if TYPE_CHECKING:
+    from engine.quant.int8_weight import Int8Group
+
 
 class FrozenLinear(nn.Module):
     """Compute y = x W^T + b with W frozen.
 
-    It takes over the weight of an `nn.Linear` or a bitsandbytes `Linear4bit` without a copy.
+    It takes over the weight of an `nn.Linear` or a bitsandbytes `Linear4bit` without a copy. `int8`,
+    if it is set, computes products in INT8 while the layer trains.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -32,11 +36,19 @@ class FrozenLinear(nn.Module):
         self.weight = linear.weight.requires_grad_(False)
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
         self._nf4: ops.Nf4State | None = None
+        self.int8: Int8Group | None = None
 
     @property
     def is_packed(self) -> bool:
         """Return True if the weight is NF4, so that every use makes a 16-bit copy."""
         return getattr(self.weight, "quant_state", None) is not None
+
+    @property
+    def nf4(self) -> ops.Nf4State:
+        """Return views of the packed weight's parts. The weight must have its device by the first call."""
+        if self._nf4 is None:
+            self._nf4 = ops.nf4_state(self.weight)
+        return self._nf4
 
     def dequantized(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return the weight [O, D] in `dtype`.
@@ -47,9 +59,7 @@ class FrozenLinear(nn.Module):
         if not self.is_packed:
             return self.weight.to(dtype)
         if self.weight.is_cuda:
-            if self._nf4 is None:
-                self._nf4 = ops.nf4_state(self.weight)
-            return ops.dequantize_nf4(self._nf4, dtype, out)
+            return ops.dequantize_nf4(self.nf4, dtype, out)
         from bitsandbytes.functional import dequantize_4bit
 
         weight_OD = dequantize_4bit(self.weight.data, self.weight.quant_state).to(dtype)
@@ -70,18 +80,29 @@ class FrozenLinear(nn.Module):
 class _FrozenMatmul(torch.autograd.Function):
     """Compute x [..., D] -> [..., O], and dx = dy W in the backward pass.
 
-    It keeps the module, not a tensor, for the backward pass.
+    It keeps the module, not a tensor, for the backward pass. Each product is in INT8 if the module
+    says so.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: FrozenLinear) -> Tensor:
-        ctx.module = module
+        ctx.module, ctx.int8 = module, module.int8 if module.training else None
         bias = None if module.bias is None else module.bias.to(x.dtype)
+        if ctx.int8 is not None and ctx.int8.mode.is_int8_forward:
+            return _of_rows(ctx.int8.product, x, "forward", bias_N=bias)
         return F.linear(x, module.dequantized(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.int8 is not None and ctx.int8.mode.is_int8_backward:
+            return _of_rows(ctx.int8.product, grad, "backward"), None
         return grad @ ctx.module.dequantized(grad.dtype), None
+
+
+def _of_rows(product: Callable[..., Tensor], x: Tensor, *others: Any, **options: Any) -> Tensor:
+    """Call a product of rows [T, K] with x [..., K]."""
+    y_TN = product(x.reshape(-1, x.shape[-1]).contiguous(), *others, **options)  # a gradient may be an expanded number
+    return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
 
 
 def is_known_linear(module: nn.Module) -> bool:

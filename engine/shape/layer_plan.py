@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from engine.config.matmul import Matmul
 from engine.config.targets import target_rule
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
@@ -25,10 +26,11 @@ class LayerPlan:
 
     - ranks: group -> sum of its members' ranks, 0 if none is adapted.
     - adapter: group -> number of its trained values.
-    - cached: groups whose weights stay dequantised.
+    - cached: what stays of its weights, dequantised or as INT8 codes, as `kept_name` names it.
     - trained: True if it has a backward pass, because this layer or one below is trained.
     - needs_dx: True if a layer below is trained.
     - needs_dinput: True if what makes the layer's own embedding of a token is trained.
+    - matmul: how it multiplies by its frozen weights.
     """
 
     policy: Policy
@@ -38,6 +40,7 @@ class LayerPlan:
     trained: bool
     needs_dx: bool
     needs_dinput: bool = False
+    matmul: Matmul = Matmul.BF16
 
 
 def is_fused(config: TrainConfig, shape: ModelShape) -> bool:
@@ -101,14 +104,14 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
         raise ValueError("predictions need a config with nothing left auto: call make_compute_plan first")
     adapted, outside = adapted_projections(config, shape), bool(adapted_outside(config, shape))
     first = 0 if outside else next(i for i, names in enumerate(adapted) if names)
-    cached = _cached_groups(config, shape)
+    cached = _cached(config, shape)
     plans, counts = [], (loop.keep_layers, loop.host_layers) if is_fused(config, shape) else (0, 0)
     policies = layer_policies(shape.num_layers, Policy.of(loop.activation_checkpointing), *counts)
     for i, (names, one) in enumerate(zip(adapted, shape.each)):
         sizes = {name: config.lora.rank * sum(features) for name, features in one.projections().items()}
         ranks = {group: config.lora.rank * sum(n in names for n in members) for group, members in one.groups.items()}
         adapter = {group: sum(sizes[n] for n in members if n in names) for group, members in one.groups.items()}
-        plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, i > first, outside))
+        plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, i > first, outside, config.matmul))
     return plans
 
 
@@ -124,10 +127,42 @@ def num_trained(config: TrainConfig, shape: ModelShape, plans: list[LayerPlan]) 
     return outside + sum(sum(plan.adapter.values()) for plan in plans)
 
 
+def kept_name(group: str, form: str) -> str:
+    """Return the name of what the weight cache keeps of a group: the group's own for its dequantised weights."""
+    return group if form == "weights" else f"{group}.{form}"
+
+
+def form_bytes(form: str, element: int) -> int:
+    """Return the bytes of one weight in a form of `Matmul.forms`."""
+    return element if form == "weights" else 1
+
+
+def kept_bytes(config: TrainConfig) -> int:
+    """Return the bytes of one weight if the weight cache keeps all that products read."""
+    return sum(form_bytes(form, element_bytes(config)) for form in config.matmul.forms)
+
+
+def cached_bytes(config: TrainConfig, shape: ModelShape, plans: list[LayerPlan]) -> int:
+    """Return the bytes that the weight cache holds in all."""
+    element, total = element_bytes(config), 0
+    for plan, one in zip(plans, shape.each):
+        numbers = group_parameters(one)
+        kept = (name.partition(".") for name in plan.cached)
+        total += sum(form_bytes(form or "weights", element) * numbers[group] for group, _, form in kept)
+    return total
+
+
 def group_parameters(shape: ModelShape) -> dict[str, int]:
     """Return the number of frozen weights in each group of one layer."""
     features = shape.projections()
     return {group: sum(math.prod(features[name]) for name in names) for group, names in shape.groups.items()}
+
+
+def scale_bytes(shape: ModelShape) -> int:
+    """Return the bytes of one layer's INT8 scales: fp32 for each output and each input feature of a group."""
+    features = shape.projections()
+    groups = ([features[name] for name in names] for names in shape.groups.values())
+    return sum(4 * (sum(out for out, _ in members) + members[0][1]) for members in groups)
 
 
 def base_bytes(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
@@ -150,25 +185,22 @@ def linear_layers(shape: ModelShape) -> list[tuple[int, int]]:
     return [*shape.outside.values(), *(features for one in shape.each for features in one.projections().values())]
 
 
-def _cached_groups(config: TrainConfig, shape: ModelShape) -> list[frozenset[str]]:
-    """Return the groups of each layer that stay dequantised.
+def _cached(config: TrainConfig, shape: ModelShape) -> list[frozenset[str]]:
+    """Return what `train.weight_cache_gib` keeps of each layer, as `kept_name` names it.
 
-    Whole groups of packed weights are taken in the model's order, each that still fits. A library's
-    mixer dequantises its own.
+    Whole groups of packed weights are taken form by form, in the model's order, each that still fits.
+    A library's mixer dequantises its own.
     """
-    if config.model.quantization != "nf4" or not is_fused(config, shape):
-        return [frozenset()] * shape.num_layers
-    room, cached = int(config.train.weight_cache_gib * GIB), []
-    for one in shape.each:
-        parameters = group_parameters(one)
-        sizes = {group: element_bytes(config) * number for group, number in parameters.items() if group != MIXER}
-        chosen = []
-        for group, size in sizes.items():
-            if size <= room:
-                room -= size
-                chosen.append(group)
-        cached.append(frozenset(chosen))
-    return cached
+    cached: list[set[str]] = [set() for _ in shape.each]
+    room = int(config.train.weight_cache_gib * GIB) if config.model.quantization == "nf4" and is_fused(config, shape) else 0
+    for form in config.matmul.forms:
+        for kept, one in zip(cached, shape.each):
+            for group, number in group_parameters(one).items():
+                size = form_bytes(form, element_bytes(config)) * number
+                if group != MIXER and size <= room:
+                    room -= size
+                    kept.add(kept_name(group, form))
+    return [frozenset(kept) for kept in cached]
 
 
 def is_on_host(config: TrainConfig, table_bytes: int) -> bool:

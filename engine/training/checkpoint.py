@@ -73,6 +73,7 @@ class Progress:
     sums over the steps after the last report. plan: settings chosen after memory ran out, kept so
     that a resumed trial does not run out again. num_out_of_memory: times that memory ran out. masks:
     how dropout's masks were drawn from the first step on; empty if an older version drew them.
+    exempt: linear layers that multiply in the working dtype, whatever `train.matmul` says.
     """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
@@ -88,6 +89,7 @@ class Progress:
     peak_reserved_gib: Amount = 0.0
     num_out_of_memory: Count = 0
     masks: str = ""
+    exempt: list[str] = field(default_factory=list)
     plan: dict[str, Any] = field(default_factory=dict)
     reports: list[Annotated[TrialReport, PlainValidator(TrialReport.from_dict)]] = field(default_factory=list)
     since_report: Sums = field(default_factory=Sums)

@@ -27,6 +27,7 @@ from engine.data.views import load_recorded
 from engine.errors import Interrupted, OutOfMemory
 from engine.evaluation.better_adapter import BetterAdapter, evaluate_both
 from engine.evaluation.eval_loss import evaluation_batches
+from engine.evaluation.matmul_check import exempt_layers
 from engine.model.base import Base
 from engine.model.device import free, limit_memory, peak_reserved_gib, pick_device
 from engine.model.load import load_base
@@ -83,9 +84,11 @@ def train(
             limit_memory(budget, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # else an earlier trial's peak would count
+        with times.parts.part(MODEL):
+            exempt = exempt_layers(resident, config.matmul)
         torch.manual_seed(config.train.seed)
         with times.parts.part(ATTACH):
-            run = _begun(config, trial_folder, resident, layers, interrupted, pace, times, inputs)
+            run = _begun(config, trial_folder, resident, layers, interrupted, pace, times, inputs, exempt)
         with traced(config.train.profile_steps, trial_folder / "profile", device) as after_step:
             yield from run.reports(after_step)
     finally:
@@ -129,6 +132,7 @@ class _Run:
         pace: Pace | None,
         times: RungTimes,
         inputs: Mapping[str, str] | None,
+        exempt: tuple[str, ...],
     ) -> None:
         self.planner = CardPlanner.here(config, base)
         self.plan = self.planner.fastest()
@@ -145,7 +149,8 @@ class _Run:
         self.average = RunningAverage(self.adapter, config.optim.ema_horizon)
         tensors = Tensors(layers, self.optimizer, self.average.values)
         loaded = checkpoint.load(trial_folder, fingerprint, tensors)
-        self.progress = loaded or Progress(fingerprint, masks=checkpoint.MASKS)
+        self.progress = loaded or Progress(fingerprint, masks=checkpoint.MASKS, exempt=list(exempt))
+        self.passes.exempt = tuple(self.progress.exempt)
         if config.lora.lora_dropout:
             checkpoint.warn_of_masks(trial_folder, self.progress)
         self.files = TrialFiles(trial_folder, config, base, tensors, self.average, pace or Pace(), self.parts)

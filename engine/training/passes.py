@@ -32,12 +32,16 @@ WORTH_RECORDING = 0.5
 
 
 class Passes:
-    """Compute rows with and without recordings. `train_view` and `samples` are the trial's data."""
+    """Compute rows with and without recordings. `train_view` and `samples` are the trial's data.
+
+    exempt: linear layers that multiply in the working dtype, whatever `train.matmul` says.
+    """
 
     def __init__(
         self, config: TrainConfig, base: Base, layers: dict[str, LoraLinear], train_view: View, samples: EvaluationSet
     ) -> None:
         self._config, self._base, self._view, self._samples = config, base, train_view, samples
+        self.exempt: tuple[str, ...] = ()
         self._recordings = Recordings.of(base)
         self._has_earlier = len(self._recordings) > 0
         self._layers = layers
@@ -65,10 +69,11 @@ class Passes:
         base, data, memory = self._base, self._config.data, self.adapter.memory
         self._plan, self._limit_gib, self._training, self._evaluation = plan, limit_gib, None, None
         longest, longest_evaluated = data.max_seq_length, data.eval_max_seq_length
-        key = (*plan.settings().items(), longest, self._baked())
+        key = (*plan.settings().items(), self._config.matmul, self.exempt, longest, self._baked())
         need_gib = None if plan.memory is None else plan.memory.peak_gib + plan.memory.reserve_gib
         self._recordings.drop_if_short(key, memory, need_gib, limit_gib)
         base.checkpoint_activations(plan.policy, plan.keep_layers, plan.host_layers)
+        base.set_matmul(self._config.matmul, self.exempt)
         base.cache_weights(plan.weight_cache_gib)
         if plan.cuda_graphs:
             self._training = make_graphs(base, memory, key, plan.micro_batch_size * longest, longest)

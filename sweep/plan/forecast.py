@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from engine.config.matmul import Matmul
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.planning.cards import CARDS
@@ -75,7 +76,8 @@ def describe_forecast(
     what = "every point of the space" if whole else f"{len(shown)} corners of the space, equal predictions shown once"
     fitting = [point for point in shown if point.fit.fits]
     possible = sum(point.fit.fits for point in points) if whole else size or num_trials
-    head = [card_line(feasibility), *_estimate(feasibility.shape), f"forecast   {what}"]
+    gain = _matmul_gain(space, base, feasibility, fitting)
+    head = [card_line(feasibility), *_estimate(feasibility.shape), *gain, f"forecast   {what}"]
     return "\n".join([*head, *_table(paths, shown), _cost(fitting, min(num_trials, possible), full_trials)])
 
 
@@ -104,6 +106,18 @@ def _estimate(shape: ModelShape) -> list[str]:
     how = "flash-linear-attention" if mixers[0].has_kernels else "torch operations (no flash-linear-attention here)"
     layers = f"{len(mixers)} of {counted(shape.num_layers, 'layer')}"
     return [f"estimate   linear attention, {layers}: its memory is estimated from above and its speed roughly, on {how}"]
+
+
+def _matmul_gain(space: Space, base: Mapping[str, Any], feasibility: Feasibility, fitting: list[Point]) -> list[str]:
+    """Return a line that compares `train.matmul` with bf16, if it is set to another value and the space does not vary it."""
+    mode = Matmul.of(base["train"].get("matmul", "auto"))
+    if mode is Matmul.BF16 or not fitting or any(dimension.path == "train.matmul" for dimension in space.dimensions):
+        return []
+    plain = _point(space, {**base, "train": {**base["train"], "matmul": "bf16"}}, feasibility, fitting[0].params)
+    if not plain.fit.fits:
+        return []
+    gain = fitting[0].tokens_per_second / plain.tokens_per_second
+    return [f"matmul     {mode}: {gain:.2f} times the {plain.tokens_per_second:,.0f} tok/s of bf16 at the first point that fits"]
 
 
 def no_forecast_line(device: str) -> str:

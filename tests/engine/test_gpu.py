@@ -217,3 +217,17 @@ def test_fifty_trials_on_one_base_take_no_more_of_the_card_than_ten(config, tmp_
     assert seen[50][1] - seen[10][1] < 64 * 2**20
     kept = torch.zeros(1, device="cuda")
     assert torch.cuda.memory_allocated() > seen[10][0] and kept is not None
+
+
+@pytest.mark.parametrize("mode", ["int8_backward", "int8"])
+def test_a_trial_with_products_in_int8_has_nearly_the_losses_of_bf16_recorded_or_not(tiny_config, tmp_path, mode):
+    def losses(name, **changes):
+        values = copy.deepcopy(tiny_config)
+        values["train"].update(device="cuda", activation_checkpointing=True, host_layers=0, **changes)
+        (tmp_path / name).mkdir()
+        return [report.eval_loss for report in train(parse(TrainConfig, values), tmp_path / name)]
+
+    plain = losses("plain", cuda_graphs=False)
+    ours, recorded = losses("ours", matmul=mode, cuda_graphs=False), losses("recorded", matmul=mode, cuda_graphs=True)
+    assert ours == pytest.approx(plain, rel=2e-2) and ours != plain
+    assert recorded == pytest.approx(ours, rel=2e-3)

@@ -73,11 +73,11 @@ def _chosen(options: argparse.Namespace) -> list[PlannedTrial]:
     """Return this process' trials in order."""
     names = options.task or list(TASKS)
     order = planned({name: TASKS[name].lengths for name in TASKS if name in names}, LATER if len(names) > 1 else ())
-    done = {name for file in options.done for name in _done(read_lines(file))}
+    done = {name for file in options.done for name in done_of(read_lines(file))}
     return shard([trial for trial in order if trial.id not in done], *options.shard)[: options.limit]
 
 
-def _done(lines: list[dict[str, Any]]) -> set[str]:
+def done_of(lines: list[dict[str, Any]]) -> set[str]:
     """Return the trials that need not be recorded again; one that failed may go well the next time."""
     return {line["id"] for line in lines if line["kind"] == "trial" and line["outcome"] != FAILED}
 
@@ -87,22 +87,22 @@ def _record_all(options: argparse.Namespace, trials: list[PlannedTrial]) -> int:
     deadline = time.monotonic() + options.budget_s
     cut_torn_line(options.out)
     known = read_lines(options.out)
-    left = [trial for trial in trials if trial.id not in _done(known)]
+    left = [trial for trial in trials if trial.id not in done_of(known)]
     if not left:
         return 0
     with ExitStack() as stack:
-        scratch = options.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="record-", dir=_disk())))
+        scratch = options.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="record-", dir=scratch_disk())))
         scratch.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault(CACHE_VARIABLE, str(scratch / "cache"))
         setting = Setting(options.model, TINY if options.tiny else FULL, options.device, options.budget_gib, options.ema_horizon)
-        base = _base(setting, left[0])
+        base = resident_base(setting, left[0])
         stack.callback(gc.unfreeze)
         with options.out.open("a") as file:
-            _write(file, _header(options, base))
+            write_line(file, header_of(options, base))
             told = {line["name"] for line in known if line["kind"] == "task"}
             count = 0
             for line in _lines(base, setting, left, scratch, deadline, told):
-                _write(file, line)
+                write_line(file, line)
                 count += line["kind"] == "trial"
     return count
 
@@ -126,14 +126,14 @@ def _lines(
         failures.note(found)
 
 
-def _base(setting: Setting, trial: PlannedTrial) -> Base:
+def resident_base(setting: Setting, trial: PlannedTrial) -> Base:
     base = load_base(config_of(setting, trial).model, pick_device(setting.device))
     gc.collect()
     gc.freeze()  # the engine collects after each trial, and need not search model and libraries then
     return base
 
 
-def _header(options: argparse.Namespace, base: Base) -> dict[str, Any]:
+def header_of(options: argparse.Namespace, base: Base) -> dict[str, Any]:
     card = torch.cuda.get_device_name() if base.device.type == "cuda" else "CPU"
     facts = {"card": card, "model": options.model, "design": design.digest(), **provenance()}
     facts |= {"git.commit": options.commit} if options.commit else {}
@@ -141,18 +141,18 @@ def _header(options: argparse.Namespace, base: Base) -> dict[str, Any]:
     return {"kind": "header", "shard": options.shard[0], **facts}
 
 
-def _write(file: Any, line: dict[str, Any]) -> None:
+def write_line(file: Any, line: dict[str, Any]) -> None:
     file.write(json.dumps(line, separators=(",", ":")) + "\n")
     file.flush()
 
 
-def _disk() -> Path | None:
+def scratch_disk() -> Path | None:
     """Return the disk in memory if it has room for many processes' checkpoints; else None, the usual place."""
     is_large = MEMORY_DISK.is_dir() and shutil.disk_usage(MEMORY_DISK).free >= ROOM_GIB * 2**30
     return MEMORY_DISK if is_large else None
 
 
-def _shard(text: str) -> tuple[int, int]:
+def shard_name(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise argparse.ArgumentTypeError("must be i/n with 0 <= i < n")
@@ -162,7 +162,7 @@ def _shard(text: str) -> tuple[int, int]:
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="file to add lines to")
-    parser.add_argument("--shard", type=_shard, default=(0, 1), help="i/n: every n-th group of trials, from i = 0")
+    parser.add_argument("--shard", type=shard_name, default=(0, 1), help="i/n: every n-th group of trials, from i = 0")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds from now, the model's loading included")
     parser.add_argument("--done", type=Path, nargs="+", default=[], help="lines or tasks' files: no process records these trials")
     parser.add_argument("--task", action="append", choices=list(TASKS), help="only this task; may be given again")

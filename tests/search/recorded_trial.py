@@ -47,13 +47,14 @@ TINY = Scale(max_tokens=1024, num_rungs=4, tokens_per_step=256, eval_samples=8, 
 
 @dataclass(frozen=True)
 class Setting:
-    """Hold what all trials of a process share. ema_horizon: of the running average, 0 for none."""
+    """Hold what all trials of a process share. ema_horizon: of the running average, 0 for none; matmul: as in `train`."""
 
     model: str
     scale: Scale
     device: str
     budget_gib: float
     ema_horizon: float
+    matmul: str = "bf16"
 
     @property
     def averages(self) -> bool:
@@ -85,6 +86,7 @@ def config_of(setting: Setting, trial: PlannedTrial) -> TrainConfig:
     data["max_seq_length"] = min(sections["data"]["max_seq_length"], scale.longest)
     loop = {"max_tokens": scale.max_tokens, "num_reports": scale.num_rungs, "tokens_per_step": scale.tokens_per_step}
     loop |= {"device": setting.device, "memory_budget_gib": setting.budget_gib, **sections["train"]}
+    loop |= {} if setting.matmul == "bf16" else {"matmul": setting.matmul}
     average = {"ema_horizon": setting.ema_horizon} if setting.averages else {}
     optim = {**sections["optim"], **average}
     return parse(TrainConfig, {

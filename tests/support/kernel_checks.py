@@ -34,6 +34,7 @@ def implementation(request, monkeypatch):
         monkeypatch.setattr(ops, "FORCE_TRITON", True)
         _round_as_a_gpu_does(monkeypatch)
         _multiply_as_a_gpu_does(monkeypatch)
+        _fuse_as_a_gpu_does(monkeypatch)
     return request.param
 
 
@@ -76,6 +77,17 @@ def _multiply_as_a_gpu_does(monkeypatch):
     monkeypatch.setattr(
         interpreter.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest)
     )
+
+
+def _fuse_as_a_gpu_does(monkeypatch):
+    """Round x * y + z once; Triton's interpreter rounds the product too."""
+    from triton.runtime import interpreter
+
+    def fused(self, x, y, z):
+        total = x.data.astype("float64") * y.data + z.data
+        return interpreter.TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fused)
 
 
 def draw(*shape, dtype=torch.float32, seed=0, scale=1.0):

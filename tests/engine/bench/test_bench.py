@@ -299,3 +299,16 @@ def test_the_plot_of_predicted_against_measured_is_drawn(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     assert calibrate.main(["--plot", str(tmp_path / "a.png"), str(tmp_path / "a.jsonl")]) == 0
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_row_in_each_mode_of_multiplication_and_one_of_other_systems(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    modes = ["bf16", "int8_backward", "int8"]
+    assert bench.main([*FLAGS, "--systems", "ours", "ours-unfused", "--matmul", *modes, "--json", str(file)]) == 0
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(r["label"], r["matmul"]) for r in records] == [
+        ("ours", "bf16"), ("ours-unfused", "bf16"), ("ours, int8_backward", "int8_backward"), ("ours, int8", "int8"),
+    ]  # fmt: skip
+    ours, unfused, backward, both = (r["first_loss"] for r in records)
+    assert ours == backward != both and both == pytest.approx(ours, abs=0.01) and unfused == pytest.approx(ours, abs=1e-3)
+    assert "| ours, int8 |" in report(records)

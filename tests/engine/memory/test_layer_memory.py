@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from engine.adapter.lora import LoraLinear
 from engine.config.trial import LoraConfig, TrainConfig
 from engine.kernels import ops
+from engine.kernels.eight_bit import int8_ops
+from engine.kernels.eight_bit.int8_ops import Int8Rows
 from engine.layers import attention, attention_half
 from engine.layers import decoder_layer as fused
 from engine.layers import projection_group as projection
@@ -30,9 +32,10 @@ from engine.memory.live_bytes import HostStack, LiveBytes
 from engine.memory.tensor_sizes import Sizes
 from engine.model.library_layers import Storages
 from engine.quant.frozen_linear import FrozenLinear
+from engine.quant.int8_weight import Int8Group
 from engine.shape.compute_limits import FLASH_HEAD
 from engine.shape.families import HalfNorms
-from engine.shape.layer_plan import adapted_outside, plan_layers
+from engine.shape.layer_plan import adapted_outside, kept_name, plan_layers
 from engine.shape.mixer_shape import MIXER
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import LADDER
@@ -146,6 +149,12 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def dequantized(self: FrozenLinear, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta") if out is None else out
 
+    def codes(num_rows: int, width: int) -> Int8Rows:
+        return Int8Rows(torch.empty(num_rows, width, dtype=torch.int8, device="meta"), torch.empty(0))
+
+    def int8_matmul(a: Int8Rows, b: Int8Rows, dtype: torch.dtype, *_: Any) -> Tensor:
+        return torch.empty(len(a.codes_NK), len(b.codes_NK), dtype=dtype, device="meta")
+
     def dropout(x: Tensor, noise: Tensor, stream: int, in_place: bool = False) -> Tensor:
         return x if in_place else like(x)
 
@@ -162,6 +171,12 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FrozenLinear, "is_packed", property(lambda self: True))
     monkeypatch.setattr(FrozenLinear, "dequantized", dequantized)
     monkeypatch.setattr(ops, "dropout", dropout)
+    monkeypatch.setattr(FrozenLinear, "nf4", property(lambda self: (self.out_features, self.in_features)))
+    monkeypatch.setattr(int8_ops, "weight_scales", lambda *_: None)
+    monkeypatch.setattr(int8_ops, "unpack_rows", lambda shapes, _: codes(sum(o for o, _ in shapes), shapes[0][1]))
+    monkeypatch.setattr(int8_ops, "unpack_columns", lambda shapes, _: codes(shapes[0][1], sum(o for o, _ in shapes)))
+    monkeypatch.setattr(int8_ops, "quantize_rows", lambda x, **_: codes(*x.shape))
+    monkeypatch.setattr(int8_ops, "matmul", int8_matmul)
     monkeypatch.setattr(projection, "_product", lambda a, b: torch.empty(a.shape[0], b.shape[1], device="meta"))
 
 
@@ -191,7 +206,9 @@ def build(config: TrainConfig, shape: ModelShape, tokens: int) -> list[Layer]:
                 continue
             size = (sum(one.projections()[n][0] for n in names), one.projections()[names[0]][1])
             cached = torch.empty(size, dtype=torch.bfloat16, device="meta") if group in plan.cached else None
-            groups[group] = ProjectionGroup.of([modules[name] for name in names], torch.bfloat16, cached)
+            if (int8 := Int8Group.of([modules[name].base for name in names], plan.matmul)) is not None:
+                int8.keep(*(one for one in ("forward", "backward") if kept_name(group, one) in plan.cached))
+            groups[group] = ProjectionGroup.of([modules[name] for name in names], torch.bfloat16, cached, int8)
         adapters = [] if mixer is None else mixer.adapters
         adapters += [p for module in modules.values() for p in (module.lora_a, module.lora_b)]
         call = Call(spec, plan.policy, groups, table, table, documents, stash, mixer=mixer)
@@ -257,6 +274,7 @@ def counted(layers: list[Layer], shape: ModelShape, tokens: int) -> int:
             groups = one.call.groups.values()
             storages.ignore(*(t for g in groups for pair in g.adapters for t in pair))
             storages.ignore(*(g.cached for g in groups if g.cached is not None))
+            storages.ignore(*(kept.codes_NK for g in groups if g.int8 for kept in g.int8.kept.values()))
         stash = layers[0].call.stash
         stash.storages = storages
         x = torch.empty(tokens, shape.hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=False)
@@ -313,6 +331,17 @@ CASES = [
     ("llama", "offload", 4096, {"train": {"weight_cache_gib": 0.005}}),
     *[(family, "offload", tokens, {"train": {"host_layers": 3}}) for family in FAMILIES for tokens in (4096, 20480)],
     ("llama", "recompute", 4096, {"train": {"host_layers": 1, "keep_layers": 1}}),
+]
+INT8_CASES = [
+    *[("llama", policy, tokens, {}) for policy in POLICIES for tokens in (4096, 20480)],
+    *[(family, "recompute", tokens, {}) for family in ("gemma3", "gemma4", "phi3", "qwen3_5") for tokens in (4096, 20480)],
+    *[("llama", "keep", 4096, more) for more in ({"lora_dropout": 0.1}, {"rank": 64}, {"train": {"weight_cache_gib": 0.005}})],
+    *[("llama", "offload", tokens, {"train": {"host_layers": 3}}) for tokens in (4096, 20480)],
+]
+CASES += [
+    (family, policy, tokens, {**changes, "train": {**changes.get("train", {}), "matmul": mode}})
+    for mode in ("int8_backward", "int8")
+    for family, policy, tokens, changes in INT8_CASES
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -70,6 +71,20 @@ def test_a_large_space_is_shown_by_its_corners_without_what_changes_nothing(seen
     header = next(line for line in text.splitlines() if "peak GiB" in line)
     assert "max_seq_length" in header and "learning_rate" not in header
     assert "16 trials of" in text and "evaluation left out" in text
+
+
+@pytest.mark.parametrize("mode", ["bf16", "auto", "int8_backward", "int8"])
+def test_a_forecast_says_what_products_in_int8_bring(seen, capsys, mode):
+    seen[0] = Facts(shape=ModelShape.of(LLAMA_8B, "8B"))
+    lengths = ["space.data.max_seq_length.choices=[1024,2048]", "train.max_tokens=1000000"]
+    assert main([*SWEEP[:-1], *lengths, "model.path=m", "cluster.card=rtx4090", f"train.matmul={mode}"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("matmul ")]
+    if not mode.startswith("int8"):
+        assert lines == []
+        return
+    (line,) = lines
+    gain = float(re.fullmatch(rf"matmul +{mode}: (1\.\d\d) times the [\d,]+ tok/s of bf16 at the first point that fits", line)[1])
+    assert 1.05 < gain < 2.0
 
 
 def test_a_space_in_which_nothing_fits_is_shown_and_is_one_error(seen, capsys):

@@ -29,6 +29,13 @@ def test_a_named_choice_puts_its_value_into_the_config():
     assert space.apply(BASE, {"lora.target_modules": "all"}).lora.target_modules == "all-linear"
 
 
+def test_a_space_may_vary_how_the_base_multiplies_because_every_evaluation_is_alike():
+    space = parse_space({"train.matmul": {"choices": ["bf16", "int8"]}})
+    assert [space.apply(BASE, {"train.matmul": name}).matmul for name in ("bf16", "int8")] == ["bf16", "int8"]
+    not_packed = {"train.matmul": {"choices": ["int8"]}, "model.quantization": {"choices": ["none"]}}
+    assert "INT8 codes are made of NF4 weights" in error_of(not_packed)
+
+
 def test_whole_number_bounds_give_whole_numbers():
     leaves = {"lora.rank": {"low": 4, "high": 64, "log": True}, "lora.lora_dropout": {"low": 0.0, "high": 0.2, "step": 0.1}}
     rank, dropout = parse_space(leaves).dimensions
