@@ -214,7 +214,11 @@ def _calibrate(arguments: list[str]) -> int:
 def _standby(arguments: list[str]) -> int:
     """Load what `evaluate` needs, then run the command of a JSON list on stdin; without a line, end."""
     argparse.ArgumentParser(prog="python -m engine standby").parse_args(arguments)
-    import engine.evaluation.reevaluate  # noqa: F401 (for the command to come)
+    # what the command to come will load, but for bitsandbytes, which takes memory on the card
+    import transformers.modeling_utils  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+    import engine.evaluation.reevaluate  # noqa: F401
 
     line = sys.stdin.readline()
     return main(json.loads(line)) if line else 0
