@@ -11,6 +11,7 @@ python -m engine plan <train_config.json> --card rtx4090
                                                   predict peak memory and speed on that card
 python -m engine evaluate <train_config.json> --adapter <folder>
                                                   print the losses of base model and adapter
+python -m engine standby                          load torch, then run the command that comes as JSON on stdin
 python -m engine.export <adapter folder> --to FORM --out DIR
                                                   convert it for PEFT, vLLM or llama.cpp
 python -m engine.chat <adapter folder>            chat with the adapter
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"train": _train, "prepare": _prepare, "inspect": _inspect, "plan": _plan, "evaluate": _evaluate}
-    commands |= {"show-sample": _show_sample, "cards": _cards, "calibrate": _calibrate}
+    commands |= {"show-sample": _show_sample, "cards": _cards, "calibrate": _calibrate, "standby": _standby}
     command = arguments[0] if arguments[:1] and arguments[0] in commands else "train"
     rest = arguments[1:] if arguments[:1] == [command] else arguments
     return run(lambda: commands[command](rest), stopped=STOPPED if command == "train" else "stopped")
@@ -208,6 +209,19 @@ def _calibrate(arguments: list[str]) -> int:
     from engine.rates.rates_command import calibrate
 
     return calibrate(arguments)
+
+
+def _standby(arguments: list[str]) -> int:
+    """Load what `evaluate` needs, then run the command of a JSON list on stdin; without a line, end."""
+    argparse.ArgumentParser(prog="python -m engine standby").parse_args(arguments)
+    # what the command to come will load, but for bitsandbytes, which takes memory on the card
+    import transformers.modeling_utils  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+    import engine.evaluation.reevaluate  # noqa: F401
+
+    line = sys.stdin.readline()
+    return main(json.loads(line)) if line else 0
 
 
 def _answer(values: dict[str, Any], report: Path | None) -> int:

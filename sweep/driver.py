@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import StorageError, first_line
 from engine.sources.identity import refuse_changed
@@ -53,7 +54,11 @@ from sweep.tracking.mlflow_names import data_points, data_tags
 from sweep.tracking.prometheus import MetricsPage, serve
 from sweep.tracking.tracker import make_tracker
 
+if TYPE_CHECKING:
+    from sweep.session import SweepSession
+
 INTERRUPTED = 130
+PREPARED_SOON_S = 1.0
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -122,7 +127,8 @@ def _launch(
     check_places(plan.config, None if folder is None else folder.path)
     with handled(taken_signals(), _interrupt), _metrics_page(plan) as page:
         try:
-            feasibility, facts = check_sweep(plan, engine, given)
+            with _loading_meanwhile(plan):
+                feasibility, facts = check_sweep(plan, engine, given)
             data = facts.data
         except KeyboardInterrupt:
             return _interrupted(folder)
@@ -166,10 +172,7 @@ def _run(
         tags = {"sweep.folder": str(folder.path), **provenance(), **data_tags(accounts)}
         tracker.on_sweep_started(tags, folder.started_s, data_points(accounts))
         try:
-            set_ray_environment(plan.config.cluster.address, plan.slots.num_slots if plan.has_mixed_cards else 1)
-            from sweep.session import SweepSession  # loads ray, which reads that environment once
-
-            return SweepSession(plan, folder, engine, feasibility, screen, tracker, page, inputs).run()
+            return _load_session(plan)(plan, folder, engine, feasibility, screen, tracker, page, inputs).run()
         except KeyboardInterrupt:
             screen.stop()
             code = _interrupted(folder)
@@ -179,6 +182,36 @@ def _run(
             screen.stop()
             wait_until_flushed()
             warn(tracker.close(30.0))
+
+
+def _load_session(plan: SweepPlan) -> type[SweepSession]:
+    """Load what runs the trials: ray, which reads its environment once, Optuna and plotly. It takes seconds."""
+    set_ray_environment(plan.config.cluster.address, plan.slots.num_slots if plan.has_mixed_cards else 1)
+    from sweep.session import SweepSession
+
+    return SweepSession
+
+
+@contextmanager
+def _loading_meanwhile(plan: SweepPlan) -> Iterator[None]:
+    """Load the session in a thread while the block waits for another process.
+
+    A block that ends within PREPARED_SOON_S loads nothing: a refusal waits for no library. A fault of
+    the thread is left to `_run`, which loads the same again.
+    """
+    is_over = threading.Event()
+
+    def load() -> None:
+        if not is_over.wait(PREPARED_SOON_S):
+            with suppress(Exception):
+                _load_session(plan)
+
+    thread = threading.Thread(target=load, name="load-session")
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
 
 
 def _find_hardware(cluster: ClusterConfig) -> Hardware:

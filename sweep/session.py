@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 from engine.config.trial import TrainConfig
 from sweep.cli.console import Screen
 from sweep.cluster.card_kinds import Label
-from sweep.execution.engine_commands import evaluate
+from sweep.execution.engine_commands import Standby, evaluate
 from sweep.execution.remote_evaluation import evaluate_on_a_slot
 from sweep.execution.tuner import run_trials
 from sweep.execution.worker_config import EngineModules
@@ -53,8 +53,18 @@ class SweepSession:
     page: MetricsPage | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def _standby(self) -> Standby:
+        return Standby(self.engine.command)
+
     def run(self) -> int:
         """Run the session. Returns the exit code: 0 if there is an adapter to use, else 1."""
+        try:
+            return self._run()
+        finally:
+            self._standby.close()
+
+    def _run(self) -> int:
         self.screen.note(f"sweep folder {self.folder.path}")
         ledger = self._open_ledger()
         if ledger.has_work():
@@ -62,6 +72,7 @@ class SweepSession:
             run_trials(
                 ledger, self.plan.slots, self.plan.config.cluster.address, self.folder, self.engine,
                 note=self.screen.note, avoid=self._avoid, inputs=self.inputs, calibrate=self.plan.config.cluster.calibrate,
+                on_running_out=self._prepare_evaluation,
             )  # fmt: skip
             self.screen.stop()
         if ledger.shortfall:
@@ -160,9 +171,13 @@ class SweepSession:
         try_write_report(self.folder, self.screen.note)
         return 0 if is_measured else 1
 
+    def _prepare_evaluation(self) -> None:
+        if self.plan.config.cluster.address is None:  # else a worker's node measures
+            self._standby.start()
+
     def _evaluation(self) -> Evaluate:
         """Return what measures the winner again: here, or on a slot of the existing cluster."""
         address = self.plan.config.cluster.address
         if address is None:
-            return partial(evaluate, inputs=self.inputs)
+            return partial(evaluate, inputs=self.inputs, standby=self._standby)
         return evaluate_on_a_slot(self.plan.slots, address, self.folder.log, self._avoid, self.inputs)

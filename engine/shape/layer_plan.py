@@ -6,6 +6,7 @@ tests hold them equal.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -72,12 +73,7 @@ def adapted_projections(config: TrainConfig, shape: ModelShape) -> list[tuple[st
     Raises InputError if `lora.target_modules` matches none.
     """
     targets = config.lora.target_modules
-    is_target = target_rule(targets)
-    names = []
-    for i, one in enumerate(shape.each):
-        paths = [shape.layer.path(group, name) for group, members in one.groups.items() for name in members]
-        names.append([f"model.layers.{i}.{path}" for path in paths])
-    chosen = [tuple(n.rpartition(".")[2] for n in layer if is_target(n)) for layer in names]
+    chosen = list(_matched(targets, shape))
     if any(chosen) or adapted_outside(config, shape):
         return chosen
     if shape.family == "other":  # its layers may have other names, so count all to be safe
@@ -85,6 +81,16 @@ def adapted_projections(config: TrainConfig, shape: ModelShape) -> list[tuple[st
     known = dict.fromkeys(name for one in shape.each for name in one.projections())
     allowed = f"all-linear, {', '.join([*known, *shape.outside])}"
     raise InputError("lora.target_modules", targets, f"matches no linear layer; allowed: {allowed}")
+
+
+@functools.lru_cache(maxsize=32)
+def _matched(targets: str | tuple[str, ...], shape: ModelShape) -> tuple[tuple[str, ...], ...]:
+    """Return the projections of each layer that the targets name: a search for a plan asks a hundred times."""
+    is_target, names = target_rule(targets), []
+    for i, one in enumerate(shape.each):
+        paths = [shape.layer.path(group, name) for group, members in one.groups.items() for name in members]
+        names.append([f"model.layers.{i}.{path}" for path in paths])
+    return tuple(tuple(n.rpartition(".")[2] for n in layer if is_target(n)) for layer in names)
 
 
 def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:

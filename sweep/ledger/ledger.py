@@ -113,6 +113,11 @@ class Ledger(Halt):
         """Return whether any trial is left to run or may still be asked for."""
         return bool(self.live or self._waiting) or self._may_find_more
 
+    @property
+    def is_running_out(self) -> bool:
+        """Return whether the live trials are the last. False where a freezer decides: asking it costs time."""
+        return bool(self.live) and not self._waiting and self._freezer is None and not self._quota.may_ask
+
     def next_trial(self) -> Proposal | Next:
         """Return the next trial to start: one to continue, else a new one."""
         if self.storage_fault or self.is_winding_down:

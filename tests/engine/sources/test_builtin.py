@@ -62,12 +62,11 @@ def test_importing_the_package_loads_neither_torch_nor_gguf():
 # --- stdlib-docs ---
 
 
-def test_the_data_set_is_the_same_every_time(tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        stdlib_docs.write(tmp_path / name)
-    for part in ("train.jsonl", "eval.jsonl"):
-        assert (tmp_path / "one" / part).read_bytes() == (tmp_path / "two" / part).read_bytes()
+def test_the_data_set_is_the_same_every_time(shared_cache, tmp_path):
+    stdlib_docs.write(tmp_path)
+    written = resolve_data("builtin:stdlib-docs")
+    assert [path.name for path in written] == ["train.jsonl", "eval.jsonl"]
+    assert all(path.read_bytes() == (tmp_path / path.name).read_bytes() for path in written)
 
 
 def test_evaluation_shares_no_answer_with_training_and_both_are_large_enough(shared_cache):

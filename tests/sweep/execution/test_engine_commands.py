@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine.__main__ import main
 from engine.command_answers import AdapterEvaluation
 from engine.system.child_python import ROOT, own_environment, python_module
 from sweep.execution import engine_commands
@@ -68,3 +70,35 @@ def test_permission_comes_from_the_drivers_config_and_not_from_the_trials_folder
     assert ("--trust-remote-code" in started[0].command) is is_trusted
     engine_commands.evaluate(config, adapter, "engine")
     assert not hasattr(started[1], "inputs")
+
+
+def test_a_process_on_standby_evaluates_and_where_it_died_a_new_one_does(tmp_path, tiny_config):
+    config, made = build(tiny_config), []
+
+    class Counted(engine_commands.Standby):
+        def has_run(self, command):
+            made.append(super().has_run(command))
+            return made[-1]
+
+    place = tmp_path / "adapter"
+    place.mkdir()
+    for dies in (False, True):
+        standby = Counted("tests.support.fake_engine")
+        standby.start()
+        if dies:
+            standby._child.kill()
+        found = engine_commands.evaluate(config, place, "tests.support.fake_engine", standby=standby)
+        assert isinstance(found, AdapterEvaluation)
+        standby.close()
+    assert made == [True, False]
+    idle = engine_commands.Standby("engine")
+    idle.start()
+    idle.close()
+    assert idle._child.returncode is not None
+
+
+def test_standby_runs_the_command_of_its_line_and_ends_where_none_comes(capsys, monkeypatch):
+    for line, code in (('["plan", "none.json", "--card", "rtx4090"]\n', 2), ("", 0)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(line))
+        assert main(["standby"]) == code
+    assert capsys.readouterr().err.startswith("error: file = 'none.json'")
