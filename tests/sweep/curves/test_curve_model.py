@@ -61,7 +61,7 @@ def valley(rate):
 
 def dense(model, known, values, wanted):
     """Return mean and covariance of `wanted` given `known`, with a matrix inverse."""
-    noise = 0.15 * max(model.prior.seed, 0.0015 / 0.02) ** 2 + 1e-6
+    noise = 0.05 * max(model.prior.seed, 0.0015 / 0.02) ** 2 + 1e-6
     k = np.array([[covariance(model, a, b) for b in known] for a in known]) + noise * np.eye(len(known))
     cross = np.array([[covariance(model, a, b) for b in wanted] for a in known])
     prior = np.array([[covariance(model, a, b) for b in wanted] for a in wanted])
@@ -103,7 +103,7 @@ def test_what_a_later_loss_tells_is_the_change_of_the_dense_formula(model):
     for option, rung, other in ((0, 3, 2), (1, 2, 2), (3, 0, 1), (4, 0, 1), (5, 4, 0)):
         ahead = [WANTED[option], WANTED[other], (WANTED[option][0], rung, WANTED[option][2])]
         _, full = dense(model, known_losses(), seen().value, ahead)
-        noise = 0.15 * posterior.seed + 1e-6
+        noise = 0.05 * posterior.seed + 1e-6
         told = abs(full[0, 2] - full[1, 2]) / math.sqrt(full[2, 2] + noise) * math.sqrt(posterior.factor)
         assert ends.told(np.array([option]), np.array([rung]), other)[0] == pytest.approx(told, rel=1e-4)
 
@@ -127,6 +127,22 @@ def test_a_finished_trial_keeps_its_loss(model):
     _, ends = predictions(model)
     assert ends.mean[2] == pytest.approx(1.9, abs=0.05)
     assert ends.variance[2] < 0.01 < ends.variance[3]
+
+
+def test_what_is_known_of_trials_is_kept_and_what_is_new_is_added(model):
+    """Trials come, go and change places; some hold in both lists, some in one, and some are new."""
+    draws = np.random.default_rng(0).normal(size=(12, 3))
+    draws[:, 1] = np.round(draws[:, 1])
+    for rows, others in (
+        (draws[:4], draws[4:10]),
+        (draws[[1, 0, 3, 10]], draws[[5, 4, 8, 11, 9]]),
+        (draws[[1, 10]], draws[[11, 4, 4]]),
+        (draws[5:9], draws[:3]),
+        (draws[5:9], draws[:0]),
+    ):
+        kept, whole = model.known_alike(rows, others, 0), model.alike(rows, others)
+        for name in ("final", "drop", "heat", "other_heat"):
+            np.testing.assert_array_equal(getattr(kept, name), getattr(whole, name))
 
 
 def test_progress_falls_from_1_to_0_in_log_tokens():
