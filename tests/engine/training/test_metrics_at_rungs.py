@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from engine.command_answers import AdapterEvaluation
+from engine.config.parsing import to_json
 from engine.errors import InputError, Interrupted
 from engine.evaluation import task_metrics
 from engine.evaluation.reevaluate import evaluate_adapter
@@ -103,6 +107,39 @@ def test_a_stop_inside_a_generation_resumes_to_the_same_numbers(tiny_config, tmp
     assert same_numbers(rest, whole[len(whole) - len(rest) :]) and len(rest) < 3
     for rung in (1, 2, 3):
         assert read_answers(tmp_path / "cut", rung) == read_answers(tmp_path / "whole", rung)
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
+from engine.evaluation import decoding
+from engine.training.loop import train
+
+pick, steps = decoding._Generation._pick, []
+
+def killed(self, logits_BV, draws_B):
+    steps.append(None)
+    if len(steps) == 9:  # in the second rung
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pick(self, logits_BV, draws_B)
+
+decoding._Generation._pick = killed
+list(train(parse(TrainConfig, json.loads(sys.argv[1])), Path(sys.argv[2])))
+"""
+
+
+def test_a_worker_that_is_killed_inside_a_generation_goes_on_to_the_same_numbers(tiny_config, tmp_path, base):
+    config = with_metrics(tiny_config)
+    whole, cut = run(config, tmp_path / "whole", base), tmp_path / "cut"
+    cut.mkdir()
+    died = subprocess.run([sys.executable, "-c", KILLED, to_json(config), str(cut)], timeout=240)
+    assert died.returncode == -signal.SIGKILL
+    assert len((cut / "reports.jsonl").read_text().splitlines()) == 1 and not (cut / "answers" / "0002.jsonl").exists()
+    rest = run(config, cut, base)
+    assert same_numbers(rest, whole[1:])
+    assert all(read_answers(cut, rung) == read_answers(tmp_path / "whole", rung) for rung in (1, 2, 3))
 
 
 def test_a_running_average_is_scored_if_it_is_the_better_one(tiny_config, tmp_path, base):
