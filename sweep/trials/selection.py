@@ -44,7 +44,7 @@ class Rule:
             f"{self.best_text.removeprefix('the ')} over the reports of a trial that is COMPLETE, STOPPED by the budget or "
             "PAUSED; "
             f"within {max(self.within, TIE):g}{self._unit} of it{self._tie_text}, {', then '.join(order)}, "
-            f"where {TIE:g}{self._unit} count as equal and the lower trial number wins"
+            f"where {TIE:g}{self._unit} count as equal and the lower {self._last_text} wins"
         )
 
     @property
@@ -55,6 +55,10 @@ class Rule:
     @property
     def _unit(self) -> str:
         return " nats" if self.chosen_by == EVAL_LOSS else ""
+
+    @property
+    def _last_text(self) -> str:
+        return "trial number" if self.chosen_by == EVAL_LOSS else "eval_loss"
 
     @property
     def _tie_text(self) -> str:
@@ -85,7 +89,7 @@ class Rule:
         least = min(decisive.values())
         alike = [record for record in near if decisive[record.number] == least]
         limit = min(map(_score, alike)) + TIE
-        return min((record for record in alike if _score(record) <= limit), key=lambda record: record.number)
+        return min((record for record in alike if _score(record) <= limit), key=self._last)
 
     def rank(self, records: list[TrialRecord]) -> list[TrialRecord]:
         """Return the records with the winner first, then COMPLETE, STOPPED and PAUSED trials by score.
@@ -118,6 +122,10 @@ class Rule:
             tied = self.contest.tied
         wide = _score(first) + self.tie_within
         return [record for record in able if _score(record) <= (wide if record.number in tied and wide > limit else limit)]
+
+    def _last(self, record: TrialRecord) -> tuple[float, ...]:
+        """Return what decides at last: the lower loss if a metric is equal, then the lower number."""
+        return (record.number,) if self.chosen_by == EVAL_LOSS else (record.eval_loss, record.number)
 
     def _measured(self, record: TrialRecord) -> tuple:
         """Return what decides among trials whose loss counts as equal.

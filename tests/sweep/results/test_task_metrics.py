@@ -47,6 +47,7 @@ def test_the_winner_is_the_best_by_the_metric_though_another_has_the_lower_loss(
     assert [record.number for record in RULE.rank(records)] == [1, 0, 2, 3]
     assert objective_values(records[1], ("exact_match", "eval_loss")) == (-0.9, 1.4)
     assert objective_values(records[2], ("exact_match",)) is None
+    assert RULE.best([trial(0, (1.5, 0.9)), trial(1, (1.4, 0.9))]).number == 1  # equal: the lower loss
     assert "highest exact_match over the reports" in RULE.text and "nats" not in RULE.text
     front = pareto_front(records, ("exact_match", "eval_loss"))
     assert [record.number for record in front] == [1, 0]
