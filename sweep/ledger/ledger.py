@@ -5,7 +5,6 @@ The journal gets each event first. Then the listeners (terminal, tracker) get th
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -204,16 +203,13 @@ class Ledger(Halt):
         if is_new:
             seen = [old for old in record.reports if old.rung < report.rung]
             self._records[number] = self._timed(replace(record, reports=[*seen, report]))
-            score = self._records[number].score
-            self._budget.take(report.eval_loss, report.rung, seen[-1].rung if seen else 0, score)
+            self._budget.take(report.eval_loss, report.rung, seen[-1].rung if seen else 0, self._records[number].score)
         return is_new
 
     def _keeps_slot(self, number: int) -> bool:
         """Judge a trial at its newest rung. If it must give up its slot, it is PRUNED or PAUSED by then."""
         if self._freezer is None:
-            record = self._records[number]
-            failed = any(math.isinf(record.judged(report)) for report in record.reports[-1:])
-            if self._study.should_prune(number) and not failed:  # a metric's fault costs no trial
+            if self._study.should_prune(number) and not self._records[number].is_unjudged:
                 self._end(number, Outcome.PRUNED)
                 return False
         elif not self._budget.spent() and self._records[number].reports and not self._freezer.goes_on(number):

@@ -132,6 +132,11 @@ class TrialRecord:
         value = report.cost(name, self.sign) if metrics.get("at") == EVERY else report.eval_loss
         return math.inf if value is None else value
 
+    @property
+    def is_unjudged(self) -> bool:
+        """Return True if the newest report lacks the metric to compare: a metric's fault costs no trial."""
+        return bool(self.reports) and math.isinf(self.judged(self.reports[-1]))
+
     def _sign(self, measure: str) -> float:
         return sign_of(self.config.get("metrics") or {}, measure)
 
