@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.parsing import load_json, parse
-from engine.config.permission import FLAG, permitted_config
+from engine.config.permission import FLAG, METRICS_FLAG, permitted_config
 from engine.config.trial import TRAIN_CONFIG, TrainConfig, load_train_config
 from engine.errors import InputError, Interrupted
 from engine.planning.cards import find_card
@@ -65,11 +65,14 @@ def _parser(command: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("config", type=user_path)
     parser.add_argument(FLAG, action="store_true", help="let the model's own code run; the config alone cannot permit it")
+    parser.add_argument(
+        METRICS_FLAG, action="store_true", help="let your own metrics run; the config alone cannot permit it"
+    )
     return parser
 
 
 def _load(options: argparse.Namespace) -> TrainConfig:
-    return permitted_config(load_train_config(options.config), options.trust_remote_code)
+    return permitted_config(load_train_config(options.config), options.trust_remote_code, options.run_own_metrics)
 
 
 def _train(arguments: list[str]) -> int:
@@ -118,7 +121,7 @@ def _prepare(arguments: list[str]) -> int:
     if not isinstance(listed, list):
         raise InputError("configs", listed, "must be a JSON list of training configs")
     configs = [parse(TrainConfig, values, f"configs.{i}") for i, values in enumerate(listed)]
-    configs = [permitted_config(config, options.trust_remote_code) for config in configs]
+    configs = [permitted_config(config, options.trust_remote_code, options.run_own_metrics) for config in configs]
     for config in configs:
         refuse_missing_files(config.data)
     from engine.prepare import prepare
@@ -172,7 +175,7 @@ def _show_sample(arguments: list[str]) -> int:
     parser.add_argument("--sample", type=int, default=1, metavar="N", help="which sample, from 1")
     parser.add_argument("--eval", action="store_true", help="of the evaluation set instead of the training samples")
     options = parser.parse_args(arguments)
-    config = permitted_config(load_train_config(_train_config(options.config)), options.trust_remote_code)
+    config = permitted_config(load_train_config(_train_config(options.config)), options.trust_remote_code, own_metrics=True)
     from engine.data.marked_sample import carries_loss, legend, marked, marks_for
     from engine.data.views import load_data
     from engine.model.inspect import load_tokenizer

@@ -19,6 +19,7 @@ from engine.data.account import account_data
 from engine.data.views import View, identify, identify_samples
 from engine.dialogue.encoding import printed_day
 from engine.errors import InputError
+from engine.evaluation.task_metrics import check_metrics
 from engine.model.device import host_share_gib
 from engine.model.inspect import ModelFacts, inspect_model, known_shape, load_tokenizer
 from engine.sources.identity import variant
@@ -41,6 +42,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
     first_views: tuple[View, View] | None = None
     num_trainable: list[int] = []
     notes: list[str] = []
+    task: tuple[int, int] | None = None
     for config in configs:
         key = repr(config.model)
         if key not in models:
@@ -57,6 +59,8 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
             digests |= _identify(config, configs[0], tokenizer, views, first_views)
             days.append(printed_day(tokenizer, config.data))
             notes += _check_tokens(config, facts, tokenizer, views)
+            if config.metrics.names:
+                task = task or _check_task(config, facts, tokenizer, views[1])
     training, evaluation = next(iter(accounts.values()))
     found, first = inspect(configs[0].model), next(iter(models.values()))[0]
     return PreparedFacts(
@@ -72,6 +76,8 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         num_trainable=num_trainable,
         data=digests,
         day=next(filter(None, days), None),
+        num_task_samples=task[0] if task else 0,
+        longest_task_prompt=task[1] if task else 0,
         accounts=_distinct(account for both in accounts.values() for account in both),
     )
 
@@ -95,6 +101,16 @@ def _identify(
         )
         raise InputError("data.template_kwargs", variables, f"{allowed}; {way_out}")
     return {variant(part, config): digest for part, digest in identify_samples(views).items()}
+
+
+def _check_task(config: TrainConfig, facts: ModelFacts, tokenizer: Any, view: View) -> tuple[int, int]:
+    """Check the metrics against samples and model. Returns the number of their samples, and the longest prompt."""
+    num_samples, longest = check_metrics(config, view, tokenizer)
+    most = facts.num_positions
+    if config.metrics.generates and most is not None and not facts.rotary and longest + config.metrics.max_new_tokens > most:
+        allowed = f"must be at most {most - longest}: the model has {most} positions, and a prompt takes {longest} of them"
+        raise InputError("metrics.max_new_tokens", config.metrics.max_new_tokens, allowed)
+    return num_samples, longest
 
 
 def _distinct(accounts: Iterable[DataAccount]) -> list[DataAccount]:

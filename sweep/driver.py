@@ -166,7 +166,7 @@ def _run(
         if feasibility.predicts:
             folder.write_card(describe_cards(feasibility))
         section = plan.config.sweep
-        screen = make_console(sys.stdout, plan.num_rungs, section.num_trials, section.rule)
+        screen = make_console(sys.stdout, plan.num_rungs, section.num_trials, plan.config.rule)
         tracker = make_tracker(plan.config, folder.path)
         accounts = folder.read_accounts()
         tags = {"sweep.folder": str(folder.path), **provenance(), **data_tags(accounts)}
@@ -263,6 +263,7 @@ def _resume_command(folder: SweepFolder) -> str:
     """Return what to type to go on, with the confirmations that it will be asked for."""
     words, config = [f"resume={folder.path}"], folder.read_config()
     words += [f"{CODE}=true"] if config.model.trust_remote_code else []
+    words += [f"metrics.{name}={metric.function}" for name, metric in config.metrics.own.items()]
     if config.tracking.uri and credentials(os.environ, home_folder()):
         words.append(f"{ADDRESS}={config.tracking.public_uri}")
     return f"python -m sweep {' '.join(map(shlex.quote, words))}"

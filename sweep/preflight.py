@@ -18,6 +18,7 @@ from sweep.execution.engine_commands import CommandFailed, inspect, prepare
 from sweep.execution.new_card import measure_new_card
 from sweep.execution.worker_config import EngineModules
 from sweep.folder.output_folder import check_output_folder
+from sweep.plan.answers_forecast import answers_line
 from sweep.plan.feasibility import Feasibility, make_feasibility
 from sweep.plan.forecast import card_line, check_any_fits, describe_forecast, most_demanding, no_forecast_line
 from sweep.plan.idle_settings import idle_settings
@@ -103,12 +104,22 @@ def _forecast(plan: SweepPlan, engine: EngineModules, facts: Facts | None) -> No
     config, cpu = plan.config, plan.slots.device == "cpu"
     if config.train.device == "cpu" or (config.cluster.card == "auto" and cpu):
         print(no_forecast_line(config.train.device), flush=True)
+        _say_answers(config, None, facts)
         return
     facts = inspect(config.base(), engine.command) if facts is None else facts
     feasibility = make_feasibility(config.cluster.card, facts, plan.kinds)
     num_trials, full_trials = config.sweep.num_trials, config.effective_budget.full_trials
     print(describe_forecast(plan.space, plan.base(), feasibility, num_trials, full_trials), flush=True)
+    _say_answers(config, feasibility, facts)
     check_any_fits(plan.space, plan.base(), feasibility)
+
+
+def _say_answers(config: SweepConfig, feasibility: Feasibility | None, facts: Facts | None) -> None:
+    """Print what the task metrics will take, if there are any and the samples are known."""
+    if isinstance(facts, PreparedFacts):
+        shape, card = (feasibility.shape, feasibility.card) if feasibility else (None, None)
+        if line := answers_line(config.base(), shape, card, facts):
+            print(line, flush=True)
 
 
 def check_sweep(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -> tuple[Feasibility, PreparedFacts]:

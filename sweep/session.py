@@ -161,7 +161,7 @@ class SweepSession:
             device=self.plan.slots.device,
             engine_command=self.engine.command,
             note=self.screen.note,
-            rule=config.sweep.rule,
+            rule=config.rule,
             num_examples=config.sweep.num_examples,
             evaluate=self._evaluation(),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import printable
@@ -39,3 +40,8 @@ def printable_lines(text: str) -> str:
 def without_password(text: str) -> str:
     """Return the text without user and password of the addresses in it."""
     return re.sub(r"//[^/\s]*@", "//", text)
+
+
+def metrics_text(metrics: Mapping[str, float]) -> str:
+    """Return `, exact_match 0.7500` for each task metric; empty without any."""
+    return "".join(f", {name} {value:.4f}" for name, value in metrics.items())

@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from engine.config.data_section import DataConfig
 from engine.config.matmul import Matmul, MatmulSetting
+from engine.config.metrics_section import FINALISTS, MetricsConfig
 from engine.config.parsing import Fraction, ListAsTuple, PositiveInt, StrictModel, load_json, parse
 from engine.errors import InputError
 
@@ -201,6 +202,14 @@ class TrainConfig(StrictModel):
     lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()
     train: LoopConfig
+    metrics: MetricsConfig = MetricsConfig()
+
+    @model_validator(mode="after")
+    def _metrics_have_rungs(self) -> TrainConfig:
+        at, num_rungs = self.metrics.at, len(self.train.report_grid())
+        if not isinstance(at, str) and at[-1] > num_rungs:
+            raise InputError("metrics.at", list(at), f"must be rungs from 1 to {num_rungs}, the reports of a trial")
+        return self
 
     @model_validator(mode="after")
     def _graphs_are_possible(self) -> TrainConfig:
@@ -267,6 +276,8 @@ class TrainConfig(StrictModel):
             for field, default in defaults.items():
                 if values[section][field] == default:
                     del values[section][field]
+        if not self.metrics.names or self.metrics.at == FINALISTS:  # then trials are as without metrics
+            del values["metrics"]
         values["bins_per_step"] = self.bins_per_step
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -124,6 +124,15 @@ class View:
         """Return the largest token id in the arrays that these samples come from."""
         return int(np.max(self._tokens.input_ids)) if len(self._tokens.input_ids) else 0
 
+    def row_of(self, i: int) -> int:
+        """Return the place of the sample's row among the rows of its source that could be read, from 0."""
+        return int(np.searchsorted(self._tokens.row_offsets, self._chosen[i], side="right")) - 1
+
+    def is_whole(self, i: int) -> bool:
+        """Return True if nothing of the sample lies beyond the length."""
+        offsets, sample = self._tokens.offsets, self._chosen[i]
+        return bool(self._starts[i] == offsets[sample] and self.lengths[i] == offsets[sample + 1] - offsets[sample])
+
     def __getitem__(self, i: int) -> Sample:
         part = slice(self._starts[i], self._starts[i] + self.lengths[i])
         return Sample(np.asarray(self._tokens.input_ids[part]), np.asarray(self._tokens.is_target[part]))
@@ -147,15 +156,15 @@ def load_data(config: DataConfig, tokenizer: Any) -> tuple[View, View]:
 
 def load_counted_data(config: DataConfig, tokenizer: Any) -> tuple[View, View, tuple[RowCounts, RowCounts]]:
     """Return what load_data returns, and the counts of both sources."""
-    train_source, eval_source = _sources(config)
-    train, train_counts = _token_set(train_source, config, tokenizer)
+    train_source, eval_source = sources_of(config)
+    train, train_counts = token_set(train_source, config, tokenizer)
     evaluation, eval_counts, all_rows = train, train_counts, np.arange(train.num_rows)
     if config.eval == ON_TRAINING_SAMPLES:
         train_rows, eval_rows = all_rows, _by_content(train, all_rows)
     elif eval_source is None:
         train_rows, eval_rows = split_by_content(train.row_hashes, config.eval_fraction)
     else:
-        evaluation, eval_counts = _token_set(eval_source, config, tokenizer)
+        evaluation, eval_counts = token_set(eval_source, config, tokenizer)
         train_rows, eval_rows = all_rows, _by_content(evaluation, np.arange(evaluation.num_rows))
     if config.train_max_samples is not None:
         train_rows = np.sort(_by_content(train, train_rows)[: config.train_max_samples])
@@ -220,7 +229,7 @@ def _by_content(tokens: TokenSet, rows: np.ndarray) -> np.ndarray:
     return rows[np.argsort(tokens.row_hashes[rows], kind="stable")]
 
 
-def _sources(config: DataConfig) -> tuple[NamedSource, NamedSource | None]:
+def sources_of(config: DataConfig) -> tuple[NamedSource, NamedSource | None]:
     """Return the (train, eval) sources; None as the second if evaluation has no separate source.
 
     A builtin brings its own evaluation part, and `data.eval` alone may name one.
@@ -261,7 +270,8 @@ def _refuse_empty(view: View, part: str, field: str, config: DataConfig) -> None
         raise InputError(field, view.max_seq_length, lost if config.overlong == "split" else f"{way_out}: {lost}")
 
 
-def _token_set(source: NamedSource, config: DataConfig, tokenizer: Any) -> tuple[TokenSet, RowCounts]:
+def token_set(source: NamedSource, config: DataConfig, tokenizer: Any) -> tuple[TokenSet, RowCounts]:
+    """Return the source tokenised, from the cache if it is there, and the counts of its rows."""
     encoder, found = Encoder(tokenizer, config), find_source(source)
     identity = [VERSION, found.identity, config.format, config.columns, config.bad_rows, encoder.identity]
     if config.template_kwargs is not None:  # rows are known by their content then

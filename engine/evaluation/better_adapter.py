@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 from engine.adapter.running_average import RunningAverage
+from engine.evaluation.task_metrics import TaskMetrics, TaskScores
 from engine.sample_losses import SampleLosses
 
 
 @dataclass(frozen=True)
 class BetterAdapter:
-    """Hold the losses of both adapters; `average` is None if there is none."""
+    """Hold the losses of both adapters; `average` is None if there is none.
+
+    task: what the better one scored by the metrics, None if they were not due.
+    """
 
     last: SampleLosses
     average: SampleLosses | None
+    task: TaskScores | None = None
 
     @property
     def is_average(self) -> bool:
@@ -41,3 +47,16 @@ def evaluate_both(
     before_exchange()
     with average.in_place():
         return BetterAdapter(last, evaluate())
+
+
+def with_scores(
+    found: BetterAdapter, task: TaskMetrics | None, rung: int, average: RunningAverage, before_each: Callable[[], None]
+) -> BetterAdapter:
+    """Return the evaluation with what the better adapter scores, if the metrics are due at this rung.
+
+    before_each: see TaskMetrics.measure. The last adapter is in place again at the end.
+    """
+    if task is None or not task.is_due(rung):
+        return found
+    with average.in_place() if found.is_average else nullcontext():
+        return replace(found, task=task.measure(before_each))

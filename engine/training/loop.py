@@ -25,9 +25,10 @@ from engine.config.trial import TrainConfig
 from engine.data.packing import Cursor
 from engine.data.views import load_recorded
 from engine.errors import Interrupted, OutOfMemory
-from engine.evaluation.better_adapter import BetterAdapter, evaluate_both
+from engine.evaluation.better_adapter import BetterAdapter, evaluate_both, with_scores
 from engine.evaluation.eval_loss import evaluation_batches
 from engine.evaluation.matmul_check import exempt_layers
+from engine.evaluation.task_metrics import TaskMetrics
 from engine.model.base import Base
 from engine.model.device import free, limit_memory, peak_reserved_gib, pick_device
 from engine.model.load import load_base
@@ -142,6 +143,7 @@ class _Run:
             self.train_view, eval_view = load_recorded(config, base.tokenizer, inputs)
             samples = evaluation_batches(base, eval_view, config.data.eval_max_seq_length)
             self.cursor = Cursor(self.train_view.lengths, config.data.max_seq_length, config.data.packing, config.train.seed)
+            self.task = TaskMetrics.of(config, base, eval_view)
         self.passes = Passes(config, base, layers, self.train_view, samples)
         self.adapter = self.passes.adapter
         self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
@@ -215,6 +217,8 @@ class _Run:
         for losses in filter(None, (found.last, found.average)):
             check_loss("eval_loss", losses.mean, vocab_size)
         self._note_where()
+        with self.parts.part(EVALUATION):
+            found = with_scores(found, self.task, rung, self.average, lambda: self._keep_safe(step_sums))
         progress.elapsed_s += step_sums.sums.seconds
         return self._report(rung, step_sums, found), found
 

@@ -39,7 +39,7 @@ def make_report(
     progress: Progress, step_sums: StepSums, found: BetterAdapter, plan: ComputePlan, times: RungTimes, **at: Any
 ) -> TrialReport:
     """Return the report. found: the evaluation. at: rung, epoch, learning_rate and num_trainable."""
-    sums, eval_loss = step_sums.sums, found.kept.mean
+    sums, eval_loss, task = step_sums.sums, found.kept.mean, found.task
     return TrialReport(
         tokens_seen=progress.tokens_seen,
         target_tokens_seen=progress.target_tokens_seen,
@@ -61,6 +61,7 @@ def make_report(
         recording_s=sums.recording_s + step_sums.recorded_since_s,
         raw_eval_loss=None if found.average is None else found.last.mean,
         ema_eval_loss=None if found.average is None else found.average.mean,
+        **({} if task is None else {"metrics": task.means, "metrics_error": task.error, "metrics_s": task.seconds}),
         **times.take(),
         **at,
     )

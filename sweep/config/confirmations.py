@@ -1,7 +1,7 @@
 """Ask for what a sweep folder alone may not decide.
 
-The folder may come from someone else. Permission to run a model's own code, and the address that
-MLflow's credentials are sent to, come from the command line or the environment.
+The folder may come from someone else. Permission to run a model's own code or a metric's function,
+and the address that MLflow's credentials are sent to, come from the command line or the environment.
 """
 
 from __future__ import annotations
@@ -32,8 +32,22 @@ def refuse_unconfirmed(config: SweepConfig, given: Mapping[str, Any], environmen
     if config.model.trust_remote_code and given.get(CODE) is not True:
         allowed = f"a sweep folder cannot permit that the model's own code runs; if you trust it, add {CODE}=true"
         raise InputError(CODE, True, allowed)
+    for name, metric in config.metrics.own.items():
+        if not any(given.get(key) == metric.function for key in own_keys(name)):
+            allowed = f"a sweep folder cannot permit that a function runs; if you trust it, add metrics.{name}={metric.function}"
+            raise InputError(f"metrics.{name}", metric.function, allowed)
     if given.get(ADDRESS) != config.tracking.uri:
         refuse_foreign_address(config, f"{ADDRESS}={config.tracking.public_uri}", environment, home)
+
+
+def own_keys(name: str) -> tuple[str, ...]:
+    """Return the keys under which the command line may name the function of a metric."""
+    return f"metrics.{name}", f"metrics.{name}.function", f"metrics.own.{name}", f"metrics.own.{name}.function"
+
+
+def own_functions(config: SweepConfig) -> dict[str, str]:
+    """Return dotted key -> function of the user's metrics, which a resume may repeat and must not change."""
+    return {key: metric.function for name, metric in config.metrics.own.items() for key in own_keys(name)}
 
 
 def refuse_foreign_address(config: SweepConfig, way_out: str, environment: Mapping[str, str], home: Path | None) -> None:

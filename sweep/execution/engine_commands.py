@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engine.command_answers import AdapterEvaluation, Facts, PreparedFacts
 from engine.config.parsing import load_json
-from engine.config.permission import FLAG
+from engine.config.permission import FLAG, METRICS_FLAG
 from engine.config.trial import TrainConfig
 from engine.errors import EngineError
 from engine.system.child_python import own_environment, python_module
@@ -145,12 +145,13 @@ def evaluate(
 
 
 def _command(arguments: list[str], configs: list[TrainConfig]) -> list[str]:
-    """Return the command. It may run a model's own code if the driver's own config says so."""
+    """Return the command. It may run a model's own code, and the user's metrics, if the driver's own config says so."""
     return python_module(*arguments, *_permission(configs))
 
 
 def _permission(configs: list[TrainConfig]) -> list[str]:
-    return [FLAG] if any(config.model.trust_remote_code for config in configs) else []
+    own = [METRICS_FLAG] if any(config.metrics.own for config in configs) else []
+    return ([FLAG] if any(config.model.trust_remote_code for config in configs) else []) + own
 
 
 def _run(arguments: list[str], configs: list[TrainConfig], standby: Standby | None = None) -> None:

@@ -94,7 +94,7 @@ class Ledger(Halt):
             record = self._records[number]
             self._folder.write_train_config(number, self._study.config(number))
             for report in record.reports:
-                self._study.report(number, report.rung, report.eval_loss)
+                self._study.report(number, report.rung, record.judged(report))
             if record.reports and record.reports[-1].rung >= self._limits.num_rungs:
                 self._end(number, Outcome.COMPLETE)
             elif record.outcome is not Outcome.PAUSED and self._keeps_slot(number):
@@ -198,18 +198,18 @@ class Ledger(Halt):
 
     def _take(self, number: int, report: TrialReport) -> bool:
         """Put a report into the journal and the record. Returns whether it was new."""
-        is_new = self._study.report(number, report.rung, report.eval_loss)
+        record = self._records[number]
+        is_new = self._study.report(number, report.rung, record.judged(report))
         if is_new:
-            record = self._records[number]
             seen = [old for old in record.reports if old.rung < report.rung]
             self._records[number] = self._timed(replace(record, reports=[*seen, report]))
-            self._budget.take(report.eval_loss, report.rung, seen[-1].rung if seen else 0)
+            self._budget.take(report.eval_loss, report.rung, seen[-1].rung if seen else 0, self._records[number].score)
         return is_new
 
     def _keeps_slot(self, number: int) -> bool:
         """Judge a trial at its newest rung. If it must give up its slot, it is PRUNED or PAUSED by then."""
         if self._freezer is None:
-            if self._study.should_prune(number):
+            if self._study.should_prune(number) and not self._records[number].is_unjudged:
                 self._end(number, Outcome.PRUNED)
                 return False
         elif not self._budget.spent() and self._records[number].reports and not self._freezer.goes_on(number):
@@ -275,7 +275,8 @@ class Ledger(Halt):
         self._leave_slot(number)
         values = objective_values(self._records[number], self._limits.objectives) if outcome is Outcome.COMPLETE else None
         if outcome is Outcome.COMPLETE and values is None:
-            outcome, error = Outcome.FAILED, f"not measured: one of {', '.join(self._limits.objectives)}"
+            why = self._records[number].reports[-1].metrics_error
+            outcome, error = Outcome.FAILED, why or f"not measured: one of {', '.join(self._limits.objectives)}"
         self._study.tell(number, outcome, error, memory, values)
         ended_s = self._study.record(number).ended_s or self.clock()  # as a resume reads it
         changes = {"outcome": outcome, "ended_s": ended_s, "error": error, **(memory or {})}

@@ -15,8 +15,9 @@ from engine.shape.model_shape import ModelShape
 from engine.units import counted
 from sweep.cluster.card_kinds import CardKind
 from sweep.cluster.slots import Hardware, Slots, local_hardware, plan_slots
+from sweep.config.budget_limits import describe_budget
 from sweep.config.pruner_options import HyperbandConfig
-from sweep.config.sweep import ClusterConfig, SweepConfig, describe_budget
+from sweep.config.sweep import ClusterConfig, SweepConfig
 from sweep.plan.rungs import least_way
 from sweep.prior.beginning import Beginning, make_beginning
 from sweep.prior.own_points import read_own_points

@@ -20,12 +20,13 @@ from sweep.folder.slot_times import slot_times
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
 from sweep.report import figures as report_figures
+from sweep.report.finalists_answers import finalists_answers
 from sweep.report.hours_figure import HOURS, hours_height, hours_line, where_hours_went
 from sweep.report.page import Section, Table, render
 from sweep.report.study_figures import study_figures
 from sweep.results.best_folder import EXAMPLE
 from sweep.results.contest import with_contest
-from sweep.results.leaderboard import HEADER, board_cells, board_rows
+from sweep.results.leaderboard import board_rows, board_table
 from sweep.results.verdict import SweepVerdict, read_verdict
 from sweep.space.parse import parse_space
 from sweep.study.begun_with import read_unedited_config
@@ -67,7 +68,7 @@ def _page(folder: SweepFolder, config: SweepConfig) -> str:
     trials, records = read_records(folder, lambda params: space.apply(base, params).model_dump(mode="json"))
     timeline = Timeline(folder.timeline, mend=False)
     spans, times = timeline.spans, slot_times(timeline)
-    rule = with_contest(config.sweep.rule, records)
+    rule = with_contest(config.rule, records)
     verdict = read_verdict(folder, records, rule)
     best = verdict.best
     sections = [
@@ -89,6 +90,7 @@ def _page(folder: SweepFolder, config: SweepConfig) -> str:
         Section(HOURS, where_hours_went(times), hours_line(times), hours_height(times)),
         Section("Slots", report_figures.slots(records, spans), report_figures.dead_time_line(spans), _slots_height(spans)),
         _examples(folder, best),
+        *finalists_answers(rule, records, config.sweep.num_examples),
     ]
     tracking = config.tracking.model_copy(update={"uri": config.tracking.public_uri})
     shown = config.model_copy(update={"tracking": tracking}).model_dump(mode="json")
@@ -111,9 +113,10 @@ def _leaderboard(records: list[TrialRecord], rule: Rule) -> Table | str:
     if not records:
         return "no trial has started"
     rows = board_rows(records, rule)
+    header, cells = board_table(rows)
     first = rule.best(records)
     kinds = ["first" if first is not None and row["number"] == first.number else _kind(row["outcome"]) for row in rows]
-    return Table(HEADER, [board_cells(row) for row in rows], kinds)
+    return Table(header, cells, kinds)
 
 
 def _examples(folder: SweepFolder, best: TrialRecord | None) -> Section:

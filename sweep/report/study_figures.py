@@ -24,9 +24,9 @@ from plotly.subplots import make_subplots
 from engine.errors import first_line
 from sweep.report.figures import Drawn, hover, usual_range
 from sweep.space.space import Choice, Dimension, Space
+from sweep.trials.objectives import EVAL_LOSS
 from sweep.trials.record import Outcome, TrialRecord
 
-LOSS = "eval loss (nats)"
 MIN_COMPLETE = 2
 NUM_COLUMNS = 5  # slices side by side
 MANY = 8  # from so many axes on, their names are written aslant
@@ -95,7 +95,7 @@ def _importance(trials: Sequence[FrozenTrial], complete: list[TrialRecord], vari
             text=[f"{share:.2f}" for share, _ in shares], hovertemplate="%{y}: %{x:.3f}<extra></extra>",
         )
     )  # fmt: skip
-    figure.update_layout(xaxis_title="share of the differences in eval loss", xaxis_rangemode="tozero")
+    figure.update_layout(xaxis_title=f"share of the differences in {_label(complete)}", xaxis_rangemode="tozero")
     return figure.update_yaxes(autorange="reversed", type="category", automargin=True)
 
 
@@ -113,21 +113,29 @@ def _parallel(complete: list[TrialRecord], varied: list[Dimension]) -> go.Figure
         for record in ours:
             x += [*range(len(axes)), None]
             y += [*(axis.places[record.number] for axis in axes), None]
-            texts += [f"{hover(record)}<br>eval loss {record.score:.4f}"] * (len(axes) + 1)
+            texts += [f"{hover(record)}<br>{_label(complete)} {record.score:.4f}"] * (len(axes) + 1)
         figure.add_trace(
             go.Scatter(
                 x=x, y=y, text=texts, mode="lines+markers", line={"color": colour, "width": 2}, marker={"size": 6},
                 showlegend=False, hovertemplate="%{text}<extra></extra>", meta=[record.score for record in ours],
             )
         )  # fmt: skip
-    figure.add_trace(_colour_bar(low, high))
+    figure.add_trace(_colour_bar(low, high, _label(complete)))
     _draw_axes(figure, axes)
     return figure
 
 
-def _colour_bar(low: float, high: float) -> go.Scatter:
+def _label(complete: Sequence[TrialRecord]) -> str:
+    """Return what a score is: eval loss, or a metric with its sign turned where larger is better."""
+    record = complete[0]
+    if record.chosen_by == EVAL_LOSS:
+        return "eval loss (nats)"
+    return f"{'minus ' if record.sign < 0 else ''}{record.chosen_by}"
+
+
+def _colour_bar(low: float, high: float, label: str) -> go.Scatter:
     """Return an empty trace that carries the colour bar of the lines."""
-    marker = {"color": [low], "cmin": low, "cmax": high, "colorscale": SCALE, "showscale": True, "colorbar": {"title": LOSS}}
+    marker = {"color": [low], "cmin": low, "cmax": high, "colorscale": SCALE, "showscale": True, "colorbar": {"title": label}}
     return go.Scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
 
 
@@ -160,12 +168,12 @@ def _slices(complete: list[TrialRecord], varied: list[Dimension]) -> go.Figure:
             go.Scatter(
                 x=[axis.places[record.number] for record in complete], y=[record.score for record in complete], mode="markers",
                 text=[hover(record) for record in complete], marker=marker, showlegend=False,
-                hovertemplate="%{text}<br>eval loss %{y:.4f}<extra></extra>",
+                hovertemplate=f"%{{text}}<br>{_label(complete)} %{{y:.4f}}<extra></extra>",
             ), row, column,
         )  # fmt: skip
         ticks = {"tickvals": [at for at, _ in axis.ticks], "ticktext": [text for _, text in axis.ticks]}
         figure.update_xaxes(title=name, **ticks, range=[-0.1, 1.1], row=row, col=column)
-    figure.update_yaxes(title=LOSS, col=1).update_layout(height=150 + 350 * rows)
+    figure.update_yaxes(title=_label(complete), col=1).update_layout(height=150 + 350 * rows)
     return figure.update_yaxes(range=usual_range([record.score for record in complete]))
 
 
@@ -186,7 +194,7 @@ def _loss_axis(complete: list[TrialRecord]) -> Axis:
     places = {record.number: _share(record.score, low, high) for record in complete}
     above = " and above" if any(record.score > high for record in complete) else ""
     ticks = [(share, f"{low + share * (high - low):.4f}{above if share == 1.0 else ''}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    return Axis(LOSS, places, ticks if high > low else [(0.0, f"{low:.4f}")])
+    return Axis(_label(complete), places, ticks if high > low else [(0.0, f"{low:.4f}")])
 
 
 def _axis(dimension: Dimension, name: str, complete: list[TrialRecord]) -> Axis:

@@ -55,8 +55,10 @@ def finish(
     verdict = judge(records, rule, held=last_held(folder), final_seeds=seeds)
     measured = _measure(folder, verdict, engine_command, num_examples, evaluate, note)
     if measured is not None:
-        reevaluation = compare(measured, verdict.best.score, device, len(rule.contenders(records)))
+        reevaluation = compare(measured, verdict.best.eval_loss, device, len(rule.contenders(records)))
         verdict = judge(records, rule, reevaluation, final_seeds=seeds)
+        if measured.metrics_error is not None:
+            note(f"WARNING: {measured.metrics_error}")
         _keep_examples(folder, verdict.best, measured, note)
         write_best(folder.best, verdict, sweep_name, measured.examples or [])
     write_leaderboard(folder.path, records, sweep_name, verdict)
@@ -155,15 +157,25 @@ def _result_text(folder: SweepFolder, best: TrialRecord, reevaluation: Reevaluat
         _loss_line("base model", base),
         _loss_line(f"best adapter (trial {best.number})", tuned),
         *([f"gain         {reevaluation.gain.text}"] if reevaluation.gain else []),
+        *(_metric_lines(reevaluation)),
         "",
     ]
     if not reevaluation.agrees:
         lines.insert(
             0,
-            f"WARNING: the adapter on disk scores {tuned:.4f}, but trial {best.number} reported {best.score:.4f}: "
+            f"WARNING: the adapter on disk scores {tuned:.4f}, but trial {best.number} reported {best.eval_loss:.4f}: "
             "do not trust this adapter until you know why",
         )
     return "\n".join([*lines, f"adapter      {folder.best}", f"leaderboard  {folder.path / 'leaderboard.md'}"])
+
+
+def _metric_lines(reevaluation: Reevaluation) -> list[str]:
+    """Return a table of the task metrics; nothing without any."""
+    if not reevaluation.metrics:
+        return []
+    rows = [(name, reevaluation.base_metrics.get(name), value) for name, value in reevaluation.metrics.items()]
+    cells = [f"{name:24}{'-' if before is None else format(before, '.4f'):>10}  {after:12.4f}" for name, before, after in rows]
+    return ["", f"{'':24}base model  best adapter", *cells]
 
 
 def _loss_line(name: str, loss: float) -> str:

@@ -17,6 +17,7 @@ from sweep.trials.paired import LEVEL, Contest
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 from sweep.trials.selection import Rule, median_speed
 
+METRICS_AT = 4  # columns of HEADER that stand before those of the task metrics
 HEADER = (
     "rank", "trial", "outcome", "eval loss", "above lowest", "tokens seen", "parameters", "tokens/s", "peak GiB", "predicted",
     "sampled", "error",
@@ -33,7 +34,7 @@ def write_leaderboard(folder: Path, records: list[TrialRecord], sweep_name: str,
     """
     best, rule, reevaluation = verdict.best, verdict.rule, verdict.reevaluation
     rows = board_rows(records, rule)
-    front = [_front_row(record, rule.objectives) for record in rule.front(records)]
+    front = [_front_row(record, rule) for record in rule.front(records)]
     board = {
         "sweep": sweep_name,
         "rule": rule.text,
@@ -84,7 +85,8 @@ def _row(record: TrialRecord, place: int, contest: Contest | None) -> dict[str, 
         "rank": place if record.outcome in CONTENDERS and record.source is None else None,
         "number": record.number,
         "outcome": record.outcome.value,
-        "eval_loss": record.score,
+        "eval_loss": record.eval_loss,
+        **({"metrics": record.metrics} if record.metrics else {}),
         "above_lowest": _above(contest, record.number),
         **{name: last and getattr(last, name) for name in LAST_REPORT},
         "tokens_per_second": median_speed(record),
@@ -105,10 +107,11 @@ def _outcomes(records: list[TrialRecord]) -> dict[str, int]:
     return {outcome.value: counts[outcome] for outcome in Outcome if counts[outcome]}
 
 
-def _front_row(record: TrialRecord, names: tuple[str, ...]) -> dict[str, Any]:
-    values = objective_values(record, names)
+def _front_row(record: TrialRecord, rule: Rule) -> dict[str, Any]:
+    values = dict(zip(rule.objectives, objective_values(record, rule.objectives), strict=True))
+    values |= {name: record.metrics[name] for name in rule.objectives if name in record.metrics}
     adapter = str(Path(record.folder) / "adapter")
-    return {"number": record.number, **dict(zip(names, values, strict=True)), "params": record.params, "adapter": adapter}
+    return {"number": record.number, **values, "params": record.params, "adapter": adapter}
 
 
 def _markdown(name: str, verdict: SweepVerdict, board: dict[str, Any]) -> str:
@@ -125,7 +128,7 @@ def _markdown(name: str, verdict: SweepVerdict, board: dict[str, Any]) -> str:
     if Outcome.INFEASIBLE in outcomes:
         lines += ["INFEASIBLE: predicted not to fit the card, so never started; not counted as a trial, no GPU time spent.", ""]
     lines += _front_table(board)
-    return "\n".join([*lines, *table(HEADER, [board_cells(row) for row in rows]), ""])
+    return "\n".join([*lines, *table(*board_table(rows)), ""])
 
 
 def _front_table(board: dict[str, Any]) -> list[str]:
@@ -152,6 +155,17 @@ def _front_table(board: dict[str, Any]) -> list[str]:
         "## All trials",
         "",
     ]
+
+
+def board_table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the header and the rows as text, with a column for each task metric."""
+    names = list(dict.fromkeys(name for row in rows for name in row.get("metrics", {})))
+    header = (*HEADER[:METRICS_AT], *names, *HEADER[METRICS_AT:])
+    found = []
+    for row in rows:
+        cells, scores = board_cells(row), (number(row.get("metrics", {}).get(name), ".4f") for name in names)
+        found.append((*cells[:METRICS_AT], *scores, *cells[METRICS_AT:]))
+    return header, found
 
 
 def board_cells(row: dict[str, Any]) -> tuple[str, ...]:

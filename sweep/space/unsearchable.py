@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from engine.config.metrics_section import MetricsConfig
+
 INCOMPARABLE = {
     "model.path": "base models with other tokenizers would be scored on other tokens",
     "model.revision": "base models with other tokenizers would be scored on other tokens",
@@ -31,6 +33,7 @@ INCOMPARABLE = {
     "train.num_reports": "trials would be judged at different rungs",
     "train.device": "placement decides the device",
 }
+INCOMPARABLE |= {f"metrics.{name}": "trials would be scored by other answers" for name in MetricsConfig.model_fields}
 UNSEARCHABLE = {path: f"{why}, so their losses do not compare" for path, why in INCOMPARABLE.items()} | {
     "train.profile_steps": "a trace does not change what a trial learns",
     "model.trust_remote_code": "it is for you to decide whether a model's own code runs, not for the sampler",

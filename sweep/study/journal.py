@@ -141,7 +141,7 @@ def earlier_entry(
         values=values,
         params=dict(draft.params),
         distributions=dict(draft.distributions),
-        intermediate_values={report.rung: report.eval_loss for report in record.reports},
+        intermediate_values={report.rung: value for report in record.reports if (value := record.judged(report)) is not None},
         user_attrs={name: value for name, value in attributes.items() if value is not None},
         system_attrs=dict(earlier.rungs_judged),
         constraints=None if excess_gib is None else {MEMORY: excess_gib},

@@ -152,13 +152,13 @@ class Study:
             self._folder.write_reports(number, record.reports)
         self._study.set_user_attr(TAKEN_OVER, len(found.trials))
 
-    def report(self, number: int, rung: int, eval_loss: float) -> bool:
-        """Record a rung once. Returns whether it was new; a repeated report changes nothing."""
+    def report(self, number: int, rung: int, value: float) -> bool:
+        """Record a rung once. Returns whether it was new. value: what the pruner compares, smaller is better."""
         trial = self._trial(number)
         if rung in trial.intermediate_values or trial.state.is_finished():
             return False
-        self._storage.set_trial_intermediate_value(trial._trial_id, rung, eval_loss)
-        self._pruning.on_reported(number, rung, eval_loss)
+        self._storage.set_trial_intermediate_value(trial._trial_id, rung, value)
+        self._pruning.on_reported(number, rung, value)
         return True
 
     def should_prune(self, number: int) -> bool:

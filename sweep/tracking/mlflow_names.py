@@ -111,6 +111,8 @@ def trial_points(record: TrialRecord, written: int) -> list[Point]:
         if report.rung > written:
             at = (_milliseconds(record, report), report.tokens_seen)
             values = {metric: getattr(report, name) for name, metric in METRICS.items()}
+            values |= {f"eval/{name}": value for name, value in report.metrics.items()}
+            values |= {} if report.metrics_s is None else {"time/metrics_s": report.metrics_s}
             values |= {METRICS[name]: sums[name] for name in new}
             values |= {SYSTEM + name: value for name, value in system.get(report.rung, {}).items()}
             points += [(name, value, *at) for name, value in values.items() if value is not None]
@@ -216,6 +218,9 @@ def description(config: Mapping[str, Any], best: TrialRecord | None, summary: Ma
     rows = [f"| {name} | {loss:.4f} | {perplexity(loss):,.3f} |" for name, loss in losses if loss is not None]
     if rows:
         lines += ["", "| | eval loss (nats/token) | perplexity |", "|---|---:|---:|", *rows]
+    scores = {name: value for name, value in summary.items() if name.startswith("metric_")}
+    texts = [f"{name.removeprefix('metric_')} {value:.4f}" for name, value in scores.items()]
+    lines += ["", f"Task metrics: {', '.join(texts)}."] if texts else []
     data = config.get("data", {}).get("train")
     sampled = ", ".join(f"{path} = {value}" for path, value in best.params.items())
     lines += ["", f"Trained on `{data}`." if data else "", f"Sampled: {sampled}." if sampled else ""]
@@ -223,6 +228,9 @@ def description(config: Mapping[str, Any], best: TrialRecord | None, summary: Ma
 
 
 def _sweep_name(name: str) -> str:
+    for begin, group in (("metric_", "eval/"), ("base_metric_", "eval/base_")):
+        if name.startswith(begin):
+            return group + name.removeprefix(begin)
     return SUMMARY.get(name, f"trials/{name}" if name.startswith("num_") else f"sweep/{name}")
 
 

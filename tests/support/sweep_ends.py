@@ -52,7 +52,7 @@ class Ends:
             return AdapterEvaluation(3.0, score, 100, **self.by_sample)
 
         options = {"sweep_name": "s", "device": "cpu", "engine_command": "x", "note": self.said.append}
-        options |= {"evaluate": evaluate, "rule": self.folder.read_config().sweep.rule}
+        options |= {"evaluate": evaluate, "rule": self.folder.read_config().rule}
         return finish(self.folder, self.records, **options)[1]
 
     def trial(self, number: int, *losses: float, **changes) -> TrialRecord:

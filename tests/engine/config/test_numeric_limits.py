@@ -23,7 +23,7 @@ FIELDS = numeric_fields(TrainConfig)
 
 
 def test_every_number_of_a_trial_is_tried_here():
-    assert len(FIELDS) == 29 and {"train.seed", "lora.lora_alpha", "train.keep_layers", "train.report_at_tokens"} <= set(FIELDS)
+    assert len(FIELDS) == 35 and {"train.seed", "lora.lora_alpha", "train.keep_layers", "train.report_at_tokens"} <= set(FIELDS)
 
 
 @settings(max_examples=300, deadline=None)

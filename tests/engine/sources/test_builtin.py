@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.errors import InputError
-from engine.sources import smollm2, stdlib_docs
+from engine.sources import orders, smollm2, stdlib_docs
 from engine.sources.builtin import MODELS, PUBLISHED, resolve_data, resolve_model
 from engine.system import shared_cache as cache
 
@@ -37,7 +37,7 @@ def test_other_paths_pass_through_untouched():
     assert resolve_data("data.jsonl") is None
 
 
-@pytest.mark.parametrize(("resolve", "known"), [(resolve_model, "smollm2-135m-instruct"), (resolve_data, "stdlib-docs")])
+@pytest.mark.parametrize(("resolve", "known"), [(resolve_model, "smollm2-135m-instruct"), (resolve_data, "orders")])
 def test_an_unknown_builtin_is_refused_with_the_known_ones_listed(resolve, known):
     with pytest.raises(InputError, match=f"builtin:nope.*known: builtin:{known}"):
         resolve("builtin:nope")
@@ -57,6 +57,21 @@ def test_an_adapter_on_a_builtin_names_the_published_model_and_no_folder_of_this
 def test_importing_the_package_loads_neither_torch_nor_gguf():
     code = "import sys, engine.sources.builtin; print([name for name in ('torch', 'gguf', 'numpy') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+# --- orders ---
+
+
+def test_orders_are_the_same_every_time_and_have_their_facts_in_text_answer_and_columns(tmp_path):
+    orders.write(tmp_path)
+    train, evaluation = ([json.loads(line) for line in (tmp_path / f"{part}.jsonl").open()] for part in ("train", "eval"))
+    assert (len(train), len(evaluation)) == (orders.NUM_TRAIN, orders.NUM_EVAL)
+    assert not {row["customer"] for row in train} & {row["customer"] for row in evaluation}
+    for row in (*train, *evaluation):
+        facts = {name: row[name] for name in ("customer", "item", "quantity")}
+        question, answer = (message["content"] for message in row["messages"])
+        assert json.loads(answer) == facts and all(str(value) in question for value in facts.values())
+    assert evaluation[0]["messages"][0]["content"].startswith("Order 9610: Leo Jansen from Graz would like 47 bookshelves")
 
 
 # --- stdlib-docs ---
