@@ -176,8 +176,8 @@ def _show_sample(arguments: list[str]) -> int:
     parser.add_argument("--eval", action="store_true", help="of the evaluation set instead of the training samples")
     options = parser.parse_args(arguments)
     config = permitted_config(load_train_config(_train_config(options.config)), options.trust_remote_code, own_metrics=True)
-    from engine.data.marked_sample import carries_loss, legend, marked, marks_for
     from engine.data.views import load_data
+    from engine.evaluation.marked_sample import carries_loss, legend, marked, marks_for
     from engine.model.inspect import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from engine.command_answers import TRAINING, DataAccount, Facts, PreparedFacts, VisibleCard
+from engine.command_answers import EVALUATION, TRAINING, DataAccount, Facts, PreparedFacts, VisibleCard
 from engine.config.targets import resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.account import account_data
-from engine.data.views import View, identify, identify_samples
+from engine.data.view import AnyView
+from engine.data.views import identify, identify_samples
 from engine.dialogue.encoding import printed_day
 from engine.errors import InputError
 from engine.evaluation.task_metrics import check_metrics
@@ -39,7 +40,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
     accounts: dict[str, list[DataAccount]] = {}
     digests: dict[str, str] = {}
     days: list[str | None] = []
-    first_views: tuple[View, View] | None = None
+    first_views: tuple[AnyView, AnyView] | None = None
     num_trainable: list[int] = []
     notes: list[str] = []
     task: tuple[int, int] | None = None
@@ -61,7 +62,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
             notes += _check_tokens(config, facts, tokenizer, views)
             if config.metrics.names:
                 task = task or _check_task(config, facts, tokenizer, views[1])
-    training, evaluation = next(iter(accounts.values()))
+    training, *others = next(iter(accounts.values()))
     found, first = inspect(configs[0].model), next(iter(models.values()))[0]
     return PreparedFacts(
         shape=found.shape if first.route.is_predicted else None,
@@ -71,7 +72,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         layers=first.describe(),
         model_notes=list(dict.fromkeys([*first.notes, *notes])),
         num_train_samples=training.num_used,
-        num_eval_samples=evaluation.num_used,
+        num_eval_samples=sum(one.num_used for one in others if one.part.split("/")[0] == EVALUATION),
         num_dropped_samples=training.num_dropped,
         num_trainable=num_trainable,
         data=digests,
@@ -83,7 +84,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
 
 
 def _identify(
-    config: TrainConfig, first: TrainConfig, tokenizer: Any, views: tuple[View, View], first_views: tuple[View, View]
+    config: TrainConfig, first: TrainConfig, tokenizer: Any, views: tuple[AnyView, AnyView], first_views: tuple[AnyView, AnyView]
 ) -> dict[str, str]:
     """Return the digests of the first config, or those of the samples that other variables of the template give.
 
@@ -103,7 +104,7 @@ def _identify(
     return {variant(part, config): digest for part, digest in identify_samples(views).items()}
 
 
-def _check_task(config: TrainConfig, facts: ModelFacts, tokenizer: Any, view: View) -> tuple[int, int]:
+def _check_task(config: TrainConfig, facts: ModelFacts, tokenizer: Any, view: AnyView) -> tuple[int, int]:
     """Check the metrics against samples and model. Returns the number of their samples, and the longest prompt."""
     num_samples, longest = check_metrics(config, view, tokenizer)
     most = facts.num_positions
@@ -119,10 +120,10 @@ def _distinct(accounts: Iterable[DataAccount]) -> list[DataAccount]:
     for account in accounts:
         if account not in found:
             found.append(account)
-    return sorted(found, key=lambda account: (account.part != TRAINING, account.max_seq_length))
+    return sorted(found, key=lambda account: (not account.part.startswith(TRAINING), account.max_seq_length))
 
 
-def _check_tokens(config: TrainConfig, facts: ModelFacts, tokenizer: Any, views: tuple[View, View]) -> list[str]:
+def _check_tokens(config: TrainConfig, facts: ModelFacts, tokenizer: Any, views: tuple[AnyView, AnyView]) -> list[str]:
     """Check token ids and lengths of the samples against the model; return what to tell the user."""
     largest = max(view.largest_id() for view in views)
     if largest >= facts.num_rows:

@@ -77,10 +77,12 @@ class TrialReport:
 
     rung: index on the tokens-seen grid, from 1. tokens_seen: tokens fed forward so far, at or just
     above the grid point. train_loss: over all target tokens since the previous report. eval_loss:
-    on the fixed evaluation set. best_eval_loss: lowest so far; `adapter/` in the trial folder is
-    the adapter of that rung, unless a metric chooses it (`kept_report`). raw_eval_loss,
-    ema_eval_loss: of the last step's adapter and of the running average; eval_loss is the lower
-    one. None without an average (optim.ema_horizon).
+    on the fixed evaluation set, or the weighted mean of eval_losses, those of several sets by name.
+    eval_excess: nats by which the worst of them is above its limit, below 0 if all are within; None
+    without limits. best_eval_loss: lowest so far, of those within the limits if there are any;
+    `adapter/` in the trial folder is the adapter of that rung, unless a metric chooses it
+    (`kept_report`). raw_eval_loss, ema_eval_loss: of the last step's adapter and of the running
+    average; eval_loss is the lower one, of those within the limits. None without an average (optim.ema_horizon).
 
     elapsed_s: seconds inside optimizer steps, without evaluation, over all resumed parts.
     step_time_ms: mean over the steps since the previous report. setup_s: seconds from the call of
@@ -137,6 +139,13 @@ class TrialReport:
     metrics: dict[str, float] = field(default_factory=dict)
     metrics_error: str | None = None
     metrics_s: float | None = None
+    eval_losses: dict[str, float] = field(default_factory=dict)
+    eval_excess: float | None = None
+
+    @property
+    def over_limits(self) -> float:
+        """Return the nats by which the losses are above their limits; 0 if they are within, or there are none."""
+        return max(self.eval_excess or 0.0, 0.0)
 
     @property
     def is_average(self) -> bool:
@@ -168,14 +177,15 @@ class TrialReport:
 def kept_report(reports: Sequence[TrialReport], measure: str = EVAL_LOSS, sign: float = 1.0) -> TrialReport | None:
     """Return the report whose adapter is kept in `adapter/`: the best one, of equal ones the last.
 
-    Reports that have the measure come before those that lack it, which compare by eval_loss. Where
-    a metric is equal, eval_loss decides. Arguments: see `TrialReport.cost`.
+    Reports within the limits come before those that exceed them, which compare by how far. Reports
+    that have the measure come before those that lack it, which compare by eval_loss. Where a metric
+    is equal, eval_loss decides. Arguments: see `TrialReport.cost`.
     """
 
     def order(report: TrialReport) -> tuple[float, ...]:
         cost = report.cost(measure, sign)
         found = (math.inf,) if cost is None else (cost,)
-        return (*found, report.eval_loss, -report.rung)
+        return (report.over_limits, *found, report.eval_loss, -report.rung)
 
     return min(reports, key=order, default=None)
 

@@ -63,6 +63,7 @@ class MetricsConfig(StrictModel):
     own: dict[str, OwnMetric] = Field({}, description="your functions by name; also written metrics.<name>=module:function")
     max_new_tokens: Annotated[int, Field(ge=1, le=32_768)] = Field(128, description="most tokens of an answer")
     max_samples: PositiveInt = Field(128, description="evaluation samples to answer, the first by content")
+    eval_set: NonEmpty | None = Field(None, description="which of several sets in data.eval is answered; null: the only one")
     batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(
         32, description="answers that are generated at once; fewer if memory is short"
     )

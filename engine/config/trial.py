@@ -186,7 +186,7 @@ LATER: dict[str, dict[str, Any]] = {
     "data": {
         "train_max_samples": None, "train_name": None, "train_revision": None, "train_files": None, "eval_name": None,
         "eval_revision": None, "eval_files": None, "columns": {}, "bad_rows": "error", "overlong": "cut",
-        "template_kwargs": None, "date": None, "turns": "all",
+        "template_kwargs": None, "date": None, "turns": "all", "eval_weights": None, "eval_limits": {},
     },
     "optim": {"ema_horizon": None},
     "train": {"matmul": Matmul.BF16.value},
@@ -209,6 +209,10 @@ class TrainConfig(StrictModel):
         at, num_rungs = self.metrics.at, len(self.train.report_grid())
         if not isinstance(at, str) and at[-1] > num_rungs:
             raise InputError("metrics.at", list(at), f"must be rungs from 1 to {num_rungs}, the reports of a trial")
+        sets, chosen = tuple(self.data.eval_sets), self.metrics.eval_set
+        if chosen not in (sets if len(sets) > 1 else (None, *sets)) and (self.metrics.names or chosen is not None):
+            allowed = f"must be one of {', '.join(sets)}" if sets else "must be null: data.eval is no mapping of sets"
+            raise InputError("metrics.eval_set", chosen, allowed)
         return self
 
     @model_validator(mode="after")

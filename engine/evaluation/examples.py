@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from engine.data.packing import Sample
-from engine.data.views import View
+from engine.data.view import AnyView
 from engine.layers.swap import restore_layers
 from engine.model.base import Base, end_tokens
 from engine.model.device import host_share_gib
@@ -42,7 +42,7 @@ class Question:
     expected: np.ndarray
 
 
-def choose_questions(view: View, count: int) -> list[Question]:
+def choose_questions(view: AnyView, count: int) -> list[Question]:
     """Return questions from the first `count` samples with different prompts, or all there are."""
     found: dict[bytes, Question] = {}
     for i in range(len(view)):

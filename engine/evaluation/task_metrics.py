@@ -11,7 +11,7 @@ import torch
 
 from engine.config.metrics_section import CHOICE
 from engine.config.trial import TrainConfig
-from engine.data.views import View
+from engine.data.view import AnyView
 from engine.errors import InputError
 from engine.evaluation.choice_losses import choice_scores
 from engine.evaluation.decoding import Decoding, generate, stop_tokens
@@ -45,7 +45,7 @@ class TaskScores:
 class TaskMetrics:
     """Hold the samples of a trial's metrics."""
 
-    def __init__(self, config: TrainConfig, base: Base, view: View) -> None:
+    def __init__(self, config: TrainConfig, base: Base, view: AnyView) -> None:
         """Read the samples. Raises InputError if they do not fit the metrics."""
         self._metrics, self._base = config.metrics, base
         self._num_rungs = len(config.train.report_grid())
@@ -55,7 +55,7 @@ class TaskMetrics:
         )
 
     @classmethod
-    def of(cls, config: TrainConfig, base: Base, view: View) -> TaskMetrics | None:
+    def of(cls, config: TrainConfig, base: Base, view: AnyView) -> TaskMetrics | None:
         """Return the metrics of a trial, or None if it measures none at its rungs."""
         return cls(config, base, view) if config.metrics.num_due(len(config.train.report_grid())) else None
 
@@ -113,7 +113,7 @@ def _answered(sample: TaskSample, answer: str) -> Answered:
     return Answered(sample.text, sample.reference, answer, dict(sample.row))
 
 
-def check_metrics(config: TrainConfig, view: View, tokenizer: Any) -> tuple[int, int]:
+def check_metrics(config: TrainConfig, view: AnyView, tokenizer: Any) -> tuple[int, int]:
     """Check that the samples and the user's functions fit the metrics, without a model.
 
     Each function scores the first sample's own reference once. Returns the number of samples, and

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,7 +15,8 @@ from engine.config.trial import TrainConfig
 from engine.data.packing import Sample
 from engine.data.readers import read_rows
 from engine.data.source_files import find_source
-from engine.data.views import View, sources_of, token_set
+from engine.data.view import AnyView, JoinedView, View
+from engine.data.views import evaluation_sources, token_set, train_sources
 from engine.errors import InputError
 from engine.scoring.scorer import MISSING, as_text, field_value
 
@@ -35,13 +36,16 @@ class TaskSample:
     row: Mapping[str, Any]
 
 
-def task_samples(config: TrainConfig, view: View, tokenizer: Any) -> list[TaskSample]:
+def task_samples(config: TrainConfig, view: AnyView, tokenizer: Any) -> list[TaskSample]:
     """Return the first `metrics.max_samples` whole samples with a prompt, each with its last answer.
 
     Raises InputError if there are none, or if one lacks a field that a metric reads.
     """
     if config.data.overlong == "split":
         raise InputError("data.overlong", "split", "must be cut, drop or error with metrics, which answer whole samples")
+    sets = view.parts if isinstance(view, JoinedView) and view.weights else {"": view}
+    name = config.metrics.eval_set or next(iter(sets))
+    view = sets[name]
     chosen: list[tuple[int, np.ndarray, np.ndarray]] = []
     for i in range(len(view)):
         parts = _parts(view[i]) if view.is_whole(i) else None
@@ -52,14 +56,15 @@ def task_samples(config: TrainConfig, view: View, tokenizer: Any) -> list[TaskSa
     if not chosen:
         allowed = "need a whole evaluation sample with a prompt within data.eval_max_seq_length; plain text has no prompt"
         raise InputError("metrics", list(config.metrics.names), allowed)
+    row_of: Callable[[int], int] = view.row_of if isinstance(view, View) else lambda i: 0
     rows: Mapping[int, Mapping[str, Any]] = {}
     if config.metrics.needs_rows:
-        rows = evaluation_rows(config.data, tokenizer, {view.row_of(i) for i, _, _ in chosen})
+        rows = evaluation_rows(config.data, tokenizer, {row_of(i) for i, _, _ in chosen}, name)
 
     def text(ids: np.ndarray) -> str:
         return tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
-    found = [TaskSample(p, a, text(p), text(a), rows.get(view.row_of(i), {})) for i, p, a in chosen]
+    found = [TaskSample(p, a, text(p), text(a), rows.get(row_of(i), {})) for i, p, a in chosen]
     for number, sample in enumerate(found, 1):
         _check_fields(config.metrics, sample, f"evaluation sample {number}")
     return found
@@ -101,13 +106,17 @@ def _check_fields(metrics: MetricsConfig, sample: TaskSample, where: str) -> Non
         choices_of(metrics, sample, where)
 
 
-def evaluation_rows(config: DataConfig, tokenizer: Any, wanted: Collection[int]) -> dict[int, Mapping[str, Any]]:
-    """Return the columns of these rows of the evaluation's source, by place (see View.row_of).
+def evaluation_rows(config: DataConfig, tokenizer: Any, wanted: Collection[int], name: str = "") -> dict[int, Mapping[str, Any]]:
+    """Return the columns of these rows of an evaluation set's source, by place (see View.row_of).
 
-    InputError if some rows of the source were skipped as bad, as places are not known then.
+    InputError if some rows of the source were skipped as bad, as places are not known then, or if
+    the samples are held out of a mixture. name: of one of several sets.
     """
-    train_source, eval_source = sources_of(config)
-    source = eval_source or train_source
+    source = evaluation_sources(config)[name]
+    if isinstance(source, str) and config.mixture:
+        allowed = "metrics that read fields of samples need an evaluation set with a file of its own, not a part of a mixture"
+        raise InputError("data.eval", name or config.eval, allowed)
+    source = train_sources(config)[""] if isinstance(source, str) else source
     if token_set(source, config, tokenizer)[1].num_bad:
         allowed = "metrics that read fields of samples need a file in which no row is bad; take the bad ones out of it"
         raise InputError("data.bad_rows", config.bad_rows, allowed)

@@ -41,20 +41,27 @@ def refuse_changed(config: TrainConfig, recorded: Mapping[str, str], found: Mapp
 
     Parts that were not recorded are not compared: older versions recorded fewer.
     """
-    for part, (field, name) in PARTS.items():
+    for part, (field, name) in {**_several(config), **PARTS}.items():
         before, now = recorded.get(variant(part, config), recorded.get(part)), found.get(part)
         if before is not None and before != now:
-            section, key = field.split(".")
-            value = getattr(getattr(config, section), key)
+            section, key = field.split(".")[:2]
+            value = config.data.sources().get(field) or getattr(getattr(config, section), key)
             if field == "data.eval" and value is None:
                 field, value = "data.train", config.data.train
             allowed = (
                 f"{name} changed since the sweep began (digest then {before}, now {now or 'none'}), so losses would not compare; "
                 "put the former back and resume, or start a new sweep, warm-started from this one (sweep.warm_start)"
             )
-            if part in ("training", "evaluation"):
+            if part.split("/")[0] in ("training", "evaluation"):
                 allowed += ". If the file is the same, this version reads it in another way: resume with the version of the start"
             raise InputsChanged(str(InputError(field, value, allowed)))
+
+
+def _several(config: TrainConfig) -> dict[str, tuple[str, str]]:
+    """Return the parts of a mixture and of several evaluation sets, as PARTS has them."""
+    data = config.data
+    sources = {f"training/{i}": (f"data.train.{i}", f"source {i} of the mixture") for i in range(len(data.mixture))}
+    return sources | {f"evaluation/{name}": (f"data.eval.{name}", f"the evaluation set {name}") for name in data.eval_sets}
 
 
 def variant(part: str, config: TrainConfig) -> str:
@@ -71,6 +78,7 @@ def is_input_fault(error: Exception, recorded: Mapping[str, str]) -> bool:
     if isinstance(error, InputsChanged):
         return True
     field = str(error.field).split(" ")[0] if isinstance(error, InputError) and error.field else ""
+    field = ".".join(field.split(".")[:2])  # data.eval.general is one of several
     return bool(recorded) and field in {*FIELDS, "file"} and not (field == "model.path" and "weights" not in recorded)
 
 

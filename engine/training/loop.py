@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from engine.data.packing import Cursor
 from engine.data.views import load_recorded
 from engine.errors import Interrupted, OutOfMemory
 from engine.evaluation.better_adapter import BetterAdapter, evaluate_both, with_scores
+from engine.evaluation.eval_limits import eval_limits
 from engine.evaluation.eval_loss import evaluation_batches
 from engine.evaluation.matmul_check import exempt_layers
 from engine.evaluation.task_metrics import TaskMetrics
@@ -135,9 +137,8 @@ class _Run:
         inputs: Mapping[str, str] | None,
         exempt: tuple[str, ...],
     ) -> None:
-        self.planner = CardPlanner.here(config, base)
+        self.config, self.base, self.planner = config, base, CardPlanner.here(config, base)
         self.plan = self.planner.fastest()
-        self.config, self.base = config, base
         self.times, self.parts = times, times.parts
         with self.parts.part(DATA):
             self.train_view, eval_view = load_recorded(config, base.tokenizer, inputs)
@@ -160,10 +161,9 @@ class _Run:
         self.adapter.refresh()
         self.cursor.seek(self.progress.epoch, self.progress.position)
         self.plan = self.planner.changed(self.plan, self.progress.plan) if self.progress.plan else self.plan
-        self._limit_gib = memory_limit_gib(config, base.device)
+        self._limit_gib, self._interrupted = memory_limit_gib(config, base.device), interrupted
         self._follow_plan()
         base.model.train()
-        self._interrupted = interrupted
 
     def reports(self, after_step: Callable[[], None]) -> Iterator[TrialReport]:
         """Train to each report that is due, and yield it. after_step: called after each step."""
@@ -183,6 +183,9 @@ class _Run:
         if len(self.progress.reports) < len(grid):
             with self.parts.part(RECORDING):
                 self._with_room(lambda: self.passes.record(self.cursor))
+            if not self.progress.step:  # the checkpoint keeps them from the first step on
+                with self.parts.part(EVALUATION):
+                    self.progress.base_eval_losses = self._with_room(lambda: self.passes.base_eval_losses(self._interrupted))
             self._recorded_s = self.passes.recording_s
         self.times.end_setup()
         for rung in range(len(self.progress.reports) + 1, len(grid) + 1):
@@ -195,7 +198,7 @@ class _Run:
     def _train_to(self, rung: int, tokens: int, after_step: Callable[[], None]) -> tuple[TrialReport, BetterAdapter]:
         """Run optimizer steps until `tokens` have been seen, at least one, then evaluate."""
         vocab_size = self.base.model.config.get_text_config().vocab_size
-        progress = self.progress
+        progress, limits = self.progress, eval_limits(self.config.data, self.progress.base_eval_losses)
         step_sums = StepSums(self.base.device, vocab_size, progress.since_report, self.parts)
         with self.parts.part(TRAIN):
             while progress.tokens_seen < tokens or progress.since_report.num_steps == 0:
@@ -212,13 +215,13 @@ class _Run:
             step_sums.close()
         with self.parts.part(EVALUATION):
             self.files.begin()
-            found = evaluate_both(lambda: self.passes.evaluate(lambda: self._keep_safe(step_sums)), self.average, self.files.wait)
+            keep_safe = partial(self._keep_safe, step_sums)
+            found = evaluate_both(lambda: self.passes.evaluate(keep_safe), self.average, self.files.wait, limits)
             self._count_recordings(EVALUATION)
-        for losses in filter(None, (found.last, found.average)):
-            check_loss("eval_loss", losses.mean, vocab_size)
-        self._note_where()
-        with self.parts.part(EVALUATION):
-            found = with_scores(found, self.task, rung, self.average, lambda: self._keep_safe(step_sums))
+            for losses in filter(None, (found.last, found.average)):
+                check_loss("eval_loss", losses.mean, vocab_size)
+            self._note_where()
+            found = with_scores(found, self.task, rung, self.average, keep_safe)
         progress.elapsed_s += step_sums.sums.seconds
         return self._report(rung, step_sums, found), found
 

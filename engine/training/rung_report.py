@@ -39,14 +39,17 @@ def make_report(
     progress: Progress, step_sums: StepSums, found: BetterAdapter, plan: ComputePlan, times: RungTimes, **at: Any
 ) -> TrialReport:
     """Return the report. found: the evaluation. at: rung, epoch, learning_rate and num_trainable."""
-    sums, eval_loss, task = step_sums.sums, found.kept.mean, found.task
+    sums, eval_loss, task, excess = step_sums.sums, found.kept.mean, found.task, found.excess
+    order = (max(excess or 0.0, 0.0), eval_loss)
     return TrialReport(
         tokens_seen=progress.tokens_seen,
         target_tokens_seen=progress.target_tokens_seen,
         step=progress.step,
         train_loss=step_sums.train_loss,
         eval_loss=eval_loss,
-        best_eval_loss=min([*(report.eval_loss for report in progress.reports), eval_loss]),
+        best_eval_loss=min([*((report.over_limits, report.eval_loss) for report in progress.reports), order])[1],
+        eval_losses=found.kept.means,
+        eval_excess=excess,
         grad_norm=sums.grad_norm,
         tokens_per_second=sums.num_tokens / sums.seconds,
         step_time_ms=1000.0 * sums.seconds / sums.num_steps,
