@@ -42,8 +42,9 @@ class SampleLosses:
         """Return the eval loss: mean nats per target token over all samples, or the weighted mean of the sets'."""
         if not self.sets:
             return math.fsum(self.sums) / sum(self.num_targets)
-        means = self.means
-        return math.fsum(means[name] * weight for name, weight in self.weights.items()) / math.fsum(self.weights.values())
+        means = self.means  # a set without weight may have any loss, infinity too
+        parts = [means[name] * weight for name, weight in self.weights.items() if weight]
+        return math.fsum(parts) / math.fsum(self.weights.values())
 
     @property
     def means(self) -> dict[str, float]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import printable
+from engine.trial_report import TrialReport
 
 
 def number(value: float | None, spec: str) -> str:
@@ -40,6 +41,11 @@ def printable_lines(text: str) -> str:
 def without_password(text: str) -> str:
     """Return the text without user and password of the addresses in it."""
     return re.sub(r"//[^/\s]*@", "//", text)
+
+
+def limits_text(report: TrialReport) -> str:
+    """Return `, 0.0312 nats above its limits`, or nothing for a report within them."""
+    return f", {report.over_limits:.4f} nats above its limits" if report.over_limits else ""
 
 
 def metrics_text(metrics: Mapping[str, float]) -> str:

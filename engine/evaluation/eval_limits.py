@@ -19,7 +19,8 @@ class EvalLimits:
     def excess(self, losses: SampleLosses) -> float | None:
         """Return by how many nats the worst set is above its limit, below 0 if all are within; None without limits."""
         means = losses.means
-        return max((means[name] - limit for name, limit in self.most.items()), default=None)
+        above = [means[name] - limit for name, limit in self.most.items()]
+        return math.inf if any(map(math.isnan, above)) else max(above, default=None)
 
     def order(self, losses: SampleLosses) -> tuple[float, float]:
         """Return what an adapter is chosen by, least first: what it exceeds its limits by, then its eval loss."""

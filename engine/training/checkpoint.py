@@ -96,6 +96,12 @@ class Progress:
     reports: list[Annotated[TrialReport, PlainValidator(TrialReport.from_dict)]] = field(default_factory=list)
     since_report: Sums = field(default_factory=Sums)
 
+    def count_step(self, num_tokens: int, num_targets: int) -> None:
+        """Count one more optimizer step."""
+        self.step += 1
+        self.tokens_seen += num_tokens
+        self.target_tokens_seen += num_targets
+
 
 class Pace:
     """Decide when to save between two reports.

@@ -208,9 +208,7 @@ class _Run:
                 step_sums.add(loss, grad_norm, num_tokens, num_targets, is_first=self._plan_is_new)
                 self._plan_is_new = False
                 after_step()
-                progress.step += 1
-                progress.tokens_seen += num_tokens
-                progress.target_tokens_seen += num_targets
+                progress.count_step(num_tokens, num_targets)
                 self.average.update(num_tokens, progress.tokens_seen)
             step_sums.close()
         with self.parts.part(EVALUATION):
@@ -248,8 +246,7 @@ class _Run:
         """
         bins = self.cursor.take(self.config.bins_per_step)
         total, num_tokens, num_targets = self._with_room(lambda: self.passes.gradients(bins, self.progress.step))
-        limit = self.config.optim.max_grad_norm
-        grad_norm = nn.utils.clip_grad_norm_(self.adapter.parameter, math.inf if limit is None else limit)
+        grad_norm = nn.utils.clip_grad_norm_(self.adapter.parameter, self.config.optim.max_grad_norm or math.inf)
         middle = step_middle(self.progress.tokens_seen, num_tokens, self.config.train.max_tokens)
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, middle))
         self.optimizer.step()

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from engine.trial_report import TrialReport
 from engine.units import counted
-from sweep.text import metrics_text, params_text, printable_lines
+from sweep.text import limits_text, metrics_text, params_text, printable_lines
 from sweep.trials.record import Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
@@ -133,20 +133,21 @@ class TableConsole:
         return table
 
     def _metrics(self) -> list[str]:
-        """Return the task metrics that some trial has, in their order."""
-        return list(dict.fromkeys(name for record in self._records.values() for name in record.metrics))
+        """Return the evaluation sets and task metrics that some trial has, in their order."""
+        return list(dict.fromkeys(name for record in self._records.values() for name in (*record.eval_losses, *record.metrics)))
 
     def _row(self, record: TrialRecord, best: TrialRecord | None) -> tuple[Text, ...]:
         """Return the cells as Text: a string would be read as markup, and params may hold brackets."""
         last = record.reports[-1] if record.reports else None
         score = "" if record.eval_loss is None else f"{record.eval_loss:.4f}"
+        scores = {**record.eval_losses, **record.metrics}
         return (
             Text(str(record.number)),
             Text(params_text(record.params)),
             Text(_rung_text(record, self._num_rungs)),
             Text(f"{last.tokens_seen:,}" if last else ""),
             Text(score, style="bold green" if record is best else ""),
-            *(Text(f"{record.metrics[name]:.4f}" if name in record.metrics else "") for name in self._metrics()),
+            *(Text(f"{scores[name]:.4f}" if name in scores else "") for name in self._metrics()),
             Text(f"{last.tokens_per_second:,.0f}" if last else ""),
             Text(str(record.outcome), style=COLORS.get(record.outcome, "red")),
         )
@@ -170,13 +171,13 @@ def _rung_text(record: TrialRecord, num_rungs: int) -> str:
 
 
 def _report_text(report: TrialReport) -> str:
-    loss = f"eval loss {report.eval_loss:.4f}{metrics_text(report.metrics)}"
+    loss = f"eval loss {report.eval_loss:.4f}{metrics_text({**report.eval_losses, **report.metrics})}{limits_text(report)}"
     error = f"  WARNING: {report.metrics_error}" if report.metrics_error else ""
     return f"{report.tokens_seen:>9,} tokens  {loss}  {report.tokens_per_second:,.0f} tok/s{error}"
 
 
 def _end_text(record: TrialRecord) -> str:
-    tail = f"eval loss {record.eval_loss:.4f}{metrics_text(record.metrics)}" if record.reports else ""
+    tail = f"eval loss {record.eval_loss:.4f}{limits_text(record.kept)}{metrics_text(record.metrics)}" if record.reports else ""
     if record.outcome is Outcome.INFEASIBLE:  # it never started, so no line has shown its params
         tail = params_text(record.params)
     return "  ".join(filter(None, [f"{record.outcome:<13}", tail, record.error]))

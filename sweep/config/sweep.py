@@ -29,7 +29,7 @@ from sweep.trials.objectives import EVAL_LOSS, MEASURES
 from sweep.trials.selection import Rule
 
 MAX_SLOTS = 100_000
-ONE_OBJECTIVE = ("cmaes", "freeze_thaw")
+ONE_OBJECTIVE = UNLIMITED = ("cmaes", "freeze_thaw")
 
 
 def _auto_or_at_least(minimum: int) -> PlainValidator:
@@ -261,6 +261,9 @@ def _check_objectives(config: SweepConfig) -> None:
         raise InputError("metrics.at", FINALISTS, "must be last, every or rungs if a metric is in sweep.objectives")
     if chosen_by != EVAL_LOSS and config.pauses_trials:
         allowed = f"predicts curves of eval_loss; with {chosen_by} in sweep.objectives use tpe, gp, nsga2, cmaes, random or grid"
+        raise InputError("sampler.name", config.sampler.name, allowed)
+    if config.data.eval_limits and config.sampler.name in UNLIMITED:
+        allowed = "does not learn from data.eval_limits; use tpe, gp or nsga2, or random or grid, which learn nothing"
         raise InputError("sampler.name", config.sampler.name, allowed)
     if chosen_by == EVAL_LOSS and config.sweep.budget.target_metric is not None:
         allowed = "needs a metric in sweep.objectives; of eval_loss it is sweep.budget.target_loss"

@@ -26,17 +26,17 @@ class Budget:
             if record.source is None and record.reports:
                 self.num_tokens += self._limits.tokens_at(record.reports[-1].rung)
                 if record.outcome in (*CONTENDERS, Outcome.RUNNING):
-                    self._lowest_loss = min(self._lowest_loss, *(report.eval_loss for report in record.reports))
-                    self._lowest_cost = min(self._lowest_cost, math.inf if record.score is None else record.score)
+                    within = [report.eval_loss for report in record.reports if not report.over_limits]
+                    self._lowest_loss = min([self._lowest_loss, *within])
+                    self._lowest_cost = min(self._lowest_cost, _cost(record))
 
-    def take(self, eval_loss: float, rung: int, rung_before: int, cost: float | None = None) -> None:
-        """Take a new report.
-
-        rung_before: that of the trial's report before it, 0 if it is the first. cost: the trial's
-        score so far, None if it has none.
-        """
-        self._lowest_loss = min(self._lowest_loss, eval_loss)
-        self._lowest_cost = min(self._lowest_cost, math.inf if cost is None else cost)
+    def take(self, record: TrialRecord, rung_before: int) -> None:
+        """Take the newest report of a trial. rung_before: that of the report before it, 0 if it is the first."""
+        report = record.reports[-1]
+        rung = report.rung
+        if not report.over_limits:
+            self._lowest_loss = min(self._lowest_loss, report.eval_loss)
+        self._lowest_cost = min(self._lowest_cost, _cost(record))
         self.num_tokens += self._limits.tokens_at(rung) - self._limits.tokens_at(rung_before)
 
     def spent(self) -> str | None:
@@ -64,3 +64,8 @@ class Budget:
         if limits.wall_clock_hours is not None and wall_clock_hours >= limits.wall_clock_hours:
             return f"sweep.budget.wall_clock_hours = {limits.wall_clock_hours:g} is spent ({wall_clock_hours:.4g} hours)"
         return None
+
+
+def _cost(record: TrialRecord) -> float:
+    """Return the trial's score so far; infinity if it has none, or is above its limits."""
+    return record.score if record.score is not None and record.keeps_limits else math.inf

@@ -203,7 +203,7 @@ class Ledger(Halt):
         if is_new:
             seen = [old for old in record.reports if old.rung < report.rung]
             self._records[number] = self._timed(replace(record, reports=[*seen, report]))
-            self._budget.take(report.eval_loss, report.rung, seen[-1].rung if seen else 0, self._records[number].score)
+            self._budget.take(self._records[number], seen[-1].rung if seen else 0)
         return is_new
 
     def _keeps_slot(self, number: int) -> bool:
@@ -277,7 +277,7 @@ class Ledger(Halt):
         if outcome is Outcome.COMPLETE and values is None:
             why = self._records[number].reports[-1].metrics_error
             outcome, error = Outcome.FAILED, why or f"not measured: one of {', '.join(self._limits.objectives)}"
-        self._study.tell(number, outcome, error, memory, values)
+        self._study.tell(number, outcome, error, memory, values, self._records[number].excess)
         ended_s = self._study.record(number).ended_s or self.clock()  # as a resume reads it
         changes = {"outcome": outcome, "ended_s": ended_s, "error": error, **(memory or {})}
         self._close(self._timed(replace(self._records[number], **changes)))

@@ -75,7 +75,12 @@ def _first(*rules: Rule) -> Rule:
 
 def _own_evaluation(given: Settings) -> str | None:
     source = given.config.data.train
-    return f"data.train = {source} brings its own evaluation samples" if as_list(source)[0].startswith(PREFIX) else None
+    is_builtin = not given.config.data.mixture and as_list(source)[0].startswith(PREFIX)
+    return f"data.train = {source} brings its own evaluation samples" if is_builtin else None
+
+
+def _none_held_out(given: Settings) -> str | None:
+    return None if given.config.data.holds_out else "data.eval is given"
 
 
 def _no_pruner(given: Settings) -> str | None:
@@ -113,7 +118,7 @@ RULES: dict[str, Rule] = {
     "data.train_name": _if_no_folder("data.train"),
     "data.train_revision": _if_here("data.train"),
     "data.train_files": _if_here("data.train"),
-    "data.eval_fraction": _first(_if_set("data.eval"), _own_evaluation),
+    "data.eval_fraction": _first(_none_held_out, _own_evaluation),
     "data.eval_split": _first(*_NO_EVAL, _if_no_folder("data.eval")),
     "data.eval_name": _first(*_NO_EVAL, _if_no_folder("data.eval")),
     "data.eval_revision": _first(*_NO_EVAL, _if_here("data.eval")),

@@ -42,7 +42,7 @@ def unchecked_line(config: SweepConfig, fault: str) -> str | None:
     fault: the engine's line, `field = value: what is allowed`.
     """
     field = fault.partition(" = ")[0]
-    source = {"model.path": config.model.path, "data.train": config.data.train, "data.eval": config.data.eval}.get(field)
+    source = {"model.path": config.model.path, **config.data.sources()}.get(field)
     if source is None or not is_only_on_hub(source):
         return None
     rest = "model, template and samples" if field == "model.path" else "template and samples"

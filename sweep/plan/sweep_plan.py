@@ -99,6 +99,7 @@ class SweepPlan:
             f"model      {config.model.path} ({config.model.quantization})"
             + (", and its own code is run: model.trust_remote_code" if config.model.trust_remote_code else ""),
             f"data       {config.data.describe_train()}",
+            *([f"evaluation {config.data.describe_eval()}"] if config.data.eval_sets else []),
             f"budget     {config.train.max_tokens:,} tokens a trial, at most {config.most_tokens:,} in all"
             + (f"; ends early at {limits}" if (limits := describe_budget(config.effective_budget)) else ""),
             f"rungs      {self.num_rungs}, at tokens seen: {grid}",

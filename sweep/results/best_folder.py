@@ -77,7 +77,12 @@ def best_card(
         library="peft",
         tags=["lora", "qlora" if config.model.quantization == "nf4" else "peft", "qlora-sweep"],
         introduction=[f"Trial {record.number}. Chosen by: {rule.text}."],
-        losses=[("base model", reevaluation.base_eval_loss), ("with this adapter", reevaluation.eval_loss)],
+        losses=[
+            ("base model", reevaluation.base_eval_loss),
+            ("with this adapter", reevaluation.eval_loss),
+            *((f"base model on {name}", loss) for name, loss in reevaluation.base_eval_losses.items()),
+            *((f"with this adapter on {name}", loss) for name, loss in reevaluation.eval_losses.items()),
+        ],
         metrics=[(name, reevaluation.base_metrics.get(name), value) for name, value in reevaluation.metrics.items()],
         notes=[" ".join([measured, *filter(None, said)]), *_earlier_note(verdict)],
         settings=_settings(record, config),

@@ -23,7 +23,7 @@ from sweep.results.finals_ledger import spent_on_finals
 from sweep.results.leaderboard import write_leaderboard
 from sweep.results.reevaluation import Reevaluation, compare
 from sweep.results.verdict import SweepVerdict, judge, last_held
-from sweep.text import duration_text
+from sweep.text import duration_text, number
 from sweep.trials.record import TrialRecord
 from sweep.trials.selection import Rule
 
@@ -83,7 +83,7 @@ def _measure(
     """Measure the winner again from its files; None if there is none, or it fails."""
     best = verdict.best
     if best is None:
-        note(NO_ADAPTER)
+        note(NO_ADAPTER if verdict.nearest is None else verdict.best_line)
         return None
     note(f"evaluating the adapter of trial {best.number} again, from its files")
     try:
@@ -157,6 +157,7 @@ def _result_text(folder: SweepFolder, best: TrialRecord, reevaluation: Reevaluat
         _loss_line("base model", base),
         _loss_line(f"best adapter (trial {best.number})", tuned),
         *([f"gain         {reevaluation.gain.text}"] if reevaluation.gain else []),
+        *_set_lines(reevaluation),
         *(_metric_lines(reevaluation)),
         "",
     ]
@@ -167,6 +168,15 @@ def _result_text(folder: SweepFolder, best: TrialRecord, reevaluation: Reevaluat
             "do not trust this adapter until you know why",
         )
     return "\n".join([*lines, f"adapter      {folder.best}", f"leaderboard  {folder.path / 'leaderboard.md'}"])
+
+
+def _set_lines(reevaluation: Reevaluation) -> list[str]:
+    """Return a table of the losses on several evaluation sets; nothing with one."""
+    if not reevaluation.eval_losses:
+        return []
+    before = reevaluation.base_eval_losses
+    rows = [f"{name:24}{number(before[name], '.4f'):>10}  {number(x, '.4f'):>12}" for name, x in reevaluation.eval_losses.items()]
+    return ["", f"{'nats per target token':24}base model  best adapter", *rows]
 
 
 def _metric_lines(reevaluation: Reevaluation) -> list[str]:

@@ -82,10 +82,12 @@ def _above(contest: Contest | None, number: int) -> dict[str, float] | None:
 def _row(record: TrialRecord, place: int, contest: Contest | None) -> dict[str, Any]:
     last = record.reports[-1] if record.reports else None
     return {
-        "rank": place if record.outcome in CONTENDERS and record.source is None else None,
+        "rank": place if record.outcome in CONTENDERS and record.source is None and record.keeps_limits else None,
         "number": record.number,
         "outcome": record.outcome.value,
         "eval_loss": record.eval_loss,
+        **({"eval_losses": record.eval_losses} if record.eval_losses else {}),
+        **({"above_limits": record.excess} if record.excess is not None else {}),
         **({"metrics": record.metrics} if record.metrics else {}),
         "above_lowest": _above(contest, record.number),
         **{name: last and getattr(last, name) for name in LAST_REPORT},
@@ -158,14 +160,21 @@ def _front_table(board: dict[str, Any]) -> list[str]:
 
 
 def board_table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the header and the rows as text, with a column for each task metric."""
-    names = list(dict.fromkeys(name for row in rows for name in row.get("metrics", {})))
+    """Return the header and the rows as text, with a column for each evaluation set and task metric."""
+    rows = [row | {"metrics": _scores(row)} for row in rows]
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     header = (*HEADER[:METRICS_AT], *names, *HEADER[METRICS_AT:])
     found = []
     for row in rows:
-        cells, scores = board_cells(row), (number(row.get("metrics", {}).get(name), ".4f") for name in names)
+        cells, scores = board_cells(row), (number(row["metrics"].get(name), ".4f") for name in names)
         found.append((*cells[:METRICS_AT], *scores, *cells[METRICS_AT:]))
     return header, found
+
+
+def _scores(row: dict[str, Any]) -> dict[str, float]:
+    """Return losses on several evaluation sets, nats above their limits and task metrics, as far as a row has them."""
+    above = {"above limits": row["above_limits"]} if "above_limits" in row else {}
+    return {**row.get("eval_losses", {}), **above, **row.get("metrics", {})}
 
 
 def board_cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from sweep.results.final_seeds import SeedLosses, pooled_deviation, read_final_s
 from sweep.results.reevaluation import Reevaluation
 from sweep.text import metrics_text, number, value_text
 from sweep.trials.objectives import EVAL_LOSS
-from sweep.trials.record import Outcome, TrialRecord
+from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
 LINES = ("best", "measured", "gain", "contest", "seeds", "held", "earlier")
@@ -34,7 +34,8 @@ class SweepVerdict:
     best: the winner, or None. reevaluation: the second measurement of exactly this winner, None
     until there is one. held: the trial whose adapter `best/` holds, None if there is no `best/`.
     earlier: the COMPLETE trial of an earlier sweep that did better than the winner, or than nothing.
-    final_seeds: losses of the best trials with other seeds.
+    final_seeds: losses of the best trials with other seeds. nearest: without a winner, the trial that is least above
+    data.eval_limits.
     """
 
     rule: Rule
@@ -43,14 +44,18 @@ class SweepVerdict:
     held: int | None = None
     earlier: TrialRecord | None = None
     final_seeds: tuple[SeedLosses, ...] = ()
+    nearest: TrialRecord | None = None
 
     @property
     def best_line(self) -> str:
+        if self.best is None and self.nearest is not None:
+            excess = f"trial {self.nearest.number} comes nearest, {number(self.nearest.excess, '.4f')} nats above them"
+            return f"No trial keeps to data.eval_limits, so none is chosen: {excess}."
         if self.best is None:
             return NONE
         params = ", ".join(f"{path} = {value_text(value)}" for path, value in self.best.params.items())
         loss = f"eval loss {number(self.best.eval_loss, '.4f')} (perplexity {perplexity(self.best.eval_loss):.3f})"
-        loss += metrics_text(self.best.metrics)
+        loss += metrics_text({**self.best.eval_losses, **self.best.metrics})
         so_far = "" if self.reevaluation else " so far"
         return printable(f"Best{so_far}: trial {self.best.number}, {loss}, {params or 'nothing varied'}.")
 
@@ -115,7 +120,10 @@ class SweepVerdict:
         again, best = self.reevaluation, self.best
         numbers = {"best_eval_loss": again.eval_loss if again else best and best.eval_loss}
         numbers |= {f"metric_{name}": value for name, value in ((best and best.metrics) or {}).items()}
+        numbers |= {f"set_{name}": value for name, value in ((best and best.eval_losses) or {}).items()}
         if again is not None:
+            numbers |= {f"set_{name}": value for name, value in again.eval_losses.items()}
+            numbers |= {f"base_set_{name}": value for name, value in again.base_eval_losses.items()}
             numbers |= {f"metric_{name}": value for name, value in again.metrics.items()}
             numbers |= {f"base_metric_{name}": value for name, value in again.base_metrics.items()}
         numbers |= {"base_eval_loss": again and again.base_eval_loss, **self._contest_numbers()}
@@ -158,11 +166,14 @@ def judge(
     """
     best = rule.best(records)
     earlier = [r for r in records if r.source is not None and r.outcome is Outcome.COMPLETE and r.score is not None]
+    earlier = [record for record in earlier if record.keeps_limits]
     leader = min(earlier, key=lambda record: record.score, default=None)
     if leader is not None and best is not None and leader.score >= best.score:
         leader = None
     held = best.number if best is not None and reevaluation is not None else held
-    return SweepVerdict(rule, best, reevaluation, held, leader, final_seeds)
+    above = [r for r in records if r.outcome in CONTENDERS and r.source is None and not r.keeps_limits] if best is None else []
+    nearest = min(above, key=lambda record: (record.excess, record.number), default=None)
+    return SweepVerdict(rule, best, reevaluation, held, leader, final_seeds, nearest)
 
 
 def read_verdict(folder: SweepFolder, records: list[TrialRecord], rule: Rule) -> SweepVerdict:

@@ -20,6 +20,8 @@ INCOMPARABLE = {
     "data.eval_revision": "trials would be scored on different data",
     "data.eval_files": "trials would be scored on different data",
     "data.eval": "trials would be scored on different data",
+    "data.eval_weights": "trials would be scored by different means",
+    "data.eval_limits": "trials would be held to different limits",
     "data.eval_split": "trials would be scored on different data",
     "data.eval_fraction": "trials would be scored on different data",
     "data.eval_max_samples": "trials would be scored on different data",

@@ -15,7 +15,7 @@ from engine.trial_report import TrialReport
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.plan.feasibility import Fit
 from sweep.study.journal_file import JournalFile
-from sweep.study.samplers import MEMORY
+from sweep.study.samplers import MEMORY, known_constraints
 from sweep.study.warm_start import EarlierTrial
 from sweep.trials.record import Outcome, TrialRecord
 
@@ -144,7 +144,7 @@ def earlier_entry(
         intermediate_values={report.rung: value for report in record.reports if (value := record.judged(report)) is not None},
         user_attrs={name: value for name, value in attributes.items() if value is not None},
         system_attrs=dict(earlier.rungs_judged),
-        constraints=None if excess_gib is None else {MEMORY: excess_gib},
+        constraints=known_constraints(excess_gib, record.excess) or None,
     )
 
 

@@ -20,6 +20,7 @@ from sweep.folder.slot_times import PARTS
 from sweep.tracking.system_metrics import read_system
 from sweep.trials.record import Outcome, TrialRecord
 
+LOSS = "loss_nats_per_token"
 METRICS = {
     "eval_loss": "eval/loss_nats_per_token",
     "best_eval_loss": "eval/best_loss_nats_per_token",
@@ -112,6 +113,8 @@ def trial_points(record: TrialRecord, written: int) -> list[Point]:
             at = (_milliseconds(record, report), report.tokens_seen)
             values = {metric: getattr(report, name) for name, metric in METRICS.items()}
             values |= {f"eval/{name}": value for name, value in report.metrics.items()}
+            values |= {f"eval/{name}/{LOSS}": value for name, value in report.eval_losses.items()}
+            values |= {"eval/above_limits_nats": report.eval_excess}
             values |= {} if report.metrics_s is None else {"time/metrics_s": report.metrics_s}
             values |= {METRICS[name]: sums[name] for name in new}
             values |= {SYSTEM + name: value for name, value in system.get(report.rung, {}).items()}
@@ -228,9 +231,10 @@ def description(config: Mapping[str, Any], best: TrialRecord | None, summary: Ma
 
 
 def _sweep_name(name: str) -> str:
-    for begin, group in (("metric_", "eval/"), ("base_metric_", "eval/base_")):
+    kinds = {"metric_": "eval/{}", "base_metric_": "eval/base_{}", "set_": "eval/{}/" + LOSS, "base_set_": "eval/{}/base_" + LOSS}
+    for begin, group in kinds.items():
         if name.startswith(begin):
-            return group + name.removeprefix(begin)
+            return group.format(name.removeprefix(begin))
     return SUMMARY.get(name, f"trials/{name}" if name.startswith("num_") else f"sweep/{name}")
 
 

@@ -32,10 +32,12 @@ def pareto_front(records: Iterable[TrialRecord], names: tuple[str, ...]) -> list
     """Return the sweep's COMPLETE trials that no other one dominates, sorted by first objective.
 
     A trial dominates another if it is nowhere worse and somewhere better. A stopped trial does not
-    count: it has spent less time and memory only because it was stopped.
+    count: it has spent less time and memory only because it was stopped. Nor does one above its limits.
     """
     measured = [(objective_values(record, names), record) for record in records if record.outcome is Outcome.COMPLETE]
-    points = [(values, record) for values, record in measured if values is not None and record.source is None]
+    points = [
+        (values, record) for values, record in measured if values is not None and record.source is None and record.keeps_limits
+    ]
     front = [(values, record) for values, record in points if not any(_dominates(other, values) for other, _ in points)]
     return [record for _, record in sorted(front, key=lambda point: (point[0], point[1].number))]
 

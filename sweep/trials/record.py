@@ -35,6 +35,8 @@ class Outcome(StrEnum):
     FAILED = "FAILED"
 
 
+OVER_LIMITS = 1e6
+"""What a pruner compares of a rung above the limits, plus the nats above them. No loss or metric comes near it."""
 CONTENDERS = (Outcome.COMPLETE, Outcome.STOPPED, Outcome.PAUSED)
 """The outcomes whose adapter may win: no pruner has judged them hopeless.
 
@@ -114,6 +116,21 @@ class TrialRecord:
         return self.kept.eval_loss if self.reports else None
 
     @property
+    def eval_losses(self) -> dict[str, float]:
+        """Return the losses of the adapter in the folder on each of several evaluation sets."""
+        return self.kept.eval_losses if self.reports else {}
+
+    @property
+    def excess(self) -> float | None:
+        """Return the nats by which the adapter in the folder is above data.eval_limits; None without limits."""
+        return self.kept.eval_excess if self.reports else None
+
+    @property
+    def keeps_limits(self) -> bool:
+        """Return whether the adapter in the folder may win, as far as data.eval_limits decide."""
+        return self.excess is None or self.excess <= 0.0
+
+    @property
     def metrics(self) -> dict[str, float]:
         """Return what the adapter in the folder scored by the task metrics."""
         return self.kept.metrics if self.reports else {}
@@ -126,8 +143,11 @@ class TrialRecord:
         """Return what a pruner compares at a rung, where smaller is better.
 
         It is the metric that decides if every rung measures it, else the loss. Infinity stands for
-        a metric that failed at this rung.
+        a metric that failed at this rung. What exceeds its limits comes after all that keeps to
+        them, by how far (Deb, Computer Methods in Applied Mechanics and Engineering 186 (2000) 311).
         """
+        if report.over_limits:
+            return OVER_LIMITS + report.over_limits
         metrics, name = self.config.get("metrics") or {}, self.chosen_by
         value = report.cost(name, self.sign) if metrics.get("at") == EVERY else report.eval_loss
         return math.inf if value is None else value
@@ -146,6 +166,7 @@ class TrialRecord:
                  "peak_allocated_gib")  # fmt: skip
         known = {name: getattr(self, name) for name in names}
         known |= {"metrics": self.metrics} if self.metrics else {}
+        known |= {"eval_losses": self.eval_losses} if self.eval_losses else {}
         return {**known, "outcome": str(self.outcome), "num_reports": len(self.reports)}
 
 

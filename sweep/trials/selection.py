@@ -75,9 +75,11 @@ class Rule:
     def contenders(self, records: list[TrialRecord]) -> list[TrialRecord]:
         """Return the trials that may win.
 
-        Trials of earlier sweeps never do: their adapters are not in this sweep's folder.
+        Trials of earlier sweeps never do: their adapters are not in this sweep's folder. Nor do those
+        above data.eval_limits.
         """
-        return [r for r in records if r.outcome in CONTENDERS and r.source is None and _score(r) < math.inf]
+        able = [r for r in records if r.outcome in CONTENDERS and r.source is None and _score(r) < math.inf]
+        return [record for record in able if record.keeps_limits]
 
     def best(self, records: list[TrialRecord]) -> TrialRecord | None:
         """Return the winner, or None if no trial that may win has a finite score."""
@@ -94,7 +96,8 @@ class Rule:
     def rank(self, records: list[TrialRecord]) -> list[TrialRecord]:
         """Return the records with the winner first, then COMPLETE, STOPPED and PAUSED trials by score.
 
-        PRUNED trials by score follow, and then those of earlier sweeps by score. The rest come last
+        Those above data.eval_limits follow, PRUNED trials by score, and then those of earlier sweeps by
+        score. The rest come last
         in order of size and number, INFEASIBLE ones at the very end.
         """
         best = self.best(records)
@@ -102,6 +105,7 @@ class Rule:
 
         def key(record: TrialRecord) -> tuple:
             usual = 3 if record.source is not None else group.get(record.outcome, 4)
+            usual = 1.5 if usual == 1 and not record.keeps_limits else usual
             place = 0 if record is best else usual
             return (place, _score(record) if place < 4 else 0.0, num_parameters(record), record.number)
 
