@@ -23,9 +23,14 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 60.0:.0f} min" if seconds < 5400.0 else f"{seconds / 3600.0:.1f} h"
 
 
+def short_name(path: str) -> str:
+    """Return the end of a field's path that tells it from others: `rank`, or `train.0.weight` of a mixture."""
+    return ".".join(path.split(".")[1:]) if path.count(".") > 1 else path.rsplit(".", 1)[-1]
+
+
 def params_text(params: dict[str, Any]) -> str:
-    """Format sampled values by the last part of their path: rank=8 learning_rate=0.00042."""
-    parts = (f"{printable(path.rsplit('.', 1)[-1])}={value_text(value)}" for path, value in params.items())
+    """Format sampled values by the end of their path: rank=8 learning_rate=0.00042 train.0.weight=3."""
+    parts = (f"{printable(short_name(path))}={value_text(value)}" for path, value in params.items())
     return " ".join(parts) or "(base config)"
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.packing import Sample
+from engine.config.trial import TrainConfig
+from engine.data.packing import Cursor, Mixture, Sample
 from engine.data.tokens import TokenSet
 from engine.errors import InputError
 from engine.units import counted
@@ -121,7 +122,8 @@ class JoinedView:
     """Join the samples of several sources, or of several evaluation sets, one after the other.
 
     It has what a View has; a row has no place of its own in it. parts: name -> view, each with
-    samples. weights: of evaluation sets, their share of the eval loss; empty for other parts.
+    samples. weights: of evaluation sets in the eval loss, or of a mixture's sources in its tokens;
+    empty for what is held out of a mixture.
     """
 
     def __init__(self, parts: Mapping[str, View | JoinedView], weights: Mapping[str, float] | None = None) -> None:
@@ -203,6 +205,14 @@ class JoinedView:
 
 
 AnyView = View | JoinedView
+
+
+def make_cursor(view: AnyView, config: TrainConfig) -> Cursor:
+    """Return the cursor at the start of the training samples, mixed by their weights if they have several sources."""
+    mixture = None
+    if isinstance(view, JoinedView):
+        mixture = Mixture.of([one.lengths for one in view.parts.values()], [view.weights[name] for name in view.parts])
+    return Cursor(view.lengths, config.data.max_seq_length, config.data.packing, config.train.seed, mixture)
 
 
 def _pieces(tokens: TokenSet, given: np.ndarray, full: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -99,7 +99,8 @@ class _Training:
             if config.mixture and not len(here):
                 raise InputError(f"data.train.{name}", config.mixture[int(name)].path, "has no row left beside the held-out ones")
             _refuse_empty(parts[name], "training", "data.max_seq_length", config)
-        return JoinedView(parts) if config.mixture else parts[""]
+        weights = {str(i): source.weight for i, source in enumerate(config.mixture)}
+        return JoinedView(parts, weights) if config.mixture else parts[""]
 
     def evaluated(self, rows: np.ndarray) -> AnyView:
         """Return the samples in these rows as evaluation samples, in the order of the rows within a source."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from engine.adapter.lora import LoraLinear, attach, detach
 from engine.adapter.running_average import RunningAverage
 from engine.config.trial import TrainConfig
-from engine.data.packing import Cursor
+from engine.data.view import make_cursor
 from engine.data.views import load_recorded
 from engine.errors import Interrupted, OutOfMemory
 from engine.evaluation.better_adapter import BetterAdapter, evaluate_both, with_scores
@@ -143,7 +143,7 @@ class _Run:
         with self.parts.part(DATA):
             self.train_view, eval_view = load_recorded(config, base.tokenizer, inputs)
             samples = evaluation_batches(base, eval_view, config.data.eval_max_seq_length)
-            self.cursor = Cursor(self.train_view.lengths, config.data.max_seq_length, config.data.packing, config.train.seed)
+            self.cursor = make_cursor(self.train_view, config)
             self.task = TaskMetrics.of(config, base, eval_view)
         self.passes = Passes(config, base, layers, self.train_view, samples)
         self.adapter = self.passes.adapter

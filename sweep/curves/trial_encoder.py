@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sweep.prior.rate_prior import KAPPA, RatePrior
-from sweep.space.space import Choice, Dimension, Range, Space
+from sweep.space.space import Choice, Dimension, Range, Space, value_at
 
 RATE = "optim.learning_rate"
 SCALING = ("lora.rank", "lora.lora_alpha", "lora.use_rslora")
@@ -124,8 +124,7 @@ class _Names:
 
 
 def _axis(dimension: Dimension, base: Mapping[str, Any]) -> _Numbers | _Names:
-    section, key = dimension.path.split(".")
-    default = base.get(section, {}).get(key)
+    default = value_at(base, dimension.path)
     if isinstance(dimension, Range):
         is_log = dimension.log and dimension.low > 0
         return _Numbers(dimension, (dimension.low, dimension.high), is_log, default)

@@ -58,8 +58,8 @@ NO_KINDS: Mapping[Label | None, Card | None] = MappingProxyType({})
 
 def has_no_effect(path: str) -> bool:
     """Return whether memory and speed are the same for all values of this field."""
-    section, key = path.split(".")
-    return key in WITHOUT_EFFECT.get(section, ())
+    section, _, key = path.partition(".")
+    return key.startswith("train.") or key in WITHOUT_EFFECT.get(section, ())
 
 
 class Feasibility:

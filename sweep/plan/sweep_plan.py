@@ -21,7 +21,7 @@ from sweep.config.sweep import ClusterConfig, SweepConfig
 from sweep.plan.rungs import least_way
 from sweep.prior.beginning import Beginning, make_beginning
 from sweep.prior.own_points import read_own_points
-from sweep.space.parse import parse_space
+from sweep.space.parse import WEIGHT, check_weights, parse_space
 from sweep.space.space import Space
 
 
@@ -68,6 +68,9 @@ class SweepPlan:
         if len(section.first_trials) > section.num_trials and not section.only_most_demanding:
             points = f"{len(section.first_trials)} points of sweep.first_trials"
             lines.append(f"the sweep ends before all {points} are tried: sweep.num_trials = {section.num_trials}")
+        varied = [dimension.path for dimension in self.space.dimensions if WEIGHT.fullmatch(dimension.path)]
+        if varied and len(varied) == len(self.config.data.mixture):
+            lines.append("the space varies the weight of every source, but only their ratios count: leave one of them out")
         full_trials, num_slots = self.config.effective_budget.full_trials, self.slots.num_slots
         if self.config.pauses_trials and full_trials < num_slots and not section.only_most_demanding:
             tokens = f"{num_slots} slots share the tokens of {counted(full_trials, 'full trial')}"
@@ -133,6 +136,7 @@ def make_sweep_plan(config: SweepConfig, find_hardware: Callable[[ClusterConfig]
     if config.sampler.name == "grid":
         space.check_walkable()
     base = config.base().model_dump(mode="json")
+    check_weights(space, base)
     space.single_changes(base)
     read_own_points(config.sweep.first_trials, space, base)
     _check_pruner(config)

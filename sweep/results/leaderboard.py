@@ -11,7 +11,7 @@ from typing import Any
 from engine.export.model_card import table
 from engine.system.files import write_text
 from sweep.results.verdict import SweepVerdict
-from sweep.text import number
+from sweep.text import number, short_name
 from sweep.trials.objectives import objective_values
 from sweep.trials.paired import LEVEL, Contest
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
@@ -203,7 +203,7 @@ def _above_text(above: dict[str, float] | None) -> str:
 
 
 def _sampled(row: dict[str, Any]) -> str:
-    return ", ".join(f"{key.rsplit('.', 1)[-1]}={_short(value)}" for key, value in row["params"].items())
+    return ", ".join(f"{short_name(key)}={_short(value)}" for key, value in row["params"].items())
 
 
 def _gib(value: float | None) -> str:
