@@ -36,7 +36,10 @@ class Settings:
         """Return the config's own value, MISSING if this kind of sampler or pruner has no such key."""
         value: Any = self.config
         for part in path.split("."):
-            value = getattr(value, part, MISSING)
+            if isinstance(value, tuple) and part.isdigit() and int(part) < len(value):
+                value = value[int(part)]
+            else:
+                value = getattr(value, part, MISSING)
         return value
 
     def always(self, path: str, holds: Callable[[Any], bool]) -> bool:
@@ -189,6 +192,6 @@ def _is_of(path: str, field: str) -> bool:
 
 
 def _default(config: SweepConfig, path: str) -> Any:
-    section, field = path.split(".")
-    model: type[BaseModel] = type(getattr(config, section))
+    *owner, field = path.split(".")
+    model: type[BaseModel] = type(Settings(config, Space(())).base(".".join(owner)))
     return model.model_fields[field].default

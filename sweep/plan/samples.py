@@ -59,7 +59,8 @@ def mixture_passes(config: SweepConfig, facts: PreparedFacts) -> list[tuple[str,
 def mixture_line(config: SweepConfig, facts: PreparedFacts) -> str | None:
     """Return the line on what a trial reads of each source; None without a mixture."""
     parts = [f"{name} {share:.1%} of the tokens, {times:.2g} passes" for name, share, times in mixture_passes(config, facts)]
-    return f"mixture of {config.train.max_tokens:,} tokens a trial: {'; '.join(parts)}" if parts else None
+    tokens = f"{config.train.max_tokens:,} tokens a trial"
+    return f"mixture of {tokens}, at data.train's own weights: {'; '.join(parts)}" if parts else None
 
 
 def unchecked_line(config: SweepConfig, fault: str) -> str | None:
