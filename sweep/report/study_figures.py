@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -32,8 +33,11 @@ NUM_COLUMNS = 5  # slices side by side
 MANY = 8  # from so many axes on, their names are written aslant
 NUM_COLOURS = 64  # one trace for each, so that thousands of trials stay fast
 NOT_SET = "not set"
+Scale = list[list[float | str]]
 # low is dark, and the other end is cut off before it gets too pale to see on white
-SCALE = [[i / 20, colour] for i, colour in enumerate(sample_colorscale("Plasma", [0.72 * i / 20 for i in range(21)]))]
+ON_WHITE: Scale = [[i / 20, sample_colorscale("Plasma", [0.72 * i / 20])[0]] for i in range(21)]
+# on a dark page low is bright, and the other end is cut off before it gets too dark to see
+ON_BLACK: Scale = [[i / 20, sample_colorscale("Plasma", [1.0 - 0.72 * i / 20])[0]] for i in range(21)]
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,25 @@ class Axis:
     ticks: list[tuple[float, str]]
 
 
-def study_figures(trials: Sequence[FrozenTrial], records: Sequence[TrialRecord], space: Space) -> dict[str, Drawn]:
-    """Return the figures by title; a str says why a figure is not drawn."""
+def study_figures(
+    trials: Sequence[FrozenTrial], records: Sequence[TrialRecord], space: Space, scale: Scale = ON_WHITE
+) -> dict[str, Callable[[], Drawn]]:
+    """Return what draws each figure, by title; a str in place of a figure says why there is none.
+
+    scale: the colours of losses, low to high.
+    """
     complete = [r for r in records if r.outcome is Outcome.COMPLETE and r.score is not None and math.isfinite(r.score)]
     varied = [d for d in space.dimensions if len({str(record.params.get(d.path)) for record in complete}) > 1]
     makers = {
         "Parameter importance": (2, lambda: _importance(trials, complete, varied)),
-        "Parallel coordinates": (1, lambda: _parallel(complete, varied)),
-        "Slices": (1, lambda: _slices(complete, varied)),
+        "Parallel coordinates": (1, lambda: _parallel(complete, varied, scale)),
+        "Slices": (1, lambda: _slices(complete, varied, scale)),
     }
-    return {title: _lacking(complete, varied, least) or make() for title, (least, make) in makers.items()}
+    return {title: partial(_drawn, complete, varied, *makers[title]) for title in makers}
+
+
+def _drawn(complete: list[TrialRecord], varied: list[Dimension], least: int, make: Callable[[], Drawn]) -> Drawn:
+    return _lacking(complete, varied, least) or make()
 
 
 def _lacking(complete: list[TrialRecord], varied: list[Dimension], least: int) -> str | None:
@@ -99,8 +112,8 @@ def _importance(trials: Sequence[FrozenTrial], complete: list[TrialRecord], vari
     return figure.update_yaxes(autorange="reversed", type="category", automargin=True)
 
 
-def _parallel(complete: list[TrialRecord], varied: list[Dimension]) -> go.Figure:
-    """Draw one line per trial through all axes, the loss first. The lower the loss, the darker."""
+def _parallel(complete: list[TrialRecord], varied: list[Dimension], scale: Scale) -> go.Figure:
+    """Draw one line per trial through all axes, the loss first, in the colour of its loss."""
     axes = [_loss_axis(complete), *(_axis(dimension, name, complete) for dimension, name in _named(varied))]
     low, high = _limits(complete)
     groups: dict[int, list[TrialRecord]] = {}
@@ -108,7 +121,7 @@ def _parallel(complete: list[TrialRecord], varied: list[Dimension]) -> go.Figure
         groups.setdefault(round(NUM_COLOURS * _share(record.score, low, high)), []).append(record)
     figure = go.Figure()
     for step, ours in groups.items():
-        colour = sample_colorscale(SCALE, [step / NUM_COLOURS])[0]
+        colour = sample_colorscale(scale, [step / NUM_COLOURS])[0]
         x, y, texts = [], [], []
         for record in ours:
             x += [*range(len(axes)), None]
@@ -120,7 +133,7 @@ def _parallel(complete: list[TrialRecord], varied: list[Dimension]) -> go.Figure
                 showlegend=False, hovertemplate="%{text}<extra></extra>", meta=[record.score for record in ours],
             )
         )  # fmt: skip
-    figure.add_trace(_colour_bar(low, high, _label(complete)))
+    figure.add_trace(_colour_bar(low, high, scale, _label(complete)))
     _draw_axes(figure, axes)
     return figure
 
@@ -133,9 +146,9 @@ def _label(complete: Sequence[TrialRecord]) -> str:
     return f"{'minus ' if record.sign < 0 else ''}{record.chosen_by}"
 
 
-def _colour_bar(low: float, high: float, label: str) -> go.Scatter:
+def _colour_bar(low: float, high: float, scale: Scale, label: str) -> go.Scatter:
     """Return an empty trace that carries the colour bar of the lines."""
-    marker = {"color": [low], "cmin": low, "cmax": high, "colorscale": SCALE, "showscale": True, "colorbar": {"title": label}}
+    marker = {"color": [low], "cmin": low, "cmax": high, "colorscale": scale, "showscale": True, "colorbar": {"title": label}}
     return go.Scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
 
 
@@ -154,7 +167,7 @@ def _draw_axes(figure: go.Figure, axes: list[Axis]) -> None:
     figure.update_layout(hovermode="closest")
 
 
-def _slices(complete: list[TrialRecord], varied: list[Dimension]) -> go.Figure:
+def _slices(complete: list[TrialRecord], varied: list[Dimension], scale: Scale) -> go.Figure:
     """Draw the loss against each parameter alone. The later the trial, the paler."""
     rows, columns = math.ceil(len(varied) / NUM_COLUMNS), min(NUM_COLUMNS, len(varied))
     figure = make_subplots(rows, columns, shared_yaxes=True, horizontal_spacing=0.15 / columns, vertical_spacing=0.25 / rows)
@@ -162,7 +175,7 @@ def _slices(complete: list[TrialRecord], varied: list[Dimension]) -> go.Figure:
     for i, (dimension, name) in enumerate(_named(varied)):
         row, column = i // NUM_COLUMNS + 1, i % NUM_COLUMNS + 1
         axis = _axis(dimension, name, complete)
-        marker = {"color": numbers, "cmin": min(numbers), "cmax": max(numbers), "colorscale": SCALE, "size": 9}
+        marker = {"color": numbers, "cmin": min(numbers), "cmax": max(numbers), "colorscale": scale, "size": 9}
         marker |= {"line": {"color": "white", "width": 1}, "showscale": i == 0, "colorbar": {"title": "trial"}}
         figure.add_trace(
             go.Scatter(

@@ -50,7 +50,7 @@ def write_leaderboard(folder: Path, records: list[TrialRecord], sweep_name: str,
         "trials": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "leaderboard.json", json.dumps(_finite(board), indent=2, allow_nan=False) + "\n")
+    write_text(folder / "leaderboard.json", json.dumps(finite(board), indent=2, allow_nan=False) + "\n")
     write_text(folder / "leaderboard.md", _markdown(sweep_name, verdict, board))
 
 
@@ -215,10 +215,10 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return the same data with None for NaN and infinities, which JSON lacks."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -48,6 +48,29 @@ def read_trials(folder: SweepFolder) -> list[FrozenTrial]:
     return optuna.load_study(study_name=STUDY_NAME, storage=storage).get_trials(deepcopy=False)
 
 
+class FollowedJournal:
+    """Read the journal of a sweep that may be running, and later only what was added to it."""
+
+    def __init__(self, folder: SweepFolder) -> None:
+        self._folder = folder
+        self._study: optuna.Study | None = None
+
+    def trials(self) -> list[FrozenTrial]:
+        """Return every trial; those that did not change are the same objects as in the last call.
+
+        Empty if the sweep has not begun. Raises one of DAMAGED for a damaged journal.
+        """
+        journal = self._folder.journal
+        if not journal.is_file() or journal.stat().st_size == 0:
+            return []
+        if self._study is None:
+            storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+            if not storage.get_all_studies():  # its first record is being written
+                return []
+            self._study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
+        return self._study.get_trials(deepcopy=False)
+
+
 def read_attributes(folder: SweepFolder) -> dict[str, Any]:
     """Return the study's own attributes. Empty if the sweep has not begun, or its journal is damaged.
 
