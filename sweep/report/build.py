@@ -15,7 +15,7 @@ from pathlib import Path
 from engine.errors import first_line
 from engine.system.files import write_text
 from engine.units import counted
-from sweep.folder.slot_times import SlotTime, slot_times
+from sweep.folder.slot_times import SlotTime
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Span
 from sweep.report import figures as report_figures
@@ -88,7 +88,7 @@ def figure_sections(found: Collected, scale: Scale = ON_WHITE) -> dict[str, Call
         **{title: partial(_of_study, title, make) for title, make in study.items()},
         PARETO: lambda: Section(PARETO, report_figures.pareto(records), PARETO_CAPTION),
         MEMORY: lambda: Section(MEMORY, report_figures.memory(records)),
-        HOURS: lambda: _hours(slot_times(found.timeline)),
+        HOURS: lambda: _hours(found.slot_times),
         SLOTS: lambda: _slots(records, found.timeline.spans),
     }
 

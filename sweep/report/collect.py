@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 
 from engine.errors import InputError, first_line
 from engine.trial_report import REPORTS
 from sweep.config.sweep import SweepConfig
+from sweep.folder.slot_times import SlotTime, slot_times
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
 from sweep.results.contest import with_contest
@@ -30,7 +32,7 @@ Stamp = tuple[int, int, int] | None  # of a file: inode, size, time of the last 
 class Collected:
     """Hold a sweep as its folder tells it at one moment.
 
-    timeline: its last session is open, see Timeline.settled. rule: with the contest between the
+    timeline: ended at its newest event, see Timeline.settled. rule: with the contest between the
     trials. trials: Optuna's, in the order of `records`.
     """
 
@@ -42,6 +44,11 @@ class Collected:
     timeline: Timeline
     rule: Rule
     verdict: SweepVerdict
+
+    @cached_property
+    def slot_times(self) -> list[SlotTime]:
+        """Return what each slot's time went to, up to the newest event."""
+        return slot_times(self.timeline)
 
     @property
     def best(self) -> TrialRecord | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-CONTROL = "sweep.control.__main__"
+CONTROL = "sweep.control"
 VERBS = ("status", "add", "stop", "pause", "go-on", "clone", "try", "keep", "budget", "finish")
 LONGEST = 1000  # characters
 Main = Callable[[list[str]], int]

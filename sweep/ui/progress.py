@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.system.file_lock import is_held
 from engine.trial_report import REPORTS
-from sweep.folder.slot_times import PARTS, slot_times, steady_share, totals
+from sweep.folder.slot_times import PARTS, steady_share, totals
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
 from sweep.ledger.limits import Limits
@@ -57,7 +57,7 @@ def slots(found: Collected, timeline: Timeline, driven: bool) -> list[dict[str, 
     """Return what each slot does and did: name, trial, since when, steady share, seconds by part."""
     running = timeline.open_spans if driven else []
     named = {span.slot: span for span in running if span.slot is not None}
-    rows, times = [], slot_times(found.timeline)
+    rows, times = [], found.slot_times
     for place, time in enumerate(times, 1):
         span = next((named.pop(name) for name in time.names if name in named), None)
         parts = {PARTS[part]: seconds for part, seconds in time.parts.items() if seconds > 0.0}
@@ -86,10 +86,11 @@ def progress(found: Collected, timeline: Timeline, driven: bool, left_s: float |
         "last_event_s": usage.newest_s or None,
         "num_trials": found.config.sweep.num_trials,
         "num_ended": ended,
+        "num_running": len(tried) - ended,
         "outcomes": {outcome.value: counts[outcome] for outcome in Outcome if counts[outcome]},
         "left_s": left_s if driven else None,
         "elapsed_s": usage.elapsed_until_s(now_s),
-        "steady": steady_share(parts) if any((parts := totals(slot_times(found.timeline))).values()) else None,
+        "steady": steady_share(parts) if any((parts := totals(found.slot_times)).values()) else None,
         "slot_hours": usage.occupied_until_s(now_s) / HOUR_S,
         "num_tokens": sum(record.reports[-1].tokens_seen for record in own if record.reports),
     }

@@ -84,6 +84,12 @@ class Tab:
             time.sleep(0.1)
         raise AssertionError(f"never true: {expression}; the page shows: {self.ask('document.body?.innerText')[:2000]}")
 
+    def processor_seconds(self) -> float:
+        """Return the processor time of the page's main thread so far, whatever else the machine does."""
+        self._call("Performance.enable", timeDomain="threadTicks")
+        metrics = self._call("Performance.getMetrics")["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
+
     def picture(self, file: Path) -> None:
         """Write what the tab shows as PNG."""
         file.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))

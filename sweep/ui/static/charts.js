@@ -120,7 +120,7 @@ export async function drawComparison(sweeps) {
       if (best < Infinity) { x.push(i + 1); y.push(best); }
     });
     const style = { name: escaped(`${index + 1}: ${sweep.name}`), type: 'scatter', line: { color: seriesColour(index), width: 2.5 } };
-    soFar.push({ ...style, x, y, mode: 'lines+markers', line: { ...style.line, shape: 'hv' }, hovertemplate: '%{y:.4f} after %{x} trials<extra>%{fullData.name}</extra>' });
+    soFar.push({ ...style, x, y, mode: x.length > 60 ? 'lines' : 'lines+markers', line: { ...style.line, shape: 'hv' }, hovertemplate: '%{y:.4f} after %{x} trials<extra>%{fullData.name}</extra>' });
     if (sweep.best) curves.push({ ...line([sweep.best], style.name, seriesColour(index), 2.5, 1), name: `${style.name}, trial ${sweep.best.number}` });
   });
   const loss = { title: { text: 'eval loss (nats)' } };

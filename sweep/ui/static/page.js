@@ -19,12 +19,17 @@ function tile(label, value, more = '', kind = '') {
   return make('div', { class: `tile ${kind}` }, make('span', {}, label), make('b', {}, value), more ? make('span', {}, more) : null);
 }
 
+function timeLeft({ is_driven, left_s, num_running, num_ended, num_trials }) {
+  if (!is_driven) return '–';
+  return num_running === 0 && num_ended >= num_trials ? 'finishing' : durationText(left_s);
+}
+
 function showHead() {
   const { progress, about, best, fault } = current;
   byId('fault').hidden = fault === null;
   byId('fault').textContent = fault ?? '';
-  if (!progress) return;
   byId('name').textContent = current.folder;
+  if (!progress) return;
   document.title = `${progress.num_ended}/${progress.num_trials} ${current.name}`;
   const quiet = progress.last_event_s === null ? null : progress.now_s - progress.last_event_s;
   byId('state').className = `pill ${progress.is_driven ? 'on' : ''}`;
@@ -33,7 +38,7 @@ function showHead() {
   const outcomes = Object.entries(progress.outcomes).map(([name, count]) => `${count} ${name}`).join(', ');
   fill(byId('tiles'),
     tile('trials ended', `${progress.num_ended} of ${progress.num_trials}`, outcomes),
-    tile('time left', progress.is_driven ? durationText(progress.left_s) : '–', progress.is_driven ? `running for ${durationText(progress.elapsed_s)}` : `ran for ${durationText(progress.elapsed_s)}`),
+    tile('time left', timeLeft(progress), progress.is_driven ? `running for ${durationText(progress.elapsed_s)}` : `ran for ${durationText(progress.elapsed_s)}`),
     tile('lowest eval loss', best ? fixed(best.eval_loss, 4) : '–', best ? `trial ${best.number}: ${paramsText(best.params)}` : 'no trial can be chosen yet', 'best'),
     tile('slot hours', progress.slot_hours.toFixed(2), progress.steady === null ? '' : `${Math.round(100 * progress.steady)} % steady training`),
     tile('tokens trained', whole(progress.num_tokens), quiet === null ? '' : `last event ${durationText(quiet)} ago`));
@@ -90,12 +95,12 @@ function showComparison() {
   const sets = new Set(ours.map((sweep) => sweep.about.evaluation));
   byId('comparable').textContent = sets.has(null) ? 'Not every sweep says on which evaluation samples it measured, so losses may not compare.'
     : sets.size > 1 ? 'The sweeps measured on different evaluation samples, so their losses do NOT compare.' : 'All sweeps measured on the same evaluation samples, so their losses compare.';
-  const head = ['', 'sweep', 'state', 'trials ended', 'lowest eval loss', 'best trial', 'its parameters', 'slot hours', 'tokens trained', 'time left'];
+  const head = ['', 'sweep', 'state', 'trials ended', 'lowest eval loss', 'best trial', 'slot hours', 'tokens trained', 'time left', 'parameters of the best trial'];
   const rows = ours.map((sweep) => {
     const { progress, best, index } = sweep, mark = make('td', {}, `${index + 1} ●`);
     mark.style.color = seriesColour(index);
     const cells = [sweep.folder, progress.is_driven ? 'running' : 'no driver here', `${progress.num_ended} of ${progress.num_trials}`, best ? fixed(best.eval_loss, 4) : '–', best?.number ?? '–',
-      best ? paramsText(best.params) : '', progress.slot_hours.toFixed(2), whole(progress.num_tokens), progress.is_driven ? durationText(progress.left_s) : '–'];
+      progress.slot_hours.toFixed(2), whole(progress.num_tokens), timeLeft(progress), best ? paramsText(best.params) : ''];
     return make('tr', {}, mark, ...cells.map((cell) => make('td', {}, cell)));
   });
   fill(byId('compared'), make('thead', {}, make('tr', {}, ...head.map((name) => make('th', {}, name)))), make('tbody', {}, ...rows));

@@ -1,4 +1,4 @@
-// The table of trials: sortable, filtered, and only rows that changed are made again.
+// The table of trials: sortable and filtered. Rows are made as they come into view, and again only when they change.
 
 import { byId, durationText, fill, fixed, make, paramsText, shortNames, valueText, whole } from './dom.js';
 import { CONTENDERS } from './sweep.js';
@@ -23,9 +23,19 @@ const AFTER = [
   ['note', (t) => t.error ?? (t.source ? `from ${t.source}` : ''), String, false, 'text'],
 ];
 
+const wordsOf = (trial) => (trial.words ??= `${trial.number} ${trial.outcome} ${paramsText(trial.params)} ${trial.error ?? ''}`.toLowerCase());
+const STEP = 100; // rows that are made at once
+
 export class TrialTable {
   constructor(pick) {
     this.pick = pick;
+    this.most = STEP;
+    const box = byId('trials').parentElement;
+    box.addEventListener('scroll', () => {
+      if (box.scrollTop + 2 * box.clientHeight < box.scrollHeight || this.most >= this.numFound) return;
+      this.most += STEP;
+      this.arrange();
+    });
     this.sort = { name: null, down: false };
     this.rows = new Map();
     byId('filter').addEventListener('input', () => this.arrange());
@@ -42,16 +52,19 @@ export class TrialTable {
     for (const trial of sweep.inOrder()) {
       if (CONTENDERS.includes(trial.outcome) && !trial.source) sweep.places.set(trial.number, sweep.places.size + 1);
     }
-    for (const trial of sweep.trials.values()) {
-      if (!this.rows.has(trial.number) || sweep.changed.has(trial.number)) this.rows.set(trial.number, this.row(trial));
-      const row = this.rows.get(trial.number);
-      row.cells[0].textContent = sweep.places.get(trial.number) ?? '';
-      row.className = trial.number === picked ? 'picked' : trial.number === sweep.about.best ? 'first'
-        : CONTENDERS.includes(trial.outcome) || trial.outcome === 'RUNNING' ? '' : 'faded';
-    }
+    for (const number of sweep.changed) this.rows.delete(number);
     sweep.changed.clear();
-    for (const number of [...this.rows.keys()]) if (!sweep.trials.has(number)) this.rows.delete(number);
     this.arrange();
+  }
+
+  rowOf(trial) {
+    const { sweep, rows } = this, { number, outcome } = trial;
+    if (!rows.has(number)) rows.set(number, this.row(trial));
+    const row = rows.get(number), place = String(sweep.places.get(number) ?? '');
+    if (row.cells[0].textContent !== place) row.cells[0].textContent = place;
+    const kind = number === this.picked ? 'picked' : number === sweep.about.best ? 'first' : CONTENDERS.includes(outcome) || outcome === 'RUNNING' ? '' : 'faded';
+    if (row.className !== kind) row.className = kind;
+    return row;
   }
 
   row(trial) {
@@ -62,14 +75,13 @@ export class TrialTable {
       if (name === 'outcome') { cell.className = 'outcome'; cell.style.color = this.colours[trial.outcome]; }
       row.append(cell);
     }
-    row.words = `${trial.number} ${trial.outcome} ${paramsText(trial.params)} ${trial.error ?? ''}`.toLowerCase();
     return row;
   }
 
   arrange() {
     const { sweep, sort } = this, column = this.columns.find((c) => (c[5] ?? c[0]) === sort.name);
     const words = byId('filter').value.toLowerCase().split(/\s+/).filter(Boolean);
-    let trials = sweep.inOrder().filter((trial) => words.every((word) => this.rows.get(trial.number).words.includes(word)));
+    let trials = words.length ? sweep.inOrder().filter((trial) => words.every((word) => wordsOf(trial).includes(word))) : sweep.inOrder();
     if (column) {
       const of = new Map(trials.map((trial) => [trial, column[1](trial, sweep)]));
       const lacks = (value) => value === null || value === undefined || value === '';
@@ -82,7 +94,8 @@ export class TrialTable {
     }
     byId('shown').textContent = words.length ? `${trials.length} of ${sweep.trials.size}` : `${sweep.trials.size} trials`;
     byId('rule').textContent = `Rule: ${sweep.about.rule}.`;
-    const table = byId('trials'), wanted = trials.map((trial) => this.rows.get(trial.number));
+    this.numFound = trials.length;
+    const table = byId('trials'), wanted = trials.slice(0, this.most).map((trial) => this.rowOf(trial));
     const shown = table.tBodies[0]?.rows;
     this.head(table);
     if (shown?.length === wanted.length && wanted.every((row, i) => row === shown[i])) return;

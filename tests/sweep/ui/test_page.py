@@ -116,6 +116,23 @@ def test_a_click_sorts_and_picks_and_words_filter(tmp_path):
 
 
 @needs_browser
+def test_rows_are_made_as_they_come_into_view(tmp_path, monkeypatch):
+    live = LiveSweep(swept(tmp_path / "sweep"))
+    answer = live.changes(None)
+    numbers = [*range(250)]
+    trials = [{**answer["trials"][0], "number": number, "params": {"lora.rank": number}} for number in numbers]
+    monkeypatch.setattr(LiveSweep, "changes", lambda self, cursor: {**answer, "trials": trials, "ranks": numbers})
+    with served(live.folder) as address, opened(tmp_path, address) as tab:
+        assert tab.wait_for(ROWS) == 100
+        for made in (200, 250):
+            tab.ask("document.querySelector('.tall').scrollTop = 1e6")
+            tab.wait_for(f"{ROWS} === {made}")
+        tab.ask("document.querySelector('#filter').value = 'rank=249'")
+        tab.ask("document.querySelector('#filter').dispatchEvent(new Event('input'))")
+        assert tab.ask(ROWS) == 1
+
+
+@needs_browser
 def test_buttons_and_lines_go_to_control_and_are_disabled_without_it(tmp_path):
     folder, taken = swept(tmp_path / "sweep"), []
 

@@ -144,7 +144,7 @@ def test_a_command_line_goes_to_control_with_the_folder_and_its_answer_comes_bac
 
 
 def test_control_is_found_where_this_version_has_it(monkeypatch):
-    monkeypatch.setattr(orders, "CONTROL", "sweep.no_such_room.__main__")
+    monkeypatch.setattr(orders, "CONTROL", "sweep.no_such_command")
     assert orders.find_control() is None
     module = ModuleType("made_control")
     module.main = lambda words: 0
