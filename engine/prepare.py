@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from engine.adapter.origin import is_same_base
+from engine.adapter.start import check_start, read_start
 from engine.command_answers import EVALUATION, TRAINING, DataAccount, Facts, PreparedFacts, VisibleCard
 from engine.config.targets import resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
@@ -51,6 +53,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         facts, tokenizer = models[key]
         features = facts.features
         targets = resolve_targets(list(features), config.lora.target_modules)
+        notes += _check_start(config, targets, features)
         num_trainable.append(sum(config.lora.rank * sum(features[name]) for name in targets))
         data_key = key + repr(config.data)
         if data_key not in accounts:
@@ -112,6 +115,17 @@ def _check_task(config: TrainConfig, facts: ModelFacts, tokenizer: Any, view: An
         allowed = f"must be at most {most - longest}: the model has {most} positions, and a prompt takes {longest} of them"
         raise InputError("metrics.max_new_tokens", config.metrics.max_new_tokens, allowed)
     return num_samples, longest
+
+
+def _check_start(config: TrainConfig, targets: list[str], features: dict[str, tuple[int, int]]) -> list[str]:
+    """Check the adapter that trials start from; return what to tell the user."""
+    adapter = read_start(config.lora)
+    if adapter is None:
+        return []
+    check_start(adapter, config.lora, targets, features)
+    if is_same_base(config.model.path, adapter.base):
+        return []
+    return [f"lora.start_from was trained on a base model of another name, {adapter.base!r}; its layers have the same shapes"]
 
 
 def _distinct(accounts: Iterable[DataAccount]) -> list[DataAccount]:

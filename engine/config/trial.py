@@ -66,6 +66,9 @@ class LoraConfig(StrictModel):
     lora_dropout: Fraction = 0.0
     target_modules: Annotated[str | tuple[str, ...], ListAsTuple] = ALL_LINEAR
     use_rslora: bool = False
+    start_from: str | None = Field(
+        None, min_length=1, description="PEFT folder of an adapter to train on from, of the same targets and at most this rank"
+    )
 
     @model_validator(mode="after")
     def _targets_not_empty(self) -> LoraConfig:
@@ -167,6 +170,7 @@ LATER: dict[str, dict[str, Any]] = {
         "eval_revision": None, "eval_files": None, "columns": {}, "bad_rows": "error", "overlong": "cut",
         "template_kwargs": None, "date": None, "turns": "all", "eval_weights": None, "eval_limits": {},
     },
+    "lora": {"start_from": None},
     "optim": {"ema_horizon": None, "loraplus_lr_ratio": 1.0, "decay_ratio": 0.2},
     "train": {"matmul": Matmul.BF16.value},
 }  # fmt: skip

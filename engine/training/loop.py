@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from engine.adapter.lora import LoraLinear, attach, detach
 from engine.adapter.running_average import RunningAverage
+from engine.adapter.start import start_from
 from engine.config.trial import TrainConfig
 from engine.data.view import make_cursor
 from engine.data.views import load_recorded
@@ -109,6 +110,7 @@ def _begun(config: TrainConfig, trial_folder: Path, base: Base, layers: dict[str
 
     def begin() -> _Run:
         layers.update(attach(base.model, base.linear_names, config.lora, config.train.seed))
+        start_from(layers, config.lora)
         return _Run(config, trial_folder, base, layers, *others)
 
     try:

@@ -138,6 +138,7 @@ def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]
         ("rank", str(lora.rank)),
         ("lora_alpha", f"{lora.alpha:g}" + (" (rsLoRA)" if lora.use_rslora else "")),
         *config_rows(config, "lora_dropout", "target_modules"),
+        *([] if lora.start_from is None else config_rows(config, "started from")),
         ("trainable parameters", f"{num_parameters(record):,}"),
         *config_rows(config, "learning_rate", "max_seq_length"),
         ("base weights", config.model.quantization),
