@@ -66,6 +66,9 @@ class LoraConfig(StrictModel):
     lora_dropout: Fraction = 0.0
     target_modules: Annotated[str | tuple[str, ...], ListAsTuple] = ALL_LINEAR
     use_rslora: bool = False
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=65_536)]] = Field(
+        {}, description="ranks of some layers, by a name's end or a regular expression: {up_proj: 8}; the scaling stays"
+    )
     start_from: str | None = Field(
         None, min_length=1, description="PEFT folder of an adapter to train on from, of the same targets and at most this rank"
     )
@@ -74,6 +77,15 @@ class LoraConfig(StrictModel):
     def _targets_not_empty(self) -> LoraConfig:
         if not self.target_modules or (not isinstance(self.target_modules, str) and not all(self.target_modules)):
             raise ValueError("target_modules must name at least one module, or be 'all-linear'")
+        return self
+
+    @model_validator(mode="after")
+    def _pattern_is_valid(self) -> LoraConfig:
+        for key in self.rank_pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise InputError("lora.rank_pattern", key, f"must be a valid regular expression ({error})") from None
         return self
 
     @property
@@ -170,7 +182,7 @@ LATER: dict[str, dict[str, Any]] = {
         "eval_revision": None, "eval_files": None, "columns": {}, "bad_rows": "error", "overlong": "cut",
         "template_kwargs": None, "date": None, "turns": "all", "eval_weights": None, "eval_limits": {},
     },
-    "lora": {"start_from": None},
+    "lora": {"start_from": None, "rank_pattern": {}},
     "optim": {"ema_horizon": None, "loraplus_lr_ratio": 1.0, "decay_ratio": 0.2},
     "train": {"matmul": Matmul.BF16.value},
 }  # fmt: skip

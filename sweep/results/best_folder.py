@@ -135,7 +135,7 @@ def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]
         *config_rows(config, "training data"),
         *_averaged(kept, config),
         ("tokens seen by this adapter", f"{kept.tokens_seen:,} of {last.tokens_seen:,} trained"),
-        ("rank", str(lora.rank)),
+        ("rank", ", ".join([str(lora.rank), *(f"{name}: {rank}" for name, rank in lora.rank_pattern.items())])),
         ("lora_alpha", f"{lora.alpha:g}" + (" (rsLoRA)" if lora.use_rslora else "")),
         *config_rows(config, "lora_dropout", "target_modules"),
         *([] if lora.start_from is None else config_rows(config, "started from")),

@@ -125,7 +125,7 @@ def test_a_resume_has_the_same_numbers_and_another_adapter_is_refused(tiny_confi
 @pytest.mark.parametrize(
     ("lora", "why"),
     [
-        ({"rank": 2}, "has rank 4, above lora.rank = 2: take"),
+        ({"rank": 2}, "has rank 4 in .*, above lora.rank = 2: take"),
         ({"target_modules": [*TARGETS, "o_proj"]}, r"o_proj is one that it does not adapt; .*\[down_proj,q_proj,v_proj\]"),
         ({"target_modules": ["q_proj"]}, "is one that it adapts too"),
         ({"start_from": "nowhere"}, "adapter_config.json is not in it"),
