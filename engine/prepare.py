@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from engine.adapter.origin import is_same_base
+from engine.adapter.start import check_start, read_start
 from engine.command_answers import EVALUATION, TRAINING, DataAccount, Facts, PreparedFacts, VisibleCard
-from engine.config.targets import resolve_targets
+from engine.config.targets import layer_ranks, resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.account import account_data
 from engine.data.view import AnyView
@@ -51,7 +53,9 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         facts, tokenizer = models[key]
         features = facts.features
         targets = resolve_targets(list(features), config.lora.target_modules)
-        num_trainable.append(sum(config.lora.rank * sum(features[name]) for name in targets))
+        ranks = layer_ranks(config.lora, targets)
+        notes += _check_start(config, ranks, features)
+        num_trainable.append(sum(rank * sum(features[name]) for name, rank in ranks.items()))
         data_key = key + repr(config.data)
         if data_key not in accounts:
             *both, accounts[data_key] = account_data(config.data, tokenizer)
@@ -112,6 +116,17 @@ def _check_task(config: TrainConfig, facts: ModelFacts, tokenizer: Any, view: An
         allowed = f"must be at most {most - longest}: the model has {most} positions, and a prompt takes {longest} of them"
         raise InputError("metrics.max_new_tokens", config.metrics.max_new_tokens, allowed)
     return num_samples, longest
+
+
+def _check_start(config: TrainConfig, ranks: dict[str, int], features: dict[str, tuple[int, int]]) -> list[str]:
+    """Check the adapter that trials start from; return what to tell the user."""
+    adapter = read_start(config.lora)
+    if adapter is None:
+        return []
+    check_start(adapter, config.lora, ranks, features)
+    if is_same_base(config.model.path, adapter.base):
+        return []
+    return [f"lora.start_from was trained on a base model of another name, {adapter.base!r}; its layers have the same shapes"]
 
 
 def _distinct(accounts: Iterable[DataAccount]) -> list[DataAccount]:

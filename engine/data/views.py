@@ -30,7 +30,7 @@ from engine.dialogue.encoding import Encoder
 from engine.dialogue.templates import chat_template
 from engine.errors import InputError, InputsChanged
 from engine.sources.builtin import PREFIX, resolve_data
-from engine.sources.identity import identify_model, is_input_fault, refuse_changed, short_digest
+from engine.sources.identity import identify_model, identify_start, is_input_fault, refuse_changed, short_digest
 from engine.system.shared_cache import build_once
 from engine.units import counted
 
@@ -155,6 +155,7 @@ def identify(config: TrainConfig, tokenizer: Any, views: tuple[AnyView, AnyView]
     """Return the digests of all that the trials of a sweep share, by part (engine/sources/identity.py)."""
     return {
         **identify_model(config.model),
+        **identify_start(config.lora),
         "template": short_digest(chat_template(tokenizer, config.data.chat_template) or ""),
         **identify_samples(views),
     }

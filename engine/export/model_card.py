@@ -87,6 +87,7 @@ def config_rows(config: TrainConfig, *names: str) -> list[tuple[str, str]]:
     texts = {
         "target_modules": targets if isinstance(targets, str) else ", ".join(targets),
         "lora_dropout": f"{config.lora.lora_dropout:g}",
+        "started from": f"the adapter `{public_name(config.lora.start_from or '')}`",
         "learning_rate": f"{config.optim.learning_rate:g} ({config.optim.lr_schedule})",
         "max_seq_length": str(config.data.max_seq_length),
         "max_tokens": f"{config.train.max_tokens:,}",
@@ -196,7 +197,7 @@ def _settings(facts: ExportFacts) -> list[tuple[str, str]]:
         rows += [
             ("trained on", f"`{public_name(config.model.path)}`, {config.model.quantization}"),
             ("trained with", "rsLoRA, folded in here" if config.lora.use_rslora else "plain LoRA"),
-            *config_rows(config, *names),
+            *config_rows(config, *names, *(["started from"] if config.lora.start_from else [])),
             ("config fingerprint", f"`{config.fingerprint()}`"),
         ]
     if facts.measured is not None:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from engine.config.matmul import Matmul
-from engine.config.targets import target_rule
+from engine.config.targets import pattern_value, target_rule
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.shape.compute_limits import HOST_EMBEDDING_MIN_BYTES
@@ -113,12 +113,26 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
     cached = _cached(config, shape)
     plans, counts = [], (loop.keep_layers, loop.host_layers) if is_fused(config, shape) else (0, 0)
     policies = layer_policies(shape.num_layers, Policy.of(loop.activation_checkpointing), *counts)
+    ranks_by_layer = _ranks(config.lora.rank, tuple(config.lora.rank_pattern.items()), shape)
     for i, (names, one) in enumerate(zip(adapted, shape.each)):
-        sizes = {name: config.lora.rank * sum(features) for name, features in one.projections().items()}
-        ranks = {group: config.lora.rank * sum(n in names for n in members) for group, members in one.groups.items()}
+        rank_of = ranks_by_layer[i]
+        sizes = {name: rank_of[name] * sum(features) for name, features in one.projections().items()}
+        ranks = {group: sum(rank_of[n] for n in members if n in names) for group, members in one.groups.items()}
         adapter = {group: sum(sizes[n] for n in members if n in names) for group, members in one.groups.items()}
         plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, i > first, outside, config.matmul))
     return plans
+
+
+@functools.lru_cache(maxsize=32)
+def _ranks(rank: int, pattern: tuple[tuple[str, int], ...], shape: ModelShape) -> tuple[dict[str, int], ...]:
+    """Return the rank that each projection of each layer would have. pattern: items of `lora.rank_pattern`."""
+    named = dict(pattern)
+
+    def rank_of(i: int, group: str, name: str) -> int:
+        return pattern_value(named, f"model.layers.{i}.{shape.layer.path(group, name)}", rank) if named else rank
+
+    groups = [one.groups.items() for one in shape.each]
+    return tuple({n: rank_of(i, group, n) for group, members in items for n in members} for i, items in enumerate(groups))
 
 
 def adapted_outside(config: TrainConfig, shape: ModelShape) -> dict[str, tuple[int, int]]:
@@ -129,7 +143,8 @@ def adapted_outside(config: TrainConfig, shape: ModelShape) -> dict[str, tuple[i
 
 def num_trained(config: TrainConfig, shape: ModelShape, plans: list[LayerPlan]) -> int:
     """Return the number of trained values."""
-    outside = config.lora.rank * sum(map(sum, adapted_outside(config, shape).values()))
+    lora, found = config.lora, adapted_outside(config, shape)
+    outside = sum(pattern_value(lora.rank_pattern, f"model.{name}", lora.rank) * sum(found[name]) for name in found)
     return outside + sum(sum(plan.adapter.values()) for plan in plans)
 
 

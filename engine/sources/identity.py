@@ -12,20 +12,23 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.config.trial import ModelConfig, TrainConfig
+from engine.config.trial import LoraConfig, ModelConfig, TrainConfig
 from engine.errors import InputError, InputsChanged
 from engine.sources.locate import locate
 from engine.sources.weight_files import weight_files
 from engine.system.checksums import content_digests, stamp
 from engine.system.shared_cache import build_once
+from engine.system.user_path import user_path
 
 CONFIG_FILES = ("config.json", "generation_config.json", "*.py")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PARTS = {
     "commit": ("model.path", "its commit on the hub"),
     "config": ("model.path", "its config or code"),
     "weights": ("model.path", "its weights"),
     "tokenizer": ("model.path", "its tokenizer"),
+    "adapter": ("lora.start_from", "the adapter that trials start from"),
     "template": ("data.chat_template", "the chat template"),
     "training": ("data.train", "the training samples"),
     "evaluation": ("data.eval", "the evaluation samples"),
@@ -98,6 +101,11 @@ def identify_model(config: ModelConfig) -> dict[str, str]:
         "tokenizer": _digest_of(folder, TOKENIZER_FILES),
         "weights": _weights_digest(folder, config.path),
     }
+
+
+def identify_start(config: LoraConfig) -> dict[str, str]:
+    """Return the digest of the adapter that trials start from, or nothing if they start anew."""
+    return {} if config.start_from is None else {"adapter": _digest_of(user_path(config.start_from), ADAPTER_FILES)}
 
 
 def short_digest(content: str) -> str:

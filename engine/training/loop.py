@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from engine.adapter.lora import LoraLinear, attach, detach
+from engine.adapter.lora import LoraLinear, detach
 from engine.adapter.running_average import RunningAverage
+from engine.adapter.start import attach_started
 from engine.config.trial import TrainConfig
 from engine.data.view import make_cursor
 from engine.data.views import load_recorded
@@ -108,7 +109,7 @@ def _begun(config: TrainConfig, trial_folder: Path, base: Base, layers: dict[str
     """Attach the adapter, and return the trial. If there is no room, earlier trials' recordings make way."""
 
     def begin() -> _Run:
-        layers.update(attach(base.model, base.linear_names, config.lora, config.train.seed))
+        layers.update(attach_started(base.model, base.linear_names, config.lora, config.train.seed))
         return _Run(config, trial_folder, base, layers, *others)
 
     try:
@@ -147,7 +148,7 @@ class _Run:
             self.task = TaskMetrics.of(config, base, eval_view)
         self.passes = Passes(config, base, layers, self.train_view, samples)
         self.adapter = self.passes.adapter
-        self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
+        self.optimizer = make_optimizer(self.adapter.parameter, config.optim, self.adapter.num_a)
         fingerprint = config.fingerprint()
         self.average = RunningAverage(self.adapter, config.optim.ema_horizon)
         tensors = Tensors(layers, self.optimizer, self.average.values)

@@ -12,7 +12,7 @@ from engine.config.data_sources import SourceConfig
 from engine.system.user_path import names_something, user_path
 from sweep.config.sweep import SweepConfig
 
-FIELDS = (("model", "path"), ("data", "train"), ("data", "eval"), ("data", "chat_template"))
+FIELDS = (("model", "path"), ("data", "train"), ("data", "eval"), ("data", "chat_template"), ("lora", "start_from"))
 SQLITE = "sqlite:///"
 NAMES = {("data", "chat_template"): ("chatml",), ("data", "eval"): (ON_TRAINING_SAMPLES,)}
 """Values that are no path, even if there is a file of that name: for the file, write ./chatml."""

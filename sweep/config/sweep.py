@@ -16,8 +16,9 @@ from pydantic import Field, PlainValidator, field_validator
 
 from engine.config.data_section import DataConfig
 from engine.config.metrics_section import FINALISTS, MetricsConfig, sign_of
+from engine.config.optim_section import OptimConfig
 from engine.config.parsing import MAX_SECONDS, ListAsTuple, StrictModel, parse
-from engine.config.trial import LoopConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
+from engine.config.trial import LoopConfig, LoraConfig, ModelConfig, TrainConfig
 from engine.errors import InputError
 from engine.planning.cards import find_card
 from sweep.config.budget_limits import MAX_TRIALS, BudgetConfig

@@ -15,7 +15,10 @@ from hydra.errors import HydraException
 
 from engine.system.user_path import user_path
 
-PATHS = ("model.path", "data.train", "data.eval", "data.chat_template", "sweep.output_dir", "tracking.uri", "resume")
+PATHS = (
+    "model.path", "data.train", "data.eval", "data.chat_template", "lora.start_from", "sweep.output_dir", "tracking.uri",
+    "resume",
+)  # fmt: skip
 LISTS = ("sweep.warm_start",)
 PATH_OR_LIST = ("data.train", "data.eval")  # [a.jsonl,b.jsonl] is a list, unless a file has that very name
 AS_HYDRA_HAS_IT = ("null", "???")  # no value, and a value that is still missing

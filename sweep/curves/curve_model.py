@@ -171,11 +171,16 @@ def progress_of(grid: tuple[int, ...]) -> np.ndarray:
     return np.array([math.log(grid[-1] / tokens) / math.log(grid[-1] / grid[0]) for tokens in grid])
 
 
-def decay_of(schedule: str, grid: tuple[int, ...]) -> np.ndarray:
-    """Return by rung the share of the peak rate that is still to go, for a schedule's name: float64 [R]."""
+def decay_of(schedule: str, grid: tuple[int, ...], decay_ratio: float = 0.2) -> np.ndarray:
+    """Return by rung the share of the peak rate that is still to go, for a schedule's name: float64 [R].
+
+    decay_ratio: the last share of the tokens, in which `wsd` decays.
+    """
     share = np.array(grid) / grid[-1]
     if schedule == "cosine":
         return 0.5 * (1.0 + np.cos(np.pi * share))
+    if schedule == "wsd":
+        return 1.0 - np.sqrt(np.maximum(0.0, 1.0 - (1.0 - share) / decay_ratio))
     return 1.0 - share if schedule == "linear" else np.zeros(len(grid))
 
 

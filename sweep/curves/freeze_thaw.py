@@ -47,7 +47,8 @@ class FreezeThaw:
         self._seen_tokens, self._seed = np.array((0, *grid)), seed
         self._num_rungs, self._progress = len(grid), progress_of(tuple(grid))
         self._encoder = TrialEncoder(space, base, rate_prior)
-        decay = decay_of(base["optim"].get("lr_schedule", "cosine"), tuple(grid))
+        optim = base["optim"]
+        decay = decay_of(optim.get("lr_schedule", "cosine"), tuple(grid), optim.get("decay_ratio", 0.2))
         self._model = CurveModel(self._progress, decay, self._encoder.is_name, self._encoder.knows_rate, prior)
         self._curves: dict[int, SeenCurve] = {}
         self._trial_rows: dict[int, np.ndarray] = {}

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from engine.config.data_section import ON_TRAINING_SAMPLES, as_list
+from engine.config.optim_section import LIONS
 from engine.errors import InputError
 from engine.sources.builtin import PREFIX
 from engine.sources.hub_ids import is_only_on_hub
@@ -57,6 +58,11 @@ Rule = Callable[[Settings], str | None]
 
 def _if_equal(path: str, value: Any) -> Rule:
     return lambda given: f"{path} = {value}" if given.always(path, lambda found: found == value) else None
+
+
+def _unless_equal(path: str, value: Any) -> Rule:
+    """The field has its effect only with this value of another one."""
+    return lambda given: f"no trial has {path} = {value}" if given.always(path, lambda found: found != value) else None
 
 
 def _if_set(path: str) -> Rule:
@@ -130,6 +136,8 @@ RULES: dict[str, Rule] = {
     "data.template_kwargs": _if_equal("data.format", "text"),
     "data.turns": _if_equal("data.format", "text"),
     "data.date": _if_equal("data.format", "text"),
+    "optim.decay_ratio": _unless_equal("optim.lr_schedule", "wsd"),
+    "optim.eps": lambda given: "Lion has no eps" if given.always("optim.name", lambda found: found in LIONS) else None,
     "optim.min_lr_ratio": _if_equal("optim.lr_schedule", "constant"),
     "train.num_reports": _if_set("train.report_at_tokens"),
     "train.gradient_accumulation_steps": _if_set("train.tokens_per_step"),

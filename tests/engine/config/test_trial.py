@@ -48,6 +48,7 @@ def test_a_trial_without_an_average_has_the_fingerprint_of_older_versions():
     older = "11ad88c6ccd9f221"  # before optim.ema_horizon was there
     assert config(train={"max_tokens": 1000}).fingerprint() == older
     assert config(train={"max_tokens": 1000}, optim={"ema_horizon": 0.1}).fingerprint() != older
+    assert config(train={"max_tokens": 1000}, optim={"loraplus_lr_ratio": 16.0}).fingerprint() != older
 
 
 def test_json_round_trips_and_the_fingerprint_tells_configs_apart():

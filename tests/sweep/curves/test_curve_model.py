@@ -154,3 +154,4 @@ def test_the_decay_is_that_of_the_schedule():
     np.testing.assert_allclose(decay_of("cosine", (1, 2, 4)), [0.5 + 0.5 / math.sqrt(2), 0.5, 0.0], atol=1e-12)
     np.testing.assert_allclose(decay_of("linear", (1, 2, 4)), [0.75, 0.5, 0.0])
     assert not decay_of("constant", (1, 2, 4)).any()
+    np.testing.assert_allclose(decay_of("wsd", (1, 2, 3, 4), 0.5), [1.0, 1.0, 1.0 - math.sqrt(0.5), 0.0], atol=1e-12)

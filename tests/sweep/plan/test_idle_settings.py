@@ -37,6 +37,8 @@ IDLE = {  # what is given -> both names
     "model.revision=abc": ["model.revision", "model.path"],
     "model.double_quantization=true model.quantization=none": ["model.double_quantization", "model.quantization = none"],
     "optim.min_lr_ratio=0.1 optim.lr_schedule=constant": ["optim.min_lr_ratio", "optim.lr_schedule = constant"],
+    "optim.decay_ratio=0.3": ["optim.decay_ratio", "no trial has optim.lr_schedule = wsd"],
+    "optim.eps=1e-6 optim.name=lion": ["optim.eps", "Lion has no eps"],
     "space.optim.min_lr_ratio.choices=[0,0.1] optim.lr_schedule=constant": ["space.optim.min_lr_ratio", "constant"],
     "sweep.prior=true sampler=grid": ["sweep.prior = True", "sampler.name = grid"],
     "cluster.wait_s=60": ["cluster.wait_s", "cluster.address is not given"],
