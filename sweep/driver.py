@@ -91,7 +91,7 @@ def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engin
         overrides = {**overrides, ADDRESS: absolute_uri(uri, Path.cwd())}
     config = apply_resume_changes(read_unedited_config(folder), overrides)
     refuse_unconfirmed(config, overrides, os.environ, home_folder())
-    plan = make_sweep_plan(config, _find_hardware)
+    plan = make_sweep_plan(config, _find_hardware, is_new=False)
     refuse_idle_overrides(config, plan.space, overrides)
     recorded = read_begun_with(folder).inputs
     recorded = folder.read_data() if recorded is None else recorded

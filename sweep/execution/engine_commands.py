@@ -9,6 +9,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from engine.command_answers import AdapterEvaluation, Facts, PreparedFacts
@@ -99,10 +100,11 @@ class Standby:
         self._child: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        """Start the process; a second call does nothing."""
+        """Start the process; a second call does nothing. A machine that cannot start it now is no fault of the sweep."""
         if self._child is None:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            self._child = subprocess.Popen(python_module(self._module, "standby"), env=own_environment(), text=True, **pipes)
+            with suppress(OSError):  # too many files or processes, or no memory for one more
+                self._child = subprocess.Popen(python_module(self._module, "standby"), env=own_environment(), text=True, **pipes)
 
     def has_run(self, command: list[str]) -> bool:
         """Run an engine command. Returns whether it succeeded; False also without a process."""

@@ -126,11 +126,14 @@ class SweepPlan:
         return "\n".join(map(printable, lines))
 
 
-def make_sweep_plan(config: SweepConfig, find_hardware: Callable[[ClusterConfig], Hardware] = local_hardware) -> SweepPlan:
+def make_sweep_plan(
+    config: SweepConfig, find_hardware: Callable[[ClusterConfig], Hardware] = local_hardware, is_new: bool = True
+) -> SweepPlan:
     """Check space, grid and hardware. Raises InputError. Writes nothing.
 
     find_hardware: returns the hardware for this cluster section. It may wait for nodes, so it is
-    called only after space and grid have passed.
+    called only after space and grid have passed. is_new: False for a sweep that goes on, whose space
+    cannot change: it is held to what it began with.
     """
     space = parse_space(config.space)
     if config.sampler.name == "grid":
@@ -138,6 +141,8 @@ def make_sweep_plan(config: SweepConfig, find_hardware: Callable[[ClusterConfig]
     base = config.base().model_dump(mode="json")
     check_weights(space, base)
     space.single_changes(base)
+    if is_new:
+        space.check_pairs(base)
     read_own_points(config.sweep.first_trials, space, base)
     _check_pruner(config)
     found = find_hardware(config.cluster)

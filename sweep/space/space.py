@@ -6,6 +6,7 @@ a TrainConfig. sweep/space/parse.py reads a Space from the config's `space` sect
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -186,6 +187,22 @@ class Space:
                 except InputError as error:
                     raise InputError(f"space.{dimension.path}", value, f"not valid in a trial: {error}") from None
         return list({config.fingerprint(): config for config in configs}.values())
+
+    def check_pairs(self, base: Mapping[str, Any]) -> None:
+        """Raise InputError if two values, each valid by itself, are not valid together: a sampler may draw both."""
+        known = {dimension.path: dimension for dimension in self.dimensions}
+        first = {d.path: d.corners()[0] for d in self.dimensions if not d.when and not d.holds(_value_at(base, d.path))}
+        for one, other in itertools.combinations(self.dimensions, 2):
+            parents = {**first, **_parents(one, known), **_parents(other, known)}
+            for value, second in itertools.product(one.corners(), other.corners()):
+                params = {**parents, one.path: value, other.path: second}
+                if not (is_active(one, params) and is_active(other, params)):
+                    continue
+                try:
+                    self.apply(base, params)
+                except InputError as error:
+                    allowed = f"not valid with {one.path} = {value}: {error}; leave one out, or give one a condition with `when`"
+                    raise InputError(f"space.{other.path}", second, allowed) from None
 
 
 def is_active(dimension: Dimension, params: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -95,6 +96,18 @@ def test_a_process_on_standby_evaluates_and_where_it_died_a_new_one_does(tmp_pat
     idle.start()
     idle.close()
     assert idle._child.returncode is not None
+
+
+def test_a_sweep_goes_on_where_no_process_on_standby_can_be_started(tmp_path, tiny_config, monkeypatch, started):
+    def full(*_, **__):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(engine_commands.subprocess, "Popen", full)
+    standby = engine_commands.Standby("engine")
+    standby.start()
+    assert isinstance(engine_commands.evaluate(build(tiny_config), tmp_path, "engine", standby=standby), AdapterEvaluation)
+    standby.close()
+    assert len(started) == 1
 
 
 def test_standby_runs_the_command_of_its_line_and_ends_where_none_comes(capsys, monkeypatch):
