@@ -69,7 +69,7 @@ def changed_part(here: Mapping[str, Any], there: Mapping[str, Any] | None) -> st
 
 def best_points(found: Iterable[tuple[str, dict[str, Any], TrialRecord]]) -> list[dict[str, Any]]:
     """Return the params of the trials with the lowest losses, at most NUM_FIRST_POINTS. Only those that could win count."""
-    able = [(record.score, params) for _, params, record in found if record.outcome in CONTENDERS]
+    able = [(record.score, params) for _, params, record in found if record.outcome in CONTENDERS and record.keeps_limits]
     known = sorted((one for one in able if one[0] is not None), key=lambda one: one[0])
     return [params for _, params in known[:NUM_FIRST_POINTS]]
 
