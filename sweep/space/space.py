@@ -191,7 +191,7 @@ class Space:
     def check_pairs(self, base: Mapping[str, Any]) -> None:
         """Raise InputError if two values, each valid by itself, are not valid together: a sampler may draw both."""
         known = {dimension.path: dimension for dimension in self.dimensions}
-        first = {d.path: d.corners()[0] for d in self.dimensions if not d.when and not d.holds(_value_at(base, d.path))}
+        first = {d.path: d.corners()[0] for d in self.dimensions if not d.when and not d.holds(value_at(base, d.path))}
         for one, other in itertools.combinations(self.dimensions, 2):
             parents = {**first, **_parents(one, known), **_parents(other, known)}
             for value, second in itertools.product(one.corners(), other.corners()):
