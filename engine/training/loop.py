@@ -64,9 +64,8 @@ def train(
 ) -> Iterator[TrialReport]:
     """Train one adapter and yield a TrialReport at each point of `config.train.report_grid()`.
 
-    A continued run first yields a report that a crash withheld, before it trains again. `auto`
-    settings are planned for this card. If a step runs out of memory, a leaner plan computes it
-    again.
+    A continued run first yields a report that a crash withheld. `auto` settings are planned for
+    this card. If a step runs out of memory, a leaner plan computes it again.
 
     base: a loaded base model that matches `config.model`; it is returned without the adapter. If
     None, `train` loads the model and frees it at the end. interrupted: called before each step and
