@@ -132,7 +132,9 @@ class LoopConfig(StrictModel):
         description="number of other layers, spread evenly, that keep activations in pinned host memory; "
         "of rows above 8,192 tokens their inputs and attention's outputs",
     )
-    weight_cache_gib: Annotated[Gib, Field(ge=0.0)] | Auto = Field("auto", description="device memory for dequantised weights")
+    weight_cache_gib: Annotated[Gib, Field(ge=0.0)] | Auto = Field(
+        "auto", description="device memory for dequantised weights or INT8 codes"
+    )
     matmul: MatmulSetting = Field(
         "bf16",
         description="products with the frozen base: bf16: in model.dtype; int8_backward: in INT8 in the input gradient; "

@@ -125,9 +125,18 @@ def _why(space: Space, base: Mapping[str, Any], record: TrialRecord) -> str:
             path = f"{section}.{key}"
             if path in free and coordinate(free[path], value) is OUTSIDE:
                 return f"{path} is {value!r} in trial {record.number}, and {free[path].describe()} here"
-            if path not in free and plain(base[section][key]) != plain(value):
+            if path not in free and plain(base[section][key]) != plain(value) and _matters(base, section, key, value):
                 return f"{path} is {value!r} in trial {record.number}, and {base[section][key]!r} here"
     return f"trial {record.number} was trained in a different way"
+
+
+def _matters(base: Mapping[str, Any], section: str, key: str, value: Any) -> bool:
+    """Return whether a config with this value trains another adapter; False for `auto` and its meaning."""
+    try:
+        changed = parse(TrainConfig, {**base, section: {**base[section], key: value}})
+    except InputError:  # not with the other values here
+        return True
+    return changed.fingerprint() != parse(TrainConfig, base).fingerprint()
 
 
 def _check_equal(name: str, path: str, here: Any, there: Any, reason: str) -> None:

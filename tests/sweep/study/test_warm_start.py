@@ -172,6 +172,10 @@ def test_two_sweeps_that_share_a_trial_give_it_once(tmp_path):
             {"optim": {"lr_schedule": "linear"}},
             "none of its 4 ended trials is a point of this space: optim.lr_schedule is 'cosine'",
         ),
+        (
+            {"train": {"max_tokens": 400, "num_reports": 4, "weight_cache_gib": 1.0, "matmul": "int8"}},
+            "none of its 4 ended trials is a point of this space: train.matmul is 'bf16' in trial 0, and 'int8' here",
+        ),
         ({"space": {"lora.rank": {"choices": [64]}}}, "none of its 4 ended trials is a point of this space: lora.rank is"),
     ],
 )
@@ -183,6 +187,14 @@ def test_what_does_not_compare_is_one_line_that_says_why(tmp_path, change, part)
     with pytest.raises(InputError) as error:
         read(config)
     assert part in str(error.value) and str(error.value).startswith("sweep.warm_start = ") and "\n" not in str(error.value)
+
+
+def test_auto_products_take_the_trials_of_a_sweep_with_those_that_auto_means(tmp_path):
+    from sweep.config.sweep import parse_sweep_config
+
+    old = finished_sweep(tmp_path / "old", config_for(WIDE))
+    train = {"max_tokens": 400, "num_reports": 4, "matmul": "auto"}
+    assert len(read(parse_sweep_config({**warm_config(old).model_dump(mode="json"), "train": train}))) == 4
 
 
 def test_a_folder_that_is_none_and_a_sweep_without_results_are_one_line(tmp_path):
