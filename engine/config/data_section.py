@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import date
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -122,6 +122,12 @@ class DataConfig(StrictModel):
         found = {f"data.train.{i}": source.path for i, source in enumerate(self.mixture)} or {"data.train": self.train}
         sets = {f"data.eval.{name}": source and source.path for name, source in self.eval_sets.items()}
         return {**found, **(sets or {"data.eval": self.eval})}
+
+    @field_validator("eval_limits", mode="before")
+    @classmethod
+    def _none_is_no_limit(cls, value: Any) -> Any:
+        """Take null, because a file of conf/ cannot empty the mapping of another."""
+        return {} if value is None else value
 
     @field_validator("columns")
     @classmethod
