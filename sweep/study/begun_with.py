@@ -6,8 +6,9 @@ The journal is the record. `sweep_config.json` is its copy for people and progra
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from engine.errors import InputError
 from sweep.config.resume_changes import refuse_edits
@@ -16,7 +17,7 @@ from sweep.folder.sweep_folder import SweepFolder
 from sweep.prior.kept_beginning import Attributes
 from sweep.steering.history import with_all_settings
 from sweep.study.journal import read_attributes
-from sweep.study.kept_commands import read_commands
+from sweep.study.kept_commands import taken_commands
 
 CONFIG, INPUTS = "config", "inputs"
 NUM_COMMANDS = "num_commands"  # key in the config's text: so many commands had changed it already
@@ -51,7 +52,10 @@ def keep(study: Attributes, attributes: Mapping[str, str]) -> bool:
 
 def read_begun_with(folder: SweepFolder) -> BegunWith:
     """Return what the journal says. Nothing is changed, and the sweep may be running."""
-    attributes = read_attributes(folder)
+    return _begun_with(folder, read_attributes(folder))
+
+
+def _begun_with(folder: SweepFolder, attributes: Mapping[str, Any]) -> BegunWith:
     config, inputs = attributes.get(CONFIG), attributes.get(INPUTS)
     try:
         values = None if config is None else json.loads(config)
@@ -66,12 +70,17 @@ def read_unedited_config(folder: SweepFolder) -> SweepConfig:
 
     InputError if the file differs from the journal in more than a resume may change.
     """
-    recorded = read_begun_with(folder).config
-    if recorded is not None:
-        refuse_edits(folder.read_config(), recorded)
-    return read_effective_config(folder)
+    return _effective_config(folder, refuse_edits)
 
 
 def read_effective_config(folder: SweepFolder) -> SweepConfig:
     """Return the folder's config, with the settings of the commands that came after it. Nothing is changed."""
-    return with_all_settings(folder.read_config(), read_commands(folder)[read_begun_with(folder).num_commands :])
+    return _effective_config(folder, lambda config, recorded: None)
+
+
+def _effective_config(folder: SweepFolder, check: Callable[[SweepConfig, SweepConfig], None]) -> SweepConfig:
+    attributes, config = read_attributes(folder), folder.read_config()
+    begun = _begun_with(folder, attributes)
+    if begun.config is not None:
+        check(config, begun.config)
+    return with_all_settings(config, taken_commands(attributes)[begun.num_commands :])

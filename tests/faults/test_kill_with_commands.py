@@ -68,6 +68,7 @@ def test_a_kill_with_commands_in_between_changes_nothing(tmp_path, sampler, prun
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("sampler", "pruner", "script"), EQUAL)
 def test_a_kill_at_every_write_with_commands_in_between_changes_nothing(tmp_path, sampler, pruner, script):
     assert check(tmp_path, sampler, pruner, script, step=1) > 180
