@@ -31,7 +31,7 @@ REFUSED = {
     "clone 3 lora.rank=8 --warm": "a clone starts from zero",
     "stop 3 --warm": "has no --warm",
     "try": "must name a value",
-    "budget hours=8": "hours is no limit; there are gpu_hours, wall_clock_hours, target_loss, full_trials",
+    "budget hours=8": "hours is no limit; there are gpu_hours, wall_clock_hours, target_loss",
     "finish 3": "takes no further words",
 }
 
