@@ -21,6 +21,7 @@ from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.freezer import make_freezer
 from sweep.ledger.ledger import Ledger
 from sweep.ledger.limits import Limits
+from sweep.ledger.steered_ledger import SteeredLedger
 from sweep.ledger.time_left import TimeLeft
 from sweep.plan.feasibility import Feasibility
 from sweep.plan.sweep_plan import SweepPlan
@@ -72,7 +73,7 @@ class SweepSession:
             run_trials(
                 ledger, self.plan.slots, self.plan.config.cluster.address, self.folder, self.engine,
                 note=self.screen.note, avoid=self._avoid, inputs=self.inputs, calibrate=self.plan.config.cluster.calibrate,
-                on_running_out=self._prepare_evaluation,
+                on_running_out=self._prepare_evaluation, on_turn=ledger.poll,
             )  # fmt: skip
             self.screen.stop()
         if ledger.shortfall:
@@ -117,17 +118,27 @@ class SweepSession:
                 self.screen.note(line)
         return study
 
-    def _open_ledger(self) -> Ledger:
+    def _open_ledger(self) -> SteeredLedger:
         """Open the ledger, and catch up with what the previous driver may not have heard."""
         study, metrics = self._open_study(), self._make_metrics()
         limits = Limits.of(self.plan, elsewhere_s=spent_on_finals(self.folder))
         time_left = TimeLeft(limits, self.plan.config.train.report_grid(), self.plan.space.size())
         # the first one, so that a line about an event already counts it
         listeners = (time_left, self.screen, self.tracker, *([] if metrics is None else [metrics]))
-        freezer = make_freezer(self.plan.config, self.plan.space, study, limits)
-        ledger = Ledger(study, self.folder, limits, freezer=freezer, listeners=listeners, note=self.screen.note)
+
+        def take_limits(limits: Limits) -> None:
+            time_left.take_limits(limits)
+            if metrics is not None:
+                metrics.num_trials = limits.num_trials
+
+        ledger = SteeredLedger(
+            study, self.folder, limits, config=self.plan.config, space=self.plan.space, fit_check=self.feasibility.check_fit,
+            on_limits=take_limits, freezer=make_freezer(self.plan.config, self.plan.space, study, limits), listeners=listeners,
+            note=self.screen.note,
+        )  # fmt: skip
         time_left.begin(ledger.timeline, ledger.clock)
         continued = ledger.recover()
+        ledger.take_commands()
         self.screen.expect(time_left.text)
         if metrics is not None:
             metrics.begin(ledger.timeline, ledger.clock, time_left.seconds)

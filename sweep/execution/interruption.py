@@ -1,10 +1,10 @@
 """Ask a trial to end between two reports.
 
-SIGTERM to its process asks one trial. A stop file that the driver creates asks all of them. The
-trial finishes its step, saves and releases its slot. It later continues from there, and the sweep
-counts no death.
+SIGTERM to its process asks one trial, and so does a note in its folder. A stop file that the driver
+creates asks all of them. The trial finishes its step, saves and releases its slot. It later
+continues from there, and the sweep counts no death.
 
-The stop file reaches every node, because the sweep folder is shared. A Ray call would not do: a
+Such a file reaches every node, because the sweep folder is shared. A Ray call would not do: a
 busy worker takes none.
 """
 
@@ -38,7 +38,8 @@ class Interruption:
         self._when_idle, self._clock = when_idle, clock
         self._is_working = self._is_training = self._is_asked = False
         self._note: Path | None = None  # of the trial that is in training
-        self._file, self._looked_s = Path(), float("-inf")
+        self._files: tuple[Path, ...] = ()
+        self._looked_s = float("-inf")
 
     def listen(self) -> None:
         """Handle SIGTERM from now on. The driver starts workers with it blocked (see tuner.py)."""
@@ -46,15 +47,15 @@ class Interruption:
             signal.signal(signal.SIGTERM, self._terminate)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
-    def follow(self, stop_file: Path) -> None:
-        """Watch the driver's stop file, for a new trial."""
-        self._file, self._looked_s, self._is_asked = stop_file, float("-inf"), False
+    def follow(self, *files: Path) -> None:
+        """Watch the driver's files that ask a trial to end, for a new trial."""
+        self._files, self._looked_s, self._is_asked = files, float("-inf"), False
 
     def is_asked(self) -> bool:
         """Return whether the trial must end now. The engine may ask at every step."""
         now_s = self._clock()
         if not self._is_asked and now_s - self._looked_s >= LOOK_EVERY_S:
-            self._looked_s, self._is_asked = now_s, self._file.exists()
+            self._looked_s, self._is_asked = now_s, any(file.exists() for file in self._files)
         return self._is_asked or self.is_terminated
 
     @contextmanager

@@ -6,6 +6,7 @@ Tune asks here whether a trial continues after a report, and says here why a tri
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from sweep.ledger.ledger import Ledger
 class LedgerScheduler(FIFOScheduler):
     """Start trials in the order of their suggestion, stop pruned ones and kill hung workers."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, on_turn: Callable[[], None] = lambda: None) -> None:
+        """on_turn: called in every turn of Tune's loop."""
         super().__init__()
-        self._ledger = ledger
+        self._ledger, self._on_turn = ledger, on_turn
         # Tune's id of a trial whose worker this scheduler killed -> why
         self._killed: dict[str, str] = {}
 
@@ -45,10 +47,12 @@ class LedgerScheduler(FIFOScheduler):
             self._ledger.lost(trial.config["number"], reason)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Kill workers that hang, then let Tune choose.
+        """Take the user's commands and kill workers that hang, then let Tune choose.
 
         Tune asks in every turn of its loop, a tenth of a second apart.
         """
+        with self._ledger.on_disk():
+            self._on_turn()
         for trial in tune_controller.get_live_trials():
             number = trial.config["number"]
             if trial.status == trial.PENDING:

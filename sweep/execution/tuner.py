@@ -44,6 +44,7 @@ def run_trials(
     inputs: Mapping[str, str] = MappingProxyType({}),
     calibrate: bool = False,
     on_running_out: Callable[[], None] = lambda: None,
+    on_turn: Callable[[], None] = lambda: None,
 ) -> None:
     """Run trials until the ledger has no work.
 
@@ -53,21 +54,25 @@ def run_trials(
     note: shows a line to the user. avoid: returns the labels of the nodes whose cards a config does
     not fit; None if all cards are alike. set_ray_environment says how many trials may then wait.
     inputs: the digests that the sweep recorded, which each trial compares. calibrate: whether a
-    worker measures its card before its first trial, if nobody has. on_running_out: see LedgerSearcher.
+    worker measures its card before its first trial, if nobody has. on_running_out: see LedgerSearcher. on_turn: see
+    LedgerScheduler.
     """
 
     def config_of(proposal: Proposal) -> dict[str, Any]:
         labels = avoid(proposal.config) if avoid else ()
         return worker_config(proposal, folder, slots, engine, ledger.live.report_timeout_s, labels, inputs, calibrate)
 
+    def num_training() -> int:
+        return ledger.live.num_training(folder)
+
     def wind_down() -> None:
         ledger.wind_down()
         folder.stop_file.touch()
-        if ledger.num_training():
+        if num_training():
             note(f"stopping: running trials finish their step and save, at most {GRACE_S:.0f} s; Ctrl-C stops at once")
 
     folder.stop_file.unlink(missing_ok=True)
-    stop = SafeStop(lambda: ledger.storage_fault, wind_down, ledger.num_training, changed_inputs=lambda: ledger.changed_inputs)
+    stop = SafeStop(lambda: ledger.storage_fault, wind_down, num_training, changed_inputs=lambda: ledger.changed_inputs)
     with stop.catching(), ExitStack() as stack:
         with _stop_signals_blocked():
             stack.enter_context(cluster(slots, address, folder.log))
@@ -78,7 +83,7 @@ def run_trials(
             tune.with_resources(TrialWorker, _placement(slots) if avoid else slots.resources_per_trial()),
             tune_config=tune.TuneConfig(
                 search_alg=LedgerSearcher(ledger, config_of, on_running_out),
-                scheduler=LedgerScheduler(ledger),
+                scheduler=LedgerScheduler(ledger, on_turn),
                 num_samples=-1,
                 reuse_actors=True,
                 # Tune's default name joins the whole config

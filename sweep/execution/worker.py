@@ -34,7 +34,7 @@ from engine.system.files import storage_fault
 from engine.trial_report import MODEL, START, WAITING, PartClock, TrialReport, read_reports
 from sweep.execution.interruption import Interruption
 from sweep.execution.new_card import measure_workers_card
-from sweep.folder.notes import note_terminated
+from sweep.folder.notes import LEAVE, note_terminated
 from sweep.folder.steady_clock import since_boot
 from sweep.tracking.system_metrics import SystemSampler, machine_reader, write_system
 from sweep.trials.record import Outcome
@@ -111,7 +111,7 @@ class TrialWorker(Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         self._spec, self._reports, self._lock, self._is_over = config, None, None, False
         self._inputs: dict[str, str] = json.loads(config.get("inputs", "{}"))
-        self._interruption.follow(Path(config["stop_file"]))
+        self._interruption.follow(Path(config["stop_file"]), Path(config["trial_folder"], LEAVE))
         self._began_s = self._newest_end_s = self._setup_s = None
 
     def _timing(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Leave notes in a trial's folder: a process trains here, or was told to end."""
+"""Leave notes in a trial's folder: a process trains here, must leave, or was told to end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 # files in a trial's folder
 TRAINING = ".training"  # the process has loaded the model, so it may have something to save
+LEAVE = ".leave"  # the driver asks the process to save the trial and end it
 TERMINATED = ".terminated"  # the process was asked to end, which is not the trial's fault
 
 

@@ -11,6 +11,7 @@ A kill leaves whole files only.
     trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's),
                         system.jsonl, result.json, error.txt
     timeline.jsonl      when each trial held which slot
+    commands/           commands of `python -m sweep.control` that the driver has not taken yet
     best/               the winning adapter, ready to load
     final-seeds/        the best trials trained again with other seeds: a sweep folder of its own
     examples.json       answers of base model and winner to a few evaluation samples
@@ -61,6 +62,7 @@ class SweepFolder:
         self.lock_file = path / ".lock"
         # while this file exists, running trials save and end (sweep/execution/interruption.py)
         self.stop_file = path / ".stop"
+        self.commands = path / "commands"
 
     @classmethod
     def create(cls, config: SweepConfig, now: datetime) -> SweepFolder:

@@ -39,10 +39,14 @@ class Budget:
         self._lowest_cost = min(self._lowest_cost, _cost(record))
         self.num_tokens += self._limits.tokens_at(rung) - self._limits.tokens_at(rung_before)
 
+    def change(self, limits: Limits) -> None:
+        """Compare with these limits from now on. What the old ones said is forgotten."""
+        self._limits, self._spent = limits, None
+
     def spent(self) -> str | None:
         """Return in one line why the sweep ends now, or None while every limit holds.
 
-        A spent budget stays spent for the rest of the session.
+        A spent budget stays spent until the limits change.
         """
         if self._spent is None:
             self._spent = self._reached()

@@ -14,7 +14,7 @@ from typing import Any
 from sweep.config.sweep import SweepConfig
 from sweep.curves.candidates import Candidates
 from sweep.curves.makers import make_policy
-from sweep.curves.situation import CurveState, Decision, FreezePolicy, GoOn, Situation, Stand, StartNew
+from sweep.curves.situation import STANDS, CurveState, Decision, FreezePolicy, GoOn, Situation, Stand, StartNew
 from sweep.ledger.limits import Limits
 from sweep.ledger.quota import Quota
 from sweep.space.space import Space
@@ -33,6 +33,7 @@ class Freezer:
         self._curves: dict[int, CurveState] = {}
         self._num_known = 0  # trials with a point of the space, INFEASIBLE ones too
         self._committed = 0  # tokens that RUNNING trials need to their next rungs
+        self._held: set[int] = set()  # a user has paused them
         self._points: Points | None = None
         self._decision: tuple[Decision] | None = None
 
@@ -51,14 +52,25 @@ class Freezer:
         if record.outcome is Outcome.INFEASIBLE:
             self._decision = None
             return
-        curve = CurveState.of(record)
+        curve = self._as_held(CurveState.of(record))
         if curve != self._curves.get(record.number):
             self._set(curve)
             self._decision = None
 
+    def change(self, limits: Limits) -> None:
+        """Decide by these limits from now on."""
+        self._limits, self._decision = limits, None
+
+    def hold(self, numbers: Iterable[int]) -> None:
+        """Let just these trials wait until a user lets them go on. The policy still sees their curves."""
+        self._held, self._decision = set(numbers), None
+        for curve in list(self._curves.values()):
+            if curve.stand is not Stand.RUNNING and not curve.is_earlier:
+                self._set(self._as_held(replace(curve, stand=STANDS.get(curve.outcome, Stand.OVER))))
+
     def decide(self) -> Decision:
         """Return what an empty slot does next; None: nothing, as long as no trial's state changes."""
-        if self._quota.budget.spent():
+        if self._quota.budget.spent() or self._quota.is_closed:
             return None
         if self._decision is None:
             self._decision = (self._decided(),)
@@ -98,6 +110,10 @@ class Freezer:
             self._points = self._candidates.at(self._num_known) if first is None else (first,)
             self._quota.is_used_up = not self._points
         return self._points
+
+    def _as_held(self, curve: CurveState) -> CurveState:
+        is_held = curve.number in self._held and curve.stand is Stand.FREE
+        return replace(curve, stand=Stand.OVER) if is_held else curve
 
     def _set(self, curve: CurveState) -> None:
         self._committed += self._need(curve) - self._need(self._curves.get(curve.number))

@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.trial_report import TrialReport
 from sweep.curves.situation import GoOn
-from sweep.folder.notes import is_training, was_terminated
+from sweep.folder.notes import was_terminated
 from sweep.folder.steady_clock import SteadyClock
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
@@ -27,10 +27,9 @@ from sweep.ledger.live_trials import LiveTrials
 from sweep.ledger.quota import Quota
 from sweep.study.study import Study
 from sweep.trials.objectives import objective_values
-from sweep.trials.record import Outcome, Proposal, TrialRecord
+from sweep.trials.record import GOING_ON, Outcome, Proposal, TrialRecord
 
 MAX_INFEASIBLE_AT_ONCE = 20  # reports wait meanwhile: planning one config takes a tenth of a second
-GOING_ON = (Outcome.RUNNING, Outcome.STOPPED, Outcome.PAUSED)
 NO_TIMING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -49,10 +48,7 @@ class Ledger(Halt):
         clock: Callable[[], float] | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """freezer: pauses trials; None: a pruner judges. note: shows the user a line. clock: Unix seconds.
-
-        monotonic: seconds, for silence.
-        """
+        """freezer: pauses trials; None: a pruner judges. note: shows a line. clock: Unix seconds. monotonic: for silence."""
         super().__init__(folder.path)
         self._study, self._folder, self._listeners, self._note, self._limits = study, folder, listeners, note, limits
         self._freezer = freezer
@@ -61,9 +57,7 @@ class Ledger(Halt):
         self._records = {record.number: record for record in records if record.outcome in GOING_ON and record.source is None}
         self._budget = Budget(limits, self.timeline, self.clock)
         self._budget.take_earlier(records)
-        own = [record for record in records if record.source is None]
-        num_refused = sum(record.outcome is Outcome.INFEASIBLE for record in own)
-        self._quota = Quota(limits.num_trials, self._budget, len(own) - num_refused, num_refused)
+        self._quota = Quota.begun(limits.num_trials, self._budget, records)
         if freezer is not None:
             freezer.begin(self._quota, records)
         self._waiting: list[int] = []
@@ -78,10 +72,6 @@ class Ledger(Halt):
     def shortfall(self) -> str | None:
         """Return in one line why fewer trials ran than asked for, or None. See Quota.shortfall."""
         return self._quota.shortfall(Counter(record.outcome for record in self._records.values()))
-
-    def num_training(self) -> int:
-        """Count the live trials that may have something to save. A stop waits for them."""
-        return sum(is_training(self._folder.trial(number)) for number in self.live)
 
     def recover(self) -> list[int]:
         """Catch up after a kill. Returns the numbers of the trials that will continue.
@@ -98,7 +88,7 @@ class Ledger(Halt):
             if record.reports and record.reports[-1].rung >= self._limits.num_rungs:
                 self._end(number, Outcome.COMPLETE)
             elif record.outcome is not Outcome.PAUSED and self._keeps_slot(number):
-                self._waiting.append(number)
+                self._queue(number)
         self._stop_waiting_where_spent()
         for record in self.records:
             if record.source is not None:
@@ -188,13 +178,21 @@ class Ledger(Halt):
             self._end(number, Outcome.LOST, f"lost {times}; the last time, {reason}")
         else:
             self._note(f"trial {number:3d}  {reason}; it continues from its checkpoint (see driver.log)")
-            self._waiting.append(number)
+            self._queue(number)
 
     def released(self, number: int, timing: Mapping[str, Any] = NO_TIMING) -> None:
         """Queue again a trial that was asked to end and has saved. This counts as no death."""
         if number in self.live:
             self._leave_slot(number, timing)
-            self._waiting.append(number)
+            self._queue(number)
+
+    def _queue(self, number: int) -> None:
+        """Let a trial without a slot wait for one."""
+        self._waiting.append(number)
+
+    def _is_protected(self, number: int) -> bool:
+        """Return whether neither pruner nor freezer may take the trial's slot."""
+        return False
 
     def _take(self, number: int, report: TrialReport) -> bool:
         """Put a report into the journal and the record. Returns whether it was new."""
@@ -208,11 +206,12 @@ class Ledger(Halt):
 
     def _keeps_slot(self, number: int) -> bool:
         """Judge a trial at its newest rung. If it must give up its slot, it is PRUNED or PAUSED by then."""
+        keeps = self._is_protected(number)
         if self._freezer is None:
-            if self._study.should_prune(number) and not self._records[number].is_unjudged:
+            if self._study.should_prune(number) and not (keeps or self._records[number].is_unjudged):
                 self._end(number, Outcome.PRUNED)
                 return False
-        elif not self._budget.spent() and self._records[number].reports and not self._freezer.goes_on(number):
+        elif not keeps and not self._budget.spent() and self._records[number].reports and not self._freezer.goes_on(number):
             self._stop(number, Outcome.PAUSED)
             return False
         return True

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from sweep.folder.notes import is_training
+from sweep.folder.sweep_folder import SweepFolder
+
 
 class LiveTrials:
     """Hold the live trials by number.
@@ -37,6 +40,10 @@ class LiveTrials:
         """Restart the time of a trial that has no slot yet: its silence means nothing."""
         if number in self._heard_s:
             self.heard_of(number)
+
+    def num_training(self, folder: SweepFolder) -> int:
+        """Count the trials that may have something to save. A stop waits for them."""
+        return sum(is_training(folder.trial(number)) for number in self._heard_s)
 
     def is_silent(self, number: int) -> bool:
         """Return whether the trial has been silent for longer than report_timeout_s."""

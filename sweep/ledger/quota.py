@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from engine.units import counted
 from sweep.ledger.budget import Budget
-from sweep.trials.record import Outcome
+from sweep.trials.record import Outcome, TrialRecord
 
 # for each trial asked for, so many proposals may not fit the card; then the sweep asks no more
 MAX_INFEASIBLE = 20
@@ -20,6 +20,7 @@ class Quota:
 
     num_trials: trials that the user asked for. num_started: proposals that were started.
     num_refused: proposals that do not fit the card. is_used_up: the space has no other point.
+    is_closed: the user asks for no more trials.
     """
 
     num_trials: int
@@ -27,10 +28,18 @@ class Quota:
     num_started: int = 0
     num_refused: int = 0
     is_used_up: bool = False
+    is_closed: bool = False
+
+    @classmethod
+    def begun(cls, num_trials: int, budget: Budget, records: Iterable[TrialRecord]) -> Quota:
+        """Return the quota of a sweep that has these trials. Those of earlier sweeps do not count."""
+        outcomes = [record.outcome for record in records if record.source is None]
+        num_refused = outcomes.count(Outcome.INFEASIBLE)
+        return cls(num_trials, budget, len(outcomes) - num_refused, num_refused)
 
     @property
     def may_ask(self) -> bool:
-        if self.budget.spent():
+        if self.budget.spent() or self.is_closed:
             return False
         return self.num_started < self.num_trials and not self.is_used_up and not self._has_given_up
 

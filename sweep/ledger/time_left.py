@@ -77,6 +77,11 @@ class TimeLeft:
         """Start to listen, before the ledger recovers. clock: that of the timeline's events."""
         self._timeline, self._clock = timeline, clock
 
+    def take_limits(self, limits: Limits) -> None:
+        """Expect the end by these limits from now on."""
+        with self._lock:
+            self._limits = limits
+
     def on_trial_updated(self, record: TrialRecord) -> None:
         """Take a trial's record. Trials of earlier sweeps and those that do not fit are no work."""
         if record.source is not None:

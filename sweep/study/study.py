@@ -29,9 +29,10 @@ from sweep.folder.sweep_folder import SweepFolder
 from sweep.plan.feasibility import UNPREDICTED, Fit
 from sweep.prior.kept_beginning import KeptBeginning
 from sweep.space.space import Space
-from sweep.study.begun_with import CONFIG, as_attributes
+from sweep.study.begun_with import as_attributes, keep
 from sweep.study.earlier_sweeps import EarlierSweeps
 from sweep.study.journal import DAMAGED, STUDY_NAME, earlier_entry, mend_journal, new_entry, open_journal, record_of, told_state
+from sweep.study.kept_commands import KeptCommands
 from sweep.study.known_configs import config_key, is_refused
 from sweep.study.proposals import Proposer
 from sweep.study.pruner_verdicts import Pruning
@@ -69,7 +70,7 @@ class Study:
         self._pruner = make_optuna_pruner(config.effective_pruner, num_rungs)
         self._objectives = config.sweep.objectives
         self._study = self._open()
-        self.beginning = KeptBeginning(self._study)
+        self.beginning, self.commands = KeptBeginning(self._study), KeptCommands(self._study)
         make_sampler(config.sampler, 0)  # fails now if its package is missing
         self._pruning = Pruning(make_pruner(config.effective_pruner, num_rungs, STUDY_NAME), num_rungs, self._trials())
         self._proposer = Proposer(STUDY_NAME, config.sampler, config.sweep.seed, self._pruner, space, len(self._objectives))
@@ -123,11 +124,7 @@ class Study:
 
         Returns False if trials are there from a version that kept nothing.
         """
-        known = self._study.user_attrs
-        for name, text in as_attributes(config, inputs).items():
-            if known.get(name) != text:
-                self._study.set_user_attr(name, text)
-        return CONFIG in known or not self._num_trials
+        return keep(self._study, as_attributes(config, inputs, len(self.commands.taken))) or not self._num_trials
 
     @property
     def has_earlier_trials(self) -> bool:

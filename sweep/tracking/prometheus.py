@@ -45,7 +45,7 @@ class SweepMetrics(Collector):
 
     def __init__(self, sweep: str, num_trials: int, num_slots: int, clock: Callable[[], float] = time.time) -> None:
         """sweep: name of the sweep folder, which the label `sweep` of every metric holds."""
-        self._sweep, self._num_trials, self._num_slots, self._wall = sweep, num_trials, num_slots, clock
+        self._sweep, self.num_trials, self._num_slots, self._wall = sweep, num_trials, num_slots, clock
         self._records: dict[int, TrialRecord] = {}
         self._lock = threading.Lock()
         self._timeline: Timeline | None = None
@@ -89,7 +89,7 @@ class SweepMetrics(Collector):
         for outcome in Outcome:
             trials.add_metric([self._sweep, str(outcome)], counts[outcome])
         yield trials
-        yield self._value("trials_wanted", "trials asked for (sweep.num_trials); INFEASIBLE ones do not count", self._num_trials)
+        yield self._value("trials_wanted", "trials asked for (sweep.num_trials); INFEASIBLE ones do not count", self.num_trials)
         tokens = CounterMetricFamily(PREFIX + "tokens", "tokens trained on since this driver started", labels=["sweep"])
         tokens.add_metric([self._sweep], _tokens(own) - self._tokens_before)
         yield tokens

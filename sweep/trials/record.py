@@ -16,7 +16,8 @@ class Outcome(StrEnum):
     """Name the ways in which a trial ends. A RUNNING trial has not ended.
 
     STOPPED: the sweep's budget was spent, so the trial ended at a report. A resume with a larger
-    budget continues it. PAUSED: the trial waits at a rung without a slot, and may go on later.
+    budget continues it. PAUSED: the trial waits without a slot, and may go on later. PRUNED: a pruner
+    or a user has given it up.
 
     INFEASIBLE: the trial is predicted not to fit the card. It never started, and does not count as
     one of the sweep's trials. OUT_OF_MEMORY: the trial started, and not even the leanest plan fits.
@@ -37,6 +38,10 @@ class Outcome(StrEnum):
 
 OVER_LIMITS = 1e6
 """What a pruner compares of a rung above the limits, plus the nats above them. No loss or metric comes near it."""
+
+GOING_ON = (Outcome.RUNNING, Outcome.STOPPED, Outcome.PAUSED)
+"""The outcomes of trials that have not ended."""
+
 CONTENDERS = (Outcome.COMPLETE, Outcome.STOPPED, Outcome.PAUSED)
 """The outcomes whose adapter may win: no pruner has judged them hopeless.
 

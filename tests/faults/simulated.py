@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.system.files import write_text
 from engine.trial_report import read_reports
 from sweep.config.sweep import parse_sweep_config
+from sweep.folder.notes import LEAVE
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.freezer import make_freezer
-from sweep.ledger.ledger import Ledger
 from sweep.ledger.limits import Limits
+from sweep.ledger.steered_ledger import SteeredLedger
+from sweep.plan.feasibility import UNPREDICTED
 from sweep.prior.beginning import make_beginning
 from sweep.space.parse import parse_space
+from sweep.steering.command import parse_words
+from sweep.steering.history import with_all_settings
+from sweep.steering.inbox import send
 from sweep.study.journal_file import JournalFile
+from sweep.study.kept_commands import read_commands
 from sweep.study.study import Study
 from sweep.trials.record import Outcome, Proposal
 from tests.support import fake_engine as engine
@@ -30,6 +37,7 @@ from .sweeps import config as sweep_config
 NUM_RUNGS = 4
 KILLED = 7
 Trials = dict[int, tuple[dict[str, Any], str, list[float]]]
+Script = Sequence[tuple[int, str]]
 
 
 def settings(sampler: str, pruner: str, num_slots: int, num_trials: int = 7) -> dict[str, Any]:
@@ -40,9 +48,13 @@ def settings(sampler: str, pruner: str, num_slots: int, num_trials: int = 7) -> 
     )  # fmt: skip
 
 
-def run(path: Path, values: dict[str, Any]) -> Trials:
-    """Start the sweep in this folder, or continue it, and run it to its end."""
-    config, folder = parse_sweep_config(values), SweepFolder(path)
+def run(path: Path, values: dict[str, Any], script: Script = ()) -> Trials:
+    """Start the sweep in this folder, or continue it, and run it to its end.
+
+    script: the user's commands, each with the number of reports after which it is sent.
+    """
+    folder = SweepFolder(path)
+    config = with_all_settings(parse_sweep_config(values), read_commands(folder))
     space = parse_space(config.space)
     study, beginning = Study(folder, config, space), make_beginning(config, space, engine.SHAPE)
     study.beginning.keep(beginning.points(), beginning.rate)
@@ -50,10 +62,15 @@ def run(path: Path, values: dict[str, Any]) -> Trials:
         num_trials=config.sweep.num_trials, num_rungs=NUM_RUNGS, num_slots=config.cluster.max_concurrent,
         max_retries=config.cluster.max_retries, budget=config.effective_budget, grid=config.train.report_grid(),
     )  # fmt: skip
-    ledger = Ledger(study, folder, limits, freezer=make_freezer(config, space, study, limits))
+    ledger = SteeredLedger(
+        study, folder, limits, config=config, space=space, fit_check=lambda config: UNPREDICTED,
+        freezer=make_freezer(config, space, study, limits),
+    )  # fmt: skip
     ledger.recover()
+    ledger.take_commands()
     live: list[Proposal] = []
     while ledger.has_work():
+        _steer(ledger, folder, study, script)
         while isinstance(proposal := ledger.next_trial(), Proposal):
             live.append(proposal)
         live = [proposal for proposal in live if not _turn(ledger, folder, proposal)]
@@ -73,8 +90,22 @@ def read(folder: SweepFolder) -> Trials:
     }
 
 
-def _turn(ledger: Ledger, folder: SweepFolder, proposal: Proposal) -> bool:
+def _steer(ledger: SteeredLedger, folder: SweepFolder, study: Study, script: Script) -> None:
+    """Send the commands that are due and were not sent before a kill, and let the ledger take them."""
+    num_reports = sum(len(trial.intermediate_values) for trial in study._trials())
+    known = {one.command.id for one in study.commands.taken}
+    for place, (due, words) in enumerate(script):
+        name = f"{place:020d}"
+        if due <= num_reports and name not in known and not (folder.commands / f"{name}.json").exists():
+            send(folder, parse_words(words.split(), "ann@box", 0.0, name))
+            ledger.take_commands()
+
+
+def _turn(ledger: SteeredLedger, folder: SweepFolder, proposal: Proposal) -> bool:
     """Train the trial to its next rung; return whether the trial has ended."""
+    if (folder.trial(proposal.number) / LEAVE).exists():
+        ledger.released(proposal.number)
+        return True
     reports = read_reports(folder.trial(proposal.number))
     rung = len(reports) + 1
     report = make_report(rung, engine.eval_loss(proposal.config, rung), tokens_seen=100 * rung, num_trainable=1)
@@ -86,7 +117,7 @@ def _turn(ledger: Ledger, folder: SweepFolder, proposal: Proposal) -> bool:
     return ledger.reported(proposal.number, report)
 
 
-def killed_at(path: Path, values: dict[str, Any], write: int, how: str) -> bool:
+def killed_at(path: Path, values: dict[str, Any], write: int, how: str, script: Script = ()) -> bool:
     """Run in a forked process that ends silently at this write.
 
     Returns False if the sweep ended first. how: `before`, `after` or `torn` (half of a journal's
@@ -96,7 +127,7 @@ def killed_at(path: Path, values: dict[str, Any], write: int, how: str) -> bool:
     if pid == 0:
         try:
             _die_at(write, how)
-            run(path, values)
+            run(path, values, script)
             os._exit(0)
         finally:
             os._exit(1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import TypeVar
 
 from engine.trial_report import TrialReport
 from sweep.config.sweep import SweepConfig, parse_sweep_config
@@ -15,6 +17,7 @@ from sweep.study.study import Study
 from tests.support.reports import make_report
 
 SMALL = {"lora.rank": {"choices": [2, 4, 8]}, "lora.use_rslora": {"choices": [True, False]}}
+L = TypeVar("L", bound=Ledger)
 WIDE = {**SMALL, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
 
 
@@ -32,15 +35,21 @@ def study_in(path, config: SweepConfig) -> Study:
 
 
 def ledger_in(
-    path, config: SweepConfig, num_slots: int = 2, max_retries: int = 1, study: Study | None = None, **options
-) -> Ledger:
+    path,
+    config: SweepConfig,
+    num_slots: int = 2,
+    max_retries: int = 1,
+    study: Study | None = None,
+    kind: Callable[..., L] = Ledger,
+    **options,
+) -> L:
     sweep, study = config.sweep, study or study_in(path, config)
     limits = Limits(
         num_trials=sweep.num_trials, num_rungs=4, num_slots=num_slots, max_retries=max_retries, budget=config.effective_budget,
         objectives=sweep.objectives, grid=config.train.report_grid(),
     )  # fmt: skip
     freezer = make_freezer(config, parse_space(config.space), study, limits)
-    return Ledger(study, SweepFolder(path), limits, freezer=freezer, **options)
+    return kind(study, SweepFolder(path), limits, freezer=freezer, **options)
 
 
 def report(rung: int, loss: float, **changes) -> TrialReport:

@@ -11,6 +11,7 @@ from tests.support.command_ends import ENDS, end_of
 
 COMMANDS = [
     ("sweep.__main__", "_main", []), ("sweep.report.__main__", "_main", ["folder"]), ("sweep.ui.__main__", "_main", ["folder"]),
+    ("sweep.control", "_main", ["folder"]),
 ]  # fmt: skip
 
 

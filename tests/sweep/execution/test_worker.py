@@ -80,11 +80,12 @@ def test_a_warm_trial_is_a_cold_one_bit_for_bit_after_trials_of_every_kind(tmp_p
     assert numbers(tmp_path / "other") != numbers(tmp_path / "cold")
 
 
-@pytest.mark.parametrize("how", ["SIGTERM to the process", "the driver's file"])
+@pytest.mark.parametrize("how", ["SIGTERM to the process", "the driver's file", "a note in its folder"])
 def test_a_trial_asked_to_end_saves_its_step_and_goes_on_in_another_process_as_if_undisturbed(
     tmp_path, tiny_config, monkeypatch, how
 ):
-    config, stop_file = variant(tiny_config, VARIANTS[0]), tmp_path / ".stop"
+    config = variant(tiny_config, VARIANTS[0])
+    stop_file = tmp_path / ("parts/.leave" if how.startswith("a note") else ".stop")
     (tmp_path / "whole").mkdir()
     list(train(config, tmp_path / "whole"))
     steps, original = [], engine.training.loop._Run._step

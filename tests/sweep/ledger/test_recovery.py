@@ -127,13 +127,13 @@ def test_a_sweep_that_winds_down_starts_nothing_and_a_resume_goes_on_with_what_r
 def test_an_end_waits_only_for_trials_that_may_have_something_to_save(tmp_path):
     ledger = ledger_in(tmp_path, config_for(WIDE, pruner="none"))
     numbers = [ledger.next_trial().number for _ in range(2)]
-    assert ledger.num_training() == 0  # both load their model
+    assert ledger.live.num_training(SweepFolder(tmp_path)) == 0  # both load their model
     with Interruption(lambda: None).training(SweepFolder(tmp_path).trial(numbers[1])):
-        assert ledger.num_training() == 1
+        assert ledger.live.num_training(SweepFolder(tmp_path)) == 1
         ledger.released(numbers[1])
-        assert ledger.num_training() == 0
+        assert ledger.live.num_training(SweepFolder(tmp_path)) == 0
     ledger.next_trial()
-    assert ledger.num_training() == 0
+    assert ledger.live.num_training(SweepFolder(tmp_path)) == 0
 
 
 def test_a_trial_is_silent_only_after_its_timeout_and_only_while_it_has_a_slot(tmp_path):

@@ -12,8 +12,10 @@ from engine.command_answers import PreparedFacts
 from engine.errors import InputError, InputsChanged
 from sweep import driver, preflight
 from sweep.config.resume_changes import AMENDABLE, BUDGETS, NUM_TRIALS, refuse_edits
-from sweep.config.sweep import SweepConfig, parse_sweep_config
+from sweep.config.sweep import BudgetConfig, SweepConfig, parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
+from sweep.steering.command import parse_words
+from sweep.steering.history import TakenCommand
 from sweep.study.begun_with import read_begun_with, read_unedited_config
 from tests.support.studies import WIDE, config_for, finish_one, study_in
 
@@ -199,3 +201,36 @@ def test_other_commands_that_read_the_folder_refuse_an_edited_config_too(folder)
     here = config_for(WIDE, warm_start=[str(folder.path)])
     with pytest.raises(InputError, match=r"sweep\.warm_start.*edited in sweep_config\.json"):
         read_earlier(here, None, {})
+
+
+def take(folder: SweepFolder, config: SweepConfig, settings: dict[str, Any]) -> None:
+    """Enter a command in the journal that gives the sweep these settings."""
+    study = study_in(folder.path, config)
+    command = parse_words(["add", "1"], "ann@box", 0.0, str(len(study.commands.taken)))
+    study.commands.add(TakenCommand(command, 1.0, None, settings))
+
+
+def test_commands_change_the_config_of_the_next_resume_once(folder):
+    began = folder.read_config()
+    for num_trials in (9, 12):
+        take(folder, began, {NUM_TRIALS: num_trials})
+    take(folder, began, {"sweep.budget.gpu_hours": 8.0})
+    config = read_unedited_config(folder)
+    assert (config.sweep.num_trials, config.sweep.budget.gpu_hours) == (12, 8.0)
+    folder.write_config(config)  # as the driver did before it was killed
+    assert read_unedited_config(folder) == config
+
+    larger = config.model_copy(update={"sweep": config.sweep.model_copy(update={"num_trials": 20, "budget": BudgetConfig()})})
+    folder.write_config(larger)  # a resume has lifted the limit and asked for more
+    assert study_in(folder.path, larger).keep_begun_with(larger, INPUTS)
+    assert read_begun_with(folder).num_commands == 3
+    assert read_unedited_config(folder) == larger
+    take(folder, larger, {NUM_TRIALS: 21})
+    assert read_unedited_config(folder).sweep.num_trials == 21
+
+
+def test_a_damaged_command_in_the_journal_is_one_line(folder):
+    config = folder.read_config()
+    study_in(folder.path, config).commands._study.set_user_attr("command 000000", {"command": 3})
+    with pytest.raises(InputError, match="holds a damaged command"):
+        read_unedited_config(folder)
