@@ -117,12 +117,13 @@ def _launch(
     warn(warnings)
     if folder is None and plan.config.sweep.warm_start:
         check_warm_start(plan, {}, print)
+    path = None if folder is None else folder.path
     if dry_run:
-        return check_and_forecast(plan, engine, given, folder is None)
-    check_places(plan.config, None if folder is None else folder.path)
+        return check_and_forecast(plan, engine, given, path)
+    check_places(plan.config, path)
     with handled(taken_signals(), _interrupt), _metrics_page(plan) as page:
         try:
-            feasibility, facts = check_sweep(plan, engine, given)
+            feasibility, facts = check_sweep(plan, engine, given, path)
             data = facts.data
         except KeyboardInterrupt:
             return _interrupted(folder)

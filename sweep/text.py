@@ -21,6 +21,11 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 60.0:.0f} min" if seconds < 5400.0 else f"{seconds / 3600.0:.1f} h"
 
 
+def bytes_text(count: float) -> str:
+    """Format bytes in the unit that shows them in few digits: 12 MiB, 3.4 GiB."""
+    return f"{count / 2**20:,.0f} MiB" if count < 2**30 else f"{count / 2**30:,.1f} GiB"
+
+
 def params_text(params: dict[str, Any]) -> str:
     """Format sampled values by the last part of their path: rank=8 learning_rate=0.00042."""
     parts = (f"{printable(path.rsplit('.', 1)[-1])}={value_text(value)}" for path, value in params.items())

@@ -55,7 +55,7 @@ AutoCard = Annotated[str, PlainValidator(_auto_or_card)]
 MAX_TRIALS = 1_000_000
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Hours = Annotated[float, Field(gt=0.0, le=1e6)]
-MAX_FINAL_SEEDS = 8
+MAX_FINAL_SEEDS, NUM_FINALISTS = 8, 2
 
 
 class BudgetConfig(StrictModel):

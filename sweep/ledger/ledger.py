@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.trial_report import TrialReport
 from sweep.curves.situation import GoOn
+from sweep.folder.litter import drop_checkpoints
 from sweep.folder.notes import is_training, was_terminated
 from sweep.folder.steady_clock import SteadyClock
 from sweep.folder.sweep_folder import SweepFolder
@@ -27,10 +28,9 @@ from sweep.ledger.live_trials import LiveTrials
 from sweep.ledger.quota import Quota
 from sweep.study.study import Study
 from sweep.trials.objectives import objective_values
-from sweep.trials.record import Outcome, Proposal, TrialRecord
+from sweep.trials.record import GOING_ON, Outcome, Proposal, TrialRecord
 
 MAX_INFEASIBLE_AT_ONCE = 20  # reports wait meanwhile: planning one config takes a tenth of a second
-GOING_ON = (Outcome.RUNNING, Outcome.STOPPED, Outcome.PAUSED)
 NO_TIMING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -106,6 +106,8 @@ class Ledger(Halt):
             if record.outcome is not Outcome.RUNNING and not self._folder.has_result(record.number):
                 self._folder.write_train_config(record.number, self._study.config(record.number))
                 self._folder.write_result(record.number, record.result())
+            if record.outcome not in GOING_ON:  # a kill may have kept them
+                drop_checkpoints(self._folder.trial(record.number))
             self._tell_listeners(record)
         return list(self._waiting)
 
@@ -282,6 +284,7 @@ class Ledger(Halt):
         self._update(record)
         if record.outcome not in GOING_ON:
             del self._records[record.number]
+            drop_checkpoints(self._folder.trial(record.number))
 
     def _update(self, record: TrialRecord) -> None:
         self._records[record.number] = record
