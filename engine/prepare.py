@@ -23,6 +23,7 @@ from engine.model.device import host_share_gib
 from engine.model.inspect import ModelFacts, inspect_model, known_shape, load_tokenizer
 from engine.sources.identity import variant
 from engine.sources.locate import locate
+from engine.system.command_line import tell
 from engine.units import GIB
 
 
@@ -41,7 +42,8 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
     first_views: tuple[View, View] | None = None
     num_trainable: list[int] = []
     notes: list[str] = []
-    for config in configs:
+    for done, config in enumerate(configs):
+        tell("checking each choice of the space", done, len(configs))
         key = repr(config.model)
         if key not in models:
             models[key] = inspect_model(config.model), load_tokenizer(config.model)

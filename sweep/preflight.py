@@ -23,7 +23,7 @@ from sweep.plan.feasibility import Feasibility, make_feasibility
 from sweep.plan.forecast import card_line, check_any_fits, describe_forecast, most_demanding, no_forecast_line
 from sweep.plan.idle_settings import idle_settings
 from sweep.plan.rungs import check_rungs
-from sweep.plan.samples import data_warnings, unchecked_line
+from sweep.plan.samples import data_warnings, passes_line, unchecked_line
 from sweep.plan.sweep_plan import SweepPlan
 from sweep.text import params_text
 from sweep.tracking.store_check import check_store
@@ -157,6 +157,8 @@ def _checked(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -
         print(f"data: the chat template prints a day; this sweep's is {facts.day} (data.date)", flush=True)
     for account in facts.accounts:
         print(f"data: {account.line()}", flush=True)
+    if (line := passes_line(plan.config, facts)) is not None:
+        print(f"data: {line}", flush=True)
     warn(dict.fromkeys(line for account in facts.accounts for line in account.warnings()))
     warn(data_warnings(plan.config, facts, given))
     return facts

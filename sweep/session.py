@@ -27,6 +27,7 @@ from sweep.plan.sweep_plan import SweepPlan
 from sweep.report.build import try_write_report
 from sweep.results.finals_ledger import FinalsLedger, spent_on_finals
 from sweep.results.finish import Evaluate, finish
+from sweep.results.next_steps import next_steps
 from sweep.study.earlier_sweeps import read_earlier
 from sweep.study.study import Study
 from sweep.tracking.prometheus import MetricsPage, SweepMetrics
@@ -158,6 +159,7 @@ class SweepSession:
         is_measured = verdict.reevaluation is not None
         self.tracker.on_sweep_finished(summary, verdict.best, self.folder.best if is_measured else None, ended_s)
         try_write_report(self.folder, self.screen.note)
+        self.screen.note(next_steps(self.folder, config, self.plan.space, is_measured))
         return 0 if is_measured else 1
 
     def _evaluation(self) -> Evaluate:

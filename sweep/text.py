@@ -22,8 +22,9 @@ def duration_text(seconds: float) -> str:
 
 
 def bytes_text(count: float) -> str:
-    """Format bytes in the unit that shows them in few digits: 12 MiB, 3.4 GiB."""
-    return f"{count / 2**20:,.0f} MiB" if count < 2**30 else f"{count / 2**30:,.1f} GiB"
+    """Format bytes in the unit that shows them in few digits: 0.1 MiB, 12 MiB, 3.4 GiB."""
+    digits = 1 if count < 10 * 2**20 else 0
+    return f"{count / 2**20:,.{digits}f} MiB" if count < 2**30 else f"{count / 2**30:,.1f} GiB"
 
 
 def params_text(params: dict[str, Any]) -> str:

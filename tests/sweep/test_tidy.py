@@ -40,14 +40,14 @@ def names(folder: SweepFolder) -> list[set[str]]:
 def test_without_yes_it_only_says_what_it_would_remove(folder, capsys):
     assert main([str(folder.path)]) == 0
     shown = capsys.readouterr().out
-    assert "1 MiB  trials/0000/checkpoint  (trial 0 is COMPLETE)" in shown
-    assert "2 MiB could be free again; --yes removes these 3 folders" in shown
+    assert "1.0 MiB  trials/0000/checkpoint  (trial 0 is COMPLETE)" in shown
+    assert "2.0 MiB could be free again; --yes removes these 3 folders" in shown
     assert names(folder) == [KEPT] * 3 and folder.ray.is_dir()
 
 
 def test_with_yes_it_removes_the_checkpoints_of_trials_that_have_ended(folder, capsys):
     assert main([str(folder.path), "--yes"]) == 0
-    assert "removed 3 folders: 2 MiB are free again" in capsys.readouterr().out
+    assert "removed 3 folders: 2.0 MiB are free again" in capsys.readouterr().out
     assert names(folder) == [{"adapter"}, {"adapter"}, KEPT] and not folder.ray.exists()
     assert main([str(folder.path), "--yes"]) == 0
     assert capsys.readouterr().out.startswith("nothing to remove")
