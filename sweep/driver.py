@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -51,12 +51,12 @@ from sweep.preflight import (
     with_beginning,
 )
 from sweep.results.next_steps import resume_command
+from sweep.results.on_end import INTERRUPTED, tell_end
 from sweep.tracking.mlflow_names import data_points, data_tags
 from sweep.tracking.prometheus import MetricsPage, serve
 from sweep.tracking.tracker import make_tracker
 from sweep.trials.record import TrialRecord
 
-INTERRUPTED = 130
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -141,7 +141,17 @@ def _launch(
             folder = SweepFolder.create(plan.config, datetime.now())
             folder.write_data(data, facts.accounts)
         with _storage_errors(folder):
-            return _run(plan, folder, engine, feasibility, page, {**data, **recorded})
+            return _announced(folder, plan, lambda: _run(plan, folder, engine, feasibility, page, {**data, **recorded}))
+
+
+def _announced(folder: SweepFolder, plan: SweepPlan, run: Callable[[], int]) -> int:
+    """Run the sweep, and tell its end, of whatever kind, to what tracking.on_end names."""
+    code: int | None = None
+    try:
+        code = run()
+        return code
+    finally:
+        warn(tell_end(plan.config, folder, code))
 
 
 def _is_training(trial: TrialRecord) -> bool:

@@ -25,7 +25,9 @@ from sweep.plan.idle_settings import idle_settings
 from sweep.plan.rungs import check_rungs
 from sweep.plan.samples import data_warnings, passes_line, unchecked_line
 from sweep.plan.sweep_plan import SweepPlan
+from sweep.results.on_end import check_on_end
 from sweep.text import params_text
+from sweep.tracking.event_files import check_event_files
 from sweep.tracking.store_check import check_store
 
 
@@ -42,6 +44,8 @@ def check_places(config: SweepConfig, sweep_folder: Path | None) -> None:
         line = settle_ray_folder(os.environ)
         if line is not None:
             print(f"note       {line}", flush=True)
+    check_on_end(config.tracking.on_end)
+    check_event_files(config.tracking.tensorboard)
     warn(check_store(config, output))
 
 

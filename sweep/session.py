@@ -30,6 +30,7 @@ from sweep.results.finish import Evaluate, finish
 from sweep.results.next_steps import next_steps
 from sweep.study.earlier_sweeps import read_earlier
 from sweep.study.study import Study
+from sweep.tracking.event_files import make_event_files
 from sweep.tracking.prometheus import MetricsPage, SweepMetrics
 from sweep.tracking.tracker import NullTracker, Tracker
 
@@ -113,7 +114,8 @@ class SweepSession:
         limits = Limits.of(self.plan, elsewhere_s=spent_on_finals(self.folder))
         time_left = TimeLeft(limits, self.plan.config.train.report_grid(), self.plan.space.size())
         # the first one, so that a line about an event already counts it
-        listeners = (time_left, self.screen, self.tracker, *([] if metrics is None else [metrics]))
+        others = [metrics, make_event_files(self.plan.config, self.folder.path, self.screen.note)]
+        listeners = (time_left, self.screen, self.tracker, *(other for other in others if other is not None))
         freezer = make_freezer(self.plan.config, self.plan.space, study, limits)
         ledger = Ledger(study, self.folder, limits, freezer=freezer, listeners=listeners, note=self.screen.note)
         time_left.begin(ledger.timeline, ledger.clock)

@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from engine.system.user_path import user_path
 
 PATHS = ("model.path", "data.train", "data.eval", "data.chat_template", "sweep.output_dir", "tracking.uri", "resume")
+COMMANDS = ("tracking.on_end",)  # taken as typed too: quotes in it are its own
 LISTS = ("sweep.warm_start",)
 PATH_OR_LIST = ("data.train", "data.eval")  # [a.jsonl,b.jsonl] is a list, unless a file has that very name
 AS_HYDRA_HAS_IT = ("null", "???")  # no value, and a value that is still missing
@@ -34,6 +35,8 @@ def in_hydras_grammar(key: str, value: str) -> str:
         return f"[{','.join(_items(value[1:-1]))}]"
     if key in PATHS:
         return _quoted(value)
+    if key in COMMANDS:
+        return value if value == "null" else _as_typed(value)
     if key in LISTS:
         if is_list:
             return f"[{','.join(_items(value[1:-1]))}]"
@@ -44,6 +47,10 @@ def in_hydras_grammar(key: str, value: str) -> str:
 def _quoted(value: str) -> str:
     if value in AS_HYDRA_HAS_IT or QUOTED.fullmatch(value):
         return value
+    return _as_typed(value)
+
+
+def _as_typed(value: str) -> str:
     # Hydra removes one half of the backslashes before a quote, and only there
     return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
 

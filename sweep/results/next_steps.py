@@ -7,7 +7,7 @@ import shlex
 
 from engine.config.permission import FLAG
 from engine.system.files import home_folder
-from sweep.config.confirmations import ADDRESS, CODE, credentials
+from sweep.config.confirmations import ADDRESS, CODE, ON_END, credentials
 from sweep.config.sweep import SweepConfig
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.space.space import Space
@@ -17,6 +17,7 @@ def resume_command(folder: SweepFolder) -> str:
     """Return what to type to go on, with the confirmations that it will be asked for."""
     words, config = [f"resume={folder.path}"], folder.read_config()
     words += [f"{CODE}=true"] if config.model.trust_remote_code else []
+    words += [f"{ON_END}={config.tracking.on_end}"] if config.tracking.on_end is not None else []
     if config.tracking.uri and credentials(os.environ, home_folder()):
         words.append(f"{ADDRESS}={config.tracking.public_uri}")
     return f"python -m sweep {' '.join(map(shlex.quote, words))}"

@@ -7,6 +7,7 @@ from datetime import datetime
 
 import pytest
 
+from sweep.config.compose import parsed
 from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.results.next_steps import next_steps
@@ -47,3 +48,9 @@ def test_a_small_space_ends_the_search_and_a_models_own_code_is_confirmed(tmp_pa
     found = steps(tmp_path, space=SMALL, model={"trust_remote_code": True})
     assert found["search on"][-2:] == ["model.trust_remote_code=true", "sweep.num_trials=6"]
     assert found["talk to it"][-1] == "--trust-remote-code"
+
+
+@pytest.mark.parametrize("on_end", ["bash notify.sh", """sh -c 'mail -s "done; $(date)" me@x' """, "'a b' c=1,{2}", "https://x.org/a?b=c&d"])
+def test_the_command_at_the_end_is_repeated_as_it_was_typed(tmp_path, on_end):
+    *_, given, _ = steps(tmp_path, tracking={"on_end": on_end})["search on"]
+    assert parsed(given) == ("tracking.on_end", on_end)
