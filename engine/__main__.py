@@ -11,6 +11,7 @@ python -m engine plan <train_config.json> --card rtx4090
                                                   predict peak memory and speed on that card
 python -m engine evaluate <train_config.json> --adapter <folder>
                                                   print the losses of base model and adapter
+python -m engine standby                          load torch, then run the command that comes as JSON on stdin
 python -m engine.export <adapter folder> --to FORM --out DIR
                                                   convert it for PEFT, vLLM or llama.cpp
 python -m engine.chat <adapter folder>            chat with the adapter
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.parsing import load_json, parse
-from engine.config.permission import FLAG, permitted_config
+from engine.config.permission import FLAG, METRICS_FLAG, permitted_config
 from engine.config.trial import TRAIN_CONFIG, TrainConfig, load_train_config
 from engine.errors import InputError, Interrupted
 from engine.planning.cards import find_card
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"train": _train, "prepare": _prepare, "inspect": _inspect, "plan": _plan, "evaluate": _evaluate}
-    commands |= {"show-sample": _show_sample, "cards": _cards, "calibrate": _calibrate}
+    commands |= {"show-sample": _show_sample, "cards": _cards, "calibrate": _calibrate, "standby": _standby}
     command = arguments[0] if arguments[:1] and arguments[0] in commands else "train"
     rest = arguments[1:] if arguments[:1] == [command] else arguments
     return run(lambda: commands[command](rest), stopped=STOPPED if command == "train" else "stopped")
@@ -65,11 +66,14 @@ def _parser(command: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("config", type=user_path)
     parser.add_argument(FLAG, action="store_true", help="let the model's own code run; the config alone cannot permit it")
+    parser.add_argument(
+        METRICS_FLAG, action="store_true", help="let your own metrics run; the config alone cannot permit it"
+    )
     return parser
 
 
 def _load(options: argparse.Namespace) -> TrainConfig:
-    return permitted_config(load_train_config(options.config), options.trust_remote_code)
+    return permitted_config(load_train_config(options.config), options.trust_remote_code, options.run_own_metrics)
 
 
 def _train(arguments: list[str]) -> int:
@@ -119,7 +123,7 @@ def _prepare(arguments: list[str]) -> int:
     if not isinstance(listed, list):
         raise InputError("configs", listed, "must be a JSON list of training configs")
     configs = [parse(TrainConfig, values, f"configs.{i}") for i, values in enumerate(listed)]
-    configs = [permitted_config(config, options.trust_remote_code) for config in configs]
+    configs = [permitted_config(config, options.trust_remote_code, options.run_own_metrics) for config in configs]
     for config in configs:
         refuse_missing_files(config.data)
     from engine.prepare import prepare
@@ -175,9 +179,9 @@ def _show_sample(arguments: list[str]) -> int:
     parser.add_argument("--sample", type=int, default=1, metavar="N", help="which sample, from 1")
     parser.add_argument("--eval", action="store_true", help="of the evaluation set instead of the training samples")
     options = parser.parse_args(arguments)
-    config = permitted_config(load_train_config(_train_config(options.config)), options.trust_remote_code)
-    from engine.data.marked_sample import carries_loss, legend, marked, marks_for
+    config = permitted_config(load_train_config(_train_config(options.config)), options.trust_remote_code, own_metrics=True)
     from engine.data.views import load_data
+    from engine.evaluation.marked_sample import carries_loss, legend, marked, marks_for
     from engine.model.inspect import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
@@ -212,6 +216,19 @@ def _calibrate(arguments: list[str]) -> int:
     from engine.rates.rates_command import calibrate
 
     return calibrate(arguments)
+
+
+def _standby(arguments: list[str]) -> int:
+    """Load what `evaluate` needs, then run the command of a JSON list on stdin; without a line, end."""
+    argparse.ArgumentParser(prog="python -m engine standby").parse_args(arguments)
+    # what the command to come will load, but for bitsandbytes, which takes memory on the card
+    import transformers.modeling_utils  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+    import engine.evaluation.reevaluate  # noqa: F401
+
+    line = sys.stdin.readline()
+    return main(json.loads(line)) if line else 0
 
 
 def _answer(values: dict[str, Any], report: Path | None) -> int:

@@ -133,7 +133,8 @@ class PreparedFacts(Facts):
     config. data: digests of samples, template and base model by part (engine/sources/identity.py).
     Numbers of samples are rows of the source. accounts: of both parts, at each length among the
     configs. day: the one that the chat template printed, None if it prints
-    none. model_notes: what the user should know about the model, one line each.
+    none. num_task_samples, longest_task_prompt: evaluation samples that the task metrics answer, and
+    the tokens of the longest prompt. model_notes: what the user should know about the model, one line each.
     """
 
     model_path: str
@@ -145,6 +146,8 @@ class PreparedFacts(Facts):
     data: dict[str, str]
     accounts: list[DataAccount] = field(default_factory=list)
     day: str | None = None
+    num_task_samples: int = 0
+    longest_task_prompt: int = 0
     model_notes: list[str] = field(default_factory=list)
 
     @property
@@ -185,7 +188,8 @@ class AdapterEvaluation:
     base_sample_losses, sample_losses: those of each evaluation sample, None from older versions.
     examples: prompt, expected, base and adapter texts of some evaluation samples. examples_s:
     seconds to generate them. examples_error: one line that says why there are none. All three are
-    None if the caller asked for no examples.
+    None if the caller asked for no examples. base_metrics, metrics: what base model and adapter
+    scored by the task metrics, None without any. metrics_error: one line on those without a score.
     """
 
     base_eval_loss: float
@@ -196,6 +200,9 @@ class AdapterEvaluation:
     examples_error: str | None = None
     base_sample_losses: SampleLosses | None = None
     sample_losses: SampleLosses | None = None
+    base_metrics: dict[str, float] | None = None
+    metrics: dict[str, float] | None = None
+    metrics_error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, without values that are None."""

@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 
-from engine.command_answers import TRAINING, DataAccount, Facts, PreparedFacts, VisibleCard
-from engine.config.targets import resolve_targets
+from engine.adapter.origin import is_same_base
+from engine.adapter.start import check_start, read_start
+from engine.command_answers import EVALUATION, TRAINING, DataAccount, Facts, PreparedFacts, VisibleCard
+from engine.config.targets import layer_ranks, resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.account import account_data
-from engine.data.views import View, identify, identify_samples
+from engine.data.view import AnyView
+from engine.data.views import identify, identify_samples
 from engine.dialogue.encoding import printed_day
 from engine.errors import InputError
+from engine.evaluation.task_metrics import check_metrics
 from engine.model.device import host_share_gib
 from engine.model.inspect import ModelFacts, inspect_model, known_shape, load_tokenizer
 from engine.sources.identity import variant
@@ -39,9 +43,10 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
     accounts: dict[str, list[DataAccount]] = {}
     digests: dict[str, str] = {}
     days: list[str | None] = []
-    first_views: tuple[View, View] | None = None
+    first_views: tuple[AnyView, AnyView] | None = None
     num_trainable: list[int] = []
     notes: list[str] = []
+    task: tuple[int, int] | None = None
     for done, config in enumerate(configs):
         tell("checking each choice of the space", done, len(configs))
         key = repr(config.model)
@@ -50,7 +55,9 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         facts, tokenizer = models[key]
         features = facts.features
         targets = resolve_targets(list(features), config.lora.target_modules)
-        num_trainable.append(sum(config.lora.rank * sum(features[name]) for name in targets))
+        ranks = layer_ranks(config.lora, targets)
+        notes += _check_start(config, ranks, features)
+        num_trainable.append(sum(rank * sum(features[name]) for name, rank in ranks.items()))
         data_key = key + repr(config.data)
         if data_key not in accounts:
             *both, accounts[data_key] = account_data(config.data, tokenizer)
@@ -59,7 +66,9 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
             digests |= _identify(config, configs[0], tokenizer, views, first_views)
             days.append(printed_day(tokenizer, config.data))
             notes += _check_tokens(config, facts, tokenizer, views)
-    training, evaluation = next(iter(accounts.values()))
+            if config.metrics.names:
+                task = task or _check_task(config, facts, tokenizer, views[1])
+    training, *others = next(iter(accounts.values()))
     found, first = inspect(configs[0].model), next(iter(models.values()))[0]
     return PreparedFacts(
         shape=found.shape if first.route.is_predicted else None,
@@ -69,17 +78,19 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         layers=first.describe(),
         model_notes=list(dict.fromkeys([*first.notes, *notes])),
         num_train_samples=training.num_used,
-        num_eval_samples=evaluation.num_used,
+        num_eval_samples=sum(one.num_used for one in others if one.part.split("/")[0] == EVALUATION),
         num_dropped_samples=training.num_dropped,
         num_trainable=num_trainable,
         data=digests,
         day=next(filter(None, days), None),
+        num_task_samples=task[0] if task else 0,
+        longest_task_prompt=task[1] if task else 0,
         accounts=_distinct(account for both in accounts.values() for account in both),
     )
 
 
 def _identify(
-    config: TrainConfig, first: TrainConfig, tokenizer: Any, views: tuple[View, View], first_views: tuple[View, View]
+    config: TrainConfig, first: TrainConfig, tokenizer: Any, views: tuple[AnyView, AnyView], first_views: tuple[AnyView, AnyView]
 ) -> dict[str, str]:
     """Return the digests of the first config, or those of the samples that other variables of the template give.
 
@@ -99,16 +110,37 @@ def _identify(
     return {variant(part, config): digest for part, digest in identify_samples(views).items()}
 
 
+def _check_task(config: TrainConfig, facts: ModelFacts, tokenizer: Any, view: AnyView) -> tuple[int, int]:
+    """Check the metrics against samples and model. Returns the number of their samples, and the longest prompt."""
+    num_samples, longest = check_metrics(config, view, tokenizer)
+    most = facts.num_positions
+    if config.metrics.generates and most is not None and not facts.rotary and longest + config.metrics.max_new_tokens > most:
+        allowed = f"must be at most {most - longest}: the model has {most} positions, and a prompt takes {longest} of them"
+        raise InputError("metrics.max_new_tokens", config.metrics.max_new_tokens, allowed)
+    return num_samples, longest
+
+
+def _check_start(config: TrainConfig, ranks: dict[str, int], features: dict[str, tuple[int, int]]) -> list[str]:
+    """Check the adapter that trials start from; return what to tell the user."""
+    adapter = read_start(config.lora)
+    if adapter is None:
+        return []
+    check_start(adapter, config.lora, ranks, features)
+    if is_same_base(config.model.path, adapter.base):
+        return []
+    return [f"lora.start_from was trained on a base model of another name, {adapter.base!r}; its layers have the same shapes"]
+
+
 def _distinct(accounts: Iterable[DataAccount]) -> list[DataAccount]:
     """Return the accounts without repeats, training first, by length; all configs share one evaluation set."""
     found: list[DataAccount] = []
     for account in accounts:
         if account not in found:
             found.append(account)
-    return sorted(found, key=lambda account: (account.part != TRAINING, account.max_seq_length))
+    return sorted(found, key=lambda account: (not account.part.startswith(TRAINING), account.max_seq_length))
 
 
-def _check_tokens(config: TrainConfig, facts: ModelFacts, tokenizer: Any, views: tuple[View, View]) -> list[str]:
+def _check_tokens(config: TrainConfig, facts: ModelFacts, tokenizer: Any, views: tuple[AnyView, AnyView]) -> list[str]:
     """Check token ids and lengths of the samples against the model; return what to tell the user."""
     largest = max(view.largest_id() for view in views)
     if largest >= facts.num_rows:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from engine.config.parsing import parse_dataclass
@@ -27,20 +27,42 @@ class SampleLosses:
 
     evaluation_digest: 16 hex digits of the samples' tokens and targets at the evaluated length.
     sums: nats, summed over the target tokens of each sample [N]. num_targets: the number of these
-    tokens [N].
+    tokens [N]. sets: number of samples in each evaluation set, whose samples follow each other;
+    empty if there is one. weights: those of the sets in the eval loss.
     """
 
     evaluation_digest: str
     sums: tuple[float, ...]
     num_targets: tuple[int, ...]
+    sets: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
-        """Return the eval loss: mean nats per target token over all samples."""
-        return math.fsum(self.sums) / sum(self.num_targets)
+        """Return the eval loss: mean nats per target token over all samples, or the weighted mean of the sets'."""
+        if not self.sets:
+            return math.fsum(self.sums) / sum(self.num_targets)
+        means = self.means  # a set without weight may have any loss, infinity too
+        parts = [means[name] * weight for name, weight in self.weights.items() if weight]
+        return math.fsum(parts) / math.fsum(self.weights.values())
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Return the mean nats per target token of each evaluation set; empty if there is one."""
+        return {
+            name: math.fsum(self.sums[part]) / sum(self.num_targets[part]) for name, part in self.parts().items() if self.sets
+        }
+
+    def parts(self) -> dict[str, slice]:
+        """Return the places of each set's samples; those of all, without a name, if there is one set."""
+        found, start = {}, 0
+        for name, number in (self.sets or {"": len(self.sums)}).items():
+            found[name] = slice(start, start + number)
+            start += number
+        return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _OfRung(SampleLosses):
     rung: int
 
@@ -54,7 +76,7 @@ def write_sample_losses(trial_folder: Path, rung: int, losses: SampleLosses) -> 
         before = [one for one in _read(trial_folder / SAMPLE_LOSSES) if one.rung != rung][-1:]
     except (InputError, OSError):
         before = []  # the first one, or a damaged file, which this one replaces
-    new = _OfRung(losses.evaluation_digest, losses.sums, losses.num_targets, rung)
+    new = _OfRung(**vars(losses), rung=rung)
     text = json.dumps({"adapters": [asdict(one) for one in (*before, new)]}, separators=(",", ":"))
     write_text(trial_folder / SAMPLE_LOSSES, text + "\n")
 
@@ -70,7 +92,7 @@ def read_sample_losses(trial_folder: Path, report: TrialReport) -> SampleLosses 
         return None
     for one in _read(file):
         if one.rung == report.rung and one.mean == report.eval_loss:
-            return SampleLosses(one.evaluation_digest, one.sums, one.num_targets)
+            return SampleLosses(one.evaluation_digest, one.sums, one.num_targets, one.sets, one.weights)
         others.append(f"of rung {one.rung} with loss {one.mean:.6g}")
     raise _damaged(file, f"it is {' and '.join(others)}")
 
@@ -90,7 +112,15 @@ def _read(file: Path) -> list[_OfRung]:
     for one in found:
         if len(one.sums) != len(one.num_targets) or min(one.num_targets, default=0) < 0 or not any(one.num_targets):
             raise _damaged(file, "its sums and counts do not match")
+        if one.sets and not _fits_its_sets(one):
+            raise _damaged(file, "its evaluation sets do not match its sums")
     return found
+
+
+def _fits_its_sets(one: SampleLosses) -> bool:
+    has_targets = all(any(one.num_targets[part]) for part in one.parts().values())
+    has_weight = min(one.weights.values(), default=0.0) >= 0.0 and any(one.weights.values())
+    return sum(one.sets.values()) == len(one.sums) and set(one.sets) == set(one.weights) and has_targets and has_weight
 
 
 def _damaged(file: Path, fault: str) -> InputError:

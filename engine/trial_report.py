@@ -6,13 +6,15 @@ Importing this module loads no torch, because the driver reads reports too.
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from engine.config.metrics_section import EVAL_LOSS
 from engine.config.parsing import parse_dataclass
 from engine.errors import InputError
 
@@ -76,9 +78,12 @@ class TrialReport:
 
     rung: index on the tokens-seen grid, from 1. tokens_seen: tokens fed forward so far, at or just
     above the grid point. train_loss: over all target tokens since the previous report. eval_loss:
-    on the fixed evaluation set. best_eval_loss: lowest so far; `adapter/` in the trial folder is
-    the adapter of that rung. raw_eval_loss, ema_eval_loss: of the last step's adapter and of the
-    running average; eval_loss is the lower one. None without an average (optim.ema_horizon).
+    on the fixed evaluation set, or the weighted mean of eval_losses, those of several sets by name.
+    eval_excess: nats by which the worst of them is above its limit, below 0 if all are within; None
+    without limits. best_eval_loss: lowest so far, of those within the limits if there are any;
+    `adapter/` in the trial folder is the adapter of that rung, unless a metric chooses it
+    (`kept_report`). raw_eval_loss, ema_eval_loss: of the last step's adapter and of the running
+    average; eval_loss is the lower one, of those within the limits. None without an average (optim.ema_horizon).
 
     elapsed_s: seconds inside optimizer steps, without evaluation, over all resumed parts.
     step_time_ms: mean over the steps since the previous report. setup_s: seconds from the call of
@@ -97,6 +102,9 @@ class TrialReport:
     decides whether memory runs out; None in older reports. num_out_of_memory: how often the engine
     made the plan leaner because memory ran out. micro_batch_size, activation_checkpointing: those
     of the current plan.
+
+    metrics: mean score of each task metric that was measured at this rung. metrics_error: one line
+    on those that have none, None if there is nothing to say. metrics_s: seconds for all of them.
     """
 
     rung: int
@@ -129,11 +137,29 @@ class TrialReport:
     save_s: float | None = None
     raw_eval_loss: float | None = None
     ema_eval_loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    metrics_error: str | None = None
+    metrics_s: float | None = None
+    eval_losses: dict[str, float] = field(default_factory=dict)
+    eval_excess: float | None = None
+
+    @property
+    def over_limits(self) -> float:
+        """Return the nats by which the losses are above their limits; 0 if they are within, or there are none."""
+        return max(self.eval_excess or 0.0, 0.0)
 
     @property
     def is_average(self) -> bool:
         """Return True if eval_loss is the running average's."""
         return self.ema_eval_loss is not None and self.eval_loss == self.ema_eval_loss != self.raw_eval_loss
+
+    def cost(self, measure: str, sign: float) -> float | None:
+        """Return the measure so that smaller is better, or None if it was not measured here.
+
+        measure: eval_loss or a metric. sign: 1 if smaller values of it are better, else -1.
+        """
+        value = self.eval_loss if measure == EVAL_LOSS else self.metrics.get(measure)
+        return None if value is None else sign * value
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -147,6 +173,22 @@ class TrialReport:
         """
         report = parse_dataclass(cls, values, "report")
         return replace(report, predicted_peak_gib=None) if report.predicted_peak_gib == 0.0 else report
+
+
+def kept_report(reports: Sequence[TrialReport], measure: str = EVAL_LOSS, sign: float = 1.0) -> TrialReport | None:
+    """Return the report whose adapter is kept in `adapter/`: the best one, of equal ones the last.
+
+    Reports within the limits come before those that exceed them, which compare by how far. Reports
+    that have the measure come before those that lack it, which compare by eval_loss. Where a metric
+    is equal, eval_loss decides. Arguments: see `TrialReport.cost`.
+    """
+
+    def order(report: TrialReport) -> tuple[float, ...]:
+        cost = report.cost(measure, sign)
+        found = (math.inf,) if cost is None else (cost,)
+        return (report.over_limits, *found, report.eval_loss, -report.rung)
+
+    return min(reports, key=order, default=None)
 
 
 def read_reports(trial_folder: Path) -> list[TrialReport]:

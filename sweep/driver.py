@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import StorageError, first_line
 from engine.sources.identity import refuse_changed
@@ -57,6 +58,10 @@ from sweep.tracking.prometheus import MetricsPage, serve
 from sweep.tracking.tracker import make_tracker
 from sweep.trials.record import TrialRecord
 
+if TYPE_CHECKING:
+    from sweep.session import SweepSession
+
+PREPARED_SOON_S = 1.0
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -89,7 +94,7 @@ def resume(path: str, overrides: dict[str, Any], *, dry_run: bool = False, engin
         overrides = {**overrides, ADDRESS: absolute_uri(uri, Path.cwd())}
     config = apply_resume_changes(read_unedited_config(folder), overrides)
     refuse_unconfirmed(config, overrides, os.environ, home_folder())
-    plan = make_sweep_plan(config, _find_hardware)
+    plan = make_sweep_plan(config, _find_hardware, is_new=False)
     refuse_idle_overrides(config, plan.space, overrides)
     recorded = read_begun_with(folder).inputs
     recorded = folder.read_data() if recorded is None else recorded
@@ -126,7 +131,8 @@ def _launch(
     check_places(plan.config, path)
     with handled(taken_signals(), _interrupt), _metrics_page(plan) as page:
         try:
-            feasibility, facts = check_sweep(plan, engine, given, path)
+            with _loading_meanwhile(plan):
+                feasibility, facts = check_sweep(plan, engine, given, path)
             data = facts.data
         except KeyboardInterrupt:
             return _interrupted(folder)
@@ -178,16 +184,13 @@ def _run(
         if feasibility.predicts:
             folder.write_card(describe_cards(feasibility))
         section = plan.config.sweep
-        screen = make_console(sys.stdout, plan.num_rungs, section.num_trials, section.rule, _is_training)
+        screen = make_console(sys.stdout, plan.num_rungs, section.num_trials, plan.config.rule, _is_training)
         tracker = make_tracker(plan.config, folder.path)
         accounts = folder.read_accounts()
         tags = {"sweep.folder": str(folder.path), **provenance(), **data_tags(accounts)}
         tracker.on_sweep_started(tags, folder.started_s, data_points(accounts))
         try:
-            set_ray_environment(plan.config.cluster.address, plan.slots.num_slots if plan.has_mixed_cards else 1)
-            from sweep.session import SweepSession  # loads ray, which reads that environment once
-
-            return SweepSession(plan, folder, engine, feasibility, screen, tracker, page, inputs).run()
+            return _load_session(plan)(plan, folder, engine, feasibility, screen, tracker, page, inputs).run()
         except KeyboardInterrupt:
             screen.stop()
             code = _interrupted(folder)
@@ -197,6 +200,36 @@ def _run(
             screen.stop()
             wait_until_flushed()
             warn(tracker.close(30.0))
+
+
+def _load_session(plan: SweepPlan) -> type[SweepSession]:
+    """Load what runs the trials: ray, which reads its environment once, Optuna and plotly. It takes seconds."""
+    set_ray_environment(plan.config.cluster.address, plan.slots.num_slots if plan.has_mixed_cards else 1)
+    from sweep.session import SweepSession
+
+    return SweepSession
+
+
+@contextmanager
+def _loading_meanwhile(plan: SweepPlan) -> Iterator[None]:
+    """Load the session in a thread while the block waits for another process.
+
+    A block that ends within PREPARED_SOON_S loads nothing: a refusal waits for no library. A fault of
+    the thread is left to `_run`, which loads the same again.
+    """
+    is_over = threading.Event()
+
+    def load() -> None:
+        if not is_over.wait(PREPARED_SOON_S):
+            with suppress(Exception):
+                _load_session(plan)
+
+    thread = threading.Thread(target=load, name="load-session")
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
 
 
 def _find_hardware(cluster: ClusterConfig) -> Hardware:

@@ -18,16 +18,17 @@ from sweep.execution.engine_commands import CommandFailed, inspect, prepare
 from sweep.execution.new_card import measure_new_card
 from sweep.execution.worker_config import EngineModules
 from sweep.folder.output_folder import check_output_folder
+from sweep.ledger.event_files import check_event_files
+from sweep.plan.answers_forecast import answers_line
 from sweep.plan.disk_need import check_disk
 from sweep.plan.feasibility import Feasibility, make_feasibility
 from sweep.plan.forecast import card_line, check_any_fits, describe_forecast, most_demanding, no_forecast_line
 from sweep.plan.idle_settings import idle_settings
 from sweep.plan.rungs import check_rungs
-from sweep.plan.samples import data_warnings, passes_line, unchecked_line
+from sweep.plan.samples import data_warnings, mixture_line, passes_line, unchecked_line
 from sweep.plan.sweep_plan import SweepPlan
 from sweep.results.on_end import check_on_end
 from sweep.text import params_text
-from sweep.tracking.event_files import check_event_files
 from sweep.tracking.store_check import check_store
 
 
@@ -112,12 +113,22 @@ def _forecast(plan: SweepPlan, engine: EngineModules, facts: Facts | None) -> No
     config, cpu = plan.config, plan.slots.device == "cpu"
     if config.train.device == "cpu" or (config.cluster.card == "auto" and cpu):
         print(no_forecast_line(config.train.device), flush=True)
+        _say_answers(config, None, facts)
         return
     facts = inspect(config.base(), engine.command) if facts is None else facts
     feasibility = make_feasibility(config.cluster.card, facts, plan.kinds)
     num_trials, full_trials = config.sweep.num_trials, config.effective_budget.full_trials
     print(describe_forecast(plan.space, plan.base(), feasibility, num_trials, full_trials), flush=True)
+    _say_answers(config, feasibility, facts)
     check_any_fits(plan.space, plan.base(), feasibility)
+
+
+def _say_answers(config: SweepConfig, feasibility: Feasibility | None, facts: Facts | None) -> None:
+    """Print what the task metrics will take, if there are any and the samples are known."""
+    if isinstance(facts, PreparedFacts):
+        shape, card = (feasibility.shape, feasibility.card) if feasibility else (None, None)
+        if line := answers_line(config.base(), shape, card, facts):
+            print(line, flush=True)
 
 
 def check_sweep(
@@ -162,6 +173,8 @@ def _checked(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -
     for account in facts.accounts:
         print(f"data: {account.line()}", flush=True)
     if (line := passes_line(plan.config, facts)) is not None:
+        print(f"data: {line}", flush=True)
+    if line := mixture_line(plan.config, facts):
         print(f"data: {line}", flush=True)
     warn(dict.fromkeys(line for account in facts.accounts for line in account.warnings()))
     warn(data_warnings(plan.config, facts, given))

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 from engine.config.trial import TrainConfig
 from sweep.cli.console import Screen
 from sweep.cluster.card_kinds import Label
-from sweep.execution.engine_commands import evaluate
+from sweep.execution.engine_commands import Standby, evaluate
 from sweep.execution.remote_evaluation import evaluate_on_a_slot
 from sweep.execution.tuner import run_trials
 from sweep.execution.worker_config import EngineModules
 from sweep.folder.sweep_folder import SweepFolder
+from sweep.ledger.event_files import make_event_files
 from sweep.ledger.freezer import make_freezer
 from sweep.ledger.ledger import Ledger
 from sweep.ledger.limits import Limits
@@ -30,7 +31,6 @@ from sweep.results.finish import Evaluate, finish
 from sweep.results.next_steps import next_steps
 from sweep.study.earlier_sweeps import read_earlier
 from sweep.study.study import Study
-from sweep.tracking.event_files import make_event_files
 from sweep.tracking.prometheus import MetricsPage, SweepMetrics
 from sweep.tracking.tracker import NullTracker, Tracker
 
@@ -55,8 +55,18 @@ class SweepSession:
     page: MetricsPage | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def _standby(self) -> Standby:
+        return Standby(self.engine.command)
+
     def run(self) -> int:
         """Run the session. Returns the exit code: 0 if there is an adapter to use, else 1."""
+        try:
+            return self._run()
+        finally:
+            self._standby.close()
+
+    def _run(self) -> int:
         self.screen.note(f"sweep folder {self.folder.path}")
         ledger = self._open_ledger()
         if ledger.has_work():
@@ -64,6 +74,7 @@ class SweepSession:
             run_trials(
                 ledger, self.plan.slots, self.plan.config.cluster.address, self.folder, self.engine,
                 note=self.screen.note, avoid=self._avoid, inputs=self.inputs, calibrate=self.plan.config.cluster.calibrate,
+                on_running_out=self._prepare_evaluation,
             )  # fmt: skip
             self.screen.stop()
         if ledger.shortfall:
@@ -153,7 +164,7 @@ class SweepSession:
             device=self.plan.slots.device,
             engine_command=self.engine.command,
             note=self.screen.note,
-            rule=config.sweep.rule,
+            rule=config.rule,
             num_examples=config.sweep.num_examples,
             evaluate=self._evaluation(),
         )
@@ -164,9 +175,13 @@ class SweepSession:
         self.screen.note(next_steps(self.folder, config, self.plan.space, is_measured))
         return 0 if is_measured else 1
 
+    def _prepare_evaluation(self) -> None:
+        if self.plan.config.cluster.address is None:  # else a worker's node measures
+            self._standby.start()
+
     def _evaluation(self) -> Evaluate:
         """Return what measures the winner again: here, or on a slot of the existing cluster."""
         address = self.plan.config.cluster.address
         if address is None:
-            return partial(evaluate, inputs=self.inputs)
+            return partial(evaluate, inputs=self.inputs, standby=self._standby)
         return evaluate_on_a_slot(self.plan.slots, address, self.folder.log, self._avoid, self.inputs)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import printable
+from engine.trial_report import TrialReport
 
 
 def number(value: float | None, spec: str) -> str:
@@ -27,9 +29,14 @@ def bytes_text(count: float) -> str:
     return f"{count / 2**20:,.{digits}f} MiB" if count < 2**30 else f"{count / 2**30:,.1f} GiB"
 
 
+def short_name(path: str) -> str:
+    """Return the end of a field's path that tells it from others: `rank`, or `train.0.weight` of a mixture."""
+    return ".".join(path.split(".")[1:]) if path.count(".") > 1 else path.rsplit(".", 1)[-1]
+
+
 def params_text(params: dict[str, Any]) -> str:
-    """Format sampled values by the last part of their path: rank=8 learning_rate=0.00042."""
-    parts = (f"{printable(path.rsplit('.', 1)[-1])}={value_text(value)}" for path, value in params.items())
+    """Format sampled values by the end of their path: rank=8 learning_rate=0.00042 train.0.weight=3."""
+    parts = (f"{printable(short_name(path))}={value_text(value)}" for path, value in params.items())
     return " ".join(parts) or "(base config)"
 
 
@@ -45,3 +52,13 @@ def printable_lines(text: str) -> str:
 def without_password(text: str) -> str:
     """Return the text without user and password of the addresses in it."""
     return re.sub(r"//[^/\s]*@", "//", text)
+
+
+def limits_text(report: TrialReport) -> str:
+    """Return `, 0.0312 nats above its limits`, or nothing for a report within them."""
+    return f", {report.over_limits:.4f} nats above its limits" if report.over_limits else ""
+
+
+def metrics_text(metrics: Mapping[str, float]) -> str:
+    """Return `, exact_match 0.7500` for each task metric; empty without any."""
+    return "".join(f", {name} {value:.4f}" for name, value in metrics.items())

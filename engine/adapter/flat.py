@@ -56,7 +56,7 @@ class FlatAdapter:
         """Move the parameters of `layers` into the flat one.
 
         dtype: the activations' dtype. memory: that of an earlier adapter of the same key, which
-        nothing else uses; new memory if None.
+        nothing else uses; new memory if None. num_a counts the elements of all A.
         """
         self.memory = memory or AdapterMemory(layers, dtype)
         if self.memory.key != AdapterMemory.key_of(layers, dtype):
@@ -67,7 +67,7 @@ class FlatAdapter:
         self.parameter.grad = self.memory.gradient
         self.zero_grad()
         self._cast = self.memory.cast
-        self._num_a = sum(layer.lora_a.numel() for layer in layers.values())
+        self.num_a = sum(layer.lora_a.numel() for layer in layers.values())
         first = next(iter(layers.values()))  # one config, one scaling and one rate
         self.memory.scaling.fill_(first.scaling)
         self.memory.noise.copy_(torch.tensor(noise_of(0, first.dropout)))
@@ -85,8 +85,8 @@ class FlatAdapter:
     def refresh(self) -> None:
         """Update the copy of A and scaling * B after the parameter has changed."""
         values = self.parameter.detach()
-        self._cast[: self._num_a].copy_(values[: self._num_a])
-        torch.mul(values[self._num_a :], self.memory.scaling, out=self._cast[self._num_a :])
+        self._cast[: self.num_a].copy_(values[: self.num_a])
+        torch.mul(values[self.num_a :], self.memory.scaling, out=self._cast[self.num_a :])
 
     def zero_grad(self) -> None:
         self.parameter.grad.zero_()

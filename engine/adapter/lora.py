@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config.targets import resolve_targets
+from engine.config.targets import layer_ranks, resolve_targets
 from engine.config.trial import LoraConfig
 from engine.errors import InputError
 from engine.kernels.ops import noise_of
@@ -29,15 +29,22 @@ class LoraLinear(nn.Module):
     A starts Kaiming-uniform and B zero, so an untrained adapter does not change the model.
     """
 
-    def __init__(self, base: FrozenLinear, config: LoraConfig, generator: torch.Generator, number: int = 0) -> None:
-        """Draw A from `generator`. number: the layer's place in its adapter, for its own dropout masks."""
+    def __init__(
+        self, base: FrozenLinear, config: LoraConfig, generator: torch.Generator, number: int = 0, rank: int | None = None
+    ) -> None:
+        """Draw A from `generator`.
+
+        number: the layer's place in its adapter, for its own dropout masks. rank: None for the
+        config's. The scaling is the config's at every rank.
+        """
+        rank = rank or config.rank
         super().__init__()
         self.base, self.scaling, self.dropout, self.number = base, config.scaling, config.lora_dropout, number
         device = base.weight.device
         bound = 1.0 / math.sqrt(base.in_features)  # kaiming_uniform_(a=sqrt(5)), as PEFT does
-        a_RD = torch.empty(config.rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        a_RD = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_a = nn.Parameter(a_RD.to(device))
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         # views of FlatAdapter's memory: A and scaling * B, the scaling, and the dropout's seed and rate
         self.casts: tuple[Tensor, Tensor] | None = None
         self.scale: Tensor | None = None
@@ -98,9 +105,10 @@ def attach(model: nn.Module, linear_names: list[str], config: LoraConfig, seed: 
     device and with any other target layers.
     """
     layers: dict[str, LoraLinear] = {}
-    for number, name in enumerate(resolve_targets(linear_names, config.target_modules)):
+    ranks = layer_ranks(config, resolve_targets(linear_names, config.target_modules))
+    for number, (name, rank) in enumerate(ranks.items()):
         generator = torch.Generator().manual_seed(_stream_seed(seed, name))
-        layers[name] = LoraLinear(_frozen(model, name), config, generator, number)
+        layers[name] = LoraLinear(_frozen(model, name), config, generator, number, rank)
     for name, layer in layers.items():
         _replace(model, name, layer)
     return layers

@@ -33,7 +33,7 @@ def read_origin(
     model = config.model if config else ModelConfig(path=adapter.base, revision=adapter.revision)
     if not named_by_caller:
         _refuse_relative(model.path)
-        if config and not _same_base(model.path, adapter.base):
+        if config and not is_same_base(model.path, adapter.base):
             allowed = f"must be the base model of adapter_config.json, {adapter.base!r}; if it was moved, export with --config"
             raise InputError("model.path", model.path, allowed)
     model = permitted(model, trust_remote_code)
@@ -50,7 +50,7 @@ def _refuse_relative(path: str) -> None:
         raise InputError("model.path", path, allowed)
 
 
-def _same_base(path: str, base: str) -> bool:
+def is_same_base(path: str, base: str) -> bool:
     """Tell whether both name one model; a builtin is known by its published name or its folder in the cache."""
     known = {path, str(user_path(path)), published_name(path)}
     return base in known or (path.startswith(PREFIX) and base == str(resolve_model(path)))

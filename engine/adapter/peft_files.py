@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine.adapter.lora import LoraLinear, host_arrays, load_adapter_state
-from engine.config.trial import TRAIN_CONFIG, TrainConfig, load_train_config
+from engine.config.targets import layer_ranks
+from engine.config.trial import TRAIN_CONFIG, LoraConfig, TrainConfig, load_train_config
 from engine.errors import InputError, first_line
 from engine.sources.builtin import published_name
 from engine.sources.locate import locate
@@ -81,24 +83,46 @@ def _tokenizer_files(tokenizer: Any, on_disk: Path) -> dict[Path, bytes]:
 def peft_config(config: TrainConfig, targets: list[str], module_names: list[str]) -> dict[str, Any]:
     """Return the content of adapter_config.json. `r` is PEFT's key for the rank."""
     lora = config.lora
-    alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
+    ranks = layer_ranks(lora, targets)
+    rank = max(ranks.values())  # loaders make room for it, and some of them know no pattern
     return {
         "base_model_name_or_path": _base_name(config),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": alpha,
+        "lora_alpha": _alpha(lora, rank),
         "lora_dropout": lora.lora_dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": lora.rank,
+        "r": rank,
         "revision": config.model.revision,
         "target_modules": shortest_names(targets, module_names),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": lora.use_rslora,
+        **_patterns(lora, ranks, rank),
     }
+
+
+def _patterns(lora: LoraConfig, ranks: dict[str, int], usual: int) -> dict[str, Any]:
+    """Return PEFT's keys for layers of other ranks than the usual one, none if there are none.
+
+    Their alpha gives them the scaling of all. Each key fits its own layers alone, so the order of
+    the keys, which the file sorts, does not matter.
+    """
+    by_end: dict[str, set[int]] = {}
+    for name, rank in ranks.items():
+        by_end.setdefault(name.rpartition(".")[2], set()).add(rank)
+    keys = {end if len(by_end[end := name.rpartition(".")[2]]) == 1 else name: rank for name, rank in ranks.items()}
+    others = {key: rank for key, rank in keys.items() if rank != usual}
+    return {"rank_pattern": others, "alpha_pattern": {key: _alpha(lora, rank) for key, rank in others.items()}} if others else {}
+
+
+def _alpha(lora: LoraConfig, rank: int) -> int | float:
+    """Return the alpha with which a layer of this rank has the config's scaling; whole numbers as PEFT writes them."""
+    alpha = lora.alpha if rank == lora.rank else lora.scaling * (math.sqrt(rank) if lora.use_rslora else rank)
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _class_of(model: nn.Module) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from engine.adapter.peft_files import CONFIG, PREFIX, WEIGHTS
 from engine.config.parsing import load_json
+from engine.config.targets import pattern_value
 from engine.config.trial import ALL_LINEAR, LoraConfig
 from engine.errors import InputError, first_line
 
@@ -141,7 +142,7 @@ def _scaling(values: dict[str, Any], name: str, rank: int, folder: Path) -> floa
 
 def _matched(pattern: dict[str, Any], name: str, default: Any) -> Any:
     try:
-        return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+        return pattern_value(pattern, name, default)
     except re.error as error:
         raise InputError(CONFIG, sorted(pattern), f"must be valid regular expressions ({error})") from None
 

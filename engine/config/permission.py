@@ -1,4 +1,4 @@
-"""Take permission to run a model's own code from the command line alone. No torch."""
+"""Take permission to run a model's own code, or the user's metrics, from the command line alone. No torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from engine.config.trial import ModelConfig, TrainConfig
 from engine.errors import InputError
 
 FLAG = "--trust-remote-code"
+METRICS_FLAG = "--run-own-metrics"
 
 
 def permitted(model: ModelConfig, trust_remote_code: bool) -> ModelConfig:
@@ -19,6 +20,13 @@ def permitted(model: ModelConfig, trust_remote_code: bool) -> ModelConfig:
     return model.model_copy(update={"trust_remote_code": trust_remote_code})
 
 
-def permitted_config(config: TrainConfig, trust_remote_code: bool) -> TrainConfig:
-    """Return the config with the model section of `permitted`."""
+def permitted_config(config: TrainConfig, trust_remote_code: bool, own_metrics: bool = False) -> TrainConfig:
+    """Return the config with the model section of `permitted`.
+
+    own_metrics: whether functions of metrics.own may run. InputError if the config names some and they may not.
+    """
+    if config.metrics.own and not own_metrics:
+        name, metric = next(iter(config.metrics.own.items()))
+        allowed = f"a file cannot permit that a function runs; if you trust it, add {METRICS_FLAG}"
+        raise InputError(f"metrics.{name}", metric.function, allowed)
     return config.model_copy(update={"model": permitted(config.model, trust_remote_code)})

@@ -1,12 +1,12 @@
-"""Apply `lora.target_modules`: pick layers by their names. No torch."""
+"""Apply `lora.target_modules` and `lora.rank_pattern`: pick layers by their names. No torch."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import TypeGuard
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeGuard
 
-from engine.config.trial import ALL_LINEAR
+from engine.config.trial import ALL_LINEAR, LoraConfig
 from engine.errors import InputError, did_you_mean
 
 
@@ -45,6 +45,30 @@ def resolve_targets(linear_names: list[str], target_modules: str | tuple[str, ..
             if not any(map(target_rule((entry,)), linear_names)):
                 raise InputError("lora.target_modules", entry, _near(entry, linear_names))
     return [name for name in linear_names if is_target(name)]
+
+
+def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Return the value of the first key that matches the name, or its dotted end, as PEFT's patterns do."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def layer_ranks(lora: LoraConfig, names: Iterable[str]) -> dict[str, int]:
+    """Return the rank of each of these layers, which the adapter targets.
+
+    Raises InputError if an entry of `lora.rank_pattern` matches none of them, or if two give one
+    layer different ranks: a config does not keep the order of its entries.
+    """
+    ranks, unused = {}, set(lora.rank_pattern)
+    for name in names:
+        found = {key: rank for key, rank in lora.rank_pattern.items() if pattern_value({key: True}, name, False)}
+        if len(set(found.values())) > 1:
+            raise InputError("lora.rank_pattern", found, f"must give {name} one rank")
+        ranks[name] = next(iter(found.values()), lora.rank)
+        unused -= found.keys()
+    if unused:
+        ends = ", ".join(sorted({name.rpartition(".")[2] for name in ranks}))
+        raise InputError("lora.rank_pattern", min(unused), f"matches no layer that lora.target_modules picks; allowed: {ends}")
+    return ranks
 
 
 def _is_regex(target_modules: str | tuple[str, ...]) -> TypeGuard[str]:

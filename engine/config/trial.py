@@ -18,6 +18,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from engine.config.data_section import DataConfig
 from engine.config.matmul import Matmul, MatmulSetting
+from engine.config.metrics_section import FINALISTS, MetricsConfig
+from engine.config.optim_section import OptimConfig
 from engine.config.parsing import Fraction, ListAsTuple, PositiveInt, StrictModel, load_json, parse
 from engine.errors import InputError
 
@@ -31,8 +33,6 @@ MAX_BINS = 1_000_000  # in one optimizer step
 Auto = Literal["auto"]
 NumLayers = Annotated[int, Field(ge=0, le=10_000)]
 Gib = Annotated[float, Field(le=1e6)]
-# fp32 holds no value nearer to 1, and the 8-bit optimizer computes 1 - beta in fp32
-Beta = Annotated[float, Field(ge=0.0, le=0.9999999)]
 BOOL_POLICIES = {"keep": False, "recompute": True}
 """Policies that config files write as true or false, in train.activation_checkpointing."""
 PolicyAsBool = BeforeValidator(lambda value: BOOL_POLICIES.get(value, value) if isinstance(value, str) else value)
@@ -66,11 +66,26 @@ class LoraConfig(StrictModel):
     lora_dropout: Fraction = 0.0
     target_modules: Annotated[str | tuple[str, ...], ListAsTuple] = ALL_LINEAR
     use_rslora: bool = False
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=65_536)]] = Field(
+        {}, description="ranks of some layers, by a name's end or a regular expression: {up_proj: 8}; the scaling stays"
+    )
+    start_from: str | None = Field(
+        None, min_length=1, description="PEFT folder of an adapter to train on from, of the same targets and at most this rank"
+    )
 
     @model_validator(mode="after")
     def _targets_not_empty(self) -> LoraConfig:
         if not self.target_modules or (not isinstance(self.target_modules, str) and not all(self.target_modules)):
             raise ValueError("target_modules must name at least one module, or be 'all-linear'")
+        return self
+
+    @model_validator(mode="after")
+    def _pattern_is_valid(self) -> LoraConfig:
+        for key in self.rank_pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise InputError("lora.rank_pattern", key, f"must be a valid regular expression ({error})") from None
         return self
 
     @property
@@ -82,26 +97,6 @@ class LoraConfig(StrictModel):
     def scaling(self) -> float:
         """Return alpha / rank; with rsLoRA alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-
-class OptimConfig(StrictModel):
-    """AdamW and the learning-rate schedule, which runs over tokens seen, not over steps."""
-
-    name: Literal["auto", "adamw", "adamw_8bit"] = Field("auto", description="auto: adamw_8bit on CUDA, adamw on CPU")
-    learning_rate: Annotated[float, Field(ge=1e-12, le=1e30)] = 2e-4
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_ratio: Fraction = 0.03
-    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
-    beta1: Beta = 0.9
-    beta2: Beta = 0.999
-    eps: Annotated[float, Field(ge=1e-30, le=1e6)] = 1e-8
-    max_grad_norm: Annotated[float, Field(ge=1e-12, le=1e12)] | None = 1.0
-    ema_horizon: Annotated[float, Field(ge=1e-6, le=1.0)] | None = Field(
-        None,
-        description="average the adapter over about the last tokens, this share of all seen; evaluate both and keep the better; "
-        "none: no average",
-    )
 
 
 class LoopConfig(StrictModel):
@@ -185,9 +180,10 @@ LATER: dict[str, dict[str, Any]] = {
     "data": {
         "train_max_samples": None, "train_name": None, "train_revision": None, "train_files": None, "eval_name": None,
         "eval_revision": None, "eval_files": None, "columns": {}, "bad_rows": "error", "overlong": "cut",
-        "template_kwargs": None, "date": None, "turns": "all",
+        "template_kwargs": None, "date": None, "turns": "all", "eval_weights": None, "eval_limits": {},
     },
-    "optim": {"ema_horizon": None},
+    "lora": {"start_from": None, "rank_pattern": {}},
+    "optim": {"ema_horizon": None, "loraplus_lr_ratio": 1.0, "decay_ratio": 0.2},
     "train": {"matmul": Matmul.BF16.value},
 }  # fmt: skip
 """Fields that older sweeps do not have. At these values the fingerprint leaves them out."""
@@ -201,6 +197,18 @@ class TrainConfig(StrictModel):
     lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()
     train: LoopConfig
+    metrics: MetricsConfig = MetricsConfig()
+
+    @model_validator(mode="after")
+    def _metrics_have_rungs(self) -> TrainConfig:
+        at, num_rungs = self.metrics.at, len(self.train.report_grid())
+        if not isinstance(at, str) and at[-1] > num_rungs:
+            raise InputError("metrics.at", list(at), f"must be rungs from 1 to {num_rungs}, the reports of a trial")
+        sets, chosen = tuple(self.data.eval_sets), self.metrics.eval_set
+        if chosen not in (sets if len(sets) > 1 else (None, *sets)) and (self.metrics.names or chosen is not None):
+            allowed = f"must be one of {', '.join(sets)}" if sets else "must be null: data.eval is no mapping of sets"
+            raise InputError("metrics.eval_set", chosen, allowed)
+        return self
 
     @model_validator(mode="after")
     def _graphs_are_possible(self) -> TrainConfig:
@@ -267,6 +275,8 @@ class TrainConfig(StrictModel):
             for field, default in defaults.items():
                 if values[section][field] == default:
                     del values[section][field]
+        if not self.metrics.names or self.metrics.at == FINALISTS:  # then trials are as without metrics
+            del values["metrics"]
         values["bins_per_step"] = self.bins_per_step
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

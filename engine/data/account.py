@@ -7,20 +7,32 @@ from typing import Any
 import numpy as np
 
 from engine.command_answers import EVALUATION, TRAINING, DataAccount
-from engine.config.data_section import ON_TRAINING_SAMPLES, DataConfig
-from engine.data.row_pipeline import RowCounts
-from engine.data.views import View, load_counted_data
+from engine.config.data_section import DataConfig
+from engine.data.row_pipeline import RowCounts, merged
+from engine.data.source_files import NamedSource
+from engine.data.view import AnyView, JoinedView
+from engine.data.views import evaluation_sources, load_counted_data
 
 
-def account_data(config: DataConfig, tokenizer: Any) -> tuple[View, View, list[DataAccount]]:
-    """Load the data as load_data does; return (train, eval, the accounts of both)."""
-    train, evaluation, (train_counts, eval_counts) = load_counted_data(config, tokenizer)
-    leaked = 0 if config.eval in (None, ON_TRAINING_SAMPLES) else num_common_rows(train, evaluation)
-    training = make_account(TRAINING, train, train_counts, 0)
-    return train, evaluation, [training, make_account(EVALUATION, evaluation, eval_counts, leaked)]
+def account_data(config: DataConfig, tokenizer: Any) -> tuple[AnyView, AnyView, list[DataAccount]]:
+    """Load the data as load_data does; return (train, eval, the accounts of both).
+
+    A mixture has an account, and one for each source. Several evaluation sets have one each.
+    """
+    train, evaluation, counts = load_counted_data(config, tokenizer)
+    sources = {name: found for (part, name), found in counts.items() if part == TRAINING}
+    accounts = [make_account(TRAINING, train, merged(sources.values()), 0)]
+    if isinstance(train, JoinedView):
+        accounts += [make_account(f"{TRAINING}/{name}", one, sources[name], 0) for name, one in train.parts.items()]
+    own = {name for name, source in evaluation_sources(config).items() if isinstance(source, NamedSource)}
+    brought = config.eval is None  # with a builtin
+    for name, one in evaluation.parts.items() if config.eval_sets else (("", evaluation),):
+        leaked = num_common_rows(train, one) if name in own and not brought else 0
+        accounts.append(make_account(f"{EVALUATION}/{name}" if name else EVALUATION, one, counts[EVALUATION, name], leaked))
+    return train, evaluation, accounts
 
 
-def make_account(part: str, view: View, counts: RowCounts, num_leaked: int) -> DataAccount:
+def make_account(part: str, view: AnyView, counts: RowCounts, num_leaked: int) -> DataAccount:
     """Return the account of one view on a source with these counts."""
     return DataAccount(
         part=part,
@@ -44,6 +56,6 @@ def make_account(part: str, view: View, counts: RowCounts, num_leaked: int) -> D
     )
 
 
-def num_common_rows(train: View, evaluation: View) -> int:
+def num_common_rows(train: AnyView, evaluation: AnyView) -> int:
     """Return how many rows of `evaluation` have the tokens of a row of `train`."""
     return int(np.isin(evaluation.row_hashes, train.row_hashes).sum())

@@ -9,6 +9,8 @@ Samples never see each other: positions restart and attention is cut at the docu
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +21,8 @@ from engine.kernels.ops import IGNORE
 
 # Samples sorted at once: first-fit-decreasing over them fills > 97 % of a row on typical chat data.
 WINDOW = 1024
+
+MIXED = 1  # in the seed of a mixture's shuffles, which are others than an epoch's
 
 # The tensors of a Batch.
 TENSORS = ("input_ids_T", "labels_T", "target_rows", "position_ids_T", "document_offsets")
@@ -121,13 +125,55 @@ def padded(batch: Batch, num_tokens: int, num_targets: int, num_documents: int, 
     )
 
 
-def plan_epoch(lengths: np.ndarray, capacity: int, packing: bool, seed: int, epoch: int) -> list[list[int]]:
-    """Return bins of sample indices for one epoch: every sample once.
+@dataclass(frozen=True)
+class Mixture:
+    """Say how often each source gives a sample to one epoch of a mixture.
+
+    An epoch has as many tokens as all sources together. sizes: samples of each source, which follow
+    each other. rates: samples that it gives to an epoch, in the mean; whole numbers of them, so that
+    no rounding adds up.
+    """
+
+    sizes: tuple[int, ...]
+    rates: tuple[float, ...]
+
+    @classmethod
+    def of(cls, lengths: Sequence[np.ndarray], weights: Sequence[float]) -> Mixture:
+        """Return the mixture in which tokens have these weights. lengths: of each source's samples, at least one."""
+        total = float(sum(int(one.sum()) for one in lengths))
+        means, weight = [float(one.mean()) for one in lengths], math.fsum(weights)
+        return cls(tuple(map(len, lengths)), tuple(w / weight * total / mean for w, mean in zip(weights, means, strict=True)))
+
+    def draw(self, seed: int, epoch: int) -> np.ndarray:
+        """Return the samples of one epoch, source by source. Each gives all its samples, shuffled, before any again.
+
+        Nothing but seed and epoch decides, so an epoch is found again without those before it.
+        """
+        drawn, start = [], 0
+        for source, (size, rate) in enumerate(zip(self.sizes, self.rates, strict=True)):
+            first, last = math.floor(epoch * rate), math.floor((epoch + 1) * rate)
+            rounds = range(first // size, -(-last // size)) if last > first else ()
+            shuffled = [np.random.default_rng([seed, number, source, MIXED]).permutation(size) for number in rounds]
+            if shuffled:
+                begin = rounds.start * size
+                drawn.append(start + np.concatenate(shuffled)[first - begin : last - begin])
+            start += size
+        return np.concatenate(drawn)
+
+
+def plan_epoch(
+    lengths: np.ndarray, capacity: int, packing: bool, seed: int, epoch: int, mixture: Mixture | None = None
+) -> list[list[int]]:
+    """Return bins of sample indices for one epoch: every sample once, or those that a mixture draws.
 
     Only seed and epoch decide the order.
     """
     random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(lengths))
+    if mixture is None:
+        order = random.permutation(len(lengths))
+    else:
+        drawn = mixture.draw(seed, epoch)
+        order = drawn[random.permutation(len(drawn))]
     if not packing:
         return [[int(i)] for i in order]
     bins: list[list[int]] = []
@@ -155,10 +201,11 @@ class Cursor:
     To resume, a trial needs only `epoch` and `position` (in bins).
     """
 
-    def __init__(self, lengths: np.ndarray, capacity: int, packing: bool, seed: int) -> None:
-        self._lengths, self._capacity, self._packing, self._seed = lengths, capacity, packing, seed
+    def __init__(self, lengths: np.ndarray, capacity: int, packing: bool, seed: int, mixture: Mixture | None = None) -> None:
+        self._given = lengths, capacity, packing, seed
+        self._mixture = mixture
         self.epoch, self.position = 0, 0
-        self._bins = plan_epoch(lengths, capacity, packing, seed, 0)
+        self._bins = plan_epoch(*self._given, 0, mixture)
 
     @property
     def epochs(self) -> float:
@@ -168,7 +215,7 @@ class Cursor:
     def seek(self, epoch: int, position: int) -> None:
         """Go to a place that an earlier cursor reported as `epoch` and `position`."""
         if epoch != self.epoch:
-            self._bins = plan_epoch(self._lengths, self._capacity, self._packing, self._seed, epoch)
+            self._bins = plan_epoch(*self._given, epoch, self._mixture)
         self.epoch, self.position = epoch, position
 
     def coming(self, count: int) -> list[list[int]]:

@@ -46,6 +46,17 @@ class RowCounts:
     notes: dict[str, int] = field(default_factory=dict)
 
 
+def merged(counts: Iterable[RowCounts]) -> RowCounts:
+    """Return the counts of several sources together."""
+    total = RowCounts()
+    for one in counts:
+        total.num_read, total.num_bad = total.num_read + one.num_read, total.num_bad + one.num_bad
+        total.num_bos, total.num_eos = total.num_bos + one.num_bos, total.num_eos + one.num_eos
+        total.reasons += one.reasons
+        total.notes = {note: total.notes.get(note, 0) + one.notes.get(note, 0) for note in {**total.notes, **one.notes}}
+    return total
+
+
 @dataclass(frozen=True)
 class _Sample:
     """One readable row: its name, and what will be encoded."""

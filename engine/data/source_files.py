@@ -37,6 +37,10 @@ class NamedSource:
     def __str__(self) -> str:
         return ", ".join(self.paths)
 
+    def option(self, name: str) -> str:
+        """Return the field of an option: data.train_split, or data.eval.general.split of one of several."""
+        return f"{self.field}{'.' if self.field.count('.') > 1 else '_'}{name}"
+
 
 @dataclass(frozen=True)
 class FoundSource:
@@ -109,7 +113,7 @@ def _files_of_split(source: NamedSource, path: Path) -> list[Path]:
         raise InputError(source.field, str(path), f"holds no data set ({first_line(error)}); allowed: {ALLOWED}") from None
     splits = {str(split): [Path(file) for file in files] for split, files in found.items()}
     if source.split not in splits:
-        raise InputError(f"{source.field}_split", source.split, f"{path} has {', '.join(splits) or 'no data'}")
+        raise InputError(source.option("split"), source.split, f"{path} has {', '.join(splits) or 'no data'}")
     if source.name is None:
         known = {file.resolve() for files in splits.values() for file in files}
         present = (file for file in sorted(path.rglob("*")) if file.is_file() and kind_of(file))
@@ -133,7 +137,7 @@ def _saved(source: NamedSource, path: Path) -> FoundSource:
         folder = path / source.split
         if not (folder / SAVED).is_file():
             splits = sorted(child.name for child in path.iterdir() if (child / SAVED).is_file())
-            raise InputError(f"{source.field}_split", source.split, f"{path} has {', '.join(splits) or 'no data'}")
+            raise InputError(source.option("split"), source.split, f"{path} has {', '.join(splits) or 'no data'}")
     else:
         _refuse_options(source, "a saved data set without splits", "split")
     try:
@@ -164,7 +168,7 @@ def _refuse_options(source: NamedSource, what: str, *options: str) -> None:
     for option in options:
         value = getattr(source, option)
         if value not in (None, "train"):
-            raise InputError(f"{source.field}_{option}", value, f"has no effect on {what}, {source}; leave it out")
+            raise InputError(source.option(option), value, f"has no effect on {what}, {source}; leave it out")
 
 
 def _found(files: Sequence[Path]) -> FoundSource:

@@ -10,164 +10,130 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine.command_answers import EVALUATION, TRAINING
 from engine.config.data_section import ON_TRAINING_SAMPLES, DataConfig, as_list
+from engine.config.data_sources import SourceConfig
 from engine.config.trial import TrainConfig
-from engine.data.packing import Sample
 from engine.data.readers import read_rows
-from engine.data.row_pipeline import RowCounts, RowPipeline
+from engine.data.row_pipeline import RowCounts, RowPipeline, merged
 from engine.data.source_files import NamedSource, find_source
 from engine.data.tokens import VERSION, TokenSet, tokenise
+from engine.data.view import AnyView, JoinedView, View
 from engine.dialogue.encoding import Encoder
 from engine.dialogue.templates import chat_template
 from engine.errors import InputError, InputsChanged
 from engine.sources.builtin import PREFIX, resolve_data
-from engine.sources.identity import identify_model, is_input_fault, refuse_changed, short_digest
+from engine.sources.identity import identify_model, identify_start, is_input_fault, refuse_changed, short_digest
 from engine.system.shared_cache import build_once
 from engine.units import counted
 
 COUNTS = "counts.json"
+HELD_OUT = "held out"
+PartCounts = dict[tuple[str, str], RowCounts]
+"""(training or evaluation, name of the source or set; empty if there is one) -> counts of its source."""
 
 
-class View:
-    """Select rows of a TokenSet and fit their samples into a length.
-
-    overlong: what happens to longer samples: `cut`, `drop`, `split` into pieces, or `error`. Samples
-    without a target within the length are left out; `num_dropped` counts them. Pieces overlap by
-    one token, which the second does not predict, so that each target is learnt once. part: training
-    or evaluation, for messages.
-    """
-
-    def __init__(
-        self, tokens: TokenSet, rows: np.ndarray, max_seq_length: int, overlong: str = "cut", part: str = "training"
-    ) -> None:
-        self._tokens, self.rows, self.max_seq_length = tokens, rows, max_seq_length
-        self._given = tokens.samples_of(rows)
-        full = tokens.offsets[self._given + 1] - tokens.offsets[self._given]
-        self.num_given_tokens = int(full.sum())
-        if overlong == "error" and (full > max_seq_length).any():
-            count = int((full > max_seq_length).sum())
-            longer = f"{count:,} of {counted(len(full), f'{part} sample')} {'is' if count == 1 else 'are'} longer"
-            longer += f" than {counted(max_seq_length, 'token')}"
-            raise InputError("data.overlong", overlong, f"{longer}, the longest has {full.max():,}; or cut, drop, split")
-        if overlong == "drop":
-            kept = full <= max_seq_length
-        else:
-            kept = tokens.first_target[self._given] < max_seq_length
-        if overlong == "split":
-            self._chosen, self._starts, self.lengths = _pieces(tokens, self._given, full, max_seq_length)
-        else:
-            self._chosen = self._given[kept]
-            self._starts, self.lengths = tokens.offsets[self._chosen], np.minimum(full[kept], max_seq_length)
-        self.num_dropped = len(full) - len(np.unique(self._chosen))
-        self.num_cut = int((tokens.offsets[self._chosen + 1] - self._starts > self.lengths).sum()) if overlong == "cut" else 0
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    @property
-    def row_hashes(self) -> np.ndarray:
-        """Return the content hash of each row that was selected."""
-        return self._tokens.row_hashes[self.rows]
-
-    @property
-    def num_equal_rows(self) -> int:
-        """Return the number of rows that repeat an earlier one."""
-        return len(self.rows) - len(np.unique(self.row_hashes))
-
-    @property
-    def num_rows(self) -> int:
-        """Return the number of rows with at least one sample that is used."""
-        return len(np.unique(np.searchsorted(self._tokens.row_offsets, self._chosen, side="right")))
-
-    @property
-    def num_used_tokens(self) -> int:
-        """Return the tokens of the data that are read at least once in a pass."""
-        repeated = len(self._chosen) - len(np.unique(self._chosen))
-        return int(self.lengths.sum()) - repeated
-
-    def num_targets(self) -> int:
-        """Return the number of tokens that carry loss in one pass."""
-        return int(self.targets_of(np.arange(len(self))).sum())
-
-    def targets_of(self, samples: np.ndarray) -> np.ndarray:
-        """Return the number of tokens that carry loss in each of these samples."""
-        starts = self._starts[samples]
-        return self._tokens.count_targets(starts + 1, starts + self.lengths[samples])
-
-    def digest(self) -> str:
-        """Return 16 hex digits of the samples, at full length and in order.
-
-        They are equal for the same tokens with the same first targets. The data's own loss masks
-        count where there are any.
-        """
-        parts = [self._tokens.hashes[self._given], self._tokens.first_target[self._given].astype(np.uint64)]
-        masks = self._tokens.masks[self._given]
-        content = np.stack([*parts, masks] if masks.any() else parts)
-        return hashlib.sha256(content.tobytes()).hexdigest()[:16]
-
-    def targets_digest(self) -> str:
-        """Return a digest of the tokens that carry loss within the length, in order."""
-        found = hashlib.sha256()
-        for i in range(len(self)):
-            sample = self[i]
-            found.update(sample.input_ids[1:][sample.is_target[1:]].tobytes())
-        return found.hexdigest()[:16]
-
-    def largest_id(self) -> int:
-        """Return the largest token id in the arrays that these samples come from."""
-        return int(np.max(self._tokens.input_ids)) if len(self._tokens.input_ids) else 0
-
-    def __getitem__(self, i: int) -> Sample:
-        part = slice(self._starts[i], self._starts[i] + self.lengths[i])
-        return Sample(np.asarray(self._tokens.input_ids[part]), np.asarray(self._tokens.is_target[part]))
-
-
-def _pieces(tokens: TokenSet, given: np.ndarray, full: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (sample, start, length) of the pieces that have a target."""
-    counts = np.maximum(1, -(-(full - 1) // (length - 1)))
-    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    samples, before = np.repeat(given, counts), number * (length - 1)
-    starts, lengths = tokens.offsets[samples] + before, np.minimum(length, np.repeat(full, counts) - before)
-    kept = tokens.count_targets(starts + 1, starts + lengths) > 0
-    return samples[kept], starts[kept], lengths[kept]
-
-
-def load_data(config: DataConfig, tokenizer: Any) -> tuple[View, View]:
+def load_data(config: DataConfig, tokenizer: Any) -> tuple[AnyView, AnyView]:
     """Return the (train, eval) views, tokenised on first use; InputError if either is empty."""
     train_view, eval_view, _ = load_counted_data(config, tokenizer)
     return train_view, eval_view
 
 
-def load_counted_data(config: DataConfig, tokenizer: Any) -> tuple[View, View, tuple[RowCounts, RowCounts]]:
-    """Return what load_data returns, and the counts of both sources."""
-    train_source, eval_source = _sources(config)
-    train, train_counts = _token_set(train_source, config, tokenizer)
-    evaluation, eval_counts, all_rows = train, train_counts, np.arange(train.num_rows)
-    if config.eval == ON_TRAINING_SAMPLES:
-        train_rows, eval_rows = all_rows, _by_content(train, all_rows)
-    elif eval_source is None:
-        train_rows, eval_rows = split_by_content(train.row_hashes, config.eval_fraction)
-    else:
-        evaluation, eval_counts = _token_set(eval_source, config, tokenizer)
-        train_rows, eval_rows = all_rows, _by_content(evaluation, np.arange(evaluation.num_rows))
-    if config.train_max_samples is not None:
-        train_rows = np.sort(_by_content(train, train_rows)[: config.train_max_samples])
-    train_view = View(train, train_rows, config.max_seq_length, config.overlong)
-    chosen = eval_rows[: config.eval_max_samples]
-    eval_view = View(evaluation, chosen, config.eval_max_seq_length, config.overlong, "evaluation")
-    _refuse_empty(train_view, "training", "data.max_seq_length", config)
-    _refuse_empty(eval_view, "evaluation", "data.eval_max_seq_length", config)
-    return train_view, eval_view, (train_counts, eval_counts)
+def load_counted_data(config: DataConfig, tokenizer: Any) -> tuple[AnyView, AnyView, PartCounts]:
+    """Return what load_data returns, and the counts of each part's source.
+
+    A mixture's training view has its sources as parts `0`, `1` and so on, at any weights. The view
+    of several evaluation sets has these as parts, by name.
+    """
+    sources, evaluation = train_sources(config), evaluation_sources(config)
+    loaded = {name: token_set(source, config, tokenizer) for name, source in sources.items()}
+    train = _Training(config, {name: tokens for name, (tokens, _) in loaded.items()})
+    _refuse_equal({f"data.train.{name}": tokens for name, tokens in train.tokens.items()}, config)
+    hashes = train.hashes()
+    train_rows, held_out = np.arange(len(hashes)), None
+    if HELD_OUT in evaluation.values():
+        train_rows, held_out = split_by_content(hashes, config.eval_fraction)
+    train_view = train.view(train_rows)
+    counts: PartCounts = {(TRAINING, name): found for name, (_, found) in loaded.items()}
+    both = merged(found for _, found in loaded.values())
+    views: dict[str, AnyView] = {}
+    own: dict[str, TokenSet] = {}
+    for name, source in evaluation.items():
+        counts[EVALUATION, name] = both
+        if isinstance(source, NamedSource):
+            own[f"data.eval.{name}"], counts[EVALUATION, name] = token_set(source, config, tokenizer)
+            views[name] = _eval_view(own[f"data.eval.{name}"], config)
+        else:
+            order = held_out if source == HELD_OUT else np.argsort(hashes, kind="stable")
+            views[name] = train.evaluated(order[: config.eval_max_samples])
+        _refuse_empty(views[name], "evaluation", "data.eval_max_seq_length", config)
+    _refuse_equal(own, config)
+    return train_view, JoinedView(views, config.set_weights) if config.eval_sets else views[""], counts
 
 
-def load_recorded(config: TrainConfig, tokenizer: Any, recorded: Mapping[str, str] | None) -> tuple[View, View]:
+class _Training:
+    """Hold the tokenised sources of the training samples, whose rows are numbered through."""
+
+    def __init__(self, config: DataConfig, tokens: Mapping[str, TokenSet]) -> None:
+        self._config, self.tokens = config, tokens
+        self._starts = np.cumsum([0, *(one.num_rows for one in tokens.values())])
+
+    def hashes(self) -> np.ndarray:
+        """Return the content hashes of all rows."""
+        return np.concatenate([np.asarray(one.row_hashes) for one in self.tokens.values()])
+
+    def view(self, rows: np.ndarray) -> AnyView:
+        """Return the training samples in these rows. Raises InputError if a source has none."""
+        config, parts = self._config, {}
+        for name, tokens, here in self._by_source(rows):
+            if config.train_max_samples is not None:
+                here = np.sort(_by_content(tokens, here)[: config.train_max_samples])
+            parts[name] = View(tokens, here, config.max_seq_length, config.overlong)
+            if config.mixture and not len(here):
+                raise InputError(f"data.train.{name}", config.mixture[int(name)].path, "has no row left beside the held-out ones")
+            _refuse_empty(parts[name], "training", "data.max_seq_length", config)
+        weights = {str(i): source.weight for i, source in enumerate(config.mixture)}
+        return JoinedView(parts, weights) if config.mixture else parts[""]
+
+    def evaluated(self, rows: np.ndarray) -> AnyView:
+        """Return the samples in these rows as evaluation samples, in the order of the rows within a source."""
+        config = self._config
+        views = {
+            name: View(tokens, here, config.eval_max_seq_length, config.overlong, EVALUATION)
+            for name, tokens, here in self._by_source(rows)
+            if len(here)
+        }
+        return JoinedView(views) if len(views) > 1 else next(iter(views.values()))
+
+    def _by_source(self, rows: np.ndarray) -> Iterator[tuple[str, TokenSet, np.ndarray]]:
+        for (name, tokens), start, end in zip(self.tokens.items(), self._starts, self._starts[1:], strict=False):
+            yield name, tokens, rows[(rows >= start) & (rows < end)] - start
+
+
+def _eval_view(tokens: TokenSet, config: DataConfig) -> View:
+    chosen = _by_content(tokens, np.arange(tokens.num_rows))[: config.eval_max_samples]
+    return View(tokens, chosen, config.eval_max_seq_length, config.overlong, EVALUATION)
+
+
+def _refuse_equal(tokens: Mapping[str, TokenSet], config: DataConfig) -> None:
+    """Raise InputError if two sources of a field have the same rows, whatever their names."""
+    known: dict[bytes, str] = {}
+    for field, one in tokens.items():
+        digest = hashlib.sha256(np.asarray(one.row_hashes).tobytes()).digest()
+        if digest in known:
+            allowed = f"has the same samples as {known[digest]}; name each source once"
+            raise InputError(field, config.sources().get(field), allowed)
+        known[digest] = field
+
+
+def load_recorded(config: TrainConfig, tokenizer: Any, recorded: Mapping[str, str] | None) -> tuple[AnyView, AnyView]:
     """Return the views of `load_data`; InputsChanged if they or the base model are not those recorded.
 
     recorded: what `identify` found when the sweep began; None outside a sweep.
@@ -185,18 +151,25 @@ def load_recorded(config: TrainConfig, tokenizer: Any, recorded: Mapping[str, st
     return views
 
 
-def identify(config: TrainConfig, tokenizer: Any, views: tuple[View, View]) -> dict[str, str]:
+def identify(config: TrainConfig, tokenizer: Any, views: tuple[AnyView, AnyView]) -> dict[str, str]:
     """Return the digests of all that the trials of a sweep share, by part (engine/sources/identity.py)."""
     return {
         **identify_model(config.model),
+        **identify_start(config.lora),
         "template": short_digest(chat_template(tokenizer, config.data.chat_template) or ""),
         **identify_samples(views),
     }
 
 
-def identify_samples(views: tuple[View, View]) -> dict[str, str]:
-    """Return the digests of the training and the evaluation samples."""
-    return {"training": views[0].digest(), "evaluation": views[1].digest()}
+def identify_samples(views: tuple[AnyView, AnyView]) -> dict[str, str]:
+    """Return the digests of the training and the evaluation samples, and of each of their parts."""
+    found: dict[str, str] = {}
+    for part, view in zip((TRAINING, EVALUATION), views, strict=True):
+        parts = view.parts if isinstance(view, JoinedView) else {}
+        if part == TRAINING or (parts and view.weights):
+            found |= {f"{part}/{name}": one.digest() for name, one in parts.items()}
+        found[part] = view.digest()
+    return found
 
 
 def split_by_content(hashes: np.ndarray, eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -220,18 +193,60 @@ def _by_content(tokens: TokenSet, rows: np.ndarray) -> np.ndarray:
     return rows[np.argsort(tokens.row_hashes[rows], kind="stable")]
 
 
-def _sources(config: DataConfig) -> tuple[NamedSource, NamedSource | None]:
-    """Return the (train, eval) sources; None as the second if evaluation has no separate source.
+def train_sources(config: DataConfig) -> dict[str, NamedSource]:
+    """Return the training sources: those of a mixture by their places, or one without a name."""
+    if not config.mixture:
+        return {"": sources_of(config)[0]}
+    found = {}
+    for i, source in enumerate(config.mixture):
+        field = f"data.train.{i}"
+        parts = _builtin_parts(field, as_list(source.path))
+        found[str(i)] = NamedSource(field, (str(parts[0]),)) if parts else _named(field, source)
+    return found
+
+
+def evaluation_sources(config: DataConfig) -> dict[str, NamedSource | str]:
+    """Return the evaluation sources by name, HELD_OUT or ON_TRAINING_SAMPLES; one without a name if there is one."""
+    if not config.eval_sets:
+        if config.eval == ON_TRAINING_SAMPLES:
+            return {"": ON_TRAINING_SAMPLES}
+        own = None if config.mixture and config.eval is None else sources_of(config)[1]
+        return {"": own or HELD_OUT}
+    known = {(one.paths, one.split, one.name, one.revision, one.files): field for field, one in train_sources(config).items()}
+    found: dict[str, NamedSource | str] = {}
+    for name, source in config.eval_sets.items():
+        field = f"data.eval.{name}"
+        if source is None:
+            brought = None if config.mixture else _builtin_parts("data.train", as_list(config.train))
+            found[name] = NamedSource(field, (str(brought[1]),)) if brought else HELD_OUT
+        elif source.path == ON_TRAINING_SAMPLES:
+            found[name] = ON_TRAINING_SAMPLES
+        else:
+            parts = _builtin_parts(field, as_list(source.path))
+            found[name] = one = NamedSource(field, (str(parts[1]),)) if parts else _named(field, source)
+            if (one.paths, one.split, one.name, one.revision, one.files) in known:
+                allowed = f"are training samples; another split is {{path: ..., split: ...}}, {field}=train means these"
+                raise InputError(field, source.path, allowed)
+    return found
+
+
+def _named(field: str, source: SourceConfig) -> NamedSource:
+    return NamedSource(field, as_list(source.path), source.split, source.name, source.revision, source.files)
+
+
+def sources_of(config: DataConfig) -> tuple[NamedSource, NamedSource | None]:
+    """Return the (train, eval) sources of one training source; None if evaluation has no separate source.
 
     A builtin brings its own evaluation part, and `data.eval` alone may name one.
     """
-    paths, other = as_list(config.train), as_list(config.eval)
-    train = _builtin_parts("data.train", paths)
+    other = as_list(config.eval)
+    paths = () if config.mixture else as_list(config.train)
+    train = None if config.mixture else _builtin_parts("data.train", paths)
     source = NamedSource(
         "data.train", (str(train[0]),) if train else paths, config.train_split, config.train_name, config.train_revision,
         config.train_files,
     )  # fmt: skip
-    if config.eval == ON_TRAINING_SAMPLES:
+    if config.eval == ON_TRAINING_SAMPLES or config.eval_sets:
         return source, None
     evaluation = _builtin_parts("data.eval", other) if config.eval else train
     if evaluation:
@@ -254,14 +269,15 @@ def _builtin_parts(field: str, paths: tuple[str, ...]) -> tuple[Path, Path] | No
     return resolve_data(paths[0], field)
 
 
-def _refuse_empty(view: View, part: str, field: str, config: DataConfig) -> None:
+def _refuse_empty(view: AnyView, part: str, field: str, config: DataConfig) -> None:
     if len(view) == 0:
         lost = f"none of the {counted(view.num_dropped, f'{part} sample')} keeps a target token at this length"
         way_out = "raise it, or data.overlong=cut or split" if config.overlong == "drop" else "raise it, or data.overlong=split"
         raise InputError(field, view.max_seq_length, lost if config.overlong == "split" else f"{way_out}: {lost}")
 
 
-def _token_set(source: NamedSource, config: DataConfig, tokenizer: Any) -> tuple[TokenSet, RowCounts]:
+def token_set(source: NamedSource, config: DataConfig, tokenizer: Any) -> tuple[TokenSet, RowCounts]:
+    """Return the source tokenised, from the cache if it is there, and the counts of its rows."""
     encoder, found = Encoder(tokenizer, config), find_source(source)
     identity = [VERSION, found.identity, config.format, config.columns, config.bad_rows, encoder.identity]
     if config.template_kwargs is not None:  # rows are known by their content then

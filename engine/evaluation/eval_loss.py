@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.data.packing import Batch, collate, plan_once, rows_of
 from engine.data.row_sizes import Size
-from engine.data.views import View
+from engine.data.view import AnyView, JoinedView
 from engine.model.base import Base
 from engine.sample_losses import SampleLosses
 from engine.shape.compute_limits import EVALUATION_ROW_TOKENS
@@ -32,13 +32,16 @@ class EvaluationSet:
     """Hold the rows of an evaluation, with N samples in all.
 
     targets_N: the number of tokens that carry loss in each sample, in order. row_targets: the same
-    in each row. digest: 16 hex digits of the samples, however they share rows.
+    in each row. digest: 16 hex digits of the samples, however they share rows. sets, weights: of
+    several evaluation sets, as SampleLosses has them.
     """
 
     batches: list[Batch]
     targets_N: np.ndarray
     row_targets: list[int]
     digest: str
+    sets: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rows: list[Batch]) -> EvaluationSet:
@@ -61,17 +64,23 @@ class EvaluationSet:
         """Return the losses of the samples from those of all their targets, in order."""
         number = len(self.targets_N)
         sums = np.bincount(np.repeat(np.arange(number), self.targets_N), weights=loss_M, minlength=number)
-        return SampleLosses(self.digest, tuple(sums.tolist()), tuple(self.targets_N.tolist()))
+        return SampleLosses(self.digest, tuple(sums.tolist()), tuple(self.targets_N.tolist()), self.sets, self.weights)
 
 
-def evaluation_batches(base: Base, view: View, eval_max_seq_length: int) -> EvaluationSet:
+def evaluation_batches(base: Base, view: AnyView, eval_max_seq_length: int) -> EvaluationSet:
     """Return the rows of the evaluation set, packed if the model allows it.
 
-    On CUDA, rows that may be padded are (engine/data/row_sizes.py). A small set lies on the device.
+    Of several sets, each has rows of its own, so that the others do not change its losses. On CUDA,
+    rows that may be padded are (engine/data/row_sizes.py). A small set lies on the device.
     """
-    capacity = row_capacity(eval_max_seq_length)
-    rows = rows_of(plan_once(view.lengths, capacity), 1, base.shares_rows(eval_max_seq_length))
-    samples = EvaluationSet.of([collate([view[i] for i in row]) for row in rows])
+    capacity, shares = row_capacity(eval_max_seq_length), base.shares_rows(eval_max_seq_length)
+    sets = view.parts if isinstance(view, JoinedView) and view.weights else {}
+    rows = []
+    for one in sets.values() or (view,):
+        rows += [collate([one[i] for i in row]) for row in rows_of(plan_once(one.lengths, capacity), 1, shares)]
+    samples = EvaluationSet.of(rows)
+    if sets:
+        samples = replace(samples, sets={name: len(one) for name, one in sets.items()}, weights=view.weights)
     batches = samples.batches
     if base.device.type == "cuda" and base.pads_rows(eval_max_seq_length):
         padded = [Size.of(batch, capacity, eval_max_seq_length, coarse=True).pad(batch, eval_max_seq_length) for batch in batches]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from engine.data.packing import Sample
-from engine.data.views import View
+from engine.data.view import AnyView, JoinedView
 from engine.layers.swap import restore_layers
 from engine.model.base import Base, end_tokens
 from engine.model.device import host_share_gib
@@ -42,8 +42,13 @@ class Question:
     expected: np.ndarray
 
 
-def choose_questions(view: View, count: int) -> list[Question]:
-    """Return questions from the first `count` samples with different prompts, or all there are."""
+def choose_questions(view: AnyView, count: int) -> list[Question]:
+    """Return questions from the first `count` samples with different prompts, or all there are.
+
+    Of several evaluation sets, the one with most weight asks.
+    """
+    if isinstance(view, JoinedView) and view.weights:
+        view = view.parts[max(view.weights, key=lambda name: view.weights[name])]
     found: dict[bytes, Question] = {}
     for i in range(len(view)):
         if len(found) >= count:

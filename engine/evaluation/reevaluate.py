@@ -15,6 +15,7 @@ from engine.data.views import load_recorded
 from engine.errors import first_line
 from engine.evaluation.eval_loss import evaluate, evaluation_batches
 from engine.evaluation.examples import choose_questions, write_examples
+from engine.evaluation.task_metrics import TaskMetrics
 from engine.model.device import pick_device
 from engine.model.load import load_base
 
@@ -24,7 +25,8 @@ def evaluate_adapter(
 ) -> AdapterEvaluation:
     """Load base model and exported adapter from disk, and measure both on the evaluation set.
 
-    Losses are in nats per target token. num_examples: how many evaluation samples both answer. If
+    Losses are in nats per target token. num_examples: how many evaluation samples both answer; they
+    are among the answers that the task metrics score, if these need answers. If
     generating fails, the result has `examples_error` instead: the losses are measured by then.
     inputs: the digests that the sweep recorded; InputsChanged if the inputs are others now.
     """
@@ -32,11 +34,21 @@ def evaluate_adapter(
     _, view = load_recorded(config, base.tokenizer, inputs)
     samples = evaluation_batches(base, view, config.data.eval_max_seq_length)
     base_losses = evaluate(base, samples)
+    task = TaskMetrics(config, base, view) if config.metrics.names else None
+    base_scores = task and task.measure()
     layers = attach(base.model, base.linear_names, config.lora, config.train.seed)
     load_adapter(adapter, layers)
     adapter_losses = evaluate(base, samples)
     answered: dict[str, Any] = {"base_sample_losses": base_losses, "sample_losses": adapter_losses}
-    if num_examples:
+    scores = task and task.measure()
+    if scores:
+        error = scores.error or base_scores.error
+        answered |= {"base_metrics": base_scores.means, "metrics": scores.means, "metrics_error": error}
+    if num_examples and scores and config.metrics.generates:
+        pairs = zip(base_scores.answers[:num_examples], scores.answers, strict=False)
+        examples = [{"prompt": b.prompt, "expected": b.reference, "base": b.answer, "adapter": a.answer} for b, a in pairs]
+        answered |= {"examples": examples, "examples_s": scores.seconds + base_scores.seconds}
+    elif num_examples:
         try:
             started_s = time.perf_counter()
             examples = write_examples(base, choose_questions(view, num_examples), lambda: detach(base.model, layers))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class ModelCard:
     """Hold the parts of a card, in order.
 
     losses: pairs of a name and mean nats per target token. sections: pairs of a heading and lines.
+    metrics: name, score of the base model or None, and score with the adapter.
     """
 
     title: str
@@ -35,6 +36,7 @@ class ModelCard:
     notes: list[str]
     settings: list[tuple[str, str]]
     sections: list[tuple[str, list[str]]]
+    metrics: list[tuple[str, float | None, float]] = field(default_factory=list)
 
     def text(self) -> str:
         """Return the card: front matter for the Hugging Face hub, losses, settings, sections."""
@@ -46,6 +48,9 @@ class ModelCard:
             lines += ["| | eval loss (nats/token) | perplexity |", "|---|---:|---:|"]
             cells = [(name, _finite(loss, ".4f"), _finite(perplexity(loss), ",.3f")) for name, loss in self.losses]
             lines += [*(f"| {' | '.join(row)} |" for row in cells), ""]
+        if self.metrics:
+            rows = [(name, "-" if b is None else f"{b:.4f}", f"{score:.4f}") for name, b, score in self.metrics]
+            lines += [*table(("task metric", "base model", "with this adapter"), rows), ""]
         lines += [*self.notes, "", *table(("setting", "value"), self.settings), ""]
         for heading, content in self.sections:
             lines += [f"## {heading}", "", *content, ""]
@@ -82,6 +87,7 @@ def config_rows(config: TrainConfig, *names: str) -> list[tuple[str, str]]:
     texts = {
         "target_modules": targets if isinstance(targets, str) else ", ".join(targets),
         "lora_dropout": f"{config.lora.lora_dropout:g}",
+        "started from": f"the adapter `{public_name(config.lora.start_from or '')}`",
         "learning_rate": f"{config.optim.learning_rate:g} ({config.optim.lr_schedule})",
         "max_seq_length": str(config.data.max_seq_length),
         "max_tokens": f"{config.train.max_tokens:,}",
@@ -191,7 +197,7 @@ def _settings(facts: ExportFacts) -> list[tuple[str, str]]:
         rows += [
             ("trained on", f"`{public_name(config.model.path)}`, {config.model.quantization}"),
             ("trained with", "rsLoRA, folded in here" if config.lora.use_rslora else "plain LoRA"),
-            *config_rows(config, *names),
+            *config_rows(config, *names, *(["started from"] if config.lora.start_from else [])),
             ("config fingerprint", f"`{config.fingerprint()}`"),
         ]
     if facts.measured is not None:

@@ -200,9 +200,11 @@ def set_matmul(model: nn.Module, mode: Matmul, exempt: Container[str] = (), kind
     """Set how frozen layers multiply in training. Return the names of those that stay in the working dtype.
 
     exempt: names of layers that stay so. A group of a fused layer stays with each of its members.
-    Groups that have this mode and kind already keep their codes.
+    Groups that have this mode and kind already keep their codes. Layers whose weights were released,
+    beside the text decoder, never multiply and are not named.
     """
-    names = {one: name.removesuffix(".base") for name, one in model.named_modules() if isinstance(one, FrozenLinear)}
+    linears = {name.removesuffix(".base"): one for name, one in model.named_modules() if isinstance(one, FrozenLinear)}
+    names = {one: name for name, one in linears.items() if not one.weight.is_meta}
     stay, fused = [], set()
 
     def made(bases: list[FrozenLinear], known: Int8Group | None) -> Int8Group | None:

@@ -41,15 +41,15 @@ class LiveBytes:
     def hold(self, name: str, size: int, component: str = TRANSIENT) -> None:
         """Make a tensor; free one of the same name only after that."""
         self._add(component, size)
-        self.drop(name)
+        if name in self.alive:
+            self.drop(name)
         self.alive[name] = (component, size)
 
     def drop(self, *names: str) -> None:
         """Free tensors; ignore names that are not alive."""
         for name in names:
-            component, size = self.alive.pop(name, ("", 0))
-            self.components[component] -= size
-            self.total -= size
+            if name in self.alive:
+                self._free(*self.alive.pop(name))
 
     def rename(self, old: str, new: str) -> None:
         """Free the tensor `new`, and give its name to `old`."""
@@ -62,12 +62,16 @@ class LiveBytes:
         """Keep an unnamed tensor alive for the length of the block."""
         self._add(component, size)
         yield
-        self.components[component] -= size
-        self.total -= size
+        self._free(component, size)
 
     def briefly(self, size: int, component: str = TRANSIENT) -> None:
-        with self.holding(size, component):
-            pass
+        """Make an unnamed tensor and free it at once."""
+        self._add(component, size)
+        self._free(component, size)
+
+    def _free(self, component: str, size: int) -> None:
+        self.components[component] -= size
+        self.total -= size
 
     def _add(self, component: str, size: int) -> None:
         self.components[component] += size

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from engine.config.matmul import Matmul
+from engine.config.optim_section import EIGHT_BIT
 from engine.config.trial import TrainConfig
 from engine.memory.layer_memory import Pass
 from engine.memory.layer_walk import AttentionName, attention_name
@@ -76,7 +77,8 @@ class TrialWalk:
         number = num_trained(self.config, self.shape, plans)
         live.hold("adapter", (4 + 4 + self.element) * number, "adapter")  # parameter, gradient, copy for the matmuls
         live.hold("average", 0 if self.config.optim.ema_horizon is None else 4 * number, "running average")
-        states = 2 * number + 8 * math.ceil(number / 256) if self._has_8bit_optimizer() else 8 * number
+        num_states, blocks = 1 if self.config.optim.is_lion else 2, math.ceil(number / 256)
+        states = num_states * (number + 4 * blocks if self._has_8bit_optimizer() else 4 * number)
         live.hold("optimizer", states, "optimizer")
 
     def _place(self, name: str, size: int) -> None:
@@ -119,11 +121,11 @@ class TrialWalk:
     def step_optimizer(self) -> None:
         """Walk the optimizer step.
 
-        torch's AdamW makes one temporary of the parameters' size; the 8-bit one makes none.
+        torch's AdamW makes one temporary of the parameters' size; bitsandbytes' optimizers make none.
         """
         self.live.enter("optimizer step")
         number = num_trained(self.config, self.shape, self.plans)
-        self.live.briefly(0 if self._has_8bit_optimizer() else 4 * number)
+        self.live.briefly(4 * number if self.config.optim.name == "adamw" else 0)
 
     def beside_recordings(self) -> int:
         """Return the bytes that come on top of the peak because recordings keep theirs to themselves.
@@ -288,4 +290,4 @@ class TrialWalk:
         return self.element * max(map(math.prod, linear_layers(self.shape)))
 
     def _has_8bit_optimizer(self) -> bool:
-        return self.config.optim.name in ("auto", "adamw_8bit")
+        return self.config.optim.name in EIGHT_BIT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container
+from collections.abc import Container, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from engine.layers.swap import (
     cached_weights,
     fused_projections,
     has_mixers,
+    int8_groups,
     set_matmul,
     set_policy,
 )
@@ -155,9 +156,16 @@ class Base:
         inside = fused_projections(self.model)
         return any(linear not in inside for linear in linears)
 
-    def cached_weights(self) -> dict[tuple[int, str], int]:
-        """Return the address of the dequantised weights that each fused layer keeps, by layer and group."""
-        return cached_weights(self.model)
+    def read_addresses(self) -> dict[Hashable, int]:
+        """Return the addresses of what passes read and another trial may replace, by place.
+
+        They are those of the weights and codes that fused layers keep, and of INT8 scales.
+        """
+        found: dict[Hashable, int] = {**cached_weights(self.model)}
+        for (first, *_), int8 in int8_groups(self.model):
+            scales = int8.scales
+            found |= {(first, "rows"): scales.row_O.data_ptr(), (first, "columns"): scales.column_D.data_ptr()}
+        return found
 
     def head(self) -> Head:
         """Return the output embedding with the logit transforms from the model's config."""

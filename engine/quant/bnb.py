@@ -1,4 +1,4 @@
-"""Call bitsandbytes: NF4 weights with double quantisation, and AdamW with 8-bit states.
+"""Call bitsandbytes: NF4 weights with double quantisation, AdamW with 8-bit states, and Lion.
 
 NF4 is from Dettmers et al., arXiv:2305.14314.
 
@@ -91,20 +91,28 @@ def nf4_load_config(double_quantization: bool, compute_dtype: torch.dtype, keep:
     )
 
 
-def adamw_8bit(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+def adamw_8bit(parameters: list[Any], **options: Any) -> torch.optim.Optimizer:
     """Return AdamW with block-wise 8-bit states (Dettmers et al., arXiv:2110.02861).
 
-    Small tensors keep 32-bit states.
+    parameters: parameters or groups of them. Small tensors keep 32-bit states.
     """
-    return _adamw_8bit_class()(parameters, **options)
+    return _without_waiting("AdamW8bit")(parameters, **options)
+
+
+def lion(parameters: list[Any], *, eight_bit: bool, **options: Any) -> torch.optim.Optimizer:
+    """Return Lion (Chen et al., arXiv:2302.06675), with one state in fp32 or in 8 bits.
+
+    parameters: parameters or groups of them. options: lr, betas, weight_decay.
+    """
+    return _without_waiting("Lion8bit" if eight_bit else "Lion")(parameters, **options)
 
 
 @functools.cache
-def _adamw_8bit_class() -> type[torch.optim.Optimizer]:
+def _without_waiting(name: str) -> type[torch.optim.Optimizer]:
     load_library()
-    from bitsandbytes.optim import AdamW8bit
+    import bitsandbytes
 
-    class AdamW8bitWithoutWaiting(AdamW8bit):
+    class WithoutWaiting(getattr(bitsandbytes.optim, name)):
         """Take the same step without waiting for the device.
 
         The library's `step` waits after each tensor, so the next step would start with an empty
@@ -125,4 +133,4 @@ def _adamw_8bit_class() -> type[torch.optim.Optimizer]:
                         self.init_state(group, parameter, i, j)
                     self.update_step(group, parameter, i, j)
 
-    return AdamW8bitWithoutWaiting
+    return WithoutWaiting

@@ -37,6 +37,7 @@ class FrozenLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
         self._nf4: ops.Nf4State | None = None
         self.int8: Int8Group | None = None
+        self._plain: Tensor | None = None
 
     @property
     def is_packed(self) -> bool:
@@ -58,6 +59,8 @@ class FrozenLinear(nn.Module):
         """
         if not self.is_packed:
             return self.weight.to(dtype)
+        if self._plain is not None and self._plain.dtype == dtype and out is None:
+            return self._plain
         if self.weight.is_cuda:
             return ops.dequantize_nf4(self.nf4, dtype, out)
         from bitsandbytes.functional import dequantize_4bit
@@ -68,6 +71,12 @@ class FrozenLinear(nn.Module):
     def unpack(self, dtype: torch.dtype) -> None:
         """Replace the packed weight by the dequantised one, for many uses of few tokens each."""
         self.weight, self._nf4 = nn.Parameter(self.dequantized(dtype), requires_grad=False), None
+
+    def keep_plain(self, dtype: torch.dtype | None) -> None:
+        """Hold a dequantised copy next to the packed weight, for steps of few tokens; None drops it."""
+        self._plain = None
+        if dtype is not None and self.is_packed:
+            self._plain = self.dequantized(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenMatmul.apply(x, self)

@@ -6,11 +6,12 @@ tests hold them equal.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 from engine.config.matmul import Matmul
-from engine.config.targets import target_rule
+from engine.config.targets import pattern_value, target_rule
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.shape.compute_limits import HOST_EMBEDDING_MIN_BYTES
@@ -72,12 +73,7 @@ def adapted_projections(config: TrainConfig, shape: ModelShape) -> list[tuple[st
     Raises InputError if `lora.target_modules` matches none.
     """
     targets = config.lora.target_modules
-    is_target = target_rule(targets)
-    names = []
-    for i, one in enumerate(shape.each):
-        paths = [shape.layer.path(group, name) for group, members in one.groups.items() for name in members]
-        names.append([f"model.layers.{i}.{path}" for path in paths])
-    chosen = [tuple(n.rpartition(".")[2] for n in layer if is_target(n)) for layer in names]
+    chosen = list(_matched(targets, shape))
     if any(chosen) or adapted_outside(config, shape):
         return chosen
     if shape.family == "other":  # its layers may have other names, so count all to be safe
@@ -85,6 +81,16 @@ def adapted_projections(config: TrainConfig, shape: ModelShape) -> list[tuple[st
     known = dict.fromkeys(name for one in shape.each for name in one.projections())
     allowed = f"all-linear, {', '.join([*known, *shape.outside])}"
     raise InputError("lora.target_modules", targets, f"matches no linear layer; allowed: {allowed}")
+
+
+@functools.lru_cache(maxsize=32)
+def _matched(targets: str | tuple[str, ...], shape: ModelShape) -> tuple[tuple[str, ...], ...]:
+    """Return the projections of each layer that the targets name: a search for a plan asks a hundred times."""
+    is_target, names = target_rule(targets), []
+    for i, one in enumerate(shape.each):
+        paths = [shape.layer.path(group, name) for group, members in one.groups.items() for name in members]
+        names.append([f"model.layers.{i}.{path}" for path in paths])
+    return tuple(tuple(n.rpartition(".")[2] for n in layer if is_target(n)) for layer in names)
 
 
 def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
@@ -107,12 +113,26 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
     cached = _cached(config, shape)
     plans, counts = [], (loop.keep_layers, loop.host_layers) if is_fused(config, shape) else (0, 0)
     policies = layer_policies(shape.num_layers, Policy.of(loop.activation_checkpointing), *counts)
+    ranks_by_layer = _ranks(config.lora.rank, tuple(config.lora.rank_pattern.items()), shape)
     for i, (names, one) in enumerate(zip(adapted, shape.each)):
-        sizes = {name: config.lora.rank * sum(features) for name, features in one.projections().items()}
-        ranks = {group: config.lora.rank * sum(n in names for n in members) for group, members in one.groups.items()}
+        rank_of = ranks_by_layer[i]
+        sizes = {name: rank_of[name] * sum(features) for name, features in one.projections().items()}
+        ranks = {group: sum(rank_of[n] for n in members if n in names) for group, members in one.groups.items()}
         adapter = {group: sum(sizes[n] for n in members if n in names) for group, members in one.groups.items()}
         plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, i > first, outside, config.matmul))
     return plans
+
+
+@functools.lru_cache(maxsize=32)
+def _ranks(rank: int, pattern: tuple[tuple[str, int], ...], shape: ModelShape) -> tuple[dict[str, int], ...]:
+    """Return the rank that each projection of each layer would have. pattern: items of `lora.rank_pattern`."""
+    named = dict(pattern)
+
+    def rank_of(i: int, group: str, name: str) -> int:
+        return pattern_value(named, f"model.layers.{i}.{shape.layer.path(group, name)}", rank) if named else rank
+
+    groups = [one.groups.items() for one in shape.each]
+    return tuple({n: rank_of(i, group, n) for group, members in items for n in members} for i, items in enumerate(groups))
 
 
 def adapted_outside(config: TrainConfig, shape: ModelShape) -> dict[str, tuple[int, int]]:
@@ -123,7 +143,8 @@ def adapted_outside(config: TrainConfig, shape: ModelShape) -> dict[str, tuple[i
 
 def num_trained(config: TrainConfig, shape: ModelShape, plans: list[LayerPlan]) -> int:
     """Return the number of trained values."""
-    outside = config.lora.rank * sum(map(sum, adapted_outside(config, shape).values()))
+    lora, found = config.lora, adapted_outside(config, shape)
+    outside = sum(pattern_value(lora.rank_pattern, f"model.{name}", lora.rank) * sum(found[name]) for name in found)
     return outside + sum(sum(plan.adapter.values()) for plan in plans)
 
 

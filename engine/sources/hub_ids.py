@@ -29,7 +29,7 @@ def is_only_on_hub(name: str | tuple[str, ...]) -> bool:
 
 def refuse_missing_files(data: DataConfig) -> None:
     """Raise InputError for a data file or template that is not here, before a model is looked for."""
-    for field, source in (("data.train", data.train), ("data.eval", data.eval)):
+    for field, source in data.sources().items():
         for name in () if source == ON_TRAINING_SAMPLES or is_only_on_hub(source or ()) else as_list(source):
             if not name.startswith(PREFIX) and not names_something(name):
                 allowed = "no such file; allowed: a file, folder, pattern (*.jsonl) or list of files, a hub id, builtin:<name>"

@@ -12,20 +12,23 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.config.trial import ModelConfig, TrainConfig
+from engine.config.trial import LoraConfig, ModelConfig, TrainConfig
 from engine.errors import InputError, InputsChanged
 from engine.sources.locate import locate
 from engine.sources.weight_files import weight_files
 from engine.system.checksums import content_digests, stamp
 from engine.system.shared_cache import build_once
+from engine.system.user_path import user_path
 
 CONFIG_FILES = ("config.json", "generation_config.json", "*.py")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PARTS = {
     "commit": ("model.path", "its commit on the hub"),
     "config": ("model.path", "its config or code"),
     "weights": ("model.path", "its weights"),
     "tokenizer": ("model.path", "its tokenizer"),
+    "adapter": ("lora.start_from", "the adapter that trials start from"),
     "template": ("data.chat_template", "the chat template"),
     "training": ("data.train", "the training samples"),
     "evaluation": ("data.eval", "the evaluation samples"),
@@ -41,20 +44,27 @@ def refuse_changed(config: TrainConfig, recorded: Mapping[str, str], found: Mapp
 
     Parts that were not recorded are not compared: older versions recorded fewer.
     """
-    for part, (field, name) in PARTS.items():
+    for part, (field, name) in {**_several(config), **PARTS}.items():
         before, now = recorded.get(variant(part, config), recorded.get(part)), found.get(part)
         if before is not None and before != now:
-            section, key = field.split(".")
-            value = getattr(getattr(config, section), key)
+            section, key = field.split(".")[:2]
+            value = config.data.sources().get(field) or getattr(getattr(config, section), key)
             if field == "data.eval" and value is None:
                 field, value = "data.train", config.data.train
             allowed = (
                 f"{name} changed since the sweep began (digest then {before}, now {now or 'none'}), so losses would not compare; "
                 "put the former back and resume, or start a new sweep, warm-started from this one (sweep.warm_start)"
             )
-            if part in ("training", "evaluation"):
+            if part.split("/")[0] in ("training", "evaluation"):
                 allowed += ". If the file is the same, this version reads it in another way: resume with the version of the start"
             raise InputsChanged(str(InputError(field, value, allowed)))
+
+
+def _several(config: TrainConfig) -> dict[str, tuple[str, str]]:
+    """Return the parts of a mixture and of several evaluation sets, as PARTS has them."""
+    data = config.data
+    sources = {f"training/{i}": (f"data.train.{i}", f"source {i} of the mixture") for i in range(len(data.mixture))}
+    return sources | {f"evaluation/{name}": (f"data.eval.{name}", f"the evaluation set {name}") for name in data.eval_sets}
 
 
 def variant(part: str, config: TrainConfig) -> str:
@@ -71,6 +81,7 @@ def is_input_fault(error: Exception, recorded: Mapping[str, str]) -> bool:
     if isinstance(error, InputsChanged):
         return True
     field = str(error.field).split(" ")[0] if isinstance(error, InputError) and error.field else ""
+    field = ".".join(field.split(".")[:2])  # data.eval.general is one of several
     return bool(recorded) and field in {*FIELDS, "file"} and not (field == "model.path" and "weights" not in recorded)
 
 
@@ -90,6 +101,11 @@ def identify_model(config: ModelConfig) -> dict[str, str]:
         "tokenizer": _digest_of(folder, TOKENIZER_FILES),
         "weights": _weights_digest(folder, config.path),
     }
+
+
+def identify_start(config: LoraConfig) -> dict[str, str]:
+    """Return the digest of the adapter that trials start from, or nothing if they start anew."""
+    return {} if config.start_from is None else {"adapter": _digest_of(user_path(config.start_from), ADAPTER_FILES)}
 
 
 def short_digest(content: str) -> str:

@@ -71,3 +71,31 @@ class FileLock:
             yield
         finally:
             self.release()
+
+
+def is_held(path: Path) -> bool:
+    """Return whether a process of this machine holds the lock of a path. Nothing is locked or written.
+
+    A try to get the lock would make a process fail that begins in that moment, so the kernel's list
+    is read instead. Where there is none, only locks on disks without flock are seen.
+    """
+    if any(path.parent.glob(f"{path.name}.held-*")):
+        return True
+    try:
+        inode, lines = os.stat(path).st_ino, Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return False
+    # 1: FLOCK  ADVISORY  WRITE 4711 fe:00:1835 0 EOF
+    fields = [line.split() for line in lines]
+    return any(_holds(int(each[4]), path) for each in fields if each[1] == "FLOCK" and each[5].split(":")[-1] == str(inode))
+
+
+def _holds(process: int, path: Path) -> bool:
+    """Return whether the process has the file open; True if it may not be asked, as another user's."""
+    opened = Path(f"/proc/{process}/fd")
+    try:
+        return any(os.path.samefile(each, path) for each in opened.iterdir() if each.exists())
+    except FileNotFoundError:
+        return opened.parent.exists()
+    except PermissionError:
+        return True

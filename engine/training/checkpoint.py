@@ -73,6 +73,7 @@ class Progress:
     that a resumed trial does not run out again. num_out_of_memory: times that memory ran out. masks:
     how dropout's masks were drawn from the first step on; empty if an older version drew them.
     exempt: linear layers that multiply in the working dtype, whatever `train.matmul` says.
+    base_eval_losses: the base model's on each evaluation set, if a limit follows them.
     """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
@@ -89,9 +90,16 @@ class Progress:
     num_out_of_memory: Count = 0
     masks: str = ""
     exempt: list[str] = field(default_factory=list)
+    base_eval_losses: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
     reports: list[Annotated[TrialReport, PlainValidator(TrialReport.from_dict)]] = field(default_factory=list)
     since_report: Sums = field(default_factory=Sums)
+
+    def count_step(self, num_tokens: int, num_targets: int) -> None:
+        """Count one more optimizer step."""
+        self.step += 1
+        self.tokens_seen += num_tokens
+        self.target_tokens_seen += num_targets
 
 
 class Pace:

@@ -54,7 +54,7 @@ class Graphs:
         self._base, self._memory, self._capacity, self._longest, self._trains = base, memory, capacity, longest, trains
         self._recordings = Recordings.of(base)
         self._began_s = self._recordings.recording_s
-        self._kind: RecordedKind = self._recordings.kind(key, memory, base.cached_weights())
+        self._kind: RecordedKind = self._recordings.kind(key, memory, base.read_addresses())
 
     @property
     def recording_s(self) -> float:

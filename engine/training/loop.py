@@ -13,21 +13,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from engine.adapter.lora import LoraLinear, attach, detach
+from engine.adapter.lora import LoraLinear, detach
 from engine.adapter.running_average import RunningAverage
+from engine.adapter.start import attach_started
 from engine.config.trial import TrainConfig
-from engine.data.packing import Cursor
+from engine.data.view import make_cursor
 from engine.data.views import load_recorded
 from engine.errors import Interrupted, OutOfMemory
-from engine.evaluation.better_adapter import BetterAdapter, evaluate_both
+from engine.evaluation.better_adapter import BetterAdapter, evaluate_both, with_scores
+from engine.evaluation.eval_limits import eval_limits
 from engine.evaluation.eval_loss import evaluation_batches
 from engine.evaluation.matmul_check import exempt_layers
+from engine.evaluation.task_metrics import TaskMetrics
 from engine.model.base import Base
 from engine.model.device import free, limit_memory, peak_reserved_gib, pick_device
 from engine.model.load import load_base
@@ -105,7 +109,7 @@ def _begun(config: TrainConfig, trial_folder: Path, base: Base, layers: dict[str
     """Attach the adapter, and return the trial. If there is no room, earlier trials' recordings make way."""
 
     def begin() -> _Run:
-        layers.update(attach(base.model, base.linear_names, config.lora, config.train.seed))
+        layers.update(attach_started(base.model, base.linear_names, config.lora, config.train.seed))
         return _Run(config, trial_folder, base, layers, *others)
 
     try:
@@ -134,17 +138,17 @@ class _Run:
         inputs: Mapping[str, str] | None,
         exempt: tuple[str, ...],
     ) -> None:
-        self.planner = CardPlanner.here(config, base)
+        self.config, self.base, self.planner = config, base, CardPlanner.here(config, base)
         self.plan = self.planner.fastest()
-        self.config, self.base = config, base
         self.times, self.parts = times, times.parts
         with self.parts.part(DATA):
             self.train_view, eval_view = load_recorded(config, base.tokenizer, inputs)
             samples = evaluation_batches(base, eval_view, config.data.eval_max_seq_length)
-            self.cursor = Cursor(self.train_view.lengths, config.data.max_seq_length, config.data.packing, config.train.seed)
+            self.cursor = make_cursor(self.train_view, config)
+            self.task = TaskMetrics.of(config, base, eval_view)
         self.passes = Passes(config, base, layers, self.train_view, samples)
         self.adapter = self.passes.adapter
-        self.optimizer = make_optimizer(self.adapter.parameter, config.optim)
+        self.optimizer = make_optimizer(self.adapter.parameter, config.optim, self.adapter.num_a)
         fingerprint = config.fingerprint()
         self.average = RunningAverage(self.adapter, config.optim.ema_horizon)
         tensors = Tensors(layers, self.optimizer, self.average.values)
@@ -158,10 +162,9 @@ class _Run:
         self.adapter.refresh()
         self.cursor.seek(self.progress.epoch, self.progress.position)
         self.plan = self.planner.changed(self.plan, self.progress.plan) if self.progress.plan else self.plan
-        self._limit_gib = memory_limit_gib(config, base.device)
+        self._limit_gib, self._interrupted = memory_limit_gib(config, base.device), interrupted
         self._follow_plan()
         base.model.train()
-        self._interrupted = interrupted
 
     def reports(self, after_step: Callable[[], None]) -> Iterator[TrialReport]:
         """Train to each report that is due, and yield it. after_step: called after each step."""
@@ -181,6 +184,9 @@ class _Run:
         if len(self.progress.reports) < len(grid):
             with self.parts.part(RECORDING):
                 self._with_room(lambda: self.passes.record(self.cursor))
+            if not self.progress.step:  # the checkpoint keeps them from the first step on
+                with self.parts.part(EVALUATION):
+                    self.progress.base_eval_losses = self._with_room(lambda: self.passes.base_eval_losses(self._interrupted))
             self._recorded_s = self.passes.recording_s
         self.times.end_setup()
         for rung in range(len(self.progress.reports) + 1, len(grid) + 1):
@@ -193,7 +199,7 @@ class _Run:
     def _train_to(self, rung: int, tokens: int, after_step: Callable[[], None]) -> tuple[TrialReport, BetterAdapter]:
         """Run optimizer steps until `tokens` have been seen, at least one, then evaluate."""
         vocab_size = self.base.model.config.get_text_config().vocab_size
-        progress = self.progress
+        progress, limits = self.progress, eval_limits(self.config.data, self.progress.base_eval_losses)
         step_sums = StepSums(self.base.device, vocab_size, progress.since_report, self.parts)
         with self.parts.part(TRAIN):
             while progress.tokens_seen < tokens or progress.since_report.num_steps == 0:
@@ -203,18 +209,18 @@ class _Run:
                 step_sums.add(loss, grad_norm, num_tokens, num_targets, is_first=self._plan_is_new)
                 self._plan_is_new = False
                 after_step()
-                progress.step += 1
-                progress.tokens_seen += num_tokens
-                progress.target_tokens_seen += num_targets
+                progress.count_step(num_tokens, num_targets)
                 self.average.update(num_tokens, progress.tokens_seen)
             step_sums.close()
         with self.parts.part(EVALUATION):
             self.files.begin()
-            found = evaluate_both(lambda: self.passes.evaluate(lambda: self._keep_safe(step_sums)), self.average, self.files.wait)
+            keep_safe = partial(self._keep_safe, step_sums)
+            found = evaluate_both(lambda: self.passes.evaluate(keep_safe), self.average, self.files.wait, limits)
             self._count_recordings(EVALUATION)
-        for losses in filter(None, (found.last, found.average)):
-            check_loss("eval_loss", losses.mean, vocab_size)
-        self._note_where()
+            for losses in filter(None, (found.last, found.average)):
+                check_loss("eval_loss", losses.mean, vocab_size)
+            self._note_where()
+            found = with_scores(found, self.task, rung, self.average, keep_safe)
         progress.elapsed_s += step_sums.sums.seconds
         return self._report(rung, step_sums, found), found
 
@@ -241,8 +247,7 @@ class _Run:
         """
         bins = self.cursor.take(self.config.bins_per_step)
         total, num_tokens, num_targets = self._with_room(lambda: self.passes.gradients(bins, self.progress.step))
-        limit = self.config.optim.max_grad_norm
-        grad_norm = nn.utils.clip_grad_norm_(self.adapter.parameter, math.inf if limit is None else limit)
+        grad_norm = nn.utils.clip_grad_norm_(self.adapter.parameter, self.config.optim.max_grad_norm or math.inf)
         middle = step_middle(self.progress.tokens_seen, num_tokens, self.config.train.max_tokens)
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, middle))
         self.optimizer.step()

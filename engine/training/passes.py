@@ -15,7 +15,9 @@ from engine.adapter.lora import LoraLinear
 from engine.config.trial import TrainConfig
 from engine.data.packing import Cursor, collate, rows_of
 from engine.data.row_sizes import Size
-from engine.data.views import View
+from engine.data.view import AnyView
+from engine.errors import Interrupted
+from engine.evaluation.eval_limits import needs_base
 from engine.evaluation.eval_loss import EvaluationSet, evaluate, row_capacity
 from engine.model.base import Base
 from engine.model.device import free, peak_gib
@@ -27,6 +29,7 @@ from engine.units import GIB
 
 # Bins whose rows tell which sizes to record before the first step.
 FORESEEN_BINS = 4096
+BASE_LOSSES = "base_eval_losses"  # in base.lasting: digest of the samples -> losses by set
 # A forward pass whose launches take this share of its time waits for the host.
 WORTH_RECORDING = 0.5
 
@@ -38,7 +41,7 @@ class Passes:
     """
 
     def __init__(
-        self, config: TrainConfig, base: Base, layers: dict[str, LoraLinear], train_view: View, samples: EvaluationSet
+        self, config: TrainConfig, base: Base, layers: dict[str, LoraLinear], train_view: AnyView, samples: EvaluationSet
     ) -> None:
         self._config, self._base, self._view, self._samples = config, base, train_view, samples
         self.exempt: tuple[str, ...] = ()
@@ -146,6 +149,24 @@ class Passes:
         losses = evaluate(self._base, self._samples, before_each)
         self.follow(self._plan, self._limit_gib)
         return losses
+
+    def base_eval_losses(self, interrupted: Callable[[], bool]) -> dict[str, float]:
+        """Return the base model's loss on each evaluation set, by the adapter before its first step, which adds nothing.
+
+        They are measured once for each base and samples, and only if a limit follows them. Raises
+        Interrupted.
+        """
+        if not needs_base(self._config.data):
+            return {}
+
+        def stop_if_asked() -> None:
+            if interrupted():
+                raise Interrupted("stopped on request before its first step")
+
+        known = self._base.lasting.setdefault(BASE_LOSSES, {})
+        if self._samples.digest not in known:
+            known[self._samples.digest] = self.evaluate(stop_if_asked).means
+        return known[self._samples.digest]
 
     def _foreseen(self, cursor: Cursor) -> list[Size]:
         """Return the sizes of most rows that come in this epoch."""

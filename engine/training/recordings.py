@@ -1,16 +1,16 @@
 """Keep recorded passes from trial to trial: they belong to the resident base model.
 
 A CUDA graph holds addresses. What it reads or adds to therefore stays where it is: the base's
-weights, the adapter's memory (engine/adapter/flat.py), the rows' tensors, and the dequantised
-weights that the plan keeps. A trial whose adapter has the same shape moves into the same memory and
-finds the recordings made. Values, learning rate, scaling, dropout rate and seeds are read from
-there, so these may differ.
+weights, the adapter's memory (engine/adapter/flat.py), the rows' tensors, INT8 scales, and the
+dequantised weights and codes that the plan keeps. A trial whose adapter has the same shape moves
+into the same memory and finds the recordings made. Values, learning rate, scaling, dropout rate and
+seeds are read from there, so these may differ.
 
 All recordings allocate from one pool, because only one runs at a time. What lies in it between two
 passes is free for the next, so the pool holds as much as the largest of them needs.
 
 Kept recordings must not take memory that the next trial's plan counts on. They are dropped before
-such a trial, when memory runs out, and when the dequantised weights they read are dropped.
+such a trial, when memory runs out, and when weights, codes or scales that they read are dropped.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class RecordedRow:
 class RecordedKind:
     """Hold the recordings of one kind of pass, by row size.
 
-    memory: the adapter's. weights: addresses of the dequantised weights that they read.
+    memory: the adapter's. addresses: of what they read, see `Base.read_addresses`.
     activation_bytes: the most that a pass allocated beyond what was there before, if it was the
     trial's peak when it was recorded.
     """
 
     memory: AdapterMemory
-    weights: dict[tuple[int, str], int] = field(default_factory=dict)
+    addresses: dict[Hashable, int] = field(default_factory=dict)
     rows: dict[Size, RecordedRow] = field(default_factory=dict)
     activation_bytes: int = 0
     is_warm: bool = False
@@ -108,18 +108,18 @@ class Recordings:
         known = (kind.memory for kind in self._kinds.values() if kind.memory.key == key)
         return next(known, None) or AdapterMemory(layers, dtype)
 
-    def kind(self, key: Hashable, memory: AdapterMemory, weights: dict[tuple[int, str], int]) -> RecordedKind:
+    def kind(self, key: Hashable, memory: AdapterMemory, addresses: dict[Hashable, int]) -> RecordedKind:
         """Return the recordings of a kind of pass, empty at first.
 
-        weights: the addresses of the dequantised weights kept now. Recordings that read others,
-        which may be gone, are dropped.
+        addresses: of what passes read now. Recordings that read other places, which may be gone, are
+        dropped.
         """
         for other, kind in list(self._kinds.items()):
-            if any(weights.get(place) != address for place, address in kind.weights.items()):
+            if any(addresses.get(place) != address for place, address in kind.addresses.items()):
                 del self._kinds[other]
         full = (key, memory.key)
         kind = self._kinds.setdefault(full, RecordedKind(memory))
-        kind.weights = weights  # all that it has read, and what it may read from now on
+        kind.addresses = addresses  # all that it has read, and what it may read from now on
         self._kinds.move_to_end(full)
         return kind
 

@@ -39,14 +39,17 @@ def make_report(
     progress: Progress, step_sums: StepSums, found: BetterAdapter, plan: ComputePlan, times: RungTimes, **at: Any
 ) -> TrialReport:
     """Return the report. found: the evaluation. at: rung, epoch, learning_rate and num_trainable."""
-    sums, eval_loss = step_sums.sums, found.kept.mean
+    sums, eval_loss, task, excess = step_sums.sums, found.kept.mean, found.task, found.excess
+    order = (max(excess or 0.0, 0.0), eval_loss)
     return TrialReport(
         tokens_seen=progress.tokens_seen,
         target_tokens_seen=progress.target_tokens_seen,
         step=progress.step,
         train_loss=step_sums.train_loss,
         eval_loss=eval_loss,
-        best_eval_loss=min([*(report.eval_loss for report in progress.reports), eval_loss]),
+        best_eval_loss=min([*((report.over_limits, report.eval_loss) for report in progress.reports), order])[1],
+        eval_losses=found.kept.means,
+        eval_excess=excess,
         grad_norm=sums.grad_norm,
         tokens_per_second=sums.num_tokens / sums.seconds,
         step_time_ms=1000.0 * sums.seconds / sums.num_steps,
@@ -61,6 +64,7 @@ def make_report(
         recording_s=sums.recording_s + step_sums.recorded_since_s,
         raw_eval_loss=None if found.average is None else found.last.mean,
         ema_eval_loss=None if found.average is None else found.average.mean,
+        **({} if task is None else {"metrics": task.means, "metrics_error": task.error, "metrics_s": task.seconds}),
         **times.take(),
         **at,
     )

@@ -24,14 +24,16 @@ import torch
 from engine.adapter.lora import LoraLinear
 from engine.adapter.peft_files import CONFIG, WEIGHTS, adapter_bytes, export_adapter
 from engine.adapter.running_average import RunningAverage
+from engine.config.metrics_section import sign_of
 from engine.config.trial import TrainConfig
 from engine.evaluation.better_adapter import BetterAdapter
 from engine.model.base import Base
 from engine.sample_losses import write_sample_losses
+from engine.scoring.answers_file import write_answers
 from engine.system.files import replace_file, share_file, write_text
 from engine.training import checkpoint
 from engine.training.checkpoint import Pace, Progress, Tensors
-from engine.trial_report import REPORTS, SAVING, PartClock, TrialReport
+from engine.trial_report import REPORTS, SAVING, PartClock, TrialReport, kept_report
 
 
 class TrialFiles:
@@ -49,6 +51,7 @@ class TrialFiles:
     ) -> None:
         """tensors: what checkpoints hold. average: the same as in `tensors`, if there is one."""
         self.folder, self._config, self._base = trial_folder, config, base
+        self._chosen_by = config.metrics.choose_by, sign_of(config.metrics.model_dump(), config.metrics.choose_by)
         self._tensors, self._average, self._pace, self._parts = tensors, average, pace, parts
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
         self._staged: Future[tuple[dict[str, str], float]] | None = None
@@ -82,13 +85,15 @@ class TrialFiles:
             self._place(progress, *self._written())
 
     def report(self, progress: Progress, report: TrialReport, found: BetterAdapter) -> None:
-        """Write the better adapter if its rung is the best, the checkpoint, and all reports.
+        """Write the better adapter if its rung is the best, the checkpoint, the answers and all reports.
 
         report: the last one of the progress. found: the evaluation that it tells of.
         """
         with self._parts.part(SAVING):
             digests, staging_s = self._written()
-            if report.eval_loss == report.best_eval_loss:
+            if found.task is not None:
+                write_answers(self.folder, found.task.at(report.rung))
+            if kept_report(progress.reports, *self._chosen_by) is report:
                 write_sample_losses(self.folder, report.rung, found.kept)
                 with self._average.in_place() if found.is_average else nullcontext():
                     self._export(None if found.is_average else checkpoint.staged_adapter(self.folder))

@@ -17,7 +17,7 @@ from sweep.cli.config_keys import keys, sections, space_paths
 from sweep.config.conf_files import APPENDED, groups
 
 OPTIONS = ("doctor", "list", "show-sample", "--help", "--cfg", "--completion")
-FILES = ("resume", "model.path", "data.train", "data.eval", "data.chat_template", "sweep.output_dir")
+FILES = ("resume", "model.path", "data.train", "data.eval", "data.chat_template", "lora.start_from", "sweep.output_dir")
 # Bash breaks words at `=` and `:`. The script joins the parts again, and cuts the part before the
 # last break off the answers. Other Python commands keep their own completion.
 BASH = r"""

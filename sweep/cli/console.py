@@ -18,7 +18,7 @@ from rich.text import Text
 
 from engine.trial_report import TrialReport
 from engine.units import counted
-from sweep.text import params_text, printable_lines
+from sweep.text import limits_text, metrics_text, params_text, printable_lines
 from sweep.trials.record import Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
@@ -110,8 +110,8 @@ class TableConsole:
     def on_trial_updated(self, record: TrialRecord) -> None:
         # the table shows only the best and the last report of an ended trial
         if record.outcome is not Outcome.RUNNING and record.reports:
-            best = min(record.reports, key=lambda report: report.eval_loss)
-            record = replace(record, reports=[best, record.reports[-1]], config={})
+            config = {"metrics": record.config.get("metrics")}
+            record = replace(record, reports=[record.kept, record.reports[-1]], config=config)
         self._records[record.number] = record
 
     def _table(self) -> Table:
@@ -130,6 +130,7 @@ class TableConsole:
             ("rung", "right"),
             ("tokens", "right"),
             ("eval loss", "right"),
+            *((name, "right") for name in self._metrics()),
             ("tok/s", "right"),
             ("outcome", "left"),
         ):
@@ -140,16 +141,22 @@ class TableConsole:
                 table.add_row(*self._row(record, best))
         return table
 
+    def _metrics(self) -> list[str]:
+        """Return the evaluation sets and task metrics that some trial has, in their order."""
+        return list(dict.fromkeys(name for record in self._records.values() for name in (*record.eval_losses, *record.metrics)))
+
     def _row(self, record: TrialRecord, best: TrialRecord | None) -> tuple[Text, ...]:
         """Return the cells as Text: a string would be read as markup, and params may hold brackets."""
         last = record.reports[-1] if record.reports else None
-        score = "" if record.score is None else f"{record.score:.4f}"
+        score = "" if record.eval_loss is None else f"{record.eval_loss:.4f}"
+        scores = {**record.eval_losses, **record.metrics}
         return (
             Text(str(record.number)),
             Text(params_text(record.params)),
             Text(LOADING if self._is_loading(record) else _rung_text(record, self._num_rungs)),
             Text(f"{last.tokens_seen:,}" if last else ""),
             Text(score, style="bold green" if record is best else ""),
+            *(Text(f"{scores[name]:.4f}" if name in scores else "") for name in self._metrics()),
             Text(f"{last.tokens_per_second:,.0f}" if last else ""),
             Text(str(record.outcome), style=COLORS.get(record.outcome, "red")),
         )
@@ -182,11 +189,13 @@ def _rung_text(record: TrialRecord, num_rungs: int) -> str:
 
 
 def _report_text(report: TrialReport) -> str:
-    return f"{report.tokens_seen:>9,} tokens  eval loss {report.eval_loss:.4f}  {report.tokens_per_second:,.0f} tok/s"
+    loss = f"eval loss {report.eval_loss:.4f}{metrics_text({**report.eval_losses, **report.metrics})}{limits_text(report)}"
+    error = f"  WARNING: {report.metrics_error}" if report.metrics_error else ""
+    return f"{report.tokens_seen:>9,} tokens  {loss}  {report.tokens_per_second:,.0f} tok/s{error}"
 
 
 def _end_text(record: TrialRecord) -> str:
-    tail = f"eval loss {record.score:.4f}" if record.score is not None else ""
+    tail = f"eval loss {record.eval_loss:.4f}{limits_text(record.kept)}{metrics_text(record.metrics)}" if record.reports else ""
     if record.outcome is Outcome.INFEASIBLE:  # it never started, so no line has shown its params
         tail = params_text(record.params)
     return "  ".join(filter(None, [f"{record.outcome:<13}", tail, record.error]))

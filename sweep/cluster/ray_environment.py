@@ -22,6 +22,7 @@ SETTINGS = {
     "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # a checkpoint is always whole, so Ray may kill a worker
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a banner at any verbosity
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_prestart_worker_first_driver": "0",  # else a process for each CPU core loads Ray, and no trial uses it
 }
 # Ray's name for "may form a cluster", on every system
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 from engine.config.data_section import ON_TRAINING_SAMPLES
+from engine.config.data_sources import SourceConfig
 from engine.system.user_path import names_something, user_path
 from sweep.config.sweep import SweepConfig
 
-FIELDS = (("model", "path"), ("data", "train"), ("data", "eval"), ("data", "chat_template"))
+FIELDS = (("model", "path"), ("data", "train"), ("data", "eval"), ("data", "chat_template"), ("lora", "start_from"))
 SQLITE = "sqlite:///"
 NAMES = {("data", "chat_template"): ("chatml",), ("data", "eval"): (ON_TRAINING_SAMPLES,)}
 """Values that are no path, even if there is a file of that name: for the file, write ./chatml."""
@@ -25,15 +27,23 @@ def with_absolute_paths(config: SweepConfig, folder: Path) -> SweepConfig:
     changes: dict[str, dict[str, object]] = {"sweep": {"output_dir": os.path.expanduser(config.sweep.output_dir)}}
     for section, field in FIELDS:
         value = getattr(getattr(config, section), field)
-        if value is not None and value not in NAMES.get((section, field), ()):
-            names = (value,) if isinstance(value, str) else value
-            found = tuple(absolute_path(name, folder) for name in names)
-            changes.setdefault(section, {})[field] = found[0] if isinstance(value, str) else found
+        changes.setdefault(section, {})[field] = _absolute(value, folder, NAMES.get((section, field), ()))
     changes["sweep"]["warm_start"] = tuple(absolute_path(path, folder) for path in config.sweep.warm_start)
     if config.tracking.uri is not None:
         changes["tracking"] = {"uri": absolute_uri(config.tracking.uri, folder)}
     updated = {section: getattr(config, section).model_copy(update=fields) for section, fields in changes.items()}
     return config.model_copy(update=updated)
+
+
+def _absolute(value: Any, folder: Path, names: tuple[str, ...]) -> Any:
+    """Return a path, list, mixture or mapping of evaluation sets with absolute paths. names: values that are no path."""
+    if value is None or value in names:
+        return value
+    if isinstance(value, SourceConfig):
+        return value.model_copy(update={"path": _absolute(value.path, folder, names)})
+    if isinstance(value, dict):
+        return {name: _absolute(one, folder, names) for name, one in value.items()}
+    return absolute_path(value, folder) if isinstance(value, str) else tuple(_absolute(one, folder, ()) for one in value)
 
 
 def absolute_path(text: str, folder: Path) -> str:

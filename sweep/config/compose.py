@@ -26,7 +26,7 @@ from sweep.config import conf_files
 from sweep.config.interpolation import Interpolations
 from sweep.config.sweep import SweepConfig
 from sweep.config.typed_paths import in_hydras_grammar
-from sweep.space.parse import flattened
+from sweep.space.parse import WEIGHT, flattened
 from sweep.space.unsearchable import UNSEARCHABLE
 
 RUN_KEYS = {"resume": None, "dry_run": False}
@@ -170,7 +170,7 @@ def _check_section(key: str, value: str) -> None:
         hint = did_you_mean(key.split(".")[0], sections)
         raise InputError(key, value, f"unknown key; known: {', '.join(sections)}{hint}")
     for path, why in UNSEARCHABLE.items():
-        if f"{key}.".startswith(f"space.{path}."):
+        if f"{key}.".startswith(f"space.{path}.") and not WEIGHT.match(key.removeprefix("space.")):
             raise InputError(key, value, f"cannot be searched over: {why}")
 
 

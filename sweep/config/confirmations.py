@@ -1,7 +1,8 @@
 """Ask for what a sweep folder alone may not decide.
 
-The folder may come from someone else. Permission to run a model's own code, the command at the end, and the
-address that MLflow's credentials are sent to, come from the command line or the environment.
+The folder may come from someone else. Permission to run a model's own code or a metric's function,
+the command at the end, and the address that MLflow's credentials are sent to, come from the command
+line or the environment.
 """
 
 from __future__ import annotations
@@ -35,8 +36,22 @@ def refuse_unconfirmed(config: SweepConfig, given: Mapping[str, Any], environmen
     if config.tracking.on_end is not None and given.get(ON_END) != config.tracking.on_end:
         allowed = f"a sweep folder cannot name what is started or posted to; repeat it if it is yours, or add {ON_END}=null"
         raise InputError(ON_END, config.tracking.on_end, allowed)
+    for name, metric in config.metrics.own.items():
+        if not any(given.get(key) == metric.function for key in own_keys(name)):
+            allowed = f"a sweep folder cannot permit that a function runs; if you trust it, add metrics.{name}={metric.function}"
+            raise InputError(f"metrics.{name}", metric.function, allowed)
     if given.get(ADDRESS) != config.tracking.uri:
         refuse_foreign_address(config, f"{ADDRESS}={config.tracking.public_uri}", environment, home)
+
+
+def own_keys(name: str) -> tuple[str, ...]:
+    """Return the keys under which the command line may name the function of a metric."""
+    return f"metrics.{name}", f"metrics.{name}.function", f"metrics.own.{name}", f"metrics.own.{name}.function"
+
+
+def own_functions(config: SweepConfig) -> dict[str, str]:
+    """Return dotted key -> function of the user's metrics, which a resume may repeat and must not change."""
+    return {key: metric.function for name, metric in config.metrics.own.items() for key in own_keys(name)}
 
 
 def refuse_foreign_address(config: SweepConfig, way_out: str, environment: Mapping[str, str], home: Path | None) -> None:

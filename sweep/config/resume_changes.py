@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from engine.errors import InputError
-from sweep.config.confirmations import CONFIRMED
+from sweep.config.confirmations import CONFIRMED, own_functions
 from sweep.config.sweep import SweepConfig, parse_sweep_config
 
 NUM_TRIALS, FULL_TRIALS = "sweep.num_trials", "sweep.budget.full_trials"
@@ -24,7 +24,7 @@ PLACE = (
     "cluster.address", "cluster.num_gpus", "cluster.wait_s", "cluster.card", "cluster.calibrate", "tracking.name",
     "tracking.metrics_port", "tracking.metrics_host", "tracking.tensorboard", "tracking.on_end",
 )  # fmt: skip
-CHOICE = ("sweep.tie_within", "sweep.final_seeds")
+CHOICE = ("sweep.tie_within", "sweep.final_seeds", "sweep.budget.target_metric")
 AMENDABLE = (NUM_TRIALS, *BUDGETS, *CHOICE, *PLACE)
 
 
@@ -33,9 +33,9 @@ def apply_resume_changes(config: SweepConfig, overrides: dict[str, Any]) -> Swee
 
     Raises InputError for a field that may not change, and for fewer trials or a smaller budget.
     """
-    values = config.model_dump(mode="json")
+    values, functions = config.model_dump(mode="json"), own_functions(config)
     for key, value in overrides.items():
-        if key in CONFIRMED and value == _at(values, key):
+        if (key in CONFIRMED and value == _at(values, key)) or (key in functions and value == functions[key]):
             continue
         if key not in AMENDABLE:
             raise InputError(key, value, f"cannot be changed on resume; only {', '.join(AMENDABLE)} can")

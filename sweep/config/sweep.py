@@ -14,11 +14,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, field_validator
 
 from engine.config.data_section import DataConfig
+from engine.config.metrics_section import FINALISTS, MetricsConfig, sign_of
+from engine.config.optim_section import OptimConfig
 from engine.config.parsing import MAX_SECONDS, ListAsTuple, StrictModel, parse
-from engine.config.trial import LoopConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
+from engine.config.trial import LoopConfig, LoraConfig, ModelConfig, TrainConfig
 from engine.errors import InputError
 from engine.planning.cards import find_card
-from engine.units import counted
+from sweep.config.budget_limits import MAX_TRIALS, BudgetConfig
 from sweep.config.pruner_options import PRUNERS, NoPrunerConfig, PrunerConfig, SuccessiveHalvingConfig
 from sweep.config.sampler_options import SAMPLERS, FreezeThawConfig, SamplerConfig, TpeConfig
 from sweep.config.tracking_options import TrackingConfig
@@ -27,7 +29,7 @@ from sweep.trials.objectives import EVAL_LOSS, MEASURES
 from sweep.trials.selection import Rule
 
 MAX_SLOTS = 100_000
-ONE_OBJECTIVE = ("cmaes", "freeze_thaw")
+ONE_OBJECTIVE = UNLIMITED = ("cmaes", "freeze_thaw")
 
 
 def _auto_or_at_least(minimum: int) -> PlainValidator:
@@ -51,28 +53,7 @@ def _auto_or_card(value: Any) -> Any:
 AutoInt = Annotated[int | Literal["auto"], _auto_or_at_least(0)]
 AutoPositive = Annotated[int | Literal["auto"], _auto_or_at_least(1)]
 AutoCard = Annotated[str, PlainValidator(_auto_or_card)]
-MAX_TRIALS = 1_000_000
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-Hours = Annotated[float, Field(gt=0.0, le=1e6)]
 MAX_FINAL_SEEDS, NUM_FINALISTS = 8, 2
-
-
-class BudgetConfig(StrictModel):
-    """Limit what a sweep may spend, in addition to its number of trials.
-
-    Once a limit is reached, no trial starts, and running trials stop at their next report.
-    """
-
-    gpu_hours: Annotated[float, Field(gt=0.0, le=1e9)] | None = Field(
-        None, description="hours for which trials hold slots, summed over slots; null: no limit"
-    )
-    wall_clock_hours: Hours | None = Field(None, description="hours for which the sweep runs; null: no limit")
-    target_loss: PositiveFloat | None = Field(None, description="an eval_loss that is good enough to end the sweep; null: none")
-    full_trials: Annotated[float, Field(gt=0.0, le=MAX_TRIALS)] | None = Field(
-        None,
-        description="tokens of all trials together, in units of train.max_tokens; null: no limit, "
-        "but for sampler=freeze_thaw a quarter of sweep.num_trials, at least 2",
-    )
 
 
 class SweepSection(StrictModel):
@@ -92,9 +73,10 @@ class SweepSection(StrictModel):
     prior: Literal["auto"] | bool = Field(
         "auto", description="true: begin with points that are known to be good for such models; auto: if the sampler can use it"
     )
-    objectives: Annotated[tuple[str, ...], ListAsTuple] = Field((EVAL_LOSS,), description="measures that are minimised together")
+    objectives: Annotated[tuple[str, ...], ListAsTuple] = Field((EVAL_LOSS,), description="measures that are optimised together")
     choose_within: Annotated[float, Field(ge=0.0)] = Field(
-        0.0, description="nats of eval_loss that the best adapter may lose in order to be better in the other objectives"
+        0.0,
+        description="nats of eval_loss, or units of the metric, that the best adapter may lose to be better in the others",
     )
     tie_within: Annotated[float, Field(ge=0.0)] = Field(
         0.005,
@@ -110,18 +92,6 @@ class SweepSection(StrictModel):
     num_examples: Annotated[int, Field(ge=0, le=32)] = Field(
         4, description="evaluation samples that base model and best adapter answer at the end, for people to read; 0: none"
     )
-
-    @field_validator("objectives")
-    @classmethod
-    def _known_objectives(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if EVAL_LOSS not in names or len(set(names)) < len(names) or not set(names) <= set(MEASURES):
-            raise ValueError(f"must be eval_loss alone, or eval_loss and others of these, each once: {', '.join(MEASURES)}")
-        return names
-
-    @property
-    def rule(self) -> Rule:
-        """Return the rule by which the best adapter is chosen."""
-        return Rule(self.objectives, self.choose_within, self.tie_within)
 
 
 class ClusterConfig(StrictModel):
@@ -159,6 +129,7 @@ class SweepConfig(StrictModel):
     lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()
     train: LoopConfig
+    metrics: MetricsConfig = MetricsConfig()
     space: dict[str, Any] = Field(default_factory=dict)
     sweep: SweepSection = SweepSection()
     sampler: SamplerConfig = TpeConfig()
@@ -205,25 +176,63 @@ class SweepConfig(StrictModel):
         most, limit = self.sweep.num_trials, self.effective_budget.full_trials
         return round((most if limit is None else min(limit, most)) * self.train.max_tokens)
 
+    @property
+    def chosen_by(self) -> str:
+        """Return the objective that decides which trial wins: the first that is eval_loss or a metric."""
+        return next(name for name in self.sweep.objectives if name == EVAL_LOSS or name in self.metrics.names)
+
+    @property
+    def rule(self) -> Rule:
+        """Return the rule by which the best adapter is chosen."""
+        section, name = self.sweep, self.chosen_by
+        sign = sign_of(self.metrics.model_dump(), name)
+        return Rule(section.objectives, section.choose_within, section.tie_within, chosen_by=name, sign=sign)
+
     def base(self) -> TrainConfig:
         """Return the config that every trial starts from, before its sampled values are applied."""
-        return TrainConfig(model=self.model, data=self.data, lora=self.lora, optim=self.optim, train=self.train)
+        metrics = parse(MetricsConfig, {**self.metrics.model_dump(), "choose_by": self.chosen_by}, "metrics")
+        return TrainConfig(model=self.model, data=self.data, lora=self.lora, optim=self.optim, train=self.train, metrics=metrics)
 
 
 def parse_sweep_config(data: Any) -> SweepConfig:
     """Validate plain data. Raises InputError."""
     config = parse(SweepConfig, data)
+    _check_objectives(config)
     config.base()
     if config.sampler.name in ONE_OBJECTIVE and len(config.sweep.objectives) > 1:
         allowed = "takes one objective; with several in sweep.objectives use tpe, gp, nsga2, random or grid"
         raise InputError("sampler.name", config.sampler.name, allowed)
     if config.sweep.choose_within and len(config.sweep.objectives) == 1:
-        raise InputError("sweep.choose_within", config.sweep.choose_within, "must be 0 if eval_loss is the only objective")
+        allowed = f"must be 0 if {config.chosen_by} is the only objective"
+        raise InputError("sweep.choose_within", config.sweep.choose_within, allowed)
     varied = {path for key, leaf in config.space.items() for path, _ in flattened(key, leaf)}
     if config.sweep.final_seeds > 1 and any(path.startswith("train.seed.") for path in varied):
         raise InputError("sweep.final_seeds", config.sweep.final_seeds, "must be 0 if the space varies train.seed")
     _check_first_report(config)
     return config
+
+
+def _check_objectives(config: SweepConfig) -> None:
+    """Raise InputError for objectives that nothing measures, or that the sampler or the budget cannot take."""
+    names, known = config.sweep.objectives, (*MEASURES, *config.metrics.names)
+    deciding = {EVAL_LOSS, *config.metrics.names}
+    if len(set(names)) < len(names) or not set(names) <= set(known) or deciding.isdisjoint(names):
+        allowed = f"must hold eval_loss or a metric, and may hold others of these, each once: {', '.join(known)}"
+        raise InputError("sweep.objectives", list(names), f"{allowed}; metrics are named in the section metrics")
+    chosen_by, given = config.chosen_by, config.metrics.choose_by
+    if given not in (EVAL_LOSS, chosen_by):
+        raise InputError("metrics.choose_by", given, f"a sweep takes it from sweep.objectives, whose first is {chosen_by}")
+    if config.metrics.at == FINALISTS and not set(config.metrics.names).isdisjoint(names):
+        raise InputError("metrics.at", FINALISTS, "must be last, every or rungs if a metric is in sweep.objectives")
+    if chosen_by != EVAL_LOSS and config.pauses_trials:
+        allowed = f"predicts curves of eval_loss; with {chosen_by} in sweep.objectives use tpe, gp, nsga2, cmaes, random or grid"
+        raise InputError("sampler.name", config.sampler.name, allowed)
+    if config.data.eval_limits and config.sampler.name in UNLIMITED:
+        allowed = "does not learn from data.eval_limits; use tpe, gp or nsga2, or random or grid, which learn nothing"
+        raise InputError("sampler.name", config.sampler.name, allowed)
+    if chosen_by == EVAL_LOSS and config.sweep.budget.target_metric is not None:
+        allowed = "needs a metric in sweep.objectives; of eval_loss it is sweep.budget.target_loss"
+        raise InputError("sweep.budget.target_metric", config.sweep.budget.target_metric, allowed)
 
 
 def _check_first_report(config: SweepConfig) -> None:
@@ -243,17 +252,3 @@ def _pick(models: Mapping[str, type[StrictModel]], value: Any, where: str) -> An
     if not isinstance(name, str) or name not in models:
         raise InputError(f"{where}.name", name, f"must be one of {', '.join(models)}")
     return parse(models[name], dict(value), where)
-
-
-def describe_budget(limits: BudgetConfig) -> str:
-    """Return the limits that are set, for the plan: `4 GPU hours, an eval loss of 1.2`.
-
-    Empty if none is set.
-    """
-    parts = [
-        f"{limits.gpu_hours:g} GPU hours" if limits.gpu_hours is not None else "",
-        f"{limits.wall_clock_hours:g} hours" if limits.wall_clock_hours is not None else "",
-        f"an eval loss of {limits.target_loss:g}" if limits.target_loss is not None else "",
-        f"the tokens of {counted(limits.full_trials, 'full trial')}" if limits.full_trials is not None else "",
-    ]
-    return ", ".join(filter(None, parts))

@@ -15,11 +15,15 @@ from hydra.errors import HydraException
 
 from engine.system.user_path import user_path
 
-PATHS = ("model.path", "data.train", "data.eval", "data.chat_template", "sweep.output_dir", "tracking.uri", "resume")
+PATHS = (
+    "model.path", "data.train", "data.eval", "data.chat_template", "lora.start_from", "sweep.output_dir", "tracking.uri",
+    "resume",
+)  # fmt: skip
 COMMANDS = ("tracking.on_end",)  # taken as typed too: quotes in it are its own
 LISTS = ("sweep.warm_start",)
 PATH_OR_LIST = ("data.train", "data.eval")  # [a.jsonl,b.jsonl] is a list, unless a file has that very name
 AS_HYDRA_HAS_IT = ("null", "???")  # no value, and a value that is still missing
+SEVERAL = re.compile(r"\{\s*[A-Za-z]\w*\s*:.*\}|\[.*\{\s*[a-z]+\s*:.*\}.*\]", re.DOTALL)  # {name: ...}, [{path: ...}, ...]
 QUOTED = re.compile(r"'(\\.|[^'\\])*'|\"(\\.|[^\"\\])*\"", re.DOTALL)
 ITEM = re.compile(rf"\s*({QUOTED.pattern})\s*|(\\.|\$\{{[^}}]*\}}|[^,\\])*", re.DOTALL)
 
@@ -31,6 +35,8 @@ def in_hydras_grammar(key: str, value: str) -> str:
     key. In a list, Hydra reads the items that it can read. OmegaConf still replaces `${section.key}`.
     """
     is_list = value.startswith("[") and value.endswith("]")
+    if key in PATH_OR_LIST and SEVERAL.fullmatch(value) and not os.path.exists(user_path(value)):
+        return value  # a mixture of sources, or evaluation sets by name, in Hydra's grammar
     if key in PATH_OR_LIST and is_list and not os.path.exists(user_path(value)):
         return f"[{','.join(_items(value[1:-1]))}]"
     if key in PATHS:

@@ -17,8 +17,10 @@ against the trial that comes closest.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -26,9 +28,9 @@ from scipy.special import ndtr
 
 NUM_NODES, FARTHEST = 21, 3.5  # of the integral over what rung r will tell, in standard deviations
 LEAST_SPREAD = 1e-6
-BATCH = 48
+FIRST_BATCH, BATCH = 16, 64  # the best bounds alone often decide
 AHEAD = 4
-RIVAL = 1.6  # standard deviations behind the winner: one in twenty overtakes it
+RIVAL = 0.05  # chance to end below the expected winner
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,23 @@ def expected_winner(options: Options, mean: np.ndarray, tokens_left: int) -> int
     return int(np.where(possible, mean, np.inf).argmin()) if possible.any() else None
 
 
-def affordable(options: Options, winner: int, is_rival: np.ndarray, tokens_left: int) -> np.ndarray:
+def affordable(options: Options, winner: int, overtakes: np.ndarray, tokens_left: int) -> np.ndarray:
     """Return which steps leave the tokens to finish the expected winner and that trial itself: bool [Q].
 
-    is_rival: bool [Q], begun, and likely enough to overtake the winner. While a trial is running, its
-    report may change who wins. Until then, the tokens to finish any rival stay as well: a slot that
+    overtakes: float64 [Q], the chance that the trial ends below the winner. A trial that is running was
+    begun to be finished if it goes well. Its tokens stay, the more the likelier it overtakes: many
+    slots would begin more rivals than can be finished, and the tokens end before one is ahead.
+    Its report may also change who wins. Until then, the tokens to finish any rival stay: a slot that
     waits costs less than a winner that was settled too early.
     """
     after = tokens_left - options.price
-    needed = np.where(np.arange(len(after)) == winner, 0, options.to_finish[winner])
-    rivals = is_rival & options.may_win & (options.to_finish <= tokens_left)
+    is_winner = np.arange(len(after)) == winner
+    needed = np.where(is_winner, 0, options.to_finish[winner])
     if options.is_running.any():
+        rivals = options.may_win & (overtakes > RIVAL) & (options.to_finish <= tokens_left)
         needed = np.maximum(needed, np.where(rivals, options.to_finish, 0).max())
+    begun = options.is_running & options.may_win & ~is_winner
+    needed = needed + (np.minimum(2.0 * overtakes, 1.0) * options.to_finish)[begun].sum()
     return options.may_run & (options.price <= tokens_left) & (options.to_finish <= tokens_left) & (after >= needed)
 
 
@@ -97,7 +104,7 @@ def best_option(ends: Predictions, options: Options, grid: np.ndarray, winner: i
     others there are.
     """
     behind, spread = ends.mean - ends.mean[winner], ends.spread(winner)
-    allowed = affordable(options, winner, options.has_begun & (behind < RIVAL * ends.open_spread(winner)), tokens_left)
+    allowed = affordable(options, winner, ndtr(-behind / ends.open_spread(winner)), tokens_left)
     if not allowed.any():
         return None
     improvement = np.where(allowed, expected_improvement(behind, spread), -1.0)
@@ -107,9 +114,10 @@ def best_option(ends: Predictions, options: Options, grid: np.ndarray, winner: i
         best, best_score = winner, _winner_score(ends, options, grid, winner, improvement)
     bound = improvement / np.maximum(options.price, 1)
     order = np.argsort(-bound, kind="stable")[: int(allowed.sum()) - int(allowed[winner])]
-    for start in range(0, len(order), BATCH):
-        batch = order[start : start + BATCH]
-        if bound[batch[0]] <= best_score:
+    starts = [0, *range(FIRST_BATCH, len(order), BATCH), len(order)]
+    for start, end in itertools.pairwise(starts):
+        batch = order[start:end]
+        if not len(batch) or bound[batch[0]] <= best_score:
             break
         found = _scores(ends, options, grid, winner, batch, behind, spread)
         if found.max() > best_score:
@@ -121,7 +129,7 @@ def _scores(
     ends: Predictions, options: Options, grid: np.ndarray, winner: int, batch: np.ndarray, behind: np.ndarray, spread: np.ndarray
 ) -> np.ndarray:
     """Return the scores of some options that are not the winner: float64 [len(batch)]."""
-    entry, rung = _ahead(options, grid, batch)
+    entry, rung = rungs_ahead(options, grid, batch)
     option = batch[entry]
     told = ends.told(option, rung, winner)
     left = np.sqrt(np.maximum(spread[option] ** 2 - told**2, 0.0))
@@ -150,24 +158,31 @@ def _winner_score(ends: Predictions, options: Options, grid: np.ndarray, winner:
     rival = int(rivals.argmax())
     if rivals[rival] < 0.0:
         return 0.0
-    _, rung = _ahead(options, grid, np.array([winner]))
+    _, rung = rungs_ahead(options, grid, np.array([winner]))
     told = ends.told(np.full(len(rung), winner), rung, rival)
     ahead = max(float(ends.mean[rival] - ends.mean[winner]), 0.0)
     gain = expected_improvement(np.full(len(rung), ahead), np.maximum(told, LEAST_SPREAD))
     return float((gain / np.maximum(grid[rung] - options.seen[winner], 1)).max())
 
 
-def _ahead(options: Options, grid: np.ndarray, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return entries: a place in the batch, and a rung ahead of this option. Both int64 [K].
+def rungs_ahead(options: Options, grid: np.ndarray, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return entries: a place in the batch, and a rung ahead of this option. Both int64 [K]."""
+    ladders = _ladders(tuple(grid.tolist()))
+    ahead = [ladders[rung] for rung in options.rung[batch].tolist()]
+    return np.repeat(np.arange(len(ahead)), [len(rungs) for rungs in ahead]), np.concatenate(ahead)
 
-    Rungs are the next one, those at which four times, 16 times ... as many tokens have been seen, and
+
+@lru_cache(maxsize=8)
+def _ladders(grid: tuple[int, ...]) -> list[np.ndarray]:
+    """Return by number of rungs reached the rungs to look ahead to, from 0.
+
+    They are the next one, those at which four times, 16 times ... as many tokens have been seen, and
     the last.
     """
-    later = [min(int(np.searchsorted(grid, AHEAD * tokens)), len(grid) - 1) for tokens in grid]
-    places, rungs = [], []
-    for place, rung in enumerate(options.rung[batch].tolist()):
-        while rung < len(grid):
-            places.append(place)
-            rungs.append(rung)
-            rung = len(grid) if rung == len(grid) - 1 else later[rung]
-    return np.array(places), np.array(rungs)
+    last = len(grid) - 1
+    later = [min(int(np.searchsorted(grid, AHEAD * tokens)), last) for tokens in grid]
+    ladders = [np.array([], dtype=np.int64)] * (len(grid) + 1)
+    for rung in range(last, -1, -1):
+        rest = ladders[later[rung]] if rung < last else ladders[-1]
+        ladders[rung] = np.concatenate([[rung], rest])
+    return ladders

@@ -1,8 +1,8 @@
 """List the untried points of a space that a new trial may have.
 
-A space of up to MOST_LISTED points is listed whole. Of a larger one, points are drawn anew for each
-new trial. The draws depend on the seed and the number of trials only, so a resumed sweep sees the
-same ones.
+A space of up to MOST_LISTED points is listed whole. Of a larger one, a block of points is drawn for
+each new trial, and the last blocks count. The draws depend on the seed and the number of trials only,
+so a resumed sweep sees the same ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from sweep.space.space import Space
 
 MOST_LISTED = 1000
-NUM_DRAWN = 256
+NUM_BLOCKS, NUM_DRAWN = 4, 64  # of each block
 Params = dict[str, Any]
 _ABSENT = object()  # the value of a dimension whose condition does not hold
 
@@ -31,6 +31,7 @@ class Candidates:
         self._listed = None if points is None else self._by_key(points)
         self._tried: set[tuple] = set()
         self._drawn: tuple[int, dict[tuple, Params]] = (-1, {})
+        self._blocks: dict[int, dict[tuple, Params]] = {}
 
     def drop(self, params: Mapping[str, Any]) -> None:
         """Offer this point no more: a trial has it, or it is equal to one that a trial has."""
@@ -45,10 +46,16 @@ class Candidates:
         if self._listed is not None:
             return list(self._listed.values())
         if self._drawn[0] != number:
-            trial = _Draw(random.Random(f"{self._seed} {number}"))
-            drawn = self._by_key(self._space.suggest(trial) for _ in range(NUM_DRAWN))
+            self._blocks = {block: self._block(block) for block in range(number - NUM_BLOCKS + 1, number + 1)}
+            drawn = {key: point for block in self._blocks.values() for key, point in block.items()}
             self._drawn = number, {key: point for key, point in drawn.items() if key not in self._tried}
         return list(self._drawn[1].values())
+
+    def _block(self, number: int) -> dict[tuple, Params]:
+        if (known := self._blocks.get(number)) is not None:
+            return known
+        trial = _Draw(random.Random(f"{self._seed} {number}"))
+        return self._by_key(self._space.suggest(trial) for _ in range(NUM_DRAWN))
 
     def _by_key(self, points: Iterable[Params]) -> dict[tuple, Params]:
         return {self._key(point): point for point in points}

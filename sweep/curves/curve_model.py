@@ -36,7 +36,8 @@ class CurvePrior:
     The numbers lie between a first guess and what fits the recorded curves of two tasks best (70
     trials of SmolLM2-135M on an H200). Units are those of `observations.py`.
     rate, other, joint: final(x) along the rate, along each other axis, and of all axes jointly.
-    drop_*: the same for drop(x, s) at the first rung. seed, own_drop: standard deviations of own.
+    drop_*: the same for drop(x, s) at the first rung. seed, own_drop: standard deviations of own;
+    seed also holds what params do together and no kernel here does.
     *_length: distance over which values are alike, in the encoder's numbers. valley: mean slope of
     the loss away from a rate that is known to be good, and valley_width its standard deviation.
     heat: mean of heat(x) at a good rate, and heat_width its standard deviation.
@@ -48,7 +49,7 @@ class CurvePrior:
     drop_rate: float = 0.3
     drop_other: float = 0.02
     drop_joint: float = 0.14
-    seed: float = 0.09
+    seed: float = 0.3
     own_drop: float = 0.25
     rate_length: float = 1.7
     other_length: float = 3.7
@@ -100,11 +101,26 @@ class CurveModel:
         self.shared_fall = VAGUE * np.outer(faded, faded) * np.exp(-apart / 3.0)
 
     def known_alike(self, rows: np.ndarray, others: np.ndarray, place: int) -> Alike:
-        """Return alike(rows, others), the last result of this place if the rows are the same."""
+        """Return alike(rows, others). What the last result of this place holds is taken from there."""
         known = self._known.get(place)
         if known is None or not (np.array_equal(known[0], rows) and np.array_equal(known[1], others)):
-            known = self._known[place] = (rows, others, self.alike(rows, others))
+            found = self.alike(rows, others) if known is None else self._grown(known, rows, others)
+            known = self._known[place] = (rows, others, found)
         return known[2]
+
+    def _grown(self, known: tuple[np.ndarray, np.ndarray, Alike], rows: np.ndarray, others: np.ndarray) -> Alike:
+        """Return alike(rows, others), and compute only what the known result does not hold."""
+        left, right = _places(known[0], rows), _places(known[1], others)
+        if 2 * (left < 0).sum() > len(left) or 2 * (right < 0).sum() > len(right):
+            return self.alike(rows, others)
+        final, drop = known[2].final[np.ix_(left, right)], known[2].drop[np.ix_(left, right)]
+        if (new := np.flatnonzero(left < 0)).size:
+            found = self.alike(rows[new], others)
+            final[new], drop[new] = found.final, found.drop
+        if (new := np.flatnonzero(right < 0)).size:
+            found = self.alike(rows, others[new])
+            final[:, new], drop[:, new] = found.final, found.drop
+        return Alike(final, drop, _heat(rows[:, 0]), _heat(others[:, 0]))
 
     def alike(self, rows: np.ndarray, others: np.ndarray) -> Alike:
         """Return how alike trials are. rows: float64 [N, D]; others: float64 [Q, D]; see TrialEncoder."""
@@ -155,12 +171,23 @@ def progress_of(grid: tuple[int, ...]) -> np.ndarray:
     return np.array([math.log(grid[-1] / tokens) / math.log(grid[-1] / grid[0]) for tokens in grid])
 
 
-def decay_of(schedule: str, grid: tuple[int, ...]) -> np.ndarray:
-    """Return by rung the share of the peak rate that is still to go, for a schedule's name: float64 [R]."""
+def decay_of(schedule: str, grid: tuple[int, ...], decay_ratio: float = 0.2) -> np.ndarray:
+    """Return by rung the share of the peak rate that is still to go, for a schedule's name: float64 [R].
+
+    decay_ratio: the last share of the tokens, in which `wsd` decays.
+    """
     share = np.array(grid) / grid[-1]
     if schedule == "cosine":
         return 0.5 * (1.0 + np.cos(np.pi * share))
+    if schedule == "wsd":
+        return 1.0 - np.sqrt(np.maximum(0.0, 1.0 - (1.0 - share) / decay_ratio))
     return 1.0 - share if schedule == "linear" else np.zeros(len(grid))
+
+
+def _places(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return where each wanted row is among the known ones, -1 if nowhere: int64 [N]."""
+    places = {row.tobytes(): place for place, row in enumerate(known)}
+    return np.array([places.get(row.tobytes(), -1) for row in wanted], dtype=np.int64)
 
 
 def _valley(log_rate: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from sweep.curves.observations import Observations
 
 LEAST_NOISE = 0.0015  # nats; two seeds of one config differ by 0.002 to 0.004
 FACTOR_WEIGHT = 8.0  # the common factor is 1 with the weight of so many losses
-REPORT_NOISE = 0.15  # variance of one report, as a share of the seed's
+REPORT_NOISE = 0.05  # variance of one report, as a share of the seed's
 JITTER, LEAST_VARIANCE = 1e-6, 1e-10
 
 

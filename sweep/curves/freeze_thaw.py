@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtri
 
 from sweep.curves.acquisition import Options, best_option, expected_winner
 from sweep.curves.curve_model import CurveModel, CurvePrior, decay_of, progress_of
@@ -46,11 +47,14 @@ class FreezeThaw:
         self._seen_tokens, self._seed = np.array((0, *grid)), seed
         self._num_rungs, self._progress = len(grid), progress_of(tuple(grid))
         self._encoder = TrialEncoder(space, base, rate_prior)
-        decay = decay_of(base["optim"].get("lr_schedule", "cosine"), tuple(grid))
+        optim = base["optim"]
+        decay = decay_of(optim.get("lr_schedule", "cosine"), tuple(grid), optim.get("decay_ratio", 0.2))
         self._model = CurveModel(self._progress, decay, self._encoder.is_name, self._encoder.knows_rate, prior)
         self._curves: dict[int, SeenCurve] = {}
         self._trial_rows: dict[int, np.ndarray] = {}
-        self._candidate_rows: tuple[tuple[Any, ...], np.ndarray] = ((), np.zeros((0, len(self._encoder.is_name))))
+        self._known_facts: dict[int, tuple[SeenCurve, tuple[int, int, int, bool, bool, bool, bool]]] = {}
+        self._candidates: tuple[Mapping[str, Any], ...] = ()
+        self._candidate_rows = np.zeros((0, len(self._encoder.is_name)))
 
     def decide(self, situation: Situation) -> Decision:
         """Return what one slot does next, or None if no step is worth its tokens or fits into those that are left."""
@@ -99,18 +103,21 @@ class FreezeThaw:
     def _options(self, seen: Sequence[SeenCurve], num_candidates: int) -> Options:
         """Return what trials and candidates cost, and what they may do."""
         full, first = int(self._seen_tokens[-1]), int(self._seen_tokens[1])
-        new = np.full(num_candidates, 1)
-        rung = np.concatenate([[min(curve.num_rungs, self._num_rungs) for curve in seen], 0 * new])
-        return Options(
-            rung=rung,
-            seen=self._seen_tokens[rung],
-            price=np.concatenate([[self._price(curve) for curve in seen], first * new]),
-            to_finish=np.concatenate([[self._to_finish(curve) for curve in seen], full * new]),
-            may_run=np.concatenate([[may_go_on(curve, self._num_rungs) for curve in seen], new > 0]),
-            may_win=np.concatenate([[self._may_win(curve) for curve in seen], new < 0]),
-            is_running=np.concatenate([[curve.state.stand is Stand.RUNNING for curve in seen], new < 0]),
-            has_begun=np.concatenate([[True for _ in seen], new < 0]),
-        )
+        new = (0, first, full, True, False, False, False)
+        facts = np.array([*map(self._facts, seen), *[new] * num_candidates], dtype=np.int64)
+        rung, price, to_finish = facts[:, :3].T
+        may_run, may_win, has_begun, is_running = facts[:, 3:].astype(bool).T
+        return Options(rung, self._seen_tokens[rung], price, to_finish, may_run, may_win, has_begun, is_running)
+
+    def _facts(self, curve: SeenCurve) -> tuple[int, int, int, bool, bool, bool, bool]:
+        """Return rung, price, to_finish, may_run, may_win, has_begun and is_running of a trial, see Options."""
+        known = self._known_facts.get(curve.state.number)
+        if known is None or known[0] is not curve:
+            is_running = curve.state.stand is Stand.RUNNING
+            may = may_go_on(curve, self._num_rungs), self._may_win(curve), True, is_running
+            facts = (min(curve.num_rungs, self._num_rungs), self._price(curve), self._to_finish(curve), *may)
+            known = self._known_facts[curve.state.number] = curve, facts
+        return known[1]
 
     def _most_promising(self, own: Sequence[SeenCurve], tokens_left: int) -> Decision:
         """Continue the waiting trial with the lowest loss whose step fits."""
@@ -138,7 +145,7 @@ class FreezeThaw:
     def _first_rank(self, params: Mapping[str, Any]) -> float:
         """Return a number that is low for the points to begin with: near the good rate, else random."""
         text = json.dumps([self._seed, sorted((path, repr(value)) for path, value in params.items())])
-        draw = np.random.Generator(np.random.PCG64(zlib.crc32(text.encode()))).standard_normal()
+        draw = ndtri((zlib.crc32(text.encode()) + 0.5) / 2.0**32)
         if not self._encoder.knows_rate:
             return float(draw)
         return abs(float(self._encoder.encode([params])[0, 0]) + FIRST_SPREAD * float(draw))
@@ -156,9 +163,13 @@ class FreezeThaw:
         return self._trial_rows[number]
 
     def _rows_of(self, candidates: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """Return the rows of the candidates, those of the last call if they are the same objects."""
-        known, rows = self._candidate_rows
+        """Return the rows of the candidates, those of the last call for the same objects."""
+        known = self._candidates
         if len(known) != len(candidates) or not all(map(operator.is_, known, candidates)):
-            rows = self._encoder.encode(candidates)
-            self._candidate_rows = (tuple(candidates), rows)
-        return rows
+            places = {id(params): place for place, params in enumerate(known)}
+            found = np.array([places.get(id(params), -1) for params in candidates], dtype=np.int64)
+            rows = np.empty((len(candidates), len(self._encoder.is_name)))
+            rows[found >= 0] = self._candidate_rows[found[found >= 0]]
+            rows[found < 0] = self._encoder.encode([params for params, place in zip(candidates, found) if place < 0])
+            self._candidates, self._candidate_rows = tuple(candidates), rows
+        return self._candidate_rows

@@ -14,11 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from sweep.prior.rate_prior import KAPPA, RatePrior
-from sweep.space.space import Choice, Dimension, Range, Space
+from engine.config.optim_section import OptimConfig
+from engine.config.parsing import parse
+from engine.config.trial import LoraConfig
+from sweep.prior.rate_prior import KAPPA, RatePrior, log_force, log_lion
+from sweep.space.space import Choice, Dimension, Range, Space, value_at
 
 RATE = "optim.learning_rate"
-SCALING = ("lora.rank", "lora.lora_alpha", "lora.use_rslora")
+FORCE = ("lora.rank", "lora.lora_alpha", "lora.use_rslora", "optim.loraplus_lr_ratio", "optim.name")
+"""Fields on which the good rate depends."""
 OCTAVES = 2.0  # of a number that acts by factors, for a distance of 1
 LOG_SPAN, LINEAR_SPAN = 3.0, 1.5  # most distance between two values of one axis
 LOG_FACTOR = 3.9  # numbers whose largest is so many times the smallest act by factors
@@ -31,8 +35,8 @@ class TrialEncoder:
         """base: the base config as plain data. rate_prior: None if nothing is known of good rates."""
         self._space, self._base, self._prior = space, base, rate_prior
         paths = {dimension.path for dimension in space.dimensions}
-        self._scaling_paths = tuple(path for path in SCALING if path in paths)
-        self._varies_rate = RATE in paths or bool(self._scaling_paths)
+        self._force_paths = tuple(path for path in FORCE if path in paths)
+        self._varies_rate = RATE in paths or bool(self._force_paths)
         self._axes = [_axis(dimension, base) for dimension in space.dimensions if dimension.path != RATE]
         self._good_rates: dict[tuple[Any, ...], float] = {}
         self._middle = 0.0 if rate_prior is not None else self._middle_of_rates()
@@ -56,31 +60,30 @@ class TrialEncoder:
         if not self._varies_rate:
             return 0.0
         rate = params.get(RATE, self._base["optim"]["learning_rate"])
-        key = tuple([params.get(path) for path in self._scaling_paths])
+        key = tuple([params.get(path) for path in self._force_paths])
         good = self._good_rates.get(key)
         if good is None:
             good = self._good_rates[key] = self._log_good_rate(params)
         return math.log(max(rate, 1e-30)) - good - self._middle
 
     def _log_good_rate(self, params: Mapping[str, Any]) -> float:
-        lora = self._space.apply(self._base, params).lora
+        config = self._space.apply(self._base, params)
         if self._prior is not None:
-            return self._prior.of(lora)[0]
-        return -KAPPA * math.log(lora.scaling * lora.rank)
+            return self._prior.of(config.lora, config.optim)[0]
+        return -KAPPA * log_force(config.lora, config.optim) - log_lion(config.optim)
 
     def _middle_of_rates(self) -> float:
         """Return the middle of ln(rate), plus that of the scalings of the base's adapter."""
         rates = next((dimension for dimension in self._space.dimensions if dimension.path == RATE), None)
         ends = [self._base["optim"]["learning_rate"]] if rates is None else [rates.value(end) for end in rates.corners()]
         logs = [math.log(max(float(end), 1e-30)) for end in ends]
-        return (min(logs) + max(logs)) / 2.0 + KAPPA * math.log(_base_force(self._base["lora"]))
+        return (min(logs) + max(logs)) / 2.0 + _log_base_force(self._base)
 
 
-def _base_force(lora: Mapping[str, Any]) -> float:
-    """Return scaling * rank of the base config's adapter."""
-    rank = float(lora["rank"])
-    alpha = 2.0 * rank if lora.get("lora_alpha") is None else float(lora["lora_alpha"])
-    return alpha * (math.sqrt(rank) if lora.get("use_rslora") else 1.0)
+def _log_base_force(base: Mapping[str, Any]) -> float:
+    """Return what the base config's adapter and optimizer take off ln(good rate)."""
+    lora, optim = parse(LoraConfig, dict(base["lora"])), parse(OptimConfig, dict(base["optim"]))
+    return KAPPA * log_force(lora, optim) + log_lion(optim)
 
 
 class _Numbers:
@@ -124,8 +127,7 @@ class _Names:
 
 
 def _axis(dimension: Dimension, base: Mapping[str, Any]) -> _Numbers | _Names:
-    section, key = dimension.path.split(".")
-    default = base.get(section, {}).get(key)
+    default = value_at(base, dimension.path)
     if isinstance(dimension, Range):
         is_log = dimension.log and dimension.low > 0
         return _Numbers(dimension, (dimension.low, dimension.high), is_log, default)

@@ -11,12 +11,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from engine.command_answers import AdapterEvaluation, Facts, PreparedFacts
 from engine.config.parsing import load_json
-from engine.config.permission import FLAG
+from engine.config.permission import FLAG, METRICS_FLAG
 from engine.config.trial import TrainConfig
 from engine.errors import EngineError
 from engine.system.child_python import own_environment, python_module
@@ -92,14 +92,50 @@ def calibrate(module: str, say: Callable[[str], None]) -> None:
             raise _failure(code, errors.read(), [module, "calibrate"])
 
 
+class Standby:
+    """Hold a process that loads the engine's libraries beforehand and waits for one command.
+
+    It has read no file of the sweep by then. Where it cannot run the command, a new process does.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._child: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Start the process; a second call does nothing. A machine that cannot start it now is no fault of the sweep."""
+        if self._child is None:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            with suppress(OSError):  # too many files or processes, or no memory for one more
+                self._child = subprocess.Popen(python_module(self._module, "standby"), env=own_environment(), text=True, **pipes)
+
+    def has_run(self, command: list[str]) -> bool:
+        """Run an engine command. Returns whether it succeeded; False also without a process."""
+        if self._child is None or self._child.poll() is not None:
+            return False
+        try:
+            self._child.communicate(json.dumps(command) + "\n")
+        except BaseException:  # Ctrl-C
+            self._child.kill()
+            raise
+        return self._child.returncode == 0
+
+    def close(self) -> None:
+        """End a process that got no command."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.communicate()
+
+
 def evaluate(
-    config: TrainConfig, adapter: Path, module: str, num_examples: int = 0, inputs: Mapping[str, str] | None = None
-) -> AdapterEvaluation:
+    config: TrainConfig, adapter: Path, module: str, num_examples: int = 0, inputs: Mapping[str, str] | None = None,
+    standby: Standby | None = None,
+) -> AdapterEvaluation:  # fmt: skip
     """Return the losses of base model and exported adapter, from a fresh load of the files on disk.
 
     config: the trial's, as the driver knows it; the file in the trial's folder may have been edited.
     num_examples: how many evaluation samples both answer. inputs: the digests that the sweep
-    recorded. Raises CommandFailed. See `engine.evaluation.reevaluate.evaluate_adapter`.
+    recorded. standby: runs the command, if it can. Raises CommandFailed. See `engine.evaluation.reevaluate.evaluate_adapter`.
     """
     with tempfile.TemporaryDirectory(prefix="sweep-evaluate-") as folder:
         request, answer = Path(folder, "config.json"), Path(folder, "answer.json")
@@ -109,17 +145,23 @@ def evaluate(
             known = Path(folder, "inputs.json")
             known.write_text(json.dumps(dict(inputs)))
             options += ["--inputs", str(known)]
-        _run([module, "evaluate", str(request), *options], [config])
+        _run([module, "evaluate", str(request), *options], [config], standby)
         return AdapterEvaluation.from_dict(load_json(answer))
 
 
 def _command(arguments: list[str], configs: list[TrainConfig]) -> list[str]:
-    """Return the command. It may run a model's own code if the driver's own config says so."""
-    permission = [FLAG] if any(config.model.trust_remote_code for config in configs) else []
-    return python_module(*arguments, *permission)
+    """Return the command. It may run a model's own code, and the user's metrics, if the driver's own config says so."""
+    return python_module(*arguments, *_permission(configs))
 
 
-def _run(arguments: list[str], configs: list[TrainConfig]) -> None:
+def _permission(configs: list[TrainConfig]) -> list[str]:
+    own = [METRICS_FLAG] if any(config.metrics.own for config in configs) else []
+    return ([FLAG] if any(config.model.trust_remote_code for config in configs) else []) + own
+
+
+def _run(arguments: list[str], configs: list[TrainConfig], standby: Standby | None = None) -> None:
+    if standby is not None and standby.has_run([*arguments[1:], *_permission(configs)]):
+        return
     done = subprocess.run(_command(arguments, configs), env=own_environment(), capture_output=True, text=True)
     if done.returncode:
         raise _failure(done.returncode, done.stderr, arguments[:2])

@@ -24,15 +24,23 @@ class LedgerSearcher(Searcher):
     report.
     """
 
-    def __init__(self, ledger: Ledger, worker_config: Callable[[Proposal], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        worker_config: Callable[[Proposal], dict[str, Any]],
+        on_running_out: Callable[[], None] = lambda: None,
+    ) -> None:
+        """on_running_out: called, once or more often, while the last trials train."""
         super().__init__()
-        self._ledger, self._worker_config = ledger, worker_config
+        self._ledger, self._worker_config, self._on_running_out = ledger, worker_config, on_running_out
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         proposal: Proposal | Next = Next.WAIT
         with self._ledger.on_disk():
             proposal = self._ledger.next_trial()
+        if self._ledger.is_running_out:
+            self._on_running_out()
         if isinstance(proposal, Next):
             return Searcher.FINISHED if proposal is Next.FINISHED else None
         self._numbers[trial_id] = proposal.number

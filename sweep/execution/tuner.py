@@ -43,6 +43,7 @@ def run_trials(
     avoid: Callable[[TrainConfig], tuple[Label, ...]] | None = None,
     inputs: Mapping[str, str] = MappingProxyType({}),
     calibrate: bool = False,
+    on_running_out: Callable[[], None] = lambda: None,
 ) -> None:
     """Run trials until the ledger has no work.
 
@@ -52,7 +53,7 @@ def run_trials(
     note: shows a line to the user. avoid: returns the labels of the nodes whose cards a config does
     not fit; None if all cards are alike. set_ray_environment says how many trials may then wait.
     inputs: the digests that the sweep recorded, which each trial compares. calibrate: whether a
-    worker measures its card before its first trial, if nobody has.
+    worker measures its card before its first trial, if nobody has. on_running_out: see LedgerSearcher.
     """
 
     def config_of(proposal: Proposal) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def run_trials(
         tune.Tuner(
             tune.with_resources(TrialWorker, _placement(slots) if avoid else slots.resources_per_trial()),
             tune_config=tune.TuneConfig(
-                search_alg=LedgerSearcher(ledger, config_of),
+                search_alg=LedgerSearcher(ledger, config_of, on_running_out),
                 scheduler=LedgerScheduler(ledger),
                 num_samples=-1,
                 reuse_actors=True,

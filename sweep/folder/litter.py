@@ -10,6 +10,7 @@ from pathlib import Path
 from engine.system.files import every_form
 from engine.trial_report import CHECKPOINT, PREVIOUS_CHECKPOINT
 from sweep.folder.flush import remove_soon
+from sweep.trials.record import GOING_ON, TrialRecord
 
 
 def checkpoints(trial_folder: Path) -> list[Path]:
@@ -18,14 +19,15 @@ def checkpoints(trial_folder: Path) -> list[Path]:
     return [place for place in places if os.path.lexists(place)]
 
 
-def drop_checkpoints(trial_folder: Path) -> None:
-    """Remove the checkpoints of a trial that has ended, in the background.
+def drop_if_ended(record: TrialRecord) -> None:
+    """Remove a trial's checkpoints in the background, unless it may go on.
 
     Call it once the journal has the end: a kill before the removal leaves them, and the next driver
     removes them.
     """
-    for place in checkpoints(trial_folder):
-        remove_soon(place)
+    if record.outcome not in GOING_ON:
+        for place in checkpoints(Path(record.folder)):
+            remove_soon(place)
 
 
 def freed_bytes(folders: Iterable[Path]) -> int:

@@ -8,7 +8,9 @@ a kill, and cost a decision some microseconds.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -116,24 +118,50 @@ class Usage:
 class Timeline:
     """Append events, and keep the sums that a budget needs."""
 
-    def __init__(self, file: Path, *, mend: bool = True) -> None:
+    def __init__(self, file: Path, *, mend: bool = True, follow: bool = False) -> None:
         """Read the events that earlier sessions of the sweep left in the file.
 
         mend: drop a torn last line. Use False to only read the file, since a running sweep may be
-        about to write the rest of that line.
+        about to write the rest of that line. follow: leave the last session open, so that
+        `catch_up` can add what its driver writes.
         """
         if mend:
             _mend(file)
-        self._file = file
+        self._file, self._num_read = file, 0
         self.spans: list[Span] = []  # ended stays, in the order of their ends
         self.sessions: list[Session] = []
         self._open: dict[int, Span] = {}
         self._last: dict[int, Span] = {}
         self._parts: dict[str, float] = {}
         self.usage = Usage()
-        for event in _read(file):
-            self._apply(event)
-        self._end_session()
+        self.catch_up()
+        if not follow:
+            self._end_session()
+
+    @property
+    def open_spans(self) -> list[Span]:
+        """Return the stays that have not ended."""
+        return list(self._open.values())
+
+    def catch_up(self) -> bool:
+        """Read the whole lines that were added since the last call; return whether there were any."""
+        with suppress(FileNotFoundError), open(self._file, "rb") as file:
+            file.seek(self._num_read)
+            text = file.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            self._num_read += len(whole)
+            for line in whole.splitlines():
+                self._apply(json.loads(line))
+            return bool(whole)
+        return False
+
+    def settled(self) -> Timeline:
+        """Return a copy in which the open session and its stays end at the newest event."""
+        other = copy(self)
+        other.spans, other.sessions = list(self.spans), list(self.sessions)
+        other._open, other._last, other._parts = dict(self._open), dict(self._last), dict(self._parts)
+        other._end_session()
+        return other
 
     def start_session(self, now_s: float, num_slots: int | None = None) -> None:
         """Record that the driver begins to hand out trials, at first or after a resume."""
@@ -243,9 +271,3 @@ def _mend(file: Path) -> None:
         if text and not text.endswith("\n"):
             file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
 
-
-def _read(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events whose lines are whole."""
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
-            yield json.loads(line)

@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.trial_report import TrialReport
 from sweep.curves.situation import GoOn
-from sweep.folder.litter import drop_checkpoints
+from sweep.folder.litter import drop_if_ended
 from sweep.folder.notes import is_training, was_terminated
 from sweep.folder.steady_clock import SteadyClock
 from sweep.folder.sweep_folder import SweepFolder
@@ -94,26 +94,28 @@ class Ledger(Halt):
             record = self._records[number]
             self._folder.write_train_config(number, self._study.config(number))
             for report in record.reports:
-                self._study.report(number, report.rung, report.eval_loss)
+                self._study.report(number, report.rung, record.judged(report))
             if record.reports and record.reports[-1].rung >= self._limits.num_rungs:
                 self._end(number, Outcome.COMPLETE)
             elif record.outcome is not Outcome.PAUSED and self._keeps_slot(number):
                 self._waiting.append(number)
         self._stop_waiting_where_spent()
-        for record in self.records:
-            if record.source is not None:
-                continue
+        for record in (record for record in self.records if record.source is None):
             if record.outcome is not Outcome.RUNNING and not self._folder.has_result(record.number):
                 self._folder.write_train_config(record.number, self._study.config(record.number))
                 self._folder.write_result(record.number, record.result())
-            if record.outcome not in GOING_ON:  # a kill may have kept them
-                drop_checkpoints(self._folder.trial(record.number))
+            drop_if_ended(record)  # a kill may have kept its checkpoints
             self._tell_listeners(record)
         return list(self._waiting)
 
     def has_work(self) -> bool:
         """Return whether any trial is left to run or may still be asked for."""
         return bool(self.live or self._waiting) or self._may_find_more
+
+    @property
+    def is_running_out(self) -> bool:
+        """Return whether the live trials are the last. False where a freezer decides: asking it costs time."""
+        return bool(self.live) and not self._waiting and self._freezer is None and not self._quota.may_ask
 
     def next_trial(self) -> Proposal | Next:
         """Return the next trial to start: one to continue, else a new one."""
@@ -195,18 +197,18 @@ class Ledger(Halt):
 
     def _take(self, number: int, report: TrialReport) -> bool:
         """Put a report into the journal and the record. Returns whether it was new."""
-        is_new = self._study.report(number, report.rung, report.eval_loss)
+        record = self._records[number]
+        is_new = self._study.report(number, report.rung, record.judged(report))
         if is_new:
-            record = self._records[number]
             seen = [old for old in record.reports if old.rung < report.rung]
             self._records[number] = self._timed(replace(record, reports=[*seen, report]))
-            self._budget.take(report.eval_loss, report.rung, seen[-1].rung if seen else 0)
+            self._budget.take(self._records[number], seen[-1].rung if seen else 0)
         return is_new
 
     def _keeps_slot(self, number: int) -> bool:
         """Judge a trial at its newest rung. If it must give up its slot, it is PRUNED or PAUSED by then."""
         if self._freezer is None:
-            if self._study.should_prune(number):
+            if self._study.should_prune(number) and not self._records[number].is_unjudged:
                 self._end(number, Outcome.PRUNED)
                 return False
         elif not self._budget.spent() and self._records[number].reports and not self._freezer.goes_on(number):
@@ -272,8 +274,9 @@ class Ledger(Halt):
         self._leave_slot(number)
         values = objective_values(self._records[number], self._limits.objectives) if outcome is Outcome.COMPLETE else None
         if outcome is Outcome.COMPLETE and values is None:
-            outcome, error = Outcome.FAILED, f"not measured: one of {', '.join(self._limits.objectives)}"
-        self._study.tell(number, outcome, error, memory, values)
+            why = self._records[number].reports[-1].metrics_error
+            outcome, error = Outcome.FAILED, why or f"not measured: one of {', '.join(self._limits.objectives)}"
+        self._study.tell(number, outcome, error, memory, values, self._records[number].excess)
         ended_s = self._study.record(number).ended_s or self.clock()  # as a resume reads it
         changes = {"outcome": outcome, "ended_s": ended_s, "error": error, **(memory or {})}
         self._close(self._timed(replace(self._records[number], **changes)))
@@ -284,7 +287,7 @@ class Ledger(Halt):
         self._update(record)
         if record.outcome not in GOING_ON:
             del self._records[record.number]
-            drop_checkpoints(self._folder.trial(record.number))
+        drop_if_ended(record)
 
     def _update(self, record: TrialRecord) -> None:
         self._records[record.number] = record

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sweep.config.sweep import BudgetConfig
+from sweep.config.budget_limits import BudgetConfig
 from sweep.plan.sweep_plan import SweepPlan
 from sweep.trials.objectives import EVAL_LOSS
 
@@ -18,9 +18,10 @@ class Limits:
 
     num_rungs: reports of a complete trial. max_retries: deaths of a trial's process in a row
     without a new report. report_timeout_s: seconds that a trial may be silent, None for no limit.
-    objectives: what a complete trial must have measured. grid: tokens seen at each rung, for a
-    budget of tokens; empty if they are all the same. elsewhere_s: slot seconds and seconds that the
-    sweep spent outside this ledger, which count against its budget.
+    objectives: what a complete trial must have measured. sign: 1 if smaller values of the one that
+    decides are better, else -1. grid: tokens seen at each rung, for a budget of tokens; empty if
+    they are all the same. elsewhere_s: slot seconds and seconds that the sweep spent outside this
+    ledger, which count against its budget.
     """
 
     num_trials: int
@@ -30,6 +31,7 @@ class Limits:
     report_timeout_s: float | None = None
     budget: BudgetConfig = NO_BUDGET
     objectives: tuple[str, ...] = (EVAL_LOSS,)
+    sign: float = 1.0
     grid: tuple[int, ...] = ()
     elsewhere_s: tuple[float, float] = (0.0, 0.0)
 
@@ -57,6 +59,7 @@ class Limits:
             report_timeout_s=cluster.report_timeout_s,
             budget=plan.config.effective_budget,
             objectives=sweep.objectives,
+            sign=plan.config.rule.sign,
             grid=tuple(plan.config.train.report_grid()),
         )
         return replace(limits, **changes)

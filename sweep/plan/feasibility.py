@@ -24,10 +24,13 @@ from sweep.cluster.card_kinds import CardKind, Label
 
 LEAST_EXCESS_GIB = 0.01  # a config that misses only its reserve counts as infeasible too
 WITHOUT_EFFECT = {
-    "lora": ("lora_alpha", "use_rslora"),
-    "optim": ("learning_rate", "lr_schedule", "warmup_ratio", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps"),
+    "lora": ("lora_alpha", "use_rslora", "start_from"),
+    "optim": (
+        "learning_rate", "loraplus_lr_ratio", "lr_schedule", "warmup_ratio", "decay_ratio", "min_lr_ratio", "weight_decay",
+        "beta1", "beta2", "eps",
+    ),
     "train": ("seed", "profile_steps"),
-}
+}  # fmt: skip
 """Fields that change neither memory nor speed.
 
 Planning takes up to a second, so trials that differ only in these fields share a plan.
@@ -58,8 +61,8 @@ NO_KINDS: Mapping[Label | None, Card | None] = MappingProxyType({})
 
 def has_no_effect(path: str) -> bool:
     """Return whether memory and speed are the same for all values of this field."""
-    section, key = path.split(".")
-    return key in WITHOUT_EFFECT.get(section, ())
+    section, _, key = path.partition(".")
+    return key.startswith("train.") or key in WITHOUT_EFFECT.get(section, ())
 
 
 class Feasibility:

@@ -19,7 +19,7 @@ from engine.shape.model_shape import ModelShape
 from engine.units import counted
 from sweep.plan.feasibility import Feasibility, Fit, has_no_effect
 from sweep.space.space import Choice, Dimension, Space, is_active
-from sweep.text import params_text, value_text
+from sweep.text import params_text, short_name, value_text
 
 MAX_POINTS = 24  # the table fits a screen, and planning takes seconds
 Params = dict[str, Any]
@@ -242,7 +242,7 @@ def _distinct(points: list[Point]) -> list[Point]:
 
 
 def _table(paths: list[str], points: list[Point]) -> list[str]:
-    header = [*(path.rsplit(".", 1)[-1] for path in paths), "peak GiB", "tok/s", "hours", "plan"]
+    header = [*map(short_name, paths), "peak GiB", "tok/s", "hours", "plan"]
     rows = []
     for point in points:
         plan, *numbers = point.cells()

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from engine.config.data_section import ON_TRAINING_SAMPLES, as_list
+from engine.config.optim_section import LIONS
 from engine.errors import InputError
 from engine.sources.builtin import PREFIX
 from engine.sources.hub_ids import is_only_on_hub
@@ -36,7 +37,10 @@ class Settings:
         """Return the config's own value, MISSING if this kind of sampler or pruner has no such key."""
         value: Any = self.config
         for part in path.split("."):
-            value = getattr(value, part, MISSING)
+            if isinstance(value, tuple) and part.isdigit() and int(part) < len(value):
+                value = value[int(part)]
+            else:
+                value = getattr(value, part, MISSING)
         return value
 
     def always(self, path: str, holds: Callable[[Any], bool]) -> bool:
@@ -54,6 +58,11 @@ Rule = Callable[[Settings], str | None]
 
 def _if_equal(path: str, value: Any) -> Rule:
     return lambda given: f"{path} = {value}" if given.always(path, lambda found: found == value) else None
+
+
+def _unless_equal(path: str, value: Any) -> Rule:
+    """The field has its effect only with this value of another one."""
+    return lambda given: f"no trial has {path} = {value}" if given.always(path, lambda found: found != value) else None
 
 
 def _if_set(path: str) -> Rule:
@@ -75,7 +84,12 @@ def _first(*rules: Rule) -> Rule:
 
 def _own_evaluation(given: Settings) -> str | None:
     source = given.config.data.train
-    return f"data.train = {source} brings its own evaluation samples" if as_list(source)[0].startswith(PREFIX) else None
+    is_builtin = not given.config.data.mixture and as_list(source)[0].startswith(PREFIX)
+    return f"data.train = {source} brings its own evaluation samples" if is_builtin else None
+
+
+def _none_held_out(given: Settings) -> str | None:
+    return None if given.config.data.holds_out else "data.eval is given"
 
 
 def _no_pruner(given: Settings) -> str | None:
@@ -113,7 +127,7 @@ RULES: dict[str, Rule] = {
     "data.train_name": _if_no_folder("data.train"),
     "data.train_revision": _if_here("data.train"),
     "data.train_files": _if_here("data.train"),
-    "data.eval_fraction": _first(_if_set("data.eval"), _own_evaluation),
+    "data.eval_fraction": _first(_none_held_out, _own_evaluation),
     "data.eval_split": _first(*_NO_EVAL, _if_no_folder("data.eval")),
     "data.eval_name": _first(*_NO_EVAL, _if_no_folder("data.eval")),
     "data.eval_revision": _first(*_NO_EVAL, _if_here("data.eval")),
@@ -122,6 +136,8 @@ RULES: dict[str, Rule] = {
     "data.template_kwargs": _if_equal("data.format", "text"),
     "data.turns": _if_equal("data.format", "text"),
     "data.date": _if_equal("data.format", "text"),
+    "optim.decay_ratio": _unless_equal("optim.lr_schedule", "wsd"),
+    "optim.eps": lambda given: "Lion has no eps" if given.always("optim.name", lambda found: found in LIONS) else None,
     "optim.min_lr_ratio": _if_equal("optim.lr_schedule", "constant"),
     "train.num_reports": _if_set("train.report_at_tokens"),
     "train.gradient_accumulation_steps": _if_set("train.tokens_per_step"),
@@ -184,6 +200,6 @@ def _is_of(path: str, field: str) -> bool:
 
 
 def _default(config: SweepConfig, path: str) -> Any:
-    section, field = path.split(".")
-    model: type[BaseModel] = type(getattr(config, section))
+    *owner, field = path.split(".")
+    model: type[BaseModel] = type(Settings(config, Space(())).base(".".join(owner)))
     return model.model_fields[field].default

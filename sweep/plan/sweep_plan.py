@@ -15,12 +15,13 @@ from engine.shape.model_shape import ModelShape
 from engine.units import counted
 from sweep.cluster.card_kinds import CardKind
 from sweep.cluster.slots import Hardware, Slots, local_hardware, plan_slots
+from sweep.config.budget_limits import describe_budget
 from sweep.config.pruner_options import HyperbandConfig
-from sweep.config.sweep import ClusterConfig, SweepConfig, describe_budget
+from sweep.config.sweep import ClusterConfig, SweepConfig
 from sweep.plan.rungs import least_way
 from sweep.prior.beginning import Beginning, make_beginning
 from sweep.prior.own_points import read_own_points
-from sweep.space.parse import parse_space
+from sweep.space.parse import WEIGHT, check_weights, parse_space
 from sweep.space.space import Space
 
 
@@ -67,6 +68,9 @@ class SweepPlan:
         if len(section.first_trials) > section.num_trials and not section.only_most_demanding:
             points = f"{len(section.first_trials)} points of sweep.first_trials"
             lines.append(f"the sweep ends before all {points} are tried: sweep.num_trials = {section.num_trials}")
+        varied = [dimension.path for dimension in self.space.dimensions if WEIGHT.fullmatch(dimension.path)]
+        if varied and len(varied) == len(self.config.data.mixture):
+            lines.append("the space varies the weight of every source, but only their ratios count: leave one of them out")
         full_trials, num_slots = self.config.effective_budget.full_trials, self.slots.num_slots
         if self.config.pauses_trials and full_trials < num_slots and not section.only_most_demanding:
             tokens = f"{num_slots} slots share the tokens of {counted(full_trials, 'full trial')}"
@@ -98,6 +102,7 @@ class SweepPlan:
             f"model      {config.model.path} ({config.model.quantization})"
             + (", and its own code is run: model.trust_remote_code" if config.model.trust_remote_code else ""),
             f"data       {config.data.describe_train()}",
+            *([f"evaluation {config.data.describe_eval()}"] if config.data.eval_sets else []),
             f"budget     {config.train.max_tokens:,} tokens a trial, at most {config.most_tokens:,} in all"
             + (f"; ends early at {limits}" if (limits := describe_budget(config.effective_budget)) else ""),
             f"rungs      {self.num_rungs}, at tokens seen: {grid}",
@@ -121,17 +126,23 @@ class SweepPlan:
         return "\n".join(map(printable, lines))
 
 
-def make_sweep_plan(config: SweepConfig, find_hardware: Callable[[ClusterConfig], Hardware] = local_hardware) -> SweepPlan:
+def make_sweep_plan(
+    config: SweepConfig, find_hardware: Callable[[ClusterConfig], Hardware] = local_hardware, is_new: bool = True
+) -> SweepPlan:
     """Check space, grid and hardware. Raises InputError. Writes nothing.
 
     find_hardware: returns the hardware for this cluster section. It may wait for nodes, so it is
-    called only after space and grid have passed.
+    called only after space and grid have passed. is_new: False for a sweep that goes on, whose space
+    cannot change: it is held to what it began with.
     """
     space = parse_space(config.space)
     if config.sampler.name == "grid":
         space.check_walkable()
     base = config.base().model_dump(mode="json")
+    check_weights(space, base)
     space.single_changes(base)
+    if is_new:
+        space.check_pairs(base)
     read_own_points(config.sweep.first_trials, space, base)
     _check_pruner(config)
     found = find_hardware(config.cluster)

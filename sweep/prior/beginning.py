@@ -18,7 +18,7 @@ from engine.shape.model_shape import ModelShape
 from engine.units import counted
 from sweep.config.sweep import SweepConfig
 from sweep.prior.own_points import read_own_points
-from sweep.prior.rate_prior import RULE_ALPHA, RatePrior, rate_prior
+from sweep.prior.rate_prior import LION_FACTOR, RULE_ALPHA, RatePrior, rate_prior
 from sweep.prior.whole_points import Params, completed
 from sweep.space.coordinates import OUTSIDE, coordinate, nearest, numbers
 from sweep.space.space import Choice, Dimension, Space
@@ -104,11 +104,16 @@ def _notes(
         return (f"no learning rate: the space does not vary {RATE}",)
     if rate is None:
         return ("no learning rate: the model's hidden size is not known, so the base config's rate is tried",)
-    lora = space.apply(base, first).lora
-    mean, width = rate.of(lora)
+    config = space.apply(base, first)
+    lora, optim = config.lora, config.optim
+    mean, width = rate.of(lora, optim)
     line = f"learning rate {math.exp(mean):.2g}, give or take a factor of {math.exp(width):.2g}: {rate.source}"
     if abs(lora.scaling * lora.rank - RULE_ALPHA) > 1e-9:
         line += f", for rank {lora.rank} with alpha {lora.alpha:g}{' and rsLoRA' if lora.use_rslora else ''}"
+    if optim.loraplus_lr_ratio != 1.0:
+        line += f", for LoRA+ with ratio {optim.loraplus_lr_ratio:g}"
+    if optim.is_lion:
+        line += f", divided by {LION_FACTOR:.2g} for Lion"
     if not _reaches(dimension, math.exp(mean)):
         line += f"; it is outside the space ({dimension.describe()}), so the nearest rate there is tried"
     return (line,)
@@ -129,7 +134,8 @@ def _whole(space: Space, base: Mapping[str, Any], given: Params, rate: RatePrior
     dimension = next((one for one in space.dimensions if one.path == RATE), None)
     if rate is None or RATE in given or RATE not in point:
         return point
-    mean, width = rate.of(space.apply(base, point).lora)
+    config = space.apply(base, point)
+    mean, width = rate.of(config.lora, config.optim)
     centre = nearest(dimension, math.exp(mean))
     if centre is OUTSIDE:
         return point

@@ -12,6 +12,10 @@ the weights, the best rate goes with (scaling * rank) ** -k, k between 1 and 1/2
 and scaling alpha / rank it does not depend on the rank; with alpha = 2 * rank it falls with it
 (arXiv:2602.06204 derives and measures both).
 
+LoRA+ moves B by a multiple of the rate, so `scaling * B A` moves by that multiple more, in both
+cases. The multiple stands beside scaling * rank. Lion's steps have the size of the rate in every
+element, and its authors advise a rate that is 3 to 10 times smaller (arXiv:2302.06675).
+
 Not in the rule: dropout, targets, lengths, batch size and number of steps. Their effect is part of
 the width.
 """
@@ -23,6 +27,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from engine.config.optim_section import OptimConfig
 from engine.config.parsing import parse_dataclass
 from engine.config.trial import LoraConfig
 from engine.shape.model_shape import ModelShape
@@ -39,6 +44,8 @@ KAPPA, KAPPA_WIDTH = 0.75, 0.25  # the k above: the middle of its bounds, which 
 # mean square of ln(rate). Another data set, batch and number of steps add to that.
 FAMILY_WIDTH, OTHER_WIDTH = 0.8, 1.0
 EXPONENT_WIDTH = 0.35  # half the distance of the two exponents, for sizes beyond those fitted
+LION_FACTOR, LION_WIDTH = math.sqrt(3.0 * 10.0), 0.6  # AdamW's rate over Lion's: the middle of what is advised, and half its span
+ADAMW = OptimConfig()
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,11 @@ class RatePrior:
     width: float
     source: str
 
-    def of(self, lora: LoraConfig) -> tuple[float, float]:
-        """Return mean and standard deviation of ln(best rate) for an adapter of this rank and scaling."""
-        log_ratio = math.log(lora.scaling * lora.rank / RULE_ALPHA)
-        return self.log_rate - KAPPA * log_ratio, math.hypot(self.width, KAPPA_WIDTH * log_ratio)
+    def of(self, lora: LoraConfig, optim: OptimConfig = ADAMW) -> tuple[float, float]:
+        """Return mean and standard deviation of ln(best rate) for an adapter of this rank and scaling, and its optimizer."""
+        log_ratio, lion = log_force(lora, optim) - math.log(RULE_ALPHA), LION_WIDTH if optim.is_lion else 0.0
+        mean = self.log_rate - KAPPA * log_ratio - log_lion(optim)
+        return mean, math.hypot(self.width, KAPPA_WIDTH * log_ratio, lion)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -66,6 +74,16 @@ class RatePrior:
     def from_dict(cls, values: Mapping[str, Any]) -> RatePrior:
         """Read plain data from JSON. Raises InputError if a key or a type is wrong."""
         return parse_dataclass(cls, dict(values), "rate_prior")
+
+
+def log_force(lora: LoraConfig, optim: OptimConfig) -> float:
+    """Return ln(scaling * rank * ratio of LoRA+): how far the weights move at a given rate."""
+    return math.log(lora.scaling * lora.rank * optim.loraplus_lr_ratio)
+
+
+def log_lion(optim: OptimConfig) -> float:
+    """Return ln(AdamW's rate / this optimizer's), for equal learning."""
+    return math.log(LION_FACTOR) if optim.is_lion else 0.0
 
 
 def rate_prior(shape: ModelShape | None) -> RatePrior | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sweep.space.coordinates import OUTSIDE, coordinate, nearest
-from sweep.space.space import Choice, Dimension, Space, is_active
+from sweep.space.space import Choice, Dimension, Space, is_active, value_at
 
 Params = dict[str, Any]
 Prefer = Callable[[Dimension], Any]
@@ -49,8 +49,7 @@ def _needed(space: Space, given: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _chosen(dimension: Dimension, base: Mapping[str, Any], needed: list[Any] | None, prefer: Prefer) -> Any:
-    section, key = dimension.path.split(".")
-    value = base[section][key]
+    value = value_at(base, dimension.path)
     found = [prefer(dimension), coordinate(dimension, value)]
     if isinstance(value, int | float) and not isinstance(value, bool):
         found.append(nearest(dimension, value))

@@ -9,30 +9,37 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from engine.errors import InputError, first_line
+from engine.errors import first_line
 from engine.system.files import write_text
 from engine.units import counted
-from sweep.config.sweep import SweepConfig
-from sweep.folder.slot_times import slot_times
+from sweep.folder.slot_times import SlotTime
 from sweep.folder.sweep_folder import SweepFolder
-from sweep.folder.timeline import Timeline
+from sweep.folder.timeline import Span
 from sweep.report import figures as report_figures
+from sweep.report.collect import Collected, Collector, damaged
+from sweep.report.figures import Drawn
+from sweep.report.finalists_answers import finalists_answers
 from sweep.report.hours_figure import HOURS, hours_height, hours_line, where_hours_went
 from sweep.report.page import Section, Table, render
-from sweep.report.study_figures import study_figures
+from sweep.report.study_figures import ON_WHITE, Scale, study_figures
 from sweep.results.best_folder import EXAMPLE
-from sweep.results.contest import with_contest
-from sweep.results.leaderboard import HEADER, board_cells, board_rows
-from sweep.results.verdict import SweepVerdict, read_verdict
-from sweep.space.parse import parse_space
-from sweep.study.begun_with import read_unedited_config
-from sweep.study.journal import read_records
+from sweep.results.leaderboard import board_rows, board_table
+from sweep.study.journal import DAMAGED
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
+CURVES, PARETO, MEMORY, SLOTS = "Learning curves", "Loss, memory and time", "Predicted and measured memory", "Slots"
+CURVES_CAPTION = (
+    "On one evaluation set, against the tokens a trial has trained on. Pruned trials are faded; a click on a name hides "
+    "its lines. Losses far above the usual range are cut off; a double click shows all."
+)
+PARETO_CAPTION = (
+    "Stars: COMPLETE trials that no other trial beats in all three. A trial that was stopped early has spent less only "
+    "because it was stopped."
+)
 EXAMPLE_HEADER = ("prompt", "expected", "base model", "with adapter")
 
 
@@ -50,60 +57,66 @@ def write_report(folder: SweepFolder) -> Path:
 
     InputError if the folder cannot be read.
     """
-    config = read_unedited_config(folder)
+    found = Collector(folder).collect()
     try:
-        page = _page(folder, config)
-    except InputError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-        raise InputError("folder", str(folder.path), f"has a damaged journal or timeline ({first_line(error)})") from error
+        page = _page(found)
+    except DAMAGED as error:
+        raise damaged(folder, error) from error
     file = folder.path / "report.html"
     write_text(file, page)
     return file
 
 
-def _page(folder: SweepFolder, config: SweepConfig) -> str:
-    space, base = parse_space(config.space), config.base().model_dump(mode="json")
-    trials, records = read_records(folder, lambda params: space.apply(base, params).model_dump(mode="json"))
-    timeline = Timeline(folder.timeline, mend=False)
-    spans, times = timeline.spans, slot_times(timeline)
-    rule = with_contest(config.sweep.rule, records)
-    verdict = read_verdict(folder, records, rule)
-    best = verdict.best
+def _page(found: Collected) -> str:
+    config = found.config
     sections = [
-        Section("Leaderboard", _leaderboard(records, rule), f"Rule: {rule.text}."),
-        Section(
-            "Learning curves",
-            report_figures.learning_curves(records, best),
-            "On one evaluation set, against the tokens a trial has trained on. Pruned trials are faded; a click on a name hides "
-            "its lines. Losses far above the usual range are cut off; a double click shows all.",
-        ),
-        *(Section(title, figure, height=500) for title, figure in study_figures(trials, records, space).items()),
-        Section(
-            "Loss, memory and time",
-            report_figures.pareto(records),
-            "Stars: COMPLETE trials that no other trial beats in all three. A trial that was stopped early has spent less only "
-            "because it was stopped.",
-        ),
-        Section("Predicted and measured memory", report_figures.memory(records)),
-        Section(HOURS, where_hours_went(times), hours_line(times), hours_height(times)),
-        Section("Slots", report_figures.slots(records, spans), report_figures.dead_time_line(spans), _slots_height(spans)),
-        _examples(folder, best),
+        Section("Leaderboard", _leaderboard(found.records, found.rule), f"Rule: {found.rule.text}."),
+        *(make() for make in figure_sections(found).values()),
+        _examples(found.folder, found.best),
+        *finalists_answers(found.rule, found.records, config.sweep.num_examples),
     ]
     tracking = config.tracking.model_copy(update={"uri": config.tracking.public_uri})
     shown = config.model_copy(update={"tracking": tracking}).model_dump(mode="json")
-    return render(f"Sweep {config.sweep.name}", _facts(folder, config, records, verdict), sections, json.dumps(shown, indent=2))
+    return render(f"Sweep {config.sweep.name}", facts(found), sections, json.dumps(shown, indent=2))
 
 
-def _facts(folder: SweepFolder, config: SweepConfig, records: list[TrialRecord], verdict: SweepVerdict) -> list[str]:
-    counts = Counter(record.outcome for record in records if record.source is None)
+def figure_sections(found: Collected, scale: Scale = ON_WHITE) -> dict[str, Callable[[], Section]]:
+    """Return what draws each figure of the sweep, by title. scale: the colours of losses, low to high."""
+    records, study = found.records, study_figures(found.trials, found.records, found.space, scale)
+    return {
+        CURVES: lambda: Section(CURVES, report_figures.learning_curves(records, found.best), CURVES_CAPTION),
+        **{title: partial(_of_study, title, make) for title, make in study.items()},
+        PARETO: lambda: Section(PARETO, report_figures.pareto(records), PARETO_CAPTION),
+        MEMORY: lambda: Section(MEMORY, report_figures.memory(records)),
+        HOURS: lambda: _hours(found.slot_times),
+        SLOTS: lambda: _slots(records, found.timeline.spans),
+    }
+
+
+def _of_study(title: str, make: Callable[[], Drawn]) -> Section:
+    return Section(title, make(), height=500)
+
+
+def _hours(times: list[SlotTime]) -> Section:
+    return Section(HOURS, where_hours_went(times), hours_line(times), hours_height(times))
+
+
+def _slots(records: list[TrialRecord], spans: list[Span]) -> Section:
+    height = 160 + 46 * len({span.slot for span in spans})
+    return Section(SLOTS, report_figures.slots(records, spans), report_figures.dead_time_line(spans), height)
+
+
+def facts(found: Collected, with_data: bool = True) -> list[str]:
+    """Return what stands under the title: model, trials so far, the verdict, and what became of the data."""
+    folder, config = found.folder, found.config
+    counts = Counter(record.outcome for record in found.records if record.source is None)
     ended = ", ".join(f"{counts[outcome]} {outcome}" for outcome in Outcome if counts[outcome])
     return [
         f"Model {config.model.path} ({config.model.quantization}), data {config.data.describe_train()}, folder {folder.path}.",
         f"{counted(sum(counts.values()), 'trial')} of {config.sweep.num_trials} asked for: {ended or 'none has started'}.",
-        *(f"Data, {account.line()}." for account in folder.read_accounts()),
+        *(f"Data, {account.line()}." for account in folder.read_accounts() if with_data),
         *([f"Predicted for {card}."] if (card := folder.read_card()) else []),
-        *verdict.lines,
+        *found.verdict.lines,
     ]
 
 
@@ -111,9 +124,10 @@ def _leaderboard(records: list[TrialRecord], rule: Rule) -> Table | str:
     if not records:
         return "no trial has started"
     rows = board_rows(records, rule)
+    header, cells = board_table(rows)
     first = rule.best(records)
     kinds = ["first" if first is not None and row["number"] == first.number else _kind(row["outcome"]) for row in rows]
-    return Table(HEADER, [board_cells(row) for row in rows], kinds)
+    return Table(header, cells, kinds)
 
 
 def _examples(folder: SweepFolder, best: TrialRecord | None) -> Section:
@@ -130,7 +144,3 @@ def _examples(folder: SweepFolder, best: TrialRecord | None) -> Section:
 
 def _kind(outcome: str) -> str:
     return "" if outcome in (*CONTENDERS, Outcome.RUNNING) else "faded"
-
-
-def _slots_height(spans: list[Any]) -> int:
-    return 160 + 46 * len({span.slot for span in spans})

@@ -118,7 +118,7 @@ def pareto(records: list[TrialRecord]) -> Drawn:
     figure.update_xaxes(title="peak allocated GiB", row=1, col=1)
     figure.update_xaxes(title="seconds in optimizer steps", row=1, col=2)
     figure.update_yaxes(title="eval loss (nats)", row=1, col=1)
-    figure.update_yaxes(range=usual_range([record.score or 0.0 for record in measured]))
+    figure.update_yaxes(range=usual_range([record.eval_loss or 0.0 for record in measured]))
     return figure
 
 

@@ -61,6 +61,11 @@ class Section:
     height: int = 460
 
 
+def plotly_script() -> str:
+    """Return plotly.js, as the installed package holds it."""
+    return get_plotlyjs()
+
+
 def render(title: str, facts: Sequence[str], sections: Sequence[Section], config: str) -> str:
     """Return the page. facts: lines under the title; config: shown folded at the end."""
     parts = [

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -24,16 +25,19 @@ from plotly.subplots import make_subplots
 from engine.errors import first_line
 from sweep.report.figures import Drawn, hover, usual_range
 from sweep.space.space import Choice, Dimension, Space
+from sweep.trials.objectives import EVAL_LOSS
 from sweep.trials.record import Outcome, TrialRecord
 
-LOSS = "eval loss (nats)"
 MIN_COMPLETE = 2
 NUM_COLUMNS = 5  # slices side by side
 MANY = 8  # from so many axes on, their names are written aslant
 NUM_COLOURS = 64  # one trace for each, so that thousands of trials stay fast
 NOT_SET = "not set"
+Scale = list[list[float | str]]
 # low is dark, and the other end is cut off before it gets too pale to see on white
-SCALE = [[i / 20, colour] for i, colour in enumerate(sample_colorscale("Plasma", [0.72 * i / 20 for i in range(21)]))]
+ON_WHITE: Scale = [[i / 20, sample_colorscale("Plasma", [0.72 * i / 20])[0]] for i in range(21)]
+# on a dark page low is bright, and the other end is cut off before it gets too dark to see
+ON_BLACK: Scale = [[i / 20, sample_colorscale("Plasma", [1.0 - 0.72 * i / 20])[0]] for i in range(21)]
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,25 @@ class Axis:
     ticks: list[tuple[float, str]]
 
 
-def study_figures(trials: Sequence[FrozenTrial], records: Sequence[TrialRecord], space: Space) -> dict[str, Drawn]:
-    """Return the figures by title; a str says why a figure is not drawn."""
+def study_figures(
+    trials: Sequence[FrozenTrial], records: Sequence[TrialRecord], space: Space, scale: Scale = ON_WHITE
+) -> dict[str, Callable[[], Drawn]]:
+    """Return what draws each figure, by title; a str in place of a figure says why there is none.
+
+    scale: the colours of losses, low to high.
+    """
     complete = [r for r in records if r.outcome is Outcome.COMPLETE and r.score is not None and math.isfinite(r.score)]
     varied = [d for d in space.dimensions if len({str(record.params.get(d.path)) for record in complete}) > 1]
     makers = {
         "Parameter importance": (2, lambda: _importance(trials, complete, varied)),
-        "Parallel coordinates": (1, lambda: _parallel(complete, varied)),
-        "Slices": (1, lambda: _slices(complete, varied)),
+        "Parallel coordinates": (1, lambda: _parallel(complete, varied, scale)),
+        "Slices": (1, lambda: _slices(complete, varied, scale)),
     }
-    return {title: _lacking(complete, varied, least) or make() for title, (least, make) in makers.items()}
+    return {title: partial(_drawn, complete, varied, *makers[title]) for title in makers}
+
+
+def _drawn(complete: list[TrialRecord], varied: list[Dimension], least: int, make: Callable[[], Drawn]) -> Drawn:
+    return _lacking(complete, varied, least) or make()
 
 
 def _lacking(complete: list[TrialRecord], varied: list[Dimension], least: int) -> str | None:
@@ -95,12 +108,12 @@ def _importance(trials: Sequence[FrozenTrial], complete: list[TrialRecord], vari
             text=[f"{share:.2f}" for share, _ in shares], hovertemplate="%{y}: %{x:.3f}<extra></extra>",
         )
     )  # fmt: skip
-    figure.update_layout(xaxis_title="share of the differences in eval loss", xaxis_rangemode="tozero")
+    figure.update_layout(xaxis_title=f"share of the differences in {_label(complete)}", xaxis_rangemode="tozero")
     return figure.update_yaxes(autorange="reversed", type="category", automargin=True)
 
 
-def _parallel(complete: list[TrialRecord], varied: list[Dimension]) -> go.Figure:
-    """Draw one line per trial through all axes, the loss first. The lower the loss, the darker."""
+def _parallel(complete: list[TrialRecord], varied: list[Dimension], scale: Scale) -> go.Figure:
+    """Draw one line per trial through all axes, the loss first, in the colour of its loss."""
     axes = [_loss_axis(complete), *(_axis(dimension, name, complete) for dimension, name in _named(varied))]
     low, high = _limits(complete)
     groups: dict[int, list[TrialRecord]] = {}
@@ -108,26 +121,34 @@ def _parallel(complete: list[TrialRecord], varied: list[Dimension]) -> go.Figure
         groups.setdefault(round(NUM_COLOURS * _share(record.score, low, high)), []).append(record)
     figure = go.Figure()
     for step, ours in groups.items():
-        colour = sample_colorscale(SCALE, [step / NUM_COLOURS])[0]
+        colour = sample_colorscale(scale, [step / NUM_COLOURS])[0]
         x, y, texts = [], [], []
         for record in ours:
             x += [*range(len(axes)), None]
             y += [*(axis.places[record.number] for axis in axes), None]
-            texts += [f"{hover(record)}<br>eval loss {record.score:.4f}"] * (len(axes) + 1)
+            texts += [f"{hover(record)}<br>{_label(complete)} {record.score:.4f}"] * (len(axes) + 1)
         figure.add_trace(
             go.Scatter(
                 x=x, y=y, text=texts, mode="lines+markers", line={"color": colour, "width": 2}, marker={"size": 6},
                 showlegend=False, hovertemplate="%{text}<extra></extra>", meta=[record.score for record in ours],
             )
         )  # fmt: skip
-    figure.add_trace(_colour_bar(low, high))
+    figure.add_trace(_colour_bar(low, high, scale, _label(complete)))
     _draw_axes(figure, axes)
     return figure
 
 
-def _colour_bar(low: float, high: float) -> go.Scatter:
+def _label(complete: Sequence[TrialRecord]) -> str:
+    """Return what a score is: eval loss, or a metric with its sign turned where larger is better."""
+    record = complete[0]
+    if record.chosen_by == EVAL_LOSS:
+        return "eval loss (nats)"
+    return f"{'minus ' if record.sign < 0 else ''}{record.chosen_by}"
+
+
+def _colour_bar(low: float, high: float, scale: Scale, label: str) -> go.Scatter:
     """Return an empty trace that carries the colour bar of the lines."""
-    marker = {"color": [low], "cmin": low, "cmax": high, "colorscale": SCALE, "showscale": True, "colorbar": {"title": LOSS}}
+    marker = {"color": [low], "cmin": low, "cmax": high, "colorscale": scale, "showscale": True, "colorbar": {"title": label}}
     return go.Scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
 
 
@@ -146,7 +167,7 @@ def _draw_axes(figure: go.Figure, axes: list[Axis]) -> None:
     figure.update_layout(hovermode="closest")
 
 
-def _slices(complete: list[TrialRecord], varied: list[Dimension]) -> go.Figure:
+def _slices(complete: list[TrialRecord], varied: list[Dimension], scale: Scale) -> go.Figure:
     """Draw the loss against each parameter alone. The later the trial, the paler."""
     rows, columns = math.ceil(len(varied) / NUM_COLUMNS), min(NUM_COLUMNS, len(varied))
     figure = make_subplots(rows, columns, shared_yaxes=True, horizontal_spacing=0.15 / columns, vertical_spacing=0.25 / rows)
@@ -154,18 +175,18 @@ def _slices(complete: list[TrialRecord], varied: list[Dimension]) -> go.Figure:
     for i, (dimension, name) in enumerate(_named(varied)):
         row, column = i // NUM_COLUMNS + 1, i % NUM_COLUMNS + 1
         axis = _axis(dimension, name, complete)
-        marker = {"color": numbers, "cmin": min(numbers), "cmax": max(numbers), "colorscale": SCALE, "size": 9}
+        marker = {"color": numbers, "cmin": min(numbers), "cmax": max(numbers), "colorscale": scale, "size": 9}
         marker |= {"line": {"color": "white", "width": 1}, "showscale": i == 0, "colorbar": {"title": "trial"}}
         figure.add_trace(
             go.Scatter(
                 x=[axis.places[record.number] for record in complete], y=[record.score for record in complete], mode="markers",
                 text=[hover(record) for record in complete], marker=marker, showlegend=False,
-                hovertemplate="%{text}<br>eval loss %{y:.4f}<extra></extra>",
+                hovertemplate=f"%{{text}}<br>{_label(complete)} %{{y:.4f}}<extra></extra>",
             ), row, column,
         )  # fmt: skip
         ticks = {"tickvals": [at for at, _ in axis.ticks], "ticktext": [text for _, text in axis.ticks]}
         figure.update_xaxes(title=name, **ticks, range=[-0.1, 1.1], row=row, col=column)
-    figure.update_yaxes(title=LOSS, col=1).update_layout(height=150 + 350 * rows)
+    figure.update_yaxes(title=_label(complete), col=1).update_layout(height=150 + 350 * rows)
     return figure.update_yaxes(range=usual_range([record.score for record in complete]))
 
 
@@ -186,7 +207,7 @@ def _loss_axis(complete: list[TrialRecord]) -> Axis:
     places = {record.number: _share(record.score, low, high) for record in complete}
     above = " and above" if any(record.score > high for record in complete) else ""
     ticks = [(share, f"{low + share * (high - low):.4f}{above if share == 1.0 else ''}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    return Axis(LOSS, places, ticks if high > low else [(0.0, f"{low:.4f}")])
+    return Axis(_label(complete), places, ticks if high > low else [(0.0, f"{low:.4f}")])
 
 
 def _axis(dimension: Dimension, name: str, complete: list[TrialRecord]) -> Axis:

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.config.parsing import parse, to_json
-from engine.config.permission import FLAG
+from engine.config.permission import FLAG, METRICS_FLAG
 from engine.config.trial import TRAIN_CONFIG, TrainConfig
 from engine.errors import InputError
 from engine.export.model_card import CAUSAL, ModelCard, class_named_in, config_rows, peft_code
 from engine.system.files import write_folder
 from engine.trial_report import TrialReport
 from sweep.results.verdict import SweepVerdict
-from sweep.text import number
+from sweep.text import metrics_text, number
 from sweep.trials.record import TrialRecord
 from sweep.trials.selection import median_speed, num_parameters
 
@@ -77,7 +77,13 @@ def best_card(
         library="peft",
         tags=["lora", "qlora" if config.model.quantization == "nf4" else "peft", "qlora-sweep"],
         introduction=[f"Trial {record.number}. Chosen by: {rule.text}."],
-        losses=[("base model", reevaluation.base_eval_loss), ("with this adapter", reevaluation.eval_loss)],
+        losses=[
+            ("base model", reevaluation.base_eval_loss),
+            ("with this adapter", reevaluation.eval_loss),
+            *((f"base model on {name}", loss) for name, loss in reevaluation.base_eval_losses.items()),
+            *((f"with this adapter on {name}", loss) for name, loss in reevaluation.eval_losses.items()),
+        ],
+        metrics=[(name, reevaluation.base_metrics.get(name), value) for name, value in reevaluation.metrics.items()],
         notes=[" ".join([measured, *filter(None, said)]), *_earlier_note(verdict)],
         settings=_settings(record, config),
         sections=[
@@ -90,15 +96,18 @@ def best_card(
 
 
 def _permission(config: TrainConfig) -> str:
-    """Return what the reader must add to let the model's own code run, if it has any."""
-    return f" {FLAG}" if config.model.trust_remote_code else ""
+    """Return what the reader must add to let the model's own code and the user's metrics run, if there are any."""
+    own = f" {METRICS_FLAG}" if config.metrics.own else ""
+    return f" {FLAG}{own}" if config.model.trust_remote_code else own
 
 
 def _earlier_note(verdict: SweepVerdict) -> list[str]:
     """Say that an earlier sweep has a better adapter, without its path on this machine."""
     if verdict.earlier is None:
         return []
-    return [f"A trial of an earlier sweep did better on the same evaluation set: {number(verdict.earlier.score, '.4f')}."]
+    earlier = verdict.earlier
+    known = f"{number(earlier.eval_loss, '.4f')}{metrics_text(earlier.metrics)}"
+    return [f"A trial of an earlier sweep did better on the same evaluation set: {known}."]
 
 
 def _examples(examples: Sequence[dict[str, str]]) -> list[str]:
@@ -121,14 +130,15 @@ def _one_line(text: str) -> str:
 
 def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]:
     lora, last = config.lora, record.reports[-1]
-    kept = min(record.reports, key=lambda report: report.eval_loss)
+    kept = record.kept
     return [
         *config_rows(config, "training data"),
         *_averaged(kept, config),
         ("tokens seen by this adapter", f"{kept.tokens_seen:,} of {last.tokens_seen:,} trained"),
-        ("rank", str(lora.rank)),
+        ("rank", ", ".join([str(lora.rank), *(f"{name}: {rank}" for name, rank in lora.rank_pattern.items())])),
         ("lora_alpha", f"{lora.alpha:g}" + (" (rsLoRA)" if lora.use_rslora else "")),
         *config_rows(config, "lora_dropout", "target_modules"),
+        *([] if lora.start_from is None else config_rows(config, "started from")),
         ("trainable parameters", f"{num_parameters(record):,}"),
         *config_rows(config, "learning_rate", "max_seq_length"),
         ("base weights", config.model.quantization),

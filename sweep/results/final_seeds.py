@@ -14,6 +14,7 @@ from typing import Any
 from sweep.config.sweep import NUM_FINALISTS
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.study.journal import read_records
+from sweep.trials.objectives import EVAL_LOSS
 from sweep.trials.record import Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
@@ -24,13 +25,15 @@ SEED = "train.seed"
 class SeedLosses:
     """Hold the eval_loss of one config with several seeds, that of the sweep's own trial first.
 
-    trial: its number in the sweep. folders: of the trials, one for each seed.
+    trial: its number in the sweep. folders: of the trials, one for each seed. measure: what the
+    numbers are, if a task metric decides in place of eval_loss.
     """
 
     trial: int
     seeds: tuple[int, ...]
     losses: tuple[float, ...]
     folders: tuple[str, ...]
+    measure: str = EVAL_LOSS
 
     @property
     def mean(self) -> float:
@@ -43,7 +46,10 @@ class SeedLosses:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return {**asdict(self), "mean": self.mean, "standard_deviation": self.deviation}
+        values = asdict(self)
+        if self.measure == EVAL_LOSS:
+            del values["measure"]
+        return {**values, "mean": self.mean, "standard_deviation": self.deviation}
 
 
 def finalists(rule: Rule, records: list[TrialRecord]) -> list[TrialRecord]:
@@ -66,16 +72,17 @@ def read_final_seeds(folder: SweepFolder, records: Sequence[TrialRecord]) -> tup
     again = SweepFolder(folder.final_seeds)
     if not again.journal.is_file():
         return ()
-    repeats = [record for record in read_records(again, lambda params: {})[1] if record.outcome is Outcome.COMPLETE]
     own = [record for record in records if record.source is None and record.outcome is Outcome.COMPLETE]
+    judged_by = {"metrics": own[0].config.get("metrics")} if own else {}
+    repeats = [record for record in read_records(again, lambda params: judged_by)[1] if record.outcome is Outcome.COMPLETE]
     found = []
     for record in sorted(own, key=lambda record: (record.score, record.number)):
         same = [repeat for repeat in repeats if without_seed(repeat.params) == record.params]
         if same:
             trials = [record, *same]
             seeds = (record.config["train"]["seed"], *(repeat.params[SEED] for repeat in same))
-            losses, folders = tuple(one.score for one in trials), tuple(one.folder for one in trials)
-            found.append(SeedLosses(record.number, seeds, losses, folders))
+            losses, folders = tuple(one.sign * one.score for one in trials), tuple(one.folder for one in trials)
+            found.append(SeedLosses(record.number, seeds, losses, folders, record.chosen_by))
     return tuple(found)
 
 
@@ -102,4 +109,5 @@ def seeds_text(found: Sequence[SeedLosses]) -> str | None:
     for one in found:
         each = ", ".join(f"{loss:.4f} (seed {seed})" for loss, seed in zip(one.losses, one.seeds, strict=True))
         parts.append(f"trial {one.trial}: {each}, mean {one.mean:.4f}")
-    return f"With other seeds, {'; '.join(parts)}. A seed changes the loss by {pooled_deviation(found):.4f} (standard deviation)."
+    what = "the loss" if found[0].measure == EVAL_LOSS else found[0].measure
+    return f"With other seeds, {'; '.join(parts)}. A seed changes {what} by {pooled_deviation(found):.4f} (standard deviation)."

@@ -20,6 +20,7 @@ from sweep.results.contest import with_contest
 from sweep.results.final_seeds import SEED, finalists, without_seed
 from sweep.space.parse import parse_space
 from sweep.study.study import FitCheck, Study
+from sweep.text import metrics_text
 from sweep.trials.record import Outcome, TrialRecord
 
 LARGE_SEED = 2**31  # above, seeds count down: a range of the space ends at 2**53
@@ -53,7 +54,7 @@ class FinalsLedger:
         config, records = self.plan.config, search.records
         if config.sweep.final_seeds < 2:
             return None
-        rule = with_contest(config.sweep.rule, records)
+        rule = with_contest(config.rule, records)
         chosen = finalists(rule, records)
         self._say_who_is_left_out(rule.best(records), chosen)
         if not chosen:
@@ -77,7 +78,7 @@ class FinalsLedger:
         limits = Limits.of(
             self.plan,
             num_trials=len(known) + len(new),
-            budget=config.sweep.budget.model_copy(update={"target_loss": None, "full_trials": None}),
+            budget=config.sweep.budget.model_copy(update={"target_loss": None, "target_metric": None, "full_trials": None}),
             elsewhere_s=(timeline.occupied_s(now_s), timeline.elapsed_s(now_s)),
         )
         names = {record.number: record.params for record in chosen}
@@ -110,7 +111,7 @@ class FinalsLines:
         self._said[record.number] = record.outcome
         number = _number_of(record, self._trials)
         name = "an earlier finalist" if number is None else f"trial {number}"
-        loss = "" if record.score is None else f"  eval loss {record.score:.4f}"
+        loss = "" if record.eval_loss is None else f"  eval loss {record.eval_loss:.4f}{metrics_text(record.metrics)}"
         error = "" if record.error is None else f"  {record.error}"
         what = "started" if record.outcome is Outcome.RUNNING and not record.reports else str(record.outcome)
         self._note(f"final seeds  {name} with seed {record.params[SEED]}  {what}{loss}{error}")

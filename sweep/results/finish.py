@@ -23,7 +23,7 @@ from sweep.results.finals_ledger import spent_on_finals
 from sweep.results.leaderboard import write_leaderboard
 from sweep.results.reevaluation import Reevaluation, compare
 from sweep.results.verdict import SweepVerdict, judge, last_held
-from sweep.text import duration_text
+from sweep.text import duration_text, number
 from sweep.trials.record import TrialRecord
 from sweep.trials.selection import Rule
 
@@ -55,8 +55,10 @@ def finish(
     verdict = judge(records, rule, held=last_held(folder), final_seeds=seeds)
     measured = _measure(folder, verdict, engine_command, num_examples, evaluate, note)
     if measured is not None:
-        reevaluation = compare(measured, verdict.best.score, device, len(rule.contenders(records)))
+        reevaluation = compare(measured, verdict.best.eval_loss, device, len(rule.contenders(records)))
         verdict = judge(records, rule, reevaluation, final_seeds=seeds)
+        if measured.metrics_error is not None:
+            note(f"WARNING: {measured.metrics_error}")
         _keep_examples(folder, verdict.best, measured, note)
         write_best(folder.best, verdict, sweep_name, measured.examples or [])
     write_leaderboard(folder.path, records, sweep_name, verdict)
@@ -81,7 +83,7 @@ def _measure(
     """Measure the winner again from its files; None if there is none, or it fails."""
     best = verdict.best
     if best is None:
-        note(NO_ADAPTER)
+        note(NO_ADAPTER if verdict.nearest is None else verdict.best_line)
         return None
     note(f"evaluating the adapter of trial {best.number} again, from its files")
     try:
@@ -155,15 +157,35 @@ def _result_text(folder: SweepFolder, best: TrialRecord, reevaluation: Reevaluat
         _loss_line("base model", base),
         _loss_line(f"best adapter (trial {best.number})", tuned),
         *([f"gain         {reevaluation.gain.text}"] if reevaluation.gain else []),
+        *_set_lines(reevaluation),
+        *(_metric_lines(reevaluation)),
         "",
     ]
     if not reevaluation.agrees:
         lines.insert(
             0,
-            f"WARNING: the adapter on disk scores {tuned:.4f}, but trial {best.number} reported {best.score:.4f}: "
+            f"WARNING: the adapter on disk scores {tuned:.4f}, but trial {best.number} reported {best.eval_loss:.4f}: "
             "do not trust this adapter until you know why",
         )
     return "\n".join([*lines, f"adapter      {folder.best}", f"leaderboard  {folder.path / 'leaderboard.md'}"])
+
+
+def _set_lines(reevaluation: Reevaluation) -> list[str]:
+    """Return a table of the losses on several evaluation sets; nothing with one."""
+    if not reevaluation.eval_losses:
+        return []
+    before = reevaluation.base_eval_losses
+    rows = [f"{name:24}{number(before[name], '.4f'):>10}  {number(x, '.4f'):>12}" for name, x in reevaluation.eval_losses.items()]
+    return ["", f"{'nats per target token':24}base model  best adapter", *rows]
+
+
+def _metric_lines(reevaluation: Reevaluation) -> list[str]:
+    """Return a table of the task metrics; nothing without any."""
+    if not reevaluation.metrics:
+        return []
+    rows = [(name, reevaluation.base_metrics.get(name), value) for name, value in reevaluation.metrics.items()]
+    cells = [f"{name:24}{'-' if before is None else format(before, '.4f'):>10}  {after:12.4f}" for name, before, after in rows]
+    return ["", f"{'':24}base model  best adapter", *cells]
 
 
 def _loss_line(name: str, loss: float) -> str:

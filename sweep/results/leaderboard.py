@@ -11,12 +11,13 @@ from typing import Any
 from engine.export.model_card import table
 from engine.system.files import write_text
 from sweep.results.verdict import SweepVerdict
-from sweep.text import number
+from sweep.text import number, short_name
 from sweep.trials.objectives import objective_values
 from sweep.trials.paired import LEVEL, Contest
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 from sweep.trials.selection import Rule, median_speed
 
+METRICS_AT = 4  # columns of HEADER that stand before those of the task metrics
 HEADER = (
     "rank", "trial", "outcome", "eval loss", "above lowest", "tokens seen", "parameters", "tokens/s", "peak GiB", "predicted",
     "sampled", "error",
@@ -33,7 +34,7 @@ def write_leaderboard(folder: Path, records: list[TrialRecord], sweep_name: str,
     """
     best, rule, reevaluation = verdict.best, verdict.rule, verdict.reevaluation
     rows = board_rows(records, rule)
-    front = [_front_row(record, rule.objectives) for record in rule.front(records)]
+    front = [_front_row(record, rule) for record in rule.front(records)]
     board = {
         "sweep": sweep_name,
         "rule": rule.text,
@@ -49,7 +50,7 @@ def write_leaderboard(folder: Path, records: list[TrialRecord], sweep_name: str,
         "trials": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "leaderboard.json", json.dumps(_finite(board), indent=2, allow_nan=False) + "\n")
+    write_text(folder / "leaderboard.json", json.dumps(finite(board), indent=2, allow_nan=False) + "\n")
     write_text(folder / "leaderboard.md", _markdown(sweep_name, verdict, board))
 
 
@@ -81,10 +82,13 @@ def _above(contest: Contest | None, number: int) -> dict[str, float] | None:
 def _row(record: TrialRecord, place: int, contest: Contest | None) -> dict[str, Any]:
     last = record.reports[-1] if record.reports else None
     return {
-        "rank": place if record.outcome in CONTENDERS and record.source is None else None,
+        "rank": place if record.outcome in CONTENDERS and record.source is None and record.keeps_limits else None,
         "number": record.number,
         "outcome": record.outcome.value,
-        "eval_loss": record.score,
+        "eval_loss": record.eval_loss,
+        **({"eval_losses": record.eval_losses} if record.eval_losses else {}),
+        **({"above_limits": record.excess} if record.excess is not None else {}),
+        **({"metrics": record.metrics} if record.metrics else {}),
         "above_lowest": _above(contest, record.number),
         **{name: last and getattr(last, name) for name in LAST_REPORT},
         "tokens_per_second": median_speed(record),
@@ -105,10 +109,11 @@ def _outcomes(records: list[TrialRecord]) -> dict[str, int]:
     return {outcome.value: counts[outcome] for outcome in Outcome if counts[outcome]}
 
 
-def _front_row(record: TrialRecord, names: tuple[str, ...]) -> dict[str, Any]:
-    values = objective_values(record, names)
+def _front_row(record: TrialRecord, rule: Rule) -> dict[str, Any]:
+    values = dict(zip(rule.objectives, objective_values(record, rule.objectives), strict=True))
+    values |= {name: record.metrics[name] for name in rule.objectives if name in record.metrics}
     adapter = str(Path(record.folder) / "adapter")
-    return {"number": record.number, **dict(zip(names, values, strict=True)), "params": record.params, "adapter": adapter}
+    return {"number": record.number, **values, "params": record.params, "adapter": adapter}
 
 
 def _markdown(name: str, verdict: SweepVerdict, board: dict[str, Any]) -> str:
@@ -125,7 +130,7 @@ def _markdown(name: str, verdict: SweepVerdict, board: dict[str, Any]) -> str:
     if Outcome.INFEASIBLE in outcomes:
         lines += ["INFEASIBLE: predicted not to fit the card, so never started; not counted as a trial, no GPU time spent.", ""]
     lines += _front_table(board)
-    return "\n".join([*lines, *table(HEADER, [board_cells(row) for row in rows]), ""])
+    return "\n".join([*lines, *table(*board_table(rows)), ""])
 
 
 def _front_table(board: dict[str, Any]) -> list[str]:
@@ -154,6 +159,24 @@ def _front_table(board: dict[str, Any]) -> list[str]:
     ]
 
 
+def board_table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the header and the rows as text, with a column for each evaluation set and task metric."""
+    rows = [row | {"metrics": _scores(row)} for row in rows]
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    header = (*HEADER[:METRICS_AT], *names, *HEADER[METRICS_AT:])
+    found = []
+    for row in rows:
+        cells, scores = board_cells(row), (number(row["metrics"].get(name), ".4f") for name in names)
+        found.append((*cells[:METRICS_AT], *scores, *cells[METRICS_AT:]))
+    return header, found
+
+
+def _scores(row: dict[str, Any]) -> dict[str, float]:
+    """Return losses on several evaluation sets, nats above their limits and task metrics, as far as a row has them."""
+    above = {"above limits": row["above_limits"]} if "above_limits" in row else {}
+    return {**row.get("eval_losses", {}), **above, **row.get("metrics", {})}
+
+
 def board_cells(row: dict[str, Any]) -> tuple[str, ...]:
     """Return the row as text, in the order of HEADER."""
     return (
@@ -180,7 +203,7 @@ def _above_text(above: dict[str, float] | None) -> str:
 
 
 def _sampled(row: dict[str, Any]) -> str:
-    return ", ".join(f"{key.rsplit('.', 1)[-1]}={_short(value)}" for key, value in row["params"].items())
+    return ", ".join(f"{short_name(key)}={_short(value)}" for key, value in row["params"].items())
 
 
 def _gib(value: float | None) -> str:
@@ -192,10 +215,10 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return the same data with None for NaN and infinities, which JSON lacks."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,6 +17,7 @@ def resume_command(folder: SweepFolder) -> str:
     """Return what to type to go on, with the confirmations that it will be asked for."""
     words, config = [f"resume={folder.path}"], folder.read_config()
     words += [f"{CODE}=true"] if config.model.trust_remote_code else []
+    words += [f"metrics.{name}={metric.function}" for name, metric in config.metrics.own.items()]
     words += [f"{ON_END}={config.tracking.on_end}"] if config.tracking.on_end is not None else []
     if config.tracking.uri and credentials(os.environ, home_folder()):
         words.append(f"{ADDRESS}={config.tracking.public_uri}")
@@ -30,8 +31,7 @@ def next_steps(folder: SweepFolder, config: SweepConfig, space: Space, has_adapt
     if has_adapter:
         steps.append(("talk to it", f"python -m engine.chat {best}{permission}"))
         steps.append(("use it elsewhere", f"python -m engine.export {best} --to merged --out DIR{permission}"))
-    if config.tracking.name != "none":
-        steps.append(("look at trials", f"python -m sweep.ui {shlex.quote(str(folder.path))}"))
+    steps.append(("look at trials", f"python -m sweep.ui {shlex.quote(str(folder.path))}"))
     size, trials = space.size(), config.sweep.num_trials
     if size is None or size > trials:
         more = 2 * trials if size is None else min(2 * trials, size)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from engine.command_answers import AdapterEvaluation
 from engine.config.parsing import parse_dataclass
 from engine.sample_losses import SampleLosses
 from engine.units import counted
+from sweep.text import number
 from sweep.trials.paired import LEVEL, LEVEL_TEXT, are_comparable, paired_difference
 
 # float32 repeats itself; bfloat16 kernels may sum in another order
@@ -43,7 +44,9 @@ class Reevaluation:
     """Losses of base model and winner, in nats per target token; leaderboard.json keeps them.
 
     agrees: eval_loss is trial_eval_loss within relative_tolerance. gain: None if the losses are not
-    known by sample, or there is one sample only.
+    known by sample, or there is one sample only. base_metrics, metrics: what base model and adapter
+    scored by the task metrics. base_eval_losses, eval_losses: the same of each evaluation set, if
+    there are several.
     """
 
     base_eval_loss: float
@@ -53,10 +56,26 @@ class Reevaluation:
     agrees: bool
     relative_tolerance: float
     gain: Gain | None = None
+    base_metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    base_eval_losses: dict[str, float] = field(default_factory=dict)
+    eval_losses: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {name: value for name, value in asdict(self).items() if name != "gain" or value is not None}
+        optional = ("gain", "base_metrics", "metrics", "base_eval_losses", "eval_losses")
+        return {name: value for name, value in asdict(self).items() if name not in optional or value not in (None, {})}
+
+    @property
+    def metrics_text(self) -> str:
+        """Return `; exact_match: base model 0.1000, adapter 0.7500` for each evaluation set and task metric."""
+        known = [name for name in self.metrics if name in self.base_metrics]
+        texts = [f"{name}: base model {self.base_metrics[name]:.4f}, adapter {self.metrics[name]:.4f}" for name in known]
+        texts[:0] = [
+            f"{name}: base model {number(self.base_eval_losses[name], '.4f')}, adapter {number(loss, '.4f')}"
+            for name, loss in self.eval_losses.items()
+        ]
+        return "".join(f"; {text}" for text in texts)
 
     @classmethod
     def from_dict(cls, values: Any) -> Reevaluation:
@@ -78,6 +97,10 @@ def compare(measured: AdapterEvaluation, trial_eval_loss: float, device: str, nu
         trial_eval_loss=trial_eval_loss,
         agrees=math.isclose(measured.eval_loss, trial_eval_loss, rel_tol=tolerance),
         relative_tolerance=tolerance,
+        base_metrics=measured.base_metrics or {},
+        metrics=measured.metrics or {},
+        base_eval_losses=measured.base_sample_losses.means if measured.base_sample_losses else {},
+        eval_losses=measured.sample_losses.means if measured.sample_losses else {},
         gain=_gain(measured.base_sample_losses, measured.sample_losses, num_contenders),
     )
 

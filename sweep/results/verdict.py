@@ -15,11 +15,12 @@ from engine.config.parsing import load_json
 from engine.errors import InputError, printable
 from engine.units import perplexity
 from sweep.folder.sweep_folder import SweepFolder
-from sweep.results.contest import contest_text
+from sweep.results.contest import LOWEST, contest_text
 from sweep.results.final_seeds import SeedLosses, pooled_deviation, read_final_seeds, seeds_text
 from sweep.results.reevaluation import Reevaluation
-from sweep.text import number, value_text
-from sweep.trials.record import Outcome, TrialRecord
+from sweep.text import metrics_text, number, value_text
+from sweep.trials.objectives import EVAL_LOSS
+from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
 LINES = ("best", "measured", "gain", "contest", "seeds", "held", "earlier")
@@ -33,7 +34,8 @@ class SweepVerdict:
     best: the winner, or None. reevaluation: the second measurement of exactly this winner, None
     until there is one. held: the trial whose adapter `best/` holds, None if there is no `best/`.
     earlier: the COMPLETE trial of an earlier sweep that did better than the winner, or than nothing.
-    final_seeds: losses of the best trials with other seeds.
+    final_seeds: losses of the best trials with other seeds. nearest: without a winner, the trial that is least above
+    data.eval_limits.
     """
 
     rule: Rule
@@ -42,13 +44,18 @@ class SweepVerdict:
     held: int | None = None
     earlier: TrialRecord | None = None
     final_seeds: tuple[SeedLosses, ...] = ()
+    nearest: TrialRecord | None = None
 
     @property
     def best_line(self) -> str:
+        if self.best is None and self.nearest is not None:
+            excess = f"trial {self.nearest.number} comes nearest, {number(self.nearest.excess, '.4f')} nats above them"
+            return f"No trial keeps to data.eval_limits, so none is chosen: {excess}."
         if self.best is None:
             return NONE
         params = ", ".join(f"{path} = {value_text(value)}" for path, value in self.best.params.items())
-        loss = f"eval loss {number(self.best.score, '.4f')} (perplexity {perplexity(self.best.score):.3f})"
+        loss = f"eval loss {number(self.best.eval_loss, '.4f')} (perplexity {perplexity(self.best.eval_loss):.3f})"
+        loss += metrics_text({**self.best.eval_losses, **self.best.metrics})
         so_far = "" if self.reevaluation else " so far"
         return printable(f"Best{so_far}: trial {self.best.number}, {loss}, {params or 'nothing varied'}.")
 
@@ -61,7 +68,8 @@ class SweepVerdict:
         agrees = "agrees" if again.agrees else "does NOT agree"
         return (
             f"Evaluated again after the sweep: base model {number(again.base_eval_loss, '.4f')}, adapter of trial "
-            f"{self.best.number} {number(again.eval_loss, '.4f')} nats per target token ({agrees} with the trial's own report)."
+            f"{self.best.number} {number(again.eval_loss, '.4f')} nats per target token ({agrees} with the trial's own report)"
+            f"{again.metrics_text}."
         )
 
     @property
@@ -73,7 +81,10 @@ class SweepVerdict:
     @property
     def contest_line(self) -> str | None:
         """Say which trials cannot be told apart from the lowest loss; None if there are no others."""
-        return None if self.best is None else contest_text(self.rule.contest, self.best.number)
+        if self.best is None:
+            return None
+        measure = LOWEST if self.rule.chosen_by == EVAL_LOSS else self.rule.best_text
+        return contest_text(self.rule.contest, self.best.number, measure)
 
     @property
     def seeds_line(self) -> str | None:
@@ -96,7 +107,7 @@ class SweepVerdict:
         """Name the earlier trial that did better, and where its adapter is; None if none did."""
         if self.earlier is None:
             return None
-        loss = f"eval loss {number(self.earlier.score, '.4f')}, {self.earlier.source}"
+        loss = f"eval loss {number(self.earlier.eval_loss, '.4f')}{metrics_text(self.earlier.metrics)}, {self.earlier.source}"
         return printable(f"An earlier trial did better: {loss}; its adapter is {earlier_adapter(self.earlier)}.")
 
     @property
@@ -107,7 +118,14 @@ class SweepVerdict:
     def summary(self) -> dict[str, Any]:
         """Return what the tracker gets. Every key is there each time, so no former value stays."""
         again, best = self.reevaluation, self.best
-        numbers = {"best_eval_loss": again.eval_loss if again else best and best.score}
+        numbers = {"best_eval_loss": again.eval_loss if again else best and best.eval_loss}
+        numbers |= {f"metric_{name}": value for name, value in ((best and best.metrics) or {}).items()}
+        numbers |= {f"set_{name}": value for name, value in ((best and best.eval_losses) or {}).items()}
+        if again is not None:
+            numbers |= {f"set_{name}": value for name, value in again.eval_losses.items()}
+            numbers |= {f"base_set_{name}": value for name, value in again.base_eval_losses.items()}
+            numbers |= {f"metric_{name}": value for name, value in again.metrics.items()}
+            numbers |= {f"base_metric_{name}": value for name, value in again.base_metrics.items()}
         numbers |= {"base_eval_loss": again and again.base_eval_loss, **self._contest_numbers()}
         return {name: value for name, value in numbers.items() if value is not None} | {
             "best_trial": "none" if best is None else str(best.number),
@@ -148,11 +166,14 @@ def judge(
     """
     best = rule.best(records)
     earlier = [r for r in records if r.source is not None and r.outcome is Outcome.COMPLETE and r.score is not None]
+    earlier = [record for record in earlier if record.keeps_limits]
     leader = min(earlier, key=lambda record: record.score, default=None)
     if leader is not None and best is not None and leader.score >= best.score:
         leader = None
     held = best.number if best is not None and reevaluation is not None else held
-    return SweepVerdict(rule, best, reevaluation, held, leader, final_seeds)
+    above = [r for r in records if r.outcome in CONTENDERS and r.source is None and not r.keeps_limits] if best is None else []
+    nearest = min(above, key=lambda record: (record.excess, record.number), default=None)
+    return SweepVerdict(rule, best, reevaluation, held, leader, final_seeds, nearest)
 
 
 def read_verdict(folder: SweepFolder, records: list[TrialRecord], rule: Rule) -> SweepVerdict:
@@ -170,7 +191,7 @@ def read_verdict(folder: SweepFolder, records: list[TrialRecord], rule: Rule) ->
     held = held_trial(board)
     if not (folder.best.is_dir() or again):
         held = None
-    is_of_best = again is not None and best is not None and held == best.number and again.trial_eval_loss == best.score
+    is_of_best = again is not None and best is not None and held == best.number and again.trial_eval_loss == best.eval_loss
     return judge(records, rule, again if is_of_best else None, held, read_final_seeds(folder, records))
 
 

@@ -10,6 +10,7 @@ field keeps its base value. Keys may be nested or dotted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from sweep.space.space import Choice, Dimension, Range, Scalar, Space
 from sweep.space.unsearchable import UNSEARCHABLE
 
 MAX_STEPS = 1_000_000
+WEIGHT = re.compile(r"data\.train\.\d{1,2}\.weight")  # of a source of a mixture
 LEAF_KEYS = ("choices", "low", "high", "log", "step", "when")
 
 
@@ -33,6 +35,24 @@ def parse_space(data: Mapping[str, Any]) -> Space:
     for dimension in dimensions.values():
         _check_condition(dimension, dimensions)
     return Space(tuple(_parents_first(dimensions)))
+
+
+def check_weights(space: Space, base: Mapping[str, Any]) -> None:
+    """Raise InputError if some trial could have a mixture in which every weight is zero. base: plain data."""
+    varied = {dimension.path: dimension for dimension in space.dimensions if WEIGHT.fullmatch(dimension.path)}
+    sources = base["data"]["train"]
+    if not isinstance(sources, list | tuple) or not all(isinstance(one, Mapping) for one in sources):
+        return
+    if varied and all(_may_be_zero(varied.get(f"data.train.{i}.weight"), one["weight"]) for i, one in enumerate(sources)):
+        first = next(iter(varied))
+        allowed = "must be above 0 in one source at least: a trial may get a weight of zero everywhere, and so no data"
+        raise InputError(f"space.{first}", 0, allowed)
+
+
+def _may_be_zero(dimension: Dimension | None, weight: float) -> bool:
+    if dimension is None:
+        return not weight
+    return dimension.holds(0) or (bool(dimension.when) and not weight)
 
 
 def known_paths() -> list[str]:
@@ -54,7 +74,7 @@ def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _dimension(path: str, leaf: Mapping[str, Any]) -> Dimension:
     where, known = f"space.{path}", known_paths()
-    if path not in known:
+    if path not in known and not WEIGHT.fullmatch(path):
         hint = did_you_mean(path, known, num=3, cutoff=0.5) or f"; allowed: {', '.join(known)}"
         raise InputError(where, dict(leaf), f"must be a field of a trial{hint}")
     if path in UNSEARCHABLE:

@@ -6,6 +6,7 @@ a TrainConfig. sweep/space/parse.py reads a Space from the config's `space` sect
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -132,8 +133,9 @@ class Space:
         config = {section: dict(values) for section, values in base.items()}
         for dimension in self.dimensions:
             if dimension.path in params:
-                section, key = dimension.path.split(".")
-                config[section][key] = dimension.value(params[dimension.path])
+                section, key, *rest = dimension.path.split(".")
+                value = dimension.value(params[dimension.path])
+                config[section][key] = _with_weight(config[section][key], dimension.path, value) if rest else value
         return parse(TrainConfig, config)
 
     def size(self) -> int | None:
@@ -175,7 +177,7 @@ class Space:
         InputError at the first config that is not valid.
         """
         always = [dimension for dimension in self.dimensions if not dimension.when]
-        reached = {d.path: d.corners()[0] for d in always if not d.holds(_value_at(base, d.path))}
+        reached = {d.path: d.corners()[0] for d in always if not d.holds(value_at(base, d.path))}
         configs = [self.apply(base, reached)]
         for dimension in self.dimensions:
             for value in dimension.corners():
@@ -186,15 +188,47 @@ class Space:
                     raise InputError(f"space.{dimension.path}", value, f"not valid in a trial: {error}") from None
         return list({config.fingerprint(): config for config in configs}.values())
 
+    def check_pairs(self, base: Mapping[str, Any]) -> None:
+        """Raise InputError if two values, each valid by itself, are not valid together: a sampler may draw both."""
+        known = {dimension.path: dimension for dimension in self.dimensions}
+        first = {d.path: d.corners()[0] for d in self.dimensions if not d.when and not d.holds(value_at(base, d.path))}
+        for one, other in itertools.combinations(self.dimensions, 2):
+            parents = {**first, **_parents(one, known), **_parents(other, known)}
+            for value, second in itertools.product(one.corners(), other.corners()):
+                params = {**parents, one.path: value, other.path: second}
+                if not (is_active(one, params) and is_active(other, params)):
+                    continue
+                try:
+                    self.apply(base, params)
+                except InputError as error:
+                    allowed = f"not valid with {one.path} = {value}: {error}; leave one out, or give one a condition with `when`"
+                    raise InputError(f"space.{other.path}", second, allowed) from None
+
 
 def is_active(dimension: Dimension, params: Mapping[str, Any]) -> bool:
     """Return whether the dimension's condition holds for the values sampled so far."""
     return all(path in params and params[path] in names for path, names in dimension.when.items())
 
 
-def _value_at(base: Mapping[str, Any], path: str) -> Any:
-    section, key = path.split(".")
-    return base.get(section, {}).get(key)
+def value_at(config: Mapping[str, Any], path: str) -> Any:
+    """Return the value at a dotted path of plain data, whose lists count from 0; None if there is none."""
+    value: Any = config
+    for part in path.split("."):
+        if isinstance(value, list | tuple):
+            value = value[int(part)] if part.isdigit() and int(part) < len(value) else None
+        else:
+            value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _with_weight(sources: Any, path: str, weight: Any) -> list[Any]:
+    """Return the sources of a mixture with another weight at a path such as data.train.0.weight."""
+    number = int(path.split(".")[2])
+    several = sources if isinstance(sources, list | tuple) and all(isinstance(one, Mapping) for one in sources) else ()
+    if number >= len(several):
+        allowed = f"must be the place of a source: data.train mixes {len(several)}, counted from 0"
+        raise InputError(f"space.{path}", weight, allowed)
+    return [{**one, "weight": weight} if i == number else one for i, one in enumerate(several)]
 
 
 def _parents(dimension: Dimension, dimensions: Mapping[str, Dimension]) -> dict[str, Any]:

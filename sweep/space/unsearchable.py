@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from engine.config.metrics_section import MetricsConfig
+
 INCOMPARABLE = {
     "model.path": "base models with other tokenizers would be scored on other tokens",
     "model.revision": "base models with other tokenizers would be scored on other tokens",
@@ -18,6 +20,8 @@ INCOMPARABLE = {
     "data.eval_revision": "trials would be scored on different data",
     "data.eval_files": "trials would be scored on different data",
     "data.eval": "trials would be scored on different data",
+    "data.eval_weights": "trials would be scored by different means",
+    "data.eval_limits": "trials would be held to different limits",
     "data.eval_split": "trials would be scored on different data",
     "data.eval_fraction": "trials would be scored on different data",
     "data.eval_max_samples": "trials would be scored on different data",
@@ -31,7 +35,9 @@ INCOMPARABLE = {
     "train.num_reports": "trials would be judged at different rungs",
     "train.device": "placement decides the device",
 }
+INCOMPARABLE |= {f"metrics.{name}": "trials would be scored by other answers" for name in MetricsConfig.model_fields}
 UNSEARCHABLE = {path: f"{why}, so their losses do not compare" for path, why in INCOMPARABLE.items()} | {
     "train.profile_steps": "a trace does not change what a trial learns",
+    "lora.start_from": "its files are recorded once, for all trials of a sweep",
     "model.trust_remote_code": "it is for you to decide whether a model's own code runs, not for the sampler",
 }

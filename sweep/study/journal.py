@@ -15,7 +15,7 @@ from engine.trial_report import TrialReport
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.plan.feasibility import Fit
 from sweep.study.journal_file import JournalFile
-from sweep.study.samplers import MEMORY
+from sweep.study.samplers import MEMORY, known_constraints
 from sweep.study.warm_start import EarlierTrial
 from sweep.trials.record import Outcome, TrialRecord
 
@@ -46,6 +46,29 @@ def read_trials(folder: SweepFolder) -> list[FrozenTrial]:
         return []
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
     return optuna.load_study(study_name=STUDY_NAME, storage=storage).get_trials(deepcopy=False)
+
+
+class FollowedJournal:
+    """Read the journal of a sweep that may be running, and later only what was added to it."""
+
+    def __init__(self, folder: SweepFolder) -> None:
+        self._folder = folder
+        self._study: optuna.Study | None = None
+
+    def trials(self) -> list[FrozenTrial]:
+        """Return every trial; those that did not change are the same objects as in the last call.
+
+        Empty if the sweep has not begun. Raises one of DAMAGED for a damaged journal.
+        """
+        journal = self._folder.journal
+        if not journal.is_file() or journal.stat().st_size == 0:
+            return []
+        if self._study is None:
+            storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+            if not storage.get_all_studies():  # its first record is being written
+                return []
+            self._study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
+        return self._study.get_trials(deepcopy=False)
 
 
 def read_attributes(folder: SweepFolder) -> dict[str, Any]:
@@ -141,10 +164,10 @@ def earlier_entry(
         values=values,
         params=dict(draft.params),
         distributions=dict(draft.distributions),
-        intermediate_values={report.rung: report.eval_loss for report in record.reports},
+        intermediate_values={report.rung: value for report in record.reports if (value := record.judged(report)) is not None},
         user_attrs={name: value for name, value in attributes.items() if value is not None},
         system_attrs=dict(earlier.rungs_judged),
-        constraints=None if excess_gib is None else {MEMORY: excess_gib},
+        constraints=known_constraints(excess_gib, record.excess) or None,
     )
 
 

@@ -13,7 +13,8 @@ from optuna.trial import FrozenTrial, TrialState
 from engine.errors import InputError
 from sweep.config.sampler_options import CmaEsConfig, GpConfig, Nsga2Config, SamplerConfig, TpeConfig
 
-MEMORY = "memory_gib"  # a trial's one constraint: GiB that it needs above what the card has
+MEMORY = "memory_gib"  # a trial's constraint: GiB that it needs above what the card has
+LIMITS = "eval_limits_nats"  # another: nats by which its losses are above data.eval_limits
 
 
 def make_sampler(config: SamplerConfig, seed: int) -> optuna.samplers.BaseSampler:
@@ -82,19 +83,25 @@ def proposal_seed(seed: int, number: int, stream: int = 0) -> int:
 def as_seen(config: SamplerConfig, trials: list[FrozenTrial], num_objectives: int) -> list[FrozenTrial]:
     """Return the study's trials in the form in which this sampler learns from their constraints.
 
-    TPE reads the constraints of pruned trials, as they are in the journal. CMA-ES, random and grid
-    read none. The Gaussian process reads those of complete trials only, and only if all have one.
+    TPE reads the constraints of complete and pruned trials, as they are in the journal. CMA-ES, random
+    and grid read none. The Gaussian process reads those of complete trials only, and only if all have one.
     For it, a trial that did not fit becomes complete, with the worst value.
     """
     if not isinstance(config, GpConfig):
         return trials
     known = [trial.values for trial in trials if trial.state is TrialState.COMPLETE]
     worst = [max(values) for values in zip(*known, strict=True)] or [0.0] * num_objectives
-    constrained = any(map(_is_violated, trials))
+    names = sorted({name for trial in trials for name in trial.constraints})
+    constrained = names if any(map(_is_violated, trials)) else []
     return [
         _complete(trial, worst, constrained) if trial.state is TrialState.COMPLETE or _is_violated(trial) else trial
         for trial in trials
     ]
+
+
+def known_constraints(excess_gib: float | None, excess_nats: float | None) -> dict[str, float]:
+    """Return the constraints of a trial by name, as far as they are known."""
+    return {name: value for name, value in ((MEMORY, excess_gib), (LIMITS, excess_nats)) if value is not None}
 
 
 def is_feasible(trial: FrozenTrial) -> bool:
@@ -106,11 +113,11 @@ def _is_violated(trial: FrozenTrial) -> bool:
     return not is_feasible(trial)
 
 
-def _complete(trial: FrozenTrial, worst: list[float], constrained: bool) -> FrozenTrial:
+def _complete(trial: FrozenTrial, worst: list[float], constrained: list[str]) -> FrozenTrial:
     return optuna.trial.create_trial(
         state=TrialState.COMPLETE,
         values=trial.values if trial.state is TrialState.COMPLETE else worst,
         params=trial.params,
         distributions=trial.distributions,
-        constraints={MEMORY: trial.constraints.get(MEMORY, 0.0)} if constrained else None,
+        constraints={name: trial.constraints.get(name, 0.0) for name in constrained} or None,
     )

@@ -36,7 +36,7 @@ from sweep.study.known_configs import config_key, is_refused
 from sweep.study.proposals import Proposer
 from sweep.study.pruner_verdicts import Pruning
 from sweep.study.pruners import make_optuna_pruner, make_pruner
-from sweep.study.samplers import MEMORY, make_sampler, proposal_seed
+from sweep.study.samplers import known_constraints, make_sampler, proposal_seed
 from sweep.trials.objectives import objective_values
 from sweep.trials.record import Outcome, Proposal, TrialRecord
 
@@ -152,13 +152,13 @@ class Study:
             self._folder.write_reports(number, record.reports)
         self._study.set_user_attr(TAKEN_OVER, len(found.trials))
 
-    def report(self, number: int, rung: int, eval_loss: float) -> bool:
-        """Record a rung once. Returns whether it was new; a repeated report changes nothing."""
+    def report(self, number: int, rung: int, value: float) -> bool:
+        """Record a rung once. Returns whether it was new. value: what the pruner compares, smaller is better."""
         trial = self._trial(number)
         if rung in trial.intermediate_values or trial.state.is_finished():
             return False
-        self._storage.set_trial_intermediate_value(trial._trial_id, rung, eval_loss)
-        self._pruning.on_reported(number, rung, eval_loss)
+        self._storage.set_trial_intermediate_value(trial._trial_id, rung, value)
+        self._pruning.on_reported(number, rung, value)
         return True
 
     def should_prune(self, number: int) -> bool:
@@ -185,11 +185,12 @@ class Study:
         error: str | None = None,
         memory: Mapping[str, float] | None = None,
         values: Sequence[float] | None = None,
+        excess: float | None = None,
     ) -> bool:
         """End a trial. Returns False, and changes nothing, if it has already ended.
 
-        memory: predicted_gib and measured_gib, as far as known, if memory ran out. values: one for
-        each objective of a COMPLETE trial; None: the lowest reported eval_loss.
+        memory: predicted_gib and measured_gib, as far as known, if memory ran out. values: one for each objective
+        of a COMPLETE trial; None: the lowest reported eval_loss. excess: see TrialRecord.
         """
         trial = self._trial(number)
         if trial.state.is_finished():
@@ -201,8 +202,8 @@ class Study:
         for name, value in known.items():
             self._storage.set_trial_user_attr(trial._trial_id, name, value)
         excess_gib = MET_EXCESS_GIB if outcome is Outcome.OUT_OF_MEMORY else trial.user_attrs.get("excess_gib")
-        if excess_gib is not None:
-            optuna.Trial(self._study, trial._trial_id).set_constraint(MEMORY, excess_gib)
+        for name, value in known_constraints(excess_gib, excess).items():
+            optuna.Trial(self._study, trial._trial_id).set_constraint(name, value)
         if outcome is Outcome.COMPLETE and values is None:
             values = [min(trial.intermediate_values.values())]
         self._study.tell(number, values if outcome is Outcome.COMPLETE else None, told_state(outcome))

@@ -20,7 +20,7 @@ from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from sweep.config.sweep import SweepConfig
 from sweep.space.coordinates import OUTSIDE, coordinate, plain
-from sweep.space.space import Space, is_active
+from sweep.space.space import Space, is_active, value_at
 from sweep.space.unsearchable import INCOMPARABLE
 from sweep.trials.objectives import objective_values
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
@@ -69,7 +69,7 @@ def changed_part(here: Mapping[str, Any], there: Mapping[str, Any] | None) -> st
 
 def best_points(found: Iterable[tuple[str, dict[str, Any], TrialRecord]]) -> list[dict[str, Any]]:
     """Return the params of the trials with the lowest losses, at most NUM_FIRST_POINTS. Only those that could win count."""
-    able = [(record.score, params) for _, params, record in found if record.outcome in CONTENDERS]
+    able = [(record.score, params) for _, params, record in found if record.outcome in CONTENDERS and record.keeps_limits]
     known = sorted((one for one in able if one[0] is not None), key=lambda one: one[0])
     return [params for _, params in known[:NUM_FIRST_POINTS]]
 
@@ -106,7 +106,7 @@ def params_in(space: Space, base: Mapping[str, Any], config: Mapping[str, Any]) 
     params: dict[str, Any] = {}
     for dimension in space.dimensions:
         if is_active(dimension, params):
-            value = coordinate(dimension, _value_at(config, dimension.path))
+            value = coordinate(dimension, value_at(config, dimension.path))
             if value is OUTSIDE:
                 return None
             params[dimension.path] = value
@@ -134,11 +134,6 @@ def _check_equal(name: str, path: str, here: Any, there: Any, reason: str) -> No
     if plain(here) != plain(there):
         allowed = f"cannot be learnt from: {path} is {there!r} there and {here!r} here, and {reason}"
         raise InputError("sweep.warm_start", name, allowed)
-
-
-def _value_at(config: Mapping[str, Any], path: str) -> Any:
-    section, key = path.split(".")
-    return config[section][key]
 
 
 def _at(config: TrainConfig, path: str) -> Any:

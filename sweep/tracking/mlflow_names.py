@@ -20,6 +20,7 @@ from sweep.folder.slot_times import PARTS
 from sweep.tracking.system_metrics import read_system
 from sweep.trials.record import Outcome, TrialRecord
 
+LOSS = "loss_nats_per_token"
 METRICS = {
     "eval_loss": "eval/loss_nats_per_token",
     "best_eval_loss": "eval/best_loss_nats_per_token",
@@ -112,6 +113,10 @@ def trial_points(record: TrialRecord, written: int) -> list[Point]:
         if report.rung > written:
             at = (_milliseconds(record, report), report.tokens_seen)
             values = {metric: getattr(report, name) for name, metric in METRICS.items()}
+            values |= {f"eval/{name}": value for name, value in report.metrics.items()}
+            values |= {f"eval/{name}/{LOSS}": value for name, value in report.eval_losses.items()}
+            values |= {"eval/above_limits_nats": report.eval_excess}
+            values |= {} if report.metrics_s is None else {"time/metrics_s": report.metrics_s}
             values |= {METRICS[name]: sums[name] for name in new}
             values |= {SYSTEM + name: value for name, value in system.get(report.rung, {}).items()}
             points += [(name, value, *at) for name, value in values.items() if value is not None]
@@ -217,6 +222,9 @@ def description(config: Mapping[str, Any], best: TrialRecord | None, summary: Ma
     rows = [f"| {name} | {loss:.4f} | {perplexity(loss):,.3f} |" for name, loss in losses if loss is not None]
     if rows:
         lines += ["", "| | eval loss (nats/token) | perplexity |", "|---|---:|---:|", *rows]
+    scores = {name: value for name, value in summary.items() if name.startswith("metric_")}
+    texts = [f"{name.removeprefix('metric_')} {value:.4f}" for name, value in scores.items()]
+    lines += ["", f"Task metrics: {', '.join(texts)}."] if texts else []
     data = config.get("data", {}).get("train")
     sampled = ", ".join(f"{path} = {value}" for path, value in best.params.items())
     lines += ["", f"Trained on `{data}`." if data else "", f"Sampled: {sampled}." if sampled else ""]
@@ -224,6 +232,10 @@ def description(config: Mapping[str, Any], best: TrialRecord | None, summary: Ma
 
 
 def _sweep_name(name: str) -> str:
+    kinds = {"metric_": "eval/{}", "base_metric_": "eval/base_{}", "set_": "eval/{}/" + LOSS, "base_set_": "eval/{}/base_" + LOSS}
+    for begin, group in kinds.items():
+        if name.startswith(begin):
+            return group.format(name.removeprefix(begin))
     return SUMMARY.get(name, f"trials/{name}" if name.startswith("num_") else f"sweep/{name}")
 
 

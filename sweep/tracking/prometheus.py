@@ -132,7 +132,8 @@ class SweepMetrics(Collector):
             ("best_eval_loss", "lowest loss of the trials whose adapter can be chosen now, nats per token", CONTENDERS),
             ("lowest_eval_loss", "lowest loss that any trial has reported, nats per token", tuple(Outcome)),
         ):
-            scores = [record.score for record in own if record.outcome in outcomes and record.score is not None]
+            losses = [record for record in own if record.outcome in outcomes and record.eval_loss is not None]
+            scores = [record.eval_loss for record in losses if record.keeps_limits or outcomes is not CONTENDERS]
             family = self._gauge(name, help_text)
             if scores:
                 family.add_metric([self._sweep], min(scores))

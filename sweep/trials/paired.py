@@ -16,7 +16,7 @@ comparisons with the best.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.sample_losses import SampleLosses
@@ -29,23 +29,26 @@ OTHER_SAMPLES = "losses on other evaluation samples"
 class PairedDifference:
     """Hold a difference of two mean losses, in nats per target token.
 
-    standard_error: infinite for a single sample, which says nothing of its spread.
+    standard_error: infinite for a single sample, which says nothing of its spread. least_samples:
+    of the smallest of several evaluation sets, whose degrees of freedom then count.
     """
 
     nats: float
     standard_error: float
     num_samples: int
+    least_samples: int | None = None
 
     def margin(self, error_rate: float) -> float:
         """Return the nats below `nats` that the true difference exceeds with this chance of error.
 
         It is Student's quantile times the standard error.
         """
-        if self.standard_error == 0.0 or self.num_samples < 2:
+        number = self.num_samples if self.least_samples is None else self.least_samples
+        if self.standard_error == 0.0 or number < 2:
             return self.standard_error
         from scipy.special import stdtrit  # here, because help and completion must not wait for it
 
-        return float(stdtrit(self.num_samples - 1, 1.0 - error_rate)) * self.standard_error
+        return float(stdtrit(number - 1, 1.0 - error_rate)) * self.standard_error
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,29 @@ class Contest:
 def paired_difference(losses: SampleLosses, others: SampleLosses) -> PairedDifference:
     """Return the mean of `losses` less that of `others`, with its paired standard error.
 
-    Both are on the same samples, with the same targets.
+    Both are on the same samples, with the same targets. Of several evaluation sets, each has its own
+    difference and error; the sets are independent, so the weighted mean's error is the root of the
+    sum of the squared weighted ones.
     """
+    if not losses.sets:
+        return _difference(losses.sums, others.sums, losses.num_targets)
+    total = sum(losses.weights.values())
+    found = [
+        (losses.weights[name] / total, _difference(losses.sums[part], others.sums[part], losses.num_targets[part]))
+        for name, part in losses.parts().items()
+        if losses.weights[name]
+    ]
+    nats = math.fsum(weight * one.nats for weight, one in found)
+    error = math.hypot(*(weight * one.standard_error for weight, one in found))
+    counts = [one.num_samples for _, one in found]
+    return PairedDifference(nats, error, sum(counts), min(counts))
+
+
+def _difference(sums: Sequence[float], others: Sequence[float], num_targets: Sequence[int]) -> PairedDifference:
     import numpy as np
 
-    targets = np.asarray(losses.num_targets, dtype=np.float64)
-    nats = np.asarray(losses.sums, dtype=np.float64) - np.asarray(others.sums, dtype=np.float64)
+    targets = np.asarray(num_targets, dtype=np.float64)
+    nats = np.asarray(sums, dtype=np.float64) - np.asarray(others, dtype=np.float64)
     nats, targets = nats[targets > 0], targets[targets > 0]
     total, num_samples = float(targets.sum()), len(targets)
     mean = float(nats.sum()) / total
@@ -99,7 +119,8 @@ def paired_difference(losses: SampleLosses, others: SampleLosses) -> PairedDiffe
 
 def are_comparable(losses: SampleLosses, others: SampleLosses) -> bool:
     """Return whether both are on the same samples."""
-    return losses.evaluation_digest == others.evaluation_digest and losses.num_targets == others.num_targets
+    same = losses.evaluation_digest == others.evaluation_digest and losses.num_targets == others.num_targets
+    return same and losses.sets == others.sets and losses.weights == others.weights
 
 
 def hold_contest(losses: Mapping[int, SampleLosses], lowest: int, left_out: Mapping[int, str]) -> Contest:
@@ -115,4 +136,6 @@ def hold_contest(losses: Mapping[int, SampleLosses], lowest: int, left_out: Mapp
             missing[number] = OTHER_SAMPLES
         elif number != lowest:
             differences[number] = paired_difference(found, best)
-    return Contest(lowest, sum(number > 0 for number in best.num_targets), differences, missing)
+    decisive = [part for name, part in best.parts().items() if not best.sets or best.weights[name]]
+    counted = sum(number > 0 for part in decisive for number in best.num_targets[part])
+    return Contest(lowest, counted, differences, missing)

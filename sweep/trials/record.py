@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from engine.config.metrics_section import EVAL_LOSS, EVERY, sign_of
 from engine.config.trial import TrainConfig
-from engine.trial_report import TrialReport
+from engine.trial_report import TrialReport, kept_report
 
 
 class Outcome(StrEnum):
@@ -33,6 +35,8 @@ class Outcome(StrEnum):
     FAILED = "FAILED"
 
 
+OVER_LIMITS = 1e6
+"""What a pruner compares of a rung above the limits, plus the nats above them. No loss or metric comes near it."""
 CONTENDERS = (Outcome.COMPLETE, Outcome.STOPPED, Outcome.PAUSED)
 """The outcomes whose adapter may win: no pruner has judged them hopeless.
 
@@ -88,15 +92,85 @@ class TrialRecord:
         return max(peaks if self.measured_gib is None else [*peaks, self.measured_gib], default=None)
 
     @property
+    def chosen_by(self) -> str:
+        """Return the measure that decides which trial wins: eval_loss or a task metric."""
+        return (self.config.get("metrics") or {}).get("choose_by", EVAL_LOSS)
+
+    @property
+    def sign(self) -> float:
+        """Return 1 if smaller values of what decides are better, else -1."""
+        return self._sign(self.chosen_by)
+
+    @property
+    def kept(self) -> TrialReport | None:
+        """Return the report of the adapter in the folder, or None before the first one."""
+        return kept_report(self.reports, self.chosen_by, self.sign)
+
+    @property
     def score(self) -> float | None:
-        """Return the lowest eval_loss of the reports: that of the adapter in the folder."""
-        return min((report.eval_loss for report in self.reports), default=None)
+        """Return what decides of the adapter in the folder, where smaller is better: its eval_loss, or a metric turned.
+
+        None if it was not measured.
+        """
+        return self.cost(self.chosen_by)
+
+    @property
+    def eval_loss(self) -> float | None:
+        """Return the eval_loss of the adapter in the folder."""
+        return self.kept.eval_loss if self.reports else None
+
+    @property
+    def eval_losses(self) -> dict[str, float]:
+        """Return the losses of the adapter in the folder on each of several evaluation sets."""
+        return self.kept.eval_losses if self.reports else {}
+
+    @property
+    def excess(self) -> float | None:
+        """Return the nats by which the adapter in the folder is above data.eval_limits; None without limits."""
+        return self.kept.eval_excess if self.reports else None
+
+    @property
+    def keeps_limits(self) -> bool:
+        """Return whether the adapter in the folder may win, as far as data.eval_limits decide."""
+        return self.excess is None or self.excess <= 0.0
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Return what the adapter in the folder scored by the task metrics."""
+        return self.kept.metrics if self.reports else {}
+
+    def cost(self, measure: str) -> float | None:
+        """Return eval_loss or a metric of the adapter in the folder so that smaller is better, or None."""
+        return self.kept.cost(measure, self._sign(measure)) if self.reports else None
+
+    def judged(self, report: TrialReport) -> float:
+        """Return what a pruner compares at a rung, where smaller is better.
+
+        It is the metric that decides if every rung measures it, else the loss. Infinity stands for
+        a metric that failed at this rung. What exceeds its limits comes after all that keeps to
+        them, by how far (Deb, Computer Methods in Applied Mechanics and Engineering 186 (2000) 311).
+        """
+        if report.over_limits:
+            return OVER_LIMITS + report.over_limits
+        metrics, name = self.config.get("metrics") or {}, self.chosen_by
+        value = report.cost(name, self.sign) if metrics.get("at") == EVERY else report.eval_loss
+        return math.inf if value is None else value
+
+    @property
+    def is_unjudged(self) -> bool:
+        """Return True if the newest report lacks the metric to compare: a metric's fault costs no trial."""
+        return bool(self.reports) and math.isinf(self.judged(self.reports[-1]))
+
+    def _sign(self, measure: str) -> float:
+        return sign_of(self.config.get("metrics") or {}, measure)
 
     def result(self) -> dict[str, Any]:
         """Return the content of result.json."""
         names = ("number", "params", "score", "started_s", "ended_s", "slot", "dead_time_s", "error", "predicted_peak_gib",
                  "peak_allocated_gib")  # fmt: skip
         known = {name: getattr(self, name) for name in names}
+        known |= {"metrics": self.metrics} if self.metrics else {}
+        known |= {"eval_losses": self.eval_losses} if self.eval_losses else {}
         return {**known, "outcome": str(self.outcome), "num_reports": len(self.reports)}
 
 

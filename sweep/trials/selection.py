@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 
 from engine.units import counted
-from sweep.trials.objectives import EVAL_LOSS, MEASURES, pareto_front
+from sweep.trials.objectives import EVAL_LOSS, MEASURES, measured, pareto_front
 from sweep.trials.paired import LEVEL_TEXT, Contest
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 
@@ -18,28 +18,47 @@ TIE = 1e-4  # nats; another seed or another GPU changes more
 class Rule:
     """Choose the winner.
 
-    objectives: those of the study. within: nats of eval_loss that the winner may give up for the
-    other objectives. tie_within: nats that it may give up for a smaller adapter, if the evaluation
-    samples cannot tell them apart. contest: who can be told apart; None: nobody was compared.
+    objectives: those of the study. chosen_by: the one that decides first, eval_loss or a task
+    metric. sign: 1 if smaller values of it are better, else -1. within: nats of eval_loss, or units
+    of the metric, that the winner may give up for the other objectives. tie_within: the same for a
+    smaller adapter, if the evaluation samples cannot tell them apart. contest: who can be told
+    apart; None: nobody was compared.
     """
 
     objectives: tuple[str, ...] = (EVAL_LOSS,)
     within: float = 0.0
     tie_within: float = 0.0
     contest: Contest | None = None
+    chosen_by: str = EVAL_LOSS
+    sign: float = 1.0
 
     @property
     def others(self) -> tuple[str, ...]:
-        return tuple(name for name in self.objectives if name != EVAL_LOSS) if self.within > TIE else ()
+        return tuple(name for name in self.objectives if name != self.chosen_by) if self.within > TIE else ()
 
     @property
     def text(self) -> str:
-        order = [*(f"the lowest {name}" for name in self.others), "the fewest trainable parameters", "the lowest eval_loss"]
+        others = [f"the {'lowest' if name in MEASURES else 'best'} {name}" for name in self.others]
+        order = [*others, "the fewest trainable parameters", self.best_text]
         return (
-            "lowest eval_loss over the reports of a trial that is COMPLETE, STOPPED by the budget or PAUSED; "
-            f"within {max(self.within, TIE):g} nats of it{self._tie_text}, {', then '.join(order)}, "
-            f"where {TIE:g} nats count as equal and the lower trial number wins"
+            f"{self.best_text.removeprefix('the ')} over the reports of a trial that is COMPLETE, STOPPED by the budget or "
+            "PAUSED; "
+            f"within {max(self.within, TIE):g}{self._unit} of it{self._tie_text}, {', then '.join(order)}, "
+            f"where {TIE:g}{self._unit} count as equal and the lower {self._last_text} wins"
         )
+
+    @property
+    def best_text(self) -> str:
+        """Return `the lowest eval_loss`, or the same of the metric that decides."""
+        return f"the {'lowest' if self.sign > 0 else 'highest'} {self.chosen_by}"
+
+    @property
+    def _unit(self) -> str:
+        return " nats" if self.chosen_by == EVAL_LOSS else ""
+
+    @property
+    def _last_text(self) -> str:
+        return "trial number" if self.chosen_by == EVAL_LOSS else "eval_loss"
 
     @property
     def _tie_text(self) -> str:
@@ -48,7 +67,7 @@ class Rule:
         if contest is None or not contest.differences or self.tie_within <= max(self.within, TIE):
             return ""
         return (
-            f", or within {self.tie_within:g} nats and not told apart from it by the same "
+            f", or within {self.tie_within:g}{self._unit} and not told apart from it by the same "
             f"{counted(contest.num_samples, 'evaluation sample')} (paired t test, {LEVEL_TEXT}, "
             f"{counted(len(contest.differences), 'comparison')})"
         )
@@ -56,26 +75,29 @@ class Rule:
     def contenders(self, records: list[TrialRecord]) -> list[TrialRecord]:
         """Return the trials that may win.
 
-        Trials of earlier sweeps never do: their adapters are not in this sweep's folder.
+        Trials of earlier sweeps never do: their adapters are not in this sweep's folder. Nor do those
+        above data.eval_limits.
         """
-        return [r for r in records if r.outcome in CONTENDERS and r.source is None and _score(r) < math.inf]
+        able = [r for r in records if r.outcome in CONTENDERS and r.source is None and _score(r) < math.inf]
+        return [record for record in able if record.keeps_limits]
 
     def best(self, records: list[TrialRecord]) -> TrialRecord | None:
-        """Return the winner, or None if no trial that may win has a finite eval_loss."""
+        """Return the winner, or None if no trial that may win has a finite score."""
         able = self.contenders(records)
         if not able:
             return None
         near = self._near(able)
-        measured = {record.number: self._measured(record) for record in near}
-        least = min(measured.values())
-        alike = [record for record in near if measured[record.number] == least]
+        decisive = {record.number: self._measured(record) for record in near}
+        least = min(decisive.values())
+        alike = [record for record in near if decisive[record.number] == least]
         limit = min(map(_score, alike)) + TIE
-        return min((record for record in alike if _score(record) <= limit), key=lambda record: record.number)
+        return min((record for record in alike if _score(record) <= limit), key=self._last)
 
     def rank(self, records: list[TrialRecord]) -> list[TrialRecord]:
         """Return the records with the winner first, then COMPLETE, STOPPED and PAUSED trials by score.
 
-        PRUNED trials by score follow, and then those of earlier sweeps by score. The rest come last
+        Those above data.eval_limits follow, PRUNED trials by score, and then those of earlier sweeps by
+        score. The rest come last
         in order of size and number, INFEASIBLE ones at the very end.
         """
         best = self.best(records)
@@ -83,6 +105,7 @@ class Rule:
 
         def key(record: TrialRecord) -> tuple:
             usual = 3 if record.source is not None else group.get(record.outcome, 4)
+            usual = 1.5 if usual == 1 and not record.keeps_limits else usual
             place = 0 if record is best else usual
             return (place, _score(record) if place < 4 else 0.0, num_parameters(record), record.number)
 
@@ -104,18 +127,22 @@ class Rule:
         wide = _score(first) + self.tie_within
         return [record for record in able if _score(record) <= (wide if record.number in tied and wide > limit else limit)]
 
+    def _last(self, record: TrialRecord) -> tuple[float, ...]:
+        """Return what decides at last: the lower loss if a metric is equal, then the lower number."""
+        return (record.number,) if self.chosen_by == EVAL_LOSS else (record.eval_loss, record.number)
+
     def _measured(self, record: TrialRecord) -> tuple:
         """Return what decides among trials whose loss counts as equal.
 
         A stopped trial comes after the others: what it has spent says little.
         """
-        measured = [MEASURES[name](record) for name in self.others]
-        other = [math.inf if value is None or record.outcome is Outcome.STOPPED else value for value in measured]
+        values = [measured(record, name) for name in self.others]
+        other = [math.inf if value is None or record.outcome is Outcome.STOPPED else value for value in values]
         return (*other, num_parameters(record))
 
 
 def lowest(able: list[TrialRecord]) -> TrialRecord:
-    """Return the contender with the lowest loss; of equal ones the first."""
+    """Return the contender with the lowest loss, or the best metric; of equal ones the first."""
     return min(able, key=lambda record: (_score(record), record.number))
 
 

@@ -37,6 +37,8 @@ def test_the_wheel_holds_every_module_and_all_of_conf(installed):
     for half in ("engine", "sweep"):
         assert files(installed / half, "*.py") == files(ROOT / half, "*.py")
     assert files(installed / "sweep" / "conf", "*") == files(ROOT / "conf", "*")
+    page = Path("ui", "static")
+    assert files(installed / "sweep" / page, "*") == files(ROOT / "sweep" / page, "*") != set()
     kept = Path("planning", "kept_cards")
     assert files(installed / "engine" / kept, "*.json") == files(ROOT / "engine" / kept, "*.json") != set()
     assert (installed / "sweep" / "conf" / "cluster" / "launch" / "slurm.sh").is_file()

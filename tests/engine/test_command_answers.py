@@ -42,7 +42,7 @@ def test_the_commands_json_has_the_keys_it_always_had():
     assert set(Facts().to_dict()) == {"shape", "card", "host_gib"}
     assert set(PREPARED.to_dict()) == {
         "shape", "card", "host_gib", "model_path", "layers", "num_train_samples", "num_eval_samples", "num_dropped_samples",
-        "num_trainable", "data", "accounts", "day", "model_notes"}  # fmt: skip
+        "num_trainable", "data", "accounts", "day", "model_notes", "num_task_samples", "longest_task_prompt"}  # fmt: skip
     assert PREPARED.to_dict()["card"] == {"name": "NVIDIA L4", "memory_gib": 22.5}
     losses = {"base_eval_loss", "eval_loss", "num_eval_target_tokens"}
     assert set(AdapterEvaluation(2.5, 1.25, 7).to_dict()) == losses

@@ -8,9 +8,11 @@ from safetensors.torch import load_file
 
 from engine.config.matmul import AUTO_MATMUL, Matmul
 from engine.errors import CheckpointError, InputError
+from engine.layers.swap import int8_groups
+from engine.model.load import load_base
 from engine.training.loop import train
 from tests.support.fake_recorder import FakeRecorder
-from tests.support.trials import build, run, same_numbers
+from tests.support.trials import CPU, build, run, same_numbers
 
 MODES = [Matmul.INT8_BACKWARD, Matmul.INT8]
 RESULTS = ("adapter/adapter_model.safetensors", "checkpoint/adapter.safetensors")
@@ -73,6 +75,18 @@ def test_recordings_serve_trials_of_their_own_mode(tiny_config, tmp_path, base, 
         alone = run(small(tiny_config, mode), tmp_path / f"alone{number}")
         assert [r.eval_loss for r in shared] == pytest.approx([r.eval_loss for r in alone], rel=1e-5)
     assert made[0] > 0 and made[2] > 0 and made[1] == made[3] == 0
+
+
+@pytest.mark.parametrize("cache", [0.0, 1.0])
+def test_recordings_do_not_outlive_the_scales_that_they_read(tiny_config, tmp_path, monkeypatch, cache):
+    loop = {"cuda_graphs": True, "micro_batch_size": 1, "weight_cache_gib": cache}
+    base = load_base(small(tiny_config).model, CPU)
+    recorder, scales = FakeRecorder(base, monkeypatch), []
+    for number, mode in enumerate((Matmul.INT8, Matmul.BF16, Matmul.INT8)):
+        before = recorder.num_recorded
+        run(small(tiny_config, mode, train=loop), tmp_path / str(number), base)
+        assert recorder.num_recorded > before
+        scales += [int8.scales for _, int8 in int8_groups(base.model)]  # no later one comes to lie there
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -7,14 +7,17 @@ import torch
 
 from engine.adapter.flat import FlatAdapter
 from engine.adapter.lora import attach
+from engine.config.optim_section import OptimConfig
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.data.packing import collate
 from engine.data.views import load_data
 from engine.model.load import load_base, nf4_load_config
 from engine.shape.policies import Policy
+from engine.training.optim import make_optimizer, set_learning_rate
 
 STEPS = 32
+ADAMW = OptimConfig(name="adamw", learning_rate=1e-2)
 
 
 @pytest.fixture
@@ -25,13 +28,14 @@ def config(tiny_config):
     return parse(TrainConfig, values)
 
 
-def our_curve(config, layers_option="auto", perturb=0.0, device="cpu", seed=7, host_layers=0):
+def our_curve(config, layers_option="auto", perturb=0.0, device="cpu", seed=7, host_layers=0, optim=ADAMW):
     base = load_base(config.model.model_copy(update={"layers": layers_option}), torch.device(device))
     layers = attach(base.model, base.linear_names, config.lora, seed)
     start = {name: layer.lora_a.detach().clone() for name, layer in layers.items()}
     next(iter(layers.values())).lora_a.data += perturb
     adapter = FlatAdapter(layers, base.dtype)
-    optimizer = torch.optim.AdamW([adapter.parameter], lr=1e-2, weight_decay=0.0)
+    optimizer = make_optimizer(adapter.parameter, optim, adapter.num_a)
+    set_learning_rate(optimizer, optim.learning_rate)
     view, _ = load_data(config.data, base.tokenizer)
     base.checkpoint_activations(Policy.of(config.train.activation_checkpointing), host_layers=host_layers)
     base.model.train()
@@ -47,8 +51,9 @@ def our_curve(config, layers_option="auto", perturb=0.0, device="cpu", seed=7, h
     return torch.tensor(losses), start, view
 
 
-def peft_curve(config, start, view, device="cpu", dtype=torch.float32):
+def peft_curve(config, start, view, device="cpu", dtype=torch.float32, optim=ADAMW):
     from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
     from transformers import AutoModelForCausalLM
 
     quantised = nf4_load_config(True, dtype)
@@ -62,8 +67,8 @@ def peft_curve(config, start, view, device="cpu", dtype=torch.float32):
     )
     for name, a_RD in start.items():
         model.base_model.model.get_submodule(name).lora_A["default"].weight.data.copy_(a_RD)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    rates = {"lr": optim.learning_rate, "loraplus_lr_ratio": optim.loraplus_lr_ratio}
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, **rates, loraplus_weight_decay=optim.weight_decay)
     model.train()
     losses = []
     for step in range(STEPS):
@@ -88,6 +93,15 @@ def test_32_steps_have_the_losses_of_peft_and_bitsandbytes(config):
     theirs = peft_curve(config, start, view)
     assert theirs[-1] < theirs[0] - 0.5  # nats: it learns, so the curve means something
     torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+
+
+def test_lora_plus_with_weight_decay_has_the_losses_of_peft_and_its_optimizer(config):
+    optim = OptimConfig(name="adamw", learning_rate=2e-3, loraplus_lr_ratio=8.0, weight_decay=0.1)
+    ours, start, view = our_curve(config, optim=optim)
+    theirs = peft_curve(config, start, view, optim=optim)
+    torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+    plain, _, _ = our_curve(config, optim=optim.model_copy(update={"loraplus_lr_ratio": 1.0}))
+    assert theirs[-1] < theirs[0] - 0.5 and not torch.allclose(ours, plain, rtol=2e-4, atol=2e-4)
 
 
 def test_unfused_layers_have_the_same_curve(config):

@@ -165,7 +165,7 @@ def test_the_check_bites_where_a_kill_leaves_a_checkpoint(tmp_path, monkeypatch)
 
     def recover(self):
         with monkeypatch.context() as patch:
-            patch.setattr("sweep.ledger.ledger.drop_checkpoints", lambda folder: None)
+            patch.setattr("sweep.ledger.ledger.drop_if_ended", lambda record: None)
             return original(self)
 
     monkeypatch.setattr(Ledger, "recover", recover)
@@ -174,7 +174,7 @@ def test_the_check_bites_where_a_kill_leaves_a_checkpoint(tmp_path, monkeypatch)
 
 
 def test_the_check_bites_where_a_trial_that_may_go_on_loses_its_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr("sweep.ledger.ledger.GOING_ON", ("RUNNING", "STOPPED"))
+    monkeypatch.setattr("sweep.folder.litter.GOING_ON", ("RUNNING", "STOPPED"))
     with pytest.raises((AssertionError, KeyError)):
         check(tmp_path, "freeze_thaw", "none", 1, step=13)
 

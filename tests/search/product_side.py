@@ -24,7 +24,8 @@ from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.shape.model_shape import ModelShape
 from engine.trial_report import TrialReport
-from sweep.config.sweep import BudgetConfig, SweepConfig, parse_sweep_config
+from sweep.config.budget_limits import BudgetConfig
+from sweep.config.sweep import SweepConfig, parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.freezer import make_freezer
 from sweep.ledger.ledger import Ledger

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from engine.config.optim_section import OptimConfig
 from engine.config.parsing import parse
-from engine.config.trial import OptimConfig, TrainConfig
+from engine.config.trial import TrainConfig
 from engine.data.views import load_data
 from engine.errors import DivergedError, OutOfMemory, first_line
 from engine.evaluation.eval_loss import evaluate, evaluation_batches

@@ -28,7 +28,9 @@ class Family:
     optimum. steep: how many times steeper above it. rank_gain: nats for each doubling of the rank
     up to 64. length_gain: nats lost for each halving of the length. decay: exponent of the power law
     in tokens. drop: nats that training gains. heat: nats that a tenfold rate costs while its decay
-    has not begun. noise: standard deviation of a report in nats, and of a seed.
+    has not begun. noise: standard deviation of a report in nats, and of a seed. late: nats that the
+    longest samples cost at the first rung, less and less until the end, so that early ranks mislead.
+    wander: standard deviation of a curve of its own in nats, which is gone at the end: curves cross.
     """
 
     best_rate: float = -3.1
@@ -41,6 +43,8 @@ class Family:
     heat: float = 0.08
     noise: float = 0.003
     targets_scale: float = 1.0
+    late: float = 0.0
+    wander: float = 0.0
 
 
 FAMILIES = {
@@ -51,6 +55,9 @@ FAMILIES = {
     "small": Family(rank_gain=-0.006, length_gain=-0.008, best_rate=-3.8, targets_scale=-0.7),
     "early": Family(decay=0.9, heat=0.02, drop=0.3),
     "noisy": Family(noise=0.01),
+    "loud": Family(noise=0.025, heat=0.12),
+    "late": Family(late=0.08, length_gain=0.02, drop=0.3),
+    "crossing": Family(wander=0.03, heat=0.12),
 }
 
 
@@ -83,13 +90,15 @@ def curve(family: Family, params: Mapping[str, Any], rng: random.Random) -> list
     floor += family.targets_scale * WORSE[params["lora.target_modules"]]
     floor += family.rank_gain * abs(math.log2(64 / rank)) + 0.02 * params["lora.lora_dropout"]
     floor += family.length_gain * math.log2(1024 / params["data.max_seq_length"]) + rng.gauss(0.0, family.noise / 2)
+    early = family.late * math.log2(params["data.max_seq_length"] / LENGTHS[0]) / math.log2(LENGTHS[-1] / LENGTHS[0])
+    early += rng.gauss(0.0, family.wander) if family.wander else 0.0
     losses = []
     for rung in range(1, NUM_RUNGS + 1):
         share = rung / NUM_RUNGS
         heat = family.heat * 10 ** min(away, 1.0) * 0.5 * (1.0 + math.cos(math.pi * share))
         slow = 1.0 + max(0.0, -away)  # low rates learn later
         power = family.drop * ((1.0 + 15.0 * share / slow) ** -family.decay - 16.0**-family.decay)
-        losses.append(round(floor + max(power, 0.0) + heat + rng.gauss(0.0, family.noise / 2), 6))
+        losses.append(round(floor + max(power, 0.0) + heat + early * (1.0 - share) + rng.gauss(0.0, family.noise / 2), 6))
     return losses
 
 

@@ -216,6 +216,11 @@ def main() -> int:
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--answer", type=Path)
     parser.add_argument("--progress", action="store_true")
+    if sys.argv[1:2] == ["standby"]:
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        sys.argv[1:] = json.loads(line)
     if sys.argv[1:2] == ["calibrate"]:
         print(CALIBRATED)
         return 0

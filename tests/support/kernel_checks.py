@@ -135,8 +135,9 @@ def leave_to_a_child(module, name):
 
 def _run_interpreted(file):
     pytest.importorskip("triton")
+    plugins = ("hypothesispytest", "hydra_pytest", "anyio", "xdist", "xdist.looponfail")  # loading them takes a second
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", file],
+        [sys.executable, "-m", "pytest", file, *(f"-pno:{name}" for name in plugins)],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]

@@ -7,7 +7,7 @@ from typing import Any
 from engine.command_answers import DataAccount
 from engine.trial_report import TrialReport
 
-PART_SECONDS = ("model_s", "data_s", "attach_s", "train_s", "recording_s", "eval_s", "save_s")
+PART_SECONDS = ("model_s", "data_s", "attach_s", "train_s", "recording_s", "eval_s", "save_s", "metrics_s")
 
 
 def make_report(rung: int = 1, eval_loss: float = 1.0, **changes: Any) -> TrialReport:

@@ -14,6 +14,7 @@ from engine.sample_losses import SampleLosses
 from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.report import build
+from sweep.report.collect import Collector
 from sweep.results.finish import finish
 from sweep.trials.record import TrialRecord
 from tests.support.records import sampled, trial
@@ -34,7 +35,7 @@ class Ends:
         self.folder.lock_file.touch()
         self.records: list[TrialRecord] = []
         self.by_sample: dict[str, SampleLosses] = {}  # what the engine answers of base and winner
-        monkeypatch.setattr(build, "read_records", lambda folder, config_of: ([], self.records))
+        monkeypatch.setattr(Collector, "_read_trials", lambda collector: ([], self.records))
 
     def end(self, *records: TrialRecord, works: bool = True) -> dict:
         """Run the end of the sweep; return the summary that the tracker gets."""
@@ -52,7 +53,7 @@ class Ends:
             return AdapterEvaluation(3.0, score, 100, **self.by_sample)
 
         options = {"sweep_name": "s", "device": "cpu", "engine_command": "x", "note": self.said.append}
-        options |= {"evaluate": evaluate, "rule": self.folder.read_config().sweep.rule}
+        options |= {"evaluate": evaluate, "rule": self.folder.read_config().rule}
         return finish(self.folder, self.records, **options)[1]
 
     def trial(self, number: int, *losses: float, **changes) -> TrialRecord:

@@ -149,7 +149,7 @@ def test_the_command_line_finds_an_adapter_with_the_real_engine(tmp_path, tiny_m
         "data.max_seq_length=64", "data.eval_max_seq_length=128", "data.eval_fraction=0.2", "train.max_tokens=1200",
         "train.num_reports=3", "train.tokens_per_step=128", "train.activation_checkpointing=false", "space=rank-targets-rate",
         "sweep.num_trials=4", f"sweep.output_dir={tmp_path / 'sweeps'}", "sweep.prior=true",
-        "sweep.first_trials=[{lora.rank: 8}]",
+        "sweep.first_trials=[{lora.rank: 8}]", "cluster.num_cpu_slots=1",  # a second worker loads torch for seconds
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-m", "sweep", *arguments], env=ENV, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout

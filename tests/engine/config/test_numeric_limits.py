@@ -23,7 +23,7 @@ FIELDS = numeric_fields(TrainConfig)
 
 
 def test_every_number_of_a_trial_is_tried_here():
-    assert len(FIELDS) == 29 and {"train.seed", "lora.lora_alpha", "train.keep_layers", "train.report_at_tokens"} <= set(FIELDS)
+    assert len(FIELDS) == 37 and {"train.seed", "lora.lora_alpha", "train.keep_layers", "train.report_at_tokens"} <= set(FIELDS)
 
 
 @settings(max_examples=300, deadline=None)
@@ -49,8 +49,8 @@ def use(config: TrainConfig) -> None:
     assert grid[-1] == config.train.max_tokens and all(before < after for before, after in itertools.pairwise(grid))
     assert 0 < config.bins_per_step <= MAX_BINS and 0 < config.longest_step < 2**63
     weight = torch.nn.Parameter(torch.ones(4))
-    optimizer = make_optimizer(weight, config.optim)
     weight.grad = torch.full((4,), 0.5)
+    optimizer = make_optimizer(weight, config.optim, 2)
     norm = torch.nn.utils.clip_grad_norm_(weight, config.optim.max_grad_norm or float("inf"))
     assert norm == 1.0 and bool((weight.grad > 0).all())
     rate = learning_rate(config.optim, 0.5)
@@ -81,8 +81,8 @@ def test_a_step_of_more_rows_than_a_list_can_hold_is_refused(train, field):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(1, 10**8), st.integers(1, 10**6), st.integers(0, 10**8), st.sampled_from(["constant", "linear", "cosine"]),
-       st.floats(0, 0.99), st.sampled_from([0.0, 0.1]))  # fmt: skip
+@given(st.integers(1, 10**8), st.integers(1, 10**6), st.integers(0, 10**8),
+       st.sampled_from(["constant", "linear", "cosine", "wsd"]), st.floats(0, 0.99), st.sampled_from([0.0, 0.1]))  # fmt: skip
 @example(4096, 4000, 4095, "cosine", 0.0, 0.0)
 @example(1000, 16_384, 0, "linear", 0.03, 0.0)
 def test_no_step_of_any_schedule_has_rate_0_by_running_past_the_end(max_tokens, num_tokens, seen, schedule, warmup, floor):
@@ -91,7 +91,7 @@ def test_no_step_of_any_schedule_has_rate_0_by_running_past_the_end(max_tokens, 
     assert 0.0 < middle < 1.0
     if seen + num_tokens <= max_tokens:  # as it always was, to the bit
         assert middle == (seen + num_tokens / 2) / max_tokens
-    values = {"lr_schedule": schedule, "warmup_ratio": warmup, "min_lr_ratio": floor}
+    values = {"lr_schedule": schedule, "warmup_ratio": warmup, "min_lr_ratio": floor, "decay_ratio": 0.01}
     optim = parse(TrainConfig, {**GOOD, "optim": values}).optim
     rate = learning_rate(optim, middle)
     assert 0.0 < rate <= optim.learning_rate

@@ -33,7 +33,7 @@ def config(**sections):
         ({"train": {"max_tokens": 10, "report_at_tokens": [5, 5]}}, "train", "ascend"),
         ({"train": {"max_tokens": 9, "micro_batch_size": 0}}, "train.micro_batch_size", "or equal to 1 or 'auto'$"),
         ({"train": {"max_tokens": 9, "activation_checkpointing": "x"}}, "train.activation_checkpointing", "or .*'offload'$"),
-        ({"extra": 1}, "extra", "unknown key; known keys: data, lora, model, optim, train"),
+        ({"extra": 1}, "extra", "unknown key; known keys: data, lora, metrics, model, optim, train"),
         ({"a\n\x1b[2Jb": 1}, "a\n\x1b[2Jb", r"^a\\n\\x1b\[2Jb = 1: unknown key"),
     ],
 )
@@ -48,6 +48,7 @@ def test_a_trial_without_an_average_has_the_fingerprint_of_older_versions():
     older = "11ad88c6ccd9f221"  # before optim.ema_horizon was there
     assert config(train={"max_tokens": 1000}).fingerprint() == older
     assert config(train={"max_tokens": 1000}, optim={"ema_horizon": 0.1}).fingerprint() != older
+    assert config(train={"max_tokens": 1000}, optim={"loraplus_lr_ratio": 16.0}).fingerprint() != older
 
 
 def test_json_round_trips_and_the_fingerprint_tells_configs_apart():

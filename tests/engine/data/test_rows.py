@@ -17,7 +17,8 @@ from engine.data.readers import read_rows
 from engine.data.row_pipeline import RowPipeline
 from engine.data.source_files import NamedSource, find_source
 from engine.data.tokens import TokenSet, tokenise
-from engine.data.views import View, load_data
+from engine.data.view import View
+from engine.data.views import load_data
 from engine.dialogue.conversation import Encoded
 from engine.dialogue.encoding import Encoder
 from engine.errors import InputError

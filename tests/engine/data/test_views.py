@@ -132,7 +132,7 @@ def test_a_builtin_can_be_the_evaluation_set_of_other_data(monkeypatch):
     monkeypatch.setattr(data, "resolve_data", lambda p, _: (Path("a/train"), Path("a/eval")) if p[:8] == "builtin:" else None)
 
     def paths(config):
-        return tuple(source and str(source) for source in data._sources(config))
+        return tuple(source and str(source) for source in data.sources_of(config))
 
     assert paths(DataConfig(train="builtin:x")) == ("a/train", "a/eval")
     assert paths(DataConfig(train="my.jsonl", eval="builtin:x")) == ("my.jsonl", "a/eval")

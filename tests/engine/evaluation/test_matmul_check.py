@@ -11,11 +11,13 @@ from engine.config.matmul import Matmul
 from engine.evaluation import matmul_check
 from engine.evaluation.matmul_check import exempt_layers
 from engine.layers.swap import int8_groups
+from engine.model.load import load_base
 from engine.quant.bnb import quantize_nf4
 from engine.quant.int8_weight import Int8Group, ProbedGroup
 from engine.training import loop
 from engine.training.loop import train
-from tests.support.trials import build, run, same_numbers
+from tests.engine.test_trial_families import save_model
+from tests.support.trials import CPU, build, run, same_numbers
 
 ODD = "model.layers.1.mlp.down_proj"
 
@@ -33,6 +35,15 @@ def test_no_layer_of_an_ordinary_base_is_exempt_and_the_base_is_left_as_it_was(b
     assert exempt_layers(base, mode) == () and exempt_layers(base, Matmul.BF16) == ()
     assert int8_groups(base.model) == [] and not base.model.training
     assert not [w for w in recwarn if "train.matmul" in str(w.message)]
+
+
+def test_layers_beside_the_text_decoder_are_neither_named_nor_exempt(tiny_config, tmp_path, recwarn):
+    save_model(tmp_path / "model", "mistral3")
+    base = load_base(build(tiny_config, model={"path": str(tmp_path / "model")}).model, CPU)
+    for mode in (Matmul.INT8_BACKWARD, Matmul.INT8):
+        assert exempt_layers(base, mode) == ()
+    assert not [w for w in recwarn if "train.matmul" in str(w.message)]
+    assert base.set_matmul(Matmul.INT8) == [] and int8_groups(base.model)
 
 
 def test_errors_are_of_the_mode_s_directions_and_near_those_of_int8(base):

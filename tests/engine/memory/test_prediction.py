@@ -170,6 +170,8 @@ def test_quantisation_optimizer_and_targets_count() -> None:
     number = sum(sum(plan.adapter.values()) for plan in plan_layers(config_of(), shape))
     assert number == 41_943_040
     assert adamw.components["optimizer"] == 8 * number
+    lions = [predict_memory(config_of(optim={"name": name}), shape).components["optimizer"] for name in ("lion", "lion_8bit")]
+    assert lions == [4 * number, number + 4 * number // 256]
     few = predict_memory(config_of(lora={"target_modules": ["q_proj", "v_proj"]}), shape)
     assert few.components["adapter"] == 10 * 32 * 16 * (8192 + 5120)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.errors import InputError
-from engine.sources import smollm2, stdlib_docs
+from engine.sources import orders, smollm2, stdlib_docs
 from engine.sources.builtin import MODELS, PUBLISHED, resolve_data, resolve_model
 from engine.system import shared_cache as cache
 
@@ -37,7 +37,7 @@ def test_other_paths_pass_through_untouched():
     assert resolve_data("data.jsonl") is None
 
 
-@pytest.mark.parametrize(("resolve", "known"), [(resolve_model, "smollm2-135m-instruct"), (resolve_data, "stdlib-docs")])
+@pytest.mark.parametrize(("resolve", "known"), [(resolve_model, "smollm2-135m-instruct"), (resolve_data, "orders")])
 def test_an_unknown_builtin_is_refused_with_the_known_ones_listed(resolve, known):
     with pytest.raises(InputError, match=f"builtin:nope.*known: builtin:{known}"):
         resolve("builtin:nope")
@@ -59,15 +59,29 @@ def test_importing_the_package_loads_neither_torch_nor_gguf():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+# --- orders ---
+
+
+def test_orders_are_the_same_every_time_and_have_their_facts_in_text_answer_and_columns(tmp_path):
+    orders.write(tmp_path)
+    train, evaluation = ([json.loads(line) for line in (tmp_path / f"{part}.jsonl").open()] for part in ("train", "eval"))
+    assert (len(train), len(evaluation)) == (orders.NUM_TRAIN, orders.NUM_EVAL)
+    assert not {row["customer"] for row in train} & {row["customer"] for row in evaluation}
+    for row in (*train, *evaluation):
+        facts = {name: row[name] for name in ("customer", "item", "quantity")}
+        question, answer = (message["content"] for message in row["messages"])
+        assert json.loads(answer) == facts and all(str(value) in question for value in facts.values())
+    assert evaluation[0]["messages"][0]["content"].startswith("Order 9610: Leo Jansen from Graz would like 47 bookshelves")
+
+
 # --- stdlib-docs ---
 
 
-def test_the_data_set_is_the_same_every_time(tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        stdlib_docs.write(tmp_path / name)
-    for part in ("train.jsonl", "eval.jsonl"):
-        assert (tmp_path / "one" / part).read_bytes() == (tmp_path / "two" / part).read_bytes()
+def test_the_data_set_is_the_same_every_time(shared_cache, tmp_path):
+    stdlib_docs.write(tmp_path)
+    written = resolve_data("builtin:stdlib-docs")
+    assert [path.name for path in written] == ["train.jsonl", "eval.jsonl"]
+    assert all(path.read_bytes() == (tmp_path / path.name).read_bytes() for path in written)
 
 
 def test_evaluation_shares_no_answer_with_training_and_both_are_large_enough(shared_cache):

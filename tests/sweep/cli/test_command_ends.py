@@ -9,7 +9,9 @@ import pytest
 from engine.system.command_line import CLOSED_PIPE
 from tests.support.command_ends import ENDS, end_of
 
-COMMANDS = [("sweep.__main__", "_main", []), ("sweep.report.__main__", "_main", ["folder"]), ("sweep.ui", "_main", ["folder"])]
+COMMANDS = [
+    ("sweep.__main__", "_main", []), ("sweep.report.__main__", "_main", ["folder"]), ("sweep.ui.__main__", "_main", ["folder"]),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("error", "code", "line"), ENDS, ids=lambda value: type(value).__name__)

@@ -16,9 +16,11 @@ def test_paths_that_exist_become_absolute_and_names_stay_names(tmp_path):
     config = config.model_copy(update={
         "model": config.model.model_copy(update={"path": "model"}),
         "data": config.data.model_copy(update={"train": "mine.jsonl", "eval": "org/name", "chat_template": "chatml"}),
+        "lora": config.lora.model_copy(update={"start_from": "model"}),
         "tracking": config.tracking.model_copy(update={"uri": "sqlite:///runs.db"}),
     })  # fmt: skip
     found = with_absolute_paths(config, tmp_path)
+    assert found.lora.start_from == str(tmp_path / "model")
     assert (found.model.path, found.data.train) == (str(tmp_path / "model"), str(tmp_path / "mine.jsonl"))
     assert (found.data.eval, found.data.chat_template) == ("org/name", "chatml")
     assert found.tracking.uri == f"sqlite:///{tmp_path / 'runs.db'}"

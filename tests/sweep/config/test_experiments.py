@@ -42,8 +42,18 @@ def shape(experiment):
     return ModelShape.of(SHAPES[model], model)
 
 
-def test_every_experiment_but_the_quickstart_is_one_for_24_gb_cards_and_is_tested_here():
-    assert groups()["experiment"] == sorted([*EXPERIMENTS, "quickstart"])
+def test_every_experiment_but_three_for_a_cpu_is_one_for_24_gb_cards_and_is_tested_here():
+    assert groups()["experiment"] == sorted([*EXPERIMENTS, "extraction", "forgetting", "quickstart"])
+
+
+def test_the_experiment_without_a_gpu_chooses_by_right_answers_and_fits_its_data():
+    from engine.sources import orders
+
+    config = parse_sweep_config(compose(["+experiment=extraction"]))
+    assert config.chosen_by == "exact_match" and config.base().metrics.choose_by == "exact_match"
+    assert config.metrics.names == ("exact_match", "number_match", "json_valid") and config.metrics.is_due(1, 1)
+    row = next(orders.rows("eval", 1))
+    assert set(config.metrics.fields) <= set(row) and json.loads(row["messages"][-1]["content"])["quantity"] == row["quantity"]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from sweep.curves.candidates import MOST_LISTED, NUM_DRAWN, Candidates
+from sweep.curves.candidates import MOST_LISTED, NUM_BLOCKS, NUM_DRAWN, Candidates
 from sweep.space.parse import parse_space
 from tests.support.studies import SMALL, WIDE
 
@@ -34,7 +34,13 @@ def test_draws_depend_on_seed_and_number_and_not_on_what_was_asked_before():
     assert points(Candidates(parse_space(WIDE), 4), 3) != points(one, 3)
     gone = one.at(3)[5]
     one.drop(gone)
-    assert gone not in one.at(3) and len(one.at(3)) == NUM_DRAWN - 1
+    assert gone not in one.at(3) and len(one.at(3)) == NUM_BLOCKS * NUM_DRAWN - 1
+
+
+def test_a_new_trial_takes_one_new_block_and_the_oldest_goes():
+    offer = Candidates(parse_space(WIDE), 3)
+    before, now = offer.at(3), offer.at(4)
+    assert now[: -NUM_DRAWN] == before[NUM_DRAWN:] and not any(point in before for point in now[-NUM_DRAWN:])
 
 
 def test_draws_fill_every_kind_of_range_and_keep_its_grid():
@@ -44,7 +50,7 @@ def test_draws_fill_every_kind_of_range_and_keep_its_grid():
         "data.max_seq_length": {"low": 64, "high": 4096, "log": True},
         "optim.weight_decay": {"low": 0.0, "high": 0.1},
     })  # fmt: skip
-    drawn = [point for number in range(4) for point in Candidates(space, 0).at(number)]
+    drawn = [point for number in range(4) for point in Candidates(space, 0).at(NUM_BLOCKS * number)]
     values = {path: [point[path] for point in drawn] for path in drawn[0]}
     assert set(values["lora.rank"]) == set(range(4, 65, 4)) and set(values["lora.lora_dropout"]) == {0.0, 0.1, 0.2, 0.3}
     for path, (low, high) in {"optim.learning_rate": (1e-5, 1e-2), "data.max_seq_length": (64, 4096)}.items():

@@ -8,7 +8,7 @@ import pytest
 from sweep.curves.observations import curve_of, observe
 from sweep.curves.situation import CurveState, Stand
 from sweep.curves.trial_encoder import TrialEncoder
-from sweep.prior.rate_prior import KAPPA, RatePrior
+from sweep.prior.rate_prior import KAPPA, LION_FACTOR, RatePrior
 from sweep.space.space import Choice, Range, Space
 from sweep.trials.record import Outcome
 
@@ -44,6 +44,17 @@ def test_a_rate_counts_relative_to_the_good_rate_of_its_scaling():
 def test_alpha_that_follows_the_rank_moves_the_good_rate_with_the_rank():
     trials = [trial(lora__rank=8), trial(lora__rank=32)]
     assert np.diff(rows([RATE, RANK], trials)[:, 0])[0] == pytest.approx(KAPPA * math.log(4))
+
+
+@pytest.mark.parametrize("prior", [PRIOR, None])
+def test_the_ratio_of_lora_plus_and_the_optimizer_move_the_good_rate(prior):
+    ratio = Range("optim.loraplus_lr_ratio", 1.0, 16.0, log=True)
+    found = rows([RATE, ratio], [trial(optim__loraplus_lr_ratio=value) for value in (1.0, 4.0, 16.0)], prior)
+    np.testing.assert_allclose(np.diff(found[:, 0]), KAPPA * math.log(4))
+    assert found[1, 1] - found[0, 1] == pytest.approx(found[2, 1] - found[1, 1])
+    name = Choice("optim.name", {"adamw": "adamw", "lion": "lion"})
+    found = rows([RATE, name], [trial(optim__name=value) for value in ("adamw", "lion")], prior)
+    assert np.diff(found[:, 0])[0] == pytest.approx(math.log(LION_FACTOR))
 
 
 def test_without_a_prior_the_middle_of_the_range_is_0():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine.__main__ import main
 from engine.command_answers import AdapterEvaluation
 from engine.system.child_python import ROOT, own_environment, python_module
 from sweep.execution import engine_commands
@@ -99,3 +101,45 @@ def test_a_command_that_tells_how_far_it_is_is_shown_and_its_fault_is_one_line(m
         engine_commands._run_shown(["engine", "prepare", str(code)], [])
     assert "tokenising rows 512 ..." in screen.getvalue() and "own line" not in screen.getvalue()
     assert screen.getvalue().endswith("\r\x1b[K")
+def test_a_process_on_standby_evaluates_and_where_it_died_a_new_one_does(tmp_path, tiny_config):
+    config, made = build(tiny_config), []
+
+    class Counted(engine_commands.Standby):
+        def has_run(self, command):
+            made.append(super().has_run(command))
+            return made[-1]
+
+    place = tmp_path / "adapter"
+    place.mkdir()
+    for dies in (False, True):
+        standby = Counted("tests.support.fake_engine")
+        standby.start()
+        if dies:
+            standby._child.kill()
+        found = engine_commands.evaluate(config, place, "tests.support.fake_engine", standby=standby)
+        assert isinstance(found, AdapterEvaluation)
+        standby.close()
+    assert made == [True, False]
+    idle = engine_commands.Standby("engine")
+    idle.start()
+    idle.close()
+    assert idle._child.returncode is not None
+
+
+def test_a_sweep_goes_on_where_no_process_on_standby_can_be_started(tmp_path, tiny_config, monkeypatch, started):
+    def full(*_, **__):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(engine_commands.subprocess, "Popen", full)
+    standby = engine_commands.Standby("engine")
+    standby.start()
+    assert isinstance(engine_commands.evaluate(build(tiny_config), tmp_path, "engine", standby=standby), AdapterEvaluation)
+    standby.close()
+    assert len(started) == 1
+
+
+def test_standby_runs_the_command_of_its_line_and_ends_where_none_comes(capsys, monkeypatch):
+    for line, code in (('["plan", "none.json", "--card", "rtx4090"]\n', 2), ("", 0)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(line))
+        assert main(["standby"]) == code
+    assert capsys.readouterr().err.startswith("error: file = 'none.json'")

@@ -189,7 +189,7 @@ def test_a_resume_may_raise_every_limit_and_drop_it():
         "sweep.num_trials": 9,
     }
     raised = apply_resume_changes(config, more).sweep.budget.model_dump()
-    assert raised == {"gpu_hours": 2.0, "wall_clock_hours": 3.0, "target_loss": 1.0, "full_trials": None}
+    assert raised == {"gpu_hours": 2.0, "wall_clock_hours": 3.0, "target_loss": 1.0, "target_metric": None, "full_trials": None}
     assert apply_resume_changes(config, {"sweep.budget.gpu_hours": None}).sweep.budget.gpu_hours is None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sweep.config.sweep import BudgetConfig
+from sweep.config.budget_limits import BudgetConfig
 from sweep.folder.timeline import Timeline
 from sweep.ledger.limits import Limits
 from sweep.ledger.time_left import TimeLeft

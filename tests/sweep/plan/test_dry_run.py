@@ -7,6 +7,7 @@ import re
 import pytest
 
 from engine.command_answers import Facts
+from engine.errors import InputError
 from engine.planning.cards import CARDS
 from sweep import preflight
 from sweep.__main__ import compose, main
@@ -183,3 +184,11 @@ def test_a_point_that_does_not_fit_is_not_the_one_to_try():
     base = parse_sweep_config({"model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 10**10}}).base()
     params = most_demanding(space, base.model_dump(mode="json"), Feasibility(SHAPE, CARDS["l4"]))
     assert params == {"data.max_seq_length": 1024}
+
+
+def test_a_new_sweep_whose_space_has_values_that_exclude_each_other_is_refused_and_an_older_one_goes_on():
+    words = ["space.model.quantization.choices=[nf4,none]", "space.train.matmul.choices=[bf16,int8]"]
+    config = parse_sweep_config(compose(["+experiment=llama-3.2-1b-24gb", *(f"++{word}" for word in words)]))
+    with pytest.raises(InputError, match=r"^space\.train\.matmul = 'int8': not valid with model\.quantization = none"):
+        make_sweep_plan(config, lambda cluster: Hardware(1, 8))
+    assert make_sweep_plan(config, lambda cluster: Hardware(1, 8), is_new=False).space.dimensions

@@ -37,6 +37,8 @@ IDLE = {  # what is given -> both names
     "model.revision=abc": ["model.revision", "model.path"],
     "model.double_quantization=true model.quantization=none": ["model.double_quantization", "model.quantization = none"],
     "optim.min_lr_ratio=0.1 optim.lr_schedule=constant": ["optim.min_lr_ratio", "optim.lr_schedule = constant"],
+    "optim.decay_ratio=0.3": ["optim.decay_ratio", "no trial has optim.lr_schedule = wsd"],
+    "optim.eps=1e-6 optim.name=lion": ["optim.eps", "Lion has no eps"],
     "space.optim.min_lr_ratio.choices=[0,0.1] optim.lr_schedule=constant": ["space.optim.min_lr_ratio", "constant"],
     "sweep.prior=true sampler=grid": ["sweep.prior = True", "sampler.name = grid"],
     "cluster.wait_s=60": ["cluster.wait_s", "cluster.address is not given"],
@@ -103,8 +105,12 @@ def test_committed_sweeps_warn_of_nothing(experiment):
 @pytest.mark.parametrize("experiment", groups()["experiment"])
 def test_a_pruner_that_is_off_brings_no_warning_of_options_that_nobody_set(experiment):
     """The plan says that it is off."""
-    for off in ("sampler=freeze_thaw", "sweep.objectives=[eval_loss,num_trainable]"):
-        assert judged([f"+experiment={experiment}", off]) == []
+    assert judged([f"+experiment={experiment}", "sweep.objectives=[eval_loss,num_trainable]"]) == []
+    if experiment in ("extraction", "forgetting"):  # a metric decides, or limits do
+        with pytest.raises(InputError, match="sampler.name = 'freeze_thaw'"):
+            judged([f"+experiment={experiment}", "sampler=freeze_thaw"])
+    else:
+        assert judged([f"+experiment={experiment}", "sampler=freeze_thaw"]) == []
 
 
 def test_a_file_of_conf_gives_a_warning_that_names_both(monkeypatch):

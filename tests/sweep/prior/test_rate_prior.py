@@ -8,6 +8,7 @@ import math
 
 import pytest
 
+from engine.config.optim_section import OptimConfig
 from engine.config.trial import LoraConfig
 from engine.errors import InputError
 from engine.shape.model_shape import ModelShape
@@ -66,6 +67,13 @@ def test_rslora_counts_by_the_scaling_that_it_gives():
     prior = prior_of(QWEN3_8B)
     with_rslora = LoraConfig(rank=16, lora_alpha=8.0, use_rslora=True)  # scaling 8 / 4
     assert prior.of(with_rslora) == prior.of(LoraConfig(rank=16, lora_alpha=32.0))
+
+
+def test_lora_plus_moves_the_rate_as_a_scaling_does_and_lion_needs_a_smaller_one():
+    prior = prior_of(QWEN3_8B)
+    assert prior.of(RULE, OptimConfig(loraplus_lr_ratio=16.0)) == prior.of(LoraConfig(rank=RULE.rank, lora_alpha=16 * RULE.alpha))
+    (mean, width), (plain, plain_width) = prior.of(RULE, OptimConfig(name="lion_8bit")), prior.of(RULE)
+    assert 3.0 < math.exp(plain - mean) < 10.0 and width > plain_width
 
 
 def test_dropout_and_targets_change_nothing_and_a_far_scaling_is_known_less_well():

@@ -5,14 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from plotly.offline import get_plotlyjs
 
 from engine.errors import InputError
-from engine.trial_report import TrialReport
-from sweep.config.sweep import parse_sweep_config
 from sweep.folder.slot_times import slot_times
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
@@ -21,57 +18,9 @@ from sweep.report import page as report_page
 from sweep.report.__main__ import main
 from sweep.report.figures import dead_time_line
 from sweep.report.hours_figure import hours_line, where_hours_went
-from sweep.space.parse import parse_space
-from sweep.study.study import Study
 from sweep.trials.record import Outcome
-from tests.support.reports import make_account, make_report
-
-TAG = "<script>alert(1)</script>"
-SPACE = {
-    "lora.rank": {"choices": [2, 4, 8]},
-    "lora.target_modules": {"choices": {TAG: ["q_proj"], "all-linear": "all-linear"}},
-    "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
-}
-OUTCOMES = (Outcome.PRUNED, Outcome.COMPLETE, Outcome.FAILED, Outcome.COMPLETE, Outcome.DIVERGED, Outcome.COMPLETE)
-
-
-def reports_of(number: int, count: int) -> list[TrialReport]:
-    return [
-        make_report(
-            rung, 3.0 - 0.1 * number - 0.2 * rung, tokens_seen=100 * rung, num_trainable=8, elapsed_s=2.0 * rung,
-            peak_allocated_gib=1.0 + number, predicted_peak_gib=1.5 + number,
-        )
-        for rung in range(1, count + 1)
-    ]  # fmt: skip
-
-
-def swept(path: Path, outcomes=OUTCOMES, space=SPACE) -> SweepFolder:
-    """Make a folder with trials of these outcomes, and one that still runs."""
-    folder = SweepFolder(path)
-    path.mkdir(exist_ok=True)
-    config = parse_sweep_config({
-        "model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400, "num_reports": 4}, "space": space,
-        "sampler": {"name": "random"}, "pruner": {"name": "none"},
-    })  # fmt: skip
-    folder.write_config(config)
-    study, timeline = Study(folder, config, parse_space(config.space)), Timeline(folder.timeline)
-    timeline.start_session(1000.0)
-    for number, outcome in enumerate([*outcomes, None]):
-        assert study.ask().number == number
-        reports = reports_of(number, 4 if outcome is Outcome.COMPLETE else 2)
-        folder.trial(number).mkdir(parents=True, exist_ok=True)
-        folder.write_reports(number, reports)
-        begin_s = 1000.0 + 10.0 * number
-        timeline.on_assigned(number, begin_s)
-        timing = {"slot": "gpu 0", "began_s": begin_s, "parts": {"train": 0.2, "eval": 0.1}}
-        timing |= {"dead_time_s": 0.5} if number else {}
-        for line in reports:
-            study.report(number, line.rung, line.eval_loss)
-            timeline.on_reported(number, begin_s + 1.0, timing)
-        if outcome is not None:
-            study.tell(number, outcome, error=f"no {TAG}" if outcome is Outcome.FAILED else None)
-            timeline.on_ended(number, begin_s + 9.0, timing)
-    return folder
+from tests.support.reports import make_account
+from tests.support.swept import SPACE, TAG, swept
 
 
 class Elements(HTMLParser):
@@ -181,12 +130,13 @@ def test_the_page_says_what_predicted_speeds_rest_on(tmp_path):
 
 def test_no_report_fails_a_sweep_and_an_older_one_stays(tmp_path, monkeypatch):
     folder = swept(tmp_path)
-    older = page_of(folder)
-    folder.journal.write_text("x\n" + folder.journal.read_text())
+    older, journal = page_of(folder), folder.journal.read_text()
+    folder.journal.write_text(f"x\n{journal}")
     with pytest.raises(InputError, match="damaged journal"):
         report.write_report(folder)
     notes: list[str] = []
     report.try_write_report(folder, notes.append)
+    folder.journal.write_text(journal)
     monkeypatch.setattr(report, "_page", lambda *_: 1 / 0)
     report.try_write_report(folder, notes.append)
     assert [note.split(" (")[0] for note in notes] == ["WARNING: report.html was not written"] * 2

@@ -11,7 +11,7 @@ import pytest
 from plotly.colors import sample_colorscale
 
 from sweep.report.page import Section, render
-from sweep.report.study_figures import NOT_SET, SCALE, study_figures
+from sweep.report.study_figures import NOT_SET, ON_WHITE, study_figures
 from sweep.space.parse import parse_space
 from sweep.trials.record import Outcome, TrialRecord
 from tests.support.browser import ask, needs_browser
@@ -65,7 +65,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("losses", LOSSES.values(), ids=LOSSES)
 def test_every_complete_trial_has_a_line_that_can_be_seen_and_the_colours_follow_the_loss(losses):
-    figure = study_figures([], drawn(losses), SPACE)["Parallel coordinates"]
+    figure = study_figures([], drawn(losses), SPACE)["Parallel coordinates"]()
     colours = lines(figure)
     assert sorted(colours) == sorted(set(losses))
     seen = [luminance(colours[loss]) for loss in sorted(colours)]
@@ -82,12 +82,12 @@ def test_every_complete_trial_has_a_line_that_can_be_seen_and_the_colours_follow
 
 def test_the_scale_that_was_used_before_is_told_apart():  # the twin
     assert not all((1.05) / (luminance(c) + 0.05) >= 2.0 for c in sample_colorscale("Blues", [0.0, 0.5, 1.0]))
-    assert luminance(SCALE[-1][1]) > luminance(SCALE[0][1])
+    assert luminance(ON_WHITE[-1][1]) > luminance(ON_WHITE[0][1])
 
 
 def test_each_point_of_a_line_lies_at_the_tick_of_its_value():
     records = drawn(LOSSES["usual"])
-    figure = study_figures([], records, SPACE)["Parallel coordinates"]
+    figure = study_figures([], records, SPACE)["Parallel coordinates"]()
     axes = list(figure.layout.xaxis.ticktext)
     assert axes == ["eval loss (nats)", "rank", "target_modules", "use_rslora", "learning_rate", "max_seq_length", "lora_dropout"]
     ticks = {(note.x, note.text): note.y for note in figure.layout.annotations}
@@ -101,7 +101,7 @@ def test_each_point_of_a_line_lies_at_the_tick_of_its_value():
 
 
 def test_slices_show_each_complete_trial_at_its_loss_over_every_parameter():
-    figure = study_figures([], drawn(LOSSES["usual"]), SPACE)["Slices"]
+    figure = study_figures([], drawn(LOSSES["usual"]), SPACE)["Slices"]()
     assert len(figure.data) == 6  # two rows
     assert all(list(trace.y) == LOSSES["usual"] and list(trace.marker.color) == [*range(6)] for trace in figure.data)
 
@@ -109,7 +109,8 @@ def test_slices_show_each_complete_trial_at_its_loss_over_every_parameter():
 def test_names_and_choices_are_text():
     figures = study_figures([], drawn(LOSSES["usual"]), SPACE)
     for title in ("Parallel coordinates", "Slices"):
-        assert "<b>" not in figures[title].to_json() and "&lt;b&gt;x" in figures[title].to_json()
+        text = figures[title]().to_json()
+        assert "<b>" not in text and "&lt;b&gt;x" in text
 
 
 STROKES = """
@@ -123,7 +124,7 @@ return [...document.querySelectorAll('.scatterlayer .js-line')].map(line => {
 
 @needs_browser
 def test_a_browser_draws_every_line_visibly_inside_its_figure_in_the_order_of_the_losses(tmp_path):
-    figure = study_figures([], drawn(LOSSES["usual"]), SPACE)["Parallel coordinates"]
+    figure = study_figures([], drawn(LOSSES["usual"]), SPACE)["Parallel coordinates"]()
     strokes = ask(render("t", [], [Section("Parallel coordinates", figure)], "{}"), STROKES, tmp_path)
     assert len(strokes) == 6
     assert all(s["width"] >= 1.5 and s["opacity"] > 0.8 and s["wide"] > 500 and s["inside"] for s in strokes)

@@ -36,6 +36,17 @@ def test_a_space_may_vary_how_the_base_multiplies_because_every_evaluation_is_al
     assert "INT8 codes are made of NF4 weights" in error_of(not_packed)
 
 
+def test_values_that_are_valid_alone_and_not_together_are_refused_before_a_sampler_draws_both():
+    quantization, matmul = {"choices": ["nf4", "none"]}, {"choices": ["bf16", "int8"]}
+    space = parse_space({"model.quantization": quantization, "train.matmul": matmul})
+    space.single_changes(BASE)
+    with pytest.raises(InputError, match=r"space\.train\.matmul = 'int8': not valid with model\.quantization = none: .*`when`"):
+        space.check_pairs(BASE)
+    held = {**matmul, "when": {"model.quantization": "nf4"}}
+    parse_space({"model.quantization": quantization, "train.matmul": held}).check_pairs(BASE)
+    parse_space({"lora.rank": {"low": 4, "high": 64}, "train.matmul": matmul}).check_pairs(BASE)
+
+
 def test_whole_number_bounds_give_whole_numbers():
     leaves = {"lora.rank": {"low": 4, "high": 64, "log": True}, "lora.lora_dropout": {"low": 0.0, "high": 0.2, "step": 0.1}}
     rank, dropout = parse_space(leaves).dimensions

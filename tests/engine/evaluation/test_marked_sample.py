@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from engine.__main__ import main
-from engine.data.marked_sample import COLOUR, PLAIN, carries_loss, marked, marks_for, runs
 from engine.data.packing import Sample
+from engine.evaluation.marked_sample import COLOUR, PLAIN, carries_loss, marked, marks_for, runs
 from tests.support.paths import ROOT
 
 TEXT = "<|user|> what?\n<|end|>café 漢 \x1b[2J ⟦x⟧ done<|end|>"

@@ -1,4 +1,4 @@
-"""`python -m sweep.ui` serves MLflow's page on a sweep, on this machine only, until Ctrl-C."""
+"""`python -m sweep.ui --mlflow` serves MLflow's page on a sweep, on this machine only, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from contextlib import closing
 import psutil
 import pytest
 
-from sweep import ui
 from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.tracking import mlflow_page
+from sweep.tracking import mlflow_server as server
 from sweep.tracking.sqlite_store import local_uri
 from sweep.tracking.tracker import Tracker
 from sweep.trials.record import Outcome, TrialRecord
+from sweep.ui.__main__ import main
 
 
 def made(path, **sections) -> SweepFolder:
@@ -56,7 +57,7 @@ def tracked(tmp_path_factory) -> SweepFolder:
 )
 def test_a_folder_that_has_no_page_is_one_line(tmp_path, sections, message, capsys):
     folder = tmp_path if sections is None else made(tmp_path, **sections).path
-    assert ui.main([str(folder)]) == 2
+    assert main(["--mlflow", str(folder)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "mlflow.db").exists()
@@ -65,7 +66,7 @@ def test_a_folder_that_has_no_page_is_one_line(tmp_path, sections, message, caps
 def test_a_sweep_that_its_store_does_not_know_is_one_line(tracked, capsys):
     other = SweepFolder(tracked.path.parent / "other-20260101-000000")
     shutil.copytree(tracked.path, other.path)
-    assert ui.main([str(other.path)]) == 2
+    assert main(["--mlflow", str(other.path)]) == 2
     error = capsys.readouterr().err
     assert "does not know; its report needs no store" in error and error.count("\n") == 1
 
@@ -76,8 +77,8 @@ def test_a_copied_sweeps_folder_opens_as_the_first_one_does(tracked, tmp_path, t
     shutil.copytree(tracked.path.parent, copied)
     folder = SweepFolder(copied / tracked.path.name)
     folder.write_config(parse_sweep_config({**folder.read_config().model_dump(mode="json"), "tracking": tracking}))
-    uri, pages = ui.find_pages(folder)
-    assert uri == local_uri(copied) and pages == ui.find_pages(tracked)[1]
+    uri, pages = server.find_pages(folder)
+    assert uri == local_uri(copied) and pages == server.find_pages(tracked)[1]
 
 
 def test_a_copy_that_goes_on_keeps_its_runs_and_leaves_the_original_alone(tracked, tmp_path):
@@ -100,9 +101,9 @@ def test_a_copy_that_goes_on_keeps_its_runs_and_leaves_the_original_alone(tracke
 def test_a_taken_port_is_passed_over():
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind((ui.HOST, ui.free_port()))
+        taken.bind((server.HOST, server.free_port()))
         taken.listen()
-        assert ui.free_port() != taken.getsockname()[1]
+        assert server.free_port() != taken.getsockname()[1]
 
 
 def asked(host: str, port: str, method: str, path: str, body: dict) -> tuple[int, dict]:
@@ -114,9 +115,8 @@ def asked(host: str, port: str, method: str, path: str, body: dict) -> tuple[int
 
 @pytest.mark.faults  # MLflow's server needs ten seconds of processor time to start
 def test_table_and_charts_are_served_on_this_machine_alone_until_ctrl_c(tracked):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sweep.ui", str(tracked.path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "sweep.ui", "--mlflow", str(tracked.path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     table, charts, last = (process.stdout.readline() for _ in range(3))
     assert last == "Press Ctrl-C to stop the server\n"
     host, port = re.fullmatch(r"table +http://(\S+):(\d+)/#/experiments/\d+/runs\?\S+viewStateShareKey=\S+\n", table).groups()
@@ -141,5 +141,5 @@ def test_table_and_charts_are_served_on_this_machine_alone_until_ctrl_c(tracked)
 @pytest.mark.faults  # as above
 def test_a_server_that_does_more_than_show_is_closed_again(tracked, monkeypatch, capfd):
     monkeypatch.setattr(mlflow_page, "PROBES", (("GET", "/version"),))  # as if MLflow's own server had been started
-    assert ui.main([str(tracked.path)]) == 1
+    assert main(["--mlflow", str(tracked.path)]) == 1
     assert "does more than show the sweep (GET /version is answered with 200)" in capfd.readouterr().err

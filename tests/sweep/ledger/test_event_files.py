@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from engine.errors import InputError
-from sweep.tracking.event_files import EventFiles, check_event_files
+from sweep.ledger.event_files import EventFiles, check_event_files
 from sweep.trials.record import Outcome
 from tests.support.tracked import trial
 

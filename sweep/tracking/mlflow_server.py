@@ -1,15 +1,10 @@
-"""Show a sweep in MLflow: `python -m sweep.ui <sweep folder>`.
+"""Serve a sweep's MLflow store on 127.0.0.1: `python -m sweep.ui --mlflow <sweep folder>`.
 
-The command serves the sweep's MLflow store on 127.0.0.1, and prints links to the trials of this
-sweep.
+It prints links to the trials of this sweep, and runs until Ctrl-C.
 """
 
 from __future__ import annotations
 
-import sweep.cli.no_foreign_modules  # noqa: F401 (must be the first)
-
-# isort: split
-import argparse
 import os
 import signal
 import socket
@@ -21,7 +16,6 @@ import webbrowser
 
 from engine.errors import InputError
 from engine.system.child_python import ROOT, own_environment, python_module
-from engine.system.command_line import run
 from engine.system.files import home_folder
 from sweep.config.confirmations import refuse_foreign_address
 from sweep.folder.sweep_folder import SweepFolder
@@ -37,30 +31,19 @@ START_S = 60.0
 REPORT = "its report needs no store: python -m sweep.report <sweep folder>"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Return the exit code: 0 closed by Ctrl-C, 1 MLflow did not start, 2 bad input."""
-    return run(lambda: _main(_options(arguments)))
+def show(folder: SweepFolder, port: int | None, tracking_uri: str | None, browser: bool) -> int:
+    """Return the exit code: 0 closed by Ctrl-C, 1 MLflow did not start.
 
-
-def _main(options: argparse.Namespace) -> int:
-    folder = SweepFolder.open(options.folder, "folder")
-    if (config := folder.read_config()).tracking.uri != options.tracking_uri:
+    port: None for the usual one, or the next free one. tracking_uri: the sweep's MLflow server, if
+    the user's credentials may be sent to it. browser: open the first page. Raises InputError if the
+    sweep is in no store.
+    """
+    if (config := folder.read_config()).tracking.uri != tracking_uri:
         refuse_foreign_address(config, f"--tracking-uri {config.tracking.public_uri}", os.environ, home_folder())
     uri, pages = find_pages(folder)
     if uri.startswith("http"):
-        return _show(uri.rstrip("/"), pages, options.open)
-    return _serve(uri, free_port() if options.port is None else options.port, pages, options.open)
-
-
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m sweep.ui", description="Show a sweep in MLflow. Ctrl-C stops the server.")
-    parser.add_argument("folder", help="sweep folder; the sweep may still be running")
-    parser.add_argument(
-        "--port", type=int, choices=range(1, 65536), metavar="PORT", help=f"default: {PORT}, or the next free one"
-    )
-    parser.add_argument("--tracking-uri", metavar="URI", help="the sweep's MLflow server, if your credentials may be sent to it")
-    parser.add_argument("--open", action="store_true", help="open the first page in a browser")
-    return parser.parse_args(arguments)
+        return _show(uri.rstrip("/"), pages, browser)
+    return _serve(uri, free_port() if port is None else port, pages, browser)
 
 
 def find_pages(folder: SweepFolder) -> tuple[str, dict[str, str]]:
@@ -159,7 +142,3 @@ def _show(server: str, pages: dict[str, str], browser: bool) -> int:
     if browser:
         webbrowser.open(server + next(iter(pages.values())))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Compare an answer with a reference as text. Each function returns a score from 0 to 1."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+WORD = re.compile(r"\w+")
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """Return 1 if both are equal up to white space at their ends."""
+    return float(answer.strip() == reference.strip())
+
+
+def contains(answer: str, reference: str) -> float:
+    """Return 1 if the answer has the reference in it, where any white space counts as one blank."""
+    return float(" ".join(reference.split()) in " ".join(answer.split()))
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Return the harmonic mean of precision and recall of words, as the SQuAD script does.
+
+    Words are compared without case, punctuation and articles. If one text has no word, the score is
+    1 if both have none. Source: Rajpurkar et al., arXiv:1606.05250, and evaluate-v2.0.py.
+    """
+    ours, theirs = _squad_words(answer), _squad_words(reference)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    return _f1(sum((Counter(ours) & Counter(theirs)).values()), len(ours), len(theirs))
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """Return ROUGE-L: F1 of the longest common subsequence of words, without case.
+
+    Words are runs of letters, digits and underscores of any language, and are not stemmed. Source:
+    Lin, ROUGE, ACL workshop 2004, section 3, with beta = 1.
+    """
+    ours, theirs = WORD.findall(answer.lower()), WORD.findall(reference.lower())
+    if not ours or not theirs:
+        return 0.0
+    return _f1(_longest_common(ours, theirs), len(ours), len(theirs))
+
+
+def regex_match(answer: str, reference: str, pattern: str) -> float:
+    """Return 1 if the pattern is found in the answer, and its first group is the same in both.
+
+    A pattern without a group judges the answer alone. Where it has a group and the reference does
+    not match, the group must equal the whole reference up to white space.
+    """
+    found = re.search(pattern, answer)
+    if found is None or not found.re.groups:
+        return float(found is not None)
+    wanted = re.search(pattern, reference)
+    return float((found[1] or "").strip() == ((wanted[1] or "") if wanted else reference).strip())
+
+
+def _squad_words(text: str) -> list[str]:
+    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return ARTICLES.sub(" ", bare).split()
+
+
+def _f1(num_common: int, num_ours: int, num_theirs: int) -> float:
+    return 2.0 * num_common / (num_ours + num_theirs)
+
+
+def _longest_common(ours: Sequence[str], theirs: Sequence[str]) -> int:
+    """Return the length of the longest common subsequence, with one row of the table in memory."""
+    row = [0] * (len(theirs) + 1)
+    for word in ours:
+        before = 0
+        for j, other in enumerate(theirs, 1):
+            before, row[j] = row[j], before + 1 if word == other else max(row[j], row[j - 1])
+    return row[-1]

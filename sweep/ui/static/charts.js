@@ -1,0 +1,130 @@
+// Charts. plotly.js is loaded once, from this server; figures that the report also has are drawn as it draws them.
+
+import { byId, escaped, fill, getJson, make, theme } from './dom.js';
+import { CONTENDERS } from './sweep.js';
+
+const MODEBAR = { bgcolor: 'rgba(0,0,0,0)', color: '#8a949d', activecolor: '#2f81d6' };
+const CONFIG = { displaylogo: false, responsive: true };
+const BEST = { light: '#e6a700', dark: '#ffc93c' }, PICKED = { light: '#d6249f', dark: '#ff7bd0' };
+const SERIES = { light: ['#2166ac', '#d95f02', '#1b9e77', '#7b3294', '#b2182b', '#a6761d'], dark: ['#6aa9e9', '#f08a3c', '#3fc79a', '#b57bd0', '#ec6a6f', '#d2a24c'] };
+const FADED = ['PRUNED', 'INFEASIBLE'];
+const WIDE = ['Parallel coordinates', 'Slices', 'Slots', 'Loss, memory and time'];
+export const seriesColour = (index) => SERIES[theme()][index % 6];
+
+let loading = null;
+function plotly() {
+  loading ??= new Promise((resolve, reject) => {
+    document.head.append(make('script', { src: 'static/plotly.min.js', onload: () => resolve(window.Plotly), onerror: () => reject(new Error('plotly.min.js')) }));
+  });
+  return loading;
+}
+
+function look(more) {
+  const dark = theme() === 'dark', ink = dark ? '#e4e7ea' : '#1d2329', grid = dark ? '#30373e' : '#e6e9ec';
+  const axis = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true };
+  return { paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', font: { color: ink }, hovermode: 'closest', uirevision: 'kept',
+    margin: { l: 56, r: 12, t: 8, b: 44 }, legend: { orientation: 'h', y: 1.02, yanchor: 'bottom', x: 0 }, modebar: MODEBAR, ...more,
+    xaxis: { ...axis, ...more.xaxis }, yaxis: { ...axis, ...more.yaxis } };
+}
+
+const hover = (trial) => [`trial ${trial.number} ${trial.outcome}`, ...Object.entries(trial.params).map(([path, value]) => escaped(`${path} = ${value}`))].join('<br>');
+
+function line(trials, name, colour, width, opacity) {
+  const x = [], y = [], text = [], customdata = [];
+  for (const trial of trials) {
+    const words = hover(trial);
+    for (const [tokens, loss] of trial.curve) { x.push(tokens); y.push(loss); text.push(words); customdata.push(trial.number); }
+    x.push(null); y.push(null); text.push(''); customdata.push(null);
+  }
+  return { x, y, text, customdata, name, mode: 'lines+markers', type: 'scatter', opacity, line: { color: colour, width }, marker: { size: 5 },
+    connectgaps: false, hovertemplate: '%{text}<br>%{x:,} tokens, eval loss %{y:.4f}<extra></extra>' };
+}
+
+export async function drawCurves(sweep, colours, picked, pick) {
+  const box = byId('curves'), trials = sweep.inOrder().filter((trial) => trial.curve.length);
+  if (!trials.length) return fill(box, make('p', { class: 'none' }, 'No trial has reported yet.'));
+  const Plotly = await plotly();
+  if (!box.data) fill(box);
+  const special = [picked, sweep.about.best], traces = [];
+  for (const outcome of Object.keys(colours).reverse()) {
+    const ours = trials.filter((trial) => trial.outcome === outcome && !special.includes(trial.number));
+    if (ours.length) traces.push(line(ours, outcome, colours[outcome], 1.6, FADED.includes(outcome) ? 0.5 : 0.9));
+  }
+  const best = sweep.best, chosen = sweep.trials.get(picked);
+  if (best?.curve.length) traces.push(line([best], `best: trial ${best.number}`, BEST[theme()], 3.5, 1));
+  if (chosen?.curve.length && chosen !== best) traces.push(line([chosen], `picked: trial ${picked}`, PICKED[theme()], 3, 1));
+  const layout = look({ height: innerWidth < 720 ? 340 : 370, xaxis: { title: { text: 'tokens seen' } }, yaxis: { title: { text: 'eval loss (nats per target token)' }, range: sweep.about.loss_range } });
+  await Plotly.react(box, traces, layout, CONFIG);
+  box.removeAllListeners('plotly_click');
+  box.on('plotly_click', (event) => pick(event.points[0].customdata));
+}
+
+// Draws a figure of the report when it comes into view, and again when the sweep has changed meanwhile
+export class Figures {
+  constructor(titles) {
+    this.boxes = titles.map((title) => this.box(title));
+    fill(byId('figures'), ...this.boxes.map((box) => box.section));
+    this.observer = new IntersectionObserver((seen) => {
+      for (const entry of seen) this.boxes.find((box) => box.section === entry.target).isSeen = entry.isIntersecting;
+      this.refresh();
+    }, { rootMargin: '200px' });
+    for (const box of this.boxes) this.observer.observe(box.section);
+  }
+
+  box(title) {
+    const figure = make('figure', { class: WIDE.includes(title) ? 'wide-figure' : '' }), caption = make('p', { class: 'caption' });
+    const section = make('section', {}, make('h2', {}, title), caption, make('div', { class: 'figure-box' }, figure));
+    return { title, section, figure, caption, isSeen: false, isBusy: false, drawn: '', look: '', version: 0, atMs: 0 };
+  }
+
+  show(sweep) { this.sweep = sweep; this.refresh(); }
+
+  refresh() { for (const box of this.boxes) if (this.sweep && box.isSeen) this.draw(box); }
+
+  async draw(box) {
+    const sweep = this.sweep, look = `${sweep.index} ${theme()}`, state = `${look} ${sweep.revision}`, isOther = box.look !== look;
+    if (box.isBusy || box.drawn === state || (!isOther && performance.now() - box.atMs < 5000)) return;
+    box.isBusy = true;
+    try {
+      const have = isOther ? '' : `&have=${box.version}`;
+      const answer = await getJson(`${sweep.path}/figure?theme=${theme()}&title=${encodeURIComponent(box.title)}${have}`);
+      const Plotly = await plotly();
+      if (answer.caption !== undefined) box.caption.textContent = answer.caption;
+      if (answer.none !== undefined) {
+        Plotly.purge(box.figure);
+        fill(box.figure, make('p', { class: 'none' }, `Not shown: ${answer.none}.`));
+      } else if (answer.figure !== undefined) {
+        if (!box.figure.data) fill(box.figure);
+        const { data, layout } = answer.figure;
+        layout.margin = innerWidth < 720 ? { l: 46, r: 6, t: 30, b: 44 } : { l: 64, r: 16, t: 30, b: 48 };
+        Object.assign(layout, { uirevision: 'kept', modebar: MODEBAR });
+        await Plotly.react(box.figure, data, layout, CONFIG);
+      }
+      Object.assign(box, { look, version: answer.version, drawn: answer.is_current ? state : '', atMs: performance.now() });
+    } catch (error) {
+      box.caption.textContent = `Not drawn: ${error.message}`;
+    } finally {
+      box.isBusy = false;
+    }
+  }
+}
+
+export async function drawComparison(sweeps) {
+  const Plotly = await plotly(), soFar = [], curves = [];
+  sweeps.forEach((sweep, index) => {
+    const ended = [...sweep.trials.values()].filter((trial) => trial.ended_s !== null && !trial.source).sort((a, b) => a.ended_s - b.ended_s);
+    const x = [], y = [];
+    let best = Infinity;
+    ended.forEach((trial, i) => {
+      if (CONTENDERS.includes(trial.outcome) && trial.eval_loss !== null) best = Math.min(best, trial.eval_loss);
+      if (best < Infinity) { x.push(i + 1); y.push(best); }
+    });
+    const style = { name: escaped(`${index + 1}: ${sweep.name}`), type: 'scatter', line: { color: seriesColour(index), width: 2.5 } };
+    soFar.push({ ...style, x, y, mode: x.length > 60 ? 'lines' : 'lines+markers', line: { ...style.line, shape: 'hv' }, hovertemplate: '%{y:.4f} after %{x} trials<extra>%{fullData.name}</extra>' });
+    if (sweep.best) curves.push({ ...line([sweep.best], style.name, seriesColour(index), 2.5, 1), name: `${style.name}, trial ${sweep.best.number}` });
+  });
+  const loss = { title: { text: 'eval loss (nats)' } };
+  await Plotly.react(byId('best-so-far'), soFar, look({ height: 330, xaxis: { title: { text: 'trials ended' } }, yaxis: { ...loss, title: { text: 'lowest eval loss so far (nats)' } } }), CONFIG);
+  await Plotly.react(byId('best-curves'), curves, look({ height: 330, xaxis: { title: { text: 'tokens seen by the best trial' } }, yaxis: loss }), CONFIG);
+}
+

@@ -1,0 +1,40 @@
+// Commands to a sweep. All of them are lines that `python -m sweep.control` takes; without it they are disabled.
+
+import { byId, fill, getJson, make } from './dom.js';
+
+const OF_SWEEP = [['Status', 'status'], ['Add 4 trials', 'add 4'], ['Finish after what runs', 'finish']];
+const OF_TRIAL = ['stop', 'pause', 'go-on', 'keep', 'clone'];
+let takes = false, sweepNow = null, after = null;
+
+export function prepareCommands(takesCommands, current, update) {
+  [takes, sweepNow, after] = [takesCommands, current, update];
+  byId('no-commands').hidden = takes;
+  for (const element of byId('command').elements) element.disabled = !takes;
+  byId('command').addEventListener('submit', (event) => {
+    event.preventDefault();
+    send(byId('line').value);
+  });
+}
+
+export function showCommands(sweep, picked) {
+  const ofTrial = picked === null ? [] : OF_TRIAL.map((verb) => [`${verb} ${picked}`, `${verb} ${picked}`]);
+  const buttons = [...OF_SWEEP, ...ofTrial].map(([words, line]) => make('button', { disabled: !takes, onclick: () => send(line) }, words));
+  fill(byId('buttons'), ...buttons, picked === null ? make('span', { class: 'caption' }, 'Pick a trial for its commands.') : null);
+}
+
+async function send(line) {
+  const reply = byId('reply');
+  reply.hidden = false;
+  reply.textContent = `${line} …`;
+  try {
+    const answer = await getJson(`${sweepNow().path}/command`, {
+      method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify({ line }),
+    });
+    reply.textContent = answer.text || (answer.is_done ? 'done' : 'refused');
+    reply.className = answer.is_done ? '' : 'fault';
+  } catch (error) {
+    reply.textContent = `not sent: ${error.message}`;
+    reply.className = 'fault';
+  }
+  await after();
+}
