@@ -25,6 +25,7 @@ import engine.system.no_working_folder  # noqa: F401 (must be the first)
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from engine.planning.cards import find_card
 from engine.planning.known_cards import speed_basis, with_known_rates
 from engine.planning.planner import make_compute_plan
 from engine.sources.hub_ids import refuse_missing_files
-from engine.system.command_line import asked_to_end, run
+from engine.system.command_line import asked_to_end, progress_lines, run, telling
 from engine.system.files import write_text
 from engine.system.user_path import user_path
 from engine.trial_report import read_reports
@@ -116,6 +117,7 @@ def _train(arguments: list[str]) -> int:
 def _prepare(arguments: list[str]) -> int:
     parser = _parser("prepare")
     parser.add_argument("--answer", type=user_path)
+    parser.add_argument("--progress", action="store_true", help="print JSON lines of how far it is: part, done, total")
     options = parser.parse_args(arguments)
     listed = load_json(options.config)
     if not isinstance(listed, list):
@@ -126,7 +128,9 @@ def _prepare(arguments: list[str]) -> int:
         refuse_missing_files(config.data)
     from engine.prepare import prepare
 
-    return _answer(prepare(configs).to_dict(), options.answer)
+    with telling(progress_lines(sys.stdout)) if options.progress else nullcontext():
+        found = prepare(configs)
+    return _answer(found.to_dict(), options.answer)
 
 
 def _inspect(arguments: list[str]) -> int:

@@ -27,6 +27,7 @@ from engine.model.device import host_share_gib
 from engine.model.inspect import ModelFacts, inspect_model, known_shape, load_tokenizer
 from engine.sources.identity import variant
 from engine.sources.locate import locate
+from engine.system.command_line import tell
 from engine.units import GIB
 
 
@@ -46,7 +47,8 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
     num_trainable: list[int] = []
     notes: list[str] = []
     task: tuple[int, int] | None = None
-    for config in configs:
+    for done, config in enumerate(configs):
+        tell("checking each choice of the space", done, len(configs))
         key = repr(config.model)
         if key not in models:
             models[key] = inspect_model(config.model), load_tokenizer(config.model)

@@ -19,6 +19,7 @@ from engine.config.parsing import parse_dataclass
 from engine.errors import InputError
 
 REPORTS = "reports.jsonl"
+CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint", "checkpoint.previous"  # folders that only resume needs
 TRAIN, RECORDING, EVALUATION, SAVING = "train", "recording", "eval", "save"
 START, MODEL, DATA, ATTACH, WAITING = "start", "model", "data", "attach", "idle"
 
@@ -213,5 +214,6 @@ def _report(file: Path, rung: int, line: bytes) -> TrialReport:
         fault = str(error)
     except (ValueError, RecursionError):
         fault = "it is not valid JSON"
-    allowed = f"line {rung} must be the report of rung {rung}, but {fault}; remove the file: the checkpoint has all reports"
+    way_out = f"restore the file from a copy; while {CHECKPOINT}/ is there, it can be removed"
+    allowed = f"line {rung} must be the report of rung {rung}, but {fault}; {way_out}"
     raise InputError(str(file), line[:80], allowed)

@@ -38,6 +38,10 @@ def _main(arguments: list[str]) -> int:
         from sweep.doctor import diagnose  # loads what only it needs
 
         return diagnose(arguments[1:])
+    if arguments[:1] == ["list"]:
+        from sweep.results.sweeps_list import print_sweeps  # loads Optuna, slowly
+
+        return print_sweeps(arguments[1:])
     from sweep import driver  # loads most of the program, help does not need it
     from sweep.cli.console import warn
 

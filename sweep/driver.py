@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
@@ -29,13 +29,14 @@ from sweep.cli.console import make_console, warn
 from sweep.cluster.ray_environment import set_ray_environment
 from sweep.cluster.slots import Hardware, local_hardware
 from sweep.config.absolute_paths import absolute_uri, with_absolute_paths
-from sweep.config.confirmations import ADDRESS, CODE, credentials, refuse_unconfirmed
+from sweep.config.confirmations import ADDRESS, refuse_unconfirmed
 from sweep.config.resume_changes import apply_resume_changes
 from sweep.config.sweep import ClusterConfig, SweepConfig, parse_sweep_config
 from sweep.execution.engine_commands import print_sample
 from sweep.execution.interruption import taken_signals
 from sweep.execution.worker_config import REAL_ENGINE, EngineModules
 from sweep.folder.flush import wait_until_flushed
+from sweep.folder.notes import is_training
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.plan.feasibility import Feasibility
 from sweep.plan.forecast import describe_cards
@@ -50,14 +51,16 @@ from sweep.preflight import (
     setting_warnings,
     with_beginning,
 )
+from sweep.results.next_steps import resume_command
+from sweep.results.on_end import INTERRUPTED, tell_end
 from sweep.tracking.mlflow_names import data_points, data_tags
 from sweep.tracking.prometheus import MetricsPage, serve
 from sweep.tracking.tracker import make_tracker
+from sweep.trials.record import TrialRecord
 
 if TYPE_CHECKING:
     from sweep.session import SweepSession
 
-INTERRUPTED = 130
 PREPARED_SOON_S = 1.0
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -122,13 +125,14 @@ def _launch(
     warn(warnings)
     if folder is None and plan.config.sweep.warm_start:
         check_warm_start(plan, {}, print)
+    path = None if folder is None else folder.path
     if dry_run:
-        return check_and_forecast(plan, engine, given, folder is None)
-    check_places(plan.config, None if folder is None else folder.path)
+        return check_and_forecast(plan, engine, given, path)
+    check_places(plan.config, path)
     with handled(taken_signals(), _interrupt), _metrics_page(plan) as page:
         try:
             with _loading_meanwhile(plan):
-                feasibility, facts = check_sweep(plan, engine, given)
+                feasibility, facts = check_sweep(plan, engine, given, path)
             data = facts.data
         except KeyboardInterrupt:
             return _interrupted(folder)
@@ -143,7 +147,21 @@ def _launch(
             folder = SweepFolder.create(plan.config, datetime.now())
             folder.write_data(data, facts.accounts)
         with _storage_errors(folder):
-            return _run(plan, folder, engine, feasibility, page, {**data, **recorded})
+            return _announced(folder, plan, lambda: _run(plan, folder, engine, feasibility, page, {**data, **recorded}))
+
+
+def _announced(folder: SweepFolder, plan: SweepPlan, run: Callable[[], int]) -> int:
+    """Run the sweep, and tell its end, of whatever kind, to what tracking.on_end names."""
+    code: int | None = None
+    try:
+        code = run()
+        return code
+    finally:
+        warn(tell_end(plan.config, folder, code))
+
+
+def _is_training(trial: TrialRecord) -> bool:
+    return is_training(Path(trial.folder))
 
 
 def _earlier_day(config: SweepConfig) -> str | None:
@@ -166,7 +184,7 @@ def _run(
         if feasibility.predicts:
             folder.write_card(describe_cards(feasibility))
         section = plan.config.sweep
-        screen = make_console(sys.stdout, plan.num_rungs, section.num_trials, plan.config.rule)
+        screen = make_console(sys.stdout, plan.num_rungs, section.num_trials, plan.config.rule, _is_training)
         tracker = make_tracker(plan.config, folder.path)
         accounts = folder.read_accounts()
         tags = {"sweep.folder": str(folder.path), **provenance(), **data_tags(accounts)}
@@ -242,7 +260,7 @@ def _interrupted(folder: SweepFolder | None) -> int:
     if folder is None:
         print("\nstopped before the sweep began; nothing was written", file=sys.stderr)
     else:
-        print(f"\nstopped; nothing is lost. Go on with:\n  {_resume_command(folder)}", flush=True)
+        print(f"\nstopped; nothing is lost. Go on with:\n  {resume_command(folder)}", flush=True)
     return INTERRUPTED
 
 
@@ -259,16 +277,6 @@ def _report_so_far(folder: SweepFolder) -> None:
         print(f"no report was written; to write one: python -m sweep.report {shlex.quote(str(folder.path))}", flush=True)
 
 
-def _resume_command(folder: SweepFolder) -> str:
-    """Return what to type to go on, with the confirmations that it will be asked for."""
-    words, config = [f"resume={folder.path}"], folder.read_config()
-    words += [f"{CODE}=true"] if config.model.trust_remote_code else []
-    words += [f"metrics.{name}={metric.function}" for name, metric in config.metrics.own.items()]
-    if config.tracking.uri and credentials(os.environ, home_folder()):
-        words.append(f"{ADDRESS}={config.tracking.public_uri}")
-    return f"python -m sweep {' '.join(map(shlex.quote, words))}"
-
-
 @contextmanager
 def _storage_errors(folder: SweepFolder) -> Iterator[None]:
     """Turn a full, read-only or failing disk into one line that says what to do.
@@ -281,7 +289,7 @@ def _storage_errors(folder: SweepFolder) -> Iterator[None]:
         if not isinstance(error, StorageError) and storage_fault(error) is None:
             raise
         what = str(error) if isinstance(error, StorageError) else f"{folder.path} cannot be written ({first_line(error)})"
-        raise StorageError(f"{what}; nothing is lost: make room, then go on with: {_resume_command(folder)}") from error
+        raise StorageError(f"{what}; nothing is lost: make room, then go on with: {resume_command(folder)}") from error
 
 
 def _interrupt(number: int, frame: Any) -> None:

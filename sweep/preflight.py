@@ -18,13 +18,16 @@ from sweep.execution.engine_commands import CommandFailed, inspect, prepare
 from sweep.execution.new_card import measure_new_card
 from sweep.execution.worker_config import EngineModules
 from sweep.folder.output_folder import check_output_folder
+from sweep.ledger.event_files import check_event_files
 from sweep.plan.answers_forecast import answers_line
+from sweep.plan.disk_need import check_disk
 from sweep.plan.feasibility import Feasibility, make_feasibility
 from sweep.plan.forecast import card_line, check_any_fits, describe_forecast, most_demanding, no_forecast_line
 from sweep.plan.idle_settings import idle_settings
 from sweep.plan.rungs import check_rungs
-from sweep.plan.samples import data_warnings, mixture_line, unchecked_line
+from sweep.plan.samples import data_warnings, mixture_line, passes_line, unchecked_line
 from sweep.plan.sweep_plan import SweepPlan
+from sweep.results.on_end import check_on_end
 from sweep.text import params_text
 from sweep.tracking.store_check import check_store
 
@@ -42,6 +45,8 @@ def check_places(config: SweepConfig, sweep_folder: Path | None) -> None:
         line = settle_ray_folder(os.environ)
         if line is not None:
             print(f"note       {line}", flush=True)
+    check_on_end(config.tracking.on_end)
+    check_event_files(config.tracking.tensorboard)
     warn(check_store(config, output))
 
 
@@ -74,17 +79,21 @@ def with_beginning(plan: SweepPlan, facts: Facts, is_new: bool) -> SweepPlan:
     return plan
 
 
-def check_and_forecast(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any], is_new: bool = True) -> int:
-    """Check model and data as a start does, and print the forecast. Returns the exit code.
+def check_and_forecast(
+    plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any], sweep_folder: Path | None = None
+) -> int:
+    """Check model, data and disk as a start does, and print the forecast. Returns the exit code.
 
+    sweep_folder: None for a new sweep.
     What only the hub has, and does not deliver now, is left unchecked, and a line says so. A fault
     is raised after the forecast, which needs no more than the model's config.json.
     """
     faults: list[CommandFailed] = []
     try:
         facts = _checked(plan, engine, given)
-        with_beginning(plan, facts, is_new and not plan.config.sweep.only_most_demanding)
+        with_beginning(plan, facts, sweep_folder is None and not plan.config.sweep.only_most_demanding)
         _forecast(plan, engine, facts)
+        _check_disk(plan, facts, sweep_folder)
     except CommandFailed as error:
         faults.append(error)
         try:
@@ -122,12 +131,15 @@ def _say_answers(config: SweepConfig, feasibility: Feasibility | None, facts: Fa
             print(line, flush=True)
 
 
-def check_sweep(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -> tuple[Feasibility, PreparedFacts]:
-    """Check the whole sweep against model, data and card. Raises InputError if it cannot work.
+def check_sweep(
+    plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any], sweep_folder: Path | None = None
+) -> tuple[Feasibility, PreparedFacts]:
+    """Check the whole sweep against model, data, disk and card. Raises InputError if it cannot work.
 
     Returns the fit check for its trials, and what was found.
     """
     facts = _checked(plan, engine, given)
+    _check_disk(plan, facts, sweep_folder)
     on_gpu = plan.slots.device == "cuda"
     if on_gpu:
         _calibrate(plan.config.cluster, facts, engine)
@@ -136,6 +148,10 @@ def check_sweep(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]
         print(f"{card_line(feasibility)}; trials that are predicted not to fit are not started", flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
     return feasibility, facts
+
+
+def _check_disk(plan: SweepPlan, facts: PreparedFacts, sweep_folder: Path | None) -> None:
+    warn(check_disk(plan, facts, sweep_folder, lambda line: print(line, flush=True)))
 
 
 def _calibrate(cluster: ClusterConfig, facts: Facts, engine: EngineModules) -> None:
@@ -156,6 +172,8 @@ def _checked(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -
         print(f"data: the chat template prints a day; this sweep's is {facts.day} (data.date)", flush=True)
     for account in facts.accounts:
         print(f"data: {account.line()}", flush=True)
+    if (line := passes_line(plan.config, facts)) is not None:
+        print(f"data: {line}", flush=True)
     if line := mixture_line(plan.config, facts):
         print(f"data: {line}", flush=True)
     warn(dict.fromkeys(line for account in facts.accounts for line in account.warnings()))

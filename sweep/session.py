@@ -18,6 +18,7 @@ from sweep.execution.remote_evaluation import evaluate_on_a_slot
 from sweep.execution.tuner import run_trials
 from sweep.execution.worker_config import EngineModules
 from sweep.folder.sweep_folder import SweepFolder
+from sweep.ledger.event_files import make_event_files
 from sweep.ledger.freezer import make_freezer
 from sweep.ledger.ledger import Ledger
 from sweep.ledger.limits import Limits
@@ -28,6 +29,7 @@ from sweep.plan.sweep_plan import SweepPlan
 from sweep.report.build import try_write_report
 from sweep.results.finals_ledger import FinalsLedger, spent_on_finals
 from sweep.results.finish import Evaluate, finish
+from sweep.results.next_steps import next_steps
 from sweep.study.earlier_sweeps import read_earlier
 from sweep.study.study import Study
 from sweep.tracking.prometheus import MetricsPage, SweepMetrics
@@ -124,7 +126,8 @@ class SweepSession:
         limits = Limits.of(self.plan, elsewhere_s=spent_on_finals(self.folder))
         time_left = TimeLeft(limits, self.plan.config.train.report_grid(), self.plan.space.size())
         # the first one, so that a line about an event already counts it
-        listeners = (time_left, self.screen, self.tracker, *([] if metrics is None else [metrics]))
+        others = [metrics, make_event_files(self.plan.config, self.folder.path, self.screen.note)]
+        listeners = (time_left, self.screen, self.tracker, *(other for other in others if other is not None))
 
         def take_limits(limits: Limits) -> None:
             time_left.take_limits(limits)
@@ -180,6 +183,7 @@ class SweepSession:
         is_measured = verdict.reevaluation is not None
         self.tracker.on_sweep_finished(summary, verdict.best, self.folder.best if is_measured else None, ended_s)
         try_write_report(self.folder, self.screen.note)
+        self.screen.note(next_steps(self.folder, config, self.plan.space, is_measured))
         return 0 if is_measured else 1
 
     def _prepare_evaluation(self) -> None:

@@ -23,6 +23,12 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 60.0:.0f} min" if seconds < 5400.0 else f"{seconds / 3600.0:.1f} h"
 
 
+def bytes_text(count: float) -> str:
+    """Format bytes in the unit that shows them in few digits: 0.1 MiB, 12 MiB, 3.4 GiB."""
+    digits = 1 if count < 10 * 2**20 else 0
+    return f"{count / 2**20:,.{digits}f} MiB" if count < 2**30 else f"{count / 2**30:,.1f} GiB"
+
+
 def short_name(path: str) -> str:
     """Return the end of a field's path that tells it from others: `rank`, or `train.0.weight` of a mixture."""
     return ".".join(path.split(".")[1:]) if path.count(".") > 1 else path.rsplit(".", 1)[-1]

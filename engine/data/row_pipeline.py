@@ -21,6 +21,7 @@ from engine.data.readers import SourceRow
 from engine.dialogue.conversation import Conversation, Document, Encoded, SampleError
 from engine.dialogue.encoding import Encoder
 from engine.errors import InputError
+from engine.system.command_line import tell
 from engine.system.limited_child import Bounded, TooCostly
 
 BATCH_ROWS, BATCH_CHARACTERS = 256, 400_000
@@ -125,6 +126,7 @@ class RowPipeline:
                 continue
             size += _size(batch[-1].content)
             if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
+                tell("tokenising rows", self.counts.num_read)
                 yield batch
                 batch, size = [], 0
         if batch:

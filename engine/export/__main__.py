@@ -17,11 +17,12 @@ import engine.system.no_working_folder  # noqa: F401 (must be the first)
 # isort: split
 import argparse
 import sys
+from contextlib import closing
 
 from engine.config.permission import FLAG
 from engine.config.trial import load_train_config
 from engine.export.model_card import TITLES
-from engine.system.command_line import run
+from engine.system.command_line import ProgressBar, run, telling
 from engine.system.user_path import user_path
 
 
@@ -48,7 +49,9 @@ def _main(options: argparse.Namespace) -> int:
     from engine.export.forms import export  # late: --help and typing errors do not wait for torch
 
     allowed = {"measure": not options.no_losses, "trust_remote_code": options.trust_remote_code}
-    measured = export(options.adapter, options.to, options.out, config=config, **allowed)
+    bar = ProgressBar(sys.stderr)
+    with telling(bar), closing(bar):
+        measured = export(options.adapter, options.to, options.out, config=config, **allowed)
     if measured is not None:
         merged = "" if measured.merged is None else f", merged {measured.merged:.4f}"
         print(f"eval loss: base model {measured.base:.4f}, with the adapter {measured.adapter:.4f}{merged}")

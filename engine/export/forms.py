@@ -32,6 +32,7 @@ from engine.model.device import free, pick_device
 from engine.model.inspect import load_tokenizer, model_config
 from engine.model.load import load_base
 from engine.sources.locate import locate
+from engine.system.command_line import tell
 from engine.system.files import write_folder
 from engine.system.provenance import provenance
 
@@ -64,6 +65,7 @@ def export(
     def fill(target: Path) -> None:
         dtype = WRITERS[form](adapter, model, folder, target)
         merged = target / "merged" if form == "gguf-merged" else target if form == "merged" else None
+        tell("measuring losses of base model and adapter")
         measured = _measure(config, adapter, merged) if measure and config else None
         results.append(measured)
         if form == "gguf-merged":

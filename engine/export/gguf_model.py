@@ -25,6 +25,7 @@ from engine.adapter.portable import Adapter
 from engine.errors import InputError
 from engine.export.gguf_vocab import add_vocab
 from engine.export.merge import weight_files
+from engine.system.command_line import tell
 
 ARCHITECTURES = {
     "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
@@ -166,7 +167,9 @@ def llama3_factors(rope: dict[str, Any], theta: float, head_dim: int) -> Tensor:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for key, file in weight_files(folder).items():
+    files = weight_files(folder)
+    for done, (key, file) in enumerate(files.items()):
+        tell("writing GGUF tensors", done, len(files))
         with safe_open(file, framework="pt") as opened:
             yield key, opened.get_tensor(key)
 

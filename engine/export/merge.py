@@ -26,6 +26,7 @@ from engine.config.trial import HUB_ID, ModelConfig
 from engine.errors import InputError, first_line
 from engine.export.stored_names import stored_names
 from engine.sources.weight_files import INDEX, SINGLE, check_weights
+from engine.system.command_line import tell
 from engine.system.user_path import user_path
 
 HALF = (torch.float16, torch.bfloat16)
@@ -115,7 +116,9 @@ def write_merged(adapter: Adapter, base: Path, target: Path, model: ModelConfig)
     targets = find_targets(adapter, files, model)
     dtype = merged_dtype(files)
     total = 0
-    for file in sorted(set(files.values())):
+    names = sorted(set(files.values()))
+    for done, file in enumerate(names):
+        tell("merging weight files", done, len(names))
         tensors = dict(merged_tensors(adapter, file, dtype, targets))
         total += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, target / file.name, metadata={"format": "pt"})

@@ -212,6 +212,11 @@ def _outdated(path: Path) -> Path:
     return path.with_name(f".{path.name}.outdated")
 
 
+def every_form(path: Path) -> tuple[Path, ...]:
+    """Return the folder `path`, and the folders that stand in for it while it is replaced."""
+    return path, staged(path), _aside(path), _outdated(path)
+
+
 def home_folder() -> Path | None:
     """Return the user's home folder; None for a user without one, as in some containers."""
     try:

@@ -31,10 +31,9 @@ from engine.adapter.lora import LoraLinear, load_adapter_state
 from engine.adapter.peft_files import PREFIX, adapter_bytes
 from engine.errors import CheckpointError, InputError, first_line
 from engine.system.files import drop_outdated, drop_staged, place_folder, settle, stage_folder, staged
-from engine.trial_report import TrialReport
+from engine.trial_report import CHECKPOINT, PREVIOUS_CHECKPOINT, TrialReport
 
 MASKS = "hash"  # engine/adapter/flat.py: a function of seed, step and place
-FOLDER, PREVIOUS = "checkpoint", "checkpoint.previous"
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.pt", "state.json"
 # States of torch's and of bitsandbytes' AdamW that have the parameter's shape.
 PER_PARAMETER = ("exp_avg", "exp_avg_sq", "state1", "state2")
@@ -155,7 +154,7 @@ def stage(trial_folder: Path, layers: dict[str, LoraLinear], state: dict[str, An
             (folder / name).write_bytes(content)
             digests[name] = hashlib.sha256(content).hexdigest()
 
-    stage_folder(trial_folder / FOLDER, fill)
+    stage_folder(trial_folder / CHECKPOINT, fill)
     return digests
 
 
@@ -165,30 +164,30 @@ def place(trial_folder: Path, progress: Progress, digests: dict[str, str]) -> No
     digests: what `stage` returned. They tie the state to its tensors.
     """
     text = json.dumps(asdict(progress) | {"sha256": digests}, sort_keys=True)
-    place_folder(trial_folder / FOLDER, {STATE: text}, previous=trial_folder / PREVIOUS)
+    place_folder(trial_folder / CHECKPOINT, {STATE: text}, previous=trial_folder / PREVIOUS_CHECKPOINT)
 
 
 def staged_adapter(trial_folder: Path) -> Path:
     """Return the flushed file of the staged adapter, in PEFT's format."""
-    return staged(trial_folder / FOLDER) / ADAPTER
+    return staged(trial_folder / CHECKPOINT) / ADAPTER
 
 
 def warn_of_masks(trial_folder: Path, progress: Progress) -> None:
     """Say that a trial with dropout does not go on as it would have without a stop."""
     if progress.masks != MASKS:
         told = "began in an older version, which drew dropout's masks another way; its losses differ from those without a stop"
-        print(f"WARNING: {trial_folder / FOLDER} {told}", file=sys.stderr)
+        print(f"WARNING: {trial_folder / CHECKPOINT} {told}", file=sys.stderr)
 
 
 def drop_previous(trial_folder: Path) -> None:
     """Delete `checkpoint.previous`: a finished trial needs only its last checkpoint."""
-    shutil.rmtree(trial_folder / PREVIOUS, ignore_errors=True)
-    drop_outdated(trial_folder / FOLDER)
+    shutil.rmtree(trial_folder / PREVIOUS_CHECKPOINT, ignore_errors=True)
+    drop_outdated(trial_folder / CHECKPOINT)
 
 
 def drop_unplaced(trial_folder: Path) -> None:
     """Delete the tensors of a checkpoint that was not completed."""
-    drop_staged(trial_folder / FOLDER)
+    drop_staged(trial_folder / CHECKPOINT)
 
 
 def load(trial_folder: Path, fingerprint: str, tensors: Tensors) -> Progress | None:
@@ -197,8 +196,8 @@ def load(trial_folder: Path, fingerprint: str, tensors: Tensors) -> Progress | N
     A torn `checkpoint` falls back to `checkpoint.previous`. Raises CheckpointError if neither is
     complete, or if the checkpoint belongs to another config; nothing has been changed then.
     """
-    settle(trial_folder / FOLDER)
-    folder, previous = trial_folder / FOLDER, trial_folder / PREVIOUS
+    settle(trial_folder / CHECKPOINT)
+    folder, previous = trial_folder / CHECKPOINT, trial_folder / PREVIOUS_CHECKPOINT
     if not folder.is_dir() and not previous.is_dir():
         return None
     try:

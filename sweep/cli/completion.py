@@ -1,6 +1,7 @@
-"""Complete words in bash, once the user has run `source <(python -m sweep --completion bash)`.
+"""Complete words in bash, zsh or fish, once the shell has read what `--completion SHELL` prints.
 
-The shell then runs `python -m sweep --complete WORD` for each word.
+In bash and zsh that is `source <(python -m sweep --completion bash)`, in fish
+`python -m sweep --completion fish | source`. The shell then runs `python -m sweep --complete WORD` for each word.
 
 Hydra has its own completion, but that needs a program that is a file, not `python -m`. For a key it
 offers only the current value. This one offers every key that the config models know, and the values
@@ -15,7 +16,7 @@ from engine.errors import InputError
 from sweep.cli.config_keys import keys, sections, space_paths
 from sweep.config.conf_files import APPENDED, groups
 
-OPTIONS = ("doctor", "show-sample", "--help", "--cfg", "--completion")
+OPTIONS = ("doctor", "list", "show-sample", "--help", "--cfg", "--completion")
 FILES = ("resume", "model.path", "data.train", "data.eval", "data.chat_template", "lora.start_from", "sweep.output_dir")
 # Bash breaks words at `=` and `:`. The script joins the parts again, and cuts the part before the
 # last break off the answers. Other Python commands keep their own completion.
@@ -43,13 +44,61 @@ _qlora_sweep() {
 }
 complete -o bashdefault -o default -F _qlora_sweep python python3
 """
+# zsh breaks words at spaces alone, so a candidate is the whole word.
+ZSH = r"""
+_qlora_sweep() {
+    local -a found open closed
+    local -i at=${words[(I)-m]}
+    if (( ! at || CURRENT < at + 2 )) || [[ "${words[at+1]}" != sweep ]]; then
+        if (( $+functions[_python] )); then _python; else _default; fi
+        return
+    fi
+    found=("${(@f)$("${(Q)words[1]}" -m sweep --complete "${(Q)PREFIX}" 2>/dev/null)}")
+    if [[ "${found[1]}" == "<files>" ]]; then
+        compset -P '*='
+        _files
+        return
+    fi
+    found=("${(@)found:#}")
+    open=("${(@M)found:#*[=.]}")
+    closed=("${(@)found:#*[=.]}")
+    compadd -S '' -a open
+    compadd -a closed
+}
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+compdef _qlora_sweep python python3
+"""
+FISH = r"""
+function __qlora_sweep_is_meant
+    set -l words (commandline -opc)
+    set -l at (contains -i -- -m $words)
+    or return 1
+    test "$words[(math $at + 1)]" = sweep
+end
+function __qlora_sweep_words
+    set -l words (commandline -opc)
+    set -l word (commandline -ct)
+    for found in ($words[1] -m sweep --complete "$word" 2>/dev/null)
+        if test "$found" = "<files>"
+            set -l key (string replace -r -- '=.*' '=' "$word")
+            for file in (__fish_complete_path (string replace -r -- '^[^=]*=' '' "$word"))
+                echo "$key$file"
+            end
+        else
+            echo "$found"
+        end
+    end
+end
+complete -c python -c python3 -n __qlora_sweep_is_meant -f -a '(__qlora_sweep_words)'
+"""
+SHELLS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 
 
 def script(shell: str) -> str:
-    """Return the script that the shell must source. Raises InputError if it is not bash."""
-    if shell != "bash":
-        raise InputError("--completion", shell, "must be bash")
-    return BASH.strip()
+    """Return the script that the shell must source. Raises InputError for a shell that has none."""
+    if shell not in SHELLS:
+        raise InputError("--completion", shell, f"must be one of {', '.join(SHELLS)}")
+    return SHELLS[shell].strip()
 
 
 def candidates(word: str) -> list[str]:
@@ -77,6 +126,8 @@ def _starts(key: str) -> Iterator[str]:
 def _values(key: str) -> list[str]:
     if key in groups():
         return groups()[key]
+    if key == "--completion":
+        return list(SHELLS)
     if key == "dry_run":
         return ["true", "false"]
     section = key.split(".")[0]

@@ -31,6 +31,7 @@ COLORS = {
     Outcome.INFEASIBLE: "dim",
 }
 DEFAULT_RULE = Rule()
+LOADING = "loading"
 NUM_ENDED_SHOWN = 20  # a table longer than the screen cannot be redrawn in place
 
 
@@ -75,8 +76,16 @@ class LineConsole:
 class TableConsole:
     """Redraw one table in place, four times a second, for a terminal."""
 
-    def __init__(self, stream: TextIO, num_rungs: int, num_trials: int, rule: Rule = DEFAULT_RULE) -> None:
-        """Show the trials. rule: which one is marked as the winner so far."""
+    def __init__(
+        self,
+        stream: TextIO,
+        num_rungs: int,
+        num_trials: int,
+        rule: Rule = DEFAULT_RULE,
+        is_training: Callable[[TrialRecord], bool] = lambda record: True,
+    ) -> None:
+        """Show the trials. rule: which one is marked as the winner so far. is_training: has it loaded the model?"""
+        self._is_training = is_training
         self._num_rungs, self._num_trials, self._started, self._rule = num_rungs, num_trials, time.monotonic(), rule
         self._records: dict[int, TrialRecord] = {}
         self._time_left = _no_time_left
@@ -144,7 +153,7 @@ class TableConsole:
         return (
             Text(str(record.number)),
             Text(params_text(record.params)),
-            Text(_rung_text(record, self._num_rungs)),
+            Text(LOADING if self._is_loading(record) else _rung_text(record, self._num_rungs)),
             Text(f"{last.tokens_seen:,}" if last else ""),
             Text(score, style="bold green" if record is best else ""),
             *(Text(f"{scores[name]:.4f}" if name in scores else "") for name in self._metrics()),
@@ -153,12 +162,21 @@ class TableConsole:
         )
 
 
+    def _is_loading(self, record: TrialRecord) -> bool:
+        """Return whether the trial's process still loads libraries and model, or quantises it."""
+        return record.outcome is Outcome.RUNNING and not record.reports and not self._is_training(record)
+
+
 Screen = LineConsole | TableConsole
 
 
-def make_console(stream: TextIO, num_rungs: int, num_trials: int, rule: Rule = DEFAULT_RULE) -> Screen:
+def make_console(
+    stream: TextIO, num_rungs: int, num_trials: int, rule: Rule, is_training: Callable[[TrialRecord], bool]
+) -> Screen:
     """Return a table console if the stream is a terminal, else a line console."""
-    return TableConsole(stream, num_rungs, num_trials, rule) if stream.isatty() else LineConsole(stream, num_rungs)
+    if not stream.isatty():
+        return LineConsole(stream, num_rungs)
+    return TableConsole(stream, num_rungs, num_trials, rule, is_training)
 
 
 def _no_time_left() -> str:

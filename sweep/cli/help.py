@@ -22,9 +22,10 @@ USAGE = """usage: python -m sweep [group=option ...] [section.key=value ...]
   python -m sweep ... cluster.card=rtx4090 dry_run=true        also predict memory, speed and GPU hours there; needs no GPU
   python -m sweep ... --cfg                                    print the composed config, start nothing
   python -m sweep doctor                                       can a sweep run on this machine? what to do where not
+  python -m sweep list                                         the sweeps in sweeps/: how each stands, its best loss
   python -m sweep show-sample +experiment=... data.train=my.jsonl      a sample as the model sees it, its targets marked
   python -m sweep resume=sweeps/quickstart-20250101-120000     continue after a kill; num_trials and budget may be raised
-  source <(python -m sweep --completion bash)                  Tab completes groups, options, keys and values in this shell
+  source <(python -m sweep --completion bash)                  Tab completes groups, options, keys, values; zsh and fish too
 """
 
 

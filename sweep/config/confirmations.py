@@ -1,7 +1,8 @@
 """Ask for what a sweep folder alone may not decide.
 
 The folder may come from someone else. Permission to run a model's own code or a metric's function,
-and the address that MLflow's credentials are sent to, come from the command line or the environment.
+the command at the end, and the address that MLflow's credentials are sent to, come from the command
+line or the environment.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 from engine.errors import InputError
 from sweep.config.sweep import SweepConfig
 
-CODE, ADDRESS = "model.trust_remote_code", "tracking.uri"
+CODE, ADDRESS, ON_END = "model.trust_remote_code", "tracking.uri", "tracking.on_end"
 CONFIRMED = (CODE, ADDRESS)
 """Fields that a resume may repeat, and must not change."""
 CREDENTIALS = (
@@ -32,6 +33,9 @@ def refuse_unconfirmed(config: SweepConfig, given: Mapping[str, Any], environmen
     if config.model.trust_remote_code and given.get(CODE) is not True:
         allowed = f"a sweep folder cannot permit that the model's own code runs; if you trust it, add {CODE}=true"
         raise InputError(CODE, True, allowed)
+    if config.tracking.on_end is not None and given.get(ON_END) != config.tracking.on_end:
+        allowed = f"a sweep folder cannot name what is started or posted to; repeat it if it is yours, or add {ON_END}=null"
+        raise InputError(ON_END, config.tracking.on_end, allowed)
     for name, metric in config.metrics.own.items():
         if not any(given.get(key) == metric.function for key in own_keys(name)):
             allowed = f"a sweep folder cannot permit that a function runs; if you trust it, add metrics.{name}={metric.function}"

@@ -22,7 +22,7 @@ BUDGETS = {
 }  # fmt: skip
 PLACE = (
     "cluster.address", "cluster.num_gpus", "cluster.wait_s", "cluster.card", "cluster.calibrate", "tracking.name",
-    "tracking.metrics_port", "tracking.metrics_host",
+    "tracking.metrics_port", "tracking.metrics_host", "tracking.tensorboard", "tracking.on_end",
 )  # fmt: skip
 CHOICE = ("sweep.tie_within", "sweep.final_seeds", "sweep.budget.target_metric")
 AMENDABLE = (NUM_TRIALS, *BUDGETS, *CHOICE, *PLACE)

@@ -8,7 +8,6 @@ sampler and pruner decide, and where the trials run.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -24,8 +23,8 @@ from engine.planning.cards import find_card
 from sweep.config.budget_limits import MAX_TRIALS, BudgetConfig
 from sweep.config.pruner_options import PRUNERS, NoPrunerConfig, PrunerConfig, SuccessiveHalvingConfig
 from sweep.config.sampler_options import SAMPLERS, FreezeThawConfig, SamplerConfig, TpeConfig
+from sweep.config.tracking_options import TrackingConfig
 from sweep.space.parse import flattened
-from sweep.text import without_password
 from sweep.trials.objectives import EVAL_LOSS, MEASURES
 from sweep.trials.selection import Rule
 
@@ -54,7 +53,7 @@ def _auto_or_card(value: Any) -> Any:
 AutoInt = Annotated[int | Literal["auto"], _auto_or_at_least(0)]
 AutoPositive = Annotated[int | Literal["auto"], _auto_or_at_least(1)]
 AutoCard = Annotated[str, PlainValidator(_auto_or_card)]
-MAX_FINAL_SEEDS = 8
+MAX_FINAL_SEEDS, NUM_FINALISTS = 8, 2
 
 
 class SweepSection(StrictModel):
@@ -120,41 +119,6 @@ class ClusterConfig(StrictModel):
         21_600.0,
         description="seconds without a report, after which the driver kills a trial's worker as hung; null: no limit",
     )
-
-
-class TrackingConfig(StrictModel):
-    """Set where other programs can follow the sweep: in MLflow, and on a page for Prometheus."""
-
-    name: Literal["mlflow", "none"] = "mlflow"
-    uri: str | None = Field(None, description="null: sqlite:///<output_dir>/mlflow.db")
-    metrics_port: Annotated[int, Field(ge=0, le=65_535)] | None = Field(
-        None, description="port of the driver's page for Prometheus; 0: any free port; null: no page"
-    )
-    metrics_host: str = Field(
-        "127.0.0.1", min_length=1, description="address on which the page listens; 127.0.0.1: for this machine only"
-    )
-    registered_model: str | None = Field(
-        "auto",
-        pattern=r"^[^/:]+$",
-        max_length=200,
-        description="model of which the best adapter becomes a version, without / and :; auto: the sweep's name; null: none",
-    )
-
-    @field_validator("uri")
-    @classmethod
-    def _no_password(cls, uri: str | None) -> str | None:
-        """Refuse a password, because sweep_config.json in every sweep folder would hold it."""
-        found = re.search(r"//([^/\s]*)@", uri or "")
-        if found and ":" in found[1]:
-            shown = re.sub(r"//[^/\s]*@", "//...@", uri)
-            allowed = "must hold no password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
-            raise InputError("tracking.uri", shown, f"{allowed} (for a database, use its password file)")
-        return uri
-
-    @property
-    def public_uri(self) -> str | None:
-        """Return the URI without the user and password that it may contain."""
-        return None if self.uri is None else without_password(self.uri)
 
 
 class SweepConfig(StrictModel):

@@ -19,6 +19,7 @@ PATHS = (
     "model.path", "data.train", "data.eval", "data.chat_template", "lora.start_from", "sweep.output_dir", "tracking.uri",
     "resume",
 )  # fmt: skip
+COMMANDS = ("tracking.on_end",)  # taken as typed too: quotes in it are its own
 LISTS = ("sweep.warm_start",)
 PATH_OR_LIST = ("data.train", "data.eval")  # [a.jsonl,b.jsonl] is a list, unless a file has that very name
 AS_HYDRA_HAS_IT = ("null", "???")  # no value, and a value that is still missing
@@ -40,6 +41,8 @@ def in_hydras_grammar(key: str, value: str) -> str:
         return f"[{','.join(_items(value[1:-1]))}]"
     if key in PATHS:
         return _quoted(value)
+    if key in COMMANDS:
+        return value if value == "null" else _as_typed(value)
     if key in LISTS:
         if is_list:
             return f"[{','.join(_items(value[1:-1]))}]"
@@ -50,6 +53,10 @@ def in_hydras_grammar(key: str, value: str) -> str:
 def _quoted(value: str) -> str:
     if value in AS_HYDRA_HAS_IT or QUOTED.fullmatch(value):
         return value
+    return _as_typed(value)
+
+
+def _as_typed(value: str) -> str:
     # Hydra removes one half of the backslashes before a quote, and only there
     return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
 

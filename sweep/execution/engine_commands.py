@@ -6,10 +6,12 @@ So the driver never loads torch, and holds no memory on a GPU.
 from __future__ import annotations
 
 import json
+import select
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from engine.command_answers import AdapterEvaluation, Facts, PreparedFacts
@@ -18,6 +20,7 @@ from engine.config.permission import FLAG, METRICS_FLAG
 from engine.config.trial import TrainConfig
 from engine.errors import EngineError
 from engine.system.child_python import own_environment, python_module
+from engine.system.command_line import ProgressBar, read_progress
 
 
 class CommandFailed(EngineError):
@@ -42,7 +45,7 @@ def prepare(configs: list[TrainConfig], module: str) -> PreparedFacts:
     with tempfile.TemporaryDirectory(prefix="sweep-prepare-") as folder:
         request, answer = Path(folder, "configs.json"), Path(folder, "answer.json")
         request.write_text(json.dumps([config.model_dump(mode="json") for config in configs]))
-        _run([module, "prepare", str(request), "--answer", str(answer)], configs)
+        _run_shown([module, "prepare", str(request), "--answer", str(answer), "--progress"], configs)
         return PreparedFacts.from_dict(load_json(answer))
 
 
@@ -162,6 +165,30 @@ def _run(arguments: list[str], configs: list[TrainConfig], standby: Standby | No
     done = subprocess.run(_command(arguments, configs), env=own_environment(), capture_output=True, text=True)
     if done.returncode:
         raise _failure(done.returncode, done.stderr, arguments[:2])
+
+
+def _run_shown(arguments: list[str], configs: list[TrainConfig]) -> None:
+    """Run a command that tells how far it is, and show that."""
+    bar = ProgressBar(sys.stdout)
+    with (
+        closing(bar),
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            _command(arguments, configs), env=own_environment(), stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as child,
+    ):
+        try:
+            while child.poll() is None:
+                if not select.select([child.stdout], [], [], 1.0)[0]:
+                    bar.tick()
+                elif (told := read_progress(child.stdout.readline())) is not None:
+                    bar(*told)
+        except BaseException:  # Ctrl-C
+            child.kill()
+            raise
+        if child.returncode:
+            errors.seek(0)
+            raise _failure(child.returncode, errors.read(), arguments[:2])
 
 
 def _failure(code: int, errors: str, command: list[str]) -> CommandFailed:

@@ -11,6 +11,7 @@ it.
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +37,14 @@ def flush_soon(path: Path) -> None:
 def wait_until_flushed() -> None:
     """Return once every file requested so far is on the disk."""
     _pool.submit(lambda: None).result()
+
+
+def remove_soon(folder: Path) -> None:
+    """Remove the folder in the background, once every file requested so far is on the disk.
+
+    A power cut may then keep the folder, but never lose the journal's reason to remove it.
+    """
+    _pool.submit(shutil.rmtree, folder, ignore_errors=True)
 
 
 def replace_text(path: Path, text: str) -> None:

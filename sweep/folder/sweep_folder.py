@@ -209,14 +209,14 @@ class SweepFolder:
         probe.unlink()
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the folder for this process. Raises InputError if another driver has it."""
+    def lock(self, field: str = "resume") -> Iterator[None]:
+        """Hold the folder for this process. Raises InputError about `field` if another driver has it."""
         lock = FileLock(self.lock_file)
         if not lock.acquire():
             allowed = "another driver works in this sweep folder; wait until it ends, or stop it"
             if lock.holder is not None:  # it may be of another machine, which no one can ask
                 allowed += f"; if it has died on another machine, remove {lock.holder}"
-            raise InputError("resume", str(self.path), allowed)
+            raise InputError(field, str(self.path), allowed)
         try:
             yield
         finally:

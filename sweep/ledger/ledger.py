@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.trial_report import TrialReport
 from sweep.curves.situation import GoOn
+from sweep.folder.litter import drop_if_ended
 from sweep.folder.notes import was_terminated
 from sweep.folder.steady_clock import SteadyClock
 from sweep.folder.sweep_folder import SweepFolder
@@ -90,12 +91,11 @@ class Ledger(Halt):
             elif record.outcome is not Outcome.PAUSED and self._keeps_slot(number):
                 self._queue(number)
         self._stop_waiting_where_spent()
-        for record in self.records:
-            if record.source is not None:
-                continue
+        for record in (record for record in self.records if record.source is None):
             if record.outcome is not Outcome.RUNNING and not self._folder.has_result(record.number):
                 self._folder.write_train_config(record.number, self._study.config(record.number))
                 self._folder.write_result(record.number, record.result())
+            drop_if_ended(record)  # a kill may have kept its checkpoints
             self._tell_listeners(record)
         return list(self._waiting)
 
@@ -287,6 +287,7 @@ class Ledger(Halt):
         self._update(record)
         if record.outcome not in GOING_ON:
             del self._records[record.number]
+        drop_if_ended(record)
 
     def _update(self, record: TrialRecord) -> None:
         self._records[record.number] = record

@@ -19,7 +19,7 @@ from sweep.text import duration_text
 from sweep.trials.record import Outcome, TrialRecord
 
 UNKNOWN = "-"
-HOUR_S = 3600.0
+HOUR_S, LEAST_HOURS = 3600.0, 0.1  # fewer hours of all slots are not worth a number
 UNFINISHED = (Outcome.RUNNING, Outcome.STOPPED, Outcome.PAUSED)
 
 
@@ -70,6 +70,7 @@ class TimeLeft:
         self._lengths = [after - before for before, after in zip([0, *grid], grid)]
         self._seen: dict[int, _Seen] = {}
         self._refused: set[int] = set()
+        self._work_s = 0.0  # of all slots, expected when the seconds were last asked for
         self._costs, self._num_trained, self._lock = _Costs(), 0, threading.Lock()
         self._stands: Counter[tuple[int, Outcome]] = Counter()
 
@@ -103,7 +104,10 @@ class TimeLeft:
             self._stands[seen.num_reports, seen.outcome] += 1
 
     def text(self) -> str:
-        """Return it in words, such as `3 of 12 trials ended, time left: about 25 min`. `-` is unknown."""
+        """Return it in words, such as `3 of 12 trials ended, time left: about 25 min`. `-` is unknown.
+
+        With several slots the hours of all of them follow.
+        """
         with self._lock:
             num_ended = sum(count for (_, outcome), count in self._stands.items() if outcome is not Outcome.RUNNING)
             has_work = num_ended < len(self._seen) or self._num_new() > 0
@@ -119,7 +123,9 @@ class TimeLeft:
             return f"{ended}, time left: {UNKNOWN}"
         about = "at most" if self._limits.budget.target_loss is not None else "about"
         until = f" (sweep.budget.{bound})" if bound not in (None, "full_trials") else ""
-        return f"{ended}, time left: {about} {duration_text(max(seconds, 1.0))}{until}"
+        hours = min(self._work_s, seconds * self._limits.num_slots) / HOUR_S
+        of_all = f", {hours:,.2g} slot hours" if self._limits.num_slots > 1 and hours >= LEAST_HOURS else ""
+        return f"{ended}, time left: {about} {duration_text(max(seconds, 1.0))}{of_all}{until}"
 
     def seconds(self) -> float | None:
         """Return the seconds until the last trial ends, or None before the first report."""
@@ -136,6 +142,7 @@ class TimeLeft:
         num_new = self._num_new()
         each_s = self._begin_s() + self._rest(0, shares, token_s)
         work_s = sum(running) + num_new * each_s
+        self._work_s = work_s
         longest_s = max([*running, each_s if num_new else 0.0], default=0.0)
         ends = [(max(work_s / self._limits.num_slots, longest_s), None), *self._budget_ends()]
         return min(ends, key=lambda end: end[0])

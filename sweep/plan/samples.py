@@ -14,6 +14,18 @@ MAX_PASSES = 20  # beyond, an adapter learns the samples by heart
 MIN_EVAL_SAMPLES = 32  # below, chance decides between trials
 
 
+def passes_line(config: SweepConfig, facts: PreparedFacts) -> str | None:
+    """Return how often a trial reads each sample; None if the tokens of a pass are not known."""
+    tokens, budget = facts.num_train_tokens, config.train.max_tokens
+    if not tokens:
+        return None
+    passes = budget / tokens
+    times = f"{passes:,.0f} passes" if passes >= 10 else f"{passes:.3g} {'pass' if passes == 1 else 'passes'}"
+    read = facts.num_train_samples * passes
+    samples = f"about {counted(max(round(read), 1), 'sample')}"
+    return f"{counted(budget, 'token')} a trial = {times} over {counted(tokens, 'token')}: {samples}"
+
+
 def data_warnings(config: SweepConfig, facts: PreparedFacts, given: Mapping[str, Any]) -> Iterator[str]:
     """Yield one line for each doubt about the data.
 

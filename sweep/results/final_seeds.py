@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sweep.config.sweep import NUM_FINALISTS
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.study.journal import read_records
 from sweep.trials.objectives import EVAL_LOSS
@@ -18,7 +19,6 @@ from sweep.trials.record import Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
 SEED = "train.seed"
-NUM_FINALISTS = 2
 
 
 @dataclass(frozen=True)

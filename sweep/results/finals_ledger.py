@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sweep.config.sweep import MAX_FINAL_SEEDS, SweepConfig, parse_sweep_config
+from sweep.config.sweep import MAX_FINAL_SEEDS, NUM_FINALISTS, SweepConfig, parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
 from sweep.ledger.ledger import Ledger
 from sweep.ledger.limits import Limits
 from sweep.plan.sweep_plan import SweepPlan
 from sweep.results.contest import with_contest
-from sweep.results.final_seeds import NUM_FINALISTS, SEED, finalists, without_seed
+from sweep.results.final_seeds import SEED, finalists, without_seed
 from sweep.space.parse import parse_space
 from sweep.study.study import FitCheck, Study
 from sweep.text import metrics_text

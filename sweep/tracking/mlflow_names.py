@@ -65,12 +65,13 @@ SUMMARY = {
 }
 # tags, because they may change while a trial runs
 PLAN = ("micro_batch_size", "activation_checkpointing")
+# MLflow shows FAILED and KILLED as a red cross, and SCHEDULED as a clock
 STATUS = {
     Outcome.RUNNING: "RUNNING",
     Outcome.COMPLETE: "FINISHED",
-    Outcome.STOPPED: "KILLED",
-    Outcome.PAUSED: "KILLED",
-    Outcome.PRUNED: "KILLED",
+    Outcome.STOPPED: "SCHEDULED",
+    Outcome.PAUSED: "SCHEDULED",
+    Outcome.PRUNED: "FINISHED",
     Outcome.INFEASIBLE: "KILLED",
 }  # the others: FAILED
 SWEEP_PARAMS = ("model.path", "model.quantization", "data.train", "train.max_tokens", "sampler.name", "pruner.name", "sweep.seed")

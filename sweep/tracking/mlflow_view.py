@@ -13,8 +13,8 @@ from sweep.tracking.mlflow_names import METRICS
 
 LOSS, BEST = METRICS["eval_loss"], METRICS["best_eval_loss"]
 SHOWN = (BEST, METRICS["tokens_per_second"], METRICS["peak_allocated_gib"], METRICS["predicted_peak_gib"])
-WIDTHS = {"attributes.`Run Name`": 210, "tags.`outcome`": 130, "runDateAndNestInfo": 120, "duration": 90}
-PARAM_WIDTH, METRIC_WIDTH = 140, 160
+WIDTHS = {"attributes.`Run Name`": 190, "tags.`outcome`": 130, "runDateAndNestInfo": 60, "duration": 90}
+PARAM_WIDTH, METRIC_WIDTH = 110, 130
 MAX_RUNS = 1000  # a chart shows 10 runs by default
 SECTION = "Compare trials"
 CHART = {"deleted": False, "isGenerated": False, "runsCountToCompare": MAX_RUNS, "metricSectionId": SECTION}
@@ -42,13 +42,16 @@ def page_queries(key: str) -> dict[str, str]:
 
 
 def view(sweep_id: str, params: Sequence[Mapping[str, str]], metrics: set[str]) -> dict[str, Any]:
-    """Show the sweep's trials, best first: outcome, sampled values and what each reached.
+    """Show the sweep's trials, best first: sampled values, what each reached, outcome.
 
     params: path -> value of each trial; metrics: the names that any trial has.
     """
     names = sorted({name for sampled in params for name in sampled})
     shown = [f"metrics.`{name}`" for name in SHOWN if name in metrics]
-    columns = ["tags.`outcome`", *shown[:1], *(f"params.`{name}`" for name in names), *shown[1:]]
+    # a run's name says its outcome too, so what was sampled can stand next to it
+    varied = _varied(names, params)
+    first = [*varied, *(name for name in names if name not in varied)]
+    columns = [*(f"params.`{name}`" for name in first), *shown, "tags.`outcome`"]
     widths = {column: METRIC_WIDTH if column.startswith("metrics") else PARAM_WIDTH for column in columns} | WIDTHS
     return {
         "searchFilter": f"tags.`sweep.id` = '{sweep_id}' and tags.`sweep.kind` = 'trial'",
@@ -59,7 +62,7 @@ def view(sweep_id: str, params: Sequence[Mapping[str, str]], metrics: set[str]) 
         "columnWidths": widths,
         "runsHiddenMode": "SHOW_ALL",
         "hideEmptyCharts": True,
-        **_charts(_varied(names, params), metrics),
+        **_charts(varied, metrics),
     }
 
 
@@ -88,7 +91,7 @@ def _charts(varied: list[str], metrics: set[str]) -> dict[str, Any]:
         charts.append(_scatter({"key": METRICS["peak_allocated_gib"], "type": "METRIC"}))
     kept = [{"uuid": f"sweep-{number}", **CHART, **chart} for number, chart in enumerate(charts)]
     section = {"uuid": SECTION, "name": SECTION, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
-    section |= {"columns": 2, "cardHeight": 400}
+    section |= {"columns": 1, "cardHeight": 400}  # two would be 220 pixels wide each in a window of 1400
     return {"compareRunCharts": kept, "compareRunSections": [section], "isAccordionReordered": True}
 
 

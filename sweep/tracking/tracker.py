@@ -130,7 +130,8 @@ def make_tracker(config: SweepConfig, folder: Path) -> Tracker | NullTracker:
     if config.tracking.name == "none":
         return NullTracker()
     uri = config.tracking.uri or local_uri(folder.parent)
-    shown = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": config.tracking.public_uri})})
+    public = {"uri": config.tracking.public_uri, "on_end": config.tracking.public_on_end}
+    shown = config.model_copy(update={"tracking": config.tracking.model_copy(update=public)})
     wanted = config.tracking.registered_model
     model = config.sweep.name if wanted == "auto" else wanted
     return Tracker(uri, config.sweep.name, folder.name, folder, shown.model_dump(mode="json"), model)

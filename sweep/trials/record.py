@@ -49,6 +49,10 @@ All losses are on one evaluation set, so a trial that saw fewer tokens may win t
 """
 
 
+GOING_ON = (Outcome.RUNNING, Outcome.STOPPED, Outcome.PAUSED)
+"""The outcomes of trials that may go on, and need their checkpoints for it."""
+
+
 @dataclass(frozen=True)
 class TrialRecord:
     """Record one trial as the study and its folder know it.

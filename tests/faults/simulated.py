@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.system.files import write_text
-from engine.trial_report import read_reports
+from engine.trial_report import CHECKPOINT, read_reports
 from sweep.config.sweep import parse_sweep_config
+from sweep.folder.flush import wait_until_flushed
 from sweep.folder.notes import LEAVE
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.freezer import make_freezer
@@ -28,7 +29,7 @@ from sweep.steering.inbox import send
 from sweep.study.journal_file import JournalFile
 from sweep.study.kept_commands import read_commands
 from sweep.study.study import Study
-from sweep.trials.record import Outcome, Proposal
+from sweep.trials.record import GOING_ON, Outcome, Proposal
 from tests.support import fake_engine as engine
 from tests.support.reports import make_report
 
@@ -109,12 +110,26 @@ def _turn(ledger: SteeredLedger, folder: SweepFolder, proposal: Proposal) -> boo
     reports = read_reports(folder.trial(proposal.number))
     rung = len(reports) + 1
     report = make_report(rung, engine.eval_loss(proposal.config, rung), tokens_seen=100 * rung, num_trainable=1)
+    if reports and not checkpoint(folder, proposal.number).is_dir():
+        raise AssertionError(f"trial {proposal.number} goes on without a checkpoint")
+    checkpoint(folder, proposal.number).mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line.to_dict()) + "\n" for line in [*reports, report])
     write_text(folder.trial(proposal.number) / "reports.jsonl", text)
     if rung == NUM_RUNGS:
         ledger.ended(proposal.number, Outcome.COMPLETE, report)
         return True
     return ledger.reported(proposal.number, report)
+
+
+def checkpoint(folder: SweepFolder, number: int) -> Path:
+    return folder.trial(number) / CHECKPOINT
+
+
+def litter(folder: SweepFolder, trials: Trials) -> list[int]:
+    """Return the trials that have ended and still have a checkpoint."""
+    wait_until_flushed()
+    ended = [number for number, (_, outcome, _) in trials.items() if outcome not in GOING_ON]
+    return [number for number in ended if checkpoint(folder, number).exists()]
 
 
 def killed_at(path: Path, values: dict[str, Any], write: int, how: str, script: Script = ()) -> bool:

@@ -18,7 +18,7 @@ from sweep.ledger.ledger import Ledger
 from sweep.study import proposals as drafts
 from sweep.study import study
 
-from .simulated import killed_at, run, settings
+from .simulated import killed_at, litter, run, settings
 
 EQUAL = [
     ("tpe", "successive_halving", 1),
@@ -89,6 +89,7 @@ def check(tmp_path, sampler: str, pruner: str, num_slots: int, step: int, num_tr
     num_kills = 0
     for write, how, trials in disturbed(tmp_path, values, step):
         assert trials == undisturbed, f"killed {how} write {write}"
+        assert litter(SweepFolder(tmp_path / f"{write}-{how}"), trials) == [], f"killed {how} write {write}"
         num_kills += 1
     return num_kills
 
@@ -157,6 +158,25 @@ def test_the_check_bites_where_the_freezer_is_not_asked_again(tmp_path, monkeypa
     _recovers_with(monkeypatch, "_freezer", "goes_on", lambda number: True)
     with pytest.raises(AssertionError, match="killed"):
         check(tmp_path, "freeze_thaw", "none", 1, step=3)
+
+
+def test_the_check_bites_where_a_kill_leaves_a_checkpoint(tmp_path, monkeypatch):
+    original = Ledger.recover
+
+    def recover(self):
+        with monkeypatch.context() as patch:
+            patch.setattr("sweep.ledger.ledger.drop_if_ended", lambda record: None)
+            return original(self)
+
+    monkeypatch.setattr(Ledger, "recover", recover)
+    with pytest.raises(AssertionError, match="killed"):
+        check(tmp_path, "random", "none", 1, step=1, num_trials=2)
+
+
+def test_the_check_bites_where_a_trial_that_may_go_on_loses_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("sweep.folder.litter.GOING_ON", ("RUNNING", "STOPPED"))
+    with pytest.raises((AssertionError, KeyError)):
+        check(tmp_path, "freeze_thaw", "none", 1, step=13)
 
 
 @pytest.mark.faults

@@ -215,6 +215,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=Path)
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--answer", type=Path)
+    parser.add_argument("--progress", action="store_true")
     if sys.argv[1:2] == ["standby"]:
         line = sys.stdin.readline()
         if not line:

@@ -63,6 +63,14 @@ def test_a_line_says_that_a_trial_pauses_and_another_that_it_goes_on():
     assert paused.startswith("trial   3  PAUSED         eval loss 2.0000") and goes_on == "trial   3  goes on after rung 1/4"
 
 
+def test_the_table_says_that_a_trial_still_loads_the_model():
+    console = TableConsole(io.StringIO(), 4, 8, is_training=lambda record: record.number == 1)
+    for number, losses in ((0, ()), (1, ()), (2, (2.0,))):
+        console.on_trial_updated(trial(number, Outcome.RUNNING, *losses))
+    console.on_trial_updated(trial(3, Outcome.FAILED))
+    assert [str(cell) for cell in console._table().columns[2]._cells] == ["loading", "0/4", "1/4", "0/4"]
+
+
 def test_the_table_marks_the_trial_that_the_rule_chooses():
     console = TableConsole(io.StringIO(), 4, 8)
     for number, loss, outcome in ((0, 2.5, Outcome.COMPLETE), (1, 2.4, Outcome.STOPPED), (2, 2.3, Outcome.PRUNED)):

@@ -104,3 +104,23 @@ def test_other_commands_of_the_same_interpreter_are_completed_as_before(tmp_path
     script = TRY % {"script": script_of("bash"), "python": sys.executable, "line": "python scr"}
     done = subprocess.run(["bash", "--norc", "--noprofile", "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == "script.py\n", done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_asks_for_the_same_words(shell, capsys):
+    assert main(["--completion", shell]) == 0
+    text = capsys.readouterr().out
+    assert "-m sweep --complete" in text and "<files>" in text and "python3" in text
+    assert f"--completion={shell}" in candidates("--completion=")
+
+
+def test_another_shell_is_refused_in_one_line(capsys):
+    assert main(["--completion", "tcsh"]) == 2
+    assert capsys.readouterr().err == "error: --completion = 'tcsh': must be one of bash, zsh, fish\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_is_valid_where_the_shell_is(shell):
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell}")
+    subprocess.run([shell, "-n"], input=script_of(shell), text=True, check=True)

@@ -81,3 +81,19 @@ def test_both_commands_ask_before_anything_is_sent(command, tmp_path, monkeypatc
     else:
         with pytest.raises(InputError, match="only the sweep folder names this server"):
             driver.resume(str(folder.path), {})
+
+
+def test_a_folder_alone_names_no_command_or_address_for_the_end(tmp_path):
+    for on_end in ("bash notify.sh", "https://example.org/hook"):
+        config = parse_sweep_config({**BASE, "tracking": {"on_end": on_end}})
+        for given in ({}, {"tracking.on_end": "bash other.sh"}):
+            with pytest.raises(InputError, match=r"tracking\.on_end = .*: a sweep folder cannot name what is started"):
+                refuse_unconfirmed(config, given, {}, tmp_path)
+        refuse_unconfirmed(config, {"tracking.on_end": on_end}, {}, tmp_path)
+        without = apply_resume_changes(config, {"tracking.on_end": None})
+        refuse_unconfirmed(without, {"tracking.on_end": None}, {}, tmp_path)
+
+
+def test_the_key_of_an_address_is_not_shown_to_others():
+    config = parse_sweep_config({**BASE, "tracking": {"on_end": "https://example.org/key?token=1"}})
+    assert config.tracking.public_on_end == "https://example.org/..."

@@ -73,6 +73,34 @@ def test_permission_comes_from_the_drivers_config_and_not_from_the_trials_folder
     assert not hasattr(started[1], "inputs")
 
 
+CHILD = """
+import sys
+print("a library's own line")
+print('["tokenising rows", 512, 0]', flush=True)
+print("x" * 200_000)  # more than a pipe holds
+print('["tokenising rows", 1024, 0]', flush=True)
+print("error: data.train = 'x': no such file", file=sys.stderr)
+sys.exit(int(sys.argv[1]))
+"""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_command_that_tells_how_far_it_is_is_shown_and_its_fault_is_one_line(monkeypatch, code):
+    screen = Terminal()
+    monkeypatch.setattr(engine_commands.sys, "stdout", screen)
+    monkeypatch.setattr(engine_commands, "_command", lambda arguments, configs: [sys.executable, "-c", CHILD, arguments[-1]])
+    if code:
+        with pytest.raises(engine_commands.CommandFailed, match="^data.train = 'x': no such file$"):
+            engine_commands._run_shown(["engine", "prepare", str(code)], [])
+    else:
+        engine_commands._run_shown(["engine", "prepare", str(code)], [])
+    assert "tokenising rows 512 ..." in screen.getvalue() and "own line" not in screen.getvalue()
+    assert screen.getvalue().endswith("\r\x1b[K")
 def test_a_process_on_standby_evaluates_and_where_it_died_a_new_one_does(tmp_path, tiny_config):
     config, made = build(tiny_config), []
 

@@ -46,6 +46,17 @@ def test_before_the_first_report_nothing_is_said(tmp_path):
     assert sweep.left.text() == "1 of 4 trials ended, time left: -"
 
 
+def test_with_several_slots_their_hours_are_said_too(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    several, alone = Sweep(tmp_path / "a", num_trials=91, num_slots=2), Sweep(tmp_path / "b", num_trials=91)
+    for sweep in (several, alone):
+        sweep.trial(0, 1)
+    # 30 s are left of this one, and 90 trials of 40 s
+    assert several.left.text() == "0 of 91 trials ended, time left: about 30 min, 1 slot hours"
+    assert alone.left.text() == "0 of 91 trials ended, time left: about 60 min"
+
+
 def test_all_rungs_of_all_trials_are_left_while_none_was_pruned(tmp_path):
     sweep = Sweep(tmp_path)
     sweep.trial(0, 1)

@@ -16,7 +16,7 @@ from sweep.config.sweep import parse_sweep_config
 from sweep.execution.engine_commands import CommandFailed
 from sweep.plan.feasibility import Feasibility
 from sweep.plan.forecast import most_demanding
-from sweep.plan.samples import data_warnings
+from sweep.plan.samples import data_warnings, passes_line
 from sweep.plan.sweep_plan import make_sweep_plan
 from sweep.space.parse import parse_space
 from tests.support.fake_engine import SHAPE
@@ -98,6 +98,19 @@ CONFIG = parse_sweep_config({"model": {"path": "m"}, "data": {"train": "t"}, "tr
 def test_too_many_passes_and_too_few_evaluation_samples_are_warnings(found, given, parts):
     lines = list(data_warnings(CONFIG, prepared(**found), given))
     assert len(lines) == len(parts) and all(part in line for part, line in zip(parts, lines))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "shown"),
+    [(3_597, "60,000 tokens a trial = 17 passes over 3,597 tokens: about 1,001 samples"), (60_000, "= 1 pass over 60,000"),
+     (240_000, "= 0.25 passes over 240,000 tokens: about 15 samples"), (54, "= 1,111 passes over 54")],
+)  # fmt: skip
+def test_the_plan_says_how_often_a_trial_reads_the_data(num_tokens, shown):
+    assert shown in passes_line(CONFIG, prepared(num_train_tokens=num_tokens, num_train_samples=60))
+
+
+def test_without_known_tokens_it_says_nothing():
+    assert passes_line(CONFIG, prepared(num_train_tokens=0)) is None
 
 
 def test_few_evaluation_samples_by_choice_of_an_experiment_are_none_but_by_choice_of_the_user_are():

@@ -68,8 +68,8 @@ def test_two_accounts_of_one_length_are_in_one_tag():
 
 @pytest.mark.parametrize(
     ("outcome", "status"),
-    [(Outcome.PRUNED, "KILLED"), (Outcome.FAILED, "FAILED"), (Outcome.OUT_OF_MEMORY, "FAILED"), (Outcome.RUNNING, "RUNNING"),
-     (Outcome.PAUSED, "KILLED")],
+    [(Outcome.PRUNED, "FINISHED"), (Outcome.FAILED, "FAILED"), (Outcome.OUT_OF_MEMORY, "FAILED"), (Outcome.RUNNING, "RUNNING"),
+     (Outcome.PAUSED, "SCHEDULED"), (Outcome.STOPPED, "SCHEDULED"), (Outcome.INFEASIBLE, "KILLED")],
 )  # fmt: skip
 def test_the_outcome_is_a_tag_and_sets_the_status(tracker, runs, outcome, status):
     one = tracker()
@@ -202,10 +202,11 @@ def test_a_trial_that_is_written_after_the_end_stays_marked_as_the_best(tracker,
 # --- what the page shows ---
 
 
-def test_the_view_shows_outcomes_first_and_charts_what_differs_between_trials():
+def test_the_view_shows_what_was_sampled_first_and_charts_what_differs_between_trials():
     params = [{"lora.rank": "4", "optim.seed": "1", "lora.alpha": "1"}, {"lora.rank": "8", "optim.seed": "1"}]
     shown = view("abc", params, {"eval/best_loss_nats_per_token", "memory/peak_allocated_gib", "system/process_cpu_percent"})
-    assert shown["columnOrder"][2:4] == ["tags.`outcome`", "metrics.`eval/best_loss_nats_per_token`"]
+    assert shown["columnOrder"][2:4] == ["params.`lora.rank`", "params.`lora.alpha`"]  # the seed is the same everywhere
+    assert shown["selectedColumns"][3:5] == ["metrics.`eval/best_loss_nats_per_token`", "metrics.`memory/peak_allocated_gib`"]
     assert set(shown["columnOrder"]) >= set(shown["columnWidths"])
     assert "metrics.`memory/predicted_peak_gib`" not in shown["selectedColumns"]  # no trial has it
     (parallel,) = (chart for chart in shown["compareRunCharts"] if chart["type"] == "PARALLEL")
