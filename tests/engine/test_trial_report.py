@@ -12,7 +12,7 @@ from tests.support.reports import make_report
 
 NEWER = ("predicted_peak_gib", "peak_reserved_gib", "num_out_of_memory", "micro_batch_size", "activation_checkpointing",
          "setup_s", "model_s", "data_s", "attach_s", "train_s", "recording_s", "eval_s", "save_s",
-         "raw_eval_loss", "ema_eval_loss", "metrics", "metrics_error", "metrics_s")  # fmt: skip
+         "raw_eval_loss", "ema_eval_loss", "metrics", "metrics_error", "metrics_s", "eval_losses", "eval_excess")  # fmt: skip
 
 
 def test_a_report_is_itself_again_after_json():
