@@ -72,8 +72,7 @@ def _page(found: Collected) -> str:
     sections = [
         Section("Leaderboard", _leaderboard(found.records, found.rule), f"Rule: {found.rule.text}."),
         *(make() for make in figure_sections(found).values()),
-        _examples(found.folder, found.best),
-        *finalists_answers(found.rule, found.records, config.sweep.num_examples),
+        *answer_sections(found),
     ]
     tracking = config.tracking.model_copy(update={"uri": config.tracking.public_uri})
     shown = config.model_copy(update={"tracking": tracking}).model_dump(mode="json")
@@ -91,6 +90,12 @@ def figure_sections(found: Collected, scale: Scale = ON_WHITE) -> dict[str, Call
         HOURS: lambda: _hours(found.slot_times),
         SLOTS: lambda: _slots(records, found.timeline.spans),
     }
+
+
+def answer_sections(found: Collected) -> list[Section]:
+    """Return what base model and winner answered, and the answers of the best trials if a task metric made some."""
+    finalists = finalists_answers(found.rule, found.records, found.config.sweep.num_examples)
+    return [_examples(found.folder, found.best), *finalists]
 
 
 def _of_study(title: str, make: Callable[[], Drawn]) -> Section:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from engine.errors import InputError, first_line
 from engine.trial_report import REPORTS
@@ -64,6 +65,7 @@ class Collector:
         self._journal, self._timeline = FollowedJournal(folder), Timeline(folder.timeline, mend=False, follow=True)
         self._stamps: dict[str, Stamp] = {}
         self._last: Collected | None = None
+        self._attributes: dict[str, Any] = {}
 
     def collect(self) -> Collected:
         """Return the sweep as it is now: the same object as in the last call if nothing has changed.
@@ -79,6 +81,8 @@ class Collector:
 
     def _collect(self) -> Collected:
         last, is_new = self._last, self._has_changed("sweep_config.json", "leaderboard.json", "final-seeds/study.journal")
+        attributes = self._journal.attributes()  # commands to the sweep change its settings there
+        is_new, self._attributes = is_new or attributes != self._attributes, attributes
         if last is None or is_new:
             config = read_unedited_config(self.folder)
             self._space, self._base = parse_space(config.space), config.base().model_dump(mode="json")

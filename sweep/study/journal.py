@@ -70,6 +70,10 @@ class FollowedJournal:
             self._study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
         return self._study.get_trials(deepcopy=False)
 
+    def attributes(self) -> dict[str, Any]:
+        """Return the study's own attributes as of the last look at its trials: commands change them."""
+        return {} if self._study is None else self._study.user_attrs
+
 
 def read_attributes(folder: SweepFolder) -> dict[str, Any]:
     """Return the study's own attributes. Empty if the sweep has not begun, or its journal is damaged.

@@ -67,7 +67,7 @@ def _serve(folders: list[SweepFolder], port: int | None, browser: bool) -> int:
 
     from sweep.ui.gate import new_token
     from sweep.ui.live_sweep import LiveSweep
-    from sweep.ui.orders import find_control
+    from sweep.ui.page_commands import find_control
     from sweep.ui.web_app import make_app
 
     token, sweeps = new_token(), [LiveSweep(folder) for folder in folders]

@@ -15,10 +15,10 @@ from typing import Any
 
 from engine.errors import InputError
 from sweep.folder.sweep_folder import SweepFolder
-from sweep.report.build import EXAMPLE_HEADER, facts
+from sweep.report.build import answer_sections, facts
 from sweep.report.collect import Collected, Collector
 from sweep.report.figures import usual_range
-from sweep.results.best_folder import EXAMPLE
+from sweep.report.page import Section
 from sweep.results.leaderboard import board_rows, finite
 from sweep.trials.record import TrialRecord
 from sweep.ui.drawn_figures import DrawnFigures
@@ -103,18 +103,25 @@ class LiveSweep:
         }
         if since < self._revision:
             new = [self._rows[number] for number in self._ranks if self._changed[number] > since]
-            answer |= {"trials": new, "ranks": self._ranks, "about": about(found), "answers": _answers(found)}
+            answers = [_shown_answers(section) for section in answer_sections(found)]
+            answer |= {"trials": new, "ranks": self._ranks, "about": about(found), "answers": answers}
         return answer
 
 
 def about(found: Collected) -> dict[str, Any]:
     """Return what a page says of the sweep as a whole."""
+    metrics = {name for record in found.records for name in record.metrics}
+    sets = {name for record in found.records for name in record.eval_losses}
     config, paths = found.config, [dimension.path for dimension in found.space.dimensions]
     values = {path: {str(record.params.get(path)) for record in found.records} for path in paths}
     return {
         "name": config.sweep.name,
         "facts": facts(found, with_data=False),
         "rule": found.rule.text,
+        "chosen_by": found.rule.chosen_by,
+        "sign": found.rule.sign,
+        "metrics": sorted(metrics, key=lambda name: (name != found.rule.chosen_by, name)),
+        "eval_sets": sorted(sets) if len(sets) > 1 else [],
         "best": found.best and found.best.number,
         "front": [record.number for record in found.rule.front(found.records)],
         "objectives": list(config.sweep.objectives),
@@ -131,6 +138,7 @@ def _row(row: dict[str, Any], record: TrialRecord) -> dict[str, Any]:
     last = record.reports[-1] if record.reports else None
     return {
         **{name: value for name, value in row.items() if name not in LEFT_OUT},
+        "can_win": row["rank"] is not None,
         "rung": last.rung if last else 0,
         "train_loss": last and last.train_loss,
         "elapsed_s": last and last.elapsed_s,
@@ -140,15 +148,10 @@ def _row(row: dict[str, Any], record: TrialRecord) -> dict[str, Any]:
     }
 
 
-def _answers(found: Collected) -> dict[str, Any]:
-    """Return what base model and winner answered, or `none`: why there is nothing."""
-    examples, best = found.folder.read_examples(), found.best
-    if examples is None or best is None or examples["trial"] != best.number:
-        return {"none": "the end of a sweep generates them, unless sweep.num_examples is 0"}
-    if "error" in examples:
-        return {"none": f"nothing could be generated: {examples['error']}"}
-    rows = [[example[name] for name in EXAMPLE] for example in examples["examples"]]
-    return {"trial": best.number, "header": list(EXAMPLE_HEADER), "rows": rows}
+def _shown_answers(section: Section) -> dict[str, Any]:
+    """Return a section's table as plain data, or `none`: why there is nothing."""
+    body = {"none": section.body} if isinstance(section.body, str) else {"header": section.body.header, "rows": section.body.rows}
+    return {"title": section.title, "caption": section.caption, **body}
 
 
 def _tail(file: Path) -> str:

@@ -25,7 +25,7 @@ class Eta:
         limits = Limits(
             num_trials=config.sweep.num_trials, num_rungs=len(config.train.report_grid()), num_slots=num_slots,
             max_retries=config.cluster.max_retries, budget=config.effective_budget, objectives=config.sweep.objectives,
-            grid=tuple(config.train.report_grid()),
+            sign=found.rule.sign, grid=tuple(config.train.report_grid()),
         )  # fmt: skip
         self._now_s, self._told = 0.0, {}
         self._time_left = TimeLeft(limits, config.train.report_grid(), found.space.size())

@@ -21,7 +21,7 @@ from sweep.report.page import plotly_script
 from sweep.ui.drawn_figures import FIGURES, ON_DARK
 from sweep.ui.gate import AsgiApp, Gate
 from sweep.ui.live_sweep import LiveSweep
-from sweep.ui.orders import Main, give
+from sweep.ui.page_commands import Main, give
 
 STATIC = Path(__file__).parent / "static"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}

@@ -1,7 +1,6 @@
 // Charts. plotly.js is loaded once, from this server; figures that the report also has are drawn as it draws them.
 
 import { byId, escaped, fill, getJson, make, theme } from './dom.js';
-import { CONTENDERS } from './sweep.js';
 
 const MODEBAR = { bgcolor: 'rgba(0,0,0,0)', color: '#8a949d', activecolor: '#2f81d6' };
 const CONFIG = { displaylogo: false, responsive: true };
@@ -110,21 +109,23 @@ export class Figures {
 }
 
 export async function drawComparison(sweeps) {
-  const Plotly = await plotly(), soFar = [], curves = [];
+  const Plotly = await plotly(), soFar = [], curves = [], rules = new Set(sweeps.map(({ about }) => `${about.chosen_by} ${about.sign}`));
+  const sign = rules.size > 1 ? 1 : sweeps[0].about.sign, label = rules.size > 1 ? 'lowest eval loss' : sweeps[0].bestLabel;
   sweeps.forEach((sweep, index) => {
     const ended = [...sweep.trials.values()].filter((trial) => trial.ended_s !== null && !trial.source).sort((a, b) => a.ended_s - b.ended_s);
     const x = [], y = [];
     let best = Infinity;
     ended.forEach((trial, i) => {
-      if (CONTENDERS.includes(trial.outcome) && trial.eval_loss !== null) best = Math.min(best, trial.eval_loss);
-      if (best < Infinity) { x.push(i + 1); y.push(best); }
+      const value = rules.size > 1 ? trial.eval_loss : sweep.value(trial);
+      if (trial.can_win && value !== null) best = Math.min(best, sign * value);
+      if (best < Infinity) { x.push(i + 1); y.push(sign * best); }
     });
     const style = { name: escaped(`${index + 1}: ${sweep.name}`), type: 'scatter', line: { color: seriesColour(index), width: 2.5 } };
     soFar.push({ ...style, x, y, mode: x.length > 60 ? 'lines' : 'lines+markers', line: { ...style.line, shape: 'hv' }, hovertemplate: '%{y:.4f} after %{x} trials<extra>%{fullData.name}</extra>' });
     if (sweep.best) curves.push({ ...line([sweep.best], style.name, seriesColour(index), 2.5, 1), name: `${style.name}, trial ${sweep.best.number}` });
   });
   const loss = { title: { text: 'eval loss (nats)' } };
-  await Plotly.react(byId('best-so-far'), soFar, look({ height: 330, xaxis: { title: { text: 'trials ended' } }, yaxis: { ...loss, title: { text: 'lowest eval loss so far (nats)' } } }), CONFIG);
+  await Plotly.react(byId('best-so-far'), soFar, look({ height: 330, xaxis: { title: { text: 'trials ended' } }, yaxis: { ...loss, title: { text: `${escaped(label)} so far` } } }), CONFIG);
   await Plotly.react(byId('best-curves'), curves, look({ height: 330, xaxis: { title: { text: 'tokens seen by the best trial' } }, yaxis: loss }), CONFIG);
 }
 

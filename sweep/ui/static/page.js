@@ -39,7 +39,7 @@ function showHead() {
   fill(byId('tiles'),
     tile('trials ended', `${progress.num_ended} of ${progress.num_trials}`, outcomes),
     tile('time left', timeLeft(progress), progress.is_driven ? `running for ${durationText(progress.elapsed_s)}` : `ran for ${durationText(progress.elapsed_s)}`),
-    tile('lowest eval loss', best ? fixed(best.eval_loss, 4) : '–', best ? `trial ${best.number}: ${paramsText(best.params)}` : 'no trial can be chosen yet', 'best'),
+    tile(current.bestLabel, best ? fixed(current.value(best), 4) : '–', best ? `trial ${best.number}: ${paramsText(best.params)}` : 'no trial can be chosen yet', 'best'),
     tile('slot hours', progress.slot_hours.toFixed(2), progress.steady === null ? '' : `${Math.round(100 * progress.steady)} % steady training`),
     tile('tokens trained', whole(progress.num_tokens), quiet === null ? '' : `last event ${durationText(quiet)} ago`));
   fill(byId('facts'), ...about.facts.map((fact) => make('li', {}, fact)));
@@ -81,10 +81,13 @@ function showTrials() {
 
 function showRest() {
   const { answers, about } = current;
-  const rows = answers.rows?.map((row) => make('tr', {}, ...row.map((cell) => make('td', { class: 'text' }, cell))));
-  fill(byId('answers'), rows
-    ? make('div', { class: 'wide' }, make('table', {}, make('thead', {}, make('tr', {}, ...answers.header.map((name) => make('th', {}, name)))), make('tbody', {}, ...rows)))
-    : make('p', { class: 'none' }, `Not shown: ${answers.none}.`));
+  fill(byId('answers'), ...answers.flatMap(({ title, caption, none, header, rows }) => [
+    make('h3', {}, title),
+    none !== undefined ? make('p', { class: 'none' }, `Not shown: ${none}.`) : make('p', { class: 'caption' }, caption),
+    rows && make('div', { class: 'wide' }, make('table', {},
+      make('thead', {}, make('tr', {}, ...header.map((name) => make('th', {}, name)))),
+      make('tbody', {}, ...rows.map((row) => make('tr', {}, ...row.map((cell) => make('td', { class: 'text' }, cell))))))),
+  ]));
   fill(byId('data'), ...(about.data.length ? about.data : ['nothing is known of it']).map((text) => make('li', {}, text)));
 }
 
@@ -95,11 +98,11 @@ function showComparison() {
   const sets = new Set(ours.map((sweep) => sweep.about.evaluation));
   byId('comparable').textContent = sets.has(null) ? 'Not every sweep says on which evaluation samples it measured, so losses may not compare.'
     : sets.size > 1 ? 'The sweeps measured on different evaluation samples, so their losses do NOT compare.' : 'All sweeps measured on the same evaluation samples, so their losses compare.';
-  const head = ['', 'sweep', 'state', 'trials ended', 'lowest eval loss', 'best trial', 'slot hours', 'tokens trained', 'time left', 'parameters of the best trial'];
+  const head = ['', 'sweep', 'state', 'trials ended', 'best by its rule', 'best trial', 'slot hours', 'tokens trained', 'time left', 'parameters of the best trial'];
   const rows = ours.map((sweep) => {
     const { progress, best, index } = sweep, mark = make('td', {}, `${index + 1} ●`);
     mark.style.color = seriesColour(index);
-    const cells = [sweep.folder, progress.is_driven ? 'running' : 'no driver here', `${progress.num_ended} of ${progress.num_trials}`, best ? fixed(best.eval_loss, 4) : '–', best?.number ?? '–',
+    const cells = [sweep.folder, progress.is_driven ? 'running' : 'no driver here', `${progress.num_ended} of ${progress.num_trials}`, best ? `${fixed(sweep.value(best), 4)} (${sweep.bestLabel})` : '–', best?.number ?? '–',
       progress.slot_hours.toFixed(2), whole(progress.num_tokens), timeLeft(progress), best ? paramsText(best.params) : ''];
     return make('tr', {}, mark, ...cells.map((cell) => make('td', {}, cell)));
   });

@@ -29,6 +29,10 @@ export class Sweep {
 
   get name() { return this.about?.name ?? this.folder; }
   get best() { return this.about?.best == null ? undefined : this.trials.get(this.about.best); }
+
+  // What decides which trial wins: a loss, or a task metric
+  value(trial) { return this.about.chosen_by === 'eval_loss' ? trial.eval_loss : trial.metrics?.[this.about.chosen_by] ?? null; }
+  get bestLabel() { return this.about.chosen_by === 'eval_loss' ? 'lowest eval loss' : `${this.about.sign > 0 ? 'lowest' : 'highest'} ${this.about.chosen_by}`; }
   inOrder() { return this.ranks.map((number) => this.trials.get(number)).filter(Boolean); }
 }
 

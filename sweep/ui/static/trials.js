@@ -44,13 +44,15 @@ export class TrialTable {
   show(sweep, colours, picked) {
     if (this.sweep !== sweep) this.rows.clear();
     const names = shortNames(sweep.about.params);
-    this.columns = [...BEFORE, ...sweep.about.params.map((path) => [names[path], (t) => t.params[path], valueText, false, null, path]), ...AFTER];
+    const metrics = sweep.about.metrics.map((name) => [name, (t) => t.metrics?.[name], (v) => fixed(v, 4), true, null, `metric ${name}`]);
+    const sets = sweep.about.eval_sets.map((name) => [`loss ${name}`, (t) => t.eval_losses?.[name], (v) => fixed(v, 4), true, null, `eval loss ${name}`]);
+    this.columns = [...BEFORE, ...metrics, ...sets, ...sweep.about.params.map((path) => [names[path], (t) => t.params[path], valueText, false, null, path]), ...AFTER];
     const shape = JSON.stringify([this.columns.map((c) => c[5] ?? c[0]), colours]);
     if (shape !== this.shape) this.rows.clear();
     Object.assign(this, { sweep, colours, picked, shape });
     sweep.places = new Map();
     for (const trial of sweep.inOrder()) {
-      if (CONTENDERS.includes(trial.outcome) && !trial.source) sweep.places.set(trial.number, sweep.places.size + 1);
+      if (trial.can_win) sweep.places.set(trial.number, sweep.places.size + 1);
     }
     for (const number of sweep.changed) this.rows.delete(number);
     sweep.changed.clear();
@@ -126,7 +128,7 @@ export function showPicked(sweep, number) {
   box.hidden = !trial;
   if (!trial) return;
   byId('picked-title').textContent = `Trial ${number}, ${trial.outcome}`;
-  const facts = { ...trial.params, 'eval loss': fixed(trial.eval_loss, 4), 'micro batch': trial.micro_batch_size,
+  const facts = { ...trial.params, 'eval loss': fixed(trial.eval_loss, 4), ...trial.metrics, 'nats above its limits': trial.above_limits ?? null, 'micro batch': trial.micro_batch_size,
     'activation checkpointing': trial.activation_checkpointing, 'ran out of memory': trial.num_out_of_memory, error: trial.error, from: trial.source };
   const rows = Object.entries(facts).filter(([, value]) => value !== null && value !== '').flatMap(([name, value]) => [make('dt', {}, name), make('dd', {}, valueText(value))]);
   fill(byId('picked-facts'), make('dl', {}, ...rows));

@@ -172,6 +172,18 @@ def test_params_that_differ_come_first(tmp_path):
     assert LiveSweep(swept(tmp_path, space=space)).changes(None)["about"]["params"] == [*SPACE, "lora.lora_alpha"]
 
 
+def test_task_metrics_and_losses_by_set_are_told_of_each_trial(tmp_path):
+    live = LiveSweep(swept(tmp_path))
+    assert live.changes(None)["about"]["metrics"] == live.changes(None)["about"]["eval_sets"] == []
+    line = make_report(3, 0.5, tokens_seen=300, num_trainable=8, metrics={"f1": 0.75}, eval_losses={"a": 0.25, "b": 0.75})
+    with open(live.folder.trial(6) / "reports.jsonl", "a") as file:
+        file.write(json.dumps(line.to_dict()) + "\n")
+    answer = live.changes(None)
+    (trial,) = (trial for trial in answer["trials"] if trial["number"] == 6)
+    assert (answer["about"]["metrics"], answer["about"]["eval_sets"]) == (["f1"], ["a", "b"])
+    assert (trial["metrics"], trial["eval_losses"]["b"], trial["can_win"]) == ({"f1": 0.75}, 0.75, False)
+
+
 def test_a_collector_keeps_what_did_not_change(tmp_path):
     collector = Collector(swept(tmp_path))
     first = collector.collect()

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from starlette.testclient import TestClient
 
-from sweep.ui import orders
+from sweep.ui import page_commands
 from sweep.ui.gate import METHODS, new_token
 from sweep.ui.live_sweep import LiveSweep
 from sweep.ui.web_app import STATIC, make_app, static_files
@@ -144,11 +144,11 @@ def test_a_command_line_goes_to_control_with_the_folder_and_its_answer_comes_bac
 
 
 def test_control_is_found_where_this_version_has_it(monkeypatch):
-    monkeypatch.setattr(orders, "CONTROL", "sweep.no_such_command")
-    assert orders.find_control() is None
+    monkeypatch.setattr(page_commands, "CONTROL", "sweep.no_such_command")
+    assert page_commands.find_control() is None
     module = ModuleType("made_control")
     module.main = lambda words: 0
-    module.__spec__ = orders.find_spec("json")
+    module.__spec__ = page_commands.find_spec("json")
     monkeypatch.setitem(sys.modules, "made_control", module)
-    monkeypatch.setattr(orders, "CONTROL", "made_control")
-    assert orders.find_control() is module.main
+    monkeypatch.setattr(page_commands, "CONTROL", "made_control")
+    assert page_commands.find_control() is module.main
