@@ -11,32 +11,9 @@ from engine.data.packing import collate
 from engine.data.views import load_data
 from engine.model.inspect import inspect_model
 from engine.model.pretrained import model_factory
+from tests.support.odd_families import save_odd_family
 from tests.support.tiny_models import byte_tokenizer
 from tests.support.trials import CPU, build, run
-
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "head_dim": 16, "max_position_embeddings": 512}  # fmt: skip
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
-        "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 128}  # fmt: skip
-MERGED = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
-
-
-def save_model(folder, model_type):
-    """Save a random model with a tokenizer of bytes; Mistral 3 is one with a part for images."""
-    from transformers import CONFIG_MAPPING
-
-    tokenizer = byte_tokenizer()
-    tokens = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
-    if model_type == "mistral3":
-        eyes = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-                "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
-        text = {"model_type": "ministral3", **SIZES, **tokens, "rope_parameters": YARN}
-        config = CONFIG_MAPPING["mistral3"](text_config=text, vision_config=eyes)
-    else:
-        config = CONFIG_MAPPING["phi3"](**SIZES, **tokens, rope_parameters=MERGED)
-    torch.manual_seed(0)
-    model_factory(config).from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +24,7 @@ def test_peft_loads_the_adapter_under_the_model_s_own_names_and_gives_its_loss(m
     from peft import PeftModel
     from transformers import AutoConfig
 
-    save_model(tmp_path / "model", model_type)
+    save_odd_family(tmp_path / "model", model_type)
     config = build(tiny_config, model={"path": str(tmp_path / "model"), "quantization": "none"})
     assert inspect_model(config.model).describe() == "2 of 2 decoder layers run fused"
     reports = run(config, tmp_path / "trial")

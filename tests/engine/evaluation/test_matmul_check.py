@@ -16,7 +16,7 @@ from engine.quant.bnb import quantize_nf4
 from engine.quant.int8_weight import Int8Group, ProbedGroup
 from engine.training import loop
 from engine.training.loop import train
-from tests.engine.test_trial_families import save_model
+from tests.support.odd_families import save_odd_family
 from tests.support.trials import CPU, build, run, same_numbers
 
 ODD = "model.layers.1.mlp.down_proj"
@@ -38,7 +38,7 @@ def test_no_layer_of_an_ordinary_base_is_exempt_and_the_base_is_left_as_it_was(b
 
 
 def test_layers_beside_the_text_decoder_are_neither_named_nor_exempt(tiny_config, tmp_path, recwarn):
-    save_model(tmp_path / "model", "mistral3")
+    save_odd_family(tmp_path / "model", "mistral3")
     base = load_base(build(tiny_config, model={"path": str(tmp_path / "model")}).model, CPU)
     for mode in (Matmul.INT8_BACKWARD, Matmul.INT8):
         assert exempt_layers(base, mode) == ()

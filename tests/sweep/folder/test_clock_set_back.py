@@ -147,7 +147,7 @@ def test_mlflow_gets_no_end_before_a_start(tmp_path):
             return lambda *arguments, **named: None
 
     runs = MlflowRuns("http://x", "demo", "demo", tmp_path, {})
-    runs._client, runs._parent, runs._children, runs.started_s = Client(), "parent", {0: "child"}, 2e9
+    runs._client, runs._parent, runs._children, runs.started_s = Client(), "parent", {("trial", "0"): "child"}, 2e9
     runs._log = lambda *arguments, **named: None
     runs.interrupt()
     runs.trial(TrialRecord(0, {}, {}, Outcome.FAILED, str(tmp_path), started_s=2e9, ended_s=2e9 - BACK_S))
