@@ -65,7 +65,7 @@ def read_state(path: Path) -> SweepState:
         return SweepState(path.name, DAMAGED_FOLDER)
     tried = [record for record in records if record.outcome is not Outcome.INFEASIBLE]
     ended = [record for record in tried if record.outcome is not Outcome.RUNNING]
-    best = config.sweep.rule.best(records)
+    best = config.rule.best(records)
     is_done = len(ended) == len(tried) and _num_listed(path) == len(records)
     state = RUNNING if _is_held(folder.lock_file) else ENDED if is_done else STOPPED
     return SweepState(path.name, state, len(ended), config.sweep.num_trials, None if best is None else (best.score, best.number))

@@ -20,6 +20,7 @@ def length(prompt: str, reference: str, answer: str, sample: dict) -> float:
 
 
 @pytest.mark.timeout(600)  # three drivers start Ray or the engine, one after the other
+@pytest.mark.faults
 def test_a_sweep_chooses_by_the_users_function_and_every_place_shows_it(tmp_path, tiny_model_dir):
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "scores_of_a_user.py").write_text(OWN)

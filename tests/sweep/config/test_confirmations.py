@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from engine.errors import InputError
-from sweep import driver, ui
+from sweep import driver
 from sweep.config.confirmations import CREDENTIALS, refuse_unconfirmed
 from sweep.config.resume_changes import apply_resume_changes
 from sweep.config.sweep import SweepConfig, parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
+from sweep.ui.__main__ import main
 
 SERVER = "https://tracking.example.org:8443/mlflow"
 BASE = {"model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400}}
@@ -76,7 +77,7 @@ def test_both_commands_ask_before_anything_is_sent(command, tmp_path, monkeypatc
     folder.path.mkdir()
     folder.write_config(config_with(SERVER))
     if command == "ui":
-        assert ui.main([str(folder.path)]) == 2
+        assert main(["--mlflow", str(folder.path)]) == 2
         assert f"--tracking-uri {SERVER}" in capsys.readouterr().err
     else:
         with pytest.raises(InputError, match="only the sweep folder names this server"):

@@ -147,7 +147,7 @@ def test_buttons_and_lines_go_to_control_and_are_disabled_without_it(tmp_path):
         tab.ask("[...document.querySelectorAll('#buttons button')].find((button) => button.textContent === 'stop 6').click()")
         tab.wait_for(f"document.querySelector('#reply').textContent === {json.dumps(f'stop {TAG}')}")
         tab.ask("document.querySelector('#line').value = 'add 8'; document.querySelector('#command').requestSubmit()")
-        tab.wait_for("document.querySelector('#reply').textContent.startsWith('add ')")
+        tab.wait_for(f"document.querySelector('#reply').textContent === {json.dumps(f'add {TAG}')}")
         assert taken == [["stop", "6"], ["add", "8"]]
     with served(folder) as address, opened(tmp_path, address) as tab:
         tab.wait_for(ROWS)
