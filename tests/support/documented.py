@@ -131,6 +131,8 @@ class Checker:
     def _sweep(self, line: str, words: list[str]) -> None:
         if words[0] in PLACES:  # the rest describes a sweep
             words = [word for word in words[1:] if not word.startswith("--") and not word.isdigit()] or [BASE]
+        if words == ["list"]:
+            words = ["list", str(Path(self._sweep_folder).parent)]
         harmless = {"--help", "-h", "--cfg", "--completion", "list"} & set(words)
         words = [BASE if word == "..." else word for word in words]
         code = main(words if harmless else [*(word for word in words if word != "dry_run=true"), "dry_run=true"])

@@ -52,7 +52,8 @@ def folder() -> Iterator[Path]:
 def reports(folder: Path, number: int) -> list[dict]:
     """Return the lines, but with null for what the version before did not measure or predict."""
     lines = (folder / "trials" / f"{number:04d}" / "reports.jsonl").read_text().splitlines()
-    unknown = dict.fromkeys((*PART_SECONDS, "peak_reserved_gib", "raw_eval_loss", "ema_eval_loss", "metrics_error", "eval_excess"))
+    later = ("peak_reserved_gib", "raw_eval_loss", "ema_eval_loss", "metrics_error", "eval_excess")
+    unknown = dict.fromkeys((*PART_SECONDS, *later))
     unknown |= {"metrics": {}, "eval_losses": {}}
     return [{**unknown, **line, "predicted_peak_gib": line["predicted_peak_gib"] or None} for line in map(json.loads, lines)]
 
