@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.adapter.lora import LoraLinear, adapter_state, attach
 from engine.adapter.peft_files import PREFIX, peft_config
-from engine.adapter.peft_fit import misplaced_layers
+from engine.adapter.peft_fit import misplaced_layers, without_repeats
 from engine.config.trial import LoraConfig, ModelConfig
 from engine.model import skeleton
 from engine.model.comparison import library_losses, random_samples
@@ -48,6 +48,19 @@ def family(request):
 def test_the_layers_that_peft_would_lose_are_found(family):
     name, _, features, lost = family
     assert {kind.rpartition(".")[2] for kind in lost} == LOST[name] and lost < {pattern_of(name) for name in features}
+
+
+def test_a_deep_model_without_its_repeats_keeps_every_kind_of_layer_and_its_names():
+    config = config_of("qwen3_next")
+    config.num_hidden_layers, config.num_experts = 12, 4
+    config.layer_types = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 3
+    whole, thin = (without_weights(copy.deepcopy(config), ModelConfig(path="x")) for _ in range(2))
+    without_repeats(thin)
+    kept = {name: type(module) for name, module in thin.named_modules()}
+    every = {name: type(module) for name, module in whole.named_modules()}
+    assert kept.items() < every.items()
+    assert {pattern_of(name) for name in kept} == {pattern_of(name) for name in every}
+    assert sorted(thin.get_decoder().layers._modules) == ["0", "1", "3", "7"]
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "laguna"], indirect=True)
