@@ -23,7 +23,7 @@ def test_losses_of_qwen35_are_as_near_to_float32_as_bf16_allows(tmp_path, length
 
     torch.manual_seed(0)
     config = Qwen3_5TextConfig(
-        hidden_size=1024, intermediate_size=3584, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=256,
+        hidden_size=1024, intermediate_size=3584, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=256,
         linear_num_key_heads=16, linear_num_value_heads=16, vocab_size=260, tie_word_embeddings=False,
     )  # fmt: skip
     model = Qwen3_5ForCausalLM(config)
