@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5 as library
@@ -71,6 +74,25 @@ def chunk_rule(
     lengths = [end - cu_seqlens[sample].item() for sample, end in ends.items()]
     assert sum(lengths) == g.shape[1], "chunks are missing"
     return told_rule(*tensors, g=g, beta=beta, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), **others)
+
+
+def tune_nothing(monkeypatch, package: str = "fla") -> None:
+    """Leave one configuration to each kernel of a package that is imported: tuning compiles dozens, for minutes.
+
+    It is one with few warps, stages and features at a time, which fits every card.
+    """
+    for name, module in list(sys.modules.items()):
+        for kernel in vars(module).values() if name.startswith(f"{package}.") else ():
+            while kernel is not None and not isinstance(kernel, ModuleType | type):
+                configs = vars(kernel).get("configs") if hasattr(kernel, "__dict__") else None
+                if isinstance(configs, list) and len(configs) > 1 and all(hasattr(one, "num_stages") for one in configs):
+                    monkeypatch.setattr(kernel, "configs", [min(configs, key=_size)])
+                kernel = getattr(kernel, "fn", None)
+
+
+def _size(config) -> tuple[int, int, int]:
+    tiles = sum(size for size in config.kwargs.values() if isinstance(size, int))
+    return abs(config.num_warps - 4), abs(config.num_stages - 2), tiles
 
 
 class KeepsByIdentity:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -23,12 +25,12 @@ from engine.training import recordings
 from engine.training.cuda_graphs import make_graphs
 from engine.training.recordings import Recordings
 from tests.support.fake_recorder import FakeRecorder
-from tests.support.mixers import chunk_rule
+from tests.support.mixers import chunk_rule, tune_nothing
 
 CPU, LONGEST, CAPACITY, VOCABULARY = torch.device("cpu"), 100, 200, 512
 SMALL = {"vocab_size": VOCABULARY, "num_hidden_layers": 4}
 MODELS = {
-    "qwen3.5": {**shapes.SHAPES["qwen3.5-0.8b"], **SMALL, "intermediate_size": 512},
+    "qwen3.5": {**shapes.SHAPES["qwen3.5-0.8b"], **SMALL, "intermediate_size": 512, "linear_num_value_heads": 32},
     "gemma-4": {**shapes.SHAPES["gemma-4-e2b"], **SMALL, "hidden_size": 512, "intermediate_size": 512, "num_kv_shared_layers": 2,
                 "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 100,
                 "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 64},
@@ -146,9 +148,12 @@ def test_a_recording_that_keeps_the_boundaries_it_was_made_with_is_found_out(mon
 
 
 @pytest.fixture
-def card():
+def card(monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("no card")
+    with suppress(ImportError):
+        import_module(f"{FLASH_LINEAR_ATTENTION}.ops.gated_delta_rule")
+        tune_nothing(monkeypatch, FLASH_LINEAR_ATTENTION)
     return torch.device("cuda")
 
 
