@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from engine.config.targets import layer_ranks, resolve_targets
 from engine.config.trial import LoraConfig
 from engine.errors import InputError
-from engine.kernels.ops import noise_of
+from engine.kernels import ops
 from engine.quant.frozen_linear import FrozenLinear
+
+TILES = 4096  # more tiles of a row than there can be: streams of one layer's masks
 
 
 class LoraLinear(nn.Module):
@@ -49,6 +52,7 @@ class LoraLinear(nn.Module):
         self.casts: tuple[Tensor, Tensor] | None = None
         self.scale: Tensor | None = None
         self.noise: Tensor | None = None
+        self.masks_of_pass = False  # True: `drop` has the masks of that noise, not of torch's generator
 
     @property
     def in_features(self) -> int:
@@ -73,6 +77,8 @@ class LoraLinear(nn.Module):
         return self.base(x) + self.scaling * low_rank
 
     def drop(self, x: Tensor) -> Tensor:
+        if self.masks_of_pass and self.training:
+            return _Dropout.apply(x, self.noise, TILES * self.number)
         return F.dropout(x, self.dropout, self.training)
 
     def noise_of_pass(self) -> Tensor:
@@ -83,7 +89,7 @@ class LoraLinear(nn.Module):
         """
         if self.noise is not None:
             return self.noise
-        seed, threshold = noise_of(int(torch.randint(2**62, ())), self.dropout)
+        seed, threshold = ops.noise_of(int(torch.randint(2**62, ())), self.dropout)
         noise = torch.full((2,), threshold, device=self.base.weight.device)
         noise[0].fill_(seed)
         return noise
@@ -96,6 +102,20 @@ class LoraLinear(nn.Module):
         if self.casts is not None and self.casts[0].dtype == dtype:
             return self.casts
         return self.lora_a.detach().to(dtype), (self.lora_b.detach() * self.scaling).to(dtype)
+
+
+class _Dropout(torch.autograd.Function):
+    """Drop elements of x [..., D] as `ops.dropout` does; the backward pass makes the same mask."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, noise: Tensor, stream: int) -> Tensor:
+        ctx.noise, ctx.stream = noise, stream
+        return ops.dropout(x.reshape(-1, x.shape[-1]), noise, stream).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        rows = dy.reshape(-1, dy.shape[-1])
+        return ops.dropout(rows.contiguous(), ctx.noise, ctx.stream).view(dy.shape), None, None
 
 
 def attach(model: nn.Module, linear_names: list[str], config: LoraConfig, seed: int) -> dict[str, LoraLinear]:

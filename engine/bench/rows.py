@@ -60,6 +60,8 @@ LONG: dict[str, Any] = {
     "model": "llama-3.1-8b", "batch": 1, "rank": 32, "policy": "offload", "keep_layers": 0, "cap_gib": 23.5, "steps": 3,
     "warmup": 1,
 }  # fmt: skip
+RECORDED = ("qwen3.5-4b", "gemma-4-e2b")
+"""Families whose layers make a host wait so often that a trial records them."""
 FAMILIES = ("smollm3-3b", "granite-3.3-2b", "phi-4-mini", "olmo-3-7b", "granite-3.3-8b", "ministral-3-8b")
 SUITES: dict[str, tuple[dict[str, Any], ...]] = {
     "table": (
@@ -74,7 +76,10 @@ SUITES: dict[str, tuple[dict[str, Any], ...]] = {
         {"length": 65536, "host_layers": 31, **LONG, "keep_layers": 1, "steps": 1},
         {"length": 131072, "host_layers": 32, **LONG, "steps": 1, "systems": ("ours", "peft")},
     ),
-    "families": tuple({"model": name, "batch": 2, "length": 2048, "policy": "recompute", "cap_gib": 23.5} for name in FAMILIES),
+    "families": tuple(
+        {"model": name, "batch": 2, "length": 2048, "policy": "recompute", "cap_gib": 23.5, "cuda_graphs": name in RECORDED}
+        for name in (*FAMILIES, *RECORDED)
+    ),
 }
 """systems: the only ones measured in this setting; without it, all that the command names."""
 

@@ -11,15 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.data.packing import Batch, Sample, collate, padded
+from engine.shape.compute_limits import documents_of
 
 PARTS = 8  # of the most tokens in a row
 # Of a row's tokens. Targets cost the head's matmul, 20 % of a small model's time. Packed rows are
 # full, and other rows come in more sizes than it pays to record.
 TARGET_PARTS_FULL, TARGET_PARTS = 8, 4
-MIN_TOKENS, MIN_DOCUMENTS = 128, 8
-# Attention leaves an empty document at once, so most rows get this share of their capacity as
-# documents. Rows of shorter samples get the next power of two.
-TOKENS_A_DOCUMENT = 128
+MIN_TOKENS = 128
 
 
 @dataclass(frozen=True, order=True)
@@ -48,8 +46,7 @@ class Size:
         parts = TARGET_PARTS_FULL if tokens >= capacity and not coarse else TARGET_PARTS
         targets = min(tokens, _up(max(1, num_targets), max(MIN_TOKENS, tokens // parts)))
         needed = num_documents + _up(tokens - num_tokens, longest) // longest
-        documents = max(MIN_DOCUMENTS, capacity // TOKENS_A_DOCUMENT, needed)
-        return cls(tokens, targets, 1 << (documents - 1).bit_length())
+        return cls(tokens, targets, documents_of(capacity, needed))
 
     @classmethod
     def padded(cls, batch: Batch) -> Size:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.layers.swap import FusedLayer, FusedNorm, has_mixers, restore_layers
+from engine.layers.swap import FusedLayer, FusedNorm, mixers, restore_layers
 from engine.model.base import Base, end_tokens
 from engine.model.device import free, host_share_gib
 from engine.model.guard import own_attentions
@@ -224,7 +224,7 @@ class _Generation:
 def has_mixers_below(base: Base) -> bool:
     """Return True if layers carry a state from token to token. The model's layers may be fused or its own."""
     kinds = getattr(base.model.config.get_text_config(), "layer_types", None) or ()
-    return has_mixers(base.model) or any("attention" not in kind or kind == "linear_attention" for kind in kinds)
+    return bool(mixers(base.model)) or any("attention" not in kind or kind == "linear_attention" for kind in kinds)
 
 
 def _keep_plain(base: Base) -> None:

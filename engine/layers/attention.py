@@ -58,11 +58,16 @@ class Documents:
 
     `lengths` are the tokens of each sample, on the host. `offsets` are int32 [documents + 1], on
     the device. Variable-length attention reads only the longest of `lengths`, so these may be upper
-    bounds: a CUDA graph replays with other offsets.
+    bounds: a CUDA graph replays with other offsets. Bounds end with 0, which no list of lengths does.
     """
 
     lengths: tuple[int, ...]
     offsets: Tensor
+
+    @property
+    def are_bounds(self) -> bool:
+        """Return True if `lengths` are bounds, and the device alone knows where samples begin."""
+        return self.lengths[-1] == 0
 
 
 @dataclass(frozen=True)

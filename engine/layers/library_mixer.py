@@ -16,12 +16,17 @@ Samples of one length need none of them: they are a plain batch.
 No version is asked and no package looked for: two samples of the first row that has several are
 computed each way. So a kernel that ignores what it is told is never used.
 
+A row that a CUDA graph replays has its boundaries on the device alone (`Documents.are_bounds`).
+OFFSETS and GAPS compute it if the kernels also take the chunks of all samples from us: they would
+count them on the host. `try_offsets` finds that out. Such a mixer never waits for the device.
+
 Shape letters: T tokens, D hidden.
 """
 
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,6 +38,7 @@ from torch import Tensor, nn
 
 from engine.adapter.lora import LoraLinear
 from engine.layers.attention import Documents
+from engine.shape.mixer_shape import CHUNK
 
 PROBED_TOKENS = 512  # of each of the two samples
 ALLOWED = {torch.float32: 1e-3}  # relative difference of outputs; in 16 bits OTHER_ALLOWED
@@ -49,29 +55,56 @@ class Way(StrEnum):
 
 @dataclass
 class LibraryMixer:
-    """Hold a mixer and its way, which is None until a row with several samples has shown it."""
+    """Hold a mixer and its way, which is None until a row with several samples has shown it.
+
+    reads_offsets: whether rows with boundaries on the device alone can be computed; None until tried.
+    """
 
     module: nn.Module
     way: Way | None = None
+    reads_offsets: bool | None = None
 
     @property
     def adapters(self) -> list[nn.Parameter]:
         """Return lora_a and lora_b of each of its linear layers that is adapted."""
-        adapted = [layer for layer in self.module.modules() if isinstance(layer, LoraLinear)]
-        return [parameter for layer in adapted for parameter in (layer.lora_a, layer.lora_b)]
+        return [parameter for layer in self._adapted() for parameter in (layer.lora_a, layer.lora_b)]
 
     def new_seed(self) -> int | None:
-        """Return a seed for the dropout of one pass and its recomputation; None without dropout."""
-        layers = (layer for layer in self.module.modules() if isinstance(layer, LoraLinear))
-        draws = any(layer.dropout and layer.training for layer in layers)
+        """Return a seed for the dropout of one pass and its recomputation; None if none is needed.
+
+        The masks of a `FlatAdapter` are those of its pass. A recording reads them from the device.
+        """
+        drawing = [layer for layer in self._adapted() if layer.dropout and layer.training]
+        for layer in drawing:
+            layer.masks_of_pass = layer.noise is not None
+        draws = any(layer.noise is None for layer in drawing)
         return int(torch.randint(2**62, ())) if draws else None  # from the CPU generator, so the host does not wait
+
+    def try_offsets(self, x_TD: Tensor) -> bool:
+        """Find out whether rows with boundaries on the device alone can be computed. Return it, and remember it.
+
+        x_TD: hidden states, of which two samples of different lengths are computed.
+        """
+        num_tokens = x_TD.shape[0]
+        border, known = (num_tokens * 3) // 5, self.way
+        offsets = torch.tensor([0, border, num_tokens], dtype=torch.int32, device=x_TD.device)
+        two, self.reads_offsets = Documents((border, num_tokens - border), offsets), True
+        self.way = self._choose(x_TD, two)
+        if self.way is Way.ALONE or _waits(self._ways()[self.way], x_TD, two):
+            self.way, self.reads_offsets = known, False
+        return self.reads_offsets
 
     def mix(self, x_TD: Tensor, documents: Documents, seed: int | None = None) -> Tensor:
         """Return the mixer's output [T, D]. Differentiable in x and the adapters.
 
-        The same seed gives the same dropout masks.
+        The same seed gives the same dropout masks. Raises ValueError if the row's boundaries are on the
+        device alone and `try_offsets` has not shown that they are read.
         """
+        if documents.are_bounds and not self.reads_offsets:
+            raise ValueError("this mixer needs the lengths of a row's samples on the host")
         with nullcontext() if seed is None else _seeded(seed, x_TD.device):
+            if documents.are_bounds:
+                return self._ways()[self.way](x_TD, documents)
             lengths = [length for length in documents.lengths if length]
             if len(set(lengths)) == 1:  # one sample, or a plain batch
                 return self.module(x_TD.view(len(lengths), lengths[0], -1)).flatten(0, 1)
@@ -102,8 +135,9 @@ class LibraryMixer:
         return torch.cat([self._call(part) for part in x_TD.split(documents.lengths) if part.shape[0]])
 
     def _with_offsets(self, x_TD: Tensor, documents: Documents) -> Tensor:
-        samples_T = _samples(x_TD.shape[0], documents.offsets)
-        return self._call(x_TD, cu_seq_lens_q=documents.offsets, seq_idx=samples_T[None])
+        samples_T, offsets = _samples(x_TD.shape[0], documents.offsets), documents.offsets
+        offsets = offsets.view_as(offsets)  # a library may keep what it has computed for a tensor, by its identity
+        return self._call(x_TD, cu_seq_lens_q=offsets, seq_idx=samples_T[None], **self._chunks(x_TD, offsets))
 
     def _with_gaps(self, x_TD: Tensor, documents: Documents) -> Tensor:
         """Put as many zeros behind each sample as the convolution looks back, and drop their outputs."""
@@ -111,10 +145,48 @@ class LibraryMixer:
         moved = offsets + gap * torch.arange(offsets.numel(), dtype=offsets.dtype, device=offsets.device)
         rows_T = torch.arange(x_TD.shape[0], device=x_TD.device) + gap * _samples(x_TD.shape[0], offsets)
         wide = x_TD.new_zeros(x_TD.shape[0] + gap * (offsets.numel() - 1), x_TD.shape[1])
-        return self._call(wide.index_copy(0, rows_T, x_TD), cu_seq_lens_q=moved).index_select(0, rows_T)
+        wide = wide.index_copy(0, rows_T, x_TD)
+        return self._call(wide, cu_seq_lens_q=moved, **self._chunks(wide, moved)).index_select(0, rows_T)
+
+    def _chunks(self, x_TD: Tensor, offsets: Tensor) -> dict[str, Tensor]:
+        return {"chunk_indices": chunk_indices(offsets, x_TD.shape[0])} if self.reads_offsets else {}
+
+    def _adapted(self) -> list[LoraLinear]:
+        return [layer for layer in self.module.modules() if isinstance(layer, LoraLinear)]
 
     def _call(self, x_TD: Tensor, **keywords: Any) -> Tensor:
         return self.module(x_TD[None], **keywords).squeeze(0)
+
+
+def read_offsets(mixers: list[LibraryMixer], width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return True if all mixers compute rows with boundaries on the device alone. One of each class is tried, once.
+
+    width: features of their input. Leaves the random generators as they are.
+    """
+    firsts: dict[type, LibraryMixer] = {}
+    for mixer in mixers:
+        first = firsts.setdefault(type(mixer.module), mixer)
+        if first.reads_offsets is None:
+            generator = torch.Generator(device).manual_seed(0)
+            first.try_offsets(torch.randn(PROBED_TOKENS, width, generator=generator, device=device).to(dtype))
+        if first.reads_offsets:
+            mixer.way = first.way
+        mixer.reads_offsets = first.reads_offsets
+    return all(mixer.reads_offsets for mixer in mixers)
+
+
+def chunk_indices(offsets: Tensor, num_tokens: int) -> Tensor:
+    """Return the sample of each chunk and its number in that sample, [chunks, 2], in the order of the samples.
+
+    The device counts them, so there are as many rows as samples of these lengths and numbers may
+    have. Those that are too many lie behind the end of the last sample, where kernels write nothing.
+    flash-linear-attention's own are [sum(ceil(length / CHUNK)), 2], a number that the host waits for.
+    """
+    counts = (offsets.diff() + (CHUNK - 1)) // CHUNK
+    ends, number = counts.cumsum(0), counts.numel()
+    places = torch.arange((num_tokens + (CHUNK - 1) * number) // CHUNK, device=offsets.device)
+    samples = torch.bucketize(places, ends, right=True).clamp_(max=number - 1)
+    return torch.stack([samples, places - (ends - counts)[samples]], dim=1).to(offsets.dtype)
 
 
 def _samples(num_tokens: int, offsets: Tensor) -> Tensor:
@@ -140,6 +212,26 @@ def _keeps_apart(method: Callable[[Tensor, Documents], Tensor], x: Tensor, two: 
         return False
     close = (found.detach().float() - right.float()).norm() <= ALLOWED.get(x.dtype, OTHER_ALLOWED) * right.float().norm()
     return bool(close) and not bool(gradient[:border].any())
+
+
+def _waits(method: Callable[[Tensor, Documents], Tensor], x: Tensor, two: Documents) -> bool:
+    """Return True if the host waits for the device in a pass forward and backward; never on the CPU."""
+    if not x.is_cuda:
+        return False
+    leaf, before = x.detach().requires_grad_(), torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode does not see all waits: then recording fails
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.enable_grad():
+            torch.autograd.grad(method(leaf, two), leaf, x)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 @contextmanager

@@ -24,13 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.adapter.lora import LoraLinear
+from engine.adapter.lora import TILES, LoraLinear
 from engine.kernels import ops
 from engine.kernels.ops import LowRank
 from engine.quant.frozen_linear import FrozenLinear
 from engine.quant.int8_weight import Int8Group
 
-TILES = 4096  # more tiles of a row than there can be: streams of one layer's masks
 Weights = list[tuple[slice, Tensor]]  # blocks of consecutive output features, each with its weight [O, D]
 
 

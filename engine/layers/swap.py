@@ -282,9 +282,9 @@ def fused_projections(model: nn.Module) -> set[nn.Module]:
     return {one for layer in _fused_layers(model) for group in layer.projections().values() for one in group}
 
 
-def has_mixers(model: nn.Module) -> bool:
-    """Return True if a fused layer calls the library's token mixer, which may wait for the device."""
-    return any(layer.mixer is not None for layer in _fused_layers(model))
+def mixers(model: nn.Module) -> list[LibraryMixer]:
+    """Return the library's token mixers that fused layers call; they may wait for the device."""
+    return [layer.mixer for layer in _fused_layers(model) if layer.mixer is not None]
 
 
 def _fused_layers(model: nn.Module) -> list[FusedLayer]:

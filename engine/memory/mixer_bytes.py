@@ -33,12 +33,25 @@ class MixerBytes:
     alone: int
 
     @classmethod
-    def of(cls, mixer: MixerShape, hidden_size: int, tokens: int, sample_tokens: int, element: int) -> MixerBytes:
-        """Return the bytes for `tokens` in samples of `sample_tokens`, `element` bytes a value."""
+    def of(
+        cls, mixer: MixerShape, hidden_size: int, tokens: int, sample_tokens: int, element: int, documents: int = 0
+    ) -> MixerBytes:
+        """Return the bytes for `tokens` in samples of `sample_tokens`, `element` bytes a value.
+
+        documents: of a padded row whose boundaries the device alone knows, its places for samples; else
+        0. Such a row has zeros between its samples, in copies of input and output, and room for the
+        states of as many chunks as any samples may have (engine/layers/library_mixer.py).
+        """
+        if documents:
+            wide = tokens + (mixer.conv_width - 1) * documents
+            chunks = (wide + (CHUNK - 1) * documents) // CHUNK
+            parts, copy = _with_kernels(mixer, hidden_size, element, CHUNK * chunks / wide), wide * element * hidden_size
+            graph, extra, alone = (math.ceil(wide * part) for part in parts)
+            return cls(graph + copy, extra + copy, alone + 2 * copy)
         length = min(tokens, sample_tokens)
         padded = math.ceil(tokens / length) * math.ceil(length / CHUNK) * CHUNK
         parts = _with_kernels(mixer, hidden_size, element) if mixer.has_kernels else _by_torch(mixer, hidden_size, element)
-        return cls(*(padded * part for part in parts))
+        return cls(*(math.ceil(padded * part) for part in parts))
 
 
 def _by_torch(mixer: MixerShape, hidden_size: int, element: int) -> tuple[int, int, int]:
@@ -56,14 +69,14 @@ def _by_torch(mixer: MixerShape, hidden_size: int, element: int) -> tuple[int, i
     return graph, extra, alone
 
 
-def _with_kernels(mixer: MixerShape, hidden_size: int, element: int) -> tuple[int, int, int]:
+def _with_kernels(mixer: MixerShape, hidden_size: int, element: int, places: float = 1.0) -> tuple[float, float, float]:
     """Return graph, extra and alone, in bytes a token, with flash-linear-attention's rule.
 
     The convolution and the gated norm are the library's torch operations. A backward pass makes w, u,
-    new values and states again, and then the gradients of all.
+    new values and states again, and then the gradients of all. places: of states for each that there is.
     """
     C, V, N, H = mixer.convolved, mixer.values, mixer.repeated_keys, mixer.value_heads
-    states, chunks = element * N * mixer.value_dim // CHUNK, 4 * H * CHUNK
+    states, chunks = places * (element * N * mixer.value_dim // CHUNK), 4 * H * CHUNK
     graph = 2 * element * C + element * (2 * N + V + H * CHUNK) + _gated_norm(mixer, hidden_size, element)
     forward = element * (N + 3 * V) + states + chunks
     extra = max(forward, element * (5 * N + 6 * V) + 2 * states) + element * (C + hidden_size)

@@ -48,8 +48,13 @@ class Sizes:
     tile: Sizes | None = None
 
     @classmethod
-    def of(cls, shape: ModelShape, tokens: int, sample_tokens: int, element: int, packed: bool) -> Sizes:
-        """Return the sizes for `tokens` in samples of `sample_tokens`, `element` bytes a value."""
+    def of(
+        cls, shape: ModelShape, tokens: int, sample_tokens: int, element: int, packed: bool, documents: int = 0
+    ) -> Sizes:
+        """Return the sizes for `tokens` in samples of `sample_tokens`, `element` bytes a value.
+
+        documents: see `MixerBytes.of`.
+        """
         length = min(tokens, sample_tokens)
         return cls(
             x=element * tokens * shape.hidden_size,
@@ -68,7 +73,7 @@ class Sizes:
             packed=packed,
             element=element,
             tokens=tokens,
-            mixer=shape.mixer and MixerBytes.of(shape.mixer, shape.hidden_size, tokens, sample_tokens, element),
+            mixer=shape.mixer and MixerBytes.of(shape.mixer, shape.hidden_size, tokens, sample_tokens, element, documents),
             tile=cls.of(shape, MLP_TILE_TOKENS, sample_tokens, element, packed) if tokens > MLP_TILE_TOKENS else None,
         )
 

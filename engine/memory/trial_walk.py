@@ -13,7 +13,7 @@ from engine.memory.layer_walk import AttentionName, attention_name
 from engine.memory.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, HostStack, LiveBytes
 from engine.memory.mixer_walk import MIXERS
 from engine.memory.tensor_sizes import Sizes
-from engine.shape.compute_limits import EVALUATION_ROW_TOKENS, LOSS_CHUNK_BYTES
+from engine.shape.compute_limits import EVALUATION_ROW_TOKENS, LOSS_CHUNK_BYTES, documents_of
 from engine.shape.layer_plan import (
     adapted_outside,
     base_bytes,
@@ -172,7 +172,10 @@ class TrialWalk:
         tables = sum(heads) if len(heads) > 1 else layer.rotary_tables * max(heads)
         rotary = 2 * (4 if layer.rotary_fp32 else self.element) * tokens * tables
         packed = self.config.model.quantization == "nf4"
-        known = {one: Sizes.of(one, tokens, sample_tokens, self.element, packed) for one in set(shape.each)}
+        is_padded = shape.has_mixers and not shape.has_unrecordable_mixers
+        is_padded = is_padded and (phase == "evaluation" or self.config.train.cuda_graphs is True)
+        how = (tokens, sample_tokens, self.element, packed, documents_of(tokens) if is_padded else 0)
+        known = {one: Sizes.of(one, *how) for one in set(shape.each)}
         self.layer_sizes = [known[one] for one in shape.each]
         sizes = self.layer_sizes[-1]
         self.live.enter(phase)

@@ -15,13 +15,14 @@ from engine.config.trial import ModelConfig
 from engine.data.packing import Batch
 from engine.layers import attention
 from engine.layers.host_stash import HostStash
+from engine.layers.library_mixer import read_offsets
 from engine.layers.swap import (
     SwapReport,
     cache_weights,
     cached_weights,
     fused_projections,
-    has_mixers,
     int8_groups,
+    mixers,
     set_matmul,
     set_policy,
 )
@@ -66,8 +67,19 @@ class Base:
 
         Such a row can be recorded as a CUDA graph. On the CPU only the first half counts.
         """
-        on_device = self.device.type == "cpu" or attention.reads_offsets_only(self.dtype)
-        return on_device and not self.swaps.unfused and not has_mixers(self.model) and self.shares_rows(longest)
+        if self.swaps.unfused or not self.shares_rows(longest):
+            return False
+        return self.device.type == "cpu" or (attention.reads_offsets_only(self.dtype) and self._mixers_read_offsets())
+
+    @property
+    def has_mixers(self) -> bool:
+        """Return True if fused layers call the library's token mixers."""
+        return bool(mixers(self.model))
+
+    def _mixers_read_offsets(self) -> bool:
+        """Return True if the library's mixers, if there are some, need no lengths on the host; tried once."""
+        width = self.model.config.get_text_config().hidden_size
+        return read_offsets(mixers(self.model), width, self.dtype, self.device)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the final hidden states [T, D] of a packed row; `batch` must be on the device."""

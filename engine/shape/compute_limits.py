@@ -27,6 +27,16 @@ EVALUATION_ROW_TOKENS = 4096
 """Samples of an evaluation share rows of at least this many tokens, because launches dominate short
 rows: a row of 256 tokens took 140 ms of launches for 3 ms of work (H100)."""
 
+MIN_DOCUMENTS, TOKENS_A_DOCUMENT = 8, 128
+"""A padded row has places for so many samples: one for each of these tokens of its capacity, and more
+if its samples are shorter. Attention leaves an empty sample at once."""
+
+
+def documents_of(capacity: int, needed: int = 0) -> int:
+    """Return the samples for which a padded row of up to `capacity` tokens has places, `needed` or more."""
+    return 1 << (max(MIN_DOCUMENTS, capacity // TOKENS_A_DOCUMENT, needed) - 1).bit_length()
+
+
 HOST_LAG, HOST_IN_FLIGHT = 3, GIB
 """The device memory of a layer that is stored on the host is released HOST_LAG layers later, which
 leaves time for the copy out. While more than HOST_IN_FLIGHT bytes wait, the oldest are released

@@ -52,13 +52,13 @@ def is_fused(config: TrainConfig, shape: ModelShape) -> bool:
 def can_record(config: TrainConfig, shape: ModelShape) -> bool:
     """Return True if a micro-batch can be a CUDA graph (engine/training/cuda_graphs.py).
 
-    It must run fused, on the device alone, without attention sample by sample, a library's mixers or
-    rotary frequencies that the library chooses on the host.
+    It must run fused, on the device alone, without attention sample by sample, a library's mixers that
+    count samples on the host, or rotary frequencies that the library chooses there.
     """
     loop = config.train
     on_device = loop.activation_checkpointing != Policy.OFFLOAD and loop.host_layers == 0
     is_16_bit = config.model.dtype != "float32"
-    by_library = shape.rotates_by_row or shape.has_mixers
+    by_library = shape.rotates_by_row or shape.has_unrecordable_mixers
     return is_fused(config, shape) and is_16_bit and on_device and not by_library
 
 

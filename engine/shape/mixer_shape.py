@@ -21,7 +21,8 @@ class MixerShape:
     """The sizes of a gated delta rule: heads and features of a head, and the convolution's width.
 
     has_kernels: True if flash-linear-attention computes the rule, False for the library's torch
-    operations, which keep far more.
+    operations, which keep far more. is_recordable: True if a CUDA graph can hold the mixer, which
+    takes kernels that read where samples begin from the device.
     """
 
     key_heads: int
@@ -30,6 +31,7 @@ class MixerShape:
     value_dim: int
     conv_width: int
     has_kernels: bool = False
+    is_recordable: bool = False
 
     @classmethod
     def of(cls, number: Callable[..., int]) -> MixerShape:

@@ -164,9 +164,15 @@ class ModelShape:
         """Return True if some layers have a library's token mixer in attention's place."""
         return any(one.mixer is not None for one in self.each)
 
-    def with_kernels(self) -> ModelShape:
-        """Return the same model with mixers that flash-linear-attention computes."""
-        mixers = [one.mixer and replace(one.mixer, has_kernels=True) for one in self.layers]
+    @property
+    def has_unrecordable_mixers(self) -> bool:
+        """Return True if a library's token mixer of some layer cannot be part of a CUDA graph."""
+        return any(one.mixer is not None and not one.mixer.is_recordable for one in self.each)
+
+    def with_kernels(self, recordable: bool = True) -> ModelShape:
+        """Return the same model with mixers that flash-linear-attention computes. recordable: `MixerShape.is_recordable`."""
+        known = {"has_kernels": True, "is_recordable": recordable}
+        mixers = [one.mixer and replace(one.mixer, **known) for one in self.layers]
         return replace(self, layers=tuple(replace(one, mixer=mixer) for one, mixer in zip(self.layers, mixers)))
 
     @property

@@ -62,7 +62,7 @@ class CardPlanner:
         card = replace(card, memory_gib=_own_gib(base.device))
         shape = ModelShape.known(base.model.config.to_dict(), config.model.path) if base.route.is_predicted else None
         if shape is not None and calls_kernels(base.model, FLASH_LINEAR_ATTENTION):
-            shape = shape.with_kernels()
+            shape = shape.with_kernels(recordable=base.pads_rows(config.data.max_seq_length))
         shape = shape and _with_library_bytes(shape, config.model, base)
         host_gib = host_share_gib(base.stash.memory.num_bytes / GIB) + pinned_bytes(base.model) / GIB
         return cls(config, shape, card, host_gib, base.lasting.setdefault("lessons", Lessons()))

@@ -13,6 +13,10 @@ adapter's gradient in place.
 
 A plan with copies to host memory uses none. The fp32 loss of a padded row equals that of the row up
 to rounding.
+
+A library's token mixer is code that we do not know: it may have kept the boundaries of the row that
+was recorded. So the first recording of such a model is replayed for two rows that differ in nothing
+but their boundaries, and compared with the passes that are not recorded.
 """
 
 from __future__ import annotations
@@ -20,20 +24,24 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.adapter.flat import AdapterMemory
-from engine.data.packing import Batch
+from engine.data.packing import Batch, Sample, collate
 from engine.data.row_sizes import Size
 from engine.errors import first_line
 from engine.model.base import Base
 from engine.training import recordings as recorder
 from engine.training.recordings import MAX_OF_A_KIND, RecordedKind, RecordedRow, Recordings
 
+# The two rows that a recording is tried on: most tokens of a sample, and the share of their difference
+# that replayed and unrecorded pass may be apart. They have differed by rounding, if at all.
+TRIED_TOKENS, TRIED_APART = 192, 0.1
 MEASURES = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
 
 
@@ -127,6 +135,8 @@ class Graphs:
         """Record a row size. If it is the first of its kind, a small row is computed before."""
         began_s = time.perf_counter()
         try:
+            if not self._follows_boundaries():
+                raise RuntimeError("a recorded pass does not read where the samples of its row begin")
             row, used = self._captured(size)
         except torch.OutOfMemoryError:
             raise
@@ -141,6 +151,42 @@ class Graphs:
         self._kind.rows[size] = row
         self._recordings.trim(self._memory)
         return row
+
+    def _follows_boundaries(self) -> bool:
+        """Return True if a replay computes its own row, not the one recorded; tried once for each base with mixers."""
+        if self._recordings.follows_boundaries is None:
+            self._recordings.follows_boundaries = not self._base.has_mixers or self._try_two_rows()
+        return self._recordings.follows_boundaries
+
+    def _try_two_rows(self) -> bool:
+        """Record a small row, and replay it for two rows of its size with the same tokens and other boundaries."""
+        longer = max(2, min(TRIED_TOKENS, 2 * self._longest // 3))
+        ids = np.random.default_rng(0).integers(0, self._base.model.config.get_text_config().vocab_size, longer + longer // 3 + 1)
+        samples = [np.split(ids, [border]) for border in (longer, len(ids) - longer)]
+        rows = [collate([Sample(part, np.ones(len(part), bool)) for part in two]) for two in samples]
+        size = Size.of(rows[0], self._capacity, self._longest)
+        rows = [for_any_row(size.pad(row, self._longest), self._longest, self._base.device) for row in rows]
+        known, _ = self._captured(size)
+
+        def replayed(row: Batch) -> Tensor:
+            known.fill(row, 1)
+            known.replay()
+            return known.loss
+
+        right = [self._outcome(lambda row=row: self._compute(self._fixed(row, 1))) for row in rows]
+        allowed = TRIED_APART * (right[0] - right[1]).norm()
+        found = [self._outcome(lambda row=row: replayed(row)) for row in rows]
+        return all(bool((a - b).norm() < allowed) for a, b in zip(found, right, strict=True))
+
+    def _outcome(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Return a pass's losses and the adapter's gradient as one vector; the gradient itself stays as it was."""
+        gradient = self._memory.gradient
+        before = gradient.clone()
+        gradient.zero_()
+        try:
+            return torch.cat([compute().reshape(-1).float(), gradient.float()])
+        finally:
+            gradient.copy_(before)
 
     def _captured(self, size: Size) -> tuple[RecordedRow, int]:
         """Return the recorded row, and what its pass allocated beyond what was there before, if that is a new peak."""

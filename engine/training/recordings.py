@@ -83,6 +83,7 @@ class Recordings:
         self.can_record = device.type == "cuda"
         self.recording_s = 0.0
         self.evaluation_waits: bool | None = None  # for the host, if an evaluation is not recorded
+        self.follows_boundaries: bool | None = None  # a replay reads where samples begin; None until tried
         self._device = device
         self._kinds: OrderedDict[Hashable, RecordedKind] = OrderedDict()
         self._pool: Any = None

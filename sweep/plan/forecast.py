@@ -104,6 +104,7 @@ def _estimate(shape: ModelShape) -> list[str]:
     if not mixers:
         return []
     how = "flash-linear-attention" if mixers[0].has_kernels else "torch operations (no flash-linear-attention here)"
+    how += ", without CUDA graphs" if shape.has_unrecordable_mixers else ""
     layers = f"{len(mixers)} of {counted(shape.num_layers, 'layer')}"
     return [f"estimate   linear attention, {layers}: its memory is estimated from above and its speed roughly, on {how}"]
 

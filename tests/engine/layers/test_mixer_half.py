@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5 as library
 
 from engine.config.trial import LoraConfig
@@ -20,9 +19,9 @@ from engine.quant.bnb import quantize_nf4
 from engine.shape import compute_limits
 from engine.shape.policies import Policy
 from tests.support.fused_layers import batch, build, hidden_states, run, worst
+from tests.support.mixers import ORIGINAL_CONV, ORIGINAL_RULE, deaf, told_conv, told_rule
 
 HYBRID = "Qwen3_5Text"
-ORIGINAL_RULE, ORIGINAL_CONV = library.torch_chunk_gated_delta_rule.__wrapped__, library.causal_conv1d_fn.__wrapped__
 MIXERS = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
 TARGETS = [
     ("in_proj_qkv",), ("in_proj_z", "out_proj"), ("in_proj_a", "in_proj_b"), ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -92,24 +91,6 @@ def test_layers_are_read_by_their_kind():
 
 
 # --- samples apart ----------------------------------------------------------------------------------------------------
-
-
-def told_conv(x: Tensor, weight: Tensor, bias=None, activation=None, seq_idx: Tensor | None = None, **_) -> Tensor:
-    """Stand for causal-conv1d, which reads the number of each token's sample."""
-    lengths = [x.shape[2]] if seq_idx is None else seq_idx[0].bincount().tolist()
-    return torch.cat([ORIGINAL_CONV(part, weight, bias, activation) for part in x.split(lengths, 2)], 2)
-
-
-def told_rule(*tensors: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None = None, **others):
-    """Stand for flash-linear-attention, which reads offsets."""
-    lengths = [g.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
-    parts = zip(*(t.split(lengths, dim=1) for t in (*tensors, g, beta)))
-    return torch.cat([ORIGINAL_RULE(q, k, v, g=g, beta=beta, **others)[0] for q, k, v, g, beta in parts], dim=1), None
-
-
-def deaf(function):
-    """Stand for a library that takes offsets and runs on across samples."""
-    return lambda *tensors, cu_seqlens=None, seq_idx=None, **others: function(*tensors, **others)
 
 
 INSTALLED = {

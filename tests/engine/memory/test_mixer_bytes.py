@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from engine.config.trial import LoraConfig
 from engine.layers.attention import Documents
 from engine.memory.mixer_bytes import MixerBytes
 from engine.model.library_layers import Storages
+from engine.shape.compute_limits import documents_of
 from engine.shape.mixer_shape import MixerShape
 from tests.support.mixers import mixer_on
 
@@ -80,6 +83,15 @@ def test_kernels_keep_less() -> None:
     by_torch = MixerBytes.of(shape, hidden_size, 4096, 2048, 2)
     by_kernels = MixerBytes.of(MixerShape(16, 32, 128, 128, 4, has_kernels=True), hidden_size, 4096, 2048, 2)
     assert by_kernels.graph < by_torch.graph / 2 and by_kernels.alone < by_torch.alone
+
+
+def test_a_row_with_boundaries_on_the_device_takes_more_for_its_gaps_and_the_chunks_it_may_have() -> None:
+    hidden_size, shape = SHAPES["qwen3.5-4b"]
+    shape = replace(shape, has_kernels=True)
+    plain, padded = (MixerBytes.of(shape, hidden_size, 4096, 2048, 2, documents) for documents in (0, documents_of(4096)))
+    states = 2 * shape.repeated_keys * shape.value_dim
+    for one, two, copies in ((plain.graph, padded.graph, 1), (plain.extra, padded.extra, 1), (plain.alone, padded.alone, 2)):
+        assert one + 2 * 4096 * hidden_size * copies < two < 1.1 * one + 2 * 4192 * hidden_size * copies + 2 * 34 * states
 
 
 @pytest.mark.gpu

@@ -175,10 +175,11 @@ def test_merged_layers_have_the_features_of_those_that_they_merge():
     assert plain.num_parameters == merged.num_parameters
 
 
-def test_a_model_with_mixers_is_not_recorded_and_says_who_computes_them():
+def test_a_model_with_mixers_is_recorded_with_kernels_that_read_boundaries_and_says_who_computes_them():
     shape = ModelShape.of({**LLAMA_8B, "model_type": "qwen3_5"}, "x")
     assert shape.has_mixers and not can_record(plan_config(), shape)
     assert [one.mixer is None for one in shape.each] == [False, False, False, True] * 8
-    told = shape.with_kernels()
+    told, older = shape.with_kernels(), shape.with_kernels(recordable=False)
+    assert can_record(plan_config(), told) and not can_record(plan_config(), older)
     assert all(one.mixer is None or one.mixer.has_kernels for one in told.each) and told != shape
     assert told.num_parameters == shape.num_parameters
