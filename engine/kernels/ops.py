@@ -155,7 +155,7 @@ def document_spans(offsets_N: Tensor, num_tokens: int, window: int | None = None
     is_list = offsets_N.dim() == 1 and offsets_N.shape[0] and not offsets_N.is_floating_point() and offsets_N.is_contiguous()
     if not is_list or (window is not None and window < 1):
         raise EngineError(f"document_spans: {_layout(offsets_N)}, window {window}: expected dense integers, at least 1 or None")
-    return _family("document_attention", offsets_N).document_spans(offsets_N, num_tokens, window)
+    return _family("attention.document_attention", offsets_N).document_spans(offsets_N, num_tokens, window)
 
 
 def attention(
@@ -164,7 +164,7 @@ def attention(
     """Return out = softmax(z) @ v, [T, H, K] like q, and lse = logsumexp(z), [H, T] fp32; z = scale * q @ k, with a
     softcap as in `cross_entropy_`, over the keys from spans[0, t] to t."""
     _check_attention("attention", q_THK, k_TGK, v_TGK, spans_2T, softcap)
-    return _family("document_attention", q_THK).attention(q_THK, k_TGK, v_TGK, spans_2T, scale, softcap)
+    return _family("attention.document_attention", q_THK).attention(q_THK, k_TGK, v_TGK, spans_2T, scale, softcap)
 
 
 def attention_backward(
@@ -178,7 +178,7 @@ def attention_backward(
         if x.shape != shape or x.dtype != dtype or not x.is_contiguous():
             raise EngineError(f"attention_backward: {name} {_layout(x)}: expected contiguous {list(shape)} {dtype}")
     given = (dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, spans_2T, scale, softcap)
-    return _family("document_attention", q_THK).attention_backward(*given)
+    return _family("attention.document_attention", q_THK).attention_backward(*given)
 
 
 def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:

@@ -35,3 +35,27 @@ copies."""
 
 FLASH_HEAD = 256
 """Flash attention takes heads of up to this many features; wider ones go to our own kernels."""
+
+SCORE_BLOCK, SCORE_BYTES, SCORE_HEAD = 128, 288 * 2**20, 129
+"""Our attention's backward pass stores scores of heads of at least SCORE_HEAD features, as many heads
+at once as SCORE_BYTES hold. Blocks of SCORE_BLOCK queries make a triangle. Narrower heads make their
+scores again, which is less work there than memory."""
+
+
+def score_cells(tokens: int, block: int = SCORE_BLOCK) -> int:
+    """Return the cells of one head's triangle over a row: its block i holds block x (i + 1) block."""
+    blocks = -(-tokens // block)
+    return blocks * (blocks + 1) // 2 * block * block
+
+
+def heads_with_stored_scores(tokens: int, heads: int, groups: int, head_dim: int, element: int) -> int:
+    """Return the query heads whose p and ds are stored at once; 0: a row is too long, or heads are narrow.
+
+    They are whole key/value heads, in parts as equal as can be. element: bytes of a value.
+    """
+    fitting = SCORE_BYTES // max(1, 2 * element * score_cells(tokens) * (heads // groups))
+    wide = head_dim >= SCORE_HEAD and (head_dim <= 256 or head_dim % 256 == 0)
+    if element != 2 or not wide or not fitting:
+        return 0
+    parts = -(-groups // fitting)
+    return heads // groups * -(-groups // parts)

@@ -120,7 +120,7 @@ def test_spans_cut_documents_to_the_window_and_read_int64_offsets_too():
 @pytest.mark.parametrize("shared_kib", [99, 163, 227])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 160, 256, 512])
 def test_tiles_fit_into_the_shared_memory_of_a_block(head_dim, shared_kib):
-    from engine.kernels.document_attention import choose_tiles
+    from engine.kernels.attention.document_attention import choose_tiles
 
     tiles, row = choose_tiles(head_dim, shared_kib * 1024), 2 * max(64, 1 << (head_dim - 1).bit_length())
     (m, n, _, stages), (dq_m, dq_n, _, dq_stages) = tiles.forward, tiles.dq
