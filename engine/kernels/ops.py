@@ -169,15 +169,16 @@ def attention(
 
 def attention_backward(
     dout_THK: Tensor, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, out_THK: Tensor, lse_HT: Tensor, spans_2T: Tensor,
-    scale: float, softcap: float | None = None,
+    scale: float, softcap: float | None = None, longest: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return dq, dk and dv, contiguous and like q, k and v, from what `attention` returned."""
+    """Return dq, dk and dv, contiguous and like q, k and v, from what `attention` returned; no query may see more
+    than `longest` keys (None: T), which saves memory."""
     _check_attention("attention_backward", q_THK, k_TGK, v_TGK, spans_2T, softcap)
     like_q, of_lse = (q_THK.shape, q_THK.dtype), (q_THK.shape[1::-1], torch.float32)
     for name, x, (shape, dtype) in (("dout", dout_THK, like_q), ("out", out_THK, like_q), ("lse", lse_HT, of_lse)):
         if x.shape != shape or x.dtype != dtype or not x.is_contiguous():
             raise EngineError(f"attention_backward: {name} {_layout(x)}: expected contiguous {list(shape)} {dtype}")
-    given = (dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, spans_2T, scale, softcap)
+    given = (dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, spans_2T, scale, softcap, longest)
     return _family("attention.document_attention", q_THK).attention_backward(*given)
 
 

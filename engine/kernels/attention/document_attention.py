@@ -263,18 +263,20 @@ def attention(
 
 def attention_backward(
     dout_THK: Tensor, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, out_THK: Tensor, lse_HT: Tensor, spans_2T: Tensor,
-    scale: float, softcap: float | None = None, tiles: AttentionTiles | None = None,
+    scale: float, softcap: float | None = None, longest: int | None = None, tiles: AttentionTiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THK, k_TGK, v_TGK))
     num_tokens, num_heads, head_dim = q_THK.shape
     if not num_tokens:
         return dq, dk, dv
     tiles, given, common = tiles or _tiles(q_THK), (dout_THK, q_THK, k_TGK, v_TGK), _common(q_THK, k_TGK, scale, softcap)
-    heads = heads_with_stored_scores(num_tokens, num_heads, k_TGK.shape[1], head_dim, q_THK.element_size())
+    longest = min(longest or num_tokens, num_tokens)
+    heads = heads_with_stored_scores(num_tokens, longest, num_heads, k_TGK.shape[1], head_dim, q_THK.element_size())
     if heads and tiles.scores and tiles.products:
-        grads = (dq, dk, dv)
-        stored_backward(given, out_THK, lse_HT, spans_2T, grads, heads, tiles.scores, tiles.products, common)
-        return grads
+        stored_backward(
+            given, out_THK, lse_HT, spans_2T, (dq, dk, dv), heads, longest, tiles.scores, tiles.products, common
+        )  # fmt: skip
+        return dq, dk, dv
     delta_HT = torch.empty_like(lse_HT)
     launch_dq(tiles.dq, given, out_THK, lse_HT, spans_2T, dq, delta_HT, common)
     for tile, wanted in ((tiles.both, "kv"),) if tiles.both else ((tiles.dv, "v"), (tiles.dk, "k")):

@@ -6,11 +6,13 @@ kernel for dq also stores the probabilities p and the gradients ds of the scores
 its own products read them. Then dv = p^T dout and dk = ds^T q are plain matrix products. The
 results are the same numbers up to the order of sums, and repeat bit for bit.
 
-p and ds are two triangles a head: the rows of query block i (B queries) hold (i + 1) B keys. Heads
-are taken in parts, so that the triangles of one part fit into a fixed size (`compute_limits.py`).
+p and ds are two bands a head: block i of B queries holds the blocks of keys up to its own, as many as
+the longest sample or the window reaches. Heads are taken in parts that fit into a fixed size
+(`heads_with_stored_scores`).
 
 Shape letters: T tokens, H query heads, G key/value heads, K head dim, P K padded to a power of two.
-M and N are the tile's queries and keys, B the queries of a triangle's block.
+M and N are the tile's queries and keys, B the queries of a block, WIDE the most blocks of keys that a
+block of queries sees.
 """
 
 from __future__ import annotations
@@ -24,16 +26,25 @@ from torch import Tensor
 
 from engine.kernels.attention.attention_tiles import Tile
 from engine.kernels.attention.tile_parts import LOG2_E, capped_logits, key_blocks, load_rows, query_blocks, store_rows
-from engine.shape.compute_limits import SCORE_BLOCK, score_cells
+from engine.shape.compute_limits import SCORE_BLOCK, score_blocks, score_cells
+
 MOST_FEATURES = 256
 """Features of one sum of the products: 128 x 256 in fp32 are half of a multiprocessor's registers."""
 
 
 @triton.jit
-def _cells(t, start, B: tl.constexpr):
-    """Return where the keys of query `start` + `t` begin in a triangle; all are of one block."""
+def _cells_before(i, WIDE, B: tl.constexpr):
+    """Return the cells of the blocks before block i: block j holds B queries x min(j + 1, WIDE) B keys."""
+    narrow = tl.minimum(i, WIDE)
+    return (narrow * (narrow + 1) // 2 + (i - narrow) * WIDE) * (B * B)
+
+
+@triton.jit
+def _cells(t, start, WIDE, B: tl.constexpr):
+    """Return where key 0 of query `start` + `t` would be stored; all queries are of one block."""
     i = start // B
-    return i * (i + 1) // 2 * (B * B) + (start - i * B + t) * ((i + 1) * B)
+    row = (start - i * B + t) * (tl.minimum(i + 1, WIDE) * B)
+    return _cells_before(i, WIDE, B) + row - tl.maximum(i + 1 - WIDE, 0) * B
 
 
 @triton.jit
@@ -63,9 +74,9 @@ def _scored_blocks(
     return dq
 
 
-@triton.jit(do_not_specialize=["T", "first_head", "HEADS"])
+@triton.jit(do_not_specialize=["T", "WIDE", "first_head", "HEADS"])
 def _scores_kernel(
-    dout, q, k, v, out, lse, spans, dq, p, ds, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, T, first_head, HEADS, scale, softcap,
+    dout, q, k, v, out, lse, spans, dq, p, ds, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, T, WIDE, first_head, HEADS, scale, softcap,
     H: tl.constexpr, GROUP: tl.constexpr, CAP: tl.constexpr, WANT_Q: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, B: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
@@ -84,8 +95,7 @@ def _scores_kernel(
     at_M = head.to(tl.int64) * T + t
     lse_M = tl.load(lse + at_M, mask=t < T, other=0.0) * LOG2_E
     q_MP = load_rows(q + head * q_h, start, q_t, T, True, M, K, P)
-    blocks = tl.cdiv(T, B)
-    cell_M1 = part.to(tl.int64) * (blocks * (blocks + 1) // 2 * (B * B)) + _cells(row, start, B)[:, None]
+    cell_M1 = part.to(tl.int64) * _cells_before(tl.cdiv(T, B), WIDE, B) + _cells(row, start, WIDE, B)[:, None]
     acc = tl.zeros((M, P), tl.float32) if WANT_Q else 0.0
     begin, before, whole, behind = key_blocks(spans, start, T, True, M, N)
     acc = _scored_blocks(
@@ -102,7 +112,7 @@ def _scores_kernel(
 
 @triton.jit
 def _product_blocks(
-    acc, cells, x, x_stride, n, last_N, start_N, before, whole, count, T,
+    acc, cells, x, x_stride, n, last_N, start_N, before, whole, count, T, WIDE,
     MASKED: tl.constexpr, M: tl.constexpr, B: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Add cells^T @ x of `count` query blocks; cells outside the mask may never have been written."""
@@ -113,7 +123,7 @@ def _product_blocks(
             start = start_N + (i + before) * M
         start = tl.multiple_of(start, M)
         row = tl.arange(0, M)
-        cell_MN = tl.load(cells + _cells(row, start, B)[:, None] + n[None, :])
+        cell_MN = tl.load(cells + _cells(row, start, WIDE, B)[:, None] + n[None, :])
         if MASKED:
             t = start + row
             cell_MN = tl.where((t[:, None] >= n[None, :]) & (t[:, None] <= last_N[None, :]), cell_MN, 0.0)
@@ -122,9 +132,9 @@ def _product_blocks(
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "first_group", "GROUPS"])
+@triton.jit(do_not_specialize=["T", "WIDE", "first_group", "GROUPS"])
 def _products_kernel(
-    p, ds, q, dout, spans, dk, dv, q_t, q_h, do_t, do_h, T, first_group, GROUPS, scale,
+    p, ds, q, dout, spans, dk, dv, q_t, q_h, do_t, do_h, T, WIDE, first_group, GROUPS, scale,
     G: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
     F: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
@@ -140,40 +150,42 @@ def _products_kernel(
     cells, x, to = tl.where(wants_k, ds, p), tl.where(wants_k, q, dout), tl.where(wants_k, dk, dv)
     x_t, x_h = tl.where(wants_k, q_t, do_t), tl.where(wants_k, q_h, do_h)
     width: tl.constexpr = K if K < F else F
-    blocks = tl.cdiv(T, B)
-    size = (blocks * (blocks + 1) // 2 * (B * B)).to(tl.int64)
+    size = _cells_before(tl.cdiv(T, B), WIDE, B).to(tl.int64)
     acc = tl.zeros((N, F), tl.float32)
     before, whole, behind = query_blocks(spans + T, start, T, M, N)
     for member in range(0, GROUP):
         of_head = cells + (part * GROUP + member) * size
         rows = x + (own * GROUP + member) * x_h + feature
-        acc = _product_blocks(acc, of_head, rows, x_t, n, last_N, start, before, whole, whole, T, False, M, B, F, width)
-        acc = _product_blocks(acc, of_head, rows, x_t, n, last_N, start, before, whole, before + behind, T, True, M, B, F, width)
+        acc = _product_blocks(acc, of_head, rows, x_t, n, last_N, start, before, whole, whole, T, WIDE, False, M, B, F, width)
+        acc = _product_blocks(acc, of_head, rows, x_t, n, last_N, start, before, whole, before + behind, T, WIDE, True, M, B, F, width)
     store_rows(to + own * K + feature, acc * tl.where(wants_k, scale, 1.0), start, G * K, T, N, width, F)
 
 
 def stored_backward(
-    given: tuple[Tensor, ...], out: Tensor, lse: Tensor, spans: Tensor, grads: tuple[Tensor, ...], heads: int,
-    scores: Tile, products: Tile, common: dict[str, Any], block: int = SCORE_BLOCK,
+    given: tuple[Tensor, ...], out: Tensor, lse: Tensor, spans: Tensor, grads: tuple[Tensor, ...], heads: int, longest: int,
+    scores: Tile, products: Tile, common: dict[str, Any],
 ) -> None:  # fmt: skip
     """Fill grads, which are dq, dk and dv, `heads` query heads at a time. given: dout, q, k, v.
 
-    `heads` is a multiple of a key/value head's query heads. Both tiles divide `block`.
+    `heads` is a multiple of a key/value head's query heads. longest: no query sees more keys. Both tiles
+    divide SCORE_BLOCK.
     """
     (dout, q, k, v), (dq, dk, dv) = given, grads
     (num_tokens, num_heads, head_dim), groups, group = q.shape, k.shape[1], common["GROUP"]
-    p, ds = torch.empty((2, heads, score_cells(num_tokens, block)), dtype=q.dtype, device=q.device)
+    p, ds = torch.empty((2, heads, score_cells(num_tokens, longest)), dtype=q.dtype, device=q.device)
+    wide = score_blocks(longest)
     strides = [stride for x in given for stride in x.stride()[:2]]
-    (m, n, warps, stages), (rows, keys, wide, deep) = scores, products
+    (m, n, warps, stages), (rows, keys, key_warps, key_stages) = scores, products
     features = min(common["P"], MOST_FEATURES)
     for first in range(0, num_heads, heads):
         part = min(heads, num_heads - first)
         _scores_kernel[(triton.cdiv(num_tokens, m) * part,)](
-            *given, out, lse, spans, dq, p, ds, *strides, num_tokens, first, part, **common,
-            H=num_heads, WANT_Q=True, M=m, N=n, B=block, num_warps=warps, num_stages=stages,
+            *given, out, lse, spans, dq, p, ds, *strides, num_tokens, wide, first, part, **common,
+            H=num_heads, WANT_Q=True, M=m, N=n, B=SCORE_BLOCK, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         grid = (triton.cdiv(num_tokens, keys) * part // group * triton.cdiv(head_dim, features) * 2,)
         _products_kernel[grid](
-            p, ds, q, dout, spans, dk, dv, *strides[2:4], *strides[:2], num_tokens, first // group, part // group, common["scale"],
-            G=groups, GROUP=group, M=rows, N=keys, B=block, F=features, K=head_dim, num_warps=wide, num_stages=deep,
+            p, ds, q, dout, spans, dk, dv, *strides[2:4], *strides[:2], num_tokens, wide,
+            first // group, part // group, common["scale"],
+            G=groups, GROUP=group, M=rows, N=keys, B=SCORE_BLOCK, F=features, K=head_dim, num_warps=key_warps, num_stages=key_stages,
         )  # fmt: skip
