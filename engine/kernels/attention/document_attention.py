@@ -34,6 +34,7 @@ from engine.shape.compute_limits import heads_with_stored_scores
 
 LOWEST = tl.constexpr(-1e30)  # a maximum before the first key; -inf would make -inf - (-inf)
 SPAN_BLOCK = 256
+MOST_BOUND = 60.0  # exp(60) and exp(-60) and their sums are numbers in fp32, and the first two in bf16
 
 
 @triton.jit
@@ -57,9 +58,12 @@ def _spans_kernel(offsets, spans, num_offsets, T, window, BITS: tl.constexpr, WI
 @triton.jit
 def _forward_blocks(
     acc, top, total, q, k, v, k_stride, v_stride, t, first_M, begin, before, whole, count, T, scale, softcap,
-    MASKED: tl.constexpr, CAP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    MASKED: tl.constexpr, CAP: tl.constexpr, BOUND: tl.constexpr, N: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Add `count` key blocks to the softmax; if MASKED, those around the whole ones."""
+    """Add `count` key blocks to the softmax; if MASKED, those around the whole ones.
+
+    BOUND scores need no maximum, so `top` stays as it is and nothing is scaled again.
+    """
     for i in range(0, count):
         if MASKED:
             start = begin + tl.where(i < before, i, i + whole) * N
@@ -70,20 +74,25 @@ def _forward_blocks(
         z, _ = capped_logits(s, scale, softcap, CAP)
         if MASKED:
             z = tl.where((n[None, :] >= first_M[:, None]) & (n[None, :] <= t[:, None]), z, float("-inf"))
-        higher = tl.maximum(top, tl.max(z, 1))
-        p = tl.exp2(z - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(p, 1)
         v_NP = load_rows(v, start, v_stride, T, MASKED, N, K, P)
-        acc = tl.dot(p.to(v_NP.dtype), v_NP, acc * shrink[:, None], input_precision="ieee")
-        top = higher
+        if BOUND:
+            p = tl.exp2(z)
+            total += tl.sum(p, 1)
+            acc = tl.dot(p.to(v_NP.dtype), v_NP, acc, input_precision="ieee")
+        else:
+            higher = tl.maximum(top, tl.max(z, 1))
+            p = tl.exp2(z - higher[:, None])
+            shrink = tl.exp2(top - higher)
+            total = total * shrink + tl.sum(p, 1)
+            acc = tl.dot(p.to(v_NP.dtype), v_NP, acc * shrink[:, None], input_precision="ieee")
+            top = higher
     return acc, top, total
 
 
 @triton.jit(do_not_specialize=["T"])
 def _forward_kernel(
     q, k, v, spans, out, lse, q_t, q_h, k_t, k_h, v_t, v_h, T, scale, softcap,
-    H: tl.constexpr, GROUP: tl.constexpr, CAP: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, CAP: tl.constexpr, BOUND: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Write out and log-sum-exp of one query block of one head; late blocks, which take longest, come first."""
@@ -95,14 +104,15 @@ def _forward_kernel(
     k += head // GROUP * k_h
     v += head // GROUP * v_h
     q_MP = load_rows(q, start, q_t, T, True, M, K, P)
-    acc, top, total = tl.zeros((M, P), tl.float32), tl.full((M,), LOWEST, tl.float32), tl.zeros((M,), tl.float32)
+    acc, total = tl.zeros((M, P), tl.float32), tl.zeros((M,), tl.float32)
+    top = tl.full((M,), 0.0 if BOUND else LOWEST, tl.float32)
     begin, before, whole, behind = key_blocks(spans, start, T, False, M, N)
     acc, top, total = _forward_blocks(
-        acc, top, total, q_MP, k, v, k_t, v_t, t, first_M, begin, before, whole, whole, T, scale, softcap, False, CAP, N, K, P
+        acc, top, total, q_MP, k, v, k_t, v_t, t, first_M, begin, before, whole, whole, T, scale, softcap, False, CAP, BOUND, N, K, P
     )
     acc, top, total = _forward_blocks(
         acc, top, total, q_MP, k, v, k_t, v_t, t, first_M, begin, before, whole, before + behind, T, scale, softcap,
-        True, CAP, N, K, P,
+        True, CAP, BOUND, N, K, P,
     )  # fmt: skip
     store_rows(out + head * K, acc / total[:, None], start, H * K, T, M, K, P)
     tl.store(lse + head.to(tl.int64) * T + t, (top + tl.log2(total)) * LN_2, mask=t < T)
@@ -254,9 +264,10 @@ def attention(
     lse_HT = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q_THK.device)
     if num_tokens:
         m, n, warps, stages = (tiles or _tiles(q_THK)).forward
+        bound = softcap is not None and softcap <= MOST_BOUND and q_THK.dtype != torch.float16
         _forward_kernel[(triton.cdiv(num_tokens, m) * num_heads,)](
             q_THK, k_TGK, v_TGK, spans_2T, out_THK, lse_HT, *_strides(q_THK, k_TGK, v_TGK), num_tokens,
-            **_common(q_THK, k_TGK, scale, softcap), H=num_heads, M=m, N=n, num_warps=warps, num_stages=stages,
+            **_common(q_THK, k_TGK, scale, softcap), H=num_heads, BOUND=bound, M=m, N=n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out_THK, lse_HT
 

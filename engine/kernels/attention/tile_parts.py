@@ -35,13 +35,13 @@ def store_rows(x, value, start, stride, T, ROWS: tl.constexpr, K: tl.constexpr, 
 def capped_logits(s, scale, softcap, CAP: tl.constexpr):
     """Return z * log2(e), where z is the scaled and capped score, and dz / d(scale * s).
 
-    tanh(u) = (1 - e) / (1 + e) with e = exp(-2 |u|) loses no digits of the slope 4 e / (1 + e)^2.
+    tanh(u) = (1 - e) / (1 + e) with e = exp(-2 u), at most 2^126 so that nothing overflows. The slope
+    4 e / (1 + e)^2 loses no digits.
     """
     if CAP:
-        e = tl.exp2(tl.abs(s) * (-2.0 * LOG2_E * scale / softcap))
+        e = tl.exp2(tl.minimum(s * (-2.0 * LOG2_E * scale / softcap), 126.0, propagate_nan=tl.PropagateNan.ALL))
         r = 1.0 / (1.0 + e)
-        z = (softcap * LOG2_E) * ((1.0 - e) * r)
-        return tl.where(s < 0.0, -z, z), 4.0 * e * r * r
+        return (softcap * LOG2_E) * ((1.0 - e) * r), 4.0 * (e * r) * r
     else:
         return s * (scale * LOG2_E), 1.0
 
