@@ -21,31 +21,31 @@ from engine.kernels.reference import IGNORE
 
 BLOCK_V = 8192
 NUM_WARPS = 16  # 16 elements per thread: two 16-byte loads of bf16 in flight
+MOST_BOUND = 60.0  # exp(60), exp(-60) and their sums over a vocabulary are numbers in fp32
 
 
 @triton.jit
 def _transform(x, scale, softcap, CAP: tl.constexpr):
     """Return z = scale * x, or softcap * tanh(scale * x / softcap) if CAP, and dz/dx.
 
-    tanh(u) = (1 - e) / (1 + e) with e = exp(-2 |u|), so 0 <= e <= 1 and nothing overflows. Its
+    tanh(u) = (1 - e) / (1 + e) with e = exp(-2 u), at most exp(87) so that nothing overflows. Its
     error is one fp32 step at 1, and softcap times that in z. The slope 4 e / (1 + e)^2 keeps all
     its digits where 1 - tanh^2 would cancel.
     """
     z = x.to(tl.float32) * scale
     slope = scale
     if CAP:
-        e = tl.exp(tl.abs(z) * (-2.0 / softcap))
+        e = tl.exp(tl.minimum(z * (-2.0 / softcap), 87.0, propagate_nan=tl.PropagateNan.ALL))
         r = 1.0 / (1.0 + e)
-        capped = softcap * ((1.0 - e) * r)
-        z = tl.where(z < 0.0, -capped, capped)
-        slope = scale * 4.0 * e * r * r
+        z = softcap * ((1.0 - e) * r)
+        slope = scale * 4.0 * (e * r) * r
     return z, slope
 
 
 @triton.jit
 def _cross_entropy_kernel(
     logits, labels, loss, stride, scale, softcap, V,
-    BLOCK_V: tl.constexpr, CAP: tl.constexpr, WITH_GRADIENT: tl.constexpr, IGNORED: tl.constexpr,
+    BLOCK_V: tl.constexpr, CAP: tl.constexpr, BOUND: tl.constexpr, WITH_GRADIENT: tl.constexpr, IGNORED: tl.constexpr,
 ):  # fmt: skip
     """Write loss = logsumexp(z) - z[label], and the gradient over the logits if WITH_GRADIENT.
 
@@ -62,16 +62,20 @@ def _cross_entropy_kernel(
     target = _transform(at_label, scale, softcap, CAP)[0]
     # Each lane keeps its own maximum and sum, so the loop has no reduction and no barrier. One exp
     # per element is enough, because one of exp(z - maximum) and exp(old - new maximum) is 1. The
-    # start is -3e38, not -inf: lanes beyond V would compute -inf - (-inf).
-    maximum = tl.full((BLOCK_V,), -3e38, tl.float32)
+    # start is -3e38, not -inf: lanes beyond V would compute -inf - (-inf). BOUND values need no
+    # maximum: no exp of them overflows or vanishes.
+    maximum = tl.full((BLOCK_V,), 0.0 if BOUND else -3e38, tl.float32)
     total = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):
         columns = start + offsets
         z = _transform(tl.load(logits + columns, mask=columns < V, other=0.0), scale, softcap, CAP)[0]
         z = tl.where(columns < V, z, float("-inf"))
-        e = tl.exp(-tl.abs(z - maximum))
-        total = tl.where(z > maximum, total * e + 1.0, total + e)
-        maximum = tl.maximum(maximum, z)
+        if BOUND:
+            total += tl.exp(z)
+        else:
+            e = tl.exp(-tl.abs(z - maximum))
+            total = tl.where(z > maximum, total * e + 1.0, total + e)
+            maximum = tl.maximum(maximum, z)
     top = tl.max(maximum, axis=0)
     total_of_row = tl.sum(total * tl.exp(maximum - top), axis=0)
     # Not (top + log) - target: at 1e4 a step of fp32 is 1e-3.
@@ -98,7 +102,7 @@ def cross_entropy_(
         capped = softcap is not None
         _cross_entropy_kernel[(num_rows,)](
             logits_CV, labels_C, loss_C, logits_CV.stride(0), float(scale), float(softcap) if capped else 1.0, vocabulary,
-            BLOCK_V=BLOCK_V, CAP=capped, WITH_GRADIENT=with_gradient, IGNORED=IGNORE,
+            BLOCK_V=BLOCK_V, CAP=capped, BOUND=capped and softcap <= MOST_BOUND, WITH_GRADIENT=with_gradient, IGNORED=IGNORE,
             num_warps=NUM_WARPS,
         )  # fmt: skip
     return loss_C

@@ -155,7 +155,7 @@ def document_spans(offsets_N: Tensor, num_tokens: int, window: int | None = None
     is_list = offsets_N.dim() == 1 and offsets_N.shape[0] and not offsets_N.is_floating_point() and offsets_N.is_contiguous()
     if not is_list or (window is not None and window < 1):
         raise EngineError(f"document_spans: {_layout(offsets_N)}, window {window}: expected dense integers, at least 1 or None")
-    return _family("document_attention", offsets_N).document_spans(offsets_N, num_tokens, window)
+    return _family("attention.document_attention", offsets_N).document_spans(offsets_N, num_tokens, window)
 
 
 def attention(
@@ -164,21 +164,22 @@ def attention(
     """Return out = softmax(z) @ v, [T, H, K] like q, and lse = logsumexp(z), [H, T] fp32; z = scale * q @ k, with a
     softcap as in `cross_entropy_`, over the keys from spans[0, t] to t."""
     _check_attention("attention", q_THK, k_TGK, v_TGK, spans_2T, softcap)
-    return _family("document_attention", q_THK).attention(q_THK, k_TGK, v_TGK, spans_2T, scale, softcap)
+    return _family("attention.document_attention", q_THK).attention(q_THK, k_TGK, v_TGK, spans_2T, scale, softcap)
 
 
 def attention_backward(
     dout_THK: Tensor, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, out_THK: Tensor, lse_HT: Tensor, spans_2T: Tensor,
-    scale: float, softcap: float | None = None,
+    scale: float, softcap: float | None = None, longest: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return dq, dk and dv, contiguous and like q, k and v, from what `attention` returned."""
+    """Return dq, dk and dv, contiguous and like q, k and v, from what `attention` returned; no query may see more
+    than `longest` keys (None: T), which saves memory."""
     _check_attention("attention_backward", q_THK, k_TGK, v_TGK, spans_2T, softcap)
     like_q, of_lse = (q_THK.shape, q_THK.dtype), (q_THK.shape[1::-1], torch.float32)
     for name, x, (shape, dtype) in (("dout", dout_THK, like_q), ("out", out_THK, like_q), ("lse", lse_HT, of_lse)):
         if x.shape != shape or x.dtype != dtype or not x.is_contiguous():
             raise EngineError(f"attention_backward: {name} {_layout(x)}: expected contiguous {list(shape)} {dtype}")
-    given = (dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, spans_2T, scale, softcap)
-    return _family("document_attention", q_THK).attention_backward(*given)
+    given = (dout_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, spans_2T, scale, softcap, longest)
+    return _family("attention.document_attention", q_THK).attention_backward(*given)
 
 
 def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:

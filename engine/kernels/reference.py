@@ -149,7 +149,7 @@ def attention(
 
 def attention_backward(
     dout_THK: Tensor, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, out_THK: Tensor, lse_HT: Tensor, spans_2T: Tensor,
-    scale: float, softcap: float | None = None,
+    scale: float, softcap: float | None = None, longest: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     z_HTT, slope_HTT, v_THK = _attention_scores(q_THK, k_TGK, v_TGK, spans_2T, scale, softcap)
     p_HTT, dout = torch.exp(z_HTT - lse_HT[:, :, None]), dout_THK.float()

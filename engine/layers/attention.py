@@ -257,7 +257,8 @@ class _Tiled(torch.autograd.Function):
         if sinks_H is not None:
             out_THK, lse_HT = with_sinks(out_THK, lse_HT, sinks_H.detach().float())
         ctx.save_for_backward(q, k, v, out_THK, lse_HT, spans_2T)
-        ctx.how = how
+        longest = max(documents.lengths)
+        ctx.how = *how, min(longest, options.sliding_window or longest)
         return out_THK
 
     @staticmethod

@@ -152,7 +152,7 @@ class Pass(MlpWalk, MixerWalk):
         if self._own("qkv") not in live.alive:
             self._queries_keys_values(TRANSIENT, graph=True)
         live.hold("dqkv", s.q + 2 * s.k)
-        live.briefly({"eager": s.eager_workspace, "tiled": s.heads}.get(self.attention, s.flash_workspace), ATTENTION)
+        live.briefly({"eager": s.eager_workspace, "tiled": s.tiled_workspace}.get(self.attention, s.flash_workspace), ATTENTION)
         if self._keeps_output_alone():
             live.drop(*map(self._own, ("rotated", "keys")))
         if self.shape.layer.qk_norm != "none":

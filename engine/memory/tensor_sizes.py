@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.memory.mixer_bytes import MixerBytes
-from engine.shape.compute_limits import MLP_TILE_TOKENS
+from engine.shape.compute_limits import MLP_TILE_TOKENS, heads_with_stored_scores, score_cells
 from engine.shape.families import Family
 from engine.shape.layer_plan import group_parameters
 from engine.shape.model_shape import ModelShape
@@ -38,6 +38,7 @@ class Sizes:
     inputs: int
     low: int
     heads: int
+    tiled_workspace: int
     scores: int
     sample_scores: int
     weights: dict[str, int]
@@ -67,6 +68,7 @@ class Sizes:
             inputs=element * tokens * shape.input_width * shape.num_layers,
             low=element * tokens,
             heads=4 * tokens * shape.num_heads,
+            tiled_workspace=_tiled_workspace(shape, tokens, length, element),
             scores=shape.num_heads * tokens * length,
             sample_scores=shape.num_heads * length * length,
             weights={group: packed * element * number for group, number in group_parameters(shape).items()},
@@ -118,3 +120,14 @@ class Sizes:
     @property
     def _repeated(self) -> int:
         return 2 * self.q if self.q != self.k else 0
+
+
+def _tiled_workspace(shape: ModelShape, tokens: int, longest: int, element: int) -> int:
+    """Return the workspace of our attention's backward pass: stored scores, or dout * out summed over K."""
+    if shape.mixer is not None:
+        return 0
+    heads = {"heads": shape.num_heads, "groups": shape.num_kv_heads, "head_dim": shape.head_dim, "element": element}
+    sizes = [4 * tokens * shape.num_heads]
+    for keys in {longest, min(longest, shape.sliding_window or longest)}:  # layers with a window and without one
+        sizes.append(2 * element * heads_with_stored_scores(tokens, keys, **heads) * score_cells(tokens, keys))
+    return max(sizes)

@@ -45,3 +45,33 @@ copies."""
 
 FLASH_HEAD = 256
 """Flash attention takes heads of up to this many features; wider ones go to our own kernels."""
+
+SCORE_BLOCK, SCORE_BYTES, SCORE_HEAD = 128, 288 * 2**20, 129
+"""Our attention's backward pass stores the scores of heads of at least SCORE_HEAD features, of as many
+heads at once as SCORE_BYTES hold. Narrower heads make them again, which is less work than the memory
+they would move."""
+
+
+def score_blocks(longest: int) -> int:
+    """Return the blocks of keys that a block of queries sees, its own included; a query sees `longest` keys."""
+    return -(-(longest - 1) // SCORE_BLOCK) + 1
+
+
+def score_cells(tokens: int, longest: int) -> int:
+    """Return the cells of one head's scores: block i of queries holds the blocks of keys that it may see."""
+    blocks, wide = -(-tokens // SCORE_BLOCK), score_blocks(longest)
+    narrow = min(blocks, wide)
+    return (narrow * (narrow + 1) // 2 + (blocks - narrow) * wide) * SCORE_BLOCK**2
+
+
+def heads_with_stored_scores(tokens: int, longest: int, heads: int, groups: int, head_dim: int, element: int) -> int:
+    """Return the query heads whose scores are stored at once, or 0 if none are.
+
+    They are whole key/value heads, in parts as equal as can be. longest: the keys that a query sees
+    at most. element: bytes of a value.
+    """
+    if element != 2 or head_dim < SCORE_HEAD or (head_dim > 256 and head_dim % 256) or not tokens:
+        return 0
+    fitting = SCORE_BYTES // (2 * element * score_cells(tokens, longest) * (heads // groups))
+    parts = -(-groups // fitting) if fitting else 0
+    return heads // groups * -(-groups // parts) if parts else 0

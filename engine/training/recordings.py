@@ -31,12 +31,13 @@ from engine.data.row_sizes import Size
 from engine.model.base import Base
 from engine.units import GIB
 
-# Recordings of one kind of pass, and of all kinds. 30 layers take 0.2 s to record, forward and
-# backward, and 10 MiB for the nodes outside torch's pools (H100).
-MAX_OF_A_KIND, MAX_OF_ALL = 16, 32
+# Recordings of one kind of pass, and of all kinds where memory is short. 30 layers take 0.2 s to
+# record, forward and backward, and 10 MiB for the nodes outside torch's pools (H100).
+MAX_OF_A_KIND, MAX_OF_ALL, NODES_GIB = 16, 32, 12 / 1024
 KINDS_OF_A_TRIAL = 2  # training and evaluation
-# Memory of adapters that no trial uses, kept for recordings.
+# Memory of adapters that no trial uses, kept for recordings where memory is short.
 MAX_IDLE_GIB = 0.5
+ROOM_SHARE = 0.25  # of what a trial's plan leaves free: that much for more nodes, and for more idle memory
 NAME = "recordings"
 
 
@@ -87,6 +88,7 @@ class Recordings:
         self._device = device
         self._kinds: OrderedDict[Hashable, RecordedKind] = OrderedDict()
         self._pool: Any = None
+        self._spare_gib = 0.0
 
     @classmethod
     def of(cls, base: Base) -> Recordings:
@@ -126,10 +128,11 @@ class Recordings:
 
     def trim(self, memory: AdapterMemory) -> None:
         """Drop the least recently used kinds beyond the limits, but not those of a trial on `memory`."""
-        while len(self) > MAX_OF_ALL and len(self._kinds) > KINDS_OF_A_TRIAL:
+        more = ROOM_SHARE * self._spare_gib
+        while len(self) > MAX_OF_ALL + int(more / NODES_GIB) and len(self._kinds) > KINDS_OF_A_TRIAL:
             self._kinds.popitem(last=False)
         idle = [key for key, kind in self._kinds.items() if kind.memory is not memory]
-        while idle and self.idle_bytes(memory) > MAX_IDLE_GIB * GIB:
+        while idle and self.idle_bytes(memory) > (MAX_IDLE_GIB + more) * GIB:
             del self._kinds[idle.pop(0)]
 
     def idle_bytes(self, memory: AdapterMemory) -> int:
@@ -143,13 +146,24 @@ class Recordings:
         key: the trial's kind of training pass, whose activations lie in the pool if it is known.
         need_gib: what the trial's plan takes, None if that is not known. limit_gib: what it may have.
         """
+        self._spare_gib = 0.0
         if not self.can_record or not self._kinds or math.isinf(limit_gib):
             return
+        if need_gib is None:
+            self.clear()
+            return
+        if need_gib + self._beside(key, memory) > limit_gib:
+            self.trim(memory)
+        self._spare_gib = max(0.0, limit_gib - need_gib - self._beside(key, memory))
+        if not self._spare_gib:
+            self.clear()
+
+    def _beside(self, key: Hashable, memory: AdapterMemory) -> float:
+        """Return the GiB that recordings hold beside the plan of a trial, whose kind of pass is `key`."""
         own = self._kinds.get((key, memory.key))
         held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() + self.idle_bytes(memory)
         extra = held - (0 if own is None else own.activation_bytes)
-        if need_gib is None or need_gib + max(0, extra) / GIB > limit_gib:
-            self.clear()
+        return max(0, extra) / GIB + max(0, len(self) - MAX_OF_ALL) * NODES_GIB
 
     def clear(self) -> bool:
         """Drop all recordings, and return True if there were some. Their pool's memory becomes free."""

@@ -6,11 +6,14 @@ small, so tiles cross samples, windows and the diagonal in every way.
 Shape letters: T tokens, H query heads, G key/value heads, K head dim.
 """
 
+import sys
+
 import pytest
 import torch
 
 from engine.errors import EngineError
 from engine.kernels import ops
+from engine.shape import compute_limits
 from tests.support.kernel_checks import DEVICE, DTYPES, as_good_as_torch, draw, error, leave_to_a_child
 from tests.support.kernel_checks import implementation as implementation  # runs on kernel and reference
 
@@ -21,6 +24,7 @@ CASES = [  # lengths, window, H, G, K, softcap
     ((66,), None, 1, 1, 40, None),
     ((17, 40), 2, 1, 1, 16, 50.0),
     ((33, 9), None, 3, 1, 64, None),  # heads as SmolLM2's, which take these kernels on Hopper
+    ((50, 3, 37), None, 4, 2, 144, 3.0),  # scores of such wide heads are stored in 16 bits
 ]
 
 
@@ -69,6 +73,22 @@ def test_attention_is_as_good_as_torch(lengths, window, heads, groups, head_dim,
     assert [x.dtype for x in results] == [dtype] * 4 + [torch.float32]
     assert dict(zip(NAMES, good(results, plains, truths))) == dict.fromkeys(NAMES, True)
     assert error(results[4], truths[4]) < 2e-6
+
+
+@pytest.mark.parametrize(("window", "longest"), [(None, 45), (20, 20)])
+def test_stored_scores_give_what_scores_made_again_do(window, longest, monkeypatch):
+    for module in (compute_limits, *filter(None, [sys.modules.get("engine.kernels.attention.stored_scores")])):
+        monkeypatch.setattr(module, "SCORE_BLOCK", 128 if DEVICE == "cuda" else 32)
+    tensors, dout, offsets = operands((25, 45), 4, 2, 144, torch.bfloat16)
+    spans = ops.document_spans(offsets, 70, window)
+    given = dout, *tensors, *ops.attention(*tensors, spans, 0.3, 3.0), spans, 0.3, 3.0
+    at_once = ops.attention_backward(*given)
+    monkeypatch.setattr(compute_limits, "SCORE_BYTES", 8 * compute_limits.score_cells(70, longest))  # two heads of four
+    in_parts = ops.attention_backward(*given, longest)
+    monkeypatch.setattr(compute_limits, "SCORE_BYTES", 0)
+    again = ops.attention_backward(*given)
+    for whole, part, other in zip(at_once, in_parts, again):
+        assert torch.equal(whole, part) and error(whole, other.double()) < 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +140,7 @@ def test_spans_cut_documents_to_the_window_and_read_int64_offsets_too():
 @pytest.mark.parametrize("shared_kib", [99, 163, 227])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 160, 256, 512])
 def test_tiles_fit_into_the_shared_memory_of_a_block(head_dim, shared_kib):
-    from engine.kernels.document_attention import choose_tiles
+    from engine.kernels.attention.document_attention import choose_tiles
 
     tiles, row = choose_tiles(head_dim, shared_kib * 1024), 2 * max(64, 1 << (head_dim - 1).bit_length())
     (m, n, _, stages), (dq_m, dq_n, _, dq_stages) = tiles.forward, tiles.dq
@@ -128,7 +148,13 @@ def test_tiles_fit_into_the_shared_memory_of_a_block(head_dim, shared_kib):
     for name, own in (("both", 2), ("dk", 2), ("dv", 1)):
         if (tile := getattr(tiles, name)) is not None:
             rows[name] = own * tile[1] + 2 * tile[3] * tile[0]
-    assert set(rows) in ({"forward", "dq", "both"}, {"forward", "dq", "dk", "dv"})
+    if tiles.scores is not None:
+        (m, n, _, stages), (rows_at_once, keys, _, buffers) = tiles.scores, tiles.products
+        rows["scores"] = 2 * m + 2 * stages * n + (stages > 1) * -(-m * n * 2 // row)  # its stores need a tile, or reuse a stage
+        assert 2 * buffers * rows_at_once * (keys + 256) <= shared_kib * 1024
+        assert {compute_limits.SCORE_BLOCK % size for size in (m, n, rows_at_once, keys)} == {0}
+    made_again = set(rows) - {"scores"}
+    assert made_again in ({"forward", "dq", "both"}, {"forward", "dq", "dk", "dv"})
     assert {name: number * row for name, number in rows.items() if number * row > shared_kib * 1024} == {}
 
 

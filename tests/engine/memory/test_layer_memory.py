@@ -33,7 +33,7 @@ from engine.memory.tensor_sizes import Sizes
 from engine.model.library_layers import Storages
 from engine.quant.frozen_linear import FrozenLinear
 from engine.quant.int8_weight import Int8Group
-from engine.shape.compute_limits import FLASH_HEAD
+from engine.shape.compute_limits import FLASH_HEAD, heads_with_stored_scores, score_cells
 from engine.shape.families import HalfNorms
 from engine.shape.layer_plan import adapted_outside, kept_name, plan_layers
 from engine.shape.mixer_shape import MIXER
@@ -50,6 +50,7 @@ FAMILIES = {
     "qwen2": {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 8},
     "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 128},
     "gemma2": {**LLAMA, "model_type": "gemma2", "head_dim": 128},
+    "gemma2 with wide heads": {**LLAMA, "model_type": "gemma2", "head_dim": 256},
     "gemma3": {**LLAMA, "model_type": "gemma3_text", "head_dim": 128},
     "granite": {**LLAMA, "model_type": "granite"},
     "olmo3": {**LLAMA, "model_type": "olmo3"},
@@ -117,9 +118,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, options: Atten
 
 
 def attention_backward(dout: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    """Allocate like engine/kernels/document_attention.py: the gradients, and a value a token and head."""
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device="meta") for x in given[:3])
-    _delta = torch.empty(dout.shape[:2], device="meta")
+    """Allocate like engine/kernels/attention: the gradients, and scores, or a value a token and head."""
+    grads, (q, k), longest = tuple(torch.empty(x.shape, dtype=x.dtype, device="meta") for x in given[:3]), given[:2], given[-1]
+    if heads := heads_with_stored_scores(q.shape[0], longest, q.shape[1], k.shape[1], q.shape[2], q.element_size()):
+        _scores = torch.empty(2, heads, score_cells(q.shape[0], longest), dtype=q.dtype, device="meta")
+    else:
+        _delta = torch.empty(dout.shape[:2], device="meta")
     return grads
 
 

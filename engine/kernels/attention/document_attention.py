@@ -20,7 +20,6 @@ two, M and N are the tile's queries and keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,11 +27,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from engine.kernels.attention.attention_tiles import TINY, AttentionTiles, Tile, choose_tiles
+from engine.kernels.attention.tile_parts import LN_2, LOG2_E, capped_logits, key_blocks, load_rows, query_blocks, store_rows
+from engine.kernels.attention.stored_scores import stored_backward
+from engine.shape.compute_limits import heads_with_stored_scores
+
 LOWEST = tl.constexpr(-1e30)  # a maximum before the first key; -inf would make -inf - (-inf)
 SPAN_BLOCK = 256
-LARGE_BYTES = 227 * 1024
+MOST_BOUND = 60.0  # exp(60) and exp(-60) and their sums are numbers in fp32, and the first two in bf16
 
 
 @triton.jit
@@ -54,84 +56,43 @@ def _spans_kernel(offsets, spans, num_offsets, T, window, BITS: tl.constexpr, WI
 
 
 @triton.jit
-def _rows(x, start, stride, T, MASKED: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, P: tl.constexpr):
-    """Return rows [ROWS, P] of one head from `start`; what lies beyond T (if MASKED) or K is zero."""
-    row, feature = tl.arange(0, ROWS)[:, None], tl.arange(0, P)[None, :]
-    at = x + start.to(tl.int64) * stride + row * stride + feature
-    if MASKED:
-        return tl.load(at, mask=(row < T - start) & (feature < K), other=0.0)
-    if K < P:
-        return tl.load(at, mask=feature < K, other=0.0)
-    return tl.load(at)
-
-
-@triton.jit
-def _store_rows(x, value, start, stride, T, ROWS: tl.constexpr, K: tl.constexpr, P: tl.constexpr):
-    row, feature = tl.arange(0, ROWS)[:, None], tl.arange(0, P)[None, :]
-    at = x + start.to(tl.int64) * stride + row * stride + feature
-    tl.store(at, value.to(x.dtype.element_ty), mask=(row < T - start) & (feature < K))
-
-
-@triton.jit
-def _logits(s, scale, softcap, CAP: tl.constexpr):
-    """Return z * log2(e), where z is the scaled and capped score, and dz / d(scale * s).
-
-    tanh(u) = (1 - e) / (1 + e) with e = exp(-2 |u|) loses no digits of the slope 4 e / (1 + e)^2.
-    """
-    if CAP:
-        e = tl.exp2(tl.abs(s) * (-2.0 * LOG2_E * scale / softcap))
-        r = 1.0 / (1.0 + e)
-        z = (softcap * LOG2_E) * ((1.0 - e) * r)
-        return tl.where(s < 0.0, -z, z), 4.0 * e * r * r
-    else:
-        return s * (scale * LOG2_E), 1.0
-
-
-@triton.jit
-def _key_blocks(first, start, T, M: tl.constexpr, N: tl.constexpr):
-    """Return the first key of a query block, and its numbers of key blocks.
-
-    They are those before the whole ones, which some query does not see from their beginning; the
-    whole ones; and those behind them, which cross the diagonal.
-    """
-    end = tl.minimum(start + M, T)
-    begin, latest = tl.load(first + start), tl.load(first + end - 1)
-    total = tl.cdiv(end - begin, N)
-    before = tl.minimum(tl.cdiv(latest - begin, N), total)
-    whole = tl.maximum((start + 1 - begin) // N - before, 0)
-    return begin, before, whole, total - before - whole
-
-
-@triton.jit
 def _forward_blocks(
     acc, top, total, q, k, v, k_stride, v_stride, t, first_M, begin, before, whole, count, T, scale, softcap,
-    MASKED: tl.constexpr, CAP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    MASKED: tl.constexpr, CAP: tl.constexpr, BOUND: tl.constexpr, N: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Add `count` key blocks to the softmax; if MASKED, those around the whole ones."""
+    """Add `count` key blocks to the softmax; if MASKED, those around the whole ones.
+
+    BOUND scores need no maximum, so `top` stays as it is and nothing is scaled again.
+    """
     for i in range(0, count):
         if MASKED:
             start = begin + tl.where(i < before, i, i + whole) * N
         else:
             start = begin + (i + before) * N
         n = start + tl.arange(0, N)
-        s = tl.dot(q, tl.trans(_rows(k, start, k_stride, T, MASKED, N, K, P)), input_precision="ieee")
-        z, _ = _logits(s, scale, softcap, CAP)
+        s = tl.dot(q, tl.trans(load_rows(k, start, k_stride, T, MASKED, N, K, P)), input_precision="ieee")
+        z, _ = capped_logits(s, scale, softcap, CAP)
         if MASKED:
             z = tl.where((n[None, :] >= first_M[:, None]) & (n[None, :] <= t[:, None]), z, float("-inf"))
-        higher = tl.maximum(top, tl.max(z, 1))
-        p = tl.exp2(z - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(p, 1)
-        v_NP = _rows(v, start, v_stride, T, MASKED, N, K, P)
-        acc = tl.dot(p.to(v_NP.dtype), v_NP, acc * shrink[:, None], input_precision="ieee")
-        top = higher
+        v_NP = load_rows(v, start, v_stride, T, MASKED, N, K, P)
+        if BOUND:
+            p = tl.exp2(z)
+            total += tl.sum(p, 1)
+            acc = tl.dot(p.to(v_NP.dtype), v_NP, acc, input_precision="ieee")
+        else:
+            higher = tl.maximum(top, tl.max(z, 1))
+            p = tl.exp2(z - higher[:, None])
+            shrink = tl.exp2(top - higher)
+            total = total * shrink + tl.sum(p, 1)
+            acc = tl.dot(p.to(v_NP.dtype), v_NP, acc * shrink[:, None], input_precision="ieee")
+            top = higher
     return acc, top, total
 
 
 @triton.jit(do_not_specialize=["T"])
 def _forward_kernel(
     q, k, v, spans, out, lse, q_t, q_h, k_t, k_h, v_t, v_h, T, scale, softcap,
-    H: tl.constexpr, GROUP: tl.constexpr, CAP: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, CAP: tl.constexpr, BOUND: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Write out and log-sum-exp of one query block of one head; late blocks, which take longest, come first."""
@@ -142,17 +103,18 @@ def _forward_kernel(
     q += head * q_h
     k += head // GROUP * k_h
     v += head // GROUP * v_h
-    q_MP = _rows(q, start, q_t, T, True, M, K, P)
-    acc, top, total = tl.zeros((M, P), tl.float32), tl.full((M,), LOWEST, tl.float32), tl.zeros((M,), tl.float32)
-    begin, before, whole, behind = _key_blocks(spans, start, T, M, N)
+    q_MP = load_rows(q, start, q_t, T, True, M, K, P)
+    acc, total = tl.zeros((M, P), tl.float32), tl.zeros((M,), tl.float32)
+    top = tl.full((M,), 0.0 if BOUND else LOWEST, tl.float32)
+    begin, before, whole, behind = key_blocks(spans, start, T, False, M, N)
     acc, top, total = _forward_blocks(
-        acc, top, total, q_MP, k, v, k_t, v_t, t, first_M, begin, before, whole, whole, T, scale, softcap, False, CAP, N, K, P
+        acc, top, total, q_MP, k, v, k_t, v_t, t, first_M, begin, before, whole, whole, T, scale, softcap, False, CAP, BOUND, N, K, P
     )
     acc, top, total = _forward_blocks(
         acc, top, total, q_MP, k, v, k_t, v_t, t, first_M, begin, before, whole, before + behind, T, scale, softcap,
-        True, CAP, N, K, P,
+        True, CAP, BOUND, N, K, P,
     )  # fmt: skip
-    _store_rows(out + head * K, acc / total[:, None], start, H * K, T, M, K, P)
+    store_rows(out + head * K, acc / total[:, None], start, H * K, T, M, K, P)
     tl.store(lse + head.to(tl.int64) * T + t, (top + tl.log2(total)) * LN_2, mask=t < T)
 
 
@@ -167,12 +129,12 @@ def _dq_blocks(
         else:
             start = begin + (i + before) * N
         n = start + tl.arange(0, N)
-        k_NP = _rows(k, start, k_stride, T, MASKED, N, K, P)
-        z, slope = _logits(tl.dot(q, tl.trans(k_NP), input_precision="ieee"), scale, softcap, CAP)
+        k_NP = load_rows(k, start, k_stride, T, MASKED, N, K, P)
+        z, slope = capped_logits(tl.dot(q, tl.trans(k_NP), input_precision="ieee"), scale, softcap, CAP)
         p = tl.exp2(z - lse_M[:, None])
         if MASKED:
             p = tl.where((n[None, :] >= first_M[:, None]) & (n[None, :] <= t[:, None]), p, 0.0)
-        dp = tl.dot(dout, tl.trans(_rows(v, start, v_stride, T, MASKED, N, K, P)), input_precision="ieee")
+        dp = tl.dot(dout, tl.trans(load_rows(v, start, v_stride, T, MASKED, N, K, P)), input_precision="ieee")
         ds = p * (dp - delta_M[:, None]) * slope
         dq = tl.dot(ds.to(k_NP.dtype), k_NP, dq, input_precision="ieee")
     return dq
@@ -191,15 +153,15 @@ def _dq_kernel(
     first_M = tl.load(spans + t, mask=t < T, other=0)
     k += head // GROUP * k_h
     v += head // GROUP * v_h
-    do_MP = _rows(dout + head * do_h, start, do_t, T, True, M, K, P)
-    out_MP = _rows(out + head * K, start, H * K, T, True, M, K, P)
+    do_MP = load_rows(dout + head * do_h, start, do_t, T, True, M, K, P)
+    out_MP = load_rows(out + head * K, start, H * K, T, True, M, K, P)
     delta_M = tl.sum(do_MP.to(tl.float32) * out_MP.to(tl.float32), 1)
     at_M = head.to(tl.int64) * T + t
     tl.store(delta + at_M, delta_M, mask=t < T)
     lse_M = tl.load(lse + at_M, mask=t < T, other=0.0) * LOG2_E
-    q_MP = _rows(q + head * q_h, start, q_t, T, True, M, K, P)
+    q_MP = load_rows(q + head * q_h, start, q_t, T, True, M, K, P)
     acc = tl.zeros((M, P), tl.float32)
-    begin, before, whole, behind = _key_blocks(spans, start, T, M, N)
+    begin, before, whole, behind = key_blocks(spans, start, T, False, M, N)
     acc = _dq_blocks(
         acc, q_MP, do_MP, k, v, k_t, v_t, lse_M, delta_M, t, first_M, begin, before, whole, whole, T, scale, softcap,
         False, CAP, N, K, P,
@@ -208,20 +170,7 @@ def _dq_kernel(
         acc, q_MP, do_MP, k, v, k_t, v_t, lse_M, delta_M, t, first_M, begin, before, whole, before + behind, T, scale, softcap,
         True, CAP, N, K, P,
     )  # fmt: skip
-    _store_rows(dq + head * K, acc * scale, start, H * K, T, M, K, P)
-
-
-@triton.jit
-def _query_blocks(last, start, T, M: tl.constexpr, N: tl.constexpr):
-    """Return the numbers of query blocks of a key block, the first of which begins at the block's first key.
-
-    They are those that cross the diagonal; the whole ones; and those behind them.
-    """
-    end = tl.minimum(start + N, T)
-    total = tl.cdiv(tl.load(last + end - 1) + 1 - start, M)
-    before = tl.minimum(tl.cdiv(end - 1 - start, M), total)
-    whole = tl.maximum((tl.load(last + start) + 1 - start) // M - before, 0)
-    return before, whole, total - before - whole
+    store_rows(dq + head * K, acc * scale, start, H * K, T, M, K, P)
 
 
 @triton.jit
@@ -237,8 +186,8 @@ def _key_gradient_blocks(
         else:
             start = start_N + (i + before) * M
         t = start + tl.arange(0, M)
-        q_MP = _rows(q, start, q_stride, T, MASKED, M, K, P)
-        z, slope = _logits(tl.dot(k, tl.trans(q_MP), input_precision="ieee"), scale, softcap, CAP)
+        q_MP = load_rows(q, start, q_stride, T, MASKED, M, K, P)
+        z, slope = capped_logits(tl.dot(k, tl.trans(q_MP), input_precision="ieee"), scale, softcap, CAP)
         if MASKED:
             lse_M = tl.load(lse + t, mask=t < T, other=0.0) * LOG2_E
         else:
@@ -246,7 +195,7 @@ def _key_gradient_blocks(
         p = tl.exp2(z - lse_M[None, :])
         if MASKED:
             p = tl.where((t[None, :] >= n[:, None]) & (t[None, :] <= last_N[:, None]), p, 0.0)
-        do_MP = _rows(dout, start, do_stride, T, MASKED, M, K, P)
+        do_MP = load_rows(dout, start, do_stride, T, MASKED, M, K, P)
         if WANT_V:
             dv = tl.dot(p.to(do_MP.dtype), do_MP, dv, input_precision="ieee")
         if WANT_K:
@@ -271,13 +220,13 @@ def _key_gradient_kernel(
     start = tl.program_id(0) // G * N
     n = start + tl.arange(0, N)
     last_N = tl.load(spans + T + n, mask=n < T, other=-1)
-    k_NP = _rows(k + own * k_h, start, k_t, T, True, N, K, P)
+    k_NP = load_rows(k + own * k_h, start, k_t, T, True, N, K, P)
     v_NP = k_NP
     dk_NP = tl.zeros((N, P), tl.float32) if WANT_K else 0.0
     dv_NP = tl.zeros((N, P), tl.float32) if WANT_V else 0.0
     if WANT_K:
-        v_NP = _rows(v + own * v_h, start, v_t, T, True, N, K, P)
-    before, whole, behind = _query_blocks(spans + T, start, T, M, N)
+        v_NP = load_rows(v + own * v_h, start, v_t, T, True, N, K, P)
+    before, whole, behind = query_blocks(spans + T, start, T, M, N)
     for member in range(0, GROUP):
         head = own * GROUP + member
         per_token = head.to(tl.int64) * T
@@ -290,59 +239,9 @@ def _key_gradient_kernel(
             n, last_N, start, before, whole, before + behind, T, scale, softcap, True, CAP, WANT_K, WANT_V, M, K, P,
         )  # fmt: skip
     if WANT_K:
-        _store_rows(dk + own * K, dk_NP * scale, start, G * K, T, N, K, P)
+        store_rows(dk + own * K, dk_NP * scale, start, G * K, T, N, K, P)
     if WANT_V:
-        _store_rows(dv + own * K, dv_NP, start, G * K, T, N, K, P)
-
-
-Tile = tuple[int, int, int, int]  # M, N, warps, stages
-
-
-@dataclass(frozen=True)
-class AttentionTiles:
-    """The tile of each kernel: `both` makes dk and dv at once, or each has a kernel.
-
-    Shared memory holds rows of P 16-bit values, with S stages of what passes by: M + 2 S N rows
-    forward, 2 M + 2 S N for dq, 2 N + 2 S M for dk or both, N + 2 S M for dv. At P = 256 a row is
-    512 bytes. Forward, 128 + 2 x 2 x 64 rows are 192 KiB, of 227 that a block may have on an H100;
-    64 + 2 x 2 x 32 are 96 KiB, of 99 on a 3090, 4090, A10 or L4.
-
-    Registers hold the sums in fp32: 128 x 256 over 8 warps are 128 of a thread's 255. So both dk
-    and dv of 128 keys fit only up to P = 128.
-    """
-
-    forward: Tile
-    dq: Tile
-    both: Tile | None = None
-    dk: Tile | None = None
-    dv: Tile | None = None
-
-
-# P -> tiles for cards with as much shared memory as an H100, and for those with 99 KiB. Microseconds
-# on an H100 (torch 2.11, triton 3.6; 8 + 4 heads, P = 256, softcap; 4 x 1,024 and 1 x 4,096 tokens):
-# forward 105 and 229, dq 149 and 315, dk and dv at once 308 and 813. Without a softcap torch's flash
-# attention takes 103 and 336 forward, 482 and 936 backward. A forward tile of 128 x 64 takes 113 and
-# 241; 64 x 32 in 4 warps 116 and 268. The small tiles are compiled for sm_86 and not measured.
-LARGE = {
-    64: AttentionTiles((128, 64, 8, 3), (64, 64, 4, 2), both=(64, 64, 4, 2)),
-    128: AttentionTiles((64, 64, 4, 3), (64, 64, 4, 2), both=(32, 64, 4, 2)),
-    256: AttentionTiles((128, 32, 8, 3), (128, 32, 8, 2), both=(32, 64, 8, 2)),
-    512: AttentionTiles((64, 32, 8, 2), (64, 16, 8, 2), dk=(32, 64, 8, 1), dv=(32, 64, 8, 2)),
-}
-SMALL = {
-    64: AttentionTiles((128, 64, 8, 2), (64, 64, 4, 2), both=(64, 64, 4, 2)),
-    128: AttentionTiles((128, 32, 8, 2), (64, 32, 8, 2), both=(32, 64, 8, 1)),
-    256: AttentionTiles((64, 32, 8, 2), (64, 32, 8, 1), both=(32, 32, 8, 2)),
-    512: AttentionTiles((32, 16, 4, 1), (32, 16, 8, 1), dk=(16, 32, 8, 1), dv=(16, 32, 8, 1)),
-}
-TINY = AttentionTiles((32, 16, 4, 1), (32, 16, 4, 1), dk=(16, 32, 4, 1), dv=(16, 32, 4, 1))
-"""Tiles for tests: fp32 has no matrix instruction that keeps its digits, and an interpreter no shared memory."""
-
-
-def choose_tiles(head_dim: int, shared_bytes: int) -> AttentionTiles:
-    """Return the tiles for 16-bit heads on a card whose blocks may have `shared_bytes` of shared memory."""
-    fitting = LARGE if shared_bytes >= LARGE_BYTES else SMALL
-    return fitting[max(64, triton.next_power_of_2(head_dim))]
+        store_rows(dv + own * K, dv_NP, start, G * K, T, N, K, P)
 
 
 def document_spans(offsets: Tensor, num_tokens: int, window: int | None) -> Tensor:
@@ -365,25 +264,34 @@ def attention(
     lse_HT = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q_THK.device)
     if num_tokens:
         m, n, warps, stages = (tiles or _tiles(q_THK)).forward
+        bound = softcap is not None and softcap <= MOST_BOUND and q_THK.dtype != torch.float16
         _forward_kernel[(triton.cdiv(num_tokens, m) * num_heads,)](
             q_THK, k_TGK, v_TGK, spans_2T, out_THK, lse_HT, *_strides(q_THK, k_TGK, v_TGK), num_tokens,
-            **_common(q_THK, k_TGK, scale, softcap), H=num_heads, M=m, N=n, num_warps=warps, num_stages=stages,
+            **_common(q_THK, k_TGK, scale, softcap), H=num_heads, BOUND=bound, M=m, N=n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out_THK, lse_HT
 
 
 def attention_backward(
     dout_THK: Tensor, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, out_THK: Tensor, lse_HT: Tensor, spans_2T: Tensor,
-    scale: float, softcap: float | None = None, tiles: AttentionTiles | None = None,
+    scale: float, softcap: float | None = None, longest: int | None = None, tiles: AttentionTiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THK, k_TGK, v_TGK))
-    if q_THK.shape[0]:
-        tiles, delta_HT = tiles or _tiles(q_THK), torch.empty_like(lse_HT)
-        given = (dout_THK, q_THK, k_TGK, v_TGK)
-        common = _common(q_THK, k_TGK, scale, softcap)
-        launch_dq(tiles.dq, given, out_THK, lse_HT, spans_2T, dq, delta_HT, common)
-        for tile, wanted in ((tiles.both, "kv"),) if tiles.both else ((tiles.dv, "v"), (tiles.dk, "k")):
-            launch_dk_dv(tile, wanted, given, lse_HT, spans_2T, dk, dv, delta_HT, common)
+    num_tokens, num_heads, head_dim = q_THK.shape
+    if not num_tokens:
+        return dq, dk, dv
+    tiles, given, common = tiles or _tiles(q_THK), (dout_THK, q_THK, k_TGK, v_TGK), _common(q_THK, k_TGK, scale, softcap)
+    longest = min(longest or num_tokens, num_tokens)
+    heads = heads_with_stored_scores(num_tokens, longest, num_heads, k_TGK.shape[1], head_dim, q_THK.element_size())
+    if heads and tiles.scores and tiles.products:
+        stored_backward(
+            given, out_THK, lse_HT, spans_2T, (dq, dk, dv), heads, longest, tiles.scores, tiles.products, common
+        )  # fmt: skip
+        return dq, dk, dv
+    delta_HT = torch.empty_like(lse_HT)
+    launch_dq(tiles.dq, given, out_THK, lse_HT, spans_2T, dq, delta_HT, common)
+    for tile, wanted in ((tiles.both, "kv"),) if tiles.both else ((tiles.dv, "v"), (tiles.dk, "k")):
+        launch_dk_dv(tile, wanted, given, lse_HT, spans_2T, dk, dv, delta_HT, common)
     return dq, dk, dv
 
 
