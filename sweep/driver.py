@@ -132,7 +132,7 @@ def _launch(
     with handled(taken_signals(), _interrupt), _metrics_page(plan) as page:
         try:
             with _loading_meanwhile(plan):
-                feasibility, facts = check_sweep(plan, engine, given, path)
+                plan, feasibility, facts = check_sweep(plan, engine, given, path)
             data = facts.data
         except KeyboardInterrupt:
             return _interrupted(folder)

@@ -24,6 +24,7 @@ from sweep.plan.disk_need import check_disk
 from sweep.plan.feasibility import Feasibility, make_feasibility
 from sweep.plan.forecast import card_line, check_any_fits, describe_forecast, most_demanding, no_forecast_line
 from sweep.plan.idle_settings import idle_settings
+from sweep.plan.matmul_choice import with_chosen_matmul
 from sweep.plan.rungs import check_rungs
 from sweep.plan.samples import data_warnings, mixture_line, passes_line, unchecked_line
 from sweep.plan.sweep_plan import SweepPlan
@@ -92,12 +93,12 @@ def check_and_forecast(
     try:
         facts = _checked(plan, engine, given)
         with_beginning(plan, facts, sweep_folder is None and not plan.config.sweep.only_most_demanding)
-        _forecast(plan, engine, facts)
+        _forecast(plan, engine, facts, sweep_folder is None)
         _check_disk(plan, facts, sweep_folder)
     except CommandFailed as error:
         faults.append(error)
         try:
-            _forecast(plan, engine, None)
+            _forecast(plan, engine, None, sweep_folder is None)
         except CommandFailed as error:
             faults.append(error)
     lines = {unchecked_line(plan.config, fault.line): fault for fault in reversed(faults)}
@@ -108,7 +109,7 @@ def check_and_forecast(
     return 0
 
 
-def _forecast(plan: SweepPlan, engine: EngineModules, facts: Facts | None) -> None:
+def _forecast(plan: SweepPlan, engine: EngineModules, facts: Facts | None, is_new: bool) -> None:
     """Print the predictions, which need neither weights nor a GPU. facts: None if still to be found."""
     config, cpu = plan.config, plan.slots.device == "cpu"
     if config.train.device == "cpu" or (config.cluster.card == "auto" and cpu):
@@ -117,8 +118,9 @@ def _forecast(plan: SweepPlan, engine: EngineModules, facts: Facts | None) -> No
         return
     facts = inspect(config.base(), engine.command) if facts is None else facts
     feasibility = make_feasibility(config.cluster.card, facts, plan.kinds)
+    plan, lines = with_chosen_matmul(plan, feasibility, is_new)
     num_trials, full_trials = config.sweep.num_trials, config.effective_budget.full_trials
-    print(describe_forecast(plan.space, plan.base(), feasibility, num_trials, full_trials), flush=True)
+    print("\n".join([*lines, describe_forecast(plan.space, plan.base(), feasibility, num_trials, full_trials)]), flush=True)
     _say_answers(config, feasibility, facts)
     check_any_fits(plan.space, plan.base(), feasibility)
 
@@ -133,10 +135,10 @@ def _say_answers(config: SweepConfig, feasibility: Feasibility | None, facts: Fa
 
 def check_sweep(
     plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any], sweep_folder: Path | None = None
-) -> tuple[Feasibility, PreparedFacts]:
+) -> tuple[SweepPlan, Feasibility, PreparedFacts]:
     """Check the whole sweep against model, data, disk and card. Raises InputError if it cannot work.
 
-    Returns the fit check for its trials, and what was found.
+    Returns the plan with its products chosen, the fit check for its trials, and what was found.
     """
     facts = _checked(plan, engine, given)
     _check_disk(plan, facts, sweep_folder)
@@ -146,8 +148,10 @@ def check_sweep(
     feasibility = make_feasibility(plan.config.cluster.card, facts, plan.kinds) if on_gpu else Feasibility(None, None)
     if feasibility.predicts:
         print(f"{card_line(feasibility)}; trials that are predicted not to fit are not started", flush=True)
+    plan, lines = with_chosen_matmul(plan, feasibility, sweep_folder is None)
+    print("".join(f"{line}\n" for line in lines), end="", flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
-    return feasibility, facts
+    return plan, feasibility, facts
 
 
 def _check_disk(plan: SweepPlan, facts: PreparedFacts, sweep_folder: Path | None) -> None:

@@ -138,7 +138,7 @@ class LoopConfig(StrictModel):
     matmul: MatmulSetting = Field(
         "bf16",
         description="products with the frozen base: bf16: in model.dtype; int8_backward: in INT8 in the input gradient; "
-        "int8: in INT8 in training's forward pass too; auto: bf16",
+        "int8: in INT8 in training's forward pass too; auto: int8_backward in a sweep on cards measured to be faster, else bf16",
     )
     cuda_graphs: bool | Auto = Field(
         "auto", description="replay recorded launches; not with host memory. auto: if the host would be too slow"

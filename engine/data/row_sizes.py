@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.data.packing import Batch, Sample, collate, padded
-from engine.shape.compute_limits import documents_of
+from engine.shape.compute_limits import LENGTH_STEP, documents_of
 
 PARTS = 8  # of the most tokens in a row
 # Of a row's tokens. Targets cost the head's matmul, 20 % of a small model's time. Packed rows are
@@ -22,11 +22,16 @@ MIN_TOKENS = 128
 
 @dataclass(frozen=True, order=True)
 class Size:
-    """Hold the size of a padded row."""
+    """Hold the size of a padded row.
+
+    whole: tokens of each sample, if samples of the most tokens fill the row; else 0. Attention over
+    such a plain batch has faster kernels on some cards.
+    """
 
     num_tokens: int
     num_targets: int
     num_documents: int
+    whole: int = 0
 
     @classmethod
     def of(cls, batch: Batch, capacity: int, longest: int, coarse: bool = False) -> Size:
@@ -46,11 +51,12 @@ class Size:
         parts = TARGET_PARTS_FULL if tokens >= capacity and not coarse else TARGET_PARTS
         targets = min(tokens, _up(max(1, num_targets), max(MIN_TOKENS, tokens // parts)))
         needed = num_documents + _up(tokens - num_tokens, longest) // longest
-        return cls(tokens, targets, documents_of(capacity, needed))
+        is_whole = num_documents * longest == num_tokens == tokens and longest % LENGTH_STEP == 0
+        return cls(tokens, targets, documents_of(capacity, needed), longest if is_whole else 0)
 
     @classmethod
     def padded(cls, batch: Batch) -> Size:
-        """Return the size of a row that has been padded."""
+        """Return the size of a row that has been padded, `whole` aside."""
         return cls(batch.num_tokens, batch.num_targets, batch.document_offsets.numel() - 1)
 
     def empty_row(self, longest: int) -> Batch:
@@ -58,6 +64,11 @@ class Size:
         first = min(longest, self.num_tokens)
         ids, none = np.zeros(first, dtype=np.int32), np.zeros(first, dtype=bool)
         return self.pad(collate([Sample(ids, none)]), longest)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Return the lengths of the samples of a `whole` row."""
+        return (self.whole,) * (self.num_tokens // self.whole)
 
     def pad(self, batch: Batch, longest: int) -> Batch:
         """Return the row with filler up to this size."""

@@ -2,7 +2,8 @@
 
 Eight short samples go through the base model forward and backward. Each product is computed in both
 ways, and the exact one goes on, so a layer's error is its own. Samples and limits are the same for
-all trials of a base model. The answer depends on no trial, and is found once for each loaded base.
+all trials of a base model. The answer depends on no trial. It is found once for each base, card, set
+of versions and mode, and kept in the cache.
 
 In SmolLM2-135M, layers are 0.5 to 1.3 % off forward and 1 to 5 % backward; the gradient below the
 first attention, which no trial needs, is 10 % off.
@@ -20,12 +21,15 @@ from engine.data.packing import Sample, collate
 from engine.layers.swap import int8_groups
 from engine.model.base import Base
 from engine.model.comparison import LENGTHS, num_tokens, random_samples, text_samples
+from engine.model.loaded_check import CHECKS
 from engine.quant.int8_weight import Direction, ProbedGroup
+from engine.system.shared_cache import remembered
 
 NUM_SAMPLES = 8
 LARGEST_ERRORS = {"forward": 0.05, "backward": 0.15}
 """Of a product, relative, in the mean over tokens. An error of 0.15 leaves a gradient a cosine of 0.99."""
 NAME, MOST_NAMED = "exempt from INT8", 4
+VERSION = 1  # of what the products are; raised when kernels or codes change
 
 
 def exempt_layers(base: Base, mode: Matmul) -> tuple[str, ...]:
@@ -37,11 +41,20 @@ def exempt_layers(base: Base, mode: Matmul) -> tuple[str, ...]:
         return ()
     known = base.lasting.setdefault(NAME, {})
     if mode not in known:
-        known[mode] = _found(base, mode)
-    return known[mode]
+        known[mode] = _remembered(base, mode)
+        _name(base, mode, known[mode])
+    return tuple(known[mode])
 
 
-def _found(base: Base, mode: Matmul) -> tuple[str, ...]:
+def _remembered(base: Base, mode: Matmul) -> dict[str, str]:
+    """Return what `_reasons` found, by this process or an earlier one on this machine."""
+    checks = base.lasting.get(CHECKS)
+    kept = checks and checks.name("matmul", mode=mode.value, limits=LARGEST_ERRORS, samples=NUM_SAMPLES, version=VERSION)
+    return remembered(kept, lambda: _reasons(base, mode)) if kept else _reasons(base, mode)
+
+
+def _reasons(base: Base, mode: Matmul) -> dict[str, str]:
+    """Return the layers that stay in the working dtype, sorted by name, each with its reason."""
     unfit = base.set_matmul(mode, kind=ProbedGroup)
     try:
         errors = _errors(base)
@@ -52,12 +65,14 @@ def _found(base: Base, mode: Matmul) -> tuple[str, ...]:
         for name, found in errors.items()
         if any(not error <= LARGEST_ERRORS[direction] for direction, error in found.items())
     }
-    exempt = tuple(sorted(reasons))
-    if exempt:
-        named = [f"{name} ({reasons[name]})" for name in exempt[:MOST_NAMED]]
-        more = f" and {len(exempt) - MOST_NAMED} more" if len(exempt) > MOST_NAMED else ""
-        warnings.warn(f"train.matmul = {mode}: stay in {base.dtype}: {', '.join(named)}{more}", stacklevel=2)
-    return exempt
+    return dict(sorted(reasons.items()))
+
+
+def _name(base: Base, mode: Matmul, reasons: dict[str, str]) -> None:
+    if reasons:
+        named = [f"{name} ({reason})" for name, reason in list(reasons.items())[:MOST_NAMED]]
+        more = f" and {len(reasons) - MOST_NAMED} more" if len(reasons) > MOST_NAMED else ""
+        warnings.warn(f"train.matmul = {mode}: stay in {base.dtype}: {', '.join(named)}{more}", stacklevel=3)
 
 
 def _errors(base: Base) -> dict[str, dict[Direction, float]]:

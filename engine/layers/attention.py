@@ -34,10 +34,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.kernels import ops
-from engine.shape.compute_limits import FLASH_HEAD
+from engine.shape.compute_limits import FLASH_HEAD, LENGTH_STEP
 
 NAME = "packed"
-LENGTH_STEP = 256
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
             "logits_to_keep", "output_router_logits",
             "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # fmt: skip

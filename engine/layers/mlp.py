@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import ops
+from engine.layers.projection_group import Weights
 from engine.layers.structure import Call, Gradients, Saved, group_backward, low_rank_hidden, project
 from engine.shape import compute_limits
 from engine.shape.families import INPUT_GATE, INPUT_PROJECTION
@@ -28,8 +29,7 @@ from engine.shape.families import INPUT_GATE, INPUT_PROJECTION
 
 def mlp(normed: Tensor, call: Call, saved: Saved) -> Tensor:
     """Return x_mid plus what the MLP adds to it, after the layer's tail, [T, D]."""
-    saved.gate_up = call.groups["gate_up"].bare(normed)
-    low_rank_hidden("gate_up", normed, call, saved)
+    saved.gate_up = _gate_up(normed, call, saved)
     h = _added(_down(call, saved), call, saved)
     return h if call.spec.tail is None else _tail(h, call, saved)
 
@@ -68,13 +68,21 @@ def _down(call: Call, saved: Saved) -> Tensor:
     return down
 
 
+def _gate_up(normed: Tensor, call: Call, saved: Saved, weights: Weights | None = None) -> Tensor:
+    """Return gate | up, to which `_gate_up_terms` must still be added, and save the adapters' low-rank hidden."""
+    return call.groups["gate_up"].before_terms(normed, low_rank_hidden("gate_up", normed, call, saved), weights)
+
+
 def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return gate_up.chunk(2, dim=1)
 
 
 def _gate_up_terms(call: Call, saved: Saved) -> list[ops.LowRank | None]:
-    """Return the adapters' part of gate and up, which the activation kernels add."""
-    terms = call.groups["gate_up"].terms(saved.low["gate_up"])
+    """Return the adapters' part of gate and up, which the activation kernels add if the product has not."""
+    group = call.groups["gate_up"]
+    if group.adds_terms:
+        return [None, None]
+    terms = group.terms(saved.low["gate_up"])
     if len(terms) == 2:
         return terms
     (merged,) = terms  # one layer makes both
@@ -86,8 +94,7 @@ def mlp_gradient(dy: Tensor, normed: Tensor, call: Call, saved: Saved, grads: Gr
     again, h = saved.gate_up is None, None
     weights = group.weights_for(forward=again, backward=True)
     if again:
-        saved.gate_up = group.bare(normed, weights)
-        low_rank_hidden("gate_up", normed, call, saved)
+        saved.gate_up = _gate_up(normed, call, saved, weights)
         if spec.after is not None:
             _down(call, saved)
     weights = None if group.is_int8_backward else weights  # else they would live on, beside their codes
@@ -110,7 +117,7 @@ def _activation_backward(ddown: Tensor, call: Call, saved: Saved, grads: Gradien
     """
     group = call.groups["down"]
     dlow = group.low_gradient(ddown)
-    if group.noise is not None and dlow is not None:
+    if dlow is not None and (group.noise is not None or group.is_int8_backward):  # the product adds it
         dhidden, term = group.input_gradient(ddown, dlow), None
     else:
         dhidden, term = group.bare_input_gradient(ddown), group.input_term(dlow)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from engine.adapter.lora import TILES, LoraLinear
 from engine.kernels import ops
+from engine.kernels.eight_bit.int8_ops import can_split
 from engine.kernels.ops import LowRank
 from engine.quant.frozen_linear import FrozenLinear
 from engine.quant.int8_weight import Int8Group
@@ -103,6 +104,16 @@ class ProjectionGroup:
     def is_int8_backward(self) -> bool:
         return self.int8 is not None and self.int8.mode.is_int8_backward
 
+    @property
+    def adds_terms(self) -> bool:
+        """Return True if the product in INT8 adds the adapters' parts by itself: all have one rank, and widths fit."""
+        ranks = {0 if adapter is None else adapter[0].shape[0] for adapter in self.adapters}
+        return self.is_int8_forward and 0 not in ranks and len(ranks) == 1 and can_split(self.outputs[-1].stop, self._firsts())
+
+    def _firsts(self) -> tuple[int, ...]:
+        """Return the first output feature of each member but the first."""
+        return tuple(part.start for part in self.outputs[1:])
+
     def weights_for(self, *, forward: bool, backward: bool) -> Weights | None:
         """Return `weights` if one of these products reads them; else None."""
         is_read = (forward and not self.is_int8_forward) or (backward and not self.is_int8_backward)
@@ -151,14 +162,19 @@ class ProjectionGroup:
 
         One matmul a member adds its low-rank part, so the sum is rounded once.
         """
-        if self.is_int8_forward and len(self.bases) == 1:
-            bias_O = _merged_bias([self.bases[0].bias], self.outputs, x_TD)
-            return self.int8.product(x_TD, "forward", *self.terms(low_TR), bias_O)
+        if self.adds_terms:
+            biases, outputs = [base.bias for base in self.bases], self.outputs
+            merged = LowRank(low_TR, _stacked([adapter[1] for adapter in self.adapters]))
+            return self.int8.product(x_TD, "forward", merged, _merged_bias(biases, outputs, x_TD), self._firsts())
         y_TO = self.bare(x_TD)
         for part, term in zip(self.outputs, self.terms(low_TR)):
             if term is not None:
                 y_TO[:, part].addmm_(term.low_TR, term.b_FR.t())
         return y_TO
+
+    def before_terms(self, x_TD: Tensor, low_TR: Tensor | None, weights: Weights | None = None) -> Tensor:
+        """Return y [T, O] as a new tensor, to which `terms` must still be added: `bare`, or all if `adds_terms`."""
+        return self.forward(x_TD, low_TR) if self.adds_terms else self.bare(x_TD, weights)
 
     def terms(self, low_TR: Tensor | None) -> list[LowRank | None]:
         """Return the term to add to each member's part of `bare`; None without an adapter."""

@@ -25,7 +25,7 @@ from engine.model.comparison import num_tokens, text_samples
 from engine.model.device import pick_dtype
 from engine.model.guard import MADE_WITH, NO_LINEAR
 from engine.model.inspect import checked_skeleton, load_tokenizer, swaps_of, unquantised_names
-from engine.model.loaded_check import KnownChecks, check_loaded, loaded_losses
+from engine.model.loaded_check import CHECKS, KnownChecks, check_loaded, loaded_losses
 from engine.model.pretrained import from_pretrained, model_factory, read_config, release_towers, require_tensors, text_attention
 from engine.model.route import ModelVerdict, Route, pattern_of
 from engine.model.verdicts import verdict_of, with_rows_of
@@ -78,7 +78,7 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     if device.type == "cpu":
         use_torch_functions(model)
     is_copy = read[-1] != source  # of the packed weights: they are checked too
-    checks = None if attention_name else _checks(config, source, dtype, device, {**asdict(verdict), "is_copy": is_copy})
+    checks = None if attention_name else _checks(config, source, dtype, device, asdict(verdict), is_copy)
     known = checks.known() if checks else None
     theirs = None
     if checks and known is None:
@@ -98,13 +98,16 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     if checks and theirs:
         base = check_loaded(base, theirs)
         checks.passed(base)
+    base.lasting[CHECKS] = checks
     return base
 
 
-def _checks(config: ModelConfig, source: str, dtype: torch.dtype, device: torch.device, made: dict[str, Any]) -> KnownChecks:
+def _checks(
+    config: ModelConfig, source: str, dtype: torch.dtype, device: torch.device, made: dict[str, Any], is_copy: bool
+) -> KnownChecks:
     folder = None if config.trust_remote_code else _local_folder(config, source)
     settings = config.model_dump(exclude={"path", "revision"}) | {"dtype": str(dtype), "verdict": made}
-    return KnownChecks(folder, settings, device)
+    return KnownChecks(folder, settings, device, is_copy)
 
 
 def _load_nf4(

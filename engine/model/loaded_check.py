@@ -29,6 +29,7 @@ from engine.system.shared_cache import recall, remembered
 
 ROUNDINGS = 4.0  # times what rounding alone makes
 LEAST = 0.01  # nats, mean of two samples: what is wrong differs by more
+CHECKS = "checks"  # in base.lasting: the KnownChecks of a base loaded for training, or None
 WITHOUT_MEASURE = {torch.float32: LEAST, torch.bfloat16: 0.25}  # nats, for a model with one attention only
 
 
@@ -100,12 +101,21 @@ def check_loaded(base: Base, theirs: LibraryLosses) -> Base:
 
 
 class KnownChecks:
-    """Remember on this machine which loaded models have passed, by all that their losses depend on."""
+    """Remember on this machine what checks of a loaded model have found, by all that its losses depend on."""
 
-    def __init__(self, folder: Path | None, base: dict[str, Any], device: torch.device) -> None:
-        """Name the check. folder: the model's files, None if nothing is to be remembered. base: settings of the base."""
+    def __init__(self, folder: Path | None, base: dict[str, Any], device: torch.device, is_copy: bool) -> None:
+        """Name the checks.
+
+        folder: the model's files, None if nothing is to be remembered. base: settings of the base.
+        is_copy: its weights were read from the cache, whose copy is checked too.
+        """
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        self._name = None if folder is None else f"checked-{key(folder, {'base': base, 'card': card, **computed_by()})}"
+        self._folder, self._made_of = folder, {"base": base, "card": card, **computed_by()}
+        self._name = self.name("checked", is_copy=is_copy)
+
+    def name(self, kind: str, **more: Any) -> str | None:
+        """Return the name of a check in the cache, None if nothing is to be remembered. more: what else it depends on."""
+        return None if self._folder is None else f"{kind}-{key(self._folder, {**self._made_of, **more})}"
 
     def known(self) -> dict[str, Any] | None:
         """Return the rows of an earlier check, or None."""

@@ -13,6 +13,7 @@ from engine.config.matmul import Matmul
 from engine.memory.layer_walk import attention_name
 from engine.memory.tensor_sizes import Sizes
 from engine.planning.cards import Card
+from engine.planning.rates import CODE_BYTES, PLAIN_BYTES
 from engine.shape.compute_limits import FLASH_HEAD
 from engine.shape.families import INPUT_GATE, INPUT_PROJECTION
 from engine.shape.layer_plan import LayerPlan, kept_name
@@ -33,10 +34,6 @@ EAGER_BYTES = (60, 110)
 # operations walk over chunks: a backward pass launches this many times what a forward pass does. An
 # estimate.
 MIXER_PASSES, MIXER_BACKWARD = (2.0, 4.0), 2.5
-NF4_BYTES = 0.516  # a packed weight, scales included
-# Time of making a weight's INT8 codes in units of what `nf4_gb_s` says: forward, where it is rotated, and
-# backward, where it is transposed (H100: 177 and 70 us of 14336 x 4096, and 57 us for 2.516 bytes each).
-INT8_UNPACK_BYTES = (7.8, 3.1)
 
 
 @dataclass
@@ -44,7 +41,8 @@ class LayerWork:
     """The work of one layer's pass.
 
     `matmul`, `int8_matmul`, `thin` (adapters) and `attention` are operations; the others are bytes, by
-    what moves them. `row_bytes` are of activations that become INT8 codes.
+    what moves them. INT8 codes: `forward_code_bytes` and `backward_code_bytes` are of weights that become
+    codes for a pass, `row_bytes` of activations.
     `mixer_chunks` are passes over a chunk that a library's mixer launches one by one.
     """
 
@@ -56,6 +54,8 @@ class LayerWork:
     plain_bytes: float = 0.0
     activation_bytes: float = 0.0
     nf4_bytes: float = 0.0
+    forward_code_bytes: float = 0.0
+    backward_code_bytes: float = 0.0
     row_bytes: float = 0.0
     eager_bytes: float = 0.0
     mixer_bytes: float = 0.0
@@ -136,7 +136,7 @@ def _with_mlp_again(work: LayerWork, plan: LayerPlan, step: StepShape) -> LayerW
     if plan.policy is not Policy.KEEP and (plan.policy is not Policy.HOST or s.tile is not None):
         _add_product(work, "gate_up", plan, step)
         is_extra = plan.matmul is Matmul.INT8_BACKWARD and step.is_packed and "gate_up" not in plan.cached
-        work.nf4_bytes += (2 + NF4_BYTES) * step.parameters["gate_up"] if is_extra else 0.0  # the gradient reads codes
+        work.nf4_bytes += PLAIN_BYTES * step.parameters["gate_up"] if is_extra else 0.0  # the gradient reads codes
         if not step.is_fused or step.shape.layer.mlp.after:
             _add_matmul(work, "down", plan, step)
             work.activation_bytes += s.gate_up + s.f
@@ -150,7 +150,7 @@ def _add_matmul(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, i
     """
     _add_product(work, group, plan, step, is_backward)
     if step.is_packed and group not in plan.cached and not _is_int8(plan, is_backward):
-        work.nf4_bytes += (2 + NF4_BYTES) * step.parameters[group]
+        work.nf4_bytes += PLAIN_BYTES * step.parameters[group]
     if not plan.ranks[group]:
         return
     inputs, outputs = _io(group, step)
@@ -170,8 +170,12 @@ def _add_product(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, 
         return
     work.int8_matmul += 2 * step.tokens * number
     work.row_bytes += 1.5 * _io(group, step)[is_backward]
-    if kept_name(group, "backward" if is_backward else "forward") not in plan.cached:
-        work.nf4_bytes += INT8_UNPACK_BYTES[is_backward] * number
+    if kept_name(group, "backward" if is_backward else "forward") in plan.cached:
+        return
+    if is_backward:
+        work.backward_code_bytes += CODE_BYTES * number
+    else:
+        work.forward_code_bytes += CODE_BYTES * number
 
 
 def _is_int8(plan: LayerPlan, is_backward: bool) -> bool:

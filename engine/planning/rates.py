@@ -13,10 +13,16 @@ from typing import Any
 
 from engine.errors import InputError
 
+INT8 = "int8"
 LARGEST = 1e7  # of any rate; a number beyond it is a damaged file
-# The INT8 kernels over bf16's, in a layer of 8B (H100: 1,200 to 1,350 TOPS next to 750 to 870). The data
-# sheets of other cards say 2 (A100) to 4 (RTX 3090 and 4090).
+# Assumed where nobody has measured products in INT8. The kernels over bf16's, in a layer of 8B (H100: 1,200
+# to 1,350 TOPS next to 750 to 870); the data sheets of other cards say 2 (A100) to 4 (RTX 3090 and 4090).
 INT8_GAIN = 1.5
+# Time of making a weight's INT8 codes in units of dequantising it: forward, where it is rotated, and
+# backward, where it is transposed (H100: 177 and 70 us of 14336 x 4096, and 57 us).
+INT8_UNPACKING = (3.1, 1.2)
+NF4_BYTES = 0.516  # a packed weight, scales included
+CODE_BYTES, PLAIN_BYTES = 1.0 + NF4_BYTES, 2.0 + NF4_BYTES  # read and written to make its codes, and its 16 bits
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,10 @@ class Curve:
     def flat(cls, rate: float) -> Curve:
         return cls(((1.0, rate),))
 
+    def times(self, factor: float) -> Curve:
+        """Return the curve with every rate multiplied."""
+        return Curve(tuple((size, factor * rate) for size, rate in self.points))
+
     def at(self, size: float) -> float:
         """Return the rate at a size above 0."""
         (low, low_rate), (high, high_rate) = self.points[0], self.points[-1]
@@ -42,6 +52,20 @@ class Curve:
                 share = math.log(size / low) / math.log(high / low)
                 return low_rate + share * (high_rate - low_rate)
         raise AssertionError("sizes must ascend")
+
+
+@dataclass(frozen=True)
+class Int8Rates:
+    """The measured speeds of products in INT8, over hidden size.
+
+    `matmul_tops` of a layer's products with both scales. `forward_gb_s` and `backward_gb_s` of making
+    the weights' codes for a pass from NF4, and `rows_gb_s` of making the other operand's.
+    """
+
+    matmul_tops: Curve
+    forward_gb_s: Curve
+    backward_gb_s: Curve
+    rows_gb_s: Curve
 
 
 @dataclass(frozen=True)
@@ -58,8 +82,7 @@ class Rates:
 
     `thin_tflops` bounds adapters of high rank, `loss_gb_s` the loss over logits. `link_gb_s` is a
     pinned copy one way. `host_ms` and `unfused_host_ms` are Python and launches of one layer,
-    forward and backward. `int8_gain` is how much faster a layer's matmuls are in INT8; a file of a
-    measurement may leave it out.
+    forward and backward. `int8` is None where nobody has measured it: older files lack it.
     """
 
     matmul_tflops: Curve
@@ -77,24 +100,45 @@ class Rates:
     link_gb_s: float
     host_ms: float
     unfused_host_ms: float
-    int8_gain: float = INT8_GAIN
+    int8: Int8Rates | None = None
+
+    @property
+    def of_int8(self) -> Int8Rates:
+        """Return the speeds of products in INT8: measured, or assumed from those in 16 bits."""
+        if self.int8 is not None:
+            return self.int8
+        forward, backward = (self.nf4_gb_s.times(CODE_BYTES / PLAIN_BYTES / factor) for factor in INT8_UNPACKING)
+        return Int8Rates(self.matmul_tflops.times(INT8_GAIN), forward, backward, self.norm_gb_s)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON: a number, or the points of a curve; without an `int8_gain` that is assumed."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.int8_gain == INT8_GAIN:
-            del values["int8_gain"]
-        return {name: [list(p) for p in v.points] if isinstance(v, Curve) else v for name, v in values.items()}
+        """Return plain data for JSON: a number, or the points of a curve; `int8` only if it was measured."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != INT8}
+        plain = {name: _plain(value) for name, value in values.items()}
+        if self.int8 is not None:
+            plain[INT8] = {field.name: _plain(getattr(self.int8, field.name)) for field in fields(Int8Rates)}
+        return plain
 
     @classmethod
     def from_dict(cls, values: Any, where: str = "rates") -> Rates:
         """Read plain data. Raises InputError for a missing, unknown or impossible value."""
-        is_given = isinstance(values, Mapping) and "int8_gain" in values
-        names = [field.name for field in fields(cls) if is_given or field.name != "int8_gain"]
-        if not isinstance(values, Mapping) or set(values) != set(names):
-            raise InputError(where, values, f"must hold exactly {', '.join(names)}")
+        names = [field.name for field in fields(cls) if field.name != INT8]
+        _check_names(values, names, {INT8}, where)
         curves = {field.name for field in fields(cls) if field.type == "Curve"}
-        return cls(**{n: (_curve if n in curves else _rate)(values[n], f"{where}.{n}") for n in names})
+        given = {n: (_curve if n in curves else _rate)(values[n], f"{where}.{n}") for n in names}
+        int8, of_int8 = values.get(INT8), [field.name for field in fields(Int8Rates)]
+        if int8 is not None:
+            _check_names(int8, of_int8, set(), f"{where}.{INT8}")
+            given[INT8] = Int8Rates(**{name: _curve(int8[name], f"{where}.{INT8}.{name}") for name in of_int8})
+        return cls(**given)
+
+
+def _plain(value: float | Curve) -> float | list[list[float]]:
+    return [list(point) for point in value.points] if isinstance(value, Curve) else value
+
+
+def _check_names(values: Any, names: list[str], optional: set[str], where: str) -> None:
+    if not isinstance(values, Mapping) or set(values) - optional != set(names):
+        raise InputError(where, values, f"must hold exactly {', '.join(names)}")
 
 
 def _curve(value: Any, where: str) -> Curve:

@@ -146,12 +146,14 @@ def _times(work: LayerWork, step: StepShape, is_backward: bool) -> dict[str, flo
     attention = rates.attention_tflops.at(head_dim) * 1e9 * step.length / (step.length + rates.half_length.at(head_dim))
     attention *= (rates.attention_backward.at(head_dim) if is_backward else 1.0) * (CUDNN_GAIN if _has_cudnn(step) else 1.0)
     adapters = max(work.adapter_bytes / (rates.adapter_gb_s.at(width) * 1e6), work.thin / (rates.thin_tflops * 1e9))
-    norms_gb_s = rates.norm_gb_s.at(width)
+    norms_gb_s, int8 = rates.norm_gb_s.at(width), rates.of_int8
+    codes = work.forward_code_bytes / int8.forward_gb_s.at(width) + work.backward_code_bytes / int8.backward_gb_s.at(width)
+    codes += work.row_bytes / int8.rows_gb_s.at(width)
     plain = work.plain_bytes / norms_gb_s + work.activation_bytes / rates.activation_gb_s.at(width)
     times = {
-        "matmuls": (work.matmul + work.int8_matmul / rates.int8_gain) / (rates.matmul_tflops.at(width) * 1e9),
+        "matmuls": (work.matmul / rates.matmul_tflops.at(width) + work.int8_matmul / int8.matmul_tops.at(width)) / 1e9,
         "attention": work.attention / attention + work.eager_bytes / (norms_gb_s * 1e6),
-        "dequantisation": work.nf4_bytes / (rates.nf4_gb_s.at(width) * 1e6) + work.row_bytes / (norms_gb_s * 1e6),
+        "dequantisation": (work.nf4_bytes / rates.nf4_gb_s.at(width) + codes) / 1e6,
         "adapters": adapters,
         "linear attention": work.mixer_bytes / (norms_gb_s * 1e6),
         "norms, rotation, activation": passes * plain / 1e6,

@@ -18,6 +18,7 @@ Shape letters: T tokens, D input features, O output features, N and K those of a
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -81,13 +82,22 @@ class Int8Group:
         return found
 
     def product(
-        self, x_TK: Tensor, direction: Direction, term: LowRank | None = None, bias_N: Tensor | None = None
+        self,
+        x_TK: Tensor,
+        direction: Direction,
+        term: LowRank | None = None,
+        bias_N: Tensor | None = None,
+        firsts: tuple[int, ...] = (),
     ) -> Tensor:
-        """Return x W^T + bias [T, O], or with direction "backward" dy W [T, D], plus a low-rank term, in x's dtype."""
+        """Return x W^T + bias [T, O], or with direction "backward" dy W [T, D], plus a low-rank term, in x's dtype.
+
+        firsts: as `int8_ops.matmul` takes it, for the terms of several layers.
+        """
         rows = int8_ops.quantize_rows(x_TK, is_rotated=direction == "forward")
-        fits = term is None or term.low_TR.shape[1] <= HIGHEST_RANK
-        y_TN = int8_ops.matmul(rows, self.weight(direction), x_TK.dtype, term if fits else None, bias_N)
-        return y_TN if fits else y_TN.addmm_(term.low_TR, term.b_FR.t())
+        fits = term is None or term.b_FR.shape[1] <= HIGHEST_RANK
+        own, more = (term, None) if fits else (None, term)
+        y_TN = int8_ops.matmul(rows, self.weight(direction), x_TK.dtype, own, bias_N, firsts)
+        return y_TN if more is None else _with_term(y_TN, more, firsts)
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,12 @@ class ProbedGroup(Int8Group):
     errors: dict[Direction, list[Tensor]] = field(default_factory=dict)
 
     def product(
-        self, x_TK: Tensor, direction: Direction, term: LowRank | None = None, bias_N: Tensor | None = None
+        self,
+        x_TK: Tensor,
+        direction: Direction,
+        term: LowRank | None = None,
+        bias_N: Tensor | None = None,
+        firsts: tuple[int, ...] = (),
     ) -> Tensor:
         """Return the product in the working dtype."""
         weight_OD = torch.cat([base.dequantized(x_TK.dtype) for base in self.bases])
@@ -111,8 +126,16 @@ class ProbedGroup(Int8Group):
         self.errors.setdefault(direction, []).append(relative_T.mean())
         if bias_N is not None:
             exact_TN += bias_N
-        return exact_TN if term is None else exact_TN.addmm_(term.low_TR, term.b_FR.t())
+        return exact_TN if term is None else _with_term(exact_TN, term, firsts)
 
     def mean_errors(self) -> dict[Direction, float]:
         """Return the error of each direction in the mean over products."""
         return {direction: float(torch.stack(found).mean()) for direction, found in self.errors.items()}
+
+
+def _with_term(y_TN: Tensor, term: LowRank, firsts: tuple[int, ...]) -> Tensor:
+    """Return y plus the term of each of the layers that begin at `firsts`, in place."""
+    rank, ends = term.b_FR.shape[1], (0, *firsts, y_TN.shape[1])
+    for i, (first, after) in enumerate(pairwise(ends)):
+        y_TN[:, first:after].addmm_(term.low_TR[:, i * rank : (i + 1) * rank], term.b_FR[first:after].t())
+    return y_TN

@@ -10,7 +10,7 @@ from typing import Any
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.planning.cards import UNKNOWN
-from engine.planning.rates import Curve, Rates, curve_of
+from engine.planning.rates import Curve, Int8Rates, Rates, curve_of
 from engine.planning.speed import predict_speed
 from engine.rates.whole_steps import RANK, SAMPLE, WholeStep
 from engine.rates.widths import Widths
@@ -18,6 +18,7 @@ from engine.shape.model_shape import ModelShape
 
 LEAST_GAPS = 1e-3  # a step cannot take no time
 CURVES = ("matmul_tflops", "head_tflops", "norm_gb_s", "adapter_gb_s", "activation_gb_s", "nf4_gb_s")
+INT8_CURVES = ("int8_matmul_tops", "int8_forward_gb_s", "int8_backward_gb_s", "int8_rows_gb_s")
 # What a step has besides its kernels: copies from the host, the optimizer, which the steps leave out,
 # and the wait for a host whose launches were recorded.
 NOT_KERNELS = ("embedding", "optimizer", "waiting for the host", "waiting for copies")
@@ -33,7 +34,7 @@ def rates_of_numbers(
 ) -> Rates:
     """Return the rates, with `gaps` still 1.
 
-    by_widths: the numbers that CURVES names, thin_tflops and loss_gb_s. attention: what
+    by_widths: the numbers that CURVES and INT8_CURVES name, thin_tflops and loss_gb_s. attention: what
     `attention_rates` returns. A card is as good as its largest model's adapters and loss.
     """
     largest = by_widths[max(by_widths, key=lambda widths: widths.hidden)]
@@ -41,8 +42,11 @@ def rates_of_numbers(
     def of_heads(place: int) -> Curve:
         return curve_of((widths.head_dim, found[place]) for widths, found in attention.items())
 
+    def of_widths(name: str) -> Curve:
+        return curve_of((widths.hidden, numbers[name]) for widths, numbers in by_widths.items())
+
     return Rates(
-        **{name: curve_of((widths.hidden, numbers[name]) for widths, numbers in by_widths.items()) for name in CURVES},
+        **{name: of_widths(name) for name in CURVES},
         gaps=Curve.flat(1.0),
         attention_tflops=of_heads(0),
         half_length=of_heads(1),
@@ -52,6 +56,7 @@ def rates_of_numbers(
         link_gb_s=link_gb_s,
         host_ms=host_ms,
         unfused_host_ms=unfused_host_ms,
+        int8=Int8Rates(*(of_widths(name) for name in INT8_CURVES)),
     )
 
 

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels import ops
+from engine.kernels.eight_bit import int8_ops
 from engine.layers.attention import AttentionOptions, Documents, attend
+from engine.planning.rates import CODE_BYTES, PLAIN_BYTES
 from engine.quant.bnb import quantize_nf4
 from engine.rates.timing import Timer
 from engine.rates.widths import Widths
@@ -24,7 +26,6 @@ from engine.shape.compute_limits import LOSS_CHUNK_BYTES
 
 Draw = Callable[..., Tensor]
 RANK, HIGH_RANK = 16, 256  # bytes bind an adapter's matmuls at the first, arithmetic at the second
-NF4_BYTES = 2.516  # read and written for each weight: packed with its scales, and 16 bits
 # Samples of two lengths. No multiple of 256, so that they run as ragged rows do.
 LENGTHS = (1000, 8000)
 EPS = 1e-5
@@ -114,7 +115,49 @@ def nf4_gb_s(timer: Timer, draw: Draw, widths: Widths) -> float:
         state = ops.nf4_state(quantize_nf4(draw(num_out, num_in), double_quantization=True))
         out = draw(num_out, num_in)
         seconds += timer(lambda state=state, out=out: ops.dequantize_nf4(state, out.dtype, out))
-        num_bytes += NF4_BYTES * num_out * num_in
+        num_bytes += PLAIN_BYTES * num_out * num_in
+    return num_bytes / seconds / 1e9
+
+
+def int8_matmul_tops(timer: Timer, draw: Draw, widths: Widths) -> float:
+    """Return TOPS of a layer's products in INT8, forward and for the input's gradient."""
+    seconds = operations = 0.0
+    for num_out, num_in in widths.products.values():
+        for columns, reduced in ((num_out, num_in), (num_in, num_out)):
+            x, w = (int8_ops.quantize_rows(draw(rows, reduced)) for rows in (widths.tokens, columns))
+            seconds += timer(lambda x=x, w=w: int8_ops.matmul(x, w, draw(1).dtype))
+            operations += 2 * widths.tokens * columns * reduced
+    return operations / seconds / 1e12
+
+
+def int8_forward_gb_s(timer: Timer, draw: Draw, widths: Widths) -> float:
+    """Return GB/s of making the codes of a layer's four weights for the forward pass, rotated."""
+    return _codes_gb_s(timer, draw, widths, int8_ops.unpack_rows)
+
+
+def int8_backward_gb_s(timer: Timer, draw: Draw, widths: Widths) -> float:
+    """Return GB/s of making the codes of a layer's four weights for the input's gradient."""
+    return _codes_gb_s(timer, draw, widths, int8_ops.unpack_columns)
+
+
+def _codes_gb_s(timer: Timer, draw: Draw, widths: Widths, unpack: Callable[..., object]) -> float:
+    seconds = num_bytes = 0.0
+    for num_out, num_in in widths.products.values():
+        state = ops.nf4_state(quantize_nf4(draw(num_out, num_in), double_quantization=True))
+        scales = int8_ops.weight_scales([state], True)
+        seconds += timer(lambda state=state, scales=scales: unpack([state], scales))
+        num_bytes += CODE_BYTES * num_out * num_in
+    return num_bytes / seconds / 1e9
+
+
+def int8_rows_gb_s(timer: Timer, draw: Draw, widths: Widths) -> float:
+    """Return GB/s of making the codes of what a layer's products read: inputs, rotated, and gradients."""
+    seconds = num_bytes = 0.0
+    for num_out, num_in in widths.products.values():
+        for width, is_rotated in ((num_in, True), (num_out, False)):
+            x = draw(widths.tokens, width)
+            seconds += timer(lambda x=x, is_rotated=is_rotated: int8_ops.quantize_rows(x, is_rotated))
+            num_bytes += 1.5 * 2 * x.numel()
     return num_bytes / seconds / 1e9
 
 

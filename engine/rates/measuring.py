@@ -27,6 +27,7 @@ from engine.units import GIB
 Say = Callable[[int, int, str], None]  # parts done, parts in all, the next one's name
 BY_WIDTHS = (
     "matmul_tflops", "head_tflops", "loss_gb_s", "norm_gb_s", "adapter_gb_s", "thin_tflops", "activation_gb_s", "nf4_gb_s",
+    "int8_matmul_tops", "int8_forward_gb_s", "int8_backward_gb_s", "int8_rows_gb_s",
 )  # fmt: skip
 
 

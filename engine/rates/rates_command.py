@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from engine.errors import EngineError, InputError
 from engine.planning.known_cards import KIND, measured_here, stored_file, stored_folder
 from engine.planning.measured_card import MeasuredCard
+from engine.planning.rates import Rates
 from engine.system.file_lock import FileLock
 from engine.system.shared_cache import CACHE_VARIABLE
 from engine.system.user_path import user_path
@@ -86,7 +87,7 @@ def known_or_measured(card: str, if_missing: bool, measure: Callable[[], Measure
     """
     with FileLock(_made(stored_folder()) / ".lock").held():
         known = measured_here(card) if if_missing else None
-        if known is not None:
+        if known is not None and known.rates.int8 is not None:  # older versions did not measure products in INT8
             return known
         found = measure()
         found.write(stored_file(found.stack))
@@ -139,12 +140,20 @@ def result_lines(found: MeasuredCard) -> list[str]:
     return [
         f"{found.described()}, driver {found.stack.driver}, {host}; {found.seconds:.0f} s",
         f"  matrix products   TFLOP/s by hidden size {products}",
+        *_int8_line(rates),
         f"  attention         TFLOP/s by head dim {attention}",
         f"  memory            {raw['copy GB/s']:,.0f} GB/s copied, {rates.nf4_gb_s.points[-1][1]:,.0f} in NF4",
         f"  link              {both_ways}, {raw['link both at once GB/s']:.1f} each at once",
         f"  host              {raw['launch us']:.1f} us a launch, {layers}",
         f"  whole steps       {', '.join(steps)}; in brackets: predicted against measured",
     ]
+
+
+def _int8_line(rates: Rates) -> list[str]:
+    if rates.int8 is None:
+        return []
+    tops = "  ".join(f"{size:,.0f}: {rate:,.0f}" for size, rate in rates.int8.matmul_tops.points)
+    return [f"  products in INT8  TOPS by hidden size {tops}"]
 
 
 def _made(folder: Path) -> Path:

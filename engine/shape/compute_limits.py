@@ -23,6 +23,9 @@ HOST_EMBEDDING_MIN_BYTES = 256 * 2**20
 They are 32 MiB, 0.6 to 1.4 ms, for 4,096 tokens of 4,096 features.
 """
 
+LENGTH_STEP = 256
+"""cuDNN plans each new shape of a batch for more than a second, so it gets only samples of multiples of this."""
+
 EVALUATION_ROW_TOKENS = 4096
 """Samples of an evaluation share rows of at least this many tokens, because launches dominate short
 rows: a row of 256 tokens took 140 ms of launches for 3 ms of work (H100)."""

@@ -97,7 +97,7 @@ class Graphs:
         if known is None and self._recordings.can_record:
             self._make_place()
             known = self._record(size)
-        row = for_any_row(size.pad(batch, self._longest), self._longest, self._base.device) if self._trains else batch
+        row = self._for_any_row(size, size.pad(batch, self._longest)) if self._trains else batch
         if known is None:
             return self._compute(self._fixed(row, num_targets))
         known.fill(row, num_targets)
@@ -165,7 +165,7 @@ class Graphs:
         samples = [np.split(ids, [border]) for border in (longer, len(ids) - longer)]
         rows = [collate([Sample(part, np.ones(len(part), bool)) for part in two]) for two in samples]
         size = Size.of(rows[0], self._capacity, self._longest)
-        rows = [for_any_row(size.pad(row, self._longest), self._longest, self._base.device) for row in rows]
+        rows = [self._for_any_row(size, size.pad(row, self._longest)) for row in rows]
         known, _ = self._captured(size)
 
         def replayed(row: Batch) -> Tensor:
@@ -206,7 +206,17 @@ class Graphs:
         return row, highest - now if highest > peak else 0
 
     def _empty(self, size: Size) -> Batch:
-        return for_any_row(size.empty_row(self._longest), self._longest, self._base.device)
+        return self._for_any_row(size, size.empty_row(self._longest))
+
+    def _for_any_row(self, size: Size, row: Batch) -> Batch:
+        """Return a padded row whose lengths on the host hold for every row of its size.
+
+        Attention on CUDA asks whether the row is a plain batch, and else only for the longest sample,
+        so an upper bound serves all rows. The CPU needs the lengths themselves.
+        """
+        if self._base.device.type == "cpu":
+            return row
+        return replace(row, document_lengths=size.lengths if size.whole else (self._longest, 0))
 
     def _warm_up(self, size: Size) -> None:
         """Compute an empty row, so that kernels are compiled and libraries loaded. It adds zeros to the gradient."""
@@ -228,15 +238,6 @@ def make_graphs(
 ) -> Graphs | None:
     """Return graphs for `base`, or None if its attention, mixers, rows or an unfused layer rule them out."""
     return Graphs(base, memory, key, capacity, longest, trains) if base.pads_rows(longest) else None
-
-
-def for_any_row(row: Batch, longest: int, device: torch.device) -> Batch:
-    """Return a padded row whose lengths on the host hold for every row of its size.
-
-    Attention on CUDA asks only for the longest sample, so an upper bound serves all rows. The CPU
-    needs the lengths themselves.
-    """
-    return row if device.type == "cpu" else replace(row, document_lengths=(longest, 0))
 
 
 @functools.cache

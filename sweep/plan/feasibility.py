@@ -99,7 +99,17 @@ class Feasibility:
             fit = self._fit_on(config, card)
             if fit.fits:
                 return fit
-        return UNPREDICTED if None in self._kinds.values() else fit
+        return fit if self.knows_all_cards else UNPREDICTED
+
+    @property
+    def knows_all_cards(self) -> bool:
+        """Return False if a node's card is unknown."""
+        return None not in self._kinds.values()
+
+    def speeds(self, config: TrainConfig) -> dict[str, float]:
+        """Return the predicted tokens per second on each card that the config fits, by the card's name."""
+        fits = {card.name: self._fit_on(config, card) for card in self.cards}
+        return {name: fit.plan.speed.tokens_per_second for name, fit in fits.items() if fit.plan is not None}
 
     def avoid(self, config: TrainConfig) -> tuple[Label, ...]:
         """Return the labels of the nodes whose card the config does not fit.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from engine.config.matmul import Matmul
 from engine.config.trial import TrainConfig
 from engine.errors import InputError, printable
 from engine.shape.model_shape import ModelShape
@@ -55,6 +56,11 @@ class SweepPlan:
         """Return the plan with the day that chat templates print, on every trial and every resume."""
         data = self.config.data.model_copy(update={"date": day})
         return replace(self, config=self.config.model_copy(update={"data": data}))
+
+    def with_matmul(self, mode: Matmul) -> SweepPlan:
+        """Return the plan with this `train.matmul` on every trial and every resume."""
+        train = self.config.train.model_copy(update={"matmul": mode.value})
+        return replace(self, config=self.config.model_copy(update={"train": train}))
 
     def for_model(self, shape: ModelShape | None) -> SweepPlan:
         """Return the plan with the trials that it begins with. shape: None if it is not known."""

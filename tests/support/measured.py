@@ -16,7 +16,7 @@ def measured(card: str = RTX_4090, **changes: object) -> MeasuredCard:
     """Return a measurement of this machine's versions: an RTX 4090 with half the matmuls of its data sheet."""
     sheet = sheet_rates(CARDS["rtx4090"])
     slow = tuple((size, rate / 2) for size, rate in sheet.matmul_tflops.points)
-    rates = replace(sheet, matmul_tflops=replace(sheet.matmul_tflops, points=slow))
+    rates = replace(sheet, matmul_tflops=replace(sheet.matmul_tflops, points=slow), int8=sheet.of_int8)
     steps = {"8B keep 4x1000": {"measured_ms": 10.0, "predicted_ms": 11.0}}
     raw = {
         "copy GB/s": 900.0, "link to card GB/s": 25.0, "link to host GB/s": 24.0, "link both at once GB/s": 20.0,

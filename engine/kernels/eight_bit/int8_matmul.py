@@ -41,16 +41,20 @@ def _place(tile, T, N, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, HEIGHT: tl.
 
 @triton.jit
 def _write(
-    sums, row, column, c, scale_a, scale_b, low, low_b, bias, T, N, low_t, low_r, low_b_n, low_b_r,
+    sums, row, column, c, scale_a, scale_b, low, low_b, bias, T, N, second, third, low_t, low_r, low_b_n, low_b_r,
     RANK: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Write sums * scale_a * scale_b + low @ low_b^T + bias for one tile, rounded once."""
+    """Write sums * scale_a * scale_b + low @ low_b^T + bias for one tile, rounded once.
+
+    Columns from `second` and from `third` on take the next RANK columns of low.
+    """
     t, n = row + tl.arange(0, BLOCK_T), column + tl.arange(0, BLOCK_N)
     t_exists, n_exists = t < T, n < N
     total = sums.to(tl.float32) * tl.load(scale_a + t, mask=t_exists, other=0.0)[:, None]
     total = total * tl.load(scale_b + n, mask=n_exists, other=0.0)[None, :]
     t = t.to(tl.int64)
     if RANK > 0:
+        low += ((column >= second).to(tl.int32) + (column >= third).to(tl.int32)) * RANK * low_r
         for start in tl.static_range(0, RANK, BLOCK_R):
             r = start + tl.arange(0, BLOCK_R)
             low_mask, low_b_mask = t_exists[:, None] & (r < RANK)[None, :], n_exists[:, None] & (r < RANK)[None, :]
@@ -64,7 +68,7 @@ def _write(
 
 @triton.jit
 def _write_halves(
-    sums, row, column, c, scale_a, scale_b, low, low_b, bias, T, N, low_t, low_r, low_b_n, low_b_r,
+    sums, row, column, c, scale_a, scale_b, low, low_b, bias, T, N, second, third, low_t, low_r, low_b_n, low_b_r,
     RANK: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     HALVES: tl.constexpr,
 ):  # fmt: skip
@@ -72,24 +76,25 @@ def _write_halves(
     if HALVES:
         WIDTH: tl.constexpr = BLOCK_N // 2
         left, right = sums.reshape(BLOCK_T, 2, WIDTH).permute(0, 2, 1).split()
+        middle = column + WIDTH
         _write(
-            left, row, column, c, scale_a, scale_b, low, low_b, bias, T, N, low_t, low_r, low_b_n, low_b_r,
+            left, row, column, c, scale_a, scale_b, low, low_b, bias, T, N, second, third, low_t, low_r, low_b_n, low_b_r,
             RANK, HAS_BIAS, BLOCK_T, WIDTH, BLOCK_R,
         )  # fmt: skip
         _write(
-            right, row, column + WIDTH, c, scale_a, scale_b, low, low_b, bias, T, N, low_t, low_r, low_b_n, low_b_r,
+            right, row, middle, c, scale_a, scale_b, low, low_b, bias, T, N, second, third, low_t, low_r, low_b_n, low_b_r,
             RANK, HAS_BIAS, BLOCK_T, WIDTH, BLOCK_R,
         )  # fmt: skip
     else:
         _write(
-            sums, row, column, c, scale_a, scale_b, low, low_b, bias, T, N, low_t, low_r, low_b_n, low_b_r,
+            sums, row, column, c, scale_a, scale_b, low, low_b, bias, T, N, second, third, low_t, low_r, low_b_n, low_b_r,
             RANK, HAS_BIAS, BLOCK_T, BLOCK_N, BLOCK_R,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])  # T changes from batch to batch; its divisors gain nothing
 def _pointer_kernel(
-    a, b, c, scale_a, scale_b, low, low_b, bias, T, N, K, a_stride, b_stride, low_t, low_r, low_b_n, low_b_r,
+    a, b, c, scale_a, scale_b, low, low_b, bias, T, N, K, second, third, a_stride, b_stride, low_t, low_r, low_b_n, low_b_r,
     RANK: tl.constexpr, HAS_BIAS: tl.constexpr, WHOLE_K: tl.constexpr, HALVES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HEIGHT: tl.constexpr,
 ):  # fmt: skip
@@ -111,14 +116,14 @@ def _pointer_kernel(
         a += BLOCK_K
         b += BLOCK_K
     _write_halves(
-        sums, row, column, c, scale_a, scale_b, low, low_b, bias, T, N, low_t, low_r, low_b_n, low_b_r,
+        sums, row, column, c, scale_a, scale_b, low, low_b, bias, T, N, second, third, low_t, low_r, low_b_n, low_b_r,
         RANK, HAS_BIAS, BLOCK_T, BLOCK_N, BLOCK_R, HALVES,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
 def _descriptor_kernel(
-    a, b, c, scale_a, scale_b, low, low_b, bias, T, N, K, low_t, low_r, low_b_n, low_b_r,
+    a, b, c, scale_a, scale_b, low, low_b, bias, T, N, K, second, third, low_t, low_r, low_b_n, low_b_r,
     RANK: tl.constexpr, HAS_BIAS: tl.constexpr, HALVES: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HEIGHT: tl.constexpr,
 ):  # fmt: skip
@@ -135,38 +140,43 @@ def _descriptor_kernel(
             a_block, b_block = a.load([row, start]), b.load([column, start])
             sums = tl.dot(a_block, tl.trans(b_block), sums, out_dtype=tl.int32)
         _write_halves(
-            sums, row, column, c, scale_a, scale_b, low, low_b, bias, T, N, low_t, low_r, low_b_n, low_b_r,
+            sums, row, column, c, scale_a, scale_b, low, low_b, bias, T, N, second, third, low_t, low_r, low_b_n, low_b_r,
             RANK, HAS_BIAS, BLOCK_T, BLOCK_N, BLOCK_R, HALVES,
         )  # fmt: skip
 
 
-def matmul(a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None, bias_N: Tensor | None) -> Tensor:
+def matmul(
+    a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None, bias_N: Tensor | None, firsts: tuple[int, ...] = ()
+) -> Tensor:
     (num_tokens, reduced), num_columns = a.codes_NK.shape, b.codes_NK.shape[0]
     card = capability(a.codes_NK), multiprocessors(a.codes_NK)
     can_describe = _can_describe(a.codes_NK) and _can_describe(b.codes_NK)
     tile = choose_tile(*card, num_tokens, num_columns, reduced, can_describe, term is not None)
-    return launch_matmul(a, b, dtype, term, bias_N, tile)
+    return launch_matmul(a, b, dtype, term, bias_N, tile, firsts)
 
 
 def launch_matmul(
-    a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None, bias_N: Tensor | None, tile: Tile
-) -> Tensor:
+    a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None, bias_N: Tensor | None, tile: Tile,
+    firsts: tuple[int, ...] = (),
+) -> Tensor:  # fmt: skip
     """Multiply with the caller's choice of tile (the benchmark's)."""
     codes_a, codes_b = a.codes_NK, b.codes_NK
     (num_tokens, reduced), num_columns = codes_a.shape, codes_b.shape[0]
     c_TN = torch.empty((num_tokens, num_columns), dtype=dtype, device=codes_a.device)
     if not num_tokens or not num_columns:
         return c_TN
-    rank = 0 if term is None else term.low_TR.shape[1]
+    rank = 0 if term is None else term.b_FR.shape[1]
+    second, third, *_ = (*firsts, num_columns, num_columns)
     grid, options = _launch(tile, multiprocessors(codes_a), num_tokens, num_columns, reduced, rank, bias_N is not None)
     low, low_b = (c_TN, c_TN) if term is None else (term.low_TR, term.b_FR)
     steps = (0, 0, 0, 0) if term is None else (*low.stride(), *low_b.stride())
     given = (c_TN, a.scale_N, b.scale_N, low, low_b, c_TN if bias_N is None else bias_N, num_tokens, num_columns, reduced)
     if tile.described:
         described = _descriptor(codes_a, tile.t, tile.k), _descriptor(codes_b, tile.n, tile.k)
-        _descriptor_kernel[grid](*described, *given, *steps, **options)
+        _descriptor_kernel[grid](*described, *given, second, third, *steps, **options)
     else:
-        _pointer_kernel[grid](codes_a, codes_b, *given, codes_a.stride(0), codes_b.stride(0), *steps, **options)
+        strides = codes_a.stride(0), codes_b.stride(0)
+        _pointer_kernel[grid](codes_a, codes_b, *given, second, third, *strides, *steps, **options)
     return c_TN
 
 

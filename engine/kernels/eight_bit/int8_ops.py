@@ -18,6 +18,7 @@ reduces over, N rows of the second operand.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -30,11 +31,14 @@ from engine.kernels.eight_bit.int8_reference import GROUP, Int8Rows, WeightScale
 from engine.kernels.nf4_state import Nf4State
 from engine.kernels.reference import LowRank
 
-__all__ = ["GROUP", "Int8Rows", "WeightScales", "matmul", "quantize_rows", "unpack_columns", "unpack_rows", "weight_scales"]
+__all__ = [
+    "GROUP", "Int8Rows", "WeightScales", "can_split", "matmul", "quantize_rows", "unpack_columns", "unpack_rows", "weight_scales",
+]  # fmt: skip
 
 LONGEST = 131_072  # elements of a row: 127^2 times as many stay below 2^31
 WIDEST = 65_536  # elements of a row to quantise, which a program holds in registers
 HIGHEST_RANK = 256
+MOST_LAYERS, STEP = 3, 256  # side by side with terms of their own; columns of the widest tile
 
 
 def weight_scales(states: Sequence[Nf4State], is_rotated: bool = False) -> WeightScales:
@@ -77,12 +81,22 @@ def quantize_rows(x_TK: Tensor, is_rotated: bool = False) -> Int8Rows:
     return _module("row_codes", x_TK).quantize_rows(x_TK, is_rotated)
 
 
-def matmul(a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None = None, bias_N: Tensor | None = None) -> Tensor:
+def matmul(
+    a: Int8Rows,
+    b: Int8Rows,
+    dtype: torch.dtype,
+    term: LowRank | None = None,
+    bias_N: Tensor | None = None,
+    firsts: tuple[int, ...] = (),
+) -> Tensor:
     """Return c = a b^T + low @ low_b^T + bias, [T, N] in `dtype`, rounded once.
 
     a: [T, K]; b: [N, K]. The sum over codes is exact; the rest is in fp32. `term` holds low [T, R]
     and low_b [N, R] in `dtype`, any strides, R at most 256: the adapter's part. bias [N] is of any
     float dtype.
+
+    firsts: where rows of b belong to two or three layers side by side, the first row of each but
+    the first, multiples of STEP. low is then [T, M R], and each of the M layers has R of its columns.
     """
     codes_a, codes_b = a.codes_NK, b.codes_NK
     _check_codes("a", codes_a, a.scale_N)
@@ -91,14 +105,24 @@ def matmul(a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None = 
     if reduced != other or not 0 < reduced <= LONGEST:
         raise EngineError(f"matmul: K = {reduced} and {other}: expected the same, from 1 to {LONGEST}")
     if term is not None:
-        low, low_b, rank = term.low_TR, term.b_FR, term.low_TR.shape[-1]
-        fits = low.shape == (num_tokens, rank) and low_b.shape == (num_columns, rank) and low.dtype == low_b.dtype == dtype
+        low, low_b, rank = term.low_TR, term.b_FR, term.b_FR.shape[-1]
+        wide = rank * (1 + len(firsts))
+        fits = low.shape == (num_tokens, wide) and low_b.shape == (num_columns, rank) and low.dtype == low_b.dtype == dtype
         if not fits or not 0 < rank <= HIGHEST_RANK:
-            wanted = f"[{num_tokens}, R] and [{num_columns}, R] {dtype}, R from 1 to {HIGHEST_RANK}"
+            wanted = f"[{num_tokens}, {1 + len(firsts)} R] and [{num_columns}, R] {dtype}, R from 1 to {HIGHEST_RANK}"
             raise EngineError(f"matmul: term {_layout(low)}, {_layout(low_b)}: expected {wanted}")
+    if not can_split(num_columns, firsts):
+        raise EngineError(f"matmul: firsts {firsts}: expected at most {MOST_LAYERS - 1}, ascending multiples of {STEP}")
     if bias_N is not None and (bias_N.shape != (num_columns,) or not bias_N.is_contiguous()):
         raise EngineError(f"matmul: bias {_layout(bias_N)}: expected contiguous [{num_columns}]")
-    return _module("int8_matmul", a.codes_NK).matmul(a, b, dtype, term, bias_N)
+    return _module("int8_matmul", a.codes_NK).matmul(a, b, dtype, term, bias_N, firsts)
+
+
+def can_split(num_columns: int, firsts: tuple[int, ...]) -> bool:
+    """Return True if `matmul` takes these first rows of layers side by side."""
+    ends = (0, *firsts, num_columns)
+    ascends = all(first < after for first, after in pairwise(ends))
+    return len(firsts) < MOST_LAYERS and not any(first % STEP for first in firsts) and (ascends or not firsts)
 
 
 def _module(name: str, tensor: Tensor) -> ModuleType:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -77,11 +78,15 @@ def quantize_rows(x_TK: Tensor, is_rotated: bool) -> Int8Rows:
     return Int8Rows(_codes(wide_TK.nan_to_num(0.0, 0.0, 0.0), scale_T), scale_T)
 
 
-def matmul(a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None, bias_N: Tensor | None) -> Tensor:
+def matmul(
+    a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None, bias_N: Tensor | None, firsts: tuple[int, ...] = ()
+) -> Tensor:
     sums_TN = (a.codes_NK.double() @ b.codes_NK.double().t()).float()  # below 2^53, so each is exact
     c_TN = sums_TN * a.scale_N[:, None] * b.scale_N
     if term is not None:
-        c_TN = torch.addmm(c_TN, term.low_TR.float(), term.b_FR.float().t())
+        rank, ends = term.b_FR.shape[1], (0, *firsts, term.b_FR.shape[0])
+        for i, (first, after) in enumerate(pairwise(ends)):
+            c_TN[:, first:after].addmm_(term.low_TR[:, i * rank : (i + 1) * rank].float(), term.b_FR[first:after].float().t())
     return (c_TN if bias_N is None else c_TN + bias_N.float()).to(dtype)
 
 

@@ -20,7 +20,7 @@ from engine.kernels.eight_bit.card_facts import multiprocessors
 from engine.kernels.eight_bit.int8_reference import GROUP, Int8Rows
 from engine.kernels.eight_bit.unpacking_parts import code_bits, hadamard_tile
 
-MOST_GROUPS = 64  # in one piece of a row
+MOST_GROUPS, WIDEST_WHOLE = 64, 512  # in one piece of a row, and in a plain row that is one piece
 ALL = 1 << 20  # programs: one for each row
 INFINITE_BITS = tl.constexpr(0x7F800000)  # of fp32 infinity; those of NaN are greater
 
@@ -88,14 +88,18 @@ def _choose(width: int, is_rotated: bool) -> RowLaunch:
     """Return the launch for a width.
 
     A rotated row stays whole up to 16,384 elements: to rotate it twice costs more than registers. A
-    program takes several, for it makes H once. Rows in pieces are few enough to stay in the L2 cache.
+    program takes several, for it makes H once. Plain rows stay whole up to 32,768 elements: one of
+    28,672 took 168 us in pieces, whole 128 (H100). Rows in pieces are few enough for the L2 cache.
     """
     groups = triton.next_power_of_2(triton.cdiv(width, GROUP))
     if is_rotated:
         piece = max(16, groups) if groups <= 4 * MOST_GROUPS else MOST_GROUPS  # 16 rows are a matrix instruction's
         return RowLaunch(piece, 4, 2 if piece > MOST_GROUPS else 6)
-    piece = min(MOST_GROUPS, groups)
-    return RowLaunch(piece, max(1, piece // 8), ALL if groups <= MOST_GROUPS else 4)
+    if groups <= 2 * MOST_GROUPS:
+        return RowLaunch(groups, min(8, max(1, groups // 8)), ALL)
+    if groups <= WIDEST_WHOLE:
+        return RowLaunch(groups, groups // 32, WIDEST_WHOLE // groups)
+    return RowLaunch(MOST_GROUPS, 8, 4)
 
 
 def launch_rows(x_TK: Tensor, is_rotated: bool, how: RowLaunch) -> Int8Rows:

@@ -44,7 +44,7 @@ class UnpackTile:
 
 PLAIN = UnpackTile(4, 1024, 2, 1 << 20)
 ROTATED = UnpackTile(32, 128, 4, 4)
-TRANSPOSED = UnpackTile(128, 64, 2, 1 << 20)
+TRANSPOSED = UnpackTile(128, 64, 4, 1 << 20)
 LIMITS = UnpackTile(32, 128, 4, 1 << 20)
 
 

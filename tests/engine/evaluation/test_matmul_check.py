@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from engine.config.matmul import Matmul
 from engine.evaluation import matmul_check
 from engine.evaluation.matmul_check import exempt_layers
 from engine.layers.swap import int8_groups
+from engine.model import loaded_check
 from engine.model.load import load_base
+from engine.model.loaded_check import CHECKS
 from engine.quant.bnb import quantize_nf4
 from engine.quant.int8_weight import Int8Group, ProbedGroup
 from engine.training import loop
@@ -28,6 +31,7 @@ def give_outlier(base, name: str = ODD) -> None:
     weight_OD = layer.dequantized(torch.float32)
     weight_OD[:, 5] *= 3000.0
     layer.weight, layer._nf4 = quantize_nf4(weight_OD, True), None
+    base.lasting[CHECKS] = None  # no file has this weight
 
 
 @pytest.mark.parametrize("mode", [Matmul.INT8_BACKWARD, Matmul.INT8])
@@ -70,8 +74,33 @@ def test_a_layer_that_is_far_off_is_exempt_named_and_found_once(base, monkeypatc
     with pytest.warns(UserWarning, match=rf"train\.matmul = int8: stay in torch\.float32: {ODD} \(forward \d+% off") as told:
         assert exempt_layers(base, Matmul.INT8) == (ODD,)
     assert len(told) == 1
-    monkeypatch.setattr(matmul_check, "_found", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(matmul_check, "_reasons", lambda *_: pytest.fail("asked again"))
     assert exempt_layers(base, Matmul.INT8) == (ODD,)
+
+
+def test_another_process_finds_and_names_what_the_first_one_found(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_SWEEP_CACHE", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(matmul_check, "_reasons", lambda _, mode: asked.append(mode) or {ODD: "forward 9% off"})
+    for _ in range(2):  # each loads the base
+        base = load_base(build(tiny_config).model, CPU)
+        with pytest.warns(UserWarning, match=rf"{ODD} \(forward 9% off\)"):
+            assert exempt_layers(base, Matmul.INT8) == (ODD,)
+    assert asked == [Matmul.INT8]
+    with pytest.warns(UserWarning):
+        exempt_layers(base, Matmul.INT8_BACKWARD)
+    assert asked == [Matmul.INT8, Matmul.INT8_BACKWARD]
+
+
+def test_what_was_found_is_not_taken_for_another_card_or_other_versions(base, monkeypatch):
+    def name(card: str, libraries: dict[str, str]) -> str | None:
+        monkeypatch.setattr(loaded_check, "computed_by", lambda: libraries)
+        monkeypatch.setattr(loaded_check.platform, "machine", lambda: card)
+        return loaded_check.KnownChecks(folder, {}, CPU, False).name("matmul", mode="int8")
+
+    folder = Path(base.config.path)
+    names = {name(card, {"torch": torch_version}) for card in "ab" for torch_version in "12"}
+    assert len(names) == 4 and name("a", {"torch": "1"}) in names
 
 
 def test_a_trial_keeps_its_exempt_layers_when_it_goes_on(tiny_config, tmp_path, monkeypatch):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from engine.config.matmul import Matmul
+from engine.errors import InputError
 from engine.memory.prediction import predict_memory
 from engine.planning.cards import find_card
 from engine.planning.planner import make_compute_plan
-from engine.planning.rates import INT8_GAIN, Rates
+from engine.planning.rates import INT8_GAIN, Curve, Int8Rates, Rates
 from engine.planning.sheet_rates import sheet_rates
 from engine.planning.speed import predict_speed
 from engine.shape.layer_plan import cached_bytes, kept_bytes, plan_layers, scale_bytes
@@ -80,8 +82,33 @@ def test_scales_are_a_number_for_each_feature_of_a_group():
     assert scale_bytes(SHAPE) == 4 * (qkv + o + gate_up + down)
 
 
-def test_a_measurement_without_the_gain_of_int8_is_read_with_the_assumed_one():
+INT8 = Int8Rates(*(Curve.flat(rate) for rate in (1000.0, 700.0, 900.0, 1100.0)))
+
+
+def test_a_measurement_without_products_in_int8_is_read_and_their_speed_assumed():
     rates = sheet_rates(CARD)
-    assert rates.int8_gain == INT8_GAIN and "int8_gain" not in rates.to_dict()
-    values = {**rates.to_dict(), "int8_gain": 2.5}
-    assert Rates.from_dict(json.loads(json.dumps(values))).to_dict() == values
+    assert rates.int8 is None and "int8" not in rates.to_dict()
+    assert rates.of_int8.matmul_tops.at(4096) == pytest.approx(INT8_GAIN * rates.matmul_tflops.at(4096))
+    measured = replace(rates, int8=INT8)
+    assert Rates.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured and measured.of_int8 is INT8
+
+
+@pytest.mark.parametrize("change", [{"matmul_tops": 5.0}, {"more": [[1, 1]]}, {"rows_gb_s": [[1, -1]]}])
+def test_an_impossible_measurement_of_int8_is_refused_by_name(change):
+    values = replace(sheet_rates(CARD), int8=INT8).to_dict()
+    with pytest.raises(InputError, match=r"rates\.int8"):
+        Rates.from_dict({**values, "int8": {**values["int8"], **change}})
+
+
+@pytest.mark.parametrize(("name", "part", "modes"), [
+    ("matmul_tops", "matmuls", ("int8_backward", "int8")), ("forward_gb_s", "dequantisation", ("int8",)),
+    ("backward_gb_s", "dequantisation", ("int8_backward", "int8")), ("rows_gb_s", "dequantisation", ("int8_backward", "int8")),
+])  # fmt: skip
+def test_a_measured_rate_of_int8_changes_the_time_of_what_it_makes_and_nothing_else(name, part, modes):
+    def parts(mode: str, int8: Int8Rates) -> dict[str, float]:
+        config = config_of(2, 2048, 16, "keep", 0, 0.0, train={"matmul": mode, "cuda_graphs": True})
+        return predict_speed(config, SHAPE, replace(CARD, rates=replace(sheet_rates(CARD), int8=int8))).parts
+
+    for mode in Matmul:
+        before, after = parts(mode, INT8), parts(mode, replace(INT8, **{name: getattr(INT8, name).times(0.5)}))
+        assert {key for key in before if before[key] != after[key]} == ({part} if mode in modes else set())

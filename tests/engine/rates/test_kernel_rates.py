@@ -22,9 +22,11 @@ BY_HAND = {  # operations, or bytes of 16-bit values
     "norm_gb_s": 10 * 2 * T * D,
     "adapter_gb_s": 8 * 2 * T * D,
     "activation_gb_s": 9 * 2 * T * F,
+    "int8_matmul_tops": 2 * 2 * T * WEIGHTS,
+    "int8_rows_gb_s": 3 * T * (D + 128 + D + D + D + 256 + F + D),  # of each product: inputs and gradients
 }
 CALLS = {"matmul_tflops": 8, "head_tflops": 2, "thin_tflops": 4, "loss_gb_s": 1, "norm_gb_s": 3, "adapter_gb_s": 6,
-         "activation_gb_s": 2}  # fmt: skip
+         "activation_gb_s": 2, "int8_matmul_tops": 8, "int8_rows_gb_s": 8}  # fmt: skip
 
 
 def timer(call) -> float:
@@ -35,7 +37,7 @@ def timer(call) -> float:
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_a_rate_is_its_work_over_its_seconds(name):
-    unit = 1e12 if name.endswith("tflops") else 1e9
+    unit = 1e12 if name.endswith(("tflops", "tops")) else 1e9
     assert getattr(kernel_rates, name)(timer, draw, TINY) == pytest.approx(BY_HAND[name] / (CALLS[name] * 2e-3) / unit)
 
 
@@ -45,6 +47,16 @@ def test_nf4_counts_packed_bytes_and_16_bit_values(monkeypatch):
     monkeypatch.setattr(kernel_rates.ops, "dequantize_nf4", lambda state, dtype, out: seen.append(tuple(out.shape)))
     assert kernel_rates.nf4_gb_s(timer, draw, TINY) == pytest.approx(2.516 * WEIGHTS / 8e-3 / 1e9)
     assert seen == [(128, 64), (64, 64), (256, 64), (64, 128)]
+
+
+@pytest.mark.parametrize(("name", "unpack"), [("int8_forward_gb_s", "unpack_rows"), ("int8_backward_gb_s", "unpack_columns")])
+def test_int8_codes_of_weights_count_packed_bytes_and_codes(name, unpack, monkeypatch):
+    seen = []
+    monkeypatch.setattr(kernel_rates.ops, "nf4_state", lambda weight: weight)
+    monkeypatch.setattr(kernel_rates.int8_ops, "weight_scales", lambda states, is_rotated: is_rotated)
+    monkeypatch.setattr(kernel_rates.int8_ops, unpack, lambda states, scales: seen.append((len(states), scales)))
+    assert getattr(kernel_rates, name)(timer, draw, TINY) == pytest.approx(1.516 * WEIGHTS / 8e-3 / 1e9)
+    assert seen == [(1, True)] * 4
 
 
 def test_attention_is_timed_forward_and_backward_on_samples_of_the_length():

@@ -72,6 +72,8 @@ def small(monkeypatch):
     monkeypatch.setattr(kernel_rates, "quantize_nf4", lambda weight, double_quantization: weight)
     monkeypatch.setattr(kernel_rates.ops, "nf4_state", lambda weight: weight)
     monkeypatch.setattr(kernel_rates.ops, "dequantize_nf4", lambda state, dtype, out: out.copy_(state))
+    for unpack in ("weight_scales", "unpack_rows", "unpack_columns"):
+        monkeypatch.setattr(kernel_rates.int8_ops, unpack, lambda *_: None)
     for module in (whole_steps, measuring, fitting):
         monkeypatch.setattr(module, "SAMPLE", 20)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -37,6 +38,14 @@ def test_what_is_measured_is_kept_and_known_the_next_time():
     assert known_or_measured(RTX_4090, True, never) == measured()
     again = measured(seconds=1.0)
     assert known_or_measured(RTX_4090, False, lambda: again) == measured_here(RTX_4090) == again
+
+
+def test_a_measurement_from_before_products_in_int8_is_made_again():
+    old = measured()
+    keep(replace(old, rates=replace(old.rates, int8=None)))
+    assert measured_here(RTX_4090).rates.int8 is None
+    assert known_or_measured(RTX_4090, True, measured) == measured_here(RTX_4090) == old
+    assert any("products in INT8  TOPS" in line for line in result_lines(old))
 
 
 def test_a_damaged_file_is_measured_again():

@@ -69,6 +69,36 @@ def test_few_sizes_occur():
         Size.of(row, 256, 60).pad(row, 60)  # raises if too small
 
 
+def test_a_row_of_whole_samples_is_a_size_of_its_own():
+    whole, other = ([Sample(np.ones(n, int), np.ones(n, bool)) for n in lengths] for lengths in ((256, 256), (256, 200, 56)))
+    size, mixed = (Size.of(collate(samples), 512, 256) for samples in (whole, other))
+    assert size.whole == 256 and size.lengths == (256, 256) and mixed.whole == 0 and size.num_tokens == mixed.num_tokens == 512
+    assert size == Size.around(512, 512, 2, 512, 256)  # known before the row is there
+    assert [Size.of(collate(whole[:1]), capacity, 256).whole for capacity in (512, 4096)] == [256, 0]  # the second has filler
+    assert Size.of(collate(whole), 600, 300).whole == 0 and Size.around(600, 600, 2, 600, 300).whole == 0  # no lengths that recur
+
+
+@pytest.mark.gpu
+def test_recorded_rows_of_whole_samples_have_the_gradient_of_other_rows(config):
+    base = load_base(config.model, torch.device("cuda"))
+    layers = attach(base.model, base.linear_names, config.lora, 0)
+    adapter, random = FlatAdapter(layers, base.dtype), np.random.default_rng(0)
+    with torch.no_grad():
+        adapter.parameter += 0.01
+    adapter.refresh()
+    base.model.train()
+    graphs, found = make_graphs(base, adapter.memory, 0, 512, 256), []
+    row = collate([Sample(random.integers(1, 100, 256), np.ones(256, bool)) for _ in range(2)])
+    on_device = row.to(base.device)
+    plainly = lambda: (base.loss(on_device) / row.num_targets).backward()  # noqa: E731
+    for compute in (lambda: graphs.backward(row, row.num_targets), plainly):
+        compute()
+        found.append(adapter.parameter.grad.clone())
+        adapter.zero_grad()
+    assert len(Recordings.of(base)) == 1 and (found[0] - found[1]).norm() < 0.02 * found[1].norm()
+    detach(base.model, layers)
+
+
 @pytest.mark.parametrize("changes", [{"train": {"host_layers": 1}}, {"train": {"activation_checkpointing": "offload"}}])
 def test_what_cannot_be_recorded_is_refused_where_it_is_demanded(tiny_config, changes):
     values = copy.deepcopy(tiny_config)

@@ -80,7 +80,8 @@ def test_a_forecast_says_what_products_in_int8_bring(seen, capsys, mode):
     assert main([*SWEEP[:-1], *lengths, "model.path=m", "cluster.card=rtx4090", f"train.matmul={mode}"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("matmul ")]
     if not mode.startswith("int8"):
-        assert lines == []
+        unmeasured = "matmul     auto is bf16: products in INT8 are not measured on rtx4090 (`python -m engine calibrate`)"
+        assert lines == ([unmeasured] if mode == "auto" else [])
         return
     (line,) = lines
     gain = float(re.fullmatch(rf"matmul +{mode}: (1\.\d\d) times the [\d,]+ tok/s of bf16 at the first point that fits", line)[1])

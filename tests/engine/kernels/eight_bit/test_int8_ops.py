@@ -4,6 +4,7 @@
 """
 
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -216,6 +217,34 @@ def test_the_low_rank_term_and_the_bias_are_added_in_fp32(dtype, rank, with_bias
     assert not as_good_as_torch(int8_ops.matmul(a, b, dtype, None, bias), rounded, truth)
     if with_bias:
         assert not as_good_as_torch(int8_ops.matmul(a, b, dtype, LowRank(low, low_b)), rounded, truth)
+
+
+@pytest.mark.parametrize("firsts", [(256,), (512, 768)])
+@pytest.mark.parametrize("rank", [3, 16])
+def test_layers_side_by_side_have_terms_of_their_own(firsts, rank):
+    t, n, k = 37, 1000, 64
+    a, b, ends = random_rows(t, k, 0), random_rows(n, k, 9), (0, *firsts, n)
+    low = draw(t, rank * (len(ends) - 1), dtype=torch.bfloat16, seed=3, scale=40.0)
+    low_b = draw(n, rank, dtype=torch.bfloat16, seed=4, scale=40.0)
+    c, plain, truth = int8_ops.matmul(a, b, torch.float32), [], []
+    together = int8_ops.matmul(a, b, torch.bfloat16, LowRank(low, low_b), firsts=firsts)
+    for i, (first, end) in enumerate(pairwise(ends)):
+        own = LowRank(low[:, i * rank : (i + 1) * rank], low_b[first:end])
+        rows = Int8Rows(b.codes_NK[first:end], b.scale_N[first:end].contiguous())
+        plain.append(int8_ops.matmul(a, rows, torch.bfloat16, own))
+        truth.append(c[:, first:end].double() + own.low_TR.double() @ own.b_FR.double().t())
+    plain, truth = torch.cat(plain, 1), torch.cat(truth, 1)
+    assert as_good_as_torch(together, plain, truth)
+    turned = LowRank(low.roll(rank, 1), low_b)
+    assert not as_good_as_torch(int8_ops.matmul(a, b, torch.bfloat16, turned, firsts=firsts), plain, truth)
+
+
+@pytest.mark.parametrize("firsts", [(100,), (512, 256), (0,), (1024,), (256, 512, 768)])
+def test_layers_side_by_side_begin_at_columns_that_no_tile_crosses(firsts):
+    a, b = random_rows(3, 64, 0), random_rows(1000, 64, 9)
+    low = LowRank(draw(3, 4 * (len(firsts) + 1), seed=3), draw(1000, 4, seed=4))
+    with pytest.raises(EngineError, match=r"firsts .*: expected at most 2, ascending multiples of 256"):
+        int8_ops.matmul(a, b, torch.float32, low, firsts=firsts)
 
 
 def test_strides_of_codes_and_terms_change_nothing():
