@@ -91,7 +91,7 @@ def check_and_forecast(
     """
     faults: list[CommandFailed] = []
     try:
-        facts = _checked(plan, engine, given)
+        plan, facts = _checked(plan, engine, given, sweep_folder is None)
         with_beginning(plan, facts, sweep_folder is None and not plan.config.sweep.only_most_demanding)
         _forecast(plan, engine, facts, sweep_folder is None)
         _check_disk(plan, facts, sweep_folder)
@@ -138,9 +138,9 @@ def check_sweep(
 ) -> tuple[SweepPlan, Feasibility, PreparedFacts]:
     """Check the whole sweep against model, data, disk and card. Raises InputError if it cannot work.
 
-    Returns the plan with its products chosen, the fit check for its trials, and what was found.
+    Returns the plan with its budget of tokens and its products chosen, the fit check for its trials, and what was found.
     """
-    facts = _checked(plan, engine, given)
+    plan, facts = _checked(plan, engine, given, sweep_folder is None)
     _check_disk(plan, facts, sweep_folder)
     on_gpu = plan.slots.device == "cuda"
     if on_gpu:
@@ -165,8 +165,13 @@ def _calibrate(cluster: ClusterConfig, facts: Facts, engine: EngineModules) -> N
         warn([] if fault is None else [fault])
 
 
-def _checked(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -> PreparedFacts:
-    """Return what the engine finds in model and data. Raises CommandFailed if they cannot work."""
+def _checked(
+    plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any], is_new: bool
+) -> tuple[SweepPlan, PreparedFacts]:
+    """Return the plan with its budget of tokens, and what the engine finds in model and data.
+
+    Raises CommandFailed if they cannot work. A sweep that goes on keeps the budget that it began with.
+    """
     print("preparing model and data ...", flush=True)
     facts = prepare(plan.probes(), engine.command)
     print("\n".join(["model: " + line for line in (facts.layers, *facts.model_notes)]), flush=True)
@@ -176,13 +181,29 @@ def _checked(plan: SweepPlan, engine: EngineModules, given: Mapping[str, Any]) -
         print(f"data: the chat template prints a day; this sweep's is {facts.day} (data.date)", flush=True)
     for account in facts.accounts:
         print(f"data: {account.line()}", flush=True)
+    if is_new and plan.config.train.max_epochs is not None:
+        plan = _within_epochs(plan, facts)
     if (line := passes_line(plan.config, facts)) is not None:
         print(f"data: {line}", flush=True)
     if line := mixture_line(plan.config, facts):
         print(f"data: {line}", flush=True)
     warn(dict.fromkeys(line for account in facts.accounts for line in account.warnings()))
     warn(data_warnings(plan.config, facts, given))
-    return facts
+    return plan, facts
+
+
+def _within_epochs(plan: SweepPlan, facts: PreparedFacts) -> SweepPlan:
+    """Return the plan whose trials end after train.max_epochs: of the length that leaves fewest tokens, for all alike."""
+    most = plan.config.train.max_tokens
+    plan = plan.within_epochs(facts.num_train_tokens)
+    loop = plan.config.train
+    if loop.max_tokens < most:
+        grid = ", ".join(f"{tokens:,}" for tokens in loop.report_grid())
+        line = f"{loop.max_tokens:,} tokens a trial, by train.max_epochs = {loop.max_epochs:g}; rungs at tokens seen: {grid}"
+        print(f"budget     {line}", flush=True)
+    else:
+        print(f"budget     {most:,} tokens a trial, which end before train.max_epochs = {loop.max_epochs:g}", flush=True)
+    return plan
 
 
 def pinned_to_most_demanding(plan: SweepPlan, feasibility: Feasibility) -> SweepPlan:

@@ -16,7 +16,7 @@ class AdapterMemory:
 
     A recorded pass (engine/training/recordings.py) reads their addresses. The next adapter of the
     same `key` moves into the same memory, with other values, another scaling and another dropout
-    rate, and the recording serves it too.
+    rate, and the recording serves it too. `embedding_noise` is NEFTune's alpha.
     """
 
     def __init__(self, layers: dict[str, LoraLinear], dtype: torch.dtype) -> None:
@@ -28,6 +28,7 @@ class AdapterMemory:
         self.cast = torch.zeros(size, dtype=dtype, device=device)
         self.scaling = torch.ones((), device=device)
         self.noise = torch.zeros(2, dtype=torch.int64, device=device)
+        self.embedding_noise = torch.zeros((), device=device)
 
     @staticmethod
     def key_of(layers: dict[str, LoraLinear], dtype: torch.dtype) -> tuple[object, ...]:
@@ -92,9 +93,9 @@ class FlatAdapter:
         self.parameter.grad.zero_()
 
     def draw_masks(self, *place: int) -> None:
-        """Set the dropout masks of the next pass.
+        """Set the dropout masks and the embeddings' noise of the next pass.
 
-        place: seed of the trial, step and micro-batch, say. The masks are a function of it alone.
+        place: seed of the trial, step and micro-batch, say. They are functions of it alone.
         """
         digest = hashlib.sha256(":".join(map(str, place)).encode()).digest()
         self.memory.noise[0].fill_(int.from_bytes(digest[:8], "little") >> 1)

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.adapter.peft_files import CONFIG, PREFIX, WEIGHTS
+from engine.config.lora_section import ALL_LINEAR, LoraConfig
 from engine.config.parsing import load_json
 from engine.config.targets import pattern_value
-from engine.config.trial import ALL_LINEAR, LoraConfig
 from engine.errors import InputError, first_line
 
 REFUSED = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters", "fan_in_fan_out")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeGuard
 
-from engine.config.trial import ALL_LINEAR, LoraConfig
+from engine.config.lora_section import ALL_LINEAR, LoraConfig
 from engine.errors import InputError, did_you_mean
 
 

@@ -17,13 +17,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from engine.config.data_section import DataConfig
+from engine.config.lora_section import LoraConfig
 from engine.config.matmul import Matmul, MatmulSetting
 from engine.config.metrics_section import FINALISTS, MetricsConfig
 from engine.config.optim_section import OptimConfig
-from engine.config.parsing import Fraction, ListAsTuple, PositiveInt, StrictModel, load_json, parse
+from engine.config.parsing import ListAsTuple, PositiveInt, StrictModel, load_json, parse
 from engine.errors import InputError
 
-ALL_LINEAR = "all-linear"
 TRAIN_CONFIG = "train_config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 # Optimizer steps: the first ones compile kernels, record graphs and fill caches.
@@ -55,50 +55,6 @@ class ModelConfig(StrictModel):
     trust_remote_code: bool = False
 
 
-class LoraConfig(StrictModel):
-    """The adapter on each target module (Hu et al., arXiv:2106.09685).
-
-    y = W x + scaling * B A dropout(x).
-    """
-
-    rank: Annotated[int, Field(ge=1, le=65_536)] = 16
-    lora_alpha: Annotated[float, Field(ge=1e-6, le=1e6)] | None = Field(None, description="none: 2 * rank")
-    lora_dropout: Fraction = 0.0
-    target_modules: Annotated[str | tuple[str, ...], ListAsTuple] = ALL_LINEAR
-    use_rslora: bool = False
-    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=65_536)]] = Field(
-        {}, description="ranks of some layers, by a name's end or a regular expression: {up_proj: 8}; the scaling stays"
-    )
-    start_from: str | None = Field(
-        None, min_length=1, description="PEFT folder of an adapter to train on from, of the same targets and at most this rank"
-    )
-
-    @model_validator(mode="after")
-    def _targets_not_empty(self) -> LoraConfig:
-        if not self.target_modules or (not isinstance(self.target_modules, str) and not all(self.target_modules)):
-            raise ValueError("target_modules must name at least one module, or be 'all-linear'")
-        return self
-
-    @model_validator(mode="after")
-    def _pattern_is_valid(self) -> LoraConfig:
-        for key in self.rank_pattern:
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise InputError("lora.rank_pattern", key, f"must be a valid regular expression ({error})") from None
-        return self
-
-    @property
-    def alpha(self) -> float:
-        """Return lora_alpha, or 2 * rank if it is not given."""
-        return 2.0 * self.rank if self.lora_alpha is None else self.lora_alpha
-
-    @property
-    def scaling(self) -> float:
-        """Return alpha / rank; with rsLoRA alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732)."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-
 class LoopConfig(StrictModel):
     """The length of training, its portions and its reports.
 
@@ -106,6 +62,12 @@ class LoopConfig(StrictModel):
     """
 
     max_tokens: PositiveInt
+    max_epochs: Annotated[float, Field(gt=0.0, le=1e6)] | None = Field(
+        None, description="passes over the training samples; a trial ends after them or after max_tokens, whichever comes first"
+    )
+    neftune_noise_alpha: Annotated[float, Field(ge=0.0, le=1e4)] = Field(
+        0.0, description="NEFTune: noise on the embeddings in training, within alpha / sqrt(sample's tokens * width); 0: none"
+    )
     report_at_tokens: Annotated[Annotated[tuple[PositiveInt, ...], Field(max_length=MAX_REPORTS)] | None, ListAsTuple] = Field(
         None, description="tokens seen at each report, ascending, up to max_tokens"
     )
@@ -159,6 +121,14 @@ class LoopConfig(StrictModel):
             raise ValueError(f"num_reports must not exceed max_tokens = {self.max_tokens}")
         return self
 
+    def within_epochs(self, tokens_per_epoch: int) -> LoopConfig:
+        """Return this section with max_tokens of at most max_epochs passes, and no report after them."""
+        most = self.max_tokens if self.max_epochs is None else max(1, math.floor(self.max_epochs * tokens_per_epoch))
+        if most >= self.max_tokens:
+            return self
+        grid = self.report_at_tokens and (*(tokens for tokens in self.report_at_tokens if tokens < most), most)
+        return self.model_copy(update={"max_tokens": most, "report_at_tokens": grid, "num_reports": min(self.num_reports, most)})
+
     def report_grid(self) -> tuple[int, ...]:
         """Return the tokens seen at each report, up to max_tokens. Rung i is entry i - 1."""
         if self.report_at_tokens is None:
@@ -186,7 +156,7 @@ LATER: dict[str, dict[str, Any]] = {
     },
     "lora": {"start_from": None, "rank_pattern": {}},
     "optim": {"ema_horizon": None, "loraplus_lr_ratio": 1.0, "decay_ratio": 0.2},
-    "train": {"matmul": Matmul.BF16.value},
+    "train": {"matmul": Matmul.BF16.value, "max_epochs": None, "neftune_noise_alpha": 0.0},
 }  # fmt: skip
 """Fields that older sweeps do not have. At these values the fingerprint leaves them out."""
 
@@ -245,10 +215,19 @@ class TrainConfig(StrictModel):
             raise InputError("train.profile_steps", loop.profile_steps, allowed)
         return self
 
+    def within_epochs(self, tokens_per_epoch: int) -> TrainConfig:
+        """Return the config of a trial whose data have so many tokens a pass: `train.max_epochs` may end it before max_tokens."""
+        return self.model_copy(update={"train": self.train.within_epochs(tokens_per_epoch)})
+
     @property
     def matmul(self) -> Matmul:
         """Return how the frozen base multiplies; `auto` is decided here, alike on every card."""
         return Matmul.of(self.train.matmul)
+
+    @property
+    def draws_noise(self) -> bool:
+        """Return True if a training pass depends on random numbers: dropout's masks, or noise on the embeddings."""
+        return self.lora.lora_dropout > 0.0 or self.train.neftune_noise_alpha > 0.0
 
     @property
     def bins_per_step(self) -> int:

@@ -217,6 +217,21 @@ def dropout(x_TD: Tensor, noise: Tensor, stream: int, in_place: bool = False) ->
     return _family("dropout", x_TD).dropout(x_TD, noise, stream, in_place)
 
 
+def add_noise_(x_TD: Tensor, bound_T: Tensor, noise: Tensor, stream: int) -> None:
+    """Add to each element of row t of x [T, D] a number that is uniform in (-bound_T[t], bound_T[t]).
+
+    bound_T: fp32. noise: as in `dropout`, of which only the seed counts. The same seed, stream, row
+    and column always give the same share of the bound, on every device. Rounds once.
+    """
+    if x_TD.dim() != 2 or x_TD.stride(1) != 1:
+        raise EngineError(f"add_noise_: x {_layout(x_TD)}: expected [T, D] with contiguous rows")
+    if bound_T.shape != x_TD.shape[:1] or bound_T.dtype != torch.float32 or not bound_T.is_contiguous():
+        raise EngineError(f"add_noise_: bound {_layout(bound_T)}: expected contiguous fp32 [{x_TD.shape[0]}]")
+    if noise.shape != (2,) or noise.dtype != torch.int64 or not noise.is_contiguous() or noise.device != x_TD.device:
+        raise EngineError(f"add_noise_: noise {_layout(noise)} on {noise.device}: expected contiguous int64 [2] on {x_TD.device}")
+    _family("dropout", x_TD).add_noise_(x_TD, bound_T, noise, stream)
+
+
 def dequantize_nf4(state: Nf4State, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Return W [O, D] = code[nibble] * absmax[block], bit-equal to bitsandbytes.
 

@@ -201,15 +201,26 @@ def dequantize_nf4_(state: Nf4State, out: Tensor) -> None:
 
 
 def dropout(x_TD: Tensor, noise: Tensor, stream: int, in_place: bool = False) -> Tensor:
-    seed, threshold = noise[0], noise[1]
-    key = _mix(_mix(_mix(seed & WORD) + (seed >> 32)) + stream)
-    row_keys = _mix(key + torch.arange(x_TD.shape[0], device=x_TD.device))[:, None]
-    columns = torch.arange(x_TD.shape[1], device=x_TD.device)
-    hashes_TD = _mix(_mix(columns + row_keys) ^ _mix(key ^ 0x9E3779B9))
+    threshold, hashes_TD = noise[1], _hashes(x_TD, noise, stream)
     wide_TD = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
     scale = 2.0**32 / (2.0**32 - threshold.to(wide_TD.dtype))
     kept_TD = torch.where(hashes_TD >= threshold, wide_TD * scale, 0.0).to(x_TD.dtype)
     return x_TD.copy_(kept_TD) if in_place else kept_TD
+
+
+def add_noise_(x_TD: Tensor, bound_T: Tensor, noise: Tensor, stream: int) -> None:
+    wide_TD = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
+    shares_TD = ((_hashes(x_TD, noise, stream) >> 9).to(wide_TD.dtype) + 0.5) * 2.0**-22 - 1.0
+    x_TD.copy_(wide_TD + shares_TD * bound_T[:, None].to(wide_TD.dtype))
+
+
+def _hashes(x_TD: Tensor, noise: Tensor, stream: int) -> Tensor:
+    """Return 32 bits for each element of x, in int64, from the seed, the stream, row and column."""
+    seed = noise[0]
+    key = _mix(_mix(_mix(seed & WORD) + (seed >> 32)) + stream)
+    row_keys = _mix(key + torch.arange(x_TD.shape[0], device=x_TD.device))[:, None]
+    columns = torch.arange(x_TD.shape[1], device=x_TD.device)
+    return _mix(_mix(columns + row_keys) ^ _mix(key ^ 0x9E3779B9))
 
 
 def _mix(h: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from engine.model.route import FASTEST, Route
 from engine.quant.int8_weight import Int8Group
 from engine.shape.policies import Policy
 from engine.units import GIB
+from engine.vocabulary.embedding_noise import EmbeddingNoise
 from engine.vocabulary.head import Head
 from engine.vocabulary.loss import linear_cross_entropy, token_cross_entropy
 
@@ -41,6 +42,7 @@ class Base:
     linear_names: the layers that an adapter may target, without the output head. swaps: the layers
     that run fused. route: how losses are computed. stash: activations kept in host memory. lasting:
     what its users keep from trial to trial, by their name for it; it goes with the model.
+    embedding_noise: what `add_noise` set.
     """
 
     model: nn.Module
@@ -53,6 +55,7 @@ class Base:
     route: Route = FASTEST
     stash: HostStash = field(default_factory=HostStash)
     lasting: dict[str, Any] = field(default_factory=dict)
+    embedding_noise: EmbeddingNoise | None = None
 
     def matches(self, config: ModelConfig, device: torch.device) -> bool:
         """Return True if a trial with this model section and device can use this base."""
@@ -80,6 +83,15 @@ class Base:
         """Return True if the library's mixers, if there are some, need no lengths on the host; tried once."""
         width = self.model.config.get_text_config().hidden_size
         return read_offsets(mixers(self.model), width, self.dtype, self.device)
+
+    def add_noise(self, alpha: Tensor | None, noise: Tensor | None = None) -> None:
+        """Add NEFTune's noise to the embeddings in training from now on; without an alpha, none.
+
+        alpha: fp32 []. noise: int64 [2] with the seed of each pass (`ops.dropout`). Both on the device.
+        """
+        if self.embedding_noise is not None:
+            self.embedding_noise.remove()
+        self.embedding_noise = None if alpha is None else EmbeddingNoise(self.model.get_input_embeddings(), alpha, noise)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the final hidden states [T, D] of a packed row; `batch` must be on the device."""
@@ -120,6 +132,8 @@ class Base:
         """Call the decoder or the whole model on a row, with all that its forward method takes."""
         if any("dynamic" in kind.get("rope_type", "") for kind in _rotations(self.model.config.get_text_config())):
             _forget_longer_rows(module)
+        if self.embedding_noise is not None:
+            self.embedding_noise.offsets_N = batch.document_offsets
         given: dict[str, Any] = {"input_ids": batch.input_ids_T.unsqueeze(0), "use_cache": False}
         if self.route.packed_attention:
             given["position_ids"] = batch.position_ids_T.unsqueeze(0)

@@ -5,8 +5,8 @@ Before each report, `train` writes three things to `trial_folder`: a checkpoint,
 its losses on each sample. With `optim.ema_horizon` that may be a running average. Between reports
 it saves the checkpoint from time to time, and when the caller asks it to stop.
 
-Called again on the same folder, `train` continues after the last step in the checkpoint. The
-numbers are then the same as without a stop (bit for bit on the CPU).
+Called again on the same folder, `train` continues after the last step in the checkpoint, with the
+same numbers as without a stop (bit for bit on the CPU).
 """
 
 from __future__ import annotations
@@ -67,12 +67,11 @@ def train(
     A continued run first yields a report that a crash withheld. `auto` settings are planned for
     this card. If a step runs out of memory, a leaner plan computes it again.
 
-    base: a loaded base model that matches `config.model`; it is returned without the adapter. If
-    None, `train` loads the model and frees it at the end. interrupted: called before each step and
-    each evaluation row. Once True, the last step is saved and Interrupted raised. pace: decides
-    when to save between reports. inputs: the digests that the sweep recorded, compared before the
-    first step. parts: the caller's clock of this trial. Raises InputError, InputsChanged,
-    DivergedError, CheckpointError, OutOfMemory, Interrupted.
+    base: a loaded base model that matches `config.model`, returned without the adapter; None loads
+    it for this trial. interrupted: called before each step and each evaluation row. Once True, the
+    last step is saved and Interrupted raised. pace: decides when to save between reports. inputs:
+    the sweep's recorded digests. parts: the caller's clock of this trial. Raises InputError,
+    InputsChanged, DivergedError, CheckpointError, OutOfMemory, Interrupted.
     """
     times = RungTimes(parts or PartClock())
     device = pick_device(config.train.device)
@@ -96,6 +95,7 @@ def train(
             yield from run.reports(after_step)
     finally:
         detach(resident.model, layers)
+        resident.add_noise(None)
         resident.checkpoint_activations(Policy.KEEP)
         resident.model.eval()
         layers.clear()
@@ -142,16 +142,16 @@ class _Run:
         self.times, self.parts = times, times.parts
         with self.parts.part(DATA):
             self.train_view, eval_view = load_recorded(config, base.tokenizer, inputs)
+            self.config = config = config.within_epochs(int(self.train_view.lengths.sum()))
             samples = evaluation_batches(base, eval_view, config.data.eval_max_seq_length)
             self.cursor = make_cursor(self.train_view, config)
             self.task = TaskMetrics.of(config, base, eval_view)
         self.passes = Passes(config, base, layers, self.train_view, samples)
         self.adapter = self.passes.adapter
         self.optimizer = make_optimizer(self.adapter.parameter, config.optim, self.adapter.num_a)
-        fingerprint = config.fingerprint()
         self.average = RunningAverage(self.adapter, config.optim.ema_horizon)
         tensors = Tensors(layers, self.optimizer, self.average.values)
-        loaded = checkpoint.load(trial_folder, fingerprint, tensors)
+        loaded = checkpoint.load(trial_folder, fingerprint := config.fingerprint(), tensors)
         self.progress = loaded or Progress(fingerprint, masks=checkpoint.MASKS, exempt=list(exempt))
         self.passes.exempt = tuple(self.progress.exempt)
         if config.lora.lora_dropout:

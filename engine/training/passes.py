@@ -49,6 +49,9 @@ class Passes:
         self._has_earlier = len(self._recordings) > 0
         self._layers = layers
         self.adapter = FlatAdapter(layers, base.dtype, self._recordings.adapter_memory(layers, base.dtype))
+        alpha, memory = config.train.neftune_noise_alpha, self.adapter.memory
+        memory.embedding_noise.fill_(alpha)
+        base.add_noise(memory.embedding_noise if alpha else None, memory.noise)
         self._began_s = self._recordings.recording_s
         self._training: Graphs | None = None
         self._evaluation: Graphs | None = None
@@ -72,7 +75,8 @@ class Passes:
         base, data, memory = self._base, self._config.data, self.adapter.memory
         self._plan, self._limit_gib, self._training, self._evaluation = plan, limit_gib, None, None
         longest, longest_evaluated = data.max_seq_length, data.eval_max_seq_length
-        key = (*plan.settings().items(), self._config.matmul, self.exempt, longest, self._baked())
+        kind = self._config.matmul, self.exempt, longest, self._config.train.neftune_noise_alpha > 0.0
+        key = (*plan.settings().items(), *kind, self._baked())
         need_gib = None if plan.memory is None else plan.memory.peak_gib + plan.memory.reserve_gib
         self._recordings.drop_if_short(key, memory, need_gib, limit_gib)
         base.checkpoint_activations(plan.policy, plan.keep_layers, plan.host_layers)
@@ -124,7 +128,7 @@ class Passes:
         num_targets = sum(b.num_targets for b in batches)
         total = torch.zeros((), device=self._base.device)
         for number, batch in enumerate(batches):
-            if self._config.lora.lora_dropout:
+            if self._config.draws_noise:
                 self.adapter.draw_masks(self._config.train.seed, step, number)
             if self._training is not None:
                 total += self._training.backward(batch, num_targets)

@@ -29,7 +29,7 @@ WITHOUT_EFFECT = {
         "learning_rate", "loraplus_lr_ratio", "lr_schedule", "warmup_ratio", "decay_ratio", "min_lr_ratio", "weight_decay",
         "beta1", "beta2", "eps",
     ),
-    "train": ("seed", "profile_steps"),
+    "train": ("seed", "profile_steps", "max_epochs", "neftune_noise_alpha"),
 }  # fmt: skip
 """Fields that change neither memory nor speed.
 

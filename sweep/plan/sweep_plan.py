@@ -19,7 +19,7 @@ from sweep.cluster.slots import Hardware, Slots, local_hardware, plan_slots
 from sweep.config.budget_limits import describe_budget
 from sweep.config.pruner_options import HyperbandConfig
 from sweep.config.sweep import ClusterConfig, SweepConfig
-from sweep.plan.rungs import least_way
+from sweep.plan.rungs import check_rungs, least_way
 from sweep.prior.beginning import Beginning, make_beginning
 from sweep.prior.own_points import read_own_points
 from sweep.space.parse import WEIGHT, check_weights, parse_space
@@ -61,6 +61,21 @@ class SweepPlan:
         """Return the plan with this `train.matmul` on every trial and every resume."""
         train = self.config.train.model_copy(update={"matmul": mode.value})
         return replace(self, config=self.config.model_copy(update={"train": train}))
+
+    def within_epochs(self, tokens_per_epoch: int) -> SweepPlan:
+        """Return the plan whose trials end after `train.max_epochs`, if that is before `train.max_tokens`.
+
+        Raises InputError if a trial could not reach its rungs then.
+        """
+        loop = self.config.train.within_epochs(tokens_per_epoch)
+        config = self.config.model_copy(update={"train": loop})
+        try:
+            config.base()
+            check_rungs(config, self.space)
+        except InputError as error:
+            allowed = f"gives {loop.max_tokens:,} tokens a trial, at {tokens_per_epoch:,} a pass, and {error}"
+            raise InputError("train.max_epochs", loop.max_epochs, allowed) from None
+        return replace(self, config=config)
 
     def for_model(self, shape: ModelShape | None) -> SweepPlan:
         """Return the plan with the trials that it begins with. shape: None if it is not known."""
@@ -109,7 +124,7 @@ class SweepPlan:
             + (", and its own code is run: model.trust_remote_code" if config.model.trust_remote_code else ""),
             f"data       {config.data.describe_train()}",
             *([f"evaluation {config.data.describe_eval()}"] if config.data.eval_sets else []),
-            f"budget     {config.train.max_tokens:,} tokens a trial, at most {config.most_tokens:,} in all"
+            f"budget     {config.train.max_tokens:,} tokens a trial{_epochs(config)}, at most {config.most_tokens:,} in all"
             + (f"; ends early at {limits}" if (limits := describe_budget(config.effective_budget)) else ""),
             f"rungs      {self.num_rungs}, at tokens seen: {grid}",
             f"slots      {self.slots.describe()}",
@@ -130,6 +145,10 @@ class SweepPlan:
             when = " and ".join(f"{path} in {', '.join(map(str, names))}" for path, names in dimension.when.items())
             lines.append(f"  {dimension.path:<{width}}  {dimension.describe()}" + (f"  when {when}" if when else ""))
         return "\n".join(map(printable, lines))
+
+
+def _epochs(config: SweepConfig) -> str:
+    return "" if config.train.max_epochs is None else f" or {config.train.max_epochs:g} passes, whichever ends first"
 
 
 def make_sweep_plan(

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config.trial import ALL_LINEAR
+from engine.config.lora_section import ALL_LINEAR
 from engine.shape.model_shape import ModelShape
 from engine.units import counted
 from sweep.config.sweep import SweepConfig

@@ -31,6 +31,7 @@ INCOMPARABLE = {
     "data.date": "trials would be scored on different prompts",
     "data.turns": "trials would be scored on different target tokens",
     "train.max_tokens": "trials would have different budgets",
+    "train.max_epochs": "trials would have different budgets",
     "train.report_at_tokens": "trials would be judged at different rungs",
     "train.num_reports": "trials would be judged at different rungs",
     "train.device": "placement decides the device",

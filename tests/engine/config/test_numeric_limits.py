@@ -23,7 +23,7 @@ FIELDS = numeric_fields(TrainConfig)
 
 
 def test_every_number_of_a_trial_is_tried_here():
-    assert len(FIELDS) == 37 and {"train.seed", "lora.lora_alpha", "train.keep_layers", "train.report_at_tokens"} <= set(FIELDS)
+    assert len(FIELDS) == 39 and {"train.seed", "lora.lora_alpha", "train.keep_layers", "train.report_at_tokens"} <= set(FIELDS)
 
 
 @settings(max_examples=300, deadline=None)
@@ -47,6 +47,7 @@ def use(config: TrainConfig) -> None:
     Cursor(np.array([5, 9]), config.data.max_seq_length, True, config.train.seed).take(min(config.bins_per_step, 3))
     grid = config.train.report_grid()
     assert grid[-1] == config.train.max_tokens and all(before < after for before, after in itertools.pairwise(grid))
+    assert 1 <= config.within_epochs(1000).train.report_grid()[-1] <= config.train.max_tokens
     assert 0 < config.bins_per_step <= MAX_BINS and 0 < config.longest_step < 2**63
     weight = torch.nn.Parameter(torch.ones(4))
     weight.grad = torch.full((4,), 0.5)

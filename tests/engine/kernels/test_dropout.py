@@ -79,4 +79,26 @@ def test_what_dropout_cannot_read_is_refused():
         ops.dropout(x.t(), noise(0.1), 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1500)])
+def test_kernel_and_definition_add_the_same_noise_within_each_row_s_bound(shape, dtype):
+    x, bound = draw(shape[0], shape[1] + 3, dtype=dtype)[:, : shape[1]], torch.arange(1.0, 1 + shape[0], device=DEVICE)
+    ours, truth, given = x.clone(), x.clone(), x.double()
+    ops.add_noise_(ours, bound, noise(0.0), 7)
+    reference.add_noise_(truth, bound, noise(0.0), 7)
+    torch.testing.assert_close(ours, truth, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    zeros = torch.zeros(64, 2100, device=DEVICE)
+    reference.add_noise_(zeros, torch.full((64,), 3.0, device=DEVICE), noise(0.0), 7)
+    assert zeros.abs().max() < 3.0 and zeros.max() > 2.99 and abs(zeros.mean().item()) < 4 * 3 / (3 * zeros.numel()) ** 0.5
+    assert zeros.var().item() == pytest.approx(3.0, rel=0.02) and zeros.unique().numel() > 0.95 * zeros.numel()
+    if x.numel() > 100:  # twins: another stream, another seed
+        assert ((ours.double() - given).abs() <= bound[:, None] * 1.01 + 0.02).all()
+        for state, stream in ((noise(0.0), 8), (noise(0.0, SEED + 1), 7)):
+            other = x.clone()
+            ops.add_noise_(other, bound, state, stream)
+            assert not torch.equal(other, ours)
+    with pytest.raises(EngineError, match="add_noise_: bound"):
+        ops.add_noise_(ours, bound.double(), noise(0.0), 7)
+
+
 leave_to_a_child(globals(), "test_dropout_in_triton_s_interpreter")

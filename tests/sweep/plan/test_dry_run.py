@@ -192,3 +192,28 @@ def test_a_new_sweep_whose_space_has_values_that_exclude_each_other_is_refused_a
     with pytest.raises(InputError, match=r"^space\.train\.matmul = 'int8': not valid with model\.quantization = none"):
         make_sweep_plan(config, lambda cluster: Hardware(1, 8))
     assert make_sweep_plan(config, lambda cluster: Hardware(1, 8), is_new=False).space.dimensions
+
+
+# --- a budget in passes ---
+
+
+def dry_run(monkeypatch, num_tokens, *given):
+    monkeypatch.setattr(preflight, "prepare", lambda *_: prepared(num_train_tokens=num_tokens))
+    return main([*SWEEP, *DATA, "train.num_reports=3", "train.tokens_per_step=1024", "data.max_seq_length=1024", *given])
+
+
+def test_passes_end_a_trial_before_its_tokens_do_and_rungs_and_forecast_follow(monkeypatch, capsys):
+    assert dry_run(monkeypatch, 30_000, "train.max_epochs=2") == 0
+    shown = capsys.readouterr().out
+    assert "4,000,000 tokens a trial or 2 passes, whichever ends first" in shown
+    assert "60,000 tokens a trial, by train.max_epochs = 2; rungs at tokens seen: 20,000, 40,000, 60,000" in shown
+    assert "60,000 tokens a trial = 2 passes" in shown
+    assert dry_run(monkeypatch, 30_000, "train.max_epochs=2", "train.max_tokens=50_000") == 0
+    assert "50,000 tokens a trial, which end before train.max_epochs = 2" in capsys.readouterr().out
+
+
+def test_passes_too_short_for_the_rungs_are_one_line(monkeypatch, capsys):
+    assert dry_run(monkeypatch, 2_000, "train.max_epochs=1") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: train.max_epochs = 1.0: gives 2,000 tokens a trial, at 2,000 a pass, and train.num_reports")
+    assert error.count("\n") == 1

@@ -1,0 +1,58 @@
+"""Define the `lora` section: the adapter's shape, scaling and start. No torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from engine.config.parsing import Fraction, ListAsTuple, StrictModel
+from engine.errors import InputError
+
+ALL_LINEAR = "all-linear"
+
+
+class LoraConfig(StrictModel):
+    """The adapter on each target module (Hu et al., arXiv:2106.09685).
+
+    y = W x + scaling * B A dropout(x).
+    """
+
+    rank: Annotated[int, Field(ge=1, le=65_536)] = 16
+    lora_alpha: Annotated[float, Field(ge=1e-6, le=1e6)] | None = Field(None, description="none: 2 * rank")
+    lora_dropout: Fraction = 0.0
+    target_modules: Annotated[str | tuple[str, ...], ListAsTuple] = ALL_LINEAR
+    use_rslora: bool = False
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=65_536)]] = Field(
+        {}, description="ranks of some layers, by a name's end or a regular expression: {up_proj: 8}; the scaling stays"
+    )
+    start_from: str | None = Field(
+        None, min_length=1, description="PEFT folder of an adapter to train on from, of the same targets and at most this rank"
+    )
+
+    @model_validator(mode="after")
+    def _targets_not_empty(self) -> LoraConfig:
+        if not self.target_modules or (not isinstance(self.target_modules, str) and not all(self.target_modules)):
+            raise ValueError("target_modules must name at least one module, or be 'all-linear'")
+        return self
+
+    @model_validator(mode="after")
+    def _pattern_is_valid(self) -> LoraConfig:
+        for key in self.rank_pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise InputError("lora.rank_pattern", key, f"must be a valid regular expression ({error})") from None
+        return self
+
+    @property
+    def alpha(self) -> float:
+        """Return lora_alpha, or 2 * rank if it is not given."""
+        return 2.0 * self.rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def scaling(self) -> float:
+        """Return alpha / rank; with rsLoRA alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732)."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
