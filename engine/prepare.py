@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from engine.adapter.made_start import check_made
 from engine.adapter.origin import is_same_base
 from engine.adapter.start import check_start, read_start
 from engine.command_answers import EVALUATION, TRAINING, DataAccount, Facts, PreparedFacts, VisibleCard
@@ -57,7 +58,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         targets = resolve_targets(list(features), config.lora.target_modules)
         ranks = layer_ranks(config.lora, targets)
         notes += _check_start(config, ranks, features)
-        num_trainable.append(sum(rank * sum(features[name]) for name, rank in ranks.items()))
+        num_trainable.append(sum(rank // config.lora.halves * sum(features[name]) for name, rank in ranks.items()))
         data_key = key + repr(config.data)
         if data_key not in accounts:
             *both, accounts[data_key] = account_data(config.data, tokenizer)
@@ -123,6 +124,7 @@ def _check_task(config: TrainConfig, facts: ModelFacts, tokenizer: Any, view: An
 def _check_start(config: TrainConfig, ranks: dict[str, int], features: dict[str, tuple[int, int]]) -> list[str]:
     """Check the adapter that trials start from; return what to tell the user."""
     adapter = read_start(config.lora)
+    check_made(config, ranks, features)
     if adapter is None:
         return []
     check_start(adapter, config.lora, ranks, features)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -73,6 +75,8 @@ class FlatAdapter:
         self.memory.scaling.fill_(first.scaling)
         self.memory.noise.copy_(torch.tensor(noise_of(0, first.dropout)))
         views, start = [], 0
+        self._frozen = [(layer.lora_a, layer.lora_b, layer.num_frozen) for layer in layers.values() if layer.num_frozen]
+        self._kept: list[torch.Tensor] = []
         for p in parts:
             part = slice(start, start + p.numel())
             p.data, p.grad = self.parameter.data[part].view_as(p), self.parameter.grad[part].view_as(p)
@@ -83,11 +87,48 @@ class FlatAdapter:
             layer.scale, layer.noise = self.memory.scaling, self.memory.noise
         self.refresh()
 
+    @property
+    def num_trainable(self) -> int:
+        """Return the number of values that change in training."""
+        return self.parameter.numel() - sum(tensor.numel() for tensor in self._frozen_parts())
+
+    def freeze(self, decays: bool) -> None:
+        """Take the frozen values' gradients off, before the optimizer's step.
+
+        decays: the step has weight decay, so `refresh` puts the values back.
+        """
+        if self._frozen:
+            torch._foreach_zero_(self._frozen_parts(of_gradient=True))
+            if decays and not self._kept:
+                self._kept = [part.clone() for part in self._frozen_parts()]
+
+    def _frozen_parts(self, of_gradient: bool = False) -> list[torch.Tensor]:
+        parts = []
+        for a_RD, b_OR, count in self._frozen:
+            a, b = (a_RD.grad, b_OR.grad) if of_gradient else (a_RD.detach(), b_OR.detach())
+            parts += [a[-count:], b[:, -count:]]
+        return parts
+
     def refresh(self) -> None:
-        """Update the copy of A and scaling * B after the parameter has changed."""
+        """Update the copy of A and scaling * B after the parameter has changed. Frozen values do not decay."""
+        if self._kept:
+            torch._foreach_copy_(self._frozen_parts(), self._kept)
         values = self.parameter.detach()
         self._cast[: self.num_a].copy_(values[: self.num_a])
         torch.mul(values[self.num_a :], self.memory.scaling, out=self._cast[self.num_a :])
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Have the adapter add nothing while the block runs."""
+        b = self.parameter.detach()[self.num_a :]
+        kept = b.clone()
+        try:
+            b.zero_()
+            self.refresh()
+            yield
+        finally:
+            b.copy_(kept)
+            self.refresh()
 
     def zero_grad(self) -> None:
         self.parameter.grad.zero_()

@@ -42,6 +42,7 @@ class LoraLinear(nn.Module):
         """
         rank = rank or config.rank
         super().__init__()
+        self.num_frozen = rank - rank // config.halves  # the last rows of A, and columns of B
         self.base, self.scaling, self.dropout, self.number = base, config.scaling, config.lora_dropout, number
         device = base.weight.device
         bound = 1.0 / math.sqrt(base.in_features)  # kaiming_uniform_(a=sqrt(5)), as PEFT does

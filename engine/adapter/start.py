@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from engine.adapter.lora import LoraLinear, attach, detach
+from engine.adapter.made_start import start_made
 from engine.adapter.portable import Adapter, read_adapter
-from engine.config.trial import LoraConfig
+from engine.config.trial import LoraConfig, TrainConfig
 from engine.errors import InputError
 from engine.system.user_path import user_path
 
@@ -63,14 +64,15 @@ def check_start(
             raise InputError(FIELD, config.start_from, f"has rank {rank} in {name}, above {own}: take that rank or more")
 
 
-def attach_started(model: nn.Module, linear_names: list[str], config: LoraConfig, seed: int) -> dict[str, LoraLinear]:
-    """Attach an adapter as `engine.adapter.lora.attach` does, and put that of `lora.start_from` into it.
+def attach_started(model: nn.Module, linear_names: list[str], config: TrainConfig) -> dict[str, LoraLinear]:
+    """Attach an adapter as `engine.adapter.lora.attach` does, and put its start into it: `lora.start` or `lora.start_from`.
 
-    Raises InputError as `start_from` does; the model is then as it was.
+    Raises InputError as `start_from` and `start_made` do; the model is then as it was.
     """
-    layers = attach(model, linear_names, config, seed)
+    layers = attach(model, linear_names, config.lora, config.train.seed)
     try:
-        start_from(layers, config)
+        start_made(layers, config)
+        start_from(layers, config.lora)
     except BaseException:
         detach(model, layers)
         raise

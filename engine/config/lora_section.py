@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,11 @@ class LoraConfig(StrictModel):
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=65_536)]] = Field(
         {}, description="ranks of some layers, by a name's end or a regular expression: {up_proj: 8}; the scaling stays"
     )
+    start: Literal["default", "pissa", "loftq"] = Field(
+        "default",
+        description="A and B before the first step: default: A random, B zero; pissa: the weight's principal components, which a "
+        "frozen second half takes off again; loftq: what NF4 lost of the weight",
+    )
     start_from: str | None = Field(
         None, min_length=1, description="PEFT folder of an adapter to train on from, of the same targets and at most this rank"
     )
@@ -46,6 +51,17 @@ class LoraConfig(StrictModel):
             except re.error as error:
                 raise InputError("lora.rank_pattern", key, f"must be a valid regular expression ({error})") from None
         return self
+
+    @model_validator(mode="after")
+    def _one_start(self) -> LoraConfig:
+        if self.start != "default" and self.start_from is not None:
+            raise InputError("lora.start", self.start, "must be default with lora.start_from, which is a start of its own")
+        return self
+
+    @property
+    def halves(self) -> int:
+        """Return how many adapters of `rank` a layer holds: 2 under PiSSA, whose second is frozen; else 1."""
+        return 2 if self.start == "pissa" else 1
 
     @property
     def alpha(self) -> float:

@@ -53,7 +53,7 @@ def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def layer_ranks(lora: LoraConfig, names: Iterable[str]) -> dict[str, int]:
-    """Return the rank of each of these layers, which the adapter targets.
+    """Return the rank of each of these layers, which the adapter targets, with the frozen half of PiSSA.
 
     Raises InputError if an entry of `lora.rank_pattern` matches none of them, or if two give one
     layer different ranks: a config does not keep the order of its entries.
@@ -63,7 +63,7 @@ def layer_ranks(lora: LoraConfig, names: Iterable[str]) -> dict[str, int]:
         found = {key: rank for key, rank in lora.rank_pattern.items() if pattern_value({key: True}, name, False)}
         if len(set(found.values())) > 1:
             raise InputError("lora.rank_pattern", found, f"must give {name} one rank")
-        ranks[name] = next(iter(found.values()), lora.rank)
+        ranks[name] = lora.halves * next(iter(found.values()), lora.rank)
         unused -= found.keys()
     if unused:
         ends = ", ".join(sorted({name.rpartition(".")[2] for name in ranks}))

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.adapter.lora import attach, detach, load_adapter_state
+from engine.adapter.made_start import on_original_weights
 from engine.adapter.origin import read_origin
 from engine.adapter.peft_files import CONFIG, PREFIX, TRAIN_CONFIG, WEIGHTS
 from engine.adapter.portable import Adapter, read_adapter
@@ -63,7 +64,8 @@ def export(
     results: list[Measured | None] = []
 
     def fill(target: Path) -> None:
-        dtype = WRITERS[form](adapter, model, folder, target)
+        written = adapter if form == "peft" else on_original_weights(adapter, config)
+        dtype = WRITERS[form](written, model, folder, target)
         merged = target / "merged" if form == "gguf-merged" else target if form == "merged" else None
         tell("measuring losses of base model and adapter")
         measured = _measure(config, adapter, merged) if measure and config else None
@@ -71,7 +73,7 @@ def export(
         if form == "gguf-merged":
             shutil.rmtree(target / "merged")
         facts = ExportFacts(
-            form, adapter.base, adapter.rank, adapter.lora_alpha, len(adapter.layers), dtype, config, measured, provenance(),
+            form, adapter.base, written.rank, written.lora_alpha, len(adapter.layers), dtype, config, measured, provenance(),
             class_named_in(adapter.peft_config),
         )  # fmt: skip
         (target / "README.md").write_text(export_card(facts), encoding="utf-8")

@@ -76,6 +76,7 @@ class TrialWalk:
         live.hold("INT8 scales", sum(map(scale_bytes, self.shape.each)) if self._is_int8() else 0, "base weights")
         number = num_trained(self.config, self.shape, plans)
         live.hold("adapter", (4 + 4 + self.element) * number, "adapter")  # parameter, gradient, copy for the matmuls
+        live.hold("frozen half", 2 * number if self.config.lora.halves > 1 else 0, "adapter")  # what weight decay must not change
         live.hold("average", 0 if self.config.optim.ema_horizon is None else 4 * number, "running average")
         num_states, blocks = 1 if self.config.optim.is_lion else 2, math.ceil(number / 256)
         states = num_states * (number + 4 * blocks if self._has_8bit_optimizer() else 4 * number)

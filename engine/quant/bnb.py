@@ -50,6 +50,14 @@ def quantize_nf4(weight_OD: Tensor, double_quantization: bool) -> nn.Parameter:
     return packed.to(weight_OD.device)
 
 
+def nf4_error(weight_OD: Tensor, double_quantization: bool) -> Tensor:
+    """Return W - NF4(W) [O, D] in fp32: what the frozen base lacks of the weight."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    packed = quantize_nf4(weight_OD, double_quantization)
+    return weight_OD.float() - dequantize_4bit(packed.data, packed.quant_state).float()
+
+
 def library_linear(weight_OD: Tensor, compute_dtype: torch.dtype) -> nn.Linear:
     """Return bitsandbytes' own layer over the same NF4 weight.
 

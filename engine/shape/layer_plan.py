@@ -113,7 +113,9 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
     cached = _cached(config, shape)
     plans, counts = [], (loop.keep_layers, loop.host_layers) if is_fused(config, shape) else (0, 0)
     policies = layer_policies(shape.num_layers, Policy.of(loop.activation_checkpointing), *counts)
-    ranks_by_layer = _ranks(config.lora.rank, tuple(config.lora.rank_pattern.items()), shape)
+    halves, pattern = config.lora.halves, config.lora.rank_pattern
+    held = tuple((key, halves * rank) for key, rank in pattern.items())
+    ranks_by_layer = _ranks(halves * config.lora.rank, held, shape)
     for i, (names, one) in enumerate(zip(adapted, shape.each)):
         rank_of = ranks_by_layer[i]
         sizes = {name: rank_of[name] * sum(features) for name, features in one.projections().items()}
@@ -142,9 +144,9 @@ def adapted_outside(config: TrainConfig, shape: ModelShape) -> dict[str, tuple[i
 
 
 def num_trained(config: TrainConfig, shape: ModelShape, plans: list[LayerPlan]) -> int:
-    """Return the number of trained values."""
+    """Return the number of values in the adapter. PiSSA's frozen ones are held and stepped like the trained ones."""
     lora, found = config.lora, adapted_outside(config, shape)
-    outside = sum(pattern_value(lora.rank_pattern, f"model.{name}", lora.rank) * sum(found[name]) for name in found)
+    outside = lora.halves * sum(pattern_value(lora.rank_pattern, f"model.{name}", lora.rank) * sum(found[name]) for name in found)
     return outside + sum(sum(plan.adapter.values()) for plan in plans)
 
 

@@ -108,7 +108,7 @@ def _begun(config: TrainConfig, trial_folder: Path, base: Base, layers: dict[str
     """Attach the adapter, and return the trial. If there is no room, earlier trials' recordings make way."""
 
     def begin() -> _Run:
-        layers.update(attach_started(base.model, base.linear_names, config.lora, config.train.seed))
+        layers.update(attach_started(base.model, base.linear_names, config))
         return _Run(config, trial_folder, base, layers, *others)
 
     try:
@@ -292,7 +292,7 @@ class _Run:
         self._recorded_s = recorded_s
 
     def _report(self, rung: int, step_sums: StepSums, found: BetterAdapter) -> TrialReport:
-        rate, num_trainable = self.optimizer.param_groups[0]["lr"], self.adapter.parameter.numel()
+        rate, num_trainable = self.optimizer.param_groups[0]["lr"], self.adapter.num_trainable
         at = {"rung": rung, "epoch": self.cursor.epochs, "learning_rate": rate, "num_trainable": num_trainable}
         report = make_report(self.progress, step_sums, found, self.plan, self.times, **at)
         self.progress.reports.append(report)

@@ -136,6 +136,7 @@ class Passes:
             loss = self._base.loss(batch.to(self._base.device))
             (loss / num_targets).backward()
             total += loss.detach()
+        self.adapter.freeze(decays=self._config.optim.weight_decay > 0.0)
         return total, sum(b.num_tokens for b in batches), num_targets
 
     def evaluate(self, before_each: Callable[[], None]) -> SampleLosses:
@@ -155,7 +156,7 @@ class Passes:
         return losses
 
     def base_eval_losses(self, interrupted: Callable[[], bool]) -> dict[str, float]:
-        """Return the base model's loss on each evaluation set, by the adapter before its first step, which adds nothing.
+        """Return the base model's loss on each evaluation set, with the adapter's B at zero.
 
         They are measured once for each base and samples, and only if a limit follows them. Raises
         Interrupted.
@@ -169,7 +170,8 @@ class Passes:
 
         known = self._base.lasting.setdefault(BASE_LOSSES, {})
         if self._samples.digest not in known:
-            known[self._samples.digest] = self.evaluate(stop_if_asked).means
+            with self.adapter.silent():
+                known[self._samples.digest] = self.evaluate(stop_if_asked).means
         return known[self._samples.digest]
 
     def _foreseen(self, cursor: Cursor) -> list[Size]:
