@@ -58,7 +58,8 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         targets = resolve_targets(list(features), config.lora.target_modules)
         ranks = layer_ranks(config.lora, targets)
         notes += _check_start(config, ranks, features)
-        num_trainable.append(sum(rank // config.lora.halves * sum(features[name]) for name, rank in ranks.items()))
+        lengths = sum(features[name][0] for name in ranks) if config.lora.use_dora else 0
+        num_trainable.append(lengths + sum(rank // config.lora.halves * sum(features[name]) for name, rank in ranks.items()))
         data_key = key + repr(config.data)
         if data_key not in accounts:
             *both, accounts[data_key] = account_data(config.data, tokenizer)

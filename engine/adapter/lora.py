@@ -24,12 +24,18 @@ from engine.kernels import ops
 from engine.quant.frozen_linear import FrozenLinear
 
 TILES = 4096  # more tiles of a row than there can be: streams of one layer's masks
+MAGNITUDE = "lora_magnitude_vector"  # PEFT's name
 
 
 class LoraLinear(nn.Module):
     """Compute y = base(x) + scaling * B A dropout(x), with x [..., D] and y [..., O].
 
     A starts Kaiming-uniform and B zero, so an untrained adapter does not change the model.
+
+    With DoRA (Liu et al., arXiv:2402.09353) the weight W + scaling * B A has its rows brought to the
+    lengths `magnitude` [O], which are trained and start as they are: y = gain * (W x + scaling * B A x)
+    with gain = magnitude / norm. The norm of W + scaling * B A is a constant for the gradient, as in
+    the paper's section 4.3. Under dropout, as in PEFT, what the gain adds is of dropout(x).
     """
 
     def __init__(
@@ -49,8 +55,12 @@ class LoraLinear(nn.Module):
         a_RD = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_a = nn.Parameter(a_RD.to(device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        # views of FlatAdapter's memory: A and scaling * B, the scaling, and the dropout's seed and rate
+        self.magnitude = nn.Parameter(base.row_squares().sqrt()) if config.use_dora else None
+        # views of FlatAdapter's memory: A and gain * scaling * B, the scaling, the dropout's seed and rate, DoRA's norm and gain
         self.casts: tuple[Tensor, Tensor] | None = None
+        self.norm: Tensor | None = None
+        self.gain: Tensor | None = None
+        self._norm_of: tuple[tuple[int, int], Tensor] | None = None
         self.scale: Tensor | None = None
         self.noise: Tensor | None = None
         self.masks_of_pass = False  # True: `drop` has the masks of that noise, not of torch's generator
@@ -74,8 +84,31 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.drop(x) if self.dropout else x
-        low_rank = F.linear(F.linear(u, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
-        return self.base(x) + self.scaling * low_rank
+        low_rank = self.scaling * F.linear(F.linear(u, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        y = self.base(x)
+        if self.magnitude is None:
+            return y + low_rank
+        gain = (self.magnitude / self.pass_gain()[1]).to(x.dtype)
+        scaled = y if u is x else self.base(u)
+        scaled = scaled if self.bias is None else scaled - self.bias.to(x.dtype)
+        return y + (gain - 1) * scaled + gain * low_rank
+
+    @property
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """Return A, B, and DoRA's magnitude if there is one."""
+        return (self.lora_a, self.lora_b) if self.magnitude is None else (self.lora_a, self.lora_b, self.magnitude)
+
+    @torch.no_grad()
+    def weight_norm(self) -> Tensor:
+        """Return the lengths of the rows of W + scaling * B A, fp32 [O], without that sum.
+
+        |W + B A|^2 = |W|^2 + 2 B (A W^T) + B (A A^T) B^T, row by row, with the scaling in B.
+        """
+        a, b = self.lora_a.detach(), self.scaling * self.lora_b.detach()
+        dtype = a.dtype if self.casts is None else self.casts[0].dtype
+        aw_RO = F.linear(a.to(dtype), self.base.dequantized(dtype)).float()
+        squares = self.base.row_squares() + 2 * (b * aw_RO.t()).sum(1) + ((b @ (a @ a.t())) * b).sum(1)
+        return squares.clamp(min=0.0).sqrt()
 
     def drop(self, x: Tensor) -> Tensor:
         if self.masks_of_pass and self.training:
@@ -96,13 +129,28 @@ class LoraLinear(nn.Module):
         return noise
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A [R, D] and scaling * B [O, R] in `dtype`, without autograd.
+        """Return A [R, D] and scaling * B [O, R] in `dtype`, without autograd. DoRA's gain is in B.
 
         They are views of FlatAdapter's copy if that has this dtype, else new tensors.
         """
         if self.casts is not None and self.casts[0].dtype == dtype:
             return self.casts
-        return self.lora_a.detach().to(dtype), (self.lora_b.detach() * self.scaling).to(dtype)
+        b_OR = self.lora_b.detach() * self.scaling
+        if self.magnitude is not None:
+            b_OR = b_OR * self.pass_gain()[0][:, None]
+        return self.lora_a.detach().to(dtype), b_OR.to(dtype)
+
+    def pass_gain(self) -> tuple[Tensor, Tensor]:
+        """Return gain and norm, fp32 [O], of the present values, without autograd.
+
+        FlatAdapter's if there is one; else they are kept until A or B change.
+        """
+        if self.gain is not None:
+            return self.gain, self.norm
+        versions = self.lora_a._version, self.lora_b._version
+        if self._norm_of is None or self._norm_of[0] != versions:
+            self._norm_of = versions, self.weight_norm()
+        return self.magnitude.detach() / self._norm_of[1], self._norm_of[1]
 
 
 class _Dropout(torch.autograd.Function):
@@ -142,19 +190,22 @@ def detach(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
 
 
 def trainable_parameters(layers: dict[str, LoraLinear]) -> list[nn.Parameter]:
-    """Return A and B of every layer, in the order of the layers."""
-    return [p for layer in layers.values() for p in (layer.lora_a, layer.lora_b)]
+    """Return what is trained of every layer, in the order of the layers."""
+    return [p for layer in layers.values() for p in layer.trained]
 
 
 def adapter_state(layers: dict[str, LoraLinear]) -> dict[str, Tensor]:
     """Return the fp32 tensors by name.
 
-    The names are `<layer>.lora_A.weight` [R, D] and `<layer>.lora_B.weight` [O, R].
+    The names are `<layer>.lora_A.weight` [R, D] and `<layer>.lora_B.weight` [O, R]; with DoRA also
+    `<layer>.lora_magnitude_vector` [O].
     """
     state: dict[str, Tensor] = {}
     for name, layer in layers.items():
         state[f"{name}.lora_A.weight"] = layer.lora_a.detach()
         state[f"{name}.lora_B.weight"] = layer.lora_b.detach()
+        if layer.magnitude is not None:
+            state[f"{name}.{MAGNITUDE}"] = layer.magnitude.detach()
     return state
 
 

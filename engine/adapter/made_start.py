@@ -101,7 +101,7 @@ def on_original_weights(adapter: Adapter, config: TrainConfig | None) -> Adapter
         found[name] = torch.cat([a_RD, a]), torch.cat([b_OR, b], dim=1)
     rank, alpha = 2 * adapter.rank, 2 * adapter.lora_alpha
     values = adapter.peft_config | {"r": rank, "lora_alpha": alpha}
-    return Adapter(found, rank, alpha, adapter.base, adapter.revision, values)
+    return Adapter(found, rank, alpha, adapter.base, adapter.revision, values, adapter.magnitudes)
 
 
 def _cached(layers: Mapping[str, LoraLinear], ranks: Mapping[str, int], config: TrainConfig) -> Factors:

@@ -99,7 +99,7 @@ def peft_config(config: TrainConfig, targets: list[str], module_names: list[str]
         "revision": config.model.revision,
         "target_modules": shortest_names(targets, module_names),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora,
         **_patterns(lora, ranks, rank),
     }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from engine.adapter.lora import MAGNITUDE
 from engine.adapter.peft_files import CONFIG, PREFIX, WEIGHTS
 from engine.config.lora_section import ALL_LINEAR, LoraConfig
 from engine.config.parsing import load_json
 from engine.config.targets import pattern_value
 from engine.errors import InputError, first_line
 
-REFUSED = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters", "fan_in_fan_out")
+REFUSED = ("modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters", "fan_in_fan_out")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Adapter:
 
     layers: name of a linear layer -> (A [R, D], B [O, R]) in fp32. base: folder or hub id of the
     base model. revision: its hub revision, or None. peft_config: content of a matching
-    adapter_config.json.
+    adapter_config.json. magnitudes: DoRA's lengths [O] of each layer's rows, empty without DoRA.
     """
 
     layers: dict[str, tuple[Tensor, Tensor]]
@@ -45,6 +46,7 @@ class Adapter:
     base: str
     revision: str | None
     peft_config: dict[str, Any]
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def scaling(self) -> float:
@@ -52,12 +54,22 @@ class Adapter:
 
     def lora_config(self) -> LoraConfig:
         """Return the `lora` config section that targets exactly these layers."""
-        return LoraConfig(rank=self.rank, lora_alpha=float(self.lora_alpha), target_modules=tuple(self.layers))
+        shape = {"rank": self.rank, "lora_alpha": float(self.lora_alpha), "use_dora": bool(self.magnitudes)}
+        return LoraConfig(**shape, target_modules=tuple(self.layers))
+
+    def merged(self, name: str, weight_OD: Tensor) -> Tensor:
+        """Return a layer's weight [O, D] with the adapter in it, in fp32."""
+        a_RD, b_OR = self.layers[name]
+        sum_OD = weight_OD.float() + self.scaling * (b_OR @ a_RD)
+        if name not in self.magnitudes:
+            return sum_OD
+        return sum_OD * (self.magnitudes[name] / torch.linalg.norm(sum_OD, dim=1))[:, None]
 
     def state(self) -> dict[str, Tensor]:
         """Return name -> tensor, with the names that `engine.adapter.lora.adapter_state` uses."""
         parts = {name: ab for name, ab in self.layers.items()}
-        return {f"{name}.lora_{'AB'[i]}.weight": ab[i] for name, ab in parts.items() for i in (0, 1)}
+        lengths = {f"{name}.{MAGNITUDE}": length_O for name, length_O in self.magnitudes.items()}
+        return {f"{name}.lora_{'AB'[i]}.weight": ab[i] for name, ab in parts.items() for i in (0, 1)} | lengths
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -70,7 +82,10 @@ def read_adapter(folder: Path) -> Adapter:
         if not (folder / name).is_file():
             raise InputError("adapter", str(folder), f"must be a folder with {CONFIG} and {WEIGHTS}; {name} is not in it")
     values = _checked(load_json(folder / CONFIG), folder / CONFIG)
-    pairs = _pairs(folder / WEIGHTS)
+    pairs, magnitudes = _pairs(folder / WEIGHTS)
+    if magnitudes.keys() != (pairs.keys() if values.get("use_dora") else set()):
+        allowed = f"must say whether {WEIGHTS} holds {MAGNITUDE} of each layer"
+        raise InputError(f"{CONFIG}: use_dora", values.get("use_dora"), allowed)
     scalings = {name: _scaling(values, name, a_RD.shape[0], folder) for name, (a_RD, _) in pairs.items()}
     rank = max(a_RD.shape[0] for a_RD, _ in pairs.values())
     alpha = values["lora_alpha"]
@@ -80,7 +95,7 @@ def read_adapter(folder: Path) -> Adapter:
     if not isinstance(targets, list) and targets != ALL_LINEAR:
         # vLLM and older loaders do not know regular expressions.
         portable["target_modules"] = sorted(layers)
-    return Adapter(layers, rank, alpha, values["base_model_name_or_path"], values.get("revision"), portable)
+    return Adapter(layers, rank, alpha, values["base_model_name_or_path"], values.get("revision"), portable, magnitudes)
 
 
 def _checked(values: Any, path: Path) -> dict[str, Any]:
@@ -104,13 +119,18 @@ def _checked(values: Any, path: Path) -> dict[str, Any]:
     return values
 
 
-def _pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Return A and B of each layer, and DoRA's magnitudes."""
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError("adapter", str(path), f"must be a complete safetensors file ({first_line(error)})") from None
     names: dict[str, dict[str, Tensor]] = {}
+    lengths: dict[str, Tensor] = {}
     for key, tensor in state.items():
+        if key.startswith(PREFIX) and key.endswith(f".{MAGNITUDE}") and tensor.dim() == 1:
+            lengths[key.removeprefix(PREFIX).removesuffix(f".{MAGNITUDE}")] = tensor.float()
+            continue
         found = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
         if not found or tensor.dim() != 2:
             raise InputError("adapter", key, f"must be {PREFIX}<layer>.lora_A.weight or .lora_B.weight, a matrix")
@@ -120,7 +140,12 @@ def _pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     for name, pair in names.items():
         if len(pair) != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
             raise InputError("adapter", name, "must have lora_A [r, in] and lora_B [out, r] with the same r")
-    return {name: (pair["A"], pair["B"]) for name, pair in sorted(names.items(), key=lambda item: _natural(item[0]))}
+    for name, length_O in lengths.items():
+        if name in names and length_O.shape[0] != names[name]["B"].shape[0]:
+            raise InputError("adapter", name, f"must have {MAGNITUDE} [out], with the out of its lora_B")
+    order = sorted(names, key=_natural)
+    pairs = {name: (names[name]["A"], names[name]["B"]) for name in order}
+    return pairs, dict(sorted(lengths.items(), key=lambda item: _natural(item[0])))
 
 
 def _natural(name: str) -> list[Any]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from engine.adapter.lora import LoraLinear, attach, detach
 from engine.adapter.made_start import start_made
+from engine.adapter.peft_files import CONFIG
 from engine.adapter.portable import Adapter, read_adapter
 from engine.config.trial import LoraConfig, TrainConfig
 from engine.errors import InputError
@@ -32,7 +33,10 @@ def read_start(config: LoraConfig) -> Adapter | None:
     if config.start_from is None:
         return None
     try:
-        return read_adapter(user_path(config.start_from))
+        adapter = read_adapter(user_path(config.start_from))
+        if adapter.magnitudes:
+            raise InputError(CONFIG, "use_dora", "cannot be exported: a start has A and B alone")
+        return adapter
     except InputError as error:
         why = error.allowed.removeprefix("cannot be exported: ")
         allowed = f"must be a plain LoRA adapter in PEFT's format ({error.field}: {why})"
@@ -73,10 +77,19 @@ def attach_started(model: nn.Module, linear_names: list[str], config: TrainConfi
     try:
         start_made(layers, config)
         start_from(layers, config.lora)
+        _set_lengths(layers)
     except BaseException:
         detach(model, layers)
         raise
     return layers
+
+
+@torch.no_grad()
+def _set_lengths(layers: Mapping[str, LoraLinear]) -> None:
+    """Have DoRA's magnitudes be the lengths that the rows have with the start, as in PEFT."""
+    for layer in layers.values():
+        if layer.magnitude is not None:
+            layer.magnitude.copy_(layer.weight_norm())
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ class LoraConfig(StrictModel):
     lora_dropout: Fraction = 0.0
     target_modules: Annotated[str | tuple[str, ...], ListAsTuple] = ALL_LINEAR
     use_rslora: bool = False
+    use_dora: bool = Field(False, description="DoRA: trains the length of each output feature's weights on its own")
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=65_536)]] = Field(
         {}, description="ranks of some layers, by a name's end or a regular expression: {up_proj: 8}; the scaling stays"
     )

@@ -154,7 +154,7 @@ LATER: dict[str, dict[str, Any]] = {
         "eval_revision": None, "eval_files": None, "columns": {}, "bad_rows": "error", "overlong": "cut",
         "template_kwargs": None, "date": None, "turns": "all", "eval_weights": None, "eval_limits": {},
     },
-    "lora": {"start_from": None, "rank_pattern": {}, "start": "default"},
+    "lora": {"start_from": None, "rank_pattern": {}, "start": "default", "use_dora": False},
     "optim": {"ema_horizon": None, "loraplus_lr_ratio": 1.0, "decay_ratio": 0.2},
     "train": {"matmul": Matmul.BF16.value, "max_epochs": None, "neftune_noise_alpha": 0.0},
 }  # fmt: skip
@@ -195,6 +195,8 @@ class TrainConfig(StrictModel):
             quantization = self.model.quantization
             allowed = f"must be bf16 with model.quantization = {quantization}: INT8 codes are made of NF4 weights"
             raise InputError("train.matmul", self.train.matmul, allowed)
+        if self.matmul is not Matmul.BF16 and self.lora.use_dora:
+            raise InputError("train.matmul", self.train.matmul, "must be bf16 with lora.use_dora: each step has other weights")
         return self
 
     @model_validator(mode="after")

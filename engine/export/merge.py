@@ -1,7 +1,7 @@
 """Merge the adapter into the base model's original weights.
 
 W + lora_alpha / r * B A is summed in fp32 and rounded once, with one weight file in memory at a
-time.
+time. With DoRA the rows of the sum then get the adapter's lengths.
 
 The base is the publisher's 16-bit weights, not dequantised NF4, because others quantise from those.
 The adapter was trained against NF4, so the merged model differs from the trained one. The export
@@ -99,9 +99,8 @@ def merged_tensors(
     with safe_open(file, framework="pt") as opened:
         for key in opened.keys():  # noqa: SIM118
             tensor = opened.get_tensor(key)
-            pair = adapter.layers.get(targets.get(key, ""))
-            if pair is not None:
-                tensor = tensor.float() + adapter.scaling * (pair[1] @ pair[0])
+            if key in targets:
+                tensor = adapter.merged(targets[key], tensor)
                 if not torch.isfinite(tensor).all() or tensor.abs().max() > torch.finfo(dtype).max:
                     raise InputError("adapter", key, f"the merged weight is beyond what {dtype} can hold")
             yield key, tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -32,7 +32,7 @@ from engine.shape.policies import Policy
 def decoder_layer(x_TD: Tensor, call: Call, adapters: list[Tensor]) -> tuple[Tensor, ...]:
     """Return the layer's output [T, D], then keys and values [T, G, K] if later layers read them.
 
-    `adapters` are lora_a, lora_b of each adapted projection: the mixer's, then in the order of the
+    `adapters` are lora_a, lora_b and DoRA's magnitude of each adapted projection: the mixer's, then in the order of the
     call's groups.
     """
     inputs = (*(call.shared or (None, None)), call.input_TP)

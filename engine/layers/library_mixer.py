@@ -66,8 +66,8 @@ class LibraryMixer:
 
     @property
     def adapters(self) -> list[nn.Parameter]:
-        """Return lora_a and lora_b of each of its linear layers that is adapted."""
-        return [parameter for layer in self._adapted() for parameter in (layer.lora_a, layer.lora_b)]
+        """Return what is trained of each of its linear layers that is adapted."""
+        return [parameter for layer in self._adapted() for parameter in layer.trained]
 
     def new_seed(self) -> int | None:
         """Return a seed for the dropout of one pass and its recomputation; None if none is needed.

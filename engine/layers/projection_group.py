@@ -12,13 +12,19 @@ one dropout mask.
 forward to backward, except under OFFLOAD and in host layers of rows above one MLP tile. If the
 caller's next kernel reads y anyway, it can add low B^T itself (`terms`), which saves a pass over y.
 
+With DoRA the rows of W_i and of B_i are multiplied by a gain first, W_i anew at each use. Under
+dropout the gain's part of W_i reads dropout(x), as in PEFT, which is one more matmul:
+
+    y_i = x W_i^T + b_i + dropout(x) ((gain - 1) W_i)^T + gain * scaling * (dropout(x) A_i^T) B_i^T
+
+The gradient of a magnitude is a sum over dy^T x times W_i, so each group has one more matmul.
+
 Shape letters: T tokens, D input features, O output features of all members, R rank of all members.
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +36,9 @@ from engine.kernels.eight_bit.int8_ops import can_split
 from engine.kernels.ops import LowRank
 from engine.quant.frozen_linear import FrozenLinear
 from engine.quant.int8_weight import Int8Group
+from engine.quant.matrices import merged_bias, merged_weight, product, slices, stacked
 
+ROWS_AT_ONCE = 2048  # of a weight's own gradient, which only magnitudes read
 Weights = list[tuple[slice, Tensor]]  # blocks of consecutive output features, each with its weight [O, D]
 
 
@@ -43,7 +51,8 @@ class ProjectionGroup:
 
     With dropout, `noise` holds seed and rate (`ops.dropout`), and `stream` numbers the group's mask
     among those of one seed. The seed changes between passes only, so recomputation and backward use
-    the mask of the forward pass.
+    the mask of the forward pass. `dora` holds the members with magnitudes, or None; `scaled` the
+    weights times the gains, if they are held.
     """
 
     dtype: torch.dtype
@@ -54,6 +63,8 @@ class ProjectionGroup:
     stream: int = 0
     cached: Tensor | None = None
     int8: Int8Group | None = None
+    dora: list[LoraLinear | None] = field(default_factory=list)
+    scaled: Tensor | None = None
 
     @classmethod
     def of(
@@ -72,6 +83,7 @@ class ProjectionGroup:
             adapted = isinstance(layer, LoraLinear)
             group.bases.append(layer.base if adapted else layer)
             group.adapters.append(layer.cast(dtype) if adapted else None)
+            group.dora.append(layer if adapted and layer.magnitude is not None else None)
             if adapted:
                 group.scaling = layer.scaling if layer.scale is None else layer.scale
                 dropping += [layer] if layer.dropout and layer.training else []
@@ -94,7 +106,7 @@ class ProjectionGroup:
     @property
     def outputs(self) -> list[slice]:
         """Return each member's output features, as a slice of y."""
-        return _slices(*(base.out_features for base in self.bases))
+        return slices(*(base.out_features for base in self.bases))
 
     @property
     def is_int8_forward(self) -> bool:
@@ -119,8 +131,30 @@ class ProjectionGroup:
         is_read = (forward and not self.is_int8_forward) or (backward and not self.is_int8_backward)
         return self.weights() if is_read else None
 
+    @property
+    def has_gains(self) -> bool:
+        return any(layer is not None for layer in self.dora)
+
     def weights(self) -> Weights:
-        """Return the weights: packed ones dequantised into one matrix, else one block a member."""
+        """Return the weights that x is multiplied by: with DoRA, but for dropout, those times the gains."""
+        if self.scaled is not None:
+            return [(slice(0, self.outputs[-1].stop), self.scaled)]
+        return self._times_gains(0.0) if self.has_gains and self.noise is None else self.raw_weights()
+
+    def _times_gains(self, minus: float) -> Weights:
+        """Return the weights times gain - minus, as new tensors; of members without a gain, times 1 - minus."""
+        blocks = []
+        for part, weight_OD in self.raw_weights():
+            gains = torch.cat([self._gain(i) for i, own in enumerate(self.outputs) if part.start <= own.start < part.stop])
+            blocks.append((part, weight_OD * (gains - minus).to(weight_OD.dtype)[:, None]))
+        return blocks
+
+    def _gain(self, i: int) -> Tensor:
+        base, layer = self.bases[i], self.dora[i]
+        return torch.ones(base.out_features, device=base.weight.device) if layer is None else layer.pass_gain()[0]
+
+    def raw_weights(self) -> Weights:
+        """Return the frozen weights: packed ones dequantised into one matrix, else one block a member."""
         whole = slice(0, self.outputs[-1].stop)
         if self.cached is not None:
             return [(whole, self.cached)]
@@ -135,7 +169,10 @@ class ProjectionGroup:
         held = self if self.int8 is None else replace(self, int8=self.int8.held())
         is_read = self.cached is None and self.is_packed
         weights = self.weights_for(forward=forward, backward=backward) if is_read else None
-        return held if weights is None else replace(held, cached=weights[0][1])
+        if weights is None:
+            return held
+        place = "scaled" if self.has_gains and self.noise is None else "cached"
+        return replace(held, **{place: weights[0][1]})
 
     def low(self, x_TD: Tensor) -> Tensor | None:
         """Return dropout(x) A^T [T, R] of all members, or None if none is adapted."""
@@ -146,15 +183,19 @@ class ProjectionGroup:
         biases = [base.bias for base in self.bases]
         outputs = self.outputs
         if self.is_int8_forward:
-            return self.int8.product(x_TD, "forward", bias_N=_merged_bias(biases, outputs, x_TD))
+            return self.int8.product(x_TD, "forward", bias_N=merged_bias(biases, outputs, x_TD))
         blocks = self.weights() if weights is None else weights
         y_TO = None
         if len(blocks) == 1:
-            y_TO = F.linear(x_TD, blocks[0][1], _merged_bias(biases, outputs, x_TD))
+            y_TO = F.linear(x_TD, blocks[0][1], merged_bias(biases, outputs, x_TD))
         else:
             y_TO = x_TD.new_empty(x_TD.shape[0], outputs[-1].stop)
             for (part, weight_OD), bias in zip(blocks, biases):
                 y_TO[:, part] = F.linear(x_TD, weight_OD, None if bias is None else bias.to(x_TD.dtype))
+        if self.has_gains and self.noise is not None:
+            dropped_TD = self._dropped(x_TD)
+            for part, weight_OD in self._times_gains(1.0):
+                y_TO[:, part].addmm_(dropped_TD, weight_OD.t())
         return y_TO
 
     def forward(self, x_TD: Tensor, low_TR: Tensor | None) -> Tensor:
@@ -164,8 +205,8 @@ class ProjectionGroup:
         """
         if self.adds_terms:
             biases, outputs = [base.bias for base in self.bases], self.outputs
-            merged = LowRank(low_TR, _stacked([adapter[1] for adapter in self.adapters]))
-            return self.int8.product(x_TD, "forward", merged, _merged_bias(biases, outputs, x_TD), self._firsts())
+            merged = LowRank(low_TR, stacked([adapter[1] for adapter in self.adapters]))
+            return self.int8.product(x_TD, "forward", merged, merged_bias(biases, outputs, x_TD), self._firsts())
         y_TO = self.bare(x_TD)
         for part, term in zip(self.outputs, self.terms(low_TR)):
             if term is not None:
@@ -199,7 +240,10 @@ class ProjectionGroup:
         if dlow_TR is None:
             return dx_TD
         if self.noise is not None:
-            return dx_TD.add_(ops.dropout(dlow_TR @ self._stacked_a(), self.noise, self.stream, in_place=True))
+            dropped_TD = dlow_TR @ self._stacked_a()
+            for part, weight_OD in self._times_gains(1.0) if self.has_gains else ():
+                dropped_TD.addmm_(dy_TO[:, part], weight_OD)
+            return dx_TD.add_(ops.dropout(dropped_TD, self.noise, self.stream, in_place=True))
         return dx_TD.addmm_(dlow_TR, self._stacked_a())
 
     def bare_input_gradient(self, dy_TO: Tensor, weights: Weights | None = None) -> Tensor:
@@ -217,73 +261,39 @@ class ProjectionGroup:
         return None if dlow_TR is None else LowRank(dlow_TR, self._stacked_a().t())
 
     def adapter_gradients(self, dy_TO: Tensor, dlow_TR: Tensor | None, x_TD: Tensor, low_TR: Tensor | None) -> tuple[Tensor, ...]:
-        """Return dA, dB of each adapted member, in turn. On CUDA, 16-bit inputs give fp32."""
+        """Return dA, dB, and with DoRA dm, of each adapted member, in turn. On CUDA, 16-bit inputs give fp32."""
         if dlow_TR is None:
             return ()
-        da_RD = _product(dlow_TR.t(), self._dropped(x_TD))
+        dropped_TD = self._dropped(x_TD)
+        da_RD = product(dlow_TR.t(), dropped_TD)
+        along_O = self._along_weights(dy_TO, dropped_TD) if self.has_gains else None
         gradients = []
-        for part, rank, adapter in zip(self.outputs, self._ranks(), self.adapters):
-            if adapter is not None:
-                gradients += [da_RD[rank], _product(dy_TO[:, part].t(), low_TR[:, rank]).mul_(self.scaling)]
+        for part, rank, adapter, dora in zip(self.outputs, self._ranks(), self.adapters, self.dora):
+            if adapter is None:
+                continue
+            db_OR = product(dy_TO[:, part].t(), low_TR[:, rank]).mul_(self.scaling)
+            gradients += [da_RD[rank], db_OR]
+            if dora is not None:
+                gain, norm = dora.pass_gain()
+                gradients.append((along_O[part] + (db_OR * dora.lora_b.detach()).sum(1)) / norm)
+                db_OR.mul_(gain[:, None])
         return tuple(gradients)
 
+    def _along_weights(self, dy_TO: Tensor, x_TD: Tensor) -> Tensor:
+        """Return the sum over tokens of dy times x W^T, of each output feature, fp32 [O]."""
+        found_O = torch.empty(dy_TO.shape[1], device=dy_TO.device)
+        for part, weight_OD in self.raw_weights():
+            for start in range(part.start, part.stop, ROWS_AT_ONCE):
+                rows = slice(start, min(start + ROWS_AT_ONCE, part.stop))
+                own_OD = weight_OD[rows.start - part.start : rows.stop - part.start]
+                found_O[rows] = (product(dy_TO[:, rows].t(), x_TD) * own_OD).sum(1)
+        return found_O
+
     def _ranks(self) -> list[slice]:
-        return _slices(*(0 if a is None else a[0].shape[0] for a in self.adapters))
+        return slices(*(0 if a is None else a[0].shape[0] for a in self.adapters))
 
     def _stacked_a(self) -> Tensor:
-        return _stacked([adapter[0] for adapter in self.adapters if adapter is not None])
+        return stacked([adapter[0] for adapter in self.adapters if adapter is not None])
 
     def _dropped(self, x_TD: Tensor) -> Tensor:
         return x_TD if self.noise is None else ops.dropout(x_TD, self.noise, self.stream)
-
-
-def merged_weight(bases: list[FrozenLinear], dtype: torch.dtype) -> Tensor:
-    """Return the dequantised weights of packed layers with one input, side by side, [O, D]."""
-    parts = _slices(*(base.out_features for base in bases))
-    merged_OD = torch.empty(parts[-1].stop, bases[0].in_features, dtype=dtype, device=bases[0].weight.device)
-    for part, base in zip(parts, bases):
-        base.dequantized(dtype, out=merged_OD[part])
-    return merged_OD
-
-
-@functools.cache
-def _slices(*sizes: int) -> list[slice]:
-    """Return consecutive slices of these sizes.
-
-    Cached, because a step asks for the same few hundreds of times.
-    """
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [slice(end - size, end) for end, size in zip(ends, sizes)]
-
-
-def _stacked(matrices: list[Tensor]) -> Tensor:
-    """Return the matrices one below the other.
-
-    The result is a view if they follow each other in memory, as `FlatAdapter` lays them out. Else
-    it is a copy.
-    """
-    first = matrices[0]
-    if len(matrices) == 1:
-        return first
-    place, storage = first.storage_offset(), first.untyped_storage().data_ptr()
-    for matrix in matrices:
-        if matrix.untyped_storage().data_ptr() != storage or matrix.storage_offset() != place or not matrix.is_contiguous():
-            return torch.cat(matrices)
-        place += matrix.numel()
-    return first.as_strided((sum(m.shape[0] for m in matrices), first.shape[1]), first.stride())
-
-
-def _merged_bias(biases: list[Tensor | None], outputs: list[slice], x: Tensor) -> Tensor | None:
-    if all(bias is None for bias in biases):
-        return None
-    zeros = [x.new_zeros(part.stop - part.start) if bias is None else bias.to(x.dtype) for part, bias in zip(outputs, biases)]
-    return zeros[0] if len(zeros) == 1 else torch.cat(zeros)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b; 16-bit operands on CUDA give fp32.
-
-    The product is added into an fp32 gradient, so this saves a rounding and a launch.
-    """
-    wide = a.is_cuda and a.dtype in (torch.bfloat16, torch.float16)
-    return torch.mm(a, b, out_dtype=torch.float32) if wide else a @ b

@@ -22,10 +22,11 @@ from engine.layers.decoder_layer import decoder_layer
 from engine.layers.host_stash import HostStash
 from engine.layers.layer_spec import decoder_norm, layer_spec, obstacle
 from engine.layers.library_mixer import LibraryMixer
-from engine.layers.projection_group import ProjectionGroup, merged_weight
+from engine.layers.projection_group import ProjectionGroup
 from engine.layers.structure import Call, LayerSpec, MixerSpec, Norm, normalize
 from engine.quant.frozen_linear import FrozenLinear
 from engine.quant.int8_weight import Int8Group
+from engine.quant.matrices import merged_weight
 from engine.shape.families import FAMILIES
 from engine.shape.layer_plan import form_bytes, kept_name
 from engine.shape.policies import Policy, layer_policies
@@ -116,7 +117,7 @@ class FusedLayer(nn.Module):
             call.input_TP = per_layer_input.squeeze(0)
         adapted = [layer for layers in groups.values() for layer in layers if isinstance(layer, LoraLinear)]
         adapters = [] if self.mixer is None else self.mixer.adapters
-        adapters += [parameter for layer in adapted for parameter in (layer.lora_a, layer.lora_b)]
+        adapters += [parameter for layer in adapted for parameter in layer.trained]
         y_TD, *stored = decoder_layer(hidden_states.squeeze(0), call, adapters)
         if half.stores and shared_kv_states is not None:
             shared_kv_states[self.self_attn.layer_type] = tuple(t.transpose(0, 1).unsqueeze(0) for t in stored)

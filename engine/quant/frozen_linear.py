@@ -38,6 +38,7 @@ class FrozenLinear(nn.Module):
         self._nf4: ops.Nf4State | None = None
         self.int8: Int8Group | None = None
         self._plain: Tensor | None = None
+        self._row_squares: Tensor | None = None
 
     @property
     def is_packed(self) -> bool:
@@ -67,6 +68,13 @@ class FrozenLinear(nn.Module):
 
         weight_OD = dequantize_4bit(self.weight.data, self.weight.quant_state).to(dtype)
         return weight_OD if out is None else out.copy_(weight_OD)
+
+    @torch.no_grad()
+    def row_squares(self) -> Tensor:
+        """Return the sum of squares of each output feature's weights, fp32 [O]; they are added up once."""
+        if self._row_squares is None:
+            self._row_squares = self.dequantized(torch.float32).square().sum(1)
+        return self._row_squares
 
     def unpack(self, dtype: torch.dtype) -> None:
         """Replace the packed weight by the dequantised one, for many uses of few tokens each."""

@@ -16,6 +16,7 @@ from engine.errors import InputError
 from engine.export.forms import export
 from engine.model.load import load_base, nf4_load_config
 from engine.prepare import prepare
+from engine.quant.bnb import keep_as_stored
 from engine.training.loop import train
 from engine.training.optim import make_optimizer
 from tests.support.trials import CPU, build, run, same_numbers
@@ -40,6 +41,7 @@ def peft_model(config, adapter=None, **options):
 
     more = {"quantization_config": nf4_load_config(True, torch.float32)} if config.model.quantization == "nf4" else {}
     model = AutoModelForCausalLM.from_pretrained(config.model.path, device_map={"": "cpu"}, dtype=torch.float32, **more)
+    keep_as_stored(model)  # else the library repacks NF4 weights in evaluation on some CPUs
     if adapter is not None:
         return PeftModel.from_pretrained(model, str(adapter)).eval()
     lora = config.lora

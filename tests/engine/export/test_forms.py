@@ -194,7 +194,7 @@ def test_the_model_card_states_the_losses_of_the_adapter_as_trained_and_of_the_m
     ("form", "spoil", "message"),
     [
         ("peft", {"file": "adapter_config.json"}, "adapter_config.json is not in it"),
-        ("peft", {"use_dora": True}, "use_dora = True: cannot be exported"),
+        ("peft", {"use_dora": True}, "use_dora = True: must say whether adapter_model.safetensors holds lora_magnitude_vector"),
         ("peft", {"r": 5}, "rank 4.*must be 5"),
         ("merged", {"base_model_name_or_path": "/nowhere/model"}, "no such folder"),
         ("gguf-adapter", {"architectures": ["OlmoForCausalLM"]}, "no GGUF export for it; allowed: LlamaForCausalLM"),

@@ -181,7 +181,7 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8_ops, "unpack_columns", lambda shapes, _: codes(shapes[0][1], sum(o for o, _ in shapes)))
     monkeypatch.setattr(int8_ops, "quantize_rows", lambda x, **_: codes(*x.shape))
     monkeypatch.setattr(int8_ops, "matmul", int8_matmul)
-    monkeypatch.setattr(projection, "_product", lambda a, b: torch.empty(a.shape[0], b.shape[1], device="meta"))
+    monkeypatch.setattr(projection, "product", lambda a, b: torch.empty(a.shape[0], b.shape[1], device="meta"))
 
 
 @dataclass
