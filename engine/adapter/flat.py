@@ -61,7 +61,8 @@ class FlatAdapter:
         """Move the parameters of `layers` into the flat one.
 
         dtype: the activations' dtype. memory: that of an earlier adapter of the same key, which
-        nothing else uses; new memory if None. num_a counts the elements of all A.
+        nothing else uses; new memory if None. num_a counts the elements of all A; shapes are those
+        of all A and B, in order.
         """
         self.memory = memory or AdapterMemory(layers, dtype)
         if self.memory.key != AdapterMemory.key_of(layers, dtype):
@@ -79,6 +80,7 @@ class FlatAdapter:
         first = next(iter(layers.values()))  # one config, one scaling and one rate
         self.memory.scaling.fill_(first.scaling)
         self.memory.noise.copy_(torch.tensor(noise_of(0, first.dropout)))
+        self.shapes = [part.shape for part in parts if part.dim() == 2]
         views, start = [], 0
         self._frozen = [(layer.lora_a, layer.lora_b, layer.num_frozen) for layer in layers.values() if layer.num_frozen]
         self._kept: list[torch.Tensor] = []

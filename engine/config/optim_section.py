@@ -19,8 +19,10 @@ EIGHT_BIT = ("auto", "adamw_8bit", "lion_8bit")
 class OptimConfig(StrictModel):
     """The optimizer and the learning-rate schedule, which runs over tokens seen, not over steps."""
 
-    name: Literal["auto", "adamw", "adamw_8bit", "lion", "lion_8bit"] = Field(
-        "auto", description="auto: adamw_8bit on CUDA, adamw on CPU; lion needs a rate that is 3 to 10 times smaller"
+    name: Literal["auto", "adamw", "adamw_8bit", "lion", "lion_8bit", "muon"] = Field(
+        "auto",
+        description="auto: adamw_8bit on CUDA, adamw on CPU; lion needs a rate that is 3 to 10 times smaller; "
+        "muon: orthogonal steps of AdamW's size, with beta1 as its momentum",
     )
     learning_rate: Annotated[float, Field(ge=1e-12, le=1e30)] = 2e-4
     loraplus_lr_ratio: Annotated[float, Field(ge=1e-3, le=1e4)] = Field(
@@ -49,6 +51,11 @@ class OptimConfig(StrictModel):
             left = f"at most {1.0 - self.warmup_ratio:g} with optim.warmup_ratio = {self.warmup_ratio:g}"
             raise InputError("optim.decay_ratio", self.decay_ratio, f"must be {left}: warm-up and decay must not overlap")
         return self
+
+    @property
+    def num_states(self) -> int:
+        """Return how many values of state the optimizer keeps for each trained value."""
+        return 1 if self.is_lion or self.name == "muon" else 2
 
     @property
     def is_lion(self) -> bool:

@@ -37,8 +37,8 @@ from engine.kernels.ops import LowRank
 from engine.quant.frozen_linear import FrozenLinear
 from engine.quant.int8_weight import Int8Group
 from engine.quant.matrices import merged_bias, merged_weight, product, slices, stacked
+from engine.shape.compute_limits import MAGNITUDE_ROWS
 
-ROWS_AT_ONCE = 2048  # of a weight's own gradient, which only magnitudes read
 Weights = list[tuple[slice, Tensor]]  # blocks of consecutive output features, each with its weight [O, D]
 
 
@@ -142,11 +142,12 @@ class ProjectionGroup:
         return self._times_gains(0.0) if self.has_gains and self.noise is None else self.raw_weights()
 
     def _times_gains(self, minus: float) -> Weights:
-        """Return the weights times gain - minus, as new tensors; of members without a gain, times 1 - minus."""
-        blocks = []
+        """Return the weights times gain - minus; of members without a gain, times 1 - minus."""
+        blocks, is_new = [], self.cached is None and self.is_packed
         for part, weight_OD in self.raw_weights():
             gains = torch.cat([self._gain(i) for i, own in enumerate(self.outputs) if part.start <= own.start < part.stop])
-            blocks.append((part, weight_OD * (gains - minus).to(weight_OD.dtype)[:, None]))
+            factors = (gains - minus).to(weight_OD.dtype)[:, None]
+            blocks.append((part, weight_OD.mul_(factors) if is_new else weight_OD * factors))
         return blocks
 
     def _gain(self, i: int) -> Tensor:
@@ -283,8 +284,8 @@ class ProjectionGroup:
         """Return the sum over tokens of dy times x W^T, of each output feature, fp32 [O]."""
         found_O = torch.empty(dy_TO.shape[1], device=dy_TO.device)
         for part, weight_OD in self.raw_weights():
-            for start in range(part.start, part.stop, ROWS_AT_ONCE):
-                rows = slice(start, min(start + ROWS_AT_ONCE, part.stop))
+            for start in range(part.start, part.stop, MAGNITUDE_ROWS):
+                rows = slice(start, min(start + MAGNITUDE_ROWS, part.stop))
                 own_OD = weight_OD[rows.start - part.start : rows.stop - part.start]
                 found_O[rows] = (product(dy_TO[:, rows].t(), x_TD) * own_OD).sum(1)
         return found_O

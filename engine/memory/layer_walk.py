@@ -7,9 +7,9 @@ from typing import Literal
 
 from engine.memory.live_bytes import LOW, TRANSIENT, WEIGHTS, HostStack, LiveBytes
 from engine.memory.tensor_sizes import Sizes
-from engine.shape.compute_limits import FLASH_HEAD
+from engine.shape.compute_limits import FLASH_HEAD, MAGNITUDE_ROWS
 from engine.shape.families import HalfNorms
-from engine.shape.layer_plan import LayerPlan, kept_name
+from engine.shape.layer_plan import LayerPlan, group_parameters, kept_name
 from engine.shape.model_shape import ModelShape
 
 HalfName = Literal["attention", "mlp"]
@@ -62,7 +62,21 @@ class LayerWalk:
             self.live.briefly(input_size)
 
     def _weights(self, group: str) -> int:
-        return 0 if group in self.plan.cached else self.sizes.weights[group]
+        """Return the bytes of dequantised weights. DoRA makes its own, under dropout beside them."""
+        size = self.sizes.weights[group]
+        if self.plan.has_gains(group):
+            return self._parameter_bytes(group) + (size if self.dropout and group not in self.plan.cached else 0)
+        return 0 if group in self.plan.cached else size
+
+    def _parameter_bytes(self, group: str) -> int:
+        return self.sizes.element * group_parameters(self.shape)[group]
+
+    def _along_weights(self, group: str) -> None:
+        """Walk DoRA's gradient of the magnitudes: the weights again, and two blocks of a product with them in fp32."""
+        if self.plan.has_gains(group):
+            features = self.shape.projections()
+            width = max(features[name][1] for name in self.shape.groups[group])
+            self.live.briefly(self._parameter_bytes(group) + 2 * 4 * MAGNITUDE_ROWS * width)
 
     def _forward_needs(self, group: str, input_size: int) -> int:
         """Return the bytes that x W^T needs for a moment: dequantised weights, or the codes of both operands."""
@@ -84,6 +98,7 @@ class LayerWalk:
     ) -> None:
         with self.live.holding(self.plan.ranks[group] * self.sizes.low):
             self._dropped(group, input_size)
+            self._along_weights(group)
             self.live.hold(f"grads.{group}", 4 * self.plan.adapter[group])
             with self.live.holding(0 if weights_are_there else self._backward_needs(group, output_size), WEIGHTS):
                 self.live.hold(dx, input_size)

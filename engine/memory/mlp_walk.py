@@ -116,5 +116,6 @@ class MlpWalk(LayerWalk):
                 live.hold("dhidden", s.f)
             self._dropped("down", s.f)
             self._low("down", s.f)
+            self._along_weights("down")
             live.hold("grads.down", 4 * self.plan.adapter["down"])
             live.drop("dhidden")

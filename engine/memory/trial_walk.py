@@ -78,7 +78,7 @@ class TrialWalk:
         live.hold("adapter", (4 + 4 + self.element) * number, "adapter")  # parameter, gradient, copy for the matmuls
         live.hold("frozen half", 2 * number if self.config.lora.halves > 1 else 0, "adapter")  # what weight decay must not change
         live.hold("average", 0 if self.config.optim.ema_horizon is None else 4 * number, "running average")
-        num_states, blocks = 1 if self.config.optim.is_lion else 2, math.ceil(number / 256)
+        num_states, blocks = self.config.optim.num_states, math.ceil(number / 256)
         states = num_states * (number + 4 * blocks if self._has_8bit_optimizer() else 4 * number)
         live.hold("optimizer", states, "optimizer")
 
@@ -122,11 +122,11 @@ class TrialWalk:
     def step_optimizer(self) -> None:
         """Walk the optimizer step.
 
-        torch's AdamW makes one temporary of the parameters' size; bitsandbytes' optimizers make none.
+        torch's AdamW makes one temporary of the parameters' size, Muon up to four; bitsandbytes' make none.
         """
         self.live.enter("optimizer step")
         number = num_trained(self.config, self.shape, self.plans)
-        self.live.briefly(4 * number if self.config.optim.name == "adamw" else 0)
+        self.live.briefly({"adamw": 4, "muon": 16}.get(self.config.optim.name, 0) * number)
 
     def beside_recordings(self) -> int:
         """Return the bytes that come on top of the peak because recordings keep theirs to themselves.

@@ -34,6 +34,7 @@ EAGER_BYTES = (60, 110)
 # operations walk over chunks: a backward pass launches this many times what a forward pass does. An
 # estimate.
 MIXER_PASSES, MIXER_BACKWARD = (2.0, 4.0), 2.5
+ALONG_BYTES = 18  # a weight's own gradient in fp32, its product with the weight and their sum; an estimate
 
 
 @dataclass
@@ -153,6 +154,8 @@ def _add_matmul(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, i
         work.nf4_bytes += PLAIN_BYTES * step.parameters[group]
     if not plan.ranks[group]:
         return
+    if plan.dora and group != MIXER:
+        _add_gains(work, step.parameters[group], plan, step, is_backward)
     inputs, outputs = _io(group, step)
     passes = 2 if is_backward else 1
     work.thin += 2 * passes * step.tokens * plan.adapter[group]
@@ -160,6 +163,22 @@ def _add_matmul(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, i
         work.adapter_bytes += 2 * outputs + inputs + (0 if group == "down" else 2 * inputs)
     else:
         work.adapter_bytes += inputs + (0 if group == "gate_up" else 2 * outputs)
+
+
+def _add_gains(work: LayerWork, number: int, plan: LayerPlan, step: StepShape, is_backward: bool) -> None:
+    """Add what DoRA does with the weights of one group.
+
+    They get their gains at each use; under dropout that is a product of its own. The magnitudes'
+    gradient takes one more product, and walks over a matrix of the weights' size in fp32.
+    """
+    again = PLAIN_BYTES if step.is_packed else 0.0
+    work.nf4_bytes += 4 * number
+    if plan.drops:
+        work.matmul += 2 * step.tokens * number
+        work.nf4_bytes += again * number
+    if is_backward:
+        work.matmul += 2 * step.tokens * number
+        work.nf4_bytes += (again + ALONG_BYTES) * number
 
 
 def _add_product(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, is_backward: bool = False) -> None:

@@ -55,6 +55,8 @@ MIXER_HOST_MS, CHUNK_HOST_MS = 10.5, 0.5
 UNFUSED_PASSES = 5
 # Bytes moved a trained value: norm, clipping, 8-bit AdamW, cast and zeroing; adding a gradient.
 OPTIMIZER_BYTES, ACCUMULATE_BYTES = 38, 12
+# Bytes moved a frozen weight for the lengths of DoRA's rows, once a step: dequantised, and read. An estimate.
+LENGTH_BYTES = 4.6
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,9 @@ def predict_speed(
     adapter_bytes = number * (ACCUMULATE_BYTES + OPTIMIZER_BYTES * steps_share)
     width = shape.hidden_size
     parts["optimizer"] = rates.gaps.at(width) * adapter_bytes / (rates.norm_gb_s.at(width) * 1e6)
+    if config.lora.use_dora:  # once a step, the lengths of the rows of W + B A
+        weights = sum(sum(group_parameters(one).values()) for one in shape.each)
+        parts["optimizer"] += steps_share * LENGTH_BYTES * weights / (rates.nf4_gb_s.at(width) * 1e6)
     host_ms = sum(_host_ms(plan, one, config, rates, fused) for plan, one in zip(plans, shape.each))
     host_ms += CHUNK_HOST_MS * chunks * rates.unfused_host_ms / UNFUSED_HOST_MS
     parts["waiting for the host"] = max(0.0, host_ms - parts.total())

@@ -49,6 +49,9 @@ copies."""
 FLASH_HEAD = 256
 """Flash attention takes heads of up to this many features; wider ones go to our own kernels."""
 
+MAGNITUDE_ROWS = 2048
+"""Rows of a weight's own gradient that DoRA makes at once, of which only the magnitudes' gradients stay."""
+
 SCORE_BLOCK, SCORE_BYTES, SCORE_HEAD = 128, 288 * 2**20, 129
 """Our attention's backward pass stores the scores of heads of at least SCORE_HEAD features, of as many
 heads at once as SCORE_BYTES hold. Narrower heads make them again, which is less work than the memory

@@ -32,6 +32,7 @@ class LayerPlan:
     - needs_dx: True if a layer below is trained.
     - needs_dinput: True if what makes the layer's own embedding of a token is trained.
     - matmul: how it multiplies by its frozen weights.
+    - dora: True if adapted weights have gains. drops: True if their inputs have dropout.
     """
 
     policy: Policy
@@ -42,6 +43,11 @@ class LayerPlan:
     needs_dx: bool
     needs_dinput: bool = False
     matmul: Matmul = Matmul.BF16
+    dora: bool = False
+    drops: bool = False
+
+    def has_gains(self, group: str) -> bool:
+        return self.dora and self.ranks[group] > 0
 
 
 def is_fused(config: TrainConfig, shape: ModelShape) -> bool:
@@ -113,15 +119,17 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
     cached = _cached(config, shape)
     plans, counts = [], (loop.keep_layers, loop.host_layers) if is_fused(config, shape) else (0, 0)
     policies = layer_policies(shape.num_layers, Policy.of(loop.activation_checkpointing), *counts)
+    variant = config.lora.use_dora, config.lora.lora_dropout > 0.0
     halves, pattern = config.lora.halves, config.lora.rank_pattern
     held = tuple((key, halves * rank) for key, rank in pattern.items())
     ranks_by_layer = _ranks(halves * config.lora.rank, held, shape)
     for i, (names, one) in enumerate(zip(adapted, shape.each)):
         rank_of = ranks_by_layer[i]
-        sizes = {name: rank_of[name] * sum(features) for name, features in one.projections().items()}
+        lengths = {name: features[0] if config.lora.use_dora else 0 for name, features in one.projections().items()}
+        sizes = {name: lengths[name] + rank_of[name] * sum(features) for name, features in one.projections().items()}
         ranks = {group: sum(rank_of[n] for n in members if n in names) for group, members in one.groups.items()}
         adapter = {group: sum(sizes[n] for n in members if n in names) for group, members in one.groups.items()}
-        plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, i > first, outside, config.matmul))
+        plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, i > first, outside, config.matmul, *variant))
     return plans
 
 
@@ -146,7 +154,9 @@ def adapted_outside(config: TrainConfig, shape: ModelShape) -> dict[str, tuple[i
 def num_trained(config: TrainConfig, shape: ModelShape, plans: list[LayerPlan]) -> int:
     """Return the number of values in the adapter. PiSSA's frozen ones are held and stepped like the trained ones."""
     lora, found = config.lora, adapted_outside(config, shape)
-    outside = lora.halves * sum(pattern_value(lora.rank_pattern, f"model.{name}", lora.rank) * sum(found[name]) for name in found)
+    lengths = sum(out for out, _ in found.values()) if lora.use_dora else 0
+    ranks = {name: lora.halves * pattern_value(lora.rank_pattern, f"model.{name}", lora.rank) for name in found}
+    outside = lengths + sum(ranks[name] * sum(found[name]) for name in found)
     return outside + sum(sum(plan.adapter.values()) for plan in plans)
 
 

@@ -148,7 +148,7 @@ class _Run:
             self.task = TaskMetrics.of(config, base, eval_view)
         self.passes = Passes(config, base, layers, self.train_view, samples)
         self.adapter = self.passes.adapter
-        self.optimizer = make_optimizer(self.adapter.parameter, config.optim, self.adapter.num_a)
+        self.optimizer = make_optimizer(self.adapter.parameter, config.optim, self.adapter.num_a, self.adapter.shapes)
         self.average = RunningAverage(self.adapter, config.optim.ema_horizon)
         tensors = Tensors(layers, self.optimizer, self.average.values)
         loaded = checkpoint.load(trial_folder, fingerprint := config.fingerprint(), tensors)

@@ -214,7 +214,7 @@ def build(config: TrainConfig, shape: ModelShape, tokens: int) -> list[Layer]:
                 int8.keep(*(one for one in ("forward", "backward") if kept_name(group, one) in plan.cached))
             groups[group] = ProjectionGroup.of([modules[name] for name in names], torch.bfloat16, cached, int8)
         adapters = [] if mixer is None else mixer.adapters
-        adapters += [p for module in modules.values() for p in (module.lora_a, module.lora_b)]
+        adapters += [p for module in modules.values() for p in module.trained]
         call = Call(spec, plan.policy, groups, table, table, documents, stash, mixer=mixer)
         layers.append(Layer(call, adapters, one.source, inputs))
     return layers
@@ -263,7 +263,9 @@ def _linear(out_features: int, in_features: int, config: LoraConfig) -> LoraLine
     # FlatAdapter keeps such a copy
     lora.casts = tuple(p.detach().to(torch.bfloat16) for p in (lora.lora_a, lora.lora_b))
     lora.noise = torch.zeros(2, dtype=torch.int64)
-    for p in (lora.lora_a, lora.lora_b):
+    if config.use_dora:
+        lora.gain = lora.norm = torch.empty(out_features, device="meta")
+    for p in lora.trained:
         p.grad = torch.empty_like(p)
     return lora.train()
 
@@ -277,6 +279,7 @@ def counted(layers: list[Layer], shape: ModelShape, tokens: int) -> int:
             storages.ignore(one.inputs)
             groups = one.call.groups.values()
             storages.ignore(*(t for g in groups for pair in g.adapters for t in pair))
+            storages.ignore(*(one.gain for g in groups for one in g.dora if one is not None))
             storages.ignore(*(g.cached for g in groups if g.cached is not None))
             storages.ignore(*(kept.codes_NK for g in groups if g.int8 for kept in g.int8.kept.values()))
         stash = layers[0].call.stash
@@ -378,6 +381,20 @@ def test_the_walk_around_a_library_s_mixer_is_an_upper_estimate(policy: str, cha
     config = config_of(policy, **changes)
     measured = counted(build(config, shape, 4096), shape, 4096)
     assert 0.997 * measured <= walked(config, shape, 4096)[0] <= 1.15 * measured
+
+
+@pytest.mark.parametrize(("family", "policy", "tokens", "changes"), [
+    *[(family, policy, 4096, {}) for family in ("llama", "gemma3") for policy in POLICIES],
+    ("llama", "recompute", 20480, {}), ("llama", "keep", 4096, {"lora_dropout": 0.1}),
+    ("llama", "recompute", 20480, {"lora_dropout": 0.1}),
+    ("llama", "keep", 4096, {"train": {"weight_cache_gib": 0.005}}), ("llama", "offload", 4096, {"train": {"host_layers": 3}}),
+])  # fmt: skip
+@pytest.mark.usefixtures("device_kernels")
+def test_the_walk_with_dora_is_an_upper_estimate(family: str, policy: str, tokens: int, changes: dict[str, Any]) -> None:
+    shape = ModelShape.of(FAMILIES[family], family)
+    config = config_of(policy, use_dora=True, **changes)
+    measured = counted(build(config, shape, tokens), shape, tokens)
+    assert 0.997 * measured <= walked(config, shape, tokens)[0] <= 1.25 * measured
 
 
 @pytest.mark.usefixtures("device_kernels")

@@ -87,9 +87,40 @@ def test_lion_takes_the_published_step():
     assert ((weight.detach() - theta).abs() < 1e-6).float().mean() > 0.999  # a sum near 0 may round to either sign
 
 
+@pytest.mark.parametrize("ratio", [1.0, 4.0])
+def test_muon_takes_the_steps_of_torch_s_on_matrices_and_of_adamw_on_the_rest(tiny_config, ratio):
+    optim = {"name": "muon", "loraplus_lr_ratio": ratio, "weight_decay": 0.1, "beta1": 0.95}
+    config = build(tiny_config, optim=optim).optim
+    shapes = [torch.Size(shape) for shape in ((4, 24), (4, 24), (4, 9), (16, 4), (16, 4), (3, 4))]
+    generator, num_a = torch.Generator().manual_seed(0), 4 * 24 * 2 + 4 * 9
+    first = [torch.randn(shape, generator=generator) for shape in shapes] + [torch.rand(19, generator=generator) + 1]
+    parameter = torch.nn.Parameter(torch.cat([one.flatten() for one in first]))
+    ours = make_optimizer(parameter, config, num_a, shapes)
+    theirs = [torch.nn.Parameter(one.clone()) for one in first]
+    same = {"weight_decay": 0.1, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+    a, b = (torch.optim.Muon(part, **same) for part in (theirs[:3], theirs[3:6]))
+    rest = torch.optim.AdamW(theirs[6:], weight_decay=0.1, betas=(0.95, config.beta2), eps=config.eps)
+    for step in range(6):
+        gradients = [torch.randn(one.shape, generator=generator) * 10.0 ** (step - 3) for one in first]
+        parameter.grad = torch.cat([one.flatten() for one in gradients])
+        for one, gradient in zip(theirs, gradients, strict=True):
+            one.grad = gradient
+        rate = 1e-2 / (1 + step)
+        set_learning_rate(ours, rate)
+        set_learning_rate(a, rate)
+        for optimizer in (b, rest):
+            set_learning_rate(optimizer, rate * ratio)
+        for optimizer in (ours, a, b, rest):
+            optimizer.step()
+    expected = torch.cat([one.detach().flatten() for one in theirs])
+    torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=3e-4)  # bfloat16 inside, in another order
+    assert (expected - torch.cat([one.flatten() for one in first])).abs().max() > 0.01
+
+
 @pytest.mark.parametrize(
     "optim",
-    [{"name": "lion"}, {"name": "lion_8bit"}, {"loraplus_lr_ratio": 8.0}, {"name": "adamw_8bit", "loraplus_lr_ratio": 8.0}],
+    [{"name": "muon"}, {"name": "lion"}, {"name": "lion_8bit"}, {"loraplus_lr_ratio": 8.0},
+     {"name": "adamw_8bit", "loraplus_lr_ratio": 8.0}],
 )
 def test_a_stopped_trial_goes_on_with_the_same_numbers(tiny_config, tmp_path, base, optim):
     config = build(tiny_config, optim={**optim, "lr_schedule": "wsd", "decay_ratio": 0.5})
