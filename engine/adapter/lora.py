@@ -84,14 +84,14 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.drop(x) if self.dropout else x
-        low_rank = self.scaling * F.linear(F.linear(u, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
-        y = self.base(x)
+        low_rank = F.linear(F.linear(u, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
         if self.magnitude is None:
-            return y + low_rank
+            return self.base(x) + self.scaling * low_rank
+        y = self.base(x)
         gain = (self.magnitude / self.pass_gain()[1]).to(x.dtype)
         scaled = y if u is x else self.base(u)
         scaled = scaled if self.bias is None else scaled - self.bias.to(x.dtype)
-        return y + (gain - 1) * scaled + gain * low_rank
+        return y + (gain - 1) * scaled + (self.scaling * gain) * low_rank
 
     @property
     def trained(self) -> tuple[nn.Parameter, ...]:

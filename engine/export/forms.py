@@ -60,7 +60,7 @@ def export(
     adapter = read_adapter(folder)
     model, config = read_origin(folder, adapter, config=config, trust_remote_code=trust_remote_code)
     if adapter.magnitudes and form == "gguf-adapter":
-        raise InputError("--to", form, "llama.cpp loads plain LoRA alone, and this is DoRA; or: gguf-merged, merged, peft")
+        raise InputError("adapter", form, "llama.cpp loads plain LoRA alone, and this is DoRA; or: gguf-merged, merged, peft")
     if form.startswith("gguf"):
         architecture(model_config(model))  # refuse an unknown architecture before any long work
     results: list[Measured | None] = []
