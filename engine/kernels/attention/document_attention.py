@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.attention.attention_tiles import TINY, AttentionTiles, Tile, choose_tiles
-from engine.kernels.attention.stored_scores import stored_backward
 from engine.kernels.attention.tile_parts import LN_2, LOG2_E, capped_logits, key_blocks, load_rows, query_blocks, store_rows
+from engine.kernels.attention.stored_scores import stored_backward
 from engine.shape.compute_limits import heads_with_stored_scores
 
 LOWEST = tl.constexpr(-1e30)  # a maximum before the first key; -inf would make -inf - (-inf)
