@@ -80,7 +80,7 @@ def test_stored_scores_give_what_scores_made_again_do(window, longest, monkeypat
     spans = ops.document_spans(offsets, 70, window)
     given = dout, *tensors, *ops.attention(*tensors, spans, 0.3, 3.0), spans, 0.3, 3.0
     at_once = ops.attention_backward(*given)
-    monkeypatch.setattr(compute_limits, "SCORE_BYTES", 8 * compute_limits.score_cells(70, longest))  # two heads of four
+    monkeypatch.setattr(compute_limits, "SCORE_BYTES", 1 + 8 * compute_limits.score_cells(70, longest) // 70)  # two heads of four
     in_parts = ops.attention_backward(*given, longest)
     monkeypatch.setattr(compute_limits, "SCORE_BYTES", 0)
     again = ops.attention_backward(*given)
