@@ -34,7 +34,7 @@ from .strategies import STRATEGIES, Setting
 from .synthetic import FAMILIES, make_content
 from .table import HALVING, OURS, PEERS, comparison, print_tables
 
-KEEP = 0.75
+KEEP, FREE = 0.75, (0.0, 0.0)
 PORTION = 5  # replays that a process does before it takes others
 CLAIMED_SLOTS, CLAIMED_COST = (1, 4), 8  # of what is claimed
 
@@ -49,14 +49,22 @@ class Job(NamedTuple):
     replays: range
 
 
-def replay(task: Task, name: str, num_slots: int, costs: Sequence[float], seed: int, keep: float = KEEP) -> list[Regret]:
-    """Return the regret at each cost, ascending, of one replay. keep: share of the table that it searches."""
+def replay(
+    task: Task,
+    name: str,
+    num_slots: int,
+    costs: Sequence[float],
+    seed: int,
+    keep: float = KEEP,
+    setup: tuple[float, float] = FREE,
+) -> list[Regret]:
+    """Return the regret at each cost, ascending, of one replay. keep: share of the table that it searches. setup: see Clock."""
     task = task.part(keep, seed)
     strategy, judge, seeds = STRATEGIES[name], Judge(task), shown_seeds(task, seed)
     found: list[Regret] = []
     for part in [tuple(costs)] if strategy.is_anytime else [(cost,) for cost in costs]:
-        clock = Clock(task, seeds, num_slots, seed)
-        side = strategy.make(Setting(task, seed, num_slots, part[-1], lambda clock=clock: clock.now))
+        clock = Clock(task, seeds, num_slots, seed, setup)
+        side = strategy.make(Setting(task, seed, num_slots, part[-1], lambda clock=clock: clock.now, setup[0]))
         found += [judge.regret(choice, seeds) for choice in clock.run(side, part)]
     return found
 
@@ -67,13 +75,13 @@ def shown_seeds(task: Task, seed: int) -> list[int]:
 
 
 def run(tasks: Sequence[Task], jobs: Sequence[Job], num_processes: int, keep: float = KEEP,
-        seconds: float = math.inf) -> Iterator[Portion]:  # fmt: skip
+        seconds: float = math.inf, setup: tuple[float, float] = FREE) -> Iterator[Portion]:  # fmt: skip
     """Do the jobs and yield each one's regrets as it ends.
 
-    keep: share of the table. seconds: no job begins later.
+    keep: share of the table. seconds: no job begins later. setup: see Clock.
     """
     ends = time.monotonic() + seconds
-    with multiprocessing.get_context("fork").Pool(num_processes, _begin, (tasks, keep, ends)) as pool:
+    with multiprocessing.get_context("fork").Pool(num_processes, _begin, (tasks, keep, ends, setup)) as pool:
         yield from (portion for portion in pool.imap_unordered(_do, jobs) if portion is not None)
 
 
@@ -108,12 +116,12 @@ def _urgency(job: Job) -> tuple[bool, bool]:
 
 
 _tasks: dict[str, Task] = {}
-_keep, _ends = KEEP, math.inf
+_keep, _ends, _setup = KEEP, math.inf, FREE
 
 
-def _begin(tasks: Sequence[Task], keep: float, ends: float) -> None:
-    global _tasks, _keep, _ends
-    _tasks, _keep, _ends = {task.name: task for task in tasks}, keep, ends
+def _begin(tasks: Sequence[Task], keep: float, ends: float, setup: tuple[float, float]) -> None:
+    global _tasks, _keep, _ends, _setup
+    _tasks, _keep, _ends, _setup = {task.name: task for task in tasks}, keep, ends, setup
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
@@ -122,7 +130,7 @@ def _do(job: Job) -> Portion | None:
     if time.monotonic() > _ends:
         return None
     begun = time.process_time()
-    found = [replay(_tasks[job.task], job.strategy, job.num_slots, job.costs, seed, _keep) for seed in job.replays]
+    found = [replay(_tasks[job.task], job.strategy, job.num_slots, job.costs, seed, _keep, _setup) for seed in job.replays]
     seen, judged = ([[getattr(one[at], name) for one in found] for at in range(len(job.costs))] for name in ("seen", "judged"))
     return Portion(
         job.task, job.strategy, job.num_slots, job.costs, job.replays.start, seen, judged, round(time.process_time() - begun, 3)
@@ -140,6 +148,8 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=KEEP, help="share of the table that each replay searches")
     parser.add_argument("--slots", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--costs", type=float, nargs="+", default=[2, 4, 8, 16], help="in full trials")
+    parser.add_argument("--setup", type=float, nargs=2, default=FREE, metavar=("BEGIN", "THAW"),
+                        help="full trials that it costs to begin a trial, and to go on with one that left its slot")  # fmt: skip
     parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES))
     parser.add_argument("--measure", default="seen", choices=["seen", "judged"], help="which regret the tables show")
     parser.add_argument("--processes", type=int, default=2)
@@ -152,14 +162,14 @@ def main() -> None:
     if not tasks:
         parser.error("no task: give --curves or --synthetic")
     jobs = make_jobs([task.name for task in tasks], options.strategies, options.slots, options.costs, options.replays)
-    what = about(options.keep, options.schedule, options.adapter, {task.name: len(task.points) for task in tasks})
+    what = about(options.keep, options.schedule, options.adapter, {task.name: len(task.points) for task in tasks}, options.setup)
     try:
         file = ResultFile(options.json, what)
     except ValueError as error:
         parser.error(str(error))
     portions = list(file.known)
     left = undone(jobs, portions)
-    for portion in run(tasks, left, options.processes, options.keep, options.seconds) if left else ():
+    for portion in run(tasks, left, options.processes, options.keep, options.seconds, tuple(options.setup)) if left else ():
         file.add(portion)
         portions.append(portion)
     print(f"{len(jobs) - len(undone(jobs, portions))} of {len(jobs)} portions are done")

@@ -63,9 +63,11 @@ class ResultFile:
             file.write(json.dumps(line) + "\n")
 
 
-def about(keep: float, schedule: str, adapter: str, tasks: dict[str, int]) -> dict[str, Any]:
+def about(keep: float, schedule: str, adapter: str, tasks: dict[str, int], setup: Sequence[float]) -> dict[str, Any]:
     """Return what replays must have in common to be compared, and the version of what was replayed."""
-    return {"keep": keep, "schedule": schedule, "adapter": adapter, "tasks": tasks, "version": version()}
+    return {
+        "keep": keep, "schedule": schedule, "adapter": adapter, "tasks": tasks, "setup": list(setup), "version": version(),
+    }  # fmt: skip
 
 
 def version() -> str:
@@ -110,6 +112,7 @@ def read_rows(files: Sequence[Path], order: Sequence[str]) -> list[dict[str, Any
     first = None
     for file in files:
         what, portions = read_portions(file)
+        what = {"setup": [0.0, 0.0], **what}
         what.pop("version", None)
         first = first or what
         if what != first:

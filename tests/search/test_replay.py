@@ -233,3 +233,23 @@ def test_random_searchers_of_ray_and_of_the_product_draw_the_same_configs(made):
     side = ProductSide(made, {"sampler": {"name": "random"}, "pruner": {"name": "none"}, "sweep": {"seed": 3}}, 6, 9, lambda: 0.0)
     searcher = RandomSearcher(made, 3)
     assert [side.next_trial().point for _ in range(6)] == [made.nearest(searcher.propose()) for _ in range(6)]
+
+
+def test_setting_up_a_trial_costs_what_the_clock_is_told(made):
+    task = table(*[(1.0 - 0.1 * i, 0.9 - 0.1 * i) for i in range(4)])
+    for begin, cost, last in ((0.0, 1.9, 0), (0.0, 2.0, 1), (0.5, 2.9, 0), (0.5, 3.0, 1)):
+        choice = Clock(task, [0] * 4, 1, 0, (begin, 0.0)).run(RayAshaSide(task, InOrder(task), 2.5), [cost])[0]
+        assert choice.point == last, (begin, cost)
+    assert looks_and_finishers(4, 1 / 8, 112, begin=0.125) == (9, 2)  # 4 - 2 * 0.875, a quarter of a trial each
+
+
+def test_a_search_that_knows_its_price_begins_fewer_trials(made):
+    begun = {}
+    for begin in (0.0, 0.25):
+        clock = Clock(made, [0] * 24, 1, 0, (begin, 0.0))
+        side = STRATEGIES["freeze_thaw"].make(Setting(made, 0, 1, 4.0, lambda clock=clock: clock.now, begin))
+        clock.run(side, [4.0])
+        begun[begin] = len(side._records)
+        finished = [record for record in side._records.values() if record.outcome is Outcome.COMPLETE]
+        assert finished and clock.cost <= 4.0 + 1e-9
+    assert begun[0.25] < begun[0.0] and 0.25 * begun[0.25] + 1.0 <= 4.0
