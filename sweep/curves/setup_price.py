@@ -31,13 +31,14 @@ class SetupPrice:
     begin: int = 0
     thaw: int = 0
 
-    def tokens_left(self, tokens: int, num_begun: int, to_finish_one: int) -> int:
-        """Return what is left for training when the trials that have begun are paid for.
+    def tokens_left(self, tokens: int, num_begun: int, num_thawed: int, to_finish_one: int) -> int:
+        """Return what is left for training when the set-ups of these trials are paid for.
 
-        tokens: left of the limit. to_finish_one: what would finish a trial, 0 if one is finished.
-        That stays, since a sweep without a finished trial is worth little.
+        tokens: left of the limit. num_thawed: trials that went on after a look. to_finish_one: what
+        would finish a trial, 0 if one is finished. That stays, since a sweep without a finished trial
+        is worth little.
         """
-        return max(tokens - self.begin * num_begun, min(tokens, to_finish_one), 0)
+        return max(tokens - self.begin * num_begun - self.thaw * num_thawed, min(tokens, to_finish_one), 0)
 
 
 FREE = SetupPrice()

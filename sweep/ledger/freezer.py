@@ -105,7 +105,7 @@ class Freezer:
             decision = self._policy.decide(Situation(
                 trials=self._curves,
                 candidates=self._untried(),
-                tokens_left=setup.tokens_left(left, self._quota.num_started, self._to_finish_one()),
+                tokens_left=self._paid(setup, left),
                 num_slots=self._limits.num_slots,
                 num_startable=max(self._quota.num_trials - self._quota.num_started, 0),
                 setup=setup,
@@ -127,11 +127,13 @@ class Freezer:
                 kept.keep(self._setup)
         return self._setup or FREE
 
-    def _to_finish_one(self) -> int:
-        """Return the fewest tokens that finish a trial of this sweep, 0 if one is finished."""
+    def _paid(self, setup: SetupPrice, left: int) -> int:
+        """Return the tokens that are left after set-ups. No record counts thaws: a trial of several rungs had one."""
         own = [curve for curve in self._curves.values() if not curve.is_earlier]
         rungs = [len(curve.losses) for curve in own if curve.stand is not Stand.OVER or curve.outcome is Outcome.COMPLETE]
-        return self._limits.tokens_at(self._limits.num_rungs) - self._limits.tokens_at(max(rungs, default=0))
+        to_finish_one = self._limits.tokens_at(self._limits.num_rungs) - self._limits.tokens_at(max(rungs, default=0))
+        num_thawed = sum(len(curve.losses) > 1 for curve in own)
+        return setup.tokens_left(left, self._quota.num_started, num_thawed, to_finish_one)
 
     def _untried(self) -> Points:
         """Return the points of which a new trial takes one."""

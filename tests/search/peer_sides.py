@@ -134,7 +134,7 @@ class OneLookSide:
     """
 
     def __init__(self, task: Task, searcher: Searcher, cost: float, look: float, begin: float = 0.0) -> None:
-        """cost: in full trials. look: share of a trial's tokens; the first rung at or above it. begin: see Setting."""
+        """cost: in full trials. look: share of a trial's tokens; the first rung at or above it. begin: see Clock."""
         self._recorded = Recorded(task, searcher)
         self._rung = next(rung for rung, tokens in enumerate(task.grid, 1) if tokens >= look * task.grid[-1] * (1 - 1e-9))
         share = task.grid[self._rung - 1] / task.grid[-1]
@@ -174,7 +174,7 @@ class OneLookSide:
 
 
 def looks_and_finishers(cost: float, share: float, num_points: int, begin: float = 0.0) -> tuple[int, int]:
-    """Return n and k. share: of a trial's tokens, up to the look. num_points: the most looks. begin: see Setting."""
+    """Return n and k. share: of a trial's tokens, up to the look. num_points: the most looks. begin: see Clock."""
     look = share + begin
     if share >= 1.0:
         return min(num_points, math.floor(cost / look + 1e-9)), 0

@@ -64,7 +64,7 @@ def replay(
     found: list[Regret] = []
     for part in [tuple(costs)] if strategy.is_anytime else [(cost,) for cost in costs]:
         clock = Clock(task, seeds, num_slots, seed, setup)
-        side = strategy.make(Setting(task, seed, num_slots, part[-1], lambda clock=clock: clock.now, setup[0]))
+        side = strategy.make(Setting(task, seed, num_slots, part[-1], lambda clock=clock: clock.now, setup))
         found += [judge.regret(choice, seeds) for choice in clock.run(side, part)]
     return found
 

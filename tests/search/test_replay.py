@@ -247,7 +247,7 @@ def test_a_search_that_knows_its_price_begins_fewer_trials(made):
     begun = {}
     for begin in (0.0, 0.25):
         clock = Clock(made, [0] * 24, 1, 0, (begin, 0.0))
-        side = STRATEGIES["freeze_thaw"].make(Setting(made, 0, 1, 4.0, lambda clock=clock: clock.now, begin))
+        side = STRATEGIES["freeze_thaw"].make(Setting(made, 0, 1, 4.0, lambda clock=clock: clock.now, (begin, 0.0)))
         clock.run(side, [4.0])
         begun[begin] = len(side._records)
         finished = [record for record in side._records.values() if record.outcome is Outcome.COMPLETE]

@@ -54,6 +54,7 @@ def test_a_kept_price_is_read_again():
 
 
 def test_set_ups_are_taken_off_the_tokens_but_one_trial_can_be_finished():
-    assert [SetupPrice(100).tokens_left(1000, count, 250) for count in (0, 3, 8, 50)] == [1000, 700, 250, 250]
-    assert SetupPrice(100).tokens_left(200, 50, 250) == 200 and SetupPrice(100).tokens_left(1000, 50, 0) == 0
-    assert FREE.tokens_left(-5, 3, 250) == 0
+    assert [SetupPrice(100).tokens_left(1000, count, 2, 250) for count in (0, 3, 8, 50)] == [1000, 700, 250, 250]
+    assert SetupPrice(100, 50).tokens_left(1000, 3, 2, 250) == 600
+    assert SetupPrice(100).tokens_left(200, 50, 0, 250) == 200 and SetupPrice(100).tokens_left(1000, 50, 0, 0) == 0
+    assert FREE.tokens_left(-5, 3, 0, 250) == 0
