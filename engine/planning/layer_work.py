@@ -83,9 +83,17 @@ def forward_work(plan: LayerPlan, step: StepShape) -> LayerWork:
         _add_matmul(work, group, plan, step)
     s = step.sizes
     work.plain_bytes = 4 * s.x + 3 * s.x + 2 * s.x * _norms_after(step.shape)
-    work.activation_bytes = s.gate_up + s.f
+    _add_activation(work, plan, s.gate_up + s.f)
     _add_first_half(work, step)
     return work
+
+
+def _add_activation(work: LayerWork, plan: LayerPlan, num_bytes: int) -> None:
+    """Add what the gated activation moves. Without low-rank terms, which products in INT8 have added, it is as fast as a norm."""
+    if plan.matmul.is_int8_forward:
+        work.plain_bytes += num_bytes
+    else:
+        work.activation_bytes += num_bytes
 
 
 def _add_first_half(work: LayerWork, step: StepShape) -> None:
@@ -111,7 +119,7 @@ def backward_work(plan: LayerPlan, step: StepShape) -> LayerWork:
     norms = 2 * s.x + 4 * s.x + 4 * s.x + 4 * s.x * _norms_after(shape)
     norms += 4 * s.x if shape.layer.multiplier else 0
     work.plain_bytes = norms
-    work.activation_bytes = 2 * (s.gate_up + s.f)
+    _add_activation(work, plan, 2 * (s.gate_up + s.f))
     if shape.mixer is not None:
         _add_mixer(work, step, MIXER_PASSES[1], MIXER_BACKWARD)
         if plan.policy not in (Policy.KEEP, Policy.SELECTIVE):
@@ -139,14 +147,15 @@ def _with_mlp_again(work: LayerWork, plan: LayerPlan, step: StepShape) -> LayerW
         work.nf4_bytes += PLAIN_BYTES * step.parameters["gate_up"] if is_extra else 0.0  # the gradient reads codes
         if not step.is_fused or step.shape.layer.mlp.after:
             _add_matmul(work, "down", plan, step)
-            work.activation_bytes += s.gate_up + s.f
+            _add_activation(work, plan, s.gate_up + s.f)
     return work
 
 
 def _add_matmul(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, is_backward: bool = False) -> None:
     """Add the matmuls of one group with its adapters.
 
-    The activation kernels add the low-rank terms of gate, up and the down projection's gradient.
+    Products in INT8 add the low-rank terms themselves. Else the activation kernels add those of gate,
+    up and the down projection's gradient.
     """
     _add_product(work, group, plan, step, is_backward)
     if step.is_packed and group not in plan.cached and not _is_int8(plan, is_backward):
@@ -156,10 +165,11 @@ def _add_matmul(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, i
     inputs, outputs = _io(group, step)
     passes = 2 if is_backward else 1
     work.thin += 2 * passes * step.tokens * plan.adapter[group]
+    is_added = _is_int8(plan, is_backward) or group == ("down" if is_backward else "gate_up")
     if is_backward:
-        work.adapter_bytes += 2 * outputs + inputs + (0 if group == "down" else 2 * inputs)
+        work.adapter_bytes += 2 * outputs + inputs + (0 if is_added else 2 * inputs)
     else:
-        work.adapter_bytes += inputs + (0 if group == "gate_up" else 2 * outputs)
+        work.adapter_bytes += inputs + (0 if is_added else 2 * outputs)
 
 
 def _add_product(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, is_backward: bool = False) -> None:

@@ -212,11 +212,13 @@ class Graphs:
         """Return a padded row whose lengths on the host hold for every row of its size.
 
         Attention on CUDA asks whether the row is a plain batch, and else only for the longest sample,
-        so an upper bound serves all rows. The CPU needs the lengths themselves.
+        so an upper bound serves all rows. A mixer would take whole samples' lengths from the host. The
+        CPU needs the lengths themselves.
         """
         if self._base.device.type == "cpu":
             return row
-        return replace(row, document_lengths=size.lengths if size.whole else (self._longest, 0))
+        is_plain = size.whole and not self._base.has_mixers
+        return replace(row, document_lengths=size.lengths if is_plain else (self._longest, 0))
 
     def _warm_up(self, size: Size) -> None:
         """Compute an empty row, so that kernels are compiled and libraries loaded. It adds zeros to the gradient."""

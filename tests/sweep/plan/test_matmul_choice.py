@@ -20,7 +20,8 @@ from tests.support.calibrated import SHAPES
 SHAPE = SHAPES["llama-3.1-8b"]
 CONFIG = {
     "model": {"path": "m"}, "data": {"train": "t", "max_seq_length": 2048},
-    "train": {"max_tokens": 10**6, "matmul": "auto", "tokens_per_step": 16384},
+    "train": {"max_tokens": 10**6, "matmul": "auto", "micro_batch_size": 1, "activation_checkpointing": False, "keep_layers": 0,
+              "host_layers": 0, "weight_cache_gib": 0.0, "cuda_graphs": True},
     "sweep": {"num_trials": 2, "seed": 0}, "space": {"lora.rank": {"choices": [8, 64]}},
 }  # fmt: skip
 
