@@ -60,7 +60,7 @@ class Base:
 
     def shares_rows(self, longest: int) -> bool:
         """Return True if samples of up to `longest` tokens may share a row without changing a loss."""
-        return self.route.shares_rows and not _rotates_by_row(self.model.config.get_text_config(), longest)
+        return self.route.shares_rows and not rotates_by_row(self.model.config.get_text_config(), longest)
 
     def pads_rows(self, longest: int) -> bool:
         """Return True if filler may follow the samples of a row, and the device alone knows where samples begin.
@@ -197,7 +197,7 @@ def _boundaries(batch: Batch) -> dict[str, Any]:
     return cuts | {"seq_idx": sample_T.unsqueeze(0)}
 
 
-def _rotates_by_row(config: Any, longest: int) -> bool:
+def rotates_by_row(config: Any, longest: int) -> bool:
     """Return True if the longest sample of a row decides how all of them are rotated."""
     for kind in _rotations(config):
         original = kind.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
