@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.adapter.token_rows import TokenHead
 from engine.config.matmul import Matmul
 from engine.config.trial import ModelConfig
 from engine.data.packing import Batch
@@ -185,7 +186,8 @@ class Base:
         scaling = getattr(config, "logits_scaling", None) or 1.0
         divided = scaling if config.model_type == "hyperclovax" else 1.0 / scaling  # Granite and others divide by it
         scale = getattr(config, "logit_scale", None) or divided
-        return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+        own = layer.own_rows if isinstance(layer, TokenHead) else None
+        return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None), own)
 
 
 def _boundaries(batch: Batch) -> dict[str, Any]:
