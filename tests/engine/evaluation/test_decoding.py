@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from engine.adapter.lora import attach, detach
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
 from engine.data.packing import Sample, collate
 from engine.evaluation import decoding
 from engine.evaluation.decoding import Decoding, generate, original_layers
@@ -145,6 +147,23 @@ def test_a_pass_is_recorded_once_for_a_batch_and_read_again_from_the_same_places
     assert 0 < recorded.made < recorded.replays
     monkeypatch.setattr(decoding, "recorder", lambda base: broken)  # a model whose code waits for the device
     assert generate(base, prompts, STOPS, Decoding(24)) == right
+
+
+@pytest.mark.gpu
+def test_a_recorded_pass_gives_the_answers_of_one_that_is_not_and_leaves_no_memory(tmp_path, prompts, monkeypatch):
+    folder, card = save_family(tmp_path / "model", "gemma3_text"), torch.device("cuda")
+    values = {"model": {"path": str(folder)}, "data": {"train": "unused"}, "lora": {"rank": 4}, "train": {"max_tokens": 8}}
+    config = parse(TrainConfig, {**values, "train": {"max_tokens": 8, "num_reports": 1}})
+    base, made = load_base(config.model, card), []
+    attach(base.model, base.linear_names, config.lora, 0)
+    generate(base, prompts, STOPS, Decoding(24))
+    before = torch.cuda.memory_allocated()
+    recorder = decoding.recorder
+    monkeypatch.setattr(decoding, "recorder", lambda base: lambda compute: made.append(1) or recorder(base)(compute))
+    recorded = generate(base, prompts, STOPS, Decoding(24))
+    assert made and torch.cuda.memory_allocated() == before
+    monkeypatch.setattr(decoding, "recorder", lambda base: None)
+    assert generate(base, prompts, STOPS, Decoding(24)) == recorded
 
 
 @pytest.mark.parametrize("adapted", ["llama", "lfm2"], indirect=True)
