@@ -14,6 +14,7 @@ import torch
 
 from engine.adapter.origin import is_same_base
 from engine.adapter.start import check_start, read_start
+from engine.adapter.token_rows import check_rows_of
 from engine.command_answers import EVALUATION, TRAINING, DataAccount, Facts, PreparedFacts, VisibleCard
 from engine.config.targets import layer_ranks, resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
@@ -53,11 +54,12 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         if key not in models:
             models[key] = inspect_model(config.model), load_tokenizer(config.model)
         facts, tokenizer = models[key]
+        num_rows = len(check_rows_of(tokenizer, config.model.train_tokens, facts.num_rows)) * facts.row_values
         features = facts.features
         targets = resolve_targets(list(features), config.lora.target_modules)
         ranks = layer_ranks(config.lora, targets)
         notes += _check_start(config, ranks, features)
-        num_trainable.append(sum(rank * sum(features[name]) for name, rank in ranks.items()))
+        num_trainable.append(num_rows + sum(rank * sum(features[name]) for name, rank in ranks.items()))
         data_key = key + repr(config.data)
         if data_key not in accounts:
             *both, accounts[data_key] = account_data(config.data, tokenizer)

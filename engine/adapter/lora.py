@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.adapter.token_rows import SUFFIX, TokenRows, begin_rows
 from engine.config.targets import layer_ranks, resolve_targets
 from engine.config.trial import LoraConfig
 from engine.errors import InputError
@@ -76,6 +77,10 @@ class LoraLinear(nn.Module):
         low_rank = F.linear(F.linear(u, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
         return self.base(x) + self.scaling * low_rank
 
+    def parameters_of(self) -> tuple[nn.Parameter, ...]:
+        """Return what is trained: A, then B."""
+        return self.lora_a, self.lora_b
+
     def drop(self, x: Tensor) -> Tensor:
         if self.masks_of_pass and self.training:
             return _Dropout.apply(x, self.noise, TILES * self.number)
@@ -119,7 +124,7 @@ class _Dropout(torch.autograd.Function):
 
 
 def attach(model: nn.Module, linear_names: list[str], config: LoraConfig, seed: int) -> dict[str, LoraLinear]:
-    """Attach a new adapter to `model` and return layer name -> LoraLinear.
+    """Attach a new adapter to `model` and return layer name -> LoraLinear, and the trained tokens' modules behind them.
 
     Each layer draws A from its own seeded stream on the CPU. It therefore starts the same on every
     device and with any other target layers.
@@ -131,27 +136,35 @@ def attach(model: nn.Module, linear_names: list[str], config: LoraConfig, seed: 
         layers[name] = LoraLinear(_frozen(model, name), config, generator, number, rank)
     for name, layer in layers.items():
         _replace(model, name, layer)
+    layers |= begin_rows(model)
     return layers
 
 
 def detach(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
     """Remove the adapter, which leaves the base model as it was before `attach`."""
     for name, layer in layers.items():
-        _replace(model, name, layer.base)
+        if isinstance(layer, TokenRows):
+            layer.end()
+        else:
+            _replace(model, name, layer.base)
 
 
 def trainable_parameters(layers: dict[str, LoraLinear]) -> list[nn.Parameter]:
-    """Return A and B of every layer, in the order of the layers."""
-    return [p for layer in layers.values() for p in (layer.lora_a, layer.lora_b)]
+    """Return A and B of every layer, in the order of the layers, then the rows of trained tokens."""
+    return [p for layer in layers.values() for p in layer.parameters_of()]
 
 
 def adapter_state(layers: dict[str, LoraLinear]) -> dict[str, Tensor]:
     """Return the fp32 tensors by name.
 
-    The names are `<layer>.lora_A.weight` [R, D] and `<layer>.lora_B.weight` [O, R].
+    The names are `<layer>.lora_A.weight` [R, D] and `<layer>.lora_B.weight` [O, R], and PEFT's for
+    the rows of trained tokens.
     """
     state: dict[str, Tensor] = {}
     for name, layer in layers.items():
+        if isinstance(layer, TokenRows):
+            state[f"{name}.{SUFFIX}"] = layer.rows.detach()
+            continue
         state[f"{name}.lora_A.weight"] = layer.lora_a.detach()
         state[f"{name}.lora_B.weight"] = layer.lora_b.detach()
     return state

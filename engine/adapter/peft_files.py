@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine.adapter.lora import LoraLinear, host_arrays, load_adapter_state
+from engine.adapter.token_rows import token_indices
 from engine.config.targets import layer_ranks
 from engine.config.trial import TRAIN_CONFIG, LoraConfig, TrainConfig, load_train_config
 from engine.errors import InputError, first_line
@@ -50,8 +51,10 @@ def export_adapter(
             (target / WEIGHTS).write_bytes(adapter_bytes(layers))
         else:
             link_or_copy(weights, target / WEIGHTS)
-        values = peft_config(config, list(layers), [name for name, _ in model.named_modules()])
+        adapted = [name for name, layer in layers.items() if isinstance(layer, LoraLinear)]
+        values = peft_config(config, adapted, [name for name, _ in model.named_modules()])
         values |= _class_of(model)
+        values |= {"trainable_token_indices": indices} if (indices := token_indices(layers)) else {}
         (target / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
         for name, content in _tokenizer_files(tokenizer, target).items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)

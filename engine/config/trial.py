@@ -21,6 +21,7 @@ from engine.config.matmul import Matmul, MatmulSetting
 from engine.config.metrics_section import FINALISTS, MetricsConfig
 from engine.config.optim_section import OptimConfig
 from engine.config.parsing import Fraction, ListAsTuple, PositiveInt, StrictModel, load_json, parse
+from engine.config.possible import check_matmul, check_train_tokens
 from engine.errors import InputError
 
 ALL_LINEAR = "all-linear"
@@ -51,6 +52,9 @@ class ModelConfig(StrictModel):
     )
     embeddings: Literal["auto", "device", "host"] = Field(
         "auto", description="host: the input embedding stays in pinned host memory; auto: host on CUDA, if large and not tied"
+    )
+    train_tokens: Annotated[tuple[str, ...], ListAsTuple] = Field(
+        (), max_length=256, description="tokens whose rows of embedding and head are trained too; new ones join the tokenizer"
     )
     trust_remote_code: bool = False
 
@@ -184,6 +188,7 @@ LATER: dict[str, dict[str, Any]] = {
         "eval_revision": None, "eval_files": None, "columns": {}, "bad_rows": "error", "overlong": "cut",
         "template_kwargs": None, "date": None, "turns": "all", "eval_weights": None, "eval_limits": {},
     },
+    "model": {"train_tokens": []},
     "lora": {"start_from": None, "rank_pattern": {}},
     "optim": {"ema_horizon": None, "loraplus_lr_ratio": 1.0, "decay_ratio": 0.2},
     "train": {"matmul": Matmul.BF16.value},
@@ -220,11 +225,9 @@ class TrainConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _matmul_is_possible(self) -> TrainConfig:
-        if self.matmul is not Matmul.BF16 and self.model.quantization != "nf4":
-            quantization = self.model.quantization
-            allowed = f"must be bf16 with model.quantization = {quantization}: INT8 codes are made of NF4 weights"
-            raise InputError("train.matmul", self.train.matmul, allowed)
+    def _settings_go_together(self) -> TrainConfig:
+        check_matmul(self)
+        check_train_tokens(self)
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,21 @@ def export(
     config: TrainConfig | None = None,
     measure: bool = True,
     trust_remote_code: bool = False,
+    rename_base: Callable[[str], str] = lambda base: base,
 ) -> Measured | None:
     """Write `folder`'s adapter in `form` to `out`, whole or not at all, and return the losses.
 
     config: the train config; None takes the one in or above `folder`. measure: False measures no
-    loss. trust_remote_code: allow the model's own code to run. InputError for an `out` that is not
-    empty and for a model or tokenizer that the form cannot hold.
+    loss. trust_remote_code: allow the model's own code to run. rename_base: returns the name that
+    the files give to the base model, from its folder or hub id; may raise. InputError for an `out`
+    that is not empty and for a model or tokenizer that the form cannot hold.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError("--out", str(out), "must be a new or empty folder")
     adapter = read_adapter(folder)
     model, config = read_origin(folder, adapter, config=config, trust_remote_code=trust_remote_code)
+    name = rename_base(adapter.base)
+    adapter = replace(adapter, base=name, peft_config=adapter.peft_config | {"base_model_name_or_path": name})
     if form.startswith("gguf"):
         architecture(model_config(model))  # refuse an unknown architecture before any long work
     results: list[Measured | None] = []

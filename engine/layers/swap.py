@@ -86,6 +86,7 @@ class FusedLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         document_lengths: tuple[int, ...],
         document_offsets: Tensor,
+        document_cache: Any = None,
         position_ids: Tensor | None = None,
         shared_kv_states: MutableMapping[str, tuple[Tensor, Tensor]] | None = None,
         **__: Any,
@@ -103,7 +104,7 @@ class FusedLayer(nn.Module):
             {name: ProjectionGroup.of(ls, dtype, self.weight_cache.get(name), int8.get(name)) for name, ls in groups.items()},
             cos_TR,
             sin_TR,
-            Documents(document_lengths, document_offsets),
+            Documents(document_lengths, document_offsets, document_cache),
             self.stash,
             self._query_factors(position_ids, document_lengths),
         )

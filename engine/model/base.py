@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.adapter.token_rows import TokenHead
 from engine.config.matmul import Matmul
 from engine.config.trial import ModelConfig
 from engine.data.packing import Batch
@@ -60,7 +61,7 @@ class Base:
 
     def shares_rows(self, longest: int) -> bool:
         """Return True if samples of up to `longest` tokens may share a row without changing a loss."""
-        return self.route.shares_rows and not _rotates_by_row(self.model.config.get_text_config(), longest)
+        return self.route.shares_rows and not rotates_by_row(self.model.config.get_text_config(), longest)
 
     def pads_rows(self, longest: int) -> bool:
         """Return True if filler may follow the samples of a row, and the device alone knows where samples begin.
@@ -185,7 +186,8 @@ class Base:
         scaling = getattr(config, "logits_scaling", None) or 1.0
         divided = scaling if config.model_type == "hyperclovax" else 1.0 / scaling  # Granite and others divide by it
         scale = getattr(config, "logit_scale", None) or divided
-        return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+        own = layer.own_rows if isinstance(layer, TokenHead) else None
+        return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None), own)
 
 
 def _boundaries(batch: Batch) -> dict[str, Any]:
@@ -197,7 +199,7 @@ def _boundaries(batch: Batch) -> dict[str, Any]:
     return cuts | {"seq_idx": sample_T.unsqueeze(0)}
 
 
-def _rotates_by_row(config: Any, longest: int) -> bool:
+def rotates_by_row(config: Any, longest: int) -> bool:
     """Return True if the longest sample of a row decides how all of them are rotated."""
     for kind in _rotations(config):
         original = kind.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from engine.adapter.token_rows import add_tokens
+from engine.config.possible import TRAIN_TOKENS
 from engine.config.trial import ModelConfig
 from engine.dialogue.encoding import REVISION
 from engine.errors import InputError
@@ -59,12 +61,24 @@ def _as_installed(shape: ModelShape, config: ModelConfig) -> ModelShape:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """Load the model's tokenizer. Raises InputError if transformers cannot."""
+    """Load the model's tokenizer, with the tokens of `model.train_tokens`. Raises InputError if transformers cannot."""
     from transformers import AutoTokenizer
 
     tokenizer = from_pretrained(AutoTokenizer, config, locate(config))
     setattr(tokenizer, REVISION, config.revision)
+    add_tokens(tokenizer, config.train_tokens)
     return tokenizer
+
+
+def check_route(config: ModelConfig, route: Route, found: Any) -> None:
+    """Raise InputError if a model with this transformers config cannot have trained tokens."""
+    if not config.train_tokens:
+        return
+    tokens = list(config.train_tokens)
+    if found.get_text_config() is not found:
+        raise InputError(TRAIN_TOKENS, tokens, "must be empty for a model that reads more than text")
+    if not route.head_loss:
+        raise InputError(TRAIN_TOKENS, tokens, "must be empty for a model whose losses are made of its own logits")
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,8 @@ class ModelFacts:
     """Hold what is known about a model without its weights.
 
     features: layer name -> (out, in) of each layer that an adapter may target. swaps: which layers
-    run fused. num_rows: tokens with a row in the embedding and in the head. num_positions: the longest sample that the
+    run fused. num_rows: tokens with a row in the embedding and in the head. row_values: values of
+    such a row, both tables together unless they are one. num_positions: the longest sample that the
     model was made for, if it says so. rotary: True if it can compute longer ones. notes: what the
     user should know, one line each.
     """
@@ -81,6 +96,7 @@ class ModelFacts:
     swaps: SwapReport
     route: Route
     num_rows: int
+    row_values: int = 0
     num_positions: int | None = None
     rotary: bool = True
     notes: tuple[str, ...] = ()
@@ -103,6 +119,7 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
         raise InputError("model.path", config.path, NO_LINEAR)
     num_rows = num_tokens(model)
     verdict = verdict_of(config)
+    check_route(config, verdict.route, model.config)
     features = {n: (m.out_features, m.in_features) for n, m in linears.items() if verdict.adapts(n)}
     if not features:
         raise InputError("model.path", config.path, "; ".join([NO_LINEAR, *_notes(model, linears, verdict)]))
@@ -115,7 +132,8 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
         are = "is" if len(unused) == 1 else "are"
         what = f"{counted(len(unused), 'tensor')} of the folder {are} not part of this model"
         notes += (f"{what}, as transformers loads it: {_some(unused)}",)
-    return ModelFacts(features, swaps, verdict.route, num_rows, positions, rotary, notes)
+    row_values = model.get_input_embeddings().weight.shape[1] * (1 if getattr(text, "tie_word_embeddings", False) else 2)
+    return ModelFacts(features, swaps, verdict.route, num_rows, row_values, positions, rotary, notes)
 
 
 def checked_skeleton(config: ModelConfig) -> tuple[nn.Module, list[str]]:

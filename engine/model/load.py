@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from engine.adapter.token_rows import install
 from engine.config.parsing import load_json
 from engine.config.trial import ModelConfig
 from engine.errors import InputError
@@ -24,7 +25,7 @@ from engine.model.base import Base
 from engine.model.comparison import num_tokens, text_samples
 from engine.model.device import pick_dtype
 from engine.model.guard import MADE_WITH, NO_LINEAR
-from engine.model.inspect import checked_skeleton, load_tokenizer, swaps_of, unquantised_names
+from engine.model.inspect import check_route, checked_skeleton, load_tokenizer, swaps_of, unquantised_names
 from engine.model.loaded_check import CHECKS, KnownChecks, check_loaded, loaded_losses
 from engine.model.pretrained import from_pretrained, model_factory, read_config, release_towers, require_tensors, text_attention
 from engine.model.route import ModelVerdict, Route, pattern_of
@@ -99,6 +100,9 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
         base = check_loaded(base, theirs)
         checks.passed(base)
     base.lasting[CHECKS] = checks
+    if config.train_tokens:
+        check_route(config, base.route, model.config)
+        install(model, tokenizer, config.train_tokens, device)
     return base
 
 

@@ -109,7 +109,8 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
     ):
         raise ValueError("predictions need a config with nothing left auto: call make_compute_plan first")
     adapted, outside = adapted_projections(config, shape), bool(adapted_outside(config, shape))
-    first = 0 if outside else next(i for i, names in enumerate(adapted) if names)
+    rows = bool(config.model.train_tokens)  # the embedding's rows take a gradient through all layers
+    first = 0 if outside or rows else next(i for i, names in enumerate(adapted) if names)
     cached = _cached(config, shape)
     plans, counts = [], (loop.keep_layers, loop.host_layers) if is_fused(config, shape) else (0, 0)
     policies = layer_policies(shape.num_layers, Policy.of(loop.activation_checkpointing), *counts)
@@ -119,7 +120,7 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
         sizes = {name: rank_of[name] * sum(features) for name, features in one.projections().items()}
         ranks = {group: sum(rank_of[n] for n in members if n in names) for group, members in one.groups.items()}
         adapter = {group: sum(sizes[n] for n in members if n in names) for group, members in one.groups.items()}
-        plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, i > first, outside, config.matmul))
+        plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, i > first or rows, outside, config.matmul))
     return plans
 
 
@@ -145,7 +146,8 @@ def num_trained(config: TrainConfig, shape: ModelShape, plans: list[LayerPlan]) 
     """Return the number of trained values."""
     lora, found = config.lora, adapted_outside(config, shape)
     outside = sum(pattern_value(lora.rank_pattern, f"model.{name}", lora.rank) * sum(found[name]) for name in found)
-    return outside + sum(sum(plan.adapter.values()) for plan in plans)
+    tokens = len(config.model.train_tokens) * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+    return outside + tokens + sum(sum(plan.adapter.values()) for plan in plans)
 
 
 def kept_name(group: str, form: str) -> str:

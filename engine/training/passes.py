@@ -185,7 +185,7 @@ class Passes:
 
     def _baked(self) -> Hashable:
         """Return what a recording holds as numbers: nothing, unless adapted layers run unfused."""
-        if not self._base.runs_outside_layers(list(self._layers.values())):
+        if not self._base.runs_outside_layers([one for one in self._layers.values() if isinstance(one, LoraLinear)]):
             return ()
         return self._config.lora.scaling, self._config.lora.lora_dropout
 

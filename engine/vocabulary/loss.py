@@ -32,7 +32,8 @@ def linear_cross_entropy(h_ND: Tensor, labels_N: Tensor, head: Head, rows: Tenso
     rows, and may contain some labelled IGNORE. Pass it if you know it: finding the rows here makes
     the host wait for the device.
     """
-    return _LinearCrossEntropy.apply(h_ND, labels_N, head, rows)
+    own = None if head.own_rows is None else head.own_rows[1]
+    return _LinearCrossEntropy.apply(h_ND, labels_N, head, rows, own)
 
 
 @torch.no_grad()
@@ -58,26 +59,29 @@ def linear_cross_entropy_reference(h_ND: Tensor, labels_N: Tensor, head: Head) -
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, labels_N: Tensor, head: Head, rows_M: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, h_ND: Tensor, labels_N: Tensor, head: Head, rows_M: Tensor | None, own_rows: Tensor | None
+    ) -> Tensor:
         if rows_M is None:
             rows_M = (labels_N != IGNORE).nonzero().squeeze(1)
         grad_ND = None
+        drows = torch.zeros_like(own_rows) if own_rows is not None and own_rows.requires_grad else None
         if h_ND.requires_grad:
             grad_ND = torch.empty_like(h_ND) if rows_M.shape[0] == h_ND.shape[0] else torch.zeros_like(h_ND)
         total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
         for _, chunk in _chunks(h_ND, head, rows_M):
-            loss_C, grad_CD = _chunk(h_ND[chunk], labels_N[chunk], head, grad_ND is not None)
+            loss_C, grad_CD = _chunk(h_ND[chunk], labels_N[chunk], head, grad_ND is not None, drows)
             total += loss_C.sum()
             if grad_ND is not None:
                 grad_ND[chunk] = grad_CD
-        ctx.save_for_backward(grad_ND)
+        ctx.save_for_backward(grad_ND, drows)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad_ND,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_ND, drows = ctx.saved_tensors
         # Not in place, because this runs again with retain_graph.
-        return grad_ND * grad.to(grad_ND.dtype), None, None, None
+        return grad_ND * grad.to(grad_ND.dtype), None, None, None, None if drows is None else drows * grad
 
 
 def _chunks(h_ND: Tensor, head: Head, rows_M: Tensor) -> Iterator[tuple[slice, slice | Tensor]]:
@@ -89,11 +93,15 @@ def _chunks(h_ND: Tensor, head: Head, rows_M: Tensor) -> Iterator[tuple[slice, s
         yield part, part if every_row else rows_M[part]  # a slice is a view: nothing is gathered
 
 
-def _chunk(h_CD: Tensor, labels_C: Tensor, head: Head, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+def _chunk(
+    h_CD: Tensor, labels_C: Tensor, head: Head, needs_grad: bool, drows_ND: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Return the losses of a chunk and, if asked, d loss / d h = d loss / d logits @ W.
+
+    drows_ND: fp32, to which the gradient of the head's trained rows is added.
 
     The chunk's logits are free when this returns.
     """
     logits_CV = head.logits(h_CD)
     loss_C = ops.cross_entropy_(logits_CV, labels_C, head.scale, head.softcap, needs_grad)
-    return loss_C, logits_CV @ head.weight_VD.to(h_CD.dtype) if needs_grad else None
+    return loss_C, head.input_gradient(logits_CV, h_CD, drows_ND) if needs_grad else None

@@ -7,6 +7,7 @@ from engine.config.metrics_section import MetricsConfig
 INCOMPARABLE = {
     "model.path": "base models with other tokenizers would be scored on other tokens",
     "model.revision": "base models with other tokenizers would be scored on other tokens",
+    "model.train_tokens": "trials would be scored on other tokens",
     "data.train": "trials would learn from different data",
     "data.train_split": "trials would learn from different data",
     "data.train_max_samples": "trials would learn from different data",
