@@ -78,3 +78,8 @@ def test_a_base_that_is_not_nf4_stays_in_its_dtype():
     config = parse_sweep_config({**CONFIG, "model": {"path": "m", "quantization": "none"}})
     plan = make_sweep_plan(config, lambda cluster: Hardware(2, 1))
     assert chosen(card("rtx4090", 3.0), plan=plan).mode is Matmul.BF16
+
+
+def test_rows_of_trained_tokens_keep_auto_at_bf16():
+    base = {"model": {"train_tokens": ["<tool>"], "quantization": "nf4"}}
+    assert choose_matmul(None, base, None).mode is Matmul.BF16
