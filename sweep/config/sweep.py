@@ -200,7 +200,7 @@ def parse_sweep_config(data: Any) -> SweepConfig:
     _check_objectives(config)
     config.base()
     if config.sampler.name in ONE_OBJECTIVE and len(config.sweep.objectives) > 1:
-        allowed = "takes one objective; with several in sweep.objectives use tpe, gp, nsga2, random or grid"
+        allowed = "takes one objective; with several in sweep.objectives use sampler=tpe, gp, nsga2, random or grid"
         raise InputError("sampler.name", config.sampler.name, allowed)
     if config.sweep.choose_within and len(config.sweep.objectives) == 1:
         allowed = f"must be 0 if {config.chosen_by} is the only objective"
@@ -225,10 +225,11 @@ def _check_objectives(config: SweepConfig) -> None:
     if config.metrics.at == FINALISTS and not set(config.metrics.names).isdisjoint(names):
         raise InputError("metrics.at", FINALISTS, "must be last, every or rungs if a metric is in sweep.objectives")
     if chosen_by != EVAL_LOSS and config.pauses_trials:
-        allowed = f"predicts curves of eval_loss; with {chosen_by} in sweep.objectives use tpe, gp, nsga2, cmaes, random or grid"
+        others = "sampler=tpe, gp, nsga2, cmaes, random or grid"
+        allowed = f"predicts curves of eval_loss; with {chosen_by} in sweep.objectives use {others}"
         raise InputError("sampler.name", config.sampler.name, allowed)
     if config.data.eval_limits and config.sampler.name in UNLIMITED:
-        allowed = "does not learn from data.eval_limits; use tpe, gp or nsga2, or random or grid, which learn nothing"
+        allowed = "does not learn from data.eval_limits; use sampler=tpe, gp or nsga2, or random or grid, which learn nothing"
         raise InputError("sampler.name", config.sampler.name, allowed)
     if chosen_by == EVAL_LOSS and config.sweep.budget.target_metric is not None:
         allowed = "needs a metric in sweep.objectives; of eval_loss it is sweep.budget.target_loss"
