@@ -26,6 +26,7 @@ from engine.errors import InputError
 from engine.evaluation.task_metrics import check_metrics
 from engine.model.device import host_share_gib
 from engine.model.inspect import ModelFacts, inspect_model, known_shape, load_tokenizer
+from engine.preference.trial_pairs import ONE_SAMPLE
 from engine.sources.identity import variant
 from engine.sources.locate import locate
 from engine.system.command_line import tell
@@ -68,6 +69,8 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
             digests |= _identify(config, configs[0], tokenizer, views, first_views)
             days.append(printed_day(tokenizer, config.data))
             notes += _check_tokens(config, facts, tokenizer, views)
+            if config.learns_pairs and not facts.route.shares_rows:
+                raise InputError("data.format", config.data.format, ONE_SAMPLE)
             if config.metrics.names:
                 task = task or _check_task(config, facts, tokenizer, views[1])
     training, *others = next(iter(accounts.values()))

@@ -184,7 +184,7 @@ def _steps(base: Base, layers: dict[str, LoraLinear], config: TrainConfig, plan:
     for step in range(STEPS):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        _, num_tokens, _ = passes.gradients(cursor.take(config.bins_per_step), step)
+        num_tokens = passes.gradients(cursor.take(config.bins_per_step), step).num_tokens
         nn.utils.clip_grad_norm_(adapter.parameter, 1.0)
         optimizer.step()
         adapter.refresh()

@@ -32,6 +32,8 @@ from engine.model.base import Base
 from engine.model.device import free, pick_device
 from engine.model.inspect import load_tokenizer, model_config
 from engine.model.load import load_base
+from engine.preference.trial_pairs import judged
+from engine.sample_losses import SampleLosses
 from engine.sources.locate import locate
 from engine.system.command_line import tell
 from engine.system.files import write_folder
@@ -138,23 +140,24 @@ def _measure(config: TrainConfig, adapter: Adapter, merged: Path | None) -> Meas
     base = load_base(config.model, device)
     training, evaluation = load_data(config.data, base.tokenizer)
     samples = evaluation_batches(base, evaluation, config.data.eval_max_seq_length)
-    base_loss, adapter_loss = evaluate(base, samples).mean, _adapter_loss(base, adapter, samples)
+    judge = judged(config, base, evaluation)
+    base_loss, adapter_loss = judge(evaluate(base, samples)).mean, judge(_adapter_losses(base, adapter, samples)).mean
     del base
     free(device)
     merged_loss = None
     if merged is not None:
         plain = config.model.model_copy(update={"path": str(merged), "revision": None, "quantization": "none"})
-        merged_loss = evaluate(load_base(plain, device), samples).mean
+        merged_loss = judge(evaluate(load_base(plain, device), samples)).mean
         free(device)
     targets = samples.num_targets
     return Measured(base_loss, adapter_loss, merged_loss, targets, training.digest(), evaluation.digest())
 
 
 @torch.no_grad()
-def _adapter_loss(base: Base, adapter: Adapter, samples: EvaluationSet) -> float:
+def _adapter_losses(base: Base, adapter: Adapter, samples: EvaluationSet) -> SampleLosses:
     layers = attach(base.model, base.linear_names, adapter.lora_config(), seed=0)
     try:
         load_adapter_state(layers, adapter.state(), "adapter")
-        return evaluate(base, samples).mean
+        return evaluate(base, samples)
     finally:
         detach(base.model, layers)

@@ -90,7 +90,7 @@ class TrialWalk:
 
     def train(self) -> None:
         """Walk forward pass, loss and backward pass of one micro-batch."""
-        tokens = self.config.train.micro_batch_size * self.config.data.max_seq_length
+        tokens = self.config.train.micro_batch_size * self.config.bin_tokens
         sizes = self._begin("forward", tokens, self.config.data.max_seq_length)
         live, last = self.live, self.shape.num_layers
         if self.is_fused:
@@ -138,8 +138,8 @@ class TrialWalk:
         return (STREAMS - 1) * MATMUL_WORKSPACES if self.is_fused else 0
 
     def evaluate(self) -> None:
-        """Walk one row without gradients; each layer leaves only its output."""
-        length = self.config.data.eval_max_seq_length
+        """Walk one row without gradients, of an evaluation or the reference; each layer leaves only its output."""
+        length = self.config.longest_evaluated
         tokens = max(length, EVALUATION_ROW_TOKENS)
         sizes = self._begin("evaluation", tokens, length)
         last = self.shape.num_layers - 1

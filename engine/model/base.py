@@ -32,7 +32,7 @@ from engine.quant.int8_weight import Int8Group
 from engine.shape.policies import Policy
 from engine.units import GIB
 from engine.vocabulary.head import Head
-from engine.vocabulary.loss import linear_cross_entropy, token_cross_entropy
+from engine.vocabulary.loss import linear_cross_entropy, token_cross_entropy, trained_token_cross_entropy
 
 
 @dataclass
@@ -97,6 +97,12 @@ class Base:
         if not self.route.head_loss:
             return self._token_losses_of_logits(batch).sum()
         return linear_cross_entropy(self.hidden_states(batch), batch.labels_T, self.head(), batch.target_rows)
+
+    def trained_target_losses(self, batch: Batch) -> Tensor:
+        """Return what `target_losses` returns, with its gradients, for a loss that weighs targets by itself."""
+        if not self.route.head_loss:
+            return self._token_losses_of_logits(batch)
+        return trained_token_cross_entropy(self.hidden_states(batch), batch.labels_T, self.head(), batch.target_rows)
 
     @torch.no_grad()
     def target_losses(self, batch: Batch) -> Tensor:

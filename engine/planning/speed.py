@@ -74,13 +74,13 @@ class SpeedPrediction:
 def predict_speed(
     config: TrainConfig, shape: ModelShape, card: Card, *, attention: Literal["flash", "cudnn"] = "flash"
 ) -> SpeedPrediction:
-    """Predict the time of one micro-batch of micro_batch_size x max_seq_length tokens.
+    """Predict the time of one micro-batch of micro_batch_size bins, each as long as it can be.
 
     Nothing in the config may be `auto`, or it raises ValueError.
     """
     plans, fused, packed = plan_layers(config, shape), is_fused(config, shape), config.model.quantization == "nf4"
     rates, length = rates_of(card), config.data.max_seq_length
-    tokens = config.train.micro_batch_size * length
+    tokens = config.train.micro_batch_size * config.bin_tokens
     documents = documents_of(tokens) if config.train.cuda_graphs is True and not shape.has_unrecordable_mixers else 0
     steps = {}
     for one in set(shape.each):

@@ -35,6 +35,8 @@ INCOMPARABLE = {
     "train.report_at_tokens": "trials would be judged at different rungs",
     "train.num_reports": "trials would be judged at different rungs",
     "train.device": "placement decides the device",
+    "preference.loss": "trials would be scored by different losses",
+    "preference.eval_beta": "trials would be scored by different losses",
 }
 INCOMPARABLE |= {f"metrics.{name}": "trials would be scored by other answers" for name in MetricsConfig.model_fields}
 UNSEARCHABLE = {path: f"{why}, so their losses do not compare" for path, why in INCOMPARABLE.items()} | {

@@ -46,8 +46,8 @@ def shape(experiment):
     return ModelShape.of(SHAPES[model], model)
 
 
-def test_every_experiment_but_three_for_a_cpu_is_one_for_24_gb_cards_and_is_tested_here():
-    assert groups()["experiment"] == sorted([*EXPERIMENTS, "extraction", "forgetting", "quickstart"])
+def test_every_experiment_but_four_for_a_cpu_is_one_for_24_gb_cards_and_is_tested_here():
+    assert groups()["experiment"] == sorted([*EXPERIMENTS, "extraction", "forgetting", "preferences", "quickstart"])
 
 
 def test_the_experiment_without_a_gpu_chooses_by_right_answers_and_fits_its_data():
