@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from engine.adapter.expert_lora import require_no_dropout
 from engine.adapter.origin import is_same_base
 from engine.adapter.start import check_start, read_start
 from engine.adapter.token_rows import check_rows_of
@@ -59,6 +60,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         features = facts.features
         targets = resolve_targets(list(features), config.lora.target_modules)
         ranks = layer_ranks(config.lora, targets)
+        require_no_dropout(config.lora, targets)
         notes += _check_start(config, ranks, features)
         num_trainable.append(num_rows + sum(rank * sum(features[name]) for name, rank in ranks.items()))
         data_key = key + repr(config.data)

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
-from engine.adapter.lora import LoraLinear
+from engine.adapter.lora import AnyLora
 from engine.adapter.token_rows import TokenRows
 from engine.kernels.ops import noise_of
 
@@ -20,7 +20,7 @@ class AdapterMemory:
     rate, and the recording serves it too.
     """
 
-    def __init__(self, layers: dict[str, LoraLinear], dtype: torch.dtype) -> None:
+    def __init__(self, layers: dict[str, AnyLora], dtype: torch.dtype) -> None:
         """Allocate memory for `layers`. dtype: the activations' dtype."""
         first = next(iter(layers.values()))
         device, size = first.lora_a.device, sum(p.numel() for layer in layers.values() for p in layer.parameters_of())
@@ -31,7 +31,7 @@ class AdapterMemory:
         self.noise = torch.zeros(2, dtype=torch.int64, device=device)
 
     @staticmethod
-    def key_of(layers: dict[str, LoraLinear], dtype: torch.dtype) -> tuple[object, ...]:
+    def key_of(layers: dict[str, AnyLora], dtype: torch.dtype) -> tuple[object, ...]:
         """Return what two adapters must share to fit into the same memory: layers, ranks, dtype, dropout or none."""
         drops = next(iter(layers.values())).dropout > 0.0  # one rate for all
         shapes = [(name, *(p.shape for p in layer.parameters_of()), drops) for name, layer in layers.items()]
@@ -54,7 +54,7 @@ class FlatAdapter:
     memory, and one matmul reads them as one matrix.
     """
 
-    def __init__(self, layers: dict[str, LoraLinear], dtype: torch.dtype, memory: AdapterMemory | None = None) -> None:
+    def __init__(self, layers: dict[str, AnyLora], dtype: torch.dtype, memory: AdapterMemory | None = None) -> None:
         """Move the parameters of `layers` into the flat one.
 
         dtype: the activations' dtype. memory: that of an earlier adapter of the same key, which
@@ -63,7 +63,7 @@ class FlatAdapter:
         self.memory = memory or AdapterMemory(layers, dtype)
         if self.memory.key != AdapterMemory.key_of(layers, dtype):
             raise ValueError("an adapter of another shape, dtype or device does not fit into this memory")
-        adapters = [layer for layer in layers.values() if isinstance(layer, LoraLinear)]
+        adapters = [layer for layer in layers.values() if not isinstance(layer, TokenRows)]
         rows = [layer.rows for layer in layers.values() if isinstance(layer, TokenRows)]
         parts = [layer.lora_a for layer in adapters] + rows + [layer.lora_b for layer in adapters]
         torch.cat([p.detach().flatten() for p in parts], out=self.memory.values)

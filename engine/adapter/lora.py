@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.adapter.expert_lora import LoraExperts, expert_weight, require_no_dropout, stored_path
 from engine.adapter.token_rows import SUFFIX, TokenRows, begin_rows
 from engine.config.targets import layer_ranks, resolve_targets
 from engine.config.trial import LoraConfig
@@ -64,6 +65,15 @@ class LoraLinear(nn.Module):
         return self.base.out_features
 
     @property
+    def rank(self) -> int:
+        return self.lora_a.shape[0]
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Return (out, in) features."""
+        return self.out_features, self.in_features
+
+    @property
     def weight(self) -> Tensor:
         """Return the frozen weight: some models read its device or dtype."""
         return self.base.weight
@@ -71,6 +81,10 @@ class LoraLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.base.bias
+
+    def gradient_of_b(self, weight_gradient_OD: Tensor) -> Tensor:
+        """Return the gradient of B [O, R] from that of a whole weight."""
+        return self.scaling * weight_gradient_OD @ self.lora_a.detach().T
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.drop(x) if self.dropout else x
@@ -123,54 +137,66 @@ class _Dropout(torch.autograd.Function):
         return ops.dropout(rows.contiguous(), ctx.noise, ctx.stream).view(dy.shape), None, None
 
 
-def attach(model: nn.Module, linear_names: list[str], config: LoraConfig, seed: int) -> dict[str, LoraLinear]:
-    """Attach a new adapter to `model` and return layer name -> LoraLinear, and the trained tokens' modules behind them.
+AnyLora = LoraLinear | LoraExperts
+
+
+def attach(model: nn.Module, linear_names: list[str], config: LoraConfig, seed: int) -> dict[str, AnyLora]:
+    """Attach a new adapter and return layer name -> LoraLinear, or LoraExperts for a weight of experts.
+
+    The trained tokens' modules come behind them.
 
     Each layer draws A from its own seeded stream on the CPU. It therefore starts the same on every
     device and with any other target layers.
     """
-    layers: dict[str, LoraLinear] = {}
+    layers: dict[str, AnyLora] = {}
     ranks = layer_ranks(config, resolve_targets(linear_names, config.target_modules))
+    require_no_dropout(config, list(ranks))
     for number, (name, rank) in enumerate(ranks.items()):
         generator = torch.Generator().manual_seed(_stream_seed(seed, name))
-        layers[name] = LoraLinear(_frozen(model, name), config, generator, number, rank)
+        if (found := expert_weight(model, name)) is not None:
+            layers[name] = LoraExperts(*found, config, generator, number, rank)
+        else:
+            layers[name] = LoraLinear(_frozen(model, name), config, generator, number, rank)
     for name, layer in layers.items():
-        _replace(model, name, layer)
+        _put(model, name, layer)
     layers |= begin_rows(model)
     return layers
 
 
-def detach(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
+def detach(model: nn.Module, layers: dict[str, AnyLora]) -> None:
     """Remove the adapter, which leaves the base model as it was before `attach`."""
     for name, layer in layers.items():
         if isinstance(layer, TokenRows):
             layer.end()
+        elif isinstance(layer, LoraExperts):
+            del layer.experts[0].adapters[layer.weight_name]
         else:
             _replace(model, name, layer.base)
 
 
-def trainable_parameters(layers: dict[str, LoraLinear]) -> list[nn.Parameter]:
+def trainable_parameters(layers: dict[str, AnyLora]) -> list[nn.Parameter]:
     """Return A and B of every layer, in the order of the layers, then the rows of trained tokens."""
     return [p for layer in layers.values() for p in layer.parameters_of()]
 
 
-def adapter_state(layers: dict[str, LoraLinear]) -> dict[str, Tensor]:
+def adapter_state(layers: dict[str, AnyLora]) -> dict[str, Tensor]:
     """Return the fp32 tensors by name.
 
-    The names are `<layer>.lora_A.weight` [R, D] and `<layer>.lora_B.weight` [O, R], and PEFT's for
-    the rows of trained tokens.
+    The names are `<layer>.lora_A.weight` [R, D] and `<layer>.lora_B.weight` [O, R]; those of experts
+    are as PEFT nests them. Rows of trained tokens have PEFT's names.
     """
     state: dict[str, Tensor] = {}
     for name, layer in layers.items():
         if isinstance(layer, TokenRows):
             state[f"{name}.{SUFFIX}"] = layer.rows.detach()
             continue
-        state[f"{name}.lora_A.weight"] = layer.lora_a.detach()
-        state[f"{name}.lora_B.weight"] = layer.lora_b.detach()
+        path = stored_path(name, set(layers)) if isinstance(layer, LoraExperts) else name
+        state[f"{path}.lora_A.weight"] = layer.lora_a.detach()
+        state[f"{path}.lora_B.weight"] = layer.lora_b.detach()
     return state
 
 
-def host_arrays(layers: dict[str, LoraLinear]) -> dict[str, np.ndarray]:
+def host_arrays(layers: dict[str, AnyLora]) -> dict[str, np.ndarray]:
     """Return `adapter_state` on the host. A flat adapter comes in one copy: one each took 40 ms for 420 tensors."""
     state = adapter_state(layers)
     first = next(iter(state.values()))
@@ -181,7 +207,7 @@ def host_arrays(layers: dict[str, LoraLinear]) -> dict[str, np.ndarray]:
     return {name: flat[start : start + shape.numel()].reshape(shape) for name, shape, start in parts}
 
 
-def load_adapter_state(layers: dict[str, LoraLinear], state: dict[str, Tensor], where: str) -> None:
+def load_adapter_state(layers: dict[str, AnyLora], state: dict[str, Tensor], where: str) -> None:
     """Copy `state` into `layers`. Raises InputError, naming `where`, if names or shapes differ."""
     own = adapter_state(layers)
     if own.keys() != state.keys():
@@ -202,6 +228,13 @@ def _frozen(model: nn.Module, name: str) -> FrozenLinear:
     if not isinstance(layer, FrozenLinear):
         raise RuntimeError(f"{name} is a {type(layer).__name__}; an adapter is still attached")
     return layer
+
+
+def _put(model: nn.Module, name: str, layer: AnyLora) -> None:
+    if isinstance(layer, LoraExperts):
+        layer.experts[0].adapters[layer.weight_name] = layer
+    else:
+        _replace(model, name, layer)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

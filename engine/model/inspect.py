@@ -23,12 +23,19 @@ from engine.model.library_layers import runs_unfused, with_library_bytes
 from engine.model.pretrained import from_pretrained, read_config, unused_tensors, without_weights
 from engine.model.route import ModelVerdict, Route, pattern_of
 from engine.model.skeleton import POSITIONS
-from engine.model.verdicts import model_parts, verdict_of
+from engine.model.verdicts import expert_features, model_parts, verdict_of
 from engine.quant.frozen_linear import is_known_linear
 from engine.shape.model_shape import ModelShape
 from engine.sources.locate import locate
-from engine.sources.quantized_folders import check_quantization, is_quantized
-from engine.sources.weight_files import check_generation_config, check_rows, check_unused, check_weights, tensor_shapes
+from engine.sources.quantized_folders import check_quantization, is_mxfp4, is_quantized, require_packed
+from engine.sources.weight_files import (
+    check_generation_config,
+    check_rows,
+    check_unused,
+    check_weights,
+    tensor_shapes,
+    unpacked_shapes,
+)
 from engine.units import counted
 
 INSTALL_LINEAR_ATTENTION = "pip install flash-linear-attention"
@@ -85,11 +92,11 @@ def check_route(config: ModelConfig, route: Route, found: Any) -> None:
 class ModelFacts:
     """Hold what is known about a model without its weights.
 
-    features: layer name -> (out, in) of each layer that an adapter may target. swaps: which layers
-    run fused. num_rows: tokens with a row in the embedding and in the head. row_values: values of
-    such a row, both tables together unless they are one. num_positions: the longest sample that the
-    model was made for, if it says so. rotary: True if it can compute longer ones. notes: what the
-    user should know, one line each.
+    features: layer name -> (out, in) of each layer that an adapter may target; of experts the sums
+    over all. swaps: which layers run fused. num_rows: tokens with a row in the embedding and in the
+    head. row_values: values of such a row, both tables together unless they are one. num_positions:
+    the longest sample that the model was made for, if it says so. rotary: True if it can compute
+    longer ones. notes: what the user should know, one line each.
     """
 
     features: dict[str, tuple[int, int]]
@@ -120,7 +127,9 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     num_rows = num_tokens(model)
     verdict = verdict_of(config)
     check_route(config, verdict.route, model.config)
+    require_packed(is_mxfp4(model.config.to_dict()), verdict.experts, config)
     features = {n: (m.out_features, m.in_features) for n, m in linears.items() if verdict.adapts(n)}
+    features |= expert_features(model, verdict)
     if not features:
         raise InputError("model.path", config.path, "; ".join([NO_LINEAR, *_notes(model, linears, verdict)]))
     swaps = swaps_of(model, config, survey, verdict)
@@ -151,7 +160,9 @@ def checked_skeleton(config: ModelConfig) -> tuple[nn.Module, list[str]]:
         return model, []
     check_rows(folder, model.get_input_embeddings().weight.shape[0], config.path)
     check_generation_config(folder, config.path)
-    shapes = tensor_shapes(folder, config.path, is_quantized(found.to_dict()))
+    is_unpacked = is_mxfp4(found.to_dict())
+    shapes = tensor_shapes(folder, config.path, is_quantized(found.to_dict()) and not is_unpacked)
+    shapes = unpacked_shapes(shapes) if is_unpacked else shapes
     unused = unused_tensors(model, shapes, config)
     check_unused(unused, config.path)
     return model, unused
@@ -184,7 +195,12 @@ def _notes(model: nn.Module, linears: dict[str, nn.Linear], verdict: ModelVerdic
         yield f"{counted(len(others), 'layer')} {stay}, in 16 bits and without adapters: {_some(others)}"
     plain = (module for module in model.modules() if not isinstance(module, nn.Conv1d))
     stacked = sum(p.numel() for module in plain for p in module.parameters(recurse=False) if p.dim() >= 3)
-    if stacked:
+    if stacked and verdict.experts:
+        share = stacked / sum(p.numel() for p in model.parameters())
+        adapted = "lora.target_modules=[all-linear,experts] adapts them too, all-linear does not, as in PEFT"
+        yield f"{share:.0%} of the weights are experts, in NF4: {adapted}"
+        yield "the router stays in 16 bits and frozen, and its auxiliary loss is off, as in PEFT"
+    elif stacked:
         share = stacked / sum(p.numel() for p in model.parameters())
         yield f"{share:.0%} of the weights are experts or others of 3 dimensions: they stay in 16 bits, without adapters"
     if needs := next((fault for fault in verdict.faults if "told where samples begin" in fault and "Install" in fault), None):

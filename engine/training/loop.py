@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from engine.adapter.lora import LoraLinear, detach
+from engine.adapter.lora import AnyLora, detach
 from engine.adapter.running_average import RunningAverage
 from engine.adapter.start import attach_started
 from engine.config.trial import TrainConfig
@@ -80,7 +80,7 @@ def train(
         resident = base or load_base(config.model, device)
     if not resident.matches(config.model, device):
         raise ValueError("base must match config.model and the device of config.train")
-    layers: dict[str, LoraLinear] = {}
+    layers: dict[str, AnyLora] = {}
     budget = config.train.memory_budget_gib if device.type == "cuda" else None
     try:
         if budget is not None:
@@ -104,7 +104,7 @@ def train(
             limit_memory(math.inf, device)
 
 
-def _begun(config: TrainConfig, trial_folder: Path, base: Base, layers: dict[str, LoraLinear], *others: Any) -> _Run:
+def _begun(config: TrainConfig, trial_folder: Path, base: Base, layers: dict[str, AnyLora], *others: Any) -> _Run:
     """Attach the adapter, and return the trial. If there is no room, earlier trials' recordings make way."""
 
     def begin() -> _Run:
@@ -130,7 +130,7 @@ class _Run:
         config: TrainConfig,
         trial_folder: Path,
         base: Base,
-        layers: dict[str, LoraLinear],
+        layers: dict[str, AnyLora],
         interrupted: Callable[[], bool],
         pace: Pace | None,
         times: RungTimes,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.adapter.flat import FlatAdapter
-from engine.adapter.lora import LoraLinear
+from engine.adapter.lora import AnyLora
+from engine.adapter.token_rows import TokenRows
 from engine.config.preference_section import IN_A_PAIR
 from engine.config.trial import TrainConfig
 from engine.data.packing import Batch, Cursor, collate, rows_of
@@ -56,7 +57,7 @@ class Passes:
     """
 
     def __init__(
-        self, config: TrainConfig, base: Base, layers: dict[str, LoraLinear], train_view: AnyView, samples: EvaluationSet
+        self, config: TrainConfig, base: Base, layers: dict[str, AnyLora], train_view: AnyView, samples: EvaluationSet
     ) -> None:
         self._config, self._base, self._view, self._samples = config, base, train_view, samples
         self.pairs: TrialPairs | None = None
@@ -242,7 +243,7 @@ class Passes:
 
     def _baked(self) -> Hashable:
         """Return what a recording holds as numbers: nothing, unless adapted layers run unfused."""
-        if not self._base.runs_outside_layers([one for one in self._layers.values() if isinstance(one, LoraLinear)]):
+        if not self._base.runs_outside_layers([one for one in self._layers.values() if not isinstance(one, TokenRows)]):
             return ()
         return self._config.lora.scaling, self._config.lora.lora_dropout
 

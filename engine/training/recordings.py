@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from engine.adapter.flat import AdapterMemory
-from engine.adapter.lora import LoraLinear
+from engine.adapter.lora import AnyLora
 from engine.data.packing import Batch
 from engine.data.row_sizes import Size
 from engine.model.base import Base
@@ -106,7 +106,7 @@ class Recordings:
     def __len__(self) -> int:
         return sum(len(kind.rows) for kind in self._kinds.values())
 
-    def adapter_memory(self, layers: dict[str, LoraLinear], dtype: torch.dtype) -> AdapterMemory:
+    def adapter_memory(self, layers: dict[str, AnyLora], dtype: torch.dtype) -> AdapterMemory:
         """Return the memory that recordings of such an adapter read, or new memory."""
         key = AdapterMemory.key_of(layers, dtype)
         known = (kind.memory for kind in self._kinds.values() if kind.memory.key == key)
