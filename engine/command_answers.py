@@ -35,7 +35,8 @@ class DataAccount:
     the chosen rows, read in no pass. num_tokens and num_targets: of one pass. num_leaked: rows of
     an evaluation set of its own that are training rows too. num_bos, num_eos: documents of the
     whole set to which these were added. bad_rows: lines about the first ones. notes: what the
-    author of the data may not expect, with the number of rows of the whole set.
+    author of the data may not expect, with the number of rows of the whole set. num_pairs: pairs that
+    are used, if rows are pairs; num_cut then counts their samples, two in each, and num_dropped pairs.
     """
 
     part: str
@@ -56,12 +57,15 @@ class DataAccount:
     num_eos: int
     bad_rows: list[str] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)
+    num_pairs: int = 0
 
     def line(self) -> str:
         """Return everything in one line."""
         read = _listed(f"{counted(self.num_read, 'row')} read", bad=self.num_bad, equal_to_others=self.num_equal)
         used = f"{self.num_used:,} used"
-        if self.num_samples != self.num_used:
+        if self.num_pairs:
+            used = f"{counted(self.num_pairs, 'pair')} used"
+        elif self.num_samples != self.num_used:
             used += f" as {counted(self.num_samples, 'sample')}"
         cut = {"samples_cut" if self.num_cut != 1 else "sample_cut": self.num_cut}
         lost = _listed(f"{counted(self.num_lost_tokens, 'token')} lost", **cut, dropped=self.num_dropped)

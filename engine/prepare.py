@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from engine.adapter.expert_lora import check_experts
 from engine.adapter.made_start import check_made
 from engine.adapter.origin import is_same_base
 from engine.adapter.start import check_start, read_start
+from engine.adapter.token_rows import check_rows_of
 from engine.command_answers import EVALUATION, TRAINING, DataAccount, Facts, PreparedFacts, VisibleCard
 from engine.config.targets import layer_ranks, resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
@@ -26,6 +28,7 @@ from engine.errors import InputError
 from engine.evaluation.task_metrics import check_metrics
 from engine.model.device import host_share_gib
 from engine.model.inspect import ModelFacts, inspect_model, known_shape, load_tokenizer
+from engine.preference.trial_pairs import ONE_SAMPLE
 from engine.sources.identity import variant
 from engine.sources.locate import locate
 from engine.system.command_line import tell
@@ -54,12 +57,15 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         if key not in models:
             models[key] = inspect_model(config.model), load_tokenizer(config.model)
         facts, tokenizer = models[key]
+        num_rows = len(check_rows_of(tokenizer, config.model.train_tokens, facts.num_rows)) * facts.row_values
         features = facts.features
         targets = resolve_targets(list(features), config.lora.target_modules)
         ranks = layer_ranks(config.lora, targets)
+        check_experts(config.lora, targets, config.optim.name)
         notes += _check_start(config, ranks, features)
         lengths = sum(features[name][0] for name in ranks) if config.lora.use_dora else 0
-        num_trainable.append(lengths + sum(rank // config.lora.halves * sum(features[name]) for name, rank in ranks.items()))
+        values = sum(rank // config.lora.halves * sum(features[name]) for name, rank in ranks.items())
+        num_trainable.append(num_rows + lengths + values)
         data_key = key + repr(config.data)
         if data_key not in accounts:
             *both, accounts[data_key] = account_data(config.data, tokenizer)
@@ -68,6 +74,8 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
             digests |= _identify(config, configs[0], tokenizer, views, first_views)
             days.append(printed_day(tokenizer, config.data))
             notes += _check_tokens(config, facts, tokenizer, views)
+            if config.learns_pairs and not facts.route.shares_rows:
+                raise InputError("data.format", config.data.format, ONE_SAMPLE)
             if config.metrics.names:
                 task = task or _check_task(config, facts, tokenizer, views[1])
     training, *others = next(iter(accounts.values()))

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from engine.config.metrics_section import PREFERENCE_ACCURACY
 from engine.config.parsing import parse_dataclass
 from engine.errors import InputError
 from engine.system.files import write_text
@@ -28,7 +29,9 @@ class SampleLosses:
     evaluation_digest: 16 hex digits of the samples' tokens and targets at the evaluated length.
     sums: nats, summed over the target tokens of each sample [N]. num_targets: the number of these
     tokens [N]. sets: number of samples in each evaluation set, whose samples follow each other;
-    empty if there is one. weights: those of the sets in the eval loss.
+    empty if there is one. weights: those of the sets in the eval loss. margins: if the samples are
+    pairs of answers, the reward of each chosen one less that of the rejected one; a pair has one
+    target then, its preference loss.
     """
 
     evaluation_digest: str
@@ -36,6 +39,21 @@ class SampleLosses:
     num_targets: tuple[int, ...]
     sets: dict[str, int] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    margins: tuple[float, ...] = ()
+
+    @property
+    def preference_accuracy(self) -> float | None:
+        """Return the share of pairs with a margin above 0, or the sets' weighted mean; None if samples are no pairs."""
+        return -self.accuracy_costs().mean if self.margins else None
+
+    @property
+    def preference_metrics(self) -> dict[str, float]:
+        """Return preference_accuracy as a report has it among the metrics; empty if samples are no pairs."""
+        return {PREFERENCE_ACCURACY: self.preference_accuracy} if self.margins else {}
+
+    def accuracy_costs(self) -> SampleLosses:
+        """Return -1 for each pair with a margin above 0, and 0 for the others, as sums of one target each."""
+        return replace(self, sums=tuple(-float(margin > 0.0) for margin in self.margins), margins=())
 
     @property
     def mean(self) -> float:
@@ -92,7 +110,7 @@ def read_sample_losses(trial_folder: Path, report: TrialReport) -> SampleLosses 
         return None
     for one in _read(file):
         if one.rung == report.rung and one.mean == report.eval_loss:
-            return SampleLosses(one.evaluation_digest, one.sums, one.num_targets, one.sets, one.weights)
+            return SampleLosses(one.evaluation_digest, one.sums, one.num_targets, one.sets, one.weights, one.margins)
         others.append(f"of rung {one.rung} with loss {one.mean:.6g}")
     raise _damaged(file, f"it is {' and '.join(others)}")
 
@@ -112,6 +130,8 @@ def _read(file: Path) -> list[_OfRung]:
     for one in found:
         if len(one.sums) != len(one.num_targets) or min(one.num_targets, default=0) < 0 or not any(one.num_targets):
             raise _damaged(file, "its sums and counts do not match")
+        if one.margins and len(one.margins) != len(one.sums):
+            raise _damaged(file, "its sums and margins do not match")
         if one.sets and not _fits_its_sets(one):
             raise _damaged(file, "its evaluation sets do not match its sums")
     return found

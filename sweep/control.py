@@ -20,7 +20,6 @@ from pathlib import Path
 
 from engine.errors import EngineError, printable
 from engine.system.command_line import run
-from engine.system.file_lock import FileLock
 from sweep.config.sweep import SweepConfig
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.space.parse import parse_space
@@ -88,21 +87,10 @@ def check(folder: SweepFolder, command: Command) -> None:
         own_point(command, record.params if record else {}, parse_space(config.space), config.base().model_dump(mode="json"))
 
 
-def is_running(folder: SweepFolder) -> bool:
-    """Return whether a driver works in the folder."""
-    if not folder.lock_file.is_file():
-        return False
-    lock = FileLock(folder.lock_file)
-    if not lock.acquire():
-        return True
-    lock.release()
-    return False
-
-
 def _answer(folder: SweepFolder, command: Command, file: Path) -> int:
     """Wait until the driver has taken the command, and say what became of it."""
     deadline_s = time.monotonic() + PATIENCE_S
-    runs = is_running(folder)
+    runs = folder.is_driven()
     while runs and file.exists() and time.monotonic() < deadline_s:
         time.sleep(LOOK_EVERY_S)
     if file.exists():
@@ -127,7 +115,7 @@ def _show(folder: SweepFolder) -> int:
     history = History(read_commands(folder))
     config, records = read_effective_config(folder), _records(folder)
     num_rungs = len(config.train.report_grid())
-    print(f"{folder.path}: {'running' if is_running(folder) else 'no driver works here now'}; {_counts(config, records)}")
+    print(f"{folder.path}: {'running' if folder.is_driven() else 'no driver works here now'}; {_counts(config, records)}")
     for record in records:
         mark = ", ".join(filter(None, [_asked(record, history), "kept" if record.number in history.kept else ""]))
         rung = f"{len(record.reports)}/{num_rungs}"

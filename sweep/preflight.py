@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.command_answers import Facts, PreparedFacts
+from engine.config.preference_section import PREFERENCE
 from engine.errors import printable
 from engine.system.files import require_home
 from engine.units import counted
@@ -25,6 +26,7 @@ from sweep.plan.feasibility import Feasibility, make_feasibility
 from sweep.plan.forecast import card_line, check_any_fits, describe_forecast, most_demanding, no_forecast_line
 from sweep.plan.idle_settings import idle_settings
 from sweep.plan.matmul_choice import with_chosen_matmul
+from sweep.plan.reference_forecast import reference_line
 from sweep.plan.rungs import check_rungs
 from sweep.plan.samples import data_warnings, mixture_line, passes_line, unchecked_line
 from sweep.plan.sweep_plan import SweepPlan
@@ -114,22 +116,26 @@ def _forecast(plan: SweepPlan, engine: EngineModules, facts: Facts | None, is_ne
     config, cpu = plan.config, plan.slots.device == "cpu"
     if config.train.device == "cpu" or (config.cluster.card == "auto" and cpu):
         print(no_forecast_line(config.train.device), flush=True)
-        _say_answers(config, None, facts)
+        _say_answers(plan, None, facts)
         return
     facts = inspect(config.base(), engine.command) if facts is None else facts
     feasibility = make_feasibility(config.cluster.card, facts, plan.kinds)
     plan, lines = with_chosen_matmul(plan, feasibility, is_new)
     num_trials, full_trials = config.sweep.num_trials, config.effective_budget.full_trials
     print("\n".join([*lines, describe_forecast(plan.space, plan.base(), feasibility, num_trials, full_trials)]), flush=True)
-    _say_answers(config, feasibility, facts)
+    _say_answers(plan, feasibility, facts)
     check_any_fits(plan.space, plan.base(), feasibility)
 
 
-def _say_answers(config: SweepConfig, feasibility: Feasibility | None, facts: Facts | None) -> None:
-    """Print what the task metrics will take, if there are any and the samples are known."""
+def _say_answers(plan: SweepPlan, feasibility: Feasibility | None, facts: Facts | None) -> None:
+    """Print what the reference model and the task metrics will take, if there are any and the samples are known."""
     if isinstance(facts, PreparedFacts):
-        shape, card = (feasibility.shape, feasibility.card) if feasibility else (None, None)
-        if line := answers_line(config.base(), shape, card, facts):
+        base, (shape, card) = plan.config.base(), (feasibility.shape, feasibility.card) if feasibility else (None, None)
+        lines = [answers_line(base, shape, card, facts)]
+        if plan.config.data.format == PREFERENCE:
+            fit = feasibility.check_fit(base) if feasibility and feasibility.predicts else None
+            lines.append(reference_line(base, facts, fit.plan.speed.tokens_per_second if fit and fit.plan else None))
+        for line in filter(None, lines):
             print(line, flush=True)
 
 

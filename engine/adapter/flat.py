@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from engine.adapter.lora import LoraLinear
+from engine.adapter.lora import AnyLora, LoraLinear
+from engine.adapter.token_rows import TokenRows
 from engine.kernels.ops import noise_of
 
 
@@ -21,11 +22,11 @@ class AdapterMemory:
     rate, and the recording serves it too. `embedding_noise` is NEFTune's alpha.
     """
 
-    def __init__(self, layers: dict[str, LoraLinear], dtype: torch.dtype) -> None:
+    def __init__(self, layers: dict[str, AnyLora], dtype: torch.dtype) -> None:
         """Allocate memory for `layers`. dtype: the activations' dtype."""
         first = next(iter(layers.values()))
-        device, size = first.lora_a.device, sum(p.numel() for layer in layers.values() for p in layer.trained)
-        num_gains = sum(layer.out_features for layer in layers.values() if layer.magnitude is not None)
+        device, size = first.lora_a.device, sum(p.numel() for layer in layers.values() for p in layer.parameters_of())
+        num_gains = sum(layer.out_features for layer in _with_lengths(layers))
         self.gains, self.norms = (torch.ones(num_gains, device=device) for _ in range(2))
         self.key = self.key_of(layers, dtype)
         self.values, self.gradient = (torch.zeros(size, device=device) for _ in range(2))
@@ -35,9 +36,10 @@ class AdapterMemory:
         self.embedding_noise = torch.zeros((), device=device)
 
     @staticmethod
-    def key_of(layers: dict[str, LoraLinear], dtype: torch.dtype) -> tuple[object, ...]:
+    def key_of(layers: dict[str, AnyLora], dtype: torch.dtype) -> tuple[object, ...]:
         """Return what two adapters must share to fit into the same memory: layers, ranks, dtype, dropout or none, DoRA or not."""
-        shapes = [(n, one.lora_a.shape, one.lora_b.shape, one.dropout > 0.0, len(one.trained)) for n, one in layers.items()]
+        drops = next(iter(layers.values())).dropout > 0.0  # one rate for all
+        shapes = [(name, *(p.shape for p in layer.parameters_of()), drops) for name, layer in layers.items()]
         return dtype, next(iter(layers.values())).lora_a.device, *shapes
 
     @property
@@ -46,7 +48,9 @@ class AdapterMemory:
 
 
 class FlatAdapter:
-    """Hold an adapter as one parameter with one gradient and one 16-bit copy: all A, all B, DoRA's magnitudes.
+    """Hold an adapter as one parameter with one gradient and one 16-bit copy.
+
+    All A come first, then rows of trained tokens, then all B, then DoRA's magnitudes.
 
     An adapter has hundreds of small tensors, and one launch per tensor is slow. On an H100, 8-bit
     AdamW over 360 tensors spent 58 ms on launches for 1.4 ms of work. On the flat parameter, the
@@ -57,46 +61,47 @@ class FlatAdapter:
     memory, and one matmul reads them as one matrix.
     """
 
-    def __init__(self, layers: dict[str, LoraLinear], dtype: torch.dtype, memory: AdapterMemory | None = None) -> None:
+    def __init__(self, layers: dict[str, AnyLora], dtype: torch.dtype, memory: AdapterMemory | None = None) -> None:
         """Move the parameters of `layers` into the flat one.
 
         dtype: the activations' dtype. memory: that of an earlier adapter of the same key, which
-        nothing else uses; new memory if None. num_a counts the elements of all A; shapes are those
-        of all A and B, in order.
+        nothing else uses; new memory if None. num_a counts the elements of all A and of the rows;
+        shapes are those of all matrices, in order.
         """
         self.memory = memory or AdapterMemory(layers, dtype)
         if self.memory.key != AdapterMemory.key_of(layers, dtype):
             raise ValueError("an adapter of another shape, dtype or device does not fit into this memory")
-        dora = [layer for layer in layers.values() if layer.magnitude is not None]
-        parts = [layer.lora_a for layer in layers.values()] + [layer.lora_b for layer in layers.values()]
-        parts += [layer.magnitude for layer in dora]
+        adapters = [layer for layer in layers.values() if not isinstance(layer, TokenRows)]
+        self._rows = [layer for layer in layers.values() if isinstance(layer, TokenRows)]
+        self._dora = _with_lengths(layers)
+        first_parts = [layer.lora_a for layer in adapters] + [layer.rows for layer in self._rows]
+        parts = first_parts + [layer.lora_b for layer in adapters] + [layer.magnitude for layer in self._dora]
         torch.cat([p.detach().flatten() for p in parts], out=self.memory.values)
         self.parameter = nn.Parameter(self.memory.values)
         self.parameter.grad = self.memory.gradient
         self.zero_grad()
         self._cast = self.memory.cast
-        self.num_a = sum(layer.lora_a.numel() for layer in layers.values())
-        self._past_b = self.num_a + sum(layer.lora_b.numel() for layer in layers.values())
+        self.num_a = sum(p.numel() for p in first_parts)
+        self._past_b = self.num_a + sum(layer.lora_b.numel() for layer in adapters)
         first = next(iter(layers.values()))  # one config, one scaling and one rate
         self.memory.scaling.fill_(first.scaling)
         self.memory.noise.copy_(torch.tensor(noise_of(0, first.dropout)))
         self.shapes = [part.shape for part in parts if part.dim() == 2]
         views, start = [], 0
-        self._frozen = [(layer.lora_a, layer.lora_b, layer.num_frozen) for layer in layers.values() if layer.num_frozen]
+        self._frozen = [(layer.lora_a, layer.lora_b, layer.num_frozen) for layer in adapters if layer.num_frozen]
         self._kept: list[torch.Tensor] = []
         for p in parts:
             part = slice(start, start + p.numel())
             p.data, p.grad = self.parameter.data[part].view_as(p), self.parameter.grad[part].view_as(p)
             views.append(self._cast[part].view_as(p))
             start = part.stop
-        for i, layer in enumerate(layers.values()):
-            layer.casts = (views[i], views[len(layers) + i])
+        for i, layer in enumerate(adapters):
+            layer.casts = (views[i], views[len(first_parts) + i])
             layer.scale, layer.noise = self.memory.scaling, self.memory.noise
-        self._dora, start = [], 0
-        for layer in dora:
+        start = 0
+        for layer in self._dora:
             part = slice(start, start + layer.out_features)
             layer.gain, layer.norm, start = self.memory.gains[part], self.memory.norms[part], part.stop
-            self._dora.append(layer)
         self._is_silent = False
         self.refresh()
 
@@ -137,16 +142,20 @@ class FlatAdapter:
 
     @contextmanager
     def silent(self) -> Iterator[None]:
-        """Have the adapter add nothing while the block runs."""
+        """Have the adapter add nothing while the block runs. Rows of trained tokens are as they start."""
         b = self.parameter.detach()[self.num_a : self._past_b]
-        kept = b.clone()
+        kept, kept_rows = b.clone(), [layer.rows.detach().clone() for layer in self._rows]
         try:
             b.zero_()
+            for layer in self._rows:
+                layer.rows.detach().copy_(layer.first_rows())
             self._is_silent = True
             self.refresh()
             yield
         finally:
             b.copy_(kept)
+            for layer, rows_ND in zip(self._rows, kept_rows, strict=True):
+                layer.rows.detach().copy_(rows_ND)
             self._is_silent = False
             self.refresh()
 
@@ -160,3 +169,8 @@ class FlatAdapter:
         """
         digest = hashlib.sha256(":".join(map(str, place)).encode()).digest()
         self.memory.noise[0].fill_(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _with_lengths(layers: dict[str, AnyLora]) -> list[LoraLinear]:
+    """Return the layers with DoRA's magnitudes."""
+    return [layer for layer in layers.values() if isinstance(layer, LoraLinear) and layer.magnitude is not None]

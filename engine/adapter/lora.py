@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.adapter.expert_lora import LoraExperts, check_experts, expert_weight, stored_path
+from engine.adapter.token_rows import SUFFIX, TokenRows, begin_rows
 from engine.config.targets import layer_ranks, resolve_targets
 from engine.config.trial import LoraConfig
 from engine.errors import InputError
@@ -74,6 +76,15 @@ class LoraLinear(nn.Module):
         return self.base.out_features
 
     @property
+    def rank(self) -> int:
+        return self.lora_a.shape[0]
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Return (out, in) features."""
+        return self.out_features, self.in_features
+
+    @property
     def weight(self) -> Tensor:
         """Return the frozen weight: some models read its device or dtype."""
         return self.base.weight
@@ -81,6 +92,10 @@ class LoraLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.base.bias
+
+    def gradient_of_b(self, weight_gradient_OD: Tensor) -> Tensor:
+        """Return the gradient of B [O, R] from that of a whole weight."""
+        return self.scaling * weight_gradient_OD @ self.lora_a.detach().T
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.drop(x) if self.dropout else x
@@ -93,8 +108,7 @@ class LoraLinear(nn.Module):
         scaled = scaled if self.bias is None else scaled - self.bias.to(x.dtype)
         return y + (gain - 1) * scaled + (self.scaling * gain) * low_rank
 
-    @property
-    def trained(self) -> tuple[nn.Parameter, ...]:
+    def parameters_of(self) -> tuple[nn.Parameter, ...]:
         """Return A, B, and DoRA's magnitude if there is one."""
         return (self.lora_a, self.lora_b) if self.magnitude is None else (self.lora_a, self.lora_b, self.magnitude)
 
@@ -167,49 +181,69 @@ class _Dropout(torch.autograd.Function):
         return ops.dropout(rows.contiguous(), ctx.noise, ctx.stream).view(dy.shape), None, None
 
 
-def attach(model: nn.Module, linear_names: list[str], config: LoraConfig, seed: int) -> dict[str, LoraLinear]:
-    """Attach a new adapter to `model` and return layer name -> LoraLinear.
+AnyLora = LoraLinear | LoraExperts
+
+
+def attach(model: nn.Module, linear_names: list[str], config: LoraConfig, seed: int) -> dict[str, AnyLora]:
+    """Attach a new adapter and return layer name -> LoraLinear, or LoraExperts for a weight of experts.
+
+    The trained tokens' modules come behind them.
 
     Each layer draws A from its own seeded stream on the CPU. It therefore starts the same on every
     device and with any other target layers.
     """
-    layers: dict[str, LoraLinear] = {}
+    layers: dict[str, AnyLora] = {}
     ranks = layer_ranks(config, resolve_targets(linear_names, config.target_modules))
+    check_experts(config, list(ranks))
     for number, (name, rank) in enumerate(ranks.items()):
         generator = torch.Generator().manual_seed(_stream_seed(seed, name))
-        layers[name] = LoraLinear(_frozen(model, name), config, generator, number, rank)
+        if (found := expert_weight(model, name)) is not None:
+            layers[name] = LoraExperts(*found, config, generator, number, rank)
+        else:
+            layers[name] = LoraLinear(_frozen(model, name), config, generator, number, rank)
     for name, layer in layers.items():
-        _replace(model, name, layer)
+        _put(model, name, layer)
+    layers |= begin_rows(model)
     return layers
 
 
-def detach(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
+def detach(model: nn.Module, layers: dict[str, AnyLora]) -> None:
     """Remove the adapter, which leaves the base model as it was before `attach`."""
     for name, layer in layers.items():
-        _replace(model, name, layer.base)
+        if isinstance(layer, TokenRows):
+            layer.end()
+        elif isinstance(layer, LoraExperts):
+            del layer.experts[0].adapters[layer.weight_name]
+        else:
+            _replace(model, name, layer.base)
 
 
-def trainable_parameters(layers: dict[str, LoraLinear]) -> list[nn.Parameter]:
-    """Return what is trained of every layer, in the order of the layers."""
-    return [p for layer in layers.values() for p in layer.trained]
+def trainable_parameters(layers: dict[str, AnyLora]) -> list[nn.Parameter]:
+    """Return what is trained of every layer, in the order of the layers, then the rows of trained tokens."""
+    return [p for layer in layers.values() for p in layer.parameters_of()]
 
 
-def adapter_state(layers: dict[str, LoraLinear]) -> dict[str, Tensor]:
+def adapter_state(layers: dict[str, AnyLora]) -> dict[str, Tensor]:
     """Return the fp32 tensors by name.
 
     The names are `<layer>.lora_A.weight` [R, D] and `<layer>.lora_B.weight` [O, R]; with DoRA also
-    `<layer>.lora_magnitude_vector` [O].
+    `<layer>.lora_magnitude_vector` [O]. Those of experts are as PEFT nests them. Rows of trained
+    tokens have PEFT's names.
     """
     state: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        state[f"{name}.lora_A.weight"] = layer.lora_a.detach()
-        state[f"{name}.lora_B.weight"] = layer.lora_b.detach()
+        if isinstance(layer, TokenRows):
+            state[f"{name}.{SUFFIX}"] = layer.rows.detach()
+            continue
+        path = stored_path(name, set(layers)) if isinstance(layer, LoraExperts) else name
+        state[f"{path}.lora_A.weight"] = layer.lora_a.detach()
+        state[f"{path}.lora_B.weight"] = layer.lora_b.detach()
         if layer.magnitude is not None:
             state[f"{name}.{MAGNITUDE}"] = layer.magnitude.detach()
     return state
 
 
-def host_arrays(layers: dict[str, LoraLinear]) -> dict[str, np.ndarray]:
+def host_arrays(layers: dict[str, AnyLora]) -> dict[str, np.ndarray]:
     """Return `adapter_state` on the host. A flat adapter comes in one copy: one each took 40 ms for 420 tensors."""
     state = adapter_state(layers)
     first = next(iter(state.values()))
@@ -220,7 +254,7 @@ def host_arrays(layers: dict[str, LoraLinear]) -> dict[str, np.ndarray]:
     return {name: flat[start : start + shape.numel()].reshape(shape) for name, shape, start in parts}
 
 
-def load_adapter_state(layers: dict[str, LoraLinear], state: dict[str, Tensor], where: str) -> None:
+def load_adapter_state(layers: dict[str, AnyLora], state: dict[str, Tensor], where: str) -> None:
     """Copy `state` into `layers`. Raises InputError, naming `where`, if names or shapes differ."""
     own = adapter_state(layers)
     if own.keys() != state.keys():
@@ -241,6 +275,13 @@ def _frozen(model: nn.Module, name: str) -> FrozenLinear:
     if not isinstance(layer, FrozenLinear):
         raise RuntimeError(f"{name} is a {type(layer).__name__}; an adapter is still attached")
     return layer
+
+
+def _put(model: nn.Module, name: str, layer: AnyLora) -> None:
+    if isinstance(layer, LoraExperts):
+        layer.experts[0].adapters[layer.weight_name] = layer
+    else:
+        _replace(model, name, layer)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

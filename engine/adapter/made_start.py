@@ -32,14 +32,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.adapter.lora import LoraLinear
-from engine.adapter.low_rank import principal_factors
+from engine.adapter.lora import AnyLora, LoraLinear
 from engine.adapter.original_weights import OriginalWeights
 from engine.adapter.portable import Adapter
 from engine.config.targets import layer_ranks
 from engine.config.trial import TrainConfig
 from engine.errors import InputError, StorageError
 from engine.quant.bnb import nf4_error
+from engine.quant.low_rank import principal_factors
 from engine.sources.identity import identify_model
 from engine.system.command_line import tell
 from engine.system.files import writing
@@ -64,17 +64,18 @@ def check_made(config: TrainConfig, ranks: Mapping[str, int], features: Mapping[
 
 
 @torch.no_grad()
-def start_made(layers: Mapping[str, LoraLinear], config: TrainConfig) -> None:
-    """Put the start of `lora.start` into newly attached layers; `default` leaves them as they are.
+def start_made(layers: Mapping[str, AnyLora], config: TrainConfig) -> None:
+    """Put the start of `lora.start` into newly attached linear layers; `default` leaves them as they are.
 
     Raises InputError if the base model's files do not have what it is made of.
     """
     lora = config.lora
     if lora.start == "default":
         return
-    ranks = {name: layer.lora_a.shape[0] // lora.halves for name, layer in layers.items()}
-    for name, (a_RD, b_OR) in _cached(layers, ranks, config).items():
-        layer, rank, root = layers[name], ranks[name], lora.scaling**0.5
+    linears = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLinear)}
+    ranks = {name: layer.rank // lora.halves for name, layer in linears.items()}
+    for name, (a_RD, b_OR) in _cached(linears, ranks, config).items():
+        layer, rank, root = linears[name], ranks[name], lora.scaling**0.5
         for half in range(lora.halves):
             rows = slice(half * rank, (half + 1) * rank)
             layer.lora_a[rows] = (a_RD / root).to(layer.lora_a)

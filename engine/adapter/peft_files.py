@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,8 +19,9 @@ from safetensors.numpy import save as array_bytes
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from engine.adapter.lora import LoraLinear, host_arrays, load_adapter_state
-from engine.config.targets import layer_ranks
+from engine.adapter.lora import AnyLora, host_arrays, load_adapter_state
+from engine.adapter.token_rows import TokenRows, token_indices
+from engine.config.targets import is_expert, layer_ranks
 from engine.config.trial import TRAIN_CONFIG, LoraConfig, TrainConfig, load_train_config
 from engine.errors import InputError, first_line
 from engine.sources.builtin import published_name
@@ -35,7 +37,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 def export_adapter(
     folder: Path,
     config: TrainConfig,
-    layers: dict[str, LoraLinear],
+    layers: dict[str, AnyLora],
     model: nn.Module,
     tokenizer: Any,
     weights: Path | None = None,
@@ -50,8 +52,11 @@ def export_adapter(
             (target / WEIGHTS).write_bytes(adapter_bytes(layers))
         else:
             link_or_copy(weights, target / WEIGHTS)
-        values = peft_config(config, list(layers), [name for name, _ in model.named_modules()])
+        adapted = [name for name, layer in layers.items() if not isinstance(layer, TokenRows)]
+        modules, parameters = ([name for name, _ in found] for found in (model.named_modules(), model.named_parameters()))
+        values = peft_config(config, adapted, modules, parameters)
         values |= _class_of(model)
+        values |= {"trainable_token_indices": indices} if (indices := token_indices(layers)) else {}
         (target / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
         for name, content in _tokenizer_files(tokenizer, target).items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +65,7 @@ def export_adapter(
     write_folder(folder, fill)
 
 
-def adapter_bytes(layers: dict[str, LoraLinear]) -> bytes:
+def adapter_bytes(layers: dict[str, AnyLora]) -> bytes:
     """Return the content of adapter_model.safetensors."""
     state = {PREFIX + name: array for name, array in host_arrays(layers).items()}
     return array_bytes(state, metadata={"format": "pt"})
@@ -80,9 +85,14 @@ def _tokenizer_files(tokenizer: Any, on_disk: Path) -> dict[Path, bytes]:
     return known[1]
 
 
-def peft_config(config: TrainConfig, targets: list[str], module_names: list[str]) -> dict[str, Any]:
+def peft_config(
+    config: TrainConfig, targets: list[str], module_names: list[str], parameter_names: Iterable[str] = ()
+) -> dict[str, Any]:
     """Return the content of adapter_config.json. `r` is PEFT's key for the rank."""
     lora = config.lora
+    experts = [name for name in targets if is_expert(name)]
+    linears = [name for name in targets if not is_expert(name)]
+    stacked = {"target_parameters": shortest_parameters(experts, parameter_names)} if experts else {}
     ranks = layer_ranks(lora, targets)
     rank = max(ranks.values())  # loaders make room for it, and some of them know no pattern
     return {
@@ -97,11 +107,12 @@ def peft_config(config: TrainConfig, targets: list[str], module_names: list[str]
         "peft_type": "LORA",
         "r": rank,
         "revision": config.model.revision,
-        "target_modules": shortest_names(targets, module_names),
+        "target_modules": shortest_names(linears, module_names),
         "task_type": "CAUSAL_LM",
         "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora,
         **_patterns(lora, ranks, rank),
+        **stacked,
     }
 
 
@@ -139,7 +150,14 @@ def shortest_names(targets: list[str], module_names: list[str]) -> list[str]:
     return sorted(ends) if exact else sorted(targets)
 
 
-def load_adapter(folder: Path, layers: dict[str, LoraLinear]) -> None:
+def shortest_parameters(experts: list[str], parameter_names: Iterable[str]) -> list[str]:
+    """Return last two name parts (`experts.down_proj`) if they select exactly these weights of experts, else full names."""
+    ends = {".".join(name.split(".")[-2:]) for name in experts}
+    exact = {name for name in parameter_names if ".".join(name.split(".")[-2:]) in ends} == set(experts)
+    return sorted(ends) if exact else sorted(experts)
+
+
+def load_adapter(folder: Path, layers: dict[str, AnyLora]) -> None:
     """Load exported weights into attached layers. Raises InputError if damaged or not fitting."""
     path = folder / WEIGHTS
     if not path.is_file():

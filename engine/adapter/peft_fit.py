@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from engine.adapter.peft_files import PREFIX, shortest_names
+from engine.adapter.expert_lora import stored_path
+from engine.adapter.peft_files import PREFIX, shortest_names, shortest_parameters
+from engine.config.targets import is_expert
 
 ADAPTER = "default"
 SEEN = 2  # layers of one build, so that their numbers differ
@@ -77,9 +79,13 @@ def _odd_layers(model: nn.Module, features: Mapping[str, tuple[int, int]]) -> se
     """Return the layers whose tensors are lost or put elsewhere, or None if other layers change or PEFT raises."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    state = _state(features)
-    targets = shortest_names(list(features), [name for name, _ in model.named_modules()])
-    config = LoraConfig(r=1, lora_alpha=1, target_modules=targets, task_type="CAUSAL_LM")
+    experts = {n: _num_experts(model, n) for n in features if is_expert(n)}
+    state = _state(features, experts)
+    linears = [name for name in features if name not in experts]
+    targets = shortest_names(linears, [name for name, _ in model.named_modules()])
+    weights = shortest_parameters(list(experts), [name for name, _ in model.named_parameters()])
+    stacked = {"target_parameters": weights} if experts else {}
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=targets, task_type="CAUSAL_LM", **stacked)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -92,13 +98,22 @@ def _odd_layers(model: nn.Module, features: Mapping[str, tuple[int, int]]) -> se
     odd = (state.keys() - places) | (unfilled & state.keys())
     if not odd and (places - state.keys() or result.unexpected_keys):
         return None
-    return {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in odd}
+    paths = {stored_path(name, set(features)): name for name in features}
+    return {paths[name.removeprefix(PREFIX).rpartition(".lora_")[0]] for name in odd}
 
 
-def _state(features: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        state = {f"{PREFIX}{name}.lora_A.weight": torch.empty(1, width) for name, (_, width) in features.items()}
-        return state | {f"{PREFIX}{name}.lora_B.weight": torch.empty(height, 1) for name, (height, _) in features.items()}
+def _num_experts(model: nn.Module, name: str) -> int:
+    return model.get_parameter(name).shape[0]
+
+
+def _state(features: Mapping[str, tuple[int, int]], experts: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return an adapter of rank 1 without values. experts: name -> the experts over which its features are summed."""
+    state = {}
+    for name, (height, width) in features.items():
+        number, path = experts.get(name, 1), PREFIX + stored_path(name, set(features))
+        state[f"{path}.lora_A.weight"] = torch.empty(number, width // number, device="meta")
+        state[f"{path}.lora_B.weight"] = torch.empty(height // number, number, device="meta")
+    return state
 
 
 def _plain(name: str) -> str:

@@ -17,18 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from engine.adapter.expert_lora import INNER, stored_path
 from engine.adapter.lora import MAGNITUDE
 from engine.adapter.peft_files import CONFIG, PREFIX, WEIGHTS
 from engine.config.lora_section import ALL_LINEAR, LoraConfig
 from engine.config.parsing import load_json
-from engine.config.targets import pattern_value
+from engine.config.targets import EXPERT_WEIGHTS, EXPERTS, is_expert, pattern_value
 from engine.errors import InputError, first_line
 
-REFUSED = ("modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters", "fan_in_fan_out")
+REFUSED = ("modules_to_save", "lora_bias", "trainable_token_indices", "fan_in_fan_out")
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,14 @@ class Adapter:
             return sum_OD
         return sum_OD * (self.magnitudes[name] / torch.linalg.norm(sum_OD, dim=1))[:, None]
 
+    @property
+    def experts(self) -> list[str]:
+        """Return the weights of experts that it adapts, by name; A is [R * E, D] there and B [O, R * E], as in PEFT."""
+        return [name for name in self.layers if is_expert(name)]
+
     def state(self) -> dict[str, Tensor]:
         """Return name -> tensor, with the names that `engine.adapter.lora.adapter_state` uses."""
-        parts = {name: ab for name, ab in self.layers.items()}
+        parts = {stored_path(name, set(self.layers)): ab for name, ab in self.layers.items()}
         lengths = {f"{name}.{MAGNITUDE}": length_O for name, length_O in self.magnitudes.items()}
         return {f"{name}.lora_{'AB'[i]}.weight": ab[i] for name, ab in parts.items() for i in (0, 1)} | lengths
 
@@ -83,18 +90,20 @@ def read_adapter(folder: Path) -> Adapter:
             raise InputError("adapter", str(folder), f"must be a folder with {CONFIG} and {WEIGHTS}; {name} is not in it")
     values = _checked(load_json(folder / CONFIG), folder / CONFIG)
     pairs, magnitudes = _pairs(folder / WEIGHTS)
+    pairs = _with_weight_names(pairs, values)
     if magnitudes.keys() != (pairs.keys() if values.get("use_dora") else set()):
         allowed = f"must say whether {WEIGHTS} holds {MAGNITUDE} of each layer"
         raise InputError(f"{CONFIG}: use_dora", values.get("use_dora"), allowed)
-    scalings = {name: _scaling(values, name, a_RD.shape[0], folder) for name, (a_RD, _) in pairs.items()}
-    rank = max(a_RD.shape[0] for a_RD, _ in pairs.values())
+    ranks = {name: _rank(values, name, pair[0].shape[0], folder) for name, pair in pairs.items()}
+    scalings = {name: _scaling(values, name, rank) for name, rank in ranks.items()}
+    rank = max(ranks.values())
     alpha = values["lora_alpha"]
-    layers = {name: _fold(pair, rank, scalings[name] / (alpha / rank)) for name, pair in pairs.items()}
+    layers = {name: _fold(pair, ranks[name], rank, scalings[name] / (alpha / rank)) for name, pair in pairs.items()}
     targets = values.get("target_modules")
     portable = values | {"r": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "inference_mode": True}
     if not isinstance(targets, list) and targets != ALL_LINEAR:
         # vLLM and older loaders do not know regular expressions.
-        portable["target_modules"] = sorted(layers)
+        portable["target_modules"] = sorted(name for name in layers if not is_expert(name))
     return Adapter(layers, rank, alpha, values["base_model_name_or_path"], values.get("revision"), portable, magnitudes)
 
 
@@ -153,14 +162,42 @@ def _natural(name: str) -> list[Any]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _scaling(values: dict[str, Any], name: str, rank: int, folder: Path) -> float:
+def _with_weight_names(pairs: dict[str, tuple[Tensor, Tensor]], values: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the pairs with the names of the weights of experts in the place of PEFT's nested modules.
+
+    Raises InputError for target_parameters that are no weights of experts.
+    """
+    wanted = values.get("target_parameters") or []
+    field = f"{CONFIG}: target_parameters"
+    ends = {str(name).rpartition(".")[2] for name in wanted} if isinstance(wanted, list) else {""}
+    if not ends <= set(EXPERT_WEIGHTS):
+        raise InputError(field, wanted, f"cannot be exported; allowed: weights of experts ({', '.join(EXPERT_WEIGHTS)})")
+    found = {}
+    for name, pair in pairs.items():
+        path = name.removesuffix(f".{INNER}")
+        if path.rpartition(".")[2] != EXPERTS:
+            found[name] = pair
+            continue
+        if not ends:
+            raise InputError("adapter", name, f"adapts experts, and {CONFIG} has no target_parameters")
+        up, down = EXPERT_WEIGHTS
+        found[f"{path}.{up if path != name or ends == {up} else down}"] = pair
+    return found
+
+
+def _rank(values: dict[str, Any], name: str, width: int, folder: Path) -> int:
+    """Return the rank that the config says. width: of A; of experts it is a multiple of the rank."""
+    wanted = _matched(values.get("rank_pattern") or {}, name, values["r"])
+    if (is_expert(name) and isinstance(wanted, int) and width % wanted) or (not is_expert(name) and width != wanted):
+        raise InputError("adapter", f"{name}: rank {width}", f"must be {wanted}, as {CONFIG} in {folder} says")
+    return wanted
+
+
+def _scaling(values: dict[str, Any], name: str, rank: int) -> float:
     """Return the factor by which PEFT multiplies B A of this layer.
 
     PEFT's patterns are regular expressions that match a whole name or its dotted end.
     """
-    wanted = _matched(values.get("rank_pattern") or {}, name, values["r"])
-    if wanted != rank:
-        raise InputError("adapter", f"{name}: rank {rank}", f"must be {wanted}, as {CONFIG} in {folder} says")
     alpha = _matched(values.get("alpha_pattern") or {}, name, values["lora_alpha"])
     return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
 
@@ -172,10 +209,11 @@ def _matched(pattern: dict[str, Any], name: str, default: Any) -> Any:
         raise InputError(CONFIG, sorted(pattern), f"must be valid regular expressions ({error})") from None
 
 
-def _fold(pair: tuple[Tensor, Tensor], rank: int, factor: float) -> tuple[Tensor, Tensor]:
+def _fold(pair: tuple[Tensor, Tensor], own: int, rank: int, factor: float) -> tuple[Tensor, Tensor]:
+    """Return the pair with zeros up to `rank`, of each expert if there are several, and the factor in its B."""
     a_RD, b_OR = pair
-    missing = rank - a_RD.shape[0]
-    if missing:
-        a_RD = torch.cat([a_RD, a_RD.new_zeros(missing, a_RD.shape[1])])
-        b_OR = torch.cat([b_OR, b_OR.new_zeros(b_OR.shape[0], missing)], dim=1)
+    if rank != own:
+        a_ERD, b_ORE = a_RD.view(-1, own, a_RD.shape[1]), b_OR.view(b_OR.shape[0], own, -1)
+        a_RD = F.pad(a_ERD, (0, 0, 0, rank - own)).flatten(0, 1)
+        b_OR = F.pad(b_ORE, (0, 0, 0, rank - own)).flatten(1)
     return a_RD, (b_OR if factor == 1.0 else b_OR * factor)

@@ -14,10 +14,12 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from engine.adapter.lora import LoraLinear, attach, detach
+from engine.adapter.expert_lora import LoraExperts
+from engine.adapter.lora import AnyLora, LoraLinear, attach, detach
 from engine.adapter.made_start import start_made
 from engine.adapter.peft_files import CONFIG
 from engine.adapter.portable import Adapter, read_adapter
+from engine.config.targets import is_expert
 from engine.config.trial import LoraConfig, TrainConfig
 from engine.errors import InputError
 from engine.system.user_path import user_path
@@ -51,7 +53,8 @@ def check_start(
     ranks: layer -> rank, of all that the trial adapts. features: layer -> (out, in) of all linear layers.
     """
     for name, (a_RD, b_OR) in adapter.layers.items():
-        if features.get(name) != (b_OR.shape[0], a_RD.shape[1]):
+        number = a_RD.shape[0] // adapter.rank if is_expert(name) else 1
+        if features.get(name) != (number * b_OR.shape[0], number * a_RD.shape[1]):
             has = f"this model's is {features[name]}" if name in features else "this model has no such layer"
             allowed = f"adapts {name} of (out, in) features {(b_OR.shape[0], a_RD.shape[1])}, and {has}: take its own base model"
             raise InputError(FIELD, config.start_from, allowed)
@@ -62,13 +65,13 @@ def check_start(
         allowed = f"must adapt what lora.target_modules picks, and {odd[0]} is one that {whose}; it adapts [{','.join(ends)}]"
         raise InputError(FIELD, config.start_from, allowed)
     for name, pair in adapter.layers.items():
-        rank = _rank(*pair)
+        rank = adapter.rank if is_expert(name) else _rank(*pair)
         if rank > ranks[name]:
             own = f"lora.rank = {config.rank}" if ranks[name] == config.rank else f"{ranks[name]} of lora.rank_pattern"
             raise InputError(FIELD, config.start_from, f"has rank {rank} in {name}, above {own}: take that rank or more")
 
 
-def attach_started(model: nn.Module, linear_names: list[str], config: TrainConfig) -> dict[str, LoraLinear]:
+def attach_started(model: nn.Module, linear_names: list[str], config: TrainConfig) -> dict[str, AnyLora]:
     """Attach an adapter as `engine.adapter.lora.attach` does, and put its start into it: `lora.start` or `lora.start_from`.
 
     Raises InputError as `start_from` and `start_made` do; the model is then as it was.
@@ -85,15 +88,15 @@ def attach_started(model: nn.Module, linear_names: list[str], config: TrainConfi
 
 
 @torch.no_grad()
-def _set_lengths(layers: Mapping[str, LoraLinear]) -> None:
+def _set_lengths(layers: Mapping[str, AnyLora]) -> None:
     """Have DoRA's magnitudes be the lengths that the rows have with the start, as in PEFT."""
     for layer in layers.values():
-        if layer.magnitude is not None:
+        if isinstance(layer, LoraLinear) and layer.magnitude is not None:
             layer.magnitude.copy_(layer.weight_norm())
 
 
 @torch.no_grad()
-def start_from(layers: Mapping[str, LoraLinear], config: LoraConfig) -> None:
+def start_from(layers: Mapping[str, AnyLora], config: LoraConfig) -> None:
     """Put the adapter of `lora.start_from` into newly attached layers; without one they stay as they are.
 
     Raises InputError as `read_start` and `check_start` do.
@@ -101,11 +104,14 @@ def start_from(layers: Mapping[str, LoraLinear], config: LoraConfig) -> None:
     adapter = read_start(config)
     if adapter is None:
         return
-    ranks = {name: layer.lora_a.shape[0] for name, layer in layers.items()}
-    check_start(adapter, config, ranks, {name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    check_start(adapter, config, ranks, {name: layer.features for name, layer in layers.items()})
     factor = adapter.scaling / config.scaling
     for name, (a_RD, b_OR) in adapter.layers.items():
         layer = layers[name]
+        if isinstance(layer, LoraExperts):
+            layer.start_from(a_RD, b_OR * factor)
+            continue
         used = _used(a_RD, b_OR)
         rows = used.nonzero()[:, 0].to(layer.lora_a.device)
         layer.lora_a[rows] = a_RD[used].to(layer.lora_a)

@@ -103,6 +103,11 @@ def _rows(options: argparse.Namespace) -> list[Row]:
     return [row for row in rows if options.only is None or row.setting.model in options.only]
 
 
+def _targets(text: str) -> str | tuple[str, ...]:
+    """Return one group's name, or several names."""
+    return tuple(text.split(",")) if "," in text else text
+
+
 def _setting(options: argparse.Namespace) -> Setting:
     values = {field.name: getattr(options, field.name) for field in fields(Setting)}
     return Setting(**{**values, "matmul": options.matmul[0]})
@@ -137,6 +142,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=default.length)
     parser.add_argument("--rank", type=int, default=default.rank)
     parser.add_argument("--dropout", type=float, default=default.dropout)
+    parser.add_argument("--targets", type=_targets, default=default.targets, help="ours only: as lora.target_modules, by commas")
     parser.add_argument(
         "--policy", choices=list(POLICIES), default=default.policy, help="other systems: gradient checkpointing, or none"
     )

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.adapter.lora import LoraLinear, attach, detach
+from engine.adapter.lora import AnyLora, attach, detach
 from engine.bench.shapes import family_kind, random_base, random_config
 from engine.config.parsing import parse
 from engine.config.trial import ModelConfig, TrainConfig
@@ -172,7 +172,7 @@ def measure_one(base: Base, values: dict[str, Any]) -> dict[str, Any]:
     return {"fits": True, **predicted, **chosen, **measured}
 
 
-def _steps(base: Base, layers: dict[str, LoraLinear], config: TrainConfig, plan: ComputePlan, vocab_size: int) -> float:
+def _steps(base: Base, layers: dict[str, AnyLora], config: TrainConfig, plan: ComputePlan, vocab_size: int) -> float:
     """Take the steps and evaluate, as a trial does; return the tokens per second of the last step."""
     view = RandomView(config.data.max_seq_length, vocab_size)
     passes = Passes(config, base, layers, view, evaluation_batches(base, view.first(EVALUATED), config.data.max_seq_length))
@@ -184,7 +184,7 @@ def _steps(base: Base, layers: dict[str, LoraLinear], config: TrainConfig, plan:
     for step in range(STEPS):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        _, num_tokens, _ = passes.gradients(cursor.take(config.bins_per_step), step)
+        num_tokens = passes.gradients(cursor.take(config.bins_per_step), step).num_tokens
         nn.utils.clip_grad_norm_(adapter.parameter, 1.0)
         optimizer.step()
         adapter.refresh()

@@ -15,7 +15,8 @@ POLICIES = {"recompute": "recomputed", "offload": "recomputed, inputs on the hos
 class Setting:
     """Hold one setting to measure.
 
-    cap_gib: emulates a smaller card. warmup: first steps, left out of the times.
+    cap_gib: emulates a smaller card. warmup: first steps, left out of the times. targets: as
+    `lora.target_modules`; only ours knows others than all-linear.
 
     Only for `ours`: keep_layers last layers keep activations, and host_layers others keep them on
     the host. weight_cache_gib (for dequantised weights), cuda_graphs and matmul belong to it too.
@@ -35,10 +36,11 @@ class Setting:
     matmul: str = "bf16"
     steps: int = 8
     warmup: int = 3
+    targets: str | tuple[str, ...] = "all-linear"
 
 
 OURS_ONLY: dict[str, Any] = {"keep_layers": 0, "host_layers": 0, "weight_cache_gib": 0.0, "cuda_graphs": False,
-                             "matmul": "bf16"}  # fmt: skip
+                             "matmul": "bf16", "targets": "all-linear"}  # fmt: skip
 """The values of these fields for any other system."""
 
 

@@ -19,6 +19,8 @@ from engine.layers.swap import SwapReport, fuse_layers
 from engine.model.base import Base
 from engine.model.route import Route
 from engine.quant.bnb import library_linear
+from engine.quant.expert_quantizer import place_experts
+from engine.quant.frozen_experts import freeze_experts, frozen_experts
 from engine.quant.frozen_linear import freeze_linears
 from engine.shape.families import FAMILIES, OTHER_TYPES
 from engine.vocabulary.host_embedding import place_embeddings
@@ -155,6 +157,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "hunyuan-1.8b": {"model_type": "hunyuan_v1_dense", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 32,
                      "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 120832,
                      "tie_word_embeddings": True},
+    # mixtures of experts
+    "qwen3-30b-a3b": {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+                      "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+                      "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "vocab_size": 151936,
+                      "rope_theta": 1000000.0, "tie_word_embeddings": False},
+    "gpt-oss-20b": {"model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
+                    "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32,
+                    "num_experts_per_tok": 4, "vocab_size": 201088, "sliding_window": 128, "tie_word_embeddings": False},
     # their layers run unfused
     "olmo-1b": {"model_type": "olmo", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
                 "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 50304, "tie_word_embeddings": True},
@@ -215,6 +225,7 @@ def random_model(
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_name).to(dtype)
     head = model.get_output_embeddings()
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    place_experts(model, double_quantization=True)
     generator = torch.Generator(device).manual_seed(0)
 
     def values(shape: torch.Size) -> torch.Tensor:
@@ -226,6 +237,10 @@ def random_model(
         if old.bias is not None:
             new.bias = nn.Parameter(torch.zeros(old.bias.shape, dtype=dtype, device=device), requires_grad=False)
         model.set_submodule(layer_name, new)
+    for _, experts in frozen_experts(model):
+        for key, (number, height, width) in experts.shapes.items():
+            stored = (number, width, height) if experts.is_transposed else (number, height, width)
+            setattr(experts, key, nn.Parameter(experts.packed(key, values(torch.Size(stored))), requires_grad=False))
     for module in list(model.modules()):
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -252,6 +267,7 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype, fused: bool
     attention.register()
     model, names = random_model(name, device, dtype, attention.NAME, num_layers)
     freeze_linears(model, skip=[model.get_output_embeddings()])
+    names += freeze_experts(model)
     swaps = fuse_layers(model) if fused else SwapReport((), {"all": "asked for unfused"})
     config = ModelConfig(path=name, embeddings="auto" if fused else "device")
     place_embeddings(model, config)

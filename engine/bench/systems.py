@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from engine.adapter.flat import FlatAdapter
-from engine.adapter.lora import LoraLinear, attach, detach
+from engine.adapter.lora import AnyLora, attach, detach
 from engine.bench.rows import Setting
 from engine.bench.shapes import linear_names, random_base, random_model
 from engine.config.matmul import Matmul
@@ -48,13 +48,13 @@ class _Ours:
     def __init__(self, setting: Setting, device: torch.device, fused: bool) -> None:
         self._device = device
         self._base = random_base(setting.model, device, pick_dtype("auto", device), fused)
-        self._layers: dict[str, LoraLinear] = {}
+        self._layers: dict[str, AnyLora] = {}
 
     def prepare(self, setting: Setting) -> Prepared:
         base, device = self._base, self._device
         if setting.batch > 1 and not base.route.shares_rows:
             raise ValueError("these layers take one sample a row: --batch 1")
-        lora = LoraConfig(rank=setting.rank, lora_dropout=setting.dropout)
+        lora = LoraConfig(rank=setting.rank, lora_dropout=setting.dropout, target_modules=setting.targets)
         self._layers = attach(base.model, base.linear_names, lora, 0)
         adapter = FlatAdapter(self._layers, base.dtype)
         base.checkpoint_activations(Policy(setting.policy), setting.keep_layers, setting.host_layers)

@@ -26,7 +26,8 @@ ON_TRAINING_SAMPLES = "train"  # value of data.eval
 MAX_SEQ_LENGTH = 2**30  # positions in a row are 32-bit numbers
 SeqLength = Annotated[int, Field(ge=8, le=MAX_SEQ_LENGTH)]
 Column = Literal[
-    "messages", "prompt", "completion", "instruction", "input", "output", "text", "system", "history", "tools", "label"
+    "messages", "prompt", "completion", "instruction", "input", "output", "text", "system", "history", "tools", "label", "chosen",
+    "rejected",
 ]
 
 
@@ -60,7 +61,9 @@ class DataConfig(StrictModel):
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     eval_max_samples: PositiveInt = Field(256, description="number of rows, chosen by content")
     eval_max_seq_length: SeqLength = 2048
-    format: Literal["auto", "messages", "prompt_completion", "text", "alpaca"] = "auto"
+    format: Literal["auto", "messages", "prompt_completion", "text", "alpaca", "preference"] = Field(
+        "auto", description="preference: pairs of chosen and rejected answers (section preference); auto: another one, by columns"
+    )
     columns: dict[Column, NonEmpty] = Field({}, description="your names of columns, such as {messages: dialog}")
     bad_rows: Literal["error", "skip"] = Field("error", description="skip: leave out and count rows that cannot be read")
     overlong: Literal["cut", "drop", "split", "error"] = Field(

@@ -16,10 +16,12 @@ GENERATED = ("exact_match", "contains", "token_f1", "rouge_l", "number_match", "
 """Metrics of the project that score a generated answer. Larger is better in each, from 0 to 1."""
 CHOICE = "choice_accuracy"
 BUILT_IN = (*GENERATED, CHOICE)
+PREFERENCE_ACCURACY = "preference_accuracy"
+"""Share of pairs whose chosen answer has the higher implicit reward; measured at every rung with data.format = preference."""
 LAST, EVERY, FINALISTS = "last", "every", "finalists"
 OWN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,59}")
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-TAKEN = (EVAL_LOSS, "peak_allocated_gib", "elapsed_s", "num_trainable")
+TAKEN = (EVAL_LOSS, PREFERENCE_ACCURACY, "peak_allocated_gib", "elapsed_s", "num_trainable")
 """Names of other measures, which no function of the user may have."""
 NonEmpty = Annotated[str, Field(min_length=1)]
 Judged = bool | NonEmpty
@@ -128,10 +130,10 @@ class MetricsConfig(StrictModel):
             raise InputError("metrics.choices", self.choices, "belongs to metrics.choice_accuracy: give both or none")
         if self.regex_field is not None and self.regex is None:
             raise InputError("metrics.regex_field", self.regex_field, "has no effect without metrics.regex")
-        if self.choose_by not in (EVAL_LOSS, *self.names):
+        if self.choose_by not in (EVAL_LOSS, PREFERENCE_ACCURACY, *self.names):
             allowed = f"must be one of {', '.join((EVAL_LOSS, *self.names))}"
             raise InputError("metrics.choose_by", self.choose_by, allowed)
-        if self.choose_by != EVAL_LOSS and self.at == FINALISTS:
+        if self.choose_by in self.names and self.at == FINALISTS:
             raise InputError("metrics.at", self.at, f"must be last, every or rungs: {self.choose_by} decides which trial wins")
         return self
 

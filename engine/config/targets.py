@@ -9,17 +9,38 @@ from typing import Any, TypeGuard
 from engine.config.lora_section import ALL_LINEAR, LoraConfig
 from engine.errors import InputError, did_you_mean
 
+ATTENTION, EXPERTS = "attention", "experts"
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+
+
+def is_expert(name: str) -> bool:
+    """Return True for the name of a weight of all experts of a layer, which PEFT adapts by `target_parameters`."""
+    path, _, weight = name.rpartition(".")
+    return weight in EXPERT_WEIGHTS and path.rpartition(".")[2] == EXPERTS
+
+
+def _in_attention(name: str) -> bool:
+    return any("attn" in part or "attention" in part for part in name.split(".")[:-1])
+
+
+GROUPS: dict[str, Callable[[str], bool]] = {
+    ALL_LINEAR: lambda name: not is_expert(name),
+    ATTENTION: _in_attention,
+    EXPERTS: is_expert,
+}
+"""Names of groups of layers. As in PEFT, `all-linear` has no experts, whose weights are no linear layers."""
+
 
 def target_rule(target_modules: str | tuple[str, ...]) -> Callable[[str], bool]:
     """Return a test that says whether `target_modules` picks the layer of a full name.
 
-    - `all-linear` picks every name.
+    - A name of GROUPS, alone or in a list, picks the group.
     - An entry of a list picks a whole name or its dotted end (`q_proj`, `mlp.up_proj`).
     - A string with characters that no name has is a regular expression over the whole name, as in
       PEFT. Raises InputError if it is not valid.
     """
-    if target_modules == ALL_LINEAR:
-        return lambda name: True
+    if isinstance(target_modules, str) and target_modules in GROUPS:
+        return GROUPS[target_modules]
     if _is_regex(target_modules):
         try:
             compiled = re.compile(target_modules)
@@ -28,7 +49,8 @@ def target_rule(target_modules: str | tuple[str, ...]) -> Callable[[str], bool]:
             raise InputError("lora.target_modules", target_modules, allowed) from None
         return lambda name: compiled.fullmatch(name) is not None
     entries = _entries(target_modules)
-    return lambda name: any(name == entry or name.endswith(f".{entry}") for entry in entries)
+    groups, ends = [GROUPS[entry] for entry in entries if entry in GROUPS], [entry for entry in entries if entry not in GROUPS]
+    return lambda name: any(is_in(name) for is_in in groups) or any(name == end or name.endswith(f".{end}") for end in ends)
 
 
 def resolve_targets(linear_names: list[str], target_modules: str | tuple[str, ...]) -> list[str]:
@@ -82,4 +104,6 @@ def _entries(target_modules: str | tuple[str, ...]) -> tuple[str, ...]:
 def _near(entry: str, linear_names: list[str]) -> str:
     ends = sorted({name.rpartition(".")[2] for name in linear_names})
     hint = did_you_mean(entry.rpartition(".")[2], ends, num=3, cutoff=0.4)
+    if entry in (EXPERTS, ATTENTION):
+        return f"this model has no {entry} that an adapter could be put on; allowed: all-linear, {', '.join(ends)}"
     return f"matches no linear layer; allowed: all-linear, {', '.join(ends)}{hint}"

@@ -19,15 +19,22 @@ from pydantic import BeforeValidator, Field, model_validator
 from engine.config.data_section import DataConfig
 from engine.config.lora_section import LoraConfig
 from engine.config.matmul import Matmul, MatmulSetting
-from engine.config.metrics_section import FINALISTS, MetricsConfig
+from engine.config.metrics_section import EVAL_LOSS, FINALISTS, MetricsConfig
 from engine.config.optim_section import OptimConfig
 from engine.config.parsing import ListAsTuple, PositiveInt, StrictModel, load_json, parse
-from engine.errors import InputError
+from engine.config.possible import PROFILE_AFTER as PROFILE_AFTER
+from engine.config.possible import (
+    check_matmul,
+    check_metrics_section,
+    check_profile,
+    check_start,
+    check_step,
+    check_train_tokens,
+)
+from engine.config.preference_section import IN_A_PAIR, PREFERENCE, PreferenceConfig, check_preference
 
 TRAIN_CONFIG = "train_config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-# Optimizer steps: the first ones compile kernels, record graphs and fill caches.
-PROFILE_AFTER = 2
 MAX_REPORTS = 10_000
 MAX_BINS = 1_000_000  # in one optimizer step
 Auto = Literal["auto"]
@@ -51,6 +58,9 @@ class ModelConfig(StrictModel):
     )
     embeddings: Literal["auto", "device", "host"] = Field(
         "auto", description="host: the input embedding stays in pinned host memory; auto: host on CUDA, if large and not tied"
+    )
+    train_tokens: Annotated[tuple[str, ...], ListAsTuple] = Field(
+        (), max_length=256, description="tokens whose rows of embedding and head are trained too; new ones join the tokenizer"
     )
     trust_remote_code: bool = False
 
@@ -154,6 +164,7 @@ LATER: dict[str, dict[str, Any]] = {
         "eval_revision": None, "eval_files": None, "columns": {}, "bad_rows": "error", "overlong": "cut",
         "template_kwargs": None, "date": None, "turns": "all", "eval_weights": None, "eval_limits": {},
     },
+    "model": {"train_tokens": []},
     "lora": {"start_from": None, "rank_pattern": {}, "start": "default", "use_dora": False},
     "optim": {"ema_horizon": None, "loraplus_lr_ratio": 1.0, "decay_ratio": 0.2},
     "train": {"matmul": Matmul.BF16.value, "max_epochs": None, "neftune_noise_alpha": 0.0},
@@ -170,16 +181,11 @@ class TrainConfig(StrictModel):
     optim: OptimConfig = OptimConfig()
     train: LoopConfig
     metrics: MetricsConfig = MetricsConfig()
+    preference: PreferenceConfig = PreferenceConfig()
 
     @model_validator(mode="after")
     def _metrics_have_rungs(self) -> TrainConfig:
-        at, num_rungs = self.metrics.at, len(self.train.report_grid())
-        if not isinstance(at, str) and at[-1] > num_rungs:
-            raise InputError("metrics.at", list(at), f"must be rungs from 1 to {num_rungs}, the reports of a trial")
-        sets, chosen = tuple(self.data.eval_sets), self.metrics.eval_set
-        if chosen not in (sets if len(sets) > 1 else (None, *sets)) and (self.metrics.names or chosen is not None):
-            allowed = f"must be one of {', '.join(sets)}" if sets else "must be null: data.eval is no mapping of sets"
-            raise InputError("metrics.eval_set", chosen, allowed)
+        check_metrics_section(self.metrics, len(self.train.report_grid()), tuple(self.data.eval_sets))
         return self
 
     @model_validator(mode="after")
@@ -190,38 +196,13 @@ class TrainConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _matmul_is_possible(self) -> TrainConfig:
-        if self.matmul is not Matmul.BF16 and self.model.quantization != "nf4":
-            quantization = self.model.quantization
-            allowed = f"must be bf16 with model.quantization = {quantization}: INT8 codes are made of NF4 weights"
-            raise InputError("train.matmul", self.train.matmul, allowed)
-        if self.matmul is not Matmul.BF16 and self.lora.use_dora:
-            raise InputError("train.matmul", self.train.matmul, "must be bf16 with lora.use_dora: each step has other weights")
-        return self
-
-    @model_validator(mode="after")
-    def _start_is_possible(self) -> TrainConfig:
-        if self.lora.start == "loftq" and self.model.quantization != "nf4":
-            allowed = f"makes up for what NF4 loses, and model.quantization = {self.model.quantization} loses nothing; or: pissa"
-            raise InputError("lora.start", self.lora.start, allowed)
-        return self
-
-    @model_validator(mode="after")
-    def _step_is_possible(self) -> TrainConfig:
-        if self.bins_per_step > MAX_BINS:
-            field = "gradient_accumulation_steps" if self.train.tokens_per_step is None else "tokens_per_step"
-            allowed = f"must give at most {MAX_BINS:,} rows in one step, not {self.bins_per_step:,}"
-            raise InputError(f"train.{field}", getattr(self.train, field), allowed)
-        return self
-
-    @model_validator(mode="after")
-    def _profile_is_possible(self) -> TrainConfig:
-        loop, longest = self.train, self.longest_step
-        certain = max(0, math.ceil(loop.max_tokens / longest) - PROFILE_AFTER)
-        if loop.profile_steps > certain:
-            steps = f"{loop.max_tokens} tokens in steps of up to {longest}, not counting the first {PROFILE_AFTER} steps"
-            allowed = f"must be at most {certain}: {steps}"
-            raise InputError("train.profile_steps", loop.profile_steps, allowed)
+    def _settings_go_together(self) -> TrainConfig:
+        check_matmul(self)
+        check_start(self)
+        check_train_tokens(self)
+        check_preference(self.preference, self.data, self.metrics.choose_by, self.matmul, self.model.train_tokens)
+        check_step(self.bins_per_step, MAX_BINS, self.train)
+        check_profile(self.train.profile_steps, self.train.max_tokens, self.longest_step)
         return self
 
     def within_epochs(self, tokens_per_epoch: int) -> TrainConfig:
@@ -239,20 +220,34 @@ class TrainConfig(StrictModel):
         return self.lora.lora_dropout > 0.0 or self.train.neftune_noise_alpha > 0.0
 
     @property
+    def longest_evaluated(self) -> int:
+        """Return the most tokens of a sample that is read without gradients: for evaluation, or by the reference model."""
+        asked = self.learns_pairs and self.preference.needs_reference
+        return max(self.data.eval_max_seq_length, self.data.max_seq_length if asked else 0)
+
+    @property
     def bins_per_step(self) -> int:
         """Return the bins in one optimizer step, however they are computed.
 
-        A bin is a row of max_seq_length tokens, or one sample without packing.
+        A bin is a row of bin_tokens tokens, or one sample or pair without packing.
         """
         loop = self.train
-        return bins_in_step(
-            self.data.max_seq_length, loop.tokens_per_step, loop.gradient_accumulation_steps, loop.micro_batch_size
-        )
+        return bins_in_step(self.bin_tokens, loop.tokens_per_step, loop.gradient_accumulation_steps, loop.micro_batch_size)
+
+    @property
+    def learns_pairs(self) -> bool:
+        """Return whether samples are pairs of a chosen and a rejected answer."""
+        return self.data.format == PREFERENCE
+
+    @property
+    def bin_tokens(self) -> int:
+        """Return the most tokens in a bin: max_seq_length, or twice that for a pair, which is never divided."""
+        return self.data.max_seq_length * (IN_A_PAIR if self.learns_pairs else 1)
 
     @property
     def longest_step(self) -> int:
         """Return the most tokens that one optimizer step can take."""
-        return self.bins_per_step * self.data.max_seq_length
+        return self.bins_per_step * self.bin_tokens
 
     def fingerprint(self) -> str:
         """Return 16 hex digits, equal for configs that train the same adapter up to rounding."""
@@ -265,18 +260,20 @@ class TrainConfig(StrictModel):
             for field, default in defaults.items():
                 if values[section][field] == default:
                     del values[section][field]
-        if not self.metrics.names or self.metrics.at == FINALISTS:  # then trials are as without metrics
-            del values["metrics"]
+        if self.metrics.choose_by == EVAL_LOSS and (not self.metrics.names or self.metrics.at == FINALISTS):
+            del values["metrics"]  # trials are as without metrics
+        if not self.learns_pairs:
+            del values["preference"]
         values["bins_per_step"] = self.bins_per_step
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def bins_in_step(
-    max_seq_length: int, tokens_per_step: int | None, gradient_accumulation_steps: int, micro_batch_size: int | str
+    bin_tokens: int, tokens_per_step: int | None, gradient_accumulation_steps: int, micro_batch_size: int | str
 ) -> int:
-    """Return the bins in one optimizer step, from the four fields that decide it."""
+    """Return the bins in one optimizer step, from a bin's tokens and the three fields that decide it."""
     if tokens_per_step is not None:
-        return max(1, round(tokens_per_step / max_seq_length))
+        return max(1, round(tokens_per_step / bin_tokens))
     return gradient_accumulation_steps * (1 if micro_batch_size == "auto" else int(micro_batch_size))
 
 

@@ -8,6 +8,7 @@ them does not.
 - alpaca: `{"instruction", "input", "output"}`: a chat if there is a template, else Stanford's
   prompt.
 - text: `{"text"}`.
+- preference: `{"prompt", "chosen", "rejected"}`, or the prompt in both answers; never guessed.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from engine.data.messages import MEDIA, check_text, flag, is_flag, parse_json, read_message, read_tools
-from engine.dialogue.conversation import Conversation, Document, SampleError
+from engine.config.preference_section import PREFERENCE
+from engine.data.messages import MEDIA, check_text, flag, is_flag, parse_json, read_history, read_message, read_string, read_tools
+from engine.dialogue.conversation import AnswerPair, Conversation, Document, SampleError
+from engine.dialogue.preference_pair import COLUMNS, read_pair
 from engine.errors import InputError
 
 FORMATS = {  # format -> columns that identify it, most specific first
@@ -26,10 +29,11 @@ FORMATS = {  # format -> columns that identify it, most specific first
     "prompt_completion": (("prompt", "completion"),),
     "alpaca": (("instruction", "output"),),
     "text": (("text",),),
+    "preference": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
 }
 OPTIONAL = {  # format -> further columns that it reads
     "messages": ("system", "tools", "label"), "prompt_completion": ("system", "tools", "label"),
-    "alpaca": ("input", "system", "history", "tools", "label"), "text": (),
+    "alpaca": ("input", "system", "history", "tools", "label"), "text": (), "preference": ("system", "tools"),
 }  # fmt: skip
 ALIASES = {"conversations": "messages", "system_prompt": "system", "kto_tag": "label"}
 ALPACA_HEAD = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
@@ -70,7 +74,7 @@ class RowFormat:
         self._repeats = all(_repeats(*pair) for pair in pairs) and any(len(prompt.strip()) >= LONG for prompt, _ in pairs)
         self._format = format
 
-    def read(self, name: str, row: Any) -> Conversation | Document:
+    def read(self, name: str, row: Any) -> Conversation | Document | AnswerPair:
         """Return what a template or the tokenizer takes. InputError, which names the row, if it is bad."""
         if not isinstance(row, Mapping):
             hint = "; a list of rows belongs in a .json file" if isinstance(row, list) else ""
@@ -125,7 +129,7 @@ class RowFormat:
         others = {name: value for name, value in row.items() if name not in self._columns}
         return {**others, **{ours: row[theirs] for ours, theirs in self._columns.items() if theirs in row}}
 
-    def _read(self, row: Mapping[str, Any]) -> Conversation | Document:
+    def _read(self, row: Mapping[str, Any]) -> Conversation | Document | AnswerPair:
         if self._format == "text":
             return _document("", row["text"], "prompt", "text")
         for column in GOOD:
@@ -138,6 +142,9 @@ class RowFormat:
         for column in MEDIA:
             if row.get(column):
                 raise SampleError(f"{column} is not text; only text can be learnt")
+        if self._format == PREFERENCE:
+            decoded = {name: _decoded(value, name) if name in COLUMNS else value for name, value in row.items()}
+            return read_pair(decoded, self._prompt_completion)
         read = {"messages": _messages, "prompt_completion": self._prompt_completion, "alpaca": self._alpaca}
         return read[self._format](row)
 
@@ -153,12 +160,12 @@ class RowFormat:
         return replace(_document(prompt, completion, "prompt", "completion"), notes=notes)
 
     def _alpaca(self, row: Mapping[str, Any]) -> Conversation | Document:
-        instruction, output = _string(row["instruction"], "instruction"), row["output"]
-        extra = _string(row.get("input") or "", "input")
+        instruction, output = read_string(row["instruction"], "instruction"), row["output"]
+        extra = read_string(row.get("input") or "", "input")
         history = parse_json(row.get("history") or [], "history")
         if self._has_template:
             user = f"{instruction}\n\n{extra}" if extra else instruction
-            turns = [*_history(history), ("user", user), ("assistant", _string(output, "output"))]
+            turns = [*read_history(history), ("user", user), ("assistant", read_string(output, "output"))]
             return _conversation(row, [{"role": role, "content": text} for role, text in turns], "turn")
         if history or _system(row):
             raise SampleError("system and history need a chat template: set data.chat_template")
@@ -177,13 +184,13 @@ def detect_format(row: Mapping[str, Any], wanted: str, renamed: Mapping[str, str
     named = marks & set(renamed)
     for name, alternatives in FORMATS.items():
         fits = any(all(c in row for c in needed) and named <= set(needed) for needed in alternatives)
-        if wanted in ("auto", name) and fits:
+        if fits and (wanted == name or (wanted == "auto" and name != PREFERENCE)):
             return name
     known = "; ".join(f"{n}: {' or '.join('+'.join(c) for c in alts)}" for n, alts in FORMATS.items())
     hint = "columns of other names: data.columns={prompt: question, completion: answer}"
     if "chosen" in row and "rejected" in row:
         ours = "messages" if isinstance(row["chosen"], list) and not isinstance(row.get("prompt"), list) else "completion"
-        hint = f"pairs of chosen and rejected answers; to learn the chosen ones: data.columns={{{ours}: chosen}}"
+        hint = f"data.format={PREFERENCE} learns from the pairs; to learn the chosen ones alone: data.columns={{{ours}: chosen}}"
     raise InputError(where, sorted(map(str, row)), f"columns fit no format (format: {wanted}); known: {known}; {hint}")
 
 
@@ -258,7 +265,7 @@ def _made(row: Mapping[str, Any], messages: Messages) -> Conversation:
 
 
 def _document(prompt: Any, completion: Any, prompt_name: str, name: str) -> Document:
-    document = Document(_string(prompt, prompt_name), _string(completion, name))
+    document = Document(read_string(prompt, prompt_name), read_string(completion, name))
     if not document.completion.strip():
         raise SampleError(f"{name} is empty, so there is nothing to learn")
     check_text(document.prompt, prompt_name)
@@ -267,25 +274,10 @@ def _document(prompt: Any, completion: Any, prompt_name: str, name: str) -> Docu
 
 
 def _system(row: Mapping[str, Any]) -> str:
-    texts = {_string(row[name], name) for name in SYSTEM if row.get(name)}
+    texts = {read_string(row[name], name) for name in SYSTEM if row.get(name)}
     if len(texts) > 1:
         raise SampleError(f"has different texts under {' and '.join(SYSTEM)}")
     return next(iter(texts), "")
-
-
-def _history(history: Any) -> list[tuple[str, str]]:
-    turns = []
-    for i, pair in enumerate(history if isinstance(history, (list, tuple)) else [history]):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise SampleError(f"history[{i}] must be a pair of question and answer")
-        turns += [("user", _string(pair[0], f"history[{i}][0]")), ("assistant", _string(pair[1], f"history[{i}][1]"))]
-    return turns
-
-
-def _string(value: Any, column: str) -> str:
-    if not isinstance(value, str):
-        raise SampleError(f"{column} must be a string, not {'nothing' if value is None else type(value).__name__}")
-    return value
 
 
 def _is_mark(column: str) -> bool:

@@ -101,6 +101,23 @@ def read_tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
     return tools or None
 
 
+def read_history(history: Any) -> list[tuple[str, str]]:
+    """Return the earlier turns of an Alpaca row, each as role and text."""
+    turns = []
+    for i, pair in enumerate(history if isinstance(history, (list, tuple)) else [history]):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise SampleError(f"history[{i}] must be a pair of question and answer")
+        turns += [("user", read_string(pair[0], f"history[{i}][0]")), ("assistant", read_string(pair[1], f"history[{i}][1]"))]
+    return turns
+
+
+def read_string(value: Any, column: str) -> str:
+    """Return the text of a column, or raise SampleError."""
+    if not isinstance(value, str):
+        raise SampleError(f"{column} must be a string, not {'nothing' if value is None else type(value).__name__}")
+    return value
+
+
 def check_text(value: Any, where: str, depth: int = 0) -> None:
     """Raise SampleError for text that no tokenizer takes, wherever it lies in `value`."""
     if isinstance(value, str):

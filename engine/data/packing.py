@@ -42,7 +42,8 @@ class Batch:
 
     labels_T is already shifted: at position t it has the target predicted there, or IGNORE.
     target_rows [M] are the positions with a target, found on the host so that the loss need not
-    wait for the device. document_offsets [documents + 1] start at 0.
+    wait for the device. document_offsets [documents + 1] start at 0. reference [documents] is the
+    reference model's log p of each sample's targets, in nats and fp64, if the loss of pairs needs it.
     """
 
     input_ids_T: Tensor
@@ -51,6 +52,7 @@ class Batch:
     position_ids_T: Tensor
     document_offsets: Tensor
     document_lengths: tuple[int, ...]
+    reference: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
@@ -64,17 +66,21 @@ class Batch:
         """Return the batch on `device`; copies to CUDA are asynchronous, from pinned memory."""
         if self.input_ids_T.device.type == device.type:
             return self
-        return replace(self, **{n: getattr(self, n).pin_memory().to(device, non_blocking=True) for n in TENSORS})
+        return replace(self, **{n: getattr(self, n).pin_memory().to(device, non_blocking=True) for n in self._tensors()})
 
     def copy_(self, other: Batch) -> None:
         """Copy in the values of a batch of equal sizes; from host to CUDA asynchronously, as in `to`."""
-        for name in TENSORS:
+        for name in self._tensors():
             target, source = getattr(self, name), getattr(other, name)
             target.copy_(source.pin_memory() if target.is_cuda and not source.is_cuda else source, non_blocking=True)
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """Join samples into one row.
+    def _tensors(self) -> tuple[str, ...]:
+        return TENSORS if self.reference is None else (*TENSORS, "reference")
+
+
+def collate(samples: list[Sample], reference: np.ndarray | None = None) -> Batch:
+    """Join samples into one row. reference: of each sample, see Batch.
 
     The last position of each sample predicts nothing, so no label crosses a border.
     """
@@ -88,6 +94,7 @@ def collate(samples: list[Sample]) -> Batch:
         position_ids_T=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])),
         document_offsets=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
         document_lengths=lengths,
+        reference=None if reference is None else torch.from_numpy(np.asarray(reference, np.float64)),
     )
 
 
@@ -122,7 +129,12 @@ def padded(batch: Batch, num_tokens: int, num_targets: int, num_documents: int, 
         position_ids_T=torch.from_numpy(np.concatenate(positions).astype(np.int64)),
         document_offsets=torch.from_numpy(offsets.astype(np.int32)),
         document_lengths=(*batch.document_lengths, *filler),
+        reference=None if batch.reference is None else _filled(batch.reference, num_documents),
     )
+
+
+def _filled(values: Tensor, number: int) -> Tensor:
+    return torch.cat([values, values.new_zeros(number - len(values))])
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from itertools import chain, islice
 from typing import Any
 
 from engine.config.data_section import DataConfig
+from engine.config.preference_section import IN_A_PAIR
 from engine.data.formats import RowFormat
 from engine.data.readers import SourceRow
-from engine.dialogue.conversation import Conversation, Document, Encoded, SampleError
+from engine.dialogue.conversation import AnswerPair, Conversation, Document, Encoded, SampleError
 from engine.dialogue.encoding import Encoder
 from engine.errors import InputError
 from engine.system.command_line import tell
@@ -62,24 +63,24 @@ class _Sample:
     """One readable row: its name, and what will be encoded."""
 
     name: str
-    content: Conversation | Document
+    content: Conversation | Document | AnswerPair
 
     def fault(self, error: SampleError) -> InputError:
-        content = self.content
-        shown = list(content.messages) if isinstance(content, Conversation) else content.prompt + content.completion
-        return InputError(self.name, shown, str(error))
+        return InputError(self.name, _shown(self.content), str(error))
 
     @property
     def is_masked(self) -> bool:
         """Return True if the data leave an answer of this dialogue without loss."""
         content = self.content
-        if isinstance(content, Document):
+        if not isinstance(content, Conversation):
             return False
         return any(m["role"] == "assistant" and not learned for m, learned in zip(content.messages, content.learned))
 
     def digest(self) -> bytes:
         """Return a digest of the row's content, which is the same for all variables of a template."""
-        content = {name: value for name, value in asdict(self.content).items() if name != "notes"}
+        sides = (self.content.chosen, self.content.rejected) if isinstance(self.content, AnswerPair) else (self.content,)
+        content = [{name: value for name, value in asdict(side).items() if name != "notes"} for side in sides]
+        content = content if len(content) > 1 else content[0]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
 
 
@@ -147,7 +148,7 @@ class RowPipeline:
         except TooCostly as error:
             raise InputError("data.chat_template", self._template, f"{error} for {sample.name}") from None
 
-    def _render(self, contents: list[Conversation | Document]) -> list[Any]:
+    def _render(self, contents: list[Conversation | Document | AnswerPair]) -> list[Any]:
         found: list[Any] = []
         for content in contents:
             try:
@@ -166,6 +167,8 @@ class RowPipeline:
             encoded = one if isinstance(one, SampleError) else next(good)
             if not isinstance(encoded, SampleError) and not (encoded and all(any(e.is_target[1:]) for e in encoded)):
                 encoded = SampleError("has no target token, so there is nothing to learn")
+            if isinstance(sample.content, AnswerPair) and not isinstance(encoded, SampleError) and len(encoded) != IN_A_PAIR:
+                encoded = SampleError("an answer of several turns is tokenised otherwise as context, so it is no pair")
             if isinstance(encoded, SampleError):
                 self._bad(sample.fault(encoded))
                 continue
@@ -174,8 +177,9 @@ class RowPipeline:
                 self.counts.notes[note] = self.counts.notes.get(note, 0) + 1
             yield encoded, sample.is_masked, sample.digest() if self._has_variables else None
 
-    def _count_ends(self, content: Conversation | Document, encoded: list[Encoded]) -> None:
-        """Count BOS and EOS around a document that its text does not hold itself."""
+    def _count_ends(self, content: Conversation | Document | AnswerPair, encoded: list[Encoded]) -> None:
+        """Count BOS and EOS around a document, or the chosen one of a pair, that its text does not hold itself."""
+        content = content.chosen if isinstance(content, AnswerPair) else content
         if isinstance(content, Document):
             bos, eos = self._tokenizer.bos_token, self._tokenizer.eos_token
             ids, text = encoded[0].input_ids, content.prompt + content.completion
@@ -225,7 +229,16 @@ def _ahead(batches: Iterator[Any], work: Callable[[Any], Any], pool: ThreadPoolE
         yield waiting[0], waiting[1].result()
 
 
-def _size(content: Conversation | Document) -> int:
+def _shown(content: Conversation | Document | AnswerPair) -> Any:
+    """Return the content for a message."""
+    if isinstance(content, AnswerPair):
+        return [_shown(content.chosen), _shown(content.rejected)]
+    return list(content.messages) if isinstance(content, Conversation) else content.prompt + content.completion
+
+
+def _size(content: Conversation | Document | AnswerPair) -> int:
+    if isinstance(content, AnswerPair):
+        return _size(content.chosen) + _size(content.rejected)
     if isinstance(content, Document):
         return len(content.prompt) + len(content.completion)
     texts = sum(len(value) for message in content.messages for value in message.values() if isinstance(value, str))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.config.preference_section import IN_A_PAIR
 from engine.config.trial import TrainConfig
 from engine.data.packing import Cursor, Mixture, Sample
 from engine.data.tokens import TokenSet
@@ -21,12 +22,14 @@ class View:
     overlong: what happens to longer samples: `cut`, `drop`, `split` into pieces, or `error`. Samples
     without a target within the length are left out; `num_dropped` counts them. Pieces overlap by
     one token, which the second does not predict, so that each target is learnt once. part: training
-    or evaluation, for messages.
+    or evaluation, for messages. in_pairs: each row is a pair of samples, chosen and rejected, which
+    are used both or not at all.
     """
 
     def __init__(
-        self, tokens: TokenSet, rows: np.ndarray, max_seq_length: int, overlong: str = "cut", part: str = "training"
-    ) -> None:
+        self, tokens: TokenSet, rows: np.ndarray, max_seq_length: int, overlong: str = "cut", part: str = "training",
+        in_pairs: bool = False,
+    ) -> None:  # fmt: skip
         self._tokens, self.rows, self.max_seq_length = tokens, rows, max_seq_length
         self._given = tokens.samples_of(rows)
         full = tokens.offsets[self._given + 1] - tokens.offsets[self._given]
@@ -40,6 +43,8 @@ class View:
             kept = full <= max_seq_length
         else:
             kept = tokens.first_target[self._given] < max_seq_length
+        if in_pairs:
+            kept = np.repeat(kept.reshape(-1, IN_A_PAIR).all(axis=1), IN_A_PAIR)
         if overlong == "split":
             self._chosen, self._starts, self.lengths = _pieces(tokens, self._given, full, max_seq_length)
         else:
@@ -208,11 +213,20 @@ AnyView = View | JoinedView
 
 
 def make_cursor(view: AnyView, config: TrainConfig) -> Cursor:
-    """Return the cursor at the start of the training samples, mixed by their weights if they have several sources."""
-    mixture = None
+    """Return the cursor at the start of the training samples, mixed by their weights if they have several sources.
+
+    It walks through pairs if the samples are pairs: pair i has the samples 2 i and 2 i + 1.
+    """
+    mixture, size = None, IN_A_PAIR if config.learns_pairs else 1
     if isinstance(view, JoinedView):
-        mixture = Mixture.of([one.lengths for one in view.parts.values()], [view.weights[name] for name in view.parts])
-    return Cursor(view.lengths, config.data.max_seq_length, config.data.packing, config.train.seed, mixture)
+        lengths = [_joined(one.lengths, size) for one in view.parts.values()]
+        mixture = Mixture.of(lengths, [view.weights[name] for name in view.parts])
+    return Cursor(_joined(view.lengths, size), config.bin_tokens, config.data.packing, config.train.seed, mixture)
+
+
+def _joined(lengths: np.ndarray, size: int) -> np.ndarray:
+    """Return the lengths of `size` neighbours together."""
+    return lengths.reshape(-1, size).sum(axis=1) if size > 1 else lengths
 
 
 def _pieces(tokens: TokenSet, given: np.ndarray, full: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

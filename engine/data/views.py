@@ -20,6 +20,7 @@ import numpy as np
 from engine.command_answers import EVALUATION, TRAINING
 from engine.config.data_section import ON_TRAINING_SAMPLES, DataConfig, as_list
 from engine.config.data_sources import SourceConfig
+from engine.config.preference_section import PREFERENCE
 from engine.config.trial import TrainConfig
 from engine.data.readers import read_rows
 from engine.data.row_pipeline import RowCounts, RowPipeline, merged
@@ -95,7 +96,7 @@ class _Training:
         for name, tokens, here in self._by_source(rows):
             if config.train_max_samples is not None:
                 here = np.sort(_by_content(tokens, here)[: config.train_max_samples])
-            parts[name] = View(tokens, here, config.max_seq_length, config.overlong)
+            parts[name] = View(tokens, here, config.max_seq_length, config.overlong, TRAINING, config.format == PREFERENCE)
             if config.mixture and not len(here):
                 raise InputError(f"data.train.{name}", config.mixture[int(name)].path, "has no row left beside the held-out ones")
             _refuse_empty(parts[name], "training", "data.max_seq_length", config)
@@ -106,7 +107,7 @@ class _Training:
         """Return the samples in these rows as evaluation samples, in the order of the rows within a source."""
         config = self._config
         views = {
-            name: View(tokens, here, config.eval_max_seq_length, config.overlong, EVALUATION)
+            name: _evaluated(tokens, here, config)
             for name, tokens, here in self._by_source(rows)
             if len(here)
         }
@@ -119,7 +120,11 @@ class _Training:
 
 def _eval_view(tokens: TokenSet, config: DataConfig) -> View:
     chosen = _by_content(tokens, np.arange(tokens.num_rows))[: config.eval_max_samples]
-    return View(tokens, chosen, config.eval_max_seq_length, config.overlong, EVALUATION)
+    return _evaluated(tokens, chosen, config)
+
+
+def _evaluated(tokens: TokenSet, rows: np.ndarray, config: DataConfig) -> View:
+    return View(tokens, rows, config.eval_max_seq_length, config.overlong, EVALUATION, config.format == PREFERENCE)
 
 
 def _refuse_equal(tokens: Mapping[str, TokenSet], config: DataConfig) -> None:

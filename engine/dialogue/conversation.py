@@ -37,6 +37,18 @@ class Document:
 
 
 @dataclass(frozen=True)
+class AnswerPair:
+    """A chosen and a rejected answer to one prompt. Both begin with the prompt, which carries no loss."""
+
+    chosen: Conversation | Document
+    rejected: Conversation | Document
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.chosen.notes if isinstance(self.chosen, Document) else ()
+
+
+@dataclass(frozen=True)
 class Encoded:
     """One row for training: token ids, and which of them carry loss."""
 

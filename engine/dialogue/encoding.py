@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.config.data_section import DataConfig
 from engine.config.trial import HUB_ID
-from engine.dialogue.conversation import Conversation, Document, Encoded, SampleError, TargetText
+from engine.dialogue.conversation import AnswerPair, Conversation, Document, Encoded, SampleError, TargetText
 from engine.dialogue.dialect import any_of
 from engine.dialogue.spans import Spans
 from engine.dialogue.templates import MARKED, MARKS, RESERVED, ChatTemplate, chat_template, prints_date, reads, tool_template
@@ -61,8 +61,13 @@ class Encoder:
         self._newline = self._ids("\n") if self._ids("\na") != [*self._ids("\n"), *self._ids("a")] else None
         self._ids_of = TextIds(tokenizer, context_free=self._newline is None)
 
-    def render(self, sample: Conversation | Document) -> list[TargetText]:
-        """Return the texts of one sample. SampleError if they cannot be right."""
+    def render(self, sample: Conversation | Document | AnswerPair) -> list[TargetText]:
+        """Return the texts of one sample, or both of a pair. SampleError if they cannot be right."""
+        if isinstance(sample, AnswerPair):
+            sides = [self.render(sample.chosen), self.render(sample.rejected)]
+            if any(len(texts) > 1 for texts in sides):
+                raise SampleError("the chat template writes earlier turns otherwise, so an answer of several turns is no pair")
+            return [text for texts in sides for text in texts]
         if isinstance(sample, Document):
             return [self._document(sample)]
         spans = self._spans_of_tools if sample.tools else self._spans

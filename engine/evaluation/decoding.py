@@ -1,9 +1,10 @@
 """Generate answers to many prompts at once, with a key-value cache, under the adapter that is attached.
 
-The model's own layers compute it: fused ones take packed rows and keep no cache. They come back
-afterwards. Prompts of like length share a batch, padded on the left; a mask keeps padding out of
-every sum. Layers that carry a state, and models that keep their own attention, get prompts of equal
-length alone, and the library's own loop. Rows that have ended leave the batch.
+Fused layers compute it where they can (decode_steps.py). Elsewhere the model's own layers do, and
+the fused ones come back afterwards: prompts of like length share a batch, padded on the left, and a
+mask keeps padding out of every sum. Layers that carry a state, and models that keep their own
+attention, get prompts of equal length alone, and the library's own loop. Rows that have ended leave
+the batch.
 
 Shape letters: B answers at once, P tokens of the longest prompt, V vocabulary.
 """
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.evaluation.decode_steps import FusedSteps, MergedWeights, PaddedSteps, can_decode, recorder
 from engine.layers.swap import FusedLayer, FusedNorm, mixers, restore_layers
 from engine.model.base import Base, end_tokens
 from engine.model.device import free, host_share_gib
@@ -28,7 +30,6 @@ from engine.units import GIB
 
 MAX_PROMPT_TOKENS = 2**14  # in one forward pass
 PLAIN_SHARE = 0.5  # of the free memory, for dequantised weights
-LEAVE_AT = 0.75  # rows that have ended leave once no more than this share of the batch goes on
 
 
 @dataclass(frozen=True)
@@ -63,27 +64,34 @@ def generate(
     the generation. If memory runs out, fewer answers are made at once. The model is afterwards as
     it was. Raises torch.OutOfMemoryError if not even one answer fits.
     """
-    was_training = base.model.training
-    config, attention = base.model.config, own_attentions(base.model)[0]
-    with _restored(base, attention), original_layers(base.model):
-        base.model.eval()
-        try:
-            wanted = attention if base.route.packed_attention else base.route.attention
-            base.model.set_attn_implementation(text_attention(config, wanted))
-            return _Generation(base, prompts, stops, how, before_each).answers()
-        finally:
-            base.model.train(was_training)
+    was_training, longest = base.model.training, max(map(len, prompts), default=0) + how.max_new_tokens
+    base.model.eval()
+    try:
+        if can_decode(base, longest):
+            weights = MergedWeights(base, _room(base))
+            try:
+                return _Generation(base, prompts, stops, how, before_each, weights).answers()
+            finally:
+                weights.drop()
+        with _own_attention(base), original_layers(base.model):
+            base.model.eval()
+            return _Generation(base, prompts, stops, how, before_each, _PlainWeights(base, _room(base))).answers()
+    finally:
+        base.model.train(was_training)
+        if base.device.type == "cuda":
+            torch.cuda.empty_cache()  # a recording's memory serves nothing else
 
 
 @contextmanager
-def _restored(base: Base, attention: str) -> Iterator[None]:
-    """Put the attention of training back, and drop dequantised weights, at the end."""
+def _own_attention(base: Base) -> Iterator[None]:
+    """Set an attention of the library inside, and that of training afterwards. Drop dequantised weights at the end."""
+    config, wanted = base.model.config, own_attentions(base.model)[0] if base.route.packed_attention else base.route.attention
     try:
+        base.model.set_attn_implementation(text_attention(config, wanted))
         yield
     finally:
-        base.model.set_attn_implementation(text_attention(base.model.config, base.route.attention))
-        _drop_plain(base)
-        free(base.device)
+        base.model.set_attn_implementation(text_attention(config, base.route.attention))
+        _PlainWeights.drop_all(base)
 
 
 @contextmanager
@@ -101,10 +109,19 @@ def original_layers(model: nn.Module) -> Iterator[None]:
 
 
 class _Generation:
+    """Make the answers to some prompts. weights: those held dequantised, which go first if memory runs out."""
+
     def __init__(
-        self, base: Base, prompts: Sequence[np.ndarray], stops: Sequence[int], how: Decoding, before_each: Callable[[], None]
+        self,
+        base: Base,
+        prompts: Sequence[np.ndarray],
+        stops: Sequence[int],
+        how: Decoding,
+        before_each: Callable[[], None],
+        weights: MergedWeights | _PlainWeights,
     ) -> None:
         self._base, self._prompts, self._stops, self._how, self._before_each = base, prompts, set(stops), how, before_each
+        self._weights, self._is_fused = weights, isinstance(weights, MergedWeights)
         self._pad = stops[0] if stops else 0
         self._pads = base.route.packed_attention and not base.route.boundaries and not has_mixers_below(base)
         self._answers: list[list[int]] = [[] for _ in prompts]
@@ -112,64 +129,61 @@ class _Generation:
     @torch.no_grad()
     def answers(self) -> list[list[int]]:
         size = self._how.batch_size
-        _keep_plain(self._base)
         waiting = sorted(range(len(self._prompts)), key=lambda i: (-len(self._prompts[i]), i))
         while waiting:
             rows = self._next_rows(waiting, size)
             try:
                 self._answer(rows)
             except torch.OutOfMemoryError:
-                if size == 1 and not _has_plain(self._base):
+                if size == 1 and not self._weights:
                     raise
                 size = max(1, len(rows) // 2)
                 self._answers = [answer if i not in rows else [] for i, answer in enumerate(self._answers)]
             else:
                 waiting = waiting[len(rows) :]
                 continue
-            _drop_plain(self._base)  # outside the block, whose traceback keeps tensors alive
+            self._weights.drop()  # outside the block, whose traceback keeps tensors alive
             free(self._base.device)
         return self._answers
 
     def _next_rows(self, waiting: list[int], size: int) -> list[int]:
         longest = len(self._prompts[waiting[0]])
         rows = waiting[: max(1, min(size, MAX_PROMPT_TOKENS // longest))]
-        return rows if self._pads else [i for i in rows if len(self._prompts[i]) == longest]
+        return rows if self._is_fused or self._pads else [i for i in rows if len(self._prompts[i]) == longest]
 
     def _answer(self, rows: list[int]) -> None:
-        width = len(self._prompts[rows[0]])
-        ids_BP = torch.full((len(rows), width), self._pad, dtype=torch.long)
+        prompts = [self._prompts[i] for i in rows]
+        if self._is_fused:
+            self._decode(rows, FusedSteps(self._base, prompts, self._how.max_new_tokens, recorder(self._base)))
+        elif self._pads:
+            self._decode(rows, PaddedSteps(self._base, *self._padded(prompts)))
+        else:
+            self._by_library(rows, *self._padded(prompts))
+
+    def _padded(self, prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Return the prompts and their mask [B, P], padded on the left."""
+        width = max(map(len, prompts))
+        ids_BP = torch.full((len(prompts), width), self._pad, dtype=torch.long)
         mask_BP = torch.zeros_like(ids_BP)
-        for row, i in enumerate(rows):
-            prompt = self._prompts[i]
+        for row, prompt in enumerate(prompts):
             ids_BP[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
             mask_BP[row, width - len(prompt) :] = 1
-        given = ids_BP.to(self._base.device), mask_BP.to(self._base.device)
-        if self._pads:
-            self._decode(rows, *given)
-        else:
-            self._by_library(rows, *given)
+        return ids_BP.to(self._base.device), mask_BP.to(self._base.device)
 
-    def _decode(self, rows: list[int], ids_BP: Tensor, mask_BP: Tensor) -> None:
-        from transformers import DynamicCache
-
-        model, draws = self._base.model, self._draws(rows)
-        cache, going = DynamicCache(config=model.config.get_text_config()), list(range(len(rows)))
-        ids, mask, positions = ids_BP, mask_BP, (mask_BP.cumsum(1) - 1).clamp(min=0)
+    def _decode(self, rows: list[int], steps: FusedSteps | PaddedSteps) -> None:
+        draws, going, tokens_B = self._draws(rows), list(range(len(rows))), None
         kept = list(going)  # rows of the batch, of which some may have ended
         for step in range(self._how.max_new_tokens):
             self._before_each()
-            given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-            output = model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            tokens_B = self._pick(output.logits[:, -1], None if draws is None else draws[kept, step])
+            logits_BV = steps.prompt_logits() if tokens_B is None else steps.next_logits(tokens_B)
+            tokens_B = self._pick(logits_BV, None if draws is None else draws[kept, step])
             going = self._take(rows, kept, tokens_B.tolist(), going)
             if not going:
                 return
-            positions = positions[:, -1:] + 1
-            if len(going) <= LEAVE_AT * len(kept):
-                places = torch.tensor([kept.index(row) for row in going], device=ids.device)
-                cache.batch_select_indices(places)
-                mask, positions, tokens_B, kept = mask[places], positions[places], tokens_B[places], list(going)
-            ids, mask = tokens_B[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            if len(going) <= steps.leave_at * len(kept):
+                places = torch.tensor([kept.index(row) for row in going], device=tokens_B.device)
+                steps.keep(places)
+                tokens_B, kept = tokens_B[places], list(going)
 
     def _take(self, rows: list[int], kept: list[int], tokens: list[int], going: list[int]) -> list[int]:
         """Add each row's token to its answer. Return the rows that go on."""
@@ -227,26 +241,39 @@ def has_mixers_below(base: Base) -> bool:
     return bool(mixers(base.model)) or any("attention" not in kind or kind == "linear_attention" for kind in kinds)
 
 
-def _keep_plain(base: Base) -> None:
-    """Hold as many weights dequantised as half of the free memory takes: each step would dequantise them again."""
+def _room(base: Base) -> float:
+    """Return the bytes that dequantised weights may take: half of the free memory."""
     on_cuda = base.device.type == "cuda"
-    room = PLAIN_SHARE * (torch.cuda.mem_get_info(base.device)[0] if on_cuda else host_share_gib() * GIB)
-    for module in base.model.modules():
-        if isinstance(module, FrozenLinear) and module.is_packed:
-            room -= base.dtype.itemsize * module.in_features * module.out_features
-            if room < 0:
-                return
-            try:
-                module.keep_plain(base.dtype)
-            except torch.OutOfMemoryError:  # the process has a limit of its own
-                return
+    return PLAIN_SHARE * (torch.cuda.mem_get_info(base.device)[0] if on_cuda else host_share_gib() * GIB)
 
 
-def _drop_plain(base: Base) -> None:
-    for module in base.model.modules():
-        if isinstance(module, FrozenLinear):
-            module.keep_plain(None)
+class _PlainWeights:
+    """Hold weights of the library's layers dequantised, as many as fit: each step would dequantise them again."""
 
+    def __init__(self, base: Base, num_bytes: float) -> None:
+        self._base, self._kept = base, False
+        for module in base.model.modules():
+            if isinstance(module, FrozenLinear) and module.is_packed:
+                num_bytes -= base.dtype.itemsize * module.in_features * module.out_features
+                if num_bytes < 0:
+                    return
+                try:
+                    module.keep_plain(base.dtype)
+                except torch.OutOfMemoryError:  # the process has a limit of its own
+                    return
+                self._kept = True
 
-def _has_plain(base: Base) -> bool:
-    return any(isinstance(module, FrozenLinear) and module._plain is not None for module in base.model.modules())
+    def __bool__(self) -> bool:
+        return self._kept
+
+    def drop(self) -> None:
+        """Drop them, which leaves the layers as they were."""
+        self.drop_all(self._base)
+        self._kept = False
+
+    @staticmethod
+    def drop_all(base: Base) -> None:
+        """Drop every dequantised weight, also of a construction that was interrupted."""
+        for module in base.model.modules():
+            if isinstance(module, FrozenLinear):
+                module.keep_plain(None)

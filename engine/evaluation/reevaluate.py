@@ -18,6 +18,7 @@ from engine.evaluation.examples import choose_questions, write_examples
 from engine.evaluation.task_metrics import TaskMetrics
 from engine.model.device import pick_device
 from engine.model.load import load_base
+from engine.preference.trial_pairs import judged
 
 
 def evaluate_adapter(
@@ -32,18 +33,21 @@ def evaluate_adapter(
     """
     base = load_base(config.model, pick_device(config.train.device))
     _, view = load_recorded(config, base.tokenizer, inputs)
-    samples = evaluation_batches(base, view, config.data.eval_max_seq_length)
-    base_losses = evaluate(base, samples)
+    samples, judge = evaluation_batches(base, view, config.data.eval_max_seq_length), judged(config, base, view)
+    base_losses = judge(evaluate(base, samples))
     task = TaskMetrics(config, base, view) if config.metrics.names else None
     base_scores = task and task.measure()
     layers = attach(base.model, base.linear_names, config.lora, config.train.seed)
     load_adapter(adapter, layers)
-    adapter_losses = evaluate(base, samples)
+    adapter_losses = judge(evaluate(base, samples))
     answered: dict[str, Any] = {"base_sample_losses": base_losses, "sample_losses": adapter_losses}
     scores = task and task.measure()
+    means = base_losses.preference_metrics, adapter_losses.preference_metrics
     if scores:
-        error = scores.error or base_scores.error
-        answered |= {"base_metrics": base_scores.means, "metrics": scores.means, "metrics_error": error}
+        means = means[0] | base_scores.means, means[1] | scores.means
+        answered |= {"metrics_error": scores.error or base_scores.error}
+    if means[1]:
+        answered |= {"base_metrics": means[0], "metrics": means[1]}
     if num_examples and scores and config.metrics.generates:
         pairs = zip(base_scores.answers[:num_examples], scores.answers, strict=False)
         examples = [{"prompt": b.prompt, "expected": b.reference, "base": b.answer, "adapter": a.answer} for b, a in pairs]

@@ -11,6 +11,7 @@ import numpy as np
 
 from engine.config.data_section import DataConfig
 from engine.config.metrics_section import CHOICE, MetricsConfig
+from engine.config.preference_section import IN_A_PAIR
 from engine.config.trial import TrainConfig
 from engine.data.packing import Sample
 from engine.data.readers import read_rows
@@ -47,7 +48,7 @@ def task_samples(config: TrainConfig, view: AnyView, tokenizer: Any) -> list[Tas
     name = config.metrics.eval_set or next(iter(sets))
     view = sets[name]
     chosen: list[tuple[int, np.ndarray, np.ndarray]] = []
-    for i in range(len(view)):
+    for i in range(0, len(view), IN_A_PAIR if config.learns_pairs else 1):  # of a pair, the chosen answer
         parts = _parts(view[i]) if view.is_whole(i) else None
         if parts is not None:
             chosen.append((i, *parts))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from engine.model.base import Base
 from engine.model.device import free, pick_device
 from engine.model.inspect import load_tokenizer, model_config
 from engine.model.load import load_base
+from engine.preference.trial_pairs import judged
+from engine.sample_losses import SampleLosses
 from engine.sources.locate import locate
 from engine.system.command_line import tell
 from engine.system.files import write_folder
@@ -48,12 +51,14 @@ def export(
     config: TrainConfig | None = None,
     measure: bool = True,
     trust_remote_code: bool = False,
+    rename_base: Callable[[str], str] = lambda base: base,
 ) -> Measured | None:
     """Write `folder`'s adapter in `form` to `out`, whole or not at all, and return the losses.
 
     config: the train config; None takes the one in or above `folder`. measure: False measures no
-    loss. trust_remote_code: allow the model's own code to run. InputError for an `out` that is not
-    empty and for a model or tokenizer that the form cannot hold.
+    loss. trust_remote_code: allow the model's own code to run. rename_base: returns the name that
+    the files give to the base model, from its folder or hub id; may raise. InputError for an `out`
+    that is not empty and for a model or tokenizer that the form cannot hold.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError("--out", str(out), "must be a new or empty folder")
@@ -61,6 +66,8 @@ def export(
     model, config = read_origin(folder, adapter, config=config, trust_remote_code=trust_remote_code)
     if adapter.magnitudes and form == "gguf-adapter":
         raise InputError("adapter", form, "llama.cpp loads plain LoRA alone, and this is DoRA; or: gguf-merged, merged, peft")
+    name = rename_base(adapter.base)
+    adapter = replace(adapter, base=name, peft_config=adapter.peft_config | {"base_model_name_or_path": name})
     if form.startswith("gguf"):
         architecture(model_config(model))  # refuse an unknown architecture before any long work
     results: list[Measured | None] = []
@@ -137,23 +144,24 @@ def _measure(config: TrainConfig, adapter: Adapter, merged: Path | None) -> Meas
     base = load_base(config.model, device)
     training, evaluation = load_data(config.data, base.tokenizer)
     samples = evaluation_batches(base, evaluation, config.data.eval_max_seq_length)
-    base_loss, adapter_loss = evaluate(base, samples).mean, _adapter_loss(base, adapter, samples)
+    judge = judged(config, base, evaluation)
+    base_loss, adapter_loss = judge(evaluate(base, samples)).mean, judge(_adapter_losses(base, adapter, samples)).mean
     del base
     free(device)
     merged_loss = None
     if merged is not None:
         plain = config.model.model_copy(update={"path": str(merged), "revision": None, "quantization": "none"})
-        merged_loss = evaluate(load_base(plain, device), samples).mean
+        merged_loss = judge(evaluate(load_base(plain, device), samples)).mean
         free(device)
     targets = samples.num_targets
     return Measured(base_loss, adapter_loss, merged_loss, targets, training.digest(), evaluation.digest())
 
 
 @torch.no_grad()
-def _adapter_loss(base: Base, adapter: Adapter, samples: EvaluationSet) -> float:
+def _adapter_losses(base: Base, adapter: Adapter, samples: EvaluationSet) -> SampleLosses:
     layers = attach(base.model, base.linear_names, adapter.lora_config(), seed=0)
     try:
         load_adapter_state(layers, adapter.state(), "adapter")
-        return evaluate(base, samples).mean
+        return evaluate(base, samples)
     finally:
         detach(base.model, layers)

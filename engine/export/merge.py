@@ -24,7 +24,9 @@ from engine.adapter.portable import Adapter
 from engine.config.parsing import load_json
 from engine.config.trial import HUB_ID, ModelConfig
 from engine.errors import InputError, first_line
+from engine.export.expert_parts import ExpertPart, expert_parts
 from engine.export.stored_names import stored_names
+from engine.sources.quantized_folders import is_mxfp4
 from engine.sources.weight_files import INDEX, SINGLE, check_weights
 from engine.system.command_line import tell
 from engine.system.user_path import user_path
@@ -51,6 +53,8 @@ def base_folder(adapter: Adapter, source: str) -> Path:
         except Exception as error:  # many kinds: offline, gated, unknown
             raise InputError("base_model_name_or_path", source, f"the hub did not deliver it ({first_line(error)})") from None
     check_weights(folder, source)
+    if is_mxfp4(load_json(folder / "config.json")):
+        raise InputError("base_model_name_or_path", source, "holds MXFP4 weights; allowed: a 16-bit copy, or --to peft")
     return folder
 
 
@@ -62,13 +66,15 @@ def weight_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(opened.keys(), folder / SINGLE)
 
 
-def find_targets(adapter: Adapter, files: dict[str, Path], model: ModelConfig) -> dict[str, str]:
-    """Return the tensor that holds each adapted layer's weight, as tensor name -> layer.
+def find_targets(adapter: Adapter, files: dict[str, Path], model: ModelConfig) -> dict[str, str | ExpertPart]:
+    """Return the tensor that holds each adapted layer's weight, as tensor name -> layer, or what it holds of experts.
 
     Raises InputError if a layer has no weight in the base, or one of another shape.
     """
-    stored = stored_names(adapter.layers, files, model)
-    for name, (a_RD, b_OR) in adapter.layers.items():
+    experts = expert_parts(adapter.experts, files, model) if adapter.experts else {}
+    linears = {name: pair for name, pair in adapter.layers.items() if name not in adapter.experts}
+    stored = stored_names(linears, files, model)
+    for name, (a_RD, b_OR) in linears.items():
         key = stored.get(name)
         if key is None:
             raise InputError("adapter", name, f"the base model has no tensor {name}.weight")
@@ -76,7 +82,7 @@ def find_targets(adapter: Adapter, files: dict[str, Path], model: ModelConfig) -
             shape = list(opened.get_slice(key).get_shape())
         if shape != [b_OR.shape[0], a_RD.shape[1]]:
             raise InputError("adapter", name, f"fits a weight {[b_OR.shape[0], a_RD.shape[1]]}, the base model's is {shape}")
-    return {key: name for name, key in stored.items()}
+    return {key: name for name, key in stored.items()} | experts
 
 
 def merged_dtype(files: dict[str, Path]) -> torch.dtype:
@@ -90,7 +96,7 @@ def merged_dtype(files: dict[str, Path]) -> torch.dtype:
 
 
 def merged_tensors(
-    adapter: Adapter, file: Path, dtype: torch.dtype, targets: Mapping[str, str]
+    adapter: Adapter, file: Path, dtype: torch.dtype, targets: Mapping[str, str | ExpertPart]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of one weight file, merged where the adapter has a layer.
 
@@ -99,10 +105,14 @@ def merged_tensors(
     with safe_open(file, framework="pt") as opened:
         for key in opened.keys():  # noqa: SIM118
             tensor = opened.get_tensor(key)
-            if key in targets:
-                tensor = adapter.merged(targets[key], tensor)
-                if not torch.isfinite(tensor).all() or tensor.abs().max() > torch.finfo(dtype).max:
-                    raise InputError("adapter", key, f"the merged weight is beyond what {dtype} can hold")
+            target = targets.get(key)
+            if isinstance(target, ExpertPart):
+                delta = target.delta(adapter.layers[target.layer], adapter.rank)
+                tensor = tensor.float() + adapter.scaling * delta
+            elif target is not None:
+                tensor = adapter.merged(target, tensor)
+            if target is not None and not (torch.isfinite(tensor).all() and tensor.abs().max() <= torch.finfo(dtype).max):
+                raise InputError("adapter", key, f"the merged weight is beyond what {dtype} can hold")
             yield key, tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 

@@ -23,7 +23,8 @@ SHOWN = ("git.commit", "version.torch", "version.transformers")
 class ModelCard:
     """Hold the parts of a card, in order.
 
-    losses: pairs of a name and mean nats per target token. sections: pairs of a heading and lines.
+    losses: pairs of a name and mean nats per target token. sections: pairs of a heading and lines. of_pairs:
+    losses are means over pairs of answers, and have no perplexity.
     metrics: name, score of the base model or None, and score with the adapter.
     """
 
@@ -37,6 +38,7 @@ class ModelCard:
     settings: list[tuple[str, str]]
     sections: list[tuple[str, list[str]]]
     metrics: list[tuple[str, float | None, float]] = field(default_factory=list)
+    of_pairs: bool = False
 
     def text(self) -> str:
         """Return the card: front matter for the Hugging Face hub, losses, settings, sections."""
@@ -44,7 +46,10 @@ class ModelCard:
         lines = ["---", *published, f"library_name: {self.library}"]
         lines += ["pipeline_tag: text-generation", f"tags: {json.dumps(self.tags)}", "---", "", f"# {self.title}", ""]
         lines += [*self.introduction, ""] if self.introduction else []
-        if self.losses:
+        if self.losses and self.of_pairs:
+            rows = [f"| {name} | {_finite(loss, '.4f')} |" for name, loss in self.losses]
+            lines += ["| | preference loss (nats/pair) |", "|---|---:|", *rows, ""]
+        elif self.losses:
             lines += ["| | eval loss (nats/token) | perplexity |", "|---|---:|---:|"]
             cells = [(name, _finite(loss, ".4f"), _finite(perplexity(loss), ",.3f")) for name, loss in self.losses]
             lines += [*(f"| {' | '.join(row)} |" for row in cells), ""]
@@ -154,6 +159,7 @@ def export_card(facts: ExportFacts) -> str:
         tags=["lora", "qlora-sweep", *(["gguf"] if facts.form.startswith("gguf") else [])],
         introduction=[],
         losses=_losses(facts),
+        of_pairs=facts.config is not None and facts.config.learns_pairs,
         notes=_notes(facts),
         settings=_settings(facts),
         sections=[("Load it", ["Run in this folder:", "", *makers[facts.form](facts)])],

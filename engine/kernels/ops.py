@@ -254,11 +254,12 @@ def _family(name: str, tensor: Tensor) -> ModuleType:
             raise EngineError(f"kernels: tensor on {tensor.device}: make that the current device with torch.cuda.set_device")
     elif not FORCE_TRITON:
         return reference
-    return _load(name)
+    return load_kernels(name)
 
 
 @functools.cache
-def _load(name: str) -> ModuleType:
+def load_kernels(name: str) -> ModuleType:
+    """Return a module of kernels; EngineError without triton."""
     try:
         importlib.import_module("triton")
     except ImportError as error:

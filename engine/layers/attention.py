@@ -58,10 +58,13 @@ class Documents:
     `lengths` are the tokens of each sample, on the host. `offsets` are int32 [documents + 1], on
     the device. Variable-length attention reads only the longest of `lengths`, so these may be upper
     bounds: a CUDA graph replays with other offsets. Bounds end with 0, which no list of lengths does.
+    `cache` holds earlier tokens' keys and values, and attends in this module's place while answers
+    are generated.
     """
 
     lengths: tuple[int, ...]
     offsets: Tensor
+    cache: Any = None
 
     @property
     def are_bounds(self) -> bool:
@@ -91,6 +94,8 @@ def attend(
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Return causal attention within each document, [T, H, K]. Differentiable in q, k and v."""
+    if documents.cache is not None:
+        return documents.cache.attend(q_THK, k_TGK, v_TGK, documents, options)
     fits = _flash_fits(q_THK, options.softcap)
     if sinks_H is not None and fits and _has_sink_backward():
         return _FlashWithSinks.apply(q_THK, k_TGK, v_TGK, sinks_H.detach().float(), documents, options)

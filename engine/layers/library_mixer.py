@@ -67,7 +67,7 @@ class LibraryMixer:
     @property
     def adapters(self) -> list[nn.Parameter]:
         """Return what is trained of each of its linear layers that is adapted."""
-        return [parameter for layer in self._adapted() for parameter in layer.trained]
+        return [parameter for layer in self._adapted() for parameter in layer.parameters_of()]
 
     def new_seed(self) -> int | None:
         """Return a seed for the dropout of one pass and its recomputation; None if none is needed.

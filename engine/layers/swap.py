@@ -87,6 +87,7 @@ class FusedLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         document_lengths: tuple[int, ...],
         document_offsets: Tensor,
+        document_cache: Any = None,
         position_ids: Tensor | None = None,
         shared_kv_states: MutableMapping[str, tuple[Tensor, Tensor]] | None = None,
         **__: Any,
@@ -104,7 +105,7 @@ class FusedLayer(nn.Module):
             {name: ProjectionGroup.of(ls, dtype, self.weight_cache.get(name), int8.get(name)) for name, ls in groups.items()},
             cos_TR,
             sin_TR,
-            Documents(document_lengths, document_offsets),
+            Documents(document_lengths, document_offsets, document_cache),
             self.stash,
             self._query_factors(position_ids, document_lengths),
         )
@@ -117,7 +118,7 @@ class FusedLayer(nn.Module):
             call.input_TP = per_layer_input.squeeze(0)
         adapted = [layer for layers in groups.values() for layer in layers if isinstance(layer, LoraLinear)]
         adapters = [] if self.mixer is None else self.mixer.adapters
-        adapters += [parameter for layer in adapted for parameter in layer.trained]
+        adapters += [parameter for layer in adapted for parameter in layer.parameters_of()]
         y_TD, *stored = decoder_layer(hidden_states.squeeze(0), call, adapters)
         if half.stores and shared_kv_states is not None:
             shared_kv_states[self.self_attn.layer_type] = tuple(t.transpose(0, 1).unsqueeze(0) for t in stored)

@@ -128,6 +128,7 @@ def _tiled_workspace(shape: ModelShape, tokens: int, longest: int, element: int)
         return 0
     heads = {"heads": shape.num_heads, "groups": shape.num_kv_heads, "head_dim": shape.head_dim, "element": element}
     sizes = [4 * tokens * shape.num_heads]
-    for keys in {longest, min(longest, shape.sliding_window or longest)}:  # layers with a window and without one
+    window = shape.sliding_window if shape.attention_softcap else None  # heads too wide for flash attention see all
+    for keys in {longest, min(longest, window or longest)}:
         sizes.append(2 * element * heads_with_stored_scores(tokens, keys, **heads) * score_cells(tokens, keys))
     return max(sizes)

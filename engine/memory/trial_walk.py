@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from engine.config.matmul import Matmul
 from engine.config.optim_section import EIGHT_BIT
+from engine.config.targets import EXPERTS
 from engine.config.trial import TrainConfig
 from engine.memory.layer_memory import Pass
 from engine.memory.layer_walk import AttentionName, attention_name
@@ -34,6 +35,8 @@ from engine.shape.policies import Policy
 # Each is 32 MiB on Hopper and 8.1 MiB on other cards, where this is 48 MiB too much. There are two:
 # the measured peaks (H100) match 64 MiB, not 32.
 MATMUL_WORKSPACES = 2 * 32 * 2**20
+# Bytes a trained value of one layer's experts: its gradient in fp32 as the kernels lay it out, and as PEFT does.
+EXPERT_GRADIENT_BYTES = 8
 # A pass before recording and recordings have a stream each, and a process keeps their workspaces.
 STREAMS = 3
 
@@ -91,7 +94,7 @@ class TrialWalk:
 
     def train(self) -> None:
         """Walk forward pass, loss and backward pass of one micro-batch."""
-        tokens = self.config.train.micro_batch_size * self.config.data.max_seq_length
+        tokens = self.config.train.micro_batch_size * self.config.bin_tokens
         sizes = self._begin("forward", tokens, self.config.data.max_seq_length)
         live, last = self.live, self.shape.num_layers
         if self.is_fused:
@@ -139,8 +142,8 @@ class TrialWalk:
         return (STREAMS - 1) * MATMUL_WORKSPACES if self.is_fused else 0
 
     def evaluate(self) -> None:
-        """Walk one row without gradients; each layer leaves only its output."""
-        length = self.config.data.eval_max_seq_length
+        """Walk one row without gradients, of an evaluation or the reference; each layer leaves only its output."""
+        length = self.config.longest_evaluated
         tokens = max(length, EVALUATION_ROW_TOKENS)
         sizes = self._begin("evaluation", tokens, length)
         last = self.shape.num_layers - 1
@@ -237,6 +240,7 @@ class TrialWalk:
         live.enter("backward, recomputed layers" if measured.recomputes else "backward, kept layers")
         live.drop("tail", "dy")
         again = self._of_adapters(tokens) if measured.recomputes else 0
+        again += EXPERT_GRADIENT_BYTES * self.plans[-1].adapter.get(EXPERTS, 0)
         with live.holding(measured.backward * tokens + again + self._row_codes(tokens)):
             live.briefly(self._largest_weight(), WEIGHTS)
         live.drop("graph", "0.x")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.adapter.token_rows import TokenHead
 from engine.config.matmul import Matmul
 from engine.config.trial import ModelConfig
 from engine.data.packing import Batch
@@ -32,7 +33,7 @@ from engine.shape.policies import Policy
 from engine.units import GIB
 from engine.vocabulary.embedding_noise import EmbeddingNoise
 from engine.vocabulary.head import Head
-from engine.vocabulary.loss import linear_cross_entropy, token_cross_entropy
+from engine.vocabulary.loss import linear_cross_entropy, token_cross_entropy, trained_token_cross_entropy
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Base:
 
     def shares_rows(self, longest: int) -> bool:
         """Return True if samples of up to `longest` tokens may share a row without changing a loss."""
-        return self.route.shares_rows and not _rotates_by_row(self.model.config.get_text_config(), longest)
+        return self.route.shares_rows and not rotates_by_row(self.model.config.get_text_config(), longest)
 
     def pads_rows(self, longest: int) -> bool:
         """Return True if filler may follow the samples of a row, and the device alone knows where samples begin.
@@ -108,6 +109,12 @@ class Base:
         if not self.route.head_loss:
             return self._token_losses_of_logits(batch).sum()
         return linear_cross_entropy(self.hidden_states(batch), batch.labels_T, self.head(), batch.target_rows)
+
+    def trained_target_losses(self, batch: Batch) -> Tensor:
+        """Return what `target_losses` returns, with its gradients, for a loss that weighs targets by itself."""
+        if not self.route.head_loss:
+            return self._token_losses_of_logits(batch)
+        return trained_token_cross_entropy(self.hidden_states(batch), batch.labels_T, self.head(), batch.target_rows)
 
     @torch.no_grad()
     def target_losses(self, batch: Batch) -> Tensor:
@@ -199,7 +206,8 @@ class Base:
         scaling = getattr(config, "logits_scaling", None) or 1.0
         divided = scaling if config.model_type == "hyperclovax" else 1.0 / scaling  # Granite and others divide by it
         scale = getattr(config, "logit_scale", None) or divided
-        return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+        own = layer.own_rows if isinstance(layer, TokenHead) else None
+        return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None), own)
 
 
 def _boundaries(batch: Batch) -> dict[str, Any]:
@@ -211,7 +219,7 @@ def _boundaries(batch: Batch) -> dict[str, Any]:
     return cuts | {"seq_idx": sample_T.unsqueeze(0)}
 
 
-def _rotates_by_row(config: Any, longest: int) -> bool:
+def rotates_by_row(config: Any, longest: int) -> bool:
     """Return True if the longest sample of a row decides how all of them are rotated."""
     for kind in _rotations(config):
         original = kind.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)

@@ -1,4 +1,4 @@
-"""Compute the losses of short samples by the library alone and by a Base, token by token.
+"""Compute the losses of short samples by the library alone and by a Base, token by token, and the library's gradients.
 
 Shape letters: L tokens of one sample, D hidden, V vocabulary.
 """
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.adapter.lora import AnyLora
+from engine.config.targets import is_expert
 from engine.data.packing import Sample, collate
 from engine.model.base import Base
 
@@ -40,6 +42,26 @@ def library_losses(model: nn.Module, sample: Sample) -> Tensor:
     ids_1L = torch.from_numpy(sample.input_ids.astype(np.int64)).unsqueeze(0).to(next(model.parameters()).device)
     logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0, :-1].float()
     return nn.functional.cross_entropy(logits_LV, ids_1L[0, 1:], reduction="none")
+
+
+def library_gradients(library: nn.Module, layers: dict[str, AnyLora], samples: list[Sample]) -> dict[str, Tensor | None]:
+    """Return d loss / d B of each adapter from the weight gradients of the library's own model."""
+    found = weight_gradients(library, list(layers), samples)
+    return {n: None if g is None else layers[n].gradient_of_b(g) for n, g in found.items()}
+
+
+def weight_gradients(library: nn.Module, names: list[str], samples: list[Sample]) -> dict[str, Tensor | None]:
+    """Return the gradient of the summed losses by each layer's whole weight, None where there is none."""
+    paths = {name: name if is_expert(name) else f"{name}.weight" for name in names}
+    weights = {name: library.get_parameter(path).requires_grad_(True) for name, path in paths.items()}
+    try:
+        loss = torch.stack([library_losses(library, sample).sum() for sample in samples]).sum()
+        if loss.requires_grad:
+            loss.backward()
+        return {name: weight.grad for name, weight in weights.items()}
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False).grad = None
 
 
 def our_losses(base: Base, samples: list[Sample]) -> list[Tensor]:

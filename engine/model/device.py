@@ -8,9 +8,12 @@ import os
 import re
 import resource
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.command_answers import TorchFacts
 from engine.errors import InputError, first_line
@@ -110,3 +113,46 @@ def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def capture(compute: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
+    """Record `compute` as a CUDA graph, without computing. Return its result's tensor and what replays it.
+
+    Raises OutOfMemoryError, and RuntimeError if the code waits for the device. After the second, the
+    pool takes no more recordings: see `Recordings.start_over`.
+    """
+    graph, result, fault, stream = torch.cuda.CUDAGraph(), None, None, torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            try:
+                result = compute()
+            except Exception as error:  # the end of a broken recording raises an error of its own
+                fault = error
+    except RuntimeError as error:
+        fault = fault or error
+    try:
+        if fault is not None:
+            _leave_recording(stream, pool)
+            raise fault
+        return result, graph.replay
+    finally:
+        fault = None  # its traceback holds this frame, and the frame would hold it
+
+
+def _leave_recording(stream: torch.cuda.Stream, pool: Any) -> None:
+    """Undo what torch leaves behind if the end of a recording raises an error. stream: the one before it.
+
+    Torch stays on the recording's stream. Its allocator counts the pool as recording, and therefore
+    frees no cached memory when memory runs out. Its random generator stays in the recording's mode,
+    which a recording that succeeds ends. Its allocator of pinned memory counts the pool as recording
+    too, and offers no way to end that, so the pool is lost.
+    """
+    torch.cuda.set_stream(stream)
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        return  # the recording ended as usual, and only its content was at fault
+    torch._C._cuda_releasePool(device, pool)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        torch.zeros((), device=device)

@@ -11,24 +11,36 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.adapter.lora import LoraLinear, attach
+from engine.adapter.lora import attach
+from engine.config.lora_section import ALL_LINEAR
+from engine.config.targets import EXPERTS
 from engine.config.trial import LoraConfig, ModelConfig
 from engine.data.packing import Sample, collate
 from engine.errors import InputError, first_line
 from engine.layers import attention
 from engine.layers.swap import SwapReport, fuse_layers, survey
 from engine.model.base import Base
-from engine.model.comparison import difference, leaked_gradient, library_losses, our_losses, random_samples
+from engine.model.comparison import (
+    difference,
+    leaked_gradient,
+    library_gradients,
+    library_losses,
+    our_losses,
+    random_samples,
+    weight_gradients,
+)
 from engine.model.pretrained import text_attention
 from engine.model.route import ModelVerdict, Route, pattern_of, routes
 from engine.model.skeleton import VOCABULARY, build, layers_alike
 from engine.quant.bnb import quantize_nf4
+from engine.quant.frozen_experts import freeze_experts, pack_values, packable_experts
 from engine.quant.frozen_linear import FrozenLinear, freeze_linears, is_known_linear
 
 ALLOWED = 2e-3  # nats, in fp32; what is wrong differs by much more
@@ -36,6 +48,7 @@ GRADIENT_ALLOWED = 2e-2  # of the largest value in the gradient
 LEAK_ALLOWED = 1e-6  # of the largest gradient in a sample's own tokens
 NO_LINEAR = "must have at least one plain linear layer for the adapter"
 LORA = LoraConfig(rank=2, lora_alpha=2.0)
+LORA_ON_EXPERTS = LoraConfig(rank=2, lora_alpha=2.0, target_modules=(ALL_LINEAR, EXPERTS))
 CPU = torch.device("cpu")
 MADE_WITH = "eager"  # every model. Some families choose a class by their attention, and keep it whatever is set later
 UNTRIED = Route(False, "eager", head_loss=False, shares_rows=False)  # as near to the library as it goes
@@ -62,6 +75,9 @@ def choose_route(config: Any, given: ModelConfig, make: Make, device: torch.devi
             raise InputError("model.path", given.path, f"{allowed} ({why}); {way_out}") from None
         return ModelVerdict(UNTRIED, faults=(f"{type(error).__name__}: {first_line(error)}",), checked=False)
     tried = library.to(device), given, samples, layers_alike(config)
+    if given.quantization == "nf4" and packable_experts(library):
+        with suppress(Exception):  # what is wrong with packed experts leaves them in 16 bits, which a note says
+            return _Trial(copy.deepcopy(tried[0]), *tried[1:], experts=True).verdict()
     try:
         return _Trial(*tried).verdict()
     except InputError:
@@ -85,7 +101,9 @@ def own_attentions(model: nn.Module) -> list[str]:
 class _Trial:
     """Try the routes on a tiny model, whose own losses and gradients are the measure."""
 
-    def __init__(self, library: nn.Module, given: ModelConfig, samples: list[Sample], alike: Alike, *kept: str) -> None:
+    def __init__(
+        self, library: nn.Module, given: ModelConfig, samples: list[Sample], alike: Alike, *kept: str, experts: bool = False
+    ) -> None:
         self.library, self.given, self.samples, self.alike = library, given, samples, alike
         self.linears = plain_linears(library)
         if not self.linears:
@@ -93,6 +111,7 @@ class _Trial:
         self.read_directly = tuple(sorted({*_read_directly(library, self.linears, samples[0]), *kept}))
         self.linears = {n: m for n, m in self.linears.items() if pattern_of(n) not in self.read_directly}
         self.packed = _quantise(self.linears) if given.quantization == "nf4" else {}
+        self.experts = pack_values(library) if experts else {}
         with torch.no_grad():
             self.theirs = [library_losses(library, sample) for sample in samples]
         _require_causal(library, samples[0], self.theirs[0], given.path)
@@ -110,7 +129,7 @@ class _Trial:
             except Exception as error:  # model code may raise anything
                 faults.append(f"{_name(route)}: {_fault(error)}")
                 continue
-            return ModelVerdict(base.route, dead, self.read_directly, faults=(*faults, *row_faults))
+            return ModelVerdict(base.route, dead, self.read_directly, faults=(*faults, *row_faults), experts=bool(self.experts))
         allowed = "is a model that cannot be trained here with the losses that transformers gives it"
         raise InputError("model.path", self.given.path, f"{allowed} ({'; '.join(dict.fromkeys(faults))})")
 
@@ -126,8 +145,10 @@ class _Trial:
         model.set_attn_implementation(text_attention(model.config, route.attention))
         for name, weight in self.packed.items():
             model.get_submodule(name).weight = copy.copy(weight)
+        for name, experts in self.experts.items():
+            model.set_submodule(name, experts.again())
         kept = [m for n, m in model.named_modules() if pattern_of(n) in self.read_directly]
-        names = freeze_linears(model, skip=[model.get_output_embeddings(), *kept])
+        names = freeze_linears(model, skip=[model.get_output_embeddings(), *kept]) + freeze_experts(model)
         report = fuse_layers(model) if route.fused else SwapReport((), {"all": "not tried"})
         return Base(model, None, self.given, next(model.parameters()).device, torch.float32, names, report, route)
 
@@ -161,14 +182,14 @@ class _Trial:
         """Compare adapter gradients with the library's; return the layers whose adapter gets none."""
         samples = self.samples if base.route.shares_rows else self.samples[:1]
         batch = collate(samples).to(base.device)
-        layers = attach(base.model, base.linear_names, LORA, seed=0)
+        layers = attach(base.model, base.linear_names, LORA_ON_EXPERTS if self.experts else LORA, seed=0)
         base.model.train()
         base.loss(batch).backward()  # dropout and its like are asked for in training only
         for layer in layers.values():
             layer.lora_b.grad = None
         base.model.eval()
         base.loss(batch).backward()
-        wanted = _library_gradients(self.library, layers, samples)
+        wanted = library_gradients(self.library, layers, samples)
         alive = {name for name, layer in layers.items() if _has_values(layer.lora_b.grad)}
         if not alive:
             raise _Differs("no adapter gets a gradient")
@@ -218,7 +239,7 @@ def _read_directly(library: nn.Module, linears: dict[str, nn.Linear], sample: Sa
     called: set[str] = set()
     hooks = [m.register_forward_hook(lambda *_, name=n: called.add(name)) for n, m in linears.items()]
     try:
-        gradients = _weight_gradients(library, list(linears), [sample])
+        gradients = weight_gradients(library, list(linears), [sample])
     finally:
         for hook in hooks:
             hook.remove()
@@ -257,24 +278,6 @@ def _read_weights(library: nn.Module, sample: Sample) -> tuple[str, ...]:
         library.eval()
         for module in linears.values():
             module.__class__ = nn.Linear
-
-
-def _library_gradients(library: nn.Module, layers: dict[str, LoraLinear], samples: list[Sample]) -> dict[str, Tensor | None]:
-    """Return d loss / d B of each adapter from the weight gradients of the library's own model."""
-    found = _weight_gradients(library, list(layers), samples)
-    return {n: None if g is None else layers[n].scaling * g @ layers[n].lora_a.detach().T for n, g in found.items()}
-
-
-def _weight_gradients(library: nn.Module, names: list[str], samples: list[Sample]) -> dict[str, Tensor | None]:
-    weights = {name: library.get_submodule(name).weight.requires_grad_(True) for name in names}
-    try:
-        loss = torch.stack([library_losses(library, sample).sum() for sample in samples]).sum()
-        if loss.requires_grad:
-            loss.backward()
-        return {name: weight.grad for name, weight in weights.items()}
-    finally:
-        for weight in weights.values():
-            weight.requires_grad_(False).grad = None
 
 
 def _kinds_of_dead(names: Iterable[str], alive: set[str], alike: Alike) -> tuple[str, ...]:

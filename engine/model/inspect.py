@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from engine.adapter.token_rows import add_tokens
+from engine.config.possible import TRAIN_TOKENS
 from engine.config.trial import ModelConfig
 from engine.dialogue.encoding import REVISION
 from engine.errors import InputError
@@ -21,12 +23,19 @@ from engine.model.library_layers import runs_unfused, with_library_bytes
 from engine.model.pretrained import from_pretrained, read_config, unused_tensors, without_weights
 from engine.model.route import ModelVerdict, Route, pattern_of
 from engine.model.skeleton import POSITIONS
-from engine.model.verdicts import model_parts, verdict_of
+from engine.model.verdicts import expert_features, model_parts, verdict_of
 from engine.quant.frozen_linear import is_known_linear
 from engine.shape.model_shape import ModelShape
 from engine.sources.locate import locate
-from engine.sources.quantized_folders import check_quantization, is_quantized
-from engine.sources.weight_files import check_generation_config, check_rows, check_unused, check_weights, tensor_shapes
+from engine.sources.quantized_folders import check_quantization, is_mxfp4, is_quantized, require_packed
+from engine.sources.weight_files import (
+    check_generation_config,
+    check_rows,
+    check_unused,
+    check_weights,
+    tensor_shapes,
+    unpacked_shapes,
+)
 from engine.units import counted
 
 INSTALL_LINEAR_ATTENTION = "pip install flash-linear-attention"
@@ -59,28 +68,42 @@ def _as_installed(shape: ModelShape, config: ModelConfig) -> ModelShape:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """Load the model's tokenizer. Raises InputError if transformers cannot."""
+    """Load the model's tokenizer, with the tokens of `model.train_tokens`. Raises InputError if transformers cannot."""
     from transformers import AutoTokenizer
 
     tokenizer = from_pretrained(AutoTokenizer, config, locate(config))
     setattr(tokenizer, REVISION, config.revision)
+    add_tokens(tokenizer, config.train_tokens)
     return tokenizer
+
+
+def check_route(config: ModelConfig, route: Route, found: Any) -> None:
+    """Raise InputError if a model with this transformers config cannot have trained tokens."""
+    if not config.train_tokens:
+        return
+    tokens = list(config.train_tokens)
+    if found.get_text_config() is not found:
+        raise InputError(TRAIN_TOKENS, tokens, "must be empty for a model that reads more than text")
+    if not route.head_loss:
+        raise InputError(TRAIN_TOKENS, tokens, "must be empty for a model whose losses are made of its own logits")
 
 
 @dataclass(frozen=True)
 class ModelFacts:
     """Hold what is known about a model without its weights.
 
-    features: layer name -> (out, in) of each layer that an adapter may target. swaps: which layers
-    run fused. num_rows: tokens with a row in the embedding and in the head. num_positions: the longest sample that the
-    model was made for, if it says so. rotary: True if it can compute longer ones. notes: what the
-    user should know, one line each.
+    features: layer name -> (out, in) of each layer that an adapter may target; of experts the sums
+    over all. swaps: which layers run fused. num_rows: tokens with a row in the embedding and in the
+    head. row_values: values of such a row, both tables together unless they are one. num_positions:
+    the longest sample that the model was made for, if it says so. rotary: True if it can compute
+    longer ones. notes: what the user should know, one line each.
     """
 
     features: dict[str, tuple[int, int]]
     swaps: SwapReport
     route: Route
     num_rows: int
+    row_values: int = 0
     num_positions: int | None = None
     rotary: bool = True
     notes: tuple[str, ...] = ()
@@ -103,7 +126,10 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
         raise InputError("model.path", config.path, NO_LINEAR)
     num_rows = num_tokens(model)
     verdict = verdict_of(config)
+    check_route(config, verdict.route, model.config)
+    require_packed(is_mxfp4(model.config.to_dict()), verdict.experts, config)
     features = {n: (m.out_features, m.in_features) for n, m in linears.items() if verdict.adapts(n)}
+    features |= expert_features(model, verdict)
     if not features:
         raise InputError("model.path", config.path, "; ".join([NO_LINEAR, *_notes(model, linears, verdict)]))
     swaps = swaps_of(model, config, survey, verdict)
@@ -115,7 +141,8 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
         are = "is" if len(unused) == 1 else "are"
         what = f"{counted(len(unused), 'tensor')} of the folder {are} not part of this model"
         notes += (f"{what}, as transformers loads it: {_some(unused)}",)
-    return ModelFacts(features, swaps, verdict.route, num_rows, positions, rotary, notes)
+    row_values = model.get_input_embeddings().weight.shape[1] * (1 if getattr(text, "tie_word_embeddings", False) else 2)
+    return ModelFacts(features, swaps, verdict.route, num_rows, row_values, positions, rotary, notes)
 
 
 def checked_skeleton(config: ModelConfig) -> tuple[nn.Module, list[str]]:
@@ -133,7 +160,9 @@ def checked_skeleton(config: ModelConfig) -> tuple[nn.Module, list[str]]:
         return model, []
     check_rows(folder, model.get_input_embeddings().weight.shape[0], config.path)
     check_generation_config(folder, config.path)
-    shapes = tensor_shapes(folder, config.path, is_quantized(found.to_dict()))
+    is_unpacked = is_mxfp4(found.to_dict())
+    shapes = tensor_shapes(folder, config.path, is_quantized(found.to_dict()) and not is_unpacked)
+    shapes = unpacked_shapes(shapes) if is_unpacked else shapes
     unused = unused_tensors(model, shapes, config)
     check_unused(unused, config.path)
     return model, unused
@@ -166,7 +195,12 @@ def _notes(model: nn.Module, linears: dict[str, nn.Linear], verdict: ModelVerdic
         yield f"{counted(len(others), 'layer')} {stay}, in 16 bits and without adapters: {_some(others)}"
     plain = (module for module in model.modules() if not isinstance(module, nn.Conv1d))
     stacked = sum(p.numel() for module in plain for p in module.parameters(recurse=False) if p.dim() >= 3)
-    if stacked:
+    if stacked and verdict.experts:
+        share = stacked / sum(p.numel() for p in model.parameters())
+        adapted = "lora.target_modules=[all-linear,experts] adapts them too, all-linear does not, as in PEFT"
+        yield f"{share:.0%} of the weights are experts, in NF4: {adapted}"
+        yield "the router stays in 16 bits and frozen, and its auxiliary loss is off, as in PEFT"
+    elif stacked:
         share = stacked / sum(p.numel() for p in model.parameters())
         yield f"{share:.0%} of the weights are experts or others of 3 dimensions: they stay in 16 bits, without adapters"
     if needs := next((fault for fault in verdict.faults if "told where samples begin" in fault and "Install" in fault), None):

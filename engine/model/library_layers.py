@@ -21,9 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.adapter.lora import LoraLinear, attach
+from engine.adapter.lora import AnyLora, attach
+from engine.config.lora_section import ALL_LINEAR
+from engine.config.targets import EXPERTS
 from engine.config.trial import LoraConfig, ModelConfig
 from engine.model.skeleton import layers_alike, with_few_layers
+from engine.quant.expert_quantizer import place_experts
+from engine.quant.frozen_experts import freeze_experts
 from engine.quant.frozen_linear import freeze_linears
 from engine.shape.library_bytes import MEASURED_RANK, LibraryBytes, PassBytes
 from engine.shape.model_shape import ModelShape
@@ -46,7 +50,7 @@ def with_library_bytes(shape: ModelShape, config: ModelConfig, found: Any, make:
     if not runs_unfused(shape, config) or shape.has_mixers:
         return shape
     try:
-        return replace(shape, library=measure(found, make))
+        return replace(shape, library=measure(found, make, shape.experts is not None and config.quantization == "nf4"))
     except Exception as error:  # a model's code may raise anything
         logger.info("the memory of this model's layers is estimated: %s", error)
         return shape
@@ -57,16 +61,22 @@ def runs_unfused(shape: ModelShape, config: ModelConfig) -> bool:
     return shape.family == "other" or config.layers == "original"
 
 
-def measure(found: Any, make: Make) -> LibraryBytes:
-    """Return the bytes a token. Raises whatever the model's code raises on the meta device."""
+def measure(found: Any, make: Make, packs_experts: bool = False) -> LibraryBytes:
+    """Return the bytes a token. Raises whatever the model's code raises on the meta device.
+
+    packs_experts: the model's experts are in NF4, and adapted like the linear layers.
+    """
     _register()
     small = with_few_layers(found)
     if hasattr(small, "quantization_config"):
         del small.quantization_config
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = make(copy.deepcopy(small), NAME).to(torch.bfloat16).requires_grad_(False)
-        names = freeze_linears(model, skip=[model.get_output_embeddings()])
-    adapters = attach(model, names, LoraConfig(rank=MEASURED_RANK), 0)
+        if packs_experts:
+            place_experts(model, double_quantization=True)
+        names = freeze_linears(model, skip=[model.get_output_embeddings()]) + freeze_experts(model)
+    targets = (ALL_LINEAR, EXPERTS) if packs_experts else ALL_LINEAR
+    adapters = attach(model, names, LoraConfig(rank=MEASURED_RANK, target_modules=targets), 0)
     for adapter in adapters.values():
         adapter.drop = _Mask.apply
     weights = _layer_weights(found)
@@ -168,7 +178,7 @@ def _register() -> None:
     AttentionInterface.register(NAME, _attend)
 
 
-def _train(model: nn.Module, adapters: dict[str, LoraLinear], weights: list[int], recomputes: bool, dropout: bool) -> PassBytes:
+def _train(model: nn.Module, adapters: dict[str, AnyLora], weights: list[int], recomputes: bool, dropout: bool) -> PassBytes:
     """Take a forward and a backward pass. weights: for each layer, how many of the real model are like it."""
     for adapter in adapters.values():
         adapter.dropout = DROPOUT if dropout else 0.0

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from engine.adapter.token_rows import install
 from engine.config.parsing import load_json
 from engine.config.trial import ModelConfig
 from engine.errors import InputError
@@ -24,15 +25,18 @@ from engine.model.base import Base
 from engine.model.comparison import num_tokens, text_samples
 from engine.model.device import pick_dtype
 from engine.model.guard import MADE_WITH, NO_LINEAR
-from engine.model.inspect import checked_skeleton, load_tokenizer, swaps_of, unquantised_names
+from engine.model.inspect import check_route, checked_skeleton, load_tokenizer, swaps_of, unquantised_names
 from engine.model.loaded_check import CHECKS, KnownChecks, check_loaded, loaded_losses
 from engine.model.pretrained import from_pretrained, model_factory, read_config, release_towers, require_tensors, text_attention
 from engine.model.route import ModelVerdict, Route, pattern_of
 from engine.model.verdicts import verdict_of, with_rows_of
 from engine.quant.bnb import load_library, nf4_load_config
+from engine.quant.expert_quantizer import expert_load_config, register
+from engine.quant.frozen_experts import freeze_experts
 from engine.quant.frozen_linear import freeze_linears
 from engine.quant.shared_base import load_packed
 from engine.sources.locate import locate
+from engine.sources.quantized_folders import is_mxfp4, require_packed
 from engine.sources.weight_files import check_weights
 from engine.vocabulary.host_embedding import place_embeddings
 
@@ -52,8 +56,11 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     load_library()  # before transformers does
     source, dtype = locate(config), pick_dtype(config.dtype, device)
     found = read_config(config)
+    if is_unpacked := is_mxfp4(found.to_dict()):  # else transformers would take its own quantiser
+        del found.quantization_config
     checked_skeleton(config)
     verdict, tokenizer = verdict_of(config), load_tokenizer(config)
+    require_packed(is_unpacked, verdict.experts, config)
     if attention_name is None and device.type == "cuda":
         verdict = with_rows_of(config, verdict, device)
     if attention_name is not None and not verdict.route.packed_attention:
@@ -72,7 +79,8 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
         require_tensors(loading, config)
         return model, loading
 
-    model, _ = _load_nf4(config, source, device, dtype, load, verdict) if config.quantization == "nf4" else load(source)
+    is_packed = config.quantization == "nf4"
+    model, _ = _load_nf4(config, source, device, dtype, load, verdict, is_unpacked) if is_packed else load(source)
     model.set_attn_implementation(text_attention(model.config, wanted))
     model.requires_grad_(False).eval()
     if device.type == "cpu":
@@ -85,7 +93,8 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
         samples = text_samples(tokenizer, num_tokens(model))
         theirs = loaded_losses(model, samples, config.path)
     kept = [module for name, module in model.named_modules() if pattern_of(name) in verdict.read_directly]
-    names = [n for n in freeze_linears(model, skip=[model.get_output_embeddings(), *kept]) if verdict.adapts(n)]
+    frozen = freeze_linears(model, skip=[model.get_output_embeddings(), *kept]) + freeze_experts(model)
+    names = [n for n in frozen if verdict.adapts(n)]
     if not names:
         raise InputError("model.path", config.path, NO_LINEAR)
     if attention_name is None and verdict.route.head_loss:  # else the whole model is called
@@ -99,6 +108,9 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
         base = check_loaded(base, theirs)
         checks.passed(base)
     base.lasting[CHECKS] = checks
+    if config.train_tokens:
+        check_route(config, base.route, model.config)
+        install(model, tokenizer, config.train_tokens, device)
     return base
 
 
@@ -117,20 +129,28 @@ def _load_nf4(
     dtype: torch.dtype,
     load: Callable[..., tuple[Any, dict[str, Any]]],
     verdict: ModelVerdict,
+    is_unpacked: bool,
 ) -> tuple[Any, dict[str, Any]]:
     """Load the model in NF4, from this node's shared cache if another process has quantised it."""
 
     def quantise() -> tuple[Any, dict[str, Any]]:
         keep = unquantised_names(config, verdict)
-        return load(source, quantization_config=nf4_load_config(config.double_quantization, dtype, keep))
+        if verdict.experts:
+            made = expert_load_config(config.double_quantization, dtype, keep, is_unpacked)
+        else:
+            made = nf4_load_config(config.double_quantization, dtype, keep)
+        return load(source, quantization_config=made)
 
     folder = _local_folder(config, source)
-    if folder is None or config.trust_remote_code or "quantization_config" in load_json(folder / "config.json"):
+    is_packed = folder is not None and not is_unpacked and "quantization_config" in load_json(folder / "config.json")
+    if folder is None or config.trust_remote_code or is_packed:
         # The cache cannot hold custom model code, and an already quantised model gains nothing.
         return quantise()
     settings: dict[str, Any] = {"double": config.double_quantization, "dtype": str(dtype), "device": device.type}
     if verdict.read_directly:
         settings["kept"] = verdict.read_directly
+    if verdict.experts:
+        settings["experts"] = register().__name__  # entered before a saved model is read
     return load_packed(folder, settings, quantise, load)
 
 

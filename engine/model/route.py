@@ -60,7 +60,8 @@ def routes(can_fuse: bool, own_attentions: list[str]) -> list[Route]:
 class ModelVerdict:
     """Say how to compute a model, and which layers get no adapter.
 
-    without_gradient: layers whose adapter would never learn. read_directly: layers whose weight the
+    experts: True if experts are packed in NF4, and adapters may target them. without_gradient: layers
+    whose adapter would never learn. read_directly: layers whose weight the
     model's code reads itself, so that they stay as they are. not_exported: layers whose adapter PEFT
     would not load again. All are names, with `*` for numbers where all of a kind are meant.
     faults: what was wrong on the faster routes. checked: False if no tiny model could be built, so
@@ -73,6 +74,7 @@ class ModelVerdict:
     not_exported: tuple[str, ...] = ()
     faults: tuple[str, ...] = field(default=(), compare=False)
     checked: bool = True
+    experts: bool = False
 
     def adapts(self, name: str) -> bool:
         """Return True if the layer of this name may get an adapter."""

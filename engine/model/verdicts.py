@@ -27,6 +27,7 @@ from engine.errors import InputError
 from engine.model.guard import Make, choose_route, plain_linears
 from engine.model.pretrained import model_factory, read_config, without_weights
 from engine.model.route import ModelVerdict, Route, pattern_of
+from engine.quant.frozen_experts import expert_shapes, packable_experts
 from engine.system.shared_cache import remembered
 
 ENGINE = Path(__file__).resolve().parents[1]
@@ -96,8 +97,20 @@ def with_export(verdict: ModelVerdict, make: Callable[[], nn.Module]) -> ModelVe
     """Return the verdict with the layers that PEFT would not load again. make: a new model on the meta device."""
     made = [make()]
     layers = {n: (m.out_features, m.in_features) for n, m in plain_linears(made[0]).items() if verdict.adapts(n)}
+    layers |= expert_features(made[0], verdict)
     lost = misplaced_layers(lambda: made.pop() if made else make(), layers, pattern_of)
     return replace(verdict, not_exported=tuple(sorted(lost)))
+
+
+def expert_features(model: nn.Module, verdict: ModelVerdict) -> dict[str, tuple[int, int]]:
+    """Return (out, in) features of the weights of all experts that an adapter may target, summed over experts.
+
+    Then rank * (out + in) counts an adapter's values, as for a linear layer.
+    """
+    if not verdict.experts:
+        return {}
+    found = {f"{n}.{weight}": shape for n, m in packable_experts(model).items() for weight, shape in expert_shapes(m).items()}
+    return {name: (num * height, num * width) for name, (num, height, width) in found.items() if verdict.adapts(name)}
 
 
 def _read(values: dict[str, Any]) -> ModelVerdict:
@@ -121,6 +134,6 @@ def _version(name: str) -> str | None:
 def _code_digest() -> str:
     """Return a digest of the code of the rooms that compute a model."""
     state = hashlib.sha256()
-    for path in sorted(path for room in ROOMS for path in (ENGINE / room).glob("*.py")):
+    for path in sorted(path for room in ROOMS for path in (ENGINE / room).rglob("*.py")):
         state.update(path.name.encode() + path.read_bytes())
     return state.hexdigest()

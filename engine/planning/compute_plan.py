@@ -49,7 +49,7 @@ class ComputePlan:
     def apply(self, config: TrainConfig) -> TrainConfig:
         """Return the config with nothing left `auto`, and the same number of bins in a step."""
         bins = config.bins_per_step
-        step = {"tokens_per_step": bins * config.data.max_seq_length}
+        step = {"tokens_per_step": bins * config.bin_tokens}
         return config.model_copy(update={"train": config.train.model_copy(update={**step, **self.settings()})})
 
     def describe(self) -> str:

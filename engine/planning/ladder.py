@@ -39,7 +39,7 @@ def leaner(
     learn from the failure. A value that the config fixes changes only if no plan keeps it.
     """
     if shape is None or card is None or failed.memory is None:
-        changes = _less(failed, config.data.max_seq_length)
+        changes = _less(failed, config.bin_tokens)
         return None if changes is None else changed(failed, changes, config, shape)
     available = min(allowed_gib(config, card), had_gib)
     lessons.learn(failed, available)
@@ -55,7 +55,7 @@ def leaner(
 def _opened(config: TrainConfig) -> TrainConfig:
     """Return the config with all fields of the plan `auto`, and the same number of bins in a step."""
     loop = config.train
-    step = {"tokens_per_step": config.bins_per_step * config.data.max_seq_length}
+    step = {"tokens_per_step": config.bins_per_step * config.bin_tokens}
     graphs = {"cuda_graphs": "auto" if loop.cuda_graphs is True else loop.cuda_graphs}
     return config.model_copy(update={"train": loop.model_copy(update={**step, **graphs, **dict.fromkeys(OPEN, "auto")})})
 
@@ -63,16 +63,16 @@ def _opened(config: TrainConfig) -> TrainConfig:
 def _next_smaller(failed: ComputePlan, config: TrainConfig, shape: ModelShape) -> ComputePlan | None:
     """Return the first plan down the fixed ladder that is predicted to need less: none fits, but one may."""
     plan = failed
-    while (changes := _less(plan, config.data.max_seq_length)) is not None:
+    while (changes := _less(plan, config.bin_tokens)) is not None:
         plan = changed(plan, changes, config, shape)
         if plan.need_gib < (1.0 - MARGIN) * failed.need_gib:
             return plan
     return plan if plan.need_gib < failed.need_gib else None
 
 
-def _less(current: ComputePlan, max_seq_length: int) -> dict[str, Any] | None:
+def _less(current: ComputePlan, bin_tokens: int) -> dict[str, Any] | None:
     """Return the changes that make a plan leaner: what costs the least time goes first."""
-    tokens, place = current.micro_batch_size * max_seq_length, LADDER.index(current.policy)
+    tokens, place = current.micro_batch_size * bin_tokens, LADDER.index(current.policy)
     if current.weight_cache_gib:
         return {"weight_cache_gib": 0.0}
     if current.micro_batch_size > 1 and tokens > SHORT_ROW:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.config.matmul import Matmul
+from engine.config.targets import EXPERTS
 from engine.memory.layer_walk import attention_name
 from engine.memory.tensor_sizes import Sizes
 from engine.planning.cards import Card
-from engine.planning.rates import CODE_BYTES, PLAIN_BYTES
+from engine.planning.rates import CODE_BYTES, NF4_BYTES, PLAIN_BYTES
 from engine.shape.compute_limits import FLASH_HEAD
 from engine.shape.families import INPUT_GATE, INPUT_PROJECTION
 from engine.shape.layer_plan import LayerPlan, kept_name
@@ -25,8 +26,8 @@ from engine.shape.policies import Policy
 ATTENTION_BACKWARD = 0.89
 # Time of our own attention in units of what the rates in speed.py say, forward and backward: with a
 # softcap, and over heads wider than flash attention takes (H100, heads of 256 and 512, samples of
-# 1,024 and 4,096 tokens).
-TILED, WIDE_TILED = (1.0, 1.7), (1.5, 3.7)
+# 1,024 and 4,096 tokens). The second number of heads wider than 256 is that of scores made again.
+TILED, WIDE_TILED = (1.0, 0.93), (1.5, 3.7)
 # In fp32, attention with a softcap is plain matrix operations: bytes a score, forward and backward.
 # An estimate.
 EAGER_BYTES = (60, 110)
@@ -62,6 +63,9 @@ class LayerWork:
     mixer_bytes: float = 0.0
     mixer_chunks: float = 0.0
 
+# Rows of an expert that one program multiplies, and the speed of such products next to a dense one. Estimates.
+GROUPED_ROWS, GROUPED_SPEED = 128, 0.5
+
 
 @dataclass(frozen=True)
 class StepShape:
@@ -84,9 +88,19 @@ def forward_work(plan: LayerPlan, step: StepShape) -> LayerWork:
         _add_matmul(work, group, plan, step)
     s = step.sizes
     work.plain_bytes = 4 * s.x + 3 * s.x + 2 * s.x * _norms_after(step.shape)
-    work.activation_bytes = s.gate_up + s.f
+    _add_activation(work, plan, 0 if step.shape.experts is not None else s.gate_up + s.f)
     _add_first_half(work, step)
+    if step.shape.experts is not None:
+        _add_experts(work, plan, step, 1, gradients=False)
     return work
+
+
+def _add_activation(work: LayerWork, plan: LayerPlan, num_bytes: int) -> None:
+    """Add what the gated activation moves. Without low-rank terms, which products in INT8 have added, it is as fast as a norm."""
+    if plan.matmul.is_int8_forward:
+        work.plain_bytes += num_bytes
+    else:
+        work.activation_bytes += num_bytes
 
 
 def _add_first_half(work: LayerWork, step: StepShape) -> None:
@@ -112,7 +126,7 @@ def backward_work(plan: LayerPlan, step: StepShape) -> LayerWork:
     norms = 2 * s.x + 4 * s.x + 4 * s.x + 4 * s.x * _norms_after(shape)
     norms += 4 * s.x if shape.layer.multiplier else 0
     work.plain_bytes = norms
-    work.activation_bytes = 2 * (s.gate_up + s.f)
+    _add_activation(work, plan, 0 if shape.experts is not None else 2 * (s.gate_up + s.f))
     if shape.mixer is not None:
         _add_mixer(work, step, MIXER_PASSES[1], MIXER_BACKWARD)
         if plan.policy not in (Policy.KEEP, Policy.SELECTIVE):
@@ -134,20 +148,24 @@ def backward_work(plan: LayerPlan, step: StepShape) -> LayerWork:
 def _with_mlp_again(work: LayerWork, plan: LayerPlan, step: StepShape) -> LayerWork:
     """Add what the policy computes again of the MLP."""
     s = step.sizes
+    if step.shape.experts is not None:
+        _add_experts(work, plan, step, 1 if plan.policy is Policy.KEEP else 2, gradients=True)
+        return work
     if plan.policy is not Policy.KEEP and (plan.policy is not Policy.HOST or s.tile is not None):
         _add_product(work, "gate_up", plan, step)
         is_extra = plan.matmul is Matmul.INT8_BACKWARD and step.is_packed and "gate_up" not in plan.cached
         work.nf4_bytes += PLAIN_BYTES * step.parameters["gate_up"] if is_extra else 0.0  # the gradient reads codes
         if not step.is_fused or step.shape.layer.mlp.after:
             _add_matmul(work, "down", plan, step)
-            work.activation_bytes += s.gate_up + s.f
+            _add_activation(work, plan, s.gate_up + s.f)
     return work
 
 
 def _add_matmul(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, is_backward: bool = False) -> None:
     """Add the matmuls of one group with its adapters.
 
-    The activation kernels add the low-rank terms of gate, up and the down projection's gradient.
+    Products in INT8 add the low-rank terms themselves. Else the activation kernels add those of gate,
+    up and the down projection's gradient.
     """
     _add_product(work, group, plan, step, is_backward)
     if step.is_packed and group not in plan.cached and not _is_int8(plan, is_backward):
@@ -159,10 +177,31 @@ def _add_matmul(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, i
     inputs, outputs = _io(group, step)
     passes = 2 if is_backward else 1
     work.thin += 2 * passes * step.tokens * plan.adapter[group]
+    is_added = _is_int8(plan, is_backward) or group == ("down" if is_backward else "gate_up")
     if is_backward:
-        work.adapter_bytes += 2 * outputs + inputs + (0 if group == "down" else 2 * inputs)
+        work.adapter_bytes += 2 * outputs + inputs + (0 if is_added else 2 * inputs)
     else:
-        work.adapter_bytes += inputs + (0 if group == "gate_up" else 2 * outputs)
+        work.adapter_bytes += inputs + (0 if is_added else 2 * outputs)
+
+
+def _add_experts(work: LayerWork, plan: LayerPlan, step: StepShape, passes: int, gradients: bool) -> None:
+    """Add `passes` over a layer's experts: products, dequantisation inside them, adapters and moved rows.
+
+    Each expert that is hit has its weights dequantised once for each row tile. passes: products with
+    all weights, one of them the input gradient. gradients: of the adapters too.
+    """
+    experts, hidden = step.shape.experts, step.shape.hidden_size
+    rows, element = experts.active * step.tokens, step.sizes.element
+    work.matmul += passes * 2 * step.tokens * experts.active_parameters(hidden) / GROUPED_SPEED
+    hit = experts.hit(step.tokens)
+    tiles = max(1.0, rows / hit / GROUPED_ROWS) * hit / experts.number
+    work.nf4_bytes += passes * tiles * NF4_BYTES * experts.parameters(hidden)
+    work.activation_bytes += passes * element * rows * (2 * hidden + 6 * experts.width)
+    if plan.ranks[EXPERTS]:
+        share = experts.active / experts.number
+        work.thin += 2 * (passes + gradients) * step.tokens * share * plan.adapter[EXPERTS]
+        work.adapter_bytes += (passes + gradients) * element * rows * (2 * hidden + 3 * experts.width)
+        work.adapter_bytes += (4 if gradients else 1) * element * plan.adapter[EXPERTS]
 
 
 def _add_gains(work: LayerWork, number: int, plan: LayerPlan, step: StepShape, is_backward: bool) -> None:

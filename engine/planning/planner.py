@@ -62,7 +62,7 @@ def make_compute_plan(
     fitting = [candidate for candidate in candidates if limit.fits(candidate)]
     if not fitting:
         raise does_not_fit(min((c.memory for c in candidates), key=lambda memory: memory.peak_bytes), limit.memory_gib)
-    return _best(fitting, config.data.max_seq_length)
+    return _best(fitting, config.bin_tokens)
 
 
 def allowed_gib(config: TrainConfig, card: Card) -> float:
@@ -108,7 +108,7 @@ def _candidates(config: TrainConfig, shape: ModelShape, card: Card, limit: Memor
     """
     loop, bins = config.train, config.bins_per_step
     if loop.micro_batch_size == "auto":
-        sizes = _sizes(bins, max(1, 2 * LONG_ROW // config.data.max_seq_length))
+        sizes = _sizes(bins, max(1, 2 * LONG_ROW // config.bin_tokens))
     else:
         sizes = [min(loop.micro_batch_size, bins)]
     policies = LADDER if loop.activation_checkpointing == "auto" else (Policy.of(loop.activation_checkpointing),)
@@ -204,7 +204,7 @@ def _memory(candidate: ComputePlan, config: TrainConfig, shape: ModelShape) -> M
     return predict_memory(candidate.apply(config), shape)
 
 
-def _best(fitting: list[ComputePlan], max_seq_length: int) -> ComputePlan:
+def _best(fitting: list[ComputePlan], bin_tokens: int) -> ComputePlan:
     """Return the fastest plan.
 
     Among plans of nearly that speed, prefer one without host memory, whose speed no data sheet
@@ -213,7 +213,7 @@ def _best(fitting: list[ComputePlan], max_seq_length: int) -> ComputePlan:
     fastest = max(p.speed.tokens_per_second for p in fitting)
     near = [p for p in fitting if p.speed.tokens_per_second >= (1.0 - NEGLIGIBLE) * fastest]
     return min(
-        near, key=lambda p: (p.memory.host_bytes > 0, -min(LONG_ROW, p.micro_batch_size * max_seq_length), p.memory.peak_bytes)
+        near, key=lambda p: (p.memory.host_bytes > 0, -min(LONG_ROW, p.micro_batch_size * bin_tokens), p.memory.peak_bytes)
     )
 
 

@@ -30,6 +30,7 @@ from engine.planning.copy_waits import LayerTimes, waiting_ms
 from engine.planning.layer_work import LayerWork, StepShape, backward_work, forward_work
 from engine.planning.rates import Rates
 from engine.planning.sheet_rates import UNFUSED_HOST_MS, rates_of
+from engine.shape.compute_limits import documents_of
 from engine.shape.layer_plan import (
     LayerPlan,
     adapted_outside,
@@ -84,16 +85,17 @@ class SpeedPrediction:
 def predict_speed(
     config: TrainConfig, shape: ModelShape, card: Card, *, attention: Literal["flash", "cudnn"] = "flash"
 ) -> SpeedPrediction:
-    """Predict the time of one micro-batch of micro_batch_size x max_seq_length tokens.
+    """Predict the time of one micro-batch of micro_batch_size bins, each as long as it can be.
 
     Nothing in the config may be `auto`, or it raises ValueError.
     """
     plans, fused, packed = plan_layers(config, shape), is_fused(config, shape), config.model.quantization == "nf4"
     rates, length = rates_of(card), config.data.max_seq_length
-    tokens = config.train.micro_batch_size * length
+    tokens = config.train.micro_batch_size * config.bin_tokens
+    documents = documents_of(tokens) if config.train.cuda_graphs is True and not shape.has_unrecordable_mixers else 0
     steps = {}
     for one in set(shape.each):
-        sizes = Sizes.of(one, tokens, length, 2, packed)
+        sizes = Sizes.of(one, tokens, length, 2, packed, documents)
         steps[one] = StepShape(one, card, sizes, tokens, length, fused, packed, attention, group_parameters(one))
     parts: Counter[str] = Counter()
     layers, known, chunks = [], {}, 0.0

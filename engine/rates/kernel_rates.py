@@ -121,11 +121,11 @@ def nf4_gb_s(timer: Timer, draw: Draw, widths: Widths) -> float:
 
 def int8_matmul_tops(timer: Timer, draw: Draw, widths: Widths) -> float:
     """Return TOPS of a layer's products in INT8, forward and for the input's gradient."""
-    seconds = operations = 0.0
+    seconds, operations, dtype = 0.0, 0.0, draw(1).dtype
     for num_out, num_in in widths.products.values():
         for columns, reduced in ((num_out, num_in), (num_in, num_out)):
             x, w = (int8_ops.quantize_rows(draw(rows, reduced)) for rows in (widths.tokens, columns))
-            seconds += timer(lambda x=x, w=w: int8_ops.matmul(x, w, draw(1).dtype))
+            seconds += timer(lambda x=x, w=w: int8_ops.matmul(x, w, dtype))
             operations += 2 * widths.tokens * columns * reduced
     return operations / seconds / 1e12
 

@@ -52,10 +52,11 @@ FLASH_HEAD = 256
 MAGNITUDE_ROWS = 2048
 """Rows of a weight's own gradient that DoRA makes at once, of which only the magnitudes' gradients stay."""
 
-SCORE_BLOCK, SCORE_BYTES, SCORE_HEAD = 128, 288 * 2**20, 129
+SCORE_BLOCK, SCORE_BYTES, SCORE_HEAD = 128, 72 * 2**10, 129
 """Our attention's backward pass stores the scores of heads of at least SCORE_HEAD features, of as many
-heads at once as SCORE_BYTES hold. Narrower heads make them again, which is less work than the memory
-they would move."""
+heads at once as SCORE_BYTES hold for each token of a row, or of MLP_TILE_TOKENS: the MLP needs as
+much at another moment. Narrower heads make them again, which is less work than the memory they would
+move."""
 
 
 def score_blocks(longest: int) -> int:
@@ -78,6 +79,6 @@ def heads_with_stored_scores(tokens: int, longest: int, heads: int, groups: int,
     """
     if element != 2 or head_dim < SCORE_HEAD or (head_dim > 256 and head_dim % 256) or not tokens:
         return 0
-    fitting = SCORE_BYTES // (2 * element * score_cells(tokens, longest) * (heads // groups))
+    fitting = min(tokens, MLP_TILE_TOKENS) * SCORE_BYTES // (2 * element * score_cells(tokens, longest) * (heads // groups))
     parts = -(-groups // fitting) if fitting else 0
     return heads // groups * -(-groups // parts) if parts else 0

@@ -11,10 +11,11 @@ import math
 from dataclasses import dataclass
 
 from engine.config.matmul import Matmul
-from engine.config.targets import pattern_value, target_rule
+from engine.config.targets import EXPERTS, pattern_value, target_rule
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.shape.compute_limits import HOST_EMBEDDING_MIN_BYTES
+from engine.shape.experts_shape import PATH
 from engine.shape.mixer_shape import MIXER
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import Policy, layer_policies
@@ -80,13 +81,29 @@ def adapted_projections(config: TrainConfig, shape: ModelShape) -> list[tuple[st
     """
     targets = config.lora.target_modules
     chosen = list(_matched(targets, shape))
-    if any(chosen) or adapted_outside(config, shape):
+    if any(chosen) or adapted_outside(config, shape) or any(adapted_experts(config, shape)):
         return chosen
     if shape.family == "other":  # its layers may have other names, so count all to be safe
         return [tuple(shape.projections())] * shape.num_layers
     known = dict.fromkeys(name for one in shape.each for name in one.projections())
     allowed = f"all-linear, {', '.join([*known, *shape.outside])}"
     raise InputError("lora.target_modules", targets, f"matches no linear layer; allowed: {allowed}")
+
+
+def adapted_experts(config: TrainConfig, shape: ModelShape) -> list[dict[str, int]]:
+    """Return the rank of each adapted weight of the experts of each layer, by name; empty without experts in NF4."""
+    if shape.experts is None or config.model.quantization != "nf4":
+        return [{}] * shape.num_layers
+    return list(_expert_ranks(config.lora.target_modules, config.lora.rank, tuple(config.lora.rank_pattern.items()), shape))
+
+
+@functools.lru_cache(maxsize=32)
+def _expert_ranks(
+    targets: str | tuple[str, ...], rank: int, pattern: tuple[tuple[str, int], ...], shape: ModelShape
+) -> tuple[dict[str, int], ...]:
+    is_target, weights = target_rule(targets), shape.experts.weights(shape.hidden_size)
+    named = [{name: f"model.layers.{i}.{PATH}.{name}" for name in weights} for i in range(shape.num_layers)]
+    return tuple({n: pattern_value(dict(pattern), path, rank) for n, path in own.items() if is_target(path)} for own in named)
 
 
 @functools.lru_cache(maxsize=32)
@@ -115,7 +132,9 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
     ):
         raise ValueError("predictions need a config with nothing left auto: call make_compute_plan first")
     adapted, outside = adapted_projections(config, shape), bool(adapted_outside(config, shape))
-    first = 0 if outside else next(i for i, names in enumerate(adapted) if names)
+    rows = bool(config.model.train_tokens)  # the embedding's rows take a gradient through all layers
+    experts = adapted_experts(config, shape)
+    first = 0 if outside or rows else next(i for i, both in enumerate(zip(adapted, experts)) if any(both))
     cached = _cached(config, shape)
     plans, counts = [], (loop.keep_layers, loop.host_layers) if is_fused(config, shape) else (0, 0)
     policies = layer_policies(shape.num_layers, Policy.of(loop.activation_checkpointing), *counts)
@@ -129,7 +148,11 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
         sizes = {name: lengths[name] + rank_of[name] * sum(features) for name, features in one.projections().items()}
         ranks = {group: sum(rank_of[n] for n in members if n in names) for group, members in one.groups.items()}
         adapter = {group: sum(sizes[n] for n in members if n in names) for group, members in one.groups.items()}
-        plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, i > first, outside, config.matmul, *variant))
+        if shape.experts is not None:
+            ranks[EXPERTS] = sum(experts[i].values())
+            adapter[EXPERTS] = shape.experts.adapter_values(experts[i], shape.hidden_size)
+        needs_dx = i > first or rows
+        plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, needs_dx, outside, config.matmul, *variant))
     return plans
 
 
@@ -157,7 +180,8 @@ def num_trained(config: TrainConfig, shape: ModelShape, plans: list[LayerPlan]) 
     lengths = sum(out for out, _ in found.values()) if lora.use_dora else 0
     ranks = {name: lora.halves * pattern_value(lora.rank_pattern, f"model.{name}", lora.rank) for name in found}
     outside = lengths + sum(ranks[name] * sum(found[name]) for name in found)
-    return outside + sum(sum(plan.adapter.values()) for plan in plans)
+    tokens = len(config.model.train_tokens) * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+    return outside + tokens + sum(sum(plan.adapter.values()) for plan in plans)
 
 
 def kept_name(group: str, form: str) -> str:
@@ -205,8 +229,11 @@ def base_bytes(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
     is fp32, or, quantised again, one byte plus an fp32 for each 256 scales.
     """
     element, linear = element_bytes(config), 0
-    for features in linear_layers(shape):
-        number = math.prod(features)
+    weights = [math.prod(features) for features in linear_layers(shape)]
+    if shape.experts is not None:  # all experts of a layer are packed as one weight
+        each = shape.experts.weights(shape.hidden_size).values()
+        weights += [shape.experts.number * math.prod(features) for features in each] * shape.num_layers
+    for number in weights:
         blocks = math.ceil(number / 64)
         scales = blocks + 4 * math.ceil(blocks / 256) + 1536 if config.model.double_quantization else 4 * blocks + 512
         linear += number // 2 + scales if config.model.quantization == "nf4" else element * number

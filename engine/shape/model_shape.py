@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from engine.errors import InputError
+from engine.shape.experts_shape import EXPERTS, ExpertsShape, experts_of
 from engine.shape.families import ACTIVATIONS, FAMILIES, INPUT_GATE, INPUT_PROJECTION, OTHER, OTHER_TYPES, WITHOUT_GATE, Family
 from engine.shape.layer_shapes import LINEAR, Keys, LayerShape, gemma4_layers, hybrid_layers
 from engine.shape.library_bytes import LibraryBytes
@@ -18,9 +19,6 @@ from engine.shape.mixer_shape import MIXER, MixerShape
 
 STATES = ("mamba_", "ssm_", "lru_", "conv_L_", "state_size", "time_step_", "attn_layer_", "layers_block_type", "block_types")
 """Beginnings of keys of config.json that only models have whose layers carry a state, whatever else they hold."""
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-"""Keys of config.json that say how many experts a layer has."""
-
 MAY_SLIDE = ("qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl")
 """Families whose window counts only if `use_sliding_window` is true."""
 
@@ -39,6 +37,7 @@ class ModelShape:
     - input_width: features of each layer's own embedding of a token, 0 for none. input_rows: tokens
       in that table.
     - library: the bytes that the library's own layers allocate, if they run unfused and were measured.
+    - experts: those of each layer, in the MLP's place.
     - layers: what each layer has of its own; empty if all are alike. Then `each` gives their shapes,
       and the numbers above are those of the config alone.
     """
@@ -67,6 +66,7 @@ class ModelShape:
     input_rows: int = 0
     layers: tuple[LayerShape, ...] = ()
     library: LibraryBytes | None = None
+    experts: ExpertsShape | None = None
 
     @classmethod
     def known(cls, config: dict[str, Any], where: str) -> ModelShape | None:
@@ -88,9 +88,6 @@ class ModelShape:
         outer, config = config, config.get("text_config") or config
         if not isinstance(config, dict):
             raise InputError(f"{where}: text_config", config, "must be an object")
-        for key in EXPERTS:
-            if isinstance(config.get(key), int) and config[key] > 1:
-                raise InputError(f"{where}: {key}", config[key], "nothing is predicted for a model with experts")
         kind = str(config.get("model_type") or outer.get("model_type") or "")
         kind = OTHER_TYPES.get(kind, kind)
         family, layer = _family(kind, config), FAMILIES.get(kind, OTHER)
@@ -109,6 +106,11 @@ class ModelShape:
             raise InputError(f"{where}: layer_types", ", ".join(others), "nothing is predicted for layers without attention")
         num_heads = number("num_attention_heads")
         hidden_size = number("hidden_size")
+        head_dim = number("head_dim", hidden_size // num_heads)
+        experts = experts_of(kind, values, number, (num_heads, number("num_key_value_heads", num_heads), head_dim))
+        for key in EXPERTS:
+            if experts is None and isinstance(config.get(key), int) and config[key] > 1:
+                raise InputError(f"{where}: {key}", config[key], "nothing is predicted for such a model with experts")
         window, softcap = (config.get(key, layer.defaults.get(key)) for key in ("sliding_window", "attn_logit_softcapping"))
         if family in MAY_SLIDE and not values.get("use_sliding_window", False):
             window = None
@@ -120,11 +122,11 @@ class ModelShape:
             intermediate_size=number("intermediate_size"),
             num_heads=num_heads,
             num_kv_heads=number("num_key_value_heads", num_heads),
-            head_dim=number("head_dim", hidden_size // num_heads),
+            head_dim=head_dim,
             vocab_size=number("vocab_size"),
             tied_embeddings=bool(values.get("tie_word_embeddings", False)),
-            qkv_bias=_has_bias(layer, "qkv", values),
-            o_bias=_has_bias(layer, "o", values),
+            qkv_bias=_has_bias(layer, "qkv", values) or (experts is not None and bool(values.get("attention_bias"))),
+            o_bias=_has_bias(layer, "o", values) or (experts is not None and bool(values.get("attention_bias"))),
             mlp_bias=_has_bias(layer, "gate_up", values),
             family=family,
             has_gate=family != "other" or kind not in WITHOUT_GATE,
@@ -133,6 +135,7 @@ class ModelShape:
             rotates_by_row=_rotates_by_row(values),
             input_width=width,
             input_rows=number("vocab_size_per_layer_input") if width else 0,
+            experts=experts,
         )
         layers = gemma4_layers if layer.reads else hybrid_layers if layer.mixer else None
         return shape if layers is None else replace(shape, layers=layers(values, shape, number))
@@ -149,6 +152,8 @@ class ModelShape:
         if self.mixer is not None:
             return {MIXER: self.layer.mixing, "gate_up": groups["gate_up"], "down": groups["down"]}
         made = {"own": groups["qkv"], "values": groups["qkv"][:2], "shared": groups["qkv"][:1]}[self.keys]
+        if self.experts is not None:
+            return {"qkv": made, "o": groups["o"]}
         up = groups["gate_up"] if self.has_gate else groups["gate_up"][-1:]
         return {**groups, "qkv": made, "gate_up": up, **(self.layer.tail if self.input_width else {})}
 
@@ -216,8 +221,9 @@ class ModelShape:
 
     @property
     def all_linear_parameters(self) -> int:
-        """Return the number of weights in all linear layers but the head."""
-        return sum(one.linear_parameters for one in self.each) + sum(math.prod(size) for size in self.outside.values())
+        """Return the number of weights in all linear layers but the head, and in experts."""
+        experts = 0 if self.experts is None else self.num_layers * self.experts.parameters(self.hidden_size)
+        return experts + sum(one.linear_parameters for one in self.each) + sum(math.prod(size) for size in self.outside.values())
 
     @property
     def vector_parameters(self) -> int:
@@ -233,7 +239,8 @@ class ModelShape:
         heads = {"none": 0, "head": 1 if self.keys == "shared" else 2, "whole": self.num_heads + self.num_kv_heads}[layer.qk_norm]
         queries = 2 * self.num_heads if layer.output_gate else self.num_heads
         bias = (queries + 2 * self.num_kv_heads) * K if self.qkv_bias else 0
-        bias += (D if self.o_bias else 0) + (2 * F + D if self.mlp_bias else 0)
+        bias += (D if self.o_bias else 0) + (2 * F + D if self.mlp_bias and self.experts is None else 0)
+        bias += 0 if self.experts is None else self.experts.other_parameters(D)
         return norms + heads * K + bias
 
     @property

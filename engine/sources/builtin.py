@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from engine.errors import InputError
-from engine.sources import orders, smollm2, stdlib_docs
+from engine.sources import order_pairs, orders, smollm2, stdlib_docs
 
 PREFIX = "builtin:"
 MODELS: dict[str, Callable[[], Path]] = {"smollm2-135m-instruct": smollm2.ensure}
 PUBLISHED = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-DATA_SETS: dict[str, Callable[[], tuple[Path, Path]]] = {"orders": orders.ensure, "stdlib-docs": stdlib_docs.ensure}
+DATA_SETS: dict[str, Callable[[], tuple[Path, Path]]] = {
+    "order-pairs": order_pairs.ensure, "orders": orders.ensure, "stdlib-docs": stdlib_docs.ensure,
+}  # fmt: skip
 T = TypeVar("T")
 
 

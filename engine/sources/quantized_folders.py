@@ -1,7 +1,8 @@
 """Refuse model folders whose weights are quantised in a way that is not trained here. No torch.
 
-bitsandbytes' NF4 is read as it is. All other methods keep scales that an adapter trained here would
-not see, so the way out is the 16-bit folder that they were made from.
+bitsandbytes' NF4 is read as it is. gpt-oss's MXFP4 is unpacked and quantised again while it is read.
+All other methods keep scales that an adapter trained here would not see, so the way out is the
+16-bit folder that they were made from.
 """
 
 from __future__ import annotations
@@ -19,12 +20,25 @@ def check_quantization(content: dict[str, Any], config: ModelConfig) -> None:
     for settings in _settings(content):
         if settings == {}:  # transformers takes it for a quantisation without a method
             raise InputError("model.path", config.path, "has an empty quantization_config in its config.json: remove it")
-        if not isinstance(settings, dict) or not _is_nf4(settings):
+        if not isinstance(settings, dict) or not (_is_nf4(settings) or is_mxfp4(content)):
             allowed = f"holds {_describe(settings)} weights; allowed: 16 or 32 bits, or bitsandbytes NF4: take the 16-bit model"
             raise InputError("model.path", config.path, allowed)
         if config.quantization != "nf4":
-            allowed = f"the weights of {config.path} are NF4; allowed here: nf4"
+            allowed = f"the weights of {config.path} are {'MXFP4' if is_mxfp4(content) else 'NF4'}; allowed here: nf4"
             raise InputError("model.quantization", config.quantization, allowed)
+
+
+def is_mxfp4(content: dict[str, Any]) -> bool:
+    """Return True for a gpt-oss whose experts are MXFP4 (OCP Microscaling Formats), as they are released."""
+    settings = content.get("quantization_config")
+    return content.get("model_type") == "gpt_oss" and isinstance(settings, dict) and settings.get("quant_method") == "mxfp4"
+
+
+def require_packed(unpacks: bool, packs_experts: bool, config: ModelConfig) -> None:
+    """Raise InputError for an MXFP4 folder whose experts would stay in 16 bits."""
+    if unpacks and not packs_experts:
+        allowed = "holds MXFP4 weights of experts that cannot be packed here: take the 16-bit model"
+        raise InputError("model.path", config.path, allowed)
 
 
 def is_quantized(content: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 FIELD = "model.path"
 NF4_STATE = ".quant_state.bitsandbytes__nf4"  # behind a packed weight's name: JSON with the shape it had
+MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"  # behind the name of a parameter of experts
 SCALES = ("weight_scale", "weight_scale_inv", "SCB", "scales", "qzeros", "absmax")  # last names of scales of packed weights
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")  # last names of an input embedding
 
@@ -93,6 +94,13 @@ def tensor_shapes(folder: Path, given: str, packed: bool) -> dict[str, tuple[int
         raise InputError(FIELD, given, "holds no packed weight, though config.json says NF4: remove its quantization_config")
     scales = tuple(f"{name}." for name in states)
     return {n: states.get(n, shape) for n, shape in shapes.items() if not (scales and n.startswith(scales))}
+
+
+def unpacked_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes with those that MXFP4 experts have after unpacking: blocks [E, O, G, 16] become [E, 32 G, O]."""
+    kept = {name: shape for name, shape in shapes.items() if not name.endswith((MXFP4_BLOCKS, MXFP4_SCALES))}
+    blocks = {name.removesuffix(MXFP4_BLOCKS): shape for name, shape in shapes.items() if name.endswith(MXFP4_BLOCKS)}
+    return kept | {name: (shape[0], 2 * shape[2] * shape[3], shape[1]) for name, shape in blocks.items() if len(shape) == 4}
 
 
 def check_unused(names: Iterable[str], given: str) -> None:

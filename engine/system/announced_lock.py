@@ -16,6 +16,7 @@ import socket
 import time
 from pathlib import Path
 
+MARK = ".held-"  # between the lock's name and its owner's
 TRIES, PAUSE_S = 4, 0.05  # two that step back must not meet again
 BOOT, PID_NAMES, MACHINE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid"), Path("/etc/machine-id")
 
@@ -25,7 +26,6 @@ class AnnouncedLock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._prefix = f"{path.name}.held-"
         self._own: Path | None = None
         self.holder: Path | None = None
         """The other process's file, after acquire() has returned False."""
@@ -50,32 +50,39 @@ class AnnouncedLock:
 
     def _announce(self) -> None:
         pid = os.getpid()
-        name = f"{self._prefix}{_machine()}-{_boot()}-{pid}-{_started(pid)}-{secrets.token_hex(4)}"
+        name = f"{self._path.name}{MARK}{_machine()}-{_boot()}-{pid}-{_started(pid)}-{secrets.token_hex(4)}"
         own = self._path.with_name(name)
         os.close(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
         self._own = own
 
     def _find_other(self) -> Path | None:
         """Return the file of another process that may hold the lock; remove files of dead ones."""
-        for name in sorted(os.listdir(self._path.parent)):
-            other = self._path.with_name(name)
-            if name.startswith(self._prefix) and other != self._own:
-                if not _is_dead(name.removeprefix(self._prefix)):
+        for other in announcements(self._path):
+            if other != self._own:
+                if is_alive(other):
                     return other
                 other.unlink(missing_ok=True)
         return None
 
 
-def _is_dead(owner: str) -> bool:
-    """Return True if the process has certainly ended; a process of another machine may live."""
-    parts = owner.split("-")
+def announcements(path: Path) -> list[Path]:
+    """Return the files of all who hold the lock of a path without flock, or try to."""
+    try:
+        return [path.with_name(name) for name in sorted(os.listdir(path.parent)) if name.startswith(f"{path.name}{MARK}")]
+    except FileNotFoundError:
+        return []
+
+
+def is_alive(announcement: Path) -> bool:
+    """Return False if the file's process has certainly ended; one of another machine may live."""
+    parts = announcement.name.rpartition(MARK)[2].split("-")
     if len(parts) != 5 or not parts[2].isdigit():
-        return False
+        return True
     machine, boot, pid, started, _ = parts
     if boot == _boot():
-        return _started(int(pid)) != started
+        return _started(int(pid)) == started
     # the machine has booted since; another container of it has the same boot and other process names
-    return machine == _machine() and boot.split(".")[0] != _boot().split(".")[0]
+    return machine != _machine() or boot.split(".")[0] == _boot().split(".")[0]
 
 
 def _machine() -> str:

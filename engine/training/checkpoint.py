@@ -27,7 +27,7 @@ import torch
 from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 from safetensors.torch import load as load_tensors
 
-from engine.adapter.lora import LoraLinear, load_adapter_state
+from engine.adapter.lora import AnyLora, load_adapter_state
 from engine.adapter.peft_files import PREFIX, adapter_bytes
 from engine.errors import CheckpointError, InputError, first_line
 from engine.system.files import drop_outdated, drop_staged, place_folder, settle, stage_folder, staged
@@ -126,7 +126,7 @@ class Pace:
 class Tensors:
     """Hold what a checkpoint restores in place. average: fp32 of the adapter's flat shape, None if there is none."""
 
-    layers: dict[str, LoraLinear]
+    layers: dict[str, AnyLora]
     optimizer: torch.optim.Optimizer
     average: torch.Tensor | None = None
 
@@ -137,7 +137,7 @@ def state_of(tensors: Tensors) -> dict[str, Any]:
     return {"optimizer": tensors.optimizer.state_dict(), "random": _random_state(), **average}
 
 
-def stage(trial_folder: Path, layers: dict[str, LoraLinear], state: dict[str, Any]) -> dict[str, str]:
+def stage(trial_folder: Path, layers: dict[str, AnyLora], state: dict[str, Any]) -> dict[str, str]:
     """Write a checkpoint's tensors, flushed, where `place` finds them; return their digests.
 
     May run in a thread, on a stream of its own, while nothing changes these tensors. state: what

@@ -25,7 +25,7 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,6 +45,14 @@ TRIED_TOKENS, TRIED_APART = 192, 0.1
 MEASURES = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
 
 
+@dataclass(frozen=True)
+class RowLoss:
+    """Hold what gives a row's summed loss, and whether it reads the row's `reference`."""
+
+    of_row: Callable[[Batch], Tensor]
+    has_reference: bool = False
+
+
 class Graphs:
     """Compute rows of one kind of pass by recordings, which are made on first use.
 
@@ -53,12 +61,17 @@ class Graphs:
     takes 10 ms for 400 modules.
     """
 
-    def __init__(self, base: Base, memory: AdapterMemory, key: Hashable, capacity: int, longest: int, trains: bool) -> None:
+    def __init__(
+        self, base: Base, memory: AdapterMemory, key: Hashable, capacity: int, longest: int, trains: bool, loss: RowLoss | None
+    ) -> None:
         """Take the recordings of `base` for this kind of pass.
 
-        key: what decides the pass besides the adapter's memory and the row, such as the plan.
-        capacity, longest: most tokens in a row and in a sample.
+        key: what decides the pass besides the adapter's memory and the row, such as the plan, and the
+        numbers of the loss. capacity, longest: most tokens in a row and in a sample. loss: that of a row
+        in training; the base's by default.
         """
+        self._loss = loss or RowLoss(base.loss)
+        self._has_reference = trains and self._loss.has_reference
         self._base, self._memory, self._capacity, self._longest, self._trains = base, memory, capacity, longest, trains
         self._recordings = Recordings.of(base)
         self._began_s = self._recordings.recording_s
@@ -121,7 +134,7 @@ class Graphs:
 
     def _compute(self, row: RecordedRow) -> Tensor:
         if self._trains:
-            loss = self._base.loss(row.batch)
+            loss = self._loss.of_row(row.batch)
             (loss / row.divisor).backward()
             return loss.detach()
         was_training = self._base.model.training
@@ -163,7 +176,8 @@ class Graphs:
         longer = max(2, min(TRIED_TOKENS, 2 * self._longest // 3))
         ids = np.random.default_rng(0).integers(0, self._base.model.config.get_text_config().vocab_size, longer + longer // 3 + 1)
         samples = [np.split(ids, [border]) for border in (longer, len(ids) - longer)]
-        rows = [collate([Sample(part, np.ones(len(part), bool)) for part in two]) for two in samples]
+        reference = np.zeros(len(samples)) if self._has_reference else None
+        rows = [collate([Sample(part, np.ones(len(part), bool)) for part in two], reference) for two in samples]
         size = Size.of(rows[0], self._capacity, self._longest)
         rows = [self._for_any_row(size, size.pad(row, self._longest)) for row in rows]
         known, _ = self._captured(size)
@@ -206,17 +220,20 @@ class Graphs:
         return row, highest - now if highest > peak else 0
 
     def _empty(self, size: Size) -> Batch:
-        return self._for_any_row(size, size.empty_row(self._longest))
+        row = self._for_any_row(size, size.empty_row(self._longest))
+        return replace(row, reference=torch.zeros(size.num_documents, dtype=torch.float64)) if self._has_reference else row
 
     def _for_any_row(self, size: Size, row: Batch) -> Batch:
         """Return a padded row whose lengths on the host hold for every row of its size.
 
         Attention on CUDA asks whether the row is a plain batch, and else only for the longest sample,
-        so an upper bound serves all rows. The CPU needs the lengths themselves.
+        so an upper bound serves all rows. A mixer would take whole samples' lengths from the host. The
+        CPU needs the lengths themselves.
         """
         if self._base.device.type == "cpu":
             return row
-        return replace(row, document_lengths=size.lengths if size.whole else (self._longest, 0))
+        is_plain = size.whole and not self._base.has_mixers
+        return replace(row, document_lengths=size.lengths if is_plain else (self._longest, 0))
 
     def _warm_up(self, size: Size) -> None:
         """Compute an empty row, so that kernels are compiled and libraries loaded. It adds zeros to the gradient."""
@@ -234,10 +251,16 @@ class Graphs:
 
 
 def make_graphs(
-    base: Base, memory: AdapterMemory, key: Hashable, capacity: int, longest: int, trains: bool = True
+    base: Base,
+    memory: AdapterMemory,
+    key: Hashable,
+    capacity: int,
+    longest: int,
+    trains: bool = True,
+    loss: RowLoss | None = None,
 ) -> Graphs | None:
     """Return graphs for `base`, or None if its attention, mixers, rows or an unfused layer rule them out."""
-    return Graphs(base, memory, key, capacity, longest, trains) if base.pads_rows(longest) else None
+    return Graphs(base, memory, key, capacity, longest, trains, loss) if base.pads_rows(longest) else None
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from engine.adapter.lora import LoraLinear, detach
+from engine.adapter.lora import AnyLora, detach
 from engine.adapter.running_average import RunningAverage
 from engine.adapter.start import attach_started
 from engine.config.trial import TrainConfig
@@ -41,7 +41,7 @@ from engine.training.card_plan import CardPlanner, memory_limit_gib
 from engine.training.checkpoint import Pace, Progress, Sums, Tensors
 from engine.training.divergence import check_loss
 from engine.training.optim import learning_rate, make_optimizer, set_learning_rate, step_middle
-from engine.training.passes import Passes
+from engine.training.passes import Passes, StepResult
 from engine.training.profiler import traced
 from engine.training.recordings import Recordings
 from engine.training.rung_report import RungTimes, make_report
@@ -79,7 +79,7 @@ def train(
         resident = base or load_base(config.model, device)
     if not resident.matches(config.model, device):
         raise ValueError("base must match config.model and the device of config.train")
-    layers: dict[str, LoraLinear] = {}
+    layers: dict[str, AnyLora] = {}
     budget = config.train.memory_budget_gib if device.type == "cuda" else None
     try:
         if budget is not None:
@@ -104,7 +104,7 @@ def train(
             limit_memory(math.inf, device)
 
 
-def _begun(config: TrainConfig, trial_folder: Path, base: Base, layers: dict[str, LoraLinear], *others: Any) -> _Run:
+def _begun(config: TrainConfig, trial_folder: Path, base: Base, layers: dict[str, AnyLora], *others: Any) -> _Run:
     """Attach the adapter, and return the trial. If there is no room, earlier trials' recordings make way."""
 
     def begin() -> _Run:
@@ -130,7 +130,7 @@ class _Run:
         config: TrainConfig,
         trial_folder: Path,
         base: Base,
-        layers: dict[str, LoraLinear],
+        layers: dict[str, AnyLora],
         interrupted: Callable[[], bool],
         pace: Pace | None,
         times: RungTimes,
@@ -146,7 +146,8 @@ class _Run:
             samples = evaluation_batches(base, eval_view, config.data.eval_max_seq_length)
             self.cursor = make_cursor(self.train_view, config)
             self.task = TaskMetrics.of(config, base, eval_view)
-        self.passes = Passes(config, base, layers, self.train_view, samples)
+            self.passes = Passes(config, base, layers, self.train_view, samples)
+            self.passes.find_pairs(eval_view, interrupted)  # before a checkpoint is loaded: the adapter is as at the start
         self.adapter = self.passes.adapter
         self.optimizer = make_optimizer(self.adapter.parameter, config.optim, self.adapter.num_a, self.adapter.shapes)
         self.average = RunningAverage(self.adapter, config.optim.ema_horizon)
@@ -203,13 +204,13 @@ class _Run:
         with self.parts.part(TRAIN):
             while progress.tokens_seen < tokens or progress.since_report.num_steps == 0:
                 self._keep_safe(step_sums)
-                loss, grad_norm, num_tokens, num_targets = self._step()
+                taken, grad_norm = self._step()
                 self._count_recordings(TRAIN)
-                step_sums.add(loss, grad_norm, num_tokens, num_targets, is_first=self._plan_is_new)
+                step_sums.add(taken.loss, grad_norm, taken.num_tokens, taken.divisor, is_first=self._plan_is_new)
                 self._plan_is_new = False
                 after_step()
-                progress.count_step(num_tokens, num_targets)
-                self.average.update(num_tokens, progress.tokens_seen)
+                progress.count_step(taken.num_tokens, taken.num_targets)
+                self.average.update(taken.num_tokens, progress.tokens_seen)
             step_sums.close()
         with self.parts.part(EVALUATION):
             self.files.begin()
@@ -239,20 +240,17 @@ class _Run:
         progress.peak_allocated_gib = max(progress.peak_allocated_gib, self.passes.peak_gib())
         progress.peak_reserved_gib = max(progress.peak_reserved_gib, peak_reserved_gib(self.base.device))
 
-    def _step(self) -> tuple[Tensor, Tensor, int, int]:
-        """Take one optimizer step; return summed loss, gradient norm, tokens and target tokens.
-
-        Loss and gradient norm stay on the device, so the host does not wait for them.
-        """
+    def _step(self) -> tuple[StepResult, Tensor]:
+        """Take one optimizer step; return what its rows gave, and the gradient norm. Neither waits for the device."""
         bins = self.cursor.take(self.config.bins_per_step)
-        total, num_tokens, num_targets = self._with_room(lambda: self.passes.gradients(bins, self.progress.step))
+        taken = self._with_room(lambda: self.passes.gradients(bins, self.progress.step))
         grad_norm = nn.utils.clip_grad_norm_(self.adapter.parameter, self.config.optim.max_grad_norm or math.inf)
-        middle = step_middle(self.progress.tokens_seen, num_tokens, self.config.train.max_tokens)
+        middle = step_middle(self.progress.tokens_seen, taken.num_tokens, self.config.train.max_tokens)
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, middle))
         self.optimizer.step()
         self.adapter.refresh()
         self.adapter.zero_grad()
-        return total, grad_norm, num_tokens, num_targets
+        return taken, grad_norm
 
     def _with_room(self, compute: Callable[[], T]) -> T:
         """Return what `compute` returns, under a plan with which the memory suffices."""

@@ -5,25 +5,31 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.adapter.flat import FlatAdapter
-from engine.adapter.lora import LoraLinear
+from engine.adapter.lora import AnyLora
+from engine.adapter.token_rows import TokenRows
+from engine.config.preference_section import IN_A_PAIR
 from engine.config.trial import TrainConfig
-from engine.data.packing import Cursor, collate, rows_of
+from engine.data.packing import Batch, Cursor, collate, rows_of
 from engine.data.row_sizes import Size
 from engine.data.view import AnyView
-from engine.errors import Interrupted
+from engine.errors import Interrupted, OutOfMemory
 from engine.evaluation.eval_limits import needs_base
 from engine.evaluation.eval_loss import EvaluationSet, evaluate, row_capacity
 from engine.model.base import Base
 from engine.model.device import free, peak_gib
 from engine.planning.compute_plan import ComputePlan
+from engine.preference.pair_losses import row_loss
+from engine.preference.trial_pairs import TrialPairs
 from engine.sample_losses import SampleLosses
-from engine.training.cuda_graphs import Graphs, make_graphs
+from engine.training.cuda_graphs import Graphs, RowLoss, make_graphs
 from engine.training.recordings import MAX_OF_A_KIND, Recordings
 from engine.units import GIB
 
@@ -34,16 +40,28 @@ BASE_LOSSES = "base_eval_losses"  # in base.lasting: digest of the samples -> lo
 WORTH_RECORDING = 0.5
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """Hold what a step's rows gave: their summed loss, on the device, and what to divide it by; and their tokens."""
+
+    loss: Tensor
+    divisor: int
+    num_tokens: int
+    num_targets: int
+
+
 class Passes:
     """Compute rows with and without recordings. `train_view` and `samples` are the trial's data.
 
-    exempt: linear layers that multiply in the working dtype, whatever `train.matmul` says.
+    exempt: linear layers that multiply in the working dtype, whatever `train.matmul` says. pairs: what
+    `find_pairs` found, which comes before the first pass.
     """
 
     def __init__(
-        self, config: TrainConfig, base: Base, layers: dict[str, LoraLinear], train_view: AnyView, samples: EvaluationSet
+        self, config: TrainConfig, base: Base, layers: dict[str, AnyLora], train_view: AnyView, samples: EvaluationSet
     ) -> None:
         self._config, self._base, self._view, self._samples = config, base, train_view, samples
+        self.pairs: TrialPairs | None = None
         self.exempt: tuple[str, ...] = ()
         self._recordings = Recordings.of(base)
         self._has_earlier = len(self._recordings) > 0
@@ -56,6 +74,26 @@ class Passes:
         self._training: Graphs | None = None
         self._evaluation: Graphs | None = None
         self._may_record_evaluation = config.train.cuda_graphs is not False
+
+    def find_pairs(self, evaluation: AnyView, interrupted: Callable[[], bool]) -> None:
+        """Find what the reference model says of the samples, if they are pairs; see TrialPairs.of.
+
+        The adapter must be as it starts; a start from the base's weights is no part of the reference. If
+        memory runs out, try again without recordings and weight cache. Raises OutOfMemory.
+        """
+        given = self._config, self._base, self._view, evaluation, interrupted
+        for is_last in (False, True):
+            try:
+                with self.adapter.silent() if self._config.lora.start != "default" else nullcontext():
+                    self.pairs = TrialPairs.of(*given)
+                return
+            except torch.OutOfMemoryError:
+                pass  # the traceback keeps the failed pass's tensors alive until this block ends
+            if is_last:
+                raise OutOfMemory("out of memory in the pass of the reference model", None, self.peak_gib())
+            self.drop_all()
+            self._base.cache_weights(0.0)
+            free(self._base.device)
 
     @property
     def recording_s(self) -> float:
@@ -76,14 +114,15 @@ class Passes:
         self._plan, self._limit_gib, self._training, self._evaluation = plan, limit_gib, None, None
         longest, longest_evaluated = data.max_seq_length, data.eval_max_seq_length
         kind = self._config.matmul, self.exempt, longest, self._config.train.neftune_noise_alpha > 0.0
-        key = (*plan.settings().items(), *kind, self._baked())
+        key = (*plan.settings().items(), *kind, self._baked(), self._pair_loss())
         need_gib = None if plan.memory is None else plan.memory.peak_gib + plan.memory.reserve_gib
         self._recordings.drop_if_short(key, memory, need_gib, limit_gib)
         base.checkpoint_activations(plan.policy, plan.keep_layers, plan.host_layers)
         base.set_matmul(self._config.matmul, self.exempt)
         base.cache_weights(plan.weight_cache_gib)
         if plan.cuda_graphs:
-            self._training = make_graphs(base, memory, key, plan.micro_batch_size * longest, longest)
+            loss = RowLoss(self._loss, self._config.learns_pairs and self._config.preference.needs_reference)
+            self._training = make_graphs(base, memory, key, plan.micro_batch_size * self._config.bin_tokens, longest, loss=loss)
         has_room = plan.cuda_graphs or (need_gib is not None and need_gib + _evaluation_gib(plan) <= limit_gib)
         if has_room and self._may_record_evaluation:
             capacity, key = row_capacity(longest_evaluated), ("evaluation", longest_evaluated, self._baked())
@@ -121,25 +160,46 @@ class Passes:
         self._has_earlier = False
         self._recordings.clear()
 
-    def gradients(self, bins: list[list[int]], step: int) -> tuple[Tensor, int, int]:
-        """Add the gradients of the step's bins; return summed loss, tokens and target tokens."""
+    def gradients(self, bins: list[list[int]], step: int) -> StepResult:
+        """Add the gradients of the step's bins, of their mean loss per target token or per pair."""
         rows = rows_of(bins, self._plan.micro_batch_size, self._base.shares_rows(self._config.data.max_seq_length))
-        batches = [collate([self._view[i] for i in row]) for row in rows]
+        batches = [self._collated(row) for row in rows]
         num_targets = sum(b.num_targets for b in batches)
+        divisor = num_targets if self.pairs is None else sum(map(len, rows))
         total = torch.zeros((), device=self._base.device)
         for number, batch in enumerate(batches):
             if self._config.draws_noise:
                 self.adapter.draw_masks(self._config.train.seed, step, number)
             if self._training is not None:
-                total += self._training.backward(batch, num_targets)
+                total += self._training.backward(batch, divisor)
                 continue
-            loss = self._base.loss(batch.to(self._base.device))
-            (loss / num_targets).backward()
+            loss = self._loss(batch.to(self._base.device))
+            (loss / divisor).backward()
             total += loss.detach()
         self.adapter.freeze(decays=self._config.optim.weight_decay > 0.0)
-        return total, sum(b.num_tokens for b in batches), num_targets
+        return StepResult(total, divisor, sum(b.num_tokens for b in batches), num_targets)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """Return a row's summed loss, in nats and fp32."""
+        if self.pairs is None:
+            return self._base.loss(batch)
+        return row_loss(self._config.preference, self._base.trained_target_losses(batch), batch)
+
+    def _members(self, row: list[int]) -> list[int]:
+        """Return the samples of a row of the cursor's items: these, or both of each pair."""
+        return row if not self._config.learns_pairs else [IN_A_PAIR * i + k for i in row for k in range(IN_A_PAIR)]
+
+    def _collated(self, row: list[int]) -> Batch:
+        members = self._members(row)
+        reference = None if self.pairs is None else self.pairs.reference_of(members)
+        return collate([self._view[i] for i in members], reference)
 
     def evaluate(self, before_each: Callable[[], None]) -> SampleLosses:
+        """Return each sample's loss, or each pair's."""
+        losses = self._evaluated(before_each)
+        return losses if self.pairs is None else self.pairs.judge(losses)
+
+    def _evaluated(self, before_each: Callable[[], None]) -> SampleLosses:
         """Return each sample's loss. If memory runs out, try again without recordings and weight cache."""
         try:
             return evaluate(self._base, self._samples, before_each, self._evaluation and self._evaluation.target_losses)
@@ -169,10 +229,11 @@ class Passes:
                 raise Interrupted("stopped on request before its first step")
 
         known = self._base.lasting.setdefault(BASE_LOSSES, {})
-        if self._samples.digest not in known:
+        key = self._samples.digest, self._config.preference.judged, self._config.lora.start_from
+        if key not in known:
             with self.adapter.silent():
-                known[self._samples.digest] = self.evaluate(stop_if_asked).means
-        return known[self._samples.digest]
+                known[key] = self.evaluate(stop_if_asked).means
+        return known[key]
 
     def _foreseen(self, cursor: Cursor) -> list[Size]:
         """Return the sizes of most rows that come in this epoch."""
@@ -181,9 +242,9 @@ class Passes:
         bins, sizes = cursor.coming(FORESEEN_BINS), Counter()
         for start in range(0, len(bins), per_step):
             for row in rows_of(bins[start : start + per_step], size, shares_rows=True):
-                tokens = int(self._view.lengths[row].sum())
-                targets = int(self._view.targets_of(np.array(row)).sum())
-                sizes[Size.around(tokens, targets, len(row), size * longest, longest)] += 1
+                members = np.array(self._members(row))
+                tokens, targets = int(self._view.lengths[members].sum()), int(self._view.targets_of(members).sum())
+                sizes[Size.around(tokens, targets, len(members), size * self._config.bin_tokens, longest)] += 1
                 left -= tokens
             if left <= 0:
                 break
@@ -191,9 +252,14 @@ class Passes:
 
     def _baked(self) -> Hashable:
         """Return what a recording holds as numbers: nothing, unless adapted layers run unfused."""
-        if not self._base.runs_outside_layers(list(self._layers.values())):
+        if not self._base.runs_outside_layers([one for one in self._layers.values() if not isinstance(one, TokenRows)]):
             return ()
         return self._config.lora.scaling, self._config.lora.lora_dropout
+
+    def _pair_loss(self) -> Hashable:
+        """Return what a recording holds of the loss of pairs: all of it, and None without pairs."""
+        section = self._config.preference
+        return (section.loss, section.beta, section.label_smoothing) if self._config.learns_pairs else None
 
     def _evaluation_waits(self) -> bool:
         """Return True if the device waits for the host in an evaluation; measured once for each base."""

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from engine.adapter.flat import AdapterMemory
-from engine.adapter.lora import LoraLinear
+from engine.adapter.lora import AnyLora
 from engine.data.packing import Batch
 from engine.data.row_sizes import Size
 from engine.model.base import Base
+from engine.model.device import capture as capture
 from engine.units import GIB
 
 # Recordings of one kind of pass, and of all kinds where memory is short. 30 layers take 0.2 s to
@@ -105,7 +106,7 @@ class Recordings:
     def __len__(self) -> int:
         return sum(len(kind.rows) for kind in self._kinds.values())
 
-    def adapter_memory(self, layers: dict[str, LoraLinear], dtype: torch.dtype) -> AdapterMemory:
+    def adapter_memory(self, layers: dict[str, AnyLora], dtype: torch.dtype) -> AdapterMemory:
         """Return the memory that recordings of such an adapter read, or new memory."""
         key = AdapterMemory.key_of(layers, dtype)
         known = (kind.memory for kind in self._kinds.values() if kind.memory.key == key)
@@ -177,46 +178,3 @@ class Recordings:
         for kind in self._kinds.values():
             kind.rows.clear()
         self._pool = None
-
-
-def capture(compute: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
-    """Record `compute` as a CUDA graph, without computing. Return its result's tensor and what replays it.
-
-    Raises OutOfMemoryError, and RuntimeError if the code waits for the device. After the second, the
-    pool takes no more recordings: see `Recordings.start_over`.
-    """
-    graph, result, fault, stream = torch.cuda.CUDAGraph(), None, None, torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            try:
-                result = compute()
-            except Exception as error:  # the end of a broken recording raises an error of its own
-                fault = error
-    except RuntimeError as error:
-        fault = fault or error
-    try:
-        if fault is not None:
-            _leave_recording(stream, pool)
-            raise fault
-        return result, graph.replay
-    finally:
-        fault = None  # its traceback holds this frame, and the frame would hold it
-
-
-def _leave_recording(stream: torch.cuda.Stream, pool: Any) -> None:
-    """Undo what torch leaves behind if the end of a recording raises an error. stream: the one before it.
-
-    Torch stays on the recording's stream. Its allocator counts the pool as recording, and therefore
-    frees no cached memory when memory runs out. Its random generator stays in the recording's mode,
-    which a recording that succeeds ends. Its allocator of pinned memory counts the pool as recording
-    too, and offers no way to end that, so the pool is lost.
-    """
-    torch.cuda.set_stream(stream)
-    device = torch.cuda.current_device()
-    try:
-        torch._C._cuda_endAllocateToPool(device, pool)
-    except RuntimeError:
-        return  # the recording ended as usual, and only its content was at fault
-    torch._C._cuda_releasePool(device, pool)
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-        torch.zeros((), device=device)

@@ -64,7 +64,8 @@ def make_report(
         recording_s=sums.recording_s + step_sums.recorded_since_s,
         raw_eval_loss=None if found.average is None else found.last.mean,
         ema_eval_loss=None if found.average is None else found.average.mean,
-        **({} if task is None else {"metrics": task.means, "metrics_error": task.error, "metrics_s": task.seconds}),
+        metrics={**found.kept.preference_metrics, **({} if task is None else task.means)},
+        **({} if task is None else {"metrics_error": task.error, "metrics_s": task.seconds}),
         **times.take(),
         **at,
     )

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from engine.adapter.lora import LoraLinear
+from engine.adapter.lora import AnyLora
 from engine.adapter.peft_files import CONFIG, WEIGHTS, adapter_bytes, export_adapter
 from engine.adapter.running_average import RunningAverage
 from engine.config.metrics_section import sign_of
@@ -152,7 +152,7 @@ class TrialFiles:
 
 
 def _stage(
-    folder: Path, layers: dict[str, LoraLinear], state: dict[str, object], stream: torch.cuda.Stream | None
+    folder: Path, layers: dict[str, AnyLora], state: dict[str, object], stream: torch.cuda.Stream | None
 ) -> tuple[dict[str, str], float]:
     began_s = time.perf_counter()
     # the default stream would let copies wait for the evaluation's rows

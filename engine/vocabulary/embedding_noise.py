@@ -35,15 +35,16 @@ class EmbeddingNoise:
     def remove(self) -> None:
         self._hook.remove()
 
-    @torch.no_grad()
     def _add(self, embedding: nn.Module, given: Any, found: Tensor) -> Tensor:
         if not embedding.training or self.offsets_N is None:
             return found
-        x_TD = found.reshape(-1, found.shape[-1])
+        found = found.contiguous()  # the gradient of trained tokens' rows goes through it
+        x_TD = found.detach().view(-1, found.shape[-1])
         ops.add_noise_(x_TD, bounds(self.offsets_N, *x_TD.shape, self._alpha), self._noise, STREAM)
-        return x_TD.view_as(found)
+        return found
 
 
+@torch.no_grad()
 def bounds(offsets_N: Tensor, num_tokens: int, width: int, alpha: Tensor) -> Tensor:
     """Return alpha / sqrt(L * D) of each token's sample, fp32 [T], without waiting for the device."""
     positions_T = torch.arange(num_tokens, device=offsets_N.device)

@@ -11,6 +11,7 @@ from engine.config.parsing import StrictModel
 SmallCount = Annotated[int, Field(ge=1, le=100_000)]
 """A number of trials or candidates: Optuna holds them all in memory, and more would not end."""
 Population = Annotated[int, Field(ge=2, le=100_000)]
+SetupTokens = Literal["auto"] | Annotated[int, Field(ge=0, le=10**12)]
 
 
 class TpeConfig(StrictModel):
@@ -69,6 +70,9 @@ class FreezeThawConfig(StrictModel):
     """
 
     name: Literal["freeze_thaw"] = "freeze_thaw"
+    setup_tokens: SetupTokens = Field(
+        "auto", description="tokens that beginning a trial costs beside its own; auto: measured on the first trials; 0: none"
+    )
 
 
 SamplerConfig = TpeConfig | RandomConfig | GridConfig | CmaEsConfig | GpConfig | Nsga2Config | FreezeThawConfig

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, field_validator
 
 from engine.config.data_section import DataConfig
-from engine.config.metrics_section import FINALISTS, MetricsConfig, sign_of
+from engine.config.metrics_section import FINALISTS, PREFERENCE_ACCURACY, MetricsConfig, sign_of
 from engine.config.optim_section import OptimConfig
 from engine.config.parsing import MAX_SECONDS, ListAsTuple, StrictModel, parse
+from engine.config.preference_section import PREFERENCE, PreferenceConfig
 from engine.config.trial import LoopConfig, LoraConfig, ModelConfig, TrainConfig
 from engine.errors import InputError
 from engine.planning.cards import find_card
@@ -130,6 +131,7 @@ class SweepConfig(StrictModel):
     optim: OptimConfig = OptimConfig()
     train: LoopConfig
     metrics: MetricsConfig = MetricsConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     space: dict[str, Any] = Field(default_factory=dict)
     sweep: SweepSection = SweepSection()
     sampler: SamplerConfig = TpeConfig()
@@ -179,7 +181,13 @@ class SweepConfig(StrictModel):
     @property
     def chosen_by(self) -> str:
         """Return the objective that decides which trial wins: the first that is eval_loss or a metric."""
-        return next(name for name in self.sweep.objectives if name == EVAL_LOSS or name in self.metrics.names)
+        return next(name for name in self.sweep.objectives if name in self.deciding)
+
+    @property
+    def deciding(self) -> tuple[str, ...]:
+        """Return the objectives that may decide: eval_loss, preference_accuracy if pairs are learnt, and the metrics."""
+        pairs = (PREFERENCE_ACCURACY,) if self.data.format == PREFERENCE else ()
+        return (EVAL_LOSS, *pairs, *self.metrics.names)
 
     @property
     def rule(self) -> Rule:
@@ -191,7 +199,8 @@ class SweepConfig(StrictModel):
     def base(self) -> TrainConfig:
         """Return the config that every trial starts from, before its sampled values are applied."""
         metrics = parse(MetricsConfig, {**self.metrics.model_dump(), "choose_by": self.chosen_by}, "metrics")
-        return TrainConfig(model=self.model, data=self.data, lora=self.lora, optim=self.optim, train=self.train, metrics=metrics)
+        sections = {name: getattr(self, name) for name in ("model", "data", "lora", "optim", "train", "preference")}
+        return TrainConfig(**sections, metrics=metrics)
 
 
 def parse_sweep_config(data: Any) -> SweepConfig:
@@ -200,7 +209,7 @@ def parse_sweep_config(data: Any) -> SweepConfig:
     _check_objectives(config)
     config.base()
     if config.sampler.name in ONE_OBJECTIVE and len(config.sweep.objectives) > 1:
-        allowed = "takes one objective; with several in sweep.objectives use tpe, gp, nsga2, random or grid"
+        allowed = "takes one objective; with several in sweep.objectives use sampler=tpe, gp, nsga2, random or grid"
         raise InputError("sampler.name", config.sampler.name, allowed)
     if config.sweep.choose_within and len(config.sweep.objectives) == 1:
         allowed = f"must be 0 if {config.chosen_by} is the only objective"
@@ -208,15 +217,17 @@ def parse_sweep_config(data: Any) -> SweepConfig:
     varied = {path for key, leaf in config.space.items() for path, _ in flattened(key, leaf)}
     if config.sweep.final_seeds > 1 and any(path.startswith("train.seed.") for path in varied):
         raise InputError("sweep.final_seeds", config.sweep.final_seeds, "must be 0 if the space varies train.seed")
+    if config.preference.eval_beta is None and any(path.startswith("preference.beta.") for path in varied):
+        allowed = "must be a number, such as 0.1, if the space varies preference.beta: losses of different betas do not compare"
+        raise InputError("preference.eval_beta", None, allowed)
     _check_first_report(config)
     return config
 
 
 def _check_objectives(config: SweepConfig) -> None:
     """Raise InputError for objectives that nothing measures, or that the sampler or the budget cannot take."""
-    names, known = config.sweep.objectives, (*MEASURES, *config.metrics.names)
-    deciding = {EVAL_LOSS, *config.metrics.names}
-    if len(set(names)) < len(names) or not set(names) <= set(known) or deciding.isdisjoint(names):
+    names, known = config.sweep.objectives, dict.fromkeys((*MEASURES, *config.deciding))
+    if len(set(names)) < len(names) or not set(names) <= set(known) or set(config.deciding).isdisjoint(names):
         allowed = f"must hold eval_loss or a metric, and may hold others of these, each once: {', '.join(known)}"
         raise InputError("sweep.objectives", list(names), f"{allowed}; metrics are named in the section metrics")
     chosen_by, given = config.chosen_by, config.metrics.choose_by
@@ -225,10 +236,11 @@ def _check_objectives(config: SweepConfig) -> None:
     if config.metrics.at == FINALISTS and not set(config.metrics.names).isdisjoint(names):
         raise InputError("metrics.at", FINALISTS, "must be last, every or rungs if a metric is in sweep.objectives")
     if chosen_by != EVAL_LOSS and config.pauses_trials:
-        allowed = f"predicts curves of eval_loss; with {chosen_by} in sweep.objectives use tpe, gp, nsga2, cmaes, random or grid"
+        others = "sampler=tpe, gp, nsga2, cmaes, random or grid"
+        allowed = f"predicts curves of eval_loss; with {chosen_by} in sweep.objectives use {others}"
         raise InputError("sampler.name", config.sampler.name, allowed)
     if config.data.eval_limits and config.sampler.name in UNLIMITED:
-        allowed = "does not learn from data.eval_limits; use tpe, gp or nsga2, or random or grid, which learn nothing"
+        allowed = "does not learn from data.eval_limits; use sampler=tpe, gp or nsga2, or random or grid, which learn nothing"
         raise InputError("sampler.name", config.sampler.name, allowed)
     if chosen_by == EVAL_LOSS and config.sweep.budget.target_metric is not None:
         allowed = "needs a metric in sweep.objectives; of eval_loss it is sweep.budget.target_loss"

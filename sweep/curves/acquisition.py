@@ -38,9 +38,10 @@ class Options:
     """Hold all that a slot may do: the trials that the model sees, then candidates. All arrays [Q].
 
     rung: int64, how many rungs it has reached. seen: int64, the tokens to there. price: int64, tokens to
-    the next one. to_finish: int64, tokens to the last rung, without those that
-    a running trial needs to its next rung. may_run: bool, waits for a slot, or is new. may_win: bool,
-    has begun, and has or can get an adapter at the last rung. has_begun, is_running: bool.
+    the next one. to_finish: int64, tokens to the last rung, without those that a running trial needs
+    to its next rung. Both hold the set-up of a new trial. setup: int64, tokens that the slot does
+    not train on meanwhile, 0 for the trial that holds it. may_run: bool, waits for a slot, or is new.
+    may_win: bool, has begun, and has or can get an adapter at the last rung. has_begun, is_running: bool.
     """
 
     rung: np.ndarray
@@ -51,6 +52,7 @@ class Options:
     may_win: np.ndarray
     has_begun: np.ndarray
     is_running: np.ndarray
+    setup: np.ndarray
 
 
 class Predictions(Protocol):
@@ -112,7 +114,7 @@ def best_option(ends: Predictions, options: Options, grid: np.ndarray, winner: i
     best, best_score = None, -1.0
     if allowed[winner]:
         best, best_score = winner, _winner_score(ends, options, grid, winner, improvement)
-    bound = improvement / np.maximum(options.price, 1)
+    bound = improvement / np.maximum(options.price + np.where(options.has_begun, options.setup, 0), 1)
     order = np.argsort(-bound, kind="stable")[: int(allowed.sum()) - int(allowed[winner])]
     starts = [0, *range(FIRST_BATCH, len(order), BATCH), len(order)]
     for start, end in itertools.pairwise(starts):
@@ -133,7 +135,7 @@ def _scores(
     option = batch[entry]
     told = ends.told(option, rung, winner)
     left = np.sqrt(np.maximum(spread[option] ** 2 - told**2, 0.0))
-    tokens, rest = grid[rung] - options.seen[option], grid[-1] - grid[rung]
+    tokens, rest = grid[rung] - options.seen[option] + options.setup[option], grid[-1] - grid[rung]
     rate = _gain_rate(behind[option], told, left, tokens, rest)
     best = np.zeros(len(batch))
     np.maximum.at(best, entry, rate)
@@ -162,7 +164,7 @@ def _winner_score(ends: Predictions, options: Options, grid: np.ndarray, winner:
     told = ends.told(np.full(len(rung), winner), rung, rival)
     ahead = max(float(ends.mean[rival] - ends.mean[winner]), 0.0)
     gain = expected_improvement(np.full(len(rung), ahead), np.maximum(told, LEAST_SPREAD))
-    return float((gain / np.maximum(grid[rung] - options.seen[winner], 1)).max())
+    return float((gain / np.maximum(grid[rung] - options.seen[winner] + options.setup[winner], 1)).max())
 
 
 def rungs_ahead(options: Options, grid: np.ndarray, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

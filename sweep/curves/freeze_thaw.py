@@ -71,7 +71,7 @@ class FreezeThaw:
         """Start a trial that nothing but the prior speaks for; if none may start, continue one."""
         left = situation.tokens_left
         kept = min((self._to_finish(curve) for curve in own if self._may_win(curve)), default=0)
-        first = int(self._seen_tokens[1])
+        first = int(self._seen_tokens[1]) + situation.setup.begin
         if situation.candidates and first <= left and (left - first >= kept or left < kept):
             return StartNew(min(situation.candidates, key=self._first_rank))
         if any(curve.state.stand is Stand.RUNNING for curve in own):
@@ -86,11 +86,11 @@ class FreezeThaw:
         posterior = Posterior(self._model, rows, observe(seen, self._progress), running, next_rung)
         everything = np.concatenate([rows, self._rows_of(situation.candidates)])
         predicted = posterior.ends(everything)
-        options = self._options(seen, len(situation.candidates))
+        options = self._options(seen, situation)
         winner = expected_winner(options, predicted.mean, situation.tokens_left)
         if winner is None:
             means = predicted.mean[len(seen) :]
-            if len(means) and situation.tokens_left >= self._seen_tokens[-1]:
+            if len(means) and situation.tokens_left >= self._seen_tokens[-1] + situation.setup.begin:
                 return StartNew(situation.candidates[int(means.argmin())])
             return self._most_promising(own, situation.tokens_left)
         chosen = best_option(predicted, options, self._seen_tokens[1:], winner, situation.tokens_left)
@@ -100,14 +100,17 @@ class FreezeThaw:
             return GoOn(seen[chosen].state.number)
         return StartNew(situation.candidates[chosen - len(seen)])
 
-    def _options(self, seen: Sequence[SeenCurve], num_candidates: int) -> Options:
+    def _options(self, seen: Sequence[SeenCurve], situation: Situation) -> Options:
         """Return what trials and candidates cost, and what they may do."""
-        full, first = int(self._seen_tokens[-1]), int(self._seen_tokens[1])
-        new = (0, first, full, True, False, False, False)
+        begin, thaw, num_candidates = situation.setup.begin, situation.setup.thaw, len(situation.candidates)
+        new = (0, int(self._seen_tokens[1]) + begin, int(self._seen_tokens[-1]) + begin, True, False, False, False)
         facts = np.array([*map(self._facts, seen), *[new] * num_candidates], dtype=np.int64)
+        setup = np.array(
+            [0 if curve.state.number == situation.in_slot else thaw for curve in seen] + [begin] * num_candidates, dtype=np.int64
+        )
         rung, price, to_finish = facts[:, :3].T
         may_run, may_win, has_begun, is_running = facts[:, 3:].astype(bool).T
-        return Options(rung, self._seen_tokens[rung], price, to_finish, may_run, may_win, has_begun, is_running)
+        return Options(rung, self._seen_tokens[rung], price, to_finish, may_run, may_win, has_begun, is_running, setup)
 
     def _facts(self, curve: SeenCurve) -> tuple[int, int, int, bool, bool, bool, bool]:
         """Return rung, price, to_finish, may_run, may_win, has_begun and is_running of a trial, see Options."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
+from sweep.curves.setup_price import FREE, SetupPrice
 from sweep.trials.record import Outcome, TrialRecord
 
 
@@ -59,6 +60,8 @@ class Situation:
     candidates: params of untried points, of which a new trial takes one; empty if none may begin.
     tokens_left: the budget, less what all reports have cost and what RUNNING trials need to their
     next rungs. num_startable: how many new trials may still begin.
+    setup: what it costs to set up a trial. For those that have begun it is off tokens_left. in_slot:
+    the trial that holds the slot in question, and needs no set-up; None if the slot is empty.
     """
 
     trials: Mapping[int, CurveState]
@@ -66,6 +69,8 @@ class Situation:
     tokens_left: int
     num_slots: int
     num_startable: int
+    setup: SetupPrice = FREE
+    in_slot: int | None = None
 
 
 @dataclass(frozen=True)

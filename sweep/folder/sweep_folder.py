@@ -34,7 +34,7 @@ from engine.command_answers import DataAccount
 from engine.config.parsing import load_json, parse_dataclass, to_json
 from engine.config.trial import TRAIN_CONFIG, TrainConfig
 from engine.errors import InputError, StorageError
-from engine.system.file_lock import FileLock
+from engine.system.file_lock import FileLock, is_held
 from engine.system.files import write_text
 from engine.system.user_path import user_path
 from engine.trial_report import REPORTS, TrialReport, read_reports
@@ -42,6 +42,7 @@ from sweep.config.sweep import SweepConfig, parse_sweep_config
 from sweep.folder.flush import replace_text
 
 ACCOUNTS = "accounts"  # key in data.json
+PROBED_S = 1.0  # somebody who asks whether a driver works here may be in its way for a moment
 
 
 class SweepFolder:
@@ -208,11 +209,15 @@ class SweepFolder:
         write_text(probe, "." * 4096)
         probe.unlink()
 
+    def is_driven(self) -> bool:
+        """Return whether a driver works in the folder, on this machine or on another node of a shared disk."""
+        return is_held(self.lock_file)
+
     @contextmanager
     def lock(self, field: str = "resume") -> Iterator[None]:
         """Hold the folder for this process. Raises InputError about `field` if another driver has it."""
         lock = FileLock(self.lock_file)
-        if not lock.acquire():
+        if not lock.acquire(patience_s=PROBED_S):
             allowed = "another driver works in this sweep folder; wait until it ends, or stop it"
             if lock.holder is not None:  # it may be of another machine, which no one can ask
                 allowed += f"; if it has died on another machine, remove {lock.holder}"

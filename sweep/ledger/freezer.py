@@ -11,9 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from engine.trial_report import TrialReport
 from sweep.config.sweep import SweepConfig
 from sweep.curves.candidates import Candidates
 from sweep.curves.makers import make_policy
+from sweep.curves.setup_price import FREE, SetupPrice, measured_price
 from sweep.curves.situation import STANDS, CurveState, Decision, FreezePolicy, GoOn, Situation, Stand, StartNew
 from sweep.ledger.limits import Limits
 from sweep.ledger.quota import Quota
@@ -27,15 +29,20 @@ Points = Sequence[Mapping[str, Any]]
 class Freezer:
     """Keep every trial's curve, and ask the policy what a slot does next."""
 
-    def __init__(self, policy: FreezePolicy, candidates: Candidates, study: Study, limits: Limits) -> None:
-        """limits: with a token_limit and the grid of rungs."""
+    def __init__(
+        self, policy: FreezePolicy, candidates: Candidates, study: Study, limits: Limits, setup: SetupPrice | None = None
+    ) -> None:
+        """limits: with a token_limit and the grid of rungs. setup: its price; None: it is measured."""
         self._policy, self._candidates, self._study, self._limits = policy, candidates, study, limits
+        self._setup = setup
+        self._first_reports: dict[int, TrialReport] = {}
         self._curves: dict[int, CurveState] = {}
         self._num_known = 0  # trials with a point of the space, INFEASIBLE ones too
         self._committed = 0  # tokens that RUNNING trials need to their next rungs
         self._held: set[int] = set()  # a user has paused them
         self._points: Points | None = None
         self._decision: tuple[Decision] | None = None
+        self._in_slot: int | None = None
 
     def begin(self, quota: Quota, records: Iterable[TrialRecord]) -> None:
         """Take the trials so far. quota: says whether new ones may begin, and what was spent."""
@@ -52,6 +59,8 @@ class Freezer:
         if record.outcome is Outcome.INFEASIBLE:
             self._decision = None
             return
+        if record.source is None and record.reports:
+            self._first_reports.setdefault(record.number, record.reports[0])
         curve = self._as_held(CurveState.of(record))
         if curve != self._curves.get(record.number):
             self._set(curve)
@@ -80,26 +89,51 @@ class Freezer:
         """Return whether this trial keeps its slot after its report. If not, it is PAUSED next."""
         running = self._curves[number]
         self._set(replace(running, stand=Stand.FREE, outcome=Outcome.PAUSED))
-        self._decision = None
-        if self.decide() != GoOn(number):
+        self._decision, self._in_slot = None, number
+        decision = self.decide()
+        self._in_slot = None
+        if decision != GoOn(number):
             return False
         self._set(running)
         self._decision = None
         return True
 
     def _decided(self) -> Decision:
+        setup = self._setup_price()
+        left = self._limits.token_limit - self._quota.budget.num_tokens - self._committed
         while True:
             decision = self._policy.decide(Situation(
                 trials=self._curves,
                 candidates=self._untried(),
-                tokens_left=max(self._limits.token_limit - self._quota.budget.num_tokens - self._committed, 0),
+                tokens_left=self._paid(setup, left),
                 num_slots=self._limits.num_slots,
                 num_startable=max(self._quota.num_trials - self._quota.num_started, 0),
+                setup=setup,
+                in_slot=self._in_slot,
             ))  # fmt: skip
             if not isinstance(decision, StartNew) or self._study.is_new(decision.params):
                 return decision
             self._candidates.drop(decision.params)  # another point gave the same config
             self._points = None
+
+    def _setup_price(self) -> SetupPrice:
+        """Return what a set-up costs; it is free until enough trials have told it."""
+        if self._setup is None and (kept := self._study.setup_price).price is not None:
+            self._setup = kept.price
+        elif self._setup is None:
+            reports = [report for _, report in sorted(self._first_reports.items())]
+            self._setup = measured_price(reports, self._limits.num_slots, self._limits.tokens_at(1))
+            if self._setup is not None:
+                kept.keep(self._setup)
+        return self._setup or FREE
+
+    def _paid(self, setup: SetupPrice, left: int) -> int:
+        """Return the tokens that are left after set-ups. No record counts thaws: a trial of several rungs had one."""
+        own = [curve for curve in self._curves.values() if not curve.is_earlier]
+        rungs = [len(curve.losses) for curve in own if curve.stand is not Stand.OVER or curve.outcome is Outcome.COMPLETE]
+        to_finish_one = self._limits.tokens_at(self._limits.num_rungs) - self._limits.tokens_at(max(rungs, default=0))
+        num_thawed = sum(len(curve.losses) > 1 for curve in own)
+        return setup.tokens_left(left, self._quota.num_started, num_thawed, to_finish_one)
 
     def _untried(self) -> Points:
         """Return the points of which a new trial takes one."""
@@ -133,4 +167,5 @@ def make_freezer(config: SweepConfig, space: Space, study: Study, limits: Limits
         return None
     base, seed = config.base().model_dump(mode="json"), config.sweep.seed
     policy = make_policy(config.sampler, space, base, limits.grid, seed, study.beginning.rate)
-    return Freezer(policy, Candidates(space, seed), study, limits)
+    given = config.sampler.setup_tokens
+    return Freezer(policy, Candidates(space, seed), study, limits, None if given == "auto" else SetupPrice(given))

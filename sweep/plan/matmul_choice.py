@@ -46,6 +46,10 @@ def with_chosen_matmul(plan: SweepPlan, feasibility: Feasibility, is_new: bool) 
 
 def choose_matmul(space: Space, base: Mapping[str, Any], feasibility: Feasibility) -> MatmulChoice:
     """Return what `auto` means for this space on these cards."""
+    if base["model"].get("train_tokens"):
+        return MatmulChoice(AUTO_MATMUL, "rows of trained tokens need it")
+    if base.get("lora", {}).get("use_dora") or any(one.path == "lora.use_dora" for one in space.dimensions):
+        return MatmulChoice(AUTO_MATMUL, "DoRA needs it")
     if base["model"]["quantization"] != "nf4" or any(one.path == "model.quantization" for one in space.dimensions):
         return MatmulChoice(AUTO_MATMUL, "INT8 codes are made of NF4 weights only")
     if not feasibility.predicts or not feasibility.knows_all_cards:

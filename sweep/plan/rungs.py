@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from engine.config.preference_section import IN_A_PAIR, PREFERENCE
 from engine.config.trial import LoopConfig, bins_in_step
 from engine.errors import InputError
 from sweep.config.sweep import SweepConfig
@@ -61,6 +62,7 @@ def longest_step(base: Mapping[str, Any], space: Space) -> tuple[int, dict[str, 
     best, found = 0, {}
     for params, values in _points(base, space):
         length, *others = (values[path] for path in STEP_FIELDS)
+        length *= IN_A_PAIR if base["data"]["format"] == PREFERENCE else 1
         tokens = length * bins_in_step(length, *others)
         if tokens > best:
             best, found = tokens, {path: value for path, value in params.items() if path in STEP_FIELDS}

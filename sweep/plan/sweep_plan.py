@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.config.matmul import Matmul
+from engine.config.preference_section import PREFERENCE
 from engine.config.trial import TrainConfig
 from engine.errors import InputError, printable
 from engine.shape.model_shape import ModelShape
@@ -109,6 +110,7 @@ class SweepPlan:
         if step > min(least_way(loop), loop.max_tokens):
             loop = loop.model_copy(update={"max_tokens": 2 * step, "report_at_tokens": (step, 2 * step)})
         sections = {"model": trial.model, "data": trial.data, "lora": trial.lora, "optim": trial.optim, "train": loop}
+        sections["preference"] = trial.preference
         sections["sweep"] = self.config.sweep.model_copy(update={"first_trials": ()})
         return replace(self, config=self.config.model_copy(update={**sections, "space": {}}), space=Space(()))
 
@@ -124,6 +126,7 @@ class SweepPlan:
             + (", and its own code is run: model.trust_remote_code" if config.model.trust_remote_code else ""),
             f"data       {config.data.describe_train()}",
             *([f"evaluation {config.data.describe_eval()}"] if config.data.eval_sets else []),
+            *([f"pairs      {config.preference.describe()}"] if config.data.format == PREFERENCE else []),
             f"budget     {config.train.max_tokens:,} tokens a trial{_epochs(config)}, at most {config.most_tokens:,} in all"
             + (f"; ends early at {limits}" if (limits := describe_budget(config.effective_budget)) else ""),
             f"rungs      {self.num_rungs}, at tokens seen: {grid}",

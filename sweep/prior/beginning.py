@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config.lora_section import ALL_LINEAR
+from engine.config.preference_section import PREFERENCE
 from engine.shape.model_shape import ModelShape
 from engine.units import counted
 from sweep.config.sweep import SweepConfig
@@ -70,7 +71,7 @@ def make_beginning(config: SweepConfig, space: Space, shape: ModelShape | None) 
     given = read_own_points(config.sweep.first_trials, space, base)
     if not has_prior(config):
         return Beginning(tuple(completed(space, base, point) for point in given))
-    rate = rate_prior(shape)
+    rate = rate_prior(shape, config.data.format == PREFERENCE)
     own = tuple(_whole(space, base, point, rate) for point in given)
     known, notes = _known_points(space, base, rate)
     return Beginning(own, tuple(point for point in known if point not in own), rate, notes)

@@ -45,6 +45,9 @@ KAPPA, KAPPA_WIDTH = 0.75, 0.25  # the k above: the middle of its bounds, which 
 FAMILY_WIDTH, OTHER_WIDTH = 0.8, 1.0
 EXPONENT_WIDTH = 0.35  # half the distance of the two exponents, for sizes beyond those fitted
 LION_FACTOR, LION_WIDTH = math.sqrt(3.0 * 10.0), 0.6  # AdamW's rate over Lion's: the middle of what is advised, and half its span
+# Published recipes of DPO and ORPO with LoRA take rates from 5e-6 to 5e-5, where those of the same authors
+# take about 2e-4 for answers. The width spans that range.
+PAIR_FACTOR, PAIR_WIDTH = 12.0, 1.0
 ADAMW = OptimConfig()
 
 
@@ -86,9 +89,10 @@ def log_lion(optim: OptimConfig) -> float:
     return math.log(LION_FACTOR) if optim.is_lion else 0.0
 
 
-def rate_prior(shape: ModelShape | None) -> RatePrior | None:
+def rate_prior(shape: ModelShape | None, for_pairs: bool = False) -> RatePrior | None:
     """Return what is known of a model's learning rate, None if its hidden size is not known.
 
+    for_pairs: pairs of answers are learnt, and the rate is divided.
     A family of which no exponent is known gets the mean of the known ones, and a larger width.
     """
     if shape is None:
@@ -100,4 +104,8 @@ def rate_prior(shape: ModelShape | None) -> RatePrior | None:
     beyond = max(0.0, math.log(FITTED_SIZES[0] / size), math.log(size / FITTED_SIZES[1]))
     whose = f"{named.capitalize()}'s exponent" if named else f"the mean exponent, none is known for {shape.family}"
     formula = f"{FULL_RATE:g} * {LORA_OVER_FULL:g} * ({RULE_WIDTH:g} / {size}) ** {exponent:.4g}"
-    return RatePrior(math.log(rate), math.hypot(width, EXPONENT_WIDTH * beyond), f"{formula}, {whose}")
+    width = math.hypot(width, EXPONENT_WIDTH * beyond)
+    if for_pairs:
+        source = f"{formula} / {PAIR_FACTOR:g} for pairs, {whose}"
+        return RatePrior(math.log(rate / PAIR_FACTOR), math.hypot(width, PAIR_WIDTH), source)
+    return RatePrior(math.log(rate), width, f"{formula}, {whose}")

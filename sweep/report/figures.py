@@ -59,7 +59,7 @@ def learning_curves(records: list[TrialRecord], best: TrialRecord | None) -> Dra
         figure.add_trace(_curves([r for r in ours if r is not best], outcome, COLOURS[outcome], 1.6, opacity))
     if best is not None:
         figure.add_trace(_curves([best], f"best: trial {best.number}", BEST, 3.5, 1.0))
-    figure.update_layout(xaxis_title="tokens seen", yaxis_title="eval loss (nats per target token)")
+    figure.update_layout(xaxis_title="tokens seen", yaxis_title=f"eval loss ({records[0].loss_unit})")
     figure.update_yaxes(range=usual_range([report.eval_loss for record in records for report in record.reports]))
     return figure
 

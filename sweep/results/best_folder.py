@@ -84,6 +84,7 @@ def best_card(
             *((f"with this adapter on {name}", loss) for name, loss in reevaluation.eval_losses.items()),
         ],
         metrics=[(name, reevaluation.base_metrics.get(name), value) for name, value in reevaluation.metrics.items()],
+        of_pairs=config.learns_pairs,
         notes=[" ".join([measured, *filter(None, said)]), *_earlier_note(verdict)],
         settings=_settings(record, config),
         sections=[

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from engine.config.metrics_section import EVAL_LOSS
+from engine.config.metrics_section import EVAL_LOSS, PREFERENCE_ACCURACY
 from engine.errors import InputError
 from engine.sample_losses import SampleLosses, read_sample_losses
 from engine.scoring.answers_file import read_answers
@@ -46,8 +46,9 @@ def _read(record: TrialRecord) -> SampleLosses | str:
     """
     kept, name = record.kept, record.chosen_by
     try:
-        if name == EVAL_LOSS:
+        if name in (EVAL_LOSS, PREFERENCE_ACCURACY):
             found = read_sample_losses(Path(record.folder), kept)
+            found = found.accuracy_costs() if found and name == PREFERENCE_ACCURACY else found
         else:
             answers = read_answers(Path(record.folder), kept.rung)
             found = answers and answers.costs(name, record.sign)

@@ -153,9 +153,9 @@ def _result_text(folder: SweepFolder, best: TrialRecord, reevaluation: Reevaluat
     base, tuned = reevaluation.base_eval_loss, reevaluation.eval_loss
     lines = [
         "",
-        f"{'':24}eval loss  perplexity",
-        _loss_line("base model", base),
-        _loss_line(f"best adapter (trial {best.number})", tuned),
+        f"{'':24}eval loss{'' if reevaluation.is_of_pairs else '  perplexity'}",
+        _loss_line("base model", base, reevaluation.is_of_pairs),
+        _loss_line(f"best adapter (trial {best.number})", tuned, reevaluation.is_of_pairs),
         *([f"gain         {reevaluation.gain.text}"] if reevaluation.gain else []),
         *_set_lines(reevaluation),
         *(_metric_lines(reevaluation)),
@@ -176,7 +176,7 @@ def _set_lines(reevaluation: Reevaluation) -> list[str]:
         return []
     before = reevaluation.base_eval_losses
     rows = [f"{name:24}{number(before[name], '.4f'):>10}  {number(x, '.4f'):>12}" for name, x in reevaluation.eval_losses.items()]
-    return ["", f"{'nats per target token':24}base model  best adapter", *rows]
+    return ["", f"{'nats a pair' if reevaluation.is_of_pairs else 'nats per target token':24}base model  best adapter", *rows]
 
 
 def _metric_lines(reevaluation: Reevaluation) -> list[str]:
@@ -188,5 +188,5 @@ def _metric_lines(reevaluation: Reevaluation) -> list[str]:
     return ["", f"{'':24}base model  best adapter", *cells]
 
 
-def _loss_line(name: str, loss: float) -> str:
-    return f"{name:24}{loss:9.4f}  {perplexity(loss):10.3f}"
+def _loss_line(name: str, loss: float, of_pairs: bool) -> str:
+    return f"{name:24}{loss:9.4f}" + ("" if of_pairs else f"  {perplexity(loss):10.3f}")

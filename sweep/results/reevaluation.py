@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from engine.command_answers import AdapterEvaluation
+from engine.config.metrics_section import PREFERENCE_ACCURACY
 from engine.config.parsing import parse_dataclass
 from engine.sample_losses import SampleLosses
 from engine.units import counted
@@ -31,12 +32,13 @@ class Gain:
     high: float
     num_samples: int
     num_contenders: int
+    unit: str = "nats per target token"
 
     @property
     def text(self) -> str:
         samples = counted(self.num_samples, "evaluation sample")
         chosen = f", chosen among {counted(self.num_contenders, 'trial')}" if self.num_contenders > 1 else ""
-        return f"{self.nats:.4f} nats per target token ({LEVEL_TEXT}: {self.low:.4f} to {self.high:.4f}, {samples}{chosen})"
+        return f"{self.nats:.4f} {self.unit} ({LEVEL_TEXT}: {self.low:.4f} to {self.high:.4f}, {samples}{chosen})"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class Reevaluation:
         """Plain data for JSON."""
         optional = ("gain", "base_metrics", "metrics", "base_eval_losses", "eval_losses")
         return {name: value for name, value in asdict(self).items() if name not in optional or value not in (None, {})}
+
+    @property
+    def is_of_pairs(self) -> bool:
+        """Return whether the losses are means over pairs of answers, which have no perplexity."""
+        return PREFERENCE_ACCURACY in self.metrics
 
     @property
     def metrics_text(self) -> str:
@@ -112,4 +119,5 @@ def _gain(base: SampleLosses | None, tuned: SampleLosses | None, num_contenders:
     margin = found.margin((1.0 - LEVEL) / (2.0 * max(1, num_contenders)))
     if not math.isfinite(found.nats) or not math.isfinite(margin):
         return None
-    return Gain(found.nats, found.nats - margin, found.nats + margin, found.num_samples, num_contenders)
+    low, high = found.nats - margin, found.nats + margin
+    return Gain(found.nats, low, high, found.num_samples, num_contenders, **({"unit": "nats a pair"} if tuned.margins else {}))

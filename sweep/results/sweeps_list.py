@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +65,7 @@ def read_state(path: Path) -> SweepState:
     ended = [record for record in tried if record.outcome is not Outcome.RUNNING]
     best = config.rule.best(records)
     is_done = len(ended) == len(tried) and _num_listed(path) == len(records)
-    state = RUNNING if _is_held(folder.lock_file) else ENDED if is_done else STOPPED
+    state = RUNNING if folder.is_driven() else ENDED if is_done else STOPPED
     return SweepState(path.name, state, len(ended), config.sweep.num_trials, None if best is None else (best.score, best.number))
 
 
@@ -77,20 +75,3 @@ def _num_listed(path: Path) -> int | None:
         return sum(row.get("source") is None for row in json.loads((path / "leaderboard.json").read_text())["trials"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-
-
-def _is_held(lock_file: Path) -> bool:
-    """Return whether a driver holds the sweep folder. Where the disk has no flock, it counts as free."""
-    try:
-        handle = os.open(lock_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(handle)

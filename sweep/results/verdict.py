@@ -54,7 +54,8 @@ class SweepVerdict:
         if self.best is None:
             return NONE
         params = ", ".join(f"{path} = {value_text(value)}" for path, value in self.best.params.items())
-        loss = f"eval loss {number(self.best.eval_loss, '.4f')} (perplexity {perplexity(self.best.eval_loss):.3f})"
+        loss = f"eval loss {number(self.best.eval_loss, '.4f')}"
+        loss += "" if self.best.is_of_pairs else f" (perplexity {perplexity(self.best.eval_loss):.3f})"
         loss += metrics_text({**self.best.eval_losses, **self.best.metrics})
         so_far = "" if self.reevaluation else " so far"
         return printable(f"Best{so_far}: trial {self.best.number}, {loss}, {params or 'nothing varied'}.")
@@ -68,7 +69,7 @@ class SweepVerdict:
         agrees = "agrees" if again.agrees else "does NOT agree"
         return (
             f"Evaluated again after the sweep: base model {number(again.base_eval_loss, '.4f')}, adapter of trial "
-            f"{self.best.number} {number(again.eval_loss, '.4f')} nats per target token ({agrees} with the trial's own report)"
+            f"{self.best.number} {number(again.eval_loss, '.4f')} {self.best.loss_unit} ({agrees} with the trial's own report)"
             f"{again.metrics_text}."
         )
 

@@ -7,6 +7,7 @@ from engine.config.metrics_section import MetricsConfig
 INCOMPARABLE = {
     "model.path": "base models with other tokenizers would be scored on other tokens",
     "model.revision": "base models with other tokenizers would be scored on other tokens",
+    "model.train_tokens": "trials would be scored on other tokens",
     "data.train": "trials would learn from different data",
     "data.train_split": "trials would learn from different data",
     "data.train_max_samples": "trials would learn from different data",
@@ -35,6 +36,8 @@ INCOMPARABLE = {
     "train.report_at_tokens": "trials would be judged at different rungs",
     "train.num_reports": "trials would be judged at different rungs",
     "train.device": "placement decides the device",
+    "preference.loss": "trials would be scored by different losses",
+    "preference.eval_beta": "trials would be scored by different losses",
 }
 INCOMPARABLE |= {f"metrics.{name}": "trials would be scored by other answers" for name in MetricsConfig.model_fields}
 UNSEARCHABLE = {path: f"{why}, so their losses do not compare" for path, why in INCOMPARABLE.items()} | {

@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial
 from engine.config.trial import TrainConfig
 from engine.errors import InputError, first_line
 from sweep.config.sweep import SweepConfig
+from sweep.curves.setup_price import KeptSetupPrice
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.plan.feasibility import UNPREDICTED, Fit
 from sweep.prior.kept_beginning import KeptBeginning
@@ -71,6 +72,7 @@ class Study:
         self._objectives = config.sweep.objectives
         self._study = self._open()
         self.beginning, self.commands = KeptBeginning(self._study), KeptCommands(self._study)
+        self.setup_price = KeptSetupPrice(self._study)
         make_sampler(config.sampler, 0)  # fails now if its package is missing
         self._pruning = Pruning(make_pruner(config.effective_pruner, num_rungs, STUDY_NAME), num_rungs, self._trials())
         self._proposer = Proposer(STUDY_NAME, config.sampler, config.sweep.seed, self._pruner, space, len(self._objectives))

@@ -48,9 +48,11 @@ def check_comparable(name: str, here: SweepConfig, there: SweepConfig) -> None:
     name: the earlier sweep's folder.
     """
     for path, reason in INCOMPARABLE.items():
-        if path in ("train.device", "train.report_at_tokens", "train.num_reports"):
+        if path in ("train.device", "train.report_at_tokens", "train.num_reports", "preference.eval_beta"):
             continue
         _check_equal(name, path, _at(here.base(), path), _at(there.base(), path), reason)
+    betas = [one.base().preference.judged.beta for one in (here, there)]
+    _check_equal(name, "preference.eval_beta", *betas, INCOMPARABLE["preference.eval_beta"])
     reason = INCOMPARABLE["train.report_at_tokens"]
     _check_equal(name, "train.report_at_tokens", here.train.report_grid(), there.train.report_grid(), reason)
 

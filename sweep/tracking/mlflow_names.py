@@ -219,8 +219,11 @@ def description(config: Mapping[str, Any], best: TrialRecord | None, summary: Ma
     model = best.config.get("model", {})
     lines = [f"Trial {best.number} of the sweep in `{folder}`, an adapter for `{model.get('path', 'unknown')}`."]
     losses = [("base model", summary.get("base_eval_loss")), ("with this adapter", summary.get("best_eval_loss"))]
-    rows = [f"| {name} | {loss:.4f} | {perplexity(loss):,.3f} |" for name, loss in losses if loss is not None]
-    if rows:
+    known = [(name, loss) for name, loss in losses if loss is not None]
+    if known and best.is_of_pairs:
+        lines += ["", "| | preference loss (nats/pair) |", "|---|---:|", *(f"| {name} | {loss:.4f} |" for name, loss in known)]
+    elif known:
+        rows = [f"| {name} | {loss:.4f} | {perplexity(loss):,.3f} |" for name, loss in known]
         lines += ["", "| | eval loss (nats/token) | perplexity |", "|---|---:|---:|", *rows]
     scores = {name: value for name, value in summary.items() if name.startswith("metric_")}
     texts = [f"{name.removeprefix('metric_')} {value:.4f}" for name, value in scores.items()]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from engine.config.metrics_section import EVAL_LOSS, EVERY, sign_of
+from engine.config.metrics_section import EVAL_LOSS, EVERY, PREFERENCE_ACCURACY, sign_of
 from engine.config.trial import TrainConfig
 from engine.trial_report import TrialReport, kept_report
 
@@ -144,6 +144,16 @@ class TrialRecord:
         """Return what the adapter in the folder scored by the task metrics."""
         return self.kept.metrics if self.reports else {}
 
+    @property
+    def is_of_pairs(self) -> bool:
+        """Return whether the trial learnt from pairs: its eval_loss is a mean over pairs, and has no perplexity."""
+        return PREFERENCE_ACCURACY in self.metrics
+
+    @property
+    def loss_unit(self) -> str:
+        """Return the unit of eval_loss in words."""
+        return "nats a pair" if self.is_of_pairs else "nats per target token"
+
     def cost(self, measure: str) -> float | None:
         """Return eval_loss or a metric of the adapter in the folder so that smaller is better, or None."""
         return self.kept.cost(measure, self._sign(measure)) if self.reports else None
@@ -158,7 +168,8 @@ class TrialRecord:
         if report.over_limits:
             return OVER_LIMITS + report.over_limits
         metrics, name = self.config.get("metrics") or {}, self.chosen_by
-        value = report.cost(name, self.sign) if metrics.get("at") == EVERY else report.eval_loss
+        every = metrics.get("at") == EVERY or name == PREFERENCE_ACCURACY
+        value = report.cost(name, self.sign) if every else report.eval_loss
         return math.inf if value is None else value
 
     @property

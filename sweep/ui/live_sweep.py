@@ -22,7 +22,7 @@ from sweep.report.page import Section
 from sweep.results.leaderboard import board_rows, finite
 from sweep.trials.record import TrialRecord
 from sweep.ui.drawn_figures import DrawnFigures
-from sweep.ui.progress import Eta, is_driven, progress, slots
+from sweep.ui.progress import Eta, progress, slots
 
 LEAST_S = 0.5  # between two looks at the files, however many pages ask
 LOG_BYTES = 32_768  # of the log's end
@@ -90,7 +90,7 @@ class LiveSweep:
                 self._rows[row["number"]], self._changed[row["number"]] = shown, self._revision
 
     def _answer(self, found: Collected, since: int) -> dict[str, Any]:
-        timeline, now_s, driven = self._collector.timeline, self._clock(), is_driven(self.folder)
+        timeline, now_s, driven = self._collector.timeline, self._clock(), self.folder.is_driven()
         if self._eta is None or not self._eta.is_of(found, timeline):
             self._eta = Eta(found, timeline)
         left_s = self._eta.seconds(found, timeline, now_s) if driven else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from engine.system.file_lock import is_held
 from engine.trial_report import REPORTS
 from sweep.folder.slot_times import PARTS, steady_share, totals
 from sweep.folder.sweep_folder import SweepFolder
@@ -46,11 +45,6 @@ class Eta:
     def is_of(self, found: Collected, timeline: Timeline) -> bool:
         """Return whether the estimate still rests on the sweep's config and slots."""
         return self.basis == (found.config, _num_slots(timeline))
-
-
-def is_driven(folder: SweepFolder) -> bool:
-    """Return whether a driver on this machine works in the folder."""
-    return is_held(folder.lock_file)
 
 
 def slots(found: Collected, timeline: Timeline, driven: bool) -> list[dict[str, Any]]:

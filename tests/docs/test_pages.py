@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 README = ROOT / "README.md"
 DOCUMENTS = [*PAGES, README, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "dashboards/README.md"))]
-WITH_ERROR_LINES = ("troubleshooting.md", "error-lines.md", "task-metrics.md", "several-data-sets.md")
+WITH_ERROR_LINES = ("troubleshooting.md", "error-lines.md", "task-metrics.md", "several-data-sets.md", "preference-data.md")
 TROUBLESHOOTING = "\n".join((ROOT / "docs" / page).read_text() for page in WITH_ERROR_LINES)
 MAX_WORDS, MAX_README_WORDS = 1200, 700
 UNLIMITED = ("measured.md", "models.md", "decisions/engine.md", "decisions/sweep.md")

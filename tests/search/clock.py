@@ -2,7 +2,7 @@
 
 The unit of cost is one full trial's tokens. A slot trains one full trial in one unit of time, give
 or take `SPREAD`: workers that never differ would report in lockstep. Cost counts tokens, whatever
-the time that they took.
+the time that they took. Setting up a trial may cost something too, as if it were tokens.
 """
 
 from __future__ import annotations
@@ -64,13 +64,19 @@ class _Running:
 class Clock:
     """Run one replay. `now` is the time in full trials of one slot."""
 
-    def __init__(self, task: Task, seeds: Sequence[int], num_slots: int, seed: int) -> None:
-        """seeds: which recorded curve each point of the task shows in this replay."""
+    def __init__(
+        self, task: Task, seeds: Sequence[int], num_slots: int, seed: int, setup: tuple[float, float] = (0.0, 0.0)
+    ) -> None:
+        """seeds: which recorded curve each point of the task shows in this replay.
+
+        setup: full trials that it costs to begin a trial, and to go on with one that left its slot.
+        """
         self.now, self.cost = 0.0, 0.0
         self._task, self._num_slots, self._seed = task, num_slots, seed
         self._losses = [point.curves[seeds[i]] for i, point in enumerate(task.points)]
         self._ways = [after - before for before, after in zip((0, *task.grid), task.grid)]
         self._running: list[_Running] = []
+        self._setup = setup
 
     def run(self, side: Side, costs: Sequence[float]) -> list[Choice | None]:
         """Play until the highest cost; return what the side would hand out at each, ascending."""
@@ -88,11 +94,11 @@ class Clock:
 
     def _fill(self, side: Side) -> None:
         while len(self._running) < self._num_slots and (turn := side.next_trial()) is not None:
-            self._start(turn)
+            self._start(turn, self._setup[turn.rung > 1])
 
-    def _start(self, turn: Turn) -> None:
+    def _start(self, turn: Turn, setup: float = 0.0) -> None:
         speed = 1.0 + SPREAD * random.Random(f"{self._seed} {turn.number}").uniform(-1.0, 1.0)
-        way = self._ways[turn.rung - 1] / self._task.grid[-1]
+        way = self._ways[turn.rung - 1] / self._task.grid[-1] + setup
         heapq.heappush(self._running, _Running(self.now + way / speed, turn.number, turn, speed))
 
     def _turn_ended(self, side: Side) -> None:

@@ -133,12 +133,12 @@ class OneLookSide:
     arXiv:2307.15422 (one epoch, then the best few), with a look of a given share of a trial.
     """
 
-    def __init__(self, task: Task, searcher: Searcher, cost: float, look: float) -> None:
-        """cost: in full trials. look: share of a trial's tokens; the first rung at or above it."""
+    def __init__(self, task: Task, searcher: Searcher, cost: float, look: float, begin: float = 0.0) -> None:
+        """cost: in full trials. look: share of a trial's tokens; the first rung at or above it. begin: see Clock."""
         self._recorded = Recorded(task, searcher)
         self._rung = next(rung for rung, tokens in enumerate(task.grid, 1) if tokens >= look * task.grid[-1] * (1 - 1e-9))
         share = task.grid[self._rung - 1] / task.grid[-1]
-        self.num_looks, self.num_finished = looks_and_finishers(cost, share, len(task.points))
+        self.num_looks, self.num_finished = looks_and_finishers(cost, share, len(task.points), begin)
         self._num_started, self._num_looked, self._looks = 0, 0, []
         self.chosen = self._recorded.chosen
         self._last_rung = len(task.grid)
@@ -173,14 +173,15 @@ class OneLookSide:
                 self._looks.clear()
 
 
-def looks_and_finishers(cost: float, share: float, num_points: int) -> tuple[int, int]:
-    """Return n and k. share: of a trial's tokens, up to the look. num_points: the most looks."""
+def looks_and_finishers(cost: float, share: float, num_points: int, begin: float = 0.0) -> tuple[int, int]:
+    """Return n and k. share: of a trial's tokens, up to the look. num_points: the most looks. begin: see Clock."""
+    look = share + begin
     if share >= 1.0:
-        return min(num_points, math.floor(cost + 1e-9)), 0
+        return min(num_points, math.floor(cost / look + 1e-9)), 0
     finished = max(1, math.floor(cost / 2 / (1 - share) + 1e-9))
-    looks = math.floor((cost - finished * (1 - share)) / share + 1e-9)
+    looks = math.floor((cost - finished * (1 - share)) / look + 1e-9)
     if looks > num_points:
-        looks, finished = num_points, math.floor((cost - num_points * share) / (1 - share) + 1e-9)
+        looks, finished = num_points, math.floor((cost - num_points * look) / (1 - share) + 1e-9)
     return max(looks, 1), min(finished, looks)
 
 

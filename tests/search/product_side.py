@@ -26,6 +26,7 @@ from engine.shape.model_shape import ModelShape
 from engine.trial_report import TrialReport
 from sweep.config.budget_limits import BudgetConfig
 from sweep.config.sweep import SweepConfig, parse_sweep_config
+from sweep.curves.setup_price import SetupPrice
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.ledger.freezer import make_freezer
 from sweep.ledger.ledger import Ledger
@@ -53,13 +54,17 @@ MANY = 1_000_000  # trials: the budget ends the sweep
 class ProductSide:
     """Decide as a sweep of the product does."""
 
-    def __init__(self, task: Task, values: Mapping[str, Any], num_slots: int, cost: float, clock: Callable[[], float]) -> None:
-        """values: sections of the sweep's config. cost: full trials at which the budget ends."""
+    def __init__(
+        self, task: Task, values: Mapping[str, Any], num_slots: int, cost: float, clock: Callable[[], float],
+        setup: tuple[float, float] = (0.0, 0.0),
+    ) -> None:  # fmt: skip
+        """values: sections of the sweep's config. cost: full trials at which the budget ends. setup: see Clock."""
         self._task, config = task, sweep_config(task, values)
         self._folder, self._records = MemoryFolder(), {}
         self._study = study = RecordedStudy(self._folder, config, RecordedSpace(task))
         beginning = make_beginning(config, study.space, ModelShape.of(SMOLLM2, "SMOLLM2"))
         study.beginning.keep(beginning.points(), beginning.rate)
+        study.setup_price.keep(SetupPrice(*(round(price * task.grid[-1]) for price in setup)))
         limits = Limits(
             num_trials=config.sweep.num_trials,
             num_rungs=len(task.grid),

@@ -20,7 +20,8 @@ from .product_side import ProductSide
 class Setting:
     """Hold what a side is made from.
 
-    seed: of the replay. cost: full trials at which the sweep ends. clock: time in full trials.
+    seed: of the replay. cost: full trials at which the sweep ends. clock: time in full trials. setup:
+    what it costs to begin a trial and to go on with one, see Clock.
     """
 
     task: Task
@@ -28,6 +29,7 @@ class Setting:
     num_slots: int
     cost: float
     clock: Callable[[], float]
+    setup: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,15 @@ def product(text: str, sections: Mapping[str, Any], is_anytime: bool = True, tri
         sweep = {"seed": setting.seed, **sections.get("sweep", {})}
         if trials_a_cost is not None:
             sweep["num_trials"] = max(1, round(trials_a_cost * setting.cost))
-        return ProductSide(setting.task, {**sections, "sweep": sweep}, setting.num_slots, setting.cost, setting.clock)
+        values = {**sections, "sweep": sweep}
+        return ProductSide(setting.task, values, setting.num_slots, setting.cost, setting.clock, setting.setup)
 
     return Strategy(text, make, is_anytime and trials_a_cost is None)
 
 
 def _one_look(look: float) -> Strategy:
     def make(setting: Setting) -> Side:
-        return OneLookSide(setting.task, RandomSearcher(setting.task, setting.seed), setting.cost, look)
+        return OneLookSide(setting.task, RandomSearcher(setting.task, setting.seed), setting.cost, look, setting.setup[0])
 
     return Strategy(f"one look at 1/{round(1 / look)}, keep the best k", make, is_anytime=False)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 
 import pytest
 
@@ -12,7 +10,6 @@ from sweep.folder.sweep_folder import SweepFolder
 from sweep.study.journal import read_trials
 from sweep.trials.record import Outcome
 
-from . import replay as command
 from .clock import Choice, Clock, Turn
 from .curve_figures import figures, seed_spread
 from .curve_files import CURVES
@@ -24,7 +21,6 @@ from .recorded_tasks import content_of, make_task, read_tasks
 from .replay import replay, shown_seeds
 from .strategies import STRATEGIES, Setting
 from .synthetic import make_content
-from .table import comparison, read_rows
 
 RATE, RANK = "optim.learning_rate", "lora.rank"
 
@@ -224,36 +220,6 @@ def test_the_spread_of_seeds_is_the_standard_deviation_of_one_seed():
     assert seed_spread(trials) == (pytest.approx(0.02 / math.sqrt(2)), 4)
 
 
-def test_the_command_prints_a_table_and_writes_every_replay(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "out.json"
-    options = "--synthetic early --replays 3 --slots 2 --costs 2 4 --strategies random_asha one_look --processes 1 --json"
-    monkeypatch.setattr(sys, "argv", ["replay", *options.split(), str(file)])
-    command.main()
-    rows = json.loads(file.read_text())["rows"]
-    assert [(row["strategy"], row["cost"], len(row["judged"])) for row in rows] == [
-        ("random_asha", 2.0, 3), ("random_asha", 4.0, 3), ("one_look", 2.0, 3), ("one_look", 4.0, 3),
-    ]  # fmt: skip
-    printed = capsys.readouterr().out
-    assert "| early, 2 slots | cost 2 | cost 4 |" in printed and "random + Ray's ASHA" in printed
-    assert read_rows([file, file]) == sorted(rows, key=lambda row: row["strategy"] != "random_asha")
-    other = tmp_path / "other.json"
-    other.write_text(file.read_text().replace('"replays": 3', '"replays": 4'))
-    with pytest.raises(ValueError, match="does not compare"):
-        read_rows([file, other])
-
-
-def test_the_comparison_says_where_ours_is_behind():
-    row = {"task": "t", "slots": 1, "cost": 4}
-    losses = {
-        "freeze_thaw": [0.002, 0.004],
-        "random_halving": [0.008, 0.016],
-        "one_look": [0.001, 0.001],
-        "random_asha": [0.003, 0.004],
-    }
-    line = comparison([{**row, "strategy": name, "seen": seen} for name, seen in losses.items()], "seen")
-    assert line == ["t, 1 slots, cost 4: 0.25 (0.25-0.25) of halving's, 100 % near; one_look -2.0 BEHIND, random_asha +0.5 level"]
-
-
 def test_the_recorded_tables_are_searched():
     tasks = read_tasks(CURVES)
     assert len(tasks) >= 3
@@ -267,3 +233,23 @@ def test_random_searchers_of_ray_and_of_the_product_draw_the_same_configs(made):
     side = ProductSide(made, {"sampler": {"name": "random"}, "pruner": {"name": "none"}, "sweep": {"seed": 3}}, 6, 9, lambda: 0.0)
     searcher = RandomSearcher(made, 3)
     assert [side.next_trial().point for _ in range(6)] == [made.nearest(searcher.propose()) for _ in range(6)]
+
+
+def test_setting_up_a_trial_costs_what_the_clock_is_told(made):
+    task = table(*[(1.0 - 0.1 * i, 0.9 - 0.1 * i) for i in range(4)])
+    for begin, cost, last in ((0.0, 1.9, 0), (0.0, 2.0, 1), (0.5, 2.9, 0), (0.5, 3.0, 1)):
+        choice = Clock(task, [0] * 4, 1, 0, (begin, 0.0)).run(RayAshaSide(task, InOrder(task), 2.5), [cost])[0]
+        assert choice.point == last, (begin, cost)
+    assert looks_and_finishers(4, 1 / 8, 112, begin=0.125) == (9, 2)  # 4 - 2 * 0.875, a quarter of a trial each
+
+
+def test_a_search_that_knows_its_price_begins_fewer_trials(made):
+    begun = {}
+    for begin in (0.0, 0.25):
+        clock = Clock(made, [0] * 24, 1, 0, (begin, 0.0))
+        side = STRATEGIES["freeze_thaw"].make(Setting(made, 0, 1, 4.0, lambda clock=clock: clock.now, (begin, 0.0)))
+        clock.run(side, [4.0])
+        begun[begin] = len(side._records)
+        finished = [record for record in side._records.values() if record.outcome is Outcome.COMPLETE]
+        assert finished and clock.cost <= 4.0 + 1e-9
+    assert begun[0.25] < begun[0.0] and 0.25 * begun[0.25] + 1.0 <= 4.0

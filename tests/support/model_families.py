@@ -16,12 +16,13 @@ from engine.config.trial import DataConfig, LoopConfig, ModelConfig, TrainConfig
 from engine.errors import InputError
 from engine.model import skeleton
 from engine.model.comparison import difference, library_losses, our_losses, random_samples
-from engine.model.guard import LORA, choose_route
+from engine.model.guard import LORA, LORA_ON_EXPERTS, choose_route
 from engine.model.inspect import inspect_model
 from engine.model.load import load_base
 from engine.model.pretrained import model_factory, without_weights
 from engine.model.route import ModelVerdict
 from engine.model.verdicts import with_export
+from engine.quant.frozen_experts import frozen_experts
 from engine.quant.frozen_linear import FrozenLinear
 from tests.support.tiny_models import byte_tokenizer
 from tests.support.trials import CPU
@@ -125,17 +126,23 @@ def peft_difference(model_type: str, folder: Path) -> float | None:
         raise AssertionError(f"the shared copy of its base has losses that differ by {gap:.2g} nats")
     frozen = {n: m for n, m in base.model.named_modules() if isinstance(m, FrozenLinear) and not m.weight.is_meta}
     weights = {name: module.dequantized(torch.float32) for name, module in frozen.items()}
-    layers = attach(base.model, names, LORA, seed=0)
+    experts = {n: m for n, m in frozen_experts(base.model)}
+    lora = LORA_ON_EXPERTS if experts else LORA
+    layers = attach(base.model, names, lora, seed=0)
     torch.manual_seed(1)
     for layer in layers.values():
         layer.lora_b.data.normal_(std=0.2)
-    trained = TrainConfig(model=given, data=DataConfig(train="none"), lora=LORA, train=LoopConfig(max_tokens=100))
+    trained = TrainConfig(model=given, data=DataConfig(train="none"), lora=lora, train=LoopConfig(max_tokens=100))
     export_adapter(folder / "adapter", trained, layers, base.model, base.tokenizer)
     rows = [samples] if base.shares_rows(len(samples[0].input_ids)) else [[sample] for sample in samples]
     ours = [losses for row in rows for losses in our_losses(base, row)]
     plain = factory.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="eager")
     for name, weight in weights.items():
         plain.get_submodule(name).weight.data = weight
+    for name, module in experts.items():
+        for weight, (number, *_) in module.shapes.items():
+            rows = [module.dequantized(weight, i, torch.float32) for i in range(number)]
+            plain.get_parameter(f"{name}.{weight}").data = torch.stack(rows)
     read = PeftModel.from_pretrained(plain, folder / "adapter").eval()
     with torch.no_grad():
         return difference(ours, [library_losses(read, sample) for sample in samples])

@@ -28,7 +28,7 @@ def test_a_sweep_chooses_by_the_users_function_and_every_place_shows_it(tmp_path
     arguments = [
         "+experiment=extraction", "model=local", f"model.path={tiny_model_dir}", "data.max_seq_length=256",
         "data.eval_max_seq_length=512", "data.eval_max_samples=8", "train.max_tokens=16_000",
-        "train.report_at_tokens=[8000,16000]", "train.tokens_per_step=512", "~space.data.max_seq_length",
+        "train.report_at_tokens=[8000,16000]", "train.tokens_per_step=512",
         "space.optim.learning_rate.low=5.0e-3",
         "space.optim.learning_rate.high=2.0e-2", "cluster.num_cpu_slots=1", "metrics.max_new_tokens=8", "metrics.max_samples=6",
         "metrics.at=every", 'metrics.length={function: "scores_of_a_user:length", direction: minimize}',

@@ -46,15 +46,16 @@ LARGE = {
     256: AttentionTiles((128, 32, 8, 3), (128, 32, 8, 2), both=(32, 64, 8, 2), scores=(128, 32, 8, 2), products=(64, 128, 8, 3)),
     512: AttentionTiles((64, 32, 8, 2), (64, 16, 8, 2), dk=(32, 64, 8, 1), dv=(32, 64, 8, 2),
                         scores=(64, 16, 8, 2), products=(64, 128, 8, 3)),
-}
+}  # fmt: skip
 SMALL = {
     64: AttentionTiles((128, 64, 8, 2), (64, 64, 4, 2), both=(64, 64, 4, 2)),
     128: AttentionTiles((128, 32, 8, 2), (64, 32, 8, 2), both=(32, 64, 8, 1)),
     256: AttentionTiles((64, 32, 8, 2), (64, 32, 8, 1), both=(32, 32, 8, 2), scores=(64, 32, 8, 1), products=(32, 128, 8, 2)),
     512: AttentionTiles((32, 16, 4, 1), (32, 16, 8, 1), dk=(16, 32, 8, 1), dv=(16, 32, 8, 1),
                         scores=(32, 16, 8, 1), products=(32, 128, 8, 2)),
-}
-TINY = AttentionTiles((32, 16, 4, 1), (32, 16, 4, 1), dk=(16, 32, 4, 1), dv=(16, 32, 4, 1), scores=(32, 16, 4, 1), products=(16, 32, 4, 1))
+}  # fmt: skip
+TINY = AttentionTiles((32, 16, 4, 1), (32, 16, 4, 1), dk=(16, 32, 4, 1), dv=(16, 32, 4, 1),
+                      scores=(32, 16, 4, 1), products=(16, 32, 4, 1))  # fmt: skip
 """Tiles for tests: fp32 has no matrix instruction that keeps its digits, and an interpreter no shared memory."""
 
 

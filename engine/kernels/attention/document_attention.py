@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.attention.attention_tiles import TINY, AttentionTiles, Tile, choose_tiles
-from engine.kernels.attention.tile_parts import LN_2, LOG2_E, capped_logits, key_blocks, load_rows, query_blocks, store_rows
 from engine.kernels.attention.stored_scores import stored_backward
+from engine.kernels.attention.tile_parts import LN_2, LOG2_E, capped_logits, key_blocks, load_rows, query_blocks, store_rows
 from engine.shape.compute_limits import heads_with_stored_scores
 
 LOWEST = tl.constexpr(-1e30)  # a maximum before the first key; -inf would make -inf - (-inf)
@@ -74,18 +74,14 @@ def _forward_blocks(
         z, _ = capped_logits(s, scale, softcap, CAP)
         if MASKED:
             z = tl.where((n[None, :] >= first_M[:, None]) & (n[None, :] <= t[:, None]), z, float("-inf"))
-        v_NP = load_rows(v, start, v_stride, T, MASKED, N, K, P)
-        if BOUND:
-            p = tl.exp2(z)
-            total += tl.sum(p, 1)
-            acc = tl.dot(p.to(v_NP.dtype), v_NP, acc, input_precision="ieee")
-        else:
+        if not BOUND:
             higher = tl.maximum(top, tl.max(z, 1))
-            p = tl.exp2(z - higher[:, None])
             shrink = tl.exp2(top - higher)
-            total = total * shrink + tl.sum(p, 1)
-            acc = tl.dot(p.to(v_NP.dtype), v_NP, acc * shrink[:, None], input_precision="ieee")
-            top = higher
+            acc, total, top = acc * shrink[:, None], total * shrink, higher
+        p = tl.exp2(z - top[:, None])
+        total += tl.sum(p, 1)
+        v_NP = load_rows(v, start, v_stride, T, MASKED, N, K, P)
+        acc = tl.dot(p.to(v_NP.dtype), v_NP, acc, input_precision="ieee")
     return acc, top, total
 
 
@@ -108,8 +104,9 @@ def _forward_kernel(
     top = tl.full((M,), 0.0 if BOUND else LOWEST, tl.float32)
     begin, before, whole, behind = key_blocks(spans, start, T, False, M, N)
     acc, top, total = _forward_blocks(
-        acc, top, total, q_MP, k, v, k_t, v_t, t, first_M, begin, before, whole, whole, T, scale, softcap, False, CAP, BOUND, N, K, P
-    )
+        acc, top, total, q_MP, k, v, k_t, v_t, t, first_M, begin, before, whole, whole, T, scale, softcap,
+        False, CAP, BOUND, N, K, P,
+    )  # fmt: skip
     acc, top, total = _forward_blocks(
         acc, top, total, q_MP, k, v, k_t, v_t, t, first_M, begin, before, whole, before + behind, T, scale, softcap,
         True, CAP, BOUND, N, K, P,

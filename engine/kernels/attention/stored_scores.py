@@ -26,7 +26,7 @@ from torch import Tensor
 
 from engine.kernels.attention.attention_tiles import Tile
 from engine.kernels.attention.tile_parts import LOG2_E, capped_logits, key_blocks, load_rows, query_blocks, store_rows
-from engine.shape.compute_limits import SCORE_BLOCK, score_blocks, score_cells
+from engine.shape import compute_limits
 
 MOST_FEATURES = 256
 """Features of one sum of the products: 128 x 256 in fp32 are half of a multiprocessor's registers."""
@@ -76,7 +76,8 @@ def _scored_blocks(
 
 @triton.jit(do_not_specialize=["T", "WIDE", "first_head", "HEADS"])
 def _scores_kernel(
-    dout, q, k, v, out, lse, spans, dq, p, ds, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, T, WIDE, first_head, HEADS, scale, softcap,
+    dout, q, k, v, out, lse, spans, dq, p, ds, do_t, do_h, q_t, q_h, k_t, k_h, v_t, v_h, T, WIDE, first_head, HEADS,
+    scale, softcap,
     H: tl.constexpr, GROUP: tl.constexpr, CAP: tl.constexpr, WANT_Q: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, B: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +158,8 @@ def _products_kernel(
         of_head = cells + (part * GROUP + member) * size
         rows = x + (own * GROUP + member) * x_h + feature
         acc = _product_blocks(acc, of_head, rows, x_t, n, last_N, start, before, whole, whole, T, WIDE, False, M, B, F, width)
-        acc = _product_blocks(acc, of_head, rows, x_t, n, last_N, start, before, whole, before + behind, T, WIDE, True, M, B, F, width)
+        others = before + behind
+        acc = _product_blocks(acc, of_head, rows, x_t, n, last_N, start, before, whole, others, T, WIDE, True, M, B, F, width)
     store_rows(to + own * K + feature, acc * tl.where(wants_k, scale, 1.0), start, G * K, T, N, width, F)
 
 
@@ -170,10 +172,10 @@ def stored_backward(
     `heads` is a multiple of a key/value head's query heads. longest: no query sees more keys. Both tiles
     divide SCORE_BLOCK.
     """
-    (dout, q, k, v), (dq, dk, dv) = given, grads
+    (dout, q, k, _), (dq, dk, dv) = given, grads
     (num_tokens, num_heads, head_dim), groups, group = q.shape, k.shape[1], common["GROUP"]
-    p, ds = torch.empty((2, heads, score_cells(num_tokens, longest)), dtype=q.dtype, device=q.device)
-    wide = score_blocks(longest)
+    p, ds = torch.empty((2, heads, compute_limits.score_cells(num_tokens, longest)), dtype=q.dtype, device=q.device)
+    wide = compute_limits.score_blocks(longest)
     strides = [stride for x in given for stride in x.stride()[:2]]
     (m, n, warps, stages), (rows, keys, key_warps, key_stages) = scores, products
     features = min(common["P"], MOST_FEATURES)
@@ -181,11 +183,12 @@ def stored_backward(
         part = min(heads, num_heads - first)
         _scores_kernel[(triton.cdiv(num_tokens, m) * part,)](
             *given, out, lse, spans, dq, p, ds, *strides, num_tokens, wide, first, part, **common,
-            H=num_heads, WANT_Q=True, M=m, N=n, B=SCORE_BLOCK, num_warps=warps, num_stages=stages,
+            H=num_heads, WANT_Q=True, M=m, N=n, B=compute_limits.SCORE_BLOCK, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         grid = (triton.cdiv(num_tokens, keys) * part // group * triton.cdiv(head_dim, features) * 2,)
         _products_kernel[grid](
             p, ds, q, dout, spans, dk, dv, *strides[2:4], *strides[:2], num_tokens, wide,
             first // group, part // group, common["scale"],
-            G=groups, GROUP=group, M=rows, N=keys, B=SCORE_BLOCK, F=features, K=head_dim, num_warps=key_warps, num_stages=key_stages,
+            G=groups, GROUP=group, M=rows, N=keys, B=compute_limits.SCORE_BLOCK, F=features, K=head_dim,
+            num_warps=key_warps, num_stages=key_stages,
         )  # fmt: skip

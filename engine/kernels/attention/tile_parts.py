@@ -41,7 +41,7 @@ def capped_logits(s, scale, softcap, CAP: tl.constexpr):
     if CAP:
         e = tl.exp2(tl.minimum(s * (-2.0 * LOG2_E * scale / softcap), 126.0, propagate_nan=tl.PropagateNan.ALL))
         r = 1.0 / (1.0 + e)
-        return (softcap * LOG2_E) * ((1.0 - e) * r), 4.0 * (e * r) * r
+        return (1.0 - e) * r * (softcap * LOG2_E), 4.0 * (e * r) * r
     else:
         return s * (scale * LOG2_E), 1.0
 

@@ -52,7 +52,7 @@ export async function drawCurves(sweep, colours, picked, pick) {
   const best = sweep.best, chosen = sweep.trials.get(picked);
   if (best?.curve.length) traces.push(line([best], `best: trial ${best.number}`, BEST[theme()], 3.5, 1));
   if (chosen?.curve.length && chosen !== best) traces.push(line([chosen], `picked: trial ${picked}`, PICKED[theme()], 3, 1));
-  const layout = look({ height: innerWidth < 720 ? 340 : 370, xaxis: { title: { text: 'tokens seen' } }, yaxis: { title: { text: 'eval loss (nats per target token)' }, range: sweep.about.loss_range } });
+  const layout = look({ height: innerWidth < 720 ? 340 : 370, xaxis: { title: { text: 'tokens seen' } }, yaxis: { title: { text: `eval loss (nats ${sweep.about.metrics.includes('preference_accuracy') ? 'a pair' : 'per target token'})` }, range: sweep.about.loss_range } });
   await Plotly.react(box, traces, layout, CONFIG);
   box.removeAllListeners('plotly_click');
   box.on('plotly_click', (event) => pick(event.points[0].customdata));

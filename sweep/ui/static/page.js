@@ -33,7 +33,7 @@ function showHead() {
   document.title = `${progress.num_ended}/${progress.num_trials} ${current.name}`;
   const quiet = progress.last_event_s === null ? null : progress.now_s - progress.last_event_s;
   byId('state').className = `pill ${progress.is_driven ? 'on' : ''}`;
-  byId('state').textContent = progress.is_driven ? 'running' : 'no driver on this machine';
+  byId('state').textContent = progress.is_driven ? 'running' : 'no driver here';
   byId('bar').style.width = `${Math.min(100, (100 * progress.num_ended) / Math.max(progress.num_trials, 1))}%`;
   const outcomes = Object.entries(progress.outcomes).map(([name, count]) => `${count} ${name}`).join(', ');
   fill(byId('tiles'),

@@ -161,7 +161,7 @@ def test_a_group_has_outputs_and_gradients_of_autograd(dropout):
     low = group.low(x.detach())
     torch.testing.assert_close(group.forward(x.detach(), low), y, rtol=1e-5, atol=1e-5)
     dy = torch.randn_like(y)
-    parameters = [p for layer in layers for p in layer.trained]
+    parameters = [p for layer in layers for p in layer.parameters_of()]
     dx, *expected = torch.autograd.grad(y, [x, *parameters], dy)
     dlow = group.low_gradient(dy)
     torch.testing.assert_close(group.input_gradient(dy, dlow), dx, rtol=1e-5, atol=1e-5)

@@ -8,7 +8,6 @@ import torch
 from engine.adapter import made_start
 from engine.adapter.flat import FlatAdapter
 from engine.adapter.lora import detach
-from engine.adapter.low_rank import principal_factors
 from engine.adapter.start import attach_started
 from engine.data.packing import collate
 from engine.data.views import load_data
@@ -17,6 +16,7 @@ from engine.export.forms import export
 from engine.model.load import load_base, nf4_load_config
 from engine.prepare import prepare
 from engine.quant.bnb import keep_as_stored
+from engine.quant.low_rank import principal_factors
 from engine.training.loop import train
 from engine.training.optim import make_optimizer
 from tests.support.trials import CPU, build, run, same_numbers
@@ -89,7 +89,7 @@ def test_factors_are_the_best_of_their_rank_and_iterations_find_them_too(shape, 
     exact_a, exact_b = principal_factors(weight, 5)
     values = torch.linalg.svdvals(weight)
     assert torch.linalg.norm(weight - exact_b @ exact_a) == pytest.approx(values[5:].square().sum().sqrt().item(), rel=1e-5)
-    monkeypatch.setattr("engine.adapter.low_rank.EXACT_UP_TO", 8)
+    monkeypatch.setattr("engine.quant.low_rank.EXACT_UP_TO", 8)
     found_a, found_b = principal_factors(weight, 5)
     torch.testing.assert_close(found_b @ found_a, exact_b @ exact_a, rtol=0, atol=0.02)
     assert (exact_b.gather(0, exact_b.abs().argmax(0, keepdim=True)) > 0).all()

@@ -15,6 +15,7 @@ from engine.config.parsing import MAX_COUNT, parse
 from engine.config.trial import MAX_BINS, TrainConfig
 from engine.data.packing import Cursor
 from engine.errors import InputError
+from engine.preference.pair_losses import pair_losses
 from engine.training.optim import learning_rate, make_optimizer, step_middle
 from tests.support.limits import NASTY, numeric_fields
 
@@ -23,7 +24,7 @@ FIELDS = numeric_fields(TrainConfig)
 
 
 def test_every_number_of_a_trial_is_tried_here():
-    assert len(FIELDS) == 39 and {"train.seed", "lora.lora_alpha", "train.keep_layers", "train.report_at_tokens"} <= set(FIELDS)
+    assert len(FIELDS) == 42 and {"train.seed", "lora.lora_alpha", "train.keep_layers", "train.report_at_tokens"} <= set(FIELDS)
 
 
 @settings(max_examples=300, deadline=None)
@@ -34,7 +35,9 @@ def test_a_number_works_or_is_one_line(path, value):
     section, field = path.split(".")
     given_value = [value] if field == "report_at_tokens" else value
     try:
-        config = parse(TrainConfig, {**GOOD, section: {**GOOD.get(section, {}), field: given_value}})
+        data = {**GOOD["data"], "format": "preference" if section == "preference" else "auto"}
+        good = {**GOOD, "data": data}
+        config = parse(TrainConfig, {**good, section: {**good.get(section, {}), field: given_value}})
     except InputError as error:
         assert error.field.startswith((path, section)) and "\n" not in str(error)
         return
@@ -61,6 +64,9 @@ def use(config: TrainConfig) -> None:
     assert 0.0 < step_weight(1, config.train.max_tokens, config.optim.ema_horizon or 1.0) <= 1.0
     assert 0 < torch.tensor(config.lora.scaling, dtype=torch.float32) < float("inf")
     assert len(range(100)[: config.data.train_max_samples]) >= 1
+    logp = torch.tensor([-900.0, -1.0], dtype=torch.float64, requires_grad=True)
+    pair_losses(config.preference, logp, torch.tensor([9, 3]), logp.detach().flip(0))[0].sum().backward()
+    assert bool(torch.isfinite(logp.grad).all())
 
 
 def test_the_limits_are_limits_of_the_fields_alone():

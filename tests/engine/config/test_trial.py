@@ -33,7 +33,7 @@ def config(**sections):
         ({"train": {"max_tokens": 10, "report_at_tokens": [5, 5]}}, "train", "ascend"),
         ({"train": {"max_tokens": 9, "micro_batch_size": 0}}, "train.micro_batch_size", "or equal to 1 or 'auto'$"),
         ({"train": {"max_tokens": 9, "activation_checkpointing": "x"}}, "train.activation_checkpointing", "or .*'offload'$"),
-        ({"extra": 1}, "extra", "unknown key; known keys: data, lora, metrics, model, optim, train"),
+        ({"extra": 1}, "extra", "unknown key; known keys: data, lora, metrics, model, optim, preference, train"),
         ({"a\n\x1b[2Jb": 1}, "a\n\x1b[2Jb", r"^a\\n\\x1b\[2Jb = 1: unknown key"),
     ],
 )

@@ -18,14 +18,13 @@ from engine.data.views import load_data
 from engine.errors import InputError
 from engine.evaluation.eval_loss import EvaluationSet, evaluate, evaluation_batches
 from engine.model.comparison import as_sample, difference, library_losses, our_losses
-from engine.model.inspect import inspect_model
+from engine.model.inspect import inspect_model, known_shape
 from engine.model.load import load_base
 from engine.model.loaded_check import loaded_losses
 from engine.model.route import Route
 from engine.model.skeleton import make_loud
 from engine.prepare import prepare
 from engine.quant.frozen_linear import freeze_linears
-from engine.shape.model_shape import ModelShape
 from tests.support.model_families import LFM2_LAYERS
 from tests.support.trials import CPU, build, run
 
@@ -205,16 +204,22 @@ def test_samples_beyond_the_model_s_positions_are_said(tiny_config, folder):
     assert any("made for 16 positions" in note for note in notes)
 
 
-def test_experts_are_said_and_nothing_is_predicted_for_them(folder):
+def test_experts_are_said_with_how_to_adapt_them(folder):
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 260}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     config = Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2)
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    facts = inspect_model(ModelConfig(path=str(folder)))
-    assert any("experts" in note and "16 bits, without adapters" in note for note in facts.notes)
-    assert ModelShape.known(config.to_dict(), str(folder)) is None
+    given = ModelConfig(path=str(folder))
+    facts = inspect_model(given)
+    assert any("are experts, in NF4: lora.target_modules=[all-linear,experts]" in note for note in facts.notes)
+    assert any("auxiliary loss is off" in note for note in facts.notes)
+    assert facts.features["model.layers.1.mlp.experts.down_proj"] == (4 * 64, 4 * 32)
+    assert known_shape(given).experts.active == 2
+    plain = inspect_model(given.model_copy(update={"quantization": "none"}))  # twin: only NF4 packs them
+    assert any("16 bits, without adapters" in note for note in plain.notes)
+    assert not any("experts" in name for name in plain.features)
 
 
 def test_only_layers_that_are_known_are_replaced():

@@ -10,14 +10,16 @@ import pytest
 from engine.config.matmul import Matmul
 from engine.errors import InputError
 from engine.memory.prediction import predict_memory
-from engine.planning.cards import find_card
+from engine.planning.cards import CARDS, find_card
+from engine.planning.known_cards import with_known_rates
 from engine.planning.planner import make_compute_plan
 from engine.planning.rates import INT8_GAIN, Curve, Int8Rates, Rates
 from engine.planning.sheet_rates import sheet_rates
 from engine.planning.speed import predict_speed
 from engine.shape.layer_plan import cached_bytes, kept_bytes, plan_layers, scale_bytes
 from engine.units import GIB
-from tests.support.calibrated import SHAPES, config_of
+from tests.support.calibrated import SHAPES, config_of, row_name
+from tests.support.paths import ROOT
 
 SHAPE, CARD = SHAPES["llama-3.1-8b"], find_card("rtx4090")
 GROUPS = {"qkv", "o", "gate_up", "down"}
@@ -28,6 +30,10 @@ MEASURED = (
     ("offload", 2, 14, 0.0, 1, 8192, {"bf16": 7.675, "int8_backward": 7.683, "int8": 7.738}),
 )
 """Policy, kept layers, host layers, weight cache, rows and their tokens, and allocated GiB by mode: 8B, one H100, torch 2.11."""
+
+
+LINES = (ROOT / "engine/bench/results/2026-11-28-h100-matmul-steps.jsonl").read_text().splitlines()
+STEPS = [row for row in map(json.loads, LINES) if row["commit"] == "1281df2"]
 
 
 @pytest.mark.parametrize(("policy", "keep_layers", "host_layers", "cache", "batch", "length", "peaks"), MEASURED)
@@ -80,6 +86,15 @@ def test_a_plan_of_each_mode_fits_and_says_how_it_multiplies():
 def test_scales_are_a_number_for_each_feature_of_a_group():
     qkv, o, gate_up, down = 4096 + 1024 * 2 + 4096, 4096 + 4096, 2 * 14336 + 4096, 4096 + 14336
     assert scale_bytes(SHAPE) == 4 * (qkv + o + gate_up + down)
+
+
+@pytest.mark.parametrize("row", STEPS, ids=row_name)
+def test_steps_of_each_mode_are_as_fast_as_predicted(row):
+    """Recorded rows of whole samples: cuDNN computes their attention. No INT8 rate of this card has been measured."""
+    card, more = with_known_rates(CARDS["h100"]), {"matmul": row["matmul"], "cuda_graphs": True}
+    config = config_of(row["batch"], row["length"], 16, row["policy"], row["keep_layers"], row["weight_cache_gib"], train=more)
+    predicted = predict_speed(config, SHAPES[row["model"]], card, attention="cudnn")
+    assert predicted.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=0.05)
 
 
 INT8 = Int8Rates(*(Curve.flat(rate) for rate in (1000.0, 700.0, 900.0, 1100.0)))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.errors import InputError
-from engine.sources import orders, smollm2, stdlib_docs
+from engine.sources import order_pairs, orders, smollm2, stdlib_docs
 from engine.sources.builtin import MODELS, PUBLISHED, resolve_data, resolve_model
 from engine.system import shared_cache as cache
 
@@ -37,7 +37,7 @@ def test_other_paths_pass_through_untouched():
     assert resolve_data("data.jsonl") is None
 
 
-@pytest.mark.parametrize(("resolve", "known"), [(resolve_model, "smollm2-135m-instruct"), (resolve_data, "orders")])
+@pytest.mark.parametrize(("resolve", "known"), [(resolve_model, "smollm2-135m-instruct"), (resolve_data, "order-pairs")])
 def test_an_unknown_builtin_is_refused_with_the_known_ones_listed(resolve, known):
     with pytest.raises(InputError, match=f"builtin:nope.*known: builtin:{known}"):
         resolve("builtin:nope")
@@ -57,6 +57,17 @@ def test_an_adapter_on_a_builtin_names_the_published_model_and_no_folder_of_this
 def test_importing_the_package_loads_neither_torch_nor_gguf():
     code = "import sys, engine.sources.builtin; print([name for name in ('torch', 'gguf', 'numpy') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_order_pairs_differ_in_the_answer_alone_and_half_of_them_in_a_number(tmp_path):
+    order_pairs.write(tmp_path)
+    train = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(train) == order_pairs.NUM_TRAIN
+    for row in train:
+        better, worse = row["chosen"][0]["content"], row["rejected"][0]["content"]
+        assert better != worse and json.loads(better)["customer"] in worse and row["prompt"][0]["role"] == "user"
+        assert (json.loads(better).keys() == json.loads(worse).keys()) if row["fault"] == "number" else not worse.startswith("{")
+    assert sum(row["fault"] == "number" for row in train) == len(train) // 2
 
 
 # --- orders ---

@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from engine.system import announced_lock
-from engine.system.file_lock import NO_FLOCK, FileLock
+from engine.system import announced_lock, file_lock
+from engine.system.file_lock import NO_FLOCK, FileLock, is_held
 
 HOLDER = """
 import errno, fcntl, os, pathlib, sys, time
@@ -99,6 +99,64 @@ def test_another_fault_of_flock_is_raised(tmp_path, monkeypatch):
     take_flock_away(monkeypatch, errno.EIO)
     with pytest.raises(OSError, match="Input/output error"):
         FileLock(tmp_path / "lock").acquire()
+
+
+@pytest.fixture(params=["same machine", "another node"])
+def asked_from(request, monkeypatch):
+    """Without the kernel's list, as for a lock of another node, the shared lock alone tells."""
+    if request.param == "another node":
+        monkeypatch.setattr(file_lock, "_is_listed", lambda path: False)
+
+
+def test_a_held_lock_is_seen_and_a_free_one_is_not(tmp_path, kind, asked_from):
+    path, lock = tmp_path / "lock", FileLock(tmp_path / "lock")
+    assert not is_held(path) and not path.exists()
+    path.touch()
+    assert not is_held(path)
+    assert lock.acquire() and is_held(path)
+    lock.release()
+    assert not is_held(path) and {file.name for file in tmp_path.iterdir()} == {"lock"}
+
+
+def test_those_who_ask_at_once_do_not_take_each_other_for_a_holder(tmp_path, asked_from):
+    path = tmp_path / "lock"
+    with path.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)  # another process is in the middle of asking
+        assert not is_held(path)
+    found, asked = [], threading.Barrier(4)
+
+    def ask():
+        asked.wait(10)
+        found.extend(is_held(path) for _ in range(200))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 800 and not any(found)
+
+
+def test_a_lock_is_taken_although_somebody_asks_in_that_moment(tmp_path):
+    path = tmp_path / "lock"
+    with path.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert not FileLock(path).acquire()  # twin: without patience it is in the way
+        threading.Timer(0.1, fcntl.flock, (other, fcntl.LOCK_UN)).start()
+        lock = FileLock(path)
+        assert lock.acquire(patience_s=10.0)
+    began = time.monotonic()
+    assert not FileLock(path).acquire(patience_s=0.1) and 0.1 <= time.monotonic() - began < 5.0  # a real holder stays
+    lock.release()
+
+
+def test_the_announcement_of_a_dead_process_holds_nothing(tmp_path):
+    machine, boot = announced_lock._machine(), announced_lock._boot()
+    other = tmp_path / f"lock.held-{machine}-{boot}-{os.getpid()}-12-abcd0123"
+    other.touch()
+    assert not is_held(tmp_path / "lock") and other.exists()  # nothing is removed
+    other.rename(tmp_path / f"lock.held-fedcba987654-0123456789abcdef.1-{os.getpid()}-12-abcd0123")
+    assert is_held(tmp_path / "lock")  # another machine's may live
 
 
 @pytest.mark.parametrize(

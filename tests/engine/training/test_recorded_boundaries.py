@@ -53,6 +53,9 @@ class Trial:
         self.base = shapes.random_base("small", device, torch.float32 if on_cpu else torch.bfloat16, fused=True)
         for mixer in mixers(self.base.model):
             mixer.module.A_log.fill_(-4.0)  # a state that lasts for hundreds of tokens
+        for path, parameter in self.base.model.named_parameters() if name == "gemma-4" else ():
+            if path.endswith("q_norm.weight"):  # its scores are not scaled, and sharp attention amplifies rounding
+                parameter.data.fill_(0.06)
         layers = attach(self.base.model, self.base.linear_names, LoraConfig(rank=4, lora_dropout=dropout), 0)
         self.adapter = FlatAdapter(layers, self.base.dtype)
         noise = torch.randn(self.adapter.parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -158,8 +161,10 @@ def card(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("policy", "dropout"), [(Policy.KEEP, 0.0), (Policy.RECOMPUTE, 0.2)])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "policy", "dropout"), [
+    ("qwen3.5", Policy.KEEP, 0.0), ("qwen3.5", Policy.RECOMPUTE, 0.2), ("gemma-4", Policy.KEEP, 0.0),
+    ("gemma-4", Policy.RECOMPUTE, 0.0),  # masks of its projection outside the layers are torch's, new in each pass
+])  # fmt: skip
 def test_a_replay_has_the_loss_and_gradients_of_its_own_packing(name, policy, dropout, card, monkeypatch):
     trial = Trial(name, card, monkeypatch, dropout, policy)
     if name == "qwen3.5" and not calls_kernels(trial.base.model, FLASH_LINEAR_ATTENTION):
@@ -182,7 +187,7 @@ def test_a_replay_has_the_loss_and_gradients_of_its_own_packing(name, policy, dr
     if not dropout:
         for row, (truth, wanted) in zip(rows(), right, strict=True):
             loss, gradient = trial.alone(row)
-            assert loss == pytest.approx(truth, rel=2e-3) and apart(gradient, wanted) < 0.1
+            assert loss == pytest.approx(truth, rel=2e-3) and apart(gradient, wanted) < 0.5 * min(differences)
 
 
 @pytest.mark.gpu

@@ -268,3 +268,22 @@ def test_only_so_many_recordings_and_so_much_idle_memory_are_kept(base, monkeypa
     kept.trim(memories[0])
     assert kept.idle_bytes(memories[0]) == 0 and len(kept) > 0
     assert kept.clear() and len(kept) == 0 and not kept.clear()
+
+
+def test_more_recordings_are_kept_while_a_plan_leaves_room(base, monkeypatch):
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    layers = attach(base.model, base.linear_names, LoraConfig(rank=4), 0)
+    memory, kept = AdapterMemory(layers, base.dtype), Recordings(CPU)
+    detach(base.model, layers)
+    kept.can_record, row = True, RecordedRow(None, torch.zeros(()))
+    kept.kind("a", memory, {}).rows.update(dict.fromkeys(range(10), row))
+    kept.drop_if_short("b", memory, 3.0, 23.0)
+    for number in range(5):
+        kept.kind(number, memory, {}).rows.update(dict.fromkeys(range(10), row))
+        kept.trim(memory)
+    assert len(kept) == 60  # 28 beyond MAX_OF_ALL take 0.33 of the 20 GiB that are free
+    kept.drop_if_short("b", memory, 22.9, 23.0)
+    assert 0 < len(kept) <= MAX_OF_ALL
+    kept.drop_if_short("b", memory, 23.1, 23.0)
+    assert len(kept) == 0

@@ -18,7 +18,7 @@ from sweep.plan.sweep_plan import make_sweep_plan
 from sweep.space.parse import parse_space
 from tests.support.prepared import prepared
 
-ONE_RUNG = ("extraction", "forgetting")  # experiments for two CPU cores that judge finished trials only
+ONE_RUNG = ("extraction", "forgetting", "preferences")  # experiments for two CPU cores that judge finished trials only
 NEEDED = ["model=smollm2-135m", "data=stdlib-docs"]
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
 

@@ -8,14 +8,18 @@ import re
 import pytest
 
 from engine.command_answers import Facts
+from engine.errors import InputError
 from engine.planning.cards import CARDS
 from engine.shape.model_shape import ModelShape
 from sweep import preflight
 from sweep.__main__ import compose, groups, main
+from sweep.config.compose import given_keys
 from sweep.config.conf_files import conf_folder
 from sweep.config.sweep import parse_sweep_config
 from sweep.plan.feasibility import Feasibility
 from sweep.plan.forecast import describe_forecast
+from sweep.plan.idle_settings import refuse_idle_overrides
+from sweep.prior.beginning import has_prior
 from sweep.space.parse import parse_space
 from tests.support.prepared import prepared
 
@@ -42,8 +46,8 @@ def shape(experiment):
     return ModelShape.of(SHAPES[model], model)
 
 
-def test_every_experiment_but_three_for_a_cpu_is_one_for_24_gb_cards_and_is_tested_here():
-    assert groups()["experiment"] == sorted([*EXPERIMENTS, "extraction", "forgetting", "quickstart"])
+def test_every_experiment_but_four_for_a_cpu_is_one_for_24_gb_cards_and_is_tested_here():
+    assert groups()["experiment"] == sorted([*EXPERIMENTS, "extraction", "forgetting", "preferences", "quickstart"])
 
 
 def test_the_experiment_without_a_gpu_chooses_by_right_answers_and_fits_its_data():
@@ -69,6 +73,36 @@ def test_the_most_demanding_point_of_a_committed_sweep_fits_a_card_of_22_gib(exp
     assert not feasibility.check_fit(space.apply(base, LARGEST)).fits
 
 
+@pytest.mark.parametrize("given", [[], *([f"+experiment={name}"] for name in EXPERIMENTS)])
+def test_a_sweep_freezes_and_thaws_unless_one_key_says_otherwise(given):
+    words = [*given, "data.train=my.jsonl"]
+    config = parse_sweep_config(compose(words))
+    assert config.pauses_trials and has_prior(config) and config.effective_pruner.name == "none"
+    assert config.effective_budget.full_trials == (8 if given else 4)
+    tpe = parse_sweep_config(compose([*words, "sampler=tpe"]))
+    assert (tpe.sampler.name, tpe.effective_pruner.name, tpe.effective_budget.full_trials) == ("tpe", "successive_halving", None)
+    assert not has_prior(tpe) and tpe.pruner == config.pruner
+    assert not has_prior(parse_sweep_config(compose([*words, "sweep.prior=false"])))
+
+
+def test_a_pruner_or_several_objectives_alone_are_refused_with_the_sampler_to_add():
+    words = ["+experiment=llama-3.1-8b-24gb", "data.train=my.jsonl"]
+    with pytest.raises(InputError, match=r"sampler.name = 'freeze_thaw': takes one objective; .* use sampler=tpe, gp, nsga2"):
+        parse_sweep_config(compose([*words, "sweep.objectives=[eval_loss,elapsed_s]"]))
+    for word in ("pruner=hyperband", "pruner.reduction_factor=3"):
+        config = parse_sweep_config(compose([*words, word]))
+        with pytest.raises(InputError, match="sampler=freeze_thaw pauses trials .*sampler=tpe"):
+            refuse_idle_overrides(config, parse_space(config.space), given_keys([*words, word]))
+        config = parse_sweep_config(compose([*words, word, "sampler=tpe"]))
+        refuse_idle_overrides(config, parse_space(config.space), given_keys([*words, word, "sampler=tpe"]))
+
+
+def test_a_saved_config_keeps_its_sampler_and_one_without_a_sampler_is_of_before_this_default():
+    saved = parse_sweep_config(compose(["+experiment=llama-3.1-8b-24gb", "sampler=tpe"])).model_dump(mode="json")
+    assert parse_sweep_config(saved).sampler.name == "tpe"
+    assert parse_sweep_config({name: part for name, part in saved.items() if name != "sampler"}).sampler.name == "tpe"
+
+
 def test_own_data_takes_one_override_and_its_evaluation_comes_from_it_too():
     data = parse_sweep_config(compose(["+experiment=llama-3.1-8b-24gb", "data.train=my.jsonl"])).data
     assert (data.train, data.eval, data.eval_max_seq_length) == ("my.jsonl", None, 4096)
@@ -92,7 +126,7 @@ def test_a_committed_sweep_is_forecast_from_a_folder_with_nothing_but_config_jso
 
 
 def hours(forecast):
-    return float(re.search(r"^cost +([\d.]+) GPU hours", forecast, re.M)[1])
+    return float(re.search(r"^cost +at most ([\d.]+) GPU hours: the tokens of 8 full trials", forecast, re.M)[1])
 
 
 def stated_hours(experiment):
@@ -108,7 +142,8 @@ def stated_hours(experiment):
 def test_a_committed_sweep_costs_what_its_comment_says_and_no_corner_is_infeasible(experiment, card):
     config = parse_sweep_config(compose([f"+experiment={experiment}"]))
     space, base = parse_space(config.space), config.base().model_dump(mode="json")
-    text = describe_forecast(space, base, Feasibility(shape(experiment), CARDS[card]), config.sweep.num_trials)
+    text = describe_forecast(space, base, Feasibility(shape(experiment), CARDS[card]), config.sweep.num_trials,
+                             config.effective_budget.full_trials)  # fmt: skip
     assert "does not fit" not in text
     assert stated_hours(experiment)[card] == pytest.approx(hours(text), rel=0.05)
 

@@ -47,7 +47,7 @@ def with_value(path: str, value: Any) -> dict[str, Any]:
 
 def test_every_number_of_a_sweep_is_tried_here():
     assert len(FIELDS) == 19 and {"sweep.budget.gpu_hours", "cluster.num_gpus", "tracking.metrics_port"} <= set(FIELDS)
-    assert len(OPTIONS) == 15
+    assert len(OPTIONS) == 16
 
 
 @settings(max_examples=200, deadline=None)

@@ -17,7 +17,9 @@ def options(rungs, running=(), new=0):
     is_running = np.isin(np.arange(count), running)
     has_begun = np.arange(count) < len(rungs)
     to_finish = 16 - seen - is_running * price
-    return Options(rung, seen, price, to_finish, ~is_running & (rung < 5), has_begun, has_begun, is_running)
+    return Options(
+        rung, seen, price, to_finish, ~is_running & (rung < 5), has_begun, has_begun, is_running, np.zeros(count, np.int64)
+    )
 
 
 def allowed(known, overtakes, tokens_left):

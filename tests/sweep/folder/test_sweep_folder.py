@@ -1,6 +1,8 @@
 """data.json holds digests, which later sweeps compare, and the accounts, which people read."""
 
+import fcntl
 import json
+import threading
 
 import pytest
 
@@ -38,3 +40,15 @@ def test_a_link_out_of_an_earlier_sweep_is_said_of_the_field_that_named_it(tmp_p
     with pytest.raises(InputError, match="link out") as error:
         SweepFolder.open(tmp_path / "sweep", "sweep.warm_start")
     assert error.value.field == "sweep.warm_start"
+
+
+def test_a_driver_that_begins_while_somebody_asks_begins_and_is_seen(tmp_path):
+    folder = SweepFolder(tmp_path)
+    folder.lock_file.touch()
+    with folder.lock_file.open() as asker:
+        fcntl.flock(asker, fcntl.LOCK_SH)
+        assert not folder.is_driven()
+        threading.Timer(0.05, fcntl.flock, (asker, fcntl.LOCK_UN)).start()
+        with folder.lock():
+            assert folder.is_driven()
+    assert not folder.is_driven()

@@ -107,7 +107,7 @@ def test_the_gaussian_process_sees_both_constraints_of_each_trial(tmp_path):
 
 @pytest.mark.parametrize("sampler", ["freeze_thaw", "cmaes"])
 def test_a_sampler_that_cannot_learn_from_limits_is_refused_in_one_line(sampler):
-    with pytest.raises(InputError, match=f"sampler.name = '{sampler}': does not learn from data.eval_limits; use tpe"):
+    with pytest.raises(InputError, match=f"sampler.name = '{sampler}': does not learn from data.eval_limits; use sampler=tpe"):
         config_with(sampler)
     config_with(sampler, data=SETS)
 

@@ -28,9 +28,18 @@ def seconds(num_samples=64, longest=200, card=CARD, **metrics):
 def test_seconds_follow_steps_batches_and_the_card():
     one = seconds()
     assert 1.0 < one < 60.0
-    assert seconds(max_new_tokens=200) > 1.9 * one and seconds(batch_size=16) > 1.9 * seconds(batch_size=32)
+    assert seconds(longest=50, max_new_tokens=200) > 1.9 * seconds(longest=50)  # prompts take a share of their own
+    assert seconds(longest=50, batch_size=16) > 1.9 * seconds(longest=50, batch_size=32)
     assert seconds(128) > 1.9 * one and seconds(card=CARDS["h100"]) < one < seconds(card=CARDS["l4"])
     assert seconds(0) == 0.0 and seconds(exact_match=False, choice_accuracy=True, choices=["a", "b"]) == 0.0
+
+
+def test_a_small_model_waits_for_its_host_unless_its_steps_are_recorded():
+    small = ModelShape.of({**LLAMA_8B, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+                           "num_key_value_heads": 3, "num_hidden_layers": 30}, "m")  # fmt: skip
+    fused, plain = config(), config()
+    plain = plain.model_copy(update={"model": plain.model.model_copy(update={"layers": "original"})})
+    assert answers_seconds(plain, small, CARD, 64, 200) > 10 * answers_seconds(fused, small, CARD, 64, 200)
 
 
 def test_the_line_counts_the_rungs_that_measure():

@@ -20,7 +20,8 @@ from tests.support.calibrated import SHAPES
 SHAPE = SHAPES["llama-3.1-8b"]
 CONFIG = {
     "model": {"path": "m"}, "data": {"train": "t", "max_seq_length": 2048},
-    "train": {"max_tokens": 10**6, "matmul": "auto", "tokens_per_step": 16384},
+    "train": {"max_tokens": 10**6, "matmul": "auto", "micro_batch_size": 1, "activation_checkpointing": False, "keep_layers": 0,
+              "host_layers": 0, "weight_cache_gib": 0.0, "cuda_graphs": True},
     "sweep": {"num_trials": 2, "seed": 0}, "space": {"lora.rank": {"choices": [8, 64]}},
 }  # fmt: skip
 
@@ -77,3 +78,16 @@ def test_a_base_that_is_not_nf4_stays_in_its_dtype():
     config = parse_sweep_config({**CONFIG, "model": {"path": "m", "quantization": "none"}})
     plan = make_sweep_plan(config, lambda cluster: Hardware(2, 1))
     assert chosen(card("rtx4090", 3.0), plan=plan).mode is Matmul.BF16
+
+
+def test_rows_of_trained_tokens_keep_auto_at_bf16():
+    base = {"model": {"train_tokens": ["<tool>"], "quantization": "nf4"}}
+    assert choose_matmul(None, base, None).mode is Matmul.BF16
+
+
+@pytest.mark.parametrize(("lora", "space"), [({"use_dora": True}, {}), ({}, {"lora.use_dora": {"choices": [False, True]}})])
+def test_dora_keeps_auto_at_bf16(lora, space):
+    config = parse_sweep_config({**CONFIG, "lora": lora, "space": {**CONFIG["space"], **space}})
+    plan = make_sweep_plan(config, lambda cluster: Hardware(2, 1))
+    found = chosen(card("rtx4090", 3.0), plan=plan)
+    assert found.mode is Matmul.BF16 and "DoRA" in found.reason

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from engine.system.file_lock import FileLock, is_held
+from engine.system.file_lock import FileLock
 from sweep.folder.timeline import Timeline
 from sweep.report.collect import Collector
 from sweep.space.parse import parse_space
@@ -106,7 +106,7 @@ def test_a_copied_folder_and_one_that_has_not_begun_are_shown(tmp_path):
 def test_what_runs_where_and_the_time_left_are_told_while_a_driver_holds_the_folder(tmp_path):
     folder = swept(tmp_path)
     lock = FileLock(folder.lock_file)
-    assert not is_held(folder.lock_file) and lock.acquire() and is_held(folder.lock_file)
+    assert not folder.is_driven() and lock.acquire() and folder.is_driven()
     answer = LiveSweep(folder, clock=lambda: 1070.0).changes(None)
     lock.release()
     (slot,) = answer["slots"]

@@ -1,0 +1,89 @@
+"""Choose what computes the products of experts: Triton kernels on CUDA, plain torch otherwise.
+
+Rows are sorted by expert; `ends` [E] int32 or int64 says where each expert's rows end. Nothing here
+waits for a CUDA device. See expert_reference.py for the definitions and the shape letters.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from engine.kernels import ops
+from engine.kernels.experts import expert_reference, expert_sizes
+from engine.kernels.nf4_state import Nf4State
+
+
+def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the order of the T * K choices by expert [S], its inverse [S], and the ends [E] int32.
+
+    A choice above the last expert, with which some models skip a token, comes last.
+    """
+    sorted_S, order_S = experts_TK.flatten().sort(stable=True)
+    inverse_S = torch.empty_like(order_S)
+    inverse_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
+    numbers_E = torch.arange(num_experts, device=order_S.device, dtype=sorted_S.dtype)
+    return order_S, inverse_S, torch.searchsorted(sorted_S, numbers_E, right=True).to(torch.int32)
+
+
+def linear(
+    x_SD: Tensor, state: Nf4State, ends_E: Tensor, bias_EO: Tensor | None = None,
+    low_SR: Tensor | None = None, b_EOR: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return x W_e^T + bias_e + low B_e^T [S, O]."""
+    return _family(x_SD, state).linear(x_SD, state, ends_E, bias_EO, low_SR, b_EOR)
+
+
+def input_gradient(
+    dy_SO: Tensor, state: Nf4State, ends_E: Tensor, dlow_SR: Tensor | None = None, a_ERD: Tensor | None = None
+) -> Tensor:
+    """Return dy W_e + dlow A_e [S, D]."""
+    return _family(dy_SO, state).input_gradient(dy_SO, state, ends_E, dlow_SR, a_ERD)
+
+
+def low_rank(x_SD: Tensor, a_ERD: Tensor, ends_E: Tensor) -> Tensor:
+    """Return x A_e^T [S, R]."""
+    return _family(x_SD).low_rank(x_SD, a_ERD, ends_E)
+
+
+def outer(left_SM: Tensor, right_SN: Tensor, ends_E: Tensor) -> Tensor:
+    """Return the sum over each expert's rows of left^T right, [E, M, N]."""
+    return _family(left_SM).outer(left_SM, right_SN, ends_E)
+
+
+def dot_bias(dy_SD: Tensor, bias_ED: Tensor, ends_E: Tensor) -> Tensor:
+    """Return dy . bias of each row's expert, [S] in fp32."""
+    expert_S = torch.searchsorted(ends_E, torch.arange(dy_SD.shape[0], device=dy_SD.device, dtype=ends_E.dtype), right=True)
+    return (dy_SD.float() * bias_ED[expert_S.clamp(max=ends_E.numel() - 1)].float()).sum(-1)
+
+
+def clamped_gate(gate_up_SG: Tensor, limit: float, alpha: float) -> Tensor | None:
+    """Return gpt-oss's (clamp(u) + 1) * g * sigmoid(alpha * g) [S, F]; None where the library's own code computes it."""
+    return _gates().clamped_gate(gate_up_SG, limit, alpha) if _is_triton(gate_up_SG) else None
+
+
+def clamped_gate_backward_(gate_up_SG: Tensor, dh_SF: Tensor, limit: float, alpha: float) -> bool:
+    """Overwrite gate and up by their gradients; False, and nothing is done, where the library's own code does it."""
+    if _is_triton(gate_up_SG):
+        _gates().clamped_gate_backward_(gate_up_SG, dh_SF, limit, alpha)
+    return _is_triton(gate_up_SG)
+
+
+def _gates() -> ModuleType:
+    return ops.load_kernels("experts.clamped_gate")
+
+
+def _is_triton(x: Tensor) -> bool:
+    return x.is_cuda or (ops.FORCE_TRITON and not x.is_meta)
+
+
+def _family(x: Tensor, state: Nf4State | None = None) -> ModuleType:
+    """Return the kernels for a CUDA tensor, and plain torch on the CPU and for weights that the kernels do not take."""
+    if x.is_meta:
+        return expert_sizes
+    if not _is_triton(x):
+        return expert_reference
+    kernels = ops.load_kernels("experts.grouped_nf4")
+    return kernels if state is None or kernels.takes(state) else expert_reference

@@ -1,0 +1,44 @@
+"""Adapters on experts: PEFT's names and layout, and losses that PEFT repeats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.adapter.expert_lora import stored_path
+from engine.adapter.lora import attach
+from engine.config.targets import resolve_targets
+from engine.config.trial import LoraConfig
+from engine.errors import InputError
+from tests.support.model_families import peft_difference
+
+UP, DOWN = (f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj"))
+NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.shared_expert.down_proj", UP, DOWN]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_peft_repeats_the_losses_of_attention_and_experts_adapters(model_type, tmp_path):
+    assert peft_difference(model_type, tmp_path) < 1e-4
+
+
+def test_targets_are_named_by_group():
+    assert resolve_targets(NAMES, "all-linear") == NAMES[:2]
+    assert resolve_targets(NAMES, "attention") == NAMES[:1]
+    assert resolve_targets(NAMES, ("experts",)) == NAMES[2:]
+    assert resolve_targets(NAMES, ("all-linear", "experts")) == NAMES
+    assert resolve_targets(NAMES, ("experts.down_proj",)) == [DOWN]
+    with pytest.raises(InputError, match="this model has no experts that an adapter could be put on"):
+        resolve_targets(NAMES[:2], ("experts",))
+
+
+def test_two_weights_of_one_module_nest_as_in_peft():
+    both = {UP, DOWN}
+    assert stored_path(UP, both) == "model.layers.0.mlp.experts.base_layer"
+    assert stored_path(DOWN, both) == stored_path(DOWN, {DOWN}) == stored_path(UP, {UP}) == "model.layers.0.mlp.experts"
+    assert stored_path(NAMES[0], both) == NAMES[0]
+
+
+def test_dropout_with_experts_is_refused_because_peft_has_none_there():
+    config = LoraConfig(lora_dropout=0.1, target_modules=("experts",))
+    with pytest.raises(InputError, match=r"lora.lora_dropout = 0.1: must be 0 with adapters on experts .*PEFT"):
+        attach(torch.nn.Module(), NAMES, config, seed=0)

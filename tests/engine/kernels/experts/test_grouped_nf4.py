@@ -1,0 +1,117 @@
+"""Products of experts in Triton against plain torch in fp64, with failing twins. Without a card they are interpreted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.kernels.experts import expert_ops, expert_reference, grouped_nf4
+from engine.kernels.experts.grouped_nf4 import ExpertTile
+from engine.kernels.experts.packed_experts import dequantize_experts, pack, unpack_state
+from engine.kernels.nf4_state import nf4_state
+from engine.quant.bnb import quantize_nf4
+from tests.support.kernel_checks import DEVICE, DTYPES, draw, leave_to_a_child
+from tests.support.kernel_checks import implementation as implementation  # runs on kernel and reference
+
+TILES = {False: ExpertTile(16, 64, 64, 4, 2), True: ExpertTile(16, 64, 128, 4, 2, swapped=True)}
+SHAPE, RANK = (3, 48, 192), 5  # part tiles of O and D
+COUNTS = (18, 0, 3, 2)  # rows of each expert, and of none: two tiles, none, part of one
+
+
+def packed(double=True):
+    weight = draw(*SHAPE, dtype=torch.float32, seed=9)
+    parameter = quantize_nf4(weight.reshape(-1, SHAPE[2]), double)
+    return unpack_state(pack(nf4_state(parameter), SHAPE), SHAPE)
+
+
+def ends():
+    return torch.tensor(COUNTS[:3], device=DEVICE).cumsum(0).to(torch.int32)
+
+
+def close(found, expected, dtype):
+    largest = expected.abs().max()
+    return bool((found.double() - expected).abs().max() <= largest * (1e-2 if dtype == torch.bfloat16 else 2e-6))
+
+
+def exact(compute, state, *tensors):
+    """Return the definition's result in fp64, on weights rounded to the rows' dtype."""
+    weights = dequantize_experts(state, 0, SHAPE[0], tensors[0].dtype).double()
+    rows = [t if t is None else t.double() for t in tensors]
+    return compute(weights, *rows)
+
+
+def chosen_module(implementation):
+    return grouped_nf4 if implementation == "kernel" else expert_reference
+
+
+def by_row(weights):
+    expert = torch.repeat_interleave(torch.arange(SHAPE[0], device=DEVICE), torch.tensor(COUNTS[:3], device=DEVICE))
+    return weights[expert]
+
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("terms", [True, False])
+def test_forward_and_input_gradient_are_those_of_the_dequantised_weights(implementation, dtype, terms):
+    state, (experts, height, width), rows = packed(double=terms), SHAPE, sum(COUNTS)
+    x, dy = draw(rows, width, dtype=dtype), draw(rows, height, dtype=dtype, seed=1)
+    bias = draw(experts, height, dtype=dtype, seed=2) if terms else None
+    low = draw(rows, RANK, dtype=dtype, seed=3) if terms else None
+    b, a = (draw(experts, n, m, dtype=dtype, seed=4) if terms else None for n, m in ((height, RANK), (RANK, width)))
+    module, tile = chosen_module(implementation), {"tile": TILES[terms]} if implementation == "kernel" else {}
+    y = module.linear(x, state, ends(), bias, low, b, **tile)
+    dx = module.input_gradient(dy, state, ends(), low, a, **tile)
+
+    def forward(weights, x, bias, low, b):
+        y = torch.einsum("sd,sod->so", x[:21], by_row(weights))
+        return y if bias is None else y + by_row(bias) + torch.einsum("sr,sor->so", low[:21], by_row(b))
+
+    def backward(weights, dy, low, a):
+        dx = torch.einsum("so,sod->sd", dy[:21], by_row(weights))
+        return dx if low is None else dx + torch.einsum("sr,srd->sd", low[:21], by_row(a))
+
+    expected = exact(forward, state, x, bias, low, b), exact(backward, state, dy, low, a)
+    assert close(y[:21], expected[0], dtype) and close(dx[:21], expected[1], dtype)
+    assert not y[21:].any() and not dx[21:].any()  # rows of no expert
+    shifted = ends() - torch.tensor([1, 0, 0], device=DEVICE, dtype=torch.int32)  # twin: a row goes to another expert
+    assert not close(module.linear(x, state, shifted, bias, low, b, **tile)[:21], expected[0], dtype)
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_rank_products_and_outer_sums_are_the_definition_s(implementation, dtype):
+    (experts, _, width), module = SHAPE, chosen_module(implementation)
+    x, dlow = draw(sum(COUNTS), width, dtype=dtype), draw(sum(COUNTS), RANK, dtype=dtype, seed=1)
+    a, b = draw(experts, RANK, width, dtype=dtype, seed=2), draw(experts, width, RANK, dtype=dtype, seed=3)
+    for factor in (a, b.transpose(1, 2)):
+        found, expected = module.low_rank(x, factor, ends()), expert_reference.low_rank(x.double(), factor.double(), ends())
+        assert close(found, expected, dtype)
+    for left, right in ((dlow, x), (x, dlow)):
+        found, expected = module.outer(left, right, ends()), expert_reference.outer(left.double(), right.double(), ends())
+        assert found.shape == expected.shape and close(found, expected, dtype) and not found[1].any()
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_clamped_gate_and_its_gradient_are_those_of_gpt_oss(implementation, dtype):
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    class Gate:
+        limit, alpha = 1.5, 1.702
+
+    gate_up, dh = draw(3, 2 * 37, dtype=dtype, scale=2.0), draw(3, 37, dtype=dtype, seed=1)
+    leaf = gate_up.double().requires_grad_()
+    expected = GptOssExperts._apply_gate(Gate, leaf)
+    (wanted,) = torch.autograd.grad(expected, leaf, dh.double())
+    found = expert_ops.clamped_gate(gate_up, Gate.limit, Gate.alpha) if implementation == "kernel" else None
+    if found is None:  # plain torch is the library's own code
+        return
+    assert close(found, expected, dtype)
+    assert not close(expert_ops.clamped_gate(gate_up, 3.0, Gate.alpha), expected, dtype)  # twin: another limit
+    assert expert_ops.clamped_gate_backward_(gate_up, dh, Gate.limit, Gate.alpha) and close(gate_up, wanted, dtype)
+
+
+def test_rows_are_sorted_by_expert_and_come_back():
+    chosen = torch.tensor([[2, 0], [3, 2], [0, 2]], device=DEVICE)
+    order, inverse, found = expert_ops.sort_by_expert(chosen, 3)
+    assert order.tolist() == [1, 4, 0, 3, 5, 2] and found.tolist() == [2, 2, 5]
+    assert torch.equal(order[inverse], torch.arange(6, device=DEVICE))
+
+
+leave_to_a_child(globals(), "test_products_of_experts_are_right_in_the_interpreter")

@@ -1,0 +1,72 @@
+"""Mixtures are counted: all parameters, those of one token, and what an adapter on experts holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.bench.shapes import random_config
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
+from engine.errors import InputError
+from engine.memory.prediction import predict_memory
+from engine.planning.cards import CARDS
+from engine.planning.speed import predict_speed
+from engine.shape.layer_plan import base_bytes, num_trained, plan_layers
+from engine.shape.model_shape import ModelShape
+from tests.support.model_families import config_of
+
+PLAIN = {"micro_batch_size": 1, "activation_checkpointing": True, "keep_layers": 0, "host_layers": 0, "weight_cache_gib": 0.0}
+
+
+def shape_of(name):
+    return ModelShape.of(random_config(name).to_dict(), name)
+
+
+def config(targets, **lora):
+    return parse(TrainConfig, {
+        "model": {"path": "m"}, "data": {"train": "random", "max_seq_length": 2048, "eval_max_seq_length": 2048},
+        "lora": {"rank": 16, "target_modules": targets, **lora}, "optim": {"name": "adamw_8bit"},
+        "train": {"max_tokens": 10**6, "tokens_per_step": 16384, "cuda_graphs": False, **PLAIN},
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "gpt-oss-20b", "mixtral", "olmoe"])
+def test_a_mixture_s_parameters_are_the_library_s(model):
+    from transformers import AutoModelForCausalLM
+
+    found = config_of(model) if model in ("mixtral", "olmoe") else random_config(model)
+    with torch.device("meta"):
+        library = AutoModelForCausalLM.from_config(found)
+    shape = ModelShape.of(found.to_dict(), model)
+    assert shape.num_parameters == sum(p.numel() for p in library.parameters())
+    stacked = sum(p.numel() for n, p in library.named_parameters() if n.endswith(("experts.gate_up_proj", "experts.down_proj")))
+    assert shape.num_layers * shape.experts.parameters(shape.hidden_size) == stacked
+
+
+def test_a_token_takes_a_few_experts_and_a_short_row_cannot_hit_all():
+    experts = shape_of("qwen3-30b-a3b").experts
+    assert 48 * experts.active_parameters(2048) == 1_811_939_328  # with attention, head and embedding about 3.3e9
+    assert experts.hit(2048) == 128 and experts.hit(5) == 40
+
+
+def test_an_adapter_on_experts_and_its_memory_are_counted():
+    shape = shape_of("qwen3-30b-a3b")
+    attention, both = config("attention"), config(["attention", "experts"])
+    less = config(["attention", "experts"], rank_pattern={".*experts.*": 4})
+    numbers = [num_trained(one, shape, plan_layers(one, shape)) for one in (attention, both, less)]
+    experts = 48 * 128 * 16 * ((1536 + 2048) + (2048 + 768))
+    assert numbers[1] - numbers[0] == experts and numbers[2] - numbers[0] == experts // 4
+    assert num_trained(config("all-linear"), shape, plan_layers(config("all-linear"), shape)) == numbers[0]
+    bits = 8 * base_bytes(both, shape)["base weights"] / (shape.num_parameters - 2 * shape.vocab_size * 2048)
+    assert 4.1 < bits < 4.2
+    peaks = [predict_memory(one, shape).peak_gib for one in (attention, both)]
+    assert 12 * experts / 2**30 - 2 < peaks[1] - peaks[0] < 12 * experts / 2**30 + 4
+    card = next(iter(CARDS.values()))
+    assert predict_speed(both, shape, card).tokens_per_second < predict_speed(attention, shape, card).tokens_per_second
+
+
+def test_a_mixture_with_dense_layers_among_its_experts_is_not_predicted():
+    content = random_config("qwen3-30b-a3b").to_dict() | {"mlp_only_layers": [0]}
+    with pytest.raises(InputError, match="nothing is predicted for such a model with experts"):
+        ModelShape.of(content, "m")
