@@ -26,6 +26,10 @@ from sweep.prior.own_points import read_own_points
 from sweep.space.parse import WEIGHT, check_weights, parse_space
 from sweep.space.space import Space
 
+TYING = ("lora.target_modules", "lora.start")
+TIED = ("lora.rank", "lora.lora_dropout", "lora.use_dora", "lora.start", "optim.name")
+"""Fields whose values the model's layers may rule out together: experts take plain LoRA alone, and a start has a largest rank."""
+
 
 @dataclass(frozen=True)
 class SweepPlan:
@@ -50,8 +54,10 @@ class SweepPlan:
         return self.config.base().model_dump(mode="json")
 
     def probes(self) -> list[TrainConfig]:
-        """Return the configs that prepare checks: the base, and one per choice and end of range."""
-        return self.space.single_changes(self.base())
+        """Return the configs that prepare checks: the base, one per choice and end of range, and pairs that the model ties."""
+        base = self.base()
+        configs = [*self.space.single_changes(base), *self.space.pair_changes(base, TYING, TIED)]
+        return list({config.fingerprint(): config for config in configs}.values())
 
     def on_day(self, day: str | None) -> SweepPlan:
         """Return the plan with the day that chat templates print, on every trial and every resume."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -190,19 +190,31 @@ class Space:
 
     def check_pairs(self, base: Mapping[str, Any]) -> None:
         """Raise InputError if two values, each valid by itself, are not valid together: a sampler may draw both."""
-        known = {dimension.path: dimension for dimension in self.dimensions}
-        first = {d.path: d.corners()[0] for d in self.dimensions if not d.when and not d.holds(value_at(base, d.path))}
         for one, other in itertools.combinations(self.dimensions, 2):
-            parents = {**first, **_parents(one, known), **_parents(other, known)}
-            for value, second in itertools.product(one.corners(), other.corners()):
-                params = {**parents, one.path: value, other.path: second}
-                if not (is_active(one, params) and is_active(other, params)):
-                    continue
+            for params in self._pairs(base, one, other):
                 try:
                     self.apply(base, params)
                 except InputError as error:
-                    allowed = f"not valid with {one.path} = {value}: {error}; leave one out, or give one a condition with `when`"
-                    raise InputError(f"space.{other.path}", second, allowed) from None
+                    with_value = f"not valid with {one.path} = {params[one.path]}"
+                    allowed = f"{with_value}: {error}; leave one out, or give one a condition with `when`"
+                    raise InputError(f"space.{other.path}", params[other.path], allowed) from None
+
+    def pair_changes(self, base: Mapping[str, Any], tying: Container[str], tied: Container[str]) -> list[TrainConfig]:
+        """Return the configs in which a field of `tying` and one of `tied` have values of theirs, as `single_changes` has one."""
+        both = itertools.permutations(self.dimensions, 2)
+        chosen = [(one, other) for one, other in both if one.path in tying and other.path in tied]
+        configs = [self.apply(base, params) for one, other in chosen for params in self._pairs(base, one, other)]
+        return list({config.fingerprint(): config for config in configs}.values())
+
+    def _pairs(self, base: Mapping[str, Any], one: Dimension, other: Dimension) -> Iterator[dict[str, Any]]:
+        """Yield what sets both dimensions to a choice or an end of each, where a trial can have both."""
+        known = {dimension.path: dimension for dimension in self.dimensions}
+        first = {d.path: d.corners()[0] for d in self.dimensions if not d.when and not d.holds(value_at(base, d.path))}
+        parents = {**first, **_parents(one, known), **_parents(other, known)}
+        for value, second in itertools.product(one.corners(), other.corners()):
+            params = {**parents, one.path: value, other.path: second}
+            if is_active(one, params) and is_active(other, params):
+                yield params
 
 
 def is_active(dimension: Dimension, params: Mapping[str, Any]) -> bool:
