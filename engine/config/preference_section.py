@@ -27,7 +27,7 @@ class PreferenceConfig(StrictModel):
     ratio to the chosen answer's loss (Hong, arXiv:2403.07691, where beta is called lambda).
     """
 
-    loss: Literal["dpo", "orpo"] = Field("dpo", description="dpo: against the model before its first step; orpo: no reference")
+    loss: Literal["dpo", "orpo"] = Field("dpo", description="dpo: against base or lora.start_from; orpo: no reference")
     beta: PairBeta = Field(
         0.1, description="dpo: how much a reward costs in distance from the reference; orpo: weight of the odds ratio"
     )

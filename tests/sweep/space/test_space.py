@@ -47,6 +47,20 @@ def test_values_that_are_valid_alone_and_not_together_are_refused_before_a_sampl
     parse_space({"lora.rank": {"low": 4, "high": 64}, "train.matmul": matmul}).check_pairs(BASE)
 
 
+def test_values_that_only_the_model_can_rule_out_together_are_among_the_configs_that_it_checks():
+    dora, targets = {"choices": [False, True]}, {"choices": {"all": "all-linear", "experts": ["experts"]}}
+    tying, tied = ("lora.target_modules",), ("lora.use_dora",)
+    for first in (True, False):  # in either order, and only where a trial can have both
+        parts = [("lora.target_modules", targets), ("lora.use_dora", dora), ("lora.rank", {"choices": [8, 16]})]
+        found = parse_space(dict(parts if first else parts[::-1])).pair_changes(BASE, tying, tied)
+        assert {(one.lora.target_modules, one.lora.use_dora) for one in found} >= {(("experts",), True), ("all-linear", True)}
+        assert {one.lora.rank for one in found} == {16}
+    held = {**dora, "when": {"lora.target_modules": "all"}}
+    space = parse_space({"lora.target_modules": targets, "lora.use_dora": held})
+    found = space.pair_changes(BASE, tying, tied)
+    assert not any(one.lora.use_dora and one.lora.target_modules == ("experts",) for one in found)
+
+
 def test_whole_number_bounds_give_whole_numbers():
     leaves = {"lora.rank": {"low": 4, "high": 64, "log": True}, "lora.lora_dropout": {"low": 0.0, "high": 0.2, "step": 0.1}}
     rank, dropout = parse_space(leaves).dimensions
