@@ -143,4 +143,13 @@ def test_rows_are_sorted_by_expert_and_come_back():
     assert torch.equal(order[inverse], torch.arange(6, device=DEVICE))
 
 
+def test_the_grouped_product_is_taken_on_hopper_with_many_rows_and_room(monkeypatch):
+    state, room = packed(), 2 * 4 * 48 * 192
+    many = torch.zeros(300, 192, dtype=torch.bfloat16, device=DEVICE)
+    for card, rows, bytes_, taken in ((90, many, room, True), (89, many, room, False), (90, many[1:], room, False),
+                                      (90, many, room - 1, False), (90, many.float(), room, False)):  # fmt: skip
+        monkeypatch.setattr(grouped_dense, "capability", lambda x, card=card: card)
+        assert grouped_dense.takes(rows, state, bytes_) == taken
+
+
 leave_to_a_child(globals(), "test_products_of_experts_are_right_in_the_interpreter")
