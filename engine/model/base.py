@@ -28,6 +28,7 @@ from engine.layers.swap import (
     set_policy,
 )
 from engine.model.route import FASTEST, Route
+from engine.quant.frozen_experts import frozen_experts
 from engine.quant.int8_weight import Int8Group
 from engine.shape.policies import Policy
 from engine.units import GIB
@@ -181,7 +182,12 @@ class Base:
         return set_matmul(self.model, mode, exempt, kind)
 
     def cache_weights(self, gib: float) -> float:
-        """Keep up to `gib` GiB of what products of fused layers read; return the GiB kept."""
+        """Keep up to `gib` GiB of what products of fused layers read; return the GiB kept.
+
+        Experts are dequantised in that room, a weight of one layer at a time, where that is faster.
+        """
+        for _, experts in frozen_experts(self.model):
+            experts.room = int(gib * GIB)
         return cache_weights(self.model, self.dtype, int(gib * GIB)) / GIB
 
     def runs_outside_layers(self, linears: list[nn.Module]) -> bool:

@@ -29,7 +29,8 @@ class Card:
 
     `attention_tflops` is the speed of flash attention on long samples, if known. Without it,
     engine/planning/sheet_rates.py takes a share of bf16_tflops. `rates` are what such a card was measured
-    at, and `measured` says where.
+    at, and `measured` says where. has_grouped_products: torch multiplies rows by many matrices in one
+    fast kernel there (Hopper).
     """
 
     name: str
@@ -40,6 +41,7 @@ class Card:
     attention_tflops: float | None = None
     rates: Rates | None = None
     measured: str | None = None
+    has_grouped_products: bool = False
 
 
 CARDS: dict[str, Card] = {
@@ -70,9 +72,9 @@ CARDS: dict[str, Card] = {
         # A100 data sheet: 312, 80 GB at 2,039 GB/s (SXM)
         Card("a100-80", 79.1, 2039, 312.0, PCIE_4),
         # H100 data sheet, SXM: 1,979 sparse, 3,350 GB/s
-        Card("h100", 79.1, 3350, 989.0, PCIE_5, FLASH_ON_HOPPER),
+        Card("h100", 79.1, 3350, 989.0, PCIE_5, FLASH_ON_HOPPER, has_grouped_products=True),
         # H200 data sheet, SXM: 1,979 sparse, 4,800 GB/s
-        Card("h200", 139.8, 4800, 989.0, PCIE_5, FLASH_ON_HOPPER),
+        Card("h200", 139.8, 4800, 989.0, PCIE_5, FLASH_ON_HOPPER, has_grouped_products=True),
     )
 }
 

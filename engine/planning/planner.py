@@ -21,7 +21,7 @@ from engine.planning.cards import Card
 from engine.planning.compute_plan import ComputePlan
 from engine.planning.memory_limit import Lessons, MemoryLimit
 from engine.planning.speed import predict_speed
-from engine.shape.layer_plan import can_record, kept_bytes
+from engine.shape.layer_plan import cacheable_bytes, can_record
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import LADDER, Policy
 from engine.units import GIB
@@ -176,9 +176,10 @@ def _filled(config: TrainConfig, shape: ModelShape, card: Card, limit: MemoryLim
         full = _predicted(replace(first, keep_layers=most), config, shape, card)
         yield full
     if config.train.weight_cache_gib == "auto":
-        weights = kept_bytes(config) * shape.all_linear_parameters
-        steps = math.ceil(min(limit.memory_gib, weights / GIB) / CACHE_STEP_GIB)
+        steps = math.ceil(min(limit.memory_gib, cacheable_bytes(config, shape) / GIB) / CACHE_STEP_GIB)
         room = _largest(0, steps, lambda n: fits(replace(full, weight_cache_gib=n * CACHE_STEP_GIB)))
+        if shape.experts is not None and (room < steps or not card.has_grouped_products):
+            return  # a part of the room is of no use
         yield _predicted(replace(full, weight_cache_gib=room * CACHE_STEP_GIB), config, shape, card)
 
 

@@ -46,7 +46,8 @@ class ExpertAdapter(Protocol):
 class FrozenExperts(nn.Module):
     """Stand for a library's experts: same name, same call, weights in NF4 under the same names.
 
-    adapters: parameter name -> its adapter, while one is attached.
+    adapters: parameter name -> its adapter, while one is attached. room: bytes that all experts of one
+    weight may take while they are dequantised, 0 to dequantise them in tiles.
     """
 
     def __init__(self, library: nn.Module, double_quantization: bool = True) -> None:
@@ -63,7 +64,7 @@ class FrozenExperts(nn.Module):
             setattr(library, name, _Rows(self, name))
         for name in [n for n, _ in library.named_parameters()]:
             self.register_parameter(name, getattr(library, name).requires_grad_(False))
-        self.double_quantization, self.is_library = double_quantization, True
+        self.double_quantization, self.is_library, self.room = double_quantization, True, 0
         self.activation = _known_activation(library)
         self.clamped = (library.limit, library.alpha) if type(library).__name__ == "GptOssExperts" else None
         self.replaced = (library,)  # in a tuple, so that it is not a child
@@ -223,13 +224,13 @@ def _project(name: str, x: Tensor, module: FrozenExperts, ends_E: Tensor, casts:
     """Return the product with one weight and its adapter, and the adapter's hidden [S, R]."""
     a_ERD, b_EOR = casts.get(name, (None, None))
     low = None if a_ERD is None else expert_ops.low_rank(x, a_ERD, ends_E)
-    return expert_ops.linear(x, module.state(name), ends_E, module.bias(name), low, b_EOR), low
+    return expert_ops.linear(x, module.state(name), ends_E, module.bias(name), low, b_EOR, module.room), low
 
 
 def _project_back(name: str, dy: Tensor, module: FrozenExperts, ends_E: Tensor, casts: dict[str, Any]) -> Tensor:
     a_ERD, b_EOR = casts.get(name, (None, None))
     dlow = None if b_EOR is None else expert_ops.low_rank(dy, b_EOR.transpose(1, 2), ends_E)
-    return expert_ops.input_gradient(dy, module.state(name), ends_E, dlow, a_ERD)
+    return expert_ops.input_gradient(dy, module.state(name), ends_E, dlow, a_ERD, module.room)
 
 
 def _adapter_gradients(

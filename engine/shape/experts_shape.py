@@ -15,6 +15,9 @@ from typing import Any
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 """Keys of config.json that say how many experts a layer has."""
 PATH = "mlp.experts"
+MIN_ROWS = 100
+"""Rows an expert, on average, from which dequantised experts are faster (engine/kernels/experts/grouped_dense.py).
+An estimate: they were at 128 and at 256, and below 64 each expert is one tile."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ class ExpertsShape:
         """Return the number of trained values. ranks: rank of each adapted weight."""
         weights = self.weights(hidden)
         return sum(rank * self.number * sum(weights[name]) for name, rank in ranks.items())
+
+    def dequantized_bytes(self, hidden: int) -> int:
+        """Return the bytes of the larger of the two weights of all experts in 16 bits, with zeros for rows of no expert."""
+        return 2 * (self.number + 1) * max(out * inputs for out, inputs in self.weights(hidden).values())
 
     def hit(self, tokens: int) -> int:
         """Return the most experts that a row of `tokens` can hit."""

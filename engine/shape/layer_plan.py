@@ -205,8 +205,8 @@ def cached_bytes(config: TrainConfig, shape: ModelShape, plans: list[LayerPlan])
     for plan, one in zip(plans, shape.each):
         numbers = group_parameters(one)
         kept = (name.partition(".") for name in plan.cached)
-        total += sum(form_bytes(form or "weights", element) * numbers[group] for group, _, form in kept)
-    return total
+        total += sum(form_bytes(form or "weights", element) * numbers[group] for group, _, form in kept if group != EXPERTS)
+    return total + _experts_room(config, shape)
 
 
 def group_parameters(shape: ModelShape) -> dict[str, int]:
@@ -249,8 +249,10 @@ def _cached(config: TrainConfig, shape: ModelShape) -> list[frozenset[str]]:
     """Return what `train.weight_cache_gib` keeps of each layer, as `kept_name` names it.
 
     Whole groups of packed weights are taken form by form, in the model's order, each that still fits.
-    A library's mixer dequantises its own.
+    A library's mixer dequantises its own. Experts are not kept, but have room to be dequantised.
     """
+    if _experts_room(config, shape):
+        return [frozenset({EXPERTS})] * shape.num_layers
     cached: list[set[str]] = [set() for _ in shape.each]
     room = int(config.train.weight_cache_gib * GIB) if config.model.quantization == "nf4" and is_fused(config, shape) else 0
     for form in config.matmul.forms:
@@ -261,6 +263,21 @@ def _cached(config: TrainConfig, shape: ModelShape) -> list[frozenset[str]]:
                     room -= size
                     kept.add(kept_name(group, form))
     return [frozenset(kept) for kept in cached]
+
+
+def cacheable_bytes(config: TrainConfig, shape: ModelShape) -> int:
+    """Return the most bytes that `train.weight_cache_gib` can use."""
+    if shape.experts is None:
+        return kept_bytes(config) * shape.all_linear_parameters
+    return shape.experts.dequantized_bytes(shape.hidden_size)
+
+
+def _experts_room(config: TrainConfig, shape: ModelShape) -> int:
+    """Return the bytes that a layer's experts take while they are dequantised, 0 if the cache has no room for that."""
+    if shape.experts is None or config.model.quantization != "nf4" or config.model.dtype == "float32":
+        return 0
+    size = shape.experts.dequantized_bytes(shape.hidden_size)
+    return size if size <= config.train.weight_cache_gib * GIB else 0
 
 
 def is_on_host(config: TrainConfig, table_bytes: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,35 +11,24 @@ from safetensors.torch import load_file
 from engine.adapter.portable import read_adapter
 from engine.errors import InputError, Interrupted
 from engine.evaluation.reevaluate import evaluate_adapter
+from engine.model.guard import ALLOWED
 from engine.model.load import load_base
 from engine.prepare import prepare
+from engine.shape.model_shape import ModelShape
 from engine.training.loop import train
-from tests.support.tiny_models import byte_tokenizer
+from tests.support.model_families import MIXTURE_OF_GEMMA4, peft_difference
 from tests.support.trials import CPU, build, run, same_numbers
 
 BOTH = ["attention", "experts"]
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_experts": 4,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory):
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    folder, tokenizer = tmp_path_factory.mktemp("mixture"), byte_tokenizer()
-    torch.manual_seed(0)
-    Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, vocab_size=len(tokenizer))).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def config_of(tiny_config, tiny_mixture_dir, **lora):
+    return build(tiny_config, model={"path": str(tiny_mixture_dir)}, lora={"target_modules": BOTH, **lora})
 
 
-def config_of(tiny_config, mixture, **lora):
-    return build(tiny_config, model={"path": str(mixture)}, lora={"target_modules": BOTH, **lora})
-
-
-def test_a_sweep_over_rank_and_targets_learns_and_counts_each_adapter(tiny_config, mixture, tmp_path):
+def test_a_sweep_over_rank_and_targets_learns_and_counts_each_adapter(tiny_config, tiny_mixture_dir, tmp_path):
     grid = [(1, "attention"), (4, "experts"), (4, BOTH)]
-    configs = [config_of(tiny_config, mixture, rank=rank, target_modules=targets) for rank, targets in grid]
+    configs = [config_of(tiny_config, tiny_mixture_dir, rank=rank, target_modules=targets) for rank, targets in grid]
     facts = prepare(configs)
     attention, experts = (32 + 64) * 2 + (64 + 64) * 2, 4 * ((64 + 64) + (32 + 64))
     one = {"attention": 2 * attention, "experts": 2 * experts, str(BOTH): 2 * (attention + experts)}
@@ -54,8 +45,8 @@ def test_a_sweep_over_rank_and_targets_learns_and_counts_each_adapter(tiny_confi
     assert len(set(losses.values())) == len(grid)
 
 
-def test_a_trial_that_is_stopped_goes_on_with_the_undisturbed_trial_s_numbers_and_bits(tiny_config, mixture, tmp_path):
-    config = config_of(tiny_config, mixture)
+def test_a_trial_that_is_stopped_goes_on_with_the_undisturbed_trial_s_numbers_and_bits(tiny_config, tiny_mixture_dir, tmp_path):
+    config = config_of(tiny_config, tiny_mixture_dir)
     whole = run(config, tmp_path / "whole")
     calls, base = iter(range(1, 10**6)), load_base(config.model, CPU)
     (tmp_path / "pieces").mkdir()
@@ -70,12 +61,12 @@ def test_a_trial_that_is_stopped_goes_on_with_the_undisturbed_trial_s_numbers_an
     assert again.eval_loss == pytest.approx(min(report.eval_loss for report in reports), abs=1e-6)
 
 
-def test_a_second_stage_starts_from_an_adapter_with_experts(tiny_config, mixture, tmp_path):
-    first = config_of(tiny_config, mixture, rank=2)
+def test_a_second_stage_starts_from_an_adapter_with_experts(tiny_config, tiny_mixture_dir, tmp_path):
+    first = config_of(tiny_config, tiny_mixture_dir, rank=2)
     ended = min(report.eval_loss for report in run(first, tmp_path / "first"))
     start = {"rank": 4, "start_from": str(tmp_path / "first" / "adapter")}
     still = build(
-        tiny_config, model={"path": str(mixture)}, lora={"target_modules": BOTH, **start}, optim={"learning_rate": 1e-9}
+        tiny_config, model={"path": str(tiny_mixture_dir)}, lora={"target_modules": BOTH, **start}, optim={"learning_rate": 1e-9}
     )
     prepare([still])
     assert run(still, tmp_path / "second")[0].eval_loss == pytest.approx(ended, abs=1e-4)
@@ -88,6 +79,16 @@ def test_a_second_stage_starts_from_an_adapter_with_experts(tiny_config, mixture
         ({"target_modules": ["expert"]}, r"lora.target_modules = 'expert': matches no linear layer"),
     ],
 )
-def test_what_experts_cannot_have_is_one_line_before_anything_is_paid_for(lora, line, tiny_config, mixture):
+def test_what_experts_cannot_have_is_one_line_before_anything_is_paid_for(lora, line, tiny_config, tiny_mixture_dir):
     with pytest.raises(InputError, match=line):
-        prepare([config_of(tiny_config, mixture, **lora)])
+        prepare([config_of(tiny_config, tiny_mixture_dir, **lora)])
+
+
+@pytest.mark.parametrize(("family", "numbers"), [("qwen3_5_moe_text", {}), ("gemma4_text", MIXTURE_OF_GEMMA4)])
+def test_mixtures_with_other_layers_beside_their_experts_are_trained_and_read_by_peft(family, numbers, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_SWEEP_CACHE", str(tmp_path / "cache"))
+    assert peft_difference(family, tmp_path, **numbers) < ALLOWED
+    names = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_parameters"]
+    assert {name.rpartition(".")[2] for name in names} == {"gate_up_proj", "down_proj"}
+    with pytest.raises(InputError, match="nothing is predicted"):
+        ModelShape.of(json.loads((tmp_path / "model" / "config.json").read_text()), family)

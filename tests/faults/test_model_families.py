@@ -107,6 +107,7 @@ for.
   is theirs, at its cost in memory.
 - Where samples do not share rows, each has a row of its own.
 - Families that read images or sound are trained in their text decoder.
+- Experts are no linear layers: [mixtures](mixtures.md) says which of them have adapters.
 
 This page is generated: `python -m tests.faults.test_model_families --table docs/models.md`."""
 

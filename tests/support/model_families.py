@@ -47,6 +47,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Values that released checkpoints have and the defaults of the config class lack."""
 
+MIXTURE_OF_GEMMA4 = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}
+"""What the config of a Gemma 4 with experts has; the defaults of its class have none."""
+
 
 def families() -> list[str]:
     """Return the model types that transformers can load to write text, those that read more than text included."""
@@ -55,12 +58,12 @@ def families() -> list[str]:
     return sorted({*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES})
 
 
-def config_of(model_type: str) -> Any:
-    """Return a config with the defaults of its class, and the numbers and the class that checkpoints name."""
+def config_of(model_type: str, **given: Any) -> Any:
+    """Return a config with the defaults of its class, the numbers and the class that checkpoints name, and what is given."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto as auto
 
-    config = CONFIG_MAPPING[model_type](**SETTINGS.get(model_type, {}))
+    config = CONFIG_MAPPING[model_type](**SETTINGS.get(model_type, {}), **given)
     if name := auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(model_type):
         config.architectures = [name]
     return config
@@ -88,7 +91,7 @@ def judge_export(model_type: str, verdict: ModelVerdict) -> ModelVerdict:
     return with_export(verdict, lambda: without_weights(copy.deepcopy(config), ModelConfig(path=model_type)))
 
 
-def peft_difference(model_type: str, folder: Path) -> float | None:
+def peft_difference(model_type: str, folder: Path, **numbers: Any) -> float | None:
     """Return by how many nats PEFT's losses differ from ours, with an adapter that a trial would export.
 
     None if the small model cannot be saved, because its class wants widths that are not so small.
@@ -99,7 +102,7 @@ def peft_difference(model_type: str, folder: Path) -> float | None:
     """
     from peft import PeftModel
 
-    config, samples = config_of(model_type), random_samples(skeleton.VOCABULARY)
+    config, samples = config_of(model_type, **numbers), random_samples(skeleton.VOCABULARY)
     factory = model_factory(config)
     library = skeleton.build(
         config,

@@ -1,4 +1,4 @@
-"""Choose what computes the products of experts: Triton kernels on CUDA, plain torch otherwise.
+"""Choose what computes the products of experts: kernels or torch's grouped product on CUDA, plain torch otherwise.
 
 Rows are sorted by expert; `ends` [E] int32 or int64 says where each expert's rows end. Nothing here
 waits for a CUDA device. See expert_reference.py for the definitions and the shape letters.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import ops
-from engine.kernels.experts import expert_reference, expert_sizes
+from engine.kernels.experts import expert_reference, expert_sizes, grouped_dense
 from engine.kernels.nf4_state import Nf4State
 
 
@@ -30,17 +30,31 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 
 def linear(
     x_SD: Tensor, state: Nf4State, ends_E: Tensor, bias_EO: Tensor | None = None,
-    low_SR: Tensor | None = None, b_EOR: Tensor | None = None,
+    low_SR: Tensor | None = None, b_EOR: Tensor | None = None, room: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Return x W_e^T + bias_e + low B_e^T [S, O]."""
+    """Return x W_e^T + bias_e + low B_e^T [S, O]. room: bytes that dequantised experts may take."""
+    if grouped_dense.takes(x_SD, state, room):
+        return _add_terms_(grouped_dense.linear(x_SD, state, ends_E), ends_E, bias_EO, low_SR, b_EOR)
     return _family(x_SD, state).linear(x_SD, state, ends_E, bias_EO, low_SR, b_EOR)
 
 
 def input_gradient(
-    dy_SO: Tensor, state: Nf4State, ends_E: Tensor, dlow_SR: Tensor | None = None, a_ERD: Tensor | None = None
+    dy_SO: Tensor, state: Nf4State, ends_E: Tensor, dlow_SR: Tensor | None = None, a_ERD: Tensor | None = None, room: int = 0
 ) -> Tensor:
-    """Return dy W_e + dlow A_e [S, D]."""
+    """Return dy W_e + dlow A_e [S, D]. room: bytes that dequantised experts may take."""
+    if grouped_dense.takes(dy_SO, state, room):
+        turned_EDR = None if a_ERD is None else a_ERD.transpose(1, 2)
+        return _add_terms_(grouped_dense.input_gradient(dy_SO, state, ends_E), ends_E, None, dlow_SR, turned_EDR)
     return _family(dy_SO, state).input_gradient(dy_SO, state, ends_E, dlow_SR, a_ERD)
+
+
+def _add_terms_(
+    y_SO: Tensor, ends_E: Tensor, bias_EO: Tensor | None, low_SR: Tensor | None, b_EOR: Tensor | None
+) -> Tensor:
+    """Add bias_e + low B_e^T to y in place, and return y."""
+    if bias_EO is None and low_SR is None:
+        return y_SO
+    return _family(y_SO).add_terms_(y_SO, ends_E, bias_EO, low_SR, b_EOR)
 
 
 def low_rank(x_SD: Tensor, a_ERD: Tensor, ends_E: Tensor) -> Tensor:

@@ -55,6 +55,18 @@ def input_gradient(
     return dx_SD
 
 
+def add_terms_(
+    y_SO: Tensor, ends_E: Tensor, bias_EO: Tensor | None, low_SR: Tensor | None, b_EOR: Tensor | None
+) -> Tensor:
+    """Add bias_e + low B_e^T to y [S, O] in place and return it."""
+    for expert, rows in _groups(ends_E):
+        if bias_EO is not None:
+            y_SO[rows] += bias_EO[expert].to(y_SO.dtype)
+        if low_SR is not None:
+            y_SO[rows] += low_SR[rows] @ b_EOR[expert].T
+    return y_SO
+
+
 def low_rank(x_SD: Tensor, a_ERD: Tensor, ends_E: Tensor) -> Tensor:
     """Return x A_e^T [S, R]."""
     low_SR = x_SD.new_zeros(x_SD.shape[0], a_ERD.shape[1])

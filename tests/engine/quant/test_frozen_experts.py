@@ -14,13 +14,13 @@ from engine.model.pretrained import model_factory
 from engine.model.skeleton import VOCABULARY, build
 from engine.quant.bnb import quantize_nf4
 from engine.quant.frozen_experts import DOWN, UP, FrozenExperts, packable, packable_experts
-from tests.support.model_families import config_of
+from tests.support.model_families import MIXTURE_OF_GEMMA4, config_of
 
 TOKENS, CHOICES, RANK = 19, 2, 3
 
 
 def library_experts(model_type):
-    config = config_of(model_type)
+    config = config_of(model_type, **(MIXTURE_OF_GEMMA4 if model_type == "gemma4_text" else {}))
     factory = model_factory(config)
     sample = random_samples(VOCABULARY)[0]
     model = build(config, lambda small: factory.from_config(small), lambda made: library_losses(made, sample))
@@ -43,7 +43,7 @@ def delta(layer, is_transposed):
     return torch.einsum("ore,eri->eio" if is_transposed else "ore,eri->eoi", b, a) * layer.scaling
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "olmoe", "gpt_oss", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "olmoe", "gpt_oss", "qwen3_5_moe_text", "gemma4_text"])
 @pytest.mark.parametrize("targets", [(UP, DOWN), (DOWN,), ()])
 def test_losses_and_every_gradient_are_those_of_the_library_s_own_experts(model_type, targets):
     torch.manual_seed(0)

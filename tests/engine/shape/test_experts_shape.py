@@ -11,9 +11,11 @@ from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.memory.prediction import predict_memory
 from engine.planning.cards import CARDS
+from engine.planning.planner import make_compute_plan
 from engine.planning.speed import predict_speed
 from engine.shape.layer_plan import base_bytes, num_trained, plan_layers
 from engine.shape.model_shape import ModelShape
+from engine.units import GIB
 from tests.support.model_families import config_of
 
 PLAIN = {"micro_batch_size": 1, "activation_checkpointing": True, "keep_layers": 0, "host_layers": 0, "weight_cache_gib": 0.0}
@@ -29,6 +31,10 @@ def config(targets, **lora):
         "lora": {"rank": 16, "target_modules": targets, **lora}, "optim": {"name": "adamw_8bit"},
         "train": {"max_tokens": 10**6, "tokens_per_step": 16384, "cuda_graphs": False, **PLAIN},
     })  # fmt: skip
+
+
+def changed(config, **loop):
+    return config.model_copy(update={"train": config.train.model_copy(update=loop)})
 
 
 @pytest.mark.parametrize("model", ["qwen3-30b-a3b", "gpt-oss-20b", "mixtral", "olmoe"])
@@ -64,6 +70,20 @@ def test_an_adapter_on_experts_and_its_memory_are_counted():
     assert 12 * experts / 2**30 - 2 < peaks[1] - peaks[0] < 12 * experts / 2**30 + 4
     card = next(iter(CARDS.values()))
     assert predict_speed(both, shape, card).tokens_per_second < predict_speed(attention, shape, card).tokens_per_second
+
+
+def test_room_to_dequantise_experts_is_counted_chosen_on_hopper_alone_and_faster_there():
+    shape, size = shape_of("qwen3-30b-a3b"), 2 * 129 * 1536 * 2048
+    opened = changed(config("attention"), weight_cache_gib="auto", micro_batch_size="auto")
+    plans = {name: make_compute_plan(opened, shape, CARDS[name]) for name in ("h100", "a100-80", "rtx4090")}
+    assert plans["h100"].weight_cache_gib * GIB >= size and not any(plans[n].weight_cache_gib for n in ("a100-80", "rtx4090"))
+    with_room = plans["h100"].apply(opened)
+    without = changed(with_room, weight_cache_gib=0.5)  # too little
+    assert predict_memory(with_room, shape).peak_bytes - predict_memory(without, shape).peak_bytes == size
+    speeds = [predict_speed(one, shape, CARDS["h100"]).tokens_per_second for one in (with_room, without)]
+    assert speeds[0] > 1.2 * speeds[1]
+    same = [predict_speed(one, shape, CARDS["a100-80"]).tokens_per_second for one in (with_room, without)]
+    assert same[0] == same[1]
 
 
 def test_a_mixture_with_dense_layers_among_its_experts_is_not_predicted():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels.experts import expert_ops, expert_reference, grouped_nf4
+from engine.kernels.experts import expert_ops, expert_reference, grouped_dense, grouped_nf4
 from engine.kernels.experts.grouped_nf4 import ExpertTile
 from engine.kernels.experts.packed_experts import dequantize_experts, pack, unpack_state
 from engine.kernels.nf4_state import nf4_state
@@ -49,32 +49,60 @@ def by_row(weights):
     return weights[expert]
 
 
+def operands(dtype, terms):
+    """Return x, dy, bias, low, A and B; without terms the last four are None."""
+    (experts, height, width), rows = SHAPE, sum(COUNTS)
+    x, dy = draw(rows, width, dtype=dtype), draw(rows, height, dtype=dtype, seed=1)
+    if not terms:
+        return x, dy, None, None, None, None
+    bias, low = draw(experts, height, dtype=dtype, seed=2), draw(rows, RANK, dtype=dtype, seed=3)
+    return x, dy, bias, low, draw(experts, RANK, width, dtype=dtype, seed=4), draw(experts, height, RANK, dtype=dtype, seed=4)
+
+
+def forward(weights, x, bias, low, b):
+    y = torch.einsum("sd,sod->so", x[:21], by_row(weights))
+    return y if bias is None else y + by_row(bias) + torch.einsum("sr,sor->so", low[:21], by_row(b))
+
+
+def backward(weights, dy, low, a):
+    dx = torch.einsum("so,sod->sd", dy[:21], by_row(weights))
+    return dx if low is None else dx + torch.einsum("sr,srd->sd", low[:21], by_row(a))
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("terms", [True, False])
 def test_forward_and_input_gradient_are_those_of_the_dequantised_weights(implementation, dtype, terms):
-    state, (experts, height, width), rows = packed(double=terms), SHAPE, sum(COUNTS)
-    x, dy = draw(rows, width, dtype=dtype), draw(rows, height, dtype=dtype, seed=1)
-    bias = draw(experts, height, dtype=dtype, seed=2) if terms else None
-    low = draw(rows, RANK, dtype=dtype, seed=3) if terms else None
-    b, a = (draw(experts, n, m, dtype=dtype, seed=4) if terms else None for n, m in ((height, RANK), (RANK, width)))
+    state = packed(double=terms)
+    x, dy, bias, low, a, b = operands(dtype, terms)
     module, tile = chosen_module(implementation), {"tile": TILES[terms]} if implementation == "kernel" else {}
     y = module.linear(x, state, ends(), bias, low, b, **tile)
     dx = module.input_gradient(dy, state, ends(), low, a, **tile)
-
-    def forward(weights, x, bias, low, b):
-        y = torch.einsum("sd,sod->so", x[:21], by_row(weights))
-        return y if bias is None else y + by_row(bias) + torch.einsum("sr,sor->so", low[:21], by_row(b))
-
-    def backward(weights, dy, low, a):
-        dx = torch.einsum("so,sod->sd", dy[:21], by_row(weights))
-        return dx if low is None else dx + torch.einsum("sr,srd->sd", low[:21], by_row(a))
 
     expected = exact(forward, state, x, bias, low, b), exact(backward, state, dy, low, a)
     assert close(y[:21], expected[0], dtype) and close(dx[:21], expected[1], dtype)
     assert not y[21:].any() and not dx[21:].any()  # rows of no expert
     shifted = ends() - torch.tensor([1, 0, 0], device=DEVICE, dtype=torch.int32)  # twin: a row goes to another expert
     assert not close(module.linear(x, state, shifted, bias, low, b, **tile)[:21], expected[0], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("terms", [True, False])
+def test_torch_s_grouped_product_of_dequantised_experts_gives_the_same(implementation, dtype, terms, monkeypatch):
+    if DEVICE == "cuda" and dtype != torch.bfloat16:
+        pytest.skip("torch has it in bfloat16 alone")
+    state = packed()
+    x, dy, bias, low, a, b = operands(dtype, terms)
+    expected = exact(forward, state, x, bias, low, b), exact(backward, state, dy, low, a)
+    monkeypatch.setattr(grouped_dense, "takes", lambda x, state, room: room > 0)
+    found = [
+        expert_ops.linear(x, state, ends(), bias, low, b, room=1),
+        expert_ops.input_gradient(dy, state, ends(), low, a, room=1),
+    ]
+    assert all(close(mine[:21], theirs, dtype) for mine, theirs in zip(found, expected))
+    assert not any(mine[21:].any() for mine in found)  # rows of no expert
+    if terms:  # twin: without its terms the product is another
+        assert not close(expert_ops.linear(x, state, ends(), bias, room=1)[:21], expected[0], dtype)
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_low_rank_products_and_outer_sums_are_the_definition_s(implementation, dtype):
@@ -87,6 +115,7 @@ def test_low_rank_products_and_outer_sums_are_the_definition_s(implementation, d
     for left, right in ((dlow, x), (x, dlow)):
         found, expected = module.outer(left, right, ends()), expert_reference.outer(left.double(), right.double(), ends())
         assert found.shape == expected.shape and close(found, expected, dtype) and not found[1].any()
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_clamped_gate_and_its_gradient_are_those_of_gpt_oss(implementation, dtype):
@@ -112,6 +141,15 @@ def test_rows_are_sorted_by_expert_and_come_back():
     order, inverse, found = expert_ops.sort_by_expert(chosen, 3)
     assert order.tolist() == [1, 4, 0, 3, 5, 2] and found.tolist() == [2, 2, 5]
     assert torch.equal(order[inverse], torch.arange(6, device=DEVICE))
+
+
+def test_the_grouped_product_is_taken_on_hopper_with_many_rows_and_room(monkeypatch):
+    state, room = packed(), 2 * 4 * 48 * 192
+    many = torch.zeros(300, 192, dtype=torch.bfloat16, device=DEVICE)
+    for card, rows, bytes_, taken in ((90, many, room, True), (89, many, room, False), (90, many[1:], room, False),
+                                      (90, many, room - 1, False), (90, many.float(), room, False)):  # fmt: skip
+        monkeypatch.setattr(grouped_dense, "capability", lambda x, card=card: card)
+        assert grouped_dense.takes(rows, state, bytes_) == taken
 
 
 leave_to_a_child(globals(), "test_products_of_experts_are_right_in_the_interpreter")
