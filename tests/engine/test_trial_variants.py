@@ -57,7 +57,7 @@ def config_of(models, family="llama", tokens=(), lora=(), **sections):
         "model": {"path": str(models[family]), "train_tokens": list(tokens)},
         "data": {"train": str(models["data"]), "max_seq_length": 64, "eval_max_seq_length": 64, "eval_fraction": 0.2},
         "lora": {"rank": 4, **dict(lora)}, "optim": {"learning_rate": 1e-2},
-        "train": {"max_tokens": 512, "num_reports": 2, "tokens_per_step": 128, "activation_checkpointing": False},
+        "train": {"max_tokens": 384, "num_reports": 2, "tokens_per_step": 128, "activation_checkpointing": False},
     }  # fmt: skip
     return build(values, **sections)
 
@@ -74,7 +74,7 @@ def peft_model(config, adapter):
     return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
-@pytest.mark.parametrize(("family", "lora"), [("llama", VARIANTS[0]), ("qwen3", VARIANTS[1]), ("qwen3", VARIANTS[3])])
+@pytest.mark.parametrize(("family", "lora"), [("llama", VARIANTS[0]), ("qwen3", VARIANTS[3])])
 def test_trained_tokens_beside_variants_and_noise_resume_and_have_peft_s_losses(models, tmp_path, family, lora):
     config = config_of(models, family, TOKENS, lora, train={"neftune_noise_alpha": 5.0}, optim={"weight_decay": 0.1})
     base = load_base(config.model, CPU)
@@ -143,7 +143,7 @@ def test_a_silent_adapter_is_the_base_and_comes_back_bit_for_bit(models, lora):
     detach(base.model, layers)
 
 
-@pytest.mark.parametrize("lora", VARIANTS)
+@pytest.mark.parametrize("lora", VARIANTS[2:])
 def test_the_reference_of_pairs_sees_neither_start_nor_noise_and_a_stopped_trial_goes_on(
     tiny_config, tmp_path, base, monkeypatch, lora
 ):
@@ -182,7 +182,7 @@ def test_the_reference_of_pairs_sees_neither_start_nor_noise_and_a_stopped_trial
     assert again.eval_loss == pytest.approx(min(report.eval_loss for report in whole), abs=1e-4)
 
 
-@pytest.mark.parametrize("lora", [VARIANTS[0], VARIANTS[1], VARIANTS[3]])
+@pytest.mark.parametrize("lora", VARIANTS[:2])
 def test_answers_are_made_with_what_was_trained(models, tmp_path, lora):
     config = config_of(models, "qwen3", lora=lora, optim={"learning_rate": 3e-2})
     base = load_base(config.model, CPU)

@@ -214,7 +214,7 @@ def build(config: TrainConfig, shape: ModelShape, tokens: int) -> list[Layer]:
                 int8.keep(*(one for one in ("forward", "backward") if kept_name(group, one) in plan.cached))
             groups[group] = ProjectionGroup.of([modules[name] for name in names], torch.bfloat16, cached, int8)
         adapters = [] if mixer is None else mixer.adapters
-        adapters += [p for module in modules.values() for p in module.trained]
+        adapters += [p for module in modules.values() for p in module.parameters_of()]
         call = Call(spec, plan.policy, groups, table, table, documents, stash, mixer=mixer)
         layers.append(Layer(call, adapters, one.source, inputs))
     return layers
@@ -265,7 +265,7 @@ def _linear(out_features: int, in_features: int, config: LoraConfig) -> LoraLine
     lora.noise = torch.zeros(2, dtype=torch.int64)
     if config.use_dora:
         lora.gain = lora.norm = torch.empty(out_features, device="meta")
-    for p in lora.trained:
+    for p in lora.parameters_of():
         p.grad = torch.empty_like(p)
     return lora.train()
 
