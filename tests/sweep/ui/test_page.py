@@ -75,6 +75,8 @@ def test_the_page_opens_and_its_curves_grow_with_the_reports(tmp_path):
         assert points == sum(len(folder.reports(number)) for number in range(7))
         with open(folder.trial(6) / "reports.jsonl", "a") as file:
             file.write(json.dumps(make_report(3, 1.25, tokens_seen=300, num_trainable=8).to_dict()) + "\n")
+        titles = tab.ask("[...document.querySelectorAll('.modebar-btn')].map((button) => button.dataset.title)")
+        assert titles and not any("Share" in title or "Cloud" in title for title in titles)  # nothing leaves the machine
         assert tab.wait_for(f"({POINTS}) > {points}") and tab.ask(POINTS) == points + 1
         assert tab.ask("[...document.querySelectorAll('#trials tr')].some((row) => row.textContent.includes('1.2500'))")
 
@@ -146,6 +148,10 @@ def test_buttons_and_lines_go_to_control_and_are_disabled_without_it(tmp_path):
         tab.ask("[...document.querySelectorAll('#trials tbody tr')].find((row) => row.cells[1].textContent === '6').click()")
         tab.ask("[...document.querySelectorAll('#buttons button')].find((button) => button.textContent === 'stop 6').click()")
         tab.wait_for(f"document.querySelector('#reply').textContent === {json.dumps(f'stop {TAG}')}")
+        # a clone needs another value: its button only begins the line
+        tab.ask("[...document.querySelectorAll('#buttons button')].find((one) => one.textContent.startsWith('clone 6')).click()")
+        assert tab.ask("document.querySelector('#line').value").startswith("clone 6 lora.rank=")
+        assert tab.ask("+getSelection().toString() > 0")
         tab.ask("document.querySelector('#line').value = 'add 8'; document.querySelector('#command').requestSubmit()")
         tab.wait_for(f"document.querySelector('#reply').textContent === {json.dumps(f'add {TAG}')}")
         assert taken == [["stop", "6"], ["add", "8"]]
