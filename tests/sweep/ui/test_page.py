@@ -6,63 +6,21 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import psutil
 import pytest
-import uvicorn
 
-from sweep.folder.sweep_folder import SweepFolder
 from sweep.ui.__main__ import PORT, bound_socket, main
-from sweep.ui.gate import new_token
 from sweep.ui.live_sweep import LiveSweep
-from sweep.ui.web_app import make_app
-from tests.support.browser import Tab, needs_browser
+from tests.support.browser import needs_browser
 from tests.support.reports import make_report
+from tests.support.served_page import opened, served
 from tests.support.swept import TAG, swept
 
 ROWS = "document.querySelectorAll('#trials tbody tr').length"
 POINTS = "document.querySelector('#curves')?.data?.reduce((sum, line) => sum + line.y.filter((y) => y !== null).length, 0)"
-TROUBLES = """
-window.troubles = [];
-addEventListener('securitypolicyviolation', (event) => troubles.push(`${event.violatedDirective} ${event.blockedURI}`));
-addEventListener('error', (event) => troubles.push(String(event.message)));
-addEventListener('unhandledrejection', (event) => troubles.push(String(event.reason)));
-window.alert = (text) => troubles.push(`alert ${text}`);
-"""
-
-
-@contextmanager
-def served(*folders: SweepFolder, control: Callable | None = None) -> Iterator[str]:
-    """Serve the page of these sweeps in a thread; yields its address."""
-    token = new_token()
-    app = make_app([LiveSweep(folder) for folder in folders], token, control)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-    with bound_socket(None) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/"
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
-@contextmanager
-def opened(path, address: str, **size) -> Iterator[Tab]:
-    tab = Tab(path, **size)
-    try:
-        tab.before_each_page(TROUBLES)
-        tab.open(address)
-        yield tab
-        assert tab.ask("troubles") == []
-    finally:
-        tab.close()
-
 
 @needs_browser
 def test_the_page_opens_and_its_curves_grow_with_the_reports(tmp_path):
