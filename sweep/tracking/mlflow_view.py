@@ -14,8 +14,8 @@ from sweep.tracking.mlflow_names import METRICS, SET_LOSS
 LOSS, BEST = METRICS["eval_loss"], METRICS["best_eval_loss"]
 ORDER = (BEST, True)
 SHOWN = (METRICS["tokens_per_second"], METRICS["peak_allocated_gib"], METRICS["predicted_peak_gib"])
-WIDTHS = {"attributes.`Run Name`": 180, "tags.`outcome`": 130, "runDateAndNestInfo": 60, "duration": 90}
-LETTER, MARGIN = 6.3, 27  # of a column's head, in pixels
+WIDTHS = {"attributes.`Run Name`": 175, "tags.`outcome`": 130, "runDateAndNestInfo": 60, "duration": 90}
+LETTER, MARGIN = 6, 24  # of a column's head, in pixels
 PARAM_WIDTHS, METRIC_WIDTHS = (90, 150), (90, 220)  # least and most
 MAX_RUNS = 1000  # a chart shows 10 runs by default
 SECTION = "Compare trials"
@@ -99,9 +99,13 @@ def _charts(varied: list[str], metrics: set[str], decides: str) -> dict[str, Any
 
     The page adds one section behind it for each group of metrics.
     """
+    curves = {LOSS: "eval loss"} if decides == BEST else {decides: decides.removeprefix("eval/"), LOSS: "eval loss"}
     charts: list[dict[str, Any]] = [
         {"type": "PARALLEL", "selectedParams": varied, "selectedMetrics": [decides], "showAllRuns": True},
-        {"type": "LINE", "metricKey": LOSS, "selectedMetricKeys": [LOSS], "displayName": "eval loss by tokens seen", **LINE},
+        *(
+            {"type": "LINE", "metricKey": name, "selectedMetricKeys": [name], "displayName": f"{title} by tokens seen", **LINE}
+            for name, title in curves.items()
+        ),
         *(_scatter({"key": name, "type": "PARAM"}, decides) for name in varied),
     ]
     if METRICS["peak_allocated_gib"] in metrics:
