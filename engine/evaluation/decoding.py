@@ -12,7 +12,7 @@ Shape letters: B answers at once, P tokens of the longest prompt, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from engine.evaluation.decode_steps import FusedSteps, MergedWeights, PaddedSteps, can_decode, recorder
 from engine.layers.swap import FusedLayer, FusedNorm, mixers, restore_layers
 from engine.model.base import Base, end_tokens
-from engine.model.device import free, host_share_gib
+from engine.model.device import free, host_share_gib, one_thread
 from engine.model.guard import own_attentions
 from engine.model.pretrained import text_attention
 from engine.quant.frozen_linear import FrozenLinear
@@ -175,7 +175,7 @@ class _Generation:
         kept = list(going)  # rows of the batch, of which some may have ended
         for step in range(self._how.max_new_tokens):
             self._before_each()
-            logits_BV = steps.prompt_logits() if tokens_B is None else steps.next_logits(tokens_B)
+            logits_BV = steps.prompt_logits() if tokens_B is None else self._next_logits(steps, tokens_B)
             tokens_B = self._pick(logits_BV, None if draws is None else draws[kept, step])
             going = self._take(rows, kept, tokens_B.tolist(), going)
             if not going:
@@ -184,6 +184,10 @@ class _Generation:
                 places = torch.tensor([kept.index(row) for row in going], device=tokens_B.device)
                 steps.keep(places)
                 tokens_B, kept = tokens_B[places], list(going)
+
+    def _next_logits(self, steps: FusedSteps | PaddedSteps, tokens_B: Tensor) -> Tensor:
+        with one_thread() if self._base.device.type == "cpu" else nullcontext():  # two took five times the processor time
+            return steps.next_logits(tokens_B)
 
     def _take(self, rows: list[int], kept: list[int], tokens: list[int], going: list[int]) -> list[int]:
         """Add each row's token to its answer. Return the rows that go on."""
@@ -225,11 +229,12 @@ class _Generation:
             max_new_tokens=self._how.max_new_tokens, do_sample=False, use_cache=True, pad_token_id=self._pad,
             eos_token_id=sorted(self._stops) or None,
         )  # fmt: skip
-        out = self._base.model.generate(
-            input_ids=ids_BP, attention_mask=mask_BP, generation_config=options,
-            stopping_criteria=StoppingCriteriaList([asked_each]),
-            logits_processor=LogitsProcessorList([] if draws is None else [drawn]),
-        )  # fmt: skip
+        with one_thread() if self._base.device.type == "cpu" else nullcontext():
+            out = self._base.model.generate(
+                input_ids=ids_BP, attention_mask=mask_BP, generation_config=options,
+                stopping_criteria=StoppingCriteriaList([asked_each]),
+                logits_processor=LogitsProcessorList([] if draws is None else [drawn]),
+            )  # fmt: skip
         for i, row in zip(rows, out[:, width:].tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in self._stops), len(row))
             self._answers[i] = row[:end]

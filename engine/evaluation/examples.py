@@ -7,8 +7,7 @@ answers are for people to read and do not affect the sweep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from engine.data.packing import Sample
 from engine.data.view import AnyView, JoinedView
 from engine.layers.swap import restore_layers
 from engine.model.base import Base, end_tokens
-from engine.model.device import host_share_gib
+from engine.model.device import host_share_gib, one_thread
 from engine.model.guard import own_attentions
 from engine.model.pretrained import text_attention
 from engine.quant.frozen_linear import FrozenLinear
@@ -77,7 +76,7 @@ def write_examples(base: Base, questions: list[Question], take_off_adapter: Call
     _unpack_weights(base)
     base.model.set_attn_implementation(text_attention(base.model.config, own_attentions(base.model)[0]))
     base.model.eval()
-    with _one_thread():
+    with one_thread():
         with_adapter = _answers(base, questions)
         take_off_adapter()
         without = _answers(base, questions)
@@ -91,20 +90,6 @@ def write_examples(base: Base, questions: list[Question], take_off_adapter: Call
         }
         for question, before, after in zip(questions, without, with_adapter, strict=True)
     ]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run on one CPU thread, because a step of a few tokens is too small to share between threads.
-
-    On two busy cores, four answers took 65 s with two threads and 1.2 s with one.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _unpack_weights(base: Base) -> None:

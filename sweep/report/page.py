@@ -26,6 +26,13 @@ td, th { padding: 3px 10px 3px 0; border-bottom: 1px solid #eee; vertical-align:
 table.text { table-layout: fixed; width: 100%; } table.text td { white-space: pre-wrap; overflow-wrap: anywhere; }
 tr.first td { background: #fff6dc; } tr.faded td { color: #999; } pre { font-size: 12px; overflow-x: auto; }
 """
+# plotly's own button would send a chart to its maker's server
+CHART_CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "plotlyServerURL": "",
+    "modeBarButtonsToRemove": ["sendChartToCloud", "select2d", "lasso2d"],
+}
 LAYOUT = {
     "template": "plotly_white",
     "margin": {"l": 70, "r": 20, "t": 30, "b": 50},
@@ -91,7 +98,7 @@ def _section(section: Section) -> str:
         body = _table(section.body)
     else:
         section.body.update_layout(**LAYOUT, height=section.body.layout.height or section.height)
-        body = section.body.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+        body = section.body.to_html(full_html=False, include_plotlyjs=False, config=CHART_CONFIG)
     return f"<h2>{escape(section.title)}</h2>\n{caption}{body}"
 
 

@@ -20,7 +20,8 @@ from sweep.folder.slot_times import PARTS
 from sweep.tracking.system_metrics import read_system
 from sweep.trials.record import Outcome, TrialRecord
 
-LOSS = "loss_nats_per_token"
+SET_LOSS, BASE_SET_LOSS = "eval/loss/", "eval/base_loss/"
+"""Before the name of one of several evaluation sets, in nats per target token. Short, as a table has a column for each."""
 METRICS = {
     "eval_loss": "eval/loss_nats_per_token",
     "best_eval_loss": "eval/best_loss_nats_per_token",
@@ -114,7 +115,7 @@ def trial_points(record: TrialRecord, written: int) -> list[Point]:
             at = (_milliseconds(record, report), report.tokens_seen)
             values = {metric: getattr(report, name) for name, metric in METRICS.items()}
             values |= {f"eval/{name}": value for name, value in report.metrics.items()}
-            values |= {f"eval/{name}/{LOSS}": value for name, value in report.eval_losses.items()}
+            values |= {SET_LOSS + name: value for name, value in report.eval_losses.items()}
             values |= {"eval/above_limits_nats": report.eval_excess}
             values |= {} if report.metrics_s is None else {"time/metrics_s": report.metrics_s}
             values |= {METRICS[name]: sums[name] for name in new}
@@ -235,7 +236,7 @@ def description(config: Mapping[str, Any], best: TrialRecord | None, summary: Ma
 
 
 def _sweep_name(name: str) -> str:
-    kinds = {"metric_": "eval/{}", "base_metric_": "eval/base_{}", "set_": "eval/{}/" + LOSS, "base_set_": "eval/{}/base_" + LOSS}
+    kinds = {"metric_": "eval/{}", "base_metric_": "eval/base_{}", "set_": SET_LOSS + "{}", "base_set_": BASE_SET_LOSS + "{}"}
     for begin, group in kinds.items():
         if name.startswith(begin):
             return group.format(name.removeprefix(begin))

@@ -34,7 +34,7 @@ from sweep.tracking.mlflow_names import (
     trial_points,
 )
 from sweep.tracking.mlflow_registry import register
-from sweep.tracking.mlflow_view import view
+from sweep.tracking.mlflow_view import ORDER, view
 from sweep.tracking.sqlite_store import artifact_folder, database_file, follow_move
 from sweep.trials.record import Outcome, TrialRecord
 
@@ -147,8 +147,8 @@ class MlflowRuns:
         """Return the end of the sweep's run, not before its start: someone may have set the clock back."""
         return int(1000 * max(now_s, self.started_s or 0.0))
 
-    def share_view(self) -> tuple[str, str] | None:
-        """Store how MLflow's page shows this sweep's trials, as its Share button does.
+    def share_view(self, tasks: Sequence[str] = (), order: tuple[str, bool] = ORDER) -> tuple[str, str] | None:
+        """Store how MLflow's page shows this sweep's trials, as its Share button does. tasks, order: see `view`.
 
         Returns the page's path and the key of the view, or None if the store has no trial of the
         sweep. Creates neither store nor run.
@@ -158,7 +158,7 @@ class MlflowRuns:
         if not trials:
             return None
         params, metrics = [run.data.params for run in trials], {name for run in trials for name in run.data.metrics}
-        value = json.dumps(view(self._id, params, metrics))
+        value = json.dumps(view(self._id, params, metrics, tasks, order))
         self._client.set_experiment_tag(self._experiment_id, f"mlflow.sharedViewState.{self._id}", value)
         return f"/#/experiments/{self._experiment_id}/runs", self._id
 

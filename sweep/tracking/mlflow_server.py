@@ -21,8 +21,9 @@ from sweep.config.confirmations import refuse_foreign_address
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.tracking.mlflow_page import answers_what_it_must_not
 from sweep.tracking.mlflow_runs import ENVIRONMENT, MlflowRuns
-from sweep.tracking.mlflow_view import page_queries
+from sweep.tracking.mlflow_view import ORDER, page_queries
 from sweep.tracking.sqlite_store import database_file, find_fault, local_uri
+from sweep.trials.objectives import EVAL_LOSS
 
 HOST = "127.0.0.1"  # the page has no password
 PORT = 5000
@@ -62,7 +63,8 @@ def find_pages(folder: SweepFolder) -> tuple[str, dict[str, str]]:
         if fault is not None:
             raise InputError("tracking.uri", store, f"{fault}; {REPORT}")
     runs = MlflowRuns(uri, config.sweep.name, folder.path.name, folder.path, config.model_dump(mode="json"))
-    shared = runs.share_view()
+    rule, tasks = config.rule, [f"eval/{name}" for name in config.metrics.names]
+    shared = runs.share_view(tasks, ORDER if rule.chosen_by == EVAL_LOSS else (f"eval/{rule.chosen_by}", rule.sign > 0))
     if shared is None:
         raise InputError("folder", str(folder.path.absolute()), f"holds a sweep that {store} does not know; {REPORT}")
     path, key = shared

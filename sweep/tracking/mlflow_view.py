@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sweep.tracking.mlflow_names import METRICS
+from sweep.tracking.mlflow_names import METRICS, SET_LOSS
 
 LOSS, BEST = METRICS["eval_loss"], METRICS["best_eval_loss"]
-SHOWN = (BEST, METRICS["tokens_per_second"], METRICS["peak_allocated_gib"], METRICS["predicted_peak_gib"])
-WIDTHS = {"attributes.`Run Name`": 190, "tags.`outcome`": 130, "runDateAndNestInfo": 60, "duration": 90}
-PARAM_WIDTH, METRIC_WIDTH = 110, 130
+ORDER = (BEST, True)
+SHOWN = (METRICS["tokens_per_second"], METRICS["peak_allocated_gib"], METRICS["predicted_peak_gib"])
+WIDTHS = {"attributes.`Run Name`": 175, "tags.`outcome`": 130, "runDateAndNestInfo": 60, "duration": 90}
+LETTER, MARGIN = 6, 24  # of a column's head, in pixels
+PARAM_WIDTHS, METRIC_WIDTHS = (90, 150), (90, 220)  # least and most
 MAX_RUNS = 1000  # a chart shows 10 runs by default
 SECTION = "Compare trials"
 CHART = {"deleted": False, "isGenerated": False, "runsCountToCompare": MAX_RUNS, "metricSectionId": SECTION}
@@ -41,29 +43,44 @@ def page_queries(key: str) -> dict[str, str]:
     return {"table": table, "charts": f"{table}&compareRunsMode=CHART"}
 
 
-def view(sweep_id: str, params: Sequence[Mapping[str, str]], metrics: set[str]) -> dict[str, Any]:
+def view(
+    sweep_id: str,
+    params: Sequence[Mapping[str, str]],
+    metrics: set[str],
+    tasks: Sequence[str] = (),
+    order: tuple[str, bool] = ORDER,
+) -> dict[str, Any]:
     """Show the sweep's trials, best first: sampled values, what each reached, outcome.
 
-    params: path -> value of each trial; metrics: the names that any trial has.
+    params: path -> value of each trial; metrics: the names that any trial has. tasks: of these, the
+    task metrics. order: the metric that decides, and whether the lower is the better.
     """
     names = sorted({name for sampled in params for name in sampled})
-    shown = [f"metrics.`{name}`" for name in SHOWN if name in metrics]
+    sets = sorted(name for name in metrics if name.startswith(SET_LOSS))
+    wanted = dict.fromkeys((order[0], BEST, *sets, *tasks, *SHOWN))
+    shown = [f"metrics.`{name}`" for name in wanted if name in metrics]
     # a run's name says its outcome too, so what was sampled can stand next to it
     varied = _varied(names, params)
     first = [*varied, *(name for name in names if name not in varied)]
     columns = [*(f"params.`{name}`" for name in first), *shown, "tags.`outcome`"]
-    widths = {column: METRIC_WIDTH if column.startswith("metrics") else PARAM_WIDTH for column in columns} | WIDTHS
+    widths = {column: _width(column) for column in columns} | WIDTHS
     return {
         "searchFilter": f"tags.`sweep.id` = '{sweep_id}' and tags.`sweep.kind` = 'trial'",
-        "orderByKey": f"metrics.`{BEST}`",
-        "orderByAsc": True,
+        "orderByKey": f"metrics.`{order[0]}`",
+        "orderByAsc": order[1],
         "selectedColumns": [*columns, "attributes.`Duration`"],
         "columnOrder": ["0", "attributes.`Run Name`", *columns, "runDateAndNestInfo", "duration"],
         "columnWidths": widths,
         "runsHiddenMode": "SHOW_ALL",
         "hideEmptyCharts": True,
-        **_charts(varied, metrics),
+        **_charts(varied, metrics, order[0]),
     }
+
+
+def _width(column: str) -> int:
+    """Return a width that shows a column's whole head, as far as that leaves room for others."""
+    least, most = METRIC_WIDTHS if column.startswith("metrics") else PARAM_WIDTHS
+    return round(min(max(LETTER * len(column.partition("`")[2].rstrip("`")) + MARGIN, least), most))
 
 
 def _varied(names: list[str], params: Sequence[Mapping[str, str]]) -> list[str]:
@@ -77,23 +94,27 @@ def _varied(names: list[str], params: Sequence[Mapping[str, str]]) -> list[str]:
     return common or varied
 
 
-def _charts(varied: list[str], metrics: set[str]) -> dict[str, Any]:
+def _charts(varied: list[str], metrics: set[str], decides: str) -> dict[str, Any]:
     """Return one section of charts that compare trials.
 
     The page adds one section behind it for each group of metrics.
     """
+    curves = {LOSS: "eval loss"} if decides == BEST else {decides: decides.removeprefix("eval/"), LOSS: "eval loss"}
     charts: list[dict[str, Any]] = [
-        {"type": "PARALLEL", "selectedParams": varied, "selectedMetrics": [BEST], "showAllRuns": True},
-        {"type": "LINE", "metricKey": LOSS, "selectedMetricKeys": [LOSS], "displayName": "eval loss by tokens seen", **LINE},
-        *(_scatter({"key": name, "type": "PARAM"}) for name in varied),
+        {"type": "PARALLEL", "selectedParams": varied, "selectedMetrics": [decides], "showAllRuns": True},
+        *(
+            {"type": "LINE", "metricKey": name, "selectedMetricKeys": [name], "displayName": f"{title} by tokens seen", **LINE}
+            for name, title in curves.items()
+        ),
+        *(_scatter({"key": name, "type": "PARAM"}, decides) for name in varied),
     ]
     if METRICS["peak_allocated_gib"] in metrics:
-        charts.append(_scatter({"key": METRICS["peak_allocated_gib"], "type": "METRIC"}))
+        charts.append(_scatter({"key": METRICS["peak_allocated_gib"], "type": "METRIC"}, decides))
     kept = [{"uuid": f"sweep-{number}", **CHART, **chart} for number, chart in enumerate(charts)]
     section = {"uuid": SECTION, "name": SECTION, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
     section |= {"columns": 1, "cardHeight": 400}  # two would be 220 pixels wide each in a window of 1400
     return {"compareRunCharts": kept, "compareRunSections": [section], "isAccordionReordered": True}
 
 
-def _scatter(axis: dict[str, str]) -> dict[str, Any]:
-    return {"type": "SCATTER", "xaxis": axis, "yaxis": {"key": BEST, "type": "METRIC"}}
+def _scatter(axis: dict[str, str], decides: str) -> dict[str, Any]:
+    return {"type": "SCATTER", "xaxis": axis, "yaxis": {"key": decides, "type": "METRIC"}}

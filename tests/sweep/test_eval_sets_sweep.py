@@ -42,7 +42,7 @@ def test_a_sweep_chooses_within_its_limits_and_every_place_shows_each_set(tmp_pa
     assert "above limits" in (folder / "report.html").read_text() and "nats per target token" in done.stdout
     with sqlite3.connect(tmp_path / "sweeps" / "mlflow.db") as database:
         keys = {row[0] for row in database.execute("select distinct key from latest_metrics")}
-    losses = {f"eval/{name}/{kind}loss_nats_per_token" for name in ("docs", "orders") for kind in ("", "base_")}
+    losses = {f"eval/{kind}loss/{name}" for name in ("docs", "orders") for kind in ("", "base_")}
     assert {*losses, "eval/above_limits_nats", "data/evaluation/docs/rows_used", "data/training/0/tokens"} <= keys
 
     changed = sweep(f"resume={folder}", "data.eval_weights={docs: 1}")

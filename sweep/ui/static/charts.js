@@ -3,7 +3,9 @@
 import { byId, escaped, fill, getJson, make, theme } from './dom.js';
 
 const MODEBAR = { bgcolor: 'rgba(0,0,0,0)', color: '#8a949d', activecolor: '#2f81d6' };
-const CONFIG = { displaylogo: false, responsive: true };
+// plotly's own button would send a chart to its maker's server
+const PRIVATE = { displaylogo: false, responsive: true, plotlyServerURL: '', modeBarButtonsToRemove: ['sendChartToCloud', 'select2d', 'lasso2d'] };
+const chartConfig = () => ({ ...PRIVATE, displayModeBar: innerWidth < 720 ? false : 'hover' });
 const BEST = { light: '#e6a700', dark: '#ffc93c' }, PICKED = { light: '#d6249f', dark: '#ff7bd0' };
 const SERIES = { light: ['#2166ac', '#d95f02', '#1b9e77', '#7b3294', '#b2182b', '#a6761d'], dark: ['#6aa9e9', '#f08a3c', '#3fc79a', '#b57bd0', '#ec6a6f', '#d2a24c'] };
 const FADED = ['PRUNED', 'INFEASIBLE'];
@@ -52,8 +54,8 @@ export async function drawCurves(sweep, colours, picked, pick) {
   const best = sweep.best, chosen = sweep.trials.get(picked);
   if (best?.curve.length) traces.push(line([best], `best: trial ${best.number}`, BEST[theme()], 3.5, 1));
   if (chosen?.curve.length && chosen !== best) traces.push(line([chosen], `picked: trial ${picked}`, PICKED[theme()], 3, 1));
-  const layout = look({ height: innerWidth < 720 ? 340 : 370, xaxis: { title: { text: 'tokens seen' } }, yaxis: { title: { text: `eval loss (nats ${sweep.about.metrics.includes('preference_accuracy') ? 'a pair' : 'per target token'})` }, range: sweep.about.loss_range } });
-  await Plotly.react(box, traces, layout, CONFIG);
+  const layout = look({ height: innerWidth < 720 ? 340 : 370, xaxis: { title: { text: 'tokens seen' }, rangemode: 'tozero', tickformat: ',d' }, yaxis: { title: { text: `eval loss (nats ${sweep.about.metrics.includes('preference_accuracy') ? 'a pair' : 'per target token'})` }, range: sweep.about.loss_range } });
+  await Plotly.react(box, traces, layout, chartConfig());
   box.removeAllListeners('plotly_click');
   box.on('plotly_click', (event) => pick(event.points[0].customdata));
 }
@@ -97,7 +99,7 @@ export class Figures {
         const { data, layout } = answer.figure;
         layout.margin = innerWidth < 720 ? { l: 46, r: 6, t: 30, b: 44 } : { l: 64, r: 16, t: 30, b: 48 };
         Object.assign(layout, { uirevision: 'kept', modebar: MODEBAR });
-        await Plotly.react(box.figure, data, layout, CONFIG);
+        await Plotly.react(box.figure, data, layout, chartConfig());
       }
       Object.assign(box, { look, version: answer.version, drawn: answer.is_current ? state : '', atMs: performance.now() });
     } catch (error) {
@@ -125,7 +127,7 @@ export async function drawComparison(sweeps) {
     if (sweep.best) curves.push({ ...line([sweep.best], style.name, seriesColour(index), 2.5, 1), name: `${style.name}, trial ${sweep.best.number}` });
   });
   const loss = { title: { text: 'eval loss (nats)' } };
-  await Plotly.react(byId('best-so-far'), soFar, look({ height: 330, xaxis: { title: { text: 'trials ended' } }, yaxis: { ...loss, title: { text: `${escaped(label)} so far` } } }), CONFIG);
-  await Plotly.react(byId('best-curves'), curves, look({ height: 330, xaxis: { title: { text: 'tokens seen by the best trial' } }, yaxis: loss }), CONFIG);
+  await Plotly.react(byId('best-so-far'), soFar, look({ height: 330, xaxis: { title: { text: 'trials ended' } }, yaxis: { ...loss, title: { text: `${escaped(label)} so far` } } }), chartConfig());
+  await Plotly.react(byId('best-curves'), curves, look({ height: 330, xaxis: { title: { text: 'tokens seen by the best trial' } }, yaxis: loss }), chartConfig());
 }
 

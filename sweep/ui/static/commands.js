@@ -3,7 +3,7 @@
 import { byId, fill, getJson, make } from './dom.js';
 
 const OF_SWEEP = [['Status', 'status'], ['Add 4 trials', 'add 4'], ['Finish after what runs', 'finish']];
-const OF_TRIAL = ['stop', 'pause', 'go-on', 'keep', 'clone'];
+const OF_TRIAL = ['stop', 'pause', 'go-on', 'keep'];
 let takes = false, sweepNow = null, after = null;
 
 export function prepareCommands(takesCommands, current, update) {
@@ -19,7 +19,17 @@ export function prepareCommands(takesCommands, current, update) {
 export function showCommands(sweep, picked) {
   const ofTrial = picked === null ? [] : OF_TRIAL.map((verb) => [`${verb} ${picked}`, `${verb} ${picked}`]);
   const buttons = [...OF_SWEEP, ...ofTrial].map(([words, line]) => make('button', { disabled: !takes, onclick: () => send(line) }, words));
+  if (picked !== null) buttons.push(make('button', { disabled: !takes, onclick: () => beginClone(sweep, picked) }, `clone ${picked} with …`));
   fill(byId('buttons'), ...buttons, picked === null ? make('span', { class: 'caption' }, 'Pick a trial for its commands.') : null);
+}
+
+// A clone needs another value: the line gets the trial's own, marked, so that typing replaces it.
+function beginClone(sweep, picked) {
+  const { params } = sweep.trials.get(picked), paths = sweep.about.params;
+  const path = paths.find((one) => typeof params[one] === 'number') ?? paths[0], line = byId('line');
+  line.value = `clone ${picked} ${path}=${params[path]}`;
+  line.focus();
+  line.setSelectionRange(line.value.lastIndexOf('=') + 1, line.value.length);
 }
 
 async function send(line) {

@@ -11,8 +11,8 @@ const BEFORE = [
   ['eval loss', (t) => t.eval_loss, (v) => fixed(v, 4), true],
   ['rung', (t) => t.rung, (v, t, s) => `${v}/${s.about.num_rungs}`, true],
 ];
-const AFTER = [
-  ['above lowest', (t) => t.above_lowest?.nats, (v, t) => above(t), true],
+const afterParams = (about) => [
+  [about.sign < 0 ? 'below highest' : 'above lowest', (t) => t.above_lowest?.nats, (v, t) => above(t), true],
   ['train loss', (t) => t.train_loss, (v) => fixed(v, 4), true],
   ['tokens seen', (t) => t.tokens_seen, whole, true],
   ['tokens/s', (t) => t.tokens_per_second, whole, true],
@@ -46,7 +46,7 @@ export class TrialTable {
     const names = shortNames(sweep.about.params);
     const metrics = sweep.about.metrics.map((name) => [name, (t) => t.metrics?.[name], (v) => fixed(v, 4), true, null, `metric ${name}`]);
     const sets = sweep.about.eval_sets.map((name) => [`loss ${name}`, (t) => t.eval_losses?.[name], (v) => fixed(v, 4), true, null, `eval loss ${name}`]);
-    this.columns = [...BEFORE, ...metrics, ...sets, ...sweep.about.params.map((path) => [names[path], (t) => t.params[path], valueText, false, null, path]), ...AFTER];
+    this.columns = [...BEFORE, ...metrics, ...sets, ...sweep.about.params.map((path) => [names[path], (t) => t.params[path], valueText, false, null, path]), ...afterParams(sweep.about)];
     const shape = JSON.stringify([this.columns.map((c) => c[5] ?? c[0]), colours]);
     if (shape !== this.shape) this.rows.clear();
     Object.assign(this, { sweep, colours, picked, shape });

@@ -234,3 +234,17 @@ def test_an_adapter_can_be_detached_afterwards(adapted, prompts):
     finally:
         for name, layer in layers.items():
             base.model.set_submodule(name, layer)
+
+
+@pytest.mark.parametrize("adapted", ["llama", "lfm2"], indirect=True)
+def test_a_token_of_each_answer_is_computed_on_one_thread(adapted, prompts):
+    base, _ = adapted
+    before, threads = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    hook = base.model.get_decoder().register_forward_pre_hook(lambda *_: threads.append(torch.get_num_threads()))
+    try:
+        generate(base, prompts[:1], [], Decoding(4))
+        assert len(threads) == 4 and threads[1:] == [1, 1, 1] and torch.get_num_threads() == 2
+    finally:
+        hook.remove()
+        torch.set_num_threads(before)

@@ -64,9 +64,9 @@ def test_the_winner_keeps_to_the_limits_and_optuna_is_told_of_those_that_do_not(
     assert header[4:7] == ("general", "support", "above limits") and cells[-1][4:7] == ("2.1000", "0.9000", "0.1000")
     assert "0.1000 nats above its limits" in _end_text(records[1]) and "general 2.1500" in _report_text(records[1].reports[-1])
     values = {name: value for name, value, *_ in trial_points(records[2], 3)}
-    assert values["eval/general/loss_nats_per_token"] == 1.99 and values["eval/above_limits_nats"] == -0.01
+    assert values["eval/loss/general"] == 1.99 and values["eval/above_limits_nats"] == -0.01
     points = sweep_points(judge(records, config.rule).summary())
-    assert points["eval/support/loss_nats_per_token"] == points["eval/best_loss_nats_per_token"] == 1.3
+    assert points["eval/loss/support"] == points["eval/best_loss_nats_per_token"] == 1.3
 
 
 def test_without_any_trial_within_the_limits_none_wins_and_the_line_names_the_nearest(tmp_path):

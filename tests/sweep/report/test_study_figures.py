@@ -131,3 +131,11 @@ def test_a_browser_draws_every_line_visibly_inside_its_figure_in_the_order_of_th
     seen = [luminance(stroke["stroke"]) for stroke in strokes]  # the worst is drawn first
     assert seen == sorted(seen, reverse=True) and len(set(seen)) == 6
     assert all(1.05 / (value + 0.05) >= 2.0 for value in seen)
+
+
+@needs_browser
+def test_no_button_of_a_figure_sends_it_anywhere(tmp_path):
+    figure = study_figures([], drawn(LOSSES["usual"]), SPACE)["Parallel coordinates"]()
+    titles = "return [...document.querySelectorAll('.modebar-btn')].map((button) => button.dataset.title)"
+    shown = ask(render("t", [], [Section("Parallel coordinates", figure)], "{}"), titles, tmp_path)
+    assert "Download plot as a PNG" in shown and not any("Share" in title or "Cloud" in title for title in shown)

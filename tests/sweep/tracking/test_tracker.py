@@ -215,6 +215,19 @@ def test_the_view_shows_what_was_sampled_first_and_charts_what_differs_between_t
     assert len({chart["uuid"] for chart in shown["compareRunCharts"]}) == len(shown["compareRunCharts"])
 
 
+def test_the_view_is_in_the_order_of_the_metric_that_decides_and_shows_heads_whole():
+    metrics = {"eval/best_loss_nats_per_token", "eval/exact_match", "eval/loss/docs", "eval/loss/orders"}
+    shown = view("abc", [{"optim.learning_rate": "1"}], metrics, ["eval/exact_match"], ("eval/exact_match", False))
+    assert (shown["orderByKey"], shown["orderByAsc"]) == ("metrics.`eval/exact_match`", False)
+    names = [column.partition("`")[2].rstrip("`") for column in shown["selectedColumns"][1:5]]
+    assert names == ["eval/exact_match", "eval/best_loss_nats_per_token", "eval/loss/docs", "eval/loss/orders"]
+    assert all(shown["columnWidths"][f"metrics.`{name}`"] >= 6 * len(name) + 20 for name in names)
+    assert sum(shown["columnWidths"].values()) - 130 - 90 < 1130  # what a window of 1400 has room for
+    assert {chart["yaxis"]["key"] for chart in shown["compareRunCharts"] if chart["type"] == "SCATTER"} <= {"eval/exact_match"}
+    lines = [chart["metricKey"] for chart in shown["compareRunCharts"] if chart["type"] == "LINE"]
+    assert lines == ["eval/exact_match", "eval/loss_nats_per_token"]
+
+
 def test_what_the_machine_did_at_each_rung_is_a_metric_against_tokens_seen(tracker, runs, client, tmp_path):
     # a resumed trial passed rung 2 again
     for rung, percent in ((1, 50.0), (2, 60.0), (2, 70.0)):

@@ -6,63 +6,21 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import psutil
 import pytest
-import uvicorn
 
-from sweep.folder.sweep_folder import SweepFolder
 from sweep.ui.__main__ import PORT, bound_socket, main
-from sweep.ui.gate import new_token
 from sweep.ui.live_sweep import LiveSweep
-from sweep.ui.web_app import make_app
-from tests.support.browser import Tab, needs_browser
+from tests.support.browser import needs_browser
 from tests.support.reports import make_report
+from tests.support.served_page import opened, served
 from tests.support.swept import TAG, swept
 
 ROWS = "document.querySelectorAll('#trials tbody tr').length"
 POINTS = "document.querySelector('#curves')?.data?.reduce((sum, line) => sum + line.y.filter((y) => y !== null).length, 0)"
-TROUBLES = """
-window.troubles = [];
-addEventListener('securitypolicyviolation', (event) => troubles.push(`${event.violatedDirective} ${event.blockedURI}`));
-addEventListener('error', (event) => troubles.push(String(event.message)));
-addEventListener('unhandledrejection', (event) => troubles.push(String(event.reason)));
-window.alert = (text) => troubles.push(`alert ${text}`);
-"""
-
-
-@contextmanager
-def served(*folders: SweepFolder, control: Callable | None = None) -> Iterator[str]:
-    """Serve the page of these sweeps in a thread; yields its address."""
-    token = new_token()
-    app = make_app([LiveSweep(folder) for folder in folders], token, control)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-    with bound_socket(None) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/"
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
-@contextmanager
-def opened(path, address: str, **size) -> Iterator[Tab]:
-    tab = Tab(path, **size)
-    try:
-        tab.before_each_page(TROUBLES)
-        tab.open(address)
-        yield tab
-        assert tab.ask("troubles") == []
-    finally:
-        tab.close()
-
 
 @needs_browser
 def test_the_page_opens_and_its_curves_grow_with_the_reports(tmp_path):
@@ -75,6 +33,8 @@ def test_the_page_opens_and_its_curves_grow_with_the_reports(tmp_path):
         assert points == sum(len(folder.reports(number)) for number in range(7))
         with open(folder.trial(6) / "reports.jsonl", "a") as file:
             file.write(json.dumps(make_report(3, 1.25, tokens_seen=300, num_trainable=8).to_dict()) + "\n")
+        titles = tab.ask("[...document.querySelectorAll('.modebar-btn')].map((button) => button.dataset.title)")
+        assert titles and not any("Share" in title or "Cloud" in title for title in titles)  # nothing leaves the machine
         assert tab.wait_for(f"({POINTS}) > {points}") and tab.ask(POINTS) == points + 1
         assert tab.ask("[...document.querySelectorAll('#trials tr')].some((row) => row.textContent.includes('1.2500'))")
 
@@ -146,6 +106,10 @@ def test_buttons_and_lines_go_to_control_and_are_disabled_without_it(tmp_path):
         tab.ask("[...document.querySelectorAll('#trials tbody tr')].find((row) => row.cells[1].textContent === '6').click()")
         tab.ask("[...document.querySelectorAll('#buttons button')].find((button) => button.textContent === 'stop 6').click()")
         tab.wait_for(f"document.querySelector('#reply').textContent === {json.dumps(f'stop {TAG}')}")
+        # a clone needs another value: its button only begins the line
+        tab.ask("[...document.querySelectorAll('#buttons button')].find((one) => one.textContent.startsWith('clone 6')).click()")
+        assert tab.ask("document.querySelector('#line').value").startswith("clone 6 lora.rank=")
+        assert tab.ask("+getSelection().toString() > 0")
         tab.ask("document.querySelector('#line').value = 'add 8'; document.querySelector('#command').requestSubmit()")
         tab.wait_for(f"document.querySelector('#reply').textContent === {json.dumps(f'add {TAG}')}")
         assert taken == [["stop", "6"], ["add", "8"]]
