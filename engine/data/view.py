@@ -23,7 +23,7 @@ class View:
     without a target within the length are left out; `num_dropped` counts them. Pieces overlap by
     one token, which the second does not predict, so that each target is learnt once. part: training
     or evaluation, for messages. in_pairs: each row is a pair of samples, chosen and rejected, which
-    are used both or not at all.
+    are used both or not at all; if their tokens are equal within the length, there is nothing to prefer.
     """
 
     def __init__(
@@ -38,12 +38,14 @@ class View:
             count = int((full > max_seq_length).sum())
             longer = f"{count:,} of {counted(len(full), f'{part} sample')} {'is' if count == 1 else 'are'} longer"
             longer += f" than {counted(max_seq_length, 'token')}"
-            raise InputError("data.overlong", overlong, f"{longer}, the longest has {full.max():,}; or cut, drop, split")
+            others = "cut, drop" if in_pairs else "cut, drop, split"
+            raise InputError("data.overlong", overlong, f"{longer}, the longest has {full.max():,}; or {others}")
         if overlong == "drop":
             kept = full <= max_seq_length
         else:
             kept = tokens.first_target[self._given] < max_seq_length
         if in_pairs:
+            kept &= ~_are_equal(tokens, self._given, np.minimum(full, max_seq_length))
             kept = np.repeat(kept.reshape(-1, IN_A_PAIR).all(axis=1), IN_A_PAIR)
         if overlong == "split":
             self._chosen, self._starts, self.lengths = _pieces(tokens, self._given, full, max_seq_length)
@@ -227,6 +229,15 @@ def make_cursor(view: AnyView, config: TrainConfig) -> Cursor:
 def _joined(lengths: np.ndarray, size: int) -> np.ndarray:
     """Return the lengths of `size` neighbours together."""
     return lengths.reshape(-1, size).sum(axis=1) if size > 1 else lengths
+
+
+def _are_equal(tokens: TokenSet, samples: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return whether each sample has the tokens of the other one of its pair, within these lengths."""
+    equal = np.repeat(lengths[0::2] == lengths[1::2], IN_A_PAIR)
+    for i in np.flatnonzero(equal[0::2]) * IN_A_PAIR:
+        one, other = (tokens.input_ids[start : start + lengths[i]] for start in tokens.offsets[samples[i : i + IN_A_PAIR]])
+        equal[i : i + IN_A_PAIR] = np.array_equal(one, other)
+    return equal
 
 
 def _pieces(tokens: TokenSet, given: np.ndarray, full: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
