@@ -15,6 +15,8 @@ from engine.data.tokens import TokenSet
 from engine.errors import InputError
 from engine.units import counted
 
+SCANNED = 2**24  # tokens at once
+
 
 class View:
     """Select rows of a TokenSet and fit their samples into a length.
@@ -111,6 +113,14 @@ class View:
         """Return the largest token id in the arrays that these samples come from."""
         return int(np.max(self._tokens.input_ids)) if len(self._tokens.input_ids) else 0
 
+    def ids_among(self, ids: list[int]) -> set[int]:
+        """Return which of these token ids are in the arrays that these samples come from."""
+        array, found = self._tokens.input_ids, set()
+        for start in range(0, len(array), SCANNED):
+            part = array[start : start + SCANNED]
+            found |= set(part[np.isin(part, ids)].tolist())
+        return found
+
     def row_of(self, i: int) -> int:
         """Return the place of the sample's row among the rows of its source that could be read, from 0."""
         return int(np.searchsorted(self._tokens.row_offsets, self._chosen[i], side="right")) - 1
@@ -189,6 +199,10 @@ class JoinedView:
     def largest_id(self) -> int:
         """Return the largest token id in the arrays that these samples come from."""
         return max(view.largest_id() for view in self.parts.values())
+
+    def ids_among(self, ids: list[int]) -> set[int]:
+        """Return which of these token ids are in the arrays that these samples come from."""
+        return set().union(*(view.ids_among(ids) for view in self.parts.values()))
 
     def is_whole(self, i: int) -> bool:
         """Return True if nothing of the sample lies beyond the length."""
