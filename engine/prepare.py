@@ -158,7 +158,7 @@ def _check_tokens(config: TrainConfig, facts: ModelFacts, tokenizer: Any, views:
         token = tokenizer.convert_ids_to_tokens(largest)
         allowed = f"its tokenizer makes token {largest} ({token!r}) of the data, but its embedding has {facts.num_rows} rows"
         raise InputError("model.path", config.model.path, f"{allowed}: take the tokenizer that belongs to these weights")
-    notes = []
+    notes = _unseen_tokens(config, tokenizer, views[0])
     if len(tokenizer) > facts.num_rows:
         known = f"its tokenizer knows {len(tokenizer):,} tokens, its embedding {facts.num_rows:,}"
         notes.append(f"{known}; the data uses none of the others")
@@ -169,6 +169,15 @@ def _check_tokens(config: TrainConfig, facts: ModelFacts, tokenizer: Any, views:
             raise InputError("data.max_seq_length", config.data.max_seq_length, allowed)
         notes.append(f"it was made for {facts.num_positions:,} positions, and samples have up to {longest:,} tokens")
     return notes
+
+
+def _unseen_tokens(config: TrainConfig, tokenizer: Any, view: AnyView) -> list[str]:
+    """Name trained tokens that no training sample has: they may be mistyped."""
+    tokens = config.model.train_tokens
+    trained = dict(zip(tokenizer.convert_tokens_to_ids(list(tokens)), tokens, strict=True))
+    unseen = sorted(trained.keys() - view.ids_among(list(trained))) if trained else []
+    named = ", ".join(repr(trained[number]) for number in unseen[:3])
+    return [f"model.train_tokens: no training sample has {named}, so nothing shows how to use it"] if unseen else []
 
 
 def inspect(config: ModelConfig) -> Facts:

@@ -59,12 +59,15 @@ class LoraExperts(nn.Module):
 
     @torch.no_grad()
     def start_from(self, a_RD: Tensor, b_OR: Tensor) -> None:
-        """Put an adapter of at most this rank and of this scaling into the first ranks of each expert."""
-        own = a_RD.shape[0] // self.num_experts
+        """Put an adapter of at most this rank and of this scaling into the first ranks of each expert.
+
+        What fills it up with zeros to a larger rank is left out.
+        """
+        own, used = a_RD.shape[0] // self.num_experts, used_rank(a_RD, b_OR, self.num_experts)
         a_ERD = self.lora_a.view(self.num_experts, self.rank, -1)
-        a_ERD[:, :own] = a_RD.view(self.num_experts, own, -1).to(a_ERD)
+        a_ERD[:, :used] = a_RD.view(self.num_experts, own, -1)[:, :used].to(a_ERD)
         b_ORE = self.lora_b.view(self.out_features, self.rank, self.num_experts)
-        b_ORE[:, :own] = b_OR.view(self.out_features, own, -1).to(b_ORE)
+        b_ORE[:, :used] = b_OR.view(self.out_features, own, -1)[:, :used].to(b_ORE)
 
     def by_expert(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return A [E, R, D] and scaling * B [E, O, R] in `dtype`, contiguous and without autograd."""
@@ -85,6 +88,14 @@ class LoraExperts(nn.Module):
         """Return the gradients of lora_a and lora_b from those of what `by_expert` returns."""
         db_OR = db_EOR.permute(1, 2, 0).reshape(self.lora_b.shape).to(self.lora_b.dtype)
         return da_ERD.reshape(self.lora_a.shape).to(self.lora_a.dtype), db_OR * self.scaling
+
+
+def used_rank(a_RD: Tensor, b_OR: Tensor, num_experts: int = 1) -> int:
+    """Return the rank of an adapter without what fills it up with zeros, in all of its experts."""
+    rank = a_RD.shape[0] // num_experts
+    a_ERD, b_ORE = a_RD.view(num_experts, rank, -1), b_OR.view(-1, rank, num_experts)
+    used_R = a_ERD.any(dim=2).any(dim=0) | b_ORE.any(dim=2).any(dim=0)
+    return max((i + 1 for i, is_used in enumerate(used_R.tolist()) if is_used), default=0)
 
 
 def expert_weight(model: nn.Module, name: str) -> tuple[FrozenExperts, str] | None:

@@ -169,7 +169,8 @@ def _with_weight_names(pairs: dict[str, tuple[Tensor, Tensor]], values: dict[str
     """
     wanted = values.get("target_parameters") or []
     field = f"{CONFIG}: target_parameters"
-    ends = {str(name).rpartition(".")[2] for name in wanted} if isinstance(wanted, list) else {""}
+    wanted = wanted if isinstance(wanted, list) else [""]
+    ends = {str(name).rpartition(".")[2] for name in wanted}
     if not ends <= set(EXPERT_WEIGHTS):
         raise InputError(field, wanted, f"cannot be exported; allowed: weights of experts ({', '.join(EXPERT_WEIGHTS)})")
     found = {}
@@ -178,10 +179,10 @@ def _with_weight_names(pairs: dict[str, tuple[Tensor, Tensor]], values: dict[str
         if path.rpartition(".")[2] != EXPERTS:
             found[name] = pair
             continue
-        if not ends:
-            raise InputError("adapter", name, f"adapts experts, and {CONFIG} has no target_parameters")
-        up, down = EXPERT_WEIGHTS
-        found[f"{path}.{up if path != name or ends == {up} else down}"] = pair
+        here = [w for w in EXPERT_WEIGHTS if any(f".{path}.{w}".endswith(f".{end}") for end in wanted)]
+        if not here:
+            raise InputError("adapter", name, f"adapts experts, and {CONFIG} has no target_parameters there")
+        found[f"{path}.{here[0] if path != name else here[-1]}"] = pair
     return found
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from engine.adapter.expert_lora import LoraExperts
+from engine.adapter.expert_lora import LoraExperts, used_rank
 from engine.adapter.lora import AnyLora, LoraLinear, attach, detach
 from engine.adapter.made_start import start_made
 from engine.adapter.peft_files import CONFIG
@@ -65,7 +65,7 @@ def check_start(
         allowed = f"must adapt what lora.target_modules picks, and {odd[0]} is one that {whose}; it adapts [{','.join(ends)}]"
         raise InputError(FIELD, config.start_from, allowed)
     for name, pair in adapter.layers.items():
-        rank = adapter.rank if is_expert(name) else _rank(*pair)
+        rank = used_rank(*pair, pair[0].shape[0] // adapter.rank if is_expert(name) else 1)
         if rank > ranks[name]:
             own = f"lora.rank = {config.rank}" if ranks[name] == config.rank else f"{ranks[name]} of lora.rank_pattern"
             raise InputError(FIELD, config.start_from, f"has rank {rank} in {name}, above {own}: take that rank or more")
@@ -121,8 +121,3 @@ def start_from(layers: Mapping[str, AnyLora], config: LoraConfig) -> None:
 def _used(a_RD: torch.Tensor, b_OR: torch.Tensor) -> torch.Tensor:
     """Return which of the R are not zero in both: an adapter with a rank pattern comes filled up with zeros."""
     return a_RD.any(dim=1) | b_OR.any(dim=0)
-
-
-def _rank(a_RD: torch.Tensor, b_OR: torch.Tensor) -> int:
-    """Return the rank without what fills it up at its end."""
-    return max((i + 1 for i, is_used in enumerate(_used(a_RD, b_OR).tolist()) if is_used), default=0)

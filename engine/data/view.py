@@ -15,6 +15,8 @@ from engine.data.tokens import TokenSet
 from engine.errors import InputError
 from engine.units import counted
 
+SCANNED = 2**24  # tokens at once
+
 
 class View:
     """Select rows of a TokenSet and fit their samples into a length.
@@ -23,7 +25,7 @@ class View:
     without a target within the length are left out; `num_dropped` counts them. Pieces overlap by
     one token, which the second does not predict, so that each target is learnt once. part: training
     or evaluation, for messages. in_pairs: each row is a pair of samples, chosen and rejected, which
-    are used both or not at all.
+    are used both or not at all; if their tokens are equal within the length, there is nothing to prefer.
     """
 
     def __init__(
@@ -38,12 +40,14 @@ class View:
             count = int((full > max_seq_length).sum())
             longer = f"{count:,} of {counted(len(full), f'{part} sample')} {'is' if count == 1 else 'are'} longer"
             longer += f" than {counted(max_seq_length, 'token')}"
-            raise InputError("data.overlong", overlong, f"{longer}, the longest has {full.max():,}; or cut, drop, split")
+            others = "cut, drop" if in_pairs else "cut, drop, split"
+            raise InputError("data.overlong", overlong, f"{longer}, the longest has {full.max():,}; or {others}")
         if overlong == "drop":
             kept = full <= max_seq_length
         else:
             kept = tokens.first_target[self._given] < max_seq_length
         if in_pairs:
+            kept &= ~_are_equal(tokens, self._given, np.minimum(full, max_seq_length))
             kept = np.repeat(kept.reshape(-1, IN_A_PAIR).all(axis=1), IN_A_PAIR)
         if overlong == "split":
             self._chosen, self._starts, self.lengths = _pieces(tokens, self._given, full, max_seq_length)
@@ -108,6 +112,14 @@ class View:
     def largest_id(self) -> int:
         """Return the largest token id in the arrays that these samples come from."""
         return int(np.max(self._tokens.input_ids)) if len(self._tokens.input_ids) else 0
+
+    def ids_among(self, ids: list[int]) -> set[int]:
+        """Return which of these token ids are in the arrays that these samples come from."""
+        array, found = self._tokens.input_ids, set()
+        for start in range(0, len(array), SCANNED):
+            part = array[start : start + SCANNED]
+            found |= set(part[np.isin(part, ids)].tolist())
+        return found
 
     def row_of(self, i: int) -> int:
         """Return the place of the sample's row among the rows of its source that could be read, from 0."""
@@ -188,6 +200,10 @@ class JoinedView:
         """Return the largest token id in the arrays that these samples come from."""
         return max(view.largest_id() for view in self.parts.values())
 
+    def ids_among(self, ids: list[int]) -> set[int]:
+        """Return which of these token ids are in the arrays that these samples come from."""
+        return set().union(*(view.ids_among(ids) for view in self.parts.values()))
+
     def is_whole(self, i: int) -> bool:
         """Return True if nothing of the sample lies beyond the length."""
         view, place = self._at(i)
@@ -227,6 +243,15 @@ def make_cursor(view: AnyView, config: TrainConfig) -> Cursor:
 def _joined(lengths: np.ndarray, size: int) -> np.ndarray:
     """Return the lengths of `size` neighbours together."""
     return lengths.reshape(-1, size).sum(axis=1) if size > 1 else lengths
+
+
+def _are_equal(tokens: TokenSet, samples: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return whether each sample has the tokens of the other one of its pair, within these lengths."""
+    equal = np.repeat(lengths[0::2] == lengths[1::2], IN_A_PAIR)
+    for i in np.flatnonzero(equal[0::2]) * IN_A_PAIR:
+        one, other = (tokens.input_ids[start : start + lengths[i]] for start in tokens.offsets[samples[i : i + IN_A_PAIR]])
+        equal[i : i + IN_A_PAIR] = np.array_equal(one, other)
+    return equal
 
 
 def _pieces(tokens: TokenSet, given: np.ndarray, full: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -106,11 +106,7 @@ class _Training:
     def evaluated(self, rows: np.ndarray) -> AnyView:
         """Return the samples in these rows as evaluation samples, in the order of the rows within a source."""
         config = self._config
-        views = {
-            name: _evaluated(tokens, here, config)
-            for name, tokens, here in self._by_source(rows)
-            if len(here)
-        }
+        views = {name: _evaluated(tokens, here, config) for name, tokens, here in self._by_source(rows) if len(here)}
         return JoinedView(views) if len(views) > 1 else next(iter(views.values()))
 
     def _by_source(self, rows: np.ndarray) -> Iterator[tuple[str, TokenSet, np.ndarray]]:
@@ -277,7 +273,8 @@ def _builtin_parts(field: str, paths: tuple[str, ...]) -> tuple[Path, Path] | No
 def _refuse_empty(view: AnyView, part: str, field: str, config: DataConfig) -> None:
     if len(view) == 0:
         lost = f"none of the {counted(view.num_dropped, f'{part} sample')} keeps a target token at this length"
-        way_out = "raise it, or data.overlong=cut or split" if config.overlong == "drop" else "raise it, or data.overlong=split"
+        others = ("cut",) * (config.overlong == "drop") + ("split",) * (config.format != PREFERENCE)
+        way_out = f"raise it, or data.overlong={' or '.join(others)}" if others else "raise it"
         raise InputError(field, view.max_seq_length, lost if config.overlong == "split" else f"{way_out}: {lost}")
 
 

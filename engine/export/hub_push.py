@@ -44,6 +44,8 @@ def push(
     token, or a repository that may not be written or is public and was to be private.
     """
     _refuse_foreign(folder)
+    if base_name is not None and not is_local(base_name):
+        _require_hub_id("--base-model", base_name)
     api = _api(repo)
     is_new = _is_new(api, repo, public)
     with tempfile.TemporaryDirectory() as place:
@@ -78,13 +80,8 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _api(repo: str) -> Any:
     from huggingface_hub import HfApi, constants, get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise InputError(REPO_FIELD, repo, f"must be organisation/name ({first_line(error)})") from None
+    _require_hub_id(REPO_FIELD, repo)
     if "/" not in repo:
         raise InputError(REPO_FIELD, repo, "must be organisation/name, or your user name before the /")
     if constants.is_offline_mode():
@@ -93,6 +90,16 @@ def _api(repo: str) -> Any:
     if token is None:
         raise InputError(REPO_FIELD, repo, "needs a token that may write: run `hf auth login`, or set HF_TOKEN")
     return HfApi(token=token)
+
+
+def _require_hub_id(field: str, name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(field, name, f"must be organisation/name ({first_line(error)})") from None
 
 
 def _is_new(api: Any, repo: str, public: bool) -> bool:

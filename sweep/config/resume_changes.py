@@ -28,6 +28,17 @@ CHOICE = ("sweep.tie_within", "sweep.final_seeds", "sweep.budget.target_metric")
 AMENDABLE = (NUM_TRIALS, *BUDGETS, *CHOICE, *PLACE)
 
 
+def parse_recorded_config(values: Any) -> SweepConfig:
+    """Validate the config of a sweep that began, which may be an older version's. Raises InputError.
+
+    Keys that it lacks mean what that version did: it did not count set-ups of trials.
+    """
+    sampler = values.get("sampler") if isinstance(values, dict) else None
+    if isinstance(sampler, dict) and sampler.get("name") == "freeze_thaw":
+        values = {**values, "sampler": {"setup_tokens": 0, **sampler}}
+    return parse_sweep_config(values)
+
+
 def apply_resume_changes(config: SweepConfig, overrides: dict[str, Any]) -> SweepConfig:
     """Return the config with the overrides (dotted path -> value) applied.
 

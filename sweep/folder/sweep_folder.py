@@ -38,7 +38,8 @@ from engine.system.file_lock import FileLock, is_held
 from engine.system.files import write_text
 from engine.system.user_path import user_path
 from engine.trial_report import REPORTS, TrialReport, read_reports
-from sweep.config.sweep import SweepConfig, parse_sweep_config
+from sweep.config.resume_changes import parse_recorded_config
+from sweep.config.sweep import SweepConfig
 from sweep.folder.flush import replace_text
 
 ACCOUNTS = "accounts"  # key in data.json
@@ -128,7 +129,7 @@ class SweepFolder:
         write_text(self.config_file, json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
 
     def read_config(self) -> SweepConfig:
-        return parse_sweep_config(load_json(self.config_file))
+        return parse_recorded_config(load_json(self.config_file))
 
     def write_data(self, data: dict[str, Any], accounts: Iterable[DataAccount] = ()) -> None:
         """Write the digests of the samples and base model that all trials share.

@@ -89,11 +89,17 @@ def best_card(
         settings=_settings(record, config),
         sections=[
             *([("What it answers", _examples(examples))] if examples else []),
-            ("Try it, and take it elsewhere", ["Run in this folder, with qlora-sweep installed:", "", *TOOLS]),
+            ("Try it, and take it elsewhere", _tools(config)),
             ("Load it", ["Run in this folder:", "", *peft_code(base_model, config, loader), *_builtin_note(config.model.path)]),
             ("Train it again", ["```", f"python -m engine train_config.json{_permission(config)}", "```"]),
         ],
     ).text()
+
+
+def _tools(config: TrainConfig) -> list[str]:
+    if config.model.train_tokens:
+        return ["It has rows of tokens (`trainable_token_indices`), which PEFT loads, and no merge, chat or llama.cpp."]
+    return ["Run in this folder, with qlora-sweep installed:", "", *TOOLS]
 
 
 def _permission(config: TrainConfig) -> str:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import InputError
-from sweep.config.resume_changes import refuse_edits
-from sweep.config.sweep import SweepConfig, parse_sweep_config
+from sweep.config.resume_changes import parse_recorded_config, refuse_edits
+from sweep.config.sweep import SweepConfig
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.prior.kept_beginning import Attributes
 from sweep.steering.history import with_all_settings
@@ -60,7 +60,7 @@ def _begun_with(folder: SweepFolder, attributes: Mapping[str, Any]) -> BegunWith
     try:
         values = None if config is None else json.loads(config)
         num_commands = 0 if values is None else int(values.pop(NUM_COMMANDS, 0))
-        return BegunWith(None if values is None else parse_sweep_config(values), inputs and json.loads(inputs), num_commands)
+        return BegunWith(None if values is None else parse_recorded_config(values), inputs and json.loads(inputs), num_commands)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise InputError("resume", str(folder.journal), f"holds no valid record of the sweep's config ({error})") from None
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.adapter.lora import attach, detach
+from engine.adapter.peft_files import export_adapter
 from engine.adapter.portable import read_adapter
+from engine.adapter.start import attach_started
 from engine.errors import InputError, Interrupted
 from engine.evaluation.reevaluate import evaluate_adapter
 from engine.model.guard import ALLOWED
@@ -70,6 +73,31 @@ def test_a_second_stage_starts_from_an_adapter_with_experts(tiny_config, tiny_mi
     )
     prepare([still])
     assert run(still, tmp_path / "second")[0].eval_loss == pytest.approx(ended, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"rank_pattern": {"experts.down_proj": 2}},
+        {"target_modules": ["layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]},
+    ],
+)
+def test_a_start_is_the_adapter_whatever_the_ranks_and_weights_of_its_experts(lora, tiny_config, tiny_mixture_dir, tmp_path):
+    config = config_of(tiny_config, tiny_mixture_dir, **lora)
+    base = load_base(config.model, CPU)
+    layers = attach(base.model, base.linear_names, config.lora, 0)
+    given = {name: tuple(p.data.normal_().clone() for p in layer.parameters_of()) for name, layer in layers.items()}
+    export_adapter(tmp_path / "first", config, layers, base.model, base.tokenizer)
+    detach(base.model, layers)
+    start = {**lora, "start_from": str(tmp_path / "first")}
+    again = attach_started(base.model, base.linear_names, config_of(tiny_config, tiny_mixture_dir, **start))
+    assert again.keys() == given.keys()
+    assert all(torch.equal(again[name].lora_a, a) and torch.allclose(again[name].lora_b, b) for name, (a, b) in given.items())
+    detach(base.model, again)
+    wider = config_of(tiny_config, tiny_mixture_dir, **{**start, "rank": 8, "rank_pattern": {}})
+    wide = attach_started(base.model, base.linear_names, wider)
+    assert all(layer.rank == 8 and layer.lora_a.any(dim=1).all() for layer in wide.values())  # zeros in A and B never learn
+    detach(base.model, wide)
 
 
 @pytest.mark.parametrize(

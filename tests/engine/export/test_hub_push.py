@@ -141,11 +141,12 @@ def test_a_public_repository_is_made_only_when_asked(hub, adapter, capsys):
         ("me/support", "foreign", "is no part of an adapter"),
         ("me/support", "link", "is a link"),
         ("me/support", "local base", "--base-model"),
+        ("me/support", "bad base", "--base-model"),
         ("me/support", "tokenizer", "is a place on this machine"),
     ],
 )
 def test_what_should_not_be_pushed_is_one_line_and_sends_nothing(repo, spoil, said, hub, adapter, base, monkeypatch, capsys):
-    named = () if spoil == "local base" else ("--base-model", "org/llama")
+    named = () if spoil == "local base" else ("--base-model", "org/a b" if spoil == "bad base" else "org/llama")
     if spoil in ("no token", "bad token"):
         monkeypatch.setattr("huggingface_hub.get_token", lambda: None if spoil == "no token" else "hf_other")
     if spoil == "offline":

@@ -142,11 +142,12 @@ def test_what_cannot_be_meant_is_refused(values, section, changes, field):
 def test_the_account_counts_pairs_and_leaves_out_both_answers(values, tmp_path):
     long = {"prompt": "w" * 30, "chosen": "x" * 200, "rejected": "y"}  # only the rejected answer would fit
     late = {"prompt": "w" * 150, "chosen": "x", "rejected": "y"}  # nothing of the answers is left
-    values["data"]["train"] = str(write_rows(tmp_path / "odd.jsonl", [*pair_rows(20), long, late]))
+    alike = {"prompt": "w", "chosen": "x" * 200 + "y", "rejected": "x" * 200 + "z"}  # equal as far as the length goes
+    values["data"]["train"] = str(write_rows(tmp_path / "odd.jsonl", [*pair_rows(20), long, late, alike]))
     tokenizer = load_tokenizer(build(values).model)
-    for overlong, dropped, cut in (("cut", 1, 1), ("drop", 2, 0)):
+    for overlong, dropped, cut in (("cut", 2, 1), ("drop", 3, 0)):
         config = build(values, data={"overlong": overlong, "eval": "train"}).data
         view, _, (training, evaluation) = account_data(config, tokenizer)
-        assert (training.num_pairs, training.num_dropped, training.num_cut) == (22 - dropped, dropped, cut)
-        assert f"{22 - dropped} pairs used" in training.line() and evaluation.num_pairs == 22 - dropped
+        assert (training.num_pairs, training.num_dropped, training.num_cut) == (23 - dropped, dropped, cut)
+        assert f"{23 - dropped} pairs used" in training.line() and evaluation.num_pairs == 23 - dropped
         assert len(view) == 2 * training.num_pairs

@@ -105,5 +105,8 @@ def test_a_plan_counts_the_rows_and_a_token_without_one_is_refused_before(trial)
     many = config.model.model_copy(update={"train_tokens": tuple(f"<t{i}>" for i in range(9))})
     with pytest.raises(InputError, match="has no row"):
         prepare([config.model_copy(update={"model": many})])
+    typed = config.model.model_copy(update={"train_tokens": ("<tool>", "<toll>")})
+    (note,) = (note for note in prepare([config.model_copy(update={"model": typed})]).model_notes if "train_tokens" in note)
+    assert "no training sample has '<toll>'," in note and not any("train_tokens" in n for n in prepare([config]).model_notes)
     plain = config.model_copy(update={"model": config.model.model_copy(update={"train_tokens": ()})})
     assert plain.fingerprint() != config.fingerprint()

@@ -37,7 +37,10 @@ def test_all_of_them_with_paths_that_a_shell_takes(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "missing"),
-    [({"has_adapter": False}, {"talk to it", "use it elsewhere"}), ({"space": SMALL, "num_trials": 6}, {"search on"})],
+    [
+        ({"has_adapter": False}, {"talk to it", "use it elsewhere"}), ({"space": SMALL, "num_trials": 6}, {"search on"}),
+        ({"model": {"train_tokens": ["<tool>"]}}, {"talk to it", "use it elsewhere"}),
+    ],
 )  # fmt: skip
 def test_what_would_be_refused_is_not_named(tmp_path, changes, missing):
     assert set(steps(tmp_path)) - set(steps(tmp_path, **changes)) == missing

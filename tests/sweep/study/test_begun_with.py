@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import Any
 
 import pytest
@@ -234,3 +235,15 @@ def test_a_damaged_command_in_the_journal_is_one_line(folder):
     study_in(folder.path, config).commands._study.set_user_attr("command 000000", {"command": 3})
     with pytest.raises(InputError, match="holds a damaged command"):
         read_unedited_config(folder)
+
+
+def test_a_sweep_that_an_older_version_began_goes_on_without_a_price_of_set_ups(tmp_path):
+    config = parse_sweep_config({**config_for(WIDE).model_dump(mode="json"), "sampler": {"name": "freeze_thaw"}})
+    folder = SweepFolder(tmp_path / "sweep")
+    folder.path.mkdir()
+    folder.write_config(config)
+    assert study_in(folder.path, config).keep_begun_with(config, INPUTS)
+    assert read_unedited_config(folder).sampler.setup_tokens == "auto"
+    for file in (folder.config_file, folder.journal):
+        file.write_text(re.sub(r',?\s*\\?"setup_tokens\\?": \\?"auto\\?"', "", file.read_text()))
+    assert read_unedited_config(folder).sampler.setup_tokens == 0 and "setup_tokens" not in folder.config_file.read_text()
