@@ -57,12 +57,13 @@ def _spans_kernel(offsets, spans, num_offsets, T, window, BITS: tl.constexpr, WI
 
 @triton.jit
 def _forward_blocks(
-    acc, top, total, q, k, v, k_stride, v_stride, t, first_M, begin, before, whole, count, T, scale, softcap,
+    acc, top, total, taken, q, k, v, k_stride, v_stride, t, first_M, begin, before, whole, count, T, scale, softcap,
     MASKED: tl.constexpr, CAP: tl.constexpr, BOUND: tl.constexpr, N: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Add `count` key blocks to the softmax; if MASKED, those around the whole ones.
 
-    BOUND scores need no maximum, so `top` stays as it is and nothing is scaled again.
+    BOUND scores need no maximum, so `top` stays as it is and nothing is scaled again. Their weights are
+    not 1 at the largest score, so rounding moves all of them: `taken` is the sum of the rounded ones.
     """
     for i in range(0, count):
         if MASKED:
@@ -81,8 +82,11 @@ def _forward_blocks(
         p = tl.exp2(z - top[:, None])
         total += tl.sum(p, 1)
         v_NP = load_rows(v, start, v_stride, T, MASKED, N, K, P)
-        acc = tl.dot(p.to(v_NP.dtype), v_NP, acc, input_precision="ieee")
-    return acc, top, total
+        weights = p.to(v_NP.dtype)
+        if BOUND:
+            taken += tl.sum(weights.to(tl.float32), 1)
+        acc = tl.dot(weights, v_NP, acc, input_precision="ieee")
+    return acc, top, total, taken
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -100,18 +104,19 @@ def _forward_kernel(
     k += head // GROUP * k_h
     v += head // GROUP * v_h
     q_MP = load_rows(q, start, q_t, T, True, M, K, P)
-    acc, total = tl.zeros((M, P), tl.float32), tl.zeros((M,), tl.float32)
+    acc, total, taken = tl.zeros((M, P), tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
     top = tl.full((M,), 0.0 if BOUND else LOWEST, tl.float32)
     begin, before, whole, behind = key_blocks(spans, start, T, False, M, N)
-    acc, top, total = _forward_blocks(
-        acc, top, total, q_MP, k, v, k_t, v_t, t, first_M, begin, before, whole, whole, T, scale, softcap,
+    acc, top, total, taken = _forward_blocks(
+        acc, top, total, taken, q_MP, k, v, k_t, v_t, t, first_M, begin, before, whole, whole, T, scale, softcap,
         False, CAP, BOUND, N, K, P,
     )  # fmt: skip
-    acc, top, total = _forward_blocks(
-        acc, top, total, q_MP, k, v, k_t, v_t, t, first_M, begin, before, whole, before + behind, T, scale, softcap,
+    acc, top, total, taken = _forward_blocks(
+        acc, top, total, taken, q_MP, k, v, k_t, v_t, t, first_M, begin, before, whole, before + behind, T, scale, softcap,
         True, CAP, BOUND, N, K, P,
     )  # fmt: skip
-    store_rows(out + head * K, acc / total[:, None], start, H * K, T, M, K, P)
+    divisor = taken if BOUND else total
+    store_rows(out + head * K, acc / divisor[:, None], start, H * K, T, M, K, P)
     tl.store(lse + head.to(tl.int64) * T + t, (top + tl.log2(total)) * LN_2, mask=t < T)
 
 
