@@ -31,9 +31,7 @@ def ensure() -> tuple[Path, Path]:
 
 def write(folder: Path) -> None:
     """Write train.jsonl and eval.jsonl into `folder`."""
-    for name, count in (("train", NUM_TRAIN), ("eval", NUM_EVAL)):
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(name, count))
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    orders.write_parts(folder, {"train": rows("train", NUM_TRAIN), "eval": rows("eval", NUM_EVAL)})
 
 
 def rows(part: str, count: int) -> Iterator[dict[str, Any]]:

@@ -42,8 +42,13 @@ def ensure() -> tuple[Path, Path]:
 
 def write(folder: Path) -> None:
     """Write train.jsonl and eval.jsonl into `folder`."""
-    for name, count in (("train", NUM_TRAIN), ("eval", NUM_EVAL)):
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(name, count))
+    write_parts(folder, {"train": rows("train", NUM_TRAIN), "eval": rows("eval", NUM_EVAL)})
+
+
+def write_parts(folder: Path, parts: dict[str, Iterator[dict[str, Any]]]) -> None:
+    """Write NAME.jsonl into `folder` for each part. parts: name -> rows."""
+    for name, rows_of_part in parts.items():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of_part)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

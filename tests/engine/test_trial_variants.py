@@ -24,11 +24,10 @@ from engine.preference import trial_pairs
 from engine.preference.reference_logps import reference_logps
 from engine.prepare import prepare
 from engine.quant.bnb import keep_as_stored
-from engine.training.loop import train
 from engine.vocabulary import embedding_noise
 from tests.support.export_models import one_thread, save_model
 from tests.support.preferences import pair_rows, preference_values, write_rows
-from tests.support.trials import CPU, build, run, same_numbers
+from tests.support.trials import CPU, build, run, run_stopped, same_numbers
 
 TOKENS = ["<tool>", "</tool>"]
 VARIANTS = [
@@ -79,11 +78,7 @@ def test_trained_tokens_beside_variants_and_noise_resume_and_have_peft_s_losses(
     config = config_of(models, family, TOKENS, lora, train={"neftune_noise_alpha": 5.0}, optim={"weight_decay": 0.1})
     base = load_base(config.model, CPU)
     whole = run(config, tmp_path / "whole", base)
-    (tmp_path / "parts").mkdir()
-    first = train(config, tmp_path / "parts", base=base)
-    parts = [next(first)]
-    first.close()
-    parts += train(config, tmp_path / "parts", base=base)
+    parts = run_stopped(config, tmp_path / "parts", base)
     assert same_numbers(whole, parts) and whole[0].num_trainable == prepare([config]).num_trainable[0]
     best = min(report.eval_loss for report in whole)
     assert evaluate_adapter(config, tmp_path / "whole/adapter").eval_loss == pytest.approx(best, rel=1e-5)
@@ -166,11 +161,7 @@ def test_the_reference_of_pairs_sees_neither_start_nor_noise_and_a_stopped_trial
     monkeypatch.setattr(embedding_noise, "bounds", seen)
     monkeypatch.setenv("QLORA_SWEEP_CACHE", str(tmp_path / "with"))
     whole = run(config, tmp_path / "whole", base)
-    (tmp_path / "parts").mkdir()
-    first = train(config, tmp_path / "parts", base=base)
-    parts = [next(first)]
-    first.close()
-    parts += train(config, tmp_path / "parts", base=base)
+    parts = run_stopped(config, tmp_path / "parts", base)
     assert same_numbers(whole, parts) and whole[-1].eval_loss < np.log(2.0)
     view, _ = load_data(config.data, base.tokenizer)
     pairs = {tuple(view.lengths[2 * i : 2 * i + 2].tolist()) for i in range(len(view) // 2)}

@@ -10,6 +10,7 @@ import torch
 
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
+from engine.data.packing import collate
 from engine.sample_losses import SampleLosses
 from engine.training.loop import train
 from tests.support.reports import PART_SECONDS
@@ -27,6 +28,22 @@ def build(values, **sections):
 def run(config, folder, base=None):
     folder.mkdir(parents=True, exist_ok=True)
     return list(train(config, folder, base=base))
+
+
+def run_stopped(config, folder, base=None, between=lambda: None):
+    """Run a trial that is stopped after its first report, then to its end. between: called at the stop."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first = train(config, folder, base=base)
+    reports = [next(first)]
+    first.close()
+    between()
+    return [*reports, *train(config, folder, base=base)]
+
+
+def mean_loss(view, loss_of_row):
+    """Return the loss in nats per target. loss_of_row: row of one sample -> its mean loss."""
+    rows = [collate([view[i]]) for i in range(len(view))]
+    return sum(loss_of_row(row) * row.num_targets for row in rows) / sum(row.num_targets for row in rows)
 
 
 def one_loss(value):

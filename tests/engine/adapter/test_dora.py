@@ -20,9 +20,8 @@ from engine.prepare import prepare
 from engine.quant.bnb import keep_as_stored
 from engine.quant.frozen_linear import FrozenLinear
 from engine.shape.policies import Policy
-from engine.training.loop import train
 from engine.training.optim import make_optimizer
-from tests.support.trials import CPU, build, run, same_numbers
+from tests.support.trials import CPU, build, mean_loss, run, run_stopped, same_numbers
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 STEPS = 12
@@ -175,20 +174,13 @@ def test_a_stopped_trial_goes_on_the_same_and_peft_reads_and_merges_its_adapter(
 
     config = dora(tiny_config, lora=lora)
     whole = run(config, tmp_path / "whole", base)
-    (tmp_path / "parts").mkdir()
-    first = train(config, tmp_path / "parts", base=base)
-    parts = [next(first)]
-    first.close()
-    parts += train(config, tmp_path / "parts", base=base)
+    parts = run_stopped(config, tmp_path / "parts", base)
     assert same_numbers(whole, parts) and whole[-1].eval_loss < whole[0].eval_loss
     assert whole[0].num_trainable == prepare([config]).num_trainable[0]
     best = min(report.eval_loss for report in whole)
     _, view = load_data(config.data, base.tokenizer)
-    model, total, count = peft_model(config, tmp_path / "whole/adapter"), 0.0, 0
-    for i in range(len(view)):
-        row = collate([view[i]])
-        total, count = total + loss_of(model, row).item() * row.num_targets, count + row.num_targets
-    assert total / count == pytest.approx(best, abs=2e-4)
+    model = peft_model(config, tmp_path / "whole/adapter")
+    assert mean_loss(view, lambda row: loss_of(model, row).item()) == pytest.approx(best, abs=2e-4)
     export(tmp_path / "whole/adapter", "merged", tmp_path / "merged", config=config, measure=False)
     from peft import PeftModel
 

@@ -17,9 +17,8 @@ from engine.model.load import load_base, nf4_load_config
 from engine.prepare import prepare
 from engine.quant.bnb import keep_as_stored
 from engine.quant.low_rank import principal_factors
-from engine.training.loop import train
 from engine.training.optim import make_optimizer
-from tests.support.trials import CPU, build, run, same_numbers
+from tests.support.trials import CPU, build, mean_loss, run, run_stopped, same_numbers
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 8
@@ -152,20 +151,13 @@ def test_trials_share_one_start_resume_exactly_and_peft_reads_the_export(tiny_co
         raise AssertionError("the start was made again")
 
     monkeypatch.setattr(made_start, "principal_factors", refuse)
-    (tmp_path / "parts").mkdir()
-    first = train(config, tmp_path / "parts", base=base)
-    parts = [next(first)]
-    first.close()
-    parts += train(config, tmp_path / "parts", base=base)
+    parts = run_stopped(config, tmp_path / "parts", base)
     assert same_numbers(whole, parts) and whole[-1].eval_loss < whole[0].eval_loss
     assert whole[0].num_trainable == prepare([config]).num_trainable[0]
     best = min(report.eval_loss for report in whole)
     _, view = load_data(config.data, base.tokenizer)
-    model, total, count = peft_model(config, tmp_path / "whole/adapter"), 0.0, 0
-    for i in range(len(view)):
-        row = collate([view[i]])
-        total, count = total + loss_of(model, row).item() * row.num_targets, count + row.num_targets
-    assert total / count == pytest.approx(best, abs=2e-4)
+    model = peft_model(config, tmp_path / "whole/adapter")
+    assert mean_loss(view, lambda row: loss_of(model, row).item()) == pytest.approx(best, abs=2e-4)
     with pytest.raises(AssertionError, match="made again"):  # twin: another rank is another start
         run(starting(tiny_config, start, lora={"rank": 2}), tmp_path / "other", base)
 

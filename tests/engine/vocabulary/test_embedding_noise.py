@@ -8,11 +8,10 @@ import torch
 from engine.config.trial import TrainConfig
 from engine.data.packing import collate
 from engine.data.views import load_data
-from engine.training.loop import train
 from engine.training.recordings import Recordings
 from engine.vocabulary.embedding_noise import bounds
 from tests.support.fake_recorder import FakeRecorder
-from tests.support.trials import build, run, same_numbers
+from tests.support.trials import build, run, run_stopped, same_numbers
 
 ALPHA = 5.0
 
@@ -65,13 +64,7 @@ def test_a_stopped_trial_goes_on_with_the_same_noise(tiny_config, tmp_path, base
         FakeRecorder(base, monkeypatch)
     config = noisy(tiny_config, graphs=graphs)
     whole = run(config, tmp_path / "whole", base)
-    (tmp_path / "parts").mkdir()
-    first = train(config, tmp_path / "parts", base=base)
-    parts = [next(first)]
-    first.close()
-    if graphs:
-        Recordings.of(base).clear()
-    parts += train(config, tmp_path / "parts", base=base)
+    parts = run_stopped(config, tmp_path / "parts", base, Recordings.of(base).clear if graphs else lambda: None)
     assert same_numbers(whole, parts) and base.embedding_noise is None
 
 
