@@ -126,29 +126,34 @@ def _parallel(complete: list[TrialRecord], varied: list[Dimension], scale: Scale
         for record in ours:
             x += [*range(len(axes)), None]
             y += [*(axis.places[record.number] for axis in axes), None]
-            texts += [f"{hover(record)}<br>{_label(complete)} {record.score:.4f}"] * (len(axes) + 1)
+            texts += [f"{hover(record)}<br>{_label(complete)} {_shown(record):.4f}"] * (len(axes) + 1)
         figure.add_trace(
             go.Scatter(
                 x=x, y=y, text=texts, mode="lines+markers", line={"color": colour, "width": 2}, marker={"size": 6},
                 showlegend=False, hovertemplate="%{text}<extra></extra>", meta=[record.score for record in ours],
             )
         )  # fmt: skip
-    figure.add_trace(_colour_bar(low, high, scale, _label(complete)))
+    figure.add_trace(_colour_bar(low, high, scale, complete))
     _draw_axes(figure, axes)
     return figure
 
 
 def _label(complete: Sequence[TrialRecord]) -> str:
-    """Return what a score is: eval loss, or a metric with its sign turned where larger is better."""
-    record = complete[0]
-    if record.chosen_by == EVAL_LOSS:
-        return "eval loss (nats)"
-    return f"{'minus ' if record.sign < 0 else ''}{record.chosen_by}"
+    """Return what the trials are compared by: the eval loss, or a metric."""
+    return "eval loss (nats)" if complete[0].chosen_by == EVAL_LOSS else complete[0].chosen_by
 
 
-def _colour_bar(low: float, high: float, scale: Scale, label: str) -> go.Scatter:
-    """Return an empty trace that carries the colour bar of the lines."""
-    marker = {"color": [low], "cmin": low, "cmax": high, "colorscale": scale, "showscale": True, "colorbar": {"title": label}}
+def _shown(record: TrialRecord) -> float:
+    """Return the loss or metric itself. A score is its negative where larger is better."""
+    return record.sign * record.score
+
+
+def _colour_bar(low: float, high: float, scale: Scale, complete: Sequence[TrialRecord]) -> go.Scatter:
+    """Return an empty trace that carries the colour bar of the lines. low, high: of the scores."""
+    if complete[0].sign < 0:
+        low, high, scale = -high, -low, [[1.0 - at, colour] for at, colour in reversed(scale)]
+    bar = {"colorscale": scale, "showscale": True, "colorbar": {"title": _label(complete)}}
+    marker = {"color": [low], "cmin": low, "cmax": high, **bar}
     return go.Scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
 
 
@@ -179,7 +184,7 @@ def _slices(complete: list[TrialRecord], varied: list[Dimension], scale: Scale) 
         marker |= {"line": {"color": "white", "width": 1}, "showscale": i == 0, "colorbar": {"title": "trial"}}
         figure.add_trace(
             go.Scatter(
-                x=[axis.places[record.number] for record in complete], y=[record.score for record in complete], mode="markers",
+                x=[axis.places[record.number] for record in complete], y=[_shown(record) for record in complete], mode="markers",
                 text=[hover(record) for record in complete], marker=marker, showlegend=False,
                 hovertemplate=f"%{{text}}<br>{_label(complete)} %{{y:.4f}}<extra></extra>",
             ), row, column,
@@ -187,7 +192,8 @@ def _slices(complete: list[TrialRecord], varied: list[Dimension], scale: Scale) 
         ticks = {"tickvals": [at for at, _ in axis.ticks], "ticktext": [text for _, text in axis.ticks]}
         figure.update_xaxes(title=name, **ticks, range=[-0.1, 1.1], row=row, col=column)
     figure.update_yaxes(title=_label(complete), col=1).update_layout(height=150 + 350 * rows)
-    return figure.update_yaxes(range=usual_range([record.score for record in complete]))
+    ends = usual_range([record.score for record in complete])
+    return figure.update_yaxes(range=ends and sorted(complete[0].sign * end for end in ends))
 
 
 def _named(varied: list[Dimension]) -> list[tuple[Dimension, str]]:
@@ -205,9 +211,11 @@ def _names(varied: list[Dimension]) -> dict[str, str]:
 def _loss_axis(complete: list[TrialRecord]) -> Axis:
     low, high = _limits(complete)
     places = {record.number: _share(record.score, low, high) for record in complete}
-    above = " and above" if any(record.score > high for record in complete) else ""
-    ticks = [(share, f"{low + share * (high - low):.4f}{above if share == 1.0 else ''}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    return Axis(_label(complete), places, ticks if high > low else [(0.0, f"{low:.4f}")])
+    sign = complete[0].sign
+    beyond = f" and {'above' if sign > 0 else 'below'}" if any(record.score > high for record in complete) else ""
+    values = {share: sign * (low + share * (high - low)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    ticks = [(share, f"{value:.4f}{beyond if share == 1.0 else ''}") for share, value in values.items()]
+    return Axis(_label(complete), places, ticks if high > low else [(0.0, f"{sign * low:.4f}")])
 
 
 def _axis(dimension: Dimension, name: str, complete: list[TrialRecord]) -> Axis:

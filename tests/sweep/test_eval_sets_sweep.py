@@ -14,6 +14,7 @@ from tests.support.paths import ENV
 
 
 @pytest.mark.timeout(600)  # a driver starts Ray and the engine
+@pytest.mark.faults
 def test_a_sweep_chooses_within_its_limits_and_every_place_shows_each_set(tmp_path, tiny_model_dir):
     words = [
         "+experiment=forgetting", "model=local", f"model.path={tiny_model_dir}", "data.eval_max_seq_length=512",

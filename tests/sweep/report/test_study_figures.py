@@ -80,6 +80,28 @@ def test_every_complete_trial_has_a_line_that_can_be_seen_and_the_colours_follow
         assert max(abs(a - b) for a, b in zip(rgb(colour), expected, strict=True)) < 0.03
 
 
+def test_a_metric_of_which_more_is_better_is_shown_itself_with_the_best_in_the_same_place_and_colour(monkeypatch):
+    losses = LOSSES["usual"]
+    by_loss = study_figures([], drawn(losses), SPACE)
+    of_loss = {name: by_loss[name]() for name in ("Parallel coordinates", "Slices")}
+    monkeypatch.setattr(TrialRecord, "chosen_by", property(lambda record: "exact_match"))
+    monkeypatch.setattr(TrialRecord, "sign", property(lambda record: -1.0))
+    monkeypatch.setattr(TrialRecord, "score", property(lambda record: record.kept.eval_loss))  # so a metric of minus it
+    figures = study_figures([], drawn(losses), SPACE)
+    parallel, slices = figures["Parallel coordinates"](), figures["Slices"]()
+    assert parallel.layout.xaxis.ticktext[0] == "exact_match"
+    assert [trace.y for trace in parallel.data] == [trace.y for trace in of_loss["Parallel coordinates"].data]
+    assert lines(parallel) == lines(of_loss["Parallel coordinates"])
+    bars = parallel.data[-1].marker, of_loss["Parallel coordinates"].data[-1].marker
+    assert (bars[0].cmin, bars[0].cmax) == (-bars[1].cmax, -bars[1].cmin)
+    assert [stop[1] for stop in bars[0].colorscale] == [stop[1] for stop in reversed(bars[1].colorscale)]
+    texts = [note.text for note in parallel.layout.annotations if note.x == 0]
+    assert texts == [f"-{text}".replace("above", "below") for text in
+                     (note.text for note in of_loss["Parallel coordinates"].layout.annotations if note.x == 0)]  # fmt: skip
+    assert all(list(trace.y) == [-loss for loss in losses] for trace in slices.data)
+    assert list(slices.layout.yaxis.range) == [-end for end in reversed(of_loss["Slices"].layout.yaxis.range)]
+
+
 def test_the_scale_that_was_used_before_is_told_apart():  # the twin
     assert not all((1.05) / (luminance(c) + 0.05) >= 2.0 for c in sample_colorscale("Blues", [0.0, 0.5, 1.0]))
     assert luminance(ON_WHITE[-1][1]) > luminance(ON_WHITE[0][1])
