@@ -123,7 +123,7 @@ def _launch(
     warnings = [*plan.warnings(), *setting_warnings(plan, folder is None, given)]
     print(plan.describe(), flush=True)
     warn(warnings)
-    if folder is None and plan.config.sweep.warm_start:
+    if folder is None and plan.config.sweep.warm_start and plan.config.train.max_epochs is None:  # else by the data's tokens
         check_warm_start(plan, {}, print)
     path = None if folder is None else folder.path
     if dry_run:

@@ -189,6 +189,8 @@ def _checked(
         print(f"data: {account.line()}", flush=True)
     if is_new and plan.config.train.max_epochs is not None:
         plan = _within_epochs(plan, facts)
+        if plan.config.sweep.warm_start:
+            check_warm_start(plan, {}, print)
     if (line := passes_line(plan.config, facts)) is not None:
         print(f"data: {line}", flush=True)
     if line := mixture_line(plan.config, facts):

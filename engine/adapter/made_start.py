@@ -18,10 +18,10 @@ Shape letters: D input features, O output features, R rank.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -43,10 +43,10 @@ from engine.quant.low_rank import principal_factors
 from engine.sources.identity import identify_model
 from engine.system.command_line import tell
 from engine.system.files import writing
-from engine.system.shared_cache import CACHE_VARIABLE, build_once, cache_root
+from engine.system.shared_cache import CACHE_VARIABLE, build_once, forget_old
 
 FIELD = "lora.start"
-VERSION, PREFIX, FILE, MOST = 1, "start-", "factors.safetensors", 16
+VERSION, KIND, FILE, MOST = 1, "start", "factors.safetensors", 16
 Factors = dict[str, tuple[Tensor, Tensor]]  # layer -> A [R, D], B [O, R], of scaling 1
 
 
@@ -120,18 +120,18 @@ def _cached(layers: Mapping[str, LoraLinear], ranks: Mapping[str, int], config: 
     if not identity:  # a hub model without a known commit: nothing tells when it changes
         return dict(_made(layers, ranks, config))
     try:
-        folder = build_once(PREFIX + _key(identity, ranks, config, device), build)
+        folder = build_once(f"{KIND}-{_key(identity, ranks, config, device)}", build)
     except (InputError, StorageError) as error:
         if isinstance(error, InputError) and error.field != CACHE_VARIABLE:
             raise
         print(f"WARNING: cannot keep the start of {config.lora.start}, so each trial makes it: {error}", file=sys.stderr)
         return made[0] if made else dict(_made(layers, ranks, config))
+    with contextlib.suppress(OSError):  # another user's cache
+        os.utime(folder)
     if not made:
         state = load_file(folder / FILE, device=str(device))
         made.append({name: (state[f"{name}.A"], state[f"{name}.B"]) for name in ranks})
-    os.utime(folder)
-    for old in sorted(cache_root().glob(f"{PREFIX}*"), key=lambda path: path.stat().st_mtime)[:-MOST]:
-        shutil.rmtree(old, ignore_errors=True)
+    forget_old(KIND, MOST)
     return made[0]
 
 

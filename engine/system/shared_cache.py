@@ -80,13 +80,17 @@ def remembered(name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     found = find()
     with contextlib.suppress(InputError, StorageError, OSError):
         build_once(name, lambda folder: _write(folder, found))
-        _forget_old(name.partition("-")[0])
+        forget_old(name.partition("-")[0], MOST)
     return json.loads(json.dumps(found))
 
 
-def _forget_old(kind: str) -> None:
-    kept = sorted(cache_root().glob(f"{kind}-*"), key=lambda path: path.stat().st_mtime)
-    for path in kept[:-MOST]:
+def forget_old(kind: str, most: int) -> None:
+    """Remove all but the newest folders `<kind>-*`, as far as this user may. Other processes may do so at the same time."""
+    known = []
+    for path in cache_root().glob(f"{kind}-*"):
+        with contextlib.suppress(OSError):
+            known.append((path.stat().st_mtime, path))
+    for _, path in sorted(known)[:-most]:
         shutil.rmtree(path, ignore_errors=True)
 
 

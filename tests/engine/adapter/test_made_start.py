@@ -217,3 +217,17 @@ def test_a_start_that_cannot_be_right_is_one_line(tiny_config, start, sections, 
 def test_starts_are_part_of_the_trial_s_identity(tiny_config):
     prints = {starting(tiny_config, start).fingerprint() for start in ("default", "pissa", "loftq")}
     assert len(prints) == 3
+
+
+def test_a_start_in_another_user_s_cache_is_read(tiny_config, base, monkeypatch):
+    config = starting(tiny_config, "pissa")
+    made = attach_started(base.model, base.linear_names, config)
+    detach(base.model, made)
+
+    def denied(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(made_start.os, "utime", denied)
+    again = attach_started(base.model, base.linear_names, config)
+    detach(base.model, again)
+    assert all(torch.equal(made[name].lora_a, again[name].lora_a) for name in made)

@@ -1,9 +1,11 @@
 """Processes of a machine build a shared item once, and completely or not at all."""
 
+import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -85,3 +87,20 @@ def test_a_value_is_found_once_and_the_newest_values_of_a_kind_are_kept(own_cach
     monkeypatch.setattr(cache, "MOST", 1)
     cache.remembered("kind-b", lambda: {})
     assert cache.recall("kind-a") is None and cache.recall("kind-b") == {}
+
+
+def test_old_folders_go_though_another_process_removes_them_too(own_cache, monkeypatch):
+    for age in range(4):
+        (own_cache / f"kind-{age}").mkdir(parents=True)
+        os.utime(own_cache / f"kind-{age}", (age, age))
+    listed, stat = [own_cache / f"kind-{age}" for age in range(4)], Path.stat
+
+    def stat_of_one_that_goes(path, **options):
+        if path == listed[2] and path in listed:
+            listed.remove(path)
+            path.rmdir()
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat_of_one_that_goes)
+    cache.forget_old("kind", 2)
+    assert sorted(path.name for path in own_cache.glob("kind-*")) == ["kind-1", "kind-3"]

@@ -12,15 +12,19 @@ from engine.planning.cards import CARDS
 from sweep import preflight
 from sweep.__main__ import compose, main
 from sweep.cluster.slots import Hardware
+from sweep.config.absolute_paths import with_absolute_paths
 from sweep.config.sweep import parse_sweep_config
 from sweep.execution.engine_commands import CommandFailed
+from sweep.folder.sweep_folder import SweepFolder
 from sweep.plan.feasibility import Feasibility
 from sweep.plan.forecast import most_demanding
 from sweep.plan.samples import data_warnings, passes_line
 from sweep.plan.sweep_plan import make_sweep_plan
 from sweep.space.parse import parse_space
+from sweep.trials.record import Outcome
 from tests.support.fake_engine import SHAPE
 from tests.support.prepared import prepared
+from tests.support.studies import report, study_in, write_reports
 
 SWEEP = ["model=local", "model.path=org/model", "data=local", "dry_run=true"]
 DATA = ["data.train=t.jsonl"]
@@ -217,3 +221,23 @@ def test_passes_too_short_for_the_rungs_are_one_line(monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: train.max_epochs = 1.0: gives 2,000 tokens a trial, at 2,000 a pass, and train.num_reports")
     assert error.count("\n") == 1
+
+
+def test_a_sweep_in_passes_starts_warm_from_one_like_it(monkeypatch, capsys, tmp_path):
+    given = ["train.max_epochs=2", "train.num_reports=3", "train.tokens_per_step=1024", "data.max_seq_length=1024"]
+    earlier = parse_sweep_config(compose([*SWEEP[:-1], f"data.train={tmp_path}/t.jsonl", "sampler=random", *given]))
+    earlier = with_absolute_paths(earlier, tmp_path)
+    earlier = earlier.model_copy(update={"train": earlier.train.within_epochs(30_000)})
+    (path := tmp_path / "earlier").mkdir()
+    SweepFolder(path).write_config(earlier)
+    study = study_in(path, earlier)
+    number, reports = study.ask().number, [report(rung, 2.0 - rung / 10) for rung in (1, 2, 3)]
+    for one in reports:
+        study.report(number, one.rung, one.eval_loss)
+    write_reports(path, number, reports)
+    study.tell(number, Outcome.COMPLETE)
+    warm = ["train.max_epochs=2", f"sweep.warm_start=[{path}]"]
+    assert dry_run(monkeypatch, 30_000, *warm) == 0
+    assert f"warm start 1 trial from {path}" in capsys.readouterr().out
+    assert dry_run(monkeypatch, 40_000, *warm) == 2
+    assert "train.max_tokens is 60000 there and 80000 here" in capsys.readouterr().err
