@@ -15,6 +15,7 @@ from engine.data.views import load_data
 from engine.model.load import load_base, nf4_load_config
 from engine.shape.policies import Policy
 from engine.training.optim import make_optimizer, set_learning_rate
+from tests.support.trials import take_step
 
 STEPS = 32
 ADAMW = OptimConfig(name="adamw", learning_rate=1e-2)
@@ -42,12 +43,7 @@ def our_curve(config, layers_option="auto", perturb=0.0, device="cpu", seed=7, h
     losses = []
     for step in range(STEPS):
         row = collate([view[(3 * step + i) % len(view)] for i in range(3)]).to(base.device)
-        loss = base.loss(row) / row.num_targets
-        loss.backward()
-        optimizer.step()
-        adapter.refresh()
-        adapter.zero_grad()
-        losses.append(loss.item())
+        losses.append(take_step(base, adapter, optimizer, row))
     return torch.tensor(losses), start, view
 
 

@@ -40,6 +40,16 @@ def run_stopped(config, folder, base=None, between=lambda: None):
     return [*reports, *train(config, folder, base=base)]
 
 
+def take_step(base, adapter, optimizer, row):
+    """Train on one row, and return its mean loss before the step."""
+    loss = base.loss(row) / row.num_targets
+    loss.backward()
+    optimizer.step()
+    adapter.refresh()
+    adapter.zero_grad()
+    return loss.item()
+
+
 def mean_loss(view, loss_of_row):
     """Return the loss in nats per target. loss_of_row: row of one sample -> its mean loss."""
     rows = [collate([view[i]]) for i in range(len(view))]

@@ -21,7 +21,7 @@ from engine.quant.bnb import keep_as_stored
 from engine.quant.frozen_linear import FrozenLinear
 from engine.shape.policies import Policy
 from engine.training.optim import make_optimizer
-from tests.support.trials import CPU, build, mean_loss, run, run_stopped, same_numbers
+from tests.support.trials import CPU, build, mean_loss, run, run_stopped, same_numbers, take_step
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 STEPS = 12
@@ -61,12 +61,7 @@ def our_curve(config, base, policy=Policy.KEEP):
     base.model.train()
     for step in range(STEPS):
         row = collate([view[(2 * step + i) % len(view)] for i in range(2)])
-        loss = base.loss(row) / row.num_targets
-        loss.backward()
-        optimizer.step()
-        adapter.refresh()
-        adapter.zero_grad()
-        losses.append(loss.item())
+        losses.append(take_step(base, adapter, optimizer, row))
     moved = max((layer.magnitude.detach() / layer.base.row_squares().sqrt() - 1).abs().max().item() for layer in layers.values())
     detach(base.model, layers)
     return torch.tensor(losses), start, view, moved
