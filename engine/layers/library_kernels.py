@@ -19,7 +19,9 @@ from torch import nn
 
 from engine.errors import first_line
 
-PROBED_TOKENS = 64
+PROBED_TOKENS = {"cuda": 2048}
+"""Tokens of the row that tries a kernel, by the kind of device. Kernels are tuned on the first row that they meet."""
+FEW_TOKENS = 64
 FLASH_LINEAR_ATTENTION = "fla"
 """The module of flash-linear-attention."""
 
@@ -44,7 +46,8 @@ def replace_failing_kernels(model: nn.Module, dtype: torch.dtype, device: torch.
     mixers = {type(module): module for module in model.modules() if _plain_functions(module)}
     if not mixers:
         return
-    x_1TD = torch.randn(1, PROBED_TOKENS, model.config.get_text_config().hidden_size, dtype=dtype, device=device)
+    shape = (1, PROBED_TOKENS.get(device.type, FEW_TOKENS), model.config.get_text_config().hidden_size)
+    x_1TD = torch.randn(shape, dtype=dtype, device=device)
     for kind, module in mixers.items():
         fault, before = _fault(module, x_1TD), [(part, part.__dict__.get("forward")) for part in module.modules()]
         if fault is None:

@@ -40,7 +40,9 @@ from engine.adapter.lora import LoraLinear
 from engine.layers.attention import Documents
 from engine.shape.mixer_shape import CHUNK
 
-PROBED_TOKENS = 512  # of each of the two samples
+PROBED_TOKENS = {"cuda": 2048}
+"""Tokens of each of the two samples that a way is tried on, by the kind of device. Kernels are tuned on them."""
+FEW_TOKENS = 512
 ALLOWED = {torch.float32: 1e-3}  # relative difference of outputs; in 16 bits OTHER_ALLOWED
 OTHER_ALLOWED = 0.05
 
@@ -119,7 +121,8 @@ class LibraryMixer:
     def _choose(self, x_TD: Tensor, documents: Documents) -> Way:
         """Return the first way that computes two samples of the row as if each were alone."""
         filled = [part for part in x_TD.split(documents.lengths) if part.shape[0]]
-        pair = [filled[0][-PROBED_TOKENS:], filled[1][:PROBED_TOKENS]]
+        most = _probed_tokens(x_TD.device)
+        pair = [filled[0][-most:], filled[1][:most]]
         lengths = tuple(part.shape[0] for part in pair)
         offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=documents.offsets.dtype, device=x_TD.device)
         probe, two = torch.cat(pair), Documents(lengths, offsets)
@@ -168,11 +171,15 @@ def read_offsets(mixers: list[LibraryMixer], width: int, dtype: torch.dtype, dev
         first = firsts.setdefault(type(mixer.module), mixer)
         if first.reads_offsets is None:
             generator = torch.Generator(device).manual_seed(0)
-            first.try_offsets(torch.randn(PROBED_TOKENS, width, generator=generator, device=device).to(dtype))
+            first.try_offsets(torch.randn(_probed_tokens(device), width, generator=generator, device=device).to(dtype))
         if first.reads_offsets:
             mixer.way = first.way
         mixer.reads_offsets = first.reads_offsets
     return all(mixer.reads_offsets for mixer in mixers)
+
+
+def _probed_tokens(device: torch.device) -> int:
+    return PROBED_TOKENS.get(device.type, FEW_TOKENS)
 
 
 def chunk_indices(offsets: Tensor, num_tokens: int) -> Tensor:

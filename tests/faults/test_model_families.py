@@ -2,12 +2,16 @@
 
 `python -m tests.faults.test_model_families` prints the table; `--table docs/models.md` writes it
 as that page. Names of families after it restrict it.
+
+On many cores, each process of N scans a part and keeps its rows: `--part I/N --rows FILE`. Then
+`--read FILE... --table docs/models.md` makes the page of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import json
 import logging
 import os
 import re
@@ -15,7 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -84,11 +89,9 @@ def _judged(family: str) -> Row:
     return Row(family, kind(verdict), left_out, "; ".join(verdict.faults))
 
 
-def page(rows: list[Row]) -> str:
-    """Return docs/models.md."""
-    import transformers
-
-    lines = [HEAD.format(version=transformers.__version__, number=len(rows)), ""]
+def page(rows: list[Row], version: str) -> str:
+    """Return docs/models.md. version: of transformers."""
+    lines = [HEAD.format(version=version, number=len(rows)), ""]
     lines += [f"- {number} {what}" for what, number in collections.Counter(_outcome(row) for row in rows).most_common()]
     lines += ["", "| family | layers | samples share rows | no adapter on, or why not |", "|---|---|---|---|"]
     return "\n".join([*lines, *map(_line, rows)]) + "\n"
@@ -156,23 +159,57 @@ def test_every_family_is_right_or_refused():
     assert sum(row.kind == NO_CONFIG for row in rows) <= 12, [row for row in rows if row.kind == NO_CONFIG]
 
 
+def scanned(names: Iterable[str], kept: Path | None, version: str) -> list[Row]:
+    """Return the rows of these families, each written to `kept` as soon as it is known."""
+    found, started = [], time.monotonic()
+    for row in scan(names):
+        found.append(row)
+        print(f"{time.monotonic() - started:6.0f} s  {row.family}: {row.kind}", file=sys.stderr, flush=True)
+        if kept:
+            with kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**asdict(row), "transformers": version}) + "\n")
+    return found
+
+
+def read_rows(files: Iterable[Path]) -> tuple[list[Row], str]:
+    """Return the rows in these files by family, and their version of transformers. Raises ValueError if it is not one."""
+    lines = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    versions = {line.pop("transformers") for line in lines}
+    if len(versions) != 1:
+        raise ValueError(f"rows of one version of transformers are needed, not of {sorted(versions) or 'none'}")
+    rows = {line["family"]: Row(**line | {"left_out": tuple(line["left_out"])}) for line in lines}
+    return [rows[family] for family in sorted(rows)], versions.pop()
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, parts = text.partition("/")
+    if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
+        raise argparse.ArgumentTypeError("must be I/N with I from 0 to N - 1")
+    return int(number), int(parts)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Scan the families that are named, or all; print a line for each."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.test_model_families", description=__doc__)
     parser.add_argument("families", nargs="*")
+    parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="scan one of N parts")
+    parser.add_argument("--rows", type=Path, help="append each row to this file, as a line of JSON")
+    parser.add_argument("--read", type=Path, nargs="+", help="take the rows of such files instead of scanning")
     parser.add_argument("--table", type=Path, help="write the rows as a page")
     options = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    found, started = [], time.monotonic()
-    for row in scan(options.families):
-        found.append(row)
-        print(f"{time.monotonic() - started:6.0f} s  {row.family}: {row.kind}", file=sys.stderr, flush=True)
+    if options.read:
+        found, version = read_rows(options.read)
+    else:
+        number, parts = options.part
+        version = metadata.version("transformers")
+        found = scanned((options.families or families())[number::parts], options.rows, version)
     for row in sorted(found, key=lambda row: (row.kind, row.family)):
         print(f"{row.family:<28} {row.kind:<70} {' '.join(_short(row.left_out))[:100]:<100} {row.detail[:200]}")
     for what, number in collections.Counter(row.kind for row in found).most_common():
         print(f"{number:>4}  {what}")
     if options.table:
-        options.table.write_text(page(found), encoding="utf-8")
+        options.table.write_text(page(found, version), encoding="utf-8")
 
 
 if __name__ == "__main__":
