@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -30,6 +31,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from engine.system.signals import handled
 from tests.bench.makespan_job import Job, model_folder, write_samples
 from tests.bench.makespan_table import table
 
@@ -44,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.table:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         jobs = [_job(options, model) for model in [*options.model, *(LONG if options.long else ())]]
-        with _scratch(options.scratch) as scratch:
+        # a SIGTERM ends the trials' processes too
+        with handled([signal.SIGTERM], lambda *_: sys.exit(143)), _scratch(options.scratch) as scratch:
             for record in measure(jobs, records, options, Path(scratch).resolve()):
                 with options.json.open("a") as file:
                     file.write(json.dumps(record, sort_keys=True) + "\n")

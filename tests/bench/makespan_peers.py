@@ -177,8 +177,9 @@ class Peers:
     def _start(self, folder: Path, point: dict[str, Any], slot: int, log: Any) -> subprocess.Popen:
         task = {
             **asdict(self.job), "cap_gib": share_gib(self.job.cap_gib, self.at_once), "system": self.system,
-            "model": str(self.model), "train": str(self.samples[0]), "held_out": str(self.samples[1]), "folder": str(folder), "adapter": str(folder / "adapter"),
-            "reports": str(folder / "reports"), "cache": str(self.where / "datasets"), "on_card": self.on_card,
+            "model": str(self.model), "train": str(self.samples[0]), "held_out": str(self.samples[1]),
+            "folder": str(folder), "adapter": str(folder / "adapter"), "reports": str(folder / "reports"),
+            "cache": str(self.where / "datasets"), "on_card": self.on_card,
             "rank": point["lora.rank"], "modules": modules(point["lora.target_modules"]),
             "learning_rate": point["optim.learning_rate"],
         }  # fmt: skip
