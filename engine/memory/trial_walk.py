@@ -176,8 +176,8 @@ class TrialWalk:
         tables = sum(heads) if len(heads) > 1 else layer.rotary_tables * max(heads)
         rotary = 2 * (4 if layer.rotary_fp32 else self.element) * tokens * tables
         packed = self.config.model.quantization == "nf4"
-        is_padded = shape.has_mixers and not shape.has_unrecordable_mixers
-        is_padded = is_padded and (phase == "evaluation" or self.config.train.cuda_graphs is True)
+        is_padded = self.is_fused and not shape.has_unrecordable_mixers
+        is_padded = is_padded and ((phase == "evaluation" and shape.has_mixers) or self.config.train.cuda_graphs is True)
         how = (tokens, sample_tokens, self.element, packed, documents_of(tokens) if is_padded else 0)
         known = {one: Sizes.of(one, *how) for one in set(shape.each)}
         self.layer_sizes = [known[one] for one in shape.each]
