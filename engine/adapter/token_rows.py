@@ -21,6 +21,7 @@ from engine.config.possible import TRAIN_TOKENS
 from engine.errors import InputError
 
 NUM_KNOWN = "num_known_tokens"  # attribute of a tokenizer: its tokens before any was added
+AVERAGED_ROWS = 4096
 SUFFIX = "token_adapter.trainable_tokens_delta"  # PEFT's name of the rows, behind that of their module
 
 
@@ -48,7 +49,8 @@ class TokenRows(nn.Module):
         table_VD, ids = self.base.weight.detach(), self.ids.to(self.base.weight.device)
         rows_ND = table_VD[ids].float()
         if (is_new_N := ids >= self._num_known).any():
-            rows_ND[is_new_N] = table_VD[: self._num_known].float().mean(0)
+            parts = table_VD[: self._num_known].split(AVERAGED_ROWS)  # a whole table in fp32 is up to 3 GiB
+            rows_ND[is_new_N] = sum(part.float().sum(0) for part in parts) / self._num_known
         return rows_ND.to(self.ids.device)
 
     def end(self) -> None:

@@ -46,8 +46,8 @@ class Size:
     def around(
         cls, num_tokens: int, num_targets: int, num_documents: int, capacity: int, longest: int, coarse: bool = False
     ) -> Size:
-        """Return the padded size of a row with these numbers."""
-        tokens = _up(num_tokens, max(MIN_TOKENS, capacity // PARTS))
+        """Return the padded size of a row with these numbers, of at most `capacity` tokens, for which memory is planned."""
+        tokens = min(_up(num_tokens, max(MIN_TOKENS, -(-capacity // PARTS))), max(num_tokens, capacity))
         parts = TARGET_PARTS_FULL if tokens >= capacity and not coarse else TARGET_PARTS
         targets = min(tokens, _up(max(1, num_targets), max(MIN_TOKENS, tokens // parts)))
         needed = num_documents + _up(tokens - num_tokens, longest) // longest

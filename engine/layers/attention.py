@@ -4,12 +4,12 @@
 
 - On CUDA with a 16-bit dtype it calls torch's variable-length flash attention, one launch for all
   sequences.
-- If all sequences have the same length, the row is a plain batch. On Hopper and later, cuDNN's
-  attention computes it 1.9 times as fast (H100, 8,192 tokens). cuDNN plans each new shape for more
-  than a second, so it gets only lengths that recur: multiples of LENGTH_STEP.
+- If all sequences have the same length, the row is a plain batch. On Hopper and later, cuDNN's attention computes it 1.9 times
+  as fast (H100, 8,192 tokens). It plans each new shape for more than a second, so it gets only multiples of LENGTH_STEP.
 - What flash attention lacks, our own kernels compute, on CUDA with a 16-bit dtype: a logit softcap,
   heads of more than FLASH_HEAD features (Gemma 4's global layers have 512), and, in older versions
-  of torch, windows and sinks. So they do where they were measured faster (`tiles_are_faster`).
+  of torch, windows and sinks. So they do where they were measured faster (`tiles_are_faster`), and
+  where flash attention would take too much memory for many short sequences (`are_many`).
 - Elsewhere (CPU, fp32) it calls scaled-dot-product attention for each sequence.
 
 A head may have a sink: one more column of the softmax, which belongs to no token. Its share of the
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.kernels import ops
-from engine.shape.compute_limits import FLASH_HEAD, LENGTH_STEP
+from engine.shape.compute_limits import FLASH_HEAD, LENGTH_STEP, SAMPLE_ROWS
 
 NAME = "packed"
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
@@ -96,7 +96,7 @@ def attend(
     """Return causal attention within each document, [T, H, K]. Differentiable in q, k and v."""
     if documents.cache is not None:
         return documents.cache.attend(q_THK, k_TGK, v_TGK, documents, options)
-    fits = _flash_fits(q_THK, options.softcap)
+    fits = _flash_fits(q_THK, options.softcap) and not are_many(documents.offsets.numel() - 1, q_THK.shape[0])
     if sinks_H is not None and fits and _has_sink_backward():
         return _FlashWithSinks.apply(q_THK, k_TGK, v_TGK, sinks_H.detach().float(), documents, options)
     if sinks_H is None and fits:
@@ -171,6 +171,14 @@ def tiles_are_faster(head_dim: int, options: AttentionOptions, capability: tuple
     Hopper's own matrix instructions. Wider heads were equal or slower.
     """
     return head_dim == 64 and options.sliding_window is None and capability[0] == 9
+
+
+def are_many(num_documents: int, num_tokens: int) -> bool:
+    """Return True if flash attention's backward pass would take most of its memory for gaps between samples.
+
+    Samples of 16 tokens take 9 times the memory of one long sample. Our kernels take the same for any.
+    """
+    return SAMPLE_ROWS * num_documents > 4 * max(num_tokens, 4096)
 
 
 def _flash_fits(q: Tensor, softcap: float | None) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.memory.mixer_bytes import MixerBytes
-from engine.shape.compute_limits import MLP_TILE_TOKENS, heads_with_stored_scores, score_cells
+from engine.shape.compute_limits import MLP_TILE_TOKENS, SAMPLE_ROWS, heads_with_stored_scores, score_cells
 from engine.shape.families import Family
 from engine.shape.layer_plan import group_parameters
 from engine.shape.model_shape import ModelShape
@@ -45,6 +45,7 @@ class Sizes:
     packed: bool
     element: int
     tokens: int
+    documents: int = 0
     mixer: MixerBytes | None = None
     tile: Sizes | None = None
 
@@ -54,7 +55,7 @@ class Sizes:
     ) -> Sizes:
         """Return the sizes for `tokens` in samples of `sample_tokens`, `element` bytes a value.
 
-        documents: see `MixerBytes.of`.
+        documents: samples for which a padded row has places, 0 if the row is not padded.
         """
         length = min(tokens, sample_tokens)
         return cls(
@@ -75,6 +76,7 @@ class Sizes:
             packed=packed,
             element=element,
             tokens=tokens,
+            documents=documents,
             mixer=shape.mixer and MixerBytes.of(shape.mixer, shape.hidden_size, tokens, sample_tokens, element, documents),
             tile=cls.of(shape, MLP_TILE_TOKENS, sample_tokens, element, packed) if tokens > MLP_TILE_TOKENS else None,
         )
@@ -97,9 +99,11 @@ class Sizes:
     def flash_workspace(self) -> int:
         """Return the workspace of attention's backward pass: flash, cuDNN or memory-efficient.
 
-        It is dq in fp32, dk and dv of each query head, and dout * out summed over K.
+        It is dq in fp32, dk and dv of each query head, and dout * out summed over K. Flash attention
+        gives each sample SAMPLE_ROWS rows more of dq and of the sum.
         """
-        return 4 * self.q // self.element + self._repeated + self.heads
+        rows = self.tokens + SAMPLE_ROWS * self.documents
+        return (4 * self.q // self.element + self.heads) // self.tokens * rows + self._repeated
 
     def unfused_graph(self, layer: Family, eager_scores: int, dropout: bool) -> int:
         """Return the bytes that autograd keeps of one of transformers' own layers, without its input.

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from engine.config.matmul import Matmul
 from engine.config.optim_section import EIGHT_BIT
-from engine.config.targets import EXPERTS
 from engine.config.trial import TrainConfig
 from engine.memory.layer_memory import Pass
 from engine.memory.layer_walk import AttentionName, attention_name
-from engine.memory.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, HostStack, LiveBytes
+from engine.memory.library_walk import LibraryWalk
+from engine.memory.live_bytes import BOUNDARY, HostStack, LiveBytes
 from engine.memory.mixer_walk import MIXERS
 from engine.memory.tensor_sizes import Sizes
 from engine.shape.compute_limits import EVALUATION_ROW_TOKENS, LOSS_CHUNK_BYTES, documents_of
@@ -22,12 +22,10 @@ from engine.shape.layer_plan import (
     element_bytes,
     is_fused,
     is_on_host,
-    linear_layers,
     num_trained,
     plan_layers,
     scale_bytes,
 )
-from engine.shape.library_bytes import MEASURED_RANK, PassBytes
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import Policy
 
@@ -35,14 +33,15 @@ from engine.shape.policies import Policy
 # Each is 32 MiB on Hopper and 8.1 MiB on other cards, where this is 48 MiB too much. There are two:
 # the measured peaks (H100) match 64 MiB, not 32.
 MATMUL_WORKSPACES = 2 * 32 * 2**20
-# Bytes a trained value of one layer's experts: its gradient in fp32 as the kernels lay it out, and as PEFT does.
-EXPERT_GRADIENT_BYTES = 8
+# Copies in fp32 of a weight while its start is found: of PiSSA the dequantised one and a cast, of LoftQ the
+# original too (engine/adapter/made_start.py).
+START_COPIES = {"default": 0, "pissa": 2, "loftq": 3}
 # A pass before recording and recordings have a stream each, and a process keeps their workspaces.
 STREAMS = 3
 
 
-class TrialWalk:
-    """A walk through load, one micro-batch, one optimizer step and one evaluation row, in turn."""
+class TrialWalk(LibraryWalk):
+    """A walk through load, start, one micro-batch, one optimizer step and one evaluation row, in turn."""
 
     def __init__(self, config: TrainConfig, shape: ModelShape, attention: AttentionName) -> None:
         self.config, self.shape, self.live = config, shape, LiveBytes()
@@ -74,10 +73,14 @@ class TrialWalk:
         live.briefly(per_layer, "input embedding")  # it is loaded to the device before it moves
         if per_layer:
             self._place("input embedding of layers", per_layer)
+        number = num_trained(self.config, self.shape, plans)
+        if copies := START_COPIES[self.config.lora.start]:
+            live.enter("start")
+            with live.holding(2 * 4 * number, "adapter"):  # the adapter, and the factors of all layers
+                live.briefly(copies * 4 * self._largest_weight() // self.element)
         live.enter("at rest")
         live.hold("weight cache", cached_bytes(self.config, self.shape, plans), "weight cache")
         live.hold("INT8 scales", sum(map(scale_bytes, self.shape.each)) if self._is_int8() else 0, "base weights")
-        number = num_trained(self.config, self.shape, plans)
         live.hold("adapter", (4 + 4 + self.element) * number, "adapter")  # parameter, gradient, copy for the matmuls
         live.hold("frozen half", 2 * number if self.config.lora.halves > 1 else 0, "adapter")  # what weight decay must not change
         live.hold("average", 0 if self.config.optim.ema_horizon is None else 4 * number, "running average")
@@ -149,6 +152,7 @@ class TrialWalk:
         last = self.shape.num_layers - 1
         self.live.rename("0.x", f"{last}.x")
         self.live.hold("inputs", sizes.x if last else 0, BOUNDARY)
+        self.live.hold("silent", 4 * num_trained(self.config, self.shape, self.plans) if self._is_silenced() else 0, "adapter")
         stores = [size.k for i, size in enumerate(self.layer_sizes) if self.shape.each[i].source == i != last]
         self.live.hold("shared keys", 2 * sum(stores), BOUNDARY)
         others = [size.mixer.alone for size in self.layer_sizes if size.mixer is not None]
@@ -163,7 +167,13 @@ class TrialWalk:
         self.live.drop("inputs", "shared keys", f"keys of {last}")
         self.live.hold("target losses", 4 * tokens, "loss")
         self._loss(sizes, tokens, trains=False)
-        self.live.drop("target losses", f"{last}.x", f"{last + 1}.x", "batch", "layer inputs")
+        self.live.drop("target losses", "silent", f"{last}.x", f"{last + 1}.x", "batch", "layer inputs")
+
+    def _is_silenced(self) -> bool:
+        """Return True if the base is evaluated beside the adapter, whose values are kept meanwhile (engine/adapter/flat.py)."""
+        config = self.config
+        is_reference = config.learns_pairs and config.preference.needs_reference and config.lora.start != "default"
+        return is_reference or any(limit.above_base is not None for limit in config.data.eval_limits.values())
 
     def _begin(self, phase: str, tokens: int, sample_tokens: int) -> Sizes:
         """Enter a phase with a batch on the device.
@@ -176,8 +186,8 @@ class TrialWalk:
         tables = sum(heads) if len(heads) > 1 else layer.rotary_tables * max(heads)
         rotary = 2 * (4 if layer.rotary_fp32 else self.element) * tokens * tables
         packed = self.config.model.quantization == "nf4"
-        is_padded = shape.has_mixers and not shape.has_unrecordable_mixers
-        is_padded = is_padded and (phase == "evaluation" or self.config.train.cuda_graphs is True)
+        is_padded = self.is_fused and not shape.has_unrecordable_mixers
+        is_padded = is_padded and ((phase == "evaluation" and shape.has_mixers) or self.config.train.cuda_graphs is True)
         how = (tokens, sample_tokens, self.element, packed, documents_of(tokens) if is_padded else 0)
         known = {one: Sizes.of(one, *how) for one in set(shape.each)}
         self.layer_sizes = [known[one] for one in shape.each]
@@ -226,76 +236,6 @@ class TrialWalk:
             kind = "kept" if layer.plan.policy in (Policy.KEEP, Policy.HOST) else "recomputed"
             self.live.enter(f"backward, {kind} layers")
             layer.backward()
-
-    def _forward_measured(self, tokens: int) -> None:
-        """Walk the library's layers by the bytes that they were seen to allocate."""
-        measured, live = self._measured(), self.live
-        kept = BOUNDARY if measured.recomputes else KEPT
-        live.hold("graph", self.shape.num_layers * self._in_layer(measured, tokens), kept)
-        live.briefly(measured.forward * tokens + self._largest_weight() + self._row_codes(tokens))
-        live.hold("tail", max(0, measured.tail * tokens - self.layer_sizes[-1].x))  # the loss has the hidden states
-
-    def _backward_measured(self, tokens: int) -> None:
-        measured, live = self._measured(), self.live
-        live.enter("backward, recomputed layers" if measured.recomputes else "backward, kept layers")
-        live.drop("tail", "dy")
-        again = self._of_adapters(tokens) if measured.recomputes else 0
-        again += EXPERT_GRADIENT_BYTES * self.plans[-1].adapter.get(EXPERTS, 0)
-        with live.holding(measured.backward * tokens + again + self._row_codes(tokens)):
-            live.briefly(self._largest_weight(), WEIGHTS)
-        live.drop("graph", "0.x")
-
-    def _in_layer(self, measured: PassBytes, tokens: int) -> int:
-        return measured.layer * tokens + (0 if measured.recomputes else self._of_adapters(tokens))
-
-    def _of_adapters(self, tokens: int) -> int:
-        """Return what a layer's adapters keep: 16-bit copies, and the low-rank hidden beyond the measured rank."""
-        plan = self.plans[-1]
-        beyond = sum(plan.ranks.values()) - MEASURED_RANK * len(self.shape.projections())
-        return self.element * (sum(plan.adapter.values()) + tokens * max(0, beyond))
-
-    def _row_codes(self, tokens: int) -> int:
-        """Return the bytes of the largest activation in INT8; codes of weights take less room than dequantised ones."""
-        return tokens * max(map(max, linear_layers(self.shape))) if self._is_int8() else 0
-
-    def _measured(self) -> PassBytes:
-        recomputes = Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
-        return self.library.of(recomputes, self.config.lora.lora_dropout > 0.0)
-
-    def _forward_unfused(self, sizes: Sizes) -> None:
-        """Walk transformers' own layers: hold what autograd keeps, or only the inputs."""
-        number, recomputes = self.shape.num_layers, Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
-        for i in range(1, number + 1):
-            self.live.hold(f"{i}.x", sizes.x, BOUNDARY)
-        self.live.hold("graph", 0 if recomputes else sum(map(self._unfused_graph, self.layer_sizes)), KEPT)
-        self.live.briefly(sizes.gate_up + sizes.f + 6 * sizes.x + self._largest_weight())
-
-    def _backward_unfused(self, sizes: Sizes) -> None:
-        recomputes = Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
-        self.live.enter("backward, recomputed layers" if recomputes else "backward, kept layers")
-        again = max(map(self._unfused_graph, self.layer_sizes)) if recomputes else 0
-        mixers = [size.mixer.extra for size in self.layer_sizes if size.mixer is not None]
-        self.live.briefly(again + max(mixers, default=0), MIXERS)
-        with self.live.holding(again + 2 * sizes.gate_up + 6 * sizes.x), self.live.holding(self._largest_weight(), WEIGHTS):
-            self.live.briefly(2 * sizes.q + 12 * self._eager_scores(sizes), ATTENTION)
-        self.live.drop("graph", *(f"{i}.x" for i in range(self.shape.num_layers)))
-
-    def _unfused_graph(self, sizes: Sizes) -> int:
-        dropout = self.config.lora.lora_dropout > 0
-        if sizes.mixer is not None:
-            mlp = sizes.unfused_graph(self.shape.layer, 0, dropout) - sizes.unfused_attention
-            return mlp + sizes.mixer.graph
-        return sizes.unfused_graph(self.shape.layer, self._eager_scores(sizes), dropout)
-
-    def _eager_scores(self, sizes: Sizes) -> int:
-        return sizes.scores if self.is_eager else 0
-
-    def _is_int8(self) -> bool:
-        return self.config.matmul is not Matmul.BF16
-
-    def _largest_weight(self) -> int:
-        """Return the bytes of the largest single projection in the working dtype."""
-        return self.element * max(map(math.prod, linear_layers(self.shape)))
 
     def _has_8bit_optimizer(self) -> bool:
         return self.config.optim.name in EIGHT_BIT

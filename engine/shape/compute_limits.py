@@ -49,6 +49,9 @@ copies."""
 FLASH_HEAD = 256
 """Flash attention takes heads of up to this many features; wider ones go to our own kernels."""
 
+SAMPLE_ROWS = 128
+"""Rows beyond a sample's own that flash attention's backward pass has for it (torch, mha_varlen_bwd)."""
+
 MAGNITUDE_ROWS = 2048
 """Rows of a weight's own gradient that DoRA makes at once, of which only the magnitudes' gradients stay."""
 

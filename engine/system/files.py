@@ -7,11 +7,13 @@ stays. No torch.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -88,6 +90,31 @@ def stage_folder(path: Path, fill: Callable[[Path], None]) -> None:
                 sync(file)
 
 
+def write_digested(folder: Path, makers: Mapping[str, Callable[[], bytes | memoryview]]) -> dict[str, str]:
+    """Write what each maker returns as a file of that name, flushed; return the SHA-256 digests in hex, by name.
+
+    The makers run here, in turn. Meanwhile the content before is written and its digest made, each in a thread.
+    """
+    with ThreadPoolExecutor(2 * len(makers), thread_name_prefix="writing") as pool:
+        digests, written = {}, []
+        for name, make in makers.items():
+            content = make()
+            written.append(pool.submit(_write_flushed, folder / name, content))
+            digests[name] = pool.submit(_sha256, content)
+        for one in written:
+            one.result()
+        return {name: digest.result() for name, digest in digests.items()}
+
+
+def _write_flushed(path: Path, content: bytes | memoryview) -> None:
+    path.write_bytes(content)
+    sync(path)
+
+
+def _sha256(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def place_folder(path: Path, texts: Mapping[str, str] | None = None, *, previous: Path | None = None) -> None:
     """Replace the folder `path` by the staged one.
 
@@ -149,11 +176,7 @@ def share_file(source: Path, path: Path) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Make `path` a file of this content, atomically and flushed to disk. Other names of the old file keep it."""
 
-    def fill(temporary: Path) -> None:
-        temporary.write_bytes(content)
-        sync(temporary)
-
-    _replace_file(path, fill)
+    _replace_file(path, lambda temporary: _write_flushed(temporary, content))
 
 
 def _replace_file(path: Path, make: Callable[[Path], None]) -> None:

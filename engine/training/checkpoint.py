@@ -30,7 +30,7 @@ from safetensors.torch import load as load_tensors
 from engine.adapter.lora import AnyLora, load_adapter_state
 from engine.adapter.peft_files import PREFIX, adapter_bytes
 from engine.errors import CheckpointError, InputError, first_line
-from engine.system.files import drop_outdated, drop_staged, place_folder, settle, stage_folder, staged
+from engine.system.files import drop_outdated, drop_staged, place_folder, settle, stage_folder, staged, write_digested
 from engine.trial_report import CHECKPOINT, PREVIOUS_CHECKPOINT, TrialReport
 
 MASKS = "hash"  # engine/adapter/flat.py: a function of seed, step and place
@@ -140,19 +140,18 @@ def state_of(tensors: Tensors) -> dict[str, Any]:
 def stage(trial_folder: Path, layers: dict[str, AnyLora], state: dict[str, Any]) -> dict[str, str]:
     """Write a checkpoint's tensors, flushed, where `place` finds them; return their digests.
 
-    May run in a thread, on a stream of its own, while nothing changes these tensors. state: what
-    `state_of` returned.
+    May run in a thread, on a stream of its own, while nothing changes these tensors. state: from `state_of`.
     """
     digests: dict[str, str] = {}
+
+    def saved_state() -> memoryview:
+        torch.save(state, buffer := io.BytesIO())
+        return buffer.getbuffer()
 
     def fill(folder: Path) -> None:
         # Files are made in memory first. A full disk then raises an OSError with its number, and
         # the checksums describe the intended content.
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        for name, content in {ADAPTER: adapter_bytes(layers), OPTIMIZER: buffer.getbuffer()}.items():
-            (folder / name).write_bytes(content)
-            digests[name] = hashlib.sha256(content).hexdigest()
+        digests.update(write_digested(folder, {ADAPTER: lambda: adapter_bytes(layers), OPTIMIZER: saved_state}))
 
     stage_folder(trial_folder / CHECKPOINT, fill)
     return digests

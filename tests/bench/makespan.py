@@ -13,6 +13,8 @@ every token. The clock runs from the start of the first process to the end of th
 compiled kernels begin empty. Ours measures its best adapter again on the clock; our calibration of
 a new card, once a machine, is off. Rows that FILE holds are not run again, except those that a
 budget cut: the peers' trials that had ended in the same --scratch are kept. Nothing is extrapolated.
+With --peers-at-once N, N of a peer's processes share the card, each with its part of the memory and
+of the cores; ours has one worker all the same.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -28,6 +31,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from engine.system.signals import handled
 from tests.bench.makespan_job import Job, model_folder, write_samples
 from tests.bench.makespan_table import table
 
@@ -42,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.table:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         jobs = [_job(options, model) for model in [*options.model, *(LONG if options.long else ())]]
-        with _scratch(options.scratch) as scratch:
+        # a SIGTERM ends the trials' processes too
+        with handled([signal.SIGTERM], lambda *_: sys.exit(143)), _scratch(options.scratch) as scratch:
             for record in measure(jobs, records, options, Path(scratch).resolve()):
                 with options.json.open("a") as file:
                     file.write(json.dumps(record, sort_keys=True) + "\n")
@@ -60,9 +65,13 @@ def is_done(record: Record) -> bool:
     return "error" in record or record["trials_ended"] >= record["trials"]
 
 
-def wanted(jobs: list[Job], records: list[Record], systems: list[str] | None) -> list[tuple[Job, str]]:
-    """Return the rows to run now, in order. peft-trl waits until Unsloth has failed, unless systems names it."""
-    done = {(json.dumps(record["job"], sort_keys=True), record["system"]): record for record in records if is_done(record)}
+def wanted(jobs: list[Job], records: list[Record], systems: list[str] | None, at_once: int = 1) -> list[tuple[Job, str]]:
+    """Return the rows to run now, in order. peft-trl waits until Unsloth has failed, unless systems names it.
+
+    at_once: a peer's row with another number of processes is another row.
+    """
+    ended = [record for record in records if is_done(record) and at_once_of(record) in (at_once, None)]
+    done = {(json.dumps(record["job"], sort_keys=True), record["system"]): record for record in ended}
     rows = []
     for job in jobs:
         key = json.dumps(job.key(), sort_keys=True)
@@ -72,11 +81,16 @@ def wanted(jobs: list[Job], records: list[Record], systems: list[str] | None) ->
     return rows
 
 
+def at_once_of(record: Record) -> int | None:
+    """Return how many of a peer's processes shared the card; None for ours, which has one worker."""
+    return None if record["system"] == "ours" else record.get("peers_at_once", 1)
+
+
 def measure(jobs: list[Job], records: list[Record], options: argparse.Namespace, scratch: Path) -> Any:
     """Yield a record for each row, until the budget is used up. What is left of it is shared by the rows to come."""
     began_s, tried, facts = time.monotonic(), set(), _facts(scratch, options)
     known = list(records)
-    while rows := [row for row in wanted(jobs, known, options.systems) if row not in tried]:
+    while rows := [row for row in wanted(jobs, known, options.systems, options.peers_at_once) if row not in tried]:
         left_s = None if options.budget_s is None else options.budget_s - (time.monotonic() - began_s)
         if left_s is not None and left_s <= 0.0:
             print(f"--budget-s {options.budget_s:g} is used up; rows not run:")
@@ -103,18 +117,20 @@ def _run(job: Job, system: str, options: argparse.Namespace, scratch: Path, budg
     from tests.bench.makespan_ours import run_ours
     from tests.bench.makespan_peers import Peers
 
-    on_card = facts["card"] != "CPU"
+    on_card, at_once = facts["card"] != "CPU", options.peers_at_once
+    shared = {} if system == "ours" else {"peers_at_once": at_once}
     try:
         model, samples = model_folder(job, scratch, options.child_timeout_s), write_samples(job, scratch)
         if system == "ours":
             where = Path(tempfile.mkdtemp(prefix=f"{system}-{job.model}-", dir=scratch))
             return run_ours(job, model, samples, where, options.child_timeout_s * job.trials, budget_s, on_card)
         path = options.peer_path.resolve() if options.peer_path else None
-        what = json.dumps([job.key(), str(path), facts["card"], facts["git.commit"]], sort_keys=True)
+        what = json.dumps([job.key(), str(path), facts["card"], facts["git.commit"], at_once], sort_keys=True)
         where = scratch / f"{system}-{job.model}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
-        return Peers(system, job, model, samples, where, path, options.child_timeout_s, on_card).run(budget_s)
+        peers = Peers(system, job, model, samples, where, path, options.child_timeout_s, on_card, at_once=at_once)
+        return {**peers.run(budget_s), **shared}
     except (OSError, RuntimeError, ValueError) as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": f"{type(error).__name__}: {error}", **shared}
 
 
 def _facts(scratch: Path, options: argparse.Namespace) -> Record:
@@ -152,6 +168,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--length", type=int, default=job.length, help="tokens in a packed row")
     parser.add_argument("--rows-at-once", type=int, default=job.rows_at_once, help="of peers; ours chooses by itself")
+    parser.add_argument("--peers-at-once", type=int, default=1, help="processes of a peer that share the card")
     parser.add_argument("--rows-per-step", type=int, default=job.rows_per_step)
     parser.add_argument("--eval-samples", type=int, default=job.eval_samples)
     parser.add_argument("--cap-gib", type=float, default=job.cap_gib, help="emulate a smaller card for all systems; 0: do not")

@@ -10,11 +10,11 @@ PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "trl", "unsloth", "
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Return a table for each job and card, with its rows' versions and commits under it. The last row of a system counts."""
+    """Return a table for each job and card, with its rows' versions and commits under it. The last row of a name counts."""
     groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for record in records:
         key = (json.dumps(record["job"], sort_keys=True), record["card"])
-        groups.setdefault(key, {})[record["system"]] = record
+        groups.setdefault(key, {})[_name(record)] = record
     return "\n\n".join(_group(list(group.values())) for group in groups.values())
 
 
@@ -25,17 +25,22 @@ def _group(rows: list[dict[str, Any]]) -> str:
     title = f"**{job['model']}, {budget}, rows of {job['length']:,}, seed {job['seed']}, {rows[0]['card']}{cap}**"
     lines = [title, "", f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 2)}---|"]
     lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
-    return "\n".join([*lines, "", *(f"{row['system']}: {_place(row)}" for row in rows)])
+    return "\n".join([*lines, "", *(f"{_name(row)}: {_place(row)}" for row in rows)])
+
+
+def _name(row: dict[str, Any]) -> str:
+    """Return the system, and how many of its processes shared the card if several did."""
+    return f"{row['system']}, {row['peers_at_once']} at once" if row.get("peers_at_once", 1) > 1 else row["system"]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     said = ", ".join(f"{count} {name}" for name, count in row.get("outcomes", {}).items())
     if "error" in row:
         reason = " ".join(row["error"].split()).replace("|", "\\|")
-        return [row["system"], f"{row.get('trials_done', 0)} of {row['trials']}", "", "", "", "", f"failed: {reason}"]
+        return [_name(row), f"{row.get('trials_done', 0)} of {row['trials']}", "", "", "", "", f"failed: {reason}"]
     cut = "" if row["trials_ended"] >= row["trials"] else " (cut by the budget)"
     return [
-        row["system"],
+        _name(row),
         f"{row['trials_done']} of {row['trials']}{cut}",
         f"{row['wall_s']:,.1f}",
         f"{row['gpu_s']:,.1f}",

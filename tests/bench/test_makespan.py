@@ -15,7 +15,7 @@ import pytest
 
 from tests.bench import makespan, makespan_ours
 from tests.bench.makespan_job import Job, modules, write_samples
-from tests.bench.makespan_peers import Peers
+from tests.bench.makespan_peers import Peers, share_gib
 from tests.bench.makespan_table import table
 
 JOB = Job(model="tiny", trials=4, report_at=(100, 200))
@@ -38,10 +38,12 @@ report({"ended": True, "peak_gib": 1.0 + number})
 """
 
 
-def peers(where: Path, losses: list[float], lost: tuple[int, ...] = (), timeout_s: float = 20.0, trial: str = TRIAL) -> Peers:
+def peers(
+    where: Path, losses: list[float], lost: tuple[int, ...] = (), timeout_s: float = 20.0, trial: str = TRIAL, at_once: int = 1
+) -> Peers:
     child = where / "trial.py"
     child.write_text(f"nan = float('nan')\nLOSSES, LOST = {losses}, {lost}\n{trial}")
-    return Peers("unsloth", JOB, where / "model", (where / "a", where / "b"), where, None, timeout_s, False, child)
+    return Peers("unsloth", JOB, where / "model", (where / "a", where / "b"), where, None, timeout_s, False, child, at_once)
 
 
 def row(system: str, **found) -> dict:
@@ -105,6 +107,37 @@ def test_a_cut_row_keeps_its_ended_trials_and_judges_the_rest_as_if_it_had_not_b
     assert {**again, "wall_s": 0, "gpu_s": 0} == {**whole, "wall_s": 0, "gpu_s": 0} and again["gpu_s"] > cut["gpu_s"]
 
 
+def test_processes_that_share_the_card_are_in_it_together_and_its_time_counts_once(tmp_path):
+    """Each waits until the other of its pair has begun."""
+    pair = """
+import pathlib, time
+me = int(json.load(open(sys.argv[1]))["folder"][-4:])
+mates = [me ^ 1, me]
+pathlib.Path(f"../began-{me}").touch()
+while not all(pathlib.Path(f"../began-{mate}").exists() for mate in mates):
+    time.sleep(0.01)
+"""
+    found = peers(tmp_path, [2.0, 3.0, 1.0, 2.5], trial=TRIAL.replace("number =", f"{pair}\nnumber =", 1), at_once=2).run(None)
+    assert found["trials_done"] == 4 and 0.0 < found["gpu_s"] <= found["wall_s"] and found["cut_s"] == 0.0
+    tasks = [json.loads((tmp_path / f"{number:04d}" / "task.json").read_text()) for number in range(4)]
+    assert all(task["cap_gib"] == share_gib(JOB.cap_gib, 2) for task in tasks)
+    assert peers(tmp_path, [9.0] * 4, at_once=2).run(None) == found  # nothing runs again
+
+
+def test_shares_of_the_card_leave_room_for_contexts():
+    assert share_gib(23.5, 1) == 23.5 and share_gib(None, 4) is None
+    assert 4 * share_gib(23.5, 4) == pytest.approx(23.5 - 4 * 0.6)
+    with pytest.raises(ValueError, match="--peers-at-once 8: 4 GiB do not hold the contexts"):
+        share_gib(4.0, 8)
+
+
+def test_a_row_with_another_number_of_processes_is_another_row():
+    alone, four = row("unsloth"), row("unsloth", peers_at_once=4)
+    assert makespan.wanted([JOB], [row("ours"), alone], None, 4) == [(JOB, "unsloth")]
+    assert makespan.wanted([JOB], [row("ours"), four], None, 4) == [] != makespan.wanted([JOB], [row("ours"), four], None)
+    assert "| unsloth, 4 at once | 4 of 4 |" in table([alone, four]) and "| unsloth | 4 of 4 |" in table([alone, four])
+
+
 def test_a_running_trial_ends_at_its_next_rung_once_the_budget_is_used_up(tmp_path):
     trial = optuna.create_study(pruner=optuna.pruners.NopPruner()).ask()
     lines = [({"rung": rung, "eval_loss": 1.0}, deadline) for rung, deadline in ((0, None), (1, 0.0), (2, 0.0))]
@@ -128,7 +161,7 @@ def test_a_used_up_budget_names_the_rows_not_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(makespan, "_run", lambda job, system, options, scratch, budget_s, facts: shares.append(budget_s) or {})
     clock = iter([0.0, 20.0, 100.0])
     monkeypatch.setattr(makespan.time, "monotonic", lambda: next(clock))
-    options = argparse.Namespace(systems=None, budget_s=100.0)
+    options = argparse.Namespace(systems=None, budget_s=100.0, peers_at_once=1)
     records = list(makespan.measure([JOB], [], options, tmp_path))
     assert [record["system"] for record in records] == ["ours"] and shares == [40.0]
     assert "--budget-s 100 is used up; rows not run:\n  tiny, unsloth" in capsys.readouterr().out

@@ -128,3 +128,37 @@ def test_attention_by_our_own_operation_equals_the_path_for_the_cpu_with_all_gra
     torch.testing.assert_close(run(attention._Tiled.apply, 4.0), wanted, rtol=1e-4, atol=1e-5)
     for found, other in zip(run(attention._Tiled.apply, 4.4), wanted):
         assert not torch.allclose(found, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_documents", "num_tokens", "many"), [
+    (1, 131072, False), (64, 8192, False), (256, 8192, False), (257, 8192, True), (128, 1024, False), (129, 1024, True),
+])  # fmt: skip
+def test_samples_are_many_where_gaps_would_take_four_fifths_of_flash_attention_s_memory(num_documents, num_tokens, many):
+    assert attention.are_many(num_documents, num_tokens) is many
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("window", "sunk"), [(None, False), (8, False), (None, True)])
+def test_on_a_card_many_short_samples_take_the_memory_of_few_and_have_flash_attention_s_numbers(window, sunk, monkeypatch):
+    generator, tokens, short = torch.Generator("cuda").manual_seed(0), 4096, (8,) * 512
+    sinks = torch.linspace(-1.0, 1.0, 8, device="cuda") if sunk else None
+
+    def run(lengths):
+        offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+        documents = attention.Documents(lengths, offsets)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = attention.attend(*inputs, documents, attention.AttentionOptions(sliding_window=window), sinks)
+        grads = torch.autograd.grad(out, inputs, cotangent)
+        return [out, *grads], torch.cuda.max_memory_allocated() - before
+
+    shapes = [(tokens, heads, 128) for heads in (8, 2, 2)]
+    inputs = [torch.randn(s, device="cuda", dtype=torch.bfloat16, generator=generator).requires_grad_() for s in shapes]
+    cotangent = torch.randn(shapes[0], device="cuda", dtype=torch.bfloat16, generator=generator)
+    run(short)
+    few, ours = run((1000, 1000, 1000, 1096))[1], run(short)
+    monkeypatch.setattr(attention, "are_many", lambda *_: False)
+    theirs = run(short)
+    assert ours[1] < 1.2 * few < theirs[1]
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()

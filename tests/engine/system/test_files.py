@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import stat
@@ -20,6 +21,7 @@ from engine.system.files import (
     share_file,
     stage_folder,
     storage_fault,
+    write_digested,
     write_folder,
     write_text,
 )
@@ -78,6 +80,18 @@ def test_a_fault_at_any_write_leaves_the_old_file_and_folder_whole(tmp_path, cod
         write_folder(folder, filled("old"))
     assert num_failed >= 7  # twin: the test did reach the write calls
     assert (file.read_text(), (folder / "a").read_text()) == ("new", "new")
+
+
+def test_files_written_beside_each_other_have_their_content_and_digests_or_raise_the_disks_error(tmp_path):
+    contents = {"a": b"a" * 10_000, "b": memoryview(b"b" * 20_000), "c": b""}
+    makers = {name: lambda content=content: content for name, content in contents.items()}
+    digests = write_digested(tmp_path, makers)
+    assert digests == {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    assert {name: (tmp_path / name).read_bytes() for name in contents} == {name: bytes(one) for name, one in contents.items()}
+    for number in range(1, 7):  # three files, each written and flushed
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            FullDisk(patch, number)
+            write_digested(tmp_path, makers)
 
 
 def write_in_parts(folder, previous, shared):

@@ -69,6 +69,15 @@ def test_few_sizes_occur():
         Size.of(row, 256, 60).pad(row, 60)  # raises if too small
 
 
+def test_no_row_is_padded_beyond_the_capacity_that_memory_is_planned_for():
+    for capacity in (60, 130, 300, 700, 1000, 1100, 1500, 4100, 8191):
+        sizes = {Size.around(n, n // 2, 1, capacity, capacity).num_tokens for n in range(1, capacity + 1)}
+        assert max(sizes) == capacity and len(sizes) <= 8
+        assert all(Size.around(n, n, 1, capacity, capacity).num_tokens >= n for n in range(1, capacity + 1))
+    row = collate([Sample(np.ones(n, int), np.ones(n, bool)) for n in (700, 400)])
+    assert Size.of(row, 1100, 1100).pad(row, 1100).num_tokens == 1100  # full: no filler
+
+
 def test_a_row_of_whole_samples_is_a_size_of_its_own():
     whole, other = ([Sample(np.ones(n, int), np.ones(n, bool)) for n in lengths] for lengths in ((256, 256), (256, 200, 56)))
     size, mixed = (Size.of(collate(samples), 512, 256) for samples in (whole, other))

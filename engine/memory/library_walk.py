@@ -1,0 +1,102 @@
+"""Walk through what decoder layers of the library allocate, where a trial does not fuse them. No torch."""
+
+from __future__ import annotations
+
+import math
+
+from engine.config.matmul import Matmul
+from engine.config.targets import EXPERTS
+from engine.config.trial import TrainConfig
+from engine.memory.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, LiveBytes
+from engine.memory.mixer_walk import MIXERS
+from engine.memory.tensor_sizes import Sizes
+from engine.shape.layer_plan import LayerPlan, linear_layers
+from engine.shape.library_bytes import MEASURED_RANK, LibraryBytes, PassBytes
+from engine.shape.model_shape import ModelShape
+from engine.shape.policies import Policy
+
+# Bytes a trained value of one layer's experts: its gradient in fp32 as the kernels lay it out, and as PEFT does.
+EXPERT_GRADIENT_BYTES = 8
+
+
+class LibraryWalk:
+    """The part of a trial's walk that goes through layers as the library has them."""
+
+    config: TrainConfig
+    shape: ModelShape
+    live: LiveBytes
+    plans: list[LayerPlan]
+    layer_sizes: list[Sizes]
+    element: int
+    is_eager: bool
+    library: LibraryBytes | None
+
+    def _forward_measured(self, tokens: int) -> None:
+        """Walk the library's layers by the bytes that they were seen to allocate."""
+        measured, live = self._measured(), self.live
+        kept = BOUNDARY if measured.recomputes else KEPT
+        live.hold("graph", self.shape.num_layers * self._in_layer(measured, tokens), kept)
+        live.briefly(measured.forward * tokens + self._largest_weight() + self._row_codes(tokens))
+        live.hold("tail", max(0, measured.tail * tokens - self.layer_sizes[-1].x))  # the loss has the hidden states
+
+    def _backward_measured(self, tokens: int) -> None:
+        measured, live = self._measured(), self.live
+        live.enter("backward, recomputed layers" if measured.recomputes else "backward, kept layers")
+        live.drop("tail", "dy")
+        again = self._of_adapters(tokens) if measured.recomputes else 0
+        again += EXPERT_GRADIENT_BYTES * self.plans[-1].adapter.get(EXPERTS, 0)
+        with live.holding(measured.backward * tokens + again + self._row_codes(tokens)):
+            live.briefly(self._largest_weight(), WEIGHTS)
+        live.drop("graph", "0.x")
+
+    def _in_layer(self, measured: PassBytes, tokens: int) -> int:
+        return measured.layer * tokens + (0 if measured.recomputes else self._of_adapters(tokens))
+
+    def _of_adapters(self, tokens: int) -> int:
+        """Return what a layer's adapters keep: 16-bit copies, and the low-rank hidden beyond the measured rank."""
+        plan = self.plans[-1]
+        beyond = sum(plan.ranks.values()) - MEASURED_RANK * len(self.shape.projections())
+        return self.element * (sum(plan.adapter.values()) + tokens * max(0, beyond))
+
+    def _row_codes(self, tokens: int) -> int:
+        """Return the bytes of the largest activation in INT8; codes of weights take less room than dequantised ones."""
+        return tokens * max(map(max, linear_layers(self.shape))) if self._is_int8() else 0
+
+    def _measured(self) -> PassBytes:
+        recomputes = Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
+        return self.library.of(recomputes, self.config.lora.lora_dropout > 0.0)
+
+    def _forward_unfused(self, sizes: Sizes) -> None:
+        """Walk transformers' own layers: hold what autograd keeps, or only the inputs."""
+        number, recomputes = self.shape.num_layers, Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
+        for i in range(1, number + 1):
+            self.live.hold(f"{i}.x", sizes.x, BOUNDARY)
+        self.live.hold("graph", 0 if recomputes else sum(map(self._unfused_graph, self.layer_sizes)), KEPT)
+        self.live.briefly(sizes.gate_up + sizes.f + 6 * sizes.x + self._largest_weight())
+
+    def _backward_unfused(self, sizes: Sizes) -> None:
+        recomputes = Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
+        self.live.enter("backward, recomputed layers" if recomputes else "backward, kept layers")
+        again = max(map(self._unfused_graph, self.layer_sizes)) if recomputes else 0
+        mixers = [size.mixer.extra for size in self.layer_sizes if size.mixer is not None]
+        self.live.briefly(again + max(mixers, default=0), MIXERS)
+        with self.live.holding(again + 2 * sizes.gate_up + 6 * sizes.x), self.live.holding(self._largest_weight(), WEIGHTS):
+            self.live.briefly(2 * sizes.q + 12 * self._eager_scores(sizes), ATTENTION)
+        self.live.drop("graph", *(f"{i}.x" for i in range(self.shape.num_layers)))
+
+    def _unfused_graph(self, sizes: Sizes) -> int:
+        dropout = self.config.lora.lora_dropout > 0
+        if sizes.mixer is not None:
+            mlp = sizes.unfused_graph(self.shape.layer, 0, dropout) - sizes.unfused_attention
+            return mlp + sizes.mixer.graph
+        return sizes.unfused_graph(self.shape.layer, self._eager_scores(sizes), dropout)
+
+    def _eager_scores(self, sizes: Sizes) -> int:
+        return sizes.scores if self.is_eager else 0
+
+    def _is_int8(self) -> bool:
+        return self.config.matmul is not Matmul.BF16
+
+    def _largest_weight(self) -> int:
+        """Return the bytes of the largest single projection in the working dtype."""
+        return self.element * max(map(math.prod, linear_layers(self.shape)))
