@@ -123,9 +123,9 @@ def _give_hours(process: subprocess.Popen, output: Path, ours: Future, deadline:
         process.send_signal(signal.SIGTERM)
     elif process.poll() is None:
         (folder,) = output.glob(f"{NAME}-*")
-        hours = f"gpu_hours={row['gpu_s'] / 3600:.7f}"
-        told = subprocess.run([sys.executable, "-m", "sweep.control", str(folder), "budget", hours], cwd=ROOT, capture_output=True, text=True)
-        print(f"{folder}: budget {hours}: {told.returncode} {told.stdout.strip()} {told.stderr.strip()}", flush=True)
+        words = ["sweep.control", str(folder), "budget", f"gpu_hours={row['gpu_s'] / 3600:.7f}"]
+        told = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
+        print(*words, told.returncode, told.stdout.strip(), told.stderr.strip(), flush=True)
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def _in_time(
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return a Markdown table: for each task and budget the losses of both systems, seed by seed."""
-    lines = ["| task, full trials, equal | system | " + "loss of the winner, by seed | mean | trials | tokens | GPU s | sweep s |"]
+    lines = ["| task, full trials | system | " + "loss of the winner, by seed | mean | trials | tokens | GPU s | sweep s |"]
     lines.append("|---|---|---|---:|---:|---:|---:|---:|")
     for kind in sorted({_kind(row) for row in rows}):
         of_kind, name = [row for row in rows if _kind(row) == kind], _name(*kind)
