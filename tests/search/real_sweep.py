@@ -51,7 +51,7 @@ SYSTEMS = {
 MANY = 1000  # trials: the tokens or the hours end the sweep
 NAME = "real"
 HOURS, TOKENS = "hours", "tokens"
-WITHOUT_SETUPS = 4  # with equal hours, the other sweep may see so many times the tokens of ours
+WITHOUT_SETUPS = 16  # with equal hours, the other sweep may see so many times the tokens of ours
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def test_both_sweeps_differ_in_how_they_search_alone():
 
 def test_with_equal_hours_the_tokens_of_ours_alone_are_limited():
     ours, other = plan(OURS, HOURS).config, plan(OTHER, HOURS).config
-    assert (ours.sweep.budget.full_trials, other.sweep.budget.full_trials) == (4, 16)
+    assert (ours.sweep.budget.full_trials, other.sweep.budget.full_trials) == (4, 64)
 
 
 def test_a_pair_with_equal_hours_runs_together_or_not_at_all():
@@ -95,4 +95,4 @@ def test_the_other_sweep_gets_the_hours_that_ours_took(tmp_path, tiny_model_dir,
     assert real_sweep.main([*words, "--seeds", "0", "--at-once", "2", "--model", str(tiny_model_dir)]) == 0
     ours, other = sorted(real_sweep.read_rows(tmp_path / "rows"), key=lambda one: one["system"])
     assert (ours["system"], ours["equal"], other["system"]) == (OURS, HOURS, OTHER) and "error" not in ours | other
-    assert ours["gpu_s"] <= other["gpu_s"] or other["tokens"] >= 4 * 2 * 1024
+    assert ours["gpu_s"] <= other["gpu_s"]
