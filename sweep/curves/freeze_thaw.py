@@ -20,7 +20,7 @@ from scipy.special import ndtri
 from sweep.curves.acquisition import Options, best_option, expected_winner
 from sweep.curves.curve_model import CurveModel, CurvePrior, decay_of, progress_of
 from sweep.curves.curve_posterior import Posterior
-from sweep.curves.observations import SeenCurve, curve_of, may_go_on, observe, seen_curves
+from sweep.curves.observations import SeenCurve, curve_of, may_go_on, observe, seen_curves, unit_of
 from sweep.curves.situation import CurveState, Decision, GoOn, Situation, Stand, StartNew
 from sweep.curves.trial_encoder import TrialEncoder
 from sweep.prior.rate_prior import RatePrior
@@ -29,6 +29,7 @@ from sweep.space.space import Space
 FIRST_TRIALS = 4  # begun before the model decides
 LEAST_CURVES = 2  # curves with a loss, before the model decides
 FIRST_SPREAD = 0.8  # standard deviation of ln(rate) around the known good rate, of the first trials
+SUSPICIOUS, LEAST_LOOKS = 2.0, 6  # units that the first trial is behind the best first loss, of so many
 
 
 class FreezeThaw:
@@ -79,7 +80,10 @@ class FreezeThaw:
         return self._most_promising(own, left)
 
     def _predicted(self, situation: Situation, own: Sequence[SeenCurve], seen: Sequence[SeenCurve]) -> Decision:
-        """Take the step that the model speaks for."""
+        """Take the step that the model speaks for, unless the first trial has to show what its first loss is worth."""
+        doubted = self._doubted(own, seen, situation.tokens_left)
+        if doubted is not None:
+            return GoOn(doubted.state.number)
         rows = np.array([self._row(curve) for curve in seen])
         running = np.array([i for i, curve in enumerate(seen) if curve.state.stand is Stand.RUNNING], dtype=np.int64)
         next_rung = np.array([min(seen[i].num_rungs, self._num_rungs - 1) for i in running], dtype=np.int64)
@@ -99,6 +103,28 @@ class FreezeThaw:
         if chosen < len(seen):
             return GoOn(seen[chosen].state.number)
         return StartNew(situation.candidates[chosen - len(seen)])
+
+    def _doubted(self, own: Sequence[SeenCurve], seen: Sequence[SeenCurve], tokens_left: int) -> SeenCurve | None:
+        """Return the first trial if it waits, has the good rate, and lies far behind after its first rung.
+
+        Then either the known rate is not good here, or early losses mislead, as those of high rates do.
+        The model takes the first loss at its word, and no trial that it gives up can show that it errs.
+        So the first trial is trained to its end, as long as the tokens can finish another one too.
+        """
+        looks = [curve for curve in seen if curve.losses]
+        first = next((curve for curve in own if curve.losses), None)
+        if first is None or len(looks) < LEAST_LOOKS or not may_go_on(first, self._num_rungs):
+            return None
+        if not self._encoder.knows_rate or abs(self._row(first)[0]) > FIRST_SPREAD:
+            return None
+        if any(curve.state.is_earlier and curve.num_rungs == self._num_rungs for curve in seen):
+            return None  # whole curves have told what first losses are worth
+        lowest = min(curve.losses[0] for curve in looks)
+        if first.losses[0] - lowest <= SUSPICIOUS * unit_of(seen):
+            return None
+        others = [self._to_finish(curve) for curve in own if curve is not first and self._may_win(curve)]
+        needed = self._to_finish(first) + (min(others, default=0) if first.num_rungs == 1 else 0)
+        return first if needed <= tokens_left else None
 
     def _options(self, seen: Sequence[SeenCurve], situation: Situation) -> Options:
         """Return what trials and candidates cost, and what they may do."""

@@ -85,8 +85,7 @@ def seen_curves(curves: Iterable[SeenCurve]) -> list[SeenCurve]:
 def observe(curves: Sequence[SeenCurve], progress: np.ndarray) -> Observations:
     """Return the losses of these curves. progress: float64 [R], see CurveModel."""
     best = _best_by_rung(curves)
-    first = [curve.losses[0] - best[0] for curve in curves if curve.losses]
-    unit = float(np.clip(np.quantile(first, UNIT_QUANTILE), LEAST_UNIT, MOST_UNIT)) if first else MOST_UNIT
+    unit = unit_of(curves)
     units = {rung: unit * _share(loss, best[0]) ** 2 for rung, loss in best.items()}
     levels = _levels(progress)
     if sum(len(levels[curve.num_rungs]) for curve in curves) > MOST_OBSERVATIONS:
@@ -104,6 +103,14 @@ def observe(curves: Sequence[SeenCurve], progress: np.ndarray) -> Observations:
             value.append(math.log1p(DIVERGED_EXCESS))
     places = (np.array(trial, dtype=np.int64), np.array(rung, dtype=np.int64))
     return Observations(*places, np.array(value), min(units.values(), default=unit))
+
+
+def unit_of(curves: Iterable[SeenCurve]) -> float:
+    """Return the unit c(1) at the first rung, in nats."""
+    first = [curve.losses[0] for curve in curves if curve.losses]
+    if not first:
+        return MOST_UNIT
+    return float(np.clip(np.quantile(np.array(first) - min(first), UNIT_QUANTILE), LEAST_UNIT, MOST_UNIT))
 
 
 def may_go_on(curve: SeenCurve, num_rungs: int) -> bool:

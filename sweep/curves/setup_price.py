@@ -75,9 +75,16 @@ def _in_steps(price: float, first_rung: int) -> int:
 
 
 def _tokens(report: TrialReport) -> tuple[float, float]:
-    """Return what the trial could have trained on in its whole set-up, and in that without recordings."""
+    """Return what the trial could have trained on in its whole set-up, and in that without recordings.
+
+    Where the report has one step, no step was steady: the first one counts as recordings, its tokens too.
+    """
     model_s, data_s, attach_s = (seconds or 0.0 for seconds in (report.model_s, report.data_s, report.attach_s))
     thaw_s = data_s + attach_s
     begin_s = max(report.setup_s - model_s, thaw_s) + (report.recording_s or 0.0)
-    speed = report.tokens_seen / report.train_s if report.train_s else report.tokens_per_second
+    if not report.train_s:
+        return begin_s * report.tokens_per_second, thaw_s * report.tokens_per_second
+    if report.step == 1:
+        return max(begin_s * report.tokens_per_second - report.tokens_seen, 0.0), thaw_s * report.tokens_per_second
+    speed = report.tokens_seen / report.train_s
     return begin_s * speed, thaw_s * speed

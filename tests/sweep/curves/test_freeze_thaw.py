@@ -10,6 +10,7 @@ import pytest
 from sweep.curves.freeze_thaw import FreezeThaw
 from sweep.curves.observations import MOST_TRIALS, curve_of, seen_curves
 from sweep.curves.situation import CurveState, GoOn, Situation, Stand, StartNew
+from sweep.prior.rate_prior import RatePrior
 from sweep.space.space import Choice, Range, Space
 from sweep.trials.record import Outcome
 
@@ -242,6 +243,37 @@ def test_trials_of_earlier_sweeps_teach_but_are_not_finished():
     earlier = {n: replace(t, stand=Stand.OVER, is_earlier=True) for n, t in now.trials.items()}
     decision = fresh_policy().decide(Situation(earlier, now.candidates, 32_000, 1, 9))
     assert isinstance(decision, StartNew)
+
+
+KNOWN = RatePrior(math.log(1e-3), 0.8, "a rule")
+
+
+def looks(behind=0.3, rate=1e-3, tokens=20_000, num_rungs=1):
+    """Return a sweep with six looks, of which the first, at a known good rate, is behind."""
+    losses = [2.0 + behind, 2.0, 2.02, 2.03, 2.05, 2.06]
+    rates = [rate, 2e-4, 1e-4, 3e-4, 4e-4, 5e-4]
+    trials = {n: CurveState(n, {RANK: 16, TARGETS: "all-linear", RATE: r}, (loss,), Stand.FREE, Outcome.PAUSED)
+              for n, (loss, r) in enumerate(zip(losses, rates))}  # fmt: skip
+    trials[0] = replace(trials[0], losses=tuple(losses[0] - 0.01 * rung for rung in range(num_rungs)))
+    return Situation(trials, Table(6, 20).params, tokens, 1, 9)
+
+
+def trusting_policy(rate_prior=KNOWN):
+    return FreezeThaw(SPACE, BASE, GRID, 0, rate_prior)
+
+
+def test_a_first_trial_of_a_good_rate_that_looks_bad_early_is_trained_to_its_end():
+    assert trusting_policy().decide(looks()) == GoOn(0)
+    assert trusting_policy().decide(looks(num_rungs=6, tokens=2_000)) == GoOn(0)
+    given_up = [looks(behind=0.03), looks(rate=9e-3), looks(tokens=13_000), looks(num_rungs=6, tokens=1_000)]
+    assert all(trusting_policy().decide(now) != GoOn(0) for now in given_up)
+    assert trusting_policy(None).decide(looks()) != GoOn(0)
+
+
+def test_whole_curves_of_an_earlier_sweep_tell_what_first_losses_are_worth():
+    now = looks()
+    earlier = replace(now.trials[1], number=-1, losses=(2.0,) * 8, stand=Stand.OVER, outcome=Outcome.COMPLETE, is_earlier=True)
+    assert trusting_policy().decide(replace(now, trials={-1: earlier, **now.trials})) != GoOn(0)
 
 
 def test_of_many_trials_the_model_sees_the_best_and_a_share():

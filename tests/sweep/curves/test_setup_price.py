@@ -45,6 +45,12 @@ def test_recordings_count_for_a_beginning_alone_and_old_reports_cost_nothing():
     assert measured_price([make_report(1)] * 4, 1, 1000) == FREE  # no parts, no set-up
 
 
+def test_a_report_of_one_step_has_no_steady_speed():
+    first = make_report(1, step=1, setup_s=4.0, model_s=0.0, data_s=2.0, attach_s=0.0, recording_s=20.0, train_s=1e-5)
+    # 24 seconds at 50 tokens/s, of which 1,000 tokens were the step itself
+    assert measured_price([first] * 4, 1, 100) == SetupPrice(200, 100)
+
+
 def test_a_kept_price_is_read_again():
     study = Attributes()
     kept = KeptSetupPrice(study)
