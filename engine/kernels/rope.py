@@ -1,4 +1,4 @@
-"""Apply rotary position embedding in Triton, in place.
+"""Apply rotary position embedding in Triton, in place or into a buffer with the values behind.
 
 One program rotates all query and key heads of one token. It reads cos and sin once per token
 instead of once per head, and only their first half.
@@ -59,6 +59,37 @@ def _rope_kernel(
     tl.store(k_at + AWAY, k_second, mask=k_inside)
 
 
+@triton.jit
+def _join_kernel(
+    q, k, v, out, cos, sin, q_stride, k_stride, v_stride, cos_stride, sin_stride,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr, STEP: tl.constexpr,
+    AWAY: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_V: tl.constexpr,
+    INVERSE: tl.constexpr,
+):  # fmt: skip
+    """Write what `_rope_kernel` would write in place, and V values, side by side in `out`. All of a head rotates."""
+    token = tl.program_id(0).to(tl.int64)
+    i, j = tl.arange(0, BLOCK_HALF), tl.arange(0, BLOCK_V)
+    c = tl.load(cos + token * cos_stride + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + token * sin_stride + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
+    if INVERSE:
+        s = -s
+    q_at, q_inside = _half_heads(q + token * q_stride, H, K, HALF, STEP, BLOCK_H, BLOCK_HALF)
+    k_at, k_inside = _half_heads(k + token * k_stride, G, K, HALF, STEP, BLOCK_G, BLOCK_HALF)
+    q_first, q_second = tl.load(q_at, mask=q_inside, other=0.0), tl.load(q_at + AWAY, mask=q_inside, other=0.0)
+    k_first, k_second = tl.load(k_at, mask=k_inside, other=0.0), tl.load(k_at + AWAY, mask=k_inside, other=0.0)
+    values = tl.load(v + token * v_stride + j, mask=j < V, other=0.0)
+    q_first, q_second = _turn(q_first, q_second, c, s)
+    k_first, k_second = _turn(k_first, k_second, c, s)
+    out += token * ((H + G) * K + V)
+    q_to, _ = _half_heads(out, H, K, HALF, STEP, BLOCK_H, BLOCK_HALF)
+    k_to, _ = _half_heads(out + H * K, G, K, HALF, STEP, BLOCK_G, BLOCK_HALF)
+    tl.store(q_to, q_first, mask=q_inside)
+    tl.store(q_to + AWAY, q_second, mask=q_inside)
+    tl.store(k_to, k_first, mask=k_inside)
+    tl.store(k_to + AWAY, k_second, mask=k_inside)
+    tl.store(out + (H + G) * K + j, values, mask=j < V)
+
+
 def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool = False, pairs: bool = False) -> None:
     num_tokens, num_q, head_dim = q_THK.shape
     num_k, half = k_TGK.shape[1], cos_TR.shape[1] // 2
@@ -71,3 +102,20 @@ def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse:
         BLOCK_H=block_h, BLOCK_G=block_g, BLOCK_HALF=block_half, INVERSE=inverse,
         num_warps=min(8, max(1, block_h * block_half // 512)),
     )  # fmt: skip
+
+
+def join_rotated(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse: bool = False, pairs: bool = False
+) -> Tensor:
+    (num_tokens, num_q, head_dim), num_k, width_v = q_THK.shape, k_TGK.shape[1], v_TGK.shape[1] * v_TGK.shape[2]
+    out = q_THK.new_empty(num_tokens, (num_q + num_k) * head_dim + width_v)
+    if num_tokens:
+        half = head_dim // 2
+        block_h, block_g, block_half = (triton.next_power_of_2(n) for n in (num_q, num_k, half))
+        _join_kernel[(num_tokens,)](
+            q_THK, k_TGK, v_TGK, out, cos_TK, sin_TK, q_THK.stride(0), k_TGK.stride(0), v_TGK.stride(0), cos_TK.stride(0),
+            sin_TK.stride(0), H=num_q, G=num_k, K=head_dim, V=width_v, HALF=half, STEP=2 if pairs else 1,
+            AWAY=1 if pairs else half, BLOCK_H=block_h, BLOCK_G=block_g, BLOCK_HALF=block_half,
+            BLOCK_V=triton.next_power_of_2(width_v), INVERSE=inverse, num_warps=min(8, max(1, block_h * block_half // 512)),
+        )  # fmt: skip
+    return out

@@ -78,6 +78,11 @@ def quantize_rows(x_TK: Tensor, is_rotated: bool) -> Int8Rows:
     return Int8Rows(_codes(wide_TK.nan_to_num(0.0, 0.0, 0.0), scale_T), scale_T)
 
 
+def glu_backward_codes_(dh_TF: Tensor, gate_up_TF2: Tensor, activation: str) -> Int8Rows:
+    reference.glu_backward_(dh_TF, *gate_up_TF2.chunk(2, dim=1), activation)
+    return quantize_rows(gate_up_TF2, is_rotated=False)
+
+
 def matmul(
     a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None, bias_N: Tensor | None, firsts: tuple[int, ...] = ()
 ) -> Tensor:
