@@ -180,6 +180,7 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8_ops, "unpack_rows", lambda shapes, _: codes(sum(o for o, _ in shapes), shapes[0][1]))
     monkeypatch.setattr(int8_ops, "unpack_columns", lambda shapes, _: codes(shapes[0][1], sum(o for o, _ in shapes)))
     monkeypatch.setattr(int8_ops, "quantize_rows", lambda x, **_: codes(*x.shape))
+    monkeypatch.setattr(int8_ops, "glu_backward_codes_", lambda dh, gate_up, _: codes(*gate_up.shape))
     monkeypatch.setattr(int8_ops, "matmul", int8_matmul)
     monkeypatch.setattr(projection, "product", lambda a, b: torch.empty(a.shape[0], b.shape[1], device="meta"))
 
