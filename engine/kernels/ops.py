@@ -96,11 +96,7 @@ def join_rotated(
 
     All features of a head rotate, so cos and sin are [T, K]. q, k and v stay unchanged.
     """
-    _check_rotation("join_rotated", q_THK, k_TGK, cos_TK, sin_TK)
-    given = {(x.shape[0], x.shape[2], x.dtype) for x in (q_THK, k_TGK, v_TGK)}
-    if len(given) > 1 or not _has_dense_heads(v_TGK) or cos_TK.shape[1] != q_THK.shape[2] or 0 in v_TGK.shape[1:]:
-        layouts = f"q {_layout(q_THK)}, v {_layout(v_TGK)}, cos {_layout(cos_TK)}"
-        raise EngineError(f"join_rotated: {layouts}: expected heads of q, k and v like each other, dense, and cos [T, K]")
+    check_join("join_rotated", q_THK, k_TGK, v_TGK, cos_TK, sin_TK)
     return _family("rope", q_THK).join_rotated(q_THK, k_TGK, v_TGK, cos_TK, sin_TK, inverse, pairs)
 
 
@@ -295,6 +291,15 @@ def _check_rotation(op: str, q_THK: Tensor, k_TGK: Tensor, cos_TR: Tensor, sin_T
             raise EngineError(f"{op}: {name} {_layout(x)}: expected contiguous rows [{num_tokens}, at most {head_dim}]")
     if rotated % 2:
         raise EngineError(f"{op}: {rotated} features that rotate: must be even")
+
+
+def check_join(op: str, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> None:
+    """Raise EngineError unless `join_rotated` takes these."""
+    _check_rotation(op, q_THK, k_TGK, cos_TK, sin_TK)
+    given = {(x.shape[0], x.shape[2], x.dtype) for x in (q_THK, k_TGK, v_TGK)}
+    if len(given) > 1 or not _has_dense_heads(v_TGK) or cos_TK.shape[1] != q_THK.shape[2] or 0 in v_TGK.shape[1:]:
+        layouts = f"q {_layout(q_THK)}, v {_layout(v_TGK)}, cos {_layout(cos_TK)}"
+        raise EngineError(f"{op}: {layouts}: expected heads of q, k and v like each other, dense, and cos [T, K]")
 
 
 def _check_glu(op: str, activation: str, gate_TF: Tensor, *others: Tensor) -> None:
