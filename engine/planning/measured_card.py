@@ -135,7 +135,7 @@ def _numbers(values: Any) -> dict[str, float]:
 def _sizes(values: Any) -> dict[str, int]:
     """Return the sizes of a tile, whole numbers that a card can have."""
     if set(values) != TILE_SIZES or not all(isinstance(size, int) and 0 < size <= LARGEST_SIZE for size in values.values()):
-        raise InputError("tiles", values, f"tiles must have {', '.join(sorted(TILE_SIZES))}, whole numbers up to {LARGEST_SIZE}")
+        raise InputError("file", values, f"tiles must have {', '.join(sorted(TILE_SIZES))}, whole numbers up to {LARGEST_SIZE}")
     return dict(values)
 
 

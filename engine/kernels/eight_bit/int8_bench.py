@@ -4,8 +4,8 @@ Run `python -m engine.kernels.eight_bit.int8_bench` on a CUDA device; it takes a
 
 Each case is checked for parity before it is timed, as in `engine.kernels.bench`. "plain" is what
 bf16 training does in its place: dequantisation for the unpacking, a copy for the rows, torch's bf16
-matmul for the products. For gradients that come with their codes it is the kernels apart. `--tune` times the int8 matmul over tiles instead, next to torch's int8 and
-FP8 matmuls.
+matmul for the products. For gradients that come with their codes it is the kernels apart. `--tune`
+times the int8 matmul over tiles instead, next to torch's int8 and FP8 matmuls.
 """
 
 from __future__ import annotations
