@@ -145,11 +145,11 @@ class _Axolotl(_Peft):
         from axolotl.monkeypatch.lora_kernels import patch_self_attn_lora
         from axolotl.utils.dict import DictDefault
 
+        super().__init__(setting, device, liger=True)
         self._kernels = DictDefault(lora_qkv_kernel=True, lora_o_kernel=True, lora_mlp_kernel=True)
         with tempfile.TemporaryDirectory() as folder:  # it finds the attention's class by a folder's config
             random_config(setting.model).save_pretrained(folder)
-            patch_self_attn_lora(DictDefault(base_model=folder))
-        super().__init__(setting, device, liger=True)
+            patch_self_attn_lora(DictDefault(base_model=folder))  # after Liger, so that it takes Liger's RoPE
 
     def prepare(self, setting: Setting) -> Prepared:
         from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
