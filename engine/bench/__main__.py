@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,11 @@ def _run(rows: list[Row], options: argparse.Namespace, scratch: Path, facts: dic
 
 
 def _rows(options: argparse.Namespace) -> list[Row]:
-    bases, systems = [replace(_setting(options), matmul=mode) for mode in options.matmul], options.systems or list(SYSTEMS)
+    base, systems = _setting(options), options.systems or list(SYSTEMS)
     if not options.suite:
-        return list(dict.fromkeys(row for base in bases for row in plain_rows(systems, base)))
-    found = (row for name in options.suite for base in bases for row in suite_rows(name, systems, base))
-    rows = dict.fromkeys(found)  # the modes do not concern other systems
-    return [row for row in rows if options.only is None or row.setting.model in options.only]
+        return plain_rows(systems, base, options.matmul)
+    rows = [row for name in options.suite for row in suite_rows(name, systems, base, options.matmul)]
+    return [row for row in dict.fromkeys(rows) if options.only is None or row.setting.model in options.only]
 
 
 def _targets(text: str) -> str | tuple[str, ...]:
@@ -124,7 +123,7 @@ def _scratch(wanted: Path | None) -> Iterator[Path]:
 
 
 def _provenance(commit: str | None) -> dict[str, str]:
-    others = package_tags(("liger-kernel", "unsloth"))  # other systems, which the engine does not use
+    others = package_tags(("liger-kernel", "unsloth", "axolotl"))  # other systems, which the engine does not use
     facts = {"git.commit": "", **provenance(), **others}
     return {**facts, **({"git.commit": commit} if commit else {})}
 

@@ -9,6 +9,7 @@ step. `undo` reverts the setup.
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import nn
 from engine.adapter.flat import FlatAdapter
 from engine.adapter.lora import AnyLora, attach, detach
 from engine.bench.rows import Setting
-from engine.bench.shapes import linear_names, random_base, random_model
+from engine.bench.shapes import linear_names, random_base, random_config, random_model
 from engine.config.matmul import Matmul
 from engine.config.trial import LoraConfig
 from engine.data.packing import Batch
@@ -118,7 +119,11 @@ class _Peft(Builder):
             gradient_checkpointing_kwargs={"use_reentrant": False},
         )
         lora = PeftConfig(
-            r=setting.rank, lora_alpha=2 * setting.rank, lora_dropout=setting.dropout, target_modules=linear_names(setting.model)
+            r=setting.rank,
+            lora_alpha=2 * setting.rank,
+            lora_dropout=setting.dropout,
+            target_modules=linear_names(setting.model),
+            task_type="CAUSAL_LM",
         )
         self._peft = get_peft_model(model, lora).train()
         return _library_step(self._peft, setting, self._device)
@@ -127,6 +132,35 @@ class _Peft(Builder):
         if self._peft is not None:
             self._model, self._peft = self._peft.unload(), None
         self._model.gradient_checkpointing_disable()
+
+
+class _Axolotl(_Peft):
+    """Train PEFT's model with Axolotl's LoRA kernels, as its `lora_qkv_kernel`, `lora_o_kernel` and `lora_mlp_kernel` do.
+
+    Liger's RMSNorm, RoPE and fused linear cross-entropy are on too, as by its Liger plugin. Like its
+    loader, norms, embeddings and head get the model's type back after PEFT's preparation.
+    """
+
+    def __init__(self, setting: Setting, device: torch.device) -> None:
+        from axolotl.monkeypatch.lora_kernels import patch_self_attn_lora
+        from axolotl.utils.dict import DictDefault
+
+        super().__init__(setting, device, liger=True)
+        self._kernels = DictDefault(lora_qkv_kernel=True, lora_o_kernel=True, lora_mlp_kernel=True)
+        with tempfile.TemporaryDirectory() as folder:  # it finds the attention's class by a folder's config
+            random_config(setting.model).save_pretrained(folder)
+            patch_self_attn_lora(DictDefault(base_model=folder))  # after Liger, so that it takes Liger's RoPE
+
+    def prepare(self, setting: Setting) -> Prepared:
+        from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
+
+        step, parameters, after_step = super().prepare(setting)
+        dtype = pick_dtype("auto", self._device)
+        for name, module in self._peft.named_modules():
+            if "norm" in name or name.endswith(("embed_tokens", "lm_head")):
+                module.to(dtype)
+        apply_lora_kernel_patches(self._peft, self._kernels)
+        return step, parameters, after_step
 
 
 class _Unsloth(Builder):
@@ -203,5 +237,6 @@ SYSTEMS: dict[str, System] = {
     "ours-unfused": System(lambda setting, device, _: _Ours(setting, device, fused=False)),
     "peft": System(lambda setting, device, _: _Peft(setting, device, liger=False), needs=("peft",)),
     "peft-liger": System(lambda setting, device, _: _Peft(setting, device, liger=True), needs=("peft", "liger_kernel")),
+    "axolotl": System(lambda setting, device, _: _Axolotl(setting, device), needs=("peft", "liger_kernel", "axolotl")),
     "unsloth": System(_Unsloth, needs=("unsloth",), from_folder=True),
 }

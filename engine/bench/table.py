@@ -19,7 +19,7 @@ from typing import Any
 from engine.bench.rows import POLICIES
 from engine.system.command_line import run
 
-PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "peft", "liger-kernel", "unsloth")
+PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "peft", "liger-kernel", "unsloth", "axolotl")
 # The rows of a table agree in SETTING and differ in OURS.
 SETTING = ("model", "batch", "length", "rank", "dropout", "policy", "cap_gib", "card")
 OURS = ("system", "keep_layers", "host_layers", "weight_cache_gib", "cuda_graphs", "matmul")

@@ -32,7 +32,7 @@ GROUP = 8
 
 
 @triton.jit
-def _activate(g, GELU: tl.constexpr):
+def activate(g, GELU: tl.constexpr):
     """Return act(g) and act'(g).
 
     Both activations are g * sigmoid(s): silu has s = g, gelu_tanh has s = 2 sqrt(2 / pi) (g +
@@ -65,7 +65,7 @@ def _forward_kernel(gate, up, h, gate_stride, up_stride, F, GELU: tl.constexpr, 
     row, columns, inside = _place(F, BLOCK_F)
     g = tl.load(gate + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    act, _ = _activate(g, GELU)
+    act, _ = activate(g, GELU)
     tl.store(h + row * F + columns, (act * u).to(h.dtype.element_ty), mask=inside)
 
 
@@ -79,7 +79,7 @@ def _backward_kernel(dh, gate, up, dh_stride, gate_stride, up_stride, F, GELU: t
     d = tl.load(dh + columns, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gate + columns, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + columns, mask=inside, other=0.0).to(tl.float32)
-    act, slope = _activate(g, GELU)
+    act, slope = activate(g, GELU)
     tl.store(dh + columns, (act * u).to(dh.dtype.element_ty), mask=inside)
     tl.store(gate + columns, (d * u * slope).to(gate.dtype.element_ty), mask=inside)
     tl.store(up + columns, (d * act).to(up.dtype.element_ty), mask=inside)
@@ -151,7 +151,7 @@ def _tiled_forward_kernel(
         u, up_low, up_b, up_low_t, up_low_r, up_b_f, up_b_r, row, column, T, F,
         UP_RANK, BLOCK_T, BLOCK_F, BLOCK_R,
     )  # fmt: skip
-    act, _ = _activate(g, GELU)
+    act, _ = activate(g, GELU)
     tl.store(h, (act * u).to(h.dtype.element_ty), mask=inside)
 
 
@@ -183,7 +183,7 @@ def _tiled_backward_kernel(
         u, up_low, up_b, up_low_t, up_low_r, up_b_f, up_b_r, row, column, T, F,
         UP_RANK, BLOCK_T, BLOCK_F, BLOCK_R,
     )  # fmt: skip
-    act, slope = _activate(g, GELU)
+    act, slope = activate(g, GELU)
     tl.store(dh, (act * u).to(dh.dtype.element_ty), mask=inside)
     tl.store(gate, (d * u * slope).to(gate.dtype.element_ty), mask=inside)
     tl.store(up, (d * act).to(up.dtype.element_ty), mask=inside)

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from engine.kernels import ops
+from engine.kernels.eight_bit import int8_ops
+from engine.kernels.eight_bit.int8_ops import Int8Rows
 from engine.layers.projection_group import Weights
 from engine.layers.structure import Call, Gradients, Saved, group_backward, low_rank_hidden, project
 from engine.shape import compute_limits
@@ -105,13 +107,14 @@ def mlp_gradient(dy: Tensor, normed: Tensor, call: Call, saved: Saved, grads: Gr
         h = None
     ddown = spec.inner_gradient(dy, saved.down_out, saved.rstd.get("after_mlp"))
     saved.down_out = None
-    dgate_up = _activation_backward(ddown, call, saved, grads)
-    dnormed = group_backward("gate_up", dgate_up, normed, call, saved, grads, weights)
+    dgate_up, rows = _activation_backward(ddown, call, saved, grads)
+    dnormed = group_backward("gate_up", dgate_up, normed, call, saved, grads, weights, rows=rows)
+    del rows
     return spec.input_gradient(dnormed, saved.x_mid, saved.rstd["mlp"], dy)
 
 
-def _activation_backward(ddown: Tensor, call: Call, saved: Saved, grads: Gradients) -> Tensor:
-    """Return the gradient of gate | up, in place of their values.
+def _activation_backward(ddown: Tensor, call: Call, saved: Saved, grads: Gradients) -> tuple[Tensor, Int8Rows | None]:
+    """Return the gradient of gate | up, in place of their values, and its codes if the same kernel makes them.
 
     It also sets the down projection's adapter gradients in `grads`.
     """
@@ -122,10 +125,14 @@ def _activation_backward(ddown: Tensor, call: Call, saved: Saved, grads: Gradien
     else:
         dhidden, term = group.bare_input_gradient(ddown), group.input_term(dlow)
     gate_up, saved.gate_up = saved.gate_up, None
-    ops.glu_backward_(dhidden, *_halves(gate_up), call.spec.mlp.activation, *_gate_up_terms(call, saved), term)
+    terms, activation, rows = [*_gate_up_terms(call, saved), term], call.spec.mlp.activation, None
+    if call.groups["gate_up"].is_int8_backward and not any(terms):
+        rows = int8_ops.glu_backward_codes_(dhidden, gate_up, activation)
+    else:
+        ops.glu_backward_(dhidden, *_halves(gate_up), activation, *terms)
     hidden = dhidden  # in place
     grads["down"] = group.adapter_gradients(ddown, dlow, hidden, low_rank_hidden("down", hidden, call, saved))
-    return gate_up
+    return gate_up, rows
 
 
 def _tail(h_TD: Tensor, call: Call, saved: Saved) -> Tensor:

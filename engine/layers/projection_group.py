@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from engine.adapter.lora import TILES, LoraLinear
 from engine.kernels import ops
-from engine.kernels.eight_bit.int8_ops import can_split
+from engine.kernels.eight_bit.int8_ops import Int8Rows, can_split
 from engine.kernels.ops import LowRank
 from engine.quant.frozen_linear import FrozenLinear
 from engine.quant.int8_weight import Int8Group
@@ -181,12 +181,10 @@ class ProjectionGroup:
 
     def bare(self, x_TD: Tensor, weights: Weights | None = None) -> Tensor:
         """Return x W^T + b [T, O] without the adapters, as a new tensor."""
-        biases = [base.bias for base in self.bases]
-        outputs = self.outputs
+        biases, outputs = [base.bias for base in self.bases], self.outputs
         if self.is_int8_forward:
             return self.int8.product(x_TD, "forward", bias_N=merged_bias(biases, outputs, x_TD))
         blocks = self.weights() if weights is None else weights
-        y_TO = None
         if len(blocks) == 1:
             y_TO = F.linear(x_TD, blocks[0][1], merged_bias(biases, outputs, x_TD))
         else:
@@ -233,11 +231,13 @@ class ProjectionGroup:
                 torch.mm(dy_TO[:, part], adapter[1], out=dlow_TR[:, rank])
         return dlow_TR
 
-    def input_gradient(self, dy_TO: Tensor, dlow_TR: Tensor | None, weights: Weights | None = None) -> Tensor:
-        """Return dL/dx [T, D]."""
+    def input_gradient(
+        self, dy_TO: Tensor, dlow_TR: Tensor | None, weights: Weights | None = None, rows: Int8Rows | None = None
+    ) -> Tensor:
+        """Return dL/dx [T, D]. rows: dy's codes, if there are some."""
         if self.is_int8_backward and self.noise is None:
-            return self.int8.product(dy_TO, "backward", self.input_term(dlow_TR))
-        dx_TD = self.bare_input_gradient(dy_TO, weights)
+            return self.int8.product(dy_TO, "backward", self.input_term(dlow_TR), rows=rows)
+        dx_TD = self.bare_input_gradient(dy_TO, weights, rows)
         if dlow_TR is None:
             return dx_TD
         if self.noise is not None:
@@ -247,10 +247,10 @@ class ProjectionGroup:
             return dx_TD.add_(ops.dropout(dropped_TD, self.noise, self.stream, in_place=True))
         return dx_TD.addmm_(dlow_TR, self._stacked_a())
 
-    def bare_input_gradient(self, dy_TO: Tensor, weights: Weights | None = None) -> Tensor:
+    def bare_input_gradient(self, dy_TO: Tensor, weights: Weights | None = None, rows: Int8Rows | None = None) -> Tensor:
         """Return dy W [T, D], without the adapters' part."""
         if self.is_int8_backward:
-            return self.int8.product(dy_TO, "backward")
+            return self.int8.product(dy_TO, "backward", rows=rows)
         (part, weight_OD), *others = self.weights() if weights is None else weights
         dx_TD = dy_TO[:, part] @ weight_OD
         for part, weight_OD in others:

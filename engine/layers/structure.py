@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import ops
+from engine.kernels.eight_bit.int8_ops import Int8Rows
 from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.host_stash import HostStash
 from engine.layers.library_mixer import LibraryMixer
@@ -272,9 +273,13 @@ def group_backward(
     grads: Gradients,
     weights: Weights | None = None,
     wants_dx: bool = True,
+    rows: Int8Rows | None = None,
 ) -> Tensor | None:
-    """Set a group's adapter gradients in `grads`; return the gradient of x [T, D] if wanted."""
+    """Set a group's adapter gradients in `grads`; return the gradient of x [T, D] if wanted.
+
+    rows: dy's codes, if there are some.
+    """
     group = call.groups[name]
     dlow = group.low_gradient(dy)
     grads[name] = group.adapter_gradients(dy, dlow, x, saved.low[name])
-    return group.input_gradient(dy, dlow, weights) if wants_dx else None
+    return group.input_gradient(dy, dlow, weights, rows) if wants_dx else None

@@ -83,7 +83,9 @@ class MlpWalk(LayerWalk):
             self._hold_branch_gradient("ddown", "mlp")
             live.drop(self._own("down_out"))
             self._activation_backward()
-            self._group_backward("gate_up", s.x, s.gate_up, "dnormed", weights_are_there=not mode.is_int8_backward)
+            unread = 0 if "codes of dgate_up" in live.alive else s.gate_up
+            self._group_backward("gate_up", s.x, unread, "dnormed", weights_are_there=not mode.is_int8_backward)
+            live.drop("codes of dgate_up")
             self._hold_input_gradient(output, "mlp")
         live.drop("dnormed", "ddown", "dh", self._own("gate_up"))
 
@@ -114,6 +116,8 @@ class MlpWalk(LayerWalk):
         with live.holding(self.plan.ranks["down"] * s.low):
             with live.holding(self._backward_needs("down", s.x), WEIGHTS):
                 live.hold("dhidden", s.f)
+            if self.plan.matmul.is_int8_backward and (self.plan.matmul.is_int8_forward or not self.plan.ranks["gate_up"]):
+                live.hold("codes of dgate_up", s.gate_up // s.element)  # the kernel of the activation makes them
             self._dropped("down", s.f)
             self._low("down", s.f)
             self._along_weights("down")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from engine.system.provenance import host_name, nvidia_driver, package_version
 FORMAT, LARGEST_NUMBER = 1, 1e12
 WAY_OUT = "take a file as `python -m engine calibrate --out FILE` wrote it"
 STEP_TIMES = {"measured_ms", "predicted_ms"}
+TILE_SIZES, LARGEST_SIZE = {"t", "n", "k", "warps", "stages"}, 256
 TEXTS = ("card", "driver", "torch", "triton", "host", "commit", "day")
 
 
@@ -56,7 +57,8 @@ class MeasuredCard:
 
     memory_gib: of the card. commit: of this program, empty outside a checkout. day: such as
     2026-11-27. seconds: how long it took. raw: name with unit -> number. steps: name -> measured_ms
-    and predicted_ms of a whole step.
+    and predicted_ms of a whole step. tiles: use -> sizes of the tile that products in INT8 take, if it
+    was tuned.
     """
 
     stack: CardStack
@@ -67,6 +69,7 @@ class MeasuredCard:
     rates: Rates
     raw: Mapping[str, float]
     steps: Mapping[str, Mapping[str, float]]
+    tiles: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def text(self) -> str:
         """Return the content of the file."""
@@ -75,6 +78,8 @@ class MeasuredCard:
             "seconds": self.seconds, "rates": self.rates.to_dict(), "raw": dict(self.raw),
             "steps": {name: dict(step) for name, step in self.steps.items()},
         }  # fmt: skip
+        if self.tiles:
+            values["tiles"] = {use: dict(tile) for use, tile in self.tiles.items()}
         return json.dumps({**values, "digest": _digest(values)}, indent=1) + "\n"
 
     def write(self, path: Path) -> None:
@@ -112,7 +117,8 @@ class MeasuredCard:
             raise InputError("file", values["steps"], f"steps must have {' and '.join(sorted(STEP_TIMES))} above 0")
         memory_gib, seconds = _numbers({"memory_gib": values["memory_gib"], "seconds": values["seconds"]}).values()
         rates = Rates.from_dict(values["rates"])
-        return cls(stack, memory_gib, texts["commit"], texts["day"], seconds, rates, _numbers(values["raw"]), steps)
+        facts = (stack, memory_gib, texts["commit"], texts["day"], seconds, rates, _numbers(values["raw"]), steps)
+        return cls(*facts, {use: _sizes(tile) for use, tile in values.get("tiles", {}).items()})
 
     def described(self) -> str:
         """Return card, versions and day in a few words."""
@@ -124,6 +130,13 @@ def _numbers(values: Any) -> dict[str, float]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_NUMBER:  # nor NaN
             raise InputError(name, value, f"{name} must be a number")
     return {name: float(value) for name, value in values.items()}
+
+
+def _sizes(values: Any) -> dict[str, int]:
+    """Return the sizes of a tile, whole numbers that a card can have."""
+    if set(values) != TILE_SIZES or not all(isinstance(size, int) and 0 < size <= LARGEST_SIZE for size in values.values()):
+        raise InputError("file", values, f"tiles must have {', '.join(sorted(TILE_SIZES))}, whole numbers up to {LARGEST_SIZE}")
+    return dict(values)
 
 
 def _digest(values: Mapping[str, Any]) -> str:

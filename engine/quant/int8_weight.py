@@ -88,12 +88,14 @@ class Int8Group:
         term: LowRank | None = None,
         bias_N: Tensor | None = None,
         firsts: tuple[int, ...] = (),
+        rows: Int8Rows | None = None,
     ) -> Tensor:
         """Return x W^T + bias [T, O], or with direction "backward" dy W [T, D], plus a low-rank term, in x's dtype.
 
-        firsts: as `int8_ops.matmul` takes it, for the terms of several layers.
+        firsts: as `int8_ops.matmul` takes it, for the terms of several layers. rows: the codes of x, if there are some.
         """
-        rows = int8_ops.quantize_rows(x_TK, is_rotated=direction == "forward")
+        if rows is None:
+            rows = int8_ops.quantize_rows(x_TK, is_rotated=direction == "forward")
         fits = term is None or term.b_FR.shape[1] <= HIGHEST_RANK
         own, more = (term, None) if fits else (None, term)
         y_TN = int8_ops.matmul(rows, self.weight(direction), x_TK.dtype, own, bias_N, firsts)
@@ -117,6 +119,7 @@ class ProbedGroup(Int8Group):
         term: LowRank | None = None,
         bias_N: Tensor | None = None,
         firsts: tuple[int, ...] = (),
+        rows: Int8Rows | None = None,
     ) -> Tensor:
         """Return the product in the working dtype."""
         weight_OD = torch.cat([base.dequantized(x_TK.dtype) for base in self.bases])

@@ -12,11 +12,13 @@ import torch
 
 from engine.bench.shapes import random_config
 from engine.kernels import ops
+from engine.kernels.eight_bit.int8_tiles import Tile
 from engine.model.device import free, pick_dtype
-from engine.planning.measured_card import CardStack, MeasuredCard
+from engine.planning.measured_card import TILE_SIZES, CardStack, MeasuredCard
 from engine.rates import kernel_rates, link_rates
 from engine.rates.fitting import rates_of_numbers, step_records, with_gaps
 from engine.rates.kernel_rates import Draw
+from engine.rates.tile_choice import tune_tiles
 from engine.rates.timing import DeviceTimer, HostTimer, LoadTimer, Timer
 from engine.rates.whole_steps import NUM_LAYERS, SAMPLE, WholeStep, host_ms, shallow_base, step_seconds, whole_steps
 from engine.rates.widths import ALL_WIDTHS, Widths
@@ -74,7 +76,8 @@ def measure_card(bench: Bench, card: str, memory_gib: float, say: Say, all_width
     rates = with_gaps(plain, found.steps, shapes)
     records, seconds = step_records(rates, found.steps, shapes), time.perf_counter() - began
     commit = provenance().get("git.commit", "")
-    return MeasuredCard(CardStack.here(card), memory_gib, commit, date.today().isoformat(), seconds, rates, bench.raw, records)
+    facts = (CardStack.here(card), memory_gib, commit, date.today().isoformat(), seconds, rates, bench.raw, records)
+    return MeasuredCard(*facts, {use: {name: getattr(tile, name) for name in TILE_SIZES} for use, tile in found.tiles.items()})
 
 
 @dataclass
@@ -84,6 +87,7 @@ class _Found:
     host_ms: dict[bool, float] = field(default_factory=dict)
     steps: dict[WholeStep, float] = field(default_factory=dict)
     link_gb_s: float = 0.0
+    tiles: dict[str, Tile] = field(default_factory=dict)
 
 
 def _parts(bench: Bench, all_widths: Sequence[Widths], found: _Found) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -91,6 +95,9 @@ def _parts(bench: Bench, all_widths: Sequence[Widths], found: _Found) -> Iterato
 
     def link() -> None:
         found.link_gb_s = _link(bench)
+
+    def tiles() -> None:
+        found.tiles = tune_tiles(bench.on_device, bench.draw, all_widths)
 
     def kernels(widths: Widths) -> None:
         found.by_widths[widths] = _kernels(bench, widths)
@@ -107,6 +114,7 @@ def _parts(bench: Bench, all_widths: Sequence[Widths], found: _Found) -> Iterato
         found.steps |= _steps(bench, widths)
 
     yield "link and launches", link
+    yield "tiles of products in INT8", tiles  # the kernels' rates are those of these tiles
     yield from ((f"kernels at {widths.name} widths", partial(kernels, widths)) for widths in all_widths)
     by_head = {widths.head_dim: widths for widths in all_widths}
     yield from ((f"attention with heads of {dim}", partial(attention, widths)) for dim, widths in by_head.items())

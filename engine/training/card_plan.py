@@ -13,6 +13,7 @@ from torch import nn
 
 from engine.config.parsing import parse
 from engine.config.trial import ModelConfig, TrainConfig
+from engine.kernels.eight_bit.int8_tiles import USES, Tile, use_tiles
 from engine.layers.library_kernels import FLASH_LINEAR_ATTENTION, calls_kernels
 from engine.memory.prediction import CONTEXT_GIB
 from engine.model.base import Base
@@ -20,7 +21,7 @@ from engine.model.device import host_share_gib
 from engine.model.library_layers import with_library_bytes
 from engine.planning.cards import Card, found_card
 from engine.planning.compute_plan import ComputePlan
-from engine.planning.known_cards import with_known_rates
+from engine.planning.known_cards import measured_here, with_known_rates
 from engine.planning.ladder import leaner
 from engine.planning.memory_limit import Lessons
 from engine.planning.planner import changed, make_compute_plan
@@ -57,8 +58,9 @@ class CardPlanner:
             return cls(config)
         card = base.lasting.get("card")  # its rates are looked up once for each base: versions and files are read for that
         if card is None:
-            card = with_known_rates(found_card(torch.cuda.get_device_name(base.device), _own_gib(base.device)), here=True)
-            base.lasting["card"] = card
+            name = torch.cuda.get_device_name(base.device)
+            card = base.lasting["card"] = with_known_rates(found_card(name, _own_gib(base.device)), here=True)
+            _use_own_tiles(name, torch.cuda.get_device_capability(base.device))
         card = replace(card, memory_gib=_own_gib(base.device))
         shape = ModelShape.known(base.model.config.to_dict(), config.model.path) if base.route.is_predicted else None
         if shape is not None and calls_kernels(base.model, FLASH_LINEAR_ATTENTION):
@@ -111,6 +113,13 @@ def _plan_once(values: str, shape: ModelShape | None, card: Card, host_gib: floa
 
 def _floor(gib: float, step: float) -> float:
     return gib if math.isinf(gib) else gib // step * step
+
+
+def _use_own_tiles(name: str, capability: tuple[int, int]) -> None:
+    """Let products in INT8 take the tiles that the card's own measurement found to be the fastest."""
+    own = measured_here(name)
+    tiles = {} if own is None else {use: Tile(**sizes) for use, sizes in own.tiles.items() if use in USES}
+    use_tiles(10 * capability[0] + capability[1], tiles)
 
 
 def _own_gib(device: torch.device) -> float:

@@ -4,8 +4,8 @@ Run `python -m engine.kernels.eight_bit.int8_bench` on a CUDA device; it takes a
 
 Each case is checked for parity before it is timed, as in `engine.kernels.bench`. "plain" is what
 bf16 training does in its place: dequantisation for the unpacking, a copy for the rows, torch's bf16
-matmul for the products. `--tune` times the int8 matmul over tiles instead, next to torch's int8 and
-FP8 matmuls.
+matmul for the products. For gradients that come with their codes it is the kernels apart. `--tune`
+times the int8 matmul over tiles instead, next to torch's int8 and FP8 matmuls.
 """
 
 from __future__ import annotations
@@ -109,6 +109,37 @@ def _quantising(width: int, is_rotated: bool) -> dict[str, object]:
     return _row(name, lambda: int8_ops.quantize_rows(x, is_rotated), lambda: copy.copy_(x), x.nbytes + x.nbytes // 2)
 
 
+def _gated() -> dict[str, object]:
+    dh, gate_up, name = *(torch.randn(T, width, device="cuda", dtype=DTYPE) for width in (F, 2 * F)), f"gated gradient {T}x{F}"
+    copies = dh.clone(), gate_up.clone()
+    rows = int8_ops.glu_backward_codes_(*copies, "silu")
+    _check(f"{name} codes", rows.codes_NK, int8_reference.quantize_rows(copies[1], False).codes_NK, 0.0)
+    expected = dh.clone(), gate_up.clone()
+    ops.glu_backward_(expected[0], *expected[1].chunk(2, dim=1), "silu")
+    _check(name, copies[1], expected[1], PARITY)
+
+    def apart() -> Int8Rows:
+        ops.glu_backward_(dh, *gate_up.chunk(2, dim=1), "silu")
+        return int8_ops.quantize_rows(gate_up)
+
+    moved = 2 * dh.nbytes + 2 * gate_up.nbytes + gate_up.numel()
+    return _row(f"{name}, codes", lambda: int8_ops.glu_backward_codes_(dh, gate_up, "silu"), apart, moved)
+
+
+def _heads() -> dict[str, object]:
+    q, k, v = (torch.randn(T, heads, 128, device="cuda", dtype=DTYPE) for heads in (32, 8, 8))
+    cos, sin = (torch.randn(T, 128, device="cuda", dtype=DTYPE) for _ in range(2))
+    joined, rows = int8_ops.join_rotated_codes(q, k, v, cos, sin)
+    _check("heads", joined, ops.reference.join_rotated(q, k, v, cos, sin), PARITY)
+    _check("heads, codes", rows.codes_NK, int8_reference.quantize_rows(joined, False).codes_NK, 0.0)
+
+    def apart() -> Int8Rows:
+        ops.rope_(q, k, cos, sin)
+        return int8_ops.quantize_rows(torch.cat([x.flatten(1) for x in (q, k, v)], dim=1))
+
+    return _row(f"heads {T}x{QKV}, codes", lambda: int8_ops.join_rotated_codes(q, k, v, cos, sin), apart, 5 * joined.numel())
+
+
 def _product(name: str) -> dict[str, object]:
     columns, reduced, with_term = PRODUCTS[name]
     a, b, term = random_product(columns, reduced, with_term)
@@ -140,7 +171,7 @@ def _whole(rows: int, columns: int, name: str, backward: bool) -> dict[str, obje
 def measure() -> list[dict[str, object]]:
     found = [_unpacking(*how) for how in ((False, False), (True, False), (False, True))]
     found += [_quantising(*how) for how in ((D, False), (QKV, False), (2 * F, False), (D, True), (F, True))]
-    found += [_product(name) for name in PRODUCTS]
+    found += [_gated(), _heads(), *(_product(name) for name in PRODUCTS)]
     wholes = (2 * F, D, "gate_up"), (D, F, "down"), (D, D, "o")
     return found + [_whole(*sizes, backward) for sizes in wholes for backward in (False, True)]
 

@@ -32,7 +32,8 @@ from engine.kernels.nf4_state import Nf4State
 from engine.kernels.reference import LowRank
 
 __all__ = [
-    "GROUP", "Int8Rows", "WeightScales", "can_split", "matmul", "quantize_rows", "unpack_columns", "unpack_rows", "weight_scales",
+    "GROUP", "Int8Rows", "WeightScales", "can_split", "glu_backward_codes_", "join_rotated_codes", "matmul",
+    "quantize_rows", "unpack_columns", "unpack_rows", "weight_scales",
 ]  # fmt: skip
 
 LONGEST = 131_072  # elements of a row: 127^2 times as many stay below 2^31
@@ -79,6 +80,28 @@ def quantize_rows(x_TK: Tensor, is_rotated: bool = False) -> Int8Rows:
     if is_rotated and x_TK.shape[1] % GROUP:
         raise EngineError(f"quantize_rows: K = {x_TK.shape[1]}: a rotation needs a multiple of {GROUP}")
     return _module("row_codes", x_TK).quantize_rows(x_TK, is_rotated)
+
+
+def glu_backward_codes_(dh_TF: Tensor, gate_up_TF2: Tensor, activation: str) -> Int8Rows:
+    """Write in place gate | up <- dgate | dup and dh <- h, as `ops.glu_backward_` does, and return `quantize_rows(dgate | dup)`.
+
+    dh [T, F] and gate | up [T, 2 F] are of one float dtype and have contiguous rows, which may be strided.
+    """
+    (num_tokens, width), of_both = dh_TF.shape if dh_TF.dim() == 2 else (-1, 0), (gate_up_TF2.dtype, gate_up_TF2.stride(-1))
+    expected = gate_up_TF2.shape == (num_tokens, 2 * width) and of_both == (dh_TF.dtype, 1) and dh_TF.stride(-1) == 1
+    if not expected or not 0 < 2 * width <= WIDEST or not dh_TF.is_floating_point() or activation not in ops.ACTIVATIONS:
+        given = f"{activation!r}, dh {_layout(dh_TF)}, gate | up {_layout(gate_up_TF2)}"
+        wanted = f"one of {ops.ACTIVATIONS}, [T, F] and [T, 2 F] of one float dtype, contiguous rows, 2 F from 2 to {WIDEST}"
+        raise EngineError(f"glu_backward_codes_: {given}: expected {wanted}")
+    return _module("gradient_codes", dh_TF).glu_backward_codes_(dh_TF, gate_up_TF2, activation)
+
+
+def join_rotated_codes(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse: bool = False, pairs: bool = False
+) -> tuple[Tensor, Int8Rows]:
+    """Return `ops.join_rotated` of the same arguments, and its `quantize_rows`."""
+    ops.check_join("join_rotated_codes", q_THK, k_TGK, v_TGK, cos_TK, sin_TK)
+    return _module("gradient_codes", q_THK).join_rotated_codes(q_THK, k_TGK, v_TGK, cos_TK, sin_TK, inverse, pairs)
 
 
 def matmul(

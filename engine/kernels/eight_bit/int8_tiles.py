@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 
@@ -33,6 +34,20 @@ AMPERE = Tile(128, 128, 128, 8, 3)  # 164 KiB of shared memory
 SMALL_SHARED = Tile(128, 128, 64, 4, 3)  # Ada and consumers' Ampere and Blackwell have 100 KiB
 SMALL = Tile(64, 64, 64, 4, 4)
 
+# What the self-calibration times on cards other than Hopper, each where it fits
+POINTER_TILES = [
+    AMPERE,
+    SMALL_SHARED,
+    replace(AMPERE, n=256),
+    Tile(128, 256, 64, 8, 3),
+    Tile(256, 128, 64, 8, 3),
+    Tile(128, 128, 64, 8, 4),
+    Tile(128, 64, 128, 4, 3),
+]
+Use = tuple[bool, bool]  # the sum is LONG, and a low-rank term is added
+USES = {"short": (False, False), "short, term": (False, True), "long": (True, False), "long, term": (True, True)}
+_own: dict[tuple[int, Use], Tile] = {}  # by capability: a process computes on one card
+
 # What the benchmark times, on Hopper
 CANDIDATES = [
     HOPPER,
@@ -52,6 +67,20 @@ CANDIDATES = [
 ]
 
 
+def is_tuned(capability: int) -> bool:
+    """Return True if the calibration times tiles for such cards. On Hopper they are chosen by hand."""
+    return capability > 0 and not 90 <= capability < 100
+
+
+def use_tiles(capability: int, tiles: Mapping[str, Tile]) -> None:
+    """Take these tiles on cards of this capability from now on, by the names of USES; others stay as they are.
+
+    A tile changes how fast a product is. The sum over codes is exact with each.
+    """
+    _own.update({(capability, USES[name]): tile for name, tile in tiles.items()})
+    choose_tile.cache_clear()
+
+
 @functools.lru_cache(4096)
 def choose_tile(
     capability: int, processors: int, num_tokens: int, num_columns: int, reduced: int, can_describe: bool, has_term: bool
@@ -69,7 +98,8 @@ def choose_tile(
     elif 90 <= capability < 100:
         choices = [HOPPER_POINTERS]
     else:
-        choices = [AMPERE if capability == 80 else SMALL_SHARED]
+        usual = AMPERE if capability == 80 else SMALL_SHARED
+        choices = [_own.get((capability, (reduced >= LONG, has_term)), usual)]
     for tile in choices:
         if -(-num_tokens // tile.t) * -(-num_columns // tile.n) >= processors:
             return tile

@@ -45,7 +45,7 @@ def _piece(x, k, K, h, ROTATED: tl.constexpr):
 
 
 @triton.jit
-def _size_bits(values):
+def size_bits(values):
     """Return the bits of |values|: they have the order of the sizes, and those of NaN are above infinity's."""
     return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
@@ -62,11 +62,11 @@ def _rows_kernel(x, codes, scales, x_stride, T, K, ROTATED: tl.constexpr, WHOLE:
         row = tl.full((), number, tl.int64)
         if WHOLE:
             values = _piece(x + row * x_stride, k, K, h, ROTATED)
-            sizes = _size_bits(values)
+            sizes = size_bits(values)
         else:
             sizes = tl.zeros((GROUPS, 64), tl.int32)
             for start in range(0, K, GROUPS * 64):
-                sizes = tl.maximum(sizes, _size_bits(_piece(x + row * x_stride, start + k, K, h, ROTATED)))
+                sizes = tl.maximum(sizes, size_bits(_piece(x + row * x_stride, start + k, K, h, ROTATED)))
         limit = tl.minimum(tl.max(sizes), INFINITE_BITS).to(tl.float32, bitcast=True)
         scale = tl.maximum(limit, 1e-30) * 0.007874015748031496  # SMALLEST_LIMIT and INVERSE
         tl.store(scales + row, scale)

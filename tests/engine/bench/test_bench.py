@@ -248,6 +248,8 @@ def test_suites_and_the_ladder_name_what_exists():
     for row in rows:
         assert row.system in SYSTEMS and row.setting.model in SHAPES and row.setting.policy in POLICIES
     assert len({label for label, _, _ in LADDER}) == len(LADDER)
+    long = [row for row in suite_rows("int8", SYSTEMS, TINY, ["bf16", "int8_backward", "int8"]) if row.setting.length == 65536]
+    assert [(row.system, row.setting.matmul) for row in long] == [("ours", "bf16"), ("ours", "int8"), ("unsloth", "bf16")]
 
 
 def test_a_weight_cache_and_kept_layers_are_of_ours_only():
@@ -307,8 +309,8 @@ def test_a_row_in_each_mode_of_multiplication_and_one_of_other_systems(tmp_path,
     assert bench.main([*FLAGS, "--systems", "ours", "ours-unfused", "--matmul", *modes, "--json", str(file)]) == 0
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(r["label"], r["matmul"]) for r in records] == [
-        ("ours", "bf16"), ("ours-unfused", "bf16"), ("ours, int8_backward", "int8_backward"), ("ours, int8", "int8"),
+        ("ours", "bf16"), ("ours, int8_backward", "int8_backward"), ("ours, int8", "int8"), ("ours-unfused", "bf16"),
     ]  # fmt: skip
-    ours, unfused, backward, both = (r["first_loss"] for r in records)
+    ours, backward, both, unfused = (r["first_loss"] for r in records)
     assert ours == backward != both and both == pytest.approx(ours, abs=0.01) and unfused == pytest.approx(ours, abs=1e-3)
     assert "| ours, int8 |" in report(records)

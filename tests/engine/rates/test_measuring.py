@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.bench.shapes import random_config
+from engine.errors import InputError
 from engine.planning.cards import CARDS
 from engine.planning.measured_card import MeasuredCard
 from engine.planning.rates import Curve
@@ -86,14 +87,21 @@ def test_a_measurement_goes_through_all_parts_and_is_a_file(small, tmp_path):
     said = []
     bench = measuring.Bench(CPU, torch.float32, timer, timer, timer, kernel_rates.drawing(CPU, torch.float32))
     found = measuring.measure_card(bench, "NVIDIA Test", 24.0, lambda *step: said.append(step), [TINY])
-    assert [done for done, _, _ in said] == list(range(7)) and {total for _, total, _ in said} == {6}
+    assert [done for done, _, _ in said] == list(range(8)) and {total for _, total, _ in said} == {7}
     assert found.rates.host_ms > 0 and found.stack.card == "NVIDIA Test"
     assert set(found.steps) == {"tiny keep 3x20", "tiny recompute 3x20"}
     assert {step["measured_ms"] for step in found.steps.values()} == {1.0}
     errors = [step["predicted_ms"] - step["measured_ms"] for step in found.steps.values()]
     assert min(errors) < 0 < max(errors)
     found.write(tmp_path / "card.json")
-    assert MeasuredCard.read(tmp_path / "card.json") == found
+    assert MeasuredCard.read(tmp_path / "card.json") == found and found.tiles == {}
+    tuned = replace(found, tiles={"long": {"t": 128, "n": 256, "k": 64, "warps": 8, "stages": 3}})
+    tuned.write(tmp_path / "tuned.json")
+    assert MeasuredCard.read(tmp_path / "tuned.json") == tuned
+    for size in (0, 512, 1.5):
+        replace(tuned, tiles={"long": {**tuned.tiles["long"], "t": size}}).write(tmp_path / "odd.json")
+        with pytest.raises(InputError, match="tiles must have k, n, stages, t, warps"):
+            MeasuredCard.read(tmp_path / "odd.json")
 
 
 @pytest.mark.gpu

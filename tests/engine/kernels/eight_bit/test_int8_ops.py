@@ -137,6 +137,57 @@ def test_rows_of_any_width_are_quantised(width):
     assert fits(int8_ops.quantize_rows(x), x) and not fits(int8_ops.quantize_rows(x), 2 * x)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("width", [1, 96, 1000])
+def test_the_gradient_of_a_gated_unit_comes_with_its_codes(width, activation, dtype):
+    num_tokens = 3
+    wide_dh, wide = draw(num_tokens, width + 1, dtype=dtype, seed=1), draw(num_tokens, 2 * width + 1, dtype=dtype)
+    wide[1] = 0.0  # a token of zeros
+    dh, gate_up, again = wide_dh[:, 1:], wide[:, 1:], [wide_dh[:, 1:].clone(), wide[:, 1:].clone()]
+    rows = int8_ops.glu_backward_codes_(dh, gate_up, activation)
+    ops.glu_backward_(again[0], *again[1].chunk(2, dim=1), activation)
+    for ours, plain in ((dh, again[0]), (gate_up, again[1])):  # products that are fused into sums may round otherwise
+        assert torch.allclose(ours.float(), plain.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+    expected = int8_ops.quantize_rows(gate_up)
+    assert torch.equal(rows.codes_NK, expected.codes_NK) and torch.equal(rows.scale_N, expected.scale_N)
+    assert fits(rows, gate_up) and rows.codes_NK[0].any() and not rows.codes_NK[1].any()
+    twin = int8_ops.glu_backward_codes_(draw(num_tokens, width, dtype=dtype, seed=2), wide[:, 1:].clone(), activation)
+    assert not torch.equal(twin.scale_N, rows.scale_N)
+
+
+def test_the_codes_of_a_wide_token_and_of_one_that_is_not_finite():
+    for width in (16_384, 20_000):
+        dh, gate_up = draw(1, width, seed=1), draw(1, 2 * width)
+        rows = int8_ops.glu_backward_codes_(dh, gate_up, "silu")
+        assert fits(rows, gate_up) and rows.codes_NK.abs().max() == 127
+    for bad in (float("nan"), float("inf")):
+        dh, gate_up = draw(2, 70, seed=1), draw(2, 140)
+        dh[1, 3] = bad
+        rows = int8_ops.glu_backward_codes_(dh, gate_up, "silu")
+        assert rows.scale_N[1].isinf() and rows.scale_N[0].isfinite()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(3, 5, 2, 16), (2, 1, 1, 2), (1, 80, 80, 128)])
+def test_rotated_heads_and_values_are_joined_with_their_codes(sizes, dtype):
+    num_tokens, num_q, num_k, head_dim = sizes
+    q, k, v = (draw(num_tokens, n, head_dim, dtype=dtype, seed=i) for i, n in enumerate((num_q, num_k, num_k)))
+    for x in (q, k, v):
+        x[1:2] = 0.0
+    cos, sin = (draw(num_tokens, head_dim, dtype=dtype, seed=i) for i in (3, 4))
+    for large in (q, k, v):  # the largest value decides, wherever it is
+        large[0, -1, -1] = 50.0
+        joined, rows = int8_ops.join_rotated_codes(q, k, v, cos, sin, inverse=True)
+        expected = int8_ops.quantize_rows(joined)
+        assert torch.equal(joined, ops.join_rotated(q, k, v, cos, sin, inverse=True))
+        assert torch.equal(rows.codes_NK, expected.codes_NK) and torch.equal(rows.scale_N, expected.scale_N)
+        assert fits(rows, joined) and not rows.codes_NK[1:2].any()
+    v[0, 0, 0] = float("nan")
+    assert int8_ops.join_rotated_codes(q, k, v, cos, sin)[1].scale_N[0].isinf()
+    assert not torch.equal(joined, int8_ops.join_rotated_codes(q, k, v, cos, sin)[0])
+
+
 def test_a_rotation_makes_an_outlier_cost_less():
     x = draw(16, 256, scale=0.1)
     x[:, 5] = 10.0
@@ -304,6 +355,11 @@ def test_wrong_layouts_are_refused_in_one_line():
         lambda: int8_ops.quantize_rows(draw(4, 64).t()),
         lambda: int8_ops.quantize_rows(draw(4, 66), is_rotated=True),
         lambda: int8_ops.quantize_rows(torch.zeros(4, 64, dtype=torch.int8, device=DEVICE)),
+        lambda: int8_ops.glu_backward_codes_(draw(4, 8), draw(4, 15), "silu"),
+        lambda: int8_ops.glu_backward_codes_(draw(4, 8), draw(16, 4).t(), "silu"),
+        lambda: int8_ops.glu_backward_codes_(draw(4, 8), draw(4, 16, dtype=torch.bfloat16), "silu"),
+        lambda: int8_ops.glu_backward_codes_(draw(4, 8), draw(4, 16), "relu"),
+        lambda: int8_ops.join_rotated_codes(*[draw(4, 2, 6)] * 3, draw(4, 4), draw(4, 4)),
         lambda: int8_ops.matmul(a, random_rows(4, 63, 0), torch.bfloat16),
         lambda: int8_ops.matmul(a, replace(a, scale_N=a.scale_N[:3]), torch.bfloat16),
         lambda: int8_ops.matmul(a, replace(a, codes_NK=a.codes_NK.float()), torch.bfloat16),
