@@ -33,7 +33,7 @@ __all__ = [
     "IGNORE",
     "LowRank", "Nf4State", "add_rms_norm", "attention", "attention_backward", "cross_entropy_", "dequantize_nf4",
     "document_spans", "dropout", "gather_rows", "glu", "glu_backward_", "nf4_state", "noise_of", "rms_norm",
-    "rms_norm_backward", "rope_",
+    "rms_norm_backward", "rope_", "row_lengths",
 ]  # fmt: skip
 
 FORCE_TRITON = False
@@ -244,6 +244,25 @@ def dequantize_nf4(state: Nf4State, dtype: torch.dtype, out: Tensor | None = Non
     if math.prod(state.shape):
         _family("nf4", state.packed).dequantize_nf4_(state, out)
     return out
+
+
+def row_lengths(weight: Nf4State | Tensor, a_RD: Tensor, b_OR: Tensor, scaling: float, out_O: Tensor | None = None) -> Tensor:
+    """Return the lengths of the rows of W + scaling * B A, fp32 [O]; the product is in A's dtype, sums in fp32.
+
+    weight: W [O, D], plain or packed. b_OR: fp32. `out_O`, if given, is filled and returned.
+    """
+    first = weight.packed if isinstance(weight, Nf4State) else weight
+    if out_O is None:
+        out_O = torch.empty(b_OR.shape[0], device=first.device)
+    (num_rows, width), rank = tuple(weight.shape), a_RD.shape[0]
+    for name, x, shape in (("A", a_RD, (rank, width)), ("B", b_OR, (num_rows, rank)), ("out", out_O, (num_rows,))):
+        dtype = a_RD.dtype if name == "A" else torch.float32
+        if tuple(x.shape) != shape or x.dtype != dtype or not x.is_contiguous():
+            raise EngineError(f"row_lengths: {name} {_layout(x)}: expected contiguous {list(shape)} {dtype}")
+    if not first.is_contiguous():
+        raise EngineError(f"row_lengths: W {_layout(first)}: expected contiguous rows")
+    _family("row_lengths", first).row_lengths_(weight, a_RD, b_OR, scaling, out_O)
+    return out_O
 
 
 def _family(name: str, tensor: Tensor) -> ModuleType:

@@ -200,6 +200,15 @@ def dequantize_nf4_(state: Nf4State, out: Tensor) -> None:
         flat[whole:] = values[whole:] * absmax_M[num_whole]
 
 
+def row_lengths_(weight: Nf4State | Tensor, a_RD: Tensor, b_OR: Tensor, scaling: float, out_O: Tensor) -> None:
+    weight_OD = weight
+    if isinstance(weight, Nf4State):
+        weight_OD = torch.empty(weight.shape, device=weight.packed.device)
+        dequantize_nf4_(weight, weight_OD)
+    sum_OD = weight_OD.float() + ((scaling * b_OR).to(a_RD.dtype) @ a_RD).float()
+    torch.sqrt(sum_OD.square_().sum(1), out=out_O)
+
+
 def dropout(x_TD: Tensor, noise: Tensor, stream: int, in_place: bool = False) -> Tensor:
     threshold, hashes_TD = noise[1], _hashes(x_TD, noise, stream)
     wide_TD = x_TD if x_TD.dtype == torch.float64 else x_TD.float()

@@ -38,7 +38,6 @@ class FrozenLinear(nn.Module):
         self._nf4: ops.Nf4State | None = None
         self.int8: Int8Group | None = None
         self._plain: Tensor | None = None
-        self._row_squares: Tensor | None = None
 
     @property
     def is_packed(self) -> bool:
@@ -70,11 +69,11 @@ class FrozenLinear(nn.Module):
         return weight_OD if out is None else out.copy_(weight_OD)
 
     @torch.no_grad()
-    def row_squares(self) -> Tensor:
-        """Return the sum of squares of each output feature's weights, fp32 [O]; they are added up once."""
-        if self._row_squares is None:
-            self._row_squares = self.dequantized(torch.float32).square().sum(1)
-        return self._row_squares
+    def row_lengths(self, a_RD: Tensor, b_OR: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
+        """Return the lengths of the rows of W + scaling * B A, fp32 [O]; into `out`, if given. b_OR: fp32."""
+        is_kernel = self.is_packed and self.weight.is_cuda
+        weight = self.nf4 if is_kernel else self.dequantized(torch.float32) if self.is_packed else self.weight.detach()
+        return ops.row_lengths(weight, a_RD, b_OR, scaling, out)
 
     def unpack(self, dtype: torch.dtype) -> None:
         """Replace the packed weight by the dequantised one, for many uses of few tokens each."""
