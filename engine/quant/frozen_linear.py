@@ -51,6 +51,12 @@ class FrozenLinear(nn.Module):
             self._nf4 = ops.nf4_state(self.weight)
         return self._nf4
 
+    def scaled(self, factors_O: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Return the weight with each row times its factor, as a new tensor in `dtype`, or in `out`. factors_O: fp32."""
+        if self.is_packed and self.weight.is_cuda:
+            return ops.dequantize_nf4(self.nf4, dtype, out, factors_O)
+        return torch.mul(self.dequantized(dtype), factors_O.to(dtype)[:, None], out=out)
+
     def dequantized(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return the weight [O, D] in `dtype`.
 
@@ -71,9 +77,13 @@ class FrozenLinear(nn.Module):
     @torch.no_grad()
     def row_lengths(self, a_RD: Tensor, b_OR: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
         """Return the lengths of the rows of W + scaling * B A, fp32 [O]; into `out`, if given. b_OR: fp32."""
-        is_kernel = self.is_packed and self.weight.is_cuda
-        weight = self.nf4 if is_kernel else self.dequantized(torch.float32) if self.is_packed else self.weight.detach()
-        return ops.row_lengths(weight, a_RD, b_OR, scaling, out)
+        return ops.row_lengths(self.operand(), a_RD, b_OR, scaling, out)
+
+    def operand(self) -> ops.Nf4State | Tensor:
+        """Return the weight as the kernels over its rows read it: packed on CUDA, else plain."""
+        if not self.is_packed:
+            return self.weight.detach()
+        return self.nf4 if self.weight.is_cuda else self.dequantized(torch.float32)
 
     def unpack(self, dtype: torch.dtype) -> None:
         """Replace the packed weight by the dequantised one, for many uses of few tokens each."""

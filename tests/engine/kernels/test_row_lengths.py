@@ -1,4 +1,4 @@
-"""Lengths of the rows of W + scaling * B A, from packed and plain weights.
+"""What DoRA needs of packed and plain weights: lengths of the rows of W + scaling * B A, sums of W times P, rows times factors.
 
 Shape letters: O output features, D input features, R rank.
 """
@@ -53,6 +53,32 @@ def test_other_sizes_of_blocks(block):
 def test_a_plain_weight_s_rows_have_their_lengths(dtype):
     weight, a, b = draw(33, 300, dtype=dtype, scale=0.1), draw(5, 300, seed=2, scale=0.1), draw(33, 5, seed=3, scale=0.1)
     torch.testing.assert_close(ops.row_lengths(weight, a, b, 1.5).double(), lengths(weight, a, b, 1.5), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(40, 576), (9, 66), (7, 131)])
+def test_sums_of_a_weight_times_another_matrix_over_some_of_its_rows(shape):
+    state, weight = packed(draw(*shape, seed=1), True)
+    p, out = draw(5, shape[1], seed=2), torch.zeros(5, device=DEVICE)
+    for first in (0, 2):
+        right = (weight[first : first + 5].double() * p.double()).sum(1)
+        for given in (state, weight.bfloat16(), weight):
+            ops.row_dots(given, p, first, out)
+            slack = 1e-2 if isinstance(given, torch.Tensor) and given.dtype == torch.bfloat16 else 2e-6
+            torch.testing.assert_close(out.double(), right, rtol=0, atol=slack * shape[1] ** 0.5)
+    with pytest.raises(EngineError, match="row_dots: P "):
+        ops.row_dots(state, p, shape[0] - 4, out)
+
+
+@pytest.mark.parametrize("shape", [(40, 576), (9, 66)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_times_factors_are_rounded_once(shape, dtype):
+    state, weight = packed(draw(*shape, seed=1), True)
+    factors = draw(shape[0], seed=3)
+    ours = ops.dequantize_nf4(state, dtype, factors_O=factors)
+    rounding = 2**-7 if dtype == torch.bfloat16 and shape[1] % 64 else 2**-8 if dtype == torch.bfloat16 else 3e-7
+    torch.testing.assert_close(ours.double(), weight.double() * factors[:, None].double(), rtol=rounding, atol=0)
+    with pytest.raises(EngineError, match="dequantize_nf4: factors "):
+        ops.dequantize_nf4(state, dtype, factors_O=factors[1:])
 
 
 def test_wrong_layouts_are_refused():
