@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -102,6 +103,7 @@ class FlatAdapter:
         for layer in self._dora:
             part = slice(start, start + layer.out_features)
             layer.gain, layer.norm, start = self.memory.gains[part], self.memory.norms[part], part.stop
+        self._runs = _runs_of_one_rank(self._dora, self.num_a)
         self._is_silent = False
         self.refresh()
 
@@ -135,10 +137,21 @@ class FlatAdapter:
         self._cast[: self.num_a].copy_(values[: self.num_a])
         b = slice(self.num_a, self._past_b)
         torch.mul(values[b], self.memory.scaling, out=self._cast[b])
+        if self._dora:
+            self._refresh_gains(values)
+
+    def _refresh_gains(self, values: torch.Tensor) -> None:
+        """Find the rows' lengths and gains, and put the gains into the copy of scaling * B.
+
+        One launch a layer for the lengths, and one for each run of layers of one rank.
+        """
+        gains, norms = self.memory.gains, self.memory.norms
         for layer in self._dora:
-            layer.norm.copy_(layer.weight_norm())
-            torch.div(layer.norm if self._is_silent else layer.magnitude.detach(), layer.norm, out=layer.gain)
-            torch.mul(layer.lora_b.detach() * self.memory.scaling, layer.gain[:, None], out=layer.casts[1])
+            layer.weight_norm(layer.norm)
+        torch.div(norms if self._is_silent else values[self._past_b :], norms, out=gains)
+        factors = gains * self.memory.scaling
+        for rank, b, rows in self._runs:
+            torch.mul(values[b].view(-1, rank), factors[rows, None], out=self._cast[b].view(-1, rank))
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -174,3 +187,17 @@ class FlatAdapter:
 def _with_lengths(layers: dict[str, AnyLora]) -> list[LoraLinear]:
     """Return the layers with DoRA's magnitudes."""
     return [layer for layer in layers.values() if isinstance(layer, LoraLinear) and layer.magnitude is not None]
+
+
+def _runs_of_one_rank(layers: list[LoraLinear], start: int) -> list[tuple[int, slice, slice]]:
+    """Return rank, elements of all B in the flat parameter, and rows of all gains, of consecutive layers of one rank.
+
+    start: of the first layer's B. DoRA is on all layers or none, so their B follow each other.
+    """
+    runs, end = [], 0
+    for rank, group in itertools.groupby(layers, lambda layer: layer.rank):
+        first, place = end, start
+        end += sum(layer.out_features for layer in group)
+        start += rank * (end - first)
+        runs.append((rank, slice(place, start), slice(first, end)))
+    return runs

@@ -57,12 +57,12 @@ class LoraLinear(nn.Module):
         a_RD = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_a = nn.Parameter(a_RD.to(device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        self.magnitude = nn.Parameter(base.row_squares().sqrt()) if config.use_dora else None
         # views of FlatAdapter's memory: A and gain * scaling * B, the scaling, the dropout's seed and rate, DoRA's norm and gain
         self.casts: tuple[Tensor, Tensor] | None = None
         self.norm: Tensor | None = None
         self.gain: Tensor | None = None
         self._norm_of: tuple[tuple[int, int], Tensor] | None = None
+        self.magnitude = nn.Parameter(self.weight_norm()) if config.use_dora else None
         self.scale: Tensor | None = None
         self.noise: Tensor | None = None
         self.masks_of_pass = False  # True: `drop` has the masks of that noise, not of torch's generator
@@ -113,16 +113,10 @@ class LoraLinear(nn.Module):
         return (self.lora_a, self.lora_b) if self.magnitude is None else (self.lora_a, self.lora_b, self.magnitude)
 
     @torch.no_grad()
-    def weight_norm(self) -> Tensor:
-        """Return the lengths of the rows of W + scaling * B A, fp32 [O], without that sum.
-
-        |W + B A|^2 = |W|^2 + 2 B (A W^T) + B (A A^T) B^T, row by row, with the scaling in B.
-        """
-        a, b = self.lora_a.detach(), self.scaling * self.lora_b.detach()
-        dtype = a.dtype if self.casts is None else self.casts[0].dtype
-        aw_RO = F.linear(a.to(dtype), self.base.dequantized(dtype)).float()
-        squares = self.base.row_squares() + 2 * (b * aw_RO.t()).sum(1) + ((b @ (a @ a.t())) * b).sum(1)
-        return squares.clamp(min=0.0).sqrt()
+    def weight_norm(self, out: Tensor | None = None) -> Tensor:
+        """Return the lengths of the rows of W + scaling * B A, fp32 [O]; into `out`, if given."""
+        a_RD = self.lora_a.detach() if self.casts is None else self.casts[0]
+        return self.base.row_lengths(a_RD, self.lora_b.detach(), self.scaling, out)
 
     def drop(self, x: Tensor) -> Tensor:
         if self.masks_of_pass and self.training:

@@ -67,7 +67,8 @@ def _as_sets(value: Any) -> Any:
             allowed = "must be the name of an evaluation set: a letter, then letters, digits, underscores, up to 40"
             raise InputError("data.eval", name, allowed)
     if not 1 <= len(value) <= MAX_SOURCES:
-        raise InputError("data.eval", f"{len(value)} sets", f"must hold from 1 to {MAX_SOURCES} evaluation sets")
+        given = f"{len(value)} sets" if value else {}
+        raise InputError("data.eval", given, f"must hold from 1 to {MAX_SOURCES} evaluation sets")
     return {name: value[name] and _source(SourceConfig, value[name], f"data.eval.{name}") for name in sorted(value)}
 
 

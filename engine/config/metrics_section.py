@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from engine.config.parsing import ListAsTuple, PositiveInt, StrictModel
+from engine.config.parsing import ListAsTuple, PositiveInt, StrictModel, parse
 from engine.errors import InputError, did_you_mean
 
 EVAL_LOSS = "eval_loss"
@@ -41,6 +41,16 @@ class OwnMetric(StrictModel):
         if not FUNCTION.fullmatch(value):
             raise ValueError("must be package.module:function")
         return value
+
+
+def _own_metric(field: str, value: Any) -> Any:
+    """Return the metric that the value of `field` describes. Raises InputError that names this field."""
+    if not isinstance(value, str):
+        return parse(OwnMetric, value, field) if isinstance(value, Mapping) else value
+    try:
+        return parse(OwnMetric, {"function": value})
+    except InputError as error:
+        raise InputError(field, value, error.allowed) from None
 
 
 class MetricsConfig(StrictModel):
@@ -97,7 +107,7 @@ class MetricsConfig(StrictModel):
                 raise InputError(f"metrics.{name}", value, allowed)
             own[name] = value
         if isinstance(own, dict):
-            own = {name: {"function": value} if isinstance(value, str) else value for name, value in own.items()}
+            own = {name: _own_metric(f"metrics.{name}", value) for name, value in own.items()}
         return {**known, "own": own} if own else known
 
     @field_validator("own")

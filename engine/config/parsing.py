@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import unicodedata
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 # JSON and YAML have no tuples.
 ListAsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+BEGINNING = re.compile("Input should be |must be ")
 CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control, surrogate, line and paragraph separator
 
 
@@ -122,10 +124,14 @@ def load_json(path: str | Path) -> Any:
 def _input_error(model: type[BaseModel], faults: list[dict[str, Any]], where: str) -> InputError:
     """Return the InputError for the first fault.
 
-    For a union pydantic reports one fault a kind; the message then lists all the allowed kinds.
+    For a union pydantic reports one fault a kind; the message then lists all the allowed kinds. If the
+    value is of one kind but for a part of it, that part is the fault.
     """
     fault = faults[0]
     location = _location(model, fault["loc"])
+    if fault["type"].endswith("_type"):
+        places = [(other, _location(model, other["loc"])) for other in faults]
+        fault, location = next((one for one in places if one[1][:-1] == location), (fault, location))
     field = ".".join(filter(None, [where, *location])) or model.__name__
     if fault["type"] == "extra_forbidden":
         known = _known_keys(model, fault["loc"][:-1])
@@ -133,23 +139,50 @@ def _input_error(model: type[BaseModel], faults: list[dict[str, Any]], where: st
         return InputError(field, fault["input"], f"unknown key; known keys: {', '.join(known)}{hint}")
     if fault["type"] == "missing":
         return InputError(field, None, "required, but missing")
-    same = [other["msg"].removeprefix("Value error, ") for other in faults if _location(model, other["loc"]) == location]
-    message = " or ".join(dict.fromkeys([same[0], *(text.removeprefix("Input should be ") for text in same[1:])]))
-    return InputError(field, fault["input"], message[:1].lower() + message[1:])
+    phrases = [_phrase(other) for other in faults if _location(model, other["loc"]) == location]
+    phrases = [text for text in phrases if not any(other.startswith(f"{text} of ") for other in phrases)]
+    message = " or ".join(dict.fromkeys([phrases[0], *(BEGINNING.sub("", text) for text in phrases[1:])]))
+    value = list(fault["input"]) if isinstance(fault["input"], tuple) else fault["input"]
+    return InputError(field, value, message[:1].lower() + message[1:])
 
 
-def _location(model: type[BaseModel] | None, path: tuple[str | int, ...]) -> list[str]:
-    """Return the field names and list positions in `path`.
+def _phrase(fault: dict[str, Any]) -> str:
+    """Return what is allowed, in the words of a config file; pydantic's own where these are plain."""
+    value, limits = fault["input"], fault.get("ctx", {})
+    match fault["type"]:
+        case "tuple_type":
+            return "must be a list" + (f": [{value}]" if isinstance(value, str | int | float) and value != "" else "")
+        case "dict_type" | "model_type":
+            return "must be a section: {key: value}"
+        case "bool_type":
+            return "must be true or false"
+        case "string_type":
+            return "must be text"
+        case "string_too_short":
+            return "must be text that is not empty"
+        case "too_short":
+            return f"must be a list of at least {limits['min_length']}"
+    return fault["msg"].removeprefix("Value error, ")
+
+
+def _location(model: Any, path: tuple[str | int, ...]) -> list[str]:
+    """Return the field names, keys and list positions in `path`.
 
     pydantic also puts the branch of a union there. It is not a key in the file, so it is left out.
     """
-    location = []
+    location, kind = [], model
     for part in path:
-        if isinstance(part, int) or model is not None:
+        is_model = isinstance(kind, type) and issubclass(kind, BaseModel)
+        is_dict = get_origin(kind) is dict
+        if isinstance(part, int) or is_model or is_dict:
             location.append(str(part))
-        field = model.model_fields.get(str(part)) if model else None
-        annotation = field.annotation if field else None
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        if is_model:
+            field = kind.model_fields.get(str(part))
+            kind = field.annotation if field else None
+        else:
+            kind = get_args(kind)[1] if is_dict else None
+        while get_origin(kind) is Annotated:
+            kind = get_args(kind)[0]
     return location
 
 

@@ -28,9 +28,9 @@ WORD_BYTES = 4
 
 @triton.jit
 def _dequantize_kernel(
-    packed, code, absmax, nested_code, nested_absmax, nested_offset, out, numel, num_blocks, num_units,
+    packed, code, absmax, nested_code, nested_absmax, nested_offset, factors, out, numel, num_blocks, num_units, row_blocks,
     BLOCK_SIZE: tl.constexpr, NESTED_BLOCK_SIZE: tl.constexpr, UNIT_BYTES: tl.constexpr, BLOCKS: tl.constexpr,
-    NESTED: tl.constexpr,
+    NESTED: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """Dequantise one tile [BLOCKS, UNITS, NIBBLES].
 
@@ -50,6 +50,8 @@ def _dequantize_kernel(
         nested_scale = tl.load(nested_absmax + (first_block + block) // NESTED_BLOCK_SIZE, mask=exists, other=0.0)
         scale = tl.load(nested_code + scale.to(tl.int32)) * nested_scale
         scale = scale + tl.load(nested_offset)
+    if FACTORS:
+        scale = scale * tl.load(factors + (first_block + block) // row_blocks, mask=exists, other=0.0)
 
     i = tl.arange(0, NIBBLES)
     # Little-endian word, high nibble first: element i of a word starts at bit 4, 0, 12, 8, ...
@@ -61,13 +63,19 @@ def _dequantize_kernel(
     tl.store(out + first_block * BLOCK_SIZE + element, values.to(out.dtype.element_ty), mask=inside)
 
 
-def dequantize_nf4_(state: Nf4State, out: Tensor) -> None:
-    """Dequantise into `out`, which is contiguous, of the state's shape and any float dtype."""
-    launch_dequantize(state, out, TILE, NUM_WARPS)
+def dequantize_nf4_(state: Nf4State, out: Tensor, factors_O: Tensor | None = None) -> None:
+    """Dequantise into `out`, which is contiguous, of the state's shape and any float dtype; rows times their factors."""
+    in_kernel = factors_O is None or state.shape[1] % state.block_size == 0  # else blocks lie across rows
+    launch_dequantize(state, out, TILE, NUM_WARPS, factors_O if in_kernel else None)
+    if not in_kernel:
+        out.mul_(factors_O[:, None])
 
 
-def launch_dequantize(state: Nf4State, out: Tensor, tile: int, num_warps: int) -> None:
-    """Dequantise with the caller's choice of tile and warps (the benchmark's --tune)."""
+def launch_dequantize(state: Nf4State, out: Tensor, tile: int, num_warps: int, factors_O: Tensor | None = None) -> None:
+    """Dequantise with the caller's choice of tile and warps (the benchmark's --tune).
+
+    factors_O: of rows, which must be whole blocks.
+    """
     numel, packed = out.numel(), state.packed
     unit_bytes = 1
     if packed.numel() % WORD_BYTES == 0 and packed.data_ptr() % WORD_BYTES == 0 and packed.storage_offset() % WORD_BYTES == 0:
@@ -75,8 +83,8 @@ def launch_dequantize(state: Nf4State, out: Tensor, tile: int, num_warps: int) -
     blocks_per_tile = max(1, tile // state.block_size)
     num_blocks = triton.cdiv(numel, state.block_size)
     _dequantize_kernel[(triton.cdiv(num_blocks, blocks_per_tile),)](
-        packed, state.code, state.absmax_M, state.nested_code, state.nested_absmax_S, state.nested_offset, out,
-        numel, num_blocks, packed.numel(),
+        packed, state.code, state.absmax_M, state.nested_code, state.nested_absmax_S, state.nested_offset, factors_O,
+        out, numel, num_blocks, packed.numel(), max(1, state.shape[-1] // state.block_size),
         BLOCK_SIZE=state.block_size, NESTED_BLOCK_SIZE=state.nested_block_size, UNIT_BYTES=unit_bytes, BLOCKS=blocks_per_tile,
-        NESTED=state.nested_code is not None, num_warps=num_warps, enable_fp_fusion=False,
+        NESTED=state.nested_code is not None, FACTORS=factors_O is not None, num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip

@@ -33,7 +33,7 @@ __all__ = [
     "IGNORE",
     "LowRank", "Nf4State", "add_rms_norm", "attention", "attention_backward", "cross_entropy_", "dequantize_nf4",
     "document_spans", "dropout", "gather_rows", "glu", "glu_backward_", "join_rotated", "nf4_state", "noise_of",
-    "rms_norm", "rms_norm_backward", "rope_",
+    "rms_norm", "rms_norm_backward", "rope_", "row_dots", "row_lengths",
 ]  # fmt: skip
 
 FORCE_TRITON = False
@@ -233,18 +233,56 @@ def add_noise_(x_TD: Tensor, bound_T: Tensor, noise: Tensor, stream: int) -> Non
     _family("dropout", x_TD).add_noise_(x_TD, bound_T, noise, stream)
 
 
-def dequantize_nf4(state: Nf4State, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def dequantize_nf4(
+    state: Nf4State, dtype: torch.dtype, out: Tensor | None = None, factors_O: Tensor | None = None
+) -> Tensor:
     """Return W [O, D] = code[nibble] * absmax[block], bit-equal to bitsandbytes.
 
-    `out`, if given, is filled and returned: contiguous [O, D] in `dtype`.
+    `out`, if given, is filled and returned: contiguous [O, D] in `dtype`. factors_O: fp32; each row is
+    multiplied by its own before it is rounded.
     """
     if out is None:
         out = torch.empty(state.shape, dtype=dtype, device=state.packed.device)
     elif tuple(out.shape) != state.shape or out.dtype != dtype or not out.is_contiguous():
         raise EngineError(f"dequantize_nf4: out {_layout(out)}: expected contiguous {state.shape} {dtype}")
+    if factors_O is not None and (factors_O.shape != state.shape[:1] or factors_O.dtype != torch.float32):
+        raise EngineError(f"dequantize_nf4: factors {_layout(factors_O)}: expected fp32 [{state.shape[0]}]")
     if math.prod(state.shape):
-        _family("nf4", state.packed).dequantize_nf4_(state, out)
+        _family("nf4", state.packed).dequantize_nf4_(state, out, factors_O)
     return out
+
+
+def row_lengths(weight: Nf4State | Tensor, a_RD: Tensor, b_OR: Tensor, scaling: float, out_O: Tensor | None = None) -> Tensor:
+    """Return the lengths of the rows of W + scaling * B A, fp32 [O]; the product is in A's dtype, sums in fp32.
+
+    weight: W [O, D], plain or packed. b_OR: fp32. `out_O`, if given, is filled and returned.
+    """
+    first = weight.packed if isinstance(weight, Nf4State) else weight
+    if out_O is None:
+        out_O = torch.empty(b_OR.shape[0], device=first.device)
+    (num_rows, width), rank = tuple(weight.shape), a_RD.shape[0]
+    for name, x, shape in (("A", a_RD, (rank, width)), ("B", b_OR, (num_rows, rank)), ("out", out_O, (num_rows,))):
+        dtype = a_RD.dtype if name == "A" else torch.float32
+        if tuple(x.shape) != shape or x.dtype != dtype or not x.is_contiguous():
+            raise EngineError(f"row_lengths: {name} {_layout(x)}: expected contiguous {list(shape)} {dtype}")
+    if not first.is_contiguous():
+        raise EngineError(f"row_lengths: W {_layout(first)}: expected contiguous rows")
+    _family("row_lengths", first).row_lengths_(weight, a_RD, b_OR, scaling, out_O)
+    return out_O
+
+
+def row_dots(weight: Nf4State | Tensor, p_OD: Tensor, first: int, out_O: Tensor) -> None:
+    """Write the sums of W times P over the rows of P, fp32, into `out_O`. Row 0 of P belongs to row `first` of W.
+
+    weight: plain or packed, with P's width. p_OD: fp32.
+    """
+    first_part = weight.packed if isinstance(weight, Nf4State) else weight
+    fits = p_OD.shape[1] == weight.shape[1] and 0 <= first <= weight.shape[0] - p_OD.shape[0] and first_part.is_contiguous()
+    if not fits or p_OD.dtype != torch.float32 or not p_OD.is_contiguous():
+        raise EngineError(f"row_dots: P {_layout(p_OD)} at row {first}: expected fp32 rows of {list(weight.shape)}")
+    if out_O.shape != p_OD.shape[:1] or out_O.dtype != torch.float32 or not out_O.is_contiguous():
+        raise EngineError(f"row_dots: out {_layout(out_O)}: expected contiguous fp32 [{p_OD.shape[0]}]")
+    _family("row_lengths", first_part).row_dots_(weight, p_OD, first, out_O)
 
 
 def _family(name: str, tensor: Tensor) -> ModuleType:

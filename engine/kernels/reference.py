@@ -193,8 +193,13 @@ def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:
     return table_VD.index_select(0, ids_T)
 
 
-def dequantize_nf4_(state: Nf4State, out: Tensor) -> None:
+def dequantize_nf4_(state: Nf4State, out: Tensor, factors_O: Tensor | None = None) -> None:
     """Look up both values of each byte at once, in a table of 256 pairs."""
+    if factors_O is not None:
+        wide_OD = torch.empty(state.shape, device=out.device)
+        dequantize_nf4_(state, wide_OD)
+        out.copy_(wide_OD.mul_(factors_O[:, None]))
+        return
     absmax_M = state.absmax_M
     if state.nested_code is not None:
         scale_M = state.nested_absmax_S.repeat_interleave(state.nested_block_size)[: absmax_M.numel()]
@@ -208,6 +213,23 @@ def dequantize_nf4_(state: Nf4State, out: Tensor) -> None:
     flat[:whole] = (blocks * absmax_M[:num_whole, None]).view(-1)
     if rest:
         flat[whole:] = values[whole:] * absmax_M[num_whole]
+
+
+def row_lengths_(weight: Nf4State | Tensor, a_RD: Tensor, b_OR: Tensor, scaling: float, out_O: Tensor) -> None:
+    sum_OD = _wide(weight) + ((scaling * b_OR).to(a_RD.dtype) @ a_RD).float()
+    torch.sqrt(sum_OD.square_().sum(1), out=out_O)
+
+
+def row_dots_(weight: Nf4State | Tensor, p_OD: Tensor, first: int, out_O: Tensor) -> None:
+    torch.sum(p_OD * _wide(weight)[first : first + p_OD.shape[0]], 1, out=out_O)
+
+
+def _wide(weight: Nf4State | Tensor) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight.float()
+    weight_OD = torch.empty(weight.shape, device=weight.packed.device)
+    dequantize_nf4_(weight, weight_OD)
+    return weight_OD
 
 
 def dropout(x_TD: Tensor, noise: Tensor, stream: int, in_place: bool = False) -> Tensor:

@@ -143,12 +143,10 @@ class ProjectionGroup:
 
     def _times_gains(self, minus: float) -> Weights:
         """Return the weights times gain - minus; of members without a gain, times 1 - minus."""
-        blocks, is_new = [], self.cached is None and self.is_packed
-        for part, weight_OD in self.raw_weights():
-            gains = torch.cat([self._gain(i) for i, own in enumerate(self.outputs) if part.start <= own.start < part.stop])
-            factors = (gains - minus).to(weight_OD.dtype)[:, None]
-            blocks.append((part, weight_OD.mul_(factors) if is_new else weight_OD * factors))
-        return blocks
+        factors_O = torch.cat([self._gain(i) for i in range(len(self.bases))]) - minus
+        if self.cached is None and self.is_packed:
+            return [(slice(0, self.outputs[-1].stop), merged_weight(self.bases, self.dtype, factors_O))]
+        return [(part, weight_OD * factors_O[part, None].to(weight_OD.dtype)) for part, weight_OD in self.raw_weights()]
 
     def _gain(self, i: int) -> Tensor:
         base, layer = self.bases[i], self.dora[i]
@@ -283,11 +281,13 @@ class ProjectionGroup:
     def _along_weights(self, dy_TO: Tensor, x_TD: Tensor) -> Tensor:
         """Return the sum over tokens of dy times x W^T, of each output feature, fp32 [O]."""
         found_O = torch.empty(dy_TO.shape[1], device=dy_TO.device)
-        for part, weight_OD in self.raw_weights():
+        for i, part in enumerate(self.outputs):
+            if self.dora[i] is None:
+                continue
+            weight = self.bases[i].operand() if self.cached is None else self.cached[part]
             for start in range(part.start, part.stop, MAGNITUDE_ROWS):
                 rows = slice(start, min(start + MAGNITUDE_ROWS, part.stop))
-                own_OD = weight_OD[rows.start - part.start : rows.stop - part.start]
-                found_O[rows] = (product(dy_TO[:, rows].t(), x_TD) * own_OD).sum(1)
+                ops.row_dots(weight, product(dy_TO[:, rows].t(), x_TD).float(), start - part.start, found_O[rows])
         return found_O
 
     def _ranks(self) -> list[slice]:

@@ -5,13 +5,16 @@ weights (LoftQ, PiSSA) are no part of it. What it says of a sample depends on ba
 template, sample and length alone. So all trials of a machine share it, whatever their rank or rate.
 
 It is kept in parts, so that a killed pass goes on where it was. A part is known by what it was
-computed from: the model's content and precision, the device, and the tokens of its samples.
+computed from: the model's content and precision, the device, and the tokens of its samples. The parts
+used last are kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,11 +31,12 @@ from engine.data.view import AnyView, make_cursor
 from engine.model.base import Base
 from engine.shape.compute_limits import EVALUATION_ROW_TOKENS
 from engine.sources.identity import identify_model, identify_start
-from engine.system.shared_cache import build_once
+from engine.system.shared_cache import build_once, forget_old
 
 VERSION = 1
 PART_TOKENS = {"cpu": 2**13, "cuda": 2**19}  # tokens of a part: what a killed pass loses takes seconds
-FILE = "logp.npy"
+FILE, KIND = "logp.npy", "reference"
+MOST = 4096  # parts kept, of a few KB: 2 billion tokens on CUDA
 
 
 def reference_logps(
@@ -62,7 +66,11 @@ def reference_logps(
         def build(folder: Path, part: list[int] = part) -> None:
             np.save(folder / FILE, _computed(base, view, part, longest, before_each))
 
-        found[part] = np.load(build_once(f"reference-{digest.hexdigest()[:24]}", build) / FILE)
+        folder = build_once(f"{KIND}-{digest.hexdigest()[:24]}", build)
+        with contextlib.suppress(OSError):  # another user's cache
+            os.utime(folder)
+        found[part] = np.load(folder / FILE)
+    forget_old(KIND, MOST)
     return found
 
 

@@ -38,7 +38,6 @@ class FrozenLinear(nn.Module):
         self._nf4: ops.Nf4State | None = None
         self.int8: Int8Group | None = None
         self._plain: Tensor | None = None
-        self._row_squares: Tensor | None = None
 
     @property
     def is_packed(self) -> bool:
@@ -51,6 +50,12 @@ class FrozenLinear(nn.Module):
         if self._nf4 is None:
             self._nf4 = ops.nf4_state(self.weight)
         return self._nf4
+
+    def scaled(self, factors_O: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Return the weight with each row times its factor, as a new tensor in `dtype`, or in `out`. factors_O: fp32."""
+        if self.is_packed and self.weight.is_cuda:
+            return ops.dequantize_nf4(self.nf4, dtype, out, factors_O)
+        return torch.mul(self.dequantized(dtype), factors_O.to(dtype)[:, None], out=out)
 
     def dequantized(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return the weight [O, D] in `dtype`.
@@ -70,11 +75,15 @@ class FrozenLinear(nn.Module):
         return weight_OD if out is None else out.copy_(weight_OD)
 
     @torch.no_grad()
-    def row_squares(self) -> Tensor:
-        """Return the sum of squares of each output feature's weights, fp32 [O]; they are added up once."""
-        if self._row_squares is None:
-            self._row_squares = self.dequantized(torch.float32).square().sum(1)
-        return self._row_squares
+    def row_lengths(self, a_RD: Tensor, b_OR: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
+        """Return the lengths of the rows of W + scaling * B A, fp32 [O]; into `out`, if given. b_OR: fp32."""
+        return ops.row_lengths(self.operand(), a_RD, b_OR, scaling, out)
+
+    def operand(self) -> ops.Nf4State | Tensor:
+        """Return the weight as the kernels over its rows read it: packed on CUDA, else plain."""
+        if not self.is_packed:
+            return self.weight.detach()
+        return self.nf4 if self.weight.is_cuda else self.dequantized(torch.float32)
 
     def unpack(self, dtype: torch.dtype) -> None:
         """Replace the packed weight by the dequantised one, for many uses of few tokens each."""

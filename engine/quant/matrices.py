@@ -13,12 +13,15 @@ from torch import Tensor
 from engine.quant.frozen_linear import FrozenLinear
 
 
-def merged_weight(bases: list[FrozenLinear], dtype: torch.dtype) -> Tensor:
-    """Return the dequantised weights of packed layers with one input, side by side, [O, D]."""
+def merged_weight(bases: list[FrozenLinear], dtype: torch.dtype, factors_O: Tensor | None = None) -> Tensor:
+    """Return the dequantised weights of packed layers with one input, side by side, [O, D]; rows times their factors."""
     parts = slices(*(base.out_features for base in bases))
     merged_OD = torch.empty(parts[-1].stop, bases[0].in_features, dtype=dtype, device=bases[0].weight.device)
     for part, base in zip(parts, bases):
-        base.dequantized(dtype, out=merged_OD[part])
+        if factors_O is None:
+            base.dequantized(dtype, out=merged_OD[part])
+        else:
+            base.scaled(factors_O[part], dtype, out=merged_OD[part])
     return merged_OD
 
 

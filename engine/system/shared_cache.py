@@ -1,7 +1,8 @@
 """Build folders once and share them between all processes of the machine.
 
-A file lock, a temporary folder and one atomic rename make this safe. Nothing expires. A builder
-whose output changes must use another name, so names include a version.
+A file lock, a temporary folder and one atomic rename make this safe. What is `<kind>-<digest>` goes
+if many of its kind are newer; nothing else expires. A builder whose output changes must use another
+name, so names include a version.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def test_files_of_older_versions_are_read_and_keys_of_later_ones_ignored():
         ({"eval_loss": 10**400}, "report.eval_loss = 1000"),
         ({"step": True}, "report.step = True: input should be a valid integer"),
         ({"tokens_seen": None}, "report.tokens_seen = None"),
-        ({"activation_checkpointing": False}, "report.activation_checkpointing = False: input should be a valid string"),
+        ({"activation_checkpointing": False}, "report.activation_checkpointing = False: must be text"),
         ({"predicted_peak_gib": []}, "report.predicted_peak_gib"),
     ],
 )

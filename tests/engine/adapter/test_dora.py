@@ -62,7 +62,8 @@ def our_curve(config, base, policy=Policy.KEEP):
     for step in range(STEPS):
         row = collate([view[(2 * step + i) % len(view)] for i in range(2)])
         losses.append(take_step(base, adapter, optimizer, row))
-    moved = max((layer.magnitude.detach() / layer.base.row_squares().sqrt() - 1).abs().max().item() for layer in layers.values())
+    lengths = {name: layer.base.dequantized(torch.float32).norm(dim=1) for name, layer in layers.items()}
+    moved = max((layer.magnitude.detach() / lengths[name] - 1).abs().max().item() for name, layer in layers.items())
     detach(base.model, layers)
     return torch.tensor(losses), start, view, moved
 

@@ -1,6 +1,7 @@
 """A trial learns from pairs: it resumes exactly, divides steps freely, and keeps what the reference says of them."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -112,6 +113,27 @@ def test_a_reference_pass_that_was_ended_goes_on_where_it_was(values, monkeypatc
     whole = reference_logps(config, base, view, np.arange(len(view)))
     assert np.array_equal(found, whole)
     assert len(rest) < len(view) // 2 and base.model.training is False
+
+
+def test_the_parts_used_last_are_kept(values, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine.preference.reference_logps, "PART_TOKENS", {"cpu": 512})
+    config = build(values)
+    base = load_base(config.model, CPU)
+    view, _ = load_data(config.data, base.tokenizer)
+    cache, halves = tmp_path / "cache", np.split(np.arange(len(view)), [len(view) // 2])
+    reference_logps(config, base, view, halves[0])
+    first = set(cache.glob("reference-*"))
+    for folder in first:
+        os.utime(folder, (1, 1))
+    monkeypatch.setattr(engine.preference.reference_logps, "MOST", 2 * len(first))
+    reference_logps(config, base, view, halves[1])
+    second = set(cache.glob("reference-*")) - first
+    reference_logps(config, base, view, halves[0], before_each=lambda: pytest.fail("computed again"))
+    for folder in second:
+        os.utime(folder, (1, 1))
+    monkeypatch.setattr(engine.preference.reference_logps, "MOST", len(first))
+    reference_logps(config, base, view, halves[0], before_each=lambda: pytest.fail("computed again"))
+    assert len(first) > 1 and set(cache.glob("reference-*")) == first
 
 
 def test_only_pairs_that_a_trial_can_see_are_computed(values):

@@ -59,15 +59,22 @@ def test_importing_the_package_loads_neither_torch_nor_gguf():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_order_pairs_differ_in_the_answer_alone_and_half_of_them_in_a_number(tmp_path):
+def test_order_pairs_differ_in_the_answer_alone_by_one_fact_or_the_form_and_some_labels_of_training_are_swapped(tmp_path):
     order_pairs.write(tmp_path)
-    train = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(train) == order_pairs.NUM_TRAIN
-    for row in train:
-        better, worse = row["chosen"][0]["content"], row["rejected"][0]["content"]
-        assert better != worse and json.loads(better)["customer"] in worse and row["prompt"][0]["role"] == "user"
-        assert (json.loads(better).keys() == json.loads(worse).keys()) if row["fault"] == "number" else not worse.startswith("{")
-    assert sum(row["fault"] == "number" for row in train) == len(train) // 2
+    train, evaluation = ([json.loads(line) for line in (tmp_path / f"{part}.jsonl").open()] for part in ("train", "eval"))
+    assert (len(train), len(evaluation)) == (order_pairs.NUM_TRAIN, order_pairs.NUM_EVAL)
+    for row in (*train, *evaluation):
+        names = ("rejected", "chosen") if row["swapped"] else ("chosen", "rejected")
+        right, wrong = (row[name][0]["content"] for name in names)
+        facts, question = json.loads(right), row["prompt"][0]["content"]
+        assert row["prompt"][0]["role"] == "user" and all(str(value) in question for value in facts.values())
+        if row["fault"] == "sentence":
+            assert not wrong.startswith("{") and all(str(value) in wrong for value in facts.values())
+        else:
+            others = json.loads(wrong)
+            assert facts.keys() == others.keys() and [name for name in facts if facts[name] != others[name]] == [row["fault"]]
+    assert sum(row["swapped"] for row in train) == len(train) // 8 and not any(row["swapped"] for row in evaluation)
+    assert {row["fault"] for row in evaluation} == {row["fault"] for row in train if row["swapped"]} == set(order_pairs.FAULTS)
 
 
 # --- orders ---
