@@ -21,8 +21,10 @@ from sweep.results.contest import with_contest
 from sweep.results.verdict import SweepVerdict, read_verdict
 from sweep.space.parse import parse_space
 from sweep.space.space import Space
+from sweep.steering.history import History
 from sweep.study.begun_with import read_unedited_config
 from sweep.study.journal import DAMAGED, FollowedJournal, FrozenTrial, record_of
+from sweep.study.kept_commands import taken_commands
 from sweep.trials.record import TrialRecord
 from sweep.trials.selection import Rule
 
@@ -34,7 +36,7 @@ class Collected:
     """Hold a sweep as its folder tells it at one moment.
 
     timeline: ended at its newest event, see Timeline.settled. rule: with the contest between the
-    trials. trials: Optuna's, in the order of `records`.
+    trials. trials: Optuna's, in the order of `records`. history: the commands that the sweep took.
     """
 
     folder: SweepFolder
@@ -45,6 +47,7 @@ class Collected:
     timeline: Timeline
     rule: Rule
     verdict: SweepVerdict
+    history: History
 
     @cached_property
     def slot_times(self) -> list[SlotTime]:
@@ -98,7 +101,9 @@ class Collector:
             verdict = read_verdict(self.folder, records, rule)
         else:
             rule, verdict = last.rule, last.verdict
-        self._last = Collected(self.folder, config, self._space, trials, records, self._timeline.settled(), rule, verdict)
+        history = History(taken_commands(self._attributes)) if last is None or is_new else last.history
+        timeline = self._timeline.settled()
+        self._last = Collected(self.folder, config, self._space, trials, records, timeline, rule, verdict, history)
         return self._last
 
     @property
