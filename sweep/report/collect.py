@@ -84,15 +84,15 @@ class Collector:
 
     def _collect(self) -> Collected:
         last, is_new = self._last, self._has_changed("sweep_config.json", "leaderboard.json", "final-seeds/study.journal")
-        attributes = self._journal.attributes()  # commands to the sweep change its settings there
+        trials, attributes = self._journal.trials(), self._journal.attributes()  # commands are there, and change settings
         is_new, self._attributes = is_new or attributes != self._attributes, attributes
         if last is None or is_new:
-            config = read_unedited_config(self.folder)
+            config = read_unedited_config(self.folder, attributes)
             self._space, self._base = parse_space(config.space), config.base().model_dump(mode="json")
         else:
             config = last.config
         is_later = self._timeline.catch_up()
-        trials, records = self._read_trials()
+        records = [self._record(trial) for trial in trials]
         are_same = last is not None and len(last.records) == len(records) and all(map(_is, last.records, records))
         if last is not None and are_same and not is_new and not is_later:
             return last
@@ -110,10 +110,6 @@ class Collector:
     def timeline(self) -> Timeline:
         """Return the timeline with the stays that are still open."""
         return self._timeline
-
-    def _read_trials(self) -> tuple[list[FrozenTrial], list[TrialRecord]]:
-        trials = self._journal.trials()
-        return trials, [self._record(trial) for trial in trials]
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         """Return the trial's record; the same object if neither journal nor reports have changed."""

@@ -206,6 +206,8 @@ def test_each_trial_says_which_commands_it_would_refuse_as_the_driver_does(tmp_p
     study = Study(live.folder, config, parse_space(config.space))
     study.commands.add(TakenCommand(parse_words(["pause", "6"], "ann@box", 1.0, "1"), 2.0))
     assert refused(6) == {"pause": "trial 6 does not run: PAUSED"}
+    live = LiveSweep(live.folder)  # a page that opens now
+    assert refused(6) == {"pause": "trial 6 does not run: PAUSED"}
     study.commands.add(TakenCommand(parse_words(["stop", "6"], "ann@box", 3.0, "2"), 4.0))
     assert set(refused(6).values()) == {"trial 6 is about to stop: ann@box asked for that"} and "clone" not in refused(6)
 

@@ -183,6 +183,7 @@ def test_what_cannot_be_shown_is_one_line(tmp_path, capsys):
             assert PORT <= port < other.getsockname()[1]
     assert f"port {port} is taken" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 2 and "must be a sweep folder" in capsys.readouterr().err
+    assert main([str(folder.path), f"{folder.path}/../sweep"]) == 2 and "must be named once" in capsys.readouterr().err
     assert main(["--mlflow", str(folder.path), str(folder.path)]) == 2 and "must be left out" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([str(folder.path), "--tracking-uri", "http://h"])
