@@ -90,8 +90,7 @@ def check(folder: SweepFolder, command: Command) -> None:
 def _answer(folder: SweepFolder, command: Command, file: Path) -> int:
     """Wait until the driver has taken the command, and say what became of it."""
     deadline_s = time.monotonic() + PATIENCE_S
-    runs = folder.is_driven()
-    while runs and file.exists() and time.monotonic() < deadline_s:
+    while (runs := folder.is_driven()) and file.exists() and time.monotonic() < deadline_s:
         time.sleep(LOOK_EVERY_S)
     if file.exists():
         taken_by = "the driver has not answered yet; `status` shows when it has" if runs else _resume_line(folder)

@@ -165,9 +165,9 @@ class SweepSession:
         """
         return self.feasibility.avoid if self.plan.has_mixed_cards else None
 
-    def _finish(self, ledger: Ledger) -> int:
+    def _finish(self, ledger: SteeredLedger) -> int:
         """Choose the best adapter, write best/, leaderboard and report, and tell the tracker."""
-        config, records = self.plan.config, ledger.records
+        config, records = ledger.config, ledger.records
         verdict, summary = finish(
             self.folder,
             records,
@@ -183,7 +183,7 @@ class SweepSession:
         is_measured = verdict.reevaluation is not None
         self.tracker.on_sweep_finished(summary, verdict.best, self.folder.best if is_measured else None, ended_s)
         try_write_report(self.folder, self.screen.note)
-        self.screen.note(next_steps(self.folder, config, self.plan.space, is_measured))
+        self.screen.note(next_steps(self.folder, config, self.plan.space, is_measured, ledger.is_finished))
         return 0 if is_measured else 1
 
     def _prepare_evaluation(self) -> None:

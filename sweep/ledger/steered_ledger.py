@@ -62,6 +62,16 @@ class SteeredLedger(Ledger):
         self._apply_state()
 
     @property
+    def config(self) -> SweepConfig:
+        """Return the sweep's config as all commands so far have changed it."""
+        return self._config
+
+    @property
+    def is_finished(self) -> bool:
+        """Return whether a command lets no trial begin any more, until `add` takes that back."""
+        return self._history.finished_by is not None
+
+    @property
     def shortfall(self) -> str | None:
         finished_by, num_paused = self._history.finished_by, len(self._history.held.keys() & self._records.keys())
         paused = f"{counted(num_paused, 'trial')} paused by a command until `go-on`" if num_paused else ""
@@ -200,7 +210,7 @@ class SteeredLedger(Ledger):
 
     def _apply_state(self) -> None:
         """Let quota and freezer follow the commands."""
-        self._quota.is_closed = self._history.finished_by is not None
+        self._quota.is_closed = self.is_finished
         if self._freezer is not None:
             self._freezer.hold(self._history.held)
 

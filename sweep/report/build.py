@@ -28,9 +28,11 @@ from sweep.report.study_figures import ON_WHITE, Scale, study_figures
 from sweep.results.best_folder import EXAMPLE
 from sweep.results.leaderboard import board_rows, board_table
 from sweep.study.journal import DAMAGED
+from sweep.trials.objectives import EVAL_LOSS
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
+LOSSES = "Eval loss by tokens seen"
 CURVES, PARETO, MEMORY, SLOTS = "Learning curves", "Loss, memory and time", "Predicted and measured memory", "Slots"
 CURVES_CAPTION = (
     "On one evaluation set, against the tokens a trial has trained on. Pruned trials are faded; a click on a name hides "
@@ -82,8 +84,11 @@ def _page(found: Collected) -> str:
 def figure_sections(found: Collected, scale: Scale = ON_WHITE) -> dict[str, Callable[[], Section]]:
     """Return what draws each figure of the sweep, by title. scale: the colours of losses, low to high."""
     records, study = found.records, study_figures(found.trials, found.records, found.space, scale)
+    measure = report_figures.curves_by(records)
+    losses = {LOSSES: lambda: Section(LOSSES, report_figures.learning_curves(records, found.best))}
     return {
-        CURVES: lambda: Section(CURVES, report_figures.learning_curves(records, found.best), CURVES_CAPTION),
+        CURVES: lambda: Section(CURVES, report_figures.learning_curves(records, found.best, measure), CURVES_CAPTION),
+        **(losses if measure != EVAL_LOSS else {}),
         **{title: partial(_of_study, title, make) for title, make in study.items()},
         PARETO: lambda: Section(PARETO, report_figures.pareto(records), PARETO_CAPTION),
         MEMORY: lambda: Section(MEMORY, report_figures.memory(records)),

@@ -21,8 +21,10 @@ from sweep.results.contest import with_contest
 from sweep.results.verdict import SweepVerdict, read_verdict
 from sweep.space.parse import parse_space
 from sweep.space.space import Space
+from sweep.steering.history import History
 from sweep.study.begun_with import read_unedited_config
 from sweep.study.journal import DAMAGED, FollowedJournal, FrozenTrial, record_of
+from sweep.study.kept_commands import taken_commands
 from sweep.trials.record import TrialRecord
 from sweep.trials.selection import Rule
 
@@ -34,7 +36,7 @@ class Collected:
     """Hold a sweep as its folder tells it at one moment.
 
     timeline: ended at its newest event, see Timeline.settled. rule: with the contest between the
-    trials. trials: Optuna's, in the order of `records`.
+    trials. trials: Optuna's, in the order of `records`. history: the commands that the sweep took.
     """
 
     folder: SweepFolder
@@ -45,6 +47,7 @@ class Collected:
     timeline: Timeline
     rule: Rule
     verdict: SweepVerdict
+    history: History
 
     @cached_property
     def slot_times(self) -> list[SlotTime]:
@@ -81,15 +84,15 @@ class Collector:
 
     def _collect(self) -> Collected:
         last, is_new = self._last, self._has_changed("sweep_config.json", "leaderboard.json", "final-seeds/study.journal")
-        attributes = self._journal.attributes()  # commands to the sweep change its settings there
+        trials, attributes = self._journal.trials(), self._journal.attributes()  # commands are there, and change settings
         is_new, self._attributes = is_new or attributes != self._attributes, attributes
         if last is None or is_new:
-            config = read_unedited_config(self.folder)
+            config = read_unedited_config(self.folder, attributes)
             self._space, self._base = parse_space(config.space), config.base().model_dump(mode="json")
         else:
             config = last.config
         is_later = self._timeline.catch_up()
-        trials, records = self._read_trials()
+        records = [self._record(trial) for trial in trials]
         are_same = last is not None and len(last.records) == len(records) and all(map(_is, last.records, records))
         if last is not None and are_same and not is_new and not is_later:
             return last
@@ -98,17 +101,15 @@ class Collector:
             verdict = read_verdict(self.folder, records, rule)
         else:
             rule, verdict = last.rule, last.verdict
-        self._last = Collected(self.folder, config, self._space, trials, records, self._timeline.settled(), rule, verdict)
+        history = History(taken_commands(self._attributes)) if last is None or is_new else last.history
+        timeline = self._timeline.settled()
+        self._last = Collected(self.folder, config, self._space, trials, records, timeline, rule, verdict, history)
         return self._last
 
     @property
     def timeline(self) -> Timeline:
         """Return the timeline with the stays that are still open."""
         return self._timeline
-
-    def _read_trials(self) -> tuple[list[FrozenTrial], list[TrialRecord]]:
-        trials = self._journal.trials()
-        return trials, [self._record(trial) for trial in trials]
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         """Return the trial's record; the same object if neither journal nor reports have changed."""

@@ -9,12 +9,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sweep.folder.timeline import Span
-from sweep.trials.objectives import objective_values, pareto_front
+from sweep.trials.objectives import EVAL_LOSS, objective_values, pareto_front
 from sweep.trials.record import Outcome, TrialRecord
 
 COLOURS = {
@@ -46,36 +47,51 @@ def hover(record: TrialRecord) -> str:
     return "<br>".join([f"trial {record.number} {record.outcome}", *params])
 
 
-def learning_curves(records: list[TrialRecord], best: TrialRecord | None) -> Drawn:
-    """Draw one line per trial and one trace per outcome.
+def curves_by(records: Sequence[TrialRecord]) -> str:
+    """Return what learning curves show: the metric that decides once a trial has one, else eval_loss."""
+    name = records[0].chosen_by if records else EVAL_LOSS
+    return name if any(name in report.metrics for record in records for report in record.reports) else EVAL_LOSS
+
+
+def metric_curve(record: TrialRecord, name: str) -> list[tuple[int, float]]:
+    """Return tokens seen and eval_loss or a metric at each rung that measured it."""
+    points = [(report.tokens_seen, report.cost(name, 1.0)) for report in record.reports]
+    return [(tokens, value) for tokens, value in points if value is not None]
+
+
+def learning_curves(records: list[TrialRecord], best: TrialRecord | None, measure: str = EVAL_LOSS) -> Drawn:
+    """Draw one line per trial and one trace per outcome. measure: eval_loss or a metric.
 
     A trace for each trial would make thousands of trials slow. Gaps separate the lines of a trace.
     """
     if not any(record.reports for record in records):
         return "no trial has reported yet"
-    figure = go.Figure()
+    figure, is_loss = go.Figure(), measure == EVAL_LOSS
+    label = "eval loss" if is_loss else escape(measure)
     for outcome, ours in _by_outcome([record for record in records if record.reports]):
-        opacity = 0.5 if outcome in FADED else 0.9
-        figure.add_trace(_curves([r for r in ours if r is not best], outcome, COLOURS[outcome], 1.6, opacity))
+        style = {"line": {"color": COLOURS[outcome], "width": 1.6}, "opacity": 0.5 if outcome in FADED else 0.9}
+        figure.add_trace(_curves([r for r in ours if r is not best], outcome, measure, label, style))
     if best is not None:
-        figure.add_trace(_curves([best], f"best: trial {best.number}", BEST, 3.5, 1.0))
-    figure.update_layout(xaxis_title="tokens seen", yaxis_title=f"eval loss ({records[0].loss_unit})")
-    figure.update_yaxes(range=usual_range([report.eval_loss for record in records for report in record.reports]))
+        figure.add_trace(_curves([best], f"best: trial {best.number}", measure, label, {"line": {"color": BEST, "width": 3.5}}))
+    figure.update_layout(xaxis_title="tokens seen", yaxis_title=f"{label} ({records[0].loss_unit})" if is_loss else label)
+    losses = [report.eval_loss for record in records for report in record.reports]
+    figure.update_xaxes(rangemode="tozero")
+    figure.update_yaxes(range=usual_range(losses) if is_loss else None)
     return figure
 
 
-def _curves(records: list[TrialRecord], name: str, colour: str, width: float, opacity: float) -> go.Scatter:
+def _curves(records: list[TrialRecord], name: str, measure: str, label: str, style: dict[str, Any]) -> go.Scatter:
     tokens: list[int | None] = []
-    losses: list[float | None] = []
+    values: list[float | None] = []
     texts: list[str] = []
     for record in records:
-        tokens += [report.tokens_seen for report in record.reports] + [None]
-        losses += [report.eval_loss for report in record.reports] + [None]
-        texts += [hover(record)] * (len(record.reports) + 1)
+        points = metric_curve(record, measure)
+        tokens += [at for at, _ in points] + [None]
+        values += [value for _, value in points] + [None]
+        texts += [hover(record)] * (len(points) + 1)
     return go.Scatter(
-        x=tokens, y=losses, text=texts, name=name, mode="lines+markers", opacity=opacity,
-        line={"color": colour, "width": width}, marker={"size": 5},
-        hovertemplate="%{text}<br>%{x:,} tokens, eval loss %{y:.4f}<extra></extra>",
+        x=tokens, y=values, text=texts, name=name, mode="lines+markers", marker={"size": 5}, **style,
+        hovertemplate=f"%{{text}}<br>%{{x:,}} tokens, {label} %{{y:.4f}}<extra></extra>",
     )  # fmt: skip
 
 

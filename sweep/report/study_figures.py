@@ -25,6 +25,7 @@ from plotly.subplots import make_subplots
 from engine.errors import first_line
 from sweep.report.figures import Drawn, hover, usual_range
 from sweep.space.space import Choice, Dimension, Space
+from sweep.text import short_name
 from sweep.trials.objectives import EVAL_LOSS
 from sweep.trials.record import Outcome, TrialRecord
 
@@ -202,20 +203,25 @@ def _named(varied: list[Dimension]) -> list[tuple[Dimension, str]]:
 
 
 def _names(varied: list[Dimension]) -> dict[str, str]:
-    """Return an escaped name for each path: its last part if unique, else the whole path."""
-    last = Counter(dimension.path.rsplit(".", 1)[-1] for dimension in varied)
-    ends = {dimension.path: dimension.path.rsplit(".", 1)[-1] for dimension in varied}
-    return {path: escape(end if last[end] == 1 else path) for path, end in ends.items()}
+    """Return an escaped name for each path: the end that the terminal shows if unique, else the whole path."""
+    ends = {dimension.path: short_name(dimension.path) for dimension in varied}
+    count = Counter(ends.values())
+    return {path: escape(end if count[end] == 1 else path) for path, end in ends.items()}
 
 
 def _loss_axis(complete: list[TrialRecord]) -> Axis:
+    """Return the axis of what decides, low values at the bottom: the best is there for a loss, at the top for a metric."""
     low, high = _limits(complete)
-    places = {record.number: _share(record.score, low, high) for record in complete}
     sign = complete[0].sign
     beyond = f" and {'above' if sign > 0 else 'below'}" if any(record.score > high for record in complete) else ""
-    values = {share: sign * (low + share * (high - low)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
-    ticks = [(share, f"{value:.4f}{beyond if share == 1.0 else ''}") for share, value in values.items()]
-    return Axis(_label(complete), places, ticks if high > low else [(0.0, f"{sign * low:.4f}")])
+
+    def place(share: float) -> float:
+        return share if sign > 0 else 1.0 - share
+
+    places = {record.number: place(_share(record.score, low, high)) for record in complete}
+    values = {share: sign * (low + share * (high - low)) + 0.0 for share in (0.0, 0.25, 0.5, 0.75, 1.0)}  # no -0.0000
+    ticks = [(place(share), f"{value:.4f}{beyond if share == 1.0 else ''}") for share, value in values.items()]
+    return Axis(_label(complete), places, ticks if high > low else [(place(0.0), f"{sign * low + 0.0:.4f}")])
 
 
 def _axis(dimension: Dimension, name: str, complete: list[TrialRecord]) -> Axis:

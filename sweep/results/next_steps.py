@@ -24,8 +24,11 @@ def resume_command(folder: SweepFolder) -> str:
     return f"python -m sweep {' '.join(map(shlex.quote, words))}"
 
 
-def next_steps(folder: SweepFolder, config: SweepConfig, space: Space, has_adapter: bool) -> str:
-    """Return the commands that most users want now, one a line, each with what it does."""
+def next_steps(folder: SweepFolder, config: SweepConfig, space: Space, has_adapter: bool, is_finished: bool = False) -> str:
+    """Return the commands that most users want now, one a line, each with what it does.
+
+    config: as commands have changed it. is_finished: by the command `finish`, which `add` takes back.
+    """
     best, permission = shlex.quote(str(folder.best)), f" {FLAG}" if config.model.trust_remote_code else ""
     steps = []
     if has_adapter and not config.model.train_tokens:  # chat and merge take no rows of tokens
@@ -35,5 +38,6 @@ def next_steps(folder: SweepFolder, config: SweepConfig, space: Space, has_adapt
     size, trials = space.size(), config.sweep.num_trials
     if size is None or size > trials:
         more = 2 * trials if size is None else min(2 * trials, size)
-        steps.append(("search on", f"{resume_command(folder)} sweep.num_trials={more}"))
+        resume, add = resume_command(folder), f"python -m sweep.control {shlex.quote(str(folder.path))} add {more - trials}"
+        steps.append(("search on", f"{add} && {resume}" if is_finished else f"{resume} sweep.num_trials={more}"))
     return "\n".join(["", *(f"{what:<17} {command}" for what, command in steps)])

@@ -14,7 +14,7 @@ from sweep.config.sweep import SweepConfig
 from sweep.prior.own_points import read_own_points
 from sweep.prior.whole_points import completed
 from sweep.space.space import Space
-from sweep.steering.command import ENTERS_A_TRIAL, Command, Kind
+from sweep.steering.command import ENTERS_A_TRIAL, TAKES_A_TRIAL, Command, Kind
 from sweep.steering.history import History
 from sweep.trials.record import GOING_ON, Outcome, TrialRecord
 
@@ -40,6 +40,17 @@ def check_trial(command: Command, record: TrialRecord | None, history: History) 
     if kind is Kind.GO_ON and not is_waiting:
         larger = "; a larger budget continues it" if record.outcome is Outcome.STOPPED else ""
         raise command.refused(f"trial {number} is not paused: {record.outcome}{larger}")
+
+
+def refusals(record: TrialRecord, history: History) -> dict[str, str]:
+    """Return why the trial cannot take a command as it stands, by command. Those that it can take are not there."""
+    found: dict[str, str] = {}
+    for kind in TAKES_A_TRIAL:
+        try:
+            check_trial(Command(kind, f"{kind} {record.number}", record.number), record, history)
+        except InputError as error:
+            found[str(kind)] = error.allowed
+    return found
 
 
 def changed_settings(command: Command, config: SweepConfig) -> dict[str, Any]:

@@ -65,21 +65,24 @@ def _begun_with(folder: SweepFolder, attributes: Mapping[str, Any]) -> BegunWith
         raise InputError("resume", str(folder.journal), f"holds no valid record of the sweep's config ({error})") from None
 
 
-def read_unedited_config(folder: SweepFolder) -> SweepConfig:
+def read_unedited_config(folder: SweepFolder, attributes: Mapping[str, Any] | None = None) -> SweepConfig:
     """Return the folder's config, as the commands of `sweep.control` have changed it since.
 
-    InputError if the file differs from the journal in more than a resume may change.
+    attributes: the study's own, if they have been read from the journal already. InputError if the
+    file differs from the journal in more than a resume may change.
     """
-    return _effective_config(folder, refuse_edits)
+    return _effective_config(folder, refuse_edits, read_attributes(folder) if attributes is None else attributes)
 
 
 def read_effective_config(folder: SweepFolder) -> SweepConfig:
     """Return the folder's config, with the settings of the commands that came after it. Nothing is changed."""
-    return _effective_config(folder, lambda config, recorded: None)
+    return _effective_config(folder, lambda config, recorded: None, read_attributes(folder))
 
 
-def _effective_config(folder: SweepFolder, check: Callable[[SweepConfig, SweepConfig], None]) -> SweepConfig:
-    attributes, config = read_attributes(folder), folder.read_config()
+def _effective_config(
+    folder: SweepFolder, check: Callable[[SweepConfig, SweepConfig], None], attributes: Mapping[str, Any]
+) -> SweepConfig:
+    config = folder.read_config()
     begun = _begun_with(folder, attributes)
     if begun.config is not None:
         check(config, begun.config)

@@ -22,6 +22,8 @@ from sweep.trials.record import Outcome, TrialRecord
 
 SET_LOSS, BASE_SET_LOSS = "eval/loss/", "eval/base_loss/"
 """Before the name of one of several evaluation sets, in nats per target token. Short, as a table has a column for each."""
+SHORT_BEST = "eval/best_loss"
+"""The best eval_loss once more, under a name that an axis of MLflow's parallel coordinates shows whole."""
 METRICS = {
     "eval_loss": "eval/loss_nats_per_token",
     "best_eval_loss": "eval/best_loss_nats_per_token",
@@ -114,6 +116,7 @@ def trial_points(record: TrialRecord, written: int) -> list[Point]:
         if report.rung > written:
             at = (_milliseconds(record, report), report.tokens_seen)
             values = {metric: getattr(report, name) for name, metric in METRICS.items()}
+            values |= {SHORT_BEST: report.best_eval_loss}
             values |= {f"eval/{name}": value for name, value in report.metrics.items()}
             values |= {SET_LOSS + name: value for name, value in report.eval_losses.items()}
             values |= {"eval/above_limits_nats": report.eval_excess}

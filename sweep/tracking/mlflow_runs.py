@@ -18,6 +18,8 @@ from typing import Any
 
 from sweep.config.absolute_paths import sqlite_uri
 from sweep.tracking.mlflow_names import (
+    METRICS,
+    SHORT_BEST,
     SLOT_TIMES,
     STATUS,
     Point,
@@ -158,6 +160,8 @@ class MlflowRuns:
         if not trials:
             return None
         params, metrics = [run.data.params for run in trials], {name for run in trials for name in run.data.metrics}
+        if any(METRICS["best_eval_loss"] in run.data.metrics and SHORT_BEST not in run.data.metrics for run in trials):
+            metrics.discard(SHORT_BEST)
         value = json.dumps(view(self._id, params, metrics, tasks, order))
         self._client.set_experiment_tag(self._experiment_id, f"mlflow.sharedViewState.{self._id}", value)
         return f"/#/experiments/{self._experiment_id}/runs", self._id

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sweep.tracking.mlflow_names import METRICS, SET_LOSS
+from sweep.tracking.mlflow_names import METRICS, SET_LOSS, SHORT_BEST
 
 LOSS, BEST = METRICS["eval_loss"], METRICS["best_eval_loss"]
 ORDER = (BEST, True)
@@ -54,10 +54,14 @@ def view(
 
     params: path -> value of each trial; metrics: the names that any trial has. tasks: of these, the
     task metrics. order: the metric that decides, and whether the lower is the better.
+
+    The best loss has its short name, unless trials of an older version have the long one alone.
     """
+    best = SHORT_BEST if SHORT_BEST in metrics else BEST
+    order = (best, order[1]) if order[0] == BEST else order
     names = sorted({name for sampled in params for name in sampled})
     sets = sorted(name for name in metrics if name.startswith(SET_LOSS))
-    wanted = dict.fromkeys((order[0], BEST, *sets, *tasks, *SHOWN))
+    wanted = dict.fromkeys((order[0], best, *sets, *tasks, *SHOWN))
     shown = [f"metrics.`{name}`" for name in wanted if name in metrics]
     # a run's name says its outcome too, so what was sampled can stand next to it
     varied = _varied(names, params)
@@ -99,7 +103,7 @@ def _charts(varied: list[str], metrics: set[str], decides: str) -> dict[str, Any
 
     The page adds one section behind it for each group of metrics.
     """
-    curves = {LOSS: "eval loss"} if decides == BEST else {decides: decides.removeprefix("eval/"), LOSS: "eval loss"}
+    curves = {LOSS: "eval loss"} if decides in (BEST, SHORT_BEST) else {decides: decides.removeprefix("eval/"), LOSS: "eval loss"}
     charts: list[dict[str, Any]] = [
         {"type": "PARALLEL", "selectedParams": varied, "selectedMetrics": [decides], "showAllRuns": True},
         *(

@@ -39,9 +39,6 @@ class Outcome(StrEnum):
 OVER_LIMITS = 1e6
 """What a pruner compares of a rung above the limits, plus the nats above them. No loss or metric comes near it."""
 
-GOING_ON = (Outcome.RUNNING, Outcome.STOPPED, Outcome.PAUSED)
-"""The outcomes of trials that have not ended."""
-
 CONTENDERS = (Outcome.COMPLETE, Outcome.STOPPED, Outcome.PAUSED)
 """The outcomes whose adapter may win: no pruner has judged them hopeless.
 
@@ -50,7 +47,7 @@ All losses are on one evaluation set, so a trial that saw fewer tokens may win t
 
 
 GOING_ON = (Outcome.RUNNING, Outcome.STOPPED, Outcome.PAUSED)
-"""The outcomes of trials that may go on, and need their checkpoints for it."""
+"""The outcomes of trials that have not ended: they may go on, and need their checkpoints for it."""
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,9 @@ def _main(options: argparse.Namespace) -> int:
         from sweep.tracking import mlflow_server  # late: it loads MLflow, which takes seconds
 
         return mlflow_server.show(folders[0], options.port, options.tracking_uri, options.open)
+    known = [folder.path.resolve() for folder in folders]
+    if twice := [path for path, place in zip(options.folders, known) if known.count(place) > 1]:
+        raise InputError("folder", twice[-1], "must be named once: a sweep is compared with others")
     return _serve(folders, options.port, options.open)
 
 

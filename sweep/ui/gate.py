@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, RedirectResponse
 
 AsgiApp = Callable[..., Awaitable[None]]
 OWN_NAMES = ("127.0.0.1", "localhost", "::1")
@@ -53,7 +53,7 @@ class Gate:
             return await self._app(scope, receive, send)
         if scope["type"] != "http":  # no websockets
             return None
-        first, _, rest = scope["path"].lstrip("/").partition("/")
+        first, slash, rest = scope["path"].lstrip("/").partition("/")
         why = refusal(scope["method"], Headers(scope=scope))
         if why is None and not hmac.compare_digest(first.encode("utf-8", "surrogateescape"), self._token):
             why = "the address lacks the token that the command printed"
@@ -65,6 +65,8 @@ class Gate:
 
         if why is not None:
             return await PlainTextResponse(f"refused: {why}\n", 403)(scope, receive, send_with_headers)
+        if not slash:  # the page's own addresses are relative to the token's folder
+            return await RedirectResponse(f"/{first}/", 308)(scope, receive, send_with_headers)
         inner = {**scope, "path": f"/{rest}", "raw_path": f"/{rest}".encode()}
         return await self._app(inner, receive, send_with_headers)
 

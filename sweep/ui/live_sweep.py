@@ -17,9 +17,11 @@ from engine.errors import InputError
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.report.build import answer_sections, facts
 from sweep.report.collect import Collected, Collector
-from sweep.report.figures import usual_range
+from sweep.report.figures import curves_by, metric_curve, usual_range
 from sweep.report.page import Section
 from sweep.results.leaderboard import board_rows, finite
+from sweep.steering.checks import refusals
+from sweep.steering.history import History
 from sweep.trials.record import TrialRecord
 from sweep.ui.drawn_figures import DrawnFigures
 from sweep.ui.progress import Eta, progress, slots
@@ -85,7 +87,7 @@ class LiveSweep:
         rows = board_rows(found.records, found.rule)
         self._ranks = [row["number"] for row in rows]
         for row in rows:
-            shown = _row(row, by_number[row["number"]])
+            shown = _row(row, by_number[row["number"]], found.history)
             if self._rows.get(row["number"]) != shown:
                 self._rows[row["number"]], self._changed[row["number"]] = shown, self._revision
 
@@ -122,6 +124,7 @@ def about(found: Collected) -> dict[str, Any]:
         "sign": found.rule.sign,
         "metrics": sorted(metrics, key=lambda name: (name != found.rule.chosen_by, name)),
         "eval_sets": sorted(sets) if len(sets) > 1 else [],
+        "shown_by": curves_by(found.records),
         "best": found.best and found.best.number,
         "front": [record.number for record in found.rule.front(found.records)],
         "objectives": list(config.sweep.objectives),
@@ -134,8 +137,9 @@ def about(found: Collected) -> dict[str, Any]:
     }
 
 
-def _row(row: dict[str, Any], record: TrialRecord) -> dict[str, Any]:
+def _row(row: dict[str, Any], record: TrialRecord, history: History) -> dict[str, Any]:
     last = record.reports[-1] if record.reports else None
+    names = {name for report in record.reports for name in report.metrics}
     return {
         **{name: value for name, value in row.items() if name not in LEFT_OUT},
         "can_win": row["rank"] is not None,
@@ -145,6 +149,8 @@ def _row(row: dict[str, Any], record: TrialRecord) -> dict[str, Any]:
         "started_s": record.started_s,
         "ended_s": record.ended_s,
         "curve": [[report.tokens_seen, report.eval_loss] for report in record.reports],
+        **({"metric_curves": {name: metric_curve(record, name) for name in names}} if names else {}),
+        "refused": refusals(record, history),
     }
 
 

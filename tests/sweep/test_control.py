@@ -57,6 +57,7 @@ def test_a_sweep_is_steered_while_it_runs_and_once_more_after_its_end(tmp_path, 
     out, err = process.communicate()
     assert process.returncode == 0 and err == "", err
     assert "1 trial paused by a command until `go-on`" in out and f"command    stop 1 ({sender()})" in out
+    assert f"python -m sweep resume={folder} sweep.num_trials=8" in out  # twice the four that commands made of two
 
     assert f"python -m sweep resume={folder}" in control("stop", "0")
     assert control("clone", "3", "lora.rank=4").startswith("recorded: clone 3 lora.rank=4; no driver works")

@@ -30,31 +30,51 @@ function look(more) {
 
 const hover = (trial) => [`trial ${trial.number} ${trial.outcome}`, ...Object.entries(trial.params).map(([path, value]) => escaped(`${path} = ${value}`))].join('<br>');
 
-function line(trials, name, colour, width, opacity) {
+const labelOf = (measure) => (measure === 'eval_loss' ? 'eval loss' : escaped(measure));
+
+function line(sweep, measure, trials, name, colour, width, opacity) {
   const x = [], y = [], text = [], customdata = [];
   for (const trial of trials) {
     const words = hover(trial);
-    for (const [tokens, loss] of trial.curve) { x.push(tokens); y.push(loss); text.push(words); customdata.push(trial.number); }
+    for (const [tokens, value] of sweep.curve(trial, measure)) { x.push(tokens); y.push(value); text.push(words); customdata.push(trial.number); }
     x.push(null); y.push(null); text.push(''); customdata.push(null);
   }
   return { x, y, text, customdata, name, mode: 'lines+markers', type: 'scatter', opacity, line: { color: colour, width }, marker: { size: 5 },
-    connectgaps: false, hovertemplate: '%{text}<br>%{x:,} tokens, eval loss %{y:.4f}<extra></extra>' };
+    connectgaps: false, hovertemplate: `%{text}<br>%{x:,} tokens, ${labelOf(measure)} %{y:.4f}<extra></extra>` };
+}
+
+// What the curves show: what decides, or what the user chose for this sweep
+const wanted = new Map();
+function measureOf(sweep, again) {
+  const { about } = sweep, box = byId('measure'), names = ['eval_loss', ...about.metrics], first = about.shown_by;
+  const measure = names.includes(wanted.get(sweep)) ? wanted.get(sweep) : first;
+  const shown = [first, ...names.filter((name) => name !== first)], state = JSON.stringify([sweep.index, shown, measure]);
+  byId('measures').hidden = shown.length < 2;
+  box.onchange = () => { wanted.set(sweep, box.value); again(); };
+  if (box.dataset.state !== state) {
+    box.dataset.state = state;
+    fill(box, ...shown.map((name) => make('option', { value: name, selected: name === measure }, `${name}${name === about.chosen_by ? ' (decides)' : ''}`)));
+  }
+  return measure;
 }
 
 export async function drawCurves(sweep, colours, picked, pick) {
-  const box = byId('curves'), trials = sweep.inOrder().filter((trial) => trial.curve.length);
+  const box = byId('curves'), measure = measureOf(sweep, () => drawCurves(sweep, colours, picked, pick));
+  const trials = sweep.inOrder().filter((trial) => sweep.curve(trial, measure).length);
   if (!trials.length) return fill(box, make('p', { class: 'none' }, 'No trial has reported yet.'));
   const Plotly = await plotly();
   if (!box.data) fill(box);
-  const special = [picked, sweep.about.best], traces = [];
+  const { about, best } = sweep, chosen = sweep.trials.get(picked), special = [picked, about.best], traces = [];
+  const add = (...rest) => traces.push(line(sweep, measure, ...rest));
   for (const outcome of Object.keys(colours).reverse()) {
     const ours = trials.filter((trial) => trial.outcome === outcome && !special.includes(trial.number));
-    if (ours.length) traces.push(line(ours, outcome, colours[outcome], 1.6, FADED.includes(outcome) ? 0.5 : 0.9));
+    if (ours.length) add(ours, outcome, colours[outcome], 1.6, FADED.includes(outcome) ? 0.5 : 0.9);
   }
-  const best = sweep.best, chosen = sweep.trials.get(picked);
-  if (best?.curve.length) traces.push(line([best], `best: trial ${best.number}`, BEST[theme()], 3.5, 1));
-  if (chosen?.curve.length && chosen !== best) traces.push(line([chosen], `picked: trial ${picked}`, PICKED[theme()], 3, 1));
-  const layout = look({ height: innerWidth < 720 ? 340 : 370, xaxis: { title: { text: 'tokens seen' }, rangemode: 'tozero', tickformat: ',d' }, yaxis: { title: { text: `eval loss (nats ${sweep.about.metrics.includes('preference_accuracy') ? 'a pair' : 'per target token'})` }, range: sweep.about.loss_range } });
+  if (trials.includes(best)) add([best], `best: trial ${best.number}`, BEST[theme()], 3.5, 1);
+  if (trials.includes(chosen) && chosen !== best) add([chosen], `picked: trial ${picked}`, PICKED[theme()], 3, 1);
+  const isLoss = measure === 'eval_loss', unit = about.metrics.includes('preference_accuracy') ? 'a pair' : 'per target token';
+  const layout = look({ height: innerWidth < 720 ? 340 : 370, uirevision: measure, xaxis: { title: { text: 'tokens seen' }, rangemode: 'tozero', tickformat: ',d' },
+    yaxis: { title: { text: isLoss ? `eval loss (nats ${unit})` : labelOf(measure) }, ...(isLoss ? { range: about.loss_range } : {}) } });
   await Plotly.react(box, traces, layout, chartConfig());
   box.removeAllListeners('plotly_click');
   box.on('plotly_click', (event) => pick(event.points[0].customdata));
@@ -112,6 +132,7 @@ export class Figures {
 
 export async function drawComparison(sweeps) {
   const Plotly = await plotly(), soFar = [], curves = [], rules = new Set(sweeps.map(({ about }) => `${about.chosen_by} ${about.sign}`));
+  const measures = new Set(sweeps.map(({ about }) => about.shown_by)), measure = measures.size > 1 ? 'eval_loss' : [...measures][0];
   const sign = rules.size > 1 ? 1 : sweeps[0].about.sign, label = rules.size > 1 ? 'lowest eval loss' : sweeps[0].bestLabel;
   sweeps.forEach((sweep, index) => {
     const ended = [...sweep.trials.values()].filter((trial) => trial.ended_s !== null && !trial.source).sort((a, b) => a.ended_s - b.ended_s);
@@ -124,10 +145,10 @@ export async function drawComparison(sweeps) {
     });
     const style = { name: escaped(`${index + 1}: ${sweep.name}`), type: 'scatter', line: { color: seriesColour(index), width: 2.5 } };
     soFar.push({ ...style, x, y, mode: x.length > 60 ? 'lines' : 'lines+markers', line: { ...style.line, shape: 'hv' }, hovertemplate: '%{y:.4f} after %{x} trials<extra>%{fullData.name}</extra>' });
-    if (sweep.best) curves.push({ ...line([sweep.best], style.name, seriesColour(index), 2.5, 1), name: `${style.name}, trial ${sweep.best.number}` });
+    if (sweep.best) curves.push({ ...line(sweep, measure, [sweep.best], style.name, seriesColour(index), 2.5, 1), name: `${style.name}, trial ${sweep.best.number}` });
   });
-  const loss = { title: { text: 'eval loss (nats)' } };
-  await Plotly.react(byId('best-so-far'), soFar, look({ height: 330, xaxis: { title: { text: 'trials ended' } }, yaxis: { ...loss, title: { text: `${escaped(label)} so far` } } }), chartConfig());
-  await Plotly.react(byId('best-curves'), curves, look({ height: 330, xaxis: { title: { text: 'tokens seen by the best trial' } }, yaxis: loss }), chartConfig());
+  const named = (text) => ({ title: { text } });
+  await Plotly.react(byId('best-so-far'), soFar, look({ height: 330, xaxis: { title: { text: 'trials ended' } }, yaxis: named(`${escaped(label)} so far`) }), chartConfig());
+  await Plotly.react(byId('best-curves'), curves, look({ height: 330, xaxis: { title: { text: 'tokens seen by the best trial' } }, yaxis: named(measure === 'eval_loss' ? 'eval loss (nats)' : labelOf(measure)) }), chartConfig());
 }
 

@@ -3,7 +3,7 @@
 import { byId, fill, getJson, make } from './dom.js';
 
 const OF_SWEEP = [['Status', 'status'], ['Add 4 trials', 'add 4'], ['Finish after what runs', 'finish']];
-const OF_TRIAL = ['stop', 'pause', 'go-on', 'keep'];
+const OF_TRIAL = ['stop', 'pause', 'go-on', 'clone', 'keep'];
 let takes = false, sweepNow = null, after = null;
 
 export function prepareCommands(takesCommands, current, update) {
@@ -16,11 +16,18 @@ export function prepareCommands(takesCommands, current, update) {
   });
 }
 
+const button = (words, onclick, why = null) => make('button', { disabled: !takes || why !== null, title: why, onclick }, words);
+
+// A trial's buttons follow its outcome: the sweep says which commands it would refuse, and why
 export function showCommands(sweep, picked) {
-  const ofTrial = picked === null ? [] : OF_TRIAL.map((verb) => [`${verb} ${picked}`, `${verb} ${picked}`]);
-  const buttons = [...OF_SWEEP, ...ofTrial].map(([words, line]) => make('button', { disabled: !takes, onclick: () => send(line) }, words));
-  if (picked !== null) buttons.push(make('button', { disabled: !takes, onclick: () => beginClone(sweep, picked) }, `clone ${picked} with …`));
-  fill(byId('buttons'), ...buttons, picked === null ? make('span', { class: 'caption' }, 'Pick a trial for its commands.') : null);
+  const refused = sweep.trials.get(picked)?.refused ?? {}, words = [...new Set(Object.values(refused))];
+  const reasons = words.filter((why) => !words.some((other) => other !== why && other.startsWith(why)));
+  const ofTrial = picked === null ? [] : OF_TRIAL.map((verb) => (verb === 'clone'
+    ? button(`clone ${picked} with …`, () => beginClone(sweep, picked), refused.clone) : button(`${verb} ${picked}`, () => send(`${verb} ${picked}`), refused[verb])));
+  ofTrial.sort((one, other) => one.disabled - other.disabled);
+  fill(byId('buttons'), ...OF_SWEEP.map(([words, line]) => button(words, () => send(line))), ...ofTrial,
+    picked === null ? make('span', { class: 'caption' }, 'Pick a trial for its commands.') : null,
+    takes && reasons.length ? make('span', { class: 'caption' }, `${reasons.join('; ')}.`) : null);
 }
 
 // A clone needs another value: the line gets the trial's own, marked, so that typing replaces it.

@@ -36,15 +36,16 @@ export function durationText(seconds) {
   return seconds < 172800 ? `${(seconds / 3600).toFixed(1)} h` : `${(seconds / 86400).toFixed(1)} days`;
 }
 
-export const lastPart = (path) => path.slice(path.lastIndexOf('.') + 1);
+// The end of a path that the terminal shows too: rank, or train.0.weight of a mixture
+const shortName = (path) => path.slice(path.indexOf('.') + 1);
 
-// The last part of each path where it is unique, else the whole path
+// The end of each path where it is unique, else the whole path
 export function shortNames(paths) {
-  const ends = paths.map(lastPart);
+  const ends = paths.map(shortName);
   return Object.fromEntries(paths.map((path, i) => [path, ends.filter((end) => end === ends[i]).length === 1 ? ends[i] : path]));
 }
 
-export const paramsText = (params) => Object.entries(params).map(([path, value]) => `${lastPart(path)}=${valueText(value)}`).join(' ');
+export const paramsText = (params) => Object.entries(params).map(([path, value]) => `${shortName(path)}=${valueText(value)}`).join(' ');
 
 export async function getJson(path, options) {
   const response = await fetch(path, { cache: 'no-store', ...options });

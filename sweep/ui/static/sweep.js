@@ -32,6 +32,8 @@ export class Sweep {
 
   // What decides which trial wins: a loss, or a task metric
   value(trial) { return this.about.chosen_by === 'eval_loss' ? trial.eval_loss : trial.metrics?.[this.about.chosen_by] ?? null; }
+  // A trial's points: tokens and loss, or tokens and a metric where it was measured
+  curve(trial, measure) { return measure === 'eval_loss' ? trial.curve : trial.metric_curves?.[measure] ?? []; }
   get bestLabel() { return this.about.chosen_by === 'eval_loss' ? 'lowest eval loss' : `${this.about.sign > 0 ? 'lowest' : 'highest'} ${this.about.chosen_by}`; }
   inOrder() { return this.ranks.map((number) => this.trials.get(number)).filter(Boolean); }
 }

@@ -55,6 +55,14 @@ def test_a_sweep_is_one_page_with_every_figure_and_plotly_once_and_nothing_to_lo
     assert len(page) < 5_500_000
 
 
+def test_where_a_metric_decides_the_curves_show_it_and_the_loss_beside_it(tmp_path):
+    page = page_of(swept(tmp_path, metric="exact_match")).replace(get_plotlyjs(), "")
+    assert page.count("Plotly.newPlot(") == 9 and page.index("<h2>Learning curves") < page.index(f"<h2>{report.LOSSES}")
+    curves = page[page.index("<h2>Learning curves") : page.index(f"<h2>{report.LOSSES}")]
+    assert '"text":"exact_match"' in curves and "eval loss" not in curves
+    assert report.LOSSES not in page_of(swept(tmp_path / "by loss"))
+
+
 def test_what_looks_like_a_tag_in_a_name_a_value_or_an_error_stays_text(tmp_path, monkeypatch):
     folder = swept(tmp_path)
     assert TAG in folder.config_file.read_text()

@@ -80,7 +80,7 @@ def test_every_complete_trial_has_a_line_that_can_be_seen_and_the_colours_follow
         assert max(abs(a - b) for a, b in zip(rgb(colour), expected, strict=True)) < 0.03
 
 
-def test_a_metric_of_which_more_is_better_is_shown_itself_with_the_best_in_the_same_place_and_colour(monkeypatch):
+def test_a_metric_of_which_more_is_better_is_shown_itself_with_larger_values_above_and_the_best_in_the_same_colour(monkeypatch):
     losses = LOSSES["usual"]
     by_loss = study_figures([], drawn(losses), SPACE)
     of_loss = {name: by_loss[name]() for name in ("Parallel coordinates", "Slices")}
@@ -90,7 +90,9 @@ def test_a_metric_of_which_more_is_better_is_shown_itself_with_the_best_in_the_s
     figures = study_figures([], drawn(losses), SPACE)
     parallel, slices = figures["Parallel coordinates"](), figures["Slices"]()
     assert parallel.layout.xaxis.ticktext[0] == "exact_match"
-    assert [trace.y for trace in parallel.data] == [trace.y for trace in of_loss["Parallel coordinates"].data]
+    size = len(parallel.layout.xaxis.ticktext) + 1  # a gap ends each line
+    for one, other in zip(parallel.data[:-1], of_loss["Parallel coordinates"].data[:-1], strict=True):
+        assert [1.0 - y for y in one.y[::size]] == pytest.approx(other.y[::size]) and one.y[1:size] == other.y[1:size]
     assert lines(parallel) == lines(of_loss["Parallel coordinates"])
     bars = parallel.data[-1].marker, of_loss["Parallel coordinates"].data[-1].marker
     assert (bars[0].cmin, bars[0].cmax) == (-bars[1].cmax, -bars[1].cmin)
@@ -98,6 +100,8 @@ def test_a_metric_of_which_more_is_better_is_shown_itself_with_the_best_in_the_s
     texts = [note.text for note in parallel.layout.annotations if note.x == 0]
     assert texts == [f"-{text}".replace("above", "below") for text in
                      (note.text for note in of_loss["Parallel coordinates"].layout.annotations if note.x == 0)]  # fmt: skip
+    places = [(note.y, float(note.text.partition(" ")[0])) for note in parallel.layout.annotations if note.x == 0]
+    assert sorted(places) == sorted(places, key=lambda place: place[1])  # larger values are above
     assert all(list(trace.y) == [-loss for loss in losses] for trace in slices.data)
     assert list(slices.layout.yaxis.range) == [-end for end in reversed(of_loss["Slices"].layout.yaxis.range)]
 

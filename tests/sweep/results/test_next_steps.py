@@ -15,14 +15,16 @@ from sweep.space.parse import parse_space
 from tests.support.studies import SMALL, WIDE
 
 
-def steps(tmp_path, space=WIDE, has_adapter=True, num_trials=4, model=None, **sections) -> dict[str, list[str]]:
+def steps(
+    tmp_path, space=WIDE, has_adapter=True, num_trials=4, model=None, is_finished=False, **sections
+) -> dict[str, list[str]]:
     values = {
         "model": {"path": "m", **(model or {})}, "data": {"train": "t"}, "train": {"max_tokens": 400}, "space": space,
         "sweep": {"num_trials": num_trials, "output_dir": str(tmp_path / "my sweeps")}, **sections,
     }  # fmt: skip
     config = parse_sweep_config(values)
     folder = SweepFolder.create(config, datetime(2026, 1, 2))
-    text = next_steps(folder, config, parse_space(config.space), has_adapter)
+    text = next_steps(folder, config, parse_space(config.space), has_adapter, is_finished)
     return {line[:17].strip(): shlex.split(line[17:]) for line in text.splitlines() if line}
 
 
@@ -33,6 +35,13 @@ def test_all_of_them_with_paths_that_a_shell_takes(tmp_path):
     assert found["use it elsewhere"][3:] == [f"{folder}/best", "--to", "merged", "--out", "DIR"]
     assert found["look at trials"] == ["python", "-m", "sweep.ui", folder]
     assert found["search on"] == ["python", "-m", "sweep", f"resume={folder}", "sweep.num_trials=8"]
+
+
+def test_a_finished_sweep_needs_more_trials_before_it_goes_on(tmp_path):
+    found = steps(tmp_path, is_finished=True)
+    folder = str(tmp_path / "my sweeps" / "sweep-20260102-000000")
+    assert found["search on"][:5] == ["python", "-m", "sweep.control", folder, "add"]
+    assert found["search on"][5:] == ["4", "&&", "python", "-m", "sweep", f"resume={folder}"]
 
 
 @pytest.mark.parametrize(

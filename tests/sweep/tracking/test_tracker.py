@@ -228,6 +228,16 @@ def test_the_view_is_in_the_order_of_the_metric_that_decides_and_shows_heads_who
     assert lines == ["eval/exact_match", "eval/loss_nats_per_token"]
 
 
+def test_the_view_names_the_best_loss_so_that_an_axis_shows_it_whole():
+    metrics = {"eval/best_loss_nats_per_token", "eval/best_loss", "memory/peak_allocated_gib"}
+    shown = view("abc", [{"lora.rank": "1"}, {"lora.rank": "2"}], metrics)
+    assert shown["orderByKey"] == "metrics.`eval/best_loss`"
+    assert "metrics.`eval/best_loss_nats_per_token`" not in shown["selectedColumns"]
+    axes = [axis for chart in shown["compareRunCharts"] if chart["type"] == "PARALLEL" for axis in chart["selectedMetrics"]]
+    assert axes == ["eval/best_loss"]
+    assert [chart["metricKey"] for chart in shown["compareRunCharts"] if chart["type"] == "LINE"] == ["eval/loss_nats_per_token"]
+
+
 def test_what_the_machine_did_at_each_rung_is_a_metric_against_tokens_seen(tracker, runs, client, tmp_path):
     # a resumed trial passed rung 2 again
     for rung, percent in ((1, 50.0), (2, 60.0), (2, 70.0)):

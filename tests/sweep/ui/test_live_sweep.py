@@ -11,6 +11,8 @@ from engine.system.file_lock import FileLock
 from sweep.folder.timeline import Timeline
 from sweep.report.collect import Collector
 from sweep.space.parse import parse_space
+from sweep.steering.command import parse_words
+from sweep.steering.history import TakenCommand
 from sweep.study.study import Study
 from sweep.trials.record import Outcome
 from sweep.ui import drawn_figures, live_sweep
@@ -182,6 +184,32 @@ def test_task_metrics_and_losses_by_set_are_told_of_each_trial(tmp_path):
     (trial,) = (trial for trial in answer["trials"] if trial["number"] == 6)
     assert (answer["about"]["metrics"], answer["about"]["eval_sets"]) == (["f1"], ["a", "b"])
     assert (trial["metrics"], trial["eval_losses"]["b"], trial["can_win"]) == ({"f1": 0.75}, 0.75, False)
+
+
+def test_curves_show_the_metric_that_decides_and_the_loss_where_that_decides(tmp_path):
+    by_loss, by_metric = (LiveSweep(swept(tmp_path / str(name), metric=name)).changes(None) for name in (None, "exact_match"))
+    assert by_loss["about"]["shown_by"] == "eval_loss" and "metric_curves" not in by_loss["trials"][0]
+    assert by_metric["about"]["shown_by"] == "exact_match" and by_metric["about"]["best"] == 5
+    curve = next(trial for trial in by_metric["trials"] if trial["number"] == 5)["metric_curves"]["exact_match"]
+    assert [tokens for tokens, _ in curve] == [100, 200, 300, 400] and curve == sorted(curve)
+
+
+def test_each_trial_says_which_commands_it_would_refuse_as_the_driver_does(tmp_path):
+    live = LiveSweep(swept(tmp_path))
+
+    def refused(number: int) -> dict[str, str]:
+        return next(trial for trial in live.changes(None)["trials"] if trial["number"] == number)["refused"]
+
+    assert refused(1).keys() == {"stop", "pause", "go-on", "keep"} and refused(1)["stop"] == "trial 1 is over: COMPLETE"
+    assert refused(6) == {"go-on": "trial 6 is not paused: RUNNING"}
+    config = live.folder.read_config()
+    study = Study(live.folder, config, parse_space(config.space))
+    study.commands.add(TakenCommand(parse_words(["pause", "6"], "ann@box", 1.0, "1"), 2.0))
+    assert refused(6) == {"pause": "trial 6 does not run: PAUSED"}
+    live = LiveSweep(live.folder)  # a page that opens now
+    assert refused(6) == {"pause": "trial 6 does not run: PAUSED"}
+    study.commands.add(TakenCommand(parse_words(["stop", "6"], "ann@box", 3.0, "2"), 4.0))
+    assert set(refused(6).values()) == {"trial 6 is about to stop: ann@box asked for that"} and "clone" not in refused(6)
 
 
 def test_a_collector_keeps_what_did_not_change(tmp_path):

@@ -59,6 +59,27 @@ def test_every_figure_is_drawn_and_fits_and_no_text_becomes_markup(tmp_path, siz
 
 
 @needs_browser
+def test_curves_show_what_decides_and_the_loss_on_demand(tmp_path):
+    title = "(document.querySelector('#curves')?.layout?.yaxis.title.text ?? '')"
+    with served(swept(tmp_path / "sweep", metric="exact_match")) as address, opened(tmp_path, address) as tab:
+        tab.wait_for(f"{title} === 'exact_match'")
+        assert tab.ask("document.querySelector('#measure').value") == "exact_match"
+        highest = "Math.max(...document.querySelector('#curves').data.flatMap((line) => line.y))"
+        assert 0.4 < tab.ask(highest) < 0.5
+        tab.ask("document.querySelector('#measure').value = 'eval_loss'; document.querySelector('#measure').onchange()")
+        tab.wait_for(f"{title}.startsWith('eval loss')")
+        assert tab.ask(highest) > 2.0
+        parallel = "document.querySelectorAll('#figures > section')[0]"
+        tab.ask(f"{parallel}.scrollIntoView()")
+        tab.wait_for(f"{parallel}.querySelector('.main-svg')")
+        shown = tab.ask(f"{parallel}.textContent")
+        assert "exact_match" in shown and "0.4500" in shown and "minus" not in shown and "-0." not in shown
+    with served(swept(tmp_path / "by loss")) as address, opened(tmp_path, address) as tab:
+        tab.wait_for(f"{title}.startsWith('eval loss')")
+        assert tab.ask("document.querySelector('#measures').hidden")
+
+
+@needs_browser
 def test_a_click_sorts_and_picks_and_words_filter(tmp_path):
     with served(swept(tmp_path / "sweep")) as address, opened(tmp_path, address) as tab:
         tab.wait_for(ROWS)
@@ -113,6 +134,13 @@ def test_buttons_and_lines_go_to_control_and_are_disabled_without_it(tmp_path):
         tab.ask("document.querySelector('#line').value = 'add 8'; document.querySelector('#command').requestSubmit()")
         tab.wait_for(f"document.querySelector('#reply').textContent === {json.dumps(f'add {TAG}')}")
         assert taken == [["stop", "6"], ["add", "8"]]
+        buttons = "[...document.querySelectorAll('#buttons button%s')]"
+        titles = f"Object.fromEntries({buttons % ''}.map((one) => [one.textContent, one.title]))"
+        disabled = f"{buttons % ':disabled'}.map((one) => one.textContent)"
+        assert tab.ask(disabled) == ["go-on 6"] and tab.ask(titles)["go-on 6"] == "trial 6 is not paused: RUNNING"
+        tab.ask("[...document.querySelectorAll('#trials tbody tr')].find((row) => row.cells[1].textContent === '1').click()")
+        assert tab.ask(disabled) == ["stop 1", "pause 1", "go-on 1", "keep 1"]
+        assert tab.ask(titles)["stop 1"] == "trial 1 is over: COMPLETE" and tab.ask(titles)["clone 1 with …"] == ""
     with served(folder) as address, opened(tmp_path, address) as tab:
         tab.wait_for(ROWS)
         assert tab.ask("document.querySelectorAll('#buttons button:enabled, #command :enabled').length") == 0
@@ -155,6 +183,7 @@ def test_what_cannot_be_shown_is_one_line(tmp_path, capsys):
             assert PORT <= port < other.getsockname()[1]
     assert f"port {port} is taken" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 2 and "must be a sweep folder" in capsys.readouterr().err
+    assert main([str(folder.path), f"{folder.path}/../sweep"]) == 2 and "must be named once" in capsys.readouterr().err
     assert main(["--mlflow", str(folder.path), str(folder.path)]) == 2 and "must be left out" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([str(folder.path), "--tracking-uri", "http://h"])

@@ -57,7 +57,10 @@ def test_pause_clone_stop_and_go_on_by_the_buttons_of_the_page(tmp_path):
         tab.ask(f"({ROW % 1}).click()")
         assert send(tab, "stop 1").startswith("done: stop 1")
         shows(tab, 1, "PRUNED")
-        assert "is over" in send(tab, "pause 1") and tab.ask("document.querySelector('#reply').className") == "fault"
+        titles = tab.ask("[...document.querySelectorAll('#buttons button:disabled')].map((one) => one.title)")
+        assert len(titles) == 4 and all("is over" in title for title in titles)
+        tab.ask("document.querySelector('#line').value = 'pause 1'; document.querySelector('#command').requestSubmit()")
+        assert "is over" in replied(tab) and tab.ask("document.querySelector('#reply').className") == "fault"
         out, err = process.communicate(timeout=200)
         assert process.returncode == 0, err + out
         tab.wait_for("document.querySelector('#state').textContent === 'no driver here'")

@@ -48,6 +48,12 @@ def test_each_path_is_answered_with_the_token_alone(client, path):
         assert TOKEN not in client.get(f"{wrong}{path}").text
 
 
+def test_an_address_without_its_last_slash_leads_to_the_page(client):
+    answer = client.get(f"/{TOKEN}", follow_redirects=False)
+    assert answer.status_code == 308 and answer.headers["Location"] == f"/{TOKEN}/"
+    assert client.get(f"/{TOKEN}").content == client.get(f"/{TOKEN}/").content
+
+
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:5000", "127.0.0.1.evil.example", "", "[", "0.0.0.0:5000"])
 def test_a_request_to_another_name_is_refused(client, host):
     assert client.get(API, headers={"Host": host}).status_code == 403
