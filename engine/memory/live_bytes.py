@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from engine.shape.compute_limits import HOST_IN_FLIGHT, HOST_LAG
@@ -41,15 +39,17 @@ class LiveBytes:
     def hold(self, name: str, size: int, component: str = TRANSIENT) -> None:
         """Make a tensor; free one of the same name only after that."""
         self._add(component, size)
-        if name in self.alive:
-            self.drop(name)
+        before = self.alive.pop(name, None)
+        if before is not None:
+            self._free(*before)
         self.alive[name] = (component, size)
 
     def drop(self, *names: str) -> None:
         """Free tensors; ignore names that are not alive."""
         for name in names:
-            if name in self.alive:
-                self._free(*self.alive.pop(name))
+            tensor = self.alive.pop(name, None)
+            if tensor is not None:
+                self._free(*tensor)
 
     def rename(self, old: str, new: str) -> None:
         """Free the tensor `new`, and give its name to `old`."""
@@ -57,12 +57,9 @@ class LiveBytes:
         if old in self.alive:
             self.alive[new] = self.alive.pop(old)
 
-    @contextmanager
-    def holding(self, size: int, component: str = TRANSIENT) -> Iterator[None]:
-        """Keep an unnamed tensor alive for the length of the block."""
-        self._add(component, size)
-        yield
-        self._free(component, size)
+    def holding(self, size: int, component: str = TRANSIENT) -> _Holding:
+        """Keep an unnamed tensor alive for the length of a `with` block."""
+        return _Holding(self, component, size)
 
     def briefly(self, size: int, component: str = TRANSIENT) -> None:
         """Make an unnamed tensor and free it at once."""
@@ -75,8 +72,9 @@ class LiveBytes:
 
     def _add(self, component: str, size: int) -> None:
         self.components[component] += size
-        self.total += size
-        self._note()
+        self.total = total = self.total + size
+        if total > self.peaks.get(self.phase, -1):
+            self._note()
 
     def _note(self) -> None:
         if self.total > self.peaks.get(self.phase, -1):
@@ -84,6 +82,21 @@ class LiveBytes:
             if self.total > self.highest:
                 self.highest, self.highest_phase = self.total, self.phase
                 self.highest_components = dict(self.components)
+
+
+class _Holding:
+    """Keep a tensor alive in a `with` block; a class, because a plan enters thousands and generators are slow."""
+
+    __slots__ = ("component", "live", "size")
+
+    def __init__(self, live: LiveBytes, component: str, size: int) -> None:
+        self.live, self.component, self.size = live, component, size
+
+    def __enter__(self) -> None:
+        self.live._add(self.component, self.size)
+
+    def __exit__(self, *error: object) -> None:
+        self.live._free(self.component, self.size)
 
 
 @dataclass

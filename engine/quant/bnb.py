@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.kernels import ops
+
 
 def load_library() -> None:
     """Import bitsandbytes, without a kernel from the hub and without its advice to install more.
@@ -52,10 +54,22 @@ def quantize_nf4(weight_OD: Tensor, double_quantization: bool) -> nn.Parameter:
 
 def nf4_error(weight_OD: Tensor, double_quantization: bool) -> Tensor:
     """Return W - NF4(W) [O, D] in fp32: what the frozen base lacks of the weight."""
+    packed = quantize_nf4(weight_OD, double_quantization)
+    return weight_OD.float() - dequantized_nf4(packed).float()
+
+
+def dequantized_nf4(packed: nn.Parameter) -> Tensor:
+    """Return the weight [O, D] of a packed parameter, in the dtype that it was quantised from.
+
+    On a CPU with AVX-512 the library (0.50.2) reads wrong block scales if rows hold parts of blocks,
+    like rows of 96 values in blocks of 64. Our definition computes those.
+    """
+    state = packed.quant_state
+    if not packed.is_cuda and state.shape[-1] % state.blocksize:
+        return ops.dequantize_nf4(ops.nf4_state(packed), state.dtype)
     from bitsandbytes.functional import dequantize_4bit
 
-    packed = quantize_nf4(weight_OD, double_quantization)
-    return weight_OD.float() - dequantize_4bit(packed.data, packed.quant_state).float()
+    return dequantize_4bit(packed.data, state)
 
 
 def library_linear(weight_OD: Tensor, compute_dtype: torch.dtype) -> nn.Linear:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from engine.errors import InputError
 from engine.kernels import ops
+from engine.quant.bnb import dequantized_nf4
 
 if TYPE_CHECKING:
     from engine.quant.int8_weight import Int8Group
@@ -69,9 +70,7 @@ class FrozenLinear(nn.Module):
             return self._plain
         if self.weight.is_cuda:
             return ops.dequantize_nf4(self.nf4, dtype, out)
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight_OD = dequantize_4bit(self.weight.data, self.weight.quant_state).to(dtype)
+        weight_OD = dequantized_nf4(self.weight).to(dtype)
         return weight_OD if out is None else out.copy_(weight_OD)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import yaml
@@ -91,12 +92,18 @@ def refuse_alias_bombs() -> None:
         if "&" not in text or "*" not in text:
             continue
         try:
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
-            size = 0 if root is None else _unfolded(root, {})
+            size = _num_values(text)
         except (yaml.YAMLError, RecursionError) as error:
             raise fault_of(error, file) from None
         if size > MAX_NODES:
             raise InputError("config", str(file), f"must hold at most {MAX_NODES:,} values once its aliases are expanded")
+
+
+@functools.lru_cache(64)
+def _num_values(text: str) -> int:
+    """Count the values of a YAML text with its aliases expanded. Known texts are not parsed again."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    return 0 if root is None else _unfolded(root, {})
 
 
 def _unfolded(node: yaml.Node, known: dict[int, int]) -> int:

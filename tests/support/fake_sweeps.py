@@ -26,10 +26,15 @@ def fake_driver(*arguments: str, path: str | None = None, **options) -> subproce
 
 
 def start(tmp_path: Path, path: str | None = None, **sections) -> subprocess.Popen:
+    return fake_driver("start", str(write_config(tmp_path, **sections)), path=path)
+
+
+def write_config(tmp_path: Path, **sections) -> Path:
+    """Write a config for the fake driver, with its sweeps below tmp_path."""
     file = tmp_path / "config.json"
     sections.setdefault("sweep", {}).setdefault("output_dir", str(tmp_path / "sweeps"))
     file.write_text(json.dumps({**BASE, **sections}))
-    return fake_driver("start", str(file), path=path)
+    return file
 
 
 def sweep_folder(tmp_path: Path) -> Path:

@@ -1,13 +1,8 @@
 """Share the means of the kernel tests: devices, random operands, comparison with fp64 results.
 
-On a CUDA device the tests run there. Elsewhere they run in Triton's interpreter, in a child
-process. Triton reads TRITON_INTERPRET when it is first imported, which the parent may have done
-already.
+On a CUDA device the tests run there. Elsewhere they run in Triton's interpreter, which
+tests/conftest.py asks for.
 """
-
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +10,6 @@ import torch
 from engine.kernels import ops, reference
 
 CUDA = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.bfloat16, torch.float32]
 # A kernel's error may exceed torch's by this much, relative to the largest true value: fp32
@@ -31,6 +25,7 @@ def implementation(request, monkeypatch):
     if request.param == "reference":
         monkeypatch.setattr(ops, "_family", lambda name, tensor: reference)
     elif not CUDA:
+        pytest.importorskip("triton")
         monkeypatch.setattr(ops, "FORCE_TRITON", True)
         _round_as_a_gpu_does(monkeypatch)
         _multiply_as_a_gpu_does(monkeypatch)
@@ -118,26 +113,3 @@ def plain_glu(gate, up, activation, dtype):
     gate, up = gate.to(dtype), up.to(dtype)
     act = torch.nn.functional.silu(gate) if activation == "silu" else torch.nn.functional.gelu(gate, approximate="tanh")
     return act * up
-
-
-def leave_to_a_child(module, name):
-    """Replace the module's tests by one test called `name` if this process cannot run ops.
-
-    That test runs everything the module (its globals) has so far in a child process that can.
-    """
-    if CUDA or INTERPRETED:
-        return
-    for other in [other for other in module if other.startswith("test_")]:
-        del module[other]
-    del module["implementation"]
-    module[name] = lambda: _run_interpreted(module["__file__"])
-
-
-def _run_interpreted(file):
-    pytest.importorskip("triton")
-    plugins = ("hypothesispytest", "hydra_pytest", "anyio", "xdist", "xdist.looponfail")  # loading them takes a second
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", file, *(f"-pno:{name}" for name in plugins)],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 
 from engine.config.trial import TrainConfig
@@ -9,6 +12,21 @@ from engine.errors import OutOfMemory
 from engine.planning.compute_plan import ComputePlan
 from engine.shape.policies import Policy
 from sweep.plan import feasibility
+from tests.support.conf_parsed_once import conf_parsed_once
+from tests.support.watched_sweep import WatchedSweep, watched_sweep
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _conf() -> Iterator[None]:
+    with conf_parsed_once():
+        yield
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory) -> WatchedSweep:
+    """Return the one sweep under Ray in which every fault happens; the processes of xdist share it."""
+    base = tmp_path_factory.getbasetemp()
+    return watched_sweep((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "watched")
 
 
 @pytest.fixture

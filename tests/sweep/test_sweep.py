@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sqlite3
 import subprocess
@@ -12,32 +13,23 @@ from pathlib import Path
 
 import pytest
 
+from sweep.plan import feasibility
+from tests.support.fake_driver import main
 from tests.support.fake_engine import CALIBRATED, EVALUATED_IN
-from tests.support.fake_sweeps import fake_driver, results, rungs, start, sweep_folder
+from tests.support.fake_sweeps import fake_driver, results, rungs, start, sweep_folder, write_config
 from tests.support.paths import ENV
+from tests.support.watched_sweep import FITS, two_gpus
 
 
-@pytest.fixture
-def two_gpus(tmp_path) -> str:
-    """Make a folder with an nvidia-smi that lists two GPUs; the fake engine needs nothing else."""
-    program = tmp_path / "bin" / "nvidia-smi"
-    program.parent.mkdir()
-    program.write_text("#!/bin/sh\necho 0\necho 1\n")
-    program.chmod(0o755)
-    return str(program.parent)
-
-
-def test_every_fault_of_a_trial_has_its_outcome_and_the_others_go_on(tmp_path):
-    faults = {"optim.weight_decay": {"choices": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]}}
-    process = start(
-        tmp_path, optim={"eps": 0.05}, space=faults, sampler={"name": "grid"}, pruner={"name": "none"},
-        cluster={"num_cpu_slots": 2, "max_retries": 1},
-    )  # fmt: skip
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    assert err == ""
-    assert "(raylet)" not in out
-    by_fault = {result["params"]["optim.weight_decay"]: result for result in results(sweep_folder(tmp_path)).values()}
+def test_every_fault_of_a_trial_has_its_outcome_and_the_others_go_on(watched):
+    assert watched.returncode == 0, watched.err
+    assert watched.err == ""
+    assert "(raylet)" not in watched.out
+    by_fault = {
+        result["params"]["optim.weight_decay"]: result
+        for result in results(sweep_folder(Path(watched.folder))).values()
+        if result["params"]["lora.rank"] == FITS
+    }
     expected = {0: "COMPLETE", 1: "OUT_OF_MEMORY", 2: "DIVERGED", 3: "LOST", 4: "FAILED", 5: "FAILED", 6: "COMPLETE",
                 7: "OUT_OF_MEMORY"}  # fmt: skip
     assert {fault: result["outcome"] for fault, result in by_fault.items()} == expected
@@ -45,46 +37,56 @@ def test_every_fault_of_a_trial_has_its_outcome_and_the_others_go_on(tmp_path):
     assert by_fault[5]["error"] == "lora.target_modules = 'x': matches no layer"
     assert by_fault[7]["error"] == "out of memory at micro-batch 1: predicted peak 5.00 GiB, measured 6.00 GiB"
     assert by_fault[7]["peak_allocated_gib"] == 6.0
-    assert "8 of 16 trials were possible" in out
-    (place,) = tmp_path.glob(f"sweeps/*/trials/*/{EVALUATED_IN}")
+    assert "8 of 16 trials were possible" in watched.out
+    (place,) = Path(watched.folder).glob(f"sweeps/*/trials/*/{EVALUATED_IN}")
     assert place.read_text() == "driver"
 
 
-def test_a_sweep_with_half_its_space_infeasible_loses_no_trial(tmp_path, two_gpus):
-    space = {"lora.rank": {"choices": [4, 8, 32, 64]}, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
-    process = start(tmp_path, two_gpus, space=space, sweep={"num_trials": 6}, sampler={"name": "random"}, pruner={"name": "none"})
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    folder = sweep_folder(tmp_path)
+def test_a_sweep_with_half_its_space_infeasible_loses_no_trial(watched):
+    folder = sweep_folder(Path(watched.folder))
     ended = results(folder)
     refused = {number for number, result in ended.items() if result["outcome"] == "INFEASIBLE"}
-    assert refused and len(ended) == 6 + len(refused)
+    assert len(refused) == 8 and len(ended) == 16
     for number, result in ended.items():
         launched = (folder / "trials" / f"{number:04d}" / "starts.txt").exists()
         rank = result["params"]["lora.rank"]
-        assert result["predicted_peak_gib"] == rank
+        corrected = result["params"]["optim.weight_decay"] == 7.0 and number not in refused  # by the worker, which measures
+        assert result["predicted_peak_gib"] == (5.0 if corrected else rank)
+        assert launched == (rank == FITS) != (number in refused)
         if number in refused:
-            assert not launched and rank > 24 and f"needs at least {rank}.0 GiB" in result["error"]
-        else:
-            assert launched and rank < 24 and result["outcome"] == "COMPLETE"
-    assert "card       NVIDIA GeForce RTX 4090, 24.0 GiB; speed extrapolated from the data sheet" in out
-    assert "NVIDIA GeForce RTX 4090 is new here and gets measured" in out and CALIBRATED in out
+            assert f"needs at least {rank}.0 GiB" in result["error"]
+    assert "card       NVIDIA GeForce RTX 4090, 24.0 GiB; speed extrapolated from the data sheet" in watched.out
+    assert "NVIDIA GeForce RTX 4090 is new here and gets measured" in watched.out and CALIBRATED in watched.out
     assert (folder / "card.txt").read_text().startswith("NVIDIA GeForce RTX 4090, 24.0 GiB; speed extrapolated")
     board = json.loads((folder / "leaderboard.json").read_text())
-    assert board["outcomes"] == {"COMPLETE": 6, "INFEASIBLE": len(refused)}
+    assert board["outcomes"]["INFEASIBLE"] == len(refused) and sum(board["outcomes"].values()) == len(ended)
 
-    resumed = fake_driver("resume", str(folder), path=two_gpus)
+    resumed = fake_driver("resume", str(folder), path=watched.path)
     _, err = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, err
     assert results(folder) == ended
     assert json.loads((folder / "leaderboard.json").read_text())["outcomes"] == board["outcomes"]
 
 
-def test_a_space_in_which_nothing_fits_is_one_line_before_anything_starts(tmp_path, two_gpus):
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capfd):
+    """Return a function that starts a sweep in this process, which must refuse it; it returns the line."""
+    monkeypatch.setenv("FAKE_TORCH", "1")  # which the start sets, as it replaces the planner
+    monkeypatch.setattr(feasibility, "make_compute_plan", feasibility.make_compute_plan)
+
+    def _refused(**sections) -> str:
+        assert main("start", str(write_config(tmp_path, **sections))) == 2
+        err = capfd.readouterr().err
+        assert err.count("\n") == 1, err
+        return err
+
+    return _refused
+
+
+def test_a_space_in_which_nothing_fits_is_one_line_before_anything_starts(tmp_path, refused, monkeypatch):
     space = {"lora.rank": {"choices": [32, 64]}, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
-    process = start(tmp_path, two_gpus, space=space)
-    _, err = process.communicate(timeout=100)
-    assert (process.returncode, err.count("\n")) == (2, 1), err
+    monkeypatch.setenv("PATH", os.pathsep.join([two_gpus(tmp_path), os.environ["PATH"]]))
+    err = refused(space=space)
     assert "space = 'rank=32" in err and "needs at least 32.0 GiB" in err
     assert not (tmp_path / "sweeps").exists()
 
@@ -136,10 +138,9 @@ def test_workers_are_reused_and_pruned_trials_stop(tmp_path):
     assert all(len(rungs(folder, trial)) < 4 for trial in pruned)
 
 
-def test_input_that_prepare_refuses_is_one_line_and_leaves_no_folder(tmp_path):
-    process = start(tmp_path, data={"train": "missing.jsonl", "max_seq_length": 8})
-    _, err = process.communicate(timeout=100)
-    assert (process.returncode, err) == (2, "error: data.train = 'missing.jsonl': no such file\n")
+def test_input_that_prepare_refuses_is_one_line_and_leaves_no_folder(tmp_path, refused):
+    err = refused(data={"train": "missing.jsonl", "max_seq_length": 8})
+    assert err == "error: data.train = 'missing.jsonl': no such file\n"
     assert not (tmp_path / "sweeps").exists()
 
 

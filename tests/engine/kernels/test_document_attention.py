@@ -12,7 +12,7 @@ import torch
 from engine.errors import EngineError
 from engine.kernels import ops
 from engine.shape import compute_limits
-from tests.support.kernel_checks import DEVICE, DTYPES, as_good_as_torch, draw, error, leave_to_a_child
+from tests.support.kernel_checks import DEVICE, DTYPES, as_good_as_torch, draw, error
 from tests.support.kernel_checks import implementation as implementation  # runs on kernel and reference
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -73,14 +73,16 @@ def test_attention_is_as_good_as_torch(lengths, window, heads, groups, head_dim,
     assert error(results[4], truths[4]) < 2e-6
 
 
-@pytest.mark.parametrize(("window", "longest"), [(None, 45), (20, 20)])
-def test_stored_scores_give_what_scores_made_again_do(window, longest, monkeypatch):
+@pytest.mark.parametrize(("lengths", "window"), [((13, 22), None), ((25, 45), 20)])
+def test_stored_scores_give_what_scores_made_again_do(lengths, window, monkeypatch):
+    tokens, longest = sum(lengths), window or max(lengths)
     monkeypatch.setattr(compute_limits, "SCORE_BLOCK", 128 if DEVICE == "cuda" else 32)  # several blocks of a short row
-    tensors, dout, offsets = operands((25, 45), 4, 2, 144, torch.bfloat16)
-    spans = ops.document_spans(offsets, 70, window)
+    tensors, dout, offsets = operands(lengths, 4, 2, 144, torch.bfloat16)
+    spans = ops.document_spans(offsets, tokens, window)
     given = dout, *tensors, *ops.attention(*tensors, spans, 0.3, 3.0), spans, 0.3, 3.0
     at_once = ops.attention_backward(*given)
-    monkeypatch.setattr(compute_limits, "SCORE_BYTES", 1 + 8 * compute_limits.score_cells(70, longest) // 70)  # two heads of four
+    two_heads = 1 + 8 * compute_limits.score_cells(tokens, longest) // tokens  # of four
+    monkeypatch.setattr(compute_limits, "SCORE_BYTES", two_heads)
     in_parts = ops.attention_backward(*given, longest)
     monkeypatch.setattr(compute_limits, "SCORE_BYTES", 0)
     again = ops.attention_backward(*given)
@@ -91,13 +93,13 @@ def test_stored_scores_give_what_scores_made_again_do(window, longest, monkeypat
 @pytest.fixture(scope="module")
 def seen_alone():
     """Return operands of two samples with a window, and torch's results in fp32 and fp64."""
-    tensors, dout, offsets = operands((40, 25), 2, 1, 16, torch.float32)
-    how = (offsets, 20, 0.3, 3.0)
+    tensors, dout, offsets = operands((20, 17), 2, 1, 16, torch.float32)
+    how = (offsets, 12, 0.3, 3.0)
     return tensors, dout, how, *(plain(tensors, dout, *how, d) for d in (torch.float32, torch.float64))
 
 
 @pytest.mark.parametrize(
-    "wrong", [{0: [0, 41, 65]}, {0: [0, 65]}, {1: 21}, {1: None}, {2: 0.31}, {3: 3.1}, {3: None}], ids=str
+    "wrong", [{0: [0, 21, 37]}, {0: [0, 37]}, {1: 13}, {1: None}, {2: 0.31}, {3: 3.1}, {3: None}], ids=str
 )
 def test_a_wrong_border_window_scale_or_softcap_is_seen_in_all_results(wrong, seen_alone):
     tensors, dout, how, plains, truths = seen_alone
@@ -182,6 +184,3 @@ def test_what_the_kernels_cannot_read_is_refused_in_one_line():
         with pytest.raises(EngineError) as caught:
             call()
         assert "\n" not in str(caught.value)
-
-
-leave_to_a_child(globals(), "test_attention_kernels_in_triton_s_interpreter")

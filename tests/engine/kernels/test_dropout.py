@@ -8,7 +8,7 @@ import torch
 
 from engine.errors import EngineError
 from engine.kernels import ops, reference
-from tests.support.kernel_checks import DEVICE, DTYPES, draw, leave_to_a_child
+from tests.support.kernel_checks import DEVICE, DTYPES, draw
 from tests.support.kernel_checks import implementation as implementation  # runs on kernel and reference
 
 SEED = 0x123456789ABCDEF
@@ -99,6 +99,3 @@ def test_kernel_and_definition_add_the_same_noise_within_each_row_s_bound(shape,
             assert not torch.equal(other, ours)
     with pytest.raises(EngineError, match="add_noise_: bound"):
         ops.add_noise_(ours, bound.double(), noise(0.0), 7)
-
-
-leave_to_a_child(globals(), "test_dropout_in_triton_s_interpreter")

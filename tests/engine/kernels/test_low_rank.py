@@ -14,13 +14,13 @@ import torch
 from engine.errors import EngineError
 from engine.kernels import ops
 from engine.kernels.ops import LowRank
-from tests.support.kernel_checks import DTYPES, SLACK, as_good_as_torch, draw, error, leave_to_a_child, plain_glu
+from tests.support.kernel_checks import DTYPES, SLACK, as_good_as_torch, draw, error, plain_glu
 from tests.support.kernel_checks import implementation as implementation  # runs on kernel and reference
 
 CASES = [  # shape, ranks
     ((1, 1), (1, 1, 1)),
     ((3, 5), (4, 3, 8)),
-    ((2, 1000), (8, 16, 4)),  # rows of many tiles
+    ((2, 300), (8, 16, 4)),  # rows of several tiles
     ((70, 80), (128, 16, 70)),  # part tiles both ways, more than one block of R
 ]
 # More row tiles than fit in a group, with a partial last group. A tile has 64 rows, or 32 in fp32.
@@ -107,8 +107,7 @@ def test_each_tile_of_many_is_computed(dtype, shape):
     check(shape, (4, 8, 16), dtype, "gelu_tanh")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ranks", SUBSETS)
+@pytest.mark.parametrize(("ranks", "dtype"), [(ranks, DTYPES[i % 2]) for i, ranks in enumerate(SUBSETS)])
 def test_any_term_may_be_absent(ranks, dtype):
     check((33, 34), ranks, dtype, "gelu_tanh")
 
@@ -188,6 +187,3 @@ def test_wrong_terms_are_refused_in_one_line():
             with pytest.raises(EngineError) as caught:
                 call()
             assert "\n" not in str(caught.value)
-
-
-leave_to_a_child(globals(), "test_low_rank_kernels_in_triton_s_interpreter")

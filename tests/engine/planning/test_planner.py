@@ -1,8 +1,6 @@
 """Plans suit the card and compute the same result."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -30,8 +28,11 @@ def config(length=2048, rank=16, **train):
     })  # fmt: skip
 
 
-@pytest.mark.parametrize("length", [512, 2048, 8192, 32768, 131072])
-@pytest.mark.parametrize("name", ["rtx3090", "l4", "h100"])
+# every length on a card of 24 GB, and on one of 80 where more than one policy fits
+LENGTHS = {"rtx3090": (512, 8192, 131072), "l4": (2048, 32768), "h100": (512, 8192, 131072)}
+
+
+@pytest.mark.parametrize(("name", "length"), [(name, length) for name, lengths in LENGTHS.items() for length in lengths])
 def test_a_plan_fits_its_card_and_leaves_the_step_as_it_was(name, length):
     wanted = config(length)
     chosen = make_compute_plan(wanted, SHAPE, find_card(name))
@@ -117,8 +118,3 @@ def test_policies_are_named_in_files_as_they_always_were():
         assert plan.settings()["activation_checkpointing"] is policy.setting
         assert plan.apply(config()).train.activation_checkpointing is policy.setting
         assert changed(ComputePlan(2, Policy.KEEP, 3, 4, 5.0), json.loads(json.dumps(plan.settings())), config(), None) == plan
-
-
-def test_planning_loads_no_torch():
-    code = "import sys, engine.planning.planner; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

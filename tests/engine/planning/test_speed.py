@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -72,9 +70,3 @@ def test_an_mlp_without_a_gate_is_no_work_of_three_matrices() -> None:
     assert plain["dequantisation"] < gated["dequantisation"] and plain["adapters"] < gated["adapters"]
     assert plain["norms, rotation, activation"] < gated["norms, rotation, activation"]
     assert plain["attention"] == gated["attention"]
-
-
-def test_predictions_of_speed_do_without_torch() -> None:
-    code = "import sys, engine.planning.speed; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -1,8 +1,6 @@
 """Check the builtin model and data set: their content, that it never varies, and atomic builds."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +51,6 @@ def test_an_adapter_on_a_builtin_names_the_published_model_and_no_folder_of_this
     assert base == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert MODELS.keys() == PUBLISHED.keys()
 
-
-def test_importing_the_package_loads_neither_torch_nor_gguf():
-    code = "import sys, engine.sources.builtin; print([name for name in ('torch', 'gguf', 'numpy') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_order_pairs_differ_in_the_answer_alone_by_one_fact_or_the_form_and_some_labels_of_training_are_swapped(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from datetime import datetime
 
 import pytest
@@ -114,18 +112,3 @@ def test_slots_are_gpus_where_there_are_any_and_core_shares_elsewhere():
     assert plan_slots(ClusterConfig(max_concurrent=1), "cpu", 2, 4) == Slots(1, "cpu", 1)
     with pytest.raises(InputError, match=r"train\.device"):
         plan_slots(ClusterConfig(), "cuda", 0, 4)
-
-
-def test_planning_loads_no_torch_ray_mlflow_or_optuna():
-    code = (
-        "import sys, sweep.config.sweep, sweep.space.space, sweep.space.parse;"
-        "import sweep.folder.sweep_folder, sweep.trials.record, sweep.plan.sweep_plan, sweep.driver;"
-        "print([name for name in ('torch', 'ray', 'mlflow', 'optuna') if name in sys.modules])"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-
-
-def test_the_modules_that_talk_to_ray_load_no_torch():
-    code = "import sys, sweep.execution.tuner, sweep.study.study; print('torch' in sys.modules, 'mlflow' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False False"

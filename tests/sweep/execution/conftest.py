@@ -12,6 +12,7 @@ import pytest
 def _thaw():
     yield
     gc.unfreeze()
+    gc.freeze()  # as tests/conftest.py left it, without a search through all libraries
 
 
 @pytest.fixture(autouse=True)

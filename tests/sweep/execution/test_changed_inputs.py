@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -24,14 +22,6 @@ from tests.support.studies import WIDE, config_for, ledger_in, report
 from tests.support.trials import build
 
 LINE = "data.train = 'x': the training samples changed"
-
-
-@pytest.fixture(autouse=True)
-def _as_before():
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-    gc.unfreeze()
 
 
 def spec(config: TrainConfig, trial_folder: Path, inputs: dict[str, str]) -> dict:

@@ -42,7 +42,7 @@ def test_a_laptop_is_told_what_a_sweep_of_an_8b_model_needs_on_a_named_card(tmp_
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     arguments = [
         *SWEEP, f"model.path={tmp_path}", "cluster.card=rtx4090", f"space.data.max_seq_length.choices=[1024,{NEVER}]",
-        "space.lora.rank.choices=[8,64]", "sweep.num_trials=3",
+        "space.lora.rank.choices=[8,64]", "sweep.num_trials=3", "train.tokens_per_step=2048",  # two micro-batches to choose from
     ]  # fmt: skip
     code = f"import sys; from sweep.__main__ import main; print(main({arguments}), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
@@ -76,7 +76,7 @@ def test_a_large_space_is_shown_by_its_corners_without_what_changes_nothing(seen
 @pytest.mark.parametrize("mode", ["bf16", "auto", "int8_backward", "int8"])
 def test_a_forecast_says_what_products_in_int8_bring(seen, capsys, mode):
     seen[0] = Facts(shape=ModelShape.of(LLAMA_8B, "8B"))
-    lengths = ["space.data.max_seq_length.choices=[1024,2048]", "train.max_tokens=1000000"]
+    lengths = ["space.data.max_seq_length.choices=[1024,2048]", "train.max_tokens=1000000", "train.tokens_per_step=2048"]
     assert main([*SWEEP[:-1], *lengths, "model.path=m", "cluster.card=rtx4090", f"train.matmul={mode}"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("matmul ")]
     if not mode.startswith("int8"):
@@ -118,7 +118,8 @@ QWEN3_5 = {**LLAMA_8B, "model_type": "qwen3_5_text", "hidden_size": 1024, "inter
 def test_a_forecast_says_that_linear_attention_is_an_estimate(seen, capsys, kernels):
     shape = ModelShape.of(QWEN3_5, "x")
     seen[0] = Facts(shape=shape.with_kernels() if kernels else shape)
-    lengths = ["space.data.max_seq_length.choices=[512]", "cluster.card=rtx4090", "train.max_tokens=1000000"]
+    lengths = ["space.data.max_seq_length.choices=[512]", "cluster.card=rtx4090", "train.max_tokens=1000000",
+               "train.tokens_per_step=1024"]  # fmt: skip
     assert main([*SWEEP, "model.path=m", *lengths]) == 0
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.startswith("estimate ")]

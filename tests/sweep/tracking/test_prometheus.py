@@ -7,7 +7,6 @@ import json
 import re
 import socket
 import subprocess
-import time
 import urllib.request
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from sweep.folder.timeline import Timeline
 from sweep.tracking.prometheus import SweepMetrics, serve
 from sweep.trials.record import Outcome, TrialRecord
 from tests.support.fake_driver import ENGINE
-from tests.support.fake_sweeps import BASE, results, start, sweep_folder
+from tests.support.fake_sweeps import BASE, results, sweep_folder
 from tests.support.paths import ROOT
 from tests.support.reports import make_report
 
@@ -163,27 +162,15 @@ def test_a_resume_may_move_the_page():
         apply_resume_changes(config, {"tracking.metrics_port": -1})
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> dict[str, set[str]]:
+@pytest.fixture
+def exported(watched) -> dict[str, set[str]]:
     """Return the samples of a whole sweep under Ray: name -> names of its labels."""
-    tmp_path = tmp_path_factory.mktemp("watched")
-    process = start(
-        tmp_path, optim={"eps": 0.25}, space={"lora.rank": {"choices": [2, 4, 8]}}, tracking={"name": "none", "metrics_port": 0},
-        sweep={"num_trials": 3},
-    )  # fmt: skip
-    address = next(line.split()[1] for line in process.stdout if line.startswith("metrics "))
     seen: dict[tuple[str, tuple], float] = {}
-    while process.poll() is None:
-        try:
-            seen |= scrape(address)
-        except OSError:
-            break
-        time.sleep(0.1)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "")
-    ended = len(results(sweep_folder(tmp_path)))
+    for page in watched.pages:
+        seen |= samples(page)
+    ended = results(sweep_folder(Path(watched.folder)))
     outcomes = {dict(labels)["outcome"]: value for (name, labels), value in seen.items() if name == "qlora_sweep_trials"}
-    assert ended == 3 == sum(outcomes.values())  # the last state of the page is the folder's
+    assert len(ended) == 16 == sum(outcomes.values())  # the last state of the page is the folder's
     names: dict[str, set[str]] = {}
     for name, labels in seen:
         names.setdefault(name, set()).update(label for label, _ in labels)

@@ -9,7 +9,7 @@ from engine.kernels.eight_bit import int8_reference
 from engine.kernels.eight_bit.int8_ops import Int8Rows
 from engine.kernels.eight_bit.int8_tiles import CANDIDATES, Tile, choose_tile
 from engine.kernels.ops import LowRank
-from tests.support.kernel_checks import DEVICE, as_good_as_torch, draw, leave_to_a_child
+from tests.support.kernel_checks import DEVICE, as_good_as_torch, draw
 from tests.support.kernel_checks import implementation as implementation  # runs on kernel and reference
 
 pytest.importorskip("triton")
@@ -84,6 +84,3 @@ def test_a_tile_fits_the_card_and_gives_work_to_all_of_it(card, processors, limi
 def test_candidates_are_distinct_and_fit_hopper(implementation):
     assert len(set(CANDIDATES)) == len(CANDIDATES)
     assert all(shared_kib(tile) <= 227 for tile in CANDIDATES)
-
-
-leave_to_a_child(globals(), "test_eight_bit_tiles_in_triton_s_interpreter")

@@ -10,7 +10,7 @@ from engine.kernels.experts.grouped_nf4 import ExpertTile
 from engine.kernels.experts.packed_experts import dequantize_experts, pack, unpack_state
 from engine.kernels.nf4_state import nf4_state
 from engine.quant.bnb import quantize_nf4
-from tests.support.kernel_checks import DEVICE, DTYPES, draw, leave_to_a_child
+from tests.support.kernel_checks import DEVICE, DTYPES, draw
 from tests.support.kernel_checks import implementation as implementation  # runs on kernel and reference
 
 TILES = {False: ExpertTile(16, 64, 64, 4, 2), True: ExpertTile(16, 64, 128, 4, 2, swapped=True)}
@@ -150,6 +150,3 @@ def test_the_grouped_product_is_taken_on_hopper_with_many_rows_and_room(monkeypa
                                       (90, many, room - 1, False), (90, many.float(), room, False)):  # fmt: skip
         monkeypatch.setattr(grouped_dense, "capability", lambda x, card=card: card)
         assert grouped_dense.takes(rows, state, bytes_) == taken
-
-
-leave_to_a_child(globals(), "test_products_of_experts_are_right_in_the_interpreter")
