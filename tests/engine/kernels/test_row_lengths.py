@@ -10,7 +10,7 @@ import torch
 
 from engine.errors import EngineError
 from engine.kernels import ops
-from tests.support.kernel_checks import DEVICE, draw, leave_to_a_child
+from tests.support.kernel_checks import DEVICE, draw
 from tests.support.kernel_checks import implementation as implementation  # runs on kernel and reference
 
 
@@ -86,6 +86,3 @@ def test_wrong_layouts_are_refused():
     for args in ((weight, a[:, :6], b), (weight, a, b.bfloat16()), (weight.t(), a, b), (weight, a, draw(2, 6).t())):
         with pytest.raises(EngineError, match="row_lengths: "):
             ops.row_lengths(*args, 1.0)
-
-
-leave_to_a_child(globals(), "test_row_lengths_in_triton_s_interpreter")
