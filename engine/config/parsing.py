@@ -154,6 +154,8 @@ def _phrase(fault: dict[str, Any]) -> str:
             return "must be a list" + (f": [{value}]" if isinstance(value, str | int | float) and value != "" else "")
         case "dict_type" | "model_type":
             return "must be a section: {key: value}"
+        case "int_type" if isinstance(value, float) and value.is_integer():  # like 1e6
+            return f"{fault['msg']}: write {int(value)}"
         case "bool_type":
             return "must be true or false"
         case "string_type":

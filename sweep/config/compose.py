@@ -145,7 +145,7 @@ def _for_hydra(override: str) -> str:
         parsed(override)
         return f"++{bare}={in_hydras_grammar(bare, value)}"
     if value not in known[bare]:
-        raise InputError(bare, value, f"must be one of {', '.join(known[bare])}")
+        raise InputError(bare, value, f"must be one of {', '.join(known[bare])}{did_you_mean(value, known[bare])}")
     conf_files.refuse_faults(conf_files.option_file(bare, value))
     # Hydra appends a group that no defaults list names only with a plus; users may leave it out
     return f"+{bare}={value}" if bare in conf_files.APPENDED else f"{bare}={value}"

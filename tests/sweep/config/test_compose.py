@@ -38,6 +38,8 @@ def test_every_option_composes_into_a_plan(group, option):
         ([], ["data.train", "required"]),
         ([*NEEDED, "optim.learing_rate=1"], ["optim.learing_rate", "did you mean 'learning_rate'"]),
         ([*NEEDED, "modle.path=1"], ["modle.path", "did you mean 'model'"]),
+        (["+experiment=quikstart"], ["experiment = 'quikstart'", "did you mean 'quickstart'"]),
+        ([*NEEDED, "train.max_tokens=1e6"], ["train.max_tokens = 1000000.0", "valid integer: write 1000000"]),
         ([*NEEDED, "lora.rank=eight"], ["lora.rank", "'eight'", "integer"]),
         ([*NEEDED, "lora.rank=["], ["lora.rank=["]),
         ([*NEEDED, "sampler.name=annealing"], ["sampler.name", "tpe"]),

@@ -1,4 +1,4 @@
-"""Workers listen for signals and freeze what they hold: after a test, both are as before."""
+"""Workers listen for signals, which after a test are as before, and freeze what they hold."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _thaw():
-    yield
-    gc.unfreeze()
-    gc.freeze()  # as tests/conftest.py left it, without a search through all libraries
+def _stay_frozen(monkeypatch, request):
+    """Let workers freeze objects and not thaw them.
+
+    A worker thaws before it loads a model, to search for what it can drop. In this process that search
+    goes through the libraries of all tests, twice a trial. Tests of growth need it.
+    """
+    if "faults" not in request.keywords:
+        monkeypatch.setattr(gc, "unfreeze", lambda: None)
 
 
 @pytest.fixture(autouse=True)
