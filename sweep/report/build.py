@@ -124,9 +124,9 @@ def facts(found: Collected, with_data: bool = True) -> list[str]:
     return [
         f"Model {config.model.path} ({config.model.quantization}), data {config.data.describe_train()}, folder {folder.path}.",
         f"{counted(sum(counts.values()), 'trial')} of {config.sweep.num_trials} asked for: {ended or 'none has started'}.",
-        *(f"Data, {account.line()}." for account in folder.read_accounts() if with_data),
-        *([f"Predicted for {card}."] if (card := folder.read_card()) else []),
         *found.verdict.lines,
+        *([f"Predicted for {card}."] if (card := folder.read_card()) else []),
+        *(f"Data, {account.line()}." for account in folder.read_accounts() if with_data),
     ]
 
 
@@ -134,7 +134,7 @@ def _leaderboard(records: list[TrialRecord], rule: Rule) -> Table | str:
     if not records:
         return "no trial has started"
     rows = board_rows(records, rule)
-    header, cells = board_table(rows)
+    header, cells = board_table(rows, rule.sign)
     first = rule.best(records)
     kinds = ["first" if first is not None and row["number"] == first.number else _kind(row["outcome"]) for row in rows]
     return Table(header, cells, kinds)
