@@ -25,8 +25,11 @@ th { text-align: left; color: #555; font-weight: 600; white-space: nowrap; }
 td, th { padding: 3px 10px 3px 0; border-bottom: 1px solid #eee; vertical-align: top; font-variant-numeric: tabular-nums; }
 table.text { table-layout: fixed; width: 100%; } table.text td { white-space: pre-wrap; overflow-wrap: anywhere; }
 tr.first td { background: #fff6dc; } tr.faded td { color: #999; } pre { font-size: 12px; overflow-x: auto; }
-.figure { overflow-x: auto; } @media (max-width: 720px) {
-  body { padding: 0 10px 32px; } h1 { font-size: 22px; } .figure > div { min-width: 640px; } table.text { min-width: 640px; }
+.wide td { white-space: nowrap; } .wide td:last-child { white-space: normal; min-width: 120px; }
+.figure { overflow-x: auto; }
+@media (max-width: 720px) {
+  body { padding: 0 10px 32px; } h1 { font-size: 22px; }
+  .broad > div, table.text { min-width: 640px; } .modebar { display: none !important; }
 }
 """
 # plotly's own button would send a chart to its maker's server
@@ -63,12 +66,14 @@ class Section:
     """A heading and its content.
 
     body: a str in place of a figure says why there is none. height: of a figure that names none.
+    is_broad: a phone scrolls the figure instead of squeezing it.
     """
 
     title: str
     body: Table | go.Figure | str
     caption: str = ""
     height: int = 460
+    is_broad: bool = False
 
 
 def plotly_script() -> str:
@@ -103,7 +108,7 @@ def _section(section: Section) -> str:
     else:
         section.body.update_layout(**LAYOUT, height=section.body.layout.height or section.height)
         figure = section.body.to_html(full_html=False, include_plotlyjs=False, config=CHART_CONFIG)
-        body = f'<div class="figure">{figure}</div>'
+        body = f'<div class="figure{" broad" if section.is_broad else ""}">{figure}</div>'
     return f"<h2>{escape(section.title)}</h2>\n{caption}{body}"
 
 
