@@ -90,7 +90,7 @@ def figure_sections(found: Collected, scale: Scale = ON_WHITE) -> dict[str, Call
         CURVES: lambda: Section(CURVES, report_figures.learning_curves(records, found.best, measure), CURVES_CAPTION),
         **(losses if measure != EVAL_LOSS else {}),
         **{title: partial(_of_study, title, make) for title, make in study.items()},
-        PARETO: lambda: Section(PARETO, report_figures.pareto(records), PARETO_CAPTION),
+        PARETO: lambda: Section(PARETO, report_figures.pareto(records), PARETO_CAPTION, is_broad=True),
         MEMORY: lambda: Section(MEMORY, report_figures.memory(records)),
         HOURS: lambda: _hours(found.slot_times),
         SLOTS: lambda: _slots(records, found.timeline.spans),
@@ -104,7 +104,7 @@ def answer_sections(found: Collected) -> list[Section]:
 
 
 def _of_study(title: str, make: Callable[[], Drawn]) -> Section:
-    return Section(title, make(), height=500)
+    return Section(title, make(), height=500, is_broad=True)
 
 
 def _hours(times: list[SlotTime]) -> Section:
@@ -113,7 +113,7 @@ def _hours(times: list[SlotTime]) -> Section:
 
 def _slots(records: list[TrialRecord], spans: list[Span]) -> Section:
     height = 160 + 46 * len({span.slot for span in spans})
-    return Section(SLOTS, report_figures.slots(records, spans), report_figures.dead_time_line(spans), height)
+    return Section(SLOTS, report_figures.slots(records, spans), report_figures.dead_time_line(spans), height, is_broad=True)
 
 
 def facts(found: Collected, with_data: bool = True) -> list[str]:
@@ -124,9 +124,9 @@ def facts(found: Collected, with_data: bool = True) -> list[str]:
     return [
         f"Model {config.model.path} ({config.model.quantization}), data {config.data.describe_train()}, folder {folder.path}.",
         f"{counted(sum(counts.values()), 'trial')} of {config.sweep.num_trials} asked for: {ended or 'none has started'}.",
-        *(f"Data, {account.line()}." for account in folder.read_accounts() if with_data),
-        *([f"Predicted for {card}."] if (card := folder.read_card()) else []),
         *found.verdict.lines,
+        *([f"Predicted for {card}."] if (card := folder.read_card()) else []),
+        *(f"Data, {account.line()}." for account in folder.read_accounts() if with_data),
     ]
 
 
@@ -134,7 +134,7 @@ def _leaderboard(records: list[TrialRecord], rule: Rule) -> Table | str:
     if not records:
         return "no trial has started"
     rows = board_rows(records, rule)
-    header, cells = board_table(rows)
+    header, cells = board_table(rows, rule.sign)
     first = rule.best(records)
     kinds = ["first" if first is not None and row["number"] == first.number else _kind(row["outcome"]) for row in rows]
     return Table(header, cells, kinds)

@@ -92,7 +92,7 @@ class Collector:
         else:
             config = last.config
         is_later = self._timeline.catch_up()
-        records = [self._record(trial) for trial in trials]
+        records = self._records_of(trials)
         are_same = last is not None and len(last.records) == len(records) and all(map(_is, last.records, records))
         if last is not None and are_same and not is_new and not is_later:
             return last
@@ -110,6 +110,9 @@ class Collector:
     def timeline(self) -> Timeline:
         """Return the timeline with the stays that are still open."""
         return self._timeline
+
+    def _records_of(self, trials: list[FrozenTrial]) -> list[TrialRecord]:
+        return [self._record(trial) for trial in trials]
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         """Return the trial's record; the same object if neither journal nor reports have changed."""

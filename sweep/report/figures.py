@@ -75,7 +75,7 @@ def learning_curves(records: list[TrialRecord], best: TrialRecord | None, measur
         figure.add_trace(_curves([best], f"best: trial {best.number}", measure, label, {"line": {"color": BEST, "width": 3.5}}))
     figure.update_layout(xaxis_title="tokens seen", yaxis_title=f"{label} ({records[0].loss_unit})" if is_loss else label)
     losses = [report.eval_loss for record in records for report in record.reports]
-    figure.update_xaxes(rangemode="tozero")
+    figure.update_xaxes(rangemode="tozero", tickformat=",d")
     figure.update_yaxes(range=usual_range(losses) if is_loss else None)
     return figure
 

@@ -25,6 +25,12 @@ th { text-align: left; color: #555; font-weight: 600; white-space: nowrap; }
 td, th { padding: 3px 10px 3px 0; border-bottom: 1px solid #eee; vertical-align: top; font-variant-numeric: tabular-nums; }
 table.text { table-layout: fixed; width: 100%; } table.text td { white-space: pre-wrap; overflow-wrap: anywhere; }
 tr.first td { background: #fff6dc; } tr.faded td { color: #999; } pre { font-size: 12px; overflow-x: auto; }
+.wide td { white-space: nowrap; } .wide td:last-child { white-space: normal; min-width: 120px; }
+.figure { overflow-x: auto; }
+@media (max-width: 720px) {
+  body { padding: 0 10px 32px; } h1 { font-size: 22px; }
+  .broad > div, table.text { min-width: 640px; } .modebar { display: none !important; }
+}
 """
 # plotly's own button would send a chart to its maker's server
 CHART_CONFIG = {
@@ -60,12 +66,14 @@ class Section:
     """A heading and its content.
 
     body: a str in place of a figure says why there is none. height: of a figure that names none.
+    is_broad: a phone scrolls the figure instead of squeezing it.
     """
 
     title: str
     body: Table | go.Figure | str
     caption: str = ""
     height: int = 460
+    is_broad: bool = False
 
 
 def plotly_script() -> str:
@@ -78,6 +86,7 @@ def render(title: str, facts: Sequence[str], sections: Sequence[Section], config
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         f"<title>{escape(title)}</title><style>{STYLE}</style>",
         f"<script>{get_plotlyjs()}</script></head><body>",
@@ -98,7 +107,8 @@ def _section(section: Section) -> str:
         body = _table(section.body)
     else:
         section.body.update_layout(**LAYOUT, height=section.body.layout.height or section.height)
-        body = section.body.to_html(full_html=False, include_plotlyjs=False, config=CHART_CONFIG)
+        figure = section.body.to_html(full_html=False, include_plotlyjs=False, config=CHART_CONFIG)
+        body = f'<div class="figure{" broad" if section.is_broad else ""}">{figure}</div>'
     return f"<h2>{escape(section.title)}</h2>\n{caption}{body}"
 
 
@@ -109,8 +119,8 @@ def _table(table: Table) -> str:
         for row, kind in zip(table.rows, table.classes, strict=True)
     ]
     kind = ' class="text"' if table.is_text else ""
-    box = "" if table.is_text else ' class="wide"'
-    return f"<div{box}><table{kind}><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="{"figure" if table.is_text else "wide"}"><table{kind}>{body}</table></div>'
 
 
 def _paragraph(text: str) -> str:

@@ -130,7 +130,7 @@ def _markdown(name: str, verdict: SweepVerdict, board: dict[str, Any]) -> str:
     if Outcome.INFEASIBLE in outcomes:
         lines += ["INFEASIBLE: predicted not to fit the card, so never started; not counted as a trial, no GPU time spent.", ""]
     lines += _front_table(board)
-    return "\n".join([*lines, *table(*board_table(rows)), ""])
+    return "\n".join([*lines, *table(*board_table(rows, verdict.rule.sign)), ""])
 
 
 def _front_table(board: dict[str, Any]) -> list[str]:
@@ -159,11 +159,15 @@ def _front_table(board: dict[str, Any]) -> list[str]:
     ]
 
 
-def board_table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the header and the rows as text, with a column for each evaluation set and task metric."""
+def board_table(rows: list[dict[str, Any]], sign: float = 1.0) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the header and the rows as text, with a column for each evaluation set and task metric.
+
+    sign: of the rule, -1 if larger values of what decides are better.
+    """
     rows = [row | {"metrics": _scores(row)} for row in rows]
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
-    header = (*HEADER[:METRICS_AT], *names, *HEADER[METRICS_AT:])
+    distance = "above lowest" if sign > 0 else "below highest"
+    header = (*HEADER[:METRICS_AT], *names, distance, *HEADER[METRICS_AT + 1 :])
     found = []
     for row in rows:
         cells, scores = board_cells(row), (number(row["metrics"].get(name), ".4f") for name in names)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.command_answers import DataAccount
-from engine.trial_report import TrialReport
+from engine.config.metrics_section import EVAL_LOSS
+from engine.trial_report import TrialReport, kept_report
 from engine.units import perplexity
 from sweep.folder.slot_times import PARTS
 from sweep.tracking.system_metrics import read_system
@@ -22,8 +23,6 @@ from sweep.trials.record import Outcome, TrialRecord
 
 SET_LOSS, BASE_SET_LOSS = "eval/loss/", "eval/base_loss/"
 """Before the name of one of several evaluation sets, in nats per target token. Short, as a table has a column for each."""
-SHORT_BEST = "eval/best_loss"
-"""The best eval_loss once more, under a name that an axis of MLflow's parallel coordinates shows whole."""
 METRICS = {
     "eval_loss": "eval/loss_nats_per_token",
     "best_eval_loss": "eval/best_loss_nats_per_token",
@@ -116,7 +115,7 @@ def trial_points(record: TrialRecord, written: int) -> list[Point]:
         if report.rung > written:
             at = (_milliseconds(record, report), report.tokens_seen)
             values = {metric: getattr(report, name) for name, metric in METRICS.items()}
-            values |= {SHORT_BEST: report.best_eval_loss}
+            values |= _best_so_far(record, report)
             values |= {f"eval/{name}": value for name, value in report.metrics.items()}
             values |= {SET_LOSS + name: value for name, value in report.eval_losses.items()}
             values |= {"eval/above_limits_nats": report.eval_excess}
@@ -125,6 +124,23 @@ def trial_points(record: TrialRecord, written: int) -> list[Point]:
             values |= {SYSTEM + name: value for name, value in system.get(report.rung, {}).items()}
             points += [(name, value, *at) for name, value in values.items() if value is not None]
     return points + _beside(record)
+
+
+def best_name(measure: str) -> str:
+    """Return the name of the best value so far of eval_loss or a metric, which is what a trial's adapter in its folder has.
+
+    MLflow's table and charts show a metric's last value, which need not be the best. An axis of its
+    parallel coordinates has room for about 25 letters.
+    """
+    return f"best/{'loss' if measure == EVAL_LOSS else measure}"
+
+
+def _best_so_far(record: TrialRecord, report: TrialReport) -> dict[str, float]:
+    found = {best_name(EVAL_LOSS): report.best_eval_loss}
+    if record.chosen_by != EVAL_LOSS:
+        kept = kept_report(record.reports[: record.reports.index(report) + 1], record.chosen_by, record.sign)
+        found |= {best_name(record.chosen_by): kept.metrics[record.chosen_by]} if record.chosen_by in kept.metrics else {}
+    return found
 
 
 def _beside(record: TrialRecord) -> list[Point]:

@@ -29,6 +29,9 @@ SEARCHES = re.compile(
     rf"/graphql|{_API}(?:(?:experiments|runs|logged-models|traces|datasets)/search|experiments/search-datasets|"
     r"registered-models/get-latest-versions)"
 )
+CONDITIONS = ("HTTP_IF_NONE_MATCH", "HTTP_IF_MODIFIED_SINCE")
+HAS_OPENED = b'<script>localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true")</script>'
+"""What MLflow 3.17 notes in the browser once the assistant's panel has opened by itself."""
 PROBES = (
     ("POST", "/ajax-api/3.0/mlflow/assistant/message"),
     ("GET", "/ajax-api/3.0/mlflow/assistant/config"),
@@ -57,13 +60,34 @@ def read_only(app: WsgiApp) -> WsgiApp:
     return gate
 
 
+def without_panel(app: WsgiApp) -> WsgiApp:
+    """Wrap MLflow's application: the page does not open the panel of its assistant, which this server lacks, at a first visit.
+
+    Another version of MLflow may ignore the note; then its user closes the panel.
+    """
+    from werkzeug.wrappers import Response  # MLflow's own web library, for its server's process alone
+
+    def page(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ.get("PATH_INFO") != "/" or environ["REQUEST_METHOD"] != "GET":
+            return app(environ, start_response)
+        whole = {name: value for name, value in environ.items() if name not in CONDITIONS}
+        answer = Response.from_app(app, whole)
+        if answer.status_code == 200:
+            answer.direct_passthrough = False
+            answer.set_data(answer.get_data().replace(b"<head>", b"<head>" + HAS_OPENED, 1))
+            answer.headers.pop("ETag", None)
+        return answer(environ, start_response)
+
+    return page
+
+
 def make_app() -> WsgiApp:
     """MLflow's Flask application behind the gate. The store comes from MLFLOW_BACKEND_STORE_URI."""
     from mlflow.server import app, constants  # late: it takes seconds, and only the server's process needs it
 
     os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = os.environ["MLFLOW_BACKEND_STORE_URI"]
     os.environ[constants.ARTIFACT_ROOT_ENV_VAR] = "mlflow-artifacts:/"  # where new experiments would go: no folder is made
-    return read_only(app)
+    return read_only(without_panel(app))
 
 
 def answers_what_it_must_not(host: str, port: int) -> str | None:

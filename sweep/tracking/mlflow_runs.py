@@ -18,8 +18,6 @@ from typing import Any
 
 from sweep.config.absolute_paths import sqlite_uri
 from sweep.tracking.mlflow_names import (
-    METRICS,
-    SHORT_BEST,
     SLOT_TIMES,
     STATUS,
     Point,
@@ -36,7 +34,7 @@ from sweep.tracking.mlflow_names import (
     trial_points,
 )
 from sweep.tracking.mlflow_registry import register
-from sweep.tracking.mlflow_view import ORDER, view
+from sweep.tracking.mlflow_view import BEST, ORDER, shown_best, view
 from sweep.tracking.sqlite_store import artifact_folder, database_file, follow_move
 from sweep.trials.record import Outcome, TrialRecord
 
@@ -160,8 +158,10 @@ class MlflowRuns:
         if not trials:
             return None
         params, metrics = [run.data.params for run in trials], {name for run in trials for name in run.data.metrics}
-        if any(METRICS["best_eval_loss"] in run.data.metrics and SHORT_BEST not in run.data.metrics for run in trials):
-            metrics.discard(SHORT_BEST)
+        for name in (BEST, order[0]):  # of an older version's trials, some may lack the best values
+            best = shown_best(name, metrics)
+            if any(name in run.data.metrics and best not in run.data.metrics for run in trials):
+                metrics.discard(best)
         value = json.dumps(view(self._id, params, metrics, tasks, order))
         self._client.set_experiment_tag(self._experiment_id, f"mlflow.sharedViewState.{self._id}", value)
         return f"/#/experiments/{self._experiment_id}/runs", self._id

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sweep.tracking.mlflow_names import METRICS, SET_LOSS, SHORT_BEST
+from engine.config.metrics_section import EVAL_LOSS
+from sweep.tracking.mlflow_names import METRICS, SET_LOSS, best_name
 
-LOSS, BEST = METRICS["eval_loss"], METRICS["best_eval_loss"]
+LOSS, BEST, TASK = METRICS["eval_loss"], METRICS["best_eval_loss"], "eval/"
 ORDER = (BEST, True)
 SHOWN = (METRICS["tokens_per_second"], METRICS["peak_allocated_gib"], METRICS["predicted_peak_gib"])
 WIDTHS = {"attributes.`Run Name`": 175, "tags.`outcome`": 130, "runDateAndNestInfo": 60, "duration": 90}
@@ -55,13 +56,13 @@ def view(
     params: path -> value of each trial; metrics: the names that any trial has. tasks: of these, the
     task metrics. order: the metric that decides, and whether the lower is the better.
 
-    The best loss has its short name, unless trials of an older version have the long one alone.
+    What decides is shown by its best value, unless trials of an older version have its last one alone.
     """
-    best = SHORT_BEST if SHORT_BEST in metrics else BEST
-    order = (best, order[1]) if order[0] == BEST else order
+    best, decides = shown_best(BEST, metrics), shown_best(order[0], metrics)
     names = sorted({name for sampled in params for name in sampled})
     sets = sorted(name for name in metrics if name.startswith(SET_LOSS))
-    wanted = dict.fromkeys((order[0], best, *sets, *tasks, *SHOWN))
+    others = [name for name in tasks if name != order[0]]
+    wanted = dict.fromkeys((decides, best, *sets, *others, *SHOWN))
     shown = [f"metrics.`{name}`" for name in wanted if name in metrics]
     # a run's name says its outcome too, so what was sampled can stand next to it
     varied = _varied(names, params)
@@ -70,15 +71,21 @@ def view(
     widths = {column: _width(column) for column in columns} | WIDTHS
     return {
         "searchFilter": f"tags.`sweep.id` = '{sweep_id}' and tags.`sweep.kind` = 'trial'",
-        "orderByKey": f"metrics.`{order[0]}`",
+        "orderByKey": f"metrics.`{decides}`",
         "orderByAsc": order[1],
         "selectedColumns": [*columns, "attributes.`Duration`"],
         "columnOrder": ["0", "attributes.`Run Name`", *columns, "runDateAndNestInfo", "duration"],
         "columnWidths": widths,
         "runsHiddenMode": "SHOW_ALL",
         "hideEmptyCharts": True,
-        **_charts(varied, metrics, order[0]),
+        **_charts(varied, metrics, decides, LOSS if order[0] == BEST else order[0]),
     }
+
+
+def shown_best(name: str, metrics: set[str]) -> str:
+    """Return the metric with the best values of the one that decides; its own name if no trial has one."""
+    best = best_name(EVAL_LOSS if name == BEST else name.removeprefix(TASK))
+    return best if best in metrics else name
 
 
 def _width(column: str) -> int:
@@ -98,12 +105,12 @@ def _varied(names: list[str], params: Sequence[Mapping[str, str]]) -> list[str]:
     return common or varied
 
 
-def _charts(varied: list[str], metrics: set[str], decides: str) -> dict[str, Any]:
-    """Return one section of charts that compare trials.
+def _charts(varied: list[str], metrics: set[str], decides: str, curve: str) -> dict[str, Any]:
+    """Return one section of charts that compare trials. curve: what decides, at each rung.
 
     The page adds one section behind it for each group of metrics.
     """
-    curves = {LOSS: "eval loss"} if decides in (BEST, SHORT_BEST) else {decides: decides.removeprefix("eval/"), LOSS: "eval loss"}
+    curves = {curve: curve.removeprefix(TASK), LOSS: "eval loss"}
     charts: list[dict[str, Any]] = [
         {"type": "PARALLEL", "selectedParams": varied, "selectedMetrics": [decides], "showAllRuns": True},
         *(

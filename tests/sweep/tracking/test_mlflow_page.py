@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sweep.tracking.mlflow_page import PROBES, is_admitted, read_only
+from sweep.tracking.mlflow_page import HAS_OPENED, PROBES, is_admitted, read_only, without_panel
 
 API = "/ajax-api/2.0/mlflow/"
 
@@ -54,3 +54,18 @@ def test_a_refused_request_never_reaches_mlflow():
         body = gate({"REQUEST_METHOD": method, "PATH_INFO": path}, lambda status, headers: answers.append(status))
         assert body == [b"page"] or b"PERMISSION_DENIED" in body[0]
     assert reached == ["/"] and answers == ["200 OK", "403 Forbidden"]
+
+
+def test_the_page_notes_before_mlflows_scripts_that_the_assistants_panel_has_opened_once():
+    def app(environ, start_response):
+        text = b"" if environ.get("HTTP_IF_NONE_MATCH") else b"<html><head><title>MLflow</title></head></html>"
+        start_response("200 OK" if text else "304 NOT MODIFIED", [("Content-Length", str(len(text))), ("ETag", '"1"')])
+        return [text]
+
+    said = []
+    page, get = without_panel(app), {"REQUEST_METHOD": "GET", "HTTP_IF_NONE_MATCH": '"1"'}
+    body = b"".join(page({**get, "PATH_INFO": "/"}, lambda status, headers, *rest: said.append((status, dict(headers)))))
+    assert body.startswith(b"<html><head>" + HAS_OPENED + b"<title>") and body.count(HAS_OPENED) == 1
+    assert said[0][0].startswith("200") and said[0][1]["Content-Length"] == str(len(body)) and "ETag" not in said[0][1]
+    other = b"".join(page({**get, "PATH_INFO": "/static-files/x.js"}, lambda status, headers: said.append((status, headers))))
+    assert other == b"" and said[1][0].startswith("304")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sweep.tracking.mlflow_names import data_points, data_tags
-from sweep.tracking.mlflow_view import view
+from sweep.tracking.mlflow_names import data_points, data_tags, trial_points
+from sweep.tracking.mlflow_view import ORDER, view
 from sweep.tracking.sqlite_store import local_uri
 from sweep.tracking.system_metrics import write_system
 from sweep.tracking.tracker import NullTracker, Tracker
@@ -226,14 +226,32 @@ def test_the_view_is_in_the_order_of_the_metric_that_decides_and_shows_heads_who
     assert lines == ["eval/exact_match", "eval/loss_nats_per_token"]
 
 
-def test_the_view_names_the_best_loss_so_that_an_axis_shows_it_whole():
-    metrics = {"eval/best_loss_nats_per_token", "eval/best_loss", "memory/peak_allocated_gib"}
-    shown = view("abc", [{"lora.rank": "1"}, {"lora.rank": "2"}], metrics)
-    assert shown["orderByKey"] == "metrics.`eval/best_loss`"
+@pytest.mark.parametrize(
+    ("order", "axis", "curves"),
+    [
+        (ORDER, "best/loss", ["eval/loss_nats_per_token"]),
+        (("eval/f1", False), "best/f1", ["eval/f1", "eval/loss_nats_per_token"]),
+    ],
+)
+def test_the_view_shows_best_values_under_names_that_an_axis_shows_whole(order, axis, curves):
+    metrics = {"eval/best_loss_nats_per_token", "best/loss", "eval/f1", "best/f1"}
+    shown = view("abc", [{"lora.rank": "1"}, {"lora.rank": "2"}], metrics, ["eval/f1"], order)
+    assert (shown["orderByKey"], shown["orderByAsc"]) == (f"metrics.`{axis}`", order[1])
     assert "metrics.`eval/best_loss_nats_per_token`" not in shown["selectedColumns"]
-    axes = [axis for chart in shown["compareRunCharts"] if chart["type"] == "PARALLEL" for axis in chart["selectedMetrics"]]
-    assert axes == ["eval/best_loss"]
-    assert [chart["metricKey"] for chart in shown["compareRunCharts"] if chart["type"] == "LINE"] == ["eval/loss_nats_per_token"]
+    axes = [name for chart in shown["compareRunCharts"] if chart["type"] == "PARALLEL" for name in chart["selectedMetrics"]]
+    assert axes == [axis]
+    assert [chart["metricKey"] for chart in shown["compareRunCharts"] if chart["type"] == "LINE"] == curves
+
+
+def test_a_trial_whose_metric_fell_later_has_its_best_value_too():
+    one = trial(0, Outcome.COMPLETE, 2.0, 1.9, 1.8)
+    scores = [0.25, 0.75, 0.5]
+    reports = [replace(report, metrics={"f1": score}) for report, score in zip(one.reports, scores, strict=True)]
+    record = replace(one, reports=reports, config={**one.config, "metrics": {"f1": True, "choose_by": "f1"}})
+    points = [(name, value) for name, value, _, _ in trial_points(record, 0)]
+    assert [value for name, value in points if name == "best/f1"] == [0.25, 0.75, 0.75] and record.score == -0.75
+    assert [value for name, value in points if name == "best/loss"] == [report.best_eval_loss for report in reports]
+    assert not any(name == "best/f1" for name, *_ in trial_points(one, 0))
 
 
 def test_what_the_machine_did_at_each_rung_is_a_metric_against_tokens_seen(tracker, runs, client, tmp_path):
