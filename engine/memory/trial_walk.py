@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from engine.config.matmul import Matmul
 from engine.config.optim_section import EIGHT_BIT
+from engine.config.targets import EXPERTS
 from engine.config.trial import TrainConfig
 from engine.memory.layer_memory import Pass
 from engine.memory.layer_walk import AttentionName, attention_name
