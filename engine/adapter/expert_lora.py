@@ -38,15 +38,12 @@ class LoraExperts(nn.Module):
         self.experts, self.weight_name, self.scaling, self.number = (base,), weight, config.scaling, number
         self.num_experts, self.out_features, self.in_features = base.shapes[weight]
         self.rank, self.dropout = rank, 0.0
+        self.scale: Tensor | None = None  # of FlatAdapter's memory, as in LoraLinear
         self.magnitude, self.num_frozen = None, 0  # neither DoRA nor PiSSA's frozen pair
         device, bound = getattr(base, weight).device, 1.0 / math.sqrt(self.in_features)
         a_RD = torch.empty(rank * self.num_experts, self.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_a = nn.Parameter(a_RD.to(device))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank * self.num_experts, device=device))
-        # views of FlatAdapter's memory, as in LoraLinear
-        self.casts: tuple[Tensor, Tensor] | None = None
-        self.scale: Tensor | None = None
-        self.noise: Tensor | None = None
 
     def parameters_of(self) -> tuple[nn.Parameter, ...]:
         """Return what is trained."""
@@ -56,6 +53,11 @@ class LoraExperts(nn.Module):
     def features(self) -> tuple[int, int]:
         """Return (out, in) features, summed over the experts."""
         return self.num_experts * self.out_features, self.num_experts * self.in_features
+
+    @property
+    def factor(self) -> Tensor | float:
+        """Return the scaling: what a recorded pass reads on the device, if there is a FlatAdapter."""
+        return self.scaling if self.scale is None else self.scale
 
     @torch.no_grad()
     def start_from(self, a_RD: Tensor, b_OR: Tensor) -> None:
@@ -70,13 +72,14 @@ class LoraExperts(nn.Module):
         b_ORE[:, :used] = b_OR.view(self.out_features, own, -1)[:, :used].to(b_ORE)
 
     def by_expert(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A [E, R, D] and scaling * B [E, O, R] in `dtype`, contiguous and without autograd."""
-        if self.casts is not None and self.casts[0].dtype == dtype:
-            a_RD, b_OR = self.casts
-        else:
-            a_RD, b_OR = self.lora_a.detach().to(dtype), (self.lora_b.detach() * self.scaling).to(dtype)
-        a_ERD = a_RD.view(self.num_experts, self.rank, self.in_features)
-        return a_ERD, b_OR.view(self.out_features, self.rank, self.num_experts).permute(2, 0, 1).contiguous()
+        """Return A [E, R, D] and scaling * B [E, O, R] in `dtype`, contiguous and without autograd.
+
+        They are made at each use: next to the experts' products that costs little, and a copy of all would not.
+        """
+        a_ERD = self.lora_a.detach().to(dtype).view(self.num_experts, self.rank, self.in_features)
+        b_EOR = self.lora_b.detach().view(self.out_features, self.rank, self.num_experts).permute(2, 0, 1)
+        out_EOR = torch.empty(b_EOR.shape, dtype=dtype, device=b_EOR.device)
+        return a_ERD, torch.mul(b_EOR, self.factor, out=out_EOR)
 
     def gradient_of_b(self, weight_gradient: Tensor) -> Tensor:
         """Return the gradient of lora_b [O, R * E] from that of the library's whole parameter."""
@@ -86,8 +89,9 @@ class LoraExperts(nn.Module):
 
     def as_stored(self, da_ERD: Tensor, db_EOR: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of lora_a and lora_b from those of what `by_expert` returns."""
-        db_OR = db_EOR.permute(1, 2, 0).reshape(self.lora_b.shape).to(self.lora_b.dtype)
-        return da_ERD.reshape(self.lora_a.shape).to(self.lora_a.dtype), db_OR * self.scaling
+        db_ORE = self.lora_b.new_empty(self.out_features, self.rank, self.num_experts)
+        torch.mul(db_EOR.permute(1, 2, 0), self.factor, out=db_ORE)
+        return da_ERD.reshape(self.lora_a.shape).to(self.lora_a.dtype), db_ORE.view(self.lora_b.shape)
 
 
 def used_rank(a_RD: Tensor, b_OR: Tensor, num_experts: int = 1) -> int:

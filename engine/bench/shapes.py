@@ -14,7 +14,7 @@ from torch import nn
 
 from engine.config.trial import ModelConfig
 from engine.layers import attention
-from engine.layers.library_kernels import replace_failing_kernels, use_torch_functions
+from engine.layers.library.library_kernels import replace_failing_kernels, use_torch_functions
 from engine.layers.swap import SwapReport, fuse_layers
 from engine.model.base import Base
 from engine.model.route import Route
@@ -194,7 +194,7 @@ def family_kind(name: str) -> str:
 def linear_names(name: str) -> list[str]:
     """Return the last parts of the names of all linear layers but the head."""
     family, shape = FAMILIES.get(family_kind(name)), random_config(name).to_dict()
-    if family is None:  # it runs unfused, so no description has the names
+    if family is None or family.experts is not None:  # no description has the names of what runs unfused
         return _names_in_library(name)
     has_tail = family.tail_width is not None and shape[family.tail_width] > 0
     groups = [*family.groups.values(), *(family.tail.values() if has_tail else ()), family.outside if has_tail else ()]

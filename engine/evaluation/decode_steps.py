@@ -68,7 +68,10 @@ class KeyValues:
         self._at, self._is_prompt, self._next = (rows, places), is_prompt, 0
         self._masks.clear()
 
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
+    def attend(
+        self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, options: AttentionOptions,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Store the keys and values of the next layer, and return attention [T, H, K]."""
         layer, self._next = self._next, self._next + 1
         if layer == len(self._tables):
@@ -78,9 +81,10 @@ class KeyValues:
         rows, places = self._at
         k_BGLK[rows, :, places], v_BGLK[rows, :, places] = k_TGK, v_TGK
         if self._is_prompt:
-            return attend(q_THK, k_TGK, v_TGK, Documents(documents.lengths, documents.offsets), options)
+            return attend(q_THK, k_TGK, v_TGK, Documents(documents.lengths, documents.offsets), options, sinks_H)
         q_BGRK = q_THK.unflatten(1, (k_TGK.shape[1], -1))
-        return _attend_table(q_BGRK, k_BGLK, v_BGLK, self._mask(options.sliding_window, q_THK.dtype), options).flatten(1, 2)
+        mask = self._mask(options.sliding_window, q_THK.dtype)
+        return _attend_table(q_BGRK, k_BGLK, v_BGLK, mask, options, sinks_H).flatten(1, 2)
 
     def keep(self, rows: Tensor) -> KeyValues:
         """Return the tables of these rows alone."""
@@ -100,13 +104,19 @@ class KeyValues:
         return self._masks[window]
 
 
-def _attend_table(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
+def _attend_table(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: AttentionOptions, sinks_H: Tensor | None = None
+) -> Tensor:
     """Return attention of one query a row, [B, G, R, K]."""
-    if options.softcap is None:
+    if options.softcap is None and sinks_H is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(-1, *q.shape[1:3], -1), scale=options.scaling)
     scale = q.shape[-1] ** -0.5 if options.scaling is None else options.scaling
-    scores = options.softcap * torch.tanh((q @ k.transpose(2, 3)).float() * (scale / options.softcap)) + mask
-    return scores.softmax(-1).to(v.dtype) @ v
+    scores = (q @ k.transpose(2, 3)).float() * scale
+    scores = mask + (scores if options.softcap is None else options.softcap * torch.tanh(scores / options.softcap))
+    if sinks_H is None:
+        return scores.softmax(-1).to(v.dtype) @ v
+    sinks_GR1 = sinks_H.detach().float().view(*q.shape[1:3], 1).expand(*q.shape[:3], 1)
+    return torch.cat([scores, sinks_GR1], dim=-1).softmax(-1)[..., :-1].to(v.dtype) @ v
 
 
 class FusedSteps:

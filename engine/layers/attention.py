@@ -95,7 +95,7 @@ def attend(
 ) -> Tensor:
     """Return causal attention within each document, [T, H, K]. Differentiable in q, k and v."""
     if documents.cache is not None:
-        return documents.cache.attend(q_THK, k_TGK, v_TGK, documents, options)
+        return documents.cache.attend(q_THK, k_TGK, v_TGK, documents, options, sinks_H)
     fits = _flash_fits(q_THK, options.softcap) and not are_many(documents.offsets.numel() - 1, q_THK.shape[0])
     if sinks_H is not None and fits and _has_sink_backward():
         return _FlashWithSinks.apply(q_THK, k_TGK, v_TGK, sinks_H.detach().float(), documents, options)

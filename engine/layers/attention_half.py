@@ -34,7 +34,7 @@ def attention_half(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
         out = saved.attention[-1].detach()
     else:
         qkv = _queries_keys_values(x, call, saved)
-        out = _graph(qkv, call, saved).detach() if graph else attend(*qkv, call.documents, spec.options)
+        out = _graph(qkv, call, saved).detach() if graph else attend(*qkv, call.documents, spec.options, spec.sinks)
     delta = project("o", _gated(out, saved).reshape(x.shape[0], -1), call, saved)
     if spec.after is not None:
         saved.o_out = delta
@@ -113,7 +113,7 @@ def _graph(qkv: tuple[Tensor, ...], call: Call, saved: Saved) -> Tensor:
         saved.inputs += [t.detach() for t in qkv]
         places = saved_tensors_hooks(partial(_noted, saved.graph, saved.inputs), partial(_found, saved.inputs))
     with torch.enable_grad(), places:
-        out = attend(*leaves, call.documents, call.spec.attention.options)
+        out = attend(*leaves, call.documents, call.spec.attention.options, call.spec.attention.sinks)
     saved.attention = (*leaves, out)
     return out
 
@@ -197,9 +197,10 @@ def _undo_preparation(gradients: list[Tensor], call: Call, saved: Saved) -> None
 
 def _rotate_(q: Tensor, k: Tensor | None, call: Call, inverse: bool = False) -> None:
     """Rotate queries, and keys if there are some, in place, if the spec says so."""
-    kind = call.spec.attention.rotary
-    if kind is not None and call.cos_TR is not None:  # some models have no rotation at all
-        ops.rope_(q, q[:, :0] if k is None else k, call.cos_TR, call.sin_TR, inverse=inverse, pairs=kind == "pairs")
+    spec, tables = call.spec.attention, (call.cos_TR, call.sin_TR)
+    if spec.rotary is not None and call.cos_TR is not None:  # some models have no rotation at all
+        cos_TR, sin_TR = (torch.cat([half, half], dim=1) for half in tables) if spec.half_tables else tables
+        ops.rope_(q, q[:, :0] if k is None else k, cos_TR, sin_TR, inverse=inverse, pairs=spec.rotary == "pairs")
 
 
 def _gated(out: Tensor, saved: Saved) -> Tensor:

@@ -1,8 +1,9 @@
 """Compute a whole decoder layer as one autograd function.
 
 A layer is an attention half (attention_half.py), or one with the library's own mixer
-(mixer_half.py), and an MLP half with a tail (mlp.py). Its spec says what each is made of, so the
-families in engine/shape/families.py share this code.
+(library/mixer_half.py), and an MLP half with a tail (mlp.py), or one with the library's router and
+experts (library/experts_half.py). Its spec says what each is made of, so the families in
+engine/shape/families.py share this code.
 
 Autograd would save every intermediate of a layer and run hundreds of small operations. Here the
 forward pass saves what the policy says, and the backward pass is written by hand.
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from engine.kernels import ops
 from engine.layers.attention_half import attention_gradient, attention_half, without_inputs
-from engine.layers.mixer_half import mixer_gradient, mixer_half
+from engine.layers.library.experts_half import experts_gradient, experts_half
+from engine.layers.library.mixer_half import mixer_gradient, mixer_half
 from engine.layers.mlp import mlp, mlp_gradient, tiles
 from engine.layers.structure import Call, Gradients, Saved
 from engine.shape import compute_limits
@@ -33,7 +35,7 @@ def decoder_layer(x_TD: Tensor, call: Call, adapters: list[Tensor]) -> tuple[Ten
     """Return the layer's output [T, D], then keys and values [T, G, K] if later layers read them.
 
     `adapters` are lora_a, lora_b and DoRA's magnitude of each adapted projection: the mixer's, then in the order of the
-    call's groups.
+    call's groups, then those of the block of experts.
     """
     inputs = (*(call.shared or (None, None)), call.input_TP)
     differentiable = adapters or any(t is not None and t.requires_grad for t in (x_TD, *inputs))
@@ -91,6 +93,7 @@ def _kept(saved: Saved, call: Call) -> Saved:
     saved.normed = None
     if not _keeps_mlp(call, saved.x.shape[0]):
         saved.gate_up = saved.tail_gate = saved.down_out = None
+        saved.block = ()
     if policy is Policy.HOST:
         saved.x = call.stash.push(saved.x, saved.kept(), stays=(*saved.stored, *call.shared))
     saved.stored = ()
@@ -99,11 +102,15 @@ def _kept(saved: Saved, call: Call) -> Saved:
 
 
 def _keeps_mlp(call: Call, num_tokens: int) -> bool:
-    return call.policy is Policy.KEEP or (call.policy is Policy.HOST and num_tokens <= compute_limits.MLP_TILE_TOKENS)
+    """Return True if the MLP half is kept. Tensors of a block may belong to the library: they never leave the device."""
+    on_host = call.policy is Policy.HOST and num_tokens <= compute_limits.MLP_TILE_TOKENS and call.block is None
+    return call.policy is Policy.KEEP or on_host
 
 
 def _forward(x: Tensor, call: Call, saved: Saved, graph: bool) -> Tensor:
     normed = _to_mlp(x, call, saved, graph)
+    if call.block is not None:
+        return experts_half(normed, call, saved, graph and _keeps_mlp(call, x.shape[0]))
     if (graph and _keeps_mlp(call, x.shape[0])) or x.shape[0] <= compute_limits.MLP_TILE_TOKENS:
         return mlp(normed, call, saved)
     y = torch.empty_like(x)
@@ -131,6 +138,8 @@ def _mlp_backward(dy: Tensor, call: Call, saved: Saved, grads: Gradients) -> Ten
     """Return the gradient of x_mid; first compute again what the policy has dropped."""
     again = saved.x_mid is None
     normed = _to_mlp(saved.x, call, saved, graph=True) if again else call.spec.mlp.enter(saved.x_mid)[0]
+    if call.block is not None:
+        return experts_gradient(dy, normed, call, saved, grads)
     if saved.gate_up is not None or dy.shape[0] <= compute_limits.MLP_TILE_TOKENS:
         return mlp_gradient(dy, normed, call, saved, grads)
     dx_mid = torch.empty_like(dy)

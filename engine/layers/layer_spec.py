@@ -16,7 +16,8 @@ from torch import nn
 
 from engine.kernels.ops import MAX_HEAD
 from engine.layers.attention import AttentionOptions
-from engine.layers.structure import AttentionSpec, LayerSpec, MixerSpec, MlpSpec, Norm, QueryScale, TailSpec
+from engine.layers.structure import AttentionSpec, ExpertsSpec, LayerSpec, MixerSpec, MlpSpec, Norm, QueryScale, TailSpec
+from engine.quant.frozen_experts import FrozenExperts
 from engine.shape.families import ACTIVATIONS, FAMILIES, WINDOWED, Family, HalfNorms
 
 
@@ -26,8 +27,8 @@ def family_of(layer: nn.Module) -> Family | None:
     return next((family for family in FAMILIES.values() if kind == f"{family.name}DecoderLayer"), None)
 
 
-def obstacle(layer: nn.Module) -> str | None:
-    """Return why a decoder layer cannot run fused, or None if it can."""
+def obstacle(layer: nn.Module, packs_experts: bool = False) -> str | None:
+    """Return why a decoder layer cannot run fused, or None if it can. packs_experts: as `swap.survey` has it."""
     kind, family = type(layer).__name__, family_of(layer)
     if family is None:
         return f"{kind} is not of a known family"
@@ -38,14 +39,16 @@ def obstacle(layer: nn.Module) -> str | None:
         return f"{kind} with {', '.join(present)} is not computed"
     if not has_mixer(layer) and getattr(layer.self_attn, "is_causal", True) is False:
         return "attention that is not causal is not computed"
+    if has_experts(layer) and not packs_experts and not isinstance(attrgetter(family.experts)(layer), FrozenExperts):
+        return "experts that are not packed in NF4 are not computed"
     config = _config(layer)
     for key in family.no_dropout:
         if getattr(config, key, 0):
             return f"{key} = {getattr(config, key)} is not computed"
     if not has_mixer(layer) and layer.self_attn.head_dim > MAX_HEAD:
         return f"attention over heads of more than {MAX_HEAD} features has no kernel"
-    activation = _activation(config)
-    if activation not in ACTIVATIONS:
+    activation = None if has_experts(layer) else _activation(config)  # experts have their own
+    if activation is not None and activation not in ACTIVATIONS:
         return f"activation {activation} has no kernel"
     if has_mixer(layer):
         return None
@@ -61,11 +64,7 @@ def layer_spec(layer: nn.Module) -> LayerSpec:
     frame = {**_norms(layer, family.attention, family), "multiplier": factor}
     return LayerSpec(
         MixerSpec(**frame, name=family.mixer) if has_mixer(layer) else _attention_spec(layer, family, frame),
-        MlpSpec(
-            **_norms(layer, family.mlp, family),
-            multiplier=factor,
-            activation=ACTIVATIONS[_activation(_config(layer))],
-        ),
+        _mlp_spec(layer, family, {**_norms(layer, family.mlp, family), "multiplier": factor}),
         _groups(layer, family),
         _tail(layer, family),
     )
@@ -75,6 +74,18 @@ def has_mixer(layer: nn.Module) -> bool:
     """Return True if the library's own token mixer stands in attention's place in this layer."""
     family = family_of(layer)
     return family is not None and family.mixer is not None and hasattr(layer, family.mixer)
+
+
+def has_experts(layer: nn.Module) -> bool:
+    """Return True if a mixture of experts stands in the MLP's place in this layer."""
+    family = family_of(layer)
+    return family is not None and family.experts is not None and _has(layer, family.experts)
+
+
+def _mlp_spec(layer: nn.Module, family: Family, frame: dict[str, Any]) -> MlpSpec | ExpertsSpec:
+    if has_experts(layer):
+        return ExpertsSpec(**frame, name=family.experts.partition(".")[0])
+    return MlpSpec(**frame, activation=ACTIVATIONS[_activation(_config(layer))])
 
 
 def _attention_spec(layer: nn.Module, family: Family, frame: dict[str, Any]) -> AttentionSpec:
@@ -97,6 +108,8 @@ def _attention_spec(layer: nn.Module, family: Family, frame: dict[str, Any]) -> 
         rotary=family.rotary if _rotates(layer, family, window) else None,
         query_scale=scale,
         output_gate=family.output_gate,
+        sinks=None if family.sinks is None else attrgetter(family.sinks)(layer),
+        half_tables=family.half_tables,
     )
 
 
@@ -108,13 +121,13 @@ def decoder_norm(norm: nn.Module, layer: nn.Module) -> Norm:
 def _flags(layer: nn.Module, family: Family) -> Iterator[str]:
     """Yield the paths of numbers and flags that the description names for this layer."""
     if has_mixer(layer):
-        yield "mlp.config"
+        yield from () if has_experts(layer) else ("mlp.config",)
         others = (family.multiplier, *family.lacks)
         yield from (path for path in others if path is not None)
         return
     yield from ("self_attn.config", "self_attn.head_dim", "self_attn.scaling")
     others = (family.window, family.slides, family.multiplier, family.rotates, family.reads, family.stores)
-    others += (family.keys_are_values, family.tail_width, family.scalar, *family.lacks)
+    others += (family.keys_are_values, family.tail_width, family.scalar, family.sinks, *family.lacks)
     yield from (path for path in others if path not in (None, WINDOWED))
 
 
@@ -137,15 +150,16 @@ def _paths(layer: nn.Module, family: Family) -> Iterator[str]:
 
 def _groups(layer: nn.Module, family: Family) -> dict[str, tuple[str, ...]]:
     """Return the paths of this layer's projections, by group."""
+    mlp = {} if has_experts(layer) else {group: family.paths[group] for group in ("gate_up", "down")}
     if has_mixer(layer):
-        return {group: family.paths[group] for group in ("gate_up", "down")}
+        return mlp
     queries, *others = family.paths["qkv"]
     if _is_set(layer, family.reads):
         others = []
     elif _is_set(layer, family.keys_are_values):
         others = others[:1]
     tail = family.tail if _is_set(layer, family.tail_width) else {}
-    return {**family.paths, "qkv": (queries, *others), **tail}
+    return {"qkv": (queries, *others), "o": family.paths["o"], **mlp, **tail}
 
 
 def _features(layer: nn.Module, family: Family) -> tuple[int, int, int]:
@@ -181,7 +195,10 @@ def _has(layer: nn.Module, path: str) -> bool:
 
 
 def _config(layer: nn.Module) -> Any:
-    return layer.mlp.config if has_mixer(layer) else layer.self_attn.config
+    """Return the config of attention or MLP; None for a library's mixer before experts, which have none."""
+    if not has_mixer(layer):
+        return layer.self_attn.config
+    return getattr(layer.mlp, "config", None)
 
 
 def _activation(config: Any) -> str:

@@ -11,11 +11,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from engine.config.targets import EXPERTS
 from engine.kernels import ops
 from engine.kernels.eight_bit.int8_ops import Int8Rows
 from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.host_stash import HostStash
-from engine.layers.library_mixer import LibraryMixer
+from engine.layers.library.library_mixer import LibraryMixer
+from engine.layers.library.library_module import LibraryModule
 from engine.layers.projection_group import ProjectionGroup, Weights
 from engine.shape.mixer_shape import MIXER
 from engine.shape.policies import Policy
@@ -108,6 +110,8 @@ class AttentionSpec(HalfSpec):
     - rotary: which features turn together; None without rotation.
     - query_scale: how queries grow with their position in the sample.
     - output_gate: True if each head's queries are followed by a gate, whose sigmoid scales its output.
+    - sinks: a score of each head that belongs to no token. half_tables: cos and sin come without
+      their second, equal half.
     """
 
     head_dim: int
@@ -121,6 +125,8 @@ class AttentionSpec(HalfSpec):
     rotary: Literal["halves", "pairs"] | None = "halves"
     query_scale: QueryScale | None = None
     output_gate: bool = False
+    sinks: Tensor | None = None
+    half_tables: bool = False
 
     @property
     def reads(self) -> bool:
@@ -142,6 +148,13 @@ class MlpSpec(HalfSpec):
     """The MLP half: down(activation(gate) * up)."""
 
     activation: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsSpec(HalfSpec):
+    """The MLP half that is a mixture: the library's own block of router and experts, under this name in the layer."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -179,7 +192,7 @@ class LayerSpec:
     """
 
     attention: AttentionSpec | MixerSpec
-    mlp: MlpSpec
+    mlp: MlpSpec | ExpertsSpec
     groups: dict[str, tuple[str, ...]]
     tail: TailSpec | None = None
 
@@ -191,8 +204,8 @@ class Call:
     `groups` are its projections. `cos_TR`, `sin_TR` and `documents` place the tokens; only the
     first R features of a head rotate. `query_factors_T` scale the queries. The policies on the host
     store in `stash`. `shared` are keys and values [T, G, K] of an earlier layer. `input_TP` is the
-    layer's own embedding of each token. `mixer` is the library's, if the spec asks for one, and
-    `mixer_seed` decides its dropout.
+    layer's own embedding of each token. `mixer` and `block` are the library's token mixer and experts,
+    if the spec asks for them, and their seeds decide the dropout inside.
     """
 
     spec: LayerSpec
@@ -207,11 +220,14 @@ class Call:
     input_TP: Tensor | None = None
     mixer: LibraryMixer | None = None
     mixer_seed: int | None = None
+    block: LibraryModule | None = None
+    block_seed: int | None = None
 
     @property
     def ordered(self) -> list[str]:
         """Return the names of what is adapted, in the order of the adapters."""
-        return [*self.groups] if self.mixer is None else [MIXER, *self.groups]
+        first, last = [MIXER] * (self.mixer is not None), [EXPERTS] * (self.block is not None)
+        return [*first, *self.groups, *last]
 
 
 @dataclass
@@ -222,6 +238,7 @@ class Saved:
     - `q`, `k`, `v` are as projected, but rotated in place if the family has no q and k norms.
     - `attention` is the small autograd graph of attention or mixer: its leaves and its output. Under HOST
       `graph` holds what that graph saved, and `inputs` the queries, keys and values that it reads.
+    - `block` is that of the block of experts, in the same form.
     - `low` holds each group's low-rank hidden, which all policies but OFFLOAD keep.
     - `stored` are the keys and values that later layers read.
     - `dinput` receives the gradient of the layer's own embedding, if it is wanted.
@@ -234,6 +251,7 @@ class Saved:
     v: Tensor | None = None
     gate: Tensor | None = None
     attention: tuple[Tensor, ...] = ()
+    block: tuple[Tensor, ...] = ()
     graph: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     o_out: Tensor | None = None

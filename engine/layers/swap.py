@@ -21,9 +21,10 @@ from engine.layers.attention import Documents
 from engine.layers.decoder_layer import decoder_layer
 from engine.layers.host_stash import HostStash
 from engine.layers.layer_spec import decoder_norm, layer_spec, obstacle
-from engine.layers.library_mixer import LibraryMixer
+from engine.layers.library.experts_half import ExpertsBlock
+from engine.layers.library.library_mixer import LibraryMixer
 from engine.layers.projection_group import ProjectionGroup
-from engine.layers.structure import Call, LayerSpec, MixerSpec, Norm, normalize
+from engine.layers.structure import Call, ExpertsSpec, LayerSpec, MixerSpec, Norm, normalize
 from engine.quant.frozen_linear import FrozenLinear
 from engine.quant.int8_weight import Int8Group
 from engine.quant.matrices import merged_weight
@@ -74,6 +75,7 @@ class FusedLayer(nn.Module):
             self.register_buffer(name, buffer)
         has_mixer = isinstance(spec.attention, MixerSpec)
         self.mixer = LibraryMixer(getattr(self, spec.attention.name)) if has_mixer else None
+        self.block = ExpertsBlock(getattr(self, spec.mlp.name)) if isinstance(spec.mlp, ExpertsSpec) else None
         # some models' loops read these
         for name in ("attention_type", "layer_type", "block_type", "is_sliding", "layer_idx", "hidden_size"):
             if hasattr(layer, name):
@@ -112,6 +114,8 @@ class FusedLayer(nn.Module):
         half, tail = self.spec.attention, self.spec.tail
         if self.mixer is not None:
             call.mixer, call.mixer_seed = self.mixer, self.mixer.new_seed()
+        if self.block is not None:
+            call.block, call.block_seed = self.block, self.block.new_seed()
         if half.reads:
             call.shared = tuple(t.squeeze(0).transpose(0, 1) for t in shared_kv_states[self.self_attn.layer_type])
         if tail is not None and tail.norm is not None:
@@ -119,6 +123,7 @@ class FusedLayer(nn.Module):
         adapted = [layer for layers in groups.values() for layer in layers if isinstance(layer, LoraLinear)]
         adapters = [] if self.mixer is None else self.mixer.adapters
         adapters += [parameter for layer in adapted for parameter in layer.parameters_of()]
+        adapters += [] if self.block is None else self.block.adapters
         y_TD, *stored = decoder_layer(hidden_states.squeeze(0), call, adapters)
         if half.stores and shared_kv_states is not None:
             shared_kv_states[self.self_attn.layer_type] = tuple(t.transpose(0, 1).unsqueeze(0) for t in stored)
@@ -149,12 +154,15 @@ class FusedNorm(nn.Module):
         return normalize(hidden_states, self.spec)
 
 
-def survey(model: nn.Module) -> SwapReport:
-    """Report which decoder layers can run fused; swap none. The model needs no weights."""
+def survey(model: nn.Module, packs_experts: bool = False) -> SwapReport:
+    """Report which decoder layers can run fused; swap none. The model needs no weights.
+
+    packs_experts: the library's experts are going to be packed. Others do not run fused.
+    """
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None:  # older families have other names for them
         return SwapReport((), {"all": f"{type(model).__name__} is not of a known family"})
-    reasons = {f"layers.{i}": obstacle(layer) for i, layer in enumerate(layers)}
+    reasons = {f"layers.{i}": obstacle(layer, packs_experts) for i, layer in enumerate(layers)}
     fused = tuple(name for name, reason in reasons.items() if reason is None)
     return SwapReport(fused, {name: reason for name, reason in reasons.items() if reason is not None})
 

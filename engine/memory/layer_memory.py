@@ -8,23 +8,26 @@ are left out.
 
 from __future__ import annotations
 
+from engine.memory.experts_walk import ExpertsWalk
 from engine.memory.live_bytes import ATTENTION, BOUNDARY, KEPT, TRANSIENT
 from engine.memory.mixer_walk import MixerWalk
 from engine.memory.mlp_walk import MlpWalk
 from engine.shape.policies import Policy
 
 
-class Pass(MlpWalk, MixerWalk):
+class Pass(MlpWalk, MixerWalk, ExpertsWalk):
     """One pass through a layer."""
 
     def forward(self, trains: bool) -> None:
         """Walk from x to y, the next layer's x; `trains` says that a backward pass follows."""
         live, s, policy = self.live, self.sizes, self.plan.policy
         graph = trains and policy.keeps_attention
-        keeps_mlp = trains and (policy is Policy.KEEP or (policy is Policy.HOST and s.tile is None))
+        keeps_mlp = trains and (policy is Policy.KEEP or (policy is Policy.HOST and self._is_whole))
         self._to_mlp(graph)
         y = f"{self.i + 1}.x"
-        if keeps_mlp or s.tile is None:
+        if self.shape.experts is not None:
+            self._experts_half(y, KEPT if keeps_mlp else TRANSIENT, keeps_mlp)
+        elif keeps_mlp or s.tile is None:
             self._mlp(y, KEPT if keeps_mlp else TRANSIENT)
         else:
             live.hold(y, s.x, BOUNDARY)
@@ -73,7 +76,12 @@ class Pass(MlpWalk, MixerWalk):
 
     def _keeps_output_alone(self) -> bool:
         """Return True if the layer keeps its input and attention's output, and makes the rest again."""
-        return self.plan.policy is Policy.HOST and self.sizes.tile is not None and self.shape.mixer is None
+        return self.plan.policy is Policy.HOST and not self._is_whole and self.shape.mixer is None
+
+    @property
+    def _is_whole(self) -> bool:
+        """Return True if the MLP may be kept on the host: it runs in one piece, and is no mixture."""
+        return self.sizes.tile is None and self.shape.experts is None
 
     def _component(self, graph: bool) -> str:
         """Return the component of what backward passes read: kept, or made again for one pass."""
@@ -135,7 +143,9 @@ class Pass(MlpWalk, MixerWalk):
             self._to_mlp(graph=True)
         else:
             live.hold("normed_mlp", self._normed("mlp"))
-        if s.tile is None or self._own("gate_up") in live.alive:
+        if self.shape.experts is not None:
+            self._experts_gradient("dx_mid")
+        elif s.tile is None or self._own("gate_up") in live.alive:
             self._mlp_gradient("dx_mid")
         else:
             live.hold("dx_mid", s.x)

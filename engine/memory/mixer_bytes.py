@@ -40,7 +40,7 @@ class MixerBytes:
 
         documents: of a padded row whose boundaries the device alone knows, its places for samples; else
         0. Such a row has zeros between its samples, in copies of input and output, and room for the
-        states of as many chunks as any samples may have (engine/layers/library_mixer.py).
+        states of as many chunks as any samples may have (engine/layers/library/library_mixer.py).
         """
         if documents:
             wide = tokens + (mixer.conv_width - 1) * documents

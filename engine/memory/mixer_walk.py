@@ -1,6 +1,6 @@
 """Count the bytes that live around a library's token mixer in a fused decoder layer. No torch.
 
-Each method stands for the function of that name in engine/layers/mixer_half.py. The mixer itself is
+Each method stands for the function of that name in engine/layers/library/mixer_half.py. The mixer itself is
 an estimate (engine/memory/mixer_bytes.py).
 """
 

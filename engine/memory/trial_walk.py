@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from engine.config.matmul import Matmul
 from engine.config.optim_section import EIGHT_BIT
+from engine.config.targets import EXPERTS
 from engine.config.trial import TrainConfig
 from engine.memory.layer_memory import Pass
 from engine.memory.layer_walk import AttentionName, attention_name
@@ -81,7 +82,8 @@ class TrialWalk(LibraryWalk):
         live.enter("at rest")
         live.hold("weight cache", cached_bytes(self.config, self.shape, plans), "weight cache")
         live.hold("INT8 scales", sum(map(scale_bytes, self.shape.each)) if self._is_int8() else 0, "base weights")
-        live.hold("adapter", (4 + 4 + self.element) * number, "adapter")  # parameter, gradient, copy for the matmuls
+        copied = number - sum(plan.adapter.get(EXPERTS, 0) for plan in plans)  # experts copy theirs at each use
+        live.hold("adapter", (4 + 4) * number + self.element * copied, "adapter")  # parameter, gradient, copy for the matmuls
         live.hold("frozen half", 2 * number if self.config.lora.halves > 1 else 0, "adapter")  # what weight decay must not change
         live.hold("average", 0 if self.config.optim.ema_horizon is None else 4 * number, "running average")
         num_states, blocks = self.config.optim.num_states, math.ceil(number / 256)

@@ -16,7 +16,7 @@ from engine.config.trial import ModelConfig
 from engine.data.packing import Batch
 from engine.layers import attention
 from engine.layers.host_stash import HostStash
-from engine.layers.library_mixer import read_offsets
+from engine.layers.library.library_mixer import read_offsets
 from engine.layers.swap import (
     SwapReport,
     cache_weights,
@@ -186,9 +186,12 @@ class Base:
 
         Experts are dequantised in that room, a weight of one layer at a time, where that is faster.
         """
-        for _, experts in frozen_experts(self.model):
-            experts.room = int(gib * GIB)
-        return cache_weights(self.model, self.dtype, int(gib * GIB)) / GIB
+        room, mixture = int(gib * GIB), [experts for _, experts in frozen_experts(self.model)]
+        for experts in mixture:
+            experts.room = room
+        if any(experts.can_use(room) for experts in mixture):
+            return cache_weights(self.model, self.dtype, 0) / GIB
+        return cache_weights(self.model, self.dtype, room) / GIB
 
     def runs_outside_layers(self, linears: list[nn.Module]) -> bool:
         """Return True if one of these linear layers is not computed by a fused decoder layer."""

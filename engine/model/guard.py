@@ -134,7 +134,7 @@ class _Trial:
         raise InputError("model.path", self.given.path, f"{allowed} ({'; '.join(dict.fromkeys(faults))})")
 
     def _routes(self) -> list[Route]:
-        report = survey(self.library)
+        report = survey(self.library, packs_experts=bool(self.experts))
         can_fuse = self.given.layers != "original" and bool(report.fused)
         found = routes(can_fuse, own_attentions(self.library))
         return found[:1] if self.given.layers == "strict" and can_fuse else found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from engine.config.possible import TRAIN_TOKENS
 from engine.config.trial import ModelConfig
 from engine.dialogue.encoding import REVISION
 from engine.errors import InputError
-from engine.layers.library_kernels import FLASH_LINEAR_ATTENTION, lacks_kernels
+from engine.layers.library.library_kernels import FLASH_LINEAR_ATTENTION, lacks_kernels
 from engine.layers.swap import SwapReport, require_fused, survey
 from engine.model.comparison import num_tokens
 from engine.model.guard import NO_LINEAR, plain_linears
@@ -132,7 +133,7 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     features |= expert_features(model, verdict)
     if not features:
         raise InputError("model.path", config.path, "; ".join([NO_LINEAR, *_notes(model, linears, verdict)]))
-    swaps = swaps_of(model, config, survey, verdict)
+    swaps = swaps_of(model, config, partial(survey, packs_experts=verdict.experts), verdict)
     text = model.config.get_text_config()
     positions = next((value for name in POSITIONS if (value := getattr(text, name, None))), None)
     rotary = bool(getattr(text, "rope_parameters", None))
@@ -228,7 +229,7 @@ def swaps_of(
     """
     if config.layers == "original":
         return SwapReport((), {"all": "model.layers = original"})
-    if not verdict.route.fused and survey(model).fused:
+    if not verdict.route.fused and survey(model, verdict.experts).fused:
         return SwapReport((), {"all": verdict.faults[0]})
     report = method(model)
     if config.layers == "strict":

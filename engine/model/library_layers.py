@@ -29,6 +29,7 @@ from engine.model.skeleton import layers_alike, with_few_layers
 from engine.quant.expert_quantizer import place_experts
 from engine.quant.frozen_experts import freeze_experts
 from engine.quant.frozen_linear import freeze_linears
+from engine.shape.layer_plan import runs_fused
 from engine.shape.library_bytes import MEASURED_RANK, LibraryBytes, PassBytes
 from engine.shape.model_shape import ModelShape
 
@@ -58,7 +59,7 @@ def with_library_bytes(shape: ModelShape, config: ModelConfig, found: Any, make:
 
 def runs_unfused(shape: ModelShape, config: ModelConfig) -> bool:
     """Return True if the model's layers are the library's."""
-    return shape.family == "other" or config.layers == "original"
+    return not runs_fused(config, shape)
 
 
 def measure(found: Any, make: Make, packs_experts: bool = False) -> LibraryBytes:

@@ -19,7 +19,7 @@ from engine.config.parsing import load_json
 from engine.config.trial import ModelConfig
 from engine.errors import InputError
 from engine.layers import attention
-from engine.layers.library_kernels import replace_failing_kernels, use_torch_functions
+from engine.layers.library.library_kernels import replace_failing_kernels, use_torch_functions
 from engine.layers.swap import fuse_layers
 from engine.model.base import Base
 from engine.model.comparison import num_tokens, text_samples

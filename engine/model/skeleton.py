@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.layers.library_kernels import use_torch_functions
+from engine.layers.library.library_kernels import use_torch_functions
 
 VOCABULARY = 160
 HIDDEN, HEADS, HEAD = 64, 4, 16

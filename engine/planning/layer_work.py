@@ -68,6 +68,7 @@ class LayerWork:
 # grouped products next to a dense one. Kernels that dequantise in tiles of this many rows take the time of
 # that many bytes for each weight of a tile. Other cards are extrapolated.
 GROUPED_SPEED, GROUPED_ROWS, TILE_BYTES = 0.5, 64, 1.8
+UP_SHARE = 2 / 3  # of an expert's weights that fused layers multiply by again: gate and up
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def _with_mlp_again(work: LayerWork, plan: LayerPlan, step: StepShape) -> LayerW
     """Add what the policy computes again of the MLP."""
     s = step.sizes
     if step.shape.experts is not None:
-        _add_experts(work, plan, step, 1 if plan.policy is Policy.KEEP else 2, gradients=True)
+        again = 0.0 if plan.policy is Policy.KEEP else UP_SHARE if step.is_fused else 1.0
+        _add_experts(work, plan, step, 1 + again, gradients=True)
         return work
     if plan.policy is not Policy.KEEP and (plan.policy is not Policy.HOST or s.tile is not None):
         _add_product(work, "gate_up", plan, step)
@@ -187,7 +189,7 @@ def _add_matmul(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, i
         work.adapter_bytes += inputs + (0 if is_added else 2 * outputs)
 
 
-def _add_experts(work: LayerWork, plan: LayerPlan, step: StepShape, passes: int, gradients: bool) -> None:
+def _add_experts(work: LayerWork, plan: LayerPlan, step: StepShape, passes: float, gradients: bool) -> None:
     """Add `passes` over a layer's experts: products, dequantisation inside them, adapters and moved rows.
 
     All are dequantised once a pass if the weight cache has room for that, else those that are hit, once

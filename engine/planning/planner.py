@@ -178,8 +178,8 @@ def _filled(config: TrainConfig, shape: ModelShape, card: Card, limit: MemoryLim
     if config.train.weight_cache_gib == "auto":
         steps = math.ceil(min(limit.memory_gib, cacheable_bytes(config, shape) / GIB) / CACHE_STEP_GIB)
         room = _largest(0, steps, lambda n: fits(replace(full, weight_cache_gib=n * CACHE_STEP_GIB)))
-        if shape.experts is not None and (room < steps or not card.has_grouped_products):
-            return  # a part of the room is of no use
+        if shape.experts is not None and not card.has_grouped_products:
+            return  # the room is of no use
         yield _predicted(replace(full, weight_cache_gib=room * CACHE_STEP_GIB), config, shape, card)
 
 

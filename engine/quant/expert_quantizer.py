@@ -19,10 +19,14 @@ from engine.quant.frozen_experts import DOWN, UP, FrozenExperts, packable_expert
 METHOD = "qlora_sweep_nf4"
 
 
-def place_experts(model: nn.Module, double_quantization: bool) -> None:
-    """Put FrozenExperts without values in the place of a model's experts, before its weights are read."""
+def place_experts(model: nn.Module, double_quantization: bool, is_packed: bool = True) -> None:
+    """Put FrozenExperts without values in the place of a model's experts, before its weights are read.
+
+    is_packed: they are read as bytes, not in their own dtype.
+    """
     for name, library in packable_experts(model).items():
-        model.set_submodule(name, FrozenExperts(library, double_quantization))
+        stored = torch.uint8 if is_packed else getattr(library, UP).dtype
+        model.set_submodule(name, FrozenExperts(library, double_quantization, stored))
 
 
 def expert_load_config(
@@ -67,7 +71,7 @@ def register() -> type:
 
         def _process_model_before_weight_loading(self, model: Any, device_map: Any, **kwargs: Any) -> None:
             super()._process_model_before_weight_loading(model, device_map, **kwargs)
-            place_experts(model, self.quantization_config.bnb_4bit_use_double_quant)
+            place_experts(model, self.quantization_config.bnb_4bit_use_double_quant, self.pre_quantized)
 
         def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
             return _expert_weight(model, param_name) is not None or super().param_needs_quantization(model, param_name, **kwargs)

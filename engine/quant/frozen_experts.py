@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from engine.kernels import ops
 from engine.kernels.experts import expert_ops
+from engine.kernels.experts.grouped_dense import dense_bytes
 from engine.kernels.experts.packed_experts import PackedLayout, dequantize_experts, pack, unpack_state
 from engine.kernels.nf4_state import Nf4State, nf4_state
 from engine.quant.bnb import quantize_nf4
@@ -46,12 +47,16 @@ class ExpertAdapter(Protocol):
 class FrozenExperts(nn.Module):
     """Stand for a library's experts: same name, same call, weights in NF4 under the same names.
 
-    adapters: parameter name -> its adapter, while one is attached. room: bytes that all experts of one
-    weight may take while they are dequantised, 0 to dequantise them in tiles.
+    adapters: parameter name -> its adapter, while one is attached. room: bytes that experts may take while
+    they are dequantised, 0 to dequantise them in tiles. is_unread: nothing reads the output of the next
+    pass, which is made again for its gradients alone.
     """
 
-    def __init__(self, library: nn.Module, double_quantization: bool = True) -> None:
-        """Take over the library's module. Its weights may be on the meta device: the quantiser packs them as they are read."""
+    def __init__(self, library: nn.Module, double_quantization: bool = True, stored: torch.dtype = torch.uint8) -> None:
+        """Take over the library's module. Its weights may be on the meta device: the quantiser packs them as they are read.
+
+        stored: dtype of the weights that are going to be read, to which transformers (5.17) casts them.
+        """
         super().__init__()
         self.is_transposed = library.is_transposed
         self.shapes = expert_shapes(library)
@@ -59,12 +64,13 @@ class FrozenExperts(nn.Module):
         device = getattr(library, UP).device
         for name, shape in self.shapes.items():
             size = PackedLayout(shape, double_quantization).num_bytes
-            setattr(self, name, nn.Parameter(torch.empty(size, dtype=torch.uint8, device=device), requires_grad=False))
+            setattr(self, name, nn.Parameter(torch.empty(size, dtype=stored, device=device), requires_grad=False))
             delattr(library, name)
             setattr(library, name, _Rows(self, name))
         for name in [n for n, _ in library.named_parameters()]:
             self.register_parameter(name, getattr(library, name).requires_grad_(False))
         self.double_quantization, self.is_library, self.room = double_quantization, True, 0
+        self.is_unread = False
         self.activation = _known_activation(library)
         self.clamped = (library.limit, library.alpha) if type(library).__name__ == "GptOssExperts" else None
         self.replaced = (library,)  # in a tuple, so that it is not a child
@@ -106,6 +112,10 @@ class FrozenExperts(nn.Module):
     def bias(self, name: str) -> Tensor | None:
         """Return the bias [E, O] of a weight, or None."""
         return getattr(self, f"{name}_bias", None)
+
+    def can_use(self, room: int) -> bool:
+        """Return True if all experts of each weight can be dequantised in `room` bytes, one weight at a time."""
+        return room >= max(map(dense_bytes, self.shapes.values()))
 
     def gate(self, gate_up: Tensor) -> Tensor:
         """Return the library's activation of gate and up: [S, 2 F] -> [S, F]."""
@@ -183,20 +193,23 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, module: FrozenExperts, experts_TK: Tensor, *_: Tensor) -> Tensor:
-        num_tokens, num_choices = experts_TK.shape
+        num_choices = experts_TK.shape[1]
         order_S, inverse_S, ends_E = expert_ops.sort_by_expert(experts_TK, module.num_experts)
-        x_SD = x_TD[order_S // num_choices]
         casts = {name: layer.by_expert(x_TD.dtype) for name, layer in module.adapters.items()}
-        gate_up, low_up = _project(UP, x_SD, module, ends_E, casts)
+        dense = None
+        if module.is_unread:
+            dense = expert_ops.dequantized_up(x_TD, num_choices, module.state(UP), module.state(DOWN), module.room)
+        gate_up, low_up = _project(UP, x_TD[order_S // num_choices], module, ends_E, casts, dense)
+        ctx.module, ctx.casts, ctx.dense = module, casts, dense
+        ctx.save_for_backward(x_TD, weights_TK, experts_TK, order_S, inverse_S, ends_E, gate_up, low_up)
+        if module.is_unread:
+            return torch.empty_like(x_TD)
         out_SD, _ = _project(DOWN, module.gate(gate_up), module, ends_E, casts)
-        out_TKD = out_SD[inverse_S].view(num_tokens, num_choices, -1)
-        ctx.module, ctx.casts = module, casts
-        ctx.save_for_backward(x_TD, weights_TK, order_S, inverse_S, ends_E, gate_up, low_up)
-        return (out_TKD * weights_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
+        return expert_ops.combine(out_SD, inverse_S, weights_TK, num_choices)
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weights_TK, order_S, inverse_S, ends_E, gate_up, low_up = ctx.saved_tensors
+        x_TD, weights_TK, experts_TK, order_S, inverse_S, ends_E, gate_up, low_up = ctx.saved_tensors
         module, casts, num_choices = ctx.module, ctx.casts, weights_TK.shape[1]
         token_S = order_S // num_choices
         dy_SD = dy_TD[token_S]
@@ -206,41 +219,47 @@ class _Experts(torch.autograd.Function):
         dhidden = _project_back(DOWN, dy_SD, module, ends_E, casts)
         if DOWN in casts:
             low = expert_ops.low_rank(hidden, casts[DOWN][0], ends_E)
-            grads[DOWN] = _adapter_gradients(dy_SD, weights_S1, hidden, low, casts[DOWN], ends_E)
-        dweights_S = (dhidden * hidden).float().sum(-1)
+            grads[DOWN] = _adapter_gradients(DOWN, dy_SD, weights_S1, hidden, low, module, casts[DOWN], ends_E)
+        dweights_TK = (dhidden * hidden).float().sum(-1)[inverse_S].view_as(weights_TK)
         if (bias_ED := module.bias(DOWN)) is not None:
-            dweights_S += expert_ops.dot_bias(dy_SD, bias_ED, ends_E)
-        dweights_TK = dweights_S[inverse_S].view_as(weights_TK).to(weights_TK.dtype)
-        dgate_up = module.gate_backward(gate_up, dhidden * weights_S1)
+            dweights_TK += expert_ops.dot_bias(dy_TD, bias_ED, experts_TK)
+        del dy_SD, hidden
+        dgate_up = module.gate_backward(gate_up, dhidden.mul_(weights_S1))
+        del dhidden
         if UP in casts:
-            grads[UP] = _adapter_gradients(dgate_up, None, x_TD[token_S], low_up, casts[UP], ends_E)
-        dx_SD = _project_back(UP, dgate_up, module, ends_E, casts)
-        dx_TD = dx_SD[inverse_S].view(-1, num_choices, x_TD.shape[1]).sum(1)
-        ordered = [module.adapters[name].as_stored(*grads[name]) for name in module.adapters]
-        return dx_TD, dweights_TK, None, None, *(grad for pair in ordered for grad in pair)
+            grads[UP] = _adapter_gradients(UP, dgate_up, None, x_TD[token_S], low_up, module, casts[UP], ends_E)
+        dx_SD = _project_back(UP, dgate_up, module, ends_E, casts, ctx.dense)
+        ctx.dense = None
+        dx_TD = expert_ops.combine(dx_SD, inverse_S, None, num_choices)
+        return dx_TD, dweights_TK.to(weights_TK.dtype), None, None, *(grad for name in module.adapters for grad in grads[name])
 
 
-def _project(name: str, x: Tensor, module: FrozenExperts, ends_E: Tensor, casts: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Return the product with one weight and its adapter, and the adapter's hidden [S, R]."""
+def _project(
+    name: str, x: Tensor, module: FrozenExperts, ends_E: Tensor, casts: dict[str, Any], dense: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the product with one weight and its adapter, and the adapter's hidden [S, R]. dense: the weight, if it is there."""
     a_ERD, b_EOR = casts.get(name, (None, None))
     low = None if a_ERD is None else expert_ops.low_rank(x, a_ERD, ends_E)
-    return expert_ops.linear(x, module.state(name), ends_E, module.bias(name), low, b_EOR, module.room), low
+    return expert_ops.linear(x, module.state(name), ends_E, module.bias(name), low, b_EOR, module.room, dense), low
 
 
-def _project_back(name: str, dy: Tensor, module: FrozenExperts, ends_E: Tensor, casts: dict[str, Any]) -> Tensor:
+def _project_back(
+    name: str, dy: Tensor, module: FrozenExperts, ends_E: Tensor, casts: dict[str, Any], dense: Tensor | None = None
+) -> Tensor:
     a_ERD, b_EOR = casts.get(name, (None, None))
     dlow = None if b_EOR is None else expert_ops.low_rank(dy, b_EOR.transpose(1, 2), ends_E)
-    return expert_ops.input_gradient(dy, module.state(name), ends_E, dlow, a_ERD, module.room)
+    return expert_ops.input_gradient(dy, module.state(name), ends_E, dlow, a_ERD, module.room, dense)
 
 
 def _adapter_gradients(
-    dy: Tensor, weights_S1: Tensor | None, x: Tensor, low: Tensor, cast: tuple[Tensor, Tensor], ends_E: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of A [E, R, D] and of scaling * B [E, O, R]. weights: of each row, None for 1."""
+    name: str, dy: Tensor, weights_S1: Tensor | None, x: Tensor, low: Tensor, module: FrozenExperts,
+    cast: tuple[Tensor, Tensor], ends_E: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of a weight's lora_a and lora_b. weights: of each row, None for 1."""
     dlow = expert_ops.low_rank(dy, cast[1].transpose(1, 2), ends_E)
     if weights_S1 is not None:
         dlow, low = dlow * weights_S1, low * weights_S1
-    return expert_ops.outer(dlow, x, ends_E), expert_ops.outer(dy, low, ends_E)
+    return module.adapters[name].as_stored(expert_ops.outer(dlow, x, ends_E), expert_ops.outer(dy, low, ends_E))
 
 
 def expert_shapes(library: nn.Module) -> dict[str, tuple[int, int, int]]:

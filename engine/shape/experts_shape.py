@@ -24,7 +24,7 @@ An estimate: they were at 128 and at 256, and below 64 each expert is one tile."
 class ExpertsShape:
     """The experts of a layer.
 
-    number, active: E and K. width: F. vectors: values of norms, sinks and biases of the layer that
+    number, active: E and K. width: F. vectors: values of the layer, such as sinks, that
     no other description counts. has_bias: the experts and the router have one.
     """
 
@@ -56,9 +56,10 @@ class ExpertsShape:
         weights = self.weights(hidden)
         return sum(rank * self.number * sum(weights[name]) for name, rank in ranks.items())
 
-    def dequantized_bytes(self, hidden: int) -> int:
-        """Return the bytes of the larger of the two weights of all experts in 16 bits, with zeros for rows of no expert."""
-        return 2 * (self.number + 1) * max(out * inputs for out, inputs in self.weights(hidden).values())
+    def dequantized_bytes(self, hidden: int, both: bool = False) -> int:
+        """Return the bytes of the larger weight of all experts in 16 bits, or of both, with zeros for rows of no expert."""
+        sizes = [out * inputs for out, inputs in self.weights(hidden).values()]
+        return 2 * (self.number + 1) * (sum(sizes) if both else max(sizes))
 
     def hit(self, tokens: int) -> int:
         """Return the most experts that a row of `tokens` can hit."""
@@ -75,9 +76,9 @@ class _Mixture:
 
 
 MIXTURES = {
-    "qwen3_moe": _Mixture("moe_intermediate_size", vectors=lambda heads, kv_heads, head_dim: 2 * head_dim),
+    "qwen3_moe": _Mixture("moe_intermediate_size"),
     "mixtral": _Mixture("intermediate_size"),
-    "olmoe": _Mixture("intermediate_size", vectors=lambda heads, kv_heads, head_dim: (heads + kv_heads) * head_dim),
+    "olmoe": _Mixture("intermediate_size"),
     "gpt_oss": _Mixture("intermediate_size", True, lambda heads, kv_heads, head_dim: heads),
 }
 """model_type -> where its numbers are."""
@@ -89,10 +90,10 @@ def experts_of(kind: str, values: Mapping[str, Any], number: Callable[[str], int
     number: key of the config -> positive number; it raises InputError. heads: query heads, key/value
     heads, head dim.
     """
-    found = MIXTURES.get(kind)
+    found, given = MIXTURES.get(kind), [key for key in EXPERTS if values.get(key) is not None]
     if found is None or values.get("mlp_only_layers") or values.get("decoder_sparse_step", 1) != 1:
         return None
-    known = next((key for key in EXPERTS if values.get(key) is not None), EXPERTS[0])
     return ExpertsShape(
-        number(known), number("num_experts_per_tok"), number(found.width), found.has_bias, found.vectors(*heads)
-    )
+        number(given[0] if given else EXPERTS[0]), number("num_experts_per_tok"), number(found.width), found.has_bias,
+        found.vectors(*heads),
+    )  # fmt: skip

@@ -67,6 +67,9 @@ class Family:
     - output_gate: True if the layer that makes queries also makes a gate behind each head's query.
     - mixer: attribute of the library's token mixer, in layers that have one in attention's place.
       `mixing` are its linear layers.
+    - experts: path of the experts of a mixture, in layers that have one in the MLP's place; what holds
+      them holds the router too.
+    - sinks: path of the heads' sinks. half_tables: cos and sin come without their second, equal half.
     - no_dropout: config keys of dropouts that must be 0. needs: config keys that must be true.
     - biases: config keys that say whether projections have a bias, by group; True for always.
     - defaults: what a config.json means that leaves these keys out (transformers 5.23).
@@ -103,6 +106,9 @@ class Family:
     output_gate: bool = False
     mixer: str | None = None
     mixing: tuple[str, ...] = ()
+    experts: str | None = None
+    sinks: str | None = None
+    half_tables: bool = False
     no_dropout: tuple[str, ...] = ("attention_dropout",)
     needs: tuple[str, ...] = ()
     biases: dict[str, str | bool] = field(default_factory=dict)
@@ -153,6 +159,8 @@ _OLMO: dict[str, Any] = {
 }  # fmt: skip
 _GLM: dict[str, Any] = {"gate_up": ("gate_up_proj",), "rotary": "pairs", "biases": {"qkv": "attention_bias"}}
 _ALL_BIASES = {**_ATTENTION_BIAS, "gate_up": "mlp_bias", "down": "mlp_bias"}
+_EXPERTS = "mlp.experts"
+_DELTA_NET = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
 _OWN_WINDOW, _CONFIG_WINDOW = "self_attn.sliding_window", "self_attn.config.sliding_window"
 
 FAMILIES: dict[str, Family] = {
@@ -212,13 +220,26 @@ FAMILIES: dict[str, Family] = {
     "cwm": Family("Cwm", window=_OWN_WINDOW, biases={"gate_up": "mlp_bias", "down": "mlp_bias"}, defaults={
         "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192}),
     "qwen3_5": Family("Qwen3_5", qk_norm="head", norm_offset=1.0, output_gate=True, mixer="linear_attn", biases=_ATTENTION_BIAS,
-                      mixing=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"), defaults={
-                          "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 248_320}),
+                      mixing=_DELTA_NET, defaults={"num_key_value_heads": 4, "head_dim": 256, "vocab_size": 248_320}),
+    "qwen3_moe": Family("Qwen3Moe", window=_OWN_WINDOW, qk_norm="head", experts=_EXPERTS, biases=_ATTENTION_BIAS, defaults={
+        "num_key_value_heads": 4, "num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}),
+    "mixtral": Family("Mixtral", window=_CONFIG_WINDOW, experts=_EXPERTS, lacks=("mlp.jitter_noise",), defaults={
+        "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}),
+    "olmoe": Family("Olmoe", qk_norm="whole", experts=_EXPERTS, lacks=("self_attn.config.clip_qkv",), biases=_ATTENTION_BIAS,
+                    defaults={"num_experts": 64, "num_experts_per_tok": 8}),
+    "gpt_oss": Family("GptOss", norm_rounds_once=True, window=_OWN_WINDOW, sinks="self_attn.sinks", half_tables=True,
+                      experts=_EXPERTS, biases=_ATTENTION_BIAS, defaults={
+                          "num_key_value_heads": 8, "head_dim": 64, "attention_bias": True, "sliding_window": 128,
+                          "num_local_experts": 128, "num_experts_per_tok": 4}),
+    "qwen3_5_moe": Family("Qwen3_5Moe", qk_norm="head", norm_offset=1.0, output_gate=True, mixer="linear_attn", mixing=_DELTA_NET,
+                          experts=_EXPERTS, biases=_ATTENTION_BIAS, defaults={
+                              "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 248_320}),
 }  # fmt: skip
 """Key -> family. The key is the family's model_type."""
 OTHER_TYPES = {
     "gemma3_text": "gemma3", "gemma4_text": "gemma4", "gemma4_unified_text": "gemma4_unified", "internlm3": "llama",
-    "iquestcoder": "llama", "qwen3_5_text": "qwen3_5", "qwen2_vl_text": "qwen2_vl", "qwen2_5_vl_text": "qwen2_5_vl",
+    "iquestcoder": "llama", "qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe",
+    "qwen2_vl_text": "qwen2_vl", "qwen2_5_vl_text": "qwen2_5_vl",
     "qwen3_vl_text": "qwen3_vl",
 }  # fmt: skip
 """Further model types -> the key of the family whose layers they have."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine.config.matmul import Matmul
 from engine.config.targets import EXPERTS, pattern_value, target_rule
-from engine.config.trial import TrainConfig
+from engine.config.trial import ModelConfig, TrainConfig
 from engine.errors import InputError
 from engine.shape.compute_limits import HOST_EMBEDDING_MIN_BYTES
 from engine.shape.experts_shape import PATH
@@ -53,7 +53,13 @@ class LayerPlan:
 
 def is_fused(config: TrainConfig, shape: ModelShape) -> bool:
     """Return True if decoder layers run fused."""
-    return shape.family != "other" and config.model.layers != "original"
+    return runs_fused(config.model, shape)
+
+
+def runs_fused(model: ModelConfig, shape: ModelShape) -> bool:
+    """Return True if decoder layers run fused. Those with experts do if the experts are packed."""
+    is_known = shape.family != "other" and (shape.experts is None or model.quantization == "nf4")
+    return is_known and model.layers != "original"
 
 
 def can_record(config: TrainConfig, shape: ModelShape) -> bool:
@@ -269,15 +275,18 @@ def cacheable_bytes(config: TrainConfig, shape: ModelShape) -> int:
     """Return the most bytes that `train.weight_cache_gib` can use."""
     if shape.experts is None:
         return kept_bytes(config) * shape.all_linear_parameters
-    return shape.experts.dequantized_bytes(shape.hidden_size)
+    return shape.experts.dequantized_bytes(shape.hidden_size, both=is_fused(config, shape))
 
 
 def _experts_room(config: TrainConfig, shape: ModelShape) -> int:
-    """Return the bytes that a layer's experts take while they are dequantised, 0 if the cache has no room for that."""
+    """Return the bytes that a layer's experts take while they are dequantised, 0 if the cache has no room for that.
+
+    Fused layers use room for both weights, to dequantise one of them less often.
+    """
     if shape.experts is None or config.model.quantization != "nf4" or config.model.dtype == "float32":
         return 0
-    size = shape.experts.dequantized_bytes(shape.hidden_size)
-    return size if size <= config.train.weight_cache_gib * GIB else 0
+    sizes = [shape.experts.dequantized_bytes(shape.hidden_size, both) for both in (False, is_fused(config, shape))]
+    return max((size for size in sizes if size <= config.train.weight_cache_gib * GIB), default=0)
 
 
 def is_on_host(config: TrainConfig, table_bytes: int) -> bool:

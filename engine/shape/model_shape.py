@@ -19,8 +19,11 @@ from engine.shape.mixer_shape import MIXER, MixerShape
 
 STATES = ("mamba_", "ssm_", "lru_", "conv_L_", "state_size", "time_step_", "attn_layer_", "layers_block_type", "block_types")
 """Beginnings of keys of config.json that only models have whose layers carry a state, whatever else they hold."""
-MAY_SLIDE = ("qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl")
+MAY_SLIDE = ("qwen2", "qwen3", "qwen3_moe", "qwen2_vl", "qwen2_5_vl")
 """Families whose window counts only if `use_sliding_window` is true."""
+
+NOT_PREDICTED = "nothing is predicted for such a model with experts"
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -92,7 +95,9 @@ class ModelShape:
         kind = OTHER_TYPES.get(kind, kind)
         family, layer = _family(kind, config), FAMILIES.get(kind, OTHER)
         known = {"tie_word_embeddings": outer.get("tie_word_embeddings"), **layer.defaults}
-        values = {**{k: v for k, v in known.items() if v is not None}, **{k: v for k, v in config.items() if v is not None}}
+        given = {k: v for k, v in config.items() if v is not None}
+        names_experts = any(key in given for key in EXPERTS)  # under one of several names
+        values = {k: v for k, v in known.items() if v is not None and not (names_experts and k in EXPERTS)} | given
 
         def number(key: str, default: int | None = None) -> int:
             value = values.get(key, default)
@@ -110,7 +115,9 @@ class ModelShape:
         experts = experts_of(kind, values, number, (num_heads, number("num_key_value_heads", num_heads), head_dim))
         for key in EXPERTS:
             if experts is None and isinstance(config.get(key), int) and config[key] > 1:
-                raise InputError(f"{where}: {key}", config[key], "nothing is predicted for such a model with experts")
+                raise InputError(f"{where}: {key}", config[key], NOT_PREDICTED)
+        if experts is None and layer.experts is not None:
+            raise InputError(f"{where}: model_type", kind, NOT_PREDICTED)
         window, softcap = (config.get(key, layer.defaults.get(key)) for key in ("sliding_window", "attn_logit_softcapping"))
         if family in MAY_SLIDE and not values.get("use_sliding_window", False):
             window = None
@@ -125,8 +132,8 @@ class ModelShape:
             head_dim=head_dim,
             vocab_size=number("vocab_size"),
             tied_embeddings=bool(values.get("tie_word_embeddings", False)),
-            qkv_bias=_has_bias(layer, "qkv", values) or (experts is not None and bool(values.get("attention_bias"))),
-            o_bias=_has_bias(layer, "o", values) or (experts is not None and bool(values.get("attention_bias"))),
+            qkv_bias=_has_bias(layer, "qkv", values),
+            o_bias=_has_bias(layer, "o", values),
             mlp_bias=_has_bias(layer, "gate_up", values),
             family=family,
             has_gate=family != "other" or kind not in WITHOUT_GATE,
@@ -253,7 +260,7 @@ class ModelShape:
 def _family(kind: str, config: dict[str, Any]) -> str:
     """Return the key of the family, or "other" if its layers run unfused with these values."""
     activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
-    if kind not in FAMILIES or activation not in ACTIVATIONS:
+    if kind not in FAMILIES or (activation not in ACTIVATIONS and FAMILIES[kind].experts is None):
         return "other"
     values = {**FAMILIES[kind].defaults, **config}
     fits = all(values.get(key) for key in FAMILIES[kind].needs) and not any(values.get(key) for key in FAMILIES[kind].no_dropout)

@@ -14,7 +14,7 @@ from torch import nn
 from engine.config.parsing import parse
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.kernels.eight_bit.int8_tiles import USES, Tile, use_tiles
-from engine.layers.library_kernels import FLASH_LINEAR_ATTENTION, calls_kernels
+from engine.layers.library.library_kernels import FLASH_LINEAR_ATTENTION, calls_kernels
 from engine.memory.prediction import CONTEXT_GIB
 from engine.model.base import Base
 from engine.model.device import host_share_gib

@@ -12,8 +12,9 @@ from engine.adapter.lora import attach, trainable_parameters
 from engine.config.trial import LoraConfig
 from engine.data.packing import Batch, Sample, collate
 from engine.layers import attention
-from engine.layers.library_kernels import use_torch_functions
+from engine.layers.library.library_kernels import use_torch_functions
 from engine.layers.swap import SwapReport, cache_weights, fuse_layers, set_policy
+from engine.quant.frozen_experts import FrozenExperts, freeze_experts, packable_experts
 from engine.quant.frozen_linear import freeze_linears
 from engine.shape.policies import Policy
 
@@ -67,6 +68,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
                     "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 8,
                     "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
 }  # fmt: skip
+MIXTURE = {"hidden_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+FEW = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Qwen3Moe": {**MIXTURE, "sliding_window": None, "norm_topk_prob": True, "decoder_sparse_step": 2},
+    "Mixtral": {**FEW, "sliding_window": 5},
+    "Olmoe": {**MIXTURE, "intermediate_size": 64},
+    "GptOss": {**FEW, "sliding_window": 5, "layer_types": MIXED, "rope_parameters": {
+        **ROPE, "rope_type": "yarn", "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 64}},
+    "Qwen3_5MoeText": {**MIXTURE, **FAMILIES["Qwen3_5Text"], "shared_expert_intermediate_size": 64},
+}  # fmt: skip
+"""Families with a mixture of experts in the MLP's place."""
 HYBRIDS = ("Qwen3_5Text",)
 """Families with layers whose token mixer is the library's own."""
 
@@ -94,7 +107,8 @@ def build(
     attention.register()
     kind = family.partition(" ")[0]
     name = kind.removesuffix("Text")
-    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **FAMILIES[family]}, attn_implementation=attention.NAME)
+    values = {**SMALL, **(FAMILIES | MIXTURES)[family]}
+    config = getattr(transformers, f"{kind}Config")(**values, attn_implementation=attention.NAME)
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM", TextPart)(config).float()
     for parameter_name, parameter in model.named_parameters():
@@ -107,7 +121,9 @@ def build(
             buffer += 0.3 * torch.randn_like(buffer)
     model.to(dtype).requires_grad_(False)
     use_torch_functions(model)
-    names = freeze_linears(model, skip=[model.get_output_embeddings()])
+    for path, experts in packable_experts(model).items():
+        model.set_submodule(path, FrozenExperts.of(experts, double_quantization=False))
+    names = freeze_linears(model, skip=[model.get_output_embeddings()]) + freeze_experts(model)
     report = fuse_layers(model) if layers == "fused" else None
     return model, names, report
 

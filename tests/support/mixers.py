@@ -11,8 +11,8 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as library
 
 from engine.adapter.lora import LoraLinear
 from engine.config.trial import LoraConfig
-from engine.layers.library_kernels import use_torch_functions
-from engine.layers.library_mixer import LibraryMixer
+from engine.layers.library.library_kernels import use_torch_functions
+from engine.layers.library.library_mixer import LibraryMixer
 from engine.quant.frozen_linear import freeze_linears
 from engine.shape.mixer_shape import MixerShape
 

@@ -12,8 +12,6 @@ from engine.adapter.portable import read_adapter
 from tests.support.fake_sweeps import results, sweep_folder
 from tests.support.paths import ENV
 
-pytestmark = pytest.mark.faults  # half a minute of processor
-
 GRID = {(rank, targets) for rank in (1, 4) for targets in ("attention", "experts", "both")}
 
 
@@ -39,6 +37,7 @@ def test_a_dry_run_says_what_of_a_mixture_is_trained_and_writes_nothing(tmp_path
     assert not (tmp_path / "sweeps").exists()
 
 
+@pytest.mark.faults  # half a minute of processor
 def test_a_sweep_over_rank_and_place_of_adapters_finds_one_for_a_mixture(tmp_path, tiny_mixture_dir, tiny_data):
     sweep(tmp_path, tiny_mixture_dir, tiny_data)
     folder = sweep_folder(tmp_path)

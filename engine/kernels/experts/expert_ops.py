@@ -30,22 +30,36 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 
 def linear(
     x_SD: Tensor, state: Nf4State, ends_E: Tensor, bias_EO: Tensor | None = None,
-    low_SR: Tensor | None = None, b_EOR: Tensor | None = None, room: int = 0,
+    low_SR: Tensor | None = None, b_EOR: Tensor | None = None, room: int = 0, dense: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return x W_e^T + bias_e + low B_e^T [S, O]. room: bytes that dequantised experts may take."""
-    if grouped_dense.takes(x_SD, state, room):
-        return _add_terms_(grouped_dense.linear(x_SD, state, ends_E), ends_E, bias_EO, low_SR, b_EOR)
+    """Return x W_e^T + bias_e + low B_e^T [S, O].
+
+    room: bytes that dequantised experts may take. dense: what `dequantized_up` returned for them.
+    """
+    if dense is not None or grouped_dense.takes(x_SD, state, room):
+        return _add_terms_(grouped_dense.linear(x_SD, state, ends_E, dense), ends_E, bias_EO, low_SR, b_EOR)
     return _family(x_SD, state).linear(x_SD, state, ends_E, bias_EO, low_SR, b_EOR)
 
 
 def input_gradient(
-    dy_SO: Tensor, state: Nf4State, ends_E: Tensor, dlow_SR: Tensor | None = None, a_ERD: Tensor | None = None, room: int = 0
-) -> Tensor:
-    """Return dy W_e + dlow A_e [S, D]. room: bytes that dequantised experts may take."""
-    if grouped_dense.takes(dy_SO, state, room):
+    dy_SO: Tensor, state: Nf4State, ends_E: Tensor, dlow_SR: Tensor | None = None, a_ERD: Tensor | None = None,
+    room: int = 0, dense: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return dy W_e + dlow A_e [S, D]. room, dense: as for `linear`."""
+    if dense is not None or grouped_dense.takes(dy_SO, state, room):
         turned_EDR = None if a_ERD is None else a_ERD.transpose(1, 2)
-        return _add_terms_(grouped_dense.input_gradient(dy_SO, state, ends_E), ends_E, None, dlow_SR, turned_EDR)
+        return _add_terms_(grouped_dense.input_gradient(dy_SO, state, ends_E, dense), ends_E, None, dlow_SR, turned_EDR)
     return _family(dy_SO, state).input_gradient(dy_SO, state, ends_E, dlow_SR, a_ERD)
+
+
+def dequantized_up(x_TD: Tensor, num_choices: int, up: Nf4State, down: Nf4State, room: int) -> Tensor | None:
+    """Return the experts of the first weight in 16 bits, to be used twice; None if there is no room for both weights.
+
+    room: bytes that dequantised experts may take, of two weights whose products may be needed at once.
+    """
+    both = grouped_dense.dense_bytes(up.shape) + grouped_dense.dense_bytes(down.shape)
+    is_faster = grouped_dense.takes(x_TD, up, room, num_choices)
+    return grouped_dense.dequantized(up, x_TD.dtype) if room >= both and is_faster else None
 
 
 def _add_terms_(
@@ -67,10 +81,19 @@ def outer(left_SM: Tensor, right_SN: Tensor, ends_E: Tensor) -> Tensor:
     return _family(left_SM).outer(left_SM, right_SN, ends_E)
 
 
-def dot_bias(dy_SD: Tensor, bias_ED: Tensor, ends_E: Tensor) -> Tensor:
-    """Return dy . bias of each row's expert, [S] in fp32."""
-    expert_S = torch.searchsorted(ends_E, torch.arange(dy_SD.shape[0], device=dy_SD.device, dtype=ends_E.dtype), right=True)
-    return (dy_SD.float() * bias_ED[expert_S.clamp(max=ends_E.numel() - 1)].float()).sum(-1)
+def combine(rows_SD: Tensor, inverse_S: Tensor, weights_TK: Tensor | None, num_choices: int) -> Tensor:
+    """Return the sum over each token's K rows, times their weights if there are some, [T, D].
+
+    inverse: as `sort_by_expert` has it.
+    """
+    return _family(rows_SD).combine(rows_SD, inverse_S, weights_TK, num_choices)
+
+
+def dot_bias(dy_TD: Tensor, bias_ED: Tensor, experts_TK: Tensor) -> Tensor:
+    """Return dy . bias of each chosen expert, [T, K] in fp32. A choice above the last expert has no bias."""
+    dots_TE = dy_TD.float() @ bias_ED.float().T
+    found_TK = dots_TE.gather(1, experts_TK.clamp(max=bias_ED.shape[0] - 1))
+    return found_TK.masked_fill(experts_TK >= bias_ED.shape[0], 0.0)
 
 
 def clamped_gate(gate_up_SG: Tensor, limit: float, alpha: float) -> Tensor | None:

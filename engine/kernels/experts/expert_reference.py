@@ -81,3 +81,10 @@ def outer(left_SM: Tensor, right_SN: Tensor, ends_E: Tensor) -> Tensor:
     for expert, rows in _groups(ends_E):
         out_EMN[expert] = left_SM[rows].T @ right_SN[rows]
     return out_EMN
+
+
+def combine(rows_SD: Tensor, inverse_S: Tensor, weights_TK: Tensor | None, num_choices: int) -> Tensor:
+    """Return the sum over each token's K rows, times their weights if there are some, [T, D]."""
+    rows_TKD = rows_SD[inverse_S].view(-1, num_choices, rows_SD.shape[1])
+    rows_TKD = rows_TKD if weights_TK is None else rows_TKD * weights_TK.unsqueeze(-1)
+    return rows_TKD.sum(1).to(rows_SD.dtype)

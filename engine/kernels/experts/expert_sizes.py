@@ -32,3 +32,8 @@ def outer(left_SM: Tensor, right_SN: Tensor, ends_E: Tensor) -> Tensor:
     """Return an empty [E, M, N] in fp32, as the kernels do."""
     shape = ends_E.numel(), left_SM.shape[1], right_SN.shape[1]
     return torch.empty(shape, dtype=torch.float32, device=left_SM.device)
+
+
+def combine(rows_SD: Tensor, inverse_S: Tensor, weights_TK: Tensor | None, num_choices: int) -> Tensor:
+    """Return an empty [T, D]."""
+    return rows_SD.new_empty(rows_SD.shape[0] // num_choices, rows_SD.shape[1])

@@ -26,12 +26,15 @@ ALIGNED = 8  # 16-bit values in the 16 bytes that the product's rows are multipl
 _grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
 
-def takes(x: Tensor, state: Nf4State, room: int) -> bool:
-    """Return True if this path is faster for these rows and has room. room: bytes for dequantised experts."""
+def takes(x: Tensor, state: Nf4State, room: int, num_choices: int = 1) -> bool:
+    """Return True if this path is faster for these rows and has room.
+
+    room: bytes for dequantised experts. num_choices: rows that each row of x becomes.
+    """
     experts, height, width = state.shape
     if x.dtype != torch.bfloat16 or capability(x) != HOPPER or height % ALIGNED or width % ALIGNED:
         return False
-    return x.shape[0] >= MIN_ROWS * experts and room >= dense_bytes(state.shape)
+    return num_choices * x.shape[0] >= MIN_ROWS * experts and room >= dense_bytes(state.shape)
 
 
 def dense_bytes(shape: tuple[int, ...]) -> int:
@@ -40,17 +43,18 @@ def dense_bytes(shape: tuple[int, ...]) -> int:
     return 2 * (experts + 1) * math.prod(features)
 
 
-def linear(x_SD: Tensor, state: Nf4State, ends_E: Tensor) -> Tensor:
-    """Return x W_e^T [S, O]."""
-    return _product(x_SD, _dequantized(state, x_SD.dtype).transpose(1, 2), ends_E)
+def linear(x_SD: Tensor, state: Nf4State, ends_E: Tensor, dense: Tensor | None = None) -> Tensor:
+    """Return x W_e^T [S, O]. dense: the dequantised experts, if they are there already."""
+    dense = dequantized(state, x_SD.dtype) if dense is None else dense
+    return _product(x_SD, dense.transpose(1, 2), ends_E)
 
 
-def input_gradient(dy_SO: Tensor, state: Nf4State, ends_E: Tensor) -> Tensor:
-    """Return dy W_e [S, D]."""
-    return _product(dy_SO, _dequantized(state, dy_SO.dtype), ends_E)
+def input_gradient(dy_SO: Tensor, state: Nf4State, ends_E: Tensor, dense: Tensor | None = None) -> Tensor:
+    """Return dy W_e [S, D]. dense: as for `linear`."""
+    return _product(dy_SO, dequantized(state, dy_SO.dtype) if dense is None else dense, ends_E)
 
 
-def _dequantized(state: Nf4State, dtype: torch.dtype) -> Tensor:
+def dequantized(state: Nf4State, dtype: torch.dtype) -> Tensor:
     """Return [E + 1, O, D]: the experts, then zeros for the rows of no expert."""
     experts, height, width = state.shape
     weights = torch.empty(experts + 1, height, width, dtype=dtype, device=state.packed.device)

@@ -45,6 +45,7 @@ FORWARD = BACKWARD = ExpertTile(64, 128, 64, 4, 3)
 TERMS = ExpertTile(64, 128, 0, 4, 1)
 SMALL_ROWS, SMALL_DEPTH = 64, 128
 OUTER_FEATURES, OUTER_ROWS = 128, 64
+COMBINED = 1024  # features of a sum over a token's rows
 
 
 @triton.jit
@@ -240,6 +241,21 @@ def _outer_kernel(
     tl.store(target, total, mask=(r < R)[:, None] & (d < D)[None, :])
 
 
+@triton.jit
+def _combine_kernel(
+    rows, inverse, weights, out, D, stride, CHOICES: tl.constexpr, WIDTH: tl.constexpr, HAS_WEIGHTS: tl.constexpr
+):
+    """Sum the rows of one token, in fp32 and in the order of its choices."""
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), dtype=tl.float32)
+    for k in range(CHOICES):
+        row = tl.load(inverse + token * CHOICES + k)
+        part = tl.load(rows + row * stride + d, mask=d < D, other=0.0).to(tl.float32)
+        total += part * tl.load(weights + token * CHOICES + k).to(tl.float32) if HAS_WEIGHTS else part
+    tl.store(out + token * D + d, total.to(out.dtype.element_ty), mask=d < D)
+
+
 def linear(
     x_SD: Tensor, state: Nf4State, ends_E: Tensor, bias_EO: Tensor | None = None,
     low_SR: Tensor | None = None, b_EOR: Tensor | None = None, tile: ExpertTile | None = None,
@@ -317,6 +333,17 @@ def outer(left_SM: Tensor, right_SN: Tensor, ends_E: Tensor) -> Tensor:
         ROWS=OUTER_ROWS, FEATURES=OUTER_FEATURES, **common, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out_ERD
+
+
+def combine(rows_SD: Tensor, inverse_S: Tensor, weights_TK: Tensor | None, num_choices: int) -> Tensor:
+    """Return the sum over each token's K rows, times their weights if there are some, [T, D]."""
+    tokens, width = rows_SD.shape[0] // num_choices, rows_SD.shape[1]
+    out_TD = rows_SD.new_empty(tokens, width)
+    _combine_kernel[(tokens, triton.cdiv(width, COMBINED))](
+        rows_SD, inverse_S, None if weights_TK is None else weights_TK.contiguous(), out_TD, width, rows_SD.stride(0),
+        CHOICES=num_choices, WIDTH=COMBINED, HAS_WEIGHTS=weights_TK is not None, num_warps=4,
+    )  # fmt: skip
+    return out_TD
 
 
 def takes(state: Nf4State) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.adapter.expert_lora import stored_path
+from engine.adapter.expert_lora import LoraExperts, stored_path
+from engine.adapter.flat import FlatAdapter
 from engine.adapter.lora import attach
 from engine.config.targets import resolve_targets
 from engine.config.trial import LoraConfig
 from engine.errors import InputError
+from tests.support.fused_layers import batch, build, hidden_states
 from tests.support.model_families import peft_difference
 
 UP, DOWN = (f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj"))
@@ -42,3 +44,28 @@ def test_dropout_with_experts_is_refused_because_peft_has_none_there():
     config = LoraConfig(lora_dropout=0.1, target_modules=("experts",))
     with pytest.raises(InputError, match=r"lora.lora_dropout = 0.1: must be 0 with adapters on experts .*PEFT"):
         attach(torch.nn.Module(), NAMES, config, seed=0)
+
+
+def test_a_flat_adapter_copies_all_but_experts_and_its_scaling_reaches_them():
+    model, names, _ = build("GptOss", "fused")
+    layers = attach(model, names, LoraConfig(rank=2, target_modules=("all-linear", "experts")), 0)
+    torch.manual_seed(0)
+    for layer in layers.values():
+        layer.lora_b.data.normal_(0, 0.2)
+    before = hidden_states(model, batch())
+    adapter = FlatAdapter(layers, torch.float32)
+    linears = [layer for layer in layers.values() if not isinstance(layer, LoraExperts)]
+    assert adapter.memory.cast.numel() == sum(p.numel() for layer in linears for p in layer.parameters_of())
+    assert adapter.parameter.numel() > 2 * adapter.memory.cast.numel()
+    torch.testing.assert_close(hidden_states(model, batch()), before)
+    hidden_states(model, batch()).square().sum().backward()
+    assert all(layer.lora_b.grad.any() for layer in layers.values())
+    adapter.memory.scaling.mul_(2)  # as the next trial's does, which a recording must read
+    adapter.refresh()
+    changed = hidden_states(model, batch())
+    for layer in layers.values():
+        layer.lora_b.data.mul_(2)
+    adapter.memory.scaling.div_(2)
+    adapter.refresh()
+    torch.testing.assert_close(hidden_states(model, batch()), changed)
+    assert (changed - before).abs().max() > 1e-2

@@ -14,6 +14,7 @@ from engine.evaluation import decoding
 from engine.evaluation.decoding import Decoding, generate, original_layers
 from engine.evaluation.eval_loss import EvaluationSet, evaluate
 from engine.layers.swap import FusedLayer
+from engine.model.guard import own_attentions
 from engine.model.load import load_base
 from engine.quant.frozen_linear import FrozenLinear
 from tests.support.export_models import SIZES, save_model
@@ -25,7 +26,10 @@ STOPS = [257, *range(0, 250, 12)]  # random models say any of them
 
 
 def save_family(folder, family):
-    """Save a random model: Llama and Qwen 3 attend to everything, Gemma 3 through windows; LFM 2 has convolutions."""
+    """Save a random model: Llama and Qwen 3 attend to everything, Gemma 3 through windows; LFM 2 has convolutions.
+
+    gpt-oss has windows, sinks and experts.
+    """
     if family in ("llama", "qwen3"):
         return save_model(folder, family, torch.float32)
     import transformers
@@ -33,7 +37,9 @@ def save_family(folder, family):
     extra = {
         "gemma3_text": {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
         "lfm2": {"layer_types": ["conv", "full_attention"]},
-    }[family]
+        "gpt_oss": {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+                    "num_local_experts": 4, "num_experts_per_tok": 2},
+    }[family]  # fmt: skip
     torch.manual_seed(0)
     config = transformers.CONFIG_MAPPING[family](**SIZES, **extra, tie_word_embeddings=False)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -41,7 +47,7 @@ def save_family(folder, family):
     return folder
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3_text", "lfm2"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3_text", "lfm2", "gpt_oss"])
 def adapted(request, tmp_path_factory):
     """Return a base in NF4 with an adapter that changes its answers."""
     folder = save_family(tmp_path_factory.mktemp(request.param) / "model", request.param)
@@ -72,7 +78,7 @@ def keeps_weights(base):
 def by_library(base, prompt, max_new_tokens):
     """Return what transformers' generate answers to one prompt, on the same layers."""
     base.model.eval()
-    base.model.set_attn_implementation("sdpa")
+    base.model.set_attn_implementation(own_attentions(base.model)[0])
     with original_layers(base.model), torch.no_grad():
         ids = torch.from_numpy(prompt.astype(np.int64))[None]
         options = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": STOPS, "pad_token_id": 257}

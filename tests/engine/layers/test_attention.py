@@ -34,8 +34,8 @@ def test_that_comparison_fails_when_attention_crosses_samples(tiny_config, base,
     samples = [view[i] for i in range(4)]
     honest = attention.attend
 
-    def leaky(q, k, v, documents, options):
-        return honest(q, k, v, attention.Documents((q.shape[0],), documents.offsets), options)
+    def leaky(q, k, v, documents, options, sinks=None):
+        return honest(q, k, v, attention.Documents((q.shape[0],), documents.offsets), options, sinks)
 
     with torch.no_grad():
         alone = torch.cat([token_losses(base, [sample]) for sample in samples])

@@ -14,7 +14,7 @@ from engine.layers.layer_spec import family_of, layer_spec, obstacle
 from engine.layers.swap import FusedLayer, survey
 from engine.shape.families import FAMILIES as DESCRIPTIONS
 from engine.shape.policies import Policy
-from tests.support.fused_layers import FAMILIES, batch, build, hidden_states, run, worst
+from tests.support.fused_layers import FAMILIES, MIXTURES, batch, build, hidden_states, run, worst
 
 MERGED = [("qkv_proj",), ("gate_up_proj",), ("o_proj", "down_proj"), ("layers.1.mlp.gate_up_proj", "layers.2.self_attn.qkv_proj")]
 
@@ -28,7 +28,7 @@ def first_layer(family, **changes):
 
 
 def test_every_family_is_described_once_and_tested_here():
-    built = {type(first_layer(family)).__name__ for family in FAMILIES}
+    built = {type(first_layer(family)).__name__ for family in (*FAMILIES, *MIXTURES)}
     assert built == {f"{family.name}DecoderLayer" for family in DESCRIPTIONS.values()}
 
 

@@ -12,7 +12,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as library
 from engine.adapter.lora import LoraLinear
 from engine.config.trial import LoraConfig
 from engine.layers.attention import Documents
-from engine.layers.library_mixer import LibraryMixer, Way, chunk_indices, read_offsets
+from engine.layers.library.library_mixer import LibraryMixer, Way, chunk_indices, read_offsets
 from engine.shape.mixer_shape import CHUNK, MixerShape
 from tests.support.mixers import ORIGINAL_RULE, KeepsByIdentity, chunk_rule, deaf, mixer_on, told_conv
 

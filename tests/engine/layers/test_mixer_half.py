@@ -12,8 +12,8 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as library
 from engine.config.trial import LoraConfig
 from engine.layers.attention import Documents
 from engine.layers.layer_spec import layer_spec, obstacle
-from engine.layers.library_kernels import calls_kernels, replace_failing_kernels, use_torch_functions
-from engine.layers.library_mixer import LibraryMixer, Way
+from engine.layers.library.library_kernels import calls_kernels, replace_failing_kernels, use_torch_functions
+from engine.layers.library.library_mixer import LibraryMixer, Way
 from engine.layers.structure import MixerSpec
 from engine.quant.bnb import quantize_nf4
 from engine.shape import compute_limits

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine.adapter.expert_lora import LoraExperts
 from engine.adapter.lora import LoraLinear
 from engine.config.trial import LoraConfig, TrainConfig
 from engine.kernels import ops
@@ -24,13 +25,16 @@ from engine.layers import decoder_layer as fused
 from engine.layers import projection_group as projection
 from engine.layers.attention import AttentionOptions, Documents
 from engine.layers.host_stash import HostStash
+from engine.layers.library.experts_half import ExpertsBlock
 from engine.layers.projection_group import ProjectionGroup
-from engine.layers.structure import AttentionSpec, Call, LayerSpec, MixerSpec, MlpSpec, Norm, TailSpec
+from engine.layers.structure import AttentionSpec, Call, ExpertsSpec, LayerSpec, MixerSpec, MlpSpec, Norm, TailSpec
 from engine.memory.layer_memory import Pass
 from engine.memory.layer_walk import attention_name
 from engine.memory.live_bytes import HostStack, LiveBytes
 from engine.memory.tensor_sizes import Sizes
 from engine.model.library_layers import Storages
+from engine.quant.expert_quantizer import place_experts
+from engine.quant.frozen_experts import freeze_experts, frozen_experts
 from engine.quant.frozen_linear import FrozenLinear
 from engine.quant.int8_weight import Int8Group
 from engine.shape.compute_limits import FLASH_HEAD, heads_with_stored_scores, score_cells
@@ -110,7 +114,7 @@ class Attention(torch.autograd.Function):
         return grads
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, options: AttentionOptions) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, options: AttentionOptions, sinks: Any = None) -> Tensor:
     """Choose as engine/layers/attention.py does on CUDA."""
     if options.softcap is None and q.shape[-1] <= FLASH_HEAD:
         return Attention.apply(q, k, v)
@@ -225,7 +229,9 @@ def build(config: TrainConfig, shape: ModelShape, tokens: int) -> list[Layer]:
             groups[group] = ProjectionGroup.of([modules[name] for name in names], torch.bfloat16, cached, int8)
         adapters = [] if mixer is None else mixer.adapters
         adapters += [p for module in modules.values() for p in module.parameters_of()]
-        call = Call(spec, plan.policy, groups, table, table, documents, stash, mixer=mixer)
+        block = one.experts and ExpertsBlock(mixture(one, config.lora))
+        adapters += [] if block is None else block.adapters
+        call = Call(spec, plan.policy, groups, table, table, documents, stash, mixer=mixer, block=block)
         layers.append(Layer(call, adapters, one.source, inputs))
     return layers
 
@@ -263,7 +269,27 @@ def spec_of(shape: ModelShape, stores: bool) -> LayerSpec:
         stores=stores,
         output_gate=family.output_gate,
     )
+    if shape.experts is not None:
+        return LayerSpec(spec, ExpertsSpec(**frame(family.mlp), name="mlp"), {})
     return LayerSpec(spec, MlpSpec(**frame(family.mlp), activation="silu"), family.paths, tail if family.scalar else None)
+
+
+def mixture(shape: ModelShape, lora: LoraConfig) -> nn.Module:
+    """Return Qwen3-MoE's router and packed experts, with adapters on all experts."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeSparseMoeBlock
+
+    with torch.device("meta"):
+        block = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**MIXTURE)).to(torch.bfloat16).requires_grad_(False)
+        place_experts(block, double_quantization=True)
+    freeze_experts(block)
+    for _, experts in frozen_experts(block):
+        for weight in experts.shapes:
+            with torch.device("cpu"):
+                layer = LoraExperts(experts, weight, lora, torch.Generator().manual_seed(0), 0, lora.rank)
+            for p in layer.parameters_of():
+                p.grad = torch.empty_like(p)
+            experts.adapters[weight] = layer
+    return block
 
 
 def _linear(out_features: int, in_features: int, config: LoraConfig) -> LoraLinear:
@@ -285,7 +311,8 @@ def counted(layers: list[Layer], shape: ModelShape, tokens: int) -> int:
     with Storages() as storages:
         for one in layers:
             storages.ignore(*one.adapters, *(p.grad for p in one.adapters if p.grad is not None), one.call.cos_TR)
-            storages.ignore(*([] if one.call.mixer is None else one.call.mixer.module.parameters()))
+            for called in filter(None, (one.call.mixer, one.call.block)):
+                storages.ignore(*called.module.parameters())
             storages.ignore(one.inputs)
             groups = one.call.groups.values()
             storages.ignore(*(t for g in groups for pair in g.adapters for t in pair))
@@ -374,6 +401,25 @@ def test_the_walk_counts_what_the_fused_layers_allocate(family: str, policy: str
     predicted, on_host = walked(config, shape, tokens)
     assert math.isclose(predicted, measured, rel_tol=0.003), (predicted / 2**20, measured / 2**20)
     assert math.isclose(on_host, stash.stored, rel_tol=0.003), (on_host / 2**20, stash.stored / 2**20)
+
+
+MIXTURE = {**LLAMA, "model_type": "qwen3_moe", "head_dim": 64, "moe_intermediate_size": 256, "num_experts": 16,
+           "num_experts_per_tok": 4}  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy", "changes"), [
+    *[(policy, {}) for policy in POLICIES], ("recompute", {"rank": 64}), ("offload", {"train": {"host_layers": 2}}),
+    ("recompute", {"train": {"keep_layers": 1}}),
+])  # fmt: skip
+@pytest.mark.usefixtures("device_kernels")
+def test_the_walk_around_experts_is_an_upper_estimate(policy: str, changes: dict[str, Any]) -> None:
+    shape = ModelShape.of(MIXTURE, "mixture")
+    config = config_of(policy, target_modules=["all-linear", "experts"], **changes)
+    layers = build(config, shape, 4096)
+    stash = layers[0].call.stash
+    measured, (predicted, on_host) = counted(layers, shape, 4096), walked(config, shape, 4096)
+    assert 0.997 * measured <= predicted <= 1.1 * measured, (predicted / 2**20, measured / 2**20)
+    assert math.isclose(on_host, stash.stored, rel_tol=0.003)
 
 
 HYBRID = {**LLAMA, "model_type": "qwen3_5_text", "head_dim": 128, "linear_num_key_heads": 4, "linear_num_value_heads": 8,

@@ -6,7 +6,7 @@ import torch
 
 from engine.config.parsing import parse
 from engine.config.trial import ModelConfig
-from engine.layers.library_kernels import FLASH_LINEAR_ATTENTION, calls_kernels, use_torch_functions
+from engine.layers.library.library_kernels import FLASH_LINEAR_ATTENTION, calls_kernels, use_torch_functions
 from engine.model.comparison import as_sample, library_losses, our_losses
 from engine.model.load import load_base
 from tests.support.mixers import tune_nothing

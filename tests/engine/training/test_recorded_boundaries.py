@@ -17,8 +17,8 @@ from engine.bench import shapes
 from engine.config.trial import LoraConfig
 from engine.data.packing import Sample, collate
 from engine.data.row_sizes import Size
-from engine.layers.library_kernels import FLASH_LINEAR_ATTENTION, calls_kernels
-from engine.layers.library_mixer import LibraryMixer
+from engine.layers.library.library_kernels import FLASH_LINEAR_ATTENTION, calls_kernels
+from engine.layers.library.library_mixer import LibraryMixer
 from engine.layers.swap import mixers
 from engine.shape.policies import Policy
 from engine.training import recordings

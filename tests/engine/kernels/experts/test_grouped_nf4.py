@@ -93,7 +93,7 @@ def test_torch_s_grouped_product_of_dequantised_experts_gives_the_same(implement
     state = packed()
     x, dy, bias, low, a, b = operands(dtype, terms)
     expected = exact(forward, state, x, bias, low, b), exact(backward, state, dy, low, a)
-    monkeypatch.setattr(grouped_dense, "takes", lambda x, state, room: room > 0)
+    monkeypatch.setattr(grouped_dense, "takes", lambda x, state, room, num_choices=1: room > 0)
     found = [
         expert_ops.linear(x, state, ends(), bias, low, b, room=1),
         expert_ops.input_gradient(dy, state, ends(), low, a, room=1),
@@ -115,6 +115,17 @@ def test_low_rank_products_and_outer_sums_are_the_definition_s(implementation, d
     for left, right in ((dlow, x), (x, dlow)):
         found, expected = module.outer(left, right, ends()), expert_reference.outer(left.double(), right.double(), ends())
         assert found.shape == expected.shape and close(found, expected, dtype) and not found[1].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_s_rows_are_added_up_with_their_weights(implementation, dtype):
+    module, rows, weights = chosen_module(implementation), draw(6, 192, dtype=dtype), draw(3, 2, dtype=dtype, seed=1)
+    inverse = torch.tensor([4, 0, 1, 5, 3, 2], device=DEVICE)
+    picked = rows.double()[inverse].view(3, 2, -1)
+    assert close(module.combine(rows, inverse, None, 2), picked.sum(1), dtype)
+    expected = (picked * weights.double()[..., None]).sum(1)
+    assert close(module.combine(rows, inverse, weights, 2), expected, dtype)
+    assert not close(module.combine(rows, inverse.flip(0), weights, 2), expected, dtype)  # twin: rows of other tokens
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -28,16 +28,15 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine.adapter.lora import LoraLinear
 from engine.layers.attention import Documents
+from engine.layers.library.library_module import LibraryModule, seeded
 from engine.shape.mixer_shape import CHUNK
 
 PROBED_TOKENS = {"cuda": 2048}
@@ -56,31 +55,14 @@ class Way(StrEnum):
 
 
 @dataclass
-class LibraryMixer:
+class LibraryMixer(LibraryModule):
     """Hold a mixer and its way, which is None until a row with several samples has shown it.
 
     reads_offsets: whether rows with boundaries on the device alone can be computed; None until tried.
     """
 
-    module: nn.Module
     way: Way | None = None
     reads_offsets: bool | None = None
-
-    @property
-    def adapters(self) -> list[nn.Parameter]:
-        """Return what is trained of each of its linear layers that is adapted."""
-        return [parameter for layer in self._adapted() for parameter in layer.parameters_of()]
-
-    def new_seed(self) -> int | None:
-        """Return a seed for the dropout of one pass and its recomputation; None if none is needed.
-
-        The masks of a `FlatAdapter` are those of its pass. A recording reads them from the device.
-        """
-        drawing = [layer for layer in self._adapted() if layer.dropout and layer.training]
-        for layer in drawing:
-            layer.masks_of_pass = layer.noise is not None
-        draws = any(layer.noise is None for layer in drawing)
-        return int(torch.randint(2**62, ())) if draws else None  # from the CPU generator, so the host does not wait
 
     def try_offsets(self, x_TD: Tensor) -> bool:
         """Find out whether rows with boundaries on the device alone can be computed. Return it, and remember it.
@@ -104,7 +86,7 @@ class LibraryMixer:
         """
         if documents.are_bounds and not self.reads_offsets:
             raise ValueError("this mixer needs the lengths of a row's samples on the host")
-        with nullcontext() if seed is None else _seeded(seed, x_TD.device):
+        with seeded(seed, x_TD.device):
             if documents.are_bounds:
                 return self._ways()[self.way](x_TD, documents)
             lengths = [length for length in documents.lengths if length]
@@ -153,9 +135,6 @@ class LibraryMixer:
 
     def _chunks(self, x_TD: Tensor, offsets: Tensor) -> dict[str, Tensor]:
         return {"chunk_indices": chunk_indices(offsets, x_TD.shape[0])} if self.reads_offsets else {}
-
-    def _adapted(self) -> list[LoraLinear]:
-        return [layer for layer in self.module.modules() if isinstance(layer, LoraLinear)]
 
     def _call(self, x_TD: Tensor, **keywords: Any) -> Tensor:
         return self.module(x_TD[None], **keywords).squeeze(0)
@@ -239,11 +218,3 @@ def _waits(method: Callable[[Tensor, Documents], Tensor], x: Tensor, two: Docume
     finally:
         torch.cuda.set_sync_debug_mode(before)
     return False
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Any:
-    """Draw random numbers from `seed`, and leave the generators as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

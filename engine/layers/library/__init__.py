@@ -1,0 +1,1 @@
+"""Call a library's own modules inside fused decoder layers: token mixers, experts, and the kernels they choose."""
