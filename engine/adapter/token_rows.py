@@ -134,11 +134,21 @@ def check_rows_of(tokenizer: Any, tokens: Sequence[str], num_rows: int) -> list[
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
     for token, number in zip(tokens, ids, strict=True):
         if number >= num_rows:
-            spare = [t for t, i in tokenizer.get_vocab().items() if "reserved" in t or "unused" in t or "extra" in t][:1]
-            way_out = f"name one that it knows, such as {spare[0]!r}" if spare else "name one that it knows"
+            spare = _spare(tokenizer, tokens)
+            way_out = f"name one that it knows, such as {spare!r}" if spare else "name one that it knows"
             allowed = f"has no row: the embedding's {num_rows:,} all belong to tokens, and tables do not grow; {way_out}"
             raise InputError(TRAIN_TOKENS, token, allowed)
     return ids
+
+
+def _spare(tokenizer: Any, given: Sequence[str]) -> str | None:
+    """Return a special token without a role in text or template, a reserved one if there is one."""
+    roles = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token, *given}
+    template = str(tokenizer.chat_template)
+    known = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    free = [token for token in known if token not in roles and token not in template]
+    reserved = [token for token in free if "reserved" in token or "unused" in token or "extra" in token]
+    return next(iter([*reserved, *free]), None)
 
 
 def install(model: nn.Module, tokenizer: Any, tokens: Sequence[str], device: torch.device) -> None:

@@ -11,7 +11,8 @@ import re
 import unicodedata
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator
 
@@ -183,9 +184,16 @@ def _location(model: Any, path: tuple[str | int, ...]) -> list[str]:
             kind = field.annotation if field else None
         else:
             kind = get_args(kind)[1] if is_dict else None
-        while get_origin(kind) is Annotated:
-            kind = get_args(kind)[0]
+        kind = _without_none(kind)
     return location
+
+
+def _without_none(kind: Any) -> Any:
+    """Return the type without annotations; of one kind or none, that kind."""
+    while get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    kinds = [one for one in get_args(kind) if one is not type(None)] if get_origin(kind) in (Union, UnionType) else []
+    return _without_none(kinds[0]) if len(kinds) == 1 else kind
 
 
 def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:

@@ -36,7 +36,7 @@ EAGER_BYTES = (60, 110)
 # operations walk over chunks: a backward pass launches this many times what a forward pass does. An
 # estimate.
 MIXER_PASSES, MIXER_BACKWARD = (2.0, 4.0), 2.5
-ALONG_BYTES = 18  # a weight's own gradient in fp32, its product with the weight and their sum; an estimate
+ALONG_BYTES = 8  # a weight's own gradient, written and read in fp32
 
 
 @dataclass
@@ -178,7 +178,7 @@ def _add_matmul(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, i
     if not plan.ranks[group]:
         return
     if plan.dora and group != MIXER:
-        _add_gains(work, step.parameters[group], plan, step, is_backward)
+        _add_gains(work, group, plan, step, is_backward)
     inputs, outputs = _io(group, step)
     passes = 2 if is_backward else 1
     work.thin += 2 * passes * step.tokens * plan.adapter[group]
@@ -211,14 +211,14 @@ def _add_experts(work: LayerWork, plan: LayerPlan, step: StepShape, passes: floa
         work.adapter_bytes += (4 if gradients else 1) * element * plan.adapter[EXPERTS]
 
 
-def _add_gains(work: LayerWork, number: int, plan: LayerPlan, step: StepShape, is_backward: bool) -> None:
+def _add_gains(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, is_backward: bool) -> None:
     """Add what DoRA does with the weights of one group.
 
-    They get their gains at each use; under dropout that is a product of its own. The magnitudes'
-    gradient takes one more product, and walks over a matrix of the weights' size in fp32.
+    They get their gains where they are dequantised, or else at each use; under dropout that is a product
+    of its own. The magnitudes' gradient takes one more product, in fp32, and its sums with the weights.
     """
-    again = PLAIN_BYTES if step.is_packed else 0.0
-    work.nf4_bytes += 4 * number
+    number, again = step.parameters[group], PLAIN_BYTES if step.is_packed else 0.0
+    work.nf4_bytes += 0.0 if step.is_packed and group not in plan.cached else 4 * number
     if plan.drops:
         work.matmul += 2 * step.tokens * number
         work.nf4_bytes += again * number

@@ -82,9 +82,9 @@ class Muon(torch.optim.Optimizer):
         update = gradient.lerp(momentum, config.beta1)  # Nesterov's
         for (shape, is_b), starts in self._by_shape.items():
             own = rate * self._ratio if is_b else rate
-            orthogonal = orthogonalised(torch.stack([update[at : at + shape.numel()].view(shape) for at in starts]))
-            for at, one in zip(starts, orthogonal, strict=True):
-                update[at : at + shape.numel()] = (own * 0.2 * math.sqrt(max(shape))) * one.flatten()
+            parts = [update[at : at + shape.numel()].view(shape) for at in starts]
+            steps = (own * 0.2 * math.sqrt(max(shape))) * orthogonalised(torch.stack(parts))
+            torch._foreach_copy_(parts, list(steps.float().unbind(0)))  # one by one, the host launches hundreds
         _decay(parameter.detach(), num_a=self._num_a(), rate=rate, ratio=self._ratio, weight_decay=config.weight_decay)
         parameter[: self._end].sub_(update)
         self._step_others(parameter, state, rate * self._ratio)

@@ -23,7 +23,8 @@ COMMANDS = ("tracking.on_end",)  # taken as typed too: quotes in it are its own
 LISTS = ("sweep.warm_start",)
 PATH_OR_LIST = ("data.train", "data.eval")  # [a.jsonl,b.jsonl] is a list, unless a file has that very name
 AS_HYDRA_HAS_IT = ("null", "???")  # no value, and a value that is still missing
-SEVERAL = re.compile(r"\{\s*[A-Za-z]\w*\s*:.*\}|\[.*\{\s*[a-z]+\s*:.*\}.*\]", re.DOTALL)  # {name: ...}, [{path: ...}, ...]
+# {}, {name: ...} and [{path: ...}, ...]
+SEVERAL = re.compile(r"\{\s*(['\"]?\w[\w-]*['\"]?\s*:.*)?\}|\[.*\{\s*[a-z]+\s*:.*\}.*\]", re.DOTALL)
 QUOTED = re.compile(r"'(\\.|[^'\\])*'|\"(\\.|[^\"\\])*\"", re.DOTALL)
 ITEM = re.compile(rf"\s*({QUOTED.pattern})\s*|(\\.|\$\{{[^}}]*\}}|[^,\\])*", re.DOTALL)
 

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from engine.adapter.flat import FlatAdapter
 from engine.adapter.lora import attach, detach
 from engine.adapter.peft_files import export_adapter, load_adapter
-from engine.adapter.token_rows import TokenHead, TokenRows
+from engine.adapter.token_rows import TokenHead, TokenRows, add_tokens, check_rows_of
 from engine.data.packing import Sample, collate
 from engine.errors import InputError
 from engine.model.load import load_base
 from tests.support.export_models import one_thread, save_model
+from tests.support.tiny_models import byte_tokenizer
 from tests.support.trials import CPU, build
 
 KNOWN, NEW = "Q", "<tool>"  # the tiny models have 260 rows, of which the tokenizer uses 259 at most
@@ -140,6 +141,12 @@ def test_a_token_without_a_row_is_refused_in_one_line(tmp_path):
     with pytest.raises(InputError, match="has no row: the embedding's 260 all belong to tokens") as error:
         load_base(made(folder, train_tokens=[f"<t{i}>" for i in range(9)]).model, CPU)
     assert "\n" not in str(error.value)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<spare>", "<reserved_0>"], special_tokens=True)
+    num_rows = len(tokenizer)
+    add_tokens(tokenizer, ["<tool>"])
+    with pytest.raises(InputError, match="such as '<reserved_0>'$"):
+        check_rows_of(tokenizer, ["<tool>"], num_rows)
 
 
 @pytest.mark.parametrize(

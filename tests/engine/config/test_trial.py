@@ -34,6 +34,7 @@ def config(**sections):
         ({"metrics": {"mine": "a:"}}, "metrics.mine", "must be package.module:function$"),
         ({"metrics": {"mine": {"function": "a:b", "direction": "up"}}}, "metrics.mine.direction", "'maximize' or 'minimize'$"),
         ({"data": {"train": "d", "eval": {}}}, "data.eval", "must hold from 1 to 16 evaluation sets$"),
+        ({"data": {"train": "d", "eval": {"a": None}, "eval_weights": {"a": -1}}}, "data.eval_weights.a", "equal to 0$"),
         ({"data": {"train": "d", "eval": {"a": None}, "eval_limits": {"a": {}}}}, "data.eval_limits.a", "must give above_base"),
         ({"train": {"max_tokens": 9, "report_at_tokens": [4, "x"]}}, "train.report_at_tokens.1", "valid integer"),
         ({"lora": {"lora_dropout": 1.0}}, "lora.lora_dropout", "less than 1"),

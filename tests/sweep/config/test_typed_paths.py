@@ -16,7 +16,7 @@ from sweep.__main__ import compose, main
 from sweep.config.absolute_paths import absolute_path, absolute_uri, sqlite_file, sqlite_uri, with_absolute_paths
 from sweep.config.compose import given_keys, parsed, repeated_keys, run_keys
 from sweep.config.sweep import parse_sweep_config
-from sweep.config.typed_paths import AS_HYDRA_HAS_IT, PATH_OR_LIST, PATHS, QUOTED
+from sweep.config.typed_paths import AS_HYDRA_HAS_IT, PATH_OR_LIST, PATHS, QUOTED, SEVERAL
 
 GIVEN = ["model=local", "data=local", "space=none", "model.path=m", "data.train=t.jsonl"]
 TYPED = [
@@ -41,8 +41,8 @@ def flat(config, key):
 
 
 def is_list(key, name):
-    """Return whether brackets make a list of the name. For a file of that name, see the test of lists."""
-    return key in PATH_OR_LIST and name.startswith("[") and name.endswith("]")
+    """Return whether brackets make a list or a section of the name. For a file of that name, see the test of lists."""
+    return key in PATH_OR_LIST and ((name.startswith("[") and name.endswith("]")) or SEVERAL.fullmatch(name) is not None)
 
 
 KEYS = [key for key in PATHS if key != "resume"]
