@@ -70,7 +70,7 @@ def _main(options: argparse.Namespace) -> int:
 def _run(rows: list[Row], options: argparse.Namespace, scratch: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Run the rows within the budget and return one record for each.
 
-    Each record is printed and written as soon as it and the records before it are ready.
+    Each record is written as soon as it is ready, and printed in the order of the rows.
     """
     started, width, heading = time.monotonic(), max(len(row.label) for row in rows) + 2, ""
     records: list[dict[str, Any]] = []
@@ -84,14 +84,18 @@ def _run(rows: list[Row], options: argparse.Namespace, scratch: Path, facts: dic
         if row not in done:  # run it together with all rows that can share its process
             group = [r for r in rows if (r.system, r.setting.model) == (row.system, row.setting.model) and r not in done]
             group = [row] if SYSTEMS[row.system].from_folder else group
-            done.update(zip(group, run_rows(group, scratch, options.child_timeout_s), strict=True))
-        record = {**row.record(), **done[row], **facts}
-        records.append(record)
-        print(line(record, width), flush=True)
-        if options.json:
-            with options.json.open("a") as file:
-                file.write(json.dumps(record, sort_keys=True) + "\n")
+            results = run_rows(group, scratch, options.child_timeout_s)
+            done.update({one: {**one.record(), **result, **facts} for one, result in zip(group, results, strict=True)})
+            _write(options.json, [done[one] for one in group])
+        records.append(done[row])
+        print(line(done[row], width), flush=True)
     return records
+
+
+def _write(file: Path | None, records: list[dict[str, Any]]) -> None:
+    if file is not None:
+        with file.open("a") as lines:
+            lines.write("".join(json.dumps(record, sort_keys=True) + "\n" for record in records))
 
 
 def _rows(options: argparse.Namespace) -> list[Row]:

@@ -32,7 +32,7 @@ from engine.kernels.reference import IGNORE, LowRank
 __all__ = [
     "IGNORE",
     "LowRank", "Nf4State", "add_rms_norm", "attention", "attention_backward", "cross_entropy_", "dequantize_nf4",
-    "document_spans", "dropout", "gather_rows", "glu", "glu_backward_", "join_rotated", "nf4_state", "noise_of",
+    "document_spans", "dropout", "gather_rows", "glu", "glu_backward_", "nf4_state", "noise_of",
     "rms_norm", "rms_norm_backward", "rope_", "row_dots", "row_lengths",
 ]  # fmt: skip
 
@@ -85,19 +85,18 @@ def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse:
     2i + 1 if `pairs`. `inverse` rotates back, which is also the gradient. Both cos and sin [T, R]
     hold the R / 2 angles in their first half; only that is read.
     """
-    _check_rotation("rope_", q_THK, k_TGK, cos_TR, sin_TR)
+    num_tokens, _, head_dim = q_THK.shape
+    for name, x in (("q", q_THK), ("k", k_TGK)):
+        is_dense = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == head_dim)  # torch leaves a single head any stride
+        if x.shape[0] != num_tokens or x.shape[2] != head_dim or not is_dense:
+            raise EngineError(f"rope_: {name} {_layout(x)}: expected [T, heads, K] with dense heads, T and K as in q")
+    rotated = cos_TR.shape[-1]
+    for name, x in (("cos", cos_TR), ("sin", sin_TR)):
+        if x.shape != (num_tokens, rotated) or x.stride(1) != 1 or rotated > head_dim:
+            raise EngineError(f"rope_: {name} {_layout(x)}: expected contiguous rows [{num_tokens}, at most {head_dim}]")
+    if rotated % 2:
+        raise EngineError(f"rope_: {rotated} features that rotate: must be even")
     _family("rope", q_THK).rope_(q_THK, k_TGK, cos_TR, sin_TR, inverse, pairs)
-
-
-def join_rotated(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse: bool = False, pairs: bool = False
-) -> Tensor:
-    """Return q and k rotated as `rope_` does, and v, side by side as a new tensor [T, (H + 2 G) K].
-
-    All features of a head rotate, so cos and sin are [T, K]. q, k and v stay unchanged.
-    """
-    check_join("join_rotated", q_THK, k_TGK, v_TGK, cos_TK, sin_TK)
-    return _family("rope", q_THK).join_rotated(q_THK, k_TGK, v_TGK, cos_TK, sin_TK, inverse, pairs)
 
 
 def glu(
@@ -312,32 +311,6 @@ def _check_rows(op: str, x_TD: Tensor, weight_D: Tensor, *others: Tensor) -> Non
     if weight_D.shape != x_TD.shape[1:] or weight_D.stride(0) != 1:
         raise EngineError(f"{op}: weight {_layout(weight_D)}: expected contiguous [{x_TD.shape[1]}]")
     _check_like(op, x_TD, others)
-
-
-def _has_dense_heads(x_THK: Tensor) -> bool:
-    return x_THK.stride(2) == 1 and (x_THK.shape[1] == 1 or x_THK.stride(1) == x_THK.shape[2])  # one head has any stride
-
-
-def _check_rotation(op: str, q_THK: Tensor, k_TGK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
-    num_tokens, _, head_dim = q_THK.shape
-    for name, x in (("q", q_THK), ("k", k_TGK)):
-        if x.shape[0] != num_tokens or x.shape[2] != head_dim or not _has_dense_heads(x):
-            raise EngineError(f"{op}: {name} {_layout(x)}: expected [T, heads, K] with dense heads, T and K as in q")
-    rotated = cos_TR.shape[-1]
-    for name, x in (("cos", cos_TR), ("sin", sin_TR)):
-        if x.shape != (num_tokens, rotated) or x.stride(1) != 1 or rotated > head_dim:
-            raise EngineError(f"{op}: {name} {_layout(x)}: expected contiguous rows [{num_tokens}, at most {head_dim}]")
-    if rotated % 2:
-        raise EngineError(f"{op}: {rotated} features that rotate: must be even")
-
-
-def check_join(op: str, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> None:
-    """Raise EngineError unless `join_rotated` takes these."""
-    _check_rotation(op, q_THK, k_TGK, cos_TK, sin_TK)
-    given = {(x.shape[0], x.shape[2], x.dtype) for x in (q_THK, k_TGK, v_TGK)}
-    if len(given) > 1 or not _has_dense_heads(v_TGK) or cos_TK.shape[1] != q_THK.shape[2] or 0 in v_TGK.shape[1:]:
-        layouts = f"q {_layout(q_THK)}, v {_layout(v_TGK)}, cos {_layout(cos_TK)}"
-        raise EngineError(f"{op}: {layouts}: expected heads of q, k and v like each other, dense, and cos [T, K]")
 
 
 def _check_glu(op: str, activation: str, gate_TF: Tensor, *others: Tensor) -> None:

@@ -72,16 +72,6 @@ def rope_(q_THK: Tensor, k_TGK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse:
         x[..., other] = second * cos + first * sin
 
 
-def join_rotated(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse: bool = False, pairs: bool = False
-) -> Tensor:
-    joined = torch.cat([x.flatten(1) for x in (q_THK, k_TGK, v_TGK)], dim=1)
-    q_width, k_width = (x.shape[1] * x.shape[2] for x in (q_THK, k_TGK))
-    q, k, _ = joined.split([q_width, k_width, joined.shape[1] - q_width - k_width], dim=1)
-    rope_(*(x.unflatten(1, (-1, q_THK.shape[2])) for x in (q, k)), cos_TK, sin_TK, inverse, pairs)
-    return joined
-
-
 def glu(
     gate_TF: Tensor, up_TF: Tensor, activation: str, gate_add: LowRank | None = None, up_add: LowRank | None = None
 ) -> Tensor:

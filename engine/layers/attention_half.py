@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from engine.kernels import ops
-from engine.kernels.eight_bit import int8_ops
-from engine.kernels.eight_bit.int8_ops import Int8Rows
 from engine.layers.attention import attend
 from engine.layers.structure import Call, Gradients, Saved, group_backward, project
 from engine.shape.policies import Policy
@@ -70,10 +68,12 @@ def attention_gradient(
         del gradients[1:]
     for i, more in enumerate(dstored, start=1):
         gradients[i] = gradients[i] + more
-    dqkv, rows = _projected_gradient(gradients, dgate, call, saved, wants_dx)
+    _undo_preparation(gradients, call, saved)
+    if dgate is not None:
+        gradients[0] = torch.stack((gradients[0], dgate), dim=2)
     normed = saved.normed if saved.normed is not None else spec.enter(saved.x)[0]
-    dnormed = group_backward("qkv", dqkv, normed, call, saved, grads, wants_dx=wants_dx, rows=rows)
-    del rows
+    dqkv = torch.cat([gradient.reshape(gradient.shape[0], -1) for gradient in gradients], dim=1)
+    dnormed = group_backward("qkv", dqkv, normed, call, saved, grads, wants_dx=wants_dx)
     return spec.input_gradient(dnormed, saved.x, saved.rstd["attention"], dx_mid) if wants_dx else None
 
 
@@ -142,36 +142,6 @@ def _prepared(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         return q, *call.shared
     saved.stored = (k, v) if spec.stores else ()
     return q, k, v
-
-
-def _projected_gradient(
-    gradients: list[Tensor], dgate: Tensor | None, call: Call, saved: Saved, wants_dx: bool
-) -> tuple[Tensor, Int8Rows | None]:
-    """Return the gradient of what the qkv group projects [T, O], and its codes if one kernel makes both.
-
-    It is made from those of queries, keys and values, and of the gate.
-    """
-    if dgate is None and _only_rotates(call):  # most families: one kernel for all
-        given = (*map(_dense, gradients), call.cos_TR, call.sin_TR, True, call.spec.attention.rotary == "pairs")
-        is_int8 = wants_dx and call.groups["qkv"].is_int8_backward
-        return int8_ops.join_rotated_codes(*given) if is_int8 else (ops.join_rotated(*given), None)
-    _undo_preparation(gradients, call, saved)
-    if dgate is not None:
-        gradients[0] = torch.stack((gradients[0], dgate), dim=2)
-    return torch.cat([gradient.reshape(gradient.shape[0], -1) for gradient in gradients], dim=1), None
-
-
-def _only_rotates(call: Call) -> bool:
-    """Return True if queries and keys are projected and then rotated whole, and values only projected."""
-    spec = call.spec.attention
-    has_norms = any(norm is not None for norm in (spec.q_norm, spec.k_norm, spec.v_norm))
-    rotates = spec.rotary is not None and call.cos_TR is not None and call.cos_TR.shape[1] == spec.head_dim
-    return rotates and not has_norms and call.query_factors_T is None and not spec.reads and spec.features[2] > 0
-
-
-def _dense(x_THK: Tensor) -> Tensor:
-    """Return the tensor with dense heads: itself, or a copy."""
-    return x_THK if x_THK.stride()[1:] == (x_THK.shape[2], 1) else x_THK.contiguous()
 
 
 def _undo_preparation(gradients: list[Tensor], call: Call, saved: Saved) -> None:

@@ -137,7 +137,7 @@ def backward_work(plan: LayerPlan, step: StepShape) -> LayerWork:
             _add_matmul(work, MIXER, plan, step)
             _add_first_half(work, step)
         return _with_mlp_again(work, plan, step)
-    work.plain_bytes += 2 * s.qkv + (5 * (s.q + s.k) if _has_qk_norm(shape) else 0)  # rotated into one buffer, or in turn
+    work.plain_bytes += 2 * (s.q + s.k) + 2 * s.qkv + (3 * (s.q + s.k) if _has_qk_norm(shape) else 0)
     _add_attention(work, step, 2.5, 1)
     output_alone = plan.policy is Policy.HOST and s.tile is not None
     if not plan.policy.keeps_attention or output_alone:
@@ -234,7 +234,7 @@ def _add_product(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, 
         work.matmul += 2 * step.tokens * number
         return
     work.int8_matmul += 2 * step.tokens * number
-    is_written = is_backward and (group == "qkv" or (group == "gate_up" and plan.matmul.is_int8_forward))  # with dy
+    is_written = is_backward and group == "gate_up" and plan.matmul.is_int8_forward  # with dy
     work.row_bytes += (0.5 if is_written else 1.5) * _io(group, step)[is_backward]
     if kept_name(group, "backward" if is_backward else "forward") in plan.cached:
         return

@@ -4,7 +4,7 @@ Run `python -m engine.kernels.eight_bit.int8_bench` on a CUDA device; it takes a
 
 Each case is checked for parity before it is timed, as in `engine.kernels.bench`. "plain" is what
 bf16 training does in its place: dequantisation for the unpacking, a copy for the rows, torch's bf16
-matmul for the products. For gradients that come with their codes it is the kernels apart. `--tune`
+matmul for the products. For a gradient that comes with its codes it is the kernels apart. `--tune`
 times the int8 matmul over tiles instead, next to torch's int8 and FP8 matmuls.
 """
 
@@ -126,20 +126,6 @@ def _gated() -> dict[str, object]:
     return _row(f"{name}, codes", lambda: int8_ops.glu_backward_codes_(dh, gate_up, "silu"), apart, moved)
 
 
-def _heads() -> dict[str, object]:
-    q, k, v = (torch.randn(T, heads, 128, device="cuda", dtype=DTYPE) for heads in (32, 8, 8))
-    cos, sin = (torch.randn(T, 128, device="cuda", dtype=DTYPE) for _ in range(2))
-    joined, rows = int8_ops.join_rotated_codes(q, k, v, cos, sin)
-    _check("heads", joined, ops.reference.join_rotated(q, k, v, cos, sin), PARITY)
-    _check("heads, codes", rows.codes_NK, int8_reference.quantize_rows(joined, False).codes_NK, 0.0)
-
-    def apart() -> Int8Rows:
-        ops.rope_(q, k, cos, sin)
-        return int8_ops.quantize_rows(torch.cat([x.flatten(1) for x in (q, k, v)], dim=1))
-
-    return _row(f"heads {T}x{QKV}, codes", lambda: int8_ops.join_rotated_codes(q, k, v, cos, sin), apart, 5 * joined.numel())
-
-
 def _product(name: str) -> dict[str, object]:
     columns, reduced, with_term = PRODUCTS[name]
     a, b, term = random_product(columns, reduced, with_term)
@@ -171,7 +157,7 @@ def _whole(rows: int, columns: int, name: str, backward: bool) -> dict[str, obje
 def measure() -> list[dict[str, object]]:
     found = [_unpacking(*how) for how in ((False, False), (True, False), (False, True))]
     found += [_quantising(*how) for how in ((D, False), (QKV, False), (2 * F, False), (D, True), (F, True))]
-    found += [_gated(), _heads(), *(_product(name) for name in PRODUCTS)]
+    found += [_gated(), *(_product(name) for name in PRODUCTS)]
     wholes = (2 * F, D, "gate_up"), (D, F, "down"), (D, D, "o")
     return found + [_whole(*sizes, backward) for sizes in wholes for backward in (False, True)]
 

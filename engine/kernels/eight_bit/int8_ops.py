@@ -32,8 +32,8 @@ from engine.kernels.nf4_state import Nf4State
 from engine.kernels.reference import LowRank
 
 __all__ = [
-    "GROUP", "Int8Rows", "WeightScales", "can_split", "glu_backward_codes_", "join_rotated_codes", "matmul",
-    "quantize_rows", "unpack_columns", "unpack_rows", "weight_scales",
+    "GROUP", "Int8Rows", "WeightScales", "can_split", "glu_backward_codes_", "matmul", "quantize_rows",
+    "unpack_columns", "unpack_rows", "weight_scales",
 ]  # fmt: skip
 
 LONGEST = 131_072  # elements of a row: 127^2 times as many stay below 2^31
@@ -94,14 +94,6 @@ def glu_backward_codes_(dh_TF: Tensor, gate_up_TF2: Tensor, activation: str) -> 
         wanted = f"one of {ops.ACTIVATIONS}, [T, F] and [T, 2 F] of one float dtype, contiguous rows, 2 F from 2 to {WIDEST}"
         raise EngineError(f"glu_backward_codes_: {given}: expected {wanted}")
     return _module("gradient_codes", dh_TF).glu_backward_codes_(dh_TF, gate_up_TF2, activation)
-
-
-def join_rotated_codes(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse: bool = False, pairs: bool = False
-) -> tuple[Tensor, Int8Rows]:
-    """Return `ops.join_rotated` of the same arguments, and its `quantize_rows`."""
-    ops.check_join("join_rotated_codes", q_THK, k_TGK, v_TGK, cos_TK, sin_TK)
-    return _module("gradient_codes", q_THK).join_rotated_codes(q_THK, k_TGK, v_TGK, cos_TK, sin_TK, inverse, pairs)
 
 
 def matmul(

@@ -83,13 +83,6 @@ def glu_backward_codes_(dh_TF: Tensor, gate_up_TF2: Tensor, activation: str) -> 
     return quantize_rows(gate_up_TF2, is_rotated=False)
 
 
-def join_rotated_codes(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, inverse: bool, pairs: bool
-) -> tuple[Tensor, Int8Rows]:
-    joined = reference.join_rotated(q_THK, k_TGK, v_TGK, cos_TK, sin_TK, inverse, pairs)
-    return joined, quantize_rows(joined, is_rotated=False)
-
-
 def matmul(
     a: Int8Rows, b: Int8Rows, dtype: torch.dtype, term: LowRank | None, bias_N: Tensor | None, firsts: tuple[int, ...] = ()
 ) -> Tensor:

@@ -195,25 +195,6 @@ def test_rope_turns_slices_of_a_fused_buffer_and_touches_nothing_else(implementa
     assert torch.allclose(fused, before, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 2), (5, 9, 3, 64), (3, 32, 8, 128)])
-@pytest.mark.parametrize("pairs", [False, True])
-def test_rotated_heads_and_values_are_joined_as_if_apart(implementation, sizes, dtype, pairs):
-    num_tokens, num_q, num_k, head_dim = sizes
-    cos, sin = angles(num_tokens, head_dim, dtype)
-    wide = draw(num_tokens, (num_q + 2 * num_k) * head_dim + 1, dtype=dtype)  # strided rows
-    parts = wide[:, 1:].split([n * head_dim for n in (num_q, num_k, num_k)], dim=1)
-    q, k, v = (part.unflatten(1, (-1, head_dim)) for part in parts)
-    before = wide.clone()
-    joined = ops.join_rotated(q, k, v, cos, sin, inverse=True, pairs=pairs)
-    assert joined.is_contiguous() and torch.equal(wide, before)
-    apart = [x.clone() for x in (q, k, v)]
-    ops.rope_(*apart[:2], cos, sin, inverse=True, pairs=pairs)
-    assert same_as_dense(implementation, joined, torch.cat([x.flatten(1) for x in apart], dim=1))
-    assert not torch.equal(joined, ops.join_rotated(q, k, v, cos, sin, pairs=pairs))
-    assert not torch.equal(joined, ops.join_rotated(q, k, k, cos, sin, inverse=True, pairs=pairs))
-
-
 def plain_part_of_rope(x, cos, sin, pairs, dtype):
     """Rotate the first features of x as cos and sin are wide, neighbours with each other if `pairs`."""
     width = cos.shape[1]
@@ -372,8 +353,6 @@ def test_wrong_layouts_and_names_are_refused_in_one_line():
         lambda: ops.add_rms_norm(x, x.double(), weight, EPS),
         lambda: ops.rms_norm_backward(x, x, weight, draw(3)),
         lambda: ops.rope_(draw(4, 2, 6), draw(4, 2, 8), draw(4, 6), draw(4, 6)),
-        lambda: ops.join_rotated(draw(4, 2, 6), draw(4, 2, 6), draw(4, 2, 8), draw(4, 6), draw(4, 6)),
-        lambda: ops.join_rotated(*[draw(4, 2, 6)] * 3, draw(4, 4), draw(4, 4)),
         lambda: ops.rope_(draw(4, 2, 5), draw(4, 2, 5), draw(4, 5), draw(4, 5)),
         lambda: ops.glu(x, x, "relu"),
         lambda: ops.glu(x, x[:3], "silu"),

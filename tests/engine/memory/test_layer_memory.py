@@ -163,13 +163,6 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def int8_matmul(a: Int8Rows, b: Int8Rows, dtype: torch.dtype, *_: Any) -> Tensor:
         return torch.empty(len(a.codes_NK), len(b.codes_NK), dtype=dtype, device="meta")
 
-    def joined(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-        return torch.empty(len(q), sum(x.shape[1] * x.shape[2] for x in (q, k, v)), dtype=q.dtype, device="meta")
-
-    def joined_codes(*given: Any) -> tuple[Tensor, Int8Rows]:
-        out = joined(*given)
-        return out, codes(*out.shape)
-
     def dropout(x: Tensor, noise: Tensor, stream: int, in_place: bool = False) -> Tensor:
         return x if in_place else like(x)
 
@@ -177,7 +170,6 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "add_rms_norm", lambda x, *_: (like(x), like(x), rows(x)))
     monkeypatch.setattr(ops, "rms_norm_backward", lambda dy, x, *_: like(x))
     monkeypatch.setattr(ops, "rope_", lambda *_, **__: None)
-    monkeypatch.setattr(ops, "join_rotated", joined)
     monkeypatch.setattr(ops, "glu", lambda gate, *_: like(gate))
     monkeypatch.setattr(ops, "glu_backward_", lambda *_: None)
     monkeypatch.setattr(ops, "document_spans", lambda _, tokens, *__: torch.empty(2, tokens, dtype=torch.int32, device="meta"))
@@ -193,7 +185,6 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8_ops, "unpack_columns", lambda shapes, _: codes(shapes[0][1], sum(o for o, _ in shapes)))
     monkeypatch.setattr(int8_ops, "quantize_rows", lambda x, **_: codes(*x.shape))
     monkeypatch.setattr(int8_ops, "glu_backward_codes_", lambda dh, gate_up, _: codes(*gate_up.shape))
-    monkeypatch.setattr(int8_ops, "join_rotated_codes", joined_codes)
     monkeypatch.setattr(int8_ops, "matmul", int8_matmul)
     monkeypatch.setattr(projection, "product", lambda a, b: torch.empty(a.shape[0], b.shape[1], device="meta"))
 

@@ -169,26 +169,6 @@ def test_the_codes_of_a_wide_token_and_of_one_that_is_not_finite():
         assert rows.scale_N[1].isinf() and rows.scale_N[0].isfinite()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(3, 5, 2, 16), (2, 1, 1, 2), (1, 80, 80, 128)])
-def test_rotated_heads_and_values_are_joined_with_their_codes(sizes, dtype):
-    num_tokens, num_q, num_k, head_dim = sizes
-    q, k, v = (draw(num_tokens, n, head_dim, dtype=dtype, seed=i) for i, n in enumerate((num_q, num_k, num_k)))
-    for x in (q, k, v):
-        x[1:2] = 0.0
-    cos, sin = (draw(num_tokens, head_dim, dtype=dtype, seed=i) for i in (3, 4))
-    for large in (q, k, v):  # the largest value decides, wherever it is
-        large[0, -1, -1] = 50.0
-        joined, rows = int8_ops.join_rotated_codes(q, k, v, cos, sin, inverse=True)
-        expected = int8_ops.quantize_rows(joined)
-        assert torch.equal(joined, ops.join_rotated(q, k, v, cos, sin, inverse=True))
-        assert torch.equal(rows.codes_NK, expected.codes_NK) and torch.equal(rows.scale_N, expected.scale_N)
-        assert fits(rows, joined) and not rows.codes_NK[1:2].any()
-    v[0, 0, 0] = float("nan")
-    assert int8_ops.join_rotated_codes(q, k, v, cos, sin)[1].scale_N[0].isinf()
-    assert not torch.equal(joined, int8_ops.join_rotated_codes(q, k, v, cos, sin)[0])
-
-
 def test_a_rotation_makes_an_outlier_cost_less():
     x = draw(16, 256, scale=0.1)
     x[:, 5] = 10.0
@@ -360,7 +340,6 @@ def test_wrong_layouts_are_refused_in_one_line():
         lambda: int8_ops.glu_backward_codes_(draw(4, 8), draw(16, 4).t(), "silu"),
         lambda: int8_ops.glu_backward_codes_(draw(4, 8), draw(4, 16, dtype=torch.bfloat16), "silu"),
         lambda: int8_ops.glu_backward_codes_(draw(4, 8), draw(4, 16), "relu"),
-        lambda: int8_ops.join_rotated_codes(*[draw(4, 2, 6)] * 3, draw(4, 4), draw(4, 4)),
         lambda: int8_ops.matmul(a, random_rows(4, 63, 0), torch.bfloat16),
         lambda: int8_ops.matmul(a, replace(a, scale_N=a.scale_N[:3]), torch.bfloat16),
         lambda: int8_ops.matmul(a, replace(a, codes_NK=a.codes_NK.float()), torch.bfloat16),
