@@ -22,7 +22,7 @@ from engine.layers import attention
 from engine.layers.library.library_kernels import replace_failing_kernels, use_torch_functions
 from engine.layers.swap import fuse_layers
 from engine.model.base import Base
-from engine.model.comparison import num_tokens, text_samples
+from engine.model.comparison import EXACT_LENGTHS, LENGTHS, num_tokens, text_samples
 from engine.model.device import pick_dtype
 from engine.model.guard import MADE_WITH, NO_LINEAR
 from engine.model.inspect import check_route, checked_skeleton, load_tokenizer, swaps_of, unquantised_names
@@ -90,7 +90,7 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     known = checks.known() if checks else None
     theirs = None
     if checks and known is None:
-        samples = text_samples(tokenizer, num_tokens(model))
+        samples = text_samples(tokenizer, num_tokens(model), EXACT_LENGTHS if dtype == torch.float32 else LENGTHS)
         theirs = loaded_losses(model, samples, config.path)
     kept = [module for name, module in model.named_modules() if pattern_of(name) in verdict.read_directly]
     frozen = freeze_linears(model, skip=[model.get_output_embeddings(), *kept]) + freeze_experts(model)
