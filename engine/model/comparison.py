@@ -16,6 +16,8 @@ from engine.adapter.lora import AnyLora
 from engine.config.targets import is_expert
 from engine.data.packing import Sample, collate
 from engine.model.base import Base
+from engine.model.pretrained import text_attention
+from engine.model.route import MADE_WITH, OWN_ATTENTIONS
 
 LENGTHS = (41, 22)
 """Tokens of the two samples. A tiny model's windows and positions are shorter than the first or the row of both."""
@@ -45,6 +47,29 @@ def library_losses(model: nn.Module, sample: Sample) -> Tensor:
     ids_1L = torch.from_numpy(sample.input_ids.astype(np.int64)).unsqueeze(0).to(next(model.parameters()).device)
     logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0, :-1].float()
     return nn.functional.cross_entropy(logits_LV, ids_1L[0, 1:], reduction="none")
+
+
+def own_attentions(model: nn.Module) -> list[str]:
+    """Return the library's attentions that the model supports, the faster one first."""
+    return list(OWN_ATTENTIONS) if getattr(model, "_supports_sdpa", False) else [MADE_WITH]
+
+
+@torch.no_grad()
+def right_attentions(library: nn.Module, sample: Sample, losses: Tensor, allowed: float) -> tuple[str, ...]:
+    """Return the library's attentions whose losses are right: those that MADE_WITH gives. The model keeps MADE_WITH.
+
+    losses: of the sample with MADE_WITH. allowed: the largest difference in nats. For some families one of them ignores a mask.
+    """
+    found = []
+    for name in own_attentions(library):
+        try:
+            library.set_attn_implementation(text_attention(library.config, name))
+            is_right = name == MADE_WITH or difference([library_losses(library, sample)], [losses]) <= allowed
+        except Exception:  # model code may raise anything
+            is_right = False
+        found += [name] * is_right
+    library.set_attn_implementation(text_attention(library.config, MADE_WITH))
+    return tuple(found)
 
 
 def library_gradients(library: nn.Module, layers: dict[str, AnyLora], samples: list[Sample]) -> dict[str, Tensor | None]:

@@ -88,3 +88,22 @@ def test_fp32_is_checked_on_the_shorter_samples(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("engine.model.load.check_loaded", lambda base, theirs: seen.append(theirs.samples) or base)
     load_base(ModelConfig(path=str(folder), dtype="float32"), CPU)
     assert tuple(len(sample.input_ids) for sample in seen[0]) == EXACT_LENGTHS
+
+
+def test_the_measure_is_an_attention_of_the_library_that_is_right_for_the_model(monkeypatch):
+    """PaliGemma's `sdpa` is not causal without a mask; another model has an `sdpa` that raises."""
+    from tests.support.model_families import judge
+
+    assert judge("llama").measures == ("sdpa", "eager")
+    assert judge("paligemma").measures == ("eager",)
+
+    asked = []
+    model = torch.nn.Linear(1, 1)
+    model._supports_sdpa, model.dtype = True, torch.bfloat16
+    monkeypatch.setattr(loaded_check, "keep_as_stored", lambda given: None)
+    monkeypatch.setattr(loaded_check, "text_attention", lambda config, name: name)
+    model.config = type("Config", (), {"get_text_config": lambda self: type("Text", (), {"_attn_implementation": "packed"})})()
+    model.set_attn_implementation = lambda name: None
+    monkeypatch.setattr(loaded_check, "_losses", lambda given, name, samples: asked.append(name) or [torch.ones(3)])
+    found = loaded_check.loaded_losses(model, random_samples(100)[:1], measures=("eager",))
+    assert asked == ["eager"] and found.rounding is None  # no rounding is measured by an attention that is wrong
