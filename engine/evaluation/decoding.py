@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from engine.evaluation.decode_steps import FusedSteps, MergedWeights, PaddedSteps, can_decode, recorder
 from engine.layers.swap import FusedLayer, FusedNorm, mixers, restore_layers
 from engine.model.base import Base, end_tokens
+from engine.model.comparison import own_attentions
 from engine.model.device import free, host_share_gib, one_thread
-from engine.model.guard import own_attentions
 from engine.model.pretrained import text_attention
 from engine.quant.frozen_linear import FrozenLinear
 from engine.units import GIB

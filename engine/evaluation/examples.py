@@ -18,8 +18,8 @@ from engine.data.packing import Sample
 from engine.data.view import AnyView, JoinedView
 from engine.layers.swap import restore_layers
 from engine.model.base import Base, end_tokens
+from engine.model.comparison import own_attentions
 from engine.model.device import host_share_gib, one_thread
-from engine.model.guard import own_attentions
 from engine.model.pretrained import text_attention
 from engine.quant.frozen_linear import FrozenLinear
 from engine.units import GIB

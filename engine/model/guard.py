@@ -33,11 +33,13 @@ from engine.model.comparison import (
     library_gradients,
     library_losses,
     our_losses,
+    own_attentions,
     random_samples,
+    right_attentions,
     weight_gradients,
 )
 from engine.model.pretrained import text_attention
-from engine.model.route import ModelVerdict, Route, pattern_of, routes
+from engine.model.route import MADE_WITH, ModelVerdict, Route, pattern_of, routes
 from engine.model.skeleton import VOCABULARY, build, layers_alike
 from engine.quant.bnb import quantize_nf4
 from engine.quant.frozen_experts import freeze_experts, pack_values, packable_experts
@@ -50,7 +52,6 @@ NO_LINEAR = "must have at least one plain linear layer for the adapter"
 LORA = LoraConfig(rank=2, lora_alpha=2.0)
 LORA_ON_EXPERTS = LoraConfig(rank=2, lora_alpha=2.0, target_modules=(ALL_LINEAR, EXPERTS))
 CPU = torch.device("cpu")
-MADE_WITH = "eager"  # every model. Some families choose a class by their attention, and keep it whatever is set later
 UNTRIED = Route(False, "eager", head_loss=False, shares_rows=False)  # as near to the library as it goes
 Alike = dict[int, list[int]]
 """Layer of the tiny model -> those of the large one that it stands for."""
@@ -93,11 +94,6 @@ def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if is_known_linear(m) and m is not head}
 
 
-def own_attentions(model: nn.Module) -> list[str]:
-    """Return the library's attentions that the model supports, the faster one first."""
-    return ["sdpa", "eager"] if getattr(model, "_supports_sdpa", False) else ["eager"]
-
-
 class _Trial:
     """Try the routes on a tiny model, whose own losses and gradients are the measure."""
 
@@ -129,7 +125,8 @@ class _Trial:
             except Exception as error:  # model code may raise anything
                 faults.append(f"{_name(route)}: {_fault(error)}")
                 continue
-            return ModelVerdict(base.route, dead, self.read_directly, faults=(*faults, *row_faults), experts=bool(self.experts))
+            found = ModelVerdict(base.route, dead, self.read_directly, faults=(*faults, *row_faults), experts=bool(self.experts))
+            return replace(found, measures=right_attentions(self.library, self.samples[0], self.theirs[0], ALLOWED))
         allowed = "is a model that cannot be trained here with the losses that transformers gives it"
         raise InputError("model.path", self.given.path, f"{allowed} ({'; '.join(dict.fromkeys(faults))})")
 

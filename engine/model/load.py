@@ -22,13 +22,13 @@ from engine.layers import attention
 from engine.layers.library.library_kernels import replace_failing_kernels, use_torch_functions
 from engine.layers.swap import fuse_layers
 from engine.model.base import Base
-from engine.model.comparison import num_tokens, text_samples
+from engine.model.comparison import EXACT_LENGTHS, LENGTHS, num_tokens, text_samples
 from engine.model.device import pick_dtype
-from engine.model.guard import MADE_WITH, NO_LINEAR
+from engine.model.guard import NO_LINEAR
 from engine.model.inspect import check_route, checked_skeleton, load_tokenizer, swaps_of, unquantised_names
 from engine.model.loaded_check import CHECKS, KnownChecks, check_loaded, loaded_losses
 from engine.model.pretrained import from_pretrained, model_factory, read_config, release_towers, require_tensors, text_attention
-from engine.model.route import ModelVerdict, Route, pattern_of
+from engine.model.route import MADE_WITH, ModelVerdict, Route, pattern_of
 from engine.model.verdicts import verdict_of, with_rows_of
 from engine.quant.bnb import load_library, nf4_load_config
 from engine.quant.expert_quantizer import expert_load_config, register
@@ -90,8 +90,8 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     known = checks.known() if checks else None
     theirs = None
     if checks and known is None:
-        samples = text_samples(tokenizer, num_tokens(model))
-        theirs = loaded_losses(model, samples, config.path)
+        samples = text_samples(tokenizer, num_tokens(model), EXACT_LENGTHS if dtype == torch.float32 else LENGTHS)
+        theirs = loaded_losses(model, samples, config.path, verdict.measures)
     kept = [module for name, module in model.named_modules() if pattern_of(name) in verdict.read_directly]
     frozen = freeze_linears(model, skip=[model.get_output_embeddings(), *kept]) + freeze_experts(model)
     names = [n for n in frozen if verdict.adapts(n)]

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from engine.data.packing import Sample
 from engine.errors import InputError, first_line
 from engine.model.base import Base
-from engine.model.comparison import library_losses, mean_difference, our_losses
-from engine.model.guard import own_attentions
+from engine.model.comparison import library_losses, mean_difference, our_losses, own_attentions
 from engine.model.pretrained import text_attention
+from engine.model.route import OWN_ATTENTIONS
 from engine.model.verdicts import computed_by
 from engine.quant.bnb import keep_as_stored
 from engine.quant.shared_base import key
@@ -50,15 +50,17 @@ class LibraryLosses:
         return WITHOUT_MEASURE[dtype] if self.rounding is None else max(LEAST, ROUNDINGS * self.rounding)
 
 
-def loaded_losses(model: nn.Module, samples: list[Sample], given: str | None = None) -> LibraryLosses:
+def loaded_losses(
+    model: nn.Module, samples: list[Sample], given: str | None = None, measures: tuple[str, ...] = OWN_ATTENTIONS
+) -> LibraryLosses:
     """Return the losses by the library alone on the real weights, with the library's own attention.
 
-    given: the value of model.path, for the message.
+    given: the value of model.path, for the message. measures: its attentions that are right for the model.
     """
     keep_as_stored(model)
     before = model.config.get_text_config()._attn_implementation
     try:
-        name, *others = own_attentions(model)
+        name, *others = [name for name in own_attentions(model) if name in measures]
         losses, rounding = _losses(model, name, samples), None
         if others and model.dtype != torch.float32:  # there it explains less than LEAST
             # One sample measures rounding, because the losses take most of the check's time.

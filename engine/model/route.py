@@ -45,7 +45,9 @@ class Route:
         return ", ".join(text for text, applies in slower.items() if applies)
 
 
+MADE_WITH = "eager"  # every model. Some families choose a class by their attention, and keep it whatever is set later
 FASTEST = Route()
+OWN_ATTENTIONS = ("sdpa", MADE_WITH)  # of the library, the faster one first
 
 
 def routes(can_fuse: bool, own_attentions: list[str]) -> list[Route]:
@@ -64,6 +66,7 @@ class ModelVerdict:
     whose adapter would never learn. read_directly: layers whose weight the
     model's code reads itself, so that they stay as they are. not_exported: layers whose adapter PEFT
     would not load again. All are names, with `*` for numbers where all of a kind are meant.
+    measures: the library's attentions whose losses are right, because they are those of MADE_WITH.
     faults: what was wrong on the faster routes. checked: False if no tiny model could be built, so
     that only the real weights can show whether the route is right.
     """
@@ -75,6 +78,7 @@ class ModelVerdict:
     faults: tuple[str, ...] = field(default=(), compare=False)
     checked: bool = True
     experts: bool = False
+    measures: tuple[str, ...] = OWN_ATTENTIONS
 
     def adapts(self, name: str) -> bool:
         """Return True if the layer of this name may get an adapter."""
