@@ -49,8 +49,8 @@ def test_a_sweep_is_steered_while_it_runs_and_once_more_after_its_end(tmp_path, 
     assert "trial 2 with rank=16 eps=0.02" in control("try", "lora.rank=16", f"optim.eps={FAST}")
     assert control("pause", "0") == done("pause 0")
     wait_for(lambda: outcomes() == {0: "PAUSED", 2: "COMPLETE"}, process)
+    assert "trial 3 with rank=8 eps=0.02" in control("clone", "2", "lora.rank=8")  # trial 1 keeps the sweep from its end
     assert control("stop", "1") == done("stop 1")
-    assert "trial 3 with rank=8 eps=0.02" in control("clone", "2", "lora.rank=8")
     wait_for(lambda: outcomes() == {0: "PAUSED", 1: "PRUNED", 2: "COMPLETE", 3: "COMPLETE"}, process)
     assert results(folder)[1]["error"] == f"stopped by {sender()}"
     process.wait(120)  # a trial that is paused by a command does not keep the sweep from its end
