@@ -23,7 +23,7 @@ from engine.model.comparison import library_losses, mean_difference, our_losses,
 from engine.model.pretrained import text_attention
 from engine.model.route import OWN_ATTENTIONS
 from engine.model.verdicts import computed_by
-from engine.quant.bnb import keep_as_stored
+from engine.quant.bnb import keep_as_stored, right_scales
 from engine.quant.shared_base import key
 from engine.system.shared_cache import recall, remembered
 
@@ -61,11 +61,12 @@ def loaded_losses(
     before = model.config.get_text_config()._attn_implementation
     try:
         name, *others = [name for name in own_attentions(model) if name in measures]
-        losses, rounding = _losses(model, name, samples), None
-        if others and model.dtype != torch.float32:  # there it explains less than LEAST
-            # One sample measures rounding, because the losses take most of the check's time.
-            shortest = min(range(len(samples)), key=lambda i: len(samples[i].input_ids))
-            rounding = mean_difference(_losses(model, others[0], [samples[shortest]]), [losses[shortest]])
+        with right_scales(model):
+            losses, rounding = _losses(model, name, samples), None
+            if others and model.dtype != torch.float32:  # there it explains less than LEAST
+                # One sample measures rounding, because the losses take most of the check's time.
+                shortest = min(range(len(samples)), key=lambda i: len(samples[i].input_ids))
+                rounding = mean_difference(_losses(model, others[0], [samples[shortest]]), [losses[shortest]])
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:

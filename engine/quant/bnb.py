@@ -11,6 +11,8 @@ import functools
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,6 +97,29 @@ def keep_as_stored(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def right_scales(model: nn.Module) -> Iterator[None]:
+    """Have the library's own layers compute with the weights of `dequantized_nf4` inside this context."""
+    changed = []
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        state = getattr(weight, "quant_state", None)
+        if state is not None and not weight.is_cuda and state.shape[-1] % state.blocksize:
+            module.forward = functools.partial(_linear, module)
+            changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _linear(module: nn.Module, x: Tensor) -> Tensor:
+    dtype = getattr(module, "compute_dtype", None) or x.dtype
+    bias = None if module.bias is None else module.bias.to(dtype)
+    return nn.functional.linear(x.to(dtype), dequantized_nf4(module.weight).to(dtype), bias).to(x.dtype)
 
 
 def nf4_load_config(double_quantization: bool, compute_dtype: torch.dtype, keep: list[str] | None = None) -> Any:
