@@ -115,7 +115,7 @@ class FreezeThaw:
         first = next((curve for curve in own if curve.losses), None)
         if first is None or len(looks) < LEAST_LOOKS or not may_go_on(first, self._num_rungs):
             return None
-        if not self._encoder.knows_rate or abs(self._row(first)[0]) > FIRST_SPREAD:
+        if not self._encoder.knows_rate or abs(self._row(first)[0]) > 2.0 * FIRST_SPREAD:
             return None
         if any(curve.state.is_earlier and curve.num_rungs == self._num_rungs for curve in seen):
             return None  # whole curves have told what first losses are worth
