@@ -81,6 +81,11 @@ class Base:
         """Return True if fused layers call the library's token mixers."""
         return bool(mixers(self.model))
 
+    @property
+    def calls_library(self) -> bool:
+        """Return True if fused layers call modules of the library: token mixers, or blocks of router and experts."""
+        return self.has_mixers or any(frozen_experts(self.model))
+
     def _mixers_read_offsets(self) -> bool:
         """Return True if the library's mixers, if there are some, need no lengths on the host; tried once."""
         width = self.model.config.get_text_config().hidden_size

@@ -14,8 +14,8 @@ adapter's gradient in place.
 A plan with copies to host memory uses none. The fp32 loss of a padded row equals that of the row up
 to rounding.
 
-A library's token mixer is code that we do not know: it may have kept the boundaries of the row that
-was recorded. So the first recording of such a model is replayed for two rows that differ in nothing
+A library's token mixer, or router of experts, is code that we do not know: it may have kept what it
+found in the row that was recorded. So the first recording of such a model is replayed for two rows that differ in nothing
 but their boundaries, and compared with the passes that are not recorded.
 """
 
@@ -166,9 +166,9 @@ class Graphs:
         return row
 
     def _follows_boundaries(self) -> bool:
-        """Return True if a replay computes its own row, not the one recorded; tried once for each base with mixers."""
+        """Return True if a replay computes its own row, not the one recorded; tried once for each base with mixers or experts."""
         if self._recordings.follows_boundaries is None:
-            self._recordings.follows_boundaries = not self._base.has_mixers or self._try_two_rows()
+            self._recordings.follows_boundaries = not self._base.calls_library or self._try_two_rows()
         return self._recordings.follows_boundaries
 
     def _try_two_rows(self) -> bool:
