@@ -188,6 +188,7 @@ def test_a_plan_is_made_for_the_card_that_is_here_and_for_what_others_leave_of_i
     stash = SimpleNamespace(memory=SimpleNamespace(num_bytes=0))
     base = SimpleNamespace(device=torch.device("cuda"), model=model, route=FASTEST, lasting={}, stash=stash)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * gib)
     values = json.loads(to_json(build(tiny_config, data={"max_seq_length": 2048}, train={"tokens_per_step": 16384})))
     del values["train"]["activation_checkpointing"]

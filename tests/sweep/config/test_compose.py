@@ -26,7 +26,8 @@ def test_every_option_composes_into_a_plan(group, option):
     extra = {"model=local": ["model.path=m"], "data=local": ["data.train=t.jsonl"]}.get(f"{group}={option}", [])
     if (group, option) == ("sampler", "grid"):
         extra = ["space=none"]
-    config = parse_sweep_config(compose([*NEEDED, f"{group}={option}", *extra]))
+    needed = NEEDED[:1] if option == "preferences" else NEEDED  # its objective needs its own pairs of answers
+    config = parse_sweep_config(compose([*needed, f"{group}={option}", *extra]))
     if group != "cluster":
         assert make_sweep_plan(config).num_rungs >= (1 if group == "debug" or option in ONE_RUNG else 3)
 
