@@ -44,7 +44,7 @@ class SampleLosses:
     @property
     def preference_accuracy(self) -> float | None:
         """Return the share of pairs with a margin above 0, or the sets' weighted mean; None if samples are no pairs."""
-        return -self.accuracy_costs().mean if self.margins else None
+        return 0.0 - self.accuracy_costs().mean if self.margins else None  # 0.0 of the base, not -0.0
 
     @property
     def preference_metrics(self) -> dict[str, float]:

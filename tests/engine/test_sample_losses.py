@@ -68,3 +68,9 @@ def test_the_file_keeps_the_losses_of_the_adapter_that_is_about_to_be_replaced(t
     (tmp_path / SAMPLE_LOSSES).write_text("{")
     write_sample_losses(tmp_path, 5, made[5])
     assert readable() == {5: made[5]}
+
+
+def test_no_pair_with_a_margin_is_an_accuracy_of_0_without_a_sign():
+    base = SampleLosses("d", (0.7, 0.7), (1, 1), margins=(0.0, 0.0))
+    assert f"{base.preference_accuracy:.4f}" == "0.0000"
+    assert replace(base, margins=(0.2, -0.1)).preference_accuracy == 0.5
