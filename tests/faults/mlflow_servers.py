@@ -50,7 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
         except HTTPError as error:
             answer = error
         content = answer.read()
-        if server.loses and self.path.endswith("runs/create") and b"trial 0000" in body:
+        if server.loses and self.path.endswith("runs/create") and b'"trial 0"' in body:  # the name it is created under
             server.loses = False
             self.connection.shutdown(socket.SHUT_RDWR)
             return
