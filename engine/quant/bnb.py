@@ -67,11 +67,16 @@ def dequantized_nf4(packed: nn.Parameter) -> Tensor:
     like rows of 96 values in blocks of 64. Our definition computes those.
     """
     state = packed.quant_state
-    if not packed.is_cuda and state.shape[-1] % state.blocksize:
+    if _holds_parts_of_blocks(packed):
         return ops.dequantize_nf4(ops.nf4_state(packed), state.dtype)
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(packed.data, state)
+
+
+def _holds_parts_of_blocks(packed: nn.Parameter) -> bool:
+    """Return True for a weight on a CPU whose rows are no whole blocks."""
+    return not packed.is_cuda and bool(packed.quant_state.shape[-1] % packed.quant_state.blocksize)
 
 
 def library_linear(weight_OD: Tensor, compute_dtype: torch.dtype) -> nn.Linear:
@@ -105,8 +110,7 @@ def right_scales(model: nn.Module) -> Iterator[None]:
     changed = []
     for module in model.modules():
         weight = module._parameters.get("weight")
-        state = getattr(weight, "quant_state", None)
-        if state is not None and not weight.is_cuda and state.shape[-1] % state.blocksize:
+        if getattr(weight, "quant_state", None) is not None and _holds_parts_of_blocks(weight):
             module.forward = functools.partial(_linear, module)
             changed.append(module)
     try:
