@@ -19,8 +19,8 @@ from engine.config.trial import load_train_config
 from engine.data.packing import Sample, collate
 from engine.evaluation.examples import MAX_NEW_TOKENS, _question
 from engine.evaluation.reevaluate import evaluate_adapter
+from engine.model.device import one_thread
 from engine.model.load import load_base
-from tests.support.export_models import one_thread
 from tests.support.trials import CPU, build, run
 
 PROMPT = "What is 7 plus 7?"

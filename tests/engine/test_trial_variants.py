@@ -19,13 +19,14 @@ from engine.data.views import load_data
 from engine.errors import InputError
 from engine.evaluation.decode_steps import FusedSteps
 from engine.evaluation.reevaluate import evaluate_adapter
+from engine.model.device import one_thread
 from engine.model.load import load_base, nf4_load_config
 from engine.preference import trial_pairs
 from engine.preference.reference_logps import reference_logps
 from engine.prepare import prepare
 from engine.quant.bnb import keep_as_stored
 from engine.vocabulary import embedding_noise
-from tests.support.export_models import one_thread, save_model
+from tests.support.export_models import save_model
 from tests.support.preferences import pair_rows, preference_values, write_rows
 from tests.support.trials import CPU, build, run, run_stopped, same_numbers
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +55,6 @@ def save_adapter(folder: Path, base: Path, **options: Any) -> Path:
             torch.nn.init.normal_(parameter, std=0.1)
     peft_model.save_pretrained(folder)
     return folder
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one thread: for models this small a second one only waits, and long on busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tokenizer() -> Any:

@@ -18,11 +18,11 @@ from engine.adapter.peft_fit import misplaced_layers, without_repeats
 from engine.config.trial import LoraConfig, ModelConfig
 from engine.model import skeleton
 from engine.model.comparison import library_losses, random_samples
+from engine.model.device import one_thread
 from engine.model.guard import plain_linears
 from engine.model.pretrained import without_weights
 from engine.model.route import pattern_of
 from engine.quant.frozen_linear import freeze_linears
-from tests.support.export_models import one_thread
 from tests.support.model_families import config_of
 from tests.support.trials import build
 

@@ -14,8 +14,9 @@ from engine.adapter.peft_files import export_adapter, load_adapter
 from engine.adapter.token_rows import TokenHead, TokenRows, add_tokens, check_rows_of
 from engine.data.packing import Sample, collate
 from engine.errors import InputError
+from engine.model.device import one_thread
 from engine.model.load import load_base
-from tests.support.export_models import one_thread, save_model
+from tests.support.export_models import save_model
 from tests.support.tiny_models import byte_tokenizer
 from tests.support.trials import CPU, build
 

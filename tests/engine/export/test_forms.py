@@ -20,9 +20,10 @@ from engine.export.__main__ import main
 from engine.export.forms import export
 from engine.export.gguf_model import Naming, write_adapter, write_model
 from engine.export.merge import merged_tensors, weight_files
+from engine.model.device import one_thread
 from engine.model.inspect import model_config
 from engine.sources.smollm2 import tensor_name, unpermute
-from tests.support.export_models import FAMILIES, one_thread, save_adapter, save_model
+from tests.support.export_models import FAMILIES, save_adapter, save_model
 from tests.support.trials import build, run
 
 IDS = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(2))

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from engine.export.__main__ import main
-from tests.support.export_models import one_thread, save_adapter, save_model
+from engine.model.device import one_thread
+from tests.support.export_models import save_adapter, save_model
 
 TOKEN = "hf_for_tests"
 FILES = [

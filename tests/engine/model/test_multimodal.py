@@ -18,11 +18,11 @@ from engine.errors import InputError
 from engine.evaluation.reevaluate import evaluate_adapter
 from engine.export.forms import export
 from engine.model.comparison import library_losses, our_losses, random_samples
+from engine.model.device import one_thread
 from engine.model.guard import plain_linears
 from engine.model.inspect import inspect_model
 from engine.model.load import load_base
 from engine.model.pretrained import without_weights
-from tests.support.export_models import one_thread
 from tests.support.multimodal import KINDS, multimodal_config, save_multimodal
 from tests.support.trials import CPU, build
 

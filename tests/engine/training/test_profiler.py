@@ -10,8 +10,8 @@ import pytest
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
+from engine.model.device import one_thread
 from engine.training.loop import train
-from tests.support.export_models import one_thread
 from tests.support.trials import build, run, same_numbers
 
 

@@ -16,12 +16,13 @@ from engine.evaluation import decoding
 from engine.evaluation.decoding import Decoding, generate
 from engine.evaluation.reevaluate import evaluate_adapter
 from engine.export.__main__ import main
+from engine.model.device import one_thread
 from engine.model.inspect import known_shape
 from engine.model.load import load_base
 from engine.prepare import prepare
 from engine.shape.layer_plan import num_trained, plan_layers
 from engine.training.loop import train
-from tests.support.export_models import one_thread, save_model
+from tests.support.export_models import save_model
 from tests.support.trials import CPU, build, run, same_numbers
 
 ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
