@@ -18,6 +18,9 @@ PARTS = 8  # of the most tokens in a row
 # full, and other rows come in more sizes than it pays to record.
 TARGET_PARTS_FULL, TARGET_PARTS = 8, 4
 MIN_TOKENS = 128
+# Of rows that are computed launch by launch. A library of matmuls looks for a kernel at every new
+# number of rows, and loads it, which takes a host up to 0.3 s for a row of 26 layers.
+FINE_STEP = 64
 
 
 @dataclass(frozen=True, order=True)
@@ -53,6 +56,13 @@ class Size:
         needed = num_documents + _up(tokens - num_tokens, longest) // longest
         is_whole = num_documents * longest == num_tokens == tokens and longest % LENGTH_STEP == 0
         return cls(tokens, targets, documents_of(capacity, needed), longest if is_whole else 0)
+
+    @classmethod
+    def fine(cls, batch: Batch, capacity: int, longest: int) -> Size:
+        """Return the padded size of a row that is not recorded: multiples of FINE_STEP, within `capacity` tokens."""
+        tokens = min(_up(batch.num_tokens, FINE_STEP), max(batch.num_tokens, capacity))
+        documents = len(batch.document_lengths) + _up(tokens - batch.num_tokens, longest) // longest
+        return cls(tokens, min(tokens, _up(max(1, batch.num_targets), FINE_STEP)), documents)
 
     @classmethod
     def padded(cls, batch: Batch) -> Size:

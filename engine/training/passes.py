@@ -53,6 +53,8 @@ class StepResult:
 class Passes:
     """Compute rows with and without recordings. `train_view` and `samples` are the trial's data.
 
+    pads_unrecorded: rows that are not recorded get filler too, so that few sizes occur.
+
     exempt: linear layers that multiply in the working dtype, whatever `train.matmul` says. pairs: what
     `find_pairs` found, which comes before the first pass.
     """
@@ -74,6 +76,7 @@ class Passes:
         self._training: Graphs | None = None
         self._evaluation: Graphs | None = None
         self._may_record_evaluation = config.train.cuda_graphs is not False
+        self.pads_unrecorded = base.device.type == "cuda" and base.pads_rows(config.data.max_seq_length)
 
     def find_pairs(self, evaluation: AnyView, interrupted: Callable[[], bool]) -> None:
         """Find what the reference model says of the samples, if they are pairs; see TrialPairs.of.
@@ -173,11 +176,17 @@ class Passes:
             if self._training is not None:
                 total += self._training.backward(batch, divisor)
                 continue
-            loss = self._loss(batch.to(self._base.device))
+            loss = self._loss(self._filled(batch).to(self._base.device))
             (loss / divisor).backward()
             total += loss.detach()
         self.adapter.freeze(decays=self._config.optim.weight_decay > 0.0)
         return StepResult(total, divisor, sum(b.num_tokens for b in batches), num_targets)
+
+    def _filled(self, batch: Batch) -> Batch:
+        """Return a row that is not recorded, with filler if `pads_unrecorded`."""
+        longest = self._config.data.max_seq_length
+        capacity = self._plan.micro_batch_size * self._config.bin_tokens
+        return Size.fine(batch, capacity, longest).pad(batch, longest) if self.pads_unrecorded else batch
 
     def _loss(self, batch: Batch) -> Tensor:
         """Return a row's summed loss, in nats and fp32."""

@@ -21,6 +21,7 @@ from engine.sample_losses import read_sample_losses
 from engine.training import recordings
 from engine.training.cuda_graphs import make_graphs
 from engine.training.loop import train
+from engine.training.passes import Passes
 from engine.training.recordings import Recordings
 
 
@@ -55,6 +56,7 @@ def test_padded_rows_have_the_loss_and_gradient_of_the_rows(config):
         sizes.add(Size.of(row, 256, 60).num_tokens)
         torch.testing.assert_close(ours, loss.detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(adapter.parameter.grad, truth, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(base.loss(Size.fine(row, 256, 60).pad(row, 60)), loss, rtol=1e-5, atol=1e-5)
         other = base.loss(collate([Sample(row.input_ids_T.numpy(), row.labels_T.numpy() != -100)])).detach()
         # attention across samples shows
         assert row.num_tokens < 61 or not torch.allclose(ours, other, rtol=1e-5)
@@ -76,6 +78,35 @@ def test_no_row_is_padded_beyond_the_capacity_that_memory_is_planned_for():
         assert all(Size.around(n, n, 1, capacity, capacity).num_tokens >= n for n in range(1, capacity + 1))
     row = collate([Sample(np.ones(n, int), np.ones(n, bool)) for n in (700, 400)])
     assert Size.of(row, 1100, 1100).pad(row, 1100).num_tokens == 1100  # full: no filler
+
+
+def test_rows_that_are_not_recorded_come_in_multiples_of_64_within_the_capacity():
+    for row in rows(50):
+        size = Size.fine(row, 250, 60)
+        filled = size.pad(row, 60)
+        assert size.num_tokens % 64 == 0 or size.num_tokens == 250
+        assert row.num_tokens <= size.num_tokens <= 250 and size.num_tokens - row.num_tokens < 64
+        assert row.num_targets <= filled.num_targets < row.num_targets + 64 and (filled.labels_T != -100).sum() == row.num_targets
+        assert len(filled.document_lengths) == size.num_documents  # no empty samples behind
+    assert Size.fine(row, 1, 60).num_tokens == row.num_tokens  # longer than planned: as it is
+
+
+@pytest.mark.parametrize("changes", [{}, {"data": {"packing": False}}])
+def test_a_trial_whose_unrecorded_rows_have_filler_has_the_same_losses(tiny_config, tmp_path, monkeypatch, changes):
+    values = copy.deepcopy(tiny_config)
+    for section, fields in changes.items():
+        values[section].update(fields)
+    follow, found = Passes.follow, {}
+    for pads in (False, True):
+
+        def follow_and_set(self, *given, pads=pads):
+            follow(self, *given)
+            self.pads_unrecorded = pads
+
+        monkeypatch.setattr(Passes, "follow", follow_and_set)
+        reports = list(train(parse(TrainConfig, copy.deepcopy(values)), tmp_path / str(pads)))
+        found[pads] = [(report.train_loss, report.eval_loss, report.tokens_seen) for report in reports]
+    assert np.allclose(found[False], found[True], rtol=1e-5)
 
 
 def test_a_row_of_whole_samples_is_a_size_of_its_own():
