@@ -63,7 +63,7 @@ class LineConsole:
             return
         self._seen[record.number] = state
         if before is None and not record.reports and record.outcome is Outcome.RUNNING:
-            self.note(f"trial {record.number:3d}  started   {params_text(record.params)}")
+            self.note(f"trial {record.number:3d}  started   {params_text(record.params)}{record.warm_text}")
         elif record.reports and (before is None or before[0] != len(record.reports)):
             text = f"rung {_rung_text(record, self._num_rungs)}  {_report_text(record.reports[-1])}"
             self.note(f"trial {record.number:3d}  {text}{self._time_left()}")
@@ -152,7 +152,7 @@ class TableConsole:
         scores = {**record.eval_losses, **record.metrics}
         return (
             Text(str(record.number)),
-            Text(params_text(record.params)),
+            Text(f"{params_text(record.params)}{record.warm_text}"),
             Text(LOADING if self._is_loading(record) else _rung_text(record, self._num_rungs)),
             Text(f"{last.tokens_seen:,}" if last else ""),
             Text(score, style="bold green" if record is best else ""),
@@ -197,7 +197,7 @@ def _report_text(report: TrialReport) -> str:
 def _end_text(record: TrialRecord) -> str:
     tail = f"eval loss {record.eval_loss:.4f}{limits_text(record.kept)}{metrics_text(record.metrics)}" if record.reports else ""
     if record.outcome is Outcome.INFEASIBLE:  # it never started, so no line has shown its params
-        tail = params_text(record.params)
+        tail = f"{params_text(record.params)}{record.warm_text}"
     return "  ".join(filter(None, [f"{record.outcome:<13}", tail, record.error]))
 
 

@@ -125,9 +125,17 @@ def facts(found: Collected, with_data: bool = True) -> list[str]:
         f"Model {config.model.path} ({config.model.quantization}), data {config.data.describe_train()}, folder {folder.path}.",
         f"{counted(sum(counts.values()), 'trial')} of {config.sweep.num_trials} asked for: {ended or 'none has started'}.",
         *found.verdict.lines,
+        *_warm_line(found.records),
         *([f"Predicted for {card}."] if (card := folder.read_card()) else []),
         *(f"Data, {account.line()}." for account in folder.read_accounts() if with_data),
     ]
+
+
+def _warm_line(records: list[TrialRecord]) -> list[str]:
+    """Name the warm clones, and what their losses mean."""
+    known = ", ".join(f"trial {record.number} {record.warm.text}" for record in records if record.warm)
+    why = "Their losses count tokens that they did not see themselves, so neither search nor figures of parameters use them"
+    return [f"Warm clones: {known}. {why}."] if known else []
 
 
 def _leaderboard(records: list[TrialRecord], rule: Rule) -> Table | str:

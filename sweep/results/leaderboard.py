@@ -20,7 +20,7 @@ from sweep.trials.selection import Rule, median_speed
 METRICS_AT = 4  # columns of HEADER that stand before those of the task metrics
 HEADER = (
     "rank", "trial", "outcome", "eval loss", "above lowest", "tokens seen", "parameters", "tokens/s", "peak GiB", "predicted",
-    "sampled", "error",
+    "sampled", "note",
 )  # fmt: skip
 DEFAULT_RULE = Rule()
 LAST_REPORT = ("tokens_seen", "num_trainable", "num_out_of_memory", "micro_batch_size", "activation_checkpointing")
@@ -100,7 +100,15 @@ def _row(record: TrialRecord, place: int, contest: Contest | None) -> dict[str, 
         "error": record.error,
         "folder": record.folder,
         "source": record.source,
+        **({"warm": record.warm.to_dict()} if record.warm else {}),
+        "note": _note(record),
     }
+
+
+def _note(record: TrialRecord) -> str:
+    """Say what went wrong, and where the trial comes from."""
+    origin = record.source and f"from {record.source}"
+    return ", ".join(filter(None, [record.error, origin, record.warm and record.warm.text]))
 
 
 def _outcomes(records: list[TrialRecord]) -> dict[str, int]:
@@ -123,6 +131,8 @@ def _markdown(name: str, verdict: SweepVerdict, board: dict[str, Any]) -> str:
     lines += [f"Outcomes: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.items()) or 'none'}.", ""]
     if any(row["source"] for row in rows):
         lines += ["Trials of earlier sweeps are listed for comparison: they were not trained again and cannot win.", ""]
+    if any("warm" in row for row in rows):
+        lines += ["Warm: began with another trial's adapter, so its loss counts tokens that it did not see itself.", ""]
     if Outcome.STOPPED in outcomes:
         lines += ["STOPPED: ended at a report because the budget was spent; a resume with a larger budget continues it.", ""]
     if Outcome.PAUSED in outcomes:
@@ -195,7 +205,7 @@ def board_cells(row: dict[str, Any]) -> tuple[str, ...]:
         _gib(row["peak_allocated_gib"]),
         _gib(row["predicted_peak_gib"]),
         _sampled(row),
-        row["error"] or (f"from {row['source']}" if row["source"] else ""),
+        row["note"],
     )
 
 

@@ -20,10 +20,10 @@ const afterParams = (about) => [
   ['predicted GiB', (t) => t.predicted_peak_gib, (v) => fixed(v, 2), true],
   ['steps took', (t) => t.elapsed_s, (v) => (v === null ? '' : durationText(v)), true],
   ['parameters', (t) => t.num_trainable, whole, true],
-  ['note', (t) => t.error ?? (t.source ? `from ${t.source}` : ''), String, false, 'text'],
+  ['note', (t) => t.note, String, false, 'text'],
 ];
 
-const wordsOf = (trial) => (trial.words ??= `${trial.number} ${trial.outcome} ${paramsText(trial.params)} ${trial.error ?? ''}`.toLowerCase());
+const wordsOf = (trial) => (trial.words ??= `${trial.number} ${trial.outcome} ${paramsText(trial.params)} ${trial.note}`.toLowerCase());
 const STEP = 100; // rows that are made at once
 
 export class TrialTable {
@@ -129,7 +129,7 @@ export function showPicked(sweep, number) {
   if (!trial) return;
   byId('picked-title').textContent = `Trial ${number}, ${trial.outcome}`;
   const facts = { ...trial.params, 'eval loss': fixed(trial.eval_loss, 4), ...trial.metrics, 'nats above its limits': trial.above_limits ?? null, 'micro batch': trial.micro_batch_size,
-    'activation checkpointing': trial.activation_checkpointing, 'ran out of memory': trial.num_out_of_memory, error: trial.error, from: trial.source };
+    'activation checkpointing': trial.activation_checkpointing, 'ran out of memory': trial.num_out_of_memory, error: trial.error, from: trial.source, start: trial.warm ? `adapter of trial ${trial.warm.trial} at ${whole(trial.warm.tokens)} tokens` : null };
   const rows = Object.entries(facts).filter(([, value]) => value !== null && value !== '').flatMap(([name, value]) => [make('dt', {}, name), make('dd', {}, valueText(value))]);
   fill(byId('picked-facts'), make('dl', {}, ...rows));
 }
