@@ -46,7 +46,9 @@ export class TrialTable {
     const names = shortNames(sweep.about.params);
     const metrics = sweep.about.metrics.map((name) => [name, (t) => t.metrics?.[name], (v) => fixed(v, 4), true, null, `metric ${name}`]);
     const sets = sweep.about.eval_sets.map((name) => [`loss ${name}`, (t) => t.eval_losses?.[name], (v) => fixed(v, 4), true, null, `eval loss ${name}`]);
-    this.columns = [...BEFORE, ...metrics, ...sets, ...sweep.about.params.map((path) => [names[path], (t) => t.params[path], valueText, false, null, path]), ...afterParams(sweep.about)];
+    const decides = metrics.filter((column) => column[0] === sweep.about.chosen_by), others = metrics.filter((column) => !decides.includes(column));
+    const params = sweep.about.params.map((path) => [names[path], (t) => t.params[path], valueText, false, null, path]);
+    this.columns = [...BEFORE, ...decides, ...params, ...others, ...sets, ...afterParams(sweep.about)];
     const shape = JSON.stringify([this.columns.map((c) => c[5] ?? c[0]), colours]);
     if (shape !== this.shape) this.rows.clear();
     Object.assign(this, { sweep, colours, picked, shape });
