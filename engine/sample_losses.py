@@ -99,6 +99,17 @@ def write_sample_losses(trial_folder: Path, rung: int, losses: SampleLosses) -> 
     write_text(trial_folder / SAMPLE_LOSSES, text + "\n")
 
 
+def newest_rung(trial_folder: Path) -> int | None:
+    """Return the rung of the newest losses in the folder: they are written before their adapter and its report.
+
+    None if there are none, or if they are damaged.
+    """
+    try:
+        return _read(trial_folder / SAMPLE_LOSSES)[-1].rung
+    except (InputError, OSError):
+        return None
+
+
 def read_sample_losses(trial_folder: Path, report: TrialReport) -> SampleLosses | None:
     """Return the losses of the adapter that `report` tells of, or None if an older version wrote none.
 

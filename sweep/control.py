@@ -43,6 +43,7 @@ COMMANDS = """commands:
   pause 3                               let trial 3 wait from its next step on, its slot goes to another one
   go-on 3                               let a paused trial go on
   clone 3 optim.learning_rate=1e-4      try trial 3 again with other values, from zero
+  clone 3 --warm optim.learning_rate=1e-4   the same, beginning with the adapter that trial 3 has now
   try lora.rank=64 ...                  try a point of the space next; fields that it lacks are completed
   keep 3                                let no pruner end trial 3
   budget gpu_hours=8                    set a limit of sweep.budget; null: no limit
@@ -84,7 +85,7 @@ def check(folder: SweepFolder, command: Command) -> None:
     settings = changed_settings(command, config)
     with_settings(config, TakenCommand(command, 0.0, settings=settings))
     if command.kind in ENTERS_A_TRIAL:
-        own_point(command, record.params if record else {}, parse_space(config.space), config.base().model_dump(mode="json"))
+        own_point(command, record, parse_space(config.space), config.base().model_dump(mode="json"))
 
 
 def _answer(folder: SweepFolder, command: Command, file: Path) -> int:
@@ -120,7 +121,7 @@ def _show(folder: SweepFolder) -> int:
         rung = f"{len(record.reports)}/{num_rungs}"
         outcome = f"{record.outcome}{f' ({mark})' if mark else ''}"
         cells = f"{rung:>7}  {number(record.score, '.4f'):>9}  {outcome:<13}"
-        print(f"trial {record.number:3d}  {cells}  {params_text(record.params)}")
+        print(f"trial {record.number:3d}  {cells}  {params_text(record.params)}{record.warm_text}")
     for one in history.taken:
         print(f"{_time(one.command.sent_s)}  {one.text}")
     for _, command in unread(folder):

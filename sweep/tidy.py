@@ -22,7 +22,7 @@ from pathlib import Path
 from engine.errors import InputError, first_line
 from engine.system.command_line import run
 from engine.units import counted
-from sweep.folder.litter import checkpoints, freed_bytes
+from sweep.folder.litter import checkpoints, freed_bytes, unused_starts
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.study.journal import DAMAGED, mend_journal, read_records
 from sweep.text import bytes_text
@@ -95,6 +95,7 @@ def find_litter(folder: SweepFolder, adapters: bool = False) -> Iterator[Litter]
 
 
 def _unused(trial_folder: Path, record: TrialRecord, adapters: bool) -> Iterator[Path]:
+    yield from unused_starts(trial_folder, record)
     if record.outcome not in GOING_ON:
         yield from (place for place in checkpoints(trial_folder) if place.is_dir() and not place.is_symlink())
         adapter = trial_folder / "adapter"

@@ -22,6 +22,7 @@ from engine.adapter.portable import Adapter, read_adapter
 from engine.config.targets import is_expert
 from engine.config.trial import LoraConfig, TrainConfig
 from engine.errors import InputError
+from engine.sources.identity import refuse_other_start
 from engine.system.user_path import user_path
 
 FIELD = "lora.start_from"
@@ -30,10 +31,12 @@ FIELD = "lora.start_from"
 def read_start(config: LoraConfig) -> Adapter | None:
     """Return the adapter that the trial starts from, None for a new one.
 
-    Raises InputError if it cannot be read, or holds more than LoRA on linear layers.
+    Raises InputError if it cannot be read, holds more than LoRA on linear layers, or is not the one of
+    `lora.start_digest`.
     """
     if config.start_from is None:
         return None
+    refuse_other_start(config)
     try:
         adapter = read_adapter(user_path(config.start_from))
         if adapter.magnitudes:

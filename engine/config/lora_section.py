@@ -37,6 +37,9 @@ class LoraConfig(StrictModel):
     start_from: str | None = Field(
         None, min_length=1, description="PEFT folder of an adapter to train on from, of the same targets and at most this rank"
     )
+    start_digest: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = Field(
+        None, description="16 hex digits of that adapter's files, as data.json has them; other files are refused"
+    )
 
     @model_validator(mode="after")
     def _targets_not_empty(self) -> LoraConfig:
@@ -57,6 +60,8 @@ class LoraConfig(StrictModel):
     def _one_start(self) -> LoraConfig:
         if self.start != "default" and self.start_from is not None:
             raise InputError("lora.start", self.start, "must be default with lora.start_from, which is a start of its own")
+        if self.start_digest is not None and self.start_from is None:
+            raise InputError("lora.start_digest", self.start_digest, "needs lora.start_from, whose files have that digest")
         return self
 
     @property

@@ -165,7 +165,7 @@ LATER: dict[str, dict[str, Any]] = {
         "template_kwargs": None, "date": None, "turns": "all", "eval_weights": None, "eval_limits": {},
     },
     "model": {"train_tokens": []},
-    "lora": {"start_from": None, "rank_pattern": {}, "start": "default", "use_dora": False},
+    "lora": {"start_from": None, "start_digest": None, "rank_pattern": {}, "start": "default", "use_dora": False},
     "optim": {"ema_horizon": None, "loraplus_lr_ratio": 1.0, "decay_ratio": 0.2},
     "train": {"matmul": Matmul.BF16.value, "max_epochs": None, "neftune_noise_alpha": 0.0},
 }  # fmt: skip
@@ -253,6 +253,8 @@ class TrainConfig(StrictModel):
         """Return 16 hex digits, equal for configs that train the same adapter up to rounding."""
         values = self.model_dump(mode="json")
         values["train"]["matmul"] = self.matmul.value
+        if self.lora.start_digest is not None:  # the same files in another place give the same adapter
+            values["lora"]["start_from"] = None
         for section, fields in NUMERICALLY_NEUTRAL.items():
             for field in fields:
                 del values[section][field]

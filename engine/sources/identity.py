@@ -46,6 +46,8 @@ def refuse_changed(config: TrainConfig, recorded: Mapping[str, str], found: Mapp
     """
     for part, (field, name) in {**_several(config), **PARTS}.items():
         before, now = recorded.get(variant(part, config), recorded.get(part)), found.get(part)
+        if part == "adapter" and config.lora.start_digest not in (None, before):
+            continue  # a start of the trial's own, whose digest is checked where it is read
         if before is not None and before != now:
             section, key = field.split(".")[:2]
             value = config.data.sources().get(field) or getattr(getattr(config, section), key)
@@ -82,7 +84,8 @@ def is_input_fault(error: Exception, recorded: Mapping[str, str]) -> bool:
         return True
     field = str(error.field).split(" ")[0] if isinstance(error, InputError) and error.field else ""
     field = ".".join(field.split(".")[:2])  # data.eval.general is one of several
-    return bool(recorded) and field in {*FIELDS, "file"} and not (field == "model.path" and "weights" not in recorded)
+    unrecorded = {"model.path": "weights", "lora.start_from": "adapter"}.get(field, "") not in {"", *recorded}
+    return bool(recorded) and field in {*FIELDS, "file"} and not unrecorded
 
 
 def identify_model(config: ModelConfig) -> dict[str, str]:
@@ -106,6 +109,15 @@ def identify_model(config: ModelConfig) -> dict[str, str]:
 def identify_start(config: LoraConfig) -> dict[str, str]:
     """Return the digest of the adapter that trials start from, or nothing if they start anew."""
     return {} if config.start_from is None else {"adapter": _digest_of(user_path(config.start_from), ADAPTER_FILES)}
+
+
+def refuse_other_start(config: LoraConfig) -> None:
+    """Raise InputError if the adapter to start from is not the one of `lora.start_digest`."""
+    if config.start_digest is not None and (found := identify_start(config)["adapter"]) != config.start_digest:
+        is_there = any((user_path(config.start_from) / name).is_file() for name in ADAPTER_FILES)
+        now = f"has files of digest {found}" if is_there else "holds no adapter any more"
+        allowed = f"must be the adapter of lora.start_digest = {config.start_digest}, and {now}; put the former back"
+        raise InputError("lora.start_from", config.start_from, allowed)
 
 
 def short_digest(content: str) -> str:

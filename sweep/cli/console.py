@@ -19,7 +19,7 @@ from rich.text import Text
 from engine.trial_report import TrialReport
 from engine.units import counted
 from sweep.text import limits_text, metrics_text, params_text, printable_lines
-from sweep.trials.record import Outcome, TrialRecord
+from sweep.trials.record import GOING_ON, Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
 COLORS = {
@@ -63,7 +63,7 @@ class LineConsole:
             return
         self._seen[record.number] = state
         if before is None and not record.reports and record.outcome is Outcome.RUNNING:
-            self.note(f"trial {record.number:3d}  started   {params_text(record.params)}")
+            self.note(f"trial {record.number:3d}  started   {params_text(record.params)}{record.warm_text}")
         elif record.reports and (before is None or before[0] != len(record.reports)):
             text = f"rung {_rung_text(record, self._num_rungs)}  {_report_text(record.reports[-1])}"
             self.note(f"trial {record.number:3d}  {text}{self._time_left()}")
@@ -116,11 +116,12 @@ class TableConsole:
 
     def _table(self) -> Table:
         records = list(self._records.values())
-        ended = [record for record in records if record.outcome is not Outcome.RUNNING]
+        resting = [record for record in records if record.outcome is not Outcome.RUNNING]
+        num_ended = sum(record.outcome not in (*GOING_ON, Outcome.INFEASIBLE) for record in records)
         best = self._rule.best(records)
         seconds = int(time.monotonic() - self._started)
-        refused = sum(record.outcome is Outcome.INFEASIBLE for record in ended)
-        title = self._time_left() or f"{len(ended) - refused} of {counted(self._num_trials, 'trial')} ended"
+        refused = sum(record.outcome is Outcome.INFEASIBLE for record in resting)
+        title = self._time_left() or f"{num_ended} of {counted(self._num_trials, 'trial')} ended"
         title = f"{seconds // 60}:{seconds % 60:02d}  {title}"
         title += f"; {refused} did not fit the card and were not started" if refused else ""
         table = Table(title=title, title_justify="left")
@@ -135,7 +136,7 @@ class TableConsole:
             ("outcome", "left"),
         ):
             table.add_column(name, justify=justify)
-        hidden = {record.number for record in ended[:-NUM_ENDED_SHOWN] if record is not best}
+        hidden = {record.number for record in resting[:-NUM_ENDED_SHOWN] if record is not best}
         for record in records:
             if record.number not in hidden:
                 table.add_row(*self._row(record, best))
@@ -152,7 +153,7 @@ class TableConsole:
         scores = {**record.eval_losses, **record.metrics}
         return (
             Text(str(record.number)),
-            Text(params_text(record.params)),
+            Text(f"{params_text(record.params)}{record.warm_text}"),
             Text(LOADING if self._is_loading(record) else _rung_text(record, self._num_rungs)),
             Text(f"{last.tokens_seen:,}" if last else ""),
             Text(score, style="bold green" if record is best else ""),
@@ -197,7 +198,7 @@ def _report_text(report: TrialReport) -> str:
 def _end_text(record: TrialRecord) -> str:
     tail = f"eval loss {record.eval_loss:.4f}{limits_text(record.kept)}{metrics_text(record.metrics)}" if record.reports else ""
     if record.outcome is Outcome.INFEASIBLE:  # it never started, so no line has shown its params
-        tail = params_text(record.params)
+        tail = f"{params_text(record.params)}{record.warm_text}"
     return "  ".join(filter(None, [f"{record.outcome:<13}", tail, record.error]))
 
 

@@ -41,6 +41,9 @@ def worker_config(
     avoid: labels of the nodes whose cards the trial does not fit. inputs: the digests that the
     sweep recorded. calibrate: whether the worker measures its card first, if nobody has.
     """
+    own = proposal.config.lora.start_digest
+    if own not in (None, inputs.get("adapter")):  # a warm clone does not start from what the others start from
+        inputs = {part: digest for part, digest in inputs.items() if part != "adapter"}
     return {
         "number": proposal.number,
         "num_heard": proposal.num_heard,

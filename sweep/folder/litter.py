@@ -10,7 +10,8 @@ from pathlib import Path
 from engine.system.files import every_form
 from engine.trial_report import CHECKPOINT, PREVIOUS_CHECKPOINT
 from sweep.folder.flush import remove_soon
-from sweep.trials.record import GOING_ON, TrialRecord
+from sweep.folder.sweep_folder import START
+from sweep.trials.record import CONTENDERS, GOING_ON, TrialRecord
 
 
 def checkpoints(trial_folder: Path) -> list[Path]:
@@ -20,7 +21,7 @@ def checkpoints(trial_folder: Path) -> list[Path]:
 
 
 def drop_if_ended(record: TrialRecord) -> None:
-    """Remove a trial's checkpoints in the background, unless it may go on.
+    """Remove a trial's checkpoints in the background, unless it may go on, and a start that no winner will name.
 
     Call it once the journal has the end: a kill before the removal leaves them, and the next driver
     removes them.
@@ -28,6 +29,18 @@ def drop_if_ended(record: TrialRecord) -> None:
     if record.outcome not in GOING_ON:
         for place in checkpoints(Path(record.folder)):
             remove_soon(place)
+    for place in unused_starts(Path(record.folder), record):
+        remove_soon(place)
+
+
+def unused_starts(trial_folder: Path, record: TrialRecord) -> list[Path]:
+    """Return the adapter that the trial began with, if there is one and neither the trial nor `best/` will name it.
+
+    A kill may leave one, also half written, before the journal has its trial. Another trial then has
+    the number.
+    """
+    is_used = record.warm is not None and record.outcome in (*GOING_ON, *CONTENDERS)
+    return [] if is_used else [place for place in every_form(trial_folder / START) if place.is_dir() and not place.is_symlink()]
 
 
 def freed_bytes(folders: Iterable[Path]) -> int:

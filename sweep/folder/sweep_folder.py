@@ -9,7 +9,8 @@ A kill leaves whole files only.
     card.txt            the card that predictions are for, and what its speed rests on
     study.journal       Optuna's state, the record of truth
     trials/0003/        train_config.json, reports.jsonl, checkpoint/, adapter/ (the engine's),
-                        system.jsonl, result.json, error.txt
+                        system.jsonl, result.json, error.txt; of a warm clone also start/, the
+                        adapter that it began with
     timeline.jsonl      when each trial held which slot
     commands/           commands of `python -m sweep.control` that the driver has not taken yet
     best/               the winning adapter, ready to load
@@ -42,6 +43,7 @@ from sweep.config.resume_changes import parse_recorded_config
 from sweep.config.sweep import SweepConfig
 from sweep.folder.flush import replace_text
 
+START = "start"
 ACCOUNTS = "accounts"  # key in data.json
 PROBED_S = 1.0  # somebody who asks whether a driver works here may be in its way for a moment
 
@@ -181,6 +183,10 @@ class SweepFolder:
     def trial(self, number: int) -> Path:
         """Return the folder of one trial, such as trials/0003."""
         return self.path / "trials" / f"{number:04d}"
+
+    def start(self, number: int) -> Path:
+        """Return the folder of the adapter that a warm clone begins with."""
+        return self.trial(number) / START
 
     def write_train_config(self, number: int, config: TrainConfig) -> None:
         self.trial(number).mkdir(parents=True, exist_ok=True)

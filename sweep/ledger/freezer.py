@@ -39,6 +39,7 @@ class Freezer:
         self._curves: dict[int, CurveState] = {}
         self._num_known = 0  # trials with a point of the space, INFEASIBLE ones too
         self._committed = 0  # tokens that RUNNING trials need to their next rungs
+        self._warm: dict[int, int] = {}  # warm clone -> tokens to its end, counted in _committed
         self._held: set[int] = set()  # a user has paused them
         self._points: Points | None = None
         self._decision: tuple[Decision] | None = None
@@ -54,10 +55,14 @@ class Freezer:
         """Take a trial's new state, before any decision that follows from it."""
         if record.number >= self._num_known:
             self._num_known = record.number + 1
-            self._candidates.drop(record.params)
+            if record.warm is None:
+                self._candidates.drop(record.params)
             self._points = None
         if record.outcome is Outcome.INFEASIBLE:
             self._decision = None
+            return
+        if record.warm is not None:  # the policy never sees it
+            self._take_warm(record)
             return
         if record.source is None and record.reports:
             self._first_reports.setdefault(record.number, record.reports[0])
@@ -152,6 +157,14 @@ class Freezer:
     def _set(self, curve: CurveState) -> None:
         self._committed += self._need(curve) - self._need(self._curves.get(curve.number))
         self._curves[curve.number] = curve
+
+    def _take_warm(self, record: TrialRecord) -> None:
+        """Keep the tokens off that a warm clone needs to its end: it stays in its slot until then."""
+        limits, rungs = self._limits, record.reports[-1].rung if record.reports else 0
+        need = limits.tokens_at(limits.num_rungs) - limits.tokens_at(rungs) if record.outcome is Outcome.RUNNING else 0
+        if need != self._warm.get(record.number, 0):
+            self._committed += need - self._warm.get(record.number, 0)
+            self._warm[record.number], self._decision = need, None
 
     def _need(self, curve: CurveState | None) -> int:
         """Return the tokens that a RUNNING trial needs to its next rung."""

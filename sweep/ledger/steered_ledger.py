@@ -7,6 +7,7 @@ between changes nothing: the resume finds the command in the journal, and the tr
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,9 +28,11 @@ from sweep.steering.checks import changed_settings, check_trial, own_point
 from sweep.steering.command import ENTERS_A_TRIAL, TAKES_A_TRIAL, Command, Kind
 from sweep.steering.history import History, TakenCommand, with_settings
 from sweep.steering.inbox import unread
+from sweep.steering.parent_adapter import keep_start
 from sweep.study.study import FitCheck, Study
 from sweep.text import params_text
 from sweep.trials.record import Outcome, Proposal, TrialRecord
+from sweep.trials.warm_from import WarmFrom
 
 LOOK_EVERY_S = 0.5  # a listing takes microseconds on a local disk, but a round trip on a shared one
 
@@ -131,7 +134,9 @@ class SteeredLedger(Ledger):
     def _is_protected(self, number: int) -> bool:
         if self._is_recovering and self._history.rungs.get(number) == len(self._records[number].reports):
             return True  # its verdict was given before the last command, by what was known then
-        return number in self._history.kept or (self._freezer is not None and self._quota.is_closed)
+        if number in self._history.kept or self._records[number].warm is not None:  # a warm clone compares with none
+            return True
+        return self._freezer is not None and self._quota.is_closed
 
     def _continued(self, number: int) -> Proposal:
         self._note_to_leave(number).unlink(missing_ok=True)
@@ -174,6 +179,8 @@ class SteeredLedger(Ledger):
         record = self._known(command.number) if command.kind in TAKES_A_TRIAL else None
         if command.kind in TAKES_A_TRIAL:
             check_trial(command, record, self._history)
+        if command.warm:  # its folder may have a report that the ledger has not heard of
+            record = self._study.record(command.number)
         if command.kind in (Kind.ADD, Kind.GO_ON, *ENTERS_A_TRIAL) and (reason := self._budget.spent()):
             raise command.refused(f"{reason}; `budget` allows more")
         settings = changed_settings(command, self._config)
@@ -181,13 +188,25 @@ class SteeredLedger(Ledger):
         with_settings(self._config, taken)
         if command.kind not in ENTERS_A_TRIAL:
             return taken
-        point = own_point(command, record.params if record else {}, self._space, self._base)
-        if not self._study.is_new(point):
+        point, number = own_point(command, record, self._space, self._base), self._study.commands.next_trial
+        if not command.warm and not self._study.is_new(point):
             raise command.refused(f"another trial has that point already: {params_text(point)}")
         fit = self._fit_check(self._space.apply(self._base, point))
         if not fit.fits:
             raise command.refused(f"{params_text(point)} does not fit the card: {fit.reason}")
-        return replace(taken, point=point, trial=self._study.commands.next_trial)
+        return replace(taken, point=point, trial=number, warm=self._kept_start(command, record, point) if command.warm else None)
+
+    def _kept_start(self, command: Command, record: TrialRecord, point: dict[str, Any]) -> WarmFrom:
+        """Copy the adapter that the next trial begins with. Raises InputError, without a copy left, to refuse the command."""
+        number = self._study.commands.next_trial
+        try:
+            warm = keep_start(command, record, self._folder, number)
+            if not self._study.is_new(point, warm):
+                raise command.refused(f"another trial began with that adapter at that point already: {params_text(point)}")
+        except InputError:
+            shutil.rmtree(self._folder.start(number), ignore_errors=True)
+            raise
+        return warm
 
     def _known(self, number: int) -> TrialRecord | None:
         if number in self._records:
@@ -239,7 +258,7 @@ class SteeredLedger(Ledger):
 
     def _enter(self, taken: TakenCommand) -> None:
         """Enter the trial that a command asks for. It takes the next slot that no other trial waits for."""
-        proposal = self._study.ask(taken.point)
+        proposal = self._study.ask(taken.point, taken.warm)
         record = self._study.record(proposal.number)
         if proposal.refusal is not None:  # a resume on a smaller card
             self._quota.num_refused += 1

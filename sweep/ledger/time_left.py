@@ -16,11 +16,10 @@ from engine.units import counted
 from sweep.folder.timeline import Timeline
 from sweep.ledger.limits import Limits
 from sweep.text import duration_text
-from sweep.trials.record import Outcome, TrialRecord
+from sweep.trials.record import GOING_ON, Outcome, TrialRecord
 
 UNKNOWN = "-"
 HOUR_S, LEAST_HOURS = 3600.0, 0.1  # fewer hours of all slots are not worth a number
-UNFINISHED = (Outcome.RUNNING, Outcome.STOPPED, Outcome.PAUSED)
 
 
 @dataclass
@@ -109,8 +108,9 @@ class TimeLeft:
         With several slots the hours of all of them follow.
         """
         with self._lock:
-            num_ended = sum(count for (_, outcome), count in self._stands.items() if outcome is not Outcome.RUNNING)
-            has_work = num_ended < len(self._seen) or self._num_new() > 0
+            num_ended = sum(count for (_, outcome), count in self._stands.items() if outcome not in GOING_ON)
+            is_running = any(count for (_, outcome), count in self._stands.items() if outcome is Outcome.RUNNING)
+            has_work = is_running or self._num_new() > 0
             seconds, bound = self._seconds()
             num_tokens, full_trials = self._num_tokens(), self._limits.budget.full_trials
         ended = f"{num_ended} of {counted(self._limits.num_trials, 'trial')} ended"
@@ -168,7 +168,7 @@ class TimeLeft:
             over = sum(
                 count
                 for (reached, outcome), count in self._stands.items()
-                if reached == rung and outcome not in UNFINISHED
+                if reached == rung and outcome not in GOING_ON
             )
             shares.append(on / (on + over) if on + over else 1.0)
         return shares
@@ -193,7 +193,7 @@ class TimeLeft:
         """
         now_s = self._clock()
         for seen in self._seen.values():
-            if seen.outcome in UNFINISHED and seen.num_reports < len(self._lengths):
+            if seen.outcome in GOING_ON and seen.num_reports < len(self._lengths):
                 own_s = seen.costs.token_s or token_s
                 rest_s = self._rest(seen.num_reports, shares, own_s) + (0.0 if seen.num_reports else self._begin_s())
                 rung_s = self._lengths[seen.num_reports] * own_s if seen.outcome is Outcome.RUNNING else 0.0

@@ -26,7 +26,7 @@ from sweep.report.hours_figure import HOURS, hours_height, hours_line, where_hou
 from sweep.report.page import Section, Table, render
 from sweep.report.study_figures import ON_WHITE, Scale, study_figures
 from sweep.results.best_folder import EXAMPLE
-from sweep.results.leaderboard import board_rows, board_table
+from sweep.results.leaderboard import board_rows, board_table, equal_line
 from sweep.study.journal import DAMAGED
 from sweep.trials.objectives import EVAL_LOSS
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
@@ -72,7 +72,7 @@ def write_report(folder: SweepFolder) -> Path:
 def _page(found: Collected) -> str:
     config = found.config
     sections = [
-        Section("Leaderboard", _leaderboard(found.records, found.rule), f"Rule: {found.rule.text}."),
+        _leaderboard(found.records, found.rule),
         *(make() for make in figure_sections(found).values()),
         *answer_sections(found),
     ]
@@ -125,19 +125,28 @@ def facts(found: Collected, with_data: bool = True) -> list[str]:
         f"Model {config.model.path} ({config.model.quantization}), data {config.data.describe_train()}, folder {folder.path}.",
         f"{counted(sum(counts.values()), 'trial')} of {config.sweep.num_trials} asked for: {ended or 'none has started'}.",
         *found.verdict.lines,
+        *_warm_line(found.records),
         *([f"Predicted for {card}."] if (card := folder.read_card()) else []),
         *(f"Data, {account.line()}." for account in folder.read_accounts() if with_data),
     ]
 
 
-def _leaderboard(records: list[TrialRecord], rule: Rule) -> Table | str:
+def _warm_line(records: list[TrialRecord]) -> list[str]:
+    """Name the warm clones, and what their losses mean."""
+    known = ", ".join(f"trial {record.number} {record.warm.text}" for record in records if record.warm)
+    why = "Their losses count tokens that they did not see themselves, so neither search nor figures of parameters use them"
+    return [f"Warm clones: {known}. {why}."] if known else []
+
+
+def _leaderboard(records: list[TrialRecord], rule: Rule) -> Section:
+    title, caption = "Leaderboard", f"Rule: {rule.text}."
     if not records:
-        return "no trial has started"
+        return Section(title, "no trial has started", caption)
     rows = board_rows(records, rule)
-    header, cells = board_table(rows, rule.sign)
+    header, cells = board_table(rows, rule)
     first = rule.best(records)
     kinds = ["first" if first is not None and row["number"] == first.number else _kind(row["outcome"]) for row in rows]
-    return Table(header, cells, kinds)
+    return Section(title, Table(header, cells, kinds), " ".join(filter(None, [caption, equal_line(rows)])))
 
 
 def _examples(folder: SweepFolder, best: TrialRecord | None) -> Section:

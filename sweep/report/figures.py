@@ -44,7 +44,7 @@ def hover(record: TrialRecord) -> str:
     Names and values are escaped, so a tag in them stays text.
     """
     params = (f"{escape(path)} = {escape(str(value))}" for path, value in record.params.items())
-    return "<br>".join([f"trial {record.number} {record.outcome}", *params])
+    return "<br>".join([f"trial {record.number} {record.outcome}{record.warm_text}", *params])
 
 
 def curves_by(records: Sequence[TrialRecord]) -> str:

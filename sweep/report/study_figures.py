@@ -58,6 +58,7 @@ def study_figures(
     scale: the colours of losses, low to high.
     """
     complete = [r for r in records if r.outcome is Outcome.COMPLETE and r.score is not None and math.isfinite(r.score)]
+    complete = [r for r in complete if r.warm is None]  # its loss is its parent's as much as its parameters'
     varied = [d for d in space.dimensions if len({str(record.params.get(d.path)) for record in complete}) > 1]
     makers = {
         "Parameter importance": (2, lambda: _importance(trials, complete, varied)),

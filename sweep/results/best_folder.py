@@ -145,7 +145,7 @@ def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]
         ("rank", ", ".join([str(lora.rank), *(f"{name}: {rank}" for name, rank in lora.rank_pattern.items())])),
         ("lora_alpha", f"{lora.alpha:g}" + (" (rsLoRA)" if lora.use_rslora else "")),
         *config_rows(config, "lora_dropout", "target_modules"),
-        *([] if lora.start_from is None else config_rows(config, "started from")),
+        *_started(record, config),
         ("trainable parameters", f"{num_parameters(record):,}"),
         *config_rows(config, "learning_rate", "max_seq_length"),
         ("base weights", config.model.quantization),
@@ -154,6 +154,13 @@ def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]
         ("peak predicted GiB", number(record.predicted_peak_gib, ".2f")),
         *config_rows(config, "seed"),
     ]
+
+
+def _started(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]:
+    """Say what adapter the trial began with, if there was one."""
+    if record.warm is not None:
+        return [("started from", f"the adapter of trial {record.warm.trial} of the same sweep, at {record.warm.tokens:,} tokens")]
+    return [] if config.lora.start_from is None else config_rows(config, "started from")
 
 
 def _averaged(kept: TrialReport, config: TrainConfig) -> list[tuple[str, str]]:

@@ -56,9 +56,10 @@ def finalists(rule: Rule, records: list[TrialRecord]) -> list[TrialRecord]:
     """Return the winner, and of the other COMPLETE contenders the one with the lowest loss.
 
     That is the lowest of all if the winner is a smaller adapter that was not told apart from it. A
-    stopped trial has seen fewer tokens than it would with another seed, so it is none of them.
+    stopped trial has seen fewer tokens than it would with another seed, so it is none of them. Nor is a
+    warm clone: the seed of what its parent had learnt would stay.
     """
-    able = [record for record in rule.contenders(records) if record.outcome is Outcome.COMPLETE]
+    able = [record for record in rule.contenders(records) if record.outcome is Outcome.COMPLETE and record.warm is None]
     first = rule.best(able)
     ranked = sorted(able, key=lambda record: (record is not first, record.score, record.number))
     return ranked[:NUM_FINALISTS]
@@ -72,7 +73,7 @@ def read_final_seeds(folder: SweepFolder, records: Sequence[TrialRecord]) -> tup
     again = SweepFolder(folder.final_seeds)
     if not again.journal.is_file():
         return ()
-    own = [record for record in records if record.source is None and record.outcome is Outcome.COMPLETE]
+    own = [record for record in records if record.source is None and record.warm is None and record.outcome is Outcome.COMPLETE]
     judged_by = {"metrics": own[0].config.get("metrics")} if own else {}
     repeats = [record for record in read_records(again, lambda params: judged_by)[1] if record.outcome is Outcome.COMPLETE]
     found = []

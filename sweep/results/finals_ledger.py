@@ -69,7 +69,8 @@ class FinalsLedger:
         known = study.records()
         new = [point for point in points if all(record.params != point for record in known)]
         study.beginning.replace_points(points)
-        tracking = FinalsTracking({record.number: record.params for record in records if record.source is None}, self.track)
+        own = {record.number: record.params for record in records if record.source is None and record.warm is None}
+        tracking = FinalsTracking(own, self.track)
         if not new and all(record.outcome not in (Outcome.RUNNING, Outcome.STOPPED) for record in known):
             for record in known:  # the store may have missed them
                 tracking.on_trial_updated(record)
@@ -91,11 +92,14 @@ class FinalsLedger:
         return ledger
 
     def _say_who_is_left_out(self, best: TrialRecord | None, chosen: list[TrialRecord]) -> None:
-        """Tell the user if the winner is no finalist, because it has not run to its end."""
-        if best is None or best.outcome is Outcome.COMPLETE:
+        """Tell the user if the winner is no finalist: it has not run to its end, or is a warm clone."""
+        if best is None or (best.outcome is Outcome.COMPLETE and best.warm is None):
             return
         instead = "" if chosen else "; no trial is trained again"
-        self.note(f"final seeds  without trial {best.number}, the best: {best.outcome}, it has not run to its end{instead}")
+        why = f"{best.outcome}, it has not run to its end"
+        if best.warm is not None:
+            why = f"{best.warm.text}, and what that trial had learnt would keep its seed"
+        self.note(f"final seeds  without trial {best.number}, the best: {why}{instead}")
 
 
 class FinalsLines:

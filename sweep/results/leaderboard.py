@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,11 @@ from engine.export.model_card import table
 from engine.system.files import write_text
 from sweep.results.verdict import SweepVerdict
 from sweep.text import number, short_name
-from sweep.trials.objectives import objective_values
+from sweep.trials.objectives import EVAL_LOSS, objective_values
 from sweep.trials.paired import LEVEL, Contest
 from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 from sweep.trials.selection import Rule, median_speed
 
-METRICS_AT = 4  # columns of HEADER that stand before those of the task metrics
-HEADER = (
-    "rank", "trial", "outcome", "eval loss", "above lowest", "tokens seen", "parameters", "tokens/s", "peak GiB", "predicted",
-    "sampled", "error",
-)  # fmt: skip
 DEFAULT_RULE = Rule()
 LAST_REPORT = ("tokens_seen", "num_trainable", "num_out_of_memory", "micro_batch_size", "activation_checkpointing")
 
@@ -100,7 +96,15 @@ def _row(record: TrialRecord, place: int, contest: Contest | None) -> dict[str, 
         "error": record.error,
         "folder": record.folder,
         "source": record.source,
+        **({"warm": record.warm.to_dict()} if record.warm else {}),
+        "note": _note(record),
     }
+
+
+def _note(record: TrialRecord) -> str:
+    """Say what went wrong, and where the trial comes from."""
+    origin = record.source and f"from {record.source}"
+    return ", ".join(filter(None, [record.error, origin, record.warm and record.warm.text]))
 
 
 def _outcomes(records: list[TrialRecord]) -> dict[str, int]:
@@ -123,14 +127,17 @@ def _markdown(name: str, verdict: SweepVerdict, board: dict[str, Any]) -> str:
     lines += [f"Outcomes: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.items()) or 'none'}.", ""]
     if any(row["source"] for row in rows):
         lines += ["Trials of earlier sweeps are listed for comparison: they were not trained again and cannot win.", ""]
+    if any("warm" in row for row in rows):
+        lines += ["Warm: began with another trial's adapter, so its loss counts tokens that it did not see itself.", ""]
     if Outcome.STOPPED in outcomes:
         lines += ["STOPPED: ended at a report because the budget was spent; a resume with a larger budget continues it.", ""]
     if Outcome.PAUSED in outcomes:
         lines += ["PAUSED: waits at a rung, as others were worth more; a resume with a larger budget may continue it.", ""]
     if Outcome.INFEASIBLE in outcomes:
         lines += ["INFEASIBLE: predicted not to fit the card, so never started; not counted as a trial, no GPU time spent.", ""]
+    lines += [part for line in filter(None, [equal_line(rows)]) for part in (line, "")]
     lines += _front_table(board)
-    return "\n".join([*lines, *table(*board_table(rows, verdict.rule.sign)), ""])
+    return "\n".join([*lines, *table(*board_table(rows, verdict.rule)), ""])
 
 
 def _front_table(board: dict[str, Any]) -> list[str]:
@@ -159,44 +166,63 @@ def _front_table(board: dict[str, Any]) -> list[str]:
     ]
 
 
-def board_table(rows: list[dict[str, Any]], sign: float = 1.0) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the header and the rows as text, with a column for each evaluation set and task metric.
+def board_table(rows: list[dict[str, Any]], rule: Rule = DEFAULT_RULE) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the header and the rows as text: outcome, what decides, the sampled values that differ, and all else."""
+    columns = _columns(rows, rule)
+    return tuple(name for name, _ in columns), [tuple(text(row) for _, text in columns) for row in rows]
 
-    sign: of the rule, -1 if larger values of what decides are better.
-    """
-    rows = [row | {"metrics": _scores(row)} for row in rows]
-    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
-    distance = "above lowest" if sign > 0 else "below highest"
-    header = (*HEADER[:METRICS_AT], *names, distance, *HEADER[METRICS_AT + 1 :])
-    found = []
-    for row in rows:
-        cells, scores = board_cells(row), (number(row["metrics"].get(name), ".4f") for name in names)
-        found.append((*cells[:METRICS_AT], *scores, *cells[METRICS_AT:]))
-    return header, found
+
+def _columns(rows: list[dict[str, Any]], rule: Rule) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """Return the name of each column, and what makes its cell of a row."""
+    scores = list(dict.fromkeys(name for row in rows for name in _scores(row)))
+    measured = [("eval loss", lambda row: number(row["eval_loss"], ".4f"))]
+    measured += [(name, lambda row, name=name: number(_scores(row).get(name), ".4f")) for name in scores]
+    measured.sort(key=lambda column: column[0] != ("eval loss" if rule.chosen_by == EVAL_LOSS else rule.chosen_by))
+    before = [
+        ("rank", lambda row: number(row["rank"], "d")),
+        ("trial", lambda row: str(row["number"])),
+        ("outcome", lambda row: row["outcome"]),
+    ]
+    after = [
+        ("above lowest" if rule.sign > 0 else "below highest", lambda row: _above_text(row["above_lowest"])),
+        ("tokens seen", lambda row: number(row["tokens_seen"], ",d")),
+        ("parameters", lambda row: number(row["num_trainable"], ",d")),
+        ("tokens/s", lambda row: number(row["tokens_per_second"], ",.0f")),
+        ("peak GiB", lambda row: _gib(row["peak_allocated_gib"])),
+        ("predicted", lambda row: _gib(row["predicted_peak_gib"])),
+        ("note", lambda row: row["note"]),
+    ]
+    taken = {name for name, _ in (*before, *measured, *after)}
+    return [*before, measured[0], *_sampled_columns(rows, taken), *measured[1:], *after]
+
+
+def _sampled_columns(rows: list[dict[str, Any]], taken: set[str]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """Return a column for each parameter that differs, or for all if none does. taken: names of other columns."""
+    paths, same = list(dict.fromkeys(path for row in rows for path in row["params"])), equal_params(rows)
+    shown = [path for path in paths if path not in same] or paths
+    ends = Counter(map(short_name, shown))
+    names = [end if ends[end := short_name(path)] == 1 and end not in taken else path for path in shown]
+    texts = [lambda row, path=path: _short(row["params"][path]) if path in row["params"] else "" for path in shown]
+    return list(zip(names, texts, strict=True))
+
+
+def equal_params(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the sampled values that all trials share, for which the table has no column. Empty if there is one trial."""
+    first = rows[0]["params"] if len(rows) > 1 else {}
+    same = {path: value for path, value in first.items() if all(row["params"].get(path) == value for row in rows)}
+    return same if any(row["params"] != same for row in rows) else {}
+
+
+def equal_line(rows: list[dict[str, Any]]) -> str | None:
+    """Return what all trials have in common among their sampled values, in a line; None if nothing."""
+    same = equal_params(rows)
+    return f"The same in all trials: {_sampled({'params': same})}." if same else None
 
 
 def _scores(row: dict[str, Any]) -> dict[str, float]:
     """Return losses on several evaluation sets, nats above their limits and task metrics, as far as a row has them."""
     above = {"above limits": row["above_limits"]} if "above_limits" in row else {}
     return {**row.get("eval_losses", {}), **above, **row.get("metrics", {})}
-
-
-def board_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """Return the row as text, in the order of HEADER."""
-    return (
-        number(row["rank"], "d"),
-        str(row["number"]),
-        row["outcome"],
-        number(row["eval_loss"], ".4f"),
-        _above_text(row["above_lowest"]),
-        number(row["tokens_seen"], ",d"),
-        number(row["num_trainable"], ",d"),
-        number(row["tokens_per_second"], ",.0f"),
-        _gib(row["peak_allocated_gib"]),
-        _gib(row["predicted_peak_gib"]),
-        _sampled(row),
-        row["error"] or (f"from {row['source']}" if row["source"] else ""),
-    )
 
 
 def _above_text(above: dict[str, float] | None) -> str:

@@ -12,7 +12,7 @@ from engine.system.user_path import user_path
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.study.journal import DAMAGED, read_records
 from sweep.text import number
-from sweep.trials.record import Outcome
+from sweep.trials.record import GOING_ON, Outcome
 
 RUNNING, ENDED, STOPPED, DAMAGED_FOLDER = "running", "ended", "stopped", "cannot be read"
 HEADER = ("sweep", "state", "trials ended", "best loss", "by trial")
@@ -62,9 +62,10 @@ def read_state(path: Path) -> SweepState:
     except (EngineError, OSError, *DAMAGED):
         return SweepState(path.name, DAMAGED_FOLDER)
     tried = [record for record in records if record.outcome is not Outcome.INFEASIBLE]
-    ended = [record for record in tried if record.outcome is not Outcome.RUNNING]
+    ended = [record for record in tried if record.outcome not in GOING_ON]
+    is_at_rest = all(record.outcome is not Outcome.RUNNING for record in tried)
     best = config.rule.best(records)
-    is_done = len(ended) == len(tried) and _num_listed(path) == len(records)
+    is_done = is_at_rest and _num_listed(path) == len(records)
     state = RUNNING if folder.is_driven() else ENDED if is_done else STOPPED
     return SweepState(path.name, state, len(ended), config.sweep.num_trials, None if best is None else (best.score, best.number))
 

@@ -58,7 +58,7 @@ class SweepVerdict:
         loss += "" if self.best.is_of_pairs else f" (perplexity {perplexity(self.best.eval_loss):.3f})"
         loss += metrics_text({**self.best.eval_losses, **self.best.metrics})
         so_far = "" if self.reevaluation else " so far"
-        return printable(f"Best{so_far}: trial {self.best.number}, {loss}, {params or 'nothing varied'}.")
+        return printable(f"Best{so_far}: trial {self.best.number}, {loss}, {params or 'nothing varied'}{self.best.warm_text}.")
 
     @property
     def measured_line(self) -> str | None:

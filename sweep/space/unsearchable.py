@@ -43,5 +43,6 @@ INCOMPARABLE |= {f"metrics.{name}": "trials would be scored by other answers" fo
 UNSEARCHABLE = {path: f"{why}, so their losses do not compare" for path, why in INCOMPARABLE.items()} | {
     "train.profile_steps": "a trace does not change what a trial learns",
     "lora.start_from": "its files are recorded once, for all trials of a sweep",
+    "lora.start_digest": "its files are recorded once, for all trials of a sweep",
     "model.trust_remote_code": "it is for you to decide whether a model's own code runs, not for the sampler",
 }

@@ -14,11 +14,13 @@ from sweep.config.sweep import SweepConfig
 from sweep.prior.own_points import read_own_points
 from sweep.prior.whole_points import completed
 from sweep.space.space import Space
-from sweep.steering.command import ENTERS_A_TRIAL, TAKES_A_TRIAL, Command, Kind
+from sweep.steering.command import ENTERS_A_TRIAL, TAKES_A_TRIAL, WARM, Command, Kind
 from sweep.steering.history import History
+from sweep.steering.parent_adapter import check_parent, why_no_adapter
 from sweep.trials.record import GOING_ON, Outcome, TrialRecord
 
 POINT = "point 1: "
+WARM_CLONE = f"{Kind.CLONE} {WARM}"
 
 
 def check_trial(command: Command, record: TrialRecord | None, history: History) -> None:
@@ -50,6 +52,8 @@ def refusals(record: TrialRecord, history: History) -> dict[str, str]:
             check_trial(Command(kind, f"{kind} {record.number}", record.number), record, history)
         except InputError as error:
             found[str(kind)] = error.allowed
+    if (why := why_no_adapter(record)) is not None:
+        found[WARM_CLONE] = why
     return found
 
 
@@ -62,20 +66,23 @@ def changed_settings(command: Command, config: SweepConfig) -> dict[str, Any]:
     return {NUM_TRIALS: config.sweep.num_trials + 1} if command.kind in ENTERS_A_TRIAL else {}
 
 
-def own_point(command: Command, parent: Mapping[str, Any], space: Space, base: Mapping[str, Any]) -> dict[str, Any]:
+def own_point(command: Command, record: TrialRecord | None, space: Space, base: Mapping[str, Any]) -> dict[str, Any]:
     """Return the params of the trial that `try` or `clone` asks for.
 
-    parent: those of the cloned trial, empty for `try`. base: the base config as plain data. Raises
-    InputError for what is no point of the space.
+    record: the cloned trial, None for `try`. base: the base config as plain data. Raises InputError
+    for what is no point of the space, and if a warm clone cannot begin with that trial's adapter.
     """
+    parent = record.params if record else {}
     try:
         (given,) = read_own_points([command.values], space, base)
         whole = completed(space, base, {**parent, **given})
         if lost := [path for path in given if path not in whole]:
             raise command.refused(f"trial {command.number} does not vary {lost[0]}")
-        space.apply(base, whole)
+        clone = space.apply(base, whole)
     except InputError as error:
         raise command.refused(error.allowed.removeprefix(POINT)) from None
+    if command.warm:
+        check_parent(command, record, space.apply(base, parent), clone)
     return whole
 
 

@@ -34,6 +34,7 @@ class Kind(StrEnum):
     FINISH = "finish"
 
 
+WARM = "--warm"
 TAKES_A_TRIAL = (Kind.STOP, Kind.PAUSE, Kind.GO_ON, Kind.CLONE, Kind.KEEP)
 TAKES_VALUES = (Kind.CLONE, Kind.TRY, Kind.BUDGET)
 ENTERS_A_TRIAL = (Kind.CLONE, Kind.TRY)
@@ -45,7 +46,8 @@ class Command:
 
     number: of the trial, or how many trials `add` adds; None for a command without one. values:
     dotted path -> value, or limit -> value for `budget`. text: the words, for people. who: user and
-    machine. sent_s: Unix seconds. id: unique among the sweep's commands.
+    machine. sent_s: Unix seconds. id: unique among the sweep's commands. warm: whether a clone begins
+    with the trial's adapter.
     """
 
     kind: Kind
@@ -55,6 +57,7 @@ class Command:
     who: str = ""
     sent_s: float = 0.0
     id: str = ""
+    warm: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "kind": str(self.kind), "values": dict(self.values)}
@@ -66,10 +69,12 @@ class Command:
             number, values = data["number"], data["values"]
             known = cls(
                 Kind(data["kind"]), str(data["text"]), None if number is None else int(number), dict(values),
-                str(data["who"]), float(data["sent_s"]), str(data["id"]),
+                str(data["who"]), float(data["sent_s"]), str(data["id"]), data.get("warm") is True,
             )  # fmt: skip
-        except (TypeError, KeyError, ValueError) as error:
+        except (AttributeError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"holds no command ({error})") from None
+        if known.warm and known.kind is not Kind.CLONE:
+            raise ValueError("holds no command (its start)")
         if (known.number is None) == (known.kind in (*TAKES_A_TRIAL, Kind.ADD)):
             raise ValueError("holds no command (its number)")
         if any(len(text) > LONGEST or printable(text) != text for text in (known.text, known.who, known.id)):
@@ -92,21 +97,21 @@ def parse_words(words: Sequence[str], who: str = "", sent_s: float = 0.0, name: 
         hint = did_you_mean(words[0], known) if words else ""
         raise InputError(FIELD, text, f"must be status, {', '.join(known[:-1])} or {known[-1]}{hint}")
     kind = Kind(words[0])
-    if "--warm" in rest:
-        allowed = "a clone starts from zero: trials that begin with another one's adapter would not compare; leave --warm out"
-        raise InputError(FIELD, text, allowed if kind is Kind.CLONE else "has no --warm")
+    if (is_warm := WARM in rest) and kind is not Kind.CLONE:
+        raise InputError(FIELD, text, "has no --warm")
+    rest = [word for word in rest if word != WARM]
     number = _number(kind, text, rest) if kind in (*TAKES_A_TRIAL, Kind.ADD) else None
     if kind not in TAKES_VALUES and rest:
         raise InputError(FIELD, text, f"takes no further words, and {' '.join(rest)!r} follows")
     values = dict(map(parsed, rest))
-    if kind in TAKES_VALUES and not values:
+    if kind in TAKES_VALUES and not values and not is_warm:
         example = "gpu_hours=8" if kind is Kind.BUDGET else "optim.learning_rate=1e-4"
         raise InputError(FIELD, text, f"must name a value, as in {kind}{' 3' if kind is Kind.CLONE else ''} {example}")
     unknown = [key for key in values if kind is Kind.BUDGET and key not in LIMITS]
     if unknown:
         hint = did_you_mean(unknown[0], LIMITS)
         raise InputError(FIELD, text, f"{unknown[0]} is no limit; there are {', '.join(LIMITS)}{hint}")
-    return Command(kind, text, number, values, who, sent_s, name)
+    return Command(kind, text, number, values, who, sent_s, name, is_warm)
 
 
 def _number(kind: Kind, text: str, rest: list[str]) -> int:

@@ -16,6 +16,7 @@ from sweep.config.resume_changes import apply_resume_changes
 from sweep.config.sweep import SweepConfig
 from sweep.steering.command import ENTERS_A_TRIAL, Command, Kind
 from sweep.text import params_text
+from sweep.trials.warm_from import WarmFrom
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class TakenCommand:
     taken_s: Unix seconds. refusal: why nothing was done, None if it was. settings: dotted path ->
     the value that the sweep's config has from now on. point, trial: params and number of the trial
     that it enters. rungs: number of each trial that ran or waited for a slot -> how many reports it
-    had. Its verdict there has been given, and is not asked for again.
+    had. Its verdict there has been given, and is not asked for again. warm: the adapter that the
+    entered trial begins with.
     """
 
     command: Command
@@ -35,6 +37,7 @@ class TakenCommand:
     point: Mapping[str, Any] | None = None
     trial: int | None = None
     rungs: Mapping[int, int] = field(default_factory=dict)
+    warm: WarmFrom | None = None
 
     @property
     def text(self) -> str:
@@ -42,21 +45,26 @@ class TakenCommand:
         asked = f"{self.command.text} ({self.command.who})"
         if self.refusal is not None:
             return f"{asked} was refused: {self.refusal}"
-        return asked if self.point is None else f"{asked}: trial {self.trial} with {params_text(dict(self.point))}"
+        if self.point is None:
+            return asked
+        start = "" if self.warm is None else f", {self.warm.text}"
+        return f"{asked}: trial {self.trial} with {params_text(dict(self.point))}{start}"
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "command": self.command.to_dict(), "taken_s": self.taken_s, "refusal": self.refusal, "settings": dict(self.settings),
             "point": self.point, "trial": self.trial, "rungs": {str(number): rung for number, rung in self.rungs.items()},
+            "warm": self.warm and self.warm.to_dict(),
         }  # fmt: skip
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TakenCommand:
         """Read what to_dict() returned. Raises ValueError or LookupError for a damaged journal."""
         rungs = {int(number): rung for number, rung in data["rungs"].items()}
+        warm = None if data.get("warm") is None else WarmFrom.from_dict(data["warm"])
         return cls(
             Command.from_dict(data["command"]), data["taken_s"], data["refusal"], data["settings"], data["point"], data["trial"],
-            rungs,
+            rungs, warm,
         )  # fmt: skip
 
 

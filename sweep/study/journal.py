@@ -10,7 +10,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from engine.errors import InputError
+from engine.errors import InputError, first_line
 from engine.trial_report import TrialReport
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.plan.feasibility import Fit
@@ -18,6 +18,7 @@ from sweep.study.journal_file import JournalFile
 from sweep.study.samplers import MEMORY, known_constraints
 from sweep.study.warm_start import EarlierTrial
 from sweep.trials.record import Outcome, TrialRecord
+from sweep.trials.warm_from import WarmFrom
 
 STUDY_NAME = "sweep"
 # prefix of the notes that successive halving keeps of a trial and reads of the others
@@ -27,6 +28,7 @@ JUDGED = "completed_rung_"
 TOLD_PRUNED = (Outcome.PRUNED, Outcome.OUT_OF_MEMORY, Outcome.PAUSED)
 # what Optuna raises for a file that is no journal of a sweep
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, AssertionError, optuna.exceptions.OptunaError)
+WARM = "warm"  # user attribute of a warm clone
 # noted of a trial that Optuna counts as running: it may go on
 WAITING = (Outcome.STOPPED, Outcome.PAUSED)
 ConfigOf = Callable[[dict[str, Any]], dict[str, Any]]
@@ -35,6 +37,21 @@ ConfigOf = Callable[[dict[str, Any]], dict[str, Any]]
 def open_journal(folder: SweepFolder) -> optuna.storages.JournalStorage:
     """Open the storage on the folder's journal for its one writer. Creates a missing file."""
     return optuna.storages.JournalStorage(JournalFile(folder.journal))
+
+
+def open_study(
+    folder: SweepFolder, pruner: optuna.pruners.BasePruner, num_objectives: int
+) -> tuple[optuna.storages.JournalStorage, optuna.Study]:
+    """Open the study in the folder's journal for its one writer, or begin it. Raises InputError for a damaged journal."""
+    directions = ["minimize"] * num_objectives
+    try:
+        storage = open_journal(folder)
+        study = optuna.create_study(
+            storage=storage, study_name=STUDY_NAME, pruner=pruner, directions=directions, load_if_exists=True
+        )
+    except DAMAGED as error:
+        raise InputError("resume", str(folder.journal), f"must be the journal of a sweep ({first_line(error)})") from None
+    return storage, study
 
 
 def read_trials(folder: SweepFolder) -> list[FrozenTrial]:
@@ -132,12 +149,12 @@ def told_state(outcome: Outcome) -> TrialState:
     return TrialState.PRUNED if outcome in TOLD_PRUNED else TrialState.FAIL
 
 
-def new_entry(draft: FrozenTrial, fit: Fit) -> FrozenTrial:
-    """Return the draft as it enters the journal.
+def new_entry(draft: FrozenTrial, fit: Fit, warm: WarmFrom | None = None) -> FrozenTrial:
+    """Return the draft as it enters the journal. warm: what it begins with, if it is a warm clone.
 
     It enters in one record, so that a kill leaves it whole or not at all.
     """
-    attributes = {"predicted_gib": fit.predicted_peak_gib, "excess_gib": fit.excess_gib}
+    attributes = {"predicted_gib": fit.predicted_peak_gib, "excess_gib": fit.excess_gib, WARM: warm and warm.to_dict()}
     attributes = {name: value for name, value in attributes.items() if value is not None}
     if not fit.fits:
         attributes |= {"outcome": str(Outcome.INFEASIBLE), "error": fit.reason}
@@ -152,6 +169,12 @@ def new_entry(draft: FrozenTrial, fit: Fit) -> FrozenTrial:
         # Study.tell sets its constraint when it ends
         constraints=None if fit.fits else {MEMORY: fit.excess_gib},
     )
+
+
+def warm_of(trial: FrozenTrial) -> WarmFrom | None:
+    """Return what a warm clone began with; None for any other trial."""
+    found = trial.user_attrs.get(WARM)
+    return None if found is None else WarmFrom.from_dict(found)
 
 
 def earlier_entry(
@@ -185,11 +208,12 @@ def record_of(trial: FrozenTrial, folder: SweepFolder, config_of: ConfigOf) -> T
     unfinished = next((outcome for outcome in WAITING if known.get("outcome") == outcome), Outcome.RUNNING)
     reports = folder.reports(trial.number)
     started_s = trial.datetime_start.timestamp() if trial.datetime_start else None
+    config, warm = config_of(trial.params), warm_of(trial)
     ended_s = trial.datetime_complete.timestamp() if trial.datetime_complete else known.get("stopped_s")
     return TrialRecord(
         number=trial.number,
         params=dict(trial.params),
-        config=config_of(trial.params),
+        config=config if warm is None else warm.put_into(config, folder.start(trial.number)),
         outcome=Outcome(known["outcome"]) if finished else unfinished,
         folder=str(folder.trial(trial.number)),
         reports=reports,
@@ -199,6 +223,7 @@ def record_of(trial: FrozenTrial, folder: SweepFolder, config_of: ConfigOf) -> T
         predicted_gib=known.get("predicted_gib"),
         measured_gib=known.get("measured_gib"),
         source=known.get("source"),
+        warm=warm,
     )
 
 

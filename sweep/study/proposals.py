@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sweep.config.sampler_options import GpConfig, RandomConfig, SamplerConfig, TpeConfig
 from sweep.space.space import Space
+from sweep.study.journal import warm_of
 from sweep.study.samplers import as_seen, is_feasible, make_sampler, proposal_seed
 
 NUM_SAMPLER_ATTEMPTS = 20  # then random draws, since the sampler only repeats known points
@@ -95,7 +96,7 @@ class Proposer:
         if self._copy is None:
             return
         if self._draft_id is None:
-            self._add(trial)
+            self._add(as_unseen(trial))
         else:
             self._ids[trial.number], self._draft_id = self._draft_id, None
             if trial.state.is_finished():
@@ -115,7 +116,7 @@ class Proposer:
 
     def _make_copy(self, trials: list[FrozenTrial], border: int) -> None:
         self._copy, self._ids, self._draft_id, self._border = self._study(), {}, None, border
-        seen = as_seen(self._config, trials, self._num_objectives)
+        seen = as_seen(self._config, [as_unseen(trial) for trial in trials], self._num_objectives)
         for trial in (*thin_out(seen[:border], border), *seen[border:]) if border else seen:
             self._add(trial)
 
@@ -143,6 +144,15 @@ class Proposer:
             pruner=self._pruner,
             directions=["minimize"] * self._num_objectives,
         )
+
+
+def as_unseen(trial: FrozenTrial) -> FrozenTrial:
+    """Return a warm clone as one that failed: its place stays, and no sampler learns from it. Others are unchanged."""
+    if warm_of(trial) is None:
+        return trial
+    unseen = optuna.trial.create_trial(state=TrialState.FAIL, params=trial.params, distributions=trial.distributions)
+    unseen.number = trial.number
+    return unseen
 
 
 class _Ended(FrozenTrial):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from optuna.trial import FrozenTrial, TrialState
 
+from sweep.study.journal import warm_of
 from sweep.study.pruners import Curve, Pruner
 
 
@@ -27,7 +28,9 @@ class Pruning:
             self.on_entered(trial)
 
     def on_entered(self, trial: FrozenTrial) -> None:
-        """Take in a trial of the journal, with its reports so far."""
+        """Take in a trial of the journal, with its reports so far. A warm clone is neither judged nor compared with."""
+        if warm_of(trial) is not None:
+            return
         self._curves[trial.number] = {}
         for rung in sorted(trial.intermediate_values):
             self.on_reported(trial.number, rung, trial.intermediate_values[rung])
@@ -41,6 +44,8 @@ class Pruning:
         A trial that reports again was not pruned at the rung before. The replay comes before the
         new report, so that the pruner sees only the data that it had then.
         """
+        if number not in self._curves:
+            return
         if number in self._unjudged:
             self.should_prune(number)
         self._curves[number][rung] = eval_loss
@@ -52,10 +57,12 @@ class Pruning:
         Ask once a rung, because successive halving judges each rung only once.
         """
         self._unjudged.discard(number)
-        curve = self._curves[number]
+        curve = self._curves.get(number)
         return bool(curve) and max(curve) < self._num_rungs and self._pruner.prunes(number, curve)
 
     def on_ended(self, trial: FrozenTrial) -> None:
         """Take in a trial's end, with its state in the journal."""
+        if trial.number not in self._curves:
+            return
         self._unjudged.discard(trial.number)
         self._pruner.on_ended(trial.number, self._curves.pop(trial.number), trial.state is TrialState.COMPLETE)

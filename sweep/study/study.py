@@ -22,8 +22,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
+from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
-from engine.errors import InputError, first_line
 from sweep.config.sweep import SweepConfig
 from sweep.curves.setup_price import KeptSetupPrice
 from sweep.folder.sweep_folder import SweepFolder
@@ -32,7 +32,7 @@ from sweep.prior.kept_beginning import KeptBeginning
 from sweep.space.space import Space
 from sweep.study.begun_with import as_attributes, keep
 from sweep.study.earlier_sweeps import EarlierSweeps
-from sweep.study.journal import DAMAGED, STUDY_NAME, earlier_entry, mend_journal, new_entry, open_journal, record_of, told_state
+from sweep.study.journal import STUDY_NAME, earlier_entry, mend_journal, new_entry, open_study, record_of, told_state, warm_of
 from sweep.study.kept_commands import KeptCommands
 from sweep.study.known_configs import config_key, is_refused
 from sweep.study.proposals import Proposer
@@ -41,6 +41,7 @@ from sweep.study.pruners import make_optuna_pruner, make_pruner
 from sweep.study.samplers import known_constraints, make_sampler, proposal_seed
 from sweep.trials.objectives import objective_values
 from sweep.trials.record import Outcome, Proposal, TrialRecord
+from sweep.trials.warm_from import WarmFrom
 
 TAKEN_OVER = "num_taken_over"
 MET_EXCESS_GIB = 1.0  # assumed: a trial that ran out of memory does not tell how much it lacked
@@ -70,7 +71,7 @@ class Study:
         num_rungs = len(config.train.report_grid())
         self._pruner = make_optuna_pruner(config.effective_pruner, num_rungs)
         self._objectives = config.sweep.objectives
-        self._study = self._open()
+        self._storage, self._study = open_study(folder, self._pruner, len(self._objectives))
         self.beginning, self.commands = KeptBeginning(self._study), KeptCommands(self._study)
         self.setup_price = KeptSetupPrice(self._study)
         make_sampler(config.sampler, 0)  # fails now if its package is missing
@@ -83,28 +84,14 @@ class Study:
         self._distributions: dict[tuple[str, Any], Any] = {}
         for trial in self._trials():
             self._share_distributions(trial)
-        self._tried = {config_key(self._config(trial.params), is_refused(trial)) for trial in self._trials()}
+        self._tried = {config_key(self._config_of(trial), is_refused(trial)) for trial in self._trials()}
 
-    def _open(self) -> optuna.Study:
-        try:
-            self._storage = open_journal(self._folder)
-            return optuna.create_study(
-                storage=self._storage,
-                study_name=STUDY_NAME,
-                pruner=self._pruner,
-                directions=["minimize"] * len(self._objectives),
-                load_if_exists=True,
-            )
-        except DAMAGED as error:
-            raise InputError(
-                "resume", str(self._folder.journal), f"must be the journal of a sweep ({first_line(error)})"
-            ) from None
-
-    def ask(self, chosen: Mapping[str, Any] | None = None) -> Proposal | None:
+    def ask(self, chosen: Mapping[str, Any] | None = None, warm: WarmFrom | None = None) -> Proposal | None:
         """Enter a new trial in the journal, which trains an adapter that no earlier trial did.
 
         It enters as RUNNING, or as ended if it does not fit. Returns None if the space is used up.
-        chosen: the untried point to enter; None: the earlier sweeps' points, then the sampler's.
+        chosen: the untried point to enter; None: the earlier sweeps' points, then the sampler's. warm:
+        the adapter that it begins with. Neither sampler nor pruner learns from such a trial.
         """
         point = self.next_first_point() if chosen is None else dict(chosen)
         draft = None if point is None else self._proposer.fixed(point)
@@ -114,9 +101,9 @@ class Study:
             draft = self._unseen_point()
         if draft is None:
             return None
-        config = self._config(draft.params)
+        config = self._config(draft.params, warm)
         fit = self._fit_check(config)
-        number = self._enter(new_entry(draft, fit))
+        number = self._enter(new_entry(draft, fit, warm))
         self._tried.add(config_key(config, not fit.fits))
         self._folder.write_train_config(number, config)
         return Proposal(number, dict(draft.params), config, fit.reason)
@@ -237,7 +224,7 @@ class Study:
 
     def config(self, number: int) -> TrainConfig:
         """Return the trial's whole config, made again from its params."""
-        return self._config(self._trial(number).params)
+        return self._config_of(self._trial(number))
 
     def _note_stop(self, number: int, outcome: Outcome, now_s: float | None) -> None:
         trial_id = self._trial(number)._trial_id
@@ -291,9 +278,17 @@ class Study:
                 return self._proposer.fixed(self._points[number])
         return None
 
-    def _config(self, params: dict[str, Any]) -> TrainConfig:
-        return self._space.apply(self._base, params)
+    def _config_of(self, trial: FrozenTrial) -> TrainConfig:
+        return self._config(trial.params, warm_of(trial), trial.number)
 
-    def is_new(self, params: dict[str, Any]) -> bool:
-        config = self._config(params)
+    def _config(self, params: dict[str, Any], warm: WarmFrom | None = None, number: int | None = None) -> TrainConfig:
+        """Return a trial's whole config. number: of the trial; None: the next one."""
+        config = self._space.apply(self._base, params)
+        if warm is None:
+            return config
+        start = self._folder.start(self._num_trials if number is None else number)
+        return parse(TrainConfig, warm.put_into(config.model_dump(mode="json"), start))
+
+    def is_new(self, params: dict[str, Any], warm: WarmFrom | None = None) -> bool:
+        config = self._config(params, warm)
         return self._tried.isdisjoint({config_key(config, False), config_key(config, True)})

@@ -81,7 +81,7 @@ def entering(
 ) -> list[tuple[str, dict[str, Any], TrialRecord]]:
     """Return (source, params, record) of each trial that enters. Raises InputError if none does."""
     base, names = config.base().model_dump(mode="json"), config.sweep.objectives
-    ended = [record for record in records if record.source is None and _is_known(record, names)]
+    ended = [record for record in records if record.source is None and record.warm is None and _is_known(record, names)]
     if not ended:
         raise InputError("sweep.warm_start", name, "must be a sweep with a trial that has ended and was measured")
     placed = [(record, params_in(space, base, record.config)) for record in ended]

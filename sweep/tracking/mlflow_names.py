@@ -96,7 +96,8 @@ def trial_name(record: TrialRecord, is_best: bool = False) -> str:
 
     The name includes the outcome, so the table needs no extra column for it.
     """
-    return f"{record.number:04d} {record.outcome}{' (best)' if is_best else ''}"
+    warm = f" warm from {record.warm.trial}" if record.warm else ""
+    return f"{record.number:04d} {record.outcome}{warm}{' (best)' if is_best else ''}"
 
 
 def final_seed_name(record: TrialRecord, trial: int) -> str:
@@ -250,6 +251,7 @@ def description(config: Mapping[str, Any], best: TrialRecord | None, summary: Ma
     lines += ["", f"Task metrics: {', '.join(texts)}."] if texts else []
     data = config.get("data", {}).get("train")
     sampled = ", ".join(f"{path} = {value}" for path, value in best.params.items())
+    sampled += best.warm_text
     lines += ["", f"Trained on `{data}`." if data else "", f"Sampled: {sampled}." if sampled else ""]
     return "\n".join(lines).rstrip()
 

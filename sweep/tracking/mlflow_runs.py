@@ -100,6 +100,7 @@ class MlflowRuns:
         run = self._child(record, identity)
         points = trial_points(record, self._last_rung.get(run, 0))
         tags = {"outcome": record.outcome.value, "error": record.error or "", **plan_tags(record)}
+        tags |= {"start": record.warm.text} if record.warm else {}
         self._log(run, points, record.params, tags)
         self._write_config(run, record.config, "train_config.json")
         status = STATUS.get(record.outcome, "FAILED")

@@ -85,7 +85,7 @@ class SweepMetrics(Collector):
 
     def _of_trials(self, own: list[TrialRecord]) -> Iterator[Metric]:
         counts = Counter(record.outcome for record in own)
-        trials = self._gauge("trials", "trials by outcome; RUNNING and PAUSED trials have not ended", "outcome")
+        trials = self._gauge("trials", "trials by outcome; RUNNING, PAUSED and STOPPED trials may go on", "outcome")
         for outcome in Outcome:
             trials.add_metric([self._sweep, str(outcome)], counts[outcome])
         yield trials

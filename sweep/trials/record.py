@@ -10,6 +10,7 @@ from typing import Any
 from engine.config.metrics_section import EVAL_LOSS, EVERY, PREFERENCE_ACCURACY, sign_of
 from engine.config.trial import TrainConfig
 from engine.trial_report import TrialReport, kept_report
+from sweep.trials.warm_from import WarmFrom
 
 
 class Outcome(StrEnum):
@@ -60,7 +61,8 @@ class TrialRecord:
 
     predicted_gib: peak predicted before the start. measured_gib: peak when memory ran out. Both are
     None if not known. slot, dead_time_s: those of its newest stay in a slot, see timeline.Span.
-    source: the trial of an earlier sweep from which this one was taken over.
+    source: the trial of an earlier sweep from which this one was taken over. warm: the adapter that a
+    warm clone began with.
     """
 
     number: int
@@ -77,6 +79,12 @@ class TrialRecord:
     slot: str | None = None
     dead_time_s: float | None = None
     source: str | None = None
+    warm: WarmFrom | None = None
+
+    @property
+    def warm_text(self) -> str:
+        """Return ` (warm from trial 3 at 4,130 tokens)` for a warm clone, to stand behind its params."""
+        return "" if self.warm is None else f" ({self.warm.text})"
 
     @property
     def predicted_peak_gib(self) -> float | None:
@@ -184,6 +192,7 @@ class TrialRecord:
         known = {name: getattr(self, name) for name in names}
         known |= {"metrics": self.metrics} if self.metrics else {}
         known |= {"eval_losses": self.eval_losses} if self.eval_losses else {}
+        known |= {"warm": self.warm.to_dict()} if self.warm else {}
         return {**known, "outcome": str(self.outcome), "num_reports": len(self.reports)}
 
 

@@ -12,7 +12,7 @@ from sweep.folder.timeline import Timeline
 from sweep.ledger.limits import Limits
 from sweep.ledger.time_left import HOUR_S, TimeLeft
 from sweep.report.collect import Collected
-from sweep.trials.record import Outcome, TrialRecord
+from sweep.trials.record import GOING_ON, Outcome, TrialRecord
 
 
 class Eta:
@@ -72,7 +72,8 @@ def progress(found: Collected, timeline: Timeline, driven: bool, left_s: float |
     own = [record for record in found.records if record.source is None]
     counts = Counter(str(record.outcome) for record in own)
     tried = [record for record in own if record.outcome is not Outcome.INFEASIBLE]
-    ended = sum(record.outcome is not Outcome.RUNNING for record in tried)
+    running = sum(record.outcome is Outcome.RUNNING for record in tried)
+    ended = sum(record.outcome not in GOING_ON for record in tried)
     usage = timeline.usage if driven else found.timeline.usage
     return {
         "is_driven": driven,
@@ -80,7 +81,8 @@ def progress(found: Collected, timeline: Timeline, driven: bool, left_s: float |
         "last_event_s": usage.newest_s or None,
         "num_trials": found.config.sweep.num_trials,
         "num_ended": ended,
-        "num_running": len(tried) - ended,
+        "num_running": running,
+        "num_waiting": len(tried) - running - ended,
         "outcomes": {outcome.value: counts[outcome] for outcome in Outcome if counts[outcome]},
         "left_s": left_s if driven else None,
         "elapsed_s": usage.elapsed_until_s(now_s),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.sources.identity import ADAPTER_FILES, refuse_other_start
 from engine.system.files import write_text
 from engine.trial_report import CHECKPOINT, read_reports
 from sweep.config.sweep import parse_sweep_config
@@ -109,16 +110,35 @@ def _turn(ledger: SteeredLedger, folder: SweepFolder, proposal: Proposal) -> boo
         return True
     reports = read_reports(folder.trial(proposal.number))
     rung = len(reports) + 1
-    report = make_report(rung, engine.eval_loss(proposal.config, rung), tokens_seen=100 * rung, num_trainable=1)
+    loss = engine.eval_loss(proposal.config, rung) - _gained(proposal)
+    report = make_report(rung, loss, tokens_seen=100 * rung, num_trainable=1)
     if reports and not checkpoint(folder, proposal.number).is_dir():
         raise AssertionError(f"trial {proposal.number} goes on without a checkpoint")
     checkpoint(folder, proposal.number).mkdir(parents=True, exist_ok=True)
+    _export(folder.trial(proposal.number) / "adapter", loss)
     text = "".join(json.dumps(line.to_dict()) + "\n" for line in [*reports, report])
     write_text(folder.trial(proposal.number) / "reports.jsonl", text)
     if rung == NUM_RUNGS:
         ledger.ended(proposal.number, Outcome.COMPLETE, report)
         return True
     return ledger.reported(proposal.number, report)
+
+
+def _export(adapter: Path, loss: float) -> None:
+    """Write an adapter that tells its loss, without a write that a kill counts: an engine writes it in another process."""
+    adapter.mkdir(exist_ok=True)
+    for name in ADAPTER_FILES:
+        (adapter / name).unlink(missing_ok=True)  # a clone may hold a link to it
+        (adapter / name).write_text(json.dumps(loss))
+
+
+def _gained(proposal: Proposal) -> float:
+    """Return what a warm clone gains by its start, which must be the adapter that its config names."""
+    lora = proposal.config.lora
+    if lora.start_from is None:
+        return 0.0
+    refuse_other_start(lora)
+    return 0.1 / json.loads((Path(lora.start_from) / ADAPTER_FILES[0]).read_text())
 
 
 def checkpoint(folder: SweepFolder, number: int) -> Path:

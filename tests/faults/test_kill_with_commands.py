@@ -23,6 +23,12 @@ OTHER = (
     (1, "keep 0"), (1, POINT), (2, "pause 1"), (2, "clone 0 lora.rank=4"), (3, "stop 0"), (4, "go-on 1"), (5, "pause 2"),
     (6, "stop 2"), (6, "budget full_trials=3"), (8, "keep 3"), (8, "finish"), (9, "add 3"), (11, "pause 3"),
 )  # fmt: skip
+# the parent runs, is paused, is a warm clone itself, or has ended; some are refused
+WARM = (
+    (1, "clone 0 --warm optim.learning_rate=0.0011"), (2, "clone 9 --warm"), (5, "pause 1"),
+    (6, "clone 1 --warm optim.learning_rate=0.002"), (8, "stop 2"), (9, "go-on 1"), (10, "clone 0 --warm lora.rank=1"),
+    (13, "clone 0 --warm"), (14, "clone 0 --warm"), (20, "keep 4"), (26, "finish"),
+)  # fmt: skip
 EQUAL = [
     ("tpe", "successive_halving", SCRIPT),
     ("tpe", "hyperband", SCRIPT),
@@ -30,6 +36,9 @@ EQUAL = [
     ("random", "patient", OTHER),
     ("freeze_thaw", "none", SCRIPT),
     ("freeze_thaw", "none", OTHER),
+    ("tpe", "successive_halving", WARM),
+    ("tpe", "hyperband", WARM),
+    ("freeze_thaw", "none", ((1, "budget full_trials=9"), *WARM)),
 ]
 
 
@@ -62,9 +71,16 @@ def check(tmp_path, sampler: str, pruner: str, script: Script, step: int) -> int
             return num_kills
 
 
-@pytest.mark.parametrize(("sampler", "pruner", "step"), [("tpe", "successive_halving", 17), ("freeze_thaw", "none", 13)])
-def test_a_kill_with_commands_in_between_changes_nothing(tmp_path, sampler, pruner, step):
-    assert check(tmp_path, sampler, pruner, SCRIPT, step) > 15
+@pytest.mark.parametrize(
+    ("sampler", "pruner", "script", "step", "least"),
+    [
+        ("tpe", "successive_halving", SCRIPT, 17, 15),
+        ("freeze_thaw", "none", SCRIPT, 13, 15),
+        ("tpe", "successive_halving", WARM, 31, 12),
+    ],
+)
+def test_a_kill_with_commands_in_between_changes_nothing(tmp_path, sampler, pruner, script, step, least):
+    assert check(tmp_path, sampler, pruner, script, step) > least
 
 
 @pytest.mark.faults

@@ -148,7 +148,7 @@ export async function drawComparison(sweeps) {
     if (sweep.best) curves.push({ ...line(sweep, measure, [sweep.best], style.name, seriesColour(index), 2.5, 1), name: `${style.name}, trial ${sweep.best.number}` });
   });
   const named = (text) => ({ title: { text } });
-  await Plotly.react(byId('best-so-far'), soFar, look({ height: 330, xaxis: { title: { text: 'trials ended' }, rangemode: 'tozero' }, yaxis: named(`${escaped(label)} so far`) }), chartConfig());
+  await Plotly.react(byId('best-so-far'), soFar, look({ height: 330, xaxis: { title: { text: 'trials ended or waiting' }, rangemode: 'tozero' }, yaxis: named(`${escaped(label)} so far`) }), chartConfig());
   await Plotly.react(byId('best-curves'), curves, look({ height: 330, xaxis: { title: { text: 'tokens seen by the best trial' }, rangemode: 'tozero' }, yaxis: named(measure === 'eval_loss' ? 'eval loss (nats)' : labelOf(measure)) }), chartConfig());
 }
 

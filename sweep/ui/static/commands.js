@@ -3,7 +3,7 @@
 import { byId, fill, getJson, make } from './dom.js';
 
 const OF_SWEEP = [['Status', 'status'], ['Add 4 trials', 'add 4'], ['Finish after what runs', 'finish']];
-const OF_TRIAL = ['stop', 'pause', 'go-on', 'clone', 'keep'];
+const OF_TRIAL = ['stop', 'pause', 'go-on', 'clone', 'clone --warm', 'keep'];
 let takes = false, sweepNow = null, after = null;
 
 export function prepareCommands(takesCommands, current, update) {
@@ -22,8 +22,8 @@ const button = (words, onclick, why = null) => make('button', { disabled: !takes
 export function showCommands(sweep, picked) {
   const refused = sweep.trials.get(picked)?.refused ?? {}, words = [...new Set(Object.values(refused))];
   const reasons = words.filter((why) => !words.some((other) => other !== why && other.startsWith(why)));
-  const ofTrial = picked === null ? [] : OF_TRIAL.map((verb) => (verb === 'clone'
-    ? button(`clone ${picked} with …`, () => beginClone(sweep, picked), refused.clone) : button(`${verb} ${picked}`, () => send(`${verb} ${picked}`), refused[verb])));
+  const ofTrial = picked === null ? [] : OF_TRIAL.map((verb) => (verb.startsWith('clone')
+    ? button(`${verb === 'clone' ? 'clone' : 'warm clone of'} ${picked} with …`, () => beginClone(sweep, picked, verb), refused.clone ?? refused[verb]) : button(`${verb} ${picked}`, () => send(`${verb} ${picked}`), refused[verb])));
   ofTrial.sort((one, other) => one.disabled - other.disabled);
   fill(byId('buttons'), ...OF_SWEEP.map(([words, line]) => button(words, () => send(line))), ...ofTrial,
     picked === null ? make('span', { class: 'caption' }, 'Pick a trial for its commands.') : null,
@@ -31,10 +31,11 @@ export function showCommands(sweep, picked) {
 }
 
 // A clone needs another value: the line gets the trial's own, marked, so that typing replaces it.
-function beginClone(sweep, picked) {
+// A warm one begins with the trial's adapter, and may keep all values.
+function beginClone(sweep, picked, verb) {
   const { params } = sweep.trials.get(picked), paths = sweep.about.params;
   const path = paths.find((one) => typeof params[one] === 'number') ?? paths[0], line = byId('line');
-  line.value = `clone ${picked} ${path}=${params[path]}`;
+  line.value = `clone ${picked}${verb.slice('clone'.length)} ${path}=${params[path]}`;
   line.focus();
   line.setSelectionRange(line.value.lastIndexOf('=') + 1, line.value.length);
 }

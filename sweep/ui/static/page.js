@@ -19,9 +19,9 @@ function tile(label, value, more = '', kind = '') {
   return make('div', { class: `tile ${kind}` }, make('span', {}, label), make('b', {}, value), more ? make('span', {}, more) : null);
 }
 
-function timeLeft({ is_driven, left_s, num_running, num_ended, num_trials }) {
+function timeLeft({ is_driven, left_s, num_running, num_waiting, num_ended, num_trials }) {
   if (!is_driven) return '–';
-  return num_running === 0 && num_ended >= num_trials ? 'finishing' : durationText(left_s);
+  return num_running === 0 && num_ended + num_waiting >= num_trials ? 'finishing' : durationText(left_s);
 }
 
 function showHead() {

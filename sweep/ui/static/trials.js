@@ -20,10 +20,10 @@ const afterParams = (about) => [
   ['predicted GiB', (t) => t.predicted_peak_gib, (v) => fixed(v, 2), true],
   ['steps took', (t) => t.elapsed_s, (v) => (v === null ? '' : durationText(v)), true],
   ['parameters', (t) => t.num_trainable, whole, true],
-  ['note', (t) => t.error ?? (t.source ? `from ${t.source}` : ''), String, false, 'text'],
+  ['note', (t) => t.note, String, false, 'text'],
 ];
 
-const wordsOf = (trial) => (trial.words ??= `${trial.number} ${trial.outcome} ${paramsText(trial.params)} ${trial.error ?? ''}`.toLowerCase());
+const wordsOf = (trial) => (trial.words ??= `${trial.number} ${trial.outcome} ${paramsText(trial.params)} ${trial.note}`.toLowerCase());
 const STEP = 100; // rows that are made at once
 
 export class TrialTable {
@@ -46,7 +46,9 @@ export class TrialTable {
     const names = shortNames(sweep.about.params);
     const metrics = sweep.about.metrics.map((name) => [name, (t) => t.metrics?.[name], (v) => fixed(v, 4), true, null, `metric ${name}`]);
     const sets = sweep.about.eval_sets.map((name) => [`loss ${name}`, (t) => t.eval_losses?.[name], (v) => fixed(v, 4), true, null, `eval loss ${name}`]);
-    this.columns = [...BEFORE, ...metrics, ...sets, ...sweep.about.params.map((path) => [names[path], (t) => t.params[path], valueText, false, null, path]), ...afterParams(sweep.about)];
+    const decides = metrics.filter((column) => column[0] === sweep.about.chosen_by), others = metrics.filter((column) => !decides.includes(column));
+    const params = sweep.about.params.map((path) => [names[path], (t) => t.params[path], valueText, false, null, path]);
+    this.columns = [...BEFORE, ...decides, ...params, ...others, ...sets, ...afterParams(sweep.about)];
     const shape = JSON.stringify([this.columns.map((c) => c[5] ?? c[0]), colours]);
     if (shape !== this.shape) this.rows.clear();
     Object.assign(this, { sweep, colours, picked, shape });
@@ -129,7 +131,7 @@ export function showPicked(sweep, number) {
   if (!trial) return;
   byId('picked-title').textContent = `Trial ${number}, ${trial.outcome}`;
   const facts = { ...trial.params, 'eval loss': fixed(trial.eval_loss, 4), ...trial.metrics, 'nats above its limits': trial.above_limits ?? null, 'micro batch': trial.micro_batch_size,
-    'activation checkpointing': trial.activation_checkpointing, 'ran out of memory': trial.num_out_of_memory, error: trial.error, from: trial.source };
+    'activation checkpointing': trial.activation_checkpointing, 'ran out of memory': trial.num_out_of_memory, error: trial.error, from: trial.source, start: trial.warm ? `adapter of trial ${trial.warm.trial} at ${whole(trial.warm.tokens)} tokens` : null };
   const rows = Object.entries(facts).filter(([, value]) => value !== null && value !== '').flatMap(([name, value]) => [make('dt', {}, name), make('dd', {}, valueText(value))]);
   fill(byId('picked-facts'), make('dl', {}, ...rows));
 }

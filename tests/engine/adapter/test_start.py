@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -120,6 +121,26 @@ def test_a_resume_has_the_same_numbers_and_another_adapter_is_refused(tiny_confi
     changed = {**digests, "adapter": prepare([starting(tiny_config, other)]).data["adapter"]}
     with pytest.raises(InputsChanged, match=r"lora\.start_from = .*the adapter that trials start from changed"):
         list(train(config, tmp_path / "new", base=base, inputs=changed))
+
+
+def test_a_digest_stands_for_the_files_wherever_they_lie_and_refuses_others(tiny_config, tmp_path, folder, base):
+    digest = prepare([starting(tiny_config, folder)]).data["adapter"]
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    there, here = (starting(tiny_config, place, start_digest=digest) for place in (folder, copy))
+    assert there.fingerprint() == here.fingerprint() != starting(tiny_config, folder).fingerprint()
+    whole, steps = run(there, tmp_path / "whole", base), iter(train(there, tmp_path / "moved", base=base))
+    next(steps)
+    steps.close()
+    sweep_s = {"adapter": "0" * 16}  # what the sweep's other trials start from
+    assert same_numbers(list(train(here, tmp_path / "moved", base=base, inputs=sweep_s))[-1:], whole[-1:])
+    (copy / "adapter_config.json").write_text((folder / "adapter_config.json").read_text() + " ")
+    with pytest.raises(InputError, match=f"must be the adapter of lora.start_digest = {digest}, and has files of digest"):
+        list(train(here, tmp_path / "new", base=base))
+    shutil.rmtree(copy)
+    with pytest.raises(InputError, match="holds no adapter any more; put the former back"):
+        prepare([here])
+    with pytest.raises(InputError, match=r"lora\.start_digest = .*: needs lora\.start_from"):
+        build(tiny_config, lora={"start_digest": digest})
 
 
 @pytest.mark.parametrize(

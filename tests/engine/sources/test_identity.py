@@ -136,3 +136,8 @@ def test_an_input_that_cannot_be_read_any_more_has_changed_too(error, is_one):
 
 def test_a_hub_that_does_not_answer_is_no_change():
     assert not is_input_fault(InputError("model.path", "org/model", "its error: no connection"), {"commit": "a"})
+
+
+def test_a_start_that_one_trial_has_for_itself_is_that_trial_s_fault_alone():
+    lost = InputError("lora.start_from", "trials/0003/start", "holds no adapter any more")
+    assert is_input_fault(lost, RECORDED) and not is_input_fault(lost, {"commit": "a"})

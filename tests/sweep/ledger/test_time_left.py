@@ -46,6 +46,15 @@ def test_before_the_first_report_nothing_is_said(tmp_path):
     assert sweep.left.text() == "1 of 4 trials ended, time left: -"
 
 
+def test_a_trial_that_waits_has_not_ended_so_the_count_never_falls(tmp_path):
+    sweep = Sweep(tmp_path, num_trials=2)
+    said = []
+    for outcome in (Outcome.RUNNING, Outcome.PAUSED, Outcome.RUNNING, Outcome.STOPPED, Outcome.RUNNING, Outcome.COMPLETE):
+        sweep.trial(0, 1, outcome)
+        said.append(sweep.left.text().split(" of ")[0])
+    assert said == ["0", "0", "0", "0", "0", "1"]
+
+
 def test_with_several_slots_their_hours_are_said_too(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -66,7 +66,8 @@ def test_where_a_metric_decides_the_curves_show_it_and_the_loss_beside_it(tmp_pa
 def test_what_looks_like_a_tag_in_a_name_a_value_or_an_error_stays_text(tmp_path, monkeypatch):
     folder = swept(tmp_path)
     assert TAG in folder.config_file.read_text()
-    clean = Elements(page_of(swept(tmp_path / "clean", space={k: v for k, v in SPACE.items() if "modules" not in k})))
+    plain = {"choices": {"plain": ["q_proj"], "all-linear": "all-linear"}}
+    clean = Elements(page_of(swept(tmp_path / "clean", space={**SPACE, "lora.target_modules": plain})))
     assert sorted(Elements(page_of(folder)).names) == sorted(clean.names)
     assert TAG not in page_of(folder).replace(get_plotlyjs(), "")
     monkeypatch.setattr(report_page, "escape", str)  # the twin: what this test guards against

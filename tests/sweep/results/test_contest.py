@@ -45,7 +45,7 @@ def test_of_trials_that_cannot_be_told_apart_the_smaller_adapter_wins_and_every_
         assert line in place
     assert (summary["best_trial"], summary["tied_with_lowest"], summary["num_tied"]) == ("1", "1", 1)
     assert "or within 0.005 nats and not told apart from it by the same 40 evaluation samples" in ends.board
-    assert "| 1.5005 | 0.0005, tied |" in ends.board and "| 1.6000 | 0.1000, at least 0.1000 |" in ends.board
+    assert "| 1.5005 | 8 | 0.000123 | 0.0005, tied |" in ends.board and "| 0.1000, at least 0.1000 |" in ends.board
     board = json.loads((ends.folder.path / "leaderboard.json").read_text())
     assert board["contest"] == {"lowest": 0, "level": 0.95, "num_samples": 40, "num_compared": 2, "tied": [1], "left_out": []}
     assert [row["number"] for row in board["trials"]] == [1, 0, 2] and board["trials"][1]["above_lowest"] is None

@@ -3,7 +3,7 @@
 import json
 import math
 
-from sweep.results.leaderboard import write_leaderboard
+from sweep.results.leaderboard import board_rows, board_table, equal_line, write_leaderboard
 from sweep.trials.record import Outcome
 from sweep.trials.selection import Rule
 from tests.support.records import judged, trial
@@ -24,7 +24,7 @@ def test_the_leaderboard_lists_every_trial_and_states_the_rule(tmp_path):
     assert (board["best_trial"], board["rule"], board["trials"][3]["eval_loss"]) == (0, Rule().text, None)
     text = (tmp_path / "leaderboard.md").read_text()
     assert Rule().text in text
-    assert "| 1 | 0 | COMPLETE | 1.2000 |  | 1,000 | 100 | 50 | 1.50 |  | rank=8, learning_rate=0.000123 |  |" in text
+    assert "| 1 | 0 | COMPLETE | 1.2000 | 8 | 0.000123 |  | 1,000 | 100 | 50 | 1.50 |  |  |" in text
     assert "| a \\| b second line |" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["leaderboard.json", "leaderboard.md"]
 
@@ -46,7 +46,7 @@ def test_the_leaderboard_shows_peaks_beside_what_was_predicted_and_how_each_tria
     text = (tmp_path / "leaderboard.md").read_text()
     assert "Outcomes: 2 COMPLETE, 1 INFEASIBLE, 1 OUT_OF_MEMORY." in text
     assert "| peak GiB | predicted |" in text
-    cells = {row.split(" | ")[1]: row.split(" | ")[8:10] for row in text.splitlines() if row.startswith(("| 1", "| 2", "| -"))}
+    cells = {row.split(" | ")[1]: row.split(" | ")[10:12] for row in text.splitlines() if row.startswith(("| 1", "| 2", "| -"))}
     assert cells == {"0": ["1.50", "1.40"], "1": ["1.50", ""], "3": ["23.50", "20.00"], "2": ["", "28.00"]}
 
 
@@ -55,3 +55,18 @@ def test_a_leaderboard_without_a_winner_or_a_second_evaluation_is_written_too(tm
     write_leaderboard(tmp_path, [lost], "demo", judged(lost, reevaluation=None))
     assert json.loads((tmp_path / "leaderboard.json").read_text())["best_trial"] is None
     assert "No trial has gone far enough to be chosen." in (tmp_path / "leaderboard.md").read_text()
+
+
+def test_sampled_values_that_differ_stand_right_after_what_decides_and_equal_ones_in_a_line(tmp_path):
+    records = [trial(number, 1.0 + number) for number in (0, 1)]
+    for record, rate in zip(records, (1e-3, 2e-3), strict=True):
+        record.params.update({"optim.learning_rate": rate, "train.rank": record.number, "lora.target_modules": "all"})
+    rows = board_rows(records)
+    header, cells = board_table(rows)
+    assert header[:7] == ("rank", "trial", "outcome", "eval loss", "learning_rate", "train.rank", "above lowest")
+    assert [row[4:6] for row in cells] == [("0.001", "0"), ("0.002", "1")]
+    assert equal_line(rows) == "The same in all trials: rank=8, target_modules=all."
+    del records[1].params["optim.learning_rate"]  # another branch of the space
+    assert board_table(board_rows(records))[1][1][4] == ""
+    write_leaderboard(tmp_path, records, "demo", judged(*records))
+    assert "The same in all trials: rank=8, target_modules=all." in (tmp_path / "leaderboard.md").read_text()

@@ -85,9 +85,10 @@ def test_trials_are_compared_answer_by_answer(tmp_path):
 
 def test_leaderboard_lines_and_mlflow_have_a_column_for_each_metric(tmp_path):
     records = [trial(0, (1.0, 0.5)), trial(1, (1.4, 0.9))]
-    header, rows = board_table(board_rows(records, RULE), RULE.sign)
-    assert header[3:6] == ("eval loss", "exact_match", "below highest")
-    assert [row[:5] for row in rows] == [("1", "1", "COMPLETE", "1.4000", "0.9000"), ("2", "0", "COMPLETE", "1.0000", "0.5000")]
+    header, rows = board_table(board_rows(records, RULE), RULE)
+    assert header[3:7] == ("exact_match", "lora.rank", "eval loss", "below highest")
+    assert [row[:4] for row in rows] == [("1", "1", "COMPLETE", "0.9000"), ("2", "0", "COMPLETE", "0.5000")]
+    assert [row[5] for row in rows] == ["1.4000", "1.0000"]
     verdict = judge(records, RULE)
     assert "eval loss 1.4000 (perplexity 4.055), exact_match 0.9000" in verdict.best_line
     write_leaderboard(tmp_path, records, "s", verdict)

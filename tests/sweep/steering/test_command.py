@@ -28,7 +28,6 @@ REFUSED = {
     "add 0": "must name how many trials, as in add 8",
     "add 99999999999999999999": "must name how many trials",
     "clone 3": "must name a value, as in clone 3 optim.learning_rate=1e-4",
-    "clone 3 lora.rank=8 --warm": "a clone starts from zero",
     "stop 3 --warm": "has no --warm",
     "try": "must name a value",
     "budget hours=8": "hours is no limit; there are gpu_hours, wall_clock_hours, target_loss",
@@ -41,6 +40,16 @@ def test_words_become_a_command_that_travels_as_text(text, kind, number, values)
     command = parse_words(text.split(), "ann@box", 12.5, "000-1")
     assert (command.kind, command.number, command.values, command.text) == (kind, number, values, text)
     assert Command.from_dict(command.to_dict()) == command
+
+
+def test_a_warm_clone_needs_no_value_and_an_older_file_is_a_cold_one():
+    one, other = parse_words(["clone", "3", "--warm"]), parse_words(["clone", "3", "lora.rank=8", "--warm"])
+    assert (one.warm, one.values, other.warm, other.values) == (True, {}, True, {"lora.rank": 8})
+    assert Command.from_dict(other.to_dict()) == other
+    older = {name: value for name, value in other.to_dict().items() if name != "warm"}
+    assert not Command.from_dict(older).warm
+    with pytest.raises(ValueError, match="its start"):
+        Command.from_dict({**parse_words(["stop", "3"]).to_dict(), "warm": True})
 
 
 @pytest.mark.parametrize(("text", "line"), REFUSED.items())

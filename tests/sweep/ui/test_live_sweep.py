@@ -198,7 +198,9 @@ def test_each_trial_says_which_commands_it_would_refuse_as_the_driver_does(tmp_p
     live = LiveSweep(swept(tmp_path))
 
     def refused(number: int) -> dict[str, str]:
-        return next(trial for trial in live.changes(None)["trials"] if trial["number"] == number)["refused"]
+        found = next(trial for trial in live.changes(None)["trials"] if trial["number"] == number)["refused"]
+        removed = f"the adapter of trial {number} has been removed; leave --warm out to start from zero"
+        return found if found.pop("clone --warm") == removed else {}
 
     assert refused(1).keys() == {"stop", "pause", "go-on", "keep"} and refused(1)["stop"] == "trial 1 is over: COMPLETE"
     assert refused(6) == {"go-on": "trial 6 is not paused: RUNNING"}

@@ -137,9 +137,10 @@ def test_buttons_and_lines_go_to_control_and_are_disabled_without_it(tmp_path):
         buttons = "[...document.querySelectorAll('#buttons button%s')]"
         titles = f"Object.fromEntries({buttons % ''}.map((one) => [one.textContent, one.title]))"
         disabled = f"{buttons % ':disabled'}.map((one) => one.textContent)"
-        assert tab.ask(disabled) == ["go-on 6"] and tab.ask(titles)["go-on 6"] == "trial 6 is not paused: RUNNING"
+        assert tab.ask(disabled) == ["go-on 6", "warm clone of 6 with …"]
+        assert tab.ask(titles)["go-on 6"] == "trial 6 is not paused: RUNNING"
         tab.ask("[...document.querySelectorAll('#trials tbody tr')].find((row) => row.cells[1].textContent === '1').click()")
-        assert tab.ask(disabled) == ["stop 1", "pause 1", "go-on 1", "keep 1"]
+        assert tab.ask(disabled) == ["stop 1", "pause 1", "go-on 1", "warm clone of 1 with …", "keep 1"]
         assert tab.ask(titles)["stop 1"] == "trial 1 is over: COMPLETE" and tab.ask(titles)["clone 1 with …"] == ""
     with served(folder) as address, opened(tmp_path, address) as tab:
         tab.wait_for(ROWS)

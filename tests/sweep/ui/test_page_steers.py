@@ -16,6 +16,7 @@ SLOW, FAST = 60.0, 0.02  # seconds a rung
 SPACE = {"lora.rank": {"choices": [2, 4, 8]}, "optim.eps": {"choices": [FAST, SLOW]}}
 ROW = "[...document.querySelectorAll('#trials tbody tr')].find((row) => row.cells[1].textContent === '%s')"
 BUTTON = "[...document.querySelectorAll('#buttons button')].find((button) => button.textContent.startsWith('%s')).click()"
+ENDS = {0: "PAUSED", 1: "PRUNED", 2: "COMPLETE", 3: "COMPLETE"}
 REPLY = "document.querySelector('#reply').textContent"
 
 
@@ -54,17 +55,25 @@ def test_pause_clone_stop_and_go_on_by_the_buttons_of_the_page(tmp_path):
         tab.ask("document.querySelector('#command').requestSubmit()")
         assert "trial 2 with rank=2 eps=0.02" in replied(tab)
         shows(tab, 2, "COMPLETE")
+        tab.ask(f"({ROW % 2}).click()")
+        tab.ask(BUTTON % "warm clone of 2 with")
+        assert tab.ask("document.querySelector('#line').value") == "clone 2 --warm lora.rank=2"
+        tab.ask("document.querySelector('#command').requestSubmit()")
+        assert "trial 3 with rank=2 eps=0.02, warm from trial 2" in replied(tab)
+        shows(tab, 3, "COMPLETE")
+        assert tab.ask(f"({ROW % 3}).textContent").endswith("warm from trial 2 at 400 tokens")
         tab.ask(f"({ROW % 1}).click()")
         assert send(tab, "stop 1").startswith("done: stop 1")
         shows(tab, 1, "PRUNED")
         titles = tab.ask("[...document.querySelectorAll('#buttons button:disabled')].map((one) => one.title)")
-        assert len(titles) == 4 and all("is over" in title for title in titles)
+        assert len(titles) == 5 and sum("is over" in title for title in titles) == 4
+        assert "trial 1 has no adapter yet" in " ".join(titles)
         tab.ask("document.querySelector('#line').value = 'pause 1'; document.querySelector('#command').requestSubmit()")
         assert "is over" in replied(tab) and tab.ask("document.querySelector('#reply').className") == "fault"
         out, err = process.communicate(timeout=200)
         assert process.returncode == 0, err + out
         tab.wait_for("document.querySelector('#state').textContent === 'no driver here'")
-    assert {number: result["outcome"] for number, result in results(folder).items()} == {0: "PAUSED", 1: "PRUNED", 2: "COMPLETE"}
+    assert {number: result["outcome"] for number, result in results(folder).items()} == ENDS
 
 
 def shows(tab, number: int, outcome: str) -> None:
