@@ -165,7 +165,9 @@ class TrialWalk(LibraryWalk):
         elif self.library is not None:
             self.live.briefly(self.library.alone * tokens + self._largest_weight())
         else:
-            self.live.briefly(sizes.gate_up + sizes.f + 6 * sizes.x + self._largest_weight() + 12 * self._eager_scores(sizes))
+            rows = 0 if self.shape.experts is None else self._moved_rows(sizes)
+            rows += sizes.gate_up + sizes.f + 6 * sizes.x
+            self.live.briefly(rows + self._largest_weight() + 12 * self._eager_scores(sizes))
         self.live.drop("inputs", "shared keys", f"keys of {last}")
         self.live.hold("target losses", 4 * tokens, "loss")
         self._loss(sizes, tokens, trains=False)

@@ -139,7 +139,8 @@ def _host_ms(plan: LayerPlan, shape: ModelShape, config: TrainConfig, rates: Rat
     if not fused:
         return rates.unfused_host_ms * again
     if shape.mixer is not None:
-        return MIXER_HOST_MS * again * rates.unfused_host_ms / UNFUSED_HOST_MS
+        ms = MIXER_HOST_MS * again * rates.unfused_host_ms / UNFUSED_HOST_MS
+        return ms if shape.experts is None else ms + (EXPERTS_HOST - 1.0) * rates.host_ms * again
     wide = WIDE_HOST if shape.hidden_size > WIDER_THAN else 1.0
     saved = (1.0 - DEQUANTISED_HOST) * len(plan.cached) / (len(shape.groups) * len(plan.matmul.forms))
     launches = (1.0 if plan.matmul is Matmul.BF16 else INT8_HOST) * (1.0 if shape.experts is None else EXPERTS_HOST)
