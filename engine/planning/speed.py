@@ -120,6 +120,9 @@ def predict_speed(
     adapter_bytes = number * (ACCUMULATE_BYTES + OPTIMIZER_BYTES * steps_share)
     width = shape.hidden_size
     parts["optimizer"] = rates.gaps.at(width) * adapter_bytes / (rates.norm_gb_s.at(width) * 1e6)
+    if config.train.offload_optimizer is True and config.optim.has_8bit_states:  # both ways at once, behind the update or not
+        copy_ms = number * config.optim.num_states / (rates.link_gb_s * 1e6)
+        parts["optimizer"] = max(parts["optimizer"], steps_share * copy_ms)
     if config.lora.use_dora:
         parts["optimizer"] += steps_share * LENGTH_MS * sum(map(len, adapted_projections(config, shape)))
     if config.optim.name == "muon":

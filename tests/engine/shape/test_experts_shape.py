@@ -83,6 +83,24 @@ def test_a_released_mixture_with_shared_experts_or_an_mlp_beside_them_is_planned
         make_compute_plan(config(["attention", "experts"], rank=64), shape, card)
 
 
+def test_rank_16_on_all_experts_of_qwen3_30b_a3b_fits_23_5_gib_with_the_optimizer_s_states_on_the_host():
+    shape, lean = shape_of("qwen3-30b-a3b"), config(["attention", "experts"])
+    opened = changed(lean, memory_budget_gib=23.5, activation_checkpointing="auto", keep_layers="auto")
+    plan = make_compute_plan(opened, shape, CARDS["h100"])
+    assert plan.offload_optimizer and plan.need_gib < 23.5 and "optimizer states on the host" in plan.describe()
+    assert not make_compute_plan(changed(opened, memory_budget_gib=40.0), shape, CARDS["h100"]).offload_optimizer
+    with pytest.raises(OutOfMemory, match="needs at least"):
+        make_compute_plan(changed(opened, offload_optimizer=False), shape, CARDS["h100"])
+    peaks = [predict_memory(changed(lean, offload_optimizer=hosted), shape) for hosted in (False, True)]
+    number = num_trained(lean, shape, plan_layers(lean, shape))
+    assert peaks[1].host_bytes == 2 * number + peaks[0].host_bytes
+    assert 0.9 * 2 * number < peaks[0].peak_bytes - peaks[1].peak_bytes < 2 * number
+    speeds = [predict_speed(changed(lean, offload_optimizer=hosted), shape, CARDS["h100"]) for hosted in (False, True)]
+    assert 0.9 * speeds[0].tokens_per_second < speeds[1].tokens_per_second <= speeds[0].tokens_per_second
+    with pytest.raises(OutOfMemory, match="needs at least"):  # the host has no room for them
+        make_compute_plan(opened, shape, CARDS["h100"], host_gib=1.0)
+
+
 def test_an_adapter_on_experts_and_its_memory_are_counted():
     shape = shape_of("qwen3-30b-a3b")
     attention, both = config("attention"), config(["attention", "experts"])
