@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ class AdapterMemory:
         num_gains = sum(layer.out_features for layer in _with_lengths(layers))
         self.gains, self.norms = (torch.ones(num_gains, device=device) for _ in range(2))
         self.key = self.key_of(layers, dtype)
-        self.values, self.gradient = (torch.zeros(size, device=device) for _ in range(2))
+        self.values = torch.zeros(size, device=device)
         copied = sum(p.numel() for layer in layers.values() if not isinstance(layer, LoraExperts) for p in layer.parameters_of())
         self.cast = torch.zeros(copied, dtype=dtype, device=device)
         self.scaling = torch.ones((), device=device)
@@ -45,9 +46,14 @@ class AdapterMemory:
         shapes = [(name, *(p.shape for p in layer.parameters_of()), drops) for name, layer in layers.items()]
         return dtype, next(iter(layers.values())).lora_a.device, *shapes
 
+    @functools.cached_property
+    def gradient(self) -> torch.Tensor:
+        """Return the gradient, zeros at first. It is made on first use: by then the parameters have left their own memory."""
+        return torch.zeros_like(self.values)
+
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.values, self.gradient, self.cast))
+        return sum(t.numel() * t.element_size() for t in (self.values, self.values, self.cast))
 
 
 class FlatAdapter:
@@ -85,8 +91,6 @@ class FlatAdapter:
         parts = first_parts + [layer.lora_b for layer in adapters + experts] + [layer.magnitude for layer in self._dora]
         torch.cat([p.detach().flatten() for p in parts], out=self.memory.values)
         self.parameter = nn.Parameter(self.memory.values)
-        self.parameter.grad = self.memory.gradient
-        self.zero_grad()
         self._cast = self.memory.cast
         self.num_a = sum(p.numel() for p in first_parts)
         self._copied_b = sum(layer.lora_b.numel() for layer in adapters)
@@ -97,8 +101,12 @@ class FlatAdapter:
         self.shapes = [part.shape for part in parts if part.dim() == 2]
         self._frozen = [(layer.lora_a, layer.lora_b, layer.num_frozen) for layer in adapters if layer.num_frozen]
         self._kept: list[torch.Tensor] = []
-        for p, values, gradient in zip(parts, *(_views(whole, parts) for whole in (self.parameter.data, self.parameter.grad))):
-            p.data, p.grad = values, gradient
+        for p, values in zip(parts, _views(self.parameter.data, parts)):
+            p.data = values
+        self.parameter.grad = self.memory.gradient
+        self.zero_grad()
+        for p, gradient in zip(parts, _views(self.parameter.grad, parts)):
+            p.grad = gradient
         all_a = _views(self._cast, [layer.lora_a for layer in adapters])
         all_b = _views(self._cast[self._copied_a :], [layer.lora_b for layer in adapters])
         for layer, *casts in zip(adapters, all_a, all_b):

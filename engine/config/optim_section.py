@@ -58,5 +58,10 @@ class OptimConfig(StrictModel):
         return 1 if self.is_lion or self.name == "muon" else 2
 
     @property
+    def has_8bit_states(self) -> bool:
+        """Return True if the states take 8 bits on CUDA."""
+        return self.name in EIGHT_BIT
+
+    @property
     def is_lion(self) -> bool:
         return self.name in LIONS

@@ -34,6 +34,13 @@ def check_start(config: TrainConfig) -> None:
         raise InputError("lora.start", config.lora.start, allowed)
 
 
+def check_offload(config: TrainConfig) -> None:
+    """Raise InputError if states are to be on the host and do not have 8 bits."""
+    if config.train.offload_optimizer is True and not config.optim.has_8bit_states:
+        allowed = f"must be false or auto with optim.name = {config.optim.name}: only 8-bit states go to the host"
+        raise InputError("train.offload_optimizer", True, f"{allowed}; or take optim.name=adamw_8bit or lion_8bit")
+
+
 def check_train_tokens(config: TrainConfig) -> None:
     """Raise InputError if the trained tokens are not distinct, or other settings rule them out."""
     tokens = list(config.model.train_tokens)

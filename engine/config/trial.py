@@ -26,6 +26,7 @@ from engine.config.possible import PROFILE_AFTER as PROFILE_AFTER
 from engine.config.possible import (
     check_matmul,
     check_metrics_section,
+    check_offload,
     check_profile,
     check_start,
     check_step,
@@ -107,6 +108,9 @@ class LoopConfig(StrictModel):
     weight_cache_gib: Annotated[Gib, Field(ge=0.0)] | Auto = Field(
         "auto", description="device memory for dequantised weights or INT8 codes"
     )
+    offload_optimizer: bool | Auto = Field(
+        "auto", description="8-bit states of the optimizer in pinned host memory; auto: if nothing else fits; no effect on a CPU"
+    )
     matmul: MatmulSetting = Field(
         "bf16",
         description="products with the frozen base: bf16: in model.dtype; int8_backward: in INT8 in the input gradient; "
@@ -151,7 +155,7 @@ NUMERICALLY_NEUTRAL = {
     "model": ("embeddings",),
     "train": (
         "micro_batch_size", "gradient_accumulation_steps", "tokens_per_step", "activation_checkpointing", "keep_layers",
-        "host_layers", "weight_cache_gib", "cuda_graphs", "memory_budget_gib", "profile_steps",
+        "host_layers", "weight_cache_gib", "offload_optimizer", "cuda_graphs", "memory_budget_gib", "profile_steps",
     ),
 }  # fmt: skip
 """Fields that change speed and memory, and results only by rounding.
@@ -199,6 +203,7 @@ class TrainConfig(StrictModel):
     def _settings_go_together(self) -> TrainConfig:
         check_matmul(self)
         check_start(self)
+        check_offload(self)
         check_train_tokens(self)
         check_preference(self.preference, self.data, self.metrics.choose_by, self.matmul, self.model.train_tokens)
         check_step(self.bins_per_step, MAX_BINS, self.train)

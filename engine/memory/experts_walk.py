@@ -2,7 +2,7 @@
 
 Each method stands for the function of that name in engine/layers/library/experts_half.py, with the
 experts of engine/quant/frozen_experts.py inside. Room for dequantised experts belongs to the weight
-cache. What the library's router makes is an estimate.
+cache. What the library's router and shared expert make is an estimate.
 
 Shape letters: T tokens, K experts a token, S = T * K rows, E experts, D hidden, F expert hidden.
 """
@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from engine.config.targets import EXPERTS
 from engine.memory.layer_walk import LayerWalk
-from engine.memory.live_bytes import BOUNDARY
+from engine.memory.live_bytes import BOUNDARY, WEIGHTS
+from engine.shape.experts_shape import SHARED
 
 ROUTER_VALUES = 3  # tensors [T, E] in fp32 that a router makes at once
+SHARED_HIDDEN = 4  # gate and up of a shared expert, the activation and the product
 CHOICE_BYTES = 64  # of one choice of an expert: its index, weight, place and their sorting
 
 
@@ -35,8 +37,8 @@ class ExpertsWalk(LayerWalk):
         values, ranks = self.plan.adapter[EXPERTS], self.plan.ranks[EXPERTS]
         with live.holding(self._router):
             kept = 2 * hidden + s.element * values + self._choices + ranks * self._choice_rows * s.element
-            with live.holding(rows):
-                live.hold(self._own("experts"), kept + self._router // ROUTER_VALUES, component)
+            with live.holding(rows + self._shared_weight, WEIGHTS):
+                live.hold(self._own("experts"), kept + self._router // ROUTER_VALUES + self._shared, component)
         if reads_output:
             live.briefly(hidden + rows + s.x)
         live.hold(self._own("block out"), s.x, component)
@@ -55,9 +57,38 @@ class ExpertsWalk(LayerWalk):
         live.briefly(rows + s.x)
         live.hold("dnormed", s.x)
         live.briefly(s.x + self._router)
+        self._shared_gradient()
         live.drop(*map(self._own, ("experts", "block out", "block input")))
         self._hold_input_gradient(output, "mlp")
         live.drop("dnormed", "ddelta")
+
+    def _shared_gradient(self) -> None:
+        """Walk the gradients of the shared expert: of its output, gate and up, and of the input."""
+        s = self.sizes
+        if self.shape.experts.shared:
+            self.live.hold("grads.shared", 4 * self.plan.adapter[SHARED])
+            self.live.briefly(2 * s.x + SHARED_HIDDEN * self._shared_hidden + self._shared_weight, WEIGHTS)
+
+    @property
+    def _shared(self) -> int:
+        """Return the bytes that the graph of a shared expert keeps: its hidden, output and gated output, and its adapters."""
+        s, plan = self.sizes, self.plan
+        if not self.shape.experts.shared:
+            return 0
+        kept = SHARED_HIDDEN * self._shared_hidden + 2 * s.x
+        if plan.ranks[SHARED]:
+            kept += 2 * plan.ranks[SHARED] * s.low + s.element * plan.adapter[SHARED]
+        return kept + (2 * (3 * s.x + self._shared_hidden) if self.dropout and plan.ranks[SHARED] else 0)
+
+    @property
+    def _shared_hidden(self) -> int:
+        """Return the bytes of the shared expert's hidden [T, F]."""
+        return self.sizes.low * self.shape.experts.shared
+
+    @property
+    def _shared_weight(self) -> int:
+        """Return the bytes of one of its weights while it is dequantised."""
+        return self.sizes.element * self.shape.hidden_size * self.shape.experts.shared if self.sizes.packed else 0
 
     @property
     def _choice_rows(self) -> int:

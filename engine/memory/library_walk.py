@@ -7,6 +7,7 @@ import math
 from engine.config.matmul import Matmul
 from engine.config.targets import EXPERTS
 from engine.config.trial import TrainConfig
+from engine.memory.experts_walk import CHOICE_BYTES, ROUTER_VALUES, SHARED_HIDDEN
 from engine.memory.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, LiveBytes
 from engine.memory.mixer_walk import MIXERS
 from engine.memory.tensor_sizes import Sizes
@@ -44,7 +45,7 @@ class LibraryWalk:
         live.enter("backward, recomputed layers" if measured.recomputes else "backward, kept layers")
         live.drop("tail", "dy")
         again = self._of_adapters(tokens) if measured.recomputes else 0
-        again += EXPERT_GRADIENT_BYTES * self.plans[-1].adapter.get(EXPERTS, 0)
+        again += EXPERT_GRADIENT_BYTES * self._expert_values
         with live.holding(measured.backward * tokens + again + self._row_codes(tokens)):
             live.briefly(self._largest_weight(), WEIGHTS)
         live.drop("graph", "0.x")
@@ -72,12 +73,14 @@ class LibraryWalk:
         for i in range(1, number + 1):
             self.live.hold(f"{i}.x", sizes.x, BOUNDARY)
         self.live.hold("graph", 0 if recomputes else sum(map(self._unfused_graph, self.layer_sizes)), KEPT)
-        self.live.briefly(sizes.gate_up + sizes.f + 6 * sizes.x + self._largest_weight())
+        rows = 0 if self.shape.experts is None else self._moved_rows(sizes)
+        self.live.briefly(rows + sizes.gate_up + sizes.f + 6 * sizes.x + self._largest_weight())
 
     def _backward_unfused(self, sizes: Sizes) -> None:
         recomputes = Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
         self.live.enter("backward, recomputed layers" if recomputes else "backward, kept layers")
         again = max(map(self._unfused_graph, self.layer_sizes)) if recomputes else 0
+        again += 0 if self.shape.experts is None else self._moved_rows(sizes) + EXPERT_GRADIENT_BYTES * self._expert_values
         mixers = [size.mixer.extra for size in self.layer_sizes if size.mixer is not None]
         self.live.briefly(again + max(mixers, default=0), MIXERS)
         with self.live.holding(again + 2 * sizes.gate_up + 6 * sizes.x), self.live.holding(self._largest_weight(), WEIGHTS):
@@ -86,10 +89,32 @@ class LibraryWalk:
 
     def _unfused_graph(self, sizes: Sizes) -> int:
         dropout = self.config.lora.lora_dropout > 0
+        experts = 0 if self.shape.experts is None else self._experts_graph(sizes)
         if sizes.mixer is not None:
             mlp = sizes.unfused_graph(self.shape.layer, 0, dropout) - sizes.unfused_attention
-            return mlp + sizes.mixer.graph
-        return sizes.unfused_graph(self.shape.layer, self._eager_scores(sizes), dropout)
+            return experts + mlp + sizes.mixer.graph
+        return experts + sizes.unfused_graph(self.shape.layer, self._eager_scores(sizes), dropout)
+
+    def _experts_graph(self, sizes: Sizes) -> int:
+        """Return the bytes that a mixture keeps, its shared expert and adapters included. An estimate.
+
+        Experts in 16 bits are the library's code, which keeps rows and products too.
+        """
+        experts, of_rows = self.shape.experts, sizes.element * self.shape.experts.active * sizes.tokens
+        kept = 2 * of_rows * experts.width + 4 * sizes.tokens * experts.number * ROUTER_VALUES
+        kept += CHOICE_BYTES * experts.active * sizes.tokens + self.element * self._expert_values
+        kept += SHARED_HIDDEN * sizes.low * experts.shared + (2 * sizes.x if experts.shared else 0)
+        return kept + (0 if sizes.packed else self._moved_rows(sizes))
+
+    def _moved_rows(self, sizes: Sizes) -> int:
+        """Return the bytes of three tensors of the rows of all choices, and of three of their hidden."""
+        experts = self.shape.experts
+        return 3 * sizes.element * experts.active * sizes.tokens * (self.shape.hidden_size + experts.width)
+
+    @property
+    def _expert_values(self) -> int:
+        """Return the number of trained values of one layer's experts."""
+        return self.plans[-1].adapter.get(EXPERTS, 0)
 
     def _eager_scores(self, sizes: Sizes) -> int:
         return sizes.scores if self.is_eager else 0

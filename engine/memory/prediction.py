@@ -43,7 +43,7 @@ class MemoryPrediction:
     - rough: True for an estimate instead of a count: layers run unfused and were not measured, or have a
       library's mixers, or attention is eager, or the working dtype is not 16-bit.
     - fragmentation: the share of the peak that the allocator holds and cannot use.
-    - host_bytes: pinned host memory for the tensors that layers store there.
+    - host_bytes: pinned host memory for the tensors that layers store there, and the optimizer's states.
     - table_bytes: pinned host memory for input embeddings.
     - recorded_bytes: memory beyond the peak for what recordings hold, this trial's or earlier ones'.
     """
@@ -114,7 +114,8 @@ def predict_memory(
     if evaluation:
         walk.evaluate()
     live = walk.live
-    held = {"host_bytes": walk.host_stack.highest, "table_bytes": walk.table_bytes, "recorded_bytes": walk.beside_recordings()}
+    on_host = walk.host_stack.highest + walk.state_bytes
+    held = {"host_bytes": on_host, "table_bytes": walk.table_bytes, "recorded_bytes": walk.beside_recordings()}
     held["fragmentation"] = ROUGH_FRAGMENTATION if walk.is_rough else LIBRARY_FRAGMENTATION if walk.library else FRAGMENTATION
     return MemoryPrediction(live.highest_components, live.peaks, live.highest_phase, walk.is_rough, **held)
 

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 
 from engine.config.matmul import Matmul
-from engine.config.optim_section import EIGHT_BIT
 from engine.config.targets import EXPERTS
 from engine.config.trial import TrainConfig
 from engine.memory.layer_memory import Pass
@@ -15,7 +14,7 @@ from engine.memory.library_walk import LibraryWalk
 from engine.memory.live_bytes import BOUNDARY, HostStack, LiveBytes
 from engine.memory.mixer_walk import MIXERS
 from engine.memory.tensor_sizes import Sizes
-from engine.shape.compute_limits import EVALUATION_ROW_TOKENS, LOSS_CHUNK_BYTES, documents_of
+from engine.shape.compute_limits import EVALUATION_ROW_TOKENS, LOSS_CHUNK_BYTES, STATE_PIECE, STATE_PIECES, documents_of
 from engine.shape.layer_plan import (
     adapted_outside,
     base_bytes,
@@ -48,7 +47,7 @@ class TrialWalk(LibraryWalk):
         self.config, self.shape, self.live = config, shape, LiveBytes()
         self.host_stack = HostStack(self.live)
         self.layer_sizes: list[Sizes] = []
-        self.table_bytes = 0
+        self.table_bytes = self.state_bytes = 0
         self.plans, self.element = plan_layers(config, shape), element_bytes(config)
         self.attention, self.is_eager = attention, attention_name(shape, self.element, attention) == "eager"
         self.is_fused = is_fused(config, shape)
@@ -87,7 +86,10 @@ class TrialWalk(LibraryWalk):
         live.hold("frozen half", 2 * number if self.config.lora.halves > 1 else 0, "adapter")  # what weight decay must not change
         live.hold("average", 0 if self.config.optim.ema_horizon is None else 4 * number, "running average")
         num_states, blocks = self.config.optim.num_states, math.ceil(number / 256)
-        states = num_states * (number + 4 * blocks if self._has_8bit_optimizer() else 4 * number)
+        states = num_states * (number + 4 * blocks if self.config.optim.has_8bit_states else 4 * number)
+        if self.config.train.offload_optimizer is True and self.config.optim.has_8bit_states:
+            self.state_bytes = num_states * number  # on the host; a few pieces are on the device, and all scales
+            states = num_states * (4 * blocks + STATE_PIECES * STATE_PIECE)
         live.hold("optimizer", states, "optimizer")
 
     def _place(self, name: str, size: int) -> None:
@@ -165,7 +167,9 @@ class TrialWalk(LibraryWalk):
         elif self.library is not None:
             self.live.briefly(self.library.alone * tokens + self._largest_weight())
         else:
-            self.live.briefly(sizes.gate_up + sizes.f + 6 * sizes.x + self._largest_weight() + 12 * self._eager_scores(sizes))
+            rows = 0 if self.shape.experts is None else self._moved_rows(sizes)
+            rows += sizes.gate_up + sizes.f + 6 * sizes.x
+            self.live.briefly(rows + self._largest_weight() + 12 * self._eager_scores(sizes))
         self.live.drop("inputs", "shared keys", f"keys of {last}")
         self.live.hold("target losses", 4 * tokens, "loss")
         self._loss(sizes, tokens, trains=False)
@@ -238,6 +242,3 @@ class TrialWalk(LibraryWalk):
             kind = "kept" if layer.plan.policy in (Policy.KEEP, Policy.HOST) else "recomputed"
             self.live.enter(f"backward, {kind} layers")
             layer.backward()
-
-    def _has_8bit_optimizer(self) -> bool:
-        return self.config.optim.name in EIGHT_BIT

@@ -20,7 +20,7 @@ MATMULS = {Matmul.INT8_BACKWARD: "input gradients in INT8", Matmul.INT8: "produc
 
 @dataclass(frozen=True)
 class ComputePlan:
-    """Values for the fields of `train` that may be `auto`.
+    """Values for the fields of `train` that may be `auto`. The 8-bit states go to the host with `offload_optimizer`.
 
     `matmul` is what the config says; no plan changes it. `memory` and `speed` are predictions. They
     are None if the card or the model's shape is not known.
@@ -33,6 +33,7 @@ class ComputePlan:
     weight_cache_gib: float
     cuda_graphs: bool = False
     matmul: Matmul = Matmul.BF16
+    offload_optimizer: bool = False
     memory: MemoryPrediction | None = None
     speed: SpeedPrediction | None = None
 
@@ -42,8 +43,8 @@ class ComputePlan:
         return 0.0 if self.memory is None else self.memory.need_gib
 
     def settings(self) -> dict[str, Any]:
-        """Return the six fields of `train` as plain data."""
-        names = ("micro_batch_size", "keep_layers", "host_layers", "weight_cache_gib", "cuda_graphs")
+        """Return the seven fields of `train` as plain data."""
+        names = ("micro_batch_size", "keep_layers", "host_layers", "weight_cache_gib", "cuda_graphs", "offload_optimizer")
         return {"activation_checkpointing": self.policy.setting, **{name: getattr(self, name) for name in names}}
 
     def apply(self, config: TrainConfig) -> TrainConfig:
@@ -62,6 +63,8 @@ class ComputePlan:
         if self.weight_cache_gib:
             form = "dequantised" if self.matmul is Matmul.BF16 else "kept for products"
             parts.append(f"{self.weight_cache_gib:g} GiB of weights {form}")
+        if self.offload_optimizer:
+            parts.append("optimizer states on the host")
         if self.cuda_graphs:
             parts.append("CUDA graphs")
         if self.matmul in MATMULS:

@@ -20,7 +20,7 @@ from engine.shape.model_shape import ModelShape
 from engine.shape.policies import LADDER, Policy
 
 SHORT_ROW = 4096  # tokens; with fewer in a micro-batch, the device may wait for the host
-OPEN = ("micro_batch_size", "activation_checkpointing", "keep_layers", "host_layers", "weight_cache_gib")
+OPEN = ("micro_batch_size", "activation_checkpointing", "keep_layers", "host_layers", "weight_cache_gib", "offload_optimizer")
 
 
 def leaner(
@@ -39,7 +39,7 @@ def leaner(
     learn from the failure. A value that the config fixes changes only if no plan keeps it.
     """
     if shape is None or card is None or failed.memory is None:
-        changes = _less(failed, config.bin_tokens)
+        changes = _less(failed, config)
         return None if changes is None else changed(failed, changes, config, shape)
     available = min(allowed_gib(config, card), had_gib)
     lessons.learn(failed, available)
@@ -63,16 +63,16 @@ def _opened(config: TrainConfig) -> TrainConfig:
 def _next_smaller(failed: ComputePlan, config: TrainConfig, shape: ModelShape) -> ComputePlan | None:
     """Return the first plan down the fixed ladder that is predicted to need less: none fits, but one may."""
     plan = failed
-    while (changes := _less(plan, config.bin_tokens)) is not None:
+    while (changes := _less(plan, config)) is not None:
         plan = changed(plan, changes, config, shape)
         if plan.need_gib < (1.0 - MARGIN) * failed.need_gib:
             return plan
     return plan if plan.need_gib < failed.need_gib else None
 
 
-def _less(current: ComputePlan, bin_tokens: int) -> dict[str, Any] | None:
+def _less(current: ComputePlan, config: TrainConfig) -> dict[str, Any] | None:
     """Return the changes that make a plan leaner: what costs the least time goes first."""
-    tokens, place = current.micro_batch_size * bin_tokens, LADDER.index(current.policy)
+    tokens, place = current.micro_batch_size * config.bin_tokens, LADDER.index(current.policy)
     if current.weight_cache_gib:
         return {"weight_cache_gib": 0.0}
     if current.micro_batch_size > 1 and tokens > SHORT_ROW:
@@ -87,4 +87,6 @@ def _less(current: ComputePlan, bin_tokens: int) -> dict[str, Any] | None:
         return {"micro_batch_size": current.micro_batch_size // 2}
     if current.host_layers:
         return {"host_layers": 0}
-    return {"activation_checkpointing": LADDER[place + 1].setting} if place + 1 < len(LADDER) else None
+    if place + 1 < len(LADDER):
+        return {"activation_checkpointing": LADDER[place + 1].setting}
+    return {"offload_optimizer": True} if config.optim.has_8bit_states and not current.offload_optimizer else None

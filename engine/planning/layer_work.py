@@ -16,7 +16,7 @@ from engine.memory.tensor_sizes import Sizes
 from engine.planning.cards import Card
 from engine.planning.rates import CODE_BYTES, PLAIN_BYTES
 from engine.shape.compute_limits import FLASH_HEAD
-from engine.shape.experts_shape import MIN_ROWS
+from engine.shape.experts_shape import MIN_ROWS, ROUTER, SHARED
 from engine.shape.families import INPUT_GATE, INPUT_PROJECTION
 from engine.shape.layer_plan import LayerPlan, kept_name
 from engine.shape.mixer_shape import CHUNK, MIXER
@@ -92,7 +92,7 @@ def forward_work(plan: LayerPlan, step: StepShape) -> LayerWork:
         _add_matmul(work, group, plan, step)
     s = step.sizes
     work.plain_bytes = 4 * s.x + 3 * s.x + 2 * s.x * _norms_after(step.shape)
-    _add_activation(work, plan, 0 if step.shape.experts is not None else s.gate_up + s.f)
+    _add_activation(work, plan, _gated(step))
     _add_first_half(work, step)
     if step.shape.experts is not None:
         _add_experts(work, plan, step, 1, gradients=False)
@@ -105,6 +105,12 @@ def _add_activation(work: LayerWork, plan: LayerPlan, num_bytes: int) -> None:
         work.plain_bytes += num_bytes
     else:
         work.activation_bytes += num_bytes
+
+
+def _gated(step: StepShape) -> int:
+    """Return the bytes of gate, up and their product: of the MLP, or of a shared expert in its place."""
+    s, experts = step.sizes, step.shape.experts
+    return s.gate_up + s.f if experts is None or experts.beside_mlp else 3 * s.low * experts.shared
 
 
 def _add_first_half(work: LayerWork, step: StepShape) -> None:
@@ -130,7 +136,7 @@ def backward_work(plan: LayerPlan, step: StepShape) -> LayerWork:
     norms = 2 * s.x + 4 * s.x + 4 * s.x + 4 * s.x * _norms_after(shape)
     norms += 4 * s.x if shape.layer.multiplier else 0
     work.plain_bytes = norms
-    _add_activation(work, plan, 0 if shape.experts is not None else 2 * (s.gate_up + s.f))
+    _add_activation(work, plan, 2 * _gated(step))
     if shape.mixer is not None:
         _add_mixer(work, step, MIXER_PASSES[1], MIXER_BACKWARD)
         if plan.policy not in (Policy.KEEP, Policy.SELECTIVE):
@@ -155,6 +161,10 @@ def _with_mlp_again(work: LayerWork, plan: LayerPlan, step: StepShape) -> LayerW
     if step.shape.experts is not None:
         again = 0.0 if plan.policy is Policy.KEEP else UP_SHARE if step.is_fused else 1.0
         _add_experts(work, plan, step, 1 + again, gradients=True)
+        for group in step.shape.groups if again else ():
+            if group not in ("qkv", "o", MIXER):  # of a shared expert, or of the MLP beside them
+                _add_matmul(work, group, plan, step)
+        _add_activation(work, plan, _gated(step) if again else 0)
         return work
     if plan.policy is not Policy.KEEP and (plan.policy is not Policy.HOST or s.tile is not None):
         _add_product(work, "gate_up", plan, step)
@@ -177,7 +187,7 @@ def _add_matmul(work: LayerWork, group: str, plan: LayerPlan, step: StepShape, i
         work.nf4_bytes += PLAIN_BYTES * step.parameters[group]
     if not plan.ranks[group]:
         return
-    if plan.dora and group != MIXER:
+    if plan.dora and group not in (MIXER, SHARED):
         _add_gains(work, group, plan, step, is_backward)
     inputs, outputs = _io(group, step)
     passes = 2 if is_backward else 1
@@ -251,17 +261,13 @@ def _is_int8(plan: LayerPlan, is_backward: bool) -> bool:
 def _io(group: str, step: StepShape) -> tuple[int, int]:
     """Return the bytes of a group's inputs and outputs."""
     s = step.sizes
-    return _mixer_io(step) if group == MIXER else {
+    if group in (MIXER, SHARED, ROUTER):  # each layer reads its own input
+        features = [step.shape.projections()[name] for name in step.shape.groups[group]]
+        return s.low * sum(inputs for _, inputs in features), s.low * sum(outputs for outputs, _ in features)
+    return {
         "qkv": (s.x, s.qkv), "o": (s.q, s.x), "gate_up": (s.x, s.gate_up), "down": (s.f, s.x),
         INPUT_GATE: (s.x, s.p), INPUT_PROJECTION: (s.p, s.x),
     }[group]  # fmt: skip
-
-
-def _mixer_io(step: StepShape) -> tuple[int, int]:
-    """Return the bytes of the inputs and the outputs of the mixer's linear layers, each of which reads its own."""
-    features = step.shape.mixer.projections(step.shape.hidden_size).values()
-    row = step.sizes.element * step.tokens
-    return row * sum(inputs for _, inputs in features), row * sum(outputs for outputs, _ in features)
 
 
 def _attention_half_bytes(step: StepShape) -> int:

@@ -56,9 +56,25 @@ def make_compute_plan(
     if shape is None or card is None:
         return _unpredicted(config, on_cpu=card is None)
     limit = MemoryLimit(allowed_gib(config, card), lessons or Lessons(), predicted_gib)
+    if config.train.offload_optimizer != "auto":
+        return _chosen(config, shape, card, limit, host_gib)
+    try:
+        return _chosen(_with(config, offload_optimizer=False), shape, card, limit, host_gib)
+    except OutOfMemory as without:
+        if not config.optim.has_8bit_states:
+            raise
+        try:
+            return _chosen(_with(config, offload_optimizer=True), shape, card, limit, host_gib)
+        except OutOfMemory as error:
+            raise (without if error.predicted_gib is None else error) from None
+
+
+def _chosen(config: TrainConfig, shape: ModelShape, card: Card, limit: MemoryLimit, host_gib: float) -> ComputePlan:
+    """Return the fastest plan, with the optimizer's states where the config says."""
     candidates = [c for c in _candidates(config, shape, card, limit, host_gib) if c.memory.host_gib <= host_gib]
     if not candidates:
-        raise OutOfMemory(f"{HOST_USES} need more than the {host_gib:.1f} GiB allowed")
+        states = " and optimizer states (offload_optimizer)" if config.train.offload_optimizer is True else ""
+        raise OutOfMemory(f"{HOST_USES}{states} need more than the {host_gib:.1f} GiB allowed")
     fitting = [candidate for candidate in candidates if limit.fits(candidate)]
     if not fitting:
         raise does_not_fit(min((c.memory for c in candidates), key=lambda memory: memory.peak_bytes), limit.memory_gib)
@@ -98,6 +114,7 @@ def _unpredicted(config: TrainConfig, on_cpu: bool) -> ComputePlan:
         0.0 if loop.weight_cache_gib == "auto" else loop.weight_cache_gib,
         loop.cuda_graphs is True,
         config.matmul,
+        loop.offload_optimizer is True,
     )
 
 
@@ -122,11 +139,12 @@ def _candidates(config: TrainConfig, shape: ModelShape, card: Card, limit: Memor
                 0.0 if loop.weight_cache_gib == "auto" else loop.weight_cache_gib,
                 loop.cuda_graphs is True,
                 config.matmul,
+                loop.offload_optimizer is True,
             )
             plans = list(_filled(config, shape, card, limit, lean))
             yield from plans
             if plans[0].cuda_graphs and loop.cuda_graphs == "auto" and (limit.lessons.factors or not limit.fits(plans[0])):
-                yield from _filled(_unrecorded(config), shape, card, limit, lean)
+                yield from _filled(_with(config, cuda_graphs=False), shape, card, limit, lean)
             if policy is Policy.KEEP and limit.fits(plans[0]):
                 break  # a policy that keeps less is slower
             if loop.host_layers == "auto" and policy is not Policy.KEEP and loop.cuda_graphs is not True:
@@ -138,8 +156,8 @@ def _candidates(config: TrainConfig, shape: ModelShape, card: Card, limit: Memor
                         break  # without the kept layers, the host has room for fewer others
 
 
-def _unrecorded(config: TrainConfig) -> TrainConfig:
-    return config.model_copy(update={"train": config.train.model_copy(update={"cuda_graphs": False})})
+def _with(config: TrainConfig, **loop: Any) -> TrainConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=loop)})
 
 
 def _on_host(config: TrainConfig, shape: ModelShape, card: Card, host_gib: float, lean: ComputePlan) -> ComputePlan:

@@ -120,6 +120,9 @@ def predict_speed(
     adapter_bytes = number * (ACCUMULATE_BYTES + OPTIMIZER_BYTES * steps_share)
     width = shape.hidden_size
     parts["optimizer"] = rates.gaps.at(width) * adapter_bytes / (rates.norm_gb_s.at(width) * 1e6)
+    if config.train.offload_optimizer is True and config.optim.has_8bit_states:  # both ways at once, behind the update or not
+        copy_ms = number * config.optim.num_states / (rates.link_gb_s * 1e6)
+        parts["optimizer"] = max(parts["optimizer"], steps_share * copy_ms)
     if config.lora.use_dora:
         parts["optimizer"] += steps_share * LENGTH_MS * sum(map(len, adapted_projections(config, shape)))
     if config.optim.name == "muon":
@@ -139,7 +142,8 @@ def _host_ms(plan: LayerPlan, shape: ModelShape, config: TrainConfig, rates: Rat
     if not fused:
         return rates.unfused_host_ms * again
     if shape.mixer is not None:
-        return MIXER_HOST_MS * again * rates.unfused_host_ms / UNFUSED_HOST_MS
+        ms = MIXER_HOST_MS * again * rates.unfused_host_ms / UNFUSED_HOST_MS
+        return ms if shape.experts is None else ms + (EXPERTS_HOST - 1.0) * rates.host_ms * again
     wide = WIDE_HOST if shape.hidden_size > WIDER_THAN else 1.0
     saved = (1.0 - DEQUANTISED_HOST) * len(plan.cached) / (len(shape.groups) * len(plan.matmul.forms))
     launches = (1.0 if plan.matmul is Matmul.BF16 else INT8_HOST) * (1.0 if shape.experts is None else EXPERTS_HOST)

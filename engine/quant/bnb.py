@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels import ops
+from engine.quant.host_states import StatesOnHost
 
 
 def load_library() -> None:
@@ -163,8 +164,8 @@ def _without_waiting(name: str) -> type[torch.optim.Optimizer]:
     load_library()
     import bitsandbytes
 
-    class WithoutWaiting(getattr(bitsandbytes.optim, name)):
-        """Take the same step without waiting for the device.
+    class WithoutWaiting(StatesOnHost, getattr(bitsandbytes.optim, name)):
+        """Take the same step without waiting for the device. The states may be on the host.
 
         The library's `step` waits after each tensor, so the next step would start with an empty
         queue.

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from engine.shape.experts_shape import ROUTER, SHARED, SHARED_GATE
 from engine.shape.mixer_shape import MIXER
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -129,6 +130,7 @@ class Family:
     def path(self, group: str, name: str) -> str:
         """Return the path of a member. Those of a per-layer input belong to the decoder layer itself."""
         parts = {"qkv": "self_attn.", "o": "self_attn.", "gate_up": "mlp.", "down": "mlp.", MIXER: f"{self.mixer}."}
+        parts |= {SHARED: "mlp." if name == SHARED_GATE else f"mlp.{SHARED}.", ROUTER: f"{ROUTER}."}
         return parts.get(group, "") + name
 
 
@@ -233,7 +235,8 @@ FAMILIES: dict[str, Family] = {
                           "num_local_experts": 128, "num_experts_per_tok": 4}),
     "qwen3_5_moe": Family("Qwen3_5Moe", qk_norm="head", norm_offset=1.0, output_gate=True, mixer="linear_attn", mixing=_DELTA_NET,
                           experts=_EXPERTS, biases=_ATTENTION_BIAS, defaults={
-                              "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 248_320}),
+                              "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 248_320, "num_experts": 256,
+                              "num_experts_per_tok": 8, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512}),
 }  # fmt: skip
 """Key -> family. The key is the family's model_type."""
 OTHER_TYPES = {

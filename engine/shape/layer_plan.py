@@ -15,7 +15,7 @@ from engine.config.targets import EXPERTS, pattern_value, target_rule
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.errors import InputError
 from engine.shape.compute_limits import HOST_EMBEDDING_MIN_BYTES
-from engine.shape.experts_shape import PATH
+from engine.shape.experts_shape import SHARED
 from engine.shape.mixer_shape import MIXER
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import Policy, layer_policies
@@ -57,9 +57,9 @@ def is_fused(config: TrainConfig, shape: ModelShape) -> bool:
 
 
 def runs_fused(model: ModelConfig, shape: ModelShape) -> bool:
-    """Return True if decoder layers run fused. Those with experts do if the experts are packed."""
-    is_known = shape.family != "other" and (shape.experts is None or model.quantization == "nf4")
-    return is_known and model.layers != "original"
+    """Return True if decoder layers run fused. Those with experts do if the experts are packed and alone."""
+    has_fused = shape.experts is None or (model.quantization == "nf4" and not shape.experts.beside_mlp)
+    return shape.family != "other" and has_fused and model.layers != "original"
 
 
 def can_record(config: TrainConfig, shape: ModelShape) -> bool:
@@ -108,7 +108,7 @@ def _expert_ranks(
     targets: str | tuple[str, ...], rank: int, pattern: tuple[tuple[str, int], ...], shape: ModelShape
 ) -> tuple[dict[str, int], ...]:
     is_target, weights = target_rule(targets), shape.experts.weights(shape.hidden_size)
-    named = [{name: f"model.layers.{i}.{PATH}.{name}" for name in weights} for i in range(shape.num_layers)]
+    named = [{name: f"model.layers.{i}.{shape.experts.path}.{name}" for name in weights} for i in range(shape.num_layers)]
     return tuple({n: pattern_value(dict(pattern), path, rank) for n, path in own.items() if is_target(path)} for own in named)
 
 
@@ -265,7 +265,7 @@ def _cached(config: TrainConfig, shape: ModelShape) -> list[frozenset[str]]:
         for kept, one in zip(cached, shape.each):
             for group, number in group_parameters(one).items():
                 size = form_bytes(form, element_bytes(config)) * number
-                if group != MIXER and size <= room:
+                if group not in (MIXER, SHARED) and size <= room:
                     room -= size
                     kept.add(kept_name(group, form))
     return [frozenset(kept) for kept in cached]

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from engine.errors import InputError
-from engine.shape.experts_shape import EXPERTS, ExpertsShape, experts_of
+from engine.shape.experts_shape import EXPERTS, ROUTER, SHARED, ExpertsShape, experts_of
 from engine.shape.families import ACTIVATIONS, FAMILIES, INPUT_GATE, INPUT_PROJECTION, OTHER, OTHER_TYPES, WITHOUT_GATE, Family
 from engine.shape.layer_shapes import LINEAR, Keys, LayerShape, gemma4_layers, hybrid_layers
 from engine.shape.library_bytes import LibraryBytes
@@ -40,7 +40,7 @@ class ModelShape:
     - input_width: features of each layer's own embedding of a token, 0 for none. input_rows: tokens
       in that table.
     - library: the bytes that the library's own layers allocate, if they run unfused and were measured.
-    - experts: those of each layer, in the MLP's place.
+    - experts: those of each layer, in the MLP's place or beside it.
     - layers: what each layer has of its own; empty if all are alike. Then `each` gives their shapes,
       and the numbers above are those of the config alone.
     """
@@ -112,7 +112,7 @@ class ModelShape:
         num_heads = number("num_attention_heads")
         hidden_size = number("hidden_size")
         head_dim = number("head_dim", hidden_size // num_heads)
-        experts = experts_of(kind, values, number, (num_heads, number("num_key_value_heads", num_heads), head_dim))
+        experts = experts_of(kind, values, number, num_heads)
         for key in EXPERTS:
             if experts is None and isinstance(config.get(key), int) and config[key] > 1:
                 raise InputError(f"{where}: {key}", config[key], NOT_PREDICTED)
@@ -126,7 +126,7 @@ class ModelShape:
         shape = cls(
             num_layers=num_layers,
             hidden_size=hidden_size,
-            intermediate_size=number("intermediate_size"),
+            intermediate_size=number("intermediate_size", experts and experts.width),  # some mixtures have no other
             num_heads=num_heads,
             num_kv_heads=number("num_key_value_heads", num_heads),
             head_dim=head_dim,
@@ -156,13 +156,15 @@ class ModelShape:
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Return the linear layers of a decoder layer, by group."""
         groups = self.layer.groups
+        others = {} if self.experts is None else self.experts.groups
+        mlp = {} if self.experts and not self.experts.beside_mlp else {name: groups[name] for name in ("gate_up", "down")}
         if self.mixer is not None:
-            return {MIXER: self.layer.mixing, "gate_up": groups["gate_up"], "down": groups["down"]}
+            return {MIXER: self.layer.mixing, **mlp, **others}
         made = {"own": groups["qkv"], "values": groups["qkv"][:2], "shared": groups["qkv"][:1]}[self.keys]
-        if self.experts is not None:
-            return {"qkv": made, "o": groups["o"]}
+        if not mlp:
+            return {"qkv": made, "o": groups["o"], **others}
         up = groups["gate_up"] if self.has_gate else groups["gate_up"][-1:]
-        return {**groups, "qkv": made, "gate_up": up, **(self.layer.tail if self.input_width else {})}
+        return {**groups, "qkv": made, "gate_up": up, **(self.layer.tail if self.input_width else {}), **others}
 
     @cached_property
     def each(self) -> tuple[ModelShape, ...]:
@@ -213,8 +215,8 @@ class ModelShape:
         sizes |= {"qkv": (made, D), "o": ((D,), q), "gate_up": ((F, F) if self.has_gate else (F,), D), "down": ((D,), F)}
         found = {}
         for group, members in self.groups.items():
-            if group == MIXER:
-                found |= self.mixer.projections(D)
+            if group == MIXER or group in (SHARED, ROUTER):
+                found |= self.mixer.projections(D) if group == MIXER else self.experts.linear_layers(D)
                 continue
             outputs, inputs = sizes[group]
             outputs = outputs if len(members) == len(outputs) else (sum(outputs),)  # one merged layer
@@ -241,14 +243,14 @@ class ModelShape:
     def _vectors_of_a_layer(self) -> int:
         D, F, K, layer = self.hidden_size, self.intermediate_size, self.head_dim, self.layer
         norms = (layer.attention.number + layer.mlp.number + (self.input_width > 0)) * D
+        others = 0 if self.experts is None else self.experts.other_parameters(D)
         if self.mixer is not None:
-            return norms + self.mixer.vector_parameters + (2 * F + D if self.mlp_bias else 0)
+            return norms + self.mixer.vector_parameters + (2 * F + D if self.mlp_bias else 0) + others
         heads = {"none": 0, "head": 1 if self.keys == "shared" else 2, "whole": self.num_heads + self.num_kv_heads}[layer.qk_norm]
         queries = 2 * self.num_heads if layer.output_gate else self.num_heads
         bias = (queries + 2 * self.num_kv_heads) * K if self.qkv_bias else 0
         bias += (D if self.o_bias else 0) + (2 * F + D if self.mlp_bias and self.experts is None else 0)
-        bias += 0 if self.experts is None else self.experts.other_parameters(D)
-        return norms + heads * K + bias
+        return norms + heads * K + bias + others
 
     @property
     def num_parameters(self) -> int:

@@ -40,7 +40,7 @@ from engine.training import checkpoint
 from engine.training.card_plan import CardPlanner, memory_limit_gib
 from engine.training.checkpoint import Pace, Progress, Sums, Tensors
 from engine.training.divergence import check_loss
-from engine.training.optim import learning_rate, make_optimizer, set_learning_rate, step_middle
+from engine.training.optim import learning_rate, make_optimizer, place_states, set_learning_rate, step_middle
 from engine.training.passes import Passes, StepResult
 from engine.training.profiler import traced
 from engine.training.recordings import Recordings
@@ -150,6 +150,7 @@ class _Run:
             self.passes.find_pairs(eval_view, interrupted)  # before a checkpoint is loaded: the adapter is as at the start
         self.adapter = self.passes.adapter
         self.optimizer = make_optimizer(self.adapter.parameter, config.optim, self.adapter.num_a, self.adapter.shapes)
+        place_states(self.optimizer, self.plan.offload_optimizer)
         self.average = RunningAverage(self.adapter, config.optim.ema_horizon)
         tensors = Tensors(layers, self.optimizer, self.average.values)
         loaded = checkpoint.load(trial_folder, fingerprint := config.fingerprint(), tensors)
@@ -280,6 +281,7 @@ class _Run:
         free(self.base.device)
 
     def _follow_plan(self) -> None:
+        place_states(self.optimizer, self.plan.offload_optimizer)
         self.passes.follow(self.plan, self._limit_gib)
         self._plan_is_new = True
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engine.config.optim_section import OptimConfig
 from engine.quant.bnb import adamw_8bit, lion
+from engine.quant.host_states import StatesOnHost
 
 RATIO = "lr_ratio"
 """A group's rate over the trial's; a group without it has the trial's rate."""
@@ -154,6 +155,12 @@ def step_middle(tokens_seen: int, num_tokens: int, max_tokens: int) -> float:
     """
     start = min(tokens_seen, max(0, max_tokens - num_tokens))
     return (start + min(num_tokens, max_tokens) / 2) / max_tokens
+
+
+def place_states(optimizer: torch.optim.Optimizer, on_host: bool) -> None:
+    """Put 8-bit states into host memory, or back to the device; others stay where they are."""
+    if isinstance(optimizer, StatesOnHost):
+        optimizer.place_states(on_host)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

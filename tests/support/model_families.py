@@ -51,6 +51,20 @@ MIXTURE_OF_GEMMA4 = {"enable_moe_block": True, "num_experts": 8, "top_k_experts"
 """What the config of a Gemma 4 with experts has; the defaults of its class have none."""
 
 
+def released_mixture(name: str) -> Any:
+    """Return the config of the text model of a released mixture: the defaults of its class, or the published numbers."""
+    from transformers import CONFIG_MAPPING
+
+    if name == "qwen3.5-35b-a3b":
+        return CONFIG_MAPPING["qwen3_5_moe_text"]()
+    return CONFIG_MAPPING["gemma4_text"](
+        **MIXTURE_OF_GEMMA4 | {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}, hidden_size=2816,
+        intermediate_size=2112, num_hidden_layers=30, num_attention_heads=16, num_key_value_heads=8, head_dim=256,
+        global_head_dim=512, num_global_key_value_heads=2, attention_k_eq_v=True, hidden_size_per_layer_input=0,
+        sliding_window=1024, final_logit_softcapping=30.0,
+    )  # fmt: skip
+
+
 def families() -> list[str]:
     """Return the model types that transformers can load to write text, those that read more than text included."""
     from transformers.models.auto import modeling_auto as auto

@@ -11,6 +11,7 @@ from engine.adapter.lora import attach
 from engine.config.targets import resolve_targets
 from engine.config.trial import LoraConfig
 from engine.errors import InputError
+from engine.model.library_layers import Storages
 from tests.support.fused_layers import batch, build, hidden_states
 from tests.support.model_families import peft_difference
 
@@ -44,6 +45,18 @@ def test_dropout_with_experts_is_refused_because_peft_has_none_there():
     config = LoraConfig(lora_dropout=0.1, target_modules=("experts",))
     with pytest.raises(InputError, match=r"lora.lora_dropout = 0.1: must be 0 with adapters on experts .*PEFT"):
         attach(torch.nn.Module(), NAMES, config, seed=0)
+
+
+def test_while_an_adapter_becomes_flat_it_takes_no_more_memory_than_values_and_gradient():
+    with torch.device("meta"):
+        experts = torch.nn.Module()
+        experts.is_transposed, experts.shapes = False, {"gate_up_proj": (16, 256, 128)}
+        experts.gate_up_proj = torch.empty(0)
+    with Storages() as storages:
+        layer = LoraExperts(experts, "gate_up_proj", LoraConfig(rank=8), torch.Generator().manual_seed(0), 0, 8)
+        adapter = FlatAdapter({"experts": layer}, torch.bfloat16)
+        assert adapter.parameter.grad is adapter.memory.gradient and layer.lora_b.grad is not None
+        assert storages.highest <= 2.01 * 4 * adapter.parameter.numel()
 
 
 def test_a_flat_adapter_copies_all_but_experts_and_its_scaling_reaches_them():

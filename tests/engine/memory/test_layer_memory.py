@@ -38,6 +38,7 @@ from engine.quant.frozen_experts import freeze_experts, frozen_experts
 from engine.quant.frozen_linear import FrozenLinear
 from engine.quant.int8_weight import Int8Group
 from engine.shape.compute_limits import FLASH_HEAD, heads_with_stored_scores, score_cells
+from engine.shape.experts_shape import SHARED, SHARED_GATE
 from engine.shape.families import HalfNorms
 from engine.shape.layer_plan import adapted_outside, kept_name, plan_layers
 from engine.shape.mixer_shape import MIXER
@@ -207,11 +208,11 @@ def build(config: TrainConfig, shape: ModelShape, tokens: int) -> list[Layer]:
     for i, (plan, one) in enumerate(zip(plan_layers(config, shape), shape.each)):
         mixer = one.mixer and mixer_on("meta", one.hidden_size, one.mixer, config.lora)
         spec, table = spec_of(one, one.source == i), torch.empty(tokens, one.head_dim, dtype=torch.bfloat16, device="meta")
-        ours = [name for group, names in one.groups.items() if group != MIXER for name in names]
+        ours = [name for group, names in one.groups.items() if group not in (MIXER, SHARED) for name in names]
         modules = {name: _linear(*one.projections()[name], config.lora) for name in ours}
         groups = {}
         for group, names in one.groups.items():
-            if group == MIXER:
+            if group in (MIXER, SHARED):
                 continue
             size = (sum(one.projections()[n][0] for n in names), one.projections()[names[0]][1])
             cached = torch.empty(size, dtype=torch.bfloat16, device="meta") if group in plan.cached else None
@@ -240,6 +241,8 @@ def spec_of(shape: ModelShape, stores: bool) -> LayerSpec:
 
     if shape.mixer is not None:
         half = MixerSpec(**frame(family.attention), name=family.mixer)
+        if shape.experts is not None:
+            return LayerSpec(half, ExpertsSpec(**frame(family.mlp), name="mlp"), {})
         return LayerSpec(half, MlpSpec(**frame(family.mlp), activation="silu"), {})
     widths = {"none": None, "head": (1, 1), "whole": heads}[family.qk_norm]
     q_norm, k_norm = (None, None) if widths is None else (norm(n * shape.head_dim) for n in widths)
@@ -266,13 +269,21 @@ def spec_of(shape: ModelShape, stores: bool) -> LayerSpec:
 
 
 def mixture(shape: ModelShape, lora: LoraConfig) -> nn.Module:
-    """Return Qwen3-MoE's router and packed experts, with adapters on all experts."""
+    """Return Qwen3-MoE's router and packed experts, or Qwen3.5-MoE's with its shared expert; all are adapted."""
+    from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock, Qwen3_5MoeTextConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeSparseMoeBlock
 
     with torch.device("meta"):
-        block = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**MIXTURE)).to(torch.bfloat16).requires_grad_(False)
+        if shape.experts.shared:
+            block = Qwen3_5MoeSparseMoeBlock(Qwen3_5MoeTextConfig(**SHARING))
+        else:
+            block = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**MIXTURE))
+        block.to(torch.bfloat16).requires_grad_(False)
         place_experts(block, double_quantization=True)
     freeze_experts(block)
+    for path in [f"{SHARED}.{name}" if name != SHARED_GATE else name for name in shape.experts.groups.get(SHARED, ())]:
+        linear = block.get_submodule(path)
+        block.set_submodule(path, _linear(linear.out_features, linear.in_features, lora))
     for _, experts in frozen_experts(block):
         for weight in experts.shapes:
             with torch.device("cpu"):
@@ -396,15 +407,18 @@ def test_the_walk_counts_what_the_fused_layers_allocate(family: str, policy: str
 
 MIXTURE = {**LLAMA, "model_type": "qwen3_moe", "head_dim": 64, "moe_intermediate_size": 256, "num_experts": 16,
            "num_experts_per_tok": 4}  # fmt: skip
+SHARING = {**MIXTURE, "model_type": "qwen3_5_moe_text", "head_dim": 128, "shared_expert_intermediate_size": 256,
+           "layer_types": ["full_attention"] * 3}  # fmt: skip
 
 
+@pytest.mark.parametrize("content", [MIXTURE, SHARING], ids=["alone", "with a shared expert"])
 @pytest.mark.parametrize(("policy", "changes"), [
     *[(policy, {}) for policy in POLICIES], ("recompute", {"rank": 64}), ("offload", {"train": {"host_layers": 2}}),
     ("recompute", {"train": {"keep_layers": 1}}),
 ])  # fmt: skip
 @pytest.mark.usefixtures("device_kernels")
-def test_the_walk_around_experts_is_an_upper_estimate(policy: str, changes: dict[str, Any]) -> None:
-    shape = ModelShape.of(MIXTURE, "mixture")
+def test_the_walk_around_experts_is_an_upper_estimate(content: dict[str, Any], policy: str, changes: dict[str, Any]) -> None:
+    shape = ModelShape.of(content, "mixture")
     config = config_of(policy, target_modules=["all-linear", "experts"], **changes)
     layers = build(config, shape, 4096)
     stash = layers[0].call.stash
@@ -428,6 +442,16 @@ def test_the_walk_around_a_library_s_mixer_is_an_upper_estimate(policy: str, cha
     config = config_of(policy, **changes)
     measured = counted(build(config, shape, 4096), shape, 4096)
     assert 0.997 * measured <= walked(config, shape, 4096)[0] <= 1.15 * measured
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "selective"])
+@pytest.mark.usefixtures("device_kernels")
+def test_the_walk_around_a_mixer_and_experts_is_an_upper_estimate(policy: str) -> None:
+    mixed = {**HYBRID, **SHARING, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+    shape = ModelShape.of(mixed, "hybrid mixture")
+    config = config_of(policy, target_modules=["all-linear", "experts"])
+    measured = counted(build(config, shape, 4096), shape, 4096)
+    assert 0.997 * measured <= walked(config, shape, 4096)[0] <= 1.1 * measured
 
 
 @pytest.mark.parametrize(("family", "policy", "tokens", "changes"), [

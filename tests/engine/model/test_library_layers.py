@@ -19,11 +19,14 @@ from engine.memory.prediction import predict_memory
 from engine.memory.trial_walk import TrialWalk
 from engine.model import library_layers
 from engine.model.inspect import known_shape
+from engine.quant.expert_quantizer import place_experts
+from engine.quant.frozen_experts import freeze_experts
 from engine.quant.frozen_linear import freeze_linears
 from engine.shape.library_bytes import MEASURED_RANK
 from engine.shape.model_shape import ModelShape
 from engine.training.card_plan import _with_library_bytes
 from tests.support.calibrated import config_of
+from tests.support.model_families import MIXTURE_OF_GEMMA4
 
 SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64,
          "num_hidden_layers": 5, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -116,6 +119,29 @@ def test_the_walk_of_all_layers_and_another_rank_counts_what_they_allocate(measu
     walk.train()
     inputs = 2 * tokens * SIZES["hidden_size"] + 40 * tokens + walk.live.components["batch and rotary"]
     assert walk.live.highest - inputs == pytest.approx(counted, rel=0.03)
+
+
+@pytest.mark.parametrize("policy", ["recompute", "keep"])
+def test_the_walk_of_a_mixture_in_the_library_s_layers_is_an_upper_estimate(policy):
+    """Gemma 4 has its MLP beside the experts, and global layers with wider heads."""
+    tokens = library_layers.TOKENS
+    config = CONFIG_MAPPING["gemma4_text"](**SIZES | MIXTURE_OF_GEMMA4 | {
+        "num_hidden_layers": 6, "head_dim": 32, "global_head_dim": 64, "hidden_size_per_layer_input": 0})  # fmt: skip
+    with torch.device("meta"):
+        model = make(config, library_layers.NAME).to(torch.bfloat16).requires_grad_(False)
+        place_experts(model, double_quantization=True)
+        names = freeze_linears(model, skip=[model.get_output_embeddings()]) + freeze_experts(model)
+    targets = ["all-linear", "experts"]
+    adapters = attach(model, names, LoraConfig(rank=32, target_modules=targets), 0)
+    whole = library_layers._train(model, adapters, [1] * 6, policy == "recompute", dropout=False)
+    counted = (6 * whole.layer + max(whole.forward, whole.backward)) * tokens
+    shape = library_layers.with_library_bytes(ModelShape.of(config.to_dict(), "x"), ModelConfig(path="x"), config, make)
+    trial = config_of(batch=4, length=tokens // 4, rank=32, policy=policy, lora={"target_modules": targets})
+    walk = TrialWalk(trial, shape, "flash")
+    walk.train()
+    inputs = 2 * tokens * SIZES["hidden_size"] + 40 * tokens + walk.live.components["batch and rotary"]
+    assert 1.0 <= (walk.live.highest - inputs) / counted <= 1.1
+    assert not walk.is_rough
 
 
 def test_what_cannot_run_without_values_is_estimated():

@@ -87,17 +87,24 @@ def test_fixed_values_stay_while_a_plan_keeps_them():
     assert plans[-1].micro_batch_size == 1
 
 
-@pytest.mark.parametrize("length, sizes", [(2048, [8, 8, 4, 2, 2, 2, 1, 1]), (512, [8, 8, 8, 8, 4, 2, 1, 1])])
+@pytest.mark.parametrize("length, sizes", [(2048, [8, 8, 4, 2, 2, 2, 1, 1, 1]), (512, [8, 8, 8, 8, 4, 2, 1, 1, 1])])
 def test_without_predictions_short_rows_are_halved_last(length, sizes):
     wanted, plans = config(length), [ComputePlan(8, Policy.KEEP, 0, 0, 2.0)]
     while (following := leaner(plans[-1], wanted, None, None, lessons=Lessons())) is not None:
         plans.append(following)
     assert [plan.micro_batch_size for plan in plans] == sizes and plans[1].weight_cache_gib == 0.0
     assert [LADDER.index(plan.policy) for plan in plans] == sorted(LADDER.index(plan.policy) for plan in plans)
-    assert plans[-1].policy is Policy.OFFLOAD
+    assert plans[-2].policy is Policy.OFFLOAD and not plans[-2].offload_optimizer and plans[-1].offload_optimizer
     rest = leaner(ComputePlan(1, Policy.OFFLOAD, 3, 4, 0.0), wanted, None, None, lessons=Lessons())
     assert (rest.keep_layers, rest.host_layers) == (0, 4)
     assert leaner(rest, wanted, None, None, lessons=Lessons()).host_layers == 0
+
+
+def test_only_states_of_8_bits_go_to_the_host():
+    plan, wanted = ComputePlan(1, Policy.OFFLOAD, 0, 0, 0.0), config()
+    others = wanted.model_copy(update={"optim": wanted.optim.model_copy(update={"name": "adamw"})})
+    assert leaner(plan, wanted, None, None, lessons=Lessons()).offload_optimizer
+    assert leaner(plan, others, None, None, lessons=Lessons()) is None
 
 
 def test_without_predictions_recordings_go_before_short_rows_and_host_copies():

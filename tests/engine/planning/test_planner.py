@@ -48,7 +48,7 @@ def test_more_memory_is_never_slower_and_what_is_given_stays():
     speeds = [chosen.speed.tokens_per_second for chosen in plans]
     assert speeds == sorted(speeds) and speeds[-1] > 1.05 * speeds[0]
     fixed = {"micro_batch_size": 4, "activation_checkpointing": "offload", "keep_layers": 2, "host_layers": 3}
-    fixed |= {"weight_cache_gib": 1.0, "cuda_graphs": False}
+    fixed |= {"weight_cache_gib": 1.0, "cuda_graphs": False, "offload_optimizer": True}
     assert make_compute_plan(config(512, **fixed), SHAPE, find_card("rtx4090")).settings() == fixed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from engine.config.optim_section import OptimConfig
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.errors import CheckpointError, InputError, Interrupted
+from engine.quant import host_states
 from engine.training.loop import train
 from engine.training.optim import learning_rate, make_optimizer, set_learning_rate
 from tests.support.trials import build, run, same_numbers
@@ -115,6 +117,32 @@ def test_muon_takes_the_steps_of_torch_s_on_matrices_and_of_adamw_on_the_rest(ti
     expected = torch.cat([one.detach().flatten() for one in theirs])
     torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=3e-4)  # bfloat16 inside, in another order
     assert (expected - torch.cat([one.flatten() for one in first])).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "lion_8bit"])
+def test_a_trial_with_its_states_on_the_host_is_the_same_and_goes_on_from_the_other_s_checkpoint(
+    tiny_config, tmp_path, base, monkeypatch, name
+):
+    monkeypatch.setattr(host_states, "STATE_PIECE", 1024)
+    folders = {hosted: tmp_path / str(hosted) for hosted in (False, True)}
+    configs = {hosted: build(tiny_config, lora={"rank": 64}, optim={"name": name}, train={"offload_optimizer": hosted})
+               for hosted in folders}  # fmt: skip
+    whole = {hosted: run(configs[hosted], folder, base) for hosted, folder in folders.items()}
+    assert configs[True].fingerprint() == configs[False].fingerprint() and same_numbers(whole[True], whole[False])
+    (folder := tmp_path / "both").mkdir()
+    reports, turn = [], itertools.cycle([True, False])
+    while len(reports) < len(whole[True]):
+        calls = iter([False] * 6)
+        with contextlib.suppress(Interrupted):
+            reports += train(configs[next(turn)], folder, base=base, interrupted=lambda c=calls: next(c, True))
+    assert same_numbers(reports, whole[True])
+    for name in ("adapter/adapter_model.safetensors", "checkpoint/adapter.safetensors"):
+        assert len({(one / name).read_bytes() for one in (folder, *folders.values())}) == 1
+
+
+def test_states_of_32_bits_cannot_be_on_the_host():
+    with pytest.raises(InputError, match=r"offload_optimizer = True: must be false or auto with optim.name = muon: only 8-bit"):
+        parse(TrainConfig, {**GOOD, "optim": {"name": "muon"}, "train": {"max_tokens": 100, "offload_optimizer": True}})
 
 
 @pytest.mark.parametrize(

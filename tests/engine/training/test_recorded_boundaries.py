@@ -21,7 +21,7 @@ from engine.layers.library.library_kernels import FLASH_LINEAR_ATTENTION, calls_
 from engine.layers.library.library_mixer import LibraryMixer
 from engine.layers.swap import mixers
 from engine.shape.policies import Policy
-from engine.training import recordings
+from engine.training import cuda_graphs, recordings
 from engine.training.cuda_graphs import make_graphs
 from engine.training.recordings import Recordings
 from tests.support.fake_recorder import FakeRecorder
@@ -110,6 +110,7 @@ def test_padded_rows_have_the_loss_and_gradient_of_the_rows(name, monkeypatch, k
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_recording_that_follows_the_boundaries_is_tried_once_and_used(name, monkeypatch, kernels):
+    monkeypatch.setattr(cuda_graphs, "TRIED_GRADIENTS", 64)
     trial = Trial(name, CPU, monkeypatch)
     recorder = FakeRecorder(trial.base, monkeypatch)
     before = trial.adapter.memory.gradient.fill_(3.0).clone()
@@ -121,8 +122,10 @@ def test_a_recording_that_follows_the_boundaries_is_tried_once_and_used(name, mo
     assert recorder.num_recorded == (2 if name == "qwen3.5" else 1)
 
 
-def test_a_recording_that_keeps_the_boundaries_it_was_made_with_is_found_out(monkeypatch, kernels):
+@pytest.mark.parametrize("compared", [2**22, 64])
+def test_a_recording_that_keeps_the_boundaries_it_was_made_with_is_found_out(compared, monkeypatch, kernels):
     """Attention reads the present ones; the mixers do not, as if a library had counted chunks on the host."""
+    monkeypatch.setattr(cuda_graphs, "TRIED_GRADIENTS", compared)
     trial = Trial("qwen3.5", CPU, monkeypatch)
     FakeRecorder(trial.base, monkeypatch)
     honest, whole, first = recordings.capture, LibraryMixer.mix, {}
