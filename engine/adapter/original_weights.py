@@ -12,7 +12,8 @@ from engine.config.parsing import load_json
 from engine.config.trial import ModelConfig
 from engine.errors import InputError
 from engine.sources.locate import locate
-from engine.sources.weight_files import INDEX, SINGLE
+from engine.sources.quantized_folders import is_quantized
+from engine.sources.weight_files import tensor_files
 
 FIELD = "lora.start"
 DEPTH = "layers."
@@ -30,10 +31,10 @@ class OriginalWeights:
         self._by_end: dict[str, list[str]] = {}
         if self._folder is None:
             return
-        if "quantization_config" in load_json(self._folder / "config.json"):
+        if is_quantized(load_json(self._folder / "config.json")):
             allowed = f"needs the original weights, and {config.path} is quantised already; or: default, pissa"
             raise InputError(FIELD, "loftq", allowed)
-        self._files = _tensor_files(self._folder)
+        self._files = tensor_files(self._folder)
         for key in self._files:
             self._by_end.setdefault(_end(key), []).append(key)
 
@@ -63,13 +64,6 @@ def _end(key: str) -> str:
     """Return the name from the list of layers on."""
     place = key.find(DEPTH)
     return key if place < 0 else key[place:]
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    if (folder / INDEX).is_file():
-        return {name: folder / file for name, file in load_json(folder / INDEX)["weight_map"].items()}
-    with safe_open(folder / SINGLE, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), folder / SINGLE)
 
 
 def _local_folder(config: ModelConfig) -> Path | None:

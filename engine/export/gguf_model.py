@@ -24,7 +24,7 @@ from torch import Tensor
 from engine.adapter.portable import Adapter
 from engine.errors import InputError
 from engine.export.gguf_vocab import add_vocab
-from engine.export.merge import weight_files
+from engine.sources.weight_files import tensor_files
 from engine.system.command_line import tell
 
 ARCHITECTURES = {
@@ -167,7 +167,7 @@ def llama3_factors(rope: dict[str, Any], theta: float, head_dim: int) -> Tensor:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    files = weight_files(folder)
+    files = tensor_files(folder)
     for done, (key, file) in enumerate(files.items()):
         tell("writing GGUF tensors", done, len(files))
         with safe_open(file, framework="pt") as opened:

@@ -27,7 +27,7 @@ from engine.errors import InputError, first_line
 from engine.export.expert_parts import ExpertPart, expert_parts
 from engine.export.stored_names import stored_names
 from engine.sources.quantized_folders import is_mxfp4
-from engine.sources.weight_files import INDEX, SINGLE, check_weights
+from engine.sources.weight_files import INDEX, check_weights, tensor_files
 from engine.system.command_line import tell
 from engine.system.user_path import user_path
 
@@ -56,14 +56,6 @@ def base_folder(adapter: Adapter, source: str) -> Path:
     if is_mxfp4(load_json(folder / "config.json")):
         raise InputError("base_model_name_or_path", source, "holds MXFP4 weights; allowed: a 16-bit copy, or --to peft")
     return folder
-
-
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Return tensor name -> weight file."""
-    if (folder / INDEX).is_file():
-        return {name: folder / file for name, file in load_json(folder / INDEX)["weight_map"].items()}
-    with safe_open(folder / SINGLE, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), folder / SINGLE)
 
 
 def find_targets(adapter: Adapter, files: dict[str, Path], model: ModelConfig) -> dict[str, str | ExpertPart]:
@@ -121,7 +113,7 @@ def write_merged(adapter: Adapter, base: Path, target: Path, model: ModelConfig)
 
     model: names `base` in another way. The caller adds the tokenizer.
     """
-    files = weight_files(base)
+    files = tensor_files(base)
     targets = find_targets(adapter, files, model)
     dtype = merged_dtype(files)
     total = 0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -21,21 +21,33 @@ from engine.layers.swap import SwapReport, require_fused, survey
 from engine.model.comparison import num_tokens
 from engine.model.guard import NO_LINEAR, plain_linears
 from engine.model.library_layers import runs_unfused, with_library_bytes
-from engine.model.pretrained import from_pretrained, read_config, unused_tensors, without_weights
+from engine.model.pretrained import (
+    check_task,
+    from_pretrained,
+    places_of,
+    read_config,
+    refuse_lost_biases,
+    require_numbers,
+    unused_tensors,
+    without_weights,
+)
 from engine.model.route import ModelVerdict, Route, pattern_of
 from engine.model.skeleton import POSITIONS
 from engine.model.verdicts import expert_features, model_parts, verdict_of
 from engine.quant.frozen_linear import is_known_linear
 from engine.shape.model_shape import ModelShape
 from engine.sources.locate import locate
+from engine.sources.nf4_folder import packed_shapes, unpacked
 from engine.sources.quantized_folders import check_quantization, is_mxfp4, is_quantized, require_packed
 from engine.sources.weight_files import (
     check_generation_config,
     check_rows,
     check_unused,
     check_weights,
+    tensor_files,
     tensor_shapes,
     unpacked_shapes,
+    whole_numbers,
 )
 from engine.units import counted
 
@@ -121,14 +133,14 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     Raises InputError if it is not a causal language model, if its weights cannot be read or trained
     rightly, or if `layers` is `strict` and some layer cannot run fused.
     """
-    model, unused = checked_skeleton(config)
+    model, unused, _ = checked_skeleton(config)
     linears = plain_linears(model)
     if not linears:
         raise InputError("model.path", config.path, NO_LINEAR)
     num_rows = num_tokens(model)
     verdict = verdict_of(config)
     check_route(config, verdict.route, model.config)
-    require_packed(is_mxfp4(model.config.to_dict()), verdict.experts, config)
+    require_packed(model.config.to_dict(), verdict.experts, config)
     features = {n: (m.out_features, m.in_features) for n, m in linears.items() if verdict.adapts(n)}
     features |= expert_features(model, verdict)
     if not features:
@@ -146,27 +158,63 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     return ModelFacts(features, swaps, verdict.route, num_rows, row_values, positions, rotary, notes)
 
 
-def checked_skeleton(config: ModelConfig) -> tuple[nn.Module, list[str]]:
-    """Return the model without weights, and the tensors of its folder that it has no place for.
+class Skeleton(NamedTuple):
+    """A model without weights, and what the headers of its weights say.
 
-    Of the weights it reads headers only. Raises InputError if they cannot be read, are quantised in
-    another way than NF4, or are not those that config.json asks for.
+    unused: tensors of its folder that it has no place for. unpacked: the plain linear layers whose
+    weights a folder in NF4 does not hold packed; None of any other folder.
+    """
+
+    model: nn.Module
+    unused: list[str]
+    unpacked: list[str] | None = None
+
+
+def checked_skeleton(config: ModelConfig) -> Skeleton:
+    """Return the model without weights. Of the weights it reads headers only.
+
+    Raises InputError if they cannot be read, are quantised in another way than NF4, or are not those
+    that config.json asks for.
     """
     found, folder = read_config(config), Path(locate(config))
     check_quantization(found.to_dict(), config)
+    check_task(found, config)
     if folder.is_dir():
         check_weights(folder, config.path)
     model = without_weights(found, config)
     if not folder.is_dir():
-        return model, []
-    check_rows(folder, model.get_input_embeddings().weight.shape[0], config.path)
+        return Skeleton(model, [])
     check_generation_config(folder, config.path)
     is_unpacked = is_mxfp4(found.to_dict())
-    shapes = tensor_shapes(folder, config.path, is_quantized(found.to_dict()) and not is_unpacked)
-    shapes = unpacked_shapes(shapes) if is_unpacked else shapes
+    shapes, packed = tensor_shapes(folder, config.path), {}
+    check_rows(shapes, model.get_input_embeddings().weight.shape[0], config.path)
+    if is_unpacked:
+        shapes = unpacked_shapes(shapes)
+    elif is_quantized(found.to_dict()):
+        packed = packed_shapes(folder, shapes, config.path)
+        shapes = unpacked(shapes, packed)
     unused = unused_tensors(model, shapes, config)
     check_unused(unused, config.path)
-    return model, unused
+    whole = [name for name in whole_numbers(folder, config.path) if name in shapes and name not in packed]
+    require_numbers(model, {name: shapes[name] for name in whole}, config)
+    refuse_lost_biases(model, unused, tensor_files(folder), config)
+    return Skeleton(model, unused, _unpacked_layers(model, packed, config) if packed else None)
+
+
+def _unpacked_layers(model: nn.Module, packed: Mapping[str, tuple[int, ...]], config: ModelConfig) -> list[str] | None:
+    """Return the plain linear layers that the folder does not hold packed; None if that is not known.
+
+    The folder's config names them too, but in the names of the library that wrote it. Raises
+    InputError if something else than a linear layer is packed.
+    """
+    places = places_of(model, packed)
+    if places is None:
+        return None
+    layers = {name.removesuffix(".weight") for name in places}
+    if odd := sorted(layers - plain_linears(model).keys()):
+        which = f"holds NF4 weights of {odd[0]} ({counted(len(odd), 'such layer')}); allowed: of plain linear layers"
+        raise InputError("model.path", config.path, f"{which}, without the output head: take the 16-bit model")
+    return [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in layers]
 
 
 def unquantised_names(config: ModelConfig, verdict: ModelVerdict) -> list[str] | None:

@@ -25,6 +25,8 @@ from engine.adapter.lora import AnyLora, attach
 from engine.config.lora_section import ALL_LINEAR
 from engine.config.targets import EXPERTS
 from engine.config.trial import LoraConfig, ModelConfig
+from engine.errors import EngineError
+from engine.model.pretrained import forget_quantization
 from engine.model.skeleton import layers_alike, with_few_layers
 from engine.quant.expert_quantizer import place_experts
 from engine.quant.frozen_experts import freeze_experts
@@ -37,6 +39,7 @@ NAME = "sizes_only"
 """The name in transformers' registry of an attention that allocates and computes nothing."""
 TOKENS = 8192
 DROPOUT = 0.1
+MAX_OPERATIONS = 100_000  # in a pass. Layers need a few thousand; a loop over 8,192 tokens takes minutes
 Make = Callable[[Any, str], nn.Module]
 
 logger = logging.getLogger(__name__)
@@ -69,8 +72,7 @@ def measure(found: Any, make: Make, packs_experts: bool = False) -> LibraryBytes
     """
     _register()
     small = with_few_layers(found)
-    if hasattr(small, "quantization_config"):
-        del small.quantization_config
+    forget_quantization(small)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = make(copy.deepcopy(small), NAME).to(torch.bfloat16).requires_grad_(False)
         if packs_experts:
@@ -90,11 +92,14 @@ class Storages(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive = self.highest = 0
+        self.alive = self.highest = self._operations = 0
         self._seen: dict[int, weakref.ref] = {}
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._operations += 1
+        if self._operations > MAX_OPERATIONS:
+            raise EngineError("its code loops over tokens")
         out = func(*args, **(kwargs or {}))
         torch.utils._pytree.tree_map_only(Tensor, self._count, out)
         return out

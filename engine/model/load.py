@@ -27,7 +27,15 @@ from engine.model.device import pick_dtype
 from engine.model.guard import NO_LINEAR
 from engine.model.inspect import check_route, checked_skeleton, load_tokenizer, swaps_of, unquantised_names
 from engine.model.loaded_check import CHECKS, KnownChecks, check_loaded, loaded_losses
-from engine.model.pretrained import from_pretrained, model_factory, read_config, release_towers, require_tensors, text_attention
+from engine.model.pretrained import (
+    forget_quantization,
+    from_pretrained,
+    model_factory,
+    read_config,
+    release_towers,
+    require_tensors,
+    text_attention,
+)
 from engine.model.route import MADE_WITH, ModelVerdict, Route, pattern_of
 from engine.model.verdicts import verdict_of, with_rows_of
 from engine.quant.bnb import load_library, nf4_load_config
@@ -36,7 +44,7 @@ from engine.quant.frozen_experts import freeze_experts
 from engine.quant.frozen_linear import freeze_linears
 from engine.quant.shared_base import load_packed
 from engine.sources.locate import locate
-from engine.sources.quantized_folders import is_mxfp4, require_packed
+from engine.sources.quantized_folders import is_mxfp4, is_quantized, quantization_of, require_packed
 from engine.sources.weight_files import check_weights
 from engine.vocabulary.host_embedding import place_embeddings
 
@@ -56,11 +64,15 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     load_library()  # before transformers does
     source, dtype = locate(config), pick_dtype(config.dtype, device)
     found = read_config(config)
-    if is_unpacked := is_mxfp4(found.to_dict()):  # else transformers would take its own quantiser
+    content = found.to_dict()
+    if is_unpacked := is_mxfp4(content):  # else transformers would take its own quantiser
         del found.quantization_config
-    checked_skeleton(config)
+    unpacked = checked_skeleton(config).unpacked
     verdict, tokenizer = verdict_of(config), load_tokenizer(config)
-    require_packed(is_unpacked, verdict.experts, config)
+    require_packed(content, verdict.experts, config)
+    if unpacked is not None:
+        forget_quantization(found)
+        found.quantization_config = {**quantization_of(content), "llm_int8_skip_modules": unpacked}
     if attention_name is None and device.type == "cuda":
         verdict = with_rows_of(config, verdict, device)
     if attention_name is not None and not verdict.route.packed_attention:
@@ -77,6 +89,8 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
         own = {"config": found} if str(folder) == source else {}  # a cached base has a config.json of its own
         model, loading = from_pretrained(factory, config, str(folder), **options, **own, **more)
         require_tensors(loading, config)
+        if getattr(model, "_hf_peft_config_loaded", False):  # the hub has one beside the weights
+            raise InputError("model.path", config.path, "holds an adapter, which transformers adds: take a copy without it")
         return model, loading
 
     is_packed = config.quantization == "nf4"
@@ -142,7 +156,7 @@ def _load_nf4(
         return load(source, quantization_config=made)
 
     folder = _local_folder(config, source)
-    is_packed = folder is not None and not is_unpacked and "quantization_config" in load_json(folder / "config.json")
+    is_packed = folder is not None and not is_unpacked and is_quantized(load_json(folder / "config.json"))
     if folder is None or config.trust_remote_code or is_packed:
         # The cache cannot hold custom model code, and an already quantised model gains nothing.
         return quantise()

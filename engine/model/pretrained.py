@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from engine.config.trial import ModelConfig
 from engine.errors import InputError, first_line
 from engine.sources.locate import locate
+from engine.sources.quantized_folders import KEYS
+from engine.units import counted
+
+OTHER_TASK = re.compile(r"For(Sequence|Token)Classification$|ForQuestionAnswering$|ForMultipleChoice$|Reward(Model)?$")
 
 
 def from_pretrained(factory: Any, given: ModelConfig, source: str, **options: Any) -> Any:
@@ -78,28 +85,83 @@ def without_weights(found: Any, config: ModelConfig) -> nn.Module:
 def unused_tensors(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> list[str]:
     """Return the tensors of a folder that the model has no place for, after transformers' own renaming.
 
-    model: one without weights. shapes: of each tensor in the folder. transformers fits tensors
-    without values into a second such model. InputError if one is missing or has another shape.
-    Nothing is known of a class that cannot be filled in this way; then the worker's load refuses it.
+    model: one without weights. shapes: of each tensor in the folder. InputError if one is missing or
+    has another shape. Nothing is known of a class that cannot be filled in this way; then the
+    worker's load refuses it.
     """
-    found = copy.deepcopy(model.config)
-    if hasattr(found, "quantization_config"):
-        del found.quantization_config
-    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    options = {"device_map": {"": "meta"}, "dtype": torch.float32, "ignore_mismatched_sizes": True}
-    try:
-        logging.disable(logging.WARNING)  # its table of all differences
-        _, report = type(model).from_pretrained(None, config=found, state_dict=state, output_loading_info=True, **options)
-    except Exception:  # code of a model's own, or a conversion that needs values
+    report = _filled(model, shapes)
+    if report is None:
         return []
-    finally:
-        logging.disable(logging.NOTSET)
     require_tensors(report, config)
     if differing := sorted(report["mismatched_keys"]):
         name, stored, wanted = differing[0]
         text = f"{name} is {list(stored)} in its weights and {list(wanted)} by config.json ({len(differing)} such tensors)"
         raise InputError("model.path", config.path, f"{text}: take config.json and weights of one model")
     return sorted(report["unexpected_keys"])
+
+
+def places_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> set[str] | None:
+    """Return the parameters that these tensors fill; None if nothing is known. Arguments as in `unused_tensors`."""
+    report = _filled(model, shapes)
+    return None if report is None else {n for n, _ in model.named_parameters()} - set(report["missing_keys"])
+
+
+def require_numbers(model: nn.Module, whole: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
+    """Raise InputError if tensors of whole numbers are weights of the model: their scales are not there.
+
+    whole: their shapes by name. Some families keep whole numbers that are no weights, such as masks.
+    """
+    if whole and (places := places_of(model, whole)):
+        allowed = "allowed: 16 or 32 bits, or bitsandbytes NF4: take the 16-bit model"
+        which = f"{min(places)} holds whole numbers without scales ({counted(len(places), 'such weight')})"
+        raise InputError("model.path", config.path, f"{which}; {allowed}")
+
+
+def refuse_lost_biases(model: nn.Module, unused: Iterable[str], files: Mapping[str, Path], config: ModelConfig) -> None:
+    """Raise InputError if the folder has a bias for a layer that config.json says has none. Zeros change nothing.
+
+    unused: what `unused_tensors` returned. files: of the folder's tensors.
+    """
+    modules = dict(model.named_modules())
+    for name in unused:
+        layer = modules.get(name.removesuffix(".bias")) if name.endswith(".bias") and name in files else None
+        if layer is None or "weight" not in layer._parameters:
+            continue
+        with safe_open(files[name], framework="pt") as opened:
+            if opened.get_tensor(name).any():
+                wrong = f"has values in {name}, and config.json gives that layer no bias"
+                raise InputError("model.path", config.path, f"{wrong}: take config.json and weights of one model")
+
+
+def check_task(found: Any, config: ModelConfig) -> None:
+    """Raise InputError if `architectures` names a class that scores or sorts texts: its weights were trained for that."""
+    names = [name for name in getattr(found, "architectures", None) or [] if isinstance(name, str)]
+    if names and all(map(OTHER_TASK.search, names)):
+        allowed = f"is a {names[0]}, which writes no text: take the model that it was made from"
+        raise InputError("model.path", config.path, allowed)
+
+
+def _filled(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any] | None:
+    """Return transformers' report on fitting tensors without values into a second such model, or None."""
+    found = copy.deepcopy(model.config)
+    forget_quantization(found)
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    options = {"device_map": {"": "meta"}, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+    try:
+        logging.disable(logging.WARNING)  # its table of all differences
+        return type(model).from_pretrained(None, config=found, state_dict=state, output_loading_info=True, **options)[1]
+    except Exception:  # code of a model's own, or a conversion that needs values
+        return None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def forget_quantization(config: Any) -> None:
+    """Remove what a config says about quantised weights, in its text part too."""
+    for part in (config, getattr(config, "text_config", None)):
+        for key in KEYS:
+            if part is not None and hasattr(part, key):
+                delattr(part, key)
 
 
 def require_tensors(report: Mapping[str, Any], config: ModelConfig) -> None:

@@ -25,7 +25,7 @@ from engine.adapter.peft_fit import misplaced_layers
 from engine.config.trial import ModelConfig
 from engine.errors import InputError
 from engine.model.guard import Make, choose_route, plain_linears
-from engine.model.pretrained import model_factory, read_config, without_weights
+from engine.model.pretrained import forget_quantization, model_factory, read_config, without_weights
 from engine.model.route import ModelVerdict, Route, pattern_of
 from engine.quant.frozen_experts import expert_shapes, packable_experts
 from engine.system.shared_cache import remembered
@@ -82,8 +82,7 @@ def with_rows_of(config: ModelConfig, verdict: ModelVerdict, device: torch.devic
 def model_parts(config: ModelConfig) -> tuple[Any, Make]:
     """Return the config of the 16-bit model, and what makes a model from such a config."""
     found = read_config(config)
-    if hasattr(found, "quantization_config"):
-        del found.quantization_config
+    forget_quantization(found)
     factory = model_factory(found)
 
     def make(small: Any, attention_name: str) -> nn.Module:

@@ -34,11 +34,22 @@ def is_mxfp4(content: dict[str, Any]) -> bool:
     return content.get("model_type") == "gpt_oss" and isinstance(settings, dict) and settings.get("quant_method") == "mxfp4"
 
 
-def require_packed(unpacks: bool, packs_experts: bool, config: ModelConfig) -> None:
-    """Raise InputError for an MXFP4 folder whose experts would stay in 16 bits."""
-    if unpacks and not packs_experts:
+def require_packed(content: dict[str, Any], packs_experts: bool, config: ModelConfig) -> None:
+    """Raise InputError for a quantised folder with experts that would not be in NF4, or are so already.
+
+    content: config.json. packs_experts: experts of 16 bits are packed while they are read.
+    """
+    if is_mxfp4(content) and not packs_experts:
         allowed = "holds MXFP4 weights of experts that cannot be packed here: take the 16-bit model"
         raise InputError("model.path", config.path, allowed)
+    if is_quantized(content) and not is_mxfp4(content) and packs_experts:
+        allowed = "holds NF4 weights beside its experts, which are packed only from 16 bits: take the 16-bit model"
+        raise InputError("model.path", config.path, allowed)
+
+
+def quantization_of(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what config.json says about its quantised weights; {} if they are not."""
+    return next(iter(_settings(content)), {})
 
 
 def is_quantized(content: dict[str, Any]) -> bool:
@@ -47,8 +58,8 @@ def is_quantized(content: dict[str, Any]) -> bool:
 
 
 def _settings(content: dict[str, Any]) -> list[Any]:
-    parts = [content, content.get("text_config")]
-    return [part[key] for part in parts if isinstance(part, dict) for key in KEYS if part.get(key) is not None]
+    parts = [content, *(part for part in content.values() if isinstance(part, dict))]  # of a model with several parts, each
+    return [part[key] for part in parts for key in KEYS if part.get(key) is not None]
 
 
 def _is_nf4(settings: dict[str, Any]) -> bool:

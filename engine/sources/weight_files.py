@@ -11,7 +11,7 @@ folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from engine.errors import InputError, first_line
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 FIELD = "model.path"
-NF4_STATE = ".quant_state.bitsandbytes__nf4"  # behind a packed weight's name: JSON with the shape it had
 MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"  # behind the name of a parameter of experts
 SCALES = ("weight_scale", "weight_scale_inv", "SCB", "scales", "qzeros", "absmax")  # last names of scales of packed weights
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")  # last names of an input embedding
@@ -54,13 +53,32 @@ def weight_files(folder: Path, given: str) -> list[str]:
     raise InputError(FIELD, given, f"must hold its weights as safetensors ({SINGLE} or {INDEX}){found}")
 
 
-def check_rows(folder: Path, num_rows: int, given: str) -> None:
-    """Raise InputError if no input embedding in the weights has the rows that config.json says."""
-    found = []
-    for name, file in _tensor_files(folder).items():
-        if name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS:
-            with safe_open(folder / file, framework="numpy") as opened:
-                found.append(opened.get_slice(name).get_shape()[0])
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Return tensor name -> file for weights that `check_weights` has passed.
+
+    The headers decide, as in transformers: it reads every file that an index names, and does not ask
+    the index where a tensor is.
+    """
+    return {name: path for path, _, names in opened_files(folder, str(folder)) for name in names}
+
+
+def opened_files(folder: Path, given: str) -> Iterator[tuple[Path, Any, list[str]]]:
+    """Yield each file of the weights, opened, with the names of its tensors. given: as in `check_weights`."""
+    for name in read_files(folder, given):
+        with safe_open(folder / name, framework="numpy") as opened:
+            yield folder / name, opened, list(opened.keys())
+
+
+def read_files(folder: Path, given: str) -> list[str]:
+    """Return the files of the weights that transformers reads: it prefers the single file. given: as in `check_weights`."""
+    names = [name for name in weight_files(folder, given) if name != INDEX]
+    return [SINGLE] if SINGLE in names else names
+
+
+def check_rows(shapes: Mapping[str, tuple[int, ...]], num_rows: int, given: str) -> None:
+    """Raise InputError if no input embedding in the weights has the rows that config.json says. shapes: of all tensors."""
+    ends = {name: name.removesuffix(".weight").rpartition(".")[2] for name, shape in shapes.items() if shape}
+    found = [shapes[name][0] for name, end in ends.items() if end in EMBEDDINGS]
     if found and num_rows not in found:
         rows = f"config.json says {num_rows:,} rows of the embedding, its weights hold {found[0]:,}"
         raise InputError(FIELD, given, f"{rows}: correct vocab_size")
@@ -76,24 +94,15 @@ def check_generation_config(folder: Path, given: str) -> None:
         raise InputError(FIELD, given, f"{GENERATION} must hold a JSON object: correct or remove it")
 
 
-def tensor_shapes(folder: Path, given: str, packed: bool) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor in the weights, by name. It reads headers only.
+def tensor_shapes(folder: Path, given: str) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor in the weights, by name. It reads headers only. given: as in `check_weights`."""
+    return {name: tuple(file.get_slice(name).get_shape()) for _, file, names in opened_files(folder, given) for name in names}
 
-    packed: the weights are bitsandbytes' NF4. Then each packed weight has the shape that it had
-    before, and its scales are left out. Raises InputError if none is packed.
-    """
-    shapes, states = {}, {}
-    names = [name for name in weight_files(folder, given) if name != INDEX]
-    for file in [SINGLE] if SINGLE in names else names:  # transformers prefers the single file
-        with safe_open(folder / file, framework="numpy") as opened:
-            for name in list(opened.keys()):
-                shapes[name] = tuple(opened.get_slice(name).get_shape())
-                if packed and name.endswith(NF4_STATE):
-                    states[name.removesuffix(NF4_STATE)] = _shape_before(opened.get_tensor(name).tobytes(), name, given)
-    if packed and not states:
-        raise InputError(FIELD, given, "holds no packed weight, though config.json says NF4: remove its quantization_config")
-    scales = tuple(f"{name}." for name in states)
-    return {n: states.get(n, shape) for n, shape in shapes.items() if not (scales and n.startswith(scales))}
+
+def whole_numbers(folder: Path, given: str) -> list[str]:
+    """Return the tensors that hold whole numbers or truth values. given: as in `check_weights`."""
+    kinds = {name: file.get_slice(name).get_dtype() for _, file, names in opened_files(folder, given) for name in names}
+    return [name for name, kind in kinds.items() if kind == "BOOL" or kind.startswith(("I", "U"))]
 
 
 def unpacked_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -110,20 +119,6 @@ def check_unused(names: Iterable[str], given: str) -> None:
         raise InputError(FIELD, given, f"{allowed}; allowed: 16 or 32 bits, or bitsandbytes NF4: take the 16-bit model")
 
 
-def _shape_before(state: bytes, name: str, given: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(width) for width in json.loads(state)["shape"])
-    except (ValueError, KeyError, TypeError):
-        raise InputError(FIELD, given, f"{name} must be JSON with the weight's shape") from None
-
-
-def _tensor_files(folder: Path) -> dict[str, str]:
-    if (folder / INDEX).is_file():
-        return load_json(folder / INDEX)["weight_map"]
-    with safe_open(folder / SINGLE, framework="numpy") as opened:
-        return dict.fromkeys(opened.keys(), SINGLE)
-
-
 def _indexed(index: Any, given: str) -> list[str]:
     """Return the files that an index names: plain names ending in .safetensors."""
     weights = index.get("weight_map") if isinstance(index, dict) else None
@@ -132,6 +127,8 @@ def _indexed(index: Any, given: str) -> list[str]:
     for name in weights.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise InputError(FIELD, given, f"{INDEX} names {name!r}; allowed: .safetensors files of this folder")
+    if not isinstance(index.get("metadata"), dict):  # transformers asks for it
+        raise InputError(FIELD, given, f'{INDEX} lacks its metadata: add "metadata": {{}} to it')
     return sorted(set(weights.values()))
 
 

@@ -19,10 +19,11 @@ from engine.evaluation.reevaluate import evaluate_adapter
 from engine.export.__main__ import main
 from engine.export.forms import export
 from engine.export.gguf_model import Naming, write_adapter, write_model
-from engine.export.merge import merged_tensors, weight_files
+from engine.export.merge import merged_tensors
 from engine.model.device import one_thread
 from engine.model.inspect import model_config
 from engine.sources.smollm2 import tensor_name, unpermute
+from engine.sources.weight_files import tensor_files
 from tests.support.export_models import FAMILIES, save_adapter, save_model
 from tests.support.trials import build, run
 
@@ -118,7 +119,7 @@ def test_a_merged_weight_beyond_float16_is_refused(base, adapter):
     layers["model.layers.0.self_attn.q_proj"][1].mul_(1e7)
     found = read_adapter(adapter)
     object.__setattr__(found, "layers", layers)
-    file = next(iter(weight_files(base).values()))
+    file = next(iter(tensor_files(base).values()))
     targets = {f"{name}.weight": name for name in layers}
     dict(merged_tensors(found, file, torch.bfloat16, targets))  # twin: bfloat16 holds it
     with pytest.raises(InputError, match="beyond what torch.float16 can hold"):

@@ -153,11 +153,11 @@ def test_each_tensor_that_is_missing_is_named(folder, dropped):
 
 def test_tensors_that_are_not_part_of_the_model_are_said_and_scales_refused(folder):
     weights = load_file(folder / "model.safetensors")
-    extra = {f"model.layers.{i}.self_attn.q_proj.bias": torch.ones(64) for i in range(2)}
+    extra = {f"model.layers.{i}.self_attn.extra_proj.bias": torch.ones(64) for i in range(2)}
     save_file(weights | extra, folder / "model.safetensors", metadata={"format": "pt"})
     notes = inspect_model(ModelConfig(path=str(folder))).notes
     (note,) = [note for note in notes if "2 tensors of the folder are not part of this model" in note]
-    assert note.endswith(": model.layers.*.self_attn.q_proj.bias")
+    assert note.endswith(": model.layers.*.self_attn.extra_proj.bias")
     for name in ("weight_scale_inv", "weight_scale", "SCB"):
         scale = {f"model.layers.0.mlp.up_proj.{name}": torch.ones(1)}
         save_file(weights | scale, folder / "model.safetensors", metadata={"format": "pt"})

@@ -154,6 +154,12 @@ def test_what_cannot_run_without_values_is_estimated():
     assert predict_memory(config_of(), shape).rough
 
 
+def test_what_loops_over_tokens_is_estimated(tiny_model_dir, monkeypatch):
+    config = ModelConfig(path=str(tiny_model_dir), layers="original")
+    monkeypatch.setattr(library_layers, "MAX_OPERATIONS", 100)
+    assert known_shape(config).library is None
+
+
 def test_a_worker_measures_the_layers_of_its_base_once(monkeypatch):
     base = random_base("tiny", torch.device("cpu"), torch.float32, fused=False)
     shape, config = ModelShape.of(base.model.config.to_dict(), "tiny"), ModelConfig(path="tiny", layers="original")
