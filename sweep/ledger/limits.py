@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sweep.config.budget_limits import BudgetConfig
-from sweep.plan.sweep_plan import SweepPlan
 from sweep.trials.objectives import EVAL_LOSS
+
+if TYPE_CHECKING:  # a page that shows a sweep plans nothing
+    from sweep.plan.sweep_plan import SweepPlan
 
 NO_BUDGET = BudgetConfig()
 

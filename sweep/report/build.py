@@ -7,25 +7,23 @@ is still running. It reads the journal, reports and timeline, and changes none o
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from engine.errors import first_line
 from engine.system.files import write_text
-from engine.units import counted
 from sweep.folder.slot_times import SlotTime
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Span
 from sweep.report import figures as report_figures
+from sweep.report.chart_data import CURVES, HOURS, MEMORY, PARETO, SLOTS, curves_by
 from sweep.report.collect import Collected, Collector, damaged
 from sweep.report.figures import Drawn
-from sweep.report.finalists_answers import finalists_answers
-from sweep.report.hours_figure import HOURS, hours_height, hours_line, where_hours_went
+from sweep.report.hours_figure import hours_height, hours_line, where_hours_went
 from sweep.report.page import Section, Table, render
+from sweep.report.page_text import answer_sections, facts
 from sweep.report.study_figures import ON_WHITE, Scale, study_figures
-from sweep.results.best_folder import EXAMPLE
 from sweep.results.leaderboard import board_rows, board_table, equal_line
 from sweep.study.journal import DAMAGED
 from sweep.trials.objectives import EVAL_LOSS
@@ -33,7 +31,6 @@ from sweep.trials.record import CONTENDERS, Outcome, TrialRecord
 from sweep.trials.selection import Rule
 
 LOSSES = "Eval loss by tokens seen"
-CURVES, PARETO, MEMORY, SLOTS = "Learning curves", "Loss, memory and time", "Predicted and measured memory", "Slots"
 CURVES_CAPTION = (
     "On one evaluation set, against the tokens a trial has trained on. Pruned trials are faded; a click on a name hides "
     "its lines. Losses far above the usual range are cut off; a double click shows all."
@@ -42,7 +39,6 @@ PARETO_CAPTION = (
     "Stars: COMPLETE trials that no other trial beats in all three. A trial that was stopped early has spent less only "
     "because it was stopped."
 )
-EXAMPLE_HEADER = ("prompt", "expected", "base model", "with adapter")
 
 
 def try_write_report(folder: SweepFolder, note: Callable[[str], None]) -> None:
@@ -84,7 +80,7 @@ def _page(found: Collected) -> str:
 def figure_sections(found: Collected, scale: Scale = ON_WHITE) -> dict[str, Callable[[], Section]]:
     """Return what draws each figure of the sweep, by title. scale: the colours of losses, low to high."""
     records, study = found.records, study_figures(found.trials, found.records, found.space, scale)
-    measure = report_figures.curves_by(records)
+    measure = curves_by(records)
     losses = {LOSSES: lambda: Section(LOSSES, report_figures.learning_curves(records, found.best))}
     return {
         CURVES: lambda: Section(CURVES, report_figures.learning_curves(records, found.best, measure), CURVES_CAPTION),
@@ -95,12 +91,6 @@ def figure_sections(found: Collected, scale: Scale = ON_WHITE) -> dict[str, Call
         HOURS: lambda: _hours(found.slot_times),
         SLOTS: lambda: _slots(records, found.timeline.spans),
     }
-
-
-def answer_sections(found: Collected) -> list[Section]:
-    """Return what base model and winner answered, and the answers of the best trials if a task metric made some."""
-    finalists = finalists_answers(found.rule, found.records, found.config.sweep.num_examples)
-    return [_examples(found.folder, found.best), *finalists]
 
 
 def _of_study(title: str, make: Callable[[], Drawn]) -> Section:
@@ -116,28 +106,6 @@ def _slots(records: list[TrialRecord], spans: list[Span]) -> Section:
     return Section(SLOTS, report_figures.slots(records, spans), report_figures.dead_time_line(spans), height, is_broad=True)
 
 
-def facts(found: Collected, with_data: bool = True) -> list[str]:
-    """Return what stands under the title: model, trials so far, the verdict, and what became of the data."""
-    folder, config = found.folder, found.config
-    counts = Counter(record.outcome for record in found.records if record.source is None)
-    ended = ", ".join(f"{counts[outcome]} {outcome}" for outcome in Outcome if counts[outcome])
-    return [
-        f"Model {config.model.path} ({config.model.quantization}), data {config.data.describe_train()}, folder {folder.path}.",
-        f"{counted(sum(counts.values()), 'trial')} of {config.sweep.num_trials} asked for: {ended or 'none has started'}.",
-        *found.verdict.lines,
-        *_warm_line(found.records),
-        *([f"Predicted for {card}."] if (card := folder.read_card()) else []),
-        *(f"Data, {account.line()}." for account in folder.read_accounts() if with_data),
-    ]
-
-
-def _warm_line(records: list[TrialRecord]) -> list[str]:
-    """Name the warm clones, and what their losses mean."""
-    known = ", ".join(f"trial {record.number} {record.warm.text}" for record in records if record.warm)
-    why = "Their losses count tokens that they did not see themselves, so neither search nor figures of parameters use them"
-    return [f"Warm clones: {known}. {why}."] if known else []
-
-
 def _leaderboard(records: list[TrialRecord], rule: Rule) -> Section:
     title, caption = "Leaderboard", f"Rule: {rule.text}."
     if not records:
@@ -147,18 +115,6 @@ def _leaderboard(records: list[TrialRecord], rule: Rule) -> Section:
     first = rule.best(records)
     kinds = ["first" if first is not None and row["number"] == first.number else _kind(row["outcome"]) for row in rows]
     return Section(title, Table(header, cells, kinds), " ".join(filter(None, [caption, equal_line(rows)])))
-
-
-def _examples(folder: SweepFolder, best: TrialRecord | None) -> Section:
-    """Show what base model and winner answered, if the sweep has ended."""
-    title, found = "Examples before and after", folder.read_examples()
-    if found is None or best is None or found["trial"] != best.number:
-        return Section(title, "the end of a sweep generates them, unless sweep.num_examples is 0")
-    if "error" in found:
-        return Section(title, f"nothing could be generated: {found['error']}")
-    rows = [[example[name] for name in EXAMPLE] for example in found["examples"]]
-    caption = f"Evaluation samples, answered with the likeliest token at each step; the adapter is from trial {best.number}."
-    return Section(title, Table(EXAMPLE_HEADER, rows, [""] * len(rows), is_text=True), caption)
 
 
 def _kind(outcome: str) -> str:

@@ -120,7 +120,7 @@ class Collector:
         known = self._known.get(trial.number)
         if known is not None and known[0] is trial and known[1] == stamp:
             return known[2]
-        record = record_of(trial, self.folder, lambda params: self._space.apply(self._base, params).model_dump(mode="json"))
+        record = record_of(trial, self.folder, lambda params: self._space.merged(self._base, params))
         self._known[trial.number] = (trial, stamp, record)
         return record
 

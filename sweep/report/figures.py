@@ -15,21 +15,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sweep.folder.timeline import Span
+from sweep.report.chart_data import COLOURS, metric_curve, usual_range
 from sweep.trials.objectives import EVAL_LOSS, objective_values, pareto_front
 from sweep.trials.record import Outcome, TrialRecord
 
-COLOURS = {
-    Outcome.COMPLETE: "#2166ac",
-    Outcome.STOPPED: "#66a5cf",
-    Outcome.PAUSED: "#a6761d",
-    Outcome.RUNNING: "#1b9e77",
-    Outcome.PRUNED: "#8a8a8a",
-    Outcome.INFEASIBLE: "#c9c9c9",
-    Outcome.OUT_OF_MEMORY: "#d95f02",
-    Outcome.DIVERGED: "#c51b7d",
-    Outcome.LOST: "#7b3294",
-    Outcome.FAILED: "#b2182b",
-}
 FADED = (Outcome.PRUNED, Outcome.INFEASIBLE)
 BEST = "#e6a700"
 DEAD = "#222222"
@@ -45,18 +34,6 @@ def hover(record: TrialRecord) -> str:
     """
     params = (f"{escape(path)} = {escape(str(value))}" for path, value in record.params.items())
     return "<br>".join([f"trial {record.number} {record.outcome}{record.warm_text}", *params])
-
-
-def curves_by(records: Sequence[TrialRecord]) -> str:
-    """Return what learning curves show: the metric that decides once a trial has one, else eval_loss."""
-    name = records[0].chosen_by if records else EVAL_LOSS
-    return name if any(name in report.metrics for record in records for report in record.reports) else EVAL_LOSS
-
-
-def metric_curve(record: TrialRecord, name: str) -> list[tuple[int, float]]:
-    """Return tokens seen and eval_loss or a metric at each rung that measured it."""
-    points = [(report.tokens_seen, report.cost(name, 1.0)) for report in record.reports]
-    return [(tokens, value) for tokens, value in points if value is not None]
 
 
 def learning_curves(records: list[TrialRecord], best: TrialRecord | None, measure: str = EVAL_LOSS) -> Drawn:
@@ -93,20 +70,6 @@ def _curves(records: list[TrialRecord], name: str, measure: str, label: str, sty
         x=tokens, y=values, text=texts, name=name, mode="lines+markers", marker={"size": 5}, **style,
         hovertemplate=f"%{{text}}<br>%{{x:,}} tokens, {label} %{{y:.4f}}<extra></extra>",
     )  # fmt: skip
-
-
-def usual_range(losses: list[float], margin: float = 0.05) -> list[float] | None:
-    """Return an axis range without the losses of a few diverged trials.
-
-    Those would press all other lines flat; a double click shows everything.
-    """
-    finite = sorted(loss for loss in losses if math.isfinite(loss))
-    if len(finite) < 4:
-        return None
-    low, usual = finite[0], finite[int(0.9 * (len(finite) - 1))]
-    top = min(finite[-1], usual + (usual - low))
-    room = margin * (top - low) or (0.01 if margin else 0.0)
-    return [low - room, top + room]
 
 
 def pareto(records: list[TrialRecord]) -> Drawn:

@@ -13,7 +13,6 @@ from sweep.folder.slot_times import LOADING, PARTS, UNREPORTED, SlotTime, shares
 from sweep.report.figures import UNITS, Drawn
 from sweep.text import duration_text
 
-HOURS = "Where the hours went"
 COLOURS = {
     TRAIN: "#1b9e77",
     RECORDING: "#e6ab02",

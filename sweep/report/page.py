@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TYPE_CHECKING
 
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 STYLE = """
@@ -78,6 +79,8 @@ class Section:
 
 def plotly_script() -> str:
     """Return plotly.js, as the installed package holds it."""
+    from plotly.offline import get_plotlyjs  # late: a page can show its tables before plotly is loaded
+
     return get_plotlyjs()
 
 
@@ -89,7 +92,7 @@ def render(title: str, facts: Sequence[str], sections: Sequence[Section], config
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         f"<title>{escape(title)}</title><style>{STYLE}</style>",
-        f"<script>{get_plotlyjs()}</script></head><body>",
+        f"<script>{plotly_script()}</script></head><body>",
         f"<h1>{escape(title)}</h1>",
         *(_paragraph(fact) for fact in facts),
         *(_section(section) for section in sections),

@@ -23,7 +23,8 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from engine.errors import first_line
-from sweep.report.figures import Drawn, hover, usual_range
+from sweep.report.chart_data import IMPORTANCE, PARALLEL, SLICES, usual_range
+from sweep.report.figures import Drawn, hover
 from sweep.space.space import Choice, Dimension, Space
 from sweep.text import short_name
 from sweep.trials.objectives import EVAL_LOSS
@@ -61,9 +62,9 @@ def study_figures(
     complete = [r for r in complete if r.warm is None]  # its loss is its parent's as much as its parameters'
     varied = [d for d in space.dimensions if len({str(record.params.get(d.path)) for record in complete}) > 1]
     makers = {
-        "Parameter importance": (2, lambda: _importance(trials, complete, varied)),
-        "Parallel coordinates": (1, lambda: _parallel(complete, varied, scale)),
-        "Slices": (1, lambda: _slices(complete, varied, scale)),
+        IMPORTANCE: (2, lambda: _importance(trials, complete, varied)),
+        PARALLEL: (1, lambda: _parallel(complete, varied, scale)),
+        SLICES: (1, lambda: _slices(complete, varied, scale)),
     }
     return {title: partial(_drawn, complete, varied, *makers[title]) for title in makers}
 

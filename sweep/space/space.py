@@ -130,13 +130,22 @@ class Space:
 
         Raises InputError if the result is not valid.
         """
-        config = {section: dict(values) for section, values in base.items()}
+        return parse(TrainConfig, self.merged(base, params))
+
+    def merged(self, base: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the base config with the sampled values as plain data, without a check: enough to show a trial that ran.
+
+        Sections that the space leaves alone are the base's own objects.
+        """
+        config = dict(base)
         for dimension in self.dimensions:
             if dimension.path in params:
                 section, key, *rest = dimension.path.split(".")
+                if config[section] is base[section]:
+                    config[section] = dict(base[section])
                 value = dimension.value(params[dimension.path])
                 config[section][key] = _with_weight(config[section][key], dimension.path, value) if rest else value
-        return parse(TrainConfig, config)
+        return config
 
     def size(self) -> int | None:
         """Return the number of distinct points, or None if a dimension is continuous."""

@@ -25,36 +25,36 @@ WARM_CLONE = f"{Kind.CLONE} {WARM}"
 
 def check_trial(command: Command, record: TrialRecord | None, history: History) -> None:
     """Raise InputError if the trial that the command names cannot take it. record: None if there is none."""
-    number, kind = command.number, command.kind
     if record is None:
-        raise command.refused(f"this sweep has no trial {number}; `status` lists its trials")
+        raise command.refused(f"this sweep has no trial {command.number}; `status` lists its trials")
+    if (why := why_not(command.kind, record, history)) is not None:
+        raise command.refused(why)
+
+
+def why_not(kind: Kind, record: TrialRecord, history: History) -> str | None:
+    """Return why the trial cannot take such a command; None if it can."""
+    number = record.number
     if kind is Kind.CLONE:
-        return
+        return None
     if record.source is not None:
-        raise command.refused(f"trial {number} is of an earlier sweep, {record.source}, and is not trained here")
+        return f"trial {number} is of an earlier sweep, {record.source}, and is not trained here"
     if record.outcome not in GOING_ON:
-        raise command.refused(f"trial {number} is over: {record.outcome}{_instead(kind, number)}")
+        return f"trial {number} is over: {record.outcome}{_instead(kind, number)}"
     if number in history.stopped:
-        raise command.refused(f"trial {number} is about to stop: {history.stopped[number].who} asked for that")
+        return f"trial {number} is about to stop: {history.stopped[number].who} asked for that"
     is_waiting = number in history.held or record.outcome is Outcome.PAUSED
     if kind is Kind.PAUSE and (number in history.held or record.outcome is Outcome.STOPPED):
-        raise command.refused(f"trial {number} does not run: {'PAUSED' if number in history.held else record.outcome}")
+        return f"trial {number} does not run: {'PAUSED' if number in history.held else record.outcome}"
     if kind is Kind.GO_ON and not is_waiting:
         larger = "; a larger budget continues it" if record.outcome is Outcome.STOPPED else ""
-        raise command.refused(f"trial {number} is not paused: {record.outcome}{larger}")
+        return f"trial {number} is not paused: {record.outcome}{larger}"
+    return None
 
 
 def refusals(record: TrialRecord, history: History) -> dict[str, str]:
     """Return why the trial cannot take a command as it stands, by command. Those that it can take are not there."""
-    found: dict[str, str] = {}
-    for kind in TAKES_A_TRIAL:
-        try:
-            check_trial(Command(kind, f"{kind} {record.number}", record.number), record, history)
-        except InputError as error:
-            found[str(kind)] = error.allowed
-    if (why := why_no_adapter(record)) is not None:
-        found[WARM_CLONE] = why
-    return found
+    found = {str(kind): why_not(kind, record, history) for kind in TAKES_A_TRIAL} | {WARM_CLONE: why_no_adapter(record)}
+    return {words: why for words, why in found.items() if why is not None}
 
 
 def changed_settings(command: Command, config: SweepConfig) -> dict[str, Any]:

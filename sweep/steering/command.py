@@ -12,7 +12,6 @@ from enum import StrEnum
 from typing import Any
 
 from engine.errors import InputError, did_you_mean, printable
-from sweep.config.compose import parsed
 from sweep.config.sweep import MAX_TRIALS, BudgetConfig
 
 FIELD = "command"
@@ -103,6 +102,8 @@ def parse_words(words: Sequence[str], who: str = "", sent_s: float = 0.0, name: 
     number = _number(kind, text, rest) if kind in (*TAKES_A_TRIAL, Kind.ADD) else None
     if kind not in TAKES_VALUES and rest:
         raise InputError(FIELD, text, f"takes no further words, and {' '.join(rest)!r} follows")
+    from sweep.config.compose import parsed  # late: it loads Hydra, which no reader of the journal needs
+
     values = dict(map(parsed, rest))
     if kind in TAKES_VALUES and not values and not is_warm:
         example = "gpu_hours=8" if kind is Kind.BUDGET else "optim.learning_rate=1e-4"

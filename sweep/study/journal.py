@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
@@ -13,12 +13,14 @@ from optuna.trial import FrozenTrial, TrialState
 from engine.errors import InputError, first_line
 from engine.trial_report import TrialReport
 from sweep.folder.sweep_folder import SweepFolder
-from sweep.plan.feasibility import Fit
 from sweep.study.journal_file import JournalFile
 from sweep.study.samplers import MEMORY, known_constraints
-from sweep.study.warm_start import EarlierTrial
 from sweep.trials.record import Outcome, TrialRecord
 from sweep.trials.warm_from import WarmFrom
+
+if TYPE_CHECKING:  # a reader of the journal plans nothing
+    from sweep.plan.feasibility import Fit
+    from sweep.study.warm_start import EarlierTrial
 
 STUDY_NAME = "sweep"
 # prefix of the notes that successive halving keeps of a trial and reads of the others

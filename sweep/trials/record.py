@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from engine.config.metrics_section import EVAL_LOSS, EVERY, PREFERENCE_ACCURACY, sign_of
@@ -111,7 +112,7 @@ class TrialRecord:
         """Return 1 if smaller values of what decides are better, else -1."""
         return self._sign(self.chosen_by)
 
-    @property
+    @cached_property
     def kept(self) -> TrialReport | None:
         """Return the report of the adapter in the folder, or None before the first one."""
         return kept_report(self.reports, self.chosen_by, self.sign)

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sweep.report.build import HOURS, MEMORY, PARETO, SLOTS, figure_sections
+from sweep.report.chart_data import HOURS, IMPORTANCE, MEMORY, PARALLEL, PARETO, SLICES, SLOTS
 from sweep.report.collect import Collected
 from sweep.report.page import LAYOUT, Section
-from sweep.report.study_figures import ON_BLACK, ON_WHITE
 from sweep.trials.record import Outcome
 
-OF_COMPLETE = ("Parallel coordinates", "Parameter importance", "Slices")
+OF_COMPLETE = (PARALLEL, IMPORTANCE, SLICES)
 FIGURES = (*OF_COMPLETE, PARETO, MEMORY, HOURS, SLOTS)
 """Titles in the page's order. The page draws the learning curves itself, as they grow."""
 WORTH = 20.0
@@ -63,7 +62,7 @@ class DrawnFigures:
             is_current = known is not None and _are_same(known.basis, basis)
             if known is None or not (is_current or self._monotonic() - known.at_s < WORTH * known.took_s):
                 began_s, version = self._monotonic(), 1 + (known.version if known else 0)
-                text = _figure_json(figure_sections(found, ON_BLACK if is_dark else ON_WHITE)[title](), is_dark)
+                text = _drawn(found, title, is_dark)
                 now_s = self._monotonic()
                 known, is_current = _Drawn(basis, text, version, now_s, now_s - began_s), True
                 self._drawn[title, is_dark] = known
@@ -80,6 +79,13 @@ def _basis(found: Collected, title: str) -> list[Any]:
 
 def _are_same(one: list[Any], other: list[Any]) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other))
+
+
+def _drawn(found: Collected, title: str, is_dark: bool) -> str:
+    from sweep.report.build import figure_sections  # late: it loads plotly, and the page shows its table first
+    from sweep.report.study_figures import ON_BLACK, ON_WHITE
+
+    return _figure_json(figure_sections(found, ON_BLACK if is_dark else ON_WHITE)[title](), is_dark)
 
 
 def _figure_json(section: Section, is_dark: bool) -> str:

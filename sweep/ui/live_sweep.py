@@ -15,10 +15,10 @@ from typing import Any
 
 from engine.errors import InputError
 from sweep.folder.sweep_folder import SweepFolder
-from sweep.report.build import answer_sections, facts
+from sweep.report.chart_data import curves_by, metric_curve, usual_range
 from sweep.report.collect import Collected, Collector
-from sweep.report.figures import curves_by, metric_curve, usual_range
 from sweep.report.page import Section
+from sweep.report.page_text import answer_sections, facts
 from sweep.results.leaderboard import board_rows, finite
 from sweep.steering.checks import refusals
 from sweep.steering.history import History

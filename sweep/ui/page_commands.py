@@ -36,7 +36,11 @@ def find_control() -> Main | None:
         is_there = find_spec(CONTROL) is not None
     except ModuleNotFoundError:  # its package is missing
         is_there = False
-    return importlib.import_module(CONTROL).main if is_there else None
+    return _control if is_there else None
+
+
+def _control(words: list[str]) -> int:
+    return importlib.import_module(CONTROL).main(words)  # late: the page opens before its first command
 
 
 def give(folder: Path, line: str, control: Main) -> Answer:

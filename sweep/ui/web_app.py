@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from engine.errors import InputError
-from sweep.report.figures import COLOURS
+from sweep.report.chart_data import COLOURS
 from sweep.report.page import plotly_script
 from sweep.ui.drawn_figures import FIGURES, ON_DARK
 from sweep.ui.gate import AsgiApp, Gate

@@ -18,3 +18,8 @@ RULES = [
 
 def test_the_driver_loads_no_torch_and_other_libraries_late():
     assert too_heavy(RULES) == []
+
+
+def test_a_page_shows_its_table_before_plotly_hydra_and_plans_are_loaded():
+    modules = ("sweep.ui.__main__", "sweep.ui.live_sweep", "sweep.ui.web_app", "sweep.ui.page_commands")
+    assert too_heavy([(modules, ("torch", "ray", "mlflow", "plotly", "hydra", "sweep.plan.feasibility"))]) == []

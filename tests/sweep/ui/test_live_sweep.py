@@ -9,13 +9,14 @@ import pytest
 
 from engine.system.file_lock import FileLock
 from sweep.folder.timeline import Timeline
+from sweep.report import build
 from sweep.report.collect import Collector
 from sweep.space.parse import parse_space
 from sweep.steering.command import parse_words
 from sweep.steering.history import TakenCommand
 from sweep.study.study import Study
 from sweep.trials.record import Outcome
-from sweep.ui import drawn_figures, live_sweep
+from sweep.ui import live_sweep
 from sweep.ui.drawn_figures import FIGURES, ON_DARK, DrawnFigures
 from sweep.ui.live_sweep import LiveSweep
 from tests.support.reports import make_report
@@ -154,13 +155,13 @@ def test_a_figure_is_sent_again_only_when_it_is_another_one(tmp_path):
 def test_a_figure_that_takes_long_is_drawn_less_often(tmp_path, monkeypatch):
     collector, clock = Collector(swept(tmp_path)), [0.0]
     figures = DrawnFigures(lambda: clock[0])
-    sections = drawn_figures.figure_sections
+    sections = build.figure_sections
 
     def slow(*arguments):
         clock[0] += 3.0
         return sections(*arguments)
 
-    monkeypatch.setattr(drawn_figures, "figure_sections", slow)
+    monkeypatch.setattr(build, "figure_sections", slow)
     figures.get(collector.collect(), "Slots", False)
     report_again(collector.folder, 6, 3)
     clock[0] += 59.0
