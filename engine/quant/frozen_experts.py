@@ -220,10 +220,11 @@ class _Experts(torch.autograd.Function):
         if DOWN in casts:
             low = expert_ops.low_rank(hidden, casts[DOWN][0], ends_E)
             grads[DOWN] = _adapter_gradients(DOWN, dy_SD, weights_S1, hidden, low, module, casts[DOWN], ends_E)
-        dweights_TK = (dhidden * hidden).float().sum(-1)[inverse_S].view_as(weights_TK)
+        del dy_SD
+        dweights_TK = (dhidden * hidden).sum(-1, dtype=torch.float32)[inverse_S].view_as(weights_TK)
         if (bias_ED := module.bias(DOWN)) is not None:
             dweights_TK += expert_ops.dot_bias(dy_TD, bias_ED, experts_TK)
-        del dy_SD, hidden
+        del hidden
         dgate_up = module.gate_backward(gate_up, dhidden.mul_(weights_S1))
         del dhidden
         if UP in casts:
