@@ -50,9 +50,10 @@ class ExpertsWalk(LayerWalk):
         if self._own("experts") not in live.alive:
             self._block("transients", reads_output=False)
         self._hold_branch_gradient("ddelta", "mlp")
-        with live.holding(rows + 2 * hidden):
+        with live.holding(2 * hidden):
             live.hold("grads.experts", 4 * plan.adapter[EXPERTS])
-            live.briefly(max(hidden + 4 * hidden // s.element, 4 * plan.adapter[EXPERTS]))
+            live.briefly(rows + self._turned + plan.ranks[EXPERTS] * self._choice_rows * s.element)
+            live.briefly(hidden)
         live.briefly(rows + 4 * plan.adapter[EXPERTS])
         live.briefly(rows + s.x)
         live.hold("dnormed", s.x)
@@ -61,6 +62,14 @@ class ExpertsWalk(LayerWalk):
         live.drop(*map(self._own, ("experts", "block out", "block input")))
         self._hold_input_gradient(output, "mlp")
         live.drop("dnormed", "ddelta")
+
+    @property
+    def _turned(self) -> int:
+        """Return the bytes of B's gradient of the down projection as it is turned, where both weights' do not cover it."""
+        experts, rank = self.shape.experts, self.plan.ranks[EXPERTS]
+        names = experts.weights(self.shape.hidden_size)
+        both = experts.adapter_values(dict.fromkeys(names, rank // 2), self.shape.hidden_size)
+        return 0 if self.plan.adapter[EXPERTS] == both else 4 * rank * experts.number * self.shape.hidden_size
 
     def _shared_gradient(self) -> None:
         """Walk the gradients of the shared expert: of its output, gate and up, and of the input."""

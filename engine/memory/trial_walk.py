@@ -89,7 +89,7 @@ class TrialWalk(LibraryWalk):
         states = num_states * (number + 4 * blocks if self.config.optim.has_8bit_states else 4 * number)
         if self.config.train.offload_optimizer is True and self.config.optim.has_8bit_states:
             self.state_bytes = num_states * number  # on the host; a few pieces are on the device, and all scales
-            states = num_states * (4 * blocks + STATE_PIECES * STATE_PIECE)
+            states = num_states * (4 * blocks + STATE_PIECES * min(STATE_PIECE, number))
         live.hold("optimizer", states, "optimizer")
 
     def _place(self, name: str, size: int) -> None:

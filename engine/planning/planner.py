@@ -177,10 +177,25 @@ def _on_host(config: TrainConfig, shape: ModelShape, card: Card, host_gib: float
 
 
 def _filled(config: TrainConfig, shape: ModelShape, card: Card, limit: MemoryLimit, lean: ComputePlan) -> Iterator[ComputePlan]:
-    """Yield a lean plan, then the same with kept layers and cached weights that fill the memory."""
+    """Yield a lean plan, then the same with kept layers and cached weights that fill the memory.
+
+    Room for dequantised experts may be worth more than kept layers, so the memory is filled in the other order too.
+    """
+    loop = config.train
+    keeps = loop.keep_layers == "auto" and lean.policy is not Policy.KEEP
+    caches = loop.weight_cache_gib == "auto" and (shape.experts is None or card.has_grouped_products)  # else it is of no use
 
     def fits(plan: ComputePlan) -> bool:
         return limit.fits(replace(plan, memory=_memory(plan, config, shape)))
+
+    def with_kept(plan: ComputePlan, fewest: int = 1) -> ComputePlan:
+        most = _largest(fewest, shape.num_layers, lambda n: fits(replace(plan, keep_layers=n)))
+        return _predicted(replace(plan, keep_layers=most), config, shape, card)
+
+    def with_cache(plan: ComputePlan) -> ComputePlan:
+        steps = math.ceil(min(limit.memory_gib, cacheable_bytes(config, shape) / GIB) / CACHE_STEP_GIB)
+        room = _largest(0, steps, lambda n: fits(replace(plan, weight_cache_gib=n * CACHE_STEP_GIB)))
+        return _predicted(replace(plan, weight_cache_gib=room * CACHE_STEP_GIB), config, shape, card)
 
     first = _predicted(lean, config, shape, card)
     yield first
@@ -189,16 +204,12 @@ def _filled(config: TrainConfig, shape: ModelShape, card: Card, limit: MemoryLim
             yield _predicted(replace(lean, keep_layers=0), config, shape, card)
         return
     full = first
-    if config.train.keep_layers == "auto" and lean.policy is not Policy.KEEP:
-        most = _largest(1, shape.num_layers, lambda n: fits(replace(first, keep_layers=n)))
-        full = _predicted(replace(first, keep_layers=most), config, shape, card)
-        yield full
-    if config.train.weight_cache_gib == "auto":
-        steps = math.ceil(min(limit.memory_gib, cacheable_bytes(config, shape) / GIB) / CACHE_STEP_GIB)
-        room = _largest(0, steps, lambda n: fits(replace(full, weight_cache_gib=n * CACHE_STEP_GIB)))
-        if shape.experts is not None and not card.has_grouped_products:
-            return  # the room is of no use
-        yield _predicted(replace(full, weight_cache_gib=room * CACHE_STEP_GIB), config, shape, card)
+    if keeps:
+        yield (full := with_kept(first))
+    if caches:
+        yield with_cache(full)
+    if keeps and caches and shape.experts is not None:
+        yield with_kept(with_cache(replace(first, keep_layers=0)), fewest=0)
 
 
 def _predicted(candidate: ComputePlan, config: TrainConfig, shape: ModelShape, card: Card) -> ComputePlan:

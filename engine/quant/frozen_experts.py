@@ -199,9 +199,10 @@ class _Experts(torch.autograd.Function):
         dense = None
         if module.is_unread:
             dense = expert_ops.dequantized_up(x_TD, num_choices, module.state(UP), module.state(DOWN), module.room)
-        gate_up, low_up = _project(UP, x_TD[order_S // num_choices], module, ends_E, casts, dense)
+        token_S = order_S // num_choices
+        gate_up, low_up = _project(UP, x_TD[token_S], module, ends_E, casts, dense)
         ctx.module, ctx.casts, ctx.dense = module, casts, dense
-        ctx.save_for_backward(x_TD, weights_TK, experts_TK, order_S, inverse_S, ends_E, gate_up, low_up)
+        ctx.save_for_backward(x_TD, weights_TK, experts_TK, order_S, token_S, inverse_S, ends_E, gate_up, low_up)
         if module.is_unread:
             return torch.empty_like(x_TD)
         out_SD, _ = _project(DOWN, module.gate(gate_up), module, ends_E, casts)
@@ -209,9 +210,8 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weights_TK, experts_TK, order_S, inverse_S, ends_E, gate_up, low_up = ctx.saved_tensors
+        x_TD, weights_TK, experts_TK, order_S, token_S, inverse_S, ends_E, gate_up, low_up = ctx.saved_tensors
         module, casts, num_choices = ctx.module, ctx.casts, weights_TK.shape[1]
-        token_S = order_S // num_choices
         dy_SD = dy_TD[token_S]
         weights_S1 = weights_TK.flatten()[order_S].unsqueeze(-1).to(dy_TD.dtype)
         hidden = module.gate(gate_up)
@@ -220,10 +220,11 @@ class _Experts(torch.autograd.Function):
         if DOWN in casts:
             low = expert_ops.low_rank(hidden, casts[DOWN][0], ends_E)
             grads[DOWN] = _adapter_gradients(DOWN, dy_SD, weights_S1, hidden, low, module, casts[DOWN], ends_E)
-        dweights_TK = (dhidden * hidden).float().sum(-1)[inverse_S].view_as(weights_TK)
+        del dy_SD
+        dweights_TK = (dhidden * hidden).sum(-1, dtype=torch.float32)[inverse_S].view_as(weights_TK)
         if (bias_ED := module.bias(DOWN)) is not None:
             dweights_TK += expert_ops.dot_bias(dy_TD, bias_ED, experts_TK)
-        del dy_SD, hidden
+        del hidden
         dgate_up = module.gate_backward(gate_up, dhidden.mul_(weights_S1))
         del dhidden
         if UP in casts:

@@ -73,7 +73,8 @@ class StatesOnHost:
             super().update_step(group, p, gindex, pindex)
             return
         if self._copies is None:
-            self._copies = Copies(p.device)
+            largest = max(one.numel() for each in self.param_groups for one in each["params"])
+            self._copies = Copies(p.device, min(STATE_PIECE, largest))
         values, gradient = p.detach().view(-1), p.grad.view(-1)
         pieces = [slice(start, min(start + STATE_PIECE, len(values))) for start in range(0, len(values), STATE_PIECE)]
         whole = {name: state[name].view(-1) for name in names}
@@ -95,8 +96,9 @@ class StatesOnHost:
 class Copies:
     """Copy pieces of states to the device and back, beside the computation. It holds room for a few pieces."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._is_cuda = device, device.type == "cuda"
+    def __init__(self, device: torch.device, size: int) -> None:
+        """Size: the most values of a piece."""
+        self._device, self._size, self._is_cuda = device, size, device.type == "cuda"
         self._room: list[dict[str, Tensor]] = [{} for _ in range(STATE_PIECES)]
         self._sizes = [0] * STATE_PIECES
         if self._is_cuda:
@@ -109,7 +111,7 @@ class Copies:
         room = self._room[place]
         for name, state in states.items():
             if name not in room:
-                room[name] = torch.empty(STATE_PIECE, dtype=state.dtype, device=self._device)
+                room[name] = torch.empty(self._size, dtype=state.dtype, device=self._device)
         self._sizes[place] = len(next(iter(states.values())))
         if not self._is_cuda:
             self._copy({name: room[name][: len(state)] for name, state in states.items()}, states)

@@ -23,10 +23,10 @@ HOST_EMBEDDING_MIN_BYTES = 256 * 2**20
 They are 32 MiB, 0.6 to 1.4 ms, for 4,096 tokens of 4,096 features.
 """
 
-STATE_PIECE, STATE_PIECES = 2**23, 3
+STATE_PIECE, STATE_PIECES = 2**22, 3
 """Values of the adapter whose 8-bit states come from the host at once, and pieces on the device at a time.
 
-Copies of 8 MiB are about as fast as larger ones (PCIe 4 and 5). One piece comes, one is stepped, one goes.
+Copies of 4 MiB are about as fast as larger ones (PCIe 4 and 5). One piece comes, one is stepped, one goes.
 """
 
 LENGTH_STEP = 256

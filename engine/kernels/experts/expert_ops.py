@@ -19,13 +19,15 @@ from engine.kernels.nf4_state import Nf4State
 def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the order of the T * K choices by expert [S], its inverse [S], and the ends [E] int32.
 
-    A choice above the last expert, with which some models skip a token, comes last.
+    A choice above the last expert, with which some models skip a token, comes last. Sorting takes a pass and
+    about three launches for each byte of a number, so numbers are made short.
     """
-    sorted_S, order_S = experts_TK.flatten().sort(stable=True)
+    short = torch.uint8 if num_experts < 256 else torch.int16
+    sorted_S, order_S = experts_TK.flatten().clamp(max=num_experts).to(short).sort(stable=True)
     inverse_S = torch.empty_like(order_S)
     inverse_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
     numbers_E = torch.arange(num_experts, device=order_S.device, dtype=sorted_S.dtype)
-    return order_S, inverse_S, torch.searchsorted(sorted_S, numbers_E, right=True).to(torch.int32)
+    return order_S, inverse_S, torch.searchsorted(sorted_S, numbers_E, right=True, out_int32=True)
 
 
 def linear(

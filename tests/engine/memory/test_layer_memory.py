@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from engine.adapter.expert_lora import LoraExperts
 from engine.adapter.lora import LoraLinear
+from engine.config.targets import target_rule
 from engine.config.trial import LoraConfig, TrainConfig
 from engine.kernels import ops
 from engine.kernels.eight_bit import int8_ops
@@ -269,7 +270,7 @@ def spec_of(shape: ModelShape, stores: bool) -> LayerSpec:
 
 
 def mixture(shape: ModelShape, lora: LoraConfig) -> nn.Module:
-    """Return Qwen3-MoE's router and packed experts, or Qwen3.5-MoE's with its shared expert; all are adapted."""
+    """Return Qwen3-MoE's router and packed experts, or Qwen3.5-MoE's with its shared expert; the targeted experts are adapted."""
     from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock, Qwen3_5MoeTextConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeSparseMoeBlock
 
@@ -285,7 +286,7 @@ def mixture(shape: ModelShape, lora: LoraConfig) -> nn.Module:
         linear = block.get_submodule(path)
         block.set_submodule(path, _linear(linear.out_features, linear.in_features, lora))
     for _, experts in frozen_experts(block):
-        for weight in experts.shapes:
+        for weight in filter(lambda name: target_rule(lora.target_modules)(f"mlp.experts.{name}"), experts.shapes):
             with torch.device("cpu"):
                 layer = LoraExperts(experts, weight, lora, torch.Generator().manual_seed(0), 0, lora.rank)
             for p in layer.parameters_of():
@@ -414,12 +415,13 @@ SHARING = {**MIXTURE, "model_type": "qwen3_5_moe_text", "head_dim": 128, "shared
 @pytest.mark.parametrize("content", [MIXTURE, SHARING], ids=["alone", "with a shared expert"])
 @pytest.mark.parametrize(("policy", "changes"), [
     *[(policy, {}) for policy in POLICIES], ("recompute", {"rank": 64}), ("offload", {"train": {"host_layers": 2}}),
-    ("recompute", {"train": {"keep_layers": 1}}),
+    ("recompute", {"train": {"keep_layers": 1}}), ("recompute", {"target_modules": ["all-linear", "experts.down_proj"]}),
+    ("recompute", {"target_modules": ["all-linear", "experts.gate_up_proj"]}),
 ])  # fmt: skip
 @pytest.mark.usefixtures("device_kernels")
 def test_the_walk_around_experts_is_an_upper_estimate(content: dict[str, Any], policy: str, changes: dict[str, Any]) -> None:
     shape = ModelShape.of(content, "mixture")
-    config = config_of(policy, target_modules=["all-linear", "experts"], **changes)
+    config = config_of(policy, **{"target_modules": ["all-linear", "experts"], **changes})
     layers = build(config, shape, 4096)
     stash = layers[0].call.stash
     measured, (predicted, on_host) = counted(layers, shape, 4096), walked(config, shape, 4096)

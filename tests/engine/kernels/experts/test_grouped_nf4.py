@@ -154,6 +154,16 @@ def test_rows_are_sorted_by_expert_and_come_back():
     assert torch.equal(order[inverse], torch.arange(6, device=DEVICE))
 
 
+@pytest.mark.parametrize("num_experts", [3, 255, 256, 300])
+def test_the_order_is_that_of_the_numbers_themselves_however_many_experts_there_are(num_experts):
+    chosen = torch.randint(0, num_experts, (4096, 2), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    order, _, found = expert_ops.sort_by_expert(chosen, num_experts)
+    assert torch.equal(order, chosen.flatten().sort(stable=True).indices)
+    assert torch.equal(found, torch.bincount(chosen.flatten(), minlength=num_experts).cumsum(0).to(torch.int32))
+    chosen[7] = num_experts + 256  # one of many ways to skip a token
+    assert expert_ops.sort_by_expert(chosen, num_experts)[0][-2:].tolist() == [14, 15]
+
+
 def test_the_grouped_product_is_taken_on_hopper_with_many_rows_and_room(monkeypatch):
     state, room = packed(), 2 * 4 * 48 * 192
     many = torch.zeros(300, 192, dtype=torch.bfloat16, device=DEVICE)
