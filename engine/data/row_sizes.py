@@ -19,7 +19,7 @@ PARTS = 8  # of the most tokens in a row
 TARGET_PARTS_FULL, TARGET_PARTS = 8, 4
 MIN_TOKENS = 128
 # Of rows that are computed launch by launch. A library of matmuls looks for a kernel at every new
-# number of rows, and loads it, which takes a host up to 0.3 s for a row of 26 layers.
+# number of rows, and loads it: steps of Gemma-2-2B take 5 to 8 % more time with rows of any size.
 FINE_STEP = 64
 
 
