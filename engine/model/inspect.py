@@ -38,7 +38,7 @@ from engine.quant.frozen_linear import is_known_linear
 from engine.shape.model_shape import ModelShape
 from engine.sources.locate import locate
 from engine.sources.nf4_folder import packed_shapes, unpacked
-from engine.sources.quantized_folders import check_quantization, is_mxfp4, is_quantized, require_packed
+from engine.sources.quantized_folders import check_quantization, is_mxfp4, is_quantized, quantization_of, require_packed
 from engine.sources.weight_files import (
     check_generation_config,
     check_rows,
@@ -133,7 +133,7 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     Raises InputError if it is not a causal language model, if its weights cannot be read or trained
     rightly, or if `layers` is `strict` and some layer cannot run fused.
     """
-    model, unused, _ = checked_skeleton(config)
+    model, unused, unpacked_layers = checked_skeleton(config)
     linears = plain_linears(model)
     if not linears:
         raise InputError("model.path", config.path, NO_LINEAR)
@@ -150,6 +150,8 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     positions = next((value for name in POSITIONS if (value := getattr(text, name, None))), None)
     rotary = bool(getattr(text, "rope_parameters", None))
     notes = tuple(_notes(model, linears, verdict))
+    if unpacked_layers is not None and set(unpacked_layers) != _kept_by_config(model):
+        notes += ("its config.json packs other layers than its weights do: here the weights decide, transformers alone may fail",)
     if unused:
         are = "is" if len(unused) == 1 else "are"
         what = f"{counted(len(unused), 'tensor')} of the folder {are} not part of this model"
@@ -215,6 +217,16 @@ def _unpacked_layers(model: nn.Module, packed: Mapping[str, tuple[int, ...]], co
         which = f"holds NF4 weights of {odd[0]} ({counted(len(odd), 'such layer')}); allowed: of plain linear layers"
         raise InputError("model.path", config.path, f"{which}, without the output head: take the 16-bit model")
     return [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in layers]
+
+
+def _kept_by_config(model: nn.Module) -> set[str]:
+    """Return the plain linear layers that transformers would not read packed, by the config of a folder in NF4."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    named = quantization_of(model.config.to_dict()).get("llm_int8_skip_modules")
+    kept = HfQuantizer.get_modules_to_not_convert(model, named, getattr(model, "_keep_in_fp32_modules", None))
+    return {n for n, module in model.named_modules() if type(module) is nn.Linear and not should_convert_module(n, kept)}
 
 
 def unquantised_names(config: ModelConfig, verdict: ModelVerdict) -> list[str] | None:

@@ -26,6 +26,7 @@ from engine.model.verdicts import computed_by
 from engine.quant.bnb import keep_as_stored, right_scales
 from engine.quant.shared_base import key
 from engine.system.shared_cache import recall, remembered
+from engine.units import counted
 
 ROUNDINGS = 4.0  # times what rounding alone makes
 LEAST = 0.01  # nats, mean of two samples: what is wrong differs by more
@@ -57,6 +58,7 @@ def loaded_losses(
 
     given: the value of model.path, for the message. measures: its attentions that are right for the model.
     """
+    _require_finite(model, given)
     keep_as_stored(model)
     before = model.config.get_text_config()._attn_implementation
     try:
@@ -78,6 +80,16 @@ def loaded_losses(
         allowed = "has losses that are not finite, in transformers too: its weights hold NaN or infinity, or are too large"
         raise InputError("model.path", given, allowed)
     return LibraryLosses(samples, losses, rounding)
+
+
+@torch.no_grad()
+def _require_finite(model: nn.Module, given: str | None) -> None:
+    """Raise InputError for NaN or infinity in the rows of a token, which the samples of a check need not have."""
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        rows_V = torch.zeros(0) if table is None else table.weight.sum(dim=1, dtype=torch.float32)
+        if odd := torch.nonzero(~rows_V.isfinite()).flatten().tolist():
+            allowed = f"holds NaN or infinity in the row of token {odd[0]} ({counted(len(odd), 'such row')}): download it again"
+            raise InputError("model.path", given, allowed)
 
 
 @torch.no_grad()

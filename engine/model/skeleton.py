@@ -69,6 +69,7 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_targe
 POSITION = 48  # a sample is shorter, and a row of two is longer
 ORIGINAL = "original_max_position_embeddings"  # a rotation with it also depends on how the two numbers compare
 SHARED = "num_kv_shared_layers"  # the last layers, which take keys and values from earlier ones
+COMPUTED = ("layers_block_type", "layers_num_experts")  # lists by layer that are no settings, but properties
 INDICES = re.compile(r"(layer|attn|attention)\w*(_ids|_idxs?|_indices|_layers)$")  # names of lists of layer numbers
 
 
@@ -198,13 +199,19 @@ def _scaled(override: dict[str, Any], given: dict[str, Any], small: Any) -> dict
 def layers_alike(config: Any) -> dict[int, list[int]]:
     """Return, for each layer of the tiny model, the layers of the large one that it stands for."""
     text = config.get_text_config()
-    kinds = _layer_kinds(text)
-    return {small: [i for i, kind in enumerate(kinds) if kind == kinds[large]] for small, large in enumerate(_chosen(kinds))}
+    kinds, (chosen, _) = _layer_kinds(text), _chosen_layers(text)
+    return {small: [i for i, kind in enumerate(kinds) if kind == kinds[large]] for small, large in enumerate(chosen)}
 
 
 def _chosen_layers(config: Any) -> tuple[list[int], int]:
-    """Return the layers to keep, two of each kind if there is room, and their number before."""
-    kinds = _layer_kinds(config)
+    """Return the layers to keep, two of each kind if there is room, and their number before.
+
+    Where only the config's class knows a kind, from the number of the layer, the first layers are
+    kept, up to the last kind.
+    """
+    kinds, settings = _layer_kinds(config), _layer_kinds(config, computed=())
+    if len(set(kinds)) > len(set(settings)) and (last := max(map(kinds.index, kinds))) < MAX_LAYERS:
+        return list(range(last + 1)), len(kinds)
     return _chosen(kinds), len(kinds)
 
 
@@ -214,12 +221,14 @@ def _chosen(kinds: list[str]) -> list[int]:
     return sorted([*firsts, *seconds[: max(0, MAX_LAYERS - len(firsts))]])
 
 
-def _layer_kinds(config: Any) -> list[str]:
-    """Return a text for each layer that is equal for layers with equal settings."""
+def _layer_kinds(config: Any, computed: tuple[str, ...] = COMPUTED) -> list[str]:
+    """Return a text for each layer that is equal for layers with equal settings. computed: properties to read too."""
     counts = [getattr(config, name) for name in LAYER_COUNTS if isinstance(getattr(config, name, None), int)]
     total = counts[0] if counts else 0
     given = vars(config)
     by_layer = [value for name, value in given.items() if _is_by_layer(name, value, total)]
+    lists = [getattr(config, name, None) for name in computed if name not in given]
+    by_layer += [value for value in lists if isinstance(value, list | tuple) and len(value) == total]
     numbers = [value for name, value in given.items() if _are_layer_numbers(name, value, total)]
     shared, own = total - (given.get(SHARED) or 0), _overrides(config)
     return [repr([[v[i] for v in by_layer], [i in v for v in numbers], i >= shared, own.get(i)]) for i in range(total)]
@@ -254,7 +263,8 @@ def _rope(value: dict[str, Any]) -> dict[str, Any]:
 def make_loud(model: nn.Module) -> None:
     """Draw weights so large that each part of the model shows in the loss.
 
-    A fresh model predicts nearly the same for every input, whatever its attention does.
+    A fresh model predicts nearly the same for every input, whatever its attention does. Buffers that
+    a checkpoint holds, such as a router's corrections, are moved too.
     """
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and "embed" not in name:
@@ -263,3 +273,8 @@ def make_loud(model: nn.Module) -> None:
             parameter.normal_(std=0.3)
         else:
             parameter.add_(0.2 * torch.randn_like(parameter))
+    stored = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in stored and buffer.is_floating_point():
+            noise = 0.2 * torch.randn_like(buffer)
+            buffer.copy_(buffer * noise.exp() if buffer.any() else noise)

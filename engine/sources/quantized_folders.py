@@ -75,10 +75,10 @@ def _is_nf4(settings: dict[str, Any]) -> bool:
 def _describe(settings: Any) -> str:
     if not isinstance(settings, dict):
         return "quantised"
-    method = str(settings.get("quant_method") or "bitsandbytes")
+    method = str(settings.get("quant_method") or settings.get("quant_algo") or "bitsandbytes")
     if method != "bitsandbytes":
         return f"{method} quantised"
-    if settings.get("load_in_4bit"):
+    if settings.get("load_in_4bit") and not settings.get("load_in_8bit"):
         storage = settings.get("bnb_4bit_quant_storage", "uint8")
         return f"bitsandbytes {settings.get('bnb_4bit_quant_type', 'fp4')} (stored as {storage})"
     return "bitsandbytes 8-bit"

@@ -69,8 +69,10 @@ def test_the_weights_of_a_folder_in_nf4_say_which_layers_are_packed_whatever_its
     kept = ["lm_head", "q_proj", "model.layers.1.mlp"]
     packed_folder(folder, tmp_path / "nf4", skip=kept)
     base, wanted = losses(tmp_path / "nf4")
+    assert not inspect_model(ModelConfig(path=str(tmp_path / "nf4"))).notes
     change(tmp_path / "nf4", quantization_config={**NF4, "llm_int8_skip_modules": said})
     found, again = losses(tmp_path / "nf4")
+    assert "packs other layers" in inspect_model(ModelConfig(path=str(tmp_path / "nf4"))).notes[0]
     plain = [name for name in found.linear_names if not found.model.get_submodule(name).is_packed]
     assert plain == [name for name in found.linear_names if "q_proj" in name or "layers.1.mlp" in name]
     assert found.linear_names == base.linear_names and torch.equal(wanted, again)
@@ -195,3 +197,14 @@ def test_the_files_say_where_a_tensor_is_and_not_their_index(folder):
     assert {name: path.name for name, path in tensor_files(folder).items()} == {n: f for f, part in files.items() for n in part}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})  # the library prefers it, and so does a merge
     assert {path.name for path in tensor_files(folder).values()} == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_row_of_a_token_that_is_no_number_is_refused_though_no_sample_of_the_check_has_it(folder, value):
+    def edit(weights):
+        weights["model.embed_tokens.weight"][3, 5] = value
+        return weights
+
+    rewrite(folder, edit)
+    with pytest.raises(InputError, match=r"holds NaN or infinity in the row of token 3 \(1 such row\)"):
+        load_base(ModelConfig(path=str(folder)), CPU)
