@@ -16,6 +16,8 @@ from engine.adapter.lora import AnyLora, LoraLinear
 from engine.adapter.token_rows import TokenRows
 from engine.kernels.ops import noise_of
 
+GIVEN_BACK = 2**28  # bytes of parameters whose former memory goes back to the device at once
+
 
 class AdapterMemory:
     """Hold the tensors of an adapter that a pass through the model reads or adds to.
@@ -103,6 +105,8 @@ class FlatAdapter:
         self._kept: list[torch.Tensor] = []
         for p, values in zip(parts, _views(self.parameter.data, parts)):
             p.data = values
+        if self.parameter.is_cuda and self.parameter.nbytes >= GIVEN_BACK:
+            torch.cuda.empty_cache()  # where the parameters were: the gradient is a little larger than that hole
         self.parameter.grad = self.memory.gradient
         self.zero_grad()
         for p, gradient in zip(parts, _views(self.parameter.grad, parts)):

@@ -26,8 +26,10 @@ from engine.kernels.experts.grouped_dense import dense_bytes
 from engine.kernels.experts.packed_experts import PackedLayout, dequantize_experts, pack, unpack_state
 from engine.kernels.nf4_state import Nf4State, nf4_state
 from engine.quant.bnb import quantize_nf4
+from engine.quant.experts_pass import DOWN as DOWN
+from engine.quant.experts_pass import UP as UP
+from engine.quant.experts_pass import ExpertsPass
 
-UP, DOWN = "gate_up_proj", "down_proj"
 NAME = "experts"  # of the module, in every family
 
 
@@ -145,7 +147,7 @@ class FrozenExperts(nn.Module):
         if self.is_library:
             return self._library_forward(hidden_states, top_k_index, top_k_weights)
         adapters = [p for layer in self.adapters.values() for p in (layer.lora_a, layer.lora_b)]
-        return _Experts.apply(hidden_states, top_k_weights, self, top_k_index, *adapters)
+        return ExpertsPass.apply(hidden_states, top_k_weights, self, top_k_index, *adapters)
 
     def _library_forward(self, *inputs: Tensor) -> Tensor:
         library = self.replaced[0]
@@ -186,81 +188,6 @@ class _Rows:
 
     def __getitem__(self, expert: Any) -> Tensor:
         return self.experts.dequantized(self.name, int(expert), self.dtype)
-
-
-class _Experts(torch.autograd.Function):
-    """Compute all experts. Gradients go to hidden states, routing weights and adapters."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, module: FrozenExperts, experts_TK: Tensor, *_: Tensor) -> Tensor:
-        num_choices = experts_TK.shape[1]
-        order_S, inverse_S, ends_E = expert_ops.sort_by_expert(experts_TK, module.num_experts)
-        casts = {name: layer.by_expert(x_TD.dtype) for name, layer in module.adapters.items()}
-        dense = None
-        if module.is_unread:
-            dense = expert_ops.dequantized_up(x_TD, num_choices, module.state(UP), module.state(DOWN), module.room)
-        token_S = order_S // num_choices
-        gate_up, low_up = _project(UP, x_TD[token_S], module, ends_E, casts, dense)
-        ctx.module, ctx.casts, ctx.dense = module, casts, dense
-        ctx.save_for_backward(x_TD, weights_TK, experts_TK, order_S, token_S, inverse_S, ends_E, gate_up, low_up)
-        if module.is_unread:
-            return torch.empty_like(x_TD)
-        out_SD, _ = _project(DOWN, module.gate(gate_up), module, ends_E, casts)
-        return expert_ops.combine(out_SD, inverse_S, weights_TK, num_choices)
-
-    @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weights_TK, experts_TK, order_S, token_S, inverse_S, ends_E, gate_up, low_up = ctx.saved_tensors
-        module, casts, num_choices = ctx.module, ctx.casts, weights_TK.shape[1]
-        dy_SD = dy_TD[token_S]
-        weights_S1 = weights_TK.flatten()[order_S].unsqueeze(-1).to(dy_TD.dtype)
-        hidden = module.gate(gate_up)
-        grads: dict[str, tuple[Tensor, Tensor]] = {}
-        dhidden = _project_back(DOWN, dy_SD, module, ends_E, casts)
-        if DOWN in casts:
-            low = expert_ops.low_rank(hidden, casts[DOWN][0], ends_E)
-            grads[DOWN] = _adapter_gradients(DOWN, dy_SD, weights_S1, hidden, low, module, casts[DOWN], ends_E)
-        del dy_SD
-        dweights_TK = (dhidden * hidden).sum(-1, dtype=torch.float32)[inverse_S].view_as(weights_TK)
-        if (bias_ED := module.bias(DOWN)) is not None:
-            dweights_TK += expert_ops.dot_bias(dy_TD, bias_ED, experts_TK)
-        del hidden
-        dgate_up = module.gate_backward(gate_up, dhidden.mul_(weights_S1))
-        del dhidden
-        if UP in casts:
-            grads[UP] = _adapter_gradients(UP, dgate_up, None, x_TD[token_S], low_up, module, casts[UP], ends_E)
-        dx_SD = _project_back(UP, dgate_up, module, ends_E, casts, ctx.dense)
-        ctx.dense = None
-        dx_TD = expert_ops.combine(dx_SD, inverse_S, None, num_choices)
-        return dx_TD, dweights_TK.to(weights_TK.dtype), None, None, *(grad for name in module.adapters for grad in grads[name])
-
-
-def _project(
-    name: str, x: Tensor, module: FrozenExperts, ends_E: Tensor, casts: dict[str, Any], dense: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Return the product with one weight and its adapter, and the adapter's hidden [S, R]. dense: the weight, if it is there."""
-    a_ERD, b_EOR = casts.get(name, (None, None))
-    low = None if a_ERD is None else expert_ops.low_rank(x, a_ERD, ends_E)
-    return expert_ops.linear(x, module.state(name), ends_E, module.bias(name), low, b_EOR, module.room, dense), low
-
-
-def _project_back(
-    name: str, dy: Tensor, module: FrozenExperts, ends_E: Tensor, casts: dict[str, Any], dense: Tensor | None = None
-) -> Tensor:
-    a_ERD, b_EOR = casts.get(name, (None, None))
-    dlow = None if b_EOR is None else expert_ops.low_rank(dy, b_EOR.transpose(1, 2), ends_E)
-    return expert_ops.input_gradient(dy, module.state(name), ends_E, dlow, a_ERD, module.room, dense)
-
-
-def _adapter_gradients(
-    name: str, dy: Tensor, weights_S1: Tensor | None, x: Tensor, low: Tensor, module: FrozenExperts,
-    cast: tuple[Tensor, Tensor], ends_E: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of a weight's lora_a and lora_b. weights: of each row, None for 1."""
-    dlow = expert_ops.low_rank(dy, cast[1].transpose(1, 2), ends_E)
-    if weights_S1 is not None:
-        dlow, low = dlow * weights_S1, low * weights_S1
-    return module.adapters[name].as_stored(expert_ops.outer(dlow, x, ends_E), expert_ops.outer(dy, low, ends_E))
 
 
 def expert_shapes(library: nn.Module) -> dict[str, tuple[int, int, int]]:

@@ -12,12 +12,13 @@ from engine.adapter.lora import attach, detach
 from engine.adapter.peft_files import export_adapter
 from engine.adapter.portable import read_adapter
 from engine.adapter.start import attach_started
+from engine.config.trial import ModelConfig
 from engine.errors import InputError, Interrupted
 from engine.evaluation.reevaluate import evaluate_adapter
 from engine.model.guard import ALLOWED
+from engine.model.inspect import known_shape
 from engine.model.load import load_base
 from engine.prepare import prepare
-from engine.shape.model_shape import ModelShape
 from engine.training.loop import train
 from tests.support.model_families import MIXTURE_OF_GEMMA4, peft_difference
 from tests.support.trials import CPU, build, run, same_numbers
@@ -118,5 +119,5 @@ def test_mixtures_with_other_layers_beside_their_experts_are_trained_and_read_by
     assert peft_difference(family, tmp_path, **numbers) < ALLOWED
     names = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_parameters"]
     assert {name.rpartition(".")[2] for name in names} == {"gate_up_proj", "down_proj"}
-    with pytest.raises(InputError, match="nothing is predicted"):
-        ModelShape.of(json.loads((tmp_path / "model" / "config.json").read_text()), family)
+    shape = known_shape(ModelConfig(path=str(tmp_path / "model")))  # a forecast; Gemma 4's layers are the library's, and measured
+    assert shape.experts is not None and (shape.library is not None) == (family == "gemma4_text")

@@ -91,6 +91,15 @@ def combine(rows_SD: Tensor, inverse_S: Tensor, weights_TK: Tensor | None, num_c
     return _family(rows_SD).combine(rows_SD, inverse_S, weights_TK, num_choices)
 
 
+def weigh_rows_(dy_SF: Tensor, y_SF: Tensor, order_S: Tensor, weights_TK: Tensor) -> Tensor:
+    """Return dy . y of each choice [T, K] in fp32, and multiply the rows of dy by their weights in place.
+
+    order: as `sort_by_expert` has it.
+    """
+    kernels = ops.load_kernels("experts.routed_rows") if _is_triton(dy_SF) else _family(dy_SF)
+    return kernels.weigh_rows_(dy_SF, y_SF, order_S, weights_TK)
+
+
 def dot_bias(dy_TD: Tensor, bias_ED: Tensor, experts_TK: Tensor) -> Tensor:
     """Return dy . bias of each chosen expert, [T, K] in fp32. A choice above the last expert has no bias."""
     dots_TE = dy_TD.float() @ bias_ED.float().T

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from engine.kernels.experts.packed_experts import dequantize_experts
@@ -88,3 +89,14 @@ def combine(rows_SD: Tensor, inverse_S: Tensor, weights_TK: Tensor | None, num_c
     rows_TKD = rows_SD[inverse_S].view(-1, num_choices, rows_SD.shape[1])
     rows_TKD = rows_TKD if weights_TK is None else rows_TKD * weights_TK.unsqueeze(-1)
     return rows_TKD.sum(1).to(rows_SD.dtype)
+
+
+def weigh_rows_(dy_SF: Tensor, y_SF: Tensor, order_S: Tensor, weights_TK: Tensor) -> Tensor:
+    """Return dy . y of each choice [T, K] in fp32, and multiply the rows of dy by their weights in place.
+
+    order: the choice, counted through tokens, of each row.
+    """
+    dots_TK = torch.empty(weights_TK.shape, dtype=torch.float32, device=dy_SF.device)
+    dots_TK.view(-1)[order_S] = (dy_SF * y_SF).sum(-1, dtype=torch.float32)
+    dy_SF.mul_(weights_TK.flatten()[order_S].unsqueeze(-1).to(dy_SF.dtype))
+    return dots_TK

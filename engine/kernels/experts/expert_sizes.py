@@ -37,3 +37,8 @@ def outer(left_SM: Tensor, right_SN: Tensor, ends_E: Tensor) -> Tensor:
 def combine(rows_SD: Tensor, inverse_S: Tensor, weights_TK: Tensor | None, num_choices: int) -> Tensor:
     """Return an empty [T, D]."""
     return rows_SD.new_empty(rows_SD.shape[0] // num_choices, rows_SD.shape[1])
+
+
+def weigh_rows_(dy_SF: Tensor, y_SF: Tensor, order_S: Tensor, weights_TK: Tensor) -> Tensor:
+    """Return an empty [T, K] in fp32."""
+    return torch.empty(weights_TK.shape, dtype=torch.float32, device=dy_SF.device)

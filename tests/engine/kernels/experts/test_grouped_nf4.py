@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels.experts import expert_ops, expert_reference, grouped_dense, grouped_nf4
+from engine.kernels.experts import expert_ops, expert_reference, grouped_dense, grouped_nf4, routed_rows
 from engine.kernels.experts.grouped_nf4 import ExpertTile
 from engine.kernels.experts.packed_experts import dequantize_experts, pack, unpack_state
 from engine.kernels.nf4_state import nf4_state
@@ -145,6 +145,19 @@ def test_the_clamped_gate_and_its_gradient_are_those_of_gpt_oss(implementation, 
     assert close(found, expected, dtype)
     assert not close(expert_ops.clamped_gate(gate_up, 3.0, Gate.alpha), expected, dtype)  # twin: another limit
     assert expert_ops.clamped_gate_backward_(gate_up, dh, Gate.limit, Gate.alpha) and close(gate_up, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_weighed_and_their_products_find_their_choices(dtype, implementation):
+    width, chosen = 1100, torch.tensor([[2, 0], [3, 2], [0, 2]], device=DEVICE)
+    dy, y, weights = draw(6, width, dtype=dtype), draw(6, width, dtype=dtype, seed=1), draw(3, 2, dtype=dtype, seed=2)
+    order, _, _ = expert_ops.sort_by_expert(chosen, 3)
+    expected = (dy.double() * y.double()).sum(-1)
+    weighed = dy.double() * weights.flatten()[order].double()[:, None]
+    module = routed_rows if implementation == "kernel" else expert_reference
+    found = module.weigh_rows_(dy, y, order, weights)
+    assert found.dtype == torch.float32 and close(found.flatten()[order], expected, dtype) and close(dy, weighed, dtype)
+    assert not close(found.flatten(), expected, dtype)  # twin: the products of other rows
 
 
 def test_rows_are_sorted_by_expert_and_come_back():
