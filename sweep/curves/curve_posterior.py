@@ -17,6 +17,7 @@ from sweep.curves.observations import Observations
 
 LEAST_NOISE = 0.0015  # nats; two seeds of one config differ by 0.002 to 0.004
 FACTOR_WEIGHT = 8.0  # the common factor is 1 with the weight of so many losses
+LEAST_FACTOR = 1.0  # losses that agree with the model so far do not show that the ends will
 REPORT_NOISE = 0.05  # variance of one report, as a share of the seed's
 JITTER, LEAST_VARIANCE = 1e-6, 1e-10
 
@@ -42,7 +43,8 @@ class Posterior:
         excess -= model.expected_heat(rows[seen.trial], seen.rung)
         self._inverse = _inverse_factor(self._covariance(self._trial, self._rung))
         self.weights = self.solve(excess)
-        self.factor = (FACTOR_WEIGHT + float(self.weights @ self.weights)) / (FACTOR_WEIGHT + len(excess))
+        factor = (FACTOR_WEIGHT + float(self.weights @ self.weights)) / (FACTOR_WEIGHT + len(excess))
+        self.factor = max(factor, LEAST_FACTOR)
         self.running, self.open_variance = running, self._end_variance(running)
         if len(running):
             self._believe(running, next_rung)

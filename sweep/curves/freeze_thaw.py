@@ -30,6 +30,8 @@ FIRST_TRIALS = 4  # begun before the model decides
 LEAST_CURVES = 2  # curves with a loss, before the model decides
 FIRST_SPREAD = 0.8  # standard deviation of ln(rate) around the known good rate, of the first trials
 SUSPICIOUS, LEAST_LOOKS = 2.0, 6  # units that the first trial is behind the best first loss, of so many
+LOOKS_SHARE = 0.25  # of all tokens, before the expected winner is trained to its end to show how curves end
+END_LEFT = 2.05, 3.0  # full trials: the fewest and the most tokens that are left then
 
 
 class FreezeThaw:
@@ -97,6 +99,8 @@ class FreezeThaw:
             if len(means) and situation.tokens_left >= self._seen_tokens[-1] + situation.setup.begin:
                 return StartNew(situation.candidates[int(means.argmin())])
             return self._most_promising(own, situation.tokens_left)
+        if options.may_run[winner] and self._needs_an_end(own, seen, situation.tokens_left):
+            return GoOn(seen[winner].state.number)
         chosen = best_option(predicted, options, self._seen_tokens[1:], winner, situation.tokens_left)
         if chosen is None:
             return None
@@ -119,12 +123,32 @@ class FreezeThaw:
             return None
         if any(curve.state.is_earlier and curve.num_rungs == self._num_rungs for curve in seen):
             return None  # whole curves have told what first losses are worth
-        lowest = min(curve.losses[0] for curve in looks)
-        if first.losses[0] - lowest <= SUSPICIOUS * unit_of(seen):
+        if not self._looks_bad(first, seen):
             return None
         others = [self._to_finish(curve) for curve in own if curve is not first and self._may_win(curve)]
         needed = self._to_finish(first) + (min(others, default=0) if first.num_rungs == 1 else 0)
         return first if needed <= tokens_left else None
+
+    def _looks_bad(self, first: SeenCurve, seen: Sequence[SeenCurve]) -> bool:
+        """Return whether the trial's first loss is far behind the lowest one."""
+        lowest = min(curve.losses[0] for curve in seen if curve.losses)
+        return first.losses[0] - lowest > SUSPICIOUS * unit_of(seen)
+
+    def _needs_an_end(self, own: Sequence[SeenCurve], seen: Sequence[SeenCurve], tokens_left: int) -> bool:
+        """Return whether the expected winner is trained to its end now, so that one end is known in time.
+
+        Until a trial has ended, the model can only guess how much further each curve falls. Where early
+        losses mislead, the end of the first winner is what corrects it. That comes too late if the tokens
+        finish no other trial then. The end of a first trial that looked bad early does not count: it
+        says nothing of those that look good.
+        """
+        full, first = int(self._seen_tokens[-1]), next((curve for curve in own if curve.losses), None)
+        used = sum(int(self._seen_tokens[-1]) - self._to_finish(curve) for curve in own)
+        fewest, most = END_LEFT
+        if not fewest * full <= tokens_left <= min(most * full, (used + tokens_left) * (1.0 - LOOKS_SHARE)):
+            return False
+        ended = [curve for curve in seen if curve.num_rungs == self._num_rungs]
+        return all(curve is first and self._looks_bad(curve, seen) for curve in ended)
 
     def _options(self, seen: Sequence[SeenCurve], situation: Situation) -> Options:
         """Return what trials and candidates cost, and what they may do."""

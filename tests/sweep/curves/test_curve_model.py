@@ -46,7 +46,7 @@ def covariance(model, left, right):
     widths = (prior.valley_width, prior.tilt) if model._knows_rate else (1.0, 1.0)
     final += widths[0] ** 2 * valley(x[0]) * valley(y[0])
     final += widths[1] ** 2 * (x[0] / (1 + 0.3 * abs(x[0]))) * (y[0] / (1 + 0.3 * abs(y[0])))
-    heat = [0.5 * (1 + math.cos(math.pi * GRID[k] / 1600)) * math.exp(min(max(z[0], -3), 1.2)) for z, k in ((x, r), (y, q))]
+    heat = [0.5 * (1 + math.cos(math.pi * GRID[k] / 1600)) * math.exp(min(max(z[0], -3), 1.6)) for z, k in ((x, r), (y, q))]
     final += prior.heat_width**2 * heat[0] * heat[1]
     s, t = progress_of(GRID)[r], progress_of(GRID)[q]
     faded = s**prior.fading * t**prior.fading
@@ -67,7 +67,7 @@ def dense(model, known, values, wanted):
     prior = np.array([[covariance(model, a, b) for b in wanted] for a in wanted])
     slope = model.prior.valley if model._knows_rate else 0.0
     expected = [
-        np.array([slope * valley(x[0]) + model.prior.heat * DECAY[r] * math.exp(min(max(x[0], -3), 1.2)) for x, r, _ in points])
+        np.array([slope * valley(x[0]) + model.prior.heat * DECAY[r] * math.exp(min(max(x[0], -3), 1.6)) for x, r, _ in points])
         for points in (known, wanted)
     ]
     height = np.mean(values[:6])
@@ -118,9 +118,11 @@ def test_a_running_trial_counts_as_reported_at_its_expected_loss(model):
 
 
 def test_losses_twice_as_far_from_what_was_expected_make_all_deviations_larger(model):
-    at_height = Observations(seen().trial, seen().rung, np.full(6, 2.0) + 3.0 * (seen().value - 2.0), 0.02)
-    far = Posterior(model, ROWS, at_height, np.zeros(0, np.int64), np.zeros(0, np.int64))
-    assert far.factor > predictions(model)[0].factor
+    def factor(stretch):
+        values = Observations(seen().trial, seen().rung, 2.0 + stretch * (seen().value - 2.0), 0.02)
+        return Posterior(model, ROWS, values, np.zeros(0, np.int64), np.zeros(0, np.int64)).factor
+
+    assert factor(20.0) > factor(10.0) > factor(1.0) == 1.0  # losses as expected make none smaller
 
 
 def test_a_finished_trial_keeps_its_loss(model):

@@ -270,6 +270,14 @@ def test_a_first_trial_of_a_good_rate_that_looks_bad_early_is_trained_to_its_end
     assert trusting_policy(None).decide(looks()) != GoOn(0)
 
 
+def test_the_first_winner_is_trained_to_its_end_while_the_tokens_finish_two_more():
+    now = looks(behind=0.03, tokens=18_000)
+    winner = trusting_policy().decide(now)
+    ended = replace(now.trials[winner.number], losses=(2.0,) * 8, stand=Stand.OVER, outcome=Outcome.COMPLETE)
+    others = [looks(0.03, tokens=16_000), looks(0.03, tokens=20_000), replace(now, trials={**now.trials, winner.number: ended})]
+    assert isinstance(winner, GoOn) and all(isinstance(trusting_policy().decide(other), StartNew) for other in others)
+
+
 def test_whole_curves_of_an_earlier_sweep_tell_what_first_losses_are_worth():
     now = looks()
     earlier = replace(now.trials[1], number=-1, losses=(2.0,) * 8, stand=Stand.OVER, outcome=Outcome.COMPLETE, is_earlier=True)
