@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.config.parsing import load_json
 from engine.config.trial import ModelConfig
 from engine.errors import InputError
-from engine.sources.locate import locate
+from engine.sources.locate import local_folder
 from engine.sources.quantized_folders import is_quantized
 from engine.sources.weight_files import tensor_files
 
@@ -26,7 +26,7 @@ class OriginalWeights:
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        self._path, self._folder = config.path, _local_folder(config)
+        self._path, self._folder = config.path, local_folder(config)
         self._files: dict[str, Path] = {}
         self._by_end: dict[str, list[str]] = {}
         if self._folder is None:
@@ -64,16 +64,3 @@ def _end(key: str) -> str:
     """Return the name from the list of layers on."""
     place = key.find(DEPTH)
     return key if place < 0 else key[place:]
-
-
-def _local_folder(config: ModelConfig) -> Path | None:
-    """Return the folder with the model's files on this machine, or None before the download."""
-    source = locate(config)
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=config.revision, local_files_only=True))
-    except Exception:  # of many kinds: not there yet
-        return None

@@ -6,7 +6,6 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -36,7 +35,7 @@ from engine.model.skeleton import POSITIONS
 from engine.model.verdicts import expert_features, model_parts, verdict_of
 from engine.quant.frozen_linear import is_known_linear
 from engine.shape.model_shape import ModelShape
-from engine.sources.locate import locate
+from engine.sources.locate import local_folder, locate, refuse_adapter
 from engine.sources.nf4_folder import packed_shapes, unpacked
 from engine.sources.quantized_folders import check_quantization, is_mxfp4, is_quantized, quantization_of, require_packed
 from engine.sources.weight_files import (
@@ -175,16 +174,17 @@ class Skeleton(NamedTuple):
 def checked_skeleton(config: ModelConfig) -> Skeleton:
     """Return the model without weights. Of the weights it reads headers only.
 
-    Raises InputError if they cannot be read, are quantised in another way than NF4, or are not those
-    that config.json asks for.
+    A model of the hub is checked once it is downloaded. Raises InputError if weights cannot be read,
+    are quantised in another way than NF4, or are not those that config.json asks for.
     """
-    found, folder = read_config(config), Path(locate(config))
+    found, folder = read_config(config), local_folder(config)
     check_quantization(found.to_dict(), config)
     check_task(found, config)
-    if folder.is_dir():
+    if folder is not None:
         check_weights(folder, config.path)
+        refuse_adapter(folder, config.path)
     model = without_weights(found, config)
-    if not folder.is_dir():
+    if folder is None:
         return Skeleton(model, [])
     check_generation_config(folder, config.path)
     is_unpacked = is_mxfp4(found.to_dict())

@@ -43,9 +43,8 @@ from engine.quant.expert_quantizer import expert_load_config, register
 from engine.quant.frozen_experts import freeze_experts
 from engine.quant.frozen_linear import freeze_linears
 from engine.quant.shared_base import load_packed
-from engine.sources.locate import locate
+from engine.sources.locate import download_weights, local_folder, locate
 from engine.sources.quantized_folders import is_mxfp4, is_quantized, quantization_of, require_packed
-from engine.sources.weight_files import check_weights
 from engine.vocabulary.host_embedding import place_embeddings
 
 
@@ -67,6 +66,7 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     content = found.to_dict()
     if is_unpacked := is_mxfp4(content):  # else transformers would take its own quantiser
         del found.quantization_config
+    download_weights(config)
     unpacked = checked_skeleton(config).unpacked
     verdict, tokenizer = verdict_of(config), load_tokenizer(config)
     require_packed(content, verdict.experts, config)
@@ -131,7 +131,7 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
 def _checks(
     config: ModelConfig, source: str, dtype: torch.dtype, device: torch.device, made: dict[str, Any], is_copy: bool
 ) -> KnownChecks:
-    folder = None if config.trust_remote_code else _local_folder(config, source)
+    folder = None if config.trust_remote_code else local_folder(config)
     settings = config.model_dump(exclude={"path", "revision"}) | {"dtype": str(dtype), "verdict": made}
     return KnownChecks(folder, settings, device, is_copy)
 
@@ -155,7 +155,7 @@ def _load_nf4(
             made = nf4_load_config(config.double_quantization, dtype, keep)
         return load(source, quantization_config=made)
 
-    folder = _local_folder(config, source)
+    folder = local_folder(config)
     is_packed = folder is not None and not is_unpacked and is_quantized(load_json(folder / "config.json"))
     if folder is None or config.trust_remote_code or is_packed:
         # The cache cannot hold custom model code, and an already quantised model gains nothing.
@@ -166,17 +166,3 @@ def _load_nf4(
     if verdict.experts:
         settings["experts"] = register().__name__  # entered before a saved model is read
     return load_packed(folder, settings, quantise, load)
-
-
-def _local_folder(config: ModelConfig, source: str) -> Path | None:
-    """Return the folder with the model's files on this machine, or None before the download."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(source, revision=config.revision, local_files_only=True))
-        check_weights(folder, config.path)
-    except Exception:  # missing or incomplete: the caller's load downloads it or reports the fault
-        return None
-    return folder

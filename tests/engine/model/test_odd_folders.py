@@ -208,3 +208,54 @@ def test_a_row_of_a_token_that_is_no_number_is_refused_though_no_sample_of_the_c
     rewrite(folder, edit)
     with pytest.raises(InputError, match=r"holds NaN or infinity in the row of token 3 \(1 such row\)"):
         load_base(ModelConfig(path=str(folder)), CPU)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Return a folder of the hub's cache in which a model named org/model may be put, and the files asked of the hub."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    root = tmp_path / "hub" / "models--org--model"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snapshot, asked = root / "snapshots" / ("a" * 40), []
+
+    def deliver(source, name, revision=None):
+        asked.append(name)
+        if name == "model.safetensors":
+            raise EntryNotFoundError("no such file")
+        return str(shutil.copy(tmp_path / "there" / name, snapshot))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", deliver)
+    return snapshot, asked
+
+
+def test_weights_of_the_hub_are_checked_as_those_of_a_folder_are_once_they_are_here(folder, hub):
+    snapshot, asked = hub
+    shutil.copytree(folder, snapshot)
+    assert inspect_model(ModelConfig(path="org/model")).notes == ()
+    rewrite(snapshot, lambda weights: weights | {UP: weights[UP].to(torch.int8)})
+    with pytest.raises(InputError, match="'org/model': .*whole numbers without scales"):
+        inspect_model(ModelConfig(path="org/model"))
+    assert not asked
+
+
+def test_a_worker_fetches_the_files_that_transformers_would_read_and_checks_them_first(folder, hub, tmp_path, monkeypatch):
+    snapshot, asked = hub
+    there = tmp_path / "there"
+    shutil.copytree(folder, there)
+    weights = load_file(there / "model.safetensors")
+    (there / "model.safetensors").unlink()
+    save_file(weights | {UP: weights[UP].to(torch.int8)}, there / "part.safetensors", metadata={"format": "pt"})
+    index = {"weight_map": dict.fromkeys(weights, "part.safetensors"), "metadata": {}}
+    (there / "model.safetensors.index.json").write_text(json.dumps(index))
+    snapshot.mkdir(parents=True)
+    for file in (*there.glob("*config.json"), there / "tokenizer.json"):
+        shutil.copy(file, snapshot)
+    assert inspect_model(ModelConfig(path="org/model")).notes == ()  # nothing is known yet
+    monkeypatch.setattr("engine.model.load.from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(InputError, match="'org/model': .*whole numbers without scales"):
+        load_base(ModelConfig(path="org/model"), CPU)
+    assert asked == ["model.safetensors", "model.safetensors.index.json", "part.safetensors"]
