@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from engine.config.targets import is_expert
 from engine.config.trial import LoraConfig
 from engine.errors import InputError
+from engine.kernels.experts import expert_ops
 from engine.quant.frozen_experts import DOWN, UP, FrozenExperts
 
 INNER = "base_layer"
@@ -77,9 +78,8 @@ class LoraExperts(nn.Module):
         They are made at each use: next to the experts' products that costs little, and a copy of all would not.
         """
         a_ERD = self.lora_a.detach().to(dtype).view(self.num_experts, self.rank, self.in_features)
-        b_EOR = self.lora_b.detach().view(self.out_features, self.rank, self.num_experts).permute(2, 0, 1)
-        out_EOR = torch.empty(b_EOR.shape, dtype=dtype, device=b_EOR.device)
-        return a_ERD, torch.mul(b_EOR, self.factor, out=out_EOR)
+        b_JE = self.lora_b.detach().view(-1, self.num_experts)
+        return a_ERD, expert_ops.b_by_expert(b_JE, self.factor, self.rank, dtype)
 
     def gradient_of_b(self, weight_gradient: Tensor) -> Tensor:
         """Return the gradient of lora_b [O, R * E] from that of the library's whole parameter."""
@@ -89,9 +89,8 @@ class LoraExperts(nn.Module):
 
     def as_stored(self, da_ERD: Tensor, db_EOR: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of lora_a and lora_b from those of what `by_expert` returns."""
-        db_ORE = self.lora_b.new_empty(self.out_features, self.rank, self.num_experts)
-        torch.mul(db_EOR.permute(1, 2, 0), self.factor, out=db_ORE)
-        return da_ERD.reshape(self.lora_a.shape).to(self.lora_a.dtype), db_ORE.view(self.lora_b.shape)
+        db_JE = expert_ops.b_as_stored(db_EOR, self.factor)
+        return da_ERD.reshape(self.lora_a.shape).to(self.lora_a.dtype), db_JE.view(self.lora_b.shape)
 
 
 def used_rank(a_RD: Tensor, b_OR: Tensor, num_experts: int = 1) -> int:

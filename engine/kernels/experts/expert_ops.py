@@ -91,6 +91,20 @@ def combine(rows_SD: Tensor, inverse_S: Tensor, weights_TK: Tensor | None, num_c
     return _family(rows_SD).combine(rows_SD, inverse_S, weights_TK, num_choices)
 
 
+def b_by_expert(b_JE: Tensor, factor: Tensor | float, rank: int, dtype: torch.dtype) -> Tensor:
+    """Return factor * B [E, O, R] in `dtype`, of a contiguous B [O * R, E]."""
+    return _turning(b_JE).by_expert(b_JE, factor, rank, dtype)
+
+
+def b_as_stored(db_EOR: Tensor, factor: Tensor | float) -> Tensor:
+    """Return factor * dB [O * R, E] in fp32, of dB [E, O, R]."""
+    return _turning(db_EOR).as_stored(db_EOR, factor)
+
+
+def _turning(x: Tensor) -> ModuleType:
+    return ops.load_kernels("experts.turned") if _is_triton(x) else expert_reference
+
+
 def weigh_rows_(dy_SF: Tensor, y_SF: Tensor, order_S: Tensor, weights_TK: Tensor) -> Tensor:
     """Return dy . y of each choice [T, K] in fp32, and multiply the rows of dy by their weights in place.
 

@@ -100,3 +100,16 @@ def weigh_rows_(dy_SF: Tensor, y_SF: Tensor, order_S: Tensor, weights_TK: Tensor
     dots_TK.view(-1)[order_S] = (dy_SF * y_SF).sum(-1, dtype=torch.float32)
     dy_SF.mul_(weights_TK.flatten()[order_S].unsqueeze(-1).to(dy_SF.dtype))
     return dots_TK
+
+
+def by_expert(b_JE: Tensor, factor: Tensor | float, rank: int, dtype: torch.dtype) -> Tensor:
+    """Return factor * B [E, O, R] in `dtype`, of B [O * R, E]."""
+    b_EOR = b_JE.view(-1, rank, b_JE.shape[1]).permute(2, 0, 1)
+    return torch.mul(b_EOR, factor, out=torch.empty(b_EOR.shape, dtype=dtype, device=b_JE.device))
+
+
+def as_stored(db_EOR: Tensor, factor: Tensor | float) -> Tensor:
+    """Return factor * dB [O * R, E] in fp32, of dB [E, O, R]."""
+    db_ORE = db_EOR.permute(1, 2, 0)
+    out_ORE = torch.empty(db_ORE.shape, dtype=torch.float32, device=db_EOR.device)
+    return torch.mul(db_ORE, factor, out=out_ORE).view(-1, db_EOR.shape[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels.experts import expert_ops, expert_reference, grouped_dense, grouped_nf4, routed_rows
+from engine.kernels.experts import expert_ops, expert_reference, grouped_dense, grouped_nf4, routed_rows, turned
 from engine.kernels.experts.grouped_nf4 import ExpertTile
 from engine.kernels.experts.packed_experts import dequantize_experts, pack, unpack_state
 from engine.kernels.nf4_state import nf4_state
@@ -158,6 +158,19 @@ def test_rows_are_weighed_and_their_products_find_their_choices(dtype, implement
     found = module.weigh_rows_(dy, y, order, weights)
     assert found.dtype == torch.float32 and close(found.flatten()[order], expected, dtype) and close(dy, weighed, dtype)
     assert not close(found.flatten(), expected, dtype)  # twin: the products of other rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_b_is_turned_as_torch_turns_it(dtype):
+    """To the bit, but for an interpreter's rounding to bfloat16."""
+    b, factor = draw(70 * RANK, 67, dtype=torch.float32), torch.tensor(0.3, device=DEVICE)
+    for given in (factor, 0.3):
+        found, expected = (module.by_expert(b, given, RANK, dtype) for module in (turned, expert_reference))
+        assert close(found, expected.double(), dtype) and (dtype == torch.bfloat16 or torch.equal(found, expected))
+        for gradient in (draw(67, 70, RANK, dtype=torch.float32), draw(67, RANK, 70, dtype=torch.float32).transpose(1, 2)):
+            assert torch.equal(turned.as_stored(gradient, given), expert_reference.as_stored(gradient, given))
+    back = expert_reference.as_stored(expert_reference.by_expert(b, 1.0, RANK, torch.float32), 1.0)
+    assert torch.equal(back, b) and not torch.equal(turned.as_stored(gradient, 0.4), expert_reference.as_stored(gradient, 0.3))
 
 
 def test_rows_are_sorted_by_expert_and_come_back():
