@@ -53,6 +53,8 @@ FitCheck = Callable[[TrainConfig], Fit]
 class Study:
     """Ask, report, judge and tell. Every change is in the journal when the method returns."""
 
+    _open = staticmethod(open_study)  # replays keep the journal in memory
+
     def __init__(
         self, folder: SweepFolder, config: SweepConfig, space: Space, fit_check: FitCheck = lambda config: UNPREDICTED
     ) -> None:
@@ -71,7 +73,7 @@ class Study:
         num_rungs = len(config.train.report_grid())
         self._pruner = make_optuna_pruner(config.effective_pruner, num_rungs)
         self._objectives = config.sweep.objectives
-        self._storage, self._study = open_study(folder, self._pruner, len(self._objectives))
+        self._storage, self._study = self._open(folder, self._pruner, len(self._objectives))
         self.beginning, self.commands = KeptBeginning(self._study), KeptCommands(self._study)
         self.setup_price = KeptSetupPrice(self._study)
         make_sampler(config.sampler, 0)  # fails now if its package is missing

@@ -194,10 +194,13 @@ class RecordedStudy(Study):
         self.space = space
         self._is_grid |= config.sampler.name == "random"  # walks shuffled_points
 
-    def _open(self) -> optuna.Study:
-        self._storage = optuna.storages.JournalStorage(MemoryJournal())
-        return optuna.create_study(
-            storage=self._storage, study_name=STUDY_NAME, pruner=self._pruner, directions=["minimize"] * len(self._objectives)
+    @staticmethod
+    def _open(
+        folder: SweepFolder, pruner: optuna.pruners.BasePruner, num_objectives: int
+    ) -> tuple[optuna.storages.JournalStorage, optuna.Study]:
+        storage = optuna.storages.JournalStorage(MemoryJournal())
+        return storage, optuna.create_study(
+            storage=storage, study_name=STUDY_NAME, pruner=pruner, directions=["minimize"] * num_objectives
         )
 
     def _enter(self, trial: FrozenTrial) -> int:
