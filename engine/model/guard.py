@@ -9,6 +9,7 @@ real weights.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -131,8 +132,7 @@ class _Trial:
         raise InputError("model.path", self.given.path, f"{allowed} ({'; '.join(dict.fromkeys(faults))})")
 
     def _routes(self) -> list[Route]:
-        report = survey(self.library, packs_experts=bool(self.experts))
-        can_fuse = self.given.layers != "original" and bool(report.fused)
+        can_fuse = self.given.layers != "original" and bool(survey(self.library, packs_experts=bool(self.experts)).fused)
         found = routes(can_fuse, own_attentions(self.library))
         return found[:1] if self.given.layers == "strict" and can_fuse else found
 
@@ -163,8 +163,8 @@ class _Trial:
 
     def _row_fault(self, base: Base) -> str | None:
         """Return what is wrong if the samples share a row, in either order, or None."""
-        gap = 0.0
         try:
+            gap = 0.0
             for order in ((0, 1), (1, 0), (0,)):
                 row = our_losses(base, [self.samples[i] for i in order])
                 gap = max(gap, difference(row, [self.theirs[i] for i in order]))
@@ -173,7 +173,7 @@ class _Trial:
             return f"a shared row: {_fault(error)}"
         if gap > ALLOWED:
             return f"a shared row changes a loss by {gap:.2g} nats"
-        return f"in a shared row a loss has a gradient in the sample before it ({leak:.2g})" if leak > LEAK_ALLOWED else None
+        return None if leak <= LEAK_ALLOWED else f"in a shared row a loss has a gradient in the sample before it ({leak:.2g})"
 
     def _train_a_step(self, base: Base) -> tuple[str, ...]:
         """Compare adapter gradients with the library's; return the layers whose adapter gets none."""
@@ -195,7 +195,7 @@ class _Trial:
                 raise _Differs(f"{name} is computed without its adapter")
         worst = max(alive, key=lambda name: _gap(layers[name].lora_b.grad, wanted[name]))
         if (gap := _gap(layers[worst].lora_b.grad, wanted[worst])) > GRADIENT_ALLOWED:
-            raise _Differs(f"the gradient of {worst} differs by {gap:.0%}")
+            raise _Differs(f"the gradient of {worst} {f'differs by {gap:.0%}' if math.isfinite(gap) else 'is not finite'}")
         return _kinds_of_dead(layers, alive, self.alike)
 
 
@@ -295,6 +295,6 @@ def _has_values(grad: Tensor | None) -> bool:
 
 
 def _gap(ours: Tensor, theirs: Tensor | None) -> float:
-    if theirs is None:
-        return 1.0
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
+    """Return the largest difference as a share of the largest value; infinity if one is no number."""
+    gap = torch.ones(()) if theirs is None else (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6)
+    return float(gap.nan_to_num(nan=math.inf))

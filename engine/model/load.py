@@ -26,7 +26,7 @@ from engine.model.comparison import EXACT_LENGTHS, LENGTHS, num_tokens, text_sam
 from engine.model.device import pick_dtype
 from engine.model.guard import NO_LINEAR
 from engine.model.inspect import check_route, checked_skeleton, load_tokenizer, swaps_of, unquantised_names
-from engine.model.loaded_check import CHECKS, KnownChecks, check_loaded, loaded_losses
+from engine.model.loaded_check import CHECKS, KnownChecks, check_loaded, loaded_losses, require_finite_rows
 from engine.model.pretrained import (
     forget_quantization,
     from_pretrained,
@@ -104,6 +104,7 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     known = checks.known() if checks else None
     theirs = None
     if checks and known is None:
+        require_finite_rows(model, config.path)
         samples = text_samples(tokenizer, num_tokens(model), EXACT_LENGTHS if dtype == torch.float32 else LENGTHS)
         theirs = loaded_losses(model, samples, config.path, verdict.measures)
     kept = [module for name, module in model.named_modules() if pattern_of(name) in verdict.read_directly]

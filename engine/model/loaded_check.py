@@ -58,7 +58,6 @@ def loaded_losses(
 
     given: the value of model.path, for the message. measures: its attentions that are right for the model.
     """
-    _require_finite(model, given)
     keep_as_stored(model)
     before = model.config.get_text_config()._attn_implementation
     try:
@@ -83,7 +82,7 @@ def loaded_losses(
 
 
 @torch.no_grad()
-def _require_finite(model: nn.Module, given: str | None) -> None:
+def require_finite_rows(model: nn.Module, given: str) -> None:
     """Raise InputError for NaN or infinity in the rows of a token, which the samples of a check need not have."""
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         rows_V = torch.zeros(0) if table is None else table.weight.sum(dim=1, dtype=torch.float32)

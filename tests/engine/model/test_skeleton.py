@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from engine.config.trial import ModelConfig
+from engine.errors import InputError
 from engine.model import skeleton
+from engine.model.guard import choose_route
 from engine.model.pretrained import model_factory
 from tests.support.model_families import config_of
 
@@ -37,3 +42,23 @@ def test_buffers_that_a_checkpoint_holds_are_moved_and_computed_ones_are_not():
     before, after = dict(plain.named_buffers()), dict(loud.named_buffers())
     moved = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"e_score_correction_bias"}
+
+
+def test_gradients_that_are_no_numbers_are_a_fault_though_the_losses_are_finite():
+    from transformers import Gemma2Config
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 32}
+    config = Gemma2Config(vocab_size=200, num_key_value_heads=1, final_logit_softcapping=0.0, **sizes)
+
+    def make(small, name):
+        return model_factory(small).from_config(small, attn_implementation=name)
+
+    with pytest.raises(InputError, match=r"the gradient of .* is not finite"):  # the library divides by the cap
+        choose_route(config, ModelConfig(path="x"), make)
+
+
+def test_a_leak_that_is_no_number_is_a_leak(monkeypatch):
+    monkeypatch.setattr("engine.model.guard.leaked_gradient", lambda *_: math.nan)
+    config = config_of("llama")
+    verdict = choose_route(config, ModelConfig(path="x"), lambda small, name: model_factory(small).from_config(small))
+    assert not verdict.route.shares_rows
