@@ -26,7 +26,8 @@ from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.views import load_data
 from engine.errors import InputError
 from engine.evaluation.eval_loss import EvaluationSet, evaluate, evaluation_batches
-from engine.export.gguf_model import architecture, write_adapter, write_model
+from engine.export.gguf_model import write_adapter, write_model
+from engine.export.gguf_settings import architecture, rope_of
 from engine.export.merge import base_folder, write_merged
 from engine.export.model_card import ExportFacts, Measured, class_named_in, export_card
 from engine.model.base import Base
@@ -69,7 +70,8 @@ def export(
     name = rename_base(adapter.base)
     adapter = replace(adapter, base=name, peft_config=adapter.peft_config | {"base_model_name_or_path": name})
     if form.startswith("gguf"):
-        architecture(model_config(model))  # refuse an unknown architecture before any long work
+        found = model_config(model)  # what llama.cpp does not compute is refused before any long work
+        rope_of(found, architecture(found))
     results: list[Measured | None] = []
 
     def fill(target: Path) -> None:
