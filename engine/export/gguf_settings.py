@@ -94,6 +94,14 @@ def rope_of(config: dict[str, Any], arch: gguf.MODEL_ARCH) -> tuple[dict[str, An
     return rope, kind
 
 
+def known_differences(config: dict[str, Any]) -> tuple[str, ...]:
+    """Return what llama.cpp computes a little differently in this model, whoever wrote its file; one line each."""
+    rope, kind = rope_of(config, architecture(config))
+    if kind != "yarn" or rope.get("truncate", True):
+        return ()
+    return ("llama.cpp rounds the ends of YaRN's ramp to whole dimensions, and this model does not: answers differ a little.",)
+
+
 def add_hyperparameters(writer: gguf.GGUFWriter, config: dict[str, Any], arch: gguf.MODEL_ARCH) -> Tensor | None:
     """Write the values of a config.json that llama.cpp reads.
 

@@ -28,6 +28,8 @@ SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 WEIGHT_SCALES = ("_scale_inv", "_scale")  # behind a weight's name
 ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_scale_ub")  # last names, beside a weight
 BLOCKS, SCALES = "_blocks", "_scales"  # of MXFP4, behind the name of a parameter of experts
+UNPACKING = {"fp8": "FineGrainedFP8Config", MXFP4: "Mxfp4Config", "compressed-tensors": "CompressedTensorsConfig"}
+"""Method -> class of transformers that takes `dequantize=True`."""
 DEFAULT_BLOCK = (128, 128)  # of transformers, for fp8 without a key
 
 
@@ -80,6 +82,14 @@ def packing_of(content: Mapping[str, Any]) -> Packing | None:
     if method == "fbgemm_fp8":
         return Packing(FP8)
     return _compressed(settings) if method == "compressed-tensors" else None
+
+
+def unpacking_class(content: Mapping[str, Any]) -> str | None:
+    """Return transformers' config that unpacks a base with this config.json, which it does not quantise to NF4 itself.
+
+    None for a base that is not packed.
+    """
+    return UNPACKING.get(content["quantization_config"].get("quant_method")) if packing_of(content) else None
 
 
 def _fp8(block: Any) -> Packing | None:

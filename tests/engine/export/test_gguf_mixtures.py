@@ -82,6 +82,19 @@ def peft_adapter(model, folder, base):
         return adapted(IDS).logits[0, -1]
 
 
+def test_a_card_says_that_llama_cpp_rounds_yarn(tmp_path):
+    model = save_mixture("gpt-oss", tmp_path / "base")
+    peft_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    said = []
+    for truncate in (True, False):
+        content = json.loads((tmp_path / "base" / "config.json").read_text())
+        content["rope_parameters"]["truncate"] = truncate
+        (tmp_path / "base" / "config.json").write_text(json.dumps(content))
+        export(tmp_path / "adapter", "gguf-adapter", tmp_path / str(truncate), measure=False)
+        said.append("llama.cpp rounds the ends of YaRN" in (tmp_path / str(truncate) / "README.md").read_text())
+    assert said == [False, True]
+
+
 @pytest.mark.parametrize("name", ["qwen3moe", "gpt-oss"])
 def test_an_adapter_on_experts_has_a_pair_for_each_kind_of_matrix(name, tmp_path):
     model = save_mixture(name, tmp_path / "base")
