@@ -26,7 +26,8 @@ from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.views import load_data
 from engine.errors import InputError
 from engine.evaluation.eval_loss import EvaluationSet, evaluate, evaluation_batches
-from engine.export.gguf_model import architecture, write_adapter, write_model
+from engine.export.gguf_model import write_adapter, write_model
+from engine.export.gguf_settings import known_differences
 from engine.export.merge import base_folder, write_merged
 from engine.export.model_card import ExportFacts, Measured, class_named_in, export_card
 from engine.model.base import Base
@@ -68,8 +69,8 @@ def export(
         raise InputError("adapter", form, "llama.cpp loads plain LoRA alone, and this is DoRA; or: gguf-merged, merged, peft")
     name = rename_base(adapter.base)
     adapter = replace(adapter, base=name, peft_config=adapter.peft_config | {"base_model_name_or_path": name})
-    if form.startswith("gguf"):
-        architecture(model_config(model))  # refuse an unknown architecture before any long work
+    # what llama.cpp does not compute is refused before any long work
+    notes = known_differences(model_config(model)) if form.startswith("gguf") else ()
     results: list[Measured | None] = []
 
     def fill(target: Path) -> None:
@@ -83,7 +84,7 @@ def export(
             shutil.rmtree(target / "merged")
         facts = ExportFacts(
             form, adapter.base, written.rank, written.lora_alpha, len(adapter.layers), dtype, config, measured, provenance(),
-            class_named_in(adapter.peft_config),
+            class_named_in(adapter.peft_config), notes,
         )  # fmt: skip
         (target / "README.md").write_text(export_card(facts), encoding="utf-8")
         if config:

@@ -1,53 +1,47 @@
 """Write GGUF files for llama.cpp: an adapter, or a whole merged model with its tokenizer.
 
-Tensor names come from the gguf package's maps. Matrices keep their 16 bits; vectors become fp32, as
-llama.cpp requires.
+Tensor names come from the gguf package's maps. Matrices keep their 16 bits; vectors, biases and
+routers become fp32, as llama.cpp requires. One tensor is in memory at a time.
 
-Llama and Mistral are llama.cpp's `llama`, which rotates neighbouring dimensions of a head;
+Llama, Mistral and Mixtral are llama.cpp's `llama`, which rotates neighbouring dimensions of a head;
 transformers rotates the two halves. The rows of q_proj and k_proj therefore change their order, and
-in an adapter the rows of B do. Qwen2 and Qwen3 rotate as in transformers, so their rows stay.
+in an adapter the rows of B do. The other architectures rotate as in transformers, so their rows stay.
 Mistral's sliding window is ignored, as in llama.cpp's own converter.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from engine.adapter.portable import Adapter
+from engine.config.targets import is_expert
+from engine.config.trial import ModelConfig
 from engine.errors import InputError
+from engine.export.gguf_experts import GgufTensor, adapter_tensors, expert_tensors
+from engine.export.gguf_settings import add_hyperparameters, architecture, num_experts
 from engine.export.gguf_vocab import add_vocab
 from engine.sources.weight_files import tensor_files
 from engine.system.command_line import tell
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
-    "MistralForCausalLM": gguf.MODEL_ARCH.LLAMA,
-    "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
-    "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
-}
 SUFFIXES = (".weight", ".bias")
+SINKS = ".sinks"  # a parameter of transformers' layer, without a suffix
 ROTATED = re.compile(r"\.self_attn\.([qk])_proj\.(weight|bias)$")
+ROUTER = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.FFN_GATE_INP].rpartition(".")[2]
 FILE_TYPES = {
     torch.float32: gguf.LlamaFileType.ALL_F32,
     torch.float16: gguf.LlamaFileType.MOSTLY_F16,
     torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
 }
-
-
-def architecture(config: dict[str, Any]) -> gguf.MODEL_ARCH:
-    """Return llama.cpp's architecture for a config.json; InputError for any not listed above."""
-    name = next(iter(config.get("architectures") or ()), None)
-    if name not in ARCHITECTURES:
-        raise InputError("architectures", name, f"no GGUF export for it; allowed: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name]
 
 
 def permute(rows: Tensor, num_heads: int) -> Tensor:
@@ -69,7 +63,7 @@ class Naming:
         self._heads = {"q": heads, "k": config.get("num_key_value_heads") or heads}
 
     def name(self, key: str) -> str:
-        found = self._map.get_name(key, try_suffixes=SUFFIXES)
+        found = self._map.get_name(f"{key}.weight" if key.endswith(SINKS) else key, try_suffixes=SUFFIXES)
         if found is None:
             raise InputError("tensor", key, f"llama.cpp's {gguf.MODEL_ARCH_NAMES[self.arch]} has no such tensor")
         return found
@@ -91,11 +85,14 @@ def write_adapter(adapter: Adapter, config: dict[str, Any], path: Path) -> None:
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter.lora_alpha))
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    tensors: list[tuple[str, Tensor]] = []
     for layer, (a_RD, b_OR) in adapter.layers.items():
+        if is_expert(layer):
+            tensors += adapter_tensors(layer, (a_RD, b_OR), adapter.rank, naming.arch)
+            continue
         key = f"{layer}.weight"
-        writer.add_tensor(f"{naming.name(key)}.lora_a", a_RD.contiguous().numpy())
-        writer.add_tensor(f"{naming.name(key)}.lora_b", naming.rows(key, b_OR).contiguous().numpy())
-    _write(writer, path)
+        tensors += [(f"{naming.name(key)}.lora_a", a_RD), (f"{naming.name(key)}.lora_b", naming.rows(key, b_OR))]
+    _write(writer, [GgufTensor(name, tuple(tensor.shape), lambda t=tensor: t) for name, tensor in tensors], torch.float32, path)
 
 
 def write_model(folder: Path, config: dict[str, Any], path: Path, name: str) -> None:
@@ -103,91 +100,65 @@ def write_model(folder: Path, config: dict[str, Any], path: Path, name: str) -> 
 
     folder: holds the model. config: its config.json.
     """
-    naming = Naming(config)
+    naming, dtype = Naming(config), getattr(torch, config["dtype"])
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[naming.arch])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     factors = add_hyperparameters(writer, config, naming.arch)
     add_vocab(writer, folder, config["vocab_size"])
-    writer.add_file_type(FILE_TYPES[getattr(torch, config["dtype"])])
+    writer.add_file_type(FILE_TYPES[dtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    tied = config.get("tie_word_embeddings", False)
-    for key, tensor in _tensors(folder):
-        if key.endswith(".rotary_emb.inv_freq") or (tied and key == "lm_head.weight"):
-            continue
-        _add(writer, naming.name(key), naming.rows(key, tensor))
+    tensors = _tensors(folder, naming, config)
     if factors is not None:
-        _add(writer, "rope_freqs.weight", factors)
-    _write(writer, path)
+        tensors.append(GgufTensor("rope_freqs.weight", tuple(factors.shape), lambda: factors))
+    _write(writer, tensors, dtype, path)
 
 
-def add_hyperparameters(writer: gguf.GGUFWriter, config: dict[str, Any], arch: gguf.MODEL_ARCH) -> Tensor | None:
-    """Write the values of a config.json that llama.cpp reads.
+def _tensors(folder: Path, naming: Naming, config: dict[str, Any]) -> list[GgufTensor]:
+    files, tied = tensor_files(folder), config.get("tie_word_embeddings", False)
 
-    Return the factors by which Llama 3.1 slows its rotation, or None for other models. InputError
-    for a RoPE type that llama.cpp does not compute like transformers.
-    """
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3") or (kind == "llama3" and arch != gguf.MODEL_ARCH.LLAMA):
-        raise InputError("rope_parameters", kind, "no GGUF export for it; allowed: default, and llama3 with Llama and Mistral")
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(theta)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-    return llama3_factors(rope, theta, head_dim) if kind == "llama3" else None
+    def read(key: str) -> Tensor:
+        with safe_open(files[key], framework="pt") as opened:
+            return opened.get_tensor(key)
 
-
-def llama3_factors(rope: dict[str, Any], theta: float, head_dim: int) -> Tensor:
-    """Return the factors [head_dim / 2] by which llama.cpp divides the frequencies.
-
-    Each is the default frequency over the one that transformers uses (Llama 3.1's wavelength
-    bands).
-    """
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = LlamaConfig(
-        hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim, rope_parameters={**rope, "rope_theta": theta}
-    )
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    default = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    return default / scaled
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    files = tensor_files(folder)
-    for done, (key, file) in enumerate(files.items()):
-        tell("writing GGUF tensors", done, len(files))
+    tensors, done = [], set()
+    if num_experts(config):
+        tensors, done = expert_tensors(ModelConfig(path=str(folder)), files, read, naming.arch)
+    for key, file in files.items():
+        if key in done or key.endswith(".rotary_emb.inv_freq") or (tied and key == "lm_head.weight"):
+            continue
         with safe_open(file, framework="pt") as opened:
-            yield key, opened.get_tensor(key)
+            shape = tuple(opened.get_slice(key).get_shape())
+        tensors.append(GgufTensor(naming.name(key), shape, partial(_rows, naming, key, read)))
+    return tensors
 
 
-def _add(writer: gguf.GGUFWriter, name: str, tensor: Tensor) -> None:
-    """Add a tensor. numpy has no bfloat16, so its bytes are added with their GGUF type."""
-    tensor = tensor.float() if tensor.dim() == 1 else tensor.contiguous()
-    if tensor.dtype == torch.bfloat16:
-        raw = tensor.view(torch.uint8).numpy()
-        writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
-    else:
-        writer.add_tensor(name, tensor.numpy())
+def _rows(naming: Naming, key: str, read: Any) -> Tensor:
+    return naming.rows(key, read(key))
 
 
-def _write(writer: gguf.GGUFWriter, path: Path) -> None:
+def _write(writer: gguf.GGUFWriter, tensors: Iterable[GgufTensor], dtype: torch.dtype, path: Path) -> None:
+    """Write the file, one tensor after the other. numpy has no bfloat16, so its bytes are written with their GGUF type."""
+    tensors = list(tensors)
+    dtypes = [torch.float32 if _is_fp32(tensor) else dtype for tensor in tensors]
     try:
+        for tensor, kept in zip(tensors, dtypes):
+            size, raw = kept.itemsize * int(np.prod(tensor.shape)), None
+            shape, stored = tensor.shape, np.dtype(np.float16 if kept == torch.float16 else np.float32)
+            if kept == torch.bfloat16:
+                shape, stored = (*shape[:-1], 2 * shape[-1]), np.dtype(np.uint8)
+                raw = gguf.GGMLQuantizationType.BF16
+            writer.add_tensor_info(tensor.name, shape, stored, size, raw)
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for number, (tensor, kept) in enumerate(zip(tensors, dtypes)):
+            tell("writing GGUF tensors", number, len(tensors))
+            values = tensor.make().to(kept).contiguous()
+            writer.write_tensor_data((values.view(torch.uint8) if kept == torch.bfloat16 else values).numpy())
     finally:
         writer.close()
+
+
+def _is_fp32(tensor: GgufTensor) -> bool:
+    return len(tensor.shape) == 1 or tensor.name.endswith(".bias") or f".{ROUTER}." in tensor.name

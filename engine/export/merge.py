@@ -4,6 +4,7 @@ W + lora_alpha / r * B A is summed in fp32 and rounded once, with one weight fil
 time. With DoRA the rows of the sum then get the adapter's lengths.
 
 The base is the publisher's 16-bit weights, not dequantised NF4, because others quantise from those.
+FP8 and MXFP4 are unpacked, and the sum is rounded once too: the merged model has 16 bits.
 The adapter was trained against NF4, so the merged model differs from the trained one. The export
 measures its loss instead of assuming it.
 """
@@ -26,12 +27,14 @@ from engine.config.trial import HUB_ID, ModelConfig
 from engine.errors import InputError, first_line
 from engine.export.expert_parts import ExpertPart, expert_parts
 from engine.export.stored_names import stored_names
-from engine.sources.quantized_folders import is_mxfp4
-from engine.sources.weight_files import INDEX, check_weights, tensor_files
+from engine.model.pretrained import unpacked_weights
+from engine.quant.unpacked_weights import UnpackedWeights
+from engine.sources.weight_files import INDEX, SINGLE, check_weights, tensor_files
 from engine.system.command_line import tell
 from engine.system.user_path import user_path
 
 HALF = (torch.float16, torch.bfloat16)
+FILE_BYTES = 4 << 30  # of weights that were packed; as many are in memory at a time
 COPIED = ("generation_config.json", "LICENSE*", "NOTICE*")
 
 
@@ -53,8 +56,6 @@ def base_folder(adapter: Adapter, source: str) -> Path:
         except Exception as error:  # many kinds: offline, gated, unknown
             raise InputError("base_model_name_or_path", source, f"the hub did not deliver it ({first_line(error)})") from None
     check_weights(folder, source)
-    if is_mxfp4(load_json(folder / "config.json")):
-        raise InputError("base_model_name_or_path", source, "holds MXFP4 weights; allowed: a 16-bit copy, or --to peft")
     return folder
 
 
@@ -96,36 +97,30 @@ def merged_tensors(
     """
     with safe_open(file, framework="pt") as opened:
         for key in opened.keys():  # noqa: SIM118
-            tensor = opened.get_tensor(key)
-            target = targets.get(key)
-            if isinstance(target, ExpertPart):
-                delta = target.delta(adapter.layers[target.layer], adapter.rank)
-                tensor = tensor.float() + adapter.scaling * delta
-            elif target is not None:
-                tensor = adapter.merged(target, tensor)
-            if target is not None and not (torch.isfinite(tensor).all() and tensor.abs().max() <= torch.finfo(dtype).max):
-                raise InputError("adapter", key, f"the merged weight is beyond what {dtype} can hold")
-            yield key, tensor.to(dtype) if tensor.is_floating_point() else tensor
+            yield key, merged(adapter, key, opened.get_tensor(key), dtype, targets.get(key))
+
+
+def merged(adapter: Adapter, key: str, tensor: Tensor, dtype: torch.dtype, target: str | ExpertPart | None) -> Tensor:
+    """Return a tensor of the base with the adapter in it, in `dtype`. target: from `find_targets`, None if it is not adapted."""
+    if isinstance(target, ExpertPart):
+        tensor = tensor.float() + adapter.scaling * target.delta(adapter.layers[target.layer], adapter.rank)
+    elif target is not None:
+        tensor = adapter.merged(target, tensor)
+    if target is not None and not (torch.isfinite(tensor).all() and tensor.abs().max() <= torch.finfo(dtype).max):
+        raise InputError("adapter", key, f"the merged weight is beyond what {dtype} can hold")
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def write_merged(adapter: Adapter, base: Path, target: Path, model: ModelConfig) -> None:
-    """Write config.json and the weights to `target`, in the same files as the base has.
+    """Write config.json and the weights to `target`, in the same files as the base has, if those are not packed.
 
     model: names `base` in another way. The caller adds the tokenizer.
     """
-    files = tensor_files(base)
-    targets = find_targets(adapter, files, model)
-    dtype = merged_dtype(files)
-    total = 0
-    names = sorted(set(files.values()))
-    for done, file in enumerate(names):
-        tell("merging weight files", done, len(names))
-        tensors = dict(merged_tensors(adapter, file, dtype, targets))
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, target / file.name, metadata={"format": "pt"})
-    if (base / INDEX).is_file():
-        index = {"metadata": {"total_size": total}, "weight_map": {name: file.name for name, file in files.items()}}
-        (target / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    packed = unpacked_weights(base, load_json(base / "config.json"), model)
+    if packed is None:
+        dtype = _write_same_files(adapter, base, target, model)
+    else:
+        dtype = _write_unpacked(adapter, packed, base, target, model)
     values = load_json(base / "config.json")
     values.pop("torch_dtype", None)
     values.pop("quantization_config", None)
@@ -134,3 +129,44 @@ def write_merged(adapter: Adapter, base: Path, target: Path, model: ModelConfig)
     for pattern in COPIED:
         for file in base.glob(pattern):
             shutil.copy(file, target / file.name)
+
+
+def _write_same_files(adapter: Adapter, base: Path, target: Path, model: ModelConfig) -> torch.dtype:
+    """Write each weight file under its name; return the dtype."""
+    files = tensor_files(base)
+    targets, dtype, total = find_targets(adapter, files, model), merged_dtype(files), 0
+    names = sorted(set(files.values()))
+    for done, file in enumerate(names):
+        tell("merging weight files", done, len(names))
+        tensors = dict(merged_tensors(adapter, file, dtype, targets))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        save_file(tensors, target / file.name, metadata={"format": "pt"})
+    if (base / INDEX).is_file():
+        _write_index(target, total, {name: file.name for name, file in files.items()})
+    return dtype
+
+
+def _write_unpacked(adapter: Adapter, packed: UnpackedWeights, base: Path, target: Path, model: ModelConfig) -> torch.dtype:
+    """Write the weights of an FP8 or MXFP4 folder in files of `FILE_BYTES`; return the dtype."""
+    targets, content = find_targets(adapter, packed.files, model), load_json(base / "config.json")
+    dtype = torch.float16 if content.get("dtype", content.get("torch_dtype")) == "float16" else torch.bfloat16
+    parts = packed.parts(FILE_BYTES // dtype.itemsize)
+    total, index = 0, {}
+    for done, names in enumerate(parts):
+        tell("merging weight files", done, len(parts))
+        file = SINGLE if len(parts) == 1 else f"model-{done + 1:05d}-of-{len(parts):05d}.safetensors"
+        tensors = {}
+        for name in names:
+            found = packed.read(name, torch.float32 if name in targets else dtype)
+            tensors[name] = merged(adapter, name, found, dtype, targets.get(name)).contiguous()
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        save_file(tensors, target / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    if len(parts) > 1:
+        _write_index(target, total, index)
+    return dtype
+
+
+def _write_index(target: Path, total: int, files: dict[str, str]) -> None:
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    (target / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -11,6 +11,8 @@ from typing import Any
 
 from engine.config.trial import TrainConfig
 from engine.errors import printable
+from engine.sources.locate import known_config
+from engine.sources.packed_weights import unpacking_class
 from engine.system.user_path import user_path
 from engine.units import perplexity
 
@@ -126,7 +128,7 @@ class ExportFacts:
     """Hold the facts that the card of an export states.
 
     form: peft, merged, gguf-adapter or gguf-merged. base: folder or hub id. dtype: of merged
-    weights. loader: the class of transformers that loads the base.
+    weights. loader: the class of transformers that loads the base. notes: what else is to be known, one line each.
     """
 
     form: str
@@ -139,6 +141,7 @@ class ExportFacts:
     measured: Measured | None
     tags: dict[str, str]
     loader: str = CAUSAL
+    notes: tuple[str, ...] = ()
 
 
 TITLES = {
@@ -178,7 +181,7 @@ def _losses(facts: ExportFacts) -> list[tuple[str, float]]:
 def _notes(facts: ExportFacts) -> list[str]:
     measured = facts.measured
     if measured is None:
-        return ["No loss was measured for this export."]
+        return ["No loss was measured for this export.", *facts.notes]
     lines = [f"Measured at export on {measured.num_targets:,} target tokens of the evaluation set."]
     if measured.merged is not None:
         lines.append(
@@ -187,7 +190,7 @@ def _notes(facts: ExportFacts) -> list[str]:
         )
     if facts.form == "gguf-merged":
         lines.append("The GGUF file holds the merged model measured here; llama.cpp's own arithmetic was not measured.")
-    return lines
+    return [*lines, *facts.notes]
 
 
 def _held(facts: ExportFacts) -> str:
@@ -229,16 +232,21 @@ def peft_code(base: str, config: TrainConfig | None, loader: str = CAUSAL) -> li
     """Return code that loads the adapter of this folder on the base as in training.
 
     loader: as in ExportFacts. The base is 4-bit if it was in training: an adapter fits the weights it learned on.
+    An FP8 or MXFP4 base is unpacked, because transformers does not quantise one to NF4.
     """
     quantized, local = config is not None and config.model.quantization == "nf4", is_local(base)
-    imports = ", ".join(sorted([loader, "AutoTokenizer", *(["BitsAndBytesConfig"] if quantized else [])]))
+    made_by = (unpacking_class(known_config(config.model)) or "BitsAndBytesConfig") if quantized else None
+    imports = ", ".join(sorted([loader, "AutoTokenizer", *([made_by] if made_by else [])]))
     peft = "PeftConfig, PeftModel" if local else "PeftModel"
     lines = ["```python", "import torch", f"from peft import {peft}", f"from transformers import {imports}", ""]
-    if quantized:
+    option = "quantization_config=four_bit" if quantized else "dtype=torch.bfloat16"
+    if quantized and made_by != "BitsAndBytesConfig":
+        lines.append(f"unpacked = {made_by}(dequantize=True)  # to 16 bits; the adapter learned on NF4 of these weights")
+        option = "quantization_config=unpacked, dtype=torch.bfloat16"
+    elif quantized:
         double = config.model.double_quantization
         lines.append('four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",')
         lines.append(f"                              bnb_4bit_use_double_quant={double}, bnb_4bit_compute_dtype=torch.bfloat16)")
-    option = "quantization_config=four_bit" if quantized else "dtype=torch.bfloat16"
     if local:
         lines.append(f"# the folder of {' '.join(public_name(base).split())}; on another machine, put its place there in quotes")
         lines.append('folder = PeftConfig.from_pretrained(".").base_model_name_or_path')

@@ -27,6 +27,7 @@ from engine.model.pretrained import (
     read_config,
     refuse_lost_biases,
     require_numbers,
+    unpacked_weights,
     unused_tensors,
     without_weights,
 )
@@ -37,7 +38,7 @@ from engine.quant.frozen_linear import is_known_linear
 from engine.shape.model_shape import ModelShape
 from engine.sources.locate import local_folder, locate, refuse_adapter
 from engine.sources.nf4_folder import packed_shapes, unpacked
-from engine.sources.quantized_folders import check_quantization, is_mxfp4, is_quantized, quantization_of, require_packed
+from engine.sources.quantized_folders import check_quantization, is_quantized, quantization_of, require_packed
 from engine.sources.weight_files import (
     check_generation_config,
     check_rows,
@@ -45,7 +46,6 @@ from engine.sources.weight_files import (
     check_weights,
     tensor_files,
     tensor_shapes,
-    unpacked_shapes,
     whole_numbers,
 )
 from engine.units import counted
@@ -175,7 +175,7 @@ def checked_skeleton(config: ModelConfig) -> Skeleton:
     """Return the model without weights. Of the weights it reads headers only.
 
     A model of the hub is checked once it is downloaded. Raises InputError if weights cannot be read,
-    are quantised in another way than NF4, or are not those that config.json asks for.
+    are quantised in a way that is not read here, or are not those that config.json asks for.
     """
     found, folder = read_config(config), local_folder(config)
     check_quantization(found.to_dict(), config)
@@ -187,12 +187,11 @@ def checked_skeleton(config: ModelConfig) -> Skeleton:
     if folder is None:
         return Skeleton(model, [])
     check_generation_config(folder, config.path)
-    is_unpacked = is_mxfp4(found.to_dict())
-    shapes, packed = tensor_shapes(folder, config.path), {}
+    content = found.to_dict()
+    reader = unpacked_weights(folder, content, config)
+    shapes, packed = reader.shapes if reader else tensor_shapes(folder, config.path), {}
     check_rows(shapes, model.get_input_embeddings().weight.shape[0], config.path)
-    if is_unpacked:
-        shapes = unpacked_shapes(shapes)
-    elif is_quantized(found.to_dict()):
+    if reader is None and is_quantized(content):
         packed = packed_shapes(folder, shapes, config.path)
         shapes = unpacked(shapes, packed)
     unused = unused_tensors(model, shapes, config)

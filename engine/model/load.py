@@ -35,6 +35,7 @@ from engine.model.pretrained import (
     release_towers,
     require_tensors,
     text_attention,
+    unpacked_weights,
 )
 from engine.model.route import MADE_WITH, ModelVerdict, Route, pattern_of
 from engine.model.verdicts import verdict_of, with_rows_of
@@ -43,8 +44,11 @@ from engine.quant.expert_quantizer import expert_load_config, register
 from engine.quant.frozen_experts import freeze_experts
 from engine.quant.frozen_linear import freeze_linears
 from engine.quant.shared_base import load_packed
+from engine.quant.unpacked_weights import VERSION as UNPACKED_VERSION
 from engine.sources.locate import download_weights, local_folder, locate
-from engine.sources.quantized_folders import is_mxfp4, is_quantized, quantization_of, require_packed
+from engine.sources.packed_weights import packing_of
+from engine.sources.quantized_folders import is_quantized, quantization_of, require_packed
+from engine.sources.weight_files import GENERATION
 from engine.vocabulary.host_embedding import place_embeddings
 
 
@@ -64,15 +68,13 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     source, dtype = locate(config), pick_dtype(config.dtype, device)
     found = read_config(config)
     content = found.to_dict()
-    if is_unpacked := is_mxfp4(content):  # else transformers would take its own quantiser
-        del found.quantization_config
     download_weights(config)
-    unpacked = checked_skeleton(config).unpacked
+    skeleton = checked_skeleton(config)
     verdict, tokenizer = verdict_of(config), load_tokenizer(config)
     require_packed(content, verdict.experts, config)
-    if unpacked is not None:
+    if skeleton.unpacked is not None:
         forget_quantization(found)
-        found.quantization_config = {**quantization_of(content), "llm_int8_skip_modules": unpacked}
+        found.quantization_config = {**quantization_of(content), "llm_int8_skip_modules": skeleton.unpacked}
     if attention_name is None and device.type == "cuda":
         verdict = with_rows_of(config, verdict, device)
     if attention_name is not None and not verdict.route.packed_attention:
@@ -82,19 +84,20 @@ def load_base(config: ModelConfig, device: torch.device, attention_name: str | N
     options |= {"attn_implementation": MADE_WITH if factory is AutoModelForCausalLM else text_attention(found, MADE_WITH)}
     options |= {"use_safetensors": True, "output_loading_info": True}
 
+    original = _unpacked(config, found, type(skeleton.model), dtype, device) or (factory, source, {"config": found})
     read: list[str] = []
 
     def load(folder: str | Path, **more: Any) -> tuple[Any, dict[str, Any]]:
         read.append(str(folder))
-        own = {"config": found} if str(folder) == source else {}  # a cached base has a config.json of its own
-        model, loading = from_pretrained(factory, config, str(folder), **options, **own, **more)
+        made_by, place, own = original if str(folder) == source else (factory, str(folder), {})  # a copy has its own config
+        model, loading = from_pretrained(made_by, config, place, **options, **own, **more)
         require_tensors(loading, config)
         if getattr(model, "_hf_peft_config_loaded", False):  # the hub has one beside the weights
             raise InputError("model.path", config.path, "holds an adapter, which transformers adds: take a copy without it")
         return model, loading
 
     is_packed = config.quantization == "nf4"
-    model, _ = _load_nf4(config, source, device, dtype, load, verdict, is_unpacked) if is_packed else load(source)
+    model, _ = _load_nf4(config, source, device, dtype, load, verdict) if is_packed else load(source)
     model.set_attn_implementation(text_attention(model.config, wanted))
     model.requires_grad_(False).eval()
     if device.type == "cpu":
@@ -144,26 +147,49 @@ def _load_nf4(
     dtype: torch.dtype,
     load: Callable[..., tuple[Any, dict[str, Any]]],
     verdict: ModelVerdict,
-    is_unpacked: bool,
 ) -> tuple[Any, dict[str, Any]]:
     """Load the model in NF4, from this node's shared cache if another process has quantised it."""
 
     def quantise() -> tuple[Any, dict[str, Any]]:
         keep = unquantised_names(config, verdict)
         if verdict.experts:
-            made = expert_load_config(config.double_quantization, dtype, keep, is_unpacked)
+            made = expert_load_config(config.double_quantization, dtype, keep)
         else:
             made = nf4_load_config(config.double_quantization, dtype, keep)
         return load(source, quantization_config=made)
 
     folder = local_folder(config)
-    is_packed = folder is not None and not is_unpacked and is_quantized(load_json(folder / "config.json"))
-    if folder is None or config.trust_remote_code or is_packed:
+    content = {} if folder is None else load_json(folder / "config.json")
+    packing = packing_of(content)
+    if folder is None or config.trust_remote_code or (is_quantized(content) and packing is None):
         # The cache cannot hold custom model code, and an already quantised model gains nothing.
         return quantise()
     settings: dict[str, Any] = {"double": config.double_quantization, "dtype": str(dtype), "device": device.type}
+    if packing is not None:
+        settings["unpacked"] = [UNPACKED_VERSION, packing.kind]
     if verdict.read_directly:
         settings["kept"] = verdict.read_directly
     if verdict.experts:
         settings["experts"] = register().__name__  # entered before a saved model is read
     return load_packed(folder, settings, quantise, load)
+
+
+def _unpacked(
+    config: ModelConfig, found: Any, made_by: type, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, None, dict[str, Any]] | None:
+    """Return class and options by which transformers reads the unpacked weights of an FP8 or MXFP4 folder, or None.
+
+    found: the model's config; it loses its quantization_config, for which transformers would take its own quantiser.
+    """
+    if packing_of(found.to_dict()) is None:
+        return None
+    from transformers import GenerationConfig
+
+    if (folder := local_folder(config)) is None:
+        raise InputError("model.path", config.path, "the hub did not deliver its weights: try again, or name a folder")
+    weights = unpacked_weights(folder, found.to_dict(), config)
+    forget_quantization(found)
+    options = {"config": found, "state_dict": weights.lazily(dtype, device)}
+    if (folder / GENERATION).is_file():
+        options["generation_config"] = from_pretrained(GenerationConfig, config, str(folder))
+    return made_by, None, options

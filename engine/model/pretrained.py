@@ -15,15 +15,18 @@ from torch import nn
 
 from engine.config.trial import ModelConfig
 from engine.errors import InputError, first_line
+from engine.quant.unpacked_weights import UnpackedWeights
 from engine.sources.locate import locate
-from engine.sources.quantized_folders import KEYS
+from engine.sources.packed_weights import MXFP4, packing_of, stored_weights
+from engine.sources.quantized_folders import ALLOWED, KEYS
+from engine.sources.weight_files import tensor_headers
 from engine.units import counted
 
 OTHER_TASK = re.compile(r"For(Sequence|Token)Classification$|ForQuestionAnswering$|ForMultipleChoice$|Reward(Model)?$")
 
 
-def from_pretrained(factory: Any, given: ModelConfig, source: str, **options: Any) -> Any:
-    """Return what `factory` loads from a folder or hub id. Raises InputError for any fault in it."""
+def from_pretrained(factory: Any, given: ModelConfig, source: str | None, **options: Any) -> Any:
+    """Return what `factory` loads from a folder or hub id, None with a `state_dict`. Raises InputError for any fault in it."""
     try:
         return factory.from_pretrained(
             source, revision=given.revision or "main", trust_remote_code=given.trust_remote_code, **options
@@ -112,7 +115,7 @@ def require_numbers(model: nn.Module, whole: Mapping[str, tuple[int, ...]], conf
     whole: their shapes by name. Some families keep whole numbers that are no weights, such as masks.
     """
     if whole and (places := places_of(model, whole)):
-        allowed = "allowed: 16 or 32 bits, or bitsandbytes NF4: take the 16-bit model"
+        allowed = f"allowed: {ALLOWED}: take the 16-bit model"
         which = f"{min(places)} holds whole numbers without scales ({counted(len(places), 'such weight')})"
         raise InputError("model.path", config.path, f"{which}; {allowed}")
 
@@ -162,6 +165,17 @@ def forget_quantization(config: Any) -> None:
         for key in KEYS:
             if part is not None and hasattr(part, key):
                 delattr(part, key)
+
+
+def unpacked_weights(folder: Path, content: Mapping[str, Any], given: ModelConfig) -> UnpackedWeights | None:
+    """Return the reader of an FP8 or MXFP4 folder with this config.json, or None for others.
+
+    Raises InputError for scales that do not fit their weights.
+    """
+    if (packing := packing_of(content)) is None:
+        return None
+    stored = stored_weights(tensor_headers(folder, given.path), packing, given.path)
+    return UnpackedWeights(stored, packing.block, packing.kind == MXFP4)
 
 
 def require_tensors(report: Mapping[str, Any], config: ModelConfig) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from engine.quant.bnb import load_library
-from engine.quant.frozen_experts import DOWN, UP, FrozenExperts, packable_experts
+from engine.quant.frozen_experts import UP, FrozenExperts, packable_experts
 
 METHOD = "qlora_sweep_nf4"
 
@@ -29,15 +29,9 @@ def place_experts(model: nn.Module, double_quantization: bool, is_packed: bool =
         model.set_submodule(name, FrozenExperts(library, double_quantization, stored))
 
 
-def expert_load_config(
-    double_quantization: bool, compute_dtype: torch.dtype, keep: list[str] | None = None, is_mxfp4: bool = False
-) -> Any:
-    """Return the quantization_config for `from_pretrained` of a model with experts; other arguments as in `nf4_load_config`.
-
-    is_mxfp4: the folder holds the experts' blocks and scales, which are unpacked first.
-    """
+def expert_load_config(double_quantization: bool, compute_dtype: torch.dtype, keep: list[str] | None = None) -> Any:
+    """Return the quantization_config for `from_pretrained` of a model with experts; arguments as in `nf4_load_config`."""
     return register()(
-        is_mxfp4=is_mxfp4,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quantization,
         bnb_4bit_compute_dtype=compute_dtype,
@@ -57,10 +51,10 @@ def register() -> type:
     class ExpertsConfig(BitsAndBytesConfig):
         """Hold bitsandbytes' settings, without the keys by which transformers would take its own quantiser."""
 
-        def __init__(self, is_mxfp4: bool = False, **settings: Any) -> None:
+        def __init__(self, **settings: Any) -> None:
             settings = {key: value for key, value in settings.items() if key not in ("quant_method", "load_in_8bit")}
             super().__init__(**settings | {"load_in_4bit": True})
-            self.quant_method, self.is_mxfp4 = METHOD, is_mxfp4
+            self.quant_method = METHOD
 
         def to_dict(self) -> dict[str, Any]:
             return {key: value for key, value in super().to_dict().items() if "load_in_" not in key} | {"quant_method": METHOD}
@@ -78,11 +72,6 @@ def register() -> type:
 
         def get_quantize_ops(self) -> Any:
             return _operation()(self)
-
-        def get_weight_conversions(self) -> list[Any]:
-            if self.pre_quantized or not self.quantization_config.is_mxfp4:
-                return super().get_weight_conversions()
-            return super().get_weight_conversions() + _unpacking()
 
     return ExpertsConfig
 
@@ -107,22 +96,6 @@ def _operation() -> type:
             return packed | (super().convert(others, model=model, **kwargs) if others else {})
 
     return QuantizeExperts
-
-
-def _unpacking() -> list[Any]:
-    """Return transformers' rules by which MXFP4 blocks and scales become a parameter of experts."""
-    from transformers.core_model_loading import ConversionOps, WeightConverter
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    class Unpack(ConversionOps):
-        """Unpack to 16 bits, which hold each product of a 4-bit float and a power of two exactly."""
-
-        def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", **kwargs: Any) -> dict[str, Any]:
-            parts = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
-            blocks, scales = (next(v for name, v in parts.items() if name.endswith(end)) for end in ("_blocks", "_scales"))
-            return {full_layer_name: convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)}
-
-    return [WeightConverter([f"{name}_blocks", f"{name}_scales"], name, [Unpack()]) for name in (UP, DOWN)]
 
 
 def _expert_weight(model: Any, name: str) -> tuple[FrozenExperts, str] | None:

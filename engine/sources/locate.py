@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from engine.config.parsing import load_json
 from engine.config.trial import HUB_ID, ModelConfig
@@ -75,3 +76,17 @@ def download_weights(config: ModelConfig) -> None:
             index = hf_hub_download(source, INDEX, revision=config.revision)
             for name in sorted(set(load_json(Path(index))["weight_map"].values())):
                 hf_hub_download(source, name, revision=config.revision)
+
+
+def known_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the content of config.json if the model's is on this machine, else {}."""
+    try:
+        source = locate(config)
+        if Path(source).is_dir():
+            return load_json(Path(source, "config.json"))
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(source, "config.json", revision=config.revision or "main")
+        return load_json(Path(found)) if isinstance(found, str) else {}
+    except (InputError, OSError):
+        return {}

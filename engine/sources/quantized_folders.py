@@ -1,8 +1,8 @@
 """Refuse model folders whose weights are quantised in a way that is not trained here. No torch.
 
-bitsandbytes' NF4 is read as it is. gpt-oss's MXFP4 is unpacked and quantised again while it is read.
-All other methods keep scales that an adapter trained here would not see, so the way out is the
-16-bit folder that they were made from.
+bitsandbytes' NF4 is read as it is. FP8 and gpt-oss's MXFP4 are unpacked and quantised again while they
+are read (packed_weights.py). All other methods keep scales that an adapter trained here would not
+see, so the way out is the 16-bit folder that they were made from.
 """
 
 from __future__ import annotations
@@ -11,27 +11,25 @@ from typing import Any
 
 from engine.config.trial import ModelConfig
 from engine.errors import InputError
+from engine.sources.packed_weights import MXFP4, packing_of
 
 KEYS = ("quantization_config", "compression_config")
+ALLOWED = "16 or 32 bits, bitsandbytes NF4, or FP8"
 
 
 def check_quantization(content: dict[str, Any], config: ModelConfig) -> None:
-    """Raise InputError if config.json names another quantisation than bitsandbytes' NF4."""
-    for settings in _settings(content):
+    """Raise InputError if config.json names another quantisation than bitsandbytes' NF4, FP8 or gpt-oss's MXFP4."""
+    packing, given = packing_of(content), _settings(content)
+    for settings in given:
         if settings == {}:  # transformers takes it for a quantisation without a method
             raise InputError("model.path", config.path, "has an empty quantization_config in its config.json: remove it")
-        if not isinstance(settings, dict) or not (_is_nf4(settings) or is_mxfp4(content)):
-            allowed = f"holds {_describe(settings)} weights; allowed: 16 or 32 bits, or bitsandbytes NF4: take the 16-bit model"
+        if not isinstance(settings, dict) or not (_is_nf4(settings) or (packing and len(given) == 1)):
+            allowed = f"holds {_describe(settings)} weights; allowed: {ALLOWED}: take the 16-bit model"
             raise InputError("model.path", config.path, allowed)
         if config.quantization != "nf4":
-            allowed = f"the weights of {config.path} are {'MXFP4' if is_mxfp4(content) else 'NF4'}; allowed here: nf4"
+            kind = packing.kind.upper() if packing else "NF4"
+            allowed = f"the weights of {config.path} are {kind}; allowed here: nf4"
             raise InputError("model.quantization", config.quantization, allowed)
-
-
-def is_mxfp4(content: dict[str, Any]) -> bool:
-    """Return True for a gpt-oss whose experts are MXFP4 (OCP Microscaling Formats), as they are released."""
-    settings = content.get("quantization_config")
-    return content.get("model_type") == "gpt_oss" and isinstance(settings, dict) and settings.get("quant_method") == "mxfp4"
 
 
 def require_packed(content: dict[str, Any], packs_experts: bool, config: ModelConfig) -> None:
@@ -39,10 +37,11 @@ def require_packed(content: dict[str, Any], packs_experts: bool, config: ModelCo
 
     content: config.json. packs_experts: experts of 16 bits are packed while they are read.
     """
-    if is_mxfp4(content) and not packs_experts:
+    packing = packing_of(content)
+    if packing and packing.kind == MXFP4 and not packs_experts:
         allowed = "holds MXFP4 weights of experts that cannot be packed here: take the 16-bit model"
         raise InputError("model.path", config.path, allowed)
-    if is_quantized(content) and not is_mxfp4(content) and packs_experts:
+    if is_quantized(content) and packing is None and packs_experts:
         allowed = "holds NF4 weights beside its experts, which are packed only from 16 bits: take the 16-bit model"
         raise InputError("model.path", config.path, allowed)
 

@@ -19,11 +19,12 @@ from safetensors import SafetensorError, safe_open
 
 from engine.config.parsing import load_json
 from engine.errors import InputError, first_line
+from engine.sources.packed_weights import Header
+from engine.sources.quantized_folders import ALLOWED
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 FIELD = "model.path"
-MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"  # behind the name of a parameter of experts
 SCALES = ("weight_scale", "weight_scale_inv", "SCB", "scales", "qzeros", "absmax")  # last names of scales of packed weights
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")  # last names of an input embedding
 
@@ -105,18 +106,21 @@ def whole_numbers(folder: Path, given: str) -> list[str]:
     return [name for name, kind in kinds.items() if kind == "BOOL" or kind.startswith(("I", "U"))]
 
 
-def unpacked_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes with those that MXFP4 experts have after unpacking: blocks [E, O, G, 16] become [E, 32 G, O]."""
-    kept = {name: shape for name, shape in shapes.items() if not name.endswith((MXFP4_BLOCKS, MXFP4_SCALES))}
-    blocks = {name.removesuffix(MXFP4_BLOCKS): shape for name, shape in shapes.items() if name.endswith(MXFP4_BLOCKS)}
-    return kept | {name: (shape[0], 2 * shape[2] * shape[3], shape[1]) for name, shape in blocks.items() if len(shape) == 4}
+def tensor_headers(folder: Path, given: str) -> dict[str, Header]:
+    """Return what the headers of the weights say of each tensor, by name. given: as in `check_weights`."""
+    found = {}
+    for path, file, names in opened_files(folder, given):
+        for name in names:
+            part = file.get_slice(name)
+            found[name] = Header(path, tuple(part.get_shape()), str(part.get_dtype()))
+    return found
 
 
 def check_unused(names: Iterable[str], given: str) -> None:
     """Raise InputError if tensors that a model has no place for are scales, without which its weights are other numbers."""
     if found := [name for name in names if name.rpartition(".")[2] in SCALES]:
         allowed = f"holds quantised weights that its config.json does not name, with scales such as {found[0]}"
-        raise InputError(FIELD, given, f"{allowed}; allowed: 16 or 32 bits, or bitsandbytes NF4: take the 16-bit model")
+        raise InputError(FIELD, given, f"{allowed}; allowed: {ALLOWED}: take the 16-bit model")
 
 
 def _indexed(index: Any, given: str) -> list[str]:

@@ -9,8 +9,6 @@ import torch
 
 from engine.adapter.portable import read_adapter
 from engine.config.trial import ModelConfig
-from engine.errors import InputError
-from engine.export.forms import export
 from engine.export.merge import write_merged
 from engine.model.pretrained import model_factory
 from engine.model.skeleton import make_loud, shrink
@@ -64,9 +62,3 @@ def test_a_merged_mixture_has_the_weights_of_peft_rounded_once(model_type, optio
         assert (merged[name] - wanted[name]).abs().max() <= 2**-8 * wanted[name].abs().max()
         if name in changed:  # twin: rounding is small next to what the adapter changes
             assert (before[name] - wanted[name]).abs().max() > 2**-6 * wanted[name].abs().max()
-
-
-def test_llama_cpp_s_forms_refuse_experts_in_one_line(tmp_path):
-    peft_adapter("qwen3_moe", tmp_path, target_parameters=BOTH)
-    with pytest.raises(InputError, match="no GGUF export for it"):
-        export(tmp_path / "adapter", "gguf-adapter", tmp_path / "out", measure=False)

@@ -10,7 +10,7 @@ import pytest
 from engine.config.parsing import parse
 from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import InputError
-from engine.export.model_card import TITLES, ExportFacts, Measured, export_card
+from engine.export.model_card import TITLES, ExportFacts, Measured, export_card, peft_code
 from sweep.results.best_folder import write_best
 from sweep.trials.selection import Rule
 from tests.support.records import REEVALUATION, judged, trial
@@ -112,6 +112,20 @@ def test_the_card_of_best_and_of_an_export_have_one_shape(tmp_path, winner):
         assert "\n\n| setting | value |\n|---|---|\n" in card
     code = [card.split("```python\n")[1].split("```")[0] for card in (best, exported)]
     assert code[0] == code[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "made"),
+    [
+        ({"quant_method": "fp8"}, "FineGrainedFP8Config(dequantize=True)"),
+        ({"quant_method": "gptq"}, "BitsAndBytesConfig(load_in_4bit=True"),
+    ],
+)
+def test_a_packed_base_is_unpacked_in_the_card_s_code(settings, made, tmp_path, winner):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    winner.config["model"]["path"] = str(tmp_path)
+    code = "\n".join(peft_code("org/base", parse(TrainConfig, winner.config)))
+    assert made in code and made.partition("(")[0] in code.split("from transformers import")[1].splitlines()[0]
 
 
 @pytest.mark.parametrize("base", ["/home/me/models/mine", "org/base"])
