@@ -69,10 +69,12 @@ def test_the_weights_of_a_folder_in_nf4_say_which_layers_are_packed_whatever_its
     kept = ["lm_head", "q_proj", "model.layers.1.mlp"]
     packed_folder(folder, tmp_path / "nf4", skip=kept)
     base, wanted = losses(tmp_path / "nf4")
-    assert not inspect_model(ModelConfig(path=str(tmp_path / "nf4"))).notes
+    (note,) = inspect_model(ModelConfig(path=str(tmp_path / "nf4"))).notes
+    assert note.startswith("its weights hold 5 linear layers in 16 bits, which a forecast counts as NF4: ")
     change(tmp_path / "nf4", quantization_config={**NF4, "llm_int8_skip_modules": said})
     found, again = losses(tmp_path / "nf4")
-    assert "packs other layers" in inspect_model(ModelConfig(path=str(tmp_path / "nf4"))).notes[0]
+    first, second = inspect_model(ModelConfig(path=str(tmp_path / "nf4"))).notes
+    assert "packs other layers" in first and second == note
     plain = [name for name in found.linear_names if not found.model.get_submodule(name).is_packed]
     assert plain == [name for name in found.linear_names if "q_proj" in name or "layers.1.mlp" in name]
     assert found.linear_names == base.linear_names and torch.equal(wanted, again)
