@@ -29,6 +29,8 @@ from engine.export.expert_parts import ExpertPart, expert_parts
 from engine.export.stored_names import stored_names
 from engine.model.pretrained import unpacked_weights
 from engine.quant.unpacked_weights import UnpackedWeights
+from engine.sources.packed_weights import packing_of
+from engine.sources.quantized_folders import is_quantized
 from engine.sources.weight_files import INDEX, SINGLE, check_weights, tensor_files
 from engine.system.command_line import tell
 from engine.system.user_path import user_path
@@ -42,7 +44,7 @@ def base_folder(adapter: Adapter, source: str) -> Path:
     """Return the folder of the base model's original weights.
 
     A hub model is downloaded if the hub's cache lacks it. InputError if there is no such folder or
-    hub model, or if its weights are not whole safetensors.
+    hub model, or if its weights are not whole safetensors, or are NF4.
     """
     folder = user_path(source)
     if not folder.is_dir():
@@ -56,6 +58,10 @@ def base_folder(adapter: Adapter, source: str) -> Path:
         except Exception as error:  # many kinds: offline, gated, unknown
             raise InputError("base_model_name_or_path", source, f"the hub did not deliver it ({first_line(error)})") from None
     check_weights(folder, source)
+    content = load_json(folder / "config.json")
+    if is_quantized(content) and packing_of(content) is None:
+        allowed = "holds NF4 weights; allowed: --to peft or gguf-adapter, or the name of the 16-bit model they were made from"
+        raise InputError("base_model_name_or_path", source, allowed)
     return folder
 
 

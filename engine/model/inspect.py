@@ -151,6 +151,9 @@ def inspect_model(config: ModelConfig) -> ModelFacts:
     notes = tuple(_notes(model, linears, verdict))
     if unpacked_layers is not None and set(unpacked_layers) != _kept_by_config(model):
         notes += ("its config.json packs other layers than its weights do: here the weights decide, transformers alone may fail",)
+    if kept := [name for name in unpacked_layers or () if name in features]:
+        what = f"its weights hold {counted(len(kept), 'linear layer')} in 16 bits, which a forecast counts as NF4"
+        notes += (f"{what}: {_some(kept)}",)
     if unused:
         are = "is" if len(unused) == 1 else "are"
         what = f"{counted(len(unused), 'tensor')} of the folder {are} not part of this model"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from engine.config.trial import ModelConfig
 from engine.errors import InputError
+from engine.export.merge import base_folder
 from engine.model.comparison import our_losses, random_samples
 from engine.model.inspect import inspect_model
 from engine.model.load import load_base
@@ -69,13 +71,22 @@ def test_the_weights_of_a_folder_in_nf4_say_which_layers_are_packed_whatever_its
     kept = ["lm_head", "q_proj", "model.layers.1.mlp"]
     packed_folder(folder, tmp_path / "nf4", skip=kept)
     base, wanted = losses(tmp_path / "nf4")
-    assert not inspect_model(ModelConfig(path=str(tmp_path / "nf4"))).notes
+    (note,) = inspect_model(ModelConfig(path=str(tmp_path / "nf4"))).notes
+    assert note.startswith("its weights hold 5 linear layers in 16 bits, which a forecast counts as NF4: ")
     change(tmp_path / "nf4", quantization_config={**NF4, "llm_int8_skip_modules": said})
     found, again = losses(tmp_path / "nf4")
-    assert "packs other layers" in inspect_model(ModelConfig(path=str(tmp_path / "nf4"))).notes[0]
+    first, second = inspect_model(ModelConfig(path=str(tmp_path / "nf4"))).notes
+    assert "packs other layers" in first and second == note
     plain = [name for name in found.linear_names if not found.model.get_submodule(name).is_packed]
     assert plain == [name for name in found.linear_names if "q_proj" in name or "layers.1.mlp" in name]
     assert found.linear_names == base.linear_names and torch.equal(wanted, again)
+
+
+def test_an_adapter_is_not_merged_into_packed_weights(folder, tmp_path):
+    adapter = SimpleNamespace(revision=None)
+    assert base_folder(adapter, str(folder)) == folder
+    with pytest.raises(InputError, match="holds NF4 weights; allowed: --to peft"):
+        base_folder(adapter, str(packed_folder(folder, tmp_path / "nf4")))
 
 
 def test_what_config_says_about_nf4_counts_in_the_text_part_too(tmp_path):
