@@ -6,12 +6,13 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from engine.config.parsing import Fraction, ListAsTuple, StrictModel
 from engine.errors import InputError
 
 ALL_LINEAR = "all-linear"
+DIGEST = re.compile("[0-9a-f]{16}")
 
 
 class LoraConfig(StrictModel):
@@ -37,9 +38,16 @@ class LoraConfig(StrictModel):
     start_from: str | None = Field(
         None, min_length=1, description="PEFT folder of an adapter to train on from, of the same targets and at most this rank"
     )
-    start_digest: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = Field(
+    start_digest: str | None = Field(
         None, description="16 hex digits of that adapter's files, as data.json has them; other files are refused"
     )
+
+    @field_validator("start_digest")
+    @classmethod
+    def _is_a_digest(cls, value: str | None) -> str | None:
+        if value is not None and not DIGEST.fullmatch(value):
+            raise ValueError("must be 16 hexadecimal digits in small letters, as data.json has them")
+        return value
 
     @model_validator(mode="after")
     def _targets_not_empty(self) -> LoraConfig:

@@ -141,6 +141,8 @@ def test_a_digest_stands_for_the_files_wherever_they_lie_and_refuses_others(tiny
         prepare([here])
     with pytest.raises(InputError, match=r"lora\.start_digest = .*: needs lora\.start_from"):
         build(tiny_config, lora={"start_digest": digest})
+    with pytest.raises(InputError, match=r"lora\.start_digest = 'abc': must be 16 hexadecimal digits"):
+        build(tiny_config, lora={"start_from": str(folder), "start_digest": "abc"})
 
 
 @pytest.mark.parametrize(
