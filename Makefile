@@ -17,7 +17,7 @@ shell: $(STAMP) ## Open a shell in which `python` is .venv/bin/python, and Tab c
 	@echo "== python is $(VENV)/bin/python in this shell; leave it with: exit"
 	@exec bash --rcfile $(VENV)/shellrc -i
 
-test: $(STAMP) lint ## Install, then lint and test (CPU, under 8 minutes)
+test: $(STAMP) lint ## Install, then lint and test (CPU, about 8 minutes)
 	@echo "== tests"
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
