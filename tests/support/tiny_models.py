@@ -1,6 +1,12 @@
-"""Make the byte-level tokenizer of the tests' tiny models, with its chat template."""
+"""Make the byte-level tokenizer of the tests' tiny models, with its chat template, and change a model's config.json."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -20,3 +26,8 @@ def byte_tokenizer():
     fast.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|system|>"]})
     fast.chat_template = TEMPLATE
     return fast
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))

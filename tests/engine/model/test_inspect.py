@@ -26,19 +26,8 @@ from engine.model.skeleton import make_loud
 from engine.prepare import prepare
 from engine.quant.frozen_linear import freeze_linears
 from tests.support.model_families import LFM2_LAYERS
+from tests.support.tiny_models import NF4, change_config
 from tests.support.trials import CPU, build, run
-
-NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-
-
-@pytest.fixture
-def folder(tiny_config, tmp_path):
-    return shutil.copytree(tiny_config["model"]["path"], tmp_path / "model")
-
-
-def change(folder, **values):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +47,7 @@ def change(folder, **values):
 )
 @pytest.mark.parametrize("place", ["quantization_config", "compression_config"])
 def test_quantised_folders_are_refused_before_their_weights_are_read(folder, settings, named, place):
-    change(folder, **{place: settings})
+    change_config(folder, **{place: settings})
     for path in folder.glob("*.safetensors"):
         path.unlink()
     for read in (inspect_model, lambda config: load_base(config, CPU)):
@@ -100,7 +89,7 @@ def test_weights_of_another_model_than_config_says_are_refused_before_any_value_
 ):
     if "quantization_config" in values and quantization == "none":
         line = "the weights of .* are NF4"
-    change(folder, **values)
+    change_config(folder, **values)
     config = ModelConfig(path=str(folder), quantization=quantization, layers=layers)
     monkeypatch.setattr("engine.model.inspect.verdict_of", lambda _: pytest.fail("a tiny model was tried"))
     with pytest.raises(InputError, match=line) as caught:
@@ -121,7 +110,7 @@ def test_a_family_that_chooses_a_class_by_its_attention_is_loaded_as_it_was_trie
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_an_attention_that_a_folder_names_is_not_asked_for(folder, quantization):
-    change(folder, _attn_implementation="flash_attention_2")  # its package is not installed
+    change_config(folder, _attn_implementation="flash_attention_2")  # its package is not installed
     config = ModelConfig(path=str(folder), quantization=quantization)
     assert inspect_model(config).route == load_base(config, CPU).route == Route()
 
@@ -187,19 +176,19 @@ def shrink_rows(folder):
     rows = weights["model.embed_tokens.weight"]
     weights["model.embed_tokens.weight"] = rows[:-2].clone()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    change(folder, vocab_size=len(rows) - 2)
+    change_config(folder, vocab_size=len(rows) - 2)
     return folder
 
 
 def test_an_embedding_of_another_size_than_config_says_is_refused(folder):
-    change(folder, vocab_size=300)
+    change_config(folder, vocab_size=300)
     with pytest.raises(InputError, match=r"model\.path.*300 rows.*weights hold 2\d\d"):
         inspect_model(ModelConfig(path=str(folder)))
 
 
 def test_samples_beyond_the_model_s_positions_are_said(tiny_config, folder):
     assert prepare([build(tiny_config)]).model_notes == []
-    change(folder, max_position_embeddings=16)
+    change_config(folder, max_position_embeddings=16)
     notes = prepare([build(tiny_config, model={"path": str(folder)})]).model_notes
     assert any("made for 16 positions" in note for note in notes)
 
@@ -298,7 +287,7 @@ def test_a_mixed_model_trains_fused_in_shared_rows_and_names_the_package_that_it
 def test_a_loss_does_not_depend_on_the_rows_before(folder, kind, layers):
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0 + i for i in range(8)], "original_max_position_embeddings": 48}
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0} | (factors if kind == "longrope" else {})
-    change(folder, rope_parameters=rope, max_position_embeddings=48)
+    change_config(folder, rope_parameters=rope, max_position_embeddings=48)
     model = AutoModelForCausalLM.from_pretrained(folder)
     make_loud(model)
     model.save_pretrained(folder)

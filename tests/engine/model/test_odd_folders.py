@@ -20,20 +20,10 @@ from engine.model.load import load_base
 from engine.model.pretrained import model_factory
 from engine.sources.weight_files import tensor_files
 from tests.support.multimodal import save_multimodal
+from tests.support.tiny_models import NF4, change_config
 from tests.support.trials import CPU
 
-NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 UP = "model.layers.0.mlp.up_proj.weight"
-
-
-@pytest.fixture
-def folder(tiny_config, tmp_path):
-    return shutil.copytree(tiny_config["model"]["path"], tmp_path / "model")
-
-
-def change(folder, **values):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
 
 
 def rewrite(folder, edit):
@@ -73,7 +63,7 @@ def test_the_weights_of_a_folder_in_nf4_say_which_layers_are_packed_whatever_its
     base, wanted = losses(tmp_path / "nf4")
     (note,) = inspect_model(ModelConfig(path=str(tmp_path / "nf4"))).notes
     assert note.startswith("its weights hold 5 linear layers in 16 bits, which a forecast counts as NF4: ")
-    change(tmp_path / "nf4", quantization_config={**NF4, "llm_int8_skip_modules": said})
+    change_config(tmp_path / "nf4", quantization_config={**NF4, "llm_int8_skip_modules": said})
     found, again = losses(tmp_path / "nf4")
     first, second = inspect_model(ModelConfig(path=str(tmp_path / "nf4"))).notes
     assert "packs other layers" in first and second == note
@@ -129,7 +119,7 @@ def test_fp4_among_nf4_is_refused_by_its_weight_s_name(folder, tmp_path):
 
 def test_a_packed_output_head_is_refused(folder, tmp_path):
     rewrite(folder, lambda weights: weights | {"lm_head.weight": weights["model.embed_tokens.weight"] * 2})
-    change(folder, tie_word_embeddings=False)
+    change_config(folder, tie_word_embeddings=False)
     packed_folder(folder, tmp_path / "nf4", skip=[])
     assert "holds NF4 weights of lm_head (1 such layer)" in refusal(tmp_path / "nf4")
 
@@ -182,7 +172,7 @@ def test_a_bias_that_config_leaves_out_is_refused_unless_it_is_zero(folder, valu
 
 @pytest.mark.parametrize("name", ["Qwen2ForSequenceClassification", "LlamaForTokenClassification", "MistralForReward"])
 def test_a_model_that_scores_texts_is_refused_though_its_tensors_fit(folder, name):
-    change(folder, architectures=[name])
+    change_config(folder, architectures=[name])
     assert f"is a {name}, which writes no text" in refusal(folder)
 
 
