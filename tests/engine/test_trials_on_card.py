@@ -1,4 +1,4 @@
-"""Variants and pairs learn on the card, recorded, what they learn on the CPU."""
+"""Variants, pairs and mixtures learn on the card, recorded, what they learn on the CPU; so do the families' layers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from engine.config.trial import TrainConfig
 from engine.model.load import load_base
 from engine.training.loop import train
 from engine.training.recordings import Recordings
+from tests.support.model_families import MIXTURE_OF_GEMMA4, judge, kind
 from tests.support.preferences import pair_rows, preference_values, write_rows
 from tests.support.trials import CPU
 
@@ -56,3 +57,23 @@ def test_recorded_rows_of_pairs_have_the_losses_of_the_cpu(tiny_config, tmp_path
     values = preference_values(tiny_config, write_rows(tmp_path / "pairs.jsonl", pair_rows(32)), loss=loss, beta=0.5)
     values["train"] |= {"max_tokens": 1536, "num_reports": 2, "tokens_per_step": 512}
     compare(values, tmp_path, {})
+
+
+@pytest.mark.parametrize("targets", ["attention", "experts", ["attention", "experts"], "all-linear"], ids=str)
+def test_a_recorded_mixture_has_the_losses_of_the_cpu(tiny_config, tiny_mixture_dir, tmp_path, targets):
+    changes = {"model": {"path": str(tiny_mixture_dir)}, "lora": {"target_modules": targets}}
+    compare(tiny_config, tmp_path, changes)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "numbers"),
+    [
+        ("gpt_oss", {}), ("qwen3_moe", {}), ("mixtral", {}), ("olmoe", {}), ("qwen3_5_moe_text", {}),
+        ("gemma4_text", MIXTURE_OF_GEMMA4),
+    ],
+)  # fmt: skip
+def test_a_mixture_s_losses_and_gradients_on_the_card_are_the_library_s(model_type, numbers):
+    """In fp32 with experts in NF4, compared there as the guard compares them on the CPU."""
+    verdict, there = judge(model_type, numbers, torch.device("cuda")), judge(model_type, numbers)
+    assert verdict.experts and kind(verdict) == kind(there)
+    assert not verdict.without_gradient

@@ -83,17 +83,20 @@ def config_of(model_type: str, **given: Any) -> Any:
     return config
 
 
-def judge(model_type: str, **given: Any) -> ModelVerdict | InputError:
-    """Return the guard's verdict, or the line that refuses the family."""
+def judge(
+    model_type: str, numbers: dict[str, Any] | None = None, device: torch.device = CPU, **given: Any
+) -> ModelVerdict | InputError:
+    """Return the guard's verdict, or the line that refuses the family. numbers: of the config; given: of `model`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = config_of(model_type)
+        config = config_of(model_type, **(numbers or {}))
         factory = model_factory(config)
         try:
             return choose_route(
                 config,
                 ModelConfig(path=model_type, **given),
                 lambda small, name: factory.from_config(small, attn_implementation=name),
+                device,
             )
         except InputError as error:
             return error
