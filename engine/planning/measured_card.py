@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ FORMAT, LARGEST_NUMBER = 1, 1e12
 WAY_OUT = "take a file as `python -m engine calibrate --out FILE` wrote it"
 STEP_TIMES = {"measured_ms", "predicted_ms"}
 TILE_SIZES, LARGEST_SIZE = {"t", "n", "k", "warps", "stages"}, 256
+SHOWN = {"copy GB/s", "link to card GB/s", "link to host GB/s", "link both at once GB/s", "launch us"}  # of raw, to people
 TEXTS = ("card", "driver", "torch", "triton", "host", "commit", "day")
 
 
@@ -109,15 +110,17 @@ class MeasuredCard:
         texts = {name: values[name] for name in TEXTS}
         if not all(isinstance(text, str) for text in texts.values()) or not texts["card"]:
             raise InputError("file", texts, f"{', '.join(TEXTS)} must be texts")
-        if not re.fullmatch(r"\d{4}-\d\d-\d\d", texts["day"]):  # the newest file of a kind of card counts
+        if not _is_day(texts["day"]):  # the newest file of a kind of card counts
             raise InputError("file", texts["day"], "day must be such as 2026-11-27")
         stack = CardStack(*(texts[name] for name in ("card", "driver", "torch", "triton", "host")))
         steps = {name: _numbers(step) for name, step in values["steps"].items()}
         if not all(set(step) >= STEP_TIMES and min(step.values()) > 0.0 for step in steps.values()):
             raise InputError("file", values["steps"], f"steps must have {' and '.join(sorted(STEP_TIMES))} above 0")
         memory_gib, seconds = _numbers({"memory_gib": values["memory_gib"], "seconds": values["seconds"]}).values()
-        rates = Rates.from_dict(values["rates"])
-        facts = (stack, memory_gib, texts["commit"], texts["day"], seconds, rates, _numbers(values["raw"]), steps)
+        rates, raw = Rates.from_dict(values["rates"]), _numbers(values["raw"])
+        if not set(raw) >= SHOWN or not all(number > 0.0 for number in (memory_gib, seconds, *raw.values())):
+            raise InputError("file", raw, f"memory_gib, seconds and raw must be above 0, and raw hold {', '.join(sorted(SHOWN))}")
+        facts = (stack, memory_gib, texts["commit"], texts["day"], seconds, rates, raw, steps)
         return cls(*facts, {use: _sizes(tile) for use, tile in values.get("tiles", {}).items()})
 
     def described(self) -> str:
@@ -132,11 +135,24 @@ def _numbers(values: Any) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 def _sizes(values: Any) -> dict[str, int]:
-    """Return the sizes of a tile, whole numbers that a card can have."""
-    if set(values) != TILE_SIZES or not all(isinstance(size, int) and 0 < size <= LARGEST_SIZE for size in values.values()):
-        raise InputError("file", values, f"tiles must have {', '.join(sorted(TILE_SIZES))}, whole numbers up to {LARGEST_SIZE}")
+    """Return the sizes of a tile, whole numbers that a card can have: but for the stages, powers of 2."""
+    if set(values) != TILE_SIZES or not all(_is_size(size, name == "stages") for name, size in values.items()):
+        names = ", ".join(sorted(TILE_SIZES))
+        raise InputError("file", values, f"tiles must have {names}, powers of 2 up to {LARGEST_SIZE} but for the stages")
     return dict(values)
+
+
+def _is_size(size: Any, is_any: bool) -> bool:
+    is_whole = isinstance(size, int) and not isinstance(size, bool) and 0 < size <= LARGEST_SIZE
+    return is_whole and (is_any or size & (size - 1) == 0)
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -34,6 +34,8 @@ NEGLIGIBLE = 0.01
 # Tokens. In longer rows, the time of launches no longer matters. The predicted speed of small
 # models leaves it out.
 LONG_ROW = 8192
+# Tokens. From here on, a plan with recorded launches is better than an unrecorded one with longer rows.
+RECORDED_ROW = LONG_ROW // 2
 HOST_USES = "input embeddings and activations in host memory (offload, host_layers)"
 
 
@@ -238,13 +240,16 @@ def _best(fitting: list[ComputePlan], bin_tokens: int) -> ComputePlan:
     """Return the fastest plan.
 
     Among plans of nearly that speed, prefer one without host memory, whose speed no data sheet
-    tells. Then prefer the longest rows, then the least memory.
+    tells. Then prefer recorded launches: no prediction knows how busy a host is, or how often rows of
+    a new size make it load kernels. Then prefer the longest rows, then the least memory.
     """
     fastest = max(p.speed.tokens_per_second for p in fitting)
-    near = [p for p in fitting if p.speed.tokens_per_second >= (1.0 - NEGLIGIBLE) * fastest]
-    return min(
-        near, key=lambda p: (p.memory.host_bytes > 0, -min(LONG_ROW, p.micro_batch_size * bin_tokens), p.memory.peak_bytes)
-    )
+
+    def cost(plan: ComputePlan) -> tuple[bool, bool, int, int]:
+        row = min(LONG_ROW, plan.micro_batch_size * bin_tokens)
+        return plan.memory.host_bytes > 0, not (plan.cuda_graphs and row >= RECORDED_ROW), -row, plan.memory.peak_bytes
+
+    return min((p for p in fitting if p.speed.tokens_per_second >= (1.0 - NEGLIGIBLE) * fastest), key=cost)
 
 
 def _sizes(bins: int, most: int) -> list[int]:

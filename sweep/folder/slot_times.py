@@ -97,6 +97,18 @@ def steady_share(parts: Mapping[str, float]) -> float | None:
     return parts[TRAIN] / sum(parts.values()) if known > 0.0 else None
 
 
+def steady_share_with_eval(parts: Mapping[str, float]) -> float | None:
+    """Return the share of steady training and evaluation together, recorded or not, or None as steady_share does."""
+    share = steady_share(parts)
+    return None if share is None else share + parts[EVALUATION] / sum(parts.values())
+
+
+def both_shares(parts: Mapping[str, float]) -> str:
+    """Return both shares in a few words. Empty if an older version split nothing."""
+    share, both = steady_share(parts), steady_share_with_eval(parts)
+    return "" if share is None else f"{100.0 * share:.1f} % steady, {100.0 * both:.1f} % with evaluation"
+
+
 def shares_text(parts: Mapping[str, float]) -> str:
     """Return the parts in words: 61.2 % steady training, 9.0 % evaluation. What rounds to 0 is left out."""
     whole = sum(parts.values())

@@ -9,7 +9,17 @@ import plotly.graph_objects as go
 
 from engine.trial_report import EVALUATION, RECORDING, SAVING, TRAIN, WAITING
 from engine.units import counted
-from sweep.folder.slot_times import LOADING, PARTS, UNREPORTED, SlotTime, shares_text, steady_share, totals
+from sweep.folder.slot_times import (
+    LOADING,
+    PARTS,
+    UNREPORTED,
+    SlotTime,
+    both_shares,
+    shares_text,
+    steady_share,
+    steady_share_with_eval,
+    totals,
+)
 from sweep.report.figures import UNITS, Drawn
 from sweep.text import duration_text
 
@@ -57,7 +67,8 @@ def hours_line(times: Sequence[SlotTime]) -> str:
     parts = totals(times)
     if not sum(parts.values()):
         return ""
-    split = "" if steady_share(parts) is not None else " An older version did not record what was done."
+    both = both_shares(parts)
+    split = f" So {both}." if both else " An older version did not record what was done."
     return (
         f"{counted(len(times), 'slot')}, {duration_text(sum(parts.values()))} together: {shares_text(parts)}.{split} "
         "Not reported: what a process did that died before its next report. Preparation before the first trial and the "
@@ -77,8 +88,8 @@ def _name(number: int, time: SlotTime) -> str:
 
 
 def _steady(time: SlotTime) -> str:
-    share = steady_share(time.parts)
-    return "not split" if share is None else f"{100.0 * share:.0f} % steady"
+    share, both = steady_share(time.parts), steady_share_with_eval(time.parts)
+    return "not split" if share is None else f"{100.0 * share:.0f} % steady, {100.0 * both:.0f} % with eval"
 
 
 def _number(seconds: float, time: SlotTime) -> str:

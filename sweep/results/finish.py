@@ -13,7 +13,7 @@ from engine.config.trial import TrainConfig
 from engine.errors import EngineError
 from engine.units import perplexity
 from sweep.execution.engine_commands import evaluate as evaluate_here
-from sweep.folder.slot_times import PARTS, shares_text, slot_times, steady_share, totals
+from sweep.folder.slot_times import PARTS, both_shares, shares_text, slot_times, steady_share, steady_share_with_eval, totals
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
 from sweep.results.best_folder import write_best
@@ -98,24 +98,24 @@ def _times(folder: SweepFolder) -> dict[str, Any]:
     """Return what the sweep has spent over all sessions.
 
     slot_hours: hours for which slots were held, final seeds included; dead_time_s: seconds lost between trials. train_s
-    and so on: the seconds of all slots by part (see PARTS); steady_share: train_s as their share.
-    slots: the same of each slot.
+    and so on: the seconds of all slots by part (see PARTS); steady_share: train_s as their share, and
+    steady_share_with_eval with eval_s. slots: the same of each slot.
     """
     timeline = Timeline(folder.timeline, mend=False)
     held_s = sum(span.ended_s - span.assigned_s for span in timeline.spans if span.ended_s is not None)
     times = slot_times(timeline)
     parts = totals(times)
-    share = steady_share(parts)
     held_s += spent_on_finals(folder)[0]
     known = {"slot_hours": held_s / 3600.0, "dead_time_s": sum(span.dead_time_s or 0.0 for span in timeline.spans)}
-    if share is None:
+    if steady_share(parts) is None:
         return known
-    slots = [{"slot": ", ".join(time.names), **_named(time.parts), "steady_share": steady_share(time.parts)} for time in times]
-    return {**known, "steady_share": share, **_named(parts), "slots": slots}
+    slots = [{"slot": ", ".join(time.names), **_named(time.parts)} for time in times]
+    return {**known, **_named(parts), "slots": slots}
 
 
-def _named(parts: Mapping[str, float]) -> dict[str, float]:
-    return {f"{part}_s": seconds for part, seconds in parts.items()}
+def _named(parts: Mapping[str, float]) -> dict[str, float | None]:
+    shares = {"steady_share": steady_share(parts), "steady_share_with_eval": steady_share_with_eval(parts)}
+    return {f"{part}_s": seconds for part, seconds in parts.items()} | shares
 
 
 def _time_line(times: dict[str, Any]) -> list[str]:
@@ -123,7 +123,7 @@ def _time_line(times: dict[str, Any]) -> list[str]:
     if "steady_share" not in times:
         return []
     parts = {part: times[f"{part}_s"] for part in PARTS}
-    return [f"time         {duration_text(sum(parts.values()))} of all slots: {shares_text(parts)}"]
+    return [f"time         {duration_text(sum(parts.values()))} of all slots: {shares_text(parts)}; so {both_shares(parts)}"]
 
 
 def _remarks(records: list[TrialRecord], verdict: SweepVerdict) -> list[str]:

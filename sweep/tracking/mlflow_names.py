@@ -63,6 +63,7 @@ SUMMARY = {
     "slot_hours": "time/slot_hours",
     "dead_time_s": "time/dead_s",
     "steady_share": "time/steady_share",
+    "steady_share_with_eval": "time/steady_share_with_eval",
     **{f"{part}_s": f"time/{part}_s" for part in PARTS},
 }
 # tags, because they may change while a trial runs

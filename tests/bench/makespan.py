@@ -22,14 +22,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from engine.system.signals import handled
 from tests.bench.makespan_job import Job, model_folder, write_samples
@@ -41,11 +43,13 @@ Record = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _arguments(arguments)
-    records = read(options.json)
+    options, refuse = _arguments(arguments)
+    try:
+        records = read(options.json)
+        jobs = [] if options.table else checked_jobs(options)
+    except (OSError, ValueError) as error:
+        refuse(" ".join(str(error).split()))
     if not options.table:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        jobs = [_job(options, model) for model in [*options.model, *(LONG if options.long else ())]]
         # a SIGTERM ends the trials' processes too
         with handled([signal.SIGTERM], lambda *_: sys.exit(143)), _scratch(options.scratch) as scratch:
             for record in measure(jobs, records, options, Path(scratch).resolve()):
@@ -57,7 +61,41 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read(file: Path) -> list[Record]:
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
+    """Return the rows of the file, none if there is none. Raises ValueError for anything else than rows."""
+    rows = []
+    for number, line in enumerate(file.read_text().splitlines() if file.exists() else (), 1):
+        try:
+            rows.append(json.loads(line))
+            table(rows[-1:])
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ValueError(f"--json {file}: line {number} is no row of this benchmark; take another file") from None
+    return rows
+
+
+def checked_jobs(options: argparse.Namespace) -> list[Job]:
+    """Return the jobs. Raises ValueError for what no system could run, OSError if --json cannot be written."""
+    from engine.bench.shapes import SHAPES  # loads torch
+
+    models, rungs = [*options.model, *(LONG if options.long else ())], list(options.report_at)
+    if unknown := [name for name in models if name not in SHAPES]:
+        raise ValueError(f"--model {unknown[0]}: unknown shape; known: {', '.join(SHAPES)}")
+    at_least_1 = ("trials", "length", "rows_at_once", "peers_at_once", "rows_per_step", "eval_samples", "child_timeout_s")
+    for name in at_least_1:
+        if not getattr(options, name) >= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+    if rungs != sorted(set(rungs)) or rungs[0] < 1:
+        raise ValueError(f"--report-at {' '.join(map(str, rungs))}: must be above 0 and ascend")
+    if not 0 <= options.cap_gib < math.inf:
+        raise ValueError(f"--cap-gib {options.cap_gib}: must be at least 0")
+    if options.budget_s is not None and not options.budget_s > 0:
+        raise ValueError(f"--budget-s {options.budget_s}: must be above 0")
+    if options.peer_path is not None and not options.peer_path.is_dir():
+        raise ValueError(f"--peer-path {options.peer_path}: must be a folder")
+    jobs = [_job(options, model) for model in models]
+    jobs[0].points()
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.open("a").close()
+    return jobs
 
 
 def is_done(record: Record) -> bool:
@@ -153,7 +191,8 @@ def _scratch(wanted_folder: Path | None) -> AbstractContextManager[Any]:
     return nullcontext(wanted_folder)
 
 
-def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+def _arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Callable[[str], NoReturn]]:
+    """Return the options, and what ends the process with one line about them."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench.makespan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -181,7 +220,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, help="start no trial after this time; running ones end at their next rung")
     parser.add_argument("--commit", help="commit to record if the code is not in a git checkout")
     parser.add_argument("--table", action="store_true", help="only print what the file holds")
-    return parser.parse_args(arguments)
+    return parser.parse_args(arguments), parser.error
 
 
 if __name__ == "__main__":

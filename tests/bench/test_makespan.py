@@ -51,6 +51,28 @@ def row(system: str, **found) -> dict:
     return makespan.whole_record(JOB, system, whole, FACTS, None)
 
 
+@pytest.mark.parametrize(("wrong", "said"), [
+    ("--model nope", "known: tiny, smollm2-135m"), ("--trials 0", "at least 1"), ("--trials 97", "has 96 points"),
+    ("--length 0", "at least 1"), ("--report-at 200 100", "ascend"), ("--report-at 0", "above 0"),
+    ("--peers-at-once 0", "at least 1"), ("--cap-gib -1", "at least 0"), ("--cap-gib nan", "at least 0"),
+    ("--budget-s 0", "above 0"), ("--peer-path nowhere", "must be a folder"), ("--child-timeout-s nan", "at least 1"),
+])  # fmt: skip
+def test_what_no_system_can_run_is_refused_before_anything_is_written(tmp_path, capsys, wrong, said):
+    given = ["--json", str(tmp_path / "rows" / "a.jsonl"), "--scratch", str(tmp_path / "scratch"), "--model", "tiny"]
+    with pytest.raises(SystemExit, match="2"):
+        makespan.main([*given, *wrong.split()])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {wrong.split()[0]} " in last and said in last and not list(tmp_path.iterdir())
+
+
+def test_a_file_of_other_rows_is_named_with_its_line(tmp_path, capsys):
+    for text in ('{"job":', '{"job": 1}', "[]", "7", json.dumps(row("ours"))[:-5]):
+        (tmp_path / "a.jsonl").write_text(f"{json.dumps(row('ours'))}\n{text}\n")
+        with pytest.raises(SystemExit):
+            makespan.main(["--json", str(tmp_path / "a.jsonl"), "--table"])
+        assert "line 2 is no row of this benchmark" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_trials_come_from_the_seed_alone_and_peers_get_the_modules():
     assert JOB.points() == Job(model="other", trials=4).points()
     assert JOB.points() != Job(trials=4, seed=1).points()

@@ -16,6 +16,7 @@ from engine.planning.measured_card import MeasuredCard, _digest
 from engine.system import provenance
 from tests.support.measured import RTX_4090, keep, measured
 
+TILE = {"t": 128, "n": 128, "k": 64, "warps": 4, "stages": 3}
 OTHER = "NVIDIA Some Other Card"
 
 
@@ -55,7 +56,9 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line(tmp_path, damage, said
 @pytest.mark.parametrize("change", [
     {"steps": []}, {"steps": {"a": 1}}, {"raw": {"a": 10**400}}, {"raw": {"a": math.nan}}, {"raw": None}, {"memory_gib": "24"},
     {"card": ""}, {"day": 7}, {"day": "tomorrow"}, {"rates": {}}, {"steps": {"a": {"measured_ms": 1.0}}},
-    {"steps": {"a": {"measured_ms": 0, "predicted_ms": 1.0}}},
+    {"steps": {"a": {"measured_ms": 0, "predicted_ms": 1.0}}}, {"day": "9999-99-99"}, {"memory_gib": 0}, {"seconds": -5.0},
+    {"raw": {}}, {"raw": {**measured().raw, "launch us": -1.0}}, {"tiles": {"long": {**TILE, "t": 100}}},
+    {"tiles": {"long": {**TILE, "warps": 3}}}, {"tiles": {"long": {**TILE, "t": True}}},
 ])  # fmt: skip
 def test_a_file_with_a_right_checksum_and_an_impossible_part_is_refused(tmp_path, change):
     content = {name: value for name, value in json.loads(measured().text()).items() if name != "digest"} | change

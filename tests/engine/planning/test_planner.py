@@ -10,6 +10,7 @@ from engine.errors import OutOfMemory
 from engine.memory.prediction import fits
 from engine.planning.cards import find_card
 from engine.planning.compute_plan import ComputePlan
+from engine.planning.known_cards import with_known_rates
 from engine.planning.planner import changed, make_compute_plan
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import LADDER, Policy
@@ -63,6 +64,18 @@ def test_launches_are_recorded_where_the_host_is_too_slow_and_nothing_forbids_it
     assert not make_compute_plan(config(2048), SHAPE, find_card("rtx4090")).cuda_graphs
     dropout = parse(TrainConfig, {**config(512, **short).model_dump(mode="json"), "lora": {"lora_dropout": 0.1}})
     assert make_compute_plan(dropout, small, find_card("rtx4090")).cuda_graphs
+
+
+def test_of_equally_fast_plans_one_with_recorded_launches_and_less_memory_is_taken_unless_its_rows_are_short():
+    gemma = {"model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+             "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000}  # fmt: skip
+    shape, card = ModelShape.of(gemma, "gemma-2-2b"), with_known_rates(find_card("h100"))
+    chosen = make_compute_plan(config(4096, memory_budget_gib=23.5), shape, card)
+    longer = make_compute_plan(config(4096, memory_budget_gib=23.5, micro_batch_size=2), shape, card)
+    assert (chosen.micro_batch_size, chosen.cuda_graphs, longer.cuda_graphs) == (1, True, False)
+    assert 0.99 < chosen.speed.tokens_per_second / longer.speed.tokens_per_second < 1.0 and chosen.need_gib < longer.need_gib - 5
+    short = make_compute_plan(config(512, memory_budget_gib=23.5), shape, find_card("rtx4090"))  # recorded up to 1,024 tokens
+    assert not short.cuda_graphs and short.micro_batch_size * 512 == 8192
 
 
 def test_long_rows_go_through_the_host_on_a_small_card():

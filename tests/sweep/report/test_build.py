@@ -182,8 +182,10 @@ def test_each_slot_is_a_bar_whose_parts_add_up_with_legend_and_numbers(tmp_path)
         "not reported": ([40.0, 0.0], ["40 %", ""]),
     }  # fmt: skip
     assert figure.layout.barmode == "stack" and figure.layout.xaxis.title.text == "seconds of the slot"
-    assert TAG not in figure.data[0].y[0] and [name.split("<br>")[1] for name in figure.data[0].y] == ["30 % steady", "not split"]
+    names = figure.data[0].y
+    assert TAG not in names[0] and [name.split("<br>")[1] for name in names] == ["30 % steady, 40 % with eval", "not split"]
     assert hours_line(times).startswith("2 slots, 3 min together: 15.0 % steady training, 5.0 % evaluation, 10.0 % starting")
+    assert "So 15.0 % steady, 20.0 % with evaluation." in hours_line(times)
     assert where_hours_went([]) == "no slot has been held yet" and hours_line([]) == ""
 
 

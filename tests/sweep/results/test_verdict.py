@@ -43,8 +43,9 @@ def test_the_end_says_what_the_slots_hours_went_to_if_a_worker_measured_it(ends)
     timeline.on_reported(0, 100.0, {"slot": "gpu0", "began_s": 0.0, "parts": {"train": 60.0, "recording": 20.0, "eval": 20.0}})
     summary = ends.end(ends.trial(0, 1.5))
     said = "time         2 min of all slots: 60.0 % steady training, 20.0 % recording and compiling, 20.0 % evaluation"
-    assert said in ends.terminal
+    assert f"{said}; so 60.0 % steady, 80.0 % with evaluation" in ends.terminal
     assert (summary["steady_share"], summary["train_s"], summary["unreported_s"]) == (0.6, 60.0, 0.0)
+    assert summary["steady_share_with_eval"] == pytest.approx(0.8)
     assert [(slot["slot"], slot["eval_s"], slot["steady_share"]) for slot in summary["slots"]] == [("gpu0", 20.0, 0.6)]
 
 
