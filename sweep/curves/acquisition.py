@@ -12,7 +12,8 @@ This is the index of Pandora's box (Weitzman, 1979; for Bayesian optimisation Xi
 arXiv:2406.20062) with one more decision inside the box, as a rate instead of at a fixed price. With
 r = the last rung it is expected improvement for its cost. The expected winner is to be finished in any
 case. Its own next rungs are scored by what they tell: the knowledge gradient (Frazier et al., 2009)
-against the trial that comes closest.
+against the trial that comes closest. Their tokens stay for it anyway, and are lost only if another
+trial is finished in its place. So their cost is the tokens times the chance of the likeliest rival.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ NUM_NODES, FARTHEST = 21, 3.5  # of the integral over what rung r will tell, in 
 LEAST_SPREAD = 1e-6
 FIRST_BATCH, BATCH = 16, 64  # the best bounds alone often decide
 AHEAD = 4
-RIVAL = 0.05  # chance to end below the expected winner
+RIVAL = 0.05  # chance to end below the expected winner; the least with which the winner's own tokens are counted
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def best_option(ends: Predictions, options: Options, grid: np.ndarray, winner: i
     improvement[winner] = -1.0
     best, best_score = None, -1.0
     if allowed[winner]:
-        best, best_score = winner, _winner_score(ends, options, grid, winner, improvement)
+        best, best_score = winner, _winner_score(ends, options, grid, winner, improvement, ndtr(-behind / spread))
     bound = improvement / np.maximum(options.price + np.where(options.has_begun, options.setup, 0), 1)
     order = np.argsort(-bound, kind="stable")[: int(allowed.sum()) - int(allowed[winner])]
     starts = [0, *range(FIRST_BATCH, len(order), BATCH), len(order)]
@@ -154,8 +155,10 @@ def _gain_rate(behind: np.ndarray, told: np.ndarray, left: np.ndarray, tokens: n
     return gain / np.maximum(cost, 1.0)
 
 
-def _winner_score(ends: Predictions, options: Options, grid: np.ndarray, winner: int, improvement: np.ndarray) -> float:
-    """Return what the winner's next rungs tell, next to the begun trial that may overtake it."""
+def _winner_score(
+    ends: Predictions, options: Options, grid: np.ndarray, winner: int, improvement: np.ndarray, overtakes: np.ndarray
+) -> float:
+    """Return what the winner's next rungs tell, next to the begun trial that may overtake it, see the module."""
     rivals = np.where(options.has_begun, improvement, -1.0)
     rival = int(rivals.argmax())
     if rivals[rival] < 0.0:
@@ -164,7 +167,9 @@ def _winner_score(ends: Predictions, options: Options, grid: np.ndarray, winner:
     told = ends.told(np.full(len(rung), winner), rung, rival)
     ahead = max(float(ends.mean[rival] - ends.mean[winner]), 0.0)
     gain = expected_improvement(np.full(len(rung), ahead), np.maximum(told, LEAST_SPREAD))
-    return float((gain / np.maximum(grid[rung] - options.seen[winner] + options.setup[winner], 1)).max())
+    others = options.may_win & (np.arange(len(overtakes)) != winner)
+    lost = max(float(overtakes[others].max(initial=0.0)), RIVAL)
+    return float((gain / np.maximum(lost * (grid[rung] - options.seen[winner]) + options.setup[winner], 1)).max())
 
 
 def rungs_ahead(options: Options, grid: np.ndarray, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

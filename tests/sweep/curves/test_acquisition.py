@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sweep.curves.acquisition import Options, affordable, expected_improvement, expected_winner, rungs_ahead
+from sweep.curves.acquisition import Options, affordable, best_option, expected_improvement, expected_winner, rungs_ahead
 
 GRID = np.array([1, 2, 4, 8, 16])
 
@@ -53,6 +53,27 @@ def test_a_running_trial_that_cannot_win_keeps_nothing():
     known = options([3, 3, 3], running=[1])
     lost = Options(**{**vars(known), "may_win": np.array([True, False, True])})
     assert allowed(lost, [0.5, 0.5, 0.1], 16)[2]
+
+
+class Told:
+    """Predictions: how far each option lies behind, and a last rung that tells of it; earlier rungs tell nothing."""
+
+    def __init__(self, mean, deviation=0.5):
+        self.mean, self.deviation = np.array(mean), deviation
+
+    def spread(self, one):
+        return np.where(np.arange(len(self.mean)) == one, 1e-5, self.deviation)
+
+    open_spread = spread
+
+    def told(self, options, rungs, other):
+        return np.where(rungs == len(GRID) - 1, 0.9 * self.deviation, 1e-6)
+
+
+@pytest.mark.parametrize(("behind", "rung", "chosen"), [(0.35, 4, 0), (0.0, 3, 0), (0.0, 4, 1)])
+def test_the_winner_s_tokens_count_as_far_as_they_may_be_lost(behind, rung, chosen):
+    """The winner has 15 tokens to its end, a rival 12 or 8. At even chances half of the winner's count, else fewer."""
+    assert best_option(Told([0.0, behind]), options([1, rung]), GRID, 0, 40) == chosen
 
 
 def test_what_can_be_finished_and_is_lowest_is_the_winner():
