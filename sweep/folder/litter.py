@@ -43,6 +43,11 @@ def unused_starts(trial_folder: Path, record: TrialRecord) -> list[Path]:
     return [] if is_used else [place for place in every_form(trial_folder / START) if place.is_dir() and not place.is_symlink()]
 
 
+def num_starts(sweep_folder: Path) -> int:
+    """Return how many warm clones of the sweep still have the adapter that they began with."""
+    return sum(place.is_dir() and not place.is_symlink() for place in (sweep_folder / "trials").glob(f"*/{START}"))
+
+
 def freed_bytes(folders: Iterable[Path]) -> int:
     """Return the bytes that the disk gets back if these folders are removed.
 

@@ -13,7 +13,7 @@ from engine.config.trial import TrainConfig
 from engine.errors import InputError
 from engine.units import counted
 from sweep.config.sweep import NUM_FINALISTS
-from sweep.folder.litter import freed_bytes
+from sweep.folder.litter import freed_bytes, num_starts
 from sweep.plan.sweep_plan import SweepPlan
 from sweep.text import bytes_text
 
@@ -29,23 +29,29 @@ class DiskNeed:
     """Hold the bytes that the sweep folder grows to.
 
     least: with the smallest adapters of the space, as few trials as the budget may leave, and one
-    checkpoint a slot. most: with the largest adapters everywhere. adapters, checkpoints: parts of
-    `most`. num_trials, num_resting: trials in `most`, and checkpoints that exist at once.
+    checkpoint a slot. most: with the largest adapters everywhere. adapters, starts, checkpoints:
+    parts of `most`. starts: what warm clones began with, which shares its bytes with the parent's
+    adapter only until the parent saves a better one. num_trials, num_resting: trials in `most`, and
+    checkpoints that exist at once.
     """
 
     least: float
     adapters: float
+    starts: float
     checkpoints: float
     num_trials: int
     num_resting: int
 
     @property
     def most(self) -> float:
-        return self.adapters + self.checkpoints
+        return self.adapters + self.starts + self.checkpoints
 
 
-def disk_need(plan: SweepPlan, facts: PreparedFacts) -> DiskNeed | None:
-    """Return what the sweep needs. None if the engine counted no parameters."""
+def disk_need(plan: SweepPlan, facts: PreparedFacts, num_warm: int = 0) -> DiskNeed | None:
+    """Return what the sweep needs. None if the engine counted no parameters.
+
+    num_warm: warm clones among the sweep's trials. They may be at points that other trials have.
+    """
     probes = list(zip(plan.probes(), facts.num_trainable))
     if not probes:
         return None
@@ -56,7 +62,7 @@ def disk_need(plan: SweepPlan, facts: PreparedFacts) -> DiskNeed | None:
     states = [_state_bytes(one, on_gpu) for one, _ in probes]
     tokenizer = _tokenizer_bytes(Path(facts.model_path))
     budget, size = config.effective_budget, plan.space.size()
-    trials = config.sweep.num_trials if size is None else min(config.sweep.num_trials, size)
+    trials = config.sweep.num_trials if size is None else min(config.sweep.num_trials, size + num_warm)
     finals = NUM_FINALISTS * max(config.sweep.final_seeds - 1, 0)
     can_end_early = (budget.gpu_hours, budget.wall_clock_hours, budget.target_loss) != (None, None, None)
     surely = min(trials, int(budget.full_trials or trials)) if not can_end_early else min(trials, slots)
@@ -66,6 +72,7 @@ def disk_need(plan: SweepPlan, facts: PreparedFacts) -> DiskNeed | None:
     return DiskNeed(
         least=max(surely, 1) * (fewest * VALUE + tokenizer) + min(slots, surely) * fewest * min(states),
         adapters=(trials + finals + 1) * (largest * VALUE + tokenizer),  # best/ is a copy
+        starts=num_warm * largest * VALUE,
         checkpoints=resting * COPIES * largest * max(states),
         num_trials=trials,
         num_resting=resting,
@@ -80,14 +87,16 @@ def check_disk(
     sweep_folder: None for a new sweep; what an older one holds already is not needed again. Raises
     InputError if even the least that the sweep needs is not free.
     """
-    need = disk_need(plan, facts)
+    num_warm = 0 if sweep_folder is None else num_starts(sweep_folder)
+    need = disk_need(plan, facts, num_warm)
     if need is None:
         return []
     place = Path(plan.config.sweep.output_dir) if sweep_folder is None else sweep_folder
     free = shutil.disk_usage(next(folder for folder in (place, *place.absolute().parents) if folder.exists())).free
     held = 0 if sweep_folder is None else freed_bytes([sweep_folder])
+    starts = f"starts of {counted(num_warm, 'warm clone')} {bytes_text(need.starts)}, " if num_warm else ""
     parts = (
-        f"adapters of {counted(need.num_trials, 'trial')} {bytes_text(need.adapters)}, "
+        f"adapters of {counted(need.num_trials, 'trial')} {bytes_text(need.adapters)}, {starts}"
         f"checkpoints of {need.num_resting:,} at once {bytes_text(need.checkpoints)}"
     )
     has = f"; {bytes_text(held)} of it are there" if held else ""

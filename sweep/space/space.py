@@ -133,9 +133,9 @@ class Space:
         return parse(TrainConfig, self.merged(base, params))
 
     def merged(self, base: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the base config with the sampled values as plain data, without a check: enough to show a trial that ran.
+        """Return the base config with the sampled values as plain data, without a check: enough for the record of a trial.
 
-        Sections that the space leaves alone are the base's own objects.
+        Sections that the space leaves alone are the base's own objects, since there may be thousands of records.
         """
         config = dict(base)
         for dimension in self.dimensions:

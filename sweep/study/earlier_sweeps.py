@@ -61,7 +61,7 @@ def _of_folder(
     check_comparable(name, config, there)
     base, space_there = there.base().model_dump(mode="json"), parse_space(there.space)
     trials = read_trials(folder)
-    records = [record_of(t, folder, lambda params: space_there.apply(base, params).model_dump(mode="json")) for t in trials]
+    records = [record_of(t, folder, lambda params: space_there.merged(base, params)) for t in trials]
     enter = entering(name, records, space, config)
     if changed := changed_part(data, folder.read_data()):
         points = best_points(enter)

@@ -84,7 +84,6 @@ class Study:
         self._next_point, self._num_trials = 0, len(self._trials())
         # keeps each distribution once, because the journal makes new ones for every trial
         self._distributions: dict[tuple[str, Any], Any] = {}
-        self._plain_configs: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
         for trial in self._trials():
             self._share_distributions(trial)
         self._tried = {config_key(self._config_of(trial), is_refused(trial)) for trial in self._trials()}
@@ -235,20 +234,7 @@ class Study:
         self._storage.set_trial_user_attr(trial_id, "outcome", str(outcome))
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
-        return record_of(trial, self._folder, self._plain_config)
-
-    def _plain_config(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Return the config as plain data, made once: a trial is asked for at each report.
-
-        Sections that the space leaves alone are the same objects in all trials, since there may be
-        thousands.
-        """
-        key = tuple(params.items())
-        if key not in self._plain_configs:
-            config = self._config(params).model_dump(mode="json")
-            same = {name: values == self._base[name] for name, values in config.items()}
-            self._plain_configs[key] = {name: self._base[name] if same[name] else values for name, values in config.items()}
-        return self._plain_configs[key]
+        return record_of(trial, self._folder, lambda params: self._space.merged(self._base, params))
 
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)

@@ -86,6 +86,22 @@ def test_what_a_resumed_sweep_holds_already_is_not_needed_again(tmp_path, monkey
     assert check_disk(plan, facts, tmp_path / "sweep", lambda line: None) == []
 
 
+def test_the_starts_of_warm_clones_count_and_those_that_are_there_free_no_other_need(tmp_path, monkeypatch):
+    plan, facts = plan_for(tmp_path, sweep={"num_trials": 9})
+    plain, warm = disk_need(plan, facts), disk_need(plan, facts, 2)
+    assert (warm.starts, plain.starts) == (2 * 8 * 300 * 4, 0)
+    assert (plain.num_trials, warm.num_trials) == (4, 6)  # the space has four points, and clones may repeat them
+    for number in (5, 6):
+        (tmp_path / "sweep" / "trials" / f"{number:04d}" / "start").mkdir(parents=True)
+    (tmp_path / "sweep" / "trials" / "0005" / "start" / "adapter").write_bytes(bytes(int(plain.most)))
+    free(monkeypatch, int(warm.most - plain.most) - 1)
+    said: list[str] = []
+    assert check_disk(plan, facts, tmp_path / "sweep", said.append) != []
+    assert "starts of 2 warm clones" in said[0]
+    free(monkeypatch, int(warm.most - plain.most))
+    assert check_disk(plan, facts, tmp_path / "sweep", said.append) == []
+
+
 def test_the_tokenizer_beside_each_adapter_counts(tmp_path):
     plan, facts = plan_for(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(bytes(10_000))

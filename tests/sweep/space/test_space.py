@@ -29,6 +29,14 @@ def test_a_named_choice_puts_its_value_into_the_config():
     assert space.apply(BASE, {"lora.target_modules": "all"}).lora.target_modules == "all-linear"
 
 
+def test_a_record_s_plain_config_is_that_of_the_checked_one_and_shares_what_the_space_leaves_alone():
+    space = parse_space({"lora.target_modules": TARGETS, "optim.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}})
+    params = {"lora.target_modules": "attention", "optim.learning_rate": 3e-4}
+    plain = space.merged(BASE, params)
+    assert plain == space.apply(BASE, params).model_dump(mode="json") != BASE
+    assert all((plain[name] is BASE[name]) == (name not in ("lora", "optim")) for name in BASE)
+
+
 def test_a_space_may_vary_how_the_base_multiplies_because_every_evaluation_is_alike():
     space = parse_space({"train.matmul": {"choices": ["bf16", "int8"]}})
     assert [space.apply(BASE, {"train.matmul": name}).matmul for name in ("bf16", "int8")] == ["bf16", "int8"]
