@@ -1,7 +1,8 @@
 """Tell which of several choices a model finds likeliest behind a prompt, without generating.
 
 Each choice is a sample whose choice alone carries loss, so the losses of an evaluation are the
-negative log-likelihoods. Nothing is divided by a choice's length.
+negative log-likelihoods. Nothing is divided by a choice's length. The token that ends the answer in
+the data is part of each choice: without it 10 could never be likelier than 1.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def choice_scores(
     Of equally likely ones the first counts.
     """
     asked = [choices_of(metrics, sample, f"evaluation sample {n}") for n, sample in enumerate(samples, 1)]
-    items = [_sample(base.tokenizer, sample, text) for sample, (texts, _) in zip(samples, asked) for text in texts]
+    items = [one for sample, (texts, _) in zip(samples, asked) for one in samples_of_choices(base.tokenizer, sample, texts)]
     losses = _losses(base, items, before_each)
     scores, likeliest, start = [], [], 0
     for texts, right in asked:
@@ -38,12 +39,33 @@ def choice_scores(
     return scores, likeliest
 
 
-def _sample(tokenizer: Any, sample: TaskSample, choice: str) -> Sample:
-    """Return the prompt with the choice as its answer, written with the white space that answers begin with."""
-    lead = sample.reference[: len(sample.reference) - len(sample.reference.lstrip())]
-    ids = tokenizer(lead + choice, add_special_tokens=False)["input_ids"]
-    whole = np.concatenate([sample.prompt, np.asarray(ids, dtype=sample.prompt.dtype)])
-    return Sample(whole, np.arange(len(whole)) >= len(sample.prompt))
+def samples_of_choices(tokenizer: Any, sample: TaskSample, choices: Sequence[str]) -> list[Sample]:
+    """Return the prompt with each choice as its answer, tokenised and ended as the answer in the data is."""
+    answer, special = sample.answer.tolist(), set(tokenizer.all_special_ids)
+    ends = next((i for i, token in enumerate(reversed(answer)) if token not in special), 0)
+    way, found = _way(tokenizer, answer, sample.reference), []
+    for choice in choices:
+        ids = [*_ids(tokenizer, choice, *way), *answer[len(answer) - ends :]]
+        whole = np.concatenate([sample.prompt, np.asarray(ids, dtype=sample.prompt.dtype)])
+        found.append(Sample(whole, np.arange(len(whole)) >= len(sample.prompt)))
+    return found
+
+
+def _way(tokenizer: Any, answer: list[int], reference: str) -> tuple[str, bool]:
+    """Return the white space before answers, and whether they are tokenised behind a line end, as the data is.
+
+    Some tokenizers put a blank before a text, and some drop one in decoding.
+    """
+    lead = reference[: len(reference) - len(reference.lstrip())]
+    ways = [(start, behind) for start in dict.fromkeys((lead, " ")) for behind in (False, True)]
+    written = {way: _ids(tokenizer, reference.strip(), *way) for way in ways}
+    return next((way for way, ids in written.items() if ids and answer[: len(ids)] == ids), ways[0])
+
+
+def _ids(tokenizer: Any, text: str, lead: str, behind: bool) -> list[int]:
+    """Return the token ids of a text; `behind`: those that it has behind a line end, if that stays a token of its own."""
+    plain, newline, whole = tokenizer([lead + text, "\n", "\n" + lead + text], add_special_tokens=False)["input_ids"]
+    return whole[len(newline) :] if behind and whole[: len(newline)] == newline else plain
 
 
 def _losses(base: Base, items: list[Sample], before_each: Callable[[], None]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -19,7 +19,7 @@ from engine.data.source_files import find_source
 from engine.data.view import AnyView, JoinedView, View
 from engine.data.views import evaluation_sources, token_set, train_sources
 from engine.errors import InputError
-from engine.scoring.scorer import MISSING, as_text, field_value
+from engine.scoring.scorer import COMPARED, MISSING, as_text, field_value, references, unusable
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def task_samples(config: TrainConfig, view: AnyView, tokenizer: Any) -> list[Tas
     found = [TaskSample(p, a, text(p), text(a), rows.get(row_of(i), {})) for i, p, a in chosen]
     for number, sample in enumerate(found, 1):
         _check_fields(config.metrics, sample, f"evaluation sample {number}")
+    _check_references(config.metrics, found)
     return found
 
 
@@ -105,6 +106,20 @@ def _check_fields(metrics: MetricsConfig, sample: TaskSample, where: str) -> Non
             raise InputError(f"metrics.{key}", name, f"must be a field of every sample; {where} has {known}")
     if CHOICE in metrics.names:
         choices_of(metrics, sample, where)
+
+
+def _check_references(metrics: MetricsConfig, samples: Sequence[TaskSample]) -> None:
+    """Raise InputError for a metric that has nothing to compare a sample with, or that no answer could satisfy."""
+    for name in (name for name in metrics.names if name in (*COMPARED, "regex")):
+        texts = [references(metrics, name, sample.reference, sample.row) for sample in samples]
+        value = metrics.field_of(name) or True
+        if [] in texts:
+            where = f"evaluation sample {texts.index([]) + 1}"
+            allowed = f"must be a text, a number or a list of these in every sample; that of {where} is empty"
+            raise InputError(f"metrics.{'regex_field' if name == 'regex' else name}", value, allowed)
+        if why := unusable(name, [text for several in texts for text in several]):
+            allowed = f"{why} of the {len(samples)} samples, so all trials would score 0; name the field that has it"
+            raise InputError(f"metrics.{name}", value, allowed)
 
 
 def evaluation_rows(config: DataConfig, tokenizer: Any, wanted: Collection[int], name: str = "") -> dict[int, Mapping[str, Any]]:

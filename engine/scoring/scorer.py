@@ -12,7 +12,7 @@ from engine.config.metrics_section import CHOICE, MetricsConfig
 from engine.errors import first_line
 from engine.scoring.own_function import Answered, OwnMetricError, own_scores
 from engine.scoring.text_metrics import contains, exact_match, regex_match, rouge_l, token_f1
-from engine.scoring.value_metrics import json_equal, json_valid, number_match
+from engine.scoring.value_metrics import json_equal, json_valid, last_number, number_match
 from engine.system.limited_child import Bounded, TooCostly
 
 COMPARED = {
@@ -75,17 +75,41 @@ def score_answers(config: MetricsConfig, answers: Sequence[Answered]) -> Scores:
 def _scores(config: MetricsConfig, name: str, answers: Sequence[Answered]) -> list[float]:
     if name == "json_valid":
         return [json_valid(one.answer) for one in answers]
-    pairs = [(one.answer, _reference(config, name, one)) for one in answers]
+    pairs = [(one.answer, references(config, name, one.reference, one.sample)) for one in answers]
     if name != "regex":
-        return [COMPARED[name](*pair) for pair in pairs]
+        return [max(COMPARED[name](answer, wanted) for wanted in several) for answer, several in pairs]
+
+    def best(items: Sequence[tuple[str, list[str]]]) -> list[float]:
+        return [max(regex_match(answer, wanted, config.regex) for wanted in several) for answer, several in items]
+
     # a pattern can take forever on an answer that nobody foresaw
-    with Bounded(lambda items: [regex_match(*pair, config.regex) for pair in items], config.function_timeout_s) as call:
+    with Bounded(best, config.function_timeout_s) as call:
         try:
             return call(pairs)
         except TooCostly as error:
             raise TooCostly(f"metrics.regex = {config.regex!r} gave no score: it {error}") from None
 
 
-def _reference(config: MetricsConfig, name: str, one: Answered) -> str:
+def references(config: MetricsConfig, name: str, reference: str, sample: Mapping[str, Any]) -> list[str]:
+    """Return what a metric of the project compares an answer with; the best of several counts, as in SQuAD.
+
+    They are several if its field of the sample is a list; of json_equal a list is one value. None where
+    the field has nothing to compare with.
+    """
     wanted = config.field_of(name)
-    return one.reference if wanted is None else as_text(field_value(one.sample, wanted))
+    if wanted is None:
+        return [reference]
+    value = field_value(sample, wanted)
+    if name == "json_equal":
+        return [as_text(value)]
+    values = value if isinstance(value, list) else [value]
+    return [] if None in values else [as_text(one) for one in values]
+
+
+def unusable(name: str, texts: Sequence[str]) -> str | None:
+    """Return why a metric gives every answer 0, whatever it is, or None. texts: all references of all samples."""
+    if name == "number_match" and all(last_number(text) is None for text in texts):
+        return "finds no number in any reference"
+    if name == "json_equal" and not any(json_valid(text) for text in texts):
+        return "finds no JSON in any reference"
+    return None

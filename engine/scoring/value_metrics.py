@@ -7,18 +7,21 @@ import re
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?:[eE][-+]?\d{1,3})?")
+NUMBER = re.compile(r"[-+]?[$€£¥]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+MINUS = str.maketrans("\u2212\uff0d", "--")
 
 
 def last_number(text: str) -> Decimal | None:
     """Return the last number in the text, with commas between thousands; None if it has none.
 
-    A sign counts only where no letter or digit stands before it: 3-4 ends with 4.
+    A sign counts only where no letter or digit stands before it: 3-4 ends with 4. A sign of currency
+    may stand behind it, and the minus of typesetting (U+2212) is one.
     """
-    found = [match for match in NUMBER.finditer(text) if any(map(str.isdigit, match[0]))]
+    text = text.translate(MINUS)
+    found = list(NUMBER.finditer(text))
     if not found:
         return None
-    written, start = found[-1][0].replace(",", ""), found[-1].start()
+    written, start = re.sub("[,$€£¥]", "", found[-1][0]), found[-1].start()
     if written[0] in "+-" and start and (text[start - 1].isalnum() or text[start - 1] in ")]"):
         written = written[1:]
     try:
@@ -39,16 +42,26 @@ def json_valid(answer: str) -> float:
 
 
 def json_equal(answer: str, reference: str) -> float:
-    """Return 1 if both are JSON with equal content: keys in any order, and 1 equals 1.0, not true."""
+    """Return 1 if both are JSON with equal content: keys in any order, and 1 equals 1.0, not true.
+
+    Numbers are compared in all their digits. Of a key that stands twice the last value counts.
+    """
     ours, theirs = _parsed(answer), _parsed(reference)
     return float(ours is not None and theirs is not None and _same(ours[0], theirs[0]))
 
 
 def _parsed(text: str) -> tuple[Any] | None:
     try:
-        return (json.loads(text, parse_constant=_refuse),)
+        return (json.loads(text, parse_constant=_refuse, parse_float=_number, parse_int=_number),)
     except (ValueError, RecursionError):
         return None
+
+
+def _number(text: str) -> Decimal | float:
+    try:
+        return Decimal(text)
+    except InvalidOperation:  # an exponent that nothing holds
+        return float(text)
 
 
 def _refuse(text: str) -> None:
@@ -56,11 +69,13 @@ def _refuse(text: str) -> None:
 
 
 def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    numbers = isinstance(one, int | float) and isinstance(other, int | float)
-    return (numbers or type(one) is type(other)) and one == other
+    pairs = [(one, other)]  # no recursion: an answer may nest deeper than Python calls
+    while pairs:
+        one, other = pairs.pop()
+        if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+            pairs += [(value, other[key]) for key, value in one.items()]
+        elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+            pairs += zip(one, other)
+        elif type(one) is not type(other) or isinstance(one, dict | list) or one != other:
+            return False
+    return True

@@ -167,6 +167,7 @@ def test_no_memory_for_one_answer_is_a_line_and_the_trial_goes_on(tiny_config, t
     [
         ({"exact_match": "total"}, "metrics.exact_match"), ({"choice_accuracy": True, "choices": "options"}, "metrics.choices"),
         ({"choice_accuracy": True, "choices": ["a", "b"]}, "metrics.choice_accuracy"), ({"mine": "nowhere:f"}, "metrics.mine"),
+        ({"json_equal": True}, "metrics.json_equal"),  # no reference is JSON, so no answer could have a score
     ],
 )  # fmt: skip
 def test_what_the_samples_or_functions_lack_is_one_line_before_a_trial(metrics, field, tiny_config, base):
