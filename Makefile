@@ -17,9 +17,11 @@ shell: $(STAMP) ## Open a shell in which `python` is .venv/bin/python, and Tab c
 	@echo "== python is $(VENV)/bin/python in this shell; leave it with: exit"
 	@exec bash --rcfile $(VENV)/shellrc -i
 
+# The tests start some hundred processes, which would compile the sources again where the environment
+# says to keep no bytecode.
 test: $(STAMP) lint ## Install, then lint and test (CPU, about 8 minutes)
 	@echo "== tests"
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 faults: $(STAMP) ## Run the tests that are too long for `make test`, and kill drivers (FAULTS times, default 20), workers and nodes of sweeps
 	@echo "== faults"

@@ -22,8 +22,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-
-
 def has_card() -> bool:
     """Return True if torch can use a GPU; torch is loaded only where the system shows one."""
     if not any(path.name.startswith(("nvidia", "dxg", "kfd")) for path in Path("/dev").iterdir()):
@@ -80,6 +78,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     The builtin model, which is slow to make, may come from the user's cache.
     """
     os.environ["QLORA_SWEEP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def builtin_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a cache for builtin model and data, which take 8 s to make: the processes of xdist share it."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "builtin"
 
 
 @pytest.fixture(scope="session")

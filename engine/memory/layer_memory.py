@@ -20,6 +20,12 @@ class Pass(MlpWalk, MixerWalk, ExpertsWalk):
 
     def forward(self, trains: bool) -> None:
         """Walk from x to y, the next layer's x; `trains` says that a backward pass follows."""
+        self.on_device(trains)
+        if trains:
+            self.to_host()
+
+    def on_device(self, trains: bool) -> None:
+        """Walk forward, but store nothing on the host."""
         live, s, policy = self.live, self.sizes, self.plan.policy
         graph = trains and policy.keeps_attention
         keeps_mlp = trains and (policy is Policy.KEEP or (policy is Policy.HOST and self._is_whole))
@@ -42,16 +48,27 @@ class Pass(MlpWalk, MixerWalk, ExpertsWalk):
         if not trains or policy is Policy.OFFLOAD or output_alone:
             live.drop(*(self._own(f"low.{group}") for group in self.plan.ranks))
         if not trains:
-            return live.drop(self._own("x"))
+            live.drop(self._own("x"))
+
+    def to_host(self) -> None:
+        """Store what the layer keeps, if its policy says so; free what layers before it have stored by now."""
         self.host_stack.advance()
-        if policy.is_on_host:
+        if self.plan.policy.is_on_host:
             self.host_stack.push([name for name in self._names() if name != self._own("rstd")])
 
     def backward(self) -> None:
         """Walk from dy to dx, which is renamed dy; no tensor of the layer is left."""
-        live = self.live
+        self.from_host()
+        self.on_device_backward()
+
+    def from_host(self) -> None:
+        """Bring back what the layer stored on the host."""
         if self.plan.policy.is_on_host:
             self.host_stack.pop()
+
+    def on_device_backward(self) -> None:
+        """Walk backward, with all that the layer kept on the device."""
+        live = self.live
         if self.plan.needs_dinput:
             live.hold("dinput", self.sizes.p)
         self._mlp_backward()

@@ -9,7 +9,7 @@ from engine.memory.live_bytes import LOW, TRANSIENT, WEIGHTS, HostStack, LiveByt
 from engine.memory.tensor_sizes import Sizes
 from engine.shape.compute_limits import FLASH_HEAD, MAGNITUDE_ROWS
 from engine.shape.families import HalfNorms
-from engine.shape.layer_plan import LayerPlan, group_parameters, kept_name
+from engine.shape.layer_plan import LayerPlan, kept_name
 from engine.shape.model_shape import ModelShape
 
 HalfName = Literal["attention", "mlp"]
@@ -69,7 +69,7 @@ class LayerWalk:
         return 0 if group in self.plan.cached else size
 
     def _parameter_bytes(self, group: str) -> int:
-        return self.sizes.element * group_parameters(self.shape)[group]
+        return self.sizes.element * self.shape.weights_of_groups[group]
 
     def _along_weights(self, group: str) -> None:
         """Walk DoRA's gradient of the magnitudes: the weights again, and two blocks of a product with them in fp32."""

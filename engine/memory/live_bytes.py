@@ -66,6 +66,22 @@ class LiveBytes:
         self._add(component, size)
         self._free(component, size)
 
+    def rise(self, size: int, by_component: dict[str, int]) -> None:
+        """Note a sum that is `size` higher for a moment."""
+        top = self.total + size
+        if top > self.peaks.get(self.phase, -1):
+            self.peaks[self.phase] = top
+            if top > self.highest:
+                self.highest, self.highest_phase = top, self.phase
+                added = {name: self.components[name] + more for name, more in by_component.items()}
+                self.highest_components = {**self.components, **added}
+
+    def change(self, by_component: dict[str, int]) -> None:
+        """Change the sums, without a note."""
+        for component, more in by_component.items():
+            self.components[component] += more
+            self.total += more
+
     def _free(self, component: str, size: int) -> None:
         self.components[component] -= size
         self.total -= size

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from engine.memory.mixer_bytes import MixerBytes
 from engine.shape.compute_limits import MLP_TILE_TOKENS, SAMPLE_ROWS, heads_with_stored_scores, score_cells
 from engine.shape.families import Family
-from engine.shape.layer_plan import group_parameters
 from engine.shape.model_shape import ModelShape
 
 
@@ -72,7 +71,7 @@ class Sizes:
             tiled_workspace=_tiled_workspace(shape, tokens, length, element),
             scores=shape.num_heads * tokens * length,
             sample_scores=shape.num_heads * length * length,
-            weights={group: packed * element * number for group, number in group_parameters(shape).items()},
+            weights={group: packed * element * number for group, number in shape.weights_of_groups.items()},
             packed=packed,
             element=element,
             tokens=tokens,

@@ -13,6 +13,7 @@ from engine.memory.layer_walk import AttentionName, attention_name
 from engine.memory.library_walk import LibraryWalk
 from engine.memory.live_bytes import BOUNDARY, HostStack, LiveBytes
 from engine.memory.mixer_walk import MIXERS
+from engine.memory.repeated_layers import RepeatedLayers
 from engine.memory.tensor_sizes import Sizes
 from engine.shape.compute_limits import EVALUATION_ROW_TOKENS, LOSS_CHUNK_BYTES, STATE_PIECE, STATE_PIECES, documents_of
 from engine.shape.layer_plan import (
@@ -105,10 +106,10 @@ class TrialWalk(LibraryWalk):
         sizes = self._begin("forward", tokens, self.config.data.max_seq_length)
         live, last = self.live, self.shape.num_layers
         if self.is_fused:
-            passes = [self._pass(i, self.config.lora.lora_dropout > 0.0) for i in range(last)]
+            passes, walks = [self._pass(i, self.config.lora.lora_dropout > 0.0) for i in range(last)], RepeatedLayers(live)
             for layer in passes:
-                layer.forward(trains=layer.plan.trained)
-                if "0.x" not in live.alive and "inputs" not in live.alive:  # the decoder holds on to them
+                walks.forward(layer, trains=layer.plan.trained)
+                if not walks.has_input(0) and "inputs" not in live.alive:  # the decoder holds on to them
                     live.hold("inputs", sizes.x, BOUNDARY)
             live.drop("inputs")
             self.host_stack.flush()
@@ -120,7 +121,7 @@ class TrialWalk(LibraryWalk):
         live.hold("dy", sizes.x)
         live.drop("dh", f"{last}.x")
         if self.is_fused:
-            self._backward(passes)
+            self._backward(passes, walks)
         elif self.library is not None:
             self._backward_measured(tokens)
         else:
@@ -234,11 +235,11 @@ class TrialWalk(LibraryWalk):
             live.hold("dh", sizes.x, "loss")
             live.drop("grad")
 
-    def _backward(self, passes: list[Pass]) -> None:
+    def _backward(self, passes: list[Pass], walks: RepeatedLayers) -> None:
         """Walk from the last layer to the first that has a backward pass."""
         for layer in reversed(passes):
             if not layer.plan.trained:
                 break
             kind = "kept" if layer.plan.policy in (Policy.KEEP, Policy.HOST) else "recomputed"
             self.live.enter(f"backward, {kind} layers")
-            layer.backward()
+            walks.backward(layer)

@@ -101,7 +101,7 @@ class Storages(TorchDispatchMode):
         if self._operations > MAX_OPERATIONS:
             raise EngineError("its code loops over tokens")
         out = func(*args, **(kwargs or {}))
-        torch.utils._pytree.tree_map_only(Tensor, self._count, out)
+        self._count_all(out)
         return out
 
     def resize(self, storage: torch.UntypedStorage, size: int) -> None:
@@ -109,6 +109,13 @@ class Storages(TorchDispatchMode):
         self.alive += size - self._sizes[storage._cdata]
         self._sizes[storage._cdata] = size
         self.highest = max(self.highest, self.alive)
+
+    def _count_all(self, made: Any) -> None:
+        if isinstance(made, Tensor):
+            self._count(made)
+        elif isinstance(made, tuple | list):
+            for one in made:
+                self._count_all(one)
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

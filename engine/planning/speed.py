@@ -35,7 +35,6 @@ from engine.shape.layer_plan import (
     LayerPlan,
     adapted_outside,
     adapted_projections,
-    group_parameters,
     is_fused,
     num_trained,
     plan_layers,
@@ -98,7 +97,7 @@ def predict_speed(
     steps = {}
     for one in set(shape.each):
         sizes = Sizes.of(one, tokens, length, 2, packed, documents)
-        steps[one] = StepShape(one, card, sizes, tokens, length, fused, packed, attention, group_parameters(one))
+        steps[one] = StepShape(one, card, sizes, tokens, length, fused, packed, attention, one.weights_of_groups)
     parts: Counter[str] = Counter()
     layers, known, chunks = [], {}, 0.0
     for plan, one in zip(plans, shape.each):

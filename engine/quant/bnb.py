@@ -21,29 +21,33 @@ from torch import Tensor, nn
 from engine.kernels import ops
 from engine.quant.host_states import StatesOnHost
 
+# What the library's import would load, and the engine never uses. `kernels` fetches code from the hub and
+# runs it on a CPU with avx512_bf16; that code multiplies by packed weights, and here a layer unpacks them
+# first. The compiler takes a second, for four functions of processors that the library has no code for.
+UNUSED = ("kernels", "torch._inductor.compile_fx")
+
 
 def load_library() -> None:
-    """Import bitsandbytes, without a kernel from the hub and without its advice to install more.
+    """Import bitsandbytes, without a kernel from the hub, torch's compiler and its advice to install more.
 
-    On a CPU with avx512_bf16 the import downloads code and runs it if the package `kernels` is
-    there, and prints a warning if it is not. That kernel multiplies by packed weights, and here a
-    layer unpacks them first. Call this before anything else imports bitsandbytes.
+    Call this before anything else imports bitsandbytes.
     """
     if "bitsandbytes" in sys.modules:
         return
-    log, kernels = logging.getLogger("bitsandbytes.backends.cpu.ops"), sys.modules.get("kernels")
+    log, known = logging.getLogger("bitsandbytes.backends.cpu.ops"), {name: sys.modules.get(name) for name in UNUSED}
     level = log.level
     try:
         log.setLevel(logging.ERROR)
-        sys.modules["kernels"] = None
+        sys.modules.update(dict.fromkeys(UNUSED))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import bitsandbytes  # noqa: F401
     finally:
         log.setLevel(level)
-        del sys.modules["kernels"]
-        if kernels is not None:
-            sys.modules["kernels"] = kernels
+        for name, module in known.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
 
 
 def quantize_nf4(weight_OD: Tensor, double_quantization: bool) -> nn.Parameter:

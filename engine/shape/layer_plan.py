@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from engine.config.matmul import Matmul
 from engine.config.targets import EXPERTS, pattern_value, target_rule
@@ -148,18 +149,25 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
     halves, pattern = config.lora.halves, config.lora.rank_pattern
     held = tuple((key, halves * rank) for key, rank in pattern.items())
     ranks_by_layer = _ranks(halves * config.lora.rank, held, shape)
+    known: dict[tuple[Any, ...], tuple[dict[str, int], ...]] = {}  # layers that are alike share them
     for i, (names, one) in enumerate(zip(adapted, shape.each)):
-        rank_of = ranks_by_layer[i]
-        lengths = {name: features[0] if config.lora.use_dora else 0 for name, features in one.projections().items()}
-        sizes = {name: lengths[name] + rank_of[name] * sum(features) for name, features in one.projections().items()}
-        ranks = {group: sum(rank_of[n] for n in members if n in names) for group, members in one.groups.items()}
-        adapter = {group: sum(sizes[n] for n in members if n in names) for group, members in one.groups.items()}
+        key = id(one), names, *ranks_by_layer[i].values()
+        if key not in known:
+            known[key] = _adapter(one, names, ranks_by_layer[i], config.lora.use_dora)
+        ranks, adapter = known[key]
         if shape.experts is not None:
-            ranks[EXPERTS] = sum(experts[i].values())
-            adapter[EXPERTS] = shape.experts.adapter_values(experts[i], shape.hidden_size)
+            ranks = {**ranks, EXPERTS: sum(experts[i].values())}
+            adapter = {**adapter, EXPERTS: shape.experts.adapter_values(experts[i], shape.hidden_size)}
         needs_dx = i > first or rows
         plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, needs_dx, outside, config.matmul, *variant))
     return plans
+
+
+def _adapter(one: ModelShape, names: tuple[str, ...], rank_of: dict[str, int], dora: bool) -> tuple[dict[str, int], ...]:
+    """Return ranks and adapter of a layer's plan."""
+    sizes = {name: dora * features[0] + rank_of[name] * sum(features) for name, features in one.projections().items()}
+    groups = {group: [name for name in members if name in names] for group, members in one.groups.items()}
+    return tuple({group: sum(of[name] for name in members) for group, members in groups.items()} for of in (rank_of, sizes))
 
 
 @functools.lru_cache(maxsize=32)
@@ -209,16 +217,10 @@ def cached_bytes(config: TrainConfig, shape: ModelShape, plans: list[LayerPlan])
     """Return the bytes that the weight cache holds in all."""
     element, total = element_bytes(config), 0
     for plan, one in zip(plans, shape.each):
-        numbers = group_parameters(one)
+        numbers = one.weights_of_groups
         kept = (name.partition(".") for name in plan.cached)
         total += sum(form_bytes(form or "weights", element) * numbers[group] for group, _, form in kept if group != EXPERTS)
     return total + _experts_room(config, shape)
-
-
-def group_parameters(shape: ModelShape) -> dict[str, int]:
-    """Return the number of frozen weights in each group of one layer."""
-    features = shape.projections()
-    return {group: sum(math.prod(features[name]) for name in names) for group, names in shape.groups.items()}
 
 
 def scale_bytes(shape: ModelShape) -> int:
@@ -263,7 +265,7 @@ def _cached(config: TrainConfig, shape: ModelShape) -> list[frozenset[str]]:
     room = int(config.train.weight_cache_gib * GIB) if config.model.quantization == "nf4" and is_fused(config, shape) else 0
     for form in config.matmul.forms:
         for kept, one in zip(cached, shape.each):
-            for group, number in group_parameters(one).items():
+            for group, number in one.weights_of_groups.items():
                 size = form_bytes(form, element_bytes(config)) * number
                 if group not in (MIXER, SHARED) and size <= room:
                     room -= size

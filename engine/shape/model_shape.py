@@ -228,6 +228,11 @@ class ModelShape:
         """Return the number of weights in the linear layers of one decoder layer."""
         return sum(math.prod(features) for features in self.projections().values())
 
+    @cached_property
+    def weights_of_groups(self) -> dict[str, int]:
+        """Return the number of weights in each of `groups`."""
+        return {group: sum(math.prod(self._projections[name]) for name in names) for group, names in self.groups.items()}
+
     @property
     def all_linear_parameters(self) -> int:
         """Return the number of weights in all linear layers but the head, and in experts."""

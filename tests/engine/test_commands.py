@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import types
 from dataclasses import replace
 
@@ -23,15 +21,16 @@ from engine.model.route import Route
 from tests.support.trials import CPU, build, run
 
 
-def test_the_command_line_replays_a_trial_and_shows_the_recorded_loss(tiny_config, tmp_path):
+def test_the_command_line_replays_a_trial_and_shows_the_recorded_loss(tiny_config, tmp_path, capfd, recwarn):
     config = build(tiny_config)
     recorded = run(config, tmp_path)
     (tmp_path / "train_config.json").write_text(json.dumps(config.model_dump(mode="json")))
-    command = [sys.executable, "-m", "engine", str(tmp_path / "train_config.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    last = done.stdout.splitlines()[-2].split()
+    capfd.readouterr()
+    assert main([str(tmp_path / "train_config.json")]) == 0
+    done = capfd.readouterr()
+    last = done.out.splitlines()[-2].split()
     assert last[3] == last[4] == f"{recorded[-1].eval_loss:.5f}"
-    assert "UserWarning" not in done.stderr
+    assert done.err == "" and not [one for one in recwarn if issubclass(one.category, UserWarning)]
 
 
 def test_the_cards_command_prints_what_torch_sees_and_an_error_is_its_line(monkeypatch, capsys):

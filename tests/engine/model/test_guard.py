@@ -75,7 +75,8 @@ def test_what_depends_on_the_place_in_a_long_row_means_one_sample_a_row():
 
     assert kind(judge("gpt_neo")) == SINGLE  # its mask is as large as its positions, and a row may be longer
     given = ModelConfig(path="llama4")
-    config = Llama4TextConfig(layer_types=["full_attention"] * 48, no_rope_layers=[0] * 48, attn_temperature_tuning=True)
+    layers = {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4, "no_rope_layers": [0] * 4}
+    config = Llama4TextConfig(**layers, attn_temperature_tuning=True)
     make = lambda small, name: AutoModelForCausalLM.from_config(small, attn_implementation=name)  # noqa: E731
     assert config.floor_scale > 1000 and not guard.choose_route(config, given, make).route.shares_rows
     config.attn_temperature_tuning = False  # twin: queries that do not grow with their place

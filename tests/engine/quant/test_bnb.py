@@ -1,10 +1,11 @@
-"""bitsandbytes is imported without code from the hub, on the CPUs where it would fetch some."""
+"""bitsandbytes is imported without torch's compiler, and without code from the hub on CPUs where it would fetch some."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import textwrap
+from types import ModuleType
 
 import pytest
 
@@ -14,6 +15,11 @@ from tests.support.paths import ENV
 # the import of bitsandbytes 0.49 to 0.50 on a CPU with avx512_bf16
 LIBRARY = """
     import logging
+    try:
+        import torch._inductor.compile_fx
+        compiles = True
+    except ImportError:
+        compiles = False
     try:
         from kernels import get_kernel
         get_kernel()
@@ -59,10 +65,23 @@ def test_the_import_says_nothing_and_runs_nothing(packages, capfd, caplog, insta
     assert "pip install kernels" in caplog.text or "code from the hub runs" in capfd.readouterr().out
 
 
+def test_the_import_loads_no_compiler_and_leaves_one_that_was_there(packages, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._inductor.compile_fx", compiler := ModuleType("torch._inductor.compile_fx"))
+    load_library()
+    assert sys.modules["bitsandbytes"].compiles is False
+    assert sys.modules["torch._inductor.compile_fx"] is compiler
+    del sys.modules["bitsandbytes"]
+    import bitsandbytes  # the twin
+
+    assert bitsandbytes.compiles is True
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("load", ["from engine.quant.bnb import load_library; load_library()", "import bitsandbytes"])
 def test_the_library_that_is_installed_behaves_so(tmp_path, load):
     (tmp_path / "kernels.py").write_text(KERNELS)
     env = {**ENV, "PYTHONPATH": f"{tmp_path}:{ENV['PYTHONPATH']}"}
-    done = subprocess.run([sys.executable, "-c", CODE + load], env=env, capture_output=True, text=True, check=True)
+    said = "; print('a compiler is there' * ('torch._inductor.compile_fx' in sys.modules), end='')"
+    done = subprocess.run([sys.executable, "-c", CODE + load + said], env=env, capture_output=True, text=True, check=True)
     assert (done.stdout + done.stderr == "") is ("load_library" in load)
+    assert ("compiler" in done.stdout) is ("load_library" not in load)

@@ -13,10 +13,10 @@ from engine.system import shared_cache as cache
 
 
 @pytest.fixture(scope="module")
-def shared_cache(tmp_path_factory):
-    """Share one cache in this module, so that the model is converted once (about 5 s)."""
+def shared_cache(builtin_cache):
+    """Share one cache, so that the model is converted once (about 5 s)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(cache.CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        patch.setenv(cache.CACHE_VARIABLE, str(builtin_cache))
         yield
 
 
@@ -50,7 +50,6 @@ def test_an_adapter_on_a_builtin_names_the_published_model_and_no_folder_of_this
     base = peft_config(parse(TrainConfig, values), ["q_proj"], ["q_proj"])["base_model_name_or_path"]
     assert base == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert MODELS.keys() == PUBLISHED.keys()
-
 
 
 def test_order_pairs_differ_in_the_answer_alone_by_one_fact_or_the_form_and_some_labels_of_training_are_swapped(tmp_path):

@@ -11,6 +11,7 @@ from engine.config.parsing import parse
 from engine.config.trial import TrainConfig, load_train_config
 from engine.errors import InputError
 from engine.export.model_card import TITLES, ExportFacts, Measured, export_card, peft_code
+from engine.system.shared_cache import CACHE_VARIABLE
 from sweep.results.best_folder import write_best
 from sweep.trials.selection import Rule
 from tests.support.records import REEVALUATION, judged, trial
@@ -68,7 +69,8 @@ def test_the_code_in_the_card_compiles_and_loads_four_bit_where_training_did(tmp
     assert "load_in_4bit=True" in code
 
 
-def test_the_card_of_a_builtin_model_says_where_its_base_is(tmp_path, winner):
+def test_the_card_of_a_builtin_model_says_where_its_base_is(tmp_path, winner, builtin_cache, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(builtin_cache))
     write_best(tmp_path / "best", judged(winner), "demo")
     assert "builtin:" not in (tmp_path / "best" / "README.md").read_text()  # twin
     winner.config["model"]["path"] = "builtin:smollm2-135m-instruct"
