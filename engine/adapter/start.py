@@ -109,9 +109,9 @@ def start_from(layers: Mapping[str, AnyLora], config: LoraConfig) -> None:
         return
     ranks = {name: layer.rank for name, layer in layers.items()}
     check_start(adapter, config, ranks, {name: layer.features for name, layer in layers.items()})
-    factor = adapter.scaling / config.scaling
     for name, (a_RD, b_OR) in adapter.layers.items():
         layer = layers[name]
+        factor = adapter.scaling / layer.scaling
         if isinstance(layer, LoraExperts):
             layer.start_from(a_RD, b_OR * factor)
             continue
