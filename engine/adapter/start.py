@@ -43,7 +43,7 @@ def read_start(config: LoraConfig) -> Adapter | None:
             raise InputError(CONFIG, "use_dora", "cannot be exported: a start has A and B alone")
         return adapter
     except InputError as error:
-        why = error.allowed.removeprefix("cannot be exported: ")
+        why = error.allowed.removeprefix("cannot be exported: ").partition("; or: ")[0]
         allowed = f"must be a plain LoRA adapter in PEFT's format ({error.field}: {why})"
         raise InputError(FIELD, config.start_from, allowed) from None
 
