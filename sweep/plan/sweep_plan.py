@@ -27,8 +27,11 @@ from sweep.space.parse import WEIGHT, check_weights, parse_space
 from sweep.space.space import Space
 
 TYING = ("lora.target_modules", "lora.start")
-TIED = ("lora.rank", "lora.lora_dropout", "lora.use_dora", "lora.start", "optim.name")
-"""Fields whose values the model's layers may rule out together: experts take plain LoRA alone, and a start has a largest rank."""
+TIED = (
+    "lora.rank", "lora.rank_pattern", "lora.alpha_pattern", "lora.lora_dropout", "lora.use_dora", "lora.start", "optim.name",
+)  # fmt: skip
+"""Fields whose values the model's layers may rule out together: experts take plain LoRA alone, a start has a largest
+rank, and a pattern's keys must match targets."""
 
 
 @dataclass(frozen=True)
