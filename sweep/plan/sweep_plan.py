@@ -160,7 +160,8 @@ class SweepPlan:
 
 
 def _epochs(config: SweepConfig) -> str:
-    return "" if config.train.max_epochs is None else f" or {config.train.max_epochs:g} passes, whichever ends first"
+    passes = config.train.max_epochs
+    return "" if passes is None else f" or {passes:g} pass{'' if passes == 1 else 'es'}, whichever ends first"
 
 
 def make_sweep_plan(
