@@ -20,7 +20,7 @@ def config(**sections):
     [
         ({"lora": {"rank": 0}}, "lora.rank", "greater than or equal to 1"),
         ({"lora": {"rank": "8"}}, "lora.rank", "valid integer"),
-        ({"lora": {"rnk": 8}}, "lora.rnk", "known keys: lora_alpha, lora_dropout, rank.*did you mean 'rank'"),
+        ({"lora": {"rnk": 8}}, "lora.rnk", "known keys: alpha_pattern, lora_alpha, lora_dropout, rank.*did you mean 'rank'"),
         ({"lora": {"target_modules": []}}, "lora", "at least one module"),
         ({"lora": {"target_modules": ["q_proj", 3]}}, "lora.target_modules.1", "must be text"),
         ({"lora": {"target_modules": 3}}, "lora.target_modules", r"must be text or a list: \[3\]$"),
