@@ -41,7 +41,7 @@ IDLE = {  # what is given -> both names
     "optim.eps=1e-6 optim.name=lion": ["optim.eps", "Lion has no eps"],
     "optim.beta2=0.9 optim.name=muon": ["optim.beta2", "Muon has beta1 alone"],
     "metrics.max_samples=9": ["metrics.max_samples", "no metric is named"],
-    "metrics.max_new_tokens=9 metrics.choice_accuracy=true metrics.choices=[a,b]": ["metrics.max_new_tokens", "generates answers"],
+    "metrics.max_new_tokens=9 metrics.choice_accuracy=true metrics.choices=[a,b]": ["metrics.max_new_tokens", "generates"],
     "metrics.function_timeout_s=9 metrics.exact_match=true": ["metrics.function_timeout_s", "function of yours"],
     "space.optim.min_lr_ratio.choices=[0,0.1] optim.lr_schedule=constant": ["space.optim.min_lr_ratio", "constant"],
     "sweep.prior=true sampler=grid": ["sweep.prior = True", "sampler.name = grid"],
