@@ -31,6 +31,7 @@ def config(**sections):
         ({"model": {"path": "m", "train_tokens": None}}, "model.train_tokens", "must be a list$"),
         ({"metrics": {"exact_match": ""}}, "metrics.exact_match", "must be true or false or text that is not empty$"),
         ({"metrics": {"choices": ["a"]}}, "metrics.choices", "must be text or a list of at least 2$"),
+        ({"metrics": {"my-score": "a:b"}}, "metrics.my-score", "must have a name of its own"),
         ({"metrics": {"mine": "a:"}}, "metrics.mine", "must be package.module:function$"),
         ({"metrics": {"mine": {"function": "a:b", "direction": "up"}}}, "metrics.mine.direction", "'maximize' or 'minimize'$"),
         ({"data": {"train": "d", "eval": {}}}, "data.eval", "must hold from 1 to 16 evaluation sets$"),
