@@ -60,6 +60,9 @@ class SweepPlan:
         """Return the configs that prepare checks: the base, one per choice and end of range, and pairs that the model ties."""
         base = self.base()
         configs = [*self.space.single_changes(base), *self.space.pair_changes(base, TYING, TIED)]
+        for ranks in (d for d in self.space.dimensions if d.path == "lora.rank" and not d.when):
+            started = [config.model_dump(mode="json") for config in configs if config.lora.start != "default"]
+            configs += [self.space.apply(config, {ranks.path: max(ranks.corners(), key=ranks.value)}) for config in started]
         return list({config.fingerprint(): config for config in configs}.values())
 
     def on_day(self, day: str | None) -> SweepPlan:

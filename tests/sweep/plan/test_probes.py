@@ -14,18 +14,30 @@ from sweep.plan.sweep_plan import make_sweep_plan
 NAMES = ["layers.0.self_attn.q_proj", "layers.0.mlp.up_proj"]
 
 
-@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
-def test_a_key_that_fits_some_targets_alone_is_found_with_the_others(field, monkeypatch):
+def probes_of(space, monkeypatch):
     monkeypatch.setattr("sweep.cluster.slots.count_gpus", lambda: 0)
-    space = {
-        "lora.target_modules": {"choices": {"attention": ["q_proj"], "mlp": ["up_proj"]}},
-        f"lora.{field}": {"choices": {"same": {}, "q": {"q_proj": 8}}},
-    }
     values = {
         "model": {"path": "m"}, "data": {"train": "t"}, "train": {"max_tokens": 400, "num_reports": 4}, "space": space,
         "sampler": {"name": "tpe"}, "sweep": {"num_trials": 3},
     }  # fmt: skip
-    probes = [probe.lora for probe in make_sweep_plan(parse_sweep_config(values)).probes()]
+    return [probe.lora for probe in make_sweep_plan(parse_sweep_config(values)).probes()]
+
+
+def test_a_start_is_checked_with_the_largest_rank_on_every_choice_of_targets(monkeypatch):
+    targets = {"choices": {"attention": ["q_proj"], "mlp": ["up_proj"]}}
+    starts, ranks = {"choices": ["default", "pissa"]}, {"choices": {"small": 4, "large": 64, "usual": 8}}
+    probes = probes_of({"lora.target_modules": targets, "lora.start": starts, "lora.rank": ranks}, monkeypatch)
+    started = {(lora.target_modules, lora.rank) for lora in probes if lora.start == "pissa"}
+    assert started >= {(("q_proj",), 64), (("up_proj",), 64)}
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_key_that_fits_some_targets_alone_is_found_with_the_others(field, monkeypatch):
+    space = {
+        "lora.target_modules": {"choices": {"attention": ["q_proj"], "mlp": ["up_proj"]}},
+        f"lora.{field}": {"choices": {"same": {}, "q": {"q_proj": 8}}},
+    }
+    probes = probes_of(space, monkeypatch)
     assert {(lora.target_modules, tuple(getattr(lora, field))) for lora in probes} >= set(
         itertools.product([("q_proj",), ("up_proj",)], [(), ("q_proj",)])
     )
