@@ -105,8 +105,11 @@ def load_chat(
     Without a train_config.json the base is held in NF4. trust_remote_code: allow the model's own
     code to run. Raises InputError.
     """
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, takes_rows=True)
     model, config = read_origin(folder, adapter, trust_remote_code=trust_remote_code)
+    if adapter.token_rows and not model.train_tokens:
+        allowed = "must be named by model.train_tokens of a train_config.json in or above the adapter's folder"
+        raise InputError("adapter", sorted(adapter.token_rows), f"has rows of tokens, which {allowed}")
     # Fused layers take packed rows only, which generate does not make.
     model = model.model_copy(update={"layers": "original", "embeddings": "device"})
     base = load_base(model, pick_device(device), attention_name="sdpa")

@@ -18,7 +18,7 @@ from engine.adapter.origin import is_same_base
 from engine.adapter.start import check_start, read_start
 from engine.adapter.token_rows import check_rows_of
 from engine.command_answers import EVALUATION, TRAINING, DataAccount, Facts, PreparedFacts, VisibleCard
-from engine.config.targets import layer_ranks, resolve_targets
+from engine.config.targets import layer_ranks, layer_scalings, resolve_targets
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.account import account_data
 from engine.data.view import AnyView
@@ -61,6 +61,7 @@ def prepare(configs: list[TrainConfig]) -> PreparedFacts:
         features = facts.features
         targets = resolve_targets(list(features), config.lora.target_modules)
         ranks = layer_ranks(config.lora, targets)
+        layer_scalings(config.lora, ranks)  # raises for what it cannot apply
         check_experts(config.lora, targets, config.optim.name)
         notes += _check_start(config, ranks, features)
         lengths = sum(features[name][0] for name in ranks) if config.lora.use_dora else 0

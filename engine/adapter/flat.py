@@ -37,7 +37,7 @@ class AdapterMemory:
         self.values = torch.zeros(size, device=device)
         copied = sum(p.numel() for layer in layers.values() if not isinstance(layer, LoraExperts) for p in layer.parameters_of())
         self.cast = torch.zeros(copied, dtype=dtype, device=device)
-        self.scaling = torch.ones((), device=device)
+        self.scalings = torch.ones(len(_adapters(layers)), 4, device=device)[:, 0]  # 16 bytes apart: kernels are compiled once
         self.noise = torch.zeros(2, dtype=torch.int64, device=device)
         self.embedding_noise = torch.zeros((), device=device)
 
@@ -83,7 +83,7 @@ class FlatAdapter:
         self.memory = memory or AdapterMemory(layers, dtype)
         if self.memory.key != AdapterMemory.key_of(layers, dtype):
             raise ValueError("an adapter of another shape, dtype or device does not fit into this memory")
-        adapters = [layer for layer in layers.values() if not isinstance(layer, TokenRows | LoraExperts)]
+        adapters = [layer for layer in layers.values() if isinstance(layer, LoraLinear)]
         experts = [layer for layer in layers.values() if isinstance(layer, LoraExperts)]
         self._rows = [layer for layer in layers.values() if isinstance(layer, TokenRows)]
         self._dora = _with_lengths(layers)
@@ -97,8 +97,8 @@ class FlatAdapter:
         self.num_a = sum(p.numel() for p in first_parts)
         self._copied_b = sum(layer.lora_b.numel() for layer in adapters)
         self._past_b = self.num_a + self._copied_b + sum(layer.lora_b.numel() for layer in experts)
-        first = next(iter(layers.values()))  # one config, one scaling and one rate
-        self.memory.scaling.fill_(first.scaling)
+        first = next(iter(layers.values()))  # one config, one rate
+        self.memory.scalings.copy_(torch.tensor([layer.scaling for layer in _adapters(layers)]))
         self.memory.noise.copy_(torch.tensor(noise_of(0, first.dropout)))
         self.shapes = [part.shape for part in parts if part.dim() == 2]
         self._frozen = [(layer.lora_a, layer.lora_b, layer.num_frozen) for layer in adapters if layer.num_frozen]
@@ -114,9 +114,10 @@ class FlatAdapter:
         all_a = _views(self._cast, [layer.lora_a for layer in adapters])
         all_b = _views(self._cast[self._copied_a :], [layer.lora_b for layer in adapters])
         for layer, *casts in zip(adapters, all_a, all_b):
-            layer.casts, layer.scale, layer.noise = tuple(casts), self.memory.scaling, self.memory.noise
-        for layer in experts:
-            layer.scale = self.memory.scaling
+            layer.casts, layer.noise = tuple(casts), self.memory.noise
+        for layer, scale in zip(_adapters(layers), self.memory.scalings):
+            layer.scale = scale
+        self._scaled_runs = _runs_of_one_scaling(adapters)
         start = 0
         for layer in self._dora:
             part = slice(start, start + layer.out_features)
@@ -154,7 +155,9 @@ class FlatAdapter:
         values = self.parameter.detach()
         a, b = self._copied_a, self._copied_b
         self._cast[:a].copy_(values[:a])
-        torch.mul(values[self.num_a : self.num_a + b], self.memory.scaling, out=self._cast[a : a + b])
+        values_b, cast_b = values[self.num_a : self.num_a + b], self._cast[a : a + b]
+        for part, _, scale in self._scaled_runs:
+            torch.mul(values_b[part], scale, out=cast_b[part])
         if self._dora:
             self._refresh_gains(values)
 
@@ -167,7 +170,9 @@ class FlatAdapter:
         for layer in self._dora:
             layer.weight_norm(layer.norm)
         torch.div(norms if self._is_silent else values[self._past_b :], norms, out=gains)
-        factors = gains * self.memory.scaling
+        factors = torch.empty_like(gains)
+        for _, rows, scale in self._scaled_runs:  # DoRA is on all linear layers or none
+            torch.mul(gains[rows], scale, out=factors[rows])
         for rank, b, rows in self._runs:
             torch.mul(values[b].view(-1, rank), factors[rows, None], out=self._cast[b].view(-1, rank))
 
@@ -208,6 +213,11 @@ def _views(flat: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     return [view.view(part.shape) for view, part in zip(flat[: sum(sizes)].split(sizes), parts)] if parts else []
 
 
+def _adapters(layers: dict[str, AnyLora]) -> list[LoraLinear | LoraExperts]:
+    """Return the layers with A and B."""
+    return [layer for layer in layers.values() if not isinstance(layer, TokenRows)]
+
+
 def _with_lengths(layers: dict[str, AnyLora]) -> list[LoraLinear]:
     """Return the layers with DoRA's magnitudes."""
     return [layer for layer in layers.values() if isinstance(layer, LoraLinear) and layer.magnitude is not None]
@@ -224,4 +234,18 @@ def _runs_of_one_rank(layers: list[LoraLinear], start: int) -> list[tuple[int, s
         end += sum(layer.out_features for layer in group)
         start += rank * (end - first)
         runs.append((rank, slice(place, start), slice(first, end)))
+    return runs
+
+
+def _runs_of_one_scaling(layers: list[LoraLinear]) -> list[tuple[slice, slice, torch.Tensor]]:
+    """Return elements of all B, their rows, and the scaling, of consecutive layers of one scaling.
+
+    It is one run unless alphas differ.
+    """
+    runs, element, row = [], 0, 0
+    for _, group in itertools.groupby(layers, lambda layer: layer.scaling):
+        same = list(group)
+        elements, rows = sum(layer.lora_b.numel() for layer in same), sum(layer.out_features for layer in same)
+        runs.append((slice(element, element + elements), slice(row, row + rows), same[0].scale))
+        element, row = element + elements, row + rows
     return runs

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from engine.adapter.expert_lora import LoraExperts, check_experts, expert_weight, stored_path
 from engine.adapter.token_rows import SUFFIX, TokenRows, begin_rows
-from engine.config.targets import layer_ranks, resolve_targets
+from engine.config.targets import layer_ranks, layer_scalings, resolve_targets
 from engine.config.trial import LoraConfig
 from engine.errors import InputError
 from engine.kernels import ops
@@ -46,7 +46,7 @@ class LoraLinear(nn.Module):
         """Draw A from `generator`.
 
         number: the layer's place in its adapter, for its own dropout masks. rank: None for the
-        config's. The scaling is the config's at every rank.
+        config's. The scaling is the config's at every rank; `attach` sets that of `lora.alpha_pattern`.
         """
         rank = rank or config.rank
         super().__init__()
@@ -188,6 +188,7 @@ def attach(model: nn.Module, linear_names: list[str], config: LoraConfig, seed: 
     """
     layers: dict[str, AnyLora] = {}
     ranks = layer_ranks(config, resolve_targets(linear_names, config.target_modules))
+    scalings = layer_scalings(config, ranks)
     check_experts(config, list(ranks))
     for number, (name, rank) in enumerate(ranks.items()):
         generator = torch.Generator().manual_seed(_stream_seed(seed, name))
@@ -195,6 +196,7 @@ def attach(model: nn.Module, linear_names: list[str], config: LoraConfig, seed: 
             layers[name] = LoraExperts(*found, config, generator, number, rank)
         else:
             layers[name] = LoraLinear(_frozen(model, name), config, generator, number, rank)
+        layers[name].scaling = scalings[name]
     for name, layer in layers.items():
         _put(model, name, layer)
     layers |= begin_rows(model)

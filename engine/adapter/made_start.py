@@ -24,6 +24,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def start_made(layers: Mapping[str, AnyLora], config: TrainConfig) -> None:
     linears = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLinear)}
     ranks = {name: layer.rank // lora.halves for name, layer in linears.items()}
     for name, (a_RD, b_OR) in _cached(linears, ranks, config).items():
-        layer, rank, root = linears[name], ranks[name], lora.scaling**0.5
+        layer, rank, root = linears[name], ranks[name], linears[name].scaling ** 0.5
         for half in range(lora.halves):
             rows = slice(half * rank, (half + 1) * rank)
             layer.lora_a[rows] = (a_RD / root).to(layer.lora_a)
@@ -102,7 +103,7 @@ def on_original_weights(adapter: Adapter, config: TrainConfig | None) -> Adapter
         found[name] = torch.cat([a_RD, a]), torch.cat([b_OR, b], dim=1)
     rank, alpha = 2 * adapter.rank, 2 * adapter.lora_alpha
     values = adapter.peft_config | {"r": rank, "lora_alpha": alpha}
-    return Adapter(found, rank, alpha, adapter.base, adapter.revision, values, adapter.magnitudes)
+    return replace(adapter, layers=found, rank=rank, lora_alpha=alpha, peft_config=values)
 
 
 def _cached(layers: Mapping[str, LoraLinear], ranks: Mapping[str, int], config: TrainConfig) -> Factors:

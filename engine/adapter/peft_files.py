@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from engine.adapter.lora import AnyLora, host_arrays, load_adapter_state
 from engine.adapter.token_rows import TokenRows, token_indices
-from engine.config.targets import is_expert, layer_ranks
+from engine.config.targets import is_expert, layer_ranks, layer_scalings
 from engine.config.trial import TRAIN_CONFIG, LoraConfig, TrainConfig, load_train_config
 from engine.errors import InputError, first_line
 from engine.sources.builtin import published_name
@@ -101,7 +100,7 @@ def peft_config(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": _alpha(lora, rank),
+        "lora_alpha": _alpha(lora, rank, lora.scaling),
         "lora_dropout": lora.lora_dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
@@ -117,22 +116,25 @@ def peft_config(
 
 
 def _patterns(lora: LoraConfig, ranks: dict[str, int], usual: int) -> dict[str, Any]:
-    """Return PEFT's keys for layers of other ranks than the usual one, none if there are none.
+    """Return PEFT's keys for layers of other ranks or alphas than the usual ones, none if there are none.
 
-    Their alpha gives them the scaling of all. Each key fits its own layers alone, so the order of
-    the keys, which the file sorts, does not matter.
+    Without an alpha of its own, a layer of another rank gets the alpha that leaves its scaling. Each key
+    fits its own layers alone, so the order of the keys, which the file sorts, does not matter.
     """
-    by_end: dict[str, set[int]] = {}
+    alphas = {name: _alpha(lora, ranks[name], scaling) for name, scaling in layer_scalings(lora, ranks).items()}
+    by_end: dict[str, set[tuple[int, float]]] = {}
     for name, rank in ranks.items():
-        by_end.setdefault(name.rpartition(".")[2], set()).add(rank)
-    keys = {end if len(by_end[end := name.rpartition(".")[2]]) == 1 else name: rank for name, rank in ranks.items()}
-    others = {key: rank for key, rank in keys.items() if rank != usual}
-    return {"rank_pattern": others, "alpha_pattern": {key: _alpha(lora, rank) for key, rank in others.items()}} if others else {}
+        by_end.setdefault(name.rpartition(".")[2], set()).add((rank, alphas[name]))
+    keys = {name: end if len(by_end[end := name.rpartition(".")[2]]) == 1 else name for name in ranks}
+    other_ranks = {keys[name]: rank for name, rank in ranks.items() if rank != usual}
+    usual_alpha = _alpha(lora, usual, lora.scaling)
+    other_alphas = {keys[name]: alpha for name, alpha in alphas.items() if alpha != usual_alpha}
+    return {"rank_pattern": other_ranks, "alpha_pattern": other_alphas} if other_ranks or other_alphas else {}
 
 
-def _alpha(lora: LoraConfig, rank: int) -> int | float:
-    """Return the alpha with which a layer of this rank has the config's scaling; whole numbers as PEFT writes them."""
-    alpha = lora.alpha if rank == lora.rank else lora.scaling * (math.sqrt(rank) if lora.use_rslora else rank)
+def _alpha(lora: LoraConfig, rank: int, scaling: float) -> int | float:
+    """Return the alpha with which a layer of this rank has the scaling; whole numbers as PEFT writes them."""
+    alpha = lora.alpha if rank == lora.rank and scaling == lora.scaling else scaling * lora.divisor(rank)
     return int(alpha) if float(alpha).is_integer() else alpha
 
 

@@ -4,14 +4,15 @@ Plain LoRA adds lora_alpha / r * B A to each layer. vLLM ignores rank_pattern an
 llama.cpp knows only alpha / r. `read_adapter` therefore folds any other scaling of a layer into its
 B, and pads smaller ranks with zeros. A plain adapter stays bit for bit the same.
 
-Adapters that change more than linear layers (DoRA, biases, saved modules) are refused, because
-those loaders would ignore these parts silently.
+Adapters that change more than linear layers (biases, saved modules) are refused, because those
+loaders would ignore these parts silently. Rows of trained tokens are read for what can hold them.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from torch import Tensor
 from engine.adapter.expert_lora import INNER, stored_path
 from engine.adapter.lora import MAGNITUDE
 from engine.adapter.peft_files import CONFIG, PREFIX, WEIGHTS
+from engine.adapter.token_rows import SUFFIX
 from engine.config.lora_section import ALL_LINEAR, LoraConfig
 from engine.config.parsing import load_json
 from engine.config.targets import EXPERT_WEIGHTS, EXPERTS, is_expert, pattern_value
 from engine.errors import InputError, first_line
 
-REFUSED = ("modules_to_save", "lora_bias", "trainable_token_indices", "fan_in_fan_out")
+TOKENS, EMBEDDING = "trainable_token_indices", "embed_tokens"
+REFUSED = ("modules_to_save", "lora_bias", "fan_in_fan_out")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Adapter:
     layers: name of a linear layer -> (A [R, D], B [O, R]) in fp32. base: folder or hub id of the
     base model. revision: its hub revision, or None. peft_config: content of a matching
     adapter_config.json. magnitudes: DoRA's lengths [O] of each layer's rows, empty without DoRA.
+    token_rows: name of an embedding or head -> ids and rows [N, D] of its trained tokens.
     """
 
     layers: dict[str, tuple[Tensor, Tensor]]
@@ -49,6 +53,7 @@ class Adapter:
     revision: str | None
     peft_config: dict[str, Any]
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    token_rows: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
 
     @property
     def scaling(self) -> float:
@@ -76,20 +81,25 @@ class Adapter:
         """Return name -> tensor, with the names that `engine.adapter.lora.adapter_state` uses."""
         parts = {stored_path(name, set(self.layers)): ab for name, ab in self.layers.items()}
         lengths = {f"{name}.{MAGNITUDE}": length_O for name, length_O in self.magnitudes.items()}
-        return {f"{name}.lora_{'AB'[i]}.weight": ab[i] for name, ab in parts.items() for i in (0, 1)} | lengths
+        rows = {f"{name}.{SUFFIX}": rows_ND for name, (_, rows_ND) in self.token_rows.items()}
+        return {f"{name}.lora_{'AB'[i]}.weight": ab[i] for name, ab in parts.items() for i in (0, 1)} | lengths | rows
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path, takes_rows: bool = False) -> Adapter:
     """Return the adapter in `folder` as plain LoRA.
 
-    Raises InputError if the folder holds no adapter, if it is damaged, or if plain LoRA cannot
-    express it.
+    takes_rows: the caller has a place for rows of trained tokens. Raises InputError if the folder
+    holds no adapter, if it is damaged, or if plain LoRA cannot express it.
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise InputError("adapter", str(folder), f"must be a folder with {CONFIG} and {WEIGHTS}; {name} is not in it")
     values = _checked(load_json(folder / CONFIG), folder / CONFIG)
-    pairs, magnitudes = _pairs(folder / WEIGHTS)
+    if values.get(TOKENS) and not takes_rows:
+        allowed = "cannot be exported: rows of tokens are no plain LoRA; or: merged, gguf-merged"
+        raise InputError(f"{CONFIG}: {TOKENS}", values[TOKENS], allowed)
+    pairs, magnitudes, rows = _pairs(folder / WEIGHTS)
+    token_rows = _with_ids(rows, values.get(TOKENS) or {})
     pairs = _with_weight_names(pairs, values)
     if magnitudes.keys() != (pairs.keys() if values.get("use_dora") else set()):
         allowed = f"must say whether {WEIGHTS} holds {MAGNITUDE} of each layer"
@@ -104,7 +114,18 @@ def read_adapter(folder: Path) -> Adapter:
     if not isinstance(targets, list) and targets != ALL_LINEAR:
         # vLLM and older loaders do not know regular expressions.
         portable["target_modules"] = sorted(name for name in layers if not is_expert(name))
-    return Adapter(layers, rank, alpha, values["base_model_name_or_path"], values.get("revision"), portable, magnitudes)
+    base, revision = values["base_model_name_or_path"], values.get("revision")
+    return Adapter(layers, rank, alpha, base, revision, portable, magnitudes, token_rows)
+
+
+def _with_ids(rows: Mapping[str, Tensor], indices: Any) -> dict[str, tuple[list[int], Tensor]]:
+    """Return the rows of each module with the ids of their tokens. indices: PEFT's, by the end of a module's name."""
+    indices = {EMBEDDING: indices} if isinstance(indices, list) else indices
+    by_name = {name: indices.get(name.rpartition(".")[2]) for name in rows} if isinstance(indices, dict) else {}
+    fits = all(isinstance(ids, list) and len(ids) == len(rows[name]) for name, ids in by_name.items())
+    if not fits or len(by_name) != len(indices):
+        raise InputError(f"{CONFIG}: {TOKENS}", indices, f"must name the rows of tokens that {WEIGHTS} holds, module by module")
+    return {name: (ids, rows[name]) for name, ids in by_name.items()}
 
 
 def _checked(values: Any, path: Path) -> dict[str, Any]:
@@ -128,15 +149,19 @@ def _checked(values: Any, path: Path) -> dict[str, Any]:
     return values
 
 
-def _pairs(path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Return A and B of each layer, and DoRA's magnitudes."""
+def _pairs(path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+    """Return A and B of each layer, DoRA's magnitudes, and rows of trained tokens."""
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError("adapter", str(path), f"must be a complete safetensors file ({first_line(error)})") from None
     names: dict[str, dict[str, Tensor]] = {}
     lengths: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
     for key, tensor in state.items():
+        if key.startswith(PREFIX) and key.endswith(f".{SUFFIX}") and tensor.dim() == 2:
+            rows[key.removeprefix(PREFIX).removesuffix(f".{SUFFIX}")] = tensor.float()
+            continue
         if key.startswith(PREFIX) and key.endswith(f".{MAGNITUDE}") and tensor.dim() == 1:
             lengths[key.removeprefix(PREFIX).removesuffix(f".{MAGNITUDE}")] = tensor.float()
             continue
@@ -154,7 +179,7 @@ def _pairs(path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tens
             raise InputError("adapter", name, f"must have {MAGNITUDE} [out], with the out of its lora_B")
     order = sorted(names, key=_natural)
     pairs = {name: (names[name]["A"], names[name]["B"]) for name in order}
-    return pairs, dict(sorted(lengths.items(), key=lambda item: _natural(item[0])))
+    return pairs, dict(sorted(lengths.items(), key=lambda item: _natural(item[0]))), rows
 
 
 def _natural(name: str) -> list[Any]:

@@ -43,7 +43,7 @@ def read_start(config: LoraConfig) -> Adapter | None:
             raise InputError(CONFIG, "use_dora", "cannot be exported: a start has A and B alone")
         return adapter
     except InputError as error:
-        why = error.allowed.removeprefix("cannot be exported: ")
+        why = error.allowed.removeprefix("cannot be exported: ").partition("; or: ")[0]
         allowed = f"must be a plain LoRA adapter in PEFT's format ({error.field}: {why})"
         raise InputError(FIELD, config.start_from, allowed) from None
 
@@ -109,9 +109,9 @@ def start_from(layers: Mapping[str, AnyLora], config: LoraConfig) -> None:
         return
     ranks = {name: layer.rank for name, layer in layers.items()}
     check_start(adapter, config, ranks, {name: layer.features for name, layer in layers.items()})
-    factor = adapter.scaling / config.scaling
     for name, (a_RD, b_OR) in adapter.layers.items():
         layer = layers[name]
+        factor = adapter.scaling / layer.scaling
         if isinstance(layer, LoraExperts):
             layer.start_from(a_RD, b_OR * factor)
             continue

@@ -30,6 +30,9 @@ class LoraConfig(StrictModel):
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=65_536)]] = Field(
         {}, description="ranks of some layers, by a name's end or a regular expression: {up_proj: 8}; the scaling stays"
     )
+    alpha_pattern: dict[str, Annotated[float, Field(ge=1e-6, le=1e6)]] = Field(
+        {}, description="lora_alpha of some layers, as rank_pattern names them: {up_proj: 8}; each over its layer's own rank"
+    )
     start: Literal["default", "pissa", "loftq"] = Field(
         "default",
         description="A and B before the first step: default: A random, B zero; pissa: the weight's principal components, which a "
@@ -56,12 +59,12 @@ class LoraConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _pattern_is_valid(self) -> LoraConfig:
-        for key in self.rank_pattern:
+    def _patterns_are_valid(self) -> LoraConfig:
+        for field, key in [(f, key) for f in ("rank_pattern", "alpha_pattern") for key in getattr(self, f)]:
             try:
                 re.compile(key)
             except re.error as error:
-                raise InputError("lora.rank_pattern", key, f"must be a valid regular expression ({error})") from None
+                raise InputError(f"lora.{field}", key, f"must be a valid regular expression ({error})") from None
         return self
 
     @model_validator(mode="after")
@@ -85,4 +88,8 @@ class LoraConfig(StrictModel):
     @property
     def scaling(self) -> float:
         """Return alpha / rank; with rsLoRA alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732)."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        return self.alpha / self.divisor(self.rank)
+
+    def divisor(self, rank: int) -> float:
+        """Return what an alpha is divided by at a rank: the rank itself, or with rsLoRA its root."""
+        return math.sqrt(rank) if self.use_rslora else rank

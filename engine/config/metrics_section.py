@@ -113,9 +113,10 @@ class MetricsConfig(StrictModel):
     @field_validator("own")
     @classmethod
     def _names_are_new(cls, value: dict[str, OwnMetric]) -> dict[str, OwnMetric]:
-        for name in value:
+        for name, metric in value.items():
             if not OWN_NAME.fullmatch(name) or name in (*cls.model_fields, *TAKEN):
-                raise ValueError(f"{name!r} must be a new name of letters, digits and underscores")
+                allowed = "must have a name of its own, a letter and then letters, digits and underscores"
+                raise InputError(f"metrics.{name}", metric.function, allowed)
         return value
 
     @field_validator("regex")

@@ -1,4 +1,4 @@
-"""Apply `lora.target_modules` and `lora.rank_pattern`: pick layers by their names. No torch."""
+"""Apply `lora.target_modules`, `lora.rank_pattern` and `lora.alpha_pattern`: pick layers by their names. No torch."""
 
 from __future__ import annotations
 
@@ -80,17 +80,37 @@ def layer_ranks(lora: LoraConfig, names: Iterable[str]) -> dict[str, int]:
     Raises InputError if an entry of `lora.rank_pattern` matches none of them, or if two give one
     layer different ranks: a config does not keep the order of its entries.
     """
-    ranks, unused = {}, set(lora.rank_pattern)
+    names = list(names)
+    found = _by_pattern("rank", lora.rank_pattern, names)
+    return {name: lora.halves * found.get(name, lora.rank) for name in names}
+
+
+def layer_scalings(lora: LoraConfig, ranks: Mapping[str, int]) -> dict[str, float]:
+    """Return the factor of B A of each of these layers: lora.scaling, or what its alpha in `lora.alpha_pattern` gives.
+
+    ranks: of `layer_ranks`. Raises InputError as it does.
+    """
+    found = _by_pattern("alpha", lora.alpha_pattern, ranks)
+    return {
+        name: found[name] / lora.divisor(rank // lora.halves) if name in found else lora.scaling for name, rank in ranks.items()
+    }
+
+
+def _by_pattern(what: str, pattern: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return the value of each layer that an entry of `lora.<what>_pattern` names."""
+    values, unused, ends = {}, set(pattern), set()
     for name in names:
-        found = {key: rank for key, rank in lora.rank_pattern.items() if pattern_value({key: True}, name, False)}
+        found = {key: value for key, value in pattern.items() if pattern_value({key: True}, name, False)}
         if len(set(found.values())) > 1:
-            raise InputError("lora.rank_pattern", found, f"must give {name} one rank")
-        ranks[name] = lora.halves * next(iter(found.values()), lora.rank)
+            raise InputError(f"lora.{what}_pattern", found, f"must give {name} one {what}")
+        if found:
+            values[name] = next(iter(found.values()))
         unused -= found.keys()
+        ends.add(name.rpartition(".")[2])
     if unused:
-        ends = ", ".join(sorted({name.rpartition(".")[2] for name in ranks}))
-        raise InputError("lora.rank_pattern", min(unused), f"matches no layer that lora.target_modules picks; allowed: {ends}")
-    return ranks
+        allowed = f"matches no layer that lora.target_modules picks; allowed: {', '.join(sorted(ends))}"
+        raise InputError(f"lora.{what}_pattern", min(unused), allowed)
+    return values
 
 
 def _is_regex(target_modules: str | tuple[str, ...]) -> TypeGuard[str]:

@@ -169,7 +169,9 @@ LATER: dict[str, dict[str, Any]] = {
         "template_kwargs": None, "date": None, "turns": "all", "eval_weights": None, "eval_limits": {},
     },
     "model": {"train_tokens": []},
-    "lora": {"start_from": None, "start_digest": None, "rank_pattern": {}, "start": "default", "use_dora": False},
+    "lora": {
+        "start_from": None, "start_digest": None, "rank_pattern": {}, "alpha_pattern": {}, "start": "default", "use_dora": False,
+    },
     "optim": {"ema_horizon": None, "loraplus_lr_ratio": 1.0, "decay_ratio": 0.2},
     "train": {"matmul": Matmul.BF16.value, "max_epochs": None, "neftune_noise_alpha": 0.0},
 }  # fmt: skip

@@ -114,8 +114,9 @@ def _check_references(metrics: MetricsConfig, samples: Sequence[TaskSample]) -> 
         texts = [references(metrics, name, sample.reference, sample.row) for sample in samples]
         value = metrics.field_of(name) or True
         if [] in texts:
-            where = f"evaluation sample {texts.index([]) + 1}"
-            allowed = f"must be a text, a number or a list of these in every sample; that of {where} is empty"
+            number = texts.index([])
+            has = as_text(field_value(samples[number].row, metrics.field_of(name)))
+            allowed = f"must be a text, a number or a list of these in every sample; evaluation sample {number + 1} has {has:.60}"
             raise InputError(f"metrics.{'regex_field' if name == 'regex' else name}", value, allowed)
         if why := unusable(name, [text for several in texts for text in several]):
             allowed = f"{why} of the {len(samples)} samples, so all trials would score 0; name the field that has it"

@@ -63,7 +63,7 @@ def export(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError("--out", str(out), "must be a new or empty folder")
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, takes_rows=form in ("merged", "gguf-merged"))
     model, config = read_origin(folder, adapter, config=config, trust_remote_code=trust_remote_code)
     if adapter.magnitudes and form == "gguf-adapter":
         raise InputError("adapter", form, "llama.cpp loads plain LoRA alone, and this is DoRA; or: gguf-merged, merged, peft")

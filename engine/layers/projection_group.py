@@ -47,7 +47,7 @@ class ProjectionGroup:
     """The parts of a group of projections, for one call.
 
     `dtype` is that of activations and adapters. `adapters` holds A [R, D] and scaling * B [O, R] of
-    each member, or None. `scaling` is a number, or a tensor of one value.
+    each member, or None. `scalings` has a number of each adapter, or a tensor of one value.
 
     With dropout, `noise` holds seed and rate (`ops.dropout`), and `stream` numbers the group's mask
     among those of one seed. The seed changes between passes only, so recomputation and backward use
@@ -58,7 +58,7 @@ class ProjectionGroup:
     dtype: torch.dtype
     bases: list[FrozenLinear]
     adapters: list[tuple[Tensor, Tensor] | None]
-    scaling: float | Tensor = 0.0
+    scalings: list[float | Tensor] = field(default_factory=list)
     noise: Tensor | None = None
     stream: int = 0
     cached: Tensor | None = None
@@ -84,8 +84,8 @@ class ProjectionGroup:
             group.bases.append(layer.base if adapted else layer)
             group.adapters.append(layer.cast(dtype) if adapted else None)
             group.dora.append(layer if adapted and layer.magnitude is not None else None)
+            group.scalings.append((layer.scaling if layer.scale is None else layer.scale) if adapted else 0.0)
             if adapted:
-                group.scaling = layer.scaling if layer.scale is None else layer.scale
                 dropping += [layer] if layer.dropout and layer.training else []
         if dropping:
             group.noise, group.stream = dropping[0].noise_of_pass(), TILES * dropping[0].number
@@ -267,10 +267,10 @@ class ProjectionGroup:
         da_RD = product(dlow_TR.t(), dropped_TD)
         along_O = self._along_weights(dy_TO, dropped_TD) if self.has_gains else None
         gradients = []
-        for part, rank, adapter, dora in zip(self.outputs, self._ranks(), self.adapters, self.dora):
+        for part, rank, adapter, scaling, dora in zip(self.outputs, self._ranks(), self.adapters, self.scalings, self.dora):
             if adapter is None:
                 continue
-            db_OR = product(dy_TO[:, part].t(), low_TR[:, rank]).mul_(self.scaling)
+            db_OR = product(dy_TO[:, part].t(), low_TR[:, rank]).mul_(scaling)
             gradients += [da_RD[rank], db_OR]
             if dora is not None:
                 gain, norm = dora.pass_gain()

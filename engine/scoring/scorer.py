@@ -93,8 +93,8 @@ def _scores(config: MetricsConfig, name: str, answers: Sequence[Answered]) -> li
 def references(config: MetricsConfig, name: str, reference: str, sample: Mapping[str, Any]) -> list[str]:
     """Return what a metric of the project compares an answer with; the best of several counts, as in SQuAD.
 
-    They are several if its field of the sample is a list; of json_equal a list is one value. None where
-    the field has nothing to compare with.
+    They are several if its field of the sample is a list; of json_equal a list is one value. Empty where
+    the field has nothing to compare with: null, an empty list, or an object.
     """
     wanted = config.field_of(name)
     if wanted is None:
@@ -103,7 +103,7 @@ def references(config: MetricsConfig, name: str, reference: str, sample: Mapping
     if name == "json_equal":
         return [as_text(value)]
     values = value if isinstance(value, list) else [value]
-    return [] if None in values else [as_text(one) for one in values]
+    return [] if any(one is None or isinstance(one, Mapping) for one in values) else [as_text(one) for one in values]
 
 
 def unusable(name: str, texts: Sequence[str]) -> str | None:

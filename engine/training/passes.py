@@ -261,9 +261,10 @@ class Passes:
 
     def _baked(self) -> Hashable:
         """Return what a recording holds as numbers: nothing, unless adapted layers run unfused."""
-        if not self._base.runs_outside_layers([one for one in self._layers.values() if not isinstance(one, TokenRows)]):
+        adapted = [one for one in self._layers.values() if not isinstance(one, TokenRows)]
+        if not self._base.runs_outside_layers(adapted):
             return ()
-        return self._config.lora.scaling, self._config.lora.lora_dropout
+        return self._config.lora.lora_dropout, *(one.scaling for one in adapted)
 
     def _pair_loss(self) -> Hashable:
         """Return what a recording holds of the loss of pairs: all of it, and None without pairs."""

@@ -96,7 +96,10 @@ def parsed(override: str) -> tuple[str, Any]:
         found = OverridesParser.create().parse_override(f"{key}={in_hydras_grammar(bare, value)}" if value else override)
         return found.key_or_group, found.value()
     except (HydraException, ValueError) as error:  # ValueError: a number of more than 4,300 digits
-        allowed = f"must be in Hydra's grammar ({first_line(error)}); text with other characters is quoted: '{bare}=\"...\"'"
+        way_out = f"text with other characters is quoted: '{bare}=\"...\"'"
+        if value.startswith("{"):  # Hydra has no quotes around keys
+            way_out = r"a key is not quoted, and brackets in it have a backslash: '{layers.\[0-3\].*: 8}'"
+        allowed = f"must be in Hydra's grammar ({first_line(error)}); {way_out}"
         raise InputError("argument", override, allowed) from None
 
 

@@ -19,7 +19,6 @@ from sweep.text import bytes_text
 
 FIELD = "sweep.output_dir"
 VALUE = 4  # bytes of a parameter: adapters are fp32
-MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0}  # bytes of the optimizer's state for a parameter, at least
 COPIES = 3  # a trial in training has its last checkpoint, the one before, and the one that it writes
 TOKENIZER = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
@@ -56,8 +55,9 @@ def disk_need(plan: SweepPlan, facts: PreparedFacts, num_warm: int = 0) -> DiskN
     if not probes:
         return None
     config, slots, on_gpu = plan.config, plan.slots.num_slots, plan.slots.device == "cuda"
-    # parameters are rank x features of the targets, and a probe changes one of the two
-    ranks, features = [one.lora.rank for one, _ in probes], [count / one.lora.rank for one, count in probes]
+    # parameters are rank x features of the targets, and a probe changes one of the two; a frozen half is in the files too
+    ranks = [one.lora.rank for one, _ in probes]
+    features = [count * one.lora.halves / one.lora.rank for one, count in probes]
     fewest, largest = min(ranks) * min(features), max(ranks) * max(features)
     states = [_state_bytes(one, on_gpu) for one, _ in probes]
     tokenizer = _tokenizer_bytes(Path(facts.model_path))
@@ -110,8 +110,10 @@ def check_disk(
 
 def _state_bytes(config: TrainConfig, on_gpu: bool) -> float:
     """Return the bytes of one checkpoint for each parameter: adapter, optimizer, running average."""
-    name = config.optim.name if config.optim.name != "auto" else "adamw_8bit" if on_gpu else "adamw"
-    return VALUE + MOMENTS[name] + (VALUE if config.optim.ema_horizon is not None else 0)
+    optim = config.optim
+    has_8bit_states = optim.has_8bit_states and (on_gpu or optim.name != "auto")
+    moments = optim.num_states * (1 if has_8bit_states else VALUE)
+    return VALUE + moments + (VALUE if optim.ema_horizon is not None else 0)
 
 
 def _tokenizer_bytes(model: Path) -> int:

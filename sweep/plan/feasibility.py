@@ -24,7 +24,7 @@ from sweep.cluster.card_kinds import CardKind, Label
 
 LEAST_EXCESS_GIB = 0.01  # a config that misses only its reserve counts as infeasible too
 WITHOUT_EFFECT = {
-    "lora": ("lora_alpha", "use_rslora", "start_from", "start_digest"),
+    "lora": ("lora_alpha", "alpha_pattern", "use_rslora", "start_from", "start_digest"),
     "optim": (
         "learning_rate", "loraplus_lr_ratio", "lr_schedule", "warmup_ratio", "decay_ratio", "min_lr_ratio", "weight_decay",
         "beta1", "beta2", "eps",

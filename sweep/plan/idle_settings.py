@@ -117,6 +117,29 @@ def _is_here(source: str | tuple[str, ...] | None) -> bool:
     return source is not None and source != ON_TRAINING_SAMPLES and not is_only_on_hub(source)
 
 
+def _no_metric(given: Settings) -> str | None:
+    return None if given.config.metrics.names else "no metric is named, such as metrics.exact_match=true"
+
+
+def _no_answers(given: Settings) -> str | None:
+    return None if given.config.metrics.generates else "no metric that generates answers is named"
+
+
+def _no_time_limit(given: Settings) -> str | None:
+    metrics = given.config.metrics
+    return None if metrics.own or metrics.regex else "neither a function of yours nor metrics.regex is named"
+
+
+def _muon_alone(given: Settings) -> str | None:
+    """Muon steps A and B by their momentum; DoRA's magnitudes beside them take AdamW's steps."""
+    is_muon = given.always("optim.name", lambda found: found == "muon")
+    return "Muon has beta1 alone" if is_muon and given.always("lora.use_dora", lambda found: not found) else None
+
+
+def _lion(given: Settings) -> str | None:
+    return "Lion has no eps" if given.always("optim.name", lambda found: found in LIONS) else None
+
+
 _NO_EVAL = (_if_unset("data.eval"), _if_equal("data.eval", ON_TRAINING_SAMPLES))
 
 
@@ -137,7 +160,14 @@ RULES: dict[str, Rule] = {
     "data.turns": _if_equal("data.format", "text"),
     "data.date": _if_equal("data.format", "text"),
     "optim.decay_ratio": _unless_equal("optim.lr_schedule", "wsd"),
-    "optim.eps": lambda given: "Lion has no eps" if given.always("optim.name", lambda found: found in LIONS) else None,
+    "optim.beta2": _muon_alone,
+    "optim.eps": _first(_lion, _muon_alone),
+    "metrics.at": _no_metric,
+    "metrics.max_samples": _no_metric,
+    "metrics.max_new_tokens": _no_answers,
+    "metrics.temperature": _no_answers,
+    "metrics.batch_size": _no_answers,
+    "metrics.function_timeout_s": _no_time_limit,
     "optim.min_lr_ratio": _if_equal("optim.lr_schedule", "constant"),
     "train.num_reports": _if_set("train.report_at_tokens"),
     "train.gradient_accumulation_steps": _if_set("train.tokens_per_step"),

@@ -27,8 +27,11 @@ from sweep.space.parse import WEIGHT, check_weights, parse_space
 from sweep.space.space import Space
 
 TYING = ("lora.target_modules", "lora.start")
-TIED = ("lora.rank", "lora.lora_dropout", "lora.use_dora", "lora.start", "optim.name")
-"""Fields whose values the model's layers may rule out together: experts take plain LoRA alone, and a start has a largest rank."""
+TIED = (
+    "lora.rank", "lora.rank_pattern", "lora.alpha_pattern", "lora.lora_dropout", "lora.use_dora", "lora.start", "optim.name",
+)  # fmt: skip
+"""Fields whose values the model's layers may rule out together: experts take plain LoRA alone, a start has a largest
+rank, and a pattern's keys must match targets."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ class SweepPlan:
         """Return the configs that prepare checks: the base, one per choice and end of range, and pairs that the model ties."""
         base = self.base()
         configs = [*self.space.single_changes(base), *self.space.pair_changes(base, TYING, TIED)]
+        for ranks in (d for d in self.space.dimensions if d.path == "lora.rank" and not d.when):
+            started = [config.model_dump(mode="json") for config in configs if config.lora.start != "default"]
+            configs += [self.space.apply(config, {ranks.path: max(ranks.corners(), key=ranks.value)}) for config in started]
         return list({config.fingerprint(): config for config in configs}.values())
 
     def on_day(self, day: str | None) -> SweepPlan:
@@ -157,7 +163,8 @@ class SweepPlan:
 
 
 def _epochs(config: SweepConfig) -> str:
-    return "" if config.train.max_epochs is None else f" or {config.train.max_epochs:g} passes, whichever ends first"
+    passes = config.train.max_epochs
+    return "" if passes is None else f" or {passes:g} pass{'' if passes == 1 else 'es'}, whichever ends first"
 
 
 def make_sweep_plan(

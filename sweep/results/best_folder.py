@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engine.config.parsing import parse, to_json
@@ -97,9 +98,10 @@ def best_card(
 
 
 def _tools(config: TrainConfig) -> list[str]:
-    if config.model.train_tokens:
-        return ["It has rows of tokens (`trainable_token_indices`), which PEFT loads, and no merge, chat or llama.cpp."]
-    return ["Run in this folder, with qlora-sweep installed:", "", *TOOLS]
+    rows = "It has rows of tokens (`trainable_token_indices`), which PEFT takes. Other programs take the merged forms."
+    noted = [rows, ""] if config.model.train_tokens else []
+    tools = [line for line in TOOLS if not (noted and re.search(r"--to (peft|gguf-adapter)", line))]
+    return [*noted, "Run in this folder, with qlora-sweep installed:", "", *tools]
 
 
 def _permission(config: TrainConfig) -> str:
@@ -142,8 +144,8 @@ def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]
         *config_rows(config, "training data"),
         *_averaged(kept, config),
         ("tokens seen by this adapter", f"{kept.tokens_seen:,} of {last.tokens_seen:,} trained"),
-        ("rank", ", ".join([str(lora.rank), *(f"{name}: {rank}" for name, rank in lora.rank_pattern.items())])),
-        ("lora_alpha", f"{lora.alpha:g}" + (" (rsLoRA)" if lora.use_rslora else "")),
+        ("rank", ", ".join([str(lora.rank), *_others(lora.rank_pattern)])),
+        ("lora_alpha", ", ".join([f"{lora.alpha:g}", *_others(lora.alpha_pattern)]) + (" (rsLoRA)" if lora.use_rslora else "")),
         *config_rows(config, "lora_dropout", "target_modules"),
         *_started(record, config),
         ("trainable parameters", f"{num_parameters(record):,}"),
@@ -154,6 +156,11 @@ def _settings(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]
         ("peak predicted GiB", number(record.predicted_peak_gib, ".2f")),
         *config_rows(config, "seed"),
     ]
+
+
+def _others(pattern: Mapping[str, float]) -> list[str]:
+    """Return what a pattern says of some layers."""
+    return [f"{name}: {value:g}" for name, value in pattern.items()]
 
 
 def _started(record: TrialRecord, config: TrainConfig) -> list[tuple[str, str]]:

@@ -31,7 +31,7 @@ def next_steps(folder: SweepFolder, config: SweepConfig, space: Space, has_adapt
     """
     best, permission = shlex.quote(str(folder.best)), f" {FLAG}" if config.model.trust_remote_code else ""
     steps = []
-    if has_adapter and not config.model.train_tokens:  # chat and merge take no rows of tokens
+    if has_adapter:
         steps.append(("talk to it", f"python -m engine.chat {best}{permission}"))
         steps.append(("use it elsewhere", f"python -m engine.export {best} --to merged --out DIR{permission}"))
     steps.append(("look at trials", f"python -m sweep.ui {shlex.quote(str(folder.path))}"))

@@ -247,7 +247,8 @@ def _with_weight(sources: Any, path: str, weight: Any) -> list[Any]:
     number = int(path.split(".")[2])
     several = sources if isinstance(sources, list | tuple) and all(isinstance(one, Mapping) for one in sources) else ()
     if number >= len(several):
-        allowed = f"must be the place of a source: data.train mixes {len(several)}, counted from 0"
+        mixed = f"mixes {len(several)}" if several else "mixes none, as [{path: a.jsonl}, {path: b.jsonl}] would"
+        allowed = f"must be the place of a source, counted from 0, and data.train {mixed}"
         raise InputError(f"space.{path}", weight, allowed)
     return [{**one, "weight": weight} if i == number else one for i, one in enumerate(several)]
 

@@ -23,7 +23,8 @@ KINDS = [
     {}, {"lora": {"use_dora": True}}, {"lora": {"use_dora": True, "lora_dropout": 0.1}}, {"train": {"neftune_noise_alpha": 5.0}},
     {"lora": {"start": "pissa"}}, {"lora": {"start": "loftq"}}, {"optim": {"name": "muon"}},
     {"optim": {"name": "lion", "learning_rate": 3e-4}}, {"optim": {"loraplus_lr_ratio": 4.0}},
-    {"lora": {"rank_pattern": {"down_proj": 2, "up_proj": 8}}},
+    {"lora": {"rank_pattern": {"down_proj": 2, "up_proj": 8}}}, {"lora": {"alpha_pattern": {"down_proj": 2.0, "q_proj": 24.0}}},
+    {"lora": {"alpha_pattern": {"down_proj": 2.0, "q_proj": 24.0}, "use_dora": True, "lora_dropout": 0.1}},
 ]  # fmt: skip
 
 
@@ -70,6 +71,11 @@ def test_a_recorded_mixture_has_the_losses_of_the_cpu(tiny_config, tiny_mixture_
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     compare(tiny_config, tmp_path, {"model": {"path": str(folder)}, "lora": {"target_modules": targets}})
+
+
+def test_experts_of_other_alphas_have_the_losses_of_the_cpu(tiny_config, tiny_mixture_dir, tmp_path):
+    lora = {"target_modules": ["attention", "experts"], "alpha_pattern": {"experts.down_proj": 24.0, "q_proj": 2.0}}
+    compare(tiny_config, tmp_path, {"model": {"path": str(tiny_mixture_dir)}, "lora": lora})
 
 
 @pytest.mark.parametrize(

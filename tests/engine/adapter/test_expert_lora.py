@@ -73,12 +73,12 @@ def test_a_flat_adapter_copies_all_but_experts_and_its_scaling_reaches_them():
     torch.testing.assert_close(hidden_states(model, batch()), before)
     hidden_states(model, batch()).square().sum().backward()
     assert all(layer.lora_b.grad.any() for layer in layers.values())
-    adapter.memory.scaling.mul_(2)  # as the next trial's does, which a recording must read
+    adapter.memory.scalings.mul_(2)  # as the next trial's does, which a recording must read
     adapter.refresh()
     changed = hidden_states(model, batch())
     for layer in layers.values():
         layer.lora_b.data.mul_(2)
-    adapter.memory.scaling.div_(2)
+    adapter.memory.scalings.div_(2)
     adapter.refresh()
     torch.testing.assert_close(hidden_states(model, batch()), changed)
     assert (changed - before).abs().max() > 1e-2

@@ -20,7 +20,7 @@ def config(**sections):
     [
         ({"lora": {"rank": 0}}, "lora.rank", "greater than or equal to 1"),
         ({"lora": {"rank": "8"}}, "lora.rank", "valid integer"),
-        ({"lora": {"rnk": 8}}, "lora.rnk", "known keys: lora_alpha, lora_dropout, rank.*did you mean 'rank'"),
+        ({"lora": {"rnk": 8}}, "lora.rnk", "known keys: alpha_pattern, lora_alpha, lora_dropout, rank.*did you mean 'rank'"),
         ({"lora": {"target_modules": []}}, "lora", "at least one module"),
         ({"lora": {"target_modules": ["q_proj", 3]}}, "lora.target_modules.1", "must be text"),
         ({"lora": {"target_modules": 3}}, "lora.target_modules", r"must be text or a list: \[3\]$"),
@@ -31,6 +31,7 @@ def config(**sections):
         ({"model": {"path": "m", "train_tokens": None}}, "model.train_tokens", "must be a list$"),
         ({"metrics": {"exact_match": ""}}, "metrics.exact_match", "must be true or false or text that is not empty$"),
         ({"metrics": {"choices": ["a"]}}, "metrics.choices", "must be text or a list of at least 2$"),
+        ({"metrics": {"my-score": "a:b"}}, "metrics.my-score", "must have a name of its own"),
         ({"metrics": {"mine": "a:"}}, "metrics.mine", "must be package.module:function$"),
         ({"metrics": {"mine": {"function": "a:b", "direction": "up"}}}, "metrics.mine.direction", "'maximize' or 'minimize'$"),
         ({"data": {"train": "d", "eval": {}}}, "data.eval", "must hold from 1 to 16 evaluation sets$"),

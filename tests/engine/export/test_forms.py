@@ -19,7 +19,7 @@ from engine.evaluation.reevaluate import evaluate_adapter
 from engine.export.__main__ import main
 from engine.export.forms import export
 from engine.export.gguf_model import Naming, write_adapter, write_model
-from engine.export.merge import merged_tensors
+from engine.export.merge import merged_dtype, merged_tensors
 from engine.model.device import one_thread
 from engine.model.inspect import model_config
 from engine.sources.smollm2 import tensor_name, unpermute
@@ -112,6 +112,21 @@ def test_a_base_in_several_files_is_merged_file_by_file(base, adapter, tmp_path)
     export(adapter, "merged", tmp_path / "one", measure=False)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
     assert torch.equal(logits(tmp_path / "many"), logits(tmp_path / "one"))
+
+
+def test_weights_that_a_16_bit_base_holds_in_fp32_stay_as_they_are(base, adapter, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    state = load_file(base / "model.safetensors")
+    norm = state["model.layers.0.input_layernorm.weight"] = torch.rand(64)  # more digits than 16 bits have
+    query = state["model.layers.0.self_attn.q_proj.weight"] = state["model.layers.0.self_attn.q_proj.weight"].float()
+    save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    files = tensor_files(tmp_path / "base")
+    dtype, keeps_fp32 = merged_dtype(files)
+    targets = {"model.layers.0.self_attn.q_proj.weight": "model.layers.0.self_attn.q_proj"}
+    found = dict(merged_tensors(read_adapter(adapter), files["model.norm.weight"], dtype, targets, keeps_fp32))
+    assert torch.equal(found["model.layers.0.input_layernorm.weight"], norm) and keeps_fp32
+    assert not torch.equal(found["model.layers.0.self_attn.q_proj.weight"], query.bfloat16())
+    assert {tensor.dtype for name, tensor in found.items() if "input_layernorm" not in name} == {torch.bfloat16}
 
 
 def test_a_merged_weight_beyond_float16_is_refused(base, adapter):

@@ -39,7 +39,7 @@ RANKS = lora("attention", "experts", rank_pattern={".*experts.*": 2, ".*q_proj":
     ],
 )
 def test_its_losses_are_those_of_base_and_adapter(model_type, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge, "merged_dtype", lambda files: torch.float32)  # else rounding is all that shows
+    monkeypatch.setattr(merge, "merged_dtype", lambda files: (torch.float32, False))  # else rounding is all that shows
     base = save_base(model_type, tmp_path)
     for number, given in enumerate(settings):
         (tmp_path / str(number)).mkdir()

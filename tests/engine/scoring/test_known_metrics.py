@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from random import Random
+
 import pytest
 
 from engine.config.metrics_section import MetricsConfig
@@ -40,6 +43,18 @@ DEEP = "[" * 900 + "]" * 900
 )  # fmt: skip
 def test_scores_are_those_computed_by_hand(metric, answer, reference, score):
     assert metric(answer, reference) == pytest.approx(score)
+
+
+def test_rouge_l_of_random_words_is_that_of_the_whole_table_and_of_rouge_score_s_words():
+    random, alphabet = Random(0), "abc AB_1-2. "
+    for _ in range(200):
+        one, other = ("".join(random.choices(alphabet, k=random.randint(0, 60))) for _ in range(2))
+        ours, theirs = (re.sub("[^a-z0-9]+", " ", text.lower()).split() for text in (one, other))
+        row = [[0] * (len(theirs) + 1) for _ in range(len(ours) + 1)]
+        for i, word in enumerate(ours):
+            for j, wanted in enumerate(theirs):
+                row[i + 1][j + 1] = row[i][j] + 1 if word == wanted else max(row[i][j + 1], row[i + 1][j])
+        assert rouge_l(one, other) == (2 * row[-1][-1] / (len(ours) + len(theirs)) if ours and theirs else 0.0)
 
 
 def test_json_is_one_value_and_nothing_else():

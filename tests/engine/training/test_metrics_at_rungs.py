@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from engine.command_answers import AdapterEvaluation
 from engine.config.parsing import to_json
+from engine.data.views import load_data
 from engine.errors import InputError, Interrupted
 from engine.evaluation import decoding, task_metrics
 from engine.evaluation.reevaluate import evaluate_adapter
@@ -171,8 +172,6 @@ def test_no_memory_for_one_answer_is_a_line_and_the_trial_goes_on(tiny_config, t
     ],
 )  # fmt: skip
 def test_what_the_samples_or_functions_lack_is_one_line_before_a_trial(metrics, field, tiny_config, base):
-    from engine.data.views import load_data
-
     config = with_metrics(tiny_config, **metrics)
     with pytest.raises(InputError) as error:
         check_metrics(config, load_data(config.data, base.tokenizer)[1], base.tokenizer)
@@ -197,6 +196,15 @@ def test_fields_belong_to_their_own_sample_and_choices_are_judged_by_likelihood(
         assert one.reference.strip() == f"It is {2 * number}." and one.choice != "No idea at all, really."
         assert one.scores["choice_accuracy"] == float(one.choice == f"It is {2 * number}.")
         assert one.scores["exact_match"] == float(one.answer.strip() == f"It is {2 * number}.")
+
+
+@pytest.mark.parametrize("odd", [None, [], [None], {"text": "a"}])
+def test_a_field_without_anything_to_compare_with_is_one_line(odd, tiny_config, tmp_path, base):
+    rows = [{"prompt": f"What is {i}?", "completion": " a", "field": "a" if i else odd} for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = build({**tiny_config, "metrics": {**METRICS, "exact_match": "field"}}, data={"train": str(tmp_path / "rows.jsonl")})
+    with pytest.raises(InputError, match=r"^metrics.exact_match = 'field': must be a text, .* has [n\[{]"):
+        check_metrics(config, load_data(config.data, base.tokenizer)[0], base.tokenizer)
 
 
 def test_files_of_answers_that_are_damaged_are_one_line(tmp_path):

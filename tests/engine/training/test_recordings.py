@@ -140,7 +140,11 @@ def test_what_a_recording_must_read_from_the_device_is_there(base):
     for layer in (module for module in base.model.modules() if isinstance(module, FusedLayer)):
         groups += [ProjectionGroup.of(members, base.dtype) for members in layer.projections().values()]
     adapted = [group for group in groups if group.is_adapted]
-    assert adapted and all(g.scaling is adapter.memory.scaling and g.noise is adapter.memory.noise for g in adapted)
+    assert adapted and all(g.noise is adapter.memory.noise for g in adapted)
+    read = [scaling for g in adapted for scaling, pair in zip(g.scalings, g.adapters, strict=True) if pair is not None]
+    own = adapter.memory.scalings.untyped_storage().data_ptr()
+    assert len(read) == len(layers) and {scaling.untyped_storage().data_ptr() for scaling in read} == {own}
+    assert len({scaling.data_ptr() for scaling in read}) == len(read)
     assert len({g.stream for g in adapted}) == len(adapted)
     detach(base.model, layers)
 

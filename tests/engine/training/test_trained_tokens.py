@@ -7,10 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.adapter.lora import attach, detach
 from engine.adapter.peft_files import load_adapter
+from engine.chat import load_chat
+from engine.config.parsing import to_json
 from engine.errors import InputError, Interrupted
 from engine.evaluation import decoding
 from engine.evaluation.decoding import Decoding, generate
@@ -68,14 +72,37 @@ def test_rows_learn_and_a_stopped_trial_ends_as_an_undisturbed_one(trial, tmp_pa
         assert (folder / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
 
 
-def test_the_files_give_the_losses_of_the_trial_and_other_forms_refuse_them(trial, tmp_path, capsys):
+def test_the_files_give_the_losses_of_the_trial_and_forms_without_a_place_refuse_them(trial, tmp_path, capsys):
     config, folder, reports = trial
     best = min(report.eval_loss for report in reports)
     assert evaluate_adapter(config, folder / "adapter").eval_loss == pytest.approx(best, rel=1e-5)
-    for form in ("peft", "merged", "gguf-adapter", "gguf-merged"):
+    for form in ("peft", "gguf-adapter"):
         assert main([str(folder / "adapter"), "--to", form, "--out", str(tmp_path / form)]) == 2
         error = capsys.readouterr().err.strip()
         assert "trainable_token_indices" in error and "\n" not in error and not (tmp_path / form).exists()
+
+
+def test_a_merged_model_holds_the_rows_and_their_tokens_as_peft_s_merge_does_and_chat_answers_with_them(trial, tmp_path, capsys):
+    config, folder, _ = trial
+    (folder / "train_config.json").write_text(to_json(config))
+    for form in ("merged", "gguf-merged"):
+        arguments = [str(folder / "adapter"), "--to", form, "--out", str(tmp_path / form), "--no-losses"]
+        assert main(arguments) == 0, capsys.readouterr()
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(model, str(folder / "adapter")).merge_and_unload().to(torch.bfloat16).state_dict()
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16).state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    tool = AutoTokenizer.from_pretrained(tmp_path / "merged").convert_tokens_to_ids("<tool>")
+    plain = load_file(f"{config.model.path}/model.safetensors")["model.embed_tokens.weight"]
+    assert not torch.equal(ours["model.embed_tokens.weight"][tool], plain[tool].bfloat16())
+    chat = load_chat(folder / "adapter", 4, 0.0, "cpu")
+    with torch.no_grad():
+        rows = chat._base.model.get_input_embeddings()(torch.tensor([tool]))
+    torch.testing.assert_close(rows[0], load_file(folder / "adapter" / "adapter_model.safetensors")[ROWS][0])
+    chat.answer("the <tool>")
+    (folder / "train_config.json").unlink()
+    with pytest.raises(InputError, match="has rows of tokens"):
+        load_chat(folder / "adapter", 4, 0.0, "cpu")
 
 
 def test_answers_are_made_with_the_rows_by_fused_and_by_the_librarys_layers(trial, monkeypatch):

@@ -66,7 +66,7 @@ def test_help_on_nothing_known_is_one_line(capsys):
         ("+exp", {"+experiment="}),
         ("+debug=o", {"+debug=one-trial", "+debug=overfit-one-batch"}),
         ("lora.", {"lora.rank=", "lora.lora_alpha=", "lora.lora_dropout=", "lora.target_modules=", "lora.use_rslora=",
-                   "lora.rank_pattern=", "lora.start=", "lora.start_from=", "lora.start_digest=",
+                   "lora.rank_pattern=", "lora.alpha_pattern=", "lora.start=", "lora.start_from=", "lora.start_digest=",
                        "lora.use_dora="}),
         ("lora.use_rslora=", {"lora.use_rslora=true", "lora.use_rslora=false"}),
         ("cluster.card=rtx40", {"cluster.card=rtx4090"}),

@@ -23,7 +23,10 @@ OPTIONS = [(group, option) for group, options in groups().items() for option in 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{group}={option}" for group, option in OPTIONS])
 def test_every_option_composes_into_a_plan(group, option):
-    extra = {"model=local": ["model.path=m"], "data=local": ["data.train=t.jsonl"]}.get(f"{group}={option}", [])
+    extra = {
+        "model=local": ["model.path=m"], "data=local": ["data.train=t.jsonl"],
+        "space=what-it-learns-from": ["data.train=[{path: a.jsonl}, {path: b.jsonl}]"],
+    }.get(f"{group}={option}", [])  # fmt: skip
     if (group, option) == ("sampler", "grid"):
         extra = ["space=none"]
     needed = NEEDED[:1] if option == "preferences" else NEEDED  # its objective needs its own pairs of answers

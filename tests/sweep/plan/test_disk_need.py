@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 
+from engine.config.optim_section import OptimConfig
 from engine.errors import InputError
 from sweep.config.sweep import parse_sweep_config
 from sweep.plan.disk_need import check_disk, disk_need
@@ -48,6 +50,18 @@ def test_a_running_average_an_8_bit_optimizer_and_final_seeds_count(tmp_path):
     assert averaged.checkpoints * 12 == plain.checkpoints * (4 + 2 + 4)
     seeds = disk_need(*plan_for(tmp_path, sweep={"final_seeds": 3}))
     assert seeds.adapters - plain.adapters == 2 * 2 * 8 * 300 * 4
+
+
+@pytest.mark.parametrize("name", get_args(OptimConfig.model_fields["name"].annotation))
+def test_each_optimizer_has_its_states_in_a_checkpoint(tmp_path, name):
+    one, plain = disk_need(*plan_for(tmp_path, optim={"name": name})), disk_need(*plan_for(tmp_path))
+    states = {"auto": 8, "adamw": 8, "adamw_8bit": 2, "lion": 4, "lion_8bit": 1, "muon": 4}
+    assert one.checkpoints * (4 + 8) == plain.checkpoints * (4 + states[name]) and one.adapters == plain.adapters
+
+
+def test_the_frozen_half_of_pissa_is_in_the_files_too(tmp_path):
+    pissa, plain = (disk_need(*plan_for(tmp_path, lora={"start": start, "rank": 4})) for start in ("pissa", "default"))
+    assert pissa.adapters == 2 * plain.adapters and pissa.checkpoints == 2 * plain.checkpoints
 
 
 def test_paused_trials_keep_their_checkpoints(tmp_path):

@@ -48,7 +48,7 @@ def test_a_finished_sweep_needs_more_trials_before_it_goes_on(tmp_path):
     ("changes", "missing"),
     [
         ({"has_adapter": False}, {"talk to it", "use it elsewhere"}), ({"space": SMALL, "num_trials": 6}, {"search on"}),
-        ({"model": {"train_tokens": ["<tool>"]}}, {"talk to it", "use it elsewhere"}),
+        ({"model": {"train_tokens": ["<tool>"]}}, set()),  # chat and a merge take rows of tokens
     ],
 )  # fmt: skip
 def test_what_would_be_refused_is_not_named(tmp_path, changes, missing):

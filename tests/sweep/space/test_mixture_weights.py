@@ -46,8 +46,8 @@ def test_the_command_line_takes_a_mixture_and_its_weights():
 @pytest.mark.parametrize(
     ("space", "train", "said"),
     [
-        ({"data.train.2.weight": {"choices": [1, 2]}}, SOURCES, "space.data.train.2.weight = 1: .*mixes 2, counted from 0"),
-        ({"data.train.0.weight": {"choices": [1, 2]}}, "a.jsonl", "space.data.train.0.weight = 1: .*mixes 0"),
+        ({"data.train.2.weight": {"choices": [1, 2]}}, SOURCES, "space.data.train.2.weight = 1: .*data.train mixes 2"),
+        ({"data.train.0.weight": {"choices": [1, 2]}}, "a.jsonl", "space.data.train.0.weight = 1: .*mixes none, as"),
         ({"data.train.0.path": {"choices": ["a", "b"]}}, SOURCES, "space.data.train.0.path"),
         ({"data.train.0.weight": {"low": -1.0, "high": 1.0}}, SOURCES, "data.train.0.weight = -1.0"),
         ({f"data.train.{i}.weight": {"low": 0.0, "high": 1.0} for i in (0, 1)}, SOURCES, "weight of zero everywhere"),
