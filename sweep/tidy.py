@@ -19,12 +19,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import InputError, first_line
 from engine.system.command_line import run
 from engine.units import counted
 from sweep.folder.litter import checkpoints, freed_bytes, unused_starts
 from sweep.folder.sweep_folder import SweepFolder
-from sweep.study.journal import DAMAGED, mend_journal, read_records
+from sweep.study.journal import mend_journal, read_records
 from sweep.text import bytes_text
 from sweep.trials.record import CONTENDERS, GOING_ON, TrialRecord
 
@@ -82,11 +81,7 @@ def find_litter(folder: SweepFolder, adapters: bool = False) -> Iterator[Litter]
     Raises InputError for a damaged journal. A trial that the journal does not know is left alone.
     """
     for own in (folder, SweepFolder(folder.final_seeds)):
-        try:
-            records = read_records(own, lambda params: {})[1]
-        except DAMAGED as error:
-            raise InputError("folder", str(own.path), f"has a damaged journal ({first_line(error)})") from None
-        for record in records:
+        for record in read_records(own, lambda params: {})[1]:
             places = tuple(_unused(own.trial(record.number), record, adapters))
             if places:
                 yield Litter(places, f"trial {record.number} is {record.outcome}")

@@ -166,7 +166,8 @@ class Pass(MlpWalk, MixerWalk, ExpertsWalk):
             self._mlp_gradient("dx_mid")
         else:
             live.hold("dx_mid", s.x)
-            with self._tile(backward=True) as tile:
+            sums = 4 * sum(self.plan.adapter[group] for group in self._mlp_groups)
+            with live.holding(sums), self._tile(backward=True) as tile:  # gradients over the tiles before
                 tile._mlp_gradient("tile")
         live.drop("normed_mlp")
 

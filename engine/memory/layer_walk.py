@@ -58,8 +58,17 @@ class LayerWalk:
 
     def _dropped(self, group: str, input_size: int) -> None:
         """Make the masked input for a moment."""
-        if self.dropout and self.plan.ranks[group]:
-            self.live.briefly(input_size)
+        self.live.briefly(self._masked(group, input_size))
+
+    def _masked(self, group: str, input_size: int) -> int:
+        """Return the bytes of the masked input: 0 without dropout or adapters."""
+        return input_size if self.dropout and self.plan.ranks[group] else 0
+
+    def _adapter_gradients(self, group: str, input_size: int) -> None:
+        """Make the gradients of a group's adapters, beside its masked input."""
+        with self.live.holding(self._masked(group, input_size)):
+            self._along_weights(group)
+            self.live.hold(f"grads.{group}", 4 * self.plan.adapter[group])
 
     def _weights(self, group: str) -> int:
         """Return the bytes of dequantised weights. DoRA makes its own, under dropout beside them."""
@@ -97,9 +106,7 @@ class LayerWalk:
         self, group: str, input_size: int, output_size: int, dx: str, weights_are_there: bool = False
     ) -> None:
         with self.live.holding(self.plan.ranks[group] * self.sizes.low):
-            self._dropped(group, input_size)
-            self._along_weights(group)
-            self.live.hold(f"grads.{group}", 4 * self.plan.adapter[group])
+            self._adapter_gradients(group, input_size)
             with self.live.holding(0 if weights_are_there else self._backward_needs(group, output_size), WEIGHTS):
                 self.live.hold(dx, input_size)
             self._dropped(group, input_size)

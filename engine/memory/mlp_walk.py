@@ -22,10 +22,14 @@ from engine.shape.mixer_shape import MIXER
 class MlpWalk(LayerWalk):
     """The MLP's part of a walk."""
 
+    @property
+    def _mlp_groups(self) -> list[str]:
+        return [group for group in self.shape.groups if group not in ("qkv", "o", MIXER)]
+
     @contextmanager
     def _tile(self, backward: bool) -> Iterator[Self]:
         """Yield the pass through one tile of the MLP; what its products read lives through all tiles."""
-        mine, mode = [group for group in self.shape.groups if group not in ("qkv", "o", MIXER)], self.plan.matmul
+        mine, mode = self._mlp_groups, self.plan.matmul
         is_unread = backward and mode.is_int8_backward and not self._norms("mlp").after
         forward = [group for group in mine if not (is_unread and group == "down")]
         size = sum(self._codes(group, "forward") if mode.is_int8_forward else self._weights(group) for group in forward)
@@ -118,8 +122,6 @@ class MlpWalk(LayerWalk):
                 live.hold("dhidden", s.f)
             if self.plan.matmul.is_int8_backward and (self.plan.matmul.is_int8_forward or not self.plan.ranks["gate_up"]):
                 live.hold("codes of dgate_up", s.gate_up // s.element)  # the kernel of the activation makes them
-            self._dropped("down", s.f)
             self._low("down", s.f)
-            self._along_weights("down")
-            live.hold("grads.down", 4 * self.plan.adapter["down"])
+            self._adapter_gradients("down", s.f)
             live.drop("dhidden")

@@ -205,13 +205,13 @@ class Ledger(Halt):
         return is_new
 
     def _keeps_slot(self, number: int) -> bool:
-        """Judge a trial at its newest rung. If it must give up its slot, it is PRUNED or PAUSED by then."""
-        keeps = self._is_protected(number)
+        """Judge a trial at its newest rung. It is PRUNED or PAUSED if it leaves its slot; a spent budget has it STOPPED."""
+        keeps, is_spent = self._is_protected(number), self._budget.spent()
         if self._freezer is None:
-            if self._study.should_prune(number) and not (keeps or self._records[number].is_unjudged):
+            if not is_spent and self._study.should_prune(number) and not (keeps or self._records[number].is_unjudged):
                 self._end(number, Outcome.PRUNED)
                 return False
-        elif not keeps and not self._budget.spent() and self._records[number].reports and not self._freezer.goes_on(number):
+        elif not keeps and not is_spent and self._records[number].reports and not self._freezer.goes_on(number):
             self._stop(number, Outcome.PAUSED)
             return False
         return True

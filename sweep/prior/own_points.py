@@ -39,6 +39,8 @@ def _read(number: int, given: Mapping[str, Any], space: Space) -> Params:
         if path not in known:
             varied = f"the space varies {', '.join(known) or 'nothing'}"
             raise _error(number, given, f"{path} is not varied; {varied}{did_you_mean(path, known)}")
+        if path in point:
+            raise _error(number, given, f"{path} is given twice")
         point[path] = _point(known[path], value)
         if point[path] is OUTSIDE:
             raise _error(number, given, f"{path} = {value!r} is outside the space: {known[path].describe()}")

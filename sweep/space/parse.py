@@ -30,7 +30,11 @@ def parse_space(data: Mapping[str, Any]) -> Space:
 
     Raises InputError, which names the path and the allowed values.
     """
-    leaves = dict(_leaves(data, ""))
+    leaves: dict[str, Mapping[str, Any]] = {}
+    for path, leaf in _leaves(data, ""):
+        if path in leaves:
+            raise InputError(f"space.{path}", dict(leaf), f"is given twice, also as {dict(leaves[path])}; leave one out")
+        leaves[path] = leaf
     dimensions = {path: _dimension(path, leaf) for path, leaf in leaves.items()}
     for dimension in dimensions.values():
         _check_condition(dimension, dimensions)
@@ -129,7 +133,10 @@ def _range(path: str, leaf: Mapping[str, Any], when: dict[str, tuple[Scalar, ...
 def _condition(where: str, when: Any) -> dict[str, tuple[Scalar, ...]]:
     if not isinstance(when, Mapping):
         raise InputError(f"{where}.when", when, "must be a mapping other.path -> choice name, or list of names")
-    flat = {path: names for key, value in when.items() for path, names in flattened(str(key), value)}
+    pairs = [pair for key, value in when.items() for pair in flattened(str(key), value)]
+    flat = dict(pairs)
+    if len(flat) < len(pairs):
+        raise InputError(f"{where}.when", dict(when), "gives a field twice; leave one of them out")
     return {path: tuple(names) if isinstance(names, list | tuple) else (names,) for path, names in flat.items()}
 
 

@@ -15,7 +15,7 @@ from sweep.folder.sweep_folder import SweepFolder
 from sweep.space.parse import parse_space
 from sweep.space.space import Space
 from sweep.study.begun_with import read_unedited_config
-from sweep.study.journal import read_trials, record_of, rungs_judged
+from sweep.study.journal import read_records, rungs_judged
 from sweep.study.warm_start import EarlierTrial, best_points, changed_part, check_comparable, entering
 
 
@@ -60,8 +60,7 @@ def _of_folder(
         raise InputError("sweep.warm_start", name, f"its sweep_config.json cannot be used: {error}") from None
     check_comparable(name, config, there)
     base, space_there = there.base().model_dump(mode="json"), parse_space(there.space)
-    trials = read_trials(folder)
-    records = [record_of(t, folder, lambda params: space_there.merged(base, params)) for t in trials]
+    trials, records = read_records(folder, lambda params: space_there.merged(base, params))
     enter = entering(name, records, space, config)
     if changed := changed_part(data, folder.read_data()):
         points = best_points(enter)

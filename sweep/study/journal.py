@@ -59,12 +59,20 @@ def open_study(
 def read_trials(folder: SweepFolder) -> list[FrozenTrial]:
     """Return every trial of another sweep, which may be running, without changing anything.
 
-    Empty if the sweep has not begun.
+    Empty if the sweep has not begun. Raises InputError for a damaged journal.
     """
     if not folder.journal.is_file() or folder.journal.stat().st_size == 0:
         return []
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
-    return optuna.load_study(study_name=STUDY_NAME, storage=storage).get_trials(deepcopy=False)
+    try:
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
+        return optuna.load_study(study_name=STUDY_NAME, storage=storage).get_trials(deepcopy=False)
+    except DAMAGED as error:
+        raise damaged_journal(folder, error) from None
+
+
+def damaged_journal(folder: SweepFolder, error: Exception) -> InputError:
+    """Return what to raise for one of DAMAGED."""
+    return InputError("folder", str(folder.path), f"has a damaged journal ({first_line(error)}); restore it from a copy")
 
 
 class FollowedJournal:
@@ -111,10 +119,14 @@ def read_attributes(folder: SweepFolder) -> dict[str, Any]:
 def read_records(folder: SweepFolder, config_of: ConfigOf) -> tuple[list[FrozenTrial], list[TrialRecord]]:
     """Return every trial of another sweep, and the plain record of each.
 
-    The records include the reports from the trials' folders. config_of: as for record_of.
+    The records include the reports from the trials' folders. config_of: as for record_of. Raises
+    InputError for a damaged journal.
     """
     trials = read_trials(folder)
-    return trials, [record_of(trial, folder, config_of) for trial in trials]
+    try:
+        return trials, [record_of(trial, folder, config_of) for trial in trials]
+    except DAMAGED as error:
+        raise damaged_journal(folder, error) from None
 
 
 def mend_journal(folder: SweepFolder) -> None:

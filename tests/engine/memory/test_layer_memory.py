@@ -53,6 +53,7 @@ GEMMA4 = {"model_type": "gemma4_text", "num_hidden_layers": 6, "head_dim": 64, "
           "layer_types": ["sliding_attention", "full_attention"] * 3}  # fmt: skip
 FAMILIES = {
     "llama": LLAMA,
+    "one head of keys": {**LLAMA, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 40, "hidden_size": 328},
     "qwen2": {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 8},
     "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 128},
     "gemma2": {**LLAMA, "model_type": "gemma2", "head_dim": 128},
@@ -378,6 +379,8 @@ CASES = [
     ("llama", "offload", 4096, {"train": {"weight_cache_gib": 0.005}}),
     *[(family, "offload", tokens, {"train": {"host_layers": 3}}) for family in FAMILIES for tokens in (4096, 20480)],
     ("llama", "recompute", 4096, {"train": {"host_layers": 1, "keep_layers": 1}}),
+    *[("llama", policy, 20480, {"rank": 256}) for policy in ("recompute", "selective")],  # adapters as wide as half a layer
+    *[("one head of keys", policy, 4096, {"rank": 128, "lora_dropout": 0.1}) for policy in POLICIES],
 ]
 INT8_CASES = [
     *[("llama", policy, tokens, {}) for policy in POLICIES for tokens in (4096, 20480)],

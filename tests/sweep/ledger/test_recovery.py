@@ -46,6 +46,29 @@ def test_proposals_of_different_numbers_and_seeds_are_independent(tmp_path):
     assert len({json.dumps(each) for each in params}) == len(params)
 
 
+def test_the_trial_whose_report_spent_the_budget_is_stopped_and_not_pruned_after_a_kill(tmp_path):
+    config, outcomes = config_for(WIDE, budget={"full_trials": 1.25}), []
+    for is_killed in (False, True):
+        path = tmp_path / str(is_killed)
+        path.mkdir()
+        ledger = ledger_in(path, config, num_slots=1)
+        good = ledger.next_trial().number
+        for rung in range(1, 5):
+            write_reports(path, good, [report(one, 2.0) for one in range(1, rung + 1)])
+            ledger.reported(good, report(rung, 2.0))
+        ledger.ended(good, Outcome.COMPLETE)
+        bad = ledger.next_trial().number
+        write_reports(path, bad, [report(1, 9.0)])
+        if is_killed:
+            ledger._study.report(bad, 1, 9.0)
+            ledger = ledger_in(path, config, num_slots=1)
+            assert ledger.recover() == []
+        else:
+            assert ledger.reported(bad, report(1, 9.0))
+        outcomes.append([record.outcome for record in ledger.records])
+    assert outcomes == [[Outcome.COMPLETE, Outcome.STOPPED]] * 2
+
+
 def test_a_verdict_lost_in_a_kill_is_given_again(tmp_path):
     config = config_for(WIDE)
     ledger = ledger_in(tmp_path, config)

@@ -71,6 +71,7 @@ def test_two_given_fields_decide_the_choice_with_which_both_vary():
         ([{"lora.target_modules": "attention", "lora.use_rslora": True}],
          "point 1: lora.use_rslora varies only if lora.target_modules is everything, and here it is attention"),
         ([{"lora.lora_dropout": 0.1, "lora.use_rslora": True}], "point 1: no trial varies lora."),
+        ([{"lora.rank": 8, "lora": {"rank": 16}}], "point 1: lora.rank is given twice"),
         ([{"lora.rank": 8}, {"lora": {"rank": 8}}], "point 2: is point 1 once more; leave one of them out"),
     ],
 )  # fmt: skip

@@ -123,6 +123,13 @@ def test_a_wrong_leaf_is_one_line_that_says_what_is_allowed(leaf, part):
     assert part in error_of({"lora.rank": leaf})
 
 
+def test_a_field_that_is_given_twice_nested_and_dotted_is_refused_rather_than_one_of_them_dropped():
+    ranks, rslora = {"choices": [4]}, {"choices": [True, False]}
+    assert "is given twice" in error_of({"lora.rank": ranks, "lora": {"rank": {"choices": [8]}}})
+    when = {"lora.use_rslora": True, "lora": {"use_rslora": False}}
+    assert "gives a field twice" in error_of({"lora.use_rslora": rslora, "lora.rank": {**ranks, "when": when}})
+
+
 def test_conditions_in_a_circle_are_refused():
     circle = {
         "lora.rank": {"choices": [4], "when": {"lora.target_modules": "all"}},

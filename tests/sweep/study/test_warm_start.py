@@ -197,6 +197,16 @@ def test_auto_products_take_the_trials_of_a_sweep_with_those_that_auto_means(tmp
     assert len(read(parse_sweep_config({**warm_config(old).model_dump(mode="json"), "train": train}))) == 4
 
 
+@pytest.mark.parametrize("journal", [b"[]\n", b"{}\n", b'{"op_code": 99}\n', b"\xff\xfe\n", b'{"op_code":\n{}\n', None])
+def test_a_damaged_journal_is_one_line(tmp_path, journal):
+    old = finished_sweep(tmp_path / "old", config_for(WIDE), [Outcome.COMPLETE])
+    whole = old.journal.read_bytes()
+    old.journal.write_bytes(whole.replace(b"COMPLETE", b"COMPLETED") if journal is None else journal)
+    with pytest.raises(InputError, match=r"^folder = '.*/old': has a damaged journal") as error:
+        read(warm_config(old))
+    assert "\n" not in str(error.value)
+
+
 def test_a_folder_that_is_none_and_a_sweep_without_results_are_one_line(tmp_path):
     with pytest.raises(InputError, match=r"sweep\.warm_start = '.*nowhere'.*must be a sweep folder"):
         read(config_for(WIDE, warm_start=[str(tmp_path / "nowhere")]))
