@@ -12,8 +12,8 @@ This is the index of Pandora's box (Weitzman, 1979; for Bayesian optimisation Xi
 arXiv:2406.20062) with one more decision inside the box, as a rate instead of at a fixed price. With
 r = the last rung it is expected improvement for its cost. The expected winner is to be finished in any
 case. Its own next rungs are scored by what they tell: the knowledge gradient (Frazier et al., 2009)
-against the trial that comes closest. Their tokens stay for it anyway, and are lost only if another
-trial is finished in its place. So their cost is the tokens times the chance of the likeliest rival.
+against the trial that comes closest. Its tokens stay for it anyway, so no rival passes it while the
+tokens finish both: first the winner shows what it loses, or keeps, at the rung that the rival has seen.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NUM_NODES, FARTHEST = 21, 3.5  # of the integral over what rung r will tell, in 
 LEAST_SPREAD = 1e-6
 FIRST_BATCH, BATCH = 16, 64  # the best bounds alone often decide
 AHEAD = 4
-RIVAL = 0.05  # chance to end below the expected winner; the least with which the winner's own tokens are counted
+RIVAL = 0.05  # chance to end below the expected winner
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def best_option(ends: Predictions, options: Options, grid: np.ndarray, winner: i
     improvement[winner] = -1.0
     best, best_score = None, -1.0
     if allowed[winner]:
-        best, best_score = winner, _winner_score(ends, options, grid, winner, improvement, ndtr(-behind / spread))
+        best, best_score = winner, _winner_score(ends, options, grid, winner, improvement)
     bound = improvement / np.maximum(options.price + np.where(options.has_begun, options.setup, 0), 1)
     order = np.argsort(-bound, kind="stable")[: int(allowed.sum()) - int(allowed[winner])]
     starts = [0, *range(FIRST_BATCH, len(order), BATCH), len(order)]
@@ -125,7 +125,17 @@ def best_option(ends: Predictions, options: Options, grid: np.ndarray, winner: i
         found = _scores(ends, options, grid, winner, batch, behind, spread)
         if found.max() > best_score:
             best, best_score = int(batch[found.argmax()]), float(found.max())
-    return best
+    return winner if best is not None and allowed[winner] and _passes(options, best, winner, tokens_left) else best
+
+
+def _passes(options: Options, rival: int, winner: int, tokens_left: int) -> bool:
+    """Return whether a begun rival would be trained past the expected winner although the tokens finish both.
+
+    A score does not see that the winner's tokens are paid in any case. It would train rivals to their ends
+    one after the other, each step makes the next one cheaper, while the winner waits at an early rung.
+    """
+    is_ahead = bool(options.has_begun[rival]) and options.rung[rival] >= options.rung[winner]
+    return is_ahead and tokens_left >= options.to_finish[winner] + options.to_finish[rival]
 
 
 def _scores(
@@ -155,10 +165,8 @@ def _gain_rate(behind: np.ndarray, told: np.ndarray, left: np.ndarray, tokens: n
     return gain / np.maximum(cost, 1.0)
 
 
-def _winner_score(
-    ends: Predictions, options: Options, grid: np.ndarray, winner: int, improvement: np.ndarray, overtakes: np.ndarray
-) -> float:
-    """Return what the winner's next rungs tell, next to the begun trial that may overtake it, see the module."""
+def _winner_score(ends: Predictions, options: Options, grid: np.ndarray, winner: int, improvement: np.ndarray) -> float:
+    """Return what the winner's next rungs tell, next to the begun trial that may overtake it."""
     rivals = np.where(options.has_begun, improvement, -1.0)
     rival = int(rivals.argmax())
     if rivals[rival] < 0.0:
@@ -167,9 +175,7 @@ def _winner_score(
     told = ends.told(np.full(len(rung), winner), rung, rival)
     ahead = max(float(ends.mean[rival] - ends.mean[winner]), 0.0)
     gain = expected_improvement(np.full(len(rung), ahead), np.maximum(told, LEAST_SPREAD))
-    others = options.may_win & (np.arange(len(overtakes)) != winner)
-    lost = max(float(overtakes[others].max(initial=0.0)), RIVAL)
-    return float((gain / np.maximum(lost * (grid[rung] - options.seen[winner]) + options.setup[winner], 1)).max())
+    return float((gain / np.maximum(grid[rung] - options.seen[winner] + options.setup[winner], 1)).max())
 
 
 def rungs_ahead(options: Options, grid: np.ndarray, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 import numpy as np
 
 VAGUE = 25.0  # variance of what nothing is assumed of, in squared units
-FIRST_FADING = 4.0  # a power of progress
 DROP_STRETCH = 0.3  # the drop varies more slowly over all axes jointly than the final loss
 HEAT_BOUNDS = (-3.0, 1.6)  # ln(rate / good rate); above, trials diverge rather than heat up
 
@@ -53,7 +52,6 @@ class CurvePrior:
     drop_joint: float = 0.17
     seed: float = 0.3
     own_drop: float = 0.3
-    own_first: float = 0.0
     rate_length: float = 1.7
     other_length: float = 3.7
     name_length: float = 0.8
@@ -101,8 +99,6 @@ class CurveModel:
         faded = progress**self.prior.fading
         apart = np.abs(progress[:, None] - progress[None])
         self.fall = np.outer(faded, faded) * np.exp(-apart / self.prior.progress_length)
-        first = progress**FIRST_FADING
-        self.own_fall = self.prior.own_drop**2 * self.fall + self.prior.own_first**2 * np.outer(first, first)
         self.shared_fall = VAGUE * np.outer(faded, faded) * np.exp(-apart / 3.0)
 
     def known_alike(self, rows: np.ndarray, others: np.ndarray, place: int) -> Alike:

@@ -72,7 +72,7 @@ class Posterior:
             covariance += np.outer(heat, self.model.rate[rung] * alike.other_heat[columns])
         known = np.flatnonzero(own >= 0)
         same = self._trial[:, None] == own[None, known]
-        covariance[:, known] += same * (self.seed + self.model.own_fall[self._rung, rung])[:, None]
+        covariance[:, known] += same * (self.seed + self.model.prior.own_drop**2 * fall)[:, None]
         return covariance
 
     def _end_variance(self, trials: np.ndarray) -> np.ndarray:
@@ -109,7 +109,7 @@ class Posterior:
         fall = self.model.fall[rungs]
         covariance = self.alike.final[trials] + self.alike.drop[trials] * fall + self.model.shared_fall[rungs] + VAGUE
         same = trial[:, None] == trial[None]
-        covariance += same * (self.seed + self.model.own_fall[rungs])
+        covariance += same * (self.seed + self.model.prior.own_drop**2 * fall)
         heat = self.model.prior.heat_width * self.model.rate[rung] * self.alike.heat[trial]
         covariance += np.outer(heat, heat)
         covariance[np.diag_indices_from(covariance)] += self.noise
@@ -171,7 +171,7 @@ class Ends:
         solved = posterior.solve(posterior.cross(self._alike, options, rung, self._own[options]))
         fall, final = model.fall[rung, rung], self._final[options]
         loss = final + self._drop * fall + model.shared_fall[rung, rung] + VAGUE
-        loss += posterior.seed + posterior.noise + model.own_fall[rung, rung] - _sums(solved, solved)
+        loss += posterior.seed + posterior.noise + model.prior.own_drop**2 * fall - _sums(solved, solved)
         loss += (model.prior.heat_width * model.rate[rung] * self._alike.other_heat[options]) ** 2
         with_own = final + VAGUE + posterior.seed - _sums(self._solved[:, options], solved)
         with_other = self._alike.final[other, options] + VAGUE - self._solved[:, other] @ solved

@@ -152,11 +152,14 @@ class RecordedSpace(Space):
         index = self.task.nearest(params)
         known, key = self.task.configs, tuple(self.task.points[index].params.values())
         if key not in known:  # the same in every replay of the task
-            config = super().apply(base, self.point(index)).model_dump(mode="json")
+            config = parse(TrainConfig, super().merged(base, self.point(index))).model_dump(mode="json")
             for section, values in self.task.points[index].settings.items():
                 config[section] |= values
             known[key] = _Config.of(parse(TrainConfig, config))
         return known[key]
+
+    def merged(self, base: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+        return self.apply(base, params).model_dump(mode="json")
 
     def point(self, index: int) -> dict[str, Any]:
         """Return the recorded config's value on each axis."""

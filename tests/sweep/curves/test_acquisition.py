@@ -56,24 +56,27 @@ def test_a_running_trial_that_cannot_win_keeps_nothing():
 
 
 class Told:
-    """Predictions: how far each option lies behind, and a last rung that tells of it; earlier rungs tell nothing."""
+    """Predictions: how far each option lies behind, by half a unit of deviation, and a last rung alone that tells of it."""
 
-    def __init__(self, mean, deviation=0.5):
-        self.mean, self.deviation = np.array(mean), deviation
+    def __init__(self, *mean):
+        self.mean = np.array(mean)
 
     def spread(self, one):
-        return np.where(np.arange(len(self.mean)) == one, 1e-5, self.deviation)
+        return np.where(np.arange(len(self.mean)) == one, 1e-5, 0.5)
 
     open_spread = spread
 
     def told(self, options, rungs, other):
-        return np.where(rungs == len(GRID) - 1, 0.9 * self.deviation, 1e-6)
+        return np.where(rungs == len(GRID) - 1, 0.45, 1e-6)
 
 
-@pytest.mark.parametrize(("behind", "rung", "chosen"), [(0.35, 4, 0), (0.0, 3, 0), (0.0, 4, 1)])
-def test_the_winner_s_tokens_count_as_far_as_they_may_be_lost(behind, rung, chosen):
-    """The winner has 15 tokens to its end, a rival 12 or 8. At even chances half of the winner's count, else fewer."""
-    assert best_option(Told([0.0, behind]), options([1, rung]), GRID, 0, 40) == chosen
+def test_no_rival_passes_the_winner_while_the_tokens_finish_both():
+    """The winner, trial 0, needs 15 tokens. Trial 1 needs 12, so it tells as much for fewer, and scores higher."""
+    assert [best_option(Told(0.0, 0.1), options([1, 3]), GRID, 0, left) for left in (27, 26)] == [0, 1]
+    assert best_option(Told(0.0, -0.3), options([4, 3]), GRID, 0, 40) == 1  # not as far yet
+    assert best_option(Told(0.0, 0.1), options([5, 3]), GRID, 0, 40) == 1  # the winner has ended
+    assert best_option(Told(0.0, 0.1), options([1, 3], running=[0]), GRID, 0, 60) == 1  # or is running
+    assert best_option(Told(0.0, 0.1, -0.4), options([1, 3], new=1), GRID, 0, 40) == 2  # a new one passes nobody
 
 
 def test_what_can_be_finished_and_is_lowest_is_the_winner():
