@@ -38,7 +38,7 @@ from typing import Any
 from engine.bench.process import ENVIRONMENT, ROOT
 from engine.trial_report import read_reports
 from sweep.folder.timeline import Timeline
-from tests.bench.makespan_ours import wait_or_end
+from tests.bench.makespan.ours import wait_or_end
 from tests.search.design import DROPOUTS, RANKS, RATES, TARGETS
 from tests.search.recorded_trial import FULL, TINY, Scale
 from tests.search.tasks import TASKS, data_of

@@ -13,10 +13,11 @@ from pathlib import Path
 import optuna
 import pytest
 
-from tests.bench import makespan, makespan_ours
-from tests.bench.makespan_job import Job, modules, write_samples
-from tests.bench.makespan_peers import Peers, share_gib
-from tests.bench.makespan_table import table
+from tests.bench.makespan import __main__ as makespan
+from tests.bench.makespan import ours
+from tests.bench.makespan.job import Job, modules, write_samples
+from tests.bench.makespan.peers import Peers, share_gib
+from tests.bench.makespan.table import table
 
 JOB = Job(model="tiny", trials=4, report_at=(100, 200))
 FACTS = {"card": "CPU", "git.commit": "0123456789abcdef", "version.torch": "2.13.0"}
@@ -201,10 +202,10 @@ def test_a_sweep_with_other_trials_is_refused(tmp_path):
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps({"number": 0, "params": {"lora.rank": 3}, "outcome": "COMPLETE"}))
     with pytest.raises(RuntimeError, match="trial 0 of the sweep is"):
-        makespan_ours._read(JOB, tmp_path)
+        ours._read(JOB, tmp_path)
     (folder / "result.json").write_text(json.dumps({"number": 4, "params": {"lora.rank": 3}, "outcome": "COMPLETE"}))
     with pytest.raises(RuntimeError, match="trial 4 of the sweep is .* but the job's is none"):
-        makespan_ours._read(JOB, tmp_path)
+        ours._read(JOB, tmp_path)
 
 
 @pytest.mark.faults

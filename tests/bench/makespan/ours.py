@@ -14,7 +14,7 @@ from typing import Any
 from engine.bench.process import ENVIRONMENT, ROOT
 from engine.trial_report import read_reports
 from sweep.folder.timeline import Timeline
-from tests.bench.makespan_job import Job
+from tests.bench.makespan.job import Job
 
 PATIENCE_S = 60.0
 

@@ -24,9 +24,9 @@ from typing import Any
 import optuna
 
 from engine.bench.process import ENVIRONMENT, ERROR_LINE, ROOT
-from tests.bench.makespan_job import Job, modules
+from tests.bench.makespan.job import Job, modules
 
-CHILD = ROOT / "tests" / "bench" / "makespan_peer_trial.py"
+CHILD = ROOT / "tests" / "bench" / "makespan" / "peer_trial.py"
 POLL_S = 0.02
 ENDED = "ended.json"
 ENDS = ("COMPLETE", "PRUNED", "DIVERGED")

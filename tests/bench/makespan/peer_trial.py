@@ -1,6 +1,6 @@
 """Train one trial in this process with Unsloth or PEFT, and TRL's SFTTrainer, as their documentation does.
 
-`python tests/bench/makespan_peer_trial.py TASK` is run by tests/bench/makespan_peers.py, for each
+`python tests/bench/makespan/peer_trial.py TASK` is run by tests/bench/makespan/peers.py, for each
 trial anew. TASK is a JSON file. After every rung a line of JSON goes to the task's `reports`, and
 a line from standard input says `go` or `stop`. This file imports nothing of ours: the libraries may
 be installed in another place than ours.

@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engine.system.signals import handled
-from tests.bench.makespan_job import Job, model_folder, write_samples
-from tests.bench.makespan_table import table
+from tests.bench.makespan.job import Job, model_folder, write_samples
+from tests.bench.makespan.table import table
 
 SYSTEMS = ("ours", "unsloth", "peft-trl")
 PLAIN, LONG = ("smollm2-135m", "llama-3.2-1b"), ("qwen2.5-7b",)
@@ -152,8 +152,8 @@ def whole_record(job: Job, system: str, found: Record, facts: Record, budget_s: 
 
 
 def _run(job: Job, system: str, options: argparse.Namespace, scratch: Path, budget_s: float | None, facts: Record) -> Record:
-    from tests.bench.makespan_ours import run_ours
-    from tests.bench.makespan_peers import Peers
+    from tests.bench.makespan.ours import run_ours
+    from tests.bench.makespan.peers import Peers
 
     on_card, at_once = facts["card"] != "CPU", options.peers_at_once
     shared = {} if system == "ours" else {"peers_at_once": at_once}
