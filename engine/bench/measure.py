@@ -47,7 +47,7 @@ def _measured(builder: Builder, setting: Setting, device: torch.device) -> dict[
     step, parameters, after_step = builder.prepare(setting)
     optimizer = adamw_8bit(parameters, lr=2e-4)
     batches = [tokens(setting, number) for number in range(setting.warmup + setting.steps)]
-    clock, losses = _Clock(device), []
+    clock, losses = Clock(device), []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     clock.mark()
@@ -78,7 +78,7 @@ def tokens(setting: Setting, number: int) -> Batch:
     return collate([Sample(row, row >= 0) for row in ids])
 
 
-class _Clock:
+class Clock:
     """Take times between marks, on CUDA by events.
 
     A training loop never waits for the device, so the benchmark does not either.

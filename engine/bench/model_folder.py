@@ -44,11 +44,11 @@ def write_checkpoint(name: str, folder: Path, device: torch.device) -> None:
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
-    _tokenizer(model.config.max_position_embeddings).save_pretrained(part)
+    byte_tokenizer(model.config.max_position_embeddings).save_pretrained(part)
     part.rename(folder)
 
 
-def _tokenizer(longest: int) -> Any:
+def byte_tokenizer(longest: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

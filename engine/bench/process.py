@@ -11,28 +11,36 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 MARK = "RESULT "
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_DISABLE_AUTO_UPDATES": "1"}
+NOTHING_MORE: Mapping[str, str] = {}
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
 
 
-def run_python(arguments: list[str], folder: Path, timeout_s: float) -> dict[str, Any]:
+def run_python(
+    arguments: list[str], folder: Path, timeout_s: float, variables: Mapping[str, str] = NOTHING_MORE
+) -> dict[str, Any]:
     """Return the last result that the process gave to `hand_back`, or {"error": reason}."""
-    return run_python_all(arguments, folder, timeout_s)[-1]
+    return run_python_all(arguments, folder, timeout_s, variables)[-1]
 
 
-def run_python_all(arguments: list[str], folder: Path, timeout_s: float) -> list[dict[str, Any]]:
+def run_python_all(
+    arguments: list[str], folder: Path, timeout_s: float, variables: Mapping[str, str] = NOTHING_MORE
+) -> list[dict[str, Any]]:
     """Return all results that the process gave to `hand_back`, then {"error": reason} if it failed.
 
     It runs in `folder`, because Unsloth writes its compiled modules to the working directory.
-    Output goes to files, because a compiler's workers may hold a pipe open after a kill.
+    Output goes to files, because a compiler's workers may hold a pipe open after a kill. variables:
+    of the process, over this one's. This code comes first in PYTHONPATH in any case.
     """
-    given = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), *given])}
+    environment = {**os.environ, **ENVIRONMENT, **variables}
+    given = [os.path.abspath(entry) for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *given])
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         code = None
         try:

@@ -109,7 +109,7 @@ def measure_all(options: argparse.Namespace, done: set[tuple[Any, ...]], deadlin
 
 def draw(model: str, count: int) -> list[dict[str, Any]]:
     """Return `count` different settings: each value of a dimension next to varied ones of the others."""
-    generator, shape = random.Random(model), _shape(model)
+    generator, shape = random.Random(model), shape_of(model)
     kinds = [kind for kind in KINDS if shape.family != "other" or kind not in ("graphs", "host")]
     everything = list(itertools.product(kinds, LENGTHS, RANKS))
     generator.shuffle(everything)
@@ -140,7 +140,7 @@ def train_config(values: dict[str, Any]) -> TrainConfig:
 
 def measure_one(base: Base, values: dict[str, Any]) -> dict[str, Any]:
     """Return prediction and measurement of a setting. `fits` is False if no plan was predicted to fit."""
-    config, shape = train_config(values), _shape(values["model"])
+    config, shape = train_config(values), shape_of(values["model"])
     card = found_card(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / GIB)
     try:
         plan = make_compute_plan(config, shape, card)
@@ -256,7 +256,7 @@ def _read(*files: Path) -> list[dict[str, Any]]:
 
 
 @functools.cache
-def _shape(model: str) -> ModelShape:
+def shape_of(model: str) -> ModelShape:
     found = random_config(model)
     shape = ModelShape.of(found.to_dict(), model)
     return with_library_bytes(shape, ModelConfig(path=model), found, _unmade)

@@ -212,11 +212,17 @@ def _names_in_library(name: str) -> list[str]:
 
 
 def random_model(
-    name: str, device: torch.device, dtype: torch.dtype, attention_name: str, num_layers: int | None = None
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention_name: str,
+    num_layers: int | None = None,
+    packs_experts: bool = True,
 ) -> tuple[nn.Module, list[str]]:
     """Return an NF4 model (double quantisation) on bitsandbytes' layers, and the layers' names.
 
     It is built layer by layer on the device, so no unquantised copy of the whole model exists.
+    packs_experts: by our code; otherwise they stay in `dtype`, because bitsandbytes has no form for them.
     """
     from transformers import AutoModelForCausalLM
 
@@ -225,7 +231,8 @@ def random_model(
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_name).to(dtype)
     head = model.get_output_embeddings()
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-    place_experts(model, double_quantization=True)
+    if packs_experts:
+        place_experts(model, double_quantization=True)
     generator = torch.Generator(device).manual_seed(0)
 
     def values(shape: torch.Size) -> torch.Tensor:

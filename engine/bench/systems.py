@@ -126,7 +126,7 @@ class _Peft(Builder):
             task_type="CAUSAL_LM",
         )
         self._peft = get_peft_model(model, lora).train()
-        return _library_step(self._peft, setting, self._device)
+        return library_step(self._peft, setting, self._device)
 
     def undo(self) -> None:
         if self._peft is not None:
@@ -191,7 +191,7 @@ class _Unsloth(Builder):
             random_state=0,
         )
         FastLanguageModel.for_training(model)
-        return _library_step(model, setting, self._device)
+        return library_step(model, setting, self._device)
 
     def undo(self) -> None:
         pass
@@ -201,7 +201,7 @@ def _recomputes(setting: Setting) -> bool:
     return setting.policy in ("recompute", "offload")
 
 
-def _library_step(model: Any, setting: Setting, device: torch.device) -> Prepared:
+def library_step(model: Any, setting: Setting, device: torch.device) -> Prepared:
     """Return the step of a transformers model. It shifts labels itself, so they are the inputs."""
     autocast = pick_dtype("auto", device) == torch.bfloat16
 

@@ -13,7 +13,6 @@ from engine.bench import calibrate
 from engine.bench.children import run_rows
 from engine.bench.measure import measure, tokens
 from engine.bench.model_folder import write_checkpoint
-from engine.bench.process import run_python
 from engine.bench.rows import LADDER, OURS_ONLY, POLICIES, SUITES, Row, Setting, plain_rows, suite_rows
 from engine.bench.shapes import SHAPES, linear_names, random_config, random_model
 from engine.bench.systems import SYSTEMS, System
@@ -176,22 +175,6 @@ def test_rows_run_in_processes_of_their_own_and_a_missing_package_is_a_row(tmp_p
     assert {field.name: peft[field.name] for field in fields(Setting)} == asdict(replace(TINY, **OURS_ONLY))
     assert liger["error"] == "not installed"
     assert "peft-liger  not installed" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "code, result",
-    [
-        ("print('a banner'); hand_back({'x': 1}); print('goodbye')", {"x": 1}),
-        ("hand_back({'x': 1}); raise ValueError('at exit')", {"error": "ValueError: at exit"}),
-        ("import sys; print('OddError: no card\\na warning', file=sys.stderr); sys.exit(1)", {"error": "OddError: no card"}),
-        ("class OutOfMemoryError(Exception): pass\nraise OutOfMemoryError('2 GiB')", {"error": "out of memory"}),
-        ("import os; os._exit(9)", {"error": "exit code 9"}),
-        ("import time; time.sleep(60)", {"error": "timed out"}),
-    ],
-)
-def test_a_process_hands_back_a_result_or_one_line_of_reason(tmp_path, code, result):
-    prelude = "from engine.bench.process import hand_back\n"
-    assert run_python(["-c", prelude + code], tmp_path, 0.5 if "sleep" in code else 30.0) == result
 
 
 def _pretend(monkeypatch, results: list) -> list[Row]:
