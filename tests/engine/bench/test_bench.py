@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from engine.bench import __main__ as bench
-from engine.bench import calibrate
+from engine.bench import calibrate, children
 from engine.bench.children import run_rows
 from engine.bench.measure import measure, tokens
 from engine.bench.model_folder import write_checkpoint
+from engine.bench.process import MARK
 from engine.bench.rows import LADDER, OURS_ONLY, POLICIES, SUITES, Row, Setting, plain_rows, suite_rows
 from engine.bench.shapes import SHAPES, linear_names, random_config, random_model
 from engine.bench.systems import SYSTEMS, System
@@ -287,15 +288,16 @@ def test_the_plot_of_predicted_against_measured_is_drawn(tmp_path):
 
 
 def test_a_row_in_each_mode_of_multiplication_and_one_of_other_systems(tmp_path, capsys, monkeypatch):
-    """Ours runs in a process of its own, as always; what else loads torch for seconds is asked in this one."""
-    in_child = bench.run_rows
+    """A system's commands run in this process, because a new one loads torch for seconds; another test starts some."""
 
-    def run(rows: list[Row], scratch: Path, timeout_s: float) -> list[dict]:
-        if rows[0].system == "ours":
-            return in_child(rows, scratch, timeout_s)
-        return list(measure(rows[0].system, [row.setting for row in rows]))
+    def run_here(arguments: list[str], scratch: Path, timeout_s: float) -> list[dict]:
+        assert arguments[:2] == ["-m", "engine.bench"]
+        capsys.readouterr()
+        assert bench.main(arguments[2:]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)]
 
-    monkeypatch.setattr(bench, "run_rows", run)
+    monkeypatch.setattr(children, "run_python_all", run_here)
     monkeypatch.setattr(bench, "card_name", lambda scratch: "CPU")
     file = tmp_path / "rows.jsonl"
     modes = ["bf16", "int8_backward", "int8"]

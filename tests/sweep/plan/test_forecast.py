@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from engine.__main__ import main as engine_main
 from engine.command_answers import Facts
 from engine.planning.cards import CARDS
 from engine.shape.model_shape import ModelShape
@@ -38,13 +39,28 @@ def seen(monkeypatch, tmp_path) -> list[Facts]:
     return answer
 
 
+DRY_RUN = """
+import json, sys
+from engine.command_answers import Facts
+from sweep import preflight
+from sweep.__main__ import main
+preflight.inspect = lambda config, module: Facts.from_dict(json.loads({found!r}))
+print(main({arguments}), "torch" in sys.modules)
+"""
+
+
 def test_a_laptop_is_told_what_a_sweep_of_an_8b_model_needs_on_a_named_card(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     arguments = [
         *SWEEP, f"model.path={tmp_path}", "cluster.card=rtx4090", f"space.data.max_seq_length.choices=[1024,{NEVER}]",
         "space.lora.rank.choices=[8,64]", "sweep.num_trials=3", "train.tokens_per_step=2048",  # two micro-batches to choose from
     ]  # fmt: skip
-    code = f"import sys; from sweep.__main__ import main; print(main({arguments}), 'torch' in sys.modules)"
+    request, answer = tmp_path.with_suffix(".request"), tmp_path.with_suffix(".answer")
+    request.write_text(json.dumps({"model": {"path": str(tmp_path)}, "data": {"train": "t"}, "train": {"max_tokens": 9}}))
+    # the engine's command, but in this process: a new one would load torch for seconds
+    assert engine_main(["inspect", str(request), "--answer", str(answer)]) == 0
+    found = answer.read_text()
+    code = DRY_RUN.format(found=found, arguments=arguments)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     # the forecast needs no tokenizer, weights or data, but a sweep does
     assert done.stderr.startswith("error: data.train = 't.jsonl': no such file; allowed: ") and done.stderr.count("\n") == 1
