@@ -227,11 +227,8 @@ class ModelShape:
 
     def matmul_in(self, mode: Matmul) -> Matmul:
         """Return how a decoder layer multiplies in this mode: as in BF16 if INT8 products take none of its groups."""
-        if mode is Matmul.BF16:
-            return mode
-        features = self.projections()
-        sizes = ((features[names[0]][1], sum(features[name][0] for name in names)) for names in self.groups.values() if names)
-        return mode if any(takes_int8(mode, *size) for size in sizes) else Matmul.BF16
+        sizes = ([self.projections()[name] for name in names] for names in self.groups.values() if names)
+        return mode if mode is Matmul.BF16 or any(takes_int8(mode, m[0][1], sum(o for o, _ in m)) for m in sizes) else Matmul.BF16
 
     @property
     def linear_parameters(self) -> int:
