@@ -81,7 +81,8 @@ class TrialWalk(LibraryWalk):
                 live.briefly(copies * 4 * self._largest_weight() // self.element)
         live.enter("at rest")
         live.hold("weight cache", cached_bytes(self.config, self.shape, plans), "weight cache")
-        live.hold("INT8 scales", sum(map(scale_bytes, self.shape.each)) if self._is_int8() else 0, "base weights")
+        scaled = [one for one in self.shape.each if one.matmul_in(self.config.matmul) is not Matmul.BF16]
+        live.hold("INT8 scales", sum(map(scale_bytes, scaled)), "base weights")
         copied = number - sum(plan.adapter.get(EXPERTS, 0) for plan in plans)  # experts copy theirs at each use
         live.hold("adapter", (4 + 4) * number + self.element * copied, "adapter")  # parameter, gradient, copy for the matmuls
         live.hold("frozen half", 2 * number if self.config.lora.halves > 1 else 0, "adapter")  # what weight decay must not change

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from engine.config.matmul import Matmul
 from engine.kernels.eight_bit import int8_ops
-from engine.kernels.eight_bit.int8_ops import GROUP, HIGHEST_RANK, WIDEST, Int8Rows, WeightScales
+from engine.kernels.eight_bit.int8_ops import HIGHEST_RANK, Int8Rows, WeightScales
 from engine.kernels.ops import LowRank
 from engine.quant.frozen_linear import FrozenLinear
+from engine.shape.compute_limits import takes_int8
 
 Direction = Literal["forward", "backward"]
 TINY = 1e-30
-MULTIPLE = 16  # bytes that INT8 tensor cores read at a time
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ class Int8Group:
         They do in mode BF16, if a weight is not packed, or if the kernels do not take its sizes.
         """
         features_in, features_out = bases[0].in_features, sum(base.out_features for base in bases)
-        divides = features_in % (GROUP if mode.is_int8_forward else MULTIPLE) == features_out % MULTIPLE == 0
-        is_possible = divides and max(features_in, features_out) <= WIDEST and all(base.is_packed for base in bases)
-        if not (mode.is_int8_backward and is_possible):
+        if not takes_int8(mode, features_in, features_out) or not all(base.is_packed for base in bases):
             return None
         return cls(bases, mode, int8_ops.weight_scales([base.nf4 for base in bases], mode.is_int8_forward))
 

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from engine.config.matmul import Matmul
 from engine.units import GIB
+
+ROTATED, INT8_MULTIPLE, INT8_WIDEST = 64, 16, 65_536
+"""Sizes of products in INT8: features that one rotation takes, a multiple that tensor cores read, and the
+widest row that the kernels quantise."""
+
+
+def takes_int8(mode: Matmul, features_in: int, features_out: int) -> bool:
+    """Return True if a group of linear layers of these sizes has products in INT8 in this mode."""
+    divides = features_in % (ROTATED if mode.is_int8_forward else INT8_MULTIPLE) == features_out % INT8_MULTIPLE == 0
+    return mode.is_int8_backward and divides and max(features_in, features_out) <= INT8_WIDEST
+
 
 MLP_TILE_TOKENS = 8192
 """The MLP of a longer row is computed in tiles if the policy keeps none of its tensors.

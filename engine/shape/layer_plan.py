@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config.matmul import Matmul
+from engine.config.matmul import FORMS, Matmul
 from engine.config.targets import EXPERTS, pattern_value, target_rule
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.errors import InputError
@@ -158,8 +158,8 @@ def plan_layers(config: TrainConfig, shape: ModelShape) -> list[LayerPlan]:
         if shape.experts is not None:
             ranks = {**ranks, EXPERTS: sum(experts[i].values())}
             adapter = {**adapter, EXPERTS: shape.experts.adapter_values(experts[i], shape.hidden_size)}
-        needs_dx = i > first or rows
-        plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, needs_dx, outside, config.matmul, *variant))
+        needs_dx, mode = i > first or rows, one.matmul_in(config.matmul)
+        plans.append(LayerPlan(policies[i], ranks, adapter, cached[i], i >= first, needs_dx, outside, mode, *variant))
     return plans
 
 
@@ -263,9 +263,9 @@ def _cached(config: TrainConfig, shape: ModelShape) -> list[frozenset[str]]:
         return [frozenset({EXPERTS})] * shape.num_layers
     cached: list[set[str]] = [set() for _ in shape.each]
     room = int(config.train.weight_cache_gib * GIB) if config.model.quantization == "nf4" and is_fused(config, shape) else 0
-    for form in config.matmul.forms:
+    for form in FORMS:
         for kept, one in zip(cached, shape.each):
-            for group, number in one.weights_of_groups.items():
+            for group, number in one.weights_of_groups.items() if form in one.matmul_in(config.matmul).forms else ():
                 size = form_bytes(form, element_bytes(config)) * number
                 if group not in (MIXER, SHARED) and size <= room:
                     room -= size

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from engine.config.matmul import Matmul
 from engine.errors import InputError
+from engine.shape.compute_limits import takes_int8
 from engine.shape.experts_shape import EXPERTS, ROUTER, SHARED, ExpertsShape, experts_of
 from engine.shape.families import ACTIVATIONS, FAMILIES, INPUT_GATE, INPUT_PROJECTION, OTHER, OTHER_TYPES, WITHOUT_GATE, Family
 from engine.shape.layer_shapes import LINEAR, Keys, LayerShape, gemma4_layers, hybrid_layers
@@ -222,6 +224,11 @@ class ModelShape:
             outputs = outputs if len(members) == len(outputs) else (sum(outputs),)  # one merged layer
             found |= {name: (size, inputs) for name, size in zip(members, outputs)}
         return found
+
+    def matmul_in(self, mode: Matmul) -> Matmul:
+        """Return how a decoder layer multiplies in this mode: as in BF16 if INT8 products take none of its groups."""
+        sizes = ([self.projections()[name] for name in names] for names in self.groups.values() if names)
+        return mode if mode is Matmul.BF16 or any(takes_int8(mode, m[0][1], sum(o for o, _ in m)) for m in sizes) else Matmul.BF16
 
     @property
     def linear_parameters(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.bench.ragged_rows import KEY, _shape, train_config
+from engine.bench.ragged_rows import KEY, shape_of, train_config
 from engine.memory.prediction import MemoryPrediction, predict_memory
 from engine.planning.compute_plan import ComputePlan
 from engine.shape.policies import Policy
@@ -20,7 +20,7 @@ RECORDS = [record for file in RAGGED for record in map(json.loads, file.read_tex
 @pytest.fixture(scope="module")
 def predictions() -> list[tuple[dict[str, Any], MemoryPrediction]]:
     """Return each record with what is predicted today for the plan that it was measured with."""
-    return [(r, predict_memory(plan_of(r).apply(train_config(r)), _shape(r["model"]))) for r in RECORDS]
+    return [(r, predict_memory(plan_of(r).apply(train_config(r)), shape_of(r["model"]))) for r in RECORDS]
 
 
 def test_enough_settings_were_measured_and_fewer_than_1_percent_ran_out_of_memory() -> None:
@@ -49,7 +49,7 @@ def test_no_setting_reserved_more_than_the_budget_that_it_was_told_to_fit(predic
 
 def test_layers_of_a_library_are_predicted_as_well_as_ours(predictions: Any) -> None:
     """OLMo's norms have no parameters; StarCoder2's have a bias, and its MLP no gate; Cohere's attention lies beside its MLP."""
-    unfused = [(record, p) for record, p in predictions if _shape(record["model"]).family == "other"]
+    unfused = [(record, p) for record, p in predictions if shape_of(record["model"]).family == "other"]
     assert len(unfused) == 23 and not any(p.rough for _, p in unfused)
     assert all(abs(p.peak_gib / record["peak_allocated_gib"] - 1) < 0.025 for record, p in unfused)
     for record, p in unfused:

@@ -9,6 +9,7 @@ import pytest
 
 from engine.config.matmul import Matmul
 from engine.errors import InputError
+from engine.kernels.eight_bit import int8_ops
 from engine.memory.prediction import predict_memory
 from engine.planning.cards import CARDS, find_card
 from engine.planning.known_cards import with_known_rates
@@ -16,6 +17,7 @@ from engine.planning.planner import make_compute_plan
 from engine.planning.rates import INT8_GAIN, Curve, Int8Rates, Rates
 from engine.planning.sheet_rates import sheet_rates
 from engine.planning.speed import predict_speed
+from engine.shape.compute_limits import INT8_WIDEST, ROTATED
 from engine.shape.layer_plan import cached_bytes, kept_bytes, plan_layers, scale_bytes
 from engine.units import GIB
 from tests.support.calibrated import SHAPES, config_of, row_name
@@ -69,6 +71,17 @@ def test_int8_is_predicted_faster_where_products_take_the_time_and_slower_where_
     many, one = ([speed(mode, batch) for mode in Matmul] for batch in (2, 1))
     assert many == sorted(many) and many[-1] > 1.15 * many[0]
     assert many[-1] / many[0] > one[-1] / one[0]
+
+
+def test_layers_whose_sizes_the_kernels_do_not_take_are_predicted_as_in_bf16():
+    assert (ROTATED, INT8_WIDEST) == (int8_ops.GROUP, int8_ops.WIDEST)
+    sizes = {"hidden_size": 2056, "intermediate_size": 5000, "num_heads": 8, "num_kv_heads": 1, "head_dim": 72}
+    odd = replace(SHAPE, **sizes)
+    for mode in (Matmul.INT8_BACKWARD, Matmul.INT8):
+        plain, ours = (config_of(weight_cache_gib=1.0, train={"matmul": one.value}) for one in (Matmul.BF16, mode))
+        assert plan_layers(ours, odd) == plan_layers(plain, odd) and plan_layers(ours, SHAPE) != plan_layers(plain, SHAPE)
+        assert predict_speed(ours, odd, CARD) == predict_speed(plain, odd, CARD)
+        assert predict_memory(ours, odd).phases == predict_memory(plain, odd).phases
 
 
 def test_a_plan_of_each_mode_fits_and_says_how_it_multiplies():
