@@ -197,10 +197,10 @@ class SweepConfig(StrictModel):
         return Rule(section.objectives, section.choose_within, section.tie_within, chosen_by=name, sign=sign)
 
     def base(self) -> TrainConfig:
-        """Return the config that every trial starts from, before its sampled values are applied."""
+        """Return the config that every trial starts from, before its sampled values are applied. Raises InputError."""
         metrics = parse(MetricsConfig, {**self.metrics.model_dump(), "choose_by": self.chosen_by}, "metrics")
         sections = {name: getattr(self, name) for name in ("model", "data", "lora", "optim", "train", "preference")}
-        return TrainConfig(**sections, metrics=metrics)
+        return parse(TrainConfig, {**sections, "metrics": metrics})
 
 
 def parse_sweep_config(data: Any) -> SweepConfig:
