@@ -144,7 +144,22 @@ def _input_error(model: type[BaseModel], faults: list[dict[str, Any]], where: st
     phrases = [text for text in phrases if not any(other.startswith(f"{text} of ") for other in phrases)]
     message = " or ".join(dict.fromkeys([phrases[0], *(BEGINNING.sub("", text) for text in phrases[1:])]))
     value = list(fault["input"]) if isinstance(fault["input"], tuple) else fault["input"]
+    field, value, message = _part_named(field, value, message)
     return InputError(field, value, message[:1].lower() + message[1:])
+
+
+def _part_named(field: str, value: Any, message: str) -> tuple[str, Any, str]:
+    """Return field, value and message; those of a part, if a section's message begins with the part's dotted name.
+
+    A part that the section does not give is not found: its default is no fault of the input.
+    """
+    name, _, rest = message.partition(" ")
+    part = value
+    for key in name.split("."):
+        if not isinstance(part, dict) or key not in part:
+            return field, value, message
+        part = part[key]
+    return f"{field}.{name}", part, rest
 
 
 def _phrase(fault: dict[str, Any]) -> str:

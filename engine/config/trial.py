@@ -33,6 +33,7 @@ from engine.config.possible import (
     check_train_tokens,
 )
 from engine.config.preference_section import IN_A_PAIR, PREFERENCE, PreferenceConfig, check_preference
+from engine.errors import InputError
 
 TRAIN_CONFIG = "train_config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
@@ -198,7 +199,8 @@ class TrainConfig(StrictModel):
     def _graphs_are_possible(self) -> TrainConfig:
         loop = self.train
         if loop.cuda_graphs is True and (loop.activation_checkpointing == "offload" or loop.host_layers not in (0, "auto")):
-            raise ValueError("train.cuda_graphs = true needs host_layers = 0 and no offloaded activations")
+            allowed = "needs train.host_layers = 0 and no offloaded activations (train.activation_checkpointing)"
+            raise InputError("train.cuda_graphs", True, allowed)
         return self
 
     @model_validator(mode="after")

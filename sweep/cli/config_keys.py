@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -83,8 +83,11 @@ def _words(kind: Any) -> Iterator[str]:
         yield {"str": "text", "int": "number", "float": "number", "bool": "true | false"}.get(kind.__name__, kind.__name__)
     elif isinstance(kind, type | str | bool) or not get_args(kind):
         yield str(kind)
-    elif getattr(kind, "__origin__", None) is tuple:
+    elif get_origin(kind) is tuple:
         yield "list"
+    elif get_origin(kind) is dict:  # its keys are no values of the field
+        key, value = (" | ".join(dict.fromkeys(_words(part))) for part in get_args(kind))
+        yield f"{{{key}: {value}}}"
     else:
         for part in _parts(kind):
             yield from _words(part)
@@ -97,7 +100,7 @@ def _values(kind: Any) -> Iterator[str]:
         yield "null"
     elif isinstance(kind, str):
         yield kind
-    elif getattr(kind, "__origin__", None) is not tuple:
+    elif get_origin(kind) not in (tuple, dict):
         for part in _parts(kind):
             yield from _values(part)
 

@@ -10,6 +10,7 @@ before it is expanded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +20,9 @@ from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MissingMandatoryValue, OmegaConf
-from omegaconf.errors import ConfigTypeError, OmegaConfBaseException
+from omegaconf.errors import ConfigTypeError, InterpolationKeyError, OmegaConfBaseException
 
+from engine.config.trial import TrainConfig
 from engine.errors import InputError, did_you_mean, first_line
 from sweep.config import conf_files
 from sweep.config.interpolation import Interpolations
@@ -29,6 +31,7 @@ from sweep.config.typed_paths import in_hydras_grammar
 from sweep.space.parse import WEIGHT, flattened
 from sweep.space.unsearchable import UNSEARCHABLE
 
+RANGE = re.compile(r"\.(?:choices|low|high|log|step|when)(?:\.|$)")  # what a dimension of the space is written with
 RUN_KEYS = {"resume": None, "dry_run": False}
 
 
@@ -47,6 +50,10 @@ def compose(overrides: list[str]) -> dict[str, Any]:
             raise InputError(str(error.full_key), "???", f"required; give it as {error.full_key}=...") from None
         except (HydraException, OmegaConfBaseException) as error:
             _refuse_other_kind(error.__cause__, overrides)
+            _refuse_unknown_removal(overrides)
+            if isinstance(error, InterpolationKeyError):
+                allowed = f"{first_line(error)}; ${{section.key}} names a key of the composed config, which --cfg prints"
+                raise InputError(error.full_key, _typed(error.full_key, overrides), allowed) from None
             line = " ".join(str(error if str(error) else error.__cause__).split("\n\n")[0].split())
             raise InputError("overrides", " ".join(overrides), line) from None
         except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -56,11 +63,31 @@ def compose(overrides: list[str]) -> dict[str, Any]:
 def _refuse_other_kind(cause: BaseException | None, overrides: list[str]) -> None:
     """Raise InputError that names the key, if an override gives a section where a list stands, or a list for a section."""
     if isinstance(cause, ConfigTypeError) and cause.full_key:
-        text = next((value for name, value in map(_split, reversed(overrides)) if name.lstrip("+") == cause.full_key), "")
+        text = _typed(cause.full_key, overrides)
         if cause.object_type is list and text.startswith("{"):
             raise InputError(cause.full_key, text, f"must be a list: [{text}]") from None
         if cause.object_type is dict and text.startswith("["):
             raise InputError(cause.full_key, text, "must be a section: {key: value}") from None
+
+
+def _refuse_unknown_removal(overrides: list[str]) -> None:
+    """Raise InputError that names the first removal `~key` of what the config does not have."""
+    kept = [override for override in overrides if not override.startswith("~")]
+    if len(kept) < len(overrides):
+        config = hydra_compose("config", _in_order([_for_hydra(override) for override in kept]))
+        for key in (_split(override)[0] for override in overrides if override.startswith("~")):
+            bare = key.removeprefix("~")
+            if OmegaConf.select(config, bare) is None:
+                leaves = flattened("", OmegaConf.to_container(config, resolve=False))
+                known = dict.fromkeys(RANGE.split(path)[0].removeprefix(".") for path, _ in leaves)
+                beside = [path for path in known if path.split(".")[0] == bare.split(".")[0]]
+                allowed = f"is not in the config, so it cannot be removed; there are {', '.join(beside)}"
+                raise InputError("argument", key, f"{allowed}{did_you_mean(bare, beside)}") from None
+
+
+def _typed(key: str, overrides: list[str]) -> str:
+    """Return the text that the command line last gave this key; empty if none."""
+    return next((value for name, value in map(_split, reversed(overrides)) if name.lstrip("+") == key), "")
 
 
 def to_yaml(raw: dict[str, Any]) -> str:
@@ -94,6 +121,10 @@ def parsed(override: str) -> tuple[str, Any]:
     bare = key.lstrip("+")
     try:
         found = OverridesParser.create().parse_override(f"{key}={in_hydras_grammar(bare, value)}" if value else override)
+        if found.is_sweep_override():
+            over = bare.split(".")[0] in TrainConfig.model_fields and bare not in UNSEARCHABLE
+            search = f", values to search over space.{bare}.choices=[{value}]" if over else ""
+            raise InputError(bare, value, f"must be one value; a list is written {bare}=[{value}]{search}")
         return found.key_or_group, found.value()
     except (HydraException, ValueError) as error:  # ValueError: a number of more than 4,300 digits
         way_out = f"text with other characters is quoted: '{bare}=\"...\"'"

@@ -194,13 +194,14 @@ class SweepConfig(StrictModel):
         """Return the rule by which the best adapter is chosen."""
         section, name = self.sweep, self.chosen_by
         sign = sign_of(self.metrics.model_dump(), name)
-        return Rule(section.objectives, section.choose_within, section.tie_within, chosen_by=name, sign=sign)
+        within, limited = (section.choose_within, section.tie_within), bool(self.data.eval_limits)
+        return Rule(section.objectives, *within, chosen_by=name, sign=sign, is_limited=limited)
 
     def base(self) -> TrainConfig:
-        """Return the config that every trial starts from, before its sampled values are applied."""
+        """Return the config that every trial starts from, before its sampled values are applied. Raises InputError."""
         metrics = parse(MetricsConfig, {**self.metrics.model_dump(), "choose_by": self.chosen_by}, "metrics")
         sections = {name: getattr(self, name) for name in ("model", "data", "lora", "optim", "train", "preference")}
-        return TrainConfig(**sections, metrics=metrics)
+        return parse(TrainConfig, {**sections, "metrics": metrics})
 
 
 def parse_sweep_config(data: Any) -> SweepConfig:

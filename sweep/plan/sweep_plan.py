@@ -209,5 +209,7 @@ def _pruner(config: SweepConfig) -> str:
 
 
 def _options(values: dict[str, Any]) -> str:
-    name, options = values["name"], {key: value for key, value in values.items() if key != "name"}
+    """Return a sampler or pruner with its options, written as a config has them; those that are null are left out."""
+    name, options = values["name"], {key: value for key, value in values.items() if key != "name" and value is not None}
+    options = {key: str(value).lower() if isinstance(value, bool) else value for key, value in options.items()}
     return f"{name} ({', '.join(f'{key} {value}' for key, value in options.items())})" if options else name

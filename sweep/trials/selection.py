@@ -22,7 +22,7 @@ class Rule:
     metric. sign: 1 if smaller values of it are better, else -1. within: nats of eval_loss, or units
     of the metric, that the winner may give up for the other objectives. tie_within: the same for a
     smaller adapter, if the evaluation samples cannot tell them apart. contest: who can be told
-    apart; None: nobody was compared.
+    apart; None: nobody was compared. is_limited: whether the sweep has data.eval_limits.
     """
 
     objectives: tuple[str, ...] = (EVAL_LOSS,)
@@ -31,6 +31,7 @@ class Rule:
     contest: Contest | None = None
     chosen_by: str = EVAL_LOSS
     sign: float = 1.0
+    is_limited: bool = False
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -42,7 +43,7 @@ class Rule:
         order = [*others, "the fewest trainable parameters", self.best_text]
         return (
             f"{self.best_text.removeprefix('the ')} over the reports of a trial that is COMPLETE, STOPPED by the budget or "
-            "PAUSED; "
+            f"PAUSED{' and keeps to data.eval_limits' if self.is_limited else ''}; "
             f"within {max(self.within, TIE):g}{self._unit} of it{self._tie_text}, {', then '.join(order)}, "
             f"where {TIE:g}{self._unit} count as equal and the lower {self._last_text} wins"
         )

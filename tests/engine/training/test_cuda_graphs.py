@@ -146,7 +146,7 @@ def test_what_cannot_be_recorded_is_refused_where_it_is_demanded(tiny_config, ch
     parse(TrainConfig, values)
     for section, fields in changes.items():
         values.setdefault(section, {}).update(fields)
-    with pytest.raises(InputError, match="cuda_graphs = true needs host_layers = 0"):
+    with pytest.raises(InputError, match="cuda_graphs = True: needs train.host_layers = 0"):
         parse(TrainConfig, values)
 
 

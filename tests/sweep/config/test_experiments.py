@@ -60,6 +60,11 @@ def test_the_experiment_without_a_gpu_chooses_by_right_answers_and_fits_its_data
     assert set(config.metrics.fields) <= set(row) and json.loads(row["messages"][-1]["content"])["quantity"] == row["quantity"]
 
 
+def test_the_rule_of_an_experiment_with_limits_names_them_and_that_of_others_does_not():
+    limited, free = (parse_sweep_config(compose([f"+experiment={name}"])).rule.text for name in ("forgetting", "quickstart"))
+    assert "or PAUSED and keeps to data.eval_limits; " in limited and "or PAUSED; " in free
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_most_demanding_point_of_a_committed_sweep_fits_a_card_of_22_gib(experiment):
     config = parse_sweep_config(compose([f"+experiment={experiment}"]))
