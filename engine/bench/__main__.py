@@ -19,17 +19,14 @@ import engine.system.no_working_folder  # noqa: F401 (must be the first)
 import argparse
 import json
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from engine.bench.children import card_name, run_rows
 from engine.bench.measure import measure
-from engine.bench.process import hand_back
+from engine.bench.process import hand_back, scratch_folder
 from engine.bench.rows import POLICIES, SUITES, Row, Setting, plain_rows, suite_rows
 from engine.bench.shapes import SHAPES
 from engine.bench.systems import SYSTEMS
@@ -54,7 +51,7 @@ def _main(options: argparse.Namespace) -> int:
     rows = _rows(options)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(options.scratch) as scratch:
+    with scratch_folder(options.scratch, "engine-bench-") as scratch:
         facts = {"card": card_name(scratch), **_provenance(options.commit)}
         records = _run(rows, options, scratch, facts)
     if options.suite and records:
@@ -114,16 +111,6 @@ def _targets(text: str) -> str | tuple[str, ...]:
 def _setting(options: argparse.Namespace) -> Setting:
     values = {field.name: getattr(options, field.name) for field in fields(Setting)}
     return Setting(**{**values, "matmul": options.matmul[0]})
-
-
-@contextmanager
-def _scratch(wanted: Path | None) -> Iterator[Path]:
-    if wanted:
-        wanted.mkdir(parents=True, exist_ok=True)
-        yield wanted.resolve()
-        return
-    with tempfile.TemporaryDirectory(prefix="engine-bench-") as folder:
-        yield Path(folder).resolve()
 
 
 def _provenance(commit: str | None) -> dict[str, str]:

@@ -11,7 +11,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_DISABLE_AUTO_UPDATES": "1"}
 NOTHING_MORE: Mapping[str, str] = {}
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
+
+
+@contextmanager
+def scratch_folder(wanted: Path | None, prefix: str) -> Iterator[Path]:
+    """Yield the folder that was asked for, made if it is not there, or else a temporary one of this prefix."""
+    if wanted:
+        wanted.mkdir(parents=True, exist_ok=True)
+        yield wanted.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        yield Path(folder).resolve()
 
 
 def run_python(

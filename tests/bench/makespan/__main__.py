@@ -28,11 +28,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from engine.bench.process import scratch_folder
 from engine.system.signals import handled
 from tests.bench.makespan.job import Job, model_folder, write_samples
 from tests.bench.makespan.table import table
@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         refuse(" ".join(str(error).split()))
     if not options.table:
         # a SIGTERM ends the trials' processes too
-        with handled([signal.SIGTERM], lambda *_: sys.exit(143)), _scratch(options.scratch) as scratch:
-            for record in measure(jobs, records, options, Path(scratch).resolve()):
+        with handled([signal.SIGTERM], lambda *_: sys.exit(143)), scratch_folder(options.scratch, "makespan-") as scratch:
+            for record in measure(jobs, records, options, scratch):
                 with options.json.open("a") as file:
                     file.write(json.dumps(record, sort_keys=True) + "\n")
                 records.append(record)
@@ -182,13 +182,6 @@ def _facts(scratch: Path, options: argparse.Namespace) -> Record:
 def _job(options: argparse.Namespace, model: str) -> Job:
     given = {name: getattr(options, name) for name in (field.name for field in fields(Job)) if name != "model"}
     return Job(model=model, **{**given, "report_at": tuple(given["report_at"]), "cap_gib": given["cap_gib"] or None})
-
-
-def _scratch(wanted_folder: Path | None) -> AbstractContextManager[Any]:
-    if wanted_folder is None:
-        return tempfile.TemporaryDirectory(prefix="makespan-")
-    wanted_folder.mkdir(parents=True, exist_ok=True)
-    return nullcontext(wanted_folder)
 
 
 def _arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Callable[[str], NoReturn]]:

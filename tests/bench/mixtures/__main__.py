@@ -25,13 +25,11 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engine.bench.process import run_python, run_python_all
+from engine.bench.process import run_python, run_python_all, scratch_folder
 from engine.bench.rows import Setting
 from engine.bench.shapes import SHAPES
 from engine.system.command_line import run
@@ -60,7 +58,7 @@ def _main(options: argparse.Namespace) -> int:
     )
     options.json.parent.mkdir(parents=True, exist_ok=True)
     print(f"{options.model}, {options.layers} layers, 1 x {options.length} tokens, r {options.rank}\n{HEADINGS}", flush=True)
-    with _scratch(options.scratch) as scratch:
+    with scratch_folder(options.scratch, "mixtures-") as scratch:
         for row in rows:
             commit = {"git.commit": options.commit} if options.commit else {}
             record = {**row.record(), **run_row(row, options.peer_path, scratch, options.child_timeout_s), **commit}
@@ -116,16 +114,6 @@ def line(record: Record) -> str:
         cell("first_loss", 12, ".4f"), cell("last_loss", 11, ".4f"),
     )  # fmt: skip
     return f"{record['label']:<24}{''.join(cells)}{'  ' + record['error'] if 'error' in record else ''}".rstrip()
-
-
-@contextmanager
-def _scratch(wanted: Path | None) -> Iterator[Path]:
-    if wanted:
-        wanted.mkdir(parents=True, exist_ok=True)
-        yield wanted.resolve()
-        return
-    with tempfile.TemporaryDirectory(prefix="mixtures-") as folder:
-        yield Path(folder).resolve()
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
