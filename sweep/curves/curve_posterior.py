@@ -70,9 +70,8 @@ class Posterior:
         if self.model.rate[rung]:
             heat = self._rate_heat(alike)
             covariance += np.outer(heat, self.model.rate[rung] * alike.other_heat[columns])
-        known = np.flatnonzero(own >= 0)
-        same = self._trial[:, None] == own[None, known]
-        covariance[:, known] += same * (self.seed + self.model.prior.own_drop**2 * fall)[:, None]
+        place, column = np.nonzero(self._trial[:, None] == own[None])  # few of M x Q
+        covariance[place, column] += (self.seed + self.model.prior.own_drop**2 * fall)[place]
         return covariance
 
     def _end_variance(self, trials: np.ndarray) -> np.ndarray:
