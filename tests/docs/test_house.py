@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from tests.support import house
 from tests.support.paths import ROOT
 
+TOP_FILES = {".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "README.md", "constraints.txt", "pyproject.toml"}
 SENTENCE = '"""This room holds things."""\n'
 THREE = {f"engine/data/{name}.py": "" for name in ("readers", "tokens", "views")}
 ROOM = {"engine/data/__init__.py": SENTENCE, **THREE}
@@ -108,3 +110,10 @@ def test_a_house_like_this_one_is_taken(tmp_path):
         "tests/engine/data/test_views.py": "from engine.data.views import View\n",
     }  # fmt: skip
     assert {check.__name__: check(build(tmp_path, files)) for check in REFUSED} == {check.__name__: [] for check in REFUSED}
+
+
+def test_no_stray_file_is_committed_at_the_top():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    assert {name for name in listed.stdout.splitlines() if "/" not in name} == TOP_FILES

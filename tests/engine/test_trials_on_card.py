@@ -61,21 +61,26 @@ def test_recorded_rows_of_pairs_have_the_losses_of_the_cpu(tiny_config, tmp_path
     compare(values, tmp_path, {})
 
 
-@pytest.mark.parametrize("targets", ["attention", "experts", ["attention", "experts"], "all-linear"], ids=str)
-def test_a_recorded_mixture_has_the_losses_of_the_cpu(tiny_config, tiny_mixture_dir, tmp_path, targets):
-    """With experts of 64 features: narrower ones take plain torch, which asks the device where their rows end."""
+@pytest.fixture
+def wide_mixture_dir(tiny_mixture_dir, tmp_path):
+    """Experts of 64 features: narrower ones take plain torch, which asks the device where their rows end."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = shutil.copytree(tiny_mixture_dir, tmp_path / "mixture")
     config = AutoConfig.from_pretrained(folder, moe_intermediate_size=64)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    compare(tiny_config, tmp_path, {"model": {"path": str(folder)}, "lora": {"target_modules": targets}})
+    return folder
 
 
-def test_experts_of_other_alphas_have_the_losses_of_the_cpu(tiny_config, tiny_mixture_dir, tmp_path):
+@pytest.mark.parametrize("targets", ["attention", "experts", ["attention", "experts"], "all-linear"], ids=str)
+def test_a_recorded_mixture_has_the_losses_of_the_cpu(tiny_config, wide_mixture_dir, tmp_path, targets):
+    compare(tiny_config, tmp_path, {"model": {"path": str(wide_mixture_dir)}, "lora": {"target_modules": targets}})
+
+
+def test_experts_of_other_alphas_have_the_losses_of_the_cpu(tiny_config, wide_mixture_dir, tmp_path):
     lora = {"target_modules": ["attention", "experts"], "alpha_pattern": {"experts.down_proj": 24.0, "q_proj": 2.0}}
-    compare(tiny_config, tmp_path, {"model": {"path": str(tiny_mixture_dir)}, "lora": lora})
+    compare(tiny_config, tmp_path, {"model": {"path": str(wide_mixture_dir)}, "lora": lora})
 
 
 @pytest.mark.parametrize(
