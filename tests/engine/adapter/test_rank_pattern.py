@@ -104,17 +104,20 @@ def test_a_plan_counts_the_parameters_that_are_trained(tiny_config, trained):
 
 
 @pytest.mark.parametrize(
+    ("field", "least"), [("rank_pattern", "greater than or equal to 1"), ("alpha_pattern", "greater than or equal to")]
+)
+@pytest.mark.parametrize(
     ("pattern", "line"),
     [
-        ({"qproj": 2}, r"lora\.rank_pattern = 'qproj': matches no layer that lora.target_modules picks; allowed: .*q_proj"),
-        ({"q_proj": 2, "self_attn.q_proj": 3}, r"lora\.rank_pattern = .*: must give model\.layers\.0\.self_attn\.q_proj one"),
-        ({"(": 2}, r"lora\.rank_pattern = '\(': must be a valid regular expression"),
-        ({"q_proj": 0}, r"lora\.rank_pattern.* = 0: .*greater than or equal to 1"),
+        ({"qproj": 2}, r" = 'qproj': matches no layer that lora.target_modules picks; allowed: .*q_proj"),
+        ({"q_proj": 2, "self_attn.q_proj": 3}, r" = .*: must give model\.layers\.0\.self_attn\.q_proj one"),
+        ({"(": 2}, r" = '\(': must be a valid regular expression"),
+        ({"q_proj": 0}, r".* = 0: .*{least}"),
     ],
 )
-def test_a_pattern_that_cannot_be_right_is_one_line(tiny_config, pattern, line):
-    with pytest.raises(InputError, match=line):
-        prepare([build(tiny_config, lora={"rank_pattern": pattern})])
+def test_a_pattern_that_cannot_be_right_is_one_line_before_a_trial(tiny_config, field, least, pattern, line):
+    with pytest.raises(InputError, match=rf"lora\.{field}" + line.replace("{least}", least)):
+        prepare([build(tiny_config, lora={field: pattern})])
 
 
 def test_the_order_of_entries_does_not_matter_and_older_fingerprints_stay(tiny_config):
