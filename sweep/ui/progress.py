@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from engine.trial_report import REPORTS
-from sweep.folder.slot_times import PARTS, steady_share, totals
+from sweep.folder.slot_times import PARTS, both_shares, totals
 from sweep.folder.sweep_folder import SweepFolder
 from sweep.folder.timeline import Timeline
 from sweep.ledger.limits import Limits
@@ -48,19 +48,19 @@ class Eta:
 
 
 def slots(found: Collected, timeline: Timeline, driven: bool) -> list[dict[str, Any]]:
-    """Return what each slot does and did: name, trial, since when, steady share, seconds by part."""
+    """Return what each slot does and did: name, trial, since when, steady shares in words, seconds by part."""
     running = timeline.open_spans if driven else []
     named = {span.slot: span for span in running if span.slot is not None}
     rows, times = [], found.slot_times
     for place, time in enumerate(times, 1):
         span = next((named.pop(name) for name in time.names if name in named), None)
         parts = {PARTS[part]: seconds for part, seconds in time.parts.items() if seconds > 0.0}
-        row = {"name": time.names[-1] if time.names else f"slot {place}", "steady": steady_share(time.parts), "parts": parts}
+        row = {"name": time.names[-1] if time.names else f"slot {place}", "steady": both_shares(time.parts), "parts": parts}
         rows.append({**row, "trial": span and span.trial, "since_s": span and span.assigned_s})
     silent = [span for span in running if span.slot is None]  # a trial names its slot in its first report
     free = [row for row in rows if row["trial"] is None]
     if len(free) > 1 and any(time.names for time in times):
-        free = [dict(row, name="slot not reported yet", parts={}, steady=None) for row in silent and free]
+        free = [dict(row, name="slot not reported yet", parts={}, steady="") for row in silent and free]
         rows += free[: len(silent)]
     for row, span in zip(free, silent):
         row |= {"trial": span.trial, "since_s": span.assigned_s}
@@ -86,7 +86,7 @@ def progress(found: Collected, timeline: Timeline, driven: bool, left_s: float |
         "outcomes": {outcome.value: counts[outcome] for outcome in Outcome if counts[outcome]},
         "left_s": left_s if driven else None,
         "elapsed_s": usage.elapsed_until_s(now_s),
-        "steady": steady_share(parts) if any((parts := totals(found.slot_times)).values()) else None,
+        "steady": both_shares(totals(found.slot_times)),
         "slot_hours": usage.occupied_until_s(now_s) / HOUR_S,
         "num_tokens": sum(record.reports[-1].tokens_seen for record in own if record.reports),
     }

@@ -40,7 +40,7 @@ function showHead() {
     tile('trials ended', `${progress.num_ended} of ${progress.num_trials}`, outcomes),
     tile('time left', timeLeft(progress), progress.is_driven ? `running for ${durationText(progress.elapsed_s)}` : `ran for ${durationText(progress.elapsed_s)}`),
     tile(current.bestLabel, best ? fixed(current.value(best), 4) : '–', best ? `trial ${best.number}: ${paramsText(best.params)}` : 'no trial can be chosen yet', 'best'),
-    tile('slot hours', progress.slot_hours.toFixed(2), progress.steady === null ? '' : `${Math.round(100 * progress.steady)} % steady training`),
+    tile('slot hours', progress.slot_hours.toFixed(2), progress.steady),
     tile('tokens trained', whole(progress.num_tokens), quiet === null ? '' : `last event ${durationText(quiet)} ago`));
   fill(byId('facts'), ...about.facts.map((fact) => make('li', {}, fact)));
 }
@@ -63,7 +63,7 @@ function slotCard(slot) {
   return make('div', { class: 'slot' }, make('b', {}, slot.name),
     make('p', {}, trial ? `trial ${trial.number}, rung ${trial.rung}/${current.about.num_rungs}${since}` : current.progress.is_driven ? 'idle' : 'nothing runs here'),
     trial ? make('p', { class: 'caption' }, paramsText(trial.params)) : null, memory ? make('p', {}, memory) : null,
-    make('p', { class: 'caption' }, slot.steady === null ? 'no shares reported yet' : `${Math.round(100 * slot.steady)} % steady training`), bar);
+    make('p', { class: 'caption' }, slot.steady || 'no shares reported yet'), bar);
 }
 
 function showSlots() {

@@ -114,6 +114,7 @@ def test_what_runs_where_and_the_time_left_are_told_while_a_driver_holds_the_fol
     lock.release()
     (slot,) = answer["slots"]
     assert (slot["name"], slot["trial"], slot["since_s"]) == ("gpu 0", 6, 1060.0)
+    assert slot["steady"] == answer["progress"]["steady"] and "% steady, " in slot["steady"]
     assert answer["progress"]["is_driven"] and answer["progress"]["left_s"] > 0.0
     assert not LiveSweep(folder).changes(None)["progress"]["is_driven"]
 
