@@ -91,7 +91,7 @@ def known_or_measured(card: str, if_missing: bool, measure: Callable[[], Measure
     """
     with FileLock(_made(stored_folder()) / ".lock").held():
         known = measured_here(card) if if_missing else None
-        if known is not None and known.rates.int8 is not None:  # older versions did not measure products in INT8
+        if known is not None and known.is_complete:
             return known
         found = measure()
         found.write(stored_file(found.stack))
