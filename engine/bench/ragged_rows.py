@@ -175,12 +175,14 @@ def measure_one(base: Base, values: dict[str, Any]) -> dict[str, Any]:
 def _steps(base: Base, layers: dict[str, AnyLora], config: TrainConfig, plan: ComputePlan, vocab_size: int) -> float:
     """Take the steps and evaluate, as a trial does; return the tokens per second of the last step."""
     view = RandomView(config.data.max_seq_length, vocab_size)
-    passes = Passes(config, base, layers, view, evaluation_batches(base, view.first(EVALUATED), config.data.max_seq_length))
+    cursor = Cursor(view.lengths, config.data.max_seq_length, True, 0)
+    evaluated = evaluation_batches(base, view.first(EVALUATED), config.data.max_seq_length)
+    passes = Passes(config, base, layers, view, evaluated, cursor)
     passes.follow(plan, config.train.memory_budget_gib)
     base.model.train()
-    adapter, cursor = passes.adapter, Cursor(view.lengths, config.data.max_seq_length, True, 0)
+    adapter = passes.adapter
     optimizer = adamw_8bit([adapter.parameter], lr=1e-4)
-    passes.record(cursor)
+    passes.record()
     for step in range(STEPS):
         torch.cuda.synchronize()
         started = time.perf_counter()

@@ -56,6 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
+    if options.json:  # an error now costs less than after a trial
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.open("a").close()
     device = pick_device("auto")
     facts = {"card": torch.cuda.get_device_name() if device.type == "cuda" else "CPU", **provenance()}
     facts |= {"git.commit": options.commit} if options.commit else {}

@@ -9,6 +9,7 @@ Samples never see each other: positions restart and attention is cut at the docu
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -217,7 +218,7 @@ class Cursor:
         self._given = lengths, capacity, packing, seed
         self._mixture = mixture
         self.epoch, self.position = 0, 0
-        self._bins = plan_epoch(*self._given, 0, mixture)
+        self._first = self._bins = plan_epoch(*self._given, 0, mixture)
 
     @property
     def epochs(self) -> float:
@@ -230,9 +231,11 @@ class Cursor:
             self._bins = plan_epoch(*self._given, epoch, self._mixture)
         self.epoch, self.position = epoch, position
 
-    def coming(self, count: int) -> list[list[int]]:
-        """Return up to `count` next bins of this epoch, without taking them."""
-        return self._bins[self.position : self.position + count]
+    def from_start(self) -> Cursor:
+        """Return another cursor, at the first bin of the first epoch."""
+        other = copy.copy(self)
+        other.epoch, other.position, other._bins = 0, 0, self._first
+        return other
 
     def take(self, count: int) -> list[list[int]]:
         """Return the next `count` bins of sample indices; they may run into the next epoch."""

@@ -1,11 +1,13 @@
 """Round the sizes of rows up, so that few occur and each can be recorded as a CUDA graph.
 
-The size of a padded row is a function of the row, its capacity and its longest sample alone. A
-trial that goes on in another process therefore computes the same rows.
+The size of a padded row is a function of the row, its capacity, its longest sample and the data of its
+trial alone. A trial that goes on in another process therefore computes the same rows.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +20,8 @@ PARTS = 8  # of the most tokens in a row
 # full, and other rows come in more sizes than it pays to record.
 TARGET_PARTS_FULL, TARGET_PARTS = 8, 4
 MIN_TOKENS = 128
+# Sizes of one trial's rows, or of one evaluation's: as many as are recorded. Rows that are not packed come in 30.
+MOST_SIZES = 16
 # Of rows that are computed launch by launch. A library of matmuls looks for a kernel at every new
 # number of rows, and loads it: steps of Gemma-2-2B take 5 to 8 % more time with rows of any size.
 FINE_STEP = 64
@@ -83,6 +87,39 @@ class Size:
     def pad(self, batch: Batch, longest: int) -> Batch:
         """Return the row with filler up to this size."""
         return padded(batch, self.num_tokens, self.num_targets, self.num_documents, longest)
+
+    def holds(self, batch: Batch, longest: int) -> bool:
+        """Return True if `batch` can be padded to this size, which is not `whole`."""
+        documents = len(batch.document_lengths) + _up(self.num_tokens - batch.num_tokens, longest) // longest
+        is_larger = batch.num_tokens <= self.num_tokens and batch.num_targets <= self.num_targets
+        return is_larger and documents <= self.num_documents and not self.whole
+
+
+@dataclass(frozen=True)
+class FewSizes:
+    """Hold the sizes of all rows of a trial, at most MOST_SIZES, the smallest first.
+
+    A row of a rarer size takes the next of these that holds it. Recording each such row anew took more time
+    than its filler does: without packing, two of five rows may have a rare size.
+    """
+
+    sizes: tuple[Size, ...] = ()
+
+    @classmethod
+    def of(cls, found: Iterable[Size]) -> FewSizes:
+        """Return the sizes for rows of these sizes: the most frequent ones, and one that holds all others."""
+        counts = Counter(found)
+        if len(counts) <= MOST_SIZES:
+            return cls(tuple(sorted(counts)))
+        numbers = ((size.num_tokens, size.num_targets, size.num_documents) for size in counts)
+        largest = Size(*map(max, *numbers))
+        return cls(tuple(sorted({largest, *(size for size, _ in counts.most_common(MOST_SIZES - 1))})))
+
+    def size_of(self, batch: Batch, own: Size, longest: int) -> Size:
+        """Return the size to which `batch` is padded. own: its size among any others, which a row beyond all sizes keeps."""
+        if own in self.sizes:
+            return own
+        return next((size for size in self.sizes if size.holds(batch, longest)), own)
 
 
 def _up(number: int, step: int) -> int:

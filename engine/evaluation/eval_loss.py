@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.data.packing import Batch, collate, plan_once, rows_of
-from engine.data.row_sizes import Size
+from engine.data.row_sizes import FewSizes, Size
 from engine.data.view import AnyView, JoinedView
 from engine.model.base import Base
 from engine.sample_losses import SampleLosses
@@ -83,11 +83,17 @@ def evaluation_batches(base: Base, view: AnyView, eval_max_seq_length: int) -> E
         samples = replace(samples, sets={name: len(one) for name, one in sets.items()}, weights=view.weights)
     batches = samples.batches
     if base.device.type == "cuda" and base.pads_rows(eval_max_seq_length):
-        padded = [Size.of(batch, capacity, eval_max_seq_length, coarse=True).pad(batch, eval_max_seq_length) for batch in batches]
-        batches = [replace(batch, document_lengths=(eval_max_seq_length, 0)) for batch in padded]
+        batches = _padded(batches, capacity, eval_max_seq_length)
     if sum(batch.num_tokens for batch in batches) <= MAX_TOKENS_ON_DEVICE:
         batches = [batch.to(base.device) for batch in batches]
     return replace(samples, batches=batches)
+
+
+def _padded(batches: list[Batch], capacity: int, longest: int) -> list[Batch]:
+    own = [Size.of(batch, capacity, longest, coarse=True) for batch in batches]
+    few = FewSizes.of(own)
+    filled = [few.size_of(batch, size, longest).pad(batch, longest) for batch, size in zip(batches, own, strict=True)]
+    return [replace(row, document_lengths=(longest, 0)) for row in filled]
 
 
 def row_capacity(eval_max_seq_length: int) -> int:

@@ -72,6 +72,11 @@ class MeasuredCard:
     steps: Mapping[str, Mapping[str, float]]
     tiles: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
+    @property
+    def is_complete(self) -> bool:
+        """Return True if it has all that this version measures; older ones left out products in INT8."""
+        return self.rates.int8 is not None
+
     def text(self) -> str:
         """Return the content of the file."""
         values = {

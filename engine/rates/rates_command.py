@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,9 @@ def calibrate(arguments: list[str]) -> int:
     parser.add_argument("--from", dest="source", type=user_path, help="take in such a file, of any machine; measure nothing")
     parser.add_argument("--if-missing", action="store_true", help="only if card, driver, host or versions are new here")
     options = parser.parse_args(arguments)
+    out = options.out
+    if out is not None and (out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK)):
+        raise InputError("--out", str(out), "must be a file in a writable folder")  # before a minute is spent
     if options.source is not None:
         return _take_in(options.source, options.out)
     known = _measure(options.if_missing)
@@ -87,7 +91,7 @@ def known_or_measured(card: str, if_missing: bool, measure: Callable[[], Measure
     """
     with FileLock(_made(stored_folder()) / ".lock").held():
         known = measured_here(card) if if_missing else None
-        if known is not None and known.rates.int8 is not None:  # older versions did not measure products in INT8
+        if known is not None and known.is_complete:
             return known
         found = measure()
         found.write(stored_file(found.stack))

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from engine.adapter.flat import AdapterMemory
 from engine.data.packing import Batch, Sample, collate
-from engine.data.row_sizes import Size
+from engine.data.row_sizes import FewSizes, Size
 from engine.errors import first_line
 from engine.model.base import Base
 from engine.training import recordings as recorder
@@ -70,8 +70,9 @@ class Graphs:
 
         key: what decides the pass besides the adapter's memory and the row, such as the plan, and the
         numbers of the loss. capacity, longest: most tokens in a row and in a sample. loss: that of a row
-        in training; the base's by default.
+        in training; the base's by default. `few` may be set: the sizes that rows in training get.
         """
+        self.few = FewSizes()
         self._loss = loss or RowLoss(base.loss)
         self._has_reference = trains and self._loss.has_reference
         self._base, self._memory, self._capacity, self._longest, self._trains = base, memory, capacity, longest, trains
@@ -91,8 +92,11 @@ class Graphs:
 
     def record(self, sizes: Iterable[Size]) -> None:
         """Record these sizes if they are not yet, the largest first. Changes no gradient."""
-        missing = sorted(set(sizes) - self._kind.rows.keys(), reverse=True)[: MAX_OF_A_KIND - len(self._kind.rows)]
-        for size in missing:
+        wanted, rows = set(sizes), self._kind.rows
+        missing = sorted(wanted - rows.keys(), reverse=True)[:MAX_OF_A_KIND]
+        for size in list(rows.keys() - wanted)[: max(0, len(rows) + len(missing) - MAX_OF_A_KIND)]:
+            self._drop(size)  # an earlier trial's, whose data differed
+        for size in missing[: MAX_OF_A_KIND - len(rows)]:
             if self._recordings.can_record:
                 self._record(size)
 
@@ -101,7 +105,8 @@ class Graphs:
 
         `batch` must be on the host. The loss is an fp32 scalar in nats, valid until the next call.
         """
-        return self._run(Size.of(batch, self._capacity, self._longest), batch, num_targets)
+        size = Size.of(batch, self._capacity, self._longest)
+        return self._run(self.few.size_of(batch, size, self._longest), batch, num_targets)
 
     def target_losses(self, batch: Batch) -> Tensor:
         """Return the losses of a padded row's `target_rows` [M], on any device; valid until the next call."""
@@ -126,9 +131,12 @@ class Graphs:
         takes the host about as long as launching it.
         """
         while len(self._kind.rows) >= MAX_OF_A_KIND:
-            if self._base.device.type == "cuda":
-                torch.cuda.synchronize(self._base.device)  # it may still run
-            self._kind.rows.popitem()
+            self._drop(next(reversed(self._kind.rows)))
+
+    def _drop(self, size: Size) -> None:
+        if self._base.device.type == "cuda":
+            torch.cuda.synchronize(self._base.device)  # it may still run
+        del self._kind.rows[size]
 
     def _fixed(self, row: Batch, num_targets: int) -> RecordedRow:
         device = self._base.device

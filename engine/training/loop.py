@@ -146,7 +146,7 @@ class _Run:
             samples = evaluation_batches(base, eval_view, config.data.eval_max_seq_length)
             self.cursor = make_cursor(self.train_view, config)
             self.task = TaskMetrics.of(config, base, eval_view)
-            self.passes = Passes(config, base, layers, self.train_view, samples)
+            self.passes = Passes(config, base, layers, self.train_view, samples, self.cursor)
             self.passes.find_pairs(eval_view, interrupted)  # before a checkpoint is loaded: the adapter is as at the start
         self.adapter = self.passes.adapter
         self.optimizer = make_optimizer(self.adapter.parameter, config.optim, self.adapter.num_a, self.adapter.shapes)
@@ -184,7 +184,7 @@ class _Run:
                 yield self.progress.reports[-1]
         if len(self.progress.reports) < len(grid):
             with self.parts.part(RECORDING):
-                self._with_room(lambda: self.passes.record(self.cursor))
+                self._with_room(lambda: self.passes.record())
             if not self.progress.step:  # the checkpoint keeps them from the first step on
                 with self.parts.part(EVALUATION):
                     self.progress.base_eval_losses = self._with_room(lambda: self.passes.base_eval_losses(self._interrupted))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from engine.adapter.token_rows import TokenRows
 from engine.config.preference_section import IN_A_PAIR
 from engine.config.trial import TrainConfig
 from engine.data.packing import Batch, Cursor, collate, rows_of
-from engine.data.row_sizes import Size
+from engine.data.row_sizes import FewSizes, Size
 from engine.data.view import AnyView
 from engine.errors import Interrupted, OutOfMemory
 from engine.evaluation.eval_limits import needs_base
@@ -30,7 +29,7 @@ from engine.preference.pair_losses import row_loss
 from engine.preference.trial_pairs import TrialPairs
 from engine.sample_losses import SampleLosses
 from engine.training.cuda_graphs import Graphs, RowLoss, make_graphs
-from engine.training.recordings import MAX_OF_A_KIND, Recordings
+from engine.training.recordings import Recordings
 from engine.units import GIB
 
 # Bins whose rows tell which sizes to record before the first step.
@@ -51,18 +50,17 @@ class StepResult:
 
 
 class Passes:
-    """Compute rows with and without recordings. `train_view` and `samples` are the trial's data.
+    """Compute rows with and without recordings. `view` and `samples` are the trial's data; `cursor` is somewhere in it.
 
     pads_unrecorded: rows that are not recorded get filler too, so that few sizes occur.
-
     exempt: linear layers that multiply in the working dtype, whatever `train.matmul` says. pairs: what
     `find_pairs` found, which comes before the first pass.
     """
 
     def __init__(
-        self, config: TrainConfig, base: Base, layers: dict[str, AnyLora], train_view: AnyView, samples: EvaluationSet
+        self, config: TrainConfig, base: Base, layers: dict[str, AnyLora], view: AnyView, samples: EvaluationSet, cursor: Cursor
     ) -> None:
-        self._config, self._base, self._view, self._samples = config, base, train_view, samples
+        self._config, self._base, self._view, self._samples, self._cursor = config, base, view, samples, cursor
         self.pairs: TrialPairs | None = None
         self.exempt: tuple[str, ...] = ()
         self._recordings = Recordings.of(base)
@@ -126,18 +124,20 @@ class Passes:
         if plan.cuda_graphs:
             loss = RowLoss(self._loss, self._config.learns_pairs and self._config.preference.needs_reference)
             self._training = make_graphs(base, memory, key, plan.micro_batch_size * self._config.bin_tokens, longest, loss=loss)
+            if self._training is not None:
+                self._training.few = self._foreseen()
         has_room = plan.cuda_graphs or (need_gib is not None and need_gib + _evaluation_gib(plan) <= limit_gib)
         if has_room and self._may_record_evaluation:
             capacity, key = row_capacity(longest_evaluated), ("evaluation", longest_evaluated, self._baked())
             self._evaluation = make_graphs(base, memory, key, capacity, longest_evaluated, trains=False)
 
-    def record(self, cursor: Cursor) -> None:
+    def record(self) -> None:
         """Record the rows that the trial will have, as far as recordings are planned and missing.
 
         Raises OutOfMemoryError if there is no room for those of training.
         """
         if self._training is not None:
-            self._training.record(self._foreseen(cursor))
+            self._training.record(self._training.few.sizes)
         if self._evaluation is None:
             return
         try:
@@ -244,20 +244,17 @@ class Passes:
                 known[key] = self.evaluate(stop_if_asked).means
         return known[key]
 
-    def _foreseen(self, cursor: Cursor) -> list[Size]:
-        """Return the sizes of most rows that come in this epoch."""
+    def _foreseen(self) -> FewSizes:
+        """Return the sizes of the trial's rows, from its first step on: the same ones in a process that goes on with it."""
         size, longest = self._plan.micro_batch_size, self._config.data.max_seq_length
-        per_step, left = self._config.bins_per_step, self._config.train.max_tokens
-        bins, sizes = cursor.coming(FORESEEN_BINS), Counter()
-        for start in range(0, len(bins), per_step):
-            for row in rows_of(bins[start : start + per_step], size, shares_rows=True):
+        cursor, left, sizes = self._cursor.from_start(), self._config.train.max_tokens, []
+        while left > 0 and len(sizes) * size < FORESEEN_BINS:
+            for row in rows_of(cursor.take(self._config.bins_per_step), size, shares_rows=True):
                 members = np.array(self._members(row))
                 tokens, targets = int(self._view.lengths[members].sum()), int(self._view.targets_of(members).sum())
-                sizes[Size.around(tokens, targets, len(members), size * self._config.bin_tokens, longest)] += 1
+                sizes.append(Size.around(tokens, targets, len(members), size * self._config.bin_tokens, longest))
                 left -= tokens
-            if left <= 0:
-                break
-        return [size for size, _ in sizes.most_common(MAX_OF_A_KIND)]
+        return FewSizes.of(sizes)
 
     def _baked(self) -> Hashable:
         """Return what a recording holds as numbers: nothing, unless adapted layers run unfused."""

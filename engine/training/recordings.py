@@ -27,14 +27,14 @@ from torch import Tensor
 from engine.adapter.flat import AdapterMemory
 from engine.adapter.lora import AnyLora
 from engine.data.packing import Batch
-from engine.data.row_sizes import Size
+from engine.data.row_sizes import MOST_SIZES, Size
 from engine.model.base import Base
 from engine.model.device import capture as capture
 from engine.units import GIB
 
 # Recordings of one kind of pass, and of all kinds where memory is short. 30 layers take 0.2 s to
 # record, forward and backward, and 10 MiB for the nodes outside torch's pools (H100).
-MAX_OF_A_KIND, MAX_OF_ALL, NODES_GIB = 16, 32, 12 / 1024
+MAX_OF_A_KIND, MAX_OF_ALL, NODES_GIB = MOST_SIZES, 32, 12 / 1024
 KINDS_OF_A_TRIAL = 2  # training and evaluation
 # Memory of adapters that no trial uses, kept for recordings where memory is short.
 MAX_IDLE_GIB = 0.5

@@ -18,7 +18,8 @@ def measure_new_card(card: str, module: str, say: Callable[[str], None]) -> str 
     predicted from what is known of it. card: as torch names it. module: the engine's command. say:
     shows a line of progress.
     """
-    if card in _asked or measured_here(card) is not None:
+    known = measured_here(card)
+    if card in _asked or (known is not None and known.is_complete):
         return None
     _asked.add(card)
     say(f"{card} is new here and gets measured, for predictions; cluster.calibrate=false leaves it out")

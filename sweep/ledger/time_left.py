@@ -121,7 +121,8 @@ class TimeLeft:
             return ended
         if seconds is None:
             return f"{ended}, time left: {UNKNOWN}"
-        about = "at most" if self._limits.budget.target_loss is not None else "about"
+        budget = self._limits.budget
+        about = "about" if budget.target_loss is None and budget.target_metric is None else "at most"
         until = f" (sweep.budget.{bound})" if bound not in (None, "full_trials") else ""
         hours = min(self._work_s, seconds * self._limits.num_slots) / HOUR_S
         of_all = f", {hours:,.2g} slot hours" if self._limits.num_slots > 1 and hours >= LEAST_HOURS else ""
@@ -217,14 +218,15 @@ class TimeLeft:
         return dead_s + self._costs.recording_s / max(self._num_trained, 1)
 
     def _budget_ends(self) -> Iterator[tuple[float, str]]:
-        """Yield the seconds until each limit of the budget is reached. A target loss cannot be foreseen."""
+        """Yield the seconds until each limit of the budget is reached. A target cannot be foreseen."""
+        slot_s, elsewhere_s = self._limits.elsewhere_s
         budget, usage, now_s = self._limits.budget, self._timeline.usage, self._clock()
         if budget.full_trials is not None:
             left = max(budget.full_trials * self._grid[-1] - self._num_tokens(), 0.0)
             token_s = (self._costs.all_s + usage.dead_time_s) / self._costs.num_tokens
             yield max(left * token_s - self._since_reports(now_s), 0.0) / self._limits.num_slots, "full_trials"
         if budget.wall_clock_hours is not None:
-            yield max(budget.wall_clock_hours * HOUR_S - usage.elapsed_until_s(now_s), 0.0), "wall_clock_hours"
+            yield max(budget.wall_clock_hours * HOUR_S - elsewhere_s - usage.elapsed_until_s(now_s), 0.0), "wall_clock_hours"
         if budget.gpu_hours is not None:
-            left_s = budget.gpu_hours * HOUR_S - usage.occupied_until_s(now_s)
+            left_s = budget.gpu_hours * HOUR_S - slot_s - usage.occupied_until_s(now_s)
             yield max(left_s / self._limits.num_slots, 0.0), "gpu_hours"

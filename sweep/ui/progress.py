@@ -12,6 +12,7 @@ from sweep.folder.timeline import Timeline
 from sweep.ledger.limits import Limits
 from sweep.ledger.time_left import HOUR_S, TimeLeft
 from sweep.report.collect import Collected
+from sweep.results.finals_ledger import spent_on_finals
 from sweep.trials.record import GOING_ON, Outcome, TrialRecord
 
 
@@ -24,7 +25,7 @@ class Eta:
         limits = Limits(
             num_trials=config.sweep.num_trials, num_rungs=len(config.train.report_grid()), num_slots=num_slots,
             max_retries=config.cluster.max_retries, budget=config.effective_budget, objectives=config.sweep.objectives,
-            sign=found.rule.sign, grid=tuple(config.train.report_grid()),
+            sign=found.rule.sign, grid=tuple(config.train.report_grid()), elsewhere_s=spent_on_finals(found.folder),
         )  # fmt: skip
         self._now_s, self._told = 0.0, {}
         self._time_left = TimeLeft(limits, config.train.report_grid(), found.space.size())

@@ -88,6 +88,14 @@ def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_measured(t
         known_or_measured(RTX_4090, True, never)
 
 
+@pytest.mark.parametrize("out", [".", "no/such/folder/card.json", "file/card.json"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, monkeypatch, out):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(rates_command, "_measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(InputError, match="^--out = .*: must be a file in a writable folder$"):
+        rates_command.calibrate(["--out", str(tmp_path / out)])
+
+
 def test_a_file_of_another_machine_is_taken_in_and_passed_on(tmp_path, capsys):
     sent, copy = tmp_path / "sent.json", tmp_path / "copy.json"
     measured().write(sent)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from engine.system.child_python import own_environment
@@ -42,6 +44,14 @@ def test_a_new_card_is_measured_with_its_progress_shown_and_then_known(tmp_path,
 def test_a_card_that_is_known_is_not_measured():
     keep(measured())
     assert measure_new_card(RTX_4090, "no such engine", pytest.fail) is None
+
+
+def test_a_card_that_an_older_version_measured_in_part_is_measured_again(tmp_path, monkeypatch):
+    known = measured()
+    keep(replace(known, rates=replace(known.rates, int8=None)))
+    said = []
+    assert measure_new_card(RTX_4090, engine_that("", tmp_path, monkeypatch), said.append) is None
+    assert said[1:] == ["[....] 0/1 matmul"]
 
 
 @pytest.mark.parametrize(("then", "line"), [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from sweep.config.budget_limits import BudgetConfig
@@ -134,6 +136,14 @@ def test_reports_of_an_older_version_tell_their_speed(tmp_path):
     assert sweep.left.seconds() == pytest.approx(40.0)
 
 
+@pytest.mark.parametrize(("field", "spent_s"), [("gpu_hours", (1800.0, 0.0)), ("wall_clock_hours", (0.0, 1800.0))])
+def test_what_finalists_took_counts_against_the_budget_here_too(tmp_path, field, spent_s):
+    sweep = Sweep(tmp_path, num_trials=1000, **{field: 1.0})
+    sweep.left.take_limits(replace(sweep.left._limits, elsewhere_s=spent_s))
+    sweep.trial(0, 1)
+    assert sweep.left.seconds() == pytest.approx(1800.0)
+
+
 def test_a_budget_ends_the_sweep_earlier_and_a_target_may(tmp_path):
     sweep = Sweep(tmp_path, num_trials=100, num_slots=2, gpu_hours=0.02)
     for number in range(2):
@@ -147,6 +157,9 @@ def test_a_budget_ends_the_sweep_earlier_and_a_target_may(tmp_path):
     target = Sweep(tmp_path, num_trials=10_000, target_loss=1.0)
     target.trial(0, 1)
     assert target.left.text() == "0 of 10,000 trials ended, time left: at most 111.1 h"
+    metric = Sweep(tmp_path, num_trials=10_000, target_metric=0.9)
+    metric.trial(0, 1)
+    assert "left: at most 111.1 h" in metric.left.text()
     ample = Sweep(tmp_path, gpu_hours=1000.0)  # the twin: the trials end before their budget
     ample.trial(0, 1)
     assert "budget" not in ample.left.text()
