@@ -150,7 +150,8 @@ class Run:
         self.layers.update(attach_started(base.model, base.linear_names, config))
         view, evaluated = self._view(data.max_seq_length), self._view(data.eval_max_seq_length).first(EVALUATED_TOKENS)
         samples = evaluation_batches(base, evaluated, data.eval_max_seq_length)
-        passes = Passes(config, base, self.layers, view, samples)
+        cursor = Cursor(view.lengths, data.max_seq_length, data.packing, config.train.seed)
+        passes = Passes(config, base, self.layers, view, samples, cursor)
         adapter = passes.adapter
         optimizer = make_optimizer(adapter.parameter, config.optim, adapter.num_a, adapter.shapes)
         place_states(optimizer, self.plan.offload_optimizer)
@@ -158,9 +159,8 @@ class Run:
         adapter.refresh()
         passes.follow(self.plan, config.train.memory_budget_gib)
         base.model.train()
-        cursor = Cursor(view.lengths, data.max_seq_length, data.packing, config.train.seed)
         self._mark("attached")
-        passes.record(cursor)
+        passes.record()
         self._mark("recorded")
         speeds, seen = [], 0
         for step in range(STEPS):
