@@ -23,7 +23,14 @@ from sweep.ledger.event_files import check_event_files
 from sweep.plan.answers_forecast import answers_line
 from sweep.plan.disk_need import check_disk
 from sweep.plan.feasibility import Feasibility, make_feasibility
-from sweep.plan.forecast import card_line, check_any_fits, describe_forecast, most_demanding, no_forecast_line
+from sweep.plan.forecast import (
+    card_line,
+    check_any_fits,
+    describe_forecast,
+    evaluation_warning_of,
+    most_demanding,
+    no_forecast_line,
+)
 from sweep.plan.idle_settings import idle_settings
 from sweep.plan.matmul_choice import with_chosen_matmul
 from sweep.plan.reference_forecast import reference_line
@@ -122,8 +129,10 @@ def _forecast(plan: SweepPlan, engine: EngineModules, facts: Facts | None, is_ne
     feasibility = make_feasibility(config.cluster.card, facts, plan.kinds)
     plan, lines = with_chosen_matmul(plan, feasibility, is_new)
     num_trials, full_trials = config.sweep.num_trials, config.effective_budget.full_trials
-    print("\n".join([*lines, describe_forecast(plan.space, plan.base(), feasibility, num_trials, full_trials)]), flush=True)
+    text, warning = describe_forecast(plan.space, plan.base(), feasibility, num_trials, full_trials, facts)
+    print("\n".join([*lines, text]), flush=True)
     _say_answers(plan, feasibility, facts)
+    warn([warning] if warning and is_new else [])
     check_any_fits(plan.space, plan.base(), feasibility)
 
 
@@ -133,8 +142,8 @@ def _say_answers(plan: SweepPlan, feasibility: Feasibility | None, facts: Facts 
         base, (shape, card) = plan.config.base(), (feasibility.shape, feasibility.card) if feasibility else (None, None)
         lines = [answers_line(base, shape, card, facts)]
         if plan.config.data.format == PREFERENCE:
-            fit = feasibility.check_fit(base) if feasibility and feasibility.predicts else None
-            lines.append(reference_line(base, facts, fit.plan.speed.tokens_per_second if fit and fit.plan else None))
+            evaluation = feasibility.check_fit(base).evaluation if feasibility and feasibility.predicts else None
+            lines.append(reference_line(base, facts, evaluation.tokens_per_second if evaluation else None))
         for line in filter(None, lines):
             print(line, flush=True)
 
@@ -148,15 +157,20 @@ def check_sweep(
     """
     plan, facts = _checked(plan, engine, given, sweep_folder is None)
     _check_disk(plan, facts, sweep_folder)
+    config = plan.config
     on_gpu = plan.slots.device == "cuda"
     if on_gpu:
-        _calibrate(plan.config.cluster, facts, engine)
-    feasibility = make_feasibility(plan.config.cluster.card, facts, plan.kinds) if on_gpu else Feasibility(None, None)
+        _calibrate(config.cluster, facts, engine)
+    feasibility = make_feasibility(config.cluster.card, facts, plan.kinds) if on_gpu else Feasibility(None, None)
     if feasibility.predicts:
         print(f"{card_line(feasibility)}; trials that are predicted not to fit are not started", flush=True)
     plan, lines = with_chosen_matmul(plan, feasibility, sweep_folder is None)
     print("".join(f"{line}\n" for line in lines), end="", flush=True)
     check_any_fits(plan.space, plan.base(), feasibility)
+    if sweep_folder is None:
+        limits = config.sweep.num_trials, config.effective_budget.full_trials
+        warning = evaluation_warning_of(plan.space, plan.base(), feasibility, *limits, facts)
+        warn([] if warning is None else [warning])
     return plan, feasibility, facts
 
 

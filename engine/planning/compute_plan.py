@@ -10,6 +10,7 @@ from engine.config.trial import TrainConfig
 from engine.memory.prediction import MemoryPrediction
 from engine.planning.speed import SpeedPrediction
 from engine.shape.policies import Policy
+from engine.units import GIB
 
 DESCRIPTIONS = {
     Policy.KEEP: "activations kept", Policy.SELECTIVE: "MLP recomputed", Policy.RECOMPUTE: "recomputed",
@@ -41,6 +42,12 @@ class ComputePlan:
     def need_gib(self) -> float:
         """Return the predicted GiB that a card must have, or 0 if nothing is predicted."""
         return 0.0 if self.memory is None else self.memory.need_gib
+
+    @property
+    def evaluation_gib(self) -> float:
+        """Return the predicted GiB of an evaluation's row beyond what stays; 0 if nothing is predicted."""
+        phases = {} if self.memory is None else self.memory.phases
+        return max(0, phases.get("evaluation", 0) - phases.get("at rest", 0)) / GIB
 
     def settings(self) -> dict[str, Any]:
         """Return the seven fields of `train` as plain data."""

@@ -19,7 +19,7 @@ from engine.errors import OutOfMemory
 from engine.memory.prediction import MemoryPrediction, predict_memory
 from engine.planning.cards import Card
 from engine.planning.compute_plan import ComputePlan
-from engine.planning.memory_limit import Lessons, MemoryLimit
+from engine.planning.memory_limit import Lessons, MemoryLimit, Validity
 from engine.planning.speed import predict_speed
 from engine.shape.layer_plan import cacheable_bytes, can_record
 from engine.shape.model_shape import ModelShape
@@ -47,36 +47,38 @@ def make_compute_plan(
     *,
     lessons: Lessons | None = None,
     predicted_gib: float = math.inf,
+    validity: Validity | None = None,
 ) -> ComputePlan:
     """Return the fastest plan for `config` that fits the card, or `train.memory_budget_gib` of it.
 
     Without shape or card (an unknown model, a CPU) nothing is predicted, and `auto` means one bin
     at a time. `host_gib` is the host memory in which the layers of this process may store
     activations. `lessons` are what earlier trials in this process showed, and `predicted_gib` is the
-    most that a plan may be predicted to need. Raises OutOfMemory if the leanest plan does not fit.
+    most that a plan may be predicted to need. `validity` takes note of the limits within which the plan
+    would be the same. Raises OutOfMemory if the leanest plan does not fit.
     """
     if shape is None or card is None:
         return _unpredicted(config, on_cpu=card is None)
-    limit = MemoryLimit(allowed_gib(config, card), lessons or Lessons(), predicted_gib)
+    limit = MemoryLimit(allowed_gib(config, card), lessons or Lessons(), predicted_gib, host_gib, validity or Validity())
     if config.train.offload_optimizer != "auto":
-        return _chosen(config, shape, card, limit, host_gib)
+        return _chosen(config, shape, card, limit)
     try:
-        return _chosen(_with(config, offload_optimizer=False), shape, card, limit, host_gib)
+        return _chosen(_with(config, offload_optimizer=False), shape, card, limit)
     except OutOfMemory as without:
         if not config.optim.has_8bit_states:
             raise
         try:
-            return _chosen(_with(config, offload_optimizer=True), shape, card, limit, host_gib)
+            return _chosen(_with(config, offload_optimizer=True), shape, card, limit)
         except OutOfMemory as error:
             raise (without if error.predicted_gib is None else error) from None
 
 
-def _chosen(config: TrainConfig, shape: ModelShape, card: Card, limit: MemoryLimit, host_gib: float) -> ComputePlan:
+def _chosen(config: TrainConfig, shape: ModelShape, card: Card, limit: MemoryLimit) -> ComputePlan:
     """Return the fastest plan, with the optimizer's states where the config says."""
-    candidates = [c for c in _candidates(config, shape, card, limit, host_gib) if c.memory.host_gib <= host_gib]
+    candidates = [c for c in _candidates(config, shape, card, limit) if limit.fits_host(c.memory)]
     if not candidates:
         states = " and optimizer states (offload_optimizer)" if config.train.offload_optimizer is True else ""
-        raise OutOfMemory(f"{HOST_USES}{states} need more than the {host_gib:.1f} GiB allowed")
+        raise OutOfMemory(f"{HOST_USES}{states} need more than the {limit.host_gib:.1f} GiB allowed")
     fitting = [candidate for candidate in candidates if limit.fits(candidate)]
     if not fitting:
         raise does_not_fit(min((c.memory for c in candidates), key=lambda memory: memory.peak_bytes), limit.memory_gib)
@@ -120,7 +122,7 @@ def _unpredicted(config: TrainConfig, on_cpu: bool) -> ComputePlan:
     )
 
 
-def _candidates(config: TrainConfig, shape: ModelShape, card: Card, limit: MemoryLimit, host_gib: float) -> Iterator[ComputePlan]:
+def _candidates(config: TrainConfig, shape: ModelShape, card: Card, limit: MemoryLimit) -> Iterator[ComputePlan]:
     """Yield plans for every micro-batch and policy that the config leaves open.
 
     Each gets as many kept layers, layers on the host and cached weights as fit and help.
@@ -151,7 +153,7 @@ def _candidates(config: TrainConfig, shape: ModelShape, card: Card, limit: Memor
                 break  # a policy that keeps less is slower
             if loop.host_layers == "auto" and policy is not Policy.KEEP and loop.cuda_graphs is not True:
                 for keep_layers in (lean.keep_layers, 0) if loop.keep_layers == "auto" else (lean.keep_layers,):
-                    chosen = _on_host(config, shape, card, host_gib, replace(lean, keep_layers=keep_layers))
+                    chosen = _on_host(config, shape, card, limit, replace(lean, keep_layers=keep_layers))
                     filled = list(_filled(config, shape, card, limit, chosen)) if chosen.host_layers else []
                     yield from filled
                     if filled and limit.fits(filled[0]):
@@ -162,7 +164,7 @@ def _with(config: TrainConfig, **loop: Any) -> TrainConfig:
     return config.model_copy(update={"train": config.train.model_copy(update=loop)})
 
 
-def _on_host(config: TrainConfig, shape: ModelShape, card: Card, host_gib: float, lean: ComputePlan) -> ComputePlan:
+def _on_host(config: TrainConfig, shape: ModelShape, card: Card, limit: MemoryLimit, lean: ComputePlan) -> ComputePlan:
     """Return the plan with the fastest number of layers on the host, as far as its memory allows.
 
     More layers than the link can serve are slower.
@@ -175,7 +177,7 @@ def _on_host(config: TrainConfig, shape: ModelShape, card: Card, host_gib: float
     while speeds[-1] >= max(speeds) and HOST_STEP * len(speeds) <= shape.num_layers:
         speeds.append(_speed(with_layers(HOST_STEP * len(speeds)), config, shape, card))
     most = HOST_STEP * speeds.index(max(speeds))
-    return with_layers(_largest(0, most, lambda n: _memory(with_layers(n), config, shape).host_gib <= host_gib))
+    return with_layers(_largest(0, most, lambda n: limit.fits_host(_memory(with_layers(n), config, shape))))
 
 
 def _filled(config: TrainConfig, shape: ModelShape, card: Card, limit: MemoryLimit, lean: ComputePlan) -> Iterator[ComputePlan]:

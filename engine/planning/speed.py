@@ -1,4 +1,4 @@
-"""Predict the speed of training one adapter on a CUDA card. No torch, no GPU.
+"""Predict the speed of training one adapter on a CUDA card, and of its evaluation. No torch, no GPU.
 
 The time is arithmetic and bytes over the card's rates (engine/planning/rates.py): measured ones, or
 what its data sheet lets expect. With those of the data sheet, the sum is within 5 % of the measured
@@ -30,7 +30,7 @@ from engine.planning.copy_waits import LayerTimes, waiting_ms
 from engine.planning.layer_work import LayerWork, StepShape, backward_work, forward_work
 from engine.planning.rates import Rates
 from engine.planning.sheet_rates import UNFUSED_HOST_MS, rates_of
-from engine.shape.compute_limits import documents_of
+from engine.shape.compute_limits import EVALUATION_ROW_TOKENS, documents_of
 from engine.shape.layer_plan import (
     LayerPlan,
     adapted_outside,
@@ -61,6 +61,10 @@ HOST_AGAIN = {Policy.KEEP: 1.0, Policy.HOST: 1.0, Policy.SELECTIVE: 1.15, Policy
 # flash-linear-attention, and 3.26 s of PEFT on torch operations, in 32 chunks of 24 layers. Samples of
 # different lengths go one by one, which is assumed. Other hosts: in proportion to an unfused layer.
 MIXER_HOST_MS, CHUNK_HOST_MS = 10.5, 0.5
+# Share of the host's time for a layer that its forward pass takes; a forward pass is recorded if its launches
+# take EVALUATION_WAITS of its time. What passes between the kernels of a layer's recorded forward pass, ms: in an
+# evaluation they are too short to hide it (SmolLM2-135M on H200: 1.0 to 1.5 ms of 30 layers).
+FORWARD_HOST, EVALUATION_WAITS, FORWARD_GAPS_MS = 1 / 3, 0.5, 0.04
 # Passes over memory of transformers' own layers for one pass of a fused layer. An estimate.
 UNFUSED_PASSES = 5
 # Bytes moved a trained value: norm, clipping, 8-bit AdamW, cast and zeroing; adding a gradient.
@@ -90,14 +94,11 @@ def predict_speed(
 
     Nothing in the config may be `auto`, or it raises ValueError.
     """
-    plans, fused, packed = plan_layers(config, shape), is_fused(config, shape), config.model.quantization == "nf4"
-    rates, length = rates_of(card), config.data.max_seq_length
+    plans, rates = plan_layers(config, shape), rates_of(card)
     tokens = config.train.micro_batch_size * config.bin_tokens
     documents = documents_of(tokens) if config.train.cuda_graphs is True and not shape.has_unrecordable_mixers else 0
-    steps = {}
-    for one in set(shape.each):
-        sizes = Sizes.of(one, tokens, length, 2, packed, documents)
-        steps[one] = StepShape(one, card, sizes, tokens, length, fused, packed, attention, one.weights_of_groups)
+    steps = _step_shapes(config, shape, card, tokens, config.data.max_seq_length, documents, attention)
+    fused = is_fused(config, shape)
     parts: Counter[str] = Counter()
     layers, known, chunks = [], {}, 0.0
     for plan, one in zip(plans, shape.each):
@@ -126,16 +127,66 @@ def predict_speed(
         parts["optimizer"] += steps_share * LENGTH_MS * sum(map(len, adapted_projections(config, shape)))
     if config.optim.name == "muon":
         parts["optimizer"] += steps_share * MUON_MS * sum(map(len, adapted_projections(config, shape)))
-    host_ms = sum(_host_ms(plan, one, config, rates, fused) for plan, one in zip(plans, shape.each))
+    host_ms = sum(_host_ms(plan, one, rates, fused, config.train.cuda_graphs is True) for plan, one in zip(plans, shape.each))
     host_ms += CHUNK_HOST_MS * chunks * rates.unfused_host_ms / UNFUSED_HOST_MS
     parts["waiting for the host"] = max(0.0, host_ms - parts.total())
     total = parts.total()
     return SpeedPrediction(total, 1e3 * tokens / total, dict(parts))
 
 
-def _host_ms(plan: LayerPlan, shape: ModelShape, config: TrainConfig, rates: Rates, fused: bool) -> float:
+def predict_evaluation(config: TrainConfig, shape: ModelShape, card: Card, *, has_room: bool = True) -> SpeedPrediction:
+    """Predict the time of a full row of the evaluation: a forward pass, in the working dtype, without dropout.
+
+    A row holds samples of eval_max_seq_length (engine/evaluation/eval_loss.py). It is recorded if the plan
+    records steps; else if the device would wait for the host and has_room: memory for a recording. Nothing in the
+    config may be `auto`, or it raises ValueError.
+    """
+    length = config.data.eval_max_seq_length
+    tokens, rates, fused = max(length, EVALUATION_ROW_TOKENS), rates_of(card), is_fused(config, shape)
+    plans = [replace(one, matmul=Matmul.BF16, drops=False) for one in plan_layers(config, shape)]
+    pads = fused and config.model.dtype != "float32" and not shape.rotates_by_row and not shape.has_unrecordable_mixers
+    steps = _step_shapes(config, shape, card, tokens, length, documents_of(tokens) if pads else 0)
+    parts: Counter[str] = Counter()
+    chunks, known = 0.0, {}
+    for plan, one in zip(plans, shape.each):
+        key = (one, plan.cached, *plan.ranks.values())
+        if key not in known:
+            work = forward_work(plan, steps[one])
+            known[key] = _times(work, steps[one], False), work.mixer_chunks
+        parts.update(known[key][0])
+        chunks += known[key][1]
+    parts.update(_head_and_embedding(config, replace(steps[shape.each[0]], shape=shape), trains=False))
+    host_ms = sum(_host_ms(plan, one, rates, fused, False) for plan, one in zip(plans, shape.each))
+    host_ms = FORWARD_HOST * (host_ms + CHUNK_HOST_MS * chunks * rates.unfused_host_ms / UNFUSED_HOST_MS)
+    waits = host_ms > EVALUATION_WAITS * max(host_ms, parts.total())
+    if pads and (config.train.cuda_graphs is True or (has_room and waits)):
+        parts["between kernels"] = FORWARD_GAPS_MS * shape.num_layers
+    else:
+        parts["waiting for the host"] = max(0.0, host_ms - parts.total())
+    total = parts.total()
+    return SpeedPrediction(total, 1e3 * tokens / total, dict(parts))
+
+
+def _step_shapes(
+    config: TrainConfig,
+    shape: ModelShape,
+    card: Card,
+    tokens: int,
+    length: int,
+    documents: int,
+    attention: Literal["flash", "cudnn"] = "flash",
+) -> dict[ModelShape, StepShape]:
+    """Return what the passes of each kind of layer share. tokens: of a row; length: of a sample; documents: in a padded row."""
+    fused, packed, steps = is_fused(config, shape), config.model.quantization == "nf4", {}
+    for one in set(shape.each):
+        sizes = Sizes.of(one, tokens, length, 2, packed, documents)
+        steps[one] = StepShape(one, card, sizes, tokens, length, fused, packed, attention, one.weights_of_groups)
+    return steps
+
+
+def _host_ms(plan: LayerPlan, shape: ModelShape, rates: Rates, fused: bool, is_recorded: bool) -> float:
     """Return the ms that the host takes to launch one layer, forward and backward."""
-    if config.train.cuda_graphs is True and fused:
+    if is_recorded and fused:
         return RECORDED_HOST_MS
     again = HOST_AGAIN[plan.policy]
     if not fused:
@@ -187,16 +238,16 @@ def _has_cudnn(step: StepShape) -> bool:
     return step.attention == "cudnn" and step.shape.head_dim <= 128
 
 
-def _head_and_embedding(config: TrainConfig, step: StepShape) -> dict[str, float]:
+def _head_and_embedding(config: TrainConfig, step: StepShape, trains: bool = True) -> dict[str, float]:
     """Return the ms of head, loss and embedding.
 
-    The head runs forward and backward over every token. Logits are written, read and overwritten.
-    The embedding takes time only if its rows come from the host.
+    The head runs forward and backward over every token. Logits are written, read and overwritten; an
+    evaluation writes and reads them. The embedding takes time only if its rows come from the host.
     """
     shape, rates, tokens = step.shape, rates_of(step.card), step.tokens
-    flops, logits = 4 * tokens * shape.vocab_size * shape.hidden_size, 2 * tokens * shape.vocab_size
-    head = flops / (rates.head_tflops.at(shape.hidden_size) * 1e9)
-    loss = (4 * logits + 8 * step.sizes.x) / (rates.loss_gb_s * 1e6)
+    passes, logits = 2 if trains else 1, 2 * tokens * shape.vocab_size
+    head = passes * 2 * tokens * shape.vocab_size * shape.hidden_size / (rates.head_tflops.at(shape.hidden_size) * 1e9)
+    loss = passes * (2 * logits + 4 * step.sizes.x) / (rates.loss_gb_s * 1e6)
     inputs = 2 * tokens * shape.num_layers * shape.input_width
     table_ms = inputs / (rates.link_gb_s * 1e6) if config.model.embeddings != "device" else 0.0
     on_host = config.model.embeddings != "device" and not shape.tied_embeddings

@@ -23,8 +23,8 @@ from engine.planning.cards import Card, found_card
 from engine.planning.compute_plan import ComputePlan
 from engine.planning.known_cards import measured_here, with_known_rates
 from engine.planning.ladder import leaner
-from engine.planning.memory_limit import Lessons
-from engine.planning.planner import changed, make_compute_plan
+from engine.planning.memory_limit import Lessons, Validity
+from engine.planning.planner import allowed_gib, changed, make_compute_plan
 from engine.shape.model_shape import ModelShape
 from engine.units import GIB
 from engine.vocabulary.host_embedding import pinned_bytes
@@ -73,17 +73,25 @@ class CardPlanner:
         """Return the fastest plan that fits; raise OutOfMemory if none does.
 
         Trials that differ in nothing a plan depends on share it, because it takes 0.1 s, for 8B up to
-        1 s. Memory is rounded down, because it varies a little from trial to trial.
+        1 s. Memory is rounded down. It varies from trial to trial, and mostly decides nothing.
         """
         if self.card is None:
             return make_compute_plan(self.config, self.shape, None)
-        card = replace(self.card, memory_gib=_floor(self.card.memory_gib, CARD_STEP_GIB))
+        memory_gib, host_gib = _floor(self.card.memory_gib, CARD_STEP_GIB), _floor(self.host_gib, HOST_STEP_GIB)
+        card = replace(self.card, memory_gib=memory_gib)
         values = self.config.model_dump(mode="json")
         averaged = None if self.config.optim.ema_horizon is None else 1.0  # it takes memory, whatever its horizon
         values["optim"] = {"name": self.config.optim.name, "ema_horizon": averaged}
         values["train"]["seed"], values["lora"]["lora_alpha"] = 0, None
         learnt = tuple(self.lessons.factors.items())
-        return _plan_once(json.dumps(values), self.shape, card, _floor(self.host_gib, HOST_STEP_GIB), learnt)
+        known = _plans(json.dumps(values), self.shape, replace(card, memory_gib=0.0), learnt)
+        allowed = allowed_gib(self.config, card)
+        plan = next((plan for plan, validity in known if validity.holds(allowed, host_gib)), None)
+        if plan is None:
+            config, validity, lessons = parse(TrainConfig, values), Validity(), Lessons(dict(learnt))
+            plan = make_compute_plan(config, self.shape, card, host_gib, lessons=lessons, validity=validity)
+            known.append((plan, validity))
+        return plan
 
     def changed(self, plan: ComputePlan, settings: dict[str, Any]) -> ComputePlan:
         """Return the plan with other settings of `train`."""
@@ -107,8 +115,9 @@ def _with_library_bytes(shape: ModelShape, config: ModelConfig, base: Base) -> M
 
 
 @functools.lru_cache(maxsize=64)
-def _plan_once(values: str, shape: ModelShape | None, card: Card, host_gib: float, learnt: tuple[Any, ...]) -> ComputePlan:
-    return make_compute_plan(parse(TrainConfig, json.loads(values)), shape, card, host_gib, lessons=Lessons(dict(learnt)))
+def _plans(values: str, shape: ModelShape | None, card: Card, learnt: tuple[Any, ...]) -> list[tuple[ComputePlan, Validity]]:
+    """Return the plans made so far of such a config on such a card, with the memory for which each holds. Callers add more."""
+    return []
 
 
 def _floor(gib: float, step: float) -> float:

@@ -25,6 +25,7 @@ from engine.evaluation.eval_loss import EvaluationSet, evaluate, row_capacity
 from engine.model.base import Base
 from engine.model.device import free, peak_gib
 from engine.planning.compute_plan import ComputePlan
+from engine.planning.speed import EVALUATION_WAITS
 from engine.preference.pair_losses import row_loss
 from engine.preference.trial_pairs import TrialPairs
 from engine.sample_losses import SampleLosses
@@ -35,8 +36,6 @@ from engine.units import GIB
 # Bins whose rows tell which sizes to record before the first step.
 FORESEEN_BINS = 4096
 BASE_LOSSES = "base_eval_losses"  # in base.lasting: digest of the samples -> losses by set
-# A forward pass whose launches take this share of its time waits for the host.
-WORTH_RECORDING = 0.5
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Passes:
             self._training = make_graphs(base, memory, key, plan.micro_batch_size * self._config.bin_tokens, longest, loss=loss)
             if self._training is not None:
                 self._training.few = self._foreseen()
-        has_room = plan.cuda_graphs or (need_gib is not None and need_gib + _evaluation_gib(plan) <= limit_gib)
+        has_room = plan.cuda_graphs or (need_gib is not None and need_gib + plan.evaluation_gib <= limit_gib)
         if has_room and self._may_record_evaluation:
             capacity, key = row_capacity(longest_evaluated), ("evaluation", longest_evaluated, self._baked())
             self._evaluation = make_graphs(base, memory, key, capacity, longest_evaluated, trains=False)
@@ -290,11 +289,5 @@ class Passes:
             self._base.loss(self._samples.batches[0].to(self._base.device))
             launched_s = time.perf_counter() - began_s
             torch.cuda.synchronize()
-            known = launched_s > WORTH_RECORDING * (time.perf_counter() - began_s)
+            known = launched_s > EVALUATION_WAITS * (time.perf_counter() - began_s)
         return known
-
-
-def _evaluation_gib(plan: ComputePlan) -> float:
-    """Return the memory of an evaluation's row beyond what stays, as the plan predicts it."""
-    phases = plan.memory.phases
-    return max(0, phases["evaluation"] - phases["at rest"]) / GIB

@@ -19,6 +19,7 @@ from engine.planning.cards import CARDS, Card, found_card, match_card
 from engine.planning.compute_plan import ComputePlan
 from engine.planning.known_cards import with_known_rates
 from engine.planning.planner import make_compute_plan
+from engine.planning.speed import SpeedPrediction, predict_evaluation
 from engine.shape.model_shape import ModelShape
 from sweep.cluster.card_kinds import CardKind, Label
 
@@ -42,13 +43,15 @@ class Fit:
     """Say whether a trial fits, and how the engine would compute it.
 
     plan: None if nothing is predicted or nothing fits. reason: why it does not fit. excess_gib:
-    predicted need minus the memory there is, above 0 exactly if the trial does not fit.
+    predicted need minus the memory there is, above 0 exactly if the trial does not fit. evaluation: the
+    speed of a forward pass over full rows, None without a plan.
     """
 
     plan: ComputePlan | None = None
     reason: str | None = None
     predicted_peak_gib: float | None = None
     excess_gib: float | None = None
+    evaluation: SpeedPrediction | None = None
 
     @property
     def fits(self) -> bool:
@@ -135,7 +138,9 @@ class Feasibility:
             above = 0.0 if error.predicted_gib is None else error.predicted_gib - allowed_gib
             return Fit(None, error.line, error.predicted_gib, max(above, LEAST_EXCESS_GIB))
         need_gib = chosen.memory.peak_gib + chosen.memory.reserve_gib
-        return Fit(chosen, None, chosen.memory.peak_gib, min(need_gib - allowed_gib, 0.0))
+        has_room = need_gib + chosen.evaluation_gib <= allowed_gib
+        evaluation = predict_evaluation(chosen.apply(config), self.shape, card, has_room=has_room)
+        return Fit(chosen, None, chosen.memory.peak_gib, min(need_gib - allowed_gib, 0.0), evaluation)
 
 
 def _key(config: TrainConfig) -> str:

@@ -5,11 +5,11 @@ This needs neither torch nor a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from engine.command_answers import Facts
 from engine.config.matmul import Matmul
 from engine.config.trial import TrainConfig
 from engine.errors import InputError
@@ -18,6 +18,7 @@ from engine.planning.known_cards import speed_basis
 from engine.shape.model_shape import ModelShape
 from engine.units import counted
 from sweep.plan.feasibility import Feasibility, Fit, has_no_effect
+from sweep.plan.trial_hours import EvaluationWork, Point, evaluation_warning, hours_text, most_reports
 from sweep.space.space import Choice, Dimension, Space, is_active
 from sweep.text import params_text, short_name, value_text
 
@@ -29,48 +30,28 @@ LEANEST = {
 """One way to compute every config, so that predictions of different configs compare."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """Hold a point of the space and its prediction."""
-
-    params: Params
-    fit: Fit
-    max_tokens: int
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        return None if self.fit.plan is None else self.fit.plan.speed.tokens_per_second
-
-    @property
-    def hours(self) -> float | None:
-        """Return the hours of one trial, without evaluation."""
-        return None if self.tokens_per_second is None else self.max_tokens / self.tokens_per_second / 3600
-
-    def cells(self) -> tuple[str, str, str, str]:
-        """Return the table's cells: plan, peak GiB, tok/s, hours."""
-        peak = self.fit.predicted_peak_gib
-        peak_text = "" if peak is None else f"{peak:.2f}"
-        if self.fit.plan is None:
-            return f"does not fit: {self.fit.reason}", peak_text, "", ""
-        return self.fit.plan.describe(), peak_text, f"{self.tokens_per_second:,.0f}", _hours(self.hours)
-
-
 def describe_forecast(
-    space: Space, base: Mapping[str, Any], feasibility: Feasibility, num_trials: int, full_trials: float | None = None
-) -> str:
-    """Return the table of points and the sweep's cost, or one line if nothing can be predicted.
+    space: Space,
+    base: Mapping[str, Any],
+    feasibility: Feasibility,
+    num_trials: int,
+    full_trials: float | None = None,
+    facts: Facts | None = None,
+) -> tuple[str, str | None]:
+    """Return the table of points and the sweep's cost, or one line if nothing can be predicted; and a warning, if any.
 
-    full_trials: the sweep's budget of tokens, in those of a whole trial; None: no limit.
+    full_trials: the sweep's budget of tokens, in those of a whole trial; None: no limit. facts: with the accounts of
+    the evaluation samples, without which evaluations are left out.
     """
     # an existing Ray cluster may have GPUs while this machine has none
     if feasibility.card is None:
-        return no_forecast_line("auto")
+        return no_forecast_line("auto"), None
     if feasibility.shape is None:
-        return "forecast   none: nothing is predicted for a model of this architecture"
+        return "forecast   none: nothing is predicted for a model of this architecture", None
     size = space.size()
     whole = size is not None and size <= MAX_POINTS
     chosen = list(space.points()) if whole else corners(space)
-    points = [_point(space, base, feasibility, params) for params in chosen]
+    points = [_point(space, base, feasibility, params, facts) for params in chosen]
     shown = points if whole else _distinct(points)
     paths = [dimension.path for dimension in (space.dimensions if whole else _telling(space))]
     what = "every point of the space" if whole else f"{len(shown)} corners of the space, equal predictions shown once"
@@ -78,7 +59,24 @@ def describe_forecast(
     possible = sum(point.fit.fits for point in points) if whole else size or num_trials
     gain = _matmul_gain(space, base, feasibility, fitting)
     head = [card_line(feasibility), *_estimate(feasibility.shape), *gain, f"forecast   {what}"]
-    return "\n".join([*head, *_table(paths, shown), _cost(fitting, min(num_trials, possible), full_trials)])
+    num_trials = min(num_trials, possible)
+    grid = space.apply(base, chosen[0]).train.report_grid()
+    text = "\n".join([*head, *_table(paths, shown), _cost(fitting, grid, num_trials, full_trials)])
+    return text, evaluation_warning(fitting, min(num_trials, full_trials or num_trials))
+
+
+def evaluation_warning_of(
+    space: Space,
+    base: Mapping[str, Any],
+    feasibility: Feasibility,
+    num_trials: int,
+    full_trials: float | None,
+    facts: Facts,
+) -> str | None:
+    """Return the warning of `describe_forecast`, from the two ends of the space alone: planning takes seconds."""
+    ends = [_completed(space, {}, end) for end in (0, -1)]
+    points = [_point(space, base, feasibility, params, facts) for params in ends] if feasibility.predicts else []
+    return evaluation_warning([point for point in points if point.fit.fits], min(num_trials, full_trials or num_trials))
 
 
 def card_line(feasibility: Feasibility) -> str:
@@ -229,9 +227,11 @@ def _ends(dimension: Dimension) -> tuple[Any, Any]:
     return values[0], values[-1]
 
 
-def _point(space: Space, base: Mapping[str, Any], feasibility: Feasibility, params: Params) -> Point:
+def _point(
+    space: Space, base: Mapping[str, Any], feasibility: Feasibility, params: Params, facts: Facts | None = None
+) -> Point:
     config: TrainConfig = space.apply(base, params)
-    return Point(params, feasibility.check_fit(config), config.train.max_tokens)
+    return Point(params, config, feasibility.check_fit(config), EvaluationWork.of(config, facts))
 
 
 def _distinct(points: list[Point]) -> list[Point]:
@@ -253,21 +253,26 @@ def _table(paths: list[str], points: list[Point]) -> list[str]:
     return ["  " + "".join(f"{cell:>{width}}  " for cell, width in zip(line, widths)) + line[-1] for line in lines]
 
 
-def _cost(fitting: list[Point], num_trials: int, full_trials: float | None) -> str:
+def _cost(fitting: list[Point], grid: Sequence[int], num_trials: int, full_trials: float | None) -> str:
+    """Return the line on the sweep's hours. A budget of tokens holds more evaluations if it pays for many short trials."""
     if not fitting:
         return "cost       none of these points fits the card"
-    hours = mean(point.hours for point in fitting)
-    trials = counted(num_trials, "trial")
-    if full_trials is not None and full_trials < num_trials:
-        return (
-            f"cost       at most {_hours(hours * full_trials)} GPU hours: the tokens of {counted(full_trials, 'full trial')} of "
-            f"{_hours(hours)} hours, the mean of the lines that fit; evaluation left out"
-        )
-    return (
-        f"cost       {_hours(hours * num_trials)} GPU hours if no trial is pruned: {trials} of {_hours(hours)} hours, "
-        "the mean of the lines that fit; evaluation left out"
-    )
+    training, evaluation = mean(one.training_hours for one in fitting), mean(one.evaluation_hours for one in fitting)
+    left_out = "" if evaluation else "; evaluation left out"
+    mean_of = f"{hours_text(training + evaluation)} hours, the mean of the lines that fit{left_out}"
+    if full_trials is None or full_trials >= num_trials:
+        what = f"{counted(num_trials, 'trial')} of {mean_of}"
+        hours = _hours(num_trials * training, num_trials * evaluation)
+        return f"cost       {hours}{',' * bool(evaluation)} if no trial is pruned: {what}"
+    most = most_reports(grid, num_trials, full_trials)
+    evaluated = evaluation * most / len(grid)
+    what = f"the tokens of {counted(full_trials, 'full trial')} of {mean_of}"
+    more = f", and at most {counted(int(most), 'report')}" if evaluation and most > full_trials * len(grid) else ""
+    return f"cost       at most {_hours(full_trials * training, evaluated)}: {what}{more}"
 
 
-def _hours(value: float) -> str:
-    return f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
+def _hours(training: float, evaluation: float) -> str:
+    """Return the GPU hours of both, and which share is evaluation."""
+    total = training + evaluation
+    share = f", {evaluation / total:.0%} of them evaluation" if evaluation else ""
+    return f"{hours_text(total)} GPU hours{share}"

@@ -7,13 +7,11 @@ from engine.config.preference_section import PREFERENCE
 from engine.config.trial import TrainConfig
 from sweep.text import duration_text
 
-FORWARD_SHARE = 1 / 3  # of the time that a training step takes for the same tokens
-
 
 def reference_line(config: TrainConfig, facts: PreparedFacts, tokens_per_second: float | None) -> str | None:
     """Return the line of the forecast on the reference; None if trials have none.
 
-    tokens_per_second: of training, None if it is not predicted.
+    tokens_per_second: of an evaluation, whose rows are the same; None if it is not predicted.
     """
     if config.data.format != PREFERENCE or not config.preference.needs_reference:
         return None
@@ -22,5 +20,5 @@ def reference_line(config: TrainConfig, facts: PreparedFacts, tokens_per_second:
     evaluated = sum(account.num_tokens for account in facts.accounts if account.part.split("/")[0] == EVALUATION)
     tokens = min(whole, config.train.max_tokens) + evaluated
     model = "the base model" if config.lora.start_from is None else "the model with the adapter of lora.start_from"
-    about = "" if tokens_per_second is None else f", about {duration_text(FORWARD_SHARE * tokens / tokens_per_second)}"
+    about = "" if tokens_per_second is None else f", about {duration_text(tokens / tokens_per_second)}"
     return f"reference  {model} reads up to {tokens:,} tokens{about}, once on each machine; all trials share what it says"

@@ -217,7 +217,7 @@ def test_trials_that_differ_in_rates_and_seed_share_their_plan_and_others_do_not
                            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}, "llama")  # fmt: skip
     made, make = [], card_plan.make_compute_plan
     monkeypatch.setattr(card_plan, "make_compute_plan", lambda *given, **named: made.append(1) or make(*given, **named))
-    card_plan._plan_once.cache_clear()
+    card_plan._plans.cache_clear()
 
     def plan(gib=23.6, host_gib=90.0, **sections):
         card = dataclasses.replace(find_card("rtx4090"), memory_gib=gib)
@@ -228,7 +228,8 @@ def test_trials_that_differ_in_rates_and_seed_share_their_plan_and_others_do_not
     assert plan(optim={"learning_rate": 3e-4}) is one and plan(train={"seed": 5}, lora={"lora_alpha": 3}, gib=23.59) is one
     assert len(made) == 1
     averaged = {"optim": {"ema_horizon": 0.1}}
-    others = [averaged, {"lora": {"rank": 8}}, {"data": {"max_seq_length": 64}}, {"gib": 12.0}, {"host_gib": 3.0}]
+    assert plan(gib=12.0, host_gib=80.0) is one and len(made) == 1  # less memory, which would decide nothing
+    others = [averaged, {"lora": {"rank": 8}}, {"data": {"max_seq_length": 64}}]
     for number, other in enumerate(others, 2):
         plan(**other)
         assert len(made) == number
@@ -236,4 +237,6 @@ def test_trials_that_differ_in_rates_and_seed_share_their_plan_and_others_do_not
     assert len(made) == number
     lessons.factors[False, False] = 1.1  # what a failure showed changes plans
     assert plan() is not one and len(made) == number + 1
-    card_plan._plan_once.cache_clear()
+    with pytest.raises(OutOfMemory):  # memory that decides otherwise makes another
+        plan(gib=1.0)
+    card_plan._plans.cache_clear()

@@ -40,7 +40,7 @@ def planned(monkeypatch) -> list[TrainConfig]:
             raise OutOfMemory("needs more on the host")
         if config.lora.rank > card.memory_gib:
             raise OutOfMemory("needs more", float(config.lora.rank))
-        memory = type("Memory", (), {"peak_gib": float(config.lora.rank), "reserve_gib": 0.5})
+        memory = type("Memory", (), {"peak_gib": float(config.lora.rank), "reserve_gib": 0.5, "phases": {}})
         return ComputePlan(2, Policy.RECOMPUTE, 0, 0, 0.0, memory=memory)
 
     monkeypatch.setattr(feasibility, "make_compute_plan", plan)

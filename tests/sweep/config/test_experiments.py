@@ -147,7 +147,7 @@ def stated_hours(experiment):
 def test_a_committed_sweep_costs_what_its_comment_says_and_no_corner_is_infeasible(experiment, card):
     config = parse_sweep_config(compose([f"+experiment={experiment}"]))
     space, base = parse_space(config.space), config.base().model_dump(mode="json")
-    text = describe_forecast(space, base, Feasibility(shape(experiment), CARDS[card]), config.sweep.num_trials,
+    text, _ = describe_forecast(space, base, Feasibility(shape(experiment), CARDS[card]), config.sweep.num_trials,
                              config.effective_budget.full_trials)  # fmt: skip
     assert "does not fit" not in text
     assert stated_hours(experiment)[card] == pytest.approx(hours(text), rel=0.05)
