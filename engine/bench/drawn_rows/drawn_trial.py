@@ -14,7 +14,7 @@ from engine.adapter.lora import AnyLora, detach
 from engine.adapter.running_average import RunningAverage
 from engine.adapter.start import attach_started
 from engine.bench.drawn_rows.drawn_samples import DrawnView
-from engine.bench.drawn_rows.drawn_settings import known_shape, train_config
+from engine.bench.drawn_rows.drawn_settings import MAX_TOKENS, known_shape, train_config
 from engine.bench.shapes import family_kind, random_base
 from engine.data.packing import Cursor, rows_of
 from engine.errors import EngineError, first_line
@@ -187,9 +187,11 @@ class Run:
         return DrawnView(self.values["lengths"], longest, wanted, vocab_size, self.values["number"])
 
     def _largest_row(self, view: DrawnView, cursor: Cursor) -> dict[str, int]:
-        """Return the most tokens, targets and samples that a row of this epoch has, and the tokens that it may have."""
+        """Return the most tokens, targets and samples of a row that is recorded or taken, and the tokens that it may have."""
         size, shares = self.plan.micro_batch_size, self.base.shares_rows(self.config.data.max_seq_length)
-        rows = [np.array(row) for row in rows_of(cursor.coming(FORESEEN_BINS), size, shares)]
+        foreseen = min(FORESEEN_BINS, MAX_TOKENS // self.config.bin_tokens) if self.plan.cuda_graphs else 0
+        bins = cursor.from_start().take(max(STEPS * self.config.bins_per_step, foreseen // size * size))
+        rows = [np.array(row) for row in rows_of(bins, size, shares)]
         most = {"tokens": [view.lengths[row].sum() for row in rows], "targets": [view.targets_of(row).sum() for row in rows],
                 "samples": [len(row) for row in rows]}  # fmt: skip
         return {**{name: int(max(numbers)) for name, numbers in most.items()}, "capacity": size * self.config.bin_tokens}
