@@ -81,11 +81,16 @@ class LayerWalk:
         return self.sizes.element * self.shape.weights_of_groups[group]
 
     def _along_weights(self, group: str) -> None:
-        """Walk DoRA's gradient of the magnitudes: the weights again, and two blocks of a product with them in fp32."""
+        """Walk DoRA's gradient of the magnitudes: beside the gradient of A, a block of a weight's own gradient in fp32.
+
+        A kernel multiplies it by the packed weight. Then B is multiplied by its gradient.
+        """
         if self.plan.has_gains(group):
-            features = self.shape.projections()
-            width = max(features[name][1] for name in self.shape.groups[group])
-            self.live.briefly(self._parameter_bytes(group) + 2 * 4 * MAGNITUDE_ROWS * width)
+            features = [self.shape.projections()[name] for name in self.shape.groups[group]]
+            most, width = max(out for out, _ in features), features[0][1]
+            with self.live.holding(4 * self.plan.ranks[group] * width):
+                self.live.briefly(4 * min(MAGNITUDE_ROWS, most) * width)
+                self.live.briefly(2 * 4 * most * self.plan.ranks[group])
 
     def _forward_needs(self, group: str, input_size: int) -> int:
         """Return the bytes that x W^T needs for a moment: dequantised weights, or the codes of both operands."""

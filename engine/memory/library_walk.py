@@ -18,6 +18,8 @@ from engine.shape.policies import Policy
 
 # Bytes a trained value of one layer's experts: its gradient in fp32 as the kernels lay it out, and as PEFT does.
 EXPERT_GRADIENT_BYTES = 8
+IN_ATTENTION = ("qkv", "o")
+"""Groups of linear layers that attention has."""
 
 
 class LibraryWalk:
@@ -55,8 +57,9 @@ class LibraryWalk:
 
     def _of_adapters(self, tokens: int) -> int:
         """Return what a layer's adapters keep: 16-bit copies, and the low-rank hidden beyond the measured rank."""
-        plan = self.plans[-1]
-        beyond = sum(plan.ranks.values()) - MEASURED_RANK * len(self.shape.projections())
+        plan, alone = self.plans[-1], self._measured().attention_alone
+        adapted = sum(map(len, (names for group, names in self.shape.groups.items() if group in IN_ATTENTION or not alone)))
+        beyond = sum(plan.ranks.values()) - MEASURED_RANK * adapted
         return self.element * (sum(plan.adapter.values()) + tokens * max(0, beyond))
 
     def _row_codes(self, tokens: int) -> int:
@@ -65,7 +68,8 @@ class LibraryWalk:
 
     def _measured(self) -> PassBytes:
         recomputes = Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
-        return self.library.of(recomputes, self.config.lora.lora_dropout > 0.0)
+        alone = all(group in IN_ATTENTION for plan in self.plans for group, size in plan.adapter.items() if size)
+        return self.library.of(recomputes, self.config.lora.lora_dropout > 0.0, self.config.lora.use_dora, alone)
 
     def _forward_unfused(self, sizes: Sizes) -> None:
         """Walk transformers' own layers: hold what autograd keeps, or only the inputs."""

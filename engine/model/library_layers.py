@@ -10,8 +10,10 @@ the mask of one byte that it has on CUDA.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.adapter.lora import AnyLora, attach
+from engine.adapter.lora import AnyLora, LoraLinear, attach, detach
 from engine.config.lora_section import ALL_LINEAR
 from engine.config.targets import EXPERTS
 from engine.config.trial import LoraConfig, ModelConfig
@@ -39,6 +41,7 @@ NAME = "sizes_only"
 """The name in transformers' registry of an attention that allocates and computes nothing."""
 TOKENS = 8192
 DROPOUT = 0.1
+ATTENTION = re.compile("attn|attention", re.IGNORECASE)  # in the names of its linear layers
 MAX_OPERATIONS = 100_000  # in a pass. Layers need a few thousand; a loop over 8,192 tokens takes minutes
 Make = Callable[[Any, str], nn.Module]
 
@@ -78,13 +81,19 @@ def measure(found: Any, make: Make, packs_experts: bool = False) -> LibraryBytes
         if packs_experts:
             place_experts(model, double_quantization=True)
         names = freeze_linears(model, skip=[model.get_output_embeddings()]) + freeze_experts(model)
-    targets = (ALL_LINEAR, EXPERTS) if packs_experts else ALL_LINEAR
-    adapters = attach(model, names, LoraConfig(rank=MEASURED_RANK, target_modules=targets), 0)
-    for adapter in adapters.values():
-        adapter.drop = _Mask.apply
-    weights = _layer_weights(found)
-    passes = tuple(_train(model, adapters, weights, *case) for case in ((r, d) for r in (True, False) for d in (False, True)))
-    return LibraryBytes(passes, _evaluate(model))
+    weights, passes = _layer_weights(found), []
+    whole = (ALL_LINEAR, EXPERTS) if packs_experts else ALL_LINEAR
+    adapters = attach(model, names, LoraConfig(rank=MEASURED_RANK, target_modules=whole), 0)
+    alone = _evaluate(model)
+    for targets in (whole, None if packs_experts else tuple(filter(ATTENTION.search, names))):
+        if not targets:
+            continue
+        if targets is not whole:
+            detach(model, adapters)
+            adapters = attach(model, names, LoraConfig(rank=MEASURED_RANK, target_modules=targets), 0)
+        for case in itertools.product((True, False), (False, True), (False, True)):
+            passes.append(replace(_train(model, adapters, weights, *case), attention_alone=targets is not whole))
+    return LibraryBytes(tuple(passes), alone)
 
 
 class Storages(TorchDispatchMode):
@@ -191,10 +200,15 @@ def _register() -> None:
     AttentionInterface.register(NAME, _attend)
 
 
-def _train(model: nn.Module, adapters: dict[str, AnyLora], weights: list[int], recomputes: bool, dropout: bool) -> PassBytes:
+def _train(
+    model: nn.Module, adapters: dict[str, AnyLora], weights: list[int], recomputes: bool, dropout: bool, dora: bool = False
+) -> PassBytes:
     """Take a forward and a backward pass. weights: for each layer, how many of the real model are like it."""
     for adapter in adapters.values():
-        adapter.dropout = DROPOUT if dropout else 0.0
+        adapter.drop, adapter.dropout = _Mask.apply, DROPOUT if dropout else 0.0
+        if isinstance(adapter, LoraLinear):
+            magnitude, adapter.gain, adapter.norm = (_lengths(adapter) if dora else None for _ in range(3))
+            adapter.magnitude = None if magnitude is None else nn.Parameter(magnitude)
     _recompute(model, recomputes)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -217,7 +231,12 @@ def _train(model: nn.Module, adapters: dict[str, AnyLora], weights: list[int], r
     model.zero_grad(set_to_none=True)
     left = [marks[2 * i + 1] - marks[2 * i] for i in range(len(layers))]
     mean = sum(map(math.prod, zip(left, weights))) / sum(weights) if len(weights) == len(left) else max(left)
-    return PassBytes(recomputes, dropout, *(math.ceil(n / TOKENS) for n in (mean, after - base, forward - base, backward - base)))
+    sizes = (math.ceil(n / TOKENS) for n in (mean, after - base, forward - base, backward - base))
+    return PassBytes(recomputes, dropout, *sizes, dora)
+
+
+def _lengths(adapter: LoraLinear) -> Tensor:
+    return torch.empty(adapter.out_features, device="meta")
 
 
 def _evaluate(model: nn.Module) -> int:

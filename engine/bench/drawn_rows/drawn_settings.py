@@ -18,6 +18,7 @@ from engine.bench.shapes import SHAPES, linear_names, random_config
 from engine.config.parsing import parse
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.model.library_layers import with_library_bytes
+from engine.shape.compute_limits import LENGTH_STEP
 from engine.shape.layer_plan import can_record
 from engine.shape.model_shape import ModelShape
 
@@ -26,6 +27,7 @@ SETTINGS_A_SHAPE = 2
 LENGTHS, RANKS = (200, 6000), (2, 256)
 STEP_TOKENS, LARGE, STEP_TOKENS_LARGE = (4096, 32_768), 2.5e9, (4096, 12_288)
 """Tokens in an optimizer step, and those of models of more than LARGE parameters, whose steps take long."""
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # the targets of layers that run unfused, if not all
 POLICIES = (True, False, "selective", "offload")
 MAX_TOKENS = 1_000_000
 
@@ -37,11 +39,11 @@ def draw(seed: int, number: int) -> Values:
     generator, shape_number = random.Random(f"setting {seed} {number}"), number // SETTINGS_A_SHAPE
     shape = draw_shape(seed, shape_number)
     values = {"name": f"drawn-{seed}-{shape_number}", "seed": seed, "number": number, "shape": shape}
-    size = known_shape(values)
+    size = plain_shape(values)
     lora, loop = _lora(generator, values), _loop(generator, size.num_parameters)
     loop["matmul"] = "bf16" if lora.get("use_dora") else generator.choices(("bf16", "int8_backward", "int8"), (6, 1, 1))[0]
-    longest, evaluated = (_between(generator, *LENGTHS) for _ in range(2))
-    data = {"max_seq_length": longest, "eval_max_seq_length": evaluated, "packing": generator.random() < 0.92}
+    longest, evaluated = (_length(generator) for _ in range(2))
+    data = {"max_seq_length": longest, "eval_max_seq_length": evaluated, "packing": generator.random() < 0.96}
     config = {"data": data, "lora": lora, "optim": _optim(generator), "train": loop}
     values |= {"config": config, "lengths": draw_lengths(generator)}
     if loop.get("cuda_graphs") and not can_record(train_config(values), size):
@@ -60,6 +62,12 @@ def train_config(values: Values) -> TrainConfig:
     model = {"path": values["name"], "embeddings": "device" if values["shape"]["model_type"] in UNFUSED else "auto"}
     loop = {"max_tokens": MAX_TOKENS, **config["train"]}
     return parse(TrainConfig, {**config, "model": model, "data": {"train": "random", **config["data"]}, "train": loop})
+
+
+def plain_shape(values: Values) -> ModelShape:
+    """Return `known_shape` without what the library's layers allocate, if the model runs on these."""
+    SHAPES[values["name"]] = values["shape"]
+    return ModelShape.of(random_config(values["name"]).to_dict(), values["name"])
 
 
 def known_shape(values: Values) -> ModelShape:
@@ -87,11 +95,12 @@ def _lora(generator: random.Random, values: Values) -> Values:
         found["lora_dropout"] = round(generator.uniform(0.01, 0.2), 3)
     if generator.random() < 0.12:
         found["use_dora"] = True
-    if generator.random() < 0.45 and values["shape"]["model_type"] not in UNFUSED:
-        names = [name for name in linear_names(values["name"]) if "per_layer" not in name]
+    if generator.random() < 0.45:
+        is_fused = values["shape"]["model_type"] not in UNFUSED
+        names = [n for n in linear_names(values["name"]) if "per_layer" not in n] if is_fused else list(ATTENTION)
         qv = [name for name in names if name in ("q_proj", "v_proj", "qkv_proj")]
         attention = [name for name in names if name[0] in "qkvo" and name.endswith("_proj")]
-        mlp = [name for name in names if name not in attention]
+        mlp = [name for name in names if name not in attention] or attention
         some = generator.sample(names, generator.randint(1, len(names)))
         found["target_modules"] = sorted(generator.choice([qv, attention, mlp, some]))
     return found
@@ -124,6 +133,12 @@ def _loop(generator: random.Random, num_parameters: int) -> Values:
     elif generator.random() < 0.1:
         found["host_layers"] = 0 if found.get("activation_checkpointing") is False else generator.choice((0, 4))
     return found
+
+
+def _length(generator: random.Random) -> int:
+    """Return a length of rows; every fifth is one of those for which attention has kernels of its own."""
+    found = _between(generator, *LENGTHS)
+    return LENGTH_STEP * max(1, round(found / LENGTH_STEP)) if generator.random() < 0.2 else found
 
 
 def _between(generator: random.Random, low: int, high: int) -> int:

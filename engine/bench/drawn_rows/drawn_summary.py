@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-OUTLIER, SPEED_OUTLIER = 0.05, 0.3
+OUTLIER, SPEED_OUTLIER, FULL = 0.05, 0.3, 0.97
 OTHERS_GIB = 1.0  # of other processes on the card; with more of them, speeds do not count
 
 Record = dict[str, Any]
@@ -19,6 +19,11 @@ def error_of(record: Record, name: str) -> float:
     return predicted / record[f"peak_{name}_gib"] - 1.0
 
 
+def is_full(record: Record) -> bool:
+    """Return True if some row has nearly all the tokens that it may have, for which memory is planned."""
+    return record["largest_row"]["tokens"] >= FULL * record["largest_row"]["capacity"]
+
+
 def summary(records: list[Record]) -> str:
     """Return a text: numbers of settings and false fits, errors, and the outliers."""
     tried = [record for record in records if record["fits"]]
@@ -28,13 +33,15 @@ def summary(records: list[Record]) -> str:
     lines = [f"{head}; {len(refused)} refused, {len(failed)} failed"]
     whole = [record for record in tried if not record["num_out_of_memory"]]
     alone = [record for record in whole if record["others_gib"] < OTHERS_GIB]
-    for name, of in (("allocated", whole), ("reserved", whole), ("speed", alone)):
+    full = [record for record in whole if is_full(record)]
+    parts = (("allocated", "", whole), ("reserved", "", whole), ("reserved", " where a row is full", full), ("speed", "", alone))
+    for name, where, of in parts:
         errors = sorted(error_of(record, name) for record in of)
         if errors:
             sizes = sorted(map(abs, errors))
             p95 = sizes[math.ceil(0.95 * len(sizes)) - 1]
             spread = f"from {errors[0]:+.1%} to {errors[-1]:+.1%}, median {errors[len(errors) // 2]:+.1%}"
-            lines.append(f"{name}: |error| p95 {p95:.1%}, {spread}, {len(errors)} settings")
+            lines.append(f"{name}{where}: |error| p95 {p95:.1%}, {spread}, {len(errors)} settings")
     far = [record for record in whole if abs(error_of(record, "reserved")) > OUTLIER]
     slow = [record for record in alone if record not in far and error_of(record, "speed") > SPEED_OUTLIER]
     titles = {"out of memory": false_fits, "reserved off": far, "slower than predicted": slow, "failed": failed}
@@ -60,4 +67,6 @@ def line_of(record: Record) -> str:
 
 def _setting(record: Record) -> str:
     sections = [f"{section}.{key}={value}" for section, values in record["config"].items() for key, value in values.items()]
-    return " ".join([*sections, *(f"{key}={value}" for key, value in record["lengths"].items())])
+    rows = record.get("largest_row", {})
+    given = {**record["lengths"], **{f"row.{key}": value for key, value in rows.items()}}
+    return " ".join([*sections, *(f"{key}={value}" for key, value in given.items())])

@@ -6,6 +6,7 @@ import math
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,9 +14,9 @@ from engine.adapter.lora import AnyLora, detach
 from engine.adapter.running_average import RunningAverage
 from engine.adapter.start import attach_started
 from engine.bench.drawn_rows.drawn_samples import DrawnView
-from engine.bench.drawn_rows.drawn_settings import known_shape, train_config
+from engine.bench.drawn_rows.drawn_settings import MAX_TOKENS, known_shape, train_config
 from engine.bench.shapes import family_kind, random_base
-from engine.data.packing import Cursor
+from engine.data.packing import Cursor, rows_of
 from engine.errors import EngineError, first_line
 from engine.evaluation.eval_loss import evaluation_batches
 from engine.memory.prediction import CONTEXT_GIB, MemoryPrediction
@@ -28,7 +29,7 @@ from engine.planning.planner import make_compute_plan
 from engine.shape.families import FAMILIES
 from engine.shape.policies import Policy
 from engine.training.optim import make_optimizer, place_states
-from engine.training.passes import Passes
+from engine.training.passes import FORESEEN_BINS, Passes
 from engine.training.recordings import Recordings
 from engine.units import GIB
 
@@ -159,6 +160,7 @@ class Run:
         adapter.refresh()
         passes.follow(self.plan, config.train.memory_budget_gib)
         base.model.train()
+        self.marks["largest_row"] = self._largest_row(view, cursor)
         self._mark("attached")
         passes.record()
         self._mark("recorded")
@@ -183,6 +185,16 @@ class Run:
     def _view(self, longest: int) -> DrawnView:
         vocab_size, wanted = self.values["shape"]["vocab_size"], max(TRAIN_TOKENS, STEPS_OF_SAMPLES * self.config.longest_step)
         return DrawnView(self.values["lengths"], longest, wanted, vocab_size, self.values["number"])
+
+    def _largest_row(self, view: DrawnView, cursor: Cursor) -> dict[str, int]:
+        """Return the most tokens, targets and samples of a row that is recorded or taken, and the tokens that it may have."""
+        size, shares = self.plan.micro_batch_size, self.base.shares_rows(self.config.data.max_seq_length)
+        foreseen = min(FORESEEN_BINS, MAX_TOKENS // self.config.bin_tokens) if self.plan.cuda_graphs else 0
+        bins = cursor.from_start().take(max(STEPS * self.config.bins_per_step, foreseen // size * size))
+        rows = [np.array(row) for row in rows_of(bins, size, shares)]
+        most = {"tokens": [view.lengths[row].sum() for row in rows], "targets": [view.targets_of(row).sum() for row in rows],
+                "samples": [len(row) for row in rows]}  # fmt: skip
+        return {**{name: int(max(numbers)) for name, numbers in most.items()}, "capacity": size * self.config.bin_tokens}
 
     def _mark(self, part: str) -> None:
         """Wait for the device, and note the highest memory so far."""

@@ -9,7 +9,7 @@ import torch
 from engine.bench.drawn_rows import __main__ as command
 from engine.bench.drawn_rows import drawn_trial
 from engine.bench.drawn_rows.drawn_samples import KINDS, DrawnView
-from engine.bench.drawn_rows.drawn_settings import CAPS_GIB, draw, draw_all, known_shape, train_config
+from engine.bench.drawn_rows.drawn_settings import CAPS_GIB, draw, draw_all, plain_shape, train_config
 from engine.bench.drawn_rows.drawn_shapes import DRAWN, SIZES, UNFUSED, draw_shape
 from engine.bench.drawn_rows.drawn_summary import summary
 from engine.config.trial import TrainConfig
@@ -77,7 +77,7 @@ def test_settings_are_valid_and_have_plans_or_one_line(settings):
 def test_drawn_shapes_are_mixed_and_of_the_size_that_is_wanted(settings):
     assert {values["config"]["train"]["memory_budget_gib"] for values in settings} == set(CAPS_GIB)
     assert {values["lengths"]["kind"] for values in settings} == set(KINDS)
-    sizes = [known_shape(values).num_parameters / 1e9 for values in settings]
+    sizes = [plain_shape(values).num_parameters / 1e9 for values in settings]
     for values, size in zip(settings, sizes, strict=True):
         low, high = SIZES[values["number"] // 2 % len(SIZES)]
         assert 0.6 * low < size < 1.5 * high
@@ -106,7 +106,7 @@ def test_a_setting_is_measured_once_and_again_from_its_record(monkeypatch, tmp_p
         assert command.main(["--random", "3", "--out", str(file)]) == 0
     first, refused, failed = records = command.read_records(file)
     assert first["fits"] and first["tokens_per_second"] > 0 and first["card"] == "a card"
-    assert len(first["step_tokens_per_second"]) == 3
+    assert len(first["step_tokens_per_second"]) == 3 and 0 < first["largest_row"]["tokens"] <= first["largest_row"]["capacity"]
     assert first["peaks_gib"] == {} and first["components_gib"]["adapter"] >= 0 and first["settings"]["micro_batch_size"] >= 1
     assert not refused["fits"] and "needs at least" in refused["refused"]
     assert not failed["fits"] and failed["failed"].startswith("KeyError")
@@ -118,11 +118,13 @@ def test_a_setting_is_measured_once_and_again_from_its_record(monkeypatch, tmp_p
 def test_the_summary_names_outliers_with_their_settings():
     good = {**tiny_setting(), "fits": True, "num_out_of_memory": 0, "num_retries": 0, "plan": "a plan", "seconds": 1.0,
             "predicted_gib": 9.5, "predicted_reserved_gib": 10.0, "peak_allocated_gib": 9.5, "peak_reserved_gib": 10.0,
-            "predicted_tokens_per_second": 100, "tokens_per_second": 100, "others_gib": 0.0}  # fmt: skip
+            "predicted_tokens_per_second": 100, "tokens_per_second": 100, "others_gib": 0.0,
+            "largest_row": {"tokens": 99, "capacity": 100}}  # fmt: skip
     changes = ({"peak_reserved_gib": 8.0}, {"num_out_of_memory": 1, "tokens_per_second": None}, {"tokens_per_second": 50},
                {"tokens_per_second": 5, "others_gib": 30.0})  # fmt: skip
     text = summary([good, *({**good, **change, "number": number} for number, change in enumerate(changes, 10))])
     assert "5 settings of 1 shapes ran: 1 out of memory" in text and "reserved: |error| p95 25.0%" in text
+    assert "reserved where a row is full: |error| p95 25.0%" in text
     assert "speed: |error| p95 100.0%, from +0.0% to +100.0%, median +0.0%, 3 settings" in text
     for title, number in (("out of memory", 11), ("reserved off", 10), ("slower than predicted", 12)):
         assert f"- {title}:  {number} llama" in text

@@ -181,7 +181,11 @@ def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_half, "attend", attend)
     monkeypatch.setattr(FrozenLinear, "is_packed", property(lambda self: True))
     monkeypatch.setattr(FrozenLinear, "dequantized", dequantized)
+    monkeypatch.setattr(FrozenLinear, "scaled", lambda self, _, dtype, out=None: dequantized(self, dtype, out))
     monkeypatch.setattr(ops, "dropout", dropout)
+    monkeypatch.setattr(ops, "row_dots", lambda *_: None)
+    monkeypatch.setattr(ops, "row_lengths", lambda _, a_RD, b_OR, *__: torch.empty(b_OR.shape[0], device="meta"))
+    monkeypatch.setattr(FrozenLinear, "operand", lambda self: None)  # packed: nothing new
     monkeypatch.setattr(FrozenLinear, "nf4", property(lambda self: (self.out_features, self.in_features)))
     monkeypatch.setattr(int8_ops, "weight_scales", lambda *_: None)
     monkeypatch.setattr(int8_ops, "unpack_rows", lambda shapes, _: codes(sum(o for o, _ in shapes), shapes[0][1]))
@@ -459,12 +463,24 @@ def test_the_walk_around_a_mixer_and_experts_is_an_upper_estimate(policy: str) -
     assert 0.997 * measured <= walked(config, shape, 4096)[0] <= 1.1 * measured
 
 
-@pytest.mark.parametrize(("family", "policy", "tokens", "changes"), [
+DORA = [
     *[(family, policy, 4096, {}) for family in ("llama", "gemma3") for policy in POLICIES],
     ("llama", "recompute", 20480, {}), ("llama", "keep", 4096, {"lora_dropout": 0.1}),
     ("llama", "recompute", 20480, {"lora_dropout": 0.1}),
     ("llama", "keep", 4096, {"train": {"weight_cache_gib": 0.005}}), ("llama", "offload", 4096, {"train": {"host_layers": 3}}),
-])  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("device_kernels")
+def test_the_walk_with_dora_of_wide_layers_is_what_they_allocate() -> None:
+    shape = ModelShape.of({**LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16}, "wide")
+    for policy in ("keep", "recompute"):
+        config = config_of(policy, use_dora=True)
+        measured = counted(build(config, shape, 2048), shape, 2048)
+        assert 0.997 * measured <= walked(config, shape, 2048)[0] <= 1.01 * measured
+
+
+@pytest.mark.parametrize(("family", "policy", "tokens", "changes"), DORA)
 @pytest.mark.usefixtures("device_kernels")
 def test_the_walk_with_dora_is_an_upper_estimate(family: str, policy: str, tokens: int, changes: dict[str, Any]) -> None:
     shape = ModelShape.of(FAMILIES[family], family)

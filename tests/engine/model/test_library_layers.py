@@ -121,6 +121,31 @@ def test_the_walk_of_all_layers_and_another_rank_counts_what_they_allocate(measu
     assert walk.live.highest - inputs == pytest.approx(counted, rel=0.03)
 
 
+@pytest.mark.parametrize(("targets", "most"), [("all-linear", 1.03), (["q_proj", "k_proj", "v_proj", "o_proj"], 1.04)])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("policy", ["recompute", "keep"])
+@pytest.mark.parametrize("kind", ["olmo", "starcoder2"])
+def test_the_walk_counts_dora_and_what_adapters_of_attention_alone_save(measured, kind, policy, dropout, targets, most):
+    """DoRA keeps two more outputs of each adapted layer; a frozen layer needs no input for its backward pass."""
+    config, tokens, found_bytes = found(kind), library_layers.TOKENS, {}
+    shape = replace(ModelShape.of(config.to_dict(), "x"), library=measured[kind])
+    for dora in (False, True):
+        with torch.device("meta"):
+            model = make(config, library_layers.NAME).to(torch.bfloat16).requires_grad_(False)
+            names = freeze_linears(model, skip=[model.get_output_embeddings()])
+        adapters = attach(model, names, LoraConfig(rank=32, target_modules=targets), 0)
+        whole = library_layers._train(model, adapters, [], policy == "recompute", dropout > 0.0, dora)
+        counted = (5 * whole.layer + max(whole.forward, whole.backward)) * tokens
+        lora = {"lora_dropout": dropout, "use_dora": dora, "target_modules": targets}
+        trial = config_of(batch=4, length=tokens // 4, rank=32, policy=policy, lora=lora)
+        walk = TrialWalk(trial, shape, "flash")
+        walk.train()
+        inputs = 2 * tokens * SIZES["hidden_size"] + 40 * tokens + walk.live.components["batch and rotary"]
+        assert 0.995 <= (walk.live.highest - inputs) / counted <= most
+        found_bytes[dora] = counted
+    assert found_bytes[True] > 1.05 * found_bytes[False]
+
+
 @pytest.mark.parametrize("policy", ["recompute", "keep"])
 def test_the_walk_of_a_mixture_in_the_library_s_layers_is_an_upper_estimate(policy):
     """Gemma 4 has its MLP beside the experts, and global layers with wider heads."""
@@ -172,7 +197,7 @@ def test_a_worker_measures_the_layers_of_its_base_once(monkeypatch):
 def test_only_layers_of_the_library_are_measured_and_the_driver_gets_the_bytes(tiny_model_dir):
     assert known_shape(ModelConfig(path=str(tiny_model_dir))).library is None
     shape = known_shape(ModelConfig(path=str(tiny_model_dir), layers="original"))
-    assert len(shape.library.passes) == 4 and min(p.layer for p in shape.library.passes) > 0
+    assert len(shape.library.passes) == 16 and min(p.layer for p in shape.library.passes) > 0
     assert Facts.from_dict(json.loads(json.dumps(Facts(shape=shape).to_dict()))).shape == shape
     predicted = predict_memory(config_of(model={"layers": "original"}), shape)
     assert not predicted.rough and math.isclose(predicted.fragmentation, 0.08)
