@@ -11,7 +11,7 @@ from engine.memory.experts_walk import CHOICE_BYTES, ROUTER_VALUES, SHARED_HIDDE
 from engine.memory.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, LiveBytes
 from engine.memory.mixer_walk import MIXERS
 from engine.memory.tensor_sizes import Sizes
-from engine.shape.layer_plan import LayerPlan, linear_layers
+from engine.shape.layer_plan import LayerPlan, adapted_projections, linear_layers
 from engine.shape.library_bytes import MEASURED_RANK, LibraryBytes, PassBytes
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import Policy
@@ -36,28 +36,43 @@ class LibraryWalk:
         """Walk the library's layers by the bytes that they were seen to allocate."""
         measured, live = self._measured(), self.live
         kept = BOUNDARY if measured.recomputes else KEPT
-        live.hold("graph", self.shape.num_layers * self._in_layer(measured, tokens), kept)
-        live.briefly(measured.forward * tokens + self._largest_weight() + self._row_codes(tokens))
+        adapters = 0 if measured.recomputes else sum(self._of_adapters(tokens))
+        live.hold("graph", self.shape.num_layers * measured.layer * tokens + adapters, kept)
+        live.briefly((measured.forward + 2 * self._widest_gain) * tokens + self._largest_weight() + self._row_codes(tokens))
         live.hold("tail", max(0, measured.tail * tokens - self.layer_sizes[-1].x))  # the loss has the hidden states
 
     def _backward_measured(self, tokens: int) -> None:
         measured, live = self._measured(), self.live
         live.enter("backward, recomputed layers" if measured.recomputes else "backward, kept layers")
         live.drop("tail", "dy")
-        again = self._of_adapters(tokens) if measured.recomputes else 0
+        again = max(self._of_adapters(tokens)) if measured.recomputes else self._widest_gain * tokens
         again += EXPERT_GRADIENT_BYTES * self._expert_values
         with live.holding(measured.backward * tokens + again + self._row_codes(tokens)):
             live.briefly(self._largest_weight(), WEIGHTS)
         live.drop("graph", "0.x")
 
-    def _in_layer(self, measured: PassBytes, tokens: int) -> int:
-        return measured.layer * tokens + (0 if measured.recomputes else self._of_adapters(tokens))
+    def _of_adapters(self, tokens: int) -> list[int]:
+        """Return what each layer's adapters keep: 16-bit copies, the low-rank hidden beyond the measured rank, and for gains.
 
-    def _of_adapters(self, tokens: int) -> int:
-        """Return what a layer's adapters keep: 16-bit copies, and the low-rank hidden beyond the measured rank."""
-        plan = self.plans[-1]
-        beyond = sum(plan.ranks.values()) - MEASURED_RANK * len(self.shape.projections())
-        return self.element * (sum(plan.adapter.values()) + tokens * max(0, beyond))
+        DoRA's gain keeps both of what it multiplies, which the measured adapters, without gains, do not.
+        """
+        known = MEASURED_RANK * len(self.shape.projections())
+        beyond = [max(0, sum(plan.ranks.values()) - known) for plan in self.plans]
+        values = [tokens * (low + 2 * sum(outs)) for low, outs in zip(beyond, self._gained, strict=True)]
+        return [self.element * (sum(plan.adapter.values()) + held) for plan, held in zip(self.plans, values, strict=True)]
+
+    @property
+    def _gained(self) -> list[list[int]]:
+        """Return the output features of each layer's adapted projections, if they have DoRA's gains."""
+        if not self.config.lora.use_dora:
+            return [[] for _ in self.plans]
+        adapted = zip(adapted_projections(self.config, self.shape), self.shape.each, strict=True)
+        return [[one.projections()[name][0] for name in names] for names, one in adapted]
+
+    @property
+    def _widest_gain(self) -> int:
+        """Return the bytes a token of the widest output that has a gain, 0 without DoRA."""
+        return self.element * max((out for outs in self._gained for out in outs), default=0)
 
     def _row_codes(self, tokens: int) -> int:
         """Return the bytes of the largest activation in INT8; codes of weights take less room than dequantised ones."""
@@ -72,7 +87,8 @@ class LibraryWalk:
         number, recomputes = self.shape.num_layers, Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
         for i in range(1, number + 1):
             self.live.hold(f"{i}.x", sizes.x, BOUNDARY)
-        self.live.hold("graph", 0 if recomputes else sum(map(self._unfused_graph, self.layer_sizes)), KEPT)
+        gains = 2 * self.element * sizes.tokens * sum(map(sum, self._gained))
+        self.live.hold("graph", 0 if recomputes else sum(map(self._unfused_graph, self.layer_sizes)) + gains, KEPT)
         rows = 0 if self.shape.experts is None else self._moved_rows(sizes)
         self.live.briefly(rows + sizes.gate_up + sizes.f + 6 * sizes.x + self._largest_weight())
 
@@ -80,6 +96,7 @@ class LibraryWalk:
         recomputes = Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
         self.live.enter("backward, recomputed layers" if recomputes else "backward, kept layers")
         again = max(map(self._unfused_graph, self.layer_sizes)) if recomputes else 0
+        again += 2 * self.element * sizes.tokens * max(map(sum, self._gained)) if recomputes else 0
         again += 0 if self.shape.experts is None else self._moved_rows(sizes) + EXPERT_GRADIENT_BYTES * self._expert_values
         mixers = [size.mixer.extra for size in self.layer_sizes if size.mixer is not None]
         self.live.briefly(again + max(mixers, default=0), MIXERS)

@@ -167,7 +167,7 @@ class TrialWalk(LibraryWalk):
             evaluated = self._pass(last, dropout=False)
             replace(evaluated, plan=replace(evaluated.plan, matmul=Matmul.BF16)).forward(trains=False)
         elif self.library is not None:
-            self.live.briefly(self.library.alone * tokens + self._largest_weight())
+            self.live.briefly((self.library.alone + 2 * self._widest_gain) * tokens + self._largest_weight())
         else:
             rows = 0 if self.shape.experts is None else self._moved_rows(sizes)
             rows += sizes.gate_up + sizes.f + 6 * sizes.x

@@ -121,6 +121,28 @@ def test_the_walk_of_all_layers_and_another_rank_counts_what_they_allocate(measu
     assert walk.live.highest - inputs == pytest.approx(counted, rel=0.03)
 
 
+@pytest.mark.parametrize("lora", [
+    {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.1}, {"use_dora": True, "target_modules": ["down_proj", "o_proj"]},
+    {"rank_pattern": {r".*layers\.[0-3]\..*": 64}},
+], ids=["DoRA", "DoRA with dropout", "DoRA on two projections", "a low rank in the last layer"])  # fmt: skip
+@pytest.mark.parametrize("policy", ["recompute", "keep"])
+def test_the_walk_counts_what_gains_and_ranks_of_other_layers_add(measured, policy, lora):
+    config, tokens = found("olmo"), library_layers.TOKENS
+    with torch.device("meta"):
+        model = make(config, library_layers.NAME).to(torch.bfloat16).requires_grad_(False)
+        names = freeze_linears(model, skip=[model.get_output_embeddings()])
+    adapters = attach(model, names, LoraConfig(rank=8, **lora), 0)
+    for adapter in adapters.values():
+        adapter.drop = library_layers._Mask.apply
+    whole = library_layers._train(model, adapters, [1] * 5, policy == "recompute", "lora_dropout" in lora)
+    counted = (5 * whole.layer + max(whole.forward, whole.backward)) * tokens
+    shape = replace(ModelShape.of(config.to_dict(), "x"), library=measured["olmo"])
+    walk = TrialWalk(config_of(batch=4, length=tokens // 4, rank=8, policy=policy, lora=lora), shape, "flash")
+    walk.train()
+    inputs = 2 * tokens * SIZES["hidden_size"] + 40 * tokens + walk.live.components["batch and rotary"]
+    assert 0.98 <= (walk.live.highest - inputs) / counted <= 1.3
+
+
 @pytest.mark.parametrize("policy", ["recompute", "keep"])
 def test_the_walk_of_a_mixture_in_the_library_s_layers_is_an_upper_estimate(policy):
     """Gemma 4 has its MLP beside the experts, and global layers with wider heads."""
