@@ -87,6 +87,7 @@ class ExpertsWalk(LayerWalk):
         kept = SHARED_HIDDEN * self._shared_hidden + 2 * s.x
         if plan.ranks[SHARED]:
             kept += 2 * plan.ranks[SHARED] * s.low + s.element * plan.adapter[SHARED]
+            kept += 2 * (2 * self._shared_hidden + s.x) if plan.dora else 0  # both of what each output's gain multiplies
         return kept + (2 * (3 * s.x + self._shared_hidden) if self.dropout and plan.ranks[SHARED] else 0)
 
     @property

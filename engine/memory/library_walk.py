@@ -11,7 +11,7 @@ from engine.memory.experts_walk import CHOICE_BYTES, ROUTER_VALUES, SHARED_HIDDE
 from engine.memory.live_bytes import ATTENTION, BOUNDARY, KEPT, WEIGHTS, LiveBytes
 from engine.memory.mixer_walk import MIXERS
 from engine.memory.tensor_sizes import Sizes
-from engine.shape.layer_plan import LayerPlan, linear_layers
+from engine.shape.layer_plan import LayerPlan, adapted_projections, linear_layers
 from engine.shape.library_bytes import MEASURED_RANK, LibraryBytes, PassBytes
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import Policy
@@ -38,7 +38,8 @@ class LibraryWalk:
         """Walk the library's layers by the bytes that they were seen to allocate."""
         measured, live = self._measured(), self.live
         kept = BOUNDARY if measured.recomputes else KEPT
-        live.hold("graph", self.shape.num_layers * self._in_layer(measured, tokens), kept)
+        adapters = 0 if measured.recomputes else sum(self._of_adapters(tokens))
+        live.hold("graph", self.shape.num_layers * measured.layer * tokens + adapters, kept)
         live.briefly(measured.forward * tokens + self._largest_weight() + self._row_codes(tokens))
         live.hold("tail", max(0, measured.tail * tokens - self.layer_sizes[-1].x))  # the loss has the hidden states
 
@@ -46,21 +47,26 @@ class LibraryWalk:
         measured, live = self._measured(), self.live
         live.enter("backward, recomputed layers" if measured.recomputes else "backward, kept layers")
         live.drop("tail", "dy")
-        again = self._of_adapters(tokens) if measured.recomputes else 0
+        again = max(self._of_adapters(tokens)) if measured.recomputes else 0
         again += EXPERT_GRADIENT_BYTES * self._expert_values
         with live.holding(measured.backward * tokens + again + self._row_codes(tokens)):
             live.briefly(self._largest_weight(), WEIGHTS)
         live.drop("graph", "0.x")
 
-    def _in_layer(self, measured: PassBytes, tokens: int) -> int:
-        return measured.layer * tokens + (0 if measured.recomputes else self._of_adapters(tokens))
-
-    def _of_adapters(self, tokens: int) -> int:
-        """Return what a layer's adapters keep: 16-bit copies, and the low-rank hidden beyond the measured rank."""
-        plan, alone = self.plans[-1], self._measured().attention_alone
+    def _of_adapters(self, tokens: int) -> list[int]:
+        """Return what each layer's adapters keep: 16-bit copies, and the low-rank hidden beyond the measured rank."""
+        alone = self._measured().attention_alone
         adapted = sum(map(len, (names for group, names in self.shape.groups.items() if group in IN_ATTENTION or not alone)))
-        beyond = sum(plan.ranks.values()) - MEASURED_RANK * adapted
-        return self.element * (sum(plan.adapter.values()) + tokens * max(0, beyond))
+        beyond = [max(0, sum(plan.ranks.values()) - MEASURED_RANK * adapted) for plan in self.plans]
+        return [self.element * (sum(plan.adapter.values()) + tokens * low) for plan, low in zip(self.plans, beyond, strict=True)]
+
+    @property
+    def _gained(self) -> list[list[int]]:
+        """Return the output features of each layer's adapted projections, if they have DoRA's gains."""
+        if not self.config.lora.use_dora:
+            return [[] for _ in self.plans]
+        adapted = zip(adapted_projections(self.config, self.shape), self.shape.each, strict=True)
+        return [[one.projections()[name][0] for name in names] for names, one in adapted]
 
     def _row_codes(self, tokens: int) -> int:
         """Return the bytes of the largest activation in INT8; codes of weights take less room than dequantised ones."""
@@ -76,7 +82,8 @@ class LibraryWalk:
         number, recomputes = self.shape.num_layers, Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
         for i in range(1, number + 1):
             self.live.hold(f"{i}.x", sizes.x, BOUNDARY)
-        self.live.hold("graph", 0 if recomputes else sum(map(self._unfused_graph, self.layer_sizes)), KEPT)
+        gains = 2 * self.element * sizes.tokens * sum(map(sum, self._gained))
+        self.live.hold("graph", 0 if recomputes else sum(map(self._unfused_graph, self.layer_sizes)) + gains, KEPT)
         rows = 0 if self.shape.experts is None else self._moved_rows(sizes)
         self.live.briefly(rows + sizes.gate_up + sizes.f + 6 * sizes.x + self._largest_weight())
 
@@ -84,6 +91,7 @@ class LibraryWalk:
         recomputes = Policy.of(self.config.train.activation_checkpointing) is not Policy.KEEP
         self.live.enter("backward, recomputed layers" if recomputes else "backward, kept layers")
         again = max(map(self._unfused_graph, self.layer_sizes)) if recomputes else 0
+        again += 2 * self.element * sizes.tokens * max(map(sum, self._gained)) if recomputes else 0
         again += 0 if self.shape.experts is None else self._moved_rows(sizes) + EXPERT_GRADIENT_BYTES * self._expert_values
         mixers = [size.mixer.extra for size in self.layer_sizes if size.mixer is not None]
         self.live.briefly(again + max(mixers, default=0), MIXERS)

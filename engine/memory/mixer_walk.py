@@ -57,10 +57,15 @@ class MixerWalk(LayerWalk):
         return self.sizes.element * max(out * width for out, width in features) if self.sizes.packed else 0
 
     def _adapter_bytes(self) -> int:
-        """Return what the adapters add to the graph: casts, hidden [T, R], and with dropout masks and masked inputs."""
+        """Return what the adapters add to the graph: casts, hidden [T, R], with dropout masks and masked inputs.
+
+        With DoRA they add both of what each output's gain multiplies.
+        """
         s, plan = self.sizes, self.plan
         if not plan.ranks[MIXER]:
             return 0
         inputs = 4 * s.x + s.element * s.tokens * self.shape.mixer.values
         masked = 2 * inputs if self.dropout else 0
-        return 2 * plan.ranks[MIXER] * s.low + s.element * plan.adapter[MIXER] + masked
+        outs = sum(out for out, _ in self.shape.mixer.projections(self.shape.hidden_size).values())
+        gained = 2 * s.element * s.tokens * outs if plan.dora else 0
+        return 2 * plan.ranks[MIXER] * s.low + s.element * plan.adapter[MIXER] + masked + gained

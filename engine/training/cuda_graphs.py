@@ -113,6 +113,8 @@ class Graphs:
         return self._run(Size.padded(batch), batch, 1)
 
     def _run(self, size: Size, batch: Batch, num_targets: int) -> Tensor:
+        if not self._kind.rows:  # after an error too, when all were dropped: as before the first step
+            self.record(self.few.sizes)
         known = self._kind.rows.get(size)
         if known is None and self._recordings.can_record:
             self._make_place()

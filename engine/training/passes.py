@@ -51,9 +51,8 @@ class StepResult:
 class Passes:
     """Compute rows with and without recordings. `view` and `samples` are the trial's data; `cursor` is somewhere in it.
 
-    pads_unrecorded: rows that are not recorded get filler too, so that few sizes occur.
-    exempt: linear layers that multiply in the working dtype, whatever `train.matmul` says. pairs: what
-    `find_pairs` found, which comes before the first pass.
+    pads_unrecorded: rows that are not recorded get filler too. exempt: linear layers that multiply in
+    the working dtype, whatever `train.matmul` says. pairs: what `find_pairs` found, which comes before the first pass.
     """
 
     def __init__(
@@ -248,7 +247,8 @@ class Passes:
         size, longest = self._plan.micro_batch_size, self._config.data.max_seq_length
         cursor, left, sizes = self._cursor.from_start(), self._config.train.max_tokens, []
         while left > 0 and len(sizes) * size < FORESEEN_BINS:
-            for row in rows_of(cursor.take(self._config.bins_per_step), size, shares_rows=True):
+            rows = rows_of(cursor.take(self._config.bins_per_step), size, shares_rows=True)
+            for row in rows[: FORESEEN_BINS // size + 1]:
                 members = np.array(self._members(row))
                 tokens, targets = int(self._view.lengths[members].sum()), int(self._view.targets_of(members).sum())
                 sizes.append(Size.around(tokens, targets, len(members), size * self._config.bin_tokens, longest))

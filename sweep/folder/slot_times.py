@@ -92,9 +92,10 @@ def totals(times: Iterable[SlotTime]) -> dict[str, float]:
 
 
 def steady_share(parts: Mapping[str, float]) -> float | None:
-    """Return the share of steady training, from 0 to 1, or None if an older version split nothing."""
+    """Return the share of steady training, from 0 to 1, or None if no one told what was done: an older version, or one killed."""
     known = sum(seconds for part, seconds in parts.items() if part not in (WAITING, UNREPORTED))
-    return parts[TRAIN] / sum(parts.values()) if known > 0.0 else None
+    is_split = known > 0.0 or parts[WAITING] > 0.0 == parts[UNREPORTED]  # an idle slot trained for none of its time
+    return parts[TRAIN] / sum(parts.values()) if is_split else None
 
 
 def steady_share_with_eval(parts: Mapping[str, float]) -> float | None:
@@ -104,7 +105,7 @@ def steady_share_with_eval(parts: Mapping[str, float]) -> float | None:
 
 
 def both_shares(parts: Mapping[str, float]) -> str:
-    """Return both shares in a few words. Empty if an older version split nothing."""
+    """Return both shares in a few words. Empty where steady_share is None."""
     share, both = steady_share(parts), steady_share_with_eval(parts)
     return "" if share is None else f"{100.0 * share:.1f} % steady, {100.0 * both:.1f} % with evaluation"
 

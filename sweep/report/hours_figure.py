@@ -68,7 +68,7 @@ def hours_line(times: Sequence[SlotTime]) -> str:
     if not sum(parts.values()):
         return ""
     both = both_shares(parts)
-    split = f" So {both}." if both else " An older version did not record what was done."
+    split = f" So {both}." if both else " No process told what it did: it was killed, or of an older version."
     return (
         f"{counted(len(times), 'slot')}, {duration_text(sum(parts.values()))} together: {shares_text(parts)}.{split} "
         "Not reported: what a process did that died before its next report. Preparation before the first trial and the "

@@ -119,7 +119,7 @@ def _named(parts: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def _time_line(times: dict[str, Any]) -> list[str]:
-    """Say in a line what the slots' hours went to. Empty where an older version split nothing."""
+    """Say in a line what the slots' hours went to. Empty where no one told."""
     if "steady_share" not in times:
         return []
     parts = {part: times[f"{part}_s"] for part in PARTS}

@@ -11,8 +11,8 @@ gradient checkpointing, 8-bit AdamW), a new process for each trial, under Optuna
 All get one folder of random NF4 weights, the same samples, trials, rungs and halving, and loss on
 every token. The clock runs from the start of the first process to the end of the last. Caches of
 compiled kernels begin empty. Ours measures its best adapter again on the clock; our calibration of
-a new card, once a machine, is off. Rows that FILE holds are not run again, except those that a
-budget cut: the peers' trials that had ended in the same --scratch are kept. Nothing is extrapolated.
+a new card, once a machine, is off. Rows of this card that FILE holds are not run again, except those
+that a budget cut: the peers' trials that had ended in the same --scratch are kept. Nothing is extrapolated.
 With --peers-at-once N, N of a peer's processes share the card, each with its part of the memory and
 of the cores; ours has one worker all the same.
 """
@@ -127,7 +127,7 @@ def at_once_of(record: Record) -> int | None:
 def measure(jobs: list[Job], records: list[Record], options: argparse.Namespace, scratch: Path) -> Any:
     """Yield a record for each row, until the budget is used up. What is left of it is shared by the rows to come."""
     began_s, tried, facts = time.monotonic(), set(), _facts(scratch, options)
-    known = list(records)
+    known = [record for record in records if record["card"] == facts["card"]]  # another card's rows are other rows
     while rows := [row for row in wanted(jobs, known, options.systems, options.peers_at_once) if row not in tried]:
         left_s = None if options.budget_s is None else options.budget_s - (time.monotonic() - began_s)
         if left_s is not None and left_s <= 0.0:

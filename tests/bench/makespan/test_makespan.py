@@ -190,6 +190,14 @@ def test_a_used_up_budget_names_the_rows_not_run(tmp_path, monkeypatch, capsys):
     assert "--budget-s 100 is used up; rows not run:\n  tiny, unsloth" in capsys.readouterr().out
 
 
+def test_rows_of_another_card_are_run_on_this_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(makespan, "_facts", lambda *_: {**FACTS, "card": "another"})
+    monkeypatch.setattr(makespan, "_run", lambda *_: {})
+    options = argparse.Namespace(systems=None, budget_s=None, peers_at_once=1)
+    records = [row("ours"), {**row("unsloth"), "card": "another"}]
+    assert [record["system"] for record in makespan.measure([JOB], records, options, tmp_path)] == ["ours"]
+
+
 def test_the_table_shows_losses_and_failures_as_they_are():
     text = table([row("ours"), makespan.whole_record(JOB, "unsloth", {"error": "a | b"}, FACTS, None)])
     assert "| ours | 4 of 4 | 10.0 | 8.0 | 1,500 | 150 | 1 COMPLETE, 3 PRUNED |" in text

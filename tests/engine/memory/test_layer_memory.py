@@ -424,6 +424,7 @@ SHARING = {**MIXTURE, "model_type": "qwen3_5_moe_text", "head_dim": 128, "shared
     *[(policy, {}) for policy in POLICIES], ("recompute", {"rank": 64}), ("offload", {"train": {"host_layers": 2}}),
     ("recompute", {"train": {"keep_layers": 1}}), ("recompute", {"target_modules": ["all-linear", "experts.down_proj"]}),
     ("recompute", {"target_modules": ["all-linear", "experts.gate_up_proj"]}),
+    ("keep", {"target_modules": ["all-linear"], "use_dora": True}),
 ])  # fmt: skip
 @pytest.mark.usefixtures("device_kernels")
 def test_the_walk_around_experts_is_an_upper_estimate(content: dict[str, Any], policy: str, changes: dict[str, Any]) -> None:
@@ -443,7 +444,8 @@ HYBRID = {**LLAMA, "model_type": "qwen3_5_text", "head_dim": 128, "linear_num_ke
 @pytest.mark.parametrize(("policy", "changes"), [
     *[(policy, {}) for policy in POLICIES if policy != "selective"], ("keep", {"lora_dropout": 0.1}),
     ("recompute", {"train": {"host_layers": 2}}), ("recompute", {"target_modules": ["down_proj"]}),
-    ("recompute", {"target_modules": r".*layers\.2\..*"}),
+    ("recompute", {"target_modules": r".*layers\.2\..*"}), ("keep", {"use_dora": True}), ("recompute", {"use_dora": True}),
+    ("keep", {"use_dora": True, "lora_dropout": 0.1}),
 ])  # fmt: skip
 @pytest.mark.usefixtures("device_kernels")
 def test_the_walk_around_a_library_s_mixer_is_an_upper_estimate(policy: str, changes: dict[str, Any]) -> None:

@@ -146,6 +146,20 @@ def test_the_walk_counts_dora_and_what_adapters_of_attention_alone_save(measured
     assert found_bytes[True] > 1.05 * found_bytes[False]
 
 
+def test_the_walk_counts_the_rank_of_each_layer(measured):
+    """Of five layers four have rank 64: the walk is four fifths of the way from rank 8 in all to rank 64 in all."""
+    shape, tokens = replace(ModelShape.of(found("olmo").to_dict(), "x"), library=measured["olmo"]), library_layers.TOKENS
+
+    def graph(rank: int, **lora) -> int:
+        walk = TrialWalk(config_of(batch=4, length=tokens // 4, rank=rank, policy="keep", lora=lora), shape, "flash")
+        walk.train()
+        return walk.live.highest
+
+    low, high = graph(8), graph(64)
+    mixed = graph(8, rank_pattern={r".*layers\.[0-3]\..*": 64})
+    assert mixed - low == pytest.approx(0.8 * (high - low), rel=0.02) and high > 1.02 * low
+
+
 @pytest.mark.parametrize("policy", ["recompute", "keep"])
 def test_the_walk_of_a_mixture_in_the_library_s_layers_is_an_upper_estimate(policy):
     """Gemma 4 has its MLP beside the experts, and global layers with wider heads."""

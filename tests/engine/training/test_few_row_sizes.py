@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from engine.adapter.flat import FlatAdapter
+from engine.adapter.lora import attach, detach
 from engine.data.packing import Cursor, Sample, collate
 from engine.data.row_sizes import MOST_SIZES, FewSizes, Size
 from engine.evaluation import eval_loss
@@ -101,6 +103,19 @@ def test_recordings_of_other_data_make_way_for_those_that_a_trial_will_need(ragg
     before = recorder.num_recorded
     list(reports)
     assert recorder.num_recorded == before
+
+
+def test_after_all_were_dropped_the_largest_size_is_recorded_first_again(tiny_config, base, monkeypatch):
+    """In the order in which rows come, the pool of recordings would take more memory than was planned."""
+    recorder = FakeRecorder(base, monkeypatch)
+    layers = attach(base.model, base.linear_names, build(tiny_config).lora, 0)
+    graphs = cuda_graphs.make_graphs(base, FlatAdapter(layers, base.dtype).memory, "kind", 512, 128)
+    row, larger = (collate([Sample(np.ones(n, int), np.ones(n, bool))] * count) for n, count in ((60, 1), (128, 4)))
+    graphs.few = FewSizes.of(Size.of(one, 512, 128) for one in (row, larger))
+    base.model.train()
+    graphs.backward(row, 1)
+    assert list(graphs._kind.rows) == sorted(graphs.few.sizes, reverse=True) and recorder.num_recorded == 2
+    detach(base.model, layers)
 
 
 def test_evaluation_rows_are_of_at_most_as_many_sizes_as_are_recorded():

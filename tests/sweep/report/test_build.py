@@ -183,7 +183,8 @@ def test_each_slot_is_a_bar_whose_parts_add_up_with_legend_and_numbers(tmp_path)
     }  # fmt: skip
     assert figure.layout.barmode == "stack" and figure.layout.xaxis.title.text == "seconds of the slot"
     names = figure.data[0].y
-    assert TAG not in names[0] and [name.split("<br>")[1] for name in names] == ["30 % steady, 40 % with eval", "not split"]
+    shares = ["30 % steady, 40 % with eval", "0 % steady, 0 % with eval"]  # the second slot had no trial
+    assert TAG not in names[0] and [name.split("<br>")[1] for name in names] == shares
     assert hours_line(times).startswith("2 slots, 3 min together: 15.0 % steady training, 5.0 % evaluation, 10.0 % starting")
     assert "So 15.0 % steady, 20.0 % with evaluation." in hours_line(times)
     assert where_hours_went([]) == "no slot has been held yet" and hours_line([]) == ""
@@ -196,7 +197,7 @@ def test_a_sweep_of_an_older_version_is_not_split(tmp_path):
     timeline.on_ended(0, 100.0, {"slot": "gpu 0", "began_s": 0.0})
     times = slot_times(timeline)
     assert [bar.name for bar in where_hours_went(times).data] == ["not reported"]
-    assert "An older version did not record what was done." in hours_line(times)
+    assert "No process told what it did" in hours_line(times) and "<br>not split" in where_hours_went(times).data[0].y[0]
 
 
 def test_no_slot_lost_time_where_each_held_one_trial(tmp_path):
