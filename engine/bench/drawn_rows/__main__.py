@@ -46,7 +46,7 @@ def _main(options: argparse.Namespace) -> int:
     settings = list(_settings(options))
     done = read_records(*filter(Path.is_file, [options.out]))
     if not has_card():
-        raise InputError("engine.bench.drawn_rows", "no CUDA device", "needs one; --summary does not")
+        raise SystemExit("engine.bench.drawn_rows: needs a CUDA device; --summary does not")
     facts = {"card": torch.cuda.get_device_name(), **provenance(), **({"git.commit": options.commit} if options.commit else {})}
     known = {(record["seed"], record["number"]) for record in done}
     with options.out.open("a") as file:
@@ -102,7 +102,8 @@ def _settings(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 values = {key: record[key] for key in ("name", "seed", "number", "shape", "config", "lengths")}
                 train_config(values)
             except (KeyError, TypeError, EngineError) as error:
-                raise InputError("--redo", record["number"], f"is no whole setting: {first_line(error)}") from error
+                text = f"engine.bench.drawn_rows: --redo: record {record['number']} is no whole setting: {first_line(error)}"
+                raise SystemExit(text) from error
             yield values
 
 

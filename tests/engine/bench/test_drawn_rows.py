@@ -148,11 +148,15 @@ def test_wrong_options_are_refused_in_one_line(arguments, said, capsys):
     assert ended.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_files_of_something_else_are_refused(tmp_path):
+def test_files_of_something_else_are_refused_and_so_is_a_machine_without_a_card(tmp_path, monkeypatch):
     file = tmp_path / "other.jsonl"
     for line in ("{", "[]", '{"seed": 1}'):
         file.write_text(f"{line}\n")
         with pytest.raises(InputError, match=r"line 1.*must be a record"):
             command.read_records(file)
     file.write_text(json.dumps({"seed": 1, "number": 2, "fits": True}) + "\n")
-    assert command.main(["--redo", str(file), "--out", str(tmp_path / "new.jsonl")]) == 2
+    with pytest.raises(SystemExit, match=r"--redo: record 2 is no whole setting: 'name'"):
+        command.main(["--redo", str(file), "--out", str(tmp_path / "new.jsonl")])
+    monkeypatch.setattr(command, "has_card", lambda: False)
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        command.main(["--random", "1", "--out", str(tmp_path / "new.jsonl")])
