@@ -31,7 +31,7 @@ from engine.config.parsing import parse
 from engine.config.trial import TrainConfig
 from engine.memory.prediction import predict_memory
 from engine.model.base import Base
-from engine.model.device import free, pick_dtype
+from engine.model.device import free, pick_device, pick_dtype
 from engine.quant.bnb import adamw_8bit
 from engine.shape.model_shape import ModelShape
 from engine.shape.policies import LADDER, Policy
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure_all(options: argparse.Namespace, deadline: float) -> Iterator[dict[str, Any]]:
     """Yield one record per setting; peak_allocated_gib is None if it ran out of memory."""
-    device = torch.device("cuda")
+    device = pick_device("cuda")
     facts = {"card": torch.cuda.get_device_name(), **provenance(), **({"git.commit": options.commit} if options.commit else {})}
     for i, model in enumerate(options.models):
         base = random_base(model, device, pick_dtype("auto", device), fused=True)

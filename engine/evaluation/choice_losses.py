@@ -17,7 +17,6 @@ from engine.data.packing import Sample, collate, plan_once, rows_of
 from engine.evaluation.eval_loss import EvaluationSet, evaluate
 from engine.evaluation.task_samples import TaskSample, choices_of
 from engine.model.base import Base
-from engine.shape.compute_limits import EVALUATION_ROW_TOKENS
 
 
 def choice_scores(
@@ -72,7 +71,7 @@ def _losses(base: Base, items: list[Sample], before_each: Callable[[], None]) ->
     """Return -log p of each item's targets, in the order of the items."""
     lengths = np.array([len(item.input_ids) for item in items])
     longest = int(lengths.max())
-    rows = rows_of(plan_once(lengths, max(longest, EVALUATION_ROW_TOKENS)), 1, base.shares_rows(longest))
+    rows = rows_of(plan_once(lengths, base.evaluation_row_tokens(longest)), 1, base.shares_rows(longest))
     found = evaluate(base, EvaluationSet.of([collate([items[i] for i in row]) for row in rows]), before_each)
     sums = np.empty(len(items))
     sums[[i for row in rows for i in row]] = found.sums

@@ -21,7 +21,6 @@ from engine.data.row_sizes import FewSizes, Size
 from engine.data.view import AnyView, JoinedView
 from engine.model.base import Base
 from engine.sample_losses import SampleLosses
-from engine.shape.compute_limits import EVALUATION_ROW_TOKENS
 
 # Rows of up to this many tokens in all stay on the device between evaluations: 33 bytes a token.
 MAX_TOKENS_ON_DEVICE = 2**20
@@ -73,7 +72,7 @@ def evaluation_batches(base: Base, view: AnyView, eval_max_seq_length: int) -> E
     Of several sets, each has rows of its own, so that the others do not change its losses. On CUDA,
     rows that may be padded are (engine/data/row_sizes.py). A small set lies on the device.
     """
-    capacity, shares = row_capacity(eval_max_seq_length), base.shares_rows(eval_max_seq_length)
+    capacity, shares = base.evaluation_row_tokens(eval_max_seq_length), base.shares_rows(eval_max_seq_length)
     sets = view.parts if isinstance(view, JoinedView) and view.weights else {}
     rows = []
     for one in sets.values() or (view,):
@@ -94,11 +93,6 @@ def _padded(batches: list[Batch], capacity: int, longest: int) -> list[Batch]:
     few = FewSizes.of(own)
     filled = [few.size_of(batch, size, longest).pad(batch, longest) for batch, size in zip(batches, own, strict=True)]
     return [replace(row, document_lengths=(longest, 0)) for row in filled]
-
-
-def row_capacity(eval_max_seq_length: int) -> int:
-    """Return the most tokens in a row of the evaluation."""
-    return max(eval_max_seq_length, EVALUATION_ROW_TOKENS)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -13,6 +14,8 @@ from engine.shape.compute_limits import HOST_IN_FLIGHT, HOST_LAG
 KEPT, TRANSIENT, WEIGHTS, ATTENTION, BOUNDARY, LOW = (
     "kept activations", "transients", "dequantised weights", "attention workspace", "layer boundaries", "low-rank hidden",
 )  # fmt: skip
+# Of torch's allocator: tensors up to SMALL have pages of their own, and sizes are multiples of PIECE.
+PIECE, SMALL, SMALL_PAGE, LARGE_PAGE = 512, 2**20, 2 * 2**20, 20 * 2**20
 
 
 @dataclass
@@ -113,6 +116,120 @@ class _Holding:
 
     def __exit__(self, *error: object) -> None:
         self.live._free(self.component, self.size)
+
+
+class PlacedBytes(LiveBytes):
+    """LiveBytes that also places tensors as torch's allocator does in a pool, from `place` on.
+
+    The pool is one range that grows (PyTorch, c10/cuda/CUDACachingAllocator, segments that expand). A
+    tensor takes the smallest free piece that holds it, and neighbours that are free join. Small tensors
+    have a range of their own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ranges: tuple[_Range, _Range] | None = None
+        self._places: dict[str, _Place] = {}
+        self._held = 0
+        self.placed_peak = 0
+
+    @property
+    def mapped(self) -> int:
+        """Return the bytes that the pool has taken from the device: its tensors at their peak, and the pieces between them."""
+        return sum(one.end for one in self._ranges or ())
+
+    def place(self) -> None:
+        self._ranges = _Range(SMALL_PAGE), _Range(LARGE_PAGE)
+
+    def hold(self, name: str, size: int, component: str = TRANSIENT) -> None:
+        new = self._taken(size)
+        super().hold(name, size, component)
+        self._given(self._places.pop(name, None))
+        if new is not None:
+            self._places[name] = new
+
+    def drop(self, *names: str) -> None:
+        super().drop(*names)
+        for name in names:
+            self._given(self._places.pop(name, None))
+
+    def rename(self, old: str, new: str) -> None:
+        super().rename(old, new)
+        if old in self._places:
+            self._places[new] = self._places.pop(old)
+
+    def holding(self, size: int, component: str = TRANSIENT) -> _Holding:
+        return _PlacedHolding(self, component, size)
+
+    def briefly(self, size: int, component: str = TRANSIENT) -> None:
+        with self.holding(size, component):
+            pass
+
+    def _taken(self, size: int) -> _Place | None:
+        if self._ranges is None or not size:
+            return None
+        size = -(-size // PIECE) * PIECE
+        self._held += size
+        self.placed_peak = max(self.placed_peak, self._held)
+        one = self._ranges[size > SMALL]
+        return one, one.take(size), size
+
+    def _given(self, place: _Place | None) -> None:
+        if place is not None:
+            one, start, size = place
+            self._held -= size
+            one.give(start, size)
+
+
+class _PlacedHolding(_Holding):
+    __slots__ = ("place",)
+
+    def __enter__(self) -> None:
+        self.place = self.live._taken(self.size)
+        super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.live._given(self.place)
+        super().__exit__(*error)
+
+
+class _Range:
+    """A range of addresses that grows by whole pages. Its free pieces are [start, size], by their starts."""
+
+    def __init__(self, page: int) -> None:
+        self._page, self._free = page, []
+        self.end = 0
+
+    def take(self, size: int) -> int:
+        """Return where `size` bytes begin now."""
+        fitting = [(piece[1], i) for i, piece in enumerate(self._free) if piece[1] >= size]
+        i = min(fitting)[1] if fitting else self._grown(size)
+        start, free = self._free[i]
+        if free == size:
+            del self._free[i]
+        else:
+            self._free[i] = [start + size, free - size]
+        return start
+
+    def give(self, start: int, size: int) -> None:
+        i = bisect(self._free, [start, 0])
+        if i < len(self._free) and self._free[i][0] == start + size:
+            size += self._free.pop(i)[1]
+        if i and sum(self._free[i - 1]) == start:
+            self._free[i - 1][1] += size
+        else:
+            self._free.insert(i, [start, size])
+
+    def _grown(self, size: int) -> int:
+        if not (self._free and sum(self._free[-1]) == self.end):
+            self._free.append([self.end, 0])
+        more = -(-(size - self._free[-1][1]) // self._page) * self._page
+        self._free[-1][1] += more
+        self.end += more
+        return len(self._free) - 1
+
+
+_Place = tuple[_Range, int, int]
 
 
 @dataclass

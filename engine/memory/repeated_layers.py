@@ -101,6 +101,23 @@ class RepeatedLayers:
         return self._plans[layer.i], id(layer.sizes), layer.attention, layer.dropout
 
 
+class EachLayer:
+    """The walks through the layers of one pass, each layer by itself: what places tensors must see them all."""
+
+    def __init__(self, live: LiveBytes) -> None:
+        self.live = live
+
+    def has_input(self, number: int) -> bool:
+        """Return True if a layer's x is alive."""
+        return f"{number}.x" in self.live.alive
+
+    def forward(self, layer: Pass, trains: bool) -> None:
+        layer.forward(trains)
+
+    def backward(self, layer: Pass) -> None:
+        layer.backward()
+
+
 def _content(plan: LayerPlan) -> Hashable:
     values = (getattr(plan, one.name) for one in fields(plan))
     return tuple(tuple(value.items()) if isinstance(value, dict) else value for value in values)

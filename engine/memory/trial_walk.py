@@ -11,16 +11,17 @@ from engine.config.trial import TrainConfig
 from engine.memory.layer_memory import Pass
 from engine.memory.layer_walk import AttentionName, attention_name
 from engine.memory.library_walk import LibraryWalk
-from engine.memory.live_bytes import BOUNDARY, HostStack, LiveBytes
+from engine.memory.live_bytes import BOUNDARY, HostStack, LiveBytes, PlacedBytes
 from engine.memory.mixer_walk import MIXERS
-from engine.memory.repeated_layers import RepeatedLayers
+from engine.memory.repeated_layers import EachLayer, RepeatedLayers
 from engine.memory.tensor_sizes import Sizes
-from engine.shape.compute_limits import EVALUATION_ROW_TOKENS, LOSS_CHUNK_BYTES, STATE_PIECE, STATE_PIECES, documents_of
+from engine.shape.compute_limits import LOSS_CHUNK_BYTES, STATE_PIECE, STATE_PIECES, documents_of, evaluation_row_tokens
 from engine.shape.layer_plan import (
     adapted_outside,
     base_bytes,
     cached_bytes,
     element_bytes,
+    evaluation_width,
     is_fused,
     is_on_host,
     num_trained,
@@ -44,8 +45,11 @@ STREAMS = 3
 class TrialWalk(LibraryWalk):
     """A walk through load, start, one micro-batch, one optimizer step and one evaluation row, in turn."""
 
-    def __init__(self, config: TrainConfig, shape: ModelShape, attention: AttentionName) -> None:
-        self.config, self.shape, self.live = config, shape, LiveBytes()
+    def __init__(
+        self, config: TrainConfig, shape: ModelShape, attention: AttentionName, live: LiveBytes | None = None
+    ) -> None:
+        self.config, self.shape, self.live = config, shape, live or LiveBytes()
+        self._walks = EachLayer if isinstance(live, PlacedBytes) else RepeatedLayers
         self.host_stack = HostStack(self.live)
         self.layer_sizes: list[Sizes] = []
         self.table_bytes = self.state_bytes = 0
@@ -107,7 +111,7 @@ class TrialWalk(LibraryWalk):
         sizes = self._begin("forward", tokens, self.config.data.max_seq_length)
         live, last = self.live, self.shape.num_layers
         if self.is_fused:
-            passes, walks = [self._pass(i, self.config.lora.lora_dropout > 0.0) for i in range(last)], RepeatedLayers(live)
+            passes, walks = [self._pass(i, self.config.lora.lora_dropout > 0.0) for i in range(last)], self._walks(live)
             for layer in passes:
                 walks.forward(layer, trains=layer.plan.trained)
                 if not walks.has_input(0) and "inputs" not in live.alive:  # the decoder holds on to them
@@ -153,7 +157,7 @@ class TrialWalk(LibraryWalk):
     def evaluate(self) -> None:
         """Walk one row without gradients, of an evaluation or the reference; each layer leaves only its output."""
         length = self.config.longest_evaluated
-        tokens = max(length, EVALUATION_ROW_TOKENS)
+        tokens = evaluation_row_tokens(length, evaluation_width(self.config, self.shape))
         sizes = self._begin("evaluation", tokens, length)
         last = self.shape.num_layers - 1
         self.live.rename("0.x", f"{last}.x")
@@ -236,7 +240,7 @@ class TrialWalk(LibraryWalk):
             live.hold("dh", sizes.x, "loss")
             live.drop("grad")
 
-    def _backward(self, passes: list[Pass], walks: RepeatedLayers) -> None:
+    def _backward(self, passes: list[Pass], walks: RepeatedLayers | EachLayer) -> None:
         """Walk from the last layer to the first that has a backward pass."""
         for layer in reversed(passes):
             if not layer.plan.trained:

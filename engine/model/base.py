@@ -30,6 +30,7 @@ from engine.layers.swap import (
 from engine.model.route import FASTEST, Route
 from engine.quant.frozen_experts import frozen_experts
 from engine.quant.int8_weight import Int8Group
+from engine.shape.compute_limits import evaluation_row_tokens
 from engine.shape.policies import Policy
 from engine.units import GIB
 from engine.vocabulary.embedding_noise import EmbeddingNoise
@@ -75,6 +76,11 @@ class Base:
         if self.swaps.unfused or not self.shares_rows(longest):
             return False
         return self.device.type == "cpu" or (attention.reads_offsets_only(self.dtype) and self._mixers_read_offsets())
+
+    def evaluation_row_tokens(self, longest: int) -> int:
+        """Return the most tokens in a row of an evaluation of samples of up to `longest` tokens."""
+        is_plain = self.device.type == "cuda" and not self.swaps.unfused and not self.calls_library
+        return evaluation_row_tokens(longest, self.model.config.get_text_config().hidden_size if is_plain else None)
 
     @property
     def has_mixers(self) -> bool:

@@ -25,6 +25,7 @@ from engine.units import GIB
 HOST_SHARE = 0.7
 # Environment variables for torch's allocator, the old name and the new one.
 ALLOCATOR_SETTINGS, GROWING = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "expandable_segments:True"
+WORKSPACE_SIDE = 64  # of a matrix whose product makes torch take a workspace
 
 
 def limit_memory(gib: float, device: torch.device) -> None:
@@ -84,11 +85,11 @@ def pick_device(wanted: str) -> torch.device:
         raise InputError("train.device", wanted, "no CUDA device is visible; allowed here: auto, cpu")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    _let_segments_grow()
+    let_segments_grow()
     return torch.device("cuda")
 
 
-def _let_segments_grow() -> None:
+def let_segments_grow() -> None:
     """Let torch's allocator grow and shrink its segments, unless the user chose its settings.
 
     Blocks of one row size then serve rows of any other. Without it, Qwen3-4B on packed rows reserved
@@ -152,6 +153,24 @@ def capture(compute: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[
         return result, graph.replay
     finally:
         fault = None  # its traceback holds this frame, and the frame would hold it
+
+
+def record_workspaces(pool: Any, device: torch.device) -> Callable[[], None]:
+    """Record matrix products, forward and backward, into an empty pool. Return what keeps their recording.
+
+    torch gives cuBLAS a workspace at a thread's first product on a stream, for good: one for the caller
+    and one for autograd's thread. Taken by a row's recording, the second would lie above all that the
+    row keeps. It would cut the pool in two, and later rows would need as much more as their largest
+    tensor, 0.25 GiB for chunks of logits. So the workspaces come first.
+    """
+
+    def products() -> Tensor:
+        x = torch.zeros(WORKSPACE_SIDE, WORKSPACE_SIDE, device=device, requires_grad=True)
+        return torch.autograd.grad((torch.addmm(x[0], x, x) @ x).sum(), x)[0]
+
+    products()  # cuBLAS loads these kernels outside the recording
+    torch.cuda.synchronize(device)
+    return capture(products, pool)[1]
 
 
 def _leave_recording(stream: torch.cuda.Stream, pool: Any) -> None:

@@ -86,6 +86,9 @@ class MemoryLimit:
 
     def fits(self, plan: ComputePlan) -> bool:
         """Return True if a plan with predicted memory fits the device."""
+        least = 0.0 if plan.memory is None else plan.memory.least_need_gib  # without the search for holes
+        if not self.validity.device.fits(least, self.memory_gib):
+            return False
         fits = self.validity.device.fits(self.lessons.need_gib(plan), self.memory_gib)
         return fits and plan.need_gib <= self.predicted_gib
 

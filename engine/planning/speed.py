@@ -30,11 +30,12 @@ from engine.planning.copy_waits import LayerTimes, waiting_ms
 from engine.planning.layer_work import LayerWork, StepShape, backward_work, forward_work
 from engine.planning.rates import Rates
 from engine.planning.sheet_rates import UNFUSED_HOST_MS, rates_of
-from engine.shape.compute_limits import EVALUATION_ROW_TOKENS, documents_of
+from engine.shape.compute_limits import documents_of, evaluation_row_tokens
 from engine.shape.layer_plan import (
     LayerPlan,
     adapted_outside,
     adapted_projections,
+    evaluation_width,
     is_fused,
     num_trained,
     plan_layers,
@@ -142,7 +143,7 @@ def predict_evaluation(config: TrainConfig, shape: ModelShape, card: Card, *, ha
     config may be `auto`, or it raises ValueError.
     """
     length = config.data.eval_max_seq_length
-    tokens, rates, fused = max(length, EVALUATION_ROW_TOKENS), rates_of(card), is_fused(config, shape)
+    tokens, rates, fused = evaluation_row_tokens(length, evaluation_width(config, shape)), rates_of(card), is_fused(config, shape)
     plans = [replace(one, matmul=Matmul.BF16, drops=False) for one in plan_layers(config, shape)]
     pads = fused and config.model.dtype != "float32" and not shape.rotates_by_row and not shape.has_unrecordable_mixers
     steps = _step_shapes(config, shape, card, tokens, length, documents_of(tokens) if pads else 0)

@@ -29,7 +29,6 @@ from engine.config.trial import TrainConfig
 from engine.data.packing import collate, plan_once, rows_of
 from engine.data.view import AnyView, make_cursor
 from engine.model.base import Base
-from engine.shape.compute_limits import EVALUATION_ROW_TOKENS
 from engine.sources.identity import identify_model, identify_start
 from engine.system.shared_cache import build_once, forget_old
 
@@ -127,7 +126,7 @@ def _parts(view: AnyView, samples: np.ndarray, most: int) -> Iterator[list[int]]
 def _computed(base: Base, view: AnyView, part: list[int], longest: int, before_each: Callable[[], None]) -> np.ndarray:
     """Return log p of each sample's targets, by rows as those of an evaluation."""
     was_training, found = base.model.training, []
-    capacity = max(longest, EVALUATION_ROW_TOKENS)
+    capacity = base.evaluation_row_tokens(longest)
     base.model.eval()
     try:
         for row in rows_of(plan_once(view.lengths[part], capacity), 1, base.shares_rows(longest)):

@@ -57,6 +57,11 @@ def is_fused(config: TrainConfig, shape: ModelShape) -> bool:
     return runs_fused(config.model, shape)
 
 
+def evaluation_width(config: TrainConfig, shape: ModelShape) -> int | None:
+    """Return the hidden size if rows of an evaluation may be longer for it; see `evaluation_row_tokens`."""
+    return shape.hidden_size if is_fused(config, shape) and shape.experts is None and not shape.has_mixers else None
+
+
 def runs_fused(model: ModelConfig, shape: ModelShape) -> bool:
     """Return True if decoder layers run fused. Those with experts do if the experts are packed and alone."""
     has_fused = shape.experts is None or (model.quantization == "nf4" and not shape.experts.beside_mlp)

@@ -21,7 +21,7 @@ from engine.data.row_sizes import FewSizes, Size
 from engine.data.view import AnyView
 from engine.errors import Interrupted, OutOfMemory
 from engine.evaluation.eval_limits import needs_base
-from engine.evaluation.eval_loss import EvaluationSet, evaluate, row_capacity
+from engine.evaluation.eval_loss import EvaluationSet, evaluate
 from engine.model.base import Base
 from engine.model.device import free, peak_gib
 from engine.planning.compute_plan import ComputePlan
@@ -126,7 +126,7 @@ class Passes:
                 self._training.few = self._foreseen()
         has_room = plan.cuda_graphs or (need_gib is not None and need_gib + plan.evaluation_gib <= limit_gib)
         if has_room and self._may_record_evaluation:
-            capacity, key = row_capacity(longest_evaluated), ("evaluation", longest_evaluated, self._baked())
+            capacity, key = base.evaluation_row_tokens(longest_evaluated), ("evaluation", longest_evaluated, self._baked())
             self._evaluation = make_graphs(base, memory, key, capacity, longest_evaluated, trains=False)
 
     def record(self) -> None:

@@ -30,6 +30,7 @@ from engine.data.packing import Batch
 from engine.data.row_sizes import MOST_SIZES, Size
 from engine.model.base import Base
 from engine.model.device import capture as capture
+from engine.model.device import record_workspaces
 from engine.units import GIB
 
 # Recordings of one kind of pass, and of all kinds where memory is short. 30 layers take 0.2 s to
@@ -89,6 +90,7 @@ class Recordings:
         self._device = device
         self._kinds: OrderedDict[Hashable, RecordedKind] = OrderedDict()
         self._pool: Any = None
+        self._workspaces: Callable[[], None] | None = None
         self._spare_gib = 0.0
 
     @classmethod
@@ -101,6 +103,7 @@ class Recordings:
         """Return the pool that all recordings share."""
         if self._pool is None and self._device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
+            self._workspaces = record_workspaces(self._pool, self._device)
         return self._pool
 
     def __len__(self) -> int:
@@ -170,11 +173,11 @@ class Recordings:
         """Drop all recordings, and return True if there were some. Their pool's memory becomes free."""
         had_some = len(self) > 0
         self._kinds.clear()
-        self._pool = None  # a pool that once ran full stays in pieces
+        self._pool = self._workspaces = None  # a pool that once ran full stays in pieces
         return had_some
 
     def start_over(self) -> None:
         """Forget what is recorded, in every kind, and take a new pool: torch lets no one record into a broken one."""
         for kind in self._kinds.values():
             kind.rows.clear()
-        self._pool = None
+        self._pool = self._workspaces = None

@@ -47,10 +47,11 @@ def _main(options: argparse.Namespace) -> int:
     done = read_records(*filter(Path.is_file, [options.out]))
     if not has_card():
         raise SystemExit("engine.bench.drawn_rows: needs a CUDA device; --summary does not")
+    device = pick_device("cuda")  # before CUDA starts: it sets up torch's allocator as in a trial
     facts = {"card": torch.cuda.get_device_name(), **provenance(), **({"git.commit": options.commit} if options.commit else {})}
     known = {(record["seed"], record["number"]) for record in done}
     with options.out.open("a") as file:
-        for record in measured(settings, known, time.monotonic() + options.budget_s):
+        for record in measured(device, settings, known, time.monotonic() + options.budget_s):
             file.write(json.dumps({**record, **facts}, sort_keys=True) + "\n")
             file.flush()
             print(line_of(record), flush=True)
@@ -59,9 +60,11 @@ def _main(options: argparse.Namespace) -> int:
     return 0
 
 
-def measured(settings: Iterable[dict[str, Any]], known: set[tuple[int, int]], deadline: float) -> Iterator[dict[str, Any]]:
+def measured(
+    device: torch.device, settings: Iterable[dict[str, Any]], known: set[tuple[int, int]], deadline: float
+) -> Iterator[dict[str, Any]]:
     """Yield a record for each setting that is not known, until the time is over. A broken device ends it."""
-    trials = Trials(pick_device("cuda"))
+    trials = Trials(device)
     for values in settings:
         if time.monotonic() > deadline:
             return

@@ -14,7 +14,7 @@ from engine.data.packing import Sample, collate
 from engine.data.row_sizes import Size
 from engine.data.views import load_data
 from engine.errors import InputError
-from engine.evaluation.eval_loss import evaluate, evaluation_batches, row_capacity
+from engine.evaluation.eval_loss import evaluate, evaluation_batches
 from engine.evaluation.reevaluate import evaluate_adapter
 from engine.model.load import load_base
 from engine.sample_losses import read_sample_losses
@@ -266,7 +266,7 @@ def test_a_recorded_evaluation_is_the_unrecorded_one_to_the_bit(tiny_config):
     with torch.no_grad():
         adapter.parameter += 0.01
     adapter.refresh()
-    graphs = make_graphs(base, adapter.memory, 0, row_capacity(128), 128, trains=False)
+    graphs = make_graphs(base, adapter.memory, 0, base.evaluation_row_tokens(128), 128, trains=False)
     plain = evaluate(base, samples)
     recorded = [evaluate(base, samples, losses_of=graphs.target_losses) for _ in range(2)]
     assert recorded == [plain] * 2 and len(Recordings.of(base)) > 0 and samples.batches[0].input_ids_T.is_cuda
