@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -16,14 +16,24 @@ from sweep.trials.record import Proposal
 
 @dataclass(frozen=True)
 class EngineModules:
-    """Name the modules that make up an engine. A test passes modules of a fake engine."""
+    """Name the modules that make up an engine. A test passes modules of a fake engine.
+
+    libraries: what a trial loads besides, and a worker may load before it has a trial. None of them
+    may initialise CUDA, see sweep/cluster/worker_libraries.py; bitsandbytes does.
+    """
 
     train: str = "engine.training.loop"
     model: str = "engine.model.load"
     command: str = "engine"
+    libraries: tuple[str, ...] = ()
+
+    @property
+    def worker_modules(self) -> tuple[str, ...]:
+        """Return what a worker loads before it has a trial."""
+        return ("sweep.execution.worker", *((*self.libraries, self.train, self.model) if self.libraries else ()))
 
 
-REAL_ENGINE = EngineModules()
+REAL_ENGINE = EngineModules(libraries=("torch", "transformers.modeling_utils", "transformers.models.auto.modeling_auto"))
 
 
 def worker_config(
@@ -52,7 +62,7 @@ def worker_config(
         "stop_file": str(folder.stop_file.absolute()),
         "device": slots.device,
         "num_threads": slots.cpus_per_trial,
-        "engine": asdict(engine),
+        "engine": {"train": engine.train, "model": engine.model, "command": engine.command},
         "calibrate": calibrate,
         "avoid": json.dumps(avoid),
         # Tune resolves and merges nested dicts in a config, so these are texts
