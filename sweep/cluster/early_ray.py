@@ -7,11 +7,13 @@ they also end with a driver that is killed.
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from engine.system.signals import handler_kept
 from sweep.cluster.slots import Slots
 
 PREPARED_SOON_S = 1.0
@@ -103,13 +105,14 @@ class EarlyRay:
         if self._wanted is None or self._is_left.is_set():
             return
         self._messages.hold()
-        self._start(self._wanted)
+        with handler_kept(signal.SIGTERM):  # Ray's own prints where each thread is
+            self._start(self._wanted)
         self._is_up = True
 
     def _end(self) -> None:
         try:
             if self._messages.are_held:
-                with suppress(Exception):
+                with suppress(Exception), handler_kept(signal.SIGTERM):
                     self._stop()
         finally:
             self._messages.drop()
