@@ -128,6 +128,7 @@ def _launch(
     if dry_run:
         return check_and_forecast(plan, engine, given, path)
     check_places(plan.config, path)
+    engine = engine.for_trials(plan.config.sweep.num_trials, plan.slots)
     with handled(taken_signals(), _interrupt), _metrics_page(plan) as page, _early_ray(plan, engine) as early:
         try:
             plan, feasibility, facts = check_sweep(plan, engine, given, path)

@@ -10,6 +10,7 @@ import pytest
 
 from engine.errors import EngineError
 from sweep.cluster import worker_libraries
+from sweep.cluster.slots import Slots
 from sweep.cluster.worker_libraries import environment_of, load_libraries, raise_fault
 from sweep.execution.worker_config import REAL_ENGINE, EngineModules
 from sweep.execution.worker_process import refuse_other_cards
@@ -39,8 +40,10 @@ def test_what_a_real_worker_loads_initialises_no_cuda_and_leaves_bitsandbytes_ou
     assert json.loads(done.stdout.splitlines()[-1]) == [[], [False, True, True, True], "3"], done.stderr
 
 
-def test_a_fake_engines_worker_loads_no_library():
+def test_workers_are_started_early_for_trials_only_and_a_fake_engines_load_no_library():
     assert EngineModules("a", "b", "c").worker_modules == ("sweep.execution.worker",)
+    assert REAL_ENGINE.for_trials(3, Slots(4, "cpu", 1)).worker_modules == ()  # some slots would get no trial
+    assert REAL_ENGINE.for_trials(4, Slots(4, "cpu", 1)) == REAL_ENGINE
     assert set(REAL_ENGINE.worker_modules) > {"torch", "sweep.execution.worker", REAL_ENGINE.train, REAL_ENGINE.model}
 
 
