@@ -204,19 +204,21 @@ def _run(
 
 def _load_session(plan: SweepPlan) -> type[SweepSession]:
     """Load what runs the trials: ray, which reads its environment once, Optuna and plotly. It takes seconds."""
-    set_ray_environment(plan.config.cluster.address, plan.slots.num_slots if plan.has_mixed_cards else 1)
+    _set_environment(plan)
     from sweep.session import SweepSession
 
     return SweepSession
 
 
-def _early_ray(plan: SweepPlan, engine: EngineModules) -> EarlyRay:
-    """Return what loads the session and starts our own Ray while another process prepares model and data.
+def _set_environment(plan: SweepPlan) -> None:
+    set_ray_environment(plan.config.cluster.address, plan.slots.num_slots if plan.has_mixed_cards else 1)
 
-    A fault of its thread is left to `_run`, which does the same again.
-    """
+
+def _early_ray(plan: SweepPlan, engine: EngineModules) -> EarlyRay:
+    """Return what starts our own Ray and loads the session while another process prepares model and data."""
 
     def start(wanted: OwnRay) -> None:
+        _set_environment(plan)
         from sweep.cluster.own_ray import start_ray  # loads ray
 
         start_ray(wanted)
@@ -227,7 +229,7 @@ def _early_ray(plan: SweepPlan, engine: EngineModules) -> EarlyRay:
         shut_down()
 
     wanted = OwnRay(plan.slots, engine.worker_modules) if plan.config.cluster.address is None else None
-    return EarlyRay(lambda: _load_session(plan), wanted, start, stop)
+    return EarlyRay(wanted, start, stop, lambda: _load_session(plan))
 
 
 def _find_hardware(cluster: ClusterConfig) -> Hardware:

@@ -31,7 +31,7 @@ class OwnRay:
 
 
 class EarlyRay:
-    """Load libraries and start Ray in a thread, inside the block. `take` hands Ray over.
+    """Start Ray, then load libraries, in a thread inside the block. `take` hands Ray over.
 
     A Ray that nobody took is shut down by the thread itself after the block. No one waits for that
     but the end of the process, so a refusal is printed at once. Where Ray does not start, no error
@@ -39,11 +39,11 @@ class EarlyRay:
     """
 
     def __init__(
-        self, load: Callable[[], object], wanted: OwnRay | None, start: Callable[[OwnRay], None], stop: Callable[[], None]
+        self, wanted: OwnRay | None, start: Callable[[OwnRay], None], stop: Callable[[], None], load: Callable[[], object]
     ) -> None:
         """Take the parts that need ray as functions, because ray must be loaded in the thread.
 
-        load: imports what the sweep needs. wanted: the Ray to start after that, None for none.
+        wanted: the Ray to start, None for none. load: imports what else the sweep needs.
         """
         self._load, self._wanted, self._start, self._stop = load, wanted, start, stop
         self._is_prepared, self._is_settled, self._is_left = threading.Event(), threading.Event(), threading.Event()
@@ -86,20 +86,22 @@ class EarlyRay:
         return False
 
     def _keep(self) -> None:
+        is_soon = self._is_prepared.wait(PREPARED_SOON_S)
         try:
-            self._bring_up()
+            if not is_soon:
+                self._bring_up()
         except BaseException:
             self._end()  # it may have started in part
         finally:
             self._is_settled.set()
+        if not (is_soon or self._is_left.is_set()):
+            with suppress(Exception):
+                self._load()
         self._is_left.wait()
         if self._is_up and not self._is_taken:
             self._end()
 
     def _bring_up(self) -> None:
-        if self._is_prepared.wait(PREPARED_SOON_S):
-            return
-        self._load()
         if self._before is not None:
             self._before._thread.join()  # one Ray at a time in a process
         if self._wanted is None or self._is_left.is_set():
