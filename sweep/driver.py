@@ -217,19 +217,14 @@ def _set_environment(plan: SweepPlan) -> None:
 def _early_ray(plan: SweepPlan, engine: EngineModules) -> EarlyRay:
     """Return what starts our own Ray and loads the session while another process prepares model and data."""
 
-    def start(wanted: OwnRay) -> None:
+    def load_ray() -> tuple[Callable[[OwnRay], None], Callable[[], None]]:
         _set_environment(plan)
-        from sweep.cluster.own_ray import start_ray  # loads ray
+        from sweep.cluster.own_ray import shut_down, start_ray  # loads ray, which reads that environment
 
-        start_ray(wanted)
-
-    def stop() -> None:
-        from sweep.cluster.own_ray import shut_down  # loads ray
-
-        shut_down()
+        return start_ray, shut_down
 
     wanted = OwnRay(plan.slots, engine.worker_modules) if plan.config.cluster.address is None else None
-    return EarlyRay(wanted, start, stop, lambda: _load_session(plan))
+    return EarlyRay(wanted, load_ray, lambda: _load_session(plan))
 
 
 def _find_hardware(cluster: ClusterConfig) -> Hardware:

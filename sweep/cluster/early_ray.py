@@ -39,13 +39,15 @@ class EarlyRay:
     """
 
     def __init__(
-        self, wanted: OwnRay | None, start: Callable[[OwnRay], None], stop: Callable[[], None], load: Callable[[], object]
-    ) -> None:
-        """Take the parts that need ray as functions, because ray must be loaded in the thread.
+        self, wanted: OwnRay | None, load_ray: Callable[[], tuple[Callable[[OwnRay], None], Callable[[], None]]],
+        load: Callable[[], object],
+    ) -> None:  # fmt: skip
+        """Take functions that run in the thread.
 
-        wanted: the Ray to start, None for none. load: imports what else the sweep needs.
+        wanted: the Ray to start, None for none. load_ray: imports ray, and returns functions that
+        start and stop it. load: imports what else the sweep needs.
         """
-        self._load, self._wanted, self._start, self._stop = load, wanted, start, stop
+        self._wanted, self._load_ray, self._load = wanted, load_ray, load
         self._is_prepared, self._is_settled, self._is_left = threading.Event(), threading.Event(), threading.Event()
         self._is_up = self._is_taken = False
         self._messages = _HeldMessages()
@@ -106,9 +108,10 @@ class EarlyRay:
             self._before._thread.join()  # one Ray at a time in a process
         if self._wanted is None or self._is_left.is_set():
             return
+        start, self._stop = self._load_ray()
         self._messages.hold()
         with handler_kept(signal.SIGTERM):  # Ray's own prints where each thread is
-            self._start(self._wanted)
+            start(self._wanted)
         self._is_up = True
 
     def _end(self) -> None:

@@ -42,7 +42,7 @@ class Recorded:
         self.is_stopped.set()
 
     def early(self, wanted: OwnRay | None = WANTED) -> EarlyRay:
-        return EarlyRay(wanted, self.start, self.stop, self.load)
+        return EarlyRay(wanted, lambda: (self.start, self.stop), self.load)
 
 
 @pytest.fixture(autouse=True)
