@@ -12,9 +12,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +25,7 @@ from engine.system.files import home_folder, storage_fault
 from engine.system.provenance import provenance
 from engine.system.signals import handled
 from sweep.cli.console import make_console, warn
+from sweep.cluster.early_ray import EarlyRay, OwnRay
 from sweep.cluster.ray_environment import set_ray_environment
 from sweep.cluster.slots import Hardware, local_hardware
 from sweep.config.absolute_paths import absolute_uri, with_absolute_paths
@@ -61,7 +61,6 @@ from sweep.trials.record import TrialRecord
 if TYPE_CHECKING:
     from sweep.session import SweepSession
 
-PREPARED_SOON_S = 1.0
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -129,10 +128,11 @@ def _launch(
     if dry_run:
         return check_and_forecast(plan, engine, given, path)
     check_places(plan.config, path)
-    with handled(taken_signals(), _interrupt), _metrics_page(plan) as page:
+    engine = engine.for_trials(plan.config.sweep.num_trials, plan.slots)
+    with handled(taken_signals(), _interrupt), _metrics_page(plan) as page, _early_ray(plan, engine) as early:
         try:
-            with _loading_meanwhile(plan):
-                plan, feasibility, facts = check_sweep(plan, engine, given, path)
+            plan, feasibility, facts = check_sweep(plan, engine, given, path)
+            early.prepared()
             data = facts.data
         except KeyboardInterrupt:
             return _interrupted(folder)
@@ -204,32 +204,27 @@ def _run(
 
 def _load_session(plan: SweepPlan) -> type[SweepSession]:
     """Load what runs the trials: ray, which reads its environment once, Optuna and plotly. It takes seconds."""
-    set_ray_environment(plan.config.cluster.address, plan.slots.num_slots if plan.has_mixed_cards else 1)
+    _set_environment(plan)
     from sweep.session import SweepSession
 
     return SweepSession
 
 
-@contextmanager
-def _loading_meanwhile(plan: SweepPlan) -> Iterator[None]:
-    """Load the session in a thread while the block waits for another process.
+def _set_environment(plan: SweepPlan) -> None:
+    set_ray_environment(plan.config.cluster.address, plan.slots.num_slots if plan.has_mixed_cards else 1)
 
-    A block that ends within PREPARED_SOON_S loads nothing: a refusal waits for no library. A fault of
-    the thread is left to `_run`, which loads the same again.
-    """
-    is_over = threading.Event()
 
-    def load() -> None:
-        if not is_over.wait(PREPARED_SOON_S):
-            with suppress(Exception):
-                _load_session(plan)
+def _early_ray(plan: SweepPlan, engine: EngineModules) -> EarlyRay:
+    """Return what starts our own Ray and loads the session while another process prepares model and data."""
 
-    thread = threading.Thread(target=load, name="load-session")
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
+    def load_ray() -> tuple[Callable[[OwnRay], None], Callable[[], None]]:
+        _set_environment(plan)
+        from sweep.cluster.own_ray import shut_down, start_ray  # loads ray, which reads that environment
+
+        return start_ray, shut_down
+
+    wanted = OwnRay(plan.slots, engine.worker_modules) if plan.config.cluster.address is None else None
+    return EarlyRay(wanted, load_ray, lambda: _load_session(plan))
 
 
 def _find_hardware(cluster: ClusterConfig) -> Hardware:

@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from engine.config.trial import TrainConfig
 from sweep.cli.console import Screen
 from sweep.cluster.card_kinds import Label
+from sweep.cluster.early_ray import leave_early_ray
 from sweep.execution.engine_commands import Standby, evaluate
 from sweep.execution.remote_evaluation import evaluate_on_a_slot
 from sweep.execution.tuner import run_trials
@@ -81,6 +82,7 @@ class SweepSession:
         if ledger.shortfall:
             self.screen.note(ledger.shortfall)
         self._train_finalists_again(ledger)
+        leave_early_ray()  # it still runs if no trial was left
         return self._finish(ledger)
 
     def _train_finalists_again(self, search: Ledger) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -16,63 +15,47 @@ from pathlib import Path
 
 import ray
 from ray.exceptions import AuthenticationError
-from ray.job_config import JobConfig
 
 from engine.errors import InputError, first_line
-from engine.system.child_python import module_path, own_environment
+from engine.system.child_python import module_path
 from sweep.cluster.card_kinds import card_kinds
+from sweep.cluster.early_ray import OwnRay, leave_early_ray, take_early_ray
+from sweep.cluster.own_ray import OwnModules, hide_gpus, shut_down, start_ray
 from sweep.cluster.slots import Hardware, Slots
 
-LOOPBACK = "127.0.0.1"
 NEEDS_TOKEN = "needs the cluster's RAY_AUTH_TOKEN, or RAY_AUTH_MODE=disabled if it has none"
 REACH_S = 10.0
 
 
-class _OwnModules(JobConfig):
-    """Keep the driver's working folder off the workers' module path.
-
-    Ray would put it first, and a folder named `engine` there would take our place.
-    """
-
-    def _runtime_env_has_working_dir(self) -> bool:
-        return True
-
-
 @contextmanager
-def cluster(slots: Slots, address: str | None, log: Path) -> Iterator[None]:
+def cluster(slots: Slots, address: str | None, log: Path, modules: tuple[str, ...] = ()) -> Iterator[None]:
     """Run Ray inside the block: our own on the loopback interface, or the one at `address`.
 
-    Ray's messages go to the log file. Call `set_ray_environment` (sweep/cluster/ray_environment.py)
-    before the first import of this module. Raises InputError if the address cannot be joined.
+    modules: what a worker of our own Ray loads before it has a trial. Such a Ray may run already
+    (sweep/cluster/early_ray.py). Ray's messages go to the log file. Call `set_ray_environment`
+    (sweep/cluster/ray_environment.py) before the first import of this module. Raises InputError if
+    the address cannot be joined.
     """
-    if slots.device == "cpu":
-        # a trial with train.device = auto must not find a GPU that it was not given
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    hide_gpus(slots)
     on_terminate = signal.getsignal(signal.SIGTERM)
     # log_to_driver does not stop Ray's threads from printing a worker's death to stdout;
     # the screen holds its own handle on stdout, so it stays visible
     with _logging_to(log), open(log, "a") as prints, redirect_stdout(prints), redirect_stderr(prints):
+        wanted = OwnRay(slots, modules)
+        is_there = address is None and take_early_ray(wanted)
         try:
-            _connect(slots, address)
+            if address is not None:
+                _join(address)
+            elif not is_there:
+                start_ray(wanted)
             # replaces Ray's own handler, which ends the process at once
             signal.signal(signal.SIGTERM, on_terminate)
             yield
         finally:
-            _shut_down()  # Ray prints here what it has held back
-
-
-def _shut_down() -> None:
-    """Disconnect from Ray with no garbage left, and garbage collection off.
-
-    Python may collect Tune's handles in another thread at any time. If that happens while Ray shuts
-    down, Ray ends the process.
-    """
-    gc.collect()
-    gc.disable()
-    try:
-        ray.shutdown()
-    finally:
-        gc.enable()
+            try:
+                shut_down()  # Ray prints here what it has held back
+            finally:
+                leave_early_ray()
 
 
 def inspect_cluster(address: str, num_gpus: int = 0, wait_s: float = 0.0, say: Callable[[str], None] = print) -> Hardware:
@@ -99,45 +82,13 @@ def _gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def _connect(slots: Slots, address: str | None) -> None:
-    if address is not None:
-        _join(address)
-        return
-    # the workers must be able to import this package, wherever the driver was started
-    os.environ.update(own_environment())
-    ray.init(
-        address="local",  # ignores RAY_ADDRESS, files in /tmp and any other Ray on this machine
-        num_cpus=slots.num_slots * slots.cpus_per_trial,
-        num_gpus=slots.num_slots if slots.device == "cuda" else 0,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        job_config=_OwnModules(_py_driver_sys_path=module_path()),
-        _node_ip_address=LOOPBACK,
-    )
-    _refuse_open_ports()
-
-
-def _refuse_open_ports() -> None:
-    """Raise RuntimeError if Ray listens on more than the loopback interface.
-
-    Ray binds its ports by the node's address. Another address means that ray was imported before
-    its environment was set.
-    """
-    addresses = {node["NodeManagerAddress"] for node in ray.nodes()}
-    if addresses != {LOOPBACK}:
-        raise RuntimeError(
-            f"Ray listens on {', '.join(sorted(addresses))}, not on {LOOPBACK} alone: call set_ray_environment first"
-        )
-
-
 def _join(address: str) -> None:
     _refuse_unreachable(address)
     said = ""
     try:
         with _native_stderr() as printed:
             try:
-                job = _OwnModules(_py_driver_sys_path=module_path())
+                job = OwnModules(_py_driver_sys_path=module_path())
                 ray.init(address=address, log_to_driver=False, configure_logging=False, job_config=job)
             finally:
                 said = printed()

@@ -37,9 +37,13 @@ class Slots:
     device: str
     cpus_per_trial: int
 
-    def resources_per_trial(self) -> dict[str, float]:
-        """Return the resources of one trial in Ray's terms."""
-        return {"cpu": self.cpus_per_trial, "gpu": 1 if self.device == "cuda" else 0}
+    def resources_per_trial(self, in_own_ray: bool) -> dict[str, float]:
+        """Return the resources of one trial in Ray's terms.
+
+        in_own_ray: in a Ray that the sweep starts, one CPU is a slot, whatever its cores. So Ray
+        starts one process for each slot, not for each core.
+        """
+        return {"cpu": 1 if in_own_ray else self.cpus_per_trial, "gpu": 1 if self.device == "cuda" else 0}
 
     def bundle(self, avoid: Iterable[Label] = ()) -> tuple[dict[str, float], dict[str, str]]:
         """Return the bundle of a placement group that holds one trial, and its label selector.

@@ -7,7 +7,6 @@ state.
 from __future__ import annotations
 
 import json
-import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,12 +15,13 @@ from typing import Any
 
 from ray import tune
 from ray.tune import PlacementGroupFactory
+from ray.tune.execution import class_cache
 
 from engine.config.trial import TrainConfig
 from sweep.cluster.card_kinds import Label
 from sweep.cluster.connect import cluster
+from sweep.cluster.own_ray import stop_signals_blocked
 from sweep.cluster.slots import Slots
-from sweep.execution.interruption import STOP_SIGNALS
 from sweep.execution.safe_stop import GRACE_S, SafeStop
 from sweep.execution.scheduler import LedgerScheduler
 from sweep.execution.searcher import LedgerSearcher
@@ -74,13 +74,15 @@ def run_trials(
     folder.stop_file.unlink(missing_ok=True)
     stop = SafeStop(lambda: ledger.storage_fault, wind_down, num_training, changed_inputs=lambda: ledger.changed_inputs)
     with stop.catching(), ExitStack() as stack:
-        with _stop_signals_blocked():
-            stack.enter_context(cluster(slots, address, folder.log))
+        with stop_signals_blocked():
+            stack.enter_context(cluster(slots, address, folder.log, engine.worker_modules))
         stack.callback(folder.stop_file.unlink, missing_ok=True)
+        if address is None:
+            stack.enter_context(_no_variables_named())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # Tune gives advice on its API at every start
         tune.Tuner(
-            tune.with_resources(TrialWorker, _placement(slots) if avoid else slots.resources_per_trial()),
+            tune.with_resources(TrialWorker, _placement(slots) if avoid else slots.resources_per_trial(address is None)),
             tune_config=tune.TuneConfig(
                 search_alg=LedgerSearcher(ledger, config_of, on_running_out),
                 scheduler=LedgerScheduler(ledger, on_turn),
@@ -100,18 +102,18 @@ def run_trials(
 
 
 @contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Block SIGTERM and SIGHUP in processes that start inside.
+def _no_variables_named() -> Iterator[None]:
+    """Keep Tune from naming environment variables for the workers of our own Ray, which have the driver's.
 
-    A machine's manager or a closing terminal sends them to all processes. A raylet that takes one
-    kills its workers within 20 ms, before they can save. So the driver alone takes them and then
-    ends Ray; each worker unblocks SIGTERM for itself.
+    For named variables Ray starts a new process, and leaves the one that has loaded the libraries.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOP_SIGNALS) - {signal.SIGINT})
+    names = {"DEFAULT_ENV_VARS": {}, "ENV_VARS_TO_PROPAGATE": ()}
+    before = {name: getattr(class_cache, name) for name in names}
+    vars(class_cache).update(names)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        vars(class_cache).update(before)
 
 
 def _placement(slots: Slots) -> Callable[[dict[str, Any]], PlacementGroupFactory]:

@@ -33,7 +33,7 @@ from engine.system.file_lock import FileLock
 from engine.system.files import storage_fault
 from engine.trial_report import MODEL, START, WAITING, PartClock, TrialReport, read_reports
 from sweep.execution.interruption import Interruption
-from sweep.execution.new_card import measure_workers_card
+from sweep.execution.worker_process import settle_process
 from sweep.folder.notes import LEAVE, note_terminated
 from sweep.folder.steady_clock import since_boot
 from sweep.tracking.system_metrics import SystemSampler, machine_reader, write_system
@@ -267,10 +267,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _load_base(config: TrainConfig, spec: dict[str, Any]) -> Any:
+    settle_process(spec)
     import torch  # the driver imports this module and must not load torch
 
-    torch.set_num_threads(spec["num_threads"])
-    measure_workers_card(spec)
     gc.unfreeze()
     # a failed trial's traceback held its tensors: free them now
     gc.collect()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -16,14 +16,32 @@ from sweep.trials.record import Proposal
 
 @dataclass(frozen=True)
 class EngineModules:
-    """Name the modules that make up an engine. A test passes modules of a fake engine."""
+    """Name the modules that make up an engine. A test passes modules of a fake engine.
+
+    libraries: what a trial loads besides, and a worker may load before it has a trial. None of them
+    may initialise CUDA, see sweep/cluster/worker_libraries.py; bitsandbytes does. is_loaded_early:
+    whether workers start before there are trials.
+    """
 
     train: str = "engine.training.loop"
     model: str = "engine.model.load"
     command: str = "engine"
+    libraries: tuple[str, ...] = ()
+    is_loaded_early: bool = True
+
+    def for_trials(self, num_trials: int, slots: Slots) -> EngineModules:
+        """Return the modules with no early workers if there are fewer trials than slots: some would never work."""
+        return self if num_trials >= slots.num_slots else replace(self, is_loaded_early=False)
+
+    @property
+    def worker_modules(self) -> tuple[str, ...]:
+        """Return what a worker loads before it has a trial."""
+        if not self.is_loaded_early:
+            return ()
+        return ("sweep.execution.worker", *((*self.libraries, self.train, self.model) if self.libraries else ()))
 
 
-REAL_ENGINE = EngineModules()
+REAL_ENGINE = EngineModules(libraries=("torch", "transformers.modeling_utils", "transformers.models.auto.modeling_auto"))
 
 
 def worker_config(
@@ -52,7 +70,7 @@ def worker_config(
         "stop_file": str(folder.stop_file.absolute()),
         "device": slots.device,
         "num_threads": slots.cpus_per_trial,
-        "engine": asdict(engine),
+        "engine": {"train": engine.train, "model": engine.model, "command": engine.command},
         "calibrate": calibrate,
         "avoid": json.dumps(avoid),
         # Tune resolves and merges nested dicts in a config, so these are texts

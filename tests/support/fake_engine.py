@@ -226,6 +226,7 @@ def main() -> int:
         return 0
     options = parser.parse_args()
     if options.command == "prepare":
+        time.sleep(float(os.environ.get("FAKE_PREPARE_S", "0")))
         configs = [parse(TrainConfig, values) for values in load_json(options.config)]
         if configs[0].data.train == "missing.jsonl":
             print("error: data.train = 'missing.jsonl': no such file", file=sys.stderr)

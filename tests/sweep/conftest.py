@@ -11,6 +11,7 @@ from engine.config.trial import TrainConfig
 from engine.errors import OutOfMemory
 from engine.planning.compute_plan import ComputePlan
 from engine.shape.policies import Policy
+from sweep.cluster import early_ray
 from sweep.plan import feasibility
 from tests.support.conf_parsed_once import conf_parsed_once
 from tests.support.watched_sweep import WatchedSweep, watched_sweep
@@ -20,6 +21,12 @@ from tests.support.watched_sweep import WatchedSweep, watched_sweep
 def _conf() -> Iterator[None]:
     with conf_parsed_once():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_early_ray(monkeypatch) -> None:
+    """Start no Ray in the tests' own process, however long a preparation takes: a process reads Ray's token once."""
+    monkeypatch.setattr(early_ray, "PREPARED_SOON_S", 3600.0)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import pytest
 from engine.command_answers import Facts, VisibleCard
 from engine.errors import InputError
 from sweep.cluster.card_kinds import card_kinds, selector
+from sweep.cluster.early_ray import OwnRay
 from sweep.cluster.slots import Slots
 from sweep.config.resume_changes import apply_resume_changes
 from sweep.config.sweep import parse_sweep_config
@@ -121,11 +122,11 @@ def test_an_address_where_nothing_listens_is_refused_at_once():
 
 
 def test_workers_are_told_the_folder_that_holds_both_packages(monkeypatch):
-    from sweep.cluster import connect
+    from sweep.cluster import own_ray
 
     monkeypatch.setenv("PYTHONPATH", "theirs")
-    monkeypatch.setattr(connect.ray, "init", lambda **options: None)
-    monkeypatch.setattr(connect.ray, "nodes", lambda: [{"NodeManagerAddress": connect.LOOPBACK}])
-    connect._connect(Slots(1, "cpu", 1), None)
+    monkeypatch.setattr(own_ray.ray, "init", lambda **options: None)
+    monkeypatch.setattr(own_ray.ray, "nodes", lambda: [{"NodeManagerAddress": own_ray.LOOPBACK}])
+    own_ray.start_ray(OwnRay(Slots(1, "cpu", 1)))
     ours, theirs = os.environ["PYTHONPATH"].split(os.pathsep)
     assert Path(ours, "sweep", "driver.py").is_file() and Path(ours, "engine").is_dir() and theirs == "theirs"
