@@ -67,7 +67,13 @@ def _next_smaller(failed: ComputePlan, config: TrainConfig, shape: ModelShape) -
         plan = changed(plan, changes, config, shape)
         if plan.need_gib < (1.0 - MARGIN) * failed.need_gib:
             return plan
-    return plan if plan.need_gib < failed.need_gib else None
+    return plan if _needs(plan) < _needs(failed) else None
+
+
+def _needs(plan: ComputePlan) -> tuple[float, int]:
+    """Return what the plan needs in GiB, and its peak after loading, which the failed plan got through."""
+    later = [size for phase, size in plan.memory.phases.items() if phase not in ("load", "start")]
+    return plan.need_gib, max(later, default=0)
 
 
 def _less(current: ComputePlan, config: TrainConfig) -> dict[str, Any] | None:

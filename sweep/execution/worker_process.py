@@ -14,7 +14,7 @@ VISIBLE, RAY_LEAVES_IT = "CUDA_VISIBLE_DEVICES", "RAY_EXPERIMENTAL_NOSET_CUDA_VI
 
 
 def settle_process(spec: Mapping[str, Any]) -> None:
-    """Set the number of threads, check the card, and have it measured if nobody has.
+    """Set the number of threads and torch's allocator, check the card, and have it measured if nobody has.
 
     spec: the worker's config. Raises the error of a library that could not be loaded beforehand, and
     EngineError if the process sees other cards than its own.
@@ -24,6 +24,9 @@ def settle_process(spec: Mapping[str, Any]) -> None:
 
     torch.set_num_threads(spec["num_threads"])
     if spec["device"] == "cuda" and torch.cuda.is_available():
+        from engine.model.device import let_segments_grow  # loads torch
+
+        let_segments_grow()  # before anything starts CUDA: predicted memory rests on it
         refuse_other_cards(torch._C._cuda_getDeviceCount())
     measure_workers_card(spec)
 

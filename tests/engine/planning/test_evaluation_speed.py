@@ -17,6 +17,7 @@ from engine.planning.known_cards import KEPT
 from engine.planning.measured_card import MeasuredCard
 from engine.planning.planner import make_compute_plan
 from engine.planning.speed import predict_evaluation
+from engine.shape import compute_limits
 from engine.shape.model_shape import ModelShape
 from tests.support.calibrated import config_of
 from tests.support.paths import ROOT
@@ -27,6 +28,12 @@ EVALUATED = 87_384  # tokens of the 256 samples that each evaluation of engine.b
 # Of evaluations of 78,479 tokens, 128 samples of up to 2,048: the median second in tests.bench.makespan (H200, 2cd881b).
 MAKESPAN = {("smollm2-135m", 8): 0.1238, ("llama-3.2-1b", 8): 0.4035, ("qwen2.5-7b", 8): 2.129}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.fixture
+def _rows_of_4096(monkeypatch):
+    """Let narrow models have rows of 4,096 tokens, as when these records were made."""
+    monkeypatch.setattr(compute_limits, "MOST_WIDE_ROWS", 1)
 
 
 def shape_of(model: str) -> ModelShape:
@@ -54,6 +61,7 @@ def measured() -> dict[str, list[float]]:
 
 
 # the median is off by 1 % (135M, 4B, 7B) and 11 % (1B)
+@pytest.mark.usefixtures("_rows_of_4096")
 @pytest.mark.parametrize(("model", "speeds"), measured().items(), ids=list(measured()))
 def test_an_evaluation_is_about_as_fast_as_measured_in_trials(model, speeds):
     speed = predicted(model, 1024, rank=16)
@@ -61,6 +69,7 @@ def test_an_evaluation_is_about_as_fast_as_measured_in_trials(model, speeds):
     assert all(speed == pytest.approx(one, rel=0.13) for one in speeds)
 
 
+@pytest.mark.usefixtures("_rows_of_4096")
 @pytest.mark.parametrize(("key", "seconds"), MAKESPAN.items(), ids=lambda value: str(value))
 def test_an_evaluation_is_about_as_fast_as_measured_in_a_sweep(key, seconds):
     assert predicted(key[0], 2048, rank=key[1]) == pytest.approx(78_479 / seconds, rel=0.06)
@@ -85,7 +94,7 @@ def test_a_small_model_waits_for_its_host_unless_its_rows_are_recorded():
     shape, config = shape_of("smollm2-135m"), config_of(batch=8, length=1024, policy="keep")
     free, full = (predict_evaluation(config, shape, H200, has_room=room).tokens_per_second for room in (True, False))
     original = predict_evaluation(config_of(model={"layers": "original"}), shape, H200).tokens_per_second
-    assert free > 5 * full and full > original  # unfused layers are never recorded
+    assert free > 3 * full and full > 5 * original  # rows of 12,288 tokens; unfused layers have 4,096, and are never recorded
     assert "waiting for the host" not in predict_evaluation(config, shape, H200).parts
 
 

@@ -12,6 +12,7 @@ from engine.errors import EngineError
 from sweep.cluster import worker_libraries
 from sweep.cluster.slots import Slots
 from sweep.cluster.worker_libraries import environment_of, load_libraries, raise_fault
+from sweep.execution import worker_process
 from sweep.execution.worker_config import REAL_ENGINE, EngineModules
 from sweep.execution.worker_process import refuse_other_cards
 from tests.support.paths import ENV
@@ -76,3 +77,16 @@ def test_a_process_with_its_own_card_only_goes_on(num_seen, environment):
 def test_a_process_that_sees_other_cards_than_its_own_is_refused():
     with pytest.raises(EngineError, match=r"sees 2 cards, not the one of its slot \(CUDA_VISIBLE_DEVICES=1\)"):
         refuse_other_cards(2, {"CUDA_VISIBLE_DEVICES": "1"})
+
+
+def test_a_worker_sets_torchs_allocator_before_anything_starts_cuda(monkeypatch):
+    """A plan's predicted memory rests on segments that grow, and torch reads that once."""
+    import torch
+
+    order = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: order.append("CUDA") or 1, raising=False)
+    monkeypatch.setattr("engine.model.device.let_segments_grow", lambda: order.append("allocator"))
+    monkeypatch.setattr(worker_process, "measure_workers_card", lambda spec: order.append("measured"))
+    worker_process.settle_process({"device": "cuda", "num_threads": torch.get_num_threads()})
+    assert order == ["allocator", "CUDA", "measured"]
