@@ -23,6 +23,7 @@ from engine.layers.library.library_kernels import replace_failing_kernels, use_t
 from engine.layers.swap import fuse_layers
 from engine.model.base import Base
 from engine.model.comparison import EXACT_LENGTHS, LENGTHS, num_tokens, text_samples
+from engine.model.device import let_segments_grow as let_segments_grow
 from engine.model.device import pick_dtype
 from engine.model.guard import NO_LINEAR
 from engine.model.inspect import check_route, checked_skeleton, load_tokenizer, swaps_of, unquantised_names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -24,9 +25,8 @@ def settle_process(spec: Mapping[str, Any]) -> None:
 
     torch.set_num_threads(spec["num_threads"])
     if spec["device"] == "cuda" and torch.cuda.is_available():
-        from engine.model.device import let_segments_grow  # loads torch
-
-        let_segments_grow()  # before anything starts CUDA: predicted memory rests on it
+        # before anything starts CUDA: predicted memory rests on it
+        importlib.import_module(spec["engine"]["model"]).let_segments_grow()
         refuse_other_cards(torch._C._cuda_getDeviceCount())
     measure_workers_card(spec)
 

@@ -102,7 +102,7 @@ DRAWN: dict[str, DrawnFamily] = {
     "exaone4": DrawnFamily(**_FREE, heads=(64, 128), vocabularies=(102_400,), more=_pattern),
     "hunyuan_v1_dense": DrawnFamily(**_FREE, heads=(128,), vocabularies=(120_832,), tied=0.8),
     "ernie4_5": DrawnFamily(**_FREE, heads=(128,), vocabularies=(103_424,), tied=0.8),
-    "helium": DrawnFamily(**_FREE, heads=(128,), vocabularies=(48_000, 64_000), tied=0.3),
+    "helium": DrawnFamily(heads=(128,), vocabularies=(48_000, 64_000), tied=0.3),
     "glm": DrawnFamily(**_FREE, heads=(128,), shares=(4, 8, 16), vocabularies=(59_264, 151_552), tied=0.2, more=_half_turned),
     "seed_oss": DrawnFamily(**_FREE, heads=(128,), shares=(5, 8), vocabularies=(155_136,), tied=0.1, more=_seed),
     "cwm": DrawnFamily(heads=(128,), shares=(4, 6), tied=0.1, more=_pattern),

@@ -86,7 +86,7 @@ def test_a_worker_sets_torchs_allocator_before_anything_starts_cuda(monkeypatch)
     order = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: order.append("CUDA") or 1, raising=False)
-    monkeypatch.setattr("engine.model.device.let_segments_grow", lambda: order.append("allocator"))
+    monkeypatch.setattr("engine.model.load.let_segments_grow", lambda: order.append("allocator"))
     monkeypatch.setattr(worker_process, "measure_workers_card", lambda spec: order.append("measured"))
-    worker_process.settle_process({"device": "cuda", "num_threads": torch.get_num_threads()})
+    worker_process.settle_process({"device": "cuda", "num_threads": torch.get_num_threads(), "engine": {"model": REAL_ENGINE.model}})
     assert order == ["allocator", "CUDA", "measured"]
