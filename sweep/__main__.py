@@ -7,11 +7,12 @@ import sweep.cli.no_foreign_modules  # noqa: F401 (must be the first)
 # isort: split
 import argparse
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from engine.errors import InputError
 from engine.system.command_line import run
 from sweep.cli.lasting_output import lasting_output
+from sweep.cluster.early_ray import end_process
 from sweep.config.compose import compose, given_keys, parsed, repeated_keys, run_keys, to_yaml
 from sweep.config.conf_files import groups
 
@@ -80,5 +81,10 @@ def _complete(option: str, value: str = "", *rest: str) -> int:
     return 0
 
 
+def command() -> NoReturn:
+    """Run, and end the process with the exit code."""
+    end_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

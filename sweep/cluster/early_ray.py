@@ -7,16 +7,22 @@ they also end with a driver that is killed.
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
 
 from engine.system.signals import handler_kept
-from sweep.cluster.slots import Slots
+
+if TYPE_CHECKING:
+    from sweep.cluster.slots import Slots  # loads the config's classes, which --help need not wait for
 
 PREPARED_SOON_S = 1.0
+RAYS_OWN = ("gcs_server", "raylet")  # the processes that the thread starts, and everything below them
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,8 @@ class OwnRay:
 class EarlyRay:
     """Start Ray, then load libraries, in a thread inside the block. `take` hands Ray over.
 
-    A Ray that nobody took is shut down by the thread itself after the block. No one waits for that
-    but the end of the process, so a refusal is printed at once. Where Ray does not start, no error
+    A Ray that nobody took is shut down by the thread itself after the block. No one waits for that:
+    a refusal is printed at once, and `end_process` ends the rest. Where Ray does not start, no error
     is raised: whoever needs Ray starts it again, and meets the error.
     """
 
@@ -87,6 +93,11 @@ class EarlyRay:
         self._thread.join()
         return False
 
+    @property
+    def is_busy(self) -> bool:
+        """Return whether the thread still starts or ends a Ray that nobody took, or loads libraries."""
+        return self._thread.is_alive() and not self._is_taken
+
     def _keep(self) -> None:
         is_soon = self._is_prepared.wait(PREPARED_SOON_S)
         try:
@@ -135,6 +146,31 @@ def leave_early_ray() -> None:
     """Let an early Ray end that is not wanted, or was shut down."""
     if _newest is not None:
         _newest.leave()
+
+
+def end_process(code: int) -> NoReturn:
+    """End the process with this exit code, and with it an early Ray that nobody took.
+
+    Python would wait until that Ray has started and ended, for seconds, and a second Ctrl-C would
+    show a traceback.
+    """
+    if _newest is None or not _newest.is_busy:
+        sys.exit(code)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError, ValueError):  # its reader is gone, or it is closed
+            stream.flush()
+    with suppress(Exception):
+        _kill_rays_processes()
+    os._exit(code)
+
+
+def _kill_rays_processes() -> None:
+    import psutil  # has been loaded with ray, if there is one
+
+    own = [child for child in psutil.Process().children() if child.name() in RAYS_OWN]
+    for process in [*own, *(below for child in own for below in child.children(recursive=True))]:
+        with suppress(psutil.Error):
+            process.kill()
 
 
 class _HeldMessages(logging.Handler):

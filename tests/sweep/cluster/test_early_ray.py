@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 
+from engine.system.child_python import own_environment
 from sweep.cluster import early_ray
 from sweep.cluster.early_ray import EarlyRay, OwnRay, leave_early_ray, take_early_ray
 from sweep.cluster.slots import Slots
@@ -135,3 +140,39 @@ def test_words_of_others_still_reach_the_terminal_while_rays_are_held(capsys, mo
     with ray.early():
         wait_for(ray.events, 2)
     assert capsys.readouterr().err == "another's words\n"
+
+
+def test_the_process_ends_at_once_with_its_code_and_with_rays_processes(tmp_path):
+    """A second Ctrl-C would show a traceback while Python waits for the thread."""
+    script = """
+import subprocess, threading, time
+from pathlib import Path
+from sweep.cluster import early_ray
+from sweep.cluster.early_ray import EarlyRay, OwnRay, end_process
+early_ray.PREPARED_SOON_S = 0.01
+up = threading.Event()
+def start(wanted):
+    child = subprocess.Popen(["./raylet", "60"])
+    Path("pid").write_text(str(child.pid))
+    up.set()
+    time.sleep(60)
+with EarlyRay(OwnRay(None), lambda: (start, lambda: None), lambda: None) as early:
+    assert up.wait(20)
+print("refused")
+end_process(2)
+"""
+    (tmp_path / "raylet").symlink_to("/bin/sleep")
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=own_environment(), capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "refused\n", "")
+    with suppress(psutil.NoSuchProcess):
+        child, deadline = psutil.Process(int((tmp_path / "pid").read_text())), time.monotonic() + WAIT_S
+        while child.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_process_without_an_early_ray_ends_as_ever():
+    with pytest.raises(SystemExit) as ended:
+        early_ray.end_process(3)
+    assert ended.value.code == 3

@@ -88,5 +88,6 @@ def test_a_worker_sets_torchs_allocator_before_anything_starts_cuda(monkeypatch)
     monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: order.append("CUDA") or 1, raising=False)
     monkeypatch.setattr("engine.model.load.let_segments_grow", lambda: order.append("allocator"))
     monkeypatch.setattr(worker_process, "measure_workers_card", lambda spec: order.append("measured"))
-    worker_process.settle_process({"device": "cuda", "num_threads": torch.get_num_threads(), "engine": {"model": REAL_ENGINE.model}})
+    spec = {"device": "cuda", "num_threads": torch.get_num_threads(), "engine": {"model": REAL_ENGINE.model}}
+    worker_process.settle_process(spec)
     assert order == ["allocator", "CUDA", "measured"]
