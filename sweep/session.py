@@ -19,6 +19,7 @@ from sweep.execution.remote_evaluation import evaluate_on_a_slot
 from sweep.execution.tuner import run_trials
 from sweep.execution.worker_config import EngineModules
 from sweep.folder.sweep_folder import SweepFolder
+from sweep.folder.timeline import spent_on_finals
 from sweep.ledger.event_files import make_event_files
 from sweep.ledger.freezer import make_freezer
 from sweep.ledger.ledger import Ledger
@@ -28,7 +29,7 @@ from sweep.ledger.time_left import TimeLeft
 from sweep.plan.feasibility import Feasibility
 from sweep.plan.sweep_plan import SweepPlan
 from sweep.report.build import try_write_report
-from sweep.results.finals_ledger import FinalsLedger, spent_on_finals
+from sweep.results.finals_ledger import FinalsLedger
 from sweep.results.finish import Evaluate, finish
 from sweep.results.next_steps import next_steps
 from sweep.study.earlier_sweeps import read_earlier

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.trial_report import START, WAITING
+from sweep.folder.sweep_folder import SweepFolder
 
 UNREPORTED = "unreported"
 
@@ -271,3 +272,11 @@ def _mend(file: Path) -> None:
         if text and not text.endswith("\n"):
             file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
 
+
+def spent_on_finals(folder: SweepFolder) -> tuple[float, float]:
+    """Return the slot seconds and the seconds that earlier sessions spent on finalists."""
+    file = SweepFolder(folder.final_seeds).timeline
+    if not file.is_file():
+        return 0.0, 0.0
+    usage = Timeline(file, mend=False).usage
+    return usage.occupied_until_s(0.0), usage.elapsed_until_s(0.0)

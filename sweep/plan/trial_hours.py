@@ -69,7 +69,8 @@ class Point:
 
     @property
     def tokens_per_second(self) -> float | None:
-        return None if self.fit.plan is None else self.fit.plan.speed.tokens_per_second
+        speed = None if self.fit.plan is None else self.fit.plan.speed
+        return None if speed is None else speed.tokens_per_second
 
     @property
     def training_hours(self) -> float | None:

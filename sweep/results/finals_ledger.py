@@ -12,7 +12,6 @@ from typing import Any
 
 from sweep.config.sweep import MAX_FINAL_SEEDS, NUM_FINALISTS, SweepConfig, parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
-from sweep.folder.timeline import Timeline
 from sweep.ledger.ledger import Ledger
 from sweep.ledger.limits import Limits
 from sweep.plan.sweep_plan import SweepPlan
@@ -138,15 +137,6 @@ def _number_of(repeat: TrialRecord, trials: Mapping[int, dict[str, Any]]) -> int
     """Return the number of the trial that this one repeats with another seed."""
     params = without_seed(repeat.params)
     return next((number for number, known in trials.items() if known == params), None)
-
-
-def spent_on_finals(folder: SweepFolder) -> tuple[float, float]:
-    """Return the slot seconds and the seconds that earlier sessions spent on finalists."""
-    file = SweepFolder(folder.final_seeds).timeline
-    if not file.is_file():
-        return 0.0, 0.0
-    usage = Timeline(file, mend=False).usage
-    return usage.occupied_until_s(0.0), usage.elapsed_until_s(0.0)
 
 
 def _points(chosen: list[TrialRecord], num_seeds: int) -> list[dict[str, Any]]:

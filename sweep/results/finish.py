@@ -15,11 +15,10 @@ from engine.units import perplexity
 from sweep.execution.engine_commands import evaluate as evaluate_here
 from sweep.folder.slot_times import PARTS, both_shares, shares_text, slot_times, steady_share, steady_share_with_eval, totals
 from sweep.folder.sweep_folder import SweepFolder
-from sweep.folder.timeline import Timeline
+from sweep.folder.timeline import Timeline, spent_on_finals
 from sweep.results.best_folder import write_best
 from sweep.results.contest import with_contest
 from sweep.results.final_seeds import read_final_seeds
-from sweep.results.finals_ledger import spent_on_finals
 from sweep.results.leaderboard import write_leaderboard
 from sweep.results.reevaluation import Reevaluation, compare
 from sweep.results.verdict import SweepVerdict, judge, last_held

@@ -8,11 +8,10 @@ from typing import Any
 from engine.trial_report import REPORTS
 from sweep.folder.slot_times import PARTS, both_shares, totals
 from sweep.folder.sweep_folder import SweepFolder
-from sweep.folder.timeline import Timeline
+from sweep.folder.timeline import Timeline, spent_on_finals
 from sweep.ledger.limits import Limits
 from sweep.ledger.time_left import HOUR_S, TimeLeft
 from sweep.report.collect import Collected
-from sweep.results.finals_ledger import spent_on_finals
 from sweep.trials.record import GOING_ON, Outcome, TrialRecord
 
 

@@ -28,7 +28,7 @@ def make_compute_plan(config, shape, card, host_gib):
     need = float(config.lora.rank)
     if need > card.memory_gib:
         raise OutOfMemory(f"needs at least {need:.1f} GiB (predicted), {card.memory_gib:.1f} GiB are allowed", need)
-    return ComputePlan(1, Policy.KEEP, 0, 0, 0.0, memory=SimpleNamespace(peak_gib=need, reserve_gib=0.0))
+    return ComputePlan(1, Policy.KEEP, 0, 0, 0.0, memory=SimpleNamespace(peak_gib=need, reserve_gib=0.0, phases={}))
 
 
 def main(command: str, argument: str, overrides: str = "{}") -> int:

@@ -11,12 +11,13 @@ import pytest
 from engine.errors import InputError
 from sweep.config.sweep import parse_sweep_config
 from sweep.folder.sweep_folder import SweepFolder
+from sweep.folder.timeline import spent_on_finals
 from sweep.ledger.ledger import Ledger, Next
 from sweep.ledger.limits import Limits
 from sweep.plan.feasibility import UNPREDICTED
 from sweep.plan.sweep_plan import make_sweep_plan
 from sweep.results.final_seeds import SeedLosses, finalists, pooled_deviation, read_final_seeds
-from sweep.results.finals_ledger import FinalsLedger, spent_on_finals
+from sweep.results.finals_ledger import FinalsLedger
 from sweep.results.verdict import judge, read_verdict
 from sweep.trials.record import Outcome
 from sweep.trials.selection import Rule
