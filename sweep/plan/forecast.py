@@ -54,7 +54,7 @@ def describe_forecast(
     points = [_point(space, base, feasibility, params, facts) for params in chosen]
     shown = points if whole else _distinct(points)
     paths = [dimension.path for dimension in (space.dimensions if whole else _telling(space))]
-    what = "every point of the space" if whole else f"{len(shown)} corners of the space, equal predictions shown once"
+    what = "every point of the space" if whole else f"{counted(len(shown), 'corner')} of the space, equal predictions shown once"
     fitting = [point for point in shown if point.fit.fits]
     possible = sum(point.fit.fits for point in points) if whole else size or num_trials
     gain = _matmul_gain(space, base, feasibility, fitting)
