@@ -37,6 +37,7 @@ from sweep.plan.reference_forecast import reference_line
 from sweep.plan.rungs import check_rungs
 from sweep.plan.samples import data_warnings, mixture_line, passes_line, unchecked_line
 from sweep.plan.sweep_plan import SweepPlan
+from sweep.plan.trial_hours import least_reports
 from sweep.results.on_end import check_on_end
 from sweep.text import params_text
 from sweep.tracking.store_check import check_store
@@ -129,7 +130,8 @@ def _forecast(plan: SweepPlan, engine: EngineModules, facts: Facts | None, is_ne
     feasibility = make_feasibility(config.cluster.card, facts, plan.kinds)
     plan, lines = with_chosen_matmul(plan, feasibility, is_new)
     num_trials, full_trials = config.sweep.num_trials, config.effective_budget.full_trials
-    text, warning = describe_forecast(plan.space, plan.base(), feasibility, num_trials, full_trials, facts)
+    least = least_reports(config)
+    text, warning = describe_forecast(plan.space, plan.base(), feasibility, num_trials, full_trials, facts, least)
     print("\n".join([*lines, text]), flush=True)
     _say_answers(plan, feasibility, facts)
     warn([warning] if warning and is_new else [])
@@ -169,7 +171,7 @@ def check_sweep(
     check_any_fits(plan.space, plan.base(), feasibility)
     if sweep_folder is None:
         limits = config.sweep.num_trials, config.effective_budget.full_trials
-        warning = evaluation_warning_of(plan.space, plan.base(), feasibility, *limits, facts)
+        warning = evaluation_warning_of(plan.space, plan.base(), feasibility, *limits, facts, least_reports(config))
         warn([] if warning is None else [warning])
     return plan, feasibility, facts
 

@@ -33,7 +33,7 @@ from engine.bench.shapes import family_kind, random_base, random_config
 from engine.config.parsing import parse
 from engine.config.trial import ModelConfig, TrainConfig
 from engine.data.packing import Cursor, Sample
-from engine.errors import OutOfMemory
+from engine.errors import OutOfMemory, first_line
 from engine.evaluation.eval_loss import evaluation_batches
 from engine.memory.prediction import CONTEXT_GIB
 from engine.model.base import Base
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if not torch.cuda.is_available():
         raise SystemExit("engine.bench.ragged_rows: needs a CUDA device")
-    done = _read(*filter(Path.is_file, [*options.done, options.out]))
+    done = _read(*options.done, *filter(Path.is_file, [options.out]))
     with options.out.open("a") as file:
         for record in measure_all(options, {_key(record) for record in done}, time.monotonic() + options.budget_s):
             file.write(json.dumps(record, sort_keys=True) + "\n")
@@ -254,7 +254,13 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _read(*files: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    try:
+        found = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        [*map(_key, found)]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        text = f"engine.bench.ragged_rows: {' '.join(map(str, files))} must hold records of this command: {first_line(error)}"
+        raise SystemExit(text) from None
+    return found
 
 
 @functools.cache

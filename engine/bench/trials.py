@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    if options.json:  # an error now costs less than after a trial
+    for _, sections in ROUND:  # an error now costs less than after a trial
+        _config(options, Path(), sections)
+    if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.open("a").close()
     device = pick_device("auto")
@@ -159,7 +161,11 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, help="folder to keep model and cache in for later runs; default: temporary")
     parser.add_argument("--json", type=Path, help="file to add a line to for each trial")
     parser.add_argument("--commit", help="commit to record if the code is not in a git checkout")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("trials", "samples"):
+        if (number := getattr(options, name)) < 1:
+            parser.error(f"--{name} must be at least 1, not {number}")
+    return options
 
 
 if __name__ == "__main__":

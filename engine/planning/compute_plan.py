@@ -10,7 +10,7 @@ from engine.config.trial import TrainConfig
 from engine.memory.prediction import MemoryPrediction
 from engine.planning.speed import SpeedPrediction
 from engine.shape.policies import Policy
-from engine.units import GIB
+from engine.units import GIB, counted
 
 DESCRIPTIONS = {
     Policy.KEEP: "activations kept", Policy.SELECTIVE: "MLP recomputed", Policy.RECOMPUTE: "recomputed",
@@ -64,9 +64,9 @@ class ComputePlan:
         """Return one line for the user."""
         parts = [f"micro-batch {self.micro_batch_size}", DESCRIPTIONS[self.policy]]
         if self.policy is not Policy.KEEP and self.keep_layers:
-            parts.append(f"{self.keep_layers} layers kept")
+            parts.append(f"{counted(self.keep_layers, 'layer')} kept")
         if self.host_layers:
-            parts.append(f"{self.host_layers} layers kept on the host")
+            parts.append(f"{counted(self.host_layers, 'layer')} kept on the host")
         if self.weight_cache_gib:
             form = "dequantised" if self.matmul is Matmul.BF16 else "kept for products"
             parts.append(f"{self.weight_cache_gib:g} GiB of weights {form}")

@@ -18,7 +18,7 @@ from engine.planning.known_cards import speed_basis
 from engine.shape.model_shape import ModelShape
 from engine.units import counted
 from sweep.plan.feasibility import Feasibility, Fit, has_no_effect
-from sweep.plan.trial_hours import EvaluationWork, Point, evaluation_warning, hours_text, most_reports
+from sweep.plan.trial_hours import MIN_REPORTS, EvaluationWork, Point, evaluation_warning, hours_text, most_reports
 from sweep.space.space import Choice, Dimension, Space, is_active
 from sweep.text import params_text, short_name, value_text
 
@@ -37,11 +37,12 @@ def describe_forecast(
     num_trials: int,
     full_trials: float | None = None,
     facts: Facts | None = None,
+    least: int = MIN_REPORTS,
 ) -> tuple[str, str | None]:
     """Return the table of points and the sweep's cost, or one line if nothing can be predicted; and a warning, if any.
 
     full_trials: the sweep's budget of tokens, in those of a whole trial; None: no limit. facts: with the accounts of
-    the evaluation samples, without which evaluations are left out.
+    the evaluation samples, without which evaluations are left out. least: see `evaluation_warning`.
     """
     # an existing Ray cluster may have GPUs while this machine has none
     if feasibility.card is None:
@@ -54,7 +55,7 @@ def describe_forecast(
     points = [_point(space, base, feasibility, params, facts) for params in chosen]
     shown = points if whole else _distinct(points)
     paths = [dimension.path for dimension in (space.dimensions if whole else _telling(space))]
-    what = "every point of the space" if whole else f"{len(shown)} corners of the space, equal predictions shown once"
+    what = "every point of the space" if whole else f"{counted(len(shown), 'corner')} of the space, equal predictions shown once"
     fitting = [point for point in shown if point.fit.fits]
     possible = sum(point.fit.fits for point in points) if whole else size or num_trials
     gain = _matmul_gain(space, base, feasibility, fitting)
@@ -62,7 +63,7 @@ def describe_forecast(
     num_trials = min(num_trials, possible)
     grid = space.apply(base, chosen[0]).train.report_grid()
     text = "\n".join([*head, *_table(paths, shown), _cost(fitting, grid, num_trials, full_trials)])
-    return text, evaluation_warning(fitting, min(num_trials, full_trials or num_trials))
+    return text, evaluation_warning(fitting, min(num_trials, full_trials or num_trials), least)
 
 
 def evaluation_warning_of(
@@ -72,11 +73,12 @@ def evaluation_warning_of(
     num_trials: int,
     full_trials: float | None,
     facts: Facts,
+    least: int = MIN_REPORTS,
 ) -> str | None:
     """Return the warning of `describe_forecast`, from the two ends of the space alone: planning takes seconds."""
     ends = [_completed(space, {}, end) for end in (0, -1)]
     points = [_point(space, base, feasibility, params, facts) for params in ends] if feasibility.predicts else []
-    return evaluation_warning([point for point in points if point.fit.fits], min(num_trials, full_trials or num_trials))
+    return evaluation_warning([point for point in points if point.fit.fits], min(num_trials, full_trials or num_trials), least)
 
 
 def card_line(feasibility: Feasibility) -> str:

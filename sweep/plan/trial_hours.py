@@ -13,6 +13,8 @@ from typing import Any
 from engine.command_answers import EVALUATION, DataAccount, Facts
 from engine.config.trial import TrainConfig
 from engine.units import counted
+from sweep.config.pruner_options import HyperbandConfig, MedianConfig, PatientConfig, SuccessiveHalvingConfig
+from sweep.config.sweep import SweepConfig
 from sweep.plan.feasibility import Fit
 from sweep.plan.samples import MIN_EVAL_SAMPLES
 
@@ -21,6 +23,7 @@ from sweep.plan.samples import MIN_EVAL_SAMPLES
 MOST_SHARE, GOOD_SHARE = 0.25, 0.15
 LEAST_S = 15.0  # of a sweep's evaluations: fewer seconds are not worth a warning
 STEP = 16  # a proposed number of samples is a multiple
+MIN_REPORTS = 2  # for a pruner to compare
 
 
 @dataclass(frozen=True)
@@ -119,11 +122,27 @@ def most_reports(grid: Sequence[int], num_trials: int, full_trials: float) -> fl
     return number
 
 
-def evaluation_warning(points: Sequence[Point], num_trials: float) -> str | None:
+def least_reports(config: SweepConfig) -> int:
+    """Return the fewest reports of a trial with which the pruner still stops some before their end, and metrics are measured."""
+    pruner, at = config.effective_pruner, config.metrics.at
+    first = 1
+    if isinstance(pruner, SuccessiveHalvingConfig):
+        first = pruner.min_rung * pruner.reduction_factor**pruner.min_early_stopping_rate
+    elif isinstance(pruner, HyperbandConfig):
+        first = pruner.min_rung
+    elif isinstance(pruner, MedianConfig):
+        first = pruner.num_warmup_rungs
+    elif isinstance(pruner, PatientConfig):
+        first = pruner.patience + 1
+    return max(MIN_REPORTS, first + 1, 0 if isinstance(at, str) else max(at))
+
+
+def evaluation_warning(points: Sequence[Point], num_trials: float, least: int = MIN_REPORTS) -> str | None:
     """Return the line about evaluations that take more than MOST_SHARE of a trial's time, with a way out.
 
     points: some of the space that fit; without speeds or samples there is no line. num_trials: whole ones that
-    the sweep pays for. There is none either for evaluations of less than LEAST_S in all, or that cannot be fewer.
+    the sweep pays for. least: reports below which nothing is proposed. There is none either for evaluations of less
+    than LEAST_S in all, or that cannot be fewer.
     """
     known = [point for point in points if point.training_hours and point.evaluation_hours]
     if not known:
@@ -138,7 +157,7 @@ def evaluation_warning(points: Sequence[Point], num_trials: float) -> str | None
     if share(1.0) <= MOST_SHARE or num_trials * evaluation / len(known) * 3600 < LEAST_S:
         return None
     part = GOOD_SHARE / (1.0 - GOOD_SHARE) * training / evaluation  # of today's tokens, for a share of GOOD_SHARE
-    ways = [*_fewer_samples(work, part, share), *_fewer_reports(known[0].config, part, share)]
+    ways = [*_fewer_samples(work, part, share), *_fewer_reports(known[0].config, part, share, least)]
     if not ways:
         return None
     each = f"{counted(work.times, 'evaluation')} of {counted(work.num_tokens, 'token')}"
@@ -156,10 +175,10 @@ def _fewer_samples(work: EvaluationWork, part: float, share: Callable[[float], f
     return [f"data.eval_max_samples={number} makes it about {found:.0%}"]
 
 
-def _fewer_reports(config: TrainConfig, part: float, share: Callable[[float], float]) -> list[str]:
-    """Return how few reports bring the share down to GOOD_SHARE, or near it: at least two, for a pruner to compare."""
+def _fewer_reports(config: TrainConfig, part: float, share: Callable[[float], float], least: int) -> list[str]:
+    """Return how few reports bring the share down to GOOD_SHARE, or near it, but at least `least`."""
     rungs = len(config.train.report_grid())
-    number = max(2, int(part * rungs))
+    number = max(least, int(part * rungs))
     found = share(number / rungs)
     if number >= rungs or found > MOST_SHARE:
         return []

@@ -74,8 +74,8 @@ def plan_of(record: dict[str, Any]) -> ComputePlan:
         found = re.search(pattern, text)
         return float(found[1]) if found else 0.0
 
-    counts = (int(number(p)) for p in (r"^micro-batch (\d+)", r"(\d+) layers kept(?! on)", r"(\d+) layers kept on the host"))
+    counts = (int(number(p)) for p in (r"^micro-batch (\d+)", r"(\d+) layers? kept(?! on)", r"(\d+) layers? kept on the host"))
     micro_batch, keep, host = counts
     plan = ComputePlan(micro_batch, policy, keep, host, number(r"([\d.]+) GiB of weights"), text.endswith("CUDA graphs"))
-    assert plan.describe() == text
+    assert plan.describe() == re.sub(r"\b1 layers", "1 layer", text)  # as older versions wrote it
     return plan

@@ -111,7 +111,8 @@ def _settings(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m engine.bench.drawn_rows", description=__doc__, formatter_class=raw)
     parser.add_argument("--random", type=int, metavar="N", help="draw N settings")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing; setting i of a seed is the same at any N")
     parser.add_argument("--redo", type=Path, nargs="+", help="files whose settings are measured again")

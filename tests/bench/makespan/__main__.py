@@ -45,6 +45,8 @@ Record = dict[str, Any]
 def main(arguments: list[str] | None = None) -> int:
     options, refuse = _arguments(arguments)
     try:
+        if options.table and not options.json.exists():
+            raise ValueError(f"--json {options.json}: no such file, so --table has no rows to print")
         records = read(options.json)
         jobs = [] if options.table else checked_jobs(options)
     except (OSError, ValueError) as error:
@@ -191,7 +193,7 @@ def _arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Callabl
     )
     job = Job()
     parser.add_argument("--model", nargs="+", default=list(PLAIN), help="shapes that engine.bench knows")
-    parser.add_argument("--long", action="store_true", help=f"the shapes {', '.join(LONG)} too")
+    parser.add_argument("--long", action="store_true", help=f"{', '.join(LONG)} too")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: ours and unsloth; peft-trl where unsloth fails")
     parser.add_argument("--trials", type=int, default=job.trials)
     parser.add_argument("--seed", type=int, default=job.seed, help="of samples, learning rates and the order of trials")

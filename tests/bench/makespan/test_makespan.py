@@ -72,6 +72,9 @@ def test_a_file_of_other_rows_is_named_with_its_line(tmp_path, capsys):
         with pytest.raises(SystemExit):
             makespan.main(["--json", str(tmp_path / "a.jsonl"), "--table"])
         assert "line 2 is no row of this benchmark" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        makespan.main(["--json", str(tmp_path / "b.jsonl"), "--table"])
+    assert "no such file" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_trials_come_from_the_seed_alone_and_peers_get_the_modules():

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from engine.adapter.lora import adapter_state
@@ -48,6 +49,16 @@ def test_settings_that_a_file_holds_are_not_measured_again(tmp_path, monkeypatch
     assert ragged_rows.main([*command, "4", "--budget-s", "0"]) == 0 and len(measured) == 9
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert len({ragged_rows._key(line) for line in lines}) == 9 and lines[0]["card"] == "a card"
+
+
+def test_files_of_other_records_are_named_in_one_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record()) + "\n")
+    for name, text in (("other", '{"seed": 1}'), ("broken", '{"mod'), ("list", "[]"), ("missing", None)):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(SystemExit, match=f"{name} must hold records of this command") as ended:
+            ragged_rows.main(["--summary", str(tmp_path / "a.jsonl"), str(tmp_path / name)])
+        assert len(str(ended.value).splitlines()) == 1
 
 
 def test_the_summary_counts_false_fits_and_errors():

@@ -40,3 +40,14 @@ def test_the_samples_are_ragged_and_the_same_each_time(tmp_path):
     assert text == (tmp_path / "b").read_text()
     lengths = sorted(len(row["prompt"] + row["completion"]) for row in map(json.loads, text.splitlines()))
     assert lengths[100] < 400 and lengths[-1] > 900 and lengths[0] < 100
+
+
+@pytest.mark.parametrize("wrong", ["--trials 0", "--samples 0", "--tokens 0", "--reports 0", "--length 0"])
+def test_wrong_options_are_refused_before_anything_is_written(tmp_path, capsys, wrong):
+    given = [*TINY, "--scratch", str(tmp_path / "scratch"), "--json", str(tmp_path / "a.jsonl"), *wrong.split()]
+    try:
+        code = trials.main(given)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2 and "at least" in capsys.readouterr().err.replace("greater than or equal to", "at least")
+    assert not list(tmp_path.iterdir())

@@ -86,6 +86,8 @@ def test_a_large_space_is_shown_by_its_corners_without_what_changes_nothing(seen
     assert "corners of the space" in text
     header = next(line for line in text.splitlines() if "peak GiB" in line)
     assert "max_seq_length" in header and "learning_rate" not in header
+    assert main([*SWEEP, "model.path=m", "space=learning-rate", "cluster.card=a10g"]) == 0
+    assert "forecast   1 corner of the space, " in capsys.readouterr().out
     assert "the tokens of 4 full trials of" in text and "evaluation left out" in text
 
 

@@ -24,7 +24,7 @@ from sweep.config.sweep import parse_sweep_config
 from sweep.plan.feasibility import Feasibility
 from sweep.plan.forecast import describe_forecast
 from sweep.plan.reference_forecast import reference_line
-from sweep.plan.trial_hours import LEAST_S, MOST_SHARE, EvaluationWork, Point, evaluation_warning, most_reports
+from sweep.plan.trial_hours import LEAST_S, MOST_SHARE, EvaluationWork, Point, evaluation_warning, least_reports, most_reports
 from sweep.space.parse import parse_space
 from sweep.text import duration_text
 from tests.support.prepared import prepared
@@ -150,6 +150,20 @@ def test_rungs_at_given_tokens_are_named_instead_of_their_number_and_few_samples
 SWEEP = ["model=local", "model.path=m", "data=local", "data.train=t.jsonl", "data.max_seq_length=1024",
          "data.eval_max_seq_length=1024", "train.max_tokens=1000000", "train.tokens_per_step=8192", "space=none",
          "space.lora.rank.choices=[8,64]", "sampler=grid", "pruner=none", "tracking=none"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "least"), [
+    ([], 2), (["pruner=successive_halving_late"], 3), (["pruner=hyperband", "pruner.min_rung=4"], 5),
+    (["pruner=median", "pruner.num_warmup_rungs=3"], 4), (["pruner=patient"], 4), (["pruner=none"], 2),
+    (["pruner=none", "metrics.exact_match=true", "metrics.at=[2,5]"], 5), (["pruner=hyperband", "sampler=freeze_thaw"], 2),
+])  # fmt: skip
+def test_no_rung_is_given_up_that_pruner_or_metrics_need(changes, least):
+    given = [] if "sampler=freeze_thaw" in changes else ["sampler=tpe"]
+    config = parse_sweep_config(compose(["model=local", "model.path=m", "data.train=t", "train.num_reports=8", *given, *changes]))
+    assert least_reports(config) == least
+    one = point(facts(evaluated(100_000)))
+    text = evaluation_warning([one], MANY, least)
+    assert f"train.num_reports={max(least, 3)} makes" in text
 
 
 @pytest.fixture
