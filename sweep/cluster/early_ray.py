@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, NoReturn
 from engine.system.signals import handler_kept
 
 if TYPE_CHECKING:
+    import psutil
+
     from sweep.cluster.slots import Slots  # loads the config's classes, which --help need not wait for
 
 PREPARED_SOON_S = 1.0
@@ -56,6 +58,7 @@ class EarlyRay:
         self._wanted, self._load_ray, self._load = wanted, load_ray, load
         self._is_prepared, self._is_settled, self._is_left = threading.Event(), threading.Event(), threading.Event()
         self._is_up = self._is_taken = False
+        self.ending: list[psutil.Process] = []  # while Ray ends, no one else finds those whose parent has ended
         self._messages = _HeldMessages()
         self._thread = threading.Thread(target=self._keep, name="early-ray")
         self._before: EarlyRay | None = None
@@ -128,6 +131,7 @@ class EarlyRay:
     def _end(self) -> None:
         try:
             if self._messages.are_held:
+                self.ending = _rays_processes()
                 with suppress(Exception), handler_kept(signal.SIGTERM):
                     self._stop()
         finally:
@@ -159,18 +163,21 @@ def end_process(code: int) -> NoReturn:
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with suppress(OSError, ValueError):  # its reader is gone, or it is closed
             stream.flush()
-    with suppress(Exception):
-        _kill_rays_processes()
+    for process in [*_rays_processes(), *_newest.ending]:
+        with suppress(Exception):
+            process.kill()
     os._exit(code)
 
 
-def _kill_rays_processes() -> None:
+def _rays_processes() -> list[psutil.Process]:
     import psutil  # has been loaded with ray, if there is one
 
-    own = [child for child in psutil.Process().children() if child.name() in RAYS_OWN]
-    for process in [*own, *(below for child in own for below in child.children(recursive=True))]:
-        with suppress(psutil.Error):
-            process.kill()
+    found = []
+    with suppress(psutil.Error):
+        for child in psutil.Process().children():
+            if child.name() in RAYS_OWN:
+                found += [child, *child.children(recursive=True)]
+    return found
 
 
 class _HeldMessages(logging.Handler):
