@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sweep.cluster.slots import Slots  # loads the config's classes, which --help need not wait for
 
 PREPARED_SOON_S = 1.0
+IDLE_ENDS_S = 0.05  # a thread with nothing to do takes less to end
 RAYS_OWN = ("gcs_server", "raylet")  # the processes that the thread starts, and everything below them
 
 
@@ -96,9 +97,9 @@ class EarlyRay:
         self._thread.join()
         return False
 
-    @property
     def is_busy(self) -> bool:
-        """Return whether the thread still starts or ends a Ray that nobody took, or loads libraries."""
+        """Return whether the thread still starts or ends a Ray that nobody took, or loads libraries, after `leave`."""
+        self._thread.join(0.0 if self._is_taken else IDLE_ENDS_S)
         return self._thread.is_alive() and not self._is_taken
 
     def _keep(self) -> None:
@@ -158,7 +159,7 @@ def end_process(code: int) -> NoReturn:
     Python would wait until that Ray has started and ended, for seconds, and a second Ctrl-C would
     show a traceback.
     """
-    if _newest is None or not _newest.is_busy:
+    if _newest is None or not _newest.is_busy():
         sys.exit(code)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with suppress(OSError, ValueError):  # its reader is gone, or it is closed

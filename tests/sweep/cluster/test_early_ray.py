@@ -182,7 +182,10 @@ end_process(2)
             time.sleep(0.01)
 
 
-def test_a_process_without_an_early_ray_ends_as_ever():
+def test_a_process_whose_early_ray_has_nothing_to_do_ends_as_ever(monkeypatch):
+    monkeypatch.setattr(early_ray, "IDLE_ENDS_S", WAIT_S)
+    with Recorded().early(None):
+        pass
     with pytest.raises(SystemExit) as ended:
         early_ray.end_process(3)
     assert ended.value.code == 3
