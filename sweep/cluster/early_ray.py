@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
-from engine.system.signals import handler_kept
+from engine.system.signals import handled, handler_kept
 
 if TYPE_CHECKING:
     import psutil
@@ -159,12 +159,17 @@ def end_process(code: int) -> NoReturn:
     Python would wait until that Ray has started and ended, for seconds, and a second Ctrl-C would
     show a traceback.
     """
-    if _newest is None or not _newest.is_busy():
-        sys.exit(code)
+    with handled((signal.SIGINT,), lambda number, frame: None):  # that second Ctrl-C may come now
+        if _newest is not None and _newest.is_busy():
+            _end_at_once(code, _newest.ending)
+    sys.exit(code)
+
+
+def _end_at_once(code: int, ending: list[psutil.Process]) -> NoReturn:
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with suppress(OSError, ValueError):  # its reader is gone, or it is closed
             stream.flush()
-    for process in [*_rays_processes(), *_newest.ending]:
+    for process in [*_rays_processes(), *ending]:
         with suppress(Exception):
             process.kill()
     os._exit(code)

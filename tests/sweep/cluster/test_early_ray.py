@@ -144,9 +144,9 @@ def test_words_of_others_still_reach_the_terminal_while_rays_are_held(capsys, mo
 
 @pytest.mark.parametrize(("start_s", "stop_s"), [(60, 0), (0, 60)])
 def test_the_process_ends_at_once_with_its_code_and_with_rays_processes(tmp_path, start_s, stop_s):
-    """A second Ctrl-C would show a traceback while Python waits for the thread."""
+    """Else a second Ctrl-C would show a traceback, while Python waits for the thread."""
     script = f"""
-import subprocess, threading, time
+import os, signal, subprocess, threading, time
 from pathlib import Path
 from sweep.cluster import early_ray
 from sweep.cluster.early_ray import EarlyRay, OwnRay, end_process
@@ -169,6 +169,11 @@ with EarlyRay(OwnRay(None), lambda: (start, stop), lambda: None) as early:
     assert up.wait(20)
 assert {start_s} or stopping.wait(20)
 print("refused")
+find = early_ray._rays_processes
+def find_after_ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+    return find()
+early_ray._rays_processes = find_after_ctrl_c
 end_process(2)
 """
     (tmp_path / "raylet").symlink_to("/bin/bash")
