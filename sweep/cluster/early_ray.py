@@ -16,12 +16,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
-from engine.system.signals import handler_kept
+from engine.system.signals import handled, handler_kept
 
 if TYPE_CHECKING:
+    import psutil
+
     from sweep.cluster.slots import Slots  # loads the config's classes, which --help need not wait for
 
 PREPARED_SOON_S = 1.0
+IDLE_ENDS_S = 0.05  # a thread with nothing to do takes less to end
 RAYS_OWN = ("gcs_server", "raylet")  # the processes that the thread starts, and everything below them
 
 
@@ -56,6 +59,7 @@ class EarlyRay:
         self._wanted, self._load_ray, self._load = wanted, load_ray, load
         self._is_prepared, self._is_settled, self._is_left = threading.Event(), threading.Event(), threading.Event()
         self._is_up = self._is_taken = False
+        self.ending: list[psutil.Process] = []  # while Ray ends, no one else finds those whose parent has ended
         self._messages = _HeldMessages()
         self._thread = threading.Thread(target=self._keep, name="early-ray")
         self._before: EarlyRay | None = None
@@ -93,9 +97,9 @@ class EarlyRay:
         self._thread.join()
         return False
 
-    @property
     def is_busy(self) -> bool:
-        """Return whether the thread still starts or ends a Ray that nobody took, or loads libraries."""
+        """Return whether the thread still starts or ends a Ray that nobody took, or loads libraries, after `leave`."""
+        self._thread.join(0.0 if self._is_taken else IDLE_ENDS_S)
         return self._thread.is_alive() and not self._is_taken
 
     def _keep(self) -> None:
@@ -128,6 +132,7 @@ class EarlyRay:
     def _end(self) -> None:
         try:
             if self._messages.are_held:
+                self.ending = _rays_processes()
                 with suppress(Exception), handler_kept(signal.SIGTERM):
                     self._stop()
         finally:
@@ -154,23 +159,31 @@ def end_process(code: int) -> NoReturn:
     Python would wait until that Ray has started and ended, for seconds, and a second Ctrl-C would
     show a traceback.
     """
-    if _newest is None or not _newest.is_busy:
-        sys.exit(code)
+    with handled((signal.SIGINT,), lambda number, frame: None):  # that second Ctrl-C may come now
+        if _newest is not None and _newest.is_busy():
+            _end_at_once(code, _newest.ending)
+    sys.exit(code)
+
+
+def _end_at_once(code: int, ending: list[psutil.Process]) -> NoReturn:
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with suppress(OSError, ValueError):  # its reader is gone, or it is closed
             stream.flush()
-    with suppress(Exception):
-        _kill_rays_processes()
+    for process in [*_rays_processes(), *ending]:
+        with suppress(Exception):
+            process.kill()
     os._exit(code)
 
 
-def _kill_rays_processes() -> None:
+def _rays_processes() -> list[psutil.Process]:
     import psutil  # has been loaded with ray, if there is one
 
-    own = [child for child in psutil.Process().children() if child.name() in RAYS_OWN]
-    for process in [*own, *(below for child in own for below in child.children(recursive=True))]:
-        with suppress(psutil.Error):
-            process.kill()
+    found = []
+    with suppress(psutil.Error):
+        for child in psutil.Process().children():
+            if child.name() in RAYS_OWN:
+                found += [child, *child.children(recursive=True)]
+    return found
 
 
 class _HeldMessages(logging.Handler):

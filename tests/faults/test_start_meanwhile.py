@@ -59,12 +59,16 @@ def test_a_driver_that_is_stopped_while_it_prepares_leaves_no_process(tmp_path, 
     assert psutil.wait_procs(found, timeout=20)[1] == []
 
 
-def test_a_refusal_is_printed_before_ray_has_ended(tmp_path):
-    process = begin(tmp_path, 12.0, data={"train": "missing.jsonl", "max_seq_length": 8})
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_refusal_ends_the_driver_at_once_with_its_ray(tmp_path, num_workers):
+    """Without workers, Ray is still on its way when the line is printed."""
+    prepare_s = 12.0 if num_workers else 2.0
+    process = begin(tmp_path, prepare_s, data={"train": "missing.jsonl", "max_seq_length": 8})
+    found = rays_processes(process, num_workers)
     assert process.stderr.readline() == "error: data.train = 'missing.jsonl': no such file\n"
-    found = rays_processes(process, within_s=0.0)
-    assert {"raylet", "gcs_server"} <= {one.name() for one in found}
+    said_s = time.monotonic()
     assert process.wait(60) == 2
+    assert time.monotonic() - said_s < 2.0
     assert process.stderr.read() == ""
     assert psutil.wait_procs(found, timeout=20)[1] == []
 

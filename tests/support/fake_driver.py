@@ -17,6 +17,7 @@ from engine.shape.policies import Policy
 from engine.system.command_line import run
 from sweep import driver
 from sweep.cli.lasting_output import lasting_output
+from sweep.cluster.early_ray import end_process
 from sweep.execution.worker_config import EngineModules
 from sweep.plan import feasibility
 
@@ -40,4 +41,4 @@ def main(command: str, argument: str, overrides: str = "{}") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    end_process(main(*sys.argv[1:]))

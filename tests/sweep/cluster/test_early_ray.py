@@ -142,26 +142,41 @@ def test_words_of_others_still_reach_the_terminal_while_rays_are_held(capsys, mo
     assert capsys.readouterr().err == "another's words\n"
 
 
-def test_the_process_ends_at_once_with_its_code_and_with_rays_processes(tmp_path):
-    """A second Ctrl-C would show a traceback while Python waits for the thread."""
-    script = """
-import subprocess, threading, time
+@pytest.mark.parametrize(("start_s", "stop_s"), [(60, 0), (0, 60)])
+def test_the_process_ends_at_once_with_its_code_and_with_rays_processes(tmp_path, start_s, stop_s):
+    """Else a second Ctrl-C would show a traceback, while Python waits for the thread."""
+    script = f"""
+import os, signal, subprocess, threading, time
 from pathlib import Path
 from sweep.cluster import early_ray
 from sweep.cluster.early_ray import EarlyRay, OwnRay, end_process
 early_ray.PREPARED_SOON_S = 0.01
 up = threading.Event()
+stopping = threading.Event()
 def start(wanted):
-    child = subprocess.Popen(["./raylet", "60"])
-    Path("pid").write_text(str(child.pid))
+    global raylet
+    raylet = subprocess.Popen(["./raylet", "-c", "sleep 60 & echo $! > pid; wait"])
+    while not Path("pid").exists() or not Path("pid").read_text():
+        time.sleep(0.01)
     up.set()
-    time.sleep(60)
-with EarlyRay(OwnRay(None), lambda: (start, lambda: None), lambda: None) as early:
+    time.sleep({start_s})
+def stop():
+    raylet.kill()
+    raylet.wait()
+    stopping.set()
+    time.sleep({stop_s})
+with EarlyRay(OwnRay(None), lambda: (start, stop), lambda: None) as early:
     assert up.wait(20)
+assert {start_s} or stopping.wait(20)
 print("refused")
+find = early_ray._rays_processes
+def find_after_ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+    return find()
+early_ray._rays_processes = find_after_ctrl_c
 end_process(2)
 """
-    (tmp_path / "raylet").symlink_to("/bin/sleep")
+    (tmp_path / "raylet").symlink_to("/bin/bash")
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=tmp_path, env=own_environment(), capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stdout, done.stderr) == (2, "refused\n", "")
@@ -172,7 +187,10 @@ end_process(2)
             time.sleep(0.01)
 
 
-def test_a_process_without_an_early_ray_ends_as_ever():
+def test_a_process_whose_early_ray_has_nothing_to_do_ends_as_ever(monkeypatch):
+    monkeypatch.setattr(early_ray, "IDLE_ENDS_S", WAIT_S)
+    with Recorded().early(None):
+        pass
     with pytest.raises(SystemExit) as ended:
         early_ray.end_process(3)
     assert ended.value.code == 3
