@@ -12,7 +12,6 @@ measures only our engine and needs a CUDA device.
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import itertools
 import json
@@ -29,6 +28,7 @@ import torch
 from torch import nn
 
 from engine.adapter.lora import AnyLora, attach, detach
+from engine.bench.drawn_rows.drawn_samples import SampleView
 from engine.bench.shapes import family_kind, random_base, random_config
 from engine.config.parsing import parse
 from engine.config.trial import ModelConfig, TrainConfig
@@ -198,31 +198,19 @@ def _steps(base: Base, layers: dict[str, AnyLora], config: TrainConfig, plan: Co
     return num_tokens / seconds
 
 
-class RandomView:
-    """Stand in for a View: samples of the lengths of chats, log-normal around 270 tokens.
+class RandomView(SampleView):
+    """Samples of the lengths of chats, log-normal around 270 tokens.
 
     Some are as long as allowed. The targets of each are its last 40 to 90 %.
     """
 
     def __init__(self, longest: int, vocab_size: int) -> None:
         random_ = np.random.default_rng(0)
-        self.lengths = np.clip(np.exp(random_.normal(5.6, 0.9, SAMPLES)), 16, longest).astype(np.int64)
-        self.lengths[::LONGEST_EVERY] = longest
-        starts = random_.uniform(0.1, 0.6, SAMPLES) * self.lengths
-        ids = [random_.integers(0, vocab_size, n) for n in self.lengths]
-        self._samples = [Sample(own, np.arange(len(own)) >= start) for own, start in zip(ids, starts)]
-
-    def __getitem__(self, i: int) -> Sample:
-        return self._samples[i]
-
-    def targets_of(self, samples: np.ndarray) -> np.ndarray:
-        return np.array([self._samples[i].is_target[1:].sum() for i in samples])
-
-    def first(self, number: int) -> RandomView:
-        """Return a view of the first samples."""
-        view = copy.copy(self)
-        view.lengths = self.lengths[:number]
-        return view
+        lengths = np.clip(np.exp(random_.normal(5.6, 0.9, SAMPLES)), 16, longest).astype(np.int64)
+        lengths[::LONGEST_EVERY] = longest
+        starts = random_.uniform(0.1, 0.6, SAMPLES) * lengths
+        ids = [random_.integers(0, vocab_size, n) for n in lengths]
+        super().__init__(lengths, [Sample(own, np.arange(len(own)) >= start) for own, start in zip(ids, starts)])
 
 
 def summary(records: list[dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -30,8 +30,27 @@ def draw_lengths(generator: random.Random) -> dict[str, Any]:
     return {"kind": kind, **given, "targets": round(generator.uniform(0.05, 1.0), 3)}
 
 
-class DrawnView:
-    """Stand in for a View: samples of at most `longest` tokens, of at least `num_tokens` in all.
+class SampleView:
+    """Stand in for a View: samples that are all there, and their lengths."""
+
+    def __init__(self, lengths: np.ndarray, samples: list[Sample]) -> None:
+        self.lengths, self._samples = lengths, samples
+
+    def __getitem__(self, i: int) -> Sample:
+        return self._samples[i]
+
+    def targets_of(self, samples: np.ndarray) -> np.ndarray:
+        return np.array([self._samples[i].is_target[1:].sum() for i in samples])
+
+    def first(self, number: int) -> Self:
+        """Return a view of the first samples."""
+        view = copy.copy(self)
+        view.lengths = self.lengths[:number]
+        return view
+
+
+class DrawnView(SampleView):
+    """Samples of at most `longest` tokens, of at least `num_tokens` in all.
 
     lengths: what `draw_lengths` returns.
     """
@@ -43,25 +62,17 @@ class DrawnView:
             drawn = _lengths(lengths, longest, random_)
             found = np.append(found, np.clip(np.rint(drawn), min(SHORTEST, longest), longest).astype(np.int64))
         enough = 1 + int(np.searchsorted(found.cumsum(), num_tokens))
-        self.lengths = found[: max(2, enough)]
-        self._samples = [self._sample(length, lengths["targets"], vocab_size, random_) for length in self.lengths]
+        found = found[: max(2, enough)]
+        super().__init__(found, [self._sample(length, lengths["targets"], vocab_size, random_) for length in found])
 
     @staticmethod
     def _sample(length: int, targets: float, vocab_size: int, random_: np.random.Generator) -> Sample:
         ids = random_.integers(0, vocab_size, length)
         return Sample(ids, np.arange(length) >= min(length - 2, math.floor(length * (1.0 - targets))))
 
-    def __getitem__(self, i: int) -> Sample:
-        return self._samples[i]
-
-    def targets_of(self, samples: np.ndarray) -> np.ndarray:
-        return np.array([self._samples[i].is_target[1:].sum() for i in samples])
-
-    def first(self, num_tokens: int) -> DrawnView:
+    def up_to(self, num_tokens: int) -> DrawnView:
         """Return a view of the first samples, two or more, up to so many tokens."""
-        view = copy.copy(self)
-        view.lengths = self.lengths[: max(2, int(np.searchsorted(self.lengths.cumsum(), num_tokens, side="right")))]
-        return view
+        return self.first(max(2, int(np.searchsorted(self.lengths.cumsum(), num_tokens, side="right"))))
 
 
 def _lengths(given: dict[str, Any], longest: int, random_: np.random.Generator) -> np.ndarray:

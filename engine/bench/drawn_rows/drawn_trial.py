@@ -149,7 +149,7 @@ class Run:
         config, base, data = self.config, self.base, self.config.data
         torch.manual_seed(config.train.seed)
         self.layers.update(attach_started(base.model, base.linear_names, config))
-        view, evaluated = self._view(data.max_seq_length), self._view(data.eval_max_seq_length).first(EVALUATED_TOKENS)
+        view, evaluated = self._view(data.max_seq_length), self._view(data.eval_max_seq_length).up_to(EVALUATED_TOKENS)
         samples = evaluation_batches(base, evaluated, data.eval_max_seq_length)
         cursor = Cursor(view.lengths, data.max_seq_length, data.packing, config.train.seed)
         passes = Passes(config, base, self.layers, view, samples, cursor)

@@ -92,7 +92,7 @@ def test_samples_keep_to_their_lengths(kind):
     view, same = (DrawnView(lengths, 200, 5000, 512, seed=1) for _ in range(2))
     assert (view.lengths == same.lengths).all() and view.lengths.min() >= 2 and view.lengths.max() <= 200
     assert view.lengths.sum() >= 5000 and all(view[i].is_target[1:].any() for i in range(len(view.lengths)))
-    assert 2 <= len(view.first(600).lengths) < len(view.lengths) and view.first(600).lengths[:-1].sum() <= 600
+    assert 2 <= len(view.up_to(600).lengths) < len(view.lengths) and view.up_to(600).lengths[:-1].sum() <= 600
 
 
 def test_a_setting_is_measured_once_and_again_from_its_record(monkeypatch, tmp_path, capsys):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from engine.config.parsing import parse
+from engine.config.trial import TrainConfig
 from engine.data.packing import Sample, collate
 from engine.data.row_sizes import Size
 from engine.evaluation.eval_loss import EvaluationSet, evaluate
+from engine.shape.compute_limits import EVALUATION_ROW_TOKENS, MOST_WIDE_ROWS, evaluation_row_tokens
+from engine.shape.layer_plan import evaluation_width
+from engine.shape.model_shape import ModelShape
 
 
 def samples(count=9, seed=0):
@@ -81,3 +88,17 @@ def test_the_model_keeps_its_mode(base, trains):
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(base, in_rows([samples()]), before_each=lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
     assert base.model.training is trains
+
+
+def test_memory_and_speed_are_predicted_for_the_rows_that_a_narrow_model_evaluates(base, tiny_config):
+    """On a card; the CPU, and layers as the library has them, keep rows of EVALUATION_ROW_TOKENS."""
+    shape = ModelShape.of(base.model.config.to_dict(), "tiny")
+    on_card = replace(base, device=torch.device("cuda"))
+    for longest in (64, 100_000):
+        predicted = evaluation_row_tokens(longest, evaluation_width(parse(TrainConfig, tiny_config), shape))
+        assert on_card.evaluation_row_tokens(longest) == predicted
+    assert on_card.evaluation_row_tokens(64) == MOST_WIDE_ROWS * EVALUATION_ROW_TOKENS
+    assert base.evaluation_row_tokens(64) == EVALUATION_ROW_TOKENS
+    original = parse(TrainConfig, {**tiny_config, "model": {**tiny_config["model"], "layers": "original"}})
+    assert evaluation_row_tokens(64, evaluation_width(original, shape)) == EVALUATION_ROW_TOKENS
+    assert [evaluation_row_tokens(64, width) for width in (576, 1024, 1536, 2048, 8192)] == [12_288, 8192, 4096, 4096, 4096]
