@@ -13,7 +13,7 @@ from engine.config.trial import TrainConfig
 from engine.errors import CheckpointError, DivergedError, OutOfMemory
 from engine.model.load import load_base
 from engine.training.loop import train
-from tests.support.trials import build, run, same_numbers
+from tests.support.trials import build, memory_ends_at, run, same_numbers
 
 
 def test_a_trial_learns_and_reports_on_the_grid(tiny_config, tmp_path):
@@ -117,20 +117,6 @@ def test_the_base_is_as_before_after_a_trial_whatever_happens(tiny_config, tmp_p
         run(build(tiny_config, optim={"learning_rate": 1e30, "max_grad_norm": None}), tmp_path / "b", base)
     assert [name for name, _ in base.model.named_modules()] == names
     assert not any(p.requires_grad for p in base.model.parameters())
-
-
-def memory_ends_at(monkeypatch, num_tokens):
-    """Imitate a small card: with gradients, rows of more than `num_tokens` tokens do not fit."""
-    from engine.model.base import Base
-
-    whole = Base.loss
-
-    def loss(self, batch):
-        if torch.is_grad_enabled() and batch.num_tokens > num_tokens:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(self, batch)
-
-    monkeypatch.setattr(Base, "loss", loss)
 
 
 def test_a_step_without_room_is_computed_again_leaner_and_the_trial_ends_as_without(tiny_config, tmp_path, monkeypatch):

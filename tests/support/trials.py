@@ -30,6 +30,20 @@ def run(config, folder, base=None):
     return list(train(config, folder, base=base))
 
 
+def memory_ends_at(monkeypatch, num_tokens):
+    """Imitate a small card: with gradients, rows of more than `num_tokens` tokens do not fit."""
+    from engine.model.base import Base
+
+    whole = Base.loss
+
+    def loss(self, batch):
+        if torch.is_grad_enabled() and batch.num_tokens > num_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, batch)
+
+    monkeypatch.setattr(Base, "loss", loss)
+
+
 def run_stopped(config, folder, base=None, between=lambda: None):
     """Run a trial that is stopped after its first report, then to its end. between: called at the stop."""
     folder.mkdir(parents=True, exist_ok=True)
